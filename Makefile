@@ -1,0 +1,52 @@
+# quickstart · test · check · bench: each makes .venv with pinned dependencies when it is missing.
+# Another Python: make PYTHON=python3.12.  More for pip (say, an index with CPU builds of torch): make PIP_FLAGS="..."
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+SEED ?= 0
+RUN ?= runs/quickstart
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: quickstart test test-slow check format docs clean
+.DEFAULT_GOAL := quickstart
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: Python 3.11 or newer is needed; say which: make PYTHON=python3.12" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements.txt
+	$(BIN)/python -m pip install --no-deps --no-build-isolation --quiet -e .
+	@echo "compiling DeepSpeed's CPU communication operator, once (about a minute)"
+	@RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 \
+	  $(BIN)/python -W ignore -c 'from rlhf.distributed import start; start()' > $(VENV)/deepspeed-build.log 2>&1 || \
+	  { tail -n 20 $(VENV)/deepspeed-build.log >&2; \
+	    echo "error: DeepSpeed could not compile its operator; it needs g++ and Python's headers" >&2; exit 2; }
+	touch $@
+
+quickstart: $(VENV)/.installed  ## the whole pipeline on the sandbox, with a report (SEED=1 RUN=runs/other)
+	$(BIN)/rlhf sandbox quickstart --seed $(SEED) --run $(RUN)
+
+test: $(VENV)/.installed  ## the test suite, under 10 minutes on 2 cores
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/.installed  ## what takes minutes
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/.installed  ## lint, format, import order of the layers, configs, README and generated pages
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest tests/test_project.py
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed  ## write the generated pages anew
+	$(BIN)/python -m rlhf.metrics > docs/metrics.md
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

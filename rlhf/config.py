@@ -1,0 +1,291 @@
+"""Options: one dataclass field each, read from YAML and the command line.
+
+    @dataclass
+    class PPOConfig:
+        kl_coef: float = option(0.05, "weight of the KL to the reference in each token's reward")
+
+    config = parse(PPOConfig)          # --config configs/ppo.yaml --kl_coef 0.1
+
+A YAML file is flags written down before the command line: both give the same names, and the later one wins.
+Whatever is wrong stops the program before anything is loaded, as a `UserError` (exit code 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import os
+import sys
+import textwrap
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+EXIT_USER_ERROR = 2
+
+
+class UserError(Exception):
+    """Something a person can mend: the message says where, what was found and what to do. Exit code 2."""
+
+
+def option(default: Any = dataclasses.MISSING, help: str = "", *, resume: Literal["fixed", "free"] = "fixed") -> Any:
+    """A dataclass field with its help text; `resume` says whether a resumed run may change it.
+
+    Without a default the option is required. Lists and dicts are copied for each instance.
+    """
+    metadata = {"help": help, "resume": resume}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
+    """Build `cls` from `--config FILE` and `--option value` flags; flags win wherever they stand.
+
+    Raises UserError with the place, the option and the nearest right name; `--help` prints every option and exits.
+    A dataclass may define `validate()`, which raises UserError on combinations that cannot work.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    prog = prog or _prog()
+    if any(a in ("-h", "--help") for a in argv):
+        print(help_text(cls, prog))
+        raise SystemExit(0)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    flags, files = _split_flags(argv, fields, hints, prog)
+    for path in files:
+        for name, value in read_yaml(path).items():
+            _known(name, fields, path, prog)
+            values[name], origin[name] = coerce(value, hints[name], f"{path}: option '{name}'"), path
+    for name, text in flags.items():
+        values[name], origin[name] = coerce(text, hints[name], f"option '--{name}'", from_text=True), f"--{name}"
+    missing = [n for n, f in fields.items() if n not in values and _required(f)]
+    if missing:
+        where = ", ".join(files) or "the command line"
+        names = ", ".join(f"'{n}'" for n in missing)
+        raise UserError(f"{where}: {names} not given, and there is no default. All options: {prog} --help")
+    config = cls(**values)
+    validate = getattr(config, "validate", None)
+    if validate is not None:
+        try:
+            validate()
+        except UserError as error:
+            raise UserError(f"{', '.join(files) or prog}: {error}") from None
+    return config
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The options of a YAML file as a flat dict; raises UserError if it cannot be read as one."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file{near_file(path)}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected 'option: value' lines, found {type(content).__name__}")
+    return {str(k): v for k, v in content.items()}
+
+
+def save(config: Any, path: str | Path) -> None:
+    """Write the resolved options as YAML that `--config` reads back."""
+    text = "# The resolved options of this run; itself a valid --config.\n"
+    text += yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    Path(path).write_text(text, encoding="utf-8")
+
+
+def help_text(cls: type, prog: str) -> str:
+    """Every option with its type, default, help and whether a resumed run may change it."""
+    hints = typing.get_type_hints(cls)
+    doc = (cls.__doc__ or "").strip()
+    lines = [f"usage: {prog} [--config FILE] [--option value ...]", "", doc, "", "options:"]
+    for field in dataclasses.fields(cls):
+        default = "required" if _required(field) else repr(_default(field))
+        head = f"  --{field.name}  {_type_name(hints[field.name])} = {default}"
+        tail = " A resumed run may change it." if field.metadata.get("resume") == "free" else ""
+        lines.append(head)
+        lines += textwrap.wrap(
+            field.metadata.get("help", "") + tail, 96, initial_indent=" " * 8, subsequent_indent=" " * 8
+        )
+    return "\n".join(lines)
+
+
+def coerce(value: Any, hint: Any, where: str, from_text: bool = False) -> Any:
+    """`value` as the type `hint`, or UserError naming `where`. YAML's '3e-6' (a string) counts as a number."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return yaml.safe_load(value) if from_text else value
+    if origin in (typing.Union, types.UnionType):
+        nothing = value is None or (isinstance(value, str) and value.lower() in ("none", "null", "~"))
+        if nothing and type(None) in args:
+            return None
+        rest = [a for a in args if a is not type(None)]
+        for candidate in rest[:-1]:
+            try:
+                return coerce(value, candidate, where, from_text)
+            except UserError:
+                continue
+        return coerce(value, rest[-1], where, from_text)
+    if origin is Literal:
+        for choice in args:
+            if value == choice or str(value) == str(choice):
+                return choice
+        near = difflib.get_close_matches(str(value), [str(a) for a in args], 1)
+        hint_near = f" Did you mean '{near[0]}'?" if near else ""
+        raise UserError(f"{where}: found {value!r}, expected one of {', '.join(map(str, args))}.{hint_near}")
+    if origin is list:
+        if from_text:
+            value = yaml.safe_load(value) if value.strip().startswith("[") else value.split(",")
+        if not isinstance(value, list):
+            value = [value]
+        return [coerce(v, args[0] if args else Any, f"{where}, item {i}", False) for i, v in enumerate(value)]
+    if origin is dict or hint is dict:
+        if from_text:
+            try:
+                value = yaml.safe_load(value)
+            except yaml.YAMLError:
+                value = None
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: expected a mapping such as {{name: value}}, found {value!r}")
+        return {str(k): coerce(v, args[1] if args else Any, f"{where}, key '{k}'", False) for k, v in value.items()}
+    return _scalar(value, hint, where)
+
+
+def _scalar(value: Any, hint: type, where: str) -> Any:
+    wrong = UserError(f"{where}: expected {_type_name(hint)}, found {value!r}")
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off"):
+            return value.lower() in ("true", "yes", "on")
+        raise wrong
+    if isinstance(value, bool) and hint in (int, float):
+        raise wrong
+    if hint is int:
+        try:
+            number = float(value)
+            if number != int(number):
+                raise wrong
+            return int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(number)
+        except (TypeError, ValueError, OverflowError):
+            raise wrong from None
+    if hint is float:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise wrong from None
+    if hint is str:
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+        raise wrong
+    raise TypeError(f"options of type {hint} are not supported")
+
+
+def _split_flags(argv, fields, hints, prog) -> tuple[dict[str, str], list[str]]:
+    flags: dict[str, str] = {}
+    files: list[str] = []
+    i = 0
+    while i < len(argv):
+        word = argv[i]
+        i += 1
+        if not word.startswith("--"):
+            raise UserError(f"'{word}' stands where an option was expected. All options: {prog} --help")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name == "local_rank":  # the deepspeed launcher puts it first; ranks are read from the environment
+            i += 0 if equals else 1
+            continue
+        if name != "config":
+            _known(name, fields, "the command line", prog)
+        if not equals:
+            following = argv[i] if i < len(argv) else None
+            if following is None or following.startswith("--"):
+                if name != "config" and hints[name] is bool:
+                    value = "true"
+                else:
+                    raise UserError(f"option '--{name}' needs a value. All options: {prog} --help")
+            else:
+                value, i = following, i + 1
+        if name == "config":
+            files.append(value)
+        else:
+            flags[name] = value
+    return flags, files
+
+
+def _known(name: str, fields: dict, where: str, prog: str) -> None:
+    if name in fields:
+        return
+    raise UserError(f"{where}: unknown option '{name}'.{did_you_mean(name, fields)} All options: {prog} --help")
+
+
+def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
+    """' Did you mean 'x'?' for the nearest known name, or nothing."""
+    near = difflib.get_close_matches(name, list(known), 1, 0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def near_file(path: str | Path) -> str:
+    path = Path(path)
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)
+    return f". Did you mean {path.parent / near[0]}?" if near else ""
+
+
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default is not dataclasses.MISSING else field.default_factory()
+
+
+def _type_name(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "|".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("none" if a is type(None) else _type_name(a) for a in args)
+    if origin is not None:
+        return f"{origin.__name__} of {_type_name(args[-1])}" if args else origin.__name__
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(
+        hint, getattr(hint, "__name__", str(hint))
+    )
+
+
+def _prog() -> str:
+    name = sys.argv[0]
+    if name.endswith(".py"):
+        return f"deepspeed {os.path.join('launch', os.path.basename(name))}"
+    return os.path.basename(name)
+
+
+def program(main: typing.Callable[..., T]) -> typing.Callable[..., T]:
+    """Decorates a program's `main`: a UserError becomes one message on stderr (of rank 0) and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(EXIT_USER_ERROR)
+
+    return wrapped

@@ -1,0 +1,127 @@
+"""Tiny models made in memory; no network. Every test runs on two threads at most."""
+
+import os
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(TRANSFORMERS_VERBOSITY="error", WANDB_MODE="offline", DS_ACCELERATOR="cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXTS = [
+    "where is my parcel? please help me, thank you for your order of a red lamp",
+    "we are happy to help. your refund is on its way. kind regards, the team",
+    "the blue chair arrived broken and I want to return it today",
+]
+TEMPLATE = (
+    "{%- for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{%- if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{%- else %}"
+    "{{ m['content'] + '<|im_end|>' }}{%- endif %}{{ '\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+
+def make_tokenizer():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS * 20, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", model_max_length=512
+    )
+    fast.chat_template = TEMPLATE
+    return fast
+
+
+def make_model(vocabulary: int, pad: int, eos: int, seed: int = 0, hidden: int = 32, layers: int = 2):
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+        pad_token_id=pad,
+        eos_token_id=eos,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base_path(tokenizer, tmp_path_factory) -> str:
+    """A folder with a tiny base model and its tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    make_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def random_adapter(base_path: str, folder, seed: int, r: int = 4, alpha: int = 8, identity: bool = True) -> str:
+    """Write a LoRA adapter with random weights on the base, as a finished SFT run leaves it."""
+    import torch
+    from peft import get_peft_model
+
+    from rlhf.models import load_foundation, lora_config, write_identity
+
+    foundation = load_foundation(base_path)
+    torch.manual_seed(seed)
+    model = get_peft_model(foundation.model, lora_config(r=r, alpha=alpha))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    foundation.tokenizer.save_pretrained(folder)
+    if identity:
+        write_identity(folder, foundation, program="sft")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sft_path(base_path, tmp_path_factory) -> str:
+    return random_adapter(base_path, tmp_path_factory.mktemp("sft"), seed=1)
+
+
+@pytest.fixture(scope="session")
+def reward_path(base_path, tmp_path_factory) -> str:
+    """A reward model: adapter, score head and reward.json on the same base, random weights."""
+    import json
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("reward")
+    random_adapter(base_path, folder, seed=2, r=2, alpha=4)
+    file = folder / "adapter_model.safetensors"
+    weights = load_file(file)
+    torch.manual_seed(3)
+    weights["base_model.model.score.weight"] = torch.randn(1, 32)
+    save_file(weights, file)
+    (folder / "reward.json").write_text(json.dumps({"scale": 0.5, "bias": -0.25}))
+    return str(folder)
