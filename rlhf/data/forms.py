@@ -1,0 +1,298 @@
+"""Row forms: how a row of columns becomes a record.
+
+A row is a dict of columns as JSON gives them; a column that is absent or None is not there. `load.py` adds the place
+to the errors raised here. All forms, with examples, stand in docs/data.md.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.data.records import (
+    Instruction,
+    Labelled,
+    Message,
+    Preference,
+    Prompt,
+    Record,
+    RecordError,
+    check_messages,
+    check_text,
+    is_number,
+)
+from rlhf.data.split import answer_pair
+
+FORMS = {
+    Prompt: "{prompt}, {messages}, {instruction}, or any form below (its prompt is taken)",
+    Instruction: "{prompt, response or completion}, {messages}, {instruction, input, output}, or pairs (for chosen)",
+    Preference: "{prompt, chosen, rejected}, or {chosen, rejected} as conversations that differ in the last answer",
+    Labelled: "{prompt, response or completion, label}",
+}
+# Columns that hold answers: never part of the metadata, since scorers see it
+ANSWERS = ("messages", "chosen", "rejected", "response", "completion", "output")
+ABOUT = ("group", "default_group", "split", "margin", "label_prob", "weight", "source", "annotator", "voice")
+SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"}
+SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+
+_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
+
+
+class NotThisForm(RecordError):
+    """The row's columns are not a form of the kind asked for."""
+
+
+@dataclass
+class Row:
+    """A record with what the grouping needs: whether the data named its group, and its answer pair if it has one."""
+
+    record: Record
+    own_group: bool
+    pair: str | None
+    form: str
+
+
+def read(row: dict[str, Any], kind: type[Record], source: str | None = None) -> Row:
+    """One row as a record of `kind` (Prompt, Instruction, Preference or Labelled). Raises RecordError."""
+    row = {name: value for name, value in row.items() if value is not None}
+    prompt, fields, form = _FIELDS[kind](row)
+    prompt = _with_system(row, prompt)
+    fields |= _about(row, source, kind)
+    used = {"system"} | {name for name in ("prompt", "instruction", "input") if name in form.split("+")}
+    if kind is Labelled:
+        used.add("label")
+    metadata = {k: v for k, v in row.items() if k not in used and k not in ANSWERS and k not in ABOUT}
+    if isinstance(metadata.get("metadata"), dict):
+        metadata |= metadata.pop("metadata")
+    record = kind(prompt=prompt, metadata=metadata, **fields)
+    return Row(record, own_group=row.get("group", "") != "", pair=_pair(row, record), form=form)
+
+
+def guess_kind(row: dict[str, Any]) -> type[Record]:
+    """The kind that a row's columns suggest, the most telling first."""
+    has = {name for name, value in row.items() if value is not None}
+    if {"chosen", "rejected"} <= has:
+        return Preference
+    if "label" in has and has & {"response", "completion"}:
+        return Labelled
+    if has & {"response", "completion", "output"}:
+        return Instruction
+    messages = row.get("messages")
+    ends = messages[-1] if isinstance(messages, list) and messages else None
+    return Instruction if isinstance(ends, dict) and ends.get("role") == "assistant" else Prompt
+
+
+def _preference(row: dict) -> tuple[list[Message], dict, str]:
+    prompt, chosen, rejected, form = _both_answers(row)
+    return prompt, {"chosen": chosen, "rejected": rejected}, form
+
+
+def _instruction(row: dict) -> tuple[list[Message], dict, str]:
+    if "chosen" in row and not _has_response(row) and "messages" not in row:
+        prompt, chosen, _, form = _both_answers(row)
+        return prompt, {"response": chosen}, form
+    if TRUTH.get(_lower(row.get("label"))) is False:
+        raise RecordError("label", "is false, and an answer marked as bad is not one to imitate")
+    prompt, response, form = _one_answer(row)
+    return prompt, {"response": response}, form
+
+
+def _labelled(row: dict) -> tuple[list[Message], dict, str]:
+    if "label" not in row or not _has_response(row):
+        raise NotThisForm("columns", _columns(row))
+    prompt, response, form = _one_answer(row)
+    label = TRUTH.get(_lower(row["label"]))
+    if label is None:
+        raise RecordError("label", f"found {row['label']!r}, expected true or false")
+    return prompt, {"response": response, "label": label}, form + "+label"
+
+
+def _prompt(row: dict) -> tuple[list[Message], dict, str]:
+    if "prompt" in row or "instruction" in row:
+        prompt, form = _explicit_prompt(row)
+        return prompt, {}, form
+    if "messages" in row:
+        messages = _messages("messages", row["messages"])
+        return (messages[:-1] if messages[-1]["role"] == "assistant" else messages), {}, "messages"
+    for name in ("chosen", "rejected", "response", "completion"):
+        if name in row and (whole := _conversation(name, row[name])) is not None:
+            return _split_last(name, whole)[0], {}, name
+    raise NotThisForm("columns", _columns(row))
+
+
+_FIELDS = {Prompt: _prompt, Instruction: _instruction, Preference: _preference, Labelled: _labelled}
+
+
+def _both_answers(row: dict) -> tuple[list[Message], str, str, str]:
+    """(prompt, chosen, rejected, form) of a preference row, its prompt explicit or common to both conversations."""
+    if "chosen" not in row and "rejected" not in row:
+        raise NotThisForm("columns", _columns(row))
+    for name in ("chosen", "rejected"):
+        if name not in row:
+            raise RecordError(name, "is missing")
+    if "prompt" in row or "instruction" in row:
+        prompt, form = _explicit_prompt(row)
+        answers = [_answer(name, row[name], row, prompt) for name in ("chosen", "rejected")]
+        return prompt, *answers, form + "+chosen+rejected"
+    parts = []
+    for name in ("chosen", "rejected"):
+        whole = _conversation(name, row[name])
+        if whole is None:
+            raise RecordError("prompt", f"is missing, and '{name}' is not a whole conversation that would contain it")
+        parts.append(_split_last(name, whole))
+    if parts[0][0] != parts[1][0]:
+        raise RecordError("rejected", "its conversation differs from that of 'chosen' before the last answer")
+    return parts[0][0], parts[0][1], parts[1][1], "chosen+rejected"
+
+
+def _one_answer(row: dict) -> tuple[list[Message], str, str]:
+    """(prompt, response, form) of a row with one answer."""
+    if "messages" in row and not _has_response(row):
+        prompt, response = _split_last("messages", _messages("messages", row["messages"]))
+        return prompt, response, "messages"
+    name = next((n for n in ("response", "completion", "output") if n in row), None)
+    if name is None:
+        raise NotThisForm("columns", _columns(row))
+    if "prompt" in row or "instruction" in row:
+        prompt, form = _explicit_prompt(row)
+        return prompt, _answer(name, row[name], row, prompt), f"{form}+{name}"
+    whole = _conversation(name, row[name])
+    if whole is None:
+        raise NotThisForm("columns", _columns(row))
+    return *_split_last(name, whole), name
+
+
+def _explicit_prompt(row: dict) -> tuple[list[Message], str]:
+    if "prompt" in row:
+        whole = _conversation("prompt", row["prompt"])
+        if whole is None:
+            check_text("prompt", row["prompt"])
+            whole = [{"role": "user", "content": row["prompt"]}]
+        elif isinstance(row["prompt"], str) and whole[-1] == {"role": "assistant", "content": ""}:
+            whole = whole[:-1]  # "... \n\nAssistant:" asks for the answer
+        return whole, "prompt"
+    check_text("instruction", row["instruction"])
+    if "input" not in row or row["input"] == "":
+        return [{"role": "user", "content": row["instruction"]}], "instruction" + ("+input" if "input" in row else "")
+    check_text("input", row["input"])
+    return [{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}"}], "instruction+input"
+
+
+def _answer(name: str, value: Any, row: dict, prompt: list[Message]) -> str:
+    """The answer's text, given alone or at the end of a conversation that repeats the prompt."""
+    whole = _conversation(name, value)
+    if whole is None:
+        check_text(name, value)
+        return value.strip() if is_turns(row.get("prompt")) else value
+    before, answer = _split_last(name, whole)
+    without_system = [m for m in prompt if m["role"] != "system"]
+    if before and before not in (prompt, without_system, _with_system(row, prompt)):
+        raise RecordError(name, "its conversation before the last answer is not the one in 'prompt'")
+    return answer
+
+
+def _conversation(name: str, value: Any) -> list[Message] | None:
+    """Messages given as a list or as "\\n\\nHuman: ...\\n\\nAssistant: ..." text; None for plain text."""
+    if isinstance(value, list):
+        return _messages(name, value)
+    return parse_turns(value) if is_turns(value) else None
+
+
+def is_turns(value: Any) -> bool:
+    """True for text in the form of HH-RLHF: begins with "Human:" and has a later "\\n\\nAssistant:"."""
+    return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
+
+
+def parse_turns(text: str) -> list[Message]:
+    """Messages of HH-RLHF text; two turns of one speaker in a row become one message of two paragraphs."""
+    pieces = _TURN.split(text)[1:]
+    messages: list[Message] = []
+    for speaker, content in zip(pieces[::2], pieces[1::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{content.strip()}".strip()
+        else:
+            messages.append({"role": role, "content": content.strip()})
+    return messages
+
+
+def _messages(name: str, value: Any) -> list[Message]:
+    check_messages(name, value)
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _split_last(name: str, messages: list[Message]) -> tuple[list[Message], str]:
+    if messages[-1]["role"] != "assistant":
+        raise RecordError(name, f"ends with a {messages[-1]['role']} message, expected the assistant's answer last")
+    check_text(name, messages[-1]["content"])
+    return messages[:-1], messages[-1]["content"]
+
+
+def _with_system(row: dict, prompt: list[Message]) -> list[Message]:
+    system = row.get("system")
+    if system is None or system == "":
+        return prompt
+    check_text("system", system)
+    if prompt and prompt[0]["role"] == "system":
+        if prompt[0]["content"] != system:
+            raise RecordError("system", "differs from the system message that the conversation begins with")
+        return prompt
+    return [{"role": "system", "content": system}, *prompt]
+
+
+def _about(row: dict, source: str | None, kind: type[Record]) -> dict[str, Any]:
+    """The fields that say something about a row; empty text (as CSV has it) counts as not given."""
+    given = {name: row[name] for name in ABOUT if row.get(name) not in (None, "")}
+    fields: dict[str, Any] = {"source": source}
+    for name in ("source", "annotator", "voice", "default_group", "group"):
+        if name in given:
+            fields[name.removeprefix("default_")] = str(given[name])
+    if "split" in given:
+        name = str(given["split"]).lower()
+        if name not in SPLIT_NAMES:
+            raise RecordError("split", f"found {given['split']!r}, expected one of train, validation, test")
+        fields["split"] = SPLIT_NAMES[name]
+    for name in ("weight", "margin", "label_prob") if kind is Preference else ("weight",):
+        if name in given:
+            fields[name] = _number(name, given[name])
+    return fields
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:
+        number = None
+    if not is_number(number):
+        raise RecordError(name, f"found {value!r}, expected a number")
+    return number
+
+
+def _pair(row: dict, record: Record) -> str | None:
+    """The answer pair of a preference row, whatever kind it is read as: the same rows must share groups in all."""
+    if isinstance(record, Preference):
+        return answer_pair(record.chosen, record.rejected)
+    if "chosen" not in row or "rejected" not in row:
+        return None
+    try:
+        _, chosen, rejected, _ = _both_answers(row)
+    except RecordError:
+        return None
+    both_said = chosen.strip() and rejected.strip() and chosen != rejected
+    return answer_pair(chosen, rejected) if both_said else None
+
+
+def _has_response(row: dict) -> bool:
+    return any(name in row for name in ("response", "completion", "output"))
+
+
+def _lower(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.strip().lower()
+    return value if isinstance(value, (bool, int)) else None
+
+
+def _columns(row: dict) -> str:
+    return "found " + (", ".join(row) if row else "no columns") + ", expected others"

@@ -1,0 +1,111 @@
+"""The preference store's tables, and how a file made by an older version becomes one of this version.
+
+`MIGRATIONS[n]` takes a file of version n to n + 1; a new file runs through all of them, so the path that old files
+take is the one that every test takes. The version stands in the file as `PRAGMA user_version`.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+from rlhf.config import UserError
+
+APPLICATION_ID = 0x524C4846  # "RLHF", so that another program's database is not taken for a store
+
+_EVENT_CHECKS = """
+    CHECK (kind IN ('assign', 'release', 'vote', 'undo')),
+    CHECK ((kind = 'vote') = (choice IS NOT NULL)),
+    CHECK ((kind = 'undo') = (undoes IS NOT NULL)),
+    CHECK (choice IS NULL OR choice IN ('a', 'b', 'tie', 'both_bad', 'skip')),
+    CHECK ("left" IS NULL OR "left" IN ('a', 'b')),
+    CHECK (strength IS NULL OR strength IN (1, 2, 3))"""
+
+
+def _unchangeable(table: str) -> list[str]:
+    return [
+        f"CREATE TRIGGER {table}_no_{verb.lower()} BEFORE {verb} ON {table} "
+        f"BEGIN SELECT RAISE(ABORT, '{table} are never changed: {verb} refused'); END"
+        for verb in ("UPDATE", "DELETE")
+    ]
+
+
+_FIRST = [
+    """CREATE TABLE prompts (
+        id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, messages TEXT NOT NULL, own_group TEXT,
+        default_group TEXT NOT NULL, voice TEXT, metadata TEXT NOT NULL DEFAULT '{}', created TEXT NOT NULL)""",
+    """CREATE TABLE responses (
+        id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, prompt INTEGER NOT NULL REFERENCES prompts (id),
+        text TEXT NOT NULL, model TEXT, model_fingerprint TEXT, adapter_fingerprint TEXT,
+        sampling TEXT NOT NULL DEFAULT '{}', ended INTEGER, created TEXT NOT NULL, UNIQUE (id, prompt))""",
+    """CREATE TABLE comparisons (
+        id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, prompt INTEGER NOT NULL, a INTEGER NOT NULL,
+        b INTEGER NOT NULL, kind TEXT NOT NULL, expected TEXT, created TEXT NOT NULL,
+        FOREIGN KEY (a, prompt) REFERENCES responses (id, prompt),
+        FOREIGN KEY (b, prompt) REFERENCES responses (id, prompt),
+        CHECK (a < b), CHECK (kind IN ('normal', 'control')),
+        CHECK ((kind = 'control') = (expected IS NOT NULL)), CHECK (expected IS NULL OR expected IN ('a', 'b')))""",
+    """CREATE TABLE annotators (
+        id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, kind TEXT NOT NULL, token_hash TEXT UNIQUE,
+        created TEXT NOT NULL, CHECK (kind IN ('person', 'model', 'rule')))""",
+    f"""CREATE TABLE events (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, comparison INTEGER NOT NULL REFERENCES comparisons (id),
+        annotator INTEGER NOT NULL REFERENCES annotators (id), kind TEXT NOT NULL, choice TEXT, "left" TEXT,
+        strength INTEGER, reason TEXT, tags TEXT NOT NULL DEFAULT '[]', duration_ms INTEGER,
+        undoes INTEGER UNIQUE REFERENCES events (id), request TEXT UNIQUE, created TEXT NOT NULL, {_EVENT_CHECKS})""",
+    "CREATE INDEX responses_of_prompt ON responses (prompt)",
+    "CREATE INDEX events_of_pair ON events (comparison, annotator)",
+    "CREATE INDEX events_of_annotator ON events (annotator, kind)",
+    *(sql for table in ("prompts", "responses", "comparisons", "events") for sql in _unchangeable(table)),
+    # INSERT OR REPLACE deletes without asking the trigger above, and an id between others would rewrite the past
+    """CREATE TRIGGER events_only_at_the_end BEFORE INSERT ON events
+        WHEN (NEW.id > 0 AND NEW.id <= (SELECT coalesce(max(id), 0) FROM events))
+            OR EXISTS (SELECT 1 FROM events WHERE request = NEW.request OR undoes = NEW.undoes)
+        BEGIN SELECT RAISE(ABORT, 'events are only added at the end, once each'); END""",
+]
+
+_SECOND = [
+    "ALTER TABLE prompts ADD COLUMN split TEXT CHECK (split IN ('train', 'validation', 'test'))",
+    # what the collection was set up with: overlap, time until an assignment lapses, ...
+    "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL, changed TEXT NOT NULL)",
+]
+
+MIGRATIONS: list[list[str]] = [_FIRST, _SECOND]
+VERSION = len(MIGRATIONS)
+
+
+def prepare(db: sqlite3.Connection, path: Path) -> None:
+    """Set the connection up, check that the file is a store, and bring it to this version in one transaction.
+
+    Raises UserError for another program's file or a newer version; sqlite3.Error if it is no database at all.
+    """
+    db.execute("PRAGMA foreign_keys = ON")
+    version = _version(db, path)
+    db.execute("PRAGMA journal_mode = WAL")
+    db.execute("PRAGMA synchronous = FULL")
+    if version == VERSION:
+        return
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        for statements in MIGRATIONS[_version(db, path) :]:  # asked again: another process may have been first
+            for sql in statements:
+                db.execute(sql)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version = {VERSION}")
+        db.execute("COMMIT")
+    except BaseException:
+        db.execute("ROLLBACK")
+        raise
+
+
+def _version(db: sqlite3.Connection, path: Path) -> int:
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    ours = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
+    if not ours and (version or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]):
+        raise UserError(f"{path}: is an SQLite file, but not a preference store")
+    if version > VERSION:
+        raise UserError(
+            f"{path}: is a preference store of version {version}, and this program knows versions up to {VERSION}. "
+            "Update it: pip install --upgrade rlhf"
+        )
+    return version

@@ -1,0 +1,123 @@
+"""Groups and the three splits: the same for every stage, without any stage talking to another.
+
+The split of a group is a hash of its name, so whoever sees the group holds it out alike; there is no seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Iterable
+from typing import Literal
+
+from rlhf.config import UserError
+from rlhf.data.records import Record, digest, normalise
+
+Split = Literal["train", "validation", "test"]
+
+
+def split_of(group: str, validation_fraction: float = 0.05, test_fraction: float = 0.1) -> Split:
+    """The split of a group by its hash u in [0, 1): test if u < test_fraction, validation at the other end.
+
+    With a larger fraction each held-out set only grows: what was test stays test, what was validation stays so.
+    """
+    check_fractions(validation_fraction, test_fraction)
+    u = _uniform("split", group)
+    if u < test_fraction:
+        return "test"
+    return "validation" if u >= 1.0 - validation_fraction else "train"
+
+
+def half_of(group: str) -> Literal["a", "b"]:
+    """One of two halves by a hash independent of `split_of`: the referee trains on one, every method on the other."""
+    return "a" if _uniform("half", group) < 0.5 else "b"
+
+
+def assign(
+    records: list[Record],
+    validation_fraction: float = 0.05,
+    test_fraction: float = 0.1,
+    places: list[str] | None = None,
+) -> None:
+    """Fill `split` of every record, in place.
+
+    A split that the data gives wins, for the whole group. Where the data gives train and perhaps test but nowhere
+    validation, validation is cut out of train by hash of the group. `places` names the rows in errors.
+    Raises UserError if rows of one group carry different splits.
+    """
+    check_fractions(validation_fraction, test_fraction)
+    given: dict[str, str] = {}
+    for record in records:
+        if record.split is None:
+            continue
+        if given.setdefault(record.group, record.split) != record.split:
+            raise UserError(_conflict(records, record.group, places))
+    cut_validation = bool(given) and "validation" not in given.values()
+    for record in records:
+        by_hash = split_of(record.group, validation_fraction, test_fraction)
+        split = given.get(record.group, by_hash)
+        record.split = "validation" if cut_validation and split == "train" and by_hash == "validation" else split
+
+
+def check_fractions(validation_fraction: float, test_fraction: float) -> None:
+    """Raises UserError unless both are in [0, 1) and leave something to train on."""
+    for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
+        if not 0.0 <= value < 1.0:
+            raise UserError(f"option '{name}': found {value}, expected a share from 0 up to, not including, 1")
+    if validation_fraction + test_fraction >= 1.0:
+        raise UserError(
+            f"validation_fraction {validation_fraction} and test_fraction {test_fraction} leave nothing to train on; "
+            "their sum must be below 1"
+        )
+
+
+def answer_pair(one: str, other: str) -> str:
+    """A name for two answers that is the same in either order and however they are spaced or capitalised."""
+    return digest("\x00".join(sorted((normalise(one), normalise(other)))))
+
+
+def join_groups(groups: list[str], links: list[Iterable[Hashable]]) -> list[str]:
+    """Groups after joining: rows with a group or any link in common (directly or over others) get one.
+
+    groups: N names; links: for each row what it shares with others, such as its answer pair. The joint group's name
+    is the smallest of its members' names, so it does not depend on the order of rows.
+    """
+    parent: dict[Hashable, Hashable] = {}
+
+    def root(node: Hashable) -> Hashable:
+        parent.setdefault(node, node)
+        while parent[node] != node:
+            parent[node] = parent[parent[node]]
+            node = parent[node]
+        return node
+
+    for group, shared in zip(groups, links, strict=True):
+        for link in shared:
+            parent[root(("link", link))] = root(("group", group))
+    smallest: dict[Hashable, str] = {}
+    for group in groups:
+        at = root(("group", group))
+        smallest[at] = min(group, smallest.get(at, group))
+    return [smallest[root(("group", group))] for group in groups]
+
+
+def _uniform(purpose: str, group: str) -> float:
+    """A number in [0, 1) that depends on nothing but the purpose and the group."""
+    whole = int.from_bytes(hashlib.sha256(f"{purpose}:{group}".encode()).digest()[:8], "big")
+    return (whole >> 11) / 2**53
+
+
+def _conflict(records: list[Record], group: str, places: list[str] | None) -> str:
+    rows: dict[str, list[str]] = {}
+    for i, record in enumerate(records):
+        if record.group == group and record.split is not None:
+            rows.setdefault(record.split, []).append(places[i] if places else f"record {i + 1}")
+    found = "; ".join(f"{split} at {_some(where)}" for split, where in rows.items())
+    return (
+        f"group '{group}' is given more than one split: {found}. Rows of one group share a prompt or a pair of answers "
+        "(or the value of a 'group' column), so one would give away the other. Give them one split, or leave out the "
+        "'split' column and let the group decide"
+    )
+
+
+def _some(places: list[str], show: int = 3) -> str:
+    return ", ".join(places[:show]) + (f" and {len(places) - show} more" if len(places) > show else "")
