@@ -1,0 +1,380 @@
+"""What a run writes down: metrics.jsonl always, sample tables, result.json, the model card; W&B when asked.
+
+    with Tracker("runs/ppo", report_to="wandb", config=asdict(config), data=fingerprints) as tracker:
+        tracker.log({"score/total": 0.4, "kl/sequence": 3.1}, step)
+        tracker.console(step, config.max_steps, metrics, ["score/total", "kl/sequence"])
+        tracker.result({"program": "ppo", "seed": config.seed, "headline": {...}})
+
+Names are those of rlhf/metrics.py. Nothing that goes wrong with W&B stops a run, and nothing ever asks for a login.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+import uuid
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.metrics import METRICS, check_names, metrics_page
+from rlhf.trl_names import rename_trl
+
+__all__ = [
+    "METRICS",
+    "Tracker",
+    "metrics_page",
+    "read_metrics",
+    "rename_trl",
+    "trainer_callback",
+    "versions",
+    "write_card",
+]
+
+NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+WANDB_INIT_SECONDS = 15
+
+
+class Tracker:
+    """Writes a run's numbers under `output_dir`; only the main rank writes, all ranks may call.
+
+    config, data: the resolved options and the data fingerprints {name: fingerprint}; both go to W&B, data into
+    result.json. Without `resume_step` the files start afresh; with it, lines of later steps are cut off, so that a
+    resumed run leaves the same file as one that never stopped. `report_to="wandb"` runs online if WANDB_MODE says so
+    or a key is configured (WANDB_API_KEY or netrc), offline otherwise.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        report_to: Literal["none", "wandb"] = "none",
+        project: str = "rlhf",
+        run_name: str | None = None,
+        config: dict[str, Any] | None = None,
+        data: dict[str, str] | None = None,
+        is_main: bool = True,
+        resume_step: int | None = None,
+        console_seconds: float = 10.0,
+    ):
+        self.output_dir = Path(output_dir)
+        self.is_main = is_main
+        self.data = dict(data or {})
+        self.console_seconds = console_seconds
+        self._console_first: tuple[float, int] | None = None
+        self._console_last = -math.inf
+        self._file = self._run = None
+        if not is_main:
+            return
+        (self.output_dir / "tables").mkdir(parents=True, exist_ok=True)
+        for path in [self.output_dir / "metrics.jsonl", *sorted((self.output_dir / "tables").glob("*.jsonl"))]:
+            _cut(path, resume_step)
+        self._file = open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        if report_to == "wandb":
+            resumed = resume_step is not None
+            self._run = _start_wandb(self.output_dir, project, run_name, {**(config or {}), "data": self.data}, resumed)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Append one line of numbers. Raises KeyError, on every rank, for a name outside the vocabulary."""
+        check_names(metrics)
+        if not self.is_main:
+            return
+        numbers = {name: _number(name, value) for name, value in metrics.items()}
+        self._file.write(dumps({"step": int(step), "time": round(time.time(), 3), **numbers}) + "\n")
+        self._file.flush()
+        self._wandb("log", lambda run: run.log({"step": int(step), **numbers}))
+
+    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        """Append sample rows (prompt, response, score and its breakdown, ...) to tables/<name>.jsonl, and to W&B."""
+        if not self.is_main or not rows:
+            return
+        with open(self.output_dir / "tables" / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(dumps({"step": int(step), **row}) + "\n" for row in rows)
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+
+        def send(run):
+            import wandb
+
+            cells = [[_cell(row.get(c)) for c in columns] for row in rows]
+            run.log({"step": int(step), f"tables/{name}": wandb.Table(columns=columns, data=cells)})
+
+        self._wandb("table", send)
+
+    def console(self, step: int, total: int, metrics: dict[str, float], keys: Iterable[str]) -> None:
+        """One line of progress on stdout, at most every `console_seconds`; the first and the last step always."""
+        now = time.monotonic()
+        if not self.is_main or (now - self._console_last < self.console_seconds and step < total):
+            return
+        self._console_first = self._console_first or (now, step)
+        self._console_last = now
+        start, first = self._console_first
+        left = f", {_clock((now - start) / (step - first) * (total - step))} left" if first < step < total else ""
+        shown = "  ".join(f"{key} {metrics[key]:.4g}" for key in keys if key in metrics)
+        print(f"step {step}/{total}{left}  {shown}".rstrip(), flush=True)
+
+    def result(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write result.json in one piece, adding finished (UTC), data, versions and platform; returns what it wrote."""
+        whole = {
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "data": self.data,
+            **result,
+            "versions": versions(),
+            "platform": platform.platform(),
+        }
+        if self.is_main:
+            write_atomic(self.output_dir / "result.json", dumps(whole, indent=2) + "\n")
+            self._wandb(
+                "config", lambda run: run.config.update({"data": _jsonable(whole["data"])}, allow_val_change=True)
+            )
+            self._wandb("summary", lambda run: run.summary.update({"result": _jsonable(whole.get("headline", {}))}))
+        return whole
+
+    def finish(self) -> None:
+        """Close the files and the W&B run; calling it twice does no harm."""
+        if self._file is not None:
+            self._file.close()
+        self._wandb("finish", lambda run: run.finish())
+        self._run = None
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if kind is not None:
+            self._wandb("finish", lambda run: run.finish(exit_code=1))
+            self._run = None
+        self.finish()
+
+    def _wandb(self, what: str, call) -> None:
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        except Exception as error:  # a tracker must never end a run
+            _warn(f"W&B {what} failed ({_first_line(error)}); going on with metrics.jsonl alone")
+            self._run = None
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, "NaN" and its kin turned back into numbers; a torn last line is left out."""
+    return [{k: NOT_FINITE.get(v, v) if isinstance(v, str) else v for k, v in row.items()} for row in _rows(path)]
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what numbers depend on; None where a package is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in ("rlhf", "torch", "transformers", "trl", "peft", "deepspeed", "datasets"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader, or a crash, finds the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def trainer_callback(tracker: Tracker, stage: Literal["sft", "reward", "dpo"], keys: Iterable[str] = ()):
+    """A transformers TrainerCallback that sends every log of the trainer through `tracker`; set report_to="none" there.
+
+    keys: what the console line shows, by our names (default: loss/total, the accuracy of the stage, learning_rate).
+    """
+    from transformers import TrainerCallback
+
+    accuracy = {"sft": "token/accuracy", "reward": "reward/accuracy", "dpo": "dpo/reward_accuracy"}[stage]
+    shown = list(keys) or ["loss/total", accuracy, f"eval/{accuracy}", "eval/loss/total", "learning_rate"]
+
+    class TrackerCallback(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            metrics = rename_trl(logs or {}, stage)
+            if not metrics:
+                return
+            tracker.log(metrics, state.global_step)
+            if any(key in metrics for key in shown):
+                tracker.console(state.global_step, state.max_steps, metrics, shown)
+
+    return TrackerCallback()
+
+
+def write_card(
+    output_dir: str | Path, program: str, config: dict[str, Any], result: dict[str, Any], provenance: dict[str, Any]
+) -> None:
+    """README.md in `output_dir`: what was trained, from what, on which data, with what result.
+
+    config: the resolved options; result: as in result.json;
+    provenance: {data set: {"source": ..., "rows": ..., "fingerprint": ..., ...}}, or {what: one line of text}.
+    """
+    folder, base = Path(output_dir), str(config.get("model_name_or_path", "unknown"))
+    adapter = (folder / "adapter_config.json").exists()
+    lines = ["---", f"library_name: {'peft' if adapter else 'transformers'}"]
+    if base != "unknown" and not Path(base).exists():  # the Hub refuses a card whose base is a folder
+        lines.append(f"base_model: {base}")
+    lines += [
+        "tags:",
+        "- rlhf",
+        f"- {program}",
+        "---",
+        "",
+        f"# {folder.resolve().name}: {program} of {Path(base).name}",
+    ]
+    lines += [
+        "",
+        f"Trained by `launch/{program}.py` from `{base}`, seed {result.get('seed', '?')}. All options stand in",
+    ]
+    lines += ["`config.yaml`, the numbers over time in `metrics.jsonl`, the outcome in `result.json`."]
+    lines += ["", "## Result", "", *_table(["number", "value"], result.get("headline", {}).items())]
+    lines += ["", "## Cost", "", *_table(["counter", "value"], result.get("budget", {}).items()), "", "## Data", ""]
+    lines += [f"- {name}: {text}" for name, text in provenance.items() if not isinstance(text, dict)]
+    sets = {name: dict(facts) for name, facts in provenance.items() if isinstance(facts, dict)}
+    for name, fingerprint in result.get("data", {}).items():
+        sets.setdefault(name, {}).setdefault("fingerprint", fingerprint)
+    fields = list(dict.fromkeys(key for facts in sets.values() for key in facts))
+    rows = [[name, *(facts.get(field, "") for field in fields)] for name, facts in sets.items()]
+    lines += ["", *_table(["data", *fields], rows), "", "The same fingerprint is the same rows.", "", "## Versions", ""]
+    lines.append(", ".join(f"{k} {v}" for k, v in result.get("versions", versions()).items() if v))
+    write_atomic(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def _table(header: list[str], rows: Iterable) -> list[str]:
+    rows = [[_card_cell(cell) for cell in row] for row in rows]
+    if not rows:
+        return ["None given."]
+    return ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *rows]]
+
+
+def _card_cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _cut(path: Path, resume_step: int | None) -> None:
+    """Drop the file, or with `resume_step` its lines of later steps (and a torn last line)."""
+    if not path.exists():
+        return
+    if resume_step is None:
+        path.unlink()
+        return
+    kept = [row for row in _rows(path) if row["step"] <= resume_step]
+    write_atomic(path, "".join(dumps(row) + "\n" for row in kept))
+
+
+def _rows(path: str | Path) -> list[dict[str, Any]]:
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # the process was killed while it wrote this line
+    return rows
+
+
+def _start_wandb(output_dir: Path, project: str, run_name: str | None, config: dict, resumed: bool):
+    """A W&B run, or None with a warning; online, then offline, never a question."""
+    try:
+        import wandb
+
+        id_file = output_dir / "wandb_id"
+        known = id_file.read_text().strip() if resumed and id_file.exists() else None
+    except Exception as error:
+        _warn(f"W&B is off: {_first_line(error)}")
+        return None
+    asked = os.environ.get("WANDB_MODE", "").lower()
+    mode = asked or ("online" if _wandb_key() else "offline")
+    if mode == "online" and not _wandb_key():
+        _warn("WANDB_MODE=online, but no key in WANDB_API_KEY or netrc: W&B writes offline (send later: wandb sync)")
+        mode = "offline"
+    for attempt in dict.fromkeys([mode, "offline"]):
+        # the id of a run that failed to start stays in use: the second attempt takes a new one
+        run_id = known if known and attempt == mode else uuid.uuid4().hex[:8]
+        try:
+            run = wandb.init(
+                project=project,
+                name=run_name,
+                id=run_id,
+                resume="allow" if run_id == known and attempt == "online" else None,
+                dir=str(output_dir),
+                config=_jsonable(config),
+                mode=attempt,
+                settings=wandb.Settings(init_timeout=WANDB_INIT_SECONDS, console="off"),
+            )
+            id_file.write_text(run_id)
+            run.define_metric("*", step_metric="step")
+            return run
+        except Exception as error:
+            then = "writing offline (send later: wandb sync)" if attempt != "offline" else "going on without it"
+            _warn(f"W&B {attempt} failed ({_first_line(error)}); {then}")
+    return None
+
+
+def _wandb_key() -> bool:
+    """Whether a key is configured for the server, without asking anyone."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import netrc
+    from urllib.parse import urlsplit
+
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    for path in filter(None, [os.environ.get("NETRC"), "~/.netrc", "~/_netrc"]):
+        try:
+            if netrc.netrc(os.path.expanduser(path)).authenticators(host):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def _number(name: str, value: Any) -> float | int:
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"metric '{name}': expected a number, found {value!r}")
+    return value
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_jsonable(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _jsonable(value: Any) -> Any:
+    """`value` for JSON: numbers that are not finite become strings, arrays numbers, the rest text."""
+    if isinstance(value, dict):
+        return {str(k): _jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_jsonable(v) for v in value]
+    if hasattr(value, "tolist"):
+        return _jsonable(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
+
+
+def _cell(value: Any) -> Any:
+    return dumps(value) if isinstance(value, (dict, list, tuple)) else value
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02}m" if minutes >= 60 else f"{minutes}m{seconds:02}s"
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
