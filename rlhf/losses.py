@@ -1,0 +1,65 @@
+"""The two losses of PPO as functions of tensors.
+
+`count` is the number of true tokens of the whole step, over all micro-batches and ranks: each part brings its own
+sum divided by it, so that the parts add up to the mean.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf.tensors import masked_mean
+
+
+def policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_range: float,
+    count: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate of PPO, averaged over true tokens (Schulman et al. 2017, eq. 7).
+
+        L = -E[ min(r A, clip(r, 1 - e, 1 + e) A) ],    r = exp(logprobs - old_logprobs)
+
+    All inputs are (B, T); mask is True where the policy sampled the token. Returns the loss and its metrics:
+    ppo/clip_fraction (where the clipped branch was the smaller), ppo/approx_kl (k3 of new against old) and ppo/ratio.
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
+    ratio = log_ratio.exp()
+    unclipped = ratio * advantages
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    loss = -masked_mean(torch.minimum(unclipped, clipped), mask, count)
+    with torch.no_grad():
+        metrics = {
+            "ppo/clip_fraction": masked_mean((clipped < unclipped).to(ratio.dtype), mask, count),
+            "ppo/approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, mask, count),
+            "ppo/ratio": masked_mean(ratio, mask, count),
+        }
+    return loss, metrics
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    clip_range: float | None,
+    count: Tensor | float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped squared error of the critic, averaged over true tokens (Stiennon et al. 2020; 2403.17031, detail 13).
+
+        L = 1/2 E[ max((V - R)^2, (clip(V, V_old - e, V_old + e) - R)^2) ]
+
+    All inputs are (B, T); clip_range None leaves the plain squared error. Metric: value/clip_fraction.
+    """
+    squared = (values - returns) ** 2
+    if clip_range is None:
+        return 0.5 * masked_mean(squared, mask, count), {}
+    near = torch.minimum(torch.maximum(values, old_values - clip_range), old_values + clip_range)
+    squared_near = (near - returns) ** 2
+    with torch.no_grad():
+        fraction = masked_mean((squared_near > squared).to(values.dtype), mask, count)
+    return 0.5 * masked_mean(torch.maximum(squared, squared_near), mask, count), {"value/clip_fraction": fraction}
