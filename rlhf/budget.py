@@ -1,0 +1,59 @@
+"""What a run has cost, counted in the same words by every program: the `budget/*` metrics."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass
+class Budget:
+    """Counters over all ranks since the program began.
+
+    FLOPs are the usual estimate from the parameter count N without input embeddings (Kaplan et al. 2020, sec. 2.1):
+    2N for each token of a forward pass, 4N more for a backward pass. A frozen base saves the weights' half of it
+    (2N), since gradients still pass through to reach the adapters.
+    """
+
+    parameters: int
+    frozen_base: bool = True
+    episodes: int = 0
+    tokens_generated: int = 0
+    tokens_trained: int = 0
+    flops: float = 0.0
+    began: float = field(default_factory=time.monotonic)
+
+    def generate(self, episodes: int, prompt_tokens: int, response_tokens: int) -> None:
+        """Responses sampled from the policy; prompts are read once."""
+        self.episodes += episodes
+        self.tokens_generated += response_tokens
+        self.forward(prompt_tokens + response_tokens)
+
+    def forward(self, tokens: int) -> None:
+        """Tokens read without learning from them (scores, reference, values)."""
+        self.flops += 2.0 * self.parameters * tokens
+
+    def train(self, tokens: int) -> None:
+        """Tokens passed forward and backward."""
+        self.tokens_trained += tokens
+        self.flops += (4.0 if self.frozen_base else 6.0) * self.parameters * tokens
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            "budget/episodes": self.episodes,
+            "budget/tokens_generated": self.tokens_generated,
+            "budget/tokens_trained": self.tokens_trained,
+            "budget/flops": self.flops,
+            "budget/seconds": time.monotonic() - self.began,
+        }
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters that a token passes through: all but the input embeddings, the (tied) output head counted."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    total = sum(p.numel() for p in causal.parameters())
+    embeddings, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    tied = head is not None and head.weight is embeddings.weight
+    return total if tied else total - embeddings.weight.numel()

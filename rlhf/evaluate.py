@@ -1,0 +1,176 @@
+"""The one evaluation that every stage runs: same prompts, same sampling, same KL estimator, every scorer.
+
+The reference is where the stage started; for DPO and PPO that is the SFT policy, so their KL can be compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf.data.encode import decode_response
+from rlhf.data.records import Message, Samples, Scorer, digest
+from rlhf.distributed import World
+from rlhf.engines.hf import Sampling, generate, sample_key
+from rlhf.models import completion_batch, response_logprobs
+
+Context = Callable[[], AbstractContextManager]
+
+
+@dataclass
+class EvalRow:
+    """One sampled response of one policy."""
+
+    prompt: list[Message]
+    group: str
+    sample: int
+    response: str
+    length: int  # true tokens, the end token included
+    ended: bool
+    kl: float  # nats: sum over its tokens of log p - log p_reference, at the sampling temperature
+    scores: dict[str, float] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Evaluation:
+    """What to evaluate on: encoded prompts (see `encode_prompts`), sampling and scorer."""
+
+    prompts: list[dict[str, Any]]
+    tokenizer: Any
+    stop_ids: list[int]
+    sampling: Sampling
+    scorer: Scorer | None = None
+    samples_per_prompt: int = 1
+    seed: int = 0
+    batch_size: int = 64
+    plain_head: bool = True
+
+    def run(
+        self, model: nn.Module, policy: Context, reference: Context | nn.Module | None, world: World, progress=None
+    ) -> list[EvalRow]:
+        """Sample, score and measure; every rank takes its share and gets all rows back, in order.
+
+        `policy()` and `reference()` are contexts in which `model` is that policy (the reference may be a model of its
+        own); without a reference KL is NaN.
+        The noise depends on prompt and sample only, so that two policies or two steps meet the same luck.
+        """
+        wanted = [(row, s) for row in self.prompts for s in range(self.samples_per_prompt)]
+        mine = [wanted[i] for i in world.share(len(wanted))]
+        rows = self._rows(model, policy, reference, mine, progress) if mine else []
+        return world.gather(rows)
+
+    def _rows(self, model, policy, reference, wanted, progress) -> list[EvalRow]:
+        prompt_ids = [row["prompt_ids"] for row, _ in wanted]
+        keys = [sample_key(self.seed, 0, digest(str(row["prompt_ids"])), s) for row, s in wanted]
+        with policy():
+            done = generate(
+                model,
+                prompt_ids,
+                keys,
+                self.sampling,
+                self.stop_ids,
+                self.tokenizer.pad_token_id,
+                self.batch_size,
+                progress,
+            )
+        kl = self._sequence_kl(model, policy, reference, prompt_ids, done.response_ids)
+        samples = to_samples(
+            [row["record"] for row, _ in wanted], prompt_ids, done.response_ids, done.ended, self.tokenizer
+        )
+        scores = self.scorer(samples) if self.scorer else None
+        rows = []
+        for i, (row, sample) in enumerate(wanted):
+            named = {name: float(values[i]) for name, values in scores.breakdown.items()} if scores else {}
+            rows.append(
+                EvalRow(
+                    prompt=row["record"].prompt,
+                    group=row["record"].group,
+                    sample=sample,
+                    response=samples.responses[i],
+                    length=len(done.response_ids[i]),
+                    ended=done.ended[i],
+                    kl=kl[i],
+                    scores=named,
+                    metadata=samples.metadata[i],
+                )
+            )
+        return rows
+
+    @torch.no_grad()
+    def _sequence_kl(self, model, policy, reference, prompt_ids, response_ids) -> list[float]:
+        if reference is None:
+            return [math.nan] * len(prompt_ids)
+        device = next(model.parameters()).device
+        temperature = self.sampling.temperature or 1.0
+        result = []
+        was_training = model.training
+        model.eval()
+        for start in range(0, len(prompt_ids), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            ids, attention, positions, responses, mask = completion_batch(
+                prompt_ids[part], response_ids[part], self.tokenizer.pad_token_id, device
+            )
+            inputs = (ids, attention, positions, responses, temperature, self.plain_head)
+            with policy():
+                logprobs, _ = response_logprobs(model, *inputs)
+            with nullcontext() if isinstance(reference, nn.Module) else reference():
+                other = reference if isinstance(reference, nn.Module) else model
+                reference_logprobs, _ = response_logprobs(other, *inputs)
+            result += torch.where(mask, logprobs - reference_logprobs, 0.0).sum(-1).tolist()
+        model.train(was_training)
+        return result
+
+
+def to_samples(records: list, prompt_ids, response_ids, ended, tokenizer) -> Samples:
+    """What scorers receive, from encoded prompts and sampled ids."""
+    return Samples(
+        prompts=[r.prompt for r in records],
+        responses=[decode_response(tokenizer, ids) for ids in response_ids],
+        prompt_ids=prompt_ids,
+        response_ids=response_ids,
+        ended=ended,
+        metadata=[{**r.metadata, "group": r.group, **({"voice": r.voice} if r.voice else {})} for r in records],
+    )
+
+
+def summarise(rows: list[EvalRow], prefix: str = "eval/") -> dict[str, float]:
+    """Means over responses under the names that all stages share; a standard error for the sequence KL."""
+    if not rows:
+        return {}
+    n = len(rows)
+    metrics = {
+        f"{prefix}response/length": sum(r.length for r in rows) / n,
+        f"{prefix}response/ended": sum(r.ended for r in rows) / n,
+    }
+    for name in rows[0].scores:
+        applies = [r.scores[name] for r in rows if not math.isnan(r.scores[name])]  # NaN: a part that does not apply
+        metrics[f"{prefix}score/{name}"] = sum(applies) / len(applies) if applies else math.nan
+    kl = [r.kl for r in rows]
+    if not math.isnan(kl[0]):
+        mean = sum(kl) / n
+        metrics[f"{prefix}kl/sequence"] = mean
+        metrics[f"{prefix}kl/token"] = sum(kl) / sum(r.length for r in rows)
+        if n > 1:
+            metrics[f"{prefix}kl/sequence_se"] = math.sqrt(sum((k - mean) ** 2 for k in kl) / (n - 1) / n)
+    return metrics
+
+
+def sample_table(rows: list[EvalRow], count: int = 8) -> list[dict[str, Any]]:
+    """The first rows as a table of prompt, response and scores, for the tracker."""
+    return [
+        {
+            "prompt": row.prompt[-1]["content"],
+            "response": row.response,
+            "ended": row.ended,
+            "kl": round(row.kl, 4),
+            **{f"score/{k}": round(v, 4) for k, v in row.scores.items()},
+        }
+        for row in rows[:count]
+    ]

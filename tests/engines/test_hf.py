@@ -1,0 +1,92 @@
+import math
+
+import pytest
+import torch
+
+from rlhf.engines.hf import Sampling, draw, generate, gumbel, restrict, sample_key
+from rlhf.models import load_foundation
+
+
+@pytest.fixture(scope="module")
+def foundation(base_path):
+    return load_foundation(base_path)
+
+
+PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]
+
+
+def run(foundation, prompts=PROMPTS, keys=(1, 2, 3), sampling=None, **more):
+    sampling = sampling or Sampling(max_new_tokens=12)
+    stops = [foundation.tokenizer.eos_token_id]
+    return generate(foundation.model, prompts, list(keys), sampling, stops, foundation.tokenizer.pad_token_id, **more)
+
+
+def test_greedy_is_what_transformers_generates(foundation):
+    done = run(foundation, sampling=Sampling(max_new_tokens=12, temperature=0))
+    for prompt, response in zip(PROMPTS, done.response_ids, strict=True):
+        ids = foundation.model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=foundation.tokenizer.eos_token_id,
+            pad_token_id=foundation.tokenizer.pad_token_id,
+        )
+        assert response == ids[0, len(prompt) :].tolist()
+
+
+def test_a_sample_depends_on_its_key_alone_not_on_its_batch(foundation):
+    together = run(foundation).response_ids
+    alone = [run(foundation, [p], [k]).response_ids[0] for p, k in zip(PROMPTS, (1, 2, 3), strict=True)]
+    assert together == alone
+    assert run(foundation, PROMPTS[::-1], (3, 2, 1)).response_ids == together[::-1]
+    assert run(foundation, batch_size=2).response_ids == together
+    assert run(foundation, keys=(4, 5, 6)).response_ids != together
+
+
+def test_responses_stop_at_the_stop_token_and_say_so(foundation):
+    free = run(foundation, keys=(7, 8, 9)).response_ids
+    stop = free[0][3]
+    done = generate(foundation.model, PROMPTS, [7, 8, 9], Sampling(max_new_tokens=12), [stop], 0)
+    assert done.response_ids[0] == free[0][: free[0].index(stop) + 1] and done.ended[0]
+    for row, ended in zip(done.response_ids, done.ended, strict=True):
+        assert ended == (row[-1] == stop) and stop not in row[:-1] and len(row) <= 12
+
+
+def test_logprobs_are_those_of_a_full_forward_pass(foundation):
+    sampling = Sampling(max_new_tokens=6, temperature=0.7)
+    done = run(foundation, sampling=sampling)
+    for prompt, response, logprobs in zip(PROMPTS, done.response_ids, done.logprobs, strict=True):
+        logits = foundation.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
+        expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-5, rtol=0)
+
+
+def test_gumbel_noise_draws_from_the_softmax():
+    # p = (1/2, 1/3, 1/6); 20,000 draws: standard errors below 0.0036, so five of them are 0.018
+    logits = torch.tensor([0.5, 1 / 3, 1 / 6]).log().expand(20_000, 3)
+    keys = torch.tensor([sample_key(0, 0, "p", s) for s in range(20_000)])
+    tokens, logprobs = draw(logits, keys, 0, Sampling())
+    shares = torch.bincount(tokens, minlength=3) / 20_000
+    torch.testing.assert_close(shares, torch.tensor([0.5, 1 / 3, 1 / 6]), atol=0.018, rtol=0)
+    assert math.isclose(logprobs[tokens == 2][0].item(), math.log(1 / 6), abs_tol=1e-6)
+
+
+def test_gumbel_noise_has_the_moments_of_a_gumbel_and_no_correlation():
+    # mean = Euler's 0.57722, variance = pi^2 / 6; over positions, rows and columns alike
+    keys = torch.tensor([sample_key(1, 2, "x", s) for s in range(300)])
+    noise = torch.stack([gumbel(keys, t, 300) for t in range(4)])
+    n = noise.numel()
+    assert abs(noise.mean().item() - 0.57722) < 5 * math.sqrt(1.645 / n)
+    assert abs(noise.var().item() - math.pi**2 / 6) < 0.03
+    for a, b in ((noise[0], noise[1]), (noise[0, :-1], noise[0, 1:]), (noise[0][:, :-1], noise[0][:, 1:])):
+        correlation = torch.corrcoef(torch.stack([a.reshape(-1), b.reshape(-1)]))[0, 1]
+        assert abs(correlation.item()) < 5 / math.sqrt(a.numel())
+
+
+def test_top_k_and_top_p():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    assert torch.isfinite(restrict(logits, 2, 1.0)).tolist() == [[True, True, False, False]]
+    # top_p 0.6: 0.5 does not reach it, 0.8 does
+    assert torch.isfinite(restrict(logits, 0, 0.6)).tolist() == [[True, True, False, False]]
+    assert torch.isfinite(restrict(logits, 0, 0.5)).tolist() == [[True, False, False, False]]
