@@ -1,0 +1,190 @@
+"""Prompts -> completions -> scores -> log-probabilities and values: one rollout, the same on every rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.config import UserError
+from rlhf.data.records import Samples, Scorer, digest
+from rlhf.distributed import World
+from rlhf.engines.hf import Completions, Sampling, sample_key
+from rlhf.evaluate import to_samples
+from rlhf.models import completion_batch
+from rlhf.roles import Roles
+
+Engine = Callable[..., Completions]  # as rlhf.engines.hf.generate
+
+
+@dataclass
+class Rollout:
+    """N responses of the policy, whole on every rank. (N, T) tensors are aligned on response tokens.
+
+    `batch` holds what a forward pass reads: ids and attention (N, L), positions, responses and mask (N, T).
+    """
+
+    batch: dict[str, Tensor]
+    logprobs: Tensor  # (N, T) of the policy that sampled, by the learner's own forward pass
+    ref_logprobs: Tensor  # (N, T)
+    values: Tensor  # (N, T) of the state before each token
+    entropy: Tensor  # (N, T)
+    scores: Tensor  # (N,) after the EOS rule
+    ended: Tensor  # (N,) bool
+    group_index: Tensor  # (N,) which prompt of the rollout a response answers
+    breakdown: dict[str, list[float]]
+    samples: Samples
+    seconds: dict[str, float] = field(default_factory=dict)
+    logprob_gap: float = 0.0  # mean |engine's - learner's| log-probability of a true token
+
+    @property
+    def mask(self) -> Tensor:
+        return self.batch["mask"]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def collect(
+    roles: Roles,
+    prompts: list[dict[str, Any]],
+    engine: Engine,
+    scorer: Scorer,
+    world: World,
+    *,
+    tokenizer: Any,
+    stop_ids: list[int],
+    sampling: Sampling,
+    seed: int,
+    step: int,
+    samples_per_prompt: int = 1,
+    missing_eos_score: float | None = None,
+    micro_batch_size: int = 8,
+    gathered: Callable[[], Any],
+) -> Rollout:
+    """Sample `samples_per_prompt` responses to each prompt with the policy and measure them in every role.
+
+    Each rank handles its share; ids are gathered before the forward passes, so that all of them have one width and
+    the first ratio of learning is exactly 1. A response that did not end scores `missing_eos_score` instead.
+    Raises UserError when the scorer's numbers cannot be used.
+    """
+    seconds: dict[str, float] = {}
+    wanted = [(i, s) for i in range(len(prompts)) for s in range(samples_per_prompt)]
+    keys = sample_keys(prompts, samples_per_prompt, seed, step)
+    mine = [wanted[i] for i in world.share(len(wanted))]
+    began = time.monotonic()
+    with gathered(), roles.use("policy"):
+        done = engine(
+            roles.trunk,
+            [prompts[i]["prompt_ids"] for i, _ in mine],
+            [keys[i] for i in world.share(len(wanted))],
+            sampling,
+            stop_ids,
+            tokenizer.pad_token_id,
+        )
+    seconds["time/generate"] = time.monotonic() - began
+
+    samples = to_samples(
+        [prompts[i]["record"] for i, _ in mine],
+        [prompts[i]["prompt_ids"] for i, _ in mine],
+        done.response_ids,
+        done.ended,
+        tokenizer,
+    )
+    began = time.monotonic()
+    local = scorer(samples) if mine else None
+    seconds["time/score"] = time.monotonic() - began
+    fields = ("prompts", "responses", "prompt_ids", "response_ids", "ended", "metadata")
+    samples = Samples(**{name: world.gather(getattr(samples, name)) for name in fields})
+    total = world.gather(list(local.total) if local else [])
+    parts = world.gather([{k: v[i] for k, v in local.breakdown.items()} for i in range(len(mine))] if local else [])
+    engine_logprobs = world.gather(done.logprobs)
+
+    began = time.monotonic()
+    columns = completion_batch(samples.prompt_ids, samples.response_ids, tokenizer.pad_token_id, world.device)
+    batch = dict(zip(("ids", "attention", "positions", "responses", "mask"), columns, strict=True))
+    rows = world.share(len(samples))
+    measured = measure(roles, batch, rows, micro_batch_size, sampling.temperature)
+    measured = [torch.cat(world.gather([m.cpu()])).to(world.device) for m in measured]
+    mask = batch["mask"]
+    logprobs, entropy, ref_logprobs, values = (torch.where(mask, m, torch.zeros_like(m)) for m in measured)
+    seconds["time/forward"] = time.monotonic() - began
+
+    seen = torch.zeros_like(logprobs)
+    for row, numbers in enumerate(engine_logprobs):
+        seen[row, : len(numbers)] = torch.tensor(numbers, dtype=seen.dtype)
+    gap = float((torch.where(mask, seen - logprobs, torch.zeros_like(seen)).abs().sum() / mask.sum()).item())
+
+    ended = torch.tensor(samples.ended, device=world.device)
+    scores = torch.tensor(total, dtype=values.dtype, device=world.device)
+    if not bool(torch.isfinite(scores).all()):
+        bad = int((~torch.isfinite(scores)).nonzero()[0])
+        raise UserError(f"the score of a response is {total[bad]}: prompt {samples.prompts[bad][-1]['content']!r}")
+    if missing_eos_score is not None:
+        scores = torch.where(ended, scores, torch.full_like(scores, missing_eos_score))
+    return Rollout(
+        batch=batch,
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        entropy=entropy,
+        scores=scores,
+        ended=ended,
+        group_index=torch.tensor([i for i, _ in wanted], device=world.device),
+        breakdown={name: [p[name] for p in parts] for name in (parts[0] if parts else {})},
+        samples=samples,
+        seconds=seconds,
+        logprob_gap=gap,
+    )
+
+
+def sample_keys(prompts: list[dict[str, Any]], samples_per_prompt: int, seed: int, step: int) -> list[int]:
+    """One noise key a response, samples of a prompt together; a prompt that comes twice gets fresh samples."""
+    keys, seen = [], {}
+    for row in prompts:
+        name = digest(str(row["prompt_ids"]))
+        first = seen.get(name, 0)
+        keys += [sample_key(seed, step, name, first + s) for s in range(samples_per_prompt)]
+        seen[name] = first + samples_per_prompt
+    return keys
+
+
+@torch.no_grad()
+def measure(roles: Roles, batch: dict[str, Tensor], rows: range, micro_batch_size: int, temperature: float):
+    """(log-probabilities, entropy, reference log-probabilities, values) of these rows, each (len(rows), T)."""
+    policy, entropy, reference, values = [], [], [], []
+    for start in range(rows.start, rows.stop, micro_batch_size):
+        part = {k: v[start : min(start + micro_batch_size, rows.stop)] for k, v in batch.items()}
+        with roles.use("policy"):
+            logprobs, bits = roles.logprobs(part, temperature)
+        policy.append(logprobs)
+        entropy.append(bits)
+        with roles.use("reference"):
+            reference.append(roles.logprobs(part, temperature)[0])
+        with roles.use("value"):
+            values.append(roles.values(part))
+    if not policy:
+        return [batch["mask"].new_zeros((0, batch["mask"].shape[1]), dtype=torch.float32)] * 4
+    return [torch.cat(parts) for parts in (policy, entropy, reference, values)]
+
+
+def role_scorer(roles: Roles, pad_id: int, batch_size: int = 32, name: str = "reward") -> Scorer:
+    """The reward role as a scorer: reads the ids that were sampled, as the reward model read them in training."""
+    from rlhf.data.records import Scores
+
+    @torch.no_grad()
+    def score(samples: Samples) -> Scores:
+        device = next(roles.parameters()).device
+        totals: list[float] = []
+        for start in range(0, len(samples), batch_size):
+            part = slice(start, start + batch_size)
+            ids, attention, *_ = completion_batch(samples.prompt_ids[part], samples.response_ids[part], pad_id, device)
+            with roles.use("reward"):
+                totals += roles.scores(ids, attention).tolist()
+        return Scores(totals, {name: totals})
+
+    return score

@@ -1,0 +1,243 @@
+import copy
+import math
+
+import pytest
+import torch
+
+from rlhf.budget import Budget
+from rlhf.config import UserError
+from rlhf.data.records import Prompt, Scores
+from rlhf.distributed import World
+from rlhf.engines.hf import Sampling, generate, sample_key
+from rlhf.models import load_foundation, lora_config
+from rlhf.ppo import PPOConfig, PPOTrainer, micro_batches, permutation
+from rlhf.roles import Roles
+
+
+def prompt(text):
+    return {
+        "prompt_ids": [5 + ord(c) % 200 for c in text],
+        "record": Prompt(prompt=[{"role": "user", "content": text}]),
+    }
+
+
+PROMPTS = [prompt(t) for t in ("one", "three", "seventeen", "a", "of it", "many things", "yes", "no")]
+
+
+def config(**more):
+    values = {
+        "model_name_or_path": "x",
+        "data": ["x"],
+        "output_dir": "x",
+        "reward": [{"model": "x"}],
+        "rollout_batch_size": 8,
+        "total_episodes": 32,
+        "per_device_train_batch_size": 4,
+        "num_ppo_epochs": 2,
+        "num_mini_batches": 2,
+        "max_response_length": 6,
+        "learning_rate": 1e-2,
+    }
+    return PPOConfig(**(values | more))
+
+
+def by_length(samples):
+    totals = [float(len(ids)) for ids in samples.response_ids]
+    return Scores(totals, {"length": totals})
+
+
+def trainer(path, options=None, scorer=by_length, prompts=PROMPTS, reward=None, dtype="float32"):
+    options = options or config()
+    torch.manual_seed(options.seed)
+    foundation = load_foundation(path, dtype)
+    roles = Roles(foundation, lora_config(r=4), reward)
+    tokenizer = foundation.tokenizer
+    return PPOTrainer(
+        options, roles, scorer, prompts, tokenizer, [tokenizer.eos_token_id], World(), Budget(parameters=1)
+    )
+
+
+def test_before_the_first_update_kl_is_zero_and_the_ratio_is_one(sft_path, reward_path):
+    learner = trainer(sft_path, reward=reward_path)
+    metrics, rollout = learner.step(0)
+    assert metrics["kl/sequence"] == 0.0 and metrics["kl/k3"] == 0.0
+    assert metrics["ppo/ratio_first"] == 1.0
+    assert metrics["rollout/logprob_gap"] < 1e-5
+    assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+    later, _ = learner.step(1)
+    assert later["kl/sequence"] != 0.0 and later["ppo/ratio_first"] == 1.0
+
+
+def test_only_policy_and_critic_move(sft_path, reward_path):
+    learner = trainer(sft_path, reward=reward_path)
+    before = {n: p.detach().clone() for n, p in learner.roles.named_parameters()}
+    learner.step(0)
+    moved = {n for n, p in learner.roles.named_parameters() if not torch.equal(p, before[n])}
+    assert any(".policy." in n for n in moved) and any(".value." in n for n in moved)
+    assert "heads.value.weight" in moved and "heads.value.bias" in moved
+    assert all(".policy." in n or ".value." in n or n.startswith("heads.value.") for n in moved)
+
+
+def test_the_same_seed_gives_the_same_run_to_the_last_bit(sft_path, reward_path):
+    runs = []
+    for _ in range(2):
+        learner = trainer(sft_path, reward=reward_path)
+        rows = [learner.step(s) for s in range(2)]
+        metrics = [{k: v for k, v in m.items() if not k.startswith("time/")} for m, _ in rows]
+        runs.append((metrics, [r.samples.response_ids for _, r in rows], learner.learner.state_dict()))
+    assert runs[0][0] == runs[1][0] and runs[0][1] == runs[1][1]
+    assert all(torch.equal(runs[0][2][n], runs[1][2][n]) for n in runs[0][2])
+
+
+def test_another_seed_samples_otherwise(sft_path):
+    _, first = trainer(sft_path).step(0)
+    _, second = trainer(sft_path, config(seed=1)).step(0)
+    assert sorted(first.samples.response_ids) != sorted(second.samples.response_ids)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float64", 1e-10), ("float32", 1e-4)])
+def test_eight_micro_batches_of_one_equal_one_of_eight(sft_path, reward_path, dtype, tolerance):
+    learned = {}
+    for size in (1, 8):
+        learner = trainer(sft_path, config(per_device_train_batch_size=size), reward=reward_path, dtype=dtype)
+        metrics, _ = learner.step(0)
+        learned[size] = (metrics["loss/policy"], metrics["loss/value"], metrics["grad/norm"])
+    for one, eight in zip(learned[1], learned[8], strict=True):
+        assert math.isclose(one, eight, rel_tol=tolerance, abs_tol=tolerance)
+
+
+def first_token_probabilities(model):
+    with torch.no_grad():
+        return torch.softmax(model(torch.tensor([PROMPTS[0]["prompt_ids"]])).logits[0, -1], -1)
+
+
+def bandit(path, good, **more):
+    """A learner for episodes of one token: reward 1 for `good`, 0 else."""
+
+    def scorer(samples):
+        return Scores([float(ids[0] == good) for ids in samples.response_ids])
+
+    options = config(
+        max_response_length=1, num_mini_batches=1, missing_eos_score=None, gae_lambda=1.0,
+        per_device_train_batch_size=more["rollout_batch_size"], **more,
+    )  # fmt: skip
+    return trainer(path, options, scorer, PROMPTS[:1])
+
+
+def test_a_bandit_with_a_known_optimum_is_learnt(base_path):
+    """Without KL the optimum is p(good) = 1; it starts near 0.06."""
+    good = int(first_token_probabilities(load_foundation(base_path).model).argsort(descending=True)[1])
+    learner = bandit(
+        base_path, good, rollout_batch_size=64, total_episodes=640, num_ppo_epochs=4, kl_coef=0.0, learning_rate=3e-3
+    )
+    scores = [learner.step(step)[0]["score/total"] for step in range(10)]
+    assert scores[0] < 0.2 and scores[-1] > 0.95
+
+
+def test_a_kl_penalty_holds_the_bandit_at_the_tilted_optimum(base_path):
+    """With KL weight b the optimum is p*(a) = p_ref(a) exp(r(a) / b) / Z (Rafailov et al. 2023, eq. 4)."""
+    p_ref = first_token_probabilities(load_foundation(base_path).model)
+    good = int(p_ref.argsort(descending=True)[1])
+    odds = float(p_ref[good]) * math.exp(1 / 0.5)
+    target = odds / (odds + 1 - float(p_ref[good]))
+    learner = bandit(
+        base_path, good, rollout_batch_size=256, total_episodes=256 * 50, num_ppo_epochs=2, kl_coef=0.5,
+        learning_rate=3e-3,
+    )  # fmt: skip
+    for step in range(50):
+        learner.step(step)
+    with learner.roles.use("policy"):
+        p = first_token_probabilities(learner.roles.trunk)
+    assert 0.3 < target < 0.37 and float(p_ref[good]) < 0.07
+    assert abs(float(p[good]) - target) < 0.08
+
+
+def test_the_same_prompt_twice_in_a_rollout_gets_two_samples(base_path):
+    _, rollout = trainer(base_path, config(rollout_batch_size=8), prompts=PROMPTS[:2]).step(0)
+    assert len({tuple(ids) for ids in rollout.samples.response_ids}) > 2
+
+
+def test_a_response_that_does_not_end_scores_the_eos_penalty(sft_path):
+    metrics, rollout = trainer(sft_path, config(missing_eos_score=-7.0)).step(0)
+    for score, ended, ids in zip(rollout.scores, rollout.ended, rollout.samples.response_ids, strict=True):
+        assert float(score) == (float(len(ids)) if ended else -7.0)
+    assert 0 < metrics["response/ended"] < 1 or not bool(rollout.ended.any())
+    # the score stands on the last sampled token, which is terminal: the return there is score - kl (0) alone
+    assert math.isclose(metrics["score/total"], float(rollout.scores.mean()), abs_tol=1e-6)
+
+
+def test_score_nan_is_stopped_with_its_prompt(sft_path):
+    def broken(samples):
+        return Scores([float("nan")] * len(samples))
+
+    with pytest.raises(UserError, match=r"nan: prompt '"):
+        trainer(sft_path, scorer=broken).step(0)
+
+
+def test_linear_schedule_and_own_rate_of_the_critic(sft_path):
+    learner = trainer(sft_path, config(value_learning_rate=0.5))
+    assert learner.learning_rates(0) == [0.01, 0.5]
+    assert learner.learning_rates(3) == [0.0025, 0.125]
+
+
+def test_prompts_come_in_shuffled_passes(sft_path):
+    learner = trainer(sft_path, config(rollout_batch_size=4, total_episodes=16))
+    seen = [p["record"].prompt[0]["content"] for s in range(4) for p in learner.prompts_of(s)]
+    every = sorted(p["record"].prompt[0]["content"] for p in PROMPTS)
+    assert sorted(seen[:8]) == every and sorted(seen[8:]) == every and seen[:8] != seen[8:]
+
+
+def test_samples_per_prompt_share_a_group(sft_path):
+    _, rollout = trainer(sft_path, config(samples_per_prompt=4)).step(0)
+    assert rollout.group_index.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert len({tuple(p) for p in rollout.samples.prompt_ids}) == 2
+
+
+def test_micro_batches_cover_each_row_once_and_in_step():
+    rows = torch.arange(7)
+    parts = [micro_batches(rows, World(rank=r, size=2), 2) for r in range(2)]
+    assert [len(p) for p in parts] == [2, 2]  # ranks have 3 and 4 rows: both do two backward passes
+    assert sorted(torch.cat([part for p in parts for part, _ in p]).tolist()) == list(range(7))
+    assert [last for _, last in parts[0]] == [False, True]
+
+
+def test_permutation_depends_on_its_key_alone():
+    assert torch.equal(permutation(50, 1, 2), permutation(50, 1, 2))
+    assert not torch.equal(permutation(50, 1, 2), permutation(50, 2, 1))
+
+
+@pytest.mark.parametrize(
+    "wrong,word",
+    [
+        ({"samples_per_prompt": 3}, "no multiple"),
+        ({"total_episodes": 4}, "less than one rollout"),
+        ({"reward": []}, "names no scorer"),
+        ({"kl_target": -1.0}, "kl_target"),
+        ({"num_mini_batches": 9}, "minibatches"),
+    ],
+)
+def test_impossible_combinations_are_refused(wrong, word):
+    with pytest.raises(UserError, match=word):
+        config(**wrong).validate()
+
+
+def test_rollout_is_the_same_whatever_the_micro_batch(sft_path):
+    one = trainer(sft_path, config(per_device_train_batch_size=1)).step(0)[1]
+    eight = trainer(sft_path, config(per_device_train_batch_size=8)).step(0)[1]
+    assert one.samples.response_ids == eight.samples.response_ids
+    torch.testing.assert_close(one.logprobs, eight.logprobs, atol=1e-6, rtol=0)
+
+
+def test_an_engine_is_any_function_that_samples(sft_path):
+    calls = []
+
+    def engine(model, prompt_ids, keys, sampling, stop_ids, pad_id):
+        calls.append(copy.copy(sampling))
+        return generate(model, prompt_ids, keys, sampling, stop_ids, pad_id)
+
+    learner = trainer(sft_path)
+    learner.engine = engine
+    learner.step(0)
+    assert calls == [Sampling(max_new_tokens=6, temperature=1.0)] and sample_key(0, 0, "a", 0) != sample_key(
+        0, 1, "a", 0
+    )
