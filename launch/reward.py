@@ -1,0 +1,147 @@
+"""The reward model: learn from pairs which of two answers people prefer.
+
+    deepspeed launch/reward.py --config configs/reward.yaml [--option value ...]
+
+Starts from the SFT adapter with a fresh score head; ends with a report card on the held-out pairs and scores shifted
+so that reference answers score 0 on average.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where this file would shadow the package
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rlhf.config import UserError, option, parse, program
+from rlhf.data.records import Instruction, Preference
+from rlhf.stages import RunConfig, TrainerConfig, begin
+
+FEW = 256  # training pairs to normalise on where nothing is held out
+
+
+@dataclass(kw_only=True)
+class RewardRunConfig(TrainerConfig, RunConfig):
+    """Bradley-Terry reward model on preference pairs, judged on held-out pairs; it samples nothing."""
+
+    learning_rate: float = option(1e-4, "peak step size of AdamW; about a tenth of it for whole models")
+    center_rewards_coefficient: float = option(
+        0.01, "weight of (r_chosen + r_rejected)^2, which keeps scores around 0; 0: off"
+    )
+    label_smoothing: float = option(0.0, "probability that a label is wrong, for pairs without a label_prob")
+    normalise: Literal["mean", "mean_std", "none"] = option(
+        "mean", "after training, shift scores so that reference answers have mean 0 (mean_std: and deviation 1)"
+    )
+    reference_data: list[str] | None = option(
+        None, "instructions whose answers are the reference; default: the chosen answers of the held-out pairs"
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if self.center_rewards_coefficient < 0:
+            raise UserError(f"'center_rewards_coefficient' is {self.center_rewards_coefficient}, expected 0 or more")
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"'label_smoothing' is {self.label_smoothing}, expected 0 up to, not including, 0.5")
+
+
+@program
+def main(argv: list[str] | None = None) -> None:
+    config = parse(RewardRunConfig, argv)
+    run = begin("reward", config)
+
+    from datasets import Dataset
+    from trl import RewardConfig
+
+    from reward.model import normalisation, trainable_reward, write_reward
+    from reward.trainer import PairCollator, RewardTrainer, pair_rows
+    from rlhf import stages
+    from rlhf.budget import Budget, count_parameters
+    from rlhf.data.encode import encode_instructions, encode_preferences
+    from rlhf.tracking import trainer_callback
+
+    foundation = stages.load_start(run)
+    tokenizer, limits = foundation.tokenizer, (config.max_prompt_length, config.max_response_length)
+    train, held_out = (
+        encode_preferences(run.load(Preference, split), tokenizer, *limits) for split in ("train", "validation")
+    )
+    answers = run.load(Instruction, "validation", config.reference_data) if config.reference_data else []
+    answers = [row["input_ids"] for row in encode_instructions(answers, tokenizer, *limits)]
+    run.say(f"{len(train)} training pairs, {len(held_out)} held out")
+
+    model = trainable_reward(foundation, stages.new_lora(config, "SEQ_CLS"), config.seed)
+    budget = Budget(count_parameters(model), frozen_base=hasattr(model, "peft_config"))
+    trainer = RewardTrainer(
+        model=model,
+        args=stages.trl_arguments(RewardConfig, run, center_rewards_coefficient=config.center_rewards_coefficient),
+        data_collator=PairCollator(tokenizer.pad_token_id),
+        train_dataset=Dataset.from_list(pair_rows(train)),
+        eval_dataset=Dataset.from_list(pair_rows(held_out)) if held_out else None,
+        processing_class=tokenizer,
+        callbacks=[stages.sampling_callback(run, None, None, None, budget), trainer_callback(run.tracker, "reward")],
+        label_smoothing=config.label_smoothing,
+    )
+    stages.attach(trainer, budget)
+
+    trainer.train()
+
+    chosen, rejected, references = score(run, trainer, pair_rows(held_out or train[:FEW]), answers)
+    bias, scale = normalisation(references or chosen, config.normalise)
+    stages.save_policy(run, trainer.model, foundation)
+    headline = report(run, held_out, chosen, rejected, trainer.state.global_step) if held_out else {}
+    if run.world.is_main:
+        of = "reference_data" if references else f"{'held-out' if held_out else 'training'} chosen responses"
+        facts = {"base_fingerprint": foundation.fingerprint, "normalise": config.normalise, "mean_0_on": of}
+        write_reward(config.output_dir, bias, scale, **facts)
+    run.finish(headline, stages.total_budget(budget, run.world), normalisation={"bias": bias, "scale": scale})
+
+
+def score(run, trainer, pairs: list[dict], answers: list[list[int]]) -> list[list[float]]:
+    """Raw scores of the chosen, the rejected and the reference rows; each rank scores its share and gets all."""
+    from reward.model import raw_scores
+    from rlhf.distributed import gathered
+
+    rows = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs] + answers
+    mine = [rows[i] for i in run.world.share(len(rows))]
+    with gathered(trainer.model):
+        size, pad_id = 2 * run.config.per_device_train_batch_size, trainer.processing_class.pad_token_id
+        scores = run.world.gather(raw_scores(trainer.model, mine, pad_id, size))
+    n = len(pairs)
+    return [scores[:n], scores[n : 2 * n], scores[2 * n :]]
+
+
+def report(run, held_out: list[dict], chosen: list[float], rejected: list[float], step: int) -> dict[str, float]:
+    """Write the report card, log its numbers, and return the headline."""
+    import torch
+
+    from reward.card import report_card, write_card
+    from reward.objective import reward_loss
+    from reward.trainer import EXTRAS, pair_rows
+
+    lengths = [[len(row[side]) for row in held_out] for side in ("chosen_ids", "rejected_ids")]
+    name = Path(run.config.output_dir).name
+    card = report_card([row["record"] for row in held_out], chosen, rejected, *lengths, title=name)
+    rows = pair_rows(held_out)
+    extras = {name: torch.tensor([row[name] for row in rows]) for name in EXTRAS if name in rows[0]}
+    loss, metrics = reward_loss(
+        torch.tensor(chosen),
+        torch.tensor(rejected),
+        **extras,
+        label_smoothing=run.config.label_smoothing,
+        center_coefficient=run.config.center_rewards_coefficient,
+    )
+    logged = {"eval/loss/total": loss.item()}
+    logged |= {f"eval/reward/{k}": v.item() for k, v in metrics.items() if k != "reward"}
+    logged["eval/reward/mean"] = metrics["reward"].item()
+    run.tracker.log(logged, step)
+    if run.world.is_main:
+        run.say(f"report card: {write_card(card, run.config.output_dir)}")
+    accuracy, calibration = card["accuracy"], card["calibration"]
+    headline = {f"eval/reward/accuracy_{end}": accuracy[end] for end in ("low", "high") if accuracy[end] is not None}
+    headline |= {"eval/reward/groups": accuracy["n"], "eval/reward/ece": calibration["ece"]}
+    headline |= {"eval/reward/brier": calibration["brier"]}
+    return {**logged, **headline, "eval/reward/length_baseline": card["length"]["baseline"]["accuracy"]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Supervised fine-tuning: imitate answers, and begin every later stage from the result.
+
+deepspeed launch/sft.py --config configs/sft.yaml [--option value ...]
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where reward.py would shadow the package
+
+from dataclasses import dataclass
+
+from rlhf.config import UserError, option, parse, program
+from rlhf.data.records import Instruction
+from rlhf.stages import SamplingConfig, TrainerConfig, begin
+
+
+@dataclass(kw_only=True)
+class SFTRunConfig(TrainerConfig, SamplingConfig):
+    """Supervised fine-tuning on instructions; the loss is on the response and its EOS."""
+
+    learning_rate: float = option(2e-4, "peak step size of AdamW")
+    merge: bool = option(False, "save whole weights with the adapter merged in, instead of the adapter")
+
+    def validate(self) -> None:
+        super().validate()
+        if self.merge and not self.use_peft:
+            raise UserError("'merge' is true but 'use_peft' is false: there is no adapter to merge")
+
+
+@program
+def main(argv: list[str] | None = None) -> None:
+    config = parse(SFTRunConfig, argv)
+    run = begin("sft", config)
+
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from reward.compose import build_scorer
+    from rlhf import stages
+    from rlhf.budget import Budget, count_parameters
+    from rlhf.data.encode import encode_instructions
+    from rlhf.models import trainable_policy
+    from rlhf.tracking import trainer_callback
+
+    foundation = stages.load_start(run)
+    limits = (config.max_prompt_length, config.max_response_length)
+    train, held_out = (
+        encode_instructions(run.load(Instruction, split), foundation.tokenizer, *limits)
+        for split in ("train", "validation")
+    )
+    if not train:
+        raise UserError(f"{', '.join(config.data)}: no training rows")
+    run.say(f"{len(train)} training rows, {len(held_out)} held out")
+
+    scorer = build_scorer(config.eval_scorers, foundation.tokenizer) if config.eval_scorers else None
+    evaluate = stages.evaluation(run, foundation, scorer)
+    model = trainable_policy(foundation, stages.new_lora(config))
+    if foundation.adapter_path:
+        stages.frozen_copy(model, "reference")
+    budget = Budget(count_parameters(model), frozen_base=config.use_peft)
+    sampler = stages.sampling_callback(run, evaluate, stages.no_context, stages.reference_context(model), budget)
+    trainer = SFTTrainer(
+        model=model,
+        args=stages.trl_arguments(SFTConfig, run),
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(held_out) if held_out else None,
+        processing_class=foundation.tokenizer,
+        callbacks=[sampler, trainer_callback(run.tracker, "sft")],
+    )
+    stages.attach(trainer, budget)
+
+    trainer.train()
+    headline = stages.held_out_loss(trainer, run) if held_out else {}
+
+    stages.save_policy(run, trainer.model, foundation, merge=config.merge)
+    run.finish({**headline, **sampler.last}, stages.total_budget(budget, run.world))
+
+
+if __name__ == "__main__":
+    main()

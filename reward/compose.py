@@ -1,0 +1,239 @@
+"""A scorer from a specification: a weighted sum of named scorers, always with its breakdown.
+
+    scorers:
+      - {model: runs/reward}                                # a reward model; name 'reward', weight 1
+      - {voice: configs/voices/shop.yaml, weight: 0.5}
+      - {function: my_package.scores:politeness, name: polite}
+      - {rule: length, low: 5, high: 60, weight: 0.1}
+
+Each entry has one of the keys in KINDS, and may have `name` and `weight`; the rest are options of its kind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from reward.rules import RULES, check_rule_options
+from rlhf.config import UserError, did_you_mean
+from rlhf.data.records import Samples, Scorer, Scores
+
+# (what the kind's key says, name, options, tokenizer of the samples' ids or None) -> scorer
+Build = Callable[[str, str, dict[str, Any], Any], Scorer]
+
+
+def model_scorer(path: str, name: str, options: dict[str, Any], tokenizer: Any = None) -> Scorer:
+    """A reward model with weights of its own; it reads the samples' ids where their tokenizer is its own too."""
+    from reward.model import reward_scorer
+
+    return reward_scorer(path, name, tokenizer=tokenizer, **options)
+
+
+def brand_voice_scorer(path: str, name: str, options: dict[str, Any], tokenizer: Any = None) -> Scorer:
+    """A brand voice from its specification."""
+    from reward.voice import voice_scorer
+
+    return voice_scorer(path, name, **options)
+
+
+def function_scorer(path: str, name: str, options: dict[str, Any], tokenizer: Any = None) -> Scorer:
+    """`module:function`, called with Samples (and the options); it returns one number a sample, or Scores."""
+    module_name, _, function_name = path.partition(":")
+    function = _import_function(module_name, function_name, name)
+    return lambda samples: function(samples, **options)
+
+
+def rule_scorer(rule: str, name: str, options: dict[str, Any], tokenizer: Any = None) -> Scorer:
+    """One of reward.rules, applied to each response."""
+    check_rule_options(rule, options)
+    function = RULES[rule]
+
+    def score(samples: Samples) -> Scores:
+        rows = zip(samples.responses, samples.metadata, strict=True)
+        return Scores([function(text, metadata, **options) for text, metadata in rows])
+
+    return score
+
+
+KINDS: dict[str, Build] = {
+    "model": model_scorer,
+    "voice": brand_voice_scorer,
+    "function": function_scorer,
+    "rule": rule_scorer,
+}
+MODEL_OPTIONS = ("batch_size", "dtype")
+
+
+def build_scorer(specs: list[dict[str, Any]], tokenizer: Any = None, kinds: dict[str, Build] | None = None) -> Scorer:
+    """The weighted sum of the scorers in `specs`, of which there may be one.
+
+    tokenizer: the one the samples' ids come from; a reward model with the same one reads them as they are.
+    kinds: builders to use in the place of some of KINDS (say, `model` by a role on the policy's base).
+
+    The scorer returns total = sum of weight * score, and a breakdown with each scorer's own total under its name and
+    its parts under `name/part`, unweighted. What a scorer returns is checked: a wrong count, a wrong type or a total
+    that is not a finite number stops the program, naming the scorer and the prompt; NaN in a part says that the part
+    does not apply to that sample. Raises UserError on a bad specification.
+    """
+    kinds = {**KINDS, **(kinds or {})}
+    entries = check_specs(specs)
+    scorers = [(name, weight, kinds[kind](what, name, opts, tokenizer)) for kind, what, name, weight, opts in entries]
+
+    def score(samples: Samples) -> Scores:
+        total, breakdown = [0.0] * len(samples), {}
+        for name, weight, scorer in scorers:
+            scores = checked(name, scorer, samples)
+            total = [t + weight * s for t, s in zip(total, scores.total, strict=True)]
+            breakdown |= {_part_name(name, part): values for part, values in scores.breakdown.items()}
+            breakdown[name] = scores.total
+        return Scores(total, breakdown)
+
+    return score
+
+
+def _part_name(name: str, part: str) -> str:
+    return part if part == name or part.startswith(f"{name}/") else f"{name}/{part}"
+
+
+def check_specs(specs: list[dict[str, Any]]) -> list[tuple[str, str, str, float, dict[str, Any]]]:
+    """(kind, what, name, weight, options) of each entry; UserError names the entry and the nearest right key."""
+    if not isinstance(specs, list) or not specs:
+        raise UserError(f"scorers: found {specs!r}, expected a list such as [{{model: runs/reward}}]")
+    rows: list[tuple[str, str, str, float, dict[str, Any]]] = []
+    for i, spec in enumerate(specs):
+        where = f"scorers, entry {i + 1}"
+        if not isinstance(spec, dict):
+            raise UserError(f"{where}: found {spec!r}, expected a mapping such as {{model: runs/reward}}")
+        rows.append(_check_spec(dict(spec), where))
+        names = [name for _, _, name, _, _ in rows]
+        if names.count(names[-1]) > 1:
+            raise UserError(f"{where}: a second scorer is called '{names[-1]}'. Give one of them another `name`")
+    return rows
+
+
+def _check_spec(spec: dict[str, Any], where: str) -> tuple[str, str, str, float, dict[str, Any]]:
+    named = [kind for kind in KINDS if kind in spec]
+    if len(named) != 1:
+        near = (
+            "".join(did_you_mean(str(key), KINDS) for key in spec if key not in ("name", "weight")) if not named else ""
+        )
+        raise UserError(
+            f"{where}: found {', '.join(map(str, spec))}; expected exactly one of {', '.join(KINDS)}.{near}"
+        )
+    kind = named[0]
+    what = spec.pop(kind)
+    if not isinstance(what, str) or not what:
+        raise UserError(f"{where}: '{kind}' is {what!r}, expected text")
+    name, weight = spec.pop("name", _default_name(kind, what)), spec.pop("weight", 1.0)
+    if not isinstance(name, str) or not name or "/" in name or name == "total":
+        raise UserError(f"{where}: name {name!r} cannot be used (text without '/', and not 'total')")
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+        raise UserError(f"{where}: weight is {weight!r}, expected a number")
+    allowed, required = _options(kind, what, f"{where} ({name})")
+    for key in spec:
+        if allowed is not None and key not in allowed:
+            known = ("name", "weight", *allowed)
+            raise UserError(f"{where}: unknown key '{key}'.{did_you_mean(str(key), known)} Keys: {', '.join(known)}")
+    for key in required:
+        if key not in spec:
+            raise UserError(f"{where}: {kind} '{what}' needs '{key}'")
+    return kind, what, name, float(weight), spec
+
+
+def checked(name: str, scorer: Callable[[Samples], Any], samples: Samples) -> Scores:
+    """What the scorer returns, as Scores of finite floats; UserError naming it and the prompt where it is not."""
+    try:
+        result = scorer(samples)
+    except Exception as error:
+        error.add_note(f"(raised inside scorer '{name}', on {len(samples)} samples)")
+        raise
+    scores = result if isinstance(result, Scores) else Scores(result)
+    if not isinstance(scores.breakdown, dict):
+        raise UserError(f"scorer '{name}': the breakdown is {type(scores.breakdown).__name__}, expected a dict")
+    parts = {str(part): values for part, values in scores.breakdown.items()}
+    breakdown = {part: _numbers(f"{name}, {part}", v, samples, allow_nan=True) for part, v in parts.items()}
+    return Scores(_numbers(name, scores.total, samples), breakdown)
+
+
+def _numbers(name: str, values: Any, samples: Samples, allow_nan: bool = False) -> list[float]:
+    if hasattr(values, "tolist"):  # numpy and torch
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
+        kind = type(values).__name__
+        raise UserError(f"scorer '{name}' returned {kind}, expected a list of {len(samples)} numbers or Scores")
+    if len(values) != len(samples):
+        raise UserError(f"scorer '{name}' returned {len(values)} scores for {len(samples)} samples")
+    numbers = []
+    for i, value in enumerate(values):
+        number = None
+        if hasattr(value, "__float__"):
+            with contextlib.suppress(TypeError, ValueError):
+                number = float(value)
+        if number is None or math.isinf(number) or (math.isnan(number) and not allow_nan):
+            raise UserError(
+                f"scorer '{name}' returned {value!r} for sample {i}, expected a finite number.\n"
+                f"  prompt: {_short(samples.prompts[i][-1]['content'])}\n  response: {_short(samples.responses[i])}"
+            )
+        numbers.append(number)
+    return numbers
+
+
+def _import_function(module_name: str, function_name: str, where: str) -> Callable[..., Any]:
+    here = str(Path.cwd())
+    if here not in sys.path:  # a scorer in the user's own folder
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise  # the module is there, but something it imports is not
+        raise UserError(f"{where}: there is no module '{module_name}' (searched {here} and the packages)") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        near = did_you_mean(function_name, [n for n in vars(module) if not n.startswith("_")])
+        raise UserError(f"{where}: module '{module_name}' has no function '{function_name}'.{near}")
+    return function
+
+
+def _options(kind: str, what: str, where: str) -> tuple[tuple[str, ...] | None, list[str]]:
+    """The options an entry may have (None: any) and those it must have, read off the rule's or function's signature."""
+    if kind == "voice":
+        return (), []
+    if kind == "model":
+        return MODEL_OPTIONS, []
+    if kind == "rule":
+        if what not in RULES:
+            known = ", ".join(RULES)
+            raise UserError(f"{where}: unknown rule '{what}'.{did_you_mean(what, RULES)} Rules: {known}")
+        function, given = RULES[what], 2  # text and metadata
+    else:
+        module_name, colon, function_name = what.partition(":")
+        if not colon or not module_name or not function_name:
+            raise UserError(f"{where}: function '{what}' should be written module:function")
+        function, given = _import_function(module_name, function_name, where), 1  # samples
+    try:
+        parameters = list(inspect.signature(function).parameters.values())[given:]
+    except (TypeError, ValueError):  # some builtins have no signature
+        return None, []
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return None, []
+    parameters = [p for p in parameters if p.kind is not p.VAR_POSITIONAL]
+    return tuple(p.name for p in parameters), [p.name for p in parameters if p.default is p.empty]
+
+
+def _default_name(kind: str, what: str) -> str:
+    """runs/reward -> reward, configs/voices/shop.yaml -> shop, module:function -> function, a rule by its name."""
+    if kind == "function":
+        return what.rpartition(":")[2]
+    return Path(what).stem if kind == "voice" else Path(what).name
+
+
+def _short(text: str, width: int = 120) -> str:
+    text = " ".join(text.split())
+    return repr(text if len(text) <= width else text[: width - 3] + "...")

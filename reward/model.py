@@ -1,0 +1,289 @@
+"""The reward model: a base with a scalar head, mostly as a LoRA adapter; start, load, score, normalise.
+
+A folder of a trained reward model holds the adapter with its head (`...score.weight` in adapter_model.safetensors,
+PEFT task SEQ_CLS) or whole weights of a `...ForSequenceClassification`, the tokenizer, and reward.json:
+
+    {"bias": b, "scale": s, "base_fingerprint": ...}        score = s * raw + b
+
+Whoever scores with it (the scorer here, PPO's reward role) applies the same bias and scale.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import UserError
+from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerprint
+from rlhf.data.records import Samples, Scorer, Scores
+from rlhf.models import DTYPES, Foundation, load_foundation, load_tokenizer
+from rlhf.tensors import pad_right
+
+REWARD_FILE = "reward.json"
+HEAD = "score.weight"
+
+
+def last_token_scores(hidden: Tensor, attention_mask: Tensor, head: nn.Module) -> Tensor:
+    """The head's scalar at each row's last true token: hidden (B, L, H), attention_mask (B, L) -> (B, 1), fp32.
+
+    The mask decides, never the pad id: transformers' own classification models look for the last id that is not the
+    pad id, and read an earlier token where a response happens to end in it.
+    """
+    columns = torch.arange(attention_mask.shape[1], device=hidden.device)
+    last = (attention_mask.bool() * columns).argmax(-1)
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        dtype = next(head.parameters()).dtype
+        return head(hidden[rows, last].to(dtype))
+
+
+def _forward(self, input_ids=None, attention_mask=None, **kwargs):
+    """Replaces GenericForSequenceClassification.forward: same trunk and head, the token found by the mask."""
+    from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "return_dict") and v is not None}
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    trunk = getattr(self, self.base_model_prefix)
+    hidden = trunk(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+    return SequenceClassifierOutputWithPast(logits=last_token_scores(hidden, attention_mask, self.score))
+
+
+def read_by_mask(model: nn.Module) -> nn.Module:
+    """Make a classification model score at the last true token; returns the same model."""
+    model.forward = types.MethodType(_forward, model)
+    return model
+
+
+def score_model(causal: nn.Module, seed: int = 0) -> nn.Module:
+    """A classification model with one output on the trunk of `causal` (shared, not copied), with a fresh head.
+
+    The head is drawn from N(0, 1 / (H + 1)) with its own generator (Stiennon et al. 2020; arXiv 2403.17031, detail 4
+    of the reward model) and stays in fp32. Raises UserError if transformers has no such model for this architecture.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    config = copy.deepcopy(causal.config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+    except ValueError:
+        raise UserError(f"{config.model_type}: transformers has no sequence classification for this model") from None
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(f"{config.model_type}: its classification model has no linear head called 'score'")
+    setattr(model, model.base_model_prefix, causal.base_model)
+    width = model.score.in_features
+    head = nn.Linear(width, 1, bias=False, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(1, width, generator=generator) / math.sqrt(width + 1))
+    model.score = head
+    return read_by_mask(model.train(causal.training))
+
+
+def trainable_reward(foundation: Foundation, lora: Any | None, seed: int = 0) -> nn.Module:
+    """The model that reward training starts from, with a fresh score head.
+
+    An adapter at the foundation (SFT's) is the start of the reward adapter, under the same LoRA settings; without one
+    a new adapter is put on by `lora` (task type SEQ_CLS); with `lora` None the whole model is trained.
+    """
+    from peft import get_peft_model
+
+    model = score_model(foundation.model, seed)
+    if foundation.adapter_path:
+        return _with_adapter(model, foundation.adapter_path, foundation.base_path)
+    if lora is None:
+        return model
+    model = get_peft_model(model, lora)
+    model.peft_config["default"].base_model_name_or_path = foundation.base_path
+    return model
+
+
+def _with_adapter(model: nn.Module, adapter_path: str, base_path: str) -> nn.Module:
+    """`model` with a trainable copy of the adapter, and its head where it has one. Refuses weights that do not fit."""
+    from peft import PeftConfig, TaskType, get_peft_model, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    config = PeftConfig.from_pretrained(adapter_path)
+    config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], False
+    config.base_model_name_or_path = base_path
+    model = get_peft_model(model, config)
+    weights = load_peft_weights(adapter_path, device="cpu")
+    fresh = model.get_base_model().score.modules_to_save["default"].weight.detach()
+    weights.setdefault(f"base_model.model.{HEAD}", fresh)  # SFT's adapter has no head
+    result = set_peft_model_state_dict(model, weights)
+    wanted = {n for n in result.missing_keys if "lora_" in n}
+    if result.unexpected_keys or wanted:
+        odd = [*result.unexpected_keys, *wanted][0]
+        raise UserError(f"{adapter_path}: its weights do not fit {base_path} (first: {odd})")
+    return model
+
+
+@dataclass
+class RewardModel:
+    """A loaded reward model. Scores are scale * raw + bias."""
+
+    model: nn.Module
+    tokenizer: Any
+    bias: float = 0.0
+    scale: float = 1.0
+
+    def score_ids(self, rows: list[list[int]], batch_size: int = 32, progress: Callable[[int], Any] | None = None):
+        """The scores of B sequences (prompt ids + response ids, the end token included where there is one)."""
+        raw = raw_scores(self.model, rows, self.tokenizer.pad_token_id, batch_size, progress)
+        return [self.scale * value + self.bias for value in raw]
+
+
+def raw_scores(
+    model: nn.Module,
+    rows: list[list[int]],
+    pad_id: int,
+    batch_size: int = 32,
+    progress: Callable[[int], Any] | None = None,
+) -> list[float]:
+    """Scores before bias and scale, in the order of `rows`; batches are of like lengths, right padded.
+
+    `progress` is called with the number of rows done. The model is in eval mode meanwhile, and put back.
+    """
+    device, training = next(model.parameters()).device, model.training
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    scores = [math.nan] * len(rows)
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(rows), batch_size):
+                part = order[start : start + batch_size]
+                ids = pad_right([rows[i] for i in part], pad_id).to(device)
+                mask = pad_right([[1] * len(rows[i]) for i in part]).to(device)
+                values = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1).tolist()
+                for i, value in zip(part, values, strict=True):
+                    scores[i] = value
+                if progress:
+                    progress(len(part))
+    finally:
+        model.train(training)
+    return scores
+
+
+def load_reward(path: str, device: Any = None, dtype: str = "float32") -> RewardModel:
+    """The reward model in a folder (adapter and head on their base, or whole weights) or on the Hub.
+
+    Raises UserError when the head is missing, the base is another one than it was trained on, or nothing is there.
+    """
+    adapter = Path(path) / "adapter_config.json"
+    if adapter.is_file():
+        _require_head(path)
+        foundation = load_foundation(path, dtype)
+        model = _with_adapter(score_model(foundation.model), path, foundation.base_path)
+        tokenizer, base = foundation.tokenizer, foundation.fingerprint
+    else:
+        model, tokenizer = _load_whole(path, dtype)
+        base = None
+    kept = read_reward(path)
+    if base and kept.get("base_fingerprint") not in (None, base):
+        raise UserError(f"{path}: trained on base {kept['base_fingerprint']}, but its base now has fingerprint {base}")
+    model.eval().requires_grad_(False)
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return RewardModel(model, tokenizer, float(kept.get("bias", 0.0)), float(kept.get("scale", 1.0)))
+
+
+def _require_head(path: str) -> None:
+    from safetensors import safe_open
+
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{path}: adapter_config.json is there, adapter_model.safetensors is not")
+    with safe_open(str(file), "pt") as tensors:
+        names = list(tensors.keys())
+    if not any(name.endswith(HEAD) for name in names):
+        raise UserError(
+            f"{path}: this adapter has no score head ({HEAD}), so it is a policy, not a reward model. "
+            "Train one with: deepspeed launch/reward.py --config configs/reward.yaml"
+        )
+
+
+def _load_whole(path: str, dtype: str) -> tuple[nn.Module, Any]:
+    from transformers import AutoModelForSequenceClassification
+
+    tokenizer = load_tokenizer(path)
+    try:
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=DTYPES[dtype], output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no reward model could be loaded ({str(error).strip().splitlines()[0]})") from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(f"{path}: no reward model: {', '.join(missing[:3])} missing, and would have been made up")
+    if model.config.num_labels != 1:
+        raise UserError(f"{path}: the model has {model.config.num_labels} outputs, a reward model has one")
+    model.score.float()
+    return read_by_mask(model), tokenizer
+
+
+def read_reward(path: str | Path) -> dict[str, Any]:
+    """What reward.json says; empty where there is none (a reward model of another program: bias 0, scale 1)."""
+    file = Path(path) / REWARD_FILE
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def write_reward(path: str | Path, bias: float, scale: float, **more: Any) -> None:
+    """Write reward.json; `more` says where bias and scale come from and what the model stands on."""
+    content = {"bias": bias, "scale": scale, "formula": "score = scale * raw + bias", **more}
+    (Path(path) / REWARD_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def normalisation(reference_scores: list[float], kind: str) -> tuple[float, float]:
+    """(bias, scale) that give reference responses mean 0 (`mean`), and standard deviation 1 too (`mean_std`).
+
+    arXiv 2403.17031: the reward model is shifted so that SFT references score 0 on average. `none`: (0, 1).
+    """
+    if kind == "none" or not reference_scores:
+        return 0.0, 1.0
+    values = torch.tensor(reference_scores, dtype=torch.float64)
+    spread = float(values.std(correction=0))
+    scale = 1.0 / spread if kind == "mean_std" and spread > 0 else 1.0
+    return -scale * float(values.mean()), scale
+
+
+def reward_scorer(
+    path: str,
+    name: str = "reward",
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 32,
+    device: Any = None,
+    dtype: str = "float32",
+) -> Scorer:
+    """A reward model as a scorer of its own, with weights of its own.
+
+    `tokenizer` is the one the samples' ids come from. Where it is the reward model's too (vocabulary, special tokens
+    and chat template), ids are read as they are; otherwise prompts and responses are encoded anew by the reward
+    model's tokenizer and template, with its end token where the response ended.
+    """
+    reward = load_reward(path, device, dtype)
+    own = reward.tokenizer
+    same_ids = tokenizer is not None and tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(own)
+
+    def score(samples: Samples) -> Scores:
+        if same_ids:
+            rows = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
+        else:
+            rows = [
+                encode_prompt(own, prompt) + encode_response(own, response)[: None if ended else -1]
+                for prompt, response, ended in zip(samples.prompts, samples.responses, samples.ended, strict=True)
+            ]
+        total = reward.score_ids(rows, batch_size)
+        return Scores(total, {name: total})
+
+    return score

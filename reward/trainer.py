@@ -1,0 +1,101 @@
+"""TRL's RewardTrainer with our objective: soft labels and weights per pair, the score read at the last true token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import RewardTrainer as TRLRewardTrainer
+
+from reward.objective import reward_loss
+from rlhf.tensors import pad_right
+
+EXTRAS = {"margin": 0.0, "label_prob": math.nan, "weight": 1.0}  # columns a pair may have, and what none means
+
+
+def pair_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of `encode_preferences` as this trainer reads them: whole sequences, and the extras that occur in the data.
+
+    Weights are divided by their mean, so that they do not change the step size.
+    """
+    records = [row["record"] for row in encoded]
+    rows = [{side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} for row in encoded]
+    for name in ("margin", "label_prob"):
+        if any(getattr(record, name) is not None for record in records):
+            for row, record in zip(rows, records, strict=True):
+                value = getattr(record, name)
+                row[name] = EXTRAS[name] if value is None else float(value)
+    total = sum(record.weight for record in records)
+    if any(record.weight != 1.0 for record in records) and total > 0:
+        for row, record in zip(rows, records, strict=True):
+            row["weight"] = record.weight * len(records) / total
+    return rows
+
+
+@dataclass
+class PairCollator:
+    """Rows {chosen_ids, rejected_ids, margin, label_prob, weight} -> right-padded tensors.
+
+    input_ids and attention_mask are (2B, L), chosen rows first; the three extras are (B,), absent where no row of
+    the data has them.
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        ids = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+        batch = {
+            "input_ids": pad_right(ids, self.pad_token_id),
+            "attention_mask": pad_right([[1] * len(row) for row in ids]),
+        }
+        for name, nothing in EXTRAS.items():
+            if name in rows[0]:
+                values = [nothing if row[name] is None else row[name] for row in rows]  # Arrow may keep NaN as None
+                batch[name] = torch.tensor(values, dtype=torch.float32)
+        return batch
+
+
+class RewardTrainer(TRLRewardTrainer):
+    """Expects tokenized rows (prompt + response ids in `chosen_ids` and `rejected_ids`) and a model of reward.model.
+
+    Logs what TRL logs, but `accuracy` counts a tie as half. `label_smoothing` is the chance that a pair without a
+    label_prob of its own is labelled the wrong way round.
+    """
+
+    def __init__(self, *args, label_smoothing: float = 0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label_smoothing = label_smoothing
+
+    def _set_signature_columns_if_needed(self):
+        self._signature_columns = ["chosen_ids", "rejected_ids", *EXTRAS]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        extras = {name: inputs[name] for name in EXTRAS if name in inputs}
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+        loss, metrics = reward_loss(
+            chosen,
+            rejected,
+            **extras,
+            label_smoothing=self.label_smoothing,
+            center_coefficient=self.args.center_rewards_coefficient or 0.0,
+        )
+        self._record(mode, inputs["attention_mask"], outputs.logits.detach(), metrics)
+        return (loss, outputs) if return_outputs else loss
+
+    def _record(self, mode: str, attention_mask: Tensor, scores: Tensor, metrics: dict[str, Tensor]) -> None:
+        gather = self.accelerator.gather_for_metrics
+        if mode == "train":
+            self._total_train_tokens += int(gather(attention_mask.sum()).sum())
+        log = self._metrics[mode]
+        log["num_tokens"] = [self._total_train_tokens]
+        scores = gather(scores)
+        log["min_reward"].append(scores.min().item())
+        log["mean_reward"].append(scores.mean().item())
+        log["max_reward"].append(scores.max().item())
+        for name in ("accuracy", "margin"):
+            log[name].append(gather(metrics[name]).mean().item())

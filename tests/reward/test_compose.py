@@ -1,0 +1,144 @@
+import math
+import textwrap
+
+import numpy as np
+import pytest
+
+from reward.compose import build_scorer, check_specs
+from rlhf.config import UserError
+from rlhf.data.records import Samples, Scores
+
+
+def samples(*responses):
+    n = len(responses)
+    prompts = [[{"role": "user", "content": f"question {i}"}] for i in range(n)]
+    return Samples(prompts, list(responses), [[1]] * n, [[2]] * n, [True] * n, [{} for _ in range(n)])
+
+
+def fixed(values, **breakdown):
+    """A builder whose scorer always returns the same."""
+    return lambda what, name, options, tokenizer: lambda s: Scores(values, breakdown) if breakdown else values
+
+
+def test_total_is_the_weighted_sum_and_the_breakdown_is_unweighted():
+    # sample 0 "a b" : length(low 4) = 2/4, must_match 1 -> 2 * 0.5 - 0.5 * 1 = 0.5
+    # sample 1 "x y z w.": 1, 0 -> 2.0
+    score = build_scorer(
+        [
+            {"rule": "length", "low": 4, "high": 9, "weight": 2.0},
+            {"rule": "must_match", "pattern": "^a", "weight": -0.5},
+        ]
+    )
+    scores = score(samples("a b", "x y z w."))
+    assert scores.total == pytest.approx([0.5, 2.0])
+    assert scores.breakdown == {"length": [0.5, 1.0], "must_match": [1.0, 0.0]}
+
+
+def test_parts_of_a_scorer_stand_under_its_name():
+    kinds = {"voice": fixed([1.0, 3.0], greeting=[0.0, 1.0])}
+    scores = build_scorer([{"voice": "configs/voices/shop.yaml", "weight": 0.5}], kinds=kinds)(samples("a", "b"))
+    assert scores.total == [0.5, 1.5]
+    assert scores.breakdown == {"shop": [1.0, 3.0], "shop/greeting": [0.0, 1.0]}
+
+
+def test_default_names():
+    specs = [{"model": "runs/reward/"}, {"voice": "a/shop.yaml"}, {"function": "math:floor"}, {"rule": "length"}]
+    assert [name for _, _, name, _, _ in check_specs(specs)] == ["reward", "shop", "floor", "length"]
+
+
+@pytest.fixture
+def user_module(tmp_path, monkeypatch):
+    (tmp_path / "my_scores.py").write_text(
+        textwrap.dedent("""
+        import numpy as np
+        from rlhf.data.records import Scores
+        def shout(samples, mark="!"): return np.array([r.count(mark) for r in samples.responses])
+        def detailed(samples): return Scores([1.0] * len(samples), {"part": [2.0] * len(samples)})
+        def broken(samples): return [1 / 0]
+        """)
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/nowhere", *__import__("sys").path])
+    yield
+    __import__("sys").modules.pop("my_scores", None)
+
+
+def test_a_function_of_the_users_own_folder(user_module):
+    specs = [{"function": "my_scores:shout", "mark": "?"}, {"function": "my_scores:detailed", "weight": 10}]
+    scores = build_scorer(specs)(samples("a?", "??"))
+    assert scores.total == [11.0, 12.0]
+    assert scores.breakdown == {"shout": [1.0, 2.0], "detailed": [1.0, 1.0], "detailed/part": [2.0, 2.0]}
+
+
+def test_an_exception_inside_a_function_names_the_scorer(user_module):
+    with pytest.raises(ZeroDivisionError) as caught:
+        build_scorer([{"function": "my_scores:broken"}])(samples("a"))
+    assert "scorer 'broken'" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ({"modle": "runs/reward"}, "Did you mean 'model'"),
+        ({"model": "runs/reward", "wieght": 2}, "unknown key 'wieght'. Did you mean 'weight'"),
+        ({"rule": "lenght"}, "unknown rule 'lenght'. Did you mean 'length'"),
+        ({"rule": "length", "hihg": 3}, "Did you mean 'high'"),
+        ({"rule": "must_match"}, "needs 'pattern'"),
+        ({"rule": "length", "voice": "x.yaml"}, "exactly one of"),
+        ({"rule": "length", "weight": "heavy"}, "expected a number"),
+        ({"rule": "length", "weight": math.inf}, "expected a number"),
+        ({"rule": "length", "name": "total"}, "cannot be used"),
+        ({"rule": ["length"]}, "expected text"),
+        ({"function": "my_scores"}, "module:function"),
+        ({"function": "no_such_module:f"}, "no module 'no_such_module'"),
+        ({"function": "my_scores:shuot"}, "Did you mean 'shout'"),
+        ({"function": "my_scores:shout", "marc": "?"}, "Did you mean 'mark'"),
+        ("runs/reward", "expected a mapping"),
+    ],
+)
+def test_a_bad_specification_says_what_is_right(spec, words, user_module):
+    with pytest.raises(UserError, match="scorer") as caught:
+        build_scorer([spec])
+    assert words in str(caught.value)
+
+
+def test_two_scorers_may_not_share_a_name():
+    with pytest.raises(UserError, match="second scorer is called 'length'"):
+        build_scorer([{"rule": "length"}, {"rule": "length", "low": 3}])
+    with pytest.raises(UserError, match="expected a list"):
+        build_scorer([])
+
+
+@pytest.mark.parametrize(
+    ("returned", "words"),
+    [
+        ([0.0, math.nan], ["scorer 'bad'", "question 1", "'second'"]),
+        ([math.inf, 0.0], ["scorer 'bad'", "question 0"]),
+        ([0.0, None], ["returned None for sample 1", "question 1"]),
+        ([0.0, "1"], ["returned '1' for sample 1"]),
+        ([0.0], ["1 scores for 2 samples"]),
+        (0.5, ["returned float"]),
+        (np.zeros((2, 1)), ["scorer 'bad'", "question 0"]),
+    ],
+)
+def test_a_scorer_that_misbehaves_is_named_with_the_prompt(returned, words):
+    score = build_scorer([{"voice": "bad.yaml"}], kinds={"voice": fixed(returned)})
+    with pytest.raises(UserError) as caught:
+        score(samples("first", "second"))
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_a_bad_part_of_the_breakdown_is_caught_too():
+    score = build_scorer([{"voice": "bad.yaml"}], kinds={"voice": fixed([0.0, 0.0], greeting=[0.0])})
+    with pytest.raises(UserError, match="bad, greeting"):
+        score(samples("a", "b"))
+
+
+def test_nan_in_a_part_says_that_it_does_not_apply():
+    kinds = {"voice": fixed([0.0, 1.0], **{"shop/item": [math.nan, 1.0]})}
+    scores = build_scorer([{"voice": "shop.yaml"}], kinds=kinds)(samples("a", "b"))
+    assert scores.total == [0.0, 1.0]
+    assert math.isnan(scores.breakdown["shop/item"][0])  # already under its name: not shop/shop/item
+    kinds = {"voice": fixed([0.0, 1.0], item=[math.inf, 1.0])}
+    with pytest.raises(UserError, match="shop, item"):
+        build_scorer([{"voice": "shop.yaml"}], kinds=kinds)(samples("a", "b"))
