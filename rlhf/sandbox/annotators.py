@@ -1,0 +1,214 @@
+"""`rlhf sandbox annotate`: simulated annotators, who prefer by the gold score with noise and have habits of their own.
+
+An annotator who sees responses a and b prefers a with probability (Bradley and Terry 1952)
+
+    p = sigmoid( (gold(a) - gold(b)) / noise + length_bias * (words(a) - words(b)) / 10 +- side_bias )   + if a is left
+
+and says that they are equal with the probability of a third outcome (Rao and Kupper 1967), whose width is `ties`.
+Votes go into the preference store that people use, under names that say they are simulated.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from rlhf.config import UserError, option
+from rlhf.data.records import Samples, Scorer
+from rlhf.data.store import Store
+from rlhf.data.votes import Vote
+
+
+@dataclass(frozen=True)
+class Annotator:
+    """One simulated person. Biases are in units of the logit, shares are probabilities."""
+
+    name: str
+    length_bias: float = 0.0  # for each ten words more
+    side_bias: float = 0.0  # for the response on the left
+    careless: float = 0.0  # share of votes that look at nothing
+    ties: float = 0.3  # half the width, in logits, of "they are equal"
+    skips: float = 0.01  # share of comparisons left alone
+    strict: float = 0.15  # calls both bad where neither reaches this gold score
+    seconds: float = 8.0  # median time of a vote
+
+
+ANNOTATORS = (
+    Annotator("sim-careful", ties=0.4, skips=0.02, seconds=14.0),
+    Annotator("sim-likes-length", length_bias=0.8),
+    Annotator("sim-careless", careless=0.25, seconds=3.0),
+    Annotator("sim-favours-left", side_bias=0.6),
+    Annotator("sim-strict", strict=0.3, ties=0.2, skips=0.03, seconds=11.0),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an annotator answers: choice as the store knows it, strength 1 (slightly) to 3 (much), time taken."""
+
+    choice: str  # "a", "b", "tie", "both_bad" or "skip"
+    strength: int | None
+    duration_ms: int
+
+
+def choose(
+    annotator: Annotator,
+    gold: tuple[float, float],
+    words: tuple[int, int],
+    left: str,
+    noise: float,
+    rng: random.Random,
+) -> Choice:
+    """The annotator's answer to one comparison; `gold` and `words` are of (a, b), `left` is the side shown left."""
+    duration = round(1000 * annotator.seconds * math.exp(rng.gauss(0.0, 0.5)))
+    # every draw is made whatever the answer, so that one annotator's habits do not shift another's luck
+    skip, care, side, verdict = (rng.random() for _ in range(4))
+    if skip < annotator.skips:
+        return Choice("skip", None, duration)
+    if care < annotator.careless:
+        return Choice("a" if side < 0.5 else "b", 1, duration)
+    if max(gold) < annotator.strict:
+        return Choice("both_bad", None, duration)
+    logit = preference_logit(annotator, gold, words, left, noise)
+    p_a, p_b = sigmoid(logit - annotator.ties), sigmoid(-logit - annotator.ties)
+    if verdict < p_a:
+        return Choice("a", strength_of(logit), duration)
+    if verdict >= 1 - p_b:
+        return Choice("b", strength_of(-logit), duration)
+    return Choice("tie", None, duration)
+
+
+def preference_logit(
+    annotator: Annotator, gold: tuple[float, float], words: tuple[int, int], left: str, noise: float
+) -> float:
+    """log p(a over b) / p(b over a) of the annotator; `noise` is the gold difference worth one logit."""
+    side = annotator.side_bias if left == "a" else -annotator.side_bias
+    return (gold[0] - gold[1]) / noise + annotator.length_bias * (words[0] - words[1]) / 10 + side
+
+
+def strength_of(logit: float) -> int:
+    """How much better the chosen one seems: 1 below one logit in its favour, 2 below three, else 3."""
+    return 1 if logit < 1 else 2 if logit < 3 else 3
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+@dataclass
+class AnnotateConfig:
+    """Let simulated annotators vote on the comparisons of a preference store, by the gold score with noise."""
+
+    store: str = option(help="the preference store, a SQLite file with comparisons (rlhf collect sample makes them)")
+    voice: str = option("configs/voices/shop.yaml", "the brand-voice specification that is the true reward")
+    seed: int = option(0, "run seed: who judges which pair, which side is shown left, and the noise")
+    noise: float = option(0.2, "difference in gold score (0 to 1) that is worth one logit; larger is noisier")
+    votes_per_pair: int = option(1, f"annotators who judge each comparison, 1 to {len(ANNOTATORS)}")
+    habits: bool = option(True, "annotators have their biases, ties and skips; false leaves the noise alone")
+
+    def validate(self) -> None:
+        """Raises UserError on a value out of its range."""
+        if not self.noise > 0:
+            raise UserError(f"option 'noise': found {self.noise}, expected a number above 0")
+        if not 1 <= self.votes_per_pair <= len(ANNOTATORS):
+            raise UserError(
+                f"option 'votes_per_pair': found {self.votes_per_pair}, expected 1 to {len(ANNOTATORS)}, the number of "
+                "simulated annotators"
+            )
+
+
+def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
+    """Vote until every comparison has `votes_per_pair` simulated votes; print and return the agreement with gold.
+
+    A vote depends on the seed, the comparison and the annotator only, so that an interrupted call can be repeated.
+    Returned: {"annotators": {name: {"votes", "ties", ..., "agreement"}}, "all": the same over all, "comparisons"}.
+    `gold` reads texts and metadata; the samples it receives have no ids.
+    """
+    config.validate()
+    with Store.open(config.store) as store:
+        pairs = store.comparisons()
+        if not pairs:
+            raise UserError(f"{config.store}: has no comparisons to judge; make some with: rlhf collect sample")
+        scores = _gold_scores(pairs, gold)
+        names = {annotator.name for annotator in ANNOTATORS}
+        known = [vote for vote in store.votes() if vote.annotator in names]
+        done: dict[int, set[str]] = {}
+        for vote in known:
+            done.setdefault(vote.comparison, set()).add(vote.annotator)
+        ids = {annotator.name: store.add_annotator(annotator.name, kind="model") for annotator in ANNOTATORS}
+        with store.transaction():
+            for pair in tqdm(pairs, desc="simulated votes", unit="pair", mininterval=5):
+                voted = done.get(pair["id"], set())
+                order = random.Random(f"who {config.seed} {pair['id']}").sample(ANNOTATORS, len(ANNOTATORS))
+                free = [annotator for annotator in order if annotator.name not in voted]
+                for annotator in free[: max(0, config.votes_per_pair - len(voted))]:
+                    _vote(store, pair, annotator, ids[annotator.name], scores[pair["id"]], config)
+        votes = [vote for vote in store.votes() if vote.annotator in names]
+    report = agreement(votes, scores)
+    print(f"{config.store}: {len(votes) - len(known)} new votes by simulated annotators, {len(votes)} in all")
+    print_agreement(report)
+    return report
+
+
+def agreement(votes: list[Vote], scores: dict[int, tuple[float, float]]) -> dict[str, Any]:
+    """Counts of each choice, and the share of votes for a side that chose more gold; equal gold is left out."""
+    counts: dict[str, Counter] = {}
+    for vote in votes:
+        a, b = scores[vote.comparison]
+        for name in (vote.annotator, "all"):
+            count = counts.setdefault(name, Counter())
+            count["votes"] += 1
+            count[vote.choice] += 1
+            if vote.choice in ("a", "b") and a != b:
+                count["clear"] += 1
+                count["agreed"] += (vote.choice == "a") == (a > b)
+    rows = {
+        name: {
+            "votes": n["votes"],
+            "ties": n["tie"],
+            "both_bad": n["both_bad"],
+            "skips": n["skip"],
+            "agreement": n["agreed"] / n["clear"] if n["clear"] else math.nan,
+        }
+        for name, n in sorted(counts.items())
+    }
+    everyone = rows.pop("all", {"votes": 0, "ties": 0, "both_bad": 0, "skips": 0, "agreement": math.nan})
+    return {"annotators": rows, "all": everyone, "comparisons": len({vote.comparison for vote in votes})}
+
+
+def print_agreement(report: dict[str, Any]) -> None:
+    """The record of the annotators as a table."""
+    print(f"{'annotator':20s} {'votes':>6s} {'ties':>5s} {'both bad':>9s} {'skips':>6s}  agreement with gold")
+    for name, row in [*report["annotators"].items(), ("all", report["all"])]:
+        counts = f"{row['votes']:6d} {row['ties']:5d} {row['both_bad']:9d} {row['skips']:6d}"
+        print(f"{name:20s} {counts}  {row['agreement']:.3f}")
+
+
+def _vote(store: Store, pair: dict, annotator: Annotator, id: int, gold: tuple[float, float], config: AnnotateConfig):
+    rng = random.Random(f"vote {config.seed} {pair['id']} {annotator.name}")
+    left = rng.choice("ab")
+    words = (len(pair["text_a"].split()), len(pair["text_b"].split()))
+    if not config.habits:
+        annotator = Annotator(annotator.name, ties=0.0, skips=0.0, strict=-1.0, seconds=annotator.seconds)
+    answer = choose(annotator, gold, words, left, config.noise, rng)
+    store.vote(pair["id"], id, answer.choice, left=left, strength=answer.strength, duration_ms=answer.duration_ms)
+
+
+def _gold_scores(pairs: list[dict], gold: Scorer) -> dict[int, tuple[float, float]]:
+    """The gold scores of (a, b) by comparison."""
+    samples = Samples([], [], [], [], [], [])
+    for pair in pairs:
+        for side in "ab":
+            samples.prompts.append(pair["prompt"])
+            samples.responses.append(pair[f"text_{side}"])
+            samples.prompt_ids.append([])
+            samples.response_ids.append([])
+            samples.ended.append(pair[f"ended_{side}"])
+            samples.metadata.append(pair["metadata"])
+    total = gold(samples).total
+    return {pair["id"]: (total[2 * i], total[2 * i + 1]) for i, pair in enumerate(pairs)}

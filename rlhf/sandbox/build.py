@@ -1,0 +1,222 @@
+"""`rlhf sandbox build`: write a small world with a known true reward, ready for every stage.
+
+    output_dir/base/               model and tokenizer, as a Hub model's folder
+    output_dir/instructions.jsonl  {"messages", "metadata"}: what SFT imitates, a share of it off-brand
+    output_dir/prompts.jsonl       {"prompt", "metadata"}: what is sampled, judged, trained on and compared
+    output_dir/world.json          settings, fingerprints, counts, losses of the base
+
+The world seed decides all of it. No prompt of the test split stands in the instructions or the pretraining text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import shutil
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import UserError, option
+from rlhf.data.records import digest
+from rlhf.data.split import split_of
+from rlhf.sandbox import base, corpus, phrases
+
+PLAIN_SHARE, SHORT_SHARE = (
+    0.05,
+    0.45,
+)  # of the pretraining documents; without short ones the base does not learn to copy
+
+
+@dataclass
+class SandboxConfig:
+    """Build the sandbox: a base model, instructions and prompts of an invented shop."""
+
+    output_dir: str = option(
+        "runs/sandbox", "folder of the world; a base that is there and has these settings is reused"
+    )
+    world_seed: int = option(0, "decides goods, texts and base; runs on one world differ in their own seeds")
+    n_instructions: int = option(3000, "exchanges in instructions.jsonl, for SFT")
+    n_prompts: int = option(4000, "prompts in prompts.jsonl; about a tenth are test prompts")
+    off_brand: float = option(0.6, "share of the instructions' answers that are off-brand, 0 to 1")
+    n_items: int = option(40, f"different goods, 2 to {len(phrases.ITEMS)}; more are harder to copy from the prompt")
+    n_intents: int = option(12, f"different things that customers want, 2 to {len(phrases.INTENTS)}")
+    vocab_size: int = option(1024, "tokens of the byte-level BPE, from 384 up")
+    hidden_size: int = option(96, "width of the base; 96 wide and 4 deep is 0.54 M parameters")
+    num_layers: int = option(4, "layers of the base")
+    num_heads: int = option(4, "attention heads; the width must be an even multiple of them")
+    intermediate_size: int = option(256, "width of the feed-forward layers")
+    pretrain_steps: int = option(450, "pretraining steps of the base")
+    pretrain_batch_size: int = option(32, "documents in a pretraining step")
+    pretrain_documents: int = option(
+        15000, "documents of the pretraining text; gone through again when they do not suffice"
+    )
+    pretrain_off_brand: float = option(0.7, "share of off-brand answers in the pretraining text, 0 to 1")
+    pretrain_learning_rate: float = option(4e-3, "peak learning rate of pretraining for embeddings and norms (AdamW)")
+    pretrain_muon_learning_rate: float = option(0.02, "peak learning rate of pretraining for all other matrices (Muon)")
+
+    def validate(self) -> None:
+        """Raises UserError on a value out of its range."""
+        for name, low, high in (
+            ("off_brand", 0, 1),
+            ("pretrain_off_brand", 0, 1),
+            ("n_items", 2, len(phrases.ITEMS)),
+            ("n_intents", 2, len(phrases.INTENTS)),
+            ("n_instructions", 1, 100_000),
+            ("n_prompts", 1, 100_000),
+            ("vocab_size", 384, 32_768),
+            ("pretrain_steps", 1, 10**9),
+            ("pretrain_documents", self.pretrain_batch_size, 10**7),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"option '{name}': found {value}, expected {low} to {high}")
+        if self.hidden_size % (2 * self.num_heads):
+            raise UserError(
+                f"option 'hidden_size': found {self.hidden_size}, expected an even multiple of num_heads, "
+                f"which is {self.num_heads}"
+            )
+        world = corpus.make_world(self.world_seed, self.n_items, self.n_intents)
+        # most of a half of the prompts must stay free, or drawing new ones takes for ever
+        if max(self.n_prompts, self.n_instructions) > world.distinct_prompts // 5:
+            raise UserError(
+                f"this world has {world.distinct_prompts} different prompts, too few for {self.n_prompts} prompts and "
+                f"{self.n_instructions} instructions: raise n_items or n_intents, or ask for less"
+            )
+
+    def base_config(self) -> base.BaseConfig:
+        return base.BaseConfig(
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            intermediate_size=self.intermediate_size,
+            steps=self.pretrain_steps,
+            batch_size=self.pretrain_batch_size,
+            learning_rate=self.pretrain_learning_rate,
+            muon_learning_rate=self.pretrain_muon_learning_rate,
+            seed=self.world_seed,
+        )
+
+
+def build(config: SandboxConfig) -> dict[str, Any]:
+    """Write the world into `config.output_dir` and return what world.json says; a base with these settings is kept."""
+    config.validate()
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    world = corpus.make_world(config.world_seed, config.n_items, config.n_intents)
+    rows = {
+        "instructions.jsonl": instruction_rows(config, world),
+        "prompts.jsonl": prompt_rows(config, world),
+    }
+    files = {name: _write_jsonl(folder / name, content) for name, content in rows.items()}
+    for name, content in rows.items():
+        print(f"{folder / name}: {len(content)} rows")
+    losses = build_base(config, world)
+    prompts = [r["prompt"][0]["content"] for r in rows["prompts.jsonl"]]
+    report = {
+        "settings": asdict(config),
+        "items": list(world.items),
+        "intents": list(world.intents),
+        "distinct_prompts": world.distinct_prompts,
+        "prompts_by_split": dict(sorted(Counter(split_of(corpus.group_of(text)) for text in prompts).items())),
+        "files": files,
+        "base": losses,
+    }
+    _write_whole(folder / "world.json", json.dumps(report, indent=2) + "\n")
+    print(f"{folder / 'world.json'}: settings, fingerprints and losses")
+    return report
+
+
+def instruction_rows(config: SandboxConfig, world: corpus.World) -> list[dict]:
+    """Exchanges for SFT, `off_brand` of them with faults (named in the metadata); no test group is among them."""
+    rng = random.Random(f"instructions {config.world_seed}")
+    cases = corpus.draw_cases(world, rng, lambda group: split_of(group) != "test" and not _is_prompt(group))
+    rows = []
+    for _ in range(config.n_instructions):
+        case = next(cases)
+        answer, faults = corpus.draw_answer(world, case, config.off_brand, rng)
+        messages = [*case.messages, {"role": "assistant", "content": answer}]
+        rows.append({"messages": messages, "metadata": {**case.metadata, "faults": list(faults)}})
+    return rows
+
+
+def prompt_rows(config: SandboxConfig, world: corpus.World) -> list[dict]:
+    """Prompts without answers, of all splits; none of them is an instruction's."""
+    rng = random.Random(f"prompts {config.world_seed}")
+    cases = corpus.draw_cases(world, rng, _is_prompt)
+    return [{"prompt": case.messages, "metadata": case.metadata} for case in itertools.islice(cases, config.n_prompts)]
+
+
+def pretraining_documents(config: SandboxConfig, world: corpus.World, count: int, split: str = "train") -> list:
+    """The base's text: exchanges of one split's groups, short exchanges (both lists of messages), plain sentences."""
+    rng = random.Random(f"pretraining {split} {config.world_seed}")
+    documents: list = []
+    while len(documents) < count:
+        kind = rng.random()
+        if kind < PLAIN_SHARE:
+            documents.append(corpus.plain_sentence(world, rng))
+            continue
+        if kind < PLAIN_SHARE + SHORT_SHARE:
+            documents.append(corpus.short_exchange(world, rng))
+            continue
+        case = corpus.draw_case(world, rng)
+        if split_of(case.group) == split:
+            answer, _ = corpus.draw_answer(world, case, config.pretrain_off_brand, rng)
+            documents.append([*case.messages, {"role": "assistant", "content": answer}])
+    return documents
+
+
+def base_fingerprint(config: SandboxConfig) -> str:
+    """16 hex digits of all that decides the base: its settings, the world's, and the code that makes both."""
+    code = [Path(module.__file__).read_bytes().hex() for module in (base, corpus, phrases)]
+    world = [config.world_seed, config.n_items, config.n_intents, config.pretrain_documents, config.pretrain_off_brand]
+    return digest(json.dumps([asdict(config.base_config()), world, code], sort_keys=True))
+
+
+def build_base(config: SandboxConfig, world: corpus.World) -> dict[str, Any]:
+    """Train tokenizer and base into output_dir/base, or keep the one that is there with these settings."""
+    folder = Path(config.output_dir) / "base"
+    fingerprint = base_fingerprint(config)
+    record = folder / "sandbox.json"
+    if record.is_file():
+        known = json.loads(record.read_text(encoding="utf-8"))
+        if known.get("fingerprint") == fingerprint:
+            print(f"{folder}: reusing the base with these settings (fingerprint {fingerprint})")
+            return known
+        print(f"{folder}: settings have changed, training the base anew")
+    documents = pretraining_documents(config, world, config.pretrain_documents)
+    held_out = pretraining_documents(config, world, 500, split="validation")
+    losses = {"fingerprint": fingerprint}
+    partial = folder.with_name("base.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    losses |= base.train_base(documents, held_out, config.base_config(), partial)
+    (partial / "sandbox.json").write_text(json.dumps(losses, indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)  # whole or not there at all
+    print(
+        f"{folder}: {losses['parameters']:,} parameters, {losses['seconds']:.0f} s, loss per token "
+        f"{losses['loss/train']:.3f} in training, {losses['loss/held_out']:.3f} on held-out text (nats)"
+    )
+    return losses
+
+
+def _is_prompt(group: str) -> bool:
+    """Half of all groups may be prompts, the other half instructions, so that neither list depends on the other."""
+    return digest(f"sandbox {group}")[0] in "01234567"
+
+
+def _write_jsonl(path: Path, rows: list[dict]) -> str:
+    """Write the rows and return the file's SHA-256."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    _write_whole(path, text)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
