@@ -1,0 +1,106 @@
+"""`rlhf ...`: looking and handling, one process. The programs that train stand in launch/."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rlhf.config import UserError, did_you_mean, parse, program
+
+
+@dataclass
+class Command:
+    """One command: a line of help, a function of its arguments, and the option that bare words fill."""
+
+    help: str
+    run: Callable[[list[str]], None]
+    words: str | None = None
+
+
+def data_show(argv: list[str]) -> None:
+    from rlhf.data.describe import DescribeConfig, describe
+
+    describe(parse(DescribeConfig, argv, "rlhf data show"))
+
+
+def sandbox_build(argv: list[str]) -> None:
+    from rlhf.sandbox.build import SandboxConfig, build
+
+    build(parse(SandboxConfig, argv, "rlhf sandbox build"))
+
+
+def sandbox_annotate(argv: list[str]) -> None:
+    from reward.compose import build_scorer
+    from rlhf.sandbox.annotators import AnnotateConfig, annotate
+
+    config = parse(AnnotateConfig, argv, "rlhf sandbox annotate")
+    annotate(config, build_scorer([{"voice": config.voice}]))
+
+
+def sandbox_quickstart(argv: list[str]) -> None:
+    from rlhf.sandbox.quickstart import QuickstartConfig, quickstart
+
+    quickstart(parse(QuickstartConfig, argv, "rlhf sandbox quickstart"))
+
+
+def collect_sample(argv: list[str]) -> None:
+    from rlhf.models import quiet
+    from rlhf.sample import SampleConfig, sample
+
+    config = parse(SampleConfig, argv, "rlhf collect sample")
+    quiet()
+    sample(config)
+
+
+def compare(argv: list[str]) -> None:
+    from rlhf.compare.run import CompareConfig
+    from rlhf.compare.run import compare as run
+
+    config = parse(CompareConfig, argv, "rlhf compare")
+    from reward.compose import build_scorer
+    from rlhf.models import quiet
+
+    quiet()
+    run(config, build_scorer)
+
+
+COMMANDS = {
+    "data show": Command("what a data file or store holds: form, groups, splits, bad rows", data_show, "source"),
+    "sandbox build": Command("make the small world: corpus, prompts, pretrained base", sandbox_build),
+    "sandbox annotate": Command("simulated annotators vote on a store's open comparisons", sandbox_annotate),
+    "sandbox quickstart": Command("the whole pipeline on the sandbox, with a report", sandbox_quickstart),
+    "collect sample": Command("sample pairs from a policy into a preference store", collect_sample),
+    "compare": Command("compare trained policies on test prompts: RUN RUN ... --prompts FILE", compare, "runs"),
+}
+
+
+@program
+def main(argv: list[str] | None = None) -> None:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    for length in (2, 1):
+        name = " ".join(argv[:length])
+        if name in COMMANDS:
+            command = COMMANDS[name]
+            command.run(bare_words(argv[length:], command.words))
+            return
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: rlhf COMMAND [--option value ...]      rlhf COMMAND --help\n")
+        for name, command in COMMANDS.items():
+            print(f"  {name:<20} {command.help}")
+        print("\nTraining: deepspeed launch/{sft,reward,dpo,ppo}.py --help")
+        return
+    name = " ".join(argv[:2])
+    raise UserError(f"unknown command '{name}'.{did_you_mean(name, COMMANDS)} All commands: rlhf --help")
+
+
+def bare_words(argv: list[str], option: str | None) -> list[str]:
+    """Words before the first flag as the value of `option`: `rlhf compare a b --seed 1` -> --runs a,b --seed 1."""
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    if not count or option is None:
+        return argv
+    return [f"--{option}", ",".join(argv[:count]), *argv[count:]]
+
+
+if __name__ == "__main__":
+    main()

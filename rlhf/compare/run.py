@@ -1,0 +1,182 @@
+"""`rlhf compare RUN RUN ...`: the same test prompts, the same sampling, every score, for several trained policies."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import UserError, option, read_yaml
+from rlhf.data.records import Prompt, Scorer
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """Compare trained policies on held-out prompts; the first is the reference (the SFT policy)."""
+
+    runs: list[str] = option(help="folders of the policies, the SFT policy first")
+    prompts: list[str] = option(help="files, stores or Hub names with prompts; their test split is used")
+    output_dir: str = option("runs/compare", "where report.md, report.json and the plots go")
+    gold: list[dict] = option([], "the true reward where it is known, e.g. [{voice: configs/voices/shop.yaml}]")
+    referee: list[dict] = option([], "a reward model that no run has seen, e.g. [{model: runs/referee}]; decides")
+    others: list[dict] = option([], "further scorers to show")
+    n_prompts: int | None = option(None, "so many test prompts; default: all")
+    samples_per_prompt: int = option(1, "responses of each policy to each prompt")
+    temperature: float = option(1.0, "of sampling; the KL is that of the sampled distributions")
+    max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted")
+    max_response_length: int = option(512, "tokens with EOS")
+    batch_size: int = option(64, "responses generated together")
+    validation_fraction: float = option(0.05, "as in the stages")
+    test_fraction: float = option(0.1, "as in the stages")
+    seed: int = option(0, "of sampling and of the bootstrap")
+
+    def validate(self) -> None:
+        if len(self.runs) < 2:
+            raise UserError("compare needs at least two runs: the SFT policy and one to compare with it")
+        if self.gold and self.referee:
+            raise UserError("'gold' and 'referee' both given: where the truth is known no referee decides")
+
+
+def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[str, Any]:
+    """Sample, score and report; returns report.json's content. `build_scorer(specs, tokenizer)` makes scorers."""
+    from tqdm import tqdm
+
+    from rlhf.compare.report import print_table, write_report
+    from rlhf.data.encode import encode_prompts
+    from rlhf.data.load import fingerprint, load
+    from rlhf.distributed import World
+    from rlhf.engines.hf import Sampling
+    from rlhf.evaluate import Evaluation, sample_table
+    from rlhf.models import head_is_plain, load_tokenizer, stop_ids
+
+    fractions = {"validation_fraction": config.validation_fraction, "test_fraction": config.test_fraction}
+    records = load(config.prompts, Prompt, split="test", **fractions)
+    records = sorted(records, key=lambda r: (r.group, str(r.prompt)))[: config.n_prompts]
+    if not records:
+        raise UserError(f"{', '.join(config.prompts)}: no test prompts; raise 'test_fraction' or add a split column")
+    names = run_names(config.runs)
+    tokenizer = load_tokenizer(config.runs[0])
+    specs, kinds, judge = scores_of(config, names)
+    scorer = build_scorer(specs, tokenizer) if specs else None
+    policies = load_policies(config.runs)
+    model, context = policies[0]
+    evaluation = Evaluation(
+        prompts=encode_prompts(records, tokenizer, config.max_prompt_length),
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(tokenizer, model),
+        sampling=Sampling(config.max_response_length, config.temperature),
+        scorer=scorer,
+        samples_per_prompt=config.samples_per_prompt,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        plain_head=head_is_plain(model),
+    )
+    rows = {}
+    total = len(policies) * len(evaluation.prompts) * config.samples_per_prompt
+    with tqdm(total=total, desc="comparing", unit="response", mininterval=5) as bar:
+        for name, (own, own_context) in zip(names, policies, strict=True):
+            reference = context if own is model else model
+            rows[name] = evaluation.run(own, own_context, reference, World(), bar.update)
+    for name in rows[names[0]][0].scores:
+        if not any(math.isnan(row.scores[name]) for part in rows.values() for row in part):
+            kinds.setdefault(name, "other")  # a part of a score, where it applies to every prompt
+    report = write_report(
+        config.output_dir, rows, kinds, judge, meta_of(config, names, fingerprint(records)), seed=config.seed
+    )
+    with open(Path(config.output_dir) / "samples.jsonl", "w", encoding="utf-8") as file:
+        for name in names:
+            for row in sample_table(rows[name], len(rows[name])):
+                file.write(json.dumps({"policy": name, **row}, ensure_ascii=False) + "\n")
+    print_table(report, config.output_dir)
+    return report
+
+
+def run_names(paths: list[str]) -> list[str]:
+    """The folders' own names, or the paths where those are not unique."""
+    names = [Path(p).name for p in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
+def scores_of(config: CompareConfig, names: list[str]) -> tuple[list[dict], dict[str, str], str | None]:
+    """Scorer specifications, what each named score is, and the one that decides.
+
+    Every scorer that a run trained on is found in its config.yaml and marked `proxy`.
+    """
+    proxies: list[dict] = []
+    for path in config.runs:
+        file = Path(path) / "config.yaml"
+        for spec in (read_yaml(file).get("reward") or []) if file.is_file() else []:
+            if spec not in proxies:
+                proxies.append(spec)
+    specs, kinds = [], {}
+    for kind, group in (
+        ("gold", config.gold),
+        ("referee", config.referee),
+        ("proxy", proxies),
+        ("other", config.others),
+    ):
+        for spec in group:
+            name = spec.get("name") or (kind if kind != "other" else None)
+            if kind == "proxy" and spec.get("model") in [s.get("model") for s in config.referee]:
+                raise UserError(f"referee {spec['model']}: a run was trained on it, so it cannot decide")
+            if kind == "proxy":
+                name = spec.get("name") or "proxy"
+            if name in kinds:
+                name = f"{name}{sum(k.startswith(str(name)) for k in kinds) + 1}"
+            specs.append({**spec, **({"name": name} if name else {})})
+            if name:
+                kinds[name] = kind
+    judge = next((n for n, k in kinds.items() if k in ("gold", "referee")), None)
+    return specs, kinds, judge
+
+
+def load_policies(paths: list[str]) -> list[tuple[Any, Callable]]:
+    """(model, context in which it is the policy) for each run; adapters of one base share it."""
+    from peft import PeftModel
+
+    from rlhf.models import check_same_base, load_foundation, use_adapter
+
+    foundations, policies = [], []
+    for number, path in enumerate(paths):
+        is_adapter = (Path(path) / "adapter_config.json").is_file()
+        shared = next((f for f in foundations if is_adapter and f["base"] == _base_of(path)), None)
+        if shared is not None:
+            check_same_base(path, shared["foundation"])
+            shared["model"].load_adapter(path, adapter_name=f"run{number}")
+            model = shared["model"]
+        elif is_adapter:
+            foundation = load_foundation(path)
+            model = PeftModel.from_pretrained(foundation.model, path, adapter_name=f"run{number}")
+            foundations.append({"base": _base_of(path), "foundation": foundation, "model": model})
+        else:
+            model = load_foundation(path).model
+        model.eval()
+        context = (lambda m=model, n=f"run{number}": use_adapter(m, n)) if is_adapter else nullcontext
+        policies.append((model, context))
+    return policies
+
+
+def _base_of(path: str) -> str:
+    from rlhf.models import adapter_base
+
+    return str(Path(adapter_base(path)).resolve())
+
+
+def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str) -> dict[str, Any]:
+    """Seeds, budgets and versions from each run's result.json, for the report."""
+    meta: dict[str, Any] = {"seeds": {"run": [], "world": []}, "budgets": {}, "versions": {}, "fingerprints": {}}
+    for name, path in zip(names, config.runs, strict=True):
+        file = Path(path) / "result.json"
+        result = json.loads(file.read_text()) if file.is_file() else {}
+        meta["budgets"][name] = {k.removeprefix("budget/"): v for k, v in result.get("budget", {}).items()}
+        meta["versions"] = result.get("versions", meta["versions"])
+        meta["fingerprints"][name] = result.get("data", {})
+        if "seed" in result and result["seed"] not in meta["seeds"]["run"]:
+            meta["seeds"]["run"].append(result["seed"])
+    meta["fingerprints"]["prompts"] = prompts_fingerprint
+    meta["sampling"] = {"temperature": config.temperature, "max_new_tokens": config.max_response_length}
+    return meta

@@ -1,0 +1,195 @@
+"""What the project promises about itself: layers, configs, README, generated pages."""
+
+import ast
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+# Imports go down: a module may import its own layer and those after it.
+LAYERS = [
+    ["rlhf.cli"],
+    ["rlhf.sandbox.quickstart", "rlhf.compare.run"],
+    ["reward"],
+    ["rlhf.ppo", "rlhf.sandbox", "rlhf.sample"],
+    ["rlhf.rollout", "rlhf.compare"],
+    ["rlhf.roles", "rlhf.evaluate", "rlhf.stages"],
+    ["rlhf.engines", "rlhf.models", "rlhf.budget"],
+    ["rlhf.advantages", "rlhf.losses", "rlhf.tensors", "rlhf.distributed"],
+    ["rlhf.tracking", "rlhf.trl_names", "rlhf.metrics"],
+    ["rlhf.data"],
+    ["rlhf.config"],
+]
+
+
+def modules() -> dict[str, Path]:
+    files = [p for top in ("rlhf", "reward") for p in (ROOT / top).rglob("*.py")]
+    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            found |= {f"{node.module}.{a.name}" for a in node.names} | {node.module}
+        elif isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+    return {m for m in found if m.split(".")[0] in ("rlhf", "reward")}
+
+
+def layer_of(module: str) -> int:
+    best = max(
+        ((len(name), number) for number, names in enumerate(LAYERS) for name in names
+         if module == name or module.startswith(name + ".")),
+        default=None,
+    )  # fmt: skip
+    assert best is not None, f"{module} stands in no layer: add it to LAYERS"
+    return best[1]
+
+
+def test_imports_go_down():
+    known = modules()
+    wrong = []
+    for module, path in known.items():
+        if module in ("rlhf", "reward"):
+            continue
+        for imported in imports_of(path) & set(known) - {"rlhf", "reward"}:
+            if layer_of(imported) < layer_of(module):
+                wrong.append(f"{module} imports {imported}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_rlhf_never_imports_reward_but_in_its_cli():
+    for module, path in modules().items():
+        if module.startswith("rlhf") and module != "rlhf.cli":
+            assert not any(i.split(".")[0] == "reward" for i in imports_of(path)), module
+
+
+def test_light_modules_stay_light():
+    """`rlhf --help` and reading data must not pay for torch."""
+    code = (
+        "import sys, rlhf.cli, rlhf.config, rlhf.data.load, rlhf.data.store, rlhf.tracking, reward.compose\n"
+        "print([m for m in ('torch', 'transformers', 'datasets', 'wandb', 'matplotlib') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def config_class(path: Path):
+    """The options a YAML under configs/ is for."""
+    import importlib.util
+
+    name = path.stem
+    if path.parent.name == "quickstart" and name in ("sandbox", "annotate", "sample", "compare"):
+        from rlhf.compare.run import CompareConfig
+        from rlhf.sample import SampleConfig
+        from rlhf.sandbox.annotators import AnnotateConfig
+        from rlhf.sandbox.build import SandboxConfig
+
+        return {"sandbox": SandboxConfig, "annotate": AnnotateConfig, "sample": SampleConfig, "compare": CompareConfig}[
+            name
+        ]
+    if name == "ppo":
+        from rlhf.ppo import PPOConfig
+
+        return PPOConfig
+    spec = importlib.util.spec_from_file_location(f"door_{name}", ROOT / "launch" / f"{name}.py")
+    before = list(sys.path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = before
+    return next(v for k, v in vars(module).items() if k.endswith("RunConfig") and v.__module__ == spec.name)
+
+
+CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "quickstart").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_configs_parse(path):
+    from dataclasses import MISSING, fields
+
+    from rlhf.config import parse
+
+    cls = config_class(path)
+    given = yaml.safe_load(path.read_text()) or {}
+    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+    flags = [f"--{name}=x" for name in required if name not in given and name not in ("reward", "runs")]
+    flags += ["--reward=[{model: x}]"] if "reward" in required and "reward" not in given else []
+    flags += ["--runs=x,y"] if "runs" in required and "runs" not in given else []
+    parse(cls, ["--config", str(path), *flags])
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.name)
+def test_reference_configs_say_how_they_are_run(path):
+    head = path.read_text().split("\n\n")[0]
+    for word in ("deepspeed launch/", "Hardware", "Data", "Source", "Run here"):
+        assert word in head, f"{path.name}: its head does not say '{word}'"
+
+
+def test_voices_parse():
+    from reward.voice import load_voice
+
+    for path in sorted(ROOT.glob("configs/voices/*.yaml")):
+        load_voice(str(path))
+
+
+def test_metrics_page_is_current():
+    from rlhf.metrics import metrics_page
+
+    assert (ROOT / "docs" / "metrics.md").read_text() == metrics_page(), "run: make docs"
+
+
+def commands_in(text: str) -> list[list[str]]:
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split("#")[0].split() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_readme_commands_exist():
+    """Each command of the README names a make target, a door with its config, or an `rlhf` command."""
+    from rlhf.cli import COMMANDS
+
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    commands = commands_in((ROOT / "README.md").read_text())
+    assert len(commands) >= 6
+    for words in commands:
+        if words[0] == "make":
+            assert words[1] in targets, words
+        elif words[0] in ("deepspeed", "python"):
+            door = next(w for w in words if w.endswith(".py"))
+            assert (ROOT / door).is_file(), words
+            for flag, value in itertools.pairwise(words):
+                assert flag != "--config" or (ROOT / value).is_file(), words
+        elif words[0] == "rlhf":
+            assert any(" ".join(words[1 : 1 + n]) in COMMANDS for n in (1, 2)), words
+        else:
+            assert words[0] in ("git", "cd", "source", "export", "pip"), words
+
+
+def test_readme_tree_is_true():
+    text = (ROOT / "README.md").read_text()
+    tree = re.search(r"```text\n(.*?)```", text, re.S).group(1)
+    for line in tree.splitlines():
+        name = line.split()[0] if line.strip() else ""
+        if name.endswith("/") or re.search(r"\.\w+$", name):
+            assert (ROOT / name).exists(), f"README's tree names {name}"
+
+
+def test_the_project_speaks_of_itself_alone():
+    wrong = re.compile(r"/work/|/root/|/tmp/v|/opt/(?:wheels|pypi)")
+    files = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.split()
+    for name in files:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".json") and name != "tests/test_project.py":
+            found = wrong.search(path.read_text())
+            assert not found, f"{name}: {found.group(0)}"
