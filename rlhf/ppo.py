@@ -132,6 +132,7 @@ class PPOTrainer:
             samples_per_prompt=config.samples_per_prompt,
             missing_eos_score=config.missing_eos_score,
             micro_batch_size=config.per_device_train_batch_size,
+            generation_batch_size=config.generation_batch_size,
             gathered=self.learner.gathered,
         )
         kl = kl_k1(rollout.logprobs, rollout.ref_logprobs)

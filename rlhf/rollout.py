@@ -64,6 +64,7 @@ def collect(
     samples_per_prompt: int = 1,
     missing_eos_score: float | None = None,
     micro_batch_size: int = 8,
+    generation_batch_size: int = 64,
     gathered: Callable[[], Any],
 ) -> Rollout:
     """Sample `samples_per_prompt` responses to each prompt with the policy and measure them in every role.
@@ -85,6 +86,7 @@ def collect(
             sampling,
             stop_ids,
             tokenizer.pad_token_id,
+            generation_batch_size,
         )
     seconds["time/generate"] = time.monotonic() - began
 

@@ -76,6 +76,7 @@ class SamplingConfig(RunConfig):
         [], "scorers that only look, e.g. [{voice: configs/voices/shop.yaml}]", resume="free"
     )
     temperature: float = option(1.0, "of sampling, in training and evaluation")
+    generation_batch_size: int = option(64, "responses generated together on each device", resume="free")
 
     def validate(self) -> None:
         super().validate()
@@ -297,6 +298,7 @@ def evaluation(run: Run, foundation, scorer: Scorer | None, prompts: list[Prompt
         sampling=Sampling(max_new_tokens=config.max_response_length, temperature=config.temperature),
         scorer=scorer,
         seed=config.seed,
+        batch_size=config.generation_batch_size,
         plain_head=head_is_plain(foundation.model),
     )
 

@@ -231,9 +231,9 @@ def test_rollout_is_the_same_whatever_the_micro_batch(sft_path):
 def test_an_engine_is_any_function_that_samples(sft_path):
     calls = []
 
-    def engine(model, prompt_ids, keys, sampling, stop_ids, pad_id):
+    def engine(model, prompt_ids, keys, sampling, stop_ids, pad_id, batch_size):
         calls.append(copy.copy(sampling))
-        return generate(model, prompt_ids, keys, sampling, stop_ids, pad_id)
+        return generate(model, prompt_ids, keys, sampling, stop_ids, pad_id, batch_size)
 
     learner = trainer(sft_path)
     learner.engine = engine
