@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-slow check format docs clean
+.PHONY: quickstart test test-slow check bench format docs clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -40,6 +40,9 @@ check: $(VENV)/.installed  ## lint, format, import order of the layers, configs,
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest tests/test_project.py
+
+bench: $(VENV)/.installed  ## the four programs on a real model and real data (needs RLHF_DATA, see benchmarks/)
+	benchmarks/real_data.sh
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -41,11 +41,13 @@ def main(argv: list[str] | None = None) -> None:
     run.say(f"{len(prompts)} training prompts, {config.total_steps} steps of {config.rollout_batch_size} responses")
 
     role = reward_role(config.reward, foundation)
-    looking = build_scorer(config.eval_scorers, foundation.tokenizer) if config.eval_scorers else None
-    evaluate = stages.evaluation(run, foundation, looking)
+    evaluate = stages.evaluation(run, foundation, None)
     roles = Roles(foundation, stages.new_lora(config), role, config.gradient_checkpointing)
     kinds = {"model": role_kind(roles, role, tokenizer.pad_token_id)} if role else None
     scorer = build_scorer(config.reward, tokenizer, kinds)
+    if evaluate is not None:  # what only looks, and what is learnt from
+        looking = [spec for spec in config.eval_scorers if spec not in config.reward]
+        evaluate.scorer = build_scorer([*looking, *config.reward], tokenizer, kinds)
     trainer = PPOTrainer(
         config,
         roles,

@@ -67,8 +67,8 @@ def read_by_mask(model: nn.Module) -> nn.Module:
 def score_model(causal: nn.Module, seed: int = 0) -> nn.Module:
     """A classification model with one output on the trunk of `causal` (shared, not copied), with a fresh head.
 
-    The head is drawn from N(0, 1 / (H + 1)) with its own generator (Stiennon et al. 2020; arXiv 2403.17031, detail 4
-    of the reward model) and stays in fp32. Raises UserError if transformers has no such model for this architecture.
+    The head is drawn from N(0, 1 / (H + 1)) with its own generator (Stiennon et al. 2020; arXiv 2403.17031)
+    and stays in fp32. Raises UserError if transformers has no such model for this architecture.
     """
     from transformers import AutoModelForSequenceClassification
 

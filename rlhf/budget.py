@@ -10,7 +10,7 @@ from torch import nn
 
 @dataclass
 class Budget:
-    """Counters over all ranks since the program began.
+    """This rank's counters since the program began (`stages.total_budget` sums them over ranks).
 
     FLOPs are the usual estimate from the parameter count N without input embeddings (Kaplan et al. 2020, sec. 2.1):
     2N for each token of a forward pass, 4N more for a backward pass. A frozen base saves the weights' half of it

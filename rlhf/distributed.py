@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,13 @@ def start() -> World:
 
     deepspeed.init_distributed(verbose=False)  # before any TrainingArguments: ZeRO-3 would take the world for one rank
     return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"), launched=True)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory used so far, GiB: the device's on a GPU, the process's resident set elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def read_deepspeed_config(path: str | None, world: World) -> dict[str, Any] | None:

@@ -49,7 +49,7 @@ def value_loss(
     clip_range: float | None,
     count: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped squared error of the critic, averaged over true tokens (Stiennon et al. 2020; 2403.17031, detail 13).
+    """Clipped squared error of the critic, averaged over true tokens (2403.17031).
 
         L = 1/2 E[ max((V - R)^2, (clip(V, V_old - e, V_old + e) - R)^2) ]
 

@@ -37,9 +37,9 @@ METRICS: dict[str, Metric] = {
         "above 0.5: as for kl/sequence; below 0 for long: the estimator's noise, take more samples",
     ),
     "kl/k3": Metric(
-        "mean over true tokens of exp(-d) - 1 + d, d = log p - log p_ref; never negative (Schulman 2020)",
-        "near kl/token",
-        "far above kl/token: single tokens the reference holds far likelier; look at the sample table",
+        "sum over a response's tokens of exp(-d) - 1 + d, d = log p - log p_ref, mean over responses; never negative",
+        "near kl/sequence",
+        "far above kl/sequence: single tokens the reference holds far likelier; look at the sample table",
     ),
     "kl/coef": Metric(
         "weight of the KL in each token's reward, as the controller has it now",
@@ -48,7 +48,7 @@ METRICS: dict[str, Metric] = {
     ),
     # scores
     "score/total": Metric(
-        "mean over responses of the score that is optimised, before KL, penalties and normalisation",
+        "mean over responses of the score that is optimised, before the KL; in PPO after the EOS rule",
         "rises, then flattens; the gold or referee score must rise with it",
         "rises alone: the reward model is being exploited; stop earlier or raise kl_coef",
     ),
@@ -66,23 +66,18 @@ METRICS: dict[str, Metric] = {
     "response/ended": Metric(
         "share of responses that sampled the end token within the token limit",
         "above 0.95",
-        "lower: raise max_new_tokens, train SFT on the end token, lower missing_eos_score",
+        "lower: raise max_response_length, train SFT on the end token, lower missing_eos_score",
     ),
     "response/entropy": Metric(
         "entropy of the policy's next-token distribution, mean over the sampled tokens, nats",
         "falls slowly; above a third of its first value",
-        "collapses: raise kl_coef, lower learning_rate or ppo_epochs",
-    ),
-    "response/distinct": Metric(
-        "distinct word pairs / all word pairs over all responses of an evaluation (distinct-2)",
-        "near SFT's",
-        "far below SFT's: the policy repeats itself; stop earlier or raise kl_coef",
+        "collapses: raise kl_coef, lower learning_rate or num_ppo_epochs",
     ),
     # PPO
     "ppo/clip_fraction": Metric(
-        "share of true tokens with |ratio - 1| > clip_range",
+        "share of true tokens whose loss the clip changed (the clipped branch is the smaller)",
         "0.01-0.2",
-        "above 0.3: lower learning_rate or ppo_epochs; 0 throughout: the steps are too small",
+        "above 0.3: lower learning_rate or num_ppo_epochs; 0 throughout: the steps are too small",
     ),
     "ppo/ratio": Metric(
         "p / p_old, mean over true tokens",
@@ -94,16 +89,10 @@ METRICS: dict[str, Metric] = {
         "exactly 1 when old log-probabilities are the learner's own; within 1e-5 (fp32) or 1e-2 (bf16) else",
         "further away: the engine's weights are stale or its sampling differs (rollout/logprob_gap)",
     ),
-    "ppo/ratio_max": Metric(
-        "largest p / p_old of a true token",
-        "below 5",
-        "above 10: lower learning_rate; look for tokens outside the mask",
-    ),
-    "ppo/ratio_min": Metric("smallest p / p_old of a true token", "above 0.2", "below 0.1: lower learning_rate"),
     "ppo/approx_kl": Metric(
         "mean over true tokens of r - 1 - log r, r = p / p_old: how far this step's updates went, nats",
         "below 0.02",
-        "above 0.05: lower learning_rate or ppo_epochs",
+        "above 0.05: lower learning_rate or num_ppo_epochs",
     ),
     "ppo/advantage_mean": Metric(
         "mean advantage over the rollout's true tokens, before whitening",
@@ -116,16 +105,11 @@ METRICS: dict[str, Metric] = {
         "rises",
         "falls while score/total rises: the KL costs more than the score brings, lower kl_coef",
     ),
-    "ppo/epochs": Metric(
-        "passes over the rollout that were made before target_kl stopped them",
-        "equal to ppo_epochs",
-        "below: the steps are too large, lower learning_rate",
-    ),
     # critic
     "value/explained_variance": Metric(
         "1 - var(return - value) / var(return) over the rollout's true tokens",
         "rises to 0.3-0.9",
-        "below 0 after 20 steps: raise value_learning_rate or warm the critic up; near 1 at once: it reads the answer",
+        "below 0 after 20 steps: raise value_learning_rate; near 1 at once: it reads the answer",
     ),
     "value/mean": Metric("mean value over true tokens", "near value/return", "far away: raise value_learning_rate"),
     "value/return": Metric("mean return over true tokens", "rises with the score", "see score/total"),
@@ -241,7 +225,9 @@ METRICS: dict[str, Metric] = {
         "smaller micro-batches",
     ),
     # cost, counted in the same words by every program
-    "budget/episodes": Metric("responses sampled for training, or pairs and rows trained on, since the start", "", ""),
+    "budget/episodes": Metric(
+        "responses sampled for training since the start, all ranks; 0 where nothing is sampled", "", ""
+    ),
     "budget/tokens_generated": Metric("tokens sampled since the start, all ranks", "", ""),
     "budget/tokens_trained": Metric(
         "tokens, prompt included and padding not, through forward and backward since the start, all ranks", "", ""
@@ -256,7 +242,6 @@ PATTERNS: dict[str, Metric] = {
     "time/": Metric("time/<name>: seconds spent in one part of a step", "", ""),
     "memory/": Metric("memory/<name>: GiB", "", ""),
     "budget/": Metric("budget/<name>: a further cost counted since the start", "", ""),
-    "guard/": Metric("guard/<name>: 1 where that guard acted in this step", "0", "the console line says why it acted"),
     "trl/": Metric("trl/<name>: a number of TRL's trainer that has no name here", "", ""),
     "eval/": Metric(
         "eval/<name>: any name of this page, measured on the validation prompts or rows", "as <name>", "as <name>"

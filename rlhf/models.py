@@ -195,7 +195,7 @@ def lora_config(task_type: str = "CAUSAL_LM", r: int = 16, alpha: int = 32, drop
 
 
 def trainable_policy(foundation: Foundation, lora: Any | None):
-    """The model that SFT or DPO trains, and how it began.
+    """The model that SFT or DPO trains.
 
     An adapter at the foundation goes on being trained (a trainable copy; its own LoRA settings hold); without one, a
     new adapter is put on; with `lora` None the whole model is trained.
@@ -206,7 +206,6 @@ def trainable_policy(foundation: Foundation, lora: Any | None):
         return PeftModel.from_pretrained(foundation.model, foundation.adapter_path, is_trainable=True)
     if lora is None:
         return foundation.model
-    # TRL's DPO finds its reference by disabling the adapter, which is right here: the base is where training starts
     return get_peft_model(foundation.model, lora)
 
 

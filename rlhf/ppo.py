@@ -2,7 +2,8 @@
 
 One step: sample a rollout, turn scores into token rewards, estimate advantages, then several epochs of clipped policy
 and value updates over minibatches of it. The details follow *The N+ implementation details of RLHF with PPO*
-(arXiv 2403.17031); defaults are its recipe, scaled for LoRA where the help says so.
+(arXiv 2403.17031). Defaults are its recipe but for sizes that have to fit the machine (batch, episodes, lengths), the
+temperature, and LoRA's step sizes; docs/algorithms.md lists each with its source.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from rlhf.advantages import KLController, gae, kl_k1, kl_k3, token_rewards
 from rlhf.budget import Budget
 from rlhf.config import UserError, option
 from rlhf.data.records import Scorer
-from rlhf.distributed import Learner, World
+from rlhf.distributed import Learner, World, peak_memory
 from rlhf.engines.hf import Sampling, generate
 from rlhf.losses import policy_loss, value_loss
 from rlhf.roles import Roles
@@ -247,12 +248,12 @@ class PPOTrainer:
         return {name: float(value) for name, value in metrics.items()}
 
     def _count(self, rollout: Rollout) -> None:
-        """This rank's part of the cost: sampled, read by scorer, policy, reference and critic, then learnt from."""
+        """This rank's part of the cost: sampled, read by each role, then learnt from."""
         share = self.world.share(len(rollout))
         response = int(rollout.mask[share.start : share.stop].sum())
         whole = int(rollout.batch["attention"][share.start : share.stop].sum())
         self.budget.generate(len(share), whole - response, response)
-        self.budget.forward(4 * whole)
+        self.budget.forward((4 if "reward" in self.roles.heads else 3) * whole)
         for _ in range(2 * self.config.num_ppo_epochs):  # policy and critic each pass forward and backward
             self.budget.train(whole)
 
@@ -260,8 +261,7 @@ class PPOTrainer:
         """All steps; `on_step(step, metrics, rollout)` is called after each (1, 2, ...). Returns the budget."""
         for step in range(self.config.total_steps):
             metrics, rollout = self.step(step)
-            if self.world.device.type == "cuda":
-                metrics["memory/peak"] = torch.cuda.max_memory_allocated() / 2**30
+            metrics["memory/peak"] = peak_memory(self.world.device)
             metrics |= total_budget(self.budget, self.world)
             on_step(step + 1, metrics, rollout)
         return total_budget(self.budget, self.world)

@@ -41,7 +41,7 @@ class Roles(nn.Module):
 
     The policy is a trainable copy of the foundation's adapter and the reference a frozen one; on a foundation without
     adapter (a whole or merged SFT model) the policy is new and the reference is the base with adapters off.
-    The value role starts from the reward adapter and head when there is one (2403.17031, detail 20), else from the
+    The value role starts from the reward adapter and head when there is one (2403.17031), else from the
     policy's adapter with a head of zeros. `reward_path` None leaves the reward role out.
     """
 

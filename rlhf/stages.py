@@ -36,7 +36,7 @@ class RunConfig:
         512, "tokens with EOS; longer responses are dropped and counted, or cut off in PPO"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
-        "auto", "of the base model; auto is bfloat16 on a GPU and float32 elsewhere. Adapters stay in float32"
+        "auto", "of the base model; auto is bfloat16 on a GPU and float32 elsewhere. PPO's adapters stay in float32"
     )
     attn_implementation: str | None = option(None, "sdpa (default), eager, flash_attention_2, ...")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, about a third more time")
@@ -108,12 +108,16 @@ class TrainerConfig(AdapterConfig):
     trl: dict = option({}, "any further option of TRL's config for this stage, by its name")
 
 
+STORES = (".db", ".sqlite", ".sqlite3")
+
+
 class Run:
     """One run of a program: its ranks, its folder, its tracker. `begin` makes one."""
 
     def __init__(self, program: str, config: RunConfig, world, tracker):
         self.program, self.config, self.world, self.tracker = program, config, world, tracker
         self.fingerprints: dict[str, str] = {}
+        self.pins: dict[str, str] = {}
 
     def say(self, text: str) -> None:
         if self.world.is_main:
@@ -125,7 +129,7 @@ class Run:
 
         config = self.config
         records = load(
-            data or config.data,
+            self.pinned(data or config.data),
             kind,
             split=split,
             half=config.half,
@@ -145,13 +149,35 @@ class Run:
             return "float32"  # what is trained is kept in float32; the trainer computes in bfloat16 on a GPU
         return "bfloat16" if self.world.device.type == "cuda" else "float32"
 
+    def pinned(self, sources: list[str]) -> list[str]:
+        """The sources, each preference store as it is now: votes that come in meanwhile change nothing.
+
+        The main rank writes the store's rows to output_dir/data/ and all ranks read it up to the same event.
+        """
+        from rlhf.data.store import freeze
+
+        result = []
+        for source in sources:
+            if source in self.pins:
+                source = self.pins[source]
+            elif Path(source).suffix in STORES:
+                events = [0]
+                if self.world.is_main:
+                    folder = Path(self.config.output_dir) / "data"
+                    folder.mkdir(exist_ok=True)
+                    events = [freeze(source, folder / f"{Path(source).stem}.jsonl")]
+                event = self.world.gather(events)[0]
+                self.pins[source] = f"{source}@{event}"
+                source = self.pins[source]
+            result.append(source)
+        return result
+
     def finish(self, headline: dict[str, Any], budget: dict[str, float], **more: Any) -> None:
         """Write result.json and the model card, and close the tracker."""
         from rlhf.tracking import write_card
 
         result = {
             "program": self.program,
-            "finished": True,
             "seed": self.config.seed,
             "headline": headline,
             "budget": budget,
@@ -159,7 +185,7 @@ class Run:
             **more,
         }
         if self.world.is_main:
-            self.tracker.result(result)
+            result = self.tracker.result(result)
             provenance = {"start": self.config.model_name_or_path, "data": ", ".join(self.config.data)}
             write_card(self.config.output_dir, self.program, options_dict(self.config), result, provenance)
         self.tracker.finish()
@@ -246,7 +272,7 @@ def trl_arguments(cls: type, run: Run, **fixed: Any) -> Any:
         "seed": config.seed,
         "data_seed": config.seed,
         "use_cpu": run.world.device.type == "cpu",
-        "bf16": run.torch_dtype == "bfloat16" and run.world.device.type == "cuda",
+        "bf16": run.world.device.type == "cuda" and config.dtype in ("auto", "bfloat16"),
         "report_to": "none",
         "save_strategy": "no",
         "disable_tqdm": True,
@@ -327,7 +353,7 @@ def sampling_callback(run: Run, evaluate, policy, reference, budget=None):
     """
     from transformers import TrainerCallback
 
-    from rlhf.distributed import gathered
+    from rlhf.distributed import gathered, peak_memory
     from rlhf.evaluate import sample_table, summarise
 
     class Sampler(TrainerCallback):
@@ -358,7 +384,7 @@ def sampling_callback(run: Run, evaluate, policy, reference, budget=None):
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if budget is not None and logs is not None:
-                logs.update(total_budget(budget, run.world))
+                logs.update(total_budget(budget, run.world) | {"memory/peak": peak_memory(run.world.device)})
 
     return Sampler()
 

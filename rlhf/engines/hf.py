@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-REPRODUCIBLE = True
-
 
 @dataclass(frozen=True)
 class Sampling:
