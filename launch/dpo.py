@@ -30,8 +30,10 @@ class DPORunConfig(TrainerConfig, SamplingConfig):
         super().validate()
         if self.beta <= 0:
             raise UserError(f"'beta' is {self.beta}, expected more than 0")
-        if self.label_smoothing and self.loss_type == ["sigmoid"]:
-            raise UserError("'label_smoothing' has no effect on loss_type sigmoid in TRL: choose loss_type robust")
+        if self.label_smoothing and not set(self.loss_type) & {"robust", "exo_pair", "aot", "aot_unpaired"}:
+            raise UserError(
+                f"'label_smoothing' has no effect on loss_type {', '.join(self.loss_type)} in TRL; robust knows it"
+            )
 
 
 @program
@@ -50,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.tracking import trainer_callback
 
     class Trainer(DPOTrainer):
-        """TRL's, on rows that already are ids: the same ids that every other stage sees."""
+        """TRL's, on rows that already are ids, encoded as for every other stage."""
 
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset
@@ -65,6 +67,10 @@ def main(argv: list[str] | None = None) -> None:
     }
     if not rows["train"]:
         raise UserError(f"{', '.join(config.data)}: no training pairs")
+    unread = [name for name in ("margin", "label_prob") if any(getattr(r, name) is not None for r in pairs["train"])]
+    unread += ["weight"] if any(r.weight != 1.0 for r in pairs["train"]) else []
+    if unread:
+        run.say(f"the pairs carry {', '.join(unread)}, which the reward model reads and DPO does not")
     run.say(f"{len(rows['train'])} training pairs, {len(rows['validation'])} held out")
 
     scorer = build_scorer(config.eval_scorers, foundation.tokenizer) if config.eval_scorers else None
@@ -82,14 +88,19 @@ def main(argv: list[str] | None = None) -> None:
         model=model,
         ref_model=reference,
         args=stages.trl_arguments(
-            DPOConfig, run, beta=config.beta, loss_type=config.loss_type, label_smoothing=config.label_smoothing
+            DPOConfig,
+            run,
+            bool(rows["validation"]),
+            beta=config.beta,
+            loss_type=config.loss_type,
+            label_smoothing=config.label_smoothing,
         ),
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"] if rows["validation"] else None,
         processing_class=foundation.tokenizer,
         callbacks=[sampler, trainer_callback(run.tracker, "dpo")],
     )
-    stages.attach(trainer, budget)
+    stages.attach(trainer, budget, reference)
 
     trainer.train()
     headline = stages.held_out_loss(trainer, run) if rows["validation"] else {}

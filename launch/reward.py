@@ -73,7 +73,9 @@ def main(argv: list[str] | None = None) -> None:
     budget = Budget(count_parameters(model), frozen_base=hasattr(model, "peft_config"))
     trainer = RewardTrainer(
         model=model,
-        args=stages.trl_arguments(RewardConfig, run, center_rewards_coefficient=config.center_rewards_coefficient),
+        args=stages.trl_arguments(
+            RewardConfig, run, bool(held_out), center_rewards_coefficient=config.center_rewards_coefficient
+        ),
         data_collator=PairCollator(tokenizer.pad_token_id),
         train_dataset=Dataset.from_list(pair_rows(train)),
         eval_dataset=Dataset.from_list(pair_rows(held_out)) if held_out else None,

@@ -51,9 +51,11 @@ class Budget:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters that a token passes through: all but the input embeddings, the (tied) output head counted."""
+    """Parameters that a token passes through: all but the input embeddings, the (tied) output head counted, and one
+    adapter of those that share the base (the first)."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    total = sum(p.numel() for p in causal.parameters())
+    others = [f".{name}." for name in list(getattr(model, "peft_config", {}))[1:]]
+    total = sum(p.numel() for n, p in causal.named_parameters() if not any(other in n for other in others))
     embeddings, head = causal.get_input_embeddings(), causal.get_output_embeddings()
     tied = head is not None and head.weight is embeddings.weight
     return total if tied else total - embeddings.weight.numel()

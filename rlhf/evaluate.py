@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from rlhf.data.encode import decode_response
-from rlhf.data.records import Message, Samples, Scorer, digest
+from rlhf.data.records import Message, Samples, Scorer
 from rlhf.distributed import World
 from rlhf.engines.hf import Sampling, generate, sample_key
 from rlhf.models import completion_batch, response_logprobs
@@ -68,7 +68,7 @@ class Evaluation:
 
     def _rows(self, model, policy, reference, wanted, progress) -> list[EvalRow]:
         prompt_ids = [row["prompt_ids"] for row, _ in wanted]
-        keys = [sample_key(self.seed, 0, digest(str(row["prompt_ids"])), s) for row, s in wanted]
+        keys = [sample_key(self.seed, "evaluate", row["prompt_ids"], s) for row, s in wanted]
         with policy():
             done = generate(
                 model,

@@ -60,6 +60,9 @@ class PPOConfig(SamplingConfig, AdapterConfig):
 
     def validate(self) -> None:
         super().validate()
+        for name in ("rollout_batch_size", "samples_per_prompt", "num_ppo_epochs", "num_mini_batches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"'{name}' is {getattr(self, name)}, expected at least 1")
         if self.rollout_batch_size % self.samples_per_prompt:
             raise UserError(
                 f"rollout_batch_size {self.rollout_batch_size} is no multiple of samples_per_prompt "
@@ -75,10 +78,28 @@ class PPOConfig(SamplingConfig, AdapterConfig):
             raise UserError("'reward' names no scorer; for example reward: [{model: runs/reward}]")
         if self.kl_target is not None and self.kl_target <= 0:
             raise UserError(f"'kl_target' is {self.kl_target}, expected more than 0 nats")
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise UserError("'kl_target' adapts 'kl_coef' by factors, so 'kl_coef' cannot begin at 0")
+        if self.kl_target is not None and self.kl_horizon < self.rollout_batch_size:
+            raise UserError(f"'kl_horizon' is {self.kl_horizon}, less than one rollout of {self.rollout_batch_size}")
+        for name in ("gamma", "gae_lambda"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"'{name}' is {getattr(self, name)}, expected a number from 0 to 1")
+        for name in ("kl_coef", "vf_coef", "value_learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise UserError(f"'{name}' is {getattr(self, name)}, expected 0 or more")
+        for name in ("clip_range", "value_clip_range", "adam_epsilon"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"'{name}' is {getattr(self, name)}, expected more than 0")
 
     @property
     def total_steps(self) -> int:
+        """Whole rollouts; episodes beyond the last one are not sampled."""
         return self.total_episodes // self.rollout_batch_size
+
+    @property
+    def critic_rate(self) -> float:
+        return self.learning_rate if self.value_learning_rate is None else self.value_learning_rate
 
 
 class PPOTrainer:
@@ -107,7 +128,7 @@ class PPOTrainer:
             roles,
             [
                 {"params": roles.parameters_of("policy"), "lr": config.learning_rate},
-                {"params": roles.parameters_of("value"), "lr": config.value_learning_rate or config.learning_rate},
+                {"params": roles.parameters_of("value"), "lr": config.critic_rate},
             ],
             world,
             deepspeed_config,
@@ -155,11 +176,9 @@ class PPOTrainer:
     def prompts_of(self, step: int) -> list[dict[str, Any]]:
         """The prompts of one rollout: consecutive ones of an endless row of shuffled passes over the data."""
         count = self.config.rollout_batch_size // self.config.samples_per_prompt
-        chosen, size = [], len(self.prompts)
-        for place in range(step * count, (step + 1) * count):
-            order = permutation(size, self.config.seed, place // size)
-            chosen.append(self.prompts[int(order[place % size])])
-        return chosen
+        size, places = len(self.prompts), range(step * count, (step + 1) * count)
+        orders = {turn: permutation(size, self.config.seed, turn) for turn in {place // size for place in places}}
+        return [self.prompts[int(orders[place // size][place % size])] for place in places]
 
     def learn(self, rollout: Rollout, advantages: Tensor, returns: Tensor, step: int) -> dict[str, float]:
         """num_ppo_epochs passes of num_mini_batches optimizer steps; returns means over the steps."""
@@ -218,7 +237,7 @@ class PPOTrainer:
         """Step sizes of policy and critic; linear ones reach 0 after the last step."""
         config = self.config
         left = 1.0 - step / config.total_steps if config.lr_scheduler_type == "linear" else 1.0
-        return [left * config.learning_rate, left * (config.value_learning_rate or config.learning_rate)]
+        return [left * config.learning_rate, left * config.critic_rate]
 
     def describe(self, rollout: Rollout, kl, rewards, advantages, returns) -> dict[str, float]:
         """What the rollout was like, before learning from it."""

@@ -79,9 +79,7 @@ class Roles(nn.Module):
         if next(foundation.model.parameters()).dtype == torch.float64:
             self.double()
         self._layers = [m for m in self.trunk.modules() if isinstance(m, BaseTunerLayer)]
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0  # dropout would make the first ratio differ from 1
+        disable_dropout(self)  # it would make the first ratio differ from 1
         if gradient_checkpointing:  # safe because a role is held through backward: what is recomputed is the same role
             foundation.model.activation_checkpointing_enable()
             self.trunk.enable_input_require_grads()
@@ -165,6 +163,17 @@ class Roles(nn.Module):
             write_identity(place, foundation, program="ppo", role=role)
         head = {k: v.detach().cpu().contiguous() for k, v in self.heads["value"].state_dict().items()}
         save_file(head, folder / "value" / HEAD_FILE)
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of a model to 0: its modules, and the rates that attention and others read as numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for holder in (module, getattr(module, "config", None)):
+            for name, value in vars(holder).items() if holder is not None else ():
+                if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                    setattr(holder, name, 0.0)
 
 
 def plain_config(lora: LoraConfig) -> LoraConfig:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import UserError
-from rlhf.data.records import Samples, Scorer, digest
+from rlhf.data.records import Samples, Scorer
 from rlhf.distributed import World
 from rlhf.engines.hf import Completions, Sampling, sample_key
 from rlhf.evaluate import to_samples
@@ -148,9 +148,9 @@ def sample_keys(prompts: list[dict[str, Any]], samples_per_prompt: int, seed: in
     """One noise key a response, samples of a prompt together; a prompt that comes twice gets fresh samples."""
     keys, seen = [], {}
     for row in prompts:
-        name = digest(str(row["prompt_ids"]))
+        name = tuple(row["prompt_ids"])
         first = seen.get(name, 0)
-        keys += [sample_key(seed, step, name, first + s) for s in range(samples_per_prompt)]
+        keys += [sample_key(seed, f"rollout/{step}", row["prompt_ids"], first + s) for s in range(samples_per_prompt)]
         seen[name] = first + samples_per_prompt
     return keys
 

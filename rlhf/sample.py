@@ -37,11 +37,11 @@ def sample(config: SampleConfig) -> dict[str, int]:
     """Write prompts, responses and comparisons; returns their counts. Repeating the call adds nothing new."""
     import random
 
+    import torch
     from tqdm import tqdm
 
     from rlhf.data.encode import decode_response, encode_prompts
     from rlhf.data.load import load
-    from rlhf.data.records import digest
     from rlhf.data.store import Store
     from rlhf.engines.hf import Sampling, generate, sample_key
     from rlhf.models import folder_fingerprint, load_foundation, stop_ids, trainable_policy
@@ -49,16 +49,17 @@ def sample(config: SampleConfig) -> dict[str, int]:
     fractions = {"validation_fraction": config.validation_fraction, "test_fraction": config.test_fraction}
     records = [r for split in ("train", "validation") for r in load(config.data, Prompt, split=split, **fractions)]
     random.Random(config.seed).shuffle(records)
-    foundation = load_foundation(config.model_name_or_path)
+    cuda = torch.cuda.is_available()
+    foundation = load_foundation(config.model_name_or_path, "bfloat16" if cuda else "float32")
     tokenizer = foundation.tokenizer
     rows = encode_prompts(records[: config.prompts], tokenizer, config.max_prompt_length)
-    model = trainable_policy(foundation, None)
+    model = trainable_policy(foundation, None).to("cuda" if cuda else "cpu")
     wanted = [(row, s) for row in rows for s in range(config.samples_per_prompt)]
     with tqdm(total=len(wanted), desc="sampling", unit="response", mininterval=5) as bar:
         done = generate(
             model,
             [row["prompt_ids"] for row, _ in wanted],
-            [sample_key(config.seed, 0, digest(str(row["prompt_ids"])), s) for row, s in wanted],
+            [sample_key(config.seed, "collect", row["prompt_ids"], s) for row, s in wanted],
             Sampling(config.max_response_length, config.temperature, top_p=config.top_p),
             stop_ids(tokenizer, foundation.model),
             tokenizer.pad_token_id,

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from rlhf import config as options
 from rlhf.config import UserError, did_you_mean, option
-from rlhf.data.records import Prompt, Record, Scorer
+from rlhf.data.records import Prompt, Record, Scorer, prompt_group
 
 
 @dataclass(kw_only=True)
@@ -109,6 +109,7 @@ class TrainerConfig(AdapterConfig):
 
 
 STORES = (".db", ".sqlite", ".sqlite3")
+TRAINED_ON = "trained_on.txt"  # hashes of the first user turns that a run was trained on
 
 
 class Run:
@@ -117,7 +118,8 @@ class Run:
     def __init__(self, program: str, config: RunConfig, world, tracker):
         self.program, self.config, self.world, self.tracker = program, config, world, tracker
         self.fingerprints: dict[str, str] = {}
-        self.pins: dict[str, str] = {}
+        self.freezes: set[str] = set()
+        self.trained_on: set[str] = set()
 
     def say(self, text: str) -> None:
         if self.world.is_main:
@@ -129,7 +131,7 @@ class Run:
 
         config = self.config
         records = load(
-            self.pinned(data or config.data),
+            self.frozen(data or config.data, kind),
             kind,
             split=split,
             half=config.half,
@@ -139,6 +141,11 @@ class Run:
             on_bad=config.on_bad,
         )
         self.fingerprints[f"{kind.__name__.lower()}/{split or 'all'}"] = fingerprint(records)
+        if split == "train":
+            self.trained_on |= {prompt_group(record.prompt) for record in records}
+            if self.world.is_main:  # `rlhf compare` leaves these prompts out, whatever it is asked to read
+                text = "".join(f"{name}\n" for name in sorted(self.trained_on))
+                (Path(config.output_dir) / TRAINED_ON).write_text(text)
         return records
 
     @property
@@ -149,26 +156,26 @@ class Run:
             return "float32"  # what is trained is kept in float32; the trainer computes in bfloat16 on a GPU
         return "bfloat16" if self.world.device.type == "cuda" else "float32"
 
-    def pinned(self, sources: list[str]) -> list[str]:
-        """The sources, each preference store as it is now: votes that come in meanwhile change nothing.
+    def frozen(self, sources: list[str], kind: type[Record]) -> list[str]:
+        """The sources, each preference store as the file of pairs that it is now: votes that come in meanwhile change
+        nothing. The main rank writes the file to output_dir/data/ once, and all ranks read that.
 
-        The main rank writes the store's rows to output_dir/data/ and all ranks read it up to the same event.
+        Prompts of a store are those of its pairs, so that PPO learns on the prompts that DPO learns on; a store
+        without votes gives all its prompts.
         """
-        from rlhf.data.store import freeze
+        from rlhf.data.store import freeze, frozen
 
         result = []
         for source in sources:
-            if source in self.pins:
-                source = self.pins[source]
-            elif Path(source).suffix in STORES:
-                events = [0]
-                if self.world.is_main:
-                    folder = Path(self.config.output_dir) / "data"
-                    folder.mkdir(exist_ok=True)
-                    events = [freeze(source, folder / f"{Path(source).stem}.jsonl")]
-                event = self.world.gather(events)[0]
-                self.pins[source] = f"{source}@{event}"
-                source = self.pins[source]
+            if Path(source).suffix in STORES:
+                file = Path(self.config.output_dir) / "data" / f"{Path(source).stem}.jsonl"
+                if source not in self.freezes:
+                    if self.world.is_main:
+                        freeze(source, file)
+                    self.freezes.add(source)
+                    self.world.barrier()
+                if kind is not Prompt or frozen(file)["rows"]:
+                    source = str(file)
             result.append(source)
         return result
 
@@ -258,8 +265,9 @@ def load_start(run: Run):
     return foundation
 
 
-def trl_arguments(cls: type, run: Run, **fixed: Any) -> Any:
-    """TRL's config for this run. Raises UserError on an unknown name under `trl:`."""
+def trl_arguments(cls: type, run: Run, held_out: bool, **fixed: Any) -> Any:
+    """TRL's config for this run; `held_out` says whether there are rows to evaluate on. Raises UserError on an unknown
+    name under `trl:`."""
     from rlhf.distributed import read_deepspeed_config
 
     config = run.config
@@ -279,7 +287,7 @@ def trl_arguments(cls: type, run: Run, **fixed: Any) -> Any:
         "deepspeed": read_deepspeed_config(config.deepspeed, run.world),
         "dataloader_pin_memory": run.world.device.type == "cuda",
         "per_device_eval_batch_size": config.per_device_train_batch_size,
-        "eval_strategy": "steps" if config.eval_steps else "no",
+        "eval_strategy": "steps" if config.eval_steps and held_out else "no",
         "eval_steps": config.eval_steps or None,
         "max_length": None,  # rows that are too long were dropped when they were encoded
     }
@@ -329,9 +337,10 @@ def evaluation(run: Run, foundation, scorer: Scorer | None, prompts: list[Prompt
     )
 
 
-def attach(trainer, budget) -> None:
-    """Count every training forward pass of the trainer's model in the budget (the reference's as forward only), and
-    take away the trainer's own printing: the tracker's console line stands for it."""
+def attach(trainer, budget, reference=None) -> None:
+    """Count every training forward pass of the trainer's model in the budget (the reference's as forward only, also
+    that of a `reference` model of its own), and take away the trainer's own printing: the tracker's console line
+    stands for it."""
     import torch
     from transformers import PrinterCallback
 
@@ -343,7 +352,13 @@ def attach(trainer, budget) -> None:
             return  # evaluation and generation are not what the run is made of
         (budget.train if torch.is_grad_enabled() else budget.forward)(int(mask.sum()))
 
+    def count_reference(module, args, kwargs):
+        if trainer.model.training and kwargs.get("attention_mask") is not None:
+            budget.forward(int(kwargs["attention_mask"].sum()))
+
     trainer.model.register_forward_pre_hook(count, with_kwargs=True)
+    if reference is not None:
+        reference.register_forward_pre_hook(count_reference, with_kwargs=True)
 
 
 def sampling_callback(run: Run, evaluate, policy, reference, budget=None):

@@ -4,11 +4,11 @@ import math
 import pytest
 import torch
 
-from rlhf.budget import Budget
+from rlhf.budget import Budget, count_parameters
 from rlhf.config import UserError
 from rlhf.data.records import Prompt, Scores
 from rlhf.distributed import World
-from rlhf.engines.hf import Sampling, generate, sample_key
+from rlhf.engines.hf import Sampling, generate
 from rlhf.models import load_foundation, lora_config
 from rlhf.ppo import PPOConfig, PPOTrainer, micro_batches, permutation
 from rlhf.roles import Roles
@@ -21,6 +21,7 @@ def prompt(text):
     }
 
 
+STOPS = [2, *range(3, 320, 9)]
 PROMPTS = [prompt(t) for t in ("one", "three", "seventeen", "a", "of it", "many things", "yes", "no")]
 
 
@@ -158,11 +159,12 @@ def test_the_same_prompt_twice_in_a_rollout_gets_two_samples(base_path):
 
 
 def test_a_response_that_does_not_end_scores_the_eos_penalty(sft_path):
-    metrics, rollout = trainer(sft_path, config(missing_eos_score=-7.0)).step(0)
+    learner = trainer(sft_path, config(missing_eos_score=-7.0))
+    learner.stop_ids = STOPS
+    metrics, rollout = learner.step(0)
     for score, ended, ids in zip(rollout.scores, rollout.ended, rollout.samples.response_ids, strict=True):
         assert float(score) == (float(len(ids)) if ended else -7.0)
-    assert 0 < metrics["response/ended"] < 1 or not bool(rollout.ended.any())
-    # the score stands on the last sampled token, which is terminal: the return there is score - kl (0) alone
+    assert 0 < metrics["response/ended"] < 1
     assert math.isclose(metrics["score/total"], float(rollout.scores.mean()), abs_tol=1e-6)
 
 
@@ -214,6 +216,12 @@ def test_permutation_depends_on_its_key_alone():
         ({"reward": []}, "names no scorer"),
         ({"kl_target": -1.0}, "kl_target"),
         ({"num_mini_batches": 9}, "minibatches"),
+        ({"num_ppo_epochs": 0}, "num_ppo_epochs"),
+        ({"gamma": 1.5}, "gamma"),
+        ({"clip_range": 0.0}, "clip_range"),
+        ({"kl_coef": -0.1}, "kl_coef"),
+        ({"kl_coef": 0.0, "kl_target": 6.0}, "cannot begin at 0"),
+        ({"kl_target": 6.0, "kl_horizon": 4}, "less than one rollout"),
     ],
 )
 def test_impossible_combinations_are_refused(wrong, word):
@@ -238,6 +246,97 @@ def test_an_engine_is_any_function_that_samples(sft_path):
     learner = trainer(sft_path)
     learner.engine = engine
     learner.step(0)
-    assert calls == [Sampling(max_new_tokens=6, temperature=1.0)] and sample_key(0, 0, "a", 0) != sample_key(
-        0, 1, "a", 0
-    )
+    assert calls == [Sampling(max_new_tokens=6, temperature=1.0)]
+
+
+def test_one_step_by_hand_at_a_temperature(base_path):
+    """Rewards, advantages, clipping and the two rates of one update, against plain loops over the rollout."""
+    options = config(
+        temperature=0.7, kl_coef=0.3, gamma=0.9, gae_lambda=0.8, num_ppo_epochs=1, num_mini_batches=1,
+        missing_eos_score=-2.0, value_learning_rate=0.0, vf_coef=0.5, kl_target=1.0, kl_horizon=100,
+    )  # fmt: skip
+    learner = trainer(base_path, options, dtype="float64")
+    learner.stop_ids = STOPS  # one token in nine, so that some responses end and some do not
+    with torch.no_grad():
+        for parameter in learner.roles.parameters_of("policy"):
+            parameter.add_(0.03 * torch.randn(parameter.shape, dtype=torch.float64))
+        learner.roles.heads["value"].weight.normal_(0, 0.1)
+    critic = [p.detach().clone() for p in learner.roles.parameters_of("value")]
+    policy = [p.detach().clone() for p in learner.roles.parameters_of("policy")]
+    seen = {}
+    update = learner.update
+
+    def spy(rollout, advantages, returns, rows, rates):
+        seen.update(rollout=rollout, advantages=advantages.clone(), returns=returns.clone(), rates=rates)
+        return update(rollout, advantages, returns, rows, rates)
+
+    learner.update = spy
+    metrics, rollout = learner.step(0)
+
+    ended = [ids[-1] in STOPS for ids in rollout.samples.response_ids]
+    assert any(ended) and not all(ended)
+    flat, white = [], []
+    for b, ids in enumerate(rollout.samples.response_ids):
+        score = float(len(ids)) if ended[b] else -2.0
+        assert float(rollout.scores[b]) == score
+        rewards = [-0.3 * float(rollout.logprobs[b, t] - rollout.ref_logprobs[b, t]) for t in range(len(ids))]
+        rewards[-1] += score
+        following = running = 0.0
+        for t in reversed(range(len(ids))):
+            value = float(rollout.values[b, t])
+            running = rewards[t] + 0.9 * following - value + 0.9 * 0.8 * running
+            following = value
+            assert math.isclose(float(seen["returns"][b, t]), running + value, abs_tol=1e-9)
+            flat.append(running)
+            white.append(float(seen["advantages"][b, t]))
+    mean = sum(flat) / len(flat)
+    deviation = math.sqrt(sum((a - mean) ** 2 for a in flat) / len(flat))
+    for raw, got in zip(flat, white, strict=True):
+        assert math.isclose((raw - mean) / deviation, got, abs_tol=1e-6)
+
+    # log-probabilities are those of the distribution that was sampled from: logits / 0.7
+    prompt, ids = rollout.samples.prompt_ids[0], rollout.samples.response_ids[0]
+    reference = load_foundation(base_path, "float64").model
+    with torch.no_grad():
+        logits = reference(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1] / 0.7
+    expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(ids)[:, None])[:, 0]
+    torch.testing.assert_close(rollout.ref_logprobs[0, : len(ids)], expected, atol=1e-9, rtol=0)
+    assert abs(metrics["ppo/ratio_first"] - 1) < 1e-12 and metrics["kl/sequence"] != 0
+
+    assert seen["rates"] == [1e-2, 0.0]
+    assert all(torch.equal(a, b) for a, b in zip(critic, learner.roles.parameters_of("value"), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(policy, learner.roles.parameters_of("policy"), strict=True))
+    error = min(max(metrics["kl/sequence"] / 1.0 - 1, -0.2), 0.2)
+    assert math.isclose(learner.kl.coef, 0.3 * (1 + error * 8 / 100), abs_tol=1e-12)
+    assert metrics["kl/coef"] == 0.3
+    assert math.isclose(metrics["loss/total"], metrics["loss/policy"] + 0.5 * metrics["loss/value"], abs_tol=1e-9)
+
+
+def test_vf_coef_scales_the_critic_s_gradient_and_nothing_else(base_path):
+    norms = []
+    for weight in (0.0, 1.0, 2.0):
+        options = config(vf_coef=weight, num_ppo_epochs=1, num_mini_batches=1, max_grad_norm=1e9)
+        learner = trainer(base_path, options, dtype="float64")
+        norms.append(learner.step(0)[0]["grad/norm"])
+    # |g|^2 = |policy|^2 + (vf_coef |critic|)^2
+    critic = norms[1] ** 2 - norms[0] ** 2
+    assert critic > 1e-6 and math.isclose(norms[2] ** 2 - norms[0] ** 2, 4 * critic, rel_tol=1e-6)
+
+
+def test_the_cost_of_a_step_by_hand(sft_path, reward_path):
+    learner = trainer(sft_path, reward=reward_path)
+    learner.budget = Budget(parameters=10)
+    _, rollout = learner.step(0)
+    whole = int(rollout.batch["attention"].sum())
+    response = int(rollout.mask.sum())
+    assert (learner.budget.episodes, learner.budget.tokens_generated) == (8, response)
+    # two epochs of policy and critic; sampled once, read by policy, reference, critic and reward role
+    assert learner.budget.tokens_trained == 4 * whole
+    assert learner.budget.flops == 10 * (2 * whole * (1 + 4) + 4 * 4 * whole)
+
+
+def test_parameters_of_the_budget_are_the_base_and_one_adapter(sft_path, reward_path, base_path):
+    base = count_parameters(load_foundation(base_path).model)
+    learner = trainer(sft_path, reward=reward_path)
+    adapter = sum(p.numel() for p in learner.roles.parameters_of("policy"))
+    assert count_parameters(learner.roles.trunk) == base + adapter

@@ -126,6 +126,16 @@ def test_the_critic_starts_as_the_reward_model(roles):
     assert abs(values[0, 3] - scores[0]) < 1e-5 and abs(values[1, 1] - scores[1]) < 1e-5
 
 
+def test_dropout_is_off_wherever_a_model_keeps_it(sft_path):
+    foundation = load_foundation(sft_path)
+    foundation.model.config.attention_dropout = 0.5
+    for layer in foundation.model.model.layers:
+        layer.self_attn.attention_dropout = 0.5  # read in the forward pass as a number, not as an nn.Dropout
+    roles = Roles(foundation, lora_config()).train()
+    with torch.no_grad(), roles.use("policy"):
+        assert torch.equal(roles.logprobs(batch_of())[0], roles.logprobs(batch_of())[0])
+
+
 def test_a_row_does_not_change_with_batch_or_padding(roles):
     batch = batch_of()
     wide = completion_batch(PROMPTS[:1], RESPONSES[:1], 0, width=(20, 9))

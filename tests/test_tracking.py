@@ -43,11 +43,11 @@ def test_metrics_are_flushed_as_valid_json_even_where_they_are_not_finite(tmp_pa
 def test_arrays_of_one_number_are_numbers_and_text_is_not(tmp_path):
     torch = pytest.importorskip("torch")
     with Tracker(tmp_path) as tracker:
-        tracker.log({"kl/token": torch.tensor(0.25), "ppo/epochs": torch.tensor(4), "guard/kl": True}, 0)
+        tracker.log({"kl/token": torch.tensor(0.25), "kl/coef": torch.tensor(4), "trl/kl": True}, 0)
         with pytest.raises(TypeError, match="metric 'epoch': expected a number, found '1'"):
             tracker.log({"epoch": "1"}, 0)
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert (row["kl/token"], row["ppo/epochs"], row["guard/kl"]) == (0.25, 4, 1.0)
+    assert (row["kl/token"], row["kl/coef"], row["trl/kl"]) == (0.25, 4, 1.0)
 
 
 def test_only_the_main_rank_writes_but_all_ranks_see_a_wrong_name(tmp_path):

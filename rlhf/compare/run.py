@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import UserError, option, read_yaml
-from rlhf.data.records import Prompt, Scorer
+from rlhf.data.records import Prompt, Scorer, prompt_group
+from rlhf.stages import TRAINED_ON
 
 
 @dataclass(kw_only=True)
@@ -30,8 +31,8 @@ class CompareConfig:
     max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted")
     max_response_length: int = option(512, "tokens with EOS")
     batch_size: int = option(64, "responses generated together")
-    validation_fraction: float = option(0.05, "as in the stages")
-    test_fraction: float = option(0.1, "as in the stages")
+    validation_fraction: float | None = option(None, "share of validation groups; default: as the runs had it")
+    test_fraction: float | None = option(None, "share of test groups; default: as the runs had it")
     seed: int = option(0, "of sampling and of the bootstrap")
 
     def validate(self) -> None:
@@ -43,6 +44,7 @@ class CompareConfig:
 
 def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[str, Any]:
     """Sample, score and report; returns report.json's content. `build_scorer(specs, tokenizer)` makes scorers."""
+    import torch
     from tqdm import tqdm
 
     from rlhf.compare.report import print_table, write_report
@@ -53,16 +55,14 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     from rlhf.evaluate import Evaluation, sample_table
     from rlhf.models import head_is_plain, load_tokenizer, stop_ids
 
-    fractions = {"validation_fraction": config.validation_fraction, "test_fraction": config.test_fraction}
-    records = load(config.prompts, Prompt, split="test", **fractions)
+    records = unseen(config, load(config.prompts, Prompt, split="test", **fractions_of(config)))
     records = sorted(records, key=lambda r: (r.group, str(r.prompt)))[: config.n_prompts]
-    if not records:
-        raise UserError(f"{', '.join(config.prompts)}: no test prompts; raise 'test_fraction' or add a split column")
     names = run_names(config.runs)
     tokenizer = load_tokenizer(config.runs[0])
-    specs, kinds, judge = scores_of(config, names)
+    specs, kinds, judge = scores_of(config)
     scorer = build_scorer(specs, tokenizer) if specs else None
-    policies = load_policies(config.runs)
+    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    policies = load_policies(config.runs, world.device)
     model, context = policies[0]
     evaluation = Evaluation(
         prompts=encode_prompts(records, tokenizer, config.max_prompt_length),
@@ -80,7 +80,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     with tqdm(total=total, desc="comparing", unit="response", mininterval=5) as bar:
         for name, (own, own_context) in zip(names, policies, strict=True):
             reference = context if own is model else model
-            rows[name] = evaluation.run(own, own_context, reference, World(), bar.update)
+            rows[name] = evaluation.run(own, own_context, reference, world, bar.update)
     for name in rows[names[0]][0].scores:
         if not any(math.isnan(row.scores[name]) for part in rows.values() for row in part):
             kinds.setdefault(name, "other")  # a part of a score, where it applies to every prompt
@@ -101,45 +101,111 @@ def run_names(paths: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(paths)
 
 
-def scores_of(config: CompareConfig, names: list[str]) -> tuple[list[dict], dict[str, str], str | None]:
+def run_config(path: str | Path) -> dict[str, Any]:
+    """The resolved options of a run; empty where the folder is no run of ours."""
+    file = Path(path) / "config.yaml"
+    return read_yaml(file) if file.is_file() else {}
+
+
+def fractions_of(config: CompareConfig) -> dict[str, float]:
+    """The shares of validation and test groups: as given, else as the runs had them. UserError if those differ."""
+    result = {}
+    for name, default in (("validation_fraction", 0.05), ("test_fraction", 0.1)):
+        given = getattr(config, name)
+        had = {path: run_config(path)[name] for path in config.runs if name in run_config(path)}
+        if given is None and len(set(had.values())) > 1:
+            raise UserError(f"the runs differ in '{name}' ({had}): what is test for one was training for another")
+        result[name] = given if given is not None else next(iter(had.values()), default)
+    return result
+
+
+def unseen(config: CompareConfig, records: list[Prompt]) -> list[Prompt]:
+    """The prompts that none of the runs, and no reward model they learnt from, was trained on; says what it drops."""
+    places = [*config.runs, *(spec["model"] for spec in trained_scorers(config) if "model" in spec)]
+    seen = {name for place in places for name in hashes(place)}
+    kept = [record for record in records if prompt_group(record.prompt) not in seen]
+    if len(kept) < len(records):
+        print(f"{len(records) - len(kept)} of {len(records)} test prompts left out: a run was trained on them")
+    if not kept:
+        raise UserError(
+            f"{', '.join(config.prompts)}: no test prompts that the runs have not been trained on. Give prompts of "
+            "groups they held out (the same file and fractions), or new ones with a split column"
+        )
+    return kept
+
+
+def hashes(place: str) -> set[str]:
+    """What the run in this folder says it was trained on (see rlhf/stages.py)."""
+    file = Path(place) / TRAINED_ON
+    return set(file.read_text().split()) if file.is_file() else set()
+
+
+def trained_scorers(config: CompareConfig) -> list[dict]:
+    """Every scorer that a run learnt from, from its config.yaml."""
+    proxies: list[dict] = []
+    for path in config.runs:
+        proxies += [spec for spec in run_config(path).get("reward") or [] if spec not in proxies]
+    return proxies
+
+
+def identity(spec: dict) -> tuple[str, str]:
+    """(kind, what) of a scorer: two specifications with the same are the same score."""
+    kind = next((k for k in ("model", "voice", "function", "rule") if k in spec), "")
+    what = str(spec.get(kind, ""))
+    if kind == "model" and Path(what).is_dir():
+        from rlhf.models import folder_fingerprint
+
+        what = folder_fingerprint(what)
+    return kind, str(Path(what).resolve()) if kind == "voice" else what
+
+
+def check_judges(config: CompareConfig) -> None:
+    """Raises UserError if what is to decide is something that a run learnt from, or learnt from the same pairs."""
+    trained = {identity(spec) for spec in trained_scorers(config)}
+    for option_name, specs in (("gold", config.gold), ("referee", config.referee)):
+        for spec in specs:
+            if identity(spec) in trained:
+                raise UserError(
+                    f"{option_name} {spec}: a run was trained on it, so it cannot decide; show it as 'others'"
+                )
+    learnt = {name for path in config.runs[1:] for name in hashes(path)}
+    for spec in config.referee:
+        common = hashes(spec["model"]) & learnt if "model" in spec else set()
+        if common:
+            raise UserError(
+                f"referee {spec['model']}: {len(common)} of its training prompts are also those of a run. Train it on "
+                "the other half of the groups: --half b for the referee, --half a for the rest"
+            )
+
+
+def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | None]:
     """Scorer specifications, what each named score is, and the one that decides.
 
     Every scorer that a run trained on is found in its config.yaml and marked `proxy`.
     """
-    proxies: list[dict] = []
-    for path in config.runs:
-        file = Path(path) / "config.yaml"
-        for spec in (read_yaml(file).get("reward") or []) if file.is_file() else []:
-            if spec not in proxies:
-                proxies.append(spec)
+    check_judges(config)
+    groups = {"gold": config.gold, "referee": config.referee, "proxy": trained_scorers(config), "other": config.others}
     specs, kinds = [], {}
-    for kind, group in (
-        ("gold", config.gold),
-        ("referee", config.referee),
-        ("proxy", proxies),
-        ("other", config.others),
-    ):
+    for kind, group in groups.items():
         for spec in group:
-            name = spec.get("name") or (kind if kind != "other" else None)
-            if kind == "proxy" and spec.get("model") in [s.get("model") for s in config.referee]:
-                raise UserError(f"referee {spec['model']}: a run was trained on it, so it cannot decide")
-            if kind == "proxy":
-                name = spec.get("name") or "proxy"
-            if name in kinds:
-                name = f"{name}{sum(k.startswith(str(name)) for k in kinds) + 1}"
-            specs.append({**spec, **({"name": name} if name else {})})
-            if name:
-                kinds[name] = kind
+            first = spec.get("name") or (kind if kind != "other" else identity(spec)[1].replace("/", "_"))
+            name, number = first, 1
+            while name in kinds:
+                number += 1
+                name = f"{first}{number}"
+            specs.append({**spec, "name": name})
+            kinds[name] = kind
     judge = next((n for n, k in kinds.items() if k in ("gold", "referee")), None)
     return specs, kinds, judge
 
 
-def load_policies(paths: list[str]) -> list[tuple[Any, Callable]]:
-    """(model, context in which it is the policy) for each run; adapters of one base share it."""
+def load_policies(paths: list[str], device) -> list[tuple[Any, Callable]]:
+    """(model, context in which it is the policy) for each run; adapters of one base share it. On a GPU in bfloat16."""
     from peft import PeftModel
 
     from rlhf.models import check_same_base, load_foundation, use_adapter
 
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
     foundations, policies = [], []
     for number, path in enumerate(paths):
         is_adapter = (Path(path) / "adapter_config.json").is_file()
@@ -149,12 +215,12 @@ def load_policies(paths: list[str]) -> list[tuple[Any, Callable]]:
             shared["model"].load_adapter(path, adapter_name=f"run{number}")
             model = shared["model"]
         elif is_adapter:
-            foundation = load_foundation(path)
+            foundation = load_foundation(path, dtype)
             model = PeftModel.from_pretrained(foundation.model, path, adapter_name=f"run{number}")
             foundations.append({"base": _base_of(path), "foundation": foundation, "model": model})
         else:
-            model = load_foundation(path).model
-        model.eval()
+            model = load_foundation(path, dtype).model
+        model.to(device).eval()
         context = (lambda m=model, n=f"run{number}": use_adapter(m, n)) if is_adapter else nullcontext
         policies.append((model, context))
     return policies

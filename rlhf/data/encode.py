@@ -1,7 +1,8 @@
 """Text to token ids, the same for every stage: prompt ids, then response ids that end in EOS, and nothing after.
 
-What the policy samples, what SFT imitates, what DPO compares and what the reward model reads are the same ids, so
-no stage has to tokenize text again. A model without a chat template gets `PLAIN_TEMPLATE`.
+What SFT imitates, what DPO compares and what the reward model learns from are encoded here, in the form in which the
+policy samples; scorers of a running policy read its ids as they are. A model without a chat template gets
+`PLAIN_TEMPLATE`.
 """
 
 from __future__ import annotations
@@ -35,10 +36,12 @@ def encode_prompt(tokenizer: Any, prompt: list[Message]) -> list[int]:
     )
 
 
-def encode_response(tokenizer: Any, response: str) -> list[int]:
-    """Ids of the response and the EOS that ends it; special tokens inside the text stay plain text."""
+def encode_response(tokenizer: Any, response: str, ended: bool = True) -> list[int]:
+    """Ids of the response and the EOS that ends it (none when it was cut off); special tokens inside the text stay
+    plain text. A byte-level vocabulary can spell some texts in several ways, so these need not be the very ids that
+    a policy sampled."""
     ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
-    return [*ids, tokenizer.eos_token_id]
+    return [*ids, tokenizer.eos_token_id] if ended else list(ids)
 
 
 def decode_response(tokenizer: Any, ids: Iterable[int]) -> str:
@@ -70,8 +73,8 @@ def encode_preferences(records: list[Preference], tokenizer: Any, max_prompt_len
     rows, dropped = [], 0
     for record in records:
         prompt = encode_prompt(tokenizer, record.prompt)
-        chosen = encode_response(tokenizer, record.chosen)
-        rejected = encode_response(tokenizer, record.rejected)
+        chosen = encode_response(tokenizer, record.chosen, record.chosen_ended)
+        rejected = encode_response(tokenizer, record.rejected, record.rejected_ended)
         if len(prompt) > max_prompt_length or max(len(chosen), len(rejected)) > max_response_length:
             dropped += 1
             continue

@@ -33,6 +33,7 @@ FORMS = {
 # Columns that hold answers: never part of the metadata, since scorers see it
 ANSWERS = ("messages", "chosen", "rejected", "response", "completion", "output")
 ABOUT = ("group", "default_group", "split", "margin", "label_prob", "weight", "source", "annotator", "voice")
+ABOUT += ("chosen_ended", "rejected_ended")
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"}
 SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
@@ -257,6 +258,11 @@ def _about(row: dict, source: str | None, kind: type[Record]) -> dict[str, Any]:
     for name in ("weight", "margin", "label_prob") if kind is Preference else ("weight",):
         if name in given:
             fields[name] = _number(name, given[name])
+    for name in ("chosen_ended", "rejected_ended") if kind is Preference else ():
+        if name in given:
+            fields[name] = TRUTH.get(str(given[name]).lower(), given[name])
+            if not isinstance(fields[name], bool):
+                raise RecordError(name, f"found {given[name]!r}, expected true or false")
     return fields
 
 

@@ -74,12 +74,15 @@ class Preference(Record):
 
     margin: by how much, in score units (the reward loss asks for at least that distance).
     label_prob: the probability that `chosen` really is the better one, 0.5 to 1 (soft labels).
+    chosen_ended, rejected_ended: false for a response that was cut off at its length limit, which gets no EOS.
     """
 
     chosen: str
     rejected: str
     margin: float | None = None
     label_prob: float | None = None
+    chosen_ended: bool = True
+    rejected_ended: bool = True
 
     def __post_init__(self):
         super().__post_init__()

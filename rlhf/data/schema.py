@@ -7,6 +7,7 @@ take is the one that every test takes. The version stands in the file as `PRAGMA
 from __future__ import annotations
 
 import sqlite3
+import time
 from pathlib import Path
 
 from rlhf.config import UserError
@@ -74,6 +75,22 @@ MIGRATIONS: list[list[str]] = [_FIRST, _SECOND]
 VERSION = len(MIGRATIONS)
 
 
+WAL_SECONDS = 60.0  # how long to wait for others who set a new file up at the same moment
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Turn the write-ahead log on. SQLite does not wait here when another process is doing the same: we do."""
+    deadline = time.monotonic() + WAL_SECONDS
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
 def prepare(db: sqlite3.Connection, path: Path) -> None:
     """Set the connection up, check that the file is a store, and bring it to this version in one transaction.
 
@@ -81,7 +98,7 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
     """
     db.execute("PRAGMA foreign_keys = ON")
     version = _version(db, path)
-    db.execute("PRAGMA journal_mode = WAL")
+    _write_ahead(db)
     db.execute("PRAGMA synchronous = FULL")
     if version == VERSION:
         return

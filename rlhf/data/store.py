@@ -320,6 +320,9 @@ class Store:
             row = dict(prompts[pair["prompt"]])
             row["chosen"] = pair["text_a" if verdict.winner == "a" else "text_b"]
             row["rejected"] = pair["text_b" if verdict.winner == "a" else "text_a"]
+            for name, side in (("chosen_ended", verdict.winner), ("rejected_ended", "ab".replace(verdict.winner, ""))):
+                if pair[f"ended_{side}"] == 0:  # cut off; NULL is not known to be
+                    row[name] = False
             row["annotator"], row["label_prob"] = verdict.annotator, verdict.label_prob
             row["metadata"] = row["metadata"] | {"vote": {"comparison": verdict.comparison} | verdict.about}
             rows.append({name: value for name, value in row.items() if value is not None})
@@ -397,7 +400,7 @@ class Store:
 
     def _pairs(self) -> dict[int, sqlite3.Row]:
         found = self._db.execute(
-            "SELECT c.*, a.text AS text_a, b.text AS text_b FROM comparisons c "
+            "SELECT c.*, a.text AS text_a, b.text AS text_b, a.ended AS ended_a, b.ended AS ended_b FROM comparisons c "
             "JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b"
         )
         return {row["id"]: row for row in found}

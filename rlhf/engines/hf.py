@@ -7,6 +7,7 @@ it does not depend on rank, batch or resume: argmax(logits / temperature + Gumbe
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,11 +35,14 @@ class Completions:
     logprobs: list[list[float]]
 
 
-def sample_key(seed: int, step: int, prompt: str, sample: int) -> int:
-    """The 63-bit key of one response's noise. `prompt` is any text that names the prompt (its digest)."""
-    import hashlib
+def sample_key(seed: int, purpose: str, prompt_ids: list[int], sample: int) -> int:
+    """The 63-bit key of one response's noise.
 
-    return int.from_bytes(hashlib.sha256(f"{seed}/{step}/{prompt}/{sample}".encode()).digest()[:8], "big") >> 1
+    `purpose` keeps apart what must be independent, and holds the step where there is one: "collect", "evaluate",
+    "rollout/7". Two policies that are compared meet the same luck by the same key.
+    """
+    name = f"{seed}/{purpose}/{prompt_ids}/{sample}"
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
 
 
 def generate(

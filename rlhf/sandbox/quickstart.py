@@ -49,6 +49,7 @@ def steps(config: QuickstartConfig) -> list[Step]:
     def door(name: str, start: str, data: str, *more: str) -> list[str]:
         program = ["deepspeed", "--num_accelerators", "1", f"launch/{name}.py", "--config", f"{CONFIGS}/{name}.yaml"]
         program += ["--model_name_or_path", start, "--data", data, "--output_dir", f"{run}/{name}"]
+        program += [] if name == "reward" else ["--eval_data", prompts]
         return [*program, "--overwrite_output_dir", "true", *seed, *more]
 
     def weights(name: str) -> list[str]:
@@ -73,7 +74,7 @@ def steps(config: QuickstartConfig) -> list[Step]:
         Step("annotate", "simulated annotators choose the better one", annotate, [store]),
         Step("reward", "learn to judge from their votes", door("reward", f"{run}/sft", store), weights("reward")),
         Step("dpo", "learn from the same votes directly", door("dpo", f"{run}/sft", store), weights("dpo")),
-        Step("ppo", "learn from the reward model", door("ppo", f"{run}/sft", prompts, *reward), weights("ppo")),
+        Step("ppo", "learn from the reward model", door("ppo", f"{run}/sft", store, *reward), weights("ppo")),
         Step("compare", "both against SFT by the true reward", compare, [f"{run}/report/report.json"]),
     ]
 

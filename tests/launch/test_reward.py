@@ -97,7 +97,7 @@ def test_whole_model(program, base_path, pairs, tmp_path):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        ({"eval_scorers": "[{rule: length}]"}, "samples nothing"),
+        ({"eval_scorers": "[{rule: length}]"}, "unknown option 'eval_scorers'"),
         ({"label_smoothing": 0.5}, "label_smoothing"),
         ({"center_rewards_coefficient": -1}, "0 or more"),
         ({"centre_rewards_coefficient": 0.01}, "Did you mean 'center_rewards_coefficient'"),
