@@ -27,6 +27,7 @@ class QuickstartConfig:
     """The whole pipeline in a small world with a known true reward: minutes on two CPU cores."""
 
     run: str = option("runs/quickstart", "the folder of the run")
+    world: str = option("runs/sandbox", "the folder of the small world, built when missing and shared by runs")
     seed: int = option(0, "run seed: annotators, sampling, training (the world has its own in the sandbox's config)")
 
 
@@ -43,7 +44,7 @@ class Step:
 def steps(config: QuickstartConfig) -> list[Step]:
     """The pipeline, in order. Paths and seed are flags; everything else stands in configs/quickstart/."""
     run, seed = config.run, ["--seed", str(config.seed)]
-    world = f"{run}/sandbox"
+    world = config.world
     store, prompts = f"{run}/preferences.db", f"{world}/prompts.jsonl"
 
     def door(name: str, start: str, data: str, *more: str) -> list[str]:

@@ -1,0 +1,80 @@
+"""Accuracy of the reward models of benchmarks/real_data.sh on the test split, beside the yardsticks.
+
+RLHF_DATA=FOLDER python benchmarks/real_data.py polite|voice RUNS
+"""
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.nn.functional import softplus
+
+from reward.model import load_reward
+from rlhf.compare.stats import mean_interval
+from rlhf.data.encode import encode_preferences
+from rlhf.data.load import load
+from rlhf.data.records import Preference
+
+PAIRS = {"polite": "pref_rasbt_polite.jsonl", "voice": "pref_voice_professional_over_witty.jsonl"}
+YARDSTICK = {"polite": "0.92 (plain Bradley-Terry)", "voice": "0.61 (plain Bradley-Terry), 0.83 (bag of words)"}
+
+
+def bag_of_words(train: list[Preference], test: list[Preference], penalty: float = 1.0) -> list[float]:
+    """Score gaps of the test pairs by logistic regression on the difference of the answers' word counts."""
+    words = [[Counter(re.findall(r"\w+", text.lower())) for text in (r.chosen, r.rejected)] for r in train + test]
+    index = {w: i for i, w in enumerate(sorted({w for sides in words[: len(train)] for c in sides for w in c}))}
+    gaps = torch.zeros(len(words), len(index), dtype=torch.float64)
+    for row, (chosen, rejected) in enumerate(words):
+        for sign, counts in ((1, chosen), (-1, rejected)):
+            for word, count in counts.items():
+                if word in index:
+                    gaps[row, index[word]] += sign * count
+    weights = torch.zeros(len(index), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = softplus(-gaps[: len(train)] @ weights).sum() + penalty / 2 * weights.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return (gaps[len(train) :] @ weights.detach()).tolist()
+
+
+def model_gaps(path: Path, test: list[Preference]) -> list[float]:
+    reward = load_reward(str(path))
+    rows = encode_preferences(test, reward.tokenizer, 256, 256)
+    scores = [
+        reward.score_ids([row["prompt_ids"] + row[side] for row in rows]) for side in ("chosen_ids", "rejected_ids")
+    ]
+    return [chosen - rejected for chosen, rejected in zip(*scores, strict=True)]
+
+
+def main(name: str, runs: Path) -> None:
+    def read(split: str, validation_fraction: float) -> list[Preference]:
+        data, fractions = [f"{os.environ['RLHF_DATA']}/{PAIRS[name]}"], {"test_fraction": 0.15}
+        return load(data, Preference, split=split, validation_fraction=validation_fraction, on_bad="skip", **fractions)
+
+    test = read("test", 0.0)
+    measured = {"bag of words": bag_of_words(read("train", 0.0), test)}
+    for run in ("yardstick", "reward", "referee"):
+        measured[run] = model_gaps(runs / run, test)
+    print(f"Accuracy on the {len(test)} test pairs, 95 % over groups; published: {YARDSTICK[name]}")
+    table = {}
+    for label, gaps in measured.items():
+        right = {id(pair): (gap > 0) + 0.5 * (gap == 0) for pair, gap in zip(test, gaps, strict=True)}
+        interval = mean_interval(test, lambda pair, right=right: right[id(pair)])
+        table[label] = {"accuracy": interval.estimate, "low": interval.low, "high": interval.high, "n": interval.groups}
+        print(
+            f"  {label:<14}{interval.estimate:.3f}   {interval.low:.3f} to {interval.high:.3f}   n = {interval.groups}"
+        )
+    (runs / "accuracy.json").write_text(json.dumps(table, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
