@@ -14,7 +14,7 @@ export PATH OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEME
 BASE=$RLHF_DATA/models/stories260K
 RUNS=${REAL_RUNS:-runs/real}
 
-finished() { grep -qs '"finished": true' "$1/result.json"; }
+finished() { grep -qs '"finished": "' "$1/result.json"; }
 
 door() { # door PROGRAM RUN PORT [--option value ...]
   local program=$1 run=$2 port=$3

@@ -65,6 +65,7 @@ def start() -> World:
     local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_SIZE", size))
     if "OMP_NUM_THREADS" not in os.environ and not cuda:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_size)))
+        os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # for libraries that would choose again
     if cuda:
         torch.cuda.set_device(local)
     else:

@@ -197,7 +197,7 @@ class Run:
             write_card(self.config.output_dir, self.program, options_dict(self.config), result, provenance)
         self.tracker.finish()
         self.world.barrier()
-        self.say(f"done: {', '.join(f'{k} {_round(v)}' for k, v in headline.items())} -> {self.config.output_dir}")
+        self.say(f"done: {in_short(headline)} -> {self.config.output_dir}")
 
 
 def begin(program: str, config: RunConfig) -> Run:
@@ -385,7 +385,7 @@ def sampling_callback(run: Run, evaluate, policy, reference, budget=None):
             self.last = summarise(rows)
             run.tracker.log(self.last, step)
             run.tracker.table("samples", sample_table(rows), step)
-            run.say(f"step {step}: " + ", ".join(f"{k} {_round(v)}" for k, v in self.last.items()))
+            run.say(f"step {step}: {in_short(self.last)}")
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
             self._run(model, state.global_step)
@@ -459,6 +459,17 @@ def save_policy(run: Run, model, foundation, merge: bool = False) -> None:
             if is_adapter and not merge:
                 write_identity(folder, foundation, program=run.program)
     run.world.barrier()
+
+
+def in_short(metrics: dict[str, Any]) -> str:
+    """The metrics for the console: without parts of scores, standard errors and what metrics.jsonl is for."""
+    shown = ("score/", "kl/sequence", "response/", "loss/total", "reward_accuracy", "reward/accuracy")
+    parts = [
+        f"{name} {_round(value)}"
+        for name, value in metrics.items()
+        if any(s in name for s in shown) and not name.endswith("_se") and name.count("/") <= 2
+    ]
+    return ", ".join(parts)
 
 
 def _round(value: Any) -> Any:

@@ -235,14 +235,30 @@ def _base_of(path: str) -> str:
 def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str) -> dict[str, Any]:
     """Seeds, budgets and versions from each run's result.json, for the report."""
     meta: dict[str, Any] = {"seeds": {"run": [], "world": []}, "budgets": {}, "versions": {}, "fingerprints": {}}
+    meta["configs"] = {}
     for name, path in zip(names, config.runs, strict=True):
         file = Path(path) / "result.json"
         result = json.loads(file.read_text()) if file.is_file() else {}
         meta["budgets"][name] = {k.removeprefix("budget/"): v for k, v in result.get("budget", {}).items()}
         meta["versions"] = result.get("versions", meta["versions"])
         meta["fingerprints"][name] = result.get("data", {})
+        meta["configs"][name] = run_config(path)
+        world = world_seed(path)
+        if world is not None and world not in meta["seeds"]["world"]:
+            meta["seeds"]["world"].append(world)
         if "seed" in result and result["seed"] not in meta["seeds"]["run"]:
             meta["seeds"]["run"].append(result["seed"])
     meta["fingerprints"]["prompts"] = prompts_fingerprint
     meta["sampling"] = {"temperature": config.temperature, "max_new_tokens": config.max_response_length}
     return meta
+
+
+def world_seed(path: str) -> int | None:
+    """The seed of the sandbox world that a run's base comes from, if it does."""
+    from rlhf.models import read_identity
+
+    base = read_identity(path).get("base_model_name_or_path")
+    file = Path(base).parent / "world.json" if base else None
+    if file is None or not file.is_file():
+        return None
+    return json.loads(file.read_text()).get("settings", {}).get("world_seed")

@@ -193,8 +193,9 @@ def _method(report: dict[str, Any]) -> list[str]:
         f"- KL: log p - log p of {report['reference']} summed over the response's tokens, nats; SE clustered by group.",
     ]
     for key in ("seeds", "fingerprints"):
-        if meta.get(key):
-            lines.append(f"- {key.capitalize()}: " + "; ".join(f"{k} {_inline(v)}" for k, v in meta[key].items()) + ".")
+        known = {k: v for k, v in meta.get(key, {}).items() if v not in ([], {}, None)}
+        if known:
+            lines.append(f"- {key.capitalize()}: " + "; ".join(f"{k} {_inline(v)}" for k, v in known.items()) + ".")
     lines.append("- Everything above with all digits, and the resolved options of each run: `report.json`.")
     return lines
 

@@ -119,6 +119,8 @@ def quickstart(config: QuickstartConfig) -> None:
 def execute(step: Step, log: Path) -> float:
     """Run the command, show its output as it comes and keep it in `log`; returns the seconds it took."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if not Path("/dev/nvidiactl").exists():
+        environment.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed finds out too, with a warning each time
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     began = time.monotonic()
     with open(log, "wb") as file:
