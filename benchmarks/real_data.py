@@ -23,9 +23,17 @@ PAIRS = {"polite": "pref_rasbt_polite.jsonl", "voice": "pref_voice_professional_
 YARDSTICK = {"polite": "0.92 (plain Bradley-Terry)", "voice": "0.61 (plain Bradley-Terry), 0.83 (bag of words)"}
 
 
-def bag_of_words(train: list[Preference], test: list[Preference], penalty: float = 1.0) -> list[float]:
-    """Score gaps of the test pairs by logistic regression on the difference of the answers' word counts."""
-    words = [[Counter(re.findall(r"\w+", text.lower())) for text in (r.chosen, r.rejected)] for r in train + test]
+BAGS = {"words": r"\w+", "words, marks": r"\w+|[^\w\s]"}
+
+
+def bag_of_words(
+    train: list[Preference], test: list[Preference], pattern: str = BAGS["words"], penalty: float = 1.0
+) -> list[float]:
+    """Score gaps of the test pairs by logistic regression on the difference of the answers' word counts.
+
+    pattern: what counts as a word.
+    """
+    words = [[Counter(re.findall(pattern, text.lower())) for text in (r.chosen, r.rejected)] for r in train + test]
     index = {w: i for i, w in enumerate(sorted({w for sides in words[: len(train)] for c in sides for w in c}))}
     gaps = torch.zeros(len(words), len(index), dtype=torch.float64)
     for row, (chosen, rejected) in enumerate(words):
@@ -61,7 +69,7 @@ def main(name: str, runs: Path) -> None:
         return load(data, Preference, split=split, validation_fraction=validation_fraction, on_bad="skip", **fractions)
 
     test = read("test", 0.0)
-    measured = {"bag of words": bag_of_words(read("train", 0.0), test)}
+    measured = {f"bag of {bag}": bag_of_words(read("train", 0.0), test, pattern) for bag, pattern in BAGS.items()}
     for run in ("yardstick", "reward", "referee"):
         measured[run] = model_gaps(runs / run, test)
     print(f"Accuracy on the {len(test)} test pairs, 95 % over groups; published: {YARDSTICK[name]}")
@@ -71,7 +79,7 @@ def main(name: str, runs: Path) -> None:
         interval = mean_interval(test, lambda pair, right=right: right[id(pair)])
         table[label] = {"accuracy": interval.estimate, "low": interval.low, "high": interval.high, "n": interval.groups}
         print(
-            f"  {label:<14}{interval.estimate:.3f}   {interval.low:.3f} to {interval.high:.3f}   n = {interval.groups}"
+            f"  {label:<20}{interval.estimate:.3f}   {interval.low:.3f} to {interval.high:.3f}   n = {interval.groups}"
         )
     (runs / "accuracy.json").write_text(json.dumps(table, indent=2) + "\n")
 

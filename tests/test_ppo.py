@@ -182,6 +182,12 @@ def test_linear_schedule_and_own_rate_of_the_critic(sft_path):
     assert learner.learning_rates(3) == [0.0025, 0.125]
 
 
+def test_the_schedule_reaches_the_optimizer(sft_path):
+    learner = trainer(sft_path, config(value_learning_rate=0.5))
+    learner.step(3)
+    assert [group["lr"] for group in learner.learner.optimizer.param_groups] == [0.0025, 0.125]
+
+
 def test_prompts_come_in_shuffled_passes(sft_path):
     learner = trainer(sft_path, config(rollout_batch_size=4, total_episodes=16))
     seen = [p["record"].prompt[0]["content"] for s in range(4) for p in learner.prompts_of(s)]

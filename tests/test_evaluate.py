@@ -1,0 +1,122 @@
+import math
+
+import pytest
+import torch
+
+from rlhf.data.encode import encode_prompts
+from rlhf.data.records import Prompt, Scores
+from rlhf.distributed import World
+from rlhf.engines.hf import Sampling, generate
+from rlhf.evaluate import EvalRow, Evaluation, sample_table, summarise
+from rlhf.models import load_foundation, lora_config
+from rlhf.roles import Roles
+
+
+def by_length(samples):
+    totals = [float(len(ids)) for ids in samples.response_ids]
+    return Scores(totals, {"length": totals, "odd": [t if t % 2 else math.nan for t in totals]})
+
+
+@pytest.fixture()
+def roles(sft_path):
+    """A policy that has moved away from its reference."""
+    roles = Roles(load_foundation(sft_path), lora_config())
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in roles.parameters_of("policy"):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return roles
+
+
+def evaluation(tokenizer, **more):
+    records = [Prompt(prompt=[{"role": "user", "content": t}], metadata={"item": t}) for t in ("one", "three two")]
+    values = {
+        "prompts": encode_prompts(records, tokenizer, 99),
+        "tokenizer": tokenizer,
+        "stop_ids": [2, *range(3, 320, 9)],
+        "sampling": Sampling(max_new_tokens=6, temperature=0.7),
+        "scorer": by_length,
+        "samples_per_prompt": 2,
+    }
+    return Evaluation(**(values | more))
+
+
+def policy(roles):
+    return lambda: roles.use("policy")
+
+
+def reference(roles):
+    return lambda: roles.use("reference")
+
+
+def test_sequence_kl_is_the_sum_of_log_ratios_at_the_sampling_temperature(roles, tokenizer, monkeypatch):
+    seen = {}
+
+    def spy(*args, **more):
+        seen["done"] = generate(*args, **more)
+        return seen["done"]
+
+    monkeypatch.setattr("rlhf.evaluate.generate", spy)
+    task = evaluation(tokenizer)
+    rows = task.run(roles.trunk, policy(roles), reference(roles), World())
+    wanted = [p["prompt_ids"] for p in task.prompts for _ in range(2)]
+    for row, prompt, response in zip(rows, wanted, seen["done"].response_ids, strict=True):
+        expected = 0.0
+        for name, sign in (("policy", 1), ("reference", -1)):
+            with torch.no_grad(), roles.use(name):
+                logits = roles.trunk(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
+            chosen = torch.log_softmax(logits, -1).gather(-1, torch.tensor(response)[:, None])
+            expected += sign * chosen.sum().item()
+        assert row.kl == pytest.approx(expected, abs=1e-4) and row.length == len(response)
+        assert row.scores["length"] == len(response) and row.ended == (response[-1] in task.stop_ids)
+    assert max(abs(row.kl) for row in rows) > 0.05
+
+
+def test_kl_of_a_policy_to_itself_is_exactly_zero(roles, tokenizer):
+    rows = evaluation(tokenizer).run(roles.trunk, policy(roles), policy(roles), World())
+    assert [row.kl for row in rows] == [0.0] * 4
+
+
+def test_without_a_reference_kl_is_not_a_number(roles, tokenizer):
+    rows = evaluation(tokenizer).run(roles.trunk, policy(roles), None, World())
+    assert all(math.isnan(row.kl) for row in rows) and "eval/kl/sequence" not in summarise(rows)
+
+
+def test_a_reference_may_be_a_model_of_its_own(roles, tokenizer, base_path):
+    base = load_foundation(base_path).model
+    bare = Roles(load_foundation(base_path), lora_config())
+    rows = evaluation(tokenizer).run(bare.trunk, policy(bare), base, World())
+    assert [row.kl for row in rows] == pytest.approx([0.0] * 4, abs=1e-5)
+
+
+def test_two_steps_meet_the_same_luck_and_two_samples_do_not(roles, tokenizer):
+    task = evaluation(tokenizer)
+    first = task.run(roles.trunk, policy(roles), None, World())
+    again = task.run(roles.trunk, policy(roles), None, World())
+    assert [r.response for r in first] == [r.response for r in again]
+    assert first[0].response != first[1].response
+    assert first[0].metadata["item"] == "one" and first[0].metadata["group"] == first[0].group
+
+
+def test_means_by_hand():
+    def row(kl, length, score):
+        return EvalRow(
+            prompt=[], group="g", sample=0, response="", length=length, ended=length < 5, kl=kl, scores=score
+        )
+
+    # lengths 2 and 6: mean 4; KL 1 and 3: mean 2, per token 4/8, standard error sqrt(2)/sqrt(2) = 1; NaN does not apply
+    metrics = summarise([row(1.0, 2, {"a": 1.0, "b": math.nan}), row(3.0, 6, {"a": 2.0, "b": 5.0})])
+    assert metrics == {
+        "eval/response/length": 4.0,
+        "eval/response/ended": 0.5,
+        "eval/score/a": 1.5,
+        "eval/score/b": 5.0,
+        "eval/kl/sequence": 2.0,
+        "eval/kl/token": 0.5,
+        "eval/kl/sequence_se": 1.0,
+    }
+
+
+def test_the_table_shows_prompt_response_and_scores(roles, tokenizer):
+    (first, *_) = sample_table(evaluation(tokenizer).run(roles.trunk, policy(roles), None, World()), 1)
+    assert first["prompt"] == "one" and {"response", "ended", "kl", "score/length"} <= set(first)
