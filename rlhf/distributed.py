@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import resource
+import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,10 +73,26 @@ def start() -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed compiles with ninja, which stands beside python in an environment that may not be activated
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if size == 1:
+        os.environ["MASTER_PORT"] = str(free_port())  # nobody else has to know it; the launcher's may be taken
     import deepspeed
 
-    deepspeed.init_distributed(verbose=False)  # before any TrainingArguments: ZeRO-3 would take the world for one rank
+    try:
+        # before any TrainingArguments: ZeRO-3 would take the world for one rank
+        deepspeed.init_distributed(verbose=False)
+    except torch.distributed.DistNetworkError as error:
+        raise UserError(
+            f"the ranks cannot meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({error}). If "
+            "another run uses that port, choose one: deepspeed --master_port 29501 ..."
+        ) from None
     return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"), launched=True)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def peak_memory(device: torch.device) -> float:

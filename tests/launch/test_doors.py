@@ -244,3 +244,18 @@ def test_each_door_opens_from_another_directory(name):
     assert wrong.returncode == EXIT_USER_ERROR
     assert "unknown option 'learnign_rate'. Did you mean 'learning_rate'?" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def test_one_rank_starts_where_the_port_of_the_launcher_is_taken(runs, tmp_path):
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "1"]
+        command += ["--master_port", str(taken.getsockname()[1]), str(ROOT / "launch" / "ppo.py")]
+        # begins, joins the other ranks (there are none), and stops at the first thing that is missing
+        flags = ["--config", str(runs / "ppo" / "config.yaml"), "--output_dir", str(tmp_path), "--data", "none.jsonl"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd="/", env=environment, timeout=120)
+    assert "none.jsonl: no such file" in done.stderr and "EADDRINUSE" not in done.stderr, done.stderr[-2000:]
