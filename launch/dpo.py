@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     from trl import DPOConfig, DPOTrainer
 
     from reward.compose import build_scorer
-    from rlhf import stages
+    from rlhf import stages, trainers
     from rlhf.budget import Budget, count_parameters
     from rlhf.data.encode import encode_preferences
     from rlhf.models import load_foundation, trainable_policy
@@ -81,13 +81,13 @@ def main(argv: list[str] | None = None) -> None:
     if not hasattr(model, "peft_config"):  # TRL would reload it by name, which need not be what is in memory
         reference = load_foundation(config.model_name_or_path, run.torch_dtype, config.attn_implementation).model
     budget = Budget(count_parameters(model), frozen_base=config.use_peft)
-    sampler = stages.sampling_callback(
-        run, evaluate, stages.no_context, reference or stages.reference_context(model, "ref"), budget
+    sampler = trainers.sampling_callback(
+        run, evaluate, trainers.no_context, reference or trainers.reference_context(model, "ref"), budget
     )
     trainer = Trainer(
         model=model,
         ref_model=reference,
-        args=stages.trl_arguments(
+        args=trainers.trl_arguments(
             DPOConfig,
             run,
             bool(rows["validation"]),
@@ -100,12 +100,12 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=foundation.tokenizer,
         callbacks=[sampler, trainer_callback(run.tracker, "dpo")],
     )
-    stages.attach(trainer, budget, reference)
+    trainers.attach(trainer, budget, reference)
 
     trainer.train()
-    headline = stages.held_out_loss(trainer, run) if rows["validation"] else {}
+    headline = trainers.held_out_loss(trainer, run) if rows["validation"] else {}
 
-    stages.save_policy(run, trainer.model, foundation)
+    trainers.save_policy(run, trainer.model, foundation)
     run.finish({**headline, **sampler.last}, stages.total_budget(budget, run.world))
 
 

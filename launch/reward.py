@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from reward.model import normalisation, trainable_reward, write_reward
     from reward.trainer import PairCollator, RewardTrainer, pair_rows
-    from rlhf import stages
+    from rlhf import stages, trainers
     from rlhf.budget import Budget, count_parameters
     from rlhf.data.encode import encode_instructions, encode_preferences
     from rlhf.tracking import trainer_callback
@@ -73,23 +73,23 @@ def main(argv: list[str] | None = None) -> None:
     budget = Budget(count_parameters(model), frozen_base=hasattr(model, "peft_config"))
     trainer = RewardTrainer(
         model=model,
-        args=stages.trl_arguments(
+        args=trainers.trl_arguments(
             RewardConfig, run, bool(held_out), center_rewards_coefficient=config.center_rewards_coefficient
         ),
         data_collator=PairCollator(tokenizer.pad_token_id),
         train_dataset=Dataset.from_list(pair_rows(train)),
         eval_dataset=Dataset.from_list(pair_rows(held_out)) if held_out else None,
         processing_class=tokenizer,
-        callbacks=[stages.sampling_callback(run, None, None, None, budget), trainer_callback(run.tracker, "reward")],
+        callbacks=[trainers.sampling_callback(run, None, None, None, budget), trainer_callback(run.tracker, "reward")],
         label_smoothing=config.label_smoothing,
     )
-    stages.attach(trainer, budget)
+    trainers.attach(trainer, budget)
 
     trainer.train()
 
     chosen, rejected, references = score(run, trainer, pair_rows(held_out or train[:FEW]), answers)
     bias, scale = normalisation(references or chosen, config.normalise)
-    stages.save_policy(run, trainer.model, foundation)
+    trainers.save_policy(run, trainer.model, foundation)
     headline = report(run, held_out, chosen, rejected, trainer.state.global_step) if held_out else {}
     if run.world.is_main:
         of = "reference_data" if references else f"{'held-out' if held_out else 'training'} chosen responses"

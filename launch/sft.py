@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     from trl import SFTConfig, SFTTrainer
 
     from reward.compose import build_scorer
-    from rlhf import stages
+    from rlhf import stages, trainers
     from rlhf.budget import Budget, count_parameters
     from rlhf.data.encode import encode_instructions
     from rlhf.models import trainable_policy
@@ -57,23 +57,23 @@ def main(argv: list[str] | None = None) -> None:
     evaluate = stages.evaluation(run, foundation, scorer)
     model = trainable_policy(foundation, stages.new_lora(config))
     if foundation.adapter_path:
-        stages.frozen_copy(model, "reference")
+        trainers.frozen_copy(model, "reference")
     budget = Budget(count_parameters(model), frozen_base=config.use_peft)
-    sampler = stages.sampling_callback(run, evaluate, stages.no_context, stages.reference_context(model), budget)
+    sampler = trainers.sampling_callback(run, evaluate, trainers.no_context, trainers.reference_context(model), budget)
     trainer = SFTTrainer(
         model=model,
-        args=stages.trl_arguments(SFTConfig, run, bool(held_out)),
+        args=trainers.trl_arguments(SFTConfig, run, bool(held_out)),
         train_dataset=Dataset.from_list(train),
         eval_dataset=Dataset.from_list(held_out) if held_out else None,
         processing_class=foundation.tokenizer,
         callbacks=[sampler, trainer_callback(run.tracker, "sft")],
     )
-    stages.attach(trainer, budget)
+    trainers.attach(trainer, budget)
 
     trainer.train()
-    headline = stages.held_out_loss(trainer, run) if held_out else {}
+    headline = trainers.held_out_loss(trainer, run) if held_out else {}
 
-    stages.save_policy(run, trainer.model, foundation, merge=config.merge)
+    trainers.save_policy(run, trainer.model, foundation, merge=config.merge)
     run.finish({**headline, **sampler.last}, stages.total_budget(budget, run.world))
 
 

@@ -214,7 +214,9 @@ def _require_head(path: str) -> None:
 
 def _load_whole(path: str, dtype: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = load_tokenizer(path)
     try:
         model, info = AutoModelForSequenceClassification.from_pretrained(

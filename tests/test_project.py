@@ -16,7 +16,7 @@ LAYERS = [
     ["rlhf.cli"],
     ["rlhf.sandbox.quickstart", "rlhf.compare.run"],
     ["reward"],
-    ["rlhf.ppo", "rlhf.sandbox", "rlhf.sample"],
+    ["rlhf.ppo", "rlhf.trainers", "rlhf.sandbox", "rlhf.sample"],
     ["rlhf.rollout", "rlhf.compare"],
     ["rlhf.roles", "rlhf.evaluate", "rlhf.stages"],
     ["rlhf.engines", "rlhf.models", "rlhf.budget"],

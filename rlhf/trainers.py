@@ -1,0 +1,164 @@
+"""How SFT, reward model and DPO drive TRL's trainers: arguments, cost, evaluation by sampling, reference, saving."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import UserError, did_you_mean
+from rlhf.stages import Run, in_short, total_budget
+
+no_context = nullcontext  # the policy's context where the model already is the policy
+
+
+def trl_arguments(cls: type, run: Run, held_out: bool, **fixed: Any) -> Any:
+    """TRL's config for this run; `held_out` says whether there are rows to evaluate on. Raises UserError on an unknown
+    name under `trl:`."""
+    from rlhf.distributed import read_deepspeed_config
+
+    config = run.config
+    known = {f.name for f in fields(cls)}
+    for name in config.trl:
+        if name not in known:
+            raise UserError(f"trl: '{name}' is no option of {cls.__name__}.{did_you_mean(name, known)}")
+    values = {
+        "output_dir": str(Path(config.output_dir) / "checkpoints"),
+        "seed": config.seed,
+        "data_seed": config.seed,
+        "use_cpu": run.world.device.type == "cpu",
+        "bf16": run.world.device.type == "cuda" and config.dtype in ("auto", "bfloat16"),
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "deepspeed": read_deepspeed_config(config.deepspeed, run.world),
+        "dataloader_pin_memory": run.world.device.type == "cuda",
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "eval_strategy": "steps" if config.eval_steps and held_out else "no",
+        "eval_steps": config.eval_steps or None,
+        "max_length": None,  # rows that are too long were dropped when they were encoded
+    }
+    shared = ("learning_rate", "max_grad_norm", "per_device_train_batch_size", "logging_steps", "num_train_epochs")
+    shared += ("max_steps", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay")
+    values |= {name: getattr(config, name) for name in (*shared, "gradient_checkpointing")}
+    values |= fixed | config.trl
+    try:
+        return cls(**values)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"TRL refuses these options: {error}") from None
+
+
+def attach(trainer, budget, reference=None) -> None:
+    """Count every training forward pass of the trainer's model in the budget (the reference's as forward only, also
+    that of a `reference` model of its own), and take away the trainer's own printing: the tracker's console line
+    stands for it."""
+    import torch
+    from transformers import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+
+    def count(module, args, kwargs):
+        mask = kwargs.get("attention_mask")
+        if mask is None or not module.training or kwargs.get("past_key_values") is not None:
+            return  # evaluation and generation are not what the run is made of
+        (budget.train if torch.is_grad_enabled() else budget.forward)(int(mask.sum()))
+
+    def count_reference(module, args, kwargs):
+        if trainer.model.training and kwargs.get("attention_mask") is not None:
+            budget.forward(int(kwargs["attention_mask"].sum()))
+
+    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
+    if reference is not None:
+        reference.register_forward_pre_hook(count_reference, with_kwargs=True)
+
+
+def sampling_callback(run: Run, evaluate, policy, reference, budget=None):
+    """A TRL callback: evaluates by sampling at step 0, every eval_steps and at the end; adds `budget/*` to each log.
+
+    `policy` and `reference` are as `Evaluation.run` takes them. The last metrics stand in its `.last`.
+    """
+    from transformers import TrainerCallback
+
+    from rlhf.distributed import gathered, peak_memory
+    from rlhf.evaluate import sample_table, summarise
+
+    class Sampler(TrainerCallback):
+        def __init__(self):
+            self.last: dict[str, float] = {}
+            self.step = -1
+
+        def _run(self, model, step: int) -> None:
+            if evaluate is None or step == self.step:
+                return
+            self.step = step
+            with gathered(model):
+                rows = evaluate.run(model, policy, reference, run.world)
+            self.last = summarise(rows)
+            run.tracker.log(self.last, step)
+            run.tracker.table("samples", sample_table(rows), step)
+            run.say(f"step {step}: {in_short(self.last)}")
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self._run(model, state.global_step)
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if run.config.eval_steps and state.global_step % run.config.eval_steps == 0:
+                self._run(model, state.global_step)
+
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            self._run(model, state.global_step)
+
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if budget is not None and logs is not None:
+                logs.update(total_budget(budget, run.world) | {"memory/peak": peak_memory(run.world.device)})
+
+    return Sampler()
+
+
+def held_out_loss(trainer, run: Run) -> dict[str, float]:
+    """The trainer's own evaluation on its held-out rows, under our names; logged by its callbacks."""
+    from rlhf.tracking import rename_trl
+
+    named = rename_trl(trainer.evaluate(), run.program)
+    return {k: v for k, v in named.items() if k.startswith("eval/") and not k.startswith("eval/time")}
+
+
+def frozen_copy(model, name: str):
+    """Add adapter `name` as a frozen copy of the trainable one; a reference for a policy that goes on from it."""
+    model.add_adapter(name, model.peft_config["default"])
+    for parameter_name, parameter in list(model.named_parameters()):
+        if ".default." in parameter_name:
+            model.get_parameter(parameter_name.replace(".default.", f".{name}.")).data.copy_(parameter.data)
+
+
+def reference_context(model, name: str = "reference"):
+    """The context of the reference policy: the frozen copy where there is one, the bare base under a new adapter,
+    None for a model trained whole."""
+    from rlhf.models import use_adapter
+
+    if not hasattr(model, "peft_config"):
+        return None
+    return lambda: use_adapter(model, name if name in model.peft_config else None)
+
+
+def save_policy(run: Run, model, foundation, merge: bool = False) -> None:
+    """Write weights (the adapter, or whole weights), tokenizer and rlhf.json to the output_dir; call on all ranks."""
+    from rlhf.distributed import gathered
+    from rlhf.models import write_identity
+
+    folder = Path(run.config.output_dir)
+    with gathered(model):
+        if run.world.is_main:
+            is_adapter = hasattr(model, "peft_config")
+            if is_adapter and merge:
+                model.set_adapter("default")
+                model.merge_and_unload(adapter_names=["default"]).save_pretrained(folder)
+            elif is_adapter:
+                model.save_pretrained(folder, selected_adapters=["default"])
+            else:
+                model.save_pretrained(folder)
+            foundation.tokenizer.save_pretrained(folder)
+            if is_adapter and not merge:
+                write_identity(folder, foundation, program=run.program)
+    run.world.barrier()
