@@ -2,8 +2,8 @@
 
 import os
 
-# Threads that wait at a barrier sleep instead of spinning. Where other programs use the cores too, spinning makes a
-# small model 15 to 20 times slower (docs/LOG.md). It has to be set before torch loads its OpenMP library.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait at a barrier spin for microseconds and then sleep. Where other programs use the cores too, spinning on
+# makes a small model 5 to 20 times slower (docs/LOG.md). It has to be set before torch loads its OpenMP library.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 __version__ = "0.1.0"
