@@ -2,7 +2,7 @@
 
 import os
 
-# Threads that wait at a barrier spin for microseconds and then sleep. Where other programs use the cores too, spinning on
+# Threads that wait at a barrier spin for microseconds, then sleep. Where other programs use the cores too, spinning on
 # makes a small model 5 to 20 times slower (docs/LOG.md). It has to be set before torch loads its OpenMP library.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
