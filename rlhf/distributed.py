@@ -73,6 +73,8 @@ def start() -> World:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # DeepSpeed compiles with ninja, which stands beside python in an environment that may not be activated
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    if os.access(sys.prefix, os.W_OK):  # an operator compiled for one environment is compiled anew by another
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     if size == 1:
         os.environ["MASTER_PORT"] = str(free_port())  # nobody else has to know it; the launcher's may be taken
     import deepspeed
