@@ -91,6 +91,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file{near_file(path)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
@@ -150,7 +152,7 @@ def coerce(value: Any, hint: Any, where: str, from_text: bool = False) -> Any:
         raise UserError(f"{where}: found {value!r}, expected one of {', '.join(map(str, args))}.{hint_near}")
     if origin is list:
         if from_text:
-            value = yaml.safe_load(value) if value.strip().startswith("[") else value.split(",")
+            value = _inline_yaml(value, where) if value.strip().startswith("[") else value.split(",")
         if not isinstance(value, list):
             value = [value]
         return [coerce(v, args[0] if args else Any, f"{where}, item {i}", False) for i, v in enumerate(value)]
@@ -164,6 +166,13 @@ def coerce(value: Any, hint: Any, where: str, from_text: bool = False) -> Any:
             raise UserError(f"{where}: expected a mapping such as {{name: value}}, found {value!r}")
         return {str(k): coerce(v, args[1] if args else Any, f"{where}, key '{k}'", False) for k, v in value.items()}
     return _scalar(value, hint, where)
+
+
+def _inline_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: {text!r} is not valid YAML: {getattr(error, 'problem', error)}") from None
 
 
 def _scalar(value: Any, hint: type, where: str) -> Any:
@@ -277,15 +286,15 @@ def _prog() -> str:
 
 
 def program(main: typing.Callable[..., T]) -> typing.Callable[..., T]:
-    """Decorates a program's `main`: a UserError becomes one message on stderr (of rank 0) and exit code 2."""
+    """Decorates a program's `main`: a UserError becomes one message on stderr and exit code 2."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"error: {error}", file=sys.stderr, flush=True)
+            rank = os.environ.get("RANK", "0")
+            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
 
     return wrapped

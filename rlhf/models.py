@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import UserError
+from rlhf.config import UserError, near_file
 from rlhf.data.encode import PLAIN_TEMPLATE, tokenizer_fingerprint
 from rlhf.tensors import selected_logprobs
 
@@ -55,7 +55,8 @@ def load_foundation(path: str, dtype: str = "float32", attn_implementation: str 
             base_path, dtype=DTYPES[dtype], attn_implementation=attn_implementation or "sdpa"
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{base_path}: no model could be loaded ({_first_line(error)})") from None
+        named = f" It is the 'base_model_name_or_path' of {adapter_path}/adapter_config.json." if adapter_path else ""
+        raise UserError(f"{base_path}: no model could be loaded ({_first_line(error)}).{named}") from None
     model.eval()
     print_fingerprint = fingerprint(model)
     if adapter_path:
@@ -88,6 +89,8 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     local = Path(path)
+    if not local.exists() and (local.is_absolute() or path.startswith(("./", "../", "runs/"))):
+        raise UserError(f"{path}: no such folder{near_file(path)}")
     if local.is_dir() and not any((local / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
         # transformers would hand back an empty tokenizer here and say nothing
         raise UserError(f"{path}: no tokenizer files; save the tokenizer beside the weights")

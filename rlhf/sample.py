@@ -29,6 +29,10 @@ class SampleConfig:
     test_fraction: float = option(0.1, "as in the stages")
 
     def validate(self) -> None:
+        if self.temperature <= 0:
+            raise UserError(f"'temperature' is {self.temperature}, expected more than 0")
+        if self.batch_size < 1 or (self.prompts is not None and self.prompts < 1):
+            raise UserError("'batch_size' and 'prompts' must be at least 1")
         if self.samples_per_prompt < 2:
             raise UserError(f"'samples_per_prompt' is {self.samples_per_prompt}, a comparison needs at least 2")
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from rlhf import config as options
 from rlhf.config import UserError, option
-from rlhf.data.records import Prompt, Record, Scorer, prompt_group
+from rlhf.data.records import Prompt, Record, Scorer, digest, prompt_group
 
 
 @dataclass(kw_only=True)
@@ -54,8 +54,9 @@ class RunConfig:
             raise UserError("validation_fraction and test_fraction must lie in [0, 1)")
         if self.validation_fraction + self.test_fraction >= 1:
             raise UserError("validation_fraction and test_fraction leave nothing to train on")
-        for name in ("max_prompt_length", "max_response_length", "per_device_train_batch_size", "logging_steps"):
-            if getattr(self, name) < 1:
+        counts = ("max_prompt_length", "max_response_length", "per_device_train_batch_size", "logging_steps")
+        for name in (*counts, "generation_batch_size"):
+            if getattr(self, name, 1) < 1:
                 raise UserError(f"'{name}' is {getattr(self, name)}, expected at least 1")
         if getattr(self, "lora_r", 1) < 1:
             raise UserError(f"'lora_r' is {self.lora_r}, expected at least 1")
@@ -167,7 +168,8 @@ class Run:
         result = []
         for source in sources:
             if Path(source).suffix in STORES:
-                file = Path(self.config.output_dir) / "data" / f"{Path(source).stem}.jsonl"
+                name = f"{Path(source).stem}-{digest(str(Path(source).resolve()))[:6]}.jsonl"  # stores may share a name
+                file = Path(self.config.output_dir) / "data" / name
                 if source not in self.freezes:
                     if self.world.is_main:
                         freeze(source, file)

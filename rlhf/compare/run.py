@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import UserError, option, read_yaml
+from rlhf.config import UserError, near_file, option, read_yaml
 from rlhf.data.records import Prompt, Scorer, prompt_group
 from rlhf.stages import TRAINED_ON
 
@@ -38,6 +38,13 @@ class CompareConfig:
     def validate(self) -> None:
         if len(self.runs) < 2:
             raise UserError("compare needs at least two runs: the SFT policy and one to compare with it")
+        for name in ("samples_per_prompt", "batch_size", "max_prompt_length", "max_response_length"):
+            if getattr(self, name) < 1:
+                raise UserError(f"'{name}' is {getattr(self, name)}, expected at least 1")
+        if self.n_prompts is not None and self.n_prompts < 1:
+            raise UserError(f"'n_prompts' is {self.n_prompts}, expected at least 1")
+        if self.temperature <= 0:
+            raise UserError(f"'temperature' is {self.temperature}, expected more than 0")
         if self.gold and self.referee:
             raise UserError("'gold' and 'referee' both given: where the truth is known no referee decides")
 
@@ -55,6 +62,9 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     from rlhf.evaluate import Evaluation, sample_table
     from rlhf.models import head_is_plain, load_tokenizer, stop_ids
 
+    for path in config.runs:
+        if not Path(path).is_dir():
+            raise UserError(f"{path}: no such run{near_file(path)}")
     records = unseen(config, load(config.prompts, Prompt, split="test", **fractions_of(config)))
     records = sorted(records, key=lambda r: (r.group, str(r.prompt)))[: config.n_prompts]
     names = run_names(config.runs)
@@ -195,6 +205,10 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
                 name = f"{first}{number}"
             specs.append({**spec, "name": name})
             kinds[name] = kind
+    if not specs:
+        raise UserError(
+            "no score to compare by: give --gold, --referee or --others, for example --others '[{rule: length}]'"
+        )
     judge = next((n for n, k in kinds.items() if k in ("gold", "referee")), None)
     return specs, kinds, judge
 

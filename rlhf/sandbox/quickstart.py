@@ -88,6 +88,8 @@ def quickstart(config: QuickstartConfig) -> None:
     record = json.loads(record_file.read_text()) if record_file.is_file() else {}
     began, stale, todo = time.monotonic(), False, steps(config)
     reused = []
+    if record.get("annotate", {}).get("fingerprint") != fingerprint(todo[3]):
+        record.pop("sample", None)  # new votes need a store without the old ones
     for number, step in enumerate(todo, 1):
         mark = fingerprint(step)
         done = record.get(step.name, {}).get("fingerprint") == mark and all((ROOT / f).exists() for f in step.leaves)
@@ -96,8 +98,9 @@ def quickstart(config: QuickstartConfig) -> None:
             print(f"{head} - done before, reused ({record[step.name]['seconds']:.0f} s saved)", flush=True)
             reused.append(step.name)
             continue
-        if not stale and step.name == "sample":
-            (ROOT / step.leaves[0]).unlink(missing_ok=True)  # votes on other responses would stay in the store
+        if step.name == "sample":  # responses of another policy, and votes on them, would stay in the store
+            for suffix in ("", "-wal", "-shm"):
+                Path(f"{ROOT / step.leaves[0]}{suffix}").unlink(missing_ok=True)
         stale = True
         record.pop(step.name, None)
         print(f"\n{head}  (at {time.monotonic() - began:.0f} s)\n$ {' '.join(map(quoted, step.command))}", flush=True)
@@ -105,7 +108,7 @@ def quickstart(config: QuickstartConfig) -> None:
         record[step.name] = {"fingerprint": mark, "seconds": seconds}
         record_file.write_text(json.dumps(record, indent=2) + "\n")
     if reused:
-        print(f"\nreused: {', '.join(reused)}. To begin anew: rm -r {config.run}")
+        print(f"\nreused: {', '.join(reused)}. To begin anew: rm -r {config.run} (and {config.world} for the world)")
     if "compare" in reused:
         show_table(run / "report")
     total = sum(record[s.name]["seconds"] for s in todo)

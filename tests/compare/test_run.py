@@ -84,6 +84,8 @@ def test_trained_scores_are_proxies_and_names_are_unique(tmp_path):
     assert kinds == {"gold": "gold", "proxy": "proxy", "proxy2": "proxy", "no_repetition": "other"} and judge == "gold"
     assert [s["name"] for s in specs] == list(kinds)
     assert scores_of(config(runs))[2] is None
+    with pytest.raises(UserError, match="no score to compare by"):
+        scores_of(config([runs[0], runs[0]]))
 
 
 def test_names_of_runs():
@@ -136,6 +138,14 @@ def test_a_live_store_is_read_as_it_was_at_the_start(tmp_path):
         model_name_or_path="x", data=[str(tmp_path / "votes.db")], output_dir=str(tmp_path / "run"), test_fraction=0.0
     )
     (tmp_path / "run").mkdir()
+    (tmp_path / "other").mkdir()
+    with Store.open(tmp_path / "other" / "votes.db", create=True) as store:  # the same name, other votes
+        prompt = store.add_prompt([{"role": "user", "content": "elsewhere"}])
+        pair = store.add_comparison(store.add_response(prompt, "x"), store.add_response(prompt, "y"))
+        store.vote(pair, store.add_annotator("bob"), "a")
+    both = Run("dpo", options, World(), None)
+    both_paths = [str(tmp_path / "votes.db"), str(tmp_path / "other" / "votes.db")]
+    assert len(both.load(Preference, None, both_paths)) == 21
     started = Run("dpo", options, World(), None)
     pairs = started.load(Preference, None)
     assert len(pairs) == 20 and pairs[0].chosen_ended and not pairs[0].rejected_ended
