@@ -12,9 +12,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where 
 
 from dataclasses import dataclass
 
-from rlhf.config import UserError, option, parse, program
+from rlhf.config import UserError, did_you_mean, option, parse, program
 from rlhf.data.records import Preference, Prompt
 from rlhf.stages import SamplingConfig, TrainerConfig, begin
+
+LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired")
+LOSSES += ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
 
 
 @dataclass(kw_only=True)
@@ -30,6 +33,11 @@ class DPORunConfig(TrainerConfig, SamplingConfig):
         super().validate()
         if self.beta <= 0:
             raise UserError(f"'beta' is {self.beta}, expected more than 0")
+        wrong = [name for name in self.loss_type if name not in LOSSES]
+        if wrong:
+            raise UserError(
+                f"loss_type '{wrong[0]}' is none of TRL's.{did_you_mean(wrong[0], LOSSES)} {', '.join(LOSSES)}"
+            )
         if self.label_smoothing and not set(self.loss_type) & {"robust", "exo_pair", "aot", "aot_unpaired"}:
             raise UserError(
                 f"'label_smoothing' has no effect on loss_type {', '.join(self.loss_type)} in TRL; robust knows it"

@@ -75,13 +75,16 @@ def load_foundation(path: str, dtype: str = "float32", attn_implementation: str 
 
 
 def adapter_base(adapter_path: str) -> str:
-    """The base an adapter folder names; a relative path is tried from here and from the folder itself."""
+    """The base an adapter folder names; a relative path is tried from here, from the folder and from those above it, so
+    that a run loads from wherever it is called."""
     config = json.loads((Path(adapter_path) / "adapter_config.json").read_text())
     base = config.get("base_model_name_or_path") or ""
     if not base:
         raise UserError(f"{adapter_path}/adapter_config.json names no 'base_model_name_or_path'")
-    beside = Path(adapter_path) / base
-    return str(beside) if not Path(base).exists() and beside.exists() else base
+    if Path(base).exists():
+        return base
+    folder = Path(adapter_path).resolve()
+    return next((str(above / base) for above in (folder, *folder.parents) if (above / base).is_dir()), base)
 
 
 def load_tokenizer(path: str) -> Any:

@@ -54,11 +54,6 @@ def pad_right(rows: list[list[float]], value: float = 0, width: int | None = Non
     )
 
 
-def length_mask(lengths: Tensor, width: int) -> Tensor:
-    """(B, width) bool mask, True for the first lengths[b] columns of row b."""
-    return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
-
-
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """1 - Var[returns - values] / Var[returns] over true tokens: 1 is perfect, 0 no better than the mean."""
     mean_return = masked_mean(returns, mask)

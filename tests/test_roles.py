@@ -187,3 +187,18 @@ def test_weights_that_do_not_fit_are_refused(base_path, tmp_path):
     save_file(weights, f"{path}/adapter_model.safetensors")
     with pytest.raises(UserError, match="do not fit"):
         Roles(load_foundation(path), lora_config())
+
+
+def test_a_run_loads_from_whatever_directory(base_path, tmp_path, monkeypatch):
+    import shutil
+
+    from rlhf.models import adapter_base
+
+    shutil.copytree(base_path, tmp_path / "runs" / "world" / "base")
+    path = random_adapter(base_path, tmp_path / "runs" / "sft", seed=5)
+    config = json.loads((tmp_path / "runs" / "sft" / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "runs/world/base"  # as a run started in tmp_path writes it
+    (tmp_path / "runs" / "sft" / "adapter_config.json").write_text(json.dumps(config))
+    monkeypatch.chdir("/")
+    assert adapter_base(path) == str(tmp_path / "runs" / "world" / "base")
+    assert load_foundation(path).base_path == str(tmp_path / "runs" / "world" / "base")

@@ -4,7 +4,6 @@ import torch
 
 from rlhf.tensors import (
     explained_variance,
-    length_mask,
     masked_mean,
     masked_whiten,
     pad_right,
@@ -50,9 +49,8 @@ def test_selected_logprobs_and_entropy_at_a_temperature():
     assert math.isclose(logprob.item(), math.log(3**0.5 / (1 + 3**0.5)), abs_tol=1e-6)
 
 
-def test_pad_right_and_length_mask():
+def test_pad_right():
     assert pad_right([[1, 2], [3]], 0).tolist() == [[1, 2], [3, 0]]
-    assert length_mask(torch.tensor([2, 0]), 2).tolist() == [[True, True], [False, False]]
 
 
 def test_explained_variance():

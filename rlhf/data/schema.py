@@ -123,6 +123,6 @@ def _version(db: sqlite3.Connection, path: Path) -> int:
     if version > VERSION:
         raise UserError(
             f"{path}: is a preference store of version {version}, and this program knows versions up to {VERSION}. "
-            "Update it: pip install --upgrade rlhf"
+            "Use the newer version of this project"
         )
     return version
