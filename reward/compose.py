@@ -5,13 +5,17 @@
       - {voice: configs/voices/shop.yaml, weight: 0.5}
       - {function: my_package.scores:politeness, name: polite}
       - {rule: length, low: 5, high: 60, weight: 0.1}
+      - {http: "http://localhost:8000/tone", weight: 0.2}
+      - {ensemble: [runs/a, runs/b, runs/c], how: worst, weight: 0}   # weight 0: watched, not learnt from
 
 Each entry has one of the keys in KINDS, and may have `name` and `weight`; the rest are options of its kind.
+All kinds with examples: docs/scorers.md.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import math
@@ -20,12 +24,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from reward.ensemble import check_ensemble, ensemble_scorer, member_names
 from reward.rules import RULES, check_rule_options
 from rlhf.config import UserError, did_you_mean
-from rlhf.data.records import Samples, Scorer, Scores
+from rlhf.data.records import BadScore, Samples, Scorer, Scores
 
 # (what the kind's key says, name, options, tokenizer of the samples' ids or None) -> scorer
-Build = Callable[[str, str, dict[str, Any], Any], Scorer]
+Build = Callable[[Any, str, dict[str, Any], Any], Scorer]
 
 
 def model_scorer(path: str, name: str, options: dict[str, Any], tokenizer: Any = None) -> Scorer:
@@ -61,27 +66,58 @@ def rule_scorer(rule: str, name: str, options: dict[str, Any], tokenizer: Any = 
     return score
 
 
+def service_scorer(url: str, name: str, options: dict[str, Any], tokenizer: Any = None) -> Scorer:
+    """A service that is asked over HTTP."""
+    from reward.http import http_scorer
+
+    return http_scorer(url, name, **options)
+
+
+def models_scorer(
+    folders: list[str], name: str, options: dict[str, Any], tokenizer: Any = None, model: Build = model_scorer
+) -> Scorer:
+    """Several reward models as one; each is made by `model` and checked under `name/member`."""
+    own = {key: value for key, value in options.items() if key in ("how", "penalty")}
+    rest = {key: value for key, value in options.items() if key not in own}
+    members = {}
+    for member, folder in zip(member_names(folders), folders, strict=True):
+        label = f"{name}/{member}"
+        members[member] = functools.partial(checked, label, model(folder, label, rest, tokenizer))
+    return ensemble_scorer(members, **own)
+
+
 KINDS: dict[str, Build] = {
     "model": model_scorer,
+    "ensemble": models_scorer,
     "voice": brand_voice_scorer,
     "function": function_scorer,
     "rule": rule_scorer,
+    "http": service_scorer,
 }
-MODEL_OPTIONS = ("batch_size", "dtype")
+OPTIONS = {  # of the kinds whose options stand in no signature that a person writes
+    "model": ("batch_size", "dtype"),
+    "ensemble": ("how", "penalty", "batch_size", "dtype"),
+    "voice": (),
+    "http": ("timeout", "retries", "batch_size", "token_env"),
+}
 
 
 def build_scorer(specs: list[dict[str, Any]], tokenizer: Any = None, kinds: dict[str, Build] | None = None) -> Scorer:
     """The weighted sum of the scorers in `specs`, of which there may be one.
 
     tokenizer: the one the samples' ids come from; a reward model with the same one reads them as they are.
-    kinds: builders to use in the place of some of KINDS (say, `model` by a role on the policy's base).
+    kinds: builders to use in the place of some of KINDS (say, `model` by a role on the policy's base, which then
+    makes the members of an ensemble too).
 
     The scorer returns total = sum of weight * score, and a breakdown with each scorer's own total under its name and
-    its parts under `name/part`, unweighted. What a scorer returns is checked: a wrong count, a wrong type or a total
-    that is not a finite number stops the program, naming the scorer and the prompt; NaN in a part says that the part
-    does not apply to that sample. Raises UserError on a bad specification.
+    its parts under `name/part`, unweighted. A scorer of weight 0 is watched: it is in the breakdown alone. What any
+    scorer returns is checked, naming the scorer and the prompt: BadScore where a total is NaN or infinite, UserError
+    on a wrong count or type; NaN in a part says that the part does not apply to that sample. Raises UserError on a
+    bad specification.
     """
     kinds = {**KINDS, **(kinds or {})}
+    if kinds["ensemble"] is models_scorer:
+        kinds["ensemble"] = functools.partial(models_scorer, model=kinds["model"])
     entries = check_specs(specs)
     scorers = [(name, weight, kinds[kind](what, name, opts, tokenizer)) for kind, what, name, weight, opts in entries]
 
@@ -89,7 +125,8 @@ def build_scorer(specs: list[dict[str, Any]], tokenizer: Any = None, kinds: dict
         total, breakdown = [0.0] * len(samples), {}
         for name, weight, scorer in scorers:
             scores = checked(name, scorer, samples)
-            total = [t + weight * s for t, s in zip(total, scores.total, strict=True)]
+            if weight:
+                total = [t + weight * s for t, s in zip(total, scores.total, strict=True)]
             breakdown |= {_part_name(name, part): values for part, values in scores.breakdown.items()}
             breakdown[name] = scores.total
         return Scores(total, breakdown)
@@ -101,23 +138,37 @@ def _part_name(name: str, part: str) -> str:
     return part if part == name or part.startswith(f"{name}/") else f"{name}/{part}"
 
 
-def check_specs(specs: list[dict[str, Any]]) -> list[tuple[str, str, str, float, dict[str, Any]]]:
+def watched(specs: list[dict[str, Any]]) -> list[str]:
+    """The names of the scorers of weight 0: measured at every step, never learnt from."""
+    return [name for _, _, name, weight, _ in check_specs(specs) if not weight]
+
+
+def check_specs(specs: list[dict[str, Any]]) -> list[tuple[str, Any, str, float, dict[str, Any]]]:
     """(kind, what, name, weight, options) of each entry; UserError names the entry and the nearest right key."""
     if not isinstance(specs, list) or not specs:
         raise UserError(f"scorers: found {specs!r}, expected a list such as [{{model: runs/reward}}]")
-    rows: list[tuple[str, str, str, float, dict[str, Any]]] = []
+    rows: list[tuple[str, Any, str, float, dict[str, Any]]] = []
     for i, spec in enumerate(specs):
         where = f"scorers, entry {i + 1}"
         if not isinstance(spec, dict):
             raise UserError(f"{where}: found {spec!r}, expected a mapping such as {{model: runs/reward}}")
         rows.append(_check_spec(dict(spec), where))
-        names = [name for _, _, name, _, _ in rows]
-        if names.count(names[-1]) > 1:
-            raise UserError(f"{where}: a second scorer is called '{names[-1]}'. Give one of them another `name`")
+        name = rows[-1][2]
+        first = next(n for n, row in enumerate(rows) if row[2] == name)
+        if first != i:
+            raise UserError(
+                f"{where}: a second scorer is called '{name}', as entry {first + 1} is. Give one of them a name of "
+                f"its own: {{{rows[i][0]}: ..., name: {name}-{i + 1}}}"
+            )
+    if not any(weight for _, _, _, weight, _ in rows):
+        raise UserError(
+            f"scorers: every weight is 0 ({', '.join(row[2] for row in rows)}), so that every total would be 0. "
+            "Weight 0 only watches; give at least one scorer another weight"
+        )
     return rows
 
 
-def _check_spec(spec: dict[str, Any], where: str) -> tuple[str, str, str, float, dict[str, Any]]:
+def _check_spec(spec: dict[str, Any], where: str) -> tuple[str, Any, str, float, dict[str, Any]]:
     named = [kind for kind in KINDS if kind in spec]
     if len(named) != 1:
         near = (
@@ -128,8 +179,14 @@ def _check_spec(spec: dict[str, Any], where: str) -> tuple[str, str, str, float,
         )
     kind = named[0]
     what = spec.pop(kind)
-    if not isinstance(what, str) or not what:
+    if kind == "ensemble":
+        check_ensemble(what, spec, where)
+    elif not isinstance(what, str) or not what:
         raise UserError(f"{where}: '{kind}' is {what!r}, expected text")
+    elif kind == "http":
+        from reward.http import check_http
+
+        check_http(what, spec, where)
     name, weight = spec.pop("name", _default_name(kind, what)), spec.pop("weight", 1.0)
     if not isinstance(name, str) or not name or "/" in name or name == "total":
         raise UserError(f"{where}: name {name!r} cannot be used (text without '/', and not 'total')")
@@ -147,7 +204,11 @@ def _check_spec(spec: dict[str, Any], where: str) -> tuple[str, str, str, float,
 
 
 def checked(name: str, scorer: Callable[[Samples], Any], samples: Samples) -> Scores:
-    """What the scorer returns, as Scores of finite floats; UserError naming it and the prompt where it is not."""
+    """What the scorer returns, as Scores of finite floats.
+
+    Raises BadScore, with the sample, where a number is NaN (in a part that is allowed) or infinite, and UserError,
+    with a prompt, where it is no number, or where their count is wrong.
+    """
     try:
         result = scorer(samples)
     except Exception as error:
@@ -155,33 +216,47 @@ def checked(name: str, scorer: Callable[[Samples], Any], samples: Samples) -> Sc
         raise
     scores = result if isinstance(result, Scores) else Scores(result)
     if not isinstance(scores.breakdown, dict):
-        raise UserError(f"scorer '{name}': the breakdown is {type(scores.breakdown).__name__}, expected a dict")
+        found = type(scores.breakdown).__name__
+        raise UserError(f"scorer '{name}': the breakdown is {found}, expected a dict.\n{first_prompt(samples)}")
     parts = {str(part): values for part, values in scores.breakdown.items()}
-    breakdown = {part: _numbers(f"{name}, {part}", v, samples, allow_nan=True) for part, v in parts.items()}
+    breakdown = {part: _numbers(name, values, samples, part) for part, values in parts.items()}
     return Scores(_numbers(name, scores.total, samples), breakdown)
 
 
-def _numbers(name: str, values: Any, samples: Samples, allow_nan: bool = False) -> list[float]:
+def _numbers(name: str, values: Any, samples: Samples, part: str | None = None) -> list[float]:
+    label = f"scorer '{name}'" if part is None else f"scorer '{name}', part '{part}'"
     if hasattr(values, "tolist"):  # numpy and torch
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
-        kind = type(values).__name__
-        raise UserError(f"scorer '{name}' returned {kind}, expected a list of {len(samples)} numbers or Scores")
+        found = f"{label} returned {type(values).__name__}, expected a list of {len(samples)} numbers or Scores"
+        raise UserError(f"{found}.\n{first_prompt(samples)}")
     if len(values) != len(samples):
-        raise UserError(f"scorer '{name}' returned {len(values)} scores for {len(samples)} samples")
-    numbers = []
-    for i, value in enumerate(values):
-        number = None
-        if hasattr(value, "__float__"):
-            with contextlib.suppress(TypeError, ValueError):
-                number = float(value)
-        if number is None or math.isinf(number) or (math.isnan(number) and not allow_nan):
-            raise UserError(
-                f"scorer '{name}' returned {value!r} for sample {i}, expected a finite number.\n"
-                f"  prompt: {_short(samples.prompts[i][-1]['content'])}\n  response: {_short(samples.responses[i])}"
-            )
-        numbers.append(number)
-    return numbers
+        found = f"{label} returned {len(values)} scores for {len(samples)} samples"
+        raise UserError(f"{found}.\n{first_prompt(samples)}")
+    return [_number(name, label, value, samples, i, part is not None) for i, value in enumerate(values)]
+
+
+def _number(name: str, label: str, value: Any, samples: Samples, i: int, allow_nan: bool) -> float:
+    number = None
+    if hasattr(value, "__float__"):
+        with contextlib.suppress(TypeError, ValueError):
+            number = float(value)
+    if number is not None and (math.isfinite(number) or (allow_nan and math.isnan(number))):
+        return number
+    message = (
+        f"{label} returned {value!r} for sample {i}, expected a finite number.\n"
+        f"  prompt: {_last_turn(samples, i)}\n  response: {_short(samples.responses[i])}"
+    )
+    raise UserError(message) if number is None else BadScore(message, name, i, number)
+
+
+def first_prompt(samples: Samples) -> str:
+    """A line that shows which batch is meant."""
+    return f"  first prompt of the batch: {_last_turn(samples, 0) if len(samples) else '(it is empty)'}"
+
+
+def _last_turn(samples: Samples, i: int) -> str:
+    return _short(samples.prompts[i][-1]["content"])
 
 
 def _import_function(module_name: str, function_name: str, where: str) -> Callable[..., Any]:
@@ -201,12 +276,10 @@ def _import_function(module_name: str, function_name: str, where: str) -> Callab
     return function
 
 
-def _options(kind: str, what: str, where: str) -> tuple[tuple[str, ...] | None, list[str]]:
+def _options(kind: str, what: Any, where: str) -> tuple[tuple[str, ...] | None, list[str]]:
     """The options an entry may have (None: any) and those it must have, read off the rule's or function's signature."""
-    if kind == "voice":
-        return (), []
-    if kind == "model":
-        return MODEL_OPTIONS, []
+    if kind in OPTIONS:
+        return OPTIONS[kind], []
     if kind == "rule":
         if what not in RULES:
             known = ", ".join(RULES)
@@ -227,10 +300,14 @@ def _options(kind: str, what: str, where: str) -> tuple[tuple[str, ...] | None, 
     return tuple(p.name for p in parameters), [p.name for p in parameters if p.default is p.empty]
 
 
-def _default_name(kind: str, what: str) -> str:
-    """runs/reward -> reward, configs/voices/shop.yaml -> shop, module:function -> function, a rule by its name."""
+def _default_name(kind: str, what: Any) -> str:
+    """runs/reward -> reward, voices/shop.yaml -> shop, module:function -> function, http://host/tone -> tone."""
+    if kind == "ensemble":
+        return kind
     if kind == "function":
         return what.rpartition(":")[2]
+    if kind == "http":
+        return what.partition("?")[0].rstrip("/").rpartition("/")[2]
     return Path(what).stem if kind == "voice" else Path(what).name
 
 

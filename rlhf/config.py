@@ -28,18 +28,37 @@ import yaml
 T = TypeVar("T")
 
 EXIT_USER_ERROR = 2
+EXIT_GUARD = 3  # a guard stopped the run; result.json says why
+EXIT_INTERRUPTED = 75  # stopped by a signal, saved, to be started again (EX_TEMPFAIL of sysexits.h)
 
 
 class UserError(Exception):
     """Something a person can mend: the message says where, what was found and what to do. Exit code 2."""
 
 
-def option(default: Any = dataclasses.MISSING, help: str = "", *, resume: Literal["fixed", "free"] = "fixed") -> Any:
+class Halt(Exception):
+    """The program ends here with everything saved; the message says why and how to go on."""
+
+    def __init__(self, message: str, code: int = 0):
+        super().__init__(message)
+        self.code = code
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    resume: Literal["fixed", "free"] = "fixed",
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+) -> Any:
     """A dataclass field with its help text; `resume` says whether a resumed run may change it.
 
-    Without a default the option is required. Lists and dicts are copied for each instance.
+    Without a default the option is required. Lists and dicts are copied for each instance. A number that is given must
+    be at least `low`, more than `above`, at most `high`.
     """
-    metadata = {"help": help, "resume": resume}
+    metadata = {"help": help, "resume": resume, "low": low, "above": above, "high": high}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -73,13 +92,28 @@ def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) 
         names = ", ".join(f"'{n}'" for n in missing)
         raise UserError(f"{where}: {names} not given, and there is no default. All options: {prog} --help")
     config = cls(**values)
-    validate = getattr(config, "validate", None)
-    if validate is not None:
-        try:
-            validate()
-        except UserError as error:
-            raise UserError(f"{', '.join(files) or prog}: {error}") from None
+    try:
+        check_ranges(config)
+        getattr(config, "validate", lambda: None)()
+    except UserError as error:
+        raise UserError(f"{', '.join(files) or prog}: {error}") from None
     return config
+
+
+def check_ranges(config: Any) -> None:
+    """Raise UserError for the first number outside the range its option allows."""
+    for field in dataclasses.fields(config):
+        value, (low, above, high) = (
+            getattr(config, field.name),
+            (field.metadata.get(k) for k in ("low", "above", "high")),
+        )
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        wanted = [f"at least {low}"] if low is not None else [f"more than {above}"] if above is not None else []
+        wanted += [f"at most {high}"] if high is not None else []
+        fits = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+        if not fits:  # NaN fits nothing
+            raise UserError(f"'{field.name}' is {value}, expected {' and '.join(wanted)}")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -286,15 +320,37 @@ def _prog() -> str:
 
 
 def program(main: typing.Callable[..., T]) -> typing.Callable[..., T]:
-    """Decorates a program's `main`: a UserError becomes one message on stderr and exit code 2."""
+    """Decorates a program's `main`: a UserError becomes one message on stderr and exit code 2, a Halt one on stdout and
+    its own code; of several ranks the first to fail speaks."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try:
             return main(*args, **kwargs)
+        except Halt as halt:
+            if os.environ.get("RANK", "0") == "0":
+                print(halt, flush=True)
+            sys.exit(halt.code)
         except UserError as error:
-            rank = os.environ.get("RANK", "0")
-            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
+            if not told(EXIT_USER_ERROR):
+                rank = os.environ.get("RANK", "0")
+                print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
             sys.exit(EXIT_USER_ERROR)
+        except BrokenPipeError:  # the reader (`| head`) has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except Exception:
+            if told(1):
+                sys.exit(1)
+            raise
 
     return wrapped
+
+
+# Called with the exit code when a program fails; true when another process of the same run has failed before, and this
+# one's error is but its consequence. Set by whoever starts several processes (distributed.start).
+on_failure: list[typing.Callable[[int], bool]] = []
+
+
+def told(code: int) -> bool:
+    return any([ask(code) for ask in on_failure])

@@ -1,10 +1,11 @@
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 import yaml
 
-from rlhf.config import UserError, help_text, option, parse, program, save
+from rlhf.config import EXIT_INTERRUPTED, Halt, UserError, help_text, option, parse, program, save
 
 
 @dataclass
@@ -104,3 +105,37 @@ def test_a_user_error_becomes_one_line_and_exit_code_2(capsys):
         program(lambda: parse(Config, ["--stepz", "3"], "prog"))()
     assert stop.value.code == 2
     assert capsys.readouterr().err.startswith("error: the command line: unknown option 'stepz'. Did you mean 'steps'?")
+
+
+@dataclass
+class Ranged:
+    share: float = option(0.5, "a share", low=0, high=1)
+    rate: float | None = option(None, "a rate", above=0)
+    count: int = option(1, "a count", low=1)
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--share", "1.5"], "'share' is 1.5, expected at least 0 and at most 1"),
+        (["--share", "nan"], "'share' is nan"),
+        (["--rate", "0"], "'rate' is 0.0, expected more than 0"),
+        (["--count", "0"], "'count' is 0, expected at least 1"),
+    ],
+)
+def test_a_number_out_of_its_range_is_refused(flags, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        parse(Ranged, flags, "x")
+    assert parse(Ranged, ["--share", "1", "--rate", "none"], "x").share == 1.0
+
+
+def test_a_halt_ends_with_its_code_and_speaks_once(monkeypatch, capsys):
+    @program
+    def main():
+        raise Halt("saved", EXIT_INTERRUPTED)
+
+    for rank, said in (("0", "saved\n"), ("1", "")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == EXIT_INTERRUPTED and capsys.readouterr().out == said

@@ -14,9 +14,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf.config import UserError
+
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 ROLES = ("system", "user", "assistant", "tool")
 SPLITS = ("train", "validation", "test")
+DEEPEST = 100  # levels of lists and dicts in metadata
 
 
 class RecordError(ValueError):
@@ -48,6 +51,8 @@ class Record:
             raise RecordError("split", f"found {self.split!r}, expected one of {', '.join(SPLITS)}")
         if not (is_number(self.weight) and self.weight >= 0):
             raise RecordError("weight", f"found {self.weight!r}, expected a number from 0 up")
+        for name in ("group", "source", "annotator", "voice", "metadata"):
+            check_unicode(name, getattr(self, name))
         if not self.group:
             self.group = prompt_group(self.prompt)
 
@@ -141,6 +146,14 @@ class Scores:
 Scorer = Callable[[Samples], Scores]
 
 
+class BadScore(UserError):
+    """A scorer returned NaN or infinity: which scorer, for which of its samples, and what it returned."""
+
+    def __init__(self, message: str, scorer: str = "", index: int = 0, value: float = math.nan):
+        super().__init__(message)
+        self.scorer, self.index, self.value = scorer, index, value
+
+
 def check_messages(name: str, messages: Any) -> None:
     """Raises RecordError unless `messages` is a non-empty list of {"role", "content"} with known roles and text."""
     if not isinstance(messages, list) or not messages:
@@ -163,12 +176,28 @@ def check_text(name: str, text: Any) -> None:
     check_unicode(name, text)
 
 
-def check_unicode(name: str, text: str) -> None:
-    """Raises RecordError on half a surrogate pair: JSON may carry one, but no tokenizer or UTF-8 file can."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RecordError(name, f"found broken Unicode (half a surrogate pair) at character {error.start}") from None
+def check_unicode(name: str, value: Any) -> None:
+    """Raises RecordError on half a surrogate pair in a text, or anywhere in lists and dicts (names too), and on more
+    than a hundred of these in each other: JSON may carry both, but no tokenizer or UTF-8 file can the former, and few
+    programs the latter."""
+    parts = [value]
+    for _ in range(DEEPEST):
+        deeper = []
+        for part in parts:
+            if isinstance(part, str):
+                try:
+                    part.encode("utf-8")
+                except UnicodeEncodeError as error:
+                    where = f"at character {error.start}"
+                    raise RecordError(name, f"found broken Unicode (half a surrogate pair) {where}") from None
+            elif isinstance(part, dict):
+                deeper += [*part, *part.values()]
+            elif isinstance(part, (list, tuple)):
+                deeper += part
+        parts = deeper
+        if not parts:
+            return
+    raise RecordError(name, f"is nested more than {DEEPEST} levels deep")
 
 
 def is_number(value: Any) -> bool:

@@ -1,12 +1,17 @@
 import math
+import pickle
+import re
+import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from reward.compose import build_scorer, check_specs
+from reward.compose import KINDS, build_scorer, check_specs, watched
 from rlhf.config import UserError
-from rlhf.data.records import Samples, Scores
+from rlhf.data.records import BadScore, Samples, Scores
 
 
 def samples(*responses):
@@ -43,7 +48,10 @@ def test_parts_of_a_scorer_stand_under_its_name():
 
 def test_default_names():
     specs = [{"model": "runs/reward/"}, {"voice": "a/shop.yaml"}, {"function": "math:floor"}, {"rule": "length"}]
-    assert [name for _, _, name, _, _ in check_specs(specs)] == ["reward", "shop", "floor", "length"]
+    specs += [{"http": "http://localhost:80/v1/tone/?key=1"}, {"http": "https://tone"}, {"ensemble": ["runs/a", "b"]}]
+    names = ["reward", "shop", "floor", "length", "tone", "ensemble"]
+    assert [name for _, _, name, _, _ in check_specs([s for i, s in enumerate(specs) if i != 5])] == names
+    assert check_specs([specs[5]])[0][2] == "tone"
 
 
 @pytest.fixture
@@ -70,6 +78,21 @@ def test_a_function_of_the_users_own_folder(user_module):
     assert scores.breakdown == {"shout": [1.0, 2.0], "detailed": [1.0, 1.0], "detailed/part": [2.0, 2.0]}
 
 
+def test_every_example_of_the_docs_is_right(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "scorers.md").read_text()
+    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "def shout" in block)
+    (tmp_path / "my_scores.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("TONE_TOKEN", "token")
+    blocks = [yaml.safe_load(block)["reward"] for block in re.findall(r"```yaml\n(.*?)```", page, re.S)]
+    found = {row[0] for specs in blocks for row in check_specs(specs)}
+    assert found == set(KINDS)
+    assert watched(blocks[0]) == ["length"]
+    assert build_scorer([{"function": "my_scores:shout"}])(samples("a!!", "b")).total == [2.0, 0.0]
+    sys.modules.pop("my_scores", None)
+
+
 def test_an_exception_inside_a_function_names_the_scorer(user_module):
     with pytest.raises(ZeroDivisionError) as caught:
         build_scorer([{"function": "my_scores:broken"}])(samples("a"))
@@ -89,6 +112,21 @@ def test_an_exception_inside_a_function_names_the_scorer(user_module):
         ({"rule": "length", "weight": math.inf}, "expected a number"),
         ({"rule": "length", "name": "total"}, "cannot be used"),
         ({"rule": ["length"]}, "expected text"),
+        ({"ensemble": "runs/a"}, "expected two or more reward models"),
+        ({"ensemble": ["runs/a"]}, "expected two or more reward models"),
+        ({"ensemble": ["runs/a", "./runs/a/"]}, "names a reward model twice"),
+        ({"ensemble": ["a", "b"], "how": "wurst"}, "Did you mean 'worst'"),
+        ({"ensemble": ["a", "b"], "how": "worst", "penalty": 1}, "Set how: uncertainty"),
+        ({"ensemble": ["a", "b"], "how": "uncertainty", "penalty": -1}, "from 0 up"),
+        ({"http": "localhost:8000/score"}, "expected http://HOST"),
+        ({"http": "ftp://localhost/score"}, "expected http://HOST"),
+        ({"http": "http://:8000/score"}, "expected http://HOST"),
+        ({"http": "http://localhost:port/score"}, "expected http://HOST"),
+        ({"http": "http://localhost/score", "timeout": 0}, "seconds above 0"),
+        ({"http": "http://localhost/score", "retries": -1}, "from 0 up"),
+        ({"http": "http://localhost/score", "batch_size": 0}, "from 1 up"),
+        ({"http": "http://localhost/score", "retrys": 1}, "Did you mean 'retries'"),
+        ({"http": "http://localhost/score", "token_env": "NO_SUCH_TOKEN_HERE"}, "NO_SUCH_TOKEN_HERE is not set"),
         ({"function": "my_scores"}, "module:function"),
         ({"function": "no_such_module:f"}, "no module 'no_such_module'"),
         ({"function": "my_scores:shuot"}, "Did you mean 'shout'"),
@@ -103,8 +141,12 @@ def test_a_bad_specification_says_what_is_right(spec, words, user_module):
 
 
 def test_two_scorers_may_not_share_a_name():
-    with pytest.raises(UserError, match="second scorer is called 'length'"):
+    with pytest.raises(UserError, match=r"second scorer is called 'length', as entry 1 is.*name: length-2"):
         build_scorer([{"rule": "length"}, {"rule": "length", "low": 3}])
+    with pytest.raises(
+        UserError, match=r"entry 3: a second scorer is called 'b', as entry 2 is.*{model: ..., name: b-3"
+    ):
+        check_specs([{"model": "runs/a"}, {"model": "old/b"}, {"model": "runs/b"}])
     with pytest.raises(UserError, match="expected a list"):
         build_scorer([])
 
@@ -116,8 +158,8 @@ def test_two_scorers_may_not_share_a_name():
         ([math.inf, 0.0], ["scorer 'bad'", "question 0"]),
         ([0.0, None], ["returned None for sample 1", "question 1"]),
         ([0.0, "1"], ["returned '1' for sample 1"]),
-        ([0.0], ["1 scores for 2 samples"]),
-        (0.5, ["returned float"]),
+        ([0.0], ["scorer 'bad'", "1 scores for 2 samples", "question 0"]),
+        (0.5, ["scorer 'bad'", "returned float", "question 0"]),
         (np.zeros((2, 1)), ["scorer 'bad'", "question 0"]),
     ],
 )
@@ -128,9 +170,35 @@ def test_a_scorer_that_misbehaves_is_named_with_the_prompt(returned, words):
     assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_not_finite_can_be_told_from_other_mistakes(value):
+    score = build_scorer([{"rule": "length"}, {"voice": "bad.yaml"}], kinds={"voice": fixed([0.0, value, 1.0])})
+    with pytest.raises(BadScore) as caught:
+        score(samples("a", "b", "c"))
+    error = pickle.loads(pickle.dumps(caught.value))  # as it goes from one rank to another
+    assert (error.scorer, error.index, repr(error.value), str(error)) == ("bad", 1, repr(value), str(caught.value))
+    score = build_scorer([{"voice": "bad.yaml"}], kinds={"voice": fixed([0.0, None, 1.0])})
+    with pytest.raises(UserError) as caught:
+        score(samples("a", "b", "c"))
+    assert not isinstance(caught.value, BadScore)
+
+
+def test_a_scorer_of_weight_0_is_watched():
+    # total = 2 * length; "a b" has 2 of 4 words
+    specs = [{"rule": "length", "low": 4, "high": 9, "weight": 2.0}, {"voice": "shop.yaml", "weight": 0}]
+    scores = build_scorer(specs, kinds={"voice": fixed([7.0], item=[3.0])})(samples("a b"))
+    assert scores.total == pytest.approx([1.0])
+    assert scores.breakdown == {"length": [0.5], "shop": [7.0], "shop/item": [3.0]}
+    assert watched(specs) == ["shop"] and watched(specs[:1]) == []
+    with pytest.raises(BadScore, match="scorer 'shop'"):  # a watcher that fails is said too
+        build_scorer(specs, kinds={"voice": fixed([math.nan])})(samples("a b"))
+    with pytest.raises(UserError, match="every weight is 0 \\(shop\\)"):
+        build_scorer(specs[1:])
+
+
 def test_a_bad_part_of_the_breakdown_is_caught_too():
     score = build_scorer([{"voice": "bad.yaml"}], kinds={"voice": fixed([0.0, 0.0], greeting=[0.0])})
-    with pytest.raises(UserError, match="bad, greeting"):
+    with pytest.raises(UserError, match="scorer 'bad', part 'greeting' returned 1 scores for 2 samples"):
         score(samples("a", "b"))
 
 
@@ -140,5 +208,6 @@ def test_nan_in_a_part_says_that_it_does_not_apply():
     assert scores.total == [0.0, 1.0]
     assert math.isnan(scores.breakdown["shop/item"][0])  # already under its name: not shop/shop/item
     kinds = {"voice": fixed([0.0, 1.0], item=[math.inf, 1.0])}
-    with pytest.raises(UserError, match="shop, item"):
+    with pytest.raises(BadScore, match="scorer 'shop', part 'item'") as caught:
         build_scorer([{"voice": "shop.yaml"}], kinds=kinds)(samples("a", "b"))
+    assert (caught.value.scorer, caught.value.index, caught.value.value) == ("shop", 0, math.inf)
