@@ -24,6 +24,18 @@ def data_show(argv: list[str]) -> None:
     describe(parse(DescribeConfig, argv, "rlhf data show"))
 
 
+def data_prepare(argv: list[str]) -> None:
+    from rlhf.data.prepare.run import PrepareConfig, prepare
+
+    prepare(parse(PrepareConfig, argv, "rlhf data prepare"))
+
+
+def data_export(argv: list[str]) -> None:
+    from rlhf.data.export import ExportConfig, export
+
+    export(parse(ExportConfig, argv, "rlhf data export"))
+
+
 def sandbox_build(argv: list[str]) -> None:
     from rlhf.sandbox.build import SandboxConfig, build
 
@@ -53,6 +65,29 @@ def collect_sample(argv: list[str]) -> None:
     sample(config)
 
 
+def collect_serve(argv: list[str]) -> None:
+    from rlhf.data.collect.serve import ServeConfig, serve
+
+    config = parse(ServeConfig, argv, "rlhf collect serve")
+    if config.voice:
+        from reward.voice import load_voice
+
+        load_voice(config.voice)  # a misspelt key is found before anybody is asked to judge by it
+    serve(config)
+
+
+def collect_links(argv: list[str]) -> None:
+    from rlhf.data.collect.serve import LinksConfig, links
+
+    links(parse(LinksConfig, argv, "rlhf collect links"))
+
+
+def collect_status(argv: list[str]) -> None:
+    from rlhf.data.collect.summary import StatusConfig, status
+
+    status(parse(StatusConfig, argv, "rlhf collect status"))
+
+
 def compare(argv: list[str]) -> None:
     from rlhf.compare.run import CompareConfig
     from rlhf.compare.run import compare as run
@@ -67,10 +102,15 @@ def compare(argv: list[str]) -> None:
 
 COMMANDS = {
     "data show": Command("what a data file or store holds: form, groups, splits, bad rows", data_show, "source"),
+    "data prepare": Command("clean a source, find its faults, write it with a data card", data_prepare, "source"),
+    "data export": Command("write a source as rows, unpaired (KTO), hh or openai", data_export, "source"),
     "sandbox build": Command("make the small world: corpus, prompts, pretrained base", sandbox_build),
     "sandbox annotate": Command("simulated annotators vote on a store's open comparisons", sandbox_annotate),
     "sandbox quickstart": Command("the whole pipeline on the sandbox, with a report", sandbox_quickstart),
     "collect sample": Command("sample pairs from a policy into a preference store", collect_sample),
+    "collect serve": Command("the web app in which people compare two answers: STORE", collect_serve, "store"),
+    "collect links": Command("new personal links to the web app: STORE --annotators ann,bob", collect_links, "store"),
+    "collect status": Command("progress, agreement and annotators of a store: STORE", collect_status, "store"),
     "compare": Command("compare trained policies on test prompts: RUN RUN ... --prompts FILE", compare, "runs"),
 }
 

@@ -1,106 +1,262 @@
-"""`rlhf collect sample`: two or more responses a prompt from a policy, put into the preference store to be judged."""
+"""`rlhf collect sample`: pairs of answers, from one or two policies or files, put into the store to be judged.
+
+With one source every two of its answers to a prompt that differ become a comparison; with two sources one answer of
+each. Control pairs, whose better answer is known, come from a file.
+"""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from rlhf.config import UserError, option
-from rlhf.data.records import Prompt
+from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, digest
+from rlhf.data.store import Store
+
+Answers = dict[int, list[dict[str, Any]]]  # index of the prompt -> arguments of Store.add_response
+Paired = tuple[Prompt, list[list[dict[str, Any]]]]  # a prompt and its answers by source
 
 
 @dataclass(kw_only=True)
 class SampleConfig:
-    """Sample responses to prompts of the training and validation splits and store every pair of them for judging."""
+    """Answers to prompts of the training and validation splits, paired and stored to be judged."""
 
-    model_name_or_path: str = option(help="the policy: a Hub name, a folder of weights, or an adapter (runs/sft)")
+    model_name_or_path: str = option(
+        help="the policy: a Hub name, a folder of weights, or an adapter (runs/sft); or a file with answers or pairs"
+    )
+    other: str | None = option(None, "a second policy or file; pairs then have one answer of each")
     data: list[str] = option(help="prompts: files or Hub names; the test split is left out")
     store: str = option(help="the preference store (SQLite) to write to; made when missing")
-    prompts: int | None = option(None, "so many prompts, drawn by the seed; default: all")
-    samples_per_prompt: int = option(2, "responses to each; every two that differ become a comparison")
-    temperature: float = option(1.0, "of sampling")
-    top_p: float = option(1.0, "sample from the smallest set of tokens that reaches this probability")
+    controls: str | None = option(
+        None, "a file of pairs whose better answer is known: judged among the rest as a check"
+    )
+    prompts: int | None = option(None, "so many prompts, drawn by the seed; default: all", low=1)
+    samples_per_prompt: int = option(2, "responses to each with each sampling setting", low=1)
+    temperature: list[float] = option([1.0], "of sampling; several make several settings: 0.7,1.0")
+    top_p: list[float] = option([1.0], "sample from the smallest set of tokens that reaches this probability; as many")
     max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted")
     max_response_length: int = option(512, "tokens with EOS")
-    batch_size: int = option(64, "responses generated together")
+    batch_size: int = option(64, "responses generated together", low=1)
     seed: int = option(0, "of the choice of prompts and of sampling")
     validation_fraction: float = option(0.05, "as in the stages")
     test_fraction: float = option(0.1, "as in the stages")
+    on_bad: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used")
 
     def validate(self) -> None:
-        if self.temperature <= 0:
-            raise UserError(f"'temperature' is {self.temperature}, expected more than 0")
-        if self.batch_size < 1 or (self.prompts is not None and self.prompts < 1):
-            raise UserError("'batch_size' and 'prompts' must be at least 1")
-        if self.samples_per_prompt < 2:
+        if not all(t > 0 for t in self.temperature):
+            raise UserError(f"'temperature' is {self.temperature}, expected numbers above 0")
+        if not all(0 < p <= 1 for p in self.top_p):
+            raise UserError(f"'top_p' is {self.top_p}, expected numbers above 0 and at most 1")
+        if len({len(self.temperature), len(self.top_p)} - {1}) > 1:
+            raise UserError(
+                f"'temperature' has {len(self.temperature)} values and 'top_p' {len(self.top_p)}; a setting is one of "
+                "each: give as many, or one for all"
+            )
+        alone = self.other is None and not _is_file(self.model_name_or_path)
+        if alone and self.samples_per_prompt * len(self.settings()) < 2:
             raise UserError(f"'samples_per_prompt' is {self.samples_per_prompt}, a comparison needs at least 2")
+
+    def settings(self) -> list[tuple[float, float]]:
+        """(temperature, top_p) of each setting."""
+        count = max(len(self.temperature), len(self.top_p))
+        one, other = (values * count if len(values) == 1 else values for values in (self.temperature, self.top_p))
+        return list(zip(one, other, strict=True))
 
 
 def sample(config: SampleConfig) -> dict[str, int]:
     """Write prompts, responses and comparisons; returns their counts. Repeating the call adds nothing new."""
     import random
 
+    records, named = prompts_of(config)
+    random.Random(config.seed).shuffle(records)
+    records = records[: config.prompts]
+    controls, their_named = controls_of(config)
+    sources = [config.model_name_or_path, *([config.other] if config.other else [])]
+    answers = [
+        answers_of_file(source, records, config.on_bad)
+        if _is_file(source)
+        else answers_of_policy(source, records, config, number)
+        for number, source in enumerate(sources)
+    ]
+    plan, counts = pair_up(records, answers)
+    if not counts["comparisons"]:
+        raise UserError(f"{config.store}: no prompt got two answers that differ, so there is nothing to judge")
+    Path(config.store).parent.mkdir(parents=True, exist_ok=True)
+    with Store.open(config.store, create=True) as store, store.transaction():
+        put(store, plan, named)
+        counts["controls"] = put_controls(store, controls, their_named)
+    ended = [a["ended"] for own in answers for given in own.values() for a in given if a["ended"] is not None]
+    share = f" ({sum(ended) / len(ended):.0%} ended)" if ended else ""
+    print(
+        f"{config.store}: {counts['prompts']} prompts, {counts['responses']} responses{share}, {counts['comparisons']} "
+        f"comparisons; {counts['equal']} equal and {counts['empty']} empty responses left out"
+        + (f"; {counts['controls']} control pairs" if config.controls else "")
+    )
+    return counts
+
+
+def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
+    """The prompts of the training and validation splits, and the groups that the data names itself.
+
+    Of `split` only what the data gives is left: a store that wrote down what a hash has decided could join no prompts
+    later, over answers that they share.
+    """
+    from rlhf.data.load import collect, unique_prompts
+    from rlhf.data.split import assign
+
+    table = collect(config.data, Prompt)
+    table.complain(config.on_bad)
+    given = {r.group: r.split for r in table.records if r.split}
+    assign(table.records, config.validation_fraction, config.test_fraction, table.places)
+    unique = unique_prompts(table.records)
+    records = [r for split in ("train", "validation") for r in unique if r.split == split]
+    if not any(r.split == "train" for r in records):
+        raise UserError(f"{table.name}: none of the {len(unique)} prompts is for training; give more data")
+    for record in records:
+        record.split = given.get(record.group)
+    return records, table.named_groups()
+
+
+def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
+    """The control pairs, and the groups that their file names itself."""
+    from rlhf.data.load import collect
+
+    if not config.controls:
+        return [], set()
+    table = collect(config.controls, Preference)
+    table.complain(config.on_bad)
+    return table.records, table.named_groups()
+
+
+def answers_of_policy(source: str, records: list[Prompt], config: SampleConfig, number: int = 0) -> Answers:
+    """Sample every setting; prompts that are too long have no answers. `number` keeps two policies' noise apart."""
     import torch
     from tqdm import tqdm
 
     from rlhf.data.encode import decode_response, encode_prompts
-    from rlhf.data.load import load
-    from rlhf.data.store import Store
     from rlhf.engines.hf import Sampling, generate, sample_key
     from rlhf.models import folder_fingerprint, load_foundation, stop_ids, trainable_policy
 
-    fractions = {"validation_fraction": config.validation_fraction, "test_fraction": config.test_fraction}
-    records = [r for split in ("train", "validation") for r in load(config.data, Prompt, split=split, **fractions)]
-    random.Random(config.seed).shuffle(records)
     cuda = torch.cuda.is_available()
-    foundation = load_foundation(config.model_name_or_path, "bfloat16" if cuda else "float32")
+    foundation = load_foundation(source, "bfloat16" if cuda else "float32")
     tokenizer = foundation.tokenizer
-    rows = encode_prompts(records[: config.prompts], tokenizer, config.max_prompt_length)
+    rows = encode_prompts(records, tokenizer, config.max_prompt_length)
+    index = {id(record): i for i, record in enumerate(records)}
     model = trainable_policy(foundation, None).to("cuda" if cuda else "cpu")
-    wanted = [(row, s) for row in rows for s in range(config.samples_per_prompt)]
-    with tqdm(total=len(wanted), desc="sampling", unit="response", mininterval=5) as bar:
-        done = generate(
-            model,
-            [row["prompt_ids"] for row, _ in wanted],
-            [sample_key(config.seed, "collect", row["prompt_ids"], s) for row, s in wanted],
-            Sampling(config.max_response_length, config.temperature, top_p=config.top_p),
-            stop_ids(tokenizer, foundation.model),
-            tokenizer.pad_token_id,
-            config.batch_size,
-            bar.update,
-        )
-    texts = [decode_response(tokenizer, ids) for ids in done.response_ids]
-    sampling = {"temperature": config.temperature, "top_p": config.top_p, "max_new_tokens": config.max_response_length}
     origin = {
-        "model": config.model_name_or_path,
+        "model": source,
         "model_fingerprint": foundation.fingerprint,
         "adapter_fingerprint": folder_fingerprint(foundation.adapter_path) if foundation.adapter_path else None,
-        "sampling": {**sampling, "seed": config.seed},
     }
-    counts = {"prompts": len(rows), "responses": 0, "comparisons": 0, "equal": 0, "empty": 0}
-    Path(config.store).parent.mkdir(parents=True, exist_ok=True)
-    with Store.open(config.store, create=True) as store, store.transaction():
-        for index, row in enumerate(rows):
-            record = row["record"]
-            prompt = store.add_prompt(
-                record.prompt, group=record.group, voice=record.voice, split=record.split, metadata=record.metadata
+    answers: Answers = {index[id(row["record"])]: [] for row in rows}
+    purpose, each = "collect" if number == 0 else f"collect/{number}", config.samples_per_prompt
+    with tqdm(total=len(rows) * each * len(config.settings()), desc="sampling", unit="response", mininterval=5) as bar:
+        for setting, (temperature, top_p) in enumerate(config.settings()):
+            wanted = [(row, setting * each + s) for row in rows for s in range(each)]
+            done = generate(
+                model,
+                [row["prompt_ids"] for row, _ in wanted],
+                [sample_key(config.seed, purpose, row["prompt_ids"], s) for row, s in wanted],
+                Sampling(config.max_response_length, temperature, top_p=top_p),
+                stop_ids(tokenizer, foundation.model),
+                tokenizer.pad_token_id,
+                config.batch_size,
+                bar.update,
             )
-            answers: dict[str, int] = {}
-            for place in range(index * config.samples_per_prompt, (index + 1) * config.samples_per_prompt):
-                if not texts[place]:
-                    counts["empty"] += 1
-                elif texts[place] in answers:
-                    counts["equal"] += 1
-                else:
-                    answers[texts[place]] = store.add_response(prompt, texts[place], ended=done.ended[place], **origin)
-            counts["responses"] += len(answers)
-            for one, other in itertools.combinations(answers.values(), 2):
-                store.add_comparison(one, other)
-                counts["comparisons"] += 1
-    ended = sum(done.ended) / max(1, len(done.ended))
-    print(
-        f"{config.store}: {counts['prompts']} prompts, {counts['responses']} responses ({ended:.0%} ended), "
-        f"{counts['comparisons']} comparisons; {counts['equal']} equal and {counts['empty']} empty responses left out"
-    )
-    return counts
+            sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": config.max_response_length}
+            about = origin | {"sampling": sampling | {"seed": config.seed}}
+            for (row, _), ids, ended in zip(wanted, done.response_ids, done.ended, strict=True):
+                text = decode_response(tokenizer, ids)
+                answers[index[id(row["record"])]].append({"text": text, "ended": ended} | about)
+    return answers
+
+
+def answers_of_file(source: str, records: list[Prompt], on_bad: Literal["stop", "skip"] = "stop") -> Answers:
+    """The file's answers to these prompts: one a row, or both of a pair, of which no verdict is kept."""
+    from rlhf.data.forms import guess_kind
+    from rlhf.data.load import load
+    from rlhf.data.sources import first_rows
+
+    rows = first_rows(source, 1)
+    kind = guess_kind(rows[0]) if rows else Instruction
+    kind = kind if kind in (Preference, Labelled) else Instruction
+    found: dict[str, list[dict[str, Any]]] = {}
+    for record in load(source, kind, on_bad=on_bad):
+        own = found.setdefault(_key(record.prompt), [])
+        if isinstance(record, Preference):
+            both = ((record.chosen, record.chosen_ended), (record.rejected, record.rejected_ended))
+            # by text: the better one first would be no secret to whoever reads the store
+            own += [{"text": text, "ended": ended, "model": Path(source).name} for text, ended in sorted(both)]
+        else:
+            own.append({"text": record.response, "ended": None, "model": Path(source).name})
+    answers = {i: found[_key(record.prompt)] for i, record in enumerate(records) if _key(record.prompt) in found}
+    if not answers:
+        raise UserError(f"{source}: answers none of the {len(records)} prompts; a row's prompt must be the same text")
+    return answers
+
+
+def pair_up(records: list[Prompt], answers: list[Answers]) -> tuple[list[Paired], dict[str, int]]:
+    """Each prompt that every source answers with the answers to store, of one source or of two; and counts."""
+    counts = {"prompts": 0, "responses": 0, "comparisons": 0, "equal": 0, "empty": 0}
+    plan: list[Paired] = []
+    for i, record in enumerate(records):
+        if not all(i in own for own in answers):
+            continue
+        known: set[str] = set()
+        sides: list[list[dict[str, Any]]] = []
+        # what is added first is called a: in a fixed order of two sources, a would tell which, and bend the agreement
+        swapped = len(answers) == 2 and int(digest(record.group + _key(record.prompt)), 16) % 2
+        for own in reversed(answers) if swapped else answers:
+            sides.append([])
+            for answer in own[i]:
+                text = answer["text"].strip()
+                if not text or text in known:
+                    counts["equal" if text else "empty"] += 1
+                    continue
+                known.add(text)
+                sides[-1].append(answer)
+        plan.append((record, sides))
+        counts["prompts"] += 1
+        counts["responses"] += len(known)
+        counts["comparisons"] += len(_pairs(sides))
+    return plan, counts
+
+
+def put(store: Store, plan: list[Paired], named: set[str]) -> None:
+    """Store prompts, answers and comparisons. A group not in `named` stays one that prompts may be joined over."""
+    for record, sides in plan:
+        prompt = _put_prompt(store, record, named, split=record.split)
+        for one, other in _pairs([[store.add_response(prompt, **answer) for answer in side] for side in sides]):
+            store.add_comparison(one, other)
+
+
+def put_controls(store: Store, records: list[Preference], named: set[str]) -> int:
+    """Store pairs whose better answer is known as control comparisons, which are never trained on; returns how many."""
+    for record in records:
+        prompt = _put_prompt(store, record, named)
+        texts = {record.chosen: record.chosen_ended, record.rejected: record.rejected_ended}
+        ids = {text: store.add_response(prompt, text, ended=texts[text]) for text in sorted(texts)}
+        store.add_comparison(*ids.values(), kind="control", expected=ids[record.chosen])
+    return len(records)
+
+
+def _put_prompt(store: Store, record: Prompt | Preference, named: set[str], split: str | None = None) -> int:
+    group = {"group" if record.group in named else "default_group": record.group}
+    return store.add_prompt(record.prompt, **group, voice=record.voice, split=split, metadata=record.metadata)
+
+
+def _pairs(sides: list[list[Any]]) -> list[tuple[Any, Any]]:
+    """Every two of one side, or one of each of two."""
+    return list(itertools.combinations(sides[0], 2) if len(sides) == 1 else itertools.product(*sides))
+
+
+def _is_file(source: str) -> bool:
+    from rlhf.data.sources import READABLE, is_store
+
+    return source.lower().endswith(READABLE) and not is_store(source)
+
+
+def _key(prompt: list[Message]) -> str:
+    return digest("\n".join(f"{m['role']}: {m['content'].strip()}" for m in prompt))

@@ -30,7 +30,7 @@ class DescribeConfig:
 
 def describe(config: DescribeConfig) -> dict[str, Any]:
     """Print what `load` makes of the source; returns the same as a dict. Raises UserError if nothing can be read."""
-    kind = KINDS.get(config.kind) or _guess(config.source)
+    kind = KINDS.get(config.kind) or guess(config.source)
     table = load.collect(config.source, kind)
     if not table.records:
         table.complain("skip")
@@ -76,7 +76,8 @@ def summarise(table: load.Table) -> dict[str, Any]:
     return summary
 
 
-def _guess(names: list[str]) -> type[Record]:
+def guess(names: list[str]) -> type[Record]:
+    """The kind that the columns of the first row suggest. Raises UserError if there is none."""
     rows = [row for name in names for row in sources.first_rows(name, 1)]
     if not rows:
         raise UserError(f"{', '.join(names)}: no row to read")

@@ -27,7 +27,8 @@ from rlhf.data.split import answer_pair
 FORMS = {
     Prompt: "{prompt}, {messages}, {instruction}, or any form below (its prompt is taken)",
     Instruction: "{prompt, response or completion}, {messages}, {instruction, input, output}, or pairs (for chosen)",
-    Preference: "{prompt, chosen, rejected}, or {chosen, rejected} as conversations that differ in the last answer",
+    Preference: "{prompt, chosen, rejected}, {chosen, rejected} as conversations that differ in the last answer, or "
+    "{input, preferred_output, non_preferred_output}",
     Labelled: "{prompt, response or completion, label}",
 }
 # Columns that hold answers: never part of the metadata, since scorers see it
@@ -57,7 +58,7 @@ class Row:
 
 def read(row: dict[str, Any], kind: type[Record], source: str | None = None) -> Row:
     """One row as a record of `kind` (Prompt, Instruction, Preference or Labelled). Raises RecordError."""
-    row = {name: value for name, value in row.items() if value is not None}
+    row = _from_openai({name: value for name, value in row.items() if value is not None})
     prompt, fields, form = _FIELDS[kind](row)
     prompt = _with_system(row, prompt)
     fields |= _about(row, source, kind)
@@ -74,7 +75,7 @@ def read(row: dict[str, Any], kind: type[Record], source: str | None = None) -> 
 def guess_kind(row: dict[str, Any]) -> type[Record]:
     """The kind that a row's columns suggest, the most telling first."""
     has = {name for name, value in row.items() if value is not None}
-    if {"chosen", "rejected"} <= has:
+    if {"chosen", "rejected"} <= has or {"preferred_output", "non_preferred_output"} <= has:
         return Preference
     if "label" in has and has & {"response", "completion"}:
         return Labelled
@@ -152,6 +153,8 @@ def _one_answer(row: dict) -> tuple[list[Message], str, str]:
     """(prompt, response, form) of a row with one answer."""
     if "messages" in row and not _has_response(row):
         prompt, response = _split_last("messages", _messages("messages", row["messages"]))
+        if row["messages"][-1].get("weight") == 0:
+            raise RecordError("messages", "ends with an answer of weight 0, which is not to be imitated")
         return prompt, response, "messages"
     name = next((n for n in ("response", "completion", "output") if n in row), None)
     if name is None:
@@ -219,7 +222,32 @@ def parse_turns(text: str) -> list[Message]:
     return messages
 
 
+def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's preference form as {prompt, chosen, rejected}; other rows as they are.
+
+    {"input": {"messages", "tools", "parallel_tool_calls"}, "preferred_output", "non_preferred_output"}. Tools that are
+    given stay in the metadata.
+    """
+    given = row.get("input")
+    if not isinstance(given, dict) or "messages" not in given:
+        return row
+    named = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+    rest = {named.get(name, name): value for name, value in row.items() if name != "input"}
+    return {"prompt": given["messages"]} | ({"tools": given["tools"]} if given.get("tools") else {}) | rest
+
+
+def _plain_message(message: Any) -> Any:
+    """A message as OpenAI's chat format may have it: "developer" is the system, content may come in text parts."""
+    if not isinstance(message, dict):
+        return message
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        message = message | {"content": "".join(part["text"] for part in content)}
+    return message | {"role": "system"} if message.get("role") == "developer" else message
+
+
 def _messages(name: str, value: Any) -> list[Message]:
+    value = [_plain_message(message) for message in value] if isinstance(value, list) else value
     check_messages(name, value)
     return [{"role": m["role"], "content": m["content"]} for m in value]
 

@@ -20,8 +20,10 @@ from rlhf.config import UserError
 from rlhf.data import forms, sources
 from rlhf.data.records import Prompt, Record, digest, prompt_group
 from rlhf.data.split import assign, check_fractions, half_of, join_groups
+from rlhf.data.votes import Aggregate
 
 R = TypeVar("R", bound=Record)
+_VALUE = re.compile(r"(found (?!columns )|message \d+ (?:is|has role|has content) ).*, expected", re.DOTALL)
 
 
 def load(
@@ -34,7 +36,7 @@ def load(
     test_fraction: float = 0.1,
     limit: int | None = None,
     on_bad: Literal["stop", "skip"] = "stop",
-    aggregate: Literal["each", "majority"] = "each",
+    aggregate: Aggregate = "each",
 ) -> list[R]:
     """The records of one or several sources, in their order, each with its group and split.
 
@@ -109,6 +111,7 @@ class Table:
     sources: list[str]
     records: list[Record] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
+    own_group: list[bool] = field(default_factory=list)  # the data names the group
     bad: list[Bad] = field(default_factory=list)
     good: Counter = field(default_factory=Counter)  # by source
     forms: Counter = field(default_factory=Counter)
@@ -117,6 +120,10 @@ class Table:
     @property
     def name(self) -> str:
         return ", ".join(self.sources)
+
+    def named_groups(self) -> set[str]:
+        """The groups that the data names; the others may still be joined."""
+        return {record.group for record, own in zip(self.records, self.own_group, strict=True) if own}
 
     def complain(self, on_bad: Literal["stop", "skip"]) -> None:
         """Raise on a source that has no row of the right form, on bad rows unless they are skipped, on no rows."""
@@ -137,11 +144,13 @@ class Table:
                 print(f"skipped {line}", file=sys.stderr, flush=True)
 
     def bad_summary(self) -> list[str]:
-        """One line for each kind of fault: how many rows, what, and where first."""
+        """One line for each kind of fault: how many rows, what, and where first; values are left out, since they may be
+        anything, and this is written into files."""
         kinds: dict[tuple[str, str], list[Bad]] = {}
         for bad in self.bad:
             kinds.setdefault((bad.source, bad.key), []).append(bad)
-        return [f"{len(b)} {_rows(len(b))}: {b[0].reason} (first: {b[0].place})" for b in kinds.values()]
+        said = [(len(b), _VALUE.sub(r"\1..., expected", b[0].reason), b[0].place) for b in kinds.values()]
+        return [f"{count} {_rows(count)}: {reason} (first: {place})" for count, reason, place in said]
 
     def wrong_form(self, source: str) -> str:
         kinds = {forms.guess_kind(row) for row in sources.first_rows(source)}
@@ -153,7 +162,7 @@ class Table:
         )
 
 
-def collect(source: str | list[str], kind: type[Record], aggregate: Literal["each", "majority"] = "each") -> Table:
+def collect(source: str | list[str], kind: type[Record], aggregate: Aggregate = "each") -> Table:
     """Read every row of every source; bad rows are kept as such. Groups are joined, splits only as the data gives."""
     if kind not in forms.FORMS:
         raise UserError(f"kind: found {kind!r}, expected one of {', '.join(k.__name__ for k in forms.FORMS)}")
@@ -183,6 +192,7 @@ def collect(source: str | list[str], kind: type[Record], aggregate: Literal["eac
         table.columns[name] = list(seen)
     _join(rows)
     table.records = [row.record for row in rows]
+    table.own_group = [row.own_group for row in rows]
     return table
 
 

@@ -16,10 +16,11 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf.config import UserError, near_file
 from rlhf.data.forms import ANSWERS, SPLIT_NAMES
+from rlhf.data.votes import Aggregate
 
 Item = tuple[str, dict[str, Any], str | None]
 
@@ -31,7 +32,7 @@ FILES = (*READABLE, ".gz", ".txt", ".tsv", ".yaml", ".yml", ".xlsx", ".arrow", "
 _HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.+-]+))?(@(?P<split>[\w.+%:\[\]-]+))?")
 
 
-def rows(source: str, *, prompts: bool = False, aggregate: Literal["each", "majority"] = "each") -> Iterator[Item]:
+def rows(source: str, *, prompts: bool = False, aggregate: Aggregate = "each") -> Iterator[Item]:
     """Every row of one source. `prompts` asks a store for its prompts instead of its pairs. Raises UserError."""
     if is_store(source):
         yield from _store(source, prompts, aggregate)
@@ -54,6 +55,12 @@ def first_rows(source: str, count: int = 20) -> list[dict[str, Any]]:
 def is_store(source: str) -> bool:
     """True for "votes.db" and "votes.db@118"."""
     return re.sub(r"@\d+$", "", source).lower().endswith(STORES)
+
+
+def split_event(source: str) -> tuple[str, int | None]:
+    """ "votes.db@118" -> ("votes.db", 118); without an event None."""
+    found = re.fullmatch(r"(.+)@(\d+)", source)
+    return (found[1], int(found[2])) if found else (source, None)
 
 
 def is_path(source: str) -> bool:
@@ -102,8 +109,8 @@ def _jsonl(path: Path, source: str) -> Iterator[Item]:
             except json.JSONDecodeError as error:
                 yield f"{source} line {number} column {error.colno}", {}, f"not valid JSON: {error.msg}"
                 continue
-            except RecursionError:
-                yield place, {}, "not valid JSON: nested too deep"
+            except (RecursionError, ValueError) as error:
+                yield place, {}, f"not valid JSON: {_beyond(error)}"
                 continue
             if number == 1 and isinstance(row, dict) and isinstance(row.get("frozen"), dict) and len(row) == 1:
                 header = row["frozen"]
@@ -127,6 +134,8 @@ def _json(path: Path, source: str) -> Iterator[Item]:
         raise UserError(
             f"{source} line {error.lineno} column {error.colno}: not valid JSON: {error.msg}.{hint}"
         ) from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{source}: not valid JSON: {_beyond(error)}") from None
     if not isinstance(content, list):
         raise UserError(f"{source}: found {type(content).__name__}, expected a list of rows")
     for number, row in enumerate(content, 1):
@@ -162,8 +171,13 @@ def _cell(name: str, value: str | None) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return value
+
+
+def _beyond(error: Exception) -> str:
+    """What JSON allows and Python's reader does not."""
+    return "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
 
 
 def _parquet(path: Path, source: str) -> Iterator[Item]:
@@ -176,6 +190,8 @@ def _parquet(path: Path, source: str) -> Iterator[Item]:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
+                    if isinstance(row.get("metadata"), str):  # of rows that differ in it, as JSON
+                        row["metadata"] = _cell("metadata", row["metadata"])
                     yield f"{source} row {number}", row, None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{source}: cannot be read as Parquet ({error})") from None
@@ -184,8 +200,7 @@ def _parquet(path: Path, source: str) -> Iterator[Item]:
 def _store(source: str, prompts: bool, aggregate: str) -> Iterator[Item]:
     from rlhf.data.store import Store
 
-    name, _, event = source.partition("@") if re.search(r"@\d+$", source) else (source, "", "")
-    upto = int(event) if event else None
+    name, upto = split_event(source)
     with Store.open(name) as store:
         found = store.prompt_rows(upto) if prompts else store.rows(upto, aggregate)
     for number, row in enumerate(found, 1):

@@ -18,17 +18,16 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections import Counter
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config import UserError, near_file
-from rlhf.data import schema
+from rlhf.data import readout, schema
 from rlhf.data.records import Message, Preference, Prompt, Record, check_text, check_unicode, digest, prompt_group
-from rlhf.data.split import answer_pair, join_groups
-from rlhf.data.votes import CHOICES, Vote, each, majority
+from rlhf.data.votes import CHOICES, Aggregate, Vote
 
 BUSY_SECONDS = 60.0  # how long a writer waits for the others
 
@@ -38,6 +37,7 @@ class Store:
 
     def __init__(self, path: Path, connection: sqlite3.Connection):
         self.path, self._db, self._depth = path, connection, 0
+        self.clock: Callable[[], float] = time.time  # seconds since 1970; what `created` and `changed` say
 
     @classmethod
     def open(cls, path: str | Path, create: bool = False) -> Store:
@@ -97,15 +97,20 @@ class Store:
         messages: list[Message],
         *,
         group: str | None = None,
+        default_group: str | None = None,
         voice: str | None = None,
         split: str | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> int:
-        """Its id; the same prompt again (all arguments alike) gives the same id. Raises RecordError."""
+        """Its id; the same prompt again (all arguments but default_group alike) gives the same id. Raises RecordError.
+
+        group: as the data names it, to stay. default_group: one that may be joined with others over shared answers;
+        default: by the prompt's hash. split: only where the data gives it; else the group decides at reading.
+        """
         Prompt(prompt=messages, split=split)
         content = {"messages": messages, "own_group": group, "voice": voice, "split": split, "metadata": metadata or {}}
         key = digest(_json({k: v for k, v in content.items() if v is not None}))
-        default = prompt_group(messages)
+        default = default_group or prompt_group(messages)
         row = {**content, "messages": _json(messages), "metadata": _json(metadata or {}), "default_group": default}
         return self._add("prompts", key, row)
 
@@ -170,11 +175,31 @@ class Store:
         self, name: str, kind: Literal["person", "model", "rule"] = "person", token: str | None = None
     ) -> int:
         """The id of the annotator of this name, who is added if new. Of a sign-in token only the hash is kept."""
-        row = {"name": name, "kind": kind, "token_hash": token and hashlib.sha256(token.encode()).hexdigest()}
+        row = {"name": name, "kind": kind, "token_hash": token and token_hash(token)}
         found = self._db.execute("SELECT id, kind FROM annotators WHERE name = ?", (name,)).fetchone()
         if found and found["kind"] != kind:
             raise UserError(f"{self.path}: annotator '{name}' is a {found['kind']}, not a {kind}; choose another name")
         return self._add("annotators", name, row, key_column="name")
+
+    def annotators(self) -> list[dict[str, Any]]:
+        """Every annotator by id: {id, name, kind, token_hash (None: no link of theirs opens)}."""
+        return [dict(r) for r in self._db.execute("SELECT id, name, kind, token_hash FROM annotators ORDER BY id")]
+
+    def set_token(self, annotator: int, token: str | None) -> None:
+        """Let the annotator sign in with this token and no other; None: with none. Only its hash is kept."""
+        with self.transaction():
+            self._db.execute(
+                "UPDATE annotators SET token_hash = ? WHERE id = ?", (token and token_hash(token), annotator)
+            )
+
+    def setting(self, name: str, default: str | None = None) -> str | None:
+        """What the collection was set up with under this name."""
+        found = self._one("SELECT value FROM settings WHERE name = ?", name)
+        return found["value"] if found else default
+
+    def set_setting(self, name: str, value: str) -> None:
+        with self.transaction():
+            self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?, ?)", (name, value, self._now()))
 
     def assign(self, comparison: int, annotator: int, *, left: Literal["a", "b"] | None = None) -> int:
         """Record that the comparison was handed to the annotator (and what stands left); returns the event's id."""
@@ -250,31 +275,40 @@ class Store:
             about = {"comparison": found["comparison"], "annotator": found["annotator"]}
             return self._event(**about, kind="undo", undoes=event, request=request)
 
+    def release(self, comparison: int, annotator: int) -> int:
+        """Record that the annotator gave the comparison back unanswered; returns the event's id."""
+        with self.transaction():
+            return self._event(comparison=comparison, annotator=annotator, kind="release")
+
+    def request(self, name: str) -> dict[str, Any] | None:
+        """The event that this request made, if it did."""
+        found = self._one("SELECT * FROM events WHERE request = ?", name)
+        return found and dict(found)
+
+    def events(self, after: int = 0) -> Iterator[sqlite3.Row]:
+        """Events newer than `after` in their order: id, comparison, annotator, kind, choice, left, duration_ms, undoes,
+        created."""
+        names = 'id, comparison, annotator, kind, choice, "left", duration_ms, undoes, created'
+        return self._db.execute(f"SELECT {names} FROM events WHERE id > ? ORDER BY id", (after,))
+
     def last_event(self) -> int:
         """The id of the newest event, 0 if there is none."""
         return self._one("SELECT coalesce(max(id), 0) AS id FROM events")["id"]
 
+    def last_comparison(self) -> int:
+        """The id of the newest comparison, 0 if there is none."""
+        return self._one("SELECT coalesce(max(id), 0) AS id FROM comparisons")["id"]
+
     def votes(self, upto_event: int | None = None) -> list[Vote]:
         """The votes that stand after event `upto_event` (default: the newest), by event id; controls included."""
-        found = self._db.execute(
-            "SELECT e.*, n.name FROM events e JOIN annotators n ON n.id = e.annotator WHERE e.kind = 'vote' "
-            "AND e.id <= :n AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id AND u.id <= :n) ORDER BY e.id",
-            {"n": self._upto(upto_event)},
-        )
-        names = ("comparison", "choice", "left", "strength", "reason", "duration_ms", "created")
-        return [
-            Vote(event=r["id"], annotator=r["name"], tags=json.loads(r["tags"]), **{n: r[n] for n in names})
-            for r in found
-        ]
+        return readout.votes(self._db, self._upto(upto_event))
 
-    def preferences(
-        self, upto_event: int | None = None, aggregate: Literal["each", "majority"] = "each"
-    ) -> list[Preference]:
+    def preferences(self, upto_event: int | None = None, aggregate: Aggregate = "each") -> list[Preference]:
         """The pairs to train on; control comparisons are left out. Each has split None unless its prompt has one.
 
         "each": one record for each standing vote for a or b, with its annotator; ties, both_bad and skips give none.
-        "majority": one record for each comparison with a winner; label_prob is the winner's share of the votes, where
-        a tie counts half for each side, and both_bad and skips do not count (votes.py).
+        "majority", "skill": one record for each comparison with a winner, with label_prob and, where votes gave their
+        strength, margin (votes.py).
         """
         return [_record(Preference, row) for row in self.rows(upto_event, aggregate)]
 
@@ -283,96 +317,50 @@ class Store:
 
         metadata holds the prompt's group and, where known, voice; a response of unknown end counts as ended.
         """
-        found = self._db.execute(
-            "SELECT c.id, p.messages, p.metadata, p.own_group, p.default_group, p.voice, a.text AS text_a, "
-            "b.text AS text_b, a.ended AS ended_a, b.ended AS ended_b FROM comparisons c "
-            "JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b "
-            "WHERE c.kind = ? ORDER BY c.id",
-            (kind,),
-        )
-        pairs = []
-        for row in found:
-            metadata = json.loads(row["metadata"]) | {"group": row["own_group"] or row["default_group"]}
-            if row["voice"] is not None:
-                metadata["voice"] = row["voice"]
-            pair = {"id": row["id"], "prompt": json.loads(row["messages"]), "metadata": metadata}
-            for side in "ab":
-                pair[f"text_{side}"] = row[f"text_{side}"]
-                pair[f"ended_{side}"] = row[f"ended_{side}"] is None or bool(row[f"ended_{side}"])
-            pairs.append(pair)
-        return pairs
+        return readout.comparisons(self._db, kind)
+
+    def comparisons_after(self, id: int) -> list[dict[str, Any]]:
+        """Comparisons newer than this one: {id, a, b, kind}."""
+        return [dict(r) for r in self._db.execute("SELECT id, a, b, kind FROM comparisons WHERE id > ?", (id,))]
+
+    def controls(self) -> dict[int, str]:
+        """Control comparison -> the side that is known to be right, "a" or "b"."""
+        return dict(map(tuple, self._db.execute("SELECT id, expected FROM comparisons WHERE kind = 'control'")))
+
+    def pairs(self) -> dict[int, dict[str, Any]]:
+        """Every comparison by id with what the owner may see: {kind, expected, prompt, messages} and, of each side,
+        {text, ended, model} as text_a, text_b, ..."""
+        return readout.pairs(self._db)
+
+    def pair(self, comparison: int) -> dict[str, Any]:
+        """One comparison, as in `pairs`."""
+        return readout.pairs(self._db, comparison)[comparison]
 
     def prompts(self, upto_event: int | None = None) -> list[Prompt]:
         """Every prompt of the store, with the same groups as in `preferences`."""
         return [_record(Prompt, row) for row in self.prompt_rows(upto_event)]
 
-    def rows(self, upto_event: int | None = None, aggregate: Literal["each", "majority"] = "each") -> list[dict]:
+    def rows(self, upto_event: int | None = None, aggregate: Aggregate = "each") -> list[dict]:
         """`preferences` as rows for a JSONL file that `load` reads."""
-        if aggregate not in ("each", "majority"):
-            raise UserError(f"aggregate: found {aggregate!r}, expected each or majority")
-        upto = self._upto(upto_event)
-        pairs = self._pairs()
-        votes = [v for v in self.votes(upto) if pairs[v.comparison]["kind"] == "normal"]
-        prompts = {row.pop("id"): row for row in self._prompt_rows(upto)}
-        rows = []
-        for verdict in each(votes) if aggregate == "each" else majority(votes):
-            pair = pairs[verdict.comparison]
-            row = dict(prompts[pair["prompt"]])
-            row["chosen"] = pair["text_a" if verdict.winner == "a" else "text_b"]
-            row["rejected"] = pair["text_b" if verdict.winner == "a" else "text_a"]
-            for name, side in (("chosen_ended", verdict.winner), ("rejected_ended", "ab".replace(verdict.winner, ""))):
-                if pair[f"ended_{side}"] == 0:  # cut off; NULL is not known to be
-                    row[name] = False
-            row["annotator"], row["label_prob"] = verdict.annotator, verdict.label_prob
-            row["metadata"] = row["metadata"] | {"vote": {"comparison": verdict.comparison} | verdict.about}
-            rows.append({name: value for name, value in row.items() if value is not None})
-        return rows
+        return readout.rows(self._db, self._upto(upto_event), aggregate, self.path.name)
 
     def prompt_rows(self, upto_event: int | None = None) -> list[dict]:
         """`prompts` as rows."""
-        return [{k: v for k, v in row.items() if k != "id"} for row in self._prompt_rows(self._upto(upto_event))]
+        found = readout.prompt_rows(self._db, self._upto(upto_event), self.path.name)
+        return [{k: v for k, v in row.items() if k != "id"} for row in found]
 
     def fingerprint(self, upto_event: int | None = None) -> str:
         """16 hex digits of the events up to `upto_event` and all they refer to."""
-        upto = self._upto(upto_event)
-        events = self._db.execute(
-            "SELECT e.*, n.name, c.kind, c.expected, p.key AS prompt_key, a.key AS key_a, b.key AS key_b FROM events e "
-            "JOIN annotators n ON n.id = e.annotator JOIN comparisons c ON c.id = e.comparison "
-            "JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b "
-            "WHERE e.id <= ? ORDER BY e.id",
-            (upto,),
-        )
-        whole = hashlib.sha256()
-        for event in events:
-            whole.update(_json(list(event)).encode() + b"\n")
-        return whole.hexdigest()[:16]
+        return readout.fingerprint(self._db, self._upto(upto_event))
 
     def stats(self, upto_event: int | None = None) -> dict[str, Any]:
         """Counts: what is in the store, the standing votes by choice and annotator, and what became of the pairs."""
-        upto = self._upto(upto_event)
-        count = {t: self._one(f"SELECT count(*) AS n FROM {t}")["n"] for t in ("prompts", "responses", "annotators")}
-        kinds = dict.fromkeys(("normal", "control"), 0)
-        kinds |= dict(map(tuple, self._db.execute("SELECT kind, count(*) FROM comparisons GROUP BY kind")))
-        votes = self.votes(upto)
-        pairs = self._pairs()
-        normal = [v for v in votes if pairs[v.comparison]["kind"] == "normal"]
-        cast = self._one("SELECT count(*) AS n FROM events WHERE kind = 'vote' AND id <= ?", upto)["n"]
-        return count | {
-            "comparisons": kinds["normal"],
-            "controls": kinds["control"],
-            "last_event": upto,
-            "votes": len(votes),
-            "undone": cast - len(votes),
-            "choices": dict.fromkeys(CHOICES, 0) | Counter(v.choice for v in votes),
-            "by_annotator": dict(Counter(v.annotator for v in votes)),
-            "comparisons_with_votes": len({v.comparison for v in normal}),
-            "comparisons_with_winner": len(majority(normal)),
-        }
+        return readout.stats(self._db, self._upto(upto_event))
 
     def _add(self, table: str, key: str, row: dict[str, Any], key_column: str = "key") -> int:
         """The id of the row with this key, inserted if new."""
         row = row if key_column in row else {key_column: key} | row
-        row = row | {"created": _now()}
+        row = row | {"created": self._now()}
         with self.transaction():
             found = self._one(f"SELECT id FROM {table} WHERE {key_column} = ?", key)
             if found:
@@ -380,7 +368,10 @@ class Store:
             return self._insert(table, row)
 
     def _event(self, **row: Any) -> int:
-        return self._insert("events", {"tags": "[]"} | row | {"created": _now()})
+        return self._insert("events", {"tags": "[]"} | row | {"created": self._now()})
+
+    def _now(self) -> str:
+        return datetime.fromtimestamp(self.clock(), UTC).isoformat(timespec="milliseconds")
 
     def _insert(self, table: str, row: dict[str, Any]) -> int:
         columns, marks = ", ".join(f'"{name}"' for name in row), ", ".join("?" * len(row))
@@ -398,44 +389,12 @@ class Store:
             raise UserError(f"{self.path}: there is no event {upto_event}; the newest is {last}")
         return last if upto_event is None else upto_event
 
-    def _pairs(self) -> dict[int, sqlite3.Row]:
-        found = self._db.execute(
-            "SELECT c.*, a.text AS text_a, b.text AS text_b, a.ended AS ended_a, b.ended AS ended_b FROM comparisons c "
-            "JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b"
-        )
-        return {row["id"]: row for row in found}
-
-    def _prompt_rows(self, upto: int) -> list[dict]:
-        """All prompts; default groups are joined over the answer pairs that were voted on up to event `upto`.
-
-        Votes count here even if undone or a tie, so that groups do not depend on `aggregate` and only ever grow.
-        """
-        found = self._db.execute("SELECT * FROM prompts ORDER BY id").fetchall()
-        voted = {
-            r[0] for r in self._db.execute("SELECT comparison FROM events WHERE kind = 'vote' AND id <= ?", (upto,))
-        }
-        links: dict[int, list] = {row["id"]: [] for row in found}
-        for id, pair in self._pairs().items():
-            if id in voted:
-                links[pair["prompt"]].append(answer_pair(pair["text_a"], pair["text_b"]))
-        free = [row for row in found if row["own_group"] is None]
-        joint = join_groups([row["default_group"] for row in free], [links[row["id"]] for row in free])
-        groups = dict(zip((row["id"] for row in free), joint, strict=True))
-        rows = []
-        for row in found:
-            own = row["own_group"]
-            new = {"id": row["id"], "prompt": json.loads(row["messages"]), "source": self.path.name}
-            new |= {"group": own} if own is not None else {"default_group": groups[row["id"]]}
-            new |= {name: row[name] for name in ("voice", "split") if row[name] is not None}
-            rows.append(new | {"metadata": json.loads(row["metadata"])})
-        return rows
-
 
 def freeze(
     store: str | Path,
     out: str | Path,
     upto_event: int | None = None,
-    aggregate: Literal["each", "majority"] = "each",
+    aggregate: Aggregate = "each",
 ) -> int:
     """Write the store's preferences after event `upto_event` (default: the newest) as JSONL; returns that event's id.
 
@@ -470,6 +429,11 @@ def frozen(path: str | Path) -> dict[str, Any] | None:
     return None
 
 
+def token_hash(token: str) -> str:
+    """What is kept of a sign-in token; tokens are random and long, so that a plain hash cannot be turned back."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
 def _record(kind: type[Record], row: dict[str, Any]) -> Any:
     default = row.pop("default_group", None)
     return kind(**row | {"group": row.get("group") or default})
@@ -480,10 +444,6 @@ def _json(value: Any) -> str:
         return json.dumps(value, sort_keys=True, ensure_ascii=False)
     except TypeError as error:
         raise UserError(f"cannot be kept in a preference store as JSON: {error} ({_short(value)})") from None
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _short(value: Any) -> str:

@@ -10,6 +10,8 @@ Votes go into the preference store that people use, under names that say they ar
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import random
 from collections import Counter
@@ -19,7 +21,10 @@ from typing import Any
 from tqdm import tqdm
 
 from rlhf.config import UserError, option
-from rlhf.data.records import Samples, Scorer
+from rlhf.data.agreement import agreement_summary
+from rlhf.data.load import load
+from rlhf.data.prepare.people import alpha_in_words
+from rlhf.data.records import Prompt, Samples, Scorer
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
 
@@ -109,6 +114,9 @@ class AnnotateConfig:
     seed: int = option(0, "run seed: who judges which pair, which side is shown left, and the noise")
     noise: float = option(0.2, "difference in gold score (0 to 1) that is worth one logit; larger is noisier")
     votes_per_pair: int = option(1, f"annotators who judge each comparison, 1 to {len(ANNOTATORS)}")
+    judged_by_all: int = option(
+        0, "so many comparisons that are held out for validation get a vote of every annotator: their agreement", low=0
+    )
     habits: bool = option(True, "annotators have their biases, ties and skips; false leaves the noise alone")
 
     def validate(self) -> None:
@@ -125,8 +133,10 @@ class AnnotateConfig:
 def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
     """Vote until every comparison has `votes_per_pair` simulated votes; print and return the agreement with gold.
 
-    A vote depends on the seed, the comparison and the annotator only, so that an interrupted call can be repeated.
-    Returned: {"annotators": {name: {"votes", "ties", ..., "agreement"}}, "all": the same over all, "comparisons"}.
+    A vote depends on the seed, the comparison and the annotator only, so that an interrupted call can be repeated. Of
+    `judged_by_all`, the further votes come after all others and on validation pairs: training sees none of them.
+    Returned: {"annotators": {name: {"votes", "ties", ..., "agreement"}}, "all": the same over all, "comparisons",
+    "between": what `agreement_summary` says of them}.
     `gold` reads texts and metadata; the samples it receives have no ids.
     """
     config.validate()
@@ -148,10 +158,22 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
                 free = [annotator for annotator in order if annotator.name not in voted]
                 for annotator in free[: max(0, config.votes_per_pair - len(voted))]:
                     _vote(store, pair, annotator, ids[annotator.name], scores[pair["id"]], config)
+                    done.setdefault(pair["id"], set()).add(annotator.name)
+        shared = _held_out(config, pairs)
+        with store.transaction():
+            for pair, annotator in itertools.product(shared, ANNOTATORS):
+                if annotator.name not in done.get(pair["id"], set()):
+                    _vote(store, pair, annotator, ids[annotator.name], scores[pair["id"]], config)
         votes = [vote for vote in store.votes() if vote.annotator in names]
     report = agreement(votes, scores)
+    words = {pair["id"]: len(f"{pair['text_a']} {pair['text_b']}".split()) for pair in pairs}
+    report["between"] = agreement_summary(votes, words=words)
     print(f"{config.store}: {len(votes) - len(known)} new votes by simulated annotators, {len(votes)} in all")
     print_agreement(report)
+    print(f"{alpha_in_words(report['between'])}.")
+    for person in report["between"]["annotators"]:
+        for flag in person["flags"]:
+            print(f"{person['annotator']}: {flag}")
     return report
 
 
@@ -187,6 +209,17 @@ def print_agreement(report: dict[str, Any]) -> None:
     for name, row in [*report["annotators"].items(), ("all", report["all"])]:
         counts = f"{row['votes']:6d} {row['ties']:5d} {row['both_bad']:9d} {row['skips']:6d}"
         print(f"{name:20s} {counts}  {row['agreement']:.3f}")
+
+
+def _held_out(config: AnnotateConfig, pairs: list[dict]) -> list[dict]:
+    """Comparisons of the validation split, drawn by the seed; after the first votes, when groups are what they are."""
+    if not config.judged_by_all:
+        return []
+    held_out = {json.dumps(p.prompt, sort_keys=True) for p in load([config.store], Prompt, split="validation")}
+    found = [pair for pair in pairs if json.dumps(pair["prompt"], sort_keys=True) in held_out]
+    if len(found) < config.judged_by_all:
+        print(f"{config.store}: {len(found)} comparisons are held out for validation; all of them are judged by all")
+    return random.Random(f"judged by all {config.seed}").sample(found, min(config.judged_by_all, len(found)))
 
 
 def _vote(store: Store, pair: dict, annotator: Annotator, id: int, gold: tuple[float, float], config: AnnotateConfig):

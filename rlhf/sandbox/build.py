@@ -25,10 +25,8 @@ from rlhf.data.records import digest
 from rlhf.data.split import split_of
 from rlhf.sandbox import base, corpus, phrases
 
-PLAIN_SHARE, SHORT_SHARE = (
-    0.05,
-    0.45,
-)  # of the pretraining documents; without short ones the base does not learn to copy
+# of the pretraining documents; without short ones the base does not learn to copy
+PLAIN_SHARE, SHORT_SHARE = 0.05, 0.45
 
 
 @dataclass
@@ -39,20 +37,20 @@ class SandboxConfig:
         "runs/sandbox", "folder of the world; a base that is there and has these settings is reused"
     )
     world_seed: int = option(0, "decides goods, texts and base; runs on one world differ in their own seeds")
-    n_instructions: int = option(3000, "exchanges in instructions.jsonl, for SFT")
-    n_prompts: int = option(4000, "prompts in prompts.jsonl; about a tenth are test prompts")
+    n_instructions: int = option(3000, "exchanges in instructions.jsonl, for SFT", low=1)
+    n_prompts: int = option(4000, "prompts in prompts.jsonl; about a tenth are test prompts", low=1)
     off_brand: float = option(0.6, "share of the instructions' answers that are off-brand, 0 to 1")
     n_items: int = option(40, f"different goods, 2 to {len(phrases.ITEMS)}; more are harder to copy from the prompt")
     n_intents: int = option(12, f"different things that customers want, 2 to {len(phrases.INTENTS)}")
     vocab_size: int = option(1024, "tokens of the byte-level BPE, from 384 up")
-    hidden_size: int = option(96, "width of the base; 96 wide and 4 deep is 0.54 M parameters")
-    num_layers: int = option(4, "layers of the base")
-    num_heads: int = option(4, "attention heads; the width must be an even multiple of them")
-    intermediate_size: int = option(256, "width of the feed-forward layers")
-    pretrain_steps: int = option(450, "pretraining steps of the base")
-    pretrain_batch_size: int = option(32, "documents in a pretraining step")
+    hidden_size: int = option(96, "width of the base; 96 wide and 4 deep is 0.54 M parameters", low=1)
+    num_layers: int = option(4, "layers of the base", low=1)
+    num_heads: int = option(4, "attention heads; the width must be an even multiple of them", low=1)
+    intermediate_size: int = option(256, "width of the feed-forward layers", low=1)
+    pretrain_steps: int = option(450, "pretraining steps of the base", low=1)
+    pretrain_batch_size: int = option(32, "documents in a pretraining step", low=1)
     pretrain_documents: int = option(
-        15000, "documents of the pretraining text; gone through again when they do not suffice"
+        15000, "documents of the pretraining text; gone through again when they do not suffice", low=1
     )
     pretrain_off_brand: float = option(0.7, "share of off-brand answers in the pretraining text, 0 to 1")
     pretrain_learning_rate: float = option(4e-3, "peak learning rate of pretraining for embeddings and norms (AdamW)")

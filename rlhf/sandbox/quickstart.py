@@ -61,7 +61,7 @@ def steps(config: QuickstartConfig) -> list[Step]:
     sample += ["--data", prompts, "--store", store, *seed]
     annotate = ["rlhf", "sandbox", "annotate", "--config", f"{CONFIGS}/annotate.yaml", "--store", store, *seed]
     compare = ["rlhf", "compare", f"{run}/sft", f"{run}/dpo", f"{run}/ppo", "--config", f"{CONFIGS}/compare.yaml"]
-    compare += ["--prompts", prompts, "--output_dir", f"{run}/report", *seed]
+    compare += ["--prompts", prompts, "--votes", store, "--output_dir", f"{run}/report", *seed]
     reward = ["--reward", f"[{{model: {run}/reward}}]"]
     return [
         Step("sandbox", "a world, its shop and a base model", sandbox, [f"{world}/base/model.safetensors", prompts]),

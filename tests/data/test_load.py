@@ -208,7 +208,7 @@ def test_bad_rows_are_named_counted_and_skipped_on_request(tmp_path, capsys):
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         f"skipped 2 rows: 'chosen' and 'rejected' are the same text (first: {path} row 2)",
-        f"skipped 1 row: field 'weight': found 'heavy', expected a number (first: {path} row 3)",
+        f"skipped 1 row: field 'weight': found ..., expected a number (first: {path} row 3)",
         f"skipped 1 row: field 'chosen': is empty (first: {path} row 5)",
     ]
 
@@ -386,7 +386,7 @@ def test_describe_shows_what_load_would_make_of_it(tmp_path, capsys):
 def test_the_examples_of_the_documentation(tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     pairs, instructions = (block.split("```")[0] for block in text.split("```json\n")[1:])
-    for name, block, kind, count in (("p", pairs, Preference, 3), ("i", instructions, Instruction, 4)):
+    for name, block, kind, count in (("p", pairs, Preference, 4), ("i", instructions, Instruction, 4)):
         (tmp_path / f"{name}.jsonl").write_text(block)
         assert len(load(f"{tmp_path}/{name}.jsonl", kind)) == count
     (tmp_path / "data").mkdir()

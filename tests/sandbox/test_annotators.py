@@ -6,7 +6,8 @@ import random
 import pytest
 
 from rlhf.config import UserError
-from rlhf.data.records import Scores
+from rlhf.data.load import load
+from rlhf.data.records import Preference, Scores
 from rlhf.data.store import Store
 from rlhf.sandbox.annotators import (
     ANNOTATORS,
@@ -138,3 +139,23 @@ def test_nothing_to_judge_and_bad_options_are_said(tmp_path):
     for bad in ({"noise": 0.0}, {"votes_per_pair": 9}):
         with pytest.raises(UserError, match=next(iter(bad))):
             annotate(AnnotateConfig(store="x", **bad), gold)
+
+
+def test_agreement_is_measured_on_held_out_pairs_and_training_sees_nothing_of_it(store, tmp_path, capsys):
+    alone = tmp_path / "alone.db"
+    alone.write_bytes(store.read_bytes())
+    annotate(AnnotateConfig(store=str(alone)), gold)
+    report = annotate(AnnotateConfig(store=str(store), judged_by_all=100), gold)
+    before, after = (load(str(path), Preference, split="train") for path in (alone, store))
+    assert len(before) > 100
+    assert [(r.chosen, r.metadata) for r in before] == [(r.chosen, r.metadata) for r in after]
+    held_out = {r.metadata["vote"]["comparison"] for r in load(str(store), Preference, split="validation")}
+    votes = standing(store)
+    several = {v[0] for v in votes if sum(w[0] == v[0] for w in votes) > 1}
+    assert held_out <= several and len(votes) == 200 + 4 * len(several)
+    assert report["between"]["pairs_judged_twice"] == len(several) > 0
+    assert {p["annotator"] for p in report["between"]["annotators"]} == {a.name for a in ANNOTATORS}
+    said = capsys.readouterr().out
+    assert "judged by all" in said and "Krippendorff's alpha" in said  # fewer than 100 are held out
+    annotate(AnnotateConfig(store=str(store), judged_by_all=100), gold)
+    assert standing(store) == votes

@@ -1,0 +1,349 @@
+"""How far annotators agree, and how far each can be relied on.
+
+    ratings = ratings_of(votes)                       # {comparison: {annotator: "a"}}
+    alpha, low, high = alpha_interval(ratings)
+    for person in annotator_reliability(votes, controls={7: "a"}): print(person.annotator, person.flags)
+
+A skip says nothing and counts nowhere. Whatever cannot be computed (nobody judged the same pair, all said the same) is
+nan, and None in `to_dict`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field, fields
+from statistics import NormalDist
+from typing import Any, Literal
+
+import numpy as np
+
+from rlhf.data.skill import Ratings
+from rlhf.data.votes import Vote, skills
+
+Level = Literal["nominal", "ordinal"]
+
+SURE = 0.01  # p-value below which an annotator gets a flag
+SKIM = 15.0  # words a second: nobody reads faster
+FASTEST = 1.0  # seconds below which nobody has looked at two answers
+HASTE = 0.2  # share of too fast votes above which an annotator gets a flag
+CONTROLS_RIGHT = 0.8  # share of the control pairs that a reliable annotator gets right
+CHUNK = 4_000_000  # resampled counts held at a time
+
+
+@dataclass
+class Share:
+    """`count` of `n` (a count may be fractional), with the Wilson (1927) score interval at 95 %."""
+
+    count: float
+    n: int
+    estimate: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+    def __post_init__(self):
+        if self.n:
+            self.estimate = self.count / self.n
+            self.low, self.high = wilson(self.count, self.n)
+
+
+@dataclass
+class Reliability:
+    """One annotator. `flags` says in words what is wrong; empty is good."""
+
+    annotator: str
+    votes: int  # standing votes, skips and control pairs included
+    choices: dict[str, int]
+    rest: Share  # of the other annotators' choices on the same pairs, those that were the same
+    controls: Share  # of the control pairs that were judged, those that were right
+    skill: float  # Dawid-Skene: of the votes for a side where one is better, the share for that side
+    left: Share  # of the votes for a side, those for the answer shown on the left; 0.5 without a bias
+    left_p: float  # exact binomial p-value of that share under 0.5
+    seconds: float  # median time of a vote
+    fast: Share  # votes in less time than it takes to skim both answers
+    flags: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON and pages: nan becomes None."""
+        return _plain(self)
+
+
+def ratings_of(votes: list[Vote], level: Level = "nominal") -> Ratings:
+    """{comparison: {annotator: value}} of votes, without skips.
+
+    nominal: the choice (a, b, tie, both_bad). ordinal: from -3 (b by far) over 0 (tie or both bad) to 3 (a by far); a
+    vote without a strength counts as 1.
+    """
+    ratings: Ratings = {}
+    for vote in votes:
+        if vote.choice == "skip":
+            continue
+        value: Hashable = vote.choice
+        if level == "ordinal":
+            value = {"a": 1, "b": -1}.get(vote.choice, 0) * (vote.strength or 1)
+        ratings.setdefault(vote.comparison, {})[vote.annotator] = value
+    return ratings
+
+
+def krippendorff_alpha(ratings: Ratings, level: Level = "nominal") -> float:
+    """Krippendorff's alpha (2011, "Computing Krippendorff's alpha-reliability"): 1 perfect, 0 as by chance.
+
+        alpha = 1 - (n - 1) sum_ck o_ck d_ck / sum_ck n_c n_k d_ck
+        o_ck = sum_items (pairs of values c, k in the item) / (values in the item - 1),   n_c = sum_k o_ck
+
+    nominal: d_ck = [c != k]. ordinal: d_ck = (sum of n_g for g from c to k, less (n_c + n_k) / 2)^2, of numbers.
+    ratings: {item: {annotator: value}}; items with one value count nowhere. nan if all values are the same or no item
+    has two.
+    """
+    cells, _ = _coincidences(ratings)
+    return float(_alpha(cells.sum(axis=0)[None], level)[0]) if len(cells) else math.nan
+
+
+def alpha_interval(
+    ratings: Ratings, level: Level = "nominal", resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(alpha, low, high): 95 % percentile interval of the bootstrap over items that have two values or more."""
+    cells, _ = _coincidences(ratings)
+    return _interval(cells, lambda sums: _alpha(sums, level), resamples, seed)
+
+
+def cohen_kappa(one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]) -> float:
+    """Cohen's kappa (1960) of two annotators' values by item, over the items that both judged.
+
+        kappa = (p_o - p_e) / (1 - p_e),   p_e = sum_k p_one(k) p_other(k)
+
+    nan if no item is common, or both said one and the same value throughout.
+    """
+    cells = _crossed(one, other)
+    return float(_kappa(cells.sum(axis=0)[None])[0]) if len(cells) else math.nan
+
+
+def kappa_interval(
+    one: dict[Hashable, Hashable], other: dict[Hashable, Hashable], resamples: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """(kappa, low, high): 95 % percentile interval of the bootstrap over the common items."""
+    return _interval(_crossed(one, other), _kappa, resamples, seed)
+
+
+def pairwise_kappas(ratings: Ratings) -> list[tuple[str, str, float, int]]:
+    """(annotator, annotator, kappa, common items) for every two who have judged an item in common, by name."""
+    by_name: dict[str, dict[Hashable, Hashable]] = {}
+    for item, values in ratings.items():
+        for name, value in values.items():
+            by_name.setdefault(name, {})[item] = value
+    found = []
+    for one, other in itertools.combinations(sorted(by_name), 2):
+        common = len(by_name[one].keys() & by_name[other].keys())
+        if common:
+            found.append((one, other, cohen_kappa(by_name[one], by_name[other]), common))
+    return found
+
+
+def agreement_summary(
+    votes: list[Vote],
+    controls: dict[int, str] | None = None,
+    words: dict[int, int] | None = None,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything here about a set of votes, ready for JSON (None where it cannot be computed).
+
+    {"votes", "pairs", "pairs_judged_twice", "alpha": {"nominal": {"estimate", "low", "high"}, "ordinal": ...},
+    "kappa": [{"one", "other", "kappa", "pairs"}], "annotators": [Reliability.to_dict()]}. Alpha and kappa are over the
+    pairs that are not controls. controls, words: as in `annotator_reliability`.
+    """
+    controls = controls or {}
+    normal = [vote for vote in votes if vote.comparison not in controls]
+    nominal = ratings_of(normal)
+    alphas = {}
+    for level in ("nominal", "ordinal"):
+        estimate, low, high = alpha_interval(ratings_of(normal, level), level, resamples, seed)
+        alphas[level] = {"estimate": estimate, "low": low, "high": high}
+    kappas = [{"one": a, "other": b, "kappa": k, "pairs": n} for a, b, k, n in pairwise_kappas(nominal)]
+    return _plain(
+        {
+            "votes": len(normal),
+            "pairs": len(nominal),
+            "pairs_judged_twice": sum(len(values) > 1 for values in nominal.values()),
+            "alpha": alphas,
+            "kappa": kappas,
+            "annotators": annotator_reliability(votes, controls, words),
+        }
+    )
+
+
+def annotator_reliability(
+    votes: list[Vote], controls: dict[int, str] | None = None, words: dict[int, int] | None = None
+) -> list[Reliability]:
+    """One entry for each annotator, by name.
+
+    votes: all that stand, those on control pairs included. controls: comparison -> the right answer, "a" or "b".
+    words: comparison -> words of both answers together, so that a vote is too fast if it took less than skimming them
+    (15 words a second, at least a second); without, less than a second.
+
+    Flags are raised at p < 0.01 for each annotator and question: an honest one gets one in a hundred times. The side
+    bias supposes that sides were drawn at random, as the web app does.
+    """
+    controls = controls or {}
+    by_name: dict[str, list[Vote]] = {}
+    for vote in votes:
+        by_name.setdefault(vote.annotator, []).append(vote)
+    rest = _agreement_with_the_rest([vote for vote in votes if vote.comparison not in controls])
+    skilled = skills(votes, controls).confusion
+    people = []
+    for name, own in sorted(by_name.items()):
+        judged = [v for v in own if v.comparison in controls and v.choice != "skip"]
+        sided = [v.choice == v.left for v in own if v.choice in ("a", "b") and v.left]
+        timed = [v for v in own if v.duration_ms is not None]
+        right, wrong = skilled[name][0, :2] if name in skilled else (math.nan, math.nan)
+        person = Reliability(
+            annotator=name,
+            votes=len(own),
+            choices=dict(Counter(v.choice for v in own)),
+            rest=rest.get(name, Share(0, 0)),
+            controls=Share(sum(v.choice == controls[v.comparison] for v in judged), len(judged)),
+            skill=float(right / (right + wrong)),
+            left=Share(sum(sided), len(sided)),
+            left_p=fair_coin_p(sum(sided), len(sided)),
+            seconds=statistics.median(v.duration_ms for v in timed) / 1000 if timed else math.nan,
+            fast=Share(sum(v.duration_ms < 1000 * _shortest(v, words) for v in timed), len(timed)),
+        )
+        people.append(person)
+    for person in people:
+        person.flags = _flags(person, [other for other in people if other is not person])
+    return people
+
+
+def wilson(count: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """The score interval of a share `count / n` (Wilson 1927)."""
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    p, scale = count / n, 1 + z * z / n
+    middle = (p + z * z / (2 * n)) / scale
+    half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def fair_coin_p(count: int, n: int) -> float:
+    """Two-sided exact p-value of `count` heads in `n` throws of a fair coin; nan without a throw."""
+    if n == 0:
+        return math.nan
+    tail = min(count, n - count)
+    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(tail + 1)]
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+
+
+def _agreement_with_the_rest(votes: list[Vote]) -> dict[str, Share]:
+    """Mean over an annotator's pairs of the share of the others who said the same."""
+    totals: dict[str, list[float]] = {}
+    for values in ratings_of(votes).values():
+        counts = Counter(values.values())
+        for name, value in values.items():
+            if len(values) > 1:
+                totals.setdefault(name, []).append((counts[value] - 1) / (len(values) - 1))
+    return {name: Share(math.fsum(shares), len(shares)) for name, shares in totals.items()}
+
+
+def _shortest(vote: Vote, words: dict[int, int] | None) -> float:
+    return max(FASTEST, (words or {}).get(vote.comparison, 0) / SKIM)
+
+
+def _flags(person: Reliability, others: list[Reliability]) -> list[str]:
+    """What can be said against an annotator beyond chance."""
+    flags = []
+    if person.left_p < SURE:
+        side = "left" if person.left.estimate > 0.5 else "right"
+        flags.append(f"prefers the {side} side ({person.left.estimate:.0%} left)")
+    n = sum(other.rest.n for other in others)
+    usual = sum(other.rest.count for other in others) / n if n else math.nan
+    if person.rest.n and wilson(person.rest.count, person.rest.n, 1 - 2 * SURE)[1] < usual:
+        flags.append(f"agrees less with the rest ({person.rest.estimate:.0%}) than they do ({usual:.0%})")
+    if person.controls.n and wilson(person.controls.count, person.controls.n, 1 - 2 * SURE)[1] < CONTROLS_RIGHT:
+        flags.append(f"fails control pairs ({person.controls.count:g} of {person.controls.n} right)")
+    if person.fast.n and person.fast.estimate > HASTE:
+        flags.append(f"votes faster than one can read ({person.fast.estimate:.0%} of the votes)")
+    return flags
+
+
+def _coincidences(ratings: Ratings) -> tuple[np.ndarray, list[Hashable]]:
+    """(N, K, K): each item's share in the coincidence matrix, values sorted; items with one value are left out."""
+    usable = [list(values.values()) for values in ratings.values() if len(values) > 1]
+    found = {value for values in usable for value in values}
+    order = sorted(found) if all(isinstance(v, (int, float)) for v in found) else sorted(found, key=str)
+    number = {value: k for k, value in enumerate(order)}
+    counts = np.zeros((len(usable), len(order)))
+    for i, values in enumerate(usable):
+        for value in values:
+            counts[i, number[value]] += 1
+    pairs = counts[:, :, None] * counts[:, None, :]
+    pairs[:, range(len(order)), range(len(order))] -= counts
+    return pairs / (counts.sum(axis=1) - 1)[:, None, None], order
+
+
+def _alpha(sums: np.ndarray, level: Level) -> np.ndarray:
+    """(R,) alphas of (R, K, K) coincidence matrices."""
+    n_c = sums.sum(axis=2)
+    n = n_c.sum(axis=1)
+    if level == "ordinal":
+        middle = n_c.cumsum(axis=1) - n_c / 2  # mid-ranks: their distance is the sum in the docstring
+        distance = (middle[:, :, None] - middle[:, None, :]) ** 2
+    else:
+        distance = np.broadcast_to(1.0 - np.eye(sums.shape[1]), sums.shape)
+    observed = (sums * distance).sum(axis=(1, 2))
+    expected = (n_c[:, :, None] * n_c[:, None, :] * distance).sum(axis=(1, 2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(expected > 0, 1.0 - (n - 1) * observed / expected, np.nan)
+
+
+def _crossed(one: dict, other: dict) -> np.ndarray:
+    """(N, K, K): for each common item a 1 at (value of one, value of the other)."""
+    items = [item for item in one if item in other]
+    order = sorted({d[item] for d in (one, other) for item in items}, key=str)
+    number = {value: k for k, value in enumerate(order)}
+    cells = np.zeros((len(items), len(order), len(order)))
+    for i, item in enumerate(items):
+        cells[i, number[one[item]], number[other[item]]] = 1
+    return cells
+
+
+def _kappa(sums: np.ndarray) -> np.ndarray:
+    """(R,) kappas of (R, K, K) tables of counts."""
+    share = sums / sums.sum(axis=(1, 2), keepdims=True)
+    observed = np.trace(share, axis1=1, axis2=2)
+    chance = (share.sum(axis=2) * share.sum(axis=1)).sum(axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(chance < 1 - 1e-12, (observed - chance) / (1 - chance), np.nan)
+
+
+def _interval(
+    cells: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
+) -> tuple[float, float, float]:
+    """The statistic of the sum of (N, K, K) cells, and its 95 % interval over resampled items; nan where undefined."""
+    items = len(cells)
+    if not items:
+        return math.nan, math.nan, math.nan
+    estimate = float(statistic(cells.sum(axis=0)[None])[0])
+    if items == 1 or math.isnan(estimate):
+        return estimate, math.nan, math.nan
+    rng, flat = np.random.default_rng(seed), cells.reshape(items, -1)
+    step = max(1, CHUNK // items)
+    values = []
+    for start in range(0, resamples, step):
+        times = rng.multinomial(items, np.full(items, 1 / items), size=min(step, resamples - start))
+        values.append(statistic((times @ flat).reshape(-1, *cells.shape[1:])))
+    kept = np.concatenate(values)
+    kept = kept[np.isfinite(kept)]  # a resample in which all said the same has no value
+    low, high = np.quantile(kept, [0.025, 0.975]) if len(kept) else (math.nan, math.nan)
+    return estimate, float(low), float(high)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (Share, Reliability)):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

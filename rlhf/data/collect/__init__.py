@@ -1,0 +1,1 @@
+"""People compare two answers in a browser: `rlhf collect serve`."""

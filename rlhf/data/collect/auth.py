@@ -1,0 +1,59 @@
+"""Personal links: a random token in the link becomes a cookie at the first visit; the store keeps its hash alone.
+
+Forms carry a name of the session, the HMAC of the token, that another site cannot know. Hashes are compared in constant
+time, with no shortcut at the first that fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from typing import Any
+
+from rlhf.config import UserError
+from rlhf.data.store import Store, token_hash
+
+OWNER = "owner_token_hash"  # the setting
+
+
+def new_link(store: Store, name: str | None) -> str:
+    """A fresh token for the person of this name, who is added if new, or for the owner (None).
+
+    An earlier link of theirs stops working. Raises UserError if the name is taken by a model or a rule.
+    """
+    token = secrets.token_urlsafe(24)
+    if name is None:
+        store.set_setting(OWNER, token_hash(token))
+    else:
+        check_name(name)
+        store.set_token(store.add_annotator(name), token)
+    return token
+
+
+def check_name(name: str) -> None:
+    """Raises UserError unless it is 1 to 60 printable characters."""
+    if not name.strip() or len(name) > 60 or not name.isprintable():
+        raise UserError(f"annotator's name {name!r}: expected 1 to 60 printable characters")
+
+
+def annotator_of(store: Store, token: str) -> dict[str, Any] | None:
+    """The annotator who may sign in with this token: {id, name, ...}."""
+    given, found = token_hash(token), None
+    for annotator in store.annotators():
+        if annotator["token_hash"] and hmac.compare_digest(annotator["token_hash"], given):
+            found = annotator
+    return found
+
+
+def is_owner(store: Store, token: str) -> bool:
+    return hmac.compare_digest(store.setting(OWNER) or "", token_hash(token))
+
+
+def form_name(token: str) -> str:
+    """What a form of this session must bring along."""
+    return hmac.new(token.encode(), b"form", hashlib.sha256).hexdigest()
+
+
+def form_is_ours(token: str, given: str) -> bool:
+    return hmac.compare_digest(form_name(token).encode(), given.encode("utf-8", "replace"))

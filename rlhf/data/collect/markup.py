@@ -1,0 +1,93 @@
+"""Text of models and users as HTML that can do nothing: Markdown without HTML, images or scripts.
+
+What is shown to people who judge is whatever a model wrote. Raw HTML is shown as text, links lead to http, https and
+mailto alone and say where, pictures are not loaded, characters that turn the direction of writing or cannot be seen
+are written out, and very long texts are folded and not parsed.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import re
+import unicodedata
+
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+LONGEST = 20_000  # characters that are parsed as Markdown; a longer text is shown as it stands, folded
+FOLDED = 6_000  # characters above which a text is folded
+PREVIEW = 600
+_SCHEME = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
+_HIDDEN = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\u3164\ufeff\uffa0\ufff9-\ufffb\U000e0000-\U000e007f]"
+)
+_SHOWN_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def render(text: str) -> Markup:
+    """The text as HTML, isolated in its direction of writing; long texts inside <details>."""
+    return _render(text)
+
+
+@functools.lru_cache(maxsize=2048)
+def _render(text: str) -> Markup:
+    text = visible(text)
+    if len(text) > LONGEST:
+        body = f'<pre class="plain">{html.escape(text)}</pre>'
+    else:
+        body = visible(_parser().render(text))  # again: &#8203; and &rlm; are characters only now
+    body = f'<div class="text" dir="auto">{body}</div>'
+    if len(text) > FOLDED:
+        preview = f'<div class="text" dir="auto"><p>{html.escape(text[:PREVIEW])}…</p></div>'
+        words = len(text.split())
+        body = f'{preview}<details class="long"><summary>Show all of it ({words:,} words)</summary>{body}</details>'
+    return Markup(body)
+
+
+def visible(text: str) -> str:
+    """Line ends as \\n; control, direction and zero-width characters written out as ⟦U+202E⟧, where they cannot act."""
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return _SHOWN_CONTROLS.sub(_named, _HIDDEN.sub(_named, text))
+
+
+def _named(found: re.Match) -> str:
+    return f"⟦U+{ord(found.group()):04X}⟧"
+
+
+@functools.cache
+def _parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False, "maxNesting": 100}).enable(["table", "strikethrough"])
+    parser.disable(["image", "html_block", "html_inline"])
+    parser.validateLink = lambda url: bool(_SCHEME.match(unicodedata.normalize("NFKC", url).strip()))
+    parser.add_render_rule("link_open", _link)
+    for name in ("heading_open", "heading_close"):
+        parser.add_render_rule(name, _heading)
+    for name in ("th_open", "td_open"):
+        parser.add_render_rule(name, _cell)
+    return parser
+
+
+def _link(renderer, tokens, index, options, env) -> str:
+    token = tokens[index]
+    token.attrs = {
+        "href": token.attrs["href"],
+        "rel": "noopener noreferrer nofollow",
+        "target": "_blank",
+        "title": str(token.attrs["href"]),
+    }
+    return renderer.renderToken(tokens, index, options, env)
+
+
+def _cell(renderer, tokens, index, options, env) -> str:
+    """Alignment as a class: the pages allow no inline style."""
+    style = str(tokens[index].attrs.pop("style", ""))
+    if style:
+        tokens[index].attrs["class"] = style.removeprefix("text-align:")
+    return renderer.renderToken(tokens, index, options, env)
+
+
+def _heading(renderer, tokens, index, options, env) -> str:
+    """Headings of a text stand below those of the page, so that its outline stays true."""
+    tokens[index].tag = f"h{min(6, int(tokens[index].tag[1:]) + 2)}"
+    return renderer.renderToken(tokens, index, options, env)

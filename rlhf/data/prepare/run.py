@@ -1,0 +1,128 @@
+"""`rlhf data prepare`: from collected rows to a file that can be trained on, with a data card beside it.
+
+Every step says what it found and with what parameters; nothing is random, so the same input gives the same file.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rlhf.config import UserError, option
+from rlhf.data import export, load, sources
+from rlhf.data.describe import KINDS, guess, summarise
+from rlhf.data.prepare import card, people, steps
+from rlhf.data.prepare.personal import REGIONS
+from rlhf.data.split import assign
+from rlhf.data.votes import Aggregate
+
+
+@dataclass
+class PrepareConfig:
+    """Clean a data set, find what is wrong with it, and write it with a data card. No input file is changed."""
+
+    source: list[str] = option(help="file, preference store (votes.db, votes.db@118) or Hub name, or several")
+    output: str = option(help="the file to write, .jsonl or .parquet; data_card.md is written beside it")
+    kind: Literal["auto", "prompt", "instruction", "preference", "labelled"] = option(
+        "auto", "read the rows as this kind of record; auto goes by the columns of the first row"
+    )
+    form: export.Form = option("rows", "rows: TRL's conversational columns and all others; unpaired (KTO), hh, openai")
+    aggregate: Aggregate = option("majority", "how a store's votes become pairs: each, majority or skill")
+    against: list[str] = option([], "evaluation files or Hub names: rows that give them away are left out")
+    personal: Literal["mask", "drop", "keep"] = option(
+        "mask", "personal data: mask it as [EMAIL] and so on, drop the row, or only report it"
+    )
+    phone_regions: list[str] = option(
+        list(REGIONS), "countries whose national telephone numbers are found; those with + always are"
+    )
+    near: float = option(
+        0.7, "similarity (Jaccard, character 4-grams) from which texts are near duplicates; 1: off", low=0.3, high=1.0
+    )
+    leak_ngram: int = option(8, "length in words of the n-grams that are looked for in evaluations", low=2)
+    leak_overlap: float = option(
+        0.7, "share of an evaluation text's n-grams from which a row gives it away", above=0.0, high=1.0
+    )
+    licence: list[str] = option([], "licence of each source in their order, or one for all; stands in the card")
+    examples: int = option(2, "how many findings of each step to show", low=0)
+
+    def validate(self) -> None:
+        """Raises UserError on licences that do not match the sources, and on regions that nobody knows."""
+        if len(self.licence) not in (0, 1, len(self.source)):
+            raise UserError(f"option 'licence': found {len(self.licence)}, expected one, or one for each source")
+        from phonenumbers import SUPPORTED_REGIONS
+
+        unknown = [region for region in self.phone_regions if region not in SUPPORTED_REGIONS]
+        if unknown:
+            raise UserError(
+                f"option 'phone_regions': found {', '.join(unknown)}, expected countries as two capital letters of ISO "
+                "3166, such as US, GB (not UK) or DE"
+            )
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Run all steps, print what they found, write output and card; returns the report.
+
+    Raises UserError: nothing to read, an output that is one of the inputs, a form that cannot hold the rows, or no row
+    left at the end. Then nothing is written.
+    """
+    config.validate()
+    output = export.check_output(config.output, [*config.source, *config.against])
+    beside = card.path(output)
+    names = [_pinned(name) for name in config.source]
+    table = load.collect(names, KINDS.get(config.kind) or guess(names), config.aggregate)
+    table.complain("skip")
+    places = [card.shown_place(place) for place in table.places]
+    work = steps.Work(table.records, places, table.own_group, config.examples, config.phone_regions)
+    origins = card.origins(names, table, config.licence)
+
+    work.steps.append(steps.read(table, config.aggregate))
+    steps.text(work)
+    if config.against:  # before anything is masked: the evaluation is not
+        steps.leaks(work, config.against, config.leak_ngram, config.leak_overlap, config.near)
+    steps.personal(work, config.personal, config.phone_regions)
+    steps.repeats(work, config.near)
+    steps.groups(work, config.near)
+    card.show_steps(work.steps)
+    if not work.records:
+        reasons = ", ".join(f"{step.name} {step.dropped}" for step in work.steps if step.dropped)
+        raise UserError(f"{', '.join(names)}: no row is left; left out by {reasons}")
+
+    rows = export.rows_of(work.records, config.form)
+    report = {
+        "output": output.name,
+        "rows": len(rows),
+        "kind": table.kind.__name__,
+        "form": config.form,
+        "fingerprint": load.fingerprint(work.records),
+        "sources": origins,
+        "steps": work.steps,
+        "annotators": people.summary(names, work.records),
+        "summary": _summary(table, work),
+        "options": dataclasses.asdict(config),
+    }
+    card.show(report)
+    export.write_rows(rows, output)
+    print(f"\n{output}: {len(rows)} rows; {card.write(report, beside)} beside it")
+    return report
+
+
+def _pinned(name: str) -> str:
+    """A store at its newest event, so that votes that come in meanwhile change nothing and the card can name it."""
+    if not sources.is_store(name) or re.search(r"@\d+$", name):
+        return name
+    from rlhf.data.store import Store
+
+    with Store.open(name) as store:
+        return f"{name}@{store.last_event()}"
+
+
+def _summary(table: load.Table, work: steps.Work) -> dict[str, Any]:
+    """What is left, as `rlhf data show` says it."""
+    records = [copy.copy(record) for record in work.records]
+    assign(records)
+    left = load.Table(table.kind, table.sources, records, work.places, work.own_group, forms=table.forms)
+    summary = summarise(left)
+    return {k: v for k, v in summary.items() if k not in ("form", "bad rows", "fingerprint")} | card.balance(records)

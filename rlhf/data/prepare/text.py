@@ -1,0 +1,50 @@
+"""Text as training should see it: one form of each character, one kind of line end, nothing invisible."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import replace
+
+from rlhf.data.records import Message, Record
+
+FIELDS = ("response", "chosen", "rejected")  # the answers of a record, whichever it has
+
+# Never seen, never meant: zero-width space, word joiner, byte order mark, soft hyphen, direction overrides, controls
+# but for tab and newline. The joiners U+200C and U+200D make words in Persian and Hindi and emoji: they go only between
+# ASCII letters and digits.
+_INVISIBLE = re.compile(
+    "[\u200b\u2060\ufeff\u00ad\u202a-\u202e\u2066-\u2069\u0000-\u0008\u000b-\u001f\u007f-\u0084\u0086-\u009f]"
+    "|(?<=[0-9A-Za-z])[\u200c\u200d]+(?=[0-9A-Za-z])"
+)
+_LINE_END = re.compile("\r\n?|\u2028|\u2029|\u0085")
+_TRAILING = re.compile(r"[ \t]+(?=\n)")
+
+
+def clean(text: str) -> str:
+    """NFC; line ends as \\n; invisible characters, blanks at line ends and around the whole removed."""
+    text = _LINE_END.sub("\n", unicodedata.normalize("NFC", text))
+    return _TRAILING.sub("", _INVISIBLE.sub("", text)).strip()
+
+
+def mapped(record: Record, change: Callable[[str], str]) -> Record:
+    """A copy of the record with `change` applied to every message and answer; its checks run again (RecordError)."""
+    prompt: list[Message] = [{**message, "content": change(message["content"])} for message in record.prompt]
+    return replace(record, prompt=prompt, **{name: change(text) for name, text in answers(record).items()})
+
+
+def answers(record: Record) -> dict[str, str]:
+    """The answers of a record by field, in order; none for a Prompt."""
+    return {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
+
+
+def asked(record: Record) -> str:
+    """What the user said, all turns; the whole prompt if no user speaks."""
+    turns = [m["content"] for m in record.prompt if m["role"] == "user"] or [m["content"] for m in record.prompt]
+    return "\n".join(turns)
+
+
+def spoken(record: Record) -> str:
+    """The whole prompt but for system messages, with who said what: two rows with the same are the same question."""
+    return "\n".join(f"{m['role']}: {m['content']}" for m in record.prompt if m["role"] != "system")
