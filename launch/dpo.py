@@ -2,7 +2,8 @@
 
     deepspeed launch/dpo.py --config configs/dpo.yaml [--option value ...]
 
-The reference is where training starts. Loss and trainer are TRL's; data, evaluation and accounting are as in PPO.
+The reference is where training starts. Loss and trainer are TRL's, but for soft labels and weights (rlhf/dpo.py); data,
+evaluation and accounting are as in PPO.
 """
 
 import sys
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 
 from rlhf.config import UserError, did_you_mean, option, parse, program
 from rlhf.data.records import Preference, Prompt
-from rlhf.stages import SamplingConfig, TrainerConfig, begin
+from rlhf.run import begin
+from rlhf.stages import SamplingConfig, TrainerConfig
 
 LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired")
 LOSSES += ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
@@ -27,7 +29,9 @@ class DPORunConfig(TrainerConfig, SamplingConfig):
     learning_rate: float = option(5e-6, "peak step size of AdamW")
     beta: float = option(0.1, "strength of the pull to the reference; smaller moves further")
     loss_type: list[str] = option(["sigmoid"], "TRL's losses by name: sigmoid, ipo, hinge, robust, apo_zero, ...")
-    label_smoothing: float = option(0.0, "probability that a label is wrong, for the losses that know it (robust, ...)")
+    label_smoothing: float = option(
+        0.0, "probability that a label is wrong, for pairs without a label_prob; sigmoid and robust, ... know it"
+    )
 
     def validate(self) -> None:
         super().validate()
@@ -38,10 +42,14 @@ class DPORunConfig(TrainerConfig, SamplingConfig):
             raise UserError(
                 f"loss_type '{wrong[0]}' is none of TRL's.{did_you_mean(wrong[0], LOSSES)} {', '.join(LOSSES)}"
             )
-        if self.label_smoothing and not set(self.loss_type) & {"robust", "exo_pair", "aot", "aot_unpaired"}:
+        known = {"robust", "exo_pair", "aot", "aot_unpaired"}
+        if self.label_smoothing and self.loss_type != ["sigmoid"] and not set(self.loss_type) & known:
             raise UserError(
-                f"'label_smoothing' has no effect on loss_type {', '.join(self.loss_type)} in TRL; robust knows it"
+                f"'label_smoothing' has no effect on loss_type {', '.join(self.loss_type)} in TRL; sigmoid alone and "
+                "robust know it"
             )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"'label_smoothing' is {self.label_smoothing}, expected 0 up to, not including, 0.5")
 
 
 @program
@@ -50,35 +58,36 @@ def main(argv: list[str] | None = None) -> None:
     run = begin("dpo", config)
 
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig
 
     from reward.compose import build_scorer
     from rlhf import stages, trainers
     from rlhf.budget import Budget, count_parameters
     from rlhf.data.encode import encode_preferences
+    from rlhf.dpo import dpo_trainer, soft_rows
     from rlhf.models import load_foundation, trainable_policy
     from rlhf.tracking import trainer_callback
-
-    class Trainer(DPOTrainer):
-        """TRL's, on rows that already are ids, encoded as for every other stage."""
-
-        def _prepare_dataset(self, dataset, *args, **kwargs):
-            return dataset
 
     foundation = stages.load_start(run)
     limits = (config.max_prompt_length, config.max_response_length)
     pairs = {split: run.load(Preference, split) for split in ("train", "validation")}
-    rows = {split: encode_preferences(records, foundation.tokenizer, *limits) for split, records in pairs.items()}
-    datasets = {
-        split: Dataset.from_list([{k: v for k, v in row.items() if k != "record"} for row in part])
-        for split, part in rows.items()
+    rows = {
+        split: soft_rows(encode_preferences(records, foundation.tokenizer, *limits)) for split, records in pairs.items()
     }
+    datasets = {split: Dataset.from_list(part) for split, part in rows.items()}
     if not rows["train"]:
         raise UserError(f"{', '.join(config.data)}: no training pairs")
-    unread = [name for name in ("margin", "label_prob") if any(getattr(r, name) is not None for r in pairs["train"])]
-    unread += ["weight"] if any(r.weight != 1.0 for r in pairs["train"]) else []
-    if unread:
-        run.say(f"the pairs carry {', '.join(unread)}, which the reward model reads and DPO does not")
+    arguments = trainers.trl_arguments(
+        DPOConfig,
+        run,
+        bool(rows["validation"]),
+        beta=config.beta,
+        loss_type=config.loss_type,
+        label_smoothing=config.label_smoothing,
+    )
+    cls, collator = dpo_trainer(arguments, rows["train"], foundation.tokenizer.pad_token_id, run.say)
+    if any(record.margin is not None for record in pairs["train"]):
+        run.say("the pairs carry a margin, which the reward model reads and DPO does not")
     run.say(f"{len(rows['train'])} training pairs, {len(rows['validation'])} held out")
 
     scorer = build_scorer(config.eval_scorers, foundation.tokenizer) if config.eval_scorers else None
@@ -92,17 +101,11 @@ def main(argv: list[str] | None = None) -> None:
     sampler = trainers.sampling_callback(
         run, evaluate, trainers.no_context, reference or trainers.reference_context(model, "ref"), budget
     )
-    trainer = Trainer(
+    trainer = cls(
         model=model,
         ref_model=reference,
-        args=trainers.trl_arguments(
-            DPOConfig,
-            run,
-            bool(rows["validation"]),
-            beta=config.beta,
-            loss_type=config.loss_type,
-            label_smoothing=config.label_smoothing,
-        ),
+        args=arguments,
+        data_collator=collator,
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"] if rows["validation"] else None,
         processing_class=foundation.tokenizer,
@@ -110,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainers.attach(trainer, budget, reference)
 
-    trainer.train()
+    trainers.train(trainer, run, foundation, budget, sampler)
     headline = trainers.held_out_loss(trainer, run) if rows["validation"] else {}
 
     trainers.save_policy(run, trainer.model, foundation)

@@ -7,42 +7,58 @@ every other scorer is its own.
 """
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where reward.py would shadow the package
 
-from rlhf.config import UserError, parse, program
-from rlhf.data.records import Prompt
-from rlhf.ppo import PPOConfig
-from rlhf.stages import begin
+from rlhf.config import EXIT_GUARD, Halt, UserError, parse, program
+from rlhf.data.records import BadScore, Instruction, Prompt
+from rlhf.ppo_config import PPOConfig
+from rlhf.run import begin, in_short
 
 
 @program
 def main(argv: list[str] | None = None) -> None:
     config = parse(PPOConfig, argv)
+    from reward.compose import build_scorer, check_specs, watched
+
+    weights = [(name, weight) for _, _, name, weight, _ in check_specs(config.reward)]
     run = begin("ppo", config)
 
-    from reward.compose import build_scorer, check_specs
     from rlhf import stages
     from rlhf.budget import Budget, count_parameters
-    from rlhf.data.encode import encode_prompts
+    from rlhf.data.encode import encode_instructions, encode_prompts
     from rlhf.distributed import read_deepspeed_config
     from rlhf.evaluate import sample_table, summarise
-    from rlhf.models import stop_ids
+    from rlhf.models import folder_fingerprint, stop_ids
     from rlhf.ppo import PPOTrainer
     from rlhf.roles import Roles
 
-    check_specs(config.reward)
     foundation = stages.load_start(run)
     tokenizer, stops = foundation.tokenizer, stop_ids(foundation.tokenizer, foundation.model)
     prompts = encode_prompts(run.load(Prompt, "train"), tokenizer, config.max_prompt_length)
     if not prompts:
         raise UserError(f"{', '.join(config.data)}: no training prompts")
+    limits = (config.max_prompt_length, config.max_response_length)
+    answers = run.load(Instruction, "train", config.ptx_data) if config.ptx_data else []
+    answers = encode_instructions(answers, tokenizer, *limits)
+    if config.ptx_data and not answers:
+        raise UserError(f"{', '.join(config.ptx_data)}: no instructions to mix in")
     run.say(f"{len(prompts)} training prompts, {config.total_steps} steps of {config.rollout_batch_size} responses")
 
+    for folder in reward_folders(config.reward):
+        run.stands_on(folder, folder_fingerprint(folder))
     role = reward_role(config.reward, foundation)
     evaluate = stages.evaluation(run, foundation, None)
-    roles = Roles(foundation, stages.new_lora(config), role, config.gradient_checkpointing)
+    roles = Roles(
+        foundation,
+        stages.new_lora(config),
+        role,
+        config.gradient_checkpointing,
+        critic=config.critic_from if config.has_critic else None,
+        moving_reference=config.reference_ema is not None,
+    )
     kinds = {"model": role_kind(roles, role, tokenizer.pad_token_id)} if role else None
     scorer = build_scorer(config.reward, tokenizer, kinds)
     if evaluate is not None:  # what only looks, and what is learnt from
@@ -58,32 +74,91 @@ def main(argv: list[str] | None = None) -> None:
         run.world,
         Budget(count_parameters(roles.trunk)),
         read_deepspeed_config(config.deepspeed, run.world),
+        ptx=answers,
+        watched=watched(config.reward),
     )
     last: dict[str, float] = {}
 
-    def look(step: int) -> None:
-        if evaluate is not None:
+    def look(step: int) -> bool:
+        if evaluate is None:
+            return False
+        try:
             with trainer.learner.gathered():
                 rows = evaluate.run(roles.trunk, lambda: roles.use("policy"), lambda: roles.use("reference"), run.world)
-            last.update(summarise(rows))
-            run.tracker.log(last, step)
-            run.tracker.table("samples", sample_table(rows), step)
+        except BadScore as error:
+            run.say(f"the evaluation at step {step} is left out: {error}")
+            return False
+        last.clear()
+        last.update(summarise(rows))
+        last["eval/score/total"] = sum(weight * last.get(f"eval/score/{name}", 0.0) for name, weight in weights)
+        run.tracker.log(last, step)
+        run.tracker.table("samples", sample_table(rows), step)
+        run.say(f"step {step}: {in_short(last)}")
+        return True
+
+    def fill(folder: Path) -> None:
+        trainer.save(folder)
+        with trainer.learner.gathered():
+            if run.world.is_main:  # the adapters too, so that a checkpoint can be sampled from and compared
+                roles.save(folder, foundation)
 
     def on_step(step: int, metrics: dict, rollout) -> None:
-        if step % config.logging_steps == 0 or step == config.total_steps:
+        end, news = step == config.total_steps, trainer.guards.news()
+        if step % config.logging_steps == 0 or end or rollout is None or trainer.urgent:
             run.tracker.log(metrics, step)
+        for decision in news:
+            run.say(f"guard {decision.guard} at step {step}: {decision.action}: {decision.reason}")
+        run.tracker.table("guards", [asdict(decision) for decision in news], step)
         keys = ("score/total", "kl/sequence", "response/length", "ppo/clip_fraction", "value/explained_variance")
         run.tracker.console(step, config.total_steps, metrics, keys)
-        if step == config.total_steps or (config.eval_steps and step % config.eval_steps == 0):
-            look(step)
+        if trainer.urgent:  # no checkpoint: a run that is killed and resumed must come to this decision again
+            return
+        stop = run.interrupted()
+        looked = (end or bool(config.eval_steps and step % config.eval_steps == 0)) and look(step)
+        if stop or run.due(step, config.total_steps):
+            score = last.get("eval/score/total") if looked else None
+            run.save_checkpoint(step, fill, score, {"last": last})
+        if stop:
+            raise run.halt(step)
 
-    look(0)
-    budget = trainer.train(on_step)
+    def roll_back(decision) -> bool:
+        kept = run.roll_back(decision.since)
+        if kept is None:
+            run.say(f"there is no checkpoint from before step {decision.since} to go back to")
+            return False
+        trainer.load(kept.folder, after=decision)
+        last.clear()
+        last.update(kept.about["state"]["last"])
+        # at once, so that a run that is killed now knows of this rollback when it is resumed
+        run.save_checkpoint(kept.step, fill, kept.about["score"], {"last": last})
+        run.say(f"back to {kept.folder}, with step sizes times {trainer.guards.rate_scale:g}")
+        return True
+
+    run.tracker  # noqa: B018  takes the folder; from here on a signal ends the run after its step
+    if run.resumed:
+        trainer.load(run.resumed.folder)
+        run.restore_random_state()
+        last.update(run.resumed.about["state"]["last"])
+    else:
+        look(0)
+    stopped = trainer.train(on_step, roll_back)
+    if stopped:
+        look(trainer.done)
 
     with trainer.learner.gathered():
         if run.world.is_main:
             roles.save(config.output_dir, foundation)
-    run.finish(last, budget)
+    budget = stages.total_budget(trainer.budget, run.world)
+    more = {"guards": trainer.guards.events, "steps": trainer.done}
+    run.finish(last, budget, **more | ({"stopped": stopped.reason} if stopped else {}))
+    if stopped:
+        raise Halt(f"ppo: stopped by guard {stopped.guard} at step {stopped.step}: {stopped.reason}", EXIT_GUARD)
+
+
+def reward_folders(specs: list[dict]) -> list[str]:
+    """The local reward models among the scorers, members of ensembles included."""
+    named = [p for spec in specs for p in ([spec["model"]] if "model" in spec else spec.get("ensemble", []))]
+    return [path for path in named if Path(path).is_dir()]
 
 
 def reward_role(specs: list[dict], foundation) -> str | None:
@@ -104,7 +179,9 @@ def role_kind(roles, role: str, pad_id: int):
     from rlhf.rollout import role_scorer
 
     def build(path, name, options, tokenizer):
-        return role_scorer(roles, pad_id, name=name) if path == role else model_scorer(path, name, options, tokenizer)
+        if path != role:
+            return model_scorer(path, name, options, tokenizer)
+        return role_scorer(roles, pad_id, options.get("batch_size", 32), name)
 
     return build
 

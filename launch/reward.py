@@ -16,7 +16,8 @@ from typing import Literal
 
 from rlhf.config import UserError, option, parse, program
 from rlhf.data.records import Instruction, Preference
-from rlhf.stages import RunConfig, TrainerConfig, begin
+from rlhf.run import begin
+from rlhf.stages import RunConfig, TrainerConfig
 
 FEW = 256  # training pairs to normalise on where nothing is held out
 
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
     model = trainable_reward(foundation, stages.new_lora(config, "SEQ_CLS"), config.seed)
     budget = Budget(count_parameters(model), frozen_base=hasattr(model, "peft_config"))
+    sampler = trainers.sampling_callback(run, None, None, None, budget)
     trainer = RewardTrainer(
         model=model,
         args=trainers.trl_arguments(
@@ -80,12 +82,12 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=Dataset.from_list(pair_rows(train)),
         eval_dataset=Dataset.from_list(pair_rows(held_out)) if held_out else None,
         processing_class=tokenizer,
-        callbacks=[trainers.sampling_callback(run, None, None, None, budget), trainer_callback(run.tracker, "reward")],
+        callbacks=[sampler, trainer_callback(run.tracker, "reward")],
         label_smoothing=config.label_smoothing,
     )
     trainers.attach(trainer, budget)
 
-    trainer.train()
+    trainers.train(trainer, run, foundation, budget, sampler)
 
     chosen, rejected, references = score(run, trainer, pair_rows(held_out or train[:FEW]), answers)
     bias, scale = normalisation(references or chosen, config.normalise)

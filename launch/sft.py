@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from rlhf.config import UserError, option, parse, program
 from rlhf.data.records import Instruction
-from rlhf.stages import SamplingConfig, TrainerConfig, begin
+from rlhf.run import begin
+from rlhf.stages import SamplingConfig, TrainerConfig
 
 
 @dataclass(kw_only=True)
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     trainers.attach(trainer, budget)
 
-    trainer.train()
+    trainers.train(trainer, run, foundation, budget, sampler)
     headline = trainers.held_out_loss(trainer, run) if held_out else {}
 
     trainers.save_policy(run, trainer.model, foundation, merge=config.merge)

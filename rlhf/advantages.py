@@ -1,4 +1,4 @@
-"""From scores to advantages: KL estimates, token rewards, generalised advantage estimation, the KL controller.
+"""From scores to advantages: score shaping, KL estimates, token rewards, advantage estimators, the KL controller.
 
 Column t of every (B, T) tensor is about response token t: its log-probability, the value of the state before it, its
 reward, its advantage. The mask is True exactly where the policy sampled a token, the end token included.
@@ -6,10 +6,14 @@ reward, its advantage. The mask is True exactly where the policy sampled a token
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from rlhf.tensors import masked_sum_rows
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -18,10 +22,44 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return logprobs - ref_logprobs
 
 
+def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """(log p - log p_ref)^2 / 2: biased, never negative, and its gradient is that of the KL on-policy (ibid., k2)."""
+    return 0.5 * (logprobs - ref_logprobs) ** 2
+
+
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """(r - 1) - log r with r = p_ref / p: unbiased too, never negative, of lower variance (ibid., k3)."""
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
+
+
+KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+
+def shape_scores(
+    scores: Tensor,
+    ended: Tensor,
+    lengths: Tensor,
+    *,
+    moments: tuple[float, float] | None = None,
+    clip: float | None = None,
+    missing_eos_score: float | None = None,
+    length_penalty: float = 0.0,
+) -> Tensor:
+    """The score that is learnt from, out of the scorer's; all (B,). In this order, each step only where asked for:
+
+    s <- (s - mean) / std                  moments = (mean, std), running over the run (Zheng et al. 2023, sec. 5.3.1)
+    s <- clip(s, -clip, clip)              (ibid.)
+    s <- missing_eos_score                 where the response did not end (2403.17031, detail 23)
+    s <- s - length_penalty * length       length in tokens
+    """
+    if moments is not None:
+        scores = (scores - moments[0]) / moments[1]
+    if clip is not None:
+        scores = scores.clamp(-clip, clip)
+    if missing_eos_score is not None:
+        scores = torch.where(ended, scores, torch.full_like(scores, missing_eos_score))
+    return scores - length_penalty * lengths.to(scores.dtype)
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -54,6 +92,74 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
         running = (delta + gamma * lam * running) * mask_f[:, t]
         advantages[:, t] = running
     return advantages, (advantages + values) * mask_f
+
+
+def rloo(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
+    """REINFORCE with the mean of the prompt's other samples as baseline (Ahmadian et al. 2024, arXiv 2402.14740).
+
+        A_i = R_i - 1/(k-1) sum_{j != i} R_j = k/(k-1) (R_i - mean R),      R_i = sum_t r_t of response i
+
+    rewards (B, T), group (B,) which prompt a row answers, k >= 2 rows each. Returns A_i on every true token, (B, T).
+    """
+    totals = masked_sum_rows(rewards, mask)
+    mean, size, _ = _group_moments(totals, group)
+    return _on_tokens(size / (size - 1) * (totals - mean), mask)
+
+
+def grpo(rewards: Tensor, mask: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
+    """The score in standard deviations of its group (Shao et al. 2024, arXiv 2402.03300, sec. 4.1.2).
+
+        A_i = (R_i - mean R) / (std R + eps),      std over k - 1
+
+    Shapes as in `rloo`.
+    """
+    totals = masked_sum_rows(rewards, mask)
+    mean, size, squares = _group_moments(totals, group)
+    return _on_tokens((totals - mean) / ((squares / (size - 1)).sqrt() + eps), mask)
+
+
+def reinforce(rewards: Tensor, mask: Tensor, baseline: float) -> Tensor:
+    """A_i = R_i - baseline on every true token; the baseline is the mean of all earlier R (Williams 1992; 2402.14740's
+    moving average). rewards (B, T) -> (B, T)."""
+    return _on_tokens(masked_sum_rows(rewards, mask) - baseline, mask)
+
+
+def _group_moments(totals: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, size and sum of squared deviations of each row's group, (B,) each."""
+    _, index = torch.unique(group, return_inverse=True)
+    size = torch.bincount(index).to(totals.dtype)
+    mean = torch.zeros_like(size).index_add_(0, index, totals) / size
+    squares = torch.zeros_like(size).index_add_(0, index, (totals - mean[index]) ** 2)
+    return mean[index], size[index], squares[index]
+
+
+def _on_tokens(rows: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, rows[:, None], torch.zeros((), dtype=rows.dtype, device=rows.device))
+
+
+@dataclass
+class RunningMoments:
+    """Mean and population variance of all numbers seen (Chan, Golub and LeVeque 1979: batches merged exactly)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared deviations from the mean
+
+    def update(self, values: Tensor) -> None:
+        n, values = len(values), values.double()
+        mean = float(values.mean())
+        squares, shift, total = float(((values - mean) ** 2).sum()), mean - self.mean, self.count + n
+        self.squares += squares + shift**2 * self.count * n / total
+        self.mean += shift * n / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """1 as long as all numbers are the same, so that dividing by it does no harm."""
+        return math.sqrt(self.squares / self.count) if self.count and self.squares > 0 else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass

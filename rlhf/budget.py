@@ -40,6 +40,17 @@ class Budget:
         self.tokens_trained += tokens
         self.flops += (4.0 if self.frozen_base else 6.0) * self.parameters * tokens
 
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint keeps; seconds are those spent so far."""
+        counted = {k: getattr(self, k) for k in ("episodes", "tokens_generated", "tokens_trained", "flops")}
+        return counted | {"seconds": time.monotonic() - self.began}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        for name, value in state.items():
+            if name != "seconds":
+                setattr(self, name, value)
+        self.began = time.monotonic() - state["seconds"]
+
     def metrics(self) -> dict[str, float]:
         return {
             "budget/episodes": self.episodes,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
+import math
 import os
 import resource
 import socket
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import UserError, did_you_mean
+from rlhf.config import UserError, did_you_mean, on_failure
 
 
 @dataclass
@@ -26,6 +30,7 @@ class World:
     size: int = 1
     device: torch.device = torch.device("cpu")
     launched: bool = False
+    leave: Callable[[], None] = lambda: None  # a rank's last word: from here on the others' end is no failure
 
     @property
     def is_main(self) -> bool:
@@ -46,6 +51,18 @@ class World:
         parts: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(parts, items)
         return [item for part in parts for item in part]
+
+    def together(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns on this rank; a UserError that it raises on any rank is raised on all of them."""
+        result, problem = None, None
+        try:
+            result = call()
+        except UserError as error:
+            problem = error
+        problems = [p for p in self.gather([problem]) if p is not None]
+        if problems:
+            raise problems[0]
+        return result
 
     def share(self, count: int) -> range:
         """The contiguous part of `count` items that this rank handles; parts differ by at most one."""
@@ -87,7 +104,49 @@ def start() -> World:
             f"the ranks cannot meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({error}). If "
             "another run uses that port, choose one: deepspeed --master_port 29501 ..."
         ) from None
-    return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"), launched=True)
+    leave = end_together(rank) if size > 1 else lambda: None
+    return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"), True, leave)
+
+
+def end_together(rank: int) -> Callable[[], None]:
+    """Let a rank that fails end the others within seconds, with its own error on top; returns World.leave.
+
+    The failing rank leaves its number in the store through which the ranks have met. Another, waiting in a collective
+    operation that will never end, sees it from a thread of its own and leaves; one that got an error out of it says
+    whose fault it was in the place of a traceback.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store, key, over = _get_default_store(), "rlhf/failed", threading.Event()
+
+    def who() -> int | None:
+        try:
+            return int(store.get(key)) if store.check([key]) else None
+        except Exception:  # the store ends with rank 0
+            return 0
+
+    def fail(code: int) -> bool:
+        over.set()
+        first = who()
+        if first is None:
+            with contextlib.suppress(Exception):
+                store.set(key, str(rank))
+        elif first != rank:
+            print(f"rank {rank} ends, because rank {first} has failed", file=sys.stderr, flush=True)
+            return True
+        return False
+
+    def watch() -> None:
+        while not over.wait(0.5):
+            first = who()
+            if first is not None and first != rank and not over.wait(3.0):
+                print(f"rank {rank} ends, because rank {first} has failed", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    on_failure.append(fail)
+    atexit.register(over.set)
+    threading.Thread(target=watch, daemon=True).start()
+    return over.set
 
 
 def free_port() -> int:
@@ -139,6 +198,8 @@ class Learner:
         micro_batch_size: int = 1,
     ):
         self.world, self.max_grad_norm = world, max_grad_norm
+        self.unmoved = set(range(len(groups)))  # groups that have had no gradient yet
+        wide = any(p.dtype == torch.float64 for g in groups for p in g["params"])
         optimizer = torch.optim.AdamW(groups, eps=adam_eps, weight_decay=0.0)
         self.engine = None
         if deepspeed_config is None:
@@ -147,39 +208,113 @@ class Learner:
         import deepspeed
 
         config = fill_auto(deepspeed_config, micro_batch_size, max_grad_norm)
+        self.stage = config["zero_optimization"].get("stage", 0)
+        if wide and self.stage not in (1, 2):
+            raise UserError(f"dtype float64 is kept by ZeRO 1 and 2 and by plain python, not by ZeRO {self.stage}")
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module = self.engine.module
-        self.stage = config.get("zero_optimization", {}).get("stage", 0)
+        if wide:
+            keep_float64(self.optimizer, world)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this loss's gradients to the step; `last` on the step's last call alone, on every rank."""
+    def backward(self, loss: Tensor, last: bool, discard: bool = False) -> None:
+        """Add this loss's gradients to the step; `last` on the step's last call alone, on every rank.
+
+        `discard`, with the last call, takes the whole step back: gradients become NaN, which no step is made of.
+        """
+        if discard:  # ZeRO has no call for this, but drops a step whose norm is not finite, as `step` does otherwise
+            loss = loss * math.nan
         if self.engine is None:
             loss.backward()
             return
-        self.engine.set_gradient_accumulation_boundary(last)
+        # ZeRO-3 with its optimizer offloaded hands over, at the boundary, the gradients of that pass alone
+        self.engine.set_gradient_accumulation_boundary(last or self.stage == 3)
+        if self.stage == 3:  # it counts passes in engine.forward, which roles do not go through; at 0 it overwrites
+            self.optimizer.micro_step_id = 1
         self.engine.backward(loss * self.world.size)  # DeepSpeed averages over ranks; our parts are to be summed
 
     def step(self, learning_rates: list[float]) -> float:
-        """Clip the joint gradient norm, update each group at its rate, clear gradients; returns the norm before."""
+        """Clip the joint gradient norm, update each group at its rate, clear gradients; returns the norm before.
+
+        Where the norm is not finite nothing is updated: neither weights nor the optimizer's moments.
+        """
         for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
         if self.engine is None:
             parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
-            self.optimizer.step()
+            if math.isfinite(norm):
+                self.optimizer.step()
+                self._hold_back()
             self.optimizer.zero_grad(set_to_none=True)
             return norm
         norm = None
         if self.stage == 0:  # the engine reports no norm there in fp32, and its gradients are whole by now
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(grads))
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return norm
         self.engine.step()
+        if self.stage == 3:  # always added to, so emptied here
+            self.optimizer.grad_partitions_flat_buffer.zero_()
+        self._hold_back()
         reported = self.engine.get_global_grad_norm()
         return float(reported) if reported is not None else float(norm if norm is not None else "nan")
 
-    def gathered(self):
-        """Whole parameters inside the context: for generation and saving under ZeRO-3, else nothing to do."""
-        return gathered(self.module)
+    def _hold_back(self) -> None:
+        """Adam's count of steps begins with a group's first gradient (the policy's, after a warm-up of the critic).
+
+        Bias correction (Kingma and Ba 2015, sec. 3) takes moments for those of so many gradients; had it counted steps
+        without any, the first ones after them would be several times too large.
+        """
+        for number in sorted(self.unmoved):
+            states = self._states(number)
+            if float(self.world.sum(float(sum(state["exp_avg_sq"].sum() for state in states)))) > 0:
+                self.unmoved.discard(number)
+            else:
+                for state in states:
+                    state["step"].zero_()
+
+    def _states(self, number: int) -> list[dict[str, Tensor]]:
+        """Adam's state for a parameter group, this rank's part; none before the first step."""
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        if self.engine is not None and self.stage == 3:  # where groups are empty between steps
+            parts, group_of = self.optimizer.fp32_partitioned_groups_flat, self.optimizer.sub_group_to_group_id
+            parameters = [p for i, p in enumerate(parts) if group_of[i] == number]
+        else:
+            parameters = inner.param_groups[number]["params"]
+        return [inner.state[p] for p in parameters if inner.state.get(p)]
+
+    def gathered(self, parameters: list[nn.Parameter] | None = None, modify: bool = False):
+        """Whole parameters inside the context: for generation and saving under ZeRO-3, else nothing to do.
+
+        With `modify`, what rank 0 makes of them is kept on all ranks.
+        """
+        return gathered(self.module, parameters, modify)
+
+    def save(self, folder: Path) -> None:
+        """Trained weights and optimizer state, exactly; each rank its part under ZeRO. Call it on all ranks."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.engine is not None:
+            self.engine.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+        else:
+            trained = {n: p.detach() for n, p in self.module.named_parameters() if p.requires_grad}
+            torch.save({"module": trained, "optimizer": self.optimizer.state_dict()}, folder / "plain.pt")
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, by as many ranks and under the same ZeRO stage."""
+        self.unmoved = set(range(len(self.optimizer.param_groups)))
+        if self.engine is not None:
+            found, _ = self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+            if found is None:
+                raise UserError(f"{folder}: DeepSpeed found no state of its engine there")
+            return
+        state = torch.load(folder / "plain.pt", map_location=self.world.device, weights_only=True)
+        named = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, value in state["module"].items():
+                named[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Names to whole tensors of the trainable parameters, on every rank; call it on all ranks."""
@@ -187,14 +322,46 @@ class Learner:
             return {n: p.detach().cpu().clone() for n, p in self.module.named_parameters() if p.requires_grad}
 
 
-def gathered(module: nn.Module):
-    """A context in which a module that ZeRO-3 has cut into parts is whole; else one that does nothing."""
-    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
+@contextlib.contextmanager
+def gathered(module: nn.Module, parameters: list[nn.Parameter] | None = None, modify: bool = False):
+    """A context in which a module that ZeRO-3 has cut into parts is whole; else one that does nothing.
+
+    Ranks may make different numbers of forward passes inside. Without a claim on them, the first pass would let the
+    parameters go again, and each later one would gather them anew, which all ranks have to do together.
+    """
+    parameters = [p for p in (parameters or module.parameters()) if hasattr(p, "ds_id")]
     if not parameters:
-        return contextlib.nullcontext()
+        yield
+        return
     import deepspeed
 
-    return deepspeed.zero.GatheredParameters(parameters)
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if modify else None):
+        for parameter in parameters:
+            parameter.ds_active_sub_modules.add(gathered)
+        try:
+            yield
+        finally:
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.discard(gathered)
+
+
+def keep_float64(optimizer: Any, world: World) -> None:
+    """ZeRO 1 and 2 add up gradients, take their norm and update weights in float32 whatever the model is; widen it."""
+    for own, parts in zip(
+        optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True
+    ):
+        own.data = parts[world.rank].detach().clone()
+    (bucket,) = optimizer.ipg_buckets.values()  # of gradients on their way, by the type they travel in
+    optimizer.ipg_buckets = {torch.float64: bucket}
+    optimizer.communication_data_type = optimizer.gradient_accumulation_dtype = torch.float64
+    optimizer.master_weights_and_grads_dtype = torch.float64
+    optimizer.use_separate_grad_accum = optimizer.use_grad_accum_attribute = False
+
+    def norm() -> Tensor:
+        own = [g for group in optimizer.averaged_gradients.values() for g in group]
+        return world.sum(sum(g.square().sum() for g in own)).sqrt()
+
+    optimizer.scaled_global_norm = norm
 
 
 def fill_auto(config: dict, micro_batch_size: int, max_grad_norm: float) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class Evaluation:
         """
         wanted = [(row, s) for row in self.prompts for s in range(self.samples_per_prompt)]
         mine = [wanted[i] for i in world.share(len(wanted))]
-        rows = self._rows(model, policy, reference, mine, progress) if mine else []
+        rows = world.together(lambda: self._rows(model, policy, reference, mine, progress) if mine else [])
         return world.gather(rows)
 
     def _rows(self, model, policy, reference, wanted, progress) -> list[EvalRow]:

@@ -1,10 +1,12 @@
-"""The two losses of PPO as functions of tensors.
+"""The losses of PPO as functions of tensors: policy, critic, KL, pretraining text.
 
 `count` is the number of true tokens of the whole step, over all micro-batches and ranks: each part brings its own
 sum divided by it, so that the parts add up to the mean.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,18 +21,21 @@ def policy_loss(
     mask: Tensor,
     clip_range: float,
     count: Tensor | float | None = None,
+    clip_range_high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate of PPO, averaged over true tokens (Schulman et al. 2017, eq. 7).
 
-        L = -E[ min(r A, clip(r, 1 - e, 1 + e) A) ],    r = exp(logprobs - old_logprobs)
+        L = -E[ min(r A, clip(r, 1 - e, 1 + e_high) A) ],    r = exp(logprobs - old_logprobs)
 
+    e_high is e unless `clip_range_high` is given (Yu et al. 2025, arXiv 2503.14476, eq. 10: clip-higher).
     All inputs are (B, T); mask is True where the policy sampled the token. Returns the loss and its metrics:
     ppo/clip_fraction (where the clipped branch was the smaller), ppo/approx_kl (k3 of new against old) and ppo/ratio.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
     unclipped = ratio * advantages
-    clipped = ratio.clamp(1 - clip_range, 1 + clip_range) * advantages
+    high = clip_range if clip_range_high is None else clip_range_high
+    clipped = ratio.clamp(1 - clip_range, 1 + high) * advantages
     loss = -masked_mean(torch.minimum(unclipped, clipped), mask, count)
     with torch.no_grad():
         metrics = {
@@ -63,3 +68,24 @@ def value_loss(
     with torch.no_grad():
         fraction = masked_mean((squared_near > squared).to(values.dtype), mask, count)
     return 0.5 * masked_mean(torch.maximum(squared, squared_near), mask, count), {"value/clip_fraction": fraction}
+
+
+def kl_loss(
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    estimator: Callable[[Tensor, Tensor], Tensor],
+    count: Tensor | float | None = None,
+) -> Tensor:
+    """Mean over true tokens of a KL estimate that carries gradients; estimator is one of advantages.KL_ESTIMATORS.
+
+    k2 has the gradient of KL(p || p_ref) on-policy; k3 that of KL(p_ref || p), as GRPO does it (2402.03300, eq. 4); the
+    expected gradient of k1 is 0.
+    """
+    # where nothing was sampled k3 may overflow, and a gradient through infinity is NaN whatever the mask
+    return masked_mean(estimator(torch.where(mask, logprobs, ref_logprobs), ref_logprobs), mask, count)
+
+
+def ptx_loss(logprobs: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """-log p of the tokens of given answers, averaged over true tokens: PPO-ptx (Ouyang et al. 2022, eq. 2)."""
+    return -masked_mean(logprobs, mask, count)

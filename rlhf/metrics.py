@@ -27,9 +27,9 @@ METRICS: dict[str, Metric] = {
         "above 30: raise kl_coef (DPO: beta) or lower learning_rate; stuck at 0: nothing is being learnt",
     ),
     "kl/sequence_se": Metric(
-        "standard error of kl/sequence over the responses of an evaluation",
-        "well below kl/sequence",
-        "evaluate on more prompts",
+        "standard error of kl/sequence over the responses of a rollout or an evaluation",
+        "0 at step 0; well below kl/sequence",
+        "more responses in a rollout, more prompts in an evaluation",
     ),
     "kl/token": Metric(
         "the same sum over all true tokens of the batch, divided by their number, nats",
@@ -46,9 +46,15 @@ METRICS: dict[str, Metric] = {
         "constant if fixed; settles within tens of steps if adaptive",
         "grows without end: the target KL is out of reach, lower learning_rate",
     ),
+    "kl/penalty": Metric(
+        "as kl/sequence, to the moving reference (reference_ema) that the penalty is measured to, nats a response",
+        "below kl/sequence",
+        "near 0 while kl/sequence grows: the reference follows so fast that it holds nothing, raise reference_ema",
+    ),
     # scores
     "score/total": Metric(
-        "mean over responses of the score that is optimised, before the KL; in PPO after the EOS rule",
+        "mean over responses of the score that is optimised, before the KL; in PPO after normalisation, clipping, "
+        "EOS rule and length penalty",
         "rises, then flattens; the gold or referee score must rise with it",
         "rises alone: the reward model is being exploited; stop earlier or raise kl_coef",
     ),
@@ -56,6 +62,19 @@ METRICS: dict[str, Metric] = {
         "standard deviation of score/total over the responses of the batch",
         "well above 0",
         "near 0: the scorer cannot tell the responses apart, or the policy says one thing only",
+    ),
+    "score/raw": Metric(
+        "mean over responses of the scorers' weighted sum, before normalisation, clipping, EOS rule and length penalty",
+        "rises, then flattens",
+        "rises while score/total does not: responses do not end, or the length penalty outweighs the gain",
+    ),
+    "score/mean_running": Metric(
+        "mean of score/raw over all responses of the run so far (normalize_scores)", "follows score/raw slowly", ""
+    ),
+    "score/std_running": Metric(
+        "standard deviation of the same; scores are divided by it",
+        "steady after some steps",
+        "grows on: single scores are far off, look at them and set score_clip",
     ),
     # responses
     "response/length": Metric(
@@ -72,6 +91,11 @@ METRICS: dict[str, Metric] = {
         "entropy of the policy's next-token distribution, mean over the sampled tokens, nats",
         "falls slowly; above a third of its first value",
         "collapses: raise kl_coef, lower learning_rate or num_ppo_epochs",
+    ),
+    "response/repetition": Metric(
+        "share of a response's token 4-grams that occurred earlier in it, mean over responses",
+        "below 0.05",
+        "above 0.2: responses go round in circles; look at the samples, raise kl_coef",
     ),
     # PPO
     "ppo/clip_fraction": Metric(
@@ -105,6 +129,30 @@ METRICS: dict[str, Metric] = {
         "rises",
         "falls while score/total rises: the KL costs more than the score brings, lower kl_coef",
     ),
+    "ppo/updates": Metric(
+        "optimizer steps made in this rollout, those a guard skipped not counted",
+        "num_ppo_epochs * num_mini_batches",
+        "fewer: a guard skipped some or ended the rollout's updates; see guard/",
+    ),
+    # guards; counts are since the start of the run
+    "guard/skipped_updates": Metric(
+        "optimizer steps left out because a number was not finite or the ratio exploded",
+        "0",
+        "grows: lower learning_rate; the events in result.json say which number it was",
+    ),
+    "guard/skipped_rollouts": Metric(
+        "rollouts that nothing was learnt from because a score was not finite", "0", "mend the scorer the event names"
+    ),
+    "guard/shortened_rollouts": Metric(
+        "rollouts whose later updates were left out on target_kl",
+        "0, or a small share of the steps",
+        "grows at every step: lower learning_rate or num_ppo_epochs, or raise target_kl",
+    ),
+    "guard/warnings": Metric("warnings given", "0", "read them in the log or in result.json"),
+    "guard/rollbacks": Metric("returns to an earlier checkpoint", "0", "lower learning_rate"),
+    "guard/rate_scale": Metric(
+        "factor on every learning rate, halved by each rollback", "1", "start again with a learning_rate this low"
+    ),
     # critic
     "value/explained_variance": Metric(
         "1 - var(return - value) / var(return) over the rollout's true tokens",
@@ -123,7 +171,7 @@ METRICS: dict[str, Metric] = {
     "loss/total": Metric(
         "what backward starts from, mean over the step",
         "SFT, reward, DPO: falls; PPO: says little",
-        "not finite: guards stop the run; SFT evaluation loss rises: fewer epochs",
+        "not finite: PPO's guards skip the update; SFT evaluation loss rises: fewer epochs",
     ),
     "loss/policy": Metric(
         "-mean of min(r A, clip(r) A) over true tokens", "near 0, slightly negative", "read ppo/ and kl/ instead"
@@ -132,6 +180,21 @@ METRICS: dict[str, Metric] = {
         "half the squared error of the value, clipped as in PPO, mean over true tokens",
         "falls, then follows the score's spread",
         "grows: lower value_learning_rate",
+    ),
+    "loss/kl": Metric(
+        "kl_coef times the KL estimate, mean over true tokens, where it is a term of the loss (kl_in: loss)",
+        "above 0 and small beside 1; k1 may be negative",
+        "grows: see kl/sequence",
+    ),
+    "loss/entropy": Metric(
+        "-entropy_coef times the entropy, mean over true tokens",
+        "below 0, steady",
+        "falls and falls: the bonus is all that is learnt, lower entropy_coef",
+    ),
+    "loss/ptx": Metric(
+        "ptx_coef times -log p of given answers, mean over their true tokens",
+        "near its first value",
+        "rises: the policy forgets SFT, raise ptx_coef or lower learning_rate",
     ),
     "grad/norm": Metric(
         "joint L2 norm of all gradients before clipping",
@@ -276,6 +339,7 @@ SECTIONS = {
     "Scores": ("score/",),
     "Responses": ("response/",),
     "PPO": ("ppo/",),
+    "Guards": ("guard/",),
     "Critic": ("value/",),
     "Optimisation": ("loss/", "grad/", "learning_rate", "epoch"),
     "Given text (SFT, DPO)": ("token/",),

@@ -33,6 +33,7 @@ from rlhf.models import (
 )
 
 TRAINED = ("policy", "value")
+MOVING = "moving"  # the reference that follows the policy, when there is one
 HEAD_FILE = "value_head.safetensors"
 
 
@@ -41,8 +42,10 @@ class Roles(nn.Module):
 
     The policy is a trainable copy of the foundation's adapter and the reference a frozen one; on a foundation without
     adapter (a whole or merged SFT model) the policy is new and the reference is the base with adapters off.
-    The value role starts from the reward adapter and head when there is one (2403.17031), else from the
-    policy's adapter with a head of zeros. `reward_path` None leaves the reward role out.
+    `reward_path` None leaves the reward role out. `critic` says what the value role starts from: "reward" (adapter and
+    head of the reward role, 2403.17031), "policy" (the policy's adapter, a head of zeros), "fresh" (a new adapter, a
+    head of zeros), "auto" (reward where there is one, else policy); None leaves it out. `moving_reference` adds a copy
+    of the policy that `follow` draws after it.
     """
 
     def __init__(
@@ -51,8 +54,14 @@ class Roles(nn.Module):
         lora: LoraConfig,
         reward_path: str | None = None,
         gradient_checkpointing: bool = False,
+        critic: str | None = "auto",
+        moving_reference: bool = False,
     ):
         super().__init__()
+        if critic == "reward" and not reward_path:
+            raise UserError(
+                "the critic cannot start from the reward model: none of the scorers is an adapter on this base"
+            )
         self.plain_head = head_is_plain(foundation.model)
         start = foundation.adapter_path
         policy_config = adapter_config(start) if start else plain_config(lora)
@@ -61,17 +70,28 @@ class Roles(nn.Module):
         if start:
             load_adapter_weights(self.trunk, "policy", start)
             self._add("reference", policy_config, start)
-        self._add("value", reward or policy_config, reward_path or start)
+        if moving_reference:
+            self._add(MOVING, policy_config, None)
+            self.follow(0.0)
+        if critic == "auto":
+            critic = "reward" if reward_path else "policy"
         width = decoder_and_head(self.trunk)[0].config.hidden_size
-        self.heads = nn.ModuleDict({"value": nn.Linear(width, 1)})
-        nn.init.zeros_(self.heads["value"].weight)
-        nn.init.zeros_(self.heads["value"].bias)
+        self.heads = nn.ModuleDict()
         self.score_scale, self.score_bias = 1.0, 0.0
+        if critic:
+            config, source = {"reward": (reward, reward_path), "policy": (policy_config, start)}.get(
+                critic, (plain_config(lora), None)
+            )
+            self._add("value", config, source)
+            self.heads["value"] = nn.Linear(width, 1)
+            nn.init.zeros_(self.heads["value"].weight)
+            nn.init.zeros_(self.heads["value"].bias)
         if reward_path:
             check_same_base(reward_path, foundation)
             self._add("reward", reward, reward_path)
             self.heads["reward"] = reward_head(reward_path, width)
             self.score_scale, self.score_bias = reward_shift(reward_path)
+        if critic == "reward":
             with torch.no_grad():  # the critic predicts what the scorer gives, shift and scale included
                 self.heads["value"].weight.copy_(self.heads["reward"].weight * self.score_scale)
                 self.heads["value"].bias.fill_(self.score_bias)
@@ -94,14 +114,35 @@ class Roles(nn.Module):
     def has_reference_adapter(self) -> bool:
         return "reference" in self.trunk.peft_config
 
+    @property
+    def has_critic(self) -> bool:
+        return "value" in self.heads
+
+    @property
+    def has_moving_reference(self) -> bool:
+        return MOVING in self.trunk.peft_config
+
+    @torch.no_grad()
+    def follow(self, decay: float) -> None:
+        """moving <- decay * moving + (1 - decay) * policy, on the factors of the adapter (not on their product)."""
+        for target, source in self._moving_pairs():
+            target.data.mul_(decay).add_(source.data, alpha=1 - decay)
+
+    def moving_parameters(self) -> list[nn.Parameter]:
+        return [target for target, _ in self._moving_pairs()]
+
+    def _moving_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+        named = dict(self.trunk.named_parameters())
+        return [(p, named[n.replace(f".{MOVING}.", ".policy.")]) for n, p in named.items() if f".{MOVING}." in n]
+
     def parameters_of(self, role: str) -> list[nn.Parameter]:
-        """The trainable parameters of the policy or the value role, its head included."""
-        named = [p for n, p in self.trunk.named_parameters() if f".{role}." in n]
+        """The parameters of a role, its head included; none for a role that is not there."""
+        named = [p for n, p in self.trunk.named_parameters() if f".{role}." in n and "lora_" in n]
         return named + (list(self.heads[role].parameters()) if role in self.heads else [])
 
     @contextlib.contextmanager
     def use(self, role: str):
-        """The trunk is `role` inside: policy, reference, value or reward. Not to be nested."""
+        """The trunk is `role` inside: policy, reference, moving, value or reward. Not to be nested."""
         self._activate(role)
         try:
             yield self
@@ -116,7 +157,7 @@ class Roles(nn.Module):
                 layer.set_adapter(role)
         # PEFT freezes the adapters that are not active and thaws the one that is: put back who learns here
         for name, parameter in self.trunk.named_parameters():
-            parameter.requires_grad_(any(f".{trained}." in name for trained in TRAINED))
+            parameter.requires_grad_("lora_" in name and any(f".{trained}." in name for trained in TRAINED))
         for name, head in self.heads.items():
             head.requires_grad_(name in TRAINED)
 
@@ -152,7 +193,7 @@ class Roles(nn.Module):
     def save(self, folder: str | Path, foundation: Foundation) -> None:
         """The policy's adapter in `folder`, the value adapter and its head in `folder`/value. Main rank, gathered."""
         folder = Path(folder)
-        for role, place in (("policy", folder), ("value", folder / "value")):
+        for role, place in (("policy", folder), ("value", folder / "value"))[: 1 + self.has_critic]:
             place.mkdir(parents=True, exist_ok=True)
             config = self.trunk.peft_config[role]
             config.inference_mode = True
@@ -161,8 +202,9 @@ class Roles(nn.Module):
             save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, _weights(place))
             foundation.tokenizer.save_pretrained(place)
             write_identity(place, foundation, program="ppo", role=role)
-        head = {k: v.detach().cpu().contiguous() for k, v in self.heads["value"].state_dict().items()}
-        save_file(head, folder / "value" / HEAD_FILE)
+        if self.has_critic:
+            head = {k: v.detach().cpu().contiguous() for k, v in self.heads["value"].state_dict().items()}
+            save_file(head, folder / "value" / HEAD_FILE)
 
 
 def disable_dropout(model: nn.Module) -> None:

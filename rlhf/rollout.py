@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config import UserError
-from rlhf.data.records import Samples, Scorer
+from rlhf.data.records import BadScore, Samples, Scorer, Scores
 from rlhf.distributed import World
 from rlhf.engines.hf import Completions, Sampling, sample_key
 from rlhf.evaluate import to_samples
 from rlhf.models import completion_batch
-from rlhf.roles import Roles
+from rlhf.roles import MOVING, Roles
 
 Engine = Callable[..., Completions]  # as rlhf.engines.hf.generate
 
@@ -30,10 +30,11 @@ class Rollout:
 
     batch: dict[str, Tensor]
     logprobs: Tensor  # (N, T) of the policy that sampled, by the learner's own forward pass
-    ref_logprobs: Tensor  # (N, T)
-    values: Tensor  # (N, T) of the state before each token
+    ref_logprobs: Tensor  # (N, T) of the policy that training began with
+    penalty_logprobs: Tensor  # (N, T) of the reference that the KL penalty is measured to; ref_logprobs unless it moves
+    values: Tensor  # (N, T) of the state before each token; 0 without a critic
     entropy: Tensor  # (N, T)
-    scores: Tensor  # (N,) after the EOS rule
+    scores: Tensor  # (N,) as the scorer gave them
     ended: Tensor  # (N,) bool
     group_index: Tensor  # (N,) which prompt of the rollout a response answers
     breakdown: dict[str, list[float]]
@@ -62,23 +63,21 @@ def collect(
     seed: int,
     step: int,
     samples_per_prompt: int = 1,
-    missing_eos_score: float | None = None,
     micro_batch_size: int = 8,
     generation_batch_size: int = 64,
-    gathered: Callable[[], Any],
 ) -> Rollout:
     """Sample `samples_per_prompt` responses to each prompt with the policy and measure them in every role.
 
     Each rank handles its share; ids are gathered before the forward passes, so that all of them have one width and
-    the first ratio of learning is exactly 1. A response that did not end scores `missing_eos_score` instead.
-    Raises UserError when the scorer's numbers cannot be used.
+    the first ratio of learning is exactly 1. Parameters have to be whole (ranks make different numbers of passes). What
+    a scorer raises on one rank (BadScore, where a score is no number) is raised on all.
     """
     seconds: dict[str, float] = {}
     wanted = [(i, s) for i in range(len(prompts)) for s in range(samples_per_prompt)]
     keys = sample_keys(prompts, samples_per_prompt, seed, step)
     mine = [wanted[i] for i in world.share(len(wanted))]
     began = time.monotonic()
-    with gathered(), roles.use("policy"):
+    with roles.use("policy"):
         done = engine(
             roles.trunk,
             [prompts[i]["prompt_ids"] for i, _ in mine],
@@ -98,7 +97,7 @@ def collect(
         tokenizer,
     )
     began = time.monotonic()
-    local = scorer(samples) if mine else None
+    local = world.together(lambda: checked(scorer(samples), samples) if mine else None)
     seconds["time/score"] = time.monotonic() - began
     fields = ("prompts", "responses", "prompt_ids", "response_ids", "ended", "metadata")
     samples = Samples(**{name: world.gather(getattr(samples, name)) for name in fields})
@@ -110,10 +109,14 @@ def collect(
     columns = completion_batch(samples.prompt_ids, samples.response_ids, tokenizer.pad_token_id, world.device)
     batch = dict(zip(("ids", "attention", "positions", "responses", "mask"), columns, strict=True))
     rows = world.share(len(samples))
-    measured = measure(roles, batch, rows, micro_batch_size, sampling.temperature)
-    measured = [torch.cat(world.gather([m.cpu()])).to(world.device) for m in measured]
-    mask = batch["mask"]
-    logprobs, entropy, ref_logprobs, values = (torch.where(mask, m, torch.zeros_like(m)) for m in measured)
+    parts_of = measure(roles, batch, rows, micro_batch_size, sampling.temperature)
+    mask, measured = batch["mask"], {}
+    for name, part in parts_of.items():
+        whole = torch.cat(world.gather([part.cpu()])).to(world.device)
+        measured[name] = torch.where(mask, whole, torch.zeros_like(whole))
+    logprobs = measured["logprobs"]
+    measured.setdefault("penalty_logprobs", measured["ref_logprobs"])
+    measured.setdefault("values", torch.zeros_like(logprobs))
     seconds["time/forward"] = time.monotonic() - began
 
     seen = torch.zeros_like(logprobs)
@@ -121,21 +124,11 @@ def collect(
         seen[row, : len(numbers)] = torch.tensor(numbers, dtype=seen.dtype)
     gap = float((torch.where(mask, seen - logprobs, torch.zeros_like(seen)).abs().sum() / mask.sum()).item())
 
-    ended = torch.tensor(samples.ended, device=world.device)
-    scores = torch.tensor(total, dtype=values.dtype, device=world.device)
-    if not bool(torch.isfinite(scores).all()):
-        bad = int((~torch.isfinite(scores)).nonzero()[0])
-        raise UserError(f"the score of a response is {total[bad]}: prompt {samples.prompts[bad][-1]['content']!r}")
-    if missing_eos_score is not None:
-        scores = torch.where(ended, scores, torch.full_like(scores, missing_eos_score))
     return Rollout(
         batch=batch,
-        logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
-        values=values,
-        entropy=entropy,
-        scores=scores,
-        ended=ended,
+        **measured,
+        scores=torch.tensor(total, dtype=logprobs.dtype, device=world.device),
+        ended=torch.tensor(samples.ended, device=world.device),
         group_index=torch.tensor([i for i, _ in wanted], device=world.device),
         breakdown={name: [p[name] for p in parts] for name in (parts[0] if parts else {})},
         samples=samples,
@@ -155,28 +148,44 @@ def sample_keys(prompts: list[dict[str, Any]], samples_per_prompt: int, seed: in
     return keys
 
 
+def checked(scores: Scores, samples: Samples) -> Scores:
+    """The scores. Raises BadScore for a total that is NaN or infinite, with the prompt it was given for."""
+    for i, value in enumerate(scores.total):
+        if not math.isfinite(value):
+            prompt = samples.prompts[i][-1]["content"]
+            raise BadScore(f"the score of a response is {value}: prompt {prompt!r}", "total", i, value)
+    return scores
+
+
 @torch.no_grad()
-def measure(roles: Roles, batch: dict[str, Tensor], rows: range, micro_batch_size: int, temperature: float):
-    """(log-probabilities, entropy, reference log-probabilities, values) of these rows, each (len(rows), T)."""
-    policy, entropy, reference, values = [], [], [], []
+def measure(
+    roles: Roles, batch: dict[str, Tensor], rows: range, micro_batch_size: int, temperature: float
+) -> dict[str, Tensor]:
+    """logprobs, entropy, ref_logprobs and, where these roles are there, penalty_logprobs and values of these rows,
+    each (len(rows), T)."""
+    found: dict[str, list[Tensor]] = {"logprobs": [], "entropy": [], "ref_logprobs": []}
+    found |= {"penalty_logprobs": []} if roles.has_moving_reference else {}
+    found |= {"values": []} if roles.has_critic else {}
     for start in range(rows.start, rows.stop, micro_batch_size):
         part = {k: v[start : min(start + micro_batch_size, rows.stop)] for k, v in batch.items()}
         with roles.use("policy"):
-            logprobs, bits = roles.logprobs(part, temperature)
-        policy.append(logprobs)
-        entropy.append(bits)
+            logprobs, entropy = roles.logprobs(part, temperature)
+        found["logprobs"].append(logprobs)
+        found["entropy"].append(entropy)
         with roles.use("reference"):
-            reference.append(roles.logprobs(part, temperature)[0])
-        with roles.use("value"):
-            values.append(roles.values(part))
-    if not policy:
-        return [batch["mask"].new_zeros((0, batch["mask"].shape[1]), dtype=torch.float32)] * 4
-    return [torch.cat(parts) for parts in (policy, entropy, reference, values)]
+            found["ref_logprobs"].append(roles.logprobs(part, temperature)[0])
+        if roles.has_moving_reference:
+            with roles.use(MOVING):
+                found["penalty_logprobs"].append(roles.logprobs(part, temperature)[0])
+        if roles.has_critic:
+            with roles.use("value"):
+                found["values"].append(roles.values(part))
+    nothing = batch["mask"].new_zeros((0, batch["mask"].shape[1]), dtype=torch.float32)
+    return {name: torch.cat(parts) if parts else nothing for name, parts in found.items()}
 
 
 def role_scorer(roles: Roles, pad_id: int, batch_size: int = 32, name: str = "reward") -> Scorer:
     """The reward role as a scorer: reads the ids that were sampled, as the reward model read them in training."""
-    from rlhf.data.records import Scores
 
     @torch.no_grad()
     def score(samples: Samples) -> Scores:

@@ -11,6 +11,11 @@ def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum()
 
 
+def masked_sum_rows(values: Tensor, mask: Tensor) -> Tensor:
+    """(B, T) -> (B,): each row's sum over its true entries."""
+    return torch.where(mask, values, torch.zeros((), dtype=values.dtype, device=values.device)).sum(-1)
+
+
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
     """Sum over true entries divided by `count`, by default the number of true entries.
 

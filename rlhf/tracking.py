@@ -39,15 +39,17 @@ __all__ = [
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 WANDB_INIT_SECONDS = 15
+SENT = "wandb_step"  # the last step that W&B was sent
 
 
 class Tracker:
     """Writes a run's numbers under `output_dir`; only the main rank writes, all ranks may call.
 
     config, data: the resolved options and the data fingerprints {name: fingerprint}; both go to W&B, data into
-    result.json. Without `resume_step` the files start afresh; with it, lines of later steps are cut off, so that a
-    resumed run leaves the same file as one that never stopped. `report_to="wandb"` runs online if WANDB_MODE says so
-    or a key is configured (WANDB_API_KEY or netrc), offline otherwise.
+    result.json. Without `resume_step` the files start afresh; with it, what was written after that step's checkpoint
+    (`position`, as it was then) is cut off, so that a resumed run leaves the same file as one that never stopped. W&B
+    is not sent a step again. `report_to="wandb"` runs online if WANDB_MODE says so or a key is configured
+    (WANDB_API_KEY or netrc), offline otherwise.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Tracker:
         data: dict[str, str] | None = None,
         is_main: bool = True,
         resume_step: int | None = None,
+        position: dict[str, int] | None = None,
         console_seconds: float = 10.0,
     ):
         self.output_dir = Path(output_dir)
@@ -70,15 +73,42 @@ class Tracker:
         self._console_first: tuple[float, int] | None = None
         self._console_last = -math.inf
         self._file = self._run = None
+        self._sent = -1
         if not is_main:
             return
         (self.output_dir / "tables").mkdir(parents=True, exist_ok=True)
-        for path in [self.output_dir / "metrics.jsonl", *sorted((self.output_dir / "tables").glob("*.jsonl"))]:
-            _cut(path, resume_step)
-        self._file = open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self._open(resume_step, position)
+        if resume_step is None:
+            (self.output_dir / SENT).unlink(missing_ok=True)
+        else:
+            self._sent = _sent(self.output_dir)
         if report_to == "wandb":
             resumed = resume_step is not None
             self._run = _start_wandb(self.output_dir, project, run_name, {**(config or {}), "data": self.data}, resumed)
+
+    def _open(self, step: int | None, position: dict[str, int] | None) -> None:
+        for path in self._files():
+            _cut(path, step, None if position is None else position.get(path.name, 0))
+        self._file = open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+
+    def _files(self) -> list[Path]:
+        return [self.output_dir / "metrics.jsonl", *sorted((self.output_dir / "tables").glob("*.jsonl"))]
+
+    def position(self) -> dict[str, int]:
+        """How long each file is now, and certainly on the disk: for a checkpoint. Empty on other ranks."""
+        if not self.is_main:
+            return {}
+        for path in self._files():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        return {path.name: path.stat().st_size for path in self._files()}
+
+    def rewind(self, step: int, position: dict[str, int]) -> None:
+        """Cut off what was written since the checkpoint of `step`; W&B keeps it."""
+        if self.is_main:
+            self._file.close()
+            self._open(step, position)
+            self._sent = max(self._sent, _sent(self.output_dir))
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Append one line of numbers. Raises KeyError, on every rank, for a name outside the vocabulary."""
@@ -88,7 +118,14 @@ class Tracker:
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         self._file.write(dumps({"step": int(step), "time": round(time.time(), 3), **numbers}) + "\n")
         self._file.flush()
-        self._wandb("log", lambda run: run.log({"step": int(step), **numbers}))
+        if step > self._sent:
+            self._wandb("log", lambda run: run.log({"step": int(step), **numbers}))
+            self._mark_sent(step)
+
+    def _mark_sent(self, step: int) -> None:
+        """Note how far W&B has been told, for a later resume; steps up to there are not sent again."""
+        if self._run is not None and step > _sent(self.output_dir):
+            (self.output_dir / SENT).write_text(str(int(step)))
 
     def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
         """Append sample rows (prompt, response, score and its breakdown, ...) to tables/<name>.jsonl, and to W&B."""
@@ -104,7 +141,8 @@ class Tracker:
             cells = [[_cell(row.get(c)) for c in columns] for row in rows]
             run.log({"step": int(step), f"tables/{name}": wandb.Table(columns=columns, data=cells)})
 
-        self._wandb("table", send)
+        if step > self._sent:
+            self._wandb("table", send)
 
     def console(self, step: int, total: int, metrics: dict[str, float], keys: Iterable[str]) -> None:
         """One line of progress on stdout, at most every `console_seconds`; the first and the last step always."""
@@ -260,12 +298,23 @@ def _card_cell(value: Any) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _cut(path: Path, resume_step: int | None) -> None:
-    """Drop the file, or with `resume_step` its lines of later steps (and a torn last line)."""
+def _sent(output_dir: Path) -> int:
+    try:
+        return int((output_dir / SENT).read_text())
+    except (OSError, ValueError):
+        return -1
+
+
+def _cut(path: Path, resume_step: int | None, size: int | None = None) -> None:
+    """Drop the file; or with `resume_step` cut it to `size` bytes, or where it is shorter or size is not known, to the
+    lines up to that step (a torn last one is dropped)."""
     if not path.exists():
         return
     if resume_step is None:
         path.unlink()
+        return
+    if size is not None and size <= path.stat().st_size:
+        os.truncate(path, size)
         return
     kept = [row for row in _rows(path) if row["step"] <= resume_step]
     write_atomic(path, "".join(dumps(row) + "\n" for row in kept))

@@ -1,14 +1,20 @@
-"""How SFT, reward model and DPO drive TRL's trainers: arguments, cost, evaluation by sampling, reference, saving."""
+"""How SFT, reward model and DPO drive TRL's trainers: arguments, cost, evaluation by sampling, resume, saving."""
 
 from __future__ import annotations
 
+import json
+import math
+import time
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from rlhf import checkpoint
 from rlhf.config import UserError, did_you_mean
-from rlhf.stages import Run, in_short, total_budget
+from rlhf.run import Run, in_short
+from rlhf.stages import total_budget
 
 no_context = nullcontext  # the policy's context where the model already is the policy
 
@@ -24,13 +30,14 @@ def trl_arguments(cls: type, run: Run, held_out: bool, **fixed: Any) -> Any:
         if name not in known:
             raise UserError(f"trl: '{name}' is no option of {cls.__name__}.{did_you_mean(name, known)}")
     values = {
-        "output_dir": str(Path(config.output_dir) / "checkpoints"),
+        "output_dir": str(run.checkpoints),
         "seed": config.seed,
         "data_seed": config.seed,
         "use_cpu": run.world.device.type == "cpu",
         "bf16": run.world.device.type == "cuda" and config.dtype in ("auto", "bfloat16"),
         "report_to": "none",
-        "save_strategy": "no",
+        "save_strategy": "steps",
+        "save_steps": 10**9,  # the checkpoint callback says when
         "disable_tqdm": True,
         "deepspeed": read_deepspeed_config(config.deepspeed, run.world),
         "dataloader_pin_memory": run.world.device.type == "cuda",
@@ -100,20 +107,104 @@ def sampling_callback(run: Run, evaluate, policy, reference, budget=None):
             run.say(f"step {step}: {in_short(self.last)}")
 
         def on_train_begin(self, args, state, control, model=None, **kwargs):
-            self._run(model, state.global_step)
-
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if run.config.eval_steps and state.global_step % run.config.eval_steps == 0:
+            if run.resumed is None:
                 self._run(model, state.global_step)
 
-        def on_train_end(self, args, state, control, model=None, **kwargs):
-            self._run(model, state.global_step)
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            every = run.config.eval_steps
+            if (every and state.global_step % every == 0) or state.global_step >= state.max_steps:
+                self._run(model, state.global_step)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if budget is not None and logs is not None:
                 logs.update(total_budget(budget, run.world) | {"memory/peak": peak_memory(run.world.device)})
 
     return Sampler()
+
+
+def train(trainer, run: Run, foundation, budget, sampler) -> None:
+    """Train to the end, from the run's checkpoint if it has one, writing checkpoints on the way.
+
+    Raises Halt when a signal has ended it early.
+    """
+    saver = checkpoint_callback(trainer, run, foundation, budget, sampler)
+    trainer.add_callback(saver)
+    try:
+        trainer.train(resume_from_checkpoint=str(run.resumed.folder) if run.resumed else None)
+    except NothingLeft:
+        trainer._finalize_training(None, 0, time.time())
+    if saver.stopped:
+        raise run.halt(trainer.state.global_step)
+
+
+class NothingLeft(Exception):
+    """The checkpoint is that of the last step. The Trainer would make one more, in the middle of an epoch."""
+
+
+def checkpoint_callback(trainer, run: Run, foundation, budget, sampler):
+    """A TRL callback that makes the Trainer's checkpoints whole: what the Trainer forgets beside its files, then the
+    manifest, last of all and on all ranks. Says when one is due, and ends the training when a signal asked for it."""
+    from transformers import TrainerCallback
+
+    class Saver(TrainerCallback):
+        stopped = False
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            run.tracker  # noqa: B018  takes the folder, before anything is written there
+            if run.resumed is None:
+                return
+            kept = json.loads((run.resumed.folder / _memory(run)).read_text())
+            trainer._tr_loss += kept["tr_loss"]
+            trainer._total_loss_scalar, trainer._globalstep_last_logged = kept["total_loss"], kept["last_logged"]
+            trainer._initial_global_step = 0
+            trainer._total_train_tokens = kept["tokens"]
+            trainer._metrics["train"] = defaultdict(list, kept["metrics"])
+            budget.load_state_dict(kept["budget"])
+            about = run.resumed.about["state"]
+            sampler.last, sampler.step = about["last"], about["evaluated"]
+            if state.global_step >= state.max_steps:
+                raise NothingLeft
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.stopped = run.interrupted()
+            control.should_training_stop = control.should_training_stop or self.stopped
+            control.should_save = self.stopped or run.due(state.global_step, state.max_steps)
+            return control
+
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            self.loss = (state.global_step, (metrics or {}).get("eval_loss"))
+
+        def on_save(self, args, state, control, **kwargs):
+            from rlhf.models import write_identity
+
+            folder, step = run.checkpoints / f"checkpoint-{state.global_step}", state.global_step
+            kept = {
+                "tr_loss": float(trainer._tr_loss),
+                "total_loss": trainer._total_loss_scalar,
+                "last_logged": trainer._globalstep_last_logged,
+                "tokens": trainer._total_train_tokens,
+                "metrics": trainer._metrics["train"],
+                "budget": budget.state_dict(),
+            }
+            (folder / _memory(run)).write_text(json.dumps(kept))
+            run.world.barrier()
+            at, loss = getattr(self, "loss", (-1, None))
+            score = -loss if at == step and loss is not None and math.isfinite(loss) else None
+            about = run.about(step, score, {"last": sampler.last, "evaluated": sampler.step})
+            if run.world.is_main:
+                if (folder / "adapter_config.json").is_file():
+                    write_identity(folder, foundation, program=run.program)
+                checkpoint.seal(folder, step, about)
+                checkpoint.passed("sealed")
+                checkpoint.prune(run.checkpoints, run.config.save_total_limit)
+            run.world.barrier()
+
+    return Saver()
+
+
+def _memory(run: Run) -> str:
+    """What the Trainer of this rank has summed up since its last log, which its own checkpoints leave out."""
+    return f"memory-{run.world.rank}.json"
 
 
 def held_out_loss(trainer, run: Run) -> dict[str, float]:

@@ -2,7 +2,8 @@ import math
 
 import torch
 
-from rlhf.losses import policy_loss, value_loss
+from rlhf.advantages import KL_ESTIMATORS
+from rlhf.losses import kl_loss, policy_loss, ptx_loss, value_loss
 
 ONE = torch.tensor([[True]])
 
@@ -31,6 +32,29 @@ def test_clip_holds_a_bad_action_at_one_minus_epsilon():
     loss, _ = policy_loss(logprobs, token(0), token(-1), ONE, 0.2)
     loss.backward()
     assert math.isclose(loss.item(), 0.8, abs_tol=1e-6) and logprobs.grad.item() == 0.0
+
+
+def test_clip_higher_moves_the_upper_bound_alone():
+    # eps 0.2, high 0.5.  A = +1: r = e -> 1.5; r = 1.4 -> 1.4, though above 1.2; r = 1/e -> 1/e
+    for logprob, expected in ((1.0, 1.5), (math.log(1.4), 1.4), (-1.0, 1 / math.e)):
+        loss, _ = policy_loss(token(logprob), token(0), token(1), ONE, 0.2, clip_range_high=0.5)
+        assert math.isclose(loss.item(), -expected, abs_tol=1e-6)
+    # A = -1: r = 1/e -> held at 0.8, not at 0.5; r = e -> e
+    for logprob, expected in ((-1.0, 0.8), (1.0, math.e)):
+        loss, _ = policy_loss(token(logprob), token(0), token(-1), ONE, 0.2, clip_range_high=0.5)
+        assert math.isclose(loss.item(), expected, abs_tol=1e-5)
+
+
+def test_clip_fraction_counts_tokens_that_are_held():
+    # ratios 1.3, 1.3, 1.1 with A = 1, -1, 1 and a masked e: only the first is held
+    logprobs = torch.tensor([[math.log(1.3), math.log(1.3), math.log(1.1), 1.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    _, metrics = policy_loss(logprobs, torch.zeros(1, 4), torch.tensor([[1.0, -1.0, 1.0, 1.0]]), mask, 0.2)
+    assert math.isclose(metrics["ppo/clip_fraction"].item(), 1 / 3, abs_tol=1e-6)
+    assert math.isclose(metrics["ppo/ratio"].item(), (1.3 + 1.3 + 1.1) / 3, abs_tol=1e-6)
+    # k3 of new against old: r - 1 - ln r, for 1.3 twice and 1.1
+    apart = (2 * (0.3 - math.log(1.3)) + 0.1 - math.log(1.1)) / 3
+    assert math.isclose(metrics["ppo/approx_kl"].item(), apart, abs_tol=1e-6)
 
 
 def test_gradient_at_ratio_one_is_minus_the_advantage():
@@ -65,3 +89,60 @@ def test_parts_add_up_with_the_count_of_the_step():
     count = mask.sum()
     parts = [policy_loss(new[i], old[i], advantage[i], mask[i], 0.2, count)[0] for i in ([0, 1, 2], [3], [4, 5, 6, 7])]
     torch.testing.assert_close(sum(parts), whole, atol=1e-12, rtol=0)
+
+
+P, Q = (0.5, 0.3, 0.2), (0.2, 0.2, 0.6)  # policy and reference over three tokens
+
+
+def expected_gradient(name):
+    """Of the loss with respect to the policy's logits, each token as often as the policy samples it."""
+    logits = torch.tensor(P, dtype=torch.float64).log().requires_grad_()
+    logprobs = torch.log_softmax(logits, 0)
+    weights = logprobs.detach().exp()
+    total = 0.0
+    for a in range(3):
+        other = torch.tensor([[math.log(Q[a])]], dtype=torch.float64)
+        total = total + weights[a] * kl_loss(logprobs[a].reshape(1, 1), other, ONE, KL_ESTIMATORS[name])
+    total.backward()
+    return logits.grad.tolist()
+
+
+def test_k2_in_the_loss_has_the_gradient_of_the_kl():
+    # d/dz_a sum_b p_b ln(p_b / q_b) = p_a (ln(p_a / q_a) - KL)
+    kl = sum(p * math.log(p / q) for p, q in zip(P, Q, strict=True))
+    for got, p, q in zip(expected_gradient("k2"), P, Q, strict=True):
+        assert math.isclose(got, p * (math.log(p / q) - kl), abs_tol=1e-12)
+
+
+def test_k3_in_the_loss_has_the_gradient_of_the_kl_the_other_way_round():
+    # d/dz_a -sum_b q_b ln p_b = p_a - q_a
+    for got, p, q in zip(expected_gradient("k3"), P, Q, strict=True):
+        assert math.isclose(got, p - q, abs_tol=1e-12)
+
+
+def test_k1_in_the_loss_pulls_nowhere():
+    assert all(math.isclose(g, 0.0, abs_tol=1e-12) for g in expected_gradient("k1"))
+
+
+def test_kl_loss_is_the_mean_over_true_tokens_of_the_step():
+    logprobs, mask = torch.tensor([[1.0, 2.0, 100.0]]), torch.tensor([[True, True, False]])
+    given = (logprobs, torch.zeros(1, 3), mask, KL_ESTIMATORS["k1"])
+    assert math.isclose(kl_loss(*given).item(), 1.5, abs_tol=1e-6)
+    assert math.isclose(kl_loss(*given, 6).item(), 0.5, abs_tol=1e-6)
+
+
+def test_ptx_loss_is_minus_the_mean_log_probability():
+    # ln 1/2 and ln 1/8, the third masked: (ln 2 + ln 8) / 2 = 2 ln 2; as part of a step of 8 tokens a quarter of it
+    logprobs = torch.tensor([[math.log(1 / 2), math.log(1 / 8), -50.0]])
+    mask = torch.tensor([[True, True, False]])
+    assert math.isclose(ptx_loss(logprobs, mask).item(), 2 * math.log(2), abs_tol=1e-6)
+    assert math.isclose(ptx_loss(logprobs, mask, 8).item(), math.log(2) / 2, abs_tol=1e-6)
+
+
+def test_padding_gives_k3_in_the_loss_no_gradient_that_is_no_number():
+    """Under False stand log p of the pad token, here -95, and 0 for the reference: exp(95) overflows float32."""
+    logprobs = torch.tensor([[-1.0, -95.0]], requires_grad=True)
+    reference, mask = torch.tensor([[-1.1, 0.0]]), torch.tensor([[True, False]])
+    kl_loss(logprobs, reference, mask, KL_ESTIMATORS["k3"]).backward()
+    # d/dx (exp(r - x) - 1 - (r - x)) = 1 - exp(r - x) = 1 - exp(-0.1) = 0.0951626
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[0.0951626, 0.0]]), atol=1e-6, rtol=0)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from rlhf.budget import Budget, count_parameters
-from rlhf.config import UserError
-from rlhf.data.records import Prompt, Scores
+from rlhf.config import UserError, check_ranges
+from rlhf.data.records import BadScore, Prompt, Scores
 from rlhf.distributed import World
 from rlhf.engines.hf import Sampling, generate
 from rlhf.models import load_foundation, lora_config
-from rlhf.ppo import PPOConfig, PPOTrainer, micro_batches, permutation
+from rlhf.ppo import PPOConfig, PPOTrainer, endless, micro_batches, permutation
 from rlhf.roles import Roles
 
 
@@ -47,14 +47,17 @@ def by_length(samples):
     return Scores(totals, {"length": totals})
 
 
-def trainer(path, options=None, scorer=by_length, prompts=PROMPTS, reward=None, dtype="float32"):
+def trainer(path, options=None, scorer=by_length, prompts=PROMPTS, reward=None, dtype="float32", ptx=None):
     options = options or config()
     torch.manual_seed(options.seed)
     foundation = load_foundation(path, dtype)
-    roles = Roles(foundation, lora_config(r=4), reward)
+    critic = options.critic_from if options.has_critic else None
+    roles = Roles(
+        foundation, lora_config(r=4), reward, critic=critic, moving_reference=options.reference_ema is not None
+    )
     tokenizer = foundation.tokenizer
     return PPOTrainer(
-        options, roles, scorer, prompts, tokenizer, [tokenizer.eos_token_id], World(), Budget(parameters=1)
+        options, roles, scorer, prompts, tokenizer, [tokenizer.eos_token_id], World(), Budget(parameters=1), ptx=ptx
     )
 
 
@@ -162,18 +165,31 @@ def test_a_response_that_does_not_end_scores_the_eos_penalty(sft_path):
     learner = trainer(sft_path, config(missing_eos_score=-7.0))
     learner.stop_ids = STOPS
     metrics, rollout = learner.step(0)
-    for score, ended, ids in zip(rollout.scores, rollout.ended, rollout.samples.response_ids, strict=True):
+    shaped = learner.shaped(rollout)
+    for score, ended, ids in zip(shaped, rollout.ended, rollout.samples.response_ids, strict=True):
         assert float(score) == (float(len(ids)) if ended else -7.0)
+    assert rollout.scores.tolist() == [float(len(ids)) for ids in rollout.samples.response_ids]
     assert 0 < metrics["response/ended"] < 1
-    assert math.isclose(metrics["score/total"], float(rollout.scores.mean()), abs_tol=1e-6)
+    assert math.isclose(metrics["score/total"], float(shaped.mean()), abs_tol=1e-6)
+    assert math.isclose(metrics["score/raw"], float(rollout.scores.mean()), abs_tol=1e-6)
+
+
+def nan_scorer(samples):
+    return Scores([float("nan")] * len(samples))
 
 
 def test_score_nan_is_stopped_with_its_prompt(sft_path):
-    def broken(samples):
-        return Scores([float("nan")] * len(samples))
+    options = config(guards={"not_finite": "stop"})
+    with pytest.raises(BadScore, match=r"nan: prompt '"):
+        trainer(sft_path, options, nan_scorer).step(0)
 
-    with pytest.raises(UserError, match=r"nan: prompt '"):
-        trainer(sft_path, scorer=broken).step(0)
+
+def test_a_rollout_with_a_score_nan_is_passed_over_once(sft_path):
+    learner = trainer(sft_path, scorer=nan_scorer)
+    before = learner.learner.state_dict()
+    metrics, rollout = learner.step(0)
+    assert rollout is None and not any(k.startswith("score/") for k in metrics)
+    assert all(torch.equal(v, before[k]) for k, v in learner.learner.state_dict().items())
 
 
 def test_linear_schedule_and_own_rate_of_the_critic(sft_path):
@@ -202,11 +218,21 @@ def test_samples_per_prompt_share_a_group(sft_path):
 
 
 def test_micro_batches_cover_each_row_once_and_in_step():
-    rows = torch.arange(7)
-    parts = [micro_batches(rows, World(rank=r, size=2), 2) for r in range(2)]
-    assert [len(p) for p in parts] == [2, 2]  # ranks have 3 and 4 rows: both do two backward passes
-    assert sorted(torch.cat([part for p in parts for part, _ in p]).tolist()) == list(range(7))
-    assert [last for _, last in parts[0]] == [False, True]
+    parts = [micro_batches(7, World(rank=r, size=2), 2) for r in range(2)]
+    assert [[len(part) for part in p] for p in parts] == [[2, 1], [2, 2]]
+    assert sorted(torch.cat([part for p in parts for part in p]).tolist()) == list(range(7))
+    # one row on two ranks: the rank without any has an empty micro-batch
+    assert [[len(part) for part in micro_batches(1, World(rank=r, size=2), 2)] for r in range(2)] == [[0], [1]]
+    # three on two, one at a time: both make two passes
+    assert [[len(part) for part in micro_batches(3, World(rank=r, size=2), 1)] for r in range(2)] == [[1, 0], [1, 1]]
+
+
+def test_an_endless_row_is_made_of_shuffled_passes():
+    rows = list("abcdefgh")
+    seen = endless(rows, range(16), 3)
+    assert sorted(seen[:8]) == rows and sorted(seen[8:]) == rows and seen[:8] != seen[8:]
+    assert endless(rows, range(5, 11), 3) == seen[5:11]  # the same places are the same rows, whoever asks
+    assert endless(rows, range(16), 4) != seen
 
 
 def test_permutation_depends_on_its_key_alone():
@@ -228,11 +254,21 @@ def test_permutation_depends_on_its_key_alone():
         ({"kl_coef": -0.1}, "kl_coef"),
         ({"kl_coef": 0.0, "kl_target": 6.0}, "cannot begin at 0"),
         ({"kl_target": 6.0, "kl_horizon": 4}, "less than one rollout"),
+        ({"score_clip": 0.0}, "score_clip"),
+        ({"reference_ema": 1.5}, "reference_ema"),
+        ({"advantage_estimator": "rloo"}, "compares samples of one prompt"),
+        ({"advantage_estimator": "grpo"}, "compares samples of one prompt"),
+        ({"advantage_estimator": "reinforce", "critic_warmup_steps": 1}, "has no critic"),
+        ({"ptx_coef": 0.5}, "belong together"),
+        ({"ptx_data": ["x"]}, "belong together"),
+        ({"guards": {"max_lk": 3}}, "max_kl"),
     ],
 )
 def test_impossible_combinations_are_refused(wrong, word):
     with pytest.raises(UserError, match=word):
-        config(**wrong).validate()
+        options = config(**wrong)
+        check_ranges(options)
+        options.validate()
 
 
 def test_rollout_is_the_same_whatever_the_micro_batch(sft_path):
@@ -272,9 +308,9 @@ def test_one_step_by_hand_at_a_temperature(base_path):
     seen = {}
     update = learner.update
 
-    def spy(rollout, advantages, returns, rows, rates):
+    def spy(rollout, advantages, returns, rows, rates, *place):
         seen.update(rollout=rollout, advantages=advantages.clone(), returns=returns.clone(), rates=rates)
-        return update(rollout, advantages, returns, rows, rates)
+        return update(rollout, advantages, returns, rows, rates, *place)
 
     learner.update = spy
     metrics, rollout = learner.step(0)
@@ -284,7 +320,7 @@ def test_one_step_by_hand_at_a_temperature(base_path):
     flat, white = [], []
     for b, ids in enumerate(rollout.samples.response_ids):
         score = float(len(ids)) if ended[b] else -2.0
-        assert float(rollout.scores[b]) == score
+        assert float(rollout.scores[b]) == float(len(ids))
         rewards = [-0.3 * float(rollout.logprobs[b, t] - rollout.ref_logprobs[b, t]) for t in range(len(ids))]
         rewards[-1] += score
         following = running = 0.0

@@ -16,12 +16,13 @@ LAYERS = [
     ["rlhf.cli"],
     ["rlhf.sandbox.quickstart", "rlhf.compare.run"],
     ["reward"],
-    ["rlhf.ppo", "rlhf.trainers", "rlhf.sandbox", "rlhf.sample"],
+    ["rlhf.ppo", "rlhf.dpo", "rlhf.trainers", "rlhf.sandbox", "rlhf.sample"],
     ["rlhf.rollout", "rlhf.compare"],
-    ["rlhf.roles", "rlhf.evaluate", "rlhf.stages"],
+    ["rlhf.roles", "rlhf.evaluate", "rlhf.stages", "rlhf.run", "rlhf.ppo_config"],
     ["rlhf.engines", "rlhf.models", "rlhf.budget"],
-    ["rlhf.advantages", "rlhf.losses", "rlhf.tensors", "rlhf.distributed"],
-    ["rlhf.tracking", "rlhf.trl_names", "rlhf.metrics"],
+    ["rlhf.advantages", "rlhf.losses", "rlhf.tensors", "rlhf.distributed", "rlhf.guards"],
+    ["rlhf.checkpoint"],
+    ["rlhf.tracking", "rlhf.trl_names", "rlhf.metrics", "rlhf.guard_table"],
     ["rlhf.data"],
     ["rlhf.config"],
 ]
@@ -95,7 +96,7 @@ def config_class(path: Path):
             name
         ]
     if name == "ppo":
-        from rlhf.ppo import PPOConfig
+        from rlhf.ppo_config import PPOConfig
 
         return PPOConfig
     spec = importlib.util.spec_from_file_location(f"door_{name}", ROOT / "launch" / f"{name}.py")

@@ -126,6 +126,80 @@ def test_the_critic_starts_as_the_reward_model(roles):
     assert abs(values[0, 3] - scores[0]) < 1e-5 and abs(values[1, 1] - scores[1]) < 1e-5
 
 
+def adapter(roles, name):
+    return {n.replace(f".{name}.", "."): p for n, p in roles.trunk.named_parameters() if f".{name}." in n}
+
+
+def test_a_critic_from_the_reward_model_is_its_adapter_and_its_scores(roles):
+    value, reward = adapter(roles, "value"), adapter(roles, "reward")
+    assert value.keys() == reward.keys() and all(torch.equal(value[n], reward[n]) for n in value)
+    # reward.json says scale 0.5, bias -0.25
+    assert torch.equal(roles.heads["value"].weight, 0.5 * roles.heads["reward"].weight)
+    assert roles.heads["value"].bias.item() == -0.25
+
+
+def test_a_critic_from_the_policy_is_its_adapter_and_knows_nothing(sft_path, reward_path):
+    roles = Roles(load_foundation(sft_path), lora_config(r=2), reward_path, critic="policy")
+    value, policy = adapter(roles, "value"), adapter(roles, "policy")
+    assert value.keys() == policy.keys() and all(torch.equal(value[n], policy[n]) for n in value)
+    assert not roles.heads["value"].weight.any() and not roles.heads["value"].bias.any()
+    with torch.no_grad(), roles.use("value"):
+        assert not roles.values(batch_of()).any()
+
+
+def test_a_fresh_critic_is_the_base(sft_path, reward_path):
+    roles = Roles(load_foundation(sft_path), lora_config(r=2), reward_path, critic="fresh")
+    value = adapter(roles, "value")
+    assert all(p.shape[0] == 2 for n, p in value.items() if "lora_A" in n)  # its own rank; the policy's is 4
+    assert all(not p.any() for n, p in value.items() if "lora_B" in n)
+    assert not roles.heads["value"].weight.any() and not roles.heads["value"].bias.any()
+
+
+def test_a_critic_starts_from_the_reward_model_where_there_is_one(sft_path, base_path, reward_path):
+    with_reward = Roles(load_foundation(sft_path), lora_config(), reward_path, critic="auto")
+    assert torch.equal(with_reward.heads["value"].weight, 0.5 * with_reward.heads["reward"].weight)
+    without = Roles(load_foundation(sft_path), lora_config(), critic="auto")
+    value, policy = adapter(without, "value"), adapter(without, "policy")
+    assert all(torch.equal(value[n], policy[n]) for n in policy)
+    with pytest.raises(UserError, match="cannot start from the reward model"):
+        Roles(load_foundation(sft_path), lora_config(), critic="reward")
+
+
+def test_without_a_critic_there_is_no_value_role(sft_path, reward_path, tmp_path):
+    foundation = load_foundation(sft_path)
+    roles = Roles(foundation, lora_config(), reward_path, critic=None)
+    assert not roles.has_critic and roles.parameters_of("value") == []
+    assert not any(".value." in n or n.startswith("heads.value") for n, _ in roles.named_parameters())
+    roles.save(tmp_path, foundation)
+    assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "value").exists()
+
+
+@pytest.mark.parametrize("start", ["sft", "base"])
+def test_a_moving_reference_begins_as_the_policy_and_follows_it(sft_path, base_path, start):
+    path = sft_path if start == "sft" else base_path
+    roles = Roles(load_foundation(path), lora_config(r=4), critic=None, moving_reference=True)
+    assert not any(p.requires_grad for p in roles.moving_parameters())
+    batch = batch_of()
+    with torch.no_grad():
+        read = {}
+        for role in ("policy", "moving", "reference"):
+            with roles.use(role):
+                read[role] = roles.logprobs(batch)[0]
+        assert torch.equal(read["policy"], read["moving"])
+        before = {n: p.clone() for n, p in adapter(roles, "moving").items()}
+        for parameter in roles.parameters_of("policy"):
+            parameter.add_(0.1)
+        roles.follow(0.75)
+        for name, policy in adapter(roles, "policy").items():
+            torch.testing.assert_close(
+                adapter(roles, "moving")[name], 0.75 * before[name] + 0.25 * policy, atol=1e-7, rtol=0
+            )
+        with roles.use("reference"):
+            assert torch.equal(roles.logprobs(batch)[0], read["reference"])
+        with roles.use("moving"):
+            assert (roles.logprobs(batch)[0] - read["moving"]).abs().max() > 1e-4
+
+
 def test_dropout_is_off_wherever_a_model_keeps_it(sft_path):
     foundation = load_foundation(sft_path)
     foundation.model.config.attention_dropout = 0.5

@@ -5,6 +5,8 @@ import torch
 from rlhf.tensors import (
     explained_variance,
     masked_mean,
+    masked_sum,
+    masked_sum_rows,
     masked_whiten,
     pad_right,
     selected_logprobs,
@@ -24,6 +26,24 @@ def test_parts_of_a_mean_add_up_with_the_count_of_the_whole():
     values, mask = torch.tensor([[1.0, 2, 3, 4, 5]]), torch.ones(1, 5, dtype=torch.bool)
     parts = [masked_mean(values[:, a:b], mask[:, a:b], 5) for a, b in ((0, 2), (2, 5))]
     assert math.isclose(sum(p.item() for p in parts), 3.0, abs_tol=1e-6)
+
+
+def test_sums_of_rows_and_of_all_never_read_what_is_masked():
+    # 1 + 3, nothing, 2 + 5: 4, 0, 7 and 11 in all
+    values = torch.tensor([[1.0, 3.0, NAN], [NAN, NAN, NAN], [2.0, NAN, 5.0]])
+    mask = torch.tensor([[True, True, False], [False] * 3, [True, False, True]])
+    assert masked_sum_rows(values, mask).tolist() == [4.0, 0.0, 7.0]
+    assert masked_sum(values, mask).item() == 11.0
+
+
+def test_the_mean_of_nothing_is_zero():
+    assert masked_mean(torch.tensor([[NAN]]), torch.tensor([[False]])).item() == 0.0
+
+
+def test_a_masked_entry_gets_no_gradient():
+    values = torch.tensor([[1.0, NAN]], requires_grad=True)
+    masked_mean(values, torch.tensor([[True, False]])).backward()
+    assert values.grad.tolist() == [[1.0, 0.0]]
 
 
 def test_whiten_uses_the_population_variance_of_true_tokens():

@@ -260,3 +260,63 @@ def test_importing_the_tracker_is_cheap():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
+
+
+def test_files_are_cut_to_where_they_were_at_the_checkpoint(tmp_path):
+    """A line of the checkpoint's own step that was written after it goes too; only the length can tell."""
+    with Tracker(tmp_path) as tracker:
+        tracker.log({"loss/total": 1.0}, 1)
+        tracker.table("samples", [{"response": "a"}], 1)
+        position = tracker.position()
+        before = (tmp_path / "metrics.jsonl").read_bytes()
+        tracker.log({"eval/loss/total": 5.0}, 1)
+        tracker.table("samples", [{"response": "b"}], 2)
+        tracker.rewind(1, position)
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        tracker.log({"loss/total": 2.0}, 2)
+        tracker.table("later", [{"response": "c"}], 2)
+    with Tracker(tmp_path, resume_step=1, position=position):
+        assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        assert len((tmp_path / "tables/samples.jsonl").read_text().splitlines()) == 1
+        assert not (tmp_path / "tables/later.jsonl").read_text()  # there was none then
+
+
+def test_wandb_is_not_sent_a_step_twice(tmp_path, no_key, monkeypatch):
+    import wandb
+
+    sent = []
+
+    class Run:
+        id = "abc"
+
+        def log(self, row):
+            sent.append(row["step"])
+
+        def define_metric(self, *args, **kwargs):
+            pass
+
+        def finish(self, **kwargs):
+            pass
+
+    monkeypatch.setattr(wandb, "init", lambda **kwargs: Run())
+    with Tracker(tmp_path, report_to="wandb") as tracker:
+        for step in (1, 2, 3):
+            tracker.log({"loss/total": 1.0}, step)
+    with Tracker(tmp_path, report_to="wandb", resume_step=1) as tracker:
+        for step in (2, 3, 4):
+            tracker.log({"loss/total": 1.0}, step)
+            tracker.log({"eval/loss/total": 1.0}, step)
+            tracker.table("samples", [{"response": "r"}], step)
+    assert sent == [1, 2, 3, 4, 4, 4]
+    with Tracker(tmp_path, report_to="wandb", resume_step=4) as tracker:
+        position = tracker.position()
+        for step in (5, 6):
+            tracker.log({"loss/total": 1.0}, step)
+        tracker.rewind(4, position)  # after a rollback the steps are made again
+        for step in (5, 6, 7):
+            tracker.log({"loss/total": 2.0}, step)
+    assert sent == [1, 2, 3, 4, 4, 4, 5, 6, 7]
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 2, 3, 3, 4, 4, 5, 6, 7]
+    with Tracker(tmp_path, report_to="wandb") as tracker:  # a new run begins anew
+        tracker.log({"loss/total": 1.0}, 1)
+    assert sent[-1] == 1

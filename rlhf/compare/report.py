@@ -200,6 +200,7 @@ def print_table(report: dict[str, Any], output_dir: str | Path | None = None) ->
     from rich.table import Table
 
     from rlhf.compare.text import pair_rows, policy_rows
+    from rlhf.data.prepare.people import alpha_in_words
 
     console = Console()
     if not console.is_terminal:
@@ -215,6 +216,8 @@ def print_table(report: dict[str, Any], output_dir: str | Path | None = None) ->
         console.print(table)
     for line in report["verdict"]:
         console.print(f"- {line}", markup=False, highlight=False)
+    if annotators := report["meta"].get("annotators"):
+        console.print(f"- Annotators: {alpha_in_words(annotators)}.", markup=False, highlight=False)
     if output_dir is not None:
         console.print(f"\nReport: {Path(output_dir) / 'report.md'}", markup=False, highlight=False)
 

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoint import FOLDER
 from rlhf.config import UserError, near_file, option, read_yaml
 from rlhf.data.records import Prompt, Scorer, prompt_group
-from rlhf.stages import TRAINED_ON
+from rlhf.run import TRAINED_ON
 
 
 @dataclass(kw_only=True)
@@ -25,6 +26,7 @@ class CompareConfig:
     gold: list[dict] = option([], "the true reward where it is known, e.g. [{voice: configs/voices/shop.yaml}]")
     referee: list[dict] = option([], "a reward model that no run has seen, e.g. [{model: runs/referee}]; decides")
     others: list[dict] = option([], "further scorers to show")
+    votes: str | None = option(None, "a preference store: the report shows how far its annotators agree")
     n_prompts: int | None = option(None, "so many test prompts; default: all")
     samples_per_prompt: int = option(1, "responses of each policy to each prompt")
     temperature: float = option(1.0, "of sampling; the KL is that of the sampled distributions")
@@ -112,9 +114,15 @@ def run_names(paths: list[str]) -> list[str]:
 
 
 def run_config(path: str | Path) -> dict[str, Any]:
-    """The resolved options of a run; empty where the folder is no run of ours."""
-    file = Path(path) / "config.yaml"
+    """The resolved options of a run, or of the run that a checkpoint is of; empty where the folder is none of ours."""
+    file = home(path) / "config.yaml"
     return read_yaml(file) if file.is_file() else {}
+
+
+def home(path: str | Path) -> Path:
+    """The run's folder, of which `path` may be a checkpoint."""
+    path = Path(path)
+    return path.parent.parent if path.parent.name == FOLDER and not (path / "config.yaml").is_file() else path
 
 
 def fractions_of(config: CompareConfig) -> dict[str, float]:
@@ -131,7 +139,7 @@ def fractions_of(config: CompareConfig) -> dict[str, float]:
 
 def unseen(config: CompareConfig, records: list[Prompt]) -> list[Prompt]:
     """The prompts that none of the runs, and no reward model they learnt from, was trained on; says what it drops."""
-    places = [*config.runs, *(spec["model"] for spec in trained_scorers(config) if "model" in spec)]
+    places = [*config.runs, *(folder for spec in trained_scorers(config) for folder in folders(spec))]
     seen = {name for place in places for name in hashes(place)}
     kept = [record for record in records if prompt_group(record.prompt) not in seen]
     if len(kept) < len(records):
@@ -145,45 +153,51 @@ def unseen(config: CompareConfig, records: list[Prompt]) -> list[Prompt]:
 
 
 def hashes(place: str) -> set[str]:
-    """What the run in this folder says it was trained on (see rlhf/stages.py)."""
-    file = Path(place) / TRAINED_ON
+    """What the run in this folder says it was trained on (see rlhf/run.py)."""
+    file = home(place) / TRAINED_ON
     return set(file.read_text().split()) if file.is_file() else set()
 
 
 def trained_scorers(config: CompareConfig) -> list[dict]:
-    """Every scorer that a run learnt from, from its config.yaml."""
+    """Every scorer that a run learnt from, from its config.yaml; those of weight 0 were only watched."""
     proxies: list[dict] = []
     for path in config.runs:
-        proxies += [spec for spec in run_config(path).get("reward") or [] if spec not in proxies]
+        learnt = [spec for spec in run_config(path).get("reward") or [] if spec.get("weight", 1.0)]
+        proxies += [spec for spec in learnt if spec not in proxies]
     return proxies
 
 
-def identity(spec: dict) -> tuple[str, str]:
-    """(kind, what) of a scorer: two specifications with the same are the same score."""
-    kind = next((k for k in ("model", "voice", "function", "rule") if k in spec), "")
-    what = str(spec.get(kind, ""))
-    if kind == "model" and Path(what).is_dir():
+def identities(spec: dict) -> set[tuple[str, str]]:
+    """(kind, what) of a scorer, and of each member of an ensemble: specifications that share one share a score."""
+    kind = next((k for k in ("model", "ensemble", "voice", "function", "rule", "http") if k in spec), "")
+    if kind in ("model", "ensemble"):
         from rlhf.models import folder_fingerprint
 
-        what = folder_fingerprint(what)
-    return kind, str(Path(what).resolve()) if kind == "voice" else what
+        return {("model", folder_fingerprint(f) if Path(f).is_dir() else f) for f in folders(spec)}
+    what = str(spec.get(kind, ""))
+    return {(kind, str(Path(what).resolve()) if kind == "voice" else what)}
+
+
+def folders(spec: dict) -> list[str]:
+    """The reward models that a scorer reads."""
+    return [spec["model"]] if "model" in spec else list(spec.get("ensemble", []))
 
 
 def check_judges(config: CompareConfig) -> None:
     """Raises UserError if what is to decide is something that a run learnt from, or learnt from the same pairs."""
-    trained = {identity(spec) for spec in trained_scorers(config)}
+    trained = {name for spec in trained_scorers(config) for name in identities(spec)}
     for option_name, specs in (("gold", config.gold), ("referee", config.referee)):
         for spec in specs:
-            if identity(spec) in trained:
+            if identities(spec) & trained:
                 raise UserError(
                     f"{option_name} {spec}: a run was trained on it, so it cannot decide; show it as 'others'"
                 )
     learnt = {name for path in config.runs[1:] for name in hashes(path)}
-    for spec in config.referee:
-        common = hashes(spec["model"]) & learnt if "model" in spec else set()
+    for folder in (folder for spec in config.referee for folder in folders(spec)):
+        common = hashes(folder) & learnt
         if common:
             raise UserError(
-                f"referee {spec['model']}: {len(common)} of its training prompts are also those of a run. Train it on "
+                f"referee {folder}: {len(common)} of its training prompts are also those of a run. Train it on "
                 "the other half of the groups: --half b for the referee, --half a for the rest"
             )
 
@@ -198,7 +212,7 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
     specs, kinds = [], {}
     for kind, group in groups.items():
         for spec in group:
-            first = spec.get("name") or (kind if kind != "other" else identity(spec)[1].replace("/", "_"))
+            first = spec.get("name") or (kind if kind != "other" else min(identities(spec))[1].replace("/", "_"))
             name, number = first, 1
             while name in kinds:
                 number += 1
@@ -263,6 +277,10 @@ def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str) -
         if "seed" in result and result["seed"] not in meta["seeds"]["run"]:
             meta["seeds"]["run"].append(result["seed"])
     meta["fingerprints"]["prompts"] = prompts_fingerprint
+    if config.votes:
+        from rlhf.data.prepare.people import of_store
+
+        meta["annotators"] = of_store(config.votes)
     meta["sampling"] = {"temperature": config.temperature, "max_new_tokens": config.max_response_length}
     return meta
 

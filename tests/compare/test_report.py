@@ -212,3 +212,15 @@ def test_a_mean_that_a_few_comparisons_decide_is_hedged(tmp_path):
     (line, _) = report_of(tmp_path, policies)["verdict"]
     assert line.startswith("ppo is better than sft by the gold score: +0.875 ")
     assert "ppo wins 25.0 %" in line and line.endswith("Mean and win rate disagree: a few comparisons decide the mean.")
+
+
+def test_annotators_stand_in_the_report_where_their_votes_are_given(tmp_path):
+    from rlhf.data.agreement import agreement_summary
+    from rlhf.data.votes import Vote
+
+    votes = [Vote(i, i // 2, "ab"[i % 2], "ab"[i % 3 == 0], left="a") for i in range(40)]
+    report_of(tmp_path / "with", three(), meta=META | {"annotators": agreement_summary(votes)})
+    report_of(tmp_path / "without", three())
+    text = (tmp_path / "with" / "report.md").read_text()
+    assert "## Annotators" in text and "Krippendorff's alpha" in text and "20 of 20 pairs" in text
+    assert "## Annotators" not in (tmp_path / "without" / "report.md").read_text()

@@ -64,6 +64,21 @@ def test_a_copy_of_the_trained_reward_model_cannot_decide(tmp_path):
     check_judges(config(runs, referee=[{"model": str(tmp_path / "other")}]))
 
 
+def test_a_score_that_was_only_watched_can_decide_and_a_member_of_an_ensemble_cannot(tmp_path):
+    for name in ("one", "two", "gold"):
+        (run(tmp_path / name), (tmp_path / name / "adapter_model.safetensors").write_bytes(name.encode()))
+    one, two, gold = (str(tmp_path / name) for name in ("one", "two", "gold"))
+    reward = [{"ensemble": [one, two]}, {"model": gold, "weight": 0}, {"http": "http://localhost:1/a"}]
+    runs = [run(tmp_path / "sft"), run(tmp_path / "ppo", reward=reward)]
+    check_judges(config(runs, referee=[{"model": gold}]))
+    check_judges(config(runs, gold=[{"http": "http://localhost:1/b"}]))
+    for judge in ({"model": two}, {"ensemble": [gold, one]}):
+        with pytest.raises(UserError, match="a run was trained on it"):
+            check_judges(config(runs, referee=[judge]))
+    with pytest.raises(UserError, match="a run was trained on it"):
+        check_judges(config(runs, gold=[{"http": "http://localhost:1/a"}]))
+
+
 def test_a_referee_of_the_same_half_cannot_decide(tmp_path):
     referee = run(tmp_path / "referee", trained=["a", "b"])
     runs = [run(tmp_path / "sft", trained=["a", "b"]), run(tmp_path / "dpo", trained=["b", "c"])]
@@ -103,7 +118,8 @@ def test_gold_and_referee_together_are_refused():
 def test_trained_on_is_written_as_compare_reads_it(tmp_path):
     from rlhf.data.records import Instruction
     from rlhf.distributed import World
-    from rlhf.stages import Run, RunConfig
+    from rlhf.run import Run
+    from rlhf.stages import RunConfig
 
     rows = [
         {"prompt": f"q{i}", "response": "a", "split": "train" if i < 3 else "test", "metadata": {}} for i in range(5)
@@ -111,7 +127,9 @@ def test_trained_on_is_written_as_compare_reads_it(tmp_path):
     (tmp_path / "i.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
     options = RunConfig(model_name_or_path="x", data=[str(tmp_path / "i.jsonl")], output_dir=str(tmp_path))
     options.validation_fraction = 0.0
-    Run("sft", options, World(), None).load(Instruction, "train")
+    made = Run("sft", options, World(), None)
+    made.load(Instruction, "train")
+    made.write_trained_on()
     kept = unseen(config([str(tmp_path), str(tmp_path)]), prompts(*(f"q{i}" for i in range(5))))
     assert [p.prompt[0]["content"] for p in kept] == ["q3", "q4"]
 
@@ -120,7 +138,8 @@ def test_a_live_store_is_read_as_it_was_at_the_start(tmp_path):
     from rlhf.data.records import Preference
     from rlhf.data.store import Store
     from rlhf.distributed import World
-    from rlhf.stages import Run, RunConfig
+    from rlhf.run import Run
+    from rlhf.stages import RunConfig
 
     def vote(count):
         with Store.open(tmp_path / "votes.db", create=True) as store:

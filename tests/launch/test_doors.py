@@ -1,6 +1,5 @@
 """The four programs from end to end on a tiny model, and the same through the DeepSpeed launcher."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -12,72 +11,7 @@ import pytest
 from rlhf.config import EXIT_USER_ERROR
 from rlhf.tracking import read_metrics
 from tests.conftest import ROOT
-
-ITEMS = ("lamp", "chair", "parcel", "refund", "order", "red lamp", "blue chair", "team", "help", "today")
-COLOURS = ("red", "blue", "green", "old", "new", "big")
-SHORT = ["--max_prompt_length", "64", "--max_response_length", "12", "--logging_steps", "1", "--eval_prompts", "4"]
-SMALL = ["--per_device_train_batch_size", "4", "--max_steps", "3", "--lora_r", "4"]
-
-
-def door(name: str):
-    """The main() of a program, loaded without changing sys.path for good."""
-    spec = importlib.util.spec_from_file_location(f"door_{name}", ROOT / "launch" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    before = list(sys.path)
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = before
-    return module.main
-
-
-def write_rows(path: Path, rows: list[dict]) -> str:
-    path.write_text("\n".join(json.dumps(row) for row in rows))
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("data")
-    asked = [f"where is my {c} {i}?" for c in COLOURS for i in ITEMS]
-    return {
-        "instructions": write_rows(
-            folder / "i.jsonl",
-            [
-                {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": "on its way"}]}
-                for q in asked
-            ],
-        ),
-        "pairs": write_rows(
-            folder / "p.jsonl",
-            [{"prompt": q, "chosen": f"happy to help {n}", "rejected": f"no {n}"} for n, q in enumerate(asked)],
-        ),
-    }
-
-
-@pytest.fixture(scope="module")
-def runs(base_path, files, tmp_path_factory) -> Path:
-    """SFT, reward, DPO and PPO, one after the other, in this process."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    def start(name, model, data, *more):
-        eval_flags = SHORT[:-2] if name == "reward" else SHORT
-        flags = ["--model_name_or_path", str(model), "--data", data, "--output_dir", str(folder / name), *eval_flags]
-        door(name)([*flags, *more])
-
-    start("sft", base_path, files["instructions"], *SMALL, "--learning_rate", "1e-2")
-    start("reward", folder / "sft", files["pairs"], *SMALL)
-    start("dpo", folder / "sft", files["pairs"], *SMALL, "--learning_rate", "1e-2")
-    start("ppo", folder / "sft", files["pairs"], *ppo_flags(folder))
-    return folder
-
-
-def ppo_flags(folder: Path) -> list[str]:
-    return [
-        *("--reward", f"[{{model: {folder}/reward}}]", "--total_episodes", "16", "--rollout_batch_size", "8"),
-        *("--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--num_mini_batches", "2"),
-    ]
+from tests.launch.conftest import door, untimed
 
 
 def test_every_run_leaves_what_the_design_says(runs):
@@ -136,10 +70,6 @@ def test_the_resolved_options_repeat_the_run(runs, tmp_path):
     assert [untimed(r) for r in read_metrics(tmp_path / "metrics.jsonl")] == [
         untimed(r) for r in read_metrics(runs / "ppo" / "metrics.jsonl")
     ]
-
-
-def untimed(row: dict) -> dict:
-    return {k: v for k, v in row.items() if not k.startswith(("time", "memory", "budget/seconds"))}
 
 
 def test_compare_reports_on_test_prompts(runs, files, tmp_path):

@@ -1,0 +1,89 @@
+"""A few rollouts of PPO in a tiny run, alone or as one of several ranks; what each saw goes to a file.
+
+deepspeed --num_accelerators 2 --no_local_rank tests/launch/ranks.py BASE SFT REWARD OUT STAGE
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+STEPS = 4
+
+
+def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict:
+    """Responses and metrics of each step, how often the parameters were gathered, and the saved files' tensors."""
+    import tempfile
+
+    import torch
+
+    from rlhf.budget import Budget
+    from rlhf.data.records import Prompt
+    from rlhf.distributed import read_deepspeed_config
+    from rlhf.models import load_foundation, lora_config
+    from rlhf.ppo import PPOTrainer
+    from rlhf.ppo_config import PPOConfig
+    from rlhf.roles import Roles
+    from rlhf.rollout import role_scorer
+
+    options = PPOConfig(
+        model_name_or_path="x", data=["x"], output_dir="x", reward=[{"model": "x"}], rollout_batch_size=7,
+        total_episodes=7 * STEPS, per_device_train_batch_size=3, num_ppo_epochs=2, num_mini_batches=2,
+        max_response_length=6, learning_rate=1e-2, missing_eos_score=None,
+    )  # fmt: skip
+    texts = ("one", "three", "seventeen", "a", "of it", "many things", "yes", "no")
+    prompts = [
+        {"prompt_ids": [5 + ord(c) % 200 for c in t], "record": Prompt(prompt=[{"role": "user", "content": t}])}
+        for t in texts
+    ]
+    torch.manual_seed(0)
+    foundation = load_foundation(sft)
+    roles = Roles(foundation, lora_config(r=4), reward)
+    config = read_deepspeed_config(stage, world)
+    if config and config["zero_optimization"]["stage"] == 3:  # a tiny model would not be cut into parts at all
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    scorer = role_scorer(roles, foundation.tokenizer.pad_token_id, 3)  # ranks make one pass, and two
+    stops = [foundation.tokenizer.eos_token_id, *range(3, 320, 9)]
+    trainer = PPOTrainer(options, roles, scorer, prompts, foundation.tokenizer, stops, world, Budget(1), config)
+    gathers = []
+    gather = trainer.learner.gathered
+    trainer.learner.gathered = lambda *a, **k: (gathers.append(1), gather(*a, **k))[1]
+    seen = []
+    for step in range(STEPS):
+        metrics, rollout = trainer.step(step)
+        kept = {k: v for k, v in metrics.items() if not k.startswith("time/")}
+        seen.append({"metrics": kept, "responses": rollout.samples.response_ids, "gathers": len(gathers)})
+    episodes = int(world.sum(trainer.budget.episodes))
+    with gather(), tempfile.TemporaryDirectory() as folder:
+        if world.is_main:
+            roles.save(folder, foundation)
+        shapes = {str(p.relative_to(folder)): shapes_in(p) for p in sorted(Path(folder).rglob("*.safetensors"))}
+    return {"steps": seen, "episodes": episodes, "shapes": shapes}
+
+
+def shapes_in(path: Path) -> dict[str, list[int]]:
+    from safetensors.torch import load_file
+
+    return {name: list(tensor.shape) for name, tensor in load_file(path).items()}
+
+
+def equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> float:
+    """Share of tokens at which two sets of responses are the same."""
+    pairs = [(a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=False)]
+    return sum(a == b for a, b in pairs) / max(sum(map(len, ours)), sum(map(len, theirs)))
+
+
+if __name__ == "__main__":
+    from rlhf.distributed import start
+    from rlhf.models import quiet
+
+    quiet()
+    here = start()
+    base, sft, reward, out, stage = sys.argv[1:6]
+    result = rollouts(base, sft, reward, here, stage)
+    if here.is_main:
+        Path(out).write_text(json.dumps(result))
+    here.barrier()
+    here.leave()

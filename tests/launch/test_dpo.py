@@ -1,0 +1,54 @@
+"""launch/dpo.py with soft labels, and the options it refuses."""
+
+import json
+
+import pytest
+
+from rlhf.config import EXIT_USER_ERROR
+from tests.launch.conftest import SHORT, SMALL, door
+
+
+def pairs(folder, soft):
+    rows = [
+        {"prompt": f"where is parcel {n}?", "chosen": f"happy to help {n}", "rejected": f"no {n}"}
+        | (soft if n % 2 else {})
+        for n in range(40)
+    ]
+    (folder / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "pairs.jsonl")
+
+
+def run(base_path, folder, soft, *more):
+    arguments = ["--model_name_or_path", base_path, "--data", pairs(folder, soft), "--output_dir", str(folder / "run")]
+    door("dpo")([*arguments, *SHORT, *SMALL, "--eval_prompts", "0", "--validation_fraction", "0.2", *more])
+    return json.loads((folder / "run" / "result.json").read_text())["headline"]["eval/loss/total"]
+
+
+def test_soft_labels_are_read_and_change_the_loss(base_path, tmp_path, capsys):
+    still = ("--learning_rate", "1e-12")  # at the reference every loss is log 2 for a row of weight 1
+    loss = run(base_path, tmp_path, {"label_prob": 0.7, "weight": 3.0, "margin": 0.5}, *still)
+    said = capsys.readouterr().out
+    assert (
+        "the loss reads label_prob and weight of the pairs" in said
+        and "the reward model reads and DPO does not" in said
+    )
+    assert loss == pytest.approx(0.6931, abs=0.05)
+
+
+def test_other_losses_say_that_they_do_not_read_them(base_path, tmp_path, capsys):
+    run(base_path, tmp_path, {"label_prob": 0.7}, "--loss_type", "ipo")
+    assert "loss_type ipo does not read label_prob of the pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--loss_type", "hinge", "--label_smoothing", "0.1"], "no effect on loss_type hinge"),
+        (["--label_smoothing", "0.5"], "expected 0 up to, not including, 0.5"),
+        (["--label_smoothing", "0.1", "--trl", "{use_weighting: true}"], "does not go with use_weighting"),
+    ],
+)
+def test_label_smoothing_that_would_do_nothing_is_refused(base_path, tmp_path, capsys, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        run(base_path, tmp_path, {}, *flags)
+    assert stopped.value.code == EXIT_USER_ERROR and message in capsys.readouterr().err

@@ -1,0 +1,296 @@
+"""Guards in real runs: what is skipped, rolled back to and stopped, and what a kill in the middle of it costs."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+
+from rlhf import checkpoint
+from rlhf.config import EXIT_GUARD, EXIT_USER_ERROR
+from rlhf.data.records import Scores
+from rlhf.ppo import PPOTrainer
+from rlhf.run import Run
+from rlhf.tracking import read_metrics
+from tests.launch.conftest import differences, door, flags_of, ppo_flags
+
+CALLS = {"count": 0, "bad": ()}  # of the scorer below
+# Only the critic learns in the first three steps, so that kl/sequence is 0 up to step 4 and first moves at step 5. The
+# rollback from there (one bad rollout, made by the update of step 4) goes to a checkpoint of before step 4: step 2's.
+LATE = ["--critic_warmup_steps", "3", "--total_episodes", "40", "--save_steps", "2", "--save_total_limit", "9"]
+
+
+class Crash(BaseException):
+    """The process ends here; nothing catches it."""
+
+
+def by_length(samples) -> Scores:
+    """The length of each response, but NaN for the last one in the calls that are to be bad."""
+    CALLS["count"] += 1
+    totals = [float(len(ids)) for ids in samples.response_ids]
+    return Scores([*totals[:-1], math.nan] if CALLS["count"] in CALLS["bad"] else totals)
+
+
+def flags(runs, files, output, *more) -> list[str]:
+    return [*flags_of("ppo", runs / "sft", files["pairs"], output), *ppo_flags(runs), *more]
+
+
+def guarded(runs, files, output, guards, *more) -> list[str]:
+    quiet = {"no_end": "off"}  # these responses are all cut off
+    return flags(runs, files, output, *LATE, "--guards", json.dumps(quiet | guards), *more)
+
+
+def start(arguments) -> int:
+    """The exit code of a run."""
+    try:
+        door("ppo")(arguments)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def rows_of(folder) -> list[dict]:
+    """The lines of steps; those of evaluations left out."""
+    return [row for row in read_metrics(folder / "metrics.jsonl") if "kl/sequence" in row]
+
+
+def result_of(folder) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def plain(runs, files, tmp_path_factory):
+    """The run in which no guard strikes."""
+    folder = tmp_path_factory.mktemp("plain")
+    assert start(guarded(runs, files, folder, {})) == 0
+    assert [row["kl/sequence"] == 0 for row in rows_of(folder)] == [True] * 4 + [False]
+    assert rows_of(folder)[4]["kl/sequence"] > 0
+    return folder
+
+
+def always(limit: int) -> dict:
+    """As soon as the policy moves at all, at whatever step size."""
+    return {"max_kl": {"threshold": 1e-9, "window": 1, "action": "rollback", "limit": limit}}
+
+
+@pytest.fixture(scope="module")
+def stopped(runs, files, tmp_path_factory):
+    """A run that is rolled back twice and then stopped."""
+    folder = tmp_path_factory.mktemp("stopped")
+    assert start(guarded(runs, files, folder, always(2))) == EXIT_GUARD
+    return folder
+
+
+def test_a_rollback_goes_back_with_half_the_step_size(stopped, plain):
+    rows, before = rows_of(stopped), rows_of(plain)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]  # cut back twice, and written again
+    # linear from 1e-2 to 0 over 5 steps: 1e-2 * (1 - 3/5) at step 4, and after two rollbacks a quarter of it
+    assert before[3]["learning_rate"] == pytest.approx(4e-3) and rows[3]["learning_rate"] == pytest.approx(1e-3)
+    assert [row["guard/rollbacks"] for row in rows] == [0, 0, 2, 2, 2]
+    assert rows[4]["guard/rate_scale"] == 0.25
+    restored, original = (f / "checkpoints" / "step-000002" for f in (stopped, plain))
+    for name in ("adapter_model.safetensors", "value/adapter_model.safetensors", "value/value_head.safetensors"):
+        assert (restored / name).read_bytes() == (original / name).read_bytes(), name
+    assert json.loads((restored / "ppo.json").read_text())["guards"]["rollbacks"] == 2
+    assert 0 < rows[4]["kl/sequence"] < before[4]["kl/sequence"] / 2  # a shorter step leaves the reference less far
+
+
+def test_weights_and_moments_are_those_of_the_checkpoint(runs, files, plain, tmp_path, monkeypatch):
+    load, seen = PPOTrainer.load, []
+
+    def spy(self, folder, after=None):
+        before = self.learner.state_dict()
+        load(self, folder, after)
+        moments = copy.deepcopy(self.learner.optimizer.state_dict()["state"])
+        seen.append((before, self.learner.state_dict(), moments, self.done))
+
+    monkeypatch.setattr(PPOTrainer, "load", spy)
+    start(guarded(runs, files, tmp_path, always(1)))
+    ((before, after, moments, done),) = seen
+    kept = torch.load(plain / "checkpoints" / "step-000002" / "learner" / "plain.pt", weights_only=True)
+    assert done == 2 and set(kept["module"]) == set(after)
+    assert all(torch.equal(kept["module"][name], after[name]) for name in after)
+    assert not all(torch.equal(before[name], after[name]) for name in after)
+    for number, state in kept["optimizer"]["state"].items():
+        assert all(torch.equal(state[k], moments[number][k]) for k in ("step", "exp_avg", "exp_avg_sq")), number
+
+
+def test_after_the_last_rollback_it_is_a_stop_and_everything_is_written_down(stopped, capsys):
+    result = result_of(stopped)
+    assert [(e["guard"], e["action"], e["step"], e["since"]) for e in result["guards"]] == [
+        ("max_kl", "rollback", 5, 4),
+        ("max_kl", "rollback", 5, 4),
+        ("max_kl", "stop", 5, 4),
+    ]
+    assert "after 2 rollbacks" in result["stopped"] and "raise kl_coef" in result["stopped"]
+    assert result["steps"] == 5 and (stopped / "adapter_model.safetensors").is_file()
+    evaluated = [r["step"] for r in read_metrics(stopped / "metrics.jsonl") if "eval/score/total" in r]
+    assert evaluated == [0, 5]  # the headline is that of the weights that were kept
+    assert not (stopped / "checkpoints" / "step-000005").exists()  # it would go on as if nothing had been
+
+
+def test_a_stopped_run_goes_on_only_when_told_from_where(runs, files, stopped, tmp_path, capsys):
+    import shutil
+
+    folder = tmp_path / "copy"
+    shutil.copytree(stopped, folder)
+    before = (folder / "metrics.jsonl").read_bytes()
+    again = guarded(runs, files, folder, {"max_kl": "off"})
+    assert start(again) == EXIT_GUARD
+    said = capsys.readouterr()
+    assert "was stopped: kl/sequence is" in said.out + said.err
+    assert f"--resume {folder}/checkpoints/step-" in said.out + said.err
+    assert (folder / "metrics.jsonl").read_bytes() == before and "stopped" in result_of(folder)
+    assert start([*again, "--resume", str(folder / "checkpoints" / "step-000004")]) == 0
+    result = result_of(folder)
+    assert "stopped" not in result and len(result["guards"]) == 2  # what that checkpoint knew of
+
+
+def points(monkeypatch, arguments) -> list[int]:
+    """The points of the checkpoint writer from the last before the first rollback to the end of what that writes."""
+    passed, first = [], []
+    roll_back = Run.roll_back
+
+    def noted(self, before):
+        first.append(len(passed))
+        return roll_back(self, before)
+
+    monkeypatch.setattr(checkpoint, "passed", passed.append)
+    monkeypatch.setattr(Run, "roll_back", noted)
+    code = start(arguments)
+    monkeypatch.undo()
+    assert code in (0, EXIT_GUARD)
+    last = first[0] + passed[first[0] :].index("renamed")
+    told = ("filled", "set aside", "renamed")
+    return [n for n, where in enumerate(passed, 1) if first[0] <= n <= last + 1 and (n == first[0] or where in told)]
+
+
+@pytest.fixture(scope="module")
+def recovered(plain):
+    """A threshold that the first course crosses at step 5, the last one, and the one at half the step size does not."""
+    threshold = 0.6 * rows_of(plain)[4]["kl/sequence"]
+    return {"max_kl": {"threshold": threshold, "window": 1, "action": "rollback"}}
+
+
+def test_a_kill_around_a_rollback_costs_nothing(runs, files, recovered, tmp_path, monkeypatch, capsys):
+    whole = tmp_path / "whole"
+    numbers = points(monkeypatch, guarded(runs, files, whole, recovered))
+    expected = result_of(whole)
+    assert [e["action"] for e in expected["guards"]] == ["rollback"] and "stopped" not in expected
+    assert len(numbers) == 4  # the last of step 4; filled, set aside, renamed
+    for number in numbers:
+        output, passed = tmp_path / f"at-{number}", []
+
+        def point(where, passed=passed, number=number):
+            passed.append(where)
+            if len(passed) == number:
+                raise Crash(where)
+
+        arguments = guarded(runs, files, output, recovered)
+        monkeypatch.setattr(checkpoint, "passed", point)
+        with pytest.raises(Crash):
+            door("ppo")(arguments)
+        monkeypatch.undo()
+        assert start(arguments) == 0
+        assert differences(whole, output) == [], f"after a crash at point {number}: {passed[-1]}"
+        assert result_of(output)["guards"] == expected["guards"]
+        assert rows_of(output)[-1]["guard/rollbacks"] == 1
+    assert "resuming from" in capsys.readouterr().out
+
+
+def test_a_kill_between_rollbacks_does_not_lose_their_count(runs, files, stopped, tmp_path, monkeypatch):
+    arguments, seals = guarded(runs, files, tmp_path, always(2)), []
+
+    def point(where):
+        seals.append(where)
+        if seals.count("renamed") == 4:  # checkpoints of steps 2 and 4, the first rollback's, and that of step 4 again
+            raise Crash
+
+    monkeypatch.setattr(checkpoint, "passed", point)
+    with pytest.raises(Crash):
+        door("ppo")(arguments)
+    monkeypatch.undo()
+    assert start(arguments) == EXIT_GUARD
+    assert differences(stopped, tmp_path) == []
+    ours, theirs = result_of(tmp_path), result_of(stopped)
+    assert (ours["guards"], ours["stopped"]) == (theirs["guards"], theirs["stopped"])
+
+
+def test_without_a_checkpoint_a_rollback_is_a_stop(runs, files, tmp_path, capsys):
+    assert start(guarded(runs, files, tmp_path, always(2), "--save_steps", "0")) == EXIT_GUARD
+    assert "no checkpoint" in capsys.readouterr().out
+    assert "kl/sequence" in result_of(tmp_path)["stopped"] and result_of(tmp_path)["steps"] == 5
+
+
+# numbers that are none
+
+
+def scored(runs, files, output, bad, *more) -> list[str]:
+    CALLS.update(count=0, bad=bad)
+    spec = json.dumps([{"function": f"{__name__}:by_length", "name": "tone"}])
+    return flags(
+        runs,
+        files,
+        output,
+        "--reward",
+        spec,
+        "--eval_prompts",
+        "0",
+        "--total_episodes",
+        "48",
+        "--guards",
+        "{no_end: off}",
+        *more,
+    )
+
+
+def test_a_nan_score_is_skipped_and_counted(runs, files, tmp_path):
+    assert start(scored(runs, files, tmp_path, (3,))) == 0
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["guard/skipped_rollouts"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert ["score/raw" in row for row in rows] == [True, True, False, True, True, True]
+    (event,) = result_of(tmp_path)["guards"]
+    assert (event["guard"], event["action"], event["step"], event["times"]) == ("not_finite", "skip", 3, 1)
+    assert "'tone'" in event["reason"] and "where is my" in event["reason"]
+    (told,) = read_metrics(tmp_path / "tables" / "guards.jsonl")  # the table that W&B is sent
+    assert (told["step"], told["guard"], told["reason"]) == (3, "not_finite", event["reason"])
+
+
+def test_a_scorer_that_gives_nan_for_ever_ends_the_run_by_name(runs, files, tmp_path, capsys):
+    assert start(scored(runs, files, tmp_path, range(1, 99))) == EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert "'tone'" in said and "nan" in said.lower() and "where is my" in said
+    assert CALLS["count"] == 5  # four are borne in 20
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 4
+
+
+def test_an_update_with_a_nan_loss_changes_nothing(runs, files, tmp_path, monkeypatch):
+    policy_pass, update, seen = PPOTrainer.policy_pass, PPOTrainer.update, []
+
+    def poisoned(self, *rest):
+        loss, metrics = policy_pass(self, *rest)
+        return (loss * math.nan if len(seen) == 5 else loss), metrics
+
+    def watched(self, *rest):
+        optimizer = self.learner.optimizer
+
+        def moments():
+            return [v.clone() for state in optimizer.state.values() for v in state.values()]
+
+        before = [*self.learner.state_dict().values(), *moments()]
+        result = update(self, *rest)
+        after = [*self.learner.state_dict().values(), *moments()]
+        seen.append(len(before) == len(after) and all(map(torch.equal, before, after)))
+        return result
+
+    monkeypatch.setattr(PPOTrainer, "policy_pass", poisoned)
+    monkeypatch.setattr(PPOTrainer, "update", watched)
+    assert start(flags(runs, files, tmp_path, "--num_ppo_epochs", "2")) == 0
+    assert seen == [False] * 5 + [True] + [False] * 2  # two steps of four updates
+    rows = rows_of(tmp_path)
+    assert [row["guard/skipped_updates"] for row in rows] == [0, 1]
+    assert rows[1]["ppo/updates"] == 3 and math.isfinite(rows[1]["loss/total"])
+    (event,) = result_of(tmp_path)["guards"]
+    assert (event["guard"], event["action"], event["value"]) == ("not_finite", "skip", "nan")
