@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,10 +240,10 @@ class Run:
                 name = f"{Path(path).stem}-{digest(place)[:6]}.jsonl"  # stores may share a name
                 file = self.folder / "data" / name
                 if source not in self.freezes:
-                    if self.world.is_main and not (self.resumed and file.is_file()):
-                        freeze(path, file, event, self.config.aggregate)
+                    made = self.resumed and file.is_file()
+                    call = partial(freeze, path, file, event, self.config.aggregate)
+                    self.world.together(lambda made=made, call=call: self.world.is_main and not made and call())
                     self.freezes.add(source)
-                    self.world.barrier()
                 if kind is not Prompt or frozen(file)["rows"]:
                     source = str(file)
             result.append(source)
@@ -288,7 +289,7 @@ def begin(program: str, config: RunConfig) -> Run:
 
     world = start()
     run = Run(program, config, world)
-    found = find_checkpoint(run, bool(done)) if world.is_main else None
+    found = world.together(lambda: find_checkpoint(run, bool(done)) if world.is_main else None)
     run.resumed = world.gather([found])[0]
     if run.resumed:
         run.say(f"resuming from {run.resumed.folder}, after step {run.resumed.step}")

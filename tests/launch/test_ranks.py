@@ -73,6 +73,19 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error_on_top(runs, files, t
     assert "rank 0 ends, because rank 1 has failed" in said
 
 
+def test_a_fixed_option_is_refused_by_all_ranks(runs, files, tmp_path):
+    """The main rank alone looks for a checkpoint; the others have to hear what it found wrong."""
+    import shutil
+
+    shutil.copytree(runs / "ppo", tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()  # as if it had been cut off, by one rank that was not launched
+    flags = ["--config", str(runs / "ppo" / "config.yaml"), "--output_dir", str(tmp_path / "run")]
+    done = launch(ROOT / "launch" / "ppo.py", flags)
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "made by 1 rank(s) without a launcher, and now there are 2" in done.stderr
+    assert "Traceback" not in done.stderr and "frame #" not in done.stderr, done.stderr[-3000:]
+
+
 def test_a_nan_score_on_one_rank_is_named_by_all(runs, files, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import os\n"
