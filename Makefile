@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-slow check bench format docs clean
+.PHONY: quickstart test test-slow test-kill check bench format docs clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -35,6 +35,9 @@ test: $(VENV)/.installed  ## the test suite, under 10 minutes on 2 cores
 
 test-slow: $(VENV)/.installed  ## what takes minutes
 	$(BIN)/python -m pytest -m slow
+
+test-kill: $(VENV)/.installed  ## kill every program ten times, resume, compare to the last bit (half an hour)
+	$(BIN)/python -m tests.launch.kill9 --kills 10
 
 check: $(VENV)/.installed  ## lint, format, import order of the layers, configs, README and generated pages
 	$(BIN)/ruff check .
