@@ -100,6 +100,22 @@ def compare(argv: list[str]) -> None:
     run(config, build_scorer)
 
 
+def compare_run(argv: list[str]) -> None:
+    from rlhf.experiment.config import ExperimentConfig
+    from rlhf.experiment.execute import run_experiment
+
+    run_experiment(parse(ExperimentConfig, argv, "rlhf compare run"))
+
+
+def compare_measure(argv: list[str]) -> None:
+    from rlhf.experiment.measure import MeasureConfig, measure
+
+    config = parse(MeasureConfig, argv, "rlhf compare measure")
+    from reward.compose import build_scorer
+
+    measure(config, build_scorer)
+
+
 COMMANDS = {
     "data show": Command("what a data file or store holds: form, groups, splits, bad rows", data_show, "source"),
     "data prepare": Command("clean a source, find its faults, write it with a data card", data_prepare, "source"),
@@ -111,6 +127,10 @@ COMMANDS = {
     "collect serve": Command("the web app in which people compare two answers: STORE", collect_serve, "store"),
     "collect links": Command("new personal links to the web app: STORE --annotators ann,bob", collect_links, "store"),
     "collect status": Command("progress, agreement and annotators of a store: STORE", collect_status, "store"),
+    "compare run": Command("an experiment: methods, strengths and seeds at one budget: FILE", compare_run, "config"),
+    "compare measure": Command(
+        "measure one trial of an experiment, as `compare run` does", compare_measure, "experiment"
+    ),
     "compare": Command("compare trained policies on test prompts: RUN RUN ... --prompts FILE", compare, "runs"),
 }
 

@@ -36,6 +36,7 @@ class EvalRow:
     kl: float  # nats: sum over its tokens of log p - log p_reference, at the sampling temperature
     scores: dict[str, float] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+    ids: list[int] = field(default_factory=list)  # of the response, as they were sampled
 
 
 @dataclass
@@ -99,6 +100,7 @@ class Evaluation:
                     kl=kl[i],
                     scores=named,
                     metadata=samples.metadata[i],
+                    ids=done.response_ids[i],
                 )
             )
         return rows

@@ -7,6 +7,7 @@ each. Control pairs, whose better answer is known, come from a file.
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -74,10 +75,11 @@ def sample(config: SampleConfig) -> dict[str, int]:
     records = records[: config.prompts]
     controls, their_named = controls_of(config)
     sources = [config.model_name_or_path, *([config.other] if config.other else [])]
+    budget: dict[str, float] = {}
     answers = [
         answers_of_file(source, records, config.on_bad)
         if _is_file(source)
-        else answers_of_policy(source, records, config, number)
+        else answers_of_policy(source, records, config, budget, number)
         for number, source in enumerate(sources)
     ]
     plan, counts = pair_up(records, answers)
@@ -86,6 +88,10 @@ def sample(config: SampleConfig) -> dict[str, int]:
     Path(config.store).parent.mkdir(parents=True, exist_ok=True)
     with Store.open(config.store, create=True) as store, store.transaction():
         put(store, plan, named)
+        if budget:  # what the store's responses have cost, so that a comparison of methods can count it
+            before = json.loads(store.setting("budget", "{}"))
+            spent = {name: before.get(name, 0.0) + value for name, value in budget.items()}
+            store.set_setting("budget", json.dumps(spent))
         counts["controls"] = put_controls(store, controls, their_named)
     ended = [a["ended"] for own in answers for given in own.values() for a in given if a["ended"] is not None]
     share = f" ({sum(ended) / len(ended):.0%} ended)" if ended else ""
@@ -130,11 +136,15 @@ def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
     return table.records, table.named_groups()
 
 
-def answers_of_policy(source: str, records: list[Prompt], config: SampleConfig, number: int = 0) -> Answers:
-    """Sample every setting; prompts that are too long have no answers. `number` keeps two policies' noise apart."""
+def answers_of_policy(
+    source: str, records: list[Prompt], config: SampleConfig, budget: dict[str, float], number: int = 0
+) -> Answers:
+    """Sample every setting; prompts that are too long have no answers. What it costs is added to `budget`; `number`
+    keeps two policies' noise apart."""
     import torch
     from tqdm import tqdm
 
+    from rlhf.budget import Budget, count_parameters
     from rlhf.data.encode import decode_response, encode_prompts
     from rlhf.engines.hf import Sampling, generate, sample_key
     from rlhf.models import folder_fingerprint, load_foundation, stop_ids, trainable_policy
@@ -145,6 +155,7 @@ def answers_of_policy(source: str, records: list[Prompt], config: SampleConfig, 
     rows = encode_prompts(records, tokenizer, config.max_prompt_length)
     index = {id(record): i for i, record in enumerate(records)}
     model = trainable_policy(foundation, None).to("cuda" if cuda else "cpu")
+    spent = Budget(count_parameters(model))
     origin = {
         "model": source,
         "model_fingerprint": foundation.fingerprint,
@@ -165,11 +176,16 @@ def answers_of_policy(source: str, records: list[Prompt], config: SampleConfig, 
                 config.batch_size,
                 bar.update,
             )
+            prompt_tokens = sum(len(row["prompt_ids"]) for row, _ in wanted)
+            spent.generate(len(wanted), prompt_tokens, sum(map(len, done.response_ids)))
             sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": config.max_response_length}
             about = origin | {"sampling": sampling | {"seed": config.seed}}
             for (row, _), ids, ended in zip(wanted, done.response_ids, done.ended, strict=True):
                 text = decode_response(tokenizer, ids)
                 answers[index[id(row["record"])]].append({"text": text, "ended": ended} | about)
+    for name, value in spent.metrics().items():
+        name = name.removeprefix("budget/")
+        budget[name] = budget.get(name, 0.0) + value
     return answers
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Imports go down: a module may import its own layer and those after it.
 LAYERS = [
     ["rlhf.cli"],
-    ["rlhf.sandbox.quickstart", "rlhf.compare.run"],
+    ["rlhf.sandbox.quickstart", "rlhf.compare.run", "rlhf.experiment"],
     ["reward"],
     ["rlhf.ppo", "rlhf.dpo", "rlhf.trainers", "rlhf.sandbox", "rlhf.sample"],
     ["rlhf.rollout", "rlhf.compare"],
@@ -86,6 +86,10 @@ def config_class(path: Path):
     import importlib.util
 
     name = path.stem
+    if path.parent.name == "compare":
+        from rlhf.experiment.config import ExperimentConfig
+
+        return ExperimentConfig
     if path.parent.name == "quickstart" and name in ("sandbox", "annotate", "sample", "compare"):
         from rlhf.compare.run import CompareConfig
         from rlhf.sample import SampleConfig
@@ -110,7 +114,7 @@ def config_class(path: Path):
     return next(v for k, v in vars(module).items() if k.endswith("RunConfig") and v.__module__ == spec.name)
 
 
-CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "configs" / "quickstart").glob("*.yaml")])
+CONFIGS = sorted(path for part in (".", "quickstart", "compare") for path in (ROOT / "configs" / part).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.name}")

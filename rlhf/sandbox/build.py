@@ -3,6 +3,8 @@
     output_dir/base/               model and tokenizer, as a Hub model's folder
     output_dir/instructions.jsonl  {"messages", "metadata"}: what SFT imitates, a share of it off-brand
     output_dir/prompts.jsonl       {"prompt", "metadata"}: what is sampled, judged, trained on and compared
+    output_dir/held_out.jsonl      exchanges like the instructions, of test groups: what a policy should not unlearn
+    output_dir/short.jsonl         short exchanges as the base was pretrained on and SFT never shows: another domain
     output_dir/world.json          settings, fingerprints, counts, losses of the base
 
 The world seed decides all of it. No prompt of the test split stands in the instructions or the pretraining text.
@@ -109,6 +111,8 @@ def build(config: SandboxConfig) -> dict[str, Any]:
     rows = {
         "instructions.jsonl": instruction_rows(config, world),
         "prompts.jsonl": prompt_rows(config, world),
+        "held_out.jsonl": held_out_rows(config, world),
+        "short.jsonl": short_rows(config, world),
     }
     files = {name: _write_jsonl(folder / name, content) for name, content in rows.items()}
     for name, content in rows.items():
@@ -140,6 +144,28 @@ def instruction_rows(config: SandboxConfig, world: corpus.World) -> list[dict]:
         messages = [*case.messages, {"role": "assistant", "content": answer}]
         rows.append({"messages": messages, "metadata": {**case.metadata, "faults": list(faults)}})
     return rows
+
+
+def held_out_rows(config: SandboxConfig, world: corpus.World, count: int = 300) -> list[dict]:
+    """Exchanges as in the instructions, of test groups that are no prompts."""
+    rng = random.Random(f"held out {config.world_seed}")
+    cases = corpus.draw_cases(world, rng, lambda group: split_of(group) == "test" and not _is_prompt(group))
+    rows = []
+    for case in itertools.islice(cases, count):
+        answer, _ = corpus.draw_answer(world, case, config.off_brand, rng)
+        rows.append({"messages": [*case.messages, {"role": "assistant", "content": answer}], "split": "test"})
+    return rows
+
+
+def short_rows(config: SandboxConfig, world: corpus.World, count: int = 300) -> list[dict]:
+    """Short exchanges, each once."""
+    rng, rows = random.Random(f"short {config.world_seed}"), {}
+    for _ in range(20 * count):
+        exchange = corpus.short_exchange(world, rng)
+        rows.setdefault(json.dumps(exchange), {"messages": exchange, "split": "test"})
+        if len(rows) == count:
+            break
+    return list(rows.values())
 
 
 def prompt_rows(config: SandboxConfig, world: corpus.World) -> list[dict]:

@@ -1,0 +1,77 @@
+"""What an experiment has measured: one `Point` for each policy, all on the same prompts with the same sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One policy: a checkpoint of a trial, a baseline, or the foundation itself.
+
+    `values` has a (prompts, samples) array for each measure of a response, all points in the same order of prompts:
+    "kl" (nats, to the foundation), "score/<name>", "length" (tokens), "words", "ended" (0 or 1), "repetition" (share).
+    `numbers` has what is one number for the whole policy: "distinct_1", "distinct_2" (of all responses),
+    "perplexity/sft" and "perplexity/<domain>" of held-out texts.
+    """
+
+    method: str  # the name in the experiment's file: "dpo", "ppo", "ppo_rloo", "best_of_n"; "sft" for the foundation
+    strength: float | None  # the value of the option that varies; None for the foundation
+    seed: int | None  # the run seed; None for the foundation, which has none
+    step: int  # of training; n for the best of n
+    last: bool  # the end of its trial
+    values: dict[str, np.ndarray]
+    numbers: dict[str, float] = field(default_factory=dict)
+    budget: dict[str, float] = field(default_factory=dict)  # of the trial alone, up to this step
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """All points of an experiment and what they were measured on."""
+
+    points: list[Point]
+    groups: list[str]  # (prompts,) the group of each prompt
+    prompts: list[Any]  # (prompts,) text or messages
+    responses: dict[tuple[str, float | None, int | None, int], list[list[str]]]  # (method, strength, seed, step)
+    score_kinds: dict[str, str]  # score name -> gold, referee, proxy or other
+    judge: str | None  # the score that decides
+    methods: dict[str, dict[str, Any]]  # name -> {"program", "strength" (name of the option), "baseline": bool}
+    shared_budget: dict[str, dict[str, float]]  # part ("pairs", "reward") -> counters, mean over seeds
+    meta: dict[str, Any]  # configs, commits, versions, fingerprints, hardware: all that is needed to repeat it
+
+    @property
+    def foundation(self) -> Point:
+        """The policy that all methods start from, without the scores of the seeds' own reward models (proxies)."""
+        return next(p for p in self.points if p.seed is None)
+
+    def foundation_of(self, seed: int | None) -> Point:
+        """The same responses of the foundation, scored by this seed's reward model too: a proxy is another scale in
+        each seed, so differences of a proxy are taken to this one."""
+        return next((p for p in self.points if p.method == "sft" and p.seed == seed), self.foundation)
+
+    def of(self, method: str, strength: float | None = None, seed: int | None = None) -> list[Point]:
+        """The points of a method, by strength, seed and step; narrowed to one strength or one seed where given."""
+        found = [
+            p
+            for p in self.points
+            if p.method == method and strength in (None, p.strength) and seed in (None, p.seed)
+        ]
+        return sorted(found, key=lambda p: (p.strength or 0.0, p.seed or 0, p.step))
+
+    def group_means(self, values: np.ndarray) -> np.ndarray:
+        """(groups,) means of a (prompts, samples) array: over samples, then over the prompts of each group.
+
+        Groups are sorted by name, so that the order is the same for all points.
+        """
+        return group_means(values, self.groups)
+
+
+def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """(groups,) means of `values` (prompts, samples): samples first, then prompts, groups sorted by name."""
+    names, index = np.unique(np.asarray(groups), return_inverse=True)
+    per_prompt = np.asarray(values, dtype=np.float64).mean(axis=1)
+    return np.bincount(index, weights=per_prompt, minlength=len(names)) / np.bincount(index, minlength=len(names))

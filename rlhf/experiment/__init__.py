@@ -1,0 +1,1 @@
+"""Experiments: methods, strengths and run seeds, each its own program, measured alike."""

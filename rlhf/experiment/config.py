@@ -1,0 +1,247 @@
+"""The options of an experiment: which methods, at which strengths, with which seeds, at which budget, measured how."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.config import UserError, did_you_mean, near_file, option
+
+PROGRAMS = ("dpo", "ppo")  # those that train a policy
+LENGTH = {"dpo": "max_steps", "ppo": "total_episodes"}  # the option by which a run's length is set
+COUNTERS = ("flops", "tokens_trained", "seconds")
+# what the experiment decides for every program; a method that set one of them would not be compared like for like
+OURS = (
+    *("model_name_or_path", "data", "output_dir", "overwrite_output_dir", "resume", "seed", "half", "save_steps"),
+    *("save_total_limit", "validation_fraction", "test_fraction", "max_prompt_length", "max_response_length"),
+    *("temperature", "on_bad"),
+)
+KEYS = {
+    "pairs": {"data", "prompts", "sample", "annotate"},
+    "method": {"program", "config", "strength", "options", "eval_every"},
+    "part": {"config", "options"},
+    "budget": {"match", "total", "tolerance"},
+    "judge": {"function", "http"},
+}
+
+
+@dataclass(kw_only=True)
+class ExperimentConfig:
+    """Compare methods of alignment on one foundation: every strength and seed is a run of its own."""
+
+    output_dir: str = option(help="the folder of the experiment: runs, measurements and report")
+    foundation: str = option(help="the policy that every method starts from and KL is measured to: an SFT run")
+    pairs: dict = option(
+        help="preference pairs: {data: [FILE]}; or {prompts: [FILE], sample: CONFIG, annotate: CONFIG}: sampled from "
+        "the foundation and judged by the sandbox's annotators, anew for each seed"
+    )
+    prompts: list[str] = option(help="files, stores or Hub names with prompts; their test split is what is measured on")
+    methods: dict[str, dict] = option(
+        help="name: {program: dpo|ppo, config: FILE, strength: {OPTION: [values]}, options: {...}, eval_every: steps}; "
+        "best_of_n: {strength: {n: [...]}}. The foundation is always measured"
+    )
+    seeds: list[int] = option([0, 1, 2], "run seeds: pairs (where sampled), reward model and methods")
+    reward: dict = option({}, "how the reward model of each seed is trained: {config: FILE, options: {...}}")
+    budget: dict = option(
+        {"match": "none"},
+        "match: flops, tokens_trained, seconds or none; total: what each run may spend in all, its share of pairs and "
+        "reward model counted; tolerance: 0.1. The lengths of the runs follow",
+    )
+    checkpoints: int = option(4, "how often each run is measured, its end counted, where eval_every is not set", low=1)
+
+    gold: list[dict] = option([], "the true reward where it is known, e.g. [{voice: configs/voices/shop.yaml}]")
+    referee: list[dict] = option([], "a reward model that no method has seen, e.g. [{model: runs/referee}]; decides")
+    train_referee: dict = option(
+        {}, "train the referee here, on the half of the groups that no method sees: {config: FILE, options: {...}}"
+    )
+    others: list[dict] = option([], "further scorers to show")
+    judge: dict = option({}, "a judge of pairs, asked in both orders: {function: module:function} or {http: URL}")
+    perplexity: dict[str, list[str]] = option(
+        {}, "held-out texts by name, e.g. {sft: [FILE], stories: [FILE]}: what the policy has forgotten"
+    )
+    n_prompts: int | None = option(None, "so many test prompts; default: all", low=2)
+    samples_per_prompt: int = option(2, "responses of each policy to each prompt", low=1)
+    temperature: float = option(1.0, "of sampling, in training and measuring", above=0)
+    max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted", low=1)
+    max_response_length: int = option(512, "tokens with EOS", low=1)
+    batch_size: int = option(64, "responses generated together when measuring", low=1)
+    validation_fraction: float = option(0.05, "share of groups held out for looking while training", low=0, high=1)
+    test_fraction: float = option(0.1, "share of groups that only the measuring reads", low=0, high=1)
+    on_bad: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used")
+
+    processes: int = option(1, "runs at a time; each is a process of its own", low=1, resume="free")
+    launcher: str = option(
+        "deepspeed --num_accelerators 1", "how a program is started; 'python' for none", resume="free"
+    )
+    redo: bool = option(False, "set aside what was made with other options, and make it anew", resume="free")
+    report_to: Literal["none", "wandb"] = option(
+        "none", "wandb: the report as tables, offline without a key", resume="free"
+    )
+    project: str = option("rlhf", "W&B project", resume="free")
+
+    def validate(self) -> None:
+        for name in ("pairs", "budget", "judge"):
+            known_keys(getattr(self, name), KEYS[name], name)
+        for name in ("reward", "train_referee"):
+            known_keys(getattr(self, name), KEYS["part"], name)
+        for name, method in self.methods.items():
+            check_method(name, method)
+        check_pairs(self.pairs)
+        check_trials(self)
+        check_budget(self)
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
+            raise UserError(f"'seeds' is {self.seeds}, expected different whole numbers")
+        if self.gold and (self.referee or self.train_referee):
+            raise UserError("'gold' and a referee both given: where the truth is known no referee decides")
+        if self.referee and self.train_referee:
+            raise UserError("'referee' names one and 'train_referee' makes one: give one of them")
+        if self.judge and len(self.judge) != 1:
+            raise UserError(f"'judge' is {self.judge}, expected {{function: module:function}} or {{http: URL}}")
+        for name in self.trained:
+            spec = self.methods[name]
+            if spec["program"] == "ppo" and not self.reward and "reward" not in spec.get("options", {}):
+                raise UserError(
+                    f"methods: '{name}' needs a reward: give 'reward: {{config: configs/reward.yaml}}', or its own "
+                    "options: {reward: [...]}"
+                )
+        if "best_of_n" in self.methods and not self.reward:
+            raise UserError("methods: 'best_of_n' chooses by the reward model; give 'reward: {config: FILE}'")
+
+    @property
+    def trained(self) -> list[str]:
+        """The methods that train a policy."""
+        return [name for name, spec in self.methods.items() if "program" in spec]
+
+    @property
+    def matched(self) -> str | None:
+        """The counter that is equal for all runs, or None."""
+        return None if self.budget.get("match", "none") == "none" else self.budget["match"]
+
+    @property
+    def halves(self) -> bool:
+        """Whether the methods learn on one half of the groups and the referee on the other."""
+        return bool(self.train_referee)
+
+    @property
+    def pool(self) -> int:
+        """Responses of the foundation to each prompt: enough for the largest n of best_of_n."""
+        spec = self.methods.get("best_of_n")
+        return self.samples_per_prompt * (max(map(int, strength_of(spec)[1])) if spec else 1)
+
+
+def strength_of(method: dict[str, Any]) -> tuple[str, list[float]]:
+    """The option that varies, and its values."""
+    ((name, values),) = method["strength"].items()
+    return name, values
+
+
+def check_method(name: str, method: Any) -> None:
+    """Raises UserError if the method is not described as `methods` expects."""
+    where = f"methods: '{name}'"
+    known_keys(method, KEYS["method"], where)
+    strength = method.get("strength")
+    values = next(iter(strength.values())) if isinstance(strength, dict) and len(strength) == 1 else None
+    if (
+        not isinstance(values, list)
+        or not values
+        or not all(is_number(v) for v in values)
+        or len(set(values)) < len(values)
+    ):
+        raise UserError(
+            f"{where}: 'strength' is {strength!r}, expected one option with different values: {{beta: [0.1, 0.5]}}"
+        )
+    if not name.replace("_", "").isalnum() or name == "sft":
+        raise UserError(f"{where}: a name has letters, digits and '_' alone, and 'sft' is the foundation's")
+    if name == "best_of_n":
+        if set(method) != {"strength"} or set(strength) != {"n"} or not all(v == int(v) >= 1 for v in values):
+            raise UserError(f"{where}: expected {{strength: {{n: [2, 4, 16]}}}} and nothing else")
+        return
+    if method.get("program") not in PROGRAMS:
+        raise UserError(f"{where}: 'program' is {method.get('program')!r}, expected one of {', '.join(PROGRAMS)}")
+    options = method.get("options", {})
+    taken = [key for key in (*options, *strength) if key in OURS]
+    if taken:
+        raise UserError(f"{where}: '{taken[0]}' is set by the experiment, the same for all; see its own options")
+    every = method.get("eval_every")
+    if every is not None and not (isinstance(every, int) and every >= 1):
+        raise UserError(f"{where}: 'eval_every' is {every!r}, expected a number of steps")
+
+
+def check_pairs(pairs: dict) -> None:
+    given, made = "data" in pairs, "sample" in pairs
+    if given == made or (made and not {"prompts", "annotate"} <= set(pairs)):
+        raise UserError(
+            "'pairs' needs either data: [FILE], or prompts: [FILE] with sample: CONFIG and annotate: CONFIG (both made "
+            "anew for each seed)"
+        )
+
+
+def check_trials(config: ExperimentConfig) -> None:
+    """Equal numbers of tuning trials: a method that may try more strengths finds a better one by luck."""
+    counts = {name: len(strength_of(config.methods[name])[1]) for name in config.trained}
+    if not counts:
+        raise UserError(
+            "'methods' trains nothing; for example dpo: {program: dpo, config: FILE, strength: {beta: [...]}}"
+        )
+    if config.matched and len(set(counts.values())) > 1:
+        raise UserError(
+            f"'methods' gives unequal numbers of strengths ({', '.join(f'{n} {c}' for n, c in counts.items())}): "
+            "matched methods get equal numbers of tuning trials. Give as many, or budget: {match: none}"
+        )
+
+
+def check_budget(config: ExperimentConfig) -> None:
+    budget = config.budget
+    match = budget.get("match", "none")
+    if match not in (*COUNTERS, "none"):
+        raise UserError(
+            f"budget: 'match' is {match!r}, expected one of {', '.join(COUNTERS)}, none."
+            + did_you_mean(str(match), COUNTERS)
+        )
+    if match == "none":
+        return
+    for key, default in (("total", None), ("tolerance", 0.1)):
+        value = budget.get(key, default)
+        try:
+            number = float(value)  # YAML's 2e12 is a text
+        except (TypeError, ValueError):
+            number = math.nan
+        if not number > 0:
+            raise UserError(f"budget: '{key}' is {value!r}, expected a number above 0")
+        budget[key] = number
+    for name in config.trained:
+        length = LENGTH[config.methods[name]["program"]]
+        if length in config.methods[name].get("options", {}):
+            raise UserError(f"methods: '{name}' sets '{length}', which follows from the matched budget; leave it out")
+
+
+def known_keys(value: Any, known: set[str], where: str) -> None:
+    """Raises UserError unless `value` is a mapping with none but the known keys."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a mapping, found {value!r}")
+    for key in value:
+        if key not in known:
+            raise UserError(f"{where}: unknown '{key}'.{did_you_mean(key, known)} Known: {', '.join(sorted(known))}")
+
+
+def check_files(config: ExperimentConfig) -> None:
+    """Raises UserError for the first file or folder that is named and not there; before anything is started."""
+    if not Path(config.foundation).is_dir() and not looks_like_hub(config.foundation):
+        raise UserError(f"foundation {config.foundation}: no such run{near_file(config.foundation)}")
+    parts = [config.reward, config.train_referee, *(config.methods[name] for name in config.trained)]
+    files = [part["config"] for part in parts if part.get("config")]
+    files += [config.pairs[k] for k in ("sample", "annotate") if k in config.pairs]
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such file{near_file(file)}")
+
+
+def looks_like_hub(name: str) -> bool:
+    """owner/model, and no folder of that owner here."""
+    return name.count("/") == 1 and not Path(name).parent.is_dir()
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
