@@ -18,7 +18,7 @@ from pathlib import Path
 
 from rlhf.checkpoint import FOLDER
 from rlhf.compare.measures import distinct_n, encode_texts, perplexity, text_losses
-from rlhf.compare.run import CompareConfig, check_judges, load_policies, unseen
+from rlhf.compare.run import CompareConfig, check_judges, load_policies, run_config, unseen
 from rlhf.config import UserError, option, parse
 from rlhf.data.records import Instruction, Prompt, Samples, Scorer
 from rlhf.experiment.config import ExperimentConfig, strength_of
@@ -211,12 +211,16 @@ def judges(config: ExperimentConfig) -> dict[str, list[dict]]:
 
 
 def policies_of(folder: Path) -> dict[int, str]:
-    """step -> folder of every policy a trial has kept, its end last."""
+    """step -> folder of every policy of a trial that is to be measured, its end last.
+
+    Those at multiples of save_steps: a run that was interrupted has left a checkpoint of another step, and its curve
+    would have a point that the other seeds lack.
+    """
     last = max((row["step"] for row in read_metrics(folder / "metrics.jsonl")), default=0)
-    found = {}
+    every, found = run_config(folder)["save_steps"], {}
     for path in (folder / FOLDER).glob("*"):
         step = re.fullmatch(r"(?:step|checkpoint)-0*(\d+)", path.name)
-        if step and (path / "manifest.json").is_file() and int(step[1]) < last:
+        if step and (path / "manifest.json").is_file() and int(step[1]) < last and int(step[1]) % every == 0:
             found[int(step[1])] = str(path)
     return dict(sorted(found.items())) | {last: str(folder)}
 

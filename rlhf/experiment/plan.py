@@ -86,7 +86,8 @@ def trial(config: ExperimentConfig, name: str, strength: float, seed: int, steps
     method = config.methods[name]
     option = strength_of(method)[0]
     every = method.get("eval_every") or math.ceil(steps / config.checkpoints)
-    more = {option: strength, **length(method, steps), "save_steps": every, "save_total_limit": steps // every + 1}
+    # an interrupted run leaves a checkpoint more, which must not push out one that is to be measured
+    more = {option: strength, **length(method, steps), "save_steps": every, "save_total_limit": steps + 1}
     own = f"seed-{seed}/{name}-{option}-{strength:g}"
     run = training(config, own, method["program"], method, seed, more)
     run.steps, run.trial = steps, (name, strength, seed)
