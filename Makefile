@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-slow test-kill check bench format docs clean
+.PHONY: quickstart test test-slow test-kill check bench experiments format docs clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: requirements.txt pyproject.toml
@@ -46,6 +46,9 @@ check: $(VENV)/.installed  ## lint, format, import order of the layers, configs,
 
 bench: $(VENV)/.installed  ## the four programs on a real model and real data (needs RLHF_DATA, see benchmarks/)
 	benchmarks/real_data.sh
+
+experiments: $(VENV)/.installed  ## published results repeated on the sandbox, PPO against DPO (hours; resumes)
+	$(BIN)/python benchmarks/experiments.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -116,6 +116,12 @@ def compare_measure(argv: list[str]) -> None:
     measure(config, build_scorer)
 
 
+def compare_report(argv: list[str]) -> None:
+    from rlhf.experiment.report import ReportConfig, report_of
+
+    report_of(parse(ReportConfig, argv, "rlhf compare report"))
+
+
 COMMANDS = {
     "data show": Command("what a data file or store holds: form, groups, splits, bad rows", data_show, "source"),
     "data prepare": Command("clean a source, find its faults, write it with a data card", data_prepare, "source"),
@@ -128,6 +134,7 @@ COMMANDS = {
     "collect links": Command("new personal links to the web app: STORE --annotators ann,bob", collect_links, "store"),
     "collect status": Command("progress, agreement and annotators of a store: STORE", collect_status, "store"),
     "compare run": Command("an experiment: methods, strengths and seeds at one budget: FILE", compare_run, "config"),
+    "compare report": Command("its report, from what is there: FILE or FOLDER", compare_report, "experiment"),
     "compare measure": Command(
         "measure one trial of an experiment, as `compare run` does", compare_measure, "experiment"
     ),

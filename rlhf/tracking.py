@@ -17,7 +17,7 @@ import platform
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -143,6 +143,17 @@ class Tracker:
 
         if step > self._sent:
             self._wandb("table", send)
+
+    def images(self, files: Mapping[str, str | Path], step: int) -> None:
+        """Show pictures (name -> file) in W&B; without it nothing is done, since the files are there already."""
+
+        def send(run):
+            import wandb
+
+            run.log({"step": int(step), **{f"figures/{name}": wandb.Image(str(file)) for name, file in files.items()}})
+
+        if step > self._sent:
+            self._wandb("images", send)
 
     def console(self, step: int, total: int, metrics: dict[str, float], keys: Iterable[str]) -> None:
         """One line of progress on stdout, at most every `console_seconds`; the first and the last step always."""

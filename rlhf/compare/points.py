@@ -56,9 +56,7 @@ class Results:
     def of(self, method: str, strength: float | None = None, seed: int | None = None) -> list[Point]:
         """The points of a method, by strength, seed and step; narrowed to one strength or one seed where given."""
         found = [
-            p
-            for p in self.points
-            if p.method == method and strength in (None, p.strength) and seed in (None, p.seed)
+            p for p in self.points if p.method == method and strength in (None, p.strength) and seed in (None, p.seed)
         ]
         return sorted(found, key=lambda p: (p.strength or 0.0, p.seed or 0, p.step))
 

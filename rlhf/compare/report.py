@@ -7,7 +7,6 @@ a score that a run was trained on is a proxy and never decides.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf.compare.measures import distinct_n
 from rlhf.compare.plot import plot_frontier, plot_scores
 from rlhf.compare.stats import Interval, group_means, mean_interval, mean_se, paired_bootstrap, prompt_key, win_rate
 from rlhf.compare.text import markdown, verdict
@@ -138,7 +138,7 @@ def _policy(rows: list, reference: list, score_kinds: dict[str, str], options: d
         "kl": mean_interval(rows, _kl, **options).to_dict(),
         "length": mean_se(rows, lambda row: row.length)[0],
         "ended": mean_se(rows, lambda row: row.ended)[0],
-        "distinct": distinct_pairs([row.response for row in rows]),
+        "distinct": distinct_n([row.response for row in rows], 2),
     }
 
 
@@ -180,12 +180,6 @@ def _samples(policies: dict[str, list], count: int) -> list[dict[str, Any]]:
     ]
 
 
-def distinct_pairs(texts: Sequence[str]) -> float:
-    """Distinct word pairs over all word pairs of all texts (distinct-2, Li et al. 2016); 0 without any."""
-    pairs = [pair for text in texts for words in [text.split()] for pair in itertools.pairwise(words)]
-    return len(set(pairs)) / len(pairs) if pairs else 0.0
-
-
 def _score(name: str):
     return lambda row: row.scores[name]
 
@@ -222,4 +216,4 @@ def print_table(report: dict[str, Any], output_dir: str | Path | None = None) ->
         console.print(f"\nReport: {Path(output_dir) / 'report.md'}", markup=False, highlight=False)
 
 
-__all__ = ["Interval", "distinct_pairs", "print_table", "write_report"]
+__all__ = ["Interval", "print_table", "write_report"]

@@ -12,7 +12,6 @@ groups all n^n resamples are enumerated; with one group there is no interval (na
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 import math
@@ -141,20 +140,11 @@ def prompt_key(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
-@functools.lru_cache
-def student_quantile(p: float, df: int) -> float:
-    """The quantile of Student's t at 0.5 < p < 1, by bisection on the integral of its density.
+def student_quantile(p: float, df: float) -> float:
+    """The quantile of Student's t."""
+    from scipy.special import stdtrit
 
-    With x = sqrt(df) tan(a) the density becomes cos(a)^(df - 1), so that the range is finite.
-    """
-    constant = math.exp(math.lgamma((df + 1) / 2) - math.lgamma(df / 2)) / math.sqrt(math.pi)
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        cosines = np.cos(np.linspace(0.0, angle, 4001)) ** (df - 1)
-        below = 0.5 + constant * float(np.trapezoid(cosines, dx=angle / 4000))
-        low, high = (angle, high) if below < p else (low, angle)
-    return math.sqrt(df) * math.tan((low + high) / 2)
+    return float(stdtrit(df, p))
 
 
 def _by_group(rows: Sequence, value: Value) -> dict[str, dict[str, np.ndarray]]:

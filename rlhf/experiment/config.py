@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,12 +19,13 @@ OURS = (
     *("save_total_limit", "validation_fraction", "test_fraction", "max_prompt_length", "max_response_length"),
     *("temperature", "on_bad"),
 )
+SIZES = ("max_steps", "total_episodes", "rollout_batch_size")  # from which a run's length follows
 KEYS = {
     "pairs": {"data", "prompts", "sample", "annotate"},
     "method": {"program", "config", "strength", "options", "eval_every"},
     "part": {"config", "options"},
     "budget": {"match", "total", "tolerance"},
-    "judge": {"function", "http"},
+    "judge": {"function", "http", "batch_size", "timeout", "retries", "token_env"},
 }
 
 
@@ -46,8 +48,8 @@ class ExperimentConfig:
     reward: dict = option({}, "how the reward model of each seed is trained: {config: FILE, options: {...}}")
     budget: dict = option(
         {"match": "none"},
-        "match: flops, tokens_trained, seconds or none; total: what each run may spend in all, its share of pairs and "
-        "reward model counted; tolerance: 0.1. The lengths of the runs follow",
+        "match: flops, tokens_trained, seconds or none; total: what each run may spend in all, pairs and reward model "
+        "counted in full; tolerance: 0.1. The lengths of the runs follow",
     )
     checkpoints: int = option(4, "how often each run is measured, its end counted, where eval_every is not set", low=1)
 
@@ -84,20 +86,24 @@ class ExperimentConfig:
     def validate(self) -> None:
         for name in ("pairs", "budget", "judge"):
             known_keys(getattr(self, name), KEYS[name], name)
+        self.output_dir = os.path.normpath(self.output_dir)  # 'runs/x/' is no other place than 'runs/x'
         for name in ("reward", "train_referee"):
             known_keys(getattr(self, name), KEYS["part"], name)
+            check_options(getattr(self, name), name, set(OURS) - {"model_name_or_path"})  # a referee may be larger
         for name, method in self.methods.items():
             check_method(name, method)
         check_pairs(self.pairs)
         check_trials(self)
         check_budget(self)
-        if len(set(self.seeds)) < len(self.seeds) or not self.seeds:
-            raise UserError(f"'seeds' is {self.seeds}, expected different whole numbers")
+        if len(set(self.seeds)) < len(self.seeds) or not self.seeds or min(self.seeds) < 0:
+            raise UserError(f"'seeds' is {self.seeds}, expected different whole numbers from 0 on")
+        if not self.launcher.strip():
+            raise UserError("'launcher' is empty, expected 'deepspeed --num_accelerators 1', or 'python' for none")
         if self.gold and (self.referee or self.train_referee):
             raise UserError("'gold' and a referee both given: where the truth is known no referee decides")
         if self.referee and self.train_referee:
             raise UserError("'referee' names one and 'train_referee' makes one: give one of them")
-        if self.judge and len(self.judge) != 1:
+        if self.judge and len({"function", "http"} & set(self.judge)) != 1:
             raise UserError(f"'judge' is {self.judge}, expected {{function: module:function}} or {{http: URL}}")
         for name in self.trained:
             spec = self.methods[name]
@@ -126,9 +132,10 @@ class ExperimentConfig:
 
     @property
     def pool(self) -> int:
-        """Responses of the foundation to each prompt: enough for the largest n of best_of_n."""
+        """Responses of the foundation to each prompt: those it is measured by, and beside them enough for the largest n
+        of best_of_n, which is not to meet its own candidates."""
         spec = self.methods.get("best_of_n")
-        return self.samples_per_prompt * (max(map(int, strength_of(spec)[1])) if spec else 1)
+        return self.samples_per_prompt * (1 + (max(map(int, strength_of(spec)[1])) if spec else 0))
 
 
 def strength_of(method: dict[str, Any]) -> tuple[str, list[float]]:
@@ -143,12 +150,10 @@ def check_method(name: str, method: Any) -> None:
     known_keys(method, KEYS["method"], where)
     strength = method.get("strength")
     values = next(iter(strength.values())) if isinstance(strength, dict) and len(strength) == 1 else None
-    if (
-        not isinstance(values, list)
-        or not values
-        or not all(is_number(v) for v in values)
-        or len(set(values)) < len(values)
-    ):
+    if isinstance(values, list):
+        values[:] = [as_number(v) for v in values]
+    # trials are named by %g, so that is where they have to differ
+    if not isinstance(values, list) or not values or None in values or len({f"{v:g}" for v in values}) < len(values):
         raise UserError(
             f"{where}: 'strength' is {strength!r}, expected one option with different values: {{beta: [0.1, 0.5]}}"
         )
@@ -160,16 +165,29 @@ def check_method(name: str, method: Any) -> None:
         return
     if method.get("program") not in PROGRAMS:
         raise UserError(f"{where}: 'program' is {method.get('program')!r}, expected one of {', '.join(PROGRAMS)}")
-    options = method.get("options", {})
-    taken = [key for key in (*options, *strength) if key in OURS]
-    if taken:
-        raise UserError(f"{where}: '{taken[0]}' is set by the experiment, the same for all; see its own options")
+    check_options(method, where, set(OURS), strength)
+    size = next((key for key in strength if key in SIZES), None)
+    if size:
+        raise UserError(f"{where}: 'strength' is '{size}', the length of a run, which is the same for all strengths")
     every = method.get("eval_every")
     if every is not None and not (isinstance(every, int) and every >= 1):
         raise UserError(f"{where}: 'eval_every' is {every!r}, expected a number of steps")
 
 
+def check_options(part: dict, where: str, ours: set[str], strength: Any = ()) -> None:
+    """Raises UserError if a part's options are no mapping, or one of them is the experiment's to set."""
+    options = part.get("options", {})
+    if not isinstance(options, dict):
+        raise UserError(f"{where}: 'options' is {options!r}, expected a mapping such as {{learning_rate: 1e-4}}")
+    taken = [key for key in (*options, *strength) if key in ours]
+    if taken:
+        raise UserError(f"{where}: '{taken[0]}' is set by the experiment, the same for all; see its own options")
+
+
 def check_pairs(pairs: dict) -> None:
+    for key in ("data", "prompts"):
+        if isinstance(pairs.get(key), str):
+            pairs[key] = [pairs[key]]
     given, made = "data" in pairs, "sample" in pairs
     if given == made or (made and not {"prompts", "annotate"} <= set(pairs)):
         raise UserError(
@@ -208,7 +226,7 @@ def check_budget(config: ExperimentConfig) -> None:
             number = float(value)  # YAML's 2e12 is a text
         except (TypeError, ValueError):
             number = math.nan
-        if not number > 0:
+        if not 0 < number < math.inf:
             raise UserError(f"budget: '{key}' is {value!r}, expected a number above 0")
         budget[key] = number
     for name in config.trained:
@@ -230,6 +248,12 @@ def check_files(config: ExperimentConfig) -> None:
     """Raises UserError for the first file or folder that is named and not there; before anything is started."""
     if not Path(config.foundation).is_dir() and not looks_like_hub(config.foundation):
         raise UserError(f"foundation {config.foundation}: no such run{near_file(config.foundation)}")
+    from rlhf.data.sources import is_path, split_event
+
+    for source in (*config.pairs.get("data", []), *config.pairs.get("prompts", []), *config.prompts,
+                   *(file for texts in config.perplexity.values() for file in texts)):  # fmt: skip
+        if is_path(source) and not Path(split_event(source)[0]).expanduser().is_file():
+            raise UserError(f"{source}: no such file{near_file(source)}")
     parts = [config.reward, config.train_referee, *(config.methods[name] for name in config.trained)]
     files = [part["config"] for part in parts if part.get("config")]
     files += [config.pairs[k] for k in ("sample", "annotate") if k in config.pairs]
@@ -243,5 +267,12 @@ def looks_like_hub(name: str) -> bool:
     return name.count("/") == 1 and not Path(name).parent.is_dir()
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def as_number(value: Any) -> int | float | None:
+    """A finite number, also where YAML reads '1e-5' as a text; None for anything else."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    if isinstance(value, bool) or not math.isfinite(number):
+        return None
+    return number if isinstance(value, str) else value

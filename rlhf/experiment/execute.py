@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from rlhf.tracking import dumps, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "RLHF_EXPERIMENT"  # in the environment of every program that an experiment has started
+JOB = "RLHF_EXPERIMENT_JOB"  # which of its jobs
 ATTEMPTS = 3  # of a program that was killed; each goes on where the one before was cut off
 PATIENCE = 120.0  # seconds that programs get to save and end
 
@@ -80,6 +82,7 @@ def run_experiment(config: ExperimentConfig) -> None:
     """Do all jobs. Raises UserError on options that cannot work or do not fit what is there, Halt when interrupted or
     when programs failed; what is done stays."""
     from rlhf.experiment.live import Display
+    from rlhf.experiment.report import write_report
 
     check_files(config)
     out = Path(config.output_dir)
@@ -107,10 +110,11 @@ def run_experiment(config: ExperimentConfig) -> None:
     if asked:
         raise Halt(f"stopped by {signal.Signals(asked[0]).name}; the same command goes on", EXIT_INTERRUPTED)
     if work.failed:
-        lines = [f"  {name}: exit code {code}, {out}/logs/{name}.log" for name, code in work.failed.items()]
+        lines = [f"  {name}: {ended(code)}, {out}/logs/{name}.log" for name, code in work.failed.items()]
         left = sum(work.state(job) == "blocked" for job in work.jobs)
         tail = f"; {left} that need them were not started" if left else ""
         raise Halt("\n".join([f"{len(work.failed)} of {len(work.jobs)} jobs failed{tail}:", *lines]), 1)
+    write_report(config, out / "report", config.report_to, config.project)
 
 
 def loop(work: Work, display, asked: list[int]) -> None:
@@ -144,6 +148,8 @@ def take(work: Work, jobs: list[Job]) -> None:
     """These are the jobs now; what was made by others under their names is refused or set aside."""
     work.jobs, work.marks = jobs, fingerprints(jobs)
     changed = [job for job in jobs if work.record(job.name).get("fingerprint") not in (None, work.marks[job.name])]
+    # a job that was refused has left nothing to mix
+    changed = [job for job in changed if any(p.is_file() or any(p.glob("*")) for p in places(work, job))]
     if changed and not work.config.redo:
         shown = [f"  {job.name}: {difference(work, job)}" for job in changed[:8]]
         more = [f"  and {len(changed) - 8} more"] if len(changed) > 8 else []
@@ -163,26 +169,39 @@ def take(work: Work, jobs: list[Job]) -> None:
 
 
 def difference(work: Work, job: Job) -> str:
-    """In which words of its command a job differs from the one that was done under its name."""
-    before = work.record(job.name).get("command", [])
-    gone, new = [w for w in before if w not in job.command], [w for w in job.command if w not in before]
-    if not gone and not new:
-        return "what it reads or stands on"
-    return f"was {shlex.join(gone) or 'nothing'}, now {shlex.join(new) or 'nothing'}"
+    """In which options a job differs from the one that was done under its name."""
+    before, after = (options_of(command) for command in (work.record(job.name).get("command", []), job.command))
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return "; ".join(f"{n} was {before.get(n, 'not given')}, now {after.get(n, 'not given')}" for n in names) or (
+        "what it reads or stands on"
+    )
+
+
+def options_of(command: list[str]) -> dict[str, str]:
+    """The options among the words of a command; how a trial is measured stands in its last word."""
+    result = {name: value for name, value in pairwise(command) if name.startswith("--")}
+    if command and command[-1].startswith("# {"):
+        result |= {name: str(value) for name, value in json.loads(command[-1][2:]).items()}
+    return result
 
 
 def set_aside(work: Work, job: Job) -> None:
     """Move what a job has left to OUT/aside/, where nothing reads it."""
     aside = work.out / "aside" / f"{job.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
-    places = [work.out / job.name, work.out / "measures" / job.name.removeprefix("measure/")]
-    places = places[:1] if not job.name.startswith("measure/") else places[1:]
-    if job.name.endswith("/sample"):
-        places = [Path(job.leaves[0] + suffix) for suffix in ("", "-wal", "-shm")]
-    for place in places:
+    for place in places(work, job):
         if place.exists():
             aside.mkdir(parents=True, exist_ok=True)
             shutil.move(place, aside / place.name)
     (work.out / "jobs" / f"{job.name}.json").unlink(missing_ok=True)
+
+
+def places(work: Work, job: Job) -> list[Path]:
+    """Where a job writes. Votes are in the store of the samples, so both are made anew together."""
+    if job.name.startswith("measure/"):
+        return [work.out / "measures" / job.name.removeprefix("measure/")]
+    if job.name.endswith(("/sample", "/annotate")):
+        return [Path(job.leaves[0] + suffix) for suffix in ("", "-wal", "-shm")]
+    return [work.out / job.name]
 
 
 def pilots_done(work: Work) -> bool:
@@ -196,6 +215,8 @@ def pilots_done(work: Work) -> bool:
 def start(work: Work, job: Job) -> None:
     """Start the job's program in a session of its own."""
     command = full_command(work.config, job)
+    if job.name.endswith("/sample"):  # a store that it filled before would be told the cost of sampling twice
+        set_aside(work, job)
     log = work.out / "logs" / f"{job.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     about = {"fingerprint": work.marks[job.name], "command": job.command, "started": now(), "code": code_version()}
@@ -204,7 +225,7 @@ def start(work: Work, job: Job) -> None:
         file.write(f"\n$ {shlex.join(command)}\n".encode())
         file.flush()
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment(work.config), start_new_session=True
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment(work.config, job), start_new_session=True
         )
     work.attempts[job.name] = work.attempts.get(job.name, 0) + 1
     work.running[job.name] = (process, time.monotonic())
@@ -215,16 +236,17 @@ def full_command(config: ExperimentConfig, job: Job) -> list[str]:
     first, *rest = job.command
     if first == "rlhf":
         return [sys.executable, "-m", "rlhf.cli", *[word for word in rest if not word.startswith("# ")]]
-    launcher = config.launcher.split()
-    if launcher[0] in ("deepspeed", "torchrun") and "--master_port" not in launcher:
+    launcher = shlex.split(config.launcher)
+    own_port = any(word.replace("-", "_").startswith("__master_port") for word in launcher)
+    if Path(launcher[0]).name in ("deepspeed", "torchrun") and not own_port:
         launcher += ["--master_port", str(free_port())]
     if launcher[0] == "python":
         launcher[0] = sys.executable
     return [*launcher, str(ROOT / first), *rest]
 
 
-def environment(config: ExperimentConfig) -> dict[str, str]:
-    result = {**os.environ, "PYTHONUNBUFFERED": "1", MARK: str(Path(config.output_dir).resolve())}
+def environment(config: ExperimentConfig, job: Job) -> dict[str, str]:
+    result = {**os.environ, "PYTHONUNBUFFERED": "1", MARK: str(Path(config.output_dir).resolve()), JOB: job.name}
     if not Path("/dev/nvidiactl").exists():
         result.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed finds out too, with a warning each time
         if config.processes > 1:
@@ -243,22 +265,31 @@ def collect(work: Work, display) -> None:
         job = next(job for job in work.jobs if job.name == name)
         seconds = time.monotonic() - began
         whole = all(is_whole(file) for file in job.leaves)
-        if whole and code in (0, EXIT_GUARD):  # a run that a guard has stopped is a result too
+        # a run that a guard has stopped is a result too; torchrun makes 1 of every exit code
+        stopped = code == EXIT_GUARD or (code == 1 and job.folder and read_json(Path(job.leaves[0])).get("stopped"))
+        if whole and (code == 0 or stopped):
             write_record(work, job, work.record(name) | {"finished": now(), "seconds": seconds, "exit": code})
             work.done.add(name)
             display.say(f"{name}: done in {seconds:.0f} s" + (", stopped by a guard" if code else ""))
         elif code not in (0, EXIT_USER_ERROR, EXIT_GUARD) and work.attempts[name] < ATTEMPTS:
             display.say(f"{name}: ended with exit code {code} after {seconds:.0f} s; started again")
+            ask_to_end(work.out, name)  # where a launcher was killed, what it launched lives on
             start(work, job)
         else:
             work.failed[name] = code
-            display.say(f"{name}: failed with exit code {code}: {work.out}/logs/{name}.log")
+            display.say(f"{name}: failed, {ended(code)}: {work.out}/logs/{name}.log")
+
+
+def ended(code: int) -> str:
+    return f"exit code {code}" if code else "ended without a result"
 
 
 def stop_all(work: Work) -> None:
     """Ask every program to save and end, wait, then end what is left."""
     if work.running:
-        ask_to_end(programs_of(work.out), [process for process, _ in work.running.values()])
+        ask_to_end(work.out)
+    for process, _ in work.running.values():
+        process.wait()
     work.running.clear()
 
 
@@ -267,61 +298,65 @@ def end_orphans(out: Path) -> None:
     left = programs_of(out)
     if left:
         print(f"{out}: ending {len(left)} processes of a run that was cut off", flush=True)
-        ask_to_end(left, [])
+        ask_to_end(out)
 
 
-def programs_of(out: Path) -> list[Any]:
-    """The processes that an experiment in this folder has started, as psutil sees them; this one is none of them."""
+def programs_of(out: Path, name: str | None = None) -> list[Any]:
+    """The processes that an experiment in this folder has started (for one of its jobs), as psutil sees them; this one
+    is none of them."""
     import psutil
 
     own, found = str(out.resolve()), []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.environ().get(MARK) == own:
-                found.append(process)
+            about = process.environ()
         except psutil.Error:
             continue
+        if process.pid != os.getpid() and about.get(MARK) == own and name in (None, about.get(JOB)):
+            found.append(process)
     return found
 
 
-def ask_to_end(processes: list[Any], children: list[subprocess.Popen]) -> None:
-    """SIGTERM to the programs, on which they save; to a launcher it would be the end of what it launched."""
+def ask_to_end(out: Path, name: str | None = None) -> None:
+    """SIGTERM to the programs, on which they save and end; SIGKILL to what is left after PATIENCE.
+
+    Once to the topmost process of each program: to a launcher whose programs are alive it would be their end, and to a
+    helper the program's failure. Looked at again and again, since a launcher may be about to launch.
+    """
     import psutil
 
-    def ranks(process) -> bool:
+    asked, late = set(), time.monotonic() + PATIENCE
+    while (found := programs_of(out, name)) and time.monotonic() < late + PATIENCE:
+        launchers = [process for process in found if has_launched(process)]
+        for process in found:
+            try:
+                if time.monotonic() > late:
+                    process.kill()
+                    continue
+                parent = process.parent()
+                if process in asked or process in launchers or (parent in found and parent not in launchers):
+                    continue
+                process.send_signal(signal.SIGTERM)
+                asked.add(process)
+            except psutil.Error:
+                continue
+        time.sleep(0.1)
+
+
+def has_launched(process) -> bool:
+    """Whether it is a launcher (deepspeed, torchrun) with a program of its own still there."""
+    import psutil
+
+    def is_rank(one) -> bool:
         try:
-            return "LOCAL_RANK" in process.environ()
+            return "LOCAL_RANK" in one.environ()
         except psutil.Error:
             return False
 
-    launched = [p for p in processes if ranks(p)]
-    for process in launched or processes:
-        try:
-            process.send_signal(signal.SIGTERM)
-        except psutil.Error:
-            continue
-    for process in [p for p in processes if p not in launched and launched and not _is_launcher(p)]:
-        try:
-            process.send_signal(signal.SIGTERM)
-        except psutil.Error:
-            continue
-    _, alive = psutil.wait_procs(processes, timeout=PATIENCE)
-    for process in alive:
-        try:
-            process.kill()
-        except psutil.Error:
-            continue
-    for child in children:
-        child.wait()
-
-
-def _is_launcher(process) -> bool:
-    import psutil
-
     try:
-        return any("deepspeed" in word or "torchrun" in word for word in process.cmdline()[:4])
+        return not is_rank(process) and any(is_rank(child) for child in process.children(recursive=True))
     except psutil.Error:
-        return True
+        return False
 
 
 def is_whole(file: str) -> bool:

@@ -76,6 +76,8 @@ def cost_until(folder: Path, step: int) -> dict[str, float]:
     """The counters of a run after `step` steps, between the logged steps in proportion; empty where none are logged."""
     before: dict[str, float] = {}
     at = 0
+    if not (folder / "metrics.jsonl").is_file():
+        return before
     for row in read_metrics(folder / "metrics.jsonl"):
         cost = bare({name: value for name, value in row.items() if name.startswith("budget/")})
         if not cost:
@@ -88,8 +90,16 @@ def cost_until(folder: Path, step: int) -> dict[str, float]:
 
 
 def step_cost(folder: Path, counter: str, steps: int) -> float:
-    """What one step costs: from the first to the last of a pilot, so that starting up does not count."""
-    first, last = (cost_until(folder, step)[counter] for step in (1, steps))
+    """What one step costs: from the first to the last of a pilot, so that starting up does not count.
+
+    Raises UserError where the pilot has not come so far.
+    """
+    first, before, last = (cost_until(folder, step).get(counter, 0.0) for step in (1, steps - 1, steps))
+    if not first < before < last:
+        raise UserError(
+            f"{folder}: does not tell what {steps} steps cost in {counter}. Look at its log and metrics.jsonl: a pilot "
+            "that a guard has stopped needs gentler options"
+        )
     return (last - first) / (steps - 1)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.checkpoint import FOLDER
-from rlhf.compare.measures import distinct_n, encode_texts, perplexity, text_losses
+from rlhf.compare.measures import encode_texts, perplexity, text_losses
 from rlhf.compare.run import CompareConfig, check_judges, load_policies, run_config, unseen
 from rlhf.config import UserError, option, parse
 from rlhf.data.records import Instruction, Prompt, Samples, Scorer
@@ -41,7 +41,13 @@ def load_experiment(folder: str | Path) -> ExperimentConfig:
         raise UserError(
             f"{folder}: no experiment here (experiment.yaml is missing); make one with rlhf compare run FILE"
         )
-    return parse(ExperimentConfig, ["--config", str(file)], "rlhf compare run")
+    config = parse(ExperimentConfig, ["--config", str(file)], "rlhf compare run")
+    if Path(config.output_dir).resolve() != Path(folder).resolve():
+        raise UserError(
+            f"{folder}: was made as {config.output_dir}, which is another place from here. Call from the directory in "
+            "which the experiment was run"
+        )
+    return config
 
 
 def measure(asked: MeasureConfig, build_scorer: Callable[..., Scorer]) -> None:
@@ -163,7 +169,8 @@ def score_again(config: ExperimentConfig, place: Path, specs: list, seed: int, b
 
 
 def best_of(rows: list[dict], n: int, samples: int) -> list[dict]:
-    """Of each block of n responses to a prompt the one with the highest proxy; `samples` blocks for each prompt.
+    """Of each block of n responses to a prompt the one with the highest proxy; `samples` blocks for each prompt, after
+    the first `samples` responses, which are the foundation's own.
 
     Its sequence KL to the foundation is log n - (n - 1)/n (an upper bound where scores tie, Beirami et al. 2024), the
     same for every response.
@@ -175,7 +182,8 @@ def best_of(rows: list[dict], n: int, samples: int) -> list[dict]:
     chosen = []
     for own in by_prompt.values():
         for block in range(samples):
-            best = max(own[block * n : (block + 1) * n], key=lambda row: row["scores"]["proxy"])
+            first = samples + block * n
+            best = max(own[first : first + n], key=lambda row: row["scores"]["proxy"])
             chosen.append({**best, "sample": block, "kl": kl})
     return chosen
 
@@ -232,15 +240,15 @@ def as_dicts(rows: list, samples: int, with_ids: bool) -> list[dict]:
 
 
 def write_rows(file: Path, step: int, rows: list[dict], numbers: dict, budget: dict) -> None:
-    responses = [row["response"] for row in rows]
-    numbers = numbers | {f"distinct_{n}": distinct_n(responses, n) for n in (1, 2)}
     head = {"step": step, "numbers": numbers, "budget": budget}
     write_atomic(file, "".join(dumps(row) + "\n" for row in [head, *rows]))
 
 
 def read_rows(file: Path) -> tuple[dict, list[dict]]:
     """(header, rows) of a file of measured responses."""
-    head, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    head, *rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    for row in rows:  # a part of a score that does not apply is written as "NaN"
+        row["scores"] = {name: float(value) for name, value in row["scores"].items()}
     return head, rows
 
 

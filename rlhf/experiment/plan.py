@@ -23,7 +23,6 @@ from rlhf.config import UserError, read_yaml
 from rlhf.experiment.config import LENGTH, ExperimentConfig, strength_of
 
 PILOT_STEPS = {"dpo": 8, "ppo": 3}
-WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 
 
 @dataclass
@@ -33,6 +32,7 @@ class Job:
     name: str
     command: list[str]  # without what launches it
     needs: list[str] = field(default_factory=list)
+    after: list[str] = field(default_factory=list)  # those of `needs` that only have to be there, whatever they are
     leaves: list[str] = field(default_factory=list)  # files that have to be there when it is done
     reads: list[str] = field(default_factory=list)  # files whose contents count
     folder: str | None = None  # where a training program writes its metrics
@@ -42,12 +42,13 @@ class Job:
 
 def plan(config: ExperimentConfig, lengths: dict[str, int] | None) -> list[Job]:
     """The jobs in the order in which they are wanted. Trials follow once `lengths` (method -> steps) are known."""
-    jobs = []
-    if config.train_referee:
-        jobs.append(training(config, "referee", "reward", config.train_referee, config.seeds[0] + 1000, half="b"))
-    jobs.append(measuring(config, "foundation", []))
+    foundation = measuring(config, "foundation", [])
+    jobs = [] if config.train_referee else [foundation]
     for seed in config.seeds:
         jobs += seed_jobs(config, seed)
+        if seed == config.seeds[0] and config.train_referee:  # which may learn from this seed's pairs
+            jobs.append(training(config, "referee", "reward", config.train_referee, seed + 1000, half="b"))
+            jobs.append(foundation)
         if seed == config.seeds[0] and config.matched:
             jobs += [pilot(config, name) for name in config.trained]
         if lengths is not None:
@@ -57,7 +58,7 @@ def plan(config: ExperimentConfig, lengths: dict[str, int] | None) -> list[Job]:
                 for strength in strength_of(config.methods[name])[1]
                 for job in trial(config, name, strength, seed, lengths[name])
             ]
-        jobs.append(measuring(config, f"seed-{seed}/foundation", after_pairs(config, seed)))
+        jobs.append(measuring(config, f"seed-{seed}/foundation", after_pairs(config, seed), seed))
     return jobs
 
 
@@ -71,11 +72,10 @@ def seed_jobs(config: ExperimentConfig, seed: int) -> list[Job]:
         sample += ["--store", store, "--seed", str(seed), *flags(limits(config))]
         annotate = ["rlhf", "sandbox", "annotate", "--config", config.pairs["annotate"], "--store", store]
         reads = [config.pairs["sample"], *config.pairs["prompts"], *weights_of(config.foundation)]
-        jobs.append(Job(f"seed-{seed}/sample", sample, [], [store], reads))
+        jobs.append(Job(f"seed-{seed}/sample", sample, leaves=[store], reads=reads))
+        annotate += ["--seed", str(seed)]
         reads = [config.pairs["annotate"]]
-        jobs.append(
-            Job(f"seed-{seed}/annotate", [*annotate, "--seed", str(seed)], [f"seed-{seed}/sample"], [store], reads)
-        )
+        jobs.append(Job(f"seed-{seed}/annotate", annotate, [f"seed-{seed}/sample"], leaves=[store], reads=reads))
     if config.reward:
         jobs.append(training(config, f"seed-{seed}/reward", "reward", config.reward, seed))
     return jobs
@@ -91,7 +91,7 @@ def trial(config: ExperimentConfig, name: str, strength: float, seed: int, steps
     own = f"seed-{seed}/{name}-{option}-{strength:g}"
     run = training(config, own, method["program"], method, seed, more)
     run.steps, run.trial = steps, (name, strength, seed)
-    return [run, measuring(config, own, [own, *run.needs])]
+    return [run, measuring(config, own, [own, *after_pairs(config, seed)], seed)]
 
 
 def pilot(config: ExperimentConfig, name: str) -> Job:
@@ -122,26 +122,49 @@ def training(
     if program != "reward":
         options |= {"eval_prompts": 0, "temperature": config.temperature}
     if program == "ppo":
-        options["reward"] = [{"model": "{reward}"}] if config.reward else None
+        options |= {"reward": [{"model": "{reward}"}]} if config.reward else {}
         needs += [f"seed-{seed}/reward"] if config.reward else []
     options |= part.get("options", {}) | (more or {})
     command = [f"launch/{program}.py"]
     command += ["--config", part["config"]] if part.get("config") else []
     command += [word.replace("{reward}", reward) for word in flags(options)]
-    reads = [f for f in (part.get("config"), *data_of(config, pairs_seed)) if f and "preferences.db" not in f]
-    leaves = [f"{folder}/result.json"]
-    return Job(name, command, needs, leaves, [*reads, *weights_of(config.foundation)], folder)
+    given = [] if "sample" in config.pairs else config.pairs["data"]  # what a job makes counts as that job
+    reads = [*([part["config"]] if part.get("config") else []), *given, *weights_of(config.foundation)]
+    reads += [file for spec in part.get("options", {}).get("reward") or [] for file in files_of(spec)]
+    return Job(name, command, needs, leaves=[f"{folder}/result.json"], reads=reads, folder=folder)
 
 
-def measuring(config: ExperimentConfig, name: str, needs: list[str]) -> Job:
+def measuring(config: ExperimentConfig, name: str, needs: list[str], seed: int | None = None) -> Job:
     """The measuring of a trial's policies, or of the foundation (and the best of n of its responses)."""
     command = ["rlhf", "compare", "measure", config.output_dir, "--trial", name]
     # what decides how a policy is measured is not in the command but in experiment.yaml
-    how = json.dumps([getattr(config, n) for n in MEASURED_BY] + [config.pool], sort_keys=True)
-    leaves = [f"{config.output_dir}/measures/{name}/done.json"]
+    how = {n: getattr(config, n) for n in MEASURED_BY}
+    own = [spec for n in config.trained for spec in config.methods[n].get("options", {}).get("reward") or []]
+    if seed is not None and own:
+        how["rewards"] = own
+    if name == "foundation":
+        how |= {"foundation": config.foundation, "pool": config.pool}
+    elif name == f"seed-{seed}/foundation":
+        how |= {"best_of_n": config.methods.get("best_of_n")}
+    texts = [file for files in config.perplexity.values() for file in files]
+    scorers = [*config.gold, *config.referee, *config.others, *(own if seed is not None else [])]
+    reads = [*config.prompts, *texts, *(file for spec in scorers for file in files_of(spec))]
     referee = ["referee"] if config.train_referee else []
     first = ["measure/foundation"] if name != "foundation" else []
-    return Job(f"measure/{name}", [*command, f"# {how}"], [*needs, *referee, *first], leaves)
+    return Job(
+        f"measure/{name}",
+        [*command, f"# {json.dumps(how, sort_keys=True)}"],
+        [*needs, *referee, *first],
+        after=first if name != f"seed-{seed}/foundation" else [],
+        leaves=[f"{config.output_dir}/measures/{name}/done.json"],
+        reads=[*reads, *(weights_of(config.foundation) if name == "foundation" else [])],
+    )
+
+
+def files_of(spec: dict[str, Any]) -> list[str]:
+    """The files that a scorer reads."""
+    folders = [spec["model"]] if "model" in spec else spec.get("ensemble", [])
+    return [str(spec["voice"])] if "voice" in spec else [file for folder in folders for file in weights_of(folder)]
 
 
 MEASURED_BY = (
@@ -180,34 +203,35 @@ def rollout_size(method: dict[str, Any]) -> int:
 
     default = next(f.default for f in fields(PPOConfig) if f.name == "rollout_batch_size")
     given = read_yaml(method["config"]) if method.get("config") else {}
-    return int((given | method.get("options", {})).get("rollout_batch_size", default))
+    return int(float((given | method.get("options", {})).get("rollout_batch_size", default)))
 
 
 def given_length(method: dict[str, Any]) -> int:
     """Steps of a method whose budget is not matched: as its options or its file say. UserError if they do not."""
     name = LENGTH[method["program"]]
     given = (read_yaml(method["config"]) if method.get("config") else {}) | method.get("options", {})
-    value = int(given.get(name, -1))
-    if value < 1:
-        raise UserError(f"a method's length is not known: give '{name}' in its options or file, or match a budget")
-    return value // (rollout_size(method) if method["program"] == "ppo" else 1)
+    steps = int(float(given.get(name, -1))) // (rollout_size(method) if method["program"] == "ppo" else 1)
+    if steps < 1:
+        raise UserError(
+            f"methods: how long '{method['program']}' trains is not known: give '{name}' in its options or file, or "
+            "match a budget"
+        )
+    return steps
 
 
 def flags(options: dict[str, Any]) -> list[str]:
     """Options as words of a command line that rlhf.config.parse reads back as they were."""
     words = []
     for name, value in options.items():
-        if value is None:
-            continue
-        if isinstance(value, bool):
+        if value is None or isinstance(value, bool):
             value = str(value).lower()
-        words += [f"--{name}", json.dumps(value) if isinstance(value, (dict, list)) else str(value)]
+        words += [f"--{name}", json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)]
     return words
 
 
 def weights_of(foundation: str) -> list[str]:
     """The files of weights in a local foundation, whose contents decide whether a run stands on the same one."""
-    return [str(path) for name in WEIGHTS if (path := Path(foundation) / name).is_file()]
+    return [str(path) for path in sorted(Path(foundation).glob("*.safetensors"))]
 
 
 def fingerprints(jobs: list[Job]) -> dict[str, str]:
@@ -218,7 +242,8 @@ def fingerprints(jobs: list[Job]) -> dict[str, str]:
         for file in job.reads:
             if file not in contents:
                 contents[file] = sha256(file)
-        about = [job.command, [contents[f] for f in job.reads], [result.get(n, n) for n in job.needs]]
+        stands_on = [result[n] for n in job.needs if n not in job.after]
+        about = [job.command, [contents[f] for f in job.reads], stands_on]
         result[job.name] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     return result
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf.compare.report import distinct_pairs, print_table, write_report
+from rlhf.compare.report import print_table, write_report
 from rlhf.compare.text import count, escape
 from rlhf.config import UserError
 
@@ -86,12 +86,6 @@ def test_numbers_by_hand(tmp_path):
     assert (ppo["length"], ppo["ended"]) == (4.0, 1.0)
     (pair,) = report["pairs"]
     assert (pair["a"], pair["b"], pair["win_rate"]["estimate"]) == ("ppo", "sft", 1.0)
-
-
-def test_distinct_pairs_by_hand():
-    # "a b a b": ab ba ab; "a b": ab -> 2 distinct of 4
-    assert distinct_pairs(["a b a b", "a b", "alone"]) == 0.5
-    assert distinct_pairs(["alone", ""]) == 0.0
 
 
 def test_better_equal_and_worse_are_said_as_the_intervals_allow(tmp_path):

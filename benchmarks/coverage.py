@@ -1,0 +1,289 @@
+"""Do the intervals of rlhf/compare/crossed.py and frontier.py hold the truth as often as they say? Simulated.
+
+    nice -n 10 python benchmarks/coverage.py                    # all tables, about 5 minutes of one core
+    nice -n 10 python benchmarks/coverage.py --repeats 0.05     # a look at them
+
+Each cell simulates whole experiments with a known truth, lets the functions that the report calls make a 95 % interval,
+and counts how often it holds the truth, in percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable
+
+import numpy as np
+from scipy.special import stdtrit
+
+from rlhf.compare import frontier
+from rlhf.compare.crossed import crossed_mean, crossed_statistic, mean_squares, total
+from rlhf.compare.frontier import Track, equal_kl
+
+SEEDS, GROUPS = (3, 5, 10), (40, 100, 300)
+Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
+
+
+def normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.standard_normal(shape)
+
+
+def heavy(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Student's t with 4 degrees of freedom, variance 1."""
+    return rng.standard_t(4, shape) / math.sqrt(2)
+
+
+def lognormal(sigma: float) -> Draw:
+    """exp(sigma z), shifted and scaled to mean 0 and variance 1."""
+    mean, sd = math.exp(sigma**2 / 2), math.sqrt((math.exp(sigma**2) - 1) * math.exp(sigma**2))
+    return lambda rng, shape: (np.exp(sigma * rng.standard_normal(shape)) - mean) / sd
+
+
+def world(rng, seeds: int, groups: int, ratio: float, noise: float, *, a=normal, b=normal, e=normal) -> np.ndarray:
+    """Values (seeds, groups) with mean 0: prompts of variance 1, an error of variance `noise`.
+
+    Seeds add `ratio` times as much to the variance of the mean as prompts and error together.
+    """
+    part = 1 / groups + noise / (seeds * groups)
+    return (
+        math.sqrt(ratio * part * seeds) * a(rng, (seeds, 1))
+        + b(rng, (1, groups))
+        + math.sqrt(noise) * e(rng, (seeds, groups))
+    )
+
+
+WORLDS = [
+    ("normal", {}, 1.0, (0, 0.1, 0.3, 1, 3, 10)),
+    ("normal", {}, 10.0, (0, 0.1, 0.3, 1, 3, 10)),
+    ("error heavy-tailed (t4)", {"e": heavy}, 10.0, (0, 1)),
+    ("seeds heavy-tailed (t4)", {"a": heavy}, 1.0, (1, 10)),
+    ("prompts lognormal, sigma 0.5", {"b": lognormal(0.5)}, 1.0, (0, 1)),
+    ("prompts lognormal, sigma 1", {"b": lognormal(1.0)}, 1.0, (0, 1)),
+]
+
+
+def mean_table(repeats: int) -> str:
+    """crossed_mean over the grid."""
+    lines = [head(["world", "error / prompts", "seeds' part", *(f"{s} x {g}" for s in SEEDS for g in GROUPS)])]
+    for name, draws, noise, ratios in WORLDS:
+        for ratio in ratios:
+            cells = [name, f"{noise:g}", f"{ratio:g}"]
+            for seeds in SEEDS:
+                for groups in GROUPS:
+                    rng = np.random.default_rng([seeds, groups, int(10 * ratio), int(noise)])
+                    hits = sum(
+                        holds(crossed_mean(world(rng, seeds, groups, ratio, noise, **draws)), 0.0)
+                        for _ in range(repeats)
+                    )
+                    cells.append(marked(100 * hits / repeats))
+            lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def naive_table(repeats: int) -> str:
+    """Beside it, what one gets who takes the seeds as fixed, or forgets the prompts."""
+    lines = [head(["seeds' part", *(f"{s} seeds: {k}" for s in SEEDS for k in ("crossed", "prompts", "seeds"))])]
+    for ratio in (0, 0.3, 1, 3, 10):
+        cells = [f"{ratio:g}"]
+        for seeds in SEEDS:
+            rng = np.random.default_rng([7, seeds, int(10 * ratio)])
+            hits = np.zeros(3)
+            for _ in range(repeats):
+                values = world(rng, seeds, 100, ratio, 1.0)
+                alone = [one_way(values.mean(axis=axis)) for axis in (0, 1)]
+                hits += [holds(crossed_mean(values), 0.0), *alone]
+            cells += [f"{100 * h / repeats:.1f}" for h in hits]
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def one_way(means: np.ndarray) -> bool:
+    """Whether Student's interval of independent `means` holds 0."""
+    half = stdtrit(len(means) - 1, 0.975) * means.std(ddof=1) / math.sqrt(len(means))
+    return bool(abs(means.mean()) <= half)
+
+
+def degrees_table(repeats: int) -> str:
+    """The degrees of freedom as Satterthwaite has them, and as `degrees` mends them, 100 groups."""
+    columns = [f"{seeds} seeds: {kind}" for seeds in (3, 5) for kind in ("as published", "ours")]
+    lines = [head(["error / prompts", "seeds' part", *columns])]
+    for noise in (0.1, 1, 10, 30):
+        for ratio in (0, 1, 5, 10):
+            cells = [f"{noise:g}", f"{ratio:g}"]
+            for seeds in (3, 5):
+                rng = np.random.default_rng([3, seeds, int(10 * ratio), int(10 * noise)])
+                published = ours = 0
+                for _ in range(repeats):
+                    values = world(rng, seeds, 100, ratio, noise)
+                    v, mean = mean_squares(values), values.mean()
+                    df = total(v) ** 2 / (v.seeds**2 / (seeds - 1) + v.groups**2 / 99 + v.error**2 / (seeds - 1) / 99)
+                    published += abs(mean) <= stdtrit(df, 0.975) * math.sqrt(total(v))
+                    ours += holds(crossed_mean(values), 0.0)
+                cells += [marked(100 * published / repeats), marked(100 * ours / repeats)]
+            lines.append(row(cells))
+    return "\n".join(lines)
+
+
+def ratio_table(repeats: int) -> str:
+    """crossed_statistic for a ratio of two means that share seeds and prompts; 20 blocks of 5 groups, 50 of 2."""
+    lines = [head(["seeds", "groups", "20 blocks", "50 blocks"])]
+    for seeds in SEEDS:
+        cells = [str(seeds), "100"]
+        for blocks in (20, 50):
+            rng = np.random.default_rng([seeds, blocks])
+            hits = 0
+            for _ in range(repeats):
+                x = 10 + world(rng, seeds, 100, 1.0, 1.0) * 2
+                y = 5 + 0.5 * world(rng, seeds, 100, 1.0, 1.0) + 0.5 * (x - 10)
+                found = crossed_statistic(lambda s, g: (s @ y @ g) / (s @ x @ g), seeds, 100, blocks=blocks)  # noqa: B023
+                hits += holds(found, 0.5)
+            cells.append(marked(100 * hits / repeats))
+        lines.append(row(cells))
+    return "\n".join(lines)
+
+
+SHAPES = {
+    "quadratic": lambda d: 0.9 * d - 0.08 * d * d,
+    "slow": lambda d: 0.7 * d - 0.05 * d * d,
+    "saturating": lambda d: 2.2 * (1 - np.exp(-d / 1.6)),
+    "over-optimised": lambda d: d * (1.5 - 0.75 * np.log(np.maximum(d, 1e-9))),
+    "late": lambda d: 2 * d**2 / (d**2 + 4),
+}
+KLS = [1.0, 2.0, 4.0, 8.0, 12.0]
+PAIRS = [("quadratic", "slow"), ("saturating", "slow"), ("over-optimised", "slow"), ("late", "saturating")]
+
+
+def runs(rng, shape: str, seeds: int, groups: int, *, stretch: float = 1.0, split: float = 0.0, blur=1.0) -> Track:
+    """The points of a method, 4 strengths x 4 checkpoints a seed.
+
+    Off the curve by, times d / 3: the run 0.15, its strength 0.08, the prompt 0.8 (and each response 0.7), plus 0.04
+    each point. KL: a strength's is off by 15 %, a prompt's by 35 %, a prompt's at one point by 40 %. The weakest
+    strength lies `split` d / 3 below the curve, the strongest as much above. `blur` scales what prompts add.
+    """
+    d_of = np.array([2.0, 5.0, 10.0, 20.0])[:, None] * stretch * np.array([0.25, 0.5, 0.75, 1.0]) ** 1.2
+    prompt, far = 0.8 * blur * rng.standard_normal(groups), 0.35 * blur * rng.standard_normal(groups)
+    kls, scores = [], []
+    for _ in range(seeds):
+        own = 0.15 * rng.standard_normal((4, 1)) + 0.05 * rng.standard_normal((4, 4))
+        kl = (d_of * np.exp(own)).ravel()[:, None]
+        d = np.sqrt(kl)
+        off = 0.15 * rng.standard_normal() + 0.08 * rng.standard_normal((4, 1)) + split * np.linspace(-1, 1, 4)[:, None]
+        level = SHAPES[shape](d) + np.repeat(off, 4, axis=0) * d / 3 + 0.04 * rng.standard_normal((16, 1))
+        off_kl = far + 0.4 * blur * rng.standard_normal((16, groups))
+        kls.append(kl * np.exp(off_kl - (0.35**2 + 0.4**2) * blur**2 / 2))
+        scores.append(level + prompt * d / 3 + 0.7 * blur * np.minimum(1, d) * rng.standard_normal((16, groups)))
+    return Track(kls, scores)
+
+
+def form_of(terms: Callable[[np.ndarray], list[np.ndarray]]):
+    """Least squares on other terms of d, to be put in the place of the project's form."""
+
+    def fitted(d: np.ndarray, score: np.ndarray, at: np.ndarray) -> np.ndarray:
+        return (np.stack(terms(at), -1) @ np.linalg.pinv(np.stack(terms(d), -1)) @ score[..., None])[..., 0]
+
+    return fitted
+
+
+FORMS = {
+    "d (a + b d)": form_of(lambda d: [d, d * d]),
+    "d (a + b log d)": form_of(lambda d: [d, d * np.log(d)]),
+    "d (a + b log d + c d)": frontier._fitted,
+    "lines": frontier._lines,
+}
+
+
+def frontier_table(repeats: int) -> str:
+    """equal_kl at 3, 5 and 10 seeds: coverage at each KL, where it lies in the overlap, and the largest mean error."""
+    lines = [head(["methods", "seeds", *(f"KL {k:g}" for k in KLS), "largest bias / se", "lines: lowest, highest"])]
+    for first, second, split in [(*pair, 0.0) for pair in PAIRS] + [("quadratic", "slow", 0.3)]:
+        name = f"{first} - {second}" + (", strengths apart" if split else "")
+        truth = SHAPES[first](np.sqrt(KLS)) - SHAPES[second](np.sqrt(KLS))
+        if split:  # what is estimated, the curve through all points, then has no formula
+            truth = far_truth(first, second, split)
+        for seeds in SEEDS:
+            rng = np.random.default_rng([seeds, len(first), len(second), int(10 * split)])
+            hits, of_lines, errors, ses, count = np.zeros((5, len(KLS)))
+            for _ in range(repeats):
+                a, b = runs(rng, first, seeds, 100, split=split), runs(rng, second, seeds, 100, stretch=1.2)
+                found = equal_kl(a, b, KLS)
+                for line, rough in zip(found.rows, found.sensitivity, strict=True):
+                    k, e = KLS.index(line["kl"]), line["difference"]
+                    hits[k] += holds(e, truth[k])
+                    of_lines[k] += holds(rough["difference"], truth[k])
+                    errors[k], ses[k], count[k] = errors[k] + e.estimate - truth[k], ses[k] + e.se, count[k] + 1
+            cover, rough = [[marked(100 * x) for x in h / count] for h in (hits, of_lines)]
+            worst, span = np.max(np.abs(errors / ses)), sorted(rough, key=lambda x: float(x.strip("*")))
+            lines.append(row([name, str(seeds), *cover, f"{worst:.2f}", f"{span[0]}, {span[-1]}"]))
+    return "\n".join(lines)
+
+
+def far_truth(first: str, second: str, split: float) -> np.ndarray:
+    """Where the differences end up with many seeds and prompts."""
+    rng, total, count = np.random.default_rng(0), np.zeros(len(KLS)), np.zeros(len(KLS))
+    for _ in range(400):
+        a, b = runs(rng, first, 10, 2, split=split, blur=0.0), runs(rng, second, 10, 2, stretch=1.2, blur=0.0)
+        for line in equal_kl(a, b, KLS).rows:
+            k = KLS.index(line["kl"])
+            total[k], count[k] = total[k] + line["difference"].estimate, count[k] + 1
+    return total / count
+
+
+def form_table(repeats: int) -> str:
+    """Which form of the curve: coverage at 5 seeds, lowest over the KLs and mean."""
+    lines = [head(["methods", *FORMS])]
+    for first, second in PAIRS:
+        truth = SHAPES[first](np.sqrt(KLS)) - SHAPES[second](np.sqrt(KLS))
+        hits = {form: np.zeros(len(KLS)) for form in FORMS}
+        rng = np.random.default_rng([11, len(first), len(second)])
+        for _ in range(repeats):
+            a, b = runs(rng, first, 5, 100), runs(rng, second, 5, 100, stretch=1.2)
+            for form, fit in FORMS.items():
+                rows = frontier._rows(a, b, KLS, fit, 0.95)
+                hits[form] += [holds(r["difference"], t) for r, t in zip(rows, truth, strict=True)]
+        cells = [f"{100 * h.min() / repeats:.0f} (mean {100 * h.mean() / repeats:.0f})" for h in hits.values()]
+        lines.append(row([f"{first} - {second}", *cells]))
+    return "\n".join(lines)
+
+
+def holds(estimate, truth: float) -> bool:
+    return estimate.low <= truth <= estimate.high
+
+
+def marked(percent: float) -> str:
+    """Bold where it lies outside of 93 to 97."""
+    return f"{percent:.1f}" if 93 <= percent <= 97 else f"**{percent:.1f}**"
+
+
+def head(cells: list[str]) -> str:
+    return f"{row(cells)}\n{row(['---'] * len(cells))}"
+
+
+def row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+TABLES = {
+    "Means over seeds and prompts (crossed_mean)": (mean_table, 5000),
+    "Beside prompts alone and seeds alone, 100 groups": (naive_table, 5000),
+    "Degrees of freedom, 100 groups": (degrees_table, 5000),
+    "A ratio of means (crossed_statistic)": (ratio_table, 1000),
+    "Differences at equal KL (equal_kl), 100 groups": (frontier_table, 800),
+    "The form of the curve, 5 seeds, 100 groups": (form_table, 400),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=float, default=1.0, help="share of the experiments a cell")
+    share = parser.parse_args().repeats
+    for title, (table, count) in TABLES.items():
+        start, repeats = time.perf_counter(), max(1, int(share * count))
+        text = table(repeats)
+        wide = 100 * math.sqrt(0.95 * 0.05 / repeats)
+        print(f"## {title}\n\n{text}\n\n{repeats} experiments a cell (standard error {wide:.1f}), "
+              f"{time.perf_counter() - start:.0f} s.\n", flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

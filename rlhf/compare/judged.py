@@ -1,0 +1,158 @@
+"""The parts of a report that a judge decides: curves, equal KL, tuned strengths, over-optimisation, wins."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf.compare.crossed import holm
+from rlhf.compare.crossfit import Means, ended, key, label, methods_with_points, rectangle
+from rlhf.compare.frontier import Track, curve, equal_kl, kl_range
+from rlhf.compare.overoptimisation import add_verdicts, overoptimisation
+from rlhf.compare.points import Results
+from rlhf.compare.power import pairs_needed
+from rlhf.compare.tuned import seen, tuned
+from rlhf.compare.wins import win_rate
+
+GRID = 9  # KLs at which a curve is given
+ENDS = 3  # strengths, for a curve through the ends of trials
+WIN_RATE = 0.55  # the difference that the sentence about power speaks of
+
+
+def judged(results: Results, means: Means, trained: list[str], level: float) -> dict[str, Any]:
+    """The parts of a report that a judge is needed for."""
+    curves = {}
+    for method in methods_with_points(results):
+        seeds, strengths = rectangle(ended(results, method))
+        if not seeds:
+            continue
+        track = _track(results, means, method, seeds, strengths)
+        low, high = kl_range(track)
+        if low < high:
+            kls = np.linspace(np.sqrt(max(low, 0.0)), np.sqrt(high), GRID) ** 2
+            kls[0], kls[-1] = low, high  # squares of roots may lie outside by rounding
+            curves[method] = {"kl": kls.tolist(), "score": [e.to_dict() for e in curve(track, kls, level=level)]}
+    frontier = [_frontier(results, means, a, b, level) for a, b in itertools.combinations(trained, 2)]
+    chosen = tuned(results, means, level)
+    signs = overoptimisation(results, means, level)
+    add_verdicts(signs, _holm, 1 - level)
+    paths = [pair["path"] for pair in frontier if pair["path"]]
+    families = [[row for pair in part for row in pair["rows"]] for part in (frontier, paths)]
+    for rows in (*families, chosen["rows"]):
+        for row, p in zip(rows, _holm([row["difference"]["p"] for row in rows]), strict=True):
+            row["p_adjusted"] = p
+    return {
+        "curves": curves,
+        "frontier": frontier,
+        "wins": _wins(results, level),
+        "tuned": chosen,
+        "overoptimisation": signs,
+        "power": {"win_rate": WIN_RATE, "pairs_needed": pairs_needed(WIN_RATE, level=level), "power": 0.8},
+    }
+
+
+def _holm(p: Sequence[float | None]) -> list[float | None]:
+    """Holm's adjustment of the p that are known (one group has none)."""
+    adjusted = holm([math.nan if x is None else x for x in p])
+    return [x if math.isfinite(x) else None for x in adjusted]
+
+
+def _track(
+    results: Results, means: Means, method: str, seeds: Sequence[int], strengths: Sequence, ends: bool = False
+) -> Track:
+    """All checkpoints of these seeds and strengths, or the ends of the trials alone: each seed has each strength, or a
+    trial that is not there would shorten the range of KL for all."""
+    score = f"score/{results.judge}"
+    base = means[key(results.foundation)][score]
+    kept = [[p for p in results.of(method, seed=s) if p.strength in strengths and (p.last or not ends)] for s in seeds]
+    points = [[means[key(p)] for p in own] for own in kept]
+    return Track(
+        kl=[np.array([m["kl"] for m in found]) for found in points],
+        score=[np.array([m[score] - base for m in found]) for found in points],
+    )
+
+
+def _frontier(results: Results, means: Means, a: str, b: str, level: float) -> dict[str, Any]:
+    """a over b at equal KL, by the seeds that both have; p_adjusted is added over all pairs.
+
+    `rows` are over the ends of the trials, which have spent the same; `path` has the same over all checkpoints, which
+    have not, but reach smaller KLs. With fewer than ENDS strengths the ends make no curve, and `rows` are over all.
+    """
+    blocks = {m: rectangle(ended(results, m)) for m in (a, b)}
+    seeds = sorted(set(blocks[a][0]) & set(blocks[b][0]))
+    entry: dict[str, Any] = {"a": a, "b": b, "seeds": seeds, "overlap": None, "ranges": {}, "rows": [], "path": None}
+    if not seeds:
+        return entry
+
+    def tracks(ends: bool) -> list[Track]:
+        return [_track(results, means, m, seeds, strengths, ends) for m, (_, strengths) in blocks.items()]
+
+    enough = min(len(strengths) for _, strengths in blocks.values()) >= ENDS
+    entry |= {"over": "ends" if enough else "all checkpoints"} | _at_equal_kl(a, b, tracks(enough), level)
+    if enough:
+        entry["path"] = _at_equal_kl(a, b, tracks(False), level)
+    return entry
+
+
+def _at_equal_kl(a: str, b: str, tracks: list[Track], level: float) -> dict[str, Any]:
+    found = equal_kl(*tracks, level=level)
+    entry: dict[str, Any] = {"overlap": None, "rows": []}
+    entry["ranges"] = {m: [float(x) for x in kl_range(t)] for m, t in zip((a, b), tracks, strict=True)}
+    if found.overlap is None:
+        return entry
+    entry |= {"overlap": [float(x) for x in found.overlap], "form": found.form, "residual": found.residual}
+    entry["rows"] = [_row(row, level) for row in found.rows]
+    entry["sensitivity"] = [{"kl": r["kl"], "difference": r["difference"].to_dict()} for r in found.sensitivity]
+    entry["disagreement"] = found.disagreement
+    return entry
+
+
+def _row(row: dict[str, Any], level: float) -> dict[str, Any]:
+    estimate = row["difference"]
+    return {"kl": float(row["kl"]), "difference": estimate.to_dict(), "detectable": seen(estimate, level)}
+
+
+def _wins(results: Results, level: float) -> dict[str, Any]:
+    """Who wins against whom: the ends of all trials and the foundation, each pair by the seeds that both have."""
+    foundation = results.foundation
+    policies: list[tuple[str, float | None]] = [(foundation.method, None)]
+    for method in methods_with_points(results):
+        policies += sorted({(method, p.strength) for p in results.of(method) if p.last}, key=lambda t: t[1] or 0.0)
+    ends = [{p.seed: p for p in results.of(m, s) if p.last and p.seed is not None} for m, s in policies]
+    n = len(policies)
+    raw, controlled, adjusted, ties, longer = ([[None] * n for _ in range(n)] for _ in range(5))
+    met = []
+    for i, j in itertools.combinations(range(n), 2):
+        seeds = sorted(ends[j] if i == 0 else set(ends[i]) & set(ends[j]))
+        if not seeds:
+            continue
+        a = [ends[j][s] for s in seeds]
+        b = [foundation if i == 0 else ends[i][s] for s in seeds]
+        found = win_rate(a, b, results, results.judge, level=level)
+        told = math.isfinite(found.controlled.estimate) and not found.ridge  # else length and policy are one
+        for matrix, estimate in ((raw, found.raw), (controlled, found.controlled if told else None)):
+            if estimate is not None:
+                matrix[j][i] = estimate.to_dict()
+                matrix[i][j] = _mirrored(matrix[j][i])
+        ties[i][j] = ties[j][i] = found.ties
+        longer[j][i], longer[i][j] = found.length_difference, -found.length_difference
+        met.append((i, j))
+    for (i, j), p in zip(met, _holm([raw[j][i]["p"] for i, j in met]), strict=True):
+        adjusted[i][j] = adjusted[j][i] = p
+    labels = [{"label": label(results, m, s), "method": m, "strength": s} for m, s in policies]
+    shares = {"raw": raw, "controlled": controlled, "p_adjusted": adjusted}
+    return {"policies": labels, **shares, "ties": ties, "length_difference": longer}
+
+
+def _mirrored(rate: dict[str, Any]) -> dict[str, Any]:
+    """The other side's win rate: ties count half, so the two sum to 1."""
+    low, high = rate["high"], rate["low"]
+    return rate | {
+        "estimate": 1 - rate["estimate"],
+        "low": None if low is None else 1 - low,
+        "high": None if high is None else 1 - high,
+    }

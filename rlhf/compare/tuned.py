@@ -1,0 +1,87 @@
+"""Each method at its best strength, where the best was chosen on other groups and seeds than those it is scored on."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from rlhf.compare.crossed import MIN_SEEDS, Estimate, crossed_mean
+from rlhf.compare.crossfit import Means, choose, ended, halves, key, methods_with_points, rectangle, stack, take
+from rlhf.compare.points import Results
+from rlhf.compare.power import detectable, needed_seeds
+
+
+def tuned(results: Results, means: Means, level: float) -> dict[str, Any]:
+    """Each method at its tuned strength against the foundation and the others; p_adjusted is still to be added.
+
+    Interval: crossed_mean of the scores at the chosen strengths, which takes the choices as given. They stand at their
+    own KL, so this is no comparison at equal KL.
+    """
+    tables = {m: ended(results, m) for m in methods_with_points(results)}
+    methods, rows = {}, []
+    for method, table in tables.items():
+        seeds, strengths = rectangle(table)
+        if seeds:
+            methods[method] = _method(results, means, table, seeds, strengths, level)
+    foundation = results.foundation
+    base = means[key(foundation)][f"score/{results.judge}"]
+    for a, b in itertools.combinations(methods, 2):
+        rows += _pair(results, means, a, b, tables, level)
+    for a in methods:
+        seeds, strengths = rectangle(tables[a])
+        values = _chosen(results, means, tables[a], seeds, strengths)[0] - base
+        rows.append(_compared(a, foundation.method, values, level))
+    return {"methods": methods, "rows": rows}
+
+
+def _chosen(results: Results, means: Means, table: dict, seeds: list[int], strengths: list) -> tuple[np.ndarray, ...]:
+    """(S, G) judge and KL at the chosen strengths, and the choices."""
+    rows = [[table[s][x] for x in strengths] for s in seeds]
+    scores = stack(means, f"score/{results.judge}", rows)
+    choice = choose(scores, halves(results.groups))
+    return take(scores, choice), take(stack(means, "kl", rows), choice), choice
+
+
+def _method(
+    results: Results, means: Means, table: dict, seeds: list[int], strengths: list, level: float
+) -> dict[str, Any]:
+    scores, kl, choice = _chosen(results, means, table, seeds, strengths)
+    half = halves(results.groups)
+    by_half = [Counter(choice[:, half == h].ravel().tolist()) for h in (0, 1)]
+    often = Counter(choice.ravel().tolist())
+    return {
+        "chosen": [strengths[c.most_common(1)[0][0]] for c in by_half],  # for each half, most often over seeds
+        "usual": strengths[often.most_common(1)[0][0]],
+        "shares": {str(strengths[i]): n / choice.size for i, n in sorted(often.items())},
+        "strengths": strengths,
+        "seeds": seeds,
+        "score": crossed_mean(scores, level=level).to_dict(),
+        "kl": crossed_mean(kl, level=level).to_dict(),
+    }
+
+
+def _pair(results: Results, means: Means, a: str, b: str, tables: dict, level: float) -> list[dict[str, Any]]:
+    """No row if no seed has both."""
+    blocks = {m: rectangle(tables[m]) for m in (a, b)}
+    seeds = sorted(set(blocks[a][0]) & set(blocks[b][0]))
+    if not seeds:
+        return []
+    scores = [_chosen(results, means, tables[m], seeds, blocks[m][1])[0] for m in (a, b)]
+    return [_compared(a, b, scores[0] - scores[1], level)]
+
+
+def _compared(a: str, b: str, values: np.ndarray, level: float) -> dict[str, Any]:
+    estimate = crossed_mean(values, level=level)
+    least = seen(estimate, level)
+    half = needed_seeds(values, least / 2, level=level) if least and len(values) >= MIN_SEEDS else None
+    return {"a": a, "b": b, "difference": estimate.to_dict(), "detectable": least, "seeds_for_half": half}
+
+
+def seen(estimate: Estimate, level: float) -> float | None:
+    """The smallest difference that would be shown in 4 of 5 repeats; None where there is no interval."""
+    least = detectable(estimate, level=level)
+    return least if math.isfinite(least) else None

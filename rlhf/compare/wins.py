@@ -1,0 +1,198 @@
+"""Win rates of one policy over another, as they are and with the length of the answers held equal.
+
+At each prompt the samples of A meet those of B; a share of 0.5 is a draw. Both numbers have the interval of seeds and
+groups crossed (rlhf/compare/crossed.py), each group counting once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic
+from rlhf.compare.judge import Verdicts
+from rlhf.compare.points import Point, Results
+from rlhf.config import UserError
+
+RIDGE = 0.01  # on the slope, in units of the mean log-likelihood: the least that keeps a separable fit finite
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """How often A wins over B. `raw` and `controlled` have the null 0.5."""
+
+    raw: Estimate
+    controlled: Estimate  # nan where length and policy cannot be told apart
+    ties: float  # share of the meetings, each group counting once
+    length_difference: float  # tokens, A - B
+    ridge: bool  # the length decides all, so that the controlled fit needed a ridge: read it as a direction
+    consistency: float | None = None  # of a judge asked in both orders: share of pairs with one winner in both
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe."""
+        return {**asdict(self), "raw": self.raw.to_dict(), "controlled": self.controlled.to_dict()}
+
+
+def win_values(a: np.ndarray, b: np.ndarray, tie_margin: float = 0.0) -> np.ndarray:
+    """(P,) share of the K x K' meetings at each prompt that A wins, ties half; scores a (P, K) and b (P, K').
+
+    |a - b| <= tie_margin is a tie.
+    """
+    return _meetings(a, b, tie_margin).mean(axis=1)
+
+
+def _meetings(a: np.ndarray, b: np.ndarray, tie_margin: float) -> np.ndarray:
+    """(P, K * K') outcomes of all meetings: 1, 0 or 0.5."""
+    difference = _differences(a, b)
+    return (difference > tie_margin) + 0.5 * (np.abs(difference) <= tie_margin)
+
+
+def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return (a[:, :, None] - b[:, None, :]).reshape(len(a), -1)
+
+
+def win_rate(
+    a: Sequence[Point],
+    b: Sequence[Point],
+    results: Results,
+    judge: str | Sequence[Verdicts],
+    *,
+    tie_margin: float = 0.0,
+    level: float = 0.95,
+) -> WinRate:
+    """How often the policies `a` win over `b`: a[i] meets b[i], of the same seed; the foundation may meet every seed.
+
+    judge: the name of a score, by which every sample of the one meets every sample of the other; or for each i what a
+    judge of pairs said about a[i] and b[i] (`judge_wins`), where sample k met sample k.
+    Raises UserError where the seeds do not fit, or a score is no number.
+    """
+    _check_seeds(a, b)
+    if isinstance(judge, str):
+        name = f"score/{judge}"
+        scores = [(_values(x, name), _values(y, name)) for x, y in zip(a, b, strict=True)]
+        outcomes = [_meetings(x, y, tie_margin) for x, y in scores]
+        lengths = [_differences(_values(x, "length"), _values(y, "length")) for x, y in zip(a, b, strict=True)]
+        consistency = None
+    else:
+        outcomes = [verdicts.wins for verdicts in judge]
+        lengths = [_values(x, "length") - _values(y, "length") for x, y in zip(a, b, strict=True)]
+        asked = [v.consistency for v in judge if not math.isnan(v.consistency)]
+        consistency = float(np.mean(asked)) if asked else None
+    per_seed = np.array([results.group_means(outcome) for outcome in outcomes])
+    fit = LengthFit(np.array(outcomes), np.array(lengths), results.groups)
+    controlled = crossed_statistic(fit, *per_seed.shape, null=0.5, level=level)
+    return WinRate(
+        raw=_share(crossed_mean(per_seed, null=0.5, level=level), level),
+        controlled=_share(controlled, level),
+        ties=float(np.mean([results.group_means(np.asarray(o) == 0.5) for o in outcomes])),
+        length_difference=float(np.mean([results.group_means(length) for length in lengths])),
+        ridge=fit.ridge,
+        consistency=consistency,
+    )
+
+
+def _check_seeds(a: Sequence[Point], b: Sequence[Point]) -> None:
+    seeds = [[p.seed for p in points] for points in (a, b)]
+    if not a or len(a) != len(b) or any(x != y and None not in (x, y) for x, y in zip(*seeds, strict=True)):
+        raise UserError(
+            f"win rate: seeds {seeds[0]} cannot meet seeds {seeds[1]}; expected the same seeds in one order"
+        )
+
+
+def _values(point: Point, name: str) -> np.ndarray:
+    values = np.asarray(point.values[name], dtype=np.float64)
+    if not np.all(np.isfinite(values)):
+        count = int((~np.isfinite(values)).sum())
+        raise UserError(f"win rate: {count} values of '{name}' of {point.method} are no finite numbers")
+    return values
+
+
+def _share(estimate: Estimate, level: float) -> Estimate:
+    """Limits within 0 and 1. Where every meeting of every group has the same winner nothing varies, and the interval
+    is the exact binomial one of that many groups won, p that of as many heads."""
+    if estimate.se == 0 and estimate.estimate in (0.0, 1.0) and estimate.groups > 1:
+        bound = ((1 - level) / 2) ** (1 / estimate.groups)
+        low, high = (bound, 1.0) if estimate.estimate == 1.0 else (0.0, 1 - bound)
+        return replace(estimate, low=low, high=high, p=2 * 0.5**estimate.groups)
+    return replace(estimate, low=np.clip(estimate.low, 0, 1).item(), high=np.clip(estimate.high, 0, 1).item())
+
+
+class LengthFit:
+    """The win rate at equal length, as a function of the weights of seeds and groups.
+
+        logit P(A wins) = theta + phi tanh(d / sd(d)),    d = length of A's answer - length of B's,    P at d = 0
+
+    after the length-controlled AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475, eq. 2) without its term for the
+    difficulty of each instruction, which is estimated there from other models' answers. Outcomes may be fractions.
+    sd(d) and the fit are done again for each set of weights. nan where d is the same, but not 0, in all meetings: the
+    length then cannot be told from the policy.
+    """
+
+    def __init__(self, outcomes: np.ndarray, lengths: np.ndarray, groups: Sequence[str]):
+        """outcomes (seeds, prompts, meetings) in [0, 1], lengths (seeds, prompts, meetings), groups (prompts,)."""
+        seeds, _, meetings = outcomes.shape
+        _, group = np.unique(np.asarray(groups), return_inverse=True)
+        size = np.bincount(group)
+        each = (1 / size[group] / meetings)[None, :, None]  # so that each group counts once
+        self.d, column = np.unique(lengths, return_inverse=True)  # a resample then costs a product and a small fit
+        row = (np.arange(seeds)[:, None, None] * len(size) + group[None, :, None]) * len(self.d)
+        cell = (row + column.reshape(lengths.shape)).ravel()
+        shape = (seeds * len(size), len(self.d))
+        self.wins, self.losses = (
+            np.bincount(cell, weights=(each * y).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
+            for y in (outcomes, 1 - outcomes)
+        )
+        self.start = np.zeros(2)
+        self.ridge = False
+
+    def __call__(self, seed_weights: np.ndarray, group_weights: np.ndarray) -> float:
+        weights = np.outer(seed_weights, group_weights).ravel()
+        wins, losses = weights @ self.wins, weights @ self.losses
+        used = wins + losses > 0
+        d, w = self.d[used], (wins + losses)[used]
+        y, w = wins[used] / w, w / w.sum()
+        sd, mean = math.sqrt(max(0.0, float(w @ d**2 - (w @ d) ** 2))), float(w @ y)
+        if sd < 1e-9:
+            return mean if np.all(d == 0) else math.nan
+        if np.all(y == 0) or np.all(y == 1):
+            return float(y[0])
+        x = np.tanh(d / sd)
+        ridge = RIDGE if separable(x, y) else 0.0
+        self.ridge |= ridge > 0
+        found = logistic_fit(x, y, w, ridge, np.zeros(2) if ridge else self.start)
+        if not ridge:
+            self.start = found  # near the next one's: left-out groups change little
+        return float(_sigmoid(found[0]))
+
+
+def separable(x: np.ndarray, y: np.ndarray) -> bool:
+    """Whether a threshold on x parts all wins from all losses, so that the steepest slope fits best (y in [0, 1])."""
+    wins, losses = x[y > 0], x[y < 1]
+    return bool(wins.min() >= losses.max() or losses.min() >= wins.max())
+
+
+def logistic_fit(x: np.ndarray, y: np.ndarray, w: np.ndarray, ridge: float, start: np.ndarray) -> np.ndarray:
+    """(theta, phi) that maximise sum w [y log p + (1 - y) log(1 - p)] - ridge phi^2 / 2 by Newton's method, where
+    p = sigmoid(theta + phi x). x, y, w (n,), w sums to 1, y in [0, 1]."""
+    theta, phi = start
+    for _ in range(200):
+        p = _sigmoid(theta + phi * x)
+        rest, curve = w * (y - p), w * p * (1 - p)
+        first, second = rest.sum(), rest @ x - ridge * phi
+        h11, h12, h22 = curve.sum(), curve @ x, curve @ x**2 + ridge
+        determinant = h11 * h22 - h12**2
+        step = np.array([h22 * first - h12 * second, h11 * second - h12 * first]) / max(determinant, 1e-300)
+        step /= max(1.0, np.abs(step).max())  # far off, a full step can overshoot
+        theta, phi = theta + step[0], phi + step[1]
+        if np.abs(step).max() < 1e-11:
+            break
+    return np.array([theta, phi])
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + np.tanh(0.5 * x))

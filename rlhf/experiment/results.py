@@ -1,0 +1,186 @@
+"""All that an experiment has measured so far, as the statistics read it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.compare.measures import distinct_n, repetition
+from rlhf.compare.points import Point, Results
+from rlhf.config import UserError
+from rlhf.experiment.config import ExperimentConfig, strength_of
+from rlhf.experiment.execute import Work, read_json
+from rlhf.experiment.lengths import planned_lengths, shared_cost
+from rlhf.experiment.measure import read_rows
+from rlhf.experiment.plan import Job, fingerprints, given_length, plan
+
+
+def read_results(config: ExperimentConfig) -> Results:
+    """Everything that is measured and whole and was made with these options; the rest is named in meta["left_out"].
+
+    Raises UserError if not even the foundation is measured.
+    """
+    work = planned(config)
+    out = Path(config.output_dir)
+    done = [job for job in work.jobs if job.name.startswith("measure/") and work.whole(job)]
+    names = {job.name.removeprefix("measure/") for job in done}
+    if "foundation" not in names:
+        raise UserError(f"{out}: nothing is measured yet; rlhf compare run begins with the foundation")
+    trials = {job.name: job.trial for job in work.jobs if job.trial}
+    files = list(policy_files(config, names, trials))
+    about = [read_json(out / "measures" / name / "done.json") for name in sorted(names)]
+    kinds = {name: kind for one in about for name, kind in one["kinds"].items()}
+    prompts = json.loads((out / "measures" / "foundation" / "prompts.json").read_text())["prompts"]
+    rows = [read_rows(file) for _, file in files]
+    common = [name for name in rows[0][1][0]["scores"] if all(finite(own, name) for _, own in rows)]
+    kinds |= {name: "other" for name in common if name not in kinds}
+    points, responses = [], {}
+    for (about_point, _), (head, own) in zip(files, rows, strict=True):
+        own = [row for row in own if row["sample"] < config.samples_per_prompt]
+        known = [name for name in kinds if name in own[0]["scores"]]
+        # of equally many responses of each policy: the foundation has a pool of them, and distinct-n falls with more
+        numbers = head["numbers"] | {f"distinct_{n}": distinct_n([row["response"] for row in own], n) for n in (1, 2)}
+        values = values_of(own, known, len(prompts))
+        point = Point(**about_point, values=values, numbers=numbers, budget=head["budget"])
+        points.append(point)
+        texts = [[""] * config.samples_per_prompt for _ in prompts]
+        for row in own:
+            texts[row["prompt"]][row["sample"]] = row["response"]
+        responses[point.method, point.strength, point.seed, point.step] = texts
+    return Results(
+        points=points,
+        groups=[prompt["group"] for prompt in prompts],
+        prompts=[prompt["prompt"] for prompt in prompts],
+        responses=responses,
+        score_kinds=kinds,
+        judge=next(one["judge"] for one in about),
+        methods={name: method_of(config, name) for name in config.methods},
+        shared_budget=mean_cost(
+            [shared_cost(config, seed) for seed in config.seeds if f"seed-{seed}/foundation" in names]
+        ),
+        meta=meta_of(config, work),
+    )
+
+
+def planned(config: ExperimentConfig) -> Work:
+    """The jobs of an experiment, without starting, refusing or moving any."""
+    work = Work(config)
+    if config.matched is None:
+        work.lengths = {name: given_length(config.methods[name]) for name in config.trained}
+    else:
+        try:
+            work.lengths = planned_lengths(config)
+        except (KeyError, UserError):  # no pilot yet
+            work.lengths = None
+    work.jobs = plan(config, work.lengths)
+    work.marks = fingerprints(work.jobs)
+    return work
+
+
+def policy_files(
+    config: ExperimentConfig, names: set[str], trials: dict[str, tuple[str, float, int]]
+) -> Iterable[tuple[dict[str, Any], Path]]:
+    """What each measured policy is, and its file."""
+    root = Path(config.output_dir) / "measures"
+    sft = {"method": "sft", "strength": None, "step": 0, "last": True}
+    yield {**sft, "seed": None}, root / "foundation" / "step-000000.jsonl"
+    for seed in config.seeds:
+        own = root / f"seed-{seed}" / "foundation"
+        if f"seed-{seed}/foundation" not in names:
+            continue
+        yield {**sft, "seed": seed}, own / "step-000000.jsonl"
+        best = config.methods.get("best_of_n")
+        for n in map(int, strength_of(best)[1]) if best else ():
+            about = {"method": "best_of_n", "strength": float(n), "step": n, "last": True, "seed": seed}
+            yield about, own / f"best-of-{n:06d}.jsonl"
+    for name, (method, strength, seed) in trials.items():
+        if name not in names:
+            continue
+        steps = read_json(root / name / "done.json")["files"]
+        for file in steps:
+            about = {"method": method, "strength": float(strength), "seed": seed, "last": file == steps[-1]}
+            yield {**about, "step": int(file.removesuffix(".jsonl").rpartition("-")[2])}, root / name / file
+
+
+def values_of(rows: list[dict], scores: list[str], prompts: int) -> dict[str, np.ndarray]:
+    """measure -> (prompts, samples)."""
+    samples = max(row["sample"] for row in rows) + 1
+    readers = {
+        "kl": lambda row: row["kl"],
+        "length": lambda row: row["length"],
+        "words": lambda row: len(row["response"].split()),
+        "ended": lambda row: row["ended"],
+        "repetition": lambda row: repetition(row["response"]),
+        **{f"score/{name}": (lambda row, name=name: row["scores"][name]) for name in scores},
+    }
+    result = {name: np.full((prompts, samples), math.nan) for name in readers}
+    for row in rows:
+        for name, read in readers.items():
+            result[name][row["prompt"], row["sample"]] = read(row)
+    return result
+
+
+def finite(rows: list[dict], name: str) -> bool:
+    return all(math.isfinite(row["scores"].get(name, math.nan)) for row in rows)
+
+
+def method_of(config: ExperimentConfig, name: str) -> dict[str, Any]:
+    spec = config.methods[name]
+    return {
+        "program": spec.get("program", name),
+        "strength": strength_of(spec)[0],
+        "strengths": [float(value) for value in strength_of(spec)[1]],
+        "baseline": "program" not in spec,
+        "options": spec.get("options", {}),
+    }
+
+
+def mean_cost(costs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """part -> counter -> mean over seeds."""
+    parts = {part for cost in costs for part in cost}
+    return {
+        part: {
+            counter: float(np.mean([cost[part][counter] for cost in costs if counter in cost.get(part, {})]))
+            for counter in sorted({c for cost in costs for c in cost.get(part, {})})
+        }
+        for part in sorted(parts)
+    }
+
+
+def meta_of(config: ExperimentConfig, work: Work) -> dict[str, Any]:
+    """All that is needed to repeat the experiment, and what of it is not there yet."""
+    records = {job.name: work.record(job.name) for job in work.jobs}
+    whole = {job.name for job in work.jobs if work.whole(job)}
+    changed = [n for n, r in records.items() if r and n not in whole and r.get("fingerprint") != work.marks[n]]
+    results = [read_json(Path(job.folder) / "result.json") for job in work.jobs if job.folder and job.name in whole]
+    return {
+        "name": Path(config.output_dir).name,
+        "config": asdict(config),
+        "budget": config.budget,
+        "lengths": work.lengths,
+        "code": sorted({json.dumps(records[n].get("code"), sort_keys=True) for n in whole}),
+        "versions": results[0].get("versions", {}) if results else {},
+        "hardware": f"{platform.platform()}, {os.cpu_count()} CPU cores",
+        "data": {job.name: read_json(Path(job.folder) / "result.json").get("data", {}) for job in trained(work, whole)},
+        "stopped": {
+            job.name: reason
+            for job in trained(work, whole)
+            if (reason := read_json(Path(job.folder) / "result.json").get("stopped"))
+        },
+        "seconds": {n: records[n].get("seconds") for n in sorted(whole)},
+        "finished": max((records[n]["finished"] for n in whole), default=None),
+        "missing": [job.name for job in work.jobs if job.name not in whole and job.name not in changed],
+        "left_out": changed,
+    }
+
+
+def trained(work: Work, whole: set[str]) -> list[Job]:
+    return [job for job in work.jobs if job.folder and job.name in whole and not job.name.startswith("pilot/")]

@@ -1,0 +1,184 @@
+import math
+
+import numpy as np
+import pytest
+
+from rlhf.compare.crossed import crossed_mean
+from rlhf.compare.judge import Verdicts
+from rlhf.compare.points import Point, Results
+from rlhf.compare.wins import LengthFit, logistic_fit, separable, win_rate, win_values
+from rlhf.config import UserError
+
+
+def point(seed=0, method="ppo", **values):
+    values = {name: np.asarray(v, dtype=float) for name, v in values.items()}
+    return Point(method=method, strength=0.1, seed=seed, step=1, last=True, values=values)
+
+
+def results_of(groups):
+    return Results(
+        points=[], groups=list(groups), prompts=list(groups), responses={}, score_kinds={"gold": "gold"}, judge="gold",
+        methods={}, shared_budget={}, meta={},
+    )  # fmt: skip
+
+
+def verdicts(wins, consistency=1.0):
+    return Verdicts(np.asarray(wins, dtype=float), consistency, 0.5, len(wins))
+
+
+def judged(wins, lengths, groups=None, seeds=1):
+    """win_rate where A wins `wins` and is longer by `lengths`, the same for each seed, one sample a prompt."""
+    groups = groups or [str(i) for i in range(len(wins))]
+    a = [point(s, length=np.asarray(lengths, dtype=float)[:, None] + 50) for s in range(seeds)]
+    b = [point(s, length=np.full((len(wins), 1), 50.0)) for s in range(seeds)]
+    return win_rate(a, b, results_of(groups), [verdicts(np.asarray(wins)[:, None])] * seeds)
+
+
+def test_every_sample_meets_every_sample_and_ties_count_half():
+    # (3, 1) meets (2, 1): 3>2, 3>1, 1<2, 1=1 -> 2.5 of 4; (0, 0) meets (5, 0): 0, .5, 0, .5 -> 1 of 4
+    a, b = np.array([[3, 1], [0, 0]]), np.array([[2, 1], [5, 0]])
+    np.testing.assert_allclose(win_values(a, b), [2.5 / 4, 0.25], atol=1e-12)
+    # within 1 apart a tie: 3=2, 3>1, 1=2, 1=1 -> 2.5; 0<5, 0=0, 0<5, 0=0 -> 1
+    np.testing.assert_allclose(win_values(a, b, 1.0), [2.5 / 4, 0.25], atol=1e-12)
+    np.testing.assert_allclose(win_values(a, b, 2.0), [0.5, 0.25], atol=1e-12)
+    np.testing.assert_allclose(win_values(b, a), 1 - win_values(a, b), atol=1e-12)
+    np.testing.assert_allclose(win_values(np.array([[1]]), np.array([[0, 1, 2, -1]])), [2.5 / 4], atol=1e-12)
+
+
+def test_a_policy_that_wins_by_length_alone_is_level_at_equal_length():
+    # A is 10 tokens longer at 30 prompts of 40 and wins 90 % there, 10 shorter at 10 and wins 10 %.  Raw: 70 %.
+    # tanh(10/sd) and tanh(-10/sd) are +-c: logit .9 = theta + phi c, logit .1 = theta - phi c  ->  theta = 0.
+    found = judged([0.9] * 30 + [0.1] * 10, [10] * 30 + [-10] * 10)
+    assert found.raw.estimate == pytest.approx(0.7, abs=1e-9)
+    assert found.controlled.estimate == pytest.approx(0.5, abs=1e-9)
+    assert found.length_difference == pytest.approx(5.0, abs=1e-9)
+    assert not found.ridge and found.ties == 0
+
+
+def test_where_length_does_not_matter_both_rates_are_the_same():
+    # 70 % at every length, so phi = 0 and theta = logit .7
+    found = judged([0.7] * 40, [10] * 30 + [-10] * 10)
+    assert found.raw.estimate == pytest.approx(0.7, abs=1e-9)
+    assert found.controlled.estimate == pytest.approx(0.7, abs=1e-9)
+
+
+def test_the_controlled_rate_is_read_at_equal_length():
+    # two lengths, two parameters: the fit goes through both shares, and d = 0 was seen: 60 %, though raw is 70 %
+    found = judged([0.8] * 20 + [0.6] * 20, [10] * 20 + [0] * 20)
+    assert found.raw.estimate == pytest.approx(0.7, abs=1e-9)
+    assert found.controlled.estimate == pytest.approx(0.6, abs=1e-9)
+
+
+def test_without_any_difference_of_length_the_controlled_rate_is_the_raw_one():
+    rng = np.random.default_rng(0)
+    groups = [str(i // 3) if i < 30 else f"g{i}" for i in range(50)]  # of 1 and 3 prompts: each group counts once
+    wins = rng.random(50)
+    found = judged(wins, [0] * 50, groups)
+    assert found.controlled.estimate == pytest.approx(found.raw.estimate, abs=1e-9)
+    assert found.controlled.se == pytest.approx(found.raw.se, rel=1e-6)  # the jackknife of a mean, a group at a time
+    means = results_of(groups).group_means(wins[:, None])
+    assert found.raw == crossed_mean(means[None, :], null=0.5)
+    assert found.raw.estimate != pytest.approx(wins.mean(), abs=1e-3)
+
+
+def test_a_length_that_never_varies_cannot_be_told_from_the_policy():
+    found = judged([0.9, 0.4, 0.7], [5, 5, 5])
+    assert math.isnan(found.controlled.estimate) and found.to_dict()["controlled"]["estimate"] is None
+    assert found.raw.estimate == pytest.approx(2 / 3, abs=1e-9)
+
+
+def test_where_length_decides_all_a_ridge_keeps_the_fit_finite_and_says_so():
+    found = judged([1.0] * 20 + [0.0] * 20, [4] * 20 + [-4] * 20)
+    assert found.ridge
+    assert found.controlled.estimate == pytest.approx(0.5, abs=1e-9)
+    assert not judged([1.0] * 20 + [0.0] * 20, [4, -4] * 20).ridge  # as many wins when longer as when shorter
+
+
+def test_separable():
+    x = np.array([-1.0, 0.0, 1.0])
+    assert separable(x, np.array([0.0, 0.0, 1.0])) and separable(x, np.array([1.0, 0.0, 0.0]))
+    assert separable(x, np.array([0.0, 0.5, 1.0]))  # meeting in one point alone
+    assert not separable(x, np.array([0.0, 1.0, 0.0])) and not separable(x, np.array([0.1, 0.5, 0.9]))
+
+
+def test_the_logistic_fit_is_a_maximum():
+    # the gradient by hand: sum w (y - p) and sum w (y - p) x - ridge phi vanish
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=200), rng.random(200)
+    w = rng.random(200)
+    w /= w.sum()
+    for ridge in (0.0, 0.3):
+        theta, phi = logistic_fit(x, y, w, ridge, np.array([3.0, -8.0]))
+        rest = w * (y - 1 / (1 + np.exp(-theta - phi * x)))
+        assert rest.sum() == pytest.approx(0, abs=1e-9)
+        assert rest @ x - ridge * phi == pytest.approx(0, abs=1e-9)
+
+
+def test_every_resample_is_fitted_anew():
+    # without seed 1 and group "0": the same as a fit that never saw them, its sd(d) included
+    rng = np.random.default_rng(2)
+    outcomes, lengths = (rng.random((3, 8, 4)) > 0.4).astype(float), rng.normal(3, 10, (3, 8, 4))
+    groups = [str(i // 2) for i in range(8)]
+    fit = LengthFit(outcomes, lengths, groups)
+    fit(np.ones(3), np.ones(4))
+    less = LengthFit(outcomes[[0, 2]][:, 2:], lengths[[0, 2]][:, 2:], groups[2:])
+    expected = less(np.ones(2), np.ones(3))
+    assert fit(np.array([1.0, 0, 1]), np.array([0.0, 1, 1, 1])) == pytest.approx(expected, abs=1e-9)
+    d = lengths[[0, 2]][:, 2:].ravel()
+    by_hand = logistic_fit(
+        np.tanh(d / d.std()), outcomes[[0, 2]][:, 2:].ravel(), np.full(d.size, 1 / d.size), 0.0, np.zeros(2)
+    )
+    assert expected == pytest.approx(1 / (1 + math.exp(-by_hand[0])), abs=1e-9)
+
+
+def test_the_interval_of_the_controlled_rate_is_that_of_repeated_draws():
+    # 300 worlds of 60 prompts: the mean standard error against the spread, whose own error is 4 %
+    rng = np.random.default_rng(3)
+    estimates, errors = [], []
+    for _ in range(300):
+        d = rng.normal(8, 12, (1, 60))
+        p = 1 / (1 + np.exp(-0.3 - 0.8 * np.tanh(d / 12)))
+        wins = (rng.random((1, 60)) < p).astype(float)
+        found = judged(wins[0], d[0])
+        estimates.append(found.controlled.estimate)
+        errors.append(found.controlled.se)
+    assert np.mean(errors) == pytest.approx(np.std(estimates), rel=0.15)
+
+
+def test_scores_decide_where_no_judge_of_pairs_is_given():
+    rng = np.random.default_rng(4)
+    a = [point(s, **{"score/gold": rng.normal(0.5, 1, (6, 2)), "length": rng.integers(5, 9, (6, 2))}) for s in range(3)]
+    b = point(None, method="sft", **{"score/gold": rng.normal(0, 1, (6, 2)), "length": rng.integers(5, 9, (6, 2))})
+    results = results_of("aabbcd")
+    found = win_rate(a, [b] * 3, results, "gold")
+    table = [results.group_means(win_values(x.values["score/gold"], b.values["score/gold"])[:, None]) for x in a]
+    assert found.raw.estimate == pytest.approx(np.mean(table), abs=1e-12)
+    assert (found.raw.seeds, found.raw.groups, found.consistency) == (3, 4, None)
+    back = win_rate([b] * 3, a, results, "gold")
+    assert back.raw.estimate == pytest.approx(1 - found.raw.estimate, abs=1e-12)
+    assert back.controlled.estimate == pytest.approx(1 - found.controlled.estimate, abs=1e-9)
+
+
+def test_where_every_group_is_won_the_bound_is_the_binomial_one():
+    # 0.025 ^ (1/8) = 0.6306, p = 2 / 2^8
+    found = judged([1.0] * 8, [3, -3] * 4)
+    assert (found.raw.estimate, found.controlled.estimate, found.raw.high) == (1.0, 1.0, 1.0)
+    assert found.raw.low == pytest.approx(0.630583, abs=1e-6)
+    assert found.raw.p == pytest.approx(2 / 256, abs=1e-12)
+    near = judged([1.0] * 7 + [0.5], [3, -3] * 4)
+    assert near.raw.high == 1.0 and 0.5 < near.raw.low < 0.9375
+
+
+def test_consistency_is_handed_on_and_ties_are_counted():
+    a, b = (point(0, length=np.ones((2, 1))) for _ in range(2))
+    found = win_rate([a], [b], results_of("xy"), [verdicts([[0.5], [1.0]], 0.75)])
+    assert (found.consistency, found.ties) == (0.75, 0.5)
+
+
+def test_other_seeds_and_missing_numbers_are_refused():
+    a, b = point(0, **{"score/gold": [[1.0]], "length": [[1]]}), point(1, **{"score/gold": [[1.0]], "length": [[1]]})
+    with pytest.raises(UserError, match=r"seeds \[0\] cannot meet seeds \[1\]"):
+        win_rate([a], [b], results_of("x"), "gold")
+    bad = point(0, **{"score/gold": [[math.nan]], "length": [[1]]})
+    with pytest.raises(UserError, match="1 values of 'score/gold'"):
+        win_rate([a], [bad], results_of("x"), "gold")
