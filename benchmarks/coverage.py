@@ -149,7 +149,10 @@ SHAPES = {
     "saturating": lambda d: 2.2 * (1 - np.exp(-d / 1.6)),
     "over-optimised": lambda d: d * (1.5 - 0.75 * np.log(np.maximum(d, 1e-9))),
     "late": lambda d: 2 * d**2 / (d**2 + 4),
+    "collapse": lambda d: 0.9 * d * np.exp(-d / 1.5) - 0.25 * np.clip(d - 1.2, 0, None),
+    "near": lambda d: 0.45 * d - 0.12 * d * d,
 }
+NEAR = [0.5, 0.8, 1.2, 2.0, 2.5]
 KLS = [1.0, 2.0, 4.0, 8.0, 12.0]
 PAIRS = [("quadratic", "slow"), ("saturating", "slow"), ("over-optimised", "slow"), ("late", "saturating")]
 
@@ -218,6 +221,27 @@ def frontier_table(repeats: int) -> str:
     return "\n".join(lines)
 
 
+def reach_table(repeats: int) -> str:
+    """A method that went far beyond the other and collapsed there: with all its points, and with those of `near`."""
+    lines = [head(["points", "seeds", *(f"KL {k:g}" for k in NEAR), "largest bias / se"])]
+    truth, kept = SHAPES["collapse"](np.sqrt(NEAR)) - SHAPES["near"](np.sqrt(NEAR)), frontier.REACH
+    for reach, name in ((1e9, "all"), (kept, f"up to {kept:g} √KL")):
+        frontier.REACH = reach
+        for seeds in SEEDS:
+            rng = np.random.default_rng([seeds, 7])
+            hits, errors, ses, count = np.zeros((4, len(NEAR)))
+            for _ in range(repeats):
+                a, b = runs(rng, "collapse", seeds, 100), runs(rng, "near", seeds, 100, stretch=0.17)
+                for line in equal_kl(a, b, NEAR).rows:
+                    k, e = NEAR.index(line["kl"]), line["difference"]
+                    hits[k], count[k] = hits[k] + holds(e, truth[k]), count[k] + 1
+                    errors[k], ses[k] = errors[k] + e.estimate - truth[k], ses[k] + e.se
+            worst = np.max(np.abs(errors / ses))
+            lines.append(row([name, str(seeds), *(marked(100 * x) for x in hits / count), f"{worst:.2f}"]))
+    frontier.REACH = kept
+    return "\n".join(lines)
+
+
 def far_truth(first: str, second: str, split: float) -> np.ndarray:
     """Where the differences end up with many seeds and prompts."""
     rng, total, count = np.random.default_rng(0), np.zeros(len(KLS)), np.zeros(len(KLS))
@@ -270,6 +294,7 @@ TABLES = {
     "A ratio of means (crossed_statistic)": (ratio_table, 1000),
     "Differences at equal KL (equal_kl), 100 groups": (frontier_table, 800),
     "The form of the curve, 5 seeds, 100 groups": (form_table, 400),
+    "One method far beyond the other, 100 groups": (reach_table, 600),
 }
 
 

@@ -35,7 +35,7 @@ def write_sandbox(folder: Path) -> None:
         else "reproduced" if all(s > 0 for s in signs)
         else "not reproduced"
     )  # fmt: skip
-    equal = [s for s in report["sentences"] if s.startswith(("At KL", "At ", "The KL ranges"))]
+    equal = [s for s in report["sentences"] if s.startswith(("At KL", "Over all checkpoints", "The KL ranges"))]
     page(
         "frontier",
         "The frontier of PPO and DPO",
@@ -55,11 +55,12 @@ def write_sandbox(folder: Path) -> None:
         ],
         about,
     )
-    entries = report["overoptimisation"]
+    entries = [entry for entry in report["overoptimisation"] if entry["strength"] is None]
     page(
         "overoptimisation",
-        "The proxy rises while the true reward peaks or falls",
-        "Gao, Schulman and Hilton 2022 (2210.10760) for RL and best of n; Rafailov et al. 2024 (2406.02900) for DPO.",
+        "The true reward peaks and falls",
+        "Gao, Schulman and Hilton 2022 (2210.10760): in RL and best of n the proxy goes on rising where the true "
+        "reward falls; Rafailov et al. 2024 (2406.02900): DPO's true reward rises and then falls against KL.",
         "; ".join(f"{e['method']}: {e['verdict']}" for e in entries) + ".",
         [
             *[f"- {s}" for s in report["sentences"] if s.startswith("Over-optimisation")],

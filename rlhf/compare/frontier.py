@@ -20,6 +20,7 @@ from rlhf.config import UserError
 
 FORM = "d (a + b log d + c d), d = sqrt(KL)"
 LINES = "lines from point to point, d = sqrt(KL)"
+ENOUGH = 4  # points near the overlap in each seed, for the three terms of a curve
 ROWS = 5
 LADDER = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)  # times powers of ten
 EDGE = 1e-9  # relative: a range's own end lies inside
@@ -59,7 +60,8 @@ class EqualKL:
     overlap: the KLs that points of every seed of both methods enclose, None if there are none (and then no rows).
     rows: [{"kl", "difference": Estimate of a - b, "p_adjusted": Holm's over the rows}]. sensitivity: the same rows with
     lines in place of the form. residual: for a and b, how far the points lie from their seed's curve (root mean
-    square, in units of the score). disagreement: the largest distance between a difference and its sensitivity.
+    square, in units of the score). disagreement: the largest distance between a difference and its sensitivity. Where
+    a seed has fewer than ENOUGH points near by, the rows are those of the lines, and form says so.
     """
 
     overlap: tuple[float, float] | None
@@ -108,6 +110,10 @@ def equal_kl(a: Track, b: Track, kls=None, *, level: float = 0.95) -> EqualKL:
     if not low < high:
         return EqualKL(None, [], FORM, [], {"a": _residual(a), "b": _residual(b)}, float("nan"))
     a, b = near(a, high), near(b, high)
+    if min(len(kl) for track in (a, b) for kl in track.kl) < ENOUGH:  # nothing to fit: read between the points
+        kls = round_kls(low, high) if kls is None else [float(k) for k in kls if inside(k, low, high)]
+        rows = _rows(a, b, kls, _lines, level)
+        return EqualKL((low, high), rows, LINES, rows, {"a": 0.0, "b": 0.0}, 0.0)
     residual = {"a": _residual(a), "b": _residual(b)}
     kls = round_kls(low, high) if kls is None else [float(k) for k in kls if inside(k, low, high)]
     rows, lines = (_rows(a, b, kls, fit, level) for fit in (_fitted, _lines))

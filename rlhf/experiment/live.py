@@ -20,6 +20,8 @@ class Display:
         from rich.console import Console
 
         self.work, self.console = work, Console()
+        if not self.console.is_terminal:
+            self.console = Console(width=130)  # a log wraps nothing
         self.began, self.told, self.live = time.monotonic(), time.monotonic(), None
         self.known_done = len(work.done)
 

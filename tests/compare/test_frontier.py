@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf.compare.crossed import block_weights, holm
-from rlhf.compare.frontier import Track, curve, equal_kl, kl_range, round_kls
+from rlhf.compare.frontier import FORM, LINES, Track, _residual, curve, equal_kl, kl_range, near, round_kls
 from rlhf.config import UserError
 
 KL = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
@@ -49,14 +49,38 @@ def test_curve_starts_at_the_foundation_and_is_the_mean_over_seeds():
 
 
 def test_lines_from_point_to_point_are_the_sensitivity():
+    # d = 1, 2, 3, 4 with scores d^2, which the form holds: 2.25 at d = 1.5, where the line from 1 to 4 says 2.5
+    a = level_track([[4.0, 1.0, 16.0, 9.0]], [[4.0, 1.0, 16.0, 9.0]])
+    found = equal_kl(a, level_track([[0.25, 0.5, 20.0, 30.0]], [[0.0] * 4]), [2.25])
+    assert found.form == FORM and found.rows[0]["difference"].estimate == pytest.approx(2.25, abs=1e-6)
+    assert found.sensitivity[0]["difference"].estimate == pytest.approx(2.5, abs=1e-9)
+    assert found.disagreement == pytest.approx(0.25, abs=1e-6) and found.residual["a"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_residual_is_the_distance_of_the_points_from_their_curve():
+    # one seed, two points, one term: least squares of d = 1, 2 on 1, 3 is 1.4; residuals .4 and -.2
+    track = level_track([[4.0, 1.0]], [[3.0, 1.0]])
+    assert curve(track, [2.25])[0].estimate == pytest.approx(2.1, abs=1e-9)
+    assert _residual(track) == pytest.approx(math.sqrt((0.16 + 0.04) / 2), abs=1e-9)
+
+
+def test_few_points_near_by_are_joined_by_lines():
     # d = 1, 2 with scores 1, 3: at d = 1.5 the line says 2; the other method is 0 everywhere
     a, b = level_track([[4.0, 1.0]], [[3.0, 1.0]]), level_track([[0.25, 9.0]], [[0.0, 0.0]])
     found = equal_kl(a, b, [2.25])
-    assert found.sensitivity[0]["difference"].estimate == pytest.approx(2.0, abs=1e-9)
-    # least squares of one term: (1 * 1 + 2 * 3) / (1 + 4) = 1.4 -> 2.1 at 1.5; residuals .4 and -.2
-    assert found.rows[0]["difference"].estimate == pytest.approx(2.1, abs=1e-9)
-    assert found.disagreement == pytest.approx(0.1, abs=1e-9)
-    assert found.residual["a"] == pytest.approx(math.sqrt((0.16 + 0.04) / 2), abs=1e-9)
+    assert found.form == LINES and found.rows[0]["difference"].estimate == pytest.approx(2.0, abs=1e-9)
+
+
+def test_points_far_beyond_the_overlap_do_not_bend_the_curve():
+    # score d up to d = 2, as the form has it; beyond it the first method collapses, the second ends at d = 2
+    kl = [0.25, 1.0, 2.25, 4.0]
+    a = level_track([[*kl, 100.0, 144.0]], [[0.5, 1.0, 1.5, 2.0, -50.0, -70.0]])
+    b = level_track([kl], [[0.0] * 4])
+    found = equal_kl(a, b, [1.0])
+    assert found.overlap == (0.25, 4.0) and found.rows[0]["difference"].estimate == pytest.approx(1.0, abs=1e-6)
+    # of a seed that leaps, the first point beyond is kept, so that the overlap stays enclosed
+    leaps = near(level_track([[1.0, 50.0, 100.0]], [[1.0, 0.0, 0.0]]), 4.0)
+    assert leaps.kl[0].mean(axis=1).tolist() == [1.0, 50.0]
 
 
 def test_kl_is_measured_again_in_each_resample():
