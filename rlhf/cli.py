@@ -92,6 +92,8 @@ def compare(argv: list[str]) -> None:
     from rlhf.compare.run import CompareConfig
     from rlhf.compare.run import compare as run
 
+    if argv[:1] == ["--runs"] and argv[1].endswith((".yaml", ".yml")):
+        raise UserError(f"{argv[1]} is a file, no run; an experiment is started with: rlhf compare run {argv[1]}")
     config = parse(CompareConfig, argv, "rlhf compare")
     from reward.compose import build_scorer
     from rlhf.models import quiet
@@ -101,10 +103,21 @@ def compare(argv: list[str]) -> None:
 
 
 def compare_run(argv: list[str]) -> None:
-    from rlhf.experiment.config import ExperimentConfig
+    from reward.compose import check_specs
+    from reward.voice import load_voice
+    from rlhf.experiment.config import ExperimentConfig, check_files
     from rlhf.experiment.execute import run_experiment
 
-    run_experiment(parse(ExperimentConfig, argv, "rlhf compare run"))
+    config = parse(ExperimentConfig, argv, "rlhf compare run")
+    check_files(config)
+    for name in ("gold", "referee", "others"):  # a misspelt scorer is found before anything is trained
+        specs = getattr(config, name)
+        if specs:
+            check_specs([{"name": f"{name}{i}", **spec} for i, spec in enumerate(specs)])
+        for spec in specs:
+            if "voice" in spec:
+                load_voice(spec["voice"])
+    run_experiment(config)
 
 
 def compare_measure(argv: list[str]) -> None:

@@ -18,7 +18,10 @@ from rlhf.run import TRAINED_ON
 
 @dataclass(kw_only=True)
 class CompareConfig:
-    """Compare trained policies on held-out prompts; the first is the reference (the SFT policy)."""
+    """Compare trained policies on held-out prompts; the first is the reference (the SFT policy).
+
+    Several strengths and seeds of each method at one budget: rlhf compare run FILE, then rlhf compare report FILE.
+    """
 
     runs: list[str] = option(help="folders of the policies, the SFT policy first")
     prompts: list[str] = option(help="files, stores or Hub names with prompts; their test split is used")

@@ -74,6 +74,13 @@ def _missing(report: Report) -> list[str]:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         verb = "trial has" if len(missing) == 1 else "trials have"
         lines.append(f"{len(missing)} {verb} not ended ({shown}{more}): what follows uses the seeds that are there.")
+    unmeasured = [n for n in (report["meta"] or {}).get("missing", []) if n.startswith("measure/seed-")]
+    if unmeasured:
+        shown = ", ".join(n.removeprefix("measure/") for n in unmeasured[:4])
+        more = f" and {len(unmeasured) - 4} more" if len(unmeasured) > 4 else ""
+        lines.append(
+            f"The experiment is not finished: {len(unmeasured)} of its measurements are missing ({shown}{more})."
+        )
     for method, entry in report["tuned"]["methods"].items():
         gone = [s for s in report["methods"][method]["strengths"] if s not in entry["strengths"]]
         if gone:
@@ -172,6 +179,9 @@ def tuned(row: dict[str, Any], report: Report) -> str:
     ending = "" if against_foundation else " This is not a comparison at equal KL."
     opening = "At the strength" if against_foundation else "Each at the strength"
     opening += " that did best on other prompts" + (" and seeds" if (d["seeds"] or 0) >= ENOUGH else "")
+    tried = [report["methods"].get(m, {}).get("strengths") or [] for m in (row["a"], row["b"])]
+    if max(map(len, tried)) == 1:
+        opening = "At the end of its runs" if against_foundation else "Each at the end of its runs"
     if where == 0:
         return (
             f"{opening}, no difference can be shown between {sides[0]} and {sides[1]} by {judge}: "
@@ -221,7 +231,7 @@ def _win(i: int, j: int, table: dict[str, Any], report: Report) -> str:
         even += ", after correcting for the number of comparisons"
     line = f"{a} wins {share(raw)} of its comparisons with {b}, ties half ({of(raw, report)})"
     line += {1: "", -1: ", fewer than half", 0: f": {even}"}[where]
-    if any(table["policies"][k]["strength"] is not None for k in (i, j)):
+    if any(len(_tried(table["policies"][k], report)) > 1 for k in (i, j)):
         line += " (a strength that was chosen on these prompts, which favours it a little)"
     length = (table.get("length_difference") or {i: {j: None}})[i][j]
     if length is not None and round(abs(length), 1):
@@ -232,6 +242,10 @@ def _win(i: int, j: int, table: dict[str, Any], report: Report) -> str:
     if where and side(held, 0.5) != where:
         return line + ", so what wins may be the length."
     return line + "."
+
+
+def _tried(policy: dict[str, Any], report: Report) -> list[float]:
+    return report["methods"].get(policy["method"], {}).get("strengths") or []
 
 
 def judged_pairs(report: Report) -> list[str]:

@@ -97,6 +97,11 @@ class ExperimentConfig:
         check_budget(self)
         if len(set(self.seeds)) < len(self.seeds) or not self.seeds or min(self.seeds) < 0:
             raise UserError(f"'seeds' is {self.seeds}, expected different whole numbers from 0 on")
+        if len(self.seeds) == 1 and self.seeds[0] > 1:  # 'seeds: 5' is read as the list [5]
+            raise UserError(
+                f"'seeds' is the one seed {self.seeds[0]}: for as many seeds write [0, 1, ..., {self.seeds[0] - 1}]; a "
+                "single one is 0 or 1"
+            )
         if not self.launcher.strip():
             raise UserError("'launcher' is empty, expected 'deepspeed --num_accelerators 1', or 'python' for none")
         if self.gold and (self.referee or self.train_referee):
@@ -189,7 +194,7 @@ def check_pairs(pairs: dict) -> None:
         if isinstance(pairs.get(key), str):
             pairs[key] = [pairs[key]]
     given, made = "data" in pairs, "sample" in pairs
-    if given == made or (made and not {"prompts", "annotate"} <= set(pairs)):
+    if given == made or (given and set(pairs) != {"data"}) or (made and not {"prompts", "annotate"} <= set(pairs)):
         raise UserError(
             "'pairs' needs either data: [FILE], or prompts: [FILE] with sample: CONFIG and annotate: CONFIG (both made "
             "anew for each seed)"

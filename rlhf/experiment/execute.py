@@ -24,6 +24,7 @@ from typing import Any
 
 from rlhf import config as options
 from rlhf.config import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, Halt, UserError
+from rlhf.experiment.check import check_decisions, check_programs
 from rlhf.experiment.config import ExperimentConfig, check_files
 from rlhf.experiment.lengths import planned_lengths
 from rlhf.experiment.plan import Job, fingerprints, given_length, plan
@@ -85,6 +86,8 @@ def run_experiment(config: ExperimentConfig) -> None:
     from rlhf.experiment.report import write_report
 
     check_files(config)
+    check_programs(config)
+    check_decisions(config)
     out = Path(config.output_dir)
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "lock", "w") as lock:
@@ -357,6 +360,12 @@ def has_launched(process) -> bool:
         return not is_rank(process) and any(is_rank(child) for child in process.children(recursive=True))
     except psutil.Error:
         return False
+
+
+def last_error(log: Path) -> str:
+    """': ' and what the program said was wrong, or nothing."""
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return next((f": {line}" for line in reversed(lines) if line.startswith("error")), "")
 
 
 def is_whole(file: str) -> bool:

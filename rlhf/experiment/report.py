@@ -54,7 +54,7 @@ def write_report(config: ExperimentConfig, folder: Path, report_to: str, project
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "report.json", dumps(report, indent=2) + "\n")
     figures = draw(report, folder)
-    write_atomic(folder / "report.md", markdown(report, sorted(figures)))
+    write_atomic(folder / "report.md", markdown(report, list(figures)))
     write_atomic(folder / "report.html", page(report, figures))
     with Tracker(
         folder, report_to=report_to, project=project, run_name=report["name"], config=report["meta"]

@@ -33,8 +33,8 @@ def report(**changes):
         "unit": {"seeds": [0, 1, 2, 3, 4], "groups": 256, "prompts": 256, "samples_per_prompt": 2, "level": 0.95},
         "methods": {
             "sft": {"program": "sft", "strength": None, "strengths": [], "baseline": True, "trials": 0},
-            "ppo": {"program": "ppo", "strength": "kl_coef", "strengths": [0.1], "baseline": False, "trials": 4},
-            "dpo": {"program": "dpo", "strength": "beta", "strengths": [0.3], "baseline": False, "trials": 4},
+            "ppo": {"program": "ppo", "strength": "kl_coef", "strengths": [0.1, 0.4], "baseline": False, "trials": 4},
+            "dpo": {"program": "dpo", "strength": "beta", "strengths": [0.3, 1.0], "baseline": False, "trials": 4},
         },
         "missing": [],
         "foundation": {"method": "sft", "kl": number(0, 0, 0), "scores": {}, "length": None, "words": None,

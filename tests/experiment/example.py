@@ -19,7 +19,7 @@ def write_files(folder: Path) -> dict[str, str]:
         "dpo": {"learning_rate": 1e-3, "max_steps": 40},
         "ppo": {"learning_rate": 1e-3, "rollout_batch_size": 16, "total_episodes": 320},
         "reward": {"num_train_epochs": 1},
-        "voice": {"use": {"words": ["kind"]}},
+        "voice": {"name": "kind", "use": {"words": ["kind"]}},
     }
     for name, values in options.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
