@@ -242,6 +242,25 @@ def reach_table(repeats: int) -> str:
     return "\n".join(lines)
 
 
+def ends_table(repeats: int) -> str:
+    """Through the ends of trials alone: 4 points a seed."""
+    kls = [4.0, 8.0, 12.0]
+    lines = [head(["methods", "seeds", *(f"KL {k:g}" for k in kls)])]
+    for first, second in (("quadratic", "slow"), ("over-optimised", "slow"), ("late", "saturating")):
+        truth = SHAPES[first](np.sqrt(kls)) - SHAPES[second](np.sqrt(kls))
+        for seeds in (3, 5):
+            rng = np.random.default_rng(seeds)
+            hits, count = np.zeros((2, len(kls)))
+            for _ in range(repeats):
+                pair = runs(rng, first, seeds, 100), runs(rng, second, seeds, 100, stretch=1.2)
+                a, b = (Track([kl[3::4] for kl in t.kl], [score[3::4] for score in t.score]) for t in pair)
+                for line in equal_kl(a, b, kls).rows:
+                    k = kls.index(line["kl"])
+                    hits[k], count[k] = hits[k] + holds(line["difference"], truth[k]), count[k] + 1
+            lines.append(row([f"{first} - {second}", str(seeds), *(marked(100 * x) for x in hits / count)]))
+    return "\n".join(lines)
+
+
 def far_truth(first: str, second: str, split: float) -> np.ndarray:
     """Where the differences end up with many seeds and prompts."""
     rng, total, count = np.random.default_rng(0), np.zeros(len(KLS)), np.zeros(len(KLS))
@@ -295,6 +314,7 @@ TABLES = {
     "Differences at equal KL (equal_kl), 100 groups": (frontier_table, 800),
     "The form of the curve, 5 seeds, 100 groups": (form_table, 400),
     "One method far beyond the other, 100 groups": (reach_table, 600),
+    "The ends of four strengths alone, 100 groups": (ends_table, 250),
 }
 
 

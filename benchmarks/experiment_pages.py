@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from datetime import date
 from pathlib import Path
@@ -156,7 +157,7 @@ def write_polite(folder: Path) -> None:
         "PPO and DPO on a real model",
         "No published result: stories260K (260,032 parameters) on `pref_rasbt_polite`, judged by a referee that learnt "
         "from the other half of the groups.",
-        "what the sentences below say.",
+        next((s for s in report["sentences"] if s.startswith(("At KL", "The KL ranges"))), report["sentences"][0]),
         [
             *[f"- {s}" for s in report["sentences"]],
             "",
@@ -351,7 +352,10 @@ def save(name: str, report: dict, more: dict) -> None:
         for k in ("config", "lengths", "code", "versions", "hardware", "stopped", "missing", "left_out")
     }
     file = RESULTS / f"{date.today().isoformat()}-experiment-{name}.json"
-    write_atomic(file, dumps(kept | {"points": points, "meta": meta} | more) + "\n")
+    text = dumps(kept | {"points": points, "meta": meta} | more)
+    if data := os.environ.get("RLHF_DATA"):
+        text = text.replace(data, "RLHF_DATA")  # where the data lies is this machine's affair
+    write_atomic(file, text + "\n")
 
 
 def label_of(measure: str) -> str:
