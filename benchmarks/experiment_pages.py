@@ -113,7 +113,6 @@ def write_sandbox(folder: Path) -> None:
 def write_ablations(folder: Path) -> None:
     """details.md: what each detail of PPO does, with its sign."""
     config, results, report = read(folder)
-    copy_figures(folder, "ablations")
     lines, found, verdicts = [], {}, []
     for name, measure in (("ppo_without_eos_rule", "ended"), ("ppo_critic_from_policy", f"score/{results.judge}")):
         own = {m: end_difference(results, "ppo", name, m) for m in (measure, f"score/{results.judge}", "length", "kl")}

@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import inspect
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from reward.ensemble import check_ensemble, ensemble_scorer, member_names
 from reward.rules import RULES, check_rule_options
-from rlhf.config import UserError, did_you_mean
+from rlhf.config import UserError, did_you_mean, import_function
 from rlhf.data.records import BadScore, Samples, Scorer, Scores
 
 # (what the kind's key says, name, options, tokenizer of the samples' ids or None) -> scorer
@@ -50,7 +48,7 @@ def brand_voice_scorer(path: str, name: str, options: dict[str, Any], tokenizer:
 def function_scorer(path: str, name: str, options: dict[str, Any], tokenizer: Any = None) -> Scorer:
     """`module:function`, called with Samples (and the options); it returns one number a sample, or Scores."""
     module_name, _, function_name = path.partition(":")
-    function = _import_function(module_name, function_name, name)
+    function = import_function(module_name, function_name, name)
     return lambda samples: function(samples, **options)
 
 
@@ -259,23 +257,6 @@ def _last_turn(samples: Samples, i: int) -> str:
     return _short(samples.prompts[i][-1]["content"])
 
 
-def _import_function(module_name: str, function_name: str, where: str) -> Callable[..., Any]:
-    here = str(Path.cwd())
-    if here not in sys.path:  # a scorer in the user's own folder
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not module_name.startswith(error.name):
-            raise  # the module is there, but something it imports is not
-        raise UserError(f"{where}: there is no module '{module_name}' (searched {here} and the packages)") from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        near = did_you_mean(function_name, [n for n in vars(module) if not n.startswith("_")])
-        raise UserError(f"{where}: module '{module_name}' has no function '{function_name}'.{near}")
-    return function
-
-
 def _options(kind: str, what: Any, where: str) -> tuple[tuple[str, ...] | None, list[str]]:
     """The options an entry may have (None: any) and those it must have, read off the rule's or function's signature."""
     if kind in OPTIONS:
@@ -289,7 +270,7 @@ def _options(kind: str, what: Any, where: str) -> tuple[tuple[str, ...] | None, 
         module_name, colon, function_name = what.partition(":")
         if not colon or not module_name or not function_name:
             raise UserError(f"{where}: function '{what}' should be written module:function")
-        function, given = _import_function(module_name, function_name, where), 1  # samples
+        function, given = import_function(module_name, function_name, where), 1  # samples
     try:
         parameters = list(inspect.signature(function).parameters.values())[given:]
     except (TypeError, ValueError):  # some builtins have no signature

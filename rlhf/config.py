@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import importlib
 import os
 import sys
 import textwrap
@@ -281,6 +282,24 @@ def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
     """' Did you mean 'x'?' for the nearest known name, or nothing."""
     near = difflib.get_close_matches(name, list(known), 1, 0.5)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def import_function(module_name: str, function_name: str, where: str) -> typing.Callable[..., Any]:
+    """A function of the user's own, also from a module in the working directory; UserError names what is not there."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise  # the module is there, but something it imports is not
+        raise UserError(f"{where}: there is no module '{module_name}' (searched {here} and the packages)") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        near = did_you_mean(function_name, [n for n in vars(module) if not n.startswith("_")])
+        raise UserError(f"{where}: module '{module_name}' has no function '{function_name}'.{near}")
+    return function
 
 
 def near_file(path: str | Path) -> str:

@@ -83,8 +83,6 @@ def test_light_modules_stay_light():
 
 def config_class(path: Path):
     """The options a YAML under configs/ is for."""
-    import importlib.util
-
     name = path.stem
     if path.parent.name == "compare":
         from rlhf.experiment.config import ExperimentConfig
@@ -99,19 +97,9 @@ def config_class(path: Path):
         return {"sandbox": SandboxConfig, "annotate": AnnotateConfig, "sample": SampleConfig, "compare": CompareConfig}[
             name
         ]
-    if name == "ppo":
-        from rlhf.ppo_config import PPOConfig
+    from rlhf.experiment.check import options_class
 
-        return PPOConfig
-    spec = importlib.util.spec_from_file_location(f"door_{name}", ROOT / "launch" / f"{name}.py")
-    before = list(sys.path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = before
-    return next(v for k, v in vars(module).items() if k.endswith("RunConfig") and v.__module__ == spec.name)
+    return options_class(name)
 
 
 CONFIGS = sorted(path for part in (".", "quickstart", "compare") for path in (ROOT / "configs" / part).glob("*.yaml"))

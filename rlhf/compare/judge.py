@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.compare.points import Point, Results
-from rlhf.config import UserError, did_you_mean
+from rlhf.config import UserError, did_you_mean, import_function
 
 OPTIONS = {"function": ("batch_size",), "http": ("batch_size", "timeout", "retries", "token_env")}
 IN_FLIGHT = 4  # requests to a service at a time
@@ -175,23 +175,10 @@ def load_judge(spec: dict[str, Any]) -> Judge:
 
 
 def _function(path: str) -> Callable[..., Any]:
-    import importlib
-    import sys
-
     module_name, colon, name = str(path).partition(":")
     if not colon or not module_name or not name:
         raise UserError(f"judge: function '{path}' should be written module:function")
-    if (here := str(Path.cwd())) not in sys.path:  # a judge in the user's own folder
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not module_name.startswith(error.name):
-            raise  # the module is there, but something it imports is not
-        raise UserError(f"judge: there is no module '{module_name}' (searched {here} and the packages)") from None
-    if not callable(function := getattr(module, name, None)):
-        raise UserError(f"judge: module '{module_name}' has no function '{name}'.{did_you_mean(name, vars(module))}")
-    return function
+    return import_function(module_name, name, "judge")
 
 
 def _service(url: str, timeout: float, retries: int, token_env: str | None) -> Callable[..., Any]:

@@ -74,6 +74,8 @@ def _missing(report: Report) -> list[str]:
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         verb = "trial has" if len(missing) == 1 else "trials have"
         lines.append(f"{len(missing)} {verb} not ended ({shown}{more}): what follows uses the seeds that are there.")
+    for run, reason in (report["meta"] or {}).get("stopped", {}).items():
+        lines.append(f"{run} was stopped by a guard ({reason}): its end is where it stopped.")
     unmeasured = [n for n in (report["meta"] or {}).get("missing", []) if n.startswith("measure/seed-")]
     if unmeasured:
         shown = ", ".join(n.removeprefix("measure/") for n in unmeasured[:4])

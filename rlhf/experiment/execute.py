@@ -113,7 +113,8 @@ def run_experiment(config: ExperimentConfig) -> None:
     if asked:
         raise Halt(f"stopped by {signal.Signals(asked[0]).name}; the same command goes on", EXIT_INTERRUPTED)
     if work.failed:
-        lines = [f"  {name}: {ended(code)}, {out}/logs/{name}.log" for name, code in work.failed.items()]
+        logs = {name: out / "logs" / f"{name}.log" for name in work.failed}
+        lines = [f"  {name}: {ended(code)}, {logs[name]}{last_error(logs[name])}" for name, code in work.failed.items()]
         left = sum(work.state(job) == "blocked" for job in work.jobs)
         tail = f"; {left} that need them were not started" if left else ""
         raise Halt("\n".join([f"{len(work.failed)} of {len(work.jobs)} jobs failed{tail}:", *lines]), 1)
