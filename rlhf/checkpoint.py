@@ -7,6 +7,7 @@ folder names, where the manifest, written last, plays the part of the rename.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -87,21 +88,18 @@ def seal(folder: Path, step: int, about: dict[str, Any]) -> None:
         passed(f"hashed {path.name}")
     for inner in (p for p in folder.rglob("*") if p.is_dir()):
         _sync(inner)
-    write_atomic(folder / MANIFEST, json.dumps({"step": step, "about": about, "files": files}, indent=2) + "\n")
+    # as it will be read, so that both digests are of the same text
+    manifest = json.loads(json.dumps({"step": step, "about": about, "files": files}))
+    manifest["sha256"] = _manifest_digest(manifest)
+    write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     _sync(folder)
     _sync(folder.parent)
 
 
 def check(folder: Path) -> Checkpoint:
     """The checkpoint in a folder. Raises Damaged unless every file is the one that was written."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        step, about, files = manifest["step"], manifest["about"], manifest["files"]
-    except FileNotFoundError:
-        raise Damaged(f"no {MANIFEST}: it was never finished") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read ({error})") from None
-    for name, (size, digest) in files.items():
+    manifest = read_manifest(folder)
+    for name, (size, digest) in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise Damaged(f"{name} is missing")
@@ -109,7 +107,34 @@ def check(folder: Path) -> Checkpoint:
             raise Damaged(f"{name} has {path.stat().st_size} bytes, the manifest says {size}")
         if _sha256(path) != digest:
             raise Damaged(f"{name} is not what was written (its hash differs)")
-    return Checkpoint(folder, step, about)
+    return Checkpoint(folder, manifest["step"], manifest["about"])
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest {step, about, files} of a folder. Raises Damaged where it is not as `seal` wrote it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise Damaged(f"no {MANIFEST}: it was never finished") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Damaged(f"{MANIFEST} cannot be read ({error})") from None
+    try:
+        right = isinstance(manifest["about"], dict) and all(len(pair) == 2 for pair in manifest["files"].values())
+        # one that an earlier version wrote has no digest of itself
+        right &= manifest.get("sha256") in (None, _manifest_digest(manifest))
+        # a folder that was copied may have any name
+        named = _NAME.fullmatch(folder.name)
+        right &= int(manifest["step"]) == (_step(folder) if named else manifest["step"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        right = False
+    if not right:
+        raise Damaged(f"{MANIFEST} is not what was written")
+    return manifest
+
+
+def _manifest_digest(manifest: dict[str, Any]) -> str:
+    content = {name: manifest[name] for name in ("step", "about", "files")}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def newest(root: Path, say: Callable[[str], None], before: int | None = None) -> Checkpoint | None:
@@ -134,10 +159,12 @@ def set_aside(root: Path, after: int) -> None:
 
 def prune(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` whole checkpoints and the best one (`about["score"]`, the higher the better)."""
-    whole = [f for f in _folders(root) if (f / MANIFEST).is_file()]
-    scores = {f: json.loads((f / MANIFEST).read_text())["about"].get("score") for f in whole}
-    scored = [f for f in whole if scores[f] is not None and math.isfinite(scores[f])]
-    kept = {*whole[:keep], *([max(scored, key=lambda f: (scores[f], _step(f)))] if scored else [])}
+    scores: dict[Path, float | None] = {}  # of the whole ones, newest first
+    for folder in _folders(root):
+        with contextlib.suppress(Damaged):
+            scores[folder] = read_manifest(folder)["about"].get("score")
+    scored = [f for f, score in scores.items() if score is not None and math.isfinite(score)]
+    kept = {*list(scores)[:keep], *([max(scored, key=lambda f: (scores[f], _step(f)))] if scored else [])}
     for folder in root.iterdir() if root.is_dir() else ():
         ours = _NAME.fullmatch(folder.name.removeprefix("aside-"))
         if folder.is_dir() and ours and folder not in kept:

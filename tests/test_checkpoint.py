@@ -28,6 +28,12 @@ def test_a_checkpoint_comes_back_as_it_was_written(tmp_path):
     assert set(manifest["files"]) == {"part/a.bin", "random-0.pt"}
 
 
+def edit(folder, **changed):
+    """Rewrite entries of a manifest, as a fault would that leaves valid JSON."""
+    file = folder / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+
+
 @pytest.mark.parametrize(
     "harm,words",
     [
@@ -36,6 +42,12 @@ def test_a_checkpoint_comes_back_as_it_was_written(tmp_path):
         (lambda f: (f / "part/a.bin").write_bytes(b"12345678"), "its hash differs"),
         (lambda f: (f / "manifest.json").unlink(), "never finished"),
         (lambda f: (f / "manifest.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("[" * 100_000), "cannot be read"),
+        (lambda f: (f / "manifest.json").write_text("[1]"), "not what was written"),
+        (lambda f: edit(f, about=None), "not what was written"),
+        (lambda f: edit(f, about={"score": 1.0}), "not what was written"),
+        (lambda f: edit(f, files={"part/a.bin": None}), "not what was written"),
+        (lambda f: edit(f, sha256=None, step=7), "not what was written"),
     ],
 )
 def test_damage_is_named_and_the_one_before_is_taken(tmp_path, harm, words):
@@ -47,6 +59,21 @@ def test_damage_is_named_and_the_one_before_is_taken(tmp_path, harm, words):
     said = []
     assert newest(tmp_path, said.append).step == 1
     assert len(said) == 1 and "step-000002" in said[0] and words in said[0]
+
+
+@pytest.mark.parametrize("text", ["{", "null", '{"about": null}'])
+def test_a_garbage_manifest_in_an_older_checkpoint_stops_no_later_one(tmp_path, text):
+    for step in (1, 2, 3):
+        make(tmp_path, step, float(step))
+    (tmp_path / "step-000001" / "manifest.json").write_text(text)
+    prune(tmp_path, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+
+
+def test_a_manifest_without_its_digest_is_read(tmp_path):
+    make(tmp_path, 1)
+    edit(tmp_path / "step-000001", sha256=None)
+    assert check(tmp_path / "step-000001").step == 1
 
 
 def test_newest_of_both_names_by_number_and_before_a_step(tmp_path):
