@@ -11,6 +11,7 @@ import resource
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import UserError, did_you_mean, on_failure
+
+ABANDONED_SECONDS = 60.0  # after which a compile lock that no process of this machine holds is nobody's
 
 
 @dataclass
@@ -92,6 +95,7 @@ def start() -> World:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     if os.access(sys.prefix, os.W_OK):  # an operator compiled for one environment is compiled anew by another
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    wait_for_compilers(local)
     if size == 1:
         os.environ["MASTER_PORT"] = str(free_port())  # nobody else has to know it; the launcher's may be taken
     import deepspeed
@@ -106,6 +110,46 @@ def start() -> World:
         ) from None
     leave = end_together(rank) if size > 1 else lambda: None
     return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"), True, leave)
+
+
+def wait_for_compilers(local_rank: int) -> None:
+    """Wait while another process compiles an operator, and remove the lock of one that was killed while it did.
+
+    Without this, torch waits for such a lock for ever and says nothing. All ranks of a machine wait here: one that
+    torch lets through after a lock was removed expects the compiled file to be there.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    told = False
+    while locks := [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        for lock in locks if local_rank == 0 else ():
+            if is_abandoned(lock):
+                print(f"{lock}: removed; the process that compiled there was killed", flush=True)
+                lock.unlink(missing_ok=True)
+            elif not told:
+                told = True
+                print(
+                    f"{lock}: waiting for the process that compiles there. If it was killed, the lock is removed after "
+                    f"{ABANDONED_SECONDS:.0f} seconds without a change",
+                    flush=True,
+                )
+        time.sleep(0.5)
+
+
+def is_abandoned(lock: Path) -> bool:
+    """Whether nobody compiles under this lock any more: no process of this machine has it open, as the one that took
+    it does until it ends, and nothing in its folder has changed for a while (it may be another machine's)."""
+    import psutil
+
+    processes = psutil.process_iter(["open_files"])
+    if any(file.path == str(lock) for process in processes for file in process.info["open_files"] or ()):
+        return False
+    try:
+        changed = max(path.stat().st_mtime for path in (lock, *lock.parent.iterdir()))
+    except FileNotFoundError:  # it has ended at this moment
+        return False
+    return time.time() - changed > ABANDONED_SECONDS
 
 
 def end_together(rank: int) -> Callable[[], None]:
