@@ -21,6 +21,7 @@ from rlhf.checkpoint import Checkpoint
 from rlhf.config import EXIT_GUARD, EXIT_INTERRUPTED, Halt, UserError
 from rlhf.data.records import Prompt, Record, digest, prompt_group
 from rlhf.stages import RunConfig
+from rlhf.tracking import lock_folder, unlock_folder
 
 OUTCOME = ("adapter_model.safetensors", "adapter_config.json", "rlhf.json", "model.safetensors", "config.json")
 TRAINED_ON = "trained_on.txt"  # hashes of the first user turns that a run was trained on
@@ -76,7 +77,7 @@ class Run:
             config.output_dir,
             report_to=config.report_to,
             project=config.project,
-            run_name=config.run_name or config.output_dir,
+            run_name=config.run_name,
             config={"program": self.program, **options_dict(config)},
             is_main=self.world.is_main,
             resume_step=resumed.step if resumed else None,
@@ -167,6 +168,8 @@ class Run:
         self._handlers = {}
         self.world.barrier()
         self.world.leave()
+        if self.world.is_main:
+            unlock_folder(self.folder)
 
     def say(self, text: str) -> None:
         if self.world.is_main:
@@ -289,7 +292,14 @@ def begin(program: str, config: RunConfig) -> Run:
 
     world = start()
     run = Run(program, config, world)
-    found = world.together(lambda: find_checkpoint(run, bool(done)) if world.is_main else None)
+
+    def claim() -> Checkpoint | None:
+        if not world.is_main:
+            return None
+        lock_folder(folder)
+        return find_checkpoint(run, bool(done))
+
+    found = world.together(claim)
     run.resumed = world.gather([found])[0]
     if run.resumed:
         run.say(f"resuming from {run.resumed.folder}, after step {run.resumed.step}")

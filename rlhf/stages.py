@@ -53,8 +53,8 @@ class RunConfig:
     logging_steps: int = option(10, "write metrics every so many steps", resume="free", low=1)
     eval_steps: int = option(0, "evaluate every so many steps; 0: at the start and the end alone", resume="free", low=0)
     report_to: Literal["none", "wandb"] = option("none", "wandb: offline when no key is set", resume="free")
-    project: str = option("rlhf", "W&B project", resume="free")
-    run_name: str | None = option(None, "W&B name; default: the output_dir", resume="free")
+    project: str | None = option(None, "W&B project; default: WANDB_PROJECT, else rlhf", resume="free")
+    run_name: str | None = option(None, "W&B name; default: WANDB_NAME, else the output_dir", resume="free")
 
     def validate(self) -> None:
         if self.validation_fraction + self.test_fraction >= 1:

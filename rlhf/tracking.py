@@ -10,6 +10,9 @@ Names are those of rlhf/metrics.py. Nothing that goes wrong with W&B stops a run
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import fcntl
 import json
 import math
 import os
@@ -21,8 +24,9 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
+from rlhf.config import UserError
 from rlhf.metrics import METRICS, check_names, metrics_page
 from rlhf.trl_names import rename_trl
 
@@ -39,6 +43,8 @@ __all__ = [
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 WANDB_INIT_SECONDS = 15
+LOCK = ".lock"  # in a folder that a process is at work in
+_LOCKS: dict[Path, TextIO] = {}  # the folders that this process has locked
 SENT = "wandb_step"  # the last step that W&B was sent
 
 
@@ -57,7 +63,7 @@ class Tracker:
         output_dir: str | Path,
         *,
         report_to: Literal["none", "wandb"] = "none",
-        project: str = "rlhf",
+        project: str | None = None,
         run_name: str | None = None,
         config: dict[str, Any] | None = None,
         data: dict[str, str] | None = None,
@@ -236,6 +242,65 @@ def write_atomic(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def lock_folder(folder: str | Path) -> None:
+    """Keep other processes out of a folder until `unlock_folder`, or until this process ends, in whatever way.
+
+    Makes the folder where it is missing. Locking it again in the same process does nothing. Raises UserError where
+    another process holds it, or where nothing can be written.
+    """
+    folder = Path(folder).resolve()
+    if folder in _LOCKS:
+        return
+    if not _LOCKS:
+        atexit.register(_unlock_all, os.getpid())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _locked(folder / LOCK)
+    except OSError as error:
+        raise UserError(f"{folder}: nothing can be written there ({error.strerror})") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    _LOCKS[folder] = file
+
+
+def unlock_folder(folder: str | Path) -> None:
+    """Let others into a folder that `lock_folder` has locked; does nothing where it is not locked."""
+    file = _LOCKS.pop(Path(folder).resolve(), None)
+    if file is not None:
+        Path(file.name).unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_UN)  # for processes too that were forked meanwhile
+        file.close()
+
+
+def _locked(path: Path):
+    """The lock file, open and locked. Raises UserError where another process has locked it."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held until it is unlocked
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{path.parent}: {file.read() or 'another process'} is at work in this folder. Wait until it has "
+                "ended, or choose another --output_dir"
+            ) from None
+        # whoever held it may have removed the file between our opening and locking it
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
+def _unlock_all(process: int) -> None:
+    """At the end of the process that locked them; a folder that a refused start has left empty goes too."""
+    if os.getpid() != process:
+        return
+    for folder in list(_LOCKS):
+        unlock_folder(folder)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 def trainer_callback(tracker: Tracker, stage: Literal["sft", "reward", "dpo"], keys: Iterable[str] = ()):
     """A transformers TrainerCallback that sends every log of the trainer through `tracker`; set report_to="none" there.
 
@@ -342,8 +407,15 @@ def _rows(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _start_wandb(output_dir: Path, project: str, run_name: str | None, config: dict, resumed: bool):
-    """A W&B run, or None with a warning; online, then offline, never a question."""
+def _start_wandb(output_dir: Path, project: str | None, run_name: str | None, config: dict, resumed: bool):
+    """A W&B run, or None with a warning; online, then offline, never a question.
+
+    What was not chosen here is left to W&B's own variables: WANDB_PROJECT, WANDB_NAME, WANDB_RUN_ID, WANDB_DIR, ...
+    """
+    given = os.environ
+    if given.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+        _warn("W&B is off: WANDB_DISABLED is set")
+        return None
     try:
         import wandb
 
@@ -352,24 +424,26 @@ def _start_wandb(output_dir: Path, project: str, run_name: str | None, config: d
     except Exception as error:
         _warn(f"W&B is off: {_first_line(error)}")
         return None
-    asked = os.environ.get("WANDB_MODE", "").lower()
-    mode = asked or ("online" if _wandb_key() else "offline")
+    known = given.get("WANDB_RUN_ID") or known
+    mode = given.get("WANDB_MODE", "").lower() or ("online" if _wandb_key() else "offline")
     if mode == "online" and not _wandb_key():
         _warn("WANDB_MODE=online, but no key in WANDB_API_KEY or netrc: W&B writes offline (send later: wandb sync)")
         mode = "offline"
+    settings = {"init_timeout": WANDB_INIT_SECONDS, "console": "off"}
+    settings = {name: value for name, value in settings.items() if f"WANDB_{name.upper()}" not in given}
     for attempt in dict.fromkeys([mode, "offline"]):
         # the id of a run that failed to start stays in use: the second attempt takes a new one
         run_id = known if known and attempt == mode else uuid.uuid4().hex[:8]
         try:
             run = wandb.init(
-                project=project,
-                name=run_name,
+                project=project or given.get("WANDB_PROJECT") or "rlhf",
+                name=run_name or given.get("WANDB_NAME") or str(output_dir),
                 id=run_id,
-                resume="allow" if run_id == known and attempt == "online" else None,
-                dir=str(output_dir),
+                resume="allow" if resumed and run_id == known and attempt == "online" else None,
+                dir=given.get("WANDB_DIR") or str(output_dir),
                 config=_jsonable(config),
                 mode=attempt,
-                settings=wandb.Settings(init_timeout=WANDB_INIT_SECONDS, console="off"),
+                settings=wandb.Settings(**settings),
             )
             id_file.write_text(run_id)
             run.define_metric("*", step_metric="step")

@@ -1,5 +1,7 @@
+import fcntl
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -7,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.config import UserError
 from rlhf.metrics import METRICS, PATTERNS, SECTIONS, check_names, is_known, metrics_page
-from rlhf.tracking import Tracker, read_metrics, rename_trl, trainer_callback, write_card
+from rlhf.tracking import Tracker, lock_folder, read_metrics, rename_trl, trainer_callback, unlock_folder, write_card
 
 ROOT = Path(__file__).parents[1]
 
@@ -195,6 +198,30 @@ def test_wandb_is_offline_without_a_key_and_asks_nothing(tmp_path, no_key, monke
         assert tracker._run.id == first_id
 
 
+def test_what_was_not_chosen_is_left_to_the_variables_of_wandb(tmp_path, no_key, monkeypatch):
+    for name, value in {"PROJECT": "mine", "NAME": "tuesday", "RUN_ID": "abc", "DIR": str(tmp_path / "logs")}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    (tmp_path / "logs").mkdir()
+    with Tracker(tmp_path / "one", report_to="wandb") as tracker:
+        run = tracker._run
+        assert (run.project, run.name, run.id) == ("mine", "tuesday", "abc")
+        assert list((tmp_path / "logs" / "wandb").glob("offline-run-*-abc"))
+    monkeypatch.delenv("WANDB_RUN_ID")
+    with Tracker(tmp_path / "two", report_to="wandb", project="chosen", run_name="by me") as tracker:
+        assert (tracker._run.project, tracker._run.name) == ("chosen", "by me")
+    for name in ("PROJECT", "NAME"):
+        monkeypatch.delenv(f"WANDB_{name}")
+    with Tracker(tmp_path / "three", report_to="wandb") as tracker:
+        assert (tracker._run.project, tracker._run.name) == ("rlhf", str(tmp_path / "three"))
+
+
+def test_wandb_can_be_switched_off_by_its_variable(tmp_path, no_key, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_DISABLED", "true")
+    with Tracker(tmp_path, report_to="wandb") as tracker:
+        assert tracker._run is None
+    assert "W&B is off: WANDB_DISABLED is set" in capsys.readouterr().err
+
+
 def test_wandb_that_cannot_start_or_fails_later_never_stops_a_run(tmp_path, no_key, monkeypatch, capsys):
     import wandb
 
@@ -320,3 +347,48 @@ def test_wandb_is_not_sent_a_step_twice(tmp_path, no_key, monkeypatch):
     with Tracker(tmp_path, report_to="wandb") as tracker:  # a new run begins anew
         tracker.log({"loss/total": 1.0}, 1)
     assert sent[-1] == 1
+
+
+HOLDER = """
+import sys, time
+from rlhf.tracking import lock_folder
+lock_folder(sys.argv[1])
+print("locked", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_process_at_a_time_and_a_kill_frees_it(tmp_path):
+    folder = tmp_path / "run"
+    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "locked\n"
+    with pytest.raises(UserError, match=rf"{folder}: process {other.pid} on .* is at work in this folder"):
+        lock_folder(folder)
+    other.kill()
+    other.wait()
+    lock_folder(folder)
+    lock_folder(folder)  # the same process: nothing happens
+    assert f"process {os.getpid()} on" in (folder / ".lock").read_text()
+    unlock_folder(folder)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_lock_file_that_was_removed_while_it_was_opened_is_not_taken_for_the_lock(tmp_path, monkeypatch):
+    real, removed = fcntl.flock, []
+
+    def flock(file, how):
+        real(file, how)
+        if how & fcntl.LOCK_EX and not removed:  # whoever held it removes it at this moment
+            removed.append((tmp_path / ".lock").unlink())
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    lock_folder(tmp_path)
+    assert (tmp_path / ".lock").is_file()
+    unlock_folder(tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=f"{wrong}: nothing can be written there"):
+            lock_folder(wrong)

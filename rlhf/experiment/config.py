@@ -81,7 +81,7 @@ class ExperimentConfig:
     report_to: Literal["none", "wandb"] = option(
         "none", "wandb: the report as tables, offline without a key", resume="free"
     )
-    project: str = option("rlhf", "W&B project", resume="free")
+    project: str | None = option(None, "W&B project; default: WANDB_PROJECT, else rlhf", resume="free")
 
     def validate(self) -> None:
         for name in ("pairs", "budget", "judge"):

@@ -6,7 +6,6 @@ with other options is never mixed with the rest: it is named, and set aside if a
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -28,7 +27,7 @@ from rlhf.experiment.check import check_decisions, check_programs
 from rlhf.experiment.config import ExperimentConfig, check_files
 from rlhf.experiment.lengths import planned_lengths
 from rlhf.experiment.plan import Job, fingerprints, given_length, plan
-from rlhf.tracking import dumps, write_atomic
+from rlhf.tracking import dumps, lock_folder, unlock_folder, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "RLHF_EXPERIMENT"  # in the environment of every program that an experiment has started
@@ -89,27 +88,21 @@ def run_experiment(config: ExperimentConfig) -> None:
     check_programs(config)
     check_decisions(config)
     out = Path(config.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{out}: another `rlhf compare run` is at work in this folder") from None
+    lock_folder(out)
+    asked: list[int] = []
+    handlers = {n: signal.signal(n, lambda number, _: asked.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
+    work = Work(config)
+    try:
         end_orphans(out)
-        work = Work(config)
         replan(work)
         options.save(config, out / "experiment.yaml")
-        asked: list[int] = []
-        handlers = {
-            n: signal.signal(n, lambda number, _: asked.append(number)) for n in (signal.SIGTERM, signal.SIGINT)
-        }
-        try:
-            with Display(work) as display:
-                loop(work, display, asked)
-        finally:
-            stop_all(work)
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        with Display(work) as display:
+            loop(work, display, asked)
+    finally:
+        stop_all(work)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        unlock_folder(out)
     if asked:
         raise Halt(f"stopped by {signal.Signals(asked[0]).name}; the same command goes on", EXIT_INTERRUPTED)
     if work.failed:
@@ -251,6 +244,8 @@ def full_command(config: ExperimentConfig, job: Job) -> list[str]:
 
 def environment(config: ExperimentConfig, job: Job) -> dict[str, str]:
     result = {**os.environ, "PYTHONUNBUFFERED": "1", MARK: str(Path(config.output_dir).resolve()), JOB: job.name}
+    for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # meant for one run, and these are many
+        result.pop(name, None)
     if not Path("/dev/nvidiactl").exists():
         result.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed finds out too, with a warning each time
         if config.processes > 1:

@@ -22,7 +22,7 @@ class ReportConfig:
     experiment: str = option(help="its file (configs/compare/x.yaml) or its folder")
     output_dir: str | None = option(None, "where the report goes; default: report/ in the experiment's folder")
     report_to: Literal["none", "wandb"] = option("none", "wandb: the same as tables, offline when no key is set")
-    project: str = option("rlhf", "W&B project")
+    project: str | None = option(None, "W&B project; default: WANDB_PROJECT, else rlhf")
 
 
 def report_of(asked: ReportConfig) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def report_of(asked: ReportConfig) -> dict[str, Any]:
     return write_report(config, folder, asked.report_to, asked.project)
 
 
-def write_report(config: ExperimentConfig, folder: Path, report_to: str, project: str) -> dict[str, Any]:
+def write_report(config: ExperimentConfig, folder: Path, report_to: str, project: str | None) -> dict[str, Any]:
     """All files of the report in `folder`; returns report.json's content."""
     from rlhf.compare.figures import draw
     from rlhf.compare.markdown import markdown

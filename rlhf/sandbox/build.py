@@ -26,6 +26,7 @@ from rlhf.config import UserError, option
 from rlhf.data.records import digest
 from rlhf.data.split import split_of
 from rlhf.sandbox import base, corpus, phrases
+from rlhf.tracking import lock_folder, unlock_folder
 
 # of the pretraining documents; without short ones the base does not learn to copy
 PLAIN_SHARE, SHORT_SHARE = 0.05, 0.45
@@ -106,7 +107,7 @@ def build(config: SandboxConfig) -> dict[str, Any]:
     """Write the world into `config.output_dir` and return what world.json says; a base with these settings is kept."""
     config.validate()
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    lock_folder(folder)
     world = corpus.make_world(config.world_seed, config.n_items, config.n_intents)
     rows = {
         "instructions.jsonl": instruction_rows(config, world),
@@ -129,6 +130,7 @@ def build(config: SandboxConfig) -> dict[str, Any]:
         "base": losses,
     }
     _write_whole(folder / "world.json", json.dumps(report, indent=2) + "\n")
+    unlock_folder(folder)
     print(f"{folder / 'world.json'}: settings, fingerprints and losses")
     return report
 

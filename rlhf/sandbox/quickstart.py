@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import UserError, option
+from rlhf.tracking import lock_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = "configs/quickstart"
@@ -83,7 +84,8 @@ def steps(config: QuickstartConfig) -> list[Step]:
 def quickstart(config: QuickstartConfig) -> None:
     """Run what is not done; raises UserError naming the log when a step fails."""
     run = ROOT / config.run
-    (run / "logs").mkdir(parents=True, exist_ok=True)
+    lock_folder(run)
+    (run / "logs").mkdir(exist_ok=True)
     record_file = run / "steps.json"
     record = json.loads(record_file.read_text()) if record_file.is_file() else {}
     began, stale, todo = time.monotonic(), False, steps(config)

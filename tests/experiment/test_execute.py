@@ -271,9 +271,9 @@ def test_sampling_that_was_cut_off_begins_with_an_empty_store(folder):
 
 def test_a_second_runner_is_refused(folder):
     (folder / "out").mkdir()
-    with open(folder / "out" / "lock", "w") as lock:
+    with open(folder / "out" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="another `rlhf compare run` is at work in this folder"):
+        with pytest.raises(UserError, match="is at work in this folder"):
             run_experiment(experiment(folder))
     assert log(folder) == []
 
