@@ -6,6 +6,7 @@ The trainer is rlhf/ppo.py. The first reward model of `reward` that stands on th
 every other scorer is its own.
 """
 
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.data.encode import encode_instructions, encode_prompts
     from rlhf.distributed import read_deepspeed_config
     from rlhf.evaluate import sample_table, summarise
-    from rlhf.models import folder_fingerprint, stop_ids
+    from rlhf.files import files_fingerprint, scorer_files
+    from rlhf.models import stop_ids
     from rlhf.ppo import PPOTrainer
     from rlhf.roles import Roles
 
@@ -47,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{', '.join(config.ptx_data)}: no instructions to mix in")
     run.say(f"{len(prompts)} training prompts, {config.total_steps} steps of {config.rollout_batch_size} responses")
 
-    for folder in reward_folders(config.reward):
-        run.stands_on(folder, folder_fingerprint(folder))
+    for spec in config.reward:
+        run.stands_on(f"reward {json.dumps(spec)}", files_fingerprint(scorer_files(spec)))
     role = reward_role(config.reward, foundation)
     evaluate = stages.evaluation(run, foundation, None)
     roles = Roles(
@@ -153,12 +155,6 @@ def main(argv: list[str] | None = None) -> None:
     run.finish(last, budget, **more | ({"stopped": stopped.reason} if stopped else {}))
     if stopped:
         raise Halt(f"ppo: stopped by guard {stopped.guard} at step {stopped.step}: {stopped.reason}", EXIT_GUARD)
-
-
-def reward_folders(specs: list[dict]) -> list[str]:
-    """The local reward models among the scorers, members of ensembles included."""
-    named = [p for spec in specs for p in ([spec["model"]] if "model" in spec else spec.get("ensemble", []))]
-    return [path for path in named if Path(path).is_dir()]
 
 
 def reward_role(specs: list[dict], foundation) -> str | None:

@@ -286,20 +286,25 @@ def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
 
 def import_function(module_name: str, function_name: str, where: str) -> typing.Callable[..., Any]:
     """A function of the user's own, also from a module in the working directory; UserError names what is not there."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and not module_name.startswith(error.name):
-            raise  # the module is there, but something it imports is not
-        raise UserError(f"{where}: there is no module '{module_name}' (searched {here} and the packages)") from None
+    module = import_module(module_name, where)
     function = getattr(module, function_name, None)
     if not callable(function):
         near = did_you_mean(function_name, [n for n in vars(module) if not n.startswith("_")])
         raise UserError(f"{where}: module '{module_name}' has no function '{function_name}'.{near}")
     return function
+
+
+def import_module(name: str, where: str) -> types.ModuleType:
+    """A module of the user's own, also from the working directory; UserError if it is not there."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name and not name.startswith(error.name):
+            raise  # the module is there, but something it imports is not
+        raise UserError(f"{where}: there is no module '{name}' (searched {here} and the packages)") from None
 
 
 def near_file(path: str | Path) -> str:

@@ -20,8 +20,8 @@ from rlhf import config as options
 from rlhf.checkpoint import Checkpoint
 from rlhf.config import EXIT_GUARD, EXIT_INTERRUPTED, Halt, UserError
 from rlhf.data.records import Prompt, Record, digest, prompt_group
+from rlhf.files import lock_folder, unlock_folder
 from rlhf.stages import RunConfig
-from rlhf.tracking import lock_folder, unlock_folder
 
 OUTCOME = ("adapter_model.safetensors", "adapter_config.json", "rlhf.json", "model.safetensors", "config.json")
 TRAINED_ON = "trained_on.txt"  # hashes of the first user turns that a run was trained on
@@ -39,7 +39,7 @@ class Run:
         self.folder = Path(config.output_dir)
         self.checkpoints = self.folder / checkpoint.FOLDER
         self.fingerprints: dict[str, str] = {}  # of the data
-        self.weights: dict[str, str] = {}  # fingerprints of what the run stands on
+        self.weights: dict[str, str] = {}  # fingerprints of what the run starts from and is scored by
         self.freezes: set[str] = set()
         self.trained_on: set[str] = set()
         self.stopped_by: str | None = None  # the signal that asked the run to end
@@ -207,12 +207,12 @@ class Run:
         (self.folder / TRAINED_ON).write_text("".join(f"{name}\n" for name in sorted(self.trained_on)))
 
     def stands_on(self, name: str, fingerprint: str) -> None:
-        """Note the weights that this run starts from or learns from. Raises UserError if a resumed run had others."""
+        """Note what this run starts from or learns from. Raises UserError if a resumed run had something else."""
         self.weights[name] = fingerprint
         before = self.resumed.about.get("weights", {}).get(name) if self.resumed else None
         if before not in (None, fingerprint):
             raise UserError(
-                f"{name}: not the weights that {self.resumed.folder} was made with (fingerprint {fingerprint}, then "
+                f"{name}: its files have changed since {self.resumed.folder} was made (fingerprint {fingerprint}, then "
                 f"{before}). Put them back, or {ANEW}"
             )
 

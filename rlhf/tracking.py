@@ -10,9 +10,6 @@ Names are those of rlhf/metrics.py. Nothing that goes wrong with W&B stops a run
 
 from __future__ import annotations
 
-import atexit
-import contextlib
-import fcntl
 import json
 import math
 import os
@@ -24,9 +21,8 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal
 
-from rlhf.config import UserError
 from rlhf.metrics import METRICS, check_names, metrics_page
 from rlhf.trl_names import rename_trl
 
@@ -43,8 +39,6 @@ __all__ = [
 
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 WANDB_INIT_SECONDS = 15
-LOCK = ".lock"  # in a folder that a process is at work in
-_LOCKS: dict[Path, TextIO] = {}  # the folders that this process has locked
 SENT = "wandb_step"  # the last step that W&B was sent
 
 
@@ -240,65 +234,6 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-
-
-def lock_folder(folder: str | Path) -> None:
-    """Keep other processes out of a folder until `unlock_folder`, or until this process ends, in whatever way.
-
-    Makes the folder where it is missing. Locking it again in the same process does nothing. Raises UserError where
-    another process holds it, or where nothing can be written.
-    """
-    folder = Path(folder).resolve()
-    if folder in _LOCKS:
-        return
-    if not _LOCKS:
-        atexit.register(_unlock_all, os.getpid())
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = _locked(folder / LOCK)
-    except OSError as error:
-        raise UserError(f"{folder}: nothing can be written there ({error.strerror})") from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    _LOCKS[folder] = file
-
-
-def unlock_folder(folder: str | Path) -> None:
-    """Let others into a folder that `lock_folder` has locked; does nothing where it is not locked."""
-    file = _LOCKS.pop(Path(folder).resolve(), None)
-    if file is not None:
-        Path(file.name).unlink(missing_ok=True)
-        fcntl.flock(file, fcntl.LOCK_UN)  # for processes too that were forked meanwhile
-        file.close()
-
-
-def _locked(path: Path):
-    """The lock file, open and locked. Raises UserError where another process has locked it."""
-    while True:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held until it is unlocked
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"{path.parent}: {file.read() or 'another process'} is at work in this folder. Wait until it has "
-                "ended, or choose another --output_dir"
-            ) from None
-        # whoever held it may have removed the file between our opening and locking it
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return file
-        file.close()
-
-
-def _unlock_all(process: int) -> None:
-    """At the end of the process that locked them; a folder that a refused start has left empty goes too."""
-    if os.getpid() != process:
-        return
-    for folder in list(_LOCKS):
-        unlock_folder(folder)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def trainer_callback(tracker: Tracker, stage: Literal["sft", "reward", "dpo"], keys: Iterable[str] = ()):

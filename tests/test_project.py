@@ -24,6 +24,7 @@ LAYERS = [
     ["rlhf.checkpoint"],
     ["rlhf.tracking", "rlhf.trl_names", "rlhf.metrics", "rlhf.guard_table"],
     ["rlhf.data"],
+    ["rlhf.files"],
     ["rlhf.config"],
 ]
 

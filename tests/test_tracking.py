@@ -1,7 +1,5 @@
-import fcntl
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -9,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import UserError
 from rlhf.metrics import METRICS, PATTERNS, SECTIONS, check_names, is_known, metrics_page
-from rlhf.tracking import Tracker, lock_folder, read_metrics, rename_trl, trainer_callback, unlock_folder, write_card
+from rlhf.tracking import Tracker, read_metrics, rename_trl, trainer_callback, write_card
 
 ROOT = Path(__file__).parents[1]
 
@@ -347,48 +344,3 @@ def test_wandb_is_not_sent_a_step_twice(tmp_path, no_key, monkeypatch):
     with Tracker(tmp_path, report_to="wandb") as tracker:  # a new run begins anew
         tracker.log({"loss/total": 1.0}, 1)
     assert sent[-1] == 1
-
-
-HOLDER = """
-import sys, time
-from rlhf.tracking import lock_folder
-lock_folder(sys.argv[1])
-print("locked", flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_folder_has_one_process_at_a_time_and_a_kill_frees_it(tmp_path):
-    folder = tmp_path / "run"
-    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "locked\n"
-    with pytest.raises(UserError, match=rf"{folder}: process {other.pid} on .* is at work in this folder"):
-        lock_folder(folder)
-    other.kill()
-    other.wait()
-    lock_folder(folder)
-    lock_folder(folder)  # the same process: nothing happens
-    assert f"process {os.getpid()} on" in (folder / ".lock").read_text()
-    unlock_folder(folder)
-    assert list(folder.iterdir()) == []
-
-
-def test_a_lock_file_that_was_removed_while_it_was_opened_is_not_taken_for_the_lock(tmp_path, monkeypatch):
-    real, removed = fcntl.flock, []
-
-    def flock(file, how):
-        real(file, how)
-        if how & fcntl.LOCK_EX and not removed:  # whoever held it removes it at this moment
-            removed.append((tmp_path / ".lock").unlink())
-
-    monkeypatch.setattr(fcntl, "flock", flock)
-    lock_folder(tmp_path)
-    assert (tmp_path / ".lock").is_file()
-    unlock_folder(tmp_path)
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    for wrong in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=f"{wrong}: nothing can be written there"):
-            lock_folder(wrong)

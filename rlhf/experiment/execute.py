@@ -27,7 +27,8 @@ from rlhf.experiment.check import check_decisions, check_programs
 from rlhf.experiment.config import ExperimentConfig, check_files
 from rlhf.experiment.lengths import planned_lengths
 from rlhf.experiment.plan import Job, fingerprints, given_length, plan
-from rlhf.tracking import dumps, lock_folder, unlock_folder, write_atomic
+from rlhf.files import lock_folder, unlock_folder
+from rlhf.tracking import dumps, write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "RLHF_EXPERIMENT"  # in the environment of every program that an experiment has started

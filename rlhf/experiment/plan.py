@@ -21,6 +21,7 @@ from typing import Any
 
 from rlhf.config import UserError, read_yaml
 from rlhf.experiment.config import LENGTH, ExperimentConfig, strength_of
+from rlhf.files import model_files, scorer_files
 
 PILOT_STEPS = {"dpo": 8, "ppo": 3}
 
@@ -162,9 +163,13 @@ def measuring(config: ExperimentConfig, name: str, needs: list[str], seed: int |
 
 
 def files_of(spec: dict[str, Any]) -> list[str]:
-    """The files that a scorer reads."""
-    folders = [spec["model"]] if "model" in spec else spec.get("ensemble", [])
-    return [str(spec["voice"])] if "voice" in spec else [file for folder in folders for file in weights_of(folder)]
+    """The files that a scorer's scores depend on."""
+    return [str(path) for path in scorer_files(spec)]
+
+
+def weights_of(foundation: str) -> list[str]:
+    """The files of a local foundation, whose contents decide whether a run starts from the same one."""
+    return [str(path) for path in model_files(foundation)]
 
 
 MEASURED_BY = (
@@ -227,11 +232,6 @@ def flags(options: dict[str, Any]) -> list[str]:
             value = str(value).lower()
         words += [f"--{name}", json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)]
     return words
-
-
-def weights_of(foundation: str) -> list[str]:
-    """The files of weights in a local foundation, whose contents decide whether a run stands on the same one."""
-    return [str(path) for path in sorted(Path(foundation).glob("*.safetensors"))]
 
 
 def fingerprints(jobs: list[Job]) -> dict[str, str]:

@@ -25,8 +25,8 @@ from typing import Any
 from rlhf.config import UserError, option
 from rlhf.data.records import digest
 from rlhf.data.split import split_of
+from rlhf.files import lock_folder, unlock_folder
 from rlhf.sandbox import base, corpus, phrases
-from rlhf.tracking import lock_folder, unlock_folder
 
 # of the pretraining documents; without short ones the base does not learn to copy
 PLAIN_SHARE, SHORT_SHARE = 0.05, 0.45

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import UserError, option
-from rlhf.tracking import lock_folder
+from rlhf.files import lock_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONFIGS = "configs/quickstart"

@@ -246,17 +246,15 @@ def test_a_checkpoint_holds_adapters_that_can_be_used(runs, files, whole):
 def test_another_reward_model_is_refused(runs, files, tmp_path, monkeypatch, capsys):
     import shutil
 
-    from safetensors.torch import load_file, save_file
-
     reward = tmp_path / "reward"
     shutil.copytree(runs / "reward", reward)
     more = ("--reward", f"[{{model: {reward}}}]")
     interrupted(monkeypatch, runs, files, tmp_path / "run", 1, *more)
-    file = reward / "adapter_model.safetensors"
-    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file)
+    shift = json.loads((reward / "reward.json").read_text())
+    (reward / "reward.json").write_text(json.dumps(shift | {"scale": 2.0 * shift.get("scale", 1.0)}))
     with pytest.raises(SystemExit) as stop:
         door("ppo")(flags("ppo", runs, files, tmp_path / "run", *more))
-    assert stop.value.code == EXIT_USER_ERROR and f"{reward}: not the weights that" in capsys.readouterr().err
+    assert stop.value.code == EXIT_USER_ERROR and "its files have changed since" in capsys.readouterr().err
 
 
 def test_a_run_that_begins_anew_leaves_nothing_of_the_old_one(runs, files, tmp_path):

@@ -1,0 +1,120 @@
+"""Folders that one process at a time works in, and files named by what they hold."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+from rlhf.config import UserError, import_module
+
+LOCK = ".lock"  # in a folder that a process is at work in
+_LOCKS: dict[Path, TextIO] = {}  # the folders that this process has locked
+MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
+RECORD_FILES = ("result.json", "card.json")  # what a run says about itself
+ADAPTER_FILES = ("adapter_config.json", "rlhf.json")  # with the place of the base
+
+
+def lock_folder(folder: str | Path) -> None:
+    """Keep other processes out of a folder until `unlock_folder`, or until this process ends, in whatever way.
+
+    Makes the folder where it is missing. Locking it again in the same process does nothing. Raises UserError where
+    another process holds it, or where nothing can be written.
+    """
+    folder = Path(folder).resolve()
+    if folder in _LOCKS:
+        return
+    if not _LOCKS:
+        atexit.register(_unlock_all, os.getpid())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _locked(folder / LOCK)
+    except OSError as error:
+        raise UserError(f"{folder}: nothing can be written there ({error.strerror})") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    _LOCKS[folder] = file
+
+
+def unlock_folder(folder: str | Path) -> None:
+    """Let others into a folder that `lock_folder` has locked; does nothing where it is not locked."""
+    file = _LOCKS.pop(Path(folder).resolve(), None)
+    if file is not None:
+        Path(file.name).unlink(missing_ok=True)
+        fcntl.flock(file, fcntl.LOCK_UN)  # for processes too that were forked meanwhile
+        file.close()
+
+
+def _locked(path: Path):
+    """The lock file, open and locked. Raises UserError where another process has locked it."""
+    while True:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held until it is unlocked
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{path.parent}: {file.read() or 'another process'} is at work in this folder. Wait until it has "
+                "ended, or choose another --output_dir"
+            ) from None
+        # whoever held it may have removed the file between our opening and locking it
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
+
+
+def _unlock_all(process: int) -> None:
+    """At the end of the process that locked them; a folder that a refused start has left empty goes too."""
+    if os.getpid() != process:
+        return
+    for folder in list(_LOCKS):
+        unlock_folder(folder)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def model_files(folder: str | Path) -> list[Path]:
+    """The files that decide what a model in this folder computes: weights, settings, tokenizer, template.
+
+    None for a name on the Hub.
+    """
+    found = {path for pattern in MODEL_FILES for path in Path(folder).glob(pattern)}
+    return sorted(path for path in found if path.name not in RECORD_FILES)
+
+
+def scorer_files(spec: dict[str, Any]) -> list[Path]:
+    """The local files that the scores of a scorer's specification depend on; a service has none.
+
+    Of a Python function it is the file that defines it: what that imports is not followed.
+    """
+    if "voice" in spec:
+        return [Path(spec["voice"])]
+    if "function" in spec:
+        module = import_module(str(spec["function"]).partition(":")[0], "scorers")
+        return [Path(module.__file__)] if getattr(module, "__file__", None) else []
+    folders = [spec["model"]] if "model" in spec else spec.get("ensemble", [])
+    return [file for folder in folders for file in model_files(folder)]
+
+
+def files_fingerprint(files: Iterable[str | Path]) -> str:
+    """16 hex digits that name the files' contents and names. The place of an adapter's base is left out: it may move,
+    and its weights have a fingerprint of their own."""
+    digest = hashlib.sha256()
+    for file in map(Path, files):
+        digest.update(f"{file.name}\n".encode())
+        if file.name in ADAPTER_FILES:
+            settings = json.loads(file.read_text())
+            settings.pop("base_model_name_or_path", None)
+            digest.update(json.dumps(settings, sort_keys=True).encode())
+        else:
+            with open(file, "rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()[:16]
