@@ -14,7 +14,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where 
 from dataclasses import dataclass
 
 from rlhf.config import UserError, did_you_mean, option, parse, program
-from rlhf.data.records import Preference, Prompt
+from rlhf.data.records import Preference
 from rlhf.run import begin
 from rlhf.stages import SamplingConfig, TrainerConfig
 
@@ -63,20 +63,14 @@ def main(argv: list[str] | None = None) -> None:
     from reward.compose import build_scorer
     from rlhf import stages, trainers
     from rlhf.budget import Budget, count_parameters
-    from rlhf.data.encode import encode_preferences
     from rlhf.dpo import dpo_trainer, soft_rows
     from rlhf.models import load_foundation, trainable_policy
     from rlhf.tracking import trainer_callback
 
     foundation = stages.load_start(run)
-    limits = (config.max_prompt_length, config.max_response_length)
-    pairs = {split: run.load(Preference, split) for split in ("train", "validation")}
-    rows = {
-        split: soft_rows(encode_preferences(records, foundation.tokenizer, *limits)) for split, records in pairs.items()
-    }
+    pairs = {split: run.rows(Preference, split, foundation.tokenizer) for split in ("train", "validation")}
+    rows = {split: soft_rows(part) for split, part in pairs.items()}
     datasets = {split: Dataset.from_list(part) for split, part in rows.items()}
-    if not rows["train"]:
-        raise UserError(f"{', '.join(config.data)}: no training pairs")
     arguments = trainers.trl_arguments(
         DPOConfig,
         run,
@@ -86,13 +80,12 @@ def main(argv: list[str] | None = None) -> None:
         label_smoothing=config.label_smoothing,
     )
     cls, collator = dpo_trainer(arguments, rows["train"], foundation.tokenizer.pad_token_id, run.say)
-    if any(record.margin is not None for record in pairs["train"]):
+    if any(row["record"].margin is not None for row in pairs["train"]):
         run.say("the pairs carry a margin, which the reward model reads and DPO does not")
     run.say(f"{len(rows['train'])} training pairs, {len(rows['validation'])} held out")
 
     scorer = build_scorer(config.eval_scorers, foundation.tokenizer) if config.eval_scorers else None
-    prompts = None if config.eval_data else run.load(Prompt, "validation")
-    evaluate = stages.evaluation(run, foundation, scorer, prompts)
+    evaluate = stages.evaluation(run, foundation, scorer)
     model = trainable_policy(foundation, stages.new_lora(config))
     reference = None
     if not hasattr(model, "peft_config"):  # TRL would reload it by name, which need not be what is in memory

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where reward.py would shadow the package
 
-from rlhf.config import EXIT_GUARD, Halt, UserError, parse, program
+from rlhf.config import EXIT_GUARD, Halt, parse, program
 from rlhf.data.records import BadScore, Instruction, Prompt
 from rlhf.ppo_config import PPOConfig
 from rlhf.run import begin, in_short
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from rlhf import stages
     from rlhf.budget import Budget, count_parameters
-    from rlhf.data.encode import encode_instructions, encode_prompts
+    from rlhf.data.encode import sft_rows
     from rlhf.distributed import read_deepspeed_config
     from rlhf.evaluate import sample_table, summarise
     from rlhf.files import files_fingerprint, scorer_files
@@ -39,14 +39,8 @@ def main(argv: list[str] | None = None) -> None:
 
     foundation = stages.load_start(run)
     tokenizer, stops = foundation.tokenizer, stop_ids(foundation.tokenizer, foundation.model)
-    prompts = encode_prompts(run.load(Prompt, "train"), tokenizer, config.max_prompt_length)
-    if not prompts:
-        raise UserError(f"{', '.join(config.data)}: no training prompts")
-    limits = (config.max_prompt_length, config.max_response_length)
-    answers = run.load(Instruction, "train", config.ptx_data) if config.ptx_data else []
-    answers = encode_instructions(answers, tokenizer, *limits)
-    if config.ptx_data and not answers:
-        raise UserError(f"{', '.join(config.ptx_data)}: no instructions to mix in")
+    prompts = run.rows(Prompt, "train", tokenizer)
+    answers = sft_rows(run.rows(Instruction, "train", tokenizer, config.ptx_data)) if config.ptx_data else []
     run.say(f"{len(prompts)} training prompts, {config.total_steps} steps of {config.rollout_batch_size} responses")
 
     for spec in config.reward:

@@ -58,16 +58,15 @@ def main(argv: list[str] | None = None) -> None:
     from reward.trainer import PairCollator, RewardTrainer, pair_rows
     from rlhf import stages, trainers
     from rlhf.budget import Budget, count_parameters
-    from rlhf.data.encode import encode_instructions, encode_preferences
     from rlhf.tracking import trainer_callback
 
     foundation = stages.load_start(run)
-    tokenizer, limits = foundation.tokenizer, (config.max_prompt_length, config.max_response_length)
-    train, held_out = (
-        encode_preferences(run.load(Preference, split), tokenizer, *limits) for split in ("train", "validation")
-    )
-    answers = run.load(Instruction, "validation", config.reference_data) if config.reference_data else []
-    answers = [row["input_ids"] for row in encode_instructions(answers, tokenizer, *limits)]
+    tokenizer = foundation.tokenizer
+    train, held_out = (run.rows(Preference, split, tokenizer) for split in ("train", "validation"))
+    answers = run.rows(Instruction, "validation", tokenizer, config.reference_data) if config.reference_data else []
+    if config.reference_data and not answers:
+        run.say("WARNING: no row of reference_data is left in validation: scores are normalised on the chosen answers")
+    answers = [row["prompt_ids"] + row["response_ids"] for row in answers]
     run.say(f"{len(train)} training pairs, {len(held_out)} held out")
 
     model = trainable_reward(foundation, stages.new_lora(config, "SEQ_CLS"), config.seed)
@@ -125,6 +124,7 @@ def report(run, held_out: list[dict], chosen: list[float], rejected: list[float]
     lengths = [[len(row[side]) for row in held_out] for side in ("chosen_ids", "rejected_ids")]
     name = Path(run.config.output_dir).name
     card = report_card([row["record"] for row in held_out], chosen, rejected, *lengths, title=name)
+    card["rows"] = run.row_counts
     rows = pair_rows(held_out)
     extras = {name: torch.tensor([row[name] for row in rows]) for name in EXTRAS if name in rows[0]}
     loss, metrics = reward_loss(

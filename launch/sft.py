@@ -40,18 +40,14 @@ def main(argv: list[str] | None = None) -> None:
     from reward.compose import build_scorer
     from rlhf import stages, trainers
     from rlhf.budget import Budget, count_parameters
-    from rlhf.data.encode import encode_instructions
+    from rlhf.data.encode import sft_rows
     from rlhf.models import trainable_policy
     from rlhf.tracking import trainer_callback
 
     foundation = stages.load_start(run)
-    limits = (config.max_prompt_length, config.max_response_length)
     train, held_out = (
-        encode_instructions(run.load(Instruction, split), foundation.tokenizer, *limits)
-        for split in ("train", "validation")
+        sft_rows(run.rows(Instruction, split, foundation.tokenizer)) for split in ("train", "validation")
     )
-    if not train:
-        raise UserError(f"{', '.join(config.data)}: no training rows")
     run.say(f"{len(train)} training rows, {len(held_out)} held out")
 
     scorer = build_scorer(config.eval_scorers, foundation.tokenizer) if config.eval_scorers else None

@@ -230,7 +230,11 @@ def card_text(card: dict[str, Any]) -> str:
     lines += [_row(f"source {name}", part) for name, part in card["by_source"].items()]
     lines += [_row(f"annotator {name}", part) for name, part in card["by_annotator"].items()]
     base = length["baseline"]
-    lines += ["", f"A tie counts as half; {card['ties']} pairs tied.", "", "## Length", ""]
+    lines += ["", f"A tie counts as half; {card['ties']} pairs tied."]
+    for split, rows in card.get("rows", {}).items():
+        reasons = "".join(f"; {count}: {reason}" for reason, count in rows["dropped"].items())
+        lines += [f"Rows of {split}: {rows['used']} of {rows['read']} are used{reasons}."]
+    lines += ["", "## Length", ""]
     lines += [
         f'- length alone ("the {base["rule"]} is better", the better rule on these pairs): {base["accuracy"]:.3f}'
     ]

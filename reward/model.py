@@ -282,8 +282,10 @@ def reward_scorer(
             rows = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
         else:
             rows = [
-                encode_prompt(own, prompt) + encode_response(own, response)[: None if ended else -1]
-                for prompt, response, ended in zip(samples.prompts, samples.responses, samples.ended, strict=True)
+                encode_prompt(own, prompt, about.get("tools")) + encode_response(own, response, ended)
+                for prompt, response, ended, about in zip(
+                    samples.prompts, samples.responses, samples.ended, samples.metadata, strict=True
+                )
             ]
         total = reward.score_ids(rows, batch_size)
         return Scores(total, {name: total})

@@ -9,11 +9,12 @@ import random
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf import checkpoint
 from rlhf import config as options
@@ -38,7 +39,8 @@ class Run:
         self.program, self.config, self.world, self.resumed = program, config, world, resumed
         self.folder = Path(config.output_dir)
         self.checkpoints = self.folder / checkpoint.FOLDER
-        self.fingerprints: dict[str, str] = {}  # of the data
+        self.fingerprints: dict[str, str] = {}  # of the rows that are used, by kind and split
+        self.row_counts: dict[str, dict[str, Any]] = {}  # {"read", "used", "dropped": {reason: count}}, likewise
         self.weights: dict[str, str] = {}  # fingerprints of what the run starts from and is scored by
         self.freezes: set[str] = set()
         self.trained_on: set[str] = set()
@@ -175,12 +177,46 @@ class Run:
         if self.world.is_main:
             print(f"{self.program}: {text}", flush=True)
 
-    def load(self, kind: type[Record], split: str | None, data: list[str] | None = None) -> list[Any]:
-        """Records of one split; their fingerprint is kept for result.json."""
-        from rlhf.data.load import fingerprint, load
+    def rows(
+        self, kind: type[Record], split: Literal["train", "validation"], tokenizer, data: list[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """Encoded rows of one split (see `encode`) without those that are too long.
+
+        What is dropped is counted and said, and kept for result.json as is the fingerprint of the rows that are left.
+        Raises UserError where more than `max_dropped` of the training rows is dropped, or all of them.
+        """
+        from rlhf.data.encode import encode
+        from rlhf.data.load import fingerprint
+
+        source, bad = ", ".join(data or self.config.data), Counter()
+        records = self.load(kind, split, data, bad)
+        longest = None if kind is Prompt else self.config.max_response_length
+        rows, dropped = encode(records, tokenizer, self.config.max_prompt_length, longest)
+        what = kind.__name__.lower()
+        if bad:
+            self._count_rows(f"{what}/every split", source, bad.pop("read"), bad, may_stop=split == "train")
+        name = f"{what}/{split}"
+        self._count_rows(name, source, len(records), dropped, may_stop=split == "train")
+        kept = [row["record"] for row in rows]
+        self.fingerprints[name] = fingerprint(kept)
+        if split == "train":
+            self.trained_on |= {prompt_group(record.prompt) for record in kept}
+            before = self.resumed.about["data"].get(name) if self.resumed else None
+            if before not in (None, self.fingerprints[name]):
+                raise UserError(
+                    f"{source}: not the rows that {self.resumed.folder} was trained on (fingerprint "
+                    f"{self.fingerprints[name]}, then {before}). Put the data back, or {ANEW}"
+                )
+        return rows
+
+    def load(
+        self, kind: type[Record], split: str | None, data: list[str] | None = None, bad: Counter | None = None
+    ) -> list[Any]:
+        """Records of one split; `bad` gets the number of skipped rows by reason."""
+        from rlhf.data.load import load
 
         config = self.config
-        records = load(
+        return load(
             self.frozen(data or config.data, kind),
             kind,
             split=split,
@@ -189,18 +225,26 @@ class Run:
             test_fraction=config.test_fraction,
             limit=config.limit,
             on_bad=config.on_bad,
+            bad=bad,
         )
-        name = f"{kind.__name__.lower()}/{split or 'all'}"
-        self.fingerprints[name] = fingerprint(records)
-        before = self.resumed.about["data"].get(name) if self.resumed else None
-        if split == "train" and before not in (None, self.fingerprints[name]):
+
+    def _count_rows(self, name: str, source: str, read: int, dropped: Counter, *, may_stop: bool) -> None:
+        """Keep and say how many rows were dropped and why; stop where they are too many."""
+        count = dropped.total()
+        self.row_counts[name] = {"read": read, "used": read - count, "dropped": dict(dropped)}
+        if not count:
+            return
+        reasons = "; ".join(f"{number}: {reason}" for reason, number in dropped.items())
+        what, split = name.split("/")
+        found = f"{source}: {count} of {read} {what} rows of {split} are dropped ({reasons})"
+        if may_stop and count == read:
+            raise UserError(f"{found}. Nothing is left to train on: raise the limits, or mend the rows")
+        if may_stop and count > self.config.max_dropped * read:
             raise UserError(
-                f"{', '.join(data or config.data)}: not the rows that {self.resumed.folder} was trained on "
-                f"(fingerprint {self.fingerprints[name]}, then {before}). Put the data back, or {ANEW}"
+                f"{found}, more than max_dropped {self.config.max_dropped:g}. Raise the limits, mend the rows, or "
+                "allow it with: --max_dropped 1"
             )
-        if split == "train":
-            self.trained_on |= {prompt_group(record.prompt) for record in records}
-        return records
+        self.say(f"{'WARNING: ' if count > MANY_DROPPED * read else ''}{found}")
 
     def write_trained_on(self) -> None:
         """What `rlhf compare` leaves out, whatever it is asked to read."""
@@ -262,6 +306,7 @@ class Run:
             "headline": headline,
             "budget": budget,
             "data": self.fingerprints,
+            "rows": self.row_counts,
             **more,
         }
         if self.world.is_main:
@@ -310,6 +355,7 @@ def begin(program: str, config: RunConfig) -> Run:
 
 
 ANEW = "choose another --output_dir, or begin anew with --overwrite_output_dir true"
+MANY_DROPPED = 0.1  # share of dropped rows from which the message is a warning
 MORE = ("total_episodes", "num_train_epochs", "max_steps")  # options by which a finished run can be made longer
 
 

@@ -37,6 +37,9 @@ class RunConfig:
     )
     limit: int | None = option(None, "read only so many rows of the data")
     on_bad: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used")
+    max_dropped: float = option(
+        0.5, "stop if more than this share of the training rows is dropped; 1: never", resume="free", low=0, high=1
+    )
     max_prompt_length: int = option(512, "tokens; rows with longer prompts are dropped and counted", low=1)
     max_response_length: int = option(
         512, "tokens with EOS; longer responses are dropped and counted, or cut off in PPO", low=1
@@ -127,9 +130,8 @@ def new_lora(config: AdapterConfig, task_type: str = "CAUSAL_LM"):
     return lora_config(task_type, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
 
 
-def evaluation(run, foundation, scorer: Scorer | None, prompts: list[Prompt] | None = None):
+def evaluation(run, foundation, scorer: Scorer | None):
     """The evaluation by sampling of this run on its validation prompts, or None when switched off or without any."""
-    from rlhf.data.encode import encode_prompts
     from rlhf.engines.hf import Sampling
     from rlhf.evaluate import Evaluation
     from rlhf.models import head_is_plain, stop_ids
@@ -137,13 +139,13 @@ def evaluation(run, foundation, scorer: Scorer | None, prompts: list[Prompt] | N
     config = run.config
     if config.eval_prompts < 1:
         return None
-    prompts = run.load(Prompt, "validation", config.eval_data) if prompts is None else prompts
-    prompts = sorted(prompts, key=lambda p: (p.group, str(p.prompt)))[: config.eval_prompts]
-    if not prompts:
+    rows = run.rows(Prompt, "validation", foundation.tokenizer, config.eval_data)
+    rows = sorted(rows, key=lambda row: (row["record"].group, str(row["record"].prompt)))[: config.eval_prompts]
+    if not rows:
         run.say("no validation prompts: evaluation by sampling is off")
         return None
     return Evaluation(
-        prompts=encode_prompts(prompts, foundation.tokenizer, config.max_prompt_length),
+        prompts=rows,
         tokenizer=foundation.tokenizer,
         stop_ids=stop_ids(foundation.tokenizer, foundation.model),
         sampling=Sampling(max_new_tokens=config.max_response_length, temperature=config.temperature),

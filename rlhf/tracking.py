@@ -288,6 +288,9 @@ def write_card(
     lines += ["", "## Cost", "", *_table(["counter", "value"], result.get("budget", {}).items()), "", "## Data", ""]
     lines += [f"- {name}: {text}" for name, text in provenance.items() if not isinstance(text, dict)]
     sets = {name: dict(facts) for name, facts in provenance.items() if isinstance(facts, dict)}
+    for name, counts in result.get("rows", {}).items():
+        dropped = "; ".join(f"{count}: {reason}" for reason, count in counts["dropped"].items())
+        sets.setdefault(name, {}).update(read=counts["read"], used=counts["used"], dropped=dropped)
     for name, fingerprint in result.get("data", {}).items():
         sets.setdefault(name, {}).setdefault("fingerprint", fingerprint)
     fields = list(dict.fromkeys(key for facts in sets.values() for key in facts))

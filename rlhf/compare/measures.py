@@ -63,14 +63,10 @@ class TextLoss:
 
 def encode_texts(records: list[Instruction], tokenizer: Any, max_prompt_length: int, max_response_length: int):
     """Rows {"prompt_ids", "response_ids", "group"} of held-out answers, without those that are too long (tokens)."""
-    from rlhf.data.encode import encode_prompt, encode_response
+    from rlhf.data.encode import encode, kept
 
-    rows = []
-    for record in records:
-        prompt, response = encode_prompt(tokenizer, record.prompt), encode_response(tokenizer, record.response)
-        if len(prompt) <= max_prompt_length and len(response) <= max_response_length:
-            rows.append({"prompt_ids": prompt, "response_ids": response, "group": record.group})
-    return rows
+    rows = kept(encode(records, tokenizer, max_prompt_length, max_response_length), "held-out answers")
+    return [{"group": row["record"].group, **{n: row[n] for n in ("prompt_ids", "response_ids")}} for row in rows]
 
 
 def text_losses(

@@ -8,11 +8,14 @@ policy samples; scorers of a running policy read its ids as they are. A model wi
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jinja2
+
 from rlhf.config import UserError
-from rlhf.data.records import Instruction, Message, Preference, Prompt, digest
+from rlhf.data.records import Instruction, Message, Preference, Prompt, Record, RecordError, digest, tools_of
 
 # "User: ...\nAssistant:" with the tokenizer's own bos and eos; saved with the tokenizer, so later stages find it there.
 PLAIN_TEMPLATE = (
@@ -27,13 +30,47 @@ PLAIN_TEMPLATE = (
 )
 
 
-def encode_prompt(tokenizer: Any, prompt: list[Message]) -> list[int]:
-    """Ids of the prompt up to where the assistant begins; special tokens typed by a user stay plain text."""
+def encode_prompt(tokenizer: Any, prompt: list[Message], tools: list[dict] | None = None) -> list[int]:
+    """Ids of the prompt up to where the assistant begins; special tokens typed by a user stay plain text.
+
+    Raises RecordError where the chat template leaves out what the prompt holds beside text: tools, calls, results.
+    """
+    _check_tools(tokenizer, prompt, tools)
     return list(
         tokenizer.apply_chat_template(
-            prompt, add_generation_prompt=True, return_dict=False, tokenize=True, sanitize_control_tokens=True
+            prompt,
+            tools=tools,
+            add_generation_prompt=True,
+            return_dict=False,
+            tokenize=True,
+            sanitize_control_tokens=True,
         )
     )
+
+
+def _check_tools(tokenizer: Any, prompt: list[Message], tools: list[dict] | None) -> None:
+    """Raise RecordError if the prompt reads the same without its tools, tool calls or tool results."""
+
+    def text(messages: list[Message], tools: list[dict] | None = tools) -> str:
+        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+
+    without: dict[str, Callable[[], str]] = {}
+    if tools:
+        without["tools"] = lambda: text(prompt, None)
+    if any("tool_calls" in message for message in prompt):
+        bare = [{name: value for name, value in m.items() if name != "tool_calls"} for m in prompt]
+        without["tool calls"] = lambda: text(bare)
+    if any(message["role"] == "tool" for message in prompt):
+        asked = [{**m, "role": "user"} if m["role"] == "tool" else m for m in prompt]
+        without["tool results"] = lambda: text(asked)
+    whole = text(prompt) if without else ""
+    for what, rendered in without.items():
+        try:
+            same = rendered() == whole
+        except jinja2.TemplateError:  # refused without: so it does read them
+            same = False
+        if same:
+            raise RecordError("prompt", f"has {what}, for which this model's chat template has no place")
 
 
 def encode_response(tokenizer: Any, response: str, ended: bool = True) -> list[int]:
@@ -56,49 +93,67 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest(f"{vocabulary}{special}{tokenizer.chat_template}")
 
 
-def encode_instructions(records: list[Instruction], tokenizer: Any, max_prompt_length: int, max_response_length: int):
-    """Rows {"input_ids", "labels"} for SFT: the loss is on the response and its EOS alone (labels -100 before)."""
-    rows, dropped = [], 0
+def encode(
+    records: Sequence[Record], tokenizer: Any, max_prompt_length: int, max_response_length: int | None = None
+) -> tuple[list[dict[str, Any]], Counter]:
+    """Encode records of one kind; return their rows and, of the records that have none, how many by reason.
+
+    Rows hold "record" and "prompt_ids"; an Instruction's also "response_ids", a Preference's "chosen_ids" and
+    "rejected_ids", responses with EOS. Raises UserError where the chat template has no place for what a record holds.
+    """
+    rows, dropped = [], Counter()
     for record in records:
-        prompt, response = encode_prompt(tokenizer, record.prompt), encode_response(tokenizer, record.response)
-        if len(prompt) > max_prompt_length or len(response) > max_response_length:
-            dropped += 1
-            continue
-        rows.append({"input_ids": prompt + response, "labels": [-100] * len(prompt) + response})
-    return _kept(rows, dropped, "instructions", max_prompt_length, max_response_length)
+        try:
+            row = {"prompt_ids": encode_prompt(tokenizer, record.prompt, tools_of(record))}
+        except RecordError as error:
+            raise UserError(f"{record.source or 'data'}: {error} ({_beginning(record)})") from None
+        if isinstance(record, Instruction):
+            row["response_ids"] = encode_response(tokenizer, record.response)
+        elif isinstance(record, Preference):
+            row["chosen_ids"] = encode_response(tokenizer, record.chosen, record.chosen_ended)
+            row["rejected_ids"] = encode_response(tokenizer, record.rejected, record.rejected_ended)
+        longest = max((len(ids) for name, ids in row.items() if name != "prompt_ids"), default=0)
+        if len(row["prompt_ids"]) > max_prompt_length:
+            dropped[f"prompt longer than max_prompt_length {max_prompt_length} tokens"] += 1
+        elif max_response_length is not None and longest > max_response_length:
+            dropped[f"response longer than max_response_length {max_response_length} tokens"] += 1
+        else:
+            rows.append({**row, "record": record})
+    return rows, dropped
+
+
+def sft_rows(encoded: Sequence[dict[str, Any]]) -> list[dict[str, list[int]]]:
+    """Rows {"input_ids", "labels"} for SFT: the loss is on the response and its EOS alone (labels -100 before)."""
+    return [
+        {
+            "input_ids": row["prompt_ids"] + row["response_ids"],
+            "labels": [-100] * len(row["prompt_ids"]) + row["response_ids"],
+        }
+        for row in encoded
+    ]
 
 
 def encode_preferences(records: list[Preference], tokenizer: Any, max_prompt_length: int, max_response_length: int):
-    """Rows {"prompt_ids", "chosen_ids", "rejected_ids", "record"}; chosen and rejected are responses with EOS."""
-    rows, dropped = [], 0
-    for record in records:
-        prompt = encode_prompt(tokenizer, record.prompt)
-        chosen = encode_response(tokenizer, record.chosen, record.chosen_ended)
-        rejected = encode_response(tokenizer, record.rejected, record.rejected_ended)
-        if len(prompt) > max_prompt_length or max(len(chosen), len(rejected)) > max_response_length:
-            dropped += 1
-            continue
-        rows.append({"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "record": record})
-    return _kept(rows, dropped, "preferences", max_prompt_length, max_response_length)
+    """Rows of `encode`; what is dropped is counted on stderr. Raises UserError if all are."""
+    return kept(encode(records, tokenizer, max_prompt_length, max_response_length), "preferences")
 
 
 def encode_prompts(records: list[Prompt], tokenizer: Any, max_prompt_length: int):
-    """Rows {"prompt_ids", "record"}, without those that are too long."""
-    rows, dropped = [], 0
-    for record in records:
-        prompt = encode_prompt(tokenizer, record.prompt)
-        if len(prompt) > max_prompt_length:
-            dropped += 1
-            continue
-        rows.append({"prompt_ids": prompt, "record": record})
-    return _kept(rows, dropped, "prompts", max_prompt_length, None)
+    """Rows {"prompt_ids", "record"}, without those that are too long; counted and refused as above."""
+    return kept(encode(records, tokenizer, max_prompt_length), "prompts")
 
 
-def _kept(rows: list, dropped: int, what: str, max_prompt_length: int, max_response_length: int | None) -> list:
-    limits = f"max_prompt_length {max_prompt_length}"
-    limits += f" and max_response_length {max_response_length}" if max_response_length else ""
-    if not rows and dropped:
-        raise UserError(f"all {dropped} {what} are longer than {limits} tokens: raise the limit")
+def kept(encoded: tuple[list[dict], Counter], what: str) -> list[dict[str, Any]]:
+    """The rows of `encode`; what was dropped is counted on stderr. Raises UserError if all were."""
+    rows, dropped = encoded
+    reasons = "; ".join(f"{count}: {reason}" for reason, count in dropped.items())
+    if dropped and not rows:
+        raise UserError(f"all {dropped.total()} {what} are dropped ({reasons}): raise the limit")
     if dropped:
-        print(f"{dropped} of {dropped + len(rows)} {what} dropped: longer than {limits} tokens", file=sys.stderr)
+        print(f"{dropped.total()} of {dropped.total() + len(rows)} {what} dropped ({reasons})", file=sys.stderr)
     return rows
+
+
+def _beginning(record: Record) -> str:
+    text = " ".join(record.prompt[0]["content"].split())
+    return f"its prompt begins {text[:60]!r}"

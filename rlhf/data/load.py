@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from rlhf.config import UserError
 from rlhf.data import forms, sources
-from rlhf.data.records import Prompt, Record, digest, prompt_group
+from rlhf.data.records import Prompt, Record, digest, prompt_group, tools_of
 from rlhf.data.split import assign, check_fractions, half_of, join_groups
 from rlhf.data.votes import Aggregate
 
@@ -37,6 +37,7 @@ def load(
     limit: int | None = None,
     on_bad: Literal["stop", "skip"] = "stop",
     aggregate: Aggregate = "each",
+    bad: Counter | None = None,
 ) -> list[R]:
     """The records of one or several sources, in their order, each with its group and split.
 
@@ -48,6 +49,7 @@ def load(
     limit: at most so many records, the first ones, after everything else.
     on_bad: "stop" raises on the first bad row; "skip" leaves bad rows out and counts them on stderr.
     aggregate: how a store's votes become pairs (store.py); nothing else reads it.
+    bad: where rows are skipped, this gets their number by reason, and under "read" that of all rows.
 
     Raises UserError: nothing to read, not a form of `kind`, bad rows, a group with two splits, or no record left for
     `split` None or "train". A small data set may have no validation or test group: then the list is empty.
@@ -64,6 +66,8 @@ def load(
         raise UserError(f"limit: found {limit}, expected a whole number from 1 up, or none")
     table = collect(source, kind, aggregate)
     table.complain(on_bad)
+    if bad is not None and table.bad:
+        bad.update({"read": len(table.records) + len(table.bad)} | table.bad_reasons())
     assign(table.records, validation_fraction, test_fraction, table.places)
     records = unique_prompts(table.records) if kind is Prompt else table.records
     records = [r for r in records if split in (None, r.split) and half in ("all", half_of(r.group))]
@@ -101,6 +105,11 @@ class Bad:
     def key(self) -> str:
         """The reason without what was found, so that rows with the same fault count together."""
         return re.sub(r"\d+", "N", re.sub(r"found .*?, expected|JSON: .*", "", self.reason))
+
+    @property
+    def said(self) -> str:
+        """The reason without values, which may be anything, for files that others read."""
+        return _VALUE.sub(r"\1..., expected", self.reason)
 
 
 @dataclass
@@ -149,8 +158,13 @@ class Table:
         kinds: dict[tuple[str, str], list[Bad]] = {}
         for bad in self.bad:
             kinds.setdefault((bad.source, bad.key), []).append(bad)
-        said = [(len(b), _VALUE.sub(r"\1..., expected", b[0].reason), b[0].place) for b in kinds.values()]
+        said = [(len(b), b[0].said, b[0].place) for b in kinds.values()]
         return [f"{count} {_rows(count)}: {reason} (first: {place})" for count, reason, place in said]
+
+    def bad_reasons(self) -> Counter:
+        """How many rows were bad for each reason, values left out."""
+        first = {bad.key: bad.said for bad in reversed(self.bad)}
+        return Counter(first[bad.key] for bad in self.bad)
 
     def wrong_form(self, source: str) -> str:
         kinds = {forms.guess_kind(row) for row in sources.first_rows(source)}
@@ -197,10 +211,11 @@ def collect(source: str | list[str], kind: type[Record], aggregate: Aggregate = 
 
 
 def unique_prompts(prompts: list[Prompt]) -> list[Prompt]:
-    """The first of each identical prompt (same messages and voice), in order."""
+    """The first of each identical prompt (same messages, tools and voice), in order."""
     seen: dict[str, Prompt] = {}
     for prompt in prompts:
-        seen.setdefault(json.dumps([prompt.prompt, prompt.voice], sort_keys=True), prompt)
+        key = json.dumps([prompt.prompt, prompt.voice, tools_of(prompt)], sort_keys=True, default=str)
+        seen.setdefault(key, prompt)
     return list(seen.values())
 
 

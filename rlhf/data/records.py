@@ -154,6 +154,14 @@ class BadScore(UserError):
         self.scorer, self.index, self.value = scorer, index, value
 
 
+def tools_of(record: Record) -> list[dict[str, Any]] | None:
+    """The tools that the record's answer may call, as its chat template takes them: those in its metadata."""
+    tools = record.metadata.get("tools")
+    if isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools):
+        return tools
+    return None
+
+
 def check_messages(name: str, messages: Any) -> None:
     """Raises RecordError unless `messages` is a non-empty list of {"role", "content"} with known roles and text."""
     if not isinstance(messages, list) or not messages:

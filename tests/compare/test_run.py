@@ -115,7 +115,7 @@ def test_gold_and_referee_together_are_refused():
         config(["a"]).validate()
 
 
-def test_trained_on_is_written_as_compare_reads_it(tmp_path):
+def test_trained_on_is_written_as_compare_reads_it(tmp_path, tokenizer):
     from rlhf.data.records import Instruction
     from rlhf.distributed import World
     from rlhf.run import Run
@@ -128,7 +128,7 @@ def test_trained_on_is_written_as_compare_reads_it(tmp_path):
     options = RunConfig(model_name_or_path="x", data=[str(tmp_path / "i.jsonl")], output_dir=str(tmp_path))
     options.validation_fraction = 0.0
     made = Run("sft", options, World(), None)
-    made.load(Instruction, "train")
+    made.rows(Instruction, "train", tokenizer)
     made.write_trained_on()
     kept = unseen(config([str(tmp_path), str(tmp_path)]), prompts(*(f"q{i}" for i in range(5))))
     assert [p.prompt[0]["content"] for p in kept] == ["q3", "q4"]

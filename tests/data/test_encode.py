@@ -1,17 +1,26 @@
+import json
+from dataclasses import replace
+
 import pytest
 
 from rlhf.config import UserError
 from rlhf.data.encode import (
     PLAIN_TEMPLATE,
     decode_response,
-    encode_instructions,
+    encode,
     encode_preferences,
     encode_prompt,
     encode_prompts,
     encode_response,
+    sft_rows,
     tokenizer_fingerprint,
 )
+from rlhf.data.load import fingerprint
 from rlhf.data.records import Instruction, Preference, Prompt
+from rlhf.distributed import World
+from rlhf.run import Run
+from rlhf.stages import RunConfig
+from rlhf.tracking import write_card
 from tests.conftest import make_tokenizer
 
 ASK = [{"role": "user", "content": "where is my parcel?"}]
@@ -43,7 +52,8 @@ def test_the_template_of_a_whole_conversation_is_prompt_and_response(tokenizer):
 
 
 def test_labels_cover_the_response_and_its_eos_alone(tokenizer):
-    (row,) = encode_instructions([Instruction(prompt=ASK, response="yes")], tokenizer, 99, 99)
+    encoded, _ = encode([Instruction(prompt=ASK, response="yes")], tokenizer, 99, 99)
+    (row,) = sft_rows(encoded)
     prompt, response = encode_prompt(tokenizer, ASK), encode_response(tokenizer, "yes")
     assert row == {"input_ids": prompt + response, "labels": [-100] * len(prompt) + response}
 
@@ -56,11 +66,60 @@ def test_a_cut_off_answer_gets_no_eos_in_pairs(tokenizer):
 
 
 def test_rows_that_are_too_long_are_dropped_and_counted(tokenizer, capsys):
-    rows = [Instruction(prompt=ASK, response="yes"), Instruction(prompt=ASK, response="no " * 50)]
-    assert len(encode_instructions(rows, tokenizer, 99, 20)) == 1
-    assert "1 of 2 instructions dropped: longer than max_prompt_length 99" in capsys.readouterr().err
-    with pytest.raises(UserError, match="all 1 prompts are longer than max_prompt_length 3"):
+    records = [Instruction(prompt=ASK, response="yes"), Instruction(prompt=ASK, response="no " * 50)]
+    records += [Instruction(prompt=[{"role": "user", "content": "where " * 99}], response="no")]
+    rows, dropped = encode(records, tokenizer, 99, 20)
+    assert [row["record"] for row in rows] == records[:1]
+    reasons = ("response longer than max_response_length 20 tokens", "prompt longer than max_prompt_length 99 tokens")
+    assert dropped == dict.fromkeys(reasons, 1)
+    long = Prompt(prompt=records[2].prompt)
+    assert len(encode_prompts([Prompt(prompt=ASK), long], tokenizer, 99)) == 1
+    assert f"1 of 2 prompts dropped (1: {reasons[1]})" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"all 1 prompts are dropped .1: prompt longer than max_prompt_length 3 tokens"):
         encode_prompts([Prompt(prompt=ASK)], tokenizer, 3)
+
+
+def made_run(tmp_path, long, short, split="train", bad=0, **options):
+    """A run of SFT on so many instructions whose prompts are too long, and that fit, and bad rows."""
+    rows = [{"prompt": f"{i} " + "where " * 99, "response": "a", "split": split} for i in range(long)]
+    rows += [{"prompt": f"q{i}", "response": "a", "split": split} for i in range(short)]
+    rows += [{"prompt": "q", "response": "", "split": split}] * bad
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = RunConfig(model_name_or_path="x", data=[str(path)], output_dir=str(tmp_path), max_prompt_length=50)
+    config = replace(config, validation_fraction=0.0, **options)
+    return Run("sft", config, World(), None)
+
+
+def test_dropped_rows_are_counted_by_split_and_reason_and_are_not_in_the_fingerprint(tmp_path, tokenizer, capsys):
+    run = made_run(tmp_path, long=1, short=8, bad=1, on_bad="skip")
+    rows = run.rows(Instruction, "train", tokenizer)
+    assert len(rows) == 8
+    reason = "prompt longer than max_prompt_length 50 tokens"
+    assert run.row_counts == {
+        "instruction/every split": {"read": 10, "used": 9, "dropped": {"field 'response': is empty": 1}},
+        "instruction/train": {"read": 9, "used": 8, "dropped": {reason: 1}},
+    }
+    assert run.fingerprints == {"instruction/train": fingerprint([row["record"] for row in rows])}
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].endswith("1 of 10 instruction rows of every split are dropped (1: field 'response': is empty)")
+    assert "WARNING" not in said[0]  # not more than a tenth
+    assert said[1].startswith(f"sft: WARNING: {tmp_path}/rows.jsonl: 1 of 9 instruction rows of train are dropped (1: ")
+    write_card(tmp_path, "sft", {}, {"data": run.fingerprints, "rows": run.row_counts}, {})
+    card = (tmp_path / "README.md").read_text()
+    assert f"| instruction/train | 9 | 8 | 1: {reason} | {run.fingerprints['instruction/train']} |" in card
+
+
+def test_more_dropped_rows_than_allowed_stop_training_but_not_evaluation(tmp_path, tokenizer):
+    with pytest.raises(UserError, match=r"3 of 5 instruction rows of train .* more than max_dropped 0.5.*_dropped 1"):
+        made_run(tmp_path, long=3, short=2).rows(Instruction, "train", tokenizer)
+    assert len(made_run(tmp_path, long=2, short=2).rows(Instruction, "train", tokenizer)) == 2
+    assert len(made_run(tmp_path, long=3, short=2, max_dropped=0.6).rows(Instruction, "train", tokenizer)) == 2
+    with pytest.raises(UserError, match=r"3 of 5 instruction rows of every split are dropped .3: field 'response'"):
+        made_run(tmp_path, long=0, short=2, bad=3, on_bad="skip").rows(Instruction, "train", tokenizer)
+    with pytest.raises(UserError, match="Nothing is left to train on"):
+        made_run(tmp_path, long=3, short=0, max_dropped=1.0).rows(Instruction, "train", tokenizer)
+    assert made_run(tmp_path, long=3, short=0, split="validation").rows(Instruction, "validation", tokenizer) == []
 
 
 def test_a_model_without_template_gets_the_plain_one(tokenizer):

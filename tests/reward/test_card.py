@@ -138,7 +138,9 @@ def test_the_shorter_may_be_the_better_baseline():
 
 def test_card_is_written_and_reads_back(tmp_path):
     card = four_pairs()
+    card["rows"] = {"preference/train": {"read": 9, "used": 7, "dropped": {"prompt longer": 2}}}
     path = write_card(card, tmp_path)
+    assert "Rows of preference/train: 7 of 9 are used; 2: prompt longer." in path.read_text(encoding="utf-8")
     assert json.loads((tmp_path / "card.json").read_text()) == json.loads(json.dumps(card))
     text = path.read_text()
     assert "| **all pairs** | 0.625 |" in text
