@@ -24,7 +24,7 @@ LAYERS = [
     ["rlhf.checkpoint"],
     ["rlhf.tracking", "rlhf.trl_names", "rlhf.metrics", "rlhf.guard_table"],
     ["rlhf.data"],
-    ["rlhf.files"],
+    ["rlhf.files", "rlhf.http_client"],
     ["rlhf.config"],
 ]
 

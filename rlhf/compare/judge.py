@@ -25,10 +25,10 @@ import numpy as np
 
 from rlhf.compare.points import Point, Results
 from rlhf.config import UserError, did_you_mean, import_function
+from rlhf.http_client import Service, ask, check_url, read_token
 
 OPTIONS = {"function": ("batch_size",), "http": ("batch_size", "timeout", "retries", "token_env")}
 IN_FLIGHT = 4  # requests to a service at a time
-RETRIED = (429, 500, 502, 503, 504)
 Pair = tuple[Any, str, str]  # prompt, the answer shown first, the one shown second
 
 
@@ -182,52 +182,17 @@ def _function(path: str) -> Callable[..., Any]:
 
 
 def _service(url: str, timeout: float, retries: int, token_env: str | None) -> Callable[..., Any]:
-    """Asks the service at `url`; connection errors, timeouts, HTTP 429 and 5xx are tried again."""
-    from urllib.parse import urlsplit
+    """Asks the service at `url`; what fails is tried again."""
+    check_url(url, "judge")
+    service = Service("judge", url, timeout, retries, read_token(token_env, "judge"))
 
-    parts = urlsplit(str(url))
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise UserError("judge: 'http' should be http(s)://HOST[:PORT]/PATH without a user name; a token: token_env")
-    where = f"judge {parts.scheme}://{parts.netloc}{parts.path}"  # without the query, where a key may stand
-    token = os.environ.get(token_env, "").strip() if token_env else None
-    if token == "":
-        raise UserError(f"{where}: the environment variable {token_env} is not set. Set it: export {token_env}=...")
-
-    def sign(request):  # always given: requests would otherwise look for credentials in ~/.netrc
-        if token:
-            request.headers["Authorization"] = f"Bearer {token}"
-        return request
-
-    def ask(prompts: list, first: list[str], second: list[str]) -> Any:
-        import requests
-        from requests.adapters import HTTPAdapter
-        from urllib3 import Retry
-
-        again = Retry(
-            retries,
-            backoff_factor=0.5,
-            status_forcelist=RETRIED,
-            allowed_methods=None,
-            raise_on_status=False,
-            redirect=0,
-        )
-        with requests.Session() as session:
-            session.mount(f"{parts.scheme}://", HTTPAdapter(max_retries=again))
-            body = {"prompts": prompts, "first": first, "second": second}
-            try:
-                answer = session.post(url, json=body, timeout=timeout, auth=sign, allow_redirects=False)
-            except requests.RequestException as error:  # whose own words may hold the URL's query
-                raise UserError(
-                    f"{where}: no answer after {retries + 1} tries ({type(error).__name__}). Check that it runs and "
-                    f"judges {len(prompts)} pairs within {timeout:g} s, or lower batch_size"
-                ) from None
-        words = " ".join(answer.text.split())[:300]
-        words = words.replace(token, "***") if token else words
-        if answer.status_code >= 300:
-            raise UserError(f"{where}: HTTP {answer.status_code}: {words or '(nothing)'}")
+    def asking(prompts: list, first: list[str], second: list[str]) -> Any:
+        content = {"prompts": prompts, "first": first, "second": second}
+        answer = ask(service, content, f"judge {len(prompts)} pairs")
         try:
             return answer.json()["probabilities"]
         except (ValueError, KeyError, TypeError):
-            raise UserError(f'{where}: answered {words!r}, expected {{"probabilities": [numbers]}}') from None
+            expected = '{"probabilities": [numbers]}'
+            raise UserError(f"{service} answered {answer.words(service)}, expected {expected}") from None
 
-    return ask
+    return asking

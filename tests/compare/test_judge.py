@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import numpy as np
 import pytest
 
+import rlhf.http_client
 from rlhf.compare.judge import Judge, judge_wins, load_judge, share_of_both_orders
 from rlhf.compare.points import Point, Results
 from rlhf.compare.wins import win_rate
@@ -165,8 +166,8 @@ def test_judges_are_loaded_by_what_the_file_says(tmp_path, monkeypatch):
         ({"function": "my_judges:prefers"}, "has no function 'prefers'. Did you mean 'prefer'"),
         ({"function": "my_judge_s:prefer"}, "there is no module 'my_judge_s'"),
         ({"function": "prefer"}, "should be written module:function"),
-        ({"http": "judge.example.com"}, "'http' should be"),
-        ({"http": "https://me:secret@judge.example.com"}, "'http' should be"),
+        ({"http": "judge.example.com"}, "'http' is"),
+        ({"http": "https://me:secret@judge.example.com"}, "holds a user name or a password"),
         ({"http": "https://judge.example.com", "timout": 3}, "unknown option 'timout' of http. Did you mean 'timeout'"),
         ({"http": "https://judge.example.com", "batch_size": 0}, "batch_size is 0"),
         ({"http": "https://judge.example.com", "token_env": "NO_SUCH_TOKEN"}, "NO_SUCH_TOKEN is not set"),
@@ -212,7 +213,9 @@ def service():
 def test_a_service_is_asked_again_after_an_error_that_passes(service, tmp_path, monkeypatch):
     url, asked, plan = service
     monkeypatch.setenv("JUDGE_TOKEN", "hush")
-    judge = load_judge({"http": url + "?key=k", "token_env": "JUDGE_TOKEN", "batch_size": 4})
+    monkeypatch.setenv("JUDGE_KEY", "k9")
+    monkeypatch.setattr(rlhf.http_client, "FIRST_WAIT", 0.01)
+    judge = load_judge({"http": url + "?key=${JUDGE_KEY}", "token_env": "JUDGE_TOKEN", "batch_size": 4})
     assert judge.name == url
     found = judge_wins(judge, RESULTS, A, B, tmp_path / "judge.jsonl")
     np.testing.assert_allclose(found.wins, [[0.9, 0.1], [0.9, 0.9]], atol=1e-12)
@@ -221,11 +224,11 @@ def test_a_service_is_asked_again_after_an_error_that_passes(service, tmp_path, 
     plan += [400]
     with pytest.raises(UserError, match=r"HTTP 400: .*not today, Bearer \*\*\*") as error:
         judge.ask([1], ["good"], ["b"])
-    assert "key=k" not in str(error.value)
+    assert "k9" not in str(error.value)
 
 
-def test_a_service_that_stays_away_is_named(tmp_path):
-    judge = load_judge({"http": "http://127.0.0.1:9/pairs?key=k", "retries": 0, "timeout": 1})
-    with pytest.raises(UserError, match=r"judge http://127.0.0.1:9/pairs: no answer after 1 tries") as error:
+def test_a_service_that_does_not_respond_is_named():
+    judge = load_judge({"http": "http://127.0.0.1:9/pairs?n=k9", "retries": 0, "timeout": 1})
+    with pytest.raises(UserError, match=r"judge \(http://127.0.0.1:9/pairs\) did not respond after 1 attempt") as error:
         judge.ask([1], ["a"], ["b"])
-    assert "key=k" not in str(error.value)
+    assert "k9" not in str(error.value)

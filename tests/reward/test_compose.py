@@ -48,7 +48,7 @@ def test_parts_of_a_scorer_stand_under_its_name():
 
 def test_default_names():
     specs = [{"model": "runs/reward/"}, {"voice": "a/shop.yaml"}, {"function": "math:floor"}, {"rule": "length"}]
-    specs += [{"http": "http://localhost:80/v1/tone/?key=1"}, {"http": "https://tone"}, {"ensemble": ["runs/a", "b"]}]
+    specs += [{"http": "http://localhost:80/v1/tone/?n=1"}, {"http": "https://tone"}, {"ensemble": ["runs/a", "b"]}]
     names = ["reward", "shop", "floor", "length", "tone", "ensemble"]
     assert [name for _, _, name, _, _ in check_specs([s for i, s in enumerate(specs) if i != 5])] == names
     assert check_specs([specs[5]])[0][2] == "tone"

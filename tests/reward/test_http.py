@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import reward.http
+import rlhf.http_client
 from reward.compose import build_scorer
-from reward.http import http_scorer, retry_after
+from reward.http import http_scorer
 from rlhf.config import UserError
 from rlhf.data.records import BadScore, Samples
+from rlhf.http_client import Service, check_url, retry_after
 
 SECRET = "s3cret-t0ken"
 
@@ -61,10 +62,11 @@ def service(monkeypatch):
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.lock, server.asked, server.answers, server.handler = threading.Lock(), [], [lengths], Handler
-    server.url = f"http://127.0.0.1:{server.server_port}/tone?key={SECRET}"
+    server.url = f"http://127.0.0.1:{server.server_port}/tone?key=${{TONE_KEY}}"
     server.handle_error = lambda *args: None  # a client that gave up
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setattr(reward.http, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(rlhf.http_client, "FIRST_WAIT", 0.01)
+    monkeypatch.setenv("TONE_KEY", SECRET)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield server
     server.shutdown()
@@ -134,7 +136,7 @@ def test_the_token_is_sent_and_never_printed(service, monkeypatch, capfd):
         score(samples("a"))
     printed = "".join(capfd.readouterr())
     assert "HTTP 503" in printed and SECRET not in printed + str(caught.value)
-    assert SECRET not in repr(reward.http.Service("tone", "http://h", 1.0, 1, SECRET))
+    assert SECRET not in repr(Service("tone", "http://h", 1.0, 1, SECRET))
 
 
 def test_credentials_in_the_specification_are_refused_unseen():
@@ -169,7 +171,12 @@ def test_a_service_that_stays_away_stops_with_a_letter(service, capfd):
     message = refused(service, retries=2)
     assert len(service.asked) == 3
     assert len(capfd.readouterr().err.splitlines()) == 2  # it waits before each retry, and not after the last
-    for words in ("scorer 'tone' (http://127.0.0.1:", "tried 3 times in ", "HTTP 500: out of memory", "Check that"):
+    for words in (
+        "scorer 'tone' (http://127.0.0.1:",
+        "did not respond after 3 attempts in ",
+        "HTTP 500: out of memory",
+        "Check that",
+    ):
         assert words in message, message
 
 
@@ -180,7 +187,7 @@ def test_a_slow_service_times_out(service):
 
     service.answers = [slow]
     message = refused(service, timeout=0.05, retries=1)
-    assert "tried 2 times" in message and "no answer within 0.05 s" in message
+    assert "after 2 attempts" in message and "no whole answer within 0.05 s" in message
 
 
 def test_a_closed_port_says_so(monkeypatch):
@@ -191,7 +198,7 @@ def test_a_closed_port_says_so(monkeypatch):
         with pytest.raises(UserError) as caught:
             build_scorer([{"http": url, "retries": 0}])(samples("a"))
     message = str(caught.value)
-    assert "tried 1 time in" in message and "no connection: Connection refused" in message
+    assert "after 1 attempt in" in message and "no connection: Connection refused" in message
 
 
 def test_a_connection_that_breaks_is_tried_again(service):
@@ -213,7 +220,7 @@ def test_a_refusal_stops_at_once_with_the_servers_words(service):
 
 
 def test_one_refused_batch_stops_the_others(service, monkeypatch):
-    monkeypatch.setattr(reward.http, "FIRST_WAIT", 60.0)
+    monkeypatch.setattr(rlhf.http_client, "FIRST_WAIT", 60.0)
     refuse = lambda asked: (400, "no") if asked["samples"][0]["metadata"]["group"] else (500, "busy")  # noqa: E731
     service.answers = [refuse]
     began = time.monotonic()
@@ -276,7 +283,7 @@ def test_retry_after_is_seconds_or_a_date_and_has_a_cap(service, monkeypatch, ca
     assert (retry_after(None), retry_after("7"), retry_after("soon"), retry_after("-1")) == (0.0, 7.0, 0.0, 0.0)
     assert retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=30), True)) == pytest.approx(30, abs=2)
     assert retry_after(format_datetime(datetime.now(UTC) - timedelta(seconds=30), True)) == 0.0
-    monkeypatch.setattr(reward.http, "MAX_WAIT", 0.03)
+    monkeypatch.setattr(rlhf.http_client, "MAX_WAIT", 0.03)
     service.answers = [(429, "later", ("Retry-After", "3600")), lengths]
     scorer(service)(samples("a"))
     assert "in 0.03 s" in capfd.readouterr().err
@@ -289,3 +296,55 @@ def test_the_specification_is_checked_without_loading_requests():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_an_answer_that_comes_drop_by_drop_times_out_as_a_whole(service):
+    def drip(handler):
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000")
+        handler.end_headers()
+        for _ in range(50):
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
+
+    service.handler.do_POST = drip
+    assert "no whole answer within 0.2 s" in refused(service, timeout=0.2, retries=0)
+
+
+def test_an_endless_answer_is_cut_off(service, monkeypatch):
+    monkeypatch.setattr(rlhf.http_client, "LONGEST_ANSWER", 2**20)
+    sent = []
+
+    def flood(handler):
+        handler.rfile.read(int(handler.headers["Content-Length"]))
+        handler.send_response(200)
+        handler.end_headers()
+        for _ in range(1000):
+            handler.wfile.write(b"1" * 2**20)
+            sent.append(1)
+
+    service.handler.do_POST = flood
+    assert "sent more than 1 MiB when asked to score 2 samples" in refused(service, retries=0)
+    assert len(sent) < 100
+
+
+def test_json_that_is_nested_too_deeply_is_no_json(service):
+    service.answers = [(200, "[" * 100_000)]
+    assert "answered with something that is not JSON" in refused(service)
+
+
+def test_a_key_in_a_url_comes_from_the_environment(service, monkeypatch):
+    paths = []
+    post = service.handler.do_POST
+    service.handler.do_POST = lambda handler: (paths.append(handler.path), post(handler))
+    scorer(service)(samples("a"))
+    assert paths == [f"/tone?key={SECRET}"]
+    for wrong in ("key=abc", "n=1&api_key=abc", "apiKey=abc", "access_token=abc", "sig=abc", "x-auth=abc"):
+        with pytest.raises(UserError, match=r"looks like a key \(not shown\).*=\$\{SCORER_KEY\}") as error:
+            check_url(f"http://h/score?{wrong}", "scorers")
+        assert "abc" not in str(error.value)
+    check_url("http://h/score?keyword=abc&author=abc&n=1", "scorers")
+    monkeypatch.delenv("TONE_KEY")
+    with pytest.raises(UserError, match="the environment variable TONE_KEY is not set"):
+        scorer(service)

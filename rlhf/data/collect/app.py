@@ -6,19 +6,23 @@ before its page is answered; the owner's statistics read the file beside it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable
 
+import h11
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from rlhf.data.collect import owner, pages
 from rlhf.data.collect.site import HERE, Refused, Site, page
 
 LONGEST_FORM = 64 * 1024  # bytes
+REQUEST_SECONDS = 30.0  # until a request must have come whole
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -39,7 +43,7 @@ def create_app(site: Site) -> Headers:
         site.worker.shutdown()
 
     static = Mount("/static", StaticFiles(directory=HERE / "static"))
-    handlers = {Refused: refused, 404: not_found, 405: not_found, 413: too_long, 500: broken}
+    handlers = {Refused: refused, ClientDisconnect: gone, 404: not_found, 405: not_found, 413: too_long, 500: broken}
     app = Starlette(
         routes=[*pages.ROUTES, *owner.ROUTES, static],
         lifespan=lifespan,
@@ -65,6 +69,39 @@ class Headers:
             await send(message)
 
         await self.app(scope, receive, sending if scope["type"] == "http" else send)
+
+
+class TimedProtocol(H11Protocol):
+    """HTTP that closes a connection whose request has not come whole in time; uvicorn alone would wait for ever."""
+
+    timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.watch()
+
+    def watch(self) -> None:
+        """Start the timer with a request, stop it when the request is whole."""
+        waiting = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if waiting and self.timer is None:
+            self.timer = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
+        elif not waiting and self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+async def gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this: the connection was closed before the form had come whole."""
+    return Response(status_code=408)
 
 
 async def refused(request: Request, error: Refused) -> Response:

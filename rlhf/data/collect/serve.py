@@ -75,7 +75,7 @@ def serve(config: ServeConfig) -> None:
     """Serve until interrupted. Prints each new personal link once: only hashes of their tokens are kept."""
     import uvicorn
 
-    from rlhf.data.collect.app import create_app
+    from rlhf.data.collect.app import TimedProtocol, create_app
     from rlhf.data.collect.site import Site
 
     guide = read_guide(config.voice) if config.voice else None
@@ -87,7 +87,9 @@ def serve(config: ServeConfig) -> None:
         for warning in _warnings(config, url):
             print(f"WARNING: {warning}", file=sys.stderr)
         site = Site(Path(config.store), url, guide, config.tags, url.startswith("https://"), f"rlhf_{config.port}")
-        options: dict[str, Any] = {"access_log": False, "log_level": "warning", "server_header": False}
+        # a warning for every malformed request would let anybody fill the log
+        options: dict[str, Any] = {"access_log": False, "log_level": "error", "server_header": False}
+        options |= {"http": TimedProtocol, "ws": "none"}
         options |= {"ssl_certfile": config.certificate, "ssl_keyfile": config.certificate_key}
         # paths are never logged: a personal link's path is its secret
         server = uvicorn.Server(uvicorn.Config(create_app(site), timeout_graceful_shutdown=5, **options))

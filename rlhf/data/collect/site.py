@@ -12,12 +12,13 @@ from typing import Any
 from urllib.parse import parse_qs
 
 from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from rlhf.data.collect import auth
 from rlhf.data.collect.guide import Guide
-from rlhf.data.collect.markup import render
+from rlhf.data.collect.markup import render, visible
 from rlhf.data.collect.queue import Queue
 from rlhf.data.collect.summary import number, of, percent, rules_of
 from rlhf.data.store import Store
@@ -98,9 +99,18 @@ def page(template: str, site: Site, status: int = 200, **values: Any) -> HTMLRes
     return HTMLResponse(TEMPLATES.get_template(template).render(site=site, **values), status)
 
 
+def shown(value: Any) -> Any:
+    """Write out hidden and control characters in every text on a page, but for HTML that is ours already."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _templates() -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(HERE / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=shown,
     )
     environment.filters |= {
         "signed": lambda x: f"{x:.2f}".replace("-", "−"),

@@ -1,17 +1,21 @@
 import asyncio
 import json
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 
 import pytest
+from markupsafe import Markup
 
 from rlhf.cli import main
 from rlhf.config import UserError
+from rlhf.data.collect import app
 from rlhf.data.collect.app import create_app
 from rlhf.data.collect.serve import LinksConfig, links
-from rlhf.data.collect.site import Site
+from rlhf.data.collect.site import TEMPLATES, Site
 from rlhf.data.store import Store, token_hash
 from tests.data.collect.conftest import ROOT, Client, Server, fields_of, fill
 
@@ -394,3 +398,40 @@ def test_a_vote_is_on_disk_before_its_page_is_answered(tmp_path, serve):
     running.start()
     ann.close()
     assert ann.post("/vote", fields | {"choice": "left"})[0].headers["Location"] == "/?note=again"
+
+
+def test_half_sent_requests_are_closed_and_whole_ones_answered(tmp_path, monkeypatch):
+    import uvicorn
+
+    monkeypatch.setattr(app, "REQUEST_SECONDS", 0.5)
+    site = Site(fill(tmp_path / "store.db"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    address = listener.getsockname()
+    config = uvicorn.Config(app.create_app(site), http=app.TimedProtocol, ws="none", log_level="error")
+    running = uvicorn.Server(config)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
+    thread.start()
+    head = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n"
+    whole = b"GET /nowhere HTTP/1.1\r\nHost: h\r\n\r\n"
+    try:
+        half = [socket.create_connection(address, timeout=30) for _ in range(40)]
+        # nothing, a part of the head, a part of the body, and a part of a second request on the same connection
+        sent = [b"", head, head + b"\r\nform", whole + head]
+        for number, connection in enumerate(half):
+            connection.sendall(sent[number % 4])
+        with socket.create_connection(address, timeout=30) as other:
+            other.sendall(whole)
+            assert other.recv(100).startswith(b"HTTP/1.1 404")
+        for connection in half:
+            while connection.recv(10_000):  # until the server closes it, or a timeout fails the test
+                pass
+            connection.close()
+    finally:
+        running.should_exit = True
+        thread.join()
+
+
+def test_hidden_characters_are_written_out_wherever_a_page_shows_text():
+    page = TEMPLATES.from_string("{{ a }}|{{ b }}|{{ c | render }}|{{ n }}")
+    shown = page.render(a="x\u202ey\x00", b=Markup("<b>ours</b>"), c="p\u202eq", n=3)
+    assert shown.startswith("x⟦U+202E⟧y⟦U+0000⟧|<b>ours</b>|") and "p⟦U+202E⟧q" in shown and shown.endswith("|3")

@@ -1,0 +1,226 @@
+"""Asking a service of the user's: bounded in time and size, tried again, with keys that stand in no file or message."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from rlhf.config import UserError
+
+FIRST_WAIT, MAX_WAIT = 1.0, 60.0  # seconds before the first retry, doubled each time up to the second
+LONGEST_ANSWER = 64 * 2**20  # bytes
+PIECE = 64 * 1024  # bytes read at a time
+_KEY = re.compile(
+    r"(?:^|[^a-z])(?:api|access|secret|auth)?"
+    r"(?:key|token|secret|password|passwd|pwd|auth|authorization|sig|signature|credentials?)(?:$|[^a-z])"
+)
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+@dataclass(frozen=True)
+class Service:
+    """Where a service is asked and how patiently: `timeout` seconds for a whole answer, `retries` after the first try.
+
+    `name` is how messages call it, such as "scorer 'tone'".
+    """
+
+    name: str
+    url: str
+    timeout: float
+    retries: int
+    token: str | None = field(default=None, repr=False)
+
+    def __str__(self) -> str:
+        """For messages: without the query, where a key may stand."""
+        parts = urlsplit(self.url)
+        return f"{self.name} ({parts.scheme}://{parts.netloc}{parts.path})"
+
+
+class AnswerTooLong(Exception):
+    """The service sent more than LONGEST_ANSWER bytes."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a service said: HTTP status, headers, text."""
+
+    status: int
+    headers: Mapping[str, str]
+    text: str
+
+    def json(self) -> Any:
+        """The content. Raises ValueError where it is not JSON, or is nested too deeply to be read."""
+        try:
+            return json.loads(self.text)
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+
+    def words(self, service: Service, width: int = 300) -> str:
+        """The text on one line, without the token should the service repeat that."""
+        text = " ".join(self.text.split()) or "(nothing)"
+        if service.token:
+            text = text.replace(service.token, "***")
+        return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def check_url(url: Any, where: str) -> None:
+    """Raise UserError, naming `where`, unless this is an http(s) URL that holds no password and no key.
+
+    The URL is written into config.yaml, checkpoints and W&B: a key in its query is given as ${VARIABLE}.
+    """
+    text = str(url)
+    if "@" in text.rpartition("://")[2].partition("/")[0]:
+        raise UserError(
+            f"{where}: the URL holds a user name or a password ('@'), which would be written into the run's files. "
+            "Put a token into an environment variable and name that: token_env: SCORER_TOKEN"
+        )
+    try:
+        parts = urlsplit(text)
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port or an IPv6 address that is none
+        right = False
+    if not right:
+        raise UserError(f"{where}: 'http' is {text.partition('?')[0]!r}, expected http://HOST:PORT/PATH or https://...")
+    for name, value in parse_qsl(parts.query):
+        if _KEY.search(name.lower()) and not _VARIABLE.fullmatch(value):
+            raise UserError(
+                f"{where}: '{name}' in the URL's query looks like a key (not shown), which would be written into the "
+                f"run's files. Put it into an environment variable and name that: ?{name}=${{SCORER_KEY}}"
+            )
+    full_url(text, where)
+
+
+def full_url(url: str, where: str) -> str:
+    """The URL with its ${VARIABLE}s from the environment. Raises UserError where one is not set."""
+
+    def value(found: re.Match) -> str:
+        if not os.environ.get(found[1]):
+            raise UserError(f"{where}: the environment variable {found[1]} is not set. Set it: export {found[1]}=...")
+        return os.environ[found[1]]
+
+    return _VARIABLE.sub(value, url)
+
+
+def post(url: str, content: Any, timeout: float, token: str | None = None) -> Answer:
+    """Send `content` as JSON and read the whole answer within `timeout` seconds. Redirects are not followed.
+
+    Raises requests.Timeout, requests.ConnectionError or another requests.RequestException, and AnswerTooLong.
+    """
+    import requests
+    import urllib3
+
+    def sign(request):  # always given: requests would otherwise look for credentials in ~/.netrc
+        if token:
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    body = json.dumps(content, allow_nan=False).encode()
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    ends = time.monotonic() + timeout
+    options: dict[str, Any] = {"headers": headers, "timeout": timeout, "auth": sign, "allow_redirects": False}
+    with requests.post(url, data=body, stream=True, **options) as answer:
+        read = bytearray()
+        try:
+            while piece := answer.raw.read1(PIECE, decode_content=True):
+                read += piece
+                if len(read) > LONGEST_ANSWER:
+                    raise AnswerTooLong
+                if time.monotonic() > ends:  # one that comes drop by drop never meets the timeout of a single read
+                    raise requests.Timeout
+        except urllib3.exceptions.ReadTimeoutError:
+            raise requests.Timeout from None
+        except urllib3.exceptions.HTTPError as error:
+            raise requests.ConnectionError(error) from error
+        return Answer(answer.status_code, answer.headers, read.decode(answer.encoding or "utf-8", "replace"))
+
+
+def ask(service: Service, content: Any, work: str, stop: threading.Event | None = None) -> Answer:
+    """Return the answer to one request; connection errors, timeouts, HTTP 429 and 5xx are tried again.
+
+    `stop`, when it is set, ends the waiting between two tries.
+    Raises UserError when the request is refused or no try is left; `work` says what was asked: "score 4 samples".
+    """
+    import requests
+
+    began, pause = time.monotonic(), FIRST_WAIT
+    url, stop = full_url(service.url, str(service)), stop or threading.Event()
+    for attempt in range(1, service.retries + 2):
+        told = 0.0
+        try:
+            answer = post(url, content, service.timeout, service.token)
+        except requests.Timeout:
+            reason = f"no whole answer within {service.timeout:g} s"
+        except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
+            reason = f"no connection: {_cause(error)}"
+        except AnswerTooLong:
+            raise UserError(f"{service} sent more than {LONGEST_ANSWER >> 20} MiB when asked to {work}") from None
+        except requests.RequestException as error:  # whose own words may hold the URL's query
+            raise UserError(f"{service}: the request failed ({type(error).__name__})") from None
+        else:
+            if answer.status < 300:
+                return answer
+            reason = f"HTTP {answer.status}: {answer.words(service)}"
+            if answer.status < 400:
+                raise UserError(f"{service} sends elsewhere (HTTP {answer.status}). Give the final URL")
+            if answer.status != 429 and answer.status < 500:
+                raise UserError(f"{service} refused the request. {reason}")
+            told = retry_after(answer.headers.get("Retry-After"))
+        if attempt <= service.retries:
+            seconds = min(max(pause, told), MAX_WAIT)
+            note = f"{service}: {reason}; retry {attempt} of {service.retries} in {seconds:.3g} s"
+            print(note, file=sys.stderr, flush=True)
+            if stop.wait(seconds):
+                break
+            pause = min(2 * pause, MAX_WAIT)
+    raise UserError(
+        f"{service} did not respond after {attempt} {'attempt' if attempt == 1 else 'attempts'} "
+        f"in {time.monotonic() - began:.0f} s. Last: {reason}\n"
+        f"  Check that the service runs, that this machine reaches it and that it can {work} within "
+        f"{service.timeout:g} s (else raise `timeout` or lower `batch_size`), or raise `retries` ({service.retries})."
+    )
+
+
+def retry_after(text: str | None) -> float:
+    """Seconds that a Retry-After header asks for (a number, or a date); 0 where there is none to be read."""
+    from email.utils import parsedate_to_datetime
+
+    if not text:
+        return 0.0
+    if re.fullmatch(r"\s*\d+\s*", text):
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
+
+
+def read_token(variable: str | None, where: str) -> str | None:
+    """The bearer token in an environment variable; None without a name. Raises UserError where it cannot be used."""
+    if variable is None:
+        return None
+    if not isinstance(variable, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
+        raise UserError(
+            f"{where}: token_env names an environment variable, in capitals, such as SCORER_TOKEN; found something "
+            "else (not shown: it may be the token itself)"
+        )
+    token = os.environ.get(variable, "").strip()
+    if not token:
+        raise UserError(f"{where}: the environment variable {variable} is not set. Set it: export {variable}=...")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise UserError(f"{where}: the token in {variable} holds a space or a character that no header can carry")
+    return token
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason ('Connection refused'): the outer ones repeat the URL."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
