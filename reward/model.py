@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from rlhf.config import UserError
 from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerprint
 from rlhf.data.records import Samples, Scorer, Scores
-from rlhf.models import DTYPES, Foundation, load_foundation, load_tokenizer
+from rlhf.models import Foundation, context_length, load_foundation, load_tokenizer, load_weights
 from rlhf.tensors import pad_right
 
 REWARD_FILE = "reward.json"
@@ -139,7 +139,16 @@ class RewardModel:
     scale: float = 1.0
 
     def score_ids(self, rows: list[list[int]], batch_size: int = 32, progress: Callable[[int], Any] | None = None):
-        """The scores of B sequences (prompt ids + response ids, the end token included where there is one)."""
+        """The scores of B sequences (prompt ids + response ids, the end token included where there is one).
+
+        Raises UserError for one that is longer than the model's positions.
+        """
+        limit, longest = context_length(self.model.config), max(map(len, rows), default=0)
+        if limit is not None and longest > limit:
+            raise UserError(
+                f"{self.model.config.name_or_path}: a prompt and response of {longest} tokens, but this reward model "
+                f"has positions for {limit}. Lower max_prompt_length or max_response_length"
+            )
         raw = raw_scores(self.model, rows, self.tokenizer.pad_token_id, batch_size, progress)
         return [self.scale * value + self.bias for value in raw]
 
@@ -214,19 +223,9 @@ def _require_head(path: str) -> None:
 
 def _load_whole(path: str, dtype: str) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForSequenceClassification
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     tokenizer = load_tokenizer(path)
-    try:
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            path, dtype=DTYPES[dtype], output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no reward model could be loaded ({str(error).strip().splitlines()[0]})") from None
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UserError(f"{path}: no reward model: {', '.join(missing[:3])} missing, and would have been made up")
+    model = load_weights(AutoModelForSequenceClassification, path, dtype, None, path)
     if model.config.num_labels != 1:
         raise UserError(f"{path}: the model has {model.config.num_labels} outputs, a reward model has one")
     model.score.float()

@@ -10,7 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import UserError, near_file
+from rlhf.config import UserError, near_file, read_yaml
 from rlhf.data.encode import PLAIN_TEMPLATE, tokenizer_fingerprint
 from rlhf.tensors import selected_logprobs
 
 IDENTITY_FILE = "rlhf.json"  # beside every adapter: what it was trained on, checked when it is loaded
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -44,20 +47,12 @@ def load_foundation(path: str, dtype: str = "float32", attn_implementation: str 
     Raises UserError when there is nothing to load, the tokenizer is missing or unusable, or the base is another one.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     adapter_path = path if (Path(path) / "adapter_config.json").is_file() else None
     base_path = adapter_base(adapter_path) if adapter_path else path
     tokenizer = load_tokenizer(path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base_path, dtype=DTYPES[dtype], attn_implementation=attn_implementation or "sdpa"
-        )
-    except (OSError, ValueError) as error:
-        named = f" It is the 'base_model_name_or_path' of {adapter_path}/adapter_config.json." if adapter_path else ""
-        raise UserError(f"{base_path}: no model could be loaded ({_first_line(error)}).{named}") from None
-    model.eval()
+    named = f" It is the 'base_model_name_or_path' of {adapter_path}/adapter_config.json." if adapter_path else ""
+    model = load_weights(AutoModelForCausalLM, base_path, dtype, attn_implementation, path, named)
     print_fingerprint = fingerprint(model)
     if adapter_path:
         expected = read_identity(adapter_path).get("base_fingerprint")
@@ -74,6 +69,96 @@ def load_foundation(path: str, dtype: str = "float32", attn_implementation: str 
     return Foundation(model, tokenizer, path, base_path, adapter_path, print_fingerprint)
 
 
+def load_weights(
+    cls: Any, path: str, dtype: str, attn_implementation: str | None, run: str | None = None, more: str = ""
+) -> nn.Module:
+    """Load a whole model by one of transformers' Auto classes, on the CPU and in eval mode.
+
+    attn_implementation: None takes what the run in the folder `run` was given, where this machine has it, else
+    transformers' own choice: sdpa where the model has it, eager elsewhere.
+
+    Raises UserError, with `more` at its end, when nothing can be loaded, and when tensors of the files and of the model
+    do not fit: transformers would draw the missing ones at random and leave out the others.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    wanted = attn_implementation or (attention_of(run) if run else None)
+    try:
+        model, info = cls.from_pretrained(
+            path,
+            dtype=DTYPES[dtype],
+            attn_implementation=wanted,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    except ImportError as error:
+        found = f"attn_implementation {wanted} cannot be used here ({_first_line(error)})"
+        if attn_implementation or not wanted:
+            raise UserError(f"{path}: {found}. Choose another, for example: --attn_implementation sdpa") from None
+        print(f"{run}: {found}; taking transformers' own choice", file=sys.stderr)
+        return load_weights(cls, path, dtype, None, more=more)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no model could be loaded ({_first_line(error)}).{more}") from None
+    faults = {
+        "missing": info["missing_keys"],
+        "without a place": info["unexpected_keys"],
+        "of another shape": [f"{name} {tuple(had)} for {tuple(own)}" for name, had, own in info["mismatched_keys"]],
+    }
+    said = [f"{len(names)} {what} ({_some(names)})" for what, names in faults.items() if names]
+    if said:
+        raise UserError(
+            f"{path}: its tensors do not fit {type(model).__name__}: {'; '.join(said)}. They belong to another "
+            f"config.json or kind of model, or were saved through a wrapper (torch.compile, DDP).{more}"
+        )
+    return model.eval()
+
+
+def _some(names: Iterable[str], count: int = 3) -> str:
+    names = sorted(names)
+    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
+
+
+def attention_of(path: str) -> str | None:
+    """The attn_implementation that the run at `path` (or the run of this checkpoint) was given; None for any other."""
+    folder = Path(path)
+    for place in (folder, folder.parent.parent):
+        if (place / "config.yaml").is_file():
+            return read_yaml(place / "config.yaml").get("attn_implementation")
+    return None
+
+
+def context_length(config: Any) -> int | None:
+    """Tokens that a model's positions reach, prompt and response together; None where nothing limits them.
+
+    Learned positions end there, and rotary ones were not trained beyond. The factor of a scaling of the rotary
+    positions counts, unless max_position_embeddings holds it already (always with llama3 and longrope). A sliding
+    window is no limit.
+    """
+    config = config.get_text_config()
+    names = ("max_position_embeddings", "max_seq_len")
+    limit = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    if limit is None or getattr(config, "alibi", False):
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_type_of_layer = [part for part in rope.values() if isinstance(part, dict)]
+    lengths = [limit]
+    for scaling in by_type_of_layer or [rope]:
+        if scaling.get("rope_type") in ("linear", "dynamic", "yarn"):
+            lengths.append(int(scaling["factor"] * (scaling.get("original_max_position_embeddings") or limit)))
+    return max(lengths)
+
+
+def check_context(model: nn.Module, path: str, max_prompt_length: int, max_response_length: int) -> None:
+    """Raise UserError where a prompt and a response of the greatest lengths go beyond the model's positions."""
+    limit, asked = context_length(model.config), max_prompt_length + max_response_length
+    if limit is not None and asked > limit:
+        raise UserError(
+            f"max_prompt_length {max_prompt_length} + max_response_length {max_response_length} = {asked} tokens, but "
+            f"{path} has positions for {limit}. Lower one of them"
+        )
+
+
 def adapter_base(adapter_path: str) -> str:
     """The base an adapter folder names; a relative path is tried from here, from the folder and from those above it, so
     that a run loads from wherever it is called."""
@@ -88,13 +173,16 @@ def adapter_base(adapter_path: str) -> str:
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer at `path`, with a pad token that is not EOS and a chat template. Raises UserError."""
+    """The tokenizer at `path`, with a pad token and a chat template. Raises UserError.
+
+    Where the vocabulary has no spare token, EOS fills: padding is known by the mask alone, never by its id.
+    """
     from transformers import AutoTokenizer
 
     local = Path(path)
     if not local.exists() and (local.is_absolute() or path.startswith(("./", "../", "runs/"))):
         raise UserError(f"{path}: no such folder{near_file(path)}")
-    if local.is_dir() and not any((local / f).is_file() for f in ("tokenizer.json", "tokenizer_config.json")):
+    if local.is_dir() and not any((local / name).is_file() for name in TOKENIZER_FILES):
         # transformers would hand back an empty tokenizer here and say nothing
         raise UserError(f"{path}: no tokenizer files; save the tokenizer beside the weights")
     try:
@@ -106,23 +194,17 @@ def load_tokenizer(path: str) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: the tokenizer has no EOS token, so that no response could end")
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        tokenizer.pad_token = _unused_token(tokenizer, path)
+        tokenizer.pad_token = _unused_token(tokenizer) or tokenizer.eos_token
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
     return tokenizer
 
 
-def _unused_token(tokenizer: Any, path: str) -> str:
+def _unused_token(tokenizer: Any) -> str | None:
     vocabulary = tokenizer.get_vocab()
-    names = ["<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<|finetune_right_pad_id|>", "<|fim_pad|>", "<unk>"]
-    names += sorted(t for t in vocabulary if "reserved" in t or "unused" in t)
-    for name in names:
-        if name in vocabulary and name != tokenizer.eos_token:
-            return name
-    raise UserError(
-        f"{path}: the pad token is EOS or missing, and no unused token was found to pad with. "
-        "Set 'pad_token' in tokenizer_config.json to a token that never occurs in text."
-    )
+    names = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<|finetune_right_pad_id|>", "<|fim_pad|>"]
+    names += ["<unk>", *sorted(t for t in vocabulary if "reserved" in t or "unused" in t)]
+    return next((name for name in names if name in vocabulary and name != tokenizer.eos_token), None)
 
 
 def stop_ids(tokenizer: Any, model: nn.Module | None = None) -> list[int]:
@@ -218,7 +300,14 @@ def trainable_policy(foundation: Foundation, lora: Any | None):
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The trunk that gives hidden states and the language-model head, below any PEFT wrapping."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return causal.base_model, causal.get_output_embeddings()
+    # Llama 4's text model keeps its trunk under another name than the one it gives
+    trunk = causal.model if causal.base_model is causal else causal.base_model
+    return trunk, causal.get_output_embeddings()
+
+
+def hidden_width(model: nn.Module) -> int:
+    """Width of the last hidden state, which heads read; OPT-350m's is not its config's hidden_size."""
+    return decoder_and_head(model)[1].in_features
 
 
 def head_is_plain(model: nn.Module) -> bool:

@@ -28,6 +28,7 @@ from rlhf.models import (
     decoder_and_head,
     gather_columns,
     head_is_plain,
+    hidden_width,
     response_logprobs,
     write_identity,
 )
@@ -75,7 +76,7 @@ class Roles(nn.Module):
             self.follow(0.0)
         if critic == "auto":
             critic = "reward" if reward_path else "policy"
-        width = decoder_and_head(self.trunk)[0].config.hidden_size
+        width = hidden_width(self.trunk)
         self.heads = nn.ModuleDict()
         self.score_scale, self.score_bias = 1.0, 0.0
         if critic:

@@ -147,10 +147,11 @@ def answers_of_policy(
     from rlhf.budget import Budget, count_parameters
     from rlhf.data.encode import decode_response, encode_prompts
     from rlhf.engines.hf import Sampling, generate, sample_key
-    from rlhf.models import folder_fingerprint, load_foundation, stop_ids, trainable_policy
+    from rlhf.models import check_context, folder_fingerprint, load_foundation, stop_ids, trainable_policy
 
     cuda = torch.cuda.is_available()
     foundation = load_foundation(source, "bfloat16" if cuda else "float32")
+    check_context(foundation.model, source, config.max_prompt_length, config.max_response_length)
     tokenizer = foundation.tokenizer
     rows = encode_prompts(records, tokenizer, config.max_prompt_length)
     index = {id(record): i for i, record in enumerate(records)}

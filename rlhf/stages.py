@@ -47,7 +47,9 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
         "auto", "of the base model; auto is bfloat16 on a GPU and float32 elsewhere. PPO's adapters stay in float32"
     )
-    attn_implementation: str | None = option(None, "sdpa (default), eager, flash_attention_2, ...")
+    attn_implementation: str | None = option(
+        None, "sdpa, eager, flash_attention_2, ...; default: that of the start, else sdpa where the model has it"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, about a third more time")
     deepspeed: str = option("zero2", "DeepSpeed JSON or the name of one in configs/deepspeed, used under `deepspeed`")
     learning_rate: float = option(1e-4, "peak step size of AdamW", above=0)
@@ -106,10 +108,11 @@ class TrainerConfig(AdapterConfig):
 def load_start(run):
     """The foundation that this run starts from. Raises UserError where it and the options do not fit."""
     from rlhf.files import files_fingerprint, model_files
-    from rlhf.models import load_foundation
+    from rlhf.models import check_context, load_foundation
 
     config = run.config
     foundation = load_foundation(config.model_name_or_path, run.torch_dtype, config.attn_implementation)
+    check_context(foundation.model, config.model_name_or_path, config.max_prompt_length, config.max_response_length)
     run.stands_on("base", foundation.fingerprint)
     if foundation.adapter_path:
         run.stands_on("start", files_fingerprint(model_files(foundation.adapter_path)))

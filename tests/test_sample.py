@@ -23,7 +23,7 @@ def prompts(tmp_path):
 
 
 def config(tmp_path, prompts, model, **more):
-    small = {"max_response_length": 6, "test_fraction": 0.0, "validation_fraction": 0.0}
+    small = {"max_prompt_length": 64, "max_response_length": 6, "test_fraction": 0.0, "validation_fraction": 0.0}
     return SampleConfig(
         **{"model_name_or_path": model, "data": [prompts], "store": str(tmp_path / "s.db")} | small | more
     )

@@ -77,7 +77,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     specs, kinds, judge = scores_of(config)
     scorer = build_scorer(specs, tokenizer) if specs else None
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    policies = load_policies(config.runs, world.device)
+    policies = load_policies(config.runs, world.device, config.max_prompt_length, config.max_response_length)
     model, context = policies[0]
     evaluation = Evaluation(
         prompts=encode_prompts(records, tokenizer, config.max_prompt_length),
@@ -230,11 +230,16 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
     return specs, kinds, judge
 
 
-def load_policies(paths: list[str], device) -> list[tuple[Any, Callable]]:
-    """(model, context in which it is the policy) for each run; adapters of one base share it. On a GPU in bfloat16."""
+def load_policies(
+    paths: list[str], device, max_prompt_length: int, max_response_length: int
+) -> list[tuple[Any, Callable]]:
+    """(model, context in which it is the policy) for each run; adapters of one base share it. On a GPU in bfloat16.
+
+    Raises UserError where the longest prompt and response go beyond a model's positions.
+    """
     from peft import PeftModel
 
-    from rlhf.models import check_same_base, load_foundation, use_adapter
+    from rlhf.models import check_context, check_same_base, load_foundation, use_adapter
 
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     foundations, policies = [], []
@@ -251,6 +256,7 @@ def load_policies(paths: list[str], device) -> list[tuple[Any, Callable]]:
             foundations.append({"base": _base_of(path), "foundation": foundation, "model": model})
         else:
             model = load_foundation(path, dtype).model
+        check_context(model, path, max_prompt_length, max_response_length)
         model.to(device).eval()
         context = (lambda m=model, n=f"run{number}": use_adapter(m, n)) if is_adapter else nullcontext
         policies.append((model, context))

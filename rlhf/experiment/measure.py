@@ -98,7 +98,7 @@ def sample_policies(config: ExperimentConfig, place: Path, specs: list, trial: s
     records = sorted(records, key=lambda r: (r.group, str(r.prompt)))[: config.n_prompts]
     tokenizer = load_tokenizer(config.foundation)
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    policies = load_policies(paths, world.device)
+    policies = load_policies(paths, world.device, config.max_prompt_length, config.max_response_length)
     model, context = policies[0]
     evaluation = Evaluation(
         prompts=encode_prompts(records, tokenizer, config.max_prompt_length),

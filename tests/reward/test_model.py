@@ -138,7 +138,7 @@ def test_an_adapter_without_head_is_refused(sft_path):
 
 
 def test_a_causal_model_is_refused_as_reward_model(base_path):
-    with pytest.raises(UserError, match=r"score\.weight missing"):
+    with pytest.raises(UserError, match=r"do not fit LlamaForSequenceClassification: 1 missing \(score\.weight\)"):
         load_reward(base_path)
 
 

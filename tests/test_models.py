@@ -1,0 +1,207 @@
+import json
+import shutil
+import types
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+from reward.model import RewardModel
+from rlhf import stages
+from rlhf.config import UserError
+from rlhf.models import (
+    attention_of,
+    check_context,
+    completion_batch,
+    context_length,
+    hidden_width,
+    load_foundation,
+    load_tokenizer,
+    lora_config,
+    response_logprobs,
+)
+from rlhf.roles import Roles
+from tests.conftest import make_tokenizer
+
+
+@pytest.fixture
+def copy(base_path, tmp_path):
+    """A copy of the base whose tensors or config can be changed: copy(names -> names, **config)."""
+
+    def change(rename=lambda tensors: tensors, **config) -> str:
+        folder = tmp_path / "model"
+        shutil.copytree(base_path, folder)
+        tensors = rename(load_file(folder / "model.safetensors"))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | config))
+        return str(folder)
+
+    return change
+
+
+def without(part):
+    return lambda tensors: {name: value for name, value in tensors.items() if part not in name}
+
+
+def prefixed(prefix):
+    return lambda tensors: {prefix + name: value for name, value in tensors.items()}
+
+
+def one_wider(tensors):
+    name = "model.layers.1.mlp.up_proj.weight"
+    return tensors | {name: torch.zeros(65, 32)}
+
+
+@pytest.mark.parametrize(
+    "rename, config, found",
+    [
+        (prefixed("_orig_mod."), {}, "21 missing .*20 without a place .*_orig_mod.model.embed_tokens.weight"),
+        (prefixed("module."), {}, "without a place .*module.model.embed_tokens.weight"),
+        (without("layers.1.input_layernorm"), {}, r"1 missing \(model.layers.1.input_layernorm.weight\)\. They"),
+        (without("nothing"), {"num_hidden_layers": 3}, "9 missing .*model.layers.2"),
+        (without("nothing"), {"num_hidden_layers": 1}, "9 without a place .*model.layers.1"),
+        (without("nothing"), {"tie_word_embeddings": False}, r"1 missing \(lm_head.weight\)"),
+        (lambda tensors: tensors | {"score.weight": torch.zeros(1, 32)}, {}, r"1 without a place \(score.weight\)"),
+        (one_wider, {}, r"1 of another shape \(model.layers.1.mlp.up_proj.weight \(65, 32\) for \(64, 32\)\)"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(copy, rename, config, found):
+    with pytest.raises(UserError, match=f"do not fit LlamaForCausalLM: .*{found}"):
+        load_foundation(copy(rename, **config))
+
+
+def test_tensors_that_are_legitimately_absent_or_superfluous_load(copy, base_path):
+    def as_older_versions_saved(tensors):
+        assert "lm_head.weight" not in tensors  # tied
+        tied = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        return tensors | tied | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+
+    assert load_foundation(copy(as_older_versions_saved)).fingerprint == load_foundation(base_path).fingerprint
+
+
+def rope(**scaling):
+    return {"rope_parameters": {"rope_theta": 10000.0, **scaling}}
+
+
+@pytest.mark.parametrize(
+    "kind, options, expected",
+    [
+        ("gpt2", {"n_positions": 48}, 48),  # learned
+        ("opt", {"max_position_embeddings": 48}, 48),
+        ("mpt", {"max_seq_len": 48}, 48),
+        ("llama", {"max_position_embeddings": 48}, 48),  # rotary
+        ("mistral", {"max_position_embeddings": 48, "sliding_window": 8}, 48),
+        # 4 x 48; the factor of llama3 is in max_position_embeddings
+        ("llama", {"max_position_embeddings": 48} | rope(rope_type="linear", factor=4.0), 192),
+        ("llama", {"max_position_embeddings": 48} | rope(rope_type="yarn", factor=4.0), 192),
+        (
+            "llama",
+            {"max_position_embeddings": 48}
+            | rope(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+            | {"original_max_position_embeddings": 24},
+            48,
+        ),
+        ("gemma3_text", {"max_position_embeddings": 48}, 48),  # one kind of rotary positions for each type of layer
+        ("falcon", {"alibi": True, "max_position_embeddings": 48}, None),
+        ("bloom", {}, None),
+        ("mamba", {}, None),
+    ],
+)
+def test_context_length(kind, options, expected):
+    assert context_length(AutoConfig.for_model(kind, **options)) == expected
+
+
+def test_lengths_beyond_the_positions_are_refused_with_both_numbers(base_path):
+    model = load_foundation(base_path).model  # 512 positions
+    check_context(model, base_path, 400, 112)
+    with pytest.raises(UserError, match=r"max_prompt_length 400 \+ max_response_length 113 = 513 .*positions for 512"):
+        check_context(model, base_path, 400, 113)
+
+    config = types.SimpleNamespace(
+        model_name_or_path=base_path, attn_implementation=None, max_prompt_length=512, max_response_length=512
+    )
+    with pytest.raises(UserError, match="1024 tokens"):  # the programs' defaults
+        stages.load_start(types.SimpleNamespace(config=config, torch_dtype="float32"))
+
+
+def test_a_reward_model_says_that_a_text_is_too_long_for_it(tokenizer):
+    reward = RewardModel(
+        GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=2, n_positions=9)), tokenizer
+    )
+    with pytest.raises(UserError, match="10 tokens, but this reward model has positions for 9"):
+        reward.score_ids([[5] * 10])
+
+
+def test_attention_is_transformers_choice_unless_the_run_was_given_one(copy, tmp_path):
+    path = copy()
+    assert load_foundation(path).model.config._attn_implementation == "sdpa"
+    (tmp_path / "model" / "config.yaml").write_text("attn_implementation: eager\n")
+    assert load_foundation(path).model.config._attn_implementation == "eager"
+    assert load_foundation(path, attn_implementation="sdpa").model.config._attn_implementation == "sdpa"
+    assert attention_of(f"{path}/checkpoints/checkpoint-3") == "eager"
+    with pytest.raises(UserError, match=r"flash_attention_2 cannot be used here .*--attn_implementation sdpa"):
+        load_foundation(path, attn_implementation="flash_attention_2")
+
+
+def test_an_attention_that_a_run_had_and_this_machine_has_not_is_said(copy, tmp_path, capsys):
+    path = copy()
+    (tmp_path / "model" / "config.yaml").write_text("attn_implementation: flash_attention_2\n")
+    assert load_foundation(path).model.config._attn_implementation == "sdpa"
+    assert "flash_attention_2 cannot be used here" in capsys.readouterr().err
+
+
+def test_a_model_without_sdpa_loads(tmp_path, tokenizer):
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=320, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=8, intermediate_size=16,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert load_foundation(str(tmp_path)).model.config._attn_implementation == "eager"
+
+
+def test_heads_have_the_width_of_the_last_hidden_state(tmp_path, tokenizer):
+    # OPT-350m: hidden_size 32, but the last hidden state is projected to 16
+    config = OPTConfig(
+        vocab_size=320, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=16,
+        max_position_embeddings=64, do_layer_norm_before=False,
+    )  # fmt: skip
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    roles = Roles(load_foundation(str(tmp_path)), lora_config())
+    assert hidden_width(roles.trunk) == roles.heads["value"].in_features == 16
+    ids = torch.arange(5, 11).reshape(1, 6)
+    batch = {"ids": ids, "attention": torch.ones_like(ids), "positions": torch.tensor([[3, 4]])}
+    with roles.use("value"):
+        assert roles.values(batch).shape == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "spare, expected",
+    [(["<|padding|>"], "<|padding|>"), ([], "<|im_end|>")],  # Pythia has a spare token, GPT-2 has none: EOS fills
+)
+def test_a_tokenizer_without_a_pad_token(tmp_path, spare, expected):
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<|im_end|>": 0, "a": 1, **{name: 2 for name in spare}}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>").save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token == expected
+
+
+def test_padding_is_known_by_the_mask_alone(base_path):
+    # the same log-probabilities and the same score whatever fills, a token of the response itself included
+    model = load_foundation(base_path).model
+    prompts, responses = [[5, 6, 7], [8, 9]], [[10, 2], [11, 12, 13, 2]]
+    with torch.no_grad():
+        filled = [completion_batch(prompts, responses, pad) for pad in (0, 2)]
+        one, other = (response_logprobs(model, *batch[:4])[0][batch[4]] for batch in filled)
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+
+
+def test_a_tokenizer_of_vocabulary_and_merges_alone(tmp_path):
+    GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=2).save_pretrained(tmp_path)
+    make_tokenizer().backend_tokenizer.model.save(str(tmp_path))  # vocab.json and merges.txt
+    assert len(load_tokenizer(str(tmp_path))) >= 320
