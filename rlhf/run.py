@@ -191,7 +191,7 @@ class Run:
         source, bad = ", ".join(data or self.config.data), Counter()
         records = self.load(kind, split, data, bad)
         longest = None if kind is Prompt else self.config.max_response_length
-        rows, dropped = encode(records, tokenizer, self.config.max_prompt_length, longest)
+        rows, dropped = encode(records, tokenizer, self.config.max_prompt_length, longest, self.config.on_bad)
         what = kind.__name__.lower()
         if bad:
             self._count_rows(f"{what}/every split", source, bad.pop("read"), bad, may_stop=split == "train")

@@ -72,6 +72,7 @@ def summarise(table: load.Table) -> dict[str, Any]:
     columns = Counter(name for record in records for name in record.metadata)
     summary["metadata"] = ", ".join(columns) or "none"
     summary["bad rows"] = table.bad_summary() or "none"
+    summary["warnings"] = table.note_summary() or "none"
     summary["fingerprint"] = load.fingerprint(records)
     return summary
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 
@@ -94,19 +94,28 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 def encode(
-    records: Sequence[Record], tokenizer: Any, max_prompt_length: int, max_response_length: int | None = None
+    records: Sequence[Record],
+    tokenizer: Any,
+    max_prompt_length: int,
+    max_response_length: int | None = None,
+    on_bad: Literal["stop", "skip"] = "stop",
 ) -> tuple[list[dict[str, Any]], Counter]:
     """Encode records of one kind; return their rows and, of the records that have none, how many by reason.
 
     Rows hold "record" and "prompt_ids"; an Instruction's also "response_ids", a Preference's "chosen_ids" and
-    "rejected_ids", responses with EOS. Raises UserError where the chat template has no place for what a record holds.
+    "rejected_ids", responses with EOS. A record that the chat template has no place for is dropped, or with `on_bad`
+    "stop" raises UserError.
     """
     rows, dropped = [], Counter()
     for record in records:
         try:
             row = {"prompt_ids": encode_prompt(tokenizer, record.prompt, tools_of(record))}
         except RecordError as error:
-            raise UserError(f"{record.source or 'data'}: {error} ({_beginning(record)})") from None
+            if on_bad == "skip":
+                dropped[str(error)] += 1
+                continue
+            where = f"{record.source or 'data'}, the row whose prompt begins {_beginning(record)!r}"
+            raise UserError(f"{where}: {error}. Drop it and its like with: --on_bad skip") from None
         if isinstance(record, Instruction):
             row["response_ids"] = encode_response(tokenizer, record.response)
         elif isinstance(record, Preference):
@@ -156,4 +165,4 @@ def kept(encoded: tuple[list[dict], Counter], what: str) -> list[dict[str, Any]]
 
 def _beginning(record: Record) -> str:
     text = " ".join(record.prompt[0]["content"].split())
-    return f"its prompt begins {text[:60]!r}"
+    return text if len(text) <= 60 else f"{text[:57]}..."

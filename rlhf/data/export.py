@@ -21,7 +21,7 @@ from typing import Any, Literal
 from rlhf.config import UserError, option
 from rlhf.data import forms, load
 from rlhf.data.describe import KINDS, guess
-from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, Record
+from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, Record, tools_of
 from rlhf.data.votes import Aggregate
 
 Form = Literal["rows", "unpaired", "hh", "openai"]
@@ -108,15 +108,18 @@ def write_whole(output: str | Path, write: Callable[[Path], Any]) -> None:
 
 
 def _write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Metadata goes as JSON text: its keys differ from row to row, and Parquet would give every row all of them."""
+    """Metadata goes as JSON text: its keys differ from row to row, and Parquet would give every row all of them. So do
+    prompts with tool calls."""
     import pyarrow
     import pyarrow.parquet
 
     names = list(dict.fromkeys(name for row in rows for name in row))
     full = [{name: row.get(name) for name in names} for row in rows]
+    as_text = ["metadata"]
+    if any("tool_calls" in message for row in full for message in row.get("prompt") or []):
+        as_text.append("prompt")
     for row in full:
-        if row.get("metadata") is not None:
-            row["metadata"] = json.dumps(row["metadata"], ensure_ascii=False)
+        row |= {name: json.dumps(row[name], ensure_ascii=False) for name in as_text if row.get(name) is not None}
     try:
         table = pyarrow.Table.from_pylist(full)
     except (pyarrow.ArrowException, OverflowError) as error:
@@ -172,10 +175,11 @@ def _hh_rows(record: Record) -> list[dict[str, Any]]:
 
 def _openai_rows(record: Record) -> list[dict[str, Any]]:
     if isinstance(record, Instruction):
-        return [{"messages": [*record.prompt, *_said(record.response)]}]
+        tools = tools_of(record)
+        return [{"messages": [*record.prompt, *_said(record.response)]} | ({"tools": tools} if tools else {})]
     if not isinstance(record, Preference):
         raise UserError(f"form 'openai' holds pairs and instructions, found {type(record).__name__}")
-    given = {"messages": record.prompt, "tools": [], "parallel_tool_calls": True}
+    given = {"messages": record.prompt, "tools": tools_of(record) or [], "parallel_tool_calls": True}
     outputs = {"preferred_output": _said(record.chosen), "non_preferred_output": _said(record.rejected)}
     return [{"input": given, **outputs}]
 

@@ -6,10 +6,12 @@ to the errors raised here. All forms, with examples, stand in docs/data.md.
 
 from __future__ import annotations
 
-import re
+import contextlib
+import json
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.data.conversation import PASSED, THOUGHTS, as_list, conversation, messages, notes, parse_turns
 from rlhf.data.records import (
     Instruction,
     Labelled,
@@ -18,7 +20,6 @@ from rlhf.data.records import (
     Prompt,
     Record,
     RecordError,
-    check_messages,
     check_text,
     is_number,
 )
@@ -35,11 +36,11 @@ FORMS = {
 ANSWERS = ("messages", "chosen", "rejected", "response", "completion", "output")
 ABOUT = ("group", "default_group", "split", "margin", "label_prob", "weight", "source", "annotator", "voice")
 ABOUT += ("chosen_ended", "rejected_ended")
+PAIR = ("user", "assistant")
+MEDIA = ("image", "audio", "video")
 SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"}
 SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
-
-_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
 
 
 class NotThisForm(RecordError):
@@ -54,26 +55,32 @@ class Row:
     own_group: bool
     pair: str | None
     form: str
+    notes: list[str]  # what may be meant otherwise than it was read
 
 
 def read(row: dict[str, Any], kind: type[Record], source: str | None = None) -> Row:
     """One row as a record of `kind` (Prompt, Instruction, Preference or Labelled). Raises RecordError."""
-    row = _from_openai({name: value for name, value in row.items() if value is not None})
+    row = _usual({name: value for name, value in row.items() if value is not None})
     prompt, fields, form = _FIELDS[kind](row)
     prompt = _with_system(row, prompt)
     fields |= _about(row, source, kind)
     used = {"system"} | {name for name in ("prompt", "instruction", "input") if name in form.split("+")}
+    if "instruction" in used:
+        used.add("history")
     if kind is Labelled:
         used.add("label")
     metadata = {k: v for k, v in row.items() if k not in used and k not in ANSWERS and k not in ABOUT}
     if isinstance(metadata.get("metadata"), dict):
         metadata |= metadata.pop("metadata")
     record = kind(prompt=prompt, metadata=metadata, **fields)
-    return Row(record, own_group=row.get("group", "") != "", pair=_pair(row, record), form=form)
+    said = [*_unread_columns(metadata), *_unread_fields(row), *notes(prompt)]
+    return Row(record, own_group=row.get("group", "") != "", pair=_pair(row, record), form=form, notes=said)
 
 
 def guess_kind(row: dict[str, Any]) -> type[Record]:
     """The kind that a row's columns suggest, the most telling first."""
+    with contextlib.suppress(RecordError):
+        row = _usual({name: value for name, value in row.items() if value is not None})
     has = {name for name, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= has or {"preferred_output", "non_preferred_output"} <= has:
         return Preference
@@ -81,9 +88,11 @@ def guess_kind(row: dict[str, Any]) -> type[Record]:
         return Labelled
     if has & {"response", "completion", "output"}:
         return Instruction
-    messages = row.get("messages")
-    ends = messages[-1] if isinstance(messages, list) and messages else None
-    return Instruction if isinstance(ends, dict) and ends.get("role") == "assistant" else Prompt
+    try:
+        turns = conversation("messages", row.get("messages"))
+    except RecordError:
+        turns = None
+    return Instruction if turns and turns[-1]["role"] == "assistant" else Prompt
 
 
 def _preference(row: dict) -> tuple[list[Message], dict, str]:
@@ -116,10 +125,10 @@ def _prompt(row: dict) -> tuple[list[Message], dict, str]:
         prompt, form = _explicit_prompt(row)
         return prompt, {}, form
     if "messages" in row:
-        messages = _messages("messages", row["messages"])
-        return (messages[:-1] if messages[-1]["role"] == "assistant" else messages), {}, "messages"
+        turns = messages("messages", row["messages"])
+        return (turns[:-1] if turns[-1]["role"] == "assistant" else turns), {}, "messages"
     for name in ("chosen", "rejected", "response", "completion"):
-        if name in row and (whole := _conversation(name, row[name])) is not None:
+        if name in row and (whole := conversation(name, row[name])) is not None:
             return _split_last(name, whole)[0], {}, name
     raise NotThisForm("columns", _columns(row))
 
@@ -140,7 +149,7 @@ def _both_answers(row: dict) -> tuple[list[Message], str, str, str]:
         return prompt, *answers, form + "+chosen+rejected"
     parts = []
     for name in ("chosen", "rejected"):
-        whole = _conversation(name, row[name])
+        whole = conversation(name, row[name])
         if whole is None:
             raise RecordError("prompt", f"is missing, and '{name}' is not a whole conversation that would contain it")
         parts.append(_split_last(name, whole))
@@ -152,7 +161,7 @@ def _both_answers(row: dict) -> tuple[list[Message], str, str, str]:
 def _one_answer(row: dict) -> tuple[list[Message], str, str]:
     """(prompt, response, form) of a row with one answer."""
     if "messages" in row and not _has_response(row):
-        prompt, response = _split_last("messages", _messages("messages", row["messages"]))
+        prompt, response = _split_last("messages", messages("messages", row["messages"]))
         if row["messages"][-1].get("weight") == 0:
             raise RecordError("messages", "ends with an answer of weight 0, which is not to be imitated")
         return prompt, response, "messages"
@@ -162,7 +171,7 @@ def _one_answer(row: dict) -> tuple[list[Message], str, str]:
     if "prompt" in row or "instruction" in row:
         prompt, form = _explicit_prompt(row)
         return prompt, _answer(name, row[name], row, prompt), f"{form}+{name}"
-    whole = _conversation(name, row[name])
+    whole = conversation(name, row[name])
     if whole is None:
         raise NotThisForm("columns", _columns(row))
     return *_split_last(name, whole), name
@@ -170,7 +179,7 @@ def _one_answer(row: dict) -> tuple[list[Message], str, str]:
 
 def _explicit_prompt(row: dict) -> tuple[list[Message], str]:
     if "prompt" in row:
-        whole = _conversation("prompt", row["prompt"])
+        whole = conversation("prompt", row["prompt"])
         if whole is None:
             check_text("prompt", row["prompt"])
             whole = [{"role": "user", "content": row["prompt"]}]
@@ -178,85 +187,133 @@ def _explicit_prompt(row: dict) -> tuple[list[Message], str]:
             whole = whole[:-1]  # "... \n\nAssistant:" asks for the answer
         return whole, "prompt"
     check_text("instruction", row["instruction"])
-    if "input" not in row or row["input"] == "":
-        return [{"role": "user", "content": row["instruction"]}], "instruction" + ("+input" if "input" in row else "")
-    check_text("input", row["input"])
-    return [{"role": "user", "content": f"{row['instruction']}\n\n{row['input']}"}], "instruction+input"
+    asked, form, before = row["instruction"], "instruction", _history(row.get("history"))
+    if "input" in row:
+        form = "instruction+input"
+        if row["input"] != "":
+            check_text("input", row["input"])
+            asked = f"{asked}\n\n{row['input']}"
+    return [*before, {"role": "user", "content": asked}], form
+
+
+def _history(given: Any) -> list[Message]:
+    """Earlier turns as Alpaca's `history` has them: [[question, answer], ...]."""
+    if not given:
+        return []
+    if not isinstance(given, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in given):
+        raise RecordError("history", "expected a list of [question, answer]")
+    return messages("history", [{"role": r, "content": t} for turn in given for r, t in zip(PAIR, turn, strict=True)])
 
 
 def _answer(name: str, value: Any, row: dict, prompt: list[Message]) -> str:
     """The answer's text, given alone or at the end of a conversation that repeats the prompt."""
-    whole = _conversation(name, value)
+    whole = conversation(name, value)
+    asked = row.get("prompt")
+    transcript = isinstance(asked, str) and parse_turns(asked) is not None
+    known = (prompt, [m for m in prompt if m["role"] != "system"], _with_system(row, prompt))
+    if whole and not transcript and isinstance(value, str) and parse_turns(value) == whole and whole[:-1] not in known:
+        whole = None  # an answer that is a dialogue
     if whole is None:
         check_text(name, value)
-        return value.strip() if is_turns(row.get("prompt")) else value
+        return value.strip() if transcript else value
     before, answer = _split_last(name, whole)
-    without_system = [m for m in prompt if m["role"] != "system"]
-    if before and before not in (prompt, without_system, _with_system(row, prompt)):
+    if before and before not in known:
         raise RecordError(name, "its conversation before the last answer is not the one in 'prompt'")
     return answer
 
 
-def _conversation(name: str, value: Any) -> list[Message] | None:
-    """Messages given as a list or as "\\n\\nHuman: ...\\n\\nAssistant: ..." text; None for plain text."""
-    if isinstance(value, list):
-        return _messages(name, value)
-    return parse_turns(value) if is_turns(value) else None
+def _usual(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with messages, tools and OpenAI's pairs under their usual names; what nothing here reads is refused."""
+    row = _from_openai(row)
+    named = [name for name in ("messages", "conversations", "conversation") if name in row]
+    turns = as_list(named[0], row[named[0]]) if len(named) == 1 else None
+    if turns is not None and (named == ["messages"] or not {"prompt", "instruction"} & row.keys()):
+        del row[named[0]]
+        is_prompt = named != ["messages"] and "chosen" in row
+        row["prompt" if is_prompt else "messages"] = turns
+    for kind in MEDIA:
+        for name in (kind, f"{kind}s"):
+            seen = isinstance(row.get(name), (list, dict, bytes)) and row[name]
+            if seen or (row.get(name) and any(f"<{kind}>" in str(text) for text in row.values())):
+                raise RecordError(name, "cannot be read here: prompts and answers are text")
+    if isinstance(row.get("functions"), list) and row["functions"]:
+        raise RecordError("functions", "is not read; give them as 'tools'")
+    if "tools" in row:
+        row["tools"] = _tools(row["tools"])
+        if row["tools"] in ([], ""):
+            del row["tools"]
+    return row
 
 
-def is_turns(value: Any) -> bool:
-    """True for text in the form of HH-RLHF: begins with "Human:" and has a later "\\n\\nAssistant:"."""
-    return isinstance(value, str) and value.lstrip().startswith("Human:") and "\n\nAssistant:" in value
+def _tools(given: Any) -> Any:
+    """Tools as OpenAI has them, also from JSON text; a column that only has the name stays as it is."""
+    tools = given
+    if isinstance(given, str) and given.lstrip().startswith("["):
+        try:
+            tools = json.loads(given)
+        except (ValueError, RecursionError):
+            raise RecordError("tools", "is a list that is not whole JSON") from None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        return given
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    if not all(isinstance(t["function"], dict) and isinstance(t["function"].get("name"), str) for t in tools):
+        raise RecordError("tools", "has an entry without a function's name")
+    return tools
 
 
-def parse_turns(text: str) -> list[Message]:
-    """Messages of HH-RLHF text; two turns of one speaker in a row become one message of two paragraphs."""
-    pieces = _TURN.split(text)[1:]
-    messages: list[Message] = []
-    for speaker, content in zip(pieces[::2], pieces[1::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] = f"{messages[-1]['content']}\n\n{content.strip()}".strip()
-        else:
-            messages.append({"role": role, "content": content.strip()})
-    return messages
+def _unread_columns(metadata: dict[str, Any]) -> list[str]:
+    """Notes on columns that went into the metadata and look like conversations."""
+    found = []
+    for name, value in metadata.items():
+        pairs = isinstance(value, list) and value and all(isinstance(v, list) and len(v) == 2 for v in value)
+        try:
+            listed = as_list(name, value) is not None
+        except RecordError:
+            listed = True
+        if listed or pairs:
+            found.append(f"column '{name}' looks like a conversation and is not read; it stays in the metadata")
+    return found
+
+
+def _unread_fields(row: dict[str, Any]) -> list[str]:
+    """Notes on fields of messages that nothing reads."""
+    known = {"role", "content", "from", "value", "weight", *PASSED}
+    unread: dict[str, None] = {}
+    for name in ("prompt", *ANSWERS):
+        given = row[name] if isinstance(row.get(name), list) else []
+        for message in filter(lambda m: isinstance(m, dict), given):
+            names = known | ({"name"} if message.get("role") == "tool" else set())
+            unread |= {key: None for key, value in message.items() if key not in names and value not in (None, "", [])}
+    return [f"'{key}' of messages is not read" for key in unread]
 
 
 def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
     """OpenAI's preference form as {prompt, chosen, rejected}; other rows as they are.
 
-    {"input": {"messages", "tools", "parallel_tool_calls"}, "preferred_output", "non_preferred_output"}. Tools that are
-    given stay in the metadata.
+    {"input": {"messages", "tools", "parallel_tool_calls"}, "preferred_output", "non_preferred_output"}.
     """
     given = row.get("input")
     if not isinstance(given, dict) or "messages" not in given:
-        return row
+        return dict(row)
     named = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
     rest = {named.get(name, name): value for name, value in row.items() if name != "input"}
     return {"prompt": given["messages"]} | ({"tools": given["tools"]} if given.get("tools") else {}) | rest
 
 
-def _plain_message(message: Any) -> Any:
-    """A message as OpenAI's chat format may have it: "developer" is the system, content may come in text parts."""
-    if not isinstance(message, dict):
-        return message
-    content = message.get("content")
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
-        message = message | {"content": "".join(part["text"] for part in content)}
-    return message | {"role": "system"} if message.get("role") == "developer" else message
-
-
-def _messages(name: str, value: Any) -> list[Message]:
-    value = [_plain_message(message) for message in value] if isinstance(value, list) else value
-    check_messages(name, value)
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def _split_last(name: str, messages: list[Message]) -> tuple[list[Message], str]:
-    if messages[-1]["role"] != "assistant":
-        raise RecordError(name, f"ends with a {messages[-1]['role']} message, expected the assistant's answer last")
-    check_text(name, messages[-1]["content"])
-    return messages[:-1], messages[-1]["content"]
+def _split_last(name: str, turns: list[Message]) -> tuple[list[Message], str]:
+    last = turns[-1]
+    if last["role"] != "assistant":
+        raise RecordError(name, f"ends with a {last['role']} message, expected the assistant's answer last")
+    if "tool_calls" in last:
+        raise RecordError(name, "ends with an answer that calls a tool, and an answer is text here")
+    thoughts = [key for key in THOUGHTS if key in last]
+    if thoughts:
+        raise RecordError(
+            name,
+            f"ends with an answer that has '{thoughts[0]}'; write it into the content, as the model does, or drop it",
+        )
+    check_text(name, last["content"])
+    return turns[:-1], last["content"]
 
 
 def _with_system(row: dict, prompt: list[Message]) -> list[Message]:

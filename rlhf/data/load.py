@@ -124,6 +124,7 @@ class Table:
     bad: list[Bad] = field(default_factory=list)
     good: Counter = field(default_factory=Counter)  # by source
     forms: Counter = field(default_factory=Counter)
+    notes: Counter = field(default_factory=Counter)  # what may be meant otherwise than it was read: rows
     columns: dict[str, list[str]] = field(default_factory=dict)  # of each source, in order of appearance
 
     @property
@@ -149,8 +150,10 @@ class Table:
             reasons = "; ".join(sorted({bad.reason for bad in self.bad})[:3])
             raise UserError(f"{self.name}: no row to read" + (f" ({len(self.bad)} bad: {reasons})" if reasons else ""))
         if os.environ.get("RANK", "0") == "0":
-            for line in self.bad_summary():
-                print(f"skipped {line}", file=sys.stderr, flush=True)
+            for line in (f"skipped {line}" for line in self.bad_summary()):
+                print(line, file=sys.stderr, flush=True)
+            for line in self.note_summary():
+                print(f"{self.name}: {line}", file=sys.stderr, flush=True)
 
     def bad_summary(self) -> list[str]:
         """One line for each kind of fault: how many rows, what, and where first; values are left out, since they may be
@@ -160,6 +163,10 @@ class Table:
             kinds.setdefault((bad.source, bad.key), []).append(bad)
         said = [(len(b), b[0].said, b[0].place) for b in kinds.values()]
         return [f"{count} {_rows(count)}: {reason} (first: {place})" for count, reason, place in said]
+
+    def note_summary(self) -> list[str]:
+        """One line for each thing that may be meant otherwise than it was read."""
+        return [f"WARNING: {count} {_rows(count)}: {note}" for note, count in self.notes.items()]
 
     def bad_reasons(self) -> Counter:
         """How many rows were bad for each reason, values left out."""
@@ -202,6 +209,7 @@ def collect(source: str | list[str], kind: type[Record], aggregate: Aggregate = 
             else:
                 table.good[name] += 1
                 table.forms[rows[-1].form] += 1
+                table.notes.update(rows[-1].notes)
                 table.places.append(place)
         table.columns[name] = list(seen)
     _join(rows)

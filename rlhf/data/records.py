@@ -16,7 +16,8 @@ from typing import Any
 
 from rlhf.config import UserError
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+# {"role": "system" | "user" | "assistant" | "tool", "content": text}, and perhaps what only the chat template reads
+Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 SPLITS = ("train", "validation", "test")
 DEEPEST = 100  # levels of lists and dicts in metadata
@@ -173,7 +174,7 @@ def check_messages(name: str, messages: Any) -> None:
             raise RecordError(name, f"message {i} has role {message['role']!r}, expected one of {', '.join(ROLES)}")
         if not isinstance(message["content"], str):
             raise RecordError(name, f"message {i} has content {_short(message['content'])}, expected text")
-        check_unicode(name, message["content"])
+        check_unicode(name, message)
 
 
 def check_text(name: str, text: Any) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import UserError, near_file
-from rlhf.data.forms import ANSWERS, SPLIT_NAMES
+from rlhf.data.forms import SPLIT_NAMES
 from rlhf.data.votes import Aggregate
 
 Item = tuple[str, dict[str, Any], str | None]
@@ -163,11 +163,8 @@ def _csv(path: Path, source: str) -> Iterator[Item]:
 
 
 def _cell(name: str, value: str | None) -> Any:
-    """A CSV cell; lists of messages and the metadata are written in it as JSON."""
-    as_list = (
-        name in ("prompt", *ANSWERS) and value is not None and value.lstrip().startswith("[{") and '"role"' in value
-    )
-    if not as_list and not (name == "metadata" and value):
+    """A CSV cell; the metadata is written in it as JSON."""
+    if name != "metadata" or not value:
         return value
     try:
         return json.loads(value)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.data.prepare.text import answers, asked, spoken
+from rlhf.data.prepare.text import answers, asked, said, spoken
 from rlhf.data.records import Preference, Record, digest, normalise
 from rlhf.data.split import answer_pair
 
@@ -245,7 +245,7 @@ def _comparable(one: Record, other: Record) -> bool:
 
 def _question(record: Record) -> str:
     """The prompt with its system message, and the voice."""
-    whole = "\n".join(f"{m['role']}: {' '.join(m['content'].split())}" for m in record.prompt)
+    whole = "\n".join(f"{m['role']}: {' '.join(said(m).split())}" for m in record.prompt)
     return f"{record.voice}\x00{whole}"
 
 

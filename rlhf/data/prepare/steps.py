@@ -5,15 +5,14 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from rlhf.data import load, sources
 from rlhf.data.prepare import duplicates, leakage
 from rlhf.data.prepare import personal as forms_of
 from rlhf.data.prepare.personal import masked
-from rlhf.data.prepare.text import answers, clean, mapped
+from rlhf.data.prepare.text import answers, clean, each_string, mapped, strings
 from rlhf.data.records import SPLITS, Record, RecordError
 from rlhf.data.split import join_groups
 
@@ -72,7 +71,8 @@ def read(table: load.Table, aggregate: str) -> Step:
     parameters = f"as {table.kind.__name__}"
     if any(map(sources.is_store, table.sources)):
         parameters += f", votes by {aggregate}"
-    return Step("read", parameters, found, len(table.bad), [masked(line) for line in table.bad_summary()])
+    said = [masked(line) for line in [*table.bad_summary(), *table.note_summary()]]
+    return Step("read", parameters, found, len(table.bad), said)
 
 
 def text(work: Work) -> None:
@@ -99,18 +99,18 @@ def personal(work: Work, action: str, regions: Sequence[str]) -> None:
     rows, drop, shown = [], [], []
     hide = functools.partial(masked, regions=regions)
     for i, record in enumerate(work.records):
-        strings = [*texts(record), *_strings(record.metadata)]
-        found = [place for t in strings for place in forms_of.find(t, regions=regions)]
+        said = [*texts(record), *strings(record.metadata)]
+        found = [place for t in said for place in forms_of.find(t, regions=regions)]
         if not found:
             continue
         rows.append(i)
         counts.update(place.kind for place in found)
-        shown.append(f"{work.places[i]}: {_around_mask(next(t for t in map(hide, strings) if _MASK.search(t)))}")
+        shown.append(f"{work.places[i]}: {_around_mask(next(t for t in map(hide, said) if _MASK.search(t)))}")
         if action == "drop":
             drop.append(i)
         elif action == "mask":
             try:
-                work.records[i] = replace(mapped(record, hide), metadata=_each_string(record.metadata, hide))
+                work.records[i] = replace(mapped(record, hide), metadata=each_string(record.metadata, hide))
             except RecordError:  # the answers differed in what is masked now
                 drop.append(i)
     kinds = ", ".join(f"{kind} {counts[kind]}" for kind in forms_of.KINDS if counts[kind])
@@ -190,27 +190,10 @@ def groups(work: Work, threshold: float) -> None:
 _MASK = re.compile(r"\[(?:" + "|".join(kind.upper() for kind in forms_of.KINDS) + r")\]")
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in metadata, at any depth; the names of its fields are none."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _strings(part)
-
-
-def _each_string(value: Any, change: Callable[[str], str]) -> Any:
-    """The same metadata with `change` applied to every string."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: _each_string(part, change) for name, part in value.items()}
-    return [_each_string(part, change) for part in value] if isinstance(value, (list, tuple)) else value
-
-
 def texts(record: Record) -> list[str]:
     """Every text of a record: its messages, then its answers."""
-    return [message["content"] for message in record.prompt] + list(answers(record).values())
+    spoken = [text for m in record.prompt for text in strings({**m, "role": None})]
+    return spoken + list(answers(record).values())
 
 
 def shorten(text: str, width: int = 110) -> str:

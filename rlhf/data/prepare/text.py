@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from rlhf.data.records import Message, Record
 
@@ -30,8 +32,26 @@ def clean(text: str) -> str:
 
 def mapped(record: Record, change: Callable[[str], str]) -> Record:
     """A copy of the record with `change` applied to every message and answer; its checks run again (RecordError)."""
-    prompt: list[Message] = [{**message, "content": change(message["content"])} for message in record.prompt]
+    prompt: list[Message] = [each_string(m, change) | {"role": m["role"]} for m in record.prompt]
     return replace(record, prompt=prompt, **{name: change(text) for name, text in answers(record).items()})
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string in a value, at any depth; the names of its fields are none."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from strings(part)
+
+
+def each_string(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with `change` applied to every string."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: each_string(part, change) for name, part in value.items()}
+    return [each_string(part, change) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def answers(record: Record) -> dict[str, str]:
@@ -47,4 +67,10 @@ def asked(record: Record) -> str:
 
 def spoken(record: Record) -> str:
     """The whole prompt but for system messages, with who said what: two rows with the same are the same question."""
-    return "\n".join(f"{m['role']}: {m['content']}" for m in record.prompt if m["role"] != "system")
+    return "\n".join(f"{m['role']}: {said(m)}" for m in record.prompt if m["role"] != "system")
+
+
+def said(message: Message) -> str:
+    """A message's text and, as JSON, what it holds beside: tool calls, reasoning."""
+    more = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return message["content"] + (json.dumps(more, sort_keys=True, ensure_ascii=False) if more else "")

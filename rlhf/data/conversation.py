@@ -1,0 +1,179 @@
+"""Conversations however they are written, as lists of messages: lists, lists as text, ShareGPT's, transcripts.
+
+A transcript is text in which two speakers of known names take turns, each turn on a line of its own:
+"User: Hi\\nAssistant: Hello!", or HH-RLHF's "\\n\\nHuman: Hi\\n\\nAssistant: Hello!".
+"""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import re
+from typing import Any
+
+from rlhf.data.records import Message, RecordError, check_messages
+
+USER, ASSISTANT = ("Human", "User"), ("Assistant", "AI", "Bot", "GPT")  # as transcripts and ShareGPT name them
+ROLE_OF = dict.fromkeys(map(str.lower, USER), "user") | dict.fromkeys(map(str.lower, ASSISTANT), "assistant")
+ROLE_OF |= {"system": "system", "developer": "system", "chatgpt": "assistant", "model": "assistant"}
+ROLE_OF |= {"tool": "tool", "observation": "tool", "function_response": "tool"}
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# Fields of a message beside role and content that the chat template gets, and those that nothing here can read
+PASSED = ("tool_calls", "tool_call_id", *THOUGHTS)
+UNREADABLE = ("function_call", "refusal", "image", "images", "audio", "audios", "video", "videos")
+EXAMPLES = {"input", "output", "q", "a", "question", "answer"}
+
+_LIST = re.compile(
+    rf"""\s*(?P<list>(?:array\()?\[)?\s*\{{.*(?P<q>['"])(?:role|from)(?P=q)\s*:\s*['"](?:{"|".join(ROLE_OF)})['"]""",
+    re.IGNORECASE | re.DOTALL,
+)
+# In Python's text of a list: a string, or what NumPy writes into it; it leaves out the commas between dicts
+_NUMPY = re.compile(
+    r"""(?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|array\(|,?\s*dtype=object\)|(?P<gap>\}\s+(?=\{))""", re.DOTALL
+)
+_NAMES = "|".join(spelling for name in (*USER, *ASSISTANT) for spelling in dict.fromkeys((name, name.upper())))
+_TURN = re.compile(rf"(?:\A|\n)[ \t]*(?:#+ ?)?({_NAMES}):")
+_ANY_TURN = re.compile(r"(?:\A|\n)[ \t]*(?:\*\*|#+ ?)?([A-Z][\w .-]{0,24}?)(?:\*\*)?:(?:\*\*)?(?=\s|\Z)")
+_CONTROL = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>|<\|assistant\|>")
+
+
+def conversation(name: str, value: Any) -> list[Message] | None:
+    """The messages of a column in any of these forms, None for plain text. Raises RecordError on what is broken."""
+    listed = as_list(name, value)
+    if listed is not None:
+        return messages(name, listed)
+    if isinstance(value, list):
+        check_messages(name, value)  # says what it is
+    return parse_turns(value) if isinstance(value, str) else None
+
+
+def as_list(name: str, value: Any) -> list[dict[str, Any]] | None:
+    """A list of messages as dicts, also given as text, as one dict, or as a dict of lists; else None."""
+    if isinstance(value, str):
+        value = _parsed(name, value)
+    if isinstance(value, dict) and isinstance(value.get("role", value.get("from")), list):
+        columns = {key: column for key, column in value.items() if isinstance(column, list)}
+        value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
+    if isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        return None
+    return value if all(map(_is_message, value)) else None
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    return ("role" in value and ("content" in value or "tool_calls" in value)) or {"from", "value"} <= value.keys()
+
+
+def _parsed(name: str, text: str) -> Any:
+    """What the text says as JSON, or as Python or NumPy prints it; None if it is no list of messages."""
+    found = _LIST.match(text)
+    if not found:
+        return None
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return ast.literal_eval(_NUMPY.sub(lambda m: m["string"] or ("}, " if m["gap"] else ""), text).strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        if not found["list"]:
+            return None
+        raise RecordError(name, "is a list of messages as text, but neither whole JSON nor whole Python") from None
+
+
+def messages(name: str, value: list[Any]) -> list[Message]:
+    """Checked messages {"role", "content"} with what the chat template also reads; others' fields are left out."""
+    plain = [_plain(name, i, message) for i, message in enumerate(value)] if isinstance(value, list) else value
+    check_messages(name, plain)
+    return plain
+
+
+def _plain(name: str, number: int, message: Any) -> Any:
+    """One message with the usual names of role and content; text parts are joined."""
+    if not isinstance(message, dict):
+        return message
+    given = {key: value for key, value in message.items() if value not in (None, "", [])}
+    for key in UNREADABLE:
+        if key in given:
+            raise RecordError(name, f"message {number} has '{key}', which cannot be read here")
+    role = message.get("role", message.get("from"))
+    content = message.get("content", message.get("value"))
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)
+    if content is None and "tool_calls" in given:
+        content = ""
+    plain = {"role": ROLE_OF.get(role.lower(), role) if isinstance(role, str) else role, "content": content}
+    plain |= {key: given[key] for key in PASSED if key in given}
+    if "tool_calls" in plain:
+        plain["tool_calls"] = [_tool_call(name, number, call) for call in plain["tool_calls"]]
+    if plain["role"] == "tool" and "name" in given:
+        plain["name"] = given["name"]
+    return plain
+
+
+def _tool_call(name: str, number: int, call: Any) -> dict[str, Any]:
+    """A call whose arguments are a dict, as chat templates expect them; OpenAI has them as JSON text."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RecordError(name, f"message {number} has a tool call without a function's name")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise RecordError(name, f"message {number} calls a tool with arguments that are not JSON") from None
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def parse_turns(text: str) -> list[Message] | None:
+    """Messages of a transcript, None for other text; turns of one speaker in a row become one of two paragraphs.
+
+    Where the assistant's turns begin after an empty line, all do. Text before the first turn is the system message,
+    if it says "System:" or if the transcript ends where the assistant is to speak.
+    """
+    speakers: dict[str, str] = {}  # role -> its name in this text
+    for found in _TURN.finditer(text):
+        speakers.setdefault(ROLE_OF[found[1].lower()], found[1])
+    if len(speakers) < 2:
+        return None
+    gap = r"\n\n" if re.search(rf"\n\n(?:#+ ?)?{speakers['assistant']}:", text) else r"\n"
+    turn = rf"(?:\A\s*|{gap}[ \t]*)(?:#+ ?)?({'|'.join(speakers.values())}):"
+    before, *pieces = re.split(turn, text)
+    contents = [content.strip() for content in pieces[1::2]]
+    roles = [ROLE_OF[name.lower()] for name in pieces[::2]]
+    system = re.fullmatch(r"\s*(System:|SYSTEM:)?\s*(.*?)\s*", before, re.DOTALL)
+    if len(set(roles)) < 2 or (system[2] and not system[1] and contents[-1]):
+        return None
+    turns: list[Message] = [{"role": "system", "content": system[2]}] if system[2] else []
+    for role, content in zip(roles, contents, strict=True):
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
+        else:
+            turns.append({"role": role, "content": content})
+    return turns
+
+
+def _looks_like_transcript(text: str) -> bool:
+    """Two names before colons take turns at the beginnings of lines, and are not those of worked examples."""
+    speakers = [label[1] for label in _ANY_TURN.finditer(text)]
+    names = {name.lower() for name in speakers}
+    if len(names) != 2 or names & EXAMPLES or any(a == b for a, b in itertools.pairwise(speakers)):
+        return False
+    return len(speakers) > 3 or names <= ROLE_OF.keys()
+
+
+def notes(prompt: list[Message]) -> list[str]:
+    """What in a prompt may be meant otherwise than it is read."""
+    found = []
+    for message in prompt:
+        if message["role"] == "user" and _looks_like_transcript(message["content"]):
+            found.append("a prompt looks like a transcript, and is read as one turn")
+        if _CONTROL.search(message["content"]):
+            found.append("a text holds control tokens of a chat template, which are read as plain text")
+        if any(name in message for name in THOUGHTS):
+            found.append("reasoning of an earlier turn goes to the chat template, which may leave it out")
+    return list(dict.fromkeys(found))
