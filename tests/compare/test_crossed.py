@@ -1,5 +1,4 @@
 import math
-import time
 
 import numpy as np
 import pytest
@@ -144,7 +143,7 @@ def test_95_percent_intervals_hold_the_truth_95_percent_of_the_time(seeds, group
             assert np.mean(seeds_alone) < 0.88
 
 
-def test_a_statistic_of_a_millisecond_takes_seconds():
+def test_a_statistic_is_called_once_a_block_and_seed():
     # 10 seeds, 50 blocks: (10 + 1) (50 + 1) = 561 calls
     calls = 0
 
@@ -153,10 +152,8 @@ def test_a_statistic_of_a_millisecond_takes_seconds():
         calls += 1
         return float(s.sum() * g.sum())
 
-    start = time.process_time()
     crossed_statistic(statistic, 10, 300)
     assert calls == 561
-    assert time.process_time() - start < 1.0
 
 
 def test_holm_by_hand():
