@@ -25,7 +25,19 @@ from torch import Tensor, nn
 from rlhf.config import UserError
 from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerprint
 from rlhf.data.records import Samples, Scorer, Scores
-from rlhf.models import Foundation, context_length, load_foundation, load_tokenizer, load_weights
+from rlhf.models import (
+    Foundation,
+    adapter_settings,
+    adapter_weights,
+    add_adapter,
+    context_length,
+    head_name,
+    load_adapter,
+    load_foundation,
+    load_tokenizer,
+    load_weights,
+    without_head,
+)
 from rlhf.tensors import pad_right
 
 REWARD_FILE = "reward.json"
@@ -97,36 +109,26 @@ def trainable_reward(foundation: Foundation, lora: Any | None, seed: int = 0) ->
     An adapter at the foundation (SFT's) is the start of the reward adapter, under the same LoRA settings; without one
     a new adapter is put on by `lora` (task type SEQ_CLS); with `lora` None the whole model is trained.
     """
-    from peft import get_peft_model
-
     model = score_model(foundation.model, seed)
     if foundation.adapter_path:
-        return _with_adapter(model, foundation.adapter_path, foundation.base_path)
-    if lora is None:
-        return model
-    model = get_peft_model(model, lora)
-    model.peft_config["default"].base_model_name_or_path = foundation.base_path
-    return model
+        return _with_adapter(model, foundation)
+    return model if lora is None else add_adapter(model, lora)
 
 
-def _with_adapter(model: nn.Module, adapter_path: str, base_path: str) -> nn.Module:
-    """`model` with a trainable copy of the adapter, and its head where it has one. Refuses weights that do not fit."""
-    from peft import PeftConfig, TaskType, get_peft_model, set_peft_model_state_dict
-    from peft.utils import load_peft_weights
+def _with_adapter(model: nn.Module, foundation: Foundation) -> nn.Module:
+    """`model` with a trainable copy of the foundation's adapter, and its head where it has one.
 
-    config = PeftConfig.from_pretrained(adapter_path)
-    config.task_type, config.modules_to_save, config.inference_mode = TaskType.SEQ_CLS, ["score"], False
-    config.base_model_name_or_path = base_path
-    model = get_peft_model(model, config)
-    weights = load_peft_weights(adapter_path, device="cpu")
-    fresh = model.get_base_model().score.modules_to_save["default"].weight.detach()
-    weights.setdefault(f"base_model.model.{HEAD}", fresh)  # SFT's adapter has no head
-    result = set_peft_model_state_dict(model, weights)
-    wanted = {n for n in result.missing_keys if "lora_" in n}
-    if result.unexpected_keys or wanted:
-        odd = [*result.unexpected_keys, *wanted][0]
-        raise UserError(f"{adapter_path}: its weights do not fit {base_path} (first: {odd})")
-    return model
+    What the adapter holds for the output head is left out, since there is none here. Refuses weights that do not fit.
+    """
+    path = foundation.adapter_path
+    config = without_head(adapter_settings(path), foundation.model)
+    config.task_type = "SEQ_CLS"
+    modules = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
+    config.modules_to_save = [*modules, "score"]
+    leave = [head_name(foundation.model)]
+    if f"base_model.model.{HEAD}" not in adapter_weights(path):
+        leave.append("score")  # SFT's adapter has no head: the fresh one stays
+    return load_adapter(model, path, config, leave=tuple(leave))
 
 
 @dataclass
@@ -193,7 +195,7 @@ def load_reward(path: str, device: Any = None, dtype: str = "float32") -> Reward
     if adapter.is_file():
         _require_head(path)
         foundation = load_foundation(path, dtype)
-        model = _with_adapter(score_model(foundation.model), path, foundation.base_path)
+        model = _with_adapter(score_model(foundation.model), foundation)
         tokenizer, base = foundation.tokenizer, foundation.fingerprint
     else:
         model, tokenizer = _load_whole(path, dtype)
@@ -207,14 +209,7 @@ def load_reward(path: str, device: Any = None, dtype: str = "float32") -> Reward
 
 
 def _require_head(path: str) -> None:
-    from safetensors import safe_open
-
-    file = Path(path) / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UserError(f"{path}: adapter_config.json is there, adapter_model.safetensors is not")
-    with safe_open(str(file), "pt") as tensors:
-        names = list(tensors.keys())
-    if not any(name.endswith(HEAD) for name in names):
+    if not any(name.endswith(HEAD) for name in adapter_weights(path)):
         raise UserError(
             f"{path}: this adapter has no score head ({HEAD}), so it is a policy, not a reward model. "
             "Train one with: deepspeed launch/reward.py --config configs/reward.yaml"

@@ -17,6 +17,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rlhf.config import UserError
+from rlhf.models import copy_adapter
 
 SOFT = {"label_prob": math.nan, "weight": 1.0}  # columns a row may have, and what none means
 
@@ -88,7 +89,22 @@ class SoftCollator(DataCollatorForPreference):
 
 
 class EncodedDPOTrainer(DPOTrainer):
-    """TRL's, on rows that already are ids, encoded as for every other stage."""
+    """TRL's, on rows that already are ids, encoded as for every other stage, with a whole copy as reference."""
+
+    def __init__(self, *args, **kwargs):
+        self.copied = False
+        super().__init__(*args, **kwargs)
+        self._copy_reference()
+
+    def _copy_reference(self) -> None:
+        """Copy all of the policy into the reference, once: TRL leaves out LoRA on embeddings and trainable tokens."""
+        if not self.copied and "ref" in getattr(self.model, "peft_config", {}):
+            copy_adapter(self.model, "default", "ref")
+        self.copied = True
+
+    def _precompute_ref_logps(self, *args, **kwargs):
+        self._copy_reference()  # TRL may come here before its __init__ has ended
+        return super()._precompute_ref_logps(*args, **kwargs)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset

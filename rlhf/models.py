@@ -7,12 +7,14 @@ a Hub name or folder with whole weights; a folder with an adapter (its base is r
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,12 @@ from rlhf.tensors import selected_logprobs
 
 IDENTITY_FILE = "rlhf.json"  # beside every adapter: what it was trained on, checked when it is loaded
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
+VALUE_HEAD_FILE = "value_head.safetensors"  # beside the adapter of a critic
+# LoRA settings that change the base itself, or that depend on the prompt: such an adapter cannot share a base
+NOT_SHARED = ("layer_replication", "kasa_config", "arrow_config", "alora_invocation_tokens")
+REWRITES_BASE = re.compile("pissa|corda|olora|loftq|lora_ga")  # initial values that are taken out of the base's weights
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+MERGE = "Merge the adapter (merge_and_unload and save_pretrained of PEFT) and start from the merged model"
 
 
 @dataclass
@@ -49,6 +56,8 @@ def load_foundation(path: str, dtype: str = "float32", attn_implementation: str 
     from transformers import AutoModelForCausalLM
 
     adapter_path = path if (Path(path) / "adapter_config.json").is_file() else None
+    if adapter_path:
+        adapter_settings(adapter_path)  # refuses what cannot be used before anything large is loaded
     base_path = adapter_base(adapter_path) if adapter_path else path
     tokenizer = load_tokenizer(path)
     named = f" It is the 'base_model_name_or_path' of {adapter_path}/adapter_config.json." if adapter_path else ""
@@ -223,10 +232,8 @@ def fingerprint(model: nn.Module, sample: int = 4096) -> str:
     parameters. Adapter weights that PEFT injected are left out.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if "lora_" in name or "modules_to_save" in name:
-            continue
-        name = name.replace(".base_layer", "").removeprefix("base_model.model.")
+    for name, tensor in sorted(_base_weights(model).items()):
+        name = name.removeprefix("base_model.model.")
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // sample)
         values = flat[::step][:sample].to("cpu", torch.bfloat16).view(torch.int16)
@@ -288,13 +295,193 @@ def trainable_policy(foundation: Foundation, lora: Any | None):
     An adapter at the foundation goes on being trained (a trainable copy; its own LoRA settings hold); without one, a
     new adapter is put on; with `lora` None the whole model is trained.
     """
-    from peft import PeftModel, get_peft_model
-
     if foundation.adapter_path:
-        return PeftModel.from_pretrained(foundation.model, foundation.adapter_path, is_trainable=True)
+        require_policy(foundation.adapter_path)
+        return load_adapter(foundation.model, foundation.adapter_path)
     if lora is None:
         return foundation.model
-    return get_peft_model(foundation.model, lora)
+    return add_adapter(foundation.model, lora)
+
+
+def adapter_settings(path: str) -> Any:
+    """Return the PEFT settings of the adapter in a folder, ready to be put on a base beside others.
+
+    Raises UserError when there are none, when they cannot be read, when the adapter is a critic's, and for settings
+    that PEFT cannot keep apart where several adapters share a base.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(f"{path}: no adapter (adapter_config.json) there")
+    if (Path(path) / VALUE_HEAD_FILE).is_file():
+        raise UserError(
+            f"{path}: the critic of a PPO run, not a policy or reward model; the policy is in {file.parent.parent}"
+        )
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: no settings of an adapter ({_first_line(error)})") from None
+    config.inference_mode = False
+    if not isinstance(config, LoraConfig):
+        return config
+    found = [name for name in NOT_SHARED if getattr(config, name, None)]
+    if isinstance(config.init_lora_weights, str) and REWRITES_BASE.match(config.init_lora_weights):
+        found.append("init_lora_weights")
+    if config.bias != "none" and any(n.endswith(".bias") and "lora_" not in n for n in adapter_weights(path)):
+        found.append("bias")
+    if found:
+        raise UserError(
+            f"{file}: '{found[0]}: {getattr(config, found[0])}' changes the base, which other adapters share, so that "
+            f"PEFT cannot hold copies of it. {MERGE}"
+        )
+    config.bias = "none"  # it was of a base without any: nothing was trained
+    return config
+
+
+def require_policy(path: str) -> None:
+    """Raise UserError if the adapter in a folder is a reward model's."""
+    config = adapter_settings(path)
+    if config.task_type == "SEQ_CLS" or (Path(path) / "reward.json").is_file():
+        raise UserError(
+            f"{path}: a reward model, which is no policy. Start from a base model, or from a run of launch/sft.py, "
+            "launch/dpo.py or launch/ppo.py"
+        )
+
+
+def adapter_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of the adapter in a folder by the names they were saved under. Raises UserError."""
+    from peft.utils import load_peft_weights
+
+    if not any((Path(path) / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise UserError(f"{path}: adapter_config.json is there, adapter_model.safetensors is not")
+    try:
+        return load_peft_weights(str(path), device="cpu")
+    except Exception as error:  # safetensors and torch have errors of their own
+        raise UserError(f"{path}: the weights of the adapter cannot be read ({_first_line(error)})") from None
+
+
+def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str = "lora") -> nn.Module:
+    """Put a new adapter on a model, which becomes a PeftModel unless it is one. Raises UserError where PEFT refuses."""
+    from peft import PeftModel, get_peft_model
+    from peft.utils.other import TrainableTokensWrapper
+
+    config = copy.deepcopy(config)  # PEFT writes into it what it finds in this model
+    config.base_model_name_or_path = model.config.name_or_path
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: PEFT cannot put this adapter on the model ({_first_line(error)})") from None
+    for module in model.modules():
+        if isinstance(module, TrainableTokensWrapper) and "bias" not in vars(module):
+            module.bias = None  # TRL reads it off a head; PEFT passes on the weight alone
+            for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
+                setattr(module, method, _of_held_adapters(module, getattr(module, method)))
+    return model
+
+
+def _of_held_adapters(wrapper: nn.Module, method: Callable) -> Callable:
+    """PEFT's method of a module with trainable tokens, for the adapters that have any; it asks it for all of them."""
+    return lambda name, *args: method(name, *args) if name in wrapper._adapters else {}
+
+
+def load_adapter(
+    model: nn.Module, path: str, config: Any = None, name: str = "default", leave: tuple[str, ...] = ()
+) -> nn.Module:
+    """Put the adapter in a folder on a model, all of it: LoRA, modules_to_save, embeddings, single tokens.
+
+    config: its settings, where they are not to be those of the folder. leave: modules of the base whose weights are
+    not wanted, such as the output head under a scalar head. Returns the PeftModel. Raises UserError unless every other
+    weight of the folder finds its place and every place its weight; copies of the base's own weights, which PEFT saves
+    beside an adapter of the embeddings, are compared with the base.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    def wanted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        prefixes = tuple(f"base_model.model.{module}." for module in leave)
+        return {n: w for n, w in weights.items() if not n.startswith(prefixes)}
+
+    given = wanted(adapter_weights(path))
+    model = add_adapter(model, config or adapter_settings(path), name, path)
+    if reason := _not_copied(model, name):
+        raise UserError(f"{path}/adapter_config.json: {reason}, of which PEFT makes no copies. {MERGE}")
+    places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    base, odd = _base_weights(model), []
+    for weight in [n for n in given if n not in places]:
+        own = base.get(_plain_name(weight))
+        if own is None or own.shape != given[weight].shape:
+            odd.append(f"no place for {weight}")
+        elif not torch.equal(own.to("cpu", torch.bfloat16), given[weight].to(torch.bfloat16)):
+            odd.append(f"{weight} is another than the base's, without being among its modules_to_save")
+        del given[weight]
+    for place, weight in wanted(places).items():
+        if place not in given:
+            odd.append(f"{place} is missing")
+        elif given[place].shape != weight.shape:
+            odd.append(f"{place} is {tuple(given[place].shape)}, expected {tuple(weight.shape)}")
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise UserError(f"{path}: its weights do not fit this base: {'; '.join(odd[:3])}{more}")
+    places.update(given)  # what is not wanted stays as it is
+    set_peft_model_state_dict(model, places, adapter_name=name)
+    return model
+
+
+def _not_copied(model: nn.Module, name: str) -> str | None:
+    """What adapter `name` of a PeftModel holds on this base that PEFT does not repeat for a second adapter, or None."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    config = model.peft_config[name]
+    if getattr(config, "modules_to_tie", None) or getattr(config, "target_modules_to_tie", None):
+        return "'ensure_weight_tying: true' ties the output head to an adapter of the embeddings"
+    for wrapper in (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)):
+        if any(isinstance(m, AuxiliaryTrainingWrapper) for m in wrapper.modules() if m is not wrapper):
+            return "'trainable_token_indices' and 'modules_to_save' meet in one module"
+    return None
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return all that the LoRA adapter `name` holds: parameters by their names less that of the adapter."""
+    pattern = re.compile(rf"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.{name}(?=\.|$)")
+    return {pattern.sub(r".\1", n): p for n, p in model.named_parameters() if pattern.search(n)}
+
+
+def copy_adapter(model: nn.Module, source: str, target: str) -> None:
+    """Copy all that one adapter of a PeftModel holds into another with the same settings."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    weights = get_peft_model_state_dict(model, adapter_name=source, save_embedding_layers=False)
+    set_peft_model_state_dict(model, weights, adapter_name=target)
+
+
+def without_head(config: Any, causal: nn.Module) -> Any:
+    """Return the settings of a LoRA adapter for a role without an output head: less what changes the head."""
+    config, head = copy.deepcopy(config), head_name(causal)
+    if config.modules_to_save:
+        config.modules_to_save = [m for m in config.modules_to_save if not head.endswith(m)] or None
+    if isinstance(config.trainable_token_indices, dict):
+        tokens = {m: ids for m, ids in config.trainable_token_indices.items() if not head.endswith(m)}
+        config.trainable_token_indices = tokens or None
+    return config
+
+
+def head_name(causal: nn.Module) -> str:
+    """Return the name of a causal model's output head within it."""
+    return next(name for name, module in causal.named_modules() if module is causal.get_output_embeddings())
+
+
+def _plain_name(name: str) -> str:
+    """The name that a weight of the base has without PEFT's wrapping."""
+    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
+
+
+def _base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own weights by their names without PEFT's wrapping."""
+    ours = ("lora_", "modules_to_save", "trainable_tokens_")
+    return {_plain_name(n): w for n, w in model.state_dict().items() if not any(part in n for part in ours)}
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -16,26 +16,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf.config import UserError
 from rlhf.models import (
+    VALUE_HEAD_FILE,
     Foundation,
+    adapter_parameters,
+    adapter_settings,
+    adapter_weights,
+    add_adapter,
     check_same_base,
+    copy_adapter,
     decoder_and_head,
     gather_columns,
     head_is_plain,
+    head_name,
     hidden_width,
+    load_adapter,
+    require_policy,
     response_logprobs,
+    without_head,
     write_identity,
 )
 
 TRAINED = ("policy", "value")
 MOVING = "moving"  # the reference that follows the policy, when there is one
-HEAD_FILE = "value_head.safetensors"
+SCORE = "score"  # the scalar head of a reward model, which stands beside the trunk here
 
 
 class Roles(nn.Module):
@@ -64,16 +75,19 @@ class Roles(nn.Module):
                 "the critic cannot start from the reward model: none of the scorers is an adapter on this base"
             )
         self.plain_head = head_is_plain(foundation.model)
+        self.output_head = head_name(foundation.model)
         start = foundation.adapter_path
-        policy_config = adapter_config(start) if start else plain_config(lora)
-        self.trunk = get_peft_model(foundation.model, policy_config, adapter_name="policy")
-        reward = adapter_config(reward_path) if reward_path else None
         if start:
-            load_adapter_weights(self.trunk, "policy", start)
+            require_policy(start)
+        policy_config = adapter_config(start) if start else plain_config(lora)
+        reward = adapter_config(reward_path) if reward_path else None
+        self.trunk = foundation.model
+        self._add("policy", policy_config, start)
+        if start:
             self._add("reference", policy_config, start)
         if moving_reference:
             self._add(MOVING, policy_config, None)
-            self.follow(0.0)
+            copy_adapter(self.trunk, "policy", MOVING)
         if critic == "auto":
             critic = "reward" if reward_path else "policy"
         width = hidden_width(self.trunk)
@@ -83,13 +97,13 @@ class Roles(nn.Module):
             config, source = {"reward": (reward, reward_path), "policy": (policy_config, start)}.get(
                 critic, (plain_config(lora), None)
             )
-            self._add("value", config, source)
+            self._add("value", without_head(config, foundation.model), source, (self.output_head, SCORE))
             self.heads["value"] = nn.Linear(width, 1)
             nn.init.zeros_(self.heads["value"].weight)
             nn.init.zeros_(self.heads["value"].bias)
         if reward_path:
             check_same_base(reward_path, foundation)
-            self._add("reward", reward, reward_path)
+            self._add("reward", without_head(reward, foundation.model), reward_path, (self.output_head, SCORE))
             self.heads["reward"] = reward_head(reward_path, width)
             self.score_scale, self.score_bias = reward_shift(reward_path)
         if critic == "reward":
@@ -97,19 +111,28 @@ class Roles(nn.Module):
                 self.heads["value"].weight.copy_(self.heads["reward"].weight * self.score_scale)
                 self.heads["value"].bias.fill_(self.score_bias)
         self.heads.float()
-        if next(foundation.model.parameters()).dtype == torch.float64:
+        self._layers = [m for m in self.trunk.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
+        dtype = next(foundation.model.parameters()).dtype
+        if dtype == torch.float64:
             self.double()
-        self._layers = [m for m in self.trunk.modules() if isinstance(m, BaseTunerLayer)]
+        elif dtype == torch.bfloat16:
+            for layer in self._layers:
+                keep_in_float32(layer, dtype)
+        self._learning = [p for role in TRAINED for p in self.parameters_of(role)]
+        others = {id(p) for p in self._learning}
+        self._frozen = [p for p in self.parameters() if id(p) not in others]
         disable_dropout(self)  # it would make the first ratio differ from 1
         if gradient_checkpointing:  # safe because a role is held through backward: what is recomputed is the same role
             foundation.model.activation_checkpointing_enable()
             self.trunk.enable_input_require_grads()
         self._activate("policy")
 
-    def _add(self, name: str, config: LoraConfig, path: str | None) -> None:
-        self.trunk.add_adapter(name, config)
+    def _add(self, name: str, config: LoraConfig, path: str | None, leave: tuple[str, ...] = ()) -> None:
+        """Put an adapter on the trunk: that of a folder, without the modules to leave, or a new one."""
         if path:
-            load_adapter_weights(self.trunk, name, path)
+            self.trunk = load_adapter(self.trunk, path, config, name, leave)
+        else:
+            self.trunk = add_adapter(self.trunk, config, name)
 
     @property
     def has_reference_adapter(self) -> bool:
@@ -125,21 +148,22 @@ class Roles(nn.Module):
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
-        """moving <- decay * moving + (1 - decay) * policy, on the factors of the adapter (not on their product)."""
-        for target, source in self._moving_pairs():
-            target.data.mul_(decay).add_(source.data, alpha=1 - decay)
+        """moving <- decay * moving + (1 - decay) * policy, on all that the adapter holds (LoRA's factors, not their
+        product)."""
+        policy = adapter_parameters(self.trunk, "policy")
+        for name, target in adapter_parameters(self.trunk, MOVING).items():
+            target.data.mul_(decay).add_(policy[name].data, alpha=1 - decay)
 
     def moving_parameters(self) -> list[nn.Parameter]:
-        return [target for target, _ in self._moving_pairs()]
-
-    def _moving_pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        named = dict(self.trunk.named_parameters())
-        return [(p, named[n.replace(f".{MOVING}.", ".policy.")]) for n, p in named.items() if f".{MOVING}." in n]
+        return list(adapter_parameters(self.trunk, MOVING).values())
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
-        """The parameters of a role, its head included; none for a role that is not there."""
-        named = [p for n, p in self.trunk.named_parameters() if f".{role}." in n and "lora_" in n]
-        return named + (list(self.heads[role].parameters()) if role in self.heads else [])
+        """The parameters of a role that count in its output, its head included; none for a role that is not there."""
+        named = adapter_parameters(self.trunk, role)
+        if role not in self.heads:
+            return list(named.values())
+        unread = f"base_model.model.{self.output_head}."
+        return [p for n, p in named.items() if not n.startswith(unread)] + list(self.heads[role].parameters())
 
     @contextlib.contextmanager
     def use(self, role: str):
@@ -154,13 +178,15 @@ class Roles(nn.Module):
         bare = role == "reference" and not self.has_reference_adapter
         for layer in self._layers:
             layer.enable_adapters(not bare)
-            if not bare:
+            if isinstance(layer, AuxiliaryTrainingWrapper) and role not in layer._adapters:
+                layer.set_adapter([])  # the base's own module, for a role that holds none of its own
+            elif not bare:
                 layer.set_adapter(role)
         # PEFT freezes the adapters that are not active and thaws the one that is: put back who learns here
-        for name, parameter in self.trunk.named_parameters():
-            parameter.requires_grad_("lora_" in name and any(f".{trained}." in name for trained in TRAINED))
-        for name, head in self.heads.items():
-            head.requires_grad_(name in TRAINED)
+        for parameter in self._learning:
+            parameter.requires_grad_(True)
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
 
     def logprobs(self, batch: dict[str, Tensor], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """log p of each response token and the entropy there under the role in use, (B, T)."""
@@ -199,13 +225,30 @@ class Roles(nn.Module):
             config = self.trunk.peft_config[role]
             config.inference_mode = True
             config.save_pretrained(place)
-            weights = get_peft_model_state_dict(self.trunk, adapter_name=role)
-            save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, _weights(place))
+            weights = get_peft_model_state_dict(self.trunk, adapter_name=role, save_embedding_layers=False)
+            save_file(
+                {k: v.detach().cpu().contiguous() for k, v in weights.items()}, place / "adapter_model.safetensors"
+            )
             foundation.tokenizer.save_pretrained(place)
             write_identity(place, foundation, program="ppo", role=role)
         if self.has_critic:
             head = {k: v.detach().cpu().contiguous() for k, v in self.heads["value"].state_dict().items()}
-            save_file(head, folder / "value" / HEAD_FILE)
+            save_file(head, folder / "value" / VALUE_HEAD_FILE)
+
+
+def keep_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:
+    """Keep in float32, as LoRA is, what an adapter trains of a base in `dtype` beside LoRA: small steps would be lost.
+
+    What a module in modules_to_save reads is widened, and what it gives is in `dtype` again.
+    """
+    if isinstance(layer, TrainableTokensWrapper):
+        layer.token_adapter.trainable_tokens_delta.float()
+    if isinstance(layer, ModulesToSaveWrapper):
+        for module in layer.modules_to_save.float().values():
+            module.register_forward_pre_hook(
+                lambda _, given: tuple(x.float() if x.is_floating_point() else x for x in given)
+            )
+            module.register_forward_hook(lambda _, given, output: output.to(dtype))
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -220,36 +263,24 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def plain_config(lora: LoraConfig) -> LoraConfig:
-    """A LoRA config for the trunk: no dropout, no head of its own (heads stand beside the trunk, in fp32)."""
-    config = LoraConfig(**{**lora.to_dict(), "lora_dropout": 0.0, "modules_to_save": None, "inference_mode": False})
-    config.task_type = "CAUSAL_LM"
+    """A LoRA config for the trunk: no dropout, no scalar head of its own (heads stand beside the trunk, in fp32)."""
+    config = LoraConfig(**{**lora.to_dict(), "lora_dropout": 0.0, "inference_mode": False, "task_type": "CAUSAL_LM"})
+    modules = [m for m in config.modules_to_save or [] if m not in (SCORE, "classifier")]  # PEFT adds both to SEQ_CLS
+    config.modules_to_save = modules or None
     return config
 
 
 def adapter_config(path: str) -> LoraConfig:
     """The LoRA settings of the adapter in a folder. Raises UserError if it holds none, or one that is not LoRA."""
-    if not (Path(path) / "adapter_config.json").is_file():
-        raise UserError(f"{path}: no adapter (adapter_config.json) there; as a role it has to be a LoRA adapter")
-    config = PeftConfig.from_pretrained(path)
+    config = adapter_settings(path)
     if not isinstance(config, LoraConfig):
         raise UserError(f"{path}: a {config.peft_type} adapter; roles are LoRA adapters")
     return plain_config(config)
 
 
-def load_adapter_weights(model: nn.Module, name: str, path: str) -> None:
-    """Copy the adapter's weights into adapter `name`. Raises UserError unless every weight finds its place."""
-    weights = {k: v for k, v in load_file(_weights(path)).items() if "lora_" in k}
-    result = set_peft_model_state_dict(model, weights, adapter_name=name)
-    expected = {k for k in get_peft_model_state_dict(model, adapter_name=name) if "lora_" in k}
-    if result.unexpected_keys or set(weights) != expected:
-        missing = sorted(expected ^ set(weights))[:3] + list(result.unexpected_keys)[:3]
-        raise UserError(f"{path}: its weights do not fit this base, for example {', '.join(missing)}")
-
-
 def reward_head(path: str, width: int) -> nn.Linear:
     """The score head that was trained with a reward adapter. Raises UserError when it is missing."""
-    weights = load_file(_weights(path))
-    found = [v for k, v in weights.items() if k.endswith("score.weight")]
+    found = [v for k, v in adapter_weights(path).items() if k.endswith(f"{SCORE}.weight")]
     if len(found) != 1:
         raise UserError(f"{path}: holds no score head (score.weight): no reward model of launch/reward.py")
     if found[0].shape != (1, width):
@@ -272,10 +303,3 @@ def reward_shift(path: str) -> tuple[float, float]:
 def _apply(head: nn.Linear, states: Tensor) -> Tensor:
     """The scalar head in its own precision: (..., H) -> (...)."""
     return head(states.to(head.weight.dtype)).squeeze(-1)
-
-
-def _weights(path: str | Path) -> str:
-    file = Path(path) / "adapter_model.safetensors"
-    if not file.parent.is_dir():
-        raise UserError(f"{path}: no such folder")
-    return str(file)

@@ -108,7 +108,7 @@ class TrainerConfig(AdapterConfig):
 def load_start(run):
     """The foundation that this run starts from. Raises UserError where it and the options do not fit."""
     from rlhf.files import files_fingerprint, model_files
-    from rlhf.models import check_context, load_foundation
+    from rlhf.models import check_context, load_foundation, require_policy
 
     config = run.config
     foundation = load_foundation(config.model_name_or_path, run.torch_dtype, config.attn_implementation)
@@ -116,6 +116,8 @@ def load_start(run):
     run.stands_on("base", foundation.fingerprint)
     if foundation.adapter_path:
         run.stands_on("start", files_fingerprint(model_files(foundation.adapter_path)))
+    if foundation.adapter_path and run.program != "reward":
+        require_policy(foundation.adapter_path)
     if foundation.adapter_path and not getattr(config, "use_peft", True):
         raise UserError(
             f"use_peft is false, but {config.model_name_or_path} is an adapter. Train its whole weights from a merged "

@@ -215,12 +215,15 @@ def held_out_loss(trainer, run: Run) -> dict[str, float]:
     return {k: v for k, v in named.items() if k.startswith("eval/") and not k.startswith("eval/time")}
 
 
-def frozen_copy(model, name: str):
+def frozen_copy(model, name: str) -> None:
     """Add adapter `name` as a frozen copy of the trainable one; a reference for a policy that goes on from it."""
-    model.add_adapter(name, model.peft_config["default"])
-    for parameter_name, parameter in list(model.named_parameters()):
-        if ".default." in parameter_name:
-            model.get_parameter(parameter_name.replace(".default.", f".{name}.")).data.copy_(parameter.data)
+    from rlhf.models import add_adapter, copy_adapter
+
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    add_adapter(model, model.peft_config["default"], name)
+    copy_adapter(model, "default", name)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name in trained)
 
 
 def reference_context(model, name: str = "reference"):

@@ -82,20 +82,24 @@ def base_path(tokenizer, tmp_path_factory) -> str:
     return str(folder)
 
 
-def random_adapter(base_path: str, folder, seed: int, r: int = 4, alpha: int = 8, identity: bool = True) -> str:
-    """Write a LoRA adapter with random weights on the base, as a finished SFT run leaves it."""
+def random_adapter(
+    base_path: str, folder, seed: int, r: int = 4, alpha: int = 8, identity: bool = True, **settings
+) -> str:
+    """Write a LoRA adapter with random weights on the base, as a finished SFT run leaves it; `settings` are PEFT's."""
     import torch
-    from peft import get_peft_model
+    from peft import LoraConfig, get_peft_model
 
-    from rlhf.models import load_foundation, lora_config, write_identity
+    from rlhf.models import load_foundation, write_identity
 
     foundation = load_foundation(base_path)
     torch.manual_seed(seed)
-    model = get_peft_model(foundation.model, lora_config(r=r, alpha=alpha))
+    settings = {"r": r, "lora_alpha": alpha, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+    model = get_peft_model(foundation.model, LoraConfig(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.2 * torch.randn_like(parameter))
+            if parameter.requires_grad:
+                start = 0.0 if ".lora_A" in name or ".lora_B" in name else parameter
+                parameter.copy_(start + 0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     foundation.tokenizer.save_pretrained(folder)
     if identity:

@@ -87,6 +87,36 @@ def trainer_of(cls, base_path, folder, rows, use_peft=True, **options):
     return trainer
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"modules_to_save": ["norm", "lm_head"]},
+        {"trainable_token_indices": [2]},
+    ],
+)
+@pytest.mark.parametrize("precompute", [False, True])
+def test_the_reference_is_the_whole_start(base_path, tmp_path, settings, precompute):
+    from tests.conftest import random_adapter
+
+    foundation = load_foundation(random_adapter(base_path, tmp_path / "sft", seed=5, **settings))
+    trainer = EncodedDPOTrainer(
+        model=trainable_policy(foundation, None),
+        args=DPOConfig(
+            str(tmp_path),
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            max_length=None,
+            precompute_ref_log_probs=precompute,
+        ),
+        train_dataset=Dataset.from_list(soft_rows([encoded(*ids) for ids in PAIRS])),
+        processing_class=foundation.tokenizer,
+    )
+    loss = trainer.compute_loss(trainer.model, dict(next(iter(trainer.get_train_dataloader()))))
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-6)  # policy and reference are one
+
+
 def loss_of(trainer):
     batch = next(iter(trainer.get_eval_dataloader()))  # both rows, through Arrow, in order
     loss = trainer.compute_loss(trainer.model, dict(batch))

@@ -4,8 +4,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from reward.model import trainable_reward
+from rlhf.compare.run import load_policies
 from rlhf.config import UserError
-from rlhf.models import completion_batch, load_foundation, lora_config
+from rlhf.models import completion_batch, load_foundation, lora_config, trainable_policy
 from rlhf.roles import Roles
 from tests.conftest import random_adapter
 
@@ -261,6 +263,170 @@ def test_weights_that_do_not_fit_are_refused(base_path, tmp_path):
     save_file(weights, f"{path}/adapter_model.safetensors")
     with pytest.raises(UserError, match="do not fit"):
         Roles(load_foundation(path), lora_config())
+
+
+KINDS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}},
+    "modules_to_save head": {"modules_to_save": ["lm_head"]},
+    "modules_to_save norms": {"modules_to_save": ["norm"]},
+    "modules_to_save both": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "lora on embeddings": {"target_modules": ["q_proj", "embed_tokens"]},
+    "lora on the head": {"target_modules": ["q_proj", "lm_head"]},
+    "bias of a base without": {"bias": "all"},
+    "lora_bias": {"target_modules": ["q_proj"], "lora_bias": True},
+    "tokens": {"trainable_token_indices": [2, 7]},
+    "tokens of the head": {"trainable_token_indices": {"lm_head": [2]}},
+}
+
+
+def by_peft(base_path, path, ids):
+    """Logits and last hidden states of the adapter as PEFT alone loads it."""
+    from peft import PeftModel
+
+    model = PeftModel.from_pretrained(load_foundation(base_path).model, path).eval()
+    with torch.no_grad():
+        return model(ids).logits, model.get_base_model().base_model(ids).last_hidden_state
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_trained(base_path, tmp_path, kind):
+    ids = torch.arange(3, 25)[None]
+    path = random_adapter(base_path, tmp_path / "sft", seed=5, **KINDS[kind])
+    expected, states = by_peft(base_path, path, ids)
+    roles = Roles(load_foundation(path), lora_config(), moving_reference=True)
+
+    def logits(role):
+        with torch.no_grad(), roles.use(role):
+            return roles.trunk(ids).logits
+
+    for role in ("policy", "reference", "moving"):
+        torch.testing.assert_close(logits(role), expected, atol=1e-6, rtol=0)
+    with torch.no_grad(), roles.use("value"):
+        torch.testing.assert_close(roles.hidden(ids, torch.ones_like(ids)), states, atol=1e-6, rtol=0)
+
+    optimizer = torch.optim.SGD([{"params": roles.parameters_of(role)} for role in ("policy", "value")], lr=0.1)
+    before = {name: parameter.detach().clone() for name, parameter in roles.named_parameters()}
+    with torch.no_grad():
+        roles.heads["value"].weight.fill_(0.1)
+    for _ in range(2):
+        with roles.use("policy"):
+            roles.trunk(ids).logits.square().mean().backward()
+        with roles.use("value"):
+            roles.heads["value"](roles.hidden(ids, torch.ones_like(ids))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, parameter in roles.named_parameters() if not torch.equal(parameter, before[name])}
+    learnt = {id(p) for role in ("policy", "value") for p in roles.parameters_of(role)}
+    assert moved == {name for name, parameter in roles.named_parameters() if id(parameter) in learnt}
+    assert (logits("policy") - expected).abs().max() > 0.01
+    torch.testing.assert_close(logits("reference"), expected, atol=1e-6, rtol=0)
+    roles.follow(0.0)
+    torch.testing.assert_close(logits("moving"), logits("policy"), atol=1e-6, rtol=0)
+
+    roles.save(tmp_path / "ppo", load_foundation(path))
+    torch.testing.assert_close(by_peft(base_path, tmp_path / "ppo", ids)[0], logits("policy"), atol=1e-6, rtol=0)
+    with torch.no_grad(), roles.use("value"):
+        states = roles.hidden(ids, torch.ones_like(ids))
+    torch.testing.assert_close(by_peft(base_path, tmp_path / "ppo" / "value", ids)[1], states, atol=1e-6, rtol=0)
+
+
+def test_beside_lora_too_an_adapter_learns_in_float32_on_a_base_in_bfloat16(base_path, tmp_path):
+    settings = {"modules_to_save": ["norm"], "trainable_token_indices": [2]}
+    path = random_adapter(base_path, tmp_path, seed=5, **settings)
+    roles = Roles(load_foundation(path, "bfloat16"), lora_config())
+    with roles.use("policy"):
+        logits = roles.trunk(torch.arange(3, 25)[None]).logits
+        logits.float().square().mean().backward()
+    assert logits.dtype == torch.bfloat16
+    assert all(p.dtype == torch.float32 and p.grad is not None for p in roles.parameters_of("policy"))
+
+
+PROGRAMS = {
+    "sft and dpo": lambda path: trainable_policy(load_foundation(path), None),
+    "reward": lambda path: trainable_reward(load_foundation(path), None),
+    "ppo": lambda path: Roles(load_foundation(path), lora_config()),
+    "compare": lambda path: load_policies([path], torch.device("cpu"), 8, 8),
+}
+
+
+def assert_refused(path, *words, programs=tuple(PROGRAMS)):
+    for program in programs:
+        with pytest.raises(UserError) as error:
+            PROGRAMS[program](str(path))
+        assert all(word in str(error.value) for word in words), (program, str(error.value))
+
+
+def renamed(path, change):
+    file = f"{path}/adapter_model.safetensors"
+    save_file({change(name): weight for name, weight in load_file(file).items()}, file)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "base_model.model."])
+def test_an_adapter_under_other_names_is_refused_by_every_program(base_path, tmp_path, prefix):
+    path = random_adapter(base_path, tmp_path, seed=5)
+    renamed(path, lambda name: prefix + name)
+    assert_refused(path, "do not fit", f"no place for {prefix}base_model.model.")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "pissa"},
+        {"layer_replication": [[0, 1], [0, 2]]},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"trainable_token_indices": [2], "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_settings_that_adapters_cannot_share_a_base_with_are_refused_by_every_program(base_path, tmp_path, settings):
+    path = random_adapter(base_path, tmp_path, seed=5, **settings)
+    of_the_head = "modules_to_save" in settings
+    programs = [p for p in PROGRAMS if not (of_the_head and p == "reward")]  # which has none
+    assert_refused(path, list(settings)[-1], "merged model", programs=programs)
+
+
+def test_trained_biases_are_refused_by_every_program(tokenizer, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)).save_pretrained(
+        tmp_path / "b"
+    )
+    tokenizer.save_pretrained(tmp_path / "b")
+    path = random_adapter(str(tmp_path / "b"), tmp_path / "a", seed=5, target_modules=["c_attn"], bias="lora_only")
+    assert_refused(path, "'bias: lora_only'", "merged model")
+
+
+def test_base_weights_beside_an_adapter_are_taken_if_they_are_the_bases(base_path, tmp_path):
+    path = random_adapter(base_path, tmp_path, seed=5, target_modules=["q_proj", "embed_tokens"])
+    file, name = f"{path}/adapter_model.safetensors", "base_model.model.model.embed_tokens.base_layer.weight"
+    weights = load_file(file)
+    assert name in weights  # PEFT saves them with LoRA on embeddings
+    trainable_policy(load_foundation(path), None)
+    weights[name][5] += 1.0
+    save_file(weights, file)
+    assert_refused(path, name, "another than the base's")
+
+
+def test_reward_models_and_critics_are_no_policies(roles, sft_path, reward_path, tmp_path):
+    assert_refused(reward_path, "a reward model", programs=("sft and dpo", "ppo", "compare"))
+    roles.save(tmp_path, load_foundation(sft_path))
+    assert_refused(tmp_path / "value", "the critic of a PPO run", f"the policy is in {tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("adapter_config.json", "{", "no settings of an adapter"),
+        ("adapter_model.safetensors", "xx", "cannot be read"),
+        ("adapter_model.safetensors", None, "adapter_model.safetensors is not"),
+    ],
+)
+def test_an_adapter_that_is_not_whole_is_refused_by_every_program(base_path, tmp_path, file, content, words):
+    path = random_adapter(base_path, tmp_path, seed=5)
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
+    assert_refused(path, str(tmp_path), words)
 
 
 def test_a_run_loads_from_whatever_directory(base_path, tmp_path, monkeypatch):

@@ -237,22 +237,28 @@ def load_policies(
 
     Raises UserError where the longest prompt and response go beyond a model's positions.
     """
-    from peft import PeftModel
-
-    from rlhf.models import check_context, check_same_base, load_foundation, use_adapter
+    from rlhf.models import (
+        check_context,
+        check_same_base,
+        load_adapter,
+        load_foundation,
+        require_policy,
+        use_adapter,
+    )
 
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     foundations, policies = [], []
     for number, path in enumerate(paths):
         is_adapter = (Path(path) / "adapter_config.json").is_file()
+        if is_adapter:
+            require_policy(path)
         shared = next((f for f in foundations if is_adapter and f["base"] == _base_of(path)), None)
         if shared is not None:
             check_same_base(path, shared["foundation"])
-            shared["model"].load_adapter(path, adapter_name=f"run{number}")
-            model = shared["model"]
+            model = load_adapter(shared["model"], path, name=f"run{number}")
         elif is_adapter:
             foundation = load_foundation(path, dtype)
-            model = PeftModel.from_pretrained(foundation.model, path, adapter_name=f"run{number}")
+            model = load_adapter(foundation.model, path, name=f"run{number}")
             foundations.append({"base": _base_of(path), "foundation": foundation, "model": model})
         else:
             model = load_foundation(path, dtype).model

@@ -23,6 +23,7 @@ from rlhf.config import UserError
 from rlhf.data.encode import encode_prompt, encode_response
 from rlhf.data.records import Samples
 from rlhf.models import load_foundation, lora_config
+from tests.conftest import random_adapter
 
 ROWS = [[5, 6, 7, 2], [9, 8, 2], [4, 11, 12, 13, 14, 2]]
 
@@ -111,6 +112,36 @@ def test_saved_and_loaded_adapter_scores_the_same(sft_path, tmp_path):
     assert loaded.score_ids(ROWS) == pytest.approx([2.0 * s - 1.5 for s in before], abs=1e-5)
     names = load_file(tmp_path / "adapter_model.safetensors")
     assert [n for n in names if "score" in n] == ["base_model.model.score.weight"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"modules_to_save": ["norm", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+        {"trainable_token_indices": {"embed_tokens": [2], "lm_head": [2]}},
+    ],
+)
+def test_all_that_an_sft_adapter_holds_is_trained_saved_and_a_role(base_path, tmp_path, settings):
+    from rlhf.roles import Roles
+
+    sft = random_adapter(base_path, tmp_path / "sft", seed=5, **settings)
+    foundation = load_foundation(sft)
+    model = trainable_reward(foundation, None)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    ids = torch.tensor([[5, 2, 7, 3]])
+    model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.square().sum().backward()
+    optimizer.step()
+    assert all(torch.equal(p, before[n]) != p.requires_grad for n, p in model.named_parameters())
+    trained = raw_scores(model, ROWS, 0)
+    path = saved_adapter(model, foundation, tmp_path / "reward")
+    assert raw_scores(load_reward(path, "cpu").model, ROWS, 0) == pytest.approx(trained, abs=1e-6)
+    roles = Roles(load_foundation(sft), lora_config(), path)
+    for row, score in zip(ROWS, trained, strict=True):
+        ids = torch.tensor([row])
+        with torch.no_grad(), roles.use("reward"):
+            assert roles.scores(ids, torch.ones_like(ids)).item() == pytest.approx(score, abs=1e-5)
 
 
 def test_saved_and_loaded_whole_model_scores_the_same(base_path, tmp_path):
