@@ -75,7 +75,7 @@ class Roles(nn.Module):
                 "the critic cannot start from the reward model: none of the scorers is an adapter on this base"
             )
         self.plain_head = head_is_plain(foundation.model)
-        self.output_head = head_name(foundation.model)
+        self.output_head, width = head_name(foundation.model), hidden_width(foundation.model)
         start = foundation.adapter_path
         if start:
             require_policy(start)
@@ -90,7 +90,6 @@ class Roles(nn.Module):
             copy_adapter(self.trunk, "policy", MOVING)
         if critic == "auto":
             critic = "reward" if reward_path else "policy"
-        width = hidden_width(self.trunk)
         self.heads = nn.ModuleDict()
         self.score_scale, self.score_bias = 1.0, 0.0
         if critic:
