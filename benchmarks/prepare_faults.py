@@ -286,7 +286,7 @@ def print_coverage(seeds: int = 200) -> None:
     for pairs in (30, 100, 300):
         inside = 0
         for seed in range(seeds):
-            _, low, high = alpha_interval(ratings_of(crowd(seed, pairs, 2, 0.5, 0.4)), resamples=500)
+            _, low, high = alpha_interval(ratings_of(crowd(seed, pairs, 2, 0.5, 0.4)))
             inside += low <= truth <= high
         print(f"- {pairs} pairs: {inside / seeds:.1%} of {seeds} intervals")
 

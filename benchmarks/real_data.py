@@ -76,7 +76,7 @@ def main(name: str, runs: Path) -> None:
     table = {}
     for label, gaps in measured.items():
         right = {id(pair): (gap > 0) + 0.5 * (gap == 0) for pair, gap in zip(test, gaps, strict=True)}
-        interval = mean_interval(test, lambda pair, right=right: right[id(pair)])
+        interval = mean_interval(test, lambda pair, right=right: right[id(pair)], bounds=(0, 1))
         table[label] = {"accuracy": interval.estimate, "low": interval.low, "high": interval.high, "n": interval.groups}
         print(
             f"  {label:<20}{interval.estimate:.3f}   {interval.low:.3f} to {interval.high:.3f}   n = {interval.groups}"

@@ -143,7 +143,7 @@ def report(run, held_out: list[dict], chosen: list[float], rejected: list[float]
     accuracy, calibration = card["accuracy"], card["calibration"]
     headline = {f"eval/reward/accuracy_{end}": accuracy[end] for end in ("low", "high") if accuracy[end] is not None}
     headline |= {"eval/reward/groups": accuracy["n"], "eval/reward/ece": calibration["ece"]}
-    headline |= {"eval/reward/brier": calibration["brier"]}
+    headline |= {f"eval/reward/{name}": calibration[name] for name in ("ece_expected", "brier")}
     return {**logged, **headline, "eval/reward/length_baseline": card["length"]["baseline"]["accuracy"]}
 
 

@@ -3,8 +3,8 @@
     card = report_card(pairs, chosen_scores, rejected_scores, chosen_lengths, rejected_lengths)
     write_card(card, output_dir)       # card.json, card.md, reliability.png
 
-Pairs of one group are not independent (paraphrases share their answers), so intervals resample groups, and the `n`
-of an interval is the number of groups. Scores are raw: P(chosen is better) = sigmoid(score gap).
+Pairs of one group are not independent (paraphrases share their answers), so intervals are over groups, and the `n` of
+an interval is the number of groups. Scores are raw: P(chosen is better) = sigmoid(score gap).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from rlhf.data.records import Preference
+from rlhf.stats import jackknife_interval
 
-LEVEL_Z = 1.959963984540054  # two-sided 95 %
 MAX_SLICES = 20  # sources or annotators listed, the largest first
 
 
@@ -30,13 +30,11 @@ def report_card(
     chosen_lengths: Sequence[int],
     rejected_lengths: Sequence[int],
     *,
-    resamples: int = 2000,
-    seed: int = 0,
     title: str = "held-out pairs",
 ) -> dict[str, Any]:
     """Everything the card says, as plain numbers (None where a number is not defined).
 
-    All arguments have one entry per pair; lengths are in tokens including the end token. `seed` is the bootstrap's.
+    All arguments have one entry per pair; lengths are in tokens including the end token.
     Raises ValueError if there are no pairs, the counts differ, or a score is not finite.
     """
     chosen, rejected = np.asarray(chosen_scores, float), np.asarray(rejected_scores, float)
@@ -49,7 +47,7 @@ def report_card(
     right = pair_accuracy(gaps)
 
     def part(rows: np.ndarray) -> dict[str, Any]:
-        return accuracy_with_interval(right[rows], [groups[i] for i in np.flatnonzero(rows)], resamples, seed)
+        return accuracy_with_interval(right[rows], [groups[i] for i in np.flatnonzero(rows)])
 
     def by(field: str) -> dict[str, Any]:
         values = np.array([str(getattr(p, field)) for p in pairs])
@@ -78,46 +76,22 @@ def pair_accuracy(gaps: np.ndarray) -> np.ndarray:
     return (gaps > 0) + 0.5 * (gaps == 0)
 
 
-def accuracy_with_interval(
-    right: np.ndarray, groups: Sequence[str], resamples: int = 2000, seed: int = 0
-) -> dict[str, Any]:
-    """Mean of `right` over pairs, with a 95 % interval by cluster bootstrap over groups (percentiles).
+def accuracy_with_interval(right: np.ndarray, groups: Sequence[str]) -> dict[str, Any]:
+    """Mean of `right` over pairs, with its 95 % interval over groups (`jackknife_interval`, within 0 and 1).
 
-    Each resample draws as many groups as there are, with replacement, and takes sum / count over their pairs. Where
-    every group has the same mean the bootstrap has no width; then Wilson's interval with n = groups is given
-    (Wilson 1927). With one group, or none, there is no interval (None).
+    With one group, or none, there is no interval (None).
     """
     right = np.asarray(right, float)
     if not len(right):
-        return {"accuracy": None, "low": None, "high": None, "method": None, "n": 0, "pairs": 0}
+        return {"accuracy": None, "low": None, "high": None, "n": 0, "pairs": 0}
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     sums, counts = np.bincount(index, right), np.bincount(index)
     n, mean = len(counts), float(right.mean())
-    result = {"accuracy": mean, "low": None, "high": None, "method": None, "n": n, "pairs": len(right)}
-    if n == 1:
-        return result
-    if np.ptp(sums / counts) == 0:
-        result["low"], result["high"] = wilson(mean, n)
-        return result | {"method": "wilson"}
-    rng = np.random.default_rng(seed)
-    low, high = np.percentile(_resampled_means(sums, counts, resamples, rng), [2.5, 97.5])
-    return result | {"low": float(low), "high": float(high), "method": "bootstrap"}
-
-
-def _resampled_means(sums, counts, resamples, rng) -> np.ndarray:
-    """(resamples,) means over pairs when whole groups are drawn; in blocks, so that memory stays small."""
-    n, means = len(counts), []
-    for start in range(0, resamples, 100):
-        draws = rng.integers(0, n, size=(min(100, resamples - start), n))
-        means.append(sums[draws].sum(1) / counts[draws].sum(1))
-    return np.concatenate(means)
-
-
-def wilson(p: float, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion p seen n times."""
-    z2 = LEVEL_Z**2
-    middle, spread = p + z2 / (2 * n), LEVEL_Z * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
-    return max(0.0, (middle - spread) / (1 + z2 / n)), min(1.0, (middle + spread) / (1 + z2 / n))
+    result = {"accuracy": mean, "low": None, "high": None, "n": n, "pairs": len(right)}
+    if n > 1:
+        without = (sums.sum() - sums) / (counts.sum() - counts)
+        result["low"], result["high"], _ = jackknife_interval(mean, without, bounds=(0.0, 1.0))
+    return result
 
 
 def calibration(gaps: np.ndarray, bins: int = 10) -> dict[str, Any]:
@@ -126,14 +100,20 @@ def calibration(gaps: np.ndarray, bins: int = 10) -> dict[str, Any]:
     A pair has no natural order, so the model's confidence is max(p, 1 - p), in [0.5, 1], and it is right where the
     human choice agrees (half at a tie). ECE = sum over equal-width bins of share * |accuracy - confidence|
     (Naeini et al. 2015; Guo et al. 2017, eq. 3); Brier = mean (1 - p)^2, p the probability given to the choice made.
+
+    ECE adds up what is off by chance in every bin, so that a calibrated model has one above 0 too. `ece_expected` is
+    the mean ECE of a calibrated model with these confidences: the number right of a bin's pairs is then binomial with
+    the bin's mean confidence. Pairs count as independent; a tie is right by half without any chance and adds nothing.
     """
     p = 1 / (1 + np.exp(-np.clip(gaps, -500, 500)))
     confidence, right = np.maximum(p, 1 - p), pair_accuracy(gaps)
     edges = np.linspace(0.5, 1.0, bins + 1)
     index = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
-    table = []
+    table, by_chance = [], 0.0
     for b in range(bins):
         rows = index == b
+        decided = confidence[rows & (gaps != 0)]
+        by_chance += binomial_deviation(len(decided), float(decided.mean())) if len(decided) else 0.0
         if rows.any():
             table.append(
                 {
@@ -145,7 +125,16 @@ def calibration(gaps: np.ndarray, bins: int = 10) -> dict[str, Any]:
                 }
             )
     ece = sum(row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(gaps)
-    return {"ece": float(ece), "brier": float(((1 - p) ** 2).mean()), "bins": table}
+    brier = float(((1 - p) ** 2).mean())
+    return {"ece": float(ece), "ece_expected": by_chance / len(gaps), "brier": brier, "bins": table}
+
+
+def binomial_deviation(n: int, p: float) -> float:
+    """Return E|X - n p| of a binomial X: 2 (1 - p) v P(X = v) with v = floor(n p) + 1 (de Moivre 1730)."""
+    from scipy.stats import binom
+
+    v = math.floor(n * p) + 1
+    return float(2 * (1 - p) * v * binom.pmf(v, n, p))
 
 
 def length_bias(gaps, chosen, rejected, long_c, long_r, part) -> dict[str, Any]:
@@ -242,7 +231,8 @@ def card_text(card: dict[str, Any]) -> str:
     lines += [f"- correlation of score gap and length gap: {_number(length['gap_correlation'])}"]
     lines += [f"- mean tokens: chosen {length['mean_chosen']:.1f}, rejected {length['mean_rejected']:.1f}"]
     lines += ["", "## Calibration", "", f"Brier score {calibrated['brier']:.4f} (always one half: 0.25), "]
-    lines[-1] += f"expected calibration error {calibrated['ece']:.4f}."
+    lines[-1] += f"expected calibration error {calibrated['ece']:.4f} (a calibrated model with as many pairs: "
+    lines[-1] += f"{calibrated['ece_expected']:.4f})."
     lines += [
         "",
         "![reliability](reliability.png)",

@@ -25,7 +25,7 @@ LAYERS = [
     ["rlhf.tracking", "rlhf.trl_names", "rlhf.metrics", "rlhf.guard_table"],
     ["rlhf.data"],
     ["rlhf.files", "rlhf.http_client"],
-    ["rlhf.config"],
+    ["rlhf.config", "rlhf.stats"],
 ]
 
 

@@ -16,13 +16,13 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, fields
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
 
 from rlhf.data.skill import Ratings
 from rlhf.data.votes import Vote, skills
+from rlhf.stats import fair_coin_p, jackknife_interval, wilson
 
 Level = Literal["nominal", "ordinal"]
 
@@ -31,7 +31,6 @@ SKIM = 15.0  # words a second: nobody reads faster
 FASTEST = 1.0  # seconds below which nobody has looked at two answers
 HASTE = 0.2  # share of too fast votes above which an annotator gets a flag
 CONTROLS_RIGHT = 0.8  # share of the control pairs that a reliable annotator gets right
-CHUNK = 4_000_000  # resampled counts held at a time
 
 
 @dataclass
@@ -102,12 +101,10 @@ def krippendorff_alpha(ratings: Ratings, level: Level = "nominal") -> float:
     return float(_alpha(cells.sum(axis=0)[None], level)[0]) if len(cells) else math.nan
 
 
-def alpha_interval(
-    ratings: Ratings, level: Level = "nominal", resamples: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """(alpha, low, high): 95 % percentile interval of the bootstrap over items that have two values or more."""
+def alpha_interval(ratings: Ratings, level: Level = "nominal") -> tuple[float, float, float]:
+    """(alpha, low, high): the 95 % interval over items that have two values or more (`jackknife_interval`)."""
     cells, _ = _coincidences(ratings)
-    return _interval(cells, lambda sums: _alpha(sums, level), resamples, seed)
+    return _interval(cells, lambda sums: _alpha(sums, level))
 
 
 def cohen_kappa(one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]) -> float:
@@ -121,11 +118,9 @@ def cohen_kappa(one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]) 
     return float(_kappa(cells.sum(axis=0)[None])[0]) if len(cells) else math.nan
 
 
-def kappa_interval(
-    one: dict[Hashable, Hashable], other: dict[Hashable, Hashable], resamples: int = 1000, seed: int = 0
-) -> tuple[float, float, float]:
-    """(kappa, low, high): 95 % percentile interval of the bootstrap over the common items."""
-    return _interval(_crossed(one, other), _kappa, resamples, seed)
+def kappa_interval(one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]) -> tuple[float, float, float]:
+    """(kappa, low, high): the 95 % interval over the common items (`jackknife_interval`)."""
+    return _interval(_crossed(one, other), _kappa)
 
 
 def pairwise_kappas(ratings: Ratings) -> list[tuple[str, str, float, int]]:
@@ -143,11 +138,7 @@ def pairwise_kappas(ratings: Ratings) -> list[tuple[str, str, float, int]]:
 
 
 def agreement_summary(
-    votes: list[Vote],
-    controls: dict[int, str] | None = None,
-    words: dict[int, int] | None = None,
-    resamples: int = 1000,
-    seed: int = 0,
+    votes: list[Vote], controls: dict[int, str] | None = None, words: dict[int, int] | None = None
 ) -> dict[str, Any]:
     """Everything here about a set of votes, ready for JSON (None where it cannot be computed).
 
@@ -160,7 +151,7 @@ def agreement_summary(
     nominal = ratings_of(normal)
     alphas = {}
     for level in ("nominal", "ordinal"):
-        estimate, low, high = alpha_interval(ratings_of(normal, level), level, resamples, seed)
+        estimate, low, high = alpha_interval(ratings_of(normal, level), level)
         alphas[level] = {"estimate": estimate, "low": low, "high": high}
     kappas = [{"one": a, "other": b, "kappa": k, "pairs": n} for a, b, k, n in pairwise_kappas(nominal)]
     return _plain(
@@ -215,24 +206,6 @@ def annotator_reliability(
     for person in people:
         person.flags = _flags(person, [other for other in people if other is not person])
     return people
-
-
-def wilson(count: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """The score interval of a share `count / n` (Wilson 1927)."""
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    p, scale = count / n, 1 + z * z / n
-    middle = (p + z * z / (2 * n)) / scale
-    half = z / scale * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def fair_coin_p(count: int, n: int) -> float:
-    """Two-sided exact p-value of `count` heads in `n` throws of a fair coin; nan without a throw."""
-    if n == 0:
-        return math.nan
-    tail = min(count, n - count)
-    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(tail + 1)]
-    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
 def _agreement_with_the_rest(votes: list[Vote]) -> dict[str, Share]:
@@ -317,26 +290,14 @@ def _kappa(sums: np.ndarray) -> np.ndarray:
         return np.where(chance < 1 - 1e-12, (observed - chance) / (1 - chance), np.nan)
 
 
-def _interval(
-    cells: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
-) -> tuple[float, float, float]:
-    """The statistic of the sum of (N, K, K) cells, and its 95 % interval over resampled items; nan where undefined."""
-    items = len(cells)
-    if not items:
+def _interval(cells: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float, float]:
+    """The statistic of the sum of (N, K, K) cells, one for each item, and its 95 % interval; nan where undefined."""
+    if not len(cells):
         return math.nan, math.nan, math.nan
-    estimate = float(statistic(cells.sum(axis=0)[None])[0])
-    if items == 1 or math.isnan(estimate):
-        return estimate, math.nan, math.nan
-    rng, flat = np.random.default_rng(seed), cells.reshape(items, -1)
-    step = max(1, CHUNK // items)
-    values = []
-    for start in range(0, resamples, step):
-        times = rng.multinomial(items, np.full(items, 1 / items), size=min(step, resamples - start))
-        values.append(statistic((times @ flat).reshape(-1, *cells.shape[1:])))
-    kept = np.concatenate(values)
-    kept = kept[np.isfinite(kept)]  # a resample in which all said the same has no value
-    low, high = np.quantile(kept, [0.025, 0.975]) if len(kept) else (math.nan, math.nan)
-    return estimate, float(low), float(high)
+    total = cells.sum(axis=0)
+    estimate = float(statistic(total[None])[0])
+    low, high, _ = jackknife_interval(estimate, statistic(total - cells), bounds=(-1.0, 1.0))
+    return estimate, low, high
 
 
 def _plain(value: Any) -> Any:

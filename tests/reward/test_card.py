@@ -13,7 +13,6 @@ from reward.card import (
     distribution,
     pair_accuracy,
     report_card,
-    wilson,
     write_card,
 )
 from rlhf.data.records import Preference
@@ -28,24 +27,17 @@ def test_a_tie_counts_half():
     assert pair_accuracy(np.array([2.0, 0.0, -1.0])).tolist() == [1.0, 0.5, 0.0]
 
 
-def test_wilson_interval_by_hand():
-    # p = 1, n = 10: middle and spread both z^2/20, low = 1 / (1 + z^2/10) = 1 / 1.3841459 = 0.7224672
-    low, high = wilson(1.0, 10)
-    assert (low, high) == pytest.approx((0.7224672, 1.0), abs=1e-6)
-    # p = 1/2, n = 4: half-width z / 2 / sqrt(n + z^2) = sqrt(3.8414588 / 7.8414588) / 2 = 0.3499610
-    assert wilson(0.5, 4) == pytest.approx((0.1500390, 0.8499610), abs=1e-6)
-
-
-def test_bootstrap_resamples_groups_not_pairs():
-    # two groups: one with three right pairs, one with one wrong. Mean 3/4. A resample of two groups is
-    # (a, a) -> 1, (a, b) -> 3/4, (b, b) -> 0 with chances 1/4, 1/2, 1/4: the 2.5 and 97.5 percentiles are 0 and 1
+def test_the_unit_of_the_accuracy_s_interval_is_the_group():
+    # two groups: one with three right pairs, one with one wrong: 3/4. Without each 0 and 1: se^2 = 1/2 (1/4 + 1/4)
+    # N = (3/16) / (1/4) = 3/4; t(.975, 1)^2 = 161.4476, over N 215.2635
+    # (.75 + 107.6317 +- sqrt(40.3619 + 11584.59)) / 216.2635
     result = accuracy_with_interval(np.array([1.0, 1.0, 1.0, 0.0]), ["a", "a", "a", "b"])
     assert result["accuracy"] == pytest.approx(0.75)
-    assert (result["low"], result["high"], result["n"], result["pairs"]) == (0.0, 1.0, 2, 4)
-    assert result["method"] == "bootstrap"
+    assert (result["low"], result["high"]) == pytest.approx((0.002599, 0.999710), abs=1e-5)
+    assert (result["n"], result["pairs"]) == (2, 4)
 
 
-def test_bootstrap_of_single_pairs_is_near_the_normal_interval():
+def test_the_interval_of_single_pairs_is_near_the_normal_one():
     # 400 groups of one, p = 0.8: 0.8 +- 1.96 * sqrt(0.16 / 400) = 0.8 +- 0.0392
     right = np.array([1.0, 1.0, 1.0, 1.0, 0.0] * 80)
     result = accuracy_with_interval(right, [str(i) for i in range(400)])
@@ -61,12 +53,25 @@ def test_paraphrases_widen_the_interval():
     assert result["high"] - result["low"] == pytest.approx(0.35, abs=0.06)
 
 
-def test_all_right_takes_wilson_and_one_group_has_no_interval():
-    all_right = accuracy_with_interval(np.ones(30), [str(i // 3) for i in range(30)])  # 10 groups
-    assert (all_right["method"], all_right["n"]) == ("wilson", 10)
-    assert all_right["low"] == pytest.approx(0.7224672, abs=1e-6)
+def test_all_right_has_an_interval_and_one_group_has_none():
+    # 10 groups: 1 / (1 + t(.975, 9)^2 / 10) = 1 / (1 + .5117355) = .661491
+    all_right = accuracy_with_interval(np.ones(30), [str(i // 3) for i in range(30)])
+    assert (all_right["low"], all_right["high"], all_right["n"]) == (pytest.approx(0.661491, abs=1e-6), 1.0, 10)
     assert accuracy_with_interval(np.array([1.0, 0.0]), ["a", "a"])["low"] is None
     assert accuracy_with_interval(np.array([]), [])["accuracy"] is None
+
+
+def test_the_accuracy_s_interval_holds_with_few_groups_of_unequal_size():
+    # 1 + Poisson(2) pairs a group, correlated 0.3 within, accuracy 0.75: 1000 cards of 8 groups, standard error .7 %
+    rng, a = np.random.default_rng(0), 1 / 0.3 - 1
+    held = 0
+    for _ in range(1000):
+        sizes = 1 + rng.poisson(2, 8)
+        skill = np.repeat(rng.beta(0.75 * a, 0.25 * a, 8), sizes)
+        right = (rng.random(sizes.sum()) < skill).astype(float)
+        found = accuracy_with_interval(right, np.repeat(np.arange(8), sizes))
+        held += found["low"] <= 0.75 <= found["high"]
+    assert held / 1000 > 0.93  # percentiles of the bootstrap: 0.87
 
 
 def test_calibration_by_hand():
@@ -76,10 +81,28 @@ def test_calibration_by_hand():
     result = calibration(np.array([math.log(3) + 1e-12, math.log(3) + 1e-12, -math.log(3) - 1e-12, 0.0]))
     assert result["ece"] == pytest.approx(0.0625, abs=1e-6)
     assert result["brier"] == pytest.approx(0.234375, abs=1e-6)
+    # of a calibrated model: E|X - 2.25| of Binomial(3, .75) is 2 * .25 * 3 * .421875 = .6328125; the tie adds nothing
+    assert result["ece_expected"] == pytest.approx(0.6328125 / 4, abs=1e-6)
     low, high = result["bins"]
     assert (low["from"], low["pairs"], low["accuracy"]) == (0.5, 1, 0.5)
     assert (high["from"], high["pairs"]) == (0.75, 3)
     assert high["accuracy"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("pairs", [50, 200, 1000])
+def test_a_calibrated_model_shows_the_error_that_is_expected_of_it(pairs):
+    # gaps of sd 2, the choice drawn from sigmoid(gap): the mean ECE of 400 such cards lies above 0, and where we say
+    rng = np.random.default_rng(pairs)
+    seen, expected = [], []
+    for _ in range(400):
+        gaps = 2 * rng.normal(size=pairs)
+        gaps *= np.where(rng.random(pairs) < 1 / (1 + np.exp(-gaps)), 1, -1)
+        found = calibration(gaps)
+        seen.append(found["ece"])
+        expected.append(found["ece_expected"])
+    error = np.std(seen) / 20
+    assert np.mean(seen) == pytest.approx(np.mean(expected), abs=4 * error)
+    assert np.mean(seen) > 20 * error  # what a calibrated model is charged with
 
 
 def test_a_huge_gap_is_certain_and_does_not_overflow():
@@ -144,6 +167,7 @@ def test_card_is_written_and_reads_back(tmp_path):
     assert json.loads((tmp_path / "card.json").read_text()) == json.loads(json.dumps(card))
     text = path.read_text()
     assert "| **all pairs** | 0.625 |" in text
+    assert f"a calibrated model with as many pairs: {card['calibration']['ece_expected']:.4f}" in text
     assert '("the longer is better"' in text
     assert "question 1" in text
     assert (tmp_path / "reliability.png").read_bytes()[:4] == b"\x89PNG"

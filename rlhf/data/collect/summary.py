@@ -12,7 +12,6 @@ from rlhf.data.collect.queue import Queue, Rules
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
 
-RESAMPLES = 500  # of the bootstrap: the page is for looking
 KAPPAS = 15  # two annotators each
 
 
@@ -44,7 +43,7 @@ def summary(store: Store) -> dict[str, Any]:
     open_pairs, progress = queue.open_pairs(), queue.progress(0)
     words = {id: len(p["text_a"].split()) + len(p["text_b"].split()) for id, p in pairs.items()}
     stats, votes = store.stats(), store.votes()
-    found = agreement_summary(votes, store.controls(), words, resamples=RESAMPLES)
+    found = agreement_summary(votes, store.controls(), words)
     return found | {
         "kappa": kappas(votes, store.controls(), found["kappa"]),
         "kappa_of": len(found["kappa"]),
@@ -71,7 +70,7 @@ def kappas(votes: list[Vote], controls: dict[int, str], found: list[dict[str, An
     most = sorted(found, key=lambda row: -row["pairs"])[:KAPPAS]
     rows = []
     for row in most:
-        _, low, high = kappa_interval(by_name[row["one"]], by_name[row["other"]], RESAMPLES)
+        _, low, high = kappa_interval(by_name[row["one"]], by_name[row["other"]])
         rows.append(row | {"low": None if math.isnan(low) else low, "high": None if math.isnan(high) else high})
     return rows
 

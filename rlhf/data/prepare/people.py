@@ -93,7 +93,7 @@ def annotators_in_words(summary: dict[str, Any]) -> list[str]:
 
 def _kappas(summary: dict[str, Any]) -> list[str]:
     said = kappas_in_words(summary)
-    return ["", f"Cohen's kappa (95 % bootstrap interval) of every two: {'; '.join(said)}."] if said else []
+    return ["", f"Cohen's kappa (95 % interval) of every two: {'; '.join(said)}."] if said else []
 
 
 def kappas_in_words(summary: dict[str, Any]) -> list[str]:

@@ -1,0 +1,89 @@
+"""Intervals of a statistic of independent clusters: the same for comparisons, report cards and agreement.
+
+A cluster is what was drawn at random: a group of prompts, an item that several people have judged. What belongs to one
+cluster may depend on each other in any way. docs/compare.md has the simulated coverage.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+MIN_CLUSTERS = 5  # with fewer, an interval is shown and no verdict: it holds only for nearly normal values
+ROUNDING = 1e-12  # a standard error below this share of the values is rounding
+
+
+def jackknife_interval(
+    estimate: float, without: np.ndarray, *, bounds: tuple[float, float] | None = None, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Return (low, high, standard error) of a statistic of n independent clusters.
+
+        se^2 = (n - 1) / n sum_i (without_i - mean of without)^2,    estimate +- t(n - 1) se
+
+    without: (n,) the statistic computed again without each cluster (Tukey 1958). For the mean of the clusters this is
+    Student's interval. bounds: what the statistic cannot leave; then the interval is `bounded_interval`.
+    All nan with fewer than two clusters, or where the statistic is not defined without one of them.
+    """
+    n = len(without)
+    if n < 2 or not math.isfinite(estimate) or not np.all(np.isfinite(without)):
+        return math.nan, math.nan, math.nan
+    se = math.sqrt((n - 1) / n * float(np.sum((without - np.mean(without)) ** 2)))
+    se = se if se > ROUNDING * abs(estimate) else 0.0
+    if bounds is not None:
+        return *bounded_interval(estimate, se, n - 1, n, bounds=bounds, level=level), se
+    half = student_quantile(0.5 + level / 2, n - 1) * se
+    return estimate - half, estimate + half, se
+
+
+def bounded_interval(
+    estimate: float, se: float, df: float, n: int, *, bounds: tuple[float, float] = (0.0, 1.0), level: float = 0.95
+) -> tuple[float, float]:
+    """Return (low, high) of a statistic within `bounds`: Wilson's score interval (1927) for clusters.
+
+        p = (estimate - lowest) / (highest - lowest),    the q with (p - q)^2 <= t(df)^2 q (1 - q) / N
+
+    N = `effective_size`, the independent observations of 0 or 1 that would be as exact. Unlike estimate +- t se it
+    stays within the bounds and has a width where all clusters are alike (then N = n).
+    """
+    lowest, width = bounds[0], bounds[1] - bounds[0]
+    p, se = min(1.0, max(0.0, (estimate - lowest) / width)), se / width
+    share = student_quantile(0.5 + level / 2, df) ** 2 / effective_size(p, se, n)
+    middle = (p + share / 2) / (1 + share)
+    half = math.sqrt(share * p * (1 - p) + share**2 / 4) / (1 + share)
+    low, high = max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # p lies outside by rounding alone
+    return lowest + width * low, lowest + width * high
+
+
+def bounded_p(p: float, se: float, df: float, n: int, *, null: float = 0.5) -> float:
+    """Return the two-sided p-value of a share: below 0.05 where the 95 % interval leaves out `null`."""
+    from scipy.special import stdtr
+
+    distance = abs(p - null) / math.sqrt(null * (1 - null) / effective_size(p, se, n))
+    return min(1.0, 2 * float(stdtr(df, -distance)))
+
+
+def effective_size(p: float, se: float, n: int) -> float:
+    """Return how many independent observations of 0 or 1 have this standard error: p (1 - p) / se^2; n without any."""
+    return p * (1 - p) / se**2 if se > ROUNDING and 0 < p < 1 else float(n)
+
+
+def wilson(count: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return the score interval of a share `count / n` of independent observations (Wilson 1927)."""
+    return bounded_interval(count / n, 0.0, math.inf, n, level=level)
+
+
+def fair_coin_p(count: int, n: int) -> float:
+    """Return the two-sided exact p-value of `count` heads in `n` throws of a fair coin; nan without a throw."""
+    if n == 0:
+        return math.nan
+    tail = min(count, n - count)
+    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(tail + 1)]
+    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+
+
+def student_quantile(p: float, df: float) -> float:
+    """Return the quantile of Student's t; of the normal distribution at df infinite."""
+    from scipy.special import ndtri, stdtrit
+
+    return float(ndtri(p) if df == math.inf else stdtrit(df, p))
