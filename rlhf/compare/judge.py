@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.points import Point, Results
+from rlhf.compare.points import Point, Results, independent_pairs
 from rlhf.config import UserError, did_you_mean, import_function
 from rlhf.http_client import Service, ask, check_url, read_token
 
@@ -46,14 +46,15 @@ class Judge:
 class Verdicts:
     """What a judge said about two policies' answers, asked in both orders."""
 
-    wins: np.ndarray  # (prompts, samples) share that A's answer wins
+    wins: np.ndarray  # (prompts, pairs) share that A's answer wins
+    pairs: list[tuple[int, int]]  # (sample of A, sample of B), the same at each prompt
     consistency: float  # share of the pairs with the same winner, or a tie, in both orders; nan where none was asked
     prefers_first: float  # mean probability given to the answer shown first; 0.5 without a favourite position
     asked: int  # pairs whose two answers differ
 
 
 def judge_wins(judge: Judge, results: Results, a: Point, b: Point, cache: str | Path) -> Verdicts:
-    """Ask about sample k of `a` against sample k of `b` at every prompt. Raises UserError if their numbers differ.
+    """Ask about each sample of `a` against one of `b` that does not share its sampling noise, at every prompt.
 
         p1 = P(first better) with A's answer first,    p2 = P(first better) with B's answer first
         share of A = (p1 + 1 - p2) / 2,    or 1/2 where both orders prefer the same position
@@ -62,10 +63,11 @@ def judge_wins(judge: Judge, results: Results, a: Point, b: Point, cache: str | 
     twice; delete it when the judge behind a name has changed.
     """
     answers = [results.responses[p.method, p.strength, p.seed, p.step] for p in (a, b)]
+    pairs = one_partner_each(independent_pairs(a, b))
     rows = [
-        (prompt, x, y)
+        (prompt, own[k], other[m])
         for prompt, own, other in zip(results.prompts, *answers, strict=True)
-        for x, y in _samples(own, other, a, b)
+        for k, m in pairs
     ]
     different = [(prompt, x, y) for prompt, x, y in rows if x != y]
     known = ask_all(judge, [pair for prompt, x, y in different for pair in ((prompt, x, y), (prompt, y, x))], cache)
@@ -73,24 +75,26 @@ def judge_wins(judge: Judge, results: Results, a: Point, b: Point, cache: str | 
     shares = iter(share_of_both_orders(orders[:, 0], orders[:, 1]).tolist())
     wins = np.array([next(shares) if x != y else 0.5 for _, x, y in rows]).reshape(len(results.prompts), -1)
     if not different:
-        return Verdicts(wins, math.nan, math.nan, 0)
+        return Verdicts(wins, pairs, math.nan, math.nan, 0)
     same = np.sign(orders[:, 0] - 0.5) == -np.sign(orders[:, 1] - 0.5)
-    return Verdicts(wins, float(same.mean()), float(orders.mean()), len(different))
+    return Verdicts(wins, pairs, float(same.mean()), float(orders.mean()), len(different))
+
+
+def one_partner_each(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Of the pairs (sample of a, sample of b) one for each sample of a: with the next sample of b after its own number,
+    in a circle, so that no sample is asked about more often than it must be."""
+    found: dict[int, int] = {}
+    size = 1 + max((m for _, m in pairs), default=0)
+    for k, m in pairs:
+        if k not in found or (m - k - 1) % size < (found[k] - k - 1) % size:
+            found[k] = m
+    return list(found.items())
 
 
 def share_of_both_orders(p1: np.ndarray, p2: np.ndarray) -> np.ndarray:
     """(n,) A's share from P(first better) with A first (p1) and with B first (p2); see `judge_wins`."""
     contradiction = (p1 - 0.5) * (p2 - 0.5) > 0
     return np.where(contradiction, 0.5, (p1 + 1 - p2) / 2)
-
-
-def _samples(own: list[str], other: list[str], a: Point, b: Point):
-    if len(own) != len(other):
-        raise UserError(
-            f"judge: {a.method} has {len(own)} samples a prompt and {b.method} has {len(other)}; sample k meets sample "
-            "k, so measure both with the same number of samples"
-        )
-    return zip(own, other, strict=True)
 
 
 def ask_all(judge: Judge, pairs: Sequence[Pair], cache: str | Path) -> list[float]:

@@ -133,6 +133,8 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
         a = [ends[j][s] for s in seeds]
         b = [foundation if i == 0 else ends[i][s] for s in seeds]
         found = win_rate(a, b, results, results.judge, level=level)
+        if found is None:
+            continue
         told = math.isfinite(found.controlled.estimate) and not found.ridge  # else length and policy are one
         for matrix, estimate in ((raw, found.raw), (controlled, found.controlled if told else None)):
             if estimate is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +28,7 @@ class Point:
     values: dict[str, np.ndarray]
     numbers: dict[str, float] = field(default_factory=dict)
     budget: dict[str, float] = field(default_factory=dict)  # of the trial alone, up to this step
+    noise: list[range] | None = None  # of each sample, the draws of sampling noise behind it; None: sample k has draw k
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +68,18 @@ class Results:
         Groups are sorted by name, so that the order is the same for all points.
         """
         return group_means(values, self.groups)
+
+
+def independent_pairs(a: Point, b: Point) -> list[tuple[int, int]]:
+    """The pairs (sample of a, sample of b) that share no draw of sampling noise, in order.
+
+    All policies are measured with the same draws. Answers that share one are alike where the policies are, so their
+    outcome tells how near the policies stand to each other; P(a's answer beats b's) is estimated from these pairs.
+    """
+    samples = [next(iter(p.values.values())).shape[1] for p in (a, b)]
+    draws = [p.noise or [range(k, k + 1) for k in range(n)] for p, n in zip((a, b), samples, strict=True)]
+    every = itertools.product(enumerate(draws[0]), enumerate(draws[1]))
+    return [(k, m) for (k, x), (m, y) in every if not set(x) & set(y)]
 
 
 def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:

@@ -16,9 +16,10 @@ import numpy as np
 
 from rlhf.compare.measures import distinct_n
 from rlhf.compare.plot import plot_frontier, plot_scores
-from rlhf.compare.stats import Interval, group_means, mean_interval, mean_se, paired_bootstrap, prompt_key, win_rate
+from rlhf.compare.stats import Interval, group_means, mean_interval, mean_se, paired_difference, prompt_key, win_rate
 from rlhf.compare.text import markdown, verdict
 from rlhf.config import UserError, did_you_mean
+from rlhf.stats import MIN_CLUSTERS
 from rlhf.tracking import dumps, write_atomic
 
 ScoreKind = Literal["gold", "proxy", "referee", "other"]
@@ -35,8 +36,6 @@ def write_report(
     *,
     tie_margin: float = 0.0,
     samples: int = 3,
-    resamples: int = 10_000,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """Compare `policies` (name -> evaluation rows, the SFT reference first) and write the report; returns its JSON.
 
@@ -50,19 +49,18 @@ def write_report(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     reference = next(iter(policies))
-    options = {"resamples": resamples, "seed": seed}
     report: dict[str, Any] = {
         "reference": reference,
         "judge": judge,
         "score_kinds": dict(score_kinds),
-        "unit": _unit(policies, resamples, tie_margin),
-        "policies": {name: _policy(rows, policies[reference], score_kinds, options) for name, rows in policies.items()},
+        "unit": _unit(policies, tie_margin),
+        "policies": {name: _policy(rows, policies[reference], score_kinds) for name, rows in policies.items()},
         "pairs": [],
         "samples": _samples(policies, samples),
         "meta": meta,
     }
     for a, b in _pairs(list(policies)):
-        report["pairs"].append(_pair(a, b, policies, judge, tie_margin, options))
+        report["pairs"].append(_pair(a, b, policies, judge, tie_margin))
     report["verdict"] = verdict(report)
     write_atomic(output_dir / "report.json", dumps(report, indent=2) + "\n")
     plot_frontier(report, output_dir / "frontier.png")
@@ -107,7 +105,7 @@ def _check(policies: dict[str, list], score_kinds: dict[str, str], judge: str | 
             raise UserError(f"compare: {bad} of {len(rows)} rows of '{policy}' have a KL that is not a finite number")
 
 
-def _unit(policies: dict[str, list], resamples: int, tie_margin: float) -> dict[str, Any]:
+def _unit(policies: dict[str, list], tie_margin: float) -> dict[str, Any]:
     first = next(iter(policies.values()))
     prompts = len({(row.group, prompt_key(row.prompt)) for row in first})
     return {
@@ -115,43 +113,42 @@ def _unit(policies: dict[str, list], resamples: int, tie_margin: float) -> dict[
         "prompts": prompts,
         "samples_per_prompt": {name: len(rows) / prompts for name, rows in policies.items()},
         "level": 0.95,
-        "resamples": resamples,
+        "min_groups": MIN_CLUSTERS,
         "tie_margin": tie_margin,
     }
 
 
-def _policy(rows: list, reference: list, score_kinds: dict[str, str], options: dict[str, int]) -> dict[str, Any]:
+def _policy(rows: list, reference: list, score_kinds: dict[str, str]) -> dict[str, Any]:
     """The numbers of one policy; differences are to the reference (nothing for the reference itself)."""
     scores = {}
     for name in score_kinds:
         value = _score(name)
         means = group_means(rows, value)
         scores[name] = {
-            "mean": mean_interval(rows, value, **options).to_dict(),
+            "mean": mean_interval(rows, value).to_dict(),
             "sd": float(np.std(means, ddof=1)) if len(means) > 1 else None,
         }
         if rows is not reference:
-            scores[name]["difference"] = paired_bootstrap(rows, reference, value, **options).to_dict()
+            scores[name]["difference"] = paired_difference(rows, reference, value).to_dict()
     return {
         "rows": len(rows),
         "scores": scores,
-        "kl": mean_interval(rows, _kl, **options).to_dict(),
+        "kl": mean_interval(rows, _kl).to_dict(),
         "length": mean_se(rows, lambda row: row.length)[0],
         "ended": mean_se(rows, lambda row: row.ended)[0],
         "distinct": distinct_n([row.response for row in rows], 2),
     }
 
 
-def _pair(
-    a: str, b: str, policies: dict[str, list], judge: str | None, tie_margin: float, options: dict[str, int]
-) -> dict[str, Any]:
+def _pair(a: str, b: str, policies: dict[str, list], judge: str | None, tie_margin: float) -> dict[str, Any]:
     """A over B by the judge, and how their KL differs."""
     rows_a, rows_b = policies[a], policies[b]
     pair: dict[str, Any] = {"a": a, "b": b, "difference": None, "win_rate": None}
     if judge is not None:
-        pair["difference"] = paired_bootstrap(rows_a, rows_b, _score(judge), **options).to_dict()
-        pair["win_rate"] = win_rate(rows_a, rows_b, _score(judge), tie_margin=tie_margin, **options).to_dict()
-    pair["kl_difference"] = paired_bootstrap(rows_a, rows_b, _kl, **options).to_dict()
+        pair["difference"] = paired_difference(rows_a, rows_b, _score(judge)).to_dict()
+        wins = win_rate(rows_a, rows_b, _score(judge), tie_margin=tie_margin)
+        pair["win_rate"] = None if wins is None else wins.to_dict()
+    pair["kl_difference"] = paired_difference(rows_a, rows_b, _kl).to_dict()
     return pair
 
 

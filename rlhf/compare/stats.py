@@ -1,30 +1,22 @@
-"""Means, differences and win rates with intervals, where the unit is the group. Pure numpy.
+"""Means, differences and win rates with intervals, where the unit is the group.
 
-Rows are evaluation rows: anything with `.group`, `.prompt` (text or messages) and what `value(row)` reads. Samples of
-a prompt and prompts of a group are not independent, so the samples are averaged within each prompt, the prompts within
-each group, and only groups are resampled. Each group counts once, however many rows it has.
-
-Intervals are percentile intervals of the bootstrap, expanded for the number of groups (Hesterberg 2015, "What teachers
-should know about the bootstrap", section 4.3): with n groups the quantile at alpha/2 moves to
-Phi(-sqrt(n/(n-1)) t_{1-alpha/2, n-1}), since the plain interval is too narrow by about that factor. For two to five
-groups all n^n resamples are enumerated; with one group there is no interval (nan).
+Rows are evaluation rows: anything with `.group`, `.prompt` (text or messages) and what `value(row)` reads.
+Samples of a prompt and prompts of a group are not independent, so the samples are averaged within each prompt, the
+prompts within each group, and the intervals are over groups (rlhf/stats.py). Each group counts once, however many rows
+it has; with one group there is no interval (nan).
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
-NORMAL = NormalDist()
-ENUMERATE_UP_TO = 5  # groups: 5^5 = 3125 resamples
-CHUNK = 4_000_000  # resampled indices held at a time
+from rlhf.stats import jackknife_interval
 
 Value = Callable[[Any], float]
 
@@ -39,99 +31,70 @@ class Interval:
     se: float
     groups: int
 
-    def above(self, x: float) -> bool:
-        """True if the whole interval lies above x."""
-        return self.low > x
-
-    def below(self, x: float) -> bool:
-        """True if the whole interval lies below x."""
-        return self.high < x
-
     def to_dict(self) -> dict[str, float | int | None]:
         """For JSON: nan becomes None."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 def mean_interval(
-    rows: Sequence, value: Value, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+    rows: Sequence, value: Value, *, bounds: tuple[float, float] | None = None, level: float = 0.95
 ) -> Interval:
-    """Mean of `value` over groups, with its bootstrap interval."""
-    return bootstrap(group_means(rows, value), level=level, resamples=resamples, seed=seed)
+    """Return the mean of `value` over groups; bounds: (0, 1) for a share."""
+    return interval_of_mean(group_means(rows, value), bounds=bounds, level=level)
 
 
 def mean_se(rows: Sequence, value: Value) -> tuple[float, float]:
-    """Mean over groups and its standard error, clustered by group: sd of the n group means (n - 1) over sqrt(n).
+    """Return the mean over groups and its standard error, clustered by group: sd of the n group means over sqrt(n).
 
     For the sequence KL, say, with several samples a prompt. With one group the standard error is nan.
     """
-    means = group_means(rows, value)
-    return float(np.mean(means)), _standard_error(means)
+    found = mean_interval(rows, value)
+    return found.estimate, found.se
 
 
-def paired_bootstrap(
-    rows_a: Sequence, rows_b: Sequence, value: Value, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
-    """Mean over groups of (A's mean - B's mean) of `value`; positive: A is higher.
+def paired_difference(rows_a: Sequence, rows_b: Sequence, value: Value, *, level: float = 0.95) -> Interval:
+    """Return the mean over groups of (A's mean - B's mean) of `value`; positive: A is higher.
 
-    Both must cover the same prompts (ValueError otherwise); a resample draws a group for both at once, so what makes
-    a prompt hard or easy for both cancels.
+    Both must cover the same prompts (ValueError otherwise). What makes a prompt hard or easy for both cancels, and so
+    does the sampling noise that they share.
     """
     _check_same_prompts(rows_a, rows_b)
-    differences = group_means(rows_a, value) - group_means(rows_b, value)  # both sorted by group
-    return bootstrap(differences, level=level, resamples=resamples, seed=seed)
+    return interval_of_mean(group_means(rows_a, value) - group_means(rows_b, value), level=level)  # sorted by group
 
 
 def win_rate(
-    rows_a: Sequence,
-    rows_b: Sequence,
-    value: Value,
-    *,
-    tie_margin: float = 0.0,
-    level: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> Interval:
-    """Share of comparisons that A wins over B, ties half; 0.5 is a draw.
+    rows_a: Sequence, rows_b: Sequence, value: Value, *, tie_margin: float = 0.0, level: float = 0.95
+) -> Interval | None:
+    """Return P(A's answer beats B's) to the same prompt, ties half; 0.5 is a draw. None where it cannot be estimated.
 
-    At each prompt every sample of A meets every sample of B; |a - b| <= tie_margin is a tie. Averaged within prompt
-    and group. Where every group is won outright (or lost) the bootstrap sees no variance; the bound then is the exact
-    binomial one, (alpha/2)^(1/n).
+    Sample k of both was drawn with the same noise, so at each prompt sample k of A meets the samples l != k of B alone:
+    answers that share their noise are alike where the policies are, and tell how near they stand to each other. With
+    one sample there is no such pair. |a - b| <= tie_margin is a tie. Averaged within prompt and group.
     """
     _check_same_prompts(rows_a, rows_b)
-    a, b = _by_group(rows_a, value), _by_group(rows_b, value)
-    rates = np.array(
-        [np.mean([_wins(a[g][p], b[g][p], tie_margin) for p in sorted(a[g])]) for g in sorted(a)], dtype=np.float64
-    )
-    interval = bootstrap(rates, level=level, resamples=resamples, seed=seed)
-    if len(rates) > 1 and np.all(rates == rates[0]) and rates[0] in (0.0, 1.0):
-        bound = ((1 - level) / 2) ** (1 / len(rates))
-        low, high = (bound, 1.0) if rates[0] == 1.0 else (0.0, 1.0 - bound)
-        return Interval(interval.estimate, low, high, interval.se, interval.groups)
-    return interval
+    a, b = (_by_group(rows, lambda row: (row.sample, float(value(row)))) for rows in (rows_a, rows_b))
+    rates = [[_wins(a[g][p], b[g][p], tie_margin) for p in sorted(a[g])] for g in sorted(a)]
+    if any(rate is None for group in rates for rate in group):
+        return None
+    return interval_of_mean(np.array([np.mean(group) for group in rates]), bounds=(0.0, 1.0), level=level)
 
 
-def bootstrap(values: np.ndarray, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Mean of independent `values` (n,) with its expanded percentile interval; the same for the same seed."""
+def interval_of_mean(values: np.ndarray, *, bounds: tuple[float, float] | None = None, level: float = 0.95) -> Interval:
+    """Return the mean of independent `values` (n,) with Student's interval, or the bounded one of a share."""
     values = np.asarray(values, dtype=np.float64)
     n = len(values)
     if n == 0:
         raise ValueError("no groups: nothing to average")
     if not np.all(np.isfinite(values)):
         raise ValueError("a group's mean is not a finite number")
-    estimate, se = float(np.mean(values)), _standard_error(values)
-    if n == 1:
-        return Interval(estimate, math.nan, math.nan, se, n)
-    means = _resampled_means(values, resamples, seed)
-    t = student_quantile(0.5 + level / 2, n - 1)
-    tail = NORMAL.cdf(-math.sqrt(n / (n - 1)) * t)
-    low, high = np.quantile(means, [tail, 1 - tail], method="inverted_cdf")
-    # of equal values the resampled means differ from the estimate by rounding alone
-    return Interval(estimate, min(float(low), estimate), max(float(high), estimate), se, n)
+    mean = float(np.mean(values))
+    without = (mean * n - values) / (n - 1) if n > 1 else values
+    return Interval(mean, *jackknife_interval(mean, without, bounds=bounds, level=level), n)
 
 
 def group_means(rows: Sequence, value: Value) -> np.ndarray:
     """(groups,) means of `value`, sorted by group: over the samples of a prompt, then over the prompts of the group."""
-    table = _by_group(rows, value)
+    table = _by_group(rows, lambda row: float(value(row)))
     return np.array([np.mean([np.mean(table[g][p]) for p in sorted(table[g])]) for g in sorted(table)])
 
 
@@ -140,19 +103,12 @@ def prompt_key(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
-def student_quantile(p: float, df: float) -> float:
-    """The quantile of Student's t."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(df, p))
-
-
-def _by_group(rows: Sequence, value: Value) -> dict[str, dict[str, np.ndarray]]:
-    """group -> prompt -> its samples' values, sorted so that the order of rows cannot matter to the last bit."""
-    table: dict[str, dict[str, list[float]]] = {}
+def _by_group(rows: Sequence, item: Callable[[Any], Any]) -> dict[str, dict[str, list]]:
+    """group -> prompt -> its items, sorted so that the order of rows cannot matter to the last bit."""
+    table: dict[str, dict[str, list]] = {}
     for row in rows:
-        table.setdefault(row.group, {}).setdefault(prompt_key(row.prompt), []).append(float(value(row)))
-    return {g: {p: np.sort(np.array(v)) for p, v in prompts.items()} for g, prompts in table.items()}
+        table.setdefault(row.group, {}).setdefault(prompt_key(row.prompt), []).append(item(row))
+    return {g: {p: sorted(items) for p, items in prompts.items()} for g, prompts in table.items()}
 
 
 def _check_same_prompts(rows_a: Sequence, rows_b: Sequence) -> None:
@@ -161,20 +117,9 @@ def _check_same_prompts(rows_a: Sequence, rows_b: Sequence) -> None:
         raise ValueError(f"the rows do not cover the same prompts: {len(a - b)} only in A, {len(b - a)} only in B")
 
 
-def _wins(a: np.ndarray, b: np.ndarray, tie_margin: float) -> float:
-    difference = a[:, None] - b[None, :]
-    return float(np.mean((difference > tie_margin) + 0.5 * (np.abs(difference) <= tie_margin)))
-
-
-def _standard_error(values: np.ndarray) -> float:
-    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
-def _resampled_means(values: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    n = len(values)
-    if n <= ENUMERATE_UP_TO:
-        return values[np.array(list(itertools.product(range(n), repeat=n)))].mean(axis=1)
-    rng = np.random.default_rng(seed)
-    step = max(1, CHUNK // n)
-    sizes = [min(step, resamples - start) for start in range(0, resamples, step)]
-    return np.concatenate([values[rng.integers(0, n, (size, n), dtype=np.int32)].mean(axis=1) for size in sizes])
+def _wins(a: list[tuple[int, float]], b: list[tuple[int, float]], tie_margin: float) -> float | None:
+    """The share of the pairs with independent noise that A wins at one prompt, None without any; (sample, value)."""
+    differences = np.array([x - y for k, x in a for other, y in b if k != other])
+    if not len(differences):
+        return None
+    return float(np.mean((differences > tie_margin) + 0.5 * (np.abs(differences) <= tie_margin)))

@@ -9,6 +9,10 @@ from typing import Any
 from rlhf.data.prepare.people import annotators_in_words
 
 Number = dict[str, Any]  # Interval.to_dict()
+NO_WIN_RATE = (
+    "No win rate is given where all answers share their sampling noise: it takes two of each policy to each prompt "
+    "(samples_per_prompt: 2)."
+)
 
 
 def verdict(report: dict[str, Any]) -> list[str]:
@@ -31,16 +35,22 @@ def verdict(report: dict[str, Any]) -> list[str]:
 
 def _compare(pair: dict[str, Any], judge: str, report: dict[str, Any]) -> str:
     a, b, difference, wins = pair["a"], pair["b"], pair["difference"], pair["win_rate"]
-    numbers = f"{signed(difference)}; {a} wins {percent(wins)} of the comparisons, ties half"
+    numbers = signed(difference)
+    numbers += f"; {a} wins {percent(wins)} of the comparisons, ties half" if wins else ""
     if difference["low"] is None:
         return f"Between {a} and {b} nothing can be shown by {judge}: with one group there is no interval ({numbers})."
+    if not enough_groups(report):
+        return f"Between {a} and {b} there is no verdict by {judge}: {too_few(report)} ({numbers})."
     if difference["low"] > 0:
         line = f"{a} is better than {b} by {judge}: {numbers}."
     elif difference["high"] < 0:
         line = f"{a} is worse than {b} by {judge}: {numbers}."
     else:
         line = f"Between {a} and {b} no difference can be shown by {judge}: {numbers}."
-    if (difference["low"] > 0 and wins["high"] < 0.5) or (difference["high"] < 0 and wins["low"] > 0.5):
+    opposite = wins and (
+        (difference["low"] > 0 and wins["high"] < 0.5) or (difference["high"] < 0 and wins["low"] > 0.5)
+    )
+    if opposite:
         line += " Mean and win rate disagree: a few comparisons decide the mean."
     kl = pair["kl_difference"]
     if b != report["reference"] and (kl["low"] > 0 or kl["high"] < 0):
@@ -56,7 +66,7 @@ def _overoptimised(policy: str, report: dict[str, Any]) -> str | None:
     """The sign of an exploited proxy: it rose, the judge fell."""
     scores = report["policies"][policy]["scores"]
     judged = scores[report["judge"]]["difference"]
-    if judged["high"] is None or judged["high"] >= 0:
+    if judged["high"] is None or judged["high"] >= 0 or not enough_groups(report):
         return None
     risen = [n for n, k in report["score_kinds"].items() if k == "proxy" and scores[n]["difference"]["low"] > 0]
     if not risen:
@@ -64,6 +74,15 @@ def _overoptimised(policy: str, report: dict[str, Any]) -> str | None:
     return (
         f"{policy} raised its proxy ({', '.join(risen)}) while {judge_name(report)} fell: the proxy was over-optimised."
     )
+
+
+def enough_groups(report: dict[str, Any]) -> bool:
+    """Whether there are as many groups as a verdict needs."""
+    return report["unit"]["groups"] >= report["unit"]["min_groups"]
+
+
+def too_few(report: dict[str, Any]) -> str:
+    return f"{report['unit']['groups']} groups are too few, a verdict needs {report['unit']['min_groups']}"
 
 
 def _scope(report: dict[str, Any]) -> str:
@@ -74,6 +93,8 @@ def _scope(report: dict[str, Any]) -> str:
         f"Intervals are 95 % over {unit['groups']} groups ({unit['prompts']} prompts, {samples} "
         f"{'sample' if samples == '1' else 'samples'} each). "
     )
+    if report["judge"] is not None and any(pair["win_rate"] is None for pair in report["pairs"]):
+        text += f"{NO_WIN_RATE} "
     seeds = report["meta"].get("seeds", {}).get("run", [])
     seeds = seeds if isinstance(seeds, list) else [seeds]
     if len(set(seeds)) > 1:
@@ -190,10 +211,10 @@ def _method(report: dict[str, Any]) -> list[str]:
     lines = [
         f"- Unit: the group, {unit['groups']} of them with {unit['prompts']} prompts. Samples are averaged within the "
         "prompt, prompts within the group.",
-        f"- Intervals: 95 %, paired bootstrap over groups, {unit['resamples']} resamples, percentile expanded for the "
-        "number of groups; not corrected for the number of comparisons.",
-        f"- Win rate: each sample of the one against each of the other at the same prompt, ties half "
-        f"(a tie: at most {unit['tie_margin']:g} apart).",
+        "- Intervals: 95 %, Student's t over the means of groups, differences paired by group; of win rates Wilson's "
+        "with that t. Not corrected for the number of comparisons.",
+        "- Win rate: at each prompt each sample of the one against those of the other that do not share its sampling "
+        f"noise, ties half (a tie: at most {unit['tie_margin']:g} apart).",
         f"- KL: log p - log p of {report['reference']} summed over the response's tokens, nats; SE clustered by group.",
     ]
     for key in ("seeds", "fingerprints"):
@@ -233,7 +254,9 @@ def signed(n: Number) -> str:
     return sign + plain(n)
 
 
-def percent(n: Number) -> str:
+def percent(n: Number | None) -> str:
+    if n is None:
+        return "–"
     interval = "" if n["low"] is None else f" [{100 * n['low']:.1f}, {100 * n['high']:.1f}]"
     return f"{100 * n['estimate']:.1f} %{interval}"
 

@@ -1,7 +1,8 @@
 """Win rates of one policy over another, as they are and with the length of the answers held equal.
 
-At each prompt the samples of A meet those of B; a share of 0.5 is a draw. Both numbers have the interval of seeds and
-groups crossed (rlhf/compare/crossed.py), each group counting once.
+At each prompt the samples of A meet those samples of B whose sampling noise is independent of theirs; a share of 0.5 is
+a draw. Both numbers have the standard error and the degrees of freedom of seeds and groups crossed
+(rlhf/compare/crossed.py), each group counting once, and the interval of a share (rlhf/stats.py).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import numpy as np
 
 from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic
 from rlhf.compare.judge import Verdicts
-from rlhf.compare.points import Point, Results
+from rlhf.compare.points import Point, Results, independent_pairs
 from rlhf.config import UserError
+from rlhf.stats import bounded_interval, bounded_p
 
 RIDGE = 0.01  # on the slope, in units of the mean log-likelihood: the least that keeps a separable fit finite
 
@@ -37,23 +39,18 @@ class WinRate:
         return {**asdict(self), "raw": self.raw.to_dict(), "controlled": self.controlled.to_dict()}
 
 
-def win_values(a: np.ndarray, b: np.ndarray, tie_margin: float = 0.0) -> np.ndarray:
-    """(P,) share of the K x K' meetings at each prompt that A wins, ties half; scores a (P, K) and b (P, K').
+def win_values(a: np.ndarray, b: np.ndarray, pairs: Sequence[tuple[int, int]], tie_margin: float = 0.0) -> np.ndarray:
+    """(P, pairs) outcomes for A: 1 won, 0 lost, 0.5 a tie; scores a (P, K) and b (P, K'), pairs (sample of a, of b).
 
     |a - b| <= tie_margin is a tie.
     """
-    return _meetings(a, b, tie_margin).mean(axis=1)
-
-
-def _meetings(a: np.ndarray, b: np.ndarray, tie_margin: float) -> np.ndarray:
-    """(P, K * K') outcomes of all meetings: 1, 0 or 0.5."""
-    difference = _differences(a, b)
+    difference = _differences(a, b, pairs)
     return (difference > tie_margin) + 0.5 * (np.abs(difference) <= tie_margin)
 
 
-def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    return (a[:, :, None] - b[:, None, :]).reshape(len(a), -1)
+def _differences(a: np.ndarray, b: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    of_a, of_b = zip(*pairs, strict=True)
+    return np.asarray(a, dtype=np.float64)[:, of_a] - np.asarray(b, dtype=np.float64)[:, of_b]
 
 
 def win_rate(
@@ -64,23 +61,28 @@ def win_rate(
     *,
     tie_margin: float = 0.0,
     level: float = 0.95,
-) -> WinRate:
+) -> WinRate | None:
     """How often the policies `a` win over `b`: a[i] meets b[i], of the same seed; the foundation may meet every seed.
 
-    judge: the name of a score, by which every sample of the one meets every sample of the other; or for each i what a
-    judge of pairs said about a[i] and b[i] (`judge_wins`), where sample k met sample k.
+    judge: the name of a score, by which all `independent_pairs` meet; or for each i what a judge of pairs said about
+    a[i] and b[i] (`judge_wins`). None where no two samples have independent noise, as with one sample a prompt.
     Raises UserError where the seeds do not fit, or a score is no number.
     """
     _check_seeds(a, b)
     if isinstance(judge, str):
+        met = [independent_pairs(x, y) for x, y in zip(a, b, strict=True)]
+    else:
+        met = [verdicts.pairs for verdicts in judge]
+    if not all(met):
+        return None
+    matches = list(zip(a, b, met, strict=True))
+    lengths = [_differences(_values(x, "length"), _values(y, "length"), pairs) for x, y, pairs in matches]
+    if isinstance(judge, str):
         name = f"score/{judge}"
-        scores = [(_values(x, name), _values(y, name)) for x, y in zip(a, b, strict=True)]
-        outcomes = [_meetings(x, y, tie_margin) for x, y in scores]
-        lengths = [_differences(_values(x, "length"), _values(y, "length")) for x, y in zip(a, b, strict=True)]
+        outcomes = [win_values(_values(x, name), _values(y, name), pairs, tie_margin) for x, y, pairs in matches]
         consistency = None
     else:
         outcomes = [verdicts.wins for verdicts in judge]
-        lengths = [_values(x, "length") - _values(y, "length") for x, y in zip(a, b, strict=True)]
         asked = [v.consistency for v in judge if not math.isnan(v.consistency)]
         consistency = float(np.mean(asked)) if asked else None
     per_seed = np.array([results.group_means(outcome) for outcome in outcomes])
@@ -113,13 +115,13 @@ def _values(point: Point, name: str) -> np.ndarray:
 
 
 def _share(estimate: Estimate, level: float) -> Estimate:
-    """Limits within 0 and 1. Where every meeting of every group has the same winner nothing varies, and the interval
-    is the exact binomial one of that many groups won, p that of as many heads."""
-    if estimate.se == 0 and estimate.estimate in (0.0, 1.0) and estimate.groups > 1:
-        bound = ((1 - level) / 2) ** (1 / estimate.groups)
-        low, high = (bound, 1.0) if estimate.estimate == 1.0 else (0.0, 1 - bound)
-        return replace(estimate, low=low, high=high, p=2 * 0.5**estimate.groups)
-    return replace(estimate, low=np.clip(estimate.low, 0, 1).item(), high=np.clip(estimate.high, 0, 1).item())
+    """The same with the interval and the p-value of a share; where nothing varies, those of as many groups."""
+    if not math.isfinite(estimate.estimate) or not math.isfinite(estimate.se):
+        return estimate
+    known = math.isfinite(estimate.df)
+    of = (estimate.estimate, estimate.se, estimate.df if known else estimate.groups - 1, estimate.groups)
+    low, high = bounded_interval(*of, level=level)
+    return replace(estimate, low=low, high=high, p=bounded_p(*of))
 
 
 class LengthFit:

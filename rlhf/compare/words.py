@@ -29,7 +29,7 @@ from rlhf.compare.phrases import (
     trial,
     verdict,
 )
-from rlhf.compare.text import judge_name
+from rlhf.compare.text import NO_WIN_RATE, judge_name
 
 
 def sentences(report: Report) -> list[str]:
@@ -44,6 +44,8 @@ def sentences(report: Report) -> list[str]:
             if entry["strength"] is None or entry["method"] not in whole or entry["verdict"] == "reproduced":
                 lines.append(overoptimised(entry, report))
     lines += judged_pairs(report)
+    if report["unit"]["samples_per_prompt"] < 2:
+        lines.append(NO_WIN_RATE)
     lines.append(budget(report))
     if report["judge"] is not None:
         lines.append(power(report))

@@ -181,11 +181,15 @@ def best_of(rows: list[dict], n: int, samples: int) -> list[dict]:
     kl = math.log(n) - (n - 1) / n
     chosen = []
     for own in by_prompt.values():
-        for block in range(samples):
-            first = samples + block * n
-            best = max(own[first : first + n], key=lambda row: row["scores"]["proxy"])
+        for block, candidates in enumerate(blocks(n, samples)):
+            best = max((own[i] for i in candidates), key=lambda row: row["scores"]["proxy"])
             chosen.append({**best, "sample": block, "kl": kl})
     return chosen
+
+
+def blocks(n: int, samples: int) -> list[range]:
+    """The foundation's samples among which each of the `samples` best of n is chosen."""
+    return [range(samples + block * n, samples + (block + 1) * n) for block in range(samples)]
 
 
 def scores_of(config: ExperimentConfig, seed: int | None) -> tuple[list[dict], dict[str, str], str | None]:

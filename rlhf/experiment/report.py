@@ -98,6 +98,8 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
             continue
         said = [judge_wins(judge, results, first[s], second[s], cache) for s in seeds]
         found = win_rate([first[s] for s in seeds], [second[s] for s in seeds], results, said)
+        if found is None:  # one sample a prompt: no two answers have independent noise
+            continue
         rows.append({"a": a, "b": b, "seeds": seeds, **found.to_dict()})
     known = [row["raw"]["p"] for row in rows]
     for row, p in zip(rows, holm([math.nan if p is None else p for p in known]), strict=True):

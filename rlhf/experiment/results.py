@@ -19,7 +19,7 @@ from rlhf.config import UserError
 from rlhf.experiment.config import ExperimentConfig, strength_of
 from rlhf.experiment.execute import Work, read_json
 from rlhf.experiment.lengths import planned_lengths, shared_cost
-from rlhf.experiment.measure import read_rows
+from rlhf.experiment.measure import blocks, read_rows
 from rlhf.experiment.plan import Job, fingerprints, given_length, plan
 
 
@@ -100,6 +100,7 @@ def policy_files(
         best = config.methods.get("best_of_n")
         for n in map(int, strength_of(best)[1]) if best else ():
             about = {"method": "best_of_n", "strength": float(n), "step": n, "last": True, "seed": seed}
+            about |= {"noise": blocks(n, config.samples_per_prompt)}
             yield about, own / f"best-of-{n:06d}.jsonl"
     for name, (method, strength, seed) in trials.items():
         if name not in names:

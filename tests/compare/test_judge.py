@@ -2,13 +2,14 @@ import json
 import math
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import numpy as np
 import pytest
 
 import rlhf.http_client
-from rlhf.compare.judge import Judge, judge_wins, load_judge, share_of_both_orders
+from rlhf.compare.judge import Judge, judge_wins, load_judge, one_partner_each, share_of_both_orders
 from rlhf.compare.points import Point, Results
 from rlhf.compare.wins import win_rate
 from rlhf.config import UserError
@@ -16,7 +17,10 @@ from rlhf.sandbox.annotators import ANNOTATORS, preference_logit, sigmoid
 
 
 def point(method):
-    return Point(method=method, strength=None, seed=0, step=1, last=True, values={"length": np.ones((2, 2))})
+    """Sample k of the one and sample k of the other share no noise here, those beside each other do."""
+    values, noise = {"length": np.ones((2, 2))}, [range(0, 1), range(1, 2)]
+    noise = noise if method == "ppo" else noise[::-1]
+    return Point(method=method, strength=None, seed=0, step=1, last=True, values=values, noise=noise)
 
 
 A, B = point("ppo"), point("dpo")
@@ -100,8 +104,9 @@ def test_equal_answers_are_a_tie_and_not_asked_about(tmp_path):
     found = judge_wins(Judge("j", recording(good_wins, seen)), results, A, B, tmp_path / "judge.jsonl")
     np.testing.assert_allclose(found.wins, [[0.5, 0.9]], atol=1e-12)
     assert found.asked == 1 and len(seen) == 2
-    none = judge_wins(Judge("j", good_wins), results_of([["same"]], [["same"]]), A, B, tmp_path / "judge.jsonl")
-    assert none.wins.tolist() == [[0.5]] and math.isnan(none.consistency) and none.asked == 0
+    equal = results_of([["same", "s"]], [["same", "s"]])
+    none = judge_wins(Judge("j", good_wins), equal, A, B, tmp_path / "judge.jsonl")
+    assert none.wins.tolist() == [[0.5, 0.5]] and math.isnan(none.consistency) and none.asked == 0
 
 
 def test_a_killed_judge_goes_on_where_it_was(tmp_path):
@@ -148,12 +153,30 @@ def test_numpy_answers_are_answers(tmp_path):
     assert found.wins.tolist() == [[0.5, 0.5], [0.5, 0.5]]
 
 
-def test_a_spoilt_cache_and_unequal_samples_are_refused(tmp_path):
+def test_answers_that_share_their_noise_are_not_compared(tmp_path):
+    # sample k of each has draw k: each sample of A is asked about with the next one of B, and with no other
+    a, b = (replace(p, noise=None) for p in (A, B))
+    seen = []
+    found = judge_wins(Judge("j", recording(good_wins, seen)), RESULTS, a, b, tmp_path / "judge.jsonl")
+    # good one - good four: a tie of .1 and .1 in both orders; bad a - bad b; good two - bad d; good three - bad c
+    assert found.pairs == [(0, 1), (1, 0)] and len(seen) == 8
+    np.testing.assert_allclose(found.wins, [[0.5, 0.5], [0.9, 0.9]], atol=1e-12)
+    assert ("prompt 0", "good one", "good four") in seen and ("prompt 0", "good one", "bad b") not in seen
+    assert one_partner_each([(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]) == [(0, 1), (1, 2), (2, 0)]
+    lengths = replace(a, values={"length": np.array([[5.0, 9.0], [4.0, 4.0]])})  # 5, 9 and 4, 4 against 1 and 1
+    assert win_rate([lengths], [b], RESULTS, [found]).length_difference == pytest.approx((6 + 3) / 2)
+
+
+def test_with_one_sample_a_prompt_nothing_is_asked(tmp_path):
+    one = replace(A, values={"length": np.ones((2, 1))}, noise=None)
+    found = judge_wins(Judge("j", good_wins), RESULTS, one, one, tmp_path / "judge.jsonl")
+    assert found.pairs == [] and found.asked == 0 and win_rate([one], [one], RESULTS, [found]) is None
+
+
+def test_a_spoilt_cache_is_refused(tmp_path):
     (tmp_path / "judge.jsonl").write_text("not json\n")
     with pytest.raises(UserError, match="no cache of a judge's answers"):
         judge_wins(Judge("j", good_wins), RESULTS, A, B, tmp_path / "judge.jsonl")
-    with pytest.raises(UserError, match="ppo has 2 samples a prompt and dpo has 1"):
-        judge_wins(Judge("j", good_wins), results_of([["a", "b"]], [["c"]]), A, B, tmp_path / "new.jsonl")
 
 
 def test_judges_are_loaded_by_what_the_file_says(tmp_path, monkeypatch):

@@ -66,22 +66,25 @@ META = {
 
 
 def report_of(tmp_path, policies, judge="gold", meta=META, kinds=KINDS, **options):
-    return write_report(tmp_path, policies, kinds, judge, meta, resamples=1000, **options)
+    return write_report(tmp_path, policies, kinds, judge, meta, **options)
 
 
 def test_numbers_by_hand(tmp_path):
-    # Two groups, one sample: gold sft (1, 2), ppo (3, 3): means 1.5 and 3, difference 1.5, both won; KL 2 +- 1
+    # Two groups, two samples: gold sft (1, 2), ppo (3, 3): means 1.5 and 3, difference 1.5, both won; KL 2 +- 1
+    # differences 2 and 1: se .5, t(.975, 1) = 12.7062: 1.5 +- 6.3531
     def two(gold, kl):
         return [
-            Row([{"role": "user", "content": g}], g, 0, "a b a b", 4, True, k, {"gold": v})
+            Row([{"role": "user", "content": g}], g, s, "a b a b", 4, True, k, {"gold": v})
             for g, v, k in zip("xy", gold, kl, strict=True)
+            for s in (0, 1)
         ]
 
     report = report_of(tmp_path, {"sft": two((1, 2), (0, 0)), "ppo": two((3, 3), (1, 3))}, kinds={"gold": "gold"})
     ppo = report["policies"]["ppo"]
     assert ppo["scores"]["gold"]["mean"]["estimate"] == 3.0
     assert ppo["scores"]["gold"]["difference"]["estimate"] == 1.5
-    assert (ppo["scores"]["gold"]["difference"]["low"], ppo["scores"]["gold"]["difference"]["high"]) == (1.0, 2.0)
+    difference = ppo["scores"]["gold"]["difference"]
+    assert (difference["low"], difference["high"]) == pytest.approx((1.5 - 6.3531, 1.5 + 6.3531), abs=1e-4)
     assert (ppo["kl"]["estimate"], ppo["kl"]["se"]) == pytest.approx((2.0, 1.0), abs=1e-12)
     assert (ppo["length"], ppo["ended"]) == (4.0, 1.0)
     (pair,) = report["pairs"]
@@ -127,6 +130,26 @@ def test_one_group_has_no_interval_and_says_so(tmp_path):
     one = {name: [r for r in policy if r.group == "g000"] for name, policy in three().items()}
     report = report_of(tmp_path, one)
     assert report["verdict"][0].startswith("Between ppo and dpo nothing can be shown by the gold score: with one group")
+
+
+@pytest.mark.parametrize("groups", [2, 4, 5])
+def test_below_five_groups_there_is_no_verdict(tmp_path, groups):
+    few = {name: [r for r in policy if int(r.group[1:]) < groups] for name, policy in three(ppo=-9.0).items()}
+    report = report_of(tmp_path, few)
+    text = " ".join(report["verdict"])
+    said = "is worse than" in text, "over-optimised" in text, "groups are too few, a verdict needs 5" in text
+    assert said == ((True, True, False) if groups == 5 else (False, False, True))
+    assert report["policies"]["ppo"]["scores"]["gold"]["difference"]["high"] < 0  # the interval is shown all the same
+
+
+def test_with_one_sample_a_prompt_there_is_no_win_rate_and_the_report_says_so(tmp_path):
+    one = {name: [r for r in policy if r.sample == 0] for name, policy in three(ppo=0.9).items()}
+    report = report_of(tmp_path, one)
+    assert all(pair["win_rate"] is None for pair in report["pairs"])
+    assert report["verdict"][0].startswith("ppo is better than dpo") and "wins" not in report["verdict"][0]
+    assert "No win rate is given" in report["verdict"][-1]
+    assert "No win rate" not in " ".join(report_of(tmp_path, three())["verdict"])
+    print_table(report)
 
 
 def test_files(tmp_path):
@@ -199,7 +222,7 @@ def test_short_numbers():
 
 
 def test_a_mean_that_a_few_comparisons_decide_is_hedged(tmp_path):
-    # ppo loses 30 of 40 groups by 0.5 and wins 10 by 5 +- 0.1: mean +0.875, win rate 25 %
+    # ppo loses 30 of 40 groups by 0.5 and wins 10 by 5, noise 0.1 sqrt 2: mean +0.875, win rate 25 %
     policies = {"sft": rows(0.0, seed=1), "ppo": rows(0.0, seed=1)}
     for row in policies["ppo"]:
         row.scores["gold"] += 5.0 if int(row.group[1:]) % 4 == 0 else -0.5

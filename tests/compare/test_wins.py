@@ -1,13 +1,16 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.special import stdtr
 
 from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.judge import Verdicts
-from rlhf.compare.points import Point, Results
+from rlhf.compare.points import Point, Results, independent_pairs
 from rlhf.compare.wins import LengthFit, logistic_fit, separable, win_rate, win_values
 from rlhf.config import UserError
+from rlhf.experiment.measure import blocks
 
 
 def point(seed=0, method="ppo", **values):
@@ -23,7 +26,8 @@ def results_of(groups):
 
 
 def verdicts(wins, consistency=1.0):
-    return Verdicts(np.asarray(wins, dtype=float), consistency, 0.5, len(wins))
+    wins = np.asarray(wins, dtype=float)
+    return Verdicts(wins, [(k, k) for k in range(wins.shape[1])], consistency, 0.5, len(wins))
 
 
 def judged(wins, lengths, groups=None, seeds=1):
@@ -34,15 +38,41 @@ def judged(wins, lengths, groups=None, seeds=1):
     return win_rate(a, b, results_of(groups), [verdicts(np.asarray(wins)[:, None])] * seeds)
 
 
-def test_every_sample_meets_every_sample_and_ties_count_half():
-    # (3, 1) meets (2, 1): 3>2, 3>1, 1<2, 1=1 -> 2.5 of 4; (0, 0) meets (5, 0): 0, .5, 0, .5 -> 1 of 4
-    a, b = np.array([[3, 1], [0, 0]]), np.array([[2, 1], [5, 0]])
-    np.testing.assert_allclose(win_values(a, b), [2.5 / 4, 0.25], atol=1e-12)
-    # within 1 apart a tie: 3=2, 3>1, 1=2, 1=1 -> 2.5; 0<5, 0=0, 0<5, 0=0 -> 1
-    np.testing.assert_allclose(win_values(a, b, 1.0), [2.5 / 4, 0.25], atol=1e-12)
-    np.testing.assert_allclose(win_values(a, b, 2.0), [0.5, 0.25], atol=1e-12)
-    np.testing.assert_allclose(win_values(b, a), 1 - win_values(a, b), atol=1e-12)
-    np.testing.assert_allclose(win_values(np.array([[1]]), np.array([[0, 1, 2, -1]])), [2.5 / 4], atol=1e-12)
+def test_samples_with_independent_noise_meet_and_ties_count_half():
+    # (3, 1) meets (2, 1), the first of the one the second of the other: 3>1, 1<2; (0, 0) meets (5, 0): 0=0, 0<5
+    a, b, pairs = np.array([[3, 1], [0, 0]]), np.array([[2, 1], [5, 0]]), [(0, 1), (1, 0)]
+    np.testing.assert_allclose(win_values(a, b, pairs), [[1, 0], [0.5, 0]], atol=1e-12)
+    # at most 1 apart a tie: 3>1, 1=2; 0=0, 0<5; at most 2 apart: 3=1
+    np.testing.assert_allclose(win_values(a, b, pairs, 1.0), [[1, 0.5], [0.5, 0]], atol=1e-12)
+    np.testing.assert_allclose(win_values(a, b, pairs, 2.0), [[0.5, 0.5], [0.5, 0]], atol=1e-12)
+    np.testing.assert_allclose(win_values(b, a, [(1, 0), (0, 1)]), 1 - win_values(a, b, pairs), atol=1e-12)
+
+
+def test_pairs_that_share_a_draw_of_noise_are_left_out():
+    one, three = (point(length=np.ones((2, n))) for n in (1, 3))
+    assert independent_pairs(three, three) == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
+    assert independent_pairs(one, one) == [] and independent_pairs(one, three) == [(0, 1), (0, 2)]
+    # the best of 2 and of 4 after a foundation's own two samples: 2-3, 4-5 and 2-5, 6-9
+    two, four = (replace(point(length=np.ones((2, 2))), noise=blocks(n, 2)) for n in (2, 4))
+    assert independent_pairs(two, four) == [(0, 1), (1, 1)]
+    assert independent_pairs(two, three) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]  # the third sample is draw 2
+
+
+@pytest.mark.parametrize("samples", [2, 5])
+def test_a_win_rate_is_that_of_independent_answers_whatever_the_number_of_samples(samples):
+    # both see the same noise and A is better by 0.1: with it A would win always.  Phi(0.1 / sqrt 2) = .52819
+    z = np.random.default_rng(samples).normal(size=(3000, samples))
+    a, b = (point(0, **{"score/gold": z + plus, "length": np.full(z.shape, 9.0)}) for plus in (0.1, 0.0))
+    found = win_rate([a], [b], results_of(map(str, range(3000))), "gold")
+    assert found.raw.estimate == pytest.approx(0.52819, abs=0.03) and found.raw.low < 0.52819 < found.raw.high
+    same = win_rate([b], [b], results_of(map(str, range(3000))), "gold")
+    assert same.raw.estimate == pytest.approx(0.5, abs=1e-12)
+
+
+def test_one_sample_a_prompt_gives_no_win_rate():
+    a, b = (point(0, **{"score/gold": [[1.0], [2.0]], "length": [[1], [1]]}) for _ in range(2))
+    assert win_rate([a], [b], results_of("xy"), "gold") is None
+    assert win_rate([a], [b], results_of("xy"), [Verdicts(np.zeros((2, 0)), [], math.nan, math.nan, 0)]) is None
 
 
 def test_a_policy_that_wins_by_length_alone_is_level_at_equal_length():
@@ -77,7 +107,8 @@ def test_without_any_difference_of_length_the_controlled_rate_is_the_raw_one():
     assert found.controlled.estimate == pytest.approx(found.raw.estimate, abs=1e-9)
     assert found.controlled.se == pytest.approx(found.raw.se, rel=1e-6)  # the jackknife of a mean, a group at a time
     means = results_of(groups).group_means(wins[:, None])
-    assert found.raw == crossed_mean(means[None, :], null=0.5)
+    mean = crossed_mean(means[None, :], null=0.5)
+    assert (found.raw.estimate, found.raw.se, found.raw.df) == (mean.estimate, mean.se, mean.df)
     assert found.raw.estimate != pytest.approx(wins.mean(), abs=1e-3)
 
 
@@ -151,7 +182,8 @@ def test_scores_decide_where_no_judge_of_pairs_is_given():
     b = point(None, method="sft", **{"score/gold": rng.normal(0, 1, (6, 2)), "length": rng.integers(5, 9, (6, 2))})
     results = results_of("aabbcd")
     found = win_rate(a, [b] * 3, results, "gold")
-    table = [results.group_means(win_values(x.values["score/gold"], b.values["score/gold"])[:, None]) for x in a]
+    pairs = [(0, 1), (1, 0)]
+    table = [results.group_means(win_values(x.values["score/gold"], b.values["score/gold"], pairs)) for x in a]
     assert found.raw.estimate == pytest.approx(np.mean(table), abs=1e-12)
     assert (found.raw.seeds, found.raw.groups, found.consistency) == (3, 4, None)
     back = win_rate([b] * 3, a, results, "gold")
@@ -159,14 +191,14 @@ def test_scores_decide_where_no_judge_of_pairs_is_given():
     assert back.controlled.estimate == pytest.approx(1 - found.controlled.estimate, abs=1e-9)
 
 
-def test_where_every_group_is_won_the_bound_is_the_binomial_one():
-    # 0.025 ^ (1/8) = 0.6306, p = 2 / 2^8
+def test_where_every_group_is_won_the_interval_is_that_of_as_many_groups():
+    # 8 of 8: 1 / (1 + t(.975, 7)^2 / 8) = 1 / (1 + 5.591448 / 8) = .588605; p: t = .5 / sqrt(.25 / 8) = 2.828427
     found = judged([1.0] * 8, [3, -3] * 4)
     assert (found.raw.estimate, found.controlled.estimate, found.raw.high) == (1.0, 1.0, 1.0)
-    assert found.raw.low == pytest.approx(0.630583, abs=1e-6)
-    assert found.raw.p == pytest.approx(2 / 256, abs=1e-12)
+    assert found.raw.low == pytest.approx(0.588605, abs=1e-6)
+    assert found.raw.p == pytest.approx(2 * stdtr(7, -math.sqrt(8)), abs=1e-12)
     near = judged([1.0] * 7 + [0.5], [3, -3] * 4)
-    assert near.raw.high == 1.0 and 0.5 < near.raw.low < 0.9375
+    assert near.raw.high < 1.0 and 0.5 < near.raw.low < 0.9375
 
 
 def test_consistency_is_handed_on_and_ties_are_counted():
@@ -176,9 +208,10 @@ def test_consistency_is_handed_on_and_ties_are_counted():
 
 
 def test_other_seeds_and_missing_numbers_are_refused():
-    a, b = point(0, **{"score/gold": [[1.0]], "length": [[1]]}), point(1, **{"score/gold": [[1.0]], "length": [[1]]})
+    values = {"score/gold": [[1.0, 2.0]], "length": [[1, 1]]}
+    a, b = point(0, **values), point(1, **values)
     with pytest.raises(UserError, match=r"seeds \[0\] cannot meet seeds \[1\]"):
         win_rate([a], [b], results_of("x"), "gold")
-    bad = point(0, **{"score/gold": [[math.nan]], "length": [[1]]})
+    bad = point(0, **values | {"score/gold": [[math.nan, 0.0]]})
     with pytest.raises(UserError, match="1 values of 'score/gold'"):
         win_rate([a], [bad], results_of("x"), "gold")
