@@ -16,6 +16,7 @@ from typing import Literal
 
 from rlhf.config import UserError, option, parse, program
 from rlhf.data.records import Instruction, Preference
+from rlhf.data.split import some
 from rlhf.run import begin
 from rlhf.stages import RunConfig, TrainerConfig
 
@@ -88,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
     trainers.train(trainer, run, foundation, budget, sampler)
 
-    chosen, rejected, references = score(run, trainer, pair_rows(held_out or train[:FEW]), answers)
+    chosen, rejected, references = score(run, trainer, pair_rows(held_out or some(train, FEW)), answers)
     bias, scale = normalisation(references or chosen, config.normalise)
     trainers.save_policy(run, trainer.model, foundation)
     headline = report(run, held_out, chosen, rejected, trainer.state.global_step) if held_out else {}

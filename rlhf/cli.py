@@ -92,7 +92,7 @@ def compare(argv: list[str]) -> None:
     from rlhf.compare.run import CompareConfig
     from rlhf.compare.run import compare as run
 
-    if argv[:1] == ["--runs"] and argv[1].endswith((".yaml", ".yml")):
+    if argv[:1] == ["--runs"] and argv[1:] and argv[1].endswith((".yaml", ".yml")):
         raise UserError(f"{argv[1]} is a file, no run; an experiment is started with: rlhf compare run {argv[1]}")
     config = parse(CompareConfig, argv, "rlhf compare")
     from reward.compose import build_scorer

@@ -72,9 +72,12 @@ def sample(config: SampleConfig) -> dict[str, int]:
 
     records, named = prompts_of(config)
     random.Random(config.seed).shuffle(records)
-    records = records[: config.prompts]
     controls, their_named = controls_of(config)
     sources = [config.model_name_or_path, *([config.other] if config.other else [])]
+    if config.prompts is not None:  # counted without those that are too long
+        for policy in (source for source in sources if not _is_file(source)):
+            records = fitting(records, policy, config.max_prompt_length)
+    records = records[: config.prompts]
     budget: dict[str, float] = {}
     answers = [
         answers_of_file(source, records, config.on_bad)
@@ -101,6 +104,14 @@ def sample(config: SampleConfig) -> dict[str, int]:
         + (f"; {counts['controls']} control pairs" if config.controls else "")
     )
     return counts
+
+
+def fitting(records: list[Prompt], policy: str, max_prompt_length: int) -> list[Prompt]:
+    """The prompts that are not too long for this policy, in their order."""
+    from rlhf.data.encode import encode_prompts
+    from rlhf.models import load_tokenizer
+
+    return [row["record"] for row in encode_prompts(records, load_tokenizer(policy), max_prompt_length)]
 
 
 def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:

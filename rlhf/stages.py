@@ -7,6 +7,7 @@ from typing import Literal
 
 from rlhf.config import UserError, option
 from rlhf.data.records import Prompt, Scorer
+from rlhf.data.split import some
 
 
 @dataclass(kw_only=True)
@@ -35,7 +36,7 @@ class RunConfig:
     test_fraction: float = option(
         0.1, "share of groups held out for `rlhf compare`; no program reads them", low=0, high=1
     )
-    limit: int | None = option(None, "read only so many rows of the data")
+    limit: int | None = option(None, "read only so many rows of the data, by the hash of their group")
     on_bad: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used")
     max_dropped: float = option(
         0.5, "stop if more than this share of the training rows is dropped; 1: never", resume="free", low=0, high=1
@@ -73,7 +74,9 @@ class SamplingConfig(RunConfig):
     eval_data: list[str] | None = option(
         None, "prompts for evaluation by sampling; default: those of the data", resume="free"
     )
-    eval_prompts: int = option(64, "sample answers to so many validation prompts; 0: never", resume="free", low=0)
+    eval_prompts: int = option(
+        64, "sample answers to so many validation prompts, by the hash of their group; 0: never", resume="free", low=0
+    )
     eval_scorers: list[dict] = option(
         [], "scorers that only look, e.g. [{voice: configs/voices/shop.yaml}]", resume="free"
     )
@@ -144,8 +147,7 @@ def evaluation(run, foundation, scorer: Scorer | None):
     config = run.config
     if config.eval_prompts < 1:
         return None
-    rows = run.rows(Prompt, "validation", foundation.tokenizer, config.eval_data)
-    rows = sorted(rows, key=lambda row: (row["record"].group, str(row["record"].prompt)))[: config.eval_prompts]
+    rows = some(run.rows(Prompt, "validation", foundation.tokenizer, config.eval_data), config.eval_prompts)
     if not rows:
         run.say("no validation prompts: evaluation by sampling is off")
         return None

@@ -1,8 +1,10 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from rlhf import stages
 from rlhf.data.encode import encode_prompts
 from rlhf.data.records import Prompt, Scores
 from rlhf.distributed import World
@@ -10,6 +12,7 @@ from rlhf.engines.hf import Sampling, generate
 from rlhf.evaluate import EvalRow, Evaluation, sample_table, summarise
 from rlhf.models import load_foundation, lora_config
 from rlhf.roles import Roles
+from rlhf.stages import SamplingConfig
 
 
 def by_length(samples):
@@ -70,6 +73,16 @@ def test_sequence_kl_is_the_sum_of_log_ratios_at_the_sampling_temperature(roles,
         assert row.kl == pytest.approx(expected, abs=1e-4) and row.length == len(response)
         assert row.scores["length"] == len(response) and row.ended == (response[-1] in task.stop_ids)
     assert max(abs(row.kl) for row in rows) > 0.05
+
+
+def test_eval_prompts_are_taken_by_the_hash_of_their_group(sft_path):
+    # groups a-0 to a-29, then b-0 to b-29; by name the first 20 would all be a's. sd sqrt(20 / 4 * 40 / 59) = 1.8
+    names = [f"{kind}-{i:02}" for kind in "ab" for i in range(30)]
+    rows = [{"record": Prompt(prompt=[{"role": "user", "content": n}], group=n), "prompt_ids": [5]} for n in names]
+    options = SamplingConfig(model_name_or_path="x", data=["x"], output_dir="x", eval_prompts=20)
+    run = SimpleNamespace(config=options, rows=lambda *_: rows)
+    chosen = [row["record"].group for row in stages.evaluation(run, load_foundation(sft_path), None).prompts]
+    assert len(chosen) == 20 and 4 < sum(name.startswith("a") for name in chosen) < 16
 
 
 def test_kl_of_a_policy_to_itself_is_exactly_zero(roles, tokenizer):

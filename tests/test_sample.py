@@ -59,6 +59,14 @@ def test_a_second_setting_changes_nothing_of_the_first(tmp_path, prompts, sft_pa
     assert alone == both and len(alone) > 6
 
 
+def test_as_many_prompts_are_sampled_as_asked_for_where_some_are_too_long(tmp_path, sft_path):
+    questions = [*QUESTIONS, *("so " * 80 + q for q in QUESTIONS)]
+    data = write(tmp_path / "p.jsonl", [{"prompt": q} for q in questions])
+    asked = config(tmp_path, data, sft_path, max_prompt_length=64)
+    asked.prompts = 5
+    assert sample(asked)["prompts"] == 5
+
+
 def test_two_policies_give_one_answer_each(tmp_path, prompts, base_path, sft_path):
     counts = sample(config(tmp_path, prompts, sft_path, other=base_path, samples_per_prompt=1))
     found = pairs(tmp_path)

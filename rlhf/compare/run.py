@@ -13,7 +13,16 @@ from typing import Any
 from rlhf.checkpoint import FOLDER
 from rlhf.config import UserError, near_file, option, read_yaml
 from rlhf.data.records import Prompt, Scorer, prompt_group
+from rlhf.data.split import some
 from rlhf.run import TRAINED_ON
+
+FOLLOWED = {  # options that are the runs' own, and what holds where no run says
+    "validation_fraction": 0.05,
+    "test_fraction": 0.1,
+    "temperature": 1.0,
+    "max_prompt_length": 512,
+    "max_response_length": 512,
+}
 
 
 @dataclass(kw_only=True)
@@ -30,26 +39,23 @@ class CompareConfig:
     referee: list[dict] = option([], "a reward model that no run has seen, e.g. [{model: runs/referee}]; decides")
     others: list[dict] = option([], "further scorers to show")
     votes: str | None = option(None, "a preference store: the report shows how far its annotators agree")
-    n_prompts: int | None = option(None, "so many test prompts; default: all")
-    samples_per_prompt: int = option(1, "responses of each policy to each prompt")
-    temperature: float = option(1.0, "of sampling; the KL is that of the sampled distributions")
-    max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted")
-    max_response_length: int = option(512, "tokens with EOS")
-    batch_size: int = option(64, "responses generated together")
+    n_prompts: int | None = option(None, "so many test prompts, by the hash of their group; default: all", low=1)
+    samples_per_prompt: int = option(2, "responses of each policy to each prompt; win rates need at least 2", low=1)
+    temperature: float | None = option(
+        None, "of sampling; the KL is that of the sampled distributions; default: as the runs", above=0
+    )
+    max_prompt_length: int | None = option(
+        None, "tokens; longer prompts are dropped and counted; default: as the runs", low=1
+    )
+    max_response_length: int | None = option(None, "tokens with EOS; default: as the runs", low=1)
+    batch_size: int = option(64, "responses generated together", low=1)
     validation_fraction: float | None = option(None, "share of validation groups; default: as the runs had it")
     test_fraction: float | None = option(None, "share of test groups; default: as the runs had it")
-    seed: int = option(0, "of sampling and of the bootstrap")
+    seed: int = option(0, "of sampling")
 
     def validate(self) -> None:
         if len(self.runs) < 2:
             raise UserError("compare needs at least two runs: the SFT policy and one to compare with it")
-        for name in ("samples_per_prompt", "batch_size", "max_prompt_length", "max_response_length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"'{name}' is {getattr(self, name)}, expected at least 1")
-        if self.n_prompts is not None and self.n_prompts < 1:
-            raise UserError(f"'n_prompts' is {self.n_prompts}, expected at least 1")
-        if self.temperature <= 0:
-            raise UserError(f"'temperature' is {self.temperature}, expected more than 0")
         if self.gold and self.referee:
             raise UserError("'gold' and 'referee' both given: where the truth is known no referee decides")
 
@@ -70,8 +76,9 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     for path in config.runs:
         if not Path(path).is_dir():
             raise UserError(f"{path}: no such run{near_file(path)}")
-    records = unseen(config, load(config.prompts, Prompt, split="test", **fractions_of(config)))
-    records = sorted(records, key=lambda r: (r.group, str(r.prompt)))[: config.n_prompts]
+    shared = shared_options(config)
+    fractions = {name: shared[name] for name in ("validation_fraction", "test_fraction")}
+    records = unseen(config, load(config.prompts, Prompt, split="test", **fractions))
     names = run_names(config.runs)
     tokenizer = load_tokenizer(config.runs[0])
     specs, kinds, judge = scores_of(config)
@@ -80,10 +87,10 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     policies = load_policies(config.runs, world.device, config.max_prompt_length, config.max_response_length)
     model, context = policies[0]
     evaluation = Evaluation(
-        prompts=encode_prompts(records, tokenizer, config.max_prompt_length),
+        prompts=some(encode_prompts(records, tokenizer, shared["max_prompt_length"]), config.n_prompts),
         tokenizer=tokenizer,
         stop_ids=stop_ids(tokenizer, model),
-        sampling=Sampling(config.max_response_length, config.temperature),
+        sampling=Sampling(shared["max_response_length"], shared["temperature"]),
         scorer=scorer,
         samples_per_prompt=config.samples_per_prompt,
         seed=config.seed,
@@ -99,9 +106,9 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     for name in rows[names[0]][0].scores:
         if not any(math.isnan(row.scores[name]) for part in rows.values() for row in part):
             kinds.setdefault(name, "other")  # a part of a score, where it applies to every prompt
-    report = write_report(
-        config.output_dir, rows, kinds, judge, meta_of(config, names, fingerprint(records)), seed=config.seed
-    )
+    prompts = fingerprint([row["record"] for row in evaluation.prompts])
+    meta = meta_of(config, names, prompts, evaluation.sampling)
+    report = write_report(config.output_dir, rows, kinds, judge, meta)
     with open(Path(config.output_dir) / "samples.jsonl", "w", encoding="utf-8") as file:
         for name in names:
             for row in sample_table(rows[name], len(rows[name])):
@@ -128,15 +135,19 @@ def home(path: str | Path) -> Path:
     return path.parent.parent if path.parent.name == FOLDER and not (path / "config.yaml").is_file() else path
 
 
-def fractions_of(config: CompareConfig) -> dict[str, float]:
-    """The shares of validation and test groups: as given, else as the runs had them. UserError if those differ."""
+def shared_options(config: CompareConfig) -> dict[str, Any]:
+    """The options that follow the runs, by name: as given, else as all runs had them. UserError if those differ."""
     result = {}
-    for name, default in (("validation_fraction", 0.05), ("test_fraction", 0.1)):
+    for name, default in FOLLOWED.items():
         given = getattr(config, name)
         had = {path: run_config(path)[name] for path in config.runs if name in run_config(path)}
         if given is None and len(set(had.values())) > 1:
-            raise UserError(f"the runs differ in '{name}' ({had}): what is test for one was training for another")
+            why = "what is test for one was training for another" if "fraction" in name else "they cannot be compared"
+            raise UserError(f"the runs differ in '{name}' ({had}): {why}. Say which one holds: --{name}")
         result[name] = given if given is not None else next(iter(had.values()), default)
+        others = {path: value for path, value in had.items() if value != result[name]}
+        if others and "fraction" not in name:
+            print(f"'{name}' is {result[name]}; trained with another: {others}")
     return result
 
 
@@ -275,7 +286,7 @@ def _base_of(path: str) -> str:
     return str(Path(adapter_base(path)).resolve())
 
 
-def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str) -> dict[str, Any]:
+def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str, sampling: Any) -> dict[str, Any]:
     """Seeds, budgets and versions from each run's result.json, for the report."""
     meta: dict[str, Any] = {"seeds": {"run": [], "world": []}, "budgets": {}, "versions": {}, "fingerprints": {}}
     meta["configs"] = {}
@@ -296,7 +307,7 @@ def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str) -
         from rlhf.data.prepare.people import of_store
 
         meta["annotators"] = of_store(config.votes)
-    meta["sampling"] = {"temperature": config.temperature, "max_new_tokens": config.max_response_length}
+    meta["sampling"] = {"temperature": sampling.temperature, "max_new_tokens": sampling.max_new_tokens}
     return meta
 
 

@@ -217,7 +217,7 @@ def _method(report: dict[str, Any]) -> list[str]:
         f"noise, ties half (a tie: at most {unit['tie_margin']:g} apart).",
         f"- KL: log p - log p of {report['reference']} summed over the response's tokens, nats; SE clustered by group.",
     ]
-    for key in ("seeds", "fingerprints"):
+    for key in ("sampling", "seeds", "fingerprints"):
         known = {k: v for k, v in meta.get(key, {}).items() if v not in ([], {}, None)}
         if known:
             lines.append(f"- {key.capitalize()}: " + "; ".join(f"{k} {_inline(v)}" for k, v in known.items()) + ".")

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar
 from rlhf.config import UserError
 from rlhf.data import forms, sources
 from rlhf.data.records import Prompt, Record, digest, prompt_group, tools_of
-from rlhf.data.split import assign, check_fractions, half_of, join_groups
+from rlhf.data.split import assign, check_fractions, half_of, join_groups, some
 from rlhf.data.votes import Aggregate
 
 R = TypeVar("R", bound=Record)
@@ -46,7 +46,7 @@ def load(
     kind: Prompt, Instruction, Preference or Labelled. A Prompt comes once, however many rows share it.
     split, half: only these records; None and "all" keep everything. Groups are joined over the whole data before
         anything is left out, so no choice made here moves a row to another split.
-    limit: at most so many records, the first ones, after everything else.
+    limit: at most so many records, by a hash of their group (`split.some`), after everything else.
     on_bad: "stop" raises on the first bad row; "skip" leaves bad rows out and counts them on stderr.
     aggregate: how a store's votes become pairs (store.py); nothing else reads it.
     bad: where rows are skipped, this gets their number by reason, and under "read" that of all rows.
@@ -76,7 +76,10 @@ def load(
             f"{table.name}: no record is left of {len(table.records)} with split={split or 'any'} and half={half}. "
             "Give more data, or smaller validation_fraction and test_fraction"
         )
-    return records[:limit]
+    if limit is None:
+        return records
+    kept = set(map(id, some(records, limit)))
+    return [r for r in records if id(r) in kept]
 
 
 def fingerprint(records: list[Record]) -> str:

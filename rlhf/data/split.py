@@ -6,12 +6,13 @@ The split of a group is a hash of its name, so whoever sees the group holds it o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterable
-from typing import Literal
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Literal, TypeVar
 
 from rlhf.config import UserError
 from rlhf.data.records import Record, digest, normalise
 
+R = TypeVar("R")
 Split = Literal["train", "validation", "test"]
 
 
@@ -30,6 +31,20 @@ def split_of(group: str, validation_fraction: float = 0.05, test_fraction: float
 def half_of(group: str) -> Literal["a", "b"]:
     """One of two halves by a hash independent of `split_of`: the referee trains on one, every method on the other."""
     return "a" if _uniform("half", group) < 0.5 else "b"
+
+
+def some(rows: Sequence[R], count: int | None) -> list[R]:
+    """Return the first `count` (None: all) by a hash of the group that is independent of its split.
+
+    rows: records, or what `encode` makes of them. By name or by place, the first groups of data that names its groups
+    or is sorted would be of one kind: billing before delivery.
+    """
+
+    def key(row: R) -> tuple[float, str, str]:
+        record = row["record"] if isinstance(row, dict) else row
+        return _uniform("order", record.group), record.group, str(record.prompt)
+
+    return sorted(rows, key=key)[:count]
 
 
 def assign(

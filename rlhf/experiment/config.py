@@ -63,7 +63,7 @@ class ExperimentConfig:
     perplexity: dict[str, list[str]] = option(
         {}, "held-out texts by name, e.g. {sft: [FILE], stories: [FILE]}: what the policy has forgotten"
     )
-    n_prompts: int | None = option(None, "so many test prompts; default: all", low=2)
+    n_prompts: int | None = option(None, "so many test prompts, by the hash of their group; default: all", low=2)
     samples_per_prompt: int = option(2, "responses of each policy to each prompt", low=1)
     temperature: float = option(1.0, "of sampling, in training and measuring", above=0)
     max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted", low=1)

@@ -21,6 +21,7 @@ from rlhf.compare.measures import encode_texts, perplexity, text_losses
 from rlhf.compare.run import CompareConfig, check_judges, load_policies, run_config, unseen
 from rlhf.config import UserError, option, parse
 from rlhf.data.records import Instruction, Prompt, Samples, Scorer
+from rlhf.data.split import some
 from rlhf.experiment.config import ExperimentConfig, strength_of
 from rlhf.experiment.lengths import cost_until
 from rlhf.tracking import dumps, read_metrics, write_atomic
@@ -95,13 +96,12 @@ def sample_policies(config: ExperimentConfig, place: Path, specs: list, trial: s
         check_judges(same)
     fractions = {"validation_fraction": config.validation_fraction, "test_fraction": config.test_fraction}
     records = unseen(same, load(config.prompts, Prompt, split="test", on_bad=config.on_bad, **fractions))
-    records = sorted(records, key=lambda r: (r.group, str(r.prompt)))[: config.n_prompts]
     tokenizer = load_tokenizer(config.foundation)
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     policies = load_policies(paths, world.device, config.max_prompt_length, config.max_response_length)
     model, context = policies[0]
     evaluation = Evaluation(
-        prompts=encode_prompts(records, tokenizer, config.max_prompt_length),
+        prompts=some(encode_prompts(records, tokenizer, config.max_prompt_length), config.n_prompts),
         tokenizer=tokenizer,
         stop_ids=stop_ids(tokenizer, model),
         sampling=Sampling(config.max_response_length, config.temperature),

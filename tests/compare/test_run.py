@@ -3,7 +3,8 @@ import json
 import pytest
 import yaml
 
-from rlhf.compare.run import CompareConfig, check_judges, fractions_of, run_names, scores_of, unseen
+from rlhf.cli import main
+from rlhf.compare.run import CompareConfig, check_judges, run_names, scores_of, shared_options, unseen
 from rlhf.config import UserError
 from rlhf.data.records import Prompt, prompt_group
 
@@ -24,13 +25,32 @@ def config(runs, **more):
     return CompareConfig(runs=runs, prompts=["x"], **more)
 
 
-def test_the_shares_of_groups_are_those_of_the_runs(tmp_path):
-    runs = [run(tmp_path / n, test_fraction=0.2, validation_fraction=0.04) for n in ("sft", "ppo")]
-    assert fractions_of(config(runs)) == {"validation_fraction": 0.04, "test_fraction": 0.2}
-    assert fractions_of(config(runs, test_fraction=0.3))["test_fraction"] == 0.3
-    other = run(tmp_path / "dpo", test_fraction=0.1, validation_fraction=0.04)
-    with pytest.raises(UserError, match="differ in 'test_fraction'"):
-        fractions_of(config([*runs, other]))
+def test_shares_of_groups_and_sampling_are_those_of_the_runs(tmp_path, capsys):
+    options = {"test_fraction": 0.2, "validation_fraction": 0.04, "temperature": 0.7, "max_response_length": 96}
+    runs = [run(tmp_path / n, **options) for n in ("sft", "ppo")]
+    assert shared_options(config(runs)) == options | {"max_prompt_length": 512}
+    assert capsys.readouterr().out == ""
+    given = shared_options(config(runs, test_fraction=0.3, temperature=1.0))
+    assert (given["test_fraction"], given["temperature"]) == (0.3, 1.0)
+    assert "'temperature' is 1.0; trained with another: {" in capsys.readouterr().out
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    assert shared_options(config([str(foreign)] * 2))["temperature"] == 1.0
+
+
+@pytest.mark.parametrize(("name", "value"), [("test_fraction", 0.1), ("temperature", 0.9), ("max_response_length", 9)])
+def test_runs_that_differ_are_refused_by_the_name_of_the_option(tmp_path, name, value):
+    options = {"test_fraction": 0.2, "temperature": 0.7, "max_response_length": 96}
+    runs = [run(tmp_path / "sft", **options), run(tmp_path / "dpo", **options | {name: value})]
+    with pytest.raises(UserError, match=f"the runs differ in '{name}' .* Say which one holds: --{name}"):
+        shared_options(config(runs))
+    assert shared_options(config(runs, **{name: options[name]}))[name] == options[name]
+
+
+def test_runs_without_a_value_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["compare", "--runs"])
+    assert ended.value.code == 2 and "error: option '--runs' needs a value" in capsys.readouterr().err
 
 
 def test_prompts_that_a_run_or_its_reward_model_was_trained_on_are_left_out(tmp_path, capsys):

@@ -93,14 +93,14 @@ def test_the_jackknife_of_a_ratio_is_that_of_its_residuals():
 
 
 def test_win_rate_by_hand():
-    # x/p: A (1, 3) against B (2, 3), sample 0 against 1 and 1 against 0: 1<3, 3>2 -> .5.  x/q: 5<6, 4=4 -> .25.
-    # x = .375; y/r: 7=7, 7<8 -> .25.  Over groups: .3125.  (Same samples: 1<2, 3=3, 5>4, 4<6, 7<8, 7=7 play no part.)
-    # tie_margin 1: p: 1<3, tie -> .25; q and r: ties -> x = .375, all = .4375
-    a = rows_of({"x": {"p": [1, 3], "q": [5, 4]}, "y": {"r": [7, 7]}})
-    b = rows_of({"x": {"p": [2, 3], "q": [4, 6]}, "y": {"r": [8, 7]}})
-    assert win_rate(a, b, score).estimate == pytest.approx(0.3125, abs=1e-12)
-    assert win_rate(b, a, score).estimate == pytest.approx(1 - 0.3125, abs=1e-12)
-    assert win_rate(a, b, score, tie_margin=1).estimate == pytest.approx(0.4375, abs=1e-12)
+    # sample 0 of the one meets sample 1 of the other.  x/p: A (1, 3), B (0, 3): 1<3, 3>0 -> .5.  x/q: A (5, 4),
+    # B (3, 3): both won -> 1.  x = .75.  y/r: A (7, 9), B (8, 7): 7=7, 9>8 -> .75.  Over groups: .75.
+    # tie_margin 1: p: 1<3, 3>0 -> .5; q: won, tie -> .75; x = .625; r: two ties -> .5.  Over groups: .5625.
+    a = rows_of({"x": {"p": [1, 3], "q": [5, 4]}, "y": {"r": [7, 9]}})
+    b = rows_of({"x": {"p": [0, 3], "q": [3, 3]}, "y": {"r": [8, 7]}})
+    assert win_rate(a, b, score).estimate == pytest.approx(0.75, abs=1e-12)
+    assert win_rate(b, a, score).estimate == pytest.approx(0.25, abs=1e-12)
+    assert win_rate(a, b, score, tie_margin=1).estimate == pytest.approx(0.5625, abs=1e-12)
 
 
 def test_with_one_sample_there_is_no_pair_with_independent_noise():

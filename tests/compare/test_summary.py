@@ -172,6 +172,15 @@ def test_win_rates_of_both_sides_sum_to_one():
     assert wins["raw"][i][0]["estimate"] == 1.0 and wins["raw"][i][i] is None
 
 
+def test_with_one_sample_a_prompt_an_experiment_gives_no_win_rate_and_says_so():
+    results = make({"ppo": rising, "dpo": flat})
+    points = [replace(p, values={name: v[:, :1] for name, v in p.values.items()}) for p in results.points]
+    report = summarise(replace(results, points=points))
+    assert not any(cell for row in report["wins"]["raw"] for cell in row)
+    assert any("No win rate is given" in line for line in report["sentences"])
+    assert not any("No win rate is given" in line for line in usual()["sentences"])
+
+
 def test_the_best_strength_is_found_and_scored():
     # gold rises with KL: the weakest constraint is best, at KL 9 with +0.6 for ppo and nothing for dpo
     report = quiet()

@@ -179,6 +179,15 @@ def test_groups_are_joined_over_all_sources_before_anything_is_left_out(tmp_path
     assert load([one, two], Preference, limit=1)[0].group == both[1].group
 
 
+def test_a_limit_takes_groups_of_every_kind_and_keeps_their_order(tmp_path):
+    # 60 groups called a-.. and then 60 called b-..: 40 by the hash of the group, sd sqrt(40 / 4 * 80 / 119) = 2.6
+    rows = [{"prompt": f"q{i}", "response": "x", "group": f"{'ab'[i // 60]}-{i}"} for i in range(120)]
+    path = write(tmp_path / "rows.jsonl", rows)
+    every, few = load(path, Instruction), load(path, Instruction, limit=40)
+    assert len(few) == 40 and few == [r for r in every if r in few]
+    assert 10 < sum(r.group.startswith("a") for r in few) < 30
+
+
 def test_the_same_prompts_are_held_out_as_pairs_and_as_prompts(tmp_path):
     rows = [{"prompt": f"p{i}", "chosen": f"a{i // 2}", "rejected": "b"} for i in range(300)]
     path = write(tmp_path / "p.jsonl", rows)

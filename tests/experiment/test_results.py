@@ -89,6 +89,8 @@ def test_values_land_in_their_places(tmp_path):
     assert results.responses["dpo", 0.1, 0, 4] == [["w x y z w x y z", "no\u2028end ..."], ["", "good"]]
     assert results.groups == ["g0", "g1"] and results.prompts == ["question 0", "question 1"]
     assert results.judge == "gold" and results.methods["dpo"]["strength"] == "beta"
+    # the best of 2 is chosen among draws 2-3 and 4-5 of the foundation, whose own samples are draws 0 and 1
+    assert results.points[2].noise == [range(2, 4), range(4, 6)] and end.noise is None
     assert results.methods["best_of_n"] | {"options": {}} == {
         "program": "best_of_n", "strength": "n", "strengths": [2.0], "baseline": True, "options": {},
     }  # fmt: skip
