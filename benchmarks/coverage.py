@@ -1,7 +1,8 @@
-"""Do the intervals of rlhf/compare/crossed.py and frontier.py hold the truth as often as they say? Simulated.
+"""Do the intervals of a comparison, a report card and agreement hold the truth as often as they say? Simulated.
 
-    nice -n 10 python benchmarks/coverage.py                    # all tables, about 5 minutes of one core
+    nice -n 10 python benchmarks/coverage.py                    # all tables, about 10 minutes of one core
     nice -n 10 python benchmarks/coverage.py --repeats 0.05     # a look at them
+    nice -n 10 python benchmarks/coverage.py --only groups      # some of them
 
 Each cell simulates whole experiments with a known truth, lets the functions that the report calls make a 95 % interval,
 and counts how often it holds the truth, in percent.
@@ -10,16 +11,22 @@ and counts how often it holds the truth, in percent.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import time
 from collections.abc import Callable
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import ndtr, stdtrit
 
+from reward.card import accuracy_with_interval, calibration
 from rlhf.compare import frontier
 from rlhf.compare.crossed import crossed_mean, crossed_statistic, mean_squares, total
 from rlhf.compare.frontier import Track, equal_kl
+from rlhf.compare.stats import interval_of_mean
+from rlhf.compare.wins import _share
+from rlhf.data.agreement import alpha_interval
+from rlhf.stats import MIN_CLUSTERS
 
 SEEDS, GROUPS = (3, 5, 10), (40, 100, 300)
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
@@ -289,6 +296,144 @@ def form_table(repeats: int) -> str:
     return "\n".join(lines)
 
 
+FEW = (2, 3, 4, 5, 6, 8, 10, 20, 40)
+
+
+def percentiles(values: np.ndarray, rng: np.random.Generator, *, expanded: bool, counts: np.ndarray | None = None):
+    """(worlds,) ends of percentile intervals of the bootstrap over groups, as they were used before: all resamples up
+    to 5 groups, else 1000. values (worlds, groups); with `counts` their sums over sums of these."""
+    worlds, n = values.shape
+    tail = float(ndtr(-math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.975))) if expanded else 0.025
+    low, high = np.empty(worlds), np.empty(worlds)
+    every = np.array(list(itertools.product(range(n), repeat=n))) if n <= 5 else None
+    for w in range(worlds):
+        draws = every if every is not None else rng.integers(0, n, (1000, n))
+        below = n if counts is None else counts[w][draws].sum(axis=1)
+        means = values[w][draws].sum(axis=1) / below
+        low[w], high[w] = np.quantile(means, [tail, 1 - tail], method="inverted_cdf")
+    return low, high
+
+
+def verdict_table(repeats: int) -> str:
+    """`rlhf compare` under the null: how often a policy is called better or worse, before and now."""
+    worlds: list[tuple[str, Draw]] = [
+        ("normal", normal),
+        ("heavy-tailed (t3)", lambda rng, shape: rng.standard_t(3, shape)),
+        ("lognormal, sigma 1", lognormal(1.0)),
+        ("right or wrong, both 70 %", lambda rng, shape: (rng.random(shape) < 0.7) * 1.0 - (rng.random(shape) < 0.7)),
+    ]
+    lines = [head(["differences", "interval", *map(str, FEW)])]
+    for name, draw in worlds:
+        before, now, said = [], [], []
+        for n in FEW:
+            rng = np.random.default_rng([n, len(name)])
+            values = draw(rng, (repeats, n))
+            low, high = percentiles(values, rng, expanded=True)
+            before.append(f"{100 * np.mean((low > 0) | (high < 0)):.1f}")
+            wrong = np.mean([not holds(interval_of_mean(row), 0.0) for row in values])
+            now.append(f"{100 * wrong:.1f}")
+            said.append(f"{100 * wrong:.1f}" if n >= MIN_CLUSTERS else "–")
+        lines += [row([name, "expanded percentile (before)", *before]), row([name, "Student's t", *now])]
+        lines.append(row([name, "verdicts that are given", *said]))
+    return "\n".join(lines)
+
+
+def share_table(repeats: int) -> str:
+    """The accuracy of a report card and a win rate: percentiles as the card had them, and what both have now."""
+    lines = [head(["groups of", "truth", "interval", *map(str, FEW)])]
+    for kind, (truth, correlation) in itertools.product(("1 pair", "4 pairs", "1 + Poisson(2) pairs"), SHARES):
+        before, now = [], []
+        for n in FEW:
+            rng = np.random.default_rng([n, len(kind), int(100 * truth)])
+            counts = {"1 pair": np.ones((repeats, n), int), "4 pairs": np.full((repeats, n), 4)}.get(kind)
+            counts = 1 + rng.poisson(2, (repeats, n)) if counts is None else counts
+            a = 1 / correlation - 1
+            right = rng.binomial(counts, rng.beta(a * truth, a * (1 - truth), (repeats, n)))
+            low, high = percentiles(right, rng, expanded=False, counts=counts)
+            before.append(marked(100 * np.mean((low <= truth) & (truth <= high))))
+            held = [holds_share(r, c, truth) for r, c in zip(right, counts, strict=True)]
+            now.append(marked(100 * np.mean(held)))
+        lines.append(row([kind, f"{truth:g}", "percentile (before)", *before]))
+        lines.append(row([kind, f"{truth:g}", "now", *now]))
+    return "\n".join(lines)
+
+
+SHARES = [(0.5, 0.3), (0.75, 0.3), (0.9, 0.3), (0.97, 0.3)]  # truth, correlation within a group
+
+
+def holds_share(right: np.ndarray, counts: np.ndarray, truth: float) -> bool:
+    pairs = np.repeat(np.arange(len(counts)), counts)
+    flags = np.concatenate([np.arange(c) < r for r, c in zip(right, counts, strict=True)])
+    found = accuracy_with_interval(flags, pairs)
+    return found["low"] <= truth <= found["high"]
+
+
+def crossed_share_table(repeats: int) -> str:
+    """Win rates of an experiment, groups with 2 pairs each: estimate +- t se within 0 and 1, and now."""
+    lines = [head(["truth", "interval", *(f"{s} x {g}" for s in (1, 3, 5) for g in (10, 40, 100))])]
+    for truth in (0.5, 0.75, 0.9, 0.97):
+        before, now = [], []
+        for seeds, groups in itertools.product((1, 3, 5), (10, 40, 100)):
+            rng, hits = np.random.default_rng([seeds, groups, int(100 * truth)]), np.zeros(2)
+            for _ in range(repeats):
+                easy = rng.beta(3 * truth, 3 * (1 - truth), (1, groups))  # of a prompt, the same for all seeds
+                values = rng.binomial(2, np.broadcast_to(easy, (seeds, groups))) / 2
+                found = crossed_mean(values, null=0.5)
+                hits += [holds(found, truth), holds(_share(found, 0.95), truth)]
+            before.append(marked(100 * hits[0] / repeats))
+            now.append(marked(100 * hits[1] / repeats))
+        lines += [row([f"{truth:g}", "estimate +- t se", *before]), row([f"{truth:g}", "now", *now])]
+    return "\n".join(lines)
+
+
+def alpha_table(repeats: int) -> str:
+    """Krippendorff's alpha of two people who see the truth or toss a coin: percentiles as before, and now."""
+    lines = [head(["choices", "right", "alpha", "interval", *(f"{n} items" for n in (5, 10, 20, 40))])]
+    for (name, odds), sure in itertools.product((("even", (1, 1)), ("85 % one side", (17, 3))), (0.6, 0.8, 0.95)):
+        p = np.array(odds) / sum(odds)
+        truth = sure**2  # both saw it; else their choices are independent
+        before, now = [], []
+        for n in (5, 10, 20, 40):
+            rng, hits = np.random.default_rng([n, int(100 * sure), odds[0]]), np.zeros(3)
+            for _ in range(repeats):
+                seen = rng.choice(2, (n, 1), p=p)
+                said = np.where(rng.random((n, 2)) < sure, seen, rng.choice(2, (n, 2), p=p))
+                _, low, high = alpha_interval({i: {"x": int(x), "y": int(y)} for i, (x, y) in enumerate(said)})
+                if math.isfinite(low):
+                    old_low, old_high = alpha_percentiles(said, rng)
+                    hits += [1, old_low <= truth <= old_high, low <= truth <= high]
+            before.append(marked(100 * hits[1] / hits[0]))
+            now.append(marked(100 * hits[2] / hits[0]))
+        lines.append(row([name, f"{sure:g}", f"{truth:.2f}", "percentile (before)", *before]))
+        lines.append(row([name, f"{sure:g}", f"{truth:.2f}", "now", *now]))
+    return "\n".join(lines)
+
+
+def alpha_percentiles(said: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
+    """The 95 % interval of resampled items; of two choices by two people alpha is 1 - (2 n - 1) D / (n1 n0)."""
+    n = len(said)
+    times = rng.multinomial(n, np.full(n, 1 / n), size=500)
+    ones, different = times @ said.sum(axis=1), times @ (said[:, 0] != said[:, 1])
+    known = (ones > 0) & (ones < 2 * n)
+    values = 1 - (2 * n - 1) * different[known] / (ones * (2 * n - ones))[known]
+    return tuple(np.quantile(values, [0.025, 0.975])) if len(values) else (math.nan, math.nan)
+
+
+def ece_table(repeats: int) -> str:
+    """The calibration error of a calibrated model (gaps of sd 2): its mean, its 95th percentile, the mean we expect."""
+    lines = [head(["pairs", "mean ECE", "95 % below", "expected, as the card says", "off by"])]
+    for pairs in (50, 200, 1000):
+        rng, seen, expected = np.random.default_rng(pairs), [], []
+        for _ in range(repeats):
+            gaps = 2 * rng.standard_normal(pairs)
+            found = calibration(gaps * np.where(rng.random(pairs) < 1 / (1 + np.exp(-gaps)), 1, -1))
+            seen.append(found["ece"])
+            expected.append(found["ece_expected"])
+        numbers = [np.mean(seen), np.quantile(seen, 0.95), np.mean(expected), np.mean(expected) - np.mean(seen)]
+        lines.append(row([str(pairs), *(f"{x:.4f}" for x in numbers)]))
+    return "\n".join(lines)
+
+
 def holds(estimate, truth: float) -> bool:
     return estimate.low <= truth <= estimate.high
 
@@ -315,14 +460,23 @@ TABLES = {
     "The form of the curve, 5 seeds, 100 groups": (form_table, 400),
     "One method far beyond the other, 100 groups": (reach_table, 600),
     "The ends of four strengths alone, 100 groups": (ends_table, 250),
+    "False verdicts of rlhf compare under the null, %, by groups": (verdict_table, 4000),
+    "Shares: accuracies and win rates, by groups": (share_table, 2000),
+    "Win rates of an experiment, seeds x groups": (crossed_share_table, 2000),
+    "Krippendorff's alpha, by items": (alpha_table, 1000),
+    "The calibration error of a calibrated model": (ece_table, 2000),
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=float, default=1.0, help="share of the experiments a cell")
-    share = parser.parse_args().repeats
+    parser.add_argument("--only", default="", help="a word of the titles of the tables to make")
+    options = parser.parse_args()
+    share = options.repeats
     for title, (table, count) in TABLES.items():
+        if options.only not in title:
+            continue
         start, repeats = time.perf_counter(), max(1, int(share * count))
         text = table(repeats)
         wide = 100 * math.sqrt(0.95 * 0.05 / repeats)
