@@ -311,7 +311,7 @@ def near_file(path: str | Path) -> str:
     path = Path(path)
     if not path.parent.is_dir():
         return ""
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 1)
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir() if p.exists()], 1)
     return f". Did you mean {path.parent / near[0]}?" if near else ""
 
 

@@ -276,11 +276,13 @@ class Run:
         Prompts of a store are those of its pairs, so that PPO learns on the prompts that DPO learns on; a store
         without votes gives all its prompts.
         """
-        from rlhf.data.sources import is_store, split_event
+        from rlhf.data.sources import is_path, is_store, split_event
         from rlhf.data.store import freeze, frozen
 
         result = []
         for source in sources:
+            if is_path(source) and Path(source).expanduser().resolve().is_relative_to(self.folder.resolve()):
+                raise UserError(f"{source}: lies in output_dir, where files are the run's own. Move the data elsewhere")
             if is_store(source):
                 path, event = split_event(source)
                 place = f"{Path(path).resolve()}{'' if event is None else f'@{event}'}"

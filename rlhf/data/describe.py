@@ -34,8 +34,14 @@ def describe(config: DescribeConfig) -> dict[str, Any]:
     table = load.collect(config.source, kind)
     if not table.records:
         table.complain("skip")
-    assign(table.records, config.validation_fraction, config.test_fraction, table.places)
+    conflict = ""
+    try:
+        assign(table.records, config.validation_fraction, config.test_fraction, table.places)
+    except UserError as error:
+        conflict = str(error)
     summary = summarise(table)
+    if conflict:
+        summary["splits"] = [f"CANNOT BE USED: {conflict}", "as given:", *summary["splits"]]
     print(f"{table.name}: {kind.__name__}")
     for name, value in summary.items():
         for i, line in enumerate(value if isinstance(value, list) else [value]):
@@ -65,8 +71,9 @@ def summarise(table: load.Table) -> dict[str, Any]:
         "words": _lengths(records),
     }
     if isinstance(records[0], Preference):
-        longer = sum(len(r.chosen.split()) > len(r.rejected.split()) for r in records)
-        summary["chosen"] = f"longer than rejected in {longer / len(records):.0%} of rows"
+        gaps = [len(r.chosen.split()) - len(r.rejected.split()) for r in records]
+        longer, same = sum(gap > 0 for gap in gaps) / len(gaps), gaps.count(0) / len(gaps)
+        summary["chosen"] = f"longer than rejected in {longer:.0%} of rows, as long in {same:.0%}"
     if isinstance(records[0], Labelled):
         summary["label"] = f"true in {sum(r.label for r in records) / len(records):.0%} of rows"
     columns = Counter(name for record in records for name in record.metadata)
@@ -79,10 +86,13 @@ def summarise(table: load.Table) -> dict[str, Any]:
 
 def guess(names: list[str]) -> type[Record]:
     """The kind that the columns of the first row suggest. Raises UserError if there is none."""
-    rows = [row for name in names for row in sources.first_rows(name, 1)]
-    if not rows:
-        raise UserError(f"{', '.join(names)}: no row to read")
-    return forms.guess_kind(rows[0])
+    failed = None
+    for name in names:
+        try:
+            return forms.guess_kind(sources.first_rows(name, 1)[0])
+        except UserError as error:
+            failed = failed or error
+    raise failed or UserError("no data source given")
 
 
 def _lengths(records: list[Record]) -> list[str]:

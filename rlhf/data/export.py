@@ -10,6 +10,7 @@ openai: pairs as input, preferred_output and non_preferred_output; instructions 
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import math
 import os
@@ -57,8 +58,8 @@ def check_output(output: str, inputs: Sequence[str]) -> Path:
     path = Path(output)
     if path.suffix not in SUFFIXES:
         raise UserError(f"output: found '{output}', expected a file that ends in {' or '.join(SUFFIXES)}")
-    if path.is_dir():
-        raise UserError(f"{output}: is a folder; expected a file to write")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{output}: is {'a folder' if path.is_dir() else 'no file'}; expected a file to write")
     if not path.parent.is_dir():
         raise UserError(f"{output}: its folder {path.parent} does not exist")
     for name in inputs:
@@ -103,8 +104,11 @@ def write_whole(output: str | Path, write: Callable[[Path], Any]) -> None:
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         part.replace(path)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written ({error.strerror or error})") from None
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:

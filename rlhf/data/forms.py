@@ -22,6 +22,7 @@ from rlhf.data.records import (
     RecordError,
     check_text,
     is_number,
+    one_name,
 )
 from rlhf.data.split import answer_pair
 
@@ -334,7 +335,7 @@ def _about(row: dict, source: str | None, kind: type[Record]) -> dict[str, Any]:
     fields: dict[str, Any] = {"source": source}
     for name in ("source", "annotator", "voice", "default_group", "group"):
         if name in given:
-            fields[name.removeprefix("default_")] = str(given[name])
+            fields[name.removeprefix("default_")] = one_name(str(given[name]))
     if "split" in given:
         name = str(given["split"]).lower()
         if name not in SPLIT_NAMES:

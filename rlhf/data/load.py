@@ -151,7 +151,8 @@ class Table:
             raise UserError(f"{first.place}: {first.reason}{more}. Drop {_them(such)} with: --on_bad skip")
         if not self.records:
             reasons = "; ".join(sorted({bad.reason for bad in self.bad})[:3])
-            raise UserError(f"{self.name}: no row to read" + (f" ({len(self.bad)} bad: {reasons})" if reasons else ""))
+            found = f"{len(self.bad)} bad: {reasons}" if reasons else "; ".join(map(sources.empty, self.sources))
+            raise UserError(f"{self.name}: no row to read ({found})")
         if os.environ.get("RANK", "0") == "0":
             for line in (f"skipped {line}" for line in self.bad_summary()):
                 print(line, file=sys.stderr, flush=True)

@@ -214,6 +214,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def one_name(name: str) -> str:
+    """A name as it is compared: one form of each character (Unicode NFC), single blanks, none around it."""
+    return " ".join(unicodedata.normalize("NFC", name).split())
+
+
 def normalise(text: str) -> str:
     """Unicode NFKC, case folded, white space collapsed: what counts as the same text for groups."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

@@ -97,14 +97,14 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
     Raises UserError for another program's file or a newer version; sqlite3.Error if it is no database at all.
     """
     db.execute("PRAGMA foreign_keys = ON")
-    version = _version(db, path)
+    found = version(db, path)
     _write_ahead(db)
     db.execute("PRAGMA synchronous = FULL")
-    if version == VERSION:
+    if found == VERSION:
         return
     db.execute("BEGIN IMMEDIATE")
     try:
-        for statements in MIGRATIONS[_version(db, path) :]:  # asked again: another process may have been first
+        for statements in MIGRATIONS[version(db, path) :]:  # asked again: another process may have been first
             for sql in statements:
                 db.execute(sql)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -115,14 +115,15 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
         raise
 
 
-def _version(db: sqlite3.Connection, path: Path) -> int:
-    version = db.execute("PRAGMA user_version").fetchone()[0]
+def version(db: sqlite3.Connection, path: Path) -> int:
+    """The file's version. Raises UserError for another program's file or a newer version."""
+    found = db.execute("PRAGMA user_version").fetchone()[0]
     ours = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
-    if not ours and (version or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]):
+    if not ours and (found or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]):
         raise UserError(f"{path}: is an SQLite file, but not a preference store")
-    if version > VERSION:
+    if found > VERSION:
         raise UserError(
-            f"{path}: is a preference store of version {version}, and this program knows versions up to {VERSION}. "
+            f"{path}: is a preference store of version {found}, and this program knows versions up to {VERSION}. "
             "Use the newer version of this project"
         )
-    return version
+    return found

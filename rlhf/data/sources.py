@@ -6,15 +6,17 @@ or says why there is no row at this place.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +50,41 @@ def rows(source: str, *, prompts: bool = False, aggregate: Aggregate = "each") -
 
 
 def first_rows(source: str, count: int = 20) -> list[dict[str, Any]]:
-    """A few rows to look at."""
-    return [row for _, row, problem in itertools.islice(rows(source), count) if not problem]
+    """A few rows to look at. Raises UserError, with the first reasons, where there is none."""
+    problems: list[str] = []
+
+    def good() -> Iterator[dict[str, Any]]:
+        for place, row, problem in rows(source):
+            if problem:
+                problems.append(f"{place}: {problem}")
+            else:
+                yield row
+
+    found = list(itertools.islice(good(), count))
+    if not found:
+        reasons = problems[:3] or [empty(source)]
+        bad = f" ({len(problems)} bad)" if problems else ""
+        raise UserError("\n  ".join([f"{source}: no row to read{bad}", *reasons]))
+    return found
+
+
+def empty(source: str) -> str:
+    """Why a source without bad rows has none: what the votes of a store, or of a frozen one, were."""
+    from rlhf.data.store import Store, frozen
+
+    choices = None
+    if is_store(source):
+        name, upto = split_event(source)
+        with Store.open(name, readonly=True) as store:
+            choices = store.stats(upto)["choices"]
+    elif source.lower().endswith(".jsonl"):
+        choices = (frozen(Path(source).expanduser()) or {}).get("votes")
+    if choices is None:
+        return "there is none"
+    said = ", ".join(f"{choice} {count}" for choice, count in choices.items() if count)
+    if not said:
+        return "nobody has voted; its prompts can be read (--kind prompt)"
+    return f"its votes ({said}) make no pair of which one answer is better"
 
 
 def is_store(source: str) -> bool:
@@ -66,28 +101,34 @@ def split_event(source: str) -> tuple[str, int | None]:
 def is_path(source: str) -> bool:
     """True for what exists or can only be meant as a file; the Hub is asked for the rest."""
     starts = source.startswith(("/", "./", "../", "~", ".\\", "..\\"))
-    return starts or source.lower().endswith(FILES) or Path(source).exists() or not _HUB.fullmatch(source)
+    return starts or source.lower().endswith(FILES) or os.path.lexists(source) or not _HUB.fullmatch(source)
 
 
 def _existing(source: str) -> Path:
     path = Path(source).expanduser()
     if not path.exists():
+        if path.is_symlink():
+            raise UserError(f"{source}: is a symbolic link to {os.readlink(path)}, which leads to no file")
         raise UserError(f"{source}: no such file{near_file(path)}")
     if path.is_dir():
         raise UserError(f"{source}: is a folder; give a file in it ({', '.join(READABLE)})")
+    if not path.is_file():
+        raise UserError(f"{source}: is a pipe or a device, and data is read more than once; write it into a file")
     return path
 
 
-def _open(path: Path) -> io.TextIOBase:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return open(path, encoding="utf-8-sig", newline="")
-
-
-def _readable(items: Iterable, source: str) -> Iterator:
-    """The same items, with what may go wrong inside a file said plainly."""
+@contextlib.contextmanager
+def _open(path: Path, source: str) -> Iterator[io.TextIOBase]:
+    """The file as text, unpacked; what may go wrong inside is said plainly."""
+    packed = path.name.lower().endswith(".gz")
+    opened = gzip.open if packed else open
     try:
-        yield from items
+        with opened(path, "rb") as file:
+            if file.read(2) == b"\x1f\x8b":
+                remedy = "unpack it once" if packed else f"name it {path.name}.gz, or unpack it"
+                raise UserError(f"{source}: is compressed{' twice' if packed else ''}; {remedy}")
+        with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+            yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: is not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -99,13 +140,13 @@ def _readable(items: Iterable, source: str) -> Iterator:
 def _jsonl(path: Path, source: str) -> Iterator[Item]:
     header: dict | None = None
     count = 0
-    with _open(path) as file:
-        for number, line in enumerate(_readable(file, source), 1):
+    with _open(path, source) as file:
+        for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             place = f"{source} row {number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())  # an error at its end is on this line
             except json.JSONDecodeError as error:
                 yield f"{source} line {number} column {error.colno}", {}, f"not valid JSON: {error.msg}"
                 continue
@@ -125,8 +166,8 @@ def _jsonl(path: Path, source: str) -> Iterator[Item]:
 
 
 def _json(path: Path, source: str) -> Iterator[Item]:
-    with _open(path) as file:
-        text = "".join(_readable(file, source))
+    with _open(path, source) as file:
+        text = file.read()
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
@@ -144,8 +185,8 @@ def _json(path: Path, source: str) -> Iterator[Item]:
 
 def _csv(path: Path, source: str) -> Iterator[Item]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    with _open(path) as file:
-        reader = csv.DictReader(_readable(file, source), strict=True)
+    with _open(path, source) as file:
+        reader = csv.DictReader(file, strict=True)
         number = 0
         while True:
             number += 1
@@ -198,7 +239,7 @@ def _store(source: str, prompts: bool, aggregate: str) -> Iterator[Item]:
     from rlhf.data.store import Store
 
     name, upto = split_event(source)
-    with Store.open(name) as store:
+    with Store.open(name, readonly=True) as store:
         found = store.prompt_rows(upto) if prompts else store.rows(upto, aggregate)
     for number, row in enumerate(found, 1):
         yield f"{source} row {number}", row, None

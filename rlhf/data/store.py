@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,17 @@ from typing import Any, Literal
 
 from rlhf.config import UserError, near_file
 from rlhf.data import readout, schema
-from rlhf.data.records import Message, Preference, Prompt, Record, check_text, check_unicode, digest, prompt_group
+from rlhf.data.records import (
+    Message,
+    Preference,
+    Prompt,
+    Record,
+    check_text,
+    check_unicode,
+    digest,
+    one_name,
+    prompt_group,
+)
 from rlhf.data.votes import CHOICES, Aggregate, Vote
 
 BUSY_SECONDS = 60.0  # how long a writer waits for the others
@@ -35,33 +44,42 @@ BUSY_SECONDS = 60.0  # how long a writer waits for the others
 class Store:
     """An open store. Every method that writes commits before it returns, unless inside `transaction()`."""
 
-    def __init__(self, path: Path, connection: sqlite3.Connection):
-        self.path, self._db, self._depth = path, connection, 0
+    def __init__(self, path: Path, connection: sqlite3.Connection, readonly: bool = False):
+        self.path, self.readonly, self._db, self._depth = path, readonly, connection, 0
         self.clock: Callable[[], float] = time.time  # seconds since 1970; what `created` and `changed` say
 
     @classmethod
-    def open(cls, path: str | Path, create: bool = False) -> Store:
+    def open(cls, path: str | Path, create: bool = False, readonly: bool = False) -> Store:
         """Open a store, bringing an older file to this version; with `create`, make it if it is missing.
 
-        Raises UserError: no such file, not a preference store, or made by a newer version.
+        readonly: the file is not written; one of an older version is brought to this one in memory.
+        Raises UserError: no such file, not a preference store, or made by a newer version. One that turns out to be
+        damaged ends a `with` block with a UserError too.
         """
         path = Path(path).expanduser()
         if not path.exists() and not create:
             raise UserError(f"{path}: no such preference store{near_file(path)}")
         if not path.parent.is_dir():
             raise UserError(f"{path}: its folder {path.parent} does not exist")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is not a file, so it cannot be a preference store")
+        if not create and path.stat().st_size == 0:
+            raise UserError(f"{path}: is an empty file, not a preference store")
         connection = None
         try:
-            connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+            connection = _connect(path, readonly)
             connection.row_factory = sqlite3.Row
-            schema.prepare(connection, path)
+            if not readonly:
+                schema.prepare(connection, path)
+            elif schema.version(connection, path) < schema.VERSION:
+                connection = _copy(connection, path)
         except (sqlite3.Error, UserError) as error:
             if connection is not None:
                 connection.close()
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path}: cannot be opened as a preference store ({error})") from None
-        return cls(path, connection)
+        return cls(path, connection, readonly)
 
     def close(self) -> None:
         self._db.close()
@@ -69,15 +87,20 @@ class Store:
     def __enter__(self) -> Store:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, error, trace) -> None:
         self.close()
+        if type(error) in (sqlite3.DatabaseError, sqlite3.OperationalError, json.JSONDecodeError):
+            raise UserError(
+                f"{self.path}: cannot be read or written ({str(error)[:100]}). If it is damaged, take an earlier copy, "
+                f"or save what can be read: sqlite3 {self.path.name} .recover | sqlite3 new.db"
+            ) from None
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """All writes inside are committed together at the end, or none if an exception leaves it. May be nested."""
         if self._depth == 0:
             try:
-                self._db.execute("BEGIN IMMEDIATE")
+                self._db.execute("BEGIN" if self.readonly else "BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
                 raise UserError(f"{self.path}: cannot be written ({error})") from None
         self._depth += 1
@@ -174,9 +197,12 @@ class Store:
     def add_annotator(
         self, name: str, kind: Literal["person", "model", "rule"] = "person", token: str | None = None
     ) -> int:
-        """The id of the annotator of this name, who is added if new. Of a sign-in token only the hash is kept."""
+        """The id of the annotator of this name (see `one_name`), who is added if new. Of a sign-in token only the hash
+        is kept."""
+        name = one_name(name)
+        found = next((row for row in self.annotators() if one_name(row["name"]) == name), None)
+        name = found["name"] if found else name
         row = {"name": name, "kind": kind, "token_hash": token and token_hash(token)}
-        found = self._db.execute("SELECT id, kind FROM annotators WHERE name = ?", (name,)).fetchone()
         if found and found["kind"] != kind:
             raise UserError(f"{self.path}: annotator '{name}' is a {found['kind']}, not a {kind}; choose another name")
         return self._add("annotators", name, row, key_column="name")
@@ -390,6 +416,37 @@ class Store:
         return last if upto_event is None else upto_event
 
 
+def _connect(path: Path, readonly: bool) -> sqlite3.Connection:
+    """A connection; one for reading leaves the file as it is, and nothing beside it."""
+    if not readonly:
+        return sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+    # While others have the file open it is read beside them. Else SQLite's own read-only mode would leave its helper
+    # files there, and on a disk that cannot be written it needs to be told that nobody changes the file.
+    in_use = Path(f"{path}-wal").exists()
+    for mode in ("mode=ro",) if in_use else ("mode=rw", "mode=ro&immutable=1"):
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?{mode}", timeout=BUSY_SECONDS, isolation_level=None, uri=True
+        )
+        try:
+            connection.execute("PRAGMA query_only = ON")
+            connection.execute("SELECT count(*) FROM sqlite_master")
+            return connection
+        except sqlite3.OperationalError as error:
+            connection.close()
+            failed = error
+    raise failed
+
+
+def _copy(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:
+    """The store in memory, brought to this version."""
+    copy = sqlite3.connect(":memory:", isolation_level=None)
+    copy.row_factory = sqlite3.Row
+    with contextlib.closing(connection):
+        connection.backup(copy)
+    schema.prepare(copy, path)
+    return copy
+
+
 def freeze(
     store: str | Path,
     out: str | Path,
@@ -398,23 +455,21 @@ def freeze(
 ) -> int:
     """Write the store's preferences after event `upto_event` (default: the newest) as JSONL; returns that event's id.
 
-    The first line is a header {"frozen": {"store", "event", "fingerprint", "aggregate", "rows"}}, which `load` checks
-    and skips; `frozen` reads it. The file appears whole or not at all.
+    The first line is a header {"frozen": {"store", "event", "fingerprint", "aggregate", "votes", "rows"}}, which `load`
+    checks and skips; `frozen` reads it. The file appears whole or not at all.
     """
-    with Store.open(store) as opened:
+    from rlhf.data.export import write_text
+
+    with Store.open(store, readonly=True) as opened:
         upto = opened.last_event() if upto_event is None else upto_event
         rows = opened.rows(upto, aggregate)
         header = {"store": opened.path.name, "event": upto, "fingerprint": opened.fingerprint(upto)}
-    header |= {"aggregate": aggregate, "rows": len(rows)}
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
-    with open(part, "w", encoding="utf-8") as file:
-        for row in ({"frozen": header}, *rows):
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(out)
+        header |= {"aggregate": aggregate, "votes": opened.stats(upto)["choices"], "rows": len(rows)}
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    write_text(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ({"frozen": header}, *rows)))
     return upto
 
 

@@ -61,7 +61,7 @@ def store_cost(store: Path) -> dict[str, float]:
 
     if not store.is_file():
         return {}
-    with Store.open(store) as opened:
+    with Store.open(store, readonly=True) as opened:
         return json.loads(opened.setting("budget", "{}"))
 
 

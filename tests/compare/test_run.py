@@ -145,12 +145,13 @@ def test_trained_on_is_written_as_compare_reads_it(tmp_path, tokenizer):
         {"prompt": f"q{i}", "response": "a", "split": "train" if i < 3 else "test", "metadata": {}} for i in range(5)
     ]
     (tmp_path / "i.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
-    options = RunConfig(model_name_or_path="x", data=[str(tmp_path / "i.jsonl")], output_dir=str(tmp_path))
+    options = RunConfig(model_name_or_path="x", data=[str(tmp_path / "i.jsonl")], output_dir=str(tmp_path / "run"))
     options.validation_fraction = 0.0
     made = Run("sft", options, World(), None)
     made.rows(Instruction, "train", tokenizer)
+    (tmp_path / "run").mkdir()
     made.write_trained_on()
-    kept = unseen(config([str(tmp_path), str(tmp_path)]), prompts(*(f"q{i}" for i in range(5))))
+    kept = unseen(config([str(tmp_path / "run"), str(tmp_path / "run")]), prompts(*(f"q{i}" for i in range(5))))
     assert [p.prompt[0]["content"] for p in kept] == ["q3", "q4"]
 
 

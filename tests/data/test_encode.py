@@ -86,7 +86,7 @@ def made_run(tmp_path, long, short, split="train", bad=0, **options):
     rows += [{"prompt": "q", "response": "", "split": split}] * bad
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = RunConfig(model_name_or_path="x", data=[str(path)], output_dir=str(tmp_path), max_prompt_length=50)
+    config = RunConfig(model_name_or_path="x", data=[str(path)], output_dir=str(tmp_path / "run"), max_prompt_length=50)
     config = replace(config, validation_fraction=0.0, **options)
     return Run("sft", config, World(), None)
 

@@ -174,3 +174,6 @@ def test_the_command_and_what_it_refuses(tmp_path, capsys):
     with pytest.raises(UserError, match="one of the files that are read"):
         check_output(str(tmp_path / "link.jsonl"), [str(data)])
     assert data.read_bytes() == before
+    for name in ("x" * 246 + ".jsonl", "x" * 246 + ".parquet"):  # an error of the system, as on a full disk
+        with pytest.raises(UserError, match=r"cannot be written (?s:.*)File name too long"):
+            export(ExportConfig(source=[str(data)], output=str(tmp_path / name)))

@@ -10,7 +10,10 @@ from rlhf.config import UserError, parse
 from rlhf.data.describe import DescribeConfig, describe
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Instruction, Labelled, Preference, Prompt, prompt_group
-from rlhf.data.store import Store
+from rlhf.data.store import Store, freeze
+from rlhf.distributed import World
+from rlhf.run import Run
+from rlhf.stages import RunConfig
 
 DATA = os.environ.get("RLHF_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="RLHF_DATA is not set")
@@ -387,7 +390,7 @@ def test_describe_shows_what_load_would_make_of_it(tmp_path, capsys):
     assert summary["rows"] == "3 read, 1 bad" and summary["groups"] == "2, the largest of 2 rows"
     assert summary["duplicates"] == "1 rows repeat another's texts; 2 different prompts"
     assert summary["words"][1] == "chosen: median 1, 95 % up to 3, longest 3"
-    assert summary["chosen"] == "longer than rejected in 33% of rows"
+    assert summary["chosen"] == "longer than rejected in 33% of rows, as long in 67%"  # in words
     printed = capsys.readouterr().out
     assert "p.jsonl: Preference" in printed and "same text" in printed and printed.count("p.jsonl row 1") == 1
 
@@ -432,3 +435,92 @@ def test_real_human_votes_repeat_prompts_within_groups():
     for pair in pairs:
         splits.setdefault(pair.prompt[0]["content"], set()).add(pair.split)
     assert all(len(s) == 1 for s in splits.values())
+
+
+def show(path, *more):
+    return describe(parse(DescribeConfig, ["--source", str(path), *more], prog="rlhf data show"))
+
+
+def test_why_no_row_can_be_read_is_said(tmp_path):
+    row = json.dumps(PAIR)
+    digits = '{"prompt": "Hi", "chosen": "a", "rejected": "b", "n": ' + 5000 * "1" + "}\n"
+    texts = {"pretty": json.dumps(PAIR, indent=1), "comma": row + ",\n", "two": row + row, "digits": digits}
+    reasons = {"pretty": "line 1 column 2: not valid JSON", "comma": "not valid JSON: Extra data"}
+    reasons |= {"two": "not valid JSON: Extra data", "digits": "row 1: not valid JSON: a number of too many digits"}
+    for name, text in texts.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(text)
+        with pytest.raises(UserError, match=rf"{name}\.jsonl: no row to read \(\d bad\)\n  .*{reasons[name]}"):
+            show(path)
+    (tmp_path / "late.jsonl").write_text("{\n" + row + "\n")  # the kind goes by the first row that is one
+    assert show(tmp_path / "late.jsonl")["rows"] == "1 read, 1 bad"
+
+
+def test_packed_files_go_by_what_is_in_them(tmp_path):
+    packed = gzip.compress((json.dumps(PAIR) + "\n").encode())
+    files = {"A.JSONL.GZ": packed, "twice.jsonl.gz": gzip.compress(packed), "once.jsonl": packed}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    assert show(tmp_path / "A.JSONL.GZ")["rows"] == "1 read, 0 bad"
+    with pytest.raises(UserError, match="is compressed twice; unpack it once"):
+        show(tmp_path / "twice.jsonl.gz")
+    with pytest.raises(UserError, match=r"is compressed; name it once\.jsonl\.gz, or unpack it"):
+        show(tmp_path / "once.jsonl")
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    loop, lost = tmp_path / "loop.jsonl", tmp_path / "lost.jsonl"
+    loop.symlink_to(loop)
+    lost.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"loop\.jsonl: is a symbolic link to .*, which leads to no file$"):
+        load(str(loop), Prompt)
+    with pytest.raises(UserError, match=r"is a symbolic link to .*nowhere, which leads to no file"):
+        load(str(lost), Prompt)
+    for name, reason in (("pipe.jsonl", "is a pipe or a device"), ("pipe.db", "is not a file")):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match=reason):
+            load(str(tmp_path / name), Prompt)
+
+
+def test_a_group_in_two_splits_is_shown_and_not_loaded(tmp_path, capsys):
+    path = write(tmp_path / "p.jsonl", [PAIR | {"split": "train"}, PAIR | {"chosen": "Ho", "split": "test"}])
+    with pytest.raises(UserError, match="is given more than one split"):
+        load(path, Preference)
+    found = show(path)
+    assert found["splits"][0].startswith("CANNOT BE USED: group ") and found["rows"] == "2 read, 0 bad"
+    assert found["splits"][2:] == ["train: 1 rows, 1 groups", "test: 1 rows, 1 groups"]
+    assert "Ho" in capsys.readouterr().out
+
+
+def test_a_store_whose_votes_make_no_pair_says_what_they_were(tmp_path):
+    path = tmp_path / "votes.db"
+    with Store.open(path, create=True) as store:
+        prompt = store.add_prompt([ASK])
+        pair = store.add_comparison(store.add_response(prompt, "Hello!"), store.add_response(prompt, "What?"))
+        with pytest.raises(UserError, match=r"no row to read.*nobody has voted"):
+            load(str(path), Preference)
+        for name, choice in (("ann", "tie"), ("bob", "tie"), ("cem", "skip")):
+            store.vote(pair, store.add_annotator(name), choice)
+    reason = r"no row to read[\s\S]*its votes \(tie 2, skip 1\) make no pair of which one answer is better"
+    freeze(path, tmp_path / "frozen.jsonl")
+    for source in (path, tmp_path / "frozen.jsonl"):
+        for read in (show, lambda path: load(str(path), Preference)):
+            with pytest.raises(UserError, match=reason):
+                read(source)
+    assert show(path, "--kind", "prompt")["rows"] == "1 read, 0 bad"
+
+
+def test_names_are_one_in_whatever_form_their_letters_come(tmp_path):
+    rows = [PAIR | {"annotator": name, "prompt": str(i)} for i, name in enumerate(("Zoë", "Zoe\u0308", " Zoë "))]
+    assert {r.annotator for r in load(write(tmp_path / "p.jsonl", rows), Preference)} == {"Zoë"}
+    with Store.open(tmp_path / "votes.db", create=True) as store:
+        assert len({store.add_annotator(name) for name in ("Zoë", "Zoe\u0308", " Zoë ", "Zoe")}) == 2
+        store._db.execute("UPDATE annotators SET name = 'Zoe\u0308' WHERE name = 'Zoë'")  # as older versions wrote it
+        assert store.add_annotator("Zoë") == 1 and len(store.annotators()) == 2
+
+
+def test_data_in_the_output_folder_is_refused(tmp_path):
+    rows = write(tmp_path / "metrics.jsonl", [{"prompt": "a", "response": "b"}])
+    config = RunConfig(model_name_or_path="x", data=[rows], output_dir=str(tmp_path))
+    with pytest.raises(UserError, match="lies in output_dir"):
+        Run("sft", config, World(), None).load(Instruction, "train")

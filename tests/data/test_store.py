@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from rlhf.cli import main
 from rlhf.config import UserError
 from rlhf.data import schema
 from rlhf.data.load import fingerprint, load
@@ -281,6 +282,56 @@ def test_an_older_file_is_brought_up_whole_or_not_at_all(tmp_path, monkeypatch):
         assert store._db.execute("PRAGMA user_version").fetchone()[0] == schema.VERSION == 2
         assert [(r.chosen, r.split) for r in store.preferences()] == [("B", None)]
         store.add_prompt(user("new"), split="test")
+
+
+def made_store(path):
+    with Store.open(path, create=True) as store:
+        prompt = store.add_prompt(user("Hi"))
+        pair = store.add_comparison(store.add_response(prompt, "A" * 9000), store.add_response(prompt, "B" * 9000))
+        store.vote(pair, store.add_annotator("ann"), "a")
+    return path.read_bytes()
+
+
+def test_reading_leaves_a_store_and_its_folder_as_they_are(tmp_path, monkeypatch):
+    with monkeypatch.context() as older:
+        older.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
+        older.setattr(schema, "VERSION", 1)
+        Store.open(tmp_path / "old.db", create=True).close()
+    (tmp_path / "empty.db").touch()
+    before = {name: (tmp_path / name).read_bytes() for name in ("old.db", "empty.db")}
+    before["votes.db"] = made_store(tmp_path / "votes.db")
+    assert len(load(str(tmp_path / "votes.db"), Preference)) == 1
+    with pytest.raises(UserError, match="nobody has voted"):
+        load(str(tmp_path / "old.db"), Preference)  # brought to this version in memory
+    with pytest.raises(UserError, match="is an empty file, not a preference store"):
+        load(str(tmp_path / "empty.db"), Preference)
+    with pytest.raises(UserError, match="readonly database"), Store.open(tmp_path / "votes.db", readonly=True) as store:
+        store.add_prompt(user("new"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with Store.open(tmp_path / "votes.db") as writer, Store.open(tmp_path / "votes.db", readonly=True) as reader:
+        writer.add_prompt(user("new"))
+        assert len(reader.prompts()) == 2  # what another has written is seen
+
+
+def test_damaged_pages_are_said_in_one_line(tmp_path, capsys):
+    path = tmp_path / "votes.db"
+    content = made_store(path)
+    said, size = [], 4096
+    for first in range(size, len(content), size):  # each page but the first overwritten, one at a time
+        path.write_bytes(content[:first] + size * b"\xa5" + content[first + size :])
+        for read in (
+            lambda: load(str(path), Preference),
+            lambda: main(["collect", "status", str(path)]),
+            lambda: freeze(path, tmp_path / "out" / "frozen.jsonl"),
+        ):
+            try:
+                read()  # not every page is read by each
+            except UserError as error:
+                said.append(str(error))
+            except SystemExit as end:
+                assert end.code == 2
+    assert sum("malformed). If it is damaged, take an earlier" in message for message in said) > 5
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_other_files_and_newer_versions_are_refused(tmp_path):

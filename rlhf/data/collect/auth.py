@@ -12,6 +12,7 @@ import secrets
 from typing import Any
 
 from rlhf.config import UserError
+from rlhf.data.records import one_name
 from rlhf.data.store import Store, token_hash
 
 OWNER = "owner_token_hash"  # the setting
@@ -26,15 +27,15 @@ def new_link(store: Store, name: str | None) -> str:
     if name is None:
         store.set_setting(OWNER, token_hash(token))
     else:
-        check_name(name)
-        store.set_token(store.add_annotator(name), token)
+        store.set_token(store.add_annotator(checked_name(name)), token)
     return token
 
 
-def check_name(name: str) -> None:
-    """Raises UserError unless it is 1 to 60 printable characters."""
+def checked_name(name: str) -> str:
+    """The name as the store has it. Raises UserError unless it is 1 to 60 printable characters."""
     if not name.strip() or len(name) > 60 or not name.isprintable():
         raise UserError(f"annotator's name {name!r}: expected 1 to 60 printable characters")
+    return one_name(name)
 
 
 def annotator_of(store: Store, token: str) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from rlhf.config import UserError, option
 from rlhf.data.collect import auth
 from rlhf.data.collect.guide import read_guide
+from rlhf.data.records import one_name
 from rlhf.data.store import Store
 
 TAGS = ["wrong", "off tone", "too long", "too short", "unsafe"]
@@ -56,8 +57,7 @@ class ServeConfig:
                 f"'host' is {self.host}, which means every address of this machine and cannot stand in a link; say "
                 "where people reach it with --url https://HOST"
             )
-        for name in self.annotators:
-            auth.check_name(name)
+        self.annotators = list(dict.fromkeys(map(auth.checked_name, self.annotators)))
 
 
 @dataclass
@@ -106,13 +106,14 @@ def links(config: LinksConfig) -> dict[str, str]:
     made = {}
     with Store.open(config.store) as store:
         url = (config.url or store.setting("url") or "http://127.0.0.1:8000").rstrip("/")
-        people = {row["name"]: row["id"] for row in store.annotators()}
-        for name in config.revoke:
+        people = {one_name(row["name"]): row["id"] for row in store.annotators()}
+        for name in map(one_name, config.revoke):
             if name not in people:
                 raise UserError(f"{config.store}: has no annotator {name!r}; found {', '.join(people) or 'none'}")
             store.set_token(people[name], None)
             print(f"{name}: the link opens nothing any more")
-        for name in [*config.annotators, *([None] if config.owner else [])]:
+        names = list(dict.fromkeys(map(auth.checked_name, config.annotators)))  # a second link would close the first
+        for name in [*names, *([None] if config.owner else [])]:
             made[name or ""] = f"{url}/enter/{auth.new_link(store, name)}"
             print(f"{name or 'owner'}: {made[name or '']}")
     return made
@@ -128,7 +129,7 @@ def _set_up(store: Store, config: ServeConfig, url: str) -> None:
     for name, value in given.items():
         if value is not None:
             store.set_setting(name, str(value))
-    open_now = {row["name"] for row in store.annotators() if row["token_hash"]}
+    open_now = {one_name(row["name"]) for row in store.annotators() if row["token_hash"]}
     for name in config.annotators:
         if name not in open_now:
             print(f"{name}: {url}/enter/{auth.new_link(store, name)}")

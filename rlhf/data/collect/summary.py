@@ -91,7 +91,7 @@ def disputed(votes: list[Vote], pairs: dict[int, dict[str, Any]]) -> list[tuple[
 
 def status(config: StatusConfig) -> dict[str, Any]:
     """Print the summary as text; returns it."""
-    with Store.open(config.store) as store:
+    with Store.open(config.store, readonly=True) as store:
         if not store.pairs():
             raise UserError(f"{config.store}: has no pairs to judge; make some with: rlhf collect sample")
         found = summary(store)

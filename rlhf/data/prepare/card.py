@@ -170,7 +170,7 @@ def _identity(name: str) -> str:
         from rlhf.data.store import Store
 
         path, _, event = name.rpartition("@")
-        with Store.open(path) as store:
+        with Store.open(path, readonly=True) as store:
             return f"event {event}, fingerprint `{store.fingerprint(int(event))}`"
     path = Path(name).expanduser()
     if not path.is_file():

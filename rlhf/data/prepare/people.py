@@ -37,7 +37,7 @@ def of_store(name: str) -> dict[str, Any]:
     from rlhf.data.store import Store
 
     path, _, event = name.rpartition("@") if re.search(r"@\d+$", name) else (name, "", "")
-    with Store.open(path) as store:
+    with Store.open(path, readonly=True) as store:
         pairs = store.comparisons() + store.comparisons("control")
         words = {pair["id"]: len(f"{pair['text_a']} {pair['text_b']}".split()) for pair in pairs}
         votes = store.votes(int(event) if event else None)

@@ -115,7 +115,7 @@ def _pinned(name: str) -> str:
         return name
     from rlhf.data.store import Store
 
-    with Store.open(name) as store:
+    with Store.open(name, readonly=True) as store:
         return f"{name}@{store.last_event()}"
 
 

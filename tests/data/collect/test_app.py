@@ -286,7 +286,9 @@ def test_the_owner_sees_adds_and_exports(tmp_path, serve):
 def test_links_can_be_replaced_and_revoked_while_serving(tmp_path, serve, capsys):
     running = serve(fill(tmp_path / "votes.db"), "--annotators", "ann,bob")
     ann, bob = client(running, "ann"), client(running, "bob")
-    made = links(LinksConfig(store=str(running.store), annotators=["ann"], owner=True, revoke=["bob"]))
+    asked = ["ann", " ann", "ann "]  # one link: a second would close the first
+    made = links(LinksConfig(store=str(running.store), annotators=asked, owner=True, revoke=["bob "]))
+    assert set(made) == {"ann", ""}
     assert made["ann"].startswith(f"{running.url}/enter/") and made["ann"] in capsys.readouterr().out
     assert ann.get("/")[0].status == 401 and bob.get("/")[0].status == 401
     assert ann.enter(made["ann"])[0].status == 303 and ann.get("/")[0].status == 200
