@@ -84,7 +84,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     specs, kinds, judge = scores_of(config)
     scorer = build_scorer(specs, tokenizer) if specs else None
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    policies = load_policies(config.runs, world.device, config.max_prompt_length, config.max_response_length)
+    policies = load_policies(config.runs, world.device, shared["max_prompt_length"], shared["max_response_length"])
     model, context = policies[0]
     evaluation = Evaluation(
         prompts=some(encode_prompts(records, tokenizer, shared["max_prompt_length"]), config.n_prompts),

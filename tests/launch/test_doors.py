@@ -82,9 +82,10 @@ def test_compare_reports_on_test_prompts(runs, files, tmp_path):
         output_dir=str(tmp_path),
         gold=[{"rule": "length", "low": 2, "high": 9}],
         test_fraction=0.3,
-        max_response_length=12,
     )
     report = compare(config, build_scorer)
+    assert report["meta"]["sampling"] == {"temperature": 1.0, "max_new_tokens": 12}  # as the runs
+    assert all(0 <= pair["win_rate"]["estimate"] <= 1 for pair in report["pairs"])
     assert set(report["policies"]) == {"sft", "dpo", "ppo"} and report["judge"] == "gold"
     assert report["score_kinds"]["proxy"] == "proxy"
     assert report["policies"]["sft"]["kl"]["estimate"] == 0.0 and report["policies"]["ppo"]["kl"]["estimate"] != 0.0
