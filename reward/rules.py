@@ -14,6 +14,8 @@ from typing import Any
 
 from rlhf.config import UserError
 
+CLOSING = "\"')]}»”’*_"  # quotes and brackets that may follow a sentence's end
+
 
 def length(text: str, metadata: dict[str, Any], *, low: int = 1, high: int = 200) -> float:
     """1 with low to high words; below, words / low; above, high / words."""
@@ -42,7 +44,7 @@ def no_repetition(text: str, metadata: dict[str, Any], *, n: int = 3) -> float:
 
 def ends_properly(text: str, metadata: dict[str, Any], *, endings: str = ".!?") -> float:
     """1 where the text ends with one of `endings`, closing quotes and brackets aside, else 0."""
-    return float(text.rstrip().rstrip("\"')]}»”’*_").endswith(tuple(endings)))
+    return float(text.rstrip().rstrip(CLOSING).endswith(tuple(endings)))
 
 
 RULES: dict[str, Callable[..., float]] = {
@@ -64,9 +66,10 @@ def check_rule_options(name: str, options: dict[str, Any]) -> None:
                 f"rule '{name}': pattern {options['pattern']!r} is no regular expression: {error}"
             ) from None
     for key in ("low", "high", "n"):
-        if key in options and (not isinstance(options[key], int) or options[key] < 1):
+        if key in options and (type(options[key]) is not int or options[key] < 1):
             raise UserError(f"rule '{name}': '{key}' is {options[key]!r}, expected a whole number from 1 up")
     if name == "length" and options.get("low", 1) > options.get("high", 200):
         raise UserError(f"rule 'length': low {options.get('low', 1)} is above high {options.get('high', 200)}")
-    if name == "ends_properly" and not (isinstance(options.get("endings", "."), str) and options.get("endings", ".")):
+    endings = options.get("endings", ".")
+    if name == "ends_properly" and not (isinstance(endings, str) and endings.strip().strip(CLOSING)):
         raise UserError(f"rule 'ends_properly': 'endings' is {options['endings']!r}, expected characters such as '.!?'")

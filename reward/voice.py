@@ -32,7 +32,8 @@ _WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 
 @dataclass(frozen=True)
 class Use:
-    """Words to use: the full mark for `at_least` different ones; more earn nothing, a stuffed text loses."""
+    """Words to use: the full mark for `at_least` different ones (all, where there are fewer and it is not given); more
+    earn nothing, a stuffed text loses."""
 
     words: list[str]
     at_least: int = 2
@@ -115,6 +116,7 @@ _SECTIONS: dict[str, type] = {
     "length": Length,
     "variety": Variety,
 }
+WANTED = {"use": "words", "greeting": "forms", "closing": "forms"}  # what a text is to hold
 _KEYS = ("name", "guide", *_SECTIONS, "task", "unended")
 
 
@@ -296,6 +298,9 @@ def load_voice(path: str | Path) -> Voice:
     for name, cls in _SECTIONS.items():
         if name in content or name == "variety":
             sections[name] = _section(cls, content.get(name, {}), f"{path}: '{name}'")
+    if "use" in sections and "at_least" not in content["use"]:  # of one word there are no two
+        least = min(Use.at_least, len(_different(sections["use"].words)))
+        sections["use"] = dataclasses.replace(sections["use"], at_least=least)
     facts = _facts(content.get("task"), f"{path}: 'task'")
     if set(sections) == {"variety"} and not facts:
         raise UserError(f"{path}: no part to score; give at least one of {', '.join([*_SECTIONS, 'task'])}")
@@ -306,6 +311,11 @@ def load_voice(path: str | Path) -> Voice:
     voice = Voice(content["name"].strip(), coerce(guide, str, f"{path}: 'guide'"), sections, facts, unended)
     if sum(part.weight for part in (*sections.values(), *facts.values())) <= 0:
         raise UserError(f"{path}: all weights are 0; give at least one part a 'weight' above 0")
+    for check in (_check_bounds, _check_wanted, _check_facts):
+        try:
+            check(voice)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
     return voice
 
 
@@ -323,6 +333,68 @@ def voice_scorer(path: str | Path, name: str = "voice") -> Scorer:
         return Scores([row["total"] for row in rows], breakdown)
 
     return score
+
+
+def _check_bounds(voice: Voice) -> None:
+    """Raise UserError where no text can earn the full mark, because two numbers contradict each other."""
+    use, length, sentences = (voice.sections.get(name) for name in ("use", "length", "sentences"))
+    if length and length.min_words > length.max_words:
+        raise UserError(f"'length': min_words {length.min_words} is above max_words {length.max_words}")
+    if use:
+        different = _different(use.words)
+        if use.at_least > len(different):
+            raise UserError(f"'use': at_least {use.at_least} is above its {len(different)} different words")
+        if use.max_share > 1:
+            raise UserError(f"'use': max_share {use.max_share:g} is above 1, all words of a text")
+        if length and use.at_least > use.max_share * length.max_words:
+            raise UserError(
+                f"'use': at_least {use.at_least} is above max_share {use.max_share:g} of 'length' max_words "
+                f"{length.max_words}, so a text with enough of them has too many"
+            )
+    edges = {name: voice.sections[name].forms for name in ("greeting", "closing") if name in voice.sections}
+    least = {name: min(map(_form_length, forms)) for name, forms in edges.items()}
+    if length and sum(least.values()) > length.max_words:
+        raise UserError(f"'length': max_words {length.max_words} is too few for {' and '.join(least)}")
+    for name, words in least.items():
+        if sentences and words > sentences.max_words:
+            raise UserError(f"'sentences': max_words {sentences.max_words} is too few for every form of '{name}'")
+
+
+def _different(phrases: typing.Iterable[str]) -> set[str]:
+    return {clean(phrase).lower() for phrase in phrases}
+
+
+def _form_length(form: str) -> int:
+    """Words of the form's longest sentence; of a regular expression nothing is known."""
+    return 0 if _is_regex(form) else max(len(_WORD.findall(part)) for part in _SENTENCE_END.split(clean(form)))
+
+
+def _check_wanted(voice: Voice) -> None:
+    """Raise UserError where what one part asks for is what another punishes."""
+    wanted = {name: getattr(voice.sections[name], key) for name, key in WANTED.items() if name in voice.sections}
+    for name, fact in voice.facts.items():
+        wanted[f"task/{name}"] = [*fact.among, *itertools.chain(*fact.said_as.values())]
+    for part, key in (("avoid", "words"), ("claims", "forbidden")):
+        section = voice.sections.get(part)
+        for phrase in getattr(section, key, []):
+            pattern = phrase_pattern(phrase, section.inflect)
+            for name, texts in wanted.items():
+                found = next((text for text in texts if not _is_regex(text) and pattern.search(clean(text))), None)
+                if found is not None:
+                    raise UserError(f"'{name}' asks for {found!r}, which '{part}' punishes as {phrase!r}")
+
+
+def _check_facts(voice: Voice) -> None:
+    """Raise UserError where two values of a fact are said alike, or one cannot be said at all."""
+    for name, fact in voice.facts.items():
+        ways = fact.said_as or {f"{value} (entry {i})": [value] for i, value in enumerate(fact.among, 1)}
+        owner: dict[str, str] = {}
+        for value, phrases in ways.items():
+            if not phrases:
+                raise UserError(f"'task': fact '{name}': {value!r} has no phrase that says it")
+            for phrase in _different(phrases):
+                if owner.setdefault(phrase, value) != value:
+                    raise UserError(f"'task': fact '{name}': {phrase!r} says both {owner[phrase]!r} and {value!r}")
 
 
 def _facts(task: Any, where: str) -> dict[str, Fact]:

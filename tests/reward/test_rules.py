@@ -56,6 +56,8 @@ def test_every_rule_takes_text_and_metadata_and_stays_in_bounds():
         ("length", {"low": 500}, "above high"),
         ("no_repetition", {"n": 0}, "whole number from 1"),
         ("ends_properly", {"endings": ""}, "expected characters"),
+        ("ends_properly", {"endings": '"'}, "expected characters"),  # quotes are put aside before one looks
+        ("length", {"low": True}, "whole number from 1"),
     ],
 )
 def test_options_that_cannot_work_are_refused(name, options, words):

@@ -198,6 +198,11 @@ def test_the_second_brand_prefers_its_own_voice():
     assert voice.score(bad, facts)["total"] < 0.1
 
 
+def test_one_word_to_use_is_enough_where_there_is_one(tmp_path):
+    assert load_voice(write(tmp_path, "name: X\nuse: {words: [mend]}")).sections["use"].at_least == 1
+    assert load_voice(write(tmp_path, "name: X\nuse: {words: [mend, walk, hut]}")).sections["use"].at_least == 2
+
+
 def test_scorer_names_its_parts_and_marks_what_was_left_out():
     scorer = voice_scorer(VOICES / "shop.yaml", name="gold")
     prompt = [{"role": "user", "content": "?"}]
@@ -226,6 +231,19 @@ def test_scorer_names_its_parts_and_marks_what_was_left_out():
         ("name: X\ntask: {facts: {item: {amongst: [a]}}}", "fact 'item': unknown key 'amongst'. Did you mean 'among'?"),
         ("name: X\ngreeting: [hello]", "'greeting': expected keys forms, weight"),
         ("name: X\nvariety: {weight: 0}\nuse: {words: [a], weight: 0}", "all weights are 0"),
+        # what no text can satisfy
+        ("name: X\nlength: {min_words: 40, max_words: 20}", "min_words 40 is above max_words 20"),
+        ("name: X\nuse: {words: [a, b, A], at_least: 3}", "at_least 3 is above its 2 different words"),
+        ("name: X\nuse: {words: [a], max_share: 1.5}", "max_share 1.5 is above 1"),
+        ("name: X\nuse: {words: [a, b, c]}\nlength: {max_words: 9}", "at_least 2 is above max_share 0.2 of 'length'"),
+        ("name: X\ngreeting: {forms: [a b c]}\nclosing: {forms: [d e, f]}\nlength: {max_words: 3}", "too few for"),
+        ("name: X\ngreeting: {forms: ['hello {name} there']}\nsentences: {max_words: 2}", "every form of 'greeting'"),
+        ("name: X\nuse: {words: [happy trails, b]}\navoid: {words: [trail]}", "'use' asks for 'happy trails'"),
+        ("name: X\nclosing: {forms: [ever yours]}\nclaims: {forbidden: ['/ever/']}", "'claims' punishes as '/ever/'"),
+        ("name: X\ntask: {facts: {it: {among: [epic lamp]}}}\navoid: {words: [epic]}", "asks for 'epic lamp'"),
+        ("name: X\ntask: {facts: {it: {among: [Lamp, lamp]}}}", "says both 'Lamp (entry 1)' and 'lamp (entry 2)'"),
+        ("name: X\ntask: {facts: {it: {said_as: {a: [x], b: [y, X]}}}}", "'x' says both 'a' and 'b'"),
+        ("name: X\ntask: {facts: {it: {said_as: {a: [x], b: []}}}}", "'b' has no phrase that says it"),
     ],
 )
 def test_a_bad_file_is_refused_with_file_key_and_nearest_name(tmp_path, text, said):
