@@ -195,8 +195,12 @@ def interval(
 
 
 def block_weights(groups: int, blocks: int = BLOCKS) -> np.ndarray:
-    """(1 + B, groups) weights of the groups: all, then all but one block, each of about groups / B groups."""
-    block = np.arange(groups) % min(blocks, groups)
+    """(1 + B, groups) weights of the groups: all, then all but one block, each of about groups / B groups.
+
+    Which groups make a block is drawn, the same at every call: in the order of their names, where a name may tell the
+    kind, each block would have as many of every kind, and blocks would differ less than draws do.
+    """
+    block = np.random.default_rng(0).permutation(groups) % min(blocks, groups)
     return np.concatenate([np.ones((1, groups)), block[None, :] != np.arange(block.max() + 1)[:, None]])
 
 

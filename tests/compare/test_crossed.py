@@ -94,6 +94,15 @@ def test_blocks_of_unequal_size_are_right_on_average():
     assert np.mean(squared) * 37 == pytest.approx(1.0, abs=3 * math.sqrt(2 / 9 / 2000))
 
 
+def test_blocks_of_groups_that_are_named_by_their_kind_are_right_on_average():
+    # 200 groups of five kinds, sorted by kind as names would: variance 1.125 of the kind + .25 = 1.375, V = 1.375 / 200
+    rng, kinds, squared = np.random.default_rng(3), np.array([-1.5, -0.75, 0.0, 0.75, 1.5]), []
+    for _ in range(400):
+        values = np.sort(rng.choice(kinds, 200))[None, :] + 0.5 * rng.normal(size=(1, 200))
+        squared.append(crossed_statistic(weighted(values), 1, 200).se ** 2)
+    assert np.mean(squared) * 200 == pytest.approx(1.375, abs=3 * 1.375 * math.sqrt(2 / 49 / 400))
+
+
 def test_blocks_for_the_seeds_own_statistic_and_for_the_whole_agree():
     values = example(4)
     weights = block_weights(37, 8)
