@@ -16,7 +16,11 @@ from dataclasses import dataclass
 KINDS = ("key", "email", "iban", "card", "ip", "phone", "address")  # in this order: the first to claim a place has it
 REGIONS = ("US", "GB", "DE")
 
-_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[\w-]{1,63}\.)+[^\W\d_]{2,24}(?![\w-])")
+# Digits that touch others, letters or dashes, or a dot before or after digits, are part of something else: a UUID, a
+# decimal, a version, a name in code
+_BEFORE = r"(?<![\w-])(?<![\W\d]\.)(?<!^\.)"
+_AFTER = r"(?![\w-]|\.\d)"
+_EMAIL = re.compile(r"(?<![\w.+-])(?!git@)[\w.+-]{1,64}@(?!\d+\.\d)(?:[\w-]{1,63}\.)+[^\W\d_]{2,24}(?![\w-])")
 _SECRETS = re.compile(
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\s\S]+?-----END [A-Z ]*PRIVATE KEY-----"
     r"|(?:\s+(?:[A-Za-z0-9+/=]{20,}|(?=\S*[\d+/=])[A-Za-z0-9+/=]+))*)"  # cut off: as far as it looks like one
@@ -32,13 +36,21 @@ _NAMED_SECRET = re.compile(
     r"\b[\"']?(?:\s*[:=]\s*|\s+is:?\s+|(?<=bearer)\s+)[\"']?(?P<value>[^\s\"',;]{8,})"
 )
 _URL_LOGIN = re.compile(r"(?<=://)[^\s/:@]{1,64}:[^\s/@]{1,64}(?=@)")
-_IBAN = re.compile(r"(?i)\b[A-Z]{2}\d{2}(?:[ -]?[A-Z0-9]{4}){2,7}(?:[ -]?[A-Z0-9]{1,3})?\b")
-_CARD = re.compile(r"(?<!\d)(?<!\d[.-])\d(?:[ .-]?\d){12,}(?![\d-])")
+_CODE = re.compile(r"[$%<{]|[A-Za-z_][\w.]*[(\[{<]")  # a placeholder, a call, an element: not the secret itself
+_IBAN = re.compile(rf"(?i){_BEFORE}[A-Z]{{2}}\d{{2}}(?:[ -]?[A-Z0-9]{{4}}){{2,7}}(?:[ -]?[A-Z0-9]{{1,3}})?\b")
+_IBAN_GROUPS = re.compile(r"\w{4}([ -]?)(?:\w{4}\1)*\w{1,4}")  # unlike a UUID's
+_CARD = re.compile(r"(?<!\d)\d(?:[ .-]?\d){12,}")
 _CARD_GROUPS = ((4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (4, 4, 4, 4, 3))  # as cards print them
 _CARD_START = re.compile(r"4|5[1-5]|2(?:2[2-9]|[3-6]\d|7[01]|720)|3[47]|3(?:0|6|8|9)|35|6(?:011|4[4-9]|5|2)")
-_IP4 = re.compile(r"(?<![\w.-])(?<!version )(?<!Version )\d{1,3}(?:\.\d{1,3}){3}(?![\w-]|\.\d)")
+_IP4 = re.compile(rf"{_BEFORE}\d{{1,3}}(?:\.\d{{1,3}}){{3}}{_AFTER}")
+_VERSION = re.compile(r"(?i)(?:\b(?:version|release|build|revision|section|chapter|clause)s? ?:? ?|[=<>~!]= ?|\w/)\Z")
+# Addresses that name no machine on the internet: private, shared, link-local, multicast, reserved
+_NOBODYS = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 169.254.0.0/16 224.0.0.0/3 fc00::/7 fe80::/10"
+_NETWORKS = [ipaddress.ip_network(name) for name in _NOBODYS.split()]
 _IP6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f:]*\d)(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:])")
-_PHONE_SHAPE = re.compile(r"(?<![\w.-])(?:\+?1[-. ])?(?:\(\d{3}\) ?|\d{3}[-. ])\d{3}[-. ]\d{4}(?![\w-])")
+_PHONE_SHAPE = re.compile(rf"{_BEFORE}(?:\+?1[-. ])?(?:\(\d{{3}}\) ?|\d{{3}}[-. ])\d{{3}}[-. ]\d{{4}}{_AFTER}")
+_ALONE = re.compile(rf"{_BEFORE}(?=[\d+(])")
+_ENDS = re.compile(_AFTER)
 _PHONE_HINT = re.compile(r"\d(?:[ ()./-]{0,2}\d){6,}")
 _PHONE_WRITTEN = re.compile(r"\d[ -]\d|^0\d{1,4}/\d{5,}$")
 _NAME = r"[A-ZÄÖÜ][\wäöüß'.-]*"
@@ -125,16 +137,18 @@ def _secrets(text: str) -> Iterator[tuple[int, int]]:
     yield from (m.span() for m in _URL_LOGIN.finditer(text))
     for m in _NAMED_SECRET.finditer(text):
         value = m["value"].rstrip(".!?)")
-        if len(value) >= 8 and re.search(r"\d", value) and re.search(r"[^\W\d_]", value):  # a word is no secret
+        mixed = re.search(r"\d", value) and re.search(r"[^\W\d_]", value)  # a word is no secret
+        if len(value) >= 8 and mixed and not _CODE.match(value):
             yield m.start("value"), m.start("value") + len(value)
 
 
 def _ibans(text: str) -> Iterator[tuple[int, int]]:
     for m in _IBAN.finditer(text):
-        ends = [end.start() + m.start() for end in re.finditer(r"\b(?!\w)", m[0])]
+        ends = [m.start() + end.start() for end in re.finditer(r"\b(?!\w)", m[0])]
+        ends = [end for end in ends if _ENDS.match(text, end)]
         for end in reversed(ends):  # the pattern may have eaten the next words
             whole = text[m.start() : end]
-            if len(re.findall(r"\d", whole)) >= 10 and valid_iban(whole):
+            if len(re.findall(r"\d", whole)) >= 10 and _IBAN_GROUPS.fullmatch(whole) and valid_iban(whole):
                 yield m.start(), end
                 break
 
@@ -147,8 +161,9 @@ def _cards(text: str) -> Iterator[tuple[int, int]]:
         while first < len(groups):
             ends = range(min(len(groups), first + 19), first, -1)
             last = next((end for end in ends if _is_card(groups[first:end], m[0])), 0)
-            if last:
-                yield m.start() + groups[first].start(), m.start() + groups[last - 1].end()
+            span = m.start() + groups[first].start(), m.start() + groups[last - 1].end()
+            if last and _ALONE.match(text, span[0]) and _ENDS.match(text, span[1]):
+                yield span
             first = last or first + 1
 
 
@@ -165,8 +180,11 @@ def _ips(text: str) -> Iterator[tuple[int, int]]:
             address = ipaddress.ip_address(m[0])
         except ValueError:
             continue
+        if address.is_loopback or address.is_unspecified or any(address in network for network in _NETWORKS):
+            continue
         groups = sum(bool(part) for part in m[0].split(":"))
-        if not (address.is_loopback or address.is_unspecified) and (address.version == 4 or groups >= 3):
+        a_version = address.version == 4 and _VERSION.search(text, max(0, m.start() - 12), m.start())
+        if not a_version and (address.version == 4 or groups >= 3):
             yield m.span()
 
 
@@ -180,6 +198,10 @@ def _phones(text: str, regions: Sequence[str]) -> Iterator[tuple[int, int]]:
     for region in (*regions, None):
         for match in phonenumbers.PhoneNumberMatcher(text, region):
             written = match.raw_string
+            if not (_ALONE.match(text, match.start) and _ENDS.match(text, match.end)):
+                continue
+            if written.count("(") != written.count(")") or re.fullmatch(r"\+?\d+\.\d+", written):
+                continue  # the argument of a function, a decimal
             if written[0] != "+" and max(map(len, re.findall(r"\d+", written))) < 2:
                 continue  # somebody counts
             before = text[max(0, match.start - 4) : match.start].lower()

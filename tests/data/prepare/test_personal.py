@@ -1,3 +1,6 @@
+import random
+import uuid
+
 import pytest
 
 from rlhf.data.prepare.personal import find, luhn, mask, valid_iban
@@ -89,10 +92,34 @@ def test_what_stands_beside_it_hides_nothing(text, masked):
         "4.11111111111111, 4111 1111 1111 1112 12/27 and 1/2/2024",
         "between 3 and 4 streets away, in 12 ways, user@ home, @handle",
         "count 1 2 3 4 5 6 7 8 9 0 and 1, 2, 3, 4, 5, 6, 7, 8",
+        "0.4111111111111111, .4111111111111111, 4111111111111111.5 and x = 4111111111111111e5",
+        "4111-1111-1111-1111-2222, 4111 1111 1111 1111-2 and A4111111111111111",
+        "hosts 192.168.1.10, 10.0.0.5, 172.16.3.4, 169.254.1.1, fe80::1:2:3, mask 255.255.255.0, 224.0.0.1, 10.0.0.0/8",
+        "version: 8.1.2.3, Release 8.1.2.4, foo==8.1.2.5, foo >= 8.1.2.6, libfoo/8.1.2.7, section 8.1.2.8, 8.1.2.9-rc1",
+        "ORD-555-123-4567, A555-123-4567, 555-123-4567-89, 555.123.4567.8, 1.212-555-0123.7 and phone_5551234567",
+        "sum(2125550123, 1), Decimal('+35236450.6') and arr[5551234567]",
+        "git@github.com:org/repo.git and pkg@2.0.0-beta.rc",
+        "token = tokenizer.encode(x1), password: ${DB_PASSWORD_1}, api_key=os.environ['KEY_1'], secret=<your-key-1>",
     ],
 )
 def test_what_only_looks_like_it_is_left_alone(text):
     assert find(text) == []
+
+
+def test_numbers_that_name_no_person_are_left_alone():
+    rng = random.Random(0)
+    for _ in range(200):
+        digits = [f"{rng.randrange(10**n):0{n}d}" for n in (8, 4, 4, 4, 12)]
+        texts = (
+            str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+            "-".join(digits),
+            f"{rng.randrange(10)}.{rng.randrange(10**16):016d}",
+            f"({rng.uniform(-90, 90):.7f}, {rng.uniform(-180, 180):.7f})",
+            f"192.168.{rng.randrange(256)}.{rng.randrange(256)}",
+            f"{rng.getrandbits(160):040x}",
+        )
+        for text in texts:
+            assert find(f"see {text} here") == []
 
 
 def test_regions_are_for_national_numbers_alone():
