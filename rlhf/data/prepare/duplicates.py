@@ -1,14 +1,16 @@
 """Rows that say the same: exactly, nearly, or the other way round.
 
-MinHash finds candidates; what decides is the Jaccard index of two texts' sets of character 4-grams, after Unicode NFKC,
-case folding and collapsing white space. Two rows are near duplicates if their prompts and, one by one, their answers
-are that similar and hold the same numbers.
+MinHash finds candidates; what decides is the Jaccard index of two texts' sets of character 4-grams, after Unicode NFKC
+and collapsing white space; prompts of one group also after case folding. Two rows are near duplicates if their prompts
+and, one by one, their answers are that similar and hold the same numbers. A pair whose own two answers are that similar
+says something finer, and is compared with others word for word alone.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +25,8 @@ SHINGLE = 4
 PERMUTATIONS = 120
 MISSED = 1 / 80  # at most so many pairs at the threshold itself that MinHash may not find; fewer above
 SAME_QUESTION = 0.9  # similarity of prompts with the same words from which opposite verdicts contradict
+SAME_ANSWER = 0.8  # similarity from which a third answer is the first, where two pairs share the second
+INSIDE = 8  # words that a text has at least to be looked for inside others
 DOUBT = 0.2  # candidates whose MinHash estimate is further below the threshold are not looked at
 
 
@@ -34,10 +38,15 @@ class Findings:
     examples: list[tuple[int, int]] = field(default_factory=list)
 
 
-def shingles(text: str) -> frozenset[str]:
+def shingles(text: str, *, fold_case: bool = True) -> frozenset[str]:
     """Character 4-grams of the normalised text; a shorter text is its own and only one."""
-    text = normalise(text)
+    text = normalise(text) if fold_case else with_case(text)
     return frozenset(text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1)))
+
+
+def with_case(text: str) -> str:
+    """Unicode NFKC, white space collapsed: "HELLO" may be the right answer, and "hello" the wrong one."""
+    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 def jaccard(one: frozenset, other: frozenset) -> float:
@@ -140,6 +149,29 @@ def similar_prompts(records: Sequence[Record], threshold: float) -> list[tuple[i
     ]
 
 
+def contained_texts(records: Sequence[Record]) -> list[tuple[int, int]]:
+    """(row, other row) where the one's prompt, a user's turn of it, or an answer stands inside the other's prompt.
+
+    Word for word, after case folding; of texts of `INSIDE` words or more.
+    """
+    by_start: dict[tuple[str, ...], list[tuple[list[str], int]]] = {}
+    for i, record in enumerate(records):
+        turns = [m["content"] for m in record.prompt if m["role"] == "user"]
+        for text in {asked(record), *turns, *answers(record).values()}:
+            words = _WORD.findall(normalise(text))
+            if len(words) >= INSIDE:
+                by_start.setdefault(tuple(words[:INSIDE]), []).append((words, i))
+    found: set[tuple[int, int]] = set()
+    for j, record in enumerate(records):
+        for text in {asked(record), *(m["content"] for m in record.prompt)}:
+            words = _WORD.findall(normalise(text))
+            for start in range(len(words) - INSIDE + 1):
+                for inner, i in by_start.get(tuple(words[start : start + INSIDE]), ()):
+                    if i != j and words[start : start + len(inner)] == inner:
+                        found.add((i, j))
+    return sorted(found)
+
+
 def similar_texts(texts: Sequence[str], others: Sequence[str], threshold: float) -> dict[int, tuple[int, float]]:
     """For each text that is a near duplicate of one of the others: which (the nearest), and their similarity."""
     sets = [shingles(text) for text in (*others, *texts)]
@@ -203,23 +235,27 @@ def _relation(one: Record, other: Record, threshold: float) -> str | None:
     if question < threshold:
         return None
     a, b = list(answers(one).values()), list(answers(other).values())
+    if len(a) == 2 and max(_alike(*a), _alike(*b)) >= threshold:
+        return None  # rows of a ranking of similar answers
     same = min((_alike(x, y) for x, y in zip(a, b, strict=True)), default=1.0)
     if len(a) < 2:
         crossed = same if getattr(one, "label", None) != getattr(other, "label", None) else 0.0
         same = same if not crossed else 0.0
     else:
         crossed = min(_alike(a[0], b[1]), _alike(a[1], b[0]))
+        if (a[0] == b[1]) != (a[1] == b[0]) and crossed < SAME_ANSWER:
+            crossed = 0.0  # one is better than a second, which is better than a third
     if max(same, crossed) < threshold:
         return None
     if same >= crossed:
         return "same"
-    words = [set(_WORD.findall(normalise(spoken(record)))) for record in (one, other)]
+    words = [set(_WORD.findall(with_case(spoken(record)))) for record in (one, other)]
     return "opposite" if question >= SAME_QUESTION and words[0] == words[1] else None
 
 
 @functools.lru_cache(maxsize=20_000)
 def _shingles(text: str) -> frozenset[str]:
-    return shingles(text)
+    return shingles(text, fold_case=False)
 
 
 def _alike(one: str, other: str) -> float:
@@ -235,7 +271,9 @@ def _parts(record: Record) -> tuple[str, str]:
 
 def _tagged(parts: tuple[str, str]) -> frozenset[str]:
     """Shingles of the prompt and of the answers, kept apart: if both are similar, so is the whole."""
-    return frozenset(f"{tag}{shingle}" for tag, text in zip("pa", parts, strict=True) for shingle in shingles(text))
+    return frozenset(
+        f"{tag}{shingle}" for tag, text in zip("pa", parts, strict=True) for shingle in shingles(text, fold_case=False)
+    )
 
 
 def _comparable(one: Record, other: Record) -> bool:

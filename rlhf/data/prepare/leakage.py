@@ -1,7 +1,9 @@
 """Rows that would give an evaluation away: its prompts or answers, word for word, nearly, or in long pieces.
 
-A row leaks if its prompt is one of the evaluation's, or if its answers (of a pair both) are those of one row of the
-evaluation and one of them has n words or more. Texts are compared after Unicode NFKC and case folding, as words. A
+A row leaks if its prompt, or a user's turn of it, is a prompt or turn of the evaluation, or if its answers (of a pair
+both) are those of one row of the evaluation and one of them has n words or more. It leaks too if a prompt of the
+evaluation, or an answer of n words or more, stands inside its prompt, in whatever turn, or its prompt of n words or
+more inside one of the evaluation. Texts are compared after Unicode NFKC and case folding, as words. A
 text of the evaluation also counts as present where a share `overlap` of its n-grams stands in one text of the row
 (compare Brown et al. 2020, appendix C, and Chowdhery et al. 2022, section 8: longer n-grams, longer texts); a text of
 five words up to n is one n-gram. A prompt also counts where it is a near duplicate as duplicates.py has it.
@@ -63,13 +65,20 @@ class Index:
             self.texts.append(text)
             self.places.append([place])
 
-    def hits(self, text: str, overlap: float) -> dict[str, tuple[float, str]]:
-        """By row of the evaluation: (share, its text) of what `text` holds of it; the same text has share 1."""
+    def hits(self, text: str, overlap: float, inside: bool = False) -> dict[str, tuple[float, str]]:
+        """By row of the evaluation: (share, its text) of what `text` holds of it; the same text has share 1.
+
+        inside: or what its text holds of `text`, whichever is more.
+        """
         key = normalise(text)
         words = _WORD.findall(key)
         own = set().union(*(_grams(words, length) for length in self.lengths))
         counts = Counter(number for gram in own for number in self.grams.get(gram, ()))
         shares = {number: count / self.sizes[number] for number, count in counts.items()}
+        if inside and len(words) >= self.n:
+            long = _grams(words, self.n)
+            held = Counter(number for gram in long for number in self.grams.get(gram, ()))
+            shares |= {number: max(shares[number], count / len(long)) for number, count in held.items()}
         if key in self.exact:
             shares[self.exact[key]] = 1.0
         found: dict[str, tuple[float, str]] = {}
@@ -92,7 +101,12 @@ def evaluation_texts(names: Sequence[str], n: int) -> tuple[Index, Index, int]:
                 continue
             good += 1
             prompts.add(clean(asked(record)), place)
-            for text in answers(record).values():
+            turns = [m["content"] for m in record.prompt if m["role"] == "user"]
+            for number, turn in enumerate(turns):
+                if number == 0 or len(_WORD.findall(turn)) >= n:  # "Go on." is everybody's later turn
+                    prompts.add(clean(turn), place)
+            before = [m["content"] for m in record.prompt if m["role"] == "assistant"]
+            for text in (*before, *answers(record).values()):
                 said.add(clean(text), place)
         if not good:
             raise UserError(f"{name}: no row of this evaluation can be read ({bad} bad); see: rlhf data show {name}")
@@ -106,21 +120,40 @@ def leaks(records: Sequence[Record], prompts: Index, said: Index, overlap: float
     found = []
     for i, record in enumerate(records):
         texts = list(answers(record).values())
-        leak = _leak(i, "prompt", [asked(record)], prompts, overlap)
+        leak = None
+        for turn in _turns(record):
+            leak = leak or _leak(i, "prompt", [turn], prompts, overlap, inside=True)
         if leak is None and i in similar:
             number, share = similar[i]
             leak = Leak(i, "prompt", prompts.places[number][0], share, prompts.texts[number])
-        leak = leak or _leak(i, "answer", texts, said, overlap, shortest=said.n)  # "Yes." is everybody's answer
+        for held in (texts, *([m["content"]] for m in record.prompt)):
+            leak = leak or _leak(i, "answer", held, said, overlap, shortest=said.n)  # "Yes." is everybody's answer
         if leak:
             found.append(leak)
     return found
 
 
-def _leak(row: int, what: str, texts: Sequence[str], index: Index, overlap: float, shortest: int = 0) -> Leak | None:
+def _turns(record: Record) -> list[str]:
+    """What the user said together and turn by turn, and other turns that are long enough to be somebody's own."""
+    others = [m["content"] for m in record.prompt if m["role"] != "user"]
+    turns = [m["content"] for m in record.prompt if m["role"] == "user"]
+    return list(dict.fromkeys([asked(record), *turns, *(t for t in others if len(_WORD.findall(t)) >= SHORTEST)]))
+
+
+def _leak(
+    row: int,
+    what: str,
+    texts: Sequence[str],
+    index: Index,
+    overlap: float,
+    *,
+    shortest: int = 0,
+    inside: bool = False,
+) -> Leak | None:
     """A row of the evaluation that all texts hold something of, one of them of `shortest` words or more."""
     if not texts:
         return None
-    hits = [index.hits(text, overlap) for text in texts]
+    hits = [index.hits(text, overlap, inside) for text in texts]
     common = {
         place: min(hit[place] for hit in hits)
         for place in hits[0]

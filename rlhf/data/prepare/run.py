@@ -125,4 +125,5 @@ def _summary(table: load.Table, work: steps.Work) -> dict[str, Any]:
     assign(records)
     left = load.Table(table.kind, table.sources, records, work.places, work.own_group, forms=table.forms)
     summary = summarise(left)
-    return {k: v for k, v in summary.items() if k not in ("form", "bad rows", "fingerprint")} | card.balance(records)
+    shown_elsewhere = ("form", "bad rows", "warnings", "fingerprint")
+    return {k: v for k, v in summary.items() if k not in shown_elsewhere} | card.balance(records)

@@ -157,14 +157,17 @@ def leaks(work: Work, against: Sequence[str], n: int, overlap: float, near: floa
 
 
 def groups(work: Work, threshold: float) -> None:
-    """Rows that share a prompt, nearly so, or an answer pair get one group; a group that the data names stays.
+    """Rows that share a prompt, nearly so, or an answer pair get one group, and so do a row and another whose prompt
+    holds its prompt or answer; a group that the data names stays.
 
     Where rows of one group were given different splits, those of the split that is held out longest stay.
     """
     before = len({r.group for r in work.records})
     similar = duplicates.similar_prompts(work.records, threshold) if threshold < 1 else []
+    known = {frozenset(pair) for pair in similar}
+    inside = [pair for pair in duplicates.contained_texts(work.records) if frozenset(pair) not in known]
     free = [i for i, own in enumerate(work.own_group) if not own]
-    shared = duplicates.links(work.records, similar)
+    shared = duplicates.links(work.records, [*similar, *inside])
     joined = join_groups([work.records[i].group for i in free], [shared[i] for i in free])
     for i, group in zip(free, joined, strict=True):
         work.records[i].group = group
@@ -176,13 +179,15 @@ def groups(work: Work, threshold: float) -> None:
     sizes = Counter(record.group for record in work.records)
     largest = max(sizes.values(), default=0)
     found = f"{before} groups before, {len(sizes)} after; the largest has {largest} rows"
+    found += f"; {len({i for i, _ in inside})} rows have a text inside another's prompt" if inside else ""
     found += f"; {len(drop)} rows would have given another split away" if drop else ""
     if largest > max(2, LARGE_GROUP * len(work.records)):
         found += ". One group goes to one split as a whole: check that these rows belong together, or raise `near`"
-    parameters = "prompt, answer pair" + (f", prompts of similarity {threshold:g} or more" if threshold < 1 else "")
-    together = [(i, j) for i, j in similar if work.records[i].group == work.records[j].group]
-    if apart := len(similar) - len(together):
-        found += f"; {apart} nearly equal prompts stay apart, because the data names their groups"
+    parameters = "prompt, answer pair, a text inside another's prompt"
+    parameters += f", prompts of similarity {threshold:g} or more" if threshold < 1 else ""
+    together = [(i, j) for i, j in (*similar, *inside) if work.records[i].group == work.records[j].group]
+    if apart := len(similar) + len(inside) - len(together):
+        found += f"; {apart} such pairs of rows stay apart, because the data names their groups"
     examples = [work.show_two(i, j) for i, j in together[: work.examples]]
     work.done("groups", parameters, found, drop, examples)
 

@@ -4,6 +4,7 @@ import pytest
 
 from rlhf.data.prepare.duplicates import (
     bands,
+    contained_texts,
     contradictions,
     exact_duplicates,
     identical_answers,
@@ -117,6 +118,42 @@ def test_all_of_a_contradiction_goes_in_whatever_order_it_stands():
     assert (repeats.drop, opposites.drop) == ([], [0, 1, 2])
     repeats, opposites = near_duplicates([rows[0], rows[2], rows[1]], 0.8)
     assert (repeats.drop, opposites.drop) == ([1], [0, 2])
+
+
+def test_a_ranking_of_similar_answers_is_neither_a_contradiction_nor_a_repeat():
+    first, second, third = LONG, near(LONG), LONG.replace("Monday", "Sunday")
+    ranked = [pair(chosen=a, rejected=b) for a, b in ((first, second), (second, third), (first, third))]
+    assert [found.drop for found in near_duplicates(ranked, 0.7)] == [[], []]
+    # first > second > third, where the first and the third begin alike
+    begin = "We are sorry to hear it, and thank you for the photographs that you have sent to us today. We have looked "
+    begin += "at them closely, and the box was damaged on the way to you. "
+    ends = ("A new one is coming soon.", "You get your money back.")
+    assert 0.7 < jaccard(*(shingles(begin + end) for end in ends)) < 0.8
+    ranked = [pair(chosen=begin + ends[0], rejected=LAMP), pair(chosen=LAMP, rejected=begin + ends[1])]
+    assert [found.drop for found in near_duplicates(ranked, 0.7)] == [[], []]
+    turned = [pair(chosen=begin + ends[0], rejected=LAMP), pair(chosen=LAMP, rejected=begin + ends[0] + " ")]
+    assert near_duplicates([turned[0], pair(chosen=LAMP, rejected=f"{begin}{ends[0]}!")], 0.7)[1].drop == [0, 1]
+
+
+def test_case_may_be_the_task():
+    assert near_duplicates([pair(), pair(chosen=LONG.upper())], 0.7)[0].drop == []
+    asked = ("Write this in capitals: {}", "Write this in Capitals: {}")
+    rows = [pair(a.format(LAMP), c, r) for a, c, r in zip(asked, (LONG.upper(), LAMP), (LAMP, LONG), strict=True)]
+    assert [found.drop for found in near_duplicates(rows, 0.7)] == [[], []]
+
+
+def test_texts_inside_anothers_prompt():
+    question = "How do I return the blue chair to the shop that I bought it in?"
+    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": LONG}]
+    rows = [
+        pair(question, "x", "y"),
+        pair("Which one?", LONG, "y"),
+        Preference(prompt=[*turns, {"role": "user", "content": "Thanks"}], chosen="x", rejected="y"),
+        pair("A customer writes: HOW do I return the blue chair to the shop that I bought it in? Answer.", "x", "y"),
+        pair("Thanks", "x", "y"),  # too short to mean the same
+    ]
+    # row 2 holds the question (0) and the answer (1), row 3 the question of 0 and of 2, row 0 that of 2
+    assert contained_texts(rows) == [(0, 2), (0, 3), (1, 2), (2, 0), (2, 3)]
 
 
 def test_bands_follow_the_threshold():

@@ -53,6 +53,40 @@ def test_a_short_prompt_counts_inside_a_longer_one_from_five_words_on(tmp_path):
     assert found(rows, evaluation) == [(0, "prompt", 1.0), (2, "prompt", 1.0)]
 
 
+def conversation(*turns):
+    roles = ("user", "assistant") * len(turns)
+    prompt = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)]
+    return Preference(prompt=prompt, chosen="one answer", rejected="another")
+
+
+def test_what_stands_inside_a_prompt_leaks(evaluation):
+    rows = [
+        conversation("Hi there", "Hello.", "And now?"),  # a whole prompt as an earlier turn, however short
+        conversation("And you?", f"You ask: {TEST}", "Yes"),  # in the assistant's turn
+        conversation("And you?", GOOD, "Shorter, please"),  # an answer as an earlier one
+        pair(f"Make this shorter: {GOOD}"),
+        conversation("And you?", "Hi there", "Yes"),  # what everybody says
+        pair("Make this shorter: yes."),
+    ]
+    leaked = [(0, "prompt", 1.0), (1, "prompt", 1.0), (2, "answer", 1.0), (3, "answer", 1.0)]
+    assert found(rows, evaluation, overlap=1.0) == leaked
+
+
+def test_what_stands_inside_a_prompt_of_the_evaluation_leaks(tmp_path):
+    first, long = "Why is the sea salty?", "Write a letter to the town about the broken lamp in our street"
+    rows = [
+        {"messages": [{"role": r, "content": t} for r, t in zip("uau", (first, GOOD, "Shorter"), strict=True)]},
+        {"prompt": f"You are a helpful clerk. {long} and sign it with my name."},
+    ]
+    for message in rows[0]["messages"]:
+        message["role"] = {"u": "user", "a": "assistant"}[message["role"]]
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    evaluation = evaluation_texts([str(tmp_path / "test.jsonl")], 8)
+    leaked = [(0, "prompt", 1.0), (1, "prompt", 1.0), (2, "answer", 1.0)]
+    rows = [pair(first), pair(f"{long}!"), pair("q", GOOD, f"{GOOD}!"), pair("Shorter"), pair("Write a letter")]
+    assert found(rows, evaluation, overlap=1.0) == leaked
+
+
 def test_a_near_duplicate_of_a_prompt_leaks(evaluation):
     prompts, said, _ = evaluation
     row = pair(TEST.replace("why", "hwy").replace("salty", "salt"))

@@ -134,6 +134,19 @@ def test_metadata_is_searched_too(tmp_path):
     assert [r.metadata for r in found] == [{"user": {"mail": ["[EMAIL]"]}, "n": 1}] * 2
 
 
+def test_tool_calls_are_searched_and_told_apart(tmp_path):
+    def asked(city):
+        call = {"type": "function", "function": {"name": "find", "arguments": {"who": SECRET, "where": city}}}
+        calling = {"role": "assistant", "content": "", "tool_calls": [call]}
+        result = {"role": "tool", "content": "it is there, as it should be"}
+        return [{"role": "user", "content": f"{LONG}?"}, calling, result]
+
+    answers = {"chosen": f"{LONG}, yes", "rejected": "no"}
+    run(tmp_path, [{"prompt": asked(city)} | answers for city in ("Rome", "Rome", "Oslo")], near=1.0)
+    found = load(str(tmp_path / "out.jsonl"), Preference)
+    assert [r.prompt[1]["tool_calls"][0]["function"]["arguments"]["who"] for r in found] == ["[EMAIL]"] * 2
+
+
 def test_leakage_is_looked_for_before_masking(tmp_path):
     leak = {"prompt": f"Mail {SECRET} now", "chosen": sentence(random.Random(3)), "rejected": "no"}
     test = write(tmp_path / "t.jsonl", [leak | {"chosen": "a", "rejected": "b"}])
@@ -173,9 +186,12 @@ def test_similar_prompts_and_answer_pairs_share_a_group_that_is_written(tmp_path
     rows += [rows[0] | {"prompt": rows[0]["prompt"] + "?", "chosen": "other words entirely"}]  # nearly the same prompt
     rows += [{"prompt": "something new", "chosen": rows[1]["rejected"], "rejected": rows[1]["chosen"]}]  # the same pair
     rows += [rows[2] | {"prompt": rows[2]["prompt"] + "?", "chosen": "also other words", "group": "mine"}]
-    run(tmp_path, rows)
+    told = f"A customer writes: {rows[3]['prompt']}. What do we say to that, and who should say it in the end?"
+    rows += [{"prompt": told, "chosen": "nothing", "rejected": "much"}]  # the prompt inside another
+    report = run(tmp_path, rows)
+    assert "; 1 rows have a text inside another's prompt" in report["steps"][-1].found
     groups = [r.group for r in load(str(tmp_path / "out.jsonl"), Preference)]
-    assert groups[20] == groups[0] and groups[21] == groups[1]
+    assert groups[20] == groups[0] and groups[21] == groups[1] and groups[23] == groups[3]
     assert groups[22] == "mine" != groups[2] and len(set(groups)) == 21  # a group that the data names stays
 
 
