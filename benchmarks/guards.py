@@ -297,7 +297,7 @@ def maker(model: str, rows: list[dict] | None, stops: list[int] | None, data: st
             prompts = encode_prompts(load([data], Prompt, split="train", limit=512), foundation.tokenizer, 64)
             ends = stop_ids(foundation.tokenizer, foundation.model)
         roles = Roles(foundation, lora_config(r=8))
-        budget, watched = Budget(parameters=1), ["gold"] if fault.score is overdone else []
+        budget, watched = Budget(), ["gold"] if fault.score is overdone else []
         return PPOTrainer(
             config, roles, scorer, prompts, foundation.tokenizer, ends, World(), budget, watched=watched
         )  # fmt: skip

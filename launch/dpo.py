@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from reward.compose import build_scorer
     from rlhf import stages, trainers
-    from rlhf.budget import Budget, count_parameters
+    from rlhf.budget import Budget
     from rlhf.dpo import dpo_trainer, soft_rows
     from rlhf.models import load_foundation, trainable_policy
     from rlhf.tracking import trainer_callback
@@ -90,21 +90,25 @@ def main(argv: list[str] | None = None) -> None:
     reference = None
     if not hasattr(model, "peft_config"):  # TRL would reload it by name, which need not be what is in memory
         reference = load_foundation(config.model_name_or_path, run.torch_dtype, config.attn_implementation).model
-    budget = Budget(count_parameters(model), frozen_base=config.use_peft)
+    budget = Budget()
+    budget.watch(model)
+    if reference is not None:
+        budget.watch(reference)
     sampler = trainers.sampling_callback(
         run, evaluate, trainers.no_context, reference or trainers.reference_context(model, "ref"), budget
     )
-    trainer = cls(
-        model=model,
-        ref_model=reference,
-        args=arguments,
-        data_collator=collator,
-        train_dataset=datasets["train"],
-        eval_dataset=datasets["validation"] if rows["validation"] else None,
-        processing_class=foundation.tokenizer,
-        callbacks=[sampler, trainer_callback(run.tracker, "dpo")],
-    )
-    trainers.attach(trainer, budget, reference)
+    with budget.counting():  # with `precompute_ref_log_probs` the reference is read here
+        trainer = cls(
+            model=model,
+            ref_model=reference,
+            args=arguments,
+            data_collator=collator,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets["validation"] if rows["validation"] else None,
+            processing_class=foundation.tokenizer,
+            callbacks=[sampler, trainer_callback(run.tracker, "dpo")],
+        )
+    trainers.attach(trainer, budget)
 
     trainers.train(trainer, run, foundation, budget, sampler)
     headline = trainers.held_out_loss(trainer, run) if rows["validation"] else {}

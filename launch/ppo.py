@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     run = begin("ppo", config)
 
     from rlhf import stages
-    from rlhf.budget import Budget, count_parameters
+    from rlhf.budget import Budget
     from rlhf.data.encode import sft_rows
     from rlhf.distributed import read_deepspeed_config
     from rlhf.evaluate import sample_table, summarise
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
         critic=config.critic_from if config.has_critic else None,
         moving_reference=config.reference_ema is not None,
     )
-    kinds = {"model": role_kind(roles, role, tokenizer.pad_token_id)} if role else None
+    budget = Budget()
+    kinds = {"model": role_kind(roles, role, tokenizer.pad_token_id, budget)}
     scorer = build_scorer(config.reward, tokenizer, kinds)
     if evaluate is not None:  # what only looks, and what is learnt from
         looking = [spec for spec in config.eval_scorers if spec not in config.reward]
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer,
         stops,
         run.world,
-        Budget(count_parameters(roles.trunk)),
+        budget,
         read_deepspeed_config(config.deepspeed, run.world),
         ptx=answers,
         watched=watched(config.reward),
@@ -144,9 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     with trainer.learner.gathered():
         if run.world.is_main:
             roles.save(config.output_dir, foundation)
-    budget = stages.total_budget(trainer.budget, run.world)
+    spent = stages.total_budget(budget, run.world)
     more = {"guards": trainer.guards.events, "steps": trainer.done}
-    run.finish(last, budget, **more | ({"stopped": stopped.reason} if stopped else {}))
+    run.finish(last, spent, **more | ({"stopped": stopped.reason} if stopped else {}))
     if stopped:
         raise Halt(f"ppo: stopped by guard {stopped.guard} at step {stopped.step}: {stopped.reason}", EXIT_GUARD)
 
@@ -163,14 +164,17 @@ def reward_role(specs: list[dict], foundation) -> str | None:
     return None
 
 
-def role_kind(roles, role: str, pad_id: int):
-    """How `build_scorer` makes a {model: ...}: the one that is a role reads ids on the shared base."""
+def role_kind(roles, role: str | None, pad_id: int, budget):
+    """How `build_scorer` makes a {model: ...}: the one that is a role reads ids on the shared base; `budget` sees the
+    passes of the others too."""
     from reward.compose import model_scorer
     from rlhf.rollout import role_scorer
 
     def build(path, name, options, tokenizer):
         if path != role:
-            return model_scorer(path, name, options, tokenizer)
+            scorer = model_scorer(path, name, options, tokenizer)
+            budget.watch(scorer.model)
+            return scorer
         return role_scorer(roles, pad_id, options.get("batch_size", 32), name)
 
     return build

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     from reward.model import normalisation, trainable_reward, write_reward
     from reward.trainer import PairCollator, RewardTrainer, pair_rows
     from rlhf import stages, trainers
-    from rlhf.budget import Budget, count_parameters
+    from rlhf.budget import Budget
     from rlhf.tracking import trainer_callback
 
     foundation = stages.load_start(run)
@@ -71,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     run.say(f"{len(train)} training pairs, {len(held_out)} held out")
 
     model = trainable_reward(foundation, stages.new_lora(config, "SEQ_CLS"), config.seed)
-    budget = Budget(count_parameters(model), frozen_base=hasattr(model, "peft_config"))
+    budget = Budget()
+    budget.watch(model)
     sampler = trainers.sampling_callback(run, None, None, None, budget)
     trainer = RewardTrainer(
         model=model,

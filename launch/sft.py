@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from reward.compose import build_scorer
     from rlhf import stages, trainers
-    from rlhf.budget import Budget, count_parameters
+    from rlhf.budget import Budget
     from rlhf.data.encode import sft_rows
     from rlhf.models import trainable_policy
     from rlhf.tracking import trainer_callback
@@ -55,7 +55,8 @@ def main(argv: list[str] | None = None) -> None:
     model = trainable_policy(foundation, stages.new_lora(config))
     if foundation.adapter_path:
         trainers.frozen_copy(model, "reference")
-    budget = Budget(count_parameters(model), frozen_base=config.use_peft)
+    budget = Budget()
+    budget.watch(model)
     sampler = trainers.sampling_callback(run, evaluate, trainers.no_context, trainers.reference_context(model), budget)
     trainer = SFTTrainer(
         model=model,

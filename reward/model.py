@@ -284,4 +284,5 @@ def reward_scorer(
         total = reward.score_ids(rows, batch_size)
         return Scores(total, {name: total})
 
+    score.model = reward.model  # whoever counts what a run computes has to see its passes
     return score

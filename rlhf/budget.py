@@ -1,72 +1,217 @@
-"""What a run has cost, counted in the same words by every program: the `budget/*` metrics."""
+"""What a run has cost, counted in the same words by every program: the `budget/*` metrics.
+
+    budget = Budget()
+    budget.watch(model)
+    with budget.counting():      # sampling and training; not evaluation
+        ...
+
+FLOPs are those of the matrix products that are really made, padding included: hooks see each pass through a decoder
+and its head. docs/design.md says what is and what is not in them.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import re
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from rlhf.models import decoder_and_head
+
+COUNTERS = ("episodes", "tokens_generated", "tokens_trained", "flops")
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Multiply-adds of a pass through a decoder without its head, under the adapters that are active.
+
+    All but `pair` are of one position (a token or padding).
+    """
+
+    linear: float  # all weights that a position is multiplied with, the adapters' factors among them
+    trained: float  # of these, the ones that are trained
+    first: float  # of these, those of the first layer that read the embeddings
+    last: float  # of these, each layer's last one, where it is trained
+    pair: float  # attention between one query and one key, in all layers and heads
+
+    def forward(self, positions: int, pairs: int) -> float:
+        """FLOPs of a pass over `positions`, each of which attends to some: `pairs` in all, masked ones included."""
+        return 2.0 * (self.linear * positions + self.pair * pairs)
+
+    def backward(self, positions: int, pairs: int, *, to_embeddings: bool, fused: bool, recomputed: bool) -> float:
+        """FLOPs of the backward pass.
+
+        A weight's output gradient is multiplied with the weight, and with its input where it is trained. Unless
+        gradients go on `to_embeddings`, the first products need none. Attention makes four products where the forward
+        pass has two, and a `fused` kernel makes the scores once more. Gradient checkpointing (`recomputed`) repeats
+        the forward pass, each layer up to the input of what is trained last in it.
+        """
+        weights = self.linear + self.trained - (0.0 if to_embeddings else self.first)
+        flops = 2.0 * (weights * positions + (2.5 if fused else 2.0) * self.pair * pairs)
+        if recomputed:
+            flops += 2.0 * ((self.linear - self.last) * positions + self.pair * pairs)
+        return flops
 
 
 @dataclass
 class Budget:
-    """This rank's counters since the program began (`stages.total_budget` sums them over ranks).
+    """This rank's counters since the program began (`stages.total_budget` sums them over ranks)."""
 
-    FLOPs are the usual estimate from the parameter count N without input embeddings (Kaplan et al. 2020, sec. 2.1):
-    2N for each token of a forward pass, 4N more for a backward pass. A frozen base saves the weights' half of it
-    (2N), since gradients still pass through to reach the adapters.
-    """
-
-    parameters: int
-    frozen_base: bool = True
     episodes: int = 0
     tokens_generated: int = 0
     tokens_trained: int = 0
     flops: float = 0.0
     began: float = field(default_factory=time.monotonic)
+    is_counting: bool = False
 
-    def generate(self, episodes: int, prompt_tokens: int, response_tokens: int) -> None:
-        """Responses sampled from the policy; prompts are read once."""
-        self.episodes += episodes
-        self.tokens_generated += response_tokens
-        self.forward(prompt_tokens + response_tokens)
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        """Count the passes of the watched models that are made inside."""
+        before, self.is_counting = self.is_counting, True
+        try:
+            yield
+        finally:
+            self.is_counting = before
 
-    def forward(self, tokens: int) -> None:
-        """Tokens read without learning from them (scores, reference, values)."""
-        self.flops += 2.0 * self.parameters * tokens
+    def watch(self, model: nn.Module) -> None:
+        """Count each pass of `model`: causal or with a score head, below PEFT or plain. Scalar heads count nothing."""
+        decoder, head = decoder_and_head(model)
+        decoder = decoder.get_decoder()  # the one that OPT's causal model calls stands in another
+        shapes: dict[tuple, DecoderShape] = {}
+        embedded: list[Tensor] = []
 
-    def train(self, tokens: int) -> None:
-        """Tokens passed forward and backward."""
-        self.tokens_trained += tokens
-        self.flops += (4.0 if self.frozen_base else 6.0) * self.parameters * tokens
+        def after_embeddings(module, args, output) -> None:
+            embedded[:] = [output] if self.is_counting else []
+
+        def after_decoder(module, args, kwargs, output) -> None:
+            if not self.is_counting:
+                return
+            adapters = active_adapters(decoder)
+            if adapters not in shapes:
+                shapes[adapters] = decoder_shape(decoder, adapters)
+            shape = shapes[adapters]
+            inputs = kwargs.get("input_ids", args[0] if args else None)
+            inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+            mask = kwargs.get("attention_mask")
+            positions = inputs.shape[0] * inputs.shape[1]
+            keys = inputs.shape[1] if mask is None else mask.shape[-1]  # those in the cache too
+            self.flops += shape.forward(positions, positions * keys)
+            if output[0].requires_grad:
+                self.flops += shape.backward(
+                    positions,
+                    positions * keys,
+                    to_embeddings=bool(embedded) and embedded[0].requires_grad,
+                    fused=decoder.config._attn_implementation != "eager",
+                    recomputed=decoder.training and decoder.is_activation_checkpointing,
+                )
+            embedded.clear()
+
+        def count_head(positions: int, learns: bool, recomputed: bool) -> None:
+            size, trained = weights_of(head, active_adapters(decoder))
+            products = size + (size + trained + recomputed * size) * learns
+            self.flops += 2.0 * products * positions
+
+        def after_head(module, args, output) -> None:
+            if self.is_counting:
+                count_head(output[..., 0].numel(), output.requires_grad, False)
+
+        def after_model(module, args, kwargs, output) -> None:
+            # TRL reads the head's weight itself, and makes its logits again in the backward pass
+            if not self.is_counting or not kwargs.get("fused_lm_head"):
+                return
+            labels = kwargs["shift_labels"] if "shift_labels" in kwargs else kwargs["labels"][:, 1:]
+            on_gpu = labels.device.type in ("cuda", "xpu")  # elsewhere it scores the positions without a label too
+            positions = int((labels != -100).sum()) if on_gpu else labels.numel()
+            count_head(positions, output.log_probs.requires_grad, True)
+
+        decoder.get_input_embeddings().register_forward_hook(after_embeddings)
+        decoder.register_forward_hook(after_decoder, with_kwargs=True)
+        model.register_forward_hook(after_model, with_kwargs=True)
+        if head is not None:
+            head.register_forward_hook(after_head)
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps; seconds are those spent so far."""
-        counted = {k: getattr(self, k) for k in ("episodes", "tokens_generated", "tokens_trained", "flops")}
-        return counted | {"seconds": time.monotonic() - self.began}
+        return {name: getattr(self, name) for name in COUNTERS} | {"seconds": time.monotonic() - self.began}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        for name, value in state.items():
-            if name != "seconds":
-                setattr(self, name, value)
+        for name in COUNTERS:
+            setattr(self, name, state[name])
         self.began = time.monotonic() - state["seconds"]
 
     def metrics(self) -> dict[str, float]:
-        return {
-            "budget/episodes": self.episodes,
-            "budget/tokens_generated": self.tokens_generated,
-            "budget/tokens_trained": self.tokens_trained,
-            "budget/flops": self.flops,
-            "budget/seconds": time.monotonic() - self.began,
-        }
+        return {f"budget/{name}": value for name, value in self.state_dict().items()}
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Parameters that a token passes through: all but the input embeddings, the (tied) output head counted, and one
-    adapter of those that share the base (the first)."""
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    others = [f".{name}." for name in list(getattr(model, "peft_config", {}))[1:]]
-    total = sum(p.numel() for n, p in causal.named_parameters() if not any(other in n for other in others))
-    embeddings, head = causal.get_input_embeddings(), causal.get_output_embeddings()
-    tied = head is not None and head.weight is embeddings.weight
-    return total if tied else total - embeddings.weight.numel()
+def decoder_shape(decoder: nn.Module, adapters: tuple[str, ...] = ()) -> DecoderShape:
+    """The sizes of `decoder` with these LoRA adapters active.
+
+    Of experts, a position meets as many as the router sends it to. Attention is counted in the layers that have it,
+    sliding windows as whole: kernels that skip masked pairs do less. The state updates of linear attention, which are
+    small beside its projections, are left out.
+    """
+    config = decoder.config.get_text_config()
+
+    def setting(*names: str, default: Any = None) -> Any:
+        return next((value for name in names if (value := getattr(config, name, None))), default)
+
+    experts = setting("num_experts", "num_local_experts", "n_routed_experts", default=1)
+    share = min(1.0, setting("num_experts_per_tok", default=experts) / experts)
+    linear, trained = weights_of(decoder, adapters, share)
+
+    heads = setting("num_attention_heads", default=0)
+    width = setting("head_dim", default=config.hidden_size // max(heads, 1))
+    keys = setting("num_key_value_heads", default=heads)
+    pair = heads * (setting("qk_head_dim", default=width) + setting("v_head_dim", default=width))
+    kinds = setting("layer_types", "layers_block_type", default=["attention"] * config.num_hidden_layers)
+    attending = sum(kind == "hybrid" or ("attention" in kind and "linear" not in kind) for kind in kinds)
+
+    in_layers = [(n, p) for n, p in decoder.named_parameters() if re.search(r"\b\d+\.", n) and _is_matrix(n, p)]
+    last = _size(*in_layers[-1], share) if in_layers and in_layers[-1][1].requires_grad else 0.0
+    return DecoderShape(
+        linear=linear,
+        trained=trained,
+        first=config.hidden_size * width * (heads + 2 * keys),
+        last=config.num_hidden_layers * last,
+        pair=attending * pair,
+    )
+
+
+def weights_of(module: nn.Module, adapters: tuple[str, ...] = (), expert_share: float = 1.0) -> tuple[float, float]:
+    """(multiply-adds of one position with all weights below `module`, with those that are trained).
+
+    Embeddings are looked up, not multiplied with. Of what belongs to adapters, what belongs to `adapters` counts.
+    """
+    lookups = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    linear = trained = 0.0
+    for name, parameter in module.named_parameters():
+        owner = re.search(r"(?:lora_A|lora_B|lora_embedding_B|modules_to_save)\.([^.]+)", name)
+        is_idle = owner[1] not in adapters if owner else ".original_module." in name and bool(adapters)
+        if is_idle or id(parameter) in lookups or not (owner or _is_matrix(name, parameter)):
+            continue
+        size = _size(name, parameter, expert_share)
+        linear += size
+        trained += size * parameter.requires_grad
+    return linear, trained
+
+
+def active_adapters(decoder: nn.Module) -> tuple[str, ...]:
+    """The LoRA adapters that a pass through `decoder` would use now."""
+    layer = next((m for m in decoder.modules() if isinstance(m, BaseTunerLayer)), None)
+    return () if layer is None or layer.disable_adapters else tuple(layer.active_adapters)
+
+
+def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a matrix of the model itself: no bias or norm, and not of an adapter."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor on each rank
+    return len(shape) > 1 and not re.search("lora_|modules_to_save|trainable_tokens", name)
+
+
+def _size(name: str, parameter: nn.Parameter, expert_share: float) -> float:
+    size = getattr(parameter, "ds_numel", parameter.numel())
+    return size * (expert_share if ".experts." in name else 1.0)

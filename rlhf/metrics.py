@@ -295,7 +295,12 @@ METRICS: dict[str, Metric] = {
     "budget/tokens_trained": Metric(
         "tokens, prompt included and padding not, through forward and backward since the start, all ranks", "", ""
     ),
-    "budget/flops": Metric("floating-point operations since the start, estimated from parameters and tokens", "", ""),
+    "budget/flops": Metric(
+        "floating-point operations of the matrix products computed since the start, padding, recomputation and "
+        "attention included, evaluation not; all ranks",
+        "",
+        "",
+    ),
     "budget/seconds": Metric("wall-clock seconds since the start", "", ""),
 }
 

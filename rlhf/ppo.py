@@ -82,6 +82,7 @@ class PPOTrainer:
         self.urgent: Decision | None = None  # the stop or rollback that a guard has decided on in this step
         self.passes = ["policy", *(["ptx"] if config.ptx_coef else []), *(["value"] if roles.has_critic else [])]
         roles.train()
+        budget.watch(roles.trunk)
         groups = [{"params": roles.parameters_of("policy"), "lr": config.learning_rate}]
         if roles.has_critic:
             groups.append({"params": roles.parameters_of("value"), "lr": config.critic_rate})
@@ -145,7 +146,8 @@ class PPOTrainer:
         if config.whitens:
             advantages = masked_whiten(advantages, rollout.mask)
         learn_began = time.monotonic()
-        metrics |= self.learn(rollout, advantages, returns, step)
+        with self.budget.counting():
+            metrics |= self.learn(rollout, advantages, returns, step)
         now = time.monotonic()
         metrics |= rollout.seconds | {"time/learn": now - learn_began, "time/step": now - began}
         metrics["time/tokens_per_second"] = int(rollout.mask.sum()) / (now - began)
@@ -159,7 +161,7 @@ class PPOTrainer:
 
     def collect(self, step: int) -> Rollout:
         config = self.config
-        with self.learner.gathered():
+        with self.learner.gathered(), self.budget.counting():
             rollout = collect(
                 self.roles,
                 self.prompts_of(step),
@@ -175,7 +177,9 @@ class PPOTrainer:
                 micro_batch_size=config.per_device_train_batch_size,
                 generation_batch_size=config.generation_batch_size,
             )
-        self._count_sampling(rollout)
+        share = self.world.share(len(rollout))
+        self.budget.episodes += len(share)
+        self.budget.tokens_generated += int(rollout.mask[share.start : share.stop].sum())
         return rollout
 
     def prompts_of(self, step: int) -> list[dict[str, Any]]:
@@ -258,7 +262,8 @@ class PPOTrainer:
                 if name != "value" and step < config.critic_warmup_steps:
                     loss = 0.0 * loss
                 if not idle:
-                    self.budget.train(int((ptx["attention"][part] if name == "ptx" else batch["attention"]).sum()))
+                    read = ptx["attention"][part] if name == "ptx" else batch["attention"]
+                    self.budget.tokens_trained += int(read.sum())
                 for key, value in (metrics | {"loss/total": loss}).items():
                     sums[key] = sums.get(key, 0.0) + value.detach()
                 if last:
@@ -363,15 +368,6 @@ class PPOTrainer:
             applies = [v for v in values if not math.isnan(v)]  # NaN: a part that does not apply to that prompt
             metrics[f"score/{name}"] = sum(applies) / len(applies) if applies else math.nan
         return {name: float(value) for name, value in metrics.items()}
-
-    def _count_sampling(self, rollout: Rollout) -> None:
-        """This rank's part of the cost of a rollout: sampled, then read by each role."""
-        share = self.world.share(len(rollout))
-        response = int(rollout.mask[share.start : share.stop].sum())
-        whole = int(rollout.batch["attention"][share.start : share.stop].sum())
-        readers = 2 + self.roles.has_critic + self.roles.has_moving_reference + ("reward" in self.roles.heads)
-        self.budget.generate(len(share), whole - response, response)
-        self.budget.forward(readers * whole)
 
     def save(self, folder: Path) -> None:
         """Everything the next step depends on; call it on all ranks. `load` reads it back to the last bit."""

@@ -155,7 +155,7 @@ def answers_of_policy(
     import torch
     from tqdm import tqdm
 
-    from rlhf.budget import Budget, count_parameters
+    from rlhf.budget import Budget
     from rlhf.data.encode import decode_response, encode_prompts
     from rlhf.engines.hf import Sampling, generate, sample_key
     from rlhf.models import check_context, folder_fingerprint, load_foundation, stop_ids, trainable_policy
@@ -167,7 +167,8 @@ def answers_of_policy(
     rows = encode_prompts(records, tokenizer, config.max_prompt_length)
     index = {id(record): i for i, record in enumerate(records)}
     model = trainable_policy(foundation, None).to("cuda" if cuda else "cpu")
-    spent = Budget(count_parameters(model))
+    spent = Budget()
+    spent.watch(model)
     origin = {
         "model": source,
         "model_fingerprint": foundation.fingerprint,
@@ -178,18 +179,19 @@ def answers_of_policy(
     with tqdm(total=len(rows) * each * len(config.settings()), desc="sampling", unit="response", mininterval=5) as bar:
         for setting, (temperature, top_p) in enumerate(config.settings()):
             wanted = [(row, setting * each + s) for row in rows for s in range(each)]
-            done = generate(
-                model,
-                [row["prompt_ids"] for row, _ in wanted],
-                [sample_key(config.seed, purpose, row["prompt_ids"], s) for row, s in wanted],
-                Sampling(config.max_response_length, temperature, top_p=top_p),
-                stop_ids(tokenizer, foundation.model),
-                tokenizer.pad_token_id,
-                config.batch_size,
-                bar.update,
-            )
-            prompt_tokens = sum(len(row["prompt_ids"]) for row, _ in wanted)
-            spent.generate(len(wanted), prompt_tokens, sum(map(len, done.response_ids)))
+            with spent.counting():
+                done = generate(
+                    model,
+                    [row["prompt_ids"] for row, _ in wanted],
+                    [sample_key(config.seed, purpose, row["prompt_ids"], s) for row, s in wanted],
+                    Sampling(config.max_response_length, temperature, top_p=top_p),
+                    stop_ids(tokenizer, foundation.model),
+                    tokenizer.pad_token_id,
+                    config.batch_size,
+                    bar.update,
+                )
+            spent.episodes += len(wanted)
+            spent.tokens_generated += sum(map(len, done.response_ids))
             sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": config.max_response_length}
             about = origin | {"sampling": sampling | {"seed": config.seed}}
             for (row, _), ids, ended in zip(wanted, done.response_ids, done.ended, strict=True):

@@ -56,28 +56,21 @@ def trl_arguments(cls: type, run: Run, held_out: bool, **fixed: Any) -> Any:
         raise UserError(f"TRL refuses these options: {error}") from None
 
 
-def attach(trainer, budget, reference=None) -> None:
-    """Count every training forward pass of the trainer's model in the budget (the reference's as forward only, also
-    that of a `reference` model of its own), and take away the trainer's own printing: the tracker's console line
-    stands for it."""
-    import torch
+def attach(trainer, budget) -> None:
+    """Count what `budget` sees in each training step of the trainer, and take away the trainer's own printing: the
+    tracker's console line stands for it."""
     from transformers import PrinterCallback
 
     trainer.remove_callback(PrinterCallback)
+    training_step = trainer.training_step
 
-    def count(module, args, kwargs):
-        mask = kwargs.get("attention_mask")
-        if mask is None or not module.training or kwargs.get("past_key_values") is not None:
-            return  # evaluation and generation are not what the run is made of
-        (budget.train if torch.is_grad_enabled() else budget.forward)(int(mask.sum()))
+    def counted(model, inputs, *args, **kwargs):
+        mask = inputs.get("attention_mask")  # packed rows have none, and hardly any padding
+        budget.tokens_trained += int(inputs["input_ids"].numel() if mask is None else mask.sum())
+        with budget.counting():
+            return training_step(model, inputs, *args, **kwargs)
 
-    def count_reference(module, args, kwargs):
-        if trainer.model.training and kwargs.get("attention_mask") is not None:
-            budget.forward(int(kwargs["attention_mask"].sum()))
-
-    trainer.model.register_forward_pre_hook(count, with_kwargs=True)
-    if reference is not None:
-        reference.register_forward_pre_hook(count_reference, with_kwargs=True)
+    trainer.training_step = counted
 
 
 def sampling_callback(run: Run, evaluate, policy, reference, budget=None):

@@ -2,6 +2,7 @@ import json
 import subprocess
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf.config import UserError, parse
 from rlhf.data.load import load
@@ -65,6 +66,17 @@ def test_as_many_prompts_are_sampled_as_asked_for_where_some_are_too_long(tmp_pa
     asked = config(tmp_path, data, sft_path, max_prompt_length=64)
     asked.prompts = 5
     assert sample(asked)["prompts"] == 5
+
+
+def test_the_store_knows_what_its_responses_cost(tmp_path, prompts, sft_path):
+    settings = config(tmp_path, prompts, sft_path, samples_per_prompt=2, max_response_length=1)
+    with FlopCounterMode(display=False) as counter:
+        sample(settings)
+    with Store.open(tmp_path / "s.db") as store:
+        spent = json.loads(store.setting("budget"))
+    assert (spent["episodes"], spent["tokens_generated"], spent["tokens_trained"]) == (12, 12, 0)
+    # torch's counter does not see the fused attention of one pass: 2 layers of 4 heads of 8, about 20 positions
+    assert 0 < spent["flops"] - counter.get_total_flops() < 0.15 * spent["flops"]
 
 
 def test_two_policies_give_one_answer_each(tmp_path, prompts, base_path, sft_path):

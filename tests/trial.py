@@ -86,7 +86,7 @@ def run(given: dict, world: World | None = None) -> dict:
     )
     before = {name: p.detach().clone() for name, p in stirred(roles).named_parameters()}
     trainer = PPOTrainer(
-        config, roles, by_content, PROMPTS, foundation.tokenizer, STOPS, world, Budget(parameters=1),
+        config, roles, by_content, PROMPTS, foundation.tokenizer, STOPS, world, Budget(),
         given.get("deepspeed"), ptx=PTX if config.ptx_coef else None,
     )  # fmt: skip
     steps = record(trainer, given.get("skipped", []), given.get("steps", 1))

@@ -46,7 +46,7 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
 
     scorer = role_scorer(roles, foundation.tokenizer.pad_token_id, 3)  # ranks make one pass, and two
     stops = [foundation.tokenizer.eos_token_id, *range(3, 320, 9)]
-    trainer = PPOTrainer(options, roles, scorer, prompts, foundation.tokenizer, stops, world, Budget(1), config)
+    trainer = PPOTrainer(options, roles, scorer, prompts, foundation.tokenizer, stops, world, Budget(), config)
     gathers = []
     gather = trainer.learner.gathered
     trainer.learner.gathered = lambda *a, **k: (gathers.append(1), gather(*a, **k))[1]

@@ -131,7 +131,8 @@ def check_equal(runs, rows):
     assert [r["step"] for r in rows] == [r["step"] for r in plain]
     for ours, theirs in zip(rows, plain, strict=True):
         for name, value in untimed(theirs).items():
-            assert ours[name] == pytest.approx(value, rel=2e-3, abs=2e-4), (ours["step"], name)
+            rel = 1e-2 if name == "budget/flops" else 2e-3  # each rank pads its own batches
+            assert ours[name] == pytest.approx(value, rel=rel, abs=2e-4), (ours["step"], name)
 
 
 def test_deepspeed_on_one_rank_equals_the_plain_process(runs, files, tmp_path):
