@@ -58,8 +58,9 @@ def share(n: Number) -> str:
 
 
 def listed(parts: Sequence[str]) -> str:
-    """a, b and c."""
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+    """a, b and c; "none" of nothing."""
+    *first, last = parts or ["none"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def trial(method: str, strength: float | None, report: Report) -> str:

@@ -60,8 +60,7 @@ def _decides(report: Report) -> str:
             "No gold or referee score was given, so this report cannot judge which method is better. A score that a "
             f"method was trained on{shown} shows what was optimised, not what was won, and decides nothing."
         )
-    named = listed([f"'{proxy}'" for proxy in proxies])
-    rest = f"; {named}, which methods learn from, decides nothing" if proxies else ""
+    rest = f"; {listed([repr(p) for p in proxies])}, which methods learn from, decides nothing" if proxies else ""
     return f"What decides is {judge_name(report)}, which no method was trained on{rest}."
 
 
