@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=foundation.tokenizer,
             callbacks=[sampler, trainer_callback(run.tracker, "dpo")],
         )
-    trainers.attach(trainer, budget)
+    trainers.attach(trainer, budget, stages.new_dropout(config, foundation))
 
     trainers.train(trainer, run, foundation, budget, sampler)
     headline = trainers.held_out_loss(trainer, run) if rows["validation"] else {}

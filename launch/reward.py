@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
         callbacks=[sampler, trainer_callback(run.tracker, "reward")],
         label_smoothing=config.label_smoothing,
     )
-    trainers.attach(trainer, budget)
+    trainers.attach(trainer, budget, stages.new_dropout(config, foundation))
 
     trainers.train(trainer, run, foundation, budget, sampler)
 

@@ -11,16 +11,19 @@ and says nothing; so a role is only ever a context.
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.config import UserError
 from rlhf.models import (
@@ -47,6 +50,8 @@ from rlhf.models import (
 TRAINED = ("policy", "value")
 MOVING = "moving"  # the reference that follows the policy, when there is one
 SCORE = "score"  # the scalar head of a reward model, which stands beside the trunk here
+# Attributes that say how much a model draws at random in training. PhiMoE's router_jitter_noise is a threshold
+RATE = re.compile(r"dropout|pdrop$|^layerdrop$|^(input_)?jitter_noise$|^moe_jitter_eps$")
 
 
 class Roles(nn.Module):
@@ -250,15 +255,33 @@ def keep_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:
             module.register_forward_hook(lambda _, given, output: output.to(dtype))
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of a model to 0: its modules, and the rates that attention and others read as numbers."""
-    for module in model.modules():
+def disable_dropout(model: nn.Module, lora_dropout: float = 0.0) -> None:
+    """Switch off whatever a model draws at random in training, so that it is the same function there as elsewhere.
+
+    Dropout modules and rates that a model reads as numbers: of attention, of whole layers, of the noise on what a
+    router reads. Configs keep their rates, for they are saved with the weights. `lora_dropout` is what remains on the
+    input of the LoRA adapter "default".
+    """
+    silent: dict[int, Any] = {}  # copies of the configs that layers read rates from (Falcon)
+    for name, module in model.named_modules():
         if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for holder in (module, getattr(module, "config", None)):
-            for name, value in vars(holder).items() if holder is not None else ():
-                if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
-                    setattr(holder, name, 0.0)
+            module.p = lora_dropout if name.endswith(".lora_dropout.default") else 0.0
+        _silence(module)
+        config = getattr(module, "config", None)
+        if isinstance(config, PreTrainedConfig) and not isinstance(module, (PreTrainedModel, PeftModel)):
+            if id(config) not in silent:
+                silent[id(config)] = copy.copy(config)
+                _silence(silent[id(config)])
+            module.config = silent[id(config)]
+        if type(module).__name__ == "PhimoeTopKRouter":  # it draws the experts, without a rate that could be 0
+            module.eval()
+            module.train = lambda mode=True, router=module: router
+
+
+def _silence(holder: Any) -> None:
+    for name, value in vars(holder).items():
+        if RATE.search(name) and isinstance(value, float):
+            setattr(holder, name, 0.0)
 
 
 def plain_config(lora: LoraConfig) -> LoraConfig:

@@ -90,7 +90,7 @@ class AdapterConfig:
 
     lora_r: int = option(16, "rank of a new adapter; one that is continued keeps its own", low=1)
     lora_alpha: int = option(32, "its scale is alpha / r")
-    lora_dropout: float = option(0.0, "dropout on its input (off in PPO)")
+    lora_dropout: float = option(0.0, "dropout on its input, in SFT, reward model and DPO; PPO has none")
     lora_target_modules: list[str] = option(["all-linear"], "modules that get one")
 
 
@@ -136,6 +136,11 @@ def new_lora(config: AdapterConfig, task_type: str = "CAUSAL_LM"):
     if not getattr(config, "use_peft", True):
         return None
     return lora_config(task_type, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+
+
+def new_dropout(config: AdapterConfig, foundation) -> float:
+    """The dropout of a new adapter; one that is continued in DPO or as a reward model had its own where it was new."""
+    return 0.0 if foundation.adapter_path else config.lora_dropout
 
 
 def evaluation(run, foundation, scorer: Scorer | None):

@@ -56,11 +56,20 @@ def trl_arguments(cls: type, run: Run, held_out: bool, **fixed: Any) -> Any:
         raise UserError(f"TRL refuses these options: {error}") from None
 
 
-def attach(trainer, budget) -> None:
-    """Count what `budget` sees in each training step of the trainer, and take away the trainer's own printing: the
+def attach(trainer, budget, lora_dropout: float = 0.0) -> None:
+    """Switch dropout off where TRL's options ask for it (DPO and reward; SFT trains with it), but for the
+    `lora_dropout` that a new adapter was given: TRL forgets what a model calls as a function, and takes away LoRA's.
+
+    Count what `budget` sees in each training step of the trainer, and take away the trainer's own printing: the
     tracker's console line stands for it."""
     from transformers import PrinterCallback
 
+    from rlhf.roles import disable_dropout
+
+    if getattr(trainer.args, "disable_dropout", False):
+        disable_dropout(trainer.model, lora_dropout)
+        if getattr(trainer, "ref_model", None) is not None:
+            disable_dropout(trainer.ref_model)
     trainer.remove_callback(PrinterCallback)
     training_step = trainer.training_step
 

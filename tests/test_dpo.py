@@ -10,6 +10,8 @@ from trl import DPOConfig
 from rlhf.data.records import Preference
 from rlhf.dpo import EncodedDPOTrainer, SoftCollator, SoftDPOTrainer, plain_trl, soft_dpo_loss, soft_rows
 from rlhf.models import load_foundation, lora_config, trainable_policy
+from rlhf.trainers import attach
+from tests.kinds import build
 
 NAN = math.nan
 
@@ -54,7 +56,7 @@ PAIRS = [([5, 6], [7, 2], [8, 9, 2]), ([5], [4, 4, 4, 2], [9, 2])]
 SOFT = [{"label_prob": 0.8, "weight": 3.0}, {"weight": 1.0}]
 
 
-def trainer_of(cls, base_path, folder, rows, use_peft=True, **options):
+def trainer_of(cls, base_path, folder, rows, use_peft=True, distance=0.05, **options):
     """A DPO trainer whose policy is a small step away from its reference."""
     foundation = load_foundation(base_path)
     torch.manual_seed(1)  # of a new adapter
@@ -83,7 +85,7 @@ def trainer_of(cls, base_path, folder, rows, use_peft=True, **options):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
+                parameter.add_(distance * torch.randn_like(parameter))
     return trainer
 
 
@@ -128,6 +130,20 @@ def loss_of(trainer):
         {k: v[-1] for k, v in trainer._metrics["eval"].items()}
         | {k: v[-1] for k, v in trainer._metrics["train"].items()},
     )
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_the_first_loss_is_log_2_where_dropout_is_called_as_a_function(tmp_path, use_peft):
+    model, tokenizer = build("opt", dropout=0.3)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rows = soft_rows([encoded(*ids) for ids in PAIRS])
+    trainer = trainer_of(EncodedDPOTrainer, str(tmp_path), tmp_path, rows, use_peft, distance=0.0)
+    attach(trainer, None)
+    trainer.model.train()
+    if trainer.ref_model is not None:
+        trainer.ref_model.train()
+    assert loss_of(trainer)[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
 @pytest.mark.parametrize("use_peft", [True, False])

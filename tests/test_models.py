@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
@@ -21,8 +22,9 @@ from rlhf.models import (
     lora_config,
     response_logprobs,
 )
-from rlhf.roles import Roles
+from rlhf.roles import Roles, disable_dropout
 from tests.conftest import make_tokenizer
+from tests.kinds import build
 
 
 @pytest.fixture
@@ -205,3 +207,46 @@ def test_a_tokenizer_of_vocabulary_and_merges_alone(tmp_path):
     GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=2).save_pretrained(tmp_path)
     make_tokenizer().backend_tokenizer.model.save(str(tmp_path))  # vocab.json and merges.txt
     assert len(load_tokenizer(str(tmp_path))) >= 320
+
+
+@pytest.mark.parametrize(
+    ("kind", "rates"),
+    [
+        ("llama", {"attention_dropout": 0.3}),
+        ("gpt2", {"attn_pdrop": 0.3}),
+        ("opt", {"dropout": 0.3}),  # called as a function
+        ("opt", {"dropout": 0.0, "layerdrop": 0.5}),  # of whole layers
+        ("gpt_bigcode", {"attn_pdrop": 0.3}),
+        ("xglm", {"dropout": 0.3}),
+        ("falcon", {"hidden_dropout": 0.3}),  # read from the config
+        ("mixtral", {"router_jitter_noise": 0.3}),  # on what the router reads
+        ("dbrx", {}),
+        ("phimoe", {"input_jitter_noise": 0.3}),  # the experts themselves are drawn
+    ],
+)
+def test_a_model_without_dropout_is_the_same_function_in_training(kind, rates):
+    model, _ = build(kind, **rates)
+    before = model.config.to_dict()
+    ids = torch.arange(3, 43).reshape(4, 10)
+
+    def logits():
+        return model(input_ids=ids, use_cache=False).logits.detach()
+
+    plain = logits()
+    model.train()
+    torch.manual_seed(0)
+    assert any((logits() - plain).abs().max() > 1e-3 for _ in range(4))  # it does draw
+    disable_dropout(model)
+    torch.testing.assert_close(model.train() and logits(), plain, atol=1e-5, rtol=0)
+    assert model.config.to_dict() == before  # the rates are saved with the weights
+
+
+def test_a_new_adapter_keeps_the_dropout_it_was_given():
+    model = get_peft_model(build("opt", dropout=0.3)[0], lora_config(dropout=0.25))
+    model.add_adapter("reference", lora_config(dropout=0.25))
+    disable_dropout(model, 0.25)
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert {rate for name, rate in rates.items() if name.endswith("lora_dropout.default")} == {0.25}
+    assert {rate for name, rate in rates.items() if not name.endswith("lora_dropout.default")} == {0.0}
+    disable_dropout(model)
+    assert all(m.p == 0.0 for m in model.modules() if isinstance(m, torch.nn.Dropout))

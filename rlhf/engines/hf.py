@@ -7,8 +7,13 @@ it does not depend on rank, batch or resume: argmax(logits / temperature + Gumbe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+import itertools
+import os
+import sys
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +62,9 @@ def generate(
 ) -> Completions:
     """Sample one response per prompt with the adapter that is active now.
 
-    Prompts of similar length share a batch, rows that ended leave it. `progress(n)` is called when n more are done.
+    Prompts of similar length share a batch, rows that ended leave it. `progress(n)` is called when n more are done. A
+    model whose cache does not give its own logits back samples without it, in batches of equal length, which need no
+    padding: slower, and said once.
     """
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
     responses: list[list[int]] = [[] for _ in prompt_ids]
@@ -65,39 +72,128 @@ def generate(
     was_training = model.training
     model.eval()
     stops = set(stop_ids)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        _generate_batch(model, rows, prompt_ids, keys, sampling, stops, pad_id, responses, logprobs)
-        if progress is not None:
-            progress(len(rows))
+    with _router_logits_off(model):
+        cached = cache_is_exact(model)
+        batches = [order]
+        if not cached:
+            batches = [list(rows) for _, rows in itertools.groupby(order, key=lambda i: len(prompt_ids[i]))]
+        for rows in (batch[i : i + batch_size] for batch in batches for i in range(0, len(batch), batch_size)):
+            _generate_batch(model, rows, prompt_ids, keys, sampling, stops, pad_id, responses, logprobs, cached)
+            if progress is not None:
+                progress(len(rows))
     model.train(was_training)
     ended = [bool(r) and r[-1] in stops for r in responses]
     return Completions(responses, ended, logprobs)
 
 
-@torch.no_grad()
-def _generate_batch(model, rows, prompt_ids, keys, sampling, stops, pad_id, responses, logprobs) -> None:
-    from transformers import DynamicCache
+@contextlib.contextmanager
+def _router_logits_off(model: nn.Module):
+    """TRL has mixtures of experts compute their router's loss, which no cached step can."""
+    config = model.config.get_text_config()
+    before = vars(config).get("output_router_logits")
+    if before:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if before:
+            config.output_router_logits = before
 
-    device = next(model.parameters()).device
-    width = max(len(prompt_ids[r]) for r in rows)
-    ids = torch.tensor([[pad_id] * (width - len(prompt_ids[r])) + prompt_ids[r] for r in rows], device=device)
-    attention = torch.tensor([[0] * (width - len(prompt_ids[r])) + [1] * len(prompt_ids[r]) for r in rows])
-    attention = attention.to(device)
-    position = (attention.cumsum(-1) - 1).clamp(min=0)
-    row_keys = torch.tensor([keys[r] for r in rows], dtype=torch.int64, device=device)
-    cache = DynamicCache(config=model.config)
-    alive = list(rows)
-    for step in range(sampling.max_new_tokens):
-        logits = model(
-            input_ids=ids,
-            attention_mask=attention,
-            position_ids=position,
-            past_key_values=cache,
-            use_cache=True,
+
+_EXACT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # by the model below the adapters
+
+
+def cache_is_exact(model: nn.Module) -> bool:
+    """Whether cached steps, after padding on the left and after a row has left, give the logits of whole passes.
+
+    Tried once for each model on a few tokens. Hybrid and recurrent models of transformers keep their state in several
+    ways, some of them without telling the cache, and some cannot mask their padding.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if causal not in _EXACT:
+        try:
+            gap = _cache_gap(model)
+        except Exception as error:  # whatever a model's own code raises
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
+            exact = gap < (2e-5 if precise else 0.1)  # Llama: 1e-6, and 0.05 in bfloat16
+            reason = "" if exact else f"with it log-probabilities are off by {gap:.1g} of their spread"
+        _EXACT[causal] = not reason
+        if reason and os.environ.get("RANK", "0") == "0":
+            kind = model.config.model_type
+            print(f"sampling from {kind} without its cache, which is slower ({reason})", file=sys.stderr, flush=True)
+    return _EXACT[causal]
+
+
+@torch.no_grad()
+def _cache_gap(model: nn.Module) -> float:
+    """Return how far the log-probabilities of cached steps are from those of whole passes, over their spread.
+
+    In a batch of three rows, one of which leaves; the mean over the vocabulary, of the worst step.
+    """
+    ids = torch.arange(1, 49, device=next(model.parameters()).device).reshape(3, 16)
+    ids = ids * 7919 % model.get_input_embeddings().num_embeddings  # a prime, to spread them over the vocabulary
+    whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().log_softmax(-1)
+    lengths = torch.tensor([6, 9, 7])  # of which the batch begins with so many, padded on the left
+    batch = _Batch(model, [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)], 0, cached=True)
+    rows, gaps = torch.arange(3), []
+    for step in range(7):
+        found, expected = batch.logits().float().log_softmax(-1), whole[rows, lengths[rows] + step - 1]
+        gaps.append((found - expected).abs().mean() / expected.std().clamp(min=1e-6))
+        staying = [0, 2] if step == 0 else range(len(rows))
+        batch.append(ids[rows, lengths[rows] + step], staying)
+        rows = rows[list(staying)]
+    return float(torch.stack(gaps).max())
+
+
+class _Batch:
+    """Rows of ids, padded on the left, with what a forward pass reads beside them."""
+
+    def __init__(self, model: nn.Module, rows: list[list[int]], pad_id: int, cached: bool):
+        from transformers import DynamicCache
+
+        device, width = next(model.parameters()).device, max(map(len, rows))
+        self.model = model
+        self.ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
+        self.attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        self.position = (self.attention.cumsum(-1) - 1).clamp(min=0)
+        self.cache = DynamicCache(config=model.config) if cached else None
+
+    def logits(self) -> Tensor:
+        """(B, V) of the tokens that come next."""
+        return self.model(
+            input_ids=self.ids,
+            attention_mask=self.attention,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=self.cache is not None,
             logits_to_keep=1,
         ).logits[:, -1]
-        tokens, chosen = draw(logits, row_keys, step, sampling)
+
+    def append(self, tokens: Tensor, staying: Sequence[int]) -> None:
+        """Put one token (B,) behind each row, then keep the rows at the places `staying`."""
+        column, position = tokens[:, None], self.position[:, -1:] + 1
+        self.attention = torch.cat([self.attention, torch.ones_like(column)], dim=1)
+        if self.cache is None:
+            self.ids, self.position = torch.cat([self.ids, column], 1), torch.cat([self.position, position], 1)
+        else:
+            self.ids, self.position = column, position
+        if len(staying) == len(column):
+            return
+        keep = torch.tensor(staying, device=column.device)
+        self.ids, self.position, self.attention = self.ids[keep], self.position[keep], self.attention[keep]
+        if self.cache is not None:
+            self.cache.reorder_cache(keep)  # batch_select_indices does the same for attention alone
+
+
+@torch.no_grad()
+def _generate_batch(model, rows, prompt_ids, keys, sampling, stops, pad_id, responses, logprobs, cached) -> None:
+    batch = _Batch(model, [prompt_ids[r] for r in rows], pad_id, cached)
+    row_keys = torch.tensor([keys[r] for r in rows], dtype=torch.int64, device=batch.ids.device)
+    alive = list(rows)
+    for step in range(sampling.max_new_tokens):
+        tokens, chosen = draw(batch.logits(), row_keys, step, sampling)
         going = []
         for place, (row, token, logprob) in enumerate(zip(alive, tokens.tolist(), chosen.tolist(), strict=True)):
             responses[row].append(token)
@@ -106,13 +202,8 @@ def _generate_batch(model, rows, prompt_ids, keys, sampling, stops, pad_id, resp
                 going.append(place)
         if not going or step + 1 == sampling.max_new_tokens:
             return
-        ids, position = tokens[:, None], position[:, -1:] + 1
-        attention = torch.cat([attention, attention.new_ones(len(alive), 1)], dim=1)
-        if len(going) < len(alive):
-            keep = torch.tensor(going, device=device)
-            cache.batch_select_indices(keep)
-            ids, position, attention, row_keys = ids[keep], position[keep], attention[keep], row_keys[keep]
-            alive = [alive[i] for i in going]
+        batch.append(tokens, going)
+        alive, row_keys = [alive[i] for i in going], row_keys[going]
 
 
 def draw(logits: Tensor, keys: Tensor, position: int, sampling: Sampling) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
-from rlhf.engines.hf import Sampling, draw, generate, gumbel, restrict, sample_key
-from rlhf.models import load_foundation
+from rlhf.engines.hf import Sampling, cache_is_exact, draw, generate, gumbel, restrict, sample_key
+from rlhf.models import completion_batch, head_is_plain, load_foundation, response_logprobs
+from tests.kinds import build
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +102,37 @@ def test_keys_differ_by_seed_purpose_prompt_and_sample():
         for sample in (0, 1)
     }
     assert len(keys) == 2 * 4 * 2 * 2 and all(0 <= k < 2**63 for k in keys)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cached"),
+    [
+        ("lfm2", True),  # a cache of convolution states beside attention
+        ("qwen3_next", True),  # linear attention
+        ("granitemoehybrid", True),
+        ("falcon_h1", True),  # both in one layer
+        ("mistral", True),  # a window of 6, shorter than the prompts
+        ("recurrent_gemma", False),  # keeps its state in its layers, where no row can leave
+        ("mamba", False),  # takes another cache
+        ("minimax", False),
+    ],
+)
+def test_rows_of_every_kind_of_cache_can_leave_the_batch(kind, cached, capsys):
+    model, _ = build(kind)
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20, 21, 22]]
+    done = generate(model, prompts, [1, 2, 3, 4], Sampling(max_new_tokens=12), list(range(2, 320, 9)), 0)
+    assert len({len(row) for row in done.response_ids}) > 1 and cache_is_exact(model) == cached
+    assert ("without its cache" in capsys.readouterr().err) == (not cached)
+    *batch, mask = completion_batch(prompts, done.response_ids, 0)
+    with torch.no_grad():
+        logprobs, _ = response_logprobs(model, *batch, plain_head=head_is_plain(model))
+    found = torch.cat([torch.tensor(row) for row in done.logprobs])
+    torch.testing.assert_close(found, logprobs[mask], atol=1e-5, rtol=0)
+
+
+def test_the_routers_loss_is_left_out_while_sampling():
+    # TRL turns it on in the config for SFT; over a cached step its mask and its logits have different lengths
+    model, _ = build("mixtral")
+    model.config.output_router_logits = True
+    done = generate(model, PROMPTS, [1, 2, 3], Sampling(max_new_tokens=4), [2], 0)
+    assert len(done.response_ids) == 3 and cache_is_exact(model) and model.config.output_router_logits
