@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import functools
 import importlib
+import math
 import os
+import re
 import sys
 import textwrap
 import types
@@ -27,7 +30,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 T = TypeVar("T")
+_output: str | None = None  # where this process writes, for what is said when it cannot
 
+SEED = {"low": 0, "high": 2**32 - 1}  # the seeds that every random generator in use takes
 EXIT_USER_ERROR = 2
 EXIT_GUARD = 3  # a guard stopped the run; result.json says why
 EXIT_INTERRUPTED = 75  # stopped by a signal, saved, to be started again (EX_TEMPFAIL of sysexits.h)
@@ -53,13 +58,14 @@ def option(
     low: float | None = None,
     above: float | None = None,
     high: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """A dataclass field with its help text; `resume` says whether a resumed run may change it.
 
-    Without a default the option is required. Lists and dicts are copied for each instance. A number that is given must
-    be at least `low`, more than `above`, at most `high`.
+    Without a default the option is required. Lists and dicts are copied for each instance. A number, also one in a
+    list, must be at least `low`, more than `above`, at most `high`, less than `below`, and finite in any case.
     """
-    metadata = {"help": help, "resume": resume, "low": low, "above": above, "high": high}
+    metadata = {"help": help, "resume": resume, "low": low, "above": above, "high": high, "below": below}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -93,6 +99,8 @@ def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) 
         names = ", ".join(f"'{n}'" for n in missing)
         raise UserError(f"{where}: {names} not given, and there is no default. All options: {prog} --help")
     config = cls(**values)
+    global _output
+    _output = getattr(config, "output_dir", None) or getattr(config, "output", None)
     try:
         check_ranges(config)
         getattr(config, "validate", lambda: None)()
@@ -102,36 +110,87 @@ def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) 
 
 
 def check_ranges(config: Any) -> None:
-    """Raise UserError for the first number outside the range its option allows."""
+    """Raise UserError for the first value that its option does not allow.
+
+    These are numbers out of range, numbers that are not finite wherever they stand (in a scorer's options, under
+    `trl:`), and texts and required lists that are empty.
+    """
     for field in dataclasses.fields(config):
-        value, (low, above, high) = (
-            getattr(config, field.name),
-            (field.metadata.get(k) for k in ("low", "above", "high")),
-        )
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        wanted = [f"at least {low}"] if low is not None else [f"more than {above}"] if above is not None else []
-        wanted += [f"at most {high}"] if high is not None else []
-        fits = (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
-        if not fits:  # NaN fits nothing
-            raise UserError(f"'{field.name}' is {value}, expected {' and '.join(wanted)}")
+        value = getattr(config, field.name)
+        items = value if isinstance(value, list) else [value]
+        for item in items:
+            _check_range(field, item)
+        if value == [] and _required(field):
+            raise UserError(f"'{field.name}' is empty")
+        if any(isinstance(item, str) and not item.strip() for item in items) and value != field.default:
+            raise UserError(f"'{field.name}' is {value!r}: an empty text is no value")
+        _check_finite(value, f"'{field.name}'")
+
+
+def _check_range(field: dataclasses.Field, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return
+    low, above, high, below = (field.metadata.get(name) for name in ("low", "above", "high", "below"))
+    rules = [
+        (low, "at least", lambda bound: value >= bound),
+        (above, "more than", lambda bound: value > bound),
+        (high, "at most", lambda bound: value <= bound),
+        (below, "less than", lambda bound: value < bound),
+    ]
+    rules = [rule for rule in rules if rule[0] is not None]
+    if not all(fits(bound) for bound, _, fits in rules):  # NaN fits nothing
+        wanted = " and ".join(f"{words} {bound}" for bound, words, _ in rules)
+        raise UserError(f"'{field.name}' is {value}, expected {wanted}")
+
+
+def _check_finite(value: Any, where: str) -> None:
+    """Raise UserError for a number in `value`, at any depth, that is NaN or infinite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {value}, expected a finite number")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_finite(item, f"{where}, key '{key}'")
+    if isinstance(value, list):
+        for number, item in enumerate(value, 1):
+            _check_finite(item, f"{where}, item {number}")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once: of two, one would be overruled without a word."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+            if key is not None and key != "<<" and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str | typing.TextIO, where: str) -> Any:
+    """What a YAML text says. Raises UserError, naming `where` and the line, if it is not valid or has a key twice."""
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}" if mark else ""
+        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not usable YAML: nested too deeply") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The options of a YAML file as a flat dict; raises UserError if it cannot be read as one."""
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = parse_yaml(file, str(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file{near_file(path)}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -166,7 +225,7 @@ def coerce(value: Any, hint: Any, where: str, from_text: bool = False) -> Any:
     """`value` as the type `hint`, or UserError naming `where`. YAML's '3e-6' (a string) counts as a number."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return yaml.safe_load(value) if from_text else value
+        return parse_yaml(value, where) if from_text else value
     if origin in (typing.Union, types.UnionType):
         nothing = value is None or (isinstance(value, str) and value.lower() in ("none", "null", "~"))
         if nothing and type(None) in args:
@@ -187,27 +246,20 @@ def coerce(value: Any, hint: Any, where: str, from_text: bool = False) -> Any:
         raise UserError(f"{where}: found {value!r}, expected one of {', '.join(map(str, args))}.{hint_near}")
     if origin is list:
         if from_text:
-            value = _inline_yaml(value, where) if value.strip().startswith("[") else value.split(",")
+            if value.strip().startswith("["):
+                value = parse_yaml(value, where)
+            else:
+                value = [item.strip() for item in value.split(",")]
         if not isinstance(value, list):
             value = [value]
         return [coerce(v, args[0] if args else Any, f"{where}, item {i}", False) for i, v in enumerate(value)]
     if origin is dict or hint is dict:
         if from_text:
-            try:
-                value = yaml.safe_load(value)
-            except yaml.YAMLError:
-                value = None
+            value = parse_yaml(value, where)
         if not isinstance(value, dict):
             raise UserError(f"{where}: expected a mapping such as {{name: value}}, found {value!r}")
         return {str(k): coerce(v, args[1] if args else Any, f"{where}, key '{k}'", False) for k, v in value.items()}
     return _scalar(value, hint, where)
-
-
-def _inline_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: {text!r} is not valid YAML: {getattr(error, 'problem', error)}") from None
 
 
 def _scalar(value: Any, hint: type, where: str) -> Any:
@@ -344,8 +396,8 @@ def _prog() -> str:
 
 
 def program(main: typing.Callable[..., T]) -> typing.Callable[..., T]:
-    """Decorates a program's `main`: a UserError becomes one message on stderr and exit code 2, a Halt one on stdout and
-    its own code; of several ranks the first to fail speaks."""
+    """Decorates a program's `main`: a UserError, or what `mendable` makes one of, becomes one message on stderr and
+    exit code 2, a Halt one on stdout and its own code; of several ranks the first to fail speaks."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
@@ -355,20 +407,49 @@ def program(main: typing.Callable[..., T]) -> typing.Callable[..., T]:
             if os.environ.get("RANK", "0") == "0":
                 print(halt, flush=True)
             sys.exit(halt.code)
-        except UserError as error:
-            if not told(EXIT_USER_ERROR):
-                rank = os.environ.get("RANK", "0")
-                print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
-            sys.exit(EXIT_USER_ERROR)
         except BrokenPipeError:  # the reader (`| head`) has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(0)
-        except Exception:
-            if told(1):
-                sys.exit(1)
-            raise
+        except Exception as error:
+            problem = error if isinstance(error, UserError) else mendable(error)
+            code = EXIT_USER_ERROR if problem else 1
+            another_failed_first = told(code)
+            if problem is None and not another_failed_first:
+                raise
+            if problem and not another_failed_first:
+                rank = os.environ.get("RANK", "0")
+                print(f"error{'' if rank == '0' else f' on rank {rank}'}: {problem}", file=sys.stderr, flush=True)
+            sys.exit(code)
 
     return wrapped
+
+
+FULL = "Free some space and give the same command again; what was saved before is whole"
+IN_THE_WAY = "A file stands where a folder has to be, or the other way round: choose another place"
+CLOSED = "Choose a place that can be written, or change its rights"
+REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), FULL),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), IN_THE_WAY),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), CLOSED),
+}
+
+
+def mendable(error: BaseException) -> UserError | None:
+    """A message for a disk that is full or closed, whichever library found it; None for any other error.
+
+    torch and safetensors raise errors of their own in the place of OSError, the first without saying why.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        in_rust = re.search(r"\(os error (\d+)\)", str(link))
+        number = link.errno if isinstance(link, OSError) else int(in_rust.group(1)) if in_rust else None
+        if number in REMEDIES:
+            place = getattr(link, "filename", None) or _output or "a file"
+            return UserError(f"{place}: {os.strerror(number)}. {REMEDIES[number]}")
+        if re.search("PytorchStreamWriter failed|iostream error", str(link)):
+            return UserError(f"{_output or 'a file'}: could not be written to its end. {FULL}")
+        link = link.__cause__ or link.__context__
+    return None
 
 
 # Called with the exit code when a program fails; true when another process of the same run has failed before, and this

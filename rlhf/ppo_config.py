@@ -24,10 +24,13 @@ class PPOConfig(SamplingConfig, AdapterConfig):
     num_ppo_epochs: int = option(4, "passes over each rollout", low=1)
     num_mini_batches: int = option(1, "optimizer steps in each pass", low=1)
     learning_rate: float = option(
-        1e-5, "peak step size of the policy; LoRA stands more than the 3e-6 of 2403.17031", above=0
+        1e-5, "peak step size of the policy; LoRA stands more than the 3e-6 of 2403.17031", above=0, high=1
     )
     value_learning_rate: float | None = option(
-        None, "that of the critic, default as the policy's. Adam is scale-invariant, so vf_coef hardly moves it", low=0
+        None,
+        "that of the critic, default as the policy's. Adam is scale-invariant, so vf_coef hardly moves it",
+        low=0,
+        high=1,
     )
     lr_scheduler_type: Literal["linear", "constant"] = option("linear", "linear: down to 0 at the end of the run")
     adam_epsilon: float = option(1e-5, "AdamW's epsilon (2403.17031)", above=0)
@@ -54,7 +57,7 @@ class PPOConfig(SamplingConfig, AdapterConfig):
         "k1", "k1 for the reward; in the loss k2 has the KL's gradient, k3 is GRPO's, k1 pulls nowhere on average"
     )
     kl_target: float | None = option(None, "adapt kl_coef towards this sequence KL in nats; default: fixed", above=0)
-    kl_horizon: float = option(10_000, "responses over which an adaptive kl_coef moves")
+    kl_horizon: float = option(10_000, "responses over which an adaptive kl_coef moves", above=0)
     reference_ema: float | None = option(
         None, "decay of a reference that follows the policy, for the penalty alone; default: it stays", low=0, high=1
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config import UserError, option
+from rlhf.config import SEED, UserError, option
 from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, digest
 from rlhf.data.store import Store
 
@@ -35,21 +35,19 @@ class SampleConfig:
     )
     prompts: int | None = option(None, "so many prompts, drawn by the seed; default: all", low=1)
     samples_per_prompt: int = option(2, "responses to each with each sampling setting", low=1)
-    temperature: list[float] = option([1.0], "of sampling; several make several settings: 0.7,1.0")
-    top_p: list[float] = option([1.0], "sample from the smallest set of tokens that reaches this probability; as many")
-    max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted")
-    max_response_length: int = option(512, "tokens with EOS")
+    temperature: list[float] = option([1.0], "of sampling; several make several settings: 0.7,1.0", above=0)
+    top_p: list[float] = option(
+        [1.0], "sample from the smallest set of tokens that reaches this probability; as many", above=0, high=1
+    )
+    max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted", low=1)
+    max_response_length: int = option(512, "tokens with EOS", low=1)
     batch_size: int = option(64, "responses generated together", low=1)
-    seed: int = option(0, "of the choice of prompts and of sampling")
-    validation_fraction: float = option(0.05, "as in the stages")
-    test_fraction: float = option(0.1, "as in the stages")
+    seed: int = option(0, "of the choice of prompts and of sampling", **SEED)
+    validation_fraction: float = option(0.05, "as in the stages", low=0, high=1)
+    test_fraction: float = option(0.1, "as in the stages", low=0, high=1)
     on_bad: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used")
 
     def validate(self) -> None:
-        if not all(t > 0 for t in self.temperature):
-            raise UserError(f"'temperature' is {self.temperature}, expected numbers above 0")
-        if not all(0 < p <= 1 for p in self.top_p):
-            raise UserError(f"'top_p' is {self.top_p}, expected numbers above 0 and at most 1")
         if len({len(self.temperature), len(self.top_p)} - {1}) > 1:
             raise UserError(
                 f"'temperature' has {len(self.temperature)} values and 'top_p' {len(self.top_p)}; a setting is one of "

@@ -1,11 +1,31 @@
+import dataclasses
+import errno
+import importlib
+import os
+import pkgutil
 import re
+import sys
+import typing
 from dataclasses import dataclass
 from typing import Literal
 
 import pytest
 import yaml
 
-from rlhf.config import EXIT_INTERRUPTED, Halt, UserError, help_text, option, parse, program, save
+import rlhf
+from rlhf.config import (
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    SEED,
+    Halt,
+    UserError,
+    help_text,
+    option,
+    parse,
+    program,
+    save,
+)
+from tests.launch.conftest import door
 
 
 @dataclass
@@ -139,3 +159,174 @@ def test_a_halt_ends_with_its_code_and_speaks_once(monkeypatch, capsys):
         with pytest.raises(SystemExit) as stop:
             main()
         assert stop.value.code == EXIT_INTERRUPTED and capsys.readouterr().out == said
+
+
+def option_classes() -> list[type]:
+    """Every dataclass with options: those of the package, and those of the programs."""
+    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(rlhf.__path__, "rlhf.")]
+    modules += [sys.modules[door(name).__module__] for name in ("sft", "reward", "dpo", "ppo")]
+    found = {c for m in modules for c in vars(m).values() if isinstance(c, type) and dataclasses.is_dataclass(c)}
+    return [c for c in found if any("resume" in f.metadata for f in dataclasses.fields(c))]
+
+
+SIGNED = {"length_penalty", "missing_eos_score"}  # scores, of which any finite one makes sense
+
+
+def test_every_option_that_is_a_number_has_a_range():
+    classes = option_classes()
+    assert {"PPOConfig", "SFTRunConfig", "RewardRunConfig", "DPORunConfig"} <= {c.__name__ for c in classes}
+    open_ended = set()
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            numeric = any(kind in (int, float) for kind in (hints[field.name], *typing.get_args(hints[field.name])))
+            bounds = [field.metadata.get(name) for name in ("low", "above")]
+            if numeric and bounds == [None, None]:
+                open_ended.add(field.name)
+    assert open_ended == SIGNED
+
+
+@dataclass
+class Bounded:
+    output_dir: str = option("out", "where")
+    data: list[str] = option(["a"], "files")
+    rate: float = option(0.5, "a step size", above=0, high=1)
+    dropout: float = option(0.0, "a share", low=0, below=1)
+    seed: int = option(0, "of all", **SEED)
+    score: float | None = option(None, "any")
+    temperature: list[float] = option([1.0], "some", above=0)
+    reward: list[dict] = option([], "scorers")
+    trl: dict = option({}, "more")
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--rate=-1", "'rate' is -1.0, expected more than 0 and at most 1"),
+        ("--rate=nan", "'rate' is nan, expected more than 0 and at most 1"),
+        ("--rate=1e30", r"'rate' is 1e\+30, expected more than 0 and at most 1"),
+        ("--dropout=1", "'dropout' is 1.0, expected at least 0 and less than 1"),
+        ("--seed=-1", "'seed' is -1, expected at least 0 and at most 4294967295"),
+        (f"--seed={2**70}", f"'seed' is {2**70}, expected at least 0"),
+        ("--score=inf", "'score' is inf, expected a finite number"),
+        ("--score=nan", "'score' is nan, expected a finite number"),
+        ("--temperature=1,0", "'temperature' is 0.0, expected more than 0"),
+        ("--temperature=1,inf", "'temperature', item 2 is inf, expected a finite number"),
+        ("--reward=[{rule: length, low: .nan}]", "'reward', item 1, key 'low' is nan, expected a finite number"),
+        ("--trl={adam: [0.9, .inf]}", "'trl', key 'adam', item 2 is inf, expected a finite number"),
+        ("--output_dir=", "'output_dir' is '': an empty text is no value"),
+        ("--data=a,", r"'data' is \['a', ''\]: an empty text is no value"),
+    ],
+)
+def test_a_value_that_no_option_allows_is_refused_by_name(flag, said):
+    with pytest.raises(UserError, match=said):
+        parse(Bounded, [flag])
+
+
+def test_items_of_a_list_on_the_command_line_are_stripped():
+    assert parse(Bounded, ["--data", "q_proj, v_proj ,o_proj"]).data == ["q_proj", "v_proj", "o_proj"]
+    assert parse(Bounded, ["--temperature", "0.5, 1"]).temperature == [0.5, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rate: 0.1\nrate: 0.2\n", "a.yaml line 2: not valid YAML: 'rate' is given twice"),
+        ("trl: {a: 1, a: 2}\n", "a.yaml line 1: not valid YAML: 'a' is given twice"),
+        ("trl: " + "[" * 20_000 + "]" * 20_000, "a.yaml: not usable YAML: nested too deeply"),
+    ],
+)
+def test_yaml_that_says_two_things_or_is_bottomless_is_refused(tmp_path, text, said):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        parse(Bounded, ["--config", str(tmp_path / "a.yaml")])
+
+
+def test_yaml_on_the_command_line_is_refused_with_its_option():
+    with pytest.raises(UserError, match=r"option '--trl' line 1: not valid YAML"):
+        parse(Bounded, ["--trl={a: ["])
+
+
+def raised(number: int, name: str | None = None) -> OSError:
+    return OSError(number, os.strerror(number), name) if name else OSError(number, os.strerror(number))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (raised(errno.ENOSPC), "out: No space left on device. Free some space"),
+        (raised(errno.EROFS, "/mnt/x"), "/mnt/x: Read-only file system. Choose a place that can be written"),
+        (raised(errno.EACCES, "/root/x"), "/root/x: Permission denied. Choose a place"),
+        (raised(errno.EEXIST, "afile"), "afile: File exists. A file stands where a folder has to be"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "out: could not be written to its end"),
+        (RuntimeError("basic_ios::clear: iostream error"), "out: could not be written to its end"),
+        (Exception("I/O error: No space left on device (os error 28)"), "out: No space left on device"),
+    ],
+)
+def test_a_disk_that_is_full_or_closed_is_one_message_with_the_place(error, said, capsys):
+    @program
+    def main():
+        parse(Bounded, [])
+        raise error
+
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == EXIT_USER_ERROR and f"error: {said}" in capsys.readouterr().err
+
+
+def test_an_error_of_the_program_itself_keeps_its_traceback():
+    @program
+    def main():
+        raise RuntimeError("a bug") from OSError(errno.ENOENT, "no such file")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        main()
+
+
+def sft(**more) -> list[str]:
+    values = {"model_name_or_path": "base", "data": "d.jsonl", "output_dir": "out"} | more
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def test_an_output_dir_holds_nothing_that_the_run_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ppo = sys.modules[door("ppo").__module__].PPOConfig
+    for file in ("runs/sft/checkpoints/checkpoint-3/x", "runs/rm/x", "runs/data/votes.db", "elsewhere.jsonl"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    reads = {"output_dir": "runs/sft", "reward": "[{model: runs/rm}]", "overwrite_output_dir": "true"}
+    start = "runs/sft/checkpoints/checkpoint-3"
+    for more, said in (
+        (
+            {"model_name_or_path": "runs/sft"},
+            "'model_name_or_path' reads runs/sft, which stands in output_dir runs/sft",
+        ),
+        ({"model_name_or_path": str(tmp_path / "runs/../runs/sft")}, "'model_name_or_path' reads"),
+        ({"model_name_or_path": start}, "'model_name_or_path' reads"),
+        ({"output_dir": "runs/rm"}, "'reward' reads runs/rm"),
+        ({"reward": "[{ensemble: [runs/a, runs/rm]}]", "output_dir": "runs/rm"}, "'reward' reads runs/rm"),
+        (
+            {"data": "elsewhere.jsonl,runs/data/votes.db@118", "output_dir": "runs/data"},
+            "'data' reads runs/data/votes.db@",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            parse(ppo, sft(**(reads | more)))
+    apart = reads | {"model_name_or_path": "runs/sft", "output_dir": "runs/sft/ppo", "data": "elsewhere.jsonl"}
+    assert parse(ppo, sft(**apart)).output_dir == "runs/sft/ppo"
+    resumed = reads | {"resume": start, "model_name_or_path": "base"}
+    assert parse(ppo, sft(**resumed)).resume == start  # that of its own
+
+
+def test_an_output_dir_that_cannot_be_a_folder_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    config = sys.modules[door("sft").__module__].SFTRunConfig
+    for place in ("file", "file/below"):
+        with pytest.raises(UserError, match=f"{place}': .*file is not a folder"):
+            parse(config, sft(output_dir=tmp_path / place))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match=r"cannot be written\. Choose another --output_dir"):
+        parse(config, sft(output_dir=tmp_path / "new"))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="'max_steps' is 0"):
+        parse(config, sft(output_dir=tmp_path / "new", max_steps=0))

@@ -149,7 +149,7 @@ def test_what_cannot_be_paired_is_said(tmp_path, prompts):
     for flags, message in (
         (["--samples_per_prompt", "1"], "a comparison needs at least 2"),
         (["--temperature", "0.7,1.0", "--top_p", "1.0,0.9,0.8"], "'temperature' has 2 values and 'top_p' 3"),
-        (["--temperature", "0.7,0"], "expected numbers above 0"),
+        (["--temperature", "0.7,0"], "'temperature' is 0.0, expected more than 0"),
     ):
         with pytest.raises(UserError, match=message):
             parse(SampleConfig, ["--model_name_or_path", "m", "--data", "d", "--store", "s", *flags])

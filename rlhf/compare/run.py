@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint import FOLDER
-from rlhf.config import UserError, near_file, option, read_yaml
+from rlhf.config import SEED, UserError, near_file, option, read_yaml
 from rlhf.data.records import Prompt, Scorer, prompt_group
 from rlhf.data.split import some
 from rlhf.run import TRAINED_ON
@@ -49,9 +49,11 @@ class CompareConfig:
     )
     max_response_length: int | None = option(None, "tokens with EOS; default: as the runs", low=1)
     batch_size: int = option(64, "responses generated together", low=1)
-    validation_fraction: float | None = option(None, "share of validation groups; default: as the runs had it")
-    test_fraction: float | None = option(None, "share of test groups; default: as the runs had it")
-    seed: int = option(0, "of sampling")
+    validation_fraction: float | None = option(
+        None, "share of validation groups; default: as the runs had it", low=0, high=1
+    )
+    test_fraction: float | None = option(None, "share of test groups; default: as the runs had it", low=0, high=1)
+    seed: int = option(0, "of sampling", **SEED)
 
     def validate(self) -> None:
         if len(self.runs) < 2:

@@ -23,9 +23,9 @@ class DescribeConfig:
     kind: Literal["auto", "prompt", "instruction", "preference", "labelled"] = option(
         "auto", "read the rows as this kind of record; auto goes by the columns of the first row"
     )
-    validation_fraction: float = option(0.05, "share of the groups that is held out for validation")
-    test_fraction: float = option(0.1, "share of the groups that is held out for the final comparison")
-    examples: int = option(2, "how many rows to print")
+    validation_fraction: float = option(0.05, "share of the groups that is held out for validation", low=0, high=1)
+    test_fraction: float = option(0.1, "share of the groups that is held out for the final comparison", low=0, high=1)
+    examples: int = option(2, "how many rows to print", low=0)
 
 
 def describe(config: DescribeConfig) -> dict[str, Any]:

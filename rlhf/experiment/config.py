@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config import UserError, did_you_mean, near_file, option
+from rlhf.config import SEED, UserError, did_you_mean, near_file, option
 
 PROGRAMS = ("dpo", "ppo")  # those that train a policy
 LENGTH = {"dpo": "max_steps", "ppo": "total_episodes"}  # the option by which a run's length is set
@@ -44,7 +44,7 @@ class ExperimentConfig:
         help="name: {program: dpo|ppo, config: FILE, strength: {OPTION: [values]}, options: {...}, eval_every: steps}; "
         "best_of_n: {strength: {n: [...]}}. The foundation is always measured"
     )
-    seeds: list[int] = option([0, 1, 2], "run seeds: pairs (where sampled), reward model and methods")
+    seeds: list[int] = option([0, 1, 2], "run seeds: pairs (where sampled), reward model and methods", **SEED)
     reward: dict = option({}, "how the reward model of each seed is trained: {config: FILE, options: {...}}")
     budget: dict = option(
         {"match": "none"},

@@ -20,7 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.config import UserError, option
+from rlhf.config import SEED, UserError, check_ranges, option
 from rlhf.data.agreement import agreement_summary
 from rlhf.data.load import load
 from rlhf.data.prepare.people import alpha_in_words
@@ -111,9 +111,11 @@ class AnnotateConfig:
 
     store: str = option(help="the preference store, a SQLite file with comparisons (rlhf collect sample makes them)")
     voice: str = option("configs/voices/shop.yaml", "the brand-voice specification that is the true reward")
-    seed: int = option(0, "run seed: who judges which pair, which side is shown left, and the noise")
-    noise: float = option(0.2, "difference in gold score (0 to 1) that is worth one logit; larger is noisier")
-    votes_per_pair: int = option(1, f"annotators who judge each comparison, 1 to {len(ANNOTATORS)}")
+    seed: int = option(0, "run seed: who judges which pair, which side is shown left, and the noise", **SEED)
+    noise: float = option(0.2, "difference in gold score (0 to 1) that is worth one logit; larger is noisier", above=0)
+    votes_per_pair: int = option(
+        1, f"annotators who judge each comparison, 1 to {len(ANNOTATORS)}", low=1, high=len(ANNOTATORS)
+    )
     judged_by_all: int = option(
         0, "so many comparisons that are held out for validation get a vote of every annotator: their agreement", low=0
     )
@@ -121,13 +123,7 @@ class AnnotateConfig:
 
     def validate(self) -> None:
         """Raises UserError on a value out of its range."""
-        if not self.noise > 0:
-            raise UserError(f"option 'noise': found {self.noise}, expected a number above 0")
-        if not 1 <= self.votes_per_pair <= len(ANNOTATORS):
-            raise UserError(
-                f"option 'votes_per_pair': found {self.votes_per_pair}, expected 1 to {len(ANNOTATORS)}, the number of "
-                "simulated annotators"
-            )
+        check_ranges(self)
 
 
 def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:

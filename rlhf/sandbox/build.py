@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import UserError, option
+from rlhf.config import SEED, UserError, check_ranges, option
 from rlhf.data.records import digest
 from rlhf.data.split import split_of
 from rlhf.files import lock_folder, unlock_folder
@@ -39,13 +39,20 @@ class SandboxConfig:
     output_dir: str = option(
         "runs/sandbox", "folder of the world; a base that is there and has these settings is reused"
     )
-    world_seed: int = option(0, "decides goods, texts and base; runs on one world differ in their own seeds")
-    n_instructions: int = option(3000, "exchanges in instructions.jsonl, for SFT", low=1)
-    n_prompts: int = option(4000, "prompts in prompts.jsonl; about a tenth are test prompts", low=1)
-    off_brand: float = option(0.6, "share of the instructions' answers that are off-brand, 0 to 1")
-    n_items: int = option(40, f"different goods, 2 to {len(phrases.ITEMS)}; more are harder to copy from the prompt")
-    n_intents: int = option(12, f"different things that customers want, 2 to {len(phrases.INTENTS)}")
-    vocab_size: int = option(1024, "tokens of the byte-level BPE, from 384 up")
+    world_seed: int = option(0, "decides goods, texts and base; runs on one world differ in their own seeds", **SEED)
+    n_instructions: int = option(3000, "exchanges in instructions.jsonl, for SFT", low=1, high=100_000)
+    n_prompts: int = option(4000, "prompts in prompts.jsonl; about a tenth are test prompts", low=1, high=100_000)
+    off_brand: float = option(0.6, "share of the instructions' answers that are off-brand", low=0, high=1)
+    n_items: int = option(
+        40,
+        f"different goods, 2 to {len(phrases.ITEMS)}; more are harder to copy from the prompt",
+        low=2,
+        high=len(phrases.ITEMS),
+    )
+    n_intents: int = option(
+        12, f"different things that customers want, 2 to {len(phrases.INTENTS)}", low=2, high=len(phrases.INTENTS)
+    )
+    vocab_size: int = option(1024, "tokens of the byte-level BPE", low=384, high=32_768)
     hidden_size: int = option(96, "width of the base; 96 wide and 4 deep is 0.54 M parameters", low=1)
     num_layers: int = option(4, "layers of the base", low=1)
     num_heads: int = option(4, "attention heads; the width must be an even multiple of them", low=1)
@@ -55,26 +62,22 @@ class SandboxConfig:
     pretrain_documents: int = option(
         15000, "documents of the pretraining text; gone through again when they do not suffice", low=1
     )
-    pretrain_off_brand: float = option(0.7, "share of off-brand answers in the pretraining text, 0 to 1")
-    pretrain_learning_rate: float = option(4e-3, "peak learning rate of pretraining for embeddings and norms (AdamW)")
-    pretrain_muon_learning_rate: float = option(0.02, "peak learning rate of pretraining for all other matrices (Muon)")
+    pretrain_off_brand: float = option(0.7, "share of off-brand answers in the pretraining text", low=0, high=1)
+    pretrain_learning_rate: float = option(
+        4e-3, "peak learning rate of pretraining for embeddings and norms (AdamW)", above=0, high=1
+    )
+    pretrain_muon_learning_rate: float = option(
+        0.02, "peak learning rate of pretraining for all other matrices (Muon)", above=0, high=1
+    )
 
     def validate(self) -> None:
         """Raises UserError on a value out of its range."""
-        for name, low, high in (
-            ("off_brand", 0, 1),
-            ("pretrain_off_brand", 0, 1),
-            ("n_items", 2, len(phrases.ITEMS)),
-            ("n_intents", 2, len(phrases.INTENTS)),
-            ("n_instructions", 1, 100_000),
-            ("n_prompts", 1, 100_000),
-            ("vocab_size", 384, 32_768),
-            ("pretrain_steps", 1, 10**9),
-            ("pretrain_documents", self.pretrain_batch_size, 10**7),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise UserError(f"option '{name}': found {value}, expected {low} to {high}")
+        check_ranges(self)
+        if self.pretrain_documents < self.pretrain_batch_size:
+            raise UserError(
+                f"'pretrain_documents' is {self.pretrain_documents}, expected at least one batch of "
+                f"{self.pretrain_batch_size}"
+            )
         if self.hidden_size % (2 * self.num_heads):
             raise UserError(
                 f"option 'hidden_size': found {self.hidden_size}, expected an even multiple of num_heads, "

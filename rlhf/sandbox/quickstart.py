@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.config import UserError, option
+from rlhf.config import SEED, UserError, option
 from rlhf.files import lock_folder
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -29,7 +29,9 @@ class QuickstartConfig:
 
     run: str = option("runs/quickstart", "the folder of the run")
     world: str = option("runs/sandbox", "the folder of the small world, built when missing and shared by runs")
-    seed: int = option(0, "run seed: annotators, sampling, training (the world has its own in the sandbox's config)")
+    seed: int = option(
+        0, "run seed: annotators, sampling, training (the world has its own in the sandbox's config)", **SEED
+    )
 
 
 @dataclass

@@ -175,11 +175,11 @@ def test_a_prompt_counts_its_weight():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"n_items": 500}, "option 'n_items': found 500"),
-        ({"off_brand": 1.5}, "option 'off_brand': found 1.5"),
+        ({"n_items": 500}, "'n_items' is 500"),
+        ({"off_brand": 1.5}, "'off_brand' is 1.5"),
         ({"hidden_size": 30, "num_heads": 4}, "even multiple of num_heads"),
         ({"n_items": 2, "n_intents": 2, "n_prompts": 9000}, "raise n_items or n_intents"),
-        ({"vocab_size": 100}, "option 'vocab_size': found 100"),
+        ({"vocab_size": 100}, "'vocab_size' is 100"),
     ],
 )
 def test_options_that_cannot_work_are_refused(tmp_path, options, said):
