@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,8 +82,7 @@ def start() -> World:
     cuda = torch.cuda.is_available()
     if not launched:
         return World(device=torch.device("cuda", 0) if cuda else torch.device("cpu"))
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    local, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_SIZE", size))
+    rank, size, local, local_size = ranks_of(os.environ)
     if "OMP_NUM_THREADS" not in os.environ and not cuda:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_size)))
         os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # for libraries that would choose again
@@ -97,6 +96,8 @@ def start() -> World:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     wait_for_compilers(local)
     if size == 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ["LOCAL_RANK"] = str(local)  # without it DeepSpeed asks MPI
         os.environ["MASTER_PORT"] = str(free_port())  # nobody else has to know it; the launcher's may be taken
     import deepspeed
 
@@ -150,6 +151,30 @@ def is_abandoned(lock: Path) -> bool:
     except FileNotFoundError:  # it has ended at this moment
         return False
     return time.time() - changed > ABANDONED_SECONDS
+
+
+def ranks_of(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
+    """(rank, number of ranks, rank on this machine, ranks on this machine) as a launcher says them.
+
+    Raises UserError where they are no numbers or do not fit together, or where ranks have no place to meet.
+    """
+
+    def number(name: str, usual: int) -> int:
+        text = environment.get(name, str(usual))
+        if not text.isdecimal():
+            raise UserError(f"{name} is {text!r}, expected a whole number. {LAUNCHERS}")
+        return int(text)
+
+    rank, size = number("RANK", 0), number("WORLD_SIZE", 1)
+    if rank >= size:
+        raise UserError(f"RANK is {rank}, but WORLD_SIZE is {size}: ranks count from 0. {LAUNCHERS}")
+    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if size > 1 and name not in environment]
+    if absent:
+        raise UserError(f"WORLD_SIZE is {size}, but {' and '.join(absent)} not set. {LAUNCHERS}")
+    return rank, size, number("LOCAL_RANK", 0), number("LOCAL_SIZE", size)
+
+
+LAUNCHERS = "These variables are the launcher's: start with `deepspeed` or `torchrun`, or unset them for one process"
 
 
 def end_together(rank: int) -> Callable[[], None]:
@@ -207,8 +232,12 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def read_deepspeed_config(path: str | None, world: World) -> dict[str, Any] | None:
-    """The DeepSpeed JSON as a dict, or None for a plain process. A name is also tried under configs/deepspeed/."""
+def read_deepspeed_config(path: str | None, world: World, options: Any = None) -> dict[str, Any] | None:
+    """The DeepSpeed JSON as a dict, or None for a plain process. A name is also tried under configs/deepspeed/.
+
+    With a program's `options`, whatever they decide is "auto" in it. Raises UserError on a file that is no DeepSpeed
+    JSON, or that contradicts the options.
+    """
     if not world.launched or path is None:
         return None
     root = Path(__file__).resolve().parent.parent
@@ -218,9 +247,118 @@ def read_deepspeed_config(path: str | None, world: World) -> dict[str, Any] | No
         names = sorted(p.stem for p in (root / "configs" / "deepspeed").glob("*.json"))
         raise UserError(f"deepspeed: no file '{path}'.{did_you_mean(path, names)} Shipped: {', '.join(names)}")
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except json.JSONDecodeError as error:
         raise UserError(f"{file} line {error.lineno}: not valid JSON: {error.msg}") from None
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON: {error}") from None
+    return check_deepspeed_config(content, str(file), world, options)
+
+
+# what a DeepSpeed JSON may say beside what options decide: how memory and time are spent, and what is written down
+ZERO = "zero_optimization"
+KEYS = (ZERO, "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "activation_checkpointing", "aio")
+KEYS += ("communication_data_type", "data_types", "prescale_gradients", "gradient_predivide_factor", "checkpoint")
+KEYS += ("disable_allgather", "compile", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state")
+KEYS += ("flops_profiler", "comms_logger", "tensorboard", "csv_monitor", "wandb", "log_level")
+DECIDED = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+SECTIONS = ("optimizer", "scheduler", "bf16", "fp16")
+SCHEDULES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": "WarmupLR"}
+SCHEDULES["constant_with_warmup"] = "WarmupLR"
+
+
+def check_deepspeed_config(config: Any, where: str, world: World, options: Any = None) -> dict[str, Any]:
+    """The DeepSpeed JSON with "auto" for all that a program's options decide, and without optimizer and scheduler:
+    PyTorch's AdamW and the program's own schedule are used everywhere.
+
+    Raises UserError on unknown keys, a missing ZeRO stage, and on values other than "auto" that are not those of the
+    options.
+    """
+    if not isinstance(config, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(config).__name__}")
+    known = (*KEYS, *DECIDED, *SECTIONS)
+    for key in config:
+        if key not in known:
+            raise UserError(
+                f"{where}: '{key}' is nothing that is read from a DeepSpeed JSON here.{did_you_mean(key, known)} "
+                "A file of accelerate or of another program is no DeepSpeed JSON; configs/deepspeed has some"
+            )
+    _check_zero(config.get(ZERO), where)
+    if options is not None:
+        problems = _contradictions(config, _decided(options, world))
+        if problems:
+            lines = "\n".join(f"  {problem}" for problem in problems)
+            raise UserError(f'{where} contradicts the options; write "auto" there, or change the option:\n{lines}')
+    rest = {key: value for key, value in config.items() if key not in SECTIONS}
+    return rest | dict.fromkeys(DECIDED, "auto") | {"bf16": {"enabled": "auto"}}
+
+
+def _check_zero(zero: Any, where: str) -> None:
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3):
+        none = f'{{"{ZERO}": {{"stage": 0}}}}'
+        raise UserError(f"{where}: {ZERO}.stage is {stage!r}, expected 0 to 3; without ZeRO write {none}")
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValueError as error:  # pydantic's
+        first = error.errors()[0]
+        place = ".".join(map(str, (ZERO, *first["loc"])))
+        known = DeepSpeedZeroConfig.model_fields if first["type"] == "extra_forbidden" else ()
+        raise UserError(f"{where}: {place}: {first['msg']}.{did_you_mean(place.split('.')[-1], known)}") from None
+
+
+def _decided(options: Any, world: World) -> dict[str, tuple[Any, str]]:
+    """What a program's options make of each value of a DeepSpeed JSON, and the name they have for it."""
+    passes, size = getattr(options, "gradient_accumulation_steps", 1), options.per_device_train_batch_size
+    whole = "per_device_train_batch_size x gradient_accumulation_steps x processes"
+    trl, rate = getattr(options, "trl", {}), options.learning_rate
+    betas = [trl.get("adam_beta1", 0.9), trl.get("adam_beta2", 0.999)]
+    epsilon = getattr(options, "adam_epsilon", trl.get("adam_epsilon", 1e-8))
+    bfloat16 = options.dtype == "bfloat16" or (options.dtype == "auto" and world.device.type == "cuda")
+    return {
+        "train_micro_batch_size_per_gpu": (size, "per_device_train_batch_size"),
+        "gradient_accumulation_steps": (passes, "gradient_accumulation_steps (1 in PPO)"),
+        "train_batch_size": (size * passes * world.size, whole),
+        "gradient_clipping": (options.max_grad_norm, "max_grad_norm"),
+        "bf16.enabled": (bfloat16, "dtype bfloat16"),
+        "fp16.enabled": (False, "dtype float16"),
+        "optimizer.type": ("AdamW", "the optimizer"),
+        "optimizer.params.lr": (rate, "learning_rate"),
+        "optimizer.params.betas": (betas, "trl: {adam_beta1, adam_beta2}"),
+        "optimizer.params.eps": (epsilon, "adam_epsilon (outside PPO under trl:)"),
+        "optimizer.params.weight_decay": (getattr(options, "weight_decay", 0.0), "weight_decay"),
+        "scheduler.type": (SCHEDULES.get(options.lr_scheduler_type), f"lr_scheduler_type {options.lr_scheduler_type}"),
+        "scheduler.params.warmup_min_lr": (0, "the first step size of lr_scheduler_type"),
+        "scheduler.params.warmup_max_lr": (rate, "learning_rate"),
+        "scheduler.params.warmup_num_steps": (getattr(options, "warmup_steps", 0), "warmup_steps"),
+    }
+
+
+def _contradictions(config: dict[str, Any], decided: dict[str, tuple[Any, str]]) -> list[str]:
+    found = {key: config[key] for key in DECIDED if key in config}
+    for section in SECTIONS:
+        found |= _leaves(config.get(section), section)
+    lines = []
+    for key, value in found.items():
+        if value == "auto" or (key.startswith(("bf16.", "fp16.")) and key not in decided):
+            continue
+        if key == "optimizer.type" and str(value).lower() in ("adam", "adamw"):
+            continue  # DeepSpeed's Adam decays weights as AdamW does
+        if key not in decided:
+            lines.append(f"{key}: {json.dumps(value)}, which no option has")
+        elif value != decided[key][0]:
+            ours, name = decided[key]
+            lines.append(f"{key}: {json.dumps(value)}, but {name} is {json.dumps(ours)}")
+    return lines
+
+
+def _leaves(value: Any, name: str) -> dict[str, Any]:
+    """Nested keys as dotted names."""
+    if not isinstance(value, dict):
+        return {} if value is None else {name: value}
+    return {key: leaf for inner, part in value.items() for key, leaf in _leaves(part, f"{name}.{inner}").items()}
 
 
 class Learner:
@@ -412,8 +550,6 @@ def fill_auto(config: dict, micro_batch_size: int, max_grad_norm: float) -> dict
     """The DeepSpeed JSON with every "auto" replaced by what the trainer knows."""
     config = json.loads(json.dumps(config))
     config.pop("train_batch_size", None)
-    config.pop("optimizer", None)
-    config.pop("scheduler", None)
     config["train_micro_batch_size_per_gpu"] = micro_batch_size
     config["gradient_accumulation_steps"] = 1
     config["gradient_clipping"] = max_grad_norm

@@ -1,8 +1,19 @@
 import os
 import time
+from types import SimpleNamespace
+
+import pytest
 
 from rlhf import distributed
-from rlhf.distributed import is_abandoned, wait_for_compilers
+from rlhf.config import UserError
+from rlhf.distributed import (
+    World,
+    check_deepspeed_config,
+    is_abandoned,
+    ranks_of,
+    read_deepspeed_config,
+    wait_for_compilers,
+)
 
 
 def aged(path, seconds):
@@ -47,3 +58,110 @@ def test_a_lock_in_use_is_waited_for_with_a_word(tmp_path, monkeypatch, capsys):
     wait_for_compilers(local_rank=0)
     assert len(waits) == 3
     assert capsys.readouterr().out.count("waiting for the process that compiles there") == 1
+
+
+SHARED = {"per_device_train_batch_size": 4, "max_grad_norm": 1.0, "dtype": "auto", "learning_rate": 1e-4}
+OFFLINE = {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "warmup_steps": 5.0, "trl": {"adam_beta2": 0.95}}
+OPTIONS = {  # on two ranks, on a CPU
+    "dpo": SimpleNamespace(**SHARED, **OFFLINE, lr_scheduler_type="linear"),
+    "ppo": SimpleNamespace(**SHARED, adam_epsilon=1e-5, lr_scheduler_type="constant"),
+}
+ZERO2 = {"zero_optimization": {"stage": 2}}
+AUTO = dict.fromkeys(distributed.DECIDED, "auto") | {"bf16": {"enabled": "auto"}}
+
+
+def checked(more: dict, program: str = "dpo") -> dict:
+    return check_deepspeed_config(ZERO2 | more, "x.json", World(size=2), OPTIONS[program])
+
+
+@pytest.mark.parametrize(
+    ("program", "more"),
+    [
+        ("dpo", {}),
+        ("dpo", AUTO | {"fp16": {"enabled": "auto", "loss_scale": 0}}),
+        # 4 rows x 2 passes x 2 ranks
+        ("dpo", {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}),
+        ("ppo", {"train_batch_size": 8, "gradient_accumulation_steps": 1, "gradient_clipping": 1}),
+        ("dpo", {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": "auto"}}}),
+        ("ppo", {"optimizer": {"type": "Adam", "params": {"lr": "auto", "eps": 1e-5, "weight_decay": 0}}}),
+        ("dpo", {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 5, "total_num_steps": "auto"}}}),
+        ("ppo", {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0, "warmup_max_lr": 1e-4}}}),
+        ("ppo", {"bf16": {"enabled": False}, "fp16": {"enabled": False}}),
+    ],
+)
+def test_a_deepspeed_json_that_agrees_is_taken_and_our_options_fill_it(program, more):
+    assert checked(more, program) == ZERO2 | AUTO
+
+
+@pytest.mark.parametrize("program", ["dpo", "ppo"])
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"gradient_clipping": 0.5}, "gradient_clipping: 0.5, but max_grad_norm is 1.0"),
+        (
+            {"train_batch_size": 32},
+            "train_batch_size: 32, but per_device_train_batch_size x gradient_acc",
+        ),
+        ({"train_micro_batch_size_per_gpu": 1}, "but per_device_train_batch_size is 4"),
+        (
+            {"gradient_accumulation_steps": 4},
+            "steps: 4, but gradient_accumulation_steps .* is [12]",
+        ),
+        ({"bf16": {"enabled": True}}, "bf16.enabled: true, but dtype bfloat16 is false"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled: true, but dtype float16 is false"),
+        ({"optimizer": {"type": "Lion"}}, 'optimizer.type: "Lion", but the optimizer is "AdamW"'),
+        ({"optimizer": {"params": {"lr": 3e-5}}}, "optimizer.params.lr: 3e-05, but learning_rate is 0.0001"),
+        ({"optimizer": {"params": {"weight_decay": 0.3}}}, "but weight_decay is 0"),
+        ({"optimizer": {"params": {"amsgrad": True}}}, "optimizer.params.amsgrad: true, which no option has"),
+        ({"scheduler": {"type": "OneCycle"}}, 'scheduler.type: "OneCycle", but lr_scheduler_type'),
+        ({"scheduler": {"params": {"warmup_num_steps": 500}}}, "warmup_num_steps: 500, but warmup_steps is"),
+        ({"scheduler": {"params": {"total_num_steps": 9}}}, "total_num_steps: 9, which no option has"),
+        ({"zero_optimisation": {"stage": 3}}, "'zero_optimisation' is nothing .* Did you mean 'zero_optimization'"),
+        ({"compute_environment": "LOCAL_MACHINE"}, "'compute_environment' is nothing .* A file of accelerate"),
+        ({"zero_optimization": None}, "zero_optimization.stage is None, expected 0 to 3"),
+        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage is 'auto', expected 0 to 3"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_buckt_size": 9}},
+            "Did you mean 'reduce_bucket_size'",
+        ),
+        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}, "reduce_bucket_size: .* valid integer"),
+    ],
+)
+def test_a_deepspeed_json_that_contradicts_or_is_none_is_refused_alike_in_all_programs(program, more, said):
+    with pytest.raises(UserError, match=said):
+        checked(more, program)
+
+
+def test_the_shipped_deepspeed_jsons_are_taken_and_a_file_that_is_none_is_refused(tmp_path):
+    launched = World(launched=True)
+    for name, stage in (("zero0", 0), ("zero2", 2), ("zero3", 3), ("zero3_offload", 3)):
+        assert read_deepspeed_config(name, launched, OPTIONS["ppo"])["zero_optimization"]["stage"] == stage
+    (tmp_path / "list.json").write_text("[" * 2)
+    with pytest.raises(UserError, match=r"list\.json line 1: not valid JSON"):
+        read_deepspeed_config(str(tmp_path / "list.json"), launched)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(UserError, match=r"list\.json: expected a JSON object, found list"):
+        read_deepspeed_config(str(tmp_path / "list.json"), launched)
+
+
+def test_ranks_are_read_from_the_launchers_variables():
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    assert ranks_of({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"} | meeting) == (1, 4, 1, 2)
+    assert ranks_of({"RANK": "0", "WORLD_SIZE": "1"}) == (0, 1, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc', expected a whole number"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK is '-1', expected a whole number"),
+        ({"RANK": "5", "WORLD_SIZE": "1"}, "RANK is 5, but WORLD_SIZE is 1"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+            "is 2, but MASTER_ADDR and MASTER_PORT not set",
+        ),
+    ],
+)
+def test_a_launchers_variables_that_do_not_fit_are_refused_by_name(environment, said):
+    with pytest.raises(UserError, match=said):
+        ranks_of(environment)
