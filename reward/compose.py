@@ -237,12 +237,12 @@ def _numbers(name: str, values: Any, samples: Samples, part: str | None = None) 
 def _number(name: str, label: str, value: Any, samples: Samples, i: int, allow_nan: bool) -> float:
     number = None
     if hasattr(value, "__float__"):
-        with contextlib.suppress(TypeError, ValueError):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):  # the last of a whole number of 400 digits
             number = float(value)
     if number is not None and (math.isfinite(number) or (allow_nan and math.isnan(number))):
         return number
     message = (
-        f"{label} returned {value!r} for sample {i}, expected a finite number.\n"
+        f"{label} returned {_clip(repr(value))} for sample {i}, expected a finite number.\n"
         f"  prompt: {_last_turn(samples, i)}\n  response: {_short(samples.responses[i])}"
     )
     raise UserError(message) if number is None else BadScore(message, name, i, number)
@@ -292,6 +292,9 @@ def _default_name(kind: str, what: Any) -> str:
     return Path(what).stem if kind == "voice" else Path(what).name
 
 
-def _short(text: str, width: int = 120) -> str:
-    text = " ".join(text.split())
-    return repr(text if len(text) <= width else text[: width - 3] + "...")
+def _short(text: str) -> str:
+    return repr(_clip(" ".join(text.split())))
+
+
+def _clip(text: str, width: int = 120) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."

@@ -161,6 +161,7 @@ def test_two_scorers_may_not_share_a_name():
         ([0.0], ["scorer 'bad'", "1 scores for 2 samples", "question 0"]),
         (0.5, ["scorer 'bad'", "returned float", "question 0"]),
         (np.zeros((2, 1)), ["scorer 'bad'", "question 0"]),
+        ([0.0, 10**400], ["returned 1000", "000... for sample 1, expected a finite number"]),
     ],
 )
 def test_a_scorer_that_misbehaves_is_named_with_the_prompt(returned, words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import socket
+import ssl
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,8 @@ class ServeConfig:
         for path in (self.certificate, self.certificate_key):
             if path and not Path(path).is_file():
                 raise UserError(f"{path}: no such file")
+        if self.certificate:
+            check_certificate(self.certificate, self.certificate_key)
         parts = urlsplit(self.url or "http://host")
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.path not in ("", "/"):
             raise UserError(f"'url' is {self.url!r}, expected http://HOST or https://HOST without a path")
@@ -58,6 +61,18 @@ class ServeConfig:
                 "where people reach it with --url https://HOST"
             )
         self.annotators = list(dict.fromkeys(map(auth.checked_name, self.annotators)))
+
+
+def check_certificate(certificate: str, key: str) -> None:
+    """Raise UserError unless the two PEM files are a TLS certificate and its private key, without a password."""
+    try:
+        # without a password given, an encrypted key would be asked about on the terminal
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{certificate} and {key}: no TLS certificate with its key ({error}). Expected two PEM files that belong "
+            "together, the key without a password"
+        ) from None
 
 
 @dataclass

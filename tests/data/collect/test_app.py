@@ -14,7 +14,7 @@ from rlhf.cli import main
 from rlhf.config import UserError
 from rlhf.data.collect import app
 from rlhf.data.collect.app import create_app
-from rlhf.data.collect.serve import LinksConfig, links
+from rlhf.data.collect.serve import LinksConfig, ServeConfig, links
 from rlhf.data.collect.site import TEMPLATES, Site
 from rlhf.data.store import Store, token_hash
 from tests.data.collect.conftest import ROOT, Client, Server, fields_of, fill
@@ -381,6 +381,15 @@ def test_what_cannot_be_served_is_said(tmp_path):
             [sys.executable, "-m", "rlhf.cli", "collect", "serve", *argv], capture_output=True, text=True
         )
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_files_that_are_no_certificate_are_said_before_anything_is_served(tmp_path):
+    for name in ("c.pem", "key.pem"):
+        (tmp_path / name).write_text("garbage")
+    with pytest.raises(UserError, match=r"key\.pem: no TLS certificate with its key"):
+        ServeConfig(
+            store="x.db", certificate=str(tmp_path / "c.pem"), certificate_key=str(tmp_path / "key.pem")
+        ).validate()
 
 
 def test_a_port_in_use_is_said(server, tmp_path):
