@@ -26,17 +26,18 @@ LOSSES += ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
 class DPORunConfig(TrainerConfig, SamplingConfig):
     """DPO on preference pairs, from the SFT policy; the reference is a frozen copy of where it starts."""
 
-    learning_rate: float = option(5e-6, "peak step size of AdamW")
-    beta: float = option(0.1, "strength of the pull to the reference; smaller moves further")
+    learning_rate: float = option(5e-6, "peak step size of AdamW", above=0, high=1)
+    beta: float = option(0.1, "strength of the pull to the reference; smaller moves further", above=0)
     loss_type: list[str] = option(["sigmoid"], "TRL's losses by name: sigmoid, ipo, hinge, robust, apo_zero, ...")
     label_smoothing: float = option(
-        0.0, "probability that a label is wrong, for pairs without a label_prob; sigmoid and robust, ... know it"
+        0.0,
+        "probability that a label is wrong, for pairs without a label_prob; sigmoid and robust, ... know it",
+        low=0,
+        below=0.5,
     )
 
     def validate(self) -> None:
         super().validate()
-        if self.beta <= 0:
-            raise UserError(f"'beta' is {self.beta}, expected more than 0")
         wrong = [name for name in self.loss_type if name not in LOSSES]
         if wrong:
             raise UserError(
@@ -48,8 +49,6 @@ class DPORunConfig(TrainerConfig, SamplingConfig):
                 f"'label_smoothing' has no effect on loss_type {', '.join(self.loss_type)} in TRL; sigmoid alone and "
                 "robust know it"
             )
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"'label_smoothing' is {self.label_smoothing}, expected 0 up to, not including, 0.5")
 
 
 @program
@@ -86,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
     scorer = build_scorer(config.eval_scorers, foundation.tokenizer) if config.eval_scorers else None
     evaluate = stages.evaluation(run, foundation, scorer)
-    model = trainable_policy(foundation, stages.new_lora(config))
+    model = trainable_policy(foundation, stages.new_lora(config, foundation))
     reference = None
     if not hasattr(model, "peft_config"):  # TRL would reload it by name, which need not be what is in memory
         reference = load_foundation(config.model_name_or_path, run.torch_dtype, config.attn_implementation).model
@@ -97,7 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     sampler = trainers.sampling_callback(
         run, evaluate, trainers.no_context, reference or trainers.reference_context(model, "ref"), budget
     )
-    with budget.counting():  # with `precompute_ref_log_probs` the reference is read here
+    # with `precompute_ref_log_probs` the reference is read here
+    with trainers.refused_by_trl(), budget.counting():
         trainer = cls(
             model=model,
             ref_model=reference,
@@ -106,8 +106,9 @@ def main(argv: list[str] | None = None) -> None:
             train_dataset=datasets["train"],
             eval_dataset=datasets["validation"] if rows["validation"] else None,
             processing_class=foundation.tokenizer,
-            callbacks=[sampler, trainer_callback(run.tracker, "dpo")],
+            callbacks=[sampler],
         )
+    trainer.add_callback(trainer_callback(run.tracker, "dpo"))
     trainers.attach(trainer, budget, stages.new_dropout(config, foundation))
 
     trainers.train(trainer, run, foundation, budget, sampler)

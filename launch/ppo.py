@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluate = stages.evaluation(run, foundation, None)
     roles = Roles(
         foundation,
-        stages.new_lora(config),
+        stages.new_lora(config, foundation),
         role,
         config.gradient_checkpointing,
         critic=config.critic_from if config.has_critic else None,
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         stops,
         run.world,
         budget,
-        read_deepspeed_config(config.deepspeed, run.world),
+        read_deepspeed_config(config.deepspeed, run.world, config),
         ptx=answers,
         watched=watched(config.reward),
     )
@@ -142,10 +142,13 @@ def main(argv: list[str] | None = None) -> None:
     if stopped:
         look(trainer.done)
 
+    spent = stages.total_budget(budget, run.world)
+    if not stopped and not spent["budget/tokens_trained"]:
+        run.close()
+        raise Halt(f"ppo: nothing was learnt: every rollout was skipped, see {config.output_dir}/tables", EXIT_GUARD)
     with trainer.learner.gathered():
         if run.world.is_main:
             roles.save(config.output_dir, foundation)
-    spent = stages.total_budget(budget, run.world)
     more = {"guards": trainer.guards.events, "steps": trainer.done}
     run.finish(last, spent, **more | ({"stopped": stopped.reason} if stopped else {}))
     if stopped:

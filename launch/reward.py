@@ -6,6 +6,7 @@ Starts from the SFT adapter with a fresh score head; ends with a report card on 
 so that reference answers score 0 on average.
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where 
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.config import UserError, option, parse, program
+from rlhf.config import option, parse, program
 from rlhf.data.records import Instruction, Preference
 from rlhf.data.split import some
 from rlhf.run import begin
@@ -27,24 +28,21 @@ FEW = 256  # training pairs to normalise on where nothing is held out
 class RewardRunConfig(TrainerConfig, RunConfig):
     """Bradley-Terry reward model on preference pairs, judged on held-out pairs; it samples nothing."""
 
-    learning_rate: float = option(1e-4, "peak step size of AdamW; about a tenth of it for whole models")
-    center_rewards_coefficient: float = option(
-        0.01, "weight of (r_chosen + r_rejected)^2, which keeps scores around 0; 0: off"
+    learning_rate: float = option(
+        1e-4, "peak step size of AdamW; about a tenth of it for whole models", above=0, high=1
     )
-    label_smoothing: float = option(0.0, "probability that a label is wrong, for pairs without a label_prob")
+    center_rewards_coefficient: float = option(
+        0.01, "weight of (r_chosen + r_rejected)^2, which keeps scores around 0; 0: off", low=0
+    )
+    label_smoothing: float = option(
+        0.0, "probability that a label is wrong, for pairs without a label_prob", low=0, below=0.5
+    )
     normalise: Literal["mean", "mean_std", "none"] = option(
         "mean", "after training, shift scores so that reference answers have mean 0 (mean_std: and deviation 1)"
     )
     reference_data: list[str] | None = option(
         None, "instructions whose answers are the reference; default: the chosen answers of the held-out pairs"
     )
-
-    def validate(self) -> None:
-        super().validate()
-        if self.center_rewards_coefficient < 0:
-            raise UserError(f"'center_rewards_coefficient' is {self.center_rewards_coefficient}, expected 0 or more")
-        if not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"'label_smoothing' is {self.label_smoothing}, expected 0 up to, not including, 0.5")
 
 
 @program
@@ -70,27 +68,31 @@ def main(argv: list[str] | None = None) -> None:
     answers = [row["prompt_ids"] + row["response_ids"] for row in answers]
     run.say(f"{len(train)} training pairs, {len(held_out)} held out")
 
-    model = trainable_reward(foundation, stages.new_lora(config, "SEQ_CLS"), config.seed)
+    model = trainable_reward(foundation, stages.new_lora(config, foundation, "SEQ_CLS"), config.seed)
     budget = Budget()
     budget.watch(model)
     sampler = trainers.sampling_callback(run, None, None, None, budget)
-    trainer = RewardTrainer(
-        model=model,
-        args=trainers.trl_arguments(
-            RewardConfig, run, bool(held_out), center_rewards_coefficient=config.center_rewards_coefficient
-        ),
-        data_collator=PairCollator(tokenizer.pad_token_id),
-        train_dataset=Dataset.from_list(pair_rows(train)),
-        eval_dataset=Dataset.from_list(pair_rows(held_out)) if held_out else None,
-        processing_class=tokenizer,
-        callbacks=[sampler, trainer_callback(run.tracker, "reward")],
-        label_smoothing=config.label_smoothing,
-    )
+    with trainers.refused_by_trl():
+        trainer = RewardTrainer(
+            model=model,
+            args=trainers.trl_arguments(
+                RewardConfig, run, bool(held_out), center_rewards_coefficient=config.center_rewards_coefficient
+            ),
+            data_collator=PairCollator(tokenizer.pad_token_id),
+            train_dataset=Dataset.from_list(pair_rows(train)),
+            eval_dataset=Dataset.from_list(pair_rows(held_out)) if held_out else None,
+            processing_class=tokenizer,
+            callbacks=[sampler],
+            label_smoothing=config.label_smoothing,
+        )
+    trainer.add_callback(trainer_callback(run.tracker, "reward"))
     trainers.attach(trainer, budget, stages.new_dropout(config, foundation))
 
     trainers.train(trainer, run, foundation, budget, sampler)
 
     chosen, rejected, references = score(run, trainer, pair_rows(held_out or some(train, FEW)), answers)
+    if not all(math.isfinite(value) for part in (chosen, rejected, references) for value in part):
+        raise trainers.not_finite(run, trainer.state.global_step, "a score of the trained model is not finite")
     bias, scale = normalisation(references or chosen, config.normalise)
     trainers.save_policy(run, trainer.model, foundation)
     headline = report(run, held_out, chosen, rejected, trainer.state.global_step) if held_out else {}

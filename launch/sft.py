@@ -20,7 +20,7 @@ from rlhf.stages import SamplingConfig, TrainerConfig
 class SFTRunConfig(TrainerConfig, SamplingConfig):
     """Supervised fine-tuning on instructions; the loss is on the response and its EOS."""
 
-    learning_rate: float = option(2e-4, "peak step size of AdamW")
+    learning_rate: float = option(2e-4, "peak step size of AdamW", above=0, high=1)
     merge: bool = option(False, "save whole weights with the adapter merged in, instead of the adapter")
 
     def validate(self) -> None:
@@ -52,20 +52,22 @@ def main(argv: list[str] | None = None) -> None:
 
     scorer = build_scorer(config.eval_scorers, foundation.tokenizer) if config.eval_scorers else None
     evaluate = stages.evaluation(run, foundation, scorer)
-    model = trainable_policy(foundation, stages.new_lora(config))
+    model = trainable_policy(foundation, stages.new_lora(config, foundation))
     if foundation.adapter_path:
         trainers.frozen_copy(model, "reference")
     budget = Budget()
     budget.watch(model)
     sampler = trainers.sampling_callback(run, evaluate, trainers.no_context, trainers.reference_context(model), budget)
-    trainer = SFTTrainer(
-        model=model,
-        args=trainers.trl_arguments(SFTConfig, run, bool(held_out)),
-        train_dataset=Dataset.from_list(train),
-        eval_dataset=Dataset.from_list(held_out) if held_out else None,
-        processing_class=foundation.tokenizer,
-        callbacks=[sampler, trainer_callback(run.tracker, "sft")],
-    )
+    with trainers.refused_by_trl():
+        trainer = SFTTrainer(
+            model=model,
+            args=trainers.trl_arguments(SFTConfig, run, bool(held_out)),
+            train_dataset=Dataset.from_list(train),
+            eval_dataset=Dataset.from_list(held_out) if held_out else None,
+            processing_class=foundation.tokenizer,
+            callbacks=[sampler],
+        )
+    trainer.add_callback(trainer_callback(run.tracker, "sft"))
     trainers.attach(trainer, budget)
 
     trainers.train(trainer, run, foundation, budget, sampler)

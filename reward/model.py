@@ -36,6 +36,7 @@ from rlhf.models import (
     load_foundation,
     load_tokenizer,
     load_weights,
+    read_json,
     without_head,
 )
 from rlhf.tensors import pad_right
@@ -191,6 +192,8 @@ def load_reward(path: str, device: Any = None, dtype: str = "float32") -> Reward
 
     Raises UserError when the head is missing, the base is another one than it was trained on, or nothing is there.
     """
+    from rlhf.roles import reward_shift
+
     adapter = Path(path) / "adapter_config.json"
     if adapter.is_file():
         _require_head(path)
@@ -205,7 +208,8 @@ def load_reward(path: str, device: Any = None, dtype: str = "float32") -> Reward
         raise UserError(f"{path}: trained on base {kept['base_fingerprint']}, but its base now has fingerprint {base}")
     model.eval().requires_grad_(False)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return RewardModel(model, tokenizer, float(kept.get("bias", 0.0)), float(kept.get("scale", 1.0)))
+    scale, bias = reward_shift(path)
+    return RewardModel(model, tokenizer, bias, scale)
 
 
 def _require_head(path: str) -> None:
@@ -230,11 +234,16 @@ def _load_whole(path: str, dtype: str) -> tuple[nn.Module, Any]:
 def read_reward(path: str | Path) -> dict[str, Any]:
     """What reward.json says; empty where there is none (a reward model of another program: bias 0, scale 1)."""
     file = Path(path) / REWARD_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 
 def write_reward(path: str | Path, bias: float, scale: float, **more: Any) -> None:
-    """Write reward.json; `more` says where bias and scale come from and what the model stands on."""
+    """Write reward.json; `more` says where bias and scale come from and what the model stands on.
+
+    Raises UserError unless bias and scale are finite.
+    """
+    if not math.isfinite(bias * scale):
+        raise UserError(f"{path}: not saved: bias {bias} and scale {scale} of the scores are not finite")
     content = {"bias": bias, "scale": scale, "formula": "score = scale * raw + bias", **more}
     (Path(path) / REWARD_FILE).write_text(json.dumps(content, indent=2) + "\n")
 

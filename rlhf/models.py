@@ -10,6 +10,7 @@ import contextlib
 import copy
 import hashlib
 import json
+import math
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import UserError, near_file, read_yaml
+from rlhf.config import UserError, did_you_mean, near_file, read_yaml
 from rlhf.data.encode import PLAIN_TEMPLATE, tokenizer_fingerprint
 from rlhf.tensors import selected_logprobs
 
@@ -57,7 +58,8 @@ def load_foundation(path: str, dtype: str = "float32", attn_implementation: str 
 
     adapter_path = path if (Path(path) / "adapter_config.json").is_file() else None
     if adapter_path:
-        adapter_settings(adapter_path)  # refuses what cannot be used before anything large is loaded
+        adapter_settings(adapter_path)  # both refuse what cannot be used before anything large is loaded
+        adapter_weights(adapter_path)
     base_path = adapter_base(adapter_path) if adapter_path else path
     tokenizer = load_tokenizer(path)
     named = f" It is the 'base_model_name_or_path' of {adapter_path}/adapter_config.json." if adapter_path else ""
@@ -100,6 +102,7 @@ def load_weights(
             attn_implementation=wanted,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are refused below, by name
+            trust_remote_code=False,  # else transformers asks on the terminal whether to run it
         )
     except ImportError as error:
         found = f"attn_implementation {wanted} cannot be used here ({_first_line(error)})"
@@ -107,7 +110,7 @@ def load_weights(
             raise UserError(f"{path}: {found}. Choose another, for example: --attn_implementation sdpa") from None
         print(f"{run}: {found}; taking transformers' own choice", file=sys.stderr)
         return load_weights(cls, path, dtype, None, more=more)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # every library has errors of its own for files that are cut off
         raise UserError(f"{path}: no model could be loaded ({_first_line(error)}).{more}") from None
     faults = {
         "missing": info["missing_keys"],
@@ -120,6 +123,7 @@ def load_weights(
             f"{path}: its tensors do not fit {type(model).__name__}: {'; '.join(said)}. They belong to another "
             f"config.json or kind of model, or were saved through a wrapper (torch.compile, DDP).{more}"
         )
+    check_finite(model.named_parameters(), path)
     return model.eval()
 
 
@@ -171,7 +175,7 @@ def check_context(model: nn.Module, path: str, max_prompt_length: int, max_respo
 def adapter_base(adapter_path: str) -> str:
     """The base an adapter folder names; a relative path is tried from here, from the folder and from those above it, so
     that a run loads from wherever it is called."""
-    config = json.loads((Path(adapter_path) / "adapter_config.json").read_text())
+    config = read_json(Path(adapter_path) / "adapter_config.json")
     base = config.get("base_model_name_or_path") or ""
     if not base:
         raise UserError(f"{adapter_path}/adapter_config.json names no 'base_model_name_or_path'")
@@ -194,10 +198,8 @@ def load_tokenizer(path: str) -> Any:
     if local.is_dir() and not any((local / name).is_file() for name in TOKENIZER_FILES):
         # transformers would hand back an empty tokenizer here and say nothing
         raise UserError(f"{path}: no tokenizer files; save the tokenizer beside the weights")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer could be loaded ({_first_line(error)})") from None
+    with loading(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if len(tokenizer) <= 1:
         raise UserError(f"{path}: the tokenizer is empty")
     if tokenizer.eos_token_id is None:
@@ -206,6 +208,8 @@ def load_tokenizer(path: str) -> Any:
         tokenizer.pad_token = _unused_token(tokenizer) or tokenizer.eos_token
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
+    with loading(path, "chat template"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False)
     return tokenizer
 
 
@@ -264,8 +268,69 @@ def write_identity(path: str | Path, foundation: Foundation, **more: Any) -> Non
 
 
 def read_identity(path: str | Path) -> dict[str, Any]:
+    """What rlhf.json in a folder says; empty where there is none."""
     file = Path(path) / IDENTITY_FILE
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if the file holds anything else, or only a part of one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({_first_line(error)}). Save or copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Raise UserError for the first (name, tensor) that holds NaN or infinity: nothing learns from it."""
+    for name, tensor in tensors:
+        if not is_finite(tensor):
+            raise UserError(
+                f"{where}: '{name}' holds numbers that are not finite (NaN or infinity), so it is no model that could "
+                "be used. Take an earlier checkpoint or another start; for a run of one's own, a lower learning_rate"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; one pass without a copy. aminmax hands NaN on."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+@contextlib.contextmanager
+def loading(path: str, what: str, more: str = ""):
+    """Whatever a library raises inside is a fault of the files at `path`: a UserError that names them."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path}: no {what} could be loaded ({_first_line(error)}).{more}") from None
+
+
+def check_targets(model: nn.Module, targets: list[str]) -> None:
+    """Raise UserError unless each name is that of a layer that LoRA can adapt, or "all-linear" stands alone.
+
+    PEFT takes a name for the end of a layer's path (q_proj, layers.0.self_attn.q_proj), and says nothing of one that
+    matches none as long as another does.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if targets == ["all-linear"]:
+        return
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    wrong = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    known = sorted({name.rpartition(".")[2] for name in layers})
+    expected = f"Layers of this model: {', '.join(known)}; or all-linear alone"
+    if not targets:
+        raise UserError(f"'lora_target_modules' is empty. {expected}")
+    if wrong:
+        near = did_you_mean(wrong[0], known)
+        raise UserError(f"'lora_target_modules': no layer is called '{wrong[0]}'.{near} {expected}")
 
 
 def check_same_base(path: str, foundation: Foundation) -> None:
@@ -318,10 +383,8 @@ def adapter_settings(path: str) -> Any:
         raise UserError(
             f"{path}: the critic of a PPO run, not a policy or reward model; the policy is in {file.parent.parent}"
         )
-    try:
+    with loading(str(file), "settings of an adapter"):
         config = PeftConfig.from_pretrained(path)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: no settings of an adapter ({_first_line(error)})") from None
     config.inference_mode = False
     if not isinstance(config, LoraConfig):
         return config
@@ -350,15 +413,18 @@ def require_policy(path: str) -> None:
 
 
 def adapter_weights(path: str | Path) -> dict[str, Tensor]:
-    """Return the tensors of the adapter in a folder by the names they were saved under. Raises UserError."""
+    """Return the tensors of the adapter in a folder by the names they were saved under.
+
+    Raises UserError if they are missing, cut off or not finite.
+    """
     from peft.utils import load_peft_weights
 
     if not any((Path(path) / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
         raise UserError(f"{path}: adapter_config.json is there, adapter_model.safetensors is not")
-    try:
-        return load_peft_weights(str(path), device="cpu")
-    except Exception as error:  # safetensors and torch have errors of their own
-        raise UserError(f"{path}: the weights of the adapter cannot be read ({_first_line(error)})") from None
+    with loading(str(path), "adapter weights"):
+        weights = load_peft_weights(str(path), device="cpu")
+    check_finite(weights.items(), str(path))
+    return weights
 
 
 def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str = "lora") -> nn.Module:

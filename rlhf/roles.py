@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rlhf.config import UserError
+from rlhf.config import UserError, coerce
 from rlhf.models import (
     VALUE_HEAD_FILE,
     Foundation,
@@ -33,6 +33,7 @@ from rlhf.models import (
     adapter_settings,
     adapter_weights,
     add_adapter,
+    check_finite,
     check_same_base,
     copy_adapter,
     decoder_and_head,
@@ -41,6 +42,7 @@ from rlhf.models import (
     head_name,
     hidden_width,
     load_adapter,
+    read_json,
     require_policy,
     response_logprobs,
     without_head,
@@ -222,8 +224,12 @@ class Roles(nn.Module):
         return _apply(self.heads["reward"], states)[:, 0] * self.score_scale + self.score_bias
 
     def save(self, folder: str | Path, foundation: Foundation) -> None:
-        """The policy's adapter in `folder`, the value adapter and its head in `folder`/value. Main rank, gathered."""
+        """The policy's adapter in `folder`, the value adapter and its head in `folder`/value. Main rank, gathered.
+
+        Raises UserError, and writes nothing, if they are not finite.
+        """
         folder = Path(folder)
+        check_finite(((n, p) for n, p in self.named_parameters() if p.requires_grad), f"{folder}: not saved")
         for role, place in (("policy", folder), ("value", folder / "value"))[: 1 + self.has_critic]:
             place.mkdir(parents=True, exist_ok=True)
             config = self.trunk.peft_config[role]
@@ -314,12 +320,16 @@ def reward_head(path: str, width: int) -> nn.Linear:
 
 
 def reward_shift(path: str) -> tuple[float, float]:
-    """(scale, bias) from reward.json: score = raw * scale + bias; (1, 0) without the file."""
+    """(scale, bias) from reward.json: score = raw * scale + bias; (1, 0) without the file.
+
+    Raises UserError unless both are finite numbers, and the scale is not 0.
+    """
     file = Path(path) / "reward.json"
-    if not file.is_file():
-        return 1.0, 0.0
-    content: dict[str, Any] = json.loads(file.read_text())
-    return float(content.get("scale", 1.0)), float(content.get("bias", 0.0))
+    content = read_json(file) if file.is_file() else {}
+    scale, bias = (coerce(content.get(n, usual), float, f"{file}: '{n}'") for n, usual in (("scale", 1), ("bias", 0)))
+    if not math.isfinite(scale * bias) or scale == 0:
+        raise UserError(f"{file}: scale {scale} and bias {bias}, expected finite numbers and a scale other than 0")
+    return scale, bias
 
 
 def _apply(head: nn.Linear, states: Tensor) -> Tensor:

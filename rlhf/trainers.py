@@ -6,13 +6,12 @@ import json
 import math
 import time
 from collections import defaultdict
-from contextlib import nullcontext
-from dataclasses import fields
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from rlhf import checkpoint
-from rlhf.config import UserError, did_you_mean
+from rlhf.config import EXIT_GUARD, Halt, UserError, coerce, did_you_mean
 from rlhf.run import Run, in_short
 from rlhf.stages import total_budget
 
@@ -20,15 +19,14 @@ no_context = nullcontext  # the policy's context where the model already is the 
 
 
 def trl_arguments(cls: type, run: Run, held_out: bool, **fixed: Any) -> Any:
-    """TRL's config for this run; `held_out` says whether there are rows to evaluate on. Raises UserError on an unknown
-    name under `trl:`."""
+    """TRL's config for this run; `held_out` says whether there are rows to evaluate on.
+
+    Raises UserError on a name or value under `trl:` that cannot be used, and where a schedule or optimizer wants
+    arguments or packages that are not there.
+    """
     from rlhf.distributed import read_deepspeed_config
 
     config = run.config
-    known = {f.name for f in fields(cls)}
-    for name in config.trl:
-        if name not in known:
-            raise UserError(f"trl: '{name}' is no option of {cls.__name__}.{did_you_mean(name, known)}")
     values = {
         "output_dir": str(run.checkpoints),
         "seed": config.seed,
@@ -36,10 +34,11 @@ def trl_arguments(cls: type, run: Run, held_out: bool, **fixed: Any) -> Any:
         "use_cpu": run.world.device.type == "cpu",
         "bf16": run.world.device.type == "cuda" and config.dtype in ("auto", "bfloat16"),
         "report_to": "none",
+        "logging_nan_inf_filter": False,  # a loss that is not finite is to be seen, and ends the run
         "save_strategy": "steps",
         "save_steps": 10**9,  # the checkpoint callback says when
         "disable_tqdm": True,
-        "deepspeed": read_deepspeed_config(config.deepspeed, run.world),
+        "deepspeed": read_deepspeed_config(config.deepspeed, run.world, config),
         "dataloader_pin_memory": run.world.device.type == "cuda",
         "per_device_eval_batch_size": config.per_device_train_batch_size,
         "eval_strategy": "steps" if config.eval_steps and held_out else "no",
@@ -49,11 +48,50 @@ def trl_arguments(cls: type, run: Run, held_out: bool, **fixed: Any) -> Any:
     shared = ("learning_rate", "max_grad_norm", "per_device_train_batch_size", "logging_steps", "num_train_epochs")
     shared += ("max_steps", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay")
     values |= {name: getattr(config, name) for name in (*shared, "gradient_checkpointing")}
-    values |= fixed | config.trl
+    values |= fixed | trl_overrides(cls, config)
+    with refused_by_trl():
+        arguments = cls(**values)
+        make_schedule(arguments)
+    return arguments
+
+
+def trl_overrides(cls: type, config: Any) -> dict[str, Any]:
+    """The values under `trl:`, each of its field's type. Raises UserError for one that TRL, or this project, has not
+    as an option of that name."""
+    hints = get_type_hints(cls)
+    result = {}
+    for name, value in config.trl.items():
+        if name not in hints:
+            raise UserError(f"trl: '{name}' is no option of {cls.__name__}.{did_you_mean(name, hints)}")
+        if hasattr(config, name):
+            raise UserError(f"trl: '{name}' is an option of this program: --{name} {value}")
+        try:
+            result[name] = coerce(value, hints[name], f"trl: '{name}'")
+        except TypeError:  # a type that options do not have, which TRL checks itself
+            result[name] = value
+    return result
+
+
+@contextmanager
+def refused_by_trl():
+    """What TRL and the libraries under it refuse of the options they are given, as a UserError."""
     try:
-        return cls(**values)
-    except (ValueError, TypeError) as error:
+        yield
+    except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"TRL refuses these options: {error}") from None
+
+
+def make_schedule(arguments: Any) -> None:
+    """Make the optimizer and its schedule for one weight: what they lack is known before anything is trained."""
+    import torch
+    from transformers import Trainer, get_scheduler
+
+    cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=arguments.learning_rate)
+    if cls.__module__.startswith("torch."):
+        cls(optimizer.param_groups[0]["params"], **options)
+    warmup = arguments.get_warmup_steps(100)
+    get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, 100, arguments.lr_scheduler_kwargs)
 
 
 def attach(trainer, budget, lora_dropout: float = 0.0) -> None:
@@ -127,16 +165,35 @@ def sampling_callback(run: Run, evaluate, policy, reference, budget=None):
 def train(trainer, run: Run, foundation, budget, sampler) -> None:
     """Train to the end, from the run's checkpoint if it has one, writing checkpoints on the way.
 
-    Raises Halt when a signal has ended it early.
+    Raises Halt when a signal has ended it early, or a loss, gradient or weight is not finite any more, and UserError
+    when no step was made.
     """
+    rows, batch = len(trainer.train_dataset), trainer.args.train_batch_size * run.world.size
+    if trainer.args.dataloader_drop_last and rows < batch:
+        raise UserError(f"trl: 'dataloader_drop_last' drops all {rows} rows, since a batch is {batch}: no step is left")
     saver = checkpoint_callback(trainer, run, foundation, budget, sampler)
     trainer.add_callback(saver)
     try:
         trainer.train(resume_from_checkpoint=str(run.resumed.folder) if run.resumed else None)
     except NothingLeft:
         trainer._finalize_training(None, 0, time.time())
+    except ImportError as error:
+        if not run.config.trl:
+            raise
+        raise UserError(f"trl: {', '.join(run.config.trl)}: a package is missing: {error}") from None
     if saver.stopped:
         raise run.halt(trainer.state.global_step)
+
+
+def not_finite(run: Run, step: int, what: str) -> Halt:
+    """The exception that ends a run whose numbers are NaN or infinite; nothing that was made of them is saved."""
+    run.close()
+    kept = f" Checkpoints from before stand in {run.checkpoints}." if run.checkpoints.is_dir() else ""
+    return Halt(
+        f"{run.program}: stopped at step {step}: {what}, and nothing is saved of it.{kept} Lower learning_rate, take "
+        "dtype float32, or look at the rows",
+        EXIT_GUARD,
+    )
 
 
 class NothingLeft(Exception):
@@ -146,7 +203,10 @@ class NothingLeft(Exception):
 def checkpoint_callback(trainer, run: Run, foundation, budget, sampler):
     """A TRL callback that makes the Trainer's checkpoints whole: what the Trainer forgets beside its files, then the
     manifest, last of all and on all ranks. Says when one is due, and ends the training when a signal asked for it."""
+    import torch
     from transformers import TrainerCallback
+
+    from rlhf.models import is_finite
 
     class Saver(TrainerCallback):
         stopped = False
@@ -167,10 +227,23 @@ def checkpoint_callback(trainer, run: Run, foundation, budget, sampler):
             if state.global_step >= state.max_steps:
                 raise NothingLeft
 
-        def on_step_end(self, args, state, control, **kwargs):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            # none under DeepSpeed, whose engine keeps the gradients and has made its step by now
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                raise not_finite(run, state.global_step + 1, "the gradient is not finite")
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
             self.stopped = run.interrupted()
             control.should_training_stop = control.should_training_stop or self.stopped
             control.should_save = self.stopped or run.due(state.global_step, state.max_steps)
+            whole = math.isfinite(float(trainer._tr_loss))
+            if control.should_save:  # ZeRO-3 keeps this rank's part of a parameter apart
+                learning = [p for p in model.parameters() if p.requires_grad]
+                whole = whole and all(is_finite(getattr(p, "ds_tensor", p)) for p in learning)
+            if run.world.sum(float(not whole)):
+                raise not_finite(run, state.global_step, "the loss or a weight is not finite")
             return control
 
         def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -210,10 +283,15 @@ def _memory(run: Run) -> str:
 
 
 def held_out_loss(trainer, run: Run) -> dict[str, float]:
-    """The trainer's own evaluation on its held-out rows, under our names; logged by its callbacks."""
+    """The trainer's own evaluation on its held-out rows, under our names; logged by its callbacks.
+
+    Raises Halt if the loss is not finite: such a model is no result.
+    """
     from rlhf.tracking import rename_trl
 
     named = rename_trl(trainer.evaluate(), run.program)
+    if not math.isfinite(named["eval/loss/total"]):
+        raise not_finite(run, trainer.state.global_step, "the loss on held-out rows is not finite")
     return {k: v for k, v in named.items() if k.startswith("eval/") and not k.startswith("eval/time")}
 
 
@@ -239,9 +317,12 @@ def reference_context(model, name: str = "reference"):
 
 
 def save_policy(run: Run, model, foundation, merge: bool = False) -> None:
-    """Write weights (the adapter, or whole weights), tokenizer and rlhf.json to the output_dir; call on all ranks."""
+    """Write weights (the adapter, or whole weights), tokenizer and rlhf.json to the output_dir; call on all ranks.
+
+    Raises UserError, and writes nothing, if they are not finite.
+    """
     from rlhf.distributed import gathered
-    from rlhf.models import write_identity
+    from rlhf.models import check_finite, write_identity
 
     folder = Path(run.config.output_dir)
     with gathered(model):
@@ -249,7 +330,10 @@ def save_policy(run: Run, model, foundation, merge: bool = False) -> None:
             is_adapter = hasattr(model, "peft_config")
             if is_adapter and merge:
                 model.set_adapter("default")
-                model.merge_and_unload(adapter_names=["default"]).save_pretrained(folder)
+                model = model.merge_and_unload(adapter_names=["default"])
+            check_finite(model.named_parameters(), f"{folder}: not saved")
+            if is_adapter and merge:
+                model.save_pretrained(folder)
             elif is_adapter:
                 model.save_pretrained(folder, selected_adapters=["default"])
             else:

@@ -256,7 +256,7 @@ def raised(number: int, name: str | None = None) -> OSError:
     [
         (raised(errno.ENOSPC), "out: No space left on device. Free some space"),
         (raised(errno.EROFS, "/mnt/x"), "/mnt/x: Read-only file system. Choose a place that can be written"),
-        (raised(errno.EACCES, "/root/x"), "/root/x: Permission denied. Choose a place"),
+        (raised(errno.EACCES, "/srv/x"), "/srv/x: Permission denied. Choose a place"),
         (raised(errno.EEXIST, "afile"), "afile: File exists. A file stands where a folder has to be"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), "out: could not be written to its end"),
         (RuntimeError("basic_ios::clear: iostream error"), "out: could not be written to its end"),

@@ -1,19 +1,25 @@
 import json
+import math
+import pickle
+import re
 import shutil
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from reward.model import RewardModel
+from reward.model import RewardModel, load_reward, write_reward
 from rlhf import stages
 from rlhf.config import UserError
 from rlhf.models import (
     attention_of,
     check_context,
+    check_finite,
+    check_targets,
     completion_batch,
     context_length,
     hidden_width,
@@ -22,7 +28,7 @@ from rlhf.models import (
     lora_config,
     response_logprobs,
 )
-from rlhf.roles import Roles, disable_dropout
+from rlhf.roles import Roles, disable_dropout, reward_shift
 from tests.conftest import make_tokenizer
 from tests.kinds import build
 
@@ -250,3 +256,119 @@ def test_a_new_adapter_keeps_the_dropout_it_was_given():
     assert {rate for name, rate in rates.items() if not name.endswith("lora_dropout.default")} == {0.0}
     disable_dropout(model)
     assert all(m.p == 0.0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def with_nan(tensors):
+    tensors["model.norm.weight"][3] = math.nan
+    return tensors
+
+
+def test_a_base_that_holds_nan_is_refused_by_name(copy):
+    with pytest.raises(UserError, match=r"model: 'model\.norm.weight' holds numbers that are not finite"):
+        load_foundation(copy(with_nan))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("model.safetensors", b"", r"model: no model could be loaded \(Error while deserializing header"),
+        ("config.json", b'{"model_type": "lla', "model: no tokenizer could be loaded"),
+        ("tokenizer.json", b'{"version"', "model: no tokenizer could be loaded"),
+        ("chat_template.jinja", b"{{ messages", "no chat template could be loaded .unexpected end of template"),
+        ("chat_template.jinja", b"{{ raise_exception('no user role') }}", r"loaded \(no user role\)"),
+        (
+            "chat_template.jinja",
+            b"{% for i in range(10**9) %}{% endfor %}",
+            "could be loaded .Range too",
+        ),
+    ],
+)
+def test_files_of_a_base_that_cannot_be_read_are_one_message(copy, file, content, said):
+    folder = copy()
+    (Path(folder) / file).write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        load_foundation(folder)
+
+
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(copy, monkeypatch):
+    folder = copy(model_type="odd", auto_map={"AutoConfig": "odd.Config", "AutoModelForCausalLM": "odd.Model"})
+    (Path(folder) / "odd.py").write_text("raise SystemExit('run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    with pytest.raises(UserError, match=r"could be loaded .*custom code"):
+        load_foundation(folder)
+    (Path(folder) / "model.safetensors").unlink()
+    (Path(folder) / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (Path(folder) / "pytorch_model.bin").write_bytes(pickle.dumps(print, protocol=2))
+    with pytest.raises(UserError, match="model: no model could be loaded"):
+        load_foundation(folder)
+
+
+def truncated(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def with_infinity(content: bytes) -> bytes:
+    tensors = load(content)
+    tensors[sorted(tensors)[0]].view(-1)[0] = -math.inf
+    return save(tensors)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("adapter_config.json", truncated, "adapter_config.json: no settings of an adapter"),
+        ("rlhf.json", truncated, "rlhf.json: cannot be read as JSON"),
+        ("rlhf.json", lambda _: b"[]", "rlhf.json: expected a JSON object, found list"),
+        ("adapter_model.safetensors", truncated, "no adapter weights could be loaded"),
+        ("adapter_model.safetensors", None, "adapter_model.safetensors is not"),
+        ("adapter_model.safetensors", with_infinity, "lora_A.weight' holds numbers that are not finite"),
+        ("reward.json", truncated, "reward.json: cannot be read as JSON"),
+        ("reward.json", lambda _: b'{"scale": NaN}', "reward.json: scale nan and bias 0.0, expected finite"),
+        ("reward.json", lambda _: b'{"scale": 0}', "reward.json: scale 0.0 .* other than 0"),
+        ("reward.json", lambda _: b'{"bias": "x"}', "reward.json: 'bias': expected a number, found 'x'"),
+    ],
+)
+def test_files_of_an_adapter_that_cannot_be_used_are_one_message_in_every_role(
+    base_path, reward_path, tmp_path, file, change, said
+):
+    folder = tmp_path / "reward"
+    shutil.copytree(reward_path, folder)
+    content = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if change is not None:
+        (folder / file).write_bytes(change(content))
+    with pytest.raises(UserError, match=said):
+        load_reward(str(folder))
+    with pytest.raises(UserError, match=said):
+        Roles(load_foundation(base_path), lora_config(r=2), str(folder))
+
+
+def test_bias_and_scale_that_are_not_finite_are_not_saved(tmp_path, reward_path):
+    assert reward_shift(reward_path) == (0.5, -0.25)
+    with pytest.raises(UserError, match="not saved: bias nan and scale 1"):
+        write_reward(tmp_path, math.nan, 1.0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_finite_numbers_pass_and_the_first_odd_tensor_is_named():
+    fine = {"a": torch.tensor([1.0, -3e38]), "whole": torch.tensor([2]), "empty": torch.zeros(0)}
+    check_finite(fine.items(), "x")
+    for bad in (math.nan, math.inf, -math.inf):
+        with pytest.raises(UserError, match="x: 'b' holds"):
+            check_finite((fine | {"b": torch.tensor([0.0, bad], dtype=torch.bfloat16)}).items(), "x")
+
+
+def test_each_lora_target_is_a_layer_of_the_model(base_path):
+    model = load_foundation(base_path).model
+    for targets in (["all-linear"], ["q_proj", "v_proj"], ["layers.0.self_attn.q_proj"], ["embed_tokens"]):
+        check_targets(model, targets)
+    for targets, said in (
+        (["q_proj", "value_proj"], "no layer is called 'value_proj'. Did you mean 'v_proj'"),
+        (["q_proj", "mlp"], "no layer is called 'mlp'"),  # a block, which LoRA cannot adapt
+        ([".*attn.*proj"], "no layer is called '.*"),
+        (["proj"], "no layer is called 'proj'"),
+        (["all-linear", "q_proj"], "no layer is called 'all-linear'"),
+        ([], "'lora_target_modules' is empty"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            check_targets(model, targets)

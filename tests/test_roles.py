@@ -419,7 +419,7 @@ def test_reward_models_and_critics_are_no_policies(roles, sft_path, reward_path,
     ("file", "content", "words"),
     [
         ("adapter_config.json", "{", "no settings of an adapter"),
-        ("adapter_model.safetensors", "xx", "cannot be read"),
+        ("adapter_model.safetensors", "xx", "no adapter weights could be loaded"),
         ("adapter_model.safetensors", None, "adapter_model.safetensors is not"),
     ],
 )

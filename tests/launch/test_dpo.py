@@ -44,7 +44,7 @@ def test_other_losses_say_that_they_do_not_read_them(base_path, tmp_path, capsys
     ("flags", "message"),
     [
         (["--loss_type", "hinge", "--label_smoothing", "0.1"], "no effect on loss_type hinge"),
-        (["--label_smoothing", "0.5"], "expected 0 up to, not including, 0.5"),
+        (["--label_smoothing", "0.5"], "expected at least 0 and less than 0.5"),
         (["--label_smoothing", "0.1", "--trl", "{use_weighting: true}"], "does not go with use_weighting"),
     ],
 )

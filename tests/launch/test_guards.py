@@ -3,17 +3,21 @@
 import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import Trainer
 
-from rlhf import checkpoint
-from rlhf.config import EXIT_GUARD, EXIT_USER_ERROR
+from rlhf import checkpoint, trainers
+from rlhf.config import EXIT_GUARD, EXIT_USER_ERROR, Halt, UserError
 from rlhf.data.records import Scores
+from rlhf.distributed import World
 from rlhf.ppo import PPOTrainer
 from rlhf.run import Run
 from rlhf.tracking import read_metrics
-from tests.launch.conftest import differences, door, flags_of, ppo_flags
+from tests.launch.conftest import SMALL, differences, door, flags_of, ppo_flags
 
 CALLS = {"count": 0, "bad": ()}  # of the scorer below
 # Only the critic learns in the first three steps, so that kl/sequence is 0 up to step 4 and first moves at step 5. The
@@ -294,3 +298,67 @@ def test_an_update_with_a_nan_loss_changes_nothing(runs, files, tmp_path, monkey
     assert rows[1]["ppo/updates"] == 3 and math.isfinite(rows[1]["loss/total"])
     (event,) = result_of(tmp_path)["guards"]
     assert (event["guard"], event["action"], event["value"]) == ("not_finite", "skip", "nan")
+
+
+def test_a_run_that_could_learn_from_no_rollout_is_not_done(runs, files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(CALLS, "count", 0)
+    monkeypatch.setitem(CALLS, "bad", (1, 2))
+    scorer = ["--reward", f"[{{function: '{__name__}:by_length'}}]", "--total_episodes", "16"]
+    assert start([*flags(runs, files, tmp_path, *scorer), "--eval_prompts", "0"]) == EXIT_GUARD
+    assert "ppo: nothing was learnt: every rollout was skipped" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "result.json").exists()
+
+
+def spoiled(what: str, at: int):
+    """Trainer.training_step whose loss, gradient or weight becomes NaN at step `at`, of three."""
+    step = Trainer.training_step
+
+    def broken(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step + 1 != at:
+            return loss
+        weight = next(p for p in model.parameters() if p.requires_grad and p.grad is not None)
+        if what == "gradient":
+            weight.grad.view(-1)[0] = math.nan
+        if what == "weight":
+            weight.data.view(-1)[0] = math.nan
+        return loss * math.nan if what == "loss" else loss
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "at", "said"),
+    [
+        ("sft", "gradient", 2, "stopped at step 2: the gradient is not finite"),
+        ("dpo", "loss", 2, "stopped at step 2: the loss or a weight is not finite"),
+        ("reward", "weight", 3, "stopped at step 3: the loss or a weight is not finite"),  # as ZeRO would leave it
+    ],
+)
+def test_numbers_that_are_not_finite_stop_a_run_and_are_not_saved(
+    runs, files, tmp_path, monkeypatch, capsys, name, what, at, said
+):
+    monkeypatch.setattr(Trainer, "training_step", spoiled(what, at))
+    data = files["instructions" if name == "sft" else "pairs"]
+    arguments = [*flags_of(name, runs / "sft", data, tmp_path), *SMALL, "--save_steps", "1"]
+    with pytest.raises(SystemExit) as stopped:
+        door(name)(arguments)
+    assert stopped.value.code == EXIT_GUARD and f"{name}: {said}" in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "result.json").exists()
+    kept = checkpoint.newest(tmp_path / "checkpoints", print)
+    assert kept.step == at - 1
+    assert all(w.isfinite().all() for w in load_file(kept.folder / "adapter_model.safetensors").values())
+
+
+def test_a_result_that_is_not_finite_is_no_result(tmp_path):
+    run = SimpleNamespace(program="dpo", checkpoints=tmp_path / "none", close=lambda: None, world=World())
+    run.config = SimpleNamespace(output_dir=str(tmp_path / "out"))
+    trainer = SimpleNamespace(state=SimpleNamespace(global_step=7), evaluate=lambda: {"eval_loss": math.nan})
+    with pytest.raises(Halt, match="dpo: stopped at step 7: the loss on held-out rows is not finite") as stopped:
+        trainers.held_out_loss(trainer, run)
+    assert stopped.value.code == EXIT_GUARD
+    model = torch.nn.Linear(2, 1)
+    model.weight.data[0, 1] = math.inf
+    with pytest.raises(UserError, match="out: not saved: 'weight' holds numbers that are not finite"):
+        trainers.save_policy(run, model, None)
+    assert not (tmp_path / "out").exists()

@@ -99,7 +99,7 @@ def test_whole_model(program, base_path, pairs, tmp_path):
     [
         ({"eval_scorers": "[{rule: length}]"}, "unknown option 'eval_scorers'"),
         ({"label_smoothing": 0.5}, "label_smoothing"),
-        ({"center_rewards_coefficient": -1}, "0 or more"),
+        ({"center_rewards_coefficient": -1}, "at least 0"),
         ({"centre_rewards_coefficient": 0.01}, "Did you mean 'center_rewards_coefficient'"),
     ],
 )
