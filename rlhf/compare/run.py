@@ -68,7 +68,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     from tqdm import tqdm
 
     from rlhf.compare.report import print_table, write_report
-    from rlhf.data.encode import encode_prompts
+    from rlhf.data.encode import encode, kept
     from rlhf.data.load import fingerprint, load
     from rlhf.distributed import World
     from rlhf.engines.hf import Sampling
@@ -88,8 +88,9 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     policies = load_policies(config.runs, world.device, shared["max_prompt_length"], shared["max_response_length"])
     model, context = policies[0]
+    encoded, dropped = encode(records, tokenizer, shared["max_prompt_length"])
     evaluation = Evaluation(
-        prompts=some(encode_prompts(records, tokenizer, shared["max_prompt_length"]), config.n_prompts),
+        prompts=some(kept((encoded, dropped), "prompts"), config.n_prompts),
         tokenizer=tokenizer,
         stop_ids=stop_ids(tokenizer, model),
         sampling=Sampling(shared["max_response_length"], shared["temperature"]),
@@ -110,6 +111,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
             kinds.setdefault(name, "other")  # a part of a score, where it applies to every prompt
     prompts = fingerprint([row["record"] for row in evaluation.prompts])
     meta = meta_of(config, names, prompts, evaluation.sampling)
+    meta["rows"]["prompts"] = {"read": len(records), "used": len(evaluation.prompts), "dropped": dict(dropped)}
     report = write_report(config.output_dir, rows, kinds, judge, meta)
     with open(Path(config.output_dir) / "samples.jsonl", "w", encoding="utf-8") as file:
         for name in names:
@@ -291,13 +293,14 @@ def _base_of(path: str) -> str:
 def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str, sampling: Any) -> dict[str, Any]:
     """Seeds, budgets and versions from each run's result.json, for the report."""
     meta: dict[str, Any] = {"seeds": {"run": [], "world": []}, "budgets": {}, "versions": {}, "fingerprints": {}}
-    meta["configs"] = {}
+    meta["configs"], meta["rows"] = {}, {}
     for name, path in zip(names, config.runs, strict=True):
         file = Path(path) / "result.json"
         result = json.loads(file.read_text()) if file.is_file() else {}
         meta["budgets"][name] = {k.removeprefix("budget/"): v for k, v in result.get("budget", {}).items()}
         meta["versions"] = result.get("versions", meta["versions"])
         meta["fingerprints"][name] = result.get("data", {})
+        meta["rows"][name] = result.get("rows", {})
         meta["configs"][name] = run_config(path)
         world = world_seed(path)
         if world is not None and world not in meta["seeds"]["world"]:

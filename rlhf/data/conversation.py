@@ -129,6 +129,12 @@ def _tool_call(name: str, number: int, call: Any) -> dict[str, Any]:
     return call | {"function": function | {"arguments": arguments}}
 
 
+def said(message: Message) -> str:
+    """A message's text and, as JSON, what it holds beside: tool calls, reasoning."""
+    more = {name: value for name, value in message.items() if name not in ("role", "content")}
+    return message["content"] + (json.dumps(more, sort_keys=True, ensure_ascii=False) if more else "")
+
+
 def parse_turns(text: str) -> list[Message] | None:
     """Messages of a transcript, None for other text; turns of one speaker in a row become one of two paragraphs.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from rlhf.config import UserError, option
 from rlhf.data import forms, load, sources
+from rlhf.data.conversation import said
 from rlhf.data.records import Instruction, Labelled, Preference, Prompt, Record
 from rlhf.data.split import assign
 
@@ -112,7 +113,7 @@ def _lengths(records: list[Record]) -> list[str]:
 def _texts(record: Record) -> list[tuple[str, str]]:
     """The texts of a record by name, the prompt's messages as one."""
     prompt = record.prompt
-    lines = [m["content"] if len(prompt) == 1 else f"{m['role']}: {m['content']}" for m in prompt]
+    lines = [said(m) if len(prompt) == 1 else f"{m['role']}: {said(m)}" for m in prompt]
     names = [name for name in ("response", "chosen", "rejected") if hasattr(record, name)]
     return [("prompt", "\n".join(lines))] + [(name, getattr(record, name)) for name in names]
 

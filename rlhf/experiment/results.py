@@ -162,6 +162,7 @@ def meta_of(config: ExperimentConfig, work: Work) -> dict[str, Any]:
     whole = {job.name for job in work.jobs if work.whole(job)}
     changed = [n for n, r in records.items() if r and n not in whole and r.get("fingerprint") != work.marks[n]]
     results = [read_json(Path(job.folder) / "result.json") for job in work.jobs if job.folder and job.name in whole]
+    made = {job.name: read_json(Path(job.folder) / "result.json") for job in trained(work, whole)}
     return {
         "name": Path(config.output_dir).name,
         "config": asdict(config),
@@ -170,12 +171,9 @@ def meta_of(config: ExperimentConfig, work: Work) -> dict[str, Any]:
         "code": sorted({json.dumps(records[n].get("code"), sort_keys=True) for n in whole}),
         "versions": results[0].get("versions", {}) if results else {},
         "hardware": f"{platform.platform()}, {os.cpu_count()} CPU cores",
-        "data": {job.name: read_json(Path(job.folder) / "result.json").get("data", {}) for job in trained(work, whole)},
-        "stopped": {
-            job.name: reason
-            for job in trained(work, whole)
-            if (reason := read_json(Path(job.folder) / "result.json").get("stopped"))
-        },
+        "data": {name: result.get("data", {}) for name, result in made.items()},
+        "rows": {name: result.get("rows", {}) for name, result in made.items()},
+        "stopped": {name: result["stopped"] for name, result in made.items() if result.get("stopped")},
         "seconds": {n: records[n].get("seconds") for n in sorted(whole)},
         "finished": max((records[n]["finished"] for n in whole), default=None),
         "missing": [job.name for job in work.jobs if job.name not in whole and job.name not in changed],

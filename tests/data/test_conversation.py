@@ -6,6 +6,7 @@ import pytest
 
 from rlhf.config import UserError
 from rlhf.data.conversation import conversation, parse_turns
+from rlhf.data.describe import DescribeConfig, describe
 from rlhf.data.encode import PLAIN_TEMPLATE, encode, encode_prompt
 from rlhf.data.export import rows_of, write_rows
 from rlhf.data.load import collect, load, unique_prompts
@@ -167,6 +168,10 @@ def test_tools_calls_and_results_go_to_the_chat_template(tmp_path):
     assert text == 'weather;user:Hi|assistant:{"city": "Rome"}|tool:21 C|assistant:'
     other = Instruction(prompt=record.prompt, response="x", metadata={"tools": [{"function": {"name": "else"}}]})
     assert len(unique_prompts([record, other])) == 2  # the same messages, another question
+    lamp = [*CALLED[:1], {**CALLED[1], "tool_calls": [{"function": {"name": "lamp", "arguments": {}}}]}, CALLED[2]]
+    both = [{"messages": [*prompt, HUH]} for prompt in (CALLED, lamp)]
+    summary = describe(DescribeConfig(source=[write(tmp_path / "two.jsonl", both)]))
+    assert summary["duplicates"] == "0 rows repeat another's texts; 2 different prompts"
     for form, name in (("rows", "r.jsonl"), ("rows", "r.parquet"), ("openai", "o.jsonl")):
         write_rows(rows_of([record], form), tmp_path / name)
         (again,) = load(f"{tmp_path}/{name}", Instruction, validation_fraction=0, test_fraction=0)

@@ -85,6 +85,8 @@ def test_compare_reports_on_test_prompts(runs, files, tmp_path):
     )
     report = compare(config, build_scorer)
     assert report["meta"]["sampling"] == {"temperature": 1.0, "max_new_tokens": 12}  # as the runs
+    assert report["meta"]["rows"]["dpo"]["preference/train"]["used"] > 0  # as in its result.json
+    assert report["meta"]["rows"]["prompts"]["dropped"] == {}
     assert all(0 <= pair["win_rate"]["estimate"] <= 1 for pair in report["pairs"])
     assert set(report["policies"]) == {"sft", "dpo", "ppo"} and report["judge"] == "gold"
     assert report["score_kinds"]["proxy"] == "proxy"

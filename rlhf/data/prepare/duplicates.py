@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.data.prepare.text import answers, asked, said, spoken
+from rlhf.data.conversation import said
+from rlhf.data.prepare.text import answers, asked, spoken
 from rlhf.data.records import Preference, Record, digest, normalise
 from rlhf.data.split import answer_pair
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+from rlhf.data.conversation import said
 from rlhf.data.records import Message, Record
 
 FIELDS = ("response", "chosen", "rejected")  # the answers of a record, whichever it has
@@ -68,9 +68,3 @@ def asked(record: Record) -> str:
 def spoken(record: Record) -> str:
     """The whole prompt but for system messages, with who said what: two rows with the same are the same question."""
     return "\n".join(f"{m['role']}: {said(m)}" for m in record.prompt if m["role"] != "system")
-
-
-def said(message: Message) -> str:
-    """A message's text and, as JSON, what it holds beside: tool calls, reasoning."""
-    more = {name: value for name, value in message.items() if name not in ("role", "content")}
-    return message["content"] + (json.dumps(more, sort_keys=True, ensure_ascii=False) if more else "")
