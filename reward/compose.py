@@ -18,7 +18,7 @@ import contextlib
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +134,27 @@ def build_scorer(specs: list[dict[str, Any]], tokenizer: Any = None, kinds: dict
 
 def _part_name(name: str, part: str) -> str:
     return part if part == name or part.startswith(f"{name}/") else f"{name}/{part}"
+
+
+def check_scorers(specs: list[dict[str, Any]], made_later: Collection[str] = ()) -> None:
+    """Raise UserError for a scorer that could not be made, as far as its specification and its files tell.
+
+    made_later: folders of reward models that need not be there yet.
+    """
+    for kind, what, name, _, _ in check_specs(specs):
+        if kind == "voice":
+            from reward.voice import load_voice
+
+            load_voice(what)
+        folders = [what] if kind == "model" else what if kind == "ensemble" else []
+        for folder in folders:
+            if folder not in made_later:
+                from reward.model import check_reward
+
+                try:
+                    check_reward(folder)
+                except UserError as error:
+                    raise UserError(f"scorers ({name}): {error}") from None
 
 
 def watched(specs: list[dict[str, Any]]) -> list[str]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rlhf.config import UserError
 from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerprint
 from rlhf.data.records import Samples, Scorer, Scores
+from rlhf.files import check_weights
 from rlhf.models import (
     Foundation,
     adapter_settings,
@@ -210,6 +211,22 @@ def load_reward(path: str, device: Any = None, dtype: str = "float32") -> Reward
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     scale, bias = reward_shift(path)
     return RewardModel(model, tokenizer, bias, scale)
+
+
+def check_reward(path: str) -> None:
+    """Raise UserError where `load_reward` would, as far as files tell that are read without loading a model."""
+    load_tokenizer(path)
+    if not Path(path).is_dir():
+        return  # on the Hub
+    check_weights(path)
+    if (Path(path) / "adapter_config.json").is_file():
+        adapter_settings(path)
+        _require_head(path)
+        return
+    file = Path(path) / "config.json"
+    kinds = (json.loads(file.read_text()).get("architectures") if file.is_file() else None) or [""]
+    if not kinds[0].endswith("ForSequenceClassification"):
+        raise UserError(f"{path}: {kinds[0] or 'nothing there'} is no reward model, which has a score head")
 
 
 def _require_head(path: str) -> None:

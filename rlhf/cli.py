@@ -103,21 +103,13 @@ def compare(argv: list[str]) -> None:
 
 
 def compare_run(argv: list[str]) -> None:
-    from reward.compose import check_specs
-    from reward.voice import load_voice
-    from rlhf.experiment.config import ExperimentConfig, check_files
+    from reward.compose import check_scorers
+    from rlhf.experiment.config import ExperimentConfig
     from rlhf.experiment.execute import run_experiment
+    from rlhf.models import quiet
 
-    config = parse(ExperimentConfig, argv, "rlhf compare run")
-    check_files(config)
-    for name in ("gold", "referee", "others"):  # a misspelt scorer is found before anything is trained
-        specs = getattr(config, name)
-        if specs:
-            check_specs([{"name": f"{name}{i}", **spec} for i, spec in enumerate(specs)])
-        for spec in specs:
-            if "voice" in spec:
-                load_voice(spec["voice"])
-    run_experiment(config)
+    quiet()
+    run_experiment(parse(ExperimentConfig, argv, "rlhf compare run"), check_scorers)
 
 
 def compare_measure(argv: list[str]) -> None:

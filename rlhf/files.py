@@ -90,6 +90,17 @@ def model_files(folder: str | Path) -> list[Path]:
     return sorted(path for path in found if path.name not in RECORD_FILES)
 
 
+def check_weights(folder: str | Path) -> None:
+    """Raise UserError for a safetensors file that is cut short or is none; its head alone is read."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        try:
+            safe_open(str(file), "pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: the weights cannot be read ({error})") from None
+
+
 def scorer_files(spec: dict[str, Any]) -> list[Path]:
     """The local files that the scores of a scorer's specification depend on; a service has none.
 

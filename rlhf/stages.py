@@ -155,22 +155,29 @@ class TrainerConfig(AdapterConfig):
 def load_start(run):
     """The foundation that this run starts from. Raises UserError where it and the options do not fit."""
     from rlhf.files import files_fingerprint, model_files
-    from rlhf.models import check_context, load_foundation, require_policy
+    from rlhf.models import load_foundation
 
     config = run.config
     foundation = load_foundation(config.model_name_or_path, run.torch_dtype, config.attn_implementation)
-    check_context(foundation.model, config.model_name_or_path, config.max_prompt_length, config.max_response_length)
+    check_start(run.program, config, foundation.model, foundation.adapter_path)
     run.stands_on("base", foundation.fingerprint)
     if foundation.adapter_path:
         run.stands_on("start", files_fingerprint(model_files(foundation.adapter_path)))
-    if foundation.adapter_path and run.program != "reward":
-        require_policy(foundation.adapter_path)
-    if foundation.adapter_path and not getattr(config, "use_peft", True):
+    return foundation
+
+
+def check_start(program: str, config: RunConfig, model, adapter_path: str | None) -> None:
+    """Raise UserError where options do not fit the base model, or the adapter on it, that a program starts from."""
+    from rlhf.models import check_context, require_policy
+
+    check_context(model, config.model_name_or_path, config.max_prompt_length, config.max_response_length)
+    if adapter_path and program != "reward":
+        require_policy(adapter_path)
+    if adapter_path and not getattr(config, "use_peft", True):
         raise UserError(
             f"use_peft is false, but {config.model_name_or_path} is an adapter. Train its whole weights from a merged "
             "run: launch/sft.py --merge true"
         )
-    return foundation
 
 
 def new_lora(config: AdapterConfig, foundation, task_type: str = "CAUSAL_LM"):

@@ -115,10 +115,21 @@ def test_configs_parse(path):
     cls = config_class(path)
     given = yaml.safe_load(path.read_text()) or {}
     required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    flags = [f"--{name}=x" for name in required if name not in given and name not in ("reward", "runs")]
+    flags = [f"--{name}=x" for name in required if name not in given and name not in ("reward", "runs", "pairs")]
+    flags += ["--pairs={data: [x]}"] if "pairs" in required and "pairs" not in given else []
     flags += ["--reward=[{model: x}]"] if "reward" in required and "reward" not in given else []
     flags += ["--runs=x,y"] if "runs" in required and "runs" not in given else []
     parse(cls, ["--config", str(path), *flags])
+
+
+def test_experiments_name_files_that_are_there():
+    """In the repository, or below runs/, where the commands at a config's head make them."""
+    for path in (p for p in CONFIGS if p.parent.name in ("compare", "quickstart")):
+        text = path.read_text()
+        named = re.findall(r"(?<![\w/])[\w./-]+\.(?:py|sh|yaml|jsonl|json|db)\b", text)
+        missing = [n for n in named if not n.startswith(("runs/", "PAIRS"))
+                   and not (ROOT / n).exists() and not (path.parent / n).exists()]  # fmt: skip
+        assert not missing, f"{path}: {missing}"
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("configs/*.yaml")), ids=lambda p: p.name)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shlex
 import shutil
 import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +21,159 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 LONG = 10_000  # steps: a length that every program accepts, where the real one is not known yet
 
 
-def check_programs(config: ExperimentConfig) -> None:
-    """Read every planned command as its program will. Raises UserError naming the part of the file that it refuses."""
-    classes: dict[str, type] = {}
+def check_programs(config: ExperimentConfig) -> dict[str, tuple[str, Any]]:
+    """Read every planned command as its program will; return part of the file -> (training program, its options).
+
+    Raises UserError naming the part that is refused.
+    """
+    from rlhf.sample import SampleConfig
+    from rlhf.sandbox.annotators import AnnotateConfig
+
+    classes: dict[str, type] = {"rlhf collect sample": SampleConfig, "rlhf sandbox annotate": AnnotateConfig}
+    started: dict[str, tuple[str, Any]] = {}
     for job in plan(config, {name: LONG for name in config.trained}):
-        program = Path(job.command[0]).stem
-        if not job.command[0].startswith("launch/"):
-            continue
-        if program not in classes:
+        trains = job.command[0].startswith("launch/")
+        program = Path(job.command[0]).stem if trains else " ".join(job.command[:3])
+        if trains and program not in classes:
             classes[program] = options_class(program)
+        if program not in classes:
+            continue
         method = job.trial[0] if job.trial else job.name.removeprefix("pilot/")
-        part = f"methods: '{method}'" if method in config.methods else job.name
+        part = f"methods: '{method}'" if method in config.methods else re.sub(r"^seed-\d+/", "", job.name)
+        where = f"deepspeed launch/{program}.py" if trains else program
         try:
-            parse(classes[program], job.command[1:], f"deepspeed launch/{program}.py")
+            options = parse(classes[program], job.command[1 if trains else 3 :], where)
         except UserError as error:
             raise UserError(f"{part}: {str(error).removeprefix('the command line: ')}") from None
+        if trains:
+            started.setdefault(part, (program, options))
+    return started
+
+
+def check_starts(
+    config: ExperimentConfig, started: dict[str, tuple[str, Any]], check_scorers: Callable[..., None]
+) -> None:
+    """Raise UserError where a program would refuse its start, or a split or half that is used is left without rows.
+
+    `started`: what `check_programs` returns. `check_scorers(specs, made_later)` refuses scorers that cannot be made.
+    Models are built without weights, of which it is only seen whether the files are whole.
+    """
+    for name in ("gold", "referee", "others"):
+        specs = [{"name": f"{name}{i}", **spec} for i, spec in enumerate(getattr(config, name))]
+        if specs:
+            check_scorers(specs)
+    seen: dict[str, set[str]] = {}  # the rows that were looked at, and the prompts that they train on
+    for part, (program, options) in started.items():
+        try:
+            made = {f"{config.output_dir}/seed-{seed}/reward" for seed in config.seeds}
+            for specs in (getattr(options, "reward", None), getattr(options, "eval_scorers", None)):
+                if specs:
+                    check_scorers(specs, made)
+            check_model(program, options)
+            check_rows(program, options, config.pairs.get("prompts"), seen)
+        except UserError as error:
+            raise UserError(f"{part}: {error}") from None
+    check_measured(config, set().union(*seen.values()))
+
+
+def check_model(program: str, options: Any) -> None:
+    """Raise UserError where the start and the options do not fit each other, the libraries or the machine."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from rlhf.distributed import World, read_deepspeed_config
+    from rlhf.files import check_weights
+    from rlhf.models import adapter_base, adapter_settings, add_adapter, load_tokenizer
+    from rlhf.run import Run
+    from rlhf.stages import check_start, new_lora
+    from rlhf.trainers import trl_arguments
+
+    path = options.model_name_or_path
+    load_tokenizer(path)
+    adapter = path if (Path(path) / "adapter_config.json").is_file() else None
+    if adapter:
+        adapter_settings(adapter)
+    base = adapter_base(adapter) if adapter else path
+    for folder in {path, base}:
+        check_weights(folder)
+    try:
+        with torch.device("meta"):
+            settings = AutoConfig.from_pretrained(base)
+            model = AutoModelForCausalLM.from_config(settings, attn_implementation=options.attn_implementation)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{base}: no model could be built ({str(error).strip().splitlines()[0]})") from None
+    check_start(program, options, model, adapter)
+    if not adapter and (lora := new_lora(options)):
+        add_adapter(model, lora)
+    read_deepspeed_config(options.deepspeed, World(launched=True))
+    if program != "ppo":
+        import trl
+
+        cls = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}[program]
+        trl_arguments(cls, Run(program, options, World()), True)
+
+
+def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen: dict[str, set[str]]) -> None:
+    """Raise UserError where training or validation is left without rows, in the half that the program reads.
+
+    `sampled_from`: the prompts, where the pairs are still to be sampled.
+    """
+    from rlhf.data.records import Instruction, Preference, Prompt
+    from rlhf.distributed import World
+    from rlhf.models import load_tokenizer
+    from rlhf.run import Run
+
+    kind = Prompt if program == "ppo" or sampled_from else Preference
+    wanted = [(kind, "train", sampled_from), (kind, "validation", sampled_from)]
+    if getattr(options, "ptx_data", None):
+        wanted.append((Instruction, "train", options.ptx_data))
+    tokenizer = load_tokenizer(options.model_name_or_path)
+    for kind, split, data in wanted:
+        if split == "validation" and not options.validation_fraction:
+            continue
+        what = kind.__name__.lower()
+        key = f"{what} {split} {options.half} {data or options.data} {options.model_name_or_path}"
+        if key in seen:
+            continue
+        with tempfile.TemporaryDirectory() as folder:  # a store is frozen there
+            run = Run(program, replace(options, output_dir=folder), World())
+            run.say = lambda text: None  # the program itself will say what it drops
+            rows = run.rows(kind, split, tokenizer, data)
+        seen[key] = run.trained_on
+        if not rows:  # of train they are required already
+            half = "" if options.half == "all" else f" of half {options.half}"
+            raise UserError(
+                f"{', '.join(data or options.data)}: no {what} is left for the {split} split{half}. Give more data or a "
+                "larger validation_fraction, or 0 to do without"
+            )
+
+
+def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
+    """Raise UserError where too little is left to measure on: test prompts that no method trains on, texts."""
+    from rlhf.compare.run import hashes
+    from rlhf.data.encode import encode
+    from rlhf.data.load import load
+    from rlhf.data.records import Instruction, Prompt, prompt_group
+    from rlhf.models import load_tokenizer
+
+    tokenizer = load_tokenizer(config.foundation)
+    given = {"split": "test", "on_bad": config.on_bad, "validation_fraction": config.validation_fraction}
+
+    def rows(kind: type, data: list[str], longest: int | None) -> list[dict[str, Any]]:
+        records = load(data, kind, **given, test_fraction=config.test_fraction)
+        return encode(records, tokenizer, config.max_prompt_length, longest, config.on_bad)[0]
+
+    known = trained_on | hashes(config.foundation)
+    prompts = [row["record"] for row in rows(Prompt, config.prompts, None)]
+    groups = {record.group for record in prompts if prompt_group(record.prompt) not in known}
+    if len(groups) < 2:
+        raise UserError(
+            f"prompts {', '.join(config.prompts)}: {len(groups)} groups of the test split are short enough and trained "
+            "on by no method, and intervals need at least 2. Give more prompts, or a larger test_fraction"
+        )
+    for name, data in config.perplexity.items():
+        if not rows(Instruction, data, config.max_response_length):
+            raise UserError(f"perplexity: '{name}' has no row in the test split that is short enough (split: test)")
 
 
 def check_decisions(config: ExperimentConfig) -> None:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -23,7 +24,7 @@ from typing import Any
 
 from rlhf import config as options
 from rlhf.config import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, Halt, UserError
-from rlhf.experiment.check import check_decisions, check_programs
+from rlhf.experiment.check import check_decisions, check_programs, check_starts
 from rlhf.experiment.config import ExperimentConfig, check_files
 from rlhf.experiment.lengths import planned_lengths
 from rlhf.experiment.plan import Job, fingerprints, given_length, plan
@@ -79,15 +80,19 @@ class Work:
         return "blocked" if blocked else "waiting"
 
 
-def run_experiment(config: ExperimentConfig) -> None:
-    """Do all jobs. Raises UserError on options that cannot work or do not fit what is there, Halt when interrupted or
-    when programs failed; what is done stays."""
+def run_experiment(config: ExperimentConfig, check_scorers: Callable[..., None] = lambda *_: None) -> None:
+    """Do all jobs; `check_scorers(specs, made_later)` refuses scorers that cannot be made.
+
+    Raises UserError on options that cannot work or do not fit what is there, Halt when interrupted or when programs
+    failed; what is done stays.
+    """
     from rlhf.experiment.live import Display
     from rlhf.experiment.report import write_report
 
     check_files(config)
-    check_programs(config)
+    started = check_programs(config)
     check_decisions(config)
+    check_starts(config, started, check_scorers)
     out = Path(config.output_dir)
     lock_folder(out)
     asked: list[int] = []

@@ -111,6 +111,7 @@ def install(folder: Path, put=setattr) -> None:
     put(execute, "full_command", command)
     put(execute, "time", quick)
     put(execute, "code_version", lambda: {})
+    put(execute, "check_starts", lambda *_: None)
     put(rlhf.experiment.report, "write_report", lambda config, out, *more: say(folder, "report"))
 
 
