@@ -83,13 +83,13 @@ def check_model(program: str, options: Any) -> None:
 
     from rlhf.distributed import World, read_deepspeed_config
     from rlhf.files import check_weights
-    from rlhf.models import adapter_base, adapter_settings, add_adapter, load_tokenizer
+    from rlhf.models import Foundation, adapter_base, adapter_settings, add_adapter, load_tokenizer
     from rlhf.run import Run
     from rlhf.stages import check_start, new_lora
     from rlhf.trainers import trl_arguments
 
     path = options.model_name_or_path
-    load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     adapter = path if (Path(path) / "adapter_config.json").is_file() else None
     if adapter:
         adapter_settings(adapter)
@@ -103,9 +103,10 @@ def check_model(program: str, options: Any) -> None:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{base}: no model could be built ({str(error).strip().splitlines()[0]})") from None
     check_start(program, options, model, adapter)
-    if not adapter and (lora := new_lora(options)):
+    lora = new_lora(options, Foundation(model, tokenizer, path, base, adapter, ""))
+    if lora and not adapter:
         add_adapter(model, lora)
-    read_deepspeed_config(options.deepspeed, World(launched=True))
+    read_deepspeed_config(options.deepspeed, World(launched=True), options)
     if program != "ppo":
         import trl
 
@@ -143,8 +144,8 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
         if not rows:  # of train they are required already
             half = "" if options.half == "all" else f" of half {options.half}"
             raise UserError(
-                f"{', '.join(data or options.data)}: no {what} is left for the {split} split{half}. Give more data or a "
-                "larger validation_fraction, or 0 to do without"
+                f"{', '.join(data or options.data)}: no {what} is left for the {split} split{half}. Give more data or "
+                "a larger validation_fraction, or 0 to do without"
             )
 
 

@@ -92,7 +92,7 @@ def test_starts_that_a_program_would_refuse_are_refused_before_anything_starts(t
     refused(tmp_path, sft_path, "^reward: trl: 'epochs' is no option", reward={"options": {"trl": {"epochs": 1}}})
     refused(tmp_path, sft_path, "^reward: .*deepspeed: no file 'zer0'", reward={"options": {"deepspeed": "zer0"}})
     targets = {"dpo": method(options={"lora_target_modules": ["q_prj"], "max_steps": 9})}
-    refused(tmp_path, base_path, "^methods: 'dpo': .*PEFT cannot put this adapter", methods=targets)
+    refused(tmp_path, base_path, "^methods: 'dpo': 'lora_target_modules': no layer is called 'q_prj'", methods=targets)
     long = {"max_response_length": 600}
     with pytest.raises(UserError, match=r"reward: max_prompt_length 64 \+ max_response_length 600 = 664 tokens, but"):
         config = experiment(tmp_path, foundation=sft_path, max_prompt_length=64, **long)
