@@ -33,6 +33,8 @@ LOOK = {
 
 
 PARTS = {  # what a report may lack: without a judge, or of an experiment that was cut short
+    "outliers": [],
+    "claims": {"count": 0, "method": "Holm 1979", "alpha": 0.05},
     "curves": {},
     "frontier": [],
     "wins": None,

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from rlhf.compare.drawing import (
-    ALPHA,
     FOUNDATION,
     LOOK,
     Report,
@@ -151,7 +150,7 @@ def lengths(report: Report):
 
 
 def wins(report: Report):
-    """How often the row's policy beats the column's, raw and at equal length; bold with a dot: not 50 % (Holm, 5 %)."""
+    """How often the row's policy beats the column's, raw and at equal length."""
     found = report["wins"]
     if not found or len(found["policies"]) < 2 or not any(e for row in found["raw"] for e in row):
         return None
@@ -166,8 +165,7 @@ def wins(report: Report):
     rows, columns = (1, len(kinds)) if beside else (len(kinds), 1)
     figure, axes = new_figure(size[0] * columns, size[1] * rows, rows, columns)
     for panel, (kind, title) in zip(axes.ravel(), kinds, strict=True):
-        adjusted = found["p_adjusted"] if kind == "raw" else adjust(found[kind])
-        image = _heat(panel, found[kind], adjusted, labels)
+        image = _heat(panel, found[kind], labels)
         panel.set_title(f"{title}: the row beats the column, %", pad=10)
     bar = figure.colorbar(image, ax=axes.ravel().tolist(), location="bottom", fraction=0.03, aspect=40, pad=0.02)
     bar.set_label("orange: the row loses    white: 50 %    blue: the row wins", fontsize=8.5)
@@ -175,19 +173,7 @@ def wins(report: Report):
     return figure
 
 
-def adjust(matrix: list[list[dict | None]]) -> list[list[float | None]]:
-    """Holm's p of all pairs of a matrix of estimates; below and above the diagonal stand the same pairs."""
-    from rlhf.compare.crossed import holm
-
-    n = len(matrix)
-    known = [(i, j) for i in range(n) for j in range(i) if (matrix[i][j] or {}).get("p") is not None]
-    adjusted: list[list[float | None]] = [[None] * n for _ in range(n)]
-    for (i, j), p in zip(known, holm([matrix[i][j]["p"] for i, j in known]), strict=True):
-        adjusted[i][j] = adjusted[j][i] = float(p)
-    return adjusted
-
-
-def _heat(axes, matrix: list, adjusted: list | None, labels: list[str]):
+def _heat(axes, matrix: list, labels: list[str]):
     """One matrix; a cell's number is in per cent. The colours keep their order of lightness for the colour-blind."""
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -198,11 +184,8 @@ def _heat(axes, matrix: list, adjusted: list | None, labels: list[str]):
         if math.isnan(share):
             axes.text(j, i, "–", ha="center", va="center", color="#888888", fontsize=8)
             continue
-        p = adjusted[i][j] if adjusted else None
-        shown = p is not None and p < ALPHA
         ink = "white" if abs(share - 50) > 36 else "#111111"
-        look = {"fontweight": "bold" if shown else "normal", "fontsize": 8.5, "color": ink}
-        axes.text(j, i, f"{share:.0f}" + ("•" if shown else ""), ha="center", va="center", **look)
+        axes.text(j, i, f"{share:.0f}", ha="center", va="center", fontsize=8.5, color=ink)
     axes.set_xticks(range(len(labels)), labels, rotation=40, ha="left", rotation_mode="anchor")
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(length=0, labelsize=8.5, top=False, bottom=False, labeltop=True, labelbottom=False)

@@ -127,7 +127,8 @@ def _method_legend(axes, report: Report, methods: list[str]) -> None:
 
 
 def _equal_kl(axes, report: Report, pair: dict) -> None:
-    """Differences a - b at equal KL; full points are shown at 5 % after Holm's correction, hollow ones are not."""
+    """Differences a - b at equal KL; full points are shown at 5 % after Holm's correction for all claims of the
+    report, hollow ones are not."""
     a, b = pair["a"], pair["b"]
     rows = pair["rows"]
     if pair.get("overlap"):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf.compare.crossed import Estimate, block_weights, holm, mean_over_seeds
+from rlhf.compare.crossed import Estimate, block_weights, mean_over_seeds
 from rlhf.config import UserError
 
 FORM = "d (a + b log d + c d), d = sqrt(KL)"
@@ -58,10 +58,10 @@ class EqualKL:
     """What two methods differ by at the same KL.
 
     overlap: the KLs that points of every seed of both methods enclose, None if there are none (and then no rows).
-    rows: [{"kl", "difference": Estimate of a - b, "p_adjusted": Holm's over the rows}]. sensitivity: the same rows with
-    lines in place of the form. residual: for a and b, how far the points lie from their seed's curve (root mean
-    square, in units of the score). disagreement: the largest distance between a difference and its sensitivity. Where
-    a seed has fewer than ENOUGH points near by, the rows are those of the lines, and form says so.
+    rows: [{"kl", "difference": Estimate of a - b}]. sensitivity: the same rows with lines in place of the form.
+    residual: for a and b, how far the points lie from their seed's curve (root mean square, in units of the score).
+    disagreement: the largest distance between a difference and its sensitivity. Where a seed has fewer than ENOUGH
+    points near by, the rows are those of the lines, and form says so.
     """
 
     overlap: tuple[float, float] | None
@@ -160,8 +160,7 @@ def _rows(a: Track, b: Track, kls: list[float], fit, level: float) -> list[dict]
     at = np.asarray(kls, dtype=np.float64)
     apart = _all_seeds(a, at, weights, fit) - _all_seeds(b, at, weights, fit)
     found = [mean_over_seeds(apart[:, :, k], weights, level=level) for k in range(len(kls))]
-    adjusted = holm([e.p for e in found])
-    return [{"kl": k, "difference": e, "p_adjusted": p} for k, e, p in zip(kls, found, adjusted, strict=True)]
+    return [{"kl": k, "difference": e} for k, e in zip(kls, found, strict=True)]
 
 
 def _all_seeds(track: Track, kls: np.ndarray, weights: np.ndarray, fit) -> np.ndarray:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhf.compare.crossed import holm
+from rlhf.compare.crossed import MIN_SEEDS, holm
 from rlhf.compare.crossfit import Means, ended, key, label, methods_with_points, rectangle
 from rlhf.compare.frontier import Track, curve, equal_kl, kl_range
 from rlhf.compare.overoptimisation import add_verdicts, overoptimisation
@@ -39,13 +39,13 @@ def judged(results: Results, means: Means, trained: list[str], level: float) -> 
     frontier = [_frontier(results, means, a, b, level) for a, b in itertools.combinations(trained, 2)]
     chosen = tuned(results, means, level)
     signs = overoptimisation(results, means, level)
-    add_verdicts(signs, _holm, 1 - level)
-    paths = [pair["path"] for pair in frontier if pair["path"]]
-    families = [[row for pair in part for row in pair["rows"]] for part in (frontier, paths)]
-    for rows in (*families, chosen["rows"]):
-        for row, p in zip(rows, _holm([row["difference"]["p"] for row in rows]), strict=True):
-            row["p_adjusted"] = p
+    differences = [*(row for pair in frontier for row in pair["rows"]), *chosen["rows"]]
+    claims = [(row, row["difference"]) for row in differences]
+    claims += [(entry, entry["judge"] | {"p": entry["p"]}) for entry in signs if entry["strength"] is None]
+    count = adjust(claims)
+    add_verdicts(signs, 1 - level)
     return {
+        "claims": {"count": count, "method": "Holm 1979", "alpha": 1 - level},
         "curves": curves,
         "frontier": frontier,
         "wins": _wins(results, level),
@@ -55,10 +55,19 @@ def judged(results: Results, means: Means, trained: list[str], level: float) -> 
     }
 
 
-def _holm(p: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjustment of the p that are known (one group has none)."""
-    adjusted = holm([math.nan if x is None else x for x in p])
-    return [x if math.isfinite(x) else None for x in adjusted]
+def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> int:
+    """Give each claim its "p_adjusted", Holm's over all of them: one family, all that the report says in words.
+
+    claims: (where the number goes, its estimate with "p" and "seeds"). What rests on fewer than MIN_SEEDS seeds is no
+    claim about methods, and what has no interval is none at all: both get None. Returns how many there are.
+    """
+    claims = list(claims)
+    for entry, _ in claims:
+        entry["p_adjusted"] = None
+    made = [(entry, e["p"]) for entry, e in claims if e["seeds"] >= MIN_SEEDS and e["p"] is not None]
+    for (entry, _), p in zip(made, holm([p for _, p in made]), strict=True):
+        entry["p_adjusted"] = p
+    return len(made)
 
 
 def _track(
@@ -77,10 +86,11 @@ def _track(
 
 
 def _frontier(results: Results, means: Means, a: str, b: str, level: float) -> dict[str, Any]:
-    """a over b at equal KL, by the seeds that both have; p_adjusted is added over all pairs.
+    """a over b at equal KL, by the seeds that both have; `rows` get their p_adjusted later.
 
     `rows` are over the ends of the trials, which have spent the same; `path` has the same over all checkpoints, which
-    have not, but reach smaller KLs. With fewer than ENDS strengths the ends make no curve, and `rows` are over all.
+    have not, but reach smaller KLs: it is shown without a verdict. With fewer than ENDS strengths the ends make no
+    curve, and `rows` are over all.
     """
     blocks = {m: rectangle(ended(results, m)) for m in (a, b)}
     seeds = sorted(set(blocks[a][0]) & set(blocks[b][0]))
@@ -113,19 +123,21 @@ def _at_equal_kl(a: str, b: str, tracks: list[Track], level: float) -> dict[str,
 
 def _row(row: dict[str, Any], level: float) -> dict[str, Any]:
     estimate = row["difference"]
-    return {"kl": float(row["kl"]), "difference": estimate.to_dict(), "detectable": seen(estimate, level)}
+    return {"kl": float(row["kl"]), "difference": estimate.to_dict(), **seen(estimate, level)}
 
 
 def _wins(results: Results, level: float) -> dict[str, Any]:
-    """Who wins against whom: the ends of all trials and the foundation, each pair by the seeds that both have."""
+    """Who wins against whom: the ends of all trials and the foundation, each pair by the seeds that both have.
+
+    Shares with their intervals, of which nothing is claimed: whether a method is ahead is what `tuned` asks, and a
+    strength that was chosen on these prompts is not judged by them."""
     foundation = results.foundation
     policies: list[tuple[str, float | None]] = [(foundation.method, None)]
     for method in methods_with_points(results):
         policies += sorted({(method, p.strength) for p in results.of(method) if p.last}, key=lambda t: t[1] or 0.0)
     ends = [{p.seed: p for p in results.of(m, s) if p.last and p.seed is not None} for m, s in policies]
     n = len(policies)
-    raw, controlled, adjusted, ties, longer = ([[None] * n for _ in range(n)] for _ in range(5))
-    met = []
+    raw, controlled, ties, longer = ([[None] * n for _ in range(n)] for _ in range(4))
     for i, j in itertools.combinations(range(n), 2):
         seeds = sorted(ends[j] if i == 0 else set(ends[i]) & set(ends[j]))
         if not seeds:
@@ -142,12 +154,8 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
                 matrix[i][j] = _mirrored(matrix[j][i])
         ties[i][j] = ties[j][i] = found.ties
         longer[j][i], longer[i][j] = found.length_difference, -found.length_difference
-        met.append((i, j))
-    for (i, j), p in zip(met, _holm([raw[j][i]["p"] for i, j in met]), strict=True):
-        adjusted[i][j] = adjusted[j][i] = p
     labels = [{"label": label(results, m, s), "method": m, "strength": s} for m, s in policies]
-    shares = {"raw": raw, "controlled": controlled, "p_adjusted": adjusted}
-    return {"policies": labels, **shares, "ties": ties, "length_difference": longer}
+    return {"policies": labels, "raw": raw, "controlled": controlled, "ties": ties, "length_difference": longer}
 
 
 def _mirrored(rate: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def explained(report: Report) -> list[str]:
         "- Each method was tried at several strengths. The best one is chosen on some of the prompts and judged on the "
         "others, since a winner looks too good on the data that chose it.",
         f"- Scores with a sign are differences to {foundation}; its own stand without.",
-        "- p is adjusted for the number of comparisons in its table (Holm 1979).",
+        "- p is adjusted for all that the report claims in words (Holm 1979); what has no p is shown, not claimed.",
     ]
     return lines
 
@@ -93,20 +93,18 @@ def tuned_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def _difference(row: dict[str, Any], *between: str) -> list[str]:
-    return [interval(row["difference"], sign=True), *between, _p(row["p_adjusted"]), _number(row.get("detectable"))]
+    return [interval(row["difference"], sign=True), *between, _p(row.get("p_adjusted")), _number(row.get("detectable"))]
 
 
 def win_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     wins = report["wins"] or {"policies": []}
     base = name(report["foundation"]["method"])
-    header = ["policy", f"wins over {base} [95 %]", "at equal length [95 %]", "p adjusted"]
+    header = ["policy", f"wins over {base} [95 %]", "at equal length [95 %]"]
     rows = []
     for i, policy in enumerate(wins["policies"]):
         if policy["strength"] is not None and wins["raw"][i][0] is not None:
             cells = [share(n) if n else "–" for n in (wins["raw"][i][0], wins["controlled"][i][0])]
-            rows.append(
-                [trial(policy["method"], policy["strength"], report), *cells, _p(wins["p_adjusted"][i][0])],
-            )
+            rows.append([trial(policy["method"], policy["strength"], report), *cells])
     return header, rows
 
 
@@ -130,7 +128,7 @@ def sign_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     for e in report["overoptimisation"]:
         proxy = f"{e['proxy']['name']} {interval(e['proxy']['change'], sign=True)}" if e["proxy"] else "–"
         cells = [kl(e["peak"]["kl"]), kl(e["end"]["kl"]), interval(e["judge"], sign=True), proxy, _p(e["p_adjusted"])]
-        rows.append([trial(e["method"], e["strength"], report), *cells, e["verdict"]])
+        rows.append([trial(e["method"], e["strength"], report), *cells, e["verdict"] or "–"])
     return header, rows
 
 

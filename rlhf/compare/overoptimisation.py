@@ -13,8 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.crossed import crossed_mean
-from rlhf.compare.crossfit import Means, choose, halves, key, methods_with_points, rectangle, stack, take
+from rlhf.compare.crossed import MIN_SEEDS
+from rlhf.compare.crossfit import (
+    Means,
+    choose,
+    chosen_mean,
+    halves,
+    key,
+    methods_with_points,
+    rectangle,
+    stack,
+    take,
+)
 from rlhf.compare.points import Point, Results
 
 FEWEST = 2  # points beside the foundation: with one there is nothing between the start and the end
@@ -24,7 +34,7 @@ def overoptimisation(results: Results, means: Means, level: float) -> list[dict[
     """One entry for each method along all its points (strength None) and for each strength along its checkpoints.
 
     Each has the two differences as estimates, the peak, and one p for both together: the larger of the two, since both
-    have to be shown. `add_verdicts` says what follows from all entries.
+    have to be shown. `add_verdicts` says what follows for the methods; single strengths are shown without a verdict.
     """
     assert results.judge is not None
     proxies = [name for name, kind in results.score_kinds.items() if kind == "proxy"]
@@ -61,17 +71,21 @@ def _entry(
     change = None
     if proxy is not None:
         proxies = stack(means, f"score/{proxy}", rows)
-        change = crossed_mean(take(proxies, end) - take(proxies, peak), level=level).to_dict()
-    fall = crossed_mean(take(scores, end) - take(scores, peak), level=level).to_dict()
-    rise = crossed_mean(take(scores, peak) - means[key(results.foundation)][judge], level=level).to_dict()
+        change = chosen_mean(take(proxies, end) - take(proxies, peak), len(names), level).to_dict()
+    fall = chosen_mean(take(scores, end) - take(scores, peak), len(names), level).to_dict()
+    rise = chosen_mean(take(scores, peak) - means[key(results.foundation)][judge], len(names), level).to_dict()
     kls = kl.mean(axis=(0, 2))
+    optimised = proxy is not None and learns(results, method)
+    both = [fall["p"], (change if optimised else rise)["p"]]
     at = int(np.bincount(peak.ravel(), minlength=len(names)).argmax())
     return {
         "method": method,
         "strength": strength,
-        "proxy": None if proxy is None else {"name": proxy, "change": change, "optimised": learns(results, method)},
+        "proxy": None if proxy is None else {"name": proxy, "change": change, "optimised": optimised},
         "judge": fall,  # at the largest KL, over its peak
         "rise": rise,  # at its peak, over the foundation
+        "p": None if None in both else max(both),
+        "p_adjusted": None,
         "peak": {"strength": names[at][0], "step": names[at][1], "kl": float(kls[at])},  # the one chosen most often
         "end": {"kl": float(kls.max())},
         "ends_at_peak": float(np.mean(peak == end)),  # share of cells whose peak is the end itself
@@ -85,26 +99,26 @@ def learns(results: Results, method: str) -> bool:
     return results.methods[method].get("program") != "dpo"
 
 
-def add_verdicts(entries: list[dict[str, Any]], holm, alpha: float) -> None:
-    """p_adjusted over all entries, and the verdict: reproduced, not reproduced or undecided.
+def add_verdicts(entries: list[dict[str, Any]], alpha: float) -> None:
+    """The verdict of each entry: reproduced, not reproduced or undecided; None for a strength alone.
 
     Reproduced: the judge falls from its peak and the proxy rises, both beyond chance. Not reproduced: the judge is
-    highest at the largest KL (on every half, or shown), or it falls and the proxy falls with it. The judge's fall alone
-    is asked for without a proxy, and of a method that does not learn from it, provided that the judge had risen before:
-    what DPO exploits is its own loss, and 2406.02900 shows how the judge rises and then falls against KL.
+    highest at the largest KL on every half, or it falls and the proxy falls with it. The judge's fall alone is asked
+    for without a proxy, and of a method that does not learn from it, provided that the judge had risen before: what DPO
+    exploits is its own loss, and 2406.02900 shows how the judge rises and then falls against KL. With fewer than
+    MIN_SEEDS seeds all is undecided.
     """
-    ps, optimised = [], [bool(e["proxy"]) and e["proxy"]["optimised"] for e in entries]
-    for e, learns_from_it in zip(entries, optimised, strict=True):
-        found = [e["judge"]["p"], (e["proxy"]["change"] if learns_from_it else e["rise"])["p"]]
-        ps.append(None if None in found else max(found))
-    for e, p, learns_from_it in zip(entries, holm(ps), optimised, strict=True):
-        e["p_adjusted"] = p
-        shown = p is not None and p < alpha
-        fell = _sign(e["judge"])
-        rose = _sign(e["proxy"]["change"] if learns_from_it else e["rise"])
-        if fell < 0 and rose > 0 and shown:
+    for e in entries:
+        optimised = bool(e["proxy"]) and e["proxy"]["optimised"]
+        shown = e["p_adjusted"] is not None and e["p_adjusted"] < alpha
+        fell, rose = _sign(e["judge"]), _sign(e["proxy"]["change"] if optimised else e["rise"])
+        if e["strength"] is not None:
+            e["verdict"] = None
+        elif len(e["seeds"]) < MIN_SEEDS:
+            e["verdict"] = "undecided"
+        elif shown and fell < 0 and rose > 0:
             e["verdict"] = "reproduced"
-        elif e["ends_at_peak"] == 1.0 or fell > 0 or (fell < 0 and rose < 0 and shown):
+        elif e["ends_at_peak"] == 1.0 or (shown and fell < 0 and rose < 0):
             e["verdict"] = "not reproduced"
         else:
             e["verdict"] = "undecided"

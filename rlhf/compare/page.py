@@ -162,10 +162,8 @@ def _meeting_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     for i, label in enumerate(labels):
         for j, other in enumerate(labels[:i]):
             if raw := wins["raw"][i][j]:
-                held, p = wins["controlled"][i][j], wins["p_adjusted"][i][j]
-                shown = "–" if p is None else f"{p:.3f}"
-                rows.append([f"{label} over {other}", _share(raw), _share(held), shown])
-    return ["meeting", "wins [95 %]", "at equal length [95 %]", "p adjusted"], rows
+                rows.append([f"{label} over {other}", _share(raw), _share(wins["controlled"][i][j])])
+    return ["meeting", "wins [95 %]", "at equal length [95 %]"], rows
 
 
 def _share(estimate: dict | None) -> str:

@@ -12,9 +12,15 @@ ENOUGH = 3  # seeds, to speak of a method (MIN_SEEDS of crossed.py)
 
 
 def verdict(row: dict[str, Any], report: Report) -> int:
-    """1 or -1 where the difference is shown to lie on that side of 0, after Holm; else 0."""
-    p = row["p_adjusted"]
+    """1 or -1 where the difference is shown to lie on that side of 0, after Holm; else 0. Of what is no claim it is 0:
+    a row without an adjusted p, such as one of fewer than ENOUGH seeds."""
+    p = row.get("p_adjusted")
     return side(row["difference"]) if p is not None and p < alpha(report) else 0
+
+
+def decides(n: Number) -> bool:
+    """Whether an estimate rests on enough seeds for a verdict on methods."""
+    return n["seeds"] >= ENOUGH
 
 
 def name(method: str) -> str:
@@ -71,7 +77,7 @@ def trial(method: str, strength: float | None, report: Report) -> str:
 def of(n: Number, report: Report) -> str:
     """5 seeds x 256 prompts; of fewer than three seeds only the models are spoken of."""
     text = f"{counted(n['seeds'], 'seed')} x {prompts(n['groups'], report['unit'])}"
-    return text if n["seeds"] >= ENOUGH else f"these trained models: {text}"
+    return text if decides(n) else f"these trained models: {text}"
 
 
 def prompts(groups: int, unit: dict[str, Any]) -> str:

@@ -1,19 +1,20 @@
 """How large an experiment has to be: pairs for a win rate, and what given seeds and prompts can show.
 
-Power is the share of repeats of an experiment in which the interval leaves out the null. The formulas are the usual
-normal ones, with Student's quantiles where the standard error is estimated.
+Power is the share of repeats of an experiment in which the interval leaves out the null.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 import numpy as np
 
-from rlhf.compare.crossed import MIN_SEEDS, Estimate, Variances, checked, degrees, mean_squares, total
+from rlhf.compare.crossed import MIN_SEEDS, Estimate, Variances, checked, mean_squares
 from rlhf.config import UserError
 
 MOST_SEEDS = 1000
+OPEN = 0.1  # of what may be on either side of a range
 
 
 def pairs_needed(win_rate: float, power: float = 0.8, level: float = 0.95) -> int:
@@ -32,36 +33,94 @@ def pairs_needed(win_rate: float, power: float = 0.8, level: float = 0.95) -> in
     return math.ceil((root / (win_rate - 0.5)) ** 2)
 
 
-def detectable(estimate: Estimate, power: float = 0.8, level: float = 0.95) -> float:
-    """The smallest true difference that an experiment of this standard error shows in `power` of its repeats.
+def power_of(
+    difference: float, v: Variances, seeds: int, groups: int, level: float = 0.95, share: np.ndarray | float = 1.0
+) -> np.ndarray:
+    """The power of `crossed.half_width`'s interval at a true difference where `v` are the true mean squares over S x G.
 
-        (t_{1-alpha/2} + t_power) se,   both of Student's quantiles with the estimate's degrees of freedom
+        mean over U of Phi( (difference - half(U)) / sd ),   U ~ chi^2_(S-1) / (S-1),   half from U MS_seeds
 
-    In the units of the estimate; nan where it has no interval.
+    Without an effect of groups that is the noncentral t's; the groups' mean squares are taken as known. share (...):
+    powers where MS_seeds is so many times as large, not below MS_error; returns the same shape.
     """
-    return _detectable(estimate.se**2, estimate.df, power, level)
+    from scipy.special import ndtr, stdtrit
+
+    of_groups = float(stdtrit(groups - 1, 0.5 + level / 2)) ** 2
+    rest = max(v.groups - v.error, 0.0)
+    if seeds < MIN_SEEDS:
+        seeds_part, known = np.zeros(np.shape(share)), np.zeros(1)
+    else:
+        seeds_part = np.maximum(np.asarray(share) * v.seeds, v.error)
+        known = float(stdtrit(seeds - 1, 0.5 + level / 2)) ** 2 * _quantiles(seeds - 1)
+    half = np.sqrt(np.maximum(of_groups * (rest + v.error), seeds_part[..., None] * known + of_groups * rest))
+    sd = np.sqrt(seeds_part + rest)[..., None]
+    return ndtr((difference - half) / sd).mean(axis=-1)
+
+
+def detectable(estimate: Estimate, power: float = 0.8, level: float = 0.95) -> tuple[float, float, float]:
+    """The true difference that experiments of this kind show in `power` of their repeats, and from where to where it
+    may lie; in the units of the estimate, nan where it has no interval.
+
+    A mean square of n degrees of freedom is as uncertain as they leave it, by n / chi^2_n. The first number has the
+    asked power on average over that of the seeds: 8.8 standard errors for 3 seeds that alone matter, where 5.6 would do
+    if the standard error were right. The range ends where the mean squares are at their 10th and 90th percentile.
+    """
+    from scipy.optimize import brentq
+
+    if not math.isfinite(estimate.se) or estimate.se == 0:
+        return estimate.se, estimate.se, estimate.se
+    seeds, groups = estimate.seeds, estimate.groups
+    squares = [x**2 for x in (estimate.se_seeds, estimate.se_groups, estimate.se_error)]
+
+    def solve(of_seeds: np.ndarray, of_groups: float) -> float:
+        v = Variances(squares[0], of_groups * squares[1], squares[2])
+
+        def lacking(difference: float) -> float:
+            return float(power_of(difference, v, seeds, groups, level, of_seeds).mean()) - power
+
+        return float(brentq(lacking, 0.0, 1e6 * estimate.se, rtol=1e-6))
+
+    shares = 1 / _quantiles(seeds - 1) if seeds >= MIN_SEEDS else np.ones(1)
+    ends = []
+    for q in (1 - OPEN, OPEN):
+        of_seeds = 1 / _quantile(seeds - 1, q) if seeds >= MIN_SEEDS else 1.0
+        ends.append(solve(np.array([of_seeds]), 1 / _quantile(groups - 1, q)))
+    return solve(shares, 1.0), *ends
 
 
 def needed_seeds(
     values: np.ndarray, difference: float, *, groups: int | None = None, power: float = 0.8, level: float = 0.95
-) -> int | None:
-    """The fewest run seeds that would show `difference`, given the variance parts of `values` (seeds, groups).
+) -> tuple[int | None, int | None, int | None]:
+    """The fewest run seeds that would show `difference`, and from how few to how many it may be; from `values`
+    (seeds, groups).
 
-    `groups` (default: as many as there are) may differ from those measured. None where no number of seeds is enough,
-    because the prompts alone leave too much open. From few seeds this is rough: the variance of 3 seeds is off by a
-    factor of 2 as often as not. UserError with fewer than MIN_SEEDS seeds, whose spread is unknown.
+    The variance between seeds is as uncertain as S seeds leave it: the three numbers are those at its median, 10th and
+    90th percentile. `groups` (default: as many as there are) may differ from those measured. None where no number of
+    seeds is enough (or more than MOST_SEEDS), because the prompts alone leave too much open. UserError with fewer than
+    MIN_SEEDS seeds, whose spread is unknown.
     """
     values = checked(values)
-    if len(values) < MIN_SEEDS or values.shape[1] < 2:
+    seeds, measured = values.shape
+    if seeds < MIN_SEEDS or measured < 2:
         raise UserError(f"seeds needed: found {values.shape} (seeds, groups), expected at least {MIN_SEEDS} and 2")
-    of_seeds, of_groups, error = components(values)
-    groups = groups or values.shape[1]
-    for seeds in range(MIN_SEEDS, MOST_SEEDS + 1):
-        rest = error / (seeds * groups)
-        v = Variances(of_seeds / seeds + rest, of_groups / groups + rest, rest)
-        if _detectable(total(v), degrees(v, seeds, groups), power, level) <= abs(difference):
-            return seeds
-    return None
+    v = mean_squares(values)
+    _, of_groups, error = components(values)
+    groups = groups or measured
+    low, median, high = (1 / _quantile(seeds - 1, q) for q in (1 - OPEN, 0.5, OPEN))
+
+    def fewest(share: float) -> int | None:
+        of_seeds = max(0.0, share * v.seeds - v.error) * seeds
+
+        def enough(n: int) -> bool:
+            rest = error / (n * groups)
+            parts = Variances(of_seeds / n + rest, of_groups / groups + rest, rest)
+            return float(power_of(abs(difference), parts, n, groups, level)) >= power
+
+        if not enough(MOST_SEEDS):
+            return None
+        return bisect_left(range(MOST_SEEDS), True, lo=MIN_SEEDS, key=enough)
+
+    return fewest(median), fewest(low), fewest(high)
 
 
 def components(values: np.ndarray) -> tuple[float, float, float]:
@@ -72,9 +131,15 @@ def components(values: np.ndarray) -> tuple[float, float, float]:
     return max(0.0, v.seeds - v.error) * seeds, max(0.0, v.groups - v.error) * groups, v.error * seeds * groups
 
 
-def _detectable(variance: float, df: float, power: float, level: float) -> float:
-    from scipy.special import stdtrit
+def _quantile(df: int, q: float) -> float:
+    """The q-quantile of chi^2_df / df."""
+    from scipy.special import chdtri
 
-    if variance == 0:
-        return 0.0
-    return float(stdtrit(df, 0.5 + level / 2) + stdtrit(df, power)) * math.sqrt(variance)
+    return float(chdtri(df, 1 - q)) / df
+
+
+def _quantiles(df: int, count: int = 60) -> np.ndarray:
+    """(count,) equally likely values of chi^2_df / df."""
+    from scipy.special import chdtri
+
+    return chdtri(df, (np.arange(count) + 0.5) / count) / df

@@ -15,7 +15,7 @@ import numpy as np
 
 from rlhf.compare import words
 from rlhf.compare.budgets import budget, mean_of
-from rlhf.compare.crossed import MIN_SEEDS, crossed_mean
+from rlhf.compare.crossed import MIN_SEEDS, crossed_mean, outlying
 from rlhf.compare.crossfit import Means, ended, key, label, methods_with_points, rectangle, tabulate
 from rlhf.compare.judged import judged
 from rlhf.compare.points import Point, Results
@@ -46,6 +46,8 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
         "missing": _missing(results),
         "foundation": {"method": results.foundation.method, **_measures(results, means, [results.foundation], level)},
         "points": _points(results, means, level),
+        "outliers": [],
+        "claims": {"count": 0, "method": "Holm 1979", "alpha": 1 - level},
         "curves": {},
         "frontier": [],
         "wins": None,
@@ -56,6 +58,7 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
     }
     if results.judge is not None:
         report |= judged(results, means, trained, level)
+        report["outliers"] = _outliers(report, trained, 1 - level)
     report["samples"] = _samples(results, report["tuned"]["methods"])
     report["meta"] = results.meta
     report["budget"]["sentence"] = words.budget(report)
@@ -186,6 +189,21 @@ def _seed(results: Results, means: Means, point: Point) -> dict[str, Any]:
     found = means[key(point)]
     scores = {n: float(found[f"score/{n}"].mean()) for n in results.score_kinds if f"score/{n}" in found}
     return {"seed": point.seed, "kl": float(found["kl"].mean()), "scores": scores}
+
+
+def _outliers(report: dict[str, Any], trained: Sequence[str], alpha: float) -> list[dict[str, Any]]:
+    """Runs whose end the judge scores far from the other seeds of its strength, at alpha over all runs (Bonferroni)."""
+    ends = [p for p in report["points"] if p["last"] and p["method"] in trained and len(p["seeds"]) >= MIN_SEEDS]
+    runs = sum(len(p["seeds"]) for p in ends)
+    found = []
+    for p in ends:
+        scores = [seed["scores"][report["judge"]] for seed in p["per_seed"]]
+        for i, chance in enumerate(outlying(scores)):
+            if chance * runs < alpha:
+                others = scores[:i] + scores[i + 1 :]
+                run = {"method": p["method"], "strength": p["strength"], "seed": p["seeds"][i], "score": scores[i]}
+                found.append(run | {"others": [min(others), max(others)], "p_adjusted": chance * runs})
+    return found
 
 
 def _samples(results: Results, chosen: dict[str, Any]) -> list[dict[str, Any]]:

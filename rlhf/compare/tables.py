@@ -60,7 +60,9 @@ def _point(point: dict) -> Row:
 def _row(pair: dict, row: dict, **more: float) -> Row:
     """The difference a - b."""
     found = {"a": pair["a"], "b": pair["b"], **more, **_number("difference", row["difference"])}
-    return found | {"p_adjusted": row.get("p_adjusted"), "detectable": row.get("detectable")}
+    low, high = row.get("detectable_range") or (None, None)
+    found |= {"p_adjusted": row.get("p_adjusted"), "detectable": row.get("detectable")}
+    return found | {"detectable/low": low, "detectable/high": high}
 
 
 def _wins(wins: dict | None) -> list[Row]:
@@ -71,8 +73,7 @@ def _wins(wins: dict | None) -> list[Row]:
         for j, b in enumerate(labels[:i]):
             if wins["raw"][i][j]:
                 found = {"a": a, "b": b, **_number("raw", wins["raw"][i][j])}
-                found |= _number("equal_length", wins["controlled"][i][j])
-                rows.append(found | {"p_adjusted": wins["p_adjusted"][i][j]})
+                rows.append(found | _number("equal_length", wins["controlled"][i][j]))
     return rows
 
 

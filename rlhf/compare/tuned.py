@@ -10,7 +10,18 @@ from typing import Any
 import numpy as np
 
 from rlhf.compare.crossed import MIN_SEEDS, Estimate, crossed_mean
-from rlhf.compare.crossfit import Means, choose, ended, halves, key, methods_with_points, rectangle, stack, take
+from rlhf.compare.crossfit import (
+    Means,
+    choose,
+    chosen_mean,
+    ended,
+    halves,
+    key,
+    methods_with_points,
+    rectangle,
+    stack,
+    take,
+)
 from rlhf.compare.points import Results
 from rlhf.compare.power import detectable, needed_seeds
 
@@ -18,8 +29,8 @@ from rlhf.compare.power import detectable, needed_seeds
 def tuned(results: Results, means: Means, level: float) -> dict[str, Any]:
     """Each method at its tuned strength against the foundation and the others; p_adjusted is still to be added.
 
-    Interval: crossed_mean of the scores at the chosen strengths, which takes the choices as given. They stand at their
-    own KL, so this is no comparison at equal KL.
+    Intervals hold the choice of the strengths (`chosen_mean`). The methods stand at their own KL, so this is no
+    comparison at equal KL.
     """
     tables = {m: ended(results, m) for m in methods_with_points(results)}
     methods, rows = {}, []
@@ -34,7 +45,7 @@ def tuned(results: Results, means: Means, level: float) -> dict[str, Any]:
     for a in methods:
         seeds, strengths = rectangle(tables[a])
         values = _chosen(results, means, tables[a], seeds, strengths)[0] - base
-        rows.append(_compared(a, foundation.method, values, level))
+        rows.append(_compared(a, foundation.method, values, len(strengths), level))
     return {"methods": methods, "rows": rows}
 
 
@@ -59,8 +70,8 @@ def _method(
         "shares": {str(strengths[i]): n / choice.size for i, n in sorted(often.items())},
         "strengths": strengths,
         "seeds": seeds,
-        "score": crossed_mean(scores, level=level).to_dict(),
-        "kl": crossed_mean(kl, level=level).to_dict(),
+        "score": chosen_mean(scores, len(strengths), level).to_dict(),
+        "kl": chosen_mean(kl, len(strengths), level).to_dict(),
     }
 
 
@@ -71,17 +82,23 @@ def _pair(results: Results, means: Means, a: str, b: str, tables: dict, level: f
     if not seeds:
         return []
     scores = [_chosen(results, means, tables[m], seeds, blocks[m][1])[0] for m in (a, b)]
-    return [_compared(a, b, scores[0] - scores[1], level)]
+    choices = max(len(blocks[m][1]) for m in (a, b))
+    return [_compared(a, b, scores[0] - scores[1], choices, level)]
 
 
-def _compared(a: str, b: str, values: np.ndarray, level: float) -> dict[str, Any]:
-    estimate = crossed_mean(values, level=level)
-    least = seen(estimate, level)
-    half = needed_seeds(values, least / 2, level=level) if least and len(values) >= MIN_SEEDS else None
-    return {"a": a, "b": b, "difference": estimate.to_dict(), "detectable": least, "seeds_for_half": half}
+def _compared(a: str, b: str, values: np.ndarray, choices: int, level: float) -> dict[str, Any]:
+    estimate = chosen_mean(values, choices, level)
+    row = {"a": a, "b": b, "difference": estimate.to_dict(), **seen(estimate, level)}
+    row |= {"seeds_for_half": None, "seeds_for_half_range": None}
+    if row["detectable"] and len(values) >= MIN_SEEDS:
+        wider = estimate.se / max(crossed_mean(values).se, 1e-300)  # what the choice adds
+        half, *ends = needed_seeds(values, row["detectable"] / 2 / wider, level=level)
+        row |= {"seeds_for_half": half, "seeds_for_half_range": ends}
+    return row
 
 
-def seen(estimate: Estimate, level: float) -> float | None:
-    """The smallest difference that would be shown in 4 of 5 repeats; None where there is no interval."""
-    least = detectable(estimate, level=level)
-    return least if math.isfinite(least) else None
+def seen(estimate: Estimate, level: float) -> dict[str, Any]:
+    """The difference that would be shown in 4 of 5 repeats, and its range; None where there is no interval."""
+    least, *ends = detectable(estimate, level=level)
+    known = math.isfinite(least)
+    return {"detectable": least if known else None, "detectable_range": ends if known else None}

@@ -1,7 +1,10 @@
 """What a report's numbers allow to say, in sentences that hedge as the numbers do. They read report.json alone.
 
-A difference is stated where its interval leaves out 0 and its p, adjusted for all comparisons of its table (Holm 1979),
-is below 1 - level. Everywhere else "no difference can be shown", with the largest one that the interval still holds.
+Claims are of three kinds: ahead or behind at equal KL, ahead or behind at the tuned strengths, over-optimisation. They
+are one family: a difference is stated where its interval leaves out 0 and its p, adjusted for all claims of the report
+(Holm 1979), is below 1 - level. Otherwise "no difference can be shown", with the largest one that the interval still
+holds. All else (checkpoints on the way, win rates, a judge of pairs, single strengths), and all that rests on fewer
+than ENOUGH seeds, is shown with its interval and without a verdict.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ from typing import Any
 from rlhf.compare.phrases import (
     ENOUGH,
     Report,
-    alpha,
     bound,
     capital,
     counted,
+    decides,
     digits,
     interval,
     kl,
@@ -31,18 +34,18 @@ from rlhf.compare.phrases import (
 )
 from rlhf.compare.text import NO_WIN_RATE, judge_name
 
+FEW = 5  # seeds, below which an outlier among them is hardly seen
+NO_VERDICT = f"; fewer than {ENOUGH} run seeds allow no verdict on the methods"
+
 
 def sentences(report: Report) -> list[str]:
     """All that the report says, the most important first; the last two say how far it goes."""
-    lines = [_decides(report), *_missing(report)]
+    lines = [_decides(report), *_missing(report), *outliers(report)]
     if report["judge"] is not None:
         lines += [line for pair in report["frontier"] for line in equal_kl(pair, report)]
         lines += [tuned(row, report) for row in report["tuned"]["rows"]]
         lines += wins(report)
-        whole = {e["method"] for e in report["overoptimisation"] if e["strength"] is None}
-        for entry in report["overoptimisation"]:
-            if entry["strength"] is None or entry["method"] not in whole or entry["verdict"] == "reproduced":
-                lines.append(overoptimised(entry, report))
+        lines += [overoptimised(entry, report) for entry in report["overoptimisation"] if entry["strength"] is None]
     lines += judged_pairs(report)
     if report["unit"]["samples_per_prompt"] < 2:
         lines.append(NO_WIN_RATE)
@@ -94,6 +97,19 @@ def _missing(report: Report) -> list[str]:
     return lines
 
 
+def outliers(report: Report) -> list[str]:
+    """Runs that lie far from the other seeds of their strength."""
+    lines = []
+    for run in report.get("outliers") or []:
+        low, high = run["others"]
+        lines.append(
+            f"Seed {run['seed']} of {trial(run['method'], run['strength'], report)} is an outlier by "
+            f"{judge_name(report)}: {run['score']:.3g}, the other seeds {low:.3g} to {high:.3g}. Intervals take the "
+            "seeds to be alike and hold less often than they say where one run in ten fails."
+        )
+    return lines
+
+
 def equal_kl(pair: dict[str, Any], report: Report) -> list[str]:
     """One pair of methods along their frontiers; where the KL ranges do not overlap, that alone."""
     a, b = name(pair["a"]), name(pair["b"])
@@ -104,6 +120,10 @@ def equal_kl(pair: dict[str, Any], report: Report) -> list[str]:
         known = f" ({' nats, '.join(ranges)} nats)" if len(ranges) == 2 else ""
         return [f"The KL ranges of {a} and {b} do not overlap{known}, so nothing can be said at equal KL."]
     judge, size = judge_name(report), of(pair["rows"][0]["difference"], report)
+    if not decides(pair["rows"][0]["difference"]):
+        sizes = listed([interval(r["difference"], sign=True) for r in pair["rows"]])
+        line = f"At KL {kls(pair['rows'])} {a} differs from {b} by {sizes} by {judge} ({size}){NO_VERDICT}."
+        return [line + _covered(pair), *_path(pair, report)]
     said = {r["kl"]: _said(r, pair, report) for r in pair["rows"]}
     groups = {sign: [r for r in pair["rows"] if said[r["kl"]] == sign] for sign in (1, -1, 0)}
     parts = []
@@ -118,29 +138,28 @@ def equal_kl(pair: dict[str, Any], report: Report) -> list[str]:
         between = "" if parts else f" between {a} and {b} by {judge} ({size})"
         sizes = listed([interval(r["difference"], sign=True) for r in rows])
         parts.append(f"{where} no difference can be shown{between}: {sizes}; {hidden}{_only_alone(rows)}")
+    return [capital("; ".join(parts)) + "." + _covered(pair) + _form(pair, report), *_path(pair, report)]
+
+
+def _covered(pair: dict[str, Any]) -> str:
     low, high = pair["overlap"]
     covered = "The ends of both methods' runs" if pair.get("over") == "ends" else "Both methods' checkpoints"
     rest = f" {covered} cover KL {kl(low)} to {kl(high)} nats; outside of it nothing is said."
     if pair.get("over") == "all checkpoints":
         rest += " These are checkpoints on the way, which have not spent the same."
-    return [capital("; ".join(parts)) + "." + rest + _form(pair, report), *_path(pair, report)]
+    return rest
 
 
 def _path(pair: dict[str, Any], report: Report) -> list[str]:
-    """The same over all checkpoints of the runs, which have not spent the same."""
+    """The same over all checkpoints of the runs, which have not spent the same: shown, not judged."""
     path = pair.get("path")
     if not path or not path["rows"]:
         return []
-    a, b = name(pair["a"]), name(pair["b"])
-    said = [(row, _said(row, path, report)) for row in path["rows"]]
-    parts = [f"{a} is {word} {b} at KL {kls(rows)}" for sign, word in ((1, "ahead of"), (-1, "behind"))
-             if (rows := [r for r, s in said if s == sign])]  # fmt: skip
-    if rows := [r for r, s in said if s == 0]:
-        parts.append(f"no difference can be shown at {'KL ' if not parts else ''}{kls(rows)}")
+    sizes = listed([interval(row["difference"], sign=True) for row in path["rows"]])
     low, high = path["overlap"]
     return [
         f"Over all checkpoints on the way, which have not spent the same, from KL {kl(low)} to {kl(high)} nats: "
-        f"{'; '.join(parts)}."
+        f"{name(pair['a'])} over {name(pair['b'])} at KL {kls(path['rows'])}: {sizes}, without a verdict."
     ]
 
 
@@ -185,6 +204,11 @@ def tuned(row: dict[str, Any], report: Report) -> str:
     tried = [report["methods"].get(m, {}).get("strengths") or [] for m in (row["a"], row["b"])]
     if max(map(len, tried)) == 1:
         opening = "At the end of its runs" if against_foundation else "Each at the end of its runs"
+    if not decides(d):
+        return (
+            f"{opening}, {sides[0]} differs from {sides[1]} by {interval(d, sign=True)} by {judge} "
+            f"({of(d, report)}){NO_VERDICT}.{ending}"
+        )
     if where == 0:
         return (
             f"{opening}, no difference can be shown between {sides[0]} and {sides[1]} by {judge}: "
@@ -208,7 +232,8 @@ def _chosen(method: str, methods: dict[str, Any], report: Report) -> str:
 
 
 def wins(report: Report) -> list[str]:
-    """Win rates among the foundation and each method at its tuned strength, raw and with length held equal."""
+    """Win rates among the foundation and each method at its tuned strength, raw and with length held equal: shares with
+    their intervals, without a verdict, which `tuned` has."""
     table = report["wins"]
     if not table:
         return []
@@ -226,14 +251,9 @@ def wins(report: Report) -> list[str]:
 
 
 def _win(i: int, j: int, table: dict[str, Any], report: Report) -> str:
-    raw, held, p = table["raw"][i][j], table["controlled"][i][j], table["p_adjusted"][i][j]
+    raw, held = table["raw"][i][j], table["controlled"][i][j]
     a, b = (trial(table["policies"][k]["method"], table["policies"][k]["strength"], report) for k in (i, j))
-    where = side(raw, 0.5) if p is not None and p < alpha(report) else 0
-    even = "no difference from an even 50 % can be shown"
-    if side(raw, 0.5):
-        even += ", after correcting for the number of comparisons"
     line = f"{a} wins {share(raw)} of its comparisons with {b}, ties half ({of(raw, report)})"
-    line += {1: "", -1: ", fewer than half", 0: f": {even}"}[where]
     if any(len(_tried(table["policies"][k], report)) > 1 for k in (i, j)):
         line += " (a strength that was chosen on these prompts, which favours it a little)"
     length = (table.get("length_difference") or {i: {j: None}})[i][j]
@@ -242,8 +262,8 @@ def _win(i: int, j: int, table: dict[str, Any], report: Report) -> str:
     if held is None:
         return line + "."
     line += f"; with the length of the answers held equal {share(held)}"
-    if where and side(held, 0.5) != where:
-        return line + ", so what wins may be the length."
+    if side(raw, 0.5) and side(held, 0.5) != side(raw, 0.5):
+        return line + ", so the length may make the difference."
     return line + "."
 
 
@@ -252,15 +272,13 @@ def _tried(policy: dict[str, Any], report: Report) -> list[float]:
 
 
 def judged_pairs(report: Report) -> list[str]:
-    """What a judge of pairs says, where one was asked; the shares are corrected for the number of pairs of policies."""
+    """What a judge of pairs says, where one was asked: shares with their intervals, without a verdict."""
     asked = report.get("judge_of_pairs") or {"rows": [], "name": ""}
     lines = []
     for row in asked["rows"]:
-        rate, p = row["raw"], row["p_adjusted"]
+        rate = row["raw"]
         line = f"By the judge of pairs {asked['name']} {name(row['a'])} wins {share(rate)} of its comparisons with "
         line += f"{name(row['b'])}, ties half ({of(rate, report)})"
-        if p is None or p >= alpha(report):
-            line += ": no difference from an even 50 % can be shown"
         if row["consistency"] is not None:
             line += f"; it names the same winner in both orders in {100 * row['consistency']:.0f} % of the pairs"
         lines.append(line + ".")
@@ -271,7 +289,8 @@ def overoptimised(entry: dict[str, Any], report: Report) -> str:
     """Whether the proxy rises where the judge falls, for one method along its points."""
     judge, fall, proxy = judge_name(report), entry["judge"], entry["proxy"]
     along = "along all its points" if entry["strength"] is None else "along its checkpoints"
-    start = f"Over-optimisation of {trial(entry['method'], entry['strength'], report)}, {along}: {entry['verdict']}. "
+    start = f"Over-optimisation of {trial(entry['method'], entry['strength'], report)}, {along}"
+    start += f": {entry['verdict']}. " if entry["verdict"] else ", without a verdict. "
     end, peak = kl(entry["end"]["kl"]), kl(entry["peak"]["kl"])
     if entry["ends_at_peak"] == 1.0:
         return (
@@ -342,10 +361,16 @@ def power(report: Report) -> str:
             line += (
                 f" A difference between {name(row['a'])} and {name(row['b'])} at their tuned strengths would be seen "
                 f"that often here, before correcting for the number of comparisons, if it were "
-                f"{digits(row['detectable'], d)} or more ({of(d, report)})"
+                f"{digits(row['detectable'], d)} or more ({of(d, report)}"
             )
-            more = row.get("seeds_for_half")
-            line += f"; one of half that size needs about {more} run seeds." if more else "."
+            if ends := row.get("detectable_range"):
+                shown = " to ".join(digits(x, d) for x in ends)
+                line += f"; the spread that was measured leaves open from where: {shown}"
+            line += ")"
+            if more := row.get("seeds_for_half"):
+                low, high = row["seeds_for_half_range"]
+                line += f"; one of half that size needs about {more} run seeds ({low} to {high or 'any number'})"
+            line += "."
     return line
 
 
@@ -360,7 +385,8 @@ def scope(report: Report) -> str:
             f"seeds. The intervals are {100 * unit['level']:g} % over {over} ({samples} each) and do not hold the "
             "spread between runs."
         )
+    few = f" {seeds} seeds can hardly show that one of them is an outlier." if seeds < FEW else ""
     return (
         f"Intervals are {100 * unit['level']:g} % over {counted(seeds, 'run seed')} and {over} ({samples} each), both "
-        "drawn at random: they speak of the methods on this foundation, these data and prompts like these."
+        f"drawn at random: they speak of the methods on this foundation, these data and prompts like these.{few}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -75,7 +74,6 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
     """
     from itertools import combinations
 
-    from rlhf.compare.crossed import holm
     from rlhf.compare.judge import judge_wins, load_judge
     from rlhf.compare.wins import win_rate
 
@@ -101,9 +99,6 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
         if found is None:  # one sample a prompt: no two answers have independent noise
             continue
         rows.append({"a": a, "b": b, "seeds": seeds, **found.to_dict()})
-    known = [row["raw"]["p"] for row in rows]
-    for row, p in zip(rows, holm([math.nan if p is None else p for p in known]), strict=True):
-        row["p_adjusted"] = p if math.isfinite(p) else None
     return {"name": judge.name, "rows": rows}
 
 

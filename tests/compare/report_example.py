@@ -25,14 +25,13 @@ def interval(values, null: float = 0.0) -> dict:
     values = np.atleast_1d(np.asarray(values, dtype=float))
     mean, n = float(values.mean()), len(values)
     if n < 2:
-        none = dict.fromkeys(("low", "high", "se", "df", "p"))
+        none = dict.fromkeys(("low", "high", "se", "p"))
         return {"estimate": mean, **none, "seeds": n, "groups": GROUPS}
     se = float(values.std(ddof=1) / math.sqrt(n)) + 1e-9
     half = float(t.ppf(0.975, n - 1)) * se
     p = float(2 * t.sf(abs(mean - null) / se, n - 1))
     return {
-        "estimate": mean, "low": mean - half, "high": mean + half, "se": se, "df": n - 1.0, "p": p,
-        "seeds": n, "groups": GROUPS,
+        "estimate": mean, "low": mean - half, "high": mean + half, "se": se, "p": p, "seeds": n, "groups": GROUPS,
     }  # fmt: skip
 
 
@@ -150,6 +149,7 @@ def _judged(seeds: int, rng) -> dict:
                 "kl": kl,
                 "difference": difference,
                 "detectable": 0.06,
+                "detectable_range": [0.04, 0.1],
                 "p_adjusted": min(1.0, 4 * (difference["p"] or 1.0)),
             }
         )
@@ -173,8 +173,10 @@ def _signs(method: str, strength: float | None, fall: float, rng) -> dict:
         "method": method, "strength": strength,
         "proxy": {"name": "reward_model", "change": interval(0.4 + rng.normal(0, 0.02, SEEDS)), "optimised": True},
         "judge": interval(fall + rng.normal(0, 0.02, SEEDS)), "peak": {"strength": 0.1, "step": 75, "kl": 9.4},
-        "end": {"kl": 21.2}, "ends_at_peak": 0.0, "seeds": list(range(SEEDS)), "points": 17, "p_adjusted": 0.004,
-        "verdict": "reproduced" if fall < 0 else "not reproduced", "sentence": "The judge fell, or it did not.",
+        "end": {"kl": 21.2}, "ends_at_peak": 0.0, "seeds": list(range(SEEDS)), "points": 17,
+        "p_adjusted": None if strength else 0.004,
+        "verdict": None if strength else "reproduced" if fall < 0 else "not reproduced",
+        "sentence": "The judge fell, or it did not.",
     }  # fmt: skip
 
 
@@ -189,7 +191,7 @@ def _wins(seeds: int, rng) -> dict:
             d = FURTHEST[method][i] if method in FURTHEST else math.sqrt(math.log(strength) - 1 + 1 / strength)
             quality.append(float(_gold(method, np.float64(d))))
     n = len(policies)
-    raw, controlled, adjusted = ([[None] * n for _ in range(n)] for _ in range(3))
+    raw, controlled = ([[None] * n for _ in range(n)] for _ in range(2))
     for i in range(n):
         for j in range(i):
             share = 1 / (1 + math.exp(-1.5 * (quality[i] - quality[j])))
@@ -197,13 +199,13 @@ def _wins(seeds: int, rng) -> dict:
             for matrix, shift in ((raw, 0.0), (controlled, -0.01)):
                 matrix[i][j] = interval(values + shift, 0.5)
                 matrix[j][i] = interval(1 - values - shift, 0.5)
-            adjusted[i][j] = adjusted[j][i] = min(1.0, 10 * (raw[i][j]["p"] or 1.0))
-    return {"policies": policies, "raw": raw, "controlled": controlled, "p_adjusted": adjusted}
+    return {"policies": policies, "raw": raw, "controlled": controlled}
 
 
 def _tuned(seeds: int, rng) -> dict:
     rows = [{"a": "ppo", "b": "dpo", "difference": interval(0.08 + rng.normal(0, 0.03, seeds)), "p_adjusted": 0.01}]
-    rows[0] |= {"detectable": 0.07, "seeds_for_half": 14}
+    rows[0] |= {"detectable": 0.07, "detectable_range": [0.05, 0.1], "seeds_for_half": 14}
+    rows[0] |= {"seeds_for_half_range": [8, 30]}
     methods = {
         m: {"chosen": [chosen, chosen], "usual": chosen, "shares": {str(chosen): 1.0}, "strengths": list(STRENGTHS[m]),
             "seeds": list(range(seeds)), "score": interval(0.8 + rng.normal(0, 0.02, seeds)),

@@ -11,7 +11,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from rlhf.compare.drawing import LOOK, amount, complete, paths_of, place_labels, root, spans, spread, style
-from rlhf.compare.figures import FIGURES, adjust, cost, draw, lengths, time, wins
+from rlhf.compare.figures import FIGURES, cost, draw, lengths, time, wins
 from rlhf.compare.figures_kl import frontier, proxy_gold
 from rlhf.compare.summary import summarise
 from tests.compare.report_example import example, interval
@@ -149,40 +149,27 @@ def test_spread_moves_labels_as_little_as_needed():
     np.testing.assert_allclose(spread([0.0, 0.1, 0.15], 0.2), [foot, foot + 0.2, foot + 0.4], atol=1e-12)
 
 
-def test_the_win_matrix_has_its_numbers_and_marks(report):
+def test_the_win_matrix_has_its_numbers_and_no_verdict(report):
     report = copy.deepcopy(report)
     found = report["wins"]
-    for kind in ("policies", "raw", "controlled", "p_adjusted"):
+    for kind in ("policies", "raw", "controlled"):
         found[kind] = found[kind][:3]
     for kind in ("raw", "controlled"):
         found[kind] = [row[:3] for row in found[kind]]
     shares = {(1, 0): 0.734, (2, 0): 0.251, (2, 1): None}
-    ps = {(1, 0): 0.04, (2, 0): 0.06}
     for (i, j), share in shares.items():
         found["raw"][i][j] = None if share is None else estimate(share, None, None, 0.5)
         found["raw"][j][i] = None if share is None else estimate(1 - share, None, None, 0.5)
         found["controlled"][i][j] = found["controlled"][j][i] = (
             None if share is None else estimate(0.5, None, None, 0.9)
         )
-        found["p_adjusted"][i][j] = found["p_adjusted"][j][i] = ps.get((i, j))
     raw, held = wins(report).axes[:2]
-    assert [t.get_text() for t in raw.texts] == ["–", "27•", "75", "73•", "–", "–", "25", "–", "–"]
-    assert [t.get_fontweight() == "bold" for t in raw.texts] == [False, True, False, True] + [False] * 5
+    assert [t.get_text() for t in raw.texts] == ["–", "27", "75", "73", "–", "–", "25", "–", "–"]
+    assert {t.get_fontweight() for t in raw.texts} == {"normal"}
     assert {t.get_text() for t in held.texts} == {"–", "50"}
     assert [t.get_text() for t in raw.get_yticklabels()] == ["SFT", "PPO (kl_coef 0.02)", "PPO (kl_coef 0.05)"]
     low, middle, high = (raw.images[0].cmap(x)[:3] for x in (0.0, 0.5, 1.0))
     assert np.allclose(middle, 1.0, atol=0.01) and low[0] > low[2] and high[2] > high[0]  # orange, white, blue
-
-
-def test_holm_over_the_pairs_of_a_matrix():
-    # p 0.01, 0.04, 0.03 -> 3 x 0.01, 2 x 0.03, then 0.04 raised to the one before it: 0.06
-    def p(x):
-        return {"p": x}
-
-    found = adjust([[None, p(0.01), p(0.04)], [p(0.01), None, p(0.03)], [p(0.04), p(0.03), None]])
-    np.testing.assert_allclose([found[1][0], found[2][0], found[2][1]], [0.03, 0.06, 0.06], atol=1e-12)
-    assert found[0][1] == found[1][0] and found[0][0] is None
-    assert adjust([[None, None], [None, None]]) == [[None, None], [None, None]]
 
 
 def test_costs_are_stacked_over_the_strengths_mean(report):
