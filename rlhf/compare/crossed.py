@@ -191,7 +191,8 @@ def total(v: Variances) -> float:
 
 
 def half_width(v: Variances, seeds: int, blocks: int, alpha: float) -> float:
-    """Half the width of the 1 - alpha interval, where t_n is Student's two-sided quantile at alpha for n degrees:
+    """Half the width of the 1 - alpha interval, where t_n is Student's two-sided quantile at alpha for n degrees (of
+    numbers, or of arrays in `v`):
 
         half^2 = ( t_(S-1)^2 MS_seeds + t_(G-1)^2 max(MS_groups - MS_error, 0) ) / (S G),
                  at least t_(G-1)^2 max(MS_groups, MS_error) / (S G), what it is with the seeds fixed
@@ -205,11 +206,11 @@ def half_width(v: Variances, seeds: int, blocks: int, alpha: float) -> float:
     from scipy.special import stdtrit
 
     of_groups = float(stdtrit(blocks - 1, alpha / 2)) ** 2
-    fixed = of_groups * max(v.groups, v.error)
+    fixed = of_groups * np.maximum(v.groups, v.error)
     if seeds < MIN_SEEDS:
-        return math.sqrt(fixed)
+        return np.sqrt(fixed)
     of_seeds = float(stdtrit(seeds - 1, alpha / 2)) ** 2
-    return math.sqrt(max(fixed, of_seeds * v.seeds + of_groups * max(v.groups - v.error, 0.0)))
+    return np.sqrt(np.maximum(fixed, of_seeds * v.seeds + of_groups * np.maximum(v.groups - v.error, 0.0)))
 
 
 def p_value(distance: float, v: Variances, seeds: int, blocks: int) -> float:
@@ -237,7 +238,7 @@ def interval(
     if se <= ROUNDING * abs(estimate):
         same = math.isclose(estimate, null, rel_tol=ROUNDING, abs_tol=ROUNDING)
         return Estimate(estimate, estimate, estimate, 0.0, 1.0 if same else math.nan, seeds, groups, *parts)
-    half = half_width(v, seeds, blocks or groups, 1 - level)
+    half = float(half_width(v, seeds, blocks or groups, 1 - level))
     p = p_value(abs(estimate - null), v, seeds, blocks or groups)
     return Estimate(estimate, estimate - half, estimate + half, se, p, seeds, groups, *parts)
 
