@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic
+from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic, holm
 from rlhf.compare.points import Point, Results
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.execute import read_json
@@ -82,10 +82,7 @@ def write_sandbox(folder: Path) -> None:
         ends = ", ".join(f"{s:g}: {kl:.2f}" for s, kl in found["ends"].items())
         kl, gold = found["kl"], found["judge"]
         lines.append(f"| {name} | {results.methods[name]['strength']} | {ends} | {shown(kl)} | {shown(gold)} |")
-    falls = {
-        name: "reproduced" if f["kl"].high < 0 else "not reproduced" if f["kl"].low > 0 else "undecided"
-        for name, f in ladders.items()
-    }
+    falls = dict(zip(ladders, verdicts_of([(f["kl"], -1) for f in ladders.values()]), strict=True))
     page(
         "ladder",
         "A stronger pull to the reference keeps the policy nearer",
@@ -113,18 +110,21 @@ def write_sandbox(folder: Path) -> None:
 def write_ablations(folder: Path) -> None:
     """details.md: what each detail of PPO does, with its sign."""
     config, results, report = read(folder)
-    lines, found, verdicts = [], {}, []
+    lines, found, asked = [], {}, {}
     for name, measure in (("ppo_without_eos_rule", "ended"), ("ppo_critic_from_policy", f"score/{results.judge}")):
         own = {m: end_difference(results, "ppo", name, m) for m in (measure, f"score/{results.judge}", "length", "kl")}
         found[name] = {m: e.to_dict() for m, e in own.items()}
-        word = verdict_of(own[measure], 1)
+        asked[name] = (own[measure], 1)
         if name == "ppo_critic_from_policy":
             early = explained(folder, results, name)
             found[name]["explained_variance"] = early.to_dict()
-            word = verdict_of(early, 1)
+            asked[name] = (early, 1)
             lines.append(f"| explained variance of the critic, mean of its first {EARLY} steps | {shown(early)} |")
-        verdicts.append(f"{name.removeprefix('ppo_').replace('_', ' ')}: {word}")
         lines += [f"| {label_of(m)}: PPO as published over {name} | {shown(e)} |" for m, e in own.items()]
+    verdicts = [
+        f"{name.removeprefix('ppo_').replace('_', ' ')}: {word}"
+        for name, word in zip(asked, verdicts_of(list(asked.values())), strict=True)
+    ]
     page(
         "details",
         "Two details of PPO, taken away one at a time",
@@ -137,8 +137,8 @@ def write_ablations(folder: Path) -> None:
             *lines,
             "",
             "Responses may have 30 tokens, so that some are cut off. The verdict on the EOS rule is by the share that "
-            "ends, that on the critic by its explained variance (seeds alone, Student's t). One strength, the ends of "
-            "the runs; the other rows are not corrected for their number.",
+            "ends, that on the critic by its explained variance (seeds alone, Student's t), both at 5 % together "
+            "(Holm). One strength, the ends of the runs; of the other rows nothing is claimed.",
         ],
         method_lines(config, report),
     )
@@ -241,10 +241,13 @@ def explained(folder: Path, results: Results, other: str) -> Estimate:
     return crossed_mean(differences[None, :])  # one row, its columns random: Student's t over the seeds
 
 
-def verdict_of(difference: Estimate, expected: int) -> str:
-    if difference.low > 0 or difference.high < 0:
-        return "reproduced" if (difference.estimate > 0) == (expected > 0) else "not reproduced"
-    return "undecided"
+def verdicts_of(asked: list[tuple[Estimate, int]]) -> list[str]:
+    """The verdict on each (difference, expected sign); the claims of a page are one family (Holm, 5 %)."""
+    words = []
+    for (difference, expected), p in zip(asked, holm([d.p for d, _ in asked]), strict=True):
+        as_expected = (difference.estimate > 0) == (expected > 0)
+        words.append("undecided" if not p < 0.05 else "reproduced" if as_expected else "not reproduced")
+    return words
 
 
 def frontier_table(report: dict) -> list[str]:
@@ -308,9 +311,9 @@ def write_index() -> None:
     head = ["# Published results, repeated here", "", "`make experiments` makes them all, and resumes.", ""]
     tail = [
         "",
-        "A result is *reproduced* or *not reproduced* where its interval says so, and else *undecided*. All are about "
-        "the sandbox: half a million parameters, an invented shop, simulated annotators with habits. What does not "
-        "come out here may well come out elsewhere.",
+        "A result is *reproduced* or *not reproduced* where that holds at 5 % for all claims of its page together "
+        "(Holm), and else *undecided*. All are about the sandbox: half a million parameters, an invented shop, "
+        "simulated annotators with habits. What does not come out here may well come out elsewhere.",
         "",
     ]
     write_atomic(PAGES / "README.md", "\n".join([*head, *rows, *tail]))

@@ -20,7 +20,7 @@ from coverage import head, row, world
 from scipy.special import stdtrit
 
 from rlhf.compare import wins
-from rlhf.compare.crossed import Variances, crossed_mean, half_width
+from rlhf.compare.crossed import Variances, crossed_mean, half_width, outlying
 from rlhf.compare.crossfit import choose, chosen_mean, halves, take
 from rlhf.compare.points import Point, Results
 from rlhf.compare.power import detectable, needed_seeds
@@ -79,9 +79,9 @@ def skewed_table(repeats: int) -> str:
 
 
 def failing(rng, shape, share: float) -> np.ndarray:
-    """Normal of sd 0.1, of which a share is 1 lower; mean 0 and variance 1 after scaling."""
-    values = 0.1 * rng.standard_normal(shape) - (rng.random(shape) < share)
-    return (values + share) / math.sqrt(0.01 + share * (1 - share))
+    """Normal of sd 0.03, of which a share is 1 lower; mean 0 and variance 1 after scaling."""
+    values = 0.03 * rng.standard_normal(shape) - (rng.random(shape) < share)
+    return (values + share) / math.sqrt(0.03**2 + share * (1 - share))
 
 
 def choice_table(repeats: int) -> str:
@@ -145,6 +145,25 @@ def power_table(repeats: int) -> str:
             f"{low:.2f} to {high:.2f}", f"{100 * holds:.0f} %", f"{np.mean(np.searchsorted(old, said)) / len(old):.2f}",
             str(right or "none"), median, f"{least} to {most}",
         ]))  # fmt: skip
+    return "\n".join(lines)
+
+
+def outlier_table(repeats: int) -> str:
+    """How often a run is named an outlier among 8 strengths, in percent: of normal seeds, and one that is so many of
+    their standard deviations below at 4 of the strengths."""
+    sizes = (0, 8, 12, 20, 40)
+    lines = [head(["seeds", *("no outlier" if not size else f"{size} sd" for size in sizes)])]
+    for seeds in (3, 5, 10):
+        cells = [str(seeds)]
+        for size in sizes:
+            rng, named = np.random.default_rng([seeds, size]), 0
+            for _ in range(repeats):
+                scores = rng.standard_normal((8, seeds))
+                scores[:4, 1] -= size
+                ps = np.array([outlying(values) for values in scores]) * scores.size
+                named += np.any((ps if not size else ps[:4, 1]) < 0.05)
+            cells.append(f"{100 * named / repeats:.1f}")
+        lines.append(row(cells))
     return "\n".join(lines)
 
 
@@ -272,6 +291,7 @@ TABLES = {
     "skewed": ("Skewed seeds, seeds' part 10", skewed_table, 3000),
     "choice": ("Tuned strengths, two methods of four strengths that are equal in truth", choice_table, 1000),
     "power": ("Power", power_table, 400),
+    "outlier": ("Naming an outlier", outlier_table, 1000),
     "reports": ("Whole reports of two identical methods", reports_table, 500),
 }
 
