@@ -30,37 +30,30 @@ def jackknife_interval(
         return math.nan, math.nan, math.nan
     se = math.sqrt((n - 1) / n * float(np.sum((without - np.mean(without)) ** 2)))
     se = se if se > ROUNDING * abs(estimate) else 0.0
+    t = student_quantile(0.5 + level / 2, n - 1)
     if bounds is not None:
-        return *bounded_interval(estimate, se, n - 1, n, bounds=bounds, level=level), se
-    half = student_quantile(0.5 + level / 2, n - 1) * se
+        return *bounded_interval(estimate, se, t, n, bounds=bounds), se
+    half = t * se
     return estimate - half, estimate + half, se
 
 
 def bounded_interval(
-    estimate: float, se: float, df: float, n: int, *, bounds: tuple[float, float] = (0.0, 1.0), level: float = 0.95
+    estimate: float, se: float, t: float, n: int, *, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[float, float]:
     """Return (low, high) of a statistic within `bounds`: Wilson's score interval (1927) for clusters.
 
-        p = (estimate - lowest) / (highest - lowest),    the q with (p - q)^2 <= t(df)^2 q (1 - q) / N
+        p = (estimate - lowest) / (highest - lowest),    the q with (p - q)^2 <= t^2 q (1 - q) / N
 
-    N = `effective_size`, the independent observations of 0 or 1 that would be as exact. Unlike estimate +- t se it
-    stays within the bounds and has a width where all clusters are alike (then N = n).
+    t is a quantile, N = `effective_size`, the independent observations of 0 or 1 that would be as exact. Unlike
+    estimate +- t se it stays within the bounds and has a width where all clusters are alike (then N = n).
     """
     lowest, width = bounds[0], bounds[1] - bounds[0]
     p, se = min(1.0, max(0.0, (estimate - lowest) / width)), se / width
-    share = student_quantile(0.5 + level / 2, df) ** 2 / effective_size(p, se, n)
+    share = t**2 / effective_size(p, se, n)
     middle = (p + share / 2) / (1 + share)
     half = math.sqrt(share * p * (1 - p) + share**2 / 4) / (1 + share)
     low, high = max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # p lies outside by rounding alone
     return lowest + width * low, lowest + width * high
-
-
-def bounded_p(p: float, se: float, df: float, n: int, *, null: float = 0.5) -> float:
-    """Return the two-sided p-value of a share: below 0.05 where the 95 % interval leaves out `null`."""
-    from scipy.special import stdtr
-
-    distance = abs(p - null) / math.sqrt(null * (1 - null) / effective_size(p, se, n))
-    return min(1.0, 2 * float(stdtr(df, -distance)))
 
 
 def effective_size(p: float, se: float, n: int) -> float:
@@ -70,7 +63,7 @@ def effective_size(p: float, se: float, n: int) -> float:
 
 def wilson(count: float, n: int, level: float = 0.95) -> tuple[float, float]:
     """Return the score interval of a share `count / n` of independent observations (Wilson 1927)."""
-    return bounded_interval(count / n, 0.0, math.inf, n, level=level)
+    return bounded_interval(count / n, 0.0, student_quantile(0.5 + level / 2, math.inf), n)
 
 
 def fair_coin_p(count: int, n: int) -> float:

@@ -18,7 +18,7 @@ from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic
 from rlhf.compare.judge import Verdicts
 from rlhf.compare.points import Point, Results, independent_pairs
 from rlhf.config import UserError
-from rlhf.stats import bounded_interval, bounded_p
+from rlhf.stats import bounded_interval, student_quantile
 
 RIDGE = 0.01  # on the slope, in units of the mean log-likelihood: the least that keeps a separable fit finite
 
@@ -115,13 +115,15 @@ def _values(point: Point, name: str) -> np.ndarray:
 
 
 def _share(estimate: Estimate, level: float) -> Estimate:
-    """The same with the interval and the p-value of a share; where nothing varies, those of as many groups."""
+    """The same with the interval of a share (where nothing varies, that of as many groups), and without a p: nothing
+    is claimed of it."""
     if not math.isfinite(estimate.estimate) or not math.isfinite(estimate.se):
         return estimate
-    known = math.isfinite(estimate.df)
-    of = (estimate.estimate, estimate.se, estimate.df if known else estimate.groups - 1, estimate.groups)
-    low, high = bounded_interval(*of, level=level)
-    return replace(estimate, low=low, high=high, p=bounded_p(*of))
+    t = student_quantile(0.5 + level / 2, estimate.groups - 1)
+    if estimate.se > 0:
+        t = (estimate.high - estimate.low) / 2 / estimate.se
+    low, high = bounded_interval(estimate.estimate, estimate.se, t, estimate.groups)
+    return replace(estimate, low=low, high=high, p=math.nan)
 
 
 class LengthFit:

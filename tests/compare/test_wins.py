@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from scipy.special import stdtr
 
 from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.judge import Verdicts
@@ -108,7 +107,8 @@ def test_without_any_difference_of_length_the_controlled_rate_is_the_raw_one():
     assert found.controlled.se == pytest.approx(found.raw.se, rel=1e-6)  # the jackknife of a mean, a group at a time
     means = results_of(groups).group_means(wins[:, None])
     mean = crossed_mean(means[None, :], null=0.5)
-    assert (found.raw.estimate, found.raw.se, found.raw.df) == (mean.estimate, mean.se, mean.df)
+    assert (found.raw.estimate, found.raw.se) == (mean.estimate, mean.se)
+    assert math.isnan(found.raw.p)  # a share is shown, not claimed
     assert found.raw.estimate != pytest.approx(wins.mean(), abs=1e-3)
 
 
@@ -192,13 +192,22 @@ def test_scores_decide_where_no_judge_of_pairs_is_given():
 
 
 def test_where_every_group_is_won_the_interval_is_that_of_as_many_groups():
-    # 8 of 8: 1 / (1 + t(.975, 7)^2 / 8) = 1 / (1 + 5.591448 / 8) = .588605; p: t = .5 / sqrt(.25 / 8) = 2.828427
+    # 8 of 8: 1 / (1 + t(.975, 7)^2 / 8) = 1 / (1 + 5.591448 / 8) = .588605
     found = judged([1.0] * 8, [3, -3] * 4)
     assert (found.raw.estimate, found.controlled.estimate, found.raw.high) == (1.0, 1.0, 1.0)
     assert found.raw.low == pytest.approx(0.588605, abs=1e-6)
-    assert found.raw.p == pytest.approx(2 * stdtr(7, -math.sqrt(8)), abs=1e-12)
     near = judged([1.0] * 7 + [0.5], [3, -3] * 4)
     assert near.raw.high < 1.0 and 0.5 < near.raw.low < 0.9375
+
+
+def test_with_seeds_at_random_a_share_has_their_quantile():
+    # seed means .5, .7, .9 of all 8 groups alike: mean .7, se .2 / sqrt(3), half t(.975, 2) se = 4.302653 se
+    # N = .21 / se^2 = 15.75, share = 4.302653^2 / 15.75 = 1.175417:
+    # (.7 + .587708 +- sqrt(1.175417 * .21 + .345401)) / 2.175417 = (1.287708 +- .769571) / 2.175417
+    wins = [verdicts(np.full((8, 1), share)) for share in (0.5, 0.7, 0.9)]
+    sides = [[point(s, length=np.full((8, 1), 50.0)) for s in range(3)] for _ in range(2)]
+    found = win_rate(*sides, results_of("abcdefgh"), wins).raw
+    assert (found.low, found.high) == pytest.approx((0.238179, 0.945694), abs=1e-5)
 
 
 def test_consistency_is_handed_on_and_ties_are_counted():
