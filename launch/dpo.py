@@ -63,13 +63,16 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf import stages, trainers
     from rlhf.budget import Budget
     from rlhf.dpo import dpo_trainer, soft_rows
-    from rlhf.models import load_foundation, trainable_policy
+    from rlhf.models import frozen_copy, load_foundation, trainable_policy
     from rlhf.tracking import trainer_callback
 
     foundation = stages.load_start(run)
     pairs = {split: run.rows(Preference, split, foundation.tokenizer) for split in ("train", "validation")}
     rows = {split: soft_rows(part) for split, part in pairs.items()}
     datasets = {split: Dataset.from_list(part) for split, part in rows.items()}
+    model = trainable_policy(foundation, stages.new_lora(run, foundation))
+    if hasattr(model, "peft_config"):  # before the arguments, which tell PEFT of ZeRO-3
+        frozen_copy(model, "default", "ref")
     arguments = trainers.trl_arguments(
         DPOConfig,
         run,
@@ -85,7 +88,6 @@ def main(argv: list[str] | None = None) -> None:
 
     scorer = build_scorer(config.eval_scorers, foundation.tokenizer) if config.eval_scorers else None
     evaluate = stages.evaluation(run, foundation, scorer)
-    model = trainable_policy(foundation, stages.new_lora(config, foundation))
     reference = None
     if not hasattr(model, "peft_config"):  # TRL would reload it by name, which need not be what is in memory
         reference = load_foundation(config.model_name_or_path, run.torch_dtype, config.attn_implementation).model

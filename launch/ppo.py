@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluate = stages.evaluation(run, foundation, None)
     roles = Roles(
         foundation,
-        stages.new_lora(config, foundation),
+        stages.new_lora(run, foundation),
         role,
         config.gradient_checkpointing,
         critic=config.critic_from if config.has_critic else None,

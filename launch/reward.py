@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     answers = [row["prompt_ids"] + row["response_ids"] for row in answers]
     run.say(f"{len(train)} training pairs, {len(held_out)} held out")
 
-    model = trainable_reward(foundation, stages.new_lora(config, foundation, "SEQ_CLS"), config.seed)
+    model = trainable_reward(foundation, stages.new_lora(run, foundation, "SEQ_CLS"), config.seed)
     budget = Budget()
     budget.watch(model)
     sampler = trainers.sampling_callback(run, None, None, None, budget)

@@ -41,23 +41,25 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf import stages, trainers
     from rlhf.budget import Budget
     from rlhf.data.encode import sft_rows
-    from rlhf.models import trainable_policy
+    from rlhf.models import frozen_copy, trainable_policy
     from rlhf.tracking import trainer_callback
 
     foundation = stages.load_start(run)
-    train, held_out = (
-        sft_rows(run.rows(Instruction, split, foundation.tokenizer)) for split in ("train", "validation")
-    )
+    rows = {split: run.rows(Instruction, split, foundation.tokenizer) for split in ("train", "validation")}
+    train, held_out = sft_rows(rows["train"]), sft_rows(rows["validation"])
     run.say(f"{len(train)} training rows, {len(held_out)} held out")
 
     scorer = build_scorer(config.eval_scorers, foundation.tokenizer) if config.eval_scorers else None
     evaluate = stages.evaluation(run, foundation, scorer)
-    model = trainable_policy(foundation, stages.new_lora(config, foundation))
+    model = trainable_policy(foundation, stages.new_lora(run, foundation))
     if foundation.adapter_path:
-        trainers.frozen_copy(model, "reference")
+        frozen_copy(model, "default", "reference")
     budget = Budget()
     budget.watch(model)
-    sampler = trainers.sampling_callback(run, evaluate, trainers.no_context, trainers.reference_context(model), budget)
+    ends = stages.ends_measured(run, foundation, rows["validation"] or rows["train"])
+    sampler = trainers.sampling_callback(
+        run, evaluate, trainers.no_context, trainers.reference_context(model), budget, ends
+    )
     with trainers.refused_by_trl():
         trainer = SFTTrainer(
             model=model,

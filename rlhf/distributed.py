@@ -393,6 +393,8 @@ class Learner:
         self.stage = config["zero_optimization"].get("stage", 0)
         if wide and self.stage not in (1, 2):
             raise UserError(f"dtype float64 is kept by ZeRO 1 and 2 and by plain python, not by ZeRO {self.stage}")
+        if self.stage == 3:
+            gather_with_readers(module)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
         self.module = self.engine.module
         if wide:
@@ -525,6 +527,40 @@ def gathered(module: nn.Module, parameters: list[nn.Parameter] | None = None, mo
         finally:
             for parameter in parameters:
                 parameter.ds_active_sub_modules.discard(gathered)
+
+
+def gather_with_readers(module: nn.Module) -> None:
+    """Tell ZeRO-3 which parameters PEFT reads in the forward pass of another module than their own.
+
+    It gathers a module's parameters when that module is called: never those in a ParameterDict (LoRA on embeddings,
+    trainable tokens), nor the embeddings that the rows of trainable tokens are put into.
+    """
+    from deepspeed.runtime.zero import register_external_parameter
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from transformers import PreTrainedModel
+
+    causal = next(m for m in module.modules() if isinstance(m, PreTrainedModel))
+    for reader in module.modules():
+        read = [p for child in reader.children() if isinstance(child, nn.ParameterDict) for p in child.values()]
+        if isinstance(reader, TrainableTokensLayer):
+            read.append(reader.get_base_layer().weight)
+            for parameter in read:  # TRL reads the head's weight in the model's own forward pass
+                register_external_parameter(causal, parameter)
+            reader.get_merged_weights = _whole(reader.get_merged_weights)
+        for parameter in read:
+            register_external_parameter(reader, parameter)
+
+
+def _whole(weight_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function that gives a tensor, which TRL then takes for a parameter of ZeRO-3 that is gathered already."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    def marked(*args):
+        weight = weight_of(*args)
+        weight.ds_status = ZeroParamStatus.AVAILABLE
+        return weight
+
+    return marked
 
 
 def keep_float64(optimizer: Any, world: World) -> None:

@@ -17,7 +17,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rlhf.config import UserError
-from rlhf.models import copy_adapter
+from rlhf.models import frozen_copy
 
 SOFT = {"label_prob": math.nan, "weight": 1.0}  # columns a row may have, and what none means
 
@@ -89,22 +89,19 @@ class SoftCollator(DataCollatorForPreference):
 
 
 class EncodedDPOTrainer(DPOTrainer):
-    """TRL's, on rows that already are ids, encoded as for every other stage, with a whole copy as reference."""
+    """TRL's, on rows that already are ids, encoded as for every other stage.
 
-    def __init__(self, *args, **kwargs):
-        self.copied = False
-        super().__init__(*args, **kwargs)
-        self._copy_reference()
+    The reference is the adapter "ref", all of the policy's adapter at the start: TRL's own copy leaves out LoRA on
+    embeddings and trainable tokens.
+    """
 
-    def _copy_reference(self) -> None:
-        """Copy all of the policy into the reference, once: TRL leaves out LoRA on embeddings and trainable tokens."""
-        if not self.copied and "ref" in getattr(self.model, "peft_config", {}):
-            copy_adapter(self.model, "default", "ref")
-        self.copied = True
-
-    def _precompute_ref_logps(self, *args, **kwargs):
-        self._copy_reference()  # TRL may come here before its __init__ has ended
-        return super()._precompute_ref_logps(*args, **kwargs)
+    def __init__(self, model, ref_model=None, **kwargs):
+        if ref_model is None and hasattr(model, "peft_config"):
+            if "ref" not in model.peft_config:
+                frozen_copy(model, "default", "ref")
+            model.add_adapter = lambda name, config: None  # TRL would add its copy
+        super().__init__(model=model, ref_model=ref_model, **kwargs)
+        vars(model).pop("add_adapter", None)
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset

@@ -87,6 +87,11 @@ METRICS: dict[str, Metric] = {
         "above 0.95",
         "lower: raise max_response_length, train SFT on the end token, lower missing_eos_score",
     ),
+    "response/eos_probability": Metric(
+        "probability of the EOS token where given answers end, mean over up to 64 held-out answers (SFT)",
+        "rises from near 0; above 0.5 at the end",
+        "stays near 0: few responses will end; the EOS row is not trained (train_eos), or the data does not end in it",
+    ),
     "response/entropy": Metric(
         "entropy of the policy's next-token distribution, mean over the sampled tokens, nats",
         "falls slowly; above a third of its first value",

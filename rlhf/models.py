@@ -515,12 +515,16 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {pattern.sub(r".\1", n): p for n, p in model.named_parameters() if pattern.search(n)}
 
 
-def copy_adapter(model: nn.Module, source: str, target: str) -> None:
-    """Copy all that one adapter of a PeftModel holds into another with the same settings."""
+def frozen_copy(model: nn.Module, source: str, name: str) -> None:
+    """Add adapter `name` to a PeftModel as a frozen copy of another, for example as the reference of what goes on."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    add_adapter(model, model.peft_config[source], name)
     weights = get_peft_model_state_dict(model, adapter_name=source, save_embedding_layers=False)
-    set_peft_model_state_dict(model, weights, adapter_name=target)
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name in trained)
 
 
 def without_head(config: Any, causal: nn.Module) -> Any:
@@ -548,6 +552,36 @@ def _base_weights(model: nn.Module) -> dict[str, Tensor]:
     """The base's own weights by their names without PEFT's wrapping."""
     ours = ("lora_", "modules_to_save", "trainable_tokens_")
     return {_plain_name(n): w for n, w in model.state_dict().items() if not any(part in n for part in ours)}
+
+
+def like_rows(rows: Tensor, token: int) -> int:
+    """Return how many other rows (V, H) of an output head have a cosine above 0.9 to that of a token; all for a row of
+    zeros. Tokens that no text held keep together, since the loss has moved all of them alike."""
+    if not rows[token].any():
+        return len(rows) - 1
+    rows = rows.detach()
+    return int((torch.nn.functional.cosine_similarity(rows, rows[token][None]) > 0.9).sum()) - 1
+
+
+def changes_head(config: Any, causal: nn.Module) -> bool:
+    """Return whether a LoRA adapter with these settings changes the output head or the embeddings it is tied to."""
+    names = [head_name(causal)]
+    if causal.config.tie_word_embeddings:
+        names += [name for name, module in causal.named_modules() if module is causal.get_input_embeddings()]
+    changed = [*(config.modules_to_save or []), *(config.trainable_token_indices or [])]
+    changed += config.target_modules if not isinstance(config.target_modules, str) else []
+    return isinstance(config.trainable_token_indices, list) or any(
+        name.endswith(module) for name in names for module in changed
+    )
+
+
+def token_rows(causal: nn.Module, token: int) -> list[int] | dict[str, list[int]] | None:
+    """Return PEFT's `trainable_token_indices` for a token's row of the output head; None for a head with a bias."""
+    head = causal.get_output_embeddings()
+    if head.bias is not None:
+        return None
+    tied = head.weight is causal.get_input_embeddings().weight
+    return [token] if tied else {head_name(causal): [token]}
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:

@@ -35,8 +35,8 @@ from rlhf.models import (
     add_adapter,
     check_finite,
     check_same_base,
-    copy_adapter,
     decoder_and_head,
+    frozen_copy,
     gather_columns,
     head_is_plain,
     head_name,
@@ -93,8 +93,7 @@ class Roles(nn.Module):
         if start:
             self._add("reference", policy_config, start)
         if moving_reference:
-            self._add(MOVING, policy_config, None)
-            copy_adapter(self.trunk, "policy", MOVING)
+            frozen_copy(self.trunk, "policy", MOVING)
         if critic == "auto":
             critic = "reward" if reward_path else "policy"
         self.heads = nn.ModuleDict()

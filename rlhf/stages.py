@@ -12,6 +12,8 @@ from rlhf.config import SEED, UserError, option
 from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import some
 
+NEVER_TRAINED = 10  # rows of an output head this close to that of a token; one that was trained has none or a few
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -131,6 +133,9 @@ class AdapterConfig:
         0.0, "dropout on its input, in SFT, reward model and DPO; PPO has none", low=0, below=1
     )
     lora_target_modules: list[str] = option(["all-linear"], "modules that get one")
+    train_eos: Literal["auto", "always", "never"] = option(
+        "auto", "train the EOS token's row of the output head beside LoRA; auto: where it was never trained"
+    )
 
 
 @dataclass(kw_only=True)
@@ -180,17 +185,49 @@ def check_start(program: str, config: RunConfig, model, adapter_path: str | None
         )
 
 
-def new_lora(config: AdapterConfig, foundation, task_type: str = "CAUSAL_LM"):
+def new_lora(run, foundation, task_type: str = "CAUSAL_LM"):
     """The LoRA settings of a new adapter on the foundation, or None when the whole model is trained.
 
     Raises UserError for a target module that the model does not have.
     """
     from rlhf.models import check_targets, lora_config
 
+    config = run.config
     if not getattr(config, "use_peft", True):
         return None
     check_targets(foundation.model, config.lora_target_modules)
-    return lora_config(task_type, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    lora = lora_config(task_type, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    if task_type == "CAUSAL_LM":
+        lora.trainable_token_indices = eos_rows(run, foundation, lora)
+    return lora
+
+
+def eos_rows(run, foundation, lora) -> list[int] | dict[str, list[int]] | None:
+    """PEFT's `trainable_token_indices` of a new policy adapter: the EOS token where its row has to be trained, or None.
+
+    LoRA on the layers below cannot raise the logit of one token over those of others whose rows are the same. Says
+    what it finds, also where an adapter that is continued cannot learn to end.
+    """
+    from rlhf.models import adapter_settings, changes_head, like_rows, token_rows
+
+    wanted, token = run.config.train_eos, foundation.tokenizer.eos_token_id
+    found = like_rows(foundation.model.get_output_embeddings().weight, token)
+    if wanted == "never" or (wanted == "auto" and found < NEVER_TRAINED):
+        return None
+    name = f"the row of the EOS token {foundation.tokenizer.eos_token!r} in the output head"
+    if found >= NEVER_TRAINED:
+        name += f", which has a cosine above 0.9 to {found} others and was probably never trained,"
+    start = foundation.adapter_path
+    if changes_head(adapter_settings(start) if start else lora, foundation.model):
+        return None
+    if start:
+        run.say(f"warning: {name} is not trained by the adapter {start}: its responses may never end. Train it anew")
+        return None
+    rows = token_rows(foundation.model, token)
+    run.say(
+        f"{name} is trained beside LoRA" if rows else f"warning: {name} cannot be trained: PEFT leaves out its bias"
+    )
+    return rows
 
 
 def new_dropout(config: AdapterConfig, foundation) -> float:
@@ -221,6 +258,16 @@ def evaluation(run, foundation, scorer: Scorer | None):
         batch_size=config.generation_batch_size,
         plain_head=head_is_plain(foundation.model),
     )
+
+
+def ends_measured(run, foundation, rows: list[dict]):
+    """Return a function of a model that measures P(EOS) where the answers of up to 64 of these rows end."""
+    from rlhf.evaluate import eos_probability
+    from rlhf.models import head_is_plain
+
+    rows, plain_head = some(rows, 64), head_is_plain(foundation.model)
+    name, pad_id = "eval/response/eos_probability", foundation.tokenizer.pad_token_id
+    return lambda model: {name: eos_probability(model, rows, pad_id, plain_head, run.world)}
 
 
 def total_budget(budget, world) -> dict[str, float]:

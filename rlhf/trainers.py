@@ -102,12 +102,15 @@ def attach(trainer, budget, lora_dropout: float = 0.0) -> None:
     tracker's console line stands for it."""
     from transformers import PrinterCallback
 
+    from rlhf.distributed import gather_with_readers
     from rlhf.roles import disable_dropout
 
     if getattr(trainer.args, "disable_dropout", False):
         disable_dropout(trainer.model, lora_dropout)
         if getattr(trainer, "ref_model", None) is not None:
             disable_dropout(trainer.ref_model)
+    if (trainer.args.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
+        gather_with_readers(trainer.model)
     trainer.remove_callback(PrinterCallback)
     training_step = trainer.training_step
 
@@ -120,10 +123,11 @@ def attach(trainer, budget, lora_dropout: float = 0.0) -> None:
     trainer.training_step = counted
 
 
-def sampling_callback(run: Run, evaluate, policy, reference, budget=None):
+def sampling_callback(run: Run, evaluate, policy, reference, budget=None, measure=None):
     """A TRL callback: evaluates by sampling at step 0, every eval_steps and at the end; adds `budget/*` to each log.
 
-    `policy` and `reference` are as `Evaluation.run` takes them. The last metrics stand in its `.last`.
+    `policy` and `reference` are as `Evaluation.run` takes them; `measure` gives more metrics of a model. The last
+    metrics stand in its `.last`.
     """
     from transformers import TrainerCallback
 
@@ -136,12 +140,12 @@ def sampling_callback(run: Run, evaluate, policy, reference, budget=None):
             self.step = -1
 
         def _run(self, model, step: int) -> None:
-            if evaluate is None or step == self.step:
+            if (evaluate is None and measure is None) or step == self.step:
                 return
             self.step = step
             with gathered(model):
-                rows = evaluate.run(model, policy, reference, run.world)
-            self.last = summarise(rows)
+                rows = evaluate.run(model, policy, reference, run.world) if evaluate else []
+                self.last = summarise(rows) | (measure(model) if measure else {})
             run.tracker.log(self.last, step)
             run.tracker.table("samples", sample_table(rows), step)
             run.say(f"step {step}: {in_short(self.last)}")
@@ -293,17 +297,6 @@ def held_out_loss(trainer, run: Run) -> dict[str, float]:
     if not math.isfinite(named["eval/loss/total"]):
         raise not_finite(run, trainer.state.global_step, "the loss on held-out rows is not finite")
     return {k: v for k, v in named.items() if k.startswith("eval/") and not k.startswith("eval/time")}
-
-
-def frozen_copy(model, name: str) -> None:
-    """Add adapter `name` as a frozen copy of the trainable one; a reference for a policy that goes on from it."""
-    from rlhf.models import add_adapter, copy_adapter
-
-    trained = {n for n, p in model.named_parameters() if p.requires_grad}
-    add_adapter(model, model.peft_config["default"], name)
-    copy_adapter(model, "default", name)
-    for parameter_name, parameter in model.named_parameters():
-        parameter.requires_grad_(parameter_name in trained)
 
 
 def reference_context(model, name: str = "reference"):

@@ -9,7 +9,7 @@ from rlhf.data.encode import encode_prompts
 from rlhf.data.records import Prompt, Scores
 from rlhf.distributed import World
 from rlhf.engines.hf import Sampling, generate
-from rlhf.evaluate import EvalRow, Evaluation, sample_table, summarise
+from rlhf.evaluate import EvalRow, Evaluation, eos_probability, sample_table, summarise
 from rlhf.models import load_foundation, lora_config
 from rlhf.roles import Roles
 from rlhf.stages import SamplingConfig
@@ -133,3 +133,14 @@ def test_means_by_hand():
 def test_the_table_shows_prompt_response_and_scores(roles, tokenizer):
     (first, *_) = sample_table(evaluation(tokenizer).run(roles.trunk, policy(roles), None, World()), 1)
     assert first["prompt"] == "one" and {"response", "ended", "kl", "score/length"} <= set(first)
+
+
+def test_the_probability_of_eos_is_read_where_answers_end(base_path):
+    model = load_foundation(base_path).model
+    rows = [{"prompt_ids": [5, 6, 7], "response_ids": [20, 2]}, {"prompt_ids": [8], "response_ids": [9, 10, 11, 2]}]
+    with torch.no_grad():
+        after_20 = model(torch.tensor([[5, 6, 7, 20]])).logits[0, -1].softmax(-1)[2]
+        after_11 = model(torch.tensor([[8, 9, 10, 11]])).logits[0, -1].softmax(-1)[2]
+    expected = float(after_20 + after_11) / 2
+    assert eos_probability(model, rows, 0, True, World()) == pytest.approx(expected, rel=1e-5)
+    assert eos_probability(model, rows, 0, False, World()) == pytest.approx(expected, rel=1e-5)

@@ -10,11 +10,21 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load, load_file, save, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from reward.model import RewardModel, load_reward, write_reward
-from rlhf import stages
+from rlhf import stages, trainers
 from rlhf.config import UserError
+from rlhf.distributed import World
+from rlhf.evaluate import eos_probability
 from rlhf.models import (
     attention_of,
     check_context,
@@ -23,13 +33,16 @@ from rlhf.models import (
     completion_batch,
     context_length,
     hidden_width,
+    like_rows,
     load_foundation,
     load_tokenizer,
     lora_config,
     response_logprobs,
+    token_rows,
+    trainable_policy,
 )
 from rlhf.roles import Roles, disable_dropout, reward_shift
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, random_adapter
 from tests.kinds import build
 
 
@@ -372,3 +385,80 @@ def test_each_lora_target_is_a_layer_of_the_model(base_path):
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             check_targets(model, targets)
+
+
+def stuck_base(base_path, folder, tied=True):
+    """The tiny base with the EOS row of its output head equal to the rows of 18 other tokens."""
+    model = AutoModelForCausalLM.from_pretrained(base_path)
+    if not tied:
+        model.config.tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    with torch.no_grad():
+        model.lm_head.weight[3:21] = model.lm_head.weight[2]
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base_path).save_pretrained(folder)
+    return str(folder)
+
+
+def rows_of_a_new_adapter(path, said, **options):
+    settings = {
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "lora_target_modules": ["all-linear"],
+    }
+    config = types.SimpleNamespace(**settings | {"train_eos": "auto"} | options)
+    run = types.SimpleNamespace(config=config, say=said.append)
+    return stages.new_lora(run, load_foundation(path)).trainable_token_indices
+
+
+def test_rows_alike_are_counted_by_their_cosine():
+    rows = torch.tensor([[2.0, 0.0], [1.0, 0.1], [0.0, 3.0], [-1.0, 0.0], [0.0, 0.0]])
+    # cosines to row 0: 1/sqrt(1.01) = 0.995, 0, -1 and 0; a row of zeros was never moved
+    assert [like_rows(rows, token) for token in (0, 1, 2, 4)] == [1, 1, 0, 4]
+
+
+def test_the_row_of_an_eos_token_that_was_never_trained_is_trained(base_path, tmp_path):
+    said = []
+    assert rows_of_a_new_adapter(base_path, said) is None and not said
+    assert rows_of_a_new_adapter(base_path, said, train_eos="always") == [2]
+    stuck = stuck_base(base_path, tmp_path / "tied")
+    assert rows_of_a_new_adapter(stuck, said) == [2]
+    assert "a cosine above 0.9 to 18 others" in said[-1] and "is trained beside LoRA" in said[-1]
+    assert rows_of_a_new_adapter(stuck, said, train_eos="never") is None
+    assert rows_of_a_new_adapter(stuck, said, lora_target_modules=["q_proj", "embed_tokens"]) is None
+    assert len(said) == 2
+    assert rows_of_a_new_adapter(stuck_base(base_path, tmp_path / "two", tied=False), said) == {"lm_head": [2]}
+    start = random_adapter(stuck, tmp_path / "sft", seed=1)
+    assert rows_of_a_new_adapter(start, said) is None
+    assert said[-1].startswith("warning:") and f"is not trained by the adapter {start}" in said[-1]
+    count = len(said)
+    learns = random_adapter(stuck, tmp_path / "sft2", seed=1, trainable_token_indices=[2])
+    assert rows_of_a_new_adapter(learns, said) is None and len(said) == count
+
+
+@pytest.mark.parametrize(("trained", "tied"), [(False, True), (True, True), (True, False)])
+def test_only_with_its_row_trained_can_the_eos_token_be_learnt(base_path, tmp_path, trained, tied):
+    foundation = load_foundation(stuck_base(base_path, tmp_path / "base", tied))
+    lora = lora_config(r=4)
+    lora.trainable_token_indices = token_rows(foundation.model, 2) if trained else None
+    torch.manual_seed(0)
+    model = trainable_policy(foundation, lora)
+    row = {"prompt_ids": [40, 41, 42], "response_ids": [50, 51, 2]}
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(60):
+        ids = torch.tensor([row["prompt_ids"] + row["response_ids"]])
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    learnt = eos_probability(model, [row], 0, True, World())
+    # 19 tokens with one row have one logit: P(EOS) is at most 1/19 = 0.0526 whatever LoRA learns
+    assert learnt > 0.5 if trained else learnt < 1 / 19 + 1e-6
+
+    run = types.SimpleNamespace(
+        config=types.SimpleNamespace(output_dir=str(tmp_path / "merged")), world=World(), program="sft"
+    )
+    trainers.save_policy(run, model, foundation, merge=True)
+    merged = load_foundation(str(tmp_path / "merged")).model
+    assert eos_probability(merged, [row], 0, True, World()) == pytest.approx(learnt, abs=1e-5)

@@ -26,6 +26,13 @@ def test_every_run_leaves_what_the_design_says(runs):
     assert (runs / "reward" / "card.json").is_file() and (runs / "reward" / "reward.json").is_file()
 
 
+def test_sft_says_how_probable_its_eos_token_is_before_and_after(runs):
+    rows = [r for r in read_metrics(runs / "sft" / "metrics.jsonl") if "eval/response/eos_probability" in r]
+    headline = json.loads((runs / "sft" / "result.json").read_text())["headline"]
+    assert [r["step"] for r in rows] == [0, 3]
+    assert headline["eval/response/eos_probability"] == rows[1]["eval/response/eos_probability"]
+
+
 def test_dpo_and_ppo_measure_kl_to_the_same_policy_in_the_same_words(runs):
     for name in ("dpo", "ppo"):
         rows = [r for r in read_metrics(runs / name / "metrics.jsonl") if "eval/kl/sequence" in r]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.distributed import World
-from tests.conftest import ROOT
+from tests.conftest import ROOT, random_adapter
 from tests.launch.conftest import flags_of, ppo_flags
 from tests.launch.ranks import equal_tokens, rollouts
 
@@ -23,15 +23,22 @@ def launch(program: Path, arguments: list[str], ranks: int = 2, cwd: str = "/") 
 
 
 @pytest.fixture(scope="module")
-def alone(base_path, sft_path, reward_path):
-    return rollouts(base_path, sft_path, reward_path, World(), None)
+def start_path(base_path, tmp_path_factory) -> str:
+    """An SFT adapter with more than LoRA in it: norms and the row of a token."""
+    more = {"modules_to_save": ["norm"], "trainable_token_indices": [2]}
+    return random_adapter(base_path, tmp_path_factory.mktemp("start"), seed=1, **more)
+
+
+@pytest.fixture(scope="module")
+def alone(base_path, start_path, reward_path):
+    return rollouts(base_path, start_path, reward_path, World(), None)
 
 
 @pytest.mark.parametrize("stage", ["zero2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero0", "zero3"))])
-def test_two_ranks_mean_what_one_means(stage, alone, base_path, sft_path, reward_path, tmp_path):
+def test_two_ranks_mean_what_one_means(stage, alone, base_path, start_path, reward_path, tmp_path):
     """Seven responses in minibatches of four and three: ranks have uneven shares, and one of them sometimes none."""
     out = tmp_path / "seen.json"
-    done = launch(ROOT / "tests/launch/ranks.py", [base_path, sft_path, reward_path, str(out), stage])
+    done = launch(ROOT / "tests/launch/ranks.py", [base_path, start_path, reward_path, str(out), stage])
     assert done.returncode == 0, done.stderr[-3000:]
     both = json.loads(out.read_text())
     first, plain = both["steps"][0], alone["steps"][0]
