@@ -144,7 +144,7 @@ def test_lengths_beyond_the_positions_are_refused_with_both_numbers(base_path):
         model_name_or_path=base_path, attn_implementation=None, max_prompt_length=512, max_response_length=512
     )
     with pytest.raises(UserError, match="1024 tokens"):  # the programs' defaults
-        stages.load_start(types.SimpleNamespace(config=config, torch_dtype="float32"))
+        stages.load_start(types.SimpleNamespace(program="sft", config=config, torch_dtype="float32"))
 
 
 def test_a_reward_model_says_that_a_text_is_too_long_for_it(tokenizer):
