@@ -112,6 +112,7 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     """(what is counted, FLOPs measured) of a PPO step: sampled, scored by the reward role, read by all, one epoch."""
     from rlhf.data.records import Prompt
     from rlhf.distributed import World
+    from rlhf.engines.hf import cache_is_exact
     from rlhf.models import Foundation, lora_config
     from rlhf.ppo import PPOTrainer
     from rlhf.ppo_config import PPOConfig
@@ -139,6 +140,7 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
         list(range(EOS, shape.vocabulary, 16)) if shape.ragged else [], World(), Budget(),
         ptx=rows if config.ptx_coef else None,
     )  # fmt: skip
+    cache_is_exact(roles.trunk)  # tried once for each model, not counted
     flops = measured(lambda: trainer.step(0))
     return trainer.budget, flops
 

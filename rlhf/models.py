@@ -33,6 +33,7 @@ VALUE_HEAD_FILE = "value_head.safetensors"  # beside the adapter of a critic
 # LoRA settings that change the base itself, or that depend on the prompt: such an adapter cannot share a base
 NOT_SHARED = ("layer_replication", "kasa_config", "arrow_config", "alora_invocation_tokens")
 REWRITES_BASE = re.compile("pissa|corda|olora|loftq|lora_ga")  # initial values that are taken out of the base's weights
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # of which PEFT refuses the out_proj
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 MERGE = "Merge the adapter (merge_and_unload and save_pretrained of PEFT) and start from the merged model"
 
@@ -124,6 +125,8 @@ def load_weights(
             f"config.json or kind of model, or were saved through a wrapper (torch.compile, DDP).{more}"
         )
     check_finite(model.named_parameters(), path)
+    if model.base_model is model:
+        model.base_model_prefix = "model"  # Llama 4's text model gives another name, under which there is nothing
     return model.eval()
 
 
@@ -434,6 +437,8 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str
 
     config = copy.deepcopy(config)  # PEFT writes into it what it finds in this model
     config.base_model_name_or_path = model.config.name_or_path
+    if getattr(config, "target_modules", None) == "all-linear":
+        config.exclude_modules = config.exclude_modules or _not_adaptable(model)
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -447,6 +452,17 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str
             for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
                 setattr(module, method, _of_held_adapters(module, getattr(module, method)))
     return model
+
+
+def _not_adaptable(model: nn.Module) -> list[str] | None:
+    """Names of linear layers that LoRA cannot be on: routers that give more than a tensor, and what Mamba's kernels
+    read without a call."""
+    names = {"out_proj"} if model.config.model_type in MAMBA else set()
+    for name, module in model.named_modules():
+        is_own = type(module).__module__.startswith("transformers.models.")
+        if is_own and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            names.add(name.rpartition(".")[2])
+    return sorted(names) or None
 
 
 def _of_held_adapters(wrapper: nn.Module, method: Callable) -> Callable:
@@ -587,9 +603,7 @@ def token_rows(causal: nn.Module, token: int) -> list[int] | dict[str, list[int]
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     """The trunk that gives hidden states and the language-model head, below any PEFT wrapping."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # Llama 4's text model keeps its trunk under another name than the one it gives
-    trunk = causal.model if causal.base_model is causal else causal.base_model
-    return trunk, causal.get_output_embeddings()
+    return causal.base_model, causal.get_output_embeddings()
 
 
 def hidden_width(model: nn.Module) -> int:

@@ -33,7 +33,7 @@ from rlhf.advantages import (
 from rlhf.budget import Budget
 from rlhf.data.records import BadScore, Scorer
 from rlhf.distributed import Learner, World, peak_memory
-from rlhf.engines.hf import Sampling, generate
+from rlhf.engines.hf import Sampling, cache_is_exact, generate
 from rlhf.guards import Decision, Guards, repetition
 from rlhf.losses import kl_loss, policy_loss, ptx_loss, value_loss
 from rlhf.models import completion_batch
@@ -161,22 +161,24 @@ class PPOTrainer:
 
     def collect(self, step: int) -> Rollout:
         config = self.config
-        with self.learner.gathered(), self.budget.counting():
-            rollout = collect(
-                self.roles,
-                self.prompts_of(step),
-                self.engine,
-                self.scorer,
-                self.world,
-                tokenizer=self.tokenizer,
-                stop_ids=self.stop_ids,
-                sampling=Sampling(config.max_response_length, config.temperature),
-                seed=config.seed,
-                step=step,
-                samples_per_prompt=config.samples_per_prompt,
-                micro_batch_size=config.per_device_train_batch_size,
-                generation_batch_size=config.generation_batch_size,
-            )
+        with self.learner.gathered():
+            cache_is_exact(self.roles.trunk)  # tried once, by passes that belong to no step
+            with self.budget.counting():
+                rollout = collect(
+                    self.roles,
+                    self.prompts_of(step),
+                    self.engine,
+                    self.scorer,
+                    self.world,
+                    tokenizer=self.tokenizer,
+                    stop_ids=self.stop_ids,
+                    sampling=Sampling(config.max_response_length, config.temperature),
+                    seed=config.seed,
+                    step=step,
+                    samples_per_prompt=config.samples_per_prompt,
+                    micro_batch_size=config.per_device_train_batch_size,
+                    generation_batch_size=config.generation_batch_size,
+                )
         share = self.world.share(len(rollout))
         self.budget.episodes += len(share)
         self.budget.tokens_generated += int(rollout.mask[share.start : share.stop].sum())

@@ -192,6 +192,11 @@ class Roles(nn.Module):
             parameter.requires_grad_(True)
         for parameter in self._frozen:
             parameter.requires_grad_(False)
+        # matmul sums in another order where a weight asks for no gradient and its input is transposed (Mamba): roles
+        # that are held against each other, which is done without gradients, are to sum alike
+        if not bare and not torch.is_grad_enabled():
+            for parameter in self.parameters_of(role):
+                parameter.requires_grad_(True)
 
     def logprobs(self, batch: dict[str, Tensor], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """log p of each response token and the entropy there under the role in use, (B, T)."""

@@ -155,7 +155,7 @@ def answers_of_policy(
 
     from rlhf.budget import Budget
     from rlhf.data.encode import decode_response, encode_prompts
-    from rlhf.engines.hf import Sampling, generate, sample_key
+    from rlhf.engines.hf import Sampling, cache_is_exact, generate, sample_key
     from rlhf.models import check_context, folder_fingerprint, load_foundation, stop_ids, trainable_policy
 
     cuda = torch.cuda.is_available()
@@ -167,6 +167,7 @@ def answers_of_policy(
     model = trainable_policy(foundation, None).to("cuda" if cuda else "cpu")
     spent = Budget()
     spent.watch(model)
+    cache_is_exact(model)  # tried once, by passes that are no sampling
     origin = {
         "model": source,
         "model_fingerprint": foundation.fingerprint,

@@ -77,8 +77,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "smollm3": {}, "stablelm": {}, "starcoder2": {},
     "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 64, "init_std": 0.2},
     "zamba2": {
-        "layer_types": ["mamba", "hybrid"], "mamba_d_state": 8, "n_mamba_heads": 4, "mamba_headdim": 16,
-        "mamba_ngroups": 1,
+        "layer_types": ["mamba", "hybrid"], "hybrid_layer_ids": [1], "mamba_d_state": 8, "n_mamba_heads": 4,
+        "mamba_headdim": 16, "mamba_ngroups": 1,
     },
 }  # fmt: skip
 

@@ -26,6 +26,7 @@ from rlhf.config import UserError
 from rlhf.distributed import World
 from rlhf.evaluate import eos_probability
 from rlhf.models import (
+    Foundation,
     attention_of,
     check_context,
     check_finite,
@@ -462,3 +463,35 @@ def test_only_with_its_row_trained_can_the_eos_token_be_learnt(base_path, tmp_pa
     trainers.save_policy(run, model, foundation, merge=True)
     merged = load_foundation(str(tmp_path / "merged")).model
     assert eos_probability(merged, [row], 0, True, World()) == pytest.approx(learnt, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [("phimoe", {"router"}), ("llama4_text", {"router"}), ("mamba", {"out_proj"}), ("llama", set())],
+)
+def test_all_linear_leaves_out_what_cannot_be_adapted(kind, left_out):
+    # routers give more than a tensor; Mamba's kernels read the weight of out_proj and never call it
+    foundation = Foundation(build(kind)[0], None, "x", "x", None, "x")
+    linear = {n.rpartition(".")[2] for n, m in foundation.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    model = trainable_policy(foundation, lora_config(r=2))
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
+    assert adapted == linear - left_out - {"lm_head"}
+    model(input_ids=torch.arange(3, 9).reshape(1, 6), use_cache=False)
+
+
+def test_policy_and_reference_are_equal_to_the_last_bit_where_layers_read_transposed_states(tmp_path):
+    # Mamba's x_proj: matmul sums in another order if its weight asks for a gradient, as the policy's alone does
+    model, tokenizer = build("jamba")
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    sft = random_adapter(str(tmp_path / "base"), tmp_path / "sft", seed=1)
+    roles = Roles(load_foundation(sft), lora_config())
+    batch = completion_batch([[5, 6, 7], [8, 9]], [[10, 11, 12, 2], [13, 14, 2]], 0)
+    batch = dict(zip(("ids", "attention", "positions", "responses", "mask"), batch, strict=True))
+    with torch.no_grad():
+        with roles.use("policy"):
+            policy, _ = roles.logprobs(batch)
+        with roles.use("reference"):
+            reference, _ = roles.logprobs(batch)
+    assert torch.equal(policy, reference)
+    assert not any(p.requires_grad for n, p in roles.named_parameters() if ".reference." in n)

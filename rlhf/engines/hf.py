@@ -111,6 +111,8 @@ def cache_is_exact(model: nn.Module) -> bool:
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if causal not in _EXACT:
+        was_training = model.training
+        model.eval()
         try:
             gap = _cache_gap(model)
         except Exception as error:  # whatever a model's own code raises
@@ -119,6 +121,7 @@ def cache_is_exact(model: nn.Module) -> bool:
             precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
             exact = gap < (2e-5 if precise else 0.1)  # Llama: 1e-6, and 0.05 in bfloat16
             reason = "" if exact else f"with it log-probabilities are off by {gap:.1g} of their spread"
+        model.train(was_training)
         _EXACT[causal] = not reason
         if reason and os.environ.get("RANK", "0") == "0":
             kind = model.config.model_type
