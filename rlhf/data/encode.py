@@ -33,11 +33,12 @@ PLAIN_TEMPLATE = (
 def encode_prompt(tokenizer: Any, prompt: list[Message], tools: list[dict] | None = None) -> list[int]:
     """Ids of the prompt up to where the assistant begins; special tokens typed by a user stay plain text.
 
-    Raises RecordError where the chat template leaves out what the prompt holds beside text: tools, calls, results.
+    Raises RecordError where the chat template refuses the prompt (a system turn, two turns of one role), or leaves out
+    what it holds beside text: tools, calls, results.
     """
-    _check_tools(tokenizer, prompt, tools)
-    return list(
-        tokenizer.apply_chat_template(
+    try:
+        _check_tools(tokenizer, prompt, tools)
+        ids = tokenizer.apply_chat_template(
             prompt,
             tools=tools,
             add_generation_prompt=True,
@@ -45,7 +46,12 @@ def encode_prompt(tokenizer: Any, prompt: list[Message], tools: list[dict] | Non
             tokenize=True,
             sanitize_control_tokens=True,
         )
-    )
+    except RecordError:
+        raise
+    except Exception as error:  # a template is a program: jinja2's errors, and those of what it computes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RecordError("prompt", f"is refused by the chat template ({reason})") from None
+    return list(ids)
 
 
 def _check_tools(tokenizer: Any, prompt: list[Message], tools: list[dict] | None) -> None:
@@ -114,7 +120,7 @@ def encode(
             if on_bad == "skip":
                 dropped[str(error)] += 1
                 continue
-            where = f"{record.source or 'data'}, the row whose prompt begins {_beginning(record)!r}"
+            where = record.place or f"{record.source or 'data'}, the row whose prompt begins {_beginning(record)!r}"
             raise UserError(f"{where}: {error}. Drop it and its like with: --on_bad skip") from None
         if isinstance(record, Instruction):
             row["response_ids"] = encode_response(tokenizer, record.response)

@@ -90,7 +90,7 @@ def fingerprint(records: list[Record]) -> str:
     """
     rows = []
     for record in records:
-        fields = {k: v for k, v in vars(record).items() if k != "source"}
+        fields = {k: v for k, v in vars(record).items() if k not in ("source", "place")}
         rows.append(digest(json.dumps([type(record).__name__, fields], sort_keys=True, default=str)))
     return digest("\n".join(sorted(rows)))
 
@@ -215,6 +215,7 @@ def collect(source: str | list[str], kind: type[Record], aggregate: Aggregate = 
                 table.forms[rows[-1].form] += 1
                 table.notes.update(rows[-1].notes)
                 table.places.append(place)
+                rows[-1].record.place = place
         table.columns[name] = list(seen)
     _join(rows)
     table.records = [row.record for row in rows]

@@ -43,6 +43,7 @@ class Record:
     voice: str | None = None
     weight: float = 1.0
     metadata: dict[str, Any] = field(default_factory=dict)
+    place = ""  # "data/prefs.jsonl row 118", for messages; no field, for it is not of the record
 
     def __post_init__(self):
         check_messages("prompt", self.prompt)

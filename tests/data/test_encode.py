@@ -15,7 +15,7 @@ from rlhf.data.encode import (
     sft_rows,
     tokenizer_fingerprint,
 )
-from rlhf.data.load import fingerprint
+from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Instruction, Preference, Prompt
 from rlhf.distributed import World
 from rlhf.run import Run
@@ -129,3 +129,20 @@ def test_a_model_without_template_gets_the_plain_one(tokenizer):
     assert text == "Be kind.\nUser: where is my parcel?\nAssistant:"
     assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
     assert tokenizer_fingerprint(make_tokenizer()) == tokenizer_fingerprint(tokenizer)
+
+
+def test_a_prompt_that_the_template_refuses_is_a_bad_row(tokenizer, tmp_path):
+    other = make_tokenizer()
+    refuse = "{{ raise_exception('System role not supported') }}"
+    other.chat_template = "{% if messages[0]['role'] == 'system' %}" + refuse + "{% endif %}" + tokenizer.chat_template
+    system = [{"role": "system", "content": "Be kind."}, *ASK]
+    answer = [{"role": "assistant", "content": "yes"}]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": [*asked, *answer]}) for asked in (ASK, system)))
+    records = load(str(file), Instruction)
+    with pytest.raises(UserError, match=r"rows.jsonl row 2: .*refused by the chat template \(System role not supp"):
+        encode(records, other, 99, 99)
+    rows, dropped = encode(records, other, 99, 99, on_bad="skip")
+    assert len(rows) == 1 and dropped.total() == 1
+    same = replace(records[0])  # read from nowhere
+    assert records[0].place and not same.place and fingerprint(records[:1]) == fingerprint([same])
