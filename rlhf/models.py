@@ -433,7 +433,7 @@ def adapter_weights(path: str | Path) -> dict[str, Tensor]:
 def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str = "lora") -> nn.Module:
     """Put a new adapter on a model, which becomes a PeftModel unless it is one. Raises UserError where PEFT refuses."""
     from peft import PeftModel, get_peft_model
-    from peft.utils.other import TrainableTokensWrapper
+    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
     config = copy.deepcopy(config)  # PEFT writes into it what it finds in this model
     config.base_model_name_or_path = model.config.name_or_path
@@ -447,10 +447,11 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: PEFT cannot put this adapter on the model ({_first_line(error)})") from None
     for module in model.modules():
-        if isinstance(module, TrainableTokensWrapper) and "bias" not in vars(module):
-            module.bias = None  # TRL reads it off a head; PEFT passes on the weight alone
+        if isinstance(module, AuxiliaryTrainingWrapper) and "adapter_state_dict" not in vars(module):
             for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
                 setattr(module, method, _of_held_adapters(module, getattr(module, method)))
+        if isinstance(module, TrainableTokensWrapper):
+            module.bias = None  # TRL reads it off a head; PEFT passes on the weight alone
     return model
 
 
@@ -466,8 +467,17 @@ def _not_adaptable(model: nn.Module) -> list[str] | None:
 
 
 def _of_held_adapters(wrapper: nn.Module, method: Callable) -> Callable:
-    """PEFT's method of a module with trainable tokens, for the adapters that have any; it asks it for all of them."""
-    return lambda name, *args: method(name, *args) if name in wrapper._adapters else {}
+    """PEFT's method of a module beside LoRA, which it calls for every adapter, for those that hold any.
+
+    The state that ZeRO-3 gathers is without frozen adapters, such as a reference: none of them is saved then.
+    """
+
+    def held(name: str, *state: dict[str, Tensor]) -> dict[str, Any]:
+        if name not in wrapper._adapters or any(not any(name in key.split(".") for key in given) for given in state):
+            return {}
+        return method(name, *state)
+
+    return held
 
 
 def load_adapter(
