@@ -156,20 +156,28 @@ def decoder_shape(decoder: nn.Module, adapters: tuple[str, ...] = ()) -> Decoder
     small beside its projections, are left out.
     """
     config = decoder.config.get_text_config()
+    layers = config.per_layer_config  # heads may be of other sizes in each (Gemma 4)
 
-    def setting(*names: str, default: Any = None) -> Any:
-        return next((value for name in names if (value := getattr(config, name, None))), default)
+    def setting(*names: str, default: Any = None, of: Any = config) -> Any:
+        return next((value for name in names if (value := getattr(of, name, None))), default)
+
+    def head_sizes(layer: Any) -> tuple[int, int, int]:
+        heads = setting("num_attention_heads", default=0, of=layer)
+        width = setting("head_dim", default=config.hidden_size // max(heads, 1), of=layer)
+        return heads, setting("num_key_value_heads", default=heads, of=layer), width
+
+    def pair_of(layer: Any) -> float:
+        heads, _, width = head_sizes(layer)
+        sizes = (setting(name, default=width, of=layer) for name in ("qk_head_dim", "v_head_dim"))
+        return heads * sum(sizes)
 
     experts = setting("num_experts", "num_local_experts", "n_routed_experts", default=1)
     share = min(1.0, setting("num_experts_per_tok", default=experts) / experts)
     linear, trained = weights_of(decoder, adapters, share)
 
-    heads = setting("num_attention_heads", default=0)
-    width = setting("head_dim", default=config.hidden_size // max(heads, 1))
-    keys = setting("num_key_value_heads", default=heads)
-    pair = heads * (setting("qk_head_dim", default=width) + setting("v_head_dim", default=width))
+    heads, keys, width = head_sizes(layers[0])
     kinds = setting("layer_types", "layers_block_type", default=["attention"] * config.num_hidden_layers)
-    attending = sum(kind == "hybrid" or ("attention" in kind and "linear" not in kind) for kind in kinds)
+    attending = [kind == "hybrid" or ("attention" in kind and "linear" not in kind) for kind in kinds]
 
     in_layers = [(n, p) for n, p in decoder.named_parameters() if re.search(r"\b\d+\.", n) and _is_matrix(n, p)]
     last = _size(*in_layers[-1], share) if in_layers and in_layers[-1][1].requires_grad else 0.0
@@ -178,7 +186,7 @@ def decoder_shape(decoder: nn.Module, adapters: tuple[str, ...] = ()) -> Decoder
         trained=trained,
         first=config.hidden_size * width * (heads + 2 * keys),
         last=config.num_hidden_layers * last,
-        pair=attending * pair,
+        pair=sum(pair_of(layer) for layer, attends in zip(layers, attending, strict=True) if attends),
     )
 
 

@@ -460,8 +460,7 @@ def _not_adaptable(model: nn.Module) -> list[str] | None:
     read without a call."""
     names = {"out_proj"} if model.config.model_type in MAMBA else set()
     for name, module in model.named_modules():
-        is_own = type(module).__module__.startswith("transformers.models.")
-        if is_own and isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+        if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):  # Llama 4, PhiMoE
             names.add(name.rpartition(".")[2])
     return sorted(names) or None
 

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 
 from rlhf.budget import Budget, decoder_shape
 from rlhf.models import decoder_and_head, load_foundation, lora_config
+from tests.kinds import build
 
 FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "flops.py"
 spec = importlib.util.spec_from_file_location("flops", FILE)
@@ -140,3 +141,9 @@ def test_all_shapes(name):
     assert close(*flops.ppo_step(shape), 0.05)
     for program in ("dpo", "reward", "sft"):
         assert close(*flops.trl_step(shape, program), 0.05), program
+
+
+def test_heads_may_be_of_another_size_in_each_layer():
+    # 4 heads: 8 + 8 of query-key and value in the layer with a window, 16 + 16 in the other: 64 + 128
+    model, _ = build("gemma4_text", layer_types=["sliding_attention", "full_attention"], global_head_dim=16)
+    assert decoder_shape(model.base_model).pair == 192

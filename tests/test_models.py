@@ -467,7 +467,7 @@ def test_only_with_its_row_trained_can_the_eos_token_be_learnt(base_path, tmp_pa
 
 @pytest.mark.parametrize(
     ("kind", "left_out"),
-    [("phimoe", {"router"}), ("llama4_text", {"router"}), ("mamba", {"out_proj"}), ("llama", set())],
+    [("phimoe", {"router"}), ("llama4_text", {"router"}), ("mamba", {"out_proj"}), ("falcon", set()), ("llama", set())],
 )
 def test_all_linear_leaves_out_what_cannot_be_adapted(kind, left_out):
     # routers give more than a tensor; Mamba's kernels read the weight of out_proj and never call it
