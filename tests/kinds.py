@@ -75,7 +75,9 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "olmo2": {}, "olmo3": {}, "olmo_hybrid": LINEAR, "olmoe": {},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 16, "do_layer_norm_before": False, "init_std": 0.2, "layerdrop": 0.1},
-    "phi": {}, "phi3": {}, "phimoe": {}, "qwen2": {}, "qwen2_moe": {"shared_expert_intermediate_size": 32}, "qwen3": {},
+    "phi": {}, "phi3": {}, "phimoe": {},
+    "qwen2": {"vocab_size": 336},  # its tokenizer adds a token
+    "qwen2_moe": {"shared_expert_intermediate_size": 32}, "qwen3": {},
     "qwen3_5_text": LINEAR, "qwen3_moe": {}, "qwen3_next": LINEAR,
     "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 16}, "rwkv": {},
     "smollm3": {}, "stablelm": {}, "starcoder2": {},
