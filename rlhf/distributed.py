@@ -400,13 +400,8 @@ class Learner:
         if wide:
             keep_float64(self.optimizer, world)
 
-    def backward(self, loss: Tensor, last: bool, discard: bool = False) -> None:
-        """Add this loss's gradients to the step; `last` on the step's last call alone, on every rank.
-
-        `discard`, with the last call, takes the whole step back: gradients become NaN, which no step is made of.
-        """
-        if discard:  # ZeRO has no call for this, but drops a step whose norm is not finite, as `step` does otherwise
-            loss = loss * math.nan
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add this loss's gradients to the step; `last` on the step's last call alone, on every rank."""
         if self.engine is None:
             loss.backward()
             return
@@ -416,16 +411,17 @@ class Learner:
             self.optimizer.micro_step_id = 1
         self.engine.backward(loss * self.world.size)  # DeepSpeed averages over ranks; our parts are to be summed
 
-    def step(self, learning_rates: list[float]) -> float:
+    def step(self, learning_rates: list[float], *, discard: bool = False) -> float:
         """Clip the joint gradient norm, update each group at its rate, clear gradients; returns the norm before.
 
-        Where the norm is not finite nothing is updated: neither weights nor the optimizer's moments.
+        Where the norm is not finite nothing is updated: neither weights nor the optimizer's moments nor its count of
+        steps. `discard`, the same on every rank, takes the step back in the same way, and NaN is returned.
         """
         for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
             group["lr"] = rate
         if self.engine is None:
             parameters = [p for g in self.optimizer.param_groups for p in g["params"]]
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+            norm = math.nan if discard else float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
             if math.isfinite(norm):
                 self.optimizer.step()
                 self._hold_back()
@@ -434,16 +430,34 @@ class Learner:
         norm = None
         if self.stage == 0:  # the engine reports no norm there in fp32, and its gradients are whole by now
             grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(grads))
+            norm = math.nan if discard else float(torch.nn.utils.get_total_norm(grads))
             if not math.isfinite(norm):
                 self.engine.zero_grad()
                 return norm
-        self.engine.step()
+        with self._norm_is_nan() if discard else contextlib.nullcontext():
+            self.engine.step()
         if self.stage == 3:  # always added to, so emptied here
             self.optimizer.grad_partitions_flat_buffer.zero_()
+        if discard:
+            return math.nan
         self._hold_back()
         reported = self.engine.get_global_grad_norm()
         return float(reported) if reported is not None else float(norm if norm is not None else "nan")
+
+    @contextlib.contextmanager
+    def _norm_is_nan(self):
+        """Inside, ZeRO's optimizer measures NaN as its gradient norm.
+
+        ZeRO has no call that drops a step, but it drops one whose norm is not finite and empties all its buffers.
+        """
+        measure = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        nan = torch.tensor(math.nan, device=self.world.device)
+        measured = getattr(self.optimizer, measure)
+        setattr(self.optimizer, measure, lambda: [nan] if self.stage == 3 else nan)
+        try:
+            yield
+        finally:
+            setattr(self.optimizer, measure, measured)
 
     def _hold_back(self) -> None:
         """Adam's count of steps begins with a group's first gradient (the policy's, after a warm-up of the critic).

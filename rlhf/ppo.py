@@ -248,32 +248,32 @@ class PPOTrainer:
         count, ptx = rollout.mask[rows].sum(), self.ptx_batch(update, len(rows))
         parts = micro_batches(len(rows), self.world, config.per_device_train_batch_size)
         sums: dict[str, Tensor] = {}
-        decision, jobs = None, [(part, name) for part in parts for name in self.passes]
+        jobs = [(part, name) for part in parts for name in self.passes]
         for number, (part, name) in enumerate(jobs, 1):
-            last, idle = number == len(jobs), not len(part)
+            idle = not len(part)
             at = rows[part] if not idle else rows[:1]  # a rank without rows still has to take part in the step
             batch = {k: v[at] for k, v in rollout.batch.items()}
             mask = torch.zeros_like(batch["mask"]) if idle else batch["mask"]
-            with self.roles.use("value" if name == "value" else "policy"):
+            learns = name == "value" or step >= config.critic_warmup_steps
+            with self.roles.use("value" if name == "value" else "policy"), torch.set_grad_enabled(learns):
                 if name == "policy":
                     loss, metrics = self.policy_pass(rollout, batch, mask, at, advantages, count)
                 elif name == "ptx":
                     loss, metrics = self.ptx_pass(ptx, part)
                 else:
                     loss, metrics = self.value_pass(rollout, batch, mask, at, returns, count)
-                if name != "value" and step < config.critic_warmup_steps:
-                    loss = 0.0 * loss
-                if not idle:
-                    read = ptx["attention"][part] if name == "ptx" else batch["attention"]
-                    self.budget.tokens_trained += int(read.sum())
-                for key, value in (metrics | {"loss/total": loss}).items():
-                    sums[key] = sums.get(key, 0.0) + value.detach()
-                if last:
-                    result = self.summed(sums)
-                    decision = self.guards.update(step + 1, result)
-                keep = decision is None or decision.action == "warn"
-                self.learner.backward(loss, last=last, discard=not keep)
-        result["grad/norm"] = self.learner.step(rates)
+                if learns:
+                    metrics = metrics | {"loss/total": loss}
+                    self.learner.backward(loss, last=number == len(jobs))
+            if learns and not idle:
+                read = ptx["attention"][part] if name == "ptx" else batch["attention"]
+                self.budget.tokens_trained += int(read.sum())
+            for key, value in metrics.items():
+                sums[key] = sums.get(key, 0.0) + value.detach()
+        result = self.summed(sums)
+        decision = self.guards.update(step + 1, result)
+        keep = decision is None or decision.action == "warn"
+        result["grad/norm"] = self.learner.step(rates, discard=not keep)
         if keep and not math.isfinite(result["grad/norm"]):
             decision = self.guards.update(step + 1, result)
         return result, decision

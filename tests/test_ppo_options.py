@@ -179,12 +179,27 @@ def test_while_the_critic_warms_up_the_policy_stays_to_the_last_bit(sft_path, re
         assert all(torch.equal(a, b) for a, b in zip(before, policy, strict=True))
         assert any(not torch.equal(a, b) for a, b in zip(values, critic, strict=True))
         assert torch.equal(rollout.logprobs, rollout.ref_logprobs) and metrics["ppo/ratio"] == 1.0
-        for p in policy:
-            assert not state[p]["exp_avg"].any() and not state[p]["exp_avg_sq"].any() and state[p]["step"] == 0
+        assert not any(state[p] for p in policy)  # no moments, no count of steps
         assert all(state[p]["step"] == 4 * (step + 1) for p in critic)  # two epochs of two updates
     learner.step(2)
     assert any(not torch.equal(a, b) for a, b in zip(before, policy, strict=True))
     assert all(state[p]["step"] == 4 for p in policy)  # Adam's bias correction counts the policy's own gradients
+
+
+def test_a_policy_loss_that_does_not_count_spoils_no_step_of_the_critic(sft_path, reward_path):
+    learner = trainer(sft_path, config(critic_warmup_steps=1), reward=reward_path)
+    look = learner.policy_pass
+
+    def infinite(*arguments):
+        loss, metrics = look(*arguments)
+        return loss * math.inf, metrics
+
+    learner.policy_pass = infinite
+    critic = [p.detach().clone() for p in learner.roles.parameters_of("value")]
+    metrics, _ = learner.step(0)
+    assert metrics["ppo/updates"] == 4 and math.isfinite(metrics["grad/norm"])
+    assert math.isclose(metrics["loss/total"], 0.1 * metrics["loss/value"], rel_tol=1e-6)  # vf_coef
+    assert not same(critic, learner.roles.parameters_of("value"))
 
 
 def test_one_update_after_a_warm_up_is_as_long_as_one_without(sft_path):
@@ -197,8 +212,8 @@ def test_one_update_after_a_warm_up_is_as_long_as_one_without(sft_path):
     before, longest = [p.detach().clone() for p in policy], []
     step = learner.learner.step
 
-    def spy(rates):
-        norm = step(rates)
+    def spy(rates, **how):
+        norm = step(rates, **how)
         longest.append(max(float((p.detach() - b).abs().max()) for p, b in zip(policy, before, strict=True)))
         return norm
 
@@ -207,22 +222,63 @@ def test_one_update_after_a_warm_up_is_as_long_as_one_without(sft_path):
     assert math.isclose(longest[0], 1e-2, rel_tol=1e-3)
 
 
+def kept(learner) -> list[torch.Tensor]:
+    """All that an optimizer step changes: weights, moments, counts of steps."""
+    moments = [v.clone() for s in learner.learner.optimizer.state.values() for v in s.values()]
+    return [p.detach().clone() for p in learner.roles.parameters() if p.requires_grad] + moments
+
+
+def same(before, after) -> bool:
+    return len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_a_step_that_is_taken_back_leaves_no_trace(sft_path, reward_path):
     learner = trainer(sft_path, reward=reward_path)
     learner.step(0)
     parameters = [p for p in learner.roles.parameters() if p.requires_grad]
+    before = kept(learner)
+    learner.learner.backward(sum((p**2).sum() for p in parameters), last=True)
+    assert math.isnan(learner.learner.step([1.0, 1.0], discard=True))
+    assert same(before, kept(learner)) and all(p.grad is None for p in parameters)
+    learner.learner.backward(sum((p**2).sum() for p in parameters), last=True)
+    assert math.isfinite(learner.learner.step([1.0, 1.0])) and not same(before, kept(learner))
 
-    def everything():
-        moments = [v.clone() for s in learner.learner.optimizer.state.values() for v in s.values()]
-        return [p.detach().clone() for p in parameters] + moments
 
-    before = everything()
-    learner.learner.backward(sum((p**2).sum() for p in parameters), last=False)
-    learner.learner.backward(parameters[0].sum(), last=True, discard=True)
-    assert not math.isfinite(learner.learner.step([1.0, 1.0]))
-    after = everything()
-    assert len(before) == len(after) and all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert all(p.grad is None for p in parameters)
+@pytest.mark.parametrize("estimator", ["gae", "rloo"])
+def test_what_a_guard_takes_back_is_not_made_where_all_that_was_last_is_clipped(estimator, sft_path):
+    """One row a pass, and ranges so narrow that half of the last ones have no gradient, whatever their loss is."""
+    options = config(
+        per_device_train_batch_size=1, num_mini_batches=1, num_ppo_epochs=2, guards={"target_kl": 1e-12},
+        advantage_estimator=estimator, samples_per_prompt=1 if estimator == "gae" else 8, missing_eos_score=None,
+        clip_range=1e-6, value_clip_range=1e-6, lr_scheduler_type="constant", total_episodes=10 * 8, kl_coef=0.0,
+    )  # fmt: skip
+    learner = trainer(sft_path, options)
+    learner.stop_ids = STOPS
+    changed, clipped, step = {True: [], False: []}, [], learner.learner.step
+    last = {"gae": "value_pass", "rloo": "policy_pass"}[estimator]
+    make = getattr(learner, last)
+
+    def spy_pass(*arguments):
+        loss, metrics = make(*arguments)
+        learner.clipped = not any(
+            g.any() for g in torch.autograd.grad(loss, learner.roles.parameters_of(last.split("_")[0]), retain_graph=True)
+        )
+        return loss, metrics
+
+    def spy_step(rates, *, discard=False):
+        before = kept(learner)
+        norm = step(rates, discard=discard)
+        changed[discard].append(not same(before, kept(learner)))
+        clipped.append(discard and learner.clipped)
+        return norm
+
+    learner.learner.step = spy_step
+    setattr(learner, last, spy_pass)
+    for number in range(10):
+        learner.step(number)
+    assert changed == {True: [False] * 10, False: [True] * 10}
+    assert sum(clipped) >= 2
+    assert learner.guards.counts["shortened_rollouts"] == 10
 
 
 def test_the_adaptive_coefficient_is_the_next_step_s(sft_path):

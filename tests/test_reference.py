@@ -139,33 +139,64 @@ def test_the_trainer_is_the_reference(name, base_path, sft_path, reward_path):
     assert any(m["grad/norm"] > 1 for m in seen)
 
 
-def two_ranks(folder: Path, cases: list[dict], stage: str) -> list[dict]:
-    """The cases through the launcher, one after the other in one launch."""
-    config = json.loads((ROOT / "configs" / "deepspeed" / f"zero{stage}.json").read_text())
+def stage_config(stage: str) -> dict:
+    """A shipped DeepSpeed JSON; ZeRO 1 is that of ZeRO 2 with another number."""
+    config = json.loads((ROOT / "configs" / "deepspeed" / f"zero{'2' if stage == '1' else stage}.json").read_text())
+    config["zero_optimization"]["stage"] = int(stage[0])
     if stage.startswith("3"):  # a tiny model would not be cut into parts at all
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / "trial.json").write_text(json.dumps([case | {"deepspeed": config} for case in cases]))
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", "--no_local_rank", "-q"]
-    command += ["--master_port", str(29600 + os.getpid() % 300), str(ROOT / "tests" / "trial.py"), str(folder)]
+    return config
+
+
+def launched(folder: Path, cases: list[dict], stage: str | list[str], ranks: int = 2) -> list[dict]:
+    """The cases through the launcher, one after the other in one launch; `stage` of all or of each."""
+    stages = [stage] * len(cases) if isinstance(stage, str) else stage
+    given = [case | {"deepspeed": stage_config(of)} for case, of in zip(cases, stages, strict=True)]
+    (folder / "trial.json").write_text(json.dumps(given))
+    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--no_local_rank"]
+    command += ["-q", "--master_port", str(29600 + os.getpid() % 300), str(ROOT / "tests" / "trial.py"), str(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, timeout=850)
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(folder / "trial.pt", weights_only=False)
 
 
+# the guard takes back every second update; by then all tokens of the last pass are clipped and have no gradient
+TAKEN_BACK = {
+    "model": "sft", "steps": 3, "dtype": "float32",
+    "options": {
+        "num_mini_batches": 1, "guards": {"target_kl": 1e-12}, "clip_range": 1e-6, "value_clip_range": 1e-6,
+        "missing_eos_score": None,
+    },
+}  # fmt: skip
+
+
+def check_taken_back(found: dict) -> None:
+    updates = [(u["decision"], u["changed"]) for step in found["steps"] for u in step["updates"]]
+    assert updates == [(None, True), ("end", False)] * TAKEN_BACK["steps"]
+
+
+def test_what_a_guard_takes_back_is_not_made_under_any_zero_stage(base_path, sft_path, reward_path, tmp_path):
+    stages = ["0", "1", "2", "3", "3_offload"]
+    case = paths(TAKEN_BACK, base_path, sft_path, reward_path)
+    for found in launched(tmp_path, [case] * len(stages), stages, ranks=1):
+        check_taken_back(found)
+
+
 def test_two_ranks_under_zero_2_are_the_reference(base_path, sft_path, reward_path, tmp_path):
     """Float64 to 1e-9: minibatches of 3, 3 and 2 rows, one at a time, so that a rank has an empty micro-batch."""
-    case = paths(GRID["updates taken back"], base_path, sft_path, reward_path)
-    (found,) = two_ranks(tmp_path, [case], "2")
-    wrong = disagreements(case, found, 1e-9)
+    cases = [paths(case, base_path, sft_path, reward_path) for case in (GRID["updates taken back"], TAKEN_BACK)]
+    found, taken = launched(tmp_path, cases, "2")
+    wrong = disagreements(cases[0], found, 1e-9)
     assert not wrong, "\n".join(wrong[:20])
+    check_taken_back(taken)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_ranks_under_zero_2_are_the_reference_with_every_option(base_path, sft_path, reward_path, tmp_path):
     cases = [paths(case, base_path, sft_path, reward_path) for case in GRID.values()]
-    for name, case, found in zip(GRID, cases, two_ranks(tmp_path, cases, "2"), strict=True):
+    for name, case, found in zip(GRID, cases, launched(tmp_path, cases, "2"), strict=True):
         wrong = disagreements(case, found, 1e-9)
         assert not wrong, "\n".join([name, *wrong[:20]])
 
@@ -182,6 +213,8 @@ def test_two_ranks_are_the_reference_in_float32(base_path, sft_path, reward_path
     names = ["defaults", "grpo with k3", "entropy, clip higher, ptx", "a reference that moves",
              "warm-up of the critic", "updates taken back"]  # fmt: skip
     cases = [paths(single(GRID[name]), base_path, sft_path, reward_path) for name in names]
-    for name, case, found in zip(names, cases, two_ranks(tmp_path, cases, stage), strict=True):
-        wrong = disagreements(case, found, 1e-5)
+    *found, taken = launched(tmp_path, [*cases, paths(TAKEN_BACK, base_path, sft_path, reward_path)], stage)
+    check_taken_back(taken)
+    for name, case, one in zip(names, cases, found, strict=True):
+        wrong = disagreements(case, one, 1e-5)
         assert not wrong, "\n".join([name, *wrong[:20]])

@@ -1,6 +1,6 @@
 """A short run of the PPO trainer that writes down what tests/reference.py needs and what it has to agree with.
 
-In this process: `run(options, ...)`. On several ranks: `deepspeed --num_accelerators 2 --no_local_rank tests/trial.py
+In this process: `run(options, ...)`. Under a launcher: `deepspeed --num_accelerators 2 --no_local_rank tests/trial.py
 FOLDER`, which reads FOLDER/trial.json and writes FOLDER/trial.pt.
 """
 
@@ -109,13 +109,13 @@ def record(trainer: PPOTrainer, skipped: list[int], steps: int) -> list[dict]:
         ptx = endless(PTX, range(number * len(rows), (number + 1) * len(rows)), trainer.config.seed + 1)
         updates.append({"rows": rows.tolist(), "ptx": [(r["prompt_ids"], r["response_ids"]) for r in ptx]})
         metrics, decision = update(rollout, advantages, returns, rows, rates, at, number)
-        updates[-1] |= {"metrics": metrics, "number": number}
+        updates[-1] |= {"metrics": metrics, "number": number, "decision": decision and decision.action}
         return metrics, decision
 
-    def spy_step(rates):
+    def spy_step(rates, **how):
         updates[-1] |= {"grads": gradients(trainer), "rates": rates}
         was = state(trainer)
-        norm = step(rates)
+        norm = step(rates, **how)
         updates[-1]["changed"] = not same(was, state(trainer))
         return norm
 
