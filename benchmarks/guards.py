@@ -3,6 +3,7 @@
     python benchmarks/guards.py                              # a model made in memory: minutes on one core
     python benchmarks/guards.py --model runs/quickstart/sft --data runs/sandbox/prompts.jsonl
     python benchmarks/guards.py --simulate                   # the test for reward hacking on made-up noise
+    python benchmarks/guards.py --errors                     # kl/sequence +- its standard errors on made-up rollouts
     python benchmarks/guards.py --clean runs/ppo-seeds/*     # what guards did in finished runs
 
 Each prints a Markdown table. The first ends with exit code 1 if a fault was missed.
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from rlhf.budget import Budget
@@ -33,6 +35,7 @@ from rlhf.guards import Decision, Guards
 from rlhf.models import load_foundation, lora_config, stop_ids
 from rlhf.ppo import PPOConfig, PPOTrainer
 from rlhf.roles import Roles
+from rlhf.stats import clustered_se, student_quantile
 
 FAULT = 10  # the first step that is faulty; steps count from 1
 HARD_LIMIT = 5  # updates within which NaN, ratio and KL explosions have to be caught
@@ -376,6 +379,30 @@ def simulate(series: int) -> str:
     return "\n".join(lines) + "\n"
 
 
+def errors(rollouts: int) -> str:
+    """How often kl/sequence with its standard error holds the truth over so many rollouts, rows as independent and by
+    prompt. A prompt's KL is gamma distributed with mean 5, its samples normal with that mean and twice that variance.
+    The last two: how often a KL of 0.01 is called negative at a step."""
+    lines = table(["prompts x samples", "spread of prompts", "rows, 1.96", "by prompt, 1.96", "by prompt, t",
+                   "negative, rows", "negative, by prompt"])  # fmt: skip
+    for count, samples in ((64, 1), (16, 4), (8, 8)):
+        clusters = [str(i // samples) for i in range(64)]
+        for spread in (0.25, 0.5):
+            rng, hits, below = np.random.default_rng([count, int(100 * spread)]), np.zeros(3), np.zeros(2)
+            for _ in range(rollouts):
+                own = np.repeat(rng.gamma(spread**-2, spread**2, count), samples)
+                noise = rng.standard_normal(64)
+                kl, none = 5 * own + np.sqrt(10 * own) * noise, 0.01 * own + np.sqrt(0.02 * own) * noise
+                off = abs(kl.mean() - 5)
+                rows, by_prompt = kl.std(ddof=1) / 8, clustered_se(kl.tolist(), clusters)
+                hits += off <= np.array([1.96 * rows, 1.96 * by_prompt, student_quantile(0.975, count - 1) * by_prompt])
+                error = np.array([none.std(ddof=1) / 8, clustered_se(none.tolist(), clusters)])
+                below += none.mean() + 3 * error < -0.01  # as the guard has it
+            cells = [f"{count} x {samples}", f"{spread:g}", *(f"{100 * h / rollouts:.1f} %" for h in hits)]
+            lines += table([*cells, *(f"{100 * b / rollouts:.2f} %" for b in below)])
+    return "\n".join(lines) + "\n"
+
+
 # runs that are there
 
 
@@ -404,7 +431,7 @@ def table(cells: list[str]) -> list[str]:
     return [line, "|" + "---|" * len(cells)] if cells[0] in HEADS else [line]
 
 
-HEADS = ("fault", "watched score", "run")
+HEADS = ("fault", "watched score", "run", "prompts x samples")
 
 
 def main() -> None:
@@ -415,6 +442,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--series", type=int, default=400, help="made-up series each")
+    parser.add_argument("--errors", action="store_true")
     parser.add_argument("--clean", nargs="+", metavar="RUN", help="folders of finished runs")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -425,6 +453,8 @@ def main() -> None:
             print(clean(options.clean), end="")
         except UserError as error:
             sys.exit(str(error))
+    elif options.errors:
+        print(errors(10 * options.series), end="")
     elif options.simulate:
         print(simulate(options.series), end="")
     elif not inject(options.model, options.data, options.only, options.seed)[1]:

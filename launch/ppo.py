@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where reward.py would shadow the package
 
-from rlhf.config import EXIT_GUARD, Halt, parse, program
+from rlhf.config import EXIT_GUARD, Halt, UserError, parse, program
 from rlhf.data.records import BadScore, Instruction, Prompt
 from rlhf.ppo_config import PPOConfig
 from rlhf.run import begin, in_short
@@ -46,14 +46,18 @@ def main(argv: list[str] | None = None) -> None:
     for spec in config.reward:
         run.stands_on(f"reward {json.dumps(spec)}", files_fingerprint(scorer_files(spec)))
     role = reward_role(config.reward, foundation)
+    critic, critic_weight, left_out = critic_start(config, role)
+    if left_out:
+        run.say(f"the critic starts as {role} times {critic_weight:g}; it has yet to learn {', '.join(left_out)}")
     evaluate = stages.evaluation(run, foundation, None)
     roles = Roles(
         foundation,
         stages.new_lora(run, foundation),
         role,
         config.gradient_checkpointing,
-        critic=config.critic_from if config.has_critic else None,
+        critic=critic,
         moving_reference=config.reference_ema is not None,
+        reward_weight=critic_weight,
     )
     budget = Budget()
     kinds = {"model": role_kind(roles, role, tokenizer.pad_token_id, budget)}
@@ -87,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
             return False
         last.clear()
         last.update(summarise(rows))
-        last["eval/score/total"] = sum(weight * last.get(f"eval/score/{name}", 0.0) for name, weight in weights)
+        last["eval/score/total"] = sum(weight * last[f"eval/score/{name}"] for name, weight in weights if weight)
         run.tracker.log(last, step)
         run.tracker.table("samples", sample_table(rows), step)
         run.say(f"step {step}: {in_short(last)}")
@@ -156,15 +160,42 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def reward_role(specs: list[dict], foundation) -> str | None:
-    """The folder of the first reward model among the scorers that is an adapter on this base, to become a role."""
+    """The folder of the first reward model among the scorers that is an adapter on this base, to become a role; one
+    that is only watched comes after those that are learnt from."""
     from rlhf.models import read_identity
 
-    for spec in specs:
+    for spec in sorted(specs, key=lambda spec: not spec.get("weight", 1.0)):
         path = spec.get("model")
         is_adapter = bool(path) and (Path(path) / "adapter_config.json").is_file()
         if is_adapter and read_identity(path).get("base_fingerprint") == foundation.fingerprint:
             return path
     return None
+
+
+def critic_start(config: PPOConfig, role: str | None) -> tuple[str | None, float, list[str]]:
+    """What the critic starts from, the weight of the reward role in the total score, and what of that it leaves out.
+
+    Raises UserError where the reward model that it is to start from counts for nothing.
+    """
+    from reward.compose import check_specs
+
+    if not config.has_critic:
+        return None, 1.0, []
+    scorers = check_specs(config.reward)
+    weight = sum(w for kind, what, _, w, _ in scorers if kind == "model" and what == role)
+    start = config.critic_from
+    if start == "auto":
+        start = "reward" if weight else "policy"
+    if start != "reward" or role is None:
+        return start, 1.0, []
+    if not weight:
+        raise UserError(
+            f"critic_from is reward, but {role} is only watched (weight 0), and it is the other scores that the critic "
+            "has to predict. Take --critic_from policy"
+        )
+    left_out = [f"{name} (weight {w:g})" for _, what, name, w, _ in scorers if w and what != role]
+    left_out += ["the normalisation of scores"] if config.normalize_scores else []
+    return start, weight, left_out
 
 
 def role_kind(roles, role: str | None, pad_id: int, budget):

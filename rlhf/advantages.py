@@ -23,7 +23,8 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(log p - log p_ref)^2 / 2: biased, never negative, and its gradient is that of the KL on-policy (ibid., k2)."""
+    """(log p - log p_ref)^2 / 2: biased, never negative; its mean gradient on-policy is that of a token's KL given the
+    tokens before it (ibid., k2)."""
     return 0.5 * (logprobs - ref_logprobs) ** 2
 
 
@@ -43,6 +44,7 @@ def shape_scores(
     *,
     moments: tuple[float, float] | None = None,
     clip: float | None = None,
+    missing_eos: str = "min",
     missing_eos_score: float | None = None,
     length_penalty: float = 0.0,
 ) -> Tensor:
@@ -50,15 +52,23 @@ def shape_scores(
 
     s <- (s - mean) / std                  moments = (mean, std), running over the run (Zheng et al. 2023, sec. 5.3.1)
     s <- clip(s, -clip, clip)              (ibid.)
-    s <- missing_eos_score                 where the response did not end (2403.17031, detail 23)
+    s <- EOS rule                          where the response did not end, by `missing_eos`
     s <- s - length_penalty * length       length in tokens
+
+    EOS rule, m = missing_eos_score: `min` min(s, m), so that not ending never pays; `replace` m (2403.17031, detail
+    23); `subtract` s + m, m being negative (TRL's missing_eos_penalty is -m).
     """
     if moments is not None:
         scores = (scores - moments[0]) / moments[1]
     if clip is not None:
         scores = scores.clamp(-clip, clip)
     if missing_eos_score is not None:
-        scores = torch.where(ended, scores, torch.full_like(scores, missing_eos_score))
+        unended = {
+            "min": scores.clamp(max=missing_eos_score),
+            "replace": torch.full_like(scores, missing_eos_score),
+            "subtract": scores + missing_eos_score,
+        }
+        scores = torch.where(ended, scores, unended[missing_eos])
     return scores - length_penalty * lengths.to(scores.dtype)
 
 
@@ -82,16 +92,16 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
     All (B, T). Returns advantages and returns, 0 where the mask is False.
     """
-    mask_f = mask.to(values.dtype)
-    values, rewards = values * mask_f, rewards * mask_f
+    nothing = torch.zeros((), dtype=values.dtype, device=values.device)
+    values, rewards = torch.where(mask, values, nothing), torch.where(mask, rewards, nothing)
     advantages = torch.zeros_like(values)
     running = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.shape[1])):
         following = values[:, t + 1] if t + 1 < values.shape[1] else torch.zeros_like(running)
         delta = rewards[:, t] + gamma * following - values[:, t]
-        running = (delta + gamma * lam * running) * mask_f[:, t]
+        running = torch.where(mask[:, t], delta + gamma * lam * running, nothing)
         advantages[:, t] = running
-    return advantages, (advantages + values) * mask_f
+    return advantages, advantages + values
 
 
 def rloo(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from rlhf.data.records import Message, Samples, Scorer
 from rlhf.distributed import World
 from rlhf.engines.hf import Sampling, generate, sample_key
 from rlhf.models import completion_batch, response_logprobs
+from rlhf.stats import clustered_se
 
 Context = Callable[[], AbstractContextManager]
 
@@ -176,11 +177,11 @@ def summarise(rows: list[EvalRow], prefix: str = "eval/") -> dict[str, float]:
         metrics[f"{prefix}score/{name}"] = sum(applies) / len(applies) if applies else math.nan
     kl = [r.kl for r in rows]
     if not math.isnan(kl[0]):
-        mean = sum(kl) / n
-        metrics[f"{prefix}kl/sequence"] = mean
+        metrics[f"{prefix}kl/sequence"] = sum(kl) / n
         metrics[f"{prefix}kl/token"] = sum(kl) / sum(r.length for r in rows)
-        if n > 1:
-            metrics[f"{prefix}kl/sequence_se"] = math.sqrt(sum((k - mean) ** 2 for k in kl) / (n - 1) / n)
+        error = clustered_se(kl, [r.group for r in rows])
+        if error is not None:
+            metrics[f"{prefix}kl/sequence_se"] = error
     return metrics
 
 

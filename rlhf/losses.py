@@ -79,8 +79,9 @@ def kl_loss(
 ) -> Tensor:
     """Mean over true tokens of a KL estimate that carries gradients; estimator is one of advantages.KL_ESTIMATORS.
 
-    k2 has the gradient of KL(p || p_ref) on-policy; k3 that of KL(p_ref || p), as GRPO does it (2402.03300, eq. 4); the
-    expected gradient of k1 is 0.
+    On samples of p itself k2 has the gradient of KL(p || p_ref) and k3 that of KL(p_ref || p), as GRPO does it
+    (2402.03300, eq. 4), both of one token given those before it. Neither is the gradient of the sequence KL, which also
+    has how a token changes what is met later; k1 in the reward has that. The expected gradient of k1 here is 0.
     """
     # where nothing was sampled k3 may overflow, and a gradient through infinity is NaN whatever the mask
     return masked_mean(estimator(torch.where(mask, logprobs, ref_logprobs), ref_logprobs), mask, count)

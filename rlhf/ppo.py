@@ -41,6 +41,7 @@ from rlhf.ppo_config import PPOConfig
 from rlhf.roles import Roles
 from rlhf.rollout import Rollout, collect
 from rlhf.stages import total_budget
+from rlhf.stats import clustered_se
 from rlhf.tensors import explained_variance, masked_mean, masked_sum_rows, masked_whiten
 
 # name -> advantages (N, T) of (trainer, token rewards (N, T), rollout); only gae has a critic, and returns for it
@@ -75,7 +76,7 @@ class PPOTrainer:
             tokenizer, stop_ids, world, budget, engine,
         )  # fmt: skip
         self.ptx = ptx or []
-        self.kl = KLController(config.kl_coef, config.kl_target, config.kl_horizon)
+        self.kl = KLController(config.kl_coef, config.kl_target, config.horizon)
         self.scores, self.returns = RunningMoments(), RunningMoments()  # of raw scores; of whole rewards (reinforce)
         self.guards = Guards(config.guards, watched or [])
         self.done = 0  # steps made
@@ -199,6 +200,7 @@ class PPOTrainer:
             rollout.mask.sum(-1),
             moments=(self.scores.mean, self.scores.std) if config.normalize_scores else None,
             clip=config.score_clip,
+            missing_eos=config.missing_eos,
             missing_eos_score=config.missing_eos_score,
             length_penalty=config.length_penalty,
         )
@@ -342,7 +344,6 @@ class PPOTrainer:
         sequence = masked_sum_rows(k1, mask)
         metrics = {
             "kl/sequence": sequence.mean(),
-            "kl/sequence_se": sequence.std() / math.sqrt(n) if n > 1 else 0.0,
             "kl/token": masked_mean(k1, mask),
             "kl/k3": masked_sum_rows(kl_k3(rollout.logprobs, rollout.ref_logprobs), mask).mean(),
             "kl/coef": self.kl.coef,
@@ -357,6 +358,9 @@ class PPOTrainer:
             "ppo/advantage_std": masked_mean((advantages - masked_mean(advantages, mask)) ** 2, mask).sqrt(),
             "rollout/logprob_gap": rollout.logprob_gap,
         }
+        error = clustered_se(sequence.tolist(), [about["group"] for about in rollout.samples.metadata])
+        if error is not None:
+            metrics["kl/sequence_se"] = error
         if self.roles.has_critic:
             metrics["value/mean"] = masked_mean(rollout.values, mask)
             metrics["value/return"] = masked_mean(returns, mask)

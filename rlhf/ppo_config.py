@@ -28,7 +28,7 @@ class PPOConfig(SamplingConfig, AdapterConfig):
     )
     value_learning_rate: float | None = option(
         None,
-        "that of the critic, default as the policy's. Adam is scale-invariant, so vf_coef hardly moves it",
+        "that of the critic, default as the policy's; this sets the size of its steps, vf_coef hardly does",
         low=0,
         high=1,
     )
@@ -36,7 +36,9 @@ class PPOConfig(SamplingConfig, AdapterConfig):
     adam_epsilon: float = option(1e-5, "AdamW's epsilon (2403.17031)", above=0)
 
     advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce"] = option(
-        "gae", "gae: with a critic; rloo, grpo: against the prompt's other samples; reinforce: a running mean"
+        "gae",
+        "gae: with a critic; rloo: less the mean of the prompt's other samples; grpo: in deviations of them (all of "
+        "GRPO also has kl_in loss, kl_estimator k3); reinforce: less a running mean",
     )
     gamma: float = option(1.0, "discount of later rewards, in gae", low=0, high=1)
     gae_lambda: float = option(0.95, "trade of variance against bias in gae", low=0, high=1)
@@ -46,7 +48,12 @@ class PPOConfig(SamplingConfig, AdapterConfig):
     whiten_rewards: bool = option(False, "variance 1 of the token rewards of a rollout, their mean kept")
     normalize_scores: bool = option(False, "scores minus their running mean, by their running standard deviation")
     score_clip: float | None = option(None, "scores are cut at plus and minus this (after normalisation)", above=0)
-    missing_eos_score: float | None = option(-1.0, "score of a response that does not end; none: the scorer's own")
+    missing_eos: Literal["min", "replace", "subtract"] = option(
+        "min",
+        "a response that does not end scores at most missing_eos_score, or just that (2403.17031), or so much less "
+        "(missing_eos_score being negative)",
+    )
+    missing_eos_score: float | None = option(-1.0, "see missing_eos; none: such a response scores as the others do")
     length_penalty: float = option(0.0, "taken from the score for each token of the response")
 
     kl_coef: float = option(0.05, "weight of the KL to the reference; 0 lets the policy drift", low=0)
@@ -54,10 +61,16 @@ class PPOConfig(SamplingConfig, AdapterConfig):
         "reward", "where the KL counts: each token's reward, or the policy's loss"
     )
     kl_estimator: Literal["k1", "k2", "k3"] = option(
-        "k1", "k1 for the reward; in the loss k2 has the KL's gradient, k3 is GRPO's, k1 pulls nowhere on average"
+        "k1",
+        "k1 for the reward, where its gradient is the sequence KL's; in the loss k2 has that of each token's KL given "
+        "those before it, k3 (GRPO's) that of the KL the other way round, and k1 pulls nowhere on average",
     )
     kl_target: float | None = option(None, "adapt kl_coef towards this sequence KL in nats; default: fixed", above=0)
-    kl_horizon: float = option(10_000, "responses over which an adaptive kl_coef moves", above=0)
+    kl_horizon: float | None = option(
+        None,
+        "responses over which an adaptive kl_coef moves; default: a tenth of the run's, one rollout at least",
+        above=0,
+    )
     reference_ema: float | None = option(
         None, "decay of a reference that follows the policy, for the penalty alone; default: it stays", low=0, high=1
     )
@@ -73,7 +86,12 @@ class PPOConfig(SamplingConfig, AdapterConfig):
     )
     critic_warmup_steps: int = option(0, "first steps in which the critic alone learns", low=0)
     value_clip_range: float | None = option(0.2, "how far a value may move in one rollout; none: no clipping", above=0)
-    vf_coef: float = option(0.1, "weight of the value loss in the joint gradient norm; see value_learning_rate", low=0)
+    vf_coef: float = option(
+        0.1,
+        "weight of the value loss. AdamW hardly minds the scale of a loss, but both are clipped to one joint norm: a "
+        "large one shrinks the policy's gradient towards adam_epsilon, and the policy's steps with it",
+        low=0,
+    )
 
     guards: dict = option(
         {}, "changes to the guards of docs/guards.md, e.g. {max_kl: {threshold: 30}, length: off}", resume="free"
@@ -97,8 +115,13 @@ class PPOConfig(SamplingConfig, AdapterConfig):
             raise UserError("'reward' names no scorer; for example reward: [{model: runs/reward}]")
         if self.kl_target is not None and self.kl_coef == 0:
             raise UserError("'kl_target' adapts 'kl_coef' by factors, so 'kl_coef' cannot begin at 0")
-        if self.kl_target is not None and self.kl_horizon < size:
+        if self.kl_target is not None and self.horizon < size:
             raise UserError(f"'kl_horizon' is {self.kl_horizon}, less than one rollout of {size}")
+        if self.missing_eos == "subtract" and (self.missing_eos_score or 0.0) > 0:
+            raise UserError(
+                f"'missing_eos_score' is {self.missing_eos_score} and 'missing_eos' subtract, so that not ending would "
+                f"pay. To take {self.missing_eos_score} off: --missing_eos_score {-self.missing_eos_score}"
+            )
         if self.advantage_estimator in ("rloo", "grpo") and self.samples_per_prompt < 2:
             raise UserError(
                 f"advantage_estimator {self.advantage_estimator} compares samples of one prompt, and there is 1; for "
@@ -113,6 +136,13 @@ class PPOConfig(SamplingConfig, AdapterConfig):
     def total_steps(self) -> int:
         """Whole rollouts; episodes beyond the last one are not sampled."""
         return self.total_episodes // self.rollout_batch_size
+
+    @property
+    def horizon(self) -> float:
+        """Responses over which an adaptive kl_coef moves."""
+        if self.kl_horizon is not None:
+            return self.kl_horizon
+        return max(self.rollout_batch_size, 0.1 * self.total_steps * self.rollout_batch_size)
 
     @property
     def critic_rate(self) -> float:

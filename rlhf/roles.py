@@ -62,9 +62,9 @@ class Roles(nn.Module):
     The policy is a trainable copy of the foundation's adapter and the reference a frozen one; on a foundation without
     adapter (a whole or merged SFT model) the policy is new and the reference is the base with adapters off.
     `reward_path` None leaves the reward role out. `critic` says what the value role starts from: "reward" (adapter and
-    head of the reward role, 2403.17031), "policy" (the policy's adapter, a head of zeros), "fresh" (a new adapter, a
-    head of zeros), "auto" (reward where there is one, else policy); None leaves it out. `moving_reference` adds a copy
-    of the policy that `follow` draws after it.
+    head of the reward role, 2403.17031, times `reward_weight`, that of its score in the total), "policy" (the policy's
+    adapter, a head of zeros), "fresh" (a new adapter, a head of zeros), "auto" (reward where there is one, else
+    policy); None leaves it out. `moving_reference` adds a copy of the policy that `follow` draws after it.
     """
 
     def __init__(
@@ -75,6 +75,7 @@ class Roles(nn.Module):
         gradient_checkpointing: bool = False,
         critic: str | None = "auto",
         moving_reference: bool = False,
+        reward_weight: float = 1.0,
     ):
         super().__init__()
         if critic == "reward" and not reward_path:
@@ -112,9 +113,9 @@ class Roles(nn.Module):
             self.heads["reward"] = reward_head(reward_path, width)
             self.score_scale, self.score_bias = reward_shift(reward_path)
         if critic == "reward":
-            with torch.no_grad():  # the critic predicts what the scorer gives, shift and scale included
-                self.heads["value"].weight.copy_(self.heads["reward"].weight * self.score_scale)
-                self.heads["value"].bias.fill_(self.score_bias)
+            with torch.no_grad():  # the critic predicts what the scorer adds to the total, shift and scale included
+                self.heads["value"].weight.copy_(self.heads["reward"].weight * self.score_scale * reward_weight)
+                self.heads["value"].bias.fill_(self.score_bias * reward_weight)
         self.heads.float()
         self._layers = [m for m in self.trunk.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
         dtype = next(foundation.model.parameters()).dtype

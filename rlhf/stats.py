@@ -7,6 +7,7 @@ cluster may depend on each other in any way. docs/compare.md has the simulated c
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -73,6 +74,23 @@ def fair_coin_p(count: int, n: int) -> float:
     tail = min(count, n - count)
     logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(tail + 1)]
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+
+
+def clustered_se(values: Sequence[float], clusters: Sequence[str]) -> float | None:
+    """Return the standard error of the mean of `values`, of which those of one cluster are not independent.
+
+        se = sqrt( G/(G-1) sum_g (sum_{i in g} (x_i - mean))^2 ) / n
+
+    The ratio estimator of a cluster sample (Cochran 1977, section 6.4), G clusters; with one value in each it is
+    s / sqrt(n). None for fewer than two clusters: one prompt says nothing about the spread over prompts.
+    """
+    mean, sums = sum(values) / len(values), dict.fromkeys(clusters, 0.0)
+    for value, cluster in zip(values, clusters, strict=True):
+        sums[cluster] += value - mean
+    count = len(sums)
+    if count < 2:
+        return None
+    return math.sqrt(count / (count - 1) * sum(s * s for s in sums.values())) / len(values)
 
 
 def student_quantile(p: float, df: float) -> float:

@@ -182,7 +182,12 @@ class Reference:
             if o.score_clip is not None:
                 score = max(-o.score_clip, min(o.score_clip, score))
             if o.missing_eos_score is not None and not ended:
-                score = o.missing_eos_score
+                if o.missing_eos == "replace":
+                    score = o.missing_eos_score
+                elif o.missing_eos == "min":
+                    score = min(score, o.missing_eos_score)
+                else:
+                    score = score + o.missing_eos_score
             shaped.append(score - o.length_penalty * len(response))
         return shaped
 

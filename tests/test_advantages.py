@@ -73,7 +73,10 @@ def test_scores_are_normalised_then_clipped_then_replaced_then_charged_for_lengt
         ({}, [10.0, -10.0]),
         ({"moments": (2.0, 4.0)}, [2.0, -3.0]),
         ({"clip": 4.0}, [4.0, -4.0]),
-        ({"missing_eos_score": 0.0}, [10.0, 0.0]),
+        ({"missing_eos_score": 0.0}, [10.0, -10.0]),  # no more than 0, and it was less: not ending never pays
+        ({"missing_eos_score": -11.0}, [10.0, -11.0]),
+        ({"missing_eos_score": 0.0, "missing_eos": "replace"}, [10.0, 0.0]),
+        ({"missing_eos_score": -3.0, "missing_eos": "subtract"}, [10.0, -13.0]),
         ({"length_penalty": 0.5}, [8.5, -12.0]),
         ({"length_penalty": -0.5}, [11.5, -8.0]),  # paid for length
     ],
@@ -108,10 +111,10 @@ def test_gae_by_hand():
     # gamma 1/2, lambda 1/2, row 0: rewards 0, 0, 1; values 1, 2, 4; after the end 0
     #   delta_2 = 1 - 4 = -3;  delta_1 = 0 + 2 - 2 = 0;  delta_0 = 0 + 1 - 1 = 0
     #   A_2 = -3;  A_1 = 0 + 1/4 * -3 = -0.75;  A_0 = 1/4 * -0.75 = -0.1875;  R = A + V
-    # row 1 ends after two tokens: rewards 0, 2; values 1, 3 (a 7 stands behind the end)
+    # row 1 ends after two tokens: rewards 0, 2; values 1, 3 (NaN stands behind the end, and is never read)
     #   delta_1 = 2 - 3 = -1;  delta_0 = 0 + 1.5 - 1 = 0.5;  A_1 = -1;  A_0 = 0.5 - 0.25 = 0.25
-    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 2.0, 9.0]])
-    values = torch.tensor([[1.0, 2.0, 4.0], [1.0, 3.0, 7.0]])
+    rewards = torch.tensor([[0.0, 0.0, 1.0], [0.0, 2.0, math.nan]])
+    values = torch.tensor([[1.0, 2.0, 4.0], [1.0, 3.0, math.nan]])
     advantages, returns = gae(rewards, values, MASK, 0.5, 0.5)
     close(advantages, [[-0.1875, -0.75, -3.0], [0.25, -1.0, 0.0]])
     close(returns, [[0.8125, 1.25, 1.0], [1.25, 2.0, 0.0]])

@@ -13,6 +13,7 @@ from rlhf.evaluate import EvalRow, Evaluation, eos_probability, sample_table, su
 from rlhf.models import load_foundation, lora_config
 from rlhf.roles import Roles
 from rlhf.stages import SamplingConfig
+from rlhf.stats import clustered_se
 
 
 def by_length(samples):
@@ -112,13 +113,13 @@ def test_two_steps_meet_the_same_luck_and_two_samples_do_not(roles, tokenizer):
 
 
 def test_means_by_hand():
-    def row(kl, length, score):
+    def row(kl, length, score, group):
         return EvalRow(
-            prompt=[], group="g", sample=0, response="", length=length, ended=length < 5, kl=kl, scores=score
+            prompt=[], group=group, sample=0, response="", length=length, ended=length < 5, kl=kl, scores=score
         )
 
     # lengths 2 and 6: mean 4; KL 1 and 3: mean 2, per token 4/8, standard error sqrt(2)/sqrt(2) = 1; NaN does not apply
-    metrics = summarise([row(1.0, 2, {"a": 1.0, "b": math.nan}), row(3.0, 6, {"a": 2.0, "b": 5.0})])
+    metrics = summarise([row(1.0, 2, {"a": 1.0, "b": math.nan}, "g"), row(3.0, 6, {"a": 2.0, "b": 5.0}, "h")])
     assert metrics == {
         "eval/response/length": 4.0,
         "eval/response/ended": 0.5,
@@ -128,6 +129,16 @@ def test_means_by_hand():
         "eval/kl/token": 0.5,
         "eval/kl/sequence_se": 1.0,
     }
+
+
+def test_the_standard_error_is_clustered():
+    # mean 3; deviations -2, 0 | 1, 1 summed to -2 and 2: sqrt(2/1 (4 + 4)) / 4 = 1
+    assert clustered_se([1.0, 3.0, 4.0, 4.0], ["a", "a", "b", "b"]) == pytest.approx(1.0, abs=1e-12)
+    # one value in each cluster: s / sqrt(n) = sqrt(6/3) / sqrt(4)
+    assert clustered_se([1.0, 3.0, 4.0, 4.0], list("abcd")) == pytest.approx(math.sqrt(2) / 2, abs=1e-12)
+    # unequal: mean 2; a: (0-2)+(3-2) = -1, b: 1: sqrt(2 (1 + 1)) / 3 = 2/3
+    assert clustered_se([0.0, 3.0, 3.0], ["a", "a", "b"]) == pytest.approx(2 / 3, abs=1e-12)
+    assert clustered_se([1.0, 2.0], ["a", "a"]) is None
 
 
 def test_the_table_shows_prompt_response_and_scores(roles, tokenizer):

@@ -107,7 +107,7 @@ def expected_gradient(name):
     return logits.grad.tolist()
 
 
-def test_k2_in_the_loss_has_the_gradient_of_the_kl():
+def test_k2_in_the_loss_has_the_gradient_of_the_kl_of_one_token():
     # d/dz_a sum_b p_b ln(p_b / q_b) = p_a (ln(p_a / q_a) - KL)
     kl = sum(p * math.log(p / q) for p, q in zip(P, Q, strict=True))
     for got, p, q in zip(expected_gradient("k2"), P, Q, strict=True):
@@ -118,6 +118,29 @@ def test_k3_in_the_loss_has_the_gradient_of_the_kl_the_other_way_round():
     # d/dz_a -sum_b q_b ln p_b = p_a - q_a
     for got, p, q in zip(expected_gradient("k3"), P, Q, strict=True):
         assert math.isclose(got, p - q, abs_tol=1e-12)
+
+
+def test_k2_in_the_loss_lacks_what_the_first_token_does_to_the_kl_of_the_second():
+    # Two tokens of two kinds. First: p (1/2, 1/2), q (3/4, 1/4). Second after a: p (4/5, 1/5), after b: p (1/2, 1/2),
+    # q (1/2, 1/2) after both. KL of the second: D_a = ln 2 + 4/5 ln 4/5 + 1/5 ln 1/5 = 0.1927448 after a, 0 after b.
+    # d/dz_a of the sequence KL = p_a (ln(p_a / q_a) - KL_1) + p_a p_b (D_a - D_b); k2 in the loss has the first part.
+    half, ref = torch.tensor([0.5, 0.5], dtype=torch.float64), torch.tensor([[0.75, 0.25], [0.5, 0.5]])
+    first = half.log().requires_grad_()
+    second = torch.tensor([[0.8, 0.2], [0.5, 0.5]], dtype=torch.float64).log()
+    total = 0.0
+    for a in range(2):
+        for b in range(2):
+            logprobs = torch.stack([torch.log_softmax(first, 0)[a], second[a, b]])[None]
+            other = torch.stack([ref[0, a], ref[1, b]]).log().double()[None]
+            weight = 0.5 * second[a, b].exp()
+            loss = kl_loss(logprobs, other, torch.ones(1, 2, dtype=torch.bool), KL_ESTIMATORS["k2"], count=1)
+            total = total + weight * loss
+    total.backward()
+    kl_first = 0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)
+    of_token = 0.5 * (math.log(0.5 / 0.75) - kl_first)
+    of_sequence = of_token + 0.25 * (math.log(2) + 0.8 * math.log(0.8) + 0.2 * math.log(0.2))
+    assert math.isclose(first.grad[0].item(), of_token, abs_tol=1e-7)
+    assert math.isclose(of_sequence - of_token, 0.25 * 0.1927448, abs_tol=1e-7)
 
 
 def test_k1_in_the_loss_pulls_nowhere():

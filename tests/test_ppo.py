@@ -160,7 +160,7 @@ def test_the_same_prompt_twice_in_a_rollout_gets_two_samples(base_path):
 
 
 def test_a_response_that_does_not_end_scores_the_eos_penalty(sft_path):
-    learner = trainer(sft_path, config(missing_eos_score=-7.0))
+    learner = trainer(sft_path, config(missing_eos_score=-7.0, missing_eos="replace"))
     learner.stop_ids = STOPS
     metrics, rollout = learner.step(0)
     shaped = learner.shaped(rollout)
@@ -252,6 +252,7 @@ def test_permutation_depends_on_its_key_alone():
         ({"kl_coef": -0.1}, "kl_coef"),
         ({"kl_coef": 0.0, "kl_target": 6.0}, "cannot begin at 0"),
         ({"kl_target": 6.0, "kl_horizon": 4}, "less than one rollout"),
+        ({"missing_eos": "subtract", "missing_eos_score": 2.0}, "--missing_eos_score -2.0"),
         ({"score_clip": 0.0}, "score_clip"),
         ({"reference_ema": 1.5}, "reference_ema"),
         ({"advantage_estimator": "rloo"}, "compares samples of one prompt"),
@@ -267,6 +268,27 @@ def test_impossible_combinations_are_refused(wrong, word):
         options = config(**wrong)
         check_ranges(options)
         options.validate()
+
+
+def test_an_adaptive_coefficient_moves_over_a_tenth_of_the_run():
+    assert config(total_episodes=1000, rollout_batch_size=8).horizon == 100
+    assert config(total_episodes=1006, rollout_batch_size=8).horizon == 100  # 125 rollouts of 8
+    assert config(total_episodes=32, rollout_batch_size=8).horizon == 8  # never less than a rollout
+    assert config(kl_horizon=64.0).horizon == 64
+
+
+def test_the_error_of_the_kl_counts_prompts_not_samples(sft_path):
+    metrics = trainer(sft_path, config(samples_per_prompt=4)).step(0)[0]
+    assert metrics["kl/sequence_se"] == 0.0
+    learner = trainer(sft_path, config(samples_per_prompt=4))
+    learner.step(0)
+    metrics, rollout = learner.step(1)
+    kl = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(-1).double()
+    # two prompts of four samples: |difference of their means| / 2 is the error of the mean
+    means = kl.view(2, 4).mean(-1)
+    assert math.isclose(metrics["kl/sequence_se"], float((means[0] - means[1]).abs()) / 2, rel_tol=1e-5)
+    one_prompt = trainer(sft_path, config(samples_per_prompt=8)).step(0)[0]
+    assert "kl/sequence_se" not in one_prompt
 
 
 def test_rollout_is_the_same_whatever_the_micro_batch(sft_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from rlhf.data.records import Scores
+from rlhf.distributed import Learner, World
 from rlhf.models import load_foundation
 from tests.test_ppo import STOPS, config, trainer
 
@@ -260,9 +261,8 @@ def test_what_a_guard_takes_back_is_not_made_where_all_that_was_last_is_clipped(
 
     def spy_pass(*arguments):
         loss, metrics = make(*arguments)
-        learner.clipped = not any(
-            g.any() for g in torch.autograd.grad(loss, learner.roles.parameters_of(last.split("_")[0]), retain_graph=True)
-        )
+        gradients = torch.autograd.grad(loss, learner.roles.parameters_of(last.split("_")[0]), retain_graph=True)
+        learner.clipped = not any(g.any() for g in gradients)
         return loss, metrics
 
     def spy_step(rates, *, discard=False):
@@ -279,6 +279,17 @@ def test_what_a_guard_takes_back_is_not_made_where_all_that_was_last_is_clipped(
     assert changed == {True: [False] * 10, False: [True] * 10}
     assert sum(clipped) >= 2
     assert learner.guards.counts["shortened_rollouts"] == 10
+
+
+def test_a_large_gradient_of_the_critic_shortens_the_step_of_the_policy():
+    # joint norm clipped to 1: the policy's 1e-4 beside 100 becomes 1e-6, and Adam's first step rate * g / (|g| + 1e-5)
+    # falls from 1e-4 / 1.1e-4 = 0.909 of the rate to 1e-6 / 1.1e-5 = 0.0909
+    for critic, expected in ((0.0, 1e-4 / 1.1e-4), (100.0, 1e-6 / 1.1e-5)):
+        both = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)])
+        learner = Learner(both, [{"params": [p]} for p in both], World(), adam_eps=1e-5)
+        learner.backward(1e-4 * both[0].sum() + critic * both[1].sum(), last=True)
+        learner.step([1.0, 1.0])
+        assert math.isclose(-float(both[0].detach()), expected, rel_tol=1e-5)
 
 
 def test_the_adaptive_coefficient_is_the_next_step_s(sft_path):

@@ -37,7 +37,7 @@ GRID = {
         "model": "base",
         "options": {
             "advantage_estimator": "rloo", "samples_per_prompt": 2, "rollout_batch_size": 8, "total_episodes": 32,
-            "whiten_advantages": True, "kl_estimator": "k3", "kl_coef": 0.2,
+            "whiten_advantages": True, "kl_estimator": "k3", "kl_coef": 0.2, "missing_eos": "subtract",
         },
     },
     "reinforce": {
@@ -57,8 +57,8 @@ GRID = {
         "options": {
             "normalize_scores": True, "score_clip": 0.8, "per_device_train_batch_size": 8,
             "whiten_rewards": True, "length_penalty": 0.07,
-            "missing_eos_score": -0.4, "kl_estimator": "k2", "critic_from": "fresh", "vf_coef": 0.8,
-            "value_learning_rate": 0.02, "max_grad_norm": 0.05, "value_clip_range": 0.03,
+            "missing_eos_score": -0.4, "missing_eos": "replace", "kl_estimator": "k2", "critic_from": "fresh",
+            "vf_coef": 0.8, "value_learning_rate": 0.02, "max_grad_norm": 0.05, "value_clip_range": 0.03,
         },
     },
     "a reference that moves": {

@@ -1,4 +1,6 @@
 import json
+import shutil
+import sys
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from rlhf.config import UserError
 from rlhf.models import completion_batch, load_foundation, lora_config, trainable_policy
 from rlhf.roles import Roles
 from tests.conftest import random_adapter
+from tests.launch.conftest import door
 
 PROMPTS, RESPONSES = [[5, 6, 7], [8, 9, 10, 11, 12]], [[20, 21, 22, 2], [30, 31]]
 
@@ -138,6 +141,44 @@ def test_a_critic_from_the_reward_model_is_its_adapter_and_its_scores(roles):
     # reward.json says scale 0.5, bias -0.25
     assert torch.equal(roles.heads["value"].weight, 0.5 * roles.heads["reward"].weight)
     assert roles.heads["value"].bias.item() == -0.25
+
+
+def test_the_critic_starts_from_what_the_reward_model_adds_to_the_total(sft_path, reward_path):
+    roles = Roles(load_foundation(sft_path), lora_config(), reward_path, reward_weight=-3.0)
+    # scale 0.5 and bias -0.25, times the weight of its score
+    assert torch.equal(roles.heads["value"].weight, -1.5 * roles.heads["reward"].weight)
+    assert roles.heads["value"].bias.item() == 0.75
+
+
+def test_the_program_starts_the_critic_by_the_weights_of_the_scorers(sft_path, reward_path):
+    from rlhf.ppo_config import PPOConfig
+
+    door("ppo")
+    program = sys.modules["door_ppo"]
+
+    def start(reward, **more):
+        options = PPOConfig(model_name_or_path="x", data=["x"], output_dir="x", reward=reward, **more)
+        return program.critic_start(options, program.reward_role(reward, load_foundation(sft_path)))
+
+    model, rule = {"model": reward_path, "name": "rm"}, {"rule": "length", "low": 1, "high": 9}
+    assert start([model]) == ("reward", 1.0, [])
+    both = [model | {"weight": 0.5}, rule | {"weight": 2}, rule | {"name": "seen", "weight": 0}]
+    assert start(both) == ("reward", 0.5, ["length (weight 2)"])
+    assert start(both, normalize_scores=True)[2] == ["length (weight 2)", "the normalisation of scores"]
+    assert start(both, critic_from="policy") == ("policy", 1.0, [])
+    assert start([model | {"weight": 0}, rule]) == ("policy", 1.0, [])
+    with pytest.raises(UserError, match="only watched"):
+        start([model | {"weight": 0}, rule], critic_from="reward")
+    assert start([model], advantage_estimator="rloo", samples_per_prompt=2) == (None, 1.0, [])
+
+
+def test_a_reward_model_that_is_learnt_from_becomes_the_role(sft_path, reward_path, tmp_path):
+    door("ppo")
+    shutil.copytree(reward_path, tmp_path / "other")
+    watched = {"model": str(tmp_path / "other"), "weight": 0}
+    role = sys.modules["door_ppo"].reward_role([watched, {"model": reward_path}], load_foundation(sft_path))
+    assert role == reward_path
+    assert sys.modules["door_ppo"].reward_role([watched], load_foundation(sft_path)) == watched["model"]
 
 
 def test_a_critic_from_the_policy_is_its_adapter_and_knows_nothing(sft_path, reward_path):
