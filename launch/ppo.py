@@ -22,6 +22,7 @@ from rlhf.run import begin, in_short
 @program
 def main(argv: list[str] | None = None) -> None:
     config = parse(PPOConfig, argv)
+    from reward.card import doubts_of
     from reward.compose import build_scorer, check_specs, watched
 
     weights = [(name, weight) for _, _, name, weight, _ in check_specs(config.reward)]
@@ -45,6 +46,9 @@ def main(argv: list[str] | None = None) -> None:
 
     for spec in config.reward:
         run.stands_on(f"reward {json.dumps(spec)}", files_fingerprint(scorer_files(spec)))
+        for folder in [spec["model"]] if "model" in spec else spec.get("ensemble", []):
+            for doubt in doubts_of(folder):
+                run.say(f"WARNING: {folder}: {doubt}")
     role = reward_role(config.reward, foundation)
     critic, critic_weight, left_out = critic_start(config, role)
     if left_out:
@@ -147,9 +151,10 @@ def main(argv: list[str] | None = None) -> None:
         look(trainer.done)
 
     spent = stages.total_budget(budget, run.world)
-    if not stopped and not spent["budget/tokens_trained"]:
+    if not spent["budget/tokens_trained"]:
         run.close()
-        raise Halt(f"ppo: nothing was learnt: every rollout was skipped, see {config.output_dir}/tables", EXIT_GUARD)
+        why = stopped.reason if stopped else f"every rollout was skipped, see {config.output_dir}/tables"
+        raise Halt(f"ppo: nothing was learnt: {why}", EXIT_GUARD)
     with trainer.learner.gathered():
         if run.world.is_main:
             roles.save(config.output_dir, foundation)

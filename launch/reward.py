@@ -121,7 +121,7 @@ def report(run, held_out: list[dict], chosen: list[float], rejected: list[float]
     """Write the report card, log its numbers, and return the headline."""
     import torch
 
-    from reward.card import report_card, write_card
+    from reward.card import doubts, report_card, write_card
     from reward.objective import reward_loss
     from reward.trainer import EXTRAS, pair_rows
 
@@ -144,6 +144,8 @@ def report(run, held_out: list[dict], chosen: list[float], rejected: list[float]
     run.tracker.log(logged, step)
     if run.world.is_main:
         run.say(f"report card: {write_card(card, run.config.output_dir)}")
+        for doubt in doubts(card):
+            run.say(f"WARNING: {doubt}")
     accuracy, calibration = card["accuracy"], card["calibration"]
     headline = {f"eval/reward/accuracy_{end}": accuracy[end] for end in ("low", "high") if accuracy[end] is not None}
     headline |= {"eval/reward/groups": accuracy["n"], "eval/reward/ece": calibration["ece"]}

@@ -20,6 +20,7 @@ import numpy as np
 from rlhf.data.records import Preference
 from rlhf.stats import jackknife_interval
 
+LENGTH_DETECTOR = math.sqrt(0.5)  # a correlation by which length explains half of the variance
 MAX_SLICES = 20  # sources or annotators listed, the largest first
 
 
@@ -188,6 +189,45 @@ def worst_mistakes(pairs: Sequence[Preference], gaps: np.ndarray, count: int = 5
         }
         for i in order
     ]
+
+
+def doubts(card: dict[str, Any]) -> list[str]:
+    """What a card says against learning from its reward model, one sentence each; empty where it says nothing.
+
+    At chance: the interval of the accuracy holds one half or lies below it. A length detector: length explains half or
+    more of the variance of scores, or of score gaps (r^2 >= 1/2).
+    """
+    found, accuracy, length = [], card["accuracy"], card["length"]
+    if accuracy["low"] is None:
+        found.append(f"{accuracy['n']} group of held-out pairs: too few to know its accuracy")
+    elif accuracy["low"] <= 0.5:
+        side = "cannot be told from guessing" if accuracy["high"] >= 0.5 else "is worse than guessing"
+        found.append(
+            f"its accuracy on held-out pairs is {accuracy['accuracy']:.3f} ({accuracy['low']:.3f} to "
+            f"{accuracy['high']:.3f}), which {side}: what is learnt from it is noise. Look at the pairs, train it anew"
+        )
+    correlations = {"scores": length["correlation"], "score gaps": length["gap_correlation"]}
+    of, largest = max(correlations.items(), key=lambda item: abs(item[1] or 0.0))
+    if abs(largest or 0.0) >= LENGTH_DETECTOR:
+        rule = length["baseline"]
+        found.append(
+            f"its {of} go with length (correlation {largest:+.2f}; 'the {rule['rule']} is better' alone is right in "
+            f"{rule['accuracy']:.2f} of the pairs): the policy learns length. Balance the pairs, or set length_penalty"
+        )
+    return found
+
+
+def doubts_of(folder: str | Path) -> list[str]:
+    """The doubts of the card that a reward model's folder holds; that there is none is one too. None for a Hub name."""
+    file = Path(folder) / "card.json"
+    if not file.parent.is_dir():
+        return []
+    if not file.is_file():
+        return ["no report card (card.json) there, so nothing is known of its accuracy on held-out pairs"]
+    try:
+        return doubts(json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"card.json cannot be read as a report card ({error!r})"]
 
 
 def write_card(card: dict[str, Any], directory: str | Path) -> Path:

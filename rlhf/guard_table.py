@@ -87,7 +87,20 @@ GUARDS: dict[str, Guard] = {
     "no_end": Guard(
         threshold=0.5, action="warn", window=5, limit=3, most=1.0,
         help="responses run into the token limit and are not judged as they stand",
-        remedy="raise max_response_length or lower missing_eos_score", **_STEP,
+        remedy="raise max_response_length, train SFT until it ends its answers, lower missing_eos_score", **_STEP,
+    ),
+    "no_signal": Guard(
+        threshold=None, action="stop", window=None, limit=None,
+        help="there is nothing to learn from, and an update would learn the critic's noise",
+        remedy="mend the scorer; where no response ends, raise max_response_length or train SFT until it ends its "
+               "answers; where a reward is rare, take more responses or guards.no_signal: warn",
+        actions=("off", "warn", "stop"), refused="it looks once, before there is an update to leave out or take back",
+    ),
+    "length_detector": Guard(
+        threshold=0.7, action="warn", window=None, limit=None, most=1.0,
+        help="the score is mostly length, and the policy will learn that",
+        remedy="look at the reward model's report card, balance its pairs, or set length_penalty",
+        actions=("off", "warn", "stop"), refused="it looks once, before there is an update to leave out or take back",
     ),
     "score_spread": Guard(
         threshold=0.05, action="warn", window=5, limit=3, most=1.0,

@@ -18,6 +18,7 @@ from rlhf.metrics import is_known
 
 BASELINE = 5  # healthy steps whose mean is a run's own measure of entropy, length and spread
 IN_A_ROW = 2  # steps that the test for reward hacking must hold
+ENOUGH = 32  # responses, for a correlation
 NOTHING = 1e-8  # an entropy or a spread of scores that is none at all, whatever it began with
 ROUNDING = 0.01  # nats: a KL nearer to 0 is not called negative
 
@@ -73,6 +74,25 @@ class Guards:
         if message is None:
             return None
         return self._fault("not_finite", "rollouts", step, step, math.nan, None, message)
+
+    def first(self, step: int, metrics: dict[str, float], spread: float, responses: int) -> Decision | None:
+        """Before the first update, with its rollout's metrics; returns the gravest.
+
+        spread: the largest difference between scores that are compared, all or those of one prompt's samples.
+        """
+        found, ended = [], metrics["response/ended"]
+        if ended == 0 and self.guards["no_end"].action != "off":
+            what = "before the first update no response has ended"
+            found.append(self._decide("no_end", "warn", step, 1.0, self.guards["no_end"].threshold, what, step))
+        action = self.guards["no_signal"].action
+        if spread <= NOTHING and responses > 1 and action != "off":
+            what = f"before the first update the scores that are compared are all alike, {metrics['score/total']:.3g}"
+            found.append(self._decide("no_signal", action, step, spread, NOTHING, what, step))
+        guard, r = self.guards["length_detector"], metrics.get("score/length_correlation", 0.0)
+        if abs(r) > guard.threshold and responses >= ENOUGH and guard.action != "off":
+            what = f"the correlation of score/raw with length over the first {responses} responses is {r:+.2f}"
+            found.append(self._decide("length_detector", guard.action, step, r, guard.threshold, what, step))
+        return _gravest(found)
 
     def step(self, step: int, metrics: dict[str, float]) -> Decision | None:
         """After a PPO step, with its metrics. Names that are missing or NaN are not judged. Returns the gravest."""

@@ -63,6 +63,11 @@ METRICS: dict[str, Metric] = {
         "well above 0",
         "near 0: the scorer cannot tell the responses apart, or the policy says one thing only",
     ),
+    "score/length_correlation": Metric(
+        "Pearson's r of score/raw and length over the responses of the rollout; missing where one does not vary",
+        "within 0.5 of 0",
+        "above 0.7: the score is mostly length; see the reward report's length bias, set length_penalty",
+    ),
     "score/raw": Metric(
         "mean over responses of the scorers' weighted sum, before normalisation, clipping, EOS rule and length penalty",
         "rises, then flattens",

@@ -144,6 +144,12 @@ class PPOTrainer:
         advantages = ESTIMATORS[config.advantage_estimator](self, rewards, rollout)
         returns = advantages + rollout.values
         metrics = self.describe(rollout, scores, rewards, advantages, returns)
+        decision = None
+        if not self.guards.updates:
+            decision = self.guards.first(step + 1, metrics, self.spread(scores), len(scores))
+        if decision is not None and decision.action == "stop":
+            self.urgent = decision
+            return metrics | rollout.seconds | {"time/step": time.monotonic() - began}, rollout
         if config.whitens:
             advantages = masked_whiten(advantages, rollout.mask)
         learn_began = time.monotonic()
@@ -204,6 +210,12 @@ class PPOTrainer:
             missing_eos_score=config.missing_eos_score,
             length_penalty=config.length_penalty,
         )
+
+    def spread(self, scores: Tensor) -> float:
+        """The largest difference between scores (N,) that are compared: those of one prompt's samples, or all."""
+        groups = self.config.advantage_estimator in ("rloo", "grpo")
+        compared = scores.view(-1, self.config.samples_per_prompt if groups else len(scores))
+        return float((compared.amax(-1) - compared.amin(-1)).max())
 
     def baseline_of(self, rewards: Tensor, mask: Tensor) -> float:
         """The mean of all earlier responses' rewards; of these at the very first step, which has no earlier ones."""
@@ -358,6 +370,10 @@ class PPOTrainer:
             "ppo/advantage_std": masked_mean((advantages - masked_mean(advantages, mask)) ** 2, mask).sqrt(),
             "rollout/logprob_gap": rollout.logprob_gap,
         }
+        lengths = mask.sum(-1).double()
+        if n > 1 and lengths.std() > 0 and rollout.scores.std() > 0:
+            both = torch.stack([rollout.scores.double(), lengths])
+            metrics["score/length_correlation"] = torch.corrcoef(both)[0, 1]
         error = clustered_se(sequence.tolist(), [about["group"] for about in rollout.samples.metadata])
         if error is not None:
             metrics["kl/sequence_se"] = error

@@ -165,6 +165,33 @@ def test_the_gravest_decision_is_returned_and_all_are_recorded():
     assert [d.guard for d in guards.news()] == ["max_kl", "repetition"] and guards.news() == []
 
 
+# before the first update
+
+
+def test_the_first_rollout_is_looked_at_before_anything_is_learnt():
+    healthy = HEALTHY | {"score/length_correlation": 0.69}
+    assert Guards({}).first(1, healthy, 0.1, 64) is None
+    guards = Guards({})
+    decision = guards.first(1, healthy | {"response/ended": 0.0, "score/total": -1.0}, 0.0, 64)
+    assert (decision.guard, decision.action) == ("no_signal", "stop")
+    assert "are all alike, -1" in decision.reason and "max_response_length" in decision.reason
+    assert [(e["guard"], e["action"]) for e in guards.events] == [("no_end", "warn"), ("no_signal", "stop")]
+    assert Guards({"no_signal": "warn"}).first(1, healthy, 0.0, 64).action == "warn"
+    assert Guards({"no_signal": "off"}).first(1, healthy, 0.0, 64) is None
+    assert Guards({}).first(1, healthy, 0.0, 1) is None  # one response differs from no other
+    assert Guards({}).first(1, healthy | {"response/ended": 0.0}, 0.1, 64).guard == "no_end"
+    assert Guards({"no_end": "off"}).first(1, healthy | {"response/ended": 0.0}, 0.1, 64) is None
+
+
+def test_a_score_that_is_length_is_said_before_it_is_learnt_from():
+    for r in (0.71, -0.71):
+        decision = Guards({}).first(1, HEALTHY | {"score/length_correlation": r}, 0.1, 32)
+        assert (decision.guard, decision.action, decision.value) == ("length_detector", "warn", r)
+    assert Guards({}).first(1, HEALTHY | {"score/length_correlation": 0.9}, 0.1, 31) is None  # too few to say
+    assert Guards({"length_detector": 0.8}).first(1, HEALTHY | {"score/length_correlation": 0.71}, 0.1, 32) is None
+    assert Guards({}).first(1, HEALTHY, 0.1, 32) is None  # one of the two does not vary
+
+
 # single updates
 
 

@@ -38,6 +38,7 @@ def config(**more):
         "num_mini_batches": 2,
         "max_response_length": 6,
         "learning_rate": 1e-2,
+        "guards": {"no_signal": "off"},  # so few and so short responses often score alike
     }
     return PPOConfig(**(values | more))
 
@@ -170,6 +171,40 @@ def test_a_response_that_does_not_end_scores_the_eos_penalty(sft_path):
     assert 0 < metrics["response/ended"] < 1
     assert math.isclose(metrics["score/total"], float(shaped.mean()), abs_tol=1e-6)
     assert math.isclose(metrics["score/raw"], float(rollout.scores.mean()), abs_tol=1e-6)
+
+
+def equal_scores(samples):
+    return Scores([0.5] * len(samples))
+
+
+def test_a_run_whose_first_scores_are_all_the_same_stops_before_it_learns(sft_path):
+    learner = trainer(sft_path, config(missing_eos_score=None, guards={}), equal_scores)
+    before, seen = learner.learner.state_dict(), []
+    stopped = learner.train(lambda step, metrics, rollout: seen.append(metrics))
+    assert (stopped.guard, stopped.action, learner.done) == ("no_signal", "stop", 1)
+    assert all(torch.equal(v, before[k]) for k, v in learner.learner.state_dict().items())
+    (metrics,) = seen
+    assert metrics["score/std"] == 0.0 and "ppo/updates" not in metrics
+    allowed = trainer(sft_path, config(missing_eos_score=None, guards={"no_signal": "warn"}), equal_scores)
+    assert allowed.step(0)[0]["ppo/updates"] == 4 and allowed.guards.events[0]["guard"] == "no_signal"
+    assert "score/length_correlation" not in metrics
+
+
+def test_what_is_compared_are_the_samples_of_a_prompt_where_the_estimator_does(sft_path):
+    def by_prompt(samples):  # as Rollout has them: four samples of each prompt
+        return Scores([float(len(ids)) for ids in samples.prompt_ids])
+
+    options = {"samples_per_prompt": 4, "missing_eos_score": None, "guards": {}}
+    assert trainer(sft_path, config(**options), by_prompt).step(0)[0]["ppo/updates"] == 4
+    learner = trainer(sft_path, config(advantage_estimator="rloo", **options), by_prompt)
+    assert "ppo/updates" not in learner.step(0)[0] and learner.urgent.guard == "no_signal"
+    assert learner.spread(torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.5, 3.0])) == 0.5
+
+
+def test_the_correlation_of_score_and_length_by_hand(sft_path):
+    learner = trainer(sft_path, config(missing_eos_score=None))
+    learner.stop_ids = STOPS
+    assert math.isclose(learner.step(0)[0]["score/length_correlation"], 1.0, abs_tol=1e-9)  # the score is the length
 
 
 def nan_scorer(samples):

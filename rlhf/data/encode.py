@@ -134,7 +134,27 @@ def encode(
             dropped[f"response longer than max_response_length {max_response_length} tokens"] += 1
         else:
             rows.append({**row, "record": record})
+    say_unknown(rows, tokenizer)
     return rows, dropped
+
+
+def say_unknown(rows: list[dict[str, Any]], tokenizer: Any) -> None:
+    """Say of which share of the rows' tokens the tokenizer knows nothing; a byte-level one can write anything."""
+    unknown, count, total = tokenizer.unk_token_id, 0, 0
+    if unknown is None:
+        return
+    for row in rows:
+        for name, ids in row.items():
+            if name != "record":
+                count += ids.count(unknown)
+                total += len(ids)
+    if count:
+        what = f"{len(rows)} {type(rows[0]['record']).__name__.lower()} rows"
+        print(
+            f"{100 * count / total:.2g} % of the tokens of {what} are unknown to the tokenizer "
+            f"({tokenizer.unk_token}): the model does not see what is written there",
+            file=sys.stderr,
+        )
 
 
 def sft_rows(encoded: Sequence[dict[str, Any]]) -> list[dict[str, list[int]]]:

@@ -122,6 +122,24 @@ def test_more_dropped_rows_than_allowed_stop_training_but_not_evaluation(tmp_pat
     assert made_run(tmp_path, long=3, short=0, split="validation").rows(Instruction, "validation", tokenizer) == []
 
 
+def test_the_share_of_unknown_tokens_is_said(capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "yes": 2, "no": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    yes = [{"role": "user", "content": "yes yes yes"}]
+    encode([Instruction(prompt=yes, response="no")], tokenizer, 99, 99)
+    assert capsys.readouterr().err == ""
+    row = Preference(prompt=yes, chosen="no", rejected="perhaps")  # yes yes yes, no </s>, <unk> </s>: one of seven
+    encode_preferences([row], tokenizer, 99, 99)
+    assert "14 % of the tokens of 1 preference rows are unknown to the tokenizer (<unk>)" in capsys.readouterr().err
+    encode_prompts([Prompt(prompt=yes), Prompt(prompt=[{"role": "user", "content": "oh"}])], tokenizer, 99)
+    assert "25 % of the tokens of 2 prompt rows" in capsys.readouterr().err
+
+
 def test_a_model_without_template_gets_the_plain_one(tokenizer):
     other = make_tokenizer()
     other.chat_template = PLAIN_TEMPLATE

@@ -41,7 +41,7 @@ def flags(runs, files, output, *more) -> list[str]:
 
 
 def guarded(runs, files, output, guards, *more) -> list[str]:
-    quiet = {"no_end": "off"}  # these responses are all cut off
+    quiet = {"no_end": "off", "no_signal": "off"}  # these responses are all cut off
     return flags(runs, files, output, *LATE, "--guards", json.dumps(quiet | guards), *more)
 
 
@@ -244,7 +244,7 @@ def scored(runs, files, output, bad, *more) -> list[str]:
         "--total_episodes",
         "48",
         "--guards",
-        "{no_end: off}",
+        "{no_end: off, no_signal: off}",
         *more,
     )
 
@@ -291,7 +291,7 @@ def test_an_update_with_a_nan_loss_changes_nothing(runs, files, tmp_path, monkey
 
     monkeypatch.setattr(PPOTrainer, "policy_pass", poisoned)
     monkeypatch.setattr(PPOTrainer, "update", watched)
-    assert start(flags(runs, files, tmp_path, "--num_ppo_epochs", "2")) == 0
+    assert start(flags(runs, files, tmp_path, "--num_ppo_epochs", "2", "--guards", "{no_end: off}")) == 0
     assert seen == [False] * 5 + [True] + [False] * 2  # two steps of four updates
     rows = rows_of(tmp_path)
     assert [row["guard/skipped_updates"] for row in rows] == [0, 1]
@@ -306,7 +306,12 @@ def test_a_run_that_could_learn_from_no_rollout_is_not_done(runs, files, tmp_pat
     scorer = ["--reward", f"[{{function: '{__name__}:by_length'}}]", "--total_episodes", "16"]
     assert start([*flags(runs, files, tmp_path, *scorer), "--eval_prompts", "0"]) == EXIT_GUARD
     assert "ppo: nothing was learnt: every rollout was skipped" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "result.json").exists()
+    monkeypatch.setitem(CALLS, "bad", ())  # all responses are cut off at the same length
+    assert start([*flags(runs, files, tmp_path / "other", *scorer), "--eval_prompts", "0"]) == EXIT_GUARD
+    assert "ppo: nothing was learnt: before the first update the scores that are" in capsys.readouterr().out
+    for folder in (tmp_path, tmp_path / "other"):
+        assert not list(folder.glob("*.safetensors")) and not (folder / "result.json").exists()
+    assert not (tmp_path / "other" / "checkpoints").exists()  # the same command begins anew
 
 
 def spoiled(what: str, at: int):
@@ -344,7 +349,9 @@ def test_numbers_that_are_not_finite_stop_a_run_and_are_not_saved(
     with pytest.raises(SystemExit) as stopped:
         door(name)(arguments)
     assert stopped.value.code == EXIT_GUARD and f"{name}: {said}" in capsys.readouterr().out
-    assert not list(tmp_path.glob("*.safetensors")) and not (tmp_path / "result.json").exists()
+    for folder in (tmp_path, tmp_path / "other"):
+        assert not list(folder.glob("*.safetensors")) and not (folder / "result.json").exists()
+    assert not (tmp_path / "other" / "checkpoints").exists()  # the same command begins anew
     kept = checkpoint.newest(tmp_path / "checkpoints", print)
     assert kept.step == at - 1
     assert all(w.isfinite().all() for w in load_file(kept.folder / "adapter_model.safetensors").values())

@@ -11,6 +11,8 @@ from reward.card import (
     calibration,
     correlation,
     distribution,
+    doubts,
+    doubts_of,
     pair_accuracy,
     report_card,
     write_card,
@@ -157,6 +159,25 @@ def test_report_card_by_hand():
 def test_the_shorter_may_be_the_better_baseline():
     card = report_card([pair(0), pair(1)], [1.0, 1], [0.0, 0], [1, 1], [3, 3])
     assert card["length"]["baseline"] == {"accuracy": 1.0, "rule": "shorter"}
+
+
+def test_doubts_of_a_model_at_chance_and_of_a_length_detector(tmp_path):
+    rng = np.random.default_rng(0)
+    pairs, lengths = [pair(i) for i in range(60)], rng.integers(5, 60, (2, 60))
+    noise = rng.normal(size=(2, 60))
+    right = [np.arange(60) % 10 != 0, np.arange(60) % 2 == 0, np.arange(60) % 10 == 0]  # 90 %, 50 %, 10 % right
+    cards = [report_card(pairs, np.where(r, 2.0, 0.0) + 0.1 * noise[0], np.ones(60), *lengths) for r in right]
+    assert doubts(cards[0]) == []
+    (guessing,), (worse,) = doubts(cards[1]), doubts(cards[2])
+    assert "is 0.500 (" in guessing and "cannot be told from guessing" in guessing and "is worse than" in worse
+    (detector,) = doubts(report_card(pairs, lengths[0] + noise[0], lengths[1] + noise[1] - 30, *lengths))
+    assert "its score gaps go with length (correlation +1.00" in detector
+    assert "too few" in doubts(report_card(pairs[:1], [1.0], [0.0], [3], [2]))[0]
+    assert "no report card" in doubts_of(tmp_path)[0] and doubts_of("org/model-of-the-hub") == []
+    write_card(cards[1], tmp_path)
+    assert doubts_of(tmp_path) == [guessing]
+    (tmp_path / "card.json").write_text('{"accuracy": 1}')
+    assert "cannot be read" in doubts_of(tmp_path)[0]
 
 
 def test_card_is_written_and_reads_back(tmp_path):
