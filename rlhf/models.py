@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import warnings
@@ -707,4 +708,6 @@ def quiet() -> None:
 
 
 def _first_line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words recommend to run whatever it holds
+        return "a pickle that holds more than weights, and could run code; save the weights as safetensors"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
