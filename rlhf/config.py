@@ -100,7 +100,7 @@ def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) 
         raise UserError(f"{where}: {names} not given, and there is no default. All options: {prog} --help")
     config = cls(**values)
     global _output
-    _output = getattr(config, "output_dir", None) or getattr(config, "output", None)
+    _output = _output or getattr(config, "output_dir", None) or getattr(config, "output", None)
     try:
         check_ranges(config)
         getattr(config, "validate", lambda: None)()
@@ -401,6 +401,8 @@ def program(main: typing.Callable[..., T]) -> typing.Callable[..., T]:
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
+        global _output
+        _output = None  # the first options that are read are the program's own
         try:
             return main(*args, **kwargs)
         except Halt as halt:
