@@ -111,8 +111,6 @@ class PPOConfig(SamplingConfig, AdapterConfig):
             raise UserError(f"{self.num_mini_batches} minibatches out of {size} responses")
         if self.total_episodes < size:
             raise UserError(f"total_episodes {self.total_episodes} is less than one rollout of {size}")
-        if not self.reward:
-            raise UserError("'reward' names no scorer; for example reward: [{model: runs/reward}]")
         if self.kl_target is not None and self.kl_coef == 0:
             raise UserError("'kl_target' adapts 'kl_coef' by factors, so 'kl_coef' cannot begin at 0")
         if self.kl_target is not None and self.horizon < size:

@@ -278,7 +278,7 @@ def test_permutation_depends_on_its_key_alone():
     [
         ({"samples_per_prompt": 3}, "no multiple"),
         ({"total_episodes": 4}, "less than one rollout"),
-        ({"reward": []}, "names no scorer"),
+        ({"reward": []}, "'reward' is empty"),
         ({"kl_target": -1.0}, "kl_target"),
         ({"num_mini_batches": 9}, "minibatches"),
         ({"num_ppo_epochs": 0}, "num_ppo_epochs"),
