@@ -211,8 +211,10 @@ def eos_rows(run, foundation, lora) -> list[int] | dict[str, list[int]] | None:
     from rlhf.models import adapter_settings, changes_head, like_rows, token_rows
 
     wanted, token = run.config.train_eos, foundation.tokenizer.eos_token_id
+    if wanted == "never":
+        return None
     found = like_rows(foundation.model.get_output_embeddings().weight, token)
-    if wanted == "never" or (wanted == "auto" and found < NEVER_TRAINED):
+    if wanted == "auto" and found < NEVER_TRAINED:
         return None
     name = f"the row of the EOS token {foundation.tokenizer.eos_token!r} in the output head"
     if found >= NEVER_TRAINED:

@@ -103,7 +103,9 @@ def check_model(program: str, options: Any) -> None:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{base}: no model could be built ({str(error).strip().splitlines()[0]})") from None
     check_start(program, options, model, adapter)
-    lora = new_lora(options, Foundation(model, tokenizer, path, base, adapter, ""))
+    # whether the row of EOS was ever trained cannot be seen without weights
+    run = Run(program, replace(options, train_eos="never"), World())
+    lora = new_lora(run, Foundation(model, tokenizer, path, base, adapter, ""))
     if lora and not adapter:
         add_adapter(model, lora)
     read_deepspeed_config(options.deepspeed, World(launched=True), options)
@@ -111,7 +113,7 @@ def check_model(program: str, options: Any) -> None:
         import trl
 
         cls = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}[program]
-        trl_arguments(cls, Run(program, options, World()), True)
+        trl_arguments(cls, run, True)
 
 
 def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen: dict[str, set[str]]) -> None:

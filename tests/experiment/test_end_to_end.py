@@ -38,6 +38,7 @@ def folder(sft_path, tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("experiment")
     write_data(folder)
     ppo = {"rollout_batch_size": 8, "total_episodes": 16, "num_mini_batches": 2}
+    ppo["missing_eos_score"] = None  # no response of this model ends, and equal scores would stop PPO
     options = {
         "output_dir": OUT,
         "foundation": sft_path,
