@@ -31,7 +31,7 @@ quickstart: $(VENV)/.installed  ## the whole pipeline on the sandbox, with a rep
 	$(BIN)/rlhf sandbox quickstart --seed $(SEED) --run $(RUN)
 
 test: $(VENV)/.installed  ## the test suite, under 10 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-slow: $(VENV)/.installed  ## what takes minutes
 	$(BIN)/python -m pytest -m slow

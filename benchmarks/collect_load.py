@@ -47,7 +47,7 @@ class Server:
         command = [sys.executable, "-m", "rlhf.cli", "collect", "serve", str(self.store), "--port", str(self.port)]
         with open(self.log or os.devnull, "ab") as log:
             self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.PIPE, stderr=log)
-        text, deadline = b"", time.monotonic() + 60
+        text, deadline = b"", time.monotonic() + 600
         while b"Ctrl-C" not in text:
             if time.monotonic() > deadline or self.process.poll() is not None:
                 raise RuntimeError(f"the server did not start: {text!r}")
@@ -65,7 +65,7 @@ class Server:
 
     def stop(self, kill: bool = False) -> None:
         self.process.send_signal(signal.SIGKILL if kill else signal.SIGINT)
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=600)
         self.process.stdout.close()
 
 
@@ -78,7 +78,7 @@ class Client:
     def request(self, method, path, fields=None, headers=None):
         """(response, text); raises OSError or HTTPException where no whole answer came."""
         if self.connection is None:
-            self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+            self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         headers, body = dict(headers or {}), None
         if self.cookies:
             headers["Cookie"] = "; ".join(f"{name}={value}" for name, value in self.cookies.items())

@@ -14,7 +14,7 @@ import sys, time
 from rlhf.files import lock_folder
 lock_folder(sys.argv[1])
 print("locked", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 

@@ -87,13 +87,14 @@ def test_result_is_written_whole_with_versions(tmp_path):
     assert not (tmp_path / "result.json.tmp").exists()
 
 
-def test_console_prints_first_last_and_no_flood_between(tmp_path, capsys):
+def test_console_prints_first_last_and_no_flood_between(tmp_path, capsys, monkeypatch):
     with Tracker(tmp_path, console_seconds=3600) as tracker:
         for step in range(1, 101):
             tracker.console(step, 100, {"score/total": step / 7, "kl/token": 0.0}, ["score/total", "absent"])
     assert capsys.readouterr().out.splitlines() == ["step 1/100  score/total 0.1429", "step 100/100  score/total 14.29"]
     with Tracker(tmp_path, console_seconds=0) as tracker:
-        tracker._console_first = (time.monotonic() - 10, 0)  # 10 s for 20 steps: 40 s for the other 80
+        monkeypatch.setattr(time, "monotonic", lambda: 110.0)
+        tracker._console_first = (100.0, 0)  # 10 s for 20 steps: 40 s for the other 80
         tracker.console(20, 100, {}, [])
     assert capsys.readouterr().out.splitlines() == ["step 20/100, 0m40s left"]
 

@@ -385,7 +385,7 @@ def test_two_processes_lose_nothing(tmp_path):
     # both create the file, and both add the same prompts, responses and comparisons
     path = tmp_path / "shared.db"
     both = [writer(path, name, 60) for name in ("ann", "bob")]
-    events = [[int(line) for line in process.communicate(timeout=120)[0].split()] for process in both]
+    events = [[int(line) for line in process.communicate()[0].split()] for process in both]
     assert [process.returncode for process in both] == [0, 0]
     assert sorted(events[0] + events[1]) == list(range(1, 121))
     with Store.open(path) as store:
@@ -399,7 +399,7 @@ def test_a_killed_writer_loses_no_answered_vote(tmp_path):
     process = writer(path, "ann", 100_000)
     answered = [int(process.stdout.readline()) for _ in range(25)]
     process.send_signal(signal.SIGKILL)
-    answered += [int(line) for line in process.communicate(timeout=60)[0].splitlines() if line]
+    answered += [int(line) for line in process.communicate()[0].splitlines() if line]
     with Store.open(path) as store:
         kept = [vote.event for vote in store.votes()]
         assert set(answered) <= set(kept) and len(kept) <= len(answered) + 1

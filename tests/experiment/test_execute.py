@@ -53,7 +53,7 @@ def record(folder: Path, name: str) -> dict:
     return json.loads((folder / "out" / "jobs" / f"{name}.json").read_text())
 
 
-def wait_for(condition, seconds=20.0):
+def wait_for(condition, seconds=600.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
@@ -118,7 +118,7 @@ def test_matched_lengths_follow_from_the_pilots(folder):
 
 
 def test_a_budget_that_is_too_small_stops_all_after_the_pilots(folder):
-    behave(folder, jobs={"measure/seed-0/foundation": {"seconds": 60}})
+    behave(folder, jobs={"measure/seed-0/foundation": {"seconds": 600}})
     with pytest.raises(UserError, match=r"budget: of 15 flops 0 go into pairs .*1 steps of 'dpo' \(10 each"):
         run_experiment(
             experiment(folder, methods={"dpo": method()}, budget={"match": "flops", "total": 15}, processes=3)
@@ -286,12 +286,12 @@ def runner(folder: Path, **more) -> subprocess.Popen:
 
 
 def finished(process: subprocess.Popen) -> tuple[int, str]:
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate()
     return process.returncode, said
 
 
 def test_a_signal_lets_the_programs_save_and_the_same_command_goes_on(folder):
-    behave(folder, jobs={name: {"seconds": 60} for name in ("seed-0/reward", TRIAL)})
+    behave(folder, jobs={name: {"seconds": 600} for name in ("seed-0/reward", TRIAL)})
     process = runner(folder, **BOTH, processes=2)
     wait_for(lambda: {"seed-0/reward", TRIAL} <= set(log(folder, "begin")))
     process.send_signal(signal.SIGTERM)
@@ -326,7 +326,7 @@ def test_a_runner_that_is_killed_at_any_moment_leaves_nothing_that_the_next_does
 
 
 def test_orphans_are_ended_before_anything_is_started(folder):
-    behave(folder, jobs={TRIAL: {"seconds": 60}})
+    behave(folder, jobs={TRIAL: {"seconds": 600}})
     process = runner(folder, **SMALL)
     wait_for(lambda: TRIAL in log(folder, "begin"))
     process.kill()
@@ -340,7 +340,7 @@ def test_orphans_are_ended_before_anything_is_started(folder):
 
 
 def test_a_signal_goes_to_the_program_and_not_to_what_has_launched_it(folder):
-    behave(folder, jobs={TRIAL: {"launch": "rank", "seconds": 60}})
+    behave(folder, jobs={TRIAL: {"launch": "rank", "seconds": 600}})
     process = runner(folder, **SMALL)
     wait_for(lambda: TRIAL in log(folder, "begin"))
     process.send_signal(signal.SIGTERM)
@@ -353,7 +353,7 @@ def test_a_launcher_that_is_about_to_launch_is_ended_too(folder):
     # beside a program that is under way, which takes the signal as it should
     behave(
         folder,
-        jobs={TRIAL: {"launch": "slowly", "seconds": 60}, "measure/foundation": {"launch": "rank", "seconds": 60}},
+        jobs={TRIAL: {"launch": "slowly", "seconds": 600}, "measure/foundation": {"launch": "rank", "seconds": 600}},
     )
     process = runner(folder, **SMALL, processes=2)
     wait_for(lambda: log(folder, "launching") == [TRIAL] and "measure/foundation" in log(folder, "begin"))
@@ -373,7 +373,7 @@ def test_a_launcher_that_was_killed_is_not_started_again_beside_its_program(fold
 
 def test_only_the_programs_of_this_folder_are_ended(folder):
     other = {**os.environ, MARK: str(folder / "other")}
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], env=other)
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], env=other)
     try:
         run_experiment(experiment(folder, **SMALL))
         assert process.poll() is None

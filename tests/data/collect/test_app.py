@@ -426,12 +426,12 @@ def test_half_sent_requests_are_closed_and_whole_ones_answered(tmp_path, monkeyp
     head = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n"
     whole = b"GET /nowhere HTTP/1.1\r\nHost: h\r\n\r\n"
     try:
-        half = [socket.create_connection(address, timeout=30) for _ in range(40)]
+        half = [socket.create_connection(address, timeout=300) for _ in range(40)]
         # nothing, a part of the head, a part of the body, and a part of a second request on the same connection
         sent = [b"", head, head + b"\r\nform", whole + head]
         for number, connection in enumerate(half):
             connection.sendall(sent[number % 4])
-        with socket.create_connection(address, timeout=30) as other:
+        with socket.create_connection(address, timeout=300) as other:
             other.sendall(whole)
             assert other.recv(100).startswith(b"HTTP/1.1 404")
         for connection in half:

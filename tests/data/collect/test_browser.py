@@ -20,7 +20,7 @@ def browse(chromium):
     def start(server, name, script=True, **options):
         context = chromium.new_context(java_script_enabled=script, **options)
         contexts.append(context)
-        context.set_default_timeout(15_000)
+        context.set_default_timeout(120_000)
         page = context.new_page()
         page.on("console", lambda m: wrong.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: wrong.append(str(e)))
@@ -59,7 +59,7 @@ def has_text(page, where, text):
     """Wait for it (the page's own policy forbids `wait_for_function`)."""
     from playwright.sync_api import expect
 
-    expect(page.locator(where)).to_have_text(text, timeout=15_000)
+    expect(page.locator(where)).to_have_text(text, timeout=120_000)
 
 
 def test_by_mouse_from_the_link_to_the_end(browse, server):
