@@ -12,17 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.compare.crossed import crossed_statistic
-from rlhf.compare.stats import bootstrap
 from rlhf.data.agreement import agreement_summary
 from rlhf.data.collect.markup import _render
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
 
 RUNS = 5
-
-
-def resamples() -> None:
-    bootstrap(np.random.default_rng(0).normal(size=300))
 
 
 def blocks() -> None:
@@ -53,7 +48,6 @@ def hostile() -> None:
 
 
 CASES = {
-    "bootstrap of 300 groups": resamples,
     "crossed statistic, 10 seeds, 300 groups": blocks,
     "2,000 pairs and votes written and read": store,
     "agreement of 10,000 votes": agreement,
