@@ -136,7 +136,8 @@ def _cache_gap(model: nn.Module) -> float:
     In a batch of three rows, one of which leaves; the mean over the vocabulary, of the worst step.
     """
     ids = torch.arange(1, 49, device=next(model.parameters()).device).reshape(3, 16)
-    ids = ids * 7919 % model.get_input_embeddings().num_embeddings  # a prime, to spread them over the vocabulary
+    # a prime, to spread them over the vocabulary; an adapter may stand in the place of the embeddings
+    ids = ids * 7919 % model.config.get_text_config().vocab_size
     whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().log_softmax(-1)
     lengths = torch.tensor([6, 9, 7])  # of which the batch begins with so many, padded on the left
     batch = _Batch(model, [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)], 0, cached=True)

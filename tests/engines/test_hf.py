@@ -136,3 +136,11 @@ def test_the_routers_loss_is_left_out_while_sampling():
     model.config.output_router_logits = True
     done = generate(model, PROMPTS, [1, 2, 3], Sampling(max_new_tokens=4), [2], 0)
     assert len(done.response_ids) == 3 and cache_is_exact(model) and model.config.output_router_logits
+
+
+@pytest.mark.parametrize("more", [{"trainable_token_indices": [3]}, {"target_modules": ["embed_tokens"]}])
+def test_the_cache_is_used_where_an_adapter_holds_rows_of_the_embeddings(base_path, more):
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **more})
+    assert cache_is_exact(get_peft_model(load_foundation(base_path).model, config, "policy"))
