@@ -105,7 +105,10 @@ def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) 
         check_ranges(config)
         getattr(config, "validate", lambda: None)()
     except UserError as error:
-        raise UserError(f"{', '.join(files) or prog}: {error}") from None
+        # the message begins with the option that is wrong: say where it was given
+        named = re.match(r"'(\w+)'", str(error))
+        place = origin.get(named[1]) if named else None
+        raise UserError(f"{place or ', '.join(files) or prog}: {error}") from None
     return config
 
 

@@ -376,9 +376,15 @@ def refuse_finished(folder: Path, config: RunConfig, done: dict[str, Any]) -> No
             f"--resume {folder / checkpoint.FOLDER}/step-...; or {ANEW}",
             EXIT_GUARD,
         )
-    longer = [n for n in MORE if hasattr(config, n) and n in before and getattr(config, n) > before[n]]
-    if not longer or config.resume == "never":
-        more = next((n for n in MORE if hasattr(config, n)), None)
+    now, then = {}, {}
+    for name in MORE:
+        if hasattr(config, name) and name in before:
+            # max_steps -1 is no limit: as many steps as the epochs have
+            now[name], then[name] = (math.inf if n == -1 else n for n in (getattr(config, name), before[name]))
+    is_longer = any(now[name] > then[name] for name in now)
+    if not is_longer or config.resume == "never":
+        # where max_steps is given, it is what has ended the run
+        more = "max_steps" if now.get("max_steps", math.inf) < math.inf else next(iter(now), None)
         raise Halt(f"{folder} is finished ({done['finished']}). To train on, raise --{more}; or {ANEW}")
 
 

@@ -114,6 +114,7 @@ def measure(kind: str, folder: Path, data: dict[str, str]) -> dict[str, str]:
     tokenizer.save_pretrained(folder / "base")
     small = ["--per_device_train_batch_size", "4", "--max_steps", "2", "--lora_r", "4"]
     ppo = ["--reward", "[{rule: length, low: 2, high: 9}]", "--rollout_batch_size", "8", "--total_episodes", "8"]
+    ppo += ["--missing_eos_score", "none"]  # hardly a response of these models ends, and equal scores would stop PPO
     runs = {
         "sft": ("base", data["instructions"], [*small, "--learning_rate", "1e-2"]),
         "reward": ("sft", data["pairs"], small),

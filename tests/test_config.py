@@ -330,3 +330,13 @@ def test_an_output_dir_that_cannot_be_a_folder_is_refused_before_anything_is_loa
     monkeypatch.undo()
     with pytest.raises(UserError, match="'max_steps' is 0"):
         parse(config, sft(output_dir=tmp_path / "new", max_steps=0))
+
+
+def test_a_value_out_of_range_is_named_with_the_place_that_gave_it(tmp_path):
+    from rlhf.stages import RunConfig
+
+    (tmp_path / "x.yaml").write_text("model_name_or_path: m\ndata: [d]\noutput_dir: o\nlearning_rate: -2\n")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/x.yaml: 'learning_rate' is -2"):
+        parse(RunConfig, ["--config", str(tmp_path / "x.yaml")])
+    with pytest.raises(UserError, match=r"^--learning_rate: 'learning_rate' is -1"):
+        parse(RunConfig, ["--config", str(tmp_path / "x.yaml"), "--learning_rate", "-1"])

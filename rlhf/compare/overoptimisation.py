@@ -102,11 +102,11 @@ def learns(results: Results, method: str) -> bool:
 def add_verdicts(entries: list[dict[str, Any]], alpha: float) -> None:
     """The verdict of each entry: reproduced, not reproduced or undecided; None for a strength alone.
 
-    Reproduced: the judge falls from its peak and the proxy rises, both beyond chance. Not reproduced: the judge is
-    highest at the largest KL on every half, or it falls and the proxy falls with it. The judge's fall alone is asked
-    for without a proxy, and of a method that does not learn from it, provided that the judge had risen before: what DPO
-    exploits is its own loss, and 2406.02900 shows how the judge rises and then falls against KL. With fewer than
-    MIN_SEEDS seeds all is undecided.
+    Reproduced: the judge falls from its peak and the proxy rises, both beyond chance. Not reproduced: the judge falls
+    and the proxy falls with it; a judge that is highest at the largest KL may still fall beyond it. The judge's fall
+    alone is asked for without a proxy, and of a method that does not learn from it, provided that the judge had risen
+    before: what DPO exploits is its own loss, and 2406.02900 shows how the judge rises and then falls against KL. With
+    fewer than MIN_SEEDS seeds all is undecided.
     """
     for e in entries:
         optimised = bool(e["proxy"]) and e["proxy"]["optimised"]
@@ -118,7 +118,7 @@ def add_verdicts(entries: list[dict[str, Any]], alpha: float) -> None:
             e["verdict"] = "undecided"
         elif shown and fell < 0 and rose > 0:
             e["verdict"] = "reproduced"
-        elif e["ends_at_peak"] == 1.0 or (shown and fell < 0 and rose < 0):
+        elif shown and fell < 0 and rose < 0:
             e["verdict"] = "not reproduced"
         else:
             e["verdict"] = "undecided"

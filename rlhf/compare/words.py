@@ -210,9 +210,10 @@ def tuned(row: dict[str, Any], report: Report) -> str:
             f"({of(d, report)}){NO_VERDICT}.{ending}"
         )
     if where == 0:
+        alone = ". Alone the interval would show one; beside this report's other claims it does not" if side(d) else ""
         return (
             f"{opening}, no difference can be shown between {sides[0]} and {sides[1]} by {judge}: "
-            f"{interval(d, sign=True)} ({of(d, report)}); as much as {bound([row])} could hide.{ending}"
+            f"{interval(d, sign=True)} ({of(d, report)}); as much as {bound([row])} could hide{alone}.{ending}"
         )
     word = "ahead of" if where > 0 else "behind"
     size = interval(d, flip=where < 0)

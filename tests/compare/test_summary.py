@@ -299,8 +299,9 @@ def test_the_largest_block_of_seeds_and_entries():
 
 HUMP = {  # gold over the foundation as a function of d = sqrt(KL), proxy, verdict; d goes up to 3
     "reproduced": (lambda d: d * (2 - d) * 0.5, lambda d: 0.5 * d),  # peak at d = 1, -1.5 at the end
-    "not reproduced": (lambda d: 0.5 * d, lambda d: 0.5 * d),
     "undecided": (lambda d: 0.0 * d, lambda d: 0.5 * d),
+    # it may still fall beyond the largest KL
+    "undecided, and rising": (lambda d: 0.5 * d, lambda d: 0.5 * d),
 }
 
 
@@ -309,7 +310,7 @@ def test_over_optimisation_along_all_points(verdict):
     gold, proxy = HUMP[verdict]
     report = summarise(make({"ppo": gold, "dpo": flat}, proxy, noise=0.3, seed=3))
     entry = next(e for e in report["overoptimisation"] if e["method"] == "ppo" and e["strength"] is None)
-    assert entry["verdict"] == verdict, entry
+    assert entry["verdict"] == verdict.partition(",")[0], entry
     if verdict == "reproduced":
         # the points' d nearest 1 are 0.894 (gold 0.494) and 1.225 (0.474); at d = 3 it is -1.5; the proxy +1
         assert entry["peak"]["kl"] in (pytest.approx(0.8), pytest.approx(1.5)) and entry["end"]["kl"] == 9

@@ -278,3 +278,25 @@ def test_a_checkpoint_is_compared_as_its_run(whole):
     folder = whole("ppo") / "checkpoints" / "step-000004"
     assert run_config(folder) == run_config(whole("ppo")) and run_config(folder)["reward"]
     assert hashes(str(folder)) == hashes(str(whole("ppo"))) and hashes(str(folder))
+
+
+def test_what_ended_a_finished_run_is_what_has_to_be_raised(tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    from rlhf import run as runs_module
+    from rlhf.config import Halt
+
+    monkeypatch.setattr(runs_module, "check_fixed", lambda *_: None)
+    (tmp_path / "config.yaml").write_text("max_steps: 2\nnum_train_epochs: 1.0\n")
+
+    def finished(max_steps, num_train_epochs=1.0):
+        config = SimpleNamespace(resume="auto", max_steps=max_steps, num_train_epochs=num_train_epochs)
+        runs_module.refuse_finished(tmp_path, config, {"finished": "today"})
+
+    with pytest.raises(Halt, match="raise --max_steps"):
+        finished(2)
+    finished(4)
+    finished(-1)  # to the end of the epochs
+    (tmp_path / "config.yaml").write_text("max_steps: -1\nnum_train_epochs: 1.0\n")
+    with pytest.raises(Halt, match="raise --num_train_epochs"):
+        finished(-1)
