@@ -55,7 +55,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed  ## write the generated pages anew
-	$(BIN)/python -m rlhf.metrics > docs/metrics.md
+	$(BIN)/python -m rlhf.runs.metrics > docs/metrics.md
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

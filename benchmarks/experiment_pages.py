@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic, holm
-from rlhf.compare.points import Point, Results
+from rlhf.compare.results import Point, Results
 from rlhf.experiment.config import ExperimentConfig
-from rlhf.experiment.execute import read_json
 from rlhf.experiment.measure import load_experiment
 from rlhf.experiment.results import read_results
-from rlhf.tracking import dumps, read_metrics, write_atomic
+from rlhf.experiment.runner import read_json
+from rlhf.files import dumps, write_atomic
+from rlhf.runs.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES, IMAGES, RESULTS = ROOT / "docs/experiments", ROOT / "docs/images/experiments", ROOT / "benchmarks/results"

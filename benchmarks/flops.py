@@ -1,4 +1,4 @@
-"""Is `budget/flops` what is computed? A step of each program, counted by rlhf/budget.py and by torch's FlopCounterMode.
+"""Is `budget/flops` what is computed? A step of each program, counted by us and by torch's FlopCounterMode.
 
     nice -n 10 python benchmarks/flops.py          # all shapes, about a minute of one core
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
-from rlhf.budget import Budget
+from rlhf.runs.budget import Budget
 
 UNKNOWN = {  # to torch's counter
     torch.ops.aten.addmm_: lambda total, a, b, *_, **__: mm_flop(a, b),
@@ -111,13 +111,13 @@ def measured(call: Callable[[], Any]) -> float:
 def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     """(what is counted, FLOPs measured) of a PPO step: sampled, scored by the reward role, read by all, one epoch."""
     from rlhf.data.records import Prompt
-    from rlhf.distributed import World
+    from rlhf.distributed import DistributedContext
     from rlhf.engines.hf import cache_is_exact
-    from rlhf.models import Foundation, lora_config
-    from rlhf.ppo import PPOTrainer
-    from rlhf.ppo_config import PPOConfig
+    from rlhf.models import InitialModel, lora_config
+    from rlhf.options.ppo import PPOConfig
+    from rlhf.ppo.rollout import role_scorer
+    from rlhf.ppo.trainer import PPOTrainer
     from rlhf.roles import Roles
-    from rlhf.rollout import role_scorer
 
     values = {
         "model_name_or_path": "x", "data": ["x"], "output_dir": "x", "reward": [{"model": "x"}],
@@ -125,9 +125,9 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
         "num_ppo_epochs": 1, "num_mini_batches": 2, "max_response_length": shape.response,
     }  # fmt: skip
     config = PPOConfig(**values | options)
-    foundation = Foundation(model_of(shape), None, "x", "x", None, "x")
+    initial = InitialModel(model_of(shape), None, "x", "x", None, "x")
     roles = Roles(
-        foundation, lora_config(r=shape.rank), critic="fresh" if config.has_critic else None,
+        initial, lora_config(r=shape.rank), critic="fresh" if config.has_critic else None,
         gradient_checkpointing=config.gradient_checkpointing, moving_reference=config.reference_ema is not None,
     )  # fmt: skip
     roles._add("reward", roles.trunk.peft_config["policy"], None)
@@ -137,7 +137,7 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     trainer = PPOTrainer(
         config, roles, role_scorer(roles, PAD, shape.rows // 2),
         [{"prompt_ids": row["prompt_ids"], "record": record} for row in rows], tokenizer_of(shape),
-        list(range(EOS, shape.vocabulary, 16)) if shape.ragged else [], World(), Budget(),
+        list(range(EOS, shape.vocabulary, 16)) if shape.ragged else [], DistributedContext(), Budget(),
         ptx=rows if config.ptx_coef else None,
     )  # fmt: skip
     cache_is_exact(roles.trunk)  # tried once for each model, not counted
@@ -152,9 +152,9 @@ def trl_step(shape: Shape, program: str, use_peft: bool = True, **options: Any) 
 
     from reward.model import trainable_reward
     from reward.trainer import PairCollator, RewardTrainer
-    from rlhf import trainers
-    from rlhf.dpo import EncodedDPOTrainer
-    from rlhf.models import Foundation, lora_config, trainable_policy
+    from rlhf.models import InitialModel, lora_config, trainable_policy
+    from rlhf.offline import trainers
+    from rlhf.offline.soft_dpo import EncodedDPOTrainer
 
     configs = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
     with tempfile.TemporaryDirectory() as folder:
@@ -164,20 +164,20 @@ def trl_step(shape: Shape, program: str, use_peft: bool = True, **options: Any) 
             **{"max_length": None, "gradient_checkpointing": False} | options,
         )  # fmt: skip
         rows, others, tokenizer = rows_of(shape), rows_of(shape, 2), tokenizer_of(shape)
-        budget, foundation = Budget(), Foundation(model_of(shape), tokenizer, "x", "x", None, "x")
+        budget, initial = Budget(), InitialModel(model_of(shape), tokenizer, "x", "x", None, "x")
         lora = lora_config("SEQ_CLS" if program == "reward" else "CAUSAL_LM", r=shape.rank) if use_peft else None
         given: dict[str, Any] = {"args": args, "processing_class": tokenizer}
         whole = [(r["prompt_ids"], r["response_ids"], o["response_ids"]) for r, o in zip(rows, others, strict=True)]
         if program == "sft":
             data = [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a, _ in whole]
-            model, cls = trainable_policy(foundation, lora), SFTTrainer
+            model, cls = trainable_policy(initial, lora), SFTTrainer
         elif program == "reward":
             data = [{"chosen_ids": p + a, "rejected_ids": p + b} for p, a, b in whole]
-            model, cls = trainable_reward(foundation, lora), RewardTrainer
+            model, cls = trainable_reward(initial, lora), RewardTrainer
             given["data_collator"] = PairCollator(PAD)
         else:
             data = [{"prompt_ids": p, "chosen_ids": a, "rejected_ids": b} for p, a, b in whole]
-            model, cls = trainable_policy(foundation, lora), EncodedDPOTrainer
+            model, cls = trainable_policy(initial, lora), EncodedDPOTrainer
             given["ref_model"] = None if use_peft else model_of(shape)
             if not use_peft:
                 budget.watch(given["ref_model"])
@@ -186,7 +186,7 @@ def trl_step(shape: Shape, program: str, use_peft: bool = True, **options: Any) 
         def step() -> None:
             with budget.counting():
                 trainer = cls(model=model, train_dataset=Dataset.from_list(data), **given)
-            trainers.attach(trainer, budget)
+            trainers.count_flops(trainer, budget)
             trainer.train()
 
         return budget, measured(step)

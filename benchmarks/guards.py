@@ -27,14 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf.budget import Budget
 from rlhf.config import UserError
 from rlhf.data.records import BadScore, Prompt, Samples, Scores
-from rlhf.distributed import World
-from rlhf.guards import Decision, Guards
-from rlhf.models import load_foundation, lora_config, stop_ids
-from rlhf.ppo import PPOConfig, PPOTrainer
+from rlhf.distributed import DistributedContext
+from rlhf.models import load_model, lora_config, stop_ids
+from rlhf.ppo.guards import Decision, Guards
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.roles import Roles
+from rlhf.runs.budget import Budget
 from rlhf.stats import clustered_se, student_quantile
 
 FAULT = 10  # the first step that is faulty; steps count from 1
@@ -181,7 +181,7 @@ def play(fault: Fault, make: Callable[[Fault, Callable], PPOTrainer]) -> Seen:
         return (fault.score if fault.score and (always or fault.strikes(trainer.done + 1)) else HEALTHY)(samples)
 
     def note() -> None:
-        seen.found += [(decision, seen.updates) for decision in trainer.guards.news()]
+        seen.found += [(decision, seen.updates) for decision in trainer.guards.drain_events()]
 
     trainer = make(fault, score)
     spoil(trainer, fault, seen, note)
@@ -291,18 +291,18 @@ def maker(model: str, rows: list[dict] | None, stops: list[int] | None, data: st
         }  # fmt: skip
         config = PPOConfig(**(values | fault.options), guards=fault.guards)
         torch.manual_seed(seed)
-        foundation = load_foundation(model, "float32")
+        initial = load_model(model, "float32")
         prompts, ends = rows, stops
         if data:
             from rlhf.data.encode import encode_prompts
             from rlhf.data.load import load
 
-            prompts = encode_prompts(load([data], Prompt, split="train", limit=512), foundation.tokenizer, 64)
-            ends = stop_ids(foundation.tokenizer, foundation.model)
-        roles = Roles(foundation, lora_config(r=8))
-        budget, watched = Budget(), ["gold"] if fault.score is overdone else []
+            prompts = encode_prompts(load([data], Prompt, split="train", limit=512), initial.tokenizer, 64)
+            ends = stop_ids(initial.tokenizer, initial.model)
+        roles = Roles(initial, lora_config(r=8))
+        budget, monitored = Budget(), ["gold"] if fault.score is overdone else []
         return PPOTrainer(
-            config, roles, scorer, prompts, foundation.tokenizer, ends, World(), budget, watched=watched
+            config, roles, scorer, prompts, initial.tokenizer, ends, DistributedContext(), budget, monitored=monitored
         )  # fmt: skip
 
     return make
@@ -335,11 +335,11 @@ def noise(rng: random.Random, correlation: float):
         value = correlation * value + math.sqrt(1 - correlation**2) * rng.gauss(0, 1)
 
 
-def alarm(rng: random.Random, watched: Callable[[int], float], steps: int, correlation: float = 0.0) -> int | None:
+def alarm(rng: random.Random, monitored: Callable[[int], float], steps: int, correlation: float = 0.0) -> int | None:
     """The step at which a run whose proxy rises by 0.3 a step is called hacked."""
     guards, proxies, others = Guards({}, ["gold"]), noise(rng, 0.0), noise(rng, correlation)
     for step in range(1, steps + 1):
-        gold = watched(step) + next(others)
+        gold = monitored(step) + next(others)
         if guards.step(step, {"score/raw": 0.3 * step + next(proxies), "score/gold": gold}):
             return step
     return None
@@ -366,10 +366,10 @@ def simulate(series: int) -> str:
         lines += table([f"does not move, correlation {correlation:g}, 80 steps", f"{100 * share_of:.1f} %"])
     for name, (fall, rise) in FALLS.items():
 
-        def watched(step: int, fall=fall, rise=rise) -> float:
+        def monitored(step: int, fall=fall, rise=rise) -> float:
             return rise * min(step, BEFORE) - (fall(step - BEFORE) if step > BEFORE else 0.0)
 
-        found = [alarm(random.Random(n), watched, 2 * BEFORE) for n in range(series)]
+        found = [alarm(random.Random(n), monitored, 2 * BEFORE) for n in range(series)]
         early = sum(step is not None and step <= BEFORE for step in found)
         delays = sorted(step - BEFORE if step else math.inf for step in found if step is None or step > BEFORE)
         half, most = delays[(len(delays) - 1) // 2], delays[math.ceil(0.9 * len(delays)) - 1]

@@ -10,8 +10,8 @@ import math
 import sys
 from pathlib import Path
 
+from rlhf.runs.tracking import read_metrics
 from rlhf.stats import student_quantile
-from rlhf.tracking import read_metrics
 
 COLUMNS = ("eval/score/gold", "eval/score/reward", "eval/kl/sequence", "eval/response/length", "eval/response/ended")
 

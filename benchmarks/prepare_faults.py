@@ -161,7 +161,7 @@ def run(rows: list[dict], held_out: list[dict], **options) -> tuple[dict, list[P
     touched: dict[int, set[str]] = {}
     done = steps.Work.done
 
-    def watched(work, name, parameters, found, drop=(), examples=()):
+    def monitored(work, name, parameters, found, drop=(), examples=()):
         for i in drop:
             touched.setdefault(work.records[i].metadata["row"], set()).add(name)
         return done(work, name, parameters, found, drop, examples)
@@ -171,7 +171,7 @@ def run(rows: list[dict], held_out: list[dict], **options) -> tuple[dict, list[P
         keep = ("prompt", "chosen", "rejected")
         source.write_text("\n".join(json.dumps({k: r[k] for k in keep} | {"row": i}) for i, r in enumerate(rows)))
         test.write_text("\n".join(map(json.dumps, held_out)))
-        steps.Work.done = watched
+        steps.Work.done = monitored
         try:
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 files = {"source": [str(source)], "output": f"{folder}/out.jsonl", "against": [str(test)]}

@@ -96,7 +96,7 @@ def train_dpo(start, label_prob: float, *, beta: float = BETA, rate: float = 2.0
     """
     import torch
 
-    from rlhf.dpo import soft_dpo_loss
+    from rlhf.offline.soft_dpo import soft_dpo_loss
     from rlhf.tensors import selected_logprobs
 
     logits = start.clone().requires_grad_()
@@ -142,8 +142,8 @@ def train_ppo(start, rewards, reference, *, beta: float = BETA, rate: float = 0.
     """
     import torch
 
-    from rlhf.advantages import gae, kl_k1, token_rewards
-    from rlhf.losses import policy_loss
+    from rlhf.ppo.advantages import gae, kl_k1, token_rewards
+    from rlhf.ppo.losses import policy_loss
 
     logits = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=rate)

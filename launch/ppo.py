@@ -2,8 +2,8 @@
 
     deepspeed launch/ppo.py --config configs/ppo.yaml [--option value ...]
 
-The trainer is rlhf/ppo.py. The first reward model of `reward` that stands on the policy's base becomes a role on it;
-every other scorer is its own.
+The trainer is rlhf/ppo/trainer.py. The first reward model of `reward` that is an adapter on the policy's base becomes
+a role on it; every other scorer is a model or function of its own.
 """
 
 import json
@@ -15,48 +15,48 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where 
 
 from rlhf.config import EXIT_GUARD, Halt, UserError, parse, program
 from rlhf.data.records import BadScore, Instruction, Prompt
-from rlhf.ppo_config import PPOConfig
-from rlhf.run import begin, in_short
+from rlhf.options.ppo import PPOConfig
+from rlhf.runs.run import format_metrics, start_run
 
 
 @program
 def main(argv: list[str] | None = None) -> None:
     config = parse(PPOConfig, argv)
     from reward.card import doubts_of
-    from reward.compose import build_scorer, check_specs, watched
+    from reward.compose import build_scorer, check_specs, monitored
 
     weights = [(name, weight) for _, _, name, weight, _ in check_specs(config.reward)]
-    run = begin("ppo", config)
+    run = start_run("ppo", config)
 
     from rlhf import stages
-    from rlhf.budget import Budget
     from rlhf.data.encode import sft_rows
     from rlhf.distributed import read_deepspeed_config
     from rlhf.evaluate import sample_table, summarise
     from rlhf.files import files_fingerprint, scorer_files
     from rlhf.models import stop_ids
-    from rlhf.ppo import PPOTrainer
+    from rlhf.ppo.trainer import PPOTrainer
     from rlhf.roles import Roles
+    from rlhf.runs.budget import Budget
 
-    foundation = stages.load_start(run)
-    tokenizer, stops = foundation.tokenizer, stop_ids(foundation.tokenizer, foundation.model)
+    initial = stages.load_initial_model(run)
+    tokenizer, stops = initial.tokenizer, stop_ids(initial.tokenizer, initial.model)
     prompts = run.rows(Prompt, "train", tokenizer)
     answers = sft_rows(run.rows(Instruction, "train", tokenizer, config.ptx_data)) if config.ptx_data else []
-    run.say(f"{len(prompts)} training prompts, {config.total_steps} steps of {config.rollout_batch_size} responses")
+    run.log(f"{len(prompts)} training prompts, {config.total_steps} steps of {config.rollout_batch_size} responses")
 
     for spec in config.reward:
-        run.stands_on(f"reward {json.dumps(spec)}", files_fingerprint(scorer_files(spec)))
+        run.record_dependency(f"reward {json.dumps(spec)}", files_fingerprint(scorer_files(spec)))
         for folder in [spec["model"]] if "model" in spec else spec.get("ensemble", []):
             for doubt in doubts_of(folder):
-                run.say(f"WARNING: {folder}: {doubt}")
-    role = reward_role(config.reward, foundation)
+                run.log(f"WARNING: {folder}: {doubt}")
+    role = reward_role(config.reward, initial)
     critic, critic_weight, left_out = critic_start(config, role)
     if left_out:
-        run.say(f"the critic starts as {role} times {critic_weight:g}; it has yet to learn {', '.join(left_out)}")
-    evaluate = stages.evaluation(run, foundation, None)
+        run.log(f"the critic starts as {role} times {critic_weight:g}; it has yet to learn {', '.join(left_out)}")
+    evaluate = stages.evaluation(run, initial, None)
     roles = Roles(
-        foundation,
-        stages.new_lora(run, foundation),
+        initial,
+        stages.new_lora(run, initial),
         role,
         config.gradient_checkpointing,
         critic=critic,
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
         budget,
         read_deepspeed_config(config.deepspeed, run.world, config),
         ptx=answers,
-        watched=watched(config.reward),
+        monitored=monitored(config.reward),
     )
     last: dict[str, float] = {}
 
@@ -91,32 +91,32 @@ def main(argv: list[str] | None = None) -> None:
             with trainer.learner.gathered():
                 rows = evaluate.run(roles.trunk, lambda: roles.use("policy"), lambda: roles.use("reference"), run.world)
         except BadScore as error:
-            run.say(f"the evaluation at step {step} is left out: {error}")
+            run.log(f"the evaluation at step {step} is left out: {error}")
             return False
         last.clear()
         last.update(summarise(rows))
         last["eval/score/total"] = sum(weight * last[f"eval/score/{name}"] for name, weight in weights if weight)
         run.tracker.log(last, step)
         run.tracker.table("samples", sample_table(rows), step)
-        run.say(f"step {step}: {in_short(last)}")
+        run.log(f"step {step}: {format_metrics(last)}")
         return True
 
     def fill(folder: Path) -> None:
         trainer.save(folder)
         with trainer.learner.gathered():
             if run.world.is_main:  # the adapters too, so that a checkpoint can be sampled from and compared
-                roles.save(folder, foundation)
+                roles.save(folder, initial)
 
     def on_step(step: int, metrics: dict, rollout) -> None:
-        end, news = step == config.total_steps, trainer.guards.news()
-        if step % config.logging_steps == 0 or end or rollout is None or trainer.urgent:
+        end, news = step == config.total_steps, trainer.guards.drain_events()
+        if step % config.logging_steps == 0 or end or rollout is None or trainer.pending_decision:
             run.tracker.log(metrics, step)
         for decision in news:
-            run.say(f"guard {decision.guard} at step {step}: {decision.action}: {decision.reason}")
+            run.log(f"guard {decision.guard} at step {step}: {decision.action}: {decision.reason}")
         run.tracker.table("guards", [asdict(decision) for decision in news], step)
         keys = ("score/total", "kl/sequence", "response/length", "ppo/clip_fraction", "value/explained_variance")
         run.tracker.console(step, config.total_steps, metrics, keys)
-        if trainer.urgent:  # no checkpoint: a run that is killed and resumed must come to this decision again
+        if trainer.pending_decision:  # no checkpoint: a run that is killed and resumed must come to this decision again
             return
         stop = run.interrupted()
         looked = (end or bool(config.eval_steps and step % config.eval_steps == 0)) and look(step)
@@ -129,14 +129,14 @@ def main(argv: list[str] | None = None) -> None:
     def roll_back(decision) -> bool:
         kept = run.roll_back(decision.since)
         if kept is None:
-            run.say(f"there is no checkpoint from before step {decision.since} to go back to")
+            run.log(f"there is no checkpoint from before step {decision.since} to go back to")
             return False
         trainer.load(kept.folder, after=decision)
         last.clear()
         last.update(kept.about["state"]["last"])
         # at once, so that a run that is killed now knows of this rollback when it is resumed
         run.save_checkpoint(kept.step, fill, kept.about["score"], {"last": last})
-        run.say(f"back to {kept.folder}, with step sizes times {trainer.guards.rate_scale:g}")
+        run.log(f"back to {kept.folder}, with step sizes times {trainer.guards.rate_scale:g}")
         return True
 
     run.tracker  # noqa: B018  takes the folder; from here on a signal ends the run after its step
@@ -157,14 +157,14 @@ def main(argv: list[str] | None = None) -> None:
         raise Halt(f"ppo: nothing was learnt: {why}", EXIT_GUARD)
     with trainer.learner.gathered():
         if run.world.is_main:
-            roles.save(config.output_dir, foundation)
+            roles.save(config.output_dir, initial)
     more = {"guards": trainer.guards.events, "steps": trainer.done}
     run.finish(last, spent, **more | ({"stopped": stopped.reason} if stopped else {}))
     if stopped:
         raise Halt(f"ppo: stopped by guard {stopped.guard} at step {stopped.step}: {stopped.reason}", EXIT_GUARD)
 
 
-def reward_role(specs: list[dict], foundation) -> str | None:
+def reward_role(specs: list[dict], initial) -> str | None:
     """The folder of the first reward model among the scorers that is an adapter on this base, to become a role; one
     that is only watched comes after those that are learnt from."""
     from rlhf.models import read_identity
@@ -172,7 +172,7 @@ def reward_role(specs: list[dict], foundation) -> str | None:
     for spec in sorted(specs, key=lambda spec: not spec.get("weight", 1.0)):
         path = spec.get("model")
         is_adapter = bool(path) and (Path(path) / "adapter_config.json").is_file()
-        if is_adapter and read_identity(path).get("base_fingerprint") == foundation.fingerprint:
+        if is_adapter and read_identity(path).get("base_fingerprint") == initial.fingerprint:
             return path
     return None
 
@@ -207,7 +207,7 @@ def role_kind(roles, role: str | None, pad_id: int, budget):
     """How `build_scorer` makes a {model: ...}: the one that is a role reads ids on the shared base; `budget` sees the
     passes of the others too."""
     from reward.compose import model_scorer
-    from rlhf.rollout import role_scorer
+    from rlhf.ppo.rollout import role_scorer
 
     def build(path, name, options, tokenizer):
         if path != role:

@@ -12,66 +12,43 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where this file would shadow the package
 
-from dataclasses import dataclass
-from typing import Literal
 
-from rlhf.config import option, parse, program
+from rlhf.config import parse, program
 from rlhf.data.records import Instruction, Preference
 from rlhf.data.split import some
-from rlhf.run import begin
-from rlhf.stages import RunConfig, TrainerConfig
+from rlhf.options.offline import RewardRunConfig
+from rlhf.runs.run import start_run
 
 FEW = 256  # training pairs to normalise on where nothing is held out
-
-
-@dataclass(kw_only=True)
-class RewardRunConfig(TrainerConfig, RunConfig):
-    """Bradley-Terry reward model on preference pairs, judged on held-out pairs; it samples nothing."""
-
-    learning_rate: float = option(
-        1e-4, "peak step size of AdamW; about a tenth of it for whole models", above=0, high=1
-    )
-    center_rewards_coefficient: float = option(
-        0.01, "weight of (r_chosen + r_rejected)^2, which keeps scores around 0; 0: off", low=0
-    )
-    label_smoothing: float = option(
-        0.0, "probability that a label is wrong, for pairs without a label_prob", low=0, below=0.5
-    )
-    normalise: Literal["mean", "mean_std", "none"] = option(
-        "mean", "after training, shift scores so that reference answers have mean 0 (mean_std: and deviation 1)"
-    )
-    reference_data: list[str] | None = option(
-        None, "instructions whose answers are the reference; default: the chosen answers of the held-out pairs"
-    )
 
 
 @program
 def main(argv: list[str] | None = None) -> None:
     config = parse(RewardRunConfig, argv)
-    run = begin("reward", config)
+    run = start_run("reward", config)
 
     from datasets import Dataset
     from trl import RewardConfig
 
     from reward.model import normalisation, trainable_reward, write_reward
     from reward.trainer import PairCollator, RewardTrainer, pair_rows
-    from rlhf import stages, trainers
-    from rlhf.budget import Budget
-    from rlhf.tracking import trainer_callback
+    from rlhf import stages
+    from rlhf.offline import trainers
+    from rlhf.runs.budget import Budget
 
-    foundation = stages.load_start(run)
-    tokenizer = foundation.tokenizer
+    initial = stages.load_initial_model(run)
+    tokenizer = initial.tokenizer
     train, held_out = (run.rows(Preference, split, tokenizer) for split in ("train", "validation"))
     answers = run.rows(Instruction, "validation", tokenizer, config.reference_data) if config.reference_data else []
     if config.reference_data and not answers:
-        run.say("WARNING: no row of reference_data is left in validation: scores are normalised on the chosen answers")
+        run.log("WARNING: no row of reference_data is left in validation: scores are normalised on the chosen answers")
     answers = [row["prompt_ids"] + row["response_ids"] for row in answers]
-    run.say(f"{len(train)} training pairs, {len(held_out)} held out")
+    run.log(f"{len(train)} training pairs, {len(held_out)} held out")
 
-    model = trainable_reward(foundation, stages.new_lora(run, foundation, "SEQ_CLS"), config.seed)
+    model = trainable_reward(initial, stages.new_lora(run, initial, "SEQ_CLS"), config.seed)
     budget = Budget()
     budget.watch(model)
-    sampler = trainers.sampling_callback(run, None, None, None, budget)
+    sampler = trainers.eval_callback(run, None, None, None, budget)
     with trainers.refused_by_trl():
         trainer = RewardTrainer(
             model=model,
@@ -85,20 +62,20 @@ def main(argv: list[str] | None = None) -> None:
             callbacks=[sampler],
             label_smoothing=config.label_smoothing,
         )
-    trainer.add_callback(trainer_callback(run.tracker, "reward"))
-    trainers.attach(trainer, budget, stages.new_dropout(config, foundation))
+    trainer.add_callback(trainers.trainer_callback(run.tracker, "reward"))
+    trainers.count_flops(trainer, budget, stages.new_dropout(config, initial))
 
-    trainers.train(trainer, run, foundation, budget, sampler)
+    trainers.train(trainer, run, initial, budget, sampler)
 
     chosen, rejected, references = score(run, trainer, pair_rows(held_out or some(train, FEW)), answers)
     if not all(math.isfinite(value) for part in (chosen, rejected, references) for value in part):
         raise trainers.not_finite(run, trainer.state.global_step, "a score of the trained model is not finite")
     bias, scale = normalisation(references or chosen, config.normalise)
-    trainers.save_policy(run, trainer.model, foundation)
+    trainers.save_policy(run, trainer.model, initial)
     headline = report(run, held_out, chosen, rejected, trainer.state.global_step) if held_out else {}
     if run.world.is_main:
         of = "reference_data" if references else f"{'held-out' if held_out else 'training'} chosen responses"
-        facts = {"base_fingerprint": foundation.fingerprint, "normalise": config.normalise, "mean_0_on": of}
+        facts = {"base_fingerprint": initial.fingerprint, "normalise": config.normalise, "mean_0_on": of}
         write_reward(config.output_dir, bias, scale, **facts)
     run.finish(headline, stages.total_budget(budget, run.world), normalisation={"bias": bias, "scale": scale})
 
@@ -109,7 +86,7 @@ def score(run, trainer, pairs: list[dict], answers: list[list[int]]) -> list[lis
     from rlhf.distributed import gathered
 
     rows = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs] + answers
-    mine = [rows[i] for i in run.world.share(len(rows))]
+    mine = [rows[i] for i in run.world.shard(len(rows))]
     with gathered(trainer.model):
         size, pad_id = 2 * run.config.per_device_train_batch_size, trainer.processing_class.pad_token_id
         scores = run.world.gather(raw_scores(trainer.model, mine, pad_id, size))
@@ -143,9 +120,9 @@ def report(run, held_out: list[dict], chosen: list[float], rejected: list[float]
     logged["eval/reward/mean"] = metrics["reward"].item()
     run.tracker.log(logged, step)
     if run.world.is_main:
-        run.say(f"report card: {write_card(card, run.config.output_dir)}")
+        run.log(f"report card: {write_card(card, run.config.output_dir)}")
         for doubt in doubts(card):
-            run.say(f"WARNING: {doubt}")
+            run.log(f"WARNING: {doubt}")
     accuracy, calibration = card["accuracy"], card["calibration"]
     headline = {f"eval/reward/accuracy_{end}": accuracy[end] for end in ("low", "high") if accuracy[end] is not None}
     headline |= {"eval/reward/groups": accuracy["n"], "eval/reward/ece": calibration["ece"]}

@@ -157,7 +157,7 @@ def check_scorers(specs: list[dict[str, Any]], made_later: Collection[str] = ())
                     raise UserError(f"scorers ({name}): {error}") from None
 
 
-def watched(specs: list[dict[str, Any]]) -> list[str]:
+def monitored(specs: list[dict[str, Any]]) -> list[str]:
     """The names of the scorers of weight 0: measured at every step, never learnt from."""
     return [name for _, _, name, weight, _ in check_specs(specs) if not weight]
 

@@ -27,14 +27,14 @@ from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerpri
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.files import check_weights
 from rlhf.models import (
-    Foundation,
+    InitialModel,
     adapter_settings,
     adapter_weights,
     add_adapter,
     context_length,
     head_name,
     load_adapter,
-    load_foundation,
+    load_model,
     load_tokenizer,
     load_weights,
     read_json,
@@ -105,29 +105,29 @@ def score_model(causal: nn.Module, seed: int = 0) -> nn.Module:
     return read_by_mask(model.train(causal.training))
 
 
-def trainable_reward(foundation: Foundation, lora: Any | None, seed: int = 0) -> nn.Module:
+def trainable_reward(initial: InitialModel, lora: Any | None, seed: int = 0) -> nn.Module:
     """The model that reward training starts from, with a fresh score head.
 
     An adapter at the foundation (SFT's) is the start of the reward adapter, under the same LoRA settings; without one
     a new adapter is put on by `lora` (task type SEQ_CLS); with `lora` None the whole model is trained.
     """
-    model = score_model(foundation.model, seed)
-    if foundation.adapter_path:
-        return _with_adapter(model, foundation)
+    model = score_model(initial.model, seed)
+    if initial.adapter_path:
+        return _with_adapter(model, initial)
     return model if lora is None else add_adapter(model, lora)
 
 
-def _with_adapter(model: nn.Module, foundation: Foundation) -> nn.Module:
+def _with_adapter(model: nn.Module, initial: InitialModel) -> nn.Module:
     """`model` with a trainable copy of the foundation's adapter, and its head where it has one.
 
     What the adapter holds for the output head is left out, since there is none here. Refuses weights that do not fit.
     """
-    path = foundation.adapter_path
-    config = without_head(adapter_settings(path), foundation.model)
+    path = initial.adapter_path
+    config = without_head(adapter_settings(path), initial.model)
     config.task_type = "SEQ_CLS"
     modules = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
     config.modules_to_save = [*modules, "score"]
-    leave = [head_name(foundation.model)]
+    leave = [head_name(initial.model)]
     if f"base_model.model.{HEAD}" not in adapter_weights(path):
         leave.append("score")  # SFT's adapter has no head: the fresh one stays
     return load_adapter(model, path, config, leave=tuple(leave))
@@ -198,9 +198,9 @@ def load_reward(path: str, device: Any = None, dtype: str = "float32") -> Reward
     adapter = Path(path) / "adapter_config.json"
     if adapter.is_file():
         _require_head(path)
-        foundation = load_foundation(path, dtype)
-        model = _with_adapter(score_model(foundation.model), foundation)
-        tokenizer, base = foundation.tokenizer, foundation.fingerprint
+        initial = load_model(path, dtype)
+        model = _with_adapter(score_model(initial.model), initial)
+        tokenizer, base = initial.tokenizer, initial.fingerprint
     else:
         model, tokenizer = _load_whole(path, dtype)
         base = None

@@ -57,16 +57,16 @@ def sandbox_quickstart(argv: list[str]) -> None:
 
 
 def collect_sample(argv: list[str]) -> None:
-    from rlhf.models import quiet
-    from rlhf.sample import SampleConfig, sample
+    from rlhf.collect.sample import SampleConfig, sample
+    from rlhf.models import silence_libraries
 
     config = parse(SampleConfig, argv, "rlhf collect sample")
-    quiet()
+    silence_libraries()
     sample(config)
 
 
 def collect_serve(argv: list[str]) -> None:
-    from rlhf.data.collect.serve import ServeConfig, serve
+    from rlhf.collect.serve import ServeConfig, serve
 
     config = parse(ServeConfig, argv, "rlhf collect serve")
     if config.voice:
@@ -77,38 +77,38 @@ def collect_serve(argv: list[str]) -> None:
 
 
 def collect_links(argv: list[str]) -> None:
-    from rlhf.data.collect.serve import LinksConfig, links
+    from rlhf.collect.serve import LinksConfig, links
 
     links(parse(LinksConfig, argv, "rlhf collect links"))
 
 
 def collect_status(argv: list[str]) -> None:
-    from rlhf.data.collect.summary import StatusConfig, status
+    from rlhf.collect.status import StatusConfig, status
 
     status(parse(StatusConfig, argv, "rlhf collect status"))
 
 
 def compare(argv: list[str]) -> None:
-    from rlhf.compare.run import CompareConfig
-    from rlhf.compare.run import compare as run
+    from rlhf.compare.measure import CompareConfig
+    from rlhf.compare.measure import compare as run
 
     if argv[:1] == ["--runs"] and argv[1:] and argv[1].endswith((".yaml", ".yml")):
         raise UserError(f"{argv[1]} is a file, no run; an experiment is started with: rlhf compare run {argv[1]}")
     config = parse(CompareConfig, argv, "rlhf compare")
     from reward.compose import build_scorer
-    from rlhf.models import quiet
+    from rlhf.models import silence_libraries
 
-    quiet()
+    silence_libraries()
     run(config, build_scorer)
 
 
 def compare_run(argv: list[str]) -> None:
     from reward.compose import check_scorers
     from rlhf.experiment.config import ExperimentConfig
-    from rlhf.experiment.execute import run_experiment
-    from rlhf.models import quiet
+    from rlhf.experiment.runner import run_experiment
+    from rlhf.models import silence_libraries
 
-    quiet()
+    silence_libraries()
     run_experiment(parse(ExperimentConfig, argv, "rlhf compare run"), check_scorers)
 
 

@@ -26,14 +26,14 @@ ABANDONED_SECONDS = 60.0  # after which a compile lock that no process of this m
 
 
 @dataclass
-class World:
+class DistributedContext:
     """This process among the others. `launched` is true under `deepspeed` or `torchrun`, false for plain python."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
     launched: bool = False
-    leave: Callable[[], None] = lambda: None  # a rank's last word: from here on the others' end is no failure
+    stop_watching: Callable[[], None] = lambda: None  # a rank's last word: from here on the others' end is no failure
 
     @property
     def is_main(self) -> bool:
@@ -55,7 +55,7 @@ class World:
         torch.distributed.all_gather_object(parts, items)
         return [item for part in parts for item in part]
 
-    def together(self, call: Callable[[], Any]) -> Any:
+    def raise_on_all_ranks(self, call: Callable[[], Any]) -> Any:
         """What `call` returns on this rank; a UserError that it raises on any rank is raised on all of them."""
         result, problem = None, None
         try:
@@ -67,7 +67,7 @@ class World:
             raise problems[0]
         return result
 
-    def share(self, count: int) -> range:
+    def shard(self, count: int) -> range:
         """The contiguous part of `count` items that this rank handles; parts differ by at most one."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
@@ -76,12 +76,12 @@ class World:
             torch.distributed.barrier()
 
 
-def start() -> World:
+def start() -> DistributedContext:
     """Join the other processes, or be alone. Sets the device, and threads so that ranks do not fight for cores."""
     launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
     cuda = torch.cuda.is_available()
     if not launched:
-        return World(device=torch.device("cuda", 0) if cuda else torch.device("cpu"))
+        return DistributedContext(device=torch.device("cuda", 0) if cuda else torch.device("cpu"))
     rank, size, local, local_size = ranks_of(os.environ)
     if "OMP_NUM_THREADS" not in os.environ and not cuda:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_size)))
@@ -109,8 +109,10 @@ def start() -> World:
             f"the ranks cannot meet at {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')} ({error}). If "
             "another run uses that port, choose one: deepspeed --master_port 29501 ..."
         ) from None
-    leave = end_together(rank) if size > 1 else lambda: None
-    return World(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"), True, leave)
+    stop_watching = abort_all_ranks(rank) if size > 1 else lambda: None
+    return DistributedContext(
+        rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"), True, stop_watching
+    )
 
 
 def wait_for_compilers(local_rank: int) -> None:
@@ -177,7 +179,7 @@ def ranks_of(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
 LAUNCHERS = "These variables are the launcher's: start with `deepspeed` or `torchrun`, or unset them for one process"
 
 
-def end_together(rank: int) -> Callable[[], None]:
+def abort_all_ranks(rank: int) -> Callable[[], None]:
     """Let a rank that fails end the others within seconds, with its own error on top; returns World.leave.
 
     The failing rank leaves its number in the store through which the ranks have met. Another, waiting in a collective
@@ -232,7 +234,7 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def read_deepspeed_config(path: str | None, world: World, options: Any = None) -> dict[str, Any] | None:
+def read_deepspeed_config(path: str | None, world: DistributedContext, options: Any = None) -> dict[str, Any] | None:
     """The DeepSpeed JSON as a dict, or None for a plain process. A name is also tried under configs/deepspeed/.
 
     With a program's `options`, whatever they decide is "auto" in it. Raises UserError on a file that is no DeepSpeed
@@ -267,7 +269,7 @@ SCHEDULES = {"linear": "WarmupDecayLR", "cosine": "WarmupCosineLR", "constant": 
 SCHEDULES["constant_with_warmup"] = "WarmupLR"
 
 
-def check_deepspeed_config(config: Any, where: str, world: World, options: Any = None) -> dict[str, Any]:
+def check_deepspeed_config(config: Any, where: str, world: DistributedContext, options: Any = None) -> dict[str, Any]:
     """The DeepSpeed JSON with "auto" for all that a program's options decide, and without optimizer and scheduler:
     PyTorch's AdamW and the program's own schedule are used everywhere.
 
@@ -309,7 +311,7 @@ def _check_zero(zero: Any, where: str) -> None:
         raise UserError(f"{where}: {place}: {first['msg']}.{did_you_mean(place.split('.')[-1], known)}") from None
 
 
-def _decided(options: Any, world: World) -> dict[str, tuple[Any, str]]:
+def _decided(options: Any, world: DistributedContext) -> dict[str, tuple[Any, str]]:
     """What a program's options make of each value of a DeepSpeed JSON, and the name they have for it."""
     passes, size = getattr(options, "gradient_accumulation_steps", 1), options.per_device_train_batch_size
     whole = "per_device_train_batch_size x gradient_accumulation_steps x processes"
@@ -361,7 +363,7 @@ def _leaves(value: Any, name: str) -> dict[str, Any]:
     return {key: leaf for inner, part in value.items() for key, leaf in _leaves(part, f"{name}.{inner}").items()}
 
 
-class Learner:
+class OptimizerEngine:
     """A module with its optimizer, behind a DeepSpeed engine or plain.
 
     Losses are parts of one step's mean over all ranks: each micro-batch of each rank brings its own sum divided by
@@ -373,7 +375,7 @@ class Learner:
         self,
         module: nn.Module,
         groups: list[dict[str, Any]],
-        world: World,
+        world: DistributedContext,
         deepspeed_config: dict[str, Any] | None = None,
         max_grad_norm: float = 1.0,
         adam_eps: float = 1e-5,
@@ -577,7 +579,7 @@ def _whole(weight_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return marked
 
 
-def keep_float64(optimizer: Any, world: World) -> None:
+def keep_float64(optimizer: Any, world: DistributedContext) -> None:
     """ZeRO 1 and 2 add up gradients, take their norm and update weights in float32 whatever the model is; widen it."""
     for own, parts in zip(
         optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True

@@ -16,7 +16,7 @@ from torch import nn
 
 from rlhf.data.encode import decode_response
 from rlhf.data.records import Message, Samples, Scorer
-from rlhf.distributed import World
+from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import Sampling, generate, sample_key
 from rlhf.models import completion_batch, response_logprobs
 from rlhf.stats import clustered_se
@@ -55,7 +55,12 @@ class Evaluation:
     plain_head: bool = True
 
     def run(
-        self, model: nn.Module, policy: Context, reference: Context | nn.Module | None, world: World, progress=None
+        self,
+        model: nn.Module,
+        policy: Context,
+        reference: Context | nn.Module | None,
+        world: DistributedContext,
+        progress=None,
     ) -> list[EvalRow]:
         """Sample, score and measure; every rank takes its share and gets all rows back, in order.
 
@@ -64,8 +69,8 @@ class Evaluation:
         The noise depends on prompt and sample only, so that two policies or two steps meet the same luck.
         """
         wanted = [(row, s) for row in self.prompts for s in range(self.samples_per_prompt)]
-        mine = [wanted[i] for i in world.share(len(wanted))]
-        rows = world.together(lambda: self._rows(model, policy, reference, mine, progress) if mine else [])
+        mine = [wanted[i] for i in world.shard(len(wanted))]
+        rows = world.raise_on_all_ranks(lambda: self._rows(model, policy, reference, mine, progress) if mine else [])
         return world.gather(rows)
 
     def _rows(self, model, policy, reference, wanted, progress) -> list[EvalRow]:
@@ -132,13 +137,15 @@ class Evaluation:
 
 
 @torch.no_grad()
-def eos_probability(model: nn.Module, rows: list[dict[str, Any]], pad_id: int, plain_head: bool, world: World) -> float:
+def eos_probability(
+    model: nn.Module, rows: list[dict[str, Any]], pad_id: int, plain_head: bool, world: DistributedContext
+) -> float:
     """Return the mean probability of the EOS token where given responses end, the same on every rank.
 
     rows: with "prompt_ids" and "response_ids", the EOS token last. What a policy gives it there bounds the share of
     responses that end in the right place; token accuracy is a mean over all tokens and hardly shows it.
     """
-    mine, device = [rows[i] for i in world.share(len(rows))], next(model.parameters()).device
+    mine, device = [rows[i] for i in world.shard(len(rows))], next(model.parameters()).device
     training, total = model.training, 0.0
     model.eval()
     for start in range(0, len(mine), 8):

@@ -1,4 +1,4 @@
-"""Folders that one process at a time works in, and files named by what they hold."""
+"""Folders that one process at a time works in, files named by what they hold, and files written whole."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable
@@ -129,3 +130,31 @@ def files_fingerprint(files: Iterable[str | Path]) -> str:
             with open(file, "rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader, or a crash, finds the old file or the whole new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Return `value` as JSON, whatever it holds (see `json_safe`)."""
+    return json.dumps(json_safe(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def json_safe(value: Any) -> Any:
+    """Return `value` as JSON can hold it: numbers that are not finite become strings, arrays numbers, the rest text."""
+    if isinstance(value, dict):
+        return {str(k): json_safe(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [json_safe(v) for v in value]
+    if hasattr(value, "tolist"):
+        return json_safe(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)

@@ -40,7 +40,7 @@ MERGE = "Merge the adapter (merge_and_unload and save_pretrained of PEFT) and st
 
 
 @dataclass
-class Foundation:
+class InitialModel:
     """A base model without adapters, its tokenizer, and the adapter folder (if any) that stands on it."""
 
     model: nn.Module  # a causal language model, on the CPU, in eval mode
@@ -51,7 +51,7 @@ class Foundation:
     fingerprint: str
 
 
-def load_foundation(path: str, dtype: str = "float32", attn_implementation: str | None = None) -> Foundation:
+def load_model(path: str, dtype: str = "float32", attn_implementation: str | None = None) -> InitialModel:
     """Load what stands at `path`; an adapter's base is checked against the fingerprint the adapter carries.
 
     Raises UserError when there is nothing to load, the tokenizer is missing or unusable, or the base is another one.
@@ -79,7 +79,7 @@ def load_foundation(path: str, dtype: str = "float32", attn_implementation: str 
             f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only "
             f"{model.get_input_embeddings().num_embeddings} embeddings; they do not belong together"
         )
-    return Foundation(model, tokenizer, path, base_path, adapter_path, print_fingerprint)
+    return InitialModel(model, tokenizer, path, base_path, adapter_path, print_fingerprint)
 
 
 def load_weights(
@@ -260,12 +260,12 @@ def folder_fingerprint(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_identity(path: str | Path, foundation: Foundation, **more: Any) -> None:
+def write_identity(path: str | Path, initial: InitialModel, **more: Any) -> None:
     """Write rlhf.json: which base and tokenizer the weights in this folder belong to."""
     identity = {
-        "base_fingerprint": foundation.fingerprint,
-        "base_model_name_or_path": foundation.base_path,
-        "tokenizer_fingerprint": tokenizer_fingerprint(foundation.tokenizer),
+        "base_fingerprint": initial.fingerprint,
+        "base_model_name_or_path": initial.base_path,
+        "tokenizer_fingerprint": tokenizer_fingerprint(initial.tokenizer),
         **more,
     }
     (Path(path) / IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n")
@@ -337,16 +337,16 @@ def check_targets(model: nn.Module, targets: list[str]) -> None:
         raise UserError(f"'lora_target_modules': no layer is called '{wrong[0]}'.{near} {expected}")
 
 
-def check_same_base(path: str, foundation: Foundation) -> None:
+def check_same_base(path: str, initial: InitialModel) -> None:
     """Raise UserError unless the adapter at `path` belongs to this base and this tokenizer with its template."""
     identity = read_identity(path)
-    if identity.get("base_fingerprint") not in (None, foundation.fingerprint):
+    if identity.get("base_fingerprint") not in (None, initial.fingerprint):
         raise UserError(
-            f"{path}: trained on base {identity['base_fingerprint']}, but this run stands on {foundation.base_path} "
-            f"({foundation.fingerprint}). Adapters of different bases cannot share one."
+            f"{path}: trained on base {identity['base_fingerprint']}, but this run stands on {initial.base_path} "
+            f"({initial.fingerprint}). Adapters of different bases cannot share one."
         )
-    if identity.get("tokenizer_fingerprint") not in (None, tokenizer_fingerprint(foundation.tokenizer)):
-        raise UserError(f"{path}: its tokenizer or chat template is another than that of {foundation.path}")
+    if identity.get("tokenizer_fingerprint") not in (None, tokenizer_fingerprint(initial.tokenizer)):
+        raise UserError(f"{path}: its tokenizer or chat template is another than that of {initial.path}")
 
 
 def lora_config(task_type: str = "CAUSAL_LM", r: int = 16, alpha: int = 32, dropout: float = 0.0, targets="all-linear"):
@@ -358,18 +358,18 @@ def lora_config(task_type: str = "CAUSAL_LM", r: int = 16, alpha: int = 32, drop
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=task_type)
 
 
-def trainable_policy(foundation: Foundation, lora: Any | None):
+def trainable_policy(initial: InitialModel, lora: Any | None):
     """The model that SFT or DPO trains.
 
     An adapter at the foundation goes on being trained (a trainable copy; its own LoRA settings hold); without one, a
     new adapter is put on; with `lora` None the whole model is trained.
     """
-    if foundation.adapter_path:
-        require_policy(foundation.adapter_path)
-        return load_adapter(foundation.model, foundation.adapter_path)
+    if initial.adapter_path:
+        require_policy(initial.adapter_path)
+        return load_adapter(initial.model, initial.adapter_path)
     if lora is None:
-        return foundation.model
-    return add_adapter(foundation.model, lora)
+        return initial.model
+    return add_adapter(initial.model, lora)
 
 
 def adapter_settings(path: str) -> Any:
@@ -697,7 +697,7 @@ def use_adapter(model: nn.Module, name: str | None):
             parameter.requires_grad_(parameter_name in trainable)
 
 
-def quiet() -> None:
+def silence_libraries() -> None:
     """Keep library chatter, telemetry and tokenizer warnings out of a program's output."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

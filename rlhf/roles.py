@@ -28,7 +28,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from rlhf.config import UserError, coerce
 from rlhf.models import (
     VALUE_HEAD_FILE,
-    Foundation,
+    InitialModel,
     adapter_parameters,
     adapter_settings,
     adapter_weights,
@@ -69,7 +69,7 @@ class Roles(nn.Module):
 
     def __init__(
         self,
-        foundation: Foundation,
+        initial: InitialModel,
         lora: LoraConfig,
         reward_path: str | None = None,
         gradient_checkpointing: bool = False,
@@ -82,14 +82,14 @@ class Roles(nn.Module):
             raise UserError(
                 "the critic cannot start from the reward model: none of the scorers is an adapter on this base"
             )
-        self.plain_head = head_is_plain(foundation.model)
-        self.output_head, width = head_name(foundation.model), hidden_width(foundation.model)
-        start = foundation.adapter_path
+        self.plain_head = head_is_plain(initial.model)
+        self.output_head, width = head_name(initial.model), hidden_width(initial.model)
+        start = initial.adapter_path
         if start:
             require_policy(start)
         policy_config = adapter_config(start) if start else plain_config(lora)
         reward = adapter_config(reward_path) if reward_path else None
-        self.trunk = foundation.model
+        self.trunk = initial.model
         self._add("policy", policy_config, start)
         if start:
             self._add("reference", policy_config, start)
@@ -103,13 +103,13 @@ class Roles(nn.Module):
             config, source = {"reward": (reward, reward_path), "policy": (policy_config, start)}.get(
                 critic, (plain_config(lora), None)
             )
-            self._add("value", without_head(config, foundation.model), source, (self.output_head, SCORE))
+            self._add("value", without_head(config, initial.model), source, (self.output_head, SCORE))
             self.heads["value"] = nn.Linear(width, 1)
             nn.init.zeros_(self.heads["value"].weight)
             nn.init.zeros_(self.heads["value"].bias)
         if reward_path:
-            check_same_base(reward_path, foundation)
-            self._add("reward", without_head(reward, foundation.model), reward_path, (self.output_head, SCORE))
+            check_same_base(reward_path, initial)
+            self._add("reward", without_head(reward, initial.model), reward_path, (self.output_head, SCORE))
             self.heads["reward"] = reward_head(reward_path, width)
             self.score_scale, self.score_bias = reward_shift(reward_path)
         if critic == "reward":
@@ -118,7 +118,7 @@ class Roles(nn.Module):
                 self.heads["value"].bias.fill_(self.score_bias * reward_weight)
         self.heads.float()
         self._layers = [m for m in self.trunk.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
-        dtype = next(foundation.model.parameters()).dtype
+        dtype = next(initial.model.parameters()).dtype
         if dtype == torch.float64:
             self.double()
         elif dtype == torch.bfloat16:
@@ -129,7 +129,7 @@ class Roles(nn.Module):
         self._frozen = [p for p in self.parameters() if id(p) not in others]
         disable_dropout(self)  # it would make the first ratio differ from 1
         if gradient_checkpointing:  # safe because a role is held through backward: what is recomputed is the same role
-            foundation.model.activation_checkpointing_enable()
+            initial.model.activation_checkpointing_enable()
             self.trunk.enable_input_require_grads()
         self._activate("policy")
 
@@ -228,7 +228,7 @@ class Roles(nn.Module):
         states = gather_columns(self.hidden(ids, attention), last)
         return _apply(self.heads["reward"], states)[:, 0] * self.score_scale + self.score_bias
 
-    def save(self, folder: str | Path, foundation: Foundation) -> None:
+    def save(self, folder: str | Path, initial: InitialModel) -> None:
         """The policy's adapter in `folder`, the value adapter and its head in `folder`/value. Main rank, gathered.
 
         Raises UserError, and writes nothing, if they are not finite.
@@ -244,8 +244,8 @@ class Roles(nn.Module):
             save_file(
                 {k: v.detach().cpu().contiguous() for k, v in weights.items()}, place / "adapter_model.safetensors"
             )
-            foundation.tokenizer.save_pretrained(place)
-            write_identity(place, foundation, program="ppo", role=role)
+            initial.tokenizer.save_pretrained(place)
+            write_identity(place, initial, program="ppo", role=role)
         if self.has_critic:
             head = {k: v.detach().cpu().contiguous() for k, v in self.heads["value"].state_dict().items()}
             save_file(head, folder / "value" / VALUE_HEAD_FILE)

@@ -1,174 +1,27 @@
-"""What the programs share: their common options, where they start from, how they evaluate and what they have cost."""
+"""What the programs share: where they start from, how they evaluate and what they have cost."""
 
 from __future__ import annotations
 
-import os
-import re
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Literal
-
-from rlhf.config import SEED, UserError, option
+from rlhf.config import UserError
 from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import some
+from rlhf.options.shared import AdapterConfig, RunConfig
 
 NEVER_TRAINED = 10  # rows of an output head this close to that of a token; one that was trained has none or a few
 
 
-@dataclass(kw_only=True)
-class RunConfig:
-    """Options of every program."""
-
-    model_name_or_path: str = option(help="where learning starts: a Hub name, a folder of weights, or an adapter")
-    data: list[str] = option(help="files (.jsonl .json .csv .parquet), preference stores (.db) or Hub names")
-    aggregate: Literal["each", "majority", "skill"] = option(
-        "each", "how votes in a store become pairs: each vote for a side, or one label a pair by majority or by skill"
-    )
-    output_dir: str = option(help="the folder for weights, metrics, configuration and result", resume="free")
-    overwrite_output_dir: bool = option(False, "begin anew in a folder that holds a run", resume="free")
-    resume: str = option(
-        "auto", "auto: from the newest whole checkpoint in output_dir; never; or the folder of one", resume="free"
-    )
-    save_steps: int = option(
-        100, "checkpoint every so many steps, with each evaluation and at the end", resume="free", low=0
-    )
-    save_total_limit: int = option(2, "keep so many of the newest checkpoints, and the best", resume="free", low=1)
-    seed: int = option(0, "run seed: data order, initial adapters, sampling", **SEED)
-    half: Literal["all", "a", "b"] = option(
-        "all", "train on one half of the groups, so that a referee can have the other"
-    )
-    validation_fraction: float = option(0.05, "share of groups held out for evaluation while training", low=0, high=1)
-    test_fraction: float = option(
-        0.1, "share of groups held out for `rlhf compare`; no program reads them", low=0, high=1
-    )
-    limit: int | None = option(None, "read only so many rows of the data, by the hash of their group", low=1)
-    on_bad: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used")
-    max_dropped: float = option(
-        0.5, "stop if more than this share of the training rows is dropped; 1: never", resume="free", low=0, high=1
-    )
-    max_prompt_length: int = option(512, "tokens; rows with longer prompts are dropped and counted", low=1)
-    max_response_length: int = option(
-        512, "tokens with EOS; longer responses are dropped and counted, or cut off in PPO", low=1
-    )
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
-        "auto", "of the base model; auto is bfloat16 on a GPU and float32 elsewhere. PPO's adapters stay in float32"
-    )
-    attn_implementation: str | None = option(
-        None, "sdpa, eager, flash_attention_2, ...; default: that of the start, else sdpa where the model has it"
-    )
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, about a third more time")
-    deepspeed: str = option("zero2", "DeepSpeed JSON or the name of one in configs/deepspeed, used under `deepspeed`")
-    learning_rate: float = option(1e-4, "peak step size of AdamW", above=0, high=1)
-    max_grad_norm: float = option(1.0, "gradients are clipped to this joint norm", above=0)
-    per_device_train_batch_size: int = option(8, "rows in one forward and backward pass on each device", low=1)
-    logging_steps: int = option(10, "write metrics every so many steps", resume="free", low=1)
-    eval_steps: int = option(0, "evaluate every so many steps; 0: at the start and the end alone", resume="free", low=0)
-    report_to: Literal["none", "wandb"] = option("none", "wandb: offline when no key is set", resume="free")
-    project: str | None = option(None, "W&B project; default: WANDB_PROJECT, else rlhf", resume="free")
-    run_name: str | None = option(None, "W&B name; default: WANDB_NAME, else the output_dir", resume="free")
-
-    def validate(self) -> None:
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise UserError("validation_fraction and test_fraction leave nothing to train on")
-        check_output_dir(self.output_dir)
-        for field in fields(self):
-            if field.name not in ("output_dir", "resume", "run_name", "project"):
-                check_apart(field.name, getattr(self, field.name), self.output_dir)
-
-
-def check_output_dir(path: str) -> None:
-    """Raise UserError unless `path` is a folder that can be written, or can become one."""
-    folder = Path(path).resolve()
-    there = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
-    if not there.is_dir():
-        raise UserError(f"output_dir '{path}': {there} is not a folder. Choose another --output_dir")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir '{path}': {there} cannot be written. Choose another --output_dir")
-
-
-def check_apart(name: str, value: Any, output_dir: str) -> None:
-    """Raise UserError if option `name` reads, anywhere in `value`, the output_dir or something inside it.
-
-    Runs replace what stands in their output_dir, and inputs are never written.
-    """
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            check_apart(name, item, output_dir)
-    if not isinstance(value, str) or not os.path.exists(file := re.sub(r"@\d+$", "", value)):
-        return
-    folder, place = Path(output_dir).resolve(), Path(file).resolve()
-    if folder in (place, *place.parents):
-        raise UserError(
-            f"'{name}' reads {value}, which stands in output_dir {output_dir}: the run would write over what it starts "
-            "from. Choose another --output_dir"
-        )
-
-
-@dataclass(kw_only=True)
-class SamplingConfig(RunConfig):
-    """Options of the programs that train a policy, which is evaluated by sampling from it."""
-
-    eval_data: list[str] | None = option(
-        None, "prompts for evaluation by sampling; default: those of the data", resume="free"
-    )
-    eval_prompts: int = option(
-        64, "sample answers to so many validation prompts, by the hash of their group; 0: never", resume="free", low=0
-    )
-    eval_scorers: list[dict] = option(
-        [], "scorers that only look, e.g. [{voice: configs/voices/shop.yaml}]", resume="free"
-    )
-    temperature: float = option(1.0, "of sampling, in training and evaluation", above=0)
-    generation_batch_size: int = option(64, "responses generated together on each device", resume="free", low=1)
-
-
-@dataclass(kw_only=True)
-class AdapterConfig:
-    """Options of a new LoRA adapter."""
-
-    lora_r: int = option(16, "rank of a new adapter; one that is continued keeps its own", low=1)
-    lora_alpha: int = option(32, "its scale is alpha / r", low=1)
-    lora_dropout: float = option(
-        0.0, "dropout on its input, in SFT, reward model and DPO; PPO has none", low=0, below=1
-    )
-    lora_target_modules: list[str] = option(["all-linear"], "modules that get one")
-    train_eos: Literal["auto", "always", "never"] = option(
-        "auto", "train the EOS token's row of the output head beside LoRA; auto: where it was never trained"
-    )
-
-
-@dataclass(kw_only=True)
-class TrainerConfig(AdapterConfig):
-    """Options of the stages that stand on TRL's trainers, under TRL's names."""
-
-    use_peft: bool = option(True, "train LoRA adapters; false: train the whole model")
-    num_train_epochs: float = option(1.0, "passes over the data", resume="free", above=0)
-    max_steps: int = option(-1, "stop after so many steps; -1: by epochs", resume="free", low=-1)
-    gradient_accumulation_steps: int = option(1, "forward and backward passes before each step", low=1)
-    lr_scheduler_type: str = option("linear", "linear, cosine, constant, ... as in transformers")
-    warmup_steps: float = option(0.0, "steps of rising step size; below 1: a share of all steps", low=0)
-    weight_decay: float = option(0.0, "of AdamW", low=0)
-    trl: dict = option({}, "any further option of TRL's config for this stage, by its name")
-
-    def validate(self) -> None:
-        super().validate()
-        if self.max_steps == 0:
-            raise UserError("'max_steps' is 0, expected -1 (by epochs) or at least 1: a run of no steps learns nothing")
-
-
-def load_start(run):
+def load_initial_model(run):
     """The foundation that this run starts from. Raises UserError where it and the options do not fit."""
     from rlhf.files import files_fingerprint, model_files
-    from rlhf.models import load_foundation
+    from rlhf.models import load_model
 
     config = run.config
-    foundation = load_foundation(config.model_name_or_path, run.torch_dtype, config.attn_implementation)
-    check_start(run.program, config, foundation.model, foundation.adapter_path)
-    run.stands_on("base", foundation.fingerprint)
-    if foundation.adapter_path:
-        run.stands_on("start", files_fingerprint(model_files(foundation.adapter_path)))
-    return foundation
+    initial = load_model(config.model_name_or_path, run.torch_dtype, config.attn_implementation)
+    check_start(run.program, config, initial.model, initial.adapter_path)
+    run.record_dependency("base", initial.fingerprint)
+    if initial.adapter_path:
+        run.record_dependency("start", files_fingerprint(model_files(initial.adapter_path)))
+    return initial
 
 
 def check_start(program: str, config: RunConfig, model, adapter_path: str | None) -> None:
@@ -185,7 +38,7 @@ def check_start(program: str, config: RunConfig, model, adapter_path: str | None
         )
 
 
-def new_lora(run, foundation, task_type: str = "CAUSAL_LM"):
+def new_lora(run, initial, task_type: str = "CAUSAL_LM"):
     """The LoRA settings of a new adapter on the foundation, or None when the whole model is trained.
 
     Raises UserError for a target module that the model does not have.
@@ -195,14 +48,14 @@ def new_lora(run, foundation, task_type: str = "CAUSAL_LM"):
     config = run.config
     if not getattr(config, "use_peft", True):
         return None
-    check_targets(foundation.model, config.lora_target_modules)
+    check_targets(initial.model, config.lora_target_modules)
     lora = lora_config(task_type, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
     if task_type == "CAUSAL_LM":
-        lora.trainable_token_indices = eos_rows(run, foundation, lora)
+        lora.trainable_token_indices = eos_rows(run, initial, lora)
     return lora
 
 
-def eos_rows(run, foundation, lora) -> list[int] | dict[str, list[int]] | None:
+def eos_rows(run, initial, lora) -> list[int] | dict[str, list[int]] | None:
     """PEFT's `trainable_token_indices` of a new policy adapter: the EOS token where its row has to be trained, or None.
 
     LoRA on the layers below cannot raise the logit of one token over those of others whose rows are the same. Says
@@ -210,34 +63,34 @@ def eos_rows(run, foundation, lora) -> list[int] | dict[str, list[int]] | None:
     """
     from rlhf.models import adapter_settings, changes_head, like_rows, token_rows
 
-    wanted, token = run.config.train_eos, foundation.tokenizer.eos_token_id
+    wanted, token = run.config.train_eos, initial.tokenizer.eos_token_id
     if wanted == "never":
         return None
-    found = like_rows(foundation.model.get_output_embeddings().weight, token)
+    found = like_rows(initial.model.get_output_embeddings().weight, token)
     if wanted == "auto" and found < NEVER_TRAINED:
         return None
-    name = f"the row of the EOS token {foundation.tokenizer.eos_token!r} in the output head"
+    name = f"the row of the EOS token {initial.tokenizer.eos_token!r} in the output head"
     if found >= NEVER_TRAINED:
         name += f", which has a cosine above 0.9 to {found} others and was probably never trained,"
-    start = foundation.adapter_path
-    if changes_head(adapter_settings(start) if start else lora, foundation.model):
+    start = initial.adapter_path
+    if changes_head(adapter_settings(start) if start else lora, initial.model):
         return None
     if start:
-        run.say(f"warning: {name} is not trained by the adapter {start}: its responses may never end. Train it anew")
+        run.log(f"warning: {name} is not trained by the adapter {start}: its responses may never end. Train it anew")
         return None
-    rows = token_rows(foundation.model, token)
-    run.say(
+    rows = token_rows(initial.model, token)
+    run.log(
         f"{name} is trained beside LoRA" if rows else f"warning: {name} cannot be trained: PEFT leaves out its bias"
     )
     return rows
 
 
-def new_dropout(config: AdapterConfig, foundation) -> float:
+def new_dropout(config: AdapterConfig, initial) -> float:
     """The dropout of a new adapter; one that is continued in DPO or as a reward model had its own where it was new."""
-    return 0.0 if foundation.adapter_path else config.lora_dropout
+    return 0.0 if initial.adapter_path else config.lora_dropout
 
 
-def evaluation(run, foundation, scorer: Scorer | None):
+def evaluation(run, initial, scorer: Scorer | None):
     """The evaluation by sampling of this run on its validation prompts, or None when switched off or without any."""
     from rlhf.engines.hf import Sampling
     from rlhf.evaluate import Evaluation
@@ -246,29 +99,29 @@ def evaluation(run, foundation, scorer: Scorer | None):
     config = run.config
     if config.eval_prompts < 1:
         return None
-    rows = some(run.rows(Prompt, "validation", foundation.tokenizer, config.eval_data), config.eval_prompts)
+    rows = some(run.rows(Prompt, "validation", initial.tokenizer, config.eval_data), config.eval_prompts)
     if not rows:
-        run.say("no validation prompts: evaluation by sampling is off")
+        run.log("no validation prompts: evaluation by sampling is off")
         return None
     return Evaluation(
         prompts=rows,
-        tokenizer=foundation.tokenizer,
-        stop_ids=stop_ids(foundation.tokenizer, foundation.model),
+        tokenizer=initial.tokenizer,
+        stop_ids=stop_ids(initial.tokenizer, initial.model),
         sampling=Sampling(max_new_tokens=config.max_response_length, temperature=config.temperature),
         scorer=scorer,
         seed=config.seed,
         batch_size=config.generation_batch_size,
-        plain_head=head_is_plain(foundation.model),
+        plain_head=head_is_plain(initial.model),
     )
 
 
-def ends_measured(run, foundation, rows: list[dict]):
+def ends_measured(run, initial, rows: list[dict]):
     """Return a function of a model that measures P(EOS) where the answers of up to 64 of these rows end."""
     from rlhf.evaluate import eos_probability
     from rlhf.models import head_is_plain
 
-    rows, plain_head = some(rows, 64), head_is_plain(foundation.model)
-    name, pad_id = "eval/response/eos_probability", foundation.tokenizer.pad_token_id
+    rows, plain_head = some(rows, 64), head_is_plain(initial.model)
+    name, pad_id = "eval/response/eos_probability", initial.tokenizer.pad_token_id
     return lambda model: {name: eos_probability(model, rows, pad_id, plain_head, run.world)}
 
 

@@ -98,21 +98,21 @@ def random_adapter(
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from rlhf.models import load_foundation, write_identity
+    from rlhf.models import load_model, write_identity
 
-    foundation = load_foundation(base_path)
+    initial = load_model(base_path)
     torch.manual_seed(seed)
     settings = {"r": r, "lora_alpha": alpha, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
-    model = get_peft_model(foundation.model, LoraConfig(**settings))
+    model = get_peft_model(initial.model, LoraConfig(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 start = 0.0 if ".lora_A" in name or ".lora_B" in name else parameter
                 parameter.copy_(start + 0.2 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    foundation.tokenizer.save_pretrained(folder)
+    initial.tokenizer.save_pretrained(folder)
     if identity:
-        write_identity(folder, foundation, program="sft")
+        write_identity(folder, initial, program="sft")
     return str(folder)
 
 

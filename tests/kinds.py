@@ -105,7 +105,7 @@ def build(kind: str, **more: Any):
 def measure(kind: str, folder: Path, data: dict[str, str]) -> dict[str, str]:
     """A row of the table: what each program said of the kind. The folder is left with the runs."""
     from rlhf.engines.hf import cache_is_exact
-    from rlhf.tracking import read_metrics
+    from rlhf.runs.tracking import read_metrics
 
     model, tokenizer = build(kind)
     cells = {"kind": kind, "attention": model.config._attn_implementation}

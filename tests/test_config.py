@@ -333,7 +333,7 @@ def test_an_output_dir_that_cannot_be_a_folder_is_refused_before_anything_is_loa
 
 
 def test_a_value_out_of_range_is_named_with_the_place_that_gave_it(tmp_path):
-    from rlhf.stages import RunConfig
+    from rlhf.options.shared import RunConfig
 
     (tmp_path / "x.yaml").write_text("model_name_or_path: m\ndata: [d]\noutput_dir: o\nlearning_rate: -2\n")
     with pytest.raises(UserError, match=rf"^{tmp_path}/x.yaml: 'learning_rate' is -2"):

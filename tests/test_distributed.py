@@ -7,7 +7,7 @@ import pytest
 from rlhf import distributed
 from rlhf.config import UserError
 from rlhf.distributed import (
-    World,
+    DistributedContext,
     check_deepspeed_config,
     is_abandoned,
     ranks_of,
@@ -71,7 +71,7 @@ AUTO = dict.fromkeys(distributed.DECIDED, "auto") | {"bf16": {"enabled": "auto"}
 
 
 def checked(more: dict, program: str = "dpo") -> dict:
-    return check_deepspeed_config(ZERO2 | more, "x.json", World(size=2), OPTIONS[program])
+    return check_deepspeed_config(ZERO2 | more, "x.json", DistributedContext(size=2), OPTIONS[program])
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_deepspeed_json_that_contradicts_or_is_none_is_refused_alike_in_all_pr
 
 
 def test_the_shipped_deepspeed_jsons_are_taken_and_a_file_that_is_none_is_refused(tmp_path):
-    launched = World(launched=True)
+    launched = DistributedContext(launched=True)
     for name, stage in (("zero0", 0), ("zero2", 2), ("zero3", 3), ("zero3_offload", 3)):
         assert read_deepspeed_config(name, launched, OPTIONS["ppo"])["zero_optimization"]["stage"] == stage
     (tmp_path / "list.json").write_text("[" * 2)

@@ -7,12 +7,12 @@ import torch
 from rlhf import stages
 from rlhf.data.encode import encode_prompts
 from rlhf.data.records import Prompt, Scores
-from rlhf.distributed import World
+from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import Sampling, generate
 from rlhf.evaluate import EvalRow, Evaluation, eos_probability, sample_table, summarise
-from rlhf.models import load_foundation, lora_config
+from rlhf.models import load_model, lora_config
+from rlhf.options.shared import SamplingConfig
 from rlhf.roles import Roles
-from rlhf.stages import SamplingConfig
 from rlhf.stats import clustered_se
 
 
@@ -24,7 +24,7 @@ def by_length(samples):
 @pytest.fixture()
 def roles(sft_path):
     """A policy that has moved away from its reference."""
-    roles = Roles(load_foundation(sft_path), lora_config())
+    roles = Roles(load_model(sft_path), lora_config())
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in roles.parameters_of("policy"):
@@ -62,7 +62,7 @@ def test_sequence_kl_is_the_sum_of_log_ratios_at_the_sampling_temperature(roles,
 
     monkeypatch.setattr("rlhf.evaluate.generate", spy)
     task = evaluation(tokenizer)
-    rows = task.run(roles.trunk, policy(roles), reference(roles), World())
+    rows = task.run(roles.trunk, policy(roles), reference(roles), DistributedContext())
     wanted = [p["prompt_ids"] for p in task.prompts for _ in range(2)]
     for row, prompt, response in zip(rows, wanted, seen["done"].response_ids, strict=True):
         expected = 0.0
@@ -82,31 +82,31 @@ def test_eval_prompts_are_taken_by_the_hash_of_their_group(sft_path):
     rows = [{"record": Prompt(prompt=[{"role": "user", "content": n}], group=n), "prompt_ids": [5]} for n in names]
     options = SamplingConfig(model_name_or_path="x", data=["x"], output_dir="x", eval_prompts=20)
     run = SimpleNamespace(config=options, rows=lambda *_: rows)
-    chosen = [row["record"].group for row in stages.evaluation(run, load_foundation(sft_path), None).prompts]
+    chosen = [row["record"].group for row in stages.evaluation(run, load_model(sft_path), None).prompts]
     assert len(chosen) == 20 and 4 < sum(name.startswith("a") for name in chosen) < 16
 
 
 def test_kl_of_a_policy_to_itself_is_exactly_zero(roles, tokenizer):
-    rows = evaluation(tokenizer).run(roles.trunk, policy(roles), policy(roles), World())
+    rows = evaluation(tokenizer).run(roles.trunk, policy(roles), policy(roles), DistributedContext())
     assert [row.kl for row in rows] == [0.0] * 4
 
 
 def test_without_a_reference_kl_is_not_a_number(roles, tokenizer):
-    rows = evaluation(tokenizer).run(roles.trunk, policy(roles), None, World())
+    rows = evaluation(tokenizer).run(roles.trunk, policy(roles), None, DistributedContext())
     assert all(math.isnan(row.kl) for row in rows) and "eval/kl/sequence" not in summarise(rows)
 
 
 def test_a_reference_may_be_a_model_of_its_own(roles, tokenizer, base_path):
-    base = load_foundation(base_path).model
-    bare = Roles(load_foundation(base_path), lora_config())
-    rows = evaluation(tokenizer).run(bare.trunk, policy(bare), base, World())
+    base = load_model(base_path).model
+    bare = Roles(load_model(base_path), lora_config())
+    rows = evaluation(tokenizer).run(bare.trunk, policy(bare), base, DistributedContext())
     assert [row.kl for row in rows] == pytest.approx([0.0] * 4, abs=1e-5)
 
 
 def test_two_steps_meet_the_same_luck_and_two_samples_do_not(roles, tokenizer):
     task = evaluation(tokenizer)
-    first = task.run(roles.trunk, policy(roles), None, World())
-    again = task.run(roles.trunk, policy(roles), None, World())
+    first = task.run(roles.trunk, policy(roles), None, DistributedContext())
+    again = task.run(roles.trunk, policy(roles), None, DistributedContext())
     assert [r.response for r in first] == [r.response for r in again]
     assert first[0].response != first[1].response
     assert first[0].metadata["item"] == "one" and first[0].metadata["group"] == first[0].group
@@ -142,16 +142,16 @@ def test_the_standard_error_is_clustered():
 
 
 def test_the_table_shows_prompt_response_and_scores(roles, tokenizer):
-    (first, *_) = sample_table(evaluation(tokenizer).run(roles.trunk, policy(roles), None, World()), 1)
+    (first, *_) = sample_table(evaluation(tokenizer).run(roles.trunk, policy(roles), None, DistributedContext()), 1)
     assert first["prompt"] == "one" and {"response", "ended", "kl", "score/length"} <= set(first)
 
 
 def test_the_probability_of_eos_is_read_where_answers_end(base_path):
-    model = load_foundation(base_path).model
+    model = load_model(base_path).model
     rows = [{"prompt_ids": [5, 6, 7], "response_ids": [20, 2]}, {"prompt_ids": [8], "response_ids": [9, 10, 11, 2]}]
     with torch.no_grad():
         after_20 = model(torch.tensor([[5, 6, 7, 20]])).logits[0, -1].softmax(-1)[2]
         after_11 = model(torch.tensor([[8, 9, 10, 11]])).logits[0, -1].softmax(-1)[2]
     expected = float(after_20 + after_11) / 2
-    assert eos_probability(model, rows, 0, True, World()) == pytest.approx(expected, rel=1e-5)
-    assert eos_probability(model, rows, 0, False, World()) == pytest.approx(expected, rel=1e-5)
+    assert eos_probability(model, rows, 0, True, DistributedContext()) == pytest.approx(expected, rel=1e-5)
+    assert eos_probability(model, rows, 0, False, DistributedContext()) == pytest.approx(expected, rel=1e-5)

@@ -21,12 +21,12 @@ from transformers import (
 )
 
 from reward.model import RewardModel, load_reward, write_reward
-from rlhf import stages, trainers
+from rlhf import stages
 from rlhf.config import UserError
-from rlhf.distributed import World
+from rlhf.distributed import DistributedContext
 from rlhf.evaluate import eos_probability
 from rlhf.models import (
-    Foundation,
+    InitialModel,
     attention_of,
     check_context,
     check_finite,
@@ -35,13 +35,14 @@ from rlhf.models import (
     context_length,
     hidden_width,
     like_rows,
-    load_foundation,
+    load_model,
     load_tokenizer,
     lora_config,
     response_logprobs,
     token_rows,
     trainable_policy,
 )
+from rlhf.offline import trainers
 from rlhf.roles import Roles, disable_dropout, reward_shift
 from tests.conftest import make_tokenizer, random_adapter
 from tests.kinds import build
@@ -91,7 +92,7 @@ def one_wider(tensors):
 )
 def test_weights_that_do_not_fit_are_refused_by_name(copy, rename, config, found):
     with pytest.raises(UserError, match=f"do not fit LlamaForCausalLM: .*{found}"):
-        load_foundation(copy(rename, **config))
+        load_model(copy(rename, **config))
 
 
 def test_tensors_that_are_legitimately_absent_or_superfluous_load(copy, base_path):
@@ -100,7 +101,7 @@ def test_tensors_that_are_legitimately_absent_or_superfluous_load(copy, base_pat
         tied = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
         return tensors | tied | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
 
-    assert load_foundation(copy(as_older_versions_saved)).fingerprint == load_foundation(base_path).fingerprint
+    assert load_model(copy(as_older_versions_saved)).fingerprint == load_model(base_path).fingerprint
 
 
 def rope(**scaling):
@@ -136,7 +137,7 @@ def test_context_length(kind, options, expected):
 
 
 def test_lengths_beyond_the_positions_are_refused_with_both_numbers(base_path):
-    model = load_foundation(base_path).model  # 512 positions
+    model = load_model(base_path).model  # 512 positions
     check_context(model, base_path, 400, 112)
     with pytest.raises(UserError, match=r"max_prompt_length 400 \+ max_response_length 113 = 513 .*positions for 512"):
         check_context(model, base_path, 400, 113)
@@ -145,7 +146,7 @@ def test_lengths_beyond_the_positions_are_refused_with_both_numbers(base_path):
         model_name_or_path=base_path, attn_implementation=None, max_prompt_length=512, max_response_length=512
     )
     with pytest.raises(UserError, match="1024 tokens"):  # the programs' defaults
-        stages.load_start(types.SimpleNamespace(program="sft", config=config, torch_dtype="float32"))
+        stages.load_initial_model(types.SimpleNamespace(program="sft", config=config, torch_dtype="float32"))
 
 
 def test_a_reward_model_says_that_a_text_is_too_long_for_it(tokenizer):
@@ -158,19 +159,19 @@ def test_a_reward_model_says_that_a_text_is_too_long_for_it(tokenizer):
 
 def test_attention_is_transformers_choice_unless_the_run_was_given_one(copy, tmp_path):
     path = copy()
-    assert load_foundation(path).model.config._attn_implementation == "sdpa"
+    assert load_model(path).model.config._attn_implementation == "sdpa"
     (tmp_path / "model" / "config.yaml").write_text("attn_implementation: eager\n")
-    assert load_foundation(path).model.config._attn_implementation == "eager"
-    assert load_foundation(path, attn_implementation="sdpa").model.config._attn_implementation == "sdpa"
+    assert load_model(path).model.config._attn_implementation == "eager"
+    assert load_model(path, attn_implementation="sdpa").model.config._attn_implementation == "sdpa"
     assert attention_of(f"{path}/checkpoints/checkpoint-3") == "eager"
     with pytest.raises(UserError, match=r"flash_attention_2 cannot be used here .*--attn_implementation sdpa"):
-        load_foundation(path, attn_implementation="flash_attention_2")
+        load_model(path, attn_implementation="flash_attention_2")
 
 
 def test_an_attention_that_a_run_had_and_this_machine_has_not_is_said(copy, tmp_path, capsys):
     path = copy()
     (tmp_path / "model" / "config.yaml").write_text("attn_implementation: flash_attention_2\n")
-    assert load_foundation(path).model.config._attn_implementation == "sdpa"
+    assert load_model(path).model.config._attn_implementation == "sdpa"
     assert "flash_attention_2 cannot be used here" in capsys.readouterr().err
 
 
@@ -181,7 +182,7 @@ def test_a_model_without_sdpa_loads(tmp_path, tokenizer):
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert load_foundation(str(tmp_path)).model.config._attn_implementation == "eager"
+    assert load_model(str(tmp_path)).model.config._attn_implementation == "eager"
 
 
 def test_heads_have_the_width_of_the_last_hidden_state(tmp_path, tokenizer):
@@ -192,7 +193,7 @@ def test_heads_have_the_width_of_the_last_hidden_state(tmp_path, tokenizer):
     )  # fmt: skip
     OPTForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    roles = Roles(load_foundation(str(tmp_path)), lora_config())
+    roles = Roles(load_model(str(tmp_path)), lora_config())
     assert hidden_width(roles.trunk) == roles.heads["value"].in_features == 16
     ids = torch.arange(5, 11).reshape(1, 6)
     batch = {"ids": ids, "attention": torch.ones_like(ids), "positions": torch.tensor([[3, 4]])}
@@ -215,7 +216,7 @@ def test_a_tokenizer_without_a_pad_token(tmp_path, spare, expected):
 
 def test_padding_is_known_by_the_mask_alone(base_path):
     # the same log-probabilities and the same score whatever fills, a token of the response itself included
-    model = load_foundation(base_path).model
+    model = load_model(base_path).model
     prompts, responses = [[5, 6, 7], [8, 9]], [[10, 2], [11, 12, 13, 2]]
     with torch.no_grad():
         filled = [completion_batch(prompts, responses, pad) for pad in (0, 2)]
@@ -279,7 +280,7 @@ def with_nan(tensors):
 
 def test_a_base_that_holds_nan_is_refused_by_name(copy):
     with pytest.raises(UserError, match=r"model: 'model\.norm.weight' holds numbers that are not finite"):
-        load_foundation(copy(with_nan))
+        load_model(copy(with_nan))
 
 
 @pytest.mark.parametrize(
@@ -301,7 +302,7 @@ def test_files_of_a_base_that_cannot_be_read_are_one_message(copy, file, content
     folder = copy()
     (Path(folder) / file).write_bytes(content)
     with pytest.raises(UserError, match=said):
-        load_foundation(folder)
+        load_model(folder)
 
 
 def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(copy, monkeypatch):
@@ -309,12 +310,12 @@ def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(copy, monke
     (Path(folder) / "odd.py").write_text("raise SystemExit('run')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     with pytest.raises(UserError, match=r"could be loaded .*custom code"):
-        load_foundation(folder)
+        load_model(folder)
     (Path(folder) / "model.safetensors").unlink()
     (Path(folder) / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (Path(folder) / "pytorch_model.bin").write_bytes(pickle.dumps(print, protocol=2))
     with pytest.raises(UserError, match=r"model: no model could be loaded \(a pickle that holds more than weights"):
-        load_foundation(folder)
+        load_model(folder)
 
 
 def truncated(content: bytes) -> bytes:
@@ -354,7 +355,7 @@ def test_files_of_an_adapter_that_cannot_be_used_are_one_message_in_every_role(
     with pytest.raises(UserError, match=said):
         load_reward(str(folder))
     with pytest.raises(UserError, match=said):
-        Roles(load_foundation(base_path), lora_config(r=2), str(folder))
+        Roles(load_model(base_path), lora_config(r=2), str(folder))
 
 
 def test_bias_and_scale_that_are_not_finite_are_not_saved(tmp_path, reward_path):
@@ -373,7 +374,7 @@ def test_finite_numbers_pass_and_the_first_odd_tensor_is_named():
 
 
 def test_each_lora_target_is_a_layer_of_the_model(base_path):
-    model = load_foundation(base_path).model
+    model = load_model(base_path).model
     for targets in (["all-linear"], ["q_proj", "v_proj"], ["layers.0.self_attn.q_proj"], ["embed_tokens"]):
         check_targets(model, targets)
     for targets, said in (
@@ -410,8 +411,8 @@ def rows_of_a_new_adapter(path, said, **options):
         "lora_target_modules": ["all-linear"],
     }
     config = types.SimpleNamespace(**settings | {"train_eos": "auto"} | options)
-    run = types.SimpleNamespace(config=config, say=said.append)
-    return stages.new_lora(run, load_foundation(path)).trainable_token_indices
+    run = types.SimpleNamespace(config=config, log=said.append)
+    return stages.new_lora(run, load_model(path)).trainable_token_indices
 
 
 def test_rows_alike_are_counted_by_their_cosine():
@@ -441,11 +442,11 @@ def test_the_row_of_an_eos_token_that_was_never_trained_is_trained(base_path, tm
 
 @pytest.mark.parametrize(("trained", "tied"), [(False, True), (True, True), (True, False)])
 def test_only_with_its_row_trained_can_the_eos_token_be_learnt(base_path, tmp_path, trained, tied):
-    foundation = load_foundation(stuck_base(base_path, tmp_path / "base", tied))
+    initial = load_model(stuck_base(base_path, tmp_path / "base", tied))
     lora = lora_config(r=4)
-    lora.trainable_token_indices = token_rows(foundation.model, 2) if trained else None
+    lora.trainable_token_indices = token_rows(initial.model, 2) if trained else None
     torch.manual_seed(0)
-    model = trainable_policy(foundation, lora)
+    model = trainable_policy(initial, lora)
     row = {"prompt_ids": [40, 41, 42], "response_ids": [50, 51, 2]}
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for _ in range(60):
@@ -453,16 +454,16 @@ def test_only_with_its_row_trained_can_the_eos_token_be_learnt(base_path, tmp_pa
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    learnt = eos_probability(model, [row], 0, True, World())
+    learnt = eos_probability(model, [row], 0, True, DistributedContext())
     # 19 tokens with one row have one logit: P(EOS) is at most 1/19 = 0.0526 whatever LoRA learns
     assert learnt > 0.5 if trained else learnt < 1 / 19 + 1e-6
 
     run = types.SimpleNamespace(
-        config=types.SimpleNamespace(output_dir=str(tmp_path / "merged")), world=World(), program="sft"
+        config=types.SimpleNamespace(output_dir=str(tmp_path / "merged")), world=DistributedContext(), program="sft"
     )
-    trainers.save_policy(run, model, foundation, merge=True)
-    merged = load_foundation(str(tmp_path / "merged")).model
-    assert eos_probability(merged, [row], 0, True, World()) == pytest.approx(learnt, abs=1e-5)
+    trainers.save_policy(run, model, initial, merge=True)
+    merged = load_model(str(tmp_path / "merged")).model
+    assert eos_probability(merged, [row], 0, True, DistributedContext()) == pytest.approx(learnt, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -471,9 +472,9 @@ def test_only_with_its_row_trained_can_the_eos_token_be_learnt(base_path, tmp_pa
 )
 def test_all_linear_leaves_out_what_cannot_be_adapted(kind, left_out):
     # routers give more than a tensor; Mamba's kernels read the weight of out_proj and never call it
-    foundation = Foundation(build(kind)[0], None, "x", "x", None, "x")
-    linear = {n.rpartition(".")[2] for n, m in foundation.model.named_modules() if isinstance(m, torch.nn.Linear)}
-    model = trainable_policy(foundation, lora_config(r=2))
+    initial = InitialModel(build(kind)[0], None, "x", "x", None, "x")
+    linear = {n.rpartition(".")[2] for n, m in initial.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    model = trainable_policy(initial, lora_config(r=2))
     adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
     assert adapted == linear - left_out - {"lm_head"}
     model(input_ids=torch.arange(3, 9).reshape(1, 6), use_cache=False)
@@ -485,7 +486,7 @@ def test_policy_and_reference_are_equal_to_the_last_bit_where_layers_read_transp
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     sft = random_adapter(str(tmp_path / "base"), tmp_path / "sft", seed=1)
-    roles = Roles(load_foundation(sft), lora_config())
+    roles = Roles(load_model(sft), lora_config())
     batch = completion_batch([[5, 6, 7], [8, 9]], [[10, 11, 12, 2], [13, 14, 2]], 0)
     batch = dict(zip(("ids", "attention", "positions", "responses", "mask"), batch, strict=True))
     with torch.no_grad():

@@ -14,18 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # Imports go down: a module may import its own layer and those after it.
 LAYERS = [
     ["rlhf.cli"],
-    ["rlhf.sandbox.quickstart", "rlhf.compare.run", "rlhf.experiment"],
+    ["rlhf.sandbox.quickstart", "rlhf.compare.measure", "rlhf.experiment"],
     ["reward"],
-    ["rlhf.ppo", "rlhf.dpo", "rlhf.trainers", "rlhf.sandbox", "rlhf.sample"],
-    ["rlhf.rollout", "rlhf.compare"],
-    ["rlhf.roles", "rlhf.evaluate", "rlhf.stages", "rlhf.run", "rlhf.ppo_config"],
-    ["rlhf.engines", "rlhf.models", "rlhf.budget"],
-    ["rlhf.advantages", "rlhf.losses", "rlhf.tensors", "rlhf.distributed", "rlhf.guards"],
-    ["rlhf.checkpoint"],
-    ["rlhf.tracking", "rlhf.trl_names", "rlhf.metrics", "rlhf.guard_table"],
-    ["rlhf.data"],
-    ["rlhf.files", "rlhf.http_client"],
-    ["rlhf.config", "rlhf.stats"],
+    ["rlhf.ppo.trainer", "rlhf.offline", "rlhf.sandbox", "rlhf.collect"],
+    ["rlhf.ppo.rollout", "rlhf.compare"],
+    ["rlhf.roles", "rlhf.evaluate", "rlhf.stages", "rlhf.runs.run"],
+    ["rlhf.engines", "rlhf.models", "rlhf.runs.budget"],
+    ["rlhf.ppo", "rlhf.tensors", "rlhf.distributed", "rlhf.runs"],
+    ["rlhf.options", "rlhf.data"],
+    ["rlhf.files", "rlhf.http_client", "rlhf.validation"],
+    ["rlhf.config", "rlhf.stats", "rlhf.text"],
 ]
 
 
@@ -75,7 +73,7 @@ def test_rlhf_never_imports_reward_but_in_its_cli():
 def test_light_modules_stay_light():
     """`rlhf --help` and reading data must not pay for torch."""
     code = (
-        "import sys, rlhf.cli, rlhf.config, rlhf.data.load, rlhf.data.store, rlhf.tracking, reward.compose\n"
+        "import sys, rlhf.cli, rlhf.config, rlhf.data.load, rlhf.data.store, rlhf.runs.tracking, reward.compose\n"
         "print([m for m in ('torch', 'transformers', 'datasets', 'wandb', 'matplotlib') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -90,8 +88,8 @@ def config_class(path: Path):
 
         return ExperimentConfig
     if path.parent.name == "quickstart" and name in ("sandbox", "annotate", "sample", "compare"):
-        from rlhf.compare.run import CompareConfig
-        from rlhf.sample import SampleConfig
+        from rlhf.collect.sample import SampleConfig
+        from rlhf.compare.measure import CompareConfig
         from rlhf.sandbox.annotators import AnnotateConfig
         from rlhf.sandbox.build import SandboxConfig
 
@@ -147,7 +145,7 @@ def test_voices_parse():
 
 
 def test_metrics_page_is_current():
-    from rlhf.metrics import metrics_page
+    from rlhf.runs.metrics import metrics_page
 
     assert (ROOT / "docs" / "metrics.md").read_text() == metrics_page(), "run: make docs"
 

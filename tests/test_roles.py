@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reward.model import trainable_reward
-from rlhf.compare.run import load_policies
+from rlhf.compare.measure import load_policies
 from rlhf.config import UserError
-from rlhf.models import completion_batch, load_foundation, lora_config, trainable_policy
+from rlhf.models import completion_batch, load_model, lora_config, trainable_policy
 from rlhf.roles import Roles
 from tests.conftest import random_adapter
 from tests.launch.conftest import door
@@ -24,7 +24,7 @@ def batch_of(roles=None, prompts=PROMPTS, responses=RESPONSES):
 
 @pytest.fixture()
 def roles(sft_path, reward_path):
-    return Roles(load_foundation(sft_path), lora_config(), reward_path)
+    return Roles(load_model(sft_path), lora_config(), reward_path)
 
 
 def test_policy_and_reference_are_equal_to_the_last_bit_at_the_start(roles):
@@ -41,19 +41,19 @@ def test_the_reference_is_the_sft_policy_not_the_bare_base(roles, sft_path, base
     batch = batch_of()
     from peft import PeftModel
 
-    sft = PeftModel.from_pretrained(load_foundation(base_path).model, sft_path).eval()
+    sft = PeftModel.from_pretrained(load_model(base_path).model, sft_path).eval()
     with torch.no_grad(), roles.use("reference"):
         got, _ = roles.logprobs(batch)
         logits = sft(batch["ids"], attention_mask=batch["attention"]).logits
         expected = torch.log_softmax(logits, -1)[0, 2:6].gather(-1, torch.tensor(RESPONSES[0])[:, None])[:, 0]
-        bare = torch.log_softmax(load_foundation(base_path).model(batch["ids"]).logits, -1)
+        bare = torch.log_softmax(load_model(base_path).model(batch["ids"]).logits, -1)
         bare = bare[0, 2:6].gather(-1, torch.tensor(RESPONSES[0])[:, None])[:, 0]
     torch.testing.assert_close(got[0], expected, atol=1e-5, rtol=0)
     assert (got[0] - bare).abs().max() > 0.01
 
 
 def test_on_a_foundation_without_adapter_the_reference_is_the_base(base_path):
-    roles = Roles(load_foundation(base_path), lora_config(r=4))
+    roles = Roles(load_model(base_path), lora_config(r=4))
     batch = batch_of()
     with torch.no_grad():
         for parameter in roles.parameters_of("policy"):
@@ -62,7 +62,7 @@ def test_on_a_foundation_without_adapter_the_reference_is_the_base(base_path):
             policy, _ = roles.logprobs(batch)
         with roles.use("reference"):
             reference, _ = roles.logprobs(batch)
-        logits = load_foundation(base_path).model(batch["ids"], attention_mask=batch["attention"]).logits
+        logits = load_model(base_path).model(batch["ids"], attention_mask=batch["attention"]).logits
     expected = torch.log_softmax(logits, -1)[0, 2:6].gather(-1, torch.tensor(RESPONSES[0])[:, None])[:, 0]
     torch.testing.assert_close(reference[0], expected, atol=1e-5, rtol=0)
     assert (policy - reference).abs().max() > 0.01
@@ -89,7 +89,7 @@ def test_gradients_reach_the_role_that_learns_and_nothing_else(roles):
 def test_gradient_checkpointing_changes_no_gradient(sft_path, reward_path):
     grads = []
     for checkpointing in (False, True):
-        roles = Roles(load_foundation(sft_path), lora_config(), reward_path, checkpointing).train()
+        roles = Roles(load_model(sft_path), lora_config(), reward_path, checkpointing).train()
         for role in ("policy", "value"):
             with roles.use(role):
                 output = roles.logprobs(batch_of())[0] if role == "policy" else roles.values(batch_of())
@@ -107,7 +107,7 @@ def test_the_reward_role_scores_by_adapter_head_scale_and_bias(roles, base_path,
     batch = batch_of()
     with torch.no_grad(), roles.use("reward"):
         got = roles.scores(batch["ids"], batch["attention"])
-    plain = load_foundation(base_path).model
+    plain = load_model(base_path).model
     head = load_file(f"{reward_path}/adapter_model.safetensors")["base_model.model.score.weight"]
     model = PeftModel.from_pretrained(plain, reward_path).eval()
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
@@ -144,21 +144,21 @@ def test_a_critic_from_the_reward_model_is_its_adapter_and_its_scores(roles):
 
 
 def test_the_critic_starts_from_what_the_reward_model_adds_to_the_total(sft_path, reward_path):
-    roles = Roles(load_foundation(sft_path), lora_config(), reward_path, reward_weight=-3.0)
+    roles = Roles(load_model(sft_path), lora_config(), reward_path, reward_weight=-3.0)
     # scale 0.5 and bias -0.25, times the weight of its score
     assert torch.equal(roles.heads["value"].weight, -1.5 * roles.heads["reward"].weight)
     assert roles.heads["value"].bias.item() == 0.75
 
 
 def test_the_program_starts_the_critic_by_the_weights_of_the_scorers(sft_path, reward_path):
-    from rlhf.ppo_config import PPOConfig
+    from rlhf.options.ppo import PPOConfig
 
     door("ppo")
     program = sys.modules["door_ppo"]
 
     def start(reward, **more):
         options = PPOConfig(model_name_or_path="x", data=["x"], output_dir="x", reward=reward, **more)
-        return program.critic_start(options, program.reward_role(reward, load_foundation(sft_path)))
+        return program.critic_start(options, program.reward_role(reward, load_model(sft_path)))
 
     model, rule = {"model": reward_path, "name": "rm"}, {"rule": "length", "low": 1, "high": 9}
     assert start([model]) == ("reward", 1.0, [])
@@ -175,14 +175,14 @@ def test_the_program_starts_the_critic_by_the_weights_of_the_scorers(sft_path, r
 def test_a_reward_model_that_is_learnt_from_becomes_the_role(sft_path, reward_path, tmp_path):
     door("ppo")
     shutil.copytree(reward_path, tmp_path / "other")
-    watched = {"model": str(tmp_path / "other"), "weight": 0}
-    role = sys.modules["door_ppo"].reward_role([watched, {"model": reward_path}], load_foundation(sft_path))
+    monitored = {"model": str(tmp_path / "other"), "weight": 0}
+    role = sys.modules["door_ppo"].reward_role([monitored, {"model": reward_path}], load_model(sft_path))
     assert role == reward_path
-    assert sys.modules["door_ppo"].reward_role([watched], load_foundation(sft_path)) == watched["model"]
+    assert sys.modules["door_ppo"].reward_role([monitored], load_model(sft_path)) == monitored["model"]
 
 
 def test_a_critic_from_the_policy_is_its_adapter_and_knows_nothing(sft_path, reward_path):
-    roles = Roles(load_foundation(sft_path), lora_config(r=2), reward_path, critic="policy")
+    roles = Roles(load_model(sft_path), lora_config(r=2), reward_path, critic="policy")
     value, policy = adapter(roles, "value"), adapter(roles, "policy")
     assert value.keys() == policy.keys() and all(torch.equal(value[n], policy[n]) for n in value)
     assert not roles.heads["value"].weight.any() and not roles.heads["value"].bias.any()
@@ -191,7 +191,7 @@ def test_a_critic_from_the_policy_is_its_adapter_and_knows_nothing(sft_path, rew
 
 
 def test_a_fresh_critic_is_the_base(sft_path, reward_path):
-    roles = Roles(load_foundation(sft_path), lora_config(r=2), reward_path, critic="fresh")
+    roles = Roles(load_model(sft_path), lora_config(r=2), reward_path, critic="fresh")
     value = adapter(roles, "value")
     assert all(p.shape[0] == 2 for n, p in value.items() if "lora_A" in n)  # its own rank; the policy's is 4
     assert all(not p.any() for n, p in value.items() if "lora_B" in n)
@@ -199,28 +199,28 @@ def test_a_fresh_critic_is_the_base(sft_path, reward_path):
 
 
 def test_a_critic_starts_from_the_reward_model_where_there_is_one(sft_path, base_path, reward_path):
-    with_reward = Roles(load_foundation(sft_path), lora_config(), reward_path, critic="auto")
+    with_reward = Roles(load_model(sft_path), lora_config(), reward_path, critic="auto")
     assert torch.equal(with_reward.heads["value"].weight, 0.5 * with_reward.heads["reward"].weight)
-    without = Roles(load_foundation(sft_path), lora_config(), critic="auto")
+    without = Roles(load_model(sft_path), lora_config(), critic="auto")
     value, policy = adapter(without, "value"), adapter(without, "policy")
     assert all(torch.equal(value[n], policy[n]) for n in policy)
     with pytest.raises(UserError, match="cannot start from the reward model"):
-        Roles(load_foundation(sft_path), lora_config(), critic="reward")
+        Roles(load_model(sft_path), lora_config(), critic="reward")
 
 
 def test_without_a_critic_there_is_no_value_role(sft_path, reward_path, tmp_path):
-    foundation = load_foundation(sft_path)
-    roles = Roles(foundation, lora_config(), reward_path, critic=None)
+    initial = load_model(sft_path)
+    roles = Roles(initial, lora_config(), reward_path, critic=None)
     assert not roles.has_critic and roles.parameters_of("value") == []
     assert not any(".value." in n or n.startswith("heads.value") for n, _ in roles.named_parameters())
-    roles.save(tmp_path, foundation)
+    roles.save(tmp_path, initial)
     assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "value").exists()
 
 
 @pytest.mark.parametrize("start", ["sft", "base"])
 def test_a_moving_reference_begins_as_the_policy_and_follows_it(sft_path, base_path, start):
     path = sft_path if start == "sft" else base_path
-    roles = Roles(load_foundation(path), lora_config(r=4), critic=None, moving_reference=True)
+    roles = Roles(load_model(path), lora_config(r=4), critic=None, moving_reference=True)
     assert not any(p.requires_grad for p in roles.moving_parameters())
     batch = batch_of()
     with torch.no_grad():
@@ -244,11 +244,11 @@ def test_a_moving_reference_begins_as_the_policy_and_follows_it(sft_path, base_p
 
 
 def test_dropout_is_off_wherever_a_model_keeps_it(sft_path):
-    foundation = load_foundation(sft_path)
-    foundation.model.config.attention_dropout = 0.5
-    for layer in foundation.model.model.layers:
+    initial = load_model(sft_path)
+    initial.model.config.attention_dropout = 0.5
+    for layer in initial.model.model.layers:
         layer.self_attn.attention_dropout = 0.5  # read in the forward pass as a number, not as an nn.Dropout
-    roles = Roles(foundation, lora_config()).train()
+    roles = Roles(initial, lora_config()).train()
     with torch.no_grad(), roles.use("policy"):
         assert torch.equal(roles.logprobs(batch_of())[0], roles.logprobs(batch_of())[0])
 
@@ -266,10 +266,10 @@ def test_saved_roles_come_back(roles, sft_path, tmp_path):
     with torch.no_grad():
         for parameter in roles.parameters_of("policy") + roles.parameters_of("value"):
             parameter.add_(0.05 * torch.randn_like(parameter))
-    foundation = load_foundation(sft_path)
-    roles.save(tmp_path, foundation)
+    initial = load_model(sft_path)
+    roles.save(tmp_path, initial)
     batch = batch_of()
-    again = Roles(load_foundation(str(tmp_path)), lora_config())
+    again = Roles(load_model(str(tmp_path)), lora_config())
     with torch.no_grad():
         with roles.use("policy"):
             expected, _ = roles.logprobs(batch)
@@ -283,7 +283,7 @@ def test_saved_roles_come_back(roles, sft_path, tmp_path):
 
 def test_a_reward_adapter_without_its_head_is_refused(sft_path):
     with pytest.raises(UserError, match="score head"):
-        Roles(load_foundation(sft_path), lora_config(), sft_path)
+        Roles(load_model(sft_path), lora_config(), sft_path)
 
 
 def test_an_adapter_of_another_base_is_refused(sft_path, reward_path, tmp_path):
@@ -294,7 +294,7 @@ def test_an_adapter_of_another_base_is_refused(sft_path, reward_path, tmp_path):
     identity = json.loads((other / "rlhf.json").read_text())
     (other / "rlhf.json").write_text(json.dumps({**identity, "base_fingerprint": "0" * 16}))
     with pytest.raises(UserError, match="trained on base 0000"):
-        Roles(load_foundation(sft_path), lora_config(), str(other))
+        Roles(load_model(sft_path), lora_config(), str(other))
 
 
 def test_weights_that_do_not_fit_are_refused(base_path, tmp_path):
@@ -303,7 +303,7 @@ def test_weights_that_do_not_fit_are_refused(base_path, tmp_path):
     weights.pop(sorted(weights)[0])
     save_file(weights, f"{path}/adapter_model.safetensors")
     with pytest.raises(UserError, match="do not fit"):
-        Roles(load_foundation(path), lora_config())
+        Roles(load_model(path), lora_config())
 
 
 KINDS = {
@@ -327,7 +327,7 @@ def by_peft(base_path, path, ids):
     """Logits and last hidden states of the adapter as PEFT alone loads it."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_foundation(base_path).model, path).eval()
+    model = PeftModel.from_pretrained(load_model(base_path).model, path).eval()
     with torch.no_grad():
         return model(ids).logits, model.get_base_model().base_model(ids).last_hidden_state
 
@@ -337,7 +337,7 @@ def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_train
     ids = torch.arange(3, 25)[None]
     path = random_adapter(base_path, tmp_path / "sft", seed=5, **KINDS[kind])
     expected, states = by_peft(base_path, path, ids)
-    roles = Roles(load_foundation(path), lora_config(), moving_reference=True)
+    roles = Roles(load_model(path), lora_config(), moving_reference=True)
 
     def logits(role):
         with torch.no_grad(), roles.use(role):
@@ -367,7 +367,7 @@ def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_train
     roles.follow(0.0)
     torch.testing.assert_close(logits("moving"), logits("policy"), atol=1e-6, rtol=0)
 
-    roles.save(tmp_path / "ppo", load_foundation(path))
+    roles.save(tmp_path / "ppo", load_model(path))
     torch.testing.assert_close(by_peft(base_path, tmp_path / "ppo", ids)[0], logits("policy"), atol=1e-6, rtol=0)
     with torch.no_grad(), roles.use("value"):
         states = roles.hidden(ids, torch.ones_like(ids))
@@ -377,7 +377,7 @@ def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_train
 def test_beside_lora_too_an_adapter_learns_in_float32_on_a_base_in_bfloat16(base_path, tmp_path):
     settings = {"modules_to_save": ["norm"], "trainable_token_indices": [2]}
     path = random_adapter(base_path, tmp_path, seed=5, **settings)
-    roles = Roles(load_foundation(path, "bfloat16"), lora_config())
+    roles = Roles(load_model(path, "bfloat16"), lora_config())
     with roles.use("policy"):
         logits = roles.trunk(torch.arange(3, 25)[None]).logits
         logits.float().square().mean().backward()
@@ -386,9 +386,9 @@ def test_beside_lora_too_an_adapter_learns_in_float32_on_a_base_in_bfloat16(base
 
 
 PROGRAMS = {
-    "sft and dpo": lambda path: trainable_policy(load_foundation(path), None),
-    "reward": lambda path: trainable_reward(load_foundation(path), None),
-    "ppo": lambda path: Roles(load_foundation(path), lora_config()),
+    "sft and dpo": lambda path: trainable_policy(load_model(path), None),
+    "reward": lambda path: trainable_reward(load_model(path), None),
+    "ppo": lambda path: Roles(load_model(path), lora_config()),
     "compare": lambda path: load_policies([path], torch.device("cpu"), 8, 8),
 }
 
@@ -444,7 +444,7 @@ def test_base_weights_beside_an_adapter_are_taken_if_they_are_the_bases(base_pat
     file, name = f"{path}/adapter_model.safetensors", "base_model.model.model.embed_tokens.base_layer.weight"
     weights = load_file(file)
     assert name in weights  # PEFT saves them with LoRA on embeddings
-    trainable_policy(load_foundation(path), None)
+    trainable_policy(load_model(path), None)
     weights[name][5] += 1.0
     save_file(weights, file)
     assert_refused(path, name, "another than the base's")
@@ -452,7 +452,7 @@ def test_base_weights_beside_an_adapter_are_taken_if_they_are_the_bases(base_pat
 
 def test_reward_models_and_critics_are_no_policies(roles, sft_path, reward_path, tmp_path):
     assert_refused(reward_path, "a reward model", programs=("sft and dpo", "ppo", "compare"))
-    roles.save(tmp_path, load_foundation(sft_path))
+    roles.save(tmp_path, load_model(sft_path))
     assert_refused(tmp_path / "value", "the critic of a PPO run", f"the policy is in {tmp_path}")
 
 
@@ -482,4 +482,4 @@ def test_a_run_loads_from_whatever_directory(base_path, tmp_path, monkeypatch):
     (tmp_path / "runs" / "sft" / "adapter_config.json").write_text(json.dumps(config))
     monkeypatch.chdir("/")
     assert adapter_base(path) == str(tmp_path / "runs" / "world" / "base")
-    assert load_foundation(path).base_path == str(tmp_path / "runs" / "world" / "base")
+    assert load_model(path).base_path == str(tmp_path / "runs" / "world" / "base")

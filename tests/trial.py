@@ -1,4 +1,4 @@
-"""A short run of the PPO trainer that writes down what tests/reference.py needs and what it has to agree with.
+"""A short run of the PPO trainer that writes down what tests/ppo/reference.py needs and what it has to agree with.
 
 In this process: `run(options, ...)`. Under a launcher: `deepspeed --num_accelerators 2 --no_local_rank tests/trial.py
 FOLDER`, which reads FOLDER/trial.json and writes FOLDER/trial.pt.
@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from rlhf.budget import Budget
 from rlhf.data.records import Prompt, Scores
-from rlhf.distributed import World, gathered, start
-from rlhf.guards import Decision
-from rlhf.models import load_foundation, lora_config
-from rlhf.ppo import PPOConfig, PPOTrainer, endless
+from rlhf.distributed import DistributedContext, gathered, start
+from rlhf.models import load_model, lora_config
+from rlhf.ppo.guards import Decision
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer, cycle_shuffled
 from rlhf.roles import Roles
+from rlhf.runs.budget import Budget
 
 STOPS = [2, *range(3, 320, 9)]  # one token in nine, so that some responses end and some do not
 
@@ -71,14 +71,14 @@ def stirred(roles: Roles, seed: int = 5) -> Roles:
     return roles
 
 
-def run(given: dict, world: World | None = None) -> dict:
+def run(given: dict, world: DistributedContext | None = None) -> dict:
     """Make a trainer and some steps of it. `given`: model and reward paths, dtype, options, steps, the updates that a
     guard takes back, stage settings; returns weights before and after, steps with their updates, and its options."""
-    world, config = world or World(), options(**given["options"])
+    world, config = world or DistributedContext(), options(**given["options"])
     torch.manual_seed(config.seed)
-    foundation = load_foundation(given["model"], given["dtype"])
+    initial = load_model(given["model"], given["dtype"])
     roles = Roles(
-        foundation,
+        initial,
         lora_config(r=4),
         given.get("reward"),
         critic=config.critic_from if config.has_critic else None,
@@ -86,17 +86,17 @@ def run(given: dict, world: World | None = None) -> dict:
     )
     before = {name: p.detach().clone() for name, p in stirred(roles).named_parameters()}
     trainer = PPOTrainer(
-        config, roles, by_content, PROMPTS, foundation.tokenizer, STOPS, world, Budget(),
+        config, roles, by_content, PROMPTS, initial.tokenizer, STOPS, world, Budget(),
         given.get("deepspeed"), ptx=PTX if config.ptx_coef else None,
     )  # fmt: skip
     steps = record(trainer, given.get("skipped", []), given.get("steps", 1))
     with gathered(trainer.learner.module):
         after = {name: p.detach().clone() for name, p in trainer.roles.named_parameters()}
-    scale = foundation.model.peft_config["policy"] if hasattr(foundation.model, "peft_config") else None
+    scale = initial.model.peft_config["policy"] if hasattr(initial.model, "peft_config") else None
     scale = roles.trunk.peft_config["policy"] if scale is None else scale
     return {
         "before": before, "after": after, "steps": steps, "lora_scale": scale.lora_alpha / scale.r,
-        "shape": foundation.model.config.to_dict(), "kl_coef": trainer.kl.coef,
+        "shape": initial.model.config.to_dict(), "kl_coef": trainer.kl.coef,
     }  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def record(trainer: PPOTrainer, skipped: list[int], steps: int) -> list[dict]:
     update, step, judge = trainer.update, trainer.learner.step, trainer.guards.update
 
     def spy_update(rollout, advantages, returns, rows, rates, at=0, number=0):
-        ptx = endless(PTX, range(number * len(rows), (number + 1) * len(rows)), trainer.config.seed + 1)
+        ptx = cycle_shuffled(PTX, range(number * len(rows), (number + 1) * len(rows)), trainer.config.seed + 1)
         updates.append({"rows": rows.tolist(), "ptx": [(r["prompt_ids"], r["response_ids"]) for r in ptx]})
         metrics, decision = update(rollout, advantages, returns, rows, rates, at, number)
         updates[-1] |= {"metrics": metrics, "number": number, "decision": decision and decision.action}

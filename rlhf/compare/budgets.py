@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.crossfit import program
-from rlhf.compare.points import Results
+from rlhf.compare.results import Results
+from rlhf.compare.selection import program
 
 USES_REWARD = ("ppo", "best_of_n")  # programs that learn from, or choose by, a reward model
 

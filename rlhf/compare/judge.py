@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.points import Point, Results, independent_pairs
+from rlhf.compare.results import Point, Results, independent_pairs
 from rlhf.config import UserError, did_you_mean, import_function
 from rlhf.http_client import Service, ask, check_url, read_token
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from rlhf.compare.crossed import MIN_SEEDS, holm
-from rlhf.compare.crossfit import Means, ended, key, label, methods_with_points, rectangle
 from rlhf.compare.frontier import Track, curve, equal_kl, kl_range
 from rlhf.compare.overoptimisation import add_verdicts, overoptimisation
-from rlhf.compare.points import Results
 from rlhf.compare.power import pairs_needed
+from rlhf.compare.results import Results
+from rlhf.compare.selection import Means, ended, key, label, methods_with_points, rectangle
 from rlhf.compare.tuned import seen, tuned
 from rlhf.compare.wins import win_rate
 

@@ -2,7 +2,7 @@
 
 Along a method's points, the foundation first, by KL: the judge's mean has a peak somewhere. Two differences are asked,
 both between the point of the largest KL and the judge's peak: the judge's own (does it fall?) and the proxy's (does it
-rise all the same?). The peak is chosen on other groups and seeds than those it is scored on (rlhf/compare/crossfit.py);
+rise all the same?). The peak is chosen on other groups and seeds than those it is scored on (selection.py);
 chosen on the same ones, the judge would seem to fall even where it is flat: in 12 to 16 % of simulated experiments (3
 to 10 seeds, 13 points), against 4 % with the halves and 2.5 % that a 95 % interval promises.
 """
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from rlhf.compare.crossed import MIN_SEEDS
-from rlhf.compare.crossfit import (
+from rlhf.compare.results import Point, Results
+from rlhf.compare.selection import (
     Means,
     choose,
     chosen_mean,
@@ -25,7 +26,6 @@ from rlhf.compare.crossfit import (
     stack,
     take,
 )
-from rlhf.compare.points import Point, Results
 
 FEWEST = 2  # points beside the foundation: with one there is nothing between the start and the end
 

@@ -26,7 +26,7 @@ from rlhf.compare.markdown import (
 from rlhf.compare.phrases import Report, counted, interval, kl, name, share, trial
 from rlhf.compare.text import number as rounded
 from rlhf.compare.words import equal_kl
-from rlhf.tracking import dumps
+from rlhf.files import dumps
 
 Table = dict[str, Any]  # id, title, header, rows
 TITLES = {

@@ -14,13 +14,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf.compare.measures import distinct_n
 from rlhf.compare.plot import plot_frontier, plot_scores
 from rlhf.compare.stats import Interval, group_means, mean_interval, mean_se, paired_difference, prompt_key, win_rate
 from rlhf.compare.text import markdown, verdict
+from rlhf.compare.text_metrics import distinct_n
 from rlhf.config import UserError, did_you_mean
+from rlhf.files import dumps, write_atomic
 from rlhf.stats import MIN_CLUSTERS
-from rlhf.tracking import dumps, write_atomic
 
 ScoreKind = Literal["gold", "proxy", "referee", "other"]
 KINDS = ("gold", "proxy", "referee", "other")

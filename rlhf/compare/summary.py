@@ -16,9 +16,9 @@ import numpy as np
 from rlhf.compare import words
 from rlhf.compare.budgets import budget, mean_of
 from rlhf.compare.crossed import MIN_SEEDS, crossed_mean, outlying
-from rlhf.compare.crossfit import Means, ended, key, label, methods_with_points, rectangle, tabulate
 from rlhf.compare.judged import judged
-from rlhf.compare.points import Point, Results
+from rlhf.compare.results import Point, Results
+from rlhf.compare.selection import Means, ended, key, label, methods_with_points, rectangle, tabulate
 from rlhf.compare.stats import prompt_key
 from rlhf.config import UserError, did_you_mean
 

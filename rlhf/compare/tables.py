@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.compare.drawing import complete
 from rlhf.compare.phrases import Report
-from rlhf.tracking import Tracker
+from rlhf.runs.tracking import Tracker
 
 Row = dict[str, Any]
 

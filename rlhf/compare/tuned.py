@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from rlhf.compare.crossed import MIN_SEEDS, Estimate, crossed_mean
-from rlhf.compare.crossfit import (
+from rlhf.compare.power import detectable, needed_seeds
+from rlhf.compare.results import Results
+from rlhf.compare.selection import (
     Means,
     choose,
     chosen_mean,
@@ -22,8 +24,6 @@ from rlhf.compare.crossfit import (
     stack,
     take,
 )
-from rlhf.compare.points import Results
-from rlhf.compare.power import detectable, needed_seeds
 
 
 def tuned(results: Results, means: Means, level: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic
 from rlhf.compare.judge import Verdicts
-from rlhf.compare.points import Point, Results, independent_pairs
+from rlhf.compare.results import Point, Results, independent_pairs
 from rlhf.config import UserError
 from rlhf.stats import bounded_interval, student_quantile
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf.data.skill import Ratings
+from rlhf.data.dawid_skene import Ratings
 from rlhf.data.votes import Vote, skills
 from rlhf.stats import fair_coin_p, jackknife_interval, wilson
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.config import UserError, option
-from rlhf.data import forms, load, sources
+from rlhf.data import load, sources
+from rlhf.data import schemas as forms
 from rlhf.data.conversation import said
 from rlhf.data.records import Instruction, Labelled, Preference, Prompt, Record
 from rlhf.data.split import assign

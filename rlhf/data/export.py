@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config import UserError, option
-from rlhf.data import forms, load
+from rlhf.data import load
+from rlhf.data import schemas as forms
 from rlhf.data.describe import KINDS, guess
 from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, Record, tools_of
 from rlhf.data.votes import Aggregate

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from rlhf.config import UserError
-from rlhf.data import forms, sources
+from rlhf.data import schemas as forms
+from rlhf.data import sources
 from rlhf.data.records import Prompt, Record, digest, prompt_group, tools_of
 from rlhf.data.split import assign, check_fractions, half_of, join_groups, some
 from rlhf.data.votes import Aggregate

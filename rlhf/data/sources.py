@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import UserError, near_file
-from rlhf.data.forms import SPLIT_NAMES
+from rlhf.data.schemas import SPLIT_NAMES
 from rlhf.data.votes import Aggregate
 
 Item = tuple[str, dict[str, Any], str | None]

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config import UserError, near_file
-from rlhf.data import readout, schema
+from rlhf.data import store_queries, store_schema
 from rlhf.data.records import (
     Message,
     Preference,
@@ -70,8 +70,8 @@ class Store:
             connection = _connect(path, readonly)
             connection.row_factory = sqlite3.Row
             if not readonly:
-                schema.prepare(connection, path)
-            elif schema.version(connection, path) < schema.VERSION:
+                store_schema.prepare(connection, path)
+            elif store_schema.version(connection, path) < store_schema.VERSION:
                 connection = _copy(connection, path)
         except (sqlite3.Error, UserError) as error:
             if connection is not None:
@@ -327,7 +327,7 @@ class Store:
 
     def votes(self, upto_event: int | None = None) -> list[Vote]:
         """The votes that stand after event `upto_event` (default: the newest), by event id; controls included."""
-        return readout.votes(self._db, self._upto(upto_event))
+        return store_queries.votes(self._db, self._upto(upto_event))
 
     def preferences(self, upto_event: int | None = None, aggregate: Aggregate = "each") -> list[Preference]:
         """The pairs to train on; control comparisons are left out. Each has split None unless its prompt has one.
@@ -343,7 +343,7 @@ class Store:
 
         metadata holds the prompt's group and, where known, voice; a response of unknown end counts as ended.
         """
-        return readout.comparisons(self._db, kind)
+        return store_queries.comparisons(self._db, kind)
 
     def comparisons_after(self, id: int) -> list[dict[str, Any]]:
         """Comparisons newer than this one: {id, a, b, kind}."""
@@ -356,11 +356,11 @@ class Store:
     def pairs(self) -> dict[int, dict[str, Any]]:
         """Every comparison by id with what the owner may see: {kind, expected, prompt, messages} and, of each side,
         {text, ended, model} as text_a, text_b, ..."""
-        return readout.pairs(self._db)
+        return store_queries.pairs(self._db)
 
     def pair(self, comparison: int) -> dict[str, Any]:
         """One comparison, as in `pairs`."""
-        return readout.pairs(self._db, comparison)[comparison]
+        return store_queries.pairs(self._db, comparison)[comparison]
 
     def prompts(self, upto_event: int | None = None) -> list[Prompt]:
         """Every prompt of the store, with the same groups as in `preferences`."""
@@ -368,20 +368,20 @@ class Store:
 
     def rows(self, upto_event: int | None = None, aggregate: Aggregate = "each") -> list[dict]:
         """`preferences` as rows for a JSONL file that `load` reads."""
-        return readout.rows(self._db, self._upto(upto_event), aggregate, self.path.name)
+        return store_queries.rows(self._db, self._upto(upto_event), aggregate, self.path.name)
 
     def prompt_rows(self, upto_event: int | None = None) -> list[dict]:
         """`prompts` as rows."""
-        found = readout.prompt_rows(self._db, self._upto(upto_event), self.path.name)
+        found = store_queries.prompt_rows(self._db, self._upto(upto_event), self.path.name)
         return [{k: v for k, v in row.items() if k != "id"} for row in found]
 
     def fingerprint(self, upto_event: int | None = None) -> str:
         """16 hex digits of the events up to `upto_event` and all they refer to."""
-        return readout.fingerprint(self._db, self._upto(upto_event))
+        return store_queries.fingerprint(self._db, self._upto(upto_event))
 
     def stats(self, upto_event: int | None = None) -> dict[str, Any]:
         """Counts: what is in the store, the standing votes by choice and annotator, and what became of the pairs."""
-        return readout.stats(self._db, self._upto(upto_event))
+        return store_queries.stats(self._db, self._upto(upto_event))
 
     def _add(self, table: str, key: str, row: dict[str, Any], key_column: str = "key") -> int:
         """The id of the row with this key, inserted if new."""
@@ -443,7 +443,7 @@ def _copy(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:
     copy.row_factory = sqlite3.Row
     with contextlib.closing(connection):
         connection.backup(copy)
-    schema.prepare(copy, path)
+    store_schema.prepare(copy, path)
     return copy
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rlhf.config import UserError
 
 if TYPE_CHECKING:
-    from rlhf.data.skill import Skills
+    from rlhf.data.dawid_skene import Skills
 
 CHOICES = ("a", "b", "tie", "both_bad", "skip")
 Aggregate = Literal["each", "majority", "skill"]
@@ -104,7 +104,7 @@ def skills(votes: list[Vote], controls: dict[int, str] | None = None) -> Skills:
     before everybody's own: with one vote for each pair there is nothing to learn skill from, and label_prob stays at
     that annotator's.
     """
-    from rlhf.data.skill import dawid_skene
+    from rlhf.data.dawid_skene import dawid_skene
 
     ratings: dict = {}
     for vote in votes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import shutil
@@ -26,7 +25,7 @@ def check_programs(config: ExperimentConfig) -> dict[str, tuple[str, Any]]:
 
     Raises UserError naming the part that is refused.
     """
-    from rlhf.sample import SampleConfig
+    from rlhf.collect.sample import SampleConfig
     from rlhf.sandbox.annotators import AnnotateConfig
 
     classes: dict[str, type] = {"rlhf collect sample": SampleConfig, "rlhf sandbox annotate": AnnotateConfig}
@@ -81,12 +80,12 @@ def check_model(program: str, options: Any) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from rlhf.distributed import World, read_deepspeed_config
+    from rlhf.distributed import DistributedContext, read_deepspeed_config
     from rlhf.files import check_weights
-    from rlhf.models import Foundation, adapter_base, adapter_settings, add_adapter, load_tokenizer
-    from rlhf.run import Run
+    from rlhf.models import InitialModel, adapter_base, adapter_settings, add_adapter, load_tokenizer
+    from rlhf.offline.trainers import trl_arguments
+    from rlhf.runs.run import Run
     from rlhf.stages import check_start, new_lora
-    from rlhf.trainers import trl_arguments
 
     path = options.model_name_or_path
     tokenizer = load_tokenizer(path)
@@ -104,11 +103,11 @@ def check_model(program: str, options: Any) -> None:
         raise UserError(f"{base}: no model could be built ({str(error).strip().splitlines()[0]})") from None
     check_start(program, options, model, adapter)
     # whether the row of EOS was ever trained cannot be seen without weights
-    run = Run(program, replace(options, train_eos="never"), World())
-    lora = new_lora(run, Foundation(model, tokenizer, path, base, adapter, ""))
+    run = Run(program, replace(options, train_eos="never"), DistributedContext())
+    lora = new_lora(run, InitialModel(model, tokenizer, path, base, adapter, ""))
     if lora and not adapter:
         add_adapter(model, lora)
-    read_deepspeed_config(options.deepspeed, World(launched=True), options)
+    read_deepspeed_config(options.deepspeed, DistributedContext(launched=True), options)
     if program != "ppo":
         import trl
 
@@ -122,9 +121,9 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
     `sampled_from`: the prompts, where the pairs are still to be sampled.
     """
     from rlhf.data.records import Instruction, Preference, Prompt
-    from rlhf.distributed import World
+    from rlhf.distributed import DistributedContext
     from rlhf.models import load_tokenizer
-    from rlhf.run import Run
+    from rlhf.runs.run import Run
 
     kind = Prompt if program == "ppo" or sampled_from else Preference
     wanted = [(kind, "train", sampled_from), (kind, "validation", sampled_from)]
@@ -139,8 +138,8 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
         if key in seen:
             continue
         with tempfile.TemporaryDirectory() as folder:  # a store is frozen there
-            run = Run(program, replace(options, output_dir=folder), World())
-            run.say = lambda text: None  # the program itself will say what it drops
+            run = Run(program, replace(options, output_dir=folder), DistributedContext())
+            run.log = lambda text: None  # the program itself will say what it drops
             rows = run.rows(kind, split, tokenizer, data)
         seen[key] = run.trained_on
         if not rows:  # of train they are required already
@@ -153,7 +152,7 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
 
 def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
     """Raise UserError where too little is left to measure on: test prompts that no method trains on, texts."""
-    from rlhf.compare.run import hashes
+    from rlhf.compare.measure import hashes
     from rlhf.data.encode import encode
     from rlhf.data.load import load
     from rlhf.data.records import Instruction, Prompt, prompt_group
@@ -181,7 +180,7 @@ def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
 
 def check_decisions(config: ExperimentConfig) -> None:
     """Raises UserError if what is to decide is what a method learns from, or cannot be asked, or nothing can start."""
-    from rlhf.compare.run import identities
+    from rlhf.compare.measure import identities
 
     learnt: dict[Any, str] = {}
     for name in config.trained:
@@ -206,16 +205,8 @@ def check_decisions(config: ExperimentConfig) -> None:
 
 
 def options_class(program: str) -> type:
-    """The options of a program in launch/, loaded without leaving its changes to sys.path behind."""
-    if program == "ppo":
-        from rlhf.ppo_config import PPOConfig
+    """Return the options class of the program launch/PROGRAM.py."""
+    from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
+    from rlhf.options.ppo import PPOConfig
 
-        return PPOConfig
-    spec = importlib.util.spec_from_file_location(f"program_{program}", ROOT / "launch" / f"{program}.py")
-    module, before = importlib.util.module_from_spec(spec), list(sys.path)
-    sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path[:] = before
-    return next(c for n, c in vars(module).items() if n.endswith("RunConfig") and c.__module__ == spec.name)
+    return {"sft": SFTRunConfig, "reward": RewardRunConfig, "dpo": DPORunConfig, "ppo": PPOConfig}[program]

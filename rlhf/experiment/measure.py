@@ -16,15 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.checkpoint import FOLDER
-from rlhf.compare.measures import encode_texts, perplexity, text_losses
-from rlhf.compare.run import CompareConfig, check_judges, load_policies, run_config, unseen
+from rlhf.compare.measure import CompareConfig, check_judges, load_policies, run_config, unseen
+from rlhf.compare.text_metrics import encode_texts, perplexity, text_losses
 from rlhf.config import UserError, option, parse
 from rlhf.data.records import Instruction, Prompt, Samples, Scorer
 from rlhf.data.split import some
 from rlhf.experiment.config import ExperimentConfig, strength_of
-from rlhf.experiment.lengths import cost_until
-from rlhf.tracking import dumps, read_metrics, write_atomic
+from rlhf.experiment.cost import cost_until
+from rlhf.files import dumps, write_atomic
+from rlhf.runs.checkpoint import FOLDER
+from rlhf.runs.tracking import read_metrics
 
 
 @dataclass(kw_only=True)
@@ -77,12 +78,12 @@ def sample_policies(config: ExperimentConfig, place: Path, specs: list, trial: s
 
     from rlhf.data.encode import encode_prompts
     from rlhf.data.load import load
-    from rlhf.distributed import World
+    from rlhf.distributed import DistributedContext
     from rlhf.engines.hf import Sampling
     from rlhf.evaluate import Evaluation
-    from rlhf.models import head_is_plain, load_tokenizer, quiet, stop_ids
+    from rlhf.models import head_is_plain, load_tokenizer, silence_libraries, stop_ids
 
-    quiet()
+    silence_libraries()
     is_foundation = trial == "foundation"
     folder = Path(config.output_dir) / trial
     steps = {0: config.foundation} if is_foundation else policies_of(folder)
@@ -97,7 +98,7 @@ def sample_policies(config: ExperimentConfig, place: Path, specs: list, trial: s
     fractions = {"validation_fraction": config.validation_fraction, "test_fraction": config.test_fraction}
     records = unseen(same, load(config.prompts, Prompt, split="test", on_bad=config.on_bad, **fractions))
     tokenizer = load_tokenizer(config.foundation)
-    world = World(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     policies = load_policies(paths, world.device, config.max_prompt_length, config.max_response_length)
     model, context = policies[0]
     evaluation = Evaluation(
@@ -140,9 +141,9 @@ def sample_policies(config: ExperimentConfig, place: Path, specs: list, trial: s
 
 def score_again(config: ExperimentConfig, place: Path, specs: list, seed: int, build_scorer) -> list[Path]:
     """The foundation's responses scored by this seed's reward model too, and the best of n by it."""
-    from rlhf.models import load_tokenizer, quiet
+    from rlhf.models import load_tokenizer, silence_libraries
 
-    quiet()
+    silence_libraries()
     tokenizer = load_tokenizer(config.foundation)
     source = Path(config.output_dir) / "measures" / "foundation"
     header, rows = read_rows(source / "step-000000.jsonl")

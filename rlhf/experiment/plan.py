@@ -204,7 +204,7 @@ def rollout_size(method: dict[str, Any]) -> int:
     """Responses in a step of PPO, as the method's options or its file have it, else PPO's default."""
     from dataclasses import fields
 
-    from rlhf.ppo_config import PPOConfig
+    from rlhf.options.ppo import PPOConfig
 
     default = next(f.default for f in fields(PPOConfig) if f.name == "rollout_batch_size")
     given = read_yaml(method["config"]) if method.get("config") else {}
@@ -242,8 +242,8 @@ def fingerprints(jobs: list[Job]) -> dict[str, str]:
         for file in job.reads:
             if file not in contents:
                 contents[file] = sha256(file)
-        stands_on = [result[n] for n in job.needs if n not in job.after]
-        about = [job.command, [contents[f] for f in job.reads], stands_on]
+        record_dependency = [result[n] for n in job.needs if n not in job.after]
+        about = [job.command, [contents[f] for f in job.reads], record_dependency]
         result[job.name] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     return result
 

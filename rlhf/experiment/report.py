@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.compare.points import Results
+from rlhf.compare.results import Results
 from rlhf.config import UserError, option, parse
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.measure import load_experiment
 from rlhf.experiment.results import read_results
-from rlhf.tracking import Tracker, dumps, write_atomic
+from rlhf.files import dumps, write_atomic
+from rlhf.runs.tracking import Tracker
 
 
 @dataclass(kw_only=True)

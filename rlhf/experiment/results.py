@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.measures import distinct_n, repetition
-from rlhf.compare.points import Point, Results
+from rlhf.compare.results import Point, Results
+from rlhf.compare.text_metrics import distinct_n, repetition
 from rlhf.config import UserError
 from rlhf.experiment.config import ExperimentConfig, strength_of
-from rlhf.experiment.execute import Work, read_json
-from rlhf.experiment.lengths import planned_lengths, shared_cost
+from rlhf.experiment.cost import planned_lengths, shared_cost
 from rlhf.experiment.measure import blocks, read_rows
 from rlhf.experiment.plan import Job, fingerprints, given_length, plan
+from rlhf.experiment.runner import Work, read_json
 
 
 def read_results(config: ExperimentConfig) -> Results:

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from rlhf.compare.points import Point, Results
+from rlhf.compare.results import Point, Results
 
 KINDS = {"gold": "gold", "reward": "proxy"}
 METHODS = {

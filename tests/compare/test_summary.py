@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rlhf.compare.crossed import crossed_mean
-from rlhf.compare.crossfit import CHOICE, choose, chosen_mean, halves, rectangle, take
-from rlhf.compare.points import Point
+from rlhf.compare.results import Point
+from rlhf.compare.selection import CHOICE, choose, chosen_mean, halves, rectangle, take
 from rlhf.compare.summary import summarise
 from rlhf.config import UserError
 from tests.compare.results_example import STRENGTHS, apart_at_six, flat, make

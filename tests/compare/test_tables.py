@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlhf.compare.tables import log_report, rows_of
-from rlhf.tracking import Tracker
+from rlhf.runs.tracking import Tracker
 from tests.compare.report_example import example, interval, judged_pairs
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.judge import Verdicts
-from rlhf.compare.points import Point, Results, independent_pairs
+from rlhf.compare.results import Point, Results, independent_pairs
 from rlhf.compare.wins import LengthFit, logistic_fit, separable, win_rate, win_values
 from rlhf.config import UserError
 from rlhf.experiment.measure import blocks

@@ -17,10 +17,10 @@ from rlhf.data.encode import (
 )
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Instruction, Preference, Prompt
-from rlhf.distributed import World
-from rlhf.run import Run
-from rlhf.stages import RunConfig
-from rlhf.tracking import write_card
+from rlhf.distributed import DistributedContext
+from rlhf.options.shared import RunConfig
+from rlhf.runs.run import Run
+from rlhf.runs.tracking import write_card
 from tests.conftest import make_tokenizer
 
 ASK = [{"role": "user", "content": "where is my parcel?"}]
@@ -88,7 +88,7 @@ def made_run(tmp_path, long, short, split="train", bad=0, **options):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = RunConfig(model_name_or_path="x", data=[str(path)], output_dir=str(tmp_path / "run"), max_prompt_length=50)
     config = replace(config, validation_fraction=0.0, **options)
-    return Run("sft", config, World(), None)
+    return Run("sft", config, DistributedContext(), None)
 
 
 def test_dropped_rows_are_counted_by_split_and_reason_and_are_not_in_the_fingerprint(tmp_path, tokenizer, capsys):

@@ -148,7 +148,7 @@ def test_openai_chat_as_it_comes(tmp_path):
 
 
 def test_an_answer_of_weight_zero_is_not_imitated():
-    from rlhf.data.forms import read
+    from rlhf.data.schemas import read
 
     row = {"messages": [TURNS[0], {"role": "assistant", "content": "x", "weight": 0}]}
     with pytest.raises(RecordError, match="weight 0"):

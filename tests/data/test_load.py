@@ -11,9 +11,9 @@ from rlhf.data.describe import DescribeConfig, describe
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Instruction, Labelled, Preference, Prompt, prompt_group
 from rlhf.data.store import Store, freeze
-from rlhf.distributed import World
-from rlhf.run import Run
-from rlhf.stages import RunConfig
+from rlhf.distributed import DistributedContext
+from rlhf.options.shared import RunConfig
+from rlhf.runs.run import Run
 
 DATA = os.environ.get("RLHF_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="RLHF_DATA is not set")
@@ -523,4 +523,4 @@ def test_data_in_the_output_folder_is_refused(tmp_path):
     rows = write(tmp_path / "metrics.jsonl", [{"prompt": "a", "response": "b"}])
     config = RunConfig(model_name_or_path="x", data=[rows], output_dir=str(tmp_path))
     with pytest.raises(UserError, match="lies in output_dir"):
-        Run("sft", config, World(), None).load(Instruction, "train")
+        Run("sft", config, DistributedContext(), None).load(Instruction, "train")

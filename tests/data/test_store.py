@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.cli import main
 from rlhf.config import UserError
-from rlhf.data import schema
+from rlhf.data import store_schema
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Preference, RecordError, prompt_group
 from rlhf.data.store import Store, freeze, frozen
@@ -34,7 +34,7 @@ def pair(store, prompt="Hi", a="Hello!", b="What?", **more):
 def test_durable_and_checked_settings(store):
     pragma = {name: store._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "foreign_keys")}
     assert pragma == {"synchronous": 2, "foreign_keys": 1}  # 2 is FULL
-    assert store._db.execute("PRAGMA user_version").fetchone()[0] == schema.VERSION
+    assert store._db.execute("PRAGMA user_version").fetchone()[0] == store_schema.VERSION
     with pytest.raises(UserError, match="FOREIGN KEY"):
         store.add_response(99, "x")
     with pytest.raises(UserError, match="FOREIGN KEY"):
@@ -263,8 +263,8 @@ def test_a_frozen_file_that_lost_rows_is_noticed(store, tmp_path):
 def test_an_older_file_is_brought_up_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "old.db"
     with monkeypatch.context() as older:
-        older.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
-        older.setattr(schema, "VERSION", 1)
+        older.setattr(store_schema, "MIGRATIONS", store_schema.MIGRATIONS[:1])
+        older.setattr(store_schema, "VERSION", 1)
         with Store.open(path, create=True) as store:
             # as the first version wrote it: no split
             key = ("k", json.dumps(user("Hi")), prompt_group(user("Hi")), "{}", "")
@@ -274,14 +274,16 @@ def test_an_older_file_is_brought_up_whole_or_not_at_all(tmp_path, monkeypatch):
             comparison = store.add_comparison(store.add_response(1, "A"), store.add_response(1, "B"))
             store.vote(comparison, store.add_annotator("ann"), "b")
     with monkeypatch.context() as broken:
-        broken.setattr(schema, "MIGRATIONS", [schema.MIGRATIONS[0], [*schema.MIGRATIONS[1], "CREATE nonsense"]])
+        broken.setattr(
+            store_schema, "MIGRATIONS", [store_schema.MIGRATIONS[0], [*store_schema.MIGRATIONS[1], "CREATE nonsense"]]
+        )
         with pytest.raises(UserError, match="cannot be opened as a preference store"):
             Store.open(path)
     with sqlite3.connect(path) as raw:
         assert raw.execute("PRAGMA user_version").fetchone()[0] == 1
         assert "split" not in [row[1] for row in raw.execute("PRAGMA table_info(prompts)")]
     with Store.open(path) as store:
-        assert store._db.execute("PRAGMA user_version").fetchone()[0] == schema.VERSION == 2
+        assert store._db.execute("PRAGMA user_version").fetchone()[0] == store_schema.VERSION == 2
         assert [(r.chosen, r.split) for r in store.preferences()] == [("B", None)]
         store.add_prompt(user("new"), split="test")
 
@@ -296,8 +298,8 @@ def made_store(path):
 
 def test_reading_leaves_a_store_and_its_folder_as_they_are(tmp_path, monkeypatch):
     with monkeypatch.context() as older:
-        older.setattr(schema, "MIGRATIONS", schema.MIGRATIONS[:1])
-        older.setattr(schema, "VERSION", 1)
+        older.setattr(store_schema, "MIGRATIONS", store_schema.MIGRATIONS[:1])
+        older.setattr(store_schema, "VERSION", 1)
         Store.open(tmp_path / "old.db", create=True).close()
     (tmp_path / "empty.db").touch()
     before = {name: (tmp_path / name).read_bytes() for name in ("old.db", "empty.db")}

@@ -4,61 +4,61 @@ import pytest
 import torch
 
 from rlhf.engines.hf import Sampling, cache_is_exact, draw, generate, gumbel, restrict, sample_key
-from rlhf.models import completion_batch, head_is_plain, load_foundation, response_logprobs
+from rlhf.models import completion_batch, head_is_plain, load_model, response_logprobs
 from tests.kinds import build
 
 
 @pytest.fixture(scope="module")
-def foundation(base_path):
-    return load_foundation(base_path)
+def initial(base_path):
+    return load_model(base_path)
 
 
 PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]
 
 
-def run(foundation, prompts=PROMPTS, keys=(1, 2, 3), sampling=None, **more):
+def run(initial, prompts=PROMPTS, keys=(1, 2, 3), sampling=None, **more):
     sampling = sampling or Sampling(max_new_tokens=12)
-    stops = [foundation.tokenizer.eos_token_id]
-    return generate(foundation.model, prompts, list(keys), sampling, stops, foundation.tokenizer.pad_token_id, **more)
+    stops = [initial.tokenizer.eos_token_id]
+    return generate(initial.model, prompts, list(keys), sampling, stops, initial.tokenizer.pad_token_id, **more)
 
 
-def test_greedy_is_what_transformers_generates(foundation):
-    done = run(foundation, sampling=Sampling(max_new_tokens=12, temperature=0))
+def test_greedy_is_what_transformers_generates(initial):
+    done = run(initial, sampling=Sampling(max_new_tokens=12, temperature=0))
     for prompt, response in zip(PROMPTS, done.response_ids, strict=True):
-        ids = foundation.model.generate(
+        ids = initial.model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=12,
             do_sample=False,
-            eos_token_id=foundation.tokenizer.eos_token_id,
-            pad_token_id=foundation.tokenizer.pad_token_id,
+            eos_token_id=initial.tokenizer.eos_token_id,
+            pad_token_id=initial.tokenizer.pad_token_id,
         )
         assert response == ids[0, len(prompt) :].tolist()
 
 
-def test_a_sample_depends_on_its_key_alone_not_on_its_batch(foundation):
-    together = run(foundation).response_ids
-    alone = [run(foundation, [p], [k]).response_ids[0] for p, k in zip(PROMPTS, (1, 2, 3), strict=True)]
+def test_a_sample_depends_on_its_key_alone_not_on_its_batch(initial):
+    together = run(initial).response_ids
+    alone = [run(initial, [p], [k]).response_ids[0] for p, k in zip(PROMPTS, (1, 2, 3), strict=True)]
     assert together == alone
-    assert run(foundation, PROMPTS[::-1], (3, 2, 1)).response_ids == together[::-1]
-    assert run(foundation, batch_size=2).response_ids == together
-    assert run(foundation, keys=(4, 5, 6)).response_ids != together
+    assert run(initial, PROMPTS[::-1], (3, 2, 1)).response_ids == together[::-1]
+    assert run(initial, batch_size=2).response_ids == together
+    assert run(initial, keys=(4, 5, 6)).response_ids != together
 
 
-def test_responses_stop_at_the_stop_token_and_say_so(foundation):
-    free = run(foundation, keys=(7, 8, 9)).response_ids
+def test_responses_stop_at_the_stop_token_and_say_so(initial):
+    free = run(initial, keys=(7, 8, 9)).response_ids
     stop = free[0][3]
-    done = generate(foundation.model, PROMPTS, [7, 8, 9], Sampling(max_new_tokens=12), [stop], 0)
+    done = generate(initial.model, PROMPTS, [7, 8, 9], Sampling(max_new_tokens=12), [stop], 0)
     assert done.response_ids[0] == free[0][: free[0].index(stop) + 1] and done.ended[0]
     for row, ended in zip(done.response_ids, done.ended, strict=True):
         assert ended == (row[-1] == stop) and stop not in row[:-1] and len(row) <= 12
 
 
-def test_logprobs_are_those_of_a_full_forward_pass(foundation):
+def test_logprobs_are_those_of_a_full_forward_pass(initial):
     sampling = Sampling(max_new_tokens=6, temperature=0.7)
-    done = run(foundation, sampling=sampling)
+    done = run(initial, sampling=sampling)
     for prompt, response, logprobs in zip(PROMPTS, done.response_ids, done.logprobs, strict=True):
-        logits = foundation.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
+        logits = initial.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
         expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(response)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-5, rtol=0)
 
@@ -143,4 +143,4 @@ def test_the_cache_is_used_where_an_adapter_holds_rows_of_the_embeddings(base_pa
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **more})
-    assert cache_is_exact(get_peft_model(load_foundation(base_path).model, config, "policy"))
+    assert cache_is_exact(get_peft_model(load_model(base_path).model, config, "policy"))

@@ -102,16 +102,15 @@ def install(folder: Path, put=setattr) -> None:
     import types
 
     import rlhf.experiment.report
-    from rlhf.experiment import execute
 
     def command(config, job):
         return [sys.executable, "-S", "-E", __file__, "program", str(folder), job.name, *job.leaves]
 
     quick = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 25))
-    put(execute, "full_command", command)
-    put(execute, "time", quick)
-    put(execute, "code_version", lambda: {})
-    put(execute, "check_starts", lambda *_: None)
+    put(rlhf.experiment.runner, "full_command", command)
+    put(rlhf.experiment.runner, "time", quick)
+    put(rlhf.experiment.runner, "code_version", lambda: {})
+    put(rlhf.experiment.runner, "check_starts", lambda *_: None)
     put(rlhf.experiment.report, "write_report", lambda config, out, *more: say(folder, "report"))
 
 

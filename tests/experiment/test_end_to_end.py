@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.experiment.execute import programs_of
 from rlhf.experiment.measure import read_rows
+from rlhf.experiment.runner import programs_of
 from tests.conftest import ROOT
 from tests.launch.conftest import write_data
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf.collect.sample import SampleConfig
 from rlhf.config import UserError, parse
 from rlhf.experiment.plan import fingerprints, flags, given_length, plan
-from rlhf.sample import SampleConfig
 from rlhf.sandbox.annotators import AnnotateConfig
 from tests.experiment.example import experiment, method
 from tests.launch.conftest import door

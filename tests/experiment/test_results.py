@@ -11,9 +11,9 @@ from rlhf.config import UserError, save
 from rlhf.experiment.measure import best_of, check_same_prompts, load_experiment, policies_of, read_rows, scores_of
 from rlhf.experiment.plan import fingerprints, plan
 from rlhf.experiment.results import read_results
-from rlhf.tracking import dumps
+from rlhf.files import dumps
 from tests.experiment.example import experiment, method
-from tests.experiment.test_lengths import flops, write_metrics, write_result
+from tests.experiment.test_cost import flops, write_metrics, write_result
 
 TRIAL = "seed-0/dpo-beta-0.1"
 MORE = {"methods": {"dpo": method(options={"max_steps": 4}), "best_of_n": {"strength": {"n": [2]}}}, "seeds": [0]}

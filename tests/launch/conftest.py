@@ -87,7 +87,7 @@ def untimed(row: dict) -> dict:
 
 def differences(one: Path, other: Path) -> list[str]:
     """Where two runs are not equal to the last bit: weights, metrics, samples, headline; times and memory excepted."""
-    from rlhf.tracking import read_metrics
+    from rlhf.runs.tracking import read_metrics
 
     found = []
     names = {p.relative_to(d) for d in (one, other) for p in (*d.glob("*.safetensors"), *d.glob("value/*.safetensors"))}

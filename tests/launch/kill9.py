@@ -130,7 +130,7 @@ def main() -> None:
             sys.exit(f"{program} ends with code {process.returncode}, see {calm.with_suffix('.log')}")
         count, problem = torture(command_of(program, made, folder, killed), killed, options.kills, rng)
         problems = [problem] if problem else differences(calm, killed)
-        from rlhf.tracking import read_metrics
+        from rlhf.runs.tracking import read_metrics
 
         steps = max(row["step"] for row in read_metrics(calm / "metrics.jsonl"))
         log = killed.with_suffix(".log").read_text()

@@ -18,14 +18,14 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
 
     import torch
 
-    from rlhf.budget import Budget
     from rlhf.data.records import Prompt
     from rlhf.distributed import read_deepspeed_config
-    from rlhf.models import load_foundation, lora_config
-    from rlhf.ppo import PPOTrainer
-    from rlhf.ppo_config import PPOConfig
+    from rlhf.models import load_model, lora_config
+    from rlhf.options.ppo import PPOConfig
+    from rlhf.ppo.rollout import role_scorer
+    from rlhf.ppo.trainer import PPOTrainer
     from rlhf.roles import Roles
-    from rlhf.rollout import role_scorer
+    from rlhf.runs.budget import Budget
 
     options = PPOConfig(
         model_name_or_path="x", data=["x"], output_dir="x", reward=[{"model": "x"}], rollout_batch_size=7,
@@ -38,15 +38,15 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
         for t in texts
     ]
     torch.manual_seed(0)
-    foundation = load_foundation(sft)
-    roles = Roles(foundation, lora_config(r=4), reward)
+    initial = load_model(sft)
+    roles = Roles(initial, lora_config(r=4), reward)
     config = read_deepspeed_config(stage, world)
     if config and config["zero_optimization"]["stage"] == 3:  # a tiny model would not be cut into parts at all
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
-    scorer = role_scorer(roles, foundation.tokenizer.pad_token_id, 3)  # ranks make one pass, and two
-    stops = [foundation.tokenizer.eos_token_id, *range(3, 320, 9)]
-    trainer = PPOTrainer(options, roles, scorer, prompts, foundation.tokenizer, stops, world, Budget(), config)
+    scorer = role_scorer(roles, initial.tokenizer.pad_token_id, 3)  # ranks make one pass, and two
+    stops = [initial.tokenizer.eos_token_id, *range(3, 320, 9)]
+    trainer = PPOTrainer(options, roles, scorer, prompts, initial.tokenizer, stops, world, Budget(), config)
     gathers = []
     gather = trainer.learner.gathered
     trainer.learner.gathered = lambda *a, **k: (gathers.append(1), gather(*a, **k))[1]
@@ -58,7 +58,7 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
     episodes = int(world.sum(trainer.budget.episodes))
     with gather(), tempfile.TemporaryDirectory() as folder:
         if world.is_main:
-            roles.save(folder, foundation)
+            roles.save(folder, initial)
         shapes = {str(p.relative_to(folder)): shapes_in(p) for p in sorted(Path(folder).rglob("*.safetensors"))}
     return {"steps": seen, "episodes": episodes, "shapes": shapes}
 
@@ -77,13 +77,13 @@ def equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> float:
 
 if __name__ == "__main__":
     from rlhf.distributed import start
-    from rlhf.models import quiet
+    from rlhf.models import silence_libraries
 
-    quiet()
+    silence_libraries()
     here = start()
     base, sft, reward, out, stage = sys.argv[1:6]
     result = rollouts(base, sft, reward, here, stage)
     if here.is_main:
         Path(out).write_text(json.dumps(result))
     here.barrier()
-    here.leave()
+    here.stop_watching()

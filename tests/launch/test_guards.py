@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from rlhf import checkpoint, trainers
 from rlhf.config import EXIT_GUARD, EXIT_USER_ERROR, Halt, UserError
 from rlhf.data.records import Scores
-from rlhf.distributed import World
-from rlhf.ppo import PPOTrainer
-from rlhf.run import Run
-from rlhf.tracking import read_metrics
+from rlhf.distributed import DistributedContext
+from rlhf.offline import trainers
+from rlhf.ppo.trainer import PPOTrainer
+from rlhf.runs import checkpoint
+from rlhf.runs.run import Run
+from rlhf.runs.tracking import read_metrics
 from tests.launch.conftest import SMALL, differences, door, flags_of, ppo_flags
 
 CALLS = {"count": 0, "bad": ()}  # of the scorer below
@@ -160,7 +161,7 @@ def points(monkeypatch, arguments) -> list[int]:
         first.append(len(passed))
         return roll_back(self, before)
 
-    monkeypatch.setattr(checkpoint, "passed", passed.append)
+    monkeypatch.setattr(checkpoint, "crash_point", passed.append)
     monkeypatch.setattr(Run, "roll_back", noted)
     code = start(arguments)
     monkeypatch.undo()
@@ -192,7 +193,7 @@ def test_a_kill_around_a_rollback_costs_nothing(runs, files, recovered, tmp_path
                 raise Crash(where)
 
         arguments = guarded(runs, files, output, recovered)
-        monkeypatch.setattr(checkpoint, "passed", point)
+        monkeypatch.setattr(checkpoint, "crash_point", point)
         with pytest.raises(Crash):
             door("ppo")(arguments)
         monkeypatch.undo()
@@ -211,7 +212,7 @@ def test_a_kill_between_rollbacks_does_not_lose_their_count(runs, files, stopped
         if seals.count("renamed") == 4:  # checkpoints of steps 2 and 4, the first rollback's, and that of step 4 again
             raise Crash
 
-    monkeypatch.setattr(checkpoint, "passed", point)
+    monkeypatch.setattr(checkpoint, "crash_point", point)
     with pytest.raises(Crash):
         door("ppo")(arguments)
     monkeypatch.undo()
@@ -277,7 +278,7 @@ def test_an_update_with_a_nan_loss_changes_nothing(runs, files, tmp_path, monkey
         loss, metrics = policy_pass(self, *rest)
         return (loss * math.nan if len(seen) == 5 else loss), metrics
 
-    def watched(self, *rest):
+    def monitored(self, *rest):
         optimizer = self.learner.optimizer
 
         def moments():
@@ -290,7 +291,7 @@ def test_an_update_with_a_nan_loss_changes_nothing(runs, files, tmp_path, monkey
         return result
 
     monkeypatch.setattr(PPOTrainer, "policy_pass", poisoned)
-    monkeypatch.setattr(PPOTrainer, "update", watched)
+    monkeypatch.setattr(PPOTrainer, "update", monitored)
     assert start(flags(runs, files, tmp_path, "--num_ppo_epochs", "2", "--guards", "{no_end: off}")) == 0
     assert seen == [False] * 5 + [True] + [False] * 2  # two steps of four updates
     rows = rows_of(tmp_path)
@@ -358,7 +359,7 @@ def test_numbers_that_are_not_finite_stop_a_run_and_are_not_saved(
 
 
 def test_a_result_that_is_not_finite_is_no_result(tmp_path):
-    run = SimpleNamespace(program="dpo", checkpoints=tmp_path / "none", close=lambda: None, world=World())
+    run = SimpleNamespace(program="dpo", checkpoints=tmp_path / "none", close=lambda: None, world=DistributedContext())
     run.config = SimpleNamespace(output_dir=str(tmp_path / "out"))
     trainer = SimpleNamespace(state=SimpleNamespace(global_step=7), evaluate=lambda: {"eval_loss": math.nan})
     with pytest.raises(Halt, match="dpo: stopped at step 7: the loss on held-out rows is not finite") as stopped:

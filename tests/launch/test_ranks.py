@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.distributed import World
+from rlhf.distributed import DistributedContext
 from tests.conftest import ROOT, random_adapter
 from tests.launch.conftest import flags_of, ppo_flags
 from tests.launch.ranks import equal_tokens, rollouts
@@ -31,7 +31,7 @@ def start_path(base_path, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def alone(base_path, start_path, reward_path):
-    return rollouts(base_path, start_path, reward_path, World(), None)
+    return rollouts(base_path, start_path, reward_path, DistributedContext(), None)
 
 
 @pytest.mark.parametrize("stage", ["zero2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero0", "zero3"))])

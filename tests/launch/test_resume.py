@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import checkpoint
 from rlhf.config import EXIT_INTERRUPTED, EXIT_USER_ERROR
-from rlhf.tracking import read_metrics
+from rlhf.runs import checkpoint
+from rlhf.runs.tracking import read_metrics
 from tests.launch.conftest import SMALL, differences, door, flags_of, ppo_flags
 
 STEPS = {"sft": "5", "reward": "5", "dpo": "5"}
@@ -55,22 +55,22 @@ def crash_at(monkeypatch, name, arguments, number):
         if len(passed) == number:
             raise Crash(where)
 
-    monkeypatch.setattr(checkpoint, "passed", point)
+    monkeypatch.setattr(checkpoint, "crash_point", point)
     try:
         door(name)(arguments)
         return False
     except Crash:
         return True
     finally:
-        monkeypatch.setattr(checkpoint, "passed", lambda where: None)
+        monkeypatch.setattr(checkpoint, "crash_point", lambda where: None)
 
 
 def points_of_one_checkpoint(monkeypatch, name, arguments):
     """(points passed up to the end of the second checkpoint with its pruning, points up to the end of the first)."""
     passed = []
-    monkeypatch.setattr(checkpoint, "passed", passed.append)
+    monkeypatch.setattr(checkpoint, "crash_point", passed.append)
     door(name)(arguments)
-    monkeypatch.setattr(checkpoint, "passed", lambda where: None)
+    monkeypatch.setattr(checkpoint, "crash_point", lambda where: None)
     last = "renamed" if name == "ppo" else "sealed"
     ends = [i for i, where in enumerate(passed, 1) if where == last]
     return ends[0], ends[1] + 1  # pruning removes the first one after the second
@@ -101,10 +101,10 @@ def test_a_crash_after_a_checkpoint_costs_nothing(name, runs, files, whole, tmp_
         if seals == 3:
             raise Crash
 
-    monkeypatch.setattr(checkpoint, "passed", point)
+    monkeypatch.setattr(checkpoint, "crash_point", point)
     with pytest.raises(Crash):
         door(name)(flags(name, runs, files, tmp_path))
-    monkeypatch.setattr(checkpoint, "passed", lambda where: None)
+    monkeypatch.setattr(checkpoint, "crash_point", lambda where: None)
     door(name)(flags(name, runs, files, tmp_path))
     assert "after step 3\n" in capsys.readouterr().out
     assert differences(whole(name), tmp_path) == []
@@ -112,7 +112,7 @@ def test_a_crash_after_a_checkpoint_costs_nothing(name, runs, files, whole, tmp_
 
 @pytest.mark.parametrize("name,number", [("ppo", signal.SIGTERM), ("dpo", signal.SIGINT)])
 def test_a_signal_ends_the_step_saves_and_says_so(name, number, runs, files, whole, tmp_path, monkeypatch, capsys):
-    from rlhf.tracking import Tracker
+    from rlhf.runs.tracking import Tracker
 
     log = Tracker.log
 
@@ -181,10 +181,10 @@ def interrupted(monkeypatch, runs, files, output, after=3, *more):
         if seals == after:
             raise Crash
 
-    monkeypatch.setattr(checkpoint, "passed", point)
+    monkeypatch.setattr(checkpoint, "crash_point", point)
     with pytest.raises(Crash):
         door("ppo")(flags("ppo", runs, files, output, "--save_total_limit", "5", *more))
-    monkeypatch.setattr(checkpoint, "passed", lambda where: None)
+    monkeypatch.setattr(checkpoint, "crash_point", lambda where: None)
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_name(runs, files, whole, tmp_path, monkeypatch, capsys):
@@ -234,10 +234,10 @@ def test_the_newest_and_the_best_checkpoint_are_kept(runs, files, tmp_path):
 
 
 def test_a_checkpoint_holds_adapters_that_can_be_used(runs, files, whole):
-    from rlhf.models import load_foundation
+    from rlhf.models import load_model
 
     folder = whole("ppo") / "checkpoints" / "step-000004"
-    assert load_foundation(str(folder)).adapter_path == str(folder)
+    assert load_model(str(folder)).adapter_path == str(folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == (
         whole("ppo") / "adapter_model.safetensors"
     ).read_bytes()
@@ -259,13 +259,13 @@ def test_another_reward_model_is_refused(runs, files, tmp_path, monkeypatch, cap
 
 def test_a_run_that_begins_anew_leaves_nothing_of_the_old_one(runs, files, tmp_path):
     """An adapter beside whole weights would be taken for the run's result."""
-    from rlhf.models import load_foundation
+    from rlhf.models import load_model
 
     small = ["--max_steps", "1", "--overwrite_output_dir", "true"]
     door("sft")(flags("sft", runs, files, tmp_path, *small))
-    assert load_foundation(str(tmp_path)).adapter_path
+    assert load_model(str(tmp_path)).adapter_path
     door("sft")(flags("sft", runs, files, tmp_path, *small, "--merge", "true"))
-    assert (tmp_path / "model.safetensors").is_file() and load_foundation(str(tmp_path)).adapter_path is None
+    assert (tmp_path / "model.safetensors").is_file() and load_model(str(tmp_path)).adapter_path is None
     import yaml
 
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
@@ -273,7 +273,7 @@ def test_a_run_that_begins_anew_leaves_nothing_of_the_old_one(runs, files, tmp_p
 
 
 def test_a_checkpoint_is_compared_as_its_run(whole):
-    from rlhf.compare.run import hashes, run_config
+    from rlhf.compare.measure import hashes, run_config
 
     folder = whole("ppo") / "checkpoints" / "step-000004"
     assert run_config(folder) == run_config(whole("ppo")) and run_config(folder)["reward"]
@@ -283,8 +283,8 @@ def test_a_checkpoint_is_compared_as_its_run(whole):
 def test_what_ended_a_finished_run_is_what_has_to_be_raised(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from rlhf import run as runs_module
     from rlhf.config import Halt
+    from rlhf.runs import run as runs_module
 
     monkeypatch.setattr(runs_module, "check_fixed", lambda *_: None)
     (tmp_path / "config.yaml").write_text("max_steps: 2\nnum_train_epochs: 1.0\n")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from reward.compose import KINDS, build_scorer, check_specs, watched
+from reward.compose import KINDS, build_scorer, check_specs, monitored
 from rlhf.config import UserError
 from rlhf.data.records import BadScore, Samples, Scores
 
@@ -88,7 +88,7 @@ def test_every_example_of_the_docs_is_right(tmp_path, monkeypatch):
     blocks = [yaml.safe_load(block)["reward"] for block in re.findall(r"```yaml\n(.*?)```", page, re.S)]
     found = {row[0] for specs in blocks for row in check_specs(specs)}
     assert found == set(KINDS)
-    assert watched(blocks[0]) == ["length"]
+    assert monitored(blocks[0]) == ["length"]
     assert build_scorer([{"function": "my_scores:shout"}])(samples("a!!", "b")).total == [2.0, 0.0]
     sys.modules.pop("my_scores", None)
 
@@ -190,7 +190,7 @@ def test_a_scorer_of_weight_0_is_watched():
     scores = build_scorer(specs, kinds={"voice": fixed([7.0], item=[3.0])})(samples("a b"))
     assert scores.total == pytest.approx([1.0])
     assert scores.breakdown == {"length": [0.5], "shop": [7.0], "shop/item": [3.0]}
-    assert watched(specs) == ["shop"] and watched(specs[:1]) == []
+    assert monitored(specs) == ["shop"] and monitored(specs[:1]) == []
     with pytest.raises(BadScore, match="scorer 'shop'"):  # a watcher that fails is said too
         build_scorer(specs, kinds={"voice": fixed([math.nan])})(samples("a b"))
     with pytest.raises(UserError, match="every weight is 0 \\(shop\\)"):

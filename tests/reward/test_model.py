@@ -22,7 +22,7 @@ from reward.model import (
 from rlhf.config import UserError
 from rlhf.data.encode import encode_prompt, encode_response
 from rlhf.data.records import Samples
-from rlhf.models import load_foundation, lora_config
+from rlhf.models import load_model, lora_config
 from tests.conftest import random_adapter
 
 ROWS = [[5, 6, 7, 2], [9, 8, 2], [4, 11, 12, 13, 14, 2]]
@@ -38,31 +38,31 @@ def test_the_score_is_read_at_the_last_true_token():
 
 def test_a_response_that_ends_in_the_pad_id_is_read_at_its_end(base_path):
     # transformers' own classification forward takes the rightmost token that is not the pad id (0): token 1, not 2
-    foundation = load_foundation(base_path)
-    model = score_model(foundation.model)
+    initial = load_model(base_path)
+    model = score_model(initial.model)
     row, mask = torch.tensor([[5, 6, 0]]), torch.ones(1, 3, dtype=torch.long)
-    hidden = foundation.model.base_model(input_ids=row, attention_mask=mask).last_hidden_state
+    hidden = initial.model.base_model(input_ids=row, attention_mask=mask).last_hidden_state
     ours = model(input_ids=row, attention_mask=mask).logits.item()
     assert ours == pytest.approx(model.score(hidden[:, 2]).item(), abs=1e-6)
     assert abs(ours - model.score(hidden[:, 1]).item()) > 1e-3
 
 
 def test_a_row_does_not_change_with_its_batch(base_path):
-    model = score_model(load_foundation(base_path).model, seed=3)
+    model = score_model(load_model(base_path).model, seed=3)
     alone = [raw_scores(model, [row], 0)[0] for row in ROWS]
     assert raw_scores(model, ROWS, 0, batch_size=3) == pytest.approx(alone, abs=1e-5)
     assert raw_scores(model, ROWS, 0, batch_size=2) == pytest.approx(alone, abs=1e-5)
 
 
 def test_the_fresh_head_is_seeded(base_path):
-    heads = [score_model(load_foundation(base_path).model, seed=s).score.weight for s in (1, 1, 2)]
+    heads = [score_model(load_model(base_path).model, seed=s).score.weight for s in (1, 1, 2)]
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
     assert heads[0].std().item() == pytest.approx(1 / 33**0.5, rel=0.4)
 
 
 def test_training_starts_from_the_sft_adapter(base_path, sft_path):
     saved = load_file(Path(sft_path) / "adapter_model.safetensors")
-    model = trainable_reward(load_foundation(sft_path), None)
+    model = trainable_reward(load_model(sft_path), None)
     state = model.state_dict()
     for name, tensor in saved.items():
         placed = name.replace(".weight", ".default.weight")
@@ -74,38 +74,38 @@ def test_training_starts_from_the_sft_adapter(base_path, sft_path):
     from peft import PeftModel
 
     ids = torch.tensor([ROWS[0]])
-    policy = PeftModel.from_pretrained(load_foundation(base_path).model, sft_path).get_base_model()
+    policy = PeftModel.from_pretrained(load_model(base_path).model, sft_path).get_base_model()
     trunk = model.get_base_model().base_model
     assert torch.allclose(policy.base_model(ids).last_hidden_state, trunk(ids).last_hidden_state, atol=1e-6)
 
 
 def test_new_lora_and_whole_model(base_path):
-    adapter = trainable_reward(load_foundation(base_path), lora_config("SEQ_CLS", r=2))
+    adapter = trainable_reward(load_model(base_path), lora_config("SEQ_CLS", r=2))
     assert {n.split(".")[-3] for n, p in adapter.named_parameters() if p.requires_grad and "score" not in n} == {
         "lora_A",
         "lora_B",
     }
     assert not any("score.lora" in n for n, _ in adapter.named_parameters())
-    whole = trainable_reward(load_foundation(base_path), None)
+    whole = trainable_reward(load_model(base_path), None)
     assert all(p.requires_grad for p in whole.parameters())
 
 
-def saved_adapter(model, foundation, folder):
+def saved_adapter(model, initial, folder):
     model.save_pretrained(folder)
-    foundation.tokenizer.save_pretrained(folder)
+    initial.tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def test_saved_and_loaded_adapter_scores_the_same(sft_path, tmp_path):
-    foundation = load_foundation(sft_path)
-    model = trainable_reward(foundation, None, seed=5)
+    initial = load_model(sft_path)
+    model = trainable_reward(initial, None, seed=5)
     with torch.no_grad():  # as if trained: neither SFT's adapter nor the fresh head
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
     before = raw_scores(model, ROWS, 0)
-    path = saved_adapter(model, foundation, tmp_path)
-    write_reward(path, -1.5, 2.0, base_fingerprint=foundation.fingerprint)
+    path = saved_adapter(model, initial, tmp_path)
+    write_reward(path, -1.5, 2.0, base_fingerprint=initial.fingerprint)
     loaded = load_reward(path, "cpu")
     assert (loaded.bias, loaded.scale) == (-1.5, 2.0)
     assert raw_scores(loaded.model, ROWS, 0) == pytest.approx(before, abs=1e-6)
@@ -126,8 +126,8 @@ def test_all_that_an_sft_adapter_holds_is_trained_saved_and_a_role(base_path, tm
     from rlhf.roles import Roles
 
     sft = random_adapter(base_path, tmp_path / "sft", seed=5, **settings)
-    foundation = load_foundation(sft)
-    model = trainable_reward(foundation, None)
+    initial = load_model(sft)
+    model = trainable_reward(initial, None)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     ids = torch.tensor([[5, 2, 7, 3]])
@@ -135,9 +135,9 @@ def test_all_that_an_sft_adapter_holds_is_trained_saved_and_a_role(base_path, tm
     optimizer.step()
     assert all(torch.equal(p, before[n]) != p.requires_grad for n, p in model.named_parameters())
     trained = raw_scores(model, ROWS, 0)
-    path = saved_adapter(model, foundation, tmp_path / "reward")
+    path = saved_adapter(model, initial, tmp_path / "reward")
     assert raw_scores(load_reward(path, "cpu").model, ROWS, 0) == pytest.approx(trained, abs=1e-6)
-    roles = Roles(load_foundation(sft), lora_config(), path)
+    roles = Roles(load_model(sft), lora_config(), path)
     for row, score in zip(ROWS, trained, strict=True):
         ids = torch.tensor([row])
         with torch.no_grad(), roles.use("reward"):
@@ -145,17 +145,17 @@ def test_all_that_an_sft_adapter_holds_is_trained_saved_and_a_role(base_path, tm
 
 
 def test_saved_and_loaded_whole_model_scores_the_same(base_path, tmp_path):
-    foundation = load_foundation(base_path)
-    model = trainable_reward(foundation, None, seed=5)
+    initial = load_model(base_path)
+    model = trainable_reward(initial, None, seed=5)
     before = raw_scores(model, ROWS, 0)
-    loaded = load_reward(saved_adapter(model, foundation, tmp_path), "cpu")
+    loaded = load_reward(saved_adapter(model, initial, tmp_path), "cpu")
     assert raw_scores(loaded.model, ROWS, 0) == pytest.approx(before, abs=1e-6)
 
 
 def test_the_reward_role_of_ppo_scores_the_same(base_path, sft_path, reward_path):
     from rlhf.roles import Roles
 
-    roles = Roles(load_foundation(sft_path), lora_config(r=2), reward_path)
+    roles = Roles(load_model(sft_path), lora_config(r=2), reward_path)
     expected = load_reward(reward_path, "cpu").score_ids(ROWS)
     with torch.no_grad(), roles.use("reward"):
         for row, score in zip(ROWS, expected, strict=True):

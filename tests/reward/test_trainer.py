@@ -11,7 +11,7 @@ from reward.model import raw_scores, trainable_reward
 from reward.objective import reward_loss
 from reward.trainer import PairCollator, RewardTrainer, pair_rows
 from rlhf.data.records import Preference
-from rlhf.models import load_foundation, lora_config
+from rlhf.models import load_model, lora_config
 
 
 def encoded(prompt, chosen, rejected, **more):
@@ -45,8 +45,8 @@ def test_collator_puts_chosen_first_and_pads_right():
 
 
 def test_the_trainer_minimises_our_objective(base_path, tmp_path):
-    foundation = load_foundation(base_path)
-    model = trainable_reward(foundation, lora_config("SEQ_CLS", r=2))
+    initial = load_model(base_path)
+    model = trainable_reward(initial, lora_config("SEQ_CLS", r=2))
     rows = pair_rows(
         [
             encoded([5, 6], [7, 2], [8, 9, 2], label_prob=0.8, weight=2.0),
@@ -59,7 +59,7 @@ def test_the_trainer_minimises_our_objective(base_path, tmp_path):
         args=arguments,
         data_collator=PairCollator(0),
         train_dataset=Dataset.from_list(rows),
-        processing_class=foundation.tokenizer,
+        processing_class=initial.tokenizer,
         label_smoothing=0.1,
     )
     batch = next(iter(trainer.get_eval_dataloader(Dataset.from_list(rows))))  # through Arrow, in order

@@ -13,7 +13,7 @@ from rlhf.config import UserError
 from rlhf.data import load, sources
 from rlhf.data.export import write_text
 from rlhf.data.prepare.people import alpha_in_words, annotators_in_words, kappas_in_words
-from rlhf.data.prepare.personal import masked
+from rlhf.data.prepare.pii import masked
 from rlhf.data.records import Labelled, Preference, Record
 
 KAPPAS = 10  # how many the terminal shows, the lowest

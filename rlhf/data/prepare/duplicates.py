@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.data.conversation import said
-from rlhf.data.prepare.text import answers, asked, spoken
+from rlhf.data.prepare.cleaning import answers, asked, spoken
 from rlhf.data.records import Preference, Record, digest, normalise
 from rlhf.data.split import answer_pair
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf.data import sources
 from rlhf.data.agreement import agreement_summary, kappa_interval, ratings_of
-from rlhf.data.prepare.text import spoken
+from rlhf.data.prepare.cleaning import spoken
 from rlhf.data.records import Preference, Record, normalise
 from rlhf.data.split import answer_pair
 from rlhf.data.votes import Vote

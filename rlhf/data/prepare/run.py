@@ -15,7 +15,7 @@ from rlhf.config import UserError, option
 from rlhf.data import export, load, sources
 from rlhf.data.describe import KINDS, guess, summarise
 from rlhf.data.prepare import card, people, steps
-from rlhf.data.prepare.personal import REGIONS
+from rlhf.data.prepare.pii import REGIONS
 from rlhf.data.split import assign
 from rlhf.data.votes import Aggregate
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from rlhf.data import load, sources
-from rlhf.data.prepare import duplicates, leakage
-from rlhf.data.prepare import personal as forms_of
-from rlhf.data.prepare.personal import masked
-from rlhf.data.prepare.text import answers, clean, each_string, mapped, strings
+from rlhf.data.prepare import contamination, duplicates
+from rlhf.data.prepare import pii as forms_of
+from rlhf.data.prepare.cleaning import answers, clean, each_string, mapped, strings
+from rlhf.data.prepare.pii import masked
 from rlhf.data.records import SPLITS, Record, RecordError
 from rlhf.data.split import join_groups
 
@@ -142,8 +142,8 @@ def repeats(work: Work, threshold: float) -> None:
 
 def leaks(work: Work, against: Sequence[str], n: int, overlap: float, near: float) -> None:
     """Rows that hold a prompt of an evaluation, or all of whose answers are its."""
-    prompts, said, count = leakage.evaluation_texts(against, n)
-    found = leakage.leaks(work.records, prompts, said, overlap, near)
+    prompts, said, count = contamination.evaluation_texts(against, n)
+    found = contamination.leaks(work.records, prompts, said, overlap, near)
     whole = sum(leak.share == 1.0 for leak in found)
     shown = [
         f"{work.places[leak.row]}: {leak.what} of {leak.where} ({leak.share:.0%}): "

@@ -2,6 +2,7 @@ import random
 
 import pytest
 
+from rlhf.data.prepare.cleaning import clean
 from rlhf.data.prepare.duplicates import (
     bands,
     contained_texts,
@@ -14,7 +15,6 @@ from rlhf.data.prepare.duplicates import (
     similar_prompts,
     similar_texts,
 )
-from rlhf.data.prepare.text import clean
 from rlhf.data.records import Labelled, Preference
 
 LONG = "The parcel left our warehouse on Monday morning and should reach you within three working days, "

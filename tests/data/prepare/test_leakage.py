@@ -3,7 +3,7 @@ import json
 import pytest
 
 from rlhf.config import UserError
-from rlhf.data.prepare.leakage import evaluation_texts, leaks
+from rlhf.data.prepare.contamination import evaluation_texts, leaks
 from rlhf.data.records import Instruction, Preference
 
 TEST = "Please explain in a few words why the sea is salty and the rivers are not"

@@ -3,7 +3,7 @@ import uuid
 
 import pytest
 
-from rlhf.data.prepare.personal import find, luhn, mask, valid_iban
+from rlhf.data.prepare.pii import find, luhn, mask, valid_iban
 
 
 def test_luhn_by_hand():

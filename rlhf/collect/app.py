@@ -1,0 +1,122 @@
+"""The annotation app: pages for those who judge, pages for the owner.
+
+One thread owns the store and takes requests in turn, so that a vote is decided, written and on disk (synchronous=FULL)
+before its page is answered; the owner's statistics read the file beside it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+import h11
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Mount
+from starlette.staticfiles import StaticFiles
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from rlhf.collect import owner, pages
+from rlhf.collect.session import HERE, Refused, Site, page
+
+LONGEST_FORM = 64 * 1024  # bytes
+REQUEST_SECONDS = 30.0  # until a request must have come whole
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
+    "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+def create_app(site: Site) -> Headers:
+    """The application; `site.path` must be a store."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette):
+        await site.do(site.open)
+        yield
+        await site.do(site.store.close)
+        site.worker.shutdown()
+
+    static = Mount("/static", StaticFiles(directory=HERE / "static"))
+    handlers = {Refused: refused, ClientDisconnect: gone, 404: not_found, 405: not_found, 413: too_long, 500: broken}
+    app = Starlette(
+        routes=[*pages.ROUTES, *owner.ROUTES, static],
+        lifespan=lifespan,
+        exception_handlers=handlers,
+        max_body_size=LONGEST_FORM,
+    )
+    app.state.site = site
+    return Headers(app)  # around all of it: the page of a failure is made outside of any middleware
+
+
+class Headers:
+    """Every answer forbids foreign assets, framing, sniffing and referrers; pages are not kept by the browser."""
+
+    def __init__(self, app: Callable):
+        self.app = app
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        async def sending(message: dict) -> None:
+            if message["type"] == "http.response.start":
+                kept = "no-cache" if scope["path"].startswith("/static/") else "no-store"
+                more = HEADERS | {"Cache-Control": kept}
+                message["headers"] = [*message["headers"], *((k.lower().encode(), v.encode()) for k, v in more.items())]
+            await send(message)
+
+        await self.app(scope, receive, sending if scope["type"] == "http" else send)
+
+
+class TimedProtocol(H11Protocol):
+    """HTTP that closes a connection whose request has not come whole in time; uvicorn alone would wait for ever."""
+
+    timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.watch()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.watch()
+
+    def watch(self) -> None:
+        """Start the timer with a request, stop it when the request is whole."""
+        waiting = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        if waiting and self.timer is None:
+            self.timer = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
+        elif not waiting and self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def connection_lost(self, error: Exception | None) -> None:
+        super().connection_lost(error)
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+async def gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this: the connection was closed before the form had come whole."""
+    return Response(status_code=408)
+
+
+async def refused(request: Request, error: Refused) -> Response:
+    status, text = error.args
+    return page("message.html", request.app.state.site, status, title="No entry", text=text)
+
+
+async def not_found(request: Request, error: Exception) -> Response:
+    return page("message.html", request.app.state.site, 404, title="Nothing here", text="There is no such page.")
+
+
+async def too_long(request: Request, error: Exception) -> Response:
+    return page("message.html", request.app.state.site, 413, title="Too long", text="That form was too long.")
+
+
+async def broken(request: Request, error: Exception) -> Response:
+    text = "Something failed on the server. What was saved is safe. Reload the page; if it fails again, tell the owner."
+    return page("message.html", request.app.state.site, 500, title="That did not work", text=text)

@@ -1,0 +1,201 @@
+"""`rlhf collect serve` and `rlhf collect links`: the app on a port, and the personal links that open it."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import ssl
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rlhf.collect import auth
+from rlhf.collect.guide import read_guide
+from rlhf.config import UserError, option
+from rlhf.data.records import one_name
+from rlhf.data.store import Store
+
+TAGS = ["wrong", "off tone", "too long", "too short", "unsafe"]
+
+
+@dataclass
+class ServeConfig:
+    """Let people compare the pairs of a preference store in their browser, on this machine or behind https."""
+
+    store: str = option(help="the preference store (SQLite) with pairs; rlhf collect sample makes them")
+    annotators: list[str] = option([], "names of people who may judge; the link of each new one is printed")
+    overlap: int | None = option(None, "people who judge each pair; default: as last time, at first 3", low=1)
+    lapse_minutes: float | None = option(
+        None,
+        "until a pair that was handed out and not answered is free again; default: as last time, at first 30",
+        above=0,
+    )
+    control_share: float | None = option(
+        None, "share of control pairs among what is shown; default: as last time, at first 0.1", low=0, high=1
+    )
+    voice: str | None = option(None, "a brand voice (YAML) whose guide is shown beside the answers")
+    tags: list[str] = option(TAGS, "reasons to tick, as short words")
+    host: str = option("127.0.0.1", "the address to listen on; others than this machine's own want https")
+    port: int = option(8000, "the port to listen on", low=1, high=65535)
+    url: str | None = option(None, "where people reach it, such as https://judge.example.org behind a proxy")
+    certificate: str | None = option(None, "file with the TLS certificate (PEM), to serve https without a proxy")
+    certificate_key: str | None = option(None, "file with its private key")
+
+    def validate(self) -> None:
+        if bool(self.certificate) != bool(self.certificate_key):
+            raise UserError("'certificate' and 'certificate_key' belong together; found one of them")
+        for path in (self.certificate, self.certificate_key):
+            if path and not Path(path).is_file():
+                raise UserError(f"{path}: no such file")
+        if self.certificate:
+            check_certificate(self.certificate, self.certificate_key)
+        parts = urlsplit(self.url or "http://host")
+        if parts.scheme not in ("http", "https") or not parts.netloc or parts.path not in ("", "/"):
+            raise UserError(f"'url' is {self.url!r}, expected http://HOST or https://HOST without a path")
+        if _is_wildcard(self.host) and not self.url:
+            raise UserError(
+                f"'host' is {self.host}, which means every address of this machine and cannot stand in a link; say "
+                "where people reach it with --url https://HOST"
+            )
+        self.annotators = list(dict.fromkeys(map(auth.checked_name, self.annotators)))
+
+
+def check_certificate(certificate: str, key: str) -> None:
+    """Raise UserError unless the two PEM files are a TLS certificate and its private key, without a password."""
+    try:
+        # without a password given, an encrypted key would be asked about on the terminal
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{certificate} and {key}: no TLS certificate with its key ({error}). Expected two PEM files that belong "
+            "together, the key without a password"
+        ) from None
+
+
+@dataclass
+class LinksConfig:
+    """Make new personal links. An earlier link of the same person stops working; what they judged stays theirs."""
+
+    store: str = option(help="the preference store (SQLite)")
+    annotators: list[str] = option([], "names of people; who is new is added")
+    owner: bool = option(False, "a new link to the owner's page as well")
+    revoke: list[str] = option([], "names of people whose link shall stop working without a new one")
+    url: str | None = option(None, "where people reach the app; default: as served last")
+
+
+def serve(config: ServeConfig) -> None:
+    """Serve until interrupted. Prints each new personal link once: only hashes of their tokens are kept."""
+    import uvicorn
+
+    from rlhf.collect.app import TimedProtocol, create_app
+    from rlhf.collect.session import Site
+
+    guide = read_guide(config.voice) if config.voice else None
+    url = (config.url or _own_url(config)).rstrip("/")
+    listener = _listen(config.host, config.port)
+    with contextlib.closing(listener):
+        with Store.open(config.store) as store:
+            _set_up(store, config, url)
+        for warning in _warnings(config, url):
+            print(f"WARNING: {warning}", file=sys.stderr)
+        site = Site(Path(config.store), url, guide, config.tags, url.startswith("https://"), f"rlhf_{config.port}")
+        # a warning for every malformed request would let anybody fill the log
+        options: dict[str, Any] = {"access_log": False, "log_level": "error", "server_header": False}
+        options |= {"http": TimedProtocol, "ws": "none"}
+        options |= {"ssl_certfile": config.certificate, "ssl_keyfile": config.certificate_key}
+        # paths are never logged: a personal link's path is its secret
+        server = uvicorn.Server(uvicorn.Config(create_app(site), timeout_graceful_shutdown=5, **options))
+        own = "" if url == _own_url(config) else f", listening on {_own_url(config)}"
+        print(f"serving {config.store} on {url}{own} (Ctrl-C ends)", flush=True)
+        with contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
+
+
+def links(config: LinksConfig) -> dict[str, str]:
+    """Print new links; returns them by name, the owner's under ''."""
+    if not (config.annotators or config.owner or config.revoke):
+        raise UserError("nothing to do: give --annotators NAME,NAME or --owner true or --revoke NAME")
+    made = {}
+    with Store.open(config.store) as store:
+        url = (config.url or store.setting("url") or "http://127.0.0.1:8000").rstrip("/")
+        people = {one_name(row["name"]): row["id"] for row in store.annotators()}
+        for name in map(one_name, config.revoke):
+            if name not in people:
+                raise UserError(f"{config.store}: has no annotator {name!r}; found {', '.join(people) or 'none'}")
+            store.set_token(people[name], None)
+            print(f"{name}: the link opens nothing any more")
+        names = list(dict.fromkeys(map(auth.checked_name, config.annotators)))  # a second link would close the first
+        for name in [*names, *([None] if config.owner else [])]:
+            made[name or ""] = f"{url}/enter/{auth.new_link(store, name)}"
+            print(f"{name or 'owner'}: {made[name or '']}")
+    return made
+
+
+def _set_up(store: Store, config: ServeConfig, url: str) -> None:
+    """Keep the rules, add annotators, print new links."""
+    if not store.stats()["comparisons"]:
+        raise UserError(f"{config.store}: has no pairs to judge; make some with: rlhf collect sample")
+    store.set_setting("url", url)
+    given = {"overlap": config.overlap, "control_share": config.control_share}
+    given["lapse"] = config.lapse_minutes and 60 * config.lapse_minutes
+    for name, value in given.items():
+        if value is not None:
+            store.set_setting(name, str(value))
+    open_now = {one_name(row["name"]) for row in store.annotators() if row["token_hash"]}
+    for name in config.annotators:
+        if name not in open_now:
+            print(f"{name}: {url}/enter/{auth.new_link(store, name)}")
+            open_now.add(name)
+    if store.setting(auth.OWNER) is None:
+        print(f"owner: {url}/enter/{auth.new_link(store, None)}")
+    if not open_now:
+        print("nobody has a link yet: give --annotators NAME,NAME or add people on the owner's page")
+    print(f"a lost link is replaced with: rlhf collect links {config.store} --annotators NAME (or --owner true)")
+
+
+def _own_url(config: ServeConfig) -> str:
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return f"http{'s' if config.certificate else ''}://{host}:{config.port}"
+
+
+def _warnings(config: ServeConfig, url: str) -> list[str]:
+    """Where links and votes could be read on the way: between people and `url`, and on the port itself."""
+    found = []
+    if url.startswith("http://") and not _is_loopback(urlsplit(url).hostname or ""):
+        found.append(
+            f"people reach {url} without https: links and votes can be read on the way. Give --certificate and "
+            "--certificate_key, or put a proxy with https before it and give --url https://..."
+        )
+    if not (_is_loopback(config.host) or config.certificate):
+        found.append(
+            f"others can reach {config.host} port {config.port} and there is no https on it. Give --certificate and "
+            "--certificate_key, or let only the proxy reach it"
+        )
+    return found
+
+
+def _is_wildcard(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_unspecified
+    return not host
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(256)
+    except OSError as error:
+        raise UserError(f"{host} port {port}: cannot listen there ({error.strerror}); choose another --port") from None
+    return listener

@@ -1,0 +1,125 @@
+"""What all pages share: the site, its templates, who is signed in, forms that are ours."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from rlhf.collect import auth
+from rlhf.collect.guide import Guide
+from rlhf.collect.queue import Queue
+from rlhf.collect.safe_markdown import render, visible
+from rlhf.collect.status import number, of, percent, rules_of
+from rlhf.data.store import Store
+
+HERE = Path(__file__).parent
+COOKIE_SECONDS = 90 * 24 * 3600
+
+
+class Refused(Exception):
+    """No right to this page: (status, why)."""
+
+
+@dataclass
+class Site:
+    """What the pages need. `cookie` begins the names of its cookies, which browsers share between ports."""
+
+    path: Path
+    url: str = ""  # where people reach it, without a slash at the end
+    guide: Guide | None = None
+    tags: list[str] = field(default_factory=list)
+    secure: bool = False  # cookies for https alone
+    cookie: str = "rlhf"
+    worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "store"))
+    store: Store | None = None
+    queue: Queue | None = None
+    looked: tuple[tuple[int, int], dict[str, Any]] | None = None  # newest event and pair then, and the summary
+    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    async def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The function's value, called on the thread that owns the store."""
+        return await asyncio.get_running_loop().run_in_executor(self.worker, function, *arguments)
+
+    def open(self) -> None:
+        self.store = Store.open(self.path)
+        self.queue = Queue(self.store, rules_of(self.store))
+
+    def sign_in(self, response: Response, role: str, token: str) -> Response:
+        # Lax, not Strict: a link followed from a letter must arrive signed in
+        options = {"httponly": True, "samesite": "lax", "secure": self.secure}
+        response.set_cookie(f"{self.cookie}_{role}", token, max_age=COOKIE_SECONDS, **options)
+        return response
+
+    def sign_out(self, response: Response, role: str) -> Response:
+        response.delete_cookie(f"{self.cookie}_{role}", httponly=True, samesite="lax", secure=self.secure)
+        return response
+
+
+async def annotator(request: Request) -> tuple[Site, str, dict[str, Any]]:
+    """The site, the session's token and its annotator; raises Refused."""
+    site = request.app.state.site
+    token = request.cookies.get(f"{site.cookie}_annotator", "")
+    person = await site.do(lambda: auth.annotator_of(site.store, token)) if token else None
+    if person is None:
+        raise Refused(401, "Please open your personal link. If you have none, ask whoever runs this collection.")
+    return site, token, person
+
+
+async def owner(request: Request) -> tuple[Site, str]:
+    """The site and the owner's token; raises Refused."""
+    site = request.app.state.site
+    token = request.cookies.get(f"{site.cookie}_owner", "")
+    if not token or not await site.do(lambda: auth.is_owner(site.store, token)):
+        raise Refused(401, "This page is for the owner of the collection. Open the owner's link first.")
+    return site, token
+
+
+async def read_form(request: Request, token: str) -> dict[str, list[str]]:
+    """The fields of a form that this site made for this session; raises Refused for any other."""
+    body = (await request.body()).decode("utf-8", "replace")
+    with contextlib.suppress(ValueError):
+        form = parse_qs(body, max_num_fields=100)
+        if auth.form_is_ours(token, form.get("form", [""])[0]):
+            return form
+    raise Refused(403, "This form did not come from your own page here. Go back, reload the page and try again.")
+
+
+def page(template: str, site: Site, status: int = 200, **values: Any) -> HTMLResponse:
+    return HTMLResponse(TEMPLATES.get_template(template).render(site=site, **values), status)
+
+
+def shown(value: Any) -> Any:
+    """Write out hidden and control characters in every text on a page, but for HTML that is ours already."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _templates() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=shown,
+    )
+    environment.filters |= {
+        "signed": lambda x: f"{x:.2f}".replace("-", "−"),
+        "render": render,
+        "percent": percent,
+        "of": of,
+        "number": number,
+    }
+    return environment
+
+
+TEMPLATES = _templates()

@@ -1,0 +1,327 @@
+"""`rlhf compare RUN RUN ...`: the same test prompts, the same sampling, every score, for several trained policies."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import SEED, UserError, near_file, option, read_yaml
+from rlhf.data.records import Prompt, Scorer, prompt_group
+from rlhf.data.split import some
+from rlhf.runs.checkpoint import FOLDER
+from rlhf.runs.run import TRAINED_ON
+
+FOLLOWED = {  # options that are the runs' own, and what holds where no run says
+    "validation_fraction": 0.05,
+    "test_fraction": 0.1,
+    "temperature": 1.0,
+    "max_prompt_length": 512,
+    "max_response_length": 512,
+}
+
+
+@dataclass(kw_only=True)
+class CompareConfig:
+    """Compare trained policies on held-out prompts; the first is the reference (the SFT policy).
+
+    Several strengths and seeds of each method at one budget: rlhf compare run FILE, then rlhf compare report FILE.
+    """
+
+    runs: list[str] = option(help="folders of the policies, the SFT policy first")
+    prompts: list[str] = option(help="files, stores or Hub names with prompts; their test split is used")
+    output_dir: str = option("runs/compare", "where report.md, report.json and the plots go")
+    gold: list[dict] = option([], "the true reward where it is known, e.g. [{voice: configs/voices/shop.yaml}]")
+    referee: list[dict] = option([], "a reward model that no run has seen, e.g. [{model: runs/referee}]; decides")
+    others: list[dict] = option([], "further scorers to show")
+    votes: str | None = option(None, "a preference store: the report shows how far its annotators agree")
+    n_prompts: int | None = option(None, "so many test prompts, by the hash of their group; default: all", low=1)
+    samples_per_prompt: int = option(2, "responses of each policy to each prompt; win rates need at least 2", low=1)
+    temperature: float | None = option(
+        None, "of sampling; the KL is that of the sampled distributions; default: as the runs", above=0
+    )
+    max_prompt_length: int | None = option(
+        None, "tokens; longer prompts are dropped and counted; default: as the runs", low=1
+    )
+    max_response_length: int | None = option(None, "tokens with EOS; default: as the runs", low=1)
+    batch_size: int = option(64, "responses generated together", low=1)
+    validation_fraction: float | None = option(
+        None, "share of validation groups; default: as the runs had it", low=0, high=1
+    )
+    test_fraction: float | None = option(None, "share of test groups; default: as the runs had it", low=0, high=1)
+    seed: int = option(0, "of sampling", **SEED)
+
+    def validate(self) -> None:
+        if len(self.runs) < 2:
+            raise UserError("compare needs at least two runs: the SFT policy and one to compare with it")
+        if self.gold and self.referee:
+            raise UserError("'gold' and 'referee' both given: where the truth is known no referee decides")
+
+
+def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[str, Any]:
+    """Sample, score and report; returns report.json's content. `build_scorer(specs, tokenizer)` makes scorers."""
+    import torch
+    from tqdm import tqdm
+
+    from rlhf.compare.report import print_table, write_report
+    from rlhf.data.encode import encode, kept
+    from rlhf.data.load import fingerprint, load
+    from rlhf.distributed import DistributedContext
+    from rlhf.engines.hf import Sampling
+    from rlhf.evaluate import Evaluation, sample_table
+    from rlhf.models import head_is_plain, load_tokenizer, stop_ids
+
+    for path in config.runs:
+        if not Path(path).is_dir():
+            raise UserError(f"{path}: no such run{near_file(path)}")
+    shared = shared_options(config)
+    fractions = {name: shared[name] for name in ("validation_fraction", "test_fraction")}
+    records = unseen(config, load(config.prompts, Prompt, split="test", **fractions))
+    names = run_names(config.runs)
+    tokenizer = load_tokenizer(config.runs[0])
+    specs, kinds, judge = scores_of(config)
+    scorer = build_scorer(specs, tokenizer) if specs else None
+    world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    policies = load_policies(config.runs, world.device, shared["max_prompt_length"], shared["max_response_length"])
+    model, context = policies[0]
+    encoded, dropped = encode(records, tokenizer, shared["max_prompt_length"])
+    evaluation = Evaluation(
+        prompts=some(kept((encoded, dropped), "prompts"), config.n_prompts),
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(tokenizer, model),
+        sampling=Sampling(shared["max_response_length"], shared["temperature"]),
+        scorer=scorer,
+        samples_per_prompt=config.samples_per_prompt,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        plain_head=head_is_plain(model),
+    )
+    rows = {}
+    total = len(policies) * len(evaluation.prompts) * config.samples_per_prompt
+    with tqdm(total=total, desc="comparing", unit="response", mininterval=5) as bar:
+        for name, (own, own_context) in zip(names, policies, strict=True):
+            reference = context if own is model else model
+            rows[name] = evaluation.run(own, own_context, reference, world, bar.update)
+    for name in rows[names[0]][0].scores:
+        if not any(math.isnan(row.scores[name]) for part in rows.values() for row in part):
+            kinds.setdefault(name, "other")  # a part of a score, where it applies to every prompt
+    prompts = fingerprint([row["record"] for row in evaluation.prompts])
+    meta = meta_of(config, names, prompts, evaluation.sampling)
+    meta["rows"]["prompts"] = {"read": len(records), "used": len(evaluation.prompts), "dropped": dict(dropped)}
+    report = write_report(config.output_dir, rows, kinds, judge, meta)
+    with open(Path(config.output_dir) / "samples.jsonl", "w", encoding="utf-8") as file:
+        for name in names:
+            for row in sample_table(rows[name], len(rows[name])):
+                file.write(json.dumps({"policy": name, **row}, ensure_ascii=False) + "\n")
+    print_table(report, config.output_dir)
+    return report
+
+
+def run_names(paths: list[str]) -> list[str]:
+    """The folders' own names, or the paths where those are not unique."""
+    names = [Path(p).name for p in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
+def run_config(path: str | Path) -> dict[str, Any]:
+    """The resolved options of a run, or of the run that a checkpoint is of; empty where the folder is none of ours."""
+    file = home(path) / "config.yaml"
+    return read_yaml(file) if file.is_file() else {}
+
+
+def home(path: str | Path) -> Path:
+    """The run's folder, of which `path` may be a checkpoint."""
+    path = Path(path)
+    return path.parent.parent if path.parent.name == FOLDER and not (path / "config.yaml").is_file() else path
+
+
+def shared_options(config: CompareConfig) -> dict[str, Any]:
+    """The options that follow the runs, by name: as given, else as all runs had them. UserError if those differ."""
+    result = {}
+    for name, default in FOLLOWED.items():
+        given = getattr(config, name)
+        had = {path: run_config(path)[name] for path in config.runs if name in run_config(path)}
+        if given is None and len(set(had.values())) > 1:
+            why = "what is test for one was training for another" if "fraction" in name else "they cannot be compared"
+            raise UserError(f"the runs differ in '{name}' ({had}): {why}. Say which one holds: --{name}")
+        result[name] = given if given is not None else next(iter(had.values()), default)
+        others = {path: value for path, value in had.items() if value != result[name]}
+        if others and "fraction" not in name:
+            print(f"'{name}' is {result[name]}; trained with another: {others}")
+    return result
+
+
+def unseen(config: CompareConfig, records: list[Prompt]) -> list[Prompt]:
+    """The prompts that none of the runs, and no reward model they learnt from, was trained on; says what it drops."""
+    places = [*config.runs, *(folder for spec in trained_scorers(config) for folder in folders(spec))]
+    seen = {name for place in places for name in hashes(place)}
+    kept = [record for record in records if prompt_group(record.prompt) not in seen]
+    if len(kept) < len(records):
+        print(f"{len(records) - len(kept)} of {len(records)} test prompts left out: a run was trained on them")
+    if not kept:
+        raise UserError(
+            f"{', '.join(config.prompts)}: no test prompts that the runs have not been trained on. Give prompts of "
+            "groups they held out (the same file and fractions), or new ones with a split column"
+        )
+    return kept
+
+
+def hashes(place: str) -> set[str]:
+    """What the run in this folder says it was trained on (see rlhf/runs/run.py)."""
+    file = home(place) / TRAINED_ON
+    return set(file.read_text().split()) if file.is_file() else set()
+
+
+def trained_scorers(config: CompareConfig) -> list[dict]:
+    """Every scorer that a run learnt from, from its config.yaml; those of weight 0 were only watched."""
+    proxies: list[dict] = []
+    for path in config.runs:
+        learnt = [spec for spec in run_config(path).get("reward") or [] if spec.get("weight", 1.0)]
+        proxies += [spec for spec in learnt if spec not in proxies]
+    return proxies
+
+
+def identities(spec: dict) -> set[tuple[str, str]]:
+    """(kind, what) of a scorer, and of each member of an ensemble: specifications that share one share a score."""
+    kind = next((k for k in ("model", "ensemble", "voice", "function", "rule", "http") if k in spec), "")
+    if kind in ("model", "ensemble"):
+        from rlhf.models import folder_fingerprint
+
+        return {("model", folder_fingerprint(f) if Path(f).is_dir() else f) for f in folders(spec)}
+    what = str(spec.get(kind, ""))
+    return {(kind, str(Path(what).resolve()) if kind == "voice" else what)}
+
+
+def folders(spec: dict) -> list[str]:
+    """The reward models that a scorer reads."""
+    return [spec["model"]] if "model" in spec else list(spec.get("ensemble", []))
+
+
+def check_judges(config: CompareConfig) -> None:
+    """Raises UserError if what is to decide is something that a run learnt from, or learnt from the same pairs."""
+    trained = {name for spec in trained_scorers(config) for name in identities(spec)}
+    for option_name, specs in (("gold", config.gold), ("referee", config.referee)):
+        for spec in specs:
+            if identities(spec) & trained:
+                raise UserError(
+                    f"{option_name} {spec}: a run was trained on it, so it cannot decide; show it as 'others'"
+                )
+    learnt = {name for path in config.runs[1:] for name in hashes(path)}
+    for folder in (folder for spec in config.referee for folder in folders(spec)):
+        common = hashes(folder) & learnt
+        if common:
+            raise UserError(
+                f"referee {folder}: {len(common)} of its training prompts are also those of a run. Train it on "
+                "the other half of the groups: --half b for the referee, --half a for the rest"
+            )
+
+
+def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | None]:
+    """Scorer specifications, what each named score is, and the one that decides.
+
+    Every scorer that a run trained on is found in its config.yaml and marked `proxy`.
+    """
+    check_judges(config)
+    groups = {"gold": config.gold, "referee": config.referee, "proxy": trained_scorers(config), "other": config.others}
+    specs, kinds = [], {}
+    for kind, group in groups.items():
+        for spec in group:
+            first = spec.get("name") or (kind if kind != "other" else min(identities(spec))[1].replace("/", "_"))
+            name, number = first, 1
+            while name in kinds:
+                number += 1
+                name = f"{first}{number}"
+            specs.append({**spec, "name": name})
+            kinds[name] = kind
+    if not specs:
+        raise UserError(
+            "no score to compare by: give --gold, --referee or --others, for example --others '[{rule: length}]'"
+        )
+    judge = next((n for n, k in kinds.items() if k in ("gold", "referee")), None)
+    return specs, kinds, judge
+
+
+def load_policies(
+    paths: list[str], device, max_prompt_length: int, max_response_length: int
+) -> list[tuple[Any, Callable]]:
+    """(model, context in which it is the policy) for each run; adapters of one base share it. On a GPU in bfloat16.
+
+    Raises UserError where the longest prompt and response go beyond a model's positions.
+    """
+    from rlhf.models import (
+        check_context,
+        check_same_base,
+        load_adapter,
+        load_model,
+        require_policy,
+        use_adapter,
+    )
+
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    foundations, policies = [], []
+    for number, path in enumerate(paths):
+        is_adapter = (Path(path) / "adapter_config.json").is_file()
+        if is_adapter:
+            require_policy(path)
+        shared = next((f for f in foundations if is_adapter and f["base"] == _base_of(path)), None)
+        if shared is not None:
+            check_same_base(path, shared["foundation"])
+            model = load_adapter(shared["model"], path, name=f"run{number}")
+        elif is_adapter:
+            foundation = load_model(path, dtype)
+            model = load_adapter(foundation.model, path, name=f"run{number}")
+            foundations.append({"base": _base_of(path), "foundation": foundation, "model": model})
+        else:
+            model = load_model(path, dtype).model
+        check_context(model, path, max_prompt_length, max_response_length)
+        model.to(device).eval()
+        context = (lambda m=model, n=f"run{number}": use_adapter(m, n)) if is_adapter else nullcontext
+        policies.append((model, context))
+    return policies
+
+
+def _base_of(path: str) -> str:
+    from rlhf.models import adapter_base
+
+    return str(Path(adapter_base(path)).resolve())
+
+
+def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str, sampling: Any) -> dict[str, Any]:
+    """Seeds, budgets and versions from each run's result.json, for the report."""
+    meta: dict[str, Any] = {"seeds": {"run": [], "world": []}, "budgets": {}, "versions": {}, "fingerprints": {}}
+    meta["configs"], meta["rows"] = {}, {}
+    for name, path in zip(names, config.runs, strict=True):
+        file = Path(path) / "result.json"
+        result = json.loads(file.read_text()) if file.is_file() else {}
+        meta["budgets"][name] = {k.removeprefix("budget/"): v for k, v in result.get("budget", {}).items()}
+        meta["versions"] = result.get("versions", meta["versions"])
+        meta["fingerprints"][name] = result.get("data", {})
+        meta["rows"][name] = result.get("rows", {})
+        meta["configs"][name] = run_config(path)
+        world = world_seed(path)
+        if world is not None and world not in meta["seeds"]["world"]:
+            meta["seeds"]["world"].append(world)
+        if "seed" in result and result["seed"] not in meta["seeds"]["run"]:
+            meta["seeds"]["run"].append(result["seed"])
+    meta["fingerprints"]["prompts"] = prompts_fingerprint
+    if config.votes:
+        from rlhf.data.prepare.people import of_store
+
+        meta["annotators"] = of_store(config.votes)
+    meta["sampling"] = {"temperature": sampling.temperature, "max_new_tokens": sampling.max_new_tokens}
+    return meta
+
+
+def world_seed(path: str) -> int | None:
+    """The seed of the sandbox world that a run's base comes from, if it does."""
+    from rlhf.models import read_identity
+
+    base = read_identity(path).get("base_model_name_or_path")
+    file = Path(base).parent / "world.json" if base else None
+    if file is None or not file.is_file():
+        return None
+    return json.loads(file.read_text()).get("settings", {}).get("world_seed")

@@ -1,0 +1,322 @@
+"""What skips, stops or rolls back a PPO run, and says why.
+
+Numbers in, decisions out: no tensors and no ranks. Every rank calls `Guards` with the same numbers and so decides the
+same. Their thresholds and actions stand in rlhf/options/guards.py; docs/guards.md explains them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rlhf.config import UserError
+from rlhf.options.guards import check_guards
+from rlhf.runs.metrics import is_known
+
+BASELINE = 5  # healthy steps whose mean is a run's own measure of entropy, length and spread
+IN_A_ROW = 2  # steps that the test for reward hacking must hold
+ENOUGH = 32  # responses, for a correlation
+NOTHING = 1e-8  # an entropy or a spread of scores that is none at all, whatever it began with
+ROUNDING = 0.01  # nats: a KL nearer to 0 is not called negative
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done, and why.
+
+    action: `warn` goes on; `skip` leaves out this update (or, after scoring, this rollout); `end` leaves out this
+    update and the later ones of this rollout; `stop` ends the run; `rollback` returns to the last good checkpoint,
+    one made before step `since`.
+    """
+
+    guard: str
+    action: str
+    step: int
+    value: float
+    threshold: float | None
+    reason: str
+    since: int  # checkpoints of this step and later may hold the fault
+
+
+class Guards:
+    """The watches over one run, with all they remember: what they measure against, how long it has been so, events."""
+
+    def __init__(self, overrides: dict[str, Any] | None = None, monitored: Iterable[str] = ()):
+        """`watched`: scores that should not fall while score/raw rises, unless hacking's `watch` names some."""
+        self.guards = check_guards(overrides or {})
+        names = self.guards["hacking"].watch or tuple(monitored)
+        self.monitored = [name if is_known(name) else f"score/{name}" for name in names]
+        self.events: list[dict[str, Any]] = []
+        self.rollbacks, self.rate_scale = 0, 1.0
+        self.counts = {"skipped_updates": 0, "skipped_rollouts": 0, "shortened_rollouts": 0, "warnings": 0}
+        self._unread: list[Decision] = []
+        self._remember({})
+
+    def update(self, step: int, numbers: dict[str, float]) -> Decision | None:
+        """Before an optimizer step: loss, grad/norm, ppo/ratio and ppo/approx_kl of its batch, as far as known."""
+        self.updates += 1
+        bad = [name for name, value in numbers.items() if not math.isfinite(value)]
+        if bad:
+            what = f"{bad[0]} of an update is {numbers[bad[0]]}"
+            return self._fault("not_finite", "updates", self.updates, step, numbers[bad[0]], None, what)
+        approx_kl = numbers.get("ppo/approx_kl")
+        found = [self._ratio(step, numbers.get("ppo/ratio"), approx_kl), self._target_kl(step, approx_kl)]
+        return _most_severe(found)
+
+    def scores(self, step: int, message: str | None) -> Decision | None:
+        """After scoring: the message of a scorer that gave NaN or inf, naming it and the prompt; None if all is well.
+
+        A skip means that nothing is learnt from this rollout.
+        """
+        if message is None:
+            return None
+        return self._fault("not_finite", "rollouts", step, step, math.nan, None, message)
+
+    def first(self, step: int, metrics: dict[str, float], spread: float, responses: int) -> Decision | None:
+        """Before the first update, with its rollout's metrics; returns the gravest.
+
+        spread: the largest difference between scores that are compared, all or those of one prompt's samples.
+        """
+        found, ended = [], metrics["response/ended"]
+        if ended == 0 and self.guards["no_end"].action != "off":
+            what = "before the first update no response has ended"
+            found.append(self._decide("no_end", "warn", step, 1.0, self.guards["no_end"].threshold, what, step))
+        action = self.guards["no_signal"].action
+        if spread <= NOTHING and responses > 1 and action != "off":
+            what = f"before the first update the scores that are compared are all alike, {metrics['score/total']:.3g}"
+            found.append(self._decide("no_signal", action, step, spread, NOTHING, what, step))
+        guard, r = self.guards["length_detector"], metrics.get("score/length_correlation", 0.0)
+        if abs(r) > guard.threshold and responses >= ENOUGH and guard.action != "off":
+            what = f"the correlation of score/raw with length over the first {responses} responses is {r:+.2f}"
+            found.append(self._decide("length_detector", guard.action, step, r, guard.threshold, what, step))
+        return _most_severe(found)
+
+    def step(self, step: int, metrics: dict[str, float]) -> Decision | None:
+        """After a PPO step, with its metrics. Names that are missing or NaN are not judged. Returns the gravest."""
+
+        def get(name: str) -> float | None:
+            value = metrics.get(name)
+            return None if value is None or math.isnan(value) else float(value)
+
+        ended = get("response/ended")
+        found = [
+            self._above(step, "max_kl", "kl/sequence", get("kl/sequence")),
+            self._negative(step, get("kl/sequence"), get("kl/sequence_se")),
+            self._relative(step, "entropy", "response/entropy", get("response/entropy")),
+            self._relative(step, "length", "response/length", get("response/length")),
+            self._above(step, "repetition", "response/repetition", get("response/repetition")),
+            self._above(step, "no_end", "the share of responses without end", None if ended is None else 1 - ended),
+            self._relative(step, "score_spread", "score/std", get("score/std")),
+        ]
+        for name in self.monitored if self.guards["hacking"].action != "off" else ():
+            known = [n for n in metrics if n.startswith("score/")]  # none where a rollout was skipped
+            if known and name not in metrics and name not in self.series:
+                raise UserError(
+                    f"guards.hacking watches '{name}', which is no score of this run. There are: {', '.join(known)}"
+                )
+            found.append(self._hacking(step, name, get("score/raw"), get(name)))
+        return _most_severe(found)
+
+    def drain_events(self) -> list[Decision]:
+        """The decisions since the last call, for the log; a series of the same at consecutive steps appears once."""
+        news, self._unread = self._unread, []
+        return news
+
+    def metrics(self) -> dict[str, float]:
+        """guard/...: what was done so far."""
+        counts = {f"guard/{name}": float(count) for name, count in self.counts.items()}
+        return counts | {"guard/rollbacks": float(self.rollbacks), "guard/rate_scale": self.rate_scale}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is remembered, for JSON."""
+        kept = {name: getattr(self, name) for name in (*_KEPT, *_MEMORY)}
+        return copy.deepcopy(kept)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in _KEPT:
+            setattr(self, name, copy.deepcopy(state[name]))
+        self._remember(state)
+
+    def rolled_back(self, decision: Decision, state: dict[str, Any] | None) -> None:
+        """After an older checkpoint was restored: its windows hold again, `state` None being the run's start.
+
+        Events, counts and the number of rollbacks stay, and the step sizes are halved once more.
+        """
+        if decision.action != "rollback":
+            raise ValueError(f"{decision.guard} asked to {decision.action}, not to roll back")
+        self._remember(state or {})
+        self.rollbacks += 1
+        self.rate_scale /= 2
+
+    def _remember(self, state: dict[str, Any]) -> None:
+        state = copy.deepcopy(state)
+        self.updates: int = state.get("updates", 0)  # optimizer steps asked about
+        self.faults: dict[str, list[int]] = state.get("faults", {})  # when it struck lately: updates or steps
+        self.streaks: dict[str, int] = state.get("streaks", {})  # steps in a row
+        self.baselines: dict[str, list[float]] = state.get("baselines", {})
+        self.series: dict[str, list[list[float]]] = state.get("series", {})  # (score/raw, watched score)
+
+    # single updates
+
+    def _ratio(self, step: int, ratio: float | None, approx_kl: float | None) -> Decision | None:
+        """Mean ratio above the threshold, or its geometric mean below 1 / threshold.
+
+        A policy that was thrown away gives its old tokens no probability: ratios go to 0 and their mean says nothing.
+        From approx_kl = E[r - 1 - log r] follows E[log r] = E[r] - 1 - approx_kl.
+        """
+        bound = self.guards["ratio"].threshold
+        if ratio is None or self.guards["ratio"].action == "off":
+            return None
+        geometric = math.exp(min(0.0, ratio - 1 - approx_kl)) if approx_kl is not None else 1.0
+        if ratio > bound:
+            what = f"the mean probability ratio of an update is {ratio:.3g}, above {bound:g}"
+            return self._fault("ratio", "ratio", step, step, ratio, bound, what)
+        if geometric < 1 / bound:
+            what = f"the geometric mean of an update's probability ratios is {geometric:.3g}, below {1 / bound:.3g}"
+            return self._fault("ratio", "ratio", step, step, geometric, 1 / bound, what)
+        return None
+
+    def _target_kl(self, step: int, approx_kl: float | None) -> Decision | None:
+        guard = self.guards["target_kl"]
+        if guard.action == "off" or approx_kl is None or approx_kl <= guard.threshold:
+            return None
+        what = f"ppo/approx_kl of an update is {approx_kl:.3g}, above {guard.threshold:g}"
+        return self._fault("target_kl", "target_kl", step, step, approx_kl, guard.threshold, what)
+
+    def _fault(self, name, kind, now, step, value, bound, what) -> Decision | None:
+        """A fault that is an event; `now` is counted in what `kind` is counted in. More than `limit` become a stop."""
+        guard = self.guards[name]
+        window = guard.window or 2  # target_kl: this rollout or the one before
+        known = [t for t in self.faults.get(kind, []) if now - window < t <= now]
+        self.faults[kind] = known if now in known else [*known, now]
+        action = guard.action
+        if action == "warn" and known:
+            return None
+        if action == "skip" and guard.limit is not None and len(self.faults[kind]) > guard.limit:
+            action, of = "stop", "updates" if kind == "updates" else "rollouts"
+            what += f", and {len(self.faults[kind])} of the last {window} {of} had to be skipped"
+        if action == "skip":
+            self.counts["skipped_rollouts" if kind == "rollouts" else "skipped_updates"] += 1
+        if action == "end":
+            self.counts["shortened_rollouts"] += 1
+        return self._decide(name, action, step, value, bound, what, step)
+
+    # whole steps
+
+    def _above(self, step: int, name: str, metric: str, value: float | None) -> Decision | None:
+        bound = self.guards[name].threshold
+        if value is None:
+            return None
+        what = f"{metric} is {value:.3g}, above {bound:g}"
+        return self._sustained(name, step, value > bound, value, bound, what)
+
+    def _negative(self, step: int, mean: float | None, error: float | None) -> Decision | None:
+        """kl/sequence + threshold standard errors below 0."""
+        if mean is None or error is None:
+            return None
+        most = mean + self.guards["negative_kl"].threshold * error
+        what = f"kl/sequence is {mean:.3g} with a standard error of {error:.2g}"
+        return self._sustained("negative_kl", step, most < -ROUNDING, most, 0.0, what)
+
+    def _relative(self, step: int, name: str, metric: str, value: float | None) -> Decision | None:
+        """Against the mean of the run's first healthy steps: below a share of it, or for `length` a factor off."""
+        if value is None:
+            return None
+        first = self.baselines.setdefault(name, [])
+        mean = sum(first) / len(first) if first else value
+        factor = self.guards[name].threshold
+        low, high = (mean / factor, mean * factor) if name == "length" else (max(factor * mean, NOTHING), math.inf)
+        bad = value > high or value <= low
+        if not bad and len(first) < BASELINE:  # a value that is off is no measure for the others
+            first.append(value)
+        bound = high if value > high else low
+        side = "above" if value > high else "below"
+        what = f"{metric} is {value:.3g}, {side} {bound:.3g} (it began at {mean:.3g})"
+        return self._sustained(name, step, bad, value, bound, what)
+
+    def _hacking(self, step: int, name: str, proxy: float | None, monitored: float | None) -> Decision | None:
+        """score/raw rises and the watched score falls, from the first to the second half of the window."""
+        guard = self.guards["hacking"]
+        series = self.series.setdefault(name, [])
+        if proxy is None or monitored is None or not math.isfinite(proxy + monitored):
+            return None
+        series.append([proxy, monitored])
+        del series[: -guard.window]
+        if len(series) < guard.window:
+            return None
+        rise, fall = trend([a for a, _ in series]), -trend([b for _, b in series])
+        bad = fall > guard.threshold and rise > guard.threshold / 2
+        what = f"over {guard.window} steps {name} fell by {fall:.1f} standard errors while score/raw rose by {rise:.1f}"
+        return self._sustained("hacking", step, bad, fall, guard.threshold, what, name, IN_A_ROW)
+
+    def _sustained(self, name, step, bad, value, bound, what, key=None, window=None) -> Decision | None:
+        """A fault once it has lasted `window` steps; a warning only when it gets there."""
+        guard, key = self.guards[name], name if key is None else f"{name}/{key}"
+        window = guard.window if window is None else window
+        streak = self.streaks[key] = self.streaks.get(key, 0) + 1 if bad else 0
+        if guard.action == "off" or streak < window or (guard.action == "warn" and streak > window):
+            return None
+        return self._decide(name, guard.action, step, value, bound, f"{what}, {streak} steps in a row", step - streak)
+
+    def _decide(self, name, action, step, value, bound, what, since) -> Decision:
+        """`since` is, for a rollout that was bad, the step before: its updates made the policy that sampled it."""
+        guard = self.guards[name]
+        if action == "rollback" and self.rollbacks >= guard.limit:
+            action = "stop"
+            what += f", after {self.rollbacks} rollbacks"
+        self.counts["warnings"] += action == "warn"
+        reason = f"{what}: {guard.help}; {guard.remedy} (or change guards.{name})"
+        decision = Decision(name, action, step, value, bound, reason, since)
+        same = [e for e in self.events if (e["guard"], e["action"]) == (name, action)]
+        if action not in ("stop", "rollback") and same and same[-1]["last_step"] in (step - 1, step):
+            same[-1].update(times=same[-1]["times"] + 1, last_step=step)
+        else:
+            event = asdict(decision) | {"times": 1, "last_step": step}
+            event["value"] = value if math.isfinite(value) else str(value)  # JSON knows no NaN
+            self.events.append(event)
+            self._unread.append(decision)
+        return decision
+
+
+_KEPT = ("events", "rollbacks", "rate_scale", "counts")
+_MEMORY = ("updates", "faults", "streaks", "baselines", "series")
+
+
+def trend(values: list[float]) -> float:
+    """How far the mean of the second half lies above that of the first, in standard errors; 0 if nothing moves.
+
+        t = (m2 - m1) / (s sqrt(2 / h)),    s² = sum of squared residuals / (2h - 4)
+
+    h is half the number of values (a middle one is left out), at least 4. The noise s is the scatter around a straight
+    line through each half, so that a steady slope and a sudden step are both seen and neither is taken for noise.
+    """
+    half = len(values) // 2
+    halves = values[:half], values[-half:]
+    means = [sum(part) / half for part in halves]
+    squares = sum(r * r for part in halves for r in _residuals(part))
+    scatter = max(math.sqrt(squares / (2 * half - 4)), 1e-6 * max(map(abs, means)), 1e-12)
+    return (means[1] - means[0]) / (scatter * math.sqrt(2 / half))
+
+
+def repetition(ids: list[int], n: int = 4) -> float:
+    """Share of the n-grams of tokens that occurred earlier in the same response (seq-rep-n, Welleck et al. 2020).
+
+    Ordinary text repeats pairs of tokens all the time, but hardly ever four in a row. Fewer than n tokens: 0.
+    """
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _residuals(values: list[float]) -> list[float]:
+    """What a straight line by least squares leaves."""
+    middle, mean = (len(values) - 1) / 2, sum(values) / len(values)
+    slope = sum((i - middle) * v for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(len(values)))
+    return [v - mean - slope * (i - middle) for i, v in enumerate(values)]
+
+
+def _most_severe(found: list[Decision | None]) -> Decision | None:
+    order = ("warn", "skip", "end", "rollback", "stop")
+    return max((d for d in found if d), key=lambda d: order.index(d.action), default=None)

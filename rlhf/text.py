@@ -1,0 +1,36 @@
+"""Text for people: one line of a long text, and tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def clip(value: Any, width: int = 100) -> str:
+    """Return `value` as one line of at most `width` characters, ending in "..." where it was cut."""
+    line = " ".join(str(value).split())
+    return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def escape_cell(value: Any) -> str:
+    """Return `value` as the text of a Markdown table cell; it cannot end the cell or become HTML.
+
+    Floats get four significant digits, and None an en dash.
+    """
+    if value is None:
+        return "–"
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    for character, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
+        text = text.replace(character, escaped)
+    return " ".join(text.split())
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()) -> list[str]:
+    """Return the lines of a Markdown table; the columns numbered in `right` (from 0) are aligned to the right."""
+    aligned = set(right)
+    marks = ["---:" if column in aligned else "---" for column in range(len(header))]
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(marks) + " |"]
+    for row in rows:
+        cells = [escape_cell(cell) for cell in row]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
