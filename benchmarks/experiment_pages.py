@@ -57,7 +57,7 @@ def write_sandbox(folder: Path) -> None:
         ],
         about,
     )
-    entries = [entry for entry in report["overoptimisation"] if entry["strength"] is None]
+    entries = [entry for entry in report["overoptimisation"] if entry["swept"] is None]
     page(
         "overoptimisation",
         "The true reward peaks and falls",
@@ -82,7 +82,7 @@ def write_sandbox(folder: Path) -> None:
     for name, found in ladders.items():
         ends = ", ".join(f"{s:g}: {kl:.2f}" for s, kl in found["ends"].items())
         kl, gold = found["kl"], found["judge"]
-        lines.append(f"| {name} | {results.methods[name]['strength']} | {ends} | {shown(kl)} | {shown(gold)} |")
+        lines.append(f"| {name} | {results.methods[name]['swept']} | {ends} | {shown(kl)} | {shown(gold)} |")
     falls = dict(zip(ladders, verdicts_of([(f["kl"], -1) for f in ladders.values()]), strict=True))
     page(
         "ladder",
@@ -189,14 +189,14 @@ def ladder(results: Results, method: str) -> dict:
     ends = {}
     for point in results.of(method):
         if point.last:
-            ends.setdefault(point.strength, {})[point.seed] = point
-    strengths = sorted(s for s in ends if s > 0)
-    seeds = sorted(set.intersection(*(set(ends[s]) for s in strengths)))
-    x = np.log10(strengths)
+            ends.setdefault(point.swept, {})[point.seed] = point
+    swept_values = sorted(s for s in ends if s > 0)
+    seeds = sorted(set.intersection(*(set(ends[s]) for s in swept_values)))
+    x = np.log10(swept_values)
     x = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
 
     def table(measure: str) -> np.ndarray:  # (strengths, seeds, groups)
-        return np.array([[results.group_means(ends[s][seed].values[measure]) for seed in seeds] for s in strengths])
+        return np.array([[results.group_means(ends[s][seed].values[measure]) for seed in seeds] for s in swept_values])
 
     def slope(values: np.ndarray) -> Estimate:
         def statistic(seed_weights: np.ndarray, group_weights: np.ndarray) -> float:
@@ -207,7 +207,7 @@ def ladder(results: Results, method: str) -> dict:
 
     kl = table("kl")
     return {
-        "ends": dict(zip(strengths, kl.mean(axis=(1, 2)).tolist(), strict=True)),
+        "ends": dict(zip(swept_values, kl.mean(axis=(1, 2)).tolist(), strict=True)),
         "kl": slope(kl),
         "judge": slope(table(f"score/{results.judge}")),
     }

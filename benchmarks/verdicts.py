@@ -169,9 +169,9 @@ def outlier_table(repeats: int) -> str:
 
 STRENGTHS = {"ppo": (0.4, 0.1, 0.03, 0.01), "dpo": (1.0, 0.3, 0.1, 0.03)}
 METHODS = {
-    "sft": {"program": "sft", "strength": None, "baseline": True},
-    "ppo": {"program": "ppo", "strength": "kl_coef", "baseline": False},
-    "dpo": {"program": "dpo", "strength": "beta", "baseline": False},
+    "sft": {"program": "sft", "swept": None, "baseline": True},
+    "ppo": {"program": "ppo", "swept": "kl_coef", "baseline": False},
+    "dpo": {"program": "dpo", "swept": "beta", "baseline": False},
 }
 ENDS = (2.0, 5.0, 10.0, 20.0)  # KL of each strength's end, nats
 STEPS = (25, 50, 75, 100)
@@ -222,16 +222,16 @@ def results(rng: np.random.Generator, given: DistributedContext) -> Results:
         own["score/gold"] = base + level + 0.7 * rng.standard_normal(shape)
         return own | ({} if proxy is None else {"score/reward": base + proxy + 0.5 * rng.standard_normal(shape)})
 
-    points = [Point(method="sft", strength=None, seed=None, step=0, last=True, values=cells(0.0, 0.0, None))]
+    points = [Point(method="sft", swept=None, seed=None, step=0, last=True, values=cells(0.0, 0.0, None))]
     gold = {"score/gold": points[0].values["score/gold"]}
     for seed in range(given.seeds):
         values = cells(0.0, 0.0, 0.0) | gold
-        points.append(Point(method="sft", strength=None, seed=seed, step=0, last=True, values=values))
-    for (method, strengths), spread in zip(STRENGTHS.items(), given.spread, strict=True):
+        points.append(Point(method="sft", swept=None, seed=seed, step=0, last=True, values=values))
+    for (method, swept_values), spread in zip(STRENGTHS.items(), given.spread, strict=True):
         hard, far = 0.8 * prompts(), 0.35 * rng.standard_normal((given.prompts, 1))
         for seed in range(given.seeds):
             luck = spread * rng.standard_normal() - 2.0 * (rng.random() < given.collapse)
-            for strength, end in zip(strengths, ENDS, strict=True):
+            for swept, end in zip(swept_values, ENDS, strict=True):
                 off, off_kl = luck + 0.5 * spread * rng.standard_normal(), 0.15 * rng.standard_normal()
                 for step in STEPS:
                     mean = end * (step / 100) ** 1.2 * math.exp(off_kl + 0.05 * rng.standard_normal())
@@ -240,11 +240,9 @@ def results(rng: np.random.Generator, given: DistributedContext) -> Results:
                     level = given.gain * (1 - math.exp(-d)) + (off + hard) * d / 3
                     values = cells(kl, level, 0.5 * d)
                     last = step == STEPS[-1]
-                    points.append(
-                        Point(method=method, strength=strength, seed=seed, step=step, last=last, values=values)
-                    )
+                    points.append(Point(method=method, swept=swept, seed=seed, step=step, last=last, values=values))
     names = [f"g{i:03}" for i in range(given.prompts)]
-    texts = {(p.method, p.strength, p.seed, p.step): [["a"] * given.samples] * given.prompts for p in points}
+    texts = {(p.method, p.swept, p.seed, p.step): [["a"] * given.samples] * given.prompts for p in points}
     return Results(
         points=points, groups=names, prompts=names, responses=texts, score_kinds={"gold": "gold", "reward": "proxy"},
         judge="gold", methods=METHODS, shared_budget={}, meta={},

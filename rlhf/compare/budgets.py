@@ -37,20 +37,20 @@ def budget(results: Results) -> dict[str, Any]:
 
 
 def _ended(results: Results) -> list[tuple[str, float | None]]:
-    foundation = results.foundation.method
-    found = {(p.method, p.strength) for p in results.points if p.last and p.seed is not None and p.method != foundation}
+    initial = results.initial.method
+    found = {(p.method, p.swept) for p in results.points if p.last and p.seed is not None and p.method != initial}
     return sorted(found, key=lambda t: (list(results.methods).index(t[0]), t[1] or 0.0))
 
 
-def _row(results: Results, method: str, strength: float | None, match: dict[str, Any] | None) -> dict[str, Any]:
-    own = mean_of([p.budget for p in results.of(method, strength) if p.last])
+def _row(results: Results, method: str, swept: float | None, match: dict[str, Any] | None) -> dict[str, Any]:
+    own = mean_of([p.budget for p in results.of(method, swept) if p.last])
     uses_reward = program(results, method) in USES_REWARD
     reward = dict(results.shared_budget.get("reward", {})) if uses_reward else {}
     pairs = dict(results.shared_budget.get("pairs", {}))
     total = add([own, reward, pairs])
     row = {
         "method": method,
-        "strength": strength,
+        "swept": swept,
         "baseline": bool(results.methods.get(method, {}).get("baseline")),
         "own": own,
         "reward": reward,
@@ -64,7 +64,7 @@ def _row(results: Results, method: str, strength: float | None, match: dict[str,
         row["ratio"] = total[match["match"]] / match["total"]
         row["ratio_own"] = own.get(match["match"], 0.0) / match["total"]
         shared = (row["ratio"] - row["ratio_own"]) * match["total"]
-        each = [p.budget.get(match["match"], 0.0) for p in results.of(method, strength) if p.last]
+        each = [p.budget.get(match["match"], 0.0) for p in results.of(method, swept) if p.last]
         row["furthest"] = max(((x + shared) / match["total"] for x in each), key=lambda r: abs(r - 1))
     return row
 

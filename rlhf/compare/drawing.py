@@ -98,8 +98,8 @@ def paths_of(report: Report, method: str) -> list[tuple[float | None, list[dict]
     table: dict[float | None, list[dict]] = {}
     for point in report["points"]:
         if point["method"] == method:
-            table.setdefault(point["strength"], []).append(point)
-    paths = [(strength, sorted(points, key=lambda p: p["step"])) for strength, points in table.items()]
+            table.setdefault(point["swept"], []).append(point)
+    paths = [(swept, sorted(points, key=lambda p: p["step"])) for swept, points in table.items()]
     return sorted(paths, key=lambda path: -math.inf if math.isnan(k := number(path[1][-1]["kl"])) else k)
 
 
@@ -125,8 +125,8 @@ def difference(point: dict, score: str) -> dict | None:
     return (point["scores"].get(score) or {}).get("difference")
 
 
-def strength_text(strength: float | None) -> str:
-    return "" if strength is None else f"{strength:g}"
+def strength_text(swept: float | None) -> str:
+    return "" if swept is None else f"{swept:g}"
 
 
 def number(estimate: dict | None, part: str = "estimate") -> float:

@@ -76,7 +76,7 @@ def time(report: Report):
     ends: dict[Any, list] = {}
     for column, method in enumerate(methods):
         look, paths = style(report, method), paths_of(report, method)
-        for i, (strength, points) in enumerate(paths):
+        for i, (swept, points) in enumerate(paths):
             tone = shade(look["color"], i, len(paths))
             steps = np.array([p["step"] for p in points], dtype=float)
             for row, score in enumerate(scores):
@@ -93,8 +93,8 @@ def time(report: Report):
                     lw=1.3,
                     elinewidth=0.8,
                 )
-                ends.setdefault((row, column), []).append((steps[-1], y[-1], strength_text(strength), look["color"]))
-        option = report["methods"][method].get("strength")
+                ends.setdefault((row, column), []).append((steps[-1], y[-1], strength_text(swept), look["color"]))
+        option = report["methods"][method].get("swept")
         axes[0][column].set_title(
             shown_name(method) + (f"  (numbers: {option})" if option else ""), color=look["color"]
         )
@@ -154,7 +154,7 @@ def wins(report: Report):
     found = report["wins"]
     if not found or len(found["policies"]) < 2 or not any(e for row in found["raw"] for e in row):
         return None
-    labels = [short(trial(p["method"], p["strength"], report), 26) for p in found["policies"]]
+    labels = [short(trial(p["method"], p["swept"], report), 26) for p in found["policies"]]
     n = len(labels)
     kinds = [
         (k, t) for k, t in (("raw", "Raw"), ("controlled", "At equal length")) if any(e for r in found[k] for e in r)

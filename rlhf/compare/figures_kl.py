@@ -80,7 +80,7 @@ def _method_points(axes, report: Report, method: str, score: str) -> tuple[list,
     baseline = report["methods"][method].get("baseline")
     taken, labels, ends = [], [], []
     base = number((report["foundation"]["scores"].get(score) or {}).get("mean"))
-    for strength, points in paths_of(report, method):
+    for swept, points in paths_of(report, method):
         x, xbar = spans([p["kl"] for p in points], root)
         y, ybar = spans([difference(p, score) for p in points])
         faint = {"elinewidth": 0.9, "alpha": 0.9, "markeredgecolor": "white", "markeredgewidth": 0.6}
@@ -95,8 +95,8 @@ def _method_points(axes, report: Report, method: str, score: str) -> tuple[list,
         taken += [(a, b + s * h) for a, b, h in zip(x, y, ybar[1], strict=True) for s in (-1, -0.5, 0.5, 1)]
         taken += [(a + s * w, b) for a, b, w in zip(x, y, xbar[1], strict=True) for s in (-1, -0.5, 0.5, 1)]
         ends.append((x[-1], y[-1]))
-        if strength is not None:
-            labels.append((x[-1], y[-1], strength_text(strength), look["color"]))
+        if swept is not None:
+            labels.append((x[-1], y[-1], strength_text(swept), look["color"]))
     if baseline and len(ends) > 1:
         axes.plot(*zip(*ends, strict=True), color=look["color"], linestyle=look["linestyle"], lw=1.2, zorder=2)
     return taken, labels
@@ -119,7 +119,7 @@ def _bands(axes, report: Report) -> list[tuple[float, float]]:
 
 def _method_legend(axes, report: Report, methods: list[str]) -> None:
     for method in methods:
-        look, option = style(report, method), report["methods"][method].get("strength")
+        look, option = style(report, method), report["methods"][method].get("swept")
         name = shown_name(method) + (f"  (numbers: {option})" if option else "")
         axes.plot([], [], label=name, ms=6, lw=1.8, **look)
     columns = min(3, len(methods))
@@ -166,14 +166,14 @@ def proxy_gold(report: Report):
     for row, method in enumerate(shown):
         look = style(report, method)
         paths = paths_of(report, method)
-        for i, (strength, points) in enumerate(paths):
+        for i, (swept, points) in enumerate(paths):
             tone = shade(look["color"], i, len(paths))
             for column, (x, y) in enumerate(_views(points, proxy, judge)):
                 line = {"lw": 1.3, "linestyle": look["linestyle"], "marker": look["marker"], "ms": 4}
                 axes[row][column].plot([0, *x], [0, *y], color=tone, **line)
                 axes[row][column].plot(x[-1], y[-1], look["marker"], color=tone, ms=7, mec="white", mew=0.7)
                 taken[row][column] += along([0, *x], [0, *y])
-                ends[row][column].append((x[-1], y[-1], strength_text(strength), look["color"]))
+                ends[row][column].append((x[-1], y[-1], strength_text(swept), look["color"]))
         for baseline in baselines:
             points = [points[-1] for _, points in paths_of(report, baseline)]
             for column, (x, y) in enumerate(_views(points, proxy, judge)):
@@ -200,7 +200,7 @@ def _proxy_gold_axes(axes, report: Report, shown: list[str], proxy: str, judge: 
     over = f" over {reference(report)}"
     titles = ("what was optimised: the proxy", "what was wanted: the judge", "wanted against optimised")
     for row, method in enumerate(shown):
-        option = report["methods"][method].get("strength")
+        option = report["methods"][method].get("swept")
         for column in range(3):
             panel = axes[row][column]
             panel.axhline(0, color=FOUNDATION, lw=0.9, zorder=1)

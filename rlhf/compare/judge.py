@@ -62,7 +62,7 @@ def judge_wins(judge: Judge, results: Results, a: Point, b: Point, cache: str | 
     Equal answers are a tie and not asked about. `cache`: a JSONL file with every answer, so that nothing is asked
     twice; delete it when the judge behind a name has changed.
     """
-    answers = [results.responses[p.method, p.strength, p.seed, p.step] for p in (a, b)]
+    answers = [results.responses[p.method, p.swept, p.seed, p.step] for p in (a, b)]
     pairs = one_partner_each(independent_pairs(a, b))
     rows = [
         (prompt, own[k], other[m])

@@ -27,10 +27,10 @@ def judged(results: Results, means: Means, trained: list[str], level: float) -> 
     """The parts of a report that a judge is needed for."""
     curves = {}
     for method in methods_with_points(results):
-        seeds, strengths = rectangle(ended(results, method))
+        seeds, swept_values = rectangle(ended(results, method))
         if not seeds:
             continue
-        track = _track(results, means, method, seeds, strengths)
+        track = _track(results, means, method, seeds, swept_values)
         low, high = kl_range(track)
         if low < high:
             kls = np.linspace(np.sqrt(max(low, 0.0)), np.sqrt(high), GRID) ** 2
@@ -41,7 +41,7 @@ def judged(results: Results, means: Means, trained: list[str], level: float) -> 
     signs = overoptimisation(results, means, level)
     differences = [*(row for pair in frontier for row in pair["rows"]), *chosen["rows"]]
     claims = [(row, row["difference"]) for row in differences]
-    claims += [(entry, entry["judge"] | {"p": entry["p"]}) for entry in signs if entry["strength"] is None]
+    claims += [(entry, entry["judge"] | {"p": entry["p"]}) for entry in signs if entry["swept"] is None]
     count = adjust(claims)
     add_verdicts(signs, 1 - level)
     return {
@@ -71,13 +71,13 @@ def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> int:
 
 
 def _track(
-    results: Results, means: Means, method: str, seeds: Sequence[int], strengths: Sequence, ends: bool = False
+    results: Results, means: Means, method: str, seeds: Sequence[int], swept_values: Sequence, ends: bool = False
 ) -> Track:
     """All checkpoints of these seeds and strengths, or the ends of the trials alone: each seed has each strength, or a
     trial that is not there would shorten the range of KL for all."""
     score = f"score/{results.judge}"
-    base = means[key(results.foundation)][score]
-    kept = [[p for p in results.of(method, seed=s) if p.strength in strengths and (p.last or not ends)] for s in seeds]
+    base = means[key(results.initial)][score]
+    kept = [[p for p in results.of(method, seed=s) if p.swept in swept_values and (p.last or not ends)] for s in seeds]
     points = [[means[key(p)] for p in own] for own in kept]
     return Track(
         kl=[np.array([m["kl"] for m in found]) for found in points],
@@ -99,9 +99,9 @@ def _frontier(results: Results, means: Means, a: str, b: str, level: float) -> d
         return entry
 
     def tracks(ends: bool) -> list[Track]:
-        return [_track(results, means, m, seeds, strengths, ends) for m, (_, strengths) in blocks.items()]
+        return [_track(results, means, m, seeds, swept_values, ends) for m, (_, swept_values) in blocks.items()]
 
-    enough = min(len(strengths) for _, strengths in blocks.values()) >= ENDS
+    enough = min(len(swept_values) for _, swept_values in blocks.values()) >= ENDS
     entry |= {"over": "ends" if enough else "all checkpoints"} | _at_equal_kl(a, b, tracks(enough), level)
     if enough:
         entry["path"] = _at_equal_kl(a, b, tracks(False), level)
@@ -131,10 +131,10 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
 
     Shares with their intervals, of which nothing is claimed: whether a method is ahead is what `tuned` asks, and a
     strength that was chosen on these prompts is not judged by them."""
-    foundation = results.foundation
-    policies: list[tuple[str, float | None]] = [(foundation.method, None)]
+    initial = results.initial
+    policies: list[tuple[str, float | None]] = [(initial.method, None)]
     for method in methods_with_points(results):
-        policies += sorted({(method, p.strength) for p in results.of(method) if p.last}, key=lambda t: t[1] or 0.0)
+        policies += sorted({(method, p.swept) for p in results.of(method) if p.last}, key=lambda t: t[1] or 0.0)
     ends = [{p.seed: p for p in results.of(m, s) if p.last and p.seed is not None} for m, s in policies]
     n = len(policies)
     raw, controlled, ties, longer = ([[None] * n for _ in range(n)] for _ in range(4))
@@ -143,7 +143,7 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
         if not seeds:
             continue
         a = [ends[j][s] for s in seeds]
-        b = [foundation if i == 0 else ends[i][s] for s in seeds]
+        b = [initial if i == 0 else ends[i][s] for s in seeds]
         found = win_rate(a, b, results, results.judge, level=level)
         if found is None:
             continue
@@ -154,7 +154,7 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
                 matrix[i][j] = _mirrored(matrix[j][i])
         ties[i][j] = ties[j][i] = found.ties
         longer[j][i], longer[i][j] = found.length_difference, -found.length_difference
-    labels = [{"label": label(results, m, s), "method": m, "strength": s} for m, s in policies]
+    labels = [{"label": label(results, m, s), "method": m, "swept": s} for m, s in policies]
     return {"policies": labels, "raw": raw, "controlled": controlled, "ties": ties, "length_difference": longer}
 
 

@@ -42,23 +42,23 @@ def markdown(report: Report, figures: Sequence[str] = ()) -> str:
 
 def explained(report: Report) -> list[str]:
     """The words of the report, for a reader who knows no method."""
-    foundation = name(report["foundation"]["method"])
-    lines = [f"- All methods start from the same model, {foundation}, the foundation."]
+    initial = name(report["foundation"]["method"])
+    lines = [f"- All methods start from the same model, {initial}, the foundation."]
     for method, entry in report["methods"].items():
         if entry["program"] in PROGRAMS:
             line = f"- **{name(method)}** {PROGRAMS[entry['program']]}. "
-            option = entry["strength"]
+            option = entry["swept"]
             if entry["program"] != "best_of_n":
                 line += f"`{option}` sets how strongly it is held to the foundation."
             lines.append(line.rstrip())
     lines += [
-        f"- **KL**, in nats, is how far a policy has moved from {foundation}: 0 is no change. Going further can win "
+        f"- **KL**, in nats, is how far a policy has moved from {initial}: 0 is no change. Going further can win "
         "more and costs more of what the foundation knew, so methods are compared at the same KL.",
         "- Numbers in brackets are intervals: the truth lies inside in 95 of 100 such experiments. Where an interval "
         "holds 0, the data do not say which side is better; that is not the same as equal.",
         "- Each method was tried at several strengths. The best one is chosen on some of the prompts and judged on the "
         "others, since a winner looks too good on the data that chose it.",
-        f"- Scores with a sign are differences to {foundation}; its own stand without.",
+        f"- Scores with a sign are differences to {initial}; its own stand without.",
         "- p is adjusted for all that the report claims in words (Holm 1979); what has no p is shown, not claimed.",
     ]
     return lines
@@ -102,9 +102,9 @@ def win_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     header = ["policy", f"wins over {base} [95 %]", "at equal length [95 %]"]
     rows = []
     for i, policy in enumerate(wins["policies"]):
-        if policy["strength"] is not None and wins["raw"][i][0] is not None:
+        if policy["swept"] is not None and wins["raw"][i][0] is not None:
             cells = [share(n) if n else "–" for n in (wins["raw"][i][0], wins["controlled"][i][0])]
-            rows.append([trial(policy["method"], policy["strength"], report), *cells])
+            rows.append([trial(policy["method"], policy["swept"], report), *cells])
     return header, rows
 
 
@@ -128,7 +128,7 @@ def sign_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     for e in report["overoptimisation"]:
         proxy = f"{e['proxy']['name']} {interval(e['proxy']['change'], sign=True)}" if e["proxy"] else "–"
         cells = [kl(e["peak"]["kl"]), kl(e["end"]["kl"]), interval(e["judge"], sign=True), proxy, _p(e["p_adjusted"])]
-        rows.append([trial(e["method"], e["strength"], report), *cells, e["verdict"] or "–"])
+        rows.append([trial(e["method"], e["swept"], report), *cells, e["verdict"] or "–"])
     return header, rows
 
 
@@ -150,7 +150,7 @@ def policy_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     ]
     rows = []
     for p in [report["foundation"], *ends]:
-        first = trial(p["method"], p.get("strength"), report)
+        first = trial(p["method"], p.get("swept"), report)
         row = [first, str(len(p["seeds"])) if "seeds" in p else "–", _short(p["kl"])]
         for n in scores:
             found = p["scores"].get(n)
@@ -170,7 +170,7 @@ def budget_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     for r in entry["rows"]:
         cells = [f"{count(r['own'].get(c, 0))} / {count(r['total'].get(c))}" for c in counters]
         ratio = "–" if r["ratio"] is None else f"{100 * r['ratio']:.0f} % ({100 * r['ratio_own']:.0f} % own)"
-        rows.append([trial(r["method"], r["strength"], report), *cells, ratio])
+        rows.append([trial(r["method"], r["swept"], report), *cells, ratio])
     return header, rows
 
 

@@ -262,19 +262,19 @@ def load_policies(
     )
 
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    foundations, policies = [], []
+    initials, policies = [], []
     for number, path in enumerate(paths):
         is_adapter = (Path(path) / "adapter_config.json").is_file()
         if is_adapter:
             require_policy(path)
-        shared = next((f for f in foundations if is_adapter and f["base"] == _base_of(path)), None)
+        shared = next((f for f in initials if is_adapter and f["base"] == _base_of(path)), None)
         if shared is not None:
             check_same_base(path, shared["foundation"])
             model = load_adapter(shared["model"], path, name=f"run{number}")
         elif is_adapter:
-            foundation = load_model(path, dtype)
-            model = load_adapter(foundation.model, path, name=f"run{number}")
-            foundations.append({"base": _base_of(path), "foundation": foundation, "model": model})
+            initial = load_model(path, dtype)
+            model = load_adapter(initial.model, path, name=f"run{number}")
+            initials.append({"base": _base_of(path), "foundation": initial, "model": model})
         else:
             model = load_model(path, dtype).model
         check_context(model, path, max_prompt_length, max_response_length)

@@ -40,27 +40,27 @@ def overoptimisation(results: Results, means: Means, level: float) -> list[dict[
     proxies = [name for name, kind in results.score_kinds.items() if kind == "proxy"]
     entries = []
     for method in methods_with_points(results):
-        strengths = sorted({p.strength for p in results.of(method)}, key=lambda s: s or 0.0)
-        for strength in [None, *(strengths if len(strengths) > 1 else [])]:
+        swept_values = sorted({p.swept for p in results.of(method)}, key=lambda s: s or 0.0)
+        for swept in [None, *(swept_values if len(swept_values) > 1 else [])]:
             for proxy in proxies or [None]:
-                entry = _entry(results, means, method, strength, proxy, level)
+                entry = _entry(results, means, method, swept, proxy, level)
                 if entry is not None:
                     entries.append(entry)
     return entries
 
 
 def _entry(
-    results: Results, means: Means, method: str, strength: float | None, proxy: str | None, level: float
+    results: Results, means: Means, method: str, swept: float | None, proxy: str | None, level: float
 ) -> dict[str, Any] | None:
     judge = f"score/{results.judge}"
     table: dict[int, dict[tuple, Point]] = {}
-    for p in results.of(method, strength):
+    for p in results.of(method, swept):
         if proxy is None or f"score/{proxy}" in p.values:
-            table.setdefault(p.seed, {})[p.strength, p.step] = p
+            table.setdefault(p.seed, {})[p.swept, p.step] = p
     seeds, names = rectangle(table)
     if len(names) < FEWEST:
         return None
-    rows = [[key(results.foundation_of(s)), *(key(table[s][name]) for name in names)] for s in seeds]
+    rows = [[key(results.initial_of(s)), *(key(table[s][name]) for name in names)] for s in seeds]
     if proxy is not None and any(f"score/{proxy}" not in means[row[0]] for row in rows):
         rows = [row[1:] for row in rows]  # the proxy's scores of the foundation are not known: its points alone
     else:
@@ -73,20 +73,20 @@ def _entry(
         proxies = stack(means, f"score/{proxy}", rows)
         change = chosen_mean(take(proxies, end) - take(proxies, peak), len(names), level).to_dict()
     fall = chosen_mean(take(scores, end) - take(scores, peak), len(names), level).to_dict()
-    rise = chosen_mean(take(scores, peak) - means[key(results.foundation)][judge], len(names), level).to_dict()
+    rise = chosen_mean(take(scores, peak) - means[key(results.initial)][judge], len(names), level).to_dict()
     kls = kl.mean(axis=(0, 2))
     optimised = proxy is not None and learns(results, method)
     both = [fall["p"], (change if optimised else rise)["p"]]
     at = int(np.bincount(peak.ravel(), minlength=len(names)).argmax())
     return {
         "method": method,
-        "strength": strength,
+        "swept": swept,
         "proxy": None if proxy is None else {"name": proxy, "change": change, "optimised": optimised},
         "judge": fall,  # at the largest KL, over its peak
         "rise": rise,  # at its peak, over the foundation
         "p": None if None in both else max(both),
         "p_adjusted": None,
-        "peak": {"strength": names[at][0], "step": names[at][1], "kl": float(kls[at])},  # the one chosen most often
+        "peak": {"swept": names[at][0], "step": names[at][1], "kl": float(kls[at])},  # the one chosen most often
         "end": {"kl": float(kls.max())},
         "ends_at_peak": float(np.mean(peak == end)),  # share of cells whose peak is the end itself
         "seeds": seeds,
@@ -112,7 +112,7 @@ def add_verdicts(entries: list[dict[str, Any]], alpha: float) -> None:
         optimised = bool(e["proxy"]) and e["proxy"]["optimised"]
         shown = e["p_adjusted"] is not None and e["p_adjusted"] < alpha
         fell, rose = _sign(e["judge"]), _sign(e["proxy"]["change"] if optimised else e["rise"])
-        if e["strength"] is not None:
+        if e["swept"] is not None:
             e["verdict"] = None
         elif len(e["seeds"]) < MIN_SEEDS:
             e["verdict"] = "undecided"

@@ -157,7 +157,7 @@ def _table(key: str, title: str, found: tuple[list[str], list[list[str]]]) -> Ta
 def _meeting_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     """Each pair once, the later policy over the earlier one."""
     wins = report["wins"] or {"policies": []}
-    labels = [trial(p["method"], p["strength"], report) for p in wins["policies"]]
+    labels = [trial(p["method"], p["swept"], report) for p in wins["policies"]]
     rows = []
     for i, label in enumerate(labels):
         for j, other in enumerate(labels[:i]):
@@ -184,7 +184,7 @@ def _point_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     ]
     rows = []
     for p in report["points"]:
-        row = [trial(p["method"], p["strength"], report), str(p["step"]), str(len(p["seeds"])), _cell(p["kl"])]
+        row = [trial(p["method"], p["swept"], report), str(p["step"]), str(len(p["seeds"])), _cell(p["kl"])]
         row += [_cell((p["scores"].get(s) or {}).get("difference"), sign=True) for s in scores]
         rows.append([*row, _cell(p.get("length")), _cell(p.get("ended"))])
     return header, rows
@@ -198,7 +198,7 @@ def _forgetting_rows(report: Report) -> tuple[list[str], list[list[str]]]:
     rows = []
     for p in ends if names else []:
         cells = [rounded(p["numbers"][n]) if p.get("numbers", {}).get(n) is not None else "–" for n in names]
-        rows.append([trial(p["method"], p.get("strength"), report), *cells, _cell(p.get("repetition"))])
+        rows.append([trial(p["method"], p.get("swept"), report), *cells, _cell(p.get("repetition"))])
     return ["policy", *label.values(), "repetition"], rows
 
 

@@ -69,9 +69,9 @@ def listed(parts: Sequence[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def trial(method: str, strength: float | None, report: Report) -> str:
-    option = report["methods"].get(method, {}).get("strength")
-    return name(method) if strength is None else f"{name(method)} ({option} {strength:g})"
+def trial(method: str, swept: float | None, report: Report) -> str:
+    option = report["methods"].get(method, {}).get("swept")
+    return name(method) if swept is None else f"{name(method)} ({option} {swept:g})"
 
 
 def of(n: Number, report: Report) -> str:

@@ -21,7 +21,7 @@ class Point:
     """
 
     method: str  # the name in the experiment's file: "dpo", "ppo", "ppo_rloo", "best_of_n"; "sft" for the foundation
-    strength: float | None  # the value of the option that varies; None for the foundation
+    swept: float | None  # the value of the option that varies; None for the foundation
     seed: int | None  # the run seed; None for the foundation, which has none
     step: int  # of training; n for the best of n
     last: bool  # the end of its trial
@@ -46,21 +46,19 @@ class Results:
     meta: dict[str, Any]  # configs, commits, versions, fingerprints, hardware: all that is needed to repeat it
 
     @property
-    def foundation(self) -> Point:
+    def initial(self) -> Point:
         """The policy that all methods start from, without the scores of the seeds' own reward models (proxies)."""
         return next(p for p in self.points if p.seed is None)
 
-    def foundation_of(self, seed: int | None) -> Point:
+    def initial_of(self, seed: int | None) -> Point:
         """The same responses of the foundation, scored by this seed's reward model too: a proxy is another scale in
         each seed, so differences of a proxy are taken to this one."""
-        return next((p for p in self.points if p.method == "sft" and p.seed == seed), self.foundation)
+        return next((p for p in self.points if p.method == "sft" and p.seed == seed), self.initial)
 
-    def of(self, method: str, strength: float | None = None, seed: int | None = None) -> list[Point]:
+    def of(self, method: str, swept: float | None = None, seed: int | None = None) -> list[Point]:
         """The points of a method, by strength, seed and step; narrowed to one strength or one seed where given."""
-        found = [
-            p for p in self.points if p.method == method and strength in (None, p.strength) and seed in (None, p.seed)
-        ]
-        return sorted(found, key=lambda p: (p.strength or 0.0, p.seed or 0, p.step))
+        found = [p for p in self.points if p.method == method and swept in (None, p.swept) and seed in (None, p.seed)]
+        return sorted(found, key=lambda p: (p.swept or 0.0, p.seed or 0, p.step))
 
     def group_means(self, values: np.ndarray) -> np.ndarray:
         """(groups,) means of a (prompts, samples) array: over samples, then over the prompts of each group.

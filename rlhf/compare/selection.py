@@ -23,7 +23,7 @@ Means = dict[Key, dict[str, np.ndarray]]  # policy -> measure -> (groups,)
 
 def key(point: Point) -> Key:
     """How a policy is named: method, strength, seed, step."""
-    return point.method, point.strength, point.seed, point.step
+    return point.method, point.swept, point.seed, point.step
 
 
 def tabulate(results: Results) -> Means:
@@ -31,8 +31,8 @@ def tabulate(results: Results) -> Means:
     2020, appendix G.3), which bounds it from above; it has no log-probabilities of its own."""
     means = {key(p): {name: results.group_means(v) for name, v in p.values.items()} for p in results.points}
     for p in results.points:
-        if program(results, p.method) == "best_of_n" and p.strength is not None:
-            exact = np.log(p.strength) - (p.strength - 1) / p.strength
+        if program(results, p.method) == "best_of_n" and p.swept is not None:
+            exact = np.log(p.swept) - (p.swept - 1) / p.swept
             means[key(p)]["kl"] = np.full(len(set(results.groups)), exact)
     return means
 
@@ -43,13 +43,13 @@ def program(results: Results, method: str) -> str:
 
 def methods_with_points(results: Results) -> list[str]:
     """All methods but the foundation, as the experiment's file orders them."""
-    found = {p.method for p in results.points if p.seed is not None and p.method != results.foundation.method}
+    found = {p.method for p in results.points if p.seed is not None and p.method != results.initial.method}
     return [name for name in results.methods if name in found]
 
 
-def label(results: Results, method: str, strength: float | None) -> str:
-    option = results.methods.get(method, {}).get("strength")
-    return method if strength is None else f"{method} {option} {strength:g}"
+def label(results: Results, method: str, swept: float | None) -> str:
+    option = results.methods.get(method, {}).get("swept")
+    return method if swept is None else f"{method} {option} {swept:g}"
 
 
 def halves(groups: Iterable[str]) -> np.ndarray:
@@ -117,7 +117,7 @@ def ended(results: Results, method: str) -> dict[int, dict[float | None, Key]]:
     table: dict[int, dict[float | None, Key]] = {}
     for p in results.of(method):
         if p.last and p.seed is not None:
-            table.setdefault(p.seed, {})[p.strength] = key(p)
+            table.setdefault(p.seed, {})[p.swept] = key(p)
     return table
 
 

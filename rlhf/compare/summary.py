@@ -44,7 +44,7 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
         "unit": _unit(results, level),
         "methods": {m: _method(results, m) for m in results.methods},
         "missing": _missing(results),
-        "foundation": {"method": results.foundation.method, **_measures(results, means, [results.foundation], level)},
+        "foundation": {"method": results.initial.method, **_measures(results, means, [results.initial], level)},
         "points": _points(results, means, level),
         "outliers": [],
         "claims": {"count": 0, "method": "Holm 1979", "alpha": 1 - level},
@@ -97,7 +97,7 @@ def _seeds(results: Results, method: str) -> int:
 
 
 def _unit(results: Results, level: float) -> dict[str, Any]:
-    shape = next(iter(results.foundation.values.values())).shape
+    shape = next(iter(results.initial.values.values())).shape
     return {
         "seeds": sorted({p.seed for p in results.points if p.seed is not None}),
         "groups": len(set(results.groups)),
@@ -112,10 +112,10 @@ def _method(results: Results, name: str) -> dict[str, Any]:
     given, points = results.methods[name], results.of(name)
     return {
         "program": given.get("program", name),
-        "strength": given.get("strength"),
-        "strengths": sorted({p.strength for p in points if p.strength is not None}),
+        "swept": given.get("swept"),
+        "swept_values": sorted({p.swept for p in points if p.swept is not None}),
         "baseline": bool(given.get("baseline")),
-        "trials": len({p.strength for p in points if p.last and p.seed is not None}),
+        "trials": len({p.swept for p in points if p.last and p.seed is not None}),
         "seeds": sorted({p.seed for p in points if p.seed is not None}),
     }
 
@@ -126,13 +126,13 @@ def _missing(results: Results) -> list[dict[str, Any]]:
     missing = []
     for method, given in results.methods.items():
         points = results.of(method)
-        ended = {(p.strength, p.seed) for p in points if p.last}
-        if given.get("baseline") or method == results.foundation.method:
+        ended = {(p.swept, p.seed) for p in points if p.last}
+        if given.get("baseline") or method == results.initial.method:
             continue
-        strengths = sorted({p.strength for p in points}, key=lambda s: s or 0.0)
-        for strength, seed in itertools.product(strengths or [None], seeds):
-            if (strength, seed) not in ended:
-                missing.append({"method": method, "strength": strength, "seed": seed})
+        swept_values = sorted({p.swept for p in points}, key=lambda s: s or 0.0)
+        for swept, seed in itertools.product(swept_values or [None], seeds):
+            if (swept, seed) not in ended:
+                missing.append({"method": method, "swept": swept, "seed": seed})
     return missing
 
 
@@ -155,7 +155,7 @@ def _measures(results: Results, means: Means, points: Sequence[Point], level: fl
 def _difference(results: Results, means: Means, points: Sequence[Point], name: str, level: float) -> dict | None:
     """To the foundation, scored by the same seed's reward model where the score is a proxy."""
     name = f"score/{name}"
-    bases = [means[key(results.foundation_of(p.seed))] for p in points]
+    bases = [means[key(results.initial_of(p.seed))] for p in points]
     if points[0].seed is None or any(name not in base for base in bases):
         return None
     values = [means[key(p)][name] - base[name] for p, base in zip(points, bases, strict=True)]
@@ -168,12 +168,12 @@ def _points(results: Results, means: Means, level: float) -> list[dict[str, Any]
     for method in methods_with_points(results):
         table: dict[tuple, list[Point]] = {}
         for p in results.of(method):
-            table.setdefault((p.strength, p.step), []).append(p)
-        for (strength, step), points in sorted(table.items(), key=lambda item: (item[0][0] or 0.0, item[0][1])):
+            table.setdefault((p.swept, p.step), []).append(p)
+        for (swept, step), points in sorted(table.items(), key=lambda item: (item[0][0] or 0.0, item[0][1])):
             entries.append(
                 {
                     "method": method,
-                    "strength": strength,
+                    "swept": swept,
                     "step": step,
                     "last": any(p.last for p in points),
                     "seeds": [p.seed for p in points],
@@ -201,7 +201,7 @@ def _outliers(report: dict[str, Any], trained: Sequence[str], alpha: float) -> l
         for i, chance in enumerate(outlying(scores)):
             if chance * runs < alpha:
                 others = scores[:i] + scores[i + 1 :]
-                run = {"method": p["method"], "strength": p["strength"], "seed": p["seeds"][i], "score": scores[i]}
+                run = {"method": p["method"], "swept": p["swept"], "seed": p["seeds"][i], "score": scores[i]}
                 found.append(run | {"others": [min(others), max(others)], "p_adjusted": chance * runs})
     return found
 
@@ -209,13 +209,13 @@ def _outliers(report: dict[str, Any], trained: Sequence[str], alpha: float) -> l
 def _samples(results: Results, chosen: dict[str, Any]) -> list[dict[str, Any]]:
     """The prompts whose hash comes first, answered by the foundation and by each method at its tuned strength (where
     nothing was tuned, the first one), first seed, first sample: nobody picked them."""
-    shown = {results.foundation.method: results.foundation}
+    shown = {results.initial.method: results.initial}
     for method in methods_with_points(results):
         points = [p for p in results.of(method) if p.last]
         usual = chosen.get(method, {}).get("usual")
-        points = [p for p in points if usual is None or p.strength == usual]
+        points = [p for p in points if usual is None or p.swept == usual]
         if points:
-            shown[label(results, method, points[0].strength)] = min(points, key=lambda p: (p.strength or 0.0, p.seed))
+            shown[label(results, method, points[0].swept)] = min(points, key=lambda p: (p.swept or 0.0, p.seed))
     texts = [prompt_key(p) for p in results.prompts]
     order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i].encode()).hexdigest())
     return [

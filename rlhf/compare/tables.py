@@ -48,7 +48,7 @@ def _number(name: str, estimate: dict | None) -> Row:
 
 def _point(point: dict) -> Row:
     """A checkpoint: KL, each score and its difference to the foundation, the shape of the responses, its cost."""
-    row = {name: point[name] for name in ("method", "strength", "last")} | {"training_step": point["step"]}
+    row = {name: point[name] for name in ("method", "swept", "last")} | {"training_step": point["step"]}
     row |= {"seeds": len(point["seeds"])} | _number("kl", point["kl"])
     for name, score in point["scores"].items():
         row |= _number(f"score/{name}", score["mean"]) | _number(f"over_foundation/{name}", score["difference"])
@@ -85,7 +85,7 @@ def _judged(row: dict) -> Row:
 
 def _cost(row: dict) -> Row:
     """A trial: each counter of its own run, the reward model, the pairs, and all of it."""
-    found = {name: row.get(name) for name in ("method", "strength", "ratio", "ratio_own")}
+    found = {name: row.get(name) for name in ("method", "swept", "ratio", "ratio_own")}
     parts = ("own", "reward", "pairs", "total")
     return found | {f"{part}/{counter}": value for part in parts for counter, value in row[part].items()}
 

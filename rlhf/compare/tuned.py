@@ -35,43 +35,45 @@ def tuned(results: Results, means: Means, level: float) -> dict[str, Any]:
     tables = {m: ended(results, m) for m in methods_with_points(results)}
     methods, rows = {}, []
     for method, table in tables.items():
-        seeds, strengths = rectangle(table)
+        seeds, swept_values = rectangle(table)
         if seeds:
-            methods[method] = _method(results, means, table, seeds, strengths, level)
-    foundation = results.foundation
-    base = means[key(foundation)][f"score/{results.judge}"]
+            methods[method] = _method(results, means, table, seeds, swept_values, level)
+    initial = results.initial
+    base = means[key(initial)][f"score/{results.judge}"]
     for a, b in itertools.combinations(methods, 2):
         rows += _pair(results, means, a, b, tables, level)
     for a in methods:
-        seeds, strengths = rectangle(tables[a])
-        values = _chosen(results, means, tables[a], seeds, strengths)[0] - base
-        rows.append(_compared(a, foundation.method, values, len(strengths), level))
+        seeds, swept_values = rectangle(tables[a])
+        values = _chosen(results, means, tables[a], seeds, swept_values)[0] - base
+        rows.append(_compared(a, initial.method, values, len(swept_values), level))
     return {"methods": methods, "rows": rows}
 
 
-def _chosen(results: Results, means: Means, table: dict, seeds: list[int], strengths: list) -> tuple[np.ndarray, ...]:
+def _chosen(
+    results: Results, means: Means, table: dict, seeds: list[int], swept_values: list
+) -> tuple[np.ndarray, ...]:
     """(S, G) judge and KL at the chosen strengths, and the choices."""
-    rows = [[table[s][x] for x in strengths] for s in seeds]
+    rows = [[table[s][x] for x in swept_values] for s in seeds]
     scores = stack(means, f"score/{results.judge}", rows)
     choice = choose(scores, halves(results.groups))
     return take(scores, choice), take(stack(means, "kl", rows), choice), choice
 
 
 def _method(
-    results: Results, means: Means, table: dict, seeds: list[int], strengths: list, level: float
+    results: Results, means: Means, table: dict, seeds: list[int], swept_values: list, level: float
 ) -> dict[str, Any]:
-    scores, kl, choice = _chosen(results, means, table, seeds, strengths)
+    scores, kl, choice = _chosen(results, means, table, seeds, swept_values)
     half = halves(results.groups)
     by_half = [Counter(choice[:, half == h].ravel().tolist()) for h in (0, 1)]
     often = Counter(choice.ravel().tolist())
     return {
-        "chosen": [strengths[c.most_common(1)[0][0]] for c in by_half],  # for each half, most often over seeds
-        "usual": strengths[often.most_common(1)[0][0]],
-        "shares": {str(strengths[i]): n / choice.size for i, n in sorted(often.items())},
-        "strengths": strengths,
+        "chosen": [swept_values[c.most_common(1)[0][0]] for c in by_half],  # for each half, most often over seeds
+        "usual": swept_values[often.most_common(1)[0][0]],
+        "shares": {str(swept_values[i]): n / choice.size for i, n in sorted(often.items())},
+        "swept_values": swept_values,
         "seeds": seeds,
-        "score": chosen_mean(scores, len(strengths), level).to_dict(),
-        "kl": chosen_mean(kl, len(strengths), level).to_dict(),
+        "score": chosen_mean(scores, len(swept_values), level).to_dict(),
+        "kl": chosen_mean(kl, len(swept_values), level).to_dict(),
     }
 
 

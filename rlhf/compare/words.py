@@ -45,7 +45,7 @@ def sentences(report: Report) -> list[str]:
         lines += [line for pair in report["frontier"] for line in equal_kl(pair, report)]
         lines += [tuned(row, report) for row in report["tuned"]["rows"]]
         lines += wins(report)
-        lines += [overoptimised(entry, report) for entry in report["overoptimisation"] if entry["strength"] is None]
+        lines += [overoptimised(entry, report) for entry in report["overoptimisation"] if entry["swept"] is None]
     lines += judged_pairs(report)
     if report["unit"]["samples_per_prompt"] < 2:
         lines.append(NO_WIN_RATE)
@@ -70,11 +70,11 @@ def _decides(report: Report) -> str:
 def _missing(report: Report) -> list[str]:
     lines = []
     for method, entry in report["methods"].items():
-        if not entry["strengths"] and not entry["baseline"] and method != report["foundation"]["method"]:
+        if not entry["swept_values"] and not entry["baseline"] and method != report["foundation"]["method"]:
             lines.append(f"Nothing of {name(method)} has been measured yet.")
     missing = report["missing"]
     if missing:
-        shown = ", ".join(f"{trial(m['method'], m['strength'], report)} seed {m['seed']}" for m in missing[:4])
+        shown = ", ".join(f"{trial(m['method'], m['swept'], report)} seed {m['seed']}" for m in missing[:4])
         more = f" and {len(missing) - 4} more" if len(missing) > 4 else ""
         verb = "trial has" if len(missing) == 1 else "trials have"
         lines.append(f"{len(missing)} {verb} not ended ({shown}{more}): what follows uses the seeds that are there.")
@@ -88,10 +88,10 @@ def _missing(report: Report) -> list[str]:
             f"The experiment is not finished: {len(unmeasured)} of its measurements are missing ({shown}{more})."
         )
     for method, entry in report["tuned"]["methods"].items():
-        gone = [s for s in report["methods"][method]["strengths"] if s not in entry["strengths"]]
+        gone = [s for s in report["methods"][method]["swept_values"] if s not in entry["swept_values"]]
         if gone:
             lines.append(
-                f"{name(method)} at {report['methods'][method]['strength']} {listed([f'{s:g}' for s in gone])} lacks "
+                f"{name(method)} at {report['methods'][method]['swept']} {listed([f'{s:g}' for s in gone])} lacks "
                 "seeds and is left out where strengths are chosen, so that it had fewer tuning trials there."
             )
     return lines
@@ -103,7 +103,7 @@ def outliers(report: Report) -> list[str]:
     for run in report.get("outliers") or []:
         low, high = run["others"]
         lines.append(
-            f"Seed {run['seed']} of {trial(run['method'], run['strength'], report)} is an outlier by "
+            f"Seed {run['seed']} of {trial(run['method'], run['swept'], report)} is an outlier by "
             f"{judge_name(report)}: {run['score']:.3g}, the other seeds {low:.3g} to {high:.3g}. Intervals take the "
             "seeds to be alike and hold less often than they say where one run in ten fails."
         )
@@ -201,7 +201,7 @@ def tuned(row: dict[str, Any], report: Report) -> str:
     ending = "" if against_foundation else " This is not a comparison at equal KL."
     opening = "At the strength" if against_foundation else "Each at the strength"
     opening += " that did best on other prompts" + (" and seeds" if (d["seeds"] or 0) >= ENOUGH else "")
-    tried = [report["methods"].get(m, {}).get("strengths") or [] for m in (row["a"], row["b"])]
+    tried = [report["methods"].get(m, {}).get("swept_values") or [] for m in (row["a"], row["b"])]
     if max(map(len, tried)) == 1:
         opening = "At the end of its runs" if against_foundation else "Each at the end of its runs"
     if not decides(d):
@@ -226,9 +226,9 @@ def _chosen(method: str, methods: dict[str, Any], report: Report) -> str:
         return name(method)
     entry = methods[method]
     shares = sorted(entry["shares"], key=lambda s: -entry["shares"][s])
-    option = report["methods"][method]["strength"]
-    strengths = " or ".join(f"{float(s):g}" for s in shares if s != "None")
-    setting = f"{option} {strengths}, " if strengths else ""
+    option = report["methods"][method]["swept"]
+    swept_values = " or ".join(f"{float(s):g}" for s in shares if s != "None")
+    setting = f"{option} {swept_values}, " if swept_values else ""
     return f"{name(method)} ({setting}KL {kl(entry['kl']['estimate'])} nats)"
 
 
@@ -239,13 +239,11 @@ def wins(report: Report) -> list[str]:
     if not table:
         return []
     usual = {m: e["usual"] for m, e in report["tuned"]["methods"].items()}
-    shown = [
-        i for i, p in enumerate(table["policies"]) if p["strength"] is None or usual.get(p["method"]) == p["strength"]
-    ]
+    shown = [i for i, p in enumerate(table["policies"]) if p["swept"] is None or usual.get(p["method"]) == p["swept"]]
     lines = []
     for x, i in enumerate(shown):
         for j in shown[:x]:
-            a, b = (i, j) if table["policies"][j]["strength"] is None else (j, i)
+            a, b = (i, j) if table["policies"][j]["swept"] is None else (j, i)
             if table["raw"][a][b] is not None:
                 lines.append(_win(a, b, table, report))
     return lines
@@ -253,7 +251,7 @@ def wins(report: Report) -> list[str]:
 
 def _win(i: int, j: int, table: dict[str, Any], report: Report) -> str:
     raw, held = table["raw"][i][j], table["controlled"][i][j]
-    a, b = (trial(table["policies"][k]["method"], table["policies"][k]["strength"], report) for k in (i, j))
+    a, b = (trial(table["policies"][k]["method"], table["policies"][k]["swept"], report) for k in (i, j))
     line = f"{a} wins {share(raw)} of its comparisons with {b}, ties half ({of(raw, report)})"
     if any(len(_tried(table["policies"][k], report)) > 1 for k in (i, j)):
         line += " (a strength that was chosen on these prompts, which favours it a little)"
@@ -269,7 +267,7 @@ def _win(i: int, j: int, table: dict[str, Any], report: Report) -> str:
 
 
 def _tried(policy: dict[str, Any], report: Report) -> list[float]:
-    return report["methods"].get(policy["method"], {}).get("strengths") or []
+    return report["methods"].get(policy["method"], {}).get("swept_values") or []
 
 
 def judged_pairs(report: Report) -> list[str]:
@@ -289,8 +287,8 @@ def judged_pairs(report: Report) -> list[str]:
 def overoptimised(entry: dict[str, Any], report: Report) -> str:
     """Whether the proxy rises where the judge falls, for one method along its points."""
     judge, fall, proxy = judge_name(report), entry["judge"], entry["proxy"]
-    along = "along all its points" if entry["strength"] is None else "along its checkpoints"
-    start = f"Over-optimisation of {trial(entry['method'], entry['strength'], report)}, {along}"
+    along = "along all its points" if entry["swept"] is None else "along its checkpoints"
+    start = f"Over-optimisation of {trial(entry['method'], entry['swept'], report)}, {along}"
     start += f": {entry['verdict']}. " if entry["verdict"] else ", without a verdict. "
     end, peak = kl(entry["end"]["kl"]), kl(entry["peak"]["kl"])
     if entry["ends_at_peak"] == 1.0:

@@ -22,7 +22,7 @@ OURS = (
 SIZES = ("max_steps", "total_episodes", "rollout_batch_size")  # from which a run's length follows
 KEYS = {
     "pairs": {"data", "prompts", "sample", "annotate"},
-    "method": {"program", "config", "strength", "options", "eval_every"},
+    "method": {"program", "config", "sweep", "options", "eval_every"},
     "part": {"config", "options"},
     "budget": {"match", "total", "tolerance"},
     "judge": {"function", "http", "batch_size", "timeout", "retries", "token_env"},
@@ -41,8 +41,8 @@ class ExperimentConfig:
     )
     prompts: list[str] = option(help="files, stores or Hub names with prompts; their test split is what is measured on")
     methods: dict[str, dict] = option(
-        help="name: {program: dpo|ppo, config: FILE, strength: {OPTION: [values]}, options: {...}, eval_every: steps}; "
-        "best_of_n: {strength: {n: [...]}}. The foundation is always measured"
+        help="name: {program: dpo|ppo, config: FILE, sweep: {OPTION: [values]}, options: {...}, eval_every: steps}; "
+        "best_of_n: {sweep: {n: [...]}}. The foundation is always measured"
     )
     seeds: list[int] = option([0, 1, 2], "run seeds: pairs (where sampled), reward model and methods", **SEED)
     reward: dict = option({}, "how the reward model of each seed is trained: {config: FILE, options: {...}}")
@@ -84,6 +84,9 @@ class ExperimentConfig:
     project: str | None = option(None, "W&B project; default: WANDB_PROJECT, else rlhf", resume="free")
 
     def validate(self) -> None:
+        for method in self.methods.values():  # files written before "sweep" had that name
+            if isinstance(method, dict) and "strength" in method:
+                method["sweep"] = method.pop("strength")
         for name in ("pairs", "budget", "judge"):
             known_keys(getattr(self, name), KEYS[name], name)
         self.output_dir = os.path.normpath(self.output_dir)  # 'runs/x/' is no other place than 'runs/x'
@@ -140,12 +143,12 @@ class ExperimentConfig:
         """Responses of the foundation to each prompt: those it is measured by, and beside them enough for the largest n
         of best_of_n, which is not to meet its own candidates."""
         spec = self.methods.get("best_of_n")
-        return self.samples_per_prompt * (1 + (max(map(int, strength_of(spec)[1])) if spec else 0))
+        return self.samples_per_prompt * (1 + (max(map(int, sweep_of(spec)[1])) if spec else 0))
 
 
-def strength_of(method: dict[str, Any]) -> tuple[str, list[float]]:
+def sweep_of(method: dict[str, Any]) -> tuple[str, list[float]]:
     """The option that varies, and its values."""
-    ((name, values),) = method["strength"].items()
+    ((name, values),) = method["sweep"].items()
     return name, values
 
 
@@ -153,38 +156,38 @@ def check_method(name: str, method: Any) -> None:
     """Raises UserError if the method is not described as `methods` expects."""
     where = f"methods: '{name}'"
     known_keys(method, KEYS["method"], where)
-    strength = method.get("strength")
-    values = next(iter(strength.values())) if isinstance(strength, dict) and len(strength) == 1 else None
+    swept = method.get("sweep")
+    values = next(iter(swept.values())) if isinstance(swept, dict) and len(swept) == 1 else None
     if isinstance(values, list):
         values[:] = [as_number(v) for v in values]
     # trials are named by %g, so that is where they have to differ
     if not isinstance(values, list) or not values or None in values or len({f"{v:g}" for v in values}) < len(values):
         raise UserError(
-            f"{where}: 'strength' is {strength!r}, expected one option with different values: {{beta: [0.1, 0.5]}}"
+            f"{where}: 'sweep' is {swept!r}, expected one option with different values: {{beta: [0.1, 0.5]}}"
         )
     if not name.replace("_", "").isalnum() or name == "sft":
         raise UserError(f"{where}: a name has letters, digits and '_' alone, and 'sft' is the foundation's")
     if name == "best_of_n":
-        if set(method) != {"strength"} or set(strength) != {"n"} or not all(v == int(v) >= 1 for v in values):
-            raise UserError(f"{where}: expected {{strength: {{n: [2, 4, 16]}}}} and nothing else")
+        if set(method) != {"sweep"} or set(swept) != {"n"} or not all(v == int(v) >= 1 for v in values):
+            raise UserError(f"{where}: expected {{sweep: {{n: [2, 4, 16]}}}} and nothing else")
         return
     if method.get("program") not in PROGRAMS:
         raise UserError(f"{where}: 'program' is {method.get('program')!r}, expected one of {', '.join(PROGRAMS)}")
-    check_options(method, where, set(OURS), strength)
-    size = next((key for key in strength if key in SIZES), None)
+    check_options(method, where, set(OURS), swept)
+    size = next((key for key in swept if key in SIZES), None)
     if size:
-        raise UserError(f"{where}: 'strength' is '{size}', the length of a run, which is the same for all strengths")
+        raise UserError(f"{where}: 'sweep' is '{size}', the length of a run, which is the same for all strengths")
     every = method.get("eval_every")
     if every is not None and not (isinstance(every, int) and every >= 1):
         raise UserError(f"{where}: 'eval_every' is {every!r}, expected a number of steps")
 
 
-def check_options(part: dict, where: str, ours: set[str], strength: Any = ()) -> None:
+def check_options(part: dict, where: str, ours: set[str], swept: Any = ()) -> None:
     """Raises UserError if a part's options are no mapping, or one of them is the experiment's to set."""
     options = part.get("options", {})
     if not isinstance(options, dict):
         raise UserError(f"{where}: 'options' is {options!r}, expected a mapping such as {{learning_rate: 1e-4}}")
-    taken = [key for key in (*options, *strength) if key in ours]
+    taken = [key for key in (*options, *swept) if key in ours]
     if taken:
         raise UserError(f"{where}: '{taken[0]}' is set by the experiment, the same for all; see its own options")
 
@@ -203,11 +206,9 @@ def check_pairs(pairs: dict) -> None:
 
 def check_trials(config: ExperimentConfig) -> None:
     """Equal numbers of tuning trials: a method that may try more strengths finds a better one by luck."""
-    counts = {name: len(strength_of(config.methods[name])[1]) for name in config.trained}
+    counts = {name: len(sweep_of(config.methods[name])[1]) for name in config.trained}
     if not counts:
-        raise UserError(
-            "'methods' trains nothing; for example dpo: {program: dpo, config: FILE, strength: {beta: [...]}}"
-        )
+        raise UserError("'methods' trains nothing; for example dpo: {program: dpo, config: FILE, sweep: {beta: [...]}}")
     if config.matched and len(set(counts.values())) > 1:
         raise UserError(
             f"'methods' gives unequal numbers of strengths ({', '.join(f'{n} {c}' for n, c in counts.items())}): "

@@ -21,7 +21,7 @@ from rlhf.compare.text_metrics import encode_texts, perplexity, text_losses
 from rlhf.config import UserError, option, parse
 from rlhf.data.records import Instruction, Prompt, Samples, Scorer
 from rlhf.data.split import some
-from rlhf.experiment.config import ExperimentConfig, strength_of
+from rlhf.experiment.config import ExperimentConfig, sweep_of
 from rlhf.experiment.cost import cost_until
 from rlhf.files import dumps, write_atomic
 from rlhf.runs.checkpoint import FOLDER
@@ -163,7 +163,7 @@ def score_again(config: ExperimentConfig, place: Path, specs: list, seed: int, b
     files = [place / "step-000000.jsonl"]
     write_rows(files[0], 0, [row for row in rows if row["sample"] < config.samples_per_prompt], header["numbers"], {})
     best = config.methods.get("best_of_n")
-    for n in map(int, strength_of(best)[1]) if best else ():
+    for n in map(int, sweep_of(best)[1]) if best else ():
         files.append(place / f"best-of-{n:06d}.jsonl")
         write_rows(files[-1], n, best_of(rows, n, config.samples_per_prompt), {}, {})
     return files

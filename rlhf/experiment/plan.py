@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import UserError, read_yaml
-from rlhf.experiment.config import LENGTH, ExperimentConfig, strength_of
+from rlhf.experiment.config import LENGTH, ExperimentConfig, sweep_of
 from rlhf.files import model_files, scorer_files
 
 PILOT_STEPS = {"dpo": 8, "ppo": 3}
@@ -43,21 +43,21 @@ class Job:
 
 def plan(config: ExperimentConfig, lengths: dict[str, int] | None) -> list[Job]:
     """The jobs in the order in which they are wanted. Trials follow once `lengths` (method -> steps) are known."""
-    foundation = measuring(config, "foundation", [])
-    jobs = [] if config.train_referee else [foundation]
+    initial = measuring(config, "foundation", [])
+    jobs = [] if config.train_referee else [initial]
     for seed in config.seeds:
         jobs += seed_jobs(config, seed)
         if seed == config.seeds[0] and config.train_referee:  # which may learn from this seed's pairs
             jobs.append(training(config, "referee", "reward", config.train_referee, seed + 1000, half="b"))
-            jobs.append(foundation)
+            jobs.append(initial)
         if seed == config.seeds[0] and config.matched:
             jobs += [pilot(config, name) for name in config.trained]
         if lengths is not None:
             jobs += [
                 job
                 for name in config.trained
-                for strength in strength_of(config.methods[name])[1]
-                for job in trial(config, name, strength, seed, lengths[name])
+                for swept in sweep_of(config.methods[name])[1]
+                for job in trial(config, name, swept, seed, lengths[name])
             ]
         jobs.append(measuring(config, f"seed-{seed}/foundation", after_pairs(config, seed), seed))
     return jobs
@@ -82,23 +82,23 @@ def seed_jobs(config: ExperimentConfig, seed: int) -> list[Job]:
     return jobs
 
 
-def trial(config: ExperimentConfig, name: str, strength: float, seed: int, steps: int) -> list[Job]:
+def trial(config: ExperimentConfig, name: str, swept: float, seed: int, steps: int) -> list[Job]:
     """One run of a method, and its measuring."""
     method = config.methods[name]
-    option = strength_of(method)[0]
+    option = sweep_of(method)[0]
     every = method.get("eval_every") or math.ceil(steps / config.checkpoints)
     # an interrupted run leaves a checkpoint more, which must not push out one that is to be measured
-    more = {option: strength, **length(method, steps), "save_steps": every, "save_total_limit": steps + 1}
-    own = f"seed-{seed}/{name}-{option}-{strength:g}"
+    more = {option: swept, **length(method, steps), "save_steps": every, "save_total_limit": steps + 1}
+    own = f"seed-{seed}/{name}-{option}-{swept:g}"
     run = training(config, own, method["program"], method, seed, more)
-    run.steps, run.trial = steps, (name, strength, seed)
+    run.steps, run.trial = steps, (name, swept, seed)
     return [run, measuring(config, own, [own, *after_pairs(config, seed)], seed)]
 
 
 def pilot(config: ExperimentConfig, name: str) -> Job:
     """A few steps at the first strength, whose cost tells how many steps the budget allows."""
     method = config.methods[name]
-    option, values = strength_of(method)
+    option, values = sweep_of(method)
     steps = PILOT_STEPS[method["program"]]
     more = {option: values[0], **length(method, steps), "save_steps": 0, "logging_steps": 1}
     return training(config, f"pilot/{name}", method["program"], method, config.seeds[0], more)
@@ -167,9 +167,9 @@ def files_of(spec: dict[str, Any]) -> list[str]:
     return [str(path) for path in scorer_files(spec)]
 
 
-def weights_of(foundation: str) -> list[str]:
+def weights_of(initial: str) -> list[str]:
     """The files of a local foundation, whose contents decide whether a run starts from the same one."""
-    return [str(path) for path in model_files(foundation)]
+    return [str(path) for path in model_files(initial)]
 
 
 MEASURED_BY = (

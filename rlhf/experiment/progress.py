@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf.experiment.config import strength_of
+from rlhf.experiment.config import sweep_of
 
 EVERY = 60.0  # seconds between summaries where there is no terminal
 SIGNS = {"waiting": "·", "blocked": "blocked", "failed": "failed", "done": "trained"}
@@ -73,11 +73,11 @@ class Display:
             table.add_column(f"seed {seed}", justify="right")
         states = {job.name: self.work.state(job) for job in self.work.jobs}
         for name in config.trained:
-            option, values = strength_of(config.methods[name])
-            for strength in values:
-                own = f"{name}-{option}-{strength:g}"
+            option, values = sweep_of(config.methods[name])
+            for swept in values:
+                own = f"{name}-{option}-{swept:g}"
                 cells = [self.cell(f"seed-{seed}/{own}", states) for seed in config.seeds]
-                table.add_row(f"{name} {option} {strength:g}", *cells)
+                table.add_row(f"{name} {option} {swept:g}", *cells)
         before = [n for n, s in states.items() if s == "running" and not any(n.endswith(m) for m in self.trials())]
         if before:
             table.add_row("running", ", ".join(before), *[""] * (len(config.seeds) - 1))

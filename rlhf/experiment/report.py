@@ -82,15 +82,15 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
     cache = Path(config.output_dir) / "judge.jsonl"
     ends = {}
     for name in config.methods:
-        strength = strength_to_ask(report, name)
-        if strength is None:
+        swept = swept_to_ask(report, name)
+        if swept is None:
             continue
-        ends[name] = {p.seed: p for p in results.of(name, strength) if p.last}
+        ends[name] = {p.seed: p for p in results.of(name, swept) if p.last}
     rows = []
-    foundation = {seed: results.foundation for own in ends.values() for seed in own}
+    initial = {seed: results.initial for own in ends.values() for seed in own}
     for (a, first), (b, second) in [
         *combinations(ends.items(), 2),
-        *((own, ("sft", foundation)) for own in ends.items()),
+        *((own, ("sft", initial)) for own in ends.items()),
     ]:
         seeds = sorted(set(first) & set(second))
         if not seeds:
@@ -103,9 +103,9 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
     return {"name": judge.name, "rows": rows}
 
 
-def strength_to_ask(report: dict[str, Any], method: str) -> float | None:
+def swept_to_ask(report: dict[str, Any], method: str) -> float | None:
     """The strength that a score has chosen, else the middle one; None where none is measured."""
     if method in report["tuned"]["methods"]:
         return report["tuned"]["methods"][method]["usual"]
-    strengths = report["methods"][method]["strengths"]
-    return strengths[len(strengths) // 2] if strengths else None
+    swept_values = report["methods"][method]["swept_values"]
+    return swept_values[len(swept_values) // 2] if swept_values else None

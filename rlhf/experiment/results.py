@@ -16,7 +16,7 @@ import numpy as np
 from rlhf.compare.results import Point, Results
 from rlhf.compare.text_metrics import distinct_n, repetition
 from rlhf.config import UserError
-from rlhf.experiment.config import ExperimentConfig, strength_of
+from rlhf.experiment.config import ExperimentConfig, sweep_of
 from rlhf.experiment.cost import planned_lengths, shared_cost
 from rlhf.experiment.measure import blocks, read_rows
 from rlhf.experiment.plan import Job, fingerprints, given_length, plan
@@ -54,7 +54,7 @@ def read_results(config: ExperimentConfig) -> Results:
         texts = [[""] * config.samples_per_prompt for _ in prompts]
         for row in own:
             texts[row["prompt"]][row["sample"]] = row["response"]
-        responses[point.method, point.strength, point.seed, point.step] = texts
+        responses[point.method, point.swept, point.seed, point.step] = texts
     return Results(
         points=points,
         groups=[prompt["group"] for prompt in prompts],
@@ -90,7 +90,7 @@ def policy_files(
 ) -> Iterable[tuple[dict[str, Any], Path]]:
     """What each measured policy is, and its file."""
     root = Path(config.output_dir) / "measures"
-    sft = {"method": "sft", "strength": None, "step": 0, "last": True}
+    sft = {"method": "sft", "swept": None, "step": 0, "last": True}
     yield {**sft, "seed": None}, root / "foundation" / "step-000000.jsonl"
     for seed in config.seeds:
         own = root / f"seed-{seed}" / "foundation"
@@ -98,16 +98,16 @@ def policy_files(
             continue
         yield {**sft, "seed": seed}, own / "step-000000.jsonl"
         best = config.methods.get("best_of_n")
-        for n in map(int, strength_of(best)[1]) if best else ():
-            about = {"method": "best_of_n", "strength": float(n), "step": n, "last": True, "seed": seed}
+        for n in map(int, sweep_of(best)[1]) if best else ():
+            about = {"method": "best_of_n", "swept": float(n), "step": n, "last": True, "seed": seed}
             about |= {"noise": blocks(n, config.samples_per_prompt)}
             yield about, own / f"best-of-{n:06d}.jsonl"
-    for name, (method, strength, seed) in trials.items():
+    for name, (method, swept, seed) in trials.items():
         if name not in names:
             continue
         steps = read_json(root / name / "done.json")["files"]
         for file in steps:
-            about = {"method": method, "strength": float(strength), "seed": seed, "last": file == steps[-1]}
+            about = {"method": method, "swept": float(swept), "seed": seed, "last": file == steps[-1]}
             yield {**about, "step": int(file.removesuffix(".jsonl").rpartition("-")[2])}, root / name / file
 
 
@@ -137,8 +137,8 @@ def method_of(config: ExperimentConfig, name: str) -> dict[str, Any]:
     spec = config.methods[name]
     return {
         "program": spec.get("program", name),
-        "strength": strength_of(spec)[0],
-        "strengths": [float(value) for value in strength_of(spec)[1]],
+        "swept": sweep_of(spec)[0],
+        "swept_values": [float(value) for value in sweep_of(spec)[1]],
         "baseline": "program" not in spec,
         "options": spec.get("options", {}),
     }

@@ -38,7 +38,7 @@ def interval(values, null: float = 0.0) -> dict:
 def example(seeds: int = SEEDS, judge: str | None = "gold", seed: int = 0) -> dict:
     """report.json as `summarise` makes it, with everything in it; `judge=None` leaves out what needs one."""
     rng = np.random.default_rng(seed)
-    foundation = _foundation(rng)
+    initial = _foundation(rng)
     points = [p for method in STRENGTHS for p in _method(method, seeds, rng)]
     report = {
         "name": "shop-voice",
@@ -49,14 +49,14 @@ def example(seeds: int = SEEDS, judge: str | None = "gold", seed: int = 0) -> di
             "seeds": list(range(seeds)), "groups": GROUPS, "prompts": 300, "samples_per_prompt": 4, "level": 0.95,
         },
         "methods": {
-            m: {"program": m, "strength": option, "strengths": list(STRENGTHS[m]), "baseline": m == "best_of_n",
+            m: {"program": m, "swept": option, "swept_values": list(STRENGTHS[m]), "baseline": m == "best_of_n",
                 "trials": 4, "seeds": list(range(seeds))}
             for m, option in OPTIONS.items()
         },
-        "foundation": foundation,
+        "foundation": initial,
         "points": points,
         "budget": _budget(),
-        "missing": [{"method": "dpo", "strength": 0.05, "seed": 4}],
+        "missing": [{"method": "dpo", "swept": 0.05, "seed": 4}],
         "curves": {}, "frontier": [], "wins": None, "overoptimisation": [], "power": None,
         "tuned": {"methods": {}, "rows": []},
         "samples": _samples(),
@@ -94,20 +94,20 @@ def _foundation(rng) -> dict:
 
 def _method(method: str, seeds: int, rng) -> list[dict]:
     points = []
-    for i, strength in enumerate(STRENGTHS[method]):
+    for i, swept in enumerate(STRENGTHS[method]):
         if method == "best_of_n":
-            kls = [math.log(strength) - (strength - 1) / strength]
-            steps = (strength,)
+            kls = [math.log(swept) - (swept - 1) / swept]
+            steps = (swept,)
         else:
             kls = [(FURTHEST[method][i] * (1 - math.exp(-2.2 * s / 100)) / (1 - math.exp(-2.2))) ** 2 for s in STEPS]
             steps = STEPS
         luck = rng.normal(0, 0.03, seeds)
         for step, kl in zip(steps, kls, strict=True):
-            points.append(_point(method, strength, step, kl, luck, rng))
+            points.append(_point(method, swept, step, kl, luck, rng))
     return points
 
 
-def _point(method: str, strength: float, step: int, kl: float, luck: np.ndarray, rng) -> dict:
+def _point(method: str, swept: float, step: int, kl: float, luck: np.ndarray, rng) -> dict:
     seeds = len(luck)
     kl = kl * (1 + rng.normal(0, 0.05, seeds))
     d = np.sqrt(np.maximum(kl, 0.0))
@@ -116,7 +116,7 @@ def _point(method: str, strength: float, step: int, kl: float, luck: np.ndarray,
     scores = {n: {"mean": interval(0.1 + v), "difference": interval(v)} for n, v in differences.items()}
     ended = np.clip(0.975 - 0.01 * d**1.5 * (2 if method == "dpo" else 1), 0, 1)
     return {
-        "method": method, "strength": strength, "step": step, "last": step == STEPS[-1] or method == "best_of_n",
+        "method": method, "swept": swept, "step": step, "last": step == STEPS[-1] or method == "best_of_n",
         "seeds": list(range(seeds)), "kl": interval(kl), "scores": scores,
         "length": interval(31 + (4 if method == "dpo" else 1.5) * d + rng.normal(0, 0.5, seeds)),
         "words": interval(24 + 2 * d), "ended": interval(ended + rng.normal(0, 0.004, seeds)),
@@ -168,27 +168,25 @@ def _judged(seeds: int, rng) -> dict:
     }  # fmt: skip
 
 
-def _signs(method: str, strength: float | None, fall: float, rng) -> dict:
+def _signs(method: str, swept: float | None, fall: float, rng) -> dict:
     return {
-        "method": method, "strength": strength,
+        "method": method, "swept": swept,
         "proxy": {"name": "reward_model", "change": interval(0.4 + rng.normal(0, 0.02, SEEDS)), "optimised": True},
-        "judge": interval(fall + rng.normal(0, 0.02, SEEDS)), "peak": {"strength": 0.1, "step": 75, "kl": 9.4},
+        "judge": interval(fall + rng.normal(0, 0.02, SEEDS)), "peak": {"swept": 0.1, "step": 75, "kl": 9.4},
         "end": {"kl": 21.2}, "ends_at_peak": 0.0, "seeds": list(range(SEEDS)), "points": 17,
-        "p_adjusted": None if strength else 0.004,
-        "verdict": None if strength else "reproduced" if fall < 0 else "not reproduced",
+        "p_adjusted": None if swept else 0.004,
+        "verdict": None if swept else "reproduced" if fall < 0 else "not reproduced",
         "sentence": "The judge fell, or it did not.",
     }  # fmt: skip
 
 
 def _wins(seeds: int, rng) -> dict:
-    policies = [{"label": "sft", "method": "sft", "strength": None}]
+    policies = [{"label": "sft", "method": "sft", "swept": None}]
     quality = [0.0]
-    for method, strengths in STRENGTHS.items():
-        for i, strength in enumerate(strengths):
-            policies.append(
-                {"label": f"{method} {OPTIONS[method]} {strength:g}", "method": method, "strength": strength}
-            )
-            d = FURTHEST[method][i] if method in FURTHEST else math.sqrt(math.log(strength) - 1 + 1 / strength)
+    for method, swept_values in STRENGTHS.items():
+        for i, swept in enumerate(swept_values):
+            policies.append({"label": f"{method} {OPTIONS[method]} {swept:g}", "method": method, "swept": swept})
+            d = FURTHEST[method][i] if method in FURTHEST else math.sqrt(math.log(swept) - 1 + 1 / swept)
             quality.append(float(_gold(method, np.float64(d))))
     n = len(policies)
     raw, controlled = ([[None] * n for _ in range(n)] for _ in range(2))
@@ -207,7 +205,8 @@ def _tuned(seeds: int, rng) -> dict:
     rows[0] |= {"detectable": 0.07, "detectable_range": [0.05, 0.1], "seeds_for_half": 14}
     rows[0] |= {"seeds_for_half_range": [8, 30]}
     methods = {
-        m: {"chosen": [chosen, chosen], "usual": chosen, "shares": {str(chosen): 1.0}, "strengths": list(STRENGTHS[m]),
+        m: {"chosen": [chosen, chosen], "usual": chosen, "shares": {str(chosen): 1.0},
+            "swept_values": list(STRENGTHS[m]),
             "seeds": list(range(seeds)), "score": interval(0.8 + rng.normal(0, 0.02, seeds)),
             "kl": interval(9 + rng.normal(0, 0.3, seeds))}
         for m, chosen in (("ppo", 0.05), ("dpo", 0.1))
@@ -221,13 +220,13 @@ def _budget() -> dict:
            "best_of_n": (0, 0, 0, 0.0, 0.0)}  # fmt: skip
     reward = dict(zip(COUNTERS, (0, 0, 240_000, 0.9e14, 21.0), strict=True))
     pairs = dict(zip(COUNTERS, (2_000, 64_000, 0, 0.3e14, 14.0), strict=True))
-    for method, strengths in STRENGTHS.items():
-        for strength in strengths:
+    for method, swept_values in STRENGTHS.items():
+        for swept in swept_values:
             mine = dict(zip(COUNTERS, own[method], strict=True))
             needed = reward if method != "dpo" else dict.fromkeys(COUNTERS, 0)
             total = {c: mine[c] + needed[c] + pairs[c] for c in COUNTERS}
             rows.append({
-                "method": method, "strength": strength, "baseline": method == "best_of_n", "own": mine,
+                "method": method, "swept": swept, "baseline": method == "best_of_n", "own": mine,
                 "reward": needed,
                 "pairs": pairs, "total": total, "ratio": total["flops"] / 1.22e15, "ratio_own": mine["flops"] / 1.22e15,
             })  # fmt: skip
@@ -254,7 +253,7 @@ def _meta() -> dict:
         "config": {
             "name": "shop-voice",
             "seeds": [0, 1, 2, 3, 4],
-            "methods": {"ppo": {"strength": {"kl_coef": [0.02]}}},
+            "methods": {"ppo": {"swept": {"kl_coef": [0.02]}}},
         },
         "configs": {"ppo/kl_coef=0.02/seed=0": {"kl_coef": 0.02, "learning_rate": 1e-4}},
         "commits": ["0123abc"],

@@ -6,9 +6,9 @@ from rlhf.compare.results import Point, Results
 
 KINDS = {"gold": "gold", "reward": "proxy"}
 METHODS = {
-    "sft": {"program": "sft", "strength": None, "baseline": True},
-    "ppo": {"program": "ppo", "strength": "kl_coef", "baseline": False},
-    "dpo": {"program": "dpo", "strength": "beta", "baseline": False},
+    "sft": {"program": "sft", "swept": None, "baseline": True},
+    "ppo": {"program": "ppo", "swept": "kl_coef", "baseline": False},
+    "dpo": {"program": "dpo", "swept": "beta", "baseline": False},
 }
 STRENGTHS = {"ppo": (0.4, 0.1, 0.02), "dpo": (1.0, 0.3, 0.05)}  # further and further from the foundation
 KLS = ((0.8, 1.5), (2.5, 4.0), (6.0, 9.0))  # of each strength at its two checkpoints
@@ -51,22 +51,22 @@ def make(
             "ended": np.ones((groups, 2)),
         }
 
-    points = [Point(method="sft", strength=None, seed=None, step=0, last=True, values=values(0, 0, 0, None))]
+    points = [Point(method="sft", swept=None, seed=None, step=0, last=True, values=values(0, 0, 0, None))]
     for s in range(seeds):
         same = {n: v for n, v in points[0].values.items()}
         same["score/reward"] = 10 * s + base[:, None] + noise * rng.normal(size=(groups, 2))
-        points.append(Point(method="sft", strength=None, seed=s, step=0, last=True, values=same))
+        points.append(Point(method="sft", swept=None, seed=s, step=0, last=True, values=same))
         for method, curve in gold.items():
             luck = 0.2 * noise * rng.normal()
-            for i, strength in enumerate(STRENGTHS[method]):
+            for i, swept in enumerate(STRENGTHS[method]):
                 for step, kl in zip(STEPS, (kls or {}).get(method, KLS)[i], strict=True):
-                    if (method, strength, s) in without:
+                    if (method, swept, s) in without:
                         continue
                     d = np.sqrt(kl)
                     points.append(
                         Point(
                             method=method,
-                            strength=strength,
+                            swept=swept,
                             seed=s,
                             step=step,
                             last=step == STEPS[-1],
@@ -80,7 +80,7 @@ def make(
         points=points,
         groups=names,
         prompts=[f"question {n}?" for n in names],
-        responses={(p.method, p.strength, p.seed, p.step): [[f"{p.method} a", "b"]] * groups for p in points},
+        responses={(p.method, p.swept, p.seed, p.step): [[f"{p.method} a", "b"]] * groups for p in points},
         score_kinds=dict(KINDS),
         judge=judge,
         methods={m: dict(METHODS[m]) for m in ("sft", *gold)},

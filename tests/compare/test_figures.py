@@ -39,7 +39,7 @@ def small():
 
 def less(report):
     """Two scores, two strengths of a method, two checkpoints of each: quicker to draw."""
-    points = [p for p in report["points"] if p["step"] in (25, 100, 4, 8) and p["strength"] in (0.1, 0.05, 4, 8)]
+    points = [p for p in report["points"] if p["step"] in (25, 100, 4, 8) and p["swept"] in (0.1, 0.05, 4, 8)]
     return report | {"points": points, "score_kinds": {"gold": "gold", "reward_model": "proxy"}}
 
 
@@ -69,7 +69,7 @@ def test_bars_reach_from_the_estimate_to_its_bounds():
 def test_a_point_stands_at_the_root_of_its_kl_and_at_its_difference(report):
     report = copy.deepcopy(report)
     report["points"] = [p for p in report["points"] if p["method"] == "dpo"][:1]
-    report["points"][0] |= {"kl": estimate(4.0, 1.0, 9.0), "strength": 0.3}
+    report["points"][0] |= {"kl": estimate(4.0, 1.0, 9.0), "swept": 0.3}
     report["points"][0]["scores"]["gold"]["difference"] = estimate(0.5, 0.4, 0.8)
     report["curves"], report["frontier"] = {}, []
     axes = frontier(report).axes[0]
@@ -184,7 +184,7 @@ def test_costs_are_stacked_over_the_strengths_mean(report):
 
 
 def test_strengths_go_from_near_to_far(report):
-    assert [strength for strength, _ in paths_of(report, "dpo")] == [1.0, 0.3, 0.1, 0.05]
+    assert [swept for swept, _ in paths_of(report, "dpo")] == [1.0, 0.3, 0.1, 0.05]
     assert [p["step"] for p in paths_of(report, "dpo")[0][1]] == [25, 50, 75, 100]
 
 
@@ -199,7 +199,7 @@ def test_a_dollar_in_a_name_is_no_mathematics(small):
     small["score_kinds"]["$to$ne_{$"] = "other"
     for point in small["points"]:
         point["scores"]["$to$ne_{$"] = point["scores"]["tone"]
-    small["methods"]["ppo"]["strength"] = "$\\frac$"
+    small["methods"]["ppo"]["swept"] = "$\\frac$"
     time(small).draw_without_rendering()
 
 

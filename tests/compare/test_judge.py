@@ -20,7 +20,7 @@ def point(method):
     """Sample k of the one and sample k of the other share no noise here, those beside each other do."""
     values, noise = {"length": np.ones((2, 2))}, [range(0, 1), range(1, 2)]
     noise = noise if method == "ppo" else noise[::-1]
-    return Point(method=method, strength=None, seed=0, step=1, last=True, values=values, noise=noise)
+    return Point(method=method, swept=None, seed=0, step=1, last=True, values=values, noise=noise)
 
 
 A, B = point("ppo"), point("dpo")

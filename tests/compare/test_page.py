@@ -69,7 +69,7 @@ def test_names_and_settings_stay_text_too(figures):
     report["name"] = report["judge"] = report["meta"]["command"] = "<img src=x>"
     report["score_kinds"] = {"<img src=x>": "gold", "reward_model": "proxy"}
     report["sentences"] = ["<img src=x> is ahead"]
-    report["methods"]["ppo"]["strength"] = "<img src=x>"
+    report["methods"]["ppo"]["swept"] = "<img src=x>"
     report["samples"][0]["responses"] = {"<img src=x>": report["samples"][0]["responses"]["sft"]}
     assert len(Tags(page(report, figures)).all("img")) == len(NAMES)
 

@@ -32,7 +32,7 @@ def without_scores(results, *names):
 def best_of_n(results):
     """No method that trains anything: the baseline alone."""
     points = [replace(p, method="best_of_n") if p.method == "ppo" else p for p in results.points]
-    methods = {"sft": results.methods["sft"], "best_of_n": results.methods["ppo"] | {"strength": "n", "baseline": True}}
+    methods = {"sft": results.methods["sft"], "best_of_n": results.methods["ppo"] | {"swept": "n", "baseline": True}}
     return replace(results, points=points, methods=methods)
 
 

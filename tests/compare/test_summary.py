@@ -28,8 +28,8 @@ def quiet():
     return summarise(make({"ppo": rising, "dpo": flat}, noise=0.05))
 
 
-def entry(report, method, strength, step=20):
-    return next(p for p in report["points"] if (p["method"], p["strength"], p["step"]) == (method, strength, step))
+def entry(report, method, swept, step=20):
+    return next(p for p in report["points"] if (p["method"], p["swept"], p["step"]) == (method, swept, step))
 
 
 def test_numbers_of_a_point_without_noise_are_those_put_in():
@@ -99,7 +99,7 @@ def claims_of(report):
     """(p, p_adjusted) of all that a report may say in words."""
     rows = [row for pair in report["frontier"] for row in pair["rows"]] + report["tuned"]["rows"]
     found = [(row["difference"]["p"], row["p_adjusted"]) for row in rows]
-    return found + [(e["p"], e["p_adjusted"]) for e in report["overoptimisation"] if e["strength"] is None]
+    return found + [(e["p"], e["p_adjusted"]) for e in report["overoptimisation"] if e["swept"] is None]
 
 
 def test_all_claims_of_a_report_are_one_family_and_the_rest_has_no_verdict():
@@ -114,7 +114,7 @@ def test_all_claims_of_a_report_are_one_family_and_the_rest_has_no_verdict():
         assert adjusted == pytest.approx(worst, abs=1e-12)
     assert all("p_adjusted" not in row for row in report["frontier"][0]["path"]["rows"])
     assert "p_adjusted" not in report["wins"]
-    single = [e for e in report["overoptimisation"] if e["strength"] is not None]
+    single = [e for e in report["overoptimisation"] if e["swept"] is not None]
     assert single and all(e["p_adjusted"] is None and e["verdict"] is None for e in single)
 
 
@@ -135,7 +135,7 @@ def test_a_run_that_collapsed_is_named():
         if p.last:
             p.values["score/gold"] -= 2.0
     (found,) = summarise(results)["outliers"]
-    assert (found["method"], found["strength"], found["seed"]) == ("ppo", 0.1, 3)
+    assert (found["method"], found["swept"], found["seed"]) == ("ppo", 0.1, 3)
     assert found["others"][0] > found["score"] + 1.5 and found["p_adjusted"] < 0.05
     (line,) = [s for s in summarise(results)["sentences"] if "outlier" in s]
     assert line.startswith("Seed 3 of PPO (kl_coef 0.1) is an outlier by the gold score")
@@ -169,7 +169,7 @@ def test_one_method_with_two_seeds_is_enough_to_speak_of_models():
 
 def test_a_missing_trial_leaves_the_other_seeds():
     report = summarise(make({"ppo": rising, "dpo": flat}, without=[("ppo", 0.02, 3)]))
-    assert report["missing"] == [{"method": "ppo", "strength": 0.02, "seed": 3}]
+    assert report["missing"] == [{"method": "ppo", "swept": 0.02, "seed": 3}]
     assert entry(report, "ppo", 0.02)["seeds"] == [0, 1, 2, 4]
     assert entry(report, "ppo", 0.1)["seeds"] == [0, 1, 2, 3, 4]
     labels = [p["label"] for p in report["wins"]["policies"]]
@@ -309,7 +309,7 @@ HUMP = {  # gold over the foundation as a function of d = sqrt(KL), proxy, verdi
 def test_over_optimisation_along_all_points(verdict):
     gold, proxy = HUMP[verdict]
     report = summarise(make({"ppo": gold, "dpo": flat}, proxy, noise=0.3, seed=3))
-    entry = next(e for e in report["overoptimisation"] if e["method"] == "ppo" and e["strength"] is None)
+    entry = next(e for e in report["overoptimisation"] if e["method"] == "ppo" and e["swept"] is None)
     assert entry["verdict"] == verdict.partition(",")[0], entry
     if verdict == "reproduced":
         # the points' d nearest 1 are 0.894 (gold 0.494) and 1.225 (0.474); at d = 3 it is -1.5; the proxy +1
@@ -321,19 +321,19 @@ def test_over_optimisation_along_all_points(verdict):
 
 def test_a_proxy_that_falls_with_the_judge_is_not_over_optimised():
     report = summarise(make({"ppo": lambda d: -d, "dpo": flat}, lambda d: -0.5 * d))
-    entry = next(e for e in report["overoptimisation"] if e["method"] == "ppo" and e["strength"] is None)
+    entry = next(e for e in report["overoptimisation"] if e["method"] == "ppo" and e["swept"] is None)
     assert entry["peak"]["kl"] == 0 and entry["judge"]["high"] < 0 and entry["verdict"] == "not reproduced"
 
 
 def test_dpo_that_falls_from_the_start_is_broken_not_over_optimised():
     report = summarise(make({"ppo": flat, "dpo": lambda d: -0.3 * d}, lambda d: 0.5 * d))
-    entry = next(e for e in report["overoptimisation"] if e["method"] == "dpo" and e["strength"] is None)
+    entry = next(e for e in report["overoptimisation"] if e["method"] == "dpo" and e["swept"] is None)
     assert entry["judge"]["high"] < 0 and entry["verdict"] != "reproduced"
 
 
 def test_dpo_is_over_optimised_where_the_judge_falls_whatever_a_proxy_does_that_it_does_not_learn_from():
     report = summarise(make({"ppo": flat, "dpo": lambda d: d - 0.5 * d * d}, lambda d: -0.5 * d))
-    entry = next(e for e in report["overoptimisation"] if e["method"] == "dpo" and e["strength"] is None)
+    entry = next(e for e in report["overoptimisation"] if e["method"] == "dpo" and e["swept"] is None)
     assert entry["judge"]["high"] < 0 and entry["proxy"]["change"]["high"] < 0 and entry["rise"]["low"] > 0
     assert entry["verdict"] == "reproduced"
 
@@ -343,7 +343,7 @@ def test_the_kl_of_best_of_n_is_known():
     best = [
         Point(
             method="best_of_n",
-            strength=4,
+            swept=4,
             seed=p.seed,
             step=4,
             last=True,
@@ -352,7 +352,7 @@ def test_the_kl_of_best_of_n_is_known():
         for p in results.of("ppo", 0.1)
         if p.last
     ]
-    methods = results.methods | {"best_of_n": {"program": "best_of_n", "strength": "n", "baseline": True}}
+    methods = results.methods | {"best_of_n": {"program": "best_of_n", "swept": "n", "baseline": True}}
     report = summarise(replace(results, points=results.points + best, methods=methods))
     # log 4 - 3/4
     assert entry(report, "best_of_n", 4, 4)["kl"]["estimate"] == pytest.approx(0.6362943611, abs=1e-9)

@@ -34,7 +34,7 @@ def test_rows_hold_the_numbers_flat():
          "equal_length/low": None, "equal_length/high": None, "ties": 0.25, "consistency": 0.875}
     ]  # fmt: skip
     first = rows["frontier"][0]
-    assert (first["method"], first["strength"], first["training_step"], first["seeds"]) == ("ppo", 0.02, 25, 5)
+    assert (first["method"], first["swept"], first["training_step"], first["seeds"]) == ("ppo", 0.02, 25, 5)
     assert (first["kl"], first["kl/low"], first["kl/high"]) == (1.5, 1.25, 1.75)
     assert first["over_foundation/gold"] == report["points"][0]["scores"]["gold"]["difference"]["estimate"]
     assert rows["equal_kl"][0] == {

@@ -14,7 +14,7 @@ from rlhf.experiment.measure import blocks
 
 def point(seed=0, method="ppo", **values):
     values = {name: np.asarray(v, dtype=float) for name, v in values.items()}
-    return Point(method=method, strength=0.1, seed=seed, step=1, last=True, values=values)
+    return Point(method=method, swept=0.1, seed=seed, step=1, last=True, values=values)
 
 
 def results_of(groups):

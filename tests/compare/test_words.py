@@ -32,9 +32,9 @@ def report(**changes):
         "scope": "method",
         "unit": {"seeds": [0, 1, 2, 3, 4], "groups": 256, "prompts": 256, "samples_per_prompt": 2, "level": 0.95},
         "methods": {
-            "sft": {"program": "sft", "strength": None, "strengths": [], "baseline": True, "trials": 0},
-            "ppo": {"program": "ppo", "strength": "kl_coef", "strengths": [0.1, 0.4], "baseline": False, "trials": 4},
-            "dpo": {"program": "dpo", "strength": "beta", "strengths": [0.3, 1.0], "baseline": False, "trials": 4},
+            "sft": {"program": "sft", "swept": None, "swept_values": [], "baseline": True, "trials": 0},
+            "ppo": {"program": "ppo", "swept": "kl_coef", "swept_values": [0.1, 0.4], "baseline": False, "trials": 4},
+            "dpo": {"program": "dpo", "swept": "beta", "swept_values": [0.3, 1.0], "baseline": False, "trials": 4},
         },
         "missing": [],
         "foundation": {"method": "sft", "kl": number(0, 0, 0), "scores": {}, "length": None, "words": None,
@@ -128,7 +128,7 @@ def test_checkpoints_on_the_way_are_shown_without_a_verdict():
 
 
 def test_an_outlier_is_named():
-    run = {"method": "ppo", "strength": 0.1, "seed": 3, "score": 0.1234, "others": [0.55, 0.5812]}
+    run = {"method": "ppo", "swept": 0.1, "seed": 3, "score": 0.1234, "others": [0.55, 0.5812]}
     line = sentences(report(outliers=[run]))[1]
     assert line.startswith(
         "Seed 3 of PPO (kl_coef 0.1) is an outlier by the gold score: 0.123, the other seeds 0.55 to 0.581. Intervals"
@@ -142,7 +142,7 @@ def test_without_a_judge_no_method_is_ahead():
 
 
 def test_missing_trials_are_counted():
-    missing = [{"method": "ppo", "strength": 0.1, "seed": s} for s in range(6)]
+    missing = [{"method": "ppo", "swept": 0.1, "seed": s} for s in range(6)]
     line = sentences(report(missing=missing))[1]
     assert line.startswith("6 trials have not ended (PPO (kl_coef 0.1) seed 0,") and "and 2 more" in line
 
@@ -175,7 +175,7 @@ def test_tuned_methods_stand_at_their_own_kl():
 
 
 def test_a_win_that_length_explains_is_not_praised():
-    policies = [{"label": "sft", "method": "sft", "strength": None}, {"label": "", "method": "ppo", "strength": 0.1}]
+    policies = [{"label": "sft", "method": "sft", "swept": None}, {"label": "", "method": "ppo", "swept": 0.1}]
 
     def lines(held):
         def matrix(x):
@@ -196,7 +196,7 @@ def test_a_win_that_length_explains_is_not_praised():
 
 def over(verdict, fall, change, ends=0.0, peak=4.0, method="ppo"):
     proxy = {"name": "reward", "change": change, "optimised": method != "dpo"}
-    entry = {"method": method, "strength": None, "proxy": proxy, "judge": fall, "rise": number(0.3, 0.2, 0.4),
+    entry = {"method": method, "swept": None, "proxy": proxy, "judge": fall, "rise": number(0.3, 0.2, 0.4),
              "peak": {"kl": peak}, "end": {"kl": 15.2}, "ends_at_peak": ends, "verdict": verdict}  # fmt: skip
     return overoptimised(entry, report())
 

@@ -39,9 +39,9 @@ def options(folder: Path, **more) -> dict:
         "reward": {"config": files["reward.yaml"]},
         "gold": [{"voice": files["voice.yaml"]}],
         "methods": {
-            "dpo": {"program": "dpo", "config": files["dpo.yaml"], "strength": {"beta": [0.1, 0.5]}},
-            "ppo": {"program": "ppo", "config": files["ppo.yaml"], "strength": {"kl_coef": [0.02, 0.2]}},
-            "best_of_n": {"strength": {"n": [2, 4]}},
+            "dpo": {"program": "dpo", "config": files["dpo.yaml"], "sweep": {"beta": [0.1, 0.5]}},
+            "ppo": {"program": "ppo", "config": files["ppo.yaml"], "sweep": {"kl_coef": [0.02, 0.2]}},
+            "best_of_n": {"sweep": {"n": [2, 4]}},
         },
         "seeds": [0, 1],
         "checkpoints": 2,
@@ -57,5 +57,5 @@ def experiment(folder: Path, **more) -> ExperimentConfig:
 
 def method(program: str = "dpo", **more) -> dict:
     """One method; its strength is beta or kl_coef."""
-    strength = {"beta": [0.1]} if program == "dpo" else {"kl_coef": [0.1]}
-    return {"program": program, "strength": strength} | more
+    swept = {"beta": [0.1]} if program == "dpo" else {"kl_coef": [0.1]}
+    return {"program": program, "sweep": swept} | more

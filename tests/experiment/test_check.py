@@ -17,7 +17,7 @@ from tests.experiment.example import experiment, method
 @pytest.mark.parametrize(
     "spec,message",
     [
-        (method(strength={"beat": [0.1]}), r"methods: 'dpo': unknown option 'beat'. Did you mean 'beta'\?"),
+        (method(sweep={"beat": [0.1]}), r"methods: 'dpo': unknown option 'beat'. Did you mean 'beta'\?"),
         (method(options={"lerning_rate": 1, "max_steps": 40}), "methods: 'dpo': unknown option 'lerning_rate'"),
         (method(options={"loss_type": ["ipoo"], "max_steps": 40}), "methods: 'dpo': .*'ipoo' is none of TRL's"),
         (method("ppo", options={"advantage_estimator": "rlo"}), "methods: 'dpo': .*expected one of gae, rloo"),
@@ -63,9 +63,9 @@ def test_the_last_error_of_a_log_is_repeated(tmp_path):
     assert last_error(log) == ": error: the last"
 
 
-def start(folder, foundation, rows=None, **more):
+def start(folder, initial, rows=None, **more):
     """Look at the starts of an experiment on a real foundation, with 60 pairs of test, validation and training rows."""
-    config = experiment(folder, foundation=foundation, max_prompt_length=64, max_response_length=32, **more)
+    config = experiment(folder, foundation=initial, max_prompt_length=64, max_response_length=32, **more)
     splits = ("test", "validation", "train", "train", "train")
     usual = [{"prompt": f"question {i}", "group": f"g{i}", "split": splits[i % 5]} for i in range(60)]
     rows = [row | {"chosen": "yes", "rejected": "no"} for row in (rows(usual) if rows else usual)]
@@ -74,9 +74,9 @@ def start(folder, foundation, rows=None, **more):
     check_starts(config, check_programs(config), check_scorers)
 
 
-def refused(folder, foundation, message, rows=None, **more):
+def refused(folder, initial, message, rows=None, **more):
     with pytest.raises(UserError, match=message):
-        start(folder, foundation, rows, **more)
+        start(folder, initial, rows, **more)
 
 
 def only(*splits, half=None):

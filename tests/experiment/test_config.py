@@ -3,7 +3,7 @@ import yaml
 
 from rlhf.cli import main
 from rlhf.config import UserError, parse
-from rlhf.experiment.config import ExperimentConfig, check_files, strength_of
+from rlhf.experiment.config import ExperimentConfig, check_files, sweep_of
 from tests.experiment.example import experiment, method, options
 
 SAMPLED = {"prompts": ["p.jsonl"], "sample": "s.yaml", "annotate": "a.yaml"}
@@ -12,8 +12,8 @@ PPO = {"ppo": method("ppo")}
 MATCHED = {"match": "flops", "total": 1e9}
 
 
-def strength(values, name="beta"):
-    return {"methods": {"dpo": method(strength={name: values})}}
+def swept(values, name="beta"):
+    return {"methods": {"dpo": method(sweep={name: values})}}
 
 
 @pytest.mark.parametrize(
@@ -28,24 +28,24 @@ def strength(values, name="beta"):
         ({"judge": {"url": "x"}}, r"judge: unknown 'url'.*Known: .*function, http"),
         ({"reward": {"confg": "x"}}, r"reward: unknown 'confg'. Did you mean 'config'\?"),
         ({"train_referee": {"seed": 1}, "gold": None}, "train_referee: unknown 'seed'.*Known: config, options"),
-        ({"methods": {"dpo": method(strenght={})}}, r"methods: 'dpo': unknown 'strenght'. Did you mean 'strength'\?"),
+        ({"methods": {"dpo": method(sweeep={})}}, r"methods: 'dpo': unknown 'sweeep'. Did you mean 'sweep'\?"),
         ({"methods": {"dpo": "configs/dpo.yaml"}}, "methods: 'dpo': expected a mapping, found 'configs/dpo.yaml'"),
         # strengths
-        ({"methods": {"dpo": {"program": "dpo"}}}, r"'strength' is None, expected one option with different values"),
-        (strength([]), r"'strength' is \{'beta': \[\]\}, expected one option with different values: \{beta: \["),
-        (strength(0.1), "'strength' is {'beta': 0.1}, expected one option"),
-        (strength([0.1, "much"]), "methods: 'dpo': 'strength' is .*'beta'.*expected one option"),
-        (strength([0.1, True]), "expected one option with different values"),
-        (strength([0.1, float("nan")]), "expected one option with different values"),
-        (strength([0.1, 0.1]), "expected one option with different values"),
-        (strength([0.1, "1e-1"]), "expected one option with different values"),
-        (strength([0.12345671, 0.12345672]), "expected one option with different values"),  # both named 0.123457
-        ({"methods": {"dpo": method(strength={"beta": [1], "seed": [2]})}}, "expected one option"),
-        (strength([10, 20], "max_steps"), "'strength' is 'max_steps', the length of a run"),
-        (strength([1, 2], "seed"), "methods: 'dpo': 'seed' is set by the experiment, the same for all"),
+        ({"methods": {"dpo": {"program": "dpo"}}}, r"'sweep' is None, expected one option with different values"),
+        (swept([]), r"'sweep' is \{'beta': \[\]\}, expected one option with different values: \{beta: \["),
+        (swept(0.1), "'sweep' is {'beta': 0.1}, expected one option"),
+        (swept([0.1, "much"]), "methods: 'dpo': 'sweep' is .*'beta'.*expected one option"),
+        (swept([0.1, True]), "expected one option with different values"),
+        (swept([0.1, float("nan")]), "expected one option with different values"),
+        (swept([0.1, 0.1]), "expected one option with different values"),
+        (swept([0.1, "1e-1"]), "expected one option with different values"),
+        (swept([0.12345671, 0.12345672]), "expected one option with different values"),  # both named 0.123457
+        ({"methods": {"dpo": method(sweep={"beta": [1], "seed": [2]})}}, "expected one option"),
+        (swept([10, 20], "max_steps"), "'sweep' is 'max_steps', the length of a run"),
+        (swept([1, 2], "seed"), "methods: 'dpo': 'seed' is set by the experiment, the same for all"),
         # methods and their options
         ({"methods": {"dpo": method("sft")}}, "methods: 'dpo': 'program' is 'sft', expected one of dpo, ppo"),
-        ({"methods": {"dpo": {"strength": {"beta": [1]}}}}, "'program' is None, expected one of dpo, ppo"),
+        ({"methods": {"dpo": {"sweep": {"beta": [1]}}}}, "'program' is None, expected one of dpo, ppo"),
         ({"methods": {"dpo": method(options={"half": "b"})}}, "methods: 'dpo': 'half' is set by the experiment"),
         ({"methods": {"dpo": method(options=None)}}, r"methods: 'dpo': 'options' is None, expected a mapping such as"),
         ({"reward": {"options": {"seed": 3}}}, "reward: 'seed' is set by the experiment"),
@@ -58,15 +58,15 @@ def strength(values, name="beta"):
         ({"methods": {"dpo-2": method()}}, "a name has letters"),
         ({"methods": {"": method()}}, "a name has letters"),
         # best of n
-        ({"methods": DPO | {"best_of_n": {"strength": {"beta": [2]}}}}, r"'best_of_n': expected \{strength: \{n: \["),
-        ({"methods": DPO | {"best_of_n": {"strength": {"n": [2.5]}}}}, "'best_of_n': expected"),
-        ({"methods": DPO | {"best_of_n": {"strength": {"n": [0]}}}}, "'best_of_n': expected"),
-        ({"methods": DPO | {"best_of_n": {"strength": {"n": [2]}, "program": "ppo"}}}, "and nothing else"),
-        ({"methods": DPO | {"best_of_n": {"strength": {"n": [2]}}}, "reward": None}, "'best_of_n' chooses by the rewa"),
+        ({"methods": DPO | {"best_of_n": {"sweep": {"beta": [2]}}}}, r"'best_of_n': expected \{sweep: \{n: \["),
+        ({"methods": DPO | {"best_of_n": {"sweep": {"n": [2.5]}}}}, "'best_of_n': expected"),
+        ({"methods": DPO | {"best_of_n": {"sweep": {"n": [0]}}}}, "'best_of_n': expected"),
+        ({"methods": DPO | {"best_of_n": {"sweep": {"n": [2]}, "program": "ppo"}}}, "and nothing else"),
+        ({"methods": DPO | {"best_of_n": {"sweep": {"n": [2]}}}, "reward": None}, "'best_of_n' chooses by the rewa"),
         # what the methods learn from
         ({"methods": PPO, "reward": None}, r"methods: 'ppo' needs a reward: give 'reward: \{config: configs/reward.y"),
         ({"methods": {}}, "'methods' trains nothing; for example dpo: {program: dpo"),
-        ({"methods": {"best_of_n": {"strength": {"n": [2]}}}}, "'methods' trains nothing"),
+        ({"methods": {"best_of_n": {"sweep": {"n": [2]}}}}, "'methods' trains nothing"),
         ({"pairs": {}}, r"'pairs' needs either data: \[FILE\], or prompts: \[FILE\] with sample: CONFIG"),
         ({"pairs": {"data": ["x"], **SAMPLED}}, "'pairs' needs either"),
         ({"pairs": {"prompts": ["x"], "sample": "s.yaml"}}, "'pairs' needs either"),
@@ -81,7 +81,7 @@ def strength(values, name="beta"):
         ({"budget": {"match": "flops", "total": float("inf")}}, "budget: 'total' is inf, expected a number above 0"),
         ({"budget": MATCHED | {"tolerance": -1}}, "budget: 'tolerance' is -1, expected a number above 0"),
         (
-            {"budget": MATCHED, "methods": DPO | {"ppo": method("ppo", strength={"kl_coef": [1, 2]})}},
+            {"budget": MATCHED, "methods": DPO | {"ppo": method("ppo", sweep={"kl_coef": [1, 2]})}},
             r"unequal numbers of strengths \(dpo 1, ppo 2\): .* Give as many, or budget: \{match: none\}",
         ),
         (
@@ -119,15 +119,15 @@ def test_the_example_itself_is_fine_and_says_what_it_is(tmp_path):
 
 
 def test_unequal_numbers_of_strengths_are_allowed_where_nothing_is_matched(tmp_path):
-    methods = DPO | {"ppo": method("ppo", strength={"kl_coef": [1, 2]})}
+    methods = DPO | {"ppo": method("ppo", sweep={"kl_coef": [1, 2]})}
     assert experiment(tmp_path, methods=methods).trained == ["dpo", "ppo"]
 
 
 def test_numbers_that_yaml_reads_as_texts_are_numbers(tmp_path):
     # YAML 1.1 reads 2e12 and 1e-05 as texts
     more = yaml.safe_load("{budget: {match: flops, total: 2e12}, pairs: {data: one.jsonl}}")
-    config = experiment(tmp_path, methods={"dpo": method(strength={"beta": ["1e-05", 0.1]})}, **more)
-    assert strength_of(config.methods["dpo"]) == ("beta", [1e-5, 0.1])
+    config = experiment(tmp_path, methods={"dpo": method(sweep={"beta": ["1e-05", 0.1]})}, **more)
+    assert sweep_of(config.methods["dpo"]) == ("beta", [1e-5, 0.1])
     assert config.budget == {"match": "flops", "total": 2e12, "tolerance": 0.1}
     assert config.pairs == {"data": ["one.jsonl"]}
 

@@ -46,9 +46,9 @@ def folder(sft_path, tmp_path_factory) -> Iterator[Path]:
         "prompts": ["p.jsonl"],
         "reward": {"options": {k: v for k, v in TRAINING.items() if k != "learning_rate"} | {"max_steps": 2}},
         "methods": {
-            "dpo": {"program": "dpo", "strength": {"beta": [0.1]}, "options": TRAINING | {"max_steps": 3}},
-            "ppo": {"program": "ppo", "strength": {"kl_coef": [0.02]}, "options": TRAINING | ppo},
-            "best_of_n": {"strength": {"n": [2]}},
+            "dpo": {"program": "dpo", "sweep": {"beta": [0.1]}, "options": TRAINING | {"max_steps": 3}},
+            "ppo": {"program": "ppo", "sweep": {"kl_coef": [0.02]}, "options": TRAINING | ppo},
+            "best_of_n": {"sweep": {"n": [2]}},
         },
         "seeds": [0],
         "checkpoints": 2,
@@ -89,15 +89,15 @@ def test_every_policy_is_measured_on_the_same_prompts(folder):
 
 
 def test_the_foundation_is_at_kl_0_and_training_has_moved_away_from_it(folder):
-    foundation = rows_of(folder, "measures/foundation/step-000000")
+    initial = rows_of(folder, "measures/foundation/step-000000")
     # 2 samples of each prompt, and 2 blocks of 2 to choose from
-    assert len(foundation) == 6 * 6 and all(row["kl"] == 0 for row in foundation)
+    assert len(initial) == 6 * 6 and all(row["kl"] == 0 for row in initial)
     for place, files in list(POLICIES.items())[:2]:
         for name in files:
             rows = rows_of(folder, f"{place}/{name}")
             assert sum(row["kl"] for row in rows) / len(rows) > 0 and any(row["kl"] != 0 for row in rows), (place, name)
     best = rows_of(folder, "measures/seed-0/foundation/best-of-000002")
-    own = {(r["prompt"], r["response"]) for r in foundation}
+    own = {(r["prompt"], r["response"]) for r in initial}
     assert {(r["prompt"], r["response"]) for r in best} <= own
 
 

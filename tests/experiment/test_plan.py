@@ -167,7 +167,7 @@ def test_sampled_pairs_are_made_anew_for_each_seed_and_all_learn_from_them(tmp_p
 
 
 def test_folder_names_of_small_strengths(tmp_path):
-    jobs = jobs_of(tmp_path, {"dpo": 4}, methods={"dpo": method(strength={"beta": [1e-05, 1, 100000.5]})})
+    jobs = jobs_of(tmp_path, {"dpo": 4}, methods={"dpo": method(sweep={"beta": [1e-05, 1, 100000.5]})})
     assert {job.name: read_back(job).beta for job in jobs.values() if job.trial and job.trial[2] == 0} == {
         "seed-0/dpo-beta-1e-05": 1e-5, "seed-0/dpo-beta-1": 1.0, "seed-0/dpo-beta-100000": 100000.5,
     }  # fmt: skip
@@ -197,7 +197,7 @@ def test_fingerprints_do_not_depend_on_how_many_run_at_a_time_or_how_they_are_la
 
 def test_a_seed_or_a_strength_more_leaves_the_others_alone(tmp_path):
     before = marks(tmp_path)
-    dpo = {"program": "dpo", "config": str(tmp_path / "dpo.yaml"), "strength": {"beta": [0.1, 0.2, 0.5]}}
+    dpo = {"program": "dpo", "config": str(tmp_path / "dpo.yaml"), "sweep": {"beta": [0.1, 0.2, 0.5]}}
     methods = experiment(tmp_path).methods
     for more in (
         {"seeds": [0, 1, 2]},
@@ -213,9 +213,9 @@ def test_one_n_more_of_best_of_n_measures_the_foundation_alone_anew(tmp_path):
     before, methods = marks(tmp_path), experiment(tmp_path).methods
     best = {f"measure/seed-{s}/foundation" for s in (0, 1)}
     # within the pool that was sampled: chosen anew from it; beyond: sampled anew
-    after = marks(tmp_path, methods=methods | {"best_of_n": {"strength": {"n": [2, 3, 4]}}})
+    after = marks(tmp_path, methods=methods | {"best_of_n": {"sweep": {"n": [2, 3, 4]}}})
     assert changed(before, after) == best
-    after = marks(tmp_path, methods=methods | {"best_of_n": {"strength": {"n": [2, 4, 8]}}})
+    after = marks(tmp_path, methods=methods | {"best_of_n": {"sweep": {"n": [2, 4, 8]}}})
     assert changed(before, after) == best | {"measure/foundation"}
 
 

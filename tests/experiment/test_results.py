@@ -16,7 +16,7 @@ from tests.experiment.example import experiment, method
 from tests.experiment.test_cost import flops, write_metrics, write_result
 
 TRIAL = "seed-0/dpo-beta-0.1"
-MORE = {"methods": {"dpo": method(options={"max_steps": 4}), "best_of_n": {"strength": {"n": [2]}}}, "seeds": [0]}
+MORE = {"methods": {"dpo": method(options={"max_steps": 4}), "best_of_n": {"sweep": {"n": [2]}}}, "seeds": [0]}
 PROMPTS = [{"prompt": f"question {i}", "group": f"g{i}", "ids": [i], "metadata": {}} for i in range(2)]
 
 
@@ -73,7 +73,7 @@ def measured(folder: Path, without=(), **more):
 
 def test_values_land_in_their_places(tmp_path):
     results = read_results(measured(tmp_path))
-    keys = [(p.method, p.strength, p.seed, p.step, p.last) for p in results.points]
+    keys = [(p.method, p.swept, p.seed, p.step, p.last) for p in results.points]
     assert keys == [("sft", None, None, 0, True), ("sft", None, 0, 0, True), ("best_of_n", 2.0, 0, 2, True),
                     ("dpo", 0.1, 0, 2, False), ("dpo", 0.1, 0, 4, True)]  # fmt: skip
     end = results.points[-1]
@@ -88,24 +88,24 @@ def test_values_land_in_their_places(tmp_path):
     assert end.numbers["perplexity/sft"] == 2.5 and end.budget == {"flops": 40.0}
     assert results.responses["dpo", 0.1, 0, 4] == [["w x y z w x y z", "no\u2028end ..."], ["", "good"]]
     assert results.groups == ["g0", "g1"] and results.prompts == ["question 0", "question 1"]
-    assert results.judge == "gold" and results.methods["dpo"]["strength"] == "beta"
+    assert results.judge == "gold" and results.methods["dpo"]["swept"] == "beta"
     # the best of 2 is chosen among draws 2-3 and 4-5 of the foundation, whose own samples are draws 0 and 1
     assert results.points[2].noise == [range(2, 4), range(4, 6)] and end.noise is None
     assert results.methods["best_of_n"] | {"options": {}} == {
-        "program": "best_of_n", "strength": "n", "strengths": [2.0], "baseline": True, "options": {},
+        "program": "best_of_n", "swept": "n", "swept_values": [2.0], "baseline": True, "options": {},
     }  # fmt: skip
 
 
 def test_of_the_foundation_s_pool_the_first_samples_are_its_measurement(tmp_path):
-    point = read_results(measured(tmp_path)).foundation
+    point = read_results(measured(tmp_path)).initial
     np.testing.assert_allclose(point.values["score/gold"], [[0, 0.1], [1, 1.1]])
     assert point.values["kl"].shape == (2, 2) and not point.values["kl"].any()
 
 
 def test_the_foundation_stands_once_for_all_and_once_with_each_seed_s_proxy(tmp_path):
     results = read_results(measured(tmp_path))
-    assert "score/proxy" not in results.foundation.values
-    np.testing.assert_allclose(results.foundation_of(0).values["score/proxy"], 5.0)
+    assert "score/proxy" not in results.initial.values
+    np.testing.assert_allclose(results.initial_of(0).values["score/proxy"], 5.0)
 
 
 def test_diversity_is_that_of_equally_many_responses(tmp_path):
@@ -114,7 +114,7 @@ def test_diversity_is_that_of_equally_many_responses(tmp_path):
     rows = [r if r["sample"] < 2 else r | {"response": "again"} for r in FOUNDATION]
     write_measure(tmp_path / "out", "foundation", {"step-000000.jsonl": rows}, kinds={"gold": "gold"})
     results = read_results(config)
-    assert results.foundation.numbers["distinct_1"] == 1.0
+    assert results.initial.numbers["distinct_1"] == 1.0
     # w x y z w x y z, no end ..., good: 8 different of 12
     assert results.points[-1].numbers["distinct_1"] == pytest.approx(8 / 12)
 
@@ -152,7 +152,7 @@ def test_what_is_missing_and_what_was_made_otherwise_is_named(tmp_path):
     (tmp_path / "out" / "measures" / "seed-0" / "foundation" / "done.json").unlink()
     results = read_results(config)
     assert results.meta["missing"] == ["measure/seed-0/foundation"]
-    assert results.of("best_of_n") == [] and results.foundation_of(0) is results.foundation
+    assert results.of("best_of_n") == [] and results.initial_of(0) is results.initial
 
 
 def test_meta_has_what_is_needed_to_repeat_it(tmp_path):

@@ -184,7 +184,7 @@ def test_an_end_without_a_result_is_a_failure(folder, code, said):
 
 
 def test_other_options_are_refused_with_what_differs_and_set_aside_when_asked(folder):
-    more = {"seeds": [0], "methods": {"dpo": method(strength={"beta": [0.1, 0.5]}, options={"max_steps": 4})}}
+    more = {"seeds": [0], "methods": {"dpo": method(sweep={"beta": [0.1, 0.5]}, options={"max_steps": 4})}}
     run_experiment(experiment(folder, **more))
     before = log(folder, "begin")
     more["methods"]["dpo"]["options"] = {"max_steps": 6}
