@@ -60,7 +60,7 @@ def polite() -> None:
                 *(*DEEPSPEED, "launch/sft.py", "--model_name_or_path", f"{data}/models/stories260K"),
                 *("--data", f"{data}/sft_rasbt_instruct.jsonl", "--output_dir", f"{RUNS}/polite-sft"),
                 *("--max_prompt_length", "128", "--max_response_length", "192", "--validation_fraction", "0.1"),
-                *("--test_fraction", "0.15", "--on_bad", "skip", "--use_peft", "false", "--learning_rate", "2e-3"),
+                *("--test_fraction", "0.15", "--on_error", "skip", "--use_peft", "false", "--learning_rate", "2e-3"),
                 *("--num_train_epochs", "4", "--warmup_steps", "10", "--per_device_train_batch_size", "16"),
                 *("--deepspeed", "zero0", "--eval_prompts", "0"),
             ]

@@ -66,7 +66,9 @@ def model_gaps(path: Path, test: list[Preference]) -> list[float]:
 def main(name: str, runs: Path) -> None:
     def read(split: str, validation_fraction: float) -> list[Preference]:
         data, fractions = [f"{os.environ['RLHF_DATA']}/{PAIRS[name]}"], {"test_fraction": 0.15}
-        return load(data, Preference, split=split, validation_fraction=validation_fraction, on_bad="skip", **fractions)
+        return load(
+            data, Preference, split=split, validation_fraction=validation_fraction, on_error="skip", **fractions
+        )
 
     test = read("test", 0.0)
     measured = {f"bag of {bag}": bag_of_words(read("train", 0.0), test, pattern) for bag, pattern in BAGS.items()}

@@ -35,7 +35,7 @@ pipeline() { # pipeline NAME SFT-DATA PAIRS MAX_PROMPT MAX_RESPONSE SAMPLES_PER_
   local run=$RUNS/$1 sft_data=$RLHF_DATA/$2 pairs=$RLHF_DATA/$3
   local splits=(--validation_fraction 0.1 --test_fraction 0.15)
   local limits=(--max_prompt_length "$4" --max_response_length "$5")
-  local common=("${splits[@]}" "${limits[@]}" --on_bad skip --logging_steps 25)
+  local common=("${splits[@]}" "${limits[@]}" --on_error skip --logging_steps 25)
   local whole=(--use_peft false --learning_rate 1e-3 --num_train_epochs 5 --center_rewards_coefficient 0)
   local lora=(--lora_r 32 --lora_alpha 64)
 

@@ -59,13 +59,17 @@ def option(
     above: float | None = None,
     high: float | None = None,
     below: float | None = None,
+    old_name: str | None = None,
 ) -> Any:
     """A dataclass field with its help text; `resume` says whether a resumed run may change it.
+
+    `old_name` is the option's name in files written before it was renamed; it is still read, also as a flag.
 
     Without a default the option is required. Lists and dicts are copied for each instance. A number, also one in a
     list, must be at least `low`, more than `above`, at most `high`, less than `below`, and finite in any case.
     """
-    metadata = {"help": help, "resume": resume, "low": low, "above": above, "high": high, "below": below}
+    metadata = {"help": help, "resume": resume, "old_name": old_name}
+    metadata |= {"low": low, "above": above, "high": high, "below": below}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -86,9 +90,9 @@ def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) 
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    flags, files = _split_flags(argv, fields, hints, prog)
+    flags, files = _split_flags(argv, cls, fields, hints, prog)
     for path in files:
-        for name, value in read_yaml(path).items():
+        for name, value in current_names(cls, read_yaml(path)).items():
             _known(name, fields, path, prog)
             values[name], origin[name] = coerce(value, hints[name], f"{path}: option '{name}'"), path
     for name, text in flags.items():
@@ -110,6 +114,12 @@ def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) 
         place = origin.get(named[1]) if named else None
         raise UserError(f"{place or ', '.join(files) or prog}: {error}") from None
     return config
+
+
+def current_names(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Return `options` under the names that the dataclass `cls` (or an instance of it) gives them today."""
+    renamed = {field.metadata.get("old_name"): field.name for field in dataclasses.fields(cls)}
+    return {renamed.get(name, name): value for name, value in options.items()}
 
 
 def check_ranges(config: Any) -> None:
@@ -295,7 +305,7 @@ def _scalar(value: Any, hint: type, where: str) -> Any:
     raise TypeError(f"options of type {hint} are not supported")
 
 
-def _split_flags(argv, fields, hints, prog) -> tuple[dict[str, str], list[str]]:
+def _split_flags(argv, cls, fields, hints, prog) -> tuple[dict[str, str], list[str]]:
     flags: dict[str, str] = {}
     files: list[str] = []
     i = 0
@@ -305,7 +315,7 @@ def _split_flags(argv, fields, hints, prog) -> tuple[dict[str, str], list[str]]:
         if not word.startswith("--"):
             raise UserError(f"'{word}' stands where an option was expected. All options: {prog} --help")
         name, equals, value = word[2:].partition("=")
-        name = name.replace("-", "_")
+        name = next(iter(current_names(cls, {name.replace("-", "_"): None})))
         if name == "local_rank":  # the deepspeed launcher puts it first; ranks are read from the environment
             i += 0 if equals else 1
             continue

@@ -340,3 +340,21 @@ def test_a_value_out_of_range_is_named_with_the_place_that_gave_it(tmp_path):
         parse(RunConfig, ["--config", str(tmp_path / "x.yaml")])
     with pytest.raises(UserError, match=r"^--learning_rate: 'learning_rate' is -1"):
         parse(RunConfig, ["--config", str(tmp_path / "x.yaml"), "--learning_rate", "-1"])
+
+
+def test_an_option_is_still_read_under_its_old_name(tmp_path):
+    from rlhf.options.shared import RunConfig
+
+    (tmp_path / "x.yaml").write_text("model_name_or_path: m\ndata: [d]\noutput_dir: o\non_bad: skip\n")
+    assert parse(RunConfig, ["--config", str(tmp_path / "x.yaml")]).on_error == "skip"
+    assert parse(RunConfig, ["--config", str(tmp_path / "x.yaml"), "--on_bad", "stop"]).on_error == "stop"
+
+
+def test_a_run_that_was_made_under_an_old_name_is_compared_under_the_new_one(tmp_path):
+    from rlhf.options.shared import RunConfig
+    from rlhf.runs.run import check_fixed
+
+    config = parse(RunConfig, sft(output_dir=tmp_path / "out"))
+    check_fixed(config, {"on_bad": "stop"}, "x")
+    with pytest.raises(UserError, match="on_error: was 'skip', now 'stop'"):
+        check_fixed(config, {"on_bad": "skip"}, "x")

@@ -45,7 +45,7 @@ class SampleConfig:
     seed: int = option(0, "of the choice of prompts and of sampling", **SEED)
     validation_fraction: float = option(0.05, "as in the stages", low=0, high=1)
     test_fraction: float = option(0.1, "as in the stages", low=0, high=1)
-    on_bad: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used")
+    on_error: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used", old_name="on_bad")
 
     def validate(self) -> None:
         if len({len(self.temperature), len(self.top_p)} - {1}) > 1:
@@ -78,7 +78,7 @@ def sample(config: SampleConfig) -> dict[str, int]:
     records = records[: config.prompts]
     budget: dict[str, float] = {}
     answers = [
-        answers_of_file(source, records, config.on_bad)
+        answers_of_file(source, records, config.on_error)
         if _is_file(source)
         else answers_of_policy(source, records, config, budget, number)
         for number, source in enumerate(sources)
@@ -122,7 +122,7 @@ def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
     from rlhf.data.split import assign
 
     table = collect(config.data, Prompt)
-    table.complain(config.on_bad)
+    table.complain(config.on_error)
     given = {r.group: r.split for r in table.records if r.split}
     assign(table.records, config.validation_fraction, config.test_fraction, table.places)
     unique = unique_prompts(table.records)
@@ -141,7 +141,7 @@ def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
     if not config.controls:
         return [], set()
     table = collect(config.controls, Preference)
-    table.complain(config.on_bad)
+    table.complain(config.on_error)
     return table.records, table.named_groups()
 
 
@@ -202,7 +202,7 @@ def answers_of_policy(
     return answers
 
 
-def answers_of_file(source: str, records: list[Prompt], on_bad: Literal["stop", "skip"] = "stop") -> Answers:
+def answers_of_file(source: str, records: list[Prompt], on_error: Literal["stop", "skip"] = "stop") -> Answers:
     """The file's answers to these prompts: one a row, or both of a pair, of which no verdict is kept."""
     from rlhf.data.load import load
     from rlhf.data.schemas import guess_kind
@@ -212,7 +212,7 @@ def answers_of_file(source: str, records: list[Prompt], on_bad: Literal["stop", 
     kind = guess_kind(rows[0]) if rows else Instruction
     kind = kind if kind in (Preference, Labelled) else Instruction
     found: dict[str, list[dict[str, Any]]] = {}
-    for record in load(source, kind, on_bad=on_bad):
+    for record in load(source, kind, on_error=on_error):
         own = found.setdefault(_key(record.prompt), [])
         if isinstance(record, Preference):
             both = ((record.chosen, record.chosen_ended), (record.rejected, record.rejected_ended))

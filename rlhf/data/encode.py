@@ -104,12 +104,12 @@ def encode(
     tokenizer: Any,
     max_prompt_length: int,
     max_response_length: int | None = None,
-    on_bad: Literal["stop", "skip"] = "stop",
+    on_error: Literal["stop", "skip"] = "stop",
 ) -> tuple[list[dict[str, Any]], Counter]:
     """Encode records of one kind; return their rows and, of the records that have none, how many by reason.
 
     Rows hold "record" and "prompt_ids"; an Instruction's also "response_ids", a Preference's "chosen_ids" and
-    "rejected_ids", responses with EOS. A record that the chat template has no place for is dropped, or with `on_bad`
+    "rejected_ids", responses with EOS. A record that the chat template has no place for is dropped, or with `on_error`
     "stop" raises UserError.
     """
     rows, dropped = [], Counter()
@@ -117,11 +117,11 @@ def encode(
         try:
             row = {"prompt_ids": encode_prompt(tokenizer, record.prompt, tools_of(record))}
         except RecordError as error:
-            if on_bad == "skip":
+            if on_error == "skip":
                 dropped[str(error)] += 1
                 continue
             where = record.place or f"{record.source or 'data'}, the row whose prompt begins {_beginning(record)!r}"
-            raise UserError(f"{where}: {error}. Drop it and its like with: --on_bad skip") from None
+            raise UserError(f"{where}: {error}. Drop it and its like with: --on_error skip") from None
         if isinstance(record, Instruction):
             row["response_ids"] = encode_response(tokenizer, record.response)
         elif isinstance(record, Preference):

@@ -41,14 +41,14 @@ class ExportConfig:
         "auto", "read the rows as this kind of record; auto goes by the columns of the first row"
     )
     aggregate: Aggregate = option("each", "how a store's votes become pairs: each, majority or skill")
-    on_bad: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used")
+    on_error: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used", old_name="on_bad")
 
 
 def export(config: ExportConfig) -> None:
     """Raises UserError on bad rows, and on rows that the form cannot hold."""
     check_output(config.output, config.source)
     table = load.collect(config.source, KINDS.get(config.kind) or guess(config.source), config.aggregate)
-    table.complain(config.on_bad)
+    table.complain(config.on_error)
     rows = rows_of(table.records, config.form)
     write_rows(rows, config.output)
     print(f"{config.output}: {len(rows)} rows ({config.form}) of {len(table.records)} {table.kind.__name__} records")

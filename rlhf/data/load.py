@@ -36,7 +36,7 @@ def load(
     validation_fraction: float = 0.05,
     test_fraction: float = 0.1,
     limit: int | None = None,
-    on_bad: Literal["stop", "skip"] = "stop",
+    on_error: Literal["stop", "skip"] = "stop",
     aggregate: Aggregate = "each",
     bad: Counter | None = None,
 ) -> list[R]:
@@ -48,7 +48,7 @@ def load(
     split, half: only these records; None and "all" keep everything. Groups are joined over the whole data before
         anything is left out, so no choice made here moves a row to another split.
     limit: at most so many records, by a hash of their group (`split.some`), after everything else.
-    on_bad: "stop" raises on the first bad row; "skip" leaves bad rows out and counts them on stderr.
+    on_error: "stop" raises on the first bad row; "skip" leaves bad rows out and counts them on stderr.
     aggregate: how a store's votes become pairs (store.py); nothing else reads it.
     bad: where rows are skipped, this gets their number by reason, and under "read" that of all rows.
 
@@ -59,14 +59,14 @@ def load(
     for name, value, choices in (
         ("split", split, (None, "train", "validation", "test")),
         ("half", half, ("all", "a", "b")),
-        ("on_bad", on_bad, ("stop", "skip")),
+        ("on_error", on_error, ("stop", "skip")),
     ):
         if value not in choices:
             raise UserError(f"{name}: found {value!r}, expected one of {', '.join(map(str, choices))}")
     if limit is not None and limit < 1:
         raise UserError(f"limit: found {limit}, expected a whole number from 1 up, or none")
     table = collect(source, kind, aggregate)
-    table.complain(on_bad)
+    table.complain(on_error)
     if bad is not None and table.bad:
         bad.update({"read": len(table.records) + len(table.bad)} | table.bad_reasons())
     assign(table.records, validation_fraction, test_fraction, table.places)
@@ -139,17 +139,17 @@ class Table:
         """The groups that the data names; the others may still be joined."""
         return {record.group for record, own in zip(self.records, self.own_group, strict=True) if own}
 
-    def complain(self, on_bad: Literal["stop", "skip"]) -> None:
+    def complain(self, on_error: Literal["stop", "skip"]) -> None:
         """Raise on a source that has no row of the right form, on bad rows unless they are skipped, on no rows."""
         for source in self.sources:
             if not self.good[source] and any(b.wrong_form for b in self.bad if b.source == source):
                 raise UserError(self.wrong_form(source))
         counts = Counter(bad.key for bad in self.bad)
-        if self.bad and on_bad == "stop":
+        if self.bad and on_error == "stop":
             first = self.bad[0]
             such = counts[first.key]
             more = f" ({such} such rows)" if such > 1 else ""
-            raise UserError(f"{first.place}: {first.reason}{more}. Drop {_them(such)} with: --on_bad skip")
+            raise UserError(f"{first.place}: {first.reason}{more}. Drop {_them(such)} with: --on_error skip")
         if not self.records:
             reasons = "; ".join(sorted({bad.reason for bad in self.bad})[:3])
             found = f"{len(self.bad)} bad: {reasons}" if reasons else "; ".join(map(sources.empty, self.sources))

@@ -159,11 +159,11 @@ def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
     from rlhf.models import load_tokenizer
 
     tokenizer = load_tokenizer(config.foundation)
-    given = {"split": "test", "on_bad": config.on_bad, "validation_fraction": config.validation_fraction}
+    given = {"split": "test", "on_error": config.on_error, "validation_fraction": config.validation_fraction}
 
     def rows(kind: type, data: list[str], longest: int | None) -> list[dict[str, Any]]:
         records = load(data, kind, **given, test_fraction=config.test_fraction)
-        return encode(records, tokenizer, config.max_prompt_length, longest, config.on_bad)[0]
+        return encode(records, tokenizer, config.max_prompt_length, longest, config.on_error)[0]
 
     known = trained_on | hashes(config.foundation)
     prompts = [row["record"] for row in rows(Prompt, config.prompts, None)]

@@ -17,7 +17,7 @@ COUNTERS = ("flops", "tokens_trained", "seconds")
 OURS = (
     *("model_name_or_path", "data", "output_dir", "overwrite_output_dir", "resume", "seed", "half", "save_steps"),
     *("save_total_limit", "validation_fraction", "test_fraction", "max_prompt_length", "max_response_length"),
-    *("temperature", "on_bad"),
+    *("temperature", "on_error"),
 )
 SIZES = ("max_steps", "total_episodes", "rollout_batch_size")  # from which a run's length follows
 KEYS = {
@@ -71,7 +71,7 @@ class ExperimentConfig:
     batch_size: int = option(64, "responses generated together when measuring", low=1)
     validation_fraction: float = option(0.05, "share of groups held out for looking while training", low=0, high=1)
     test_fraction: float = option(0.1, "share of groups that only the measuring reads", low=0, high=1)
-    on_bad: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used")
+    on_error: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used", old_name="on_bad")
 
     processes: int = option(1, "runs at a time; each is a process of its own", low=1, resume="free")
     launcher: str = option(

@@ -96,7 +96,7 @@ def sample_policies(config: ExperimentConfig, place: Path, specs: list, trial: s
     if not is_foundation:
         check_judges(same)
     fractions = {"validation_fraction": config.validation_fraction, "test_fraction": config.test_fraction}
-    records = unseen(same, load(config.prompts, Prompt, split="test", on_bad=config.on_bad, **fractions))
+    records = unseen(same, load(config.prompts, Prompt, split="test", on_error=config.on_error, **fractions))
     tokenizer = load_tokenizer(config.foundation)
     world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     policies = load_policies(paths, world.device, config.max_prompt_length, config.max_response_length)
@@ -115,7 +115,7 @@ def sample_policies(config: ExperimentConfig, place: Path, specs: list, trial: s
     write_prompts(place, evaluation.prompts)
     texts = {
         name: encode_texts(
-            load(data, Instruction, split="test", on_bad=config.on_bad, **fractions),
+            load(data, Instruction, split="test", on_error=config.on_error, **fractions),
             *(tokenizer, config.max_prompt_length, config.max_response_length),
         )
         for name, data in config.perplexity.items()

@@ -190,7 +190,7 @@ def data_of(config: ExperimentConfig, seed: int) -> list[str]:
 
 def limits(config: ExperimentConfig) -> dict[str, Any]:
     """The options that are the same for every program, so that all see the same splits and lengths."""
-    names = ("max_prompt_length", "max_response_length", "validation_fraction", "test_fraction", "on_bad")
+    names = ("max_prompt_length", "max_response_length", "validation_fraction", "test_fraction", "on_error")
     return {name: getattr(config, name) for name in names}
 
 

@@ -84,7 +84,7 @@ GUARDS: dict[str, Guard] = {
         help="responses go round in circles",
         remedy="look at the samples, raise kl_coef", **_STEP,
     ),
-    "no_end": Guard(
+    "truncation": Guard(
         threshold=0.5, action="warn", window=5, limit=3, most=1.0,
         help="responses run into the token limit and are not judged as they stand",
         remedy="raise max_response_length, train SFT until it ends its answers, lower missing_eos_score", **_STEP,
@@ -102,7 +102,7 @@ GUARDS: dict[str, Guard] = {
         remedy="look at the reward model's report card, balance its pairs, or set length_penalty",
         actions=("off", "warn", "stop"), refused="it looks once, before there is an update to leave out or take back",
     ),
-    "score_spread": Guard(
+    "score_collapse": Guard(
         threshold=0.05, action="warn", window=5, limit=3, most=1.0,
         help="the scorer tells the responses apart no longer, so that nothing more can be learnt from it",
         remedy="stop here, or look whether the scorer or the policy says one thing only", **_STEP,
@@ -115,6 +115,13 @@ GUARDS: dict[str, Guard] = {
     ),
 }  # fmt: skip
 
+OLD_NAMES = {"no_end": "truncation", "score_spread": "score_collapse"}  # still read in options and checkpoints
+
+
+def current_name(name: str) -> str:
+    """Return a guard's name of today for the one that an older file gives it."""
+    return OLD_NAMES.get(name, name)
+
 
 def check_guards(overrides: dict[str, Any]) -> dict[str, Guard]:
     """GUARDS with the user's settings; raises UserError for what is unknown, out of range or makes no sense.
@@ -122,7 +129,8 @@ def check_guards(overrides: dict[str, Any]) -> dict[str, Guard]:
     A value is a mapping of settings, or short for one: `off`, an action, or a number for the threshold.
     """
     guards = dict(GUARDS)
-    for name, value in overrides.items():
+    for given, value in overrides.items():
+        name = current_name(given)
         if name not in GUARDS:
             hint = did_you_mean(name, GUARDS)
             raise UserError(f"guards: unknown guard '{name}'.{hint} There are: {', '.join(GUARDS)}")

@@ -38,7 +38,7 @@ class RunConfig:
         0.1, "share of groups held out for `rlhf compare`; no program reads them", low=0, high=1
     )
     limit: int | None = option(None, "read only so many rows of the data, by the hash of their group", low=1)
-    on_bad: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used")
+    on_error: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used", old_name="on_bad")
     max_dropped: float = option(
         0.5, "stop if more than this share of the training rows is dropped; 1: never", resume="free", low=0, high=1
     )

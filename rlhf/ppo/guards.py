@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhf.config import UserError
-from rlhf.options.guards import check_guards
+from rlhf.options.guards import check_guards, current_name
 from rlhf.runs.metrics import is_known
 
 BASELINE = 5  # healthy steps whose mean is a run's own measure of entropy, length and spread
@@ -81,9 +81,9 @@ class Guards:
         spread: the largest difference between scores that are compared, all or those of one prompt's samples.
         """
         found, ended = [], metrics["response/ended"]
-        if ended == 0 and self.guards["no_end"].action != "off":
+        if ended == 0 and self.guards["truncation"].action != "off":
             what = "before the first update no response has ended"
-            found.append(self._decide("no_end", "warn", step, 1.0, self.guards["no_end"].threshold, what, step))
+            found.append(self._decide("truncation", "warn", step, 1.0, self.guards["truncation"].threshold, what, step))
         action = self.guards["no_signal"].action
         if spread <= NOTHING and responses > 1 and action != "off":
             what = f"before the first update the scores that are compared are all alike, {metrics['score/total']:.3g}"
@@ -108,8 +108,8 @@ class Guards:
             self._relative(step, "entropy", "response/entropy", get("response/entropy")),
             self._relative(step, "length", "response/length", get("response/length")),
             self._above(step, "repetition", "response/repetition", get("response/repetition")),
-            self._above(step, "no_end", "the share of responses without end", None if ended is None else 1 - ended),
-            self._relative(step, "score_spread", "score/std", get("score/std")),
+            self._above(step, "truncation", "the share of responses without end", None if ended is None else 1 - ended),
+            self._relative(step, "score_collapse", "score/std", get("score/std")),
         ]
         for name in self.monitored if self.guards["hacking"].action != "off" else ():
             known = [n for n in metrics if n.startswith("score/")]  # none where a rollout was skipped
@@ -138,6 +138,8 @@ class Guards:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in _KEPT:
             setattr(self, name, copy.deepcopy(state[name]))
+        for event in self.events:
+            event["guard"] = current_name(event["guard"])
         self._remember(state)
 
     def rolled_back(self, decision: Decision, state: dict[str, Any] | None) -> None:
@@ -155,8 +157,8 @@ class Guards:
         state = copy.deepcopy(state)
         self.updates: int = state.get("updates", 0)  # optimizer steps asked about
         self.faults: dict[str, list[int]] = state.get("faults", {})  # when it struck lately: updates or steps
-        self.streaks: dict[str, int] = state.get("streaks", {})  # steps in a row
-        self.baselines: dict[str, list[float]] = state.get("baselines", {})
+        self.streaks: dict[str, int] = _current_names(state.get("streaks", {}))  # steps in a row
+        self.baselines: dict[str, list[float]] = _current_names(state.get("baselines", {}))
         self.series: dict[str, list[list[float]]] = state.get("series", {})  # (score/raw, watched score)
 
     # single updates
@@ -279,6 +281,11 @@ class Guards:
             self.events.append(event)
             self._unread.append(decision)
         return decision
+
+
+def _current_names(by_guard: dict[str, Any]) -> dict[str, Any]:
+    """Return a mapping by guard, as a checkpoint holds it, under the names that the guards have today."""
+    return {current_name(name): value for name, value in by_guard.items()}
 
 
 _KEPT = ("events", "rollbacks", "rate_scale", "counts")

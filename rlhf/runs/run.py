@@ -191,7 +191,7 @@ class Run:
         source, bad = ", ".join(data or self.config.data), Counter()
         records = self.load(kind, split, data, bad)
         longest = None if kind is Prompt else self.config.max_response_length
-        rows, dropped = encode(records, tokenizer, self.config.max_prompt_length, longest, self.config.on_bad)
+        rows, dropped = encode(records, tokenizer, self.config.max_prompt_length, longest, self.config.on_error)
         what = kind.__name__.lower()
         if bad:
             self._count_rows(f"{what}/every split", source, bad.pop("read"), bad, may_stop=split == "train")
@@ -224,7 +224,7 @@ class Run:
             validation_fraction=config.validation_fraction,
             test_fraction=config.test_fraction,
             limit=config.limit,
-            on_bad=config.on_bad,
+            on_error=config.on_error,
             bad=bad,
         )
 
@@ -423,6 +423,7 @@ def find_checkpoint(run: Run, finished: bool) -> Checkpoint | None:
 
 def check_fixed(config: Any, before: dict[str, Any], otherwise: str) -> None:
     """Raise UserError that shows each fixed option whose value is another than `before`."""
+    before = options.current_names(config, before)
     fixed = [f.name for f in fields(config) if f.metadata.get("resume") != "free" and f.name in before]
     now = json.loads(json.dumps({name: getattr(config, name) for name in fixed}))
     changed = [f"  {name}: was {before[name]!r}, now {now[name]!r}" for name in fixed if now[name] != before[name]]

@@ -222,10 +222,10 @@ def test_bad_rows_stop_or_are_skipped_and_a_failed_call_leaves_no_store(tmp_path
     bad = write(tmp_path / "bad.jsonl", [{"prompt": ""}, *({"prompt": q} for q in QUESTIONS)])
     rows = [{"prompt": q, "response": t} for q in QUESTIONS for t in ("yes", "no")]
     answers = write(tmp_path / "a.jsonl", [{"prompt": "x", "response": 1}, *rows])
-    with pytest.raises(UserError, match=r"bad\.jsonl row 1: .*--on_bad skip"):
+    with pytest.raises(UserError, match=r"bad\.jsonl row 1: .*--on_error skip"):
         sample(config(tmp_path, bad, answers))
     alike = write(tmp_path / "alike.jsonl", [row for row in rows if row["response"] == "yes"])
     with pytest.raises(UserError, match="nothing to judge"):
         sample(config(tmp_path, prompts, alike))
     assert not (tmp_path / "s.db").exists()
-    assert sample(config(tmp_path, bad, answers, on_bad="skip"))["comparisons"] == 6
+    assert sample(config(tmp_path, bad, answers, on_error="skip"))["comparisons"] == 6

@@ -188,7 +188,7 @@ def test_a_template_without_a_place_for_them_is_no_way_to_read_the_row(prompt, t
     records = [Prompt(prompt=prompt, metadata={"tools": tools} if tools else {}), Prompt(prompt=[ASK])]
     with pytest.raises(UserError, match=f"begins 'Hi'.* has {what}, for which this model's chat template has"):
         encode(records, tokenizer, 99)
-    rows, dropped = encode(records, tokenizer, 99, on_bad="skip")
+    rows, dropped = encode(records, tokenizer, 99, on_error="skip")
     assert [row["record"] for row in rows] == records[1:] and sum(dropped.values()) == 1
 
 

@@ -92,7 +92,7 @@ def made_run(tmp_path, long, short, split="train", bad=0, **options):
 
 
 def test_dropped_rows_are_counted_by_split_and_reason_and_are_not_in_the_fingerprint(tmp_path, tokenizer, capsys):
-    run = made_run(tmp_path, long=1, short=8, bad=1, on_bad="skip")
+    run = made_run(tmp_path, long=1, short=8, bad=1, on_error="skip")
     rows = run.rows(Instruction, "train", tokenizer)
     assert len(rows) == 8
     reason = "prompt longer than max_prompt_length 50 tokens"
@@ -116,7 +116,7 @@ def test_more_dropped_rows_than_allowed_stop_training_but_not_evaluation(tmp_pat
     assert len(made_run(tmp_path, long=2, short=2).rows(Instruction, "train", tokenizer)) == 2
     assert len(made_run(tmp_path, long=3, short=2, max_dropped=0.6).rows(Instruction, "train", tokenizer)) == 2
     with pytest.raises(UserError, match=r"3 of 5 instruction rows of every split are dropped .3: field 'response'"):
-        made_run(tmp_path, long=0, short=2, bad=3, on_bad="skip").rows(Instruction, "train", tokenizer)
+        made_run(tmp_path, long=0, short=2, bad=3, on_error="skip").rows(Instruction, "train", tokenizer)
     with pytest.raises(UserError, match="Nothing is left to train on"):
         made_run(tmp_path, long=3, short=0, max_dropped=1.0).rows(Instruction, "train", tokenizer)
     assert made_run(tmp_path, long=3, short=0, split="validation").rows(Instruction, "validation", tokenizer) == []
@@ -160,7 +160,7 @@ def test_a_prompt_that_the_template_refuses_is_a_bad_row(tokenizer, tmp_path):
     records = load(str(file), Instruction)
     with pytest.raises(UserError, match=r"rows.jsonl row 2: .*refused by the chat template \(System role not supp"):
         encode(records, other, 99, 99)
-    rows, dropped = encode(records, other, 99, 99, on_bad="skip")
+    rows, dropped = encode(records, other, 99, 99, on_error="skip")
     assert len(rows) == 1 and dropped.total() == 1
     same = replace(records[0])  # read from nowhere
     assert records[0].place and not same.place and fingerprint(records[:1]) == fingerprint([same])

@@ -214,9 +214,9 @@ def test_bad_rows_are_named_counted_and_skipped_on_request(tmp_path, capsys):
     with pytest.raises(UserError) as error:
         load(path, Preference)
     assert str(error.value) == (
-        f"{path} row 2: 'chosen' and 'rejected' are the same text (2 such rows). Drop them with: --on_bad skip"
+        f"{path} row 2: 'chosen' and 'rejected' are the same text (2 such rows). Drop them with: --on_error skip"
     )
-    assert len(load(path, Preference, on_bad="skip")) == 1
+    assert len(load(path, Preference, on_error="skip")) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         f"skipped 2 rows: 'chosen' and 'rejected' are the same text (first: {path} row 2)",
@@ -250,13 +250,13 @@ def test_broken_json_names_line_and_column(tmp_path):
     path.write_text(json.dumps(PAIR) + '\n\n{"prompt": "Hi" "chosen"}\n')
     with pytest.raises(UserError, match=r"bad\.jsonl line 3 column 17: not valid JSON: Expecting ',' delimiter"):
         load(str(path), Preference)
-    assert len(load(str(path), Preference, on_bad="skip")) == 1
+    assert len(load(str(path), Preference, on_error="skip")) == 1
 
 
 def test_the_wrong_kind_of_file_says_what_it_holds(tmp_path):
     path = write(tmp_path / "sft.jsonl", [{"messages": [ASK, SAY], "id": 1}])
     with pytest.raises(UserError) as error:
-        load(path, Preference, on_bad="skip")
+        load(path, Preference, on_error="skip")
     text = str(error.value)
     assert text.startswith(f"{path}: found columns messages, id; expected for Preference: {{prompt, chosen, rejected}}")
     assert "look like Instruction" in text
@@ -415,7 +415,7 @@ def test_real_pairs_with_equal_sides():
     path = f"{DATA}/pref_rasbt_polite.jsonl"
     with pytest.raises(UserError, match=r"row \d+: 'chosen' and 'rejected' are the same text \(6 such rows\)"):
         load(path, Preference)
-    assert len(load(path, Preference, on_bad="skip")) == 1094
+    assert len(load(path, Preference, on_error="skip")) == 1094
 
 
 @needs_data
@@ -429,7 +429,7 @@ def test_real_voices_share_88_answer_pairs_and_keep_their_split():
 
 @needs_data
 def test_real_human_votes_repeat_prompts_within_groups():
-    pairs = load(f"{DATA}/pref_pandalm_human.jsonl", Preference, on_bad="skip")
+    pairs = load(f"{DATA}/pref_pandalm_human.jsonl", Preference, on_error="skip")
     assert len(pairs) == 894 - 52
     splits = {}
     for pair in pairs:

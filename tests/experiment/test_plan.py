@@ -97,11 +97,11 @@ def test_matched_methods_have_a_pilot_first_and_trials_once_the_lengths_are_know
 
 @pytest.mark.parametrize("name", ["seed-1/dpo-beta-0.5", "seed-1/ppo-kl_coef-0.2", "seed-1/reward"])
 def test_what_is_planned_is_what_the_program_reads(tmp_path, name):
-    config = read_back(jobs_of(tmp_path, max_prompt_length=64, max_response_length=24, on_bad="skip",
+    config = read_back(jobs_of(tmp_path, max_prompt_length=64, max_response_length=24, on_error="skip",
                                validation_fraction=0.2, test_fraction=0.3)[name])  # fmt: skip
     assert config.model_name_or_path == f"{tmp_path}/sft" and config.data == [f"{tmp_path}/pairs.jsonl"]
     assert config.output_dir == f"{tmp_path}/out/{name}" and config.seed == 1 and config.half == "all"
-    assert (config.max_prompt_length, config.max_response_length, config.on_bad) == (64, 24, "skip")
+    assert (config.max_prompt_length, config.max_response_length, config.on_error) == (64, 24, "skip")
     assert (config.validation_fraction, config.test_fraction) == (0.2, 0.3)
     if name.endswith("reward"):
         return

@@ -42,7 +42,7 @@ def flags(runs, files, output, *more) -> list[str]:
 
 
 def guarded(runs, files, output, guards, *more) -> list[str]:
-    quiet = {"no_end": "off", "no_signal": "off"}  # these responses are all cut off
+    quiet = {"truncation": "off", "no_signal": "off"}  # these responses are all cut off
     return flags(runs, files, output, *LATE, "--guards", json.dumps(quiet | guards), *more)
 
 
@@ -245,7 +245,7 @@ def scored(runs, files, output, bad, *more) -> list[str]:
         "--total_episodes",
         "48",
         "--guards",
-        "{no_end: off, no_signal: off}",
+        "{truncation: off, no_signal: off}",
         *more,
     )
 
@@ -292,7 +292,7 @@ def test_an_update_with_a_nan_loss_changes_nothing(runs, files, tmp_path, monkey
 
     monkeypatch.setattr(PPOTrainer, "policy_pass", poisoned)
     monkeypatch.setattr(PPOTrainer, "update", monitored)
-    assert start(flags(runs, files, tmp_path, "--num_ppo_epochs", "2", "--guards", "{no_end: off}")) == 0
+    assert start(flags(runs, files, tmp_path, "--num_ppo_epochs", "2", "--guards", "{truncation: off}")) == 0
     assert seen == [False] * 5 + [True] + [False] * 2  # two steps of four updates
     rows = rows_of(tmp_path)
     assert [row["guard/skipped_updates"] for row in rows] == [0, 1]

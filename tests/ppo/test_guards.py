@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.config import UserError
 from rlhf.options.guards import GUARDS, check_guards
-from rlhf.ppo.guards import Guards, repetition, trend
+from rlhf.ppo.guards import Decision, Guards, repetition, trend
 from rlhf.runs.metrics import check_names
 
 HEALTHY = {
@@ -134,14 +134,14 @@ def test_repetition_and_missing_ends():
     assert run(Guards({}), [{"response/repetition": 0.19}] * 9) == []
     assert run(Guards({}), [{"response/repetition": 0.21}] * 5) == [(5, "repetition", "warn")]
     assert run(Guards({}), [{"response/ended": 0.51}] * 9) == []
-    assert run(Guards({}), [{"response/ended": 0.49}] * 5) == [(5, "no_end", "warn")]
+    assert run(Guards({}), [{"response/ended": 0.49}] * 5) == [(5, "truncation", "warn")]
 
 
-def test_score_spread_gone_to_nothing():
+def test_score_collapse_gone_to_nothing():
     # it began at 0.8: 5 % of it is 0.04
     assert run(Guards({}), [{}] * 5 + [{"score/std": 0.041}] * 9) == []
-    assert run(Guards({}), [{}] * 5 + [{"score/std": 0.039}] * 5) == [(10, "score_spread", "warn")]
-    assert run(Guards({}), [{"score/std": 0.0}] * 5) == [(5, "score_spread", "warn")]  # a scorer that says one thing
+    assert run(Guards({}), [{}] * 5 + [{"score/std": 0.039}] * 5) == [(10, "score_collapse", "warn")]
+    assert run(Guards({}), [{"score/std": 0.0}] * 5) == [(5, "score_collapse", "warn")]  # a scorer that says one thing
 
 
 def test_a_warning_comes_again_only_after_health():
@@ -175,12 +175,12 @@ def test_the_first_rollout_is_looked_at_before_anything_is_learnt():
     decision = guards.first(1, healthy | {"response/ended": 0.0, "score/total": -1.0}, 0.0, 64)
     assert (decision.guard, decision.action) == ("no_signal", "stop")
     assert "are all alike, -1" in decision.reason and "max_response_length" in decision.reason
-    assert [(e["guard"], e["action"]) for e in guards.events] == [("no_end", "warn"), ("no_signal", "stop")]
+    assert [(e["guard"], e["action"]) for e in guards.events] == [("truncation", "warn"), ("no_signal", "stop")]
     assert Guards({"no_signal": "warn"}).first(1, healthy, 0.0, 64).action == "warn"
     assert Guards({"no_signal": "off"}).first(1, healthy, 0.0, 64) is None
     assert Guards({}).first(1, healthy, 0.0, 1) is None  # one response differs from no other
-    assert Guards({}).first(1, healthy | {"response/ended": 0.0}, 0.1, 64).guard == "no_end"
-    assert Guards({"no_end": "off"}).first(1, healthy | {"response/ended": 0.0}, 0.1, 64) is None
+    assert Guards({}).first(1, healthy | {"response/ended": 0.0}, 0.1, 64).guard == "truncation"
+    assert Guards({"truncation": "off"}).first(1, healthy | {"response/ended": 0.0}, 0.1, 64) is None
 
 
 def test_a_score_that_is_length_is_said_before_it_is_learnt_from():
@@ -472,3 +472,26 @@ def test_repetition_by_hand():
     assert repetition([7] * 10) == pytest.approx(6 / 7)  # seven 4-grams, all the same
     assert repetition([7, 7, 7]) == 0.0 and repetition([]) == 0.0
     assert repetition([1, 2, 1, 2], 2) == pytest.approx(1 / 3)  # 12 21 12
+
+
+def test_old_names_of_guards_are_still_read():
+    """In options, and in the state that a checkpoint made before the renaming holds."""
+    guards = check_guards({"no_end": "off", "score_spread": {"window": 7}})
+    assert (guards["truncation"].action, guards["score_collapse"].window) == ("off", 7)
+
+    first, whole = Guards(), Guards()
+    rows = [{"response/ended": 0.1, "score/std": 0.5}] * 5
+    run(first, rows)
+    run(whole, rows)
+    state = json.loads(json.dumps(first.state_dict()))
+    old_names = {"truncation": "no_end", "score_collapse": "score_spread"}
+    for part in ("streaks", "baselines"):
+        state[part] = {old_names.get(name, name): value for name, value in state[part].items()}
+    state["events"][0]["guard"] = "no_end"
+    assert state["streaks"]["no_end"] == 5 and state["baselines"]["score_spread"]
+
+    resumed = Guards()
+    resumed.load_state_dict(state)
+    assert resumed.state_dict() == whole.state_dict()
+    resumed.rolled_back(Decision("truncation", "rollback", 5, 1.0, 0.5, "", 1), state)
+    assert resumed.streaks["truncation"] == 5
