@@ -1,4 +1,4 @@
-# quickstart · test · check · bench: each makes .venv with pinned dependencies when it is missing.
+# quickstart · test · check · bench: each makes .venv with the pinned dependencies of development when it is missing.
 # Another Python: make PYTHON=python3.12.  More for pip (say, an index with CPU builds of torch): make PIP_FLAGS="..."
 
 PYTHON ?= python3
@@ -14,11 +14,11 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 .PHONY: quickstart test test-slow test-kill check bench experiments format docs clean
 .DEFAULT_GOAL := quickstart
 
-$(VENV)/.installed: requirements.txt pyproject.toml
+$(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "error: Python 3.11 or newer is needed; say which: make PYTHON=python3.12" >&2; exit 2; }
+	  { echo "error: Python 3.11 or newer is needed. Choose one with: make PYTHON=python3.12" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements.txt
+	$(BIN)/python -m pip install $(PIP_FLAGS) -r requirements-dev.txt
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@echo "compiling DeepSpeed's CPU communication operator, once (about a minute)"
 	@RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 \
@@ -54,7 +54,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/.installed  ## write the generated pages anew
+docs: $(VENV)/.installed  ## rewrite the generated pages
 	$(BIN)/python -m rlhf.runs.metrics > docs/metrics.md
 
 clean:

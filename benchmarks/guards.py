@@ -143,7 +143,12 @@ FAULTS = [
     Fault("pays for length", "length", score=each(lambda ids: len(ids) / 2), options=FREE),
     Fault("pays for brevity", "length", score=each(lambda ids: -len(ids) / 2), options=FREE),
     Fault("pays for saying it again", "repetition", score=each(repeats), options=FREE),
-    Fault("pays for not ending", "truncation", score=lambda s: Scores([0.0 if e else 4.0 for e in s.ended]), options=FREE),
+    Fault(
+        "pays for not ending",
+        "truncation",
+        score=lambda s: Scores([0.0 if e else 4.0 for e in s.ended]),
+        options=FREE,
+    ),
     Fault("scorer says one thing", "score_collapse", score=each(lambda ids: 1.0), steps=30),
     Fault("overdone proxy, gold watched", "hacking", score=overdone, options=FREE, steps=90),
 ]  # fmt: skip

@@ -11,7 +11,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where reward.py would shadow the package
+if not __package__:  # started as a file, from launch/, where reward.py would shadow the package `reward`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rlhf.config import EXIT_GUARD, Halt, UserError, parse, program
 from rlhf.data.records import BadScore, Instruction, Prompt

@@ -6,8 +6,8 @@ deepspeed launch/sft.py --config configs/sft.yaml [--option value ...]
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # not launch/, where reward.py would shadow the package
-
+if not __package__:  # started as a file, from launch/, where reward.py would shadow the package `reward`
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rlhf.config import parse, program
 from rlhf.data.records import Instruction

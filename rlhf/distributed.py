@@ -235,18 +235,19 @@ def peak_memory(device: torch.device) -> float:
 
 
 def read_deepspeed_config(path: str | None, world: DistributedContext, options: Any = None) -> dict[str, Any] | None:
-    """The DeepSpeed JSON as a dict, or None for a plain process. A name is also tried under configs/deepspeed/.
+    """The DeepSpeed JSON as a dict, or None for a plain process. A name is also tried in rlhf/configs/deepspeed/.
 
     With a program's `options`, whatever they decide is "auto" in it. Raises UserError on a file that is no DeepSpeed
     JSON, or that contradicts the options.
     """
     if not world.launched or path is None:
         return None
-    root = Path(__file__).resolve().parent.parent
-    candidates = [Path(path), root / path, root / "configs" / "deepspeed" / f"{Path(path).stem}.json"]
-    file = next((c for c in candidates if c.is_file()), None)
-    if file is None:
-        names = sorted(p.stem for p in (root / "configs" / "deepspeed").glob("*.json"))
+    shipped = Path(__file__).parent / "configs" / "deepspeed"
+    file = Path(path)
+    if not file.is_file():
+        file = shipped / f"{file.stem}.json"
+    if not file.is_file():
+        names = sorted(p.stem for p in shipped.glob("*.json"))
         raise UserError(f"deepspeed: no file '{path}'.{did_you_mean(path, names)} Shipped: {', '.join(names)}")
     try:
         content = json.loads(file.read_text())
@@ -283,7 +284,7 @@ def check_deepspeed_config(config: Any, where: str, world: DistributedContext, o
         if key not in known:
             raise UserError(
                 f"{where}: '{key}' is nothing that is read from a DeepSpeed JSON here.{did_you_mean(key, known)} "
-                "A file of accelerate or of another program is no DeepSpeed JSON; configs/deepspeed has some"
+                "A file of accelerate or of another program is no DeepSpeed JSON; rlhf/configs/deepspeed has some"
             )
     _check_zero(config.get(ZERO), where)
     if options is not None:

@@ -53,7 +53,9 @@ class RunConfig:
         None, "sdpa, eager, flash_attention_2, ...; default: that of the start, else sdpa where the model has it"
     )
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, about a third more time")
-    deepspeed: str = option("zero2", "DeepSpeed JSON or the name of one in configs/deepspeed, used under `deepspeed`")
+    deepspeed: str = option(
+        "zero2", "DeepSpeed JSON, or zero0, zero2, zero3, zero3_offload; used under the `deepspeed` launcher"
+    )
     learning_rate: float = option(1e-4, "peak step size of AdamW", above=0, high=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this joint norm", above=0)
     per_device_train_batch_size: int = option(8, "rows in one forward and backward pass on each device", low=1)

@@ -156,7 +156,7 @@ def test_deepspeed_on_two_ranks_equals_the_plain_process(runs, files, tmp_path):
 @pytest.mark.parametrize("ranks,stage", [(1, "zero2"), (1, "zero3"), (2, "zero0"), (2, "zero3")])
 def test_other_stages_equal_the_plain_process(runs, files, tmp_path, ranks, stage):
     if stage == "zero3":  # a tiny model would not be cut into parts at all
-        config = json.loads((ROOT / "configs" / "deepspeed" / "zero3.json").read_text())
+        config = json.loads((ROOT / "rlhf" / "configs" / "deepspeed" / "zero3.json").read_text())
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         stage = str(tmp_path / "zero3.json")
         Path(stage).write_text(json.dumps(config))

@@ -141,7 +141,9 @@ def test_the_trainer_is_the_reference(name, base_path, sft_path, reward_path):
 
 def stage_config(stage: str) -> dict:
     """A shipped DeepSpeed JSON; ZeRO 1 is that of ZeRO 2 with another number."""
-    config = json.loads((ROOT / "configs" / "deepspeed" / f"zero{'2' if stage == '1' else stage}.json").read_text())
+    config = json.loads(
+        (ROOT / "rlhf" / "configs" / "deepspeed" / f"zero{'2' if stage == '1' else stage}.json").read_text()
+    )
     config["zero_optimization"]["stage"] = int(stage[0])
     if stage.startswith("3"):  # a tiny model would not be cut into parts at all
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
