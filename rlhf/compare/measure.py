@@ -309,9 +309,9 @@ def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str, s
             meta["seeds"]["run"].append(result["seed"])
     meta["fingerprints"]["prompts"] = prompts_fingerprint
     if config.votes:
-        from rlhf.data.prepare.people import of_store
+        from rlhf.data.annotator_report import store_summary
 
-        meta["annotators"] = of_store(config.votes)
+        meta["annotators"] = store_summary(config.votes)
     meta["sampling"] = {"temperature": sampling.temperature, "max_new_tokens": sampling.max_new_tokens}
     return meta
 

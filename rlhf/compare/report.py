@@ -191,7 +191,7 @@ def print_table(report: dict[str, Any], output_dir: str | Path | None = None) ->
     from rich.table import Table
 
     from rlhf.compare.text import pair_rows, policy_rows
-    from rlhf.data.prepare.people import alpha_in_words
+    from rlhf.data.annotator_report import describe_alpha
 
     console = Console()
     if not console.is_terminal:
@@ -208,7 +208,7 @@ def print_table(report: dict[str, Any], output_dir: str | Path | None = None) ->
     for line in report["verdict"]:
         console.print(f"- {line}", markup=False, highlight=False)
     if annotators := report["meta"].get("annotators"):
-        console.print(f"- Annotators: {alpha_in_words(annotators)}.", markup=False, highlight=False)
+        console.print(f"- Annotators: {describe_alpha(annotators)}.", markup=False, highlight=False)
     if output_dir is not None:
         console.print(f"\nReport: {Path(output_dir) / 'report.md'}", markup=False, highlight=False)
 

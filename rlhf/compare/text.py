@@ -6,7 +6,7 @@ import html
 import re
 from typing import Any
 
-from rlhf.data.prepare.people import annotators_in_words
+from rlhf.data.annotator_report import annotators_markdown
 
 Number = dict[str, Any]  # Interval.to_dict()
 NO_WIN_RATE = (
@@ -164,7 +164,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines += ["", "## All scores", "", *table(*_score_rows(report)), "", "![differences of all scores](scores.png)"]
     lines += ["", "A **proxy** is a score that a run was trained on: it shows what was optimised, not what was won."]
     if report["meta"].get("annotators"):
-        lines += ["", "## Annotators", "", *annotators_in_words(report["meta"]["annotators"])]
+        lines += ["", "## Annotators", "", *annotators_markdown(report["meta"]["annotators"])]
     lines += ["", "## Cost", "", *_cost(report), "", "## Samples", ""]
     lines += [f"The {len(report['samples'])} prompts whose hash comes first; the first sample of each policy.", ""]
     for sample in report["samples"]:

@@ -123,17 +123,31 @@ def kappa_interval(one: dict[Hashable, Hashable], other: dict[Hashable, Hashable
     return _interval(_crossed(one, other), _kappa)
 
 
-def pairwise_kappas(ratings: Ratings) -> list[tuple[str, str, float, int]]:
-    """(annotator, annotator, kappa, common items) for every two who have judged an item in common, by name."""
+@dataclass
+class PairKappa:
+    """Cohen's kappa of two annotators over the `pairs` that both judged, with its 95 % interval."""
+
+    one: str
+    other: str
+    kappa: float
+    pairs: int
+    low: float
+    high: float
+
+
+def pairwise_kappas(ratings: Ratings) -> list[PairKappa]:
+    """Return kappa and interval for every two annotators who have judged an item in common, sorted by name."""
     by_name: dict[str, dict[Hashable, Hashable]] = {}
     for item, values in ratings.items():
         for name, value in values.items():
             by_name.setdefault(name, {})[item] = value
+
     found = []
     for one, other in itertools.combinations(sorted(by_name), 2):
         common = len(by_name[one].keys() & by_name[other].keys())
         if common:
-            found.append((one, other, cohen_kappa(by_name[one], by_name[other]), common))
+            kappa, low, high = kappa_interval(by_name[one], by_name[other])
+            found.append(PairKappa(one, other, kappa, common, low, high))
     return found
 
 
@@ -143,8 +157,8 @@ def agreement_summary(
     """Everything here about a set of votes, ready for JSON (None where it cannot be computed).
 
     {"votes", "pairs", "pairs_judged_twice", "alpha": {"nominal": {"estimate", "low", "high"}, "ordinal": ...},
-    "kappa": [{"one", "other", "kappa", "pairs"}], "annotators": [Reliability.to_dict()]}. Alpha and kappa are over the
-    pairs that are not controls. controls, words: as in `annotator_reliability`.
+    "kappa": [{"one", "other", "kappa", "pairs", "low", "high"}], "annotators": [Reliability.to_dict()]}. Alpha and
+    kappa are over the pairs that are not controls. controls, words: as in `annotator_reliability`.
     """
     controls = controls or {}
     normal = [vote for vote in votes if vote.comparison not in controls]
@@ -153,14 +167,13 @@ def agreement_summary(
     for level in ("nominal", "ordinal"):
         estimate, low, high = alpha_interval(ratings_of(normal, level), level)
         alphas[level] = {"estimate": estimate, "low": low, "high": high}
-    kappas = [{"one": a, "other": b, "kappa": k, "pairs": n} for a, b, k, n in pairwise_kappas(nominal)]
     return _plain(
         {
             "votes": len(normal),
             "pairs": len(nominal),
             "pairs_judged_twice": sum(len(values) > 1 for values in nominal.values()),
             "alpha": alphas,
-            "kappa": kappas,
+            "kappa": pairwise_kappas(nominal),
             "annotators": annotator_reliability(votes, controls, words),
         }
     )
@@ -301,7 +314,7 @@ def _interval(cells: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) 
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (Share, Reliability)):
+    if isinstance(value, (Share, Reliability, PairKappa)):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}

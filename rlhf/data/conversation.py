@@ -12,7 +12,7 @@ import json
 import re
 from typing import Any
 
-from rlhf.data.records import Message, RecordError, check_messages
+from rlhf.data.records import Message, Record, RecordError, check_messages
 
 USER, ASSISTANT = ("Human", "User"), ("Assistant", "AI", "Bot", "GPT")  # as transcripts and ShareGPT name them
 ROLE_OF = dict.fromkeys(map(str.lower, USER), "user") | dict.fromkeys(map(str.lower, ASSISTANT), "assistant")
@@ -21,6 +21,7 @@ ROLE_OF |= {"tool": "tool", "observation": "tool", "function_response": "tool"}
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # Fields of a message beside role and content that the chat template gets, and those that nothing here can read
 PASSED = ("tool_calls", "tool_call_id", *THOUGHTS)
+ANSWER_FIELDS = ("response", "chosen", "rejected")
 UNREADABLE = ("function_call", "refusal", "image", "images", "audio", "audios", "video", "videos")
 EXAMPLES = {"input", "output", "q", "a", "question", "answer"}
 
@@ -129,10 +130,33 @@ def _tool_call(name: str, number: int, call: Any) -> dict[str, Any]:
     return call | {"function": function | {"arguments": arguments}}
 
 
-def said(message: Message) -> str:
-    """A message's text and, as JSON, what it holds beside: tool calls, reasoning."""
+def message_text(message: Message) -> str:
+    """Return a message's text and, as JSON, its other fields: tool calls, reasoning."""
     more = {name: value for name, value in message.items() if name not in ("role", "content")}
-    return message["content"] + (json.dumps(more, sort_keys=True, ensure_ascii=False) if more else "")
+    if not more:
+        return message["content"]
+    return message["content"] + json.dumps(more, sort_keys=True, ensure_ascii=False)
+
+
+def answers_of(record: Record) -> dict[str, str]:
+    """Return the answers of a record by field, in order; none for a Prompt."""
+    return {name: getattr(record, name) for name in ANSWER_FIELDS if hasattr(record, name)}
+
+
+def user_text(record: Record) -> str:
+    """Return all turns of the user, one a line; the whole prompt if no user speaks."""
+    turns = user_turns(record) or [message["content"] for message in record.prompt]
+    return "\n".join(turns)
+
+
+def user_turns(record: Record) -> list[str]:
+    return [message["content"] for message in record.prompt if message["role"] == "user"]
+
+
+def dialogue_text(record: Record) -> str:
+    """Return the prompt without system messages, with roles: two rows with equal text ask the same question."""
+    turns = [message for message in record.prompt if message["role"] != "system"]
+    return "\n".join(f"{turn['role']}: {message_text(turn)}" for turn in turns)
 
 
 def parse_turns(text: str) -> list[Message] | None:

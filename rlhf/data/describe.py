@@ -10,7 +10,7 @@ from typing import Any, Literal
 from rlhf.config import UserError, option
 from rlhf.data import load, sources
 from rlhf.data import schemas as forms
-from rlhf.data.conversation import said
+from rlhf.data.conversation import message_text
 from rlhf.data.records import Instruction, Labelled, Preference, Prompt, Record
 from rlhf.data.split import assign
 
@@ -114,7 +114,7 @@ def _lengths(records: list[Record]) -> list[str]:
 def _texts(record: Record) -> list[tuple[str, str]]:
     """The texts of a record by name, the prompt's messages as one."""
     prompt = record.prompt
-    lines = [said(m) if len(prompt) == 1 else f"{m['role']}: {said(m)}" for m in prompt]
+    lines = [message_text(m) if len(prompt) == 1 else f"{m['role']}: {message_text(m)}" for m in prompt]
     names = [name for name in ("response", "chosen", "rejected") if hasattr(record, name)]
     return [("prompt", "\n".join(lines))] + [(name, getattr(record, name)) for name in names]
 

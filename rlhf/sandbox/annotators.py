@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from rlhf.config import SEED, UserError, check_ranges, option
 from rlhf.data.agreement import agreement_summary
+from rlhf.data.annotator_report import describe_alpha
 from rlhf.data.load import load
-from rlhf.data.prepare.people import alpha_in_words
 from rlhf.data.records import Prompt, Samples, Scorer
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
@@ -166,7 +166,7 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
     report["between"] = agreement_summary(votes, words=words)
     print(f"{config.store}: {len(votes) - len(known)} new votes by simulated annotators, {len(votes)} in all")
     print_agreement(report)
-    print(f"{alpha_in_words(report['between'])}.")
+    print(f"{describe_alpha(report['between'])}.")
     for person in report["between"]["annotators"]:
         for flag in person["flags"]:
             print(f"{person['annotator']}: {flag}")

@@ -11,8 +11,8 @@ from typing import Any
 
 from rlhf.config import UserError
 from rlhf.data import load, sources
+from rlhf.data.annotator_report import annotators_markdown, describe_alpha, describe_kappas
 from rlhf.data.export import write_text
-from rlhf.data.prepare.people import alpha_in_words, annotators_in_words, kappas_in_words
 from rlhf.data.prepare.pii import masked
 from rlhf.data.records import Labelled, Preference, Record
 
@@ -97,8 +97,8 @@ def annotator_lines(found: dict[str, dict[str, Any]]) -> list[str]:
     """Agreement and the annotators who stand out, one line each."""
     lines = []
     for name, summary in found.items():
-        lines.append(f"{'agreement':<20} {_shown(name)}: {alpha_in_words(summary)}")
-        said = kappas_in_words(summary)
+        lines.append(f"{'agreement':<20} {_shown(name)}: {describe_alpha(summary)}")
+        said = describe_kappas(summary)
         lines += [f"{'':<20}   Cohen's kappa: {pair}" for pair in said[:KAPPAS]]
         lines += [f"{'':<20}   and {len(said) - KAPPAS} more, in the card"] if len(said) > KAPPAS else []
         for person in summary["annotators"]:
@@ -154,7 +154,7 @@ def markdown(report: dict[str, Any]) -> str:
     rows = [[name, "; ".join(v) if isinstance(v, list) else str(v)] for name, v in report["summary"].items()]
     lines += _table(["", ""], rows)
     for name, summary in report["annotators"].items():
-        lines += ["", f"## Annotators: {_cell(_shown(name))}", "", *annotators_in_words(summary)]
+        lines += ["", f"## Annotators: {_cell(_shown(name))}", "", *annotators_markdown(summary)]
     shown = [step for step in report["steps"] if step.examples]
     if shown:
         lines += ["", "## Examples", ""]

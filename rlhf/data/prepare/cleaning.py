@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from rlhf.data.conversation import said
+from rlhf.data.conversation import answers_of
 from rlhf.data.records import Message, Record
-
-FIELDS = ("response", "chosen", "rejected")  # the answers of a record, whichever it has
 
 # Never seen, never meant: zero-width space, word joiner, byte order mark, soft hyphen, direction overrides, controls
 # but for tab and newline. The joiners U+200C and U+200D make words in Persian and Hindi and emoji: they go only between
@@ -33,7 +31,7 @@ def clean(text: str) -> str:
 def mapped(record: Record, change: Callable[[str], str]) -> Record:
     """A copy of the record with `change` applied to every message and answer; its checks run again (RecordError)."""
     prompt: list[Message] = [each_string(m, change) | {"role": m["role"]} for m in record.prompt]
-    return replace(record, prompt=prompt, **{name: change(text) for name, text in answers(record).items()})
+    return replace(record, prompt=prompt, **{name: change(text) for name, text in answers_of(record).items()})
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -52,19 +50,3 @@ def each_string(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {name: each_string(part, change) for name, part in value.items()}
     return [each_string(part, change) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def answers(record: Record) -> dict[str, str]:
-    """The answers of a record by field, in order; none for a Prompt."""
-    return {name: getattr(record, name) for name in FIELDS if hasattr(record, name)}
-
-
-def asked(record: Record) -> str:
-    """What the user said, all turns; the whole prompt if no user speaks."""
-    turns = [m["content"] for m in record.prompt if m["role"] == "user"] or [m["content"] for m in record.prompt]
-    return "\n".join(turns)
-
-
-def spoken(record: Record) -> str:
-    """The whole prompt but for system messages, with who said what: two rows with the same are the same question."""
-    return "\n".join(f"{m['role']}: {said(m)}" for m in record.prompt if m["role"] != "system")

@@ -20,7 +20,8 @@ from typing import Any
 from rlhf.config import UserError
 from rlhf.data import schemas as forms
 from rlhf.data import sources
-from rlhf.data.prepare.cleaning import answers, asked, clean
+from rlhf.data.conversation import answers_of, user_text
+from rlhf.data.prepare.cleaning import clean
 from rlhf.data.prepare.duplicates import similar_texts
 from rlhf.data.records import Record, normalise
 
@@ -101,13 +102,13 @@ def evaluation_texts(names: Sequence[str], n: int) -> tuple[Index, Index, int]:
                 bad += 1
                 continue
             good += 1
-            prompts.add(clean(asked(record)), place)
+            prompts.add(clean(user_text(record)), place)
             turns = [m["content"] for m in record.prompt if m["role"] == "user"]
             for number, turn in enumerate(turns):
                 if number == 0 or len(_WORD.findall(turn)) >= n:  # "Go on." is everybody's later turn
                     prompts.add(clean(turn), place)
             before = [m["content"] for m in record.prompt if m["role"] == "assistant"]
-            for text in (*before, *answers(record).values()):
+            for text in (*before, *answers_of(record).values()):
                 said.add(clean(text), place)
         if not good:
             raise UserError(f"{name}: no row of this evaluation can be read ({bad} bad); see: rlhf data show {name}")
@@ -117,10 +118,10 @@ def evaluation_texts(names: Sequence[str], n: int) -> tuple[Index, Index, int]:
 
 def leaks(records: Sequence[Record], prompts: Index, said: Index, overlap: float, near: float = 1.0) -> list[Leak]:
     """One entry for each row that leaks, in order; `near` 1: near duplicates of prompts do not count."""
-    similar = similar_texts([asked(record) for record in records], prompts.texts, near) if near < 1 else {}
+    similar = similar_texts([user_text(record) for record in records], prompts.texts, near) if near < 1 else {}
     found = []
     for i, record in enumerate(records):
-        texts = list(answers(record).values())
+        texts = list(answers_of(record).values())
         leak = None
         for turn in _turns(record):
             leak = leak or _leak(i, "prompt", [turn], prompts, overlap, inside=True)
@@ -138,7 +139,7 @@ def _turns(record: Record) -> list[str]:
     """What the user said together and turn by turn, and other turns that are long enough to be somebody's own."""
     others = [m["content"] for m in record.prompt if m["role"] != "user"]
     turns = [m["content"] for m in record.prompt if m["role"] == "user"]
-    return list(dict.fromkeys([asked(record), *turns, *(t for t in others if len(_WORD.findall(t)) >= SHORTEST)]))
+    return list(dict.fromkeys([user_text(record), *turns, *(t for t in others if len(_WORD.findall(t)) >= SHORTEST)]))
 
 
 def _leak(

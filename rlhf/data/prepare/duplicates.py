@@ -15,8 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.data.conversation import said
-from rlhf.data.prepare.cleaning import answers, asked, spoken
+from rlhf.data.conversation import answers_of, dialogue_text, message_text, user_text
 from rlhf.data.records import Preference, Record, digest, normalise
 from rlhf.data.split import answer_pair
 
@@ -70,7 +69,7 @@ def exact_duplicates(records: Sequence[Record]) -> Findings:
     """Rows whose texts, voice, label and annotator repeat those of an earlier row, however they are spaced."""
     found, first = Findings(), {}
     for i, record in enumerate(records):
-        key = _key(record, [" ".join(text.split()) for text in answers(record).values()])
+        key = _key(record, [" ".join(text.split()) for text in answers_of(record).values()])
         if first.setdefault(key, i) != i:
             found.drop.append(i)
             found.examples.append((i, first[key]))
@@ -139,7 +138,7 @@ def similar_prompts(records: Sequence[Record], threshold: float) -> list[tuple[i
     """(row, earlier row) for each two different prompts, as the user spoke them, that are near duplicates."""
     texts: dict[str, int] = {}
     for i, record in enumerate(records):
-        texts.setdefault(normalise(asked(record)), i)
+        texts.setdefault(normalise(user_text(record)), i)
     rows, sets = list(texts.values()), functools.lru_cache(maxsize=50_000)(shingles)
     words = list(texts)
     return [
@@ -158,13 +157,13 @@ def contained_texts(records: Sequence[Record]) -> list[tuple[int, int]]:
     by_start: dict[tuple[str, ...], list[tuple[list[str], int]]] = {}
     for i, record in enumerate(records):
         turns = [m["content"] for m in record.prompt if m["role"] == "user"]
-        for text in {asked(record), *turns, *answers(record).values()}:
+        for text in {user_text(record), *turns, *answers_of(record).values()}:
             words = _WORD.findall(normalise(text))
             if len(words) >= INSIDE:
                 by_start.setdefault(tuple(words[:INSIDE]), []).append((words, i))
     found: set[tuple[int, int]] = set()
     for j, record in enumerate(records):
-        for text in {asked(record), *(m["content"] for m in record.prompt)}:
+        for text in {user_text(record), *(m["content"] for m in record.prompt)}:
             words = _WORD.findall(normalise(text))
             for start in range(len(words) - INSIDE + 1):
                 for inner, i in by_start.get(tuple(words[start : start + INSIDE]), ()):
@@ -188,7 +187,7 @@ def links(records: Sequence[Record], pairs: Sequence[tuple[int, int]]) -> list[l
     """For each row what it shares with others, as `join_groups` takes it: prompt, answer pair, similar prompts."""
     shared: list[list[Any]] = []
     for record in records:
-        shared.append([("prompt", normalise(asked(record)))])
+        shared.append([("prompt", normalise(user_text(record)))])
         if isinstance(record, Preference):
             shared[-1].append(("pair", answer_pair(record.chosen, record.rejected)))
     for number, (i, j) in enumerate(pairs):
@@ -232,10 +231,10 @@ def _candidates(
 
 def _relation(one: Record, other: Record, threshold: float) -> str | None:
     """ "same", "opposite" or None. "Is a cat a pet?" and "Is a rock a pet?" may well have opposite answers."""
-    question = _alike(spoken(one), spoken(other))
+    question = _alike(dialogue_text(one), dialogue_text(other))
     if question < threshold:
         return None
-    a, b = list(answers(one).values()), list(answers(other).values())
+    a, b = list(answers_of(one).values()), list(answers_of(other).values())
     if len(a) == 2 and max(_alike(*a), _alike(*b)) >= threshold:
         return None  # rows of a ranking of similar answers
     same = min((_alike(x, y) for x, y in zip(a, b, strict=True)), default=1.0)
@@ -250,7 +249,7 @@ def _relation(one: Record, other: Record, threshold: float) -> str | None:
         return None
     if same >= crossed:
         return "same"
-    words = [set(_WORD.findall(with_case(spoken(record)))) for record in (one, other)]
+    words = [set(_WORD.findall(with_case(dialogue_text(record)))) for record in (one, other)]
     return "opposite" if question >= SAME_QUESTION and words[0] == words[1] else None
 
 
@@ -267,7 +266,7 @@ def _alike(one: str, other: str) -> float:
 
 
 def _parts(record: Record) -> tuple[str, str]:
-    return spoken(record), "\n".join(answers(record).values())
+    return dialogue_text(record), "\n".join(answers_of(record).values())
 
 
 def _tagged(parts: tuple[str, str]) -> frozenset[str]:
@@ -284,7 +283,7 @@ def _comparable(one: Record, other: Record) -> bool:
 
 def _question(record: Record) -> str:
     """The prompt with its system message, and the voice."""
-    whole = "\n".join(f"{m['role']}: {' '.join(said(m).split())}" for m in record.prompt)
+    whole = "\n".join(f"{m['role']}: {' '.join(message_text(m).split())}" for m in record.prompt)
     return f"{record.voice}\x00{whole}"
 
 

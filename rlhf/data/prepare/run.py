@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 from rlhf.config import UserError, option
 from rlhf.data import export, load, sources
+from rlhf.data.annotator_report import annotator_summaries
 from rlhf.data.describe import KINDS, guess, summarise
-from rlhf.data.prepare import card, people, steps
+from rlhf.data.prepare import card, steps
 from rlhf.data.prepare.pii import REGIONS
 from rlhf.data.split import assign
 from rlhf.data.votes import Aggregate
@@ -99,7 +100,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         "fingerprint": load.fingerprint(work.records),
         "sources": origins,
         "steps": work.steps,
-        "annotators": people.summary(names, work.records),
+        "annotators": annotator_summaries(names, work.records),
         "summary": _summary(table, work),
         "options": dataclasses.asdict(config),
     }

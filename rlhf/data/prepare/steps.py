@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from rlhf.data import load, sources
+from rlhf.data.conversation import answers_of
 from rlhf.data.prepare import contamination, duplicates
 from rlhf.data.prepare import pii as forms_of
-from rlhf.data.prepare.cleaning import answers, clean, each_string, mapped, strings
+from rlhf.data.prepare.cleaning import clean, each_string, mapped, strings
 from rlhf.data.prepare.pii import masked
 from rlhf.data.records import SPLITS, Record, RecordError
 from rlhf.data.split import join_groups
@@ -198,7 +199,7 @@ _MASK = re.compile(r"\[(?:" + "|".join(kind.upper() for kind in forms_of.KINDS) 
 def texts(record: Record) -> list[str]:
     """Every text of a record: its messages, then its answers."""
     spoken = [text for m in record.prompt for text in strings({**m, "role": None})]
-    return spoken + list(answers(record).values())
+    return spoken + list(answers_of(record).values())
 
 
 def shorten(text: str, width: int = 110) -> str:

@@ -1,0 +1,128 @@
+"""What agreement and reliability say about the annotators behind the rows, for data cards, reports and the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf.data import sources
+from rlhf.data.agreement import agreement_summary
+from rlhf.data.conversation import dialogue_text
+from rlhf.data.records import Preference, Record, normalise
+from rlhf.data.split import answer_pair
+from rlhf.data.votes import Vote
+from rlhf.text import escape_cell, markdown_table
+
+HEADER = ("annotator", "votes", "agrees with the rest", "skill", "left", "control pairs", "seconds", "too fast", "")
+LEGEND = (
+    "Agrees with the rest: of the others' choices on the same pairs, the share that was the same. Skill: of the votes "
+    "for a side where one is better, the share for that side (Dawid and Skene 1979). Left: of the votes for a side, "
+    "the share for the answer shown left. Intervals are 95 % (Wilson); a remark stands where p < 0.01."
+)
+UNKNOWN = "–"
+
+
+def annotator_summaries(names: Sequence[str], records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """Return `agreement_summary` by source: all votes of a store, and of other rows those that name an annotator.
+
+    A source whose rows name no annotator has no entry.
+    """
+    summaries, stores = {}, set()
+    for name in filter(sources.is_store, names):
+        summaries[name] = store_summary(name)
+        stores.add(Path(sources.split_event(name)[0]).name)
+
+    rows = [r for r in records if isinstance(r, Preference) and r.annotator is not None and r.source not in stores]
+    if rows:
+        summaries["rows that name an annotator"] = agreement_summary(_as_votes(rows))
+    return summaries
+
+
+def store_summary(name: str) -> dict[str, Any]:
+    """Return `agreement_summary` of a store ("votes.db", "votes.db@118"), votes on control pairs included."""
+    from rlhf.data.store import Store
+
+    path, event = sources.split_event(name)
+    with Store.open(path, readonly=True) as store:
+        words = {}
+        for pair in store.comparisons() + store.comparisons("control"):
+            words[pair["id"]] = len(f"{pair['text_a']} {pair['text_b']}".split())
+        return agreement_summary(store.votes(event), store.controls(), words)
+
+
+def _as_votes(records: Sequence[Preference]) -> list[Vote]:
+    """Return rows as votes on (prompt, answer pair), where a is the answer that sorts first.
+
+    Which side an answer was shown on and how long a vote took are not known. The last vote of an annotator counts.
+    """
+    numbers: dict[Any, int] = {}
+    last: dict[tuple[int, str], Vote] = {}
+    for event, record in enumerate(records):
+        pair = (dialogue_text(record), answer_pair(record.chosen, record.rejected))
+        comparison = numbers.setdefault(pair, len(numbers))
+        choice = "a" if normalise(record.chosen) <= normalise(record.rejected) else "b"
+        annotator = str(record.annotator)
+        last[comparison, annotator] = Vote(event, comparison, annotator, choice)
+    return list(last.values())
+
+
+def annotators_markdown(summary: dict[str, Any]) -> list[str]:
+    """Return the lines of a Markdown section on an `agreement_summary`: alpha, a table of annotators, kappas."""
+    rows = []
+    for person in summary["annotators"]:
+        cells = [
+            person["annotator"],
+            person["votes"],
+            _share(person["rest"]),
+            _number(person["skill"], ".2f"),
+            _share(person["left"]),
+            _share(person["controls"]),
+            _number(person["seconds"], ".1f"),
+            _share(person["fast"]),
+            "; ".join(person["flags"]),
+        ]
+        rows.append(cells)
+    lines = [f"{describe_alpha(summary)}.", "", *markdown_table(HEADER, rows, right=range(1, 8)), "", LEGEND]
+
+    kappas = [escape_cell(line) for line in describe_kappas(summary)]
+    if kappas:
+        lines += ["", f"Cohen's kappa (95 % interval) of every two: {'; '.join(kappas)}."]
+    return lines
+
+
+def describe_alpha(summary: dict[str, Any]) -> str:
+    """Return Krippendorff's alpha of an `agreement_summary`, its interval and what it rests on, in words."""
+    alpha = summary["alpha"]["nominal"]
+    basis = f"{summary['pairs_judged_twice']} of {summary['pairs']} pairs were judged by more than one annotator"
+    if alpha["estimate"] is None:
+        return f"Krippendorff's alpha cannot be computed: {basis}"
+    return f"Krippendorff's alpha {alpha['estimate']:.2f}{_interval(alpha)}; {basis}"
+
+
+def describe_kappas(summary: dict[str, Any]) -> list[str]:
+    """Return "ann and bob 0.62 [0.41, 0.79] on 80 pairs" for every two, the lowest first, undefined ones last."""
+
+    def order(row: dict[str, Any]) -> float:
+        return math.inf if row["kappa"] is None else row["kappa"]
+
+    lines = []
+    for row in sorted(summary["kappa"], key=order):
+        value = "cannot be computed"
+        if row["kappa"] is not None:
+            value = f"{row['kappa']:.2f}{_interval(row)}"
+        lines.append(f"{row['one']} and {row['other']} {value} on {row['pairs']} pairs")
+    return lines
+
+
+def _interval(row: dict[str, Any]) -> str:
+    return "" if row.get("low") is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _share(share: dict[str, Any]) -> str:
+    return UNKNOWN if share["estimate"] is None else f"{share['estimate']:.2f}{_interval(share)}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return UNKNOWN if value is None else format(value, form)
