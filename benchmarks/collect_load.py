@@ -227,9 +227,9 @@ def check(path: Path, load: Load, pairs: int, overlap: int) -> dict[str, int]:
     with Store.open(path) as store:
         assert store._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         names = {row["id"]: row["name"] for row in store.annotators()}
-        controls = store.controls()
+        controls = store.at().controls()
         rows = [dict(r) for r in store._db.execute("SELECT * FROM events ORDER BY id")]
-        standing = store.votes()
+        standing = store.at().votes()
     kept = {kind: set() for kind in ("vote", "undo")}
     now: dict[int, dict[int, int]] = {}
     for row in rows:

@@ -32,7 +32,7 @@ def store() -> None:
                 prompt = opened.add_prompt([{"role": "user", "content": f"p{i}"}])
                 a, b = (opened.add_response(prompt, f"{side}{i}") for side in "ab")
                 opened.vote(opened.add_comparison(a, b), ann, "a")
-        opened.preferences()
+        opened.at().preferences()
 
 
 def agreement() -> None:

@@ -178,7 +178,7 @@ STEPS = (25, 50, 75, 100)
 
 
 @dataclass(frozen=True)
-class DistributedContext:
+class World:
     """An experiment on two identical methods."""
 
     seeds: int
@@ -191,23 +191,23 @@ class DistributedContext:
 
 
 WORLDS = {
-    "3x100": DistributedContext(3, 100),
-    "5x100": DistributedContext(5, 100),
-    "3x30, 1 sample, heavy-tailed prompts": DistributedContext(3, 30, samples=1, heavy=True),
-    "5x12": DistributedContext(5, 12),
-    "3x100, 1 seed in 10 collapses": DistributedContext(3, 100, collapse=0.1),
-    "5x100, 1 seed in 10 collapses": DistributedContext(5, 100, collapse=0.1),
-    "3x100, PPO's seeds 10 times as spread": DistributedContext(3, 100, spread=(0.5, 0.05)),
-    "3x100, seeds alike": DistributedContext(3, 100, spread=(0.0, 0.0)),
-    "5x100, seeds alike": DistributedContext(5, 100, spread=(0.0, 0.0)),
-    "3x100, no gain over SFT": DistributedContext(3, 100, gain=0.0),
-    "5x100, no gain over SFT": DistributedContext(5, 100, gain=0.0),
-    "1x100": DistributedContext(1, 100),
-    "2x100": DistributedContext(2, 100),
+    "3x100": World(3, 100),
+    "5x100": World(5, 100),
+    "3x30, 1 sample, heavy-tailed prompts": World(3, 30, samples=1, heavy=True),
+    "5x12": World(5, 12),
+    "3x100, 1 seed in 10 collapses": World(3, 100, collapse=0.1),
+    "5x100, 1 seed in 10 collapses": World(5, 100, collapse=0.1),
+    "3x100, PPO's seeds 10 times as spread": World(3, 100, spread=(0.5, 0.05)),
+    "3x100, seeds alike": World(3, 100, spread=(0.0, 0.0)),
+    "5x100, seeds alike": World(5, 100, spread=(0.0, 0.0)),
+    "3x100, no gain over SFT": World(3, 100, gain=0.0),
+    "5x100, no gain over SFT": World(5, 100, gain=0.0),
+    "1x100": World(1, 100),
+    "2x100": World(2, 100),
 }
 
 
-def results(rng: np.random.Generator, given: DistributedContext) -> Results:
+def results(rng: np.random.Generator, given: World) -> Results:
     """PPO and DPO on one curve over SFT, gain (1 - exp(-d)), the proxy rising; off it as `coverage.runs` has it."""
     shape = (given.prompts, given.samples)
     base = rng.standard_normal((given.prompts, 1))

@@ -22,7 +22,7 @@ from rlhf.collect import owner, pages
 from rlhf.collect.session import HERE, Refused, Site, page
 
 LONGEST_FORM = 64 * 1024  # bytes
-REQUEST_SECONDS = 30.0  # until a request must have come whole
+REQUEST_SECONDS = 30.0  # until a request must be complete
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -43,7 +43,14 @@ def create_app(site: Site) -> Headers:
         site.worker.shutdown()
 
     static = Mount("/static", StaticFiles(directory=HERE / "static"))
-    handlers = {Refused: refused, ClientDisconnect: gone, 404: not_found, 405: not_found, 413: too_long, 500: broken}
+    handlers = {
+        Refused: refused,
+        ClientDisconnect: disconnected,
+        404: not_found,
+        405: not_found,
+        413: too_long,
+        500: failed,
+    }
     app = Starlette(
         routes=[*pages.ROUTES, *owner.ROUTES, static],
         lifespan=lifespan,
@@ -51,7 +58,8 @@ def create_app(site: Site) -> Headers:
         max_body_size=LONGEST_FORM,
     )
     app.state.site = site
-    return Headers(app)  # around all of it: the page of a failure is made outside of any middleware
+    # around all of it: the page of a failure is made outside of any middleware
+    return Headers(app)
 
 
 class Headers:
@@ -63,16 +71,17 @@ class Headers:
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         async def sending(message: dict) -> None:
             if message["type"] == "http.response.start":
-                kept = "no-cache" if scope["path"].startswith("/static/") else "no-store"
-                more = HEADERS | {"Cache-Control": kept}
-                message["headers"] = [*message["headers"], *((k.lower().encode(), v.encode()) for k, v in more.items())]
+                is_static = scope["path"].startswith("/static/")
+                added = HEADERS | {"Cache-Control": "no-cache" if is_static else "no-store"}
+                encoded = [(name.lower().encode(), value.encode()) for name, value in added.items()]
+                message["headers"] = [*message["headers"], *encoded]
             await send(message)
 
         await self.app(scope, receive, sending if scope["type"] == "http" else send)
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP that closes a connection whose request has not come whole in time; uvicorn alone would wait for ever."""
+    """Close a connection whose request is not complete in time; uvicorn alone would wait forever."""
 
     timer: asyncio.TimerHandle | None = None
 
@@ -85,7 +94,7 @@ class TimedProtocol(H11Protocol):
         self.watch()
 
     def watch(self) -> None:
-        """Start the timer with a request, stop it when the request is whole."""
+        """Start the timer with a request, stop it when the request is complete."""
         waiting = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
         if waiting and self.timer is None:
             self.timer = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
@@ -99,14 +108,13 @@ class TimedProtocol(H11Protocol):
             self.timer.cancel()
 
 
-async def gone(request: Request, error: Exception) -> Response:
-    """Nobody reads this: the connection was closed before the form had come whole."""
+async def disconnected(request: Request, error: Exception) -> Response:
+    """Nobody reads this: the connection was closed before the form was complete."""
     return Response(status_code=408)
 
 
 async def refused(request: Request, error: Refused) -> Response:
-    status, text = error.args
-    return page("message.html", request.app.state.site, status, title="No entry", text=text)
+    return page("message.html", request.app.state.site, error.status, title="No entry", text=error.reason)
 
 
 async def not_found(request: Request, error: Exception) -> Response:
@@ -117,6 +125,6 @@ async def too_long(request: Request, error: Exception) -> Response:
     return page("message.html", request.app.state.site, 413, title="Too long", text="That form was too long.")
 
 
-async def broken(request: Request, error: Exception) -> Response:
+async def failed(request: Request, error: Exception) -> Response:
     text = "Something failed on the server. What was saved is safe. Reload the page; if it fails again, tell the owner."
     return page("message.html", request.app.state.site, 500, title="That did not work", text=text)

@@ -1,7 +1,7 @@
-"""Personal links: a random token in the link becomes a cookie at the first visit; the store keeps its hash alone.
+"""Personal links: a random token in the link becomes a cookie at the first visit; the store keeps only its hash.
 
-Forms carry a name of the session, the HMAC of the token, that another site cannot know. Hashes are compared in constant
-time, with no shortcut at the first that fits.
+Forms carry an HMAC of the token, which another site cannot know. Hashes are compared in constant time, and all of them
+are compared even after one matched.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from rlhf.config import UserError
 from rlhf.data.records import one_name
 from rlhf.data.store import Store, token_hash
 
-OWNER = "owner_token_hash"  # the setting
+OWNER = "owner_token_hash"  # name of the store's setting
 
 
 def new_link(store: Store, name: str | None) -> str:
-    """A fresh token for the person of this name, who is added if new, or for the owner (None).
+    """Return a fresh token for the person of this name, who is added if new, or for the owner (None).
 
     An earlier link of theirs stops working. Raises UserError if the name is taken by a model or a rule.
     """
@@ -32,15 +32,17 @@ def new_link(store: Store, name: str | None) -> str:
 
 
 def checked_name(name: str) -> str:
-    """The name as the store has it. Raises UserError unless it is 1 to 60 printable characters."""
+    """Return the name as the store has it. Raises UserError unless it is 1 to 60 printable characters."""
     if not name.strip() or len(name) > 60 or not name.isprintable():
         raise UserError(f"annotator's name {name!r}: expected 1 to 60 printable characters")
     return one_name(name)
 
 
 def annotator_of(store: Store, token: str) -> dict[str, Any] | None:
-    """The annotator who may sign in with this token: {id, name, ...}."""
-    given, found = token_hash(token), None
+    """Return the annotator who may sign in with this token: {id, name, ...}; None if there is none."""
+    given = token_hash(token)
+    found = None
+    # no early return: the time taken must not depend on who it is
     for annotator in store.annotators():
         if annotator["token_hash"] and hmac.compare_digest(annotator["token_hash"], given):
             found = annotator
@@ -52,7 +54,7 @@ def is_owner(store: Store, token: str) -> bool:
 
 
 def form_name(token: str) -> str:
-    """What a form of this session must bring along."""
+    """Return the value that a form of this session must carry."""
     return hmac.new(token.encode(), b"form", hashlib.sha256).hexdigest()
 
 

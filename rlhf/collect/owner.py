@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,24 @@ from rlhf.data.store import Store
 from rlhf.data.votes import Vote
 
 ON_A_PAGE = 10  # disputed pairs
+CHOICE_TEXTS = {"a": "prefers A", "b": "prefers B", "tie": "equally good", "both_bad": "both bad"}
+STRENGTH_TEXTS = {1: ", slightly", 2: ", clearly", 3: ", by far"}
 
 
 async def overview(request: Request) -> Response:
-    """Everything at a glance. Counted anew, on a connection of its own, when events or pairs have come since."""
+    """Show progress, agreement and annotators; recomputed on a connection of its own when the store has grown."""
     site, token = await owner(request)
-    async with site.looking:
+    async with site.summary_lock:
         newest = await site.do(lambda: (site.store.last_event(), site.store.last_comparison()))
-        if site.looked is None or site.looked[0] != newest:
-            site.looked = (newest, await run_in_threadpool(_read, site.path, summary))
-    people = await site.do(site.store.annotators)
-    links = {row["name"]: bool(row["token_hash"]) for row in people if row["kind"] == "person"}
-    return page("owner.html", site, found=site.looked[1], links=links, form=auth.form_name(token))
+        if site.summary is None or site.summary[0] != newest:
+            site.summary = (newest, await run_in_threadpool(_read, site.path, summary))
+    annotators = await site.do(site.store.annotators)
+    links = {row["name"]: bool(row["token_hash"]) for row in annotators if row["kind"] == "person"}
+    return page("owner.html", site, found=site.summary[1], links=links, form=auth.form_name(token))
 
 
 async def split_pairs(request: Request) -> Response:
-    """Pairs on which people differ, the most evenly split first, with who said what."""
+    """Show the pairs on which people differ, the most evenly split first, with each vote."""
     site, _ = await owner(request)
     asked = request.query_params.get("page", "1")
     number = max(1, int(asked)) if asked.isdecimal() and len(asked) < 7 else 1
@@ -44,24 +47,25 @@ async def split_pairs(request: Request) -> Response:
 
 
 async def export(request: Request) -> Response:
-    """The pairs to train on as JSONL, as they are now; the event in the name says exactly when."""
+    """Send the pairs to train on as JSONL; the event in the file's name says up to which vote."""
     site, _ = await owner(request)
     aggregate = request.query_params.get("aggregate", "each")
     if aggregate not in ("each", "majority", "skill"):
         raise Refused(404, "Pairs can be exported as each, majority or skill.")
     event, rows = await run_in_threadpool(_read, site.path, _rows, aggregate)
     lines: Iterator[str] = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in site.path.stem)
+    name = re.sub(r"[^A-Za-z0-9_-]", "_", site.path.stem)
     disposition = f'attachment; filename="{name}-{event}-{aggregate}.jsonl"'
     return StreamingResponse(lines, media_type="application/jsonl", headers={"Content-Disposition": disposition})
 
 
 async def new_link(request: Request) -> Response:
-    """A new personal link, shown once; an earlier one of the same person stops working."""
+    """Make a new personal link, shown once; an earlier one of the same person stops working."""
     site, token = await owner(request)
-    name = " ".join((await read_form(request, token)).get("name", [""])[0].split())
+    form = await read_form(request, token)
+    name = " ".join(form.get("name", [""])[0].split())
     try:
-        link = await site.do(lambda: f"{site.url}/enter/{auth.new_link(site.store, name)}")
+        link = f"{site.url}/enter/{await site.do(auth.new_link, site.store, name)}"
     except UserError as error:
         return page("message.html", site, 400, title="No link was made", text=str(error), back="/owner")
     return page("link.html", site, name=name, link=link)
@@ -73,21 +77,24 @@ def _read(path: Path, function: Any, *arguments: Any) -> Any:
 
 
 def _rows(store: Store, aggregate: str) -> tuple[int, list[dict[str, Any]]]:
-    event = store.last_event()
-    return event, store.rows(event, aggregate)
+    view = store.at()
+    return view.event, view.rows(aggregate)
 
 
 def _disputed(store: Store, number: int) -> tuple[list[dict[str, Any]], int]:
-    pairs = store.pairs()
-    found = disputed(store.votes(), pairs)
-    shown = found[(number - 1) * ON_A_PAGE : number * ON_A_PAGE]
-    return [pairs[id] | {"votes": [_said(vote) for vote in votes]} for id, votes in shown], len(found)
+    """Return one page of the disputed pairs with their votes, and how many there are in all."""
+    view = store.at()
+    pairs = view.pairs()
+    found = disputed(view.votes(), pairs)
+    shown = []
+    for id, votes in found[(number - 1) * ON_A_PAGE : number * ON_A_PAGE]:
+        shown.append(pairs[id] | {"votes": [_described(vote) for vote in votes]})
+    return shown, len(found)
 
 
-def _said(vote: Vote) -> dict[str, Any]:
-    words = {"a": "prefers A", "b": "prefers B", "tie": "equally good", "both_bad": "both bad"}[vote.choice]
-    how = {1: ", slightly", 2: ", clearly", 3: ", by far"}.get(vote.strength, "")
-    return {"annotator": vote.annotator, "said": words + how, "reason": vote.reason, "tags": vote.tags}
+def _described(vote: Vote) -> dict[str, Any]:
+    verdict = CHOICE_TEXTS[vote.choice] + STRENGTH_TEXTS.get(vote.strength, "")
+    return {"annotator": vote.annotator, "verdict": verdict, "reason": vote.reason, "tags": vote.tags}
 
 
 ROUTES = [

@@ -1,4 +1,4 @@
-"""The pages of those who judge: sign in, a pair, undo, the end."""
+"""The annotators' pages: sign in, judge a pair, undo, the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rlhf.collect.queue import ANSWERS, Answer, Assignment, Progress
 from rlhf.collect.session import Refused, Site, annotator, page, read_form
 
 LONGEST_REASON = 2000  # characters
-LONGEST_NAME = 64  # characters of a click's name
+LONGEST_CLICK = 64  # characters of the name that a form gives to one click
 NOTES = {
     "saved": "Saved.",
     "undone": "Undone. Here is the pair again.",
@@ -30,75 +30,88 @@ NOTES = {
 
 
 async def enter(request: Request) -> Response:
-    """A personal link: its token moves into a cookie that scripts cannot read, and out of the address.
+    """Sign in by a personal link: its token moves from the address into a cookie that scripts cannot read.
 
-    Whoever is signed in as somebody else is asked first: a link that was slipped to them would file their answers
-    under another's name.
+    Whoever is signed in as somebody else is asked first: a link slipped to them would file their answers under
+    another's name.
     """
     site, token = request.app.state.site, request.path_params["token"]
-    if person := await site.do(lambda: auth.annotator_of(site.store, token)):
-        present = request.cookies.get(f"{site.cookie}_annotator", "")
-        other = await site.do(lambda: auth.annotator_of(site.store, present)) if present else None
-        if other and other["id"] != person["id"]:
-            if request.method != "POST":
-                return page("other.html", site, person=person, other=other, form=auth.form_name(present))
-            await read_form(request, present)
-        begun = await site.do(lambda: site.queue.progress(person["id"]).mine)
-        return site.sign_in(RedirectResponse("/" if begun else "/welcome", 303), "annotator", token)
-    if await site.do(lambda: auth.is_owner(site.store, token)):
+    if await site.do(auth.is_owner, site.store, token):
         return site.sign_in(RedirectResponse("/owner", 303), "owner", token)
-    raise Refused(403, "This link does not open anything. Links are personal and can be replaced: ask for a new one.")
+    person = await site.do(auth.annotator_of, site.store, token)
+    if person is None:
+        raise Refused(403, "This link is not valid. Links are personal and can be replaced: ask for a new one.")
+
+    present = request.cookies.get(f"{site.cookie}_annotator", "")
+    other = await site.do(auth.annotator_of, site.store, present) if present else None
+    if other and other["id"] != person["id"]:
+        if request.method != "POST":
+            return page("other.html", site, person=person, other=other, form=auth.form_name(present))
+        await read_form(request, present)
+    progress = await site.do(site.queue.progress, person["id"])
+    target = "/" if progress.mine else "/welcome"
+    return site.sign_in(RedirectResponse(target, 303), "annotator", token)
 
 
 async def judge(request: Request) -> Response:
-    """The pair to judge now, or the end."""
+    """Show the pair to judge now, or the end."""
     site, token, person = await annotator(request)
     assignment, progress, pair = await site.do(_next, site, person["id"])
     note = request.query_params.get("note", "")
-    values = {"person": person, "progress": progress, "note": NOTES.get(note), "saved": note == "saved"}
-    values |= {"form": auth.form_name(token), "click": secrets.token_hex(8)}
+    values = {
+        "person": person,
+        "progress": progress,
+        "note": NOTES.get(note),
+        "saved": note == "saved",
+        "form": auth.form_name(token),
+        "click": secrets.token_hex(8),
+    }
     if assignment is None:
         return page("done.html", site, **values)
-    sides = (assignment.left, "ab".replace(assignment.left, ""))
+    sides = "ab" if assignment.left == "a" else "ba"
     answers = [{"text": pair[f"text_{side}"], "cut": pair[f"ended_{side}"] == 0} for side in sides]
     return page("pair.html", site, **values, assignment=assignment, messages=pair["messages"], answers=answers)
 
 
 async def welcome(request: Request) -> Response:
-    """What this is about, and the keys."""
+    """Show what this is about, and the keys."""
     site, token, person = await annotator(request)
     return page("welcome.html", site, person=person, form=auth.form_name(token))
 
 
 async def vote(request: Request) -> Response:
-    """One answer, on disk before the browser is sent on to the next pair."""
+    """Record one answer; it is on disk before the browser is sent on to the next pair."""
     site, token, person = await annotator(request)
     form = await read_form(request, token)
-    choice, assignment, click, strength, reason = (
-        form.get(name, [""])[0] for name in ("choice", "assignment", "click", "strength", "reason")
-    )
+    choice = _first(form, "choice")
     if choice not in ANSWERS:
         return RedirectResponse("/?note=choose", 303)
-    if not (assignment.isdecimal() and len(assignment) < 16 and 0 < len(click) <= LONGEST_NAME):
+
+    # a browser sends these as the page had them; anything else is a stale or made-up form
+    assignment, click = _first(form, "assignment"), _first(form, "click")
+    if not (assignment.isdecimal() and len(assignment) < 16 and 0 < len(click) <= LONGEST_CLICK):
         return RedirectResponse("/?note=gone", 303)
+
+    strength = _first(form, "strength")
+    ticked = form.get("tag", [])
     answer = Answer(
         choice,
-        int(strength) if strength in ("1", "2", "3") else None,
-        reason.strip()[:LONGEST_REASON] or None,
-        tuple(tag for tag in site.tags if tag in form.get("tag", [])),
+        strength=int(strength) if strength in ("1", "2", "3") else None,
+        reason=_first(form, "reason").strip()[:LONGEST_REASON] or None,
+        tags=tuple(tag for tag in site.tags if tag in ticked),
     )
-    outcome = await site.do(lambda: site.queue.vote(person["id"], int(assignment), answer, click))
+    outcome = await site.do(site.queue.vote, person["id"], int(assignment), answer, click)
     return RedirectResponse(f"/?note={outcome}", 303)
 
 
 async def undo(request: Request) -> Response:
-    """The annotator's last vote taken back, by a new event."""
+    """Undo the annotator's last vote by a new event."""
     site, token, person = await annotator(request)
     form = await read_form(request, token)
-    click = form.get("click", [""])[0]
-    if not 0 < len(click) <= LONGEST_NAME:
+    click = _first(form, "click")
+    if not 0 < len(click) <= LONGEST_CLICK:
         return RedirectResponse("/?note=gone", 303)
-    outcome = await site.do(lambda: site.queue.undo(person["id"], f"undo {click}"))
+    outcome = await site.do(site.queue.undo, person["id"], f"undo {click}")
     return RedirectResponse(f"/?note={outcome}", 303)
 
 
@@ -106,14 +119,19 @@ async def leave(request: Request) -> Response:
     """Give back what is held, and sign out of this browser."""
     site, token, person = await annotator(request)
     await read_form(request, token)
-    await site.do(lambda: site.queue.release(person["id"]))
+    await site.do(site.queue.release, person["id"])
     text = "You are signed out of this browser. Your personal link signs you in again."
     return site.sign_out(page("message.html", site, title="Goodbye", text=text), "annotator")
 
 
+def _first(form: dict[str, list[str]], name: str) -> str:
+    """Return the first value of a form's field, or an empty text."""
+    return form.get(name, [""])[0]
+
+
 def _next(site: Site, person: int) -> tuple[Assignment | None, Progress, dict[str, Any] | None]:
     assignment = site.queue.next(person)
-    pair = None if assignment is None else site.store.pair(assignment.comparison)
+    pair = None if assignment is None else site.store.at().pair(assignment.comparison)
     return assignment, site.queue.progress(person), pair
 
 

@@ -1,18 +1,18 @@
-"""Who judges which pair next.
+"""Which annotator judges which pair next.
 
-The queue is a fold over the store's events: each call reads, inside one write transaction, the events that others have
-committed since, and only then decides. Two servers on one file therefore hand out no place twice, and a server that
-was killed knows all after reading the file again.
+The queue is computed from the store's events: each call reads, inside one write transaction, the events that others
+have committed since, and only then decides. Two servers on one file therefore never give away the same slot, and a
+server that was killed knows everything after reading the file again.
 
-A pair has `overlap` places. A place is taken by a person's standing vote other than a skip, or by an assignment until
-it lapses. Nobody gets a pair again that they have answered; control pairs are for everybody and have no places.
+A pair has `overlap` slots. A slot is taken by a person's standing vote other than a skip, or by an assignment until its
+lease times out. Nobody gets a pair again that they have answered. Control pairs are for everybody and have no slots.
 """
 
 from __future__ import annotations
 
 import random
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -25,10 +25,10 @@ RECENT = 20  # votes that make up an annotator's own speed
 
 @dataclass(frozen=True)
 class Rules:
-    """overlap: people for each pair; lapse: seconds until an assignment lapses; control_share: of what is shown."""
+    """How pairs are shared out: people for each pair, lease of an assignment, share of control pairs shown."""
 
     overlap: int = 3
-    lapse: float = 1800.0
+    lease_seconds: float = 1800.0
     control_share: float = 0.1
 
 
@@ -45,19 +45,30 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back: left, right, tie, both_bad or skip; strength 1 to 3 for a side; why, if the annotator said so."""
+    """An annotator's answer: left, right, tie, both_bad or skip; strength 1 to 3 for a side; a reason if given."""
 
     choice: str
     strength: int | None = None
     reason: str | None = None
     tags: tuple[str, ...] = ()
 
+    def store_choice(self, left: str) -> str:
+        """Return the choice in the store's words: a or b, whichever side it was shown on, or the choice itself."""
+        if self.choice not in SIDES:
+            return self.choice
+        right = "b" if left == "a" else "a"
+        return left if self.choice == "left" else right
+
+    @property
+    def given_strength(self) -> int | None:
+        return self.strength if self.choice in SIDES else None
+
 
 @dataclass(frozen=True)
 class Progress:
-    """Of one annotator: votes that stand and median seconds of the last ones; of all: places filled and in all.
+    """One annotator's standing votes and median seconds of the last ones; slots filled and slots in all.
 
-    `given` counts the annotator's own answers to control pairs too, or standing still would tell which those are.
+    `given` counts the annotator's own answers to control pairs too, or standing still would reveal which those are.
     """
 
     mine: int
@@ -66,67 +77,86 @@ class Progress:
     needed: int
 
 
-class Queue:
-    """Assignments, votes and undos of people; every method is one transaction of the store."""
+@dataclass
+class _Pair:
+    """The state of one comparison."""
 
-    def __init__(
-        self,
-        store: Store,
-        rules: Rules,
-        draw: random.Random | None = None,
-    ):
-        self.store, self.rules, self.draw = store, rules, draw or random.SystemRandom()
-        self._event = self._comparison = 0  # read up to here
-        self._people: dict[int, bool] = {}  # annotator -> is a person
-        self._ends: dict[int, tuple[int, int]] = {}  # comparison -> its responses
-        self._controls: list[int] = []
-        self._untouched: dict[int, None] = {}  # normal pairs without an event, in random order
-        self._begun: set[int] = set()  # normal pairs with events and with a place that no vote has taken
-        self._filled: dict[int, int] = {}  # normal pair -> places taken by votes
-        self._votes: dict[int, dict[int, tuple[int, str]]] = {}  # comparison -> annotator -> (event, choice)
-        self._held: dict[int, dict[int, Assignment]] = {}  # comparison -> annotator -> assignment without an answer
-        self._hands: dict[int, dict[int, Assignment]] = {}  # the same by annotator
-        self._own: dict[int, dict[int, tuple[int, int | None]]] = {}  # annotator -> event -> (comparison, duration_ms)
-        self._met: dict[int, set[tuple[int, int]]] = {}  # annotator -> responses they have compared
-        self._last: dict[int, float] = {}  # annotator -> time of their newest event
-        self._given = 0
+    responses: tuple[int, int]
+    is_control: bool
+    votes: dict[int, str] = field(default_factory=dict)  # annotator -> choice that stands
+    held: dict[int, Assignment] = field(default_factory=dict)  # annotator -> assignment without an answer
+    filled: int = 0  # slots taken by people's votes
+
+
+@dataclass
+class _Annotator:
+    """The state of one annotator."""
+
+    is_person: bool
+    held: dict[int, Assignment] = field(default_factory=dict)  # comparison -> assignment without an answer
+    votes: dict[int, tuple[int, int | None]] = field(default_factory=dict)  # event -> (comparison, duration_ms)
+    answered: set[tuple[int, int]] = field(default_factory=set)  # the pairs of responses they have compared
+    last_event: float = 0.0  # its time
+
+
+class Queue:
+    """Assignments, votes and undos of people; every public method is one transaction of the store."""
+
+    def __init__(self, store: Store, rules: Rules, draw: random.Random | None = None):
+        self.store = store
+        self.rules = rules
+        self.draw = draw or random.SystemRandom()
+        self._last_event = 0  # read up to here
+        self._last_comparison = 0
+        self._pairs: dict[int, _Pair] = {}
+        self._annotators: dict[int, _Annotator] = {}
+        # normal pairs without an event, in random order, and those with events whose votes leave a slot free
+        self._untouched: dict[int, None] = {}
+        self._begun: set[int] = set()
+        self._filled_slots = 0
 
     def next(self, annotator: int) -> Assignment | None:
-        """What the annotator is to judge now: what they hold, else something new; None if nothing is left for them."""
+        """Return what the annotator is to judge now: what they hold, else something new; None if nothing is left."""
         with self.store.transaction():
             self._read()
-            mine = [a for a in self._hands.get(annotator, {}).values() if self._active(a)]
-            if mine:
-                return max(mine, key=lambda a: a.event)
+            active = [held for held in self._annotator(annotator).held.values() if self._is_active(held)]
+            if active:
+                return max(active, key=lambda held: held.event)
             chosen = self._pick(annotator)
-            return None if chosen is None else self._assign(chosen, annotator, self.draw.choice("ab"))
+            if chosen is None:
+                return None
+            return self._assign(chosen, annotator, self.draw.choice("ab"))
 
     def vote(self, annotator: int, assignment: int, answer: Answer, request: str) -> str:
-        """Record the answer to an assignment (its event); says what became of it.
+        """Record the answer to an assignment (its event), and return what became of it.
 
         saved; again: this very click is saved already; withdrawn: it was, and was undone since; differs: the form was
         sent before with another answer, which stands; answered: the annotator's vote on this pair stands already; full:
-        the assignment lapsed and others took the places; gone: there is no such assignment.
+        the lease timed out and others took the slots; gone: there is no such assignment.
         """
         key = f"{annotator}:{request}"
         with self.store.transaction():
             self._read()
-            if done := self.store.request(key):
-                if done["kind"] == "vote" and done["id"] not in self._own.get(annotator, {}):
+            person = self._annotator(annotator)
+            done = self.store.request(key)
+            if done:
+                if done["kind"] == "vote" and done["id"] not in person.votes:
                     return "withdrawn"
-                return "again" if self._same(done, answer) else "differs"
-            held = next((a for a in self._hands.get(annotator, {}).values() if a.event == assignment), None)
+                return "again" if _is_same(done, answer) else "differs"
+
+            held = next((a for a in person.held.values() if a.event == assignment), None)
             if held is None:
                 return "answered" if self._was_answered(annotator, assignment) else "gone"
-            if not self._active(held) and self._taken(held.comparison, annotator) >= self.rules.overlap:
+            if not self._is_active(held) and self._is_full(held.comparison, annotator):
                 return "full"
-            since = max(held.since, self._last.get(annotator, 0.0))
+
+            since = max(held.since, person.last_event)
             self.store.vote(
                 held.comparison,
                 annotator,
-                self._side(answer.choice, held.left),
+                answer.store_choice(held.left),
                 left=held.left,
-                strength=answer.strength if answer.choice in SIDES else None,
+                strength=answer.given_strength,
                 reason=answer.reason,
                 tags=list(answer.tags),
                 duration_ms=max(0, round(1000 * (self.store.clock() - since))),
@@ -135,77 +165,107 @@ class Queue:
             return "saved"
 
     def undo(self, annotator: int, request: str) -> str:
-        """Take the annotator's last vote back and hand them the pair again, sides as they were.
+        """Undo the annotator's last vote and hand them the pair again, sides as they were.
 
-        undone; again: this very click is done already; nothing: no vote of theirs stands; full: they had skipped the
-        pair, and others have taken its places since.
+        Returns undone; again: this very click is done already; nothing: no vote of theirs stands; full: they had
+        skipped the pair, and others have taken its slots since.
         """
         key = f"{annotator}:{request}"
         with self.store.transaction():
             self._read()
             if self.store.request(key):
                 return "again"
-            if not self._own.get(annotator):
+            votes = self._annotator(annotator).votes
+            if not votes:
                 return "nothing"
-            event = max(self._own[annotator])
-            comparison = self._own[annotator][event][0]
-            if self._taken(comparison, annotator) >= self.rules.overlap:
+            event = max(votes)
+            comparison, _ = votes[event]
+            if self._is_full(comparison, annotator):
                 return "full"
-            left = next(v["left"] for v in self.store.events(event - 1))
+            left = next(self.store.events(event - 1))["left"]
             self.store.undo(event, request=key)
             self._assign(comparison, annotator, left or "a")
             return "undone"
 
     def release(self, annotator: int) -> None:
-        """Give back what the annotator holds, so that others need not wait until it lapses."""
+        """Give back what the annotator holds, so that others need not wait for the lease to time out."""
         with self.store.transaction():
             self._read()
-            for held in list(self._hands.get(annotator, {}).values()):
+            for held in list(self._annotator(annotator).held.values()):
                 self.store.release(held.comparison, annotator)
 
     def progress(self, annotator: int) -> Progress:
-        """How far the annotator and all together have come."""
+        """Return how far the annotator and all together have come."""
         with self.store.transaction():
             self._read()
-        own = self._own.get(annotator, {})
-        times = [ms for _, (_, ms) in sorted(own.items())[-RECENT:] if ms is not None]
-        seconds = statistics.median(times) / 1000 if times else None
-        needed = self.rules.overlap * len(self._filled)
-        checks = sum(c not in self._filled and self._votes[c][annotator][1] != "skip" for c, _ in own.values())
-        return Progress(len(own), seconds, min(self._given + checks, needed), needed)
+        votes = self._annotator(annotator).votes
+        recent = [duration for _, (_, duration) in sorted(votes.items())[-RECENT:] if duration is not None]
+        seconds = statistics.median(recent) / 1000 if recent else None
+
+        answered_controls = 0
+        for comparison, _ in votes.values():
+            pair = self._pairs[comparison]
+            answered_controls += pair.is_control and pair.votes[annotator] != "skip"
+        needed = self.rules.overlap * len(self._normal_pairs())
+        return Progress(len(votes), seconds, min(self._filled_slots + answered_controls, needed), needed)
 
     def open_pairs(self) -> dict[str, int]:
-        """Normal pairs by how far they are: {"complete", "begun", "untouched"}; begun have a vote or an assignment."""
+        """Return how many normal pairs are complete, begun (with a vote or an assignment) and untouched."""
         with self.store.transaction():
             self._read()
-        taken = sum(1 for c in self._begun if self._filled[c] or any(map(self._active, self._held.get(c, {}).values())))
-        complete = sum(filled >= self.rules.overlap for filled in self._filled.values())
-        return {"complete": complete, "begun": taken, "untouched": len(self._filled) - complete - taken}
+        normal = self._normal_pairs()
+        complete = sum(pair.filled >= self.rules.overlap for pair in normal)
+        begun = 0
+        for comparison in self._begun:
+            pair = self._pairs[comparison]
+            begun += pair.filled > 0 or any(self._is_active(held) for held in pair.held.values())
+        return {"complete": complete, "begun": begun, "untouched": len(normal) - complete - begun}
 
     def _pick(self, annotator: int) -> int | None:
-        """A pair with a free place that the annotator has not met: those nearest to complete first, else at random."""
-        met = self._met.get(annotator, set())
+        """Return an unanswered pair with a free slot, the nearest to complete first, else a random one."""
+        answered = self._annotator(annotator).answered
         best, most = None, -1
-        for c in self._begun:
-            if self._ends[c] not in met and (taken := self._taken(c, annotator)) < self.rules.overlap and taken > most:
-                best, most = c, taken
+        for comparison in self._begun:
+            if self._pairs[comparison].responses in answered:
+                continue
+            taken = self._taken(comparison, annotator)
+            if most < taken < self.rules.overlap:
+                best, most = comparison, taken
         if best is None:
-            best = next((c for c in self._untouched if self._ends[c] not in met), None)
-        if best is not None and self.draw.random() < self.rules.control_share:
-            controls = [c for c in self._controls if self._ends[c] not in met and self._ends[c] != self._ends[best]]
-            return self.draw.choice(controls) if controls else best
-        return best
+            new = (comparison for comparison in self._untouched if self._pairs[comparison].responses not in answered)
+            best = next(new, None)
+        if best is None or self.draw.random() >= self.rules.control_share:
+            return best
+        controls = self._controls_for(answered | {self._pairs[best].responses})
+        return self.draw.choice(controls) if controls else best
+
+    def _controls_for(self, excluded: set[tuple[int, int]]) -> list[int]:
+        """Return the control pairs of other responses than these."""
+        return [id for id, pair in self._pairs.items() if pair.is_control and pair.responses not in excluded]
+
+    def _normal_pairs(self) -> list[_Pair]:
+        return [pair for pair in self._pairs.values() if not pair.is_control]
+
+    def _is_full(self, comparison: int, annotator: int) -> bool:
+        return self._taken(comparison, annotator) >= self.rules.overlap
 
     def _taken(self, comparison: int, annotator: int) -> int:
-        """Places of a pair that people other than the annotator have taken; a control has places without end."""
-        if comparison not in self._filled:
+        """Return the slots of a pair that people other than the annotator have taken; of a control none."""
+        pair = self._pairs[comparison]
+        if pair.is_control:
             return 0
-        votes, held = self._votes.get(comparison, {}), self._held.get(comparison, {})
-        count = sum(n != annotator and self._people[n] and choice != "skip" for n, (_, choice) in votes.items())
-        return count + sum(n != annotator and self._people[n] and self._active(a) for n, a in held.items())
+        others = set()
+        for voter, choice in pair.votes.items():
+            if choice != "skip":
+                others.add(voter)
+        for holder, held in pair.held.items():
+            if self._is_active(held):
+                others.add(holder)
+        others.discard(annotator)
+        return sum(self._annotators[other].is_person for other in others)
 
-    def _active(self, assignment: Assignment) -> bool:
-        return self.store.clock() - assignment.since < self.rules.lapse
+    def _is_active(self, assignment: Assignment) -> bool:
+        return self.store.clock() - assignment.since < self.rules.lease_seconds
 
     def _assign(self, comparison: int, annotator: int, left: str) -> Assignment:
         event = self.store.assign(comparison, annotator, left=left)
@@ -215,63 +275,64 @@ class Queue:
         event = next(self.store.events(assignment - 1), None)
         if event is None or event["id"] != assignment or event["annotator"] != annotator:
             return False
-        return annotator in self._votes.get(event["comparison"], {})
+        return annotator in self._pairs[event["comparison"]].votes
 
-    def _same(self, done: dict[str, Any], answer: Answer) -> bool:
-        wanted = self._side(answer.choice, done["left"]) if done["kind"] == "vote" else None
-        strength = answer.strength if answer.choice in SIDES else None
-        return (done["choice"], done["strength"]) == (wanted, strength)
-
-    @staticmethod
-    def _side(choice: str, left: str) -> str:
-        """The store's word: which response it is, on whichever side it was shown."""
-        return {"left": left, "right": "ab".replace(left, "")}.get(choice, choice)
+    def _annotator(self, id: int) -> _Annotator:
+        """Return the state of this annotator; of one the store does not know, that of nobody."""
+        if id not in self._annotators:
+            for row in self.store.annotators():
+                self._annotators.setdefault(row["id"], _Annotator(is_person=row["kind"] == "person"))
+        return self._annotators.setdefault(id, _Annotator(is_person=False))
 
     def _read(self) -> None:
-        """Bring the fold up to the newest event. Inside a transaction only: what was read must be committed."""
-        new = self.store.comparisons_after(self._comparison)
+        """Bring the state up to the newest event. Inside a transaction only: what was read must be committed."""
+        new = self.store.comparisons_after(self._last_comparison)
         self.draw.shuffle(new)
         for row in new:
-            self._comparison = max(self._comparison, row["id"])
-            self._ends[row["id"]] = (row["a"], row["b"])
-            if row["kind"] == "control":
-                self._controls.append(row["id"])
-            else:
-                self._untouched[row["id"]], self._filled[row["id"]] = None, 0
-        for event in self.store.events(self._event):
-            self._event = event["id"]
+            id = row["id"]
+            self._last_comparison = max(self._last_comparison, id)
+            self._pairs[id] = _Pair((row["a"], row["b"]), is_control=row["kind"] == "control")
+            if row["kind"] != "control":
+                self._untouched[id] = None
+        for event in self.store.events(self._last_event):
+            self._last_event = event["id"]
             self._apply(event)
 
     def _apply(self, event: Any) -> None:
-        c, n = event["comparison"], event["annotator"]
-        if n not in self._people:
-            self._people = {row["id"]: row["kind"] == "person" for row in self.store.annotators()}
-        at = self._last[n] = datetime.fromisoformat(event["created"]).timestamp()
-        votes, held = self._votes.setdefault(c, {}), self._held.setdefault(c, {})
-        hand = self._hands.setdefault(n, {})
+        id, comparison = event["annotator"], event["comparison"]
+        pair, annotator = self._pairs[comparison], self._annotator(id)
+        annotator.last_event = datetime.fromisoformat(event["created"]).timestamp()
         if event["kind"] == "assign":
-            held[n] = hand[c] = Assignment(event["id"], c, n, event["left"] or "a", at)
+            assignment = Assignment(event["id"], comparison, id, event["left"] or "a", annotator.last_event)
+            pair.held[id] = annotator.held[comparison] = assignment
         else:
-            held.pop(n, None)
-            hand.pop(c, None)
+            pair.held.pop(id, None)
+            annotator.held.pop(comparison, None)
         if event["kind"] == "vote":
-            votes[n] = (event["id"], event["choice"])
-            self._own.setdefault(n, {})[event["id"]] = (c, event["duration_ms"])
-            self._met.setdefault(n, set()).add(self._ends[c])
+            pair.votes[id] = event["choice"]
+            annotator.votes[event["id"]] = (comparison, event["duration_ms"])
+            annotator.answered.add(pair.responses)
         elif event["kind"] == "undo":
-            votes.pop(n, None)
-            self._own[n].pop(event["undoes"], None)
-            self._met[n].discard(self._ends[c])
-        if c in self._filled:
-            self._count(c)
+            pair.votes.pop(id, None)
+            annotator.votes.pop(event["undoes"], None)
+            annotator.answered.discard(pair.responses)
+        if not pair.is_control:
+            self._count_slots(comparison, pair)
 
-    def _count(self, c: int) -> None:
-        before = min(self._filled[c], self.rules.overlap)
-        now = sum(self._people[n] and choice != "skip" for n, (_, choice) in self._votes[c].items())
-        self._given += min(now, self.rules.overlap) - before
-        self._filled[c] = now
-        self._untouched.pop(c, None)
-        if now < self.rules.overlap:
-            self._begun.add(c)
+    def _count_slots(self, comparison: int, pair: _Pair) -> None:
+        before = min(pair.filled, self.rules.overlap)
+        votes = [id for id, choice in pair.votes.items() if choice != "skip"]
+        pair.filled = sum(self._annotators[id].is_person for id in votes)
+        self._filled_slots += min(pair.filled, self.rules.overlap) - before
+        self._untouched.pop(comparison, None)
+        if pair.filled < self.rules.overlap:
+            self._begun.add(comparison)
         else:
-            self._begun.discard(c)
+            self._begun.discard(comparison)
+
+
+def _is_same(done: dict[str, Any], answer: Answer) -> bool:
+    """Return whether the recorded event is this very answer."""
+    if done["kind"] != "vote":
+        return False
+    return (done["choice"], done["strength"]) == (answer.store_choice(done["left"]), answer.given_strength)

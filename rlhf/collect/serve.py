@@ -1,4 +1,4 @@
-"""`rlhf collect serve` and `rlhf collect links`: the app on a port, and the personal links that open it."""
+"""`rlhf collect serve` and `rlhf collect links`: the app on a port, and the personal links to it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import ssl
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from rlhf.collect import auth
@@ -28,9 +27,9 @@ class ServeConfig:
     store: str = option(help="the preference store (SQLite) with pairs; rlhf collect sample makes them")
     annotators: list[str] = option([], "names of people who may judge; the link of each new one is printed")
     overlap: int | None = option(None, "people who judge each pair; default: as last time, at first 3", low=1)
-    lapse_minutes: float | None = option(
+    lease_minutes: float | None = option(
         None,
-        "until a pair that was handed out and not answered is free again; default: as last time, at first 30",
+        "after this time a pair that was handed out and not answered is free again; default: as last time, at first 30",
         above=0,
     )
     control_share: float | None = option(
@@ -82,7 +81,7 @@ class LinksConfig:
     store: str = option(help="the preference store (SQLite)")
     annotators: list[str] = option([], "names of people; who is new is added")
     owner: bool = option(False, "a new link to the owner's page as well")
-    revoke: list[str] = option([], "names of people whose link shall stop working without a new one")
+    revoke: list[str] = option([], "names of people whose link is to stop working, without a new one")
     url: str | None = option(None, "where people reach the app; default: as served last")
 
 
@@ -94,75 +93,101 @@ def serve(config: ServeConfig) -> None:
     from rlhf.collect.session import Site
 
     guide = read_guide(config.voice) if config.voice else None
-    url = (config.url or _own_url(config)).rstrip("/")
-    listener = _listen(config.host, config.port)
-    with contextlib.closing(listener):
+    local_url = _local_url(config)
+    url = (config.url or local_url).rstrip("/")
+    # listening before the store is touched: a port that is taken must not cost anybody their link
+    with contextlib.closing(_listen(config.host, config.port)) as listener:
         with Store.open(config.store) as store:
             _set_up(store, config, url)
         for warning in _warnings(config, url):
             print(f"WARNING: {warning}", file=sys.stderr)
-        site = Site(Path(config.store), url, guide, config.tags, url.startswith("https://"), f"rlhf_{config.port}")
-        # a warning for every malformed request would let anybody fill the log
-        options: dict[str, Any] = {"access_log": False, "log_level": "error", "server_header": False}
-        options |= {"http": TimedProtocol, "ws": "none"}
-        options |= {"ssl_certfile": config.certificate, "ssl_keyfile": config.certificate_key}
-        # paths are never logged: a personal link's path is its secret
-        server = uvicorn.Server(uvicorn.Config(create_app(site), timeout_graceful_shutdown=5, **options))
-        own = "" if url == _own_url(config) else f", listening on {_own_url(config)}"
-        print(f"serving {config.store} on {url}{own} (Ctrl-C ends)", flush=True)
+        site = Site(
+            Path(config.store),
+            url=url,
+            guide=guide,
+            tags=config.tags,
+            secure=url.startswith("https://"),
+            cookie=f"rlhf_{config.port}",
+        )
+        settings = uvicorn.Config(
+            create_app(site),
+            timeout_graceful_shutdown=5,
+            # paths are never logged: a personal link's path is its secret
+            access_log=False,
+            # a warning for every malformed request would let anybody fill the log
+            log_level="error",
+            server_header=False,
+            http=TimedProtocol,
+            ws="none",
+            ssl_certfile=config.certificate,
+            ssl_keyfile=config.certificate_key,
+        )
+        listening = "" if url == local_url else f", listening on {local_url}"
+        print(f"serving {config.store} on {url}{listening} (Ctrl-C ends)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
+            uvicorn.Server(settings).run(sockets=[listener])
 
 
 def links(config: LinksConfig) -> dict[str, str]:
     """Print new links; returns them by name, the owner's under ''."""
     if not (config.annotators or config.owner or config.revoke):
         raise UserError("nothing to do: give --annotators NAME,NAME or --owner true or --revoke NAME")
+    # without doubles: a second link of one person would end the first
+    names: list[str | None] = list(dict.fromkeys(map(auth.checked_name, config.annotators)))
+    if config.owner:
+        names.append(None)
     made = {}
     with Store.open(config.store) as store:
         url = (config.url or store.setting("url") or "http://127.0.0.1:8000").rstrip("/")
-        people = {one_name(row["name"]): row["id"] for row in store.annotators()}
-        for name in map(one_name, config.revoke):
-            if name not in people:
-                raise UserError(f"{config.store}: has no annotator {name!r}; found {', '.join(people) or 'none'}")
-            store.set_token(people[name], None)
-            print(f"{name}: the link opens nothing any more")
-        names = list(dict.fromkeys(map(auth.checked_name, config.annotators)))  # a second link would close the first
-        for name in [*names, *([None] if config.owner else [])]:
-            made[name or ""] = f"{url}/enter/{auth.new_link(store, name)}"
-            print(f"{name or 'owner'}: {made[name or '']}")
+        _revoke(store, config.revoke)
+        for name in names:
+            link = f"{url}/enter/{auth.new_link(store, name)}"
+            made[name or ""] = link
+            print(f"{name or 'owner'}: {link}")
     return made
 
 
+def _revoke(store: Store, names: list[str]) -> None:
+    annotators = {one_name(row["name"]): row["id"] for row in store.annotators()}
+    for name in map(one_name, names):
+        if name not in annotators:
+            known = ", ".join(annotators) or "none"
+            raise UserError(f"{store.path}: has no annotator {name!r}; found {known}")
+        store.set_token(annotators[name], None)
+        print(f"{name}: link revoked")
+
+
 def _set_up(store: Store, config: ServeConfig, url: str) -> None:
-    """Keep the rules, add annotators, print new links."""
-    if not store.stats()["comparisons"]:
+    """Keep the rules in the store, add annotators, and print new links."""
+    if not store.at().stats()["comparisons"]:
         raise UserError(f"{config.store}: has no pairs to judge; make some with: rlhf collect sample")
     store.set_setting("url", url)
-    given = {"overlap": config.overlap, "control_share": config.control_share}
-    given["lapse"] = config.lapse_minutes and 60 * config.lapse_minutes
-    for name, value in given.items():
+    lease_seconds = None if config.lease_minutes is None else 60 * config.lease_minutes
+    rules = {"overlap": config.overlap, "control_share": config.control_share, "lapse": lease_seconds}
+    for name, value in rules.items():
         if value is not None:
             store.set_setting(name, str(value))
-    open_now = {one_name(row["name"]) for row in store.annotators() if row["token_hash"]}
+
+    with_link = {one_name(row["name"]) for row in store.annotators() if row["token_hash"]}
     for name in config.annotators:
-        if name not in open_now:
+        if name not in with_link:
             print(f"{name}: {url}/enter/{auth.new_link(store, name)}")
-            open_now.add(name)
+            with_link.add(name)
     if store.setting(auth.OWNER) is None:
         print(f"owner: {url}/enter/{auth.new_link(store, None)}")
-    if not open_now:
+    if not with_link:
         print("nobody has a link yet: give --annotators NAME,NAME or add people on the owner's page")
     print(f"a lost link is replaced with: rlhf collect links {config.store} --annotators NAME (or --owner true)")
 
 
-def _own_url(config: ServeConfig) -> str:
+def _local_url(config: ServeConfig) -> str:
+    scheme = "https" if config.certificate else "http"
     host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http{'s' if config.certificate else ''}://{host}:{config.port}"
+    return f"{scheme}://{host}:{config.port}"
 
 
 def _warnings(config: ServeConfig, url: str) -> list[str]:
-    """Where links and votes could be read on the way: between people and `url`, and on the port itself."""
+    """Return warnings where links and votes could be read on the way: to `url`, and on the port itself."""
     found = []
     if url.startswith("http://") and not _is_loopback(urlsplit(url).hostname or ""):
         found.append(

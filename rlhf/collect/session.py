@@ -1,4 +1,4 @@
-"""What all pages share: the site, its templates, who is signed in, forms that are ours."""
+"""What all pages share: the site, its templates, the signed-in session, and the check of forms."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf.collect import auth
 from rlhf.collect.guide import Guide
 from rlhf.collect.queue import Queue
 from rlhf.collect.safe_markdown import render, visible
-from rlhf.collect.status import number, of, percent, rules_of
+from rlhf.collect.status import fraction, number, percent, rules_of
 from rlhf.data.store import Store
 
 HERE = Path(__file__).parent
@@ -28,27 +28,37 @@ COOKIE_SECONDS = 90 * 24 * 3600
 
 
 class Refused(Exception):
-    """No right to this page: (status, why)."""
+    """A request that this session has no right to make; `reason` is shown on the page."""
+
+    def __init__(self, status: int, reason: str):
+        super().__init__(reason)
+        self.status = status
+        self.reason = reason
+
+
+def _one_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "store")
 
 
 @dataclass
 class Site:
-    """What the pages need. `cookie` begins the names of its cookies, which browsers share between ports."""
+    """The state of the app, which every request reads."""
 
     path: Path
     url: str = ""  # where people reach it, without a slash at the end
     guide: Guide | None = None
     tags: list[str] = field(default_factory=list)
-    secure: bool = False  # cookies for https alone
-    cookie: str = "rlhf"
-    worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "store"))
+    secure: bool = False  # send cookies over https only
+    cookie: str = "rlhf"  # prefix of the cookies' names, since browsers share cookies between ports
+    worker: ThreadPoolExecutor = field(default_factory=_one_thread)
     store: Store | None = None
     queue: Queue | None = None
-    looked: tuple[tuple[int, int], dict[str, Any]] | None = None  # newest event and pair then, and the summary
-    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    # the owner's summary, with the newest event and comparison when it was computed
+    summary: tuple[tuple[int, int], dict[str, Any]] | None = None
+    summary_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def do(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """The function's value, called on the thread that owns the store."""
+        """Return the function's value, called on the thread that owns the store."""
         return await asyncio.get_running_loop().run_in_executor(self.worker, function, *arguments)
 
     def open(self) -> None:
@@ -56,7 +66,7 @@ class Site:
         self.queue = Queue(self.store, rules_of(self.store))
 
     def sign_in(self, response: Response, role: str, token: str) -> Response:
-        # Lax, not Strict: a link followed from a letter must arrive signed in
+        # Lax, not Strict: a link followed from an e-mail must arrive signed in
         options = {"httponly": True, "samesite": "lax", "secure": self.secure}
         response.set_cookie(f"{self.cookie}_{role}", token, max_age=COOKIE_SECONDS, **options)
         return response
@@ -67,26 +77,26 @@ class Site:
 
 
 async def annotator(request: Request) -> tuple[Site, str, dict[str, Any]]:
-    """The site, the session's token and its annotator; raises Refused."""
+    """Return the site, the session's token and its annotator; raises Refused."""
     site = request.app.state.site
     token = request.cookies.get(f"{site.cookie}_annotator", "")
-    person = await site.do(lambda: auth.annotator_of(site.store, token)) if token else None
+    person = await site.do(auth.annotator_of, site.store, token) if token else None
     if person is None:
         raise Refused(401, "Please open your personal link. If you have none, ask whoever runs this collection.")
     return site, token, person
 
 
 async def owner(request: Request) -> tuple[Site, str]:
-    """The site and the owner's token; raises Refused."""
+    """Return the site and the owner's token; raises Refused."""
     site = request.app.state.site
     token = request.cookies.get(f"{site.cookie}_owner", "")
-    if not token or not await site.do(lambda: auth.is_owner(site.store, token)):
+    if not token or not await site.do(auth.is_owner, site.store, token):
         raise Refused(401, "This page is for the owner of the collection. Open the owner's link first.")
     return site, token
 
 
 async def read_form(request: Request, token: str) -> dict[str, list[str]]:
-    """The fields of a form that this site made for this session; raises Refused for any other."""
+    """Return the fields of a form that this site made for this session; raises Refused for any other."""
     body = (await request.body()).decode("utf-8", "replace")
     with contextlib.suppress(ValueError):
         form = parse_qs(body, max_num_fields=100)
@@ -100,8 +110,13 @@ def page(template: str, site: Site, status: int = 200, **values: Any) -> HTMLRes
 
 
 def shown(value: Any) -> Any:
-    """Write out hidden and control characters in every text on a page, but for HTML that is ours already."""
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+    """Write out hidden and control characters in every text on a page, except in HTML that is already safe."""
+    is_plain_text = isinstance(value, str) and not isinstance(value, Markup)
+    return visible(value) if is_plain_text else value
+
+
+def _signed(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
 
 
 def _templates() -> Environment:
@@ -113,10 +128,10 @@ def _templates() -> Environment:
         finalize=shown,
     )
     environment.filters |= {
-        "signed": lambda x: f"{x:.2f}".replace("-", "−"),
+        "signed": _signed,
         "render": render,
         "percent": percent,
-        "of": of,
+        "fraction": fraction,
         "number": number,
     }
     return environment

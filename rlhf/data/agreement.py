@@ -1,10 +1,10 @@
-"""How far annotators agree, and how far each can be relied on.
+"""Agreement of annotators, and how far each can be relied on.
 
     ratings = ratings_of(votes)                       # {comparison: {annotator: "a"}}
     alpha, low, high = alpha_interval(ratings)
     for person in annotator_reliability(votes, controls={7: "a"}): print(person.annotator, person.flags)
 
-A skip says nothing and counts nowhere. Whatever cannot be computed (nobody judged the same pair, all said the same) is
+A skip counts nowhere. Whatever cannot be computed (nobody judged the same pair, all said the same) is
 nan, and None in `to_dict`.
 """
 
@@ -15,7 +15,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -66,12 +66,24 @@ class Reliability:
     flags: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON and pages: nan becomes None."""
+        """Return the entry for JSON and pages; nan becomes None."""
         return _plain(self)
 
 
+@dataclass
+class PairKappa:
+    """Cohen's kappa of two annotators over `pairs` common pairs, with its 95 % interval."""
+
+    one: str
+    other: str
+    kappa: float
+    low: float
+    high: float
+    pairs: int
+
+
 def ratings_of(votes: list[Vote], level: Level = "nominal") -> Ratings:
-    """{comparison: {annotator: value}} of votes, without skips.
+    """Return {comparison: {annotator: value}} of votes, without skips.
 
     nominal: the choice (a, b, tie, both_bad). ordinal: from -3 (b by far) over 0 (tie or both bad) to 3 (a by far); a
     vote without a strength counts as 1.
@@ -88,7 +100,7 @@ def ratings_of(votes: list[Vote], level: Level = "nominal") -> Ratings:
 
 
 def krippendorff_alpha(ratings: Ratings, level: Level = "nominal") -> float:
-    """Krippendorff's alpha (2011, "Computing Krippendorff's alpha-reliability"): 1 perfect, 0 as by chance.
+    """Return Krippendorff's alpha (2011, "Computing Krippendorff's alpha-reliability"): 1 perfect, 0 as by chance.
 
         alpha = 1 - (n - 1) sum_ck o_ck d_ck / sum_ck n_c n_k d_ck
         o_ck = sum_items (pairs of values c, k in the item) / (values in the item - 1),   n_c = sum_k o_ck
@@ -102,13 +114,13 @@ def krippendorff_alpha(ratings: Ratings, level: Level = "nominal") -> float:
 
 
 def alpha_interval(ratings: Ratings, level: Level = "nominal") -> tuple[float, float, float]:
-    """(alpha, low, high): the 95 % interval over items that have two values or more (`jackknife_interval`)."""
+    """Return (alpha, low, high): the 95 % interval over items that have two values or more (`jackknife_interval`)."""
     cells, _ = _coincidences(ratings)
     return _interval(cells, lambda sums: _alpha(sums, level))
 
 
 def cohen_kappa(one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]) -> float:
-    """Cohen's kappa (1960) of two annotators' values by item, over the items that both judged.
+    """Return Cohen's kappa (1960) of two annotators' values by item, over the items that both judged.
 
         kappa = (p_o - p_e) / (1 - p_e),   p_e = sum_k p_one(k) p_other(k)
 
@@ -119,45 +131,32 @@ def cohen_kappa(one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]) 
 
 
 def kappa_interval(one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]) -> tuple[float, float, float]:
-    """(kappa, low, high): the 95 % interval over the common items (`jackknife_interval`)."""
+    """Return (kappa, low, high): the 95 % interval over the common items (`jackknife_interval`)."""
     return _interval(_crossed(one, other), _kappa)
 
 
-@dataclass
-class PairKappa:
-    """Cohen's kappa of two annotators over the `pairs` that both judged, with its 95 % interval."""
-
-    one: str
-    other: str
-    kappa: float
-    pairs: int
-    low: float
-    high: float
-
-
 def pairwise_kappas(ratings: Ratings) -> list[PairKappa]:
-    """Return kappa and interval for every two annotators who have judged an item in common, sorted by name."""
+    """Return the kappa of every two annotators who have judged an item in common, by name."""
     by_name: dict[str, dict[Hashable, Hashable]] = {}
     for item, values in ratings.items():
         for name, value in values.items():
             by_name.setdefault(name, {})[item] = value
-
     found = []
     for one, other in itertools.combinations(sorted(by_name), 2):
         common = len(by_name[one].keys() & by_name[other].keys())
         if common:
             kappa, low, high = kappa_interval(by_name[one], by_name[other])
-            found.append(PairKappa(one, other, kappa, common, low, high))
+            found.append(PairKappa(one, other, kappa, low, high, common))
     return found
 
 
 def agreement_summary(
     votes: list[Vote], controls: dict[int, str] | None = None, words: dict[int, int] | None = None
 ) -> dict[str, Any]:
-    """Everything here about a set of votes, ready for JSON (None where it cannot be computed).
+    """Return everything here about a set of votes, ready for JSON (None where it cannot be computed).
 
     {"votes", "pairs", "pairs_judged_twice", "alpha": {"nominal": {"estimate", "low", "high"}, "ordinal": ...},
-    "kappa": [{"one", "other", "kappa", "pairs", "low", "high"}], "annotators": [Reliability.to_dict()]}. Alpha and
+    "kappa": [{"one", "other", "kappa", "low", "high", "pairs"}], "annotators": [Reliability.to_dict()]}. Alpha and
     kappa are over the pairs that are not controls. controls, words: as in `annotator_reliability`.
     """
     controls = controls or {}
@@ -182,7 +181,7 @@ def agreement_summary(
 def annotator_reliability(
     votes: list[Vote], controls: dict[int, str] | None = None, words: dict[int, int] | None = None
 ) -> list[Reliability]:
-    """One entry for each annotator, by name.
+    """Return one entry for each annotator, by name.
 
     votes: all that stand, those on control pairs included. controls: comparison -> the right answer, "a" or "b".
     words: comparison -> words of both answers together, so that a vote is too fast if it took less than skimming them
@@ -191,73 +190,112 @@ def annotator_reliability(
     Flags are raised at p < 0.01 for each annotator and question: an honest one gets one in a hundred times. The side
     bias supposes that sides were drawn at random, as the web app does.
     """
-    controls = controls or {}
+    controls, words = controls or {}, words or {}
     by_name: dict[str, list[Vote]] = {}
     for vote in votes:
         by_name.setdefault(vote.annotator, []).append(vote)
-    rest = _agreement_with_the_rest([vote for vote in votes if vote.comparison not in controls])
-    skilled = skills(votes, controls).confusion
+    agreement = _agreement_with_the_rest([vote for vote in votes if vote.comparison not in controls])
+    confusion = skills(votes, controls).confusion
+
     people = []
     for name, own in sorted(by_name.items()):
-        judged = [v for v in own if v.comparison in controls and v.choice != "skip"]
-        sided = [v.choice == v.left for v in own if v.choice in ("a", "b") and v.left]
-        timed = [v for v in own if v.duration_ms is not None]
-        right, wrong = skilled[name][0, :2] if name in skilled else (math.nan, math.nan)
+        left = _left_share(own)
         person = Reliability(
             annotator=name,
             votes=len(own),
-            choices=dict(Counter(v.choice for v in own)),
-            rest=rest.get(name, Share(0, 0)),
-            controls=Share(sum(v.choice == controls[v.comparison] for v in judged), len(judged)),
-            skill=float(right / (right + wrong)),
-            left=Share(sum(sided), len(sided)),
-            left_p=fair_coin_p(sum(sided), len(sided)),
-            seconds=statistics.median(v.duration_ms for v in timed) / 1000 if timed else math.nan,
-            fast=Share(sum(v.duration_ms < 1000 * _shortest(v, words) for v in timed), len(timed)),
+            choices=dict(Counter(vote.choice for vote in own)),
+            rest=agreement.get(name, Share(0, 0)),
+            controls=_controls_right(own, controls),
+            skill=_skill(confusion.get(name)),
+            left=left,
+            left_p=fair_coin_p(int(left.count), left.n),
+            seconds=_median_seconds(own),
+            fast=_too_fast(own, words),
         )
         people.append(person)
     for person in people:
-        person.flags = _flags(person, [other for other in people if other is not person])
+        others = [other for other in people if other is not person]
+        person.flags = _flags(person, others)
     return people
 
 
+def _controls_right(votes: list[Vote], controls: dict[int, str]) -> Share:
+    judged = [vote for vote in votes if vote.comparison in controls and vote.choice != "skip"]
+    right = sum(vote.choice == controls[vote.comparison] for vote in judged)
+    return Share(right, len(judged))
+
+
+def _skill(confusion: np.ndarray | None) -> float:
+    """Return, of the votes for a side where "a" is truly better, the share for "a" (a and b are mirrored)."""
+    if confusion is None:
+        return math.nan
+    right, wrong = confusion[0, :2]
+    return float(right / (right + wrong))
+
+
+def _left_share(votes: list[Vote]) -> Share:
+    sided = [vote for vote in votes if vote.choice in ("a", "b") and vote.left]
+    return Share(sum(vote.choice == vote.left for vote in sided), len(sided))
+
+
+def _median_seconds(votes: list[Vote]) -> float:
+    durations = [vote.duration_ms for vote in votes if vote.duration_ms is not None]
+    return statistics.median(durations) / 1000 if durations else math.nan
+
+
+def _too_fast(votes: list[Vote], words: dict[int, int]) -> Share:
+    timed = [vote for vote in votes if vote.duration_ms is not None]
+    fast = 0
+    for vote in timed:
+        shortest = max(FASTEST, words.get(vote.comparison, 0) / SKIM)
+        fast += vote.duration_ms < 1000 * shortest
+    return Share(fast, len(timed))
+
+
 def _agreement_with_the_rest(votes: list[Vote]) -> dict[str, Share]:
-    """Mean over an annotator's pairs of the share of the others who said the same."""
+    """Return the mean over an annotator's pairs of the share of the others who said the same."""
     totals: dict[str, list[float]] = {}
     for values in ratings_of(votes).values():
+        if len(values) == 1:
+            continue
         counts = Counter(values.values())
         for name, value in values.items():
-            if len(values) > 1:
-                totals.setdefault(name, []).append((counts[value] - 1) / (len(values) - 1))
+            totals.setdefault(name, []).append((counts[value] - 1) / (len(values) - 1))
     return {name: Share(math.fsum(shares), len(shares)) for name, shares in totals.items()}
 
 
-def _shortest(vote: Vote, words: dict[int, int] | None) -> float:
-    return max(FASTEST, (words or {}).get(vote.comparison, 0) / SKIM)
-
-
 def _flags(person: Reliability, others: list[Reliability]) -> list[str]:
-    """What can be said against an annotator beyond chance."""
+    """Return what can be said against an annotator beyond chance."""
     flags = []
     if person.left_p < SURE:
         side = "left" if person.left.estimate > 0.5 else "right"
         flags.append(f"prefers the {side} side ({person.left.estimate:.0%} left)")
-    n = sum(other.rest.n for other in others)
-    usual = sum(other.rest.count for other in others) / n if n else math.nan
-    if person.rest.n and wilson(person.rest.count, person.rest.n, 1 - 2 * SURE)[1] < usual:
+
+    compared = sum(other.rest.n for other in others)
+    usual = sum(other.rest.count for other in others) / compared if compared else math.nan
+    if _surely_below(person.rest, usual):
         flags.append(f"agrees less with the rest ({person.rest.estimate:.0%}) than they do ({usual:.0%})")
-    if person.controls.n and wilson(person.controls.count, person.controls.n, 1 - 2 * SURE)[1] < CONTROLS_RIGHT:
+    if _surely_below(person.controls, CONTROLS_RIGHT):
         flags.append(f"fails control pairs ({person.controls.count:g} of {person.controls.n} right)")
     if person.fast.n and person.fast.estimate > HASTE:
         flags.append(f"votes faster than one can read ({person.fast.estimate:.0%} of the votes)")
     return flags
 
 
+def _surely_below(share: Share, bound: float) -> bool:
+    """Return whether the share is below `bound` at p < SURE, one-sided."""
+    if not share.n:
+        return False
+    _, high = wilson(share.count, share.n, 1 - 2 * SURE)
+    return high < bound
+
+
 def _coincidences(ratings: Ratings) -> tuple[np.ndarray, list[Hashable]]:
-    """(N, K, K): each item's share in the coincidence matrix, values sorted; items with one value are left out."""
+    """Return (N, K, K): each item's share in the coincidences, values sorted; items with one value are left out."""
     usable = [list(values.values()) for values in ratings.values() if len(values) > 1]
-    found = {value for values in usable for value in values}
-    order = sorted(found) if all(isinstance(v, (int, float)) for v in found) else sorted(found, key=str)
+    found = set(itertools.chain.from_iterable(usable))
+    are_numbers = all(isinstance(value, (int, float)) for value in found)
+    order = sorted(found, key=None if are_numbers else str)
     number = {value: k for k, value in enumerate(order)}
     counts = np.zeros((len(usable), len(order)))
     for i, values in enumerate(usable):
@@ -269,11 +307,12 @@ def _coincidences(ratings: Ratings) -> tuple[np.ndarray, list[Hashable]]:
 
 
 def _alpha(sums: np.ndarray, level: Level) -> np.ndarray:
-    """(R,) alphas of (R, K, K) coincidence matrices."""
+    """Return (R,) alphas of (R, K, K) coincidence matrices."""
     n_c = sums.sum(axis=2)
     n = n_c.sum(axis=1)
     if level == "ordinal":
-        middle = n_c.cumsum(axis=1) - n_c / 2  # mid-ranks: their distance is the sum in the docstring
+        # mid-ranks: their distance is the sum in the docstring of krippendorff_alpha
+        middle = n_c.cumsum(axis=1) - n_c / 2
         distance = (middle[:, :, None] - middle[:, None, :]) ** 2
     else:
         distance = np.broadcast_to(1.0 - np.eye(sums.shape[1]), sums.shape)
@@ -284,9 +323,10 @@ def _alpha(sums: np.ndarray, level: Level) -> np.ndarray:
 
 
 def _crossed(one: dict, other: dict) -> np.ndarray:
-    """(N, K, K): for each common item a 1 at (value of one, value of the other)."""
+    """Return (N, K, K): for each common item a 1 at (value of one, value of the other)."""
     items = [item for item in one if item in other]
-    order = sorted({d[item] for d in (one, other) for item in items}, key=str)
+    values = [one[item] for item in items] + [other[item] for item in items]
+    order = sorted(set(values), key=str)
     number = {value: k for k, value in enumerate(order)}
     cells = np.zeros((len(items), len(order), len(order)))
     for i, item in enumerate(items):
@@ -295,16 +335,16 @@ def _crossed(one: dict, other: dict) -> np.ndarray:
 
 
 def _kappa(sums: np.ndarray) -> np.ndarray:
-    """(R,) kappas of (R, K, K) tables of counts."""
-    share = sums / sums.sum(axis=(1, 2), keepdims=True)
-    observed = np.trace(share, axis1=1, axis2=2)
-    chance = (share.sum(axis=2) * share.sum(axis=1)).sum(axis=1)
+    """Return (R,) kappas of (R, K, K) tables of counts."""
     with np.errstate(invalid="ignore", divide="ignore"):
+        share = sums / sums.sum(axis=(1, 2), keepdims=True)
+        observed = np.trace(share, axis1=1, axis2=2)
+        chance = (share.sum(axis=2) * share.sum(axis=1)).sum(axis=1)
         return np.where(chance < 1 - 1e-12, (observed - chance) / (1 - chance), np.nan)
 
 
 def _interval(cells: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float, float]:
-    """The statistic of the sum of (N, K, K) cells, one for each item, and its 95 % interval; nan where undefined."""
+    """Return the statistic of the sum of (N, K, K) cells, one an item, and its 95 % interval; nan where undefined."""
     if not len(cells):
         return math.nan, math.nan, math.nan
     total = cells.sum(axis=0)
@@ -314,8 +354,9 @@ def _interval(cells: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) 
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, (Share, Reliability, PairKappa)):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    """Return dataclasses as dicts, and None for numbers that are not finite."""
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list):

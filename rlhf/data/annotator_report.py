@@ -46,10 +46,11 @@ def store_summary(name: str) -> dict[str, Any]:
 
     path, event = sources.split_event(name)
     with Store.open(path, readonly=True) as store:
+        view = store.at(event)
         words = {}
-        for pair in store.comparisons() + store.comparisons("control"):
+        for pair in view.comparisons() + view.comparisons("control"):
             words[pair["id"]] = len(f"{pair['text_a']} {pair['text_b']}".split())
-        return agreement_summary(store.votes(event), store.controls(), words)
+        return agreement_summary(view.votes(), view.controls(), words)
 
 
 def _as_votes(records: Sequence[Preference]) -> list[Vote]:

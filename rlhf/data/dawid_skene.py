@@ -1,10 +1,11 @@
-"""Dawid and Skene (1979): what each item truly is and how good each annotator is, from votes alone, by EM.
+"""The model of Dawid and Skene (1979): the true class of each item and the skill of each annotator, by EM.
 
 Numbers only: `votes.py` makes pairs of the result, `agreement.py` a report on the annotators.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
@@ -49,15 +50,9 @@ def dawid_skene(
     Ends when no T changes by more than `tolerance`.
     """
     number = {value: k for k, value in enumerate(classes)}
-    known = {item: value for item, value in (known or {}).items() if item in ratings}
-    items = [item for item in ratings if item in known or any(v in number for v in ratings[item].values())]
-    people = sorted({name for item in items for name, v in ratings[item].items() if v in number})
-    place = {name: j for j, name in enumerate(people)}
-    votes = np.array(
-        [(i, place[n], number[v]) for i, item in enumerate(items) for n, v in ratings[item].items() if v in number],
-        dtype=np.int64,
-    ).reshape(-1, 3)
     K = len(number)
+    known = {item: value for item, value in (known or {}).items() if item in ratings}
+    items, annotators, votes = _as_array(ratings, number, known)
     fixed = np.array([number[known[item]] if item in known else -1 for item in items], dtype=np.int64)
     start = np.zeros((K, K)) if pseudo is None else np.asarray(pseudo, dtype=np.float64)
     class_pseudo = 0.0 if pseudo is None else 1.0
@@ -66,24 +61,47 @@ def dawid_skene(
     if pseudo is None:
         truth = _clamped(_normalised(_tally(votes[:, 0], votes[:, 2], (len(items), K))), fixed)
     else:
-        confusion = np.repeat(_normalised(start)[None], len(people), axis=0)
+        confusion = np.repeat(_normalised(start)[None], len(annotators), axis=0)
         truth = _clamped(_posterior(votes, np.full(K, 1 / K), confusion, len(items)), fixed)
-    for _ in range(1, rounds + 1):
-        counts, shares = _counts(votes, truth, len(people)) + start, truth.sum(axis=0) + class_pseudo
-        confusion, prior = _normalised(counts + counts[:, image][:, :, image]), _normalised(shares + shares[image])
-        before, truth = truth, _clamped(_posterior(votes, prior, confusion, len(items)), fixed)
+
+    for _ in range(rounds):
+        # M step
+        counts = _counts(votes, truth, len(annotators)) + start
+        confusion = _normalised(counts + counts[:, image][:, :, image])
+        shares = truth.sum(axis=0) + class_pseudo
+        prior = _normalised(shares + shares[image])
+        # E step
+        before = truth
+        truth = _clamped(_posterior(votes, prior, confusion, len(items)), fixed)
         if np.abs(truth - before).max(initial=0.0) <= tolerance:
             break
     return Skills(
         classes=list(classes),
         posterior=dict(zip(items, truth, strict=True)),
-        confusion=dict(zip(people, confusion, strict=True)),
+        confusion=dict(zip(annotators, confusion, strict=True)),
         prior=prior,
     )
 
 
+def _as_array(
+    ratings: Ratings, number: dict[Hashable, int], known: dict[Hashable, Hashable]
+) -> tuple[list[Hashable], list[str], np.ndarray]:
+    """Return the items and annotators that count, and the votes (V, 3): number of the item, annotator and class."""
+    usable = {}
+    for item, values in ratings.items():
+        own = {name: number[value] for name, value in values.items() if value in number}
+        if own or item in known:
+            usable[item] = own
+    annotators = sorted(set(itertools.chain.from_iterable(usable.values())))
+    place = {name: j for j, name in enumerate(annotators)}
+    votes = []
+    for i, own in enumerate(usable.values()):
+        votes += [(i, place[name], k) for name, k in own.items()]
+    return list(usable), annotators, np.array(votes, dtype=np.int64).reshape(-1, 3)
+
+
 def _counts(votes: np.ndarray, truth: np.ndarray, people: int) -> np.ndarray:
-    """(people, K, K) votes l on items of class k that each annotator cast, given the (items, K) truth."""
+    """Return (people, K, K) votes l on items of class k that each annotator cast, given the (items, K) truth."""
     counts = np.zeros((people, truth.shape[1], truth.shape[1]))
     np.add.at(counts.transpose(0, 2, 1), (votes[:, 1], votes[:, 2]), truth[votes[:, 0]])
     return counts
@@ -110,6 +128,6 @@ def _tally(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> np.
 
 
 def _normalised(counts: np.ndarray) -> np.ndarray:
-    """Rows to sum 1; a row without any count becomes uniform."""
+    """Return rows that sum to 1; a row without any count becomes uniform."""
     total = counts.sum(axis=-1, keepdims=True)
     return np.where(total > 0, counts / np.where(total > 0, total, 1.0), 1.0 / max(1, counts.shape[-1]))

@@ -70,13 +70,14 @@ def first_rows(source: str, count: int = 20) -> list[dict[str, Any]]:
 
 def empty(source: str) -> str:
     """Why a source without bad rows has none: what the votes of a store, or of a frozen one, were."""
-    from rlhf.data.store import Store, frozen
+    from rlhf.data.freeze import frozen
+    from rlhf.data.store import Store
 
     choices = None
     if is_store(source):
         name, upto = split_event(source)
         with Store.open(name, readonly=True) as store:
-            choices = store.stats(upto)["choices"]
+            choices = store.at(upto).stats()["choices"]
     elif source.lower().endswith(".jsonl"):
         choices = (frozen(Path(source).expanduser()) or {}).get("votes")
     if choices is None:
@@ -240,7 +241,8 @@ def _store(source: str, prompts: bool, aggregate: str) -> Iterator[Item]:
 
     name, upto = split_event(source)
     with Store.open(name, readonly=True) as store:
-        found = store.prompt_rows(upto) if prompts else store.rows(upto, aggregate)
+        view = store.at(upto)
+        found = view.prompt_rows() if prompts else view.rows(aggregate)
     for number, row in enumerate(found, 1):
         yield f"{source} row {number}", row, None
 

@@ -1,7 +1,4 @@
-"""What a preference store says after an event: votes that stand, pairs, prompts with their groups, counts.
-
-Reading only, on an open connection; `Store` (store.py) is the way in and explains each of these.
-"""
+"""What a preference store holds after an event: votes that stand, pairs, prompts with their groups, counts."""
 
 from __future__ import annotations
 
@@ -9,134 +6,225 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
+from rlhf.data.records import Preference, Prompt, Record
 from rlhf.data.split import answer_pair, join_groups
 from rlhf.data.votes import CHOICES, Aggregate, Vote, majority, verdicts
 
+STANDING_VOTES = """
+    SELECT e.*, n.name FROM events e JOIN annotators n ON n.id = e.annotator
+    WHERE e.kind = 'vote' AND e.id <= :upto
+        AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id AND u.id <= :upto)
+    ORDER BY e.id"""
 
-def votes(db: sqlite3.Connection, upto: int) -> list[Vote]:
-    """The votes that stand after event `upto`, by event id; controls included."""
-    found = db.execute(
-        "SELECT e.*, n.name FROM events e JOIN annotators n ON n.id = e.annotator WHERE e.kind = 'vote' "
-        "AND e.id <= :n AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id AND u.id <= :n) ORDER BY e.id",
-        {"n": upto},
-    )
-    names = ("comparison", "choice", "left", "strength", "reason", "duration_ms", "created")
-    return [
-        Vote(event=r["id"], annotator=r["name"], tags=json.loads(r["tags"]), **{n: r[n] for n in names}) for r in found
-    ]
+COMPARISONS = """
+    SELECT c.id, c.kind, c.expected, c.prompt, p.messages, p.metadata, p.own_group, p.default_group, p.voice,
+        a.text AS text_a, b.text AS text_b, a.ended AS ended_a, b.ended AS ended_b,
+        a.model AS model_a, b.model AS model_b
+    FROM comparisons c
+        JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b"""
 
-
-def pairs(db: sqlite3.Connection, one: int | None = None) -> dict[int, dict[str, Any]]:
-    """Every comparison, or one, by id: {id, kind, expected, prompt, messages, text_a, ended_a, model_a, ...}."""
-    found = db.execute(
-        "SELECT c.id, c.kind, c.expected, c.prompt, p.messages, a.text AS text_a, b.text AS text_b, "
-        "a.ended AS ended_a, b.ended AS ended_b, a.model AS model_a, b.model AS model_b FROM comparisons c "
-        "JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b"
-        + ("" if one is None else " WHERE c.id = ?"),
-        () if one is None else (one,),
-    )
-    return {row["id"]: dict(row) | {"messages": json.loads(row["messages"])} for row in found}
+EVENTS_WITH_CONTENT = """
+    SELECT e.*, n.name, c.kind, c.expected, p.key AS prompt_key, a.key AS key_a, b.key AS key_b
+    FROM events e
+        JOIN annotators n ON n.id = e.annotator JOIN comparisons c ON c.id = e.comparison
+        JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b
+    WHERE e.id <= ? ORDER BY e.id"""
 
 
-def comparisons(db: sqlite3.Connection, kind: str) -> list[dict[str, Any]]:
-    """Every comparison of a kind by id: {id, prompt, metadata, text_a, text_b, ended_a, ended_b}."""
-    found = db.execute(
-        "SELECT c.id, p.messages, p.metadata, p.own_group, p.default_group, p.voice, a.text AS text_a, "
-        "b.text AS text_b, a.ended AS ended_a, b.ended AS ended_b FROM comparisons c "
-        "JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b "
-        "WHERE c.kind = ? ORDER BY c.id",
-        (kind,),
-    )
-    rows = []
-    for row in found:
-        metadata = json.loads(row["metadata"]) | {"group": row["own_group"] or row["default_group"]}
-        if row["voice"] is not None:
-            metadata["voice"] = row["voice"]
-        pair = {"id": row["id"], "prompt": json.loads(row["messages"]), "metadata": metadata}
-        for side in "ab":
-            pair[f"text_{side}"] = row[f"text_{side}"]
-            pair[f"ended_{side}"] = row[f"ended_{side}"] is None or bool(row[f"ended_{side}"])
-        rows.append(pair)
-    return rows
+class StoreView:
+    """The content of an open store after event `event`; made by `Store.at`. Reads only."""
 
+    def __init__(self, db: sqlite3.Connection, event: int, name: str):
+        self._db = db
+        self.event = event
+        self.name = name  # the file's name, which becomes the records' source
 
-def rows(db: sqlite3.Connection, upto: int, aggregate: Aggregate, source: str) -> list[dict[str, Any]]:
-    """The pairs to train on as rows for a JSONL file that `load` reads; `source` is the store's name."""
-    known = pairs(db)
-    controls = {id: pair["expected"] for id, pair in known.items() if pair["kind"] == "control"}
-    prompts = {row.pop("id"): row for row in prompt_rows(db, upto, source)}
-    found = []
-    for verdict in verdicts(votes(db, upto), aggregate, controls):
-        pair = known[verdict.comparison]
-        row = dict(prompts[pair["prompt"]])
-        row["chosen"] = pair["text_a" if verdict.winner == "a" else "text_b"]
-        row["rejected"] = pair["text_b" if verdict.winner == "a" else "text_a"]
-        for name, side in (("chosen_ended", verdict.winner), ("rejected_ended", "ab".replace(verdict.winner, ""))):
-            if pair[f"ended_{side}"] == 0:  # cut off; NULL is not known to be
-                row[name] = False
-        row |= {"annotator": verdict.annotator, "label_prob": verdict.label_prob, "margin": verdict.margin}
-        row["metadata"] = row["metadata"] | {"vote": {"comparison": verdict.comparison} | verdict.about}
-        found.append({name: value for name, value in row.items() if value is not None})
-    return found
+    def votes(self) -> list[Vote]:
+        """Return the votes that stand, by event id; those on control pairs included."""
+        standing = []
+        for row in self._db.execute(STANDING_VOTES, {"upto": self.event}):
+            vote = Vote(
+                event=row["id"],
+                comparison=row["comparison"],
+                annotator=row["name"],
+                choice=row["choice"],
+                left=row["left"],
+                strength=row["strength"],
+                reason=row["reason"],
+                tags=json.loads(row["tags"]),
+                duration_ms=row["duration_ms"],
+                created=row["created"],
+            )
+            standing.append(vote)
+        return standing
 
+    def preferences(self, aggregate: Aggregate = "each") -> list[Preference]:
+        """Return the pairs to train on. Control pairs are left out; `split` is None unless the prompt has one.
 
-def prompt_rows(db: sqlite3.Connection, upto: int, source: str) -> list[dict[str, Any]]:
-    """All prompts; default groups are joined over the answer pairs that were voted on up to event `upto`.
+        "each": one record for each standing vote for a or b, with its annotator; ties, both_bad and skips give none.
+        "majority", "skill": one record for each comparison with a winner, with label_prob and, where votes gave their
+        strength, margin (votes.py).
+        """
+        return [_record(Preference, row) for row in self.rows(aggregate)]
 
-    Votes count here even if undone or a tie, so that groups do not depend on `aggregate` and only ever grow.
-    """
-    found = db.execute("SELECT * FROM prompts ORDER BY id").fetchall()
-    voted = {r[0] for r in db.execute("SELECT comparison FROM events WHERE kind = 'vote' AND id <= ?", (upto,))}
-    links: dict[int, list] = {row["id"]: [] for row in found}
-    for id, pair in pairs(db).items():
-        if id in voted:
+    def prompts(self) -> list[Prompt]:
+        """Return every prompt, with the same groups as in `preferences`."""
+        return [_record(Prompt, row) for row in self.prompt_rows()]
+
+    def rows(self, aggregate: Aggregate = "each") -> list[dict[str, Any]]:
+        """Return `preferences` as rows for a JSONL file that `load` reads."""
+        pairs = self.pairs()
+        prompts = {row.pop("id"): row for row in self._prompts_with_id()}
+        rows = []
+        for verdict in verdicts(self.votes(), aggregate, self.controls()):
+            pair = pairs[verdict.comparison]
+            winner, loser = verdict.winner, _other_side(verdict.winner)
+            row = dict(prompts[pair["prompt"]])
+            row["chosen"] = pair[f"text_{winner}"]
+            row["rejected"] = pair[f"text_{loser}"]
+            # 0: the response was cut off; NULL: not known, which counts as ended
+            if pair[f"ended_{winner}"] == 0:
+                row["chosen_ended"] = False
+            if pair[f"ended_{loser}"] == 0:
+                row["rejected_ended"] = False
+            row["annotator"] = verdict.annotator
+            row["label_prob"] = verdict.label_prob
+            row["margin"] = verdict.margin
+            row["metadata"] = row["metadata"] | {"vote": {"comparison": verdict.comparison} | verdict.metadata}
+            rows.append({name: value for name, value in row.items() if value is not None})
+        return rows
+
+    def prompt_rows(self) -> list[dict[str, Any]]:
+        """Return `prompts` as rows."""
+        rows = self._prompts_with_id()
+        for row in rows:
+            del row["id"]
+        return rows
+
+    def comparisons(self, kind: Literal["normal", "control"] = "normal") -> list[dict[str, Any]]:
+        """Return every comparison of a kind by id: {id, prompt, metadata, text_a, text_b, ended_a, ended_b}.
+
+        metadata holds the prompt's group and, where known, voice; a response of unknown end counts as ended.
+        """
+        result = []
+        for row in self._db.execute(f"{COMPARISONS} WHERE c.kind = ? ORDER BY c.id", (kind,)):
+            metadata = json.loads(row["metadata"])
+            metadata["group"] = row["own_group"] or row["default_group"]
+            if row["voice"] is not None:
+                metadata["voice"] = row["voice"]
+            comparison = {
+                "id": row["id"],
+                "prompt": json.loads(row["messages"]),
+                "metadata": metadata,
+                "text_a": row["text_a"],
+                "text_b": row["text_b"],
+                "ended_a": row["ended_a"] is None or bool(row["ended_a"]),
+                "ended_b": row["ended_b"] is None or bool(row["ended_b"]),
+            }
+            result.append(comparison)
+        return result
+
+    def controls(self) -> dict[int, str]:
+        """Return {control comparison: the side known to be better, "a" or "b"}."""
+        found = self._db.execute("SELECT id, expected FROM comparisons WHERE kind = 'control'")
+        return dict(map(tuple, found))
+
+    def pairs(self) -> dict[int, dict[str, Any]]:
+        """Return every comparison by id with what the owner may see.
+
+        {id, kind, expected, prompt, messages} and, of each side, {text, ended, model} as text_a, text_b, ...
+        """
+        return {row["id"]: _pair(row) for row in self._db.execute(COMPARISONS)}
+
+    def pair(self, comparison: int) -> dict[str, Any]:
+        """Return one comparison, as in `pairs`."""
+        return _pair(self._db.execute(f"{COMPARISONS} WHERE c.id = ?", (comparison,)).fetchone())
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits of the events up to this one and all they refer to."""
+        digest = hashlib.sha256()
+        for event in self._db.execute(EVENTS_WITH_CONTENT, (self.event,)):
+            digest.update(json.dumps(list(event), sort_keys=True, ensure_ascii=False).encode() + b"\n")
+        return digest.hexdigest()[:16]
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts: what is in the store, standing votes by choice and annotator, pairs with votes and winners."""
+        kinds = dict(map(tuple, self._db.execute("SELECT id, kind FROM comparisons")))
+        of_kind = Counter(kinds.values())
+        standing = self.votes()
+        normal = [vote for vote in standing if kinds[vote.comparison] == "normal"]
+        cast = self._count("events WHERE kind = 'vote' AND id <= ?", self.event)
+        return {
+            "prompts": self._count("prompts"),
+            "responses": self._count("responses"),
+            "annotators": self._count("annotators"),
+            "comparisons": of_kind["normal"],
+            "controls": of_kind["control"],
+            "last_event": self.event,
+            "votes": len(standing),
+            "undone": cast - len(standing),
+            "choices": dict.fromkeys(CHOICES, 0) | Counter(vote.choice for vote in standing),
+            "by_annotator": dict(Counter(vote.annotator for vote in standing)),
+            "comparisons_with_votes": len({vote.comparison for vote in normal}),
+            "comparisons_with_winner": len(majority(normal)),
+        }
+
+    def _count(self, table: str, *values: Any) -> int:
+        return self._db.execute(f"SELECT count(*) FROM {table}", values).fetchone()[0]
+
+    def _prompts_with_id(self) -> list[dict[str, Any]]:
+        """Return all prompts, their default groups joined over the answer pairs that were voted on.
+
+        Votes count here even if undone or a tie, so that groups do not depend on `aggregate` and only ever grow.
+        """
+        prompts = self._db.execute("SELECT * FROM prompts ORDER BY id").fetchall()
+        groups = self._default_groups(prompts)
+        rows = []
+        for prompt in prompts:
+            row = {"id": prompt["id"], "prompt": json.loads(prompt["messages"]), "source": self.name}
+            if prompt["own_group"] is not None:
+                row["group"] = prompt["own_group"]
+            else:
+                row["default_group"] = groups[prompt["id"]]
+            for name in ("voice", "split"):
+                if prompt[name] is not None:
+                    row[name] = prompt[name]
+            row["metadata"] = json.loads(prompt["metadata"])
+            rows.append(row)
+        return rows
+
+    def _default_groups(self, prompts: list[sqlite3.Row]) -> dict[int, str]:
+        """Return groups for the prompts without one of their own, joined where they share voted answers."""
+        voted = self._db.execute(
+            "SELECT DISTINCT comparison FROM events WHERE kind = 'vote' AND id <= ?", (self.event,)
+        )
+        pairs = self.pairs()
+        links: dict[int, list] = {prompt["id"]: [] for prompt in prompts}
+        for (comparison,) in voted:
+            pair = pairs[comparison]
             links[pair["prompt"]].append(answer_pair(pair["text_a"], pair["text_b"]))
-    free = [row for row in found if row["own_group"] is None]
-    joint = join_groups([row["default_group"] for row in free], [links[row["id"]] for row in free])
-    groups = dict(zip((row["id"] for row in free), joint, strict=True))
-    result = []
-    for row in found:
-        own = row["own_group"]
-        new = {"id": row["id"], "prompt": json.loads(row["messages"]), "source": source}
-        new |= {"group": own} if own is not None else {"default_group": groups[row["id"]]}
-        new |= {name: row[name] for name in ("voice", "split") if row[name] is not None}
-        result.append(new | {"metadata": json.loads(row["metadata"])})
-    return result
+        free = [prompt for prompt in prompts if prompt["own_group"] is None]
+        joined = join_groups(
+            [prompt["default_group"] for prompt in free],
+            [links[prompt["id"]] for prompt in free],
+        )
+        return {prompt["id"]: group for prompt, group in zip(free, joined, strict=True)}
 
 
-def fingerprint(db: sqlite3.Connection, upto: int) -> str:
-    """16 hex digits of the events up to `upto` and all they refer to."""
-    events = db.execute(
-        "SELECT e.*, n.name, c.kind, c.expected, p.key AS prompt_key, a.key AS key_a, b.key AS key_b FROM events e "
-        "JOIN annotators n ON n.id = e.annotator JOIN comparisons c ON c.id = e.comparison "
-        "JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b "
-        "WHERE e.id <= ? ORDER BY e.id",
-        (upto,),
-    )
-    whole = hashlib.sha256()
-    for event in events:
-        whole.update(json.dumps(list(event), sort_keys=True, ensure_ascii=False).encode() + b"\n")
-    return whole.hexdigest()[:16]
+def _pair(row: sqlite3.Row) -> dict[str, Any]:
+    shown = ("id", "kind", "expected", "prompt", "text_a", "text_b", "ended_a", "ended_b", "model_a", "model_b")
+    pair = {name: row[name] for name in shown}
+    pair["messages"] = json.loads(row["messages"])
+    return pair
 
 
-def stats(db: sqlite3.Connection, upto: int) -> dict[str, Any]:
-    """Counts: what is in the store, the standing votes by choice and annotator, and what became of the pairs."""
-    count = {t: db.execute(f"SELECT count(*) FROM {t}").fetchone()[0] for t in ("prompts", "responses", "annotators")}
-    kinds = dict(map(tuple, db.execute("SELECT id, kind FROM comparisons")))
-    total = Counter(kinds.values())
-    standing = votes(db, upto)
-    normal = [v for v in standing if kinds[v.comparison] == "normal"]
-    cast = db.execute("SELECT count(*) FROM events WHERE kind = 'vote' AND id <= ?", (upto,)).fetchone()[0]
-    return count | {
-        "comparisons": total["normal"],
-        "controls": total["control"],
-        "last_event": upto,
-        "votes": len(standing),
-        "undone": cast - len(standing),
-        "choices": dict.fromkeys(CHOICES, 0) | Counter(v.choice for v in standing),
-        "by_annotator": dict(Counter(v.annotator for v in standing)),
-        "comparisons_with_votes": len({v.comparison for v in normal}),
-        "comparisons_with_winner": len(majority(normal)),
-    }
+def _other_side(side: str) -> str:
+    return "b" if side == "a" else "a"
+
+
+def _record(kind: type[Record], row: dict[str, Any]) -> Any:
+    default = row.pop("default_group", None)
+    row["group"] = row.get("group") or default
+    return kind(**row)

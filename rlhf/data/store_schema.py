@@ -1,4 +1,4 @@
-"""The preference store's tables, and how a file made by an older version becomes one of this version.
+"""The preference store's tables, its connections, and how a file of an older version becomes one of this version.
 
 `MIGRATIONS[n]` takes a file of version n to n + 1; a new file runs through all of them, so the path that old files
 take is the one that every test takes. The version stands in the file as `PRAGMA user_version`.
@@ -6,12 +6,15 @@ take is the one that every test takes. The version stands in the file as `PRAGMA
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from pathlib import Path
 
-from rlhf.config import UserError
+from rlhf.config import UserError, near_file
 
+BUSY_SECONDS = 60.0  # how long a writer waits for the others
+WAL_SECONDS = 60.0  # how long to wait for others who set a new file up at the same moment
 APPLICATION_ID = 0x524C4846  # "RLHF", so that another program's database is not taken for a store
 
 _EVENT_CHECKS = """
@@ -67,7 +70,7 @@ _FIRST = [
 
 _SECOND = [
     "ALTER TABLE prompts ADD COLUMN split TEXT CHECK (split IN ('train', 'validation', 'test'))",
-    # what the collection was set up with: overlap, time until an assignment lapses, ...
+    # what the collection was set up with: overlap, lease of an assignment, ...
     "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL, changed TEXT NOT NULL)",
 ]
 
@@ -75,7 +78,70 @@ MIGRATIONS: list[list[str]] = [_FIRST, _SECOND]
 VERSION = len(MIGRATIONS)
 
 
-WAL_SECONDS = 60.0  # how long to wait for others who set a new file up at the same moment
+def connect(path: Path, *, create: bool, readonly: bool) -> sqlite3.Connection:
+    """Return a connection to the store, which is brought to this version, in memory if `readonly`.
+
+    Raises UserError: no such file (without `create`), not a preference store, or made by a newer version.
+    """
+    _check_path(path, create=create)
+    connection = None
+    try:
+        connection = _open_file(path, readonly=readonly)
+        connection.row_factory = sqlite3.Row
+        if not readonly:
+            prepare(connection, path)
+        elif version(connection, path) < VERSION:
+            connection = _upgraded_copy(connection, path)
+        return connection
+    except (sqlite3.Error, UserError) as error:
+        if connection is not None:
+            connection.close()
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: cannot be opened as a preference store ({error})") from None
+
+
+def _check_path(path: Path, *, create: bool) -> None:
+    if not path.exists() and not create:
+        raise UserError(f"{path}: no such preference store{near_file(path)}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: its folder {path.parent} does not exist")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is not a file, so it cannot be a preference store")
+    if not create and path.stat().st_size == 0:
+        raise UserError(f"{path}: is an empty file, not a preference store")
+
+
+def _open_file(path: Path, *, readonly: bool) -> sqlite3.Connection:
+    """Return a connection; one for reading leaves the file as it is, and nothing beside it."""
+    if not readonly:
+        return sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
+
+    # While others have the file open it is read beside them. Otherwise SQLite's own read-only mode would leave its
+    # helper files there, and on a disk that cannot be written it must be told that nobody changes the file.
+    in_use = Path(f"{path}-wal").exists()
+    modes = ("mode=ro",) if in_use else ("mode=rw", "mode=ro&immutable=1")
+    for mode in modes:
+        uri = f"{path.absolute().as_uri()}?{mode}"
+        connection = sqlite3.connect(uri, timeout=BUSY_SECONDS, isolation_level=None, uri=True)
+        try:
+            connection.execute("PRAGMA query_only = ON")
+            connection.execute("SELECT count(*) FROM sqlite_master")
+            return connection
+        except sqlite3.OperationalError as error:
+            connection.close()
+            failed = error
+    raise failed
+
+
+def _upgraded_copy(connection: sqlite3.Connection, path: Path) -> sqlite3.Connection:
+    """Return the store in memory, brought to this version."""
+    copy = sqlite3.connect(":memory:", isolation_level=None)
+    copy.row_factory = sqlite3.Row
+    with contextlib.closing(connection):
+        connection.backup(copy)
+    prepare(copy, path)
+    return copy
 
 
 def _write_ahead(db: sqlite3.Connection) -> None:
@@ -104,7 +170,8 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
         return
     db.execute("BEGIN IMMEDIATE")
     try:
-        for statements in MIGRATIONS[version(db, path) :]:  # asked again: another process may have been first
+        # the version is read again: another process may have been first
+        for statements in MIGRATIONS[version(db, path) :]:
             for sql in statements:
                 db.execute(sql)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
@@ -116,7 +183,7 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
 
 
 def version(db: sqlite3.Connection, path: Path) -> int:
-    """The file's version. Raises UserError for another program's file or a newer version."""
+    """Return the file's version. Raises UserError for another program's file or a newer version."""
     found = db.execute("PRAGMA user_version").fetchone()[0]
     ours = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
     if not ours and (found or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]):

@@ -277,7 +277,7 @@ class Run:
         without votes gives all its prompts.
         """
         from rlhf.data.sources import is_path, is_store, split_event
-        from rlhf.data.store import freeze, frozen
+        from rlhf.data.freeze import freeze, frozen
 
         result = []
         for source in sources:

@@ -137,12 +137,12 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
     """
     config.validate()
     with Store.open(config.store) as store:
-        pairs = store.comparisons()
+        pairs = store.at().comparisons()
         if not pairs:
             raise UserError(f"{config.store}: has no comparisons to judge; make some with: rlhf collect sample")
         scores = _gold_scores(pairs, gold)
         names = {annotator.name for annotator in ANNOTATORS}
-        known = [vote for vote in store.votes() if vote.annotator in names]
+        known = [vote for vote in store.at().votes() if vote.annotator in names]
         done: dict[int, set[str]] = {}
         for vote in known:
             done.setdefault(vote.comparison, set()).add(vote.annotator)
@@ -160,7 +160,7 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
             for pair, annotator in itertools.product(shared, ANNOTATORS):
                 if annotator.name not in done.get(pair["id"], set()):
                     _vote(store, pair, annotator, ids[annotator.name], scores[pair["id"]], config)
-        votes = [vote for vote in store.votes() if vote.annotator in names]
+        votes = [vote for vote in store.at().votes() if vote.annotator in names]
     report = agreement(votes, scores)
     words = {pair["id"]: len(f"{pair['text_a']} {pair['text_b']}".split()) for pair in pairs}
     report["between"] = agreement_summary(votes, words=words)

@@ -20,12 +20,12 @@ def judge(path: Path) -> None:
     """Votes of four people on most pairs: two good ones, a hasty one, one who likes the left side."""
     rng = random.Random(4)
     with Store.open(path) as store, store.transaction():
-        controls, pairs = store.controls(), store.pairs()
+        controls, pairs = store.at().controls(), store.at().pairs()
         for name, (care, habit, seconds) in PEOPLE.items():
             person = store.add_annotator(name)
             for id, pair in pairs.items():
                 if rng.random() < 0.3 or (
-                    pair["kind"] == "normal" and sum(v.comparison == id for v in store.votes()) > 2
+                    pair["kind"] == "normal" and sum(v.comparison == id for v in store.at().votes()) > 2
                 ):
                     continue
                 left = rng.choice("ab")

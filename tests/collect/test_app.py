@@ -42,7 +42,7 @@ def client(server, name):
 
 def votes(server):
     with Store.open(server.store) as store:
-        return store.votes()
+        return store.at().votes()
 
 
 def test_a_link_becomes_a_cookie_and_leaves_the_address(server):
@@ -272,7 +272,7 @@ def test_the_owner_sees_adds_and_exports(tmp_path, serve):
     rows = [json.loads(line) for line in text.splitlines()]
     assert 'filename="votes-' in answer.headers["Content-Disposition"] and len(rows) == 6
     with Store.open(path) as store:
-        assert rows == store.rows()
+        assert rows == store.at().rows()
     assert owner.get("/owner/export?aggregate=best")[0].status == 404
     form = fields_of(page, "/owner/links")
     link = re.search(r'id="link"[^>]*>([^<]+)<', owner.post("/owner/links", form | {"name": " New  Person "})[1]).group(
@@ -302,7 +302,7 @@ def test_links_can_be_replaced_and_revoked_while_serving(tmp_path, serve, capsys
 
 def test_what_was_set_up_is_kept_for_the_next_time(tmp_path, serve):
     path = fill(tmp_path / "votes.db", pairs=1)
-    first = serve(path, "--annotators", "ann", "--overlap", "1", "--lapse_minutes", "5")
+    first = serve(path, "--annotators", "ann", "--overlap", "1", "--lease_minutes", "5")
     first.stop()
     again = serve(path, "--annotators", "ann")
     assert "ann" not in again.links and "owner" not in again.links  # links are printed once
@@ -360,7 +360,7 @@ def test_a_certificate_serves_https(tmp_path, serve):
 def test_status_in_the_terminal(server, capsys):
     main(["collect", "status", str(server.store)])
     text = capsys.readouterr().out
-    assert "41 pairs, 3 people for each" in text and "places filled" in text
+    assert "41 pairs, 3 people for each" in text and "slots filled" in text
 
 
 def test_what_cannot_be_served_is_said(tmp_path):

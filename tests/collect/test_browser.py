@@ -43,7 +43,7 @@ def server(tmp_path, serve):
 
 def votes(server, name="ann"):
     with Store.open(server.store) as store:
-        return [vote for vote in store.votes() if vote.annotator == name]
+        return [vote for vote in store.at().votes() if vote.annotator == name]
 
 
 def question(page):

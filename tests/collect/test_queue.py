@@ -71,28 +71,28 @@ def test_left_and_right_become_a_and_b_and_sides_are_drawn(tmp_path):
         queue = Queue(store, Rules(overlap=1), draw=random.Random(0))
         for i in range(60):
             vote(queue, ann, Answer("left" if i % 2 else "right", strength=2))
-        sides = Counter((v.left, v.choice) for v in store.votes())
+        sides = Counter((v.left, v.choice) for v in store.at().votes())
         # on the left and chosen, or on the right and the other one was chosen
-        by_event = [(v.left, v.choice) for v in store.votes()]
+        by_event = [(v.left, v.choice) for v in store.at().votes()]
         assert all((choice == left) == bool(i % 2) for i, (left, choice) in enumerate(by_event))
         assert 15 < sum(n for (left, _), n in sides.items() if left == "a") < 45  # fair coin: 30 +- 4
-        assert {v.strength for v in store.votes()} == {2}
-        assert store.votes()[0].tags == []
+        assert {v.strength for v in store.at().votes()} == {2}
+        assert store.at().votes()[0].tags == []
 
 
 def test_strength_is_kept_for_a_side_alone(store):
     (ann,) = people(store, 1)
     queue = Queue(store, Rules(overlap=1))
     vote(queue, ann, Answer("tie", strength=3, reason="why", tags=("off tone",)))
-    [kept] = store.votes()
+    [kept] = store.at().votes()
     assert (kept.choice, kept.strength, kept.reason, kept.tags) == ("tie", None, "why", ["off tone"])
 
 
-def test_an_assignment_lapses_and_late_answers_count_while_there_is_room(store):
+def test_a_lease_times_out_and_late_answers_count_while_there_is_room(store):
     ann, bob = people(store, 2)
     shift = [0.0]
     store.clock = lambda: time.time() + shift[0]
-    queue = Queue(store, Rules(overlap=1, lapse=60))
+    queue = Queue(store, Rules(overlap=1, lease_seconds=60))
     held = {queue.next(ann).comparison: queue.next(ann)}
     for _ in range(3):
         held |= {vote(queue, bob): None}
@@ -103,10 +103,10 @@ def test_an_assignment_lapses_and_late_answers_count_while_there_is_room(store):
     late, taken = next(a for a in held.values() if a), queue.next(bob)
     assert taken.comparison == late.comparison
     assert queue.vote(ann, late.event, LEFT, "late") == "full"  # bob is at it
-    shift[0] = 125.0  # both have lapsed: who comes first has the place
+    shift[0] = 125.0  # both leases have timed out: who comes first has the slot
     assert queue.vote(ann, late.event, LEFT, "late again") == "saved"
     assert queue.vote(bob, taken.event, LEFT, "too late") == "full"
-    assert len(store.votes()) == 4
+    assert len(store.at().votes()) == 4
 
 
 def test_leaving_gives_the_place_back(store):
@@ -139,7 +139,7 @@ def test_one_click_sent_twice_is_one_vote(store):
     answers = [queue.vote(ann, held.event, a, "click") for a in (LEFT, LEFT, Answer("right"))]
     assert answers == ["saved", "again", "differs"]
     assert queue.vote(ann, held.event, LEFT, "another page") == "answered"
-    assert queue.vote(ann, 9999, LEFT, "nothing") == "gone" and len(store.votes()) == 1
+    assert queue.vote(ann, 9999, LEFT, "nothing") == "gone" and len(store.at().votes()) == 1
 
 
 def test_nobody_answers_for_another(store):
@@ -148,7 +148,7 @@ def test_nobody_answers_for_another(store):
     held = queue.next(ann)
     assert queue.vote(bob, held.event, LEFT, "c") == "gone"
     assert queue.vote(ann, held.event, LEFT, "c") == "saved"  # the same name of a click is another person's
-    assert queue.vote(bob, held.event, LEFT, "d") == "gone" and len(store.votes()) == 1
+    assert queue.vote(bob, held.event, LEFT, "d") == "gone" and len(store.at().votes()) == 1
 
 
 def test_undo_brings_the_pair_back_as_it_was_step_by_step(store):
@@ -164,7 +164,7 @@ def test_undo_brings_the_pair_back_as_it_was_step_by_step(store):
         now = queue.next(ann)
         assert (now.comparison, now.left) == (held[step].comparison, held[step].left)
         assert queue.next(bob).comparison not in {h.comparison for h in held}  # the place stays ann's
-    assert store.votes() == [] and queue.progress(ann).mine == 0
+    assert store.at().votes() == [] and queue.progress(ann).mine == 0
     assert {vote(queue, ann), vote(queue, ann)} == {h.comparison for h in held}
 
 
@@ -174,7 +174,7 @@ def test_a_skip_cannot_be_undone_once_others_have_the_place(store):
     skipped = vote(queue, ann, SKIP)
     while vote(queue, bob) != skipped:
         pass
-    assert queue.undo(ann, "u") == "full" and [v.choice for v in store.votes()].count("skip") == 1
+    assert queue.undo(ann, "u") == "full" and [v.choice for v in store.at().votes()].count("skip") == 1
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.25, 60, 140), (1.0, 150, 150)])
@@ -187,7 +187,7 @@ def test_control_pairs_are_mixed_in_at_their_share(tmp_path, share, low, high):
         while (held := queue.next(ann)) is not None:
             shown.append(held.comparison)
             queue.vote(ann, held.event, TIE, str(held.event))
-        found = [i for i, comparison in enumerate(shown) if comparison in store.controls()]
+        found = [i for i, comparison in enumerate(shown) if comparison in store.at().controls()]
         assert low <= len(found) <= high and len(shown) == 300 + len(found) == len(set(shown))
         if share == 0.25:
             assert sum(i < len(shown) / 2 for i in found) > low / 2  # among the rest, not at one end
@@ -197,7 +197,7 @@ def test_controls_are_for_everybody_and_no_progress(tmp_path):
     with Store.open(fill(tmp_path / "votes.db", pairs=3, controls=2)) as store:
         queue = Queue(store, Rules(overlap=3, control_share=1.0))
         for person in people(store, 3):
-            assert sum(vote(queue, person) in store.controls() for _ in range(5)) == 2
+            assert sum(vote(queue, person) in store.at().controls() for _ in range(5)) == 2
         assert queue.progress(1).given == queue.progress(1).needed == 9
 
 
@@ -209,14 +209,14 @@ def test_duration_is_from_the_page_or_the_answer_before(store):
     held = queue.next(ann)
     shift[0] = 7.0
     queue.vote(ann, held.event, LEFT, "c")
-    assert store.votes()[0].duration_ms == pytest.approx(7000, abs=200)
+    assert store.at().votes()[0].duration_ms == pytest.approx(7000, abs=200)
     assert queue.progress(ann).seconds == pytest.approx(7, abs=0.2) and queue.progress(bob).seconds is None
 
 
 def test_two_servers_and_restarts_agree_and_overlap_holds_whatever_happens(tmp_path):
     """600 random steps of five annotators on two queues over one file; after each, the rules hold."""
     path, draw, shift = fill(tmp_path / "votes.db", pairs=12, controls=2), random.Random(5), [0.0]
-    rules = Rules(overlap=2, lapse=30, control_share=0.2)
+    rules = Rules(overlap=2, lease_seconds=30, control_share=0.2)
     with Store.open(path) as one, Store.open(path) as other:
         one.clock = other.clock = lambda: time.time() + shift[0]
         queues = [Queue(one, rules), Queue(other, rules)]
@@ -236,7 +236,7 @@ def test_two_servers_and_restarts_agree_and_overlap_holds_whatever_happens(tmp_p
                 queue.release(person)
             elif action == "wait":
                 shift[0] += 20
-            votes = [v for v in one.votes() if v.comparison not in one.controls()]
+            votes = [v for v in one.at().votes() if v.comparison not in one.at().controls()]
             counted = Counter(v.comparison for v in votes if v.choice != "skip")
             assert max(counted.values(), default=0) <= 2
             assert len({(v.comparison, v.annotator) for v in votes}) == len(votes)

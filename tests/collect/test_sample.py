@@ -32,7 +32,7 @@ def config(tmp_path, prompts, model, **more):
 
 def pairs(tmp_path):
     with Store.open(tmp_path / "s.db") as store:
-        return list(store.pairs().values())
+        return list(store.at().pairs().values())
 
 
 def test_one_policy_with_two_settings(tmp_path, prompts, sft_path):
@@ -43,7 +43,7 @@ def test_one_policy_with_two_settings(tmp_path, prompts, sft_path):
         assert {json.loads(s)["temperature"] for s, _ in rows} == {0.7, 1.3} and len(rows) == 2
         by_prompt = store._db.execute("SELECT count(*) FROM responses GROUP BY prompt").fetchall()
         # every two of a prompt's n different answers: n (n - 1) / 2
-        assert counts["comparisons"] == sum(n * (n - 1) // 2 for (n,) in by_prompt) == store.stats()["comparisons"]
+        assert counts["comparisons"] == sum(n * (n - 1) // 2 for (n,) in by_prompt) == store.at().stats()["comparisons"]
     again = sample(config(tmp_path, prompts, sft_path, temperature=[0.7, 1.3], samples_per_prompt=2))
     assert again == counts and len(pairs(tmp_path)) == counts["comparisons"]
 
@@ -113,7 +113,7 @@ def test_a_file_of_pairs_is_judged_again(tmp_path, prompts):
     for pair in pairs(tmp_path):
         assert (pair["text_a"], pair["text_b"], pair["ended_a"], pair["ended_b"]) == ("apart", "better", 0, 1)
     with Store.open(tmp_path / "s.db") as store:
-        assert store.votes() == []
+        assert store.at().votes() == []
 
 
 def test_control_pairs_are_marked_and_never_trained_on(tmp_path, prompts):
@@ -123,13 +123,13 @@ def test_control_pairs_are_marked_and_never_trained_on(tmp_path, prompts):
     counts = sample(config(tmp_path, prompts, one, controls=controls))
     assert (counts["comparisons"], counts["controls"]) == (6, 2)
     with Store.open(tmp_path / "s.db") as store:
-        known = store.controls()
-        right = {store.pair(id)[f"text_{side}"] for id, side in known.items()}
-        assert right == {"hello", "good day"} and len(store.comparisons()) == 6
+        known = store.at().controls()
+        right = {store.at().pair(id)[f"text_{side}"] for id, side in known.items()}
+        assert right == {"hello", "good day"} and len(store.at().comparisons()) == 6
         annotator = store.add_annotator("ann")
         for id, side in known.items():
             store.vote(id, annotator, side)
-        assert store.preferences() == []
+        assert store.at().preferences() == []
 
 
 def test_the_test_split_is_left_out(tmp_path, prompts):
@@ -187,9 +187,9 @@ def test_prompts_with_the_same_answers_join_in_the_store_and_named_groups_stay(t
     assert groups(Prompt) == before  # nothing is voted on: each prompt has the group it has in its file
     with Store.open(path) as store:
         ann = store.add_annotator("ann")
-        for pair in store.comparisons():
+        for pair in store.at().comparisons():
             store.vote(pair["id"], ann, "a")
-        assert {row.get("split") for row in store.prompt_rows()} == {"train", None}  # as the file gives it
+        assert {row.get("split") for row in store.at().prompt_rows()} == {"train", None}  # as the file gives it
     free = [f"is it {i}?" for i in range(2, 11)]
     wanted = before | dict.fromkeys(free, min(before[q] for q in free))
     assert groups(Preference) == wanted == groups(Prompt)

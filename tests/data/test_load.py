@@ -8,9 +8,10 @@ import pytest
 
 from rlhf.config import UserError, parse
 from rlhf.data.describe import DescribeConfig, describe
+from rlhf.data.freeze import freeze
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Instruction, Labelled, Preference, Prompt, prompt_group
-from rlhf.data.store import Store, freeze
+from rlhf.data.store import Store
 from rlhf.distributed import DistributedContext
 from rlhf.options.shared import RunConfig
 from rlhf.runs.run import Run

@@ -11,9 +11,10 @@ import pytest
 from rlhf.cli import main
 from rlhf.config import UserError
 from rlhf.data import store_schema
+from rlhf.data.freeze import freeze, frozen
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Preference, RecordError, prompt_group
-from rlhf.data.store import Store, freeze, frozen
+from rlhf.data.store import Store
 
 
 def user(text):
@@ -60,8 +61,8 @@ def test_a_is_the_response_added_first_and_ids_name_the_better_one(store):
     one, other = store.add_response(prompt, "one"), store.add_response(prompt, "other")
     comparison = store.add_comparison(other, one)
     store.vote(comparison, store.add_annotator("ann"), other)
-    assert store.votes()[0].choice == "b"
-    [record] = store.preferences()
+    assert store.at().votes()[0].choice == "b"
+    [record] = store.at().preferences()
     assert (record.chosen, record.rejected) == ("other", "one")
 
 
@@ -94,16 +95,16 @@ def test_undo_is_a_new_event_and_the_past_stays(store):
         store.vote(comparison, ann, "b")
     undone = store.undo(first)
     second = store.vote(comparison, ann, "b")
-    assert [(v.event, v.choice) for v in store.votes()] == [(second, "b")]
-    assert store.votes(undone) == [] and store.votes(0) == []
-    [vote] = store.votes(first)
+    assert [(v.event, v.choice) for v in store.at().votes()] == [(second, "b")]
+    assert store.at(undone).votes() == [] and store.at(0).votes() == []
+    [vote] = store.at(first).votes()
     assert (vote.annotator, vote.left, vote.strength, vote.reason, vote.tags) == ("ann", "b", 2, "kind", ["t"])
     for event, reason in ((first, "undone already"), (undone, "is undo, not a vote"), (99, "is missing")):
         with pytest.raises(UserError, match=reason):
             store.undo(event)
     assert store.last_event() == 3
     with pytest.raises(UserError, match="there is no event 4; the newest is 3"):
-        store.votes(4)
+        store.at(4).votes()
 
 
 def test_one_click_sent_twice_is_one_vote(store):
@@ -141,7 +142,7 @@ def test_each_vote_is_a_pair_and_ties_are_none(store):
     comparison = pair(store, voice="v", split="test", metadata={"item": "lamp"})
     for name, choice in zip("abcde", ("a", "b", "tie", "both_bad", "skip"), strict=True):
         store.vote(comparison, store.add_annotator(name), choice, strength=3 if name == "a" else None)
-    first, second = store.preferences()
+    first, second = store.at().preferences()
     assert (first.chosen, first.rejected, first.annotator, first.voice) == ("Hello!", "What?", "a", "v")
     assert (second.chosen, second.rejected, second.annotator, second.split) == ("What?", "Hello!", "b", "test")
     assert first.metadata == {"item": "lamp", "vote": {"comparison": 1, "event": 1, "strength": 3}}
@@ -166,7 +167,7 @@ def test_majority(store, choices, expected):
     names = {"t": "tie", "x": "both_bad", "s": "skip"}
     for i, choice in enumerate(choices):
         store.vote(comparison, store.add_annotator(str(i)), names.get(choice, choice))
-    found = store.preferences(aggregate="majority")
+    found = store.at().preferences(aggregate="majority")
     if expected is None:
         assert found == []
     else:
@@ -179,8 +180,8 @@ def test_controls_are_never_trained_on(store):
     good, bad = store.add_response(prompt, "good"), store.add_response(prompt, "bad")
     control = store.add_comparison(good, bad, kind="control", expected=good)
     store.vote(control, store.add_annotator("ann"), "a")
-    assert store.preferences() == [] and store.preferences(aggregate="majority") == []
-    assert [v.choice for v in store.votes()] == ["a"] and store.stats()["controls"] == 1
+    assert store.at().preferences() == [] and store.at().preferences(aggregate="majority") == []
+    assert [v.choice for v in store.at().votes()] == ["a"] and store.at().stats()["controls"] == 1
 
 
 def test_groups_join_over_voted_answer_pairs_alike_for_pairs_and_prompts(store):
@@ -190,9 +191,9 @@ def test_groups_join_over_voted_answer_pairs_alike_for_pairs_and_prompts(store):
     before = store.vote(pairs[3], ann, "a")
     store.vote(pairs[1], ann, "tie")
     h1, h2, h3 = (prompt_group(user(p)) for p in ("p1", "p2", "p3"))
-    assert [p.group for p in store.prompts()] == [min(h1, h2), min(h1, h2), h3, "mine"]  # p3 is not voted on
-    assert [p.group for p in store.preferences()] == [min(h1, h2), "mine"]
-    assert [p.group for p in store.prompts(before)] == [h1, h2, h3, "mine"]
+    assert [p.group for p in store.at().prompts()] == [min(h1, h2), min(h1, h2), h3, "mine"]  # p3 is not voted on
+    assert [p.group for p in store.at().preferences()] == [min(h1, h2), "mine"]
+    assert [p.group for p in store.at(before).prompts()] == [h1, h2, h3, "mine"]
 
 
 def test_stats(store):
@@ -203,7 +204,7 @@ def test_stats(store):
     store.vote(one, ann, "b")
     store.vote(one, bob, "b")
     store.vote(two, ann, "skip")
-    stats = store.stats()
+    stats = store.at().stats()
     assert stats == {
         "prompts": 2,
         "responses": 4,
@@ -235,7 +236,7 @@ def test_a_frozen_file_reads_back_as_the_store_did(store, tmp_path, aggregate):
     expected = load(f"{store.path}@{event}", Preference, aggregate=aggregate)
     out = tmp_path / "run" / "pairs.jsonl"
     assert freeze(store.path, out, upto_event=event, aggregate=aggregate) == event
-    direct = store.preferences(event, aggregate)
+    direct = store.at(event).preferences(aggregate)
     known = out.read_bytes()
     store.vote(pair(store, "later", "a1", "b\n"), annotators[0], "a")  # joins groups in the store, not in the file
     found = load(str(out), Preference)
@@ -284,7 +285,7 @@ def test_an_older_file_is_brought_up_whole_or_not_at_all(tmp_path, monkeypatch):
         assert "split" not in [row[1] for row in raw.execute("PRAGMA table_info(prompts)")]
     with Store.open(path) as store:
         assert store._db.execute("PRAGMA user_version").fetchone()[0] == store_schema.VERSION == 2
-        assert [(r.chosen, r.split) for r in store.preferences()] == [("B", None)]
+        assert [(r.chosen, r.split) for r in store.at().preferences()] == [("B", None)]
         store.add_prompt(user("new"), split="test")
 
 
@@ -314,7 +315,7 @@ def test_reading_leaves_a_store_and_its_folder_as_they_are(tmp_path, monkeypatch
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     with Store.open(tmp_path / "votes.db") as writer, Store.open(tmp_path / "votes.db", readonly=True) as reader:
         writer.add_prompt(user("new"))
-        assert len(reader.prompts()) == 2  # what another has written is seen
+        assert len(reader.at().prompts()) == 2  # what another has written is seen
 
 
 def test_damaged_pages_are_said_in_one_line(tmp_path, capsys):
@@ -334,7 +335,7 @@ def test_damaged_pages_are_said_in_one_line(tmp_path, capsys):
                 said.append(str(error))
             except SystemExit as end:
                 assert end.code == 2
-    assert sum("malformed). If it is damaged, take an earlier" in message for message in said) > 5
+    assert sum("malformed). If it is damaged, use an earlier" in message for message in said) > 5
     assert "Traceback" not in capsys.readouterr().err
 
 
@@ -361,9 +362,9 @@ def test_a_transaction_is_all_or_nothing(store):
     with pytest.raises(KeyError), store.transaction():
         pair(store)
         raise KeyError
-    assert store.stats()["prompts"] == 0
+    assert store.at().stats()["prompts"] == 0
     pair(store)  # and the store goes on
-    assert store.stats()["comparisons"] == 1
+    assert store.at().stats()["comparisons"] == 1
 
 
 WRITER = """
@@ -391,7 +392,7 @@ def test_two_processes_lose_nothing(tmp_path):
     assert [process.returncode for process in both] == [0, 0]
     assert sorted(events[0] + events[1]) == list(range(1, 121))
     with Store.open(path) as store:
-        stats = store.stats()
+        stats = store.at().stats()
         assert (stats["prompts"], stats["responses"], stats["comparisons"]) == (60, 120, 60)
         assert stats["by_annotator"] == {"ann": 60, "bob": 60}
 
@@ -403,6 +404,6 @@ def test_a_killed_writer_loses_no_answered_vote(tmp_path):
     process.send_signal(signal.SIGKILL)
     answered += [int(line) for line in process.communicate()[0].splitlines() if line]
     with Store.open(path) as store:
-        kept = [vote.event for vote in store.votes()]
+        kept = [vote.event for vote in store.at().votes()]
         assert set(answered) <= set(kept) and len(kept) <= len(answered) + 1
         assert store._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"

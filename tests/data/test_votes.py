@@ -3,7 +3,8 @@ import random
 import pytest
 
 from rlhf.config import UserError
-from rlhf.data.store import Store, freeze
+from rlhf.data.freeze import freeze
+from rlhf.data.store import Store
 from rlhf.data.votes import UNKNOWN_ANNOTATOR, Vote, by_skill, majority, margin_of, verdicts
 
 
@@ -24,7 +25,7 @@ def test_margin_by_hand():
 def test_majority_carries_the_margin():
     (verdict,) = majority(votes_of((7, "x", "a", 2), (7, "y", "tie"), (7, "z", "skip")))
     assert (verdict.winner, verdict.label_prob, verdict.margin) == ("a", 0.75, pytest.approx(1 / 3))
-    assert verdict.about == {"votes": {"a": 1, "tie": 1, "skip": 1}}
+    assert verdict.metadata == {"votes": {"a": 1, "tie": 1, "skip": 1}}
 
 
 def test_one_vote_for_each_pair_stays_at_the_unknown_annotators_word():
@@ -84,7 +85,7 @@ def test_a_store_gives_skill_weighted_pairs_at_an_event(tmp_path):
             for name, id in ids.items():
                 store.vote(pair, id, "b" if name == "z" and i % 3 == 0 else "a", strength=2)
         event = store.last_event()
-        found = store.preferences(event, "skill")
+        found = store.at(event).preferences("skill")
     assert len(found) == 12 and all(p.chosen == "yes" and 0.5 < p.label_prob < 1 for p in found)
     assert found[1].margin == pytest.approx(2 / 3) and found[0].margin == pytest.approx(2 / 9)
     freeze(path, tmp_path / "pairs.jsonl", event, "skill")

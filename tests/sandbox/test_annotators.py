@@ -89,7 +89,7 @@ def gold(samples):
 
 def standing(path):
     with Store.open(path) as opened:
-        return [(v.comparison, v.annotator, v.choice, v.left, v.strength, v.duration_ms) for v in opened.votes()]
+        return [(v.comparison, v.annotator, v.choice, v.left, v.strength, v.duration_ms) for v in opened.at().votes()]
 
 
 def test_votes_agree_with_gold_as_the_noise_says_and_are_recorded(store, capsys):
@@ -102,7 +102,7 @@ def test_votes_agree_with_gold_as_the_noise_says_and_are_recorded(store, capsys)
     said = capsys.readouterr().out
     assert "200 new votes" in said and "sim-careless" in said
     with Store.open(store) as opened:
-        right = sum(float(p.chosen.split()[1]) > float(p.rejected.split()[1]) for p in opened.preferences())
+        right = sum(float(p.chosen.split()[1]) > float(p.rejected.split()[1]) for p in opened.at().preferences())
     assert right / 200 == pytest.approx(report["all"]["agreement"])
 
 

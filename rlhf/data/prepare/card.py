@@ -171,7 +171,7 @@ def _identity(name: str) -> str:
 
         path, _, event = name.rpartition("@")
         with Store.open(path, readonly=True) as store:
-            return f"event {event}, fingerprint `{store.fingerprint(int(event))}`"
+            return f"event {event}, fingerprint `{store.at(int(event)).fingerprint()}`"
     path = Path(name).expanduser()
     if not path.is_file():
         return "Hub"

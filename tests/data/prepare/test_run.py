@@ -252,7 +252,7 @@ def test_a_store_is_read_at_an_event_and_its_annotators_judged(tmp_path, aggrega
     path = store_with(tmp_path)
     with Store.open(path) as store:
         event = store.last_event()
-        expected = len(store.rows(event, aggregate))
+        expected = len(store.at(event).rows(aggregate))
     report = prepare(PrepareConfig(source=[str(path)], output=str(tmp_path / "out.jsonl"), aggregate=aggregate))
     assert report["rows"] == expected and f"event {event}" in (tmp_path / "data_card.md").read_text()
     (summary,) = report["annotators"].values()

@@ -1,0 +1,50 @@
+"""Freeze a preference store into a file of pairs, so that a run reads the same rows whenever it is resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf.config import UserError
+from rlhf.data.export import write_text
+from rlhf.data.store import Store
+from rlhf.data.votes import Aggregate
+
+
+def freeze(store: str | Path, out: str | Path, upto_event: int | None = None, aggregate: Aggregate = "each") -> int:
+    """Write the store's preferences after event `upto_event` (default: the newest) as JSONL; returns that event's id.
+
+    The first line is a header {"frozen": {"store", "event", "fingerprint", "aggregate", "votes", "rows"}}, which `load`
+    checks and skips; `frozen` reads it. The file appears whole or not at all.
+    """
+    with Store.open(store, readonly=True) as opened:
+        view = opened.at(upto_event)
+        rows = view.rows(aggregate)
+        header = {
+            "store": opened.path.name,
+            "event": view.event,
+            "fingerprint": view.fingerprint(),
+            "aggregate": aggregate,
+            "votes": view.stats()["choices"],
+            "rows": len(rows),
+        }
+    try:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror})") from None
+    lines = [json.dumps(row, ensure_ascii=False) for row in ({"frozen": header}, *rows)]
+    write_text(out, "\n".join(lines) + "\n")
+    return view.event
+
+
+def frozen(path: str | Path) -> dict[str, Any] | None:
+    """Return the header of a file that `freeze` wrote, None for any other file."""
+    with open(path, encoding="utf-8") as file:
+        line = file.readline()
+    with contextlib.suppress(json.JSONDecodeError):
+        row = json.loads(line)
+        if isinstance(row, dict) and len(row) == 1:
+            return row.get("frozen")
+    return None
