@@ -110,10 +110,11 @@ def measured(call: Callable[[], Any]) -> float:
 
 def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     """(what is counted, FLOPs measured) of a PPO step: sampled, scored by the reward role, read by all, one epoch."""
+    from rlhf.adapters import lora_config
     from rlhf.data.records import Prompt
     from rlhf.distributed import DistributedContext
     from rlhf.engines.hf import cache_is_exact
-    from rlhf.models import InitialModel, lora_config
+    from rlhf.models import InitialModel
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.rollout import role_scorer
     from rlhf.ppo.trainer import PPOTrainer
@@ -152,7 +153,8 @@ def trl_step(shape: Shape, program: str, use_peft: bool = True, **options: Any) 
 
     from reward.model import trainable_reward
     from reward.trainer import PairCollator, RewardTrainer
-    from rlhf.models import InitialModel, lora_config, trainable_policy
+    from rlhf.adapters import lora_config
+    from rlhf.models import InitialModel, trainable_policy
     from rlhf.offline import trainers
     from rlhf.offline.soft_dpo import EncodedDPOTrainer
 

@@ -27,15 +27,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from rlhf.adapters import lora_config
 from rlhf.config import UserError
 from rlhf.data.records import BadScore, Prompt, Samples, Scores
 from rlhf.distributed import DistributedContext
-from rlhf.models import load_model, lora_config, stop_ids
+from rlhf.models import load_model
 from rlhf.ppo.guards import Decision, Guards
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer
 from rlhf.roles import Roles
 from rlhf.runs.budget import Budget
 from rlhf.stats import clustered_se, student_quantile
+from rlhf.tokenizer import stop_ids
 
 FAULT = 10  # the first step that is faulty; steps count from 1
 HARD_LIMIT = 5  # updates within which NaN, ratio and KL explosions have to be caught

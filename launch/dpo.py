@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from reward.compose import build_scorer
     from rlhf import stages
-    from rlhf.models import frozen_copy, load_model, trainable_policy
+    from rlhf.adapters import frozen_copy
+    from rlhf.models import load_model, trainable_policy
     from rlhf.offline import trainers
     from rlhf.offline.soft_dpo import dpo_trainer, soft_rows
     from rlhf.runs.budget import Budget

@@ -34,10 +34,10 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.distributed import read_deepspeed_config
     from rlhf.evaluate import sample_table, summarise
     from rlhf.files import files_fingerprint, scorer_files
-    from rlhf.models import stop_ids
     from rlhf.ppo.trainer import PPOTrainer
     from rlhf.roles import Roles
     from rlhf.runs.budget import Budget
+    from rlhf.tokenizer import stop_ids
 
     initial = stages.load_initial_model(run)
     tokenizer, stops = initial.tokenizer, stop_ids(initial.tokenizer, initial.model)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> None:
 def reward_role(specs: list[dict], initial) -> str | None:
     """The folder of the first reward model among the scorers that is an adapter on this base, to become a role; one
     that is only watched comes after those that are learnt from."""
-    from rlhf.models import read_identity
+    from rlhf.weights import read_identity
 
     for spec in sorted(specs, key=lambda spec: not spec.get("weight", 1.0)):
         path = spec.get("model")

@@ -25,8 +25,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from reward.compose import build_scorer
     from rlhf import stages
+    from rlhf.adapters import frozen_copy
     from rlhf.data.encode import sft_rows
-    from rlhf.models import frozen_copy, trainable_policy
+    from rlhf.models import trainable_policy
     from rlhf.offline import trainers
     from rlhf.runs.budget import Budget
 

@@ -22,25 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.adapters import adapter_settings, adapter_weights, add_adapter, head_name, load_adapter, without_head
 from rlhf.config import UserError
 from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerprint
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.files import check_weights
-from rlhf.models import (
-    InitialModel,
-    adapter_settings,
-    adapter_weights,
-    add_adapter,
-    context_length,
-    head_name,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    load_weights,
-    read_json,
-    without_head,
-)
+from rlhf.models import InitialModel, context_length, load_model, load_weights
 from rlhf.tensors import pad_right
+from rlhf.tokenizer import load_tokenizer
+from rlhf.weights import read_json
 
 REWARD_FILE = "reward.json"
 HEAD = "score.weight"

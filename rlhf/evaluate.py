@@ -18,7 +18,7 @@ from rlhf.data.encode import decode_response
 from rlhf.data.records import Message, Samples, Scorer
 from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import Sampling, generate, sample_key
-from rlhf.models import completion_batch, response_logprobs
+from rlhf.logprobs import completion_batch, response_logprobs
 from rlhf.stats import clustered_se
 
 Context = Callable[[], AbstractContextManager]

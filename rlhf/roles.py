@@ -25,29 +25,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from rlhf.config import UserError, coerce
-from rlhf.models import (
+from rlhf.adapters import (
     VALUE_HEAD_FILE,
-    InitialModel,
     adapter_parameters,
     adapter_settings,
     adapter_weights,
     add_adapter,
-    check_finite,
-    check_same_base,
-    decoder_and_head,
     frozen_copy,
-    gather_columns,
-    head_is_plain,
     head_name,
-    hidden_width,
     load_adapter,
-    read_json,
     require_policy,
-    response_logprobs,
     without_head,
-    write_identity,
 )
+from rlhf.config import UserError, coerce
+from rlhf.logprobs import decoder_and_head, gather_columns, head_is_plain, hidden_width, response_logprobs
+from rlhf.models import InitialModel, check_same_base, write_identity
+from rlhf.weights import check_finite, read_json
 
 TRAINED = ("policy", "value")
 MOVING = "moving"  # the reference that follows the policy, when there is one

@@ -26,7 +26,8 @@ def load_initial_model(run):
 
 def check_start(program: str, config: RunConfig, model, adapter_path: str | None) -> None:
     """Raise UserError where options do not fit the base model, or the adapter on it, that a program starts from."""
-    from rlhf.models import check_context, require_policy
+    from rlhf.adapters import require_policy
+    from rlhf.models import check_context
 
     check_context(model, config.model_name_or_path, config.max_prompt_length, config.max_response_length)
     if adapter_path and program != "reward":
@@ -43,7 +44,7 @@ def new_lora(run, initial, task_type: str = "CAUSAL_LM"):
 
     Raises UserError for a target module that the model does not have.
     """
-    from rlhf.models import check_targets, lora_config
+    from rlhf.adapters import check_targets, lora_config
 
     config = run.config
     if not getattr(config, "use_peft", True):
@@ -61,7 +62,7 @@ def eos_rows(run, initial, lora) -> list[int] | dict[str, list[int]] | None:
     LoRA on the layers below cannot raise the logit of one token over those of others whose rows are the same. Says
     what it finds, also where an adapter that is continued cannot learn to end.
     """
-    from rlhf.models import adapter_settings, changes_head, like_rows, token_rows
+    from rlhf.adapters import adapter_settings, changes_head, like_rows, token_rows
 
     wanted, token = run.config.train_eos, initial.tokenizer.eos_token_id
     if wanted == "never":
@@ -94,7 +95,8 @@ def evaluation(run, initial, scorer: Scorer | None):
     """The evaluation by sampling of this run on its validation prompts, or None when switched off or without any."""
     from rlhf.engines.hf import Sampling
     from rlhf.evaluate import Evaluation
-    from rlhf.models import head_is_plain, stop_ids
+    from rlhf.logprobs import head_is_plain
+    from rlhf.tokenizer import stop_ids
 
     config = run.config
     if config.eval_prompts < 1:
@@ -118,7 +120,7 @@ def evaluation(run, initial, scorer: Scorer | None):
 def ends_measured(run, initial, rows: list[dict]):
     """Return a function of a model that measures P(EOS) where the answers of up to 64 of these rows end."""
     from rlhf.evaluate import eos_probability
-    from rlhf.models import head_is_plain
+    from rlhf.logprobs import head_is_plain
 
     rows, plain_head = some(rows, 64), head_is_plain(initial.model)
     name, pad_id = "eval/response/eos_probability", initial.tokenizer.pad_token_id

@@ -5,12 +5,13 @@ import pytest
 import torch
 
 from rlhf import stages
+from rlhf.adapters import lora_config
 from rlhf.data.encode import encode_prompts
 from rlhf.data.records import Prompt, Scores
 from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import Sampling, generate
 from rlhf.evaluate import EvalRow, Evaluation, eos_probability, sample_table, summarise
-from rlhf.models import load_model, lora_config
+from rlhf.models import load_model
 from rlhf.options.shared import SamplingConfig
 from rlhf.roles import Roles
 from rlhf.stats import clustered_se

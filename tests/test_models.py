@@ -22,28 +22,16 @@ from transformers import (
 
 from reward.model import RewardModel, load_reward, write_reward
 from rlhf import stages
+from rlhf.adapters import check_targets, like_rows, lora_config, token_rows
 from rlhf.config import UserError
 from rlhf.distributed import DistributedContext
 from rlhf.evaluate import eos_probability
-from rlhf.models import (
-    InitialModel,
-    attention_of,
-    check_context,
-    check_finite,
-    check_targets,
-    completion_batch,
-    context_length,
-    hidden_width,
-    like_rows,
-    load_model,
-    load_tokenizer,
-    lora_config,
-    response_logprobs,
-    token_rows,
-    trainable_policy,
-)
+from rlhf.logprobs import completion_batch, hidden_width, response_logprobs
+from rlhf.models import InitialModel, attention_of, check_context, context_length, load_model, trainable_policy
 from rlhf.offline import trainers
 from rlhf.roles import Roles, disable_dropout, reward_shift
+from rlhf.tokenizer import load_tokenizer
+from rlhf.weights import check_finite
 from tests.conftest import make_tokenizer, random_adapter
 from tests.kinds import build
 

@@ -20,6 +20,8 @@ LAYERS = [
     ["rlhf.ppo.rollout", "rlhf.compare"],
     ["rlhf.roles", "rlhf.evaluate", "rlhf.stages", "rlhf.runs.run"],
     ["rlhf.engines", "rlhf.models", "rlhf.runs.budget"],
+    ["rlhf.adapters", "rlhf.tokenizer", "rlhf.logprobs"],
+    ["rlhf.weights"],
     ["rlhf.ppo", "rlhf.tensors", "rlhf.distributed", "rlhf.runs"],
     ["rlhf.options", "rlhf.data"],
     ["rlhf.files", "rlhf.http_client", "rlhf.validation"],

@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from reward.model import trainable_reward
+from rlhf.adapters import lora_config
 from rlhf.compare.measure import load_policies
 from rlhf.config import UserError
-from rlhf.models import completion_batch, load_model, lora_config, trainable_policy
+from rlhf.logprobs import completion_batch
+from rlhf.models import load_model, trainable_policy
 from rlhf.roles import Roles
 from tests.conftest import random_adapter
 from tests.launch.conftest import door
@@ -473,7 +475,7 @@ def test_an_adapter_that_is_not_whole_is_refused_by_every_program(base_path, tmp
 def test_a_run_loads_from_whatever_directory(base_path, tmp_path, monkeypatch):
     import shutil
 
-    from rlhf.models import adapter_base
+    from rlhf.adapters import adapter_base
 
     shutil.copytree(base_path, tmp_path / "runs" / "world" / "base")
     path = random_adapter(base_path, tmp_path / "runs" / "sft", seed=5)

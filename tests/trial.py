@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from rlhf.adapters import lora_config
 from rlhf.data.records import Prompt, Scores
 from rlhf.distributed import DistributedContext, gathered, start
-from rlhf.models import load_model, lora_config
+from rlhf.models import load_model
 from rlhf.ppo.guards import Decision
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer, cycle_shuffled
 from rlhf.roles import Roles

@@ -107,7 +107,7 @@ def sample(config: SampleConfig) -> dict[str, int]:
 def fitting(records: list[Prompt], policy: str, max_prompt_length: int) -> list[Prompt]:
     """The prompts that are not too long for this policy, in their order."""
     from rlhf.data.encode import encode_prompts
-    from rlhf.models import load_tokenizer
+    from rlhf.tokenizer import load_tokenizer
 
     return [row["record"] for row in encode_prompts(records, load_tokenizer(policy), max_prompt_length)]
 
@@ -155,8 +155,10 @@ def answers_of_policy(
 
     from rlhf.data.encode import decode_response, encode_prompts
     from rlhf.engines.hf import Sampling, cache_is_exact, generate, sample_key
-    from rlhf.models import check_context, folder_fingerprint, load_model, stop_ids, trainable_policy
+    from rlhf.models import check_context, load_model, trainable_policy
     from rlhf.runs.budget import Budget
+    from rlhf.tokenizer import stop_ids
+    from rlhf.weights import folder_fingerprint
 
     cuda = torch.cuda.is_available()
     initial = load_model(source, "bfloat16" if cuda else "float32")

@@ -73,7 +73,8 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     from rlhf.distributed import DistributedContext
     from rlhf.engines.hf import Sampling
     from rlhf.evaluate import Evaluation, sample_table
-    from rlhf.models import head_is_plain, load_tokenizer, stop_ids
+    from rlhf.logprobs import head_is_plain
+    from rlhf.tokenizer import load_tokenizer, stop_ids
 
     for path in config.runs:
         if not Path(path).is_dir():
@@ -189,7 +190,7 @@ def identities(spec: dict) -> set[tuple[str, str]]:
     """(kind, what) of a scorer, and of each member of an ensemble: specifications that share one share a score."""
     kind = next((k for k in ("model", "ensemble", "voice", "function", "rule", "http") if k in spec), "")
     if kind in ("model", "ensemble"):
-        from rlhf.models import folder_fingerprint
+        from rlhf.weights import folder_fingerprint
 
         return {("model", folder_fingerprint(f) if Path(f).is_dir() else f) for f in folders(spec)}
     what = str(spec.get(kind, ""))
@@ -252,14 +253,8 @@ def load_policies(
 
     Raises UserError where the longest prompt and response go beyond a model's positions.
     """
-    from rlhf.models import (
-        check_context,
-        check_same_base,
-        load_adapter,
-        load_model,
-        require_policy,
-        use_adapter,
-    )
+    from rlhf.adapters import load_adapter, require_policy, use_adapter
+    from rlhf.models import check_context, check_same_base, load_model
 
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     initials, policies = [], []
@@ -285,7 +280,7 @@ def load_policies(
 
 
 def _base_of(path: str) -> str:
-    from rlhf.models import adapter_base
+    from rlhf.adapters import adapter_base
 
     return str(Path(adapter_base(path)).resolve())
 
@@ -318,7 +313,7 @@ def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str, s
 
 def world_seed(path: str) -> int | None:
     """The seed of the sandbox world that a run's base comes from, if it does."""
-    from rlhf.models import read_identity
+    from rlhf.weights import read_identity
 
     base = read_identity(path).get("base_model_name_or_path")
     file = Path(base).parent / "world.json" if base else None

@@ -93,7 +93,7 @@ def text_losses(
 def _losses(model, policy, rows, pad_id, batch_size, plain_head) -> list[TextLoss]:
     import torch
 
-    from rlhf.models import completion_batch, response_logprobs
+    from rlhf.logprobs import completion_batch, response_logprobs
 
     device, was_training, result = next(model.parameters()).device, model.training, []
     model.eval()

@@ -80,12 +80,14 @@ def check_model(program: str, options: Any) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from rlhf.adapters import adapter_base, adapter_settings, add_adapter
     from rlhf.distributed import DistributedContext, read_deepspeed_config
     from rlhf.files import check_weights
-    from rlhf.models import InitialModel, adapter_base, adapter_settings, add_adapter, load_tokenizer
+    from rlhf.models import InitialModel
     from rlhf.offline.trainers import trl_arguments
     from rlhf.runs.run import Run
     from rlhf.stages import check_start, new_lora
+    from rlhf.tokenizer import load_tokenizer
 
     path = options.model_name_or_path
     tokenizer = load_tokenizer(path)
@@ -122,8 +124,8 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
     """
     from rlhf.data.records import Instruction, Preference, Prompt
     from rlhf.distributed import DistributedContext
-    from rlhf.models import load_tokenizer
     from rlhf.runs.run import Run
+    from rlhf.tokenizer import load_tokenizer
 
     kind = Prompt if program == "ppo" or sampled_from else Preference
     wanted = [(kind, "train", sampled_from), (kind, "validation", sampled_from)]
@@ -156,7 +158,7 @@ def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
     from rlhf.data.encode import encode
     from rlhf.data.load import load
     from rlhf.data.records import Instruction, Prompt, prompt_group
-    from rlhf.models import load_tokenizer
+    from rlhf.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.foundation)
     given = {"split": "test", "on_error": config.on_error, "validation_fraction": config.validation_fraction}

@@ -81,7 +81,9 @@ def sample_policies(config: ExperimentConfig, place: Path, specs: list, trial: s
     from rlhf.distributed import DistributedContext
     from rlhf.engines.hf import Sampling
     from rlhf.evaluate import Evaluation
-    from rlhf.models import head_is_plain, load_tokenizer, silence_libraries, stop_ids
+    from rlhf.logprobs import head_is_plain
+    from rlhf.models import silence_libraries
+    from rlhf.tokenizer import load_tokenizer, stop_ids
 
     silence_libraries()
     is_foundation = trial == "foundation"
@@ -141,7 +143,8 @@ def sample_policies(config: ExperimentConfig, place: Path, specs: list, trial: s
 
 def score_again(config: ExperimentConfig, place: Path, specs: list, seed: int, build_scorer) -> list[Path]:
     """The foundation's responses scored by this seed's reward model too, and the best of n by it."""
-    from rlhf.models import load_tokenizer, silence_libraries
+    from rlhf.models import silence_libraries
+    from rlhf.tokenizer import load_tokenizer
 
     silence_libraries()
     tokenizer = load_tokenizer(config.foundation)

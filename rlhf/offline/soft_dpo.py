@@ -16,8 +16,8 @@ from torch import Tensor
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from rlhf.adapters import frozen_copy
 from rlhf.config import UserError
-from rlhf.models import frozen_copy
 
 SOFT = {"label_prob": math.nan, "weight": 1.0}  # columns a row may have, and what none means
 

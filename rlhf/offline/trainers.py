@@ -212,7 +212,7 @@ def checkpoint_callback(trainer, run: Run, initial, budget, sampler):
     import torch
     from transformers import TrainerCallback
 
-    from rlhf.models import is_finite
+    from rlhf.weights import is_finite
 
     class Saver(TrainerCallback):
         stopped = False
@@ -303,7 +303,7 @@ def held_out_loss(trainer, run: Run) -> dict[str, float]:
 def reference_context(model, name: str = "reference"):
     """The context of the reference policy: the frozen copy where there is one, the bare base under a new adapter,
     None for a model trained whole."""
-    from rlhf.models import use_adapter
+    from rlhf.adapters import use_adapter
 
     if not hasattr(model, "peft_config"):
         return None
@@ -316,7 +316,8 @@ def save_policy(run: Run, model, initial, merge: bool = False) -> None:
     Raises UserError, and writes nothing, if they are not finite.
     """
     from rlhf.distributed import gathered
-    from rlhf.models import check_finite, write_identity
+    from rlhf.models import write_identity
+    from rlhf.weights import check_finite
 
     folder = Path(run.config.output_dir)
     with gathered(model):

@@ -15,7 +15,7 @@ from rlhf.data.records import BadScore, Samples, Scorer, Scores
 from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import Completions, Sampling, sample_key
 from rlhf.evaluate import to_samples
-from rlhf.models import completion_batch
+from rlhf.logprobs import completion_batch
 from rlhf.roles import MOVING, Roles
 
 Engine = Callable[..., Completions]  # as rlhf.engines.hf.generate

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlhf.data.records import BadScore, Scorer
 from rlhf.distributed import DistributedContext, OptimizerEngine, peak_memory
 from rlhf.engines.hf import Sampling, cache_is_exact, generate
-from rlhf.models import completion_batch
+from rlhf.logprobs import completion_batch
 from rlhf.options.ppo import PPOConfig
 from rlhf.ppo.advantages import (
     KL_ESTIMATORS,

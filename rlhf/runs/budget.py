@@ -21,7 +21,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rlhf.models import decoder_and_head
+from rlhf.logprobs import decoder_and_head
 
 COUNTERS = ("episodes", "tokens_generated", "tokens_trained", "flops")
 

@@ -4,10 +4,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from rlhf.adapters import lora_config
 from rlhf.compare.text_metrics import TextLoss, distinct_n, encode_texts, perplexity, repetition, text_losses
 from rlhf.data.records import Instruction
 from rlhf.distributed import DistributedContext
-from rlhf.models import load_model, lora_config
+from rlhf.models import load_model
 from rlhf.roles import Roles
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from rlhf.engines.hf import Sampling, cache_is_exact, draw, generate, gumbel, restrict, sample_key
-from rlhf.models import completion_batch, head_is_plain, load_model, response_logprobs
+from rlhf.logprobs import completion_batch, head_is_plain, response_logprobs
+from rlhf.models import load_model
 from tests.kinds import build
 
 

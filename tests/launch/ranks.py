@@ -18,9 +18,10 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
 
     import torch
 
+    from rlhf.adapters import lora_config
     from rlhf.data.records import Prompt
     from rlhf.distributed import read_deepspeed_config
-    from rlhf.models import load_model, lora_config
+    from rlhf.models import load_model
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.rollout import role_scorer
     from rlhf.ppo.trainer import PPOTrainer

@@ -7,8 +7,9 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig
 
+from rlhf.adapters import lora_config
 from rlhf.data.records import Preference
-from rlhf.models import load_model, lora_config, trainable_policy
+from rlhf.models import load_model, trainable_policy
 from rlhf.offline.soft_dpo import EncodedDPOTrainer, SoftCollator, SoftDPOTrainer, plain_trl, soft_dpo_loss, soft_rows
 from rlhf.offline.trainers import count_flops
 from tests.kinds import build

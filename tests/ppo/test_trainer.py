@@ -4,11 +4,12 @@ import math
 import pytest
 import torch
 
+from rlhf.adapters import lora_config
 from rlhf.config import UserError, check_ranges
 from rlhf.data.records import BadScore, Prompt, Scores
 from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import Sampling, generate
-from rlhf.models import load_model, lora_config
+from rlhf.models import load_model
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer, cycle_shuffled, micro_batches, permutation
 from rlhf.roles import Roles
 from rlhf.runs.budget import Budget

@@ -19,10 +19,11 @@ from reward.model import (
     trainable_reward,
     write_reward,
 )
+from rlhf.adapters import lora_config
 from rlhf.config import UserError
 from rlhf.data.encode import encode_prompt, encode_response
 from rlhf.data.records import Samples
-from rlhf.models import load_model, lora_config
+from rlhf.models import load_model
 from tests.conftest import random_adapter
 
 ROWS = [[5, 6, 7, 2], [9, 8, 2], [4, 11, 12, 13, 14, 2]]

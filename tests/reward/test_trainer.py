@@ -10,8 +10,9 @@ from trl import RewardConfig
 from reward.model import raw_scores, trainable_reward
 from reward.objective import reward_loss
 from reward.trainer import PairCollator, RewardTrainer, pair_rows
+from rlhf.adapters import lora_config
 from rlhf.data.records import Preference
-from rlhf.models import load_model, lora_config
+from rlhf.models import load_model
 
 
 def encoded(prompt, chosen, rejected, **more):

@@ -9,7 +9,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rlhf.runs.budget import Budget, decoder_shape
-from rlhf.models import decoder_and_head, load_model, lora_config
+from rlhf.adapters import lora_config
+from rlhf.logprobs import decoder_and_head
+from rlhf.models import load_model
 from tests.kinds import build
 
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "flops.py"

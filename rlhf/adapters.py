@@ -1,0 +1,312 @@
+"""LoRA adapters: settings, loading them onto a base, several on one base, and what of the output head they change."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import UserError, did_you_mean
+from rlhf.weights import base_weights, check_finite, first_line, loading, plain_name, read_json
+
+VALUE_HEAD_FILE = "value_head.safetensors"  # beside the adapter of a critic
+# LoRA settings that change the base itself, or that depend on the prompt: such an adapter cannot share a base
+NOT_SHARED = ("layer_replication", "kasa_config", "arrow_config", "alora_invocation_tokens")
+REWRITES_BASE = re.compile("pissa|corda|olora|loftq|lora_ga")  # initial values that are taken out of the base's weights
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # of which PEFT refuses the out_proj
+MERGE = "Merge the adapter (merge_and_unload and save_pretrained of PEFT) and start from the merged model"
+
+
+def lora_config(task_type: str = "CAUSAL_LM", r: int = 16, alpha: int = 32, dropout: float = 0.0, targets="all-linear"):
+    """The LoRA of a new adapter. `targets` is "all-linear" or a list of module names."""
+    from peft import LoraConfig
+
+    if isinstance(targets, list) and len(targets) == 1:
+        targets = targets[0] if targets[0] == "all-linear" else targets
+    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=task_type)
+
+
+def check_targets(model: nn.Module, targets: list[str]) -> None:
+    """Raise UserError unless each name is that of a layer that LoRA can adapt, or "all-linear" stands alone.
+
+    PEFT takes a name for the end of a layer's path (q_proj, layers.0.self_attn.q_proj), and says nothing of one that
+    matches none as long as another does.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    if targets == ["all-linear"]:
+        return
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
+    wrong = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
+    known = sorted({name.rpartition(".")[2] for name in layers})
+    expected = f"Layers of this model: {', '.join(known)}; or all-linear alone"
+    if not targets:
+        raise UserError(f"'lora_target_modules' is empty. {expected}")
+    if wrong:
+        near = did_you_mean(wrong[0], known)
+        raise UserError(f"'lora_target_modules': no layer is called '{wrong[0]}'.{near} {expected}")
+
+
+def adapter_base(adapter_path: str) -> str:
+    """The base an adapter folder names; a relative path is tried from here, from the folder and from those above it, so
+    that a run loads from wherever it is called."""
+    config = read_json(Path(adapter_path) / "adapter_config.json")
+    base = config.get("base_model_name_or_path") or ""
+    if not base:
+        raise UserError(f"{adapter_path}/adapter_config.json names no 'base_model_name_or_path'")
+    if Path(base).exists():
+        return base
+    folder = Path(adapter_path).resolve()
+    return next((str(above / base) for above in (folder, *folder.parents) if (above / base).is_dir()), base)
+
+
+def adapter_settings(path: str) -> Any:
+    """Return the PEFT settings of the adapter in a folder, ready to be put on a base beside others.
+
+    Raises UserError when there are none, when they cannot be read, when the adapter is a critic's, and for settings
+    that PEFT cannot keep apart where several adapters share a base.
+    """
+    from peft import LoraConfig, PeftConfig
+
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(f"{path}: no adapter (adapter_config.json) there")
+    if (Path(path) / VALUE_HEAD_FILE).is_file():
+        raise UserError(
+            f"{path}: the critic of a PPO run, not a policy or reward model; the policy is in {file.parent.parent}"
+        )
+    with loading(str(file), "settings of an adapter"):
+        config = PeftConfig.from_pretrained(path)
+    config.inference_mode = False
+    if not isinstance(config, LoraConfig):
+        return config
+    found = [name for name in NOT_SHARED if getattr(config, name, None)]
+    if isinstance(config.init_lora_weights, str) and REWRITES_BASE.match(config.init_lora_weights):
+        found.append("init_lora_weights")
+    if config.bias != "none" and any(n.endswith(".bias") and "lora_" not in n for n in adapter_weights(path)):
+        found.append("bias")
+    if found:
+        raise UserError(
+            f"{file}: '{found[0]}: {getattr(config, found[0])}' changes the base, which other adapters share, so that "
+            f"PEFT cannot hold copies of it. {MERGE}"
+        )
+    config.bias = "none"  # it was of a base without any: nothing was trained
+    return config
+
+
+def require_policy(path: str) -> None:
+    """Raise UserError if the adapter in a folder is a reward model's."""
+    config = adapter_settings(path)
+    if config.task_type == "SEQ_CLS" or (Path(path) / "reward.json").is_file():
+        raise UserError(
+            f"{path}: a reward model, which is no policy. Start from a base model, or from a run of launch/sft.py, "
+            "launch/dpo.py or launch/ppo.py"
+        )
+
+
+def adapter_weights(path: str | Path) -> dict[str, Tensor]:
+    """Return the tensors of the adapter in a folder by the names they were saved under.
+
+    Raises UserError if they are missing, cut off or not finite.
+    """
+    from peft.utils import load_peft_weights
+
+    if not any((Path(path) / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
+        raise UserError(f"{path}: adapter_config.json is there, adapter_model.safetensors is not")
+    with loading(str(path), "adapter weights"):
+        weights = load_peft_weights(str(path), device="cpu")
+    check_finite(weights.items(), str(path))
+    return weights
+
+
+def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str = "lora") -> nn.Module:
+    """Put a new adapter on a model, which becomes a PeftModel unless it is one. Raises UserError where PEFT refuses."""
+    from peft import PeftModel, get_peft_model
+    from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+
+    config = copy.deepcopy(config)  # PEFT writes into it what it finds in this model
+    config.base_model_name_or_path = model.config.name_or_path
+    if getattr(config, "target_modules", None) == "all-linear":
+        config.exclude_modules = config.exclude_modules or _not_adaptable(model)
+    try:
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config)
+        else:
+            model = get_peft_model(model, config, adapter_name=name)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: PEFT cannot put this adapter on the model ({first_line(error)})") from None
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and "adapter_state_dict" not in vars(module):
+            for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
+                setattr(module, method, _of_held_adapters(module, getattr(module, method)))
+        if isinstance(module, TrainableTokensWrapper):
+            module.bias = None  # TRL reads it off a head; PEFT passes on the weight alone
+    return model
+
+
+def _not_adaptable(model: nn.Module) -> list[str] | None:
+    """Names of linear layers that LoRA cannot be on: routers that give more than a tensor, and what Mamba's kernels
+    read without a call."""
+    names = {"out_proj"} if model.config.model_type in MAMBA else set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):  # Llama 4, PhiMoE
+            names.add(name.rpartition(".")[2])
+    return sorted(names) or None
+
+
+def _of_held_adapters(wrapper: nn.Module, method: Callable) -> Callable:
+    """PEFT's method of a module beside LoRA, which it calls for every adapter, for those that hold any.
+
+    The state that ZeRO-3 gathers is without frozen adapters, such as a reference: none of them is saved then.
+    """
+
+    def held(name: str, *state: dict[str, Tensor]) -> dict[str, Any]:
+        if name not in wrapper._adapters or any(not any(name in key.split(".") for key in given) for given in state):
+            return {}
+        return method(name, *state)
+
+    return held
+
+
+def load_adapter(
+    model: nn.Module, path: str, config: Any = None, name: str = "default", leave: tuple[str, ...] = ()
+) -> nn.Module:
+    """Put the adapter in a folder on a model, all of it: LoRA, modules_to_save, embeddings, single tokens.
+
+    config: its settings, where they are not to be those of the folder. leave: modules of the base whose weights are
+    not wanted, such as the output head under a scalar head. Returns the PeftModel. Raises UserError unless every other
+    weight of the folder finds its place and every place its weight; copies of the base's own weights, which PEFT saves
+    beside an adapter of the embeddings, are compared with the base.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    def wanted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        prefixes = tuple(f"base_model.model.{module}." for module in leave)
+        return {n: w for n, w in weights.items() if not n.startswith(prefixes)}
+
+    given = wanted(adapter_weights(path))
+    model = add_adapter(model, config or adapter_settings(path), name, path)
+    if reason := _not_copied(model, name):
+        raise UserError(f"{path}/adapter_config.json: {reason}, of which PEFT makes no copies. {MERGE}")
+    places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    base, odd = base_weights(model), []
+    for weight in [n for n in given if n not in places]:
+        own = base.get(plain_name(weight))
+        if own is None or own.shape != given[weight].shape:
+            odd.append(f"no place for {weight}")
+        elif not torch.equal(own.to("cpu", torch.bfloat16), given[weight].to(torch.bfloat16)):
+            odd.append(f"{weight} is another than the base's, without being among its modules_to_save")
+        del given[weight]
+    for place, weight in wanted(places).items():
+        if place not in given:
+            odd.append(f"{place} is missing")
+        elif given[place].shape != weight.shape:
+            odd.append(f"{place} is {tuple(given[place].shape)}, expected {tuple(weight.shape)}")
+    if odd:
+        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
+        raise UserError(f"{path}: its weights do not fit this base: {'; '.join(odd[:3])}{more}")
+    places.update(given)  # what is not wanted stays as it is
+    set_peft_model_state_dict(model, places, adapter_name=name)
+    return model
+
+
+def _not_copied(model: nn.Module, name: str) -> str | None:
+    """What adapter `name` of a PeftModel holds on this base that PEFT does not repeat for a second adapter, or None."""
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    config = model.peft_config[name]
+    if getattr(config, "modules_to_tie", None) or getattr(config, "target_modules_to_tie", None):
+        return "'ensure_weight_tying: true' ties the output head to an adapter of the embeddings"
+    for wrapper in (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)):
+        if any(isinstance(m, AuxiliaryTrainingWrapper) for m in wrapper.modules() if m is not wrapper):
+            return "'trainable_token_indices' and 'modules_to_save' meet in one module"
+    return None
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Return all that the LoRA adapter `name` holds: parameters by their names less that of the adapter."""
+    pattern = re.compile(rf"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.{name}(?=\.|$)")
+    return {pattern.sub(r".\1", n): p for n, p in model.named_parameters() if pattern.search(n)}
+
+
+def frozen_copy(model: nn.Module, source: str, name: str) -> None:
+    """Add adapter `name` to a PeftModel as a frozen copy of another, for example as the reference of what goes on."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    add_adapter(model, model.peft_config[source], name)
+    weights = get_peft_model_state_dict(model, adapter_name=source, save_embedding_layers=False)
+    set_peft_model_state_dict(model, weights, adapter_name=name)
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name in trained)
+
+
+@contextlib.contextmanager
+def use_adapter(model: nn.Module, name: str | None):
+    """Run with adapter `name` active (None: the bare base), then put back what was. For looking, not for training."""
+    if name is None:
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+            yield
+        return
+    before = model.active_adapter
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
+        for parameter_name, parameter in model.named_parameters():  # set_adapter freezes the others
+            parameter.requires_grad_(parameter_name in trainable)
+
+
+def without_head(config: Any, causal: nn.Module) -> Any:
+    """Return the settings of a LoRA adapter for a role without an output head: less what changes the head."""
+    config, head = copy.deepcopy(config), head_name(causal)
+    if config.modules_to_save:
+        config.modules_to_save = [m for m in config.modules_to_save if not head.endswith(m)] or None
+    if isinstance(config.trainable_token_indices, dict):
+        tokens = {m: ids for m, ids in config.trainable_token_indices.items() if not head.endswith(m)}
+        config.trainable_token_indices = tokens or None
+    return config
+
+
+def head_name(causal: nn.Module) -> str:
+    """Return the name of a causal model's output head within it."""
+    return next(name for name, module in causal.named_modules() if module is causal.get_output_embeddings())
+
+
+def changes_head(config: Any, causal: nn.Module) -> bool:
+    """Return whether a LoRA adapter with these settings changes the output head or the embeddings it is tied to."""
+    names = [head_name(causal)]
+    if causal.config.tie_word_embeddings:
+        names += [name for name, module in causal.named_modules() if module is causal.get_input_embeddings()]
+    changed = [*(config.modules_to_save or []), *(config.trainable_token_indices or [])]
+    changed += config.target_modules if not isinstance(config.target_modules, str) else []
+    return isinstance(config.trainable_token_indices, list) or any(
+        name.endswith(module) for name in names for module in changed
+    )
+
+
+def token_rows(causal: nn.Module, token: int) -> list[int] | dict[str, list[int]] | None:
+    """Return PEFT's `trainable_token_indices` for a token's row of the output head; None for a head with a bias."""
+    head = causal.get_output_embeddings()
+    if head.bias is not None:
+        return None
+    tied = head.weight is causal.get_input_embeddings().weight
+    return [token] if tied else {head_name(causal): [token]}
+
+
+def like_rows(rows: Tensor, token: int) -> int:
+    """Return how many other rows (V, H) of an output head have a cosine above 0.9 to that of a token; all for a row of
+    zeros. Tokens that no text held keep together, since the loss has moved all of them alike."""
+    if not rows[token].any():
+        return len(rows) - 1
+    rows = rows.detach()
+    return int((torch.nn.functional.cosine_similarity(rows, rows[token][None]) > 0.9).sum()) - 1

@@ -1,0 +1,58 @@
+"""Load a tokenizer with a pad token and a chat template; the token ids that end a response."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from rlhf.config import UserError, near_file
+from rlhf.data.encode import PLAIN_TEMPLATE
+from rlhf.weights import loading
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer at `path`, with a pad token and a chat template. Raises UserError.
+
+    Where the vocabulary has no spare token, EOS fills: padding is known by the mask alone, never by its id.
+    """
+    from transformers import AutoTokenizer
+
+    local = Path(path)
+    if not local.exists() and (local.is_absolute() or path.startswith(("./", "../", "runs/"))):
+        raise UserError(f"{path}: no such folder{near_file(path)}")
+    if local.is_dir() and not any((local / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would hand back an empty tokenizer here and say nothing
+        raise UserError(f"{path}: no tokenizer files; save the tokenizer beside the weights")
+    with loading(path, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    if len(tokenizer) <= 1:
+        raise UserError(f"{path}: the tokenizer is empty")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: the tokenizer has no EOS token, so that no response could end")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        tokenizer.pad_token = _unused_token(tokenizer) or tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    with loading(path, "chat template"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False)
+    return tokenizer
+
+
+def _unused_token(tokenizer: Any) -> str | None:
+    vocabulary = tokenizer.get_vocab()
+    names = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<|finetune_right_pad_id|>", "<|fim_pad|>"]
+    names += ["<unk>", *sorted(t for t in vocabulary if "reserved" in t or "unused" in t)]
+    return next((name for name in names if name in vocabulary and name != tokenizer.eos_token), None)
+
+
+def stop_ids(tokenizer: Any, model: nn.Module | None = None) -> list[int]:
+    """Token ids that end a response: the tokenizer's EOS and those the model's generation config adds."""
+    ids = {tokenizer.eos_token_id}
+    config = getattr(model, "generation_config", None)
+    more = getattr(config, "eos_token_id", None)
+    ids.update(more if isinstance(more, list) else [more] if more is not None else [])
+    return sorted(ids)

@@ -1,0 +1,108 @@
+"""Read weights and their settings from files, with errors that name the file; fingerprints of weights."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import pickle
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config import UserError
+
+IDENTITY_FILE = "rlhf.json"  # beside every adapter: what it was trained on, checked when it is loaded
+
+
+@contextlib.contextmanager
+def loading(path: str, what: str, more: str = ""):
+    """Whatever a library raises inside is a fault of the files at `path`: a UserError that names them."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path}: no {what} could be loaded ({first_line(error)}).{more}") from None
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError if the file holds anything else, or only a part of one."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({first_line(error)}). Save or copy it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Raise UserError for the first (name, tensor) that holds NaN or infinity: nothing learns from it."""
+    for name, tensor in tensors:
+        if not is_finite(tensor):
+            raise UserError(
+                f"{where}: '{name}' holds numbers that are not finite (NaN or infinity), so it is no model that could "
+                "be used. Take an earlier checkpoint or another start; for a run of one's own, a lower learning_rate"
+            )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; one pass without a copy. aminmax hands NaN on."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def fingerprint(model: nn.Module, sample: int = 4096) -> str:
+    """16 hex digits that name a model's weights, whatever dtype they were loaded in.
+
+    Hashes names, shapes and an even sample of each tensor, read as bfloat16, in sorted order: seconds for billions of
+    parameters. Adapter weights that PEFT injected are left out.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base_weights(model).items()):
+        name = name.removeprefix("base_model.model.")
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // sample)
+        values = flat[::step][:sample].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def folder_fingerprint(path: str | Path) -> str:
+    """Names the weights in a folder by the hash of its safetensors files."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def read_identity(path: str | Path) -> dict[str, Any]:
+    """What rlhf.json in a folder says; empty where there is none."""
+    file = Path(path) / IDENTITY_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The base's own weights by their names without PEFT's wrapping."""
+    ours = ("lora_", "modules_to_save", "trainable_tokens_")
+    return {plain_name(n): w for n, w in model.state_dict().items() if not any(part in n for part in ours)}
+
+
+def plain_name(name: str) -> str:
+    """The name that a weight of the base has without PEFT's wrapping."""
+    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
+
+
+def first_line(error: Exception) -> str:
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words recommend to run whatever it holds
+        return "a pickle that holds more than weights, and could run code; save the weights as safetensors"
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
