@@ -1,8 +1,8 @@
-"""What a report claims and what limits it, as records: `summary.py` makes them, the renderer has a sentence for each kind.
+"""The claims of a report and what limits it, as records: `summary.py` makes them, the renderer has a template a kind.
 
-A difference is claimed where its p, adjusted for all claims of the report (Holm 1979), is below 1 - level. A claim about
-methods needs MIN_SEEDS run seeds and MIN_CLUSTERS groups; a comparison of runs claims something about those runs alone
-and needs the groups only. Everything else has its interval and `sign` None: it is shown without a verdict.
+A difference is claimed where its p, adjusted for all claims of the report (Holm 1979), is below 1 - level. A claim
+about methods needs MIN_SEEDS run seeds and MIN_CLUSTERS groups; a comparison of runs claims something about those runs
+alone and needs the groups only. Everything else has its interval and `sign` None: it is shown without a verdict.
 """
 
 from __future__ import annotations
