@@ -1,8 +1,8 @@
-"""Text of models and users as HTML that can do nothing: Markdown without HTML, images or scripts.
+"""Render the text of models and users as inert HTML: Markdown without HTML, images or scripts.
 
-What is shown to people who judge is whatever a model wrote. Raw HTML is shown as text, links lead to http, https and
-mailto alone and say where, pictures are not loaded, characters that turn the direction of writing or cannot be seen
-are written out, and very long texts are folded and not parsed.
+Annotators see whatever a model wrote. Raw HTML is shown as text, links lead to http, https and mailto only and show
+their address, pictures are not loaded, characters that are invisible or change the direction of writing are written
+out, and very long texts are folded and not parsed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,15 @@ _HIDDEN = re.compile(
 _SHOWN_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
-def render(text: str) -> Markup:
-    """The text as HTML, isolated in its direction of writing; long texts inside <details>."""
-    return _render(text)
-
-
 @functools.lru_cache(maxsize=2048)
-def _render(text: str) -> Markup:
+def render(text: str) -> Markup:
+    """Return the text as HTML, isolated in its direction of writing; long texts inside <details>."""
     text = visible(text)
     if len(text) > LONGEST:
         body = f'<pre class="plain">{html.escape(text)}</pre>'
     else:
-        body = visible(_parser().render(text))  # again: &#8203; and &rlm; are characters only now
+        # made visible again: entities such as &#8203; and &rlm; have only now become characters
+        body = visible(_parser().render(text))
     body = f'<div class="text" dir="auto">{body}</div>'
     if len(text) > FOLDED:
         preview = f'<div class="text" dir="auto"><p>{html.escape(text[:PREVIEW])}…</p></div>'
@@ -46,7 +43,7 @@ def _render(text: str) -> Markup:
 
 
 def visible(text: str) -> str:
-    """Line ends as \\n; control, direction and zero-width characters written out as ⟦U+202E⟧, where they cannot act."""
+    """Return the text with line ends as \\n and control, direction and zero-width characters written as ⟦U+202E⟧."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return _SHOWN_CONTROLS.sub(_named, _HIDDEN.sub(_named, text))
 
@@ -80,7 +77,7 @@ def _link(renderer, tokens, index, options, env) -> str:
 
 
 def _cell(renderer, tokens, index, options, env) -> str:
-    """Alignment as a class: the pages allow no inline style."""
+    """Give the alignment as a class: the pages allow no inline style."""
     style = str(tokens[index].attrs.pop("style", ""))
     if style:
         tokens[index].attrs["class"] = style.removeprefix("text-align:")
@@ -88,6 +85,6 @@ def _cell(renderer, tokens, index, options, env) -> str:
 
 
 def _heading(renderer, tokens, index, options, env) -> str:
-    """Headings of a text stand below those of the page, so that its outline stays true."""
+    """Put the headings of a text below those of the page, so that the page's outline stays right."""
     tokens[index].tag = f"h{min(6, int(tokens[index].tag[1:]) + 2)}"
     return renderer.renderToken(tokens, index, options, env)
