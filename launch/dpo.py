@@ -15,7 +15,7 @@ if not __package__:  # started as a file, from launch/, where reward.py would sh
 from rlhf.config import parse, program
 from rlhf.data.records import Preference
 from rlhf.options.offline import DPORunConfig
-from rlhf.runs.run import start_run
+from rlhf.runs.start import start_run
 
 
 @program
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.runs.budget import Budget
 
     initial = stages.load_initial_model(run)
-    pairs = {split: run.rows(Preference, split, initial.tokenizer) for split in ("train", "validation")}
+    pairs = {split: run.data.rows(Preference, split, initial.tokenizer) for split in ("train", "validation")}
     rows = {split: soft_rows(part) for split, part in pairs.items()}
     datasets = {split: Dataset.from_list(part) for split, part in rows.items()}
     model = trainable_policy(initial, stages.new_lora(run, initial))
@@ -78,14 +78,13 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=initial.tokenizer,
             callbacks=[sampler],
         )
-    trainer.add_callback(trainers.trainer_callback(run.tracker, "dpo"))
     trainers.count_flops(trainer, budget, stages.new_dropout(config, initial))
 
     trainers.train(trainer, run, initial, budget, sampler)
     headline = trainers.held_out_loss(trainer, run) if rows["validation"] else {}
 
     trainers.save_policy(run, trainer.model, initial)
-    run.finish({**headline, **sampler.last}, stages.total_budget(budget, run.world))
+    run.finish({**headline, **sampler.last}, budget.total(run.world))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ if not __package__:  # started as a file, from launch/, where reward.py would sh
 from rlhf.config import EXIT_GUARD, Halt, UserError, parse, program
 from rlhf.data.records import BadScore, Instruction, Prompt
 from rlhf.options.ppo import PPOConfig
-from rlhf.runs.run import format_metrics, start_run
+from rlhf.runs.run import format_metrics
+from rlhf.runs.start import start_run
 
 
 @program
@@ -41,8 +42,8 @@ def main(argv: list[str] | None = None) -> None:
 
     initial = stages.load_initial_model(run)
     tokenizer, stops = initial.tokenizer, stop_ids(initial.tokenizer, initial.model)
-    prompts = run.rows(Prompt, "train", tokenizer)
-    answers = sft_rows(run.rows(Instruction, "train", tokenizer, config.ptx_data)) if config.ptx_data else []
+    prompts = run.data.rows(Prompt, "train", tokenizer)
+    answers = sft_rows(run.data.rows(Instruction, "train", tokenizer, config.ptx_data)) if config.ptx_data else []
     run.log(f"{len(prompts)} training prompts, {config.total_steps} steps of {config.rollout_batch_size} responses")
 
     for spec in config.reward:
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         run.log(f"step {step}: {format_metrics(last)}")
         return True
 
-    def fill(folder: Path) -> None:
+    def write_files(folder: Path) -> None:
         trainer.save(folder)
         with trainer.learner.gathered():
             if run.world.is_main:  # the adapters too, so that a checkpoint can be sampled from and compared
@@ -121,11 +122,11 @@ def main(argv: list[str] | None = None) -> None:
             return
         stop = run.interrupted()
         looked = (end or bool(config.eval_steps and step % config.eval_steps == 0)) and look(step)
-        if stop or run.due(step, config.total_steps):
+        if stop or run.should_checkpoint(step, config.total_steps):
             score = last.get("eval/score/total") if looked else None
-            run.save_checkpoint(step, fill, score, {"last": last})
+            run.save_checkpoint(step, write_files, score, {"last": last})
         if stop:
-            raise run.halt(step)
+            raise run.interrupted_error(step)
 
     def roll_back(decision) -> bool:
         kept = run.roll_back(decision.since)
@@ -134,24 +135,25 @@ def main(argv: list[str] | None = None) -> None:
             return False
         trainer.load(kept.folder, after=decision)
         last.clear()
-        last.update(kept.about["state"]["last"])
+        last.update(kept.metadata["state"]["last"])
         # at once, so that a run that is killed now knows of this rollback when it is resumed
-        run.save_checkpoint(kept.step, fill, kept.about["score"], {"last": last})
+        run.save_checkpoint(kept.step, write_files, kept.metadata["score"], {"last": last})
         run.log(f"back to {kept.folder}, with step sizes times {trainer.guards.rate_scale:g}")
         return True
 
-    run.tracker  # noqa: B018  takes the folder; from here on a signal ends the run after its step
+    # takes over the folder; from here on a signal ends the run after its step
+    run.open_tracker()
     if run.resumed:
         trainer.load(run.resumed.folder)
         run.restore_random_state()
-        last.update(run.resumed.about["state"]["last"])
+        last.update(run.resumed.metadata["state"]["last"])
     else:
         look(0)
     stopped = trainer.train(on_step, roll_back)
     if stopped:
         look(trainer.done)
 
-    spent = stages.total_budget(budget, run.world)
+    spent = budget.total(run.world)
     if not spent["budget/tokens_trained"]:
         run.close()
         why = stopped.reason if stopped else f"every rollout was skipped, see {config.output_dir}/tables"

@@ -17,7 +17,7 @@ from rlhf.config import parse, program
 from rlhf.data.records import Instruction, Preference
 from rlhf.data.split import some
 from rlhf.options.offline import RewardRunConfig
-from rlhf.runs.run import start_run
+from rlhf.runs.start import start_run
 
 FEW = 256  # training pairs to normalise on where nothing is held out
 
@@ -38,8 +38,10 @@ def main(argv: list[str] | None = None) -> None:
 
     initial = stages.load_initial_model(run)
     tokenizer = initial.tokenizer
-    train, held_out = (run.rows(Preference, split, tokenizer) for split in ("train", "validation"))
-    answers = run.rows(Instruction, "validation", tokenizer, config.reference_data) if config.reference_data else []
+    train, held_out = (run.data.rows(Preference, split, tokenizer) for split in ("train", "validation"))
+    answers = (
+        run.data.rows(Instruction, "validation", tokenizer, config.reference_data) if config.reference_data else []
+    )
     if config.reference_data and not answers:
         run.log("WARNING: no row of reference_data is left in validation: scores are normalised on the chosen answers")
     answers = [row["prompt_ids"] + row["response_ids"] for row in answers]
@@ -62,7 +64,6 @@ def main(argv: list[str] | None = None) -> None:
             callbacks=[sampler],
             label_smoothing=config.label_smoothing,
         )
-    trainer.add_callback(trainers.trainer_callback(run.tracker, "reward"))
     trainers.count_flops(trainer, budget, stages.new_dropout(config, initial))
 
     trainers.train(trainer, run, initial, budget, sampler)
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
         of = "reference_data" if references else f"{'held-out' if held_out else 'training'} chosen responses"
         facts = {"base_fingerprint": initial.fingerprint, "normalise": config.normalise, "mean_0_on": of}
         write_reward(config.output_dir, bias, scale, **facts)
-    run.finish(headline, stages.total_budget(budget, run.world), normalisation={"bias": bias, "scale": scale})
+    run.finish(headline, budget.total(run.world), normalisation={"bias": bias, "scale": scale})
 
 
 def score(run, trainer, pairs: list[dict], answers: list[list[int]]) -> list[list[float]]:
@@ -105,7 +106,7 @@ def report(run, held_out: list[dict], chosen: list[float], rejected: list[float]
     lengths = [[len(row[side]) for row in held_out] for side in ("chosen_ids", "rejected_ids")]
     name = Path(run.config.output_dir).name
     card = report_card([row["record"] for row in held_out], chosen, rejected, *lengths, title=name)
-    card["rows"] = run.row_counts
+    card["rows"] = run.data.row_counts
     rows = pair_rows(held_out)
     extras = {name: torch.tensor([row[name] for row in rows]) for name in EXTRAS if name in rows[0]}
     loss, metrics = reward_loss(

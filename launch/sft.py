@@ -12,7 +12,7 @@ if not __package__:  # started as a file, from launch/, where reward.py would sh
 from rlhf.config import parse, program
 from rlhf.data.records import Instruction
 from rlhf.options.offline import SFTRunConfig
-from rlhf.runs.run import start_run
+from rlhf.runs.start import start_run
 
 
 @program
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.runs.budget import Budget
 
     initial = stages.load_initial_model(run)
-    rows = {split: run.rows(Instruction, split, initial.tokenizer) for split in ("train", "validation")}
+    rows = {split: run.data.rows(Instruction, split, initial.tokenizer) for split in ("train", "validation")}
     train, held_out = sft_rows(rows["train"]), sft_rows(rows["validation"])
     run.log(f"{len(train)} training rows, {len(held_out)} held out")
 
@@ -56,14 +56,13 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=initial.tokenizer,
             callbacks=[sampler],
         )
-    trainer.add_callback(trainers.trainer_callback(run.tracker, "sft"))
     trainers.count_flops(trainer, budget)
 
     trainers.train(trainer, run, initial, budget, sampler)
     headline = trainers.held_out_loss(trainer, run) if held_out else {}
 
     trainers.save_policy(run, trainer.model, initial, merge=config.merge)
-    run.finish({**headline, **sampler.last}, stages.total_budget(budget, run.world))
+    run.finish({**headline, **sampler.last}, budget.total(run.world))
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def evaluation(run, initial, scorer: Scorer | None):
     config = run.config
     if config.eval_prompts < 1:
         return None
-    rows = some(run.rows(Prompt, "validation", initial.tokenizer, config.eval_data), config.eval_prompts)
+    rows = some(run.data.rows(Prompt, "validation", initial.tokenizer, config.eval_data), config.eval_prompts)
     if not rows:
         run.log("no validation prompts: evaluation by sampling is off")
         return None
@@ -125,12 +125,3 @@ def ends_measured(run, initial, rows: list[dict]):
     rows, plain_head = some(rows, 64), head_is_plain(initial.model)
     name, pad_id = "eval/response/eos_probability", initial.tokenizer.pad_token_id
     return lambda model: {name: eos_probability(model, rows, pad_id, plain_head, run.world)}
-
-
-def total_budget(budget, world) -> dict[str, float]:
-    """`budget/*` summed over ranks (seconds are the clock's)."""
-    metrics = budget.metrics()
-    for name in metrics:
-        if name != "budget/seconds":
-            metrics[name] = float(world.sum(float(metrics[name])))
-    return metrics

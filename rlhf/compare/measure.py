@@ -14,7 +14,7 @@ from rlhf.config import SEED, UserError, near_file, option, read_yaml
 from rlhf.data.records import Prompt, Scorer, prompt_group
 from rlhf.data.split import some
 from rlhf.runs.checkpoint import FOLDER
-from rlhf.runs.run import TRAINED_ON
+from rlhf.runs.rows import TRAINED_ON
 
 FOLLOWED = {  # options that are the runs' own, and what holds where no run says
     "validation_fraction": 0.05,

@@ -124,7 +124,7 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
     """
     from rlhf.data.records import Instruction, Preference, Prompt
     from rlhf.distributed import DistributedContext
-    from rlhf.runs.run import Run
+    from rlhf.runs.rows import RunData
     from rlhf.tokenizer import load_tokenizer
 
     kind = Prompt if program == "ppo" or sampled_from else Preference
@@ -140,10 +140,10 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
         if key in seen:
             continue
         with tempfile.TemporaryDirectory() as folder:  # a store is frozen there
-            run = Run(program, replace(options, output_dir=folder), DistributedContext())
-            run.log = lambda text: None  # the program itself will say what it drops
-            rows = run.rows(kind, split, tokenizer, data)
-        seen[key] = run.trained_on
+            # without a log: the program itself will say what it drops
+            read = RunData(replace(options, output_dir=folder), DistributedContext(), log=lambda text: None)
+            rows = read.rows(kind, split, tokenizer, data)
+        seen[key] = read.trained_on
         if not rows:  # of train they are required already
             half = "" if options.half == "all" else f" of half {options.half}"
             raise UserError(

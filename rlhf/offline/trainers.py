@@ -15,7 +15,6 @@ from rlhf.config import EXIT_GUARD, Halt, UserError, coerce, did_you_mean
 from rlhf.offline.trl_names import rename_trl
 from rlhf.runs import checkpoint
 from rlhf.runs.run import Run, format_metrics
-from rlhf.stages import total_budget
 
 no_context = nullcontext  # the policy's context where the model already is the policy
 
@@ -163,7 +162,7 @@ def eval_callback(run: Run, evaluate, policy, reference, budget=None, measure=No
 
         def on_log(self, args, state, control, logs=None, **kwargs):
             if budget is not None and logs is not None:
-                logs.update(total_budget(budget, run.world) | {"memory/peak": peak_memory(run.world.device)})
+                logs.update(budget.total(run.world) | {"memory/peak": peak_memory(run.world.device)})
 
     return Sampler()
 
@@ -177,6 +176,8 @@ def train(trainer, run: Run, initial, budget, sampler) -> None:
     rows, batch = len(trainer.train_dataset), trainer.args.train_batch_size * run.world.size
     if trainer.args.dataloader_drop_last and rows < batch:
         raise UserError(f"trl: 'dataloader_drop_last' drops all {rows} rows, since a batch is {batch}: no step is left")
+    run.open_tracker()
+    trainer.add_callback(trainer_callback(run.tracker, run.program))
     saver = checkpoint_callback(trainer, run, initial, budget, sampler)
     trainer.add_callback(saver)
     try:
@@ -188,7 +189,7 @@ def train(trainer, run: Run, initial, budget, sampler) -> None:
             raise
         raise UserError(f"trl: {', '.join(run.config.trl)}: a package is missing: {error}") from None
     if saver.stopped:
-        raise run.halt(trainer.state.global_step)
+        raise run.interrupted_error(trainer.state.global_step)
 
 
 def not_finite(run: Run, step: int, what: str) -> Halt:
@@ -218,7 +219,6 @@ def checkpoint_callback(trainer, run: Run, initial, budget, sampler):
         stopped = False
 
         def on_train_begin(self, args, state, control, **kwargs):
-            run.tracker  # noqa: B018  takes the folder, before anything is written there
             if run.resumed is None:
                 return
             kept = json.loads((run.resumed.folder / _memory(run)).read_text())
@@ -228,7 +228,7 @@ def checkpoint_callback(trainer, run: Run, initial, budget, sampler):
             trainer._total_train_tokens = kept["tokens"]
             trainer._metrics["train"] = defaultdict(list, kept["metrics"])
             budget.load_state_dict(kept["budget"])
-            about = run.resumed.about["state"]
+            about = run.resumed.metadata["state"]
             sampler.last, sampler.step = about["last"], about["evaluated"]
             if state.global_step >= state.max_steps:
                 raise AlreadyFinished
@@ -243,7 +243,7 @@ def checkpoint_callback(trainer, run: Run, initial, budget, sampler):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             self.stopped = run.interrupted()
             control.should_training_stop = control.should_training_stop or self.stopped
-            control.should_save = self.stopped or run.due(state.global_step, state.max_steps)
+            control.should_save = self.stopped or run.should_checkpoint(state.global_step, state.max_steps)
             whole = math.isfinite(float(trainer._tr_loss))
             if control.should_save:  # ZeRO-3 keeps this rank's part of a parameter apart
                 learning = [p for p in model.parameters() if p.requires_grad]
@@ -271,7 +271,7 @@ def checkpoint_callback(trainer, run: Run, initial, budget, sampler):
             run.world.barrier()
             at, loss = getattr(self, "loss", (-1, None))
             score = -loss if at == step and loss is not None and math.isfinite(loss) else None
-            about = run.about(step, score, {"last": sampler.last, "evaluated": sampler.step})
+            about = run.metadata(step, score, {"last": sampler.last, "evaluated": sampler.step})
             if run.world.is_main:
                 if (folder / "adapter_config.json").is_file():
                     write_identity(folder, initial, program=run.program)

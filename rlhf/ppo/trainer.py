@@ -40,7 +40,6 @@ from rlhf.ppo.losses import kl_loss, policy_loss, ptx_loss, value_loss
 from rlhf.ppo.rollout import Rollout, collect
 from rlhf.roles import Roles
 from rlhf.runs.budget import Budget
-from rlhf.stages import total_budget
 from rlhf.stats import clustered_se
 from rlhf.tensors import explained_variance, masked_mean, masked_sum_rows, masked_whiten
 
@@ -116,7 +115,7 @@ class PPOTrainer:
                 self.pending_decision = (
                     decision if decision is not None and decision.action in ("stop", "rollback") else None
                 )
-            metrics |= self.guards.metrics() | total_budget(self.budget, self.world)
+            metrics |= self.guards.metrics() | self.budget.total(self.world)
             metrics["memory/peak"] = peak_memory(self.world.device)
             on_step(self.done, metrics, rollout)
             decision, self.pending_decision = self.pending_decision, None

@@ -21,6 +21,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from rlhf.distributed import DistributedContext
 from rlhf.logprobs import decoder_and_head
 
 COUNTERS = ("episodes", "tokens_generated", "tokens_trained", "flops")
@@ -60,7 +61,7 @@ class DecoderShape:
 
 @dataclass
 class Budget:
-    """This rank's counters since the program began (`stages.total_budget` sums them over ranks)."""
+    """This rank's counters since the program began (`total` sums them over ranks)."""
 
     episodes: int = 0
     tokens_generated: int = 0
@@ -146,6 +147,14 @@ class Budget:
 
     def metrics(self) -> dict[str, float]:
         return {f"budget/{name}": value for name, value in self.state_dict().items()}
+
+    def total(self, world: DistributedContext) -> dict[str, float]:
+        """Return `metrics` summed over ranks (seconds are the clock's)."""
+        metrics = self.metrics()
+        for name in metrics:
+            if name != "budget/seconds":
+                metrics[name] = float(world.sum(float(metrics[name])))
+        return metrics
 
 
 def decoder_shape(decoder: nn.Module, adapters: tuple[str, ...] = ()) -> DecoderShape:

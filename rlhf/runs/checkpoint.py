@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are either whole or not there.
 
-One is written beside its place, every file of it hashed into a manifest, and then renamed; what a crash leaves behind
-has no manifest, or one that its files do not fit, and is passed over by name. TRL's trainers write under their own
-folder names, where the manifest, written last, plays the part of the rename.
+A checkpoint is written beside its place, every file of it is hashed into a manifest, and then it is renamed. What a
+crash leaves behind has no manifest, or one that its files do not match, and is skipped by name. TRL's trainers write
+under their own folder names; there the manifest, which is written last, does what the rename does.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import shutil
 from collections.abc import Callable
@@ -29,75 +30,91 @@ _NAME = re.compile(r"(?:step|checkpoint|writing)-0*(\d+)")
 
 
 class CorruptCheckpoint(Exception):
-    """A checkpoint whose files are not those of its manifest; the message says which."""
+    """A checkpoint whose files do not match its manifest; the message says which."""
 
 
 @dataclass
 class Checkpoint:
-    """A whole checkpoint: where it is, after how many steps it was made, and what its writer said about it."""
+    """A whole checkpoint: its folder, the steps made before it, and what its writer recorded (`about` on disk)."""
 
     folder: Path
     step: int
-    about: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def crash_point(point: str) -> None:
-    """A moment of the writer at which a crash must do no harm; tests end the process at each of them."""
+    """Mark a moment at which a crash must do no harm; tests end the process at each of them."""
 
 
-def write(root: Path, step: int, world: Any, fill: Callable[[Path], None], about: Callable[[], dict]) -> Checkpoint:
-    """Write the checkpoint of `step` on all ranks: `fill(folder)` writes its files, `about()` describes it.
+def write(
+    root: Path,
+    step: int,
+    world: Any,
+    write_files: Callable[[Path], None],
+    metadata: Callable[[], dict[str, Any]],
+) -> Checkpoint:
+    """Write the checkpoint of `step` on all ranks.
 
-    A checkpoint of the same step, which a rollback has left, makes room at the end, when the new one is whole.
+    `write_files(folder)` writes its files on each rank; `metadata()`, called after that, returns what it records.
     """
-    target, beside = root / f"step-{step:06d}", root / f"writing-{step:06d}"
+    target = root / f"step-{step:06d}"
+    beside = root / f"writing-{step:06d}"
     if world.is_main:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     world.barrier()
+
     crash_point("begun")
-    fill(beside)
+    write_files(beside)
     write_random_state(beside / f"random-{world.rank}.pt")
     crash_point("filled")
     world.barrier()
-    described = about()
+
+    recorded = metadata()
     if world.is_main:
-        absent = [r for r in range(world.size) if not (beside / f"random-{r}.pt").is_file()]
+        absent = [rank for rank in range(world.size) if not (beside / f"random-{rank}.pt").is_file()]
         if absent:
-            raise UserError(f"{root}: ranks {absent} write elsewhere; output_dir has to be one folder for all nodes")
-        seal(beside, step, described)
+            raise UserError(f"{root}: ranks {absent} do not share output_dir, which has to be one folder for all nodes")
+        seal(beside, step, recorded)
         crash_point("sealed")
-        _aside(target)  # one of the same step that a rollback has left behind
+        # a rollback may have left one of the same step: it makes room only now, when the new one is whole
+        _set_aside(target)
         crash_point("set aside")
         os.replace(beside, target)
-        _sync(root)
+        _sync_folder(root)
         crash_point("renamed")
     world.barrier()
-    return Checkpoint(target, step, described)
+    return Checkpoint(target, step, recorded)
 
 
-def seal(folder: Path, step: int, about: dict[str, Any]) -> None:
-    """Put every file of the folder on the disk and write the manifest: {step, about, files: {name: [bytes, sha256]}}.
+def seal(folder: Path, step: int, metadata: dict[str, Any]) -> None:
+    """Flush every file of the folder to disk and write the manifest: {step, about, files: {name: [bytes, sha256]}}.
 
-    Last of all, so that a folder with a manifest that fits is whole."""
+    The manifest comes last, so that a folder with a manifest that matches is whole.
+    """
+    entries = sorted(folder.rglob("*"))
     files = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST):
+    for path in entries:
+        if path.is_dir() or path.name == MANIFEST:
+            continue
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         files[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
         crash_point(f"hashed {path.name}")
-    for inner in (p for p in folder.rglob("*") if p.is_dir()):
-        _sync(inner)
-    # as it will be read, so that both digests are of the same text
-    manifest = json.loads(json.dumps({"step": step, "about": about, "files": files}))
+    for path in entries:
+        if path.is_dir():
+            _sync_folder(path)
+
+    # as it will be read back, so that both digests are of the same text
+    manifest = json.loads(json.dumps({"step": step, "about": metadata, "files": files}))
     manifest["sha256"] = _manifest_digest(manifest)
     write_atomic(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    _sync(folder)
-    _sync(folder.parent)
+    _sync_folder(folder)
+    _sync_folder(folder.parent)
 
 
 def check(folder: Path) -> Checkpoint:
-    """The checkpoint in a folder. Raises Damaged unless every file is the one that was written."""
+    """Return the checkpoint in a folder. Raise CorruptCheckpoint unless every file is the one that was written."""
     manifest = read_manifest(folder)
     for name, (size, digest) in manifest["files"].items():
         path = folder / name
@@ -111,7 +128,7 @@ def check(folder: Path) -> Checkpoint:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest {step, about, files} of a folder. Raises Damaged where it is not as `seal` wrote it."""
+    """Return the manifest {step, about, files} of a folder. Raise CorruptCheckpoint unless it is as `seal` wrote it."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
@@ -119,17 +136,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CorruptCheckpoint(f"{MANIFEST} cannot be read ({error})") from None
     try:
-        right = isinstance(manifest["about"], dict) and all(len(pair) == 2 for pair in manifest["files"].values())
-        # one that an earlier version wrote has no digest of itself
-        right &= manifest.get("sha256") in (None, _manifest_digest(manifest))
-        # a folder that was copied may have any name
-        named = _NAME.fullmatch(folder.name)
-        right &= int(manifest["step"]) == (_step(folder) if named else manifest["step"])
+        is_whole = _manifest_is_whole(manifest, folder)
     except (KeyError, TypeError, ValueError, AttributeError):
-        right = False
-    if not right:
+        is_whole = False
+    if not is_whole:
         raise CorruptCheckpoint(f"{MANIFEST} is not what was written")
     return manifest
+
+
+def _manifest_is_whole(manifest: Any, folder: Path) -> bool:
+    """Return whether a manifest has its parts and digest; may also raise where a part is missing."""
+    if not isinstance(manifest["about"], dict) or any(len(entry) != 2 for entry in manifest["files"].values()):
+        return False
+    # an earlier version wrote no digest
+    if manifest.get("sha256") not in (None, _manifest_digest(manifest)):
+        return False
+    # a folder that was copied may have any name
+    return not _NAME.fullmatch(folder.name) or int(manifest["step"]) == _step(folder)
 
 
 def _manifest_digest(manifest: dict[str, Any]) -> str:
@@ -138,59 +161,63 @@ def _manifest_digest(manifest: dict[str, Any]) -> str:
 
 
 def newest(root: Path, log: Callable[[str], None], before: int | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint under `root`, of a step below `before`; what is passed over is named."""
+    """Return the newest whole checkpoint under `root`, of a step below `before`; log those that are skipped."""
     for folder in _folders(root):
         if before is not None and _step(folder) >= before:
             continue
         try:
             return check(folder)
         except CorruptCheckpoint as reason:
-            log(f"passing over {folder}: {reason}")
+            log(f"skipping {folder}: {reason}")
     return None
 
 
 def archive(root: Path, after: int) -> None:
-    """Rename the checkpoints of step `after` and later: another course was taken from before them. The next `prune`
-    removes them."""
+    """Rename the checkpoints of step `after` and later, which the run leaves behind; the next `prune` removes them."""
     for folder in _folders(root):
         if _step(folder) >= after:
-            _aside(folder)
+            _set_aside(folder)
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` whole checkpoints and the best one (`about["score"]`, the higher the better)."""
-    scores: dict[Path, float | None] = {}  # of the whole ones, newest first
+    """Remove all but the newest `keep` whole checkpoints and the best one (by `score`, the later one of equals)."""
+    # of the whole ones, newest first
+    scores: dict[Path, float | None] = {}
     for folder in _folders(root):
         with contextlib.suppress(CorruptCheckpoint):
             scores[folder] = read_manifest(folder)["about"].get("score")
-    scored = [f for f, score in scores.items() if score is not None and math.isfinite(score)]
-    kept = {*list(scores)[:keep], *([max(scored, key=lambda f: (scores[f], _step(f)))] if scored else [])}
+    kept = set(list(scores)[:keep])
+    scored = [folder for folder, score in scores.items() if score is not None and math.isfinite(score)]
+    if scored:
+        kept.add(max(scored, key=lambda folder: scores[folder]))
+
     for folder in root.iterdir() if root.is_dir() else ():
-        ours = _NAME.fullmatch(folder.name.removeprefix("aside-"))
-        if folder.is_dir() and ours and folder not in kept:
-            (folder / MANIFEST).unlink(missing_ok=True)  # so that half of one is never taken for damaged
+        is_ours = folder.is_dir() and _NAME.fullmatch(folder.name.removeprefix("aside-"))
+        if is_ours and folder not in kept:
+            # so that what a crash leaves of it is never taken for a damaged one
+            (folder / MANIFEST).unlink(missing_ok=True)
             crash_point(f"unsealed {folder.name}")
             shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_random_state(path: Path) -> None:
-    """The state of every random generator of this process (a scorer of the user's may draw from them)."""
-    import random
-
+    """Write the state of every random generator of this process (the user's scorer may draw from them too)."""
     import numpy
     import torch
 
     name, keys, *rest = numpy.random.get_state()
-    state = {"python": random.getstate(), "numpy": [name, keys.tolist(), *rest], "torch": torch.get_rng_state()}
+    state = {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), *rest],
+        "torch": torch.get_rng_state(),
+    }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
     torch.save(state, path)
 
 
 def read_random_state(path: Path) -> None:
-    """Put back what `write_random_state` wrote."""
-    import random
-
+    """Restore what `write_random_state` wrote."""
     import numpy
     import torch
 
@@ -204,7 +231,7 @@ def read_random_state(path: Path) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _aside(folder: Path) -> None:
+def _set_aside(folder: Path) -> None:
     if folder.exists():
         aside = folder.with_name(f"aside-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
@@ -212,8 +239,10 @@ def _aside(folder: Path) -> None:
 
 
 def _folders(root: Path) -> list[Path]:
-    """The folders named as checkpoints, newest first."""
-    found = [p for p in root.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)] if root.is_dir() else []
+    """Return the folders named as checkpoints, newest first."""
+    if not root.is_dir():
+        return []
+    found = [path for path in root.iterdir() if path.is_dir() and _NAME.fullmatch(path.name)]
     return sorted(found, key=_step, reverse=True)
 
 
@@ -226,8 +255,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(folder: Path) -> None:
-    """Put a folder's own entries (a rename in it) on the disk."""
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's own entries (a rename in it) to disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -346,7 +346,9 @@ def check_names(names) -> None:
         prefix = "eval/" if name.startswith("eval/") else ""
         near = difflib.get_close_matches(name.removeprefix("eval/"), METRICS, 1, 0.4)
         hint = f" Did you mean '{prefix}{near[0]}'?" if near else ""
-        raise KeyError(f"metric '{name}' is not in the vocabulary.{hint} All names: docs/metrics.md (rlhf/runs/metrics.py)")
+        raise KeyError(
+            f"metric '{name}' is not in the vocabulary.{hint} All names: docs/metrics.md (rlhf/runs/metrics.py)"
+        )
 
 
 SECTIONS = {

@@ -148,9 +148,9 @@ def test_trained_on_is_written_as_compare_reads_it(tmp_path, tokenizer):
     options = RunConfig(model_name_or_path="x", data=[str(tmp_path / "i.jsonl")], output_dir=str(tmp_path / "run"))
     options.validation_fraction = 0.0
     made = Run("sft", options, DistributedContext(), None)
-    made.rows(Instruction, "train", tokenizer)
+    made.data.rows(Instruction, "train", tokenizer)
     (tmp_path / "run").mkdir()
-    made.write_trained_on()
+    made.data.write_trained_on(tmp_path / "run")
     kept = unseen(config([str(tmp_path / "run"), str(tmp_path / "run")]), prompts(*(f"q{i}" for i in range(5))))
     assert [p.prompt[0]["content"] for p in kept] == ["q3", "q4"]
 
@@ -185,13 +185,13 @@ def test_a_live_store_is_read_as_it_was_at_the_start(tmp_path):
         store.vote(pair, store.add_annotator("bob"), "a")
     both = Run("dpo", options, DistributedContext(), None)
     both_paths = [str(tmp_path / "votes.db"), str(tmp_path / "other" / "votes.db")]
-    assert len(both.load(Preference, None, both_paths)) == 21
+    assert len(both.data.load(Preference, None, both_paths)) == 21
     started = Run("dpo", options, DistributedContext(), None)
-    pairs = started.load(Preference, None)
+    pairs = started.data.load(Preference, None)
     assert len(pairs) == 20 and pairs[0].chosen_ended and not pairs[0].rejected_ended
     vote(40)
-    assert len(started.load(Preference, None)) == 20  # votes that came in meanwhile change nothing
-    assert len(started.load(Prompt, None)) == 20  # the prompts of its pairs
+    assert len(started.data.load(Preference, None)) == 20  # votes that came in meanwhile change nothing
+    assert len(started.data.load(Prompt, None)) == 20  # the prompts of its pairs
     options.output_dir = str(tmp_path / "later")
     (tmp_path / "later").mkdir()
-    assert len(Run("dpo", options, DistributedContext(), None).load(Preference, None)) == 40
+    assert len(Run("dpo", options, DistributedContext(), None).data.load(Preference, None)) == 40

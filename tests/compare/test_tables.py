@@ -78,7 +78,7 @@ def test_wandb_gets_tables_and_images_offline_without_a_key(tmp_path, monkeypatc
     Figure(figsize=(2, 1)).savefig(tmp_path / "frontier.png")
     with Tracker(tmp_path / "run", report_to="wandb") as tracker:
         log_report(example(), tracker, {"frontier": tmp_path / "frontier.png"})
-        assert tracker._run is not None  # no call failed
+        assert tracker.wandb.run is not None  # no call failed
     media = tmp_path / "run" / "wandb"
     assert list(media.glob("offline-run-*/files/media/images/figures/frontier*.png"))
     for name in ("frontier", "equal_kl", "wins", "cost", "samples"):

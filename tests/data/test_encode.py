@@ -19,8 +19,8 @@ from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Instruction, Preference, Prompt
 from rlhf.distributed import DistributedContext
 from rlhf.options.shared import RunConfig
+from rlhf.runs.model_card import write_card
 from rlhf.runs.run import Run
-from rlhf.runs.tracking import write_card
 from tests.conftest import make_tokenizer
 
 ASK = [{"role": "user", "content": "where is my parcel?"}]
@@ -93,33 +93,33 @@ def made_run(tmp_path, long, short, split="train", bad=0, **options):
 
 def test_dropped_rows_are_counted_by_split_and_reason_and_are_not_in_the_fingerprint(tmp_path, tokenizer, capsys):
     run = made_run(tmp_path, long=1, short=8, bad=1, on_error="skip")
-    rows = run.rows(Instruction, "train", tokenizer)
+    rows = run.data.rows(Instruction, "train", tokenizer)
     assert len(rows) == 8
     reason = "prompt longer than max_prompt_length 50 tokens"
-    assert run.row_counts == {
+    assert run.data.row_counts == {
         "instruction/every split": {"read": 10, "used": 9, "dropped": {"field 'response': is empty": 1}},
         "instruction/train": {"read": 9, "used": 8, "dropped": {reason: 1}},
     }
-    assert run.fingerprints == {"instruction/train": fingerprint([row["record"] for row in rows])}
+    assert run.data.fingerprints == {"instruction/train": fingerprint([row["record"] for row in rows])}
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith("1 of 10 instruction rows of every split are dropped (1: field 'response': is empty)")
     assert "WARNING" not in said[0]  # not more than a tenth
     assert said[1].startswith(f"sft: WARNING: {tmp_path}/rows.jsonl: 1 of 9 instruction rows of train are dropped (1: ")
-    write_card(tmp_path, "sft", {}, {"data": run.fingerprints, "rows": run.row_counts}, {})
+    write_card(tmp_path, "sft", {}, {"data": run.data.fingerprints, "rows": run.data.row_counts}, {})
     card = (tmp_path / "README.md").read_text()
-    assert f"| instruction/train | 9 | 8 | 1: {reason} | {run.fingerprints['instruction/train']} |" in card
+    assert f"| instruction/train | 9 | 8 | 1: {reason} | {run.data.fingerprints['instruction/train']} |" in card
 
 
 def test_more_dropped_rows_than_allowed_stop_training_but_not_evaluation(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"3 of 5 instruction rows of train .* more than max_dropped 0.5.*_dropped 1"):
-        made_run(tmp_path, long=3, short=2).rows(Instruction, "train", tokenizer)
-    assert len(made_run(tmp_path, long=2, short=2).rows(Instruction, "train", tokenizer)) == 2
-    assert len(made_run(tmp_path, long=3, short=2, max_dropped=0.6).rows(Instruction, "train", tokenizer)) == 2
+        made_run(tmp_path, long=3, short=2).data.rows(Instruction, "train", tokenizer)
+    assert len(made_run(tmp_path, long=2, short=2).data.rows(Instruction, "train", tokenizer)) == 2
+    assert len(made_run(tmp_path, long=3, short=2, max_dropped=0.6).data.rows(Instruction, "train", tokenizer)) == 2
     with pytest.raises(UserError, match=r"3 of 5 instruction rows of every split are dropped .3: field 'response'"):
-        made_run(tmp_path, long=0, short=2, bad=3, on_error="skip").rows(Instruction, "train", tokenizer)
+        made_run(tmp_path, long=0, short=2, bad=3, on_error="skip").data.rows(Instruction, "train", tokenizer)
     with pytest.raises(UserError, match="Nothing is left to train on"):
-        made_run(tmp_path, long=3, short=0, max_dropped=1.0).rows(Instruction, "train", tokenizer)
-    assert made_run(tmp_path, long=3, short=0, split="validation").rows(Instruction, "validation", tokenizer) == []
+        made_run(tmp_path, long=3, short=0, max_dropped=1.0).data.rows(Instruction, "train", tokenizer)
+    assert made_run(tmp_path, long=3, short=0, split="validation").data.rows(Instruction, "validation", tokenizer) == []
 
 
 def test_the_share_of_unknown_tokens_is_said(capsys):

@@ -524,4 +524,4 @@ def test_data_in_the_output_folder_is_refused(tmp_path):
     rows = write(tmp_path / "metrics.jsonl", [{"prompt": "a", "response": "b"}])
     config = RunConfig(model_name_or_path="x", data=[rows], output_dir=str(tmp_path))
     with pytest.raises(UserError, match="lies in output_dir"):
-        Run("sft", config, DistributedContext(), None).load(Instruction, "train")
+        Run("sft", config, DistributedContext(), None).data.load(Instruction, "train")

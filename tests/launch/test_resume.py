@@ -195,7 +195,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(runs, files, whole, tmp_pat
     damaged.write_bytes(content)
     door("ppo")(flags("ppo", runs, files, tmp_path))
     said = capsys.readouterr().out
-    assert f"passing over {damaged.parent.parent}: learner/plain.pt is not what was written" in said
+    assert f"skipping {damaged.parent.parent}: learner/plain.pt is not what was written" in said
     assert "step-000002, after step 2" in said
     assert differences(whole("ppo"), tmp_path) == []
 
@@ -284,14 +284,14 @@ def test_what_ended_a_finished_run_is_what_has_to_be_raised(tmp_path, monkeypatc
     from types import SimpleNamespace
 
     from rlhf.config import Halt
-    from rlhf.runs import run as runs_module
+    from rlhf.runs import start as runs_module
 
     monkeypatch.setattr(runs_module, "check_fixed", lambda *_: None)
     (tmp_path / "config.yaml").write_text("max_steps: 2\nnum_train_epochs: 1.0\n")
 
     def finished(max_steps, num_train_epochs=1.0):
         config = SimpleNamespace(resume="auto", max_steps=max_steps, num_train_epochs=num_train_epochs)
-        runs_module.refuse_finished(tmp_path, config, {"finished": "today"})
+        runs_module.check_finished(tmp_path, config, {"finished": "today"})
 
     with pytest.raises(Halt, match="raise --max_steps"):
         finished(2)

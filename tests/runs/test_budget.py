@@ -8,10 +8,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rlhf.runs.budget import Budget, decoder_shape
 from rlhf.adapters import lora_config
 from rlhf.logprobs import decoder_and_head
 from rlhf.models import load_model
+from rlhf.runs.budget import Budget, decoder_shape
 from tests.kinds import build
 
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "flops.py"

@@ -5,9 +5,9 @@ import numpy
 import pytest
 import torch
 
-from rlhf.runs import checkpoint
-from rlhf.runs.checkpoint import CorruptCheckpoint, check, newest, prune, seal, archive, write
 from rlhf.distributed import DistributedContext
+from rlhf.runs import checkpoint
+from rlhf.runs.checkpoint import CorruptCheckpoint, archive, check, newest, prune, seal, write
 
 
 def make(root, step, score=None):
@@ -21,7 +21,7 @@ def make(root, step, score=None):
 def test_a_checkpoint_comes_back_as_it_was_written(tmp_path):
     make(tmp_path, 3, 0.5)
     found = check(tmp_path / "step-000003")
-    assert (found.step, found.about) == (3, {"score": 0.5})
+    assert (found.step, found.metadata) == (3, {"score": 0.5})
     manifest = json.loads((found.folder / "manifest.json").read_text())
     # sha256 of eight bytes 0x03, by sha256sum
     assert manifest["files"]["part/a.bin"][0] == 8
@@ -115,7 +115,7 @@ def test_another_course_sets_the_later_ones_aside(tmp_path):
 def test_the_same_step_again_replaces_it_whole(tmp_path):
     make(tmp_path, 2, 0.1)
     make(tmp_path, 2, 0.2)
-    assert check(tmp_path / "step-000002").about == {"score": 0.2}
+    assert check(tmp_path / "step-000002").metadata == {"score": 0.2}
 
 
 def test_random_state_goes_on_where_it_was(tmp_path):
@@ -149,7 +149,7 @@ def test_one_that_was_sealed_and_not_renamed_is_whole(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make(tmp_path, 2, 0.2)
     found = newest(tmp_path, print)
-    assert (found.step, found.about) == (2, {"score": 0.2})
+    assert (found.step, found.metadata) == (2, {"score": 0.2})
 
 
 def test_what_is_not_ours_is_left_alone(tmp_path):

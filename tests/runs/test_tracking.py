@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.runs.metrics import METRICS, PATTERNS, SECTIONS, check_names, is_known, metrics_page
 from rlhf.offline.trainers import rename_trl, trainer_callback
-from rlhf.runs.tracking import Tracker, read_metrics, write_card
+from rlhf.runs.metrics import METRICS, PATTERNS, SECTIONS, check_names, is_known, metrics_page
+from rlhf.runs.model_card import write_card
+from rlhf.runs.tracking import Tracker, read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,8 +80,10 @@ def test_a_new_run_starts_afresh_and_a_resumed_one_cuts_back(tmp_path):
 
 
 def test_result_is_written_whole_with_versions(tmp_path):
-    with Tracker(tmp_path, data={"pairs": "abc"}) as tracker:
-        tracker.result({"program": "dpo", "seed": 3, "headline": {"eval/kl/sequence": math.nan}})
+    with Tracker(tmp_path) as tracker:
+        tracker.result(
+            {"program": "dpo", "seed": 3, "data": {"pairs": "abc"}, "headline": {"eval/kl/sequence": math.nan}}
+        )
     result = json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse)
     assert result["program"] == "dpo" and result["data"] == {"pairs": "abc"}
     assert result["headline"] == {"eval/kl/sequence": "NaN"}
@@ -95,7 +98,7 @@ def test_console_prints_first_last_and_no_flood_between(tmp_path, capsys, monkey
     assert capsys.readouterr().out.splitlines() == ["step 1/100  score/total 0.1429", "step 100/100  score/total 14.29"]
     with Tracker(tmp_path, console_seconds=0) as tracker:
         monkeypatch.setattr(time, "monotonic", lambda: 110.0)
-        tracker._console_first = (100.0, 0)  # 10 s for 20 steps: 40 s for the other 80
+        tracker.progress.first = (100.0, 0)  # 10 s for 20 steps: 40 s for the other 80
         tracker.console(20, 100, {}, [])
     assert capsys.readouterr().out.splitlines() == ["step 20/100, 0m40s left"]
 
@@ -183,18 +186,19 @@ def test_the_callback_logs_through_the_tracker(tmp_path, capsys):
 def test_wandb_is_offline_without_a_key_and_asks_nothing(tmp_path, no_key, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda *a: pytest.fail("asked for a login"))
     monkeypatch.setenv("WANDB_MODE", "online")  # asked for, but there is no key
-    with Tracker(tmp_path, report_to="wandb", config={"kl_coef": 0.1}, data={"pairs": "abc"}) as tracker:
-        assert tracker._run is not None and tracker._run.settings.mode == "offline"
-        assert tracker._run.config["kl_coef"] == 0.1 and tracker._run.config["data"] == {"pairs": "abc"}
-        first_id = tracker._run.id
+    with Tracker(tmp_path, report_to="wandb", config={"kl_coef": 0.1}) as tracker:
+        assert tracker.wandb.run is not None and tracker.wandb.run.settings.mode == "offline"
+        assert tracker.wandb.run.config["kl_coef"] == 0.1
+        first_id = tracker.wandb.run.id
         tracker.log({"kl/sequence": 1.0, "loss/total": math.nan}, 1)
         tracker.table("samples", [{"prompt": "p", "score": {"gold": 0.5}}, {"prompt": "q", "response": "r"}], 1)
-        tracker.result({"headline": {"eval/kl/sequence": 1.0}})
-        assert tracker._run is not None  # no call failed
+        tracker.result({"headline": {"eval/kl/sequence": 1.0}, "data": {"pairs": "abc"}})
+        assert tracker.wandb.run.config["data"] == {"pairs": "abc"}
+        assert tracker.wandb.run is not None  # no call failed
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert list((tmp_path / "wandb").glob("offline-run-*/files/media/table/tables/samples*.json"))
     with Tracker(tmp_path, report_to="wandb", resume_step=1) as tracker:
-        assert tracker._run.id == first_id
+        assert tracker.wandb.run.id == first_id
 
 
 def test_what_was_not_chosen_is_left_to_the_variables_of_wandb(tmp_path, no_key, monkeypatch):
@@ -202,22 +206,22 @@ def test_what_was_not_chosen_is_left_to_the_variables_of_wandb(tmp_path, no_key,
         monkeypatch.setenv(f"WANDB_{name}", value)
     (tmp_path / "logs").mkdir()
     with Tracker(tmp_path / "one", report_to="wandb") as tracker:
-        run = tracker._run
+        run = tracker.wandb.run
         assert (run.project, run.name, run.id) == ("mine", "tuesday", "abc")
         assert list((tmp_path / "logs" / "wandb").glob("offline-run-*-abc"))
     monkeypatch.delenv("WANDB_RUN_ID")
     with Tracker(tmp_path / "two", report_to="wandb", project="chosen", run_name="by me") as tracker:
-        assert (tracker._run.project, tracker._run.name) == ("chosen", "by me")
+        assert (tracker.wandb.run.project, tracker.wandb.run.name) == ("chosen", "by me")
     for name in ("PROJECT", "NAME"):
         monkeypatch.delenv(f"WANDB_{name}")
     with Tracker(tmp_path / "three", report_to="wandb") as tracker:
-        assert (tracker._run.project, tracker._run.name) == ("rlhf", str(tmp_path / "three"))
+        assert (tracker.wandb.run.project, tracker.wandb.run.name) == ("rlhf", str(tmp_path / "three"))
 
 
 def test_wandb_can_be_switched_off_by_its_variable(tmp_path, no_key, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_DISABLED", "true")
     with Tracker(tmp_path, report_to="wandb") as tracker:
-        assert tracker._run is None
+        assert tracker.wandb.run is None
     assert "W&B is off: WANDB_DISABLED is set" in capsys.readouterr().err
 
 
@@ -239,7 +243,7 @@ def test_wandb_that_cannot_start_or_fails_later_never_stops_a_run(tmp_path, no_k
     with Tracker(tmp_path, report_to="wandb") as tracker:
         assert modes == ["online", "offline"]
         assert capsys.readouterr().err.count("warning: W&B online failed (CommError: no network); writing offline") == 1
-        monkeypatch.setattr(tracker._run, "log", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr(tracker.wandb.run, "log", lambda *a, **k: 1 / 0)
         tracker.log({"kl/sequence": 1.0}, 1)
         tracker.log({"kl/sequence": 2.0}, 2)
         assert capsys.readouterr().err.count("W&B log failed (ZeroDivisionError") == 1
@@ -251,12 +255,12 @@ def test_wandb_that_cannot_start_or_fails_later_never_stops_a_run(tmp_path, no_k
 
 
 def test_a_key_in_netrc_counts(no_key, tmp_path, monkeypatch):
-    from rlhf.runs.tracking import _wandb_key
+    from rlhf.runs.wandb import has_key
 
-    assert not _wandb_key()
+    assert not has_key()
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert _wandb_key()
+    assert has_key()
 
 
 def test_model_card(tmp_path):
@@ -281,9 +285,7 @@ def test_model_card(tmp_path):
 
 def test_importing_the_tracker_is_cheap():
     # A command line imports it; torch, transformers and wandb cost seconds
-    code = (
-        "import sys, rlhf.runs.tracking; print([m for m in ('torch', 'transformers', 'wandb', 'numpy') if m in sys.modules])"
-    )
+    code = "import sys, rlhf.runs.tracking; print([m for m in ('torch', 'transformers', 'wandb', 'numpy') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 

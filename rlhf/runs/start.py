@@ -1,0 +1,170 @@
+"""The start of a run: join the ranks, decide what to resume from, seed the random generators."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf import config as options
+from rlhf.config import EXIT_GUARD, Halt, UserError
+from rlhf.files import lock_folder
+from rlhf.options.shared import RunConfig
+from rlhf.runs import checkpoint
+from rlhf.runs.checkpoint import Checkpoint
+from rlhf.runs.run import START_OVER, Run
+
+if TYPE_CHECKING:
+    from rlhf.distributed import DistributedContext
+
+LENGTH_OPTIONS = ("total_episodes", "num_train_epochs", "max_steps")  # raising one makes a finished run longer
+
+
+def start_run(program: str, config: RunConfig) -> Run:
+    """Join the ranks, lock the output folder, find the checkpoint to resume from, and seed all random generators.
+
+    Raises UserError where fixed options differ from those of the folder's run or a requested checkpoint cannot be used,
+    and Halt where the run is finished already.
+    """
+    from rlhf.models import silence_libraries
+
+    silence_libraries()
+    folder = Path(config.output_dir)
+    finished = {} if config.overwrite_output_dir else read_result(folder)
+    if finished:
+        check_finished(folder, config, finished)
+
+    # torch takes seconds to import: a finished run is reported before
+    import numpy
+    import torch
+
+    from rlhf.distributed import start
+
+    world = start()
+
+    def claim_folder() -> Checkpoint | None:
+        if not world.is_main:
+            return None
+        lock_folder(folder)
+        return find_checkpoint(program, config, world, is_finished=bool(finished))
+
+    # only the main rank reads the folder; what it finds, or raises, is the same on all ranks
+    found = world.raise_on_all_ranks(claim_folder)
+    run = Run(program, config, world, resumed=world.gather([found])[0])
+    if run.resumed:
+        run.log(f"resuming from {run.resumed.folder}, after step {run.resumed.step}")
+
+    random.seed(config.seed)
+    numpy.random.seed(config.seed % 2**32)
+    torch.manual_seed(config.seed)
+    return run
+
+
+def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
+    """Return if the folder's finished run is to be made longer; raise Halt if it is the one that was requested.
+
+    Raises UserError if another run was requested.
+    """
+    file = folder / "config.yaml"
+    before = options.read_yaml(file) if file.is_file() else {}
+    check_fixed(config, before, f"{folder} holds a finished run; to make another one, {START_OVER}")
+    if config.resume not in ("auto", "never"):
+        return
+    if result.get("stopped"):
+        raise Halt(
+            f"{folder} holds a run that was stopped: {result['stopped']}. To continue anyway, pass "
+            f"--resume {folder / checkpoint.FOLDER}/step-...; or {START_OVER}",
+            EXIT_GUARD,
+        )
+
+    now, then = _lengths(vars(config)), _lengths(before)
+    compared = [name for name in now if name in then]
+    is_longer = any(now[name] > then[name] for name in compared)
+    if is_longer and config.resume == "auto":
+        return
+    # where max_steps is given, it is what has ended the run
+    limit = "max_steps" if now.get("max_steps", math.inf) < math.inf else next(iter(compared), None)
+    raise Halt(f"{folder} is finished ({result['finished']}). To train on, raise --{limit}; or {START_OVER}")
+
+
+def _lengths(values: dict[str, Any]) -> dict[str, float]:
+    """Return the options that limit a run's length; max_steps -1 is no limit."""
+    given = [name for name in LENGTH_OPTIONS if name in values]
+    return {name: math.inf if values[name] == -1 else values[name] for name in given}
+
+
+def find_checkpoint(
+    program: str,
+    config: RunConfig,
+    world: DistributedContext,
+    *,
+    is_finished: bool,
+) -> Checkpoint | None:
+    """Return the checkpoint to resume from, or None to start from the beginning. Raise UserError if it does not fit."""
+    if config.overwrite_output_dir:
+        return None
+    if config.resume in ("auto", "never"):
+        root = Path(config.output_dir) / checkpoint.FOLDER
+        found = checkpoint.newest(root, lambda text: print(f"{program}: {text}", flush=True))
+        if found is None and is_finished:
+            raise UserError(f"{root}: no whole checkpoint from which the finished run could be trained on")
+        if found is None:
+            return None
+        if config.resume == "never":
+            raise UserError(
+                f"{config.output_dir} holds checkpoints up to step {found.step}, and --resume is never: {START_OVER}"
+            )
+    else:
+        try:
+            found = checkpoint.check(Path(config.resume))
+        except checkpoint.CorruptCheckpoint as reason:
+            near = options.near_file(config.resume)
+            raise UserError(f"{config.resume}: no checkpoint to resume from: {reason}{near}") from None
+    check_resumable(found, program, config, world)
+    return found
+
+
+def check_resumable(found: Checkpoint, program: str, config: RunConfig, world: DistributedContext) -> None:
+    """Raise UserError where a checkpoint is of another program, number of ranks, or fixed options."""
+    metadata = found.metadata
+    if metadata.get("program") != program:
+        raise UserError(f"{found.folder}: a checkpoint of '{metadata.get('program')}', and this is '{program}'")
+    if (metadata["ranks"], metadata["launched"]) != (world.size, world.launched):
+        how = "under a launcher" if metadata["launched"] else "without a launcher"
+        raise UserError(
+            f"{found.folder}: made by {metadata['ranks']} rank(s) {how}, and now there are {world.size}. Its optimizer "
+            "state is divided among ranks: start as many, in the same way"
+        )
+    check_fixed(
+        config,
+        metadata["options"],
+        f"{found.folder} cannot be resumed with these options; restore them, or {START_OVER}",
+    )
+
+
+def check_fixed(config: Any, before: dict[str, Any], message: str) -> None:
+    """Raise UserError, beginning with `message`, that lists each fixed option whose value differs from `before`."""
+    before = options.current_names(config, before)
+    changed = []
+    for field in fields(config):
+        name = field.name
+        if field.metadata.get("resume") == "free" or name not in before:
+            continue
+        # as JSON has it: tuples are lists, and keys are strings
+        now = json.loads(json.dumps(getattr(config, name)))
+        if now != before[name]:
+            changed.append(f"  {name}: was {before[name]!r}, now {now!r}")
+    if changed:
+        raise UserError("\n".join([f"{message}. Fixed options that differ:", *changed]))
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """Return result.json of a finished run, else an empty dict."""
+    try:
+        result = json.loads((folder / "result.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return result if result.get("finished") else {}

@@ -1,0 +1,174 @@
+"""A run's W&B log. Nothing that goes wrong with W&B stops the program, and nothing ever asks for a login."""
+
+from __future__ import annotations
+
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlhf.files import dumps, json_safe
+
+INIT_SECONDS = 15  # after which a server that does not answer is given up
+
+
+class WandbLog:
+    """A W&B run, or nothing where it is off: `run` is None before `start`, and after a failure.
+
+    A step that was sent once is not sent again by a resumed run: the last one is kept in output_dir/wandb_step.
+    """
+
+    def __init__(self, output_dir: Path, *, resumed: bool):
+        self.run: Any = None
+        self.output_dir = output_dir
+        self.resumed = resumed
+        self._sent_file = output_dir / "wandb_step"
+        if not resumed:
+            self._sent_file.unlink(missing_ok=True)
+        self._skip_through = self._last_sent()
+
+    def start(self, project: str | None, run_name: str | None, config: dict[str, Any]) -> None:
+        """Start the run online if WANDB_MODE says so or a key is configured, else or if that fails offline.
+
+        What is not given here is left to W&B's own variables: WANDB_PROJECT, WANDB_NAME, WANDB_RUN_ID, WANDB_DIR, ...
+        """
+        given = os.environ
+        if given.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
+            _warn("W&B is off: WANDB_DISABLED is set")
+            return
+        try:
+            import wandb
+        except Exception as error:
+            _warn(f"W&B is off: {_first_line(error)}")
+            return
+
+        id_file = self.output_dir / "wandb_id"
+        known_id = given.get("WANDB_RUN_ID")
+        if not known_id and self.resumed and id_file.exists():
+            known_id = id_file.read_text().strip()
+
+        settings = {"init_timeout": INIT_SECONDS, "console": "off"}
+        for name in list(settings):
+            if f"WANDB_{name.upper()}" in given:
+                del settings[name]
+
+        modes = dict.fromkeys([_mode(), "offline"])
+        for mode in modes:
+            # the id of a run that failed to start stays in use: the second attempt takes a new one
+            is_known = bool(known_id) and mode == next(iter(modes))
+            run_id = known_id if is_known else uuid.uuid4().hex[:8]
+            try:
+                self.run = wandb.init(
+                    project=project or given.get("WANDB_PROJECT") or "rlhf",
+                    name=run_name or given.get("WANDB_NAME") or str(self.output_dir),
+                    id=run_id,
+                    resume="allow" if self.resumed and is_known and mode == "online" else None,
+                    dir=given.get("WANDB_DIR") or str(self.output_dir),
+                    config=json_safe(config),
+                    mode=mode,
+                    settings=wandb.Settings(**settings),
+                )
+                id_file.write_text(run_id)
+                self.run.define_metric("*", step_metric="step")
+                return
+            except Exception as error:
+                self.run = None
+                then = "going on without it" if mode == "offline" else "writing offline (send later: wandb sync)"
+                _warn(f"W&B {mode} failed ({_first_line(error)}); {then}")
+
+    def log(self, numbers: Mapping[str, Any], step: int) -> None:
+        if self.run is None or step <= self._skip_through:
+            return
+        with self._failing_quietly("log"):
+            self.run.log({"step": step, **numbers})
+        if self.run is not None and step > self._last_sent():
+            self._sent_file.write_text(str(step))
+
+    def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
+        if self.run is None or step <= self._skip_through:
+            return
+        with self._failing_quietly("table"):
+            import wandb
+
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            table = wandb.Table(columns=columns)
+            for row in rows:
+                table.add_data(*[_cell(row.get(column)) for column in columns])
+            self.run.log({"step": step, f"tables/{name}": table})
+
+    def images(self, files: Mapping[str, str | Path], step: int) -> None:
+        if self.run is None or step <= self._skip_through:
+            return
+        with self._failing_quietly("images"):
+            import wandb
+
+            images = {f"figures/{name}": wandb.Image(str(file)) for name, file in files.items()}
+            self.run.log({"step": step, **images})
+
+    def result(self, result: dict[str, Any]) -> None:
+        """Send the data fingerprints and the headline of a result."""
+        if self.run is None:
+            return
+        with self._failing_quietly("result"):
+            self.run.config.update({"data": json_safe(result.get("data", {}))}, allow_val_change=True)
+            self.run.summary.update({"result": json_safe(result.get("headline", {}))})
+
+    def finish(self, *, failed: bool = False) -> None:
+        if self.run is None:
+            return
+        with self._failing_quietly("finish"):
+            self.run.finish(exit_code=1 if failed else None)
+        self.run = None
+
+    def rewind(self) -> None:
+        """Skip the steps that were sent already: after a rollback they are made again."""
+        self._skip_through = max(self._skip_through, self._last_sent())
+
+    def _last_sent(self) -> int:
+        try:
+            return int(self._sent_file.read_text())
+        except (OSError, ValueError):
+            return -1
+
+    @contextmanager
+    def _failing_quietly(self, what: str) -> Iterator[None]:
+        """Turn an error of W&B into a warning, and W&B off."""
+        try:
+            yield
+        except Exception as error:
+            _warn(f"W&B {what} failed ({_first_line(error)}); going on with metrics.jsonl alone")
+            self.run = None
+
+
+def _mode() -> str:
+    """Return WANDB_MODE, or whether a key allows to write online; online without a key would ask for a login."""
+    mode = os.environ.get("WANDB_MODE", "").lower()
+    if mode == "online" and not has_key():
+        _warn("WANDB_MODE=online, but no key in WANDB_API_KEY or netrc: W&B writes offline (send later: wandb sync)")
+        return "offline"
+    return mode or ("online" if has_key() else "offline")
+
+
+def has_key() -> bool:
+    """Return whether a key for the W&B server is configured."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    from requests.utils import get_netrc_auth
+
+    return get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is not None
+
+
+def _cell(value: Any) -> Any:
+    return dumps(value) if isinstance(value, (dict, list, tuple)) else value
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
