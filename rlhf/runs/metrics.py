@@ -374,11 +374,11 @@ def metrics_page() -> str:
         "",
         "<!-- generated: python -m rlhf.runs.metrics > docs/metrics.md -->",
         "",
-        "One vocabulary for SFT, reward model, DPO and PPO. `metrics.jsonl` holds one line a log: `step`, `time`",
-        "(seconds since 1970) and any of these names; a name that stands neither here nor in a pattern below",
-        'is refused. Numbers that are not finite are written as the strings `"NaN"`, `"Infinity"`, `"-Infinity"`: each',
-        "line stays valid JSON, and `rlhf.runs.tracking.read_metrics` turns them back. Ranges are rules of thumb for LoRA",
-        "on small and middle-sized models.",
+        "SFT, reward model, DPO and PPO share these names. Each line of `metrics.jsonl` holds `step`, `time` (seconds",
+        "since 1970) and any of the names below; other names are refused. Numbers that are not finite are written as",
+        'the strings `"NaN"`, `"Infinity"` and `"-Infinity"`, so that each line is valid JSON;',
+        "`rlhf.runs.tracking.read_metrics` turns them back. The ranges are rules of thumb for LoRA on small and",
+        "middle-sized models.",
     ]
     for title, prefixes in SECTIONS.items():
         lines += [

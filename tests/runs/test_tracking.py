@@ -285,7 +285,8 @@ def test_model_card(tmp_path):
 
 def test_importing_the_tracker_is_cheap():
     # A command line imports it; torch, transformers and wandb cost seconds
-    code = "import sys, rlhf.runs.tracking; print([m for m in ('torch', 'transformers', 'wandb', 'numpy') if m in sys.modules])"
+    heavy = ("torch", "transformers", "wandb", "numpy")
+    code = f"import sys, rlhf.runs.tracking; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"
 
