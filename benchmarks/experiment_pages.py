@@ -266,7 +266,7 @@ def method_lines(config: ExperimentConfig, report: dict) -> list[str]:
     commits = ", ".join(sorted({json.loads(code)["commit"] or "?" for code in meta["code"] if code != "null"}))
     lines = [
         f"- {len(unit['seeds'])} run seeds x {unit['groups']} groups of prompts, {unit['samples_per_prompt']} samples "
-        f"each; `configs/compare/{Path(config.output_dir).name}.yaml`, commit {commits}.",
+        f"each; `configs/experiments/{Path(config.output_dir).name}.yaml`, commit {commits}.",
         f"- {hours:.1f} hours of programs, {config.processes} at a time, on {meta['hardware']}, shared with others.",
         f"- Lengths: {', '.join(f'{name} {steps} steps' for name, steps in (meta['lengths'] or {}).items())}.",
         f"- {versions}.",

@@ -38,13 +38,13 @@ def main() -> None:
 
 def sandbox() -> None:
     shop()
-    compare("configs/compare/sandbox.yaml")
+    compare("configs/experiments/sandbox.yaml")
     write_sandbox(RUNS / "sandbox")
 
 
 def ablations() -> None:
     shop()
-    compare("configs/compare/ablations.yaml")
+    compare("configs/experiments/ablations.yaml")
     write_ablations(RUNS / "ablations")
 
 
@@ -66,17 +66,17 @@ def polite() -> None:
             ]
         )
     pairs = f"{data}/pref_rasbt_polite.jsonl"
-    compare("configs/compare/polite.yaml", "--pairs", json.dumps({"data": [pairs]}), "--prompts", pairs)
+    compare("configs/experiments/polite.yaml", "--pairs", json.dumps({"data": [pairs]}), "--prompts", pairs)
     write_polite(RUNS / "polite")
 
 
 def shop() -> None:
     """The small world and the SFT policy that the experiments on it start from."""
-    run(["rlhf", "sandbox", "build", "--config", "configs/quickstart/sandbox.yaml", "--output_dir", "runs/sandbox"])
+    run(["rlhf", "sandbox", "build", "--config", "rlhf/sandbox/configs/sandbox.yaml", "--output_dir", "runs/sandbox"])
     if not finished("sft"):
         run(
             [
-                *(*DEEPSPEED, "launch/sft.py", "--config", "configs/quickstart/sft.yaml"),
+                *(*DEEPSPEED, "launch/sft.py", "--config", "rlhf/sandbox/configs/sft.yaml"),
                 *("--model_name_or_path", "runs/sandbox/base", "--data", "runs/sandbox/instructions.jsonl"),
                 *("--output_dir", f"{RUNS}/sft"),
             ]

@@ -16,7 +16,6 @@ from rlhf.config import UserError, parse
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.plan import plan
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 LONG = 10_000  # steps: a length that every program accepts, where the real one is not known yet
 
 

@@ -19,7 +19,7 @@ from rlhf.runs.tracking import Tracker
 class ReportConfig:
     """Draw the report of an experiment from what is there; nothing is trained or sampled."""
 
-    experiment: str = option(help="its file (configs/compare/x.yaml) or its folder")
+    experiment: str = option(help="its file (configs/experiments/x.yaml) or its folder")
     output_dir: str | None = option(None, "where the report goes; default: report/ in the experiment's folder")
     report_to: Literal["none", "wandb"] = option("none", "wandb: the same as tables, offline when no key is set")
     project: str | None = option(None, "W&B project; default: WANDB_PROJECT, else rlhf")

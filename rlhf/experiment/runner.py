@@ -6,6 +6,8 @@ with other options is never mixed with the rest: it is named, and set aside if a
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import shlex
@@ -30,7 +32,6 @@ from rlhf.experiment.cost import planned_lengths
 from rlhf.experiment.plan import Job, fingerprints, given_length, plan
 from rlhf.files import dumps, lock_folder, unlock_folder, write_atomic
 
-ROOT = Path(__file__).resolve().parent.parent.parent
 MARK = "RLHF_EXPERIMENT"  # in the environment of every program that an experiment has started
 JOB = "RLHF_EXPERIMENT_JOB"  # which of its jobs
 ATTEMPTS = 3  # of a program that was killed; each goes on where the one before was cut off
@@ -234,7 +235,7 @@ def start(work: Work, job: Job) -> None:
 
 
 def full_command(config: ExperimentConfig, job: Job) -> list[str]:
-    """The words that start the job here: this Python, this copy of the programs, a port of its own."""
+    """Return the words that start the job: this Python, the program as a module, a port of its own."""
     first, *rest = job.command
     if first == "rlhf":
         return [sys.executable, "-m", "rlhf.cli", *[word for word in rest if not word.startswith("# ")]]
@@ -244,19 +245,27 @@ def full_command(config: ExperimentConfig, job: Job) -> list[str]:
         launcher += ["--master_port", str(free_port())]
     if launcher[0] == "python":
         launcher[0] = sys.executable
-    return [*launcher, str(ROOT / first), *rest]
+    as_module = "--module" if Path(launcher[0]).name == "deepspeed" else "-m"
+    return [*launcher, as_module, first.removesuffix(".py").replace("/", "."), *rest]
 
 
 def environment(config: ExperimentConfig, job: Job) -> dict[str, str]:
     result = {**os.environ, "PYTHONUNBUFFERED": "1", MARK: str(Path(config.output_dir).resolve()), JOB: job.name}
     for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # meant for one run, and these are many
         result.pop(name, None)
-    if not Path("/dev/nvidiactl").exists():
-        result.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed finds out too, with a warning each time
+    if not has_accelerator():
+        result.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds this out too, with a warning each time
         if config.processes > 1:
             result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.processes)))
     result["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{result.get('PATH', '')}"
     return result
+
+
+@functools.cache
+def has_accelerator() -> bool:
+    """Return whether torch finds an accelerator. A process of its own asks: this one holds no device while jobs run."""
+    question = "import sys, torch; sys.exit(not torch.accelerator.is_available())"
+    return subprocess.run([sys.executable, "-c", question], capture_output=True).returncode == 0
 
 
 def collect(work: Work, display) -> None:
@@ -389,18 +398,19 @@ def write_record(work: Work, job: Job, about: dict[str, Any]) -> None:
 
 
 def code_version() -> dict[str, str | None]:
-    """The commit, and the fingerprint of the code as it is."""
+    """Return the fingerprint of the packages' code, and its commit where it lies in a git work tree."""
     import hashlib
 
+    root = Path(__file__).resolve().parents[2]
     digest = hashlib.sha256()
-    for folder in ("rlhf", "reward", "launch"):
-        for file in sorted((ROOT / folder).rglob("*.py")):
+    for package in ("rlhf", "reward", "launch"):
+        for file in sorted((root / package).rglob("*.py")):
             digest.update(file.read_bytes())
-    try:
-        found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-        commit = found.stdout.strip() or None
-    except OSError:
-        commit = None
+    commit = None
+    if (root / ".git").exists():
+        with contextlib.suppress(OSError):
+            command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
+            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {"commit": commit, "code": digest.hexdigest()[:16]}
 
 

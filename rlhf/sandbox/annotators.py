@@ -27,6 +27,7 @@ from rlhf.data.load import load
 from rlhf.data.records import Prompt, Samples, Scorer
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
+from rlhf.sandbox import SHOP_VOICE
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class AnnotateConfig:
     """Let simulated annotators vote on the comparisons of a preference store, by the gold score with noise."""
 
     store: str = option(help="the preference store, a SQLite file with comparisons (rlhf collect sample makes them)")
-    voice: str = option("configs/voices/shop.yaml", "the brand-voice specification that is the true reward")
+    voice: str = option(str(SHOP_VOICE), "the brand-voice specification that is the true reward; default: the shop's")
     seed: int = option(0, "run seed: who judges which pair, which side is shown left, and the noise", **SEED)
     noise: float = option(0.2, "difference in gold score (0 to 1) that is worth one logit; larger is noisier", above=0)
     votes_per_pair: int = option(

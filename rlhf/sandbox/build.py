@@ -5,6 +5,7 @@
     output_dir/prompts.jsonl       {"prompt", "metadata"}: what is sampled, judged, trained on and compared
     output_dir/held_out.jsonl      exchanges like the instructions, of test groups: what a policy should not unlearn
     output_dir/short.jsonl         short exchanges as the base was pretrained on and SFT never shows: another domain
+    output_dir/voice.yaml          the brand voice of the shop: the true reward
     output_dir/world.json          settings, fingerprints, counts, losses of the base
 
 The world seed decides all of it. No prompt of the test split stands in the instructions or the pretraining text.
@@ -26,7 +27,7 @@ from rlhf.config import SEED, UserError, check_ranges, option
 from rlhf.data.records import digest
 from rlhf.data.split import split_of
 from rlhf.files import lock_folder, unlock_folder
-from rlhf.sandbox import base, corpus, phrases
+from rlhf.sandbox import SHOP_VOICE, base, corpus, phrases
 
 # of the pretraining documents; without short ones the base does not learn to copy
 PLAIN_SHARE, SHORT_SHARE = 0.05, 0.45
@@ -121,6 +122,7 @@ def build(config: SandboxConfig) -> dict[str, Any]:
     files = {name: _write_jsonl(folder / name, content) for name, content in rows.items()}
     for name, content in rows.items():
         print(f"{folder / name}: {len(content)} rows")
+    shutil.copyfile(SHOP_VOICE, folder / "voice.yaml")
     losses = build_base(config, world)
     prompts = [r["prompt"][0]["content"] for r in rows["prompts.jsonl"]]
     report = {

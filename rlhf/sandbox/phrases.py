@@ -1,7 +1,7 @@
 """The words of the sandbox: what customers of the invented shop ask, and what its staff answer, well and badly.
 
 Placeholders are {item}, {colour}. Short words and short sentences: a model of half a million parameters has to learn
-them in a minute. The remedies are named as in configs/voices/shop.yaml, which says how each may be recognised.
+them in a minute. The remedies are named as in configs/voice.yaml, which says how each may be recognised.
 """
 
 # fmt: off

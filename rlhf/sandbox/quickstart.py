@@ -15,12 +15,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import rlhf
 from rlhf.config import SEED, UserError, option
 from rlhf.files import lock_folder
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-CONFIGS = "configs/quickstart"
-VOICE = "configs/voices/shop.yaml"
+from rlhf.sandbox import CONFIGS, shown_path
 
 
 @dataclass(kw_only=True)
@@ -45,26 +43,50 @@ class Step:
 
 
 def steps(config: QuickstartConfig) -> list[Step]:
-    """The pipeline, in order. Paths and seed are flags; everything else stands in configs/quickstart/."""
+    """The pipeline, in order. Paths and seed are flags; everything else stands in rlhf/sandbox/configs/."""
     run, seed = config.run, ["--seed", str(config.seed)]
     world = config.world
     store, prompts = f"{run}/preferences.db", f"{world}/prompts.jsonl"
+    voice = f"{{voice: {world}/voice.yaml, name: gold}}"
+
+    def configured(name: str) -> list[str]:
+        return ["--config", shown_path(CONFIGS / f"{name}.yaml")]
 
     def door(name: str, start: str, data: str, *more: str) -> list[str]:
-        program = ["deepspeed", "--num_accelerators", "1", f"launch/{name}.py", "--config", f"{CONFIGS}/{name}.yaml"]
+        program = ["deepspeed", "--num_accelerators", "1", "--module", f"launch.{name}", *configured(name)]
         program += ["--model_name_or_path", start, "--data", data, "--output_dir", f"{run}/{name}"]
-        program += [] if name == "reward" else ["--eval_data", prompts]
+        program += [] if name == "reward" else ["--eval_data", prompts, "--eval_scorers", f"[{voice}]"]
         return [*program, "--overwrite_output_dir", "true", *seed, *more]
 
     def weights(name: str) -> list[str]:
         return [f"{run}/{name}/result.json", f"{run}/{name}/adapter_model.safetensors"]
 
-    sandbox = ["rlhf", "sandbox", "build", "--config", f"{CONFIGS}/sandbox.yaml", "--output_dir", world]
-    sample = ["rlhf", "collect", "sample", "--config", f"{CONFIGS}/sample.yaml", "--model_name_or_path", f"{run}/sft"]
+    sandbox = ["rlhf", "sandbox", "build", *configured("sandbox"), "--output_dir", world]
+    sample = ["rlhf", "collect", "sample", *configured("sample"), "--model_name_or_path", f"{run}/sft"]
     sample += ["--data", prompts, "--store", store, *seed]
-    annotate = ["rlhf", "sandbox", "annotate", "--config", f"{CONFIGS}/annotate.yaml", "--store", store, *seed]
-    compare = ["rlhf", "compare", f"{run}/sft", f"{run}/dpo", f"{run}/ppo", "--config", f"{CONFIGS}/compare.yaml"]
-    compare += ["--prompts", prompts, "--votes", store, "--output_dir", f"{run}/report", *seed]
+    annotate = [
+        "rlhf",
+        "sandbox",
+        "annotate",
+        *configured("annotate"),
+        "--store",
+        store,
+        "--voice",
+        f"{world}/voice.yaml",
+    ]
+    annotate += seed
+    compare = ["rlhf", "compare", f"{run}/sft", f"{run}/dpo", f"{run}/ppo", *configured("compare")]
+    compare += [
+        "--gold",
+        f"[{{voice: {world}/voice.yaml}}]",
+        "--prompts",
+        prompts,
+        "--votes",
+        store,
+        "--output_dir",
+        f"{run}/report",
+        *seed,
+    ]
     reward = ["--reward", f"[{{model: {run}/reward}}]"]
     return [
         Step("sandbox", "a world, its shop and a base model", sandbox, [f"{world}/base/model.safetensors", prompts]),
@@ -85,7 +107,7 @@ def steps(config: QuickstartConfig) -> list[Step]:
 
 def quickstart(config: QuickstartConfig) -> None:
     """Run what is not done; raises UserError naming the log when a step fails."""
-    run = ROOT / config.run
+    run = Path(config.run)
     lock_folder(run)
     (run / "logs").mkdir(exist_ok=True)
     record_file = run / "steps.json"
@@ -96,7 +118,7 @@ def quickstart(config: QuickstartConfig) -> None:
         record.pop("sample", None)  # new votes need a store without the old ones
     for number, step in enumerate(todo, 1):
         mark = fingerprint(step)
-        done = record.get(step.name, {}).get("fingerprint") == mark and all((ROOT / f).exists() for f in step.leaves)
+        done = record.get(step.name, {}).get("fingerprint") == mark and all(Path(f).exists() for f in step.leaves)
         head = f"[{number}/{len(todo)}] {step.name}: {step.why}"
         if done and not stale:
             print(f"{head} - done before, reused ({record[step.name]['seconds']:.0f} s saved)", flush=True)
@@ -104,7 +126,7 @@ def quickstart(config: QuickstartConfig) -> None:
             continue
         if step.name == "sample":  # responses of another policy, and votes on them, would stay in the store
             for suffix in ("", "-wal", "-shm"):
-                Path(f"{ROOT / step.leaves[0]}{suffix}").unlink(missing_ok=True)
+                Path(f"{step.leaves[0]}{suffix}").unlink(missing_ok=True)
         stale = True
         record.pop(step.name, None)
         print(f"\n{head}  (at {time.monotonic() - began:.0f} s)\n$ {' '.join(map(quoted, step.command))}", flush=True)
@@ -126,14 +148,10 @@ def quickstart(config: QuickstartConfig) -> None:
 def execute(step: Step, log: Path) -> float:
     """Run the command, show its output as it comes and keep it in `log`; returns the seconds it took."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if not Path("/dev/nvidiactl").exists():
-        environment.setdefault("DS_ACCELERATOR", "cpu")  # what DeepSpeed finds out too, with a warning each time
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     began = time.monotonic()
     with open(log, "wb") as file:
-        process = subprocess.Popen(
-            step.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        process = subprocess.Popen(step.command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         assert process.stdout is not None
         for line in iter(lambda: process.stdout.read1(4096), b""):
             file.write(line)
@@ -148,9 +166,10 @@ def execute(step: Step, log: Path) -> float:
 def fingerprint(step: Step) -> str:
     """Changes with the command, the files it is configured by, and the code."""
     digest = hashlib.sha256(json.dumps(step.command).encode())
-    files = [ROOT / word for word in step.command if word.endswith(".yaml")] + [ROOT / VOICE]
+    package = Path(rlhf.__file__).parent.parent
+    files = [Path(word) for word in step.command if word.endswith(".yaml")]
     for folder in ("rlhf", "reward", "launch"):
-        files += sorted((ROOT / folder).rglob("*.py"))
+        files += sorted((package / folder).rglob("*.py"))
     for file in files:
         digest.update(file.read_bytes() if file.is_file() else b"")
     return digest.hexdigest()[:16]

@@ -390,11 +390,12 @@ def words(tmp_path, launcher: str, command=("launch/dpo.py", "--seed", "0")) -> 
 
 
 def test_what_launches_a_program(tmp_path):
-    script = [str(runner.ROOT / "launch" / "dpo.py"), "--seed", "0"]
+    module = ["launch.dpo", "--seed", "0"]
+    script = ["-m", *module]
     assert words(tmp_path, "python") == [sys.executable, *script]
     assert words(tmp_path, "python -u") == [sys.executable, "-u", *script]
     first, second = (words(tmp_path, "deepspeed --num_accelerators 1") for _ in range(2))
-    assert first[:4] == ["deepspeed", "--num_accelerators", "1", "--master_port"] and first[5:] == script
+    assert first[:4] == ["deepspeed", "--num_accelerators", "1", "--master_port"] and first[5:] == ["--module", *module]
     assert int(first[4]) > 1023 and first[4] != second[4]  # several at a time
     torchrun = words(tmp_path, "'/my tools/torchrun' --nproc_per_node 2")
     assert torchrun[:4] == ["/my tools/torchrun", "--nproc_per_node", "2", "--master_port"]

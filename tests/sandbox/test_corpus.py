@@ -2,16 +2,15 @@
 
 import random
 import statistics
-from pathlib import Path
 
 import pytest
 
 from reward.voice import load_voice
 from rlhf.data.records import prompt_group
-from rlhf.sandbox import phrases
+from rlhf.sandbox import SHOP_VOICE, phrases
 from rlhf.sandbox.corpus import FAULTS, answer, draw_answer, draw_case, draw_cases, draw_faults, make_world
 
-VOICE = load_voice(Path(__file__).parents[2] / "configs" / "voices" / "shop.yaml")
+VOICE = load_voice(SHOP_VOICE)
 
 
 @pytest.fixture

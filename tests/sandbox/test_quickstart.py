@@ -9,7 +9,8 @@ from rlhf.sandbox.quickstart import QuickstartConfig, fingerprint, steps
 @pytest.fixture()
 def pipeline(tmp_path, monkeypatch):
     """The pipeline with commands that only leave their files; returns (run, names of the steps that ran)."""
-    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "CONFIGS", tmp_path / "configs")
     monkeypatch.setattr(module, "show_table", lambda report: None)
     ran = []
 
@@ -37,7 +38,7 @@ NAMES = ["sandbox", "sft", "sample", "annotate", "reward", "dpo", "ppo", "compar
 
 
 def config(tmp_path, name, text):
-    file = tmp_path / "configs" / "quickstart" / name
+    file = tmp_path / "configs" / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text)
 
