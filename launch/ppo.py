@@ -25,9 +25,10 @@ from rlhf.runs.start import start_run
 def main(argv: list[str] | None = None) -> None:
     config = parse(PPOConfig, argv)
     from reward.card import doubts_of
-    from reward.compose import build_scorer, check_specs, monitored
+    from reward.compose import build_scorer
+    from reward.specs import ModelSpec, monitored, parse_specs
 
-    weights = [(name, weight) for _, _, name, weight, _ in check_specs(config.reward)]
+    weights = [(spec.name, spec.weight) for spec in parse_specs(config.reward)]
     run = start_run("ppo", config)
 
     from rlhf import stages
@@ -66,11 +67,11 @@ def main(argv: list[str] | None = None) -> None:
         reward_weight=critic_weight,
     )
     budget = Budget()
-    kinds = {"model": role_kind(roles, role, tokenizer.pad_token_id, budget)}
-    scorer = build_scorer(config.reward, tokenizer, kinds)
+    builders = {ModelSpec: model_builder(roles, role, tokenizer.pad_token_id, budget)}
+    scorer = build_scorer(config.reward, tokenizer, builders)
     if evaluate is not None:  # what only looks, and what is learnt from
         looking = [spec for spec in config.eval_scorers if spec not in config.reward]
-        evaluate.scorer = build_scorer([*looking, *config.reward], tokenizer, kinds)
+        evaluate.scorer = build_scorer([*looking, *config.reward], tokenizer, builders)
     trainer = PPOTrainer(
         config,
         roles,
@@ -185,12 +186,13 @@ def critic_start(config: PPOConfig, role: str | None) -> tuple[str | None, float
 
     Raises UserError where the reward model that it is to start from counts for nothing.
     """
-    from reward.compose import check_specs
+    from reward.specs import ModelSpec, parse_specs
 
     if not config.has_critic:
         return None, 1.0, []
-    scorers = check_specs(config.reward)
-    weight = sum(w for kind, what, _, w, _ in scorers if kind == "model" and what == role)
+    scorers = parse_specs(config.reward)
+    of_role = [spec for spec in scorers if isinstance(spec, ModelSpec) and spec.model == role]
+    weight = sum(spec.weight for spec in of_role)
     start = config.critic_from
     if start == "auto":
         start = "reward" if weight else "policy"
@@ -201,23 +203,26 @@ def critic_start(config: PPOConfig, role: str | None) -> tuple[str | None, float
             f"critic_from is reward, but {role} is only watched (weight 0), and it is the other scores that the critic "
             "has to predict. Take --critic_from policy"
         )
-    left_out = [f"{name} (weight {w:g})" for _, what, name, w, _ in scorers if w and what != role]
+    others = [spec for spec in scorers if spec.weight and spec not in of_role]
+    left_out = [f"{spec.name} (weight {spec.weight:g})" for spec in others]
     left_out += ["the normalisation of scores"] if config.normalize_scores else []
     return start, weight, left_out
 
 
-def role_kind(roles, role: str | None, pad_id: int, budget):
-    """How `build_scorer` makes a {model: ...}: the one that is a role reads ids on the shared base; `budget` sees the
-    passes of the others too."""
-    from reward.compose import model_scorer
+def model_builder(roles, role: str | None, pad_id: int, budget):
+    """Return how `build_scorer` builds a reward model: the one that is a role reads ids on the shared base.
+
+    `budget` counts the passes of the others too.
+    """
+    from reward.compose import build_model
     from rlhf.ppo.rollout import role_scorer
 
-    def build(path, name, options, tokenizer):
-        if path != role:
-            scorer = model_scorer(path, name, options, tokenizer)
+    def build(spec, tokenizer):
+        if spec.model != role:
+            scorer = build_model(spec, tokenizer)
             budget.watch(scorer.model)
             return scorer
-        return role_scorer(roles, pad_id, options.get("batch_size", 32), name)
+        return role_scorer(roles, pad_id, spec.batch_size, spec.name)
 
     return build
 

@@ -1,4 +1,4 @@
-"""Rule rewards: what a pattern or a count can judge. Each is a function (text, metadata, options) -> float.
+"""Rule rewards: scores by a pattern or a count. Each is a function (text, metadata, **options) -> float.
 
 Scores lie in [0, 1], 1 is right. RULES gives the names that a scorer specification uses:
 
@@ -14,11 +14,12 @@ from typing import Any
 
 from rlhf.config import UserError
 
-CLOSING = "\"')]}»”’*_"  # quotes and brackets that may follow a sentence's end
+# quotes and brackets that may follow the end of a sentence
+CLOSING = "\"')]}»”’*_"
 
 
 def length(text: str, metadata: dict[str, Any], *, low: int = 1, high: int = 200) -> float:
-    """1 with low to high words; below, words / low; above, high / words."""
+    """Return 1 for low to high words, words / low below that, and high / words above."""
     words = len(text.split())
     if words < low:
         return words / low
@@ -26,24 +27,24 @@ def length(text: str, metadata: dict[str, Any], *, low: int = 1, high: int = 200
 
 
 def must_match(text: str, metadata: dict[str, Any], *, pattern: str) -> float:
-    """1 where the regular expression is found anywhere in the text, else 0."""
+    """Return 1 where the regular expression matches anywhere in the text, else 0."""
     return float(re.search(pattern, text) is not None)
 
 
 def must_not_match(text: str, metadata: dict[str, Any], *, pattern: str) -> float:
-    """0 where the regular expression is found anywhere in the text, else 1."""
+    """Return 0 where the regular expression matches anywhere in the text, else 1."""
     return 1.0 - must_match(text, metadata, pattern=pattern)
 
 
 def no_repetition(text: str, metadata: dict[str, Any], *, n: int = 3) -> float:
-    """The share of different n-grams among the n-grams of the text's words, case folded; 1 when nothing repeats."""
+    """Return the share of distinct n-grams among those of the text's case-folded words; 1 when nothing repeats."""
     words = text.casefold().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def ends_properly(text: str, metadata: dict[str, Any], *, endings: str = ".!?") -> float:
-    """1 where the text ends with one of `endings`, closing quotes and brackets aside, else 0."""
+    """Return 1 where the text ends with one of `endings`, apart from closing quotes and brackets, else 0."""
     return float(text.rstrip().rstrip(CLOSING).endswith(tuple(endings)))
 
 
@@ -56,20 +57,22 @@ RULES: dict[str, Callable[..., float]] = {
 }
 
 
-def check_rule_options(name: str, options: dict[str, Any]) -> None:
-    """Raises UserError on values that cannot work: bounds the wrong way round, a pattern that is no pattern."""
+def check_rule_options(name: str, options: dict[str, Any], where: str = "scorers") -> None:
+    """Raise UserError, naming `where`, for values that cannot work, such as a lower bound above the upper one."""
+    place = f"{where}: rule '{name}'"
     if "pattern" in options:
+        pattern = options["pattern"]
         try:
-            re.compile(options["pattern"])
+            re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise UserError(
-                f"rule '{name}': pattern {options['pattern']!r} is no regular expression: {error}"
-            ) from None
+            raise UserError(f"{place}: pattern {pattern!r} is not a regular expression: {error}") from None
     for key in ("low", "high", "n"):
         if key in options and (type(options[key]) is not int or options[key] < 1):
-            raise UserError(f"rule '{name}': '{key}' is {options[key]!r}, expected a whole number from 1 up")
-    if name == "length" and options.get("low", 1) > options.get("high", 200):
-        raise UserError(f"rule 'length': low {options.get('low', 1)} is above high {options.get('high', 200)}")
+            raise UserError(f"{place}: '{key}' is {options[key]!r}, expected a whole number from 1 up")
+    low, high = options.get("low", 1), options.get("high", 200)
+    if name == "length" and low > high:
+        raise UserError(f"{place}: low {low} is above high {high}")
     endings = options.get("endings", ".")
+    # `ends_properly` strips closing quotes before it looks for an ending
     if name == "ends_properly" and not (isinstance(endings, str) and endings.strip().strip(CLOSING)):
-        raise UserError(f"rule 'ends_properly': 'endings' is {options['endings']!r}, expected characters such as '.!?'")
+        raise UserError(f"{place}: 'endings' is {endings!r}, expected characters such as '.!?'")

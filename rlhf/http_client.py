@@ -63,7 +63,7 @@ class Answer:
         except RecursionError:
             raise ValueError("nested too deeply") from None
 
-    def words(self, service: Service, width: int = 300) -> str:
+    def excerpt(self, service: Service, width: int = 300) -> str:
         """The text on one line, without the token should the service repeat that."""
         text = " ".join(self.text.split()) or "(nothing)"
         if service.token:
@@ -167,7 +167,7 @@ def ask(service: Service, content: Any, work: str, stop: threading.Event | None 
         else:
             if answer.status < 300:
                 return answer
-            reason = f"HTTP {answer.status}: {answer.words(service)}"
+            reason = f"HTTP {answer.status}: {answer.excerpt(service)}"
             if answer.status < 400:
                 raise UserError(f"{service} sends elsewhere (HTTP {answer.status}). Give the final URL")
             if answer.status != 429 and answer.status < 500:

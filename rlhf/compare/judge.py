@@ -197,6 +197,6 @@ def _service(url: str, timeout: float, retries: int, token_env: str | None) -> C
             return answer.json()["probabilities"]
         except (ValueError, KeyError, TypeError):
             expected = '{"probabilities": [numbers]}'
-            raise UserError(f"{service} answered {answer.words(service)}, expected {expected}") from None
+            raise UserError(f"{service} answered {answer.excerpt(service)}, expected {expected}") from None
 
     return asking

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
-from reward.compose import KINDS, build_scorer, check_specs, monitored
+from reward.compose import build_scorer
+from reward.specs import KINDS, VoiceSpec, monitored, parse_specs
 from rlhf.config import UserError
 from rlhf.data.records import BadScore, Samples, Scores
 
@@ -22,7 +23,7 @@ def samples(*responses):
 
 def fixed(values, **breakdown):
     """A builder whose scorer always returns the same."""
-    return lambda what, name, options, tokenizer: lambda s: Scores(values, breakdown) if breakdown else values
+    return lambda spec, tokenizer: lambda s: Scores(values, breakdown) if breakdown else values
 
 
 def test_total_is_the_weighted_sum_and_the_breakdown_is_unweighted():
@@ -40,8 +41,8 @@ def test_total_is_the_weighted_sum_and_the_breakdown_is_unweighted():
 
 
 def test_parts_of_a_scorer_stand_under_its_name():
-    kinds = {"voice": fixed([1.0, 3.0], greeting=[0.0, 1.0])}
-    scores = build_scorer([{"voice": "configs/voices/shop.yaml", "weight": 0.5}], kinds=kinds)(samples("a", "b"))
+    builders = {VoiceSpec: fixed([1.0, 3.0], greeting=[0.0, 1.0])}
+    scores = build_scorer([{"voice": "configs/voices/shop.yaml", "weight": 0.5}], builders=builders)(samples("a", "b"))
     assert scores.total == [0.5, 1.5]
     assert scores.breakdown == {"shop": [1.0, 3.0], "shop/greeting": [0.0, 1.0]}
 
@@ -50,8 +51,8 @@ def test_default_names():
     specs = [{"model": "runs/reward/"}, {"voice": "a/shop.yaml"}, {"function": "math:floor"}, {"rule": "length"}]
     specs += [{"http": "http://localhost:80/v1/tone/?n=1"}, {"http": "https://tone"}, {"ensemble": ["runs/a", "b"]}]
     names = ["reward", "shop", "floor", "length", "tone", "ensemble"]
-    assert [name for _, _, name, _, _ in check_specs([s for i, s in enumerate(specs) if i != 5])] == names
-    assert check_specs([specs[5]])[0][2] == "tone"
+    assert [spec.name for spec in parse_specs([s for i, s in enumerate(specs) if i != 5])] == names
+    assert parse_specs([specs[5]])[0].name == "tone"
 
 
 @pytest.fixture
@@ -86,8 +87,8 @@ def test_every_example_of_the_docs_is_right(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("TONE_TOKEN", "token")
     blocks = [yaml.safe_load(block)["reward"] for block in re.findall(r"```yaml\n(.*?)```", page, re.S)]
-    found = {row[0] for specs in blocks for row in check_specs(specs)}
-    assert found == set(KINDS)
+    found = {type(spec) for specs in blocks for spec in parse_specs(specs)}
+    assert found == set(KINDS.values())
     assert monitored(blocks[0]) == ["length"]
     assert build_scorer([{"function": "my_scores:shout"}])(samples("a!!", "b")).total == [2.0, 0.0]
     sys.modules.pop("my_scores", None)
@@ -108,8 +109,8 @@ def test_an_exception_inside_a_function_names_the_scorer(user_module):
         ({"rule": "length", "hihg": 3}, "Did you mean 'high'"),
         ({"rule": "must_match"}, "needs 'pattern'"),
         ({"rule": "length", "voice": "x.yaml"}, "exactly one of"),
-        ({"rule": "length", "weight": "heavy"}, "expected a number"),
-        ({"rule": "length", "weight": math.inf}, "expected a number"),
+        ({"rule": "length", "weight": "heavy"}, "weight: found 'heavy', expected a number"),
+        ({"rule": "length", "weight": math.inf}, "weight: found inf, expected a finite number"),
         ({"rule": "length", "name": "total"}, "cannot be used"),
         ({"rule": ["length"]}, "expected text"),
         ({"ensemble": "runs/a"}, "expected two or more reward models"),
@@ -117,14 +118,14 @@ def test_an_exception_inside_a_function_names_the_scorer(user_module):
         ({"ensemble": ["runs/a", "./runs/a/"]}, "names a reward model twice"),
         ({"ensemble": ["a", "b"], "how": "wurst"}, "Did you mean 'worst'"),
         ({"ensemble": ["a", "b"], "how": "worst", "penalty": 1}, "Set how: uncertainty"),
-        ({"ensemble": ["a", "b"], "how": "uncertainty", "penalty": -1}, "from 0 up"),
+        ({"ensemble": ["a", "b"], "how": "uncertainty", "penalty": -1}, "penalty: found -1"),
         ({"http": "localhost:8000/score"}, "expected http://HOST"),
         ({"http": "ftp://localhost/score"}, "expected http://HOST"),
         ({"http": "http://:8000/score"}, "expected http://HOST"),
         ({"http": "http://localhost:port/score"}, "expected http://HOST"),
-        ({"http": "http://localhost/score", "timeout": 0}, "seconds above 0"),
-        ({"http": "http://localhost/score", "retries": -1}, "from 0 up"),
-        ({"http": "http://localhost/score", "batch_size": 0}, "from 1 up"),
+        ({"http": "http://localhost/score", "timeout": 0}, "timeout: found 0"),
+        ({"http": "http://localhost/score", "retries": -1}, "retries: found -1"),
+        ({"http": "http://localhost/score", "batch_size": 0}, "batch_size: found 0"),
         ({"http": "http://localhost/score", "retrys": 1}, "Did you mean 'retries'"),
         ({"http": "http://localhost/score", "token_env": "NO_SUCH_TOKEN_HERE"}, "NO_SUCH_TOKEN_HERE is not set"),
         ({"function": "my_scores"}, "module:function"),
@@ -146,7 +147,7 @@ def test_two_scorers_may_not_share_a_name():
     with pytest.raises(
         UserError, match=r"entry 3: a second scorer is called 'b', as entry 2 is.*{model: ..., name: b-3"
     ):
-        check_specs([{"model": "runs/a"}, {"model": "old/b"}, {"model": "runs/b"}])
+        parse_specs([{"model": "runs/a"}, {"model": "old/b"}, {"model": "runs/b"}])
     with pytest.raises(UserError, match="expected a list"):
         build_scorer([])
 
@@ -165,7 +166,7 @@ def test_two_scorers_may_not_share_a_name():
     ],
 )
 def test_a_scorer_that_misbehaves_is_named_with_the_prompt(returned, words):
-    score = build_scorer([{"voice": "bad.yaml"}], kinds={"voice": fixed(returned)})
+    score = build_scorer([{"voice": "bad.yaml"}], builders={VoiceSpec: fixed(returned)})
     with pytest.raises(UserError) as caught:
         score(samples("first", "second"))
     assert all(word in str(caught.value) for word in words), str(caught.value)
@@ -173,12 +174,12 @@ def test_a_scorer_that_misbehaves_is_named_with_the_prompt(returned, words):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_can_be_told_from_other_mistakes(value):
-    score = build_scorer([{"rule": "length"}, {"voice": "bad.yaml"}], kinds={"voice": fixed([0.0, value, 1.0])})
+    score = build_scorer([{"rule": "length"}, {"voice": "bad.yaml"}], builders={VoiceSpec: fixed([0.0, value, 1.0])})
     with pytest.raises(BadScore) as caught:
         score(samples("a", "b", "c"))
     error = pickle.loads(pickle.dumps(caught.value))  # as it goes from one rank to another
     assert (error.scorer, error.index, repr(error.value), str(error)) == ("bad", 1, repr(value), str(caught.value))
-    score = build_scorer([{"voice": "bad.yaml"}], kinds={"voice": fixed([0.0, None, 1.0])})
+    score = build_scorer([{"voice": "bad.yaml"}], builders={VoiceSpec: fixed([0.0, None, 1.0])})
     with pytest.raises(UserError) as caught:
         score(samples("a", "b", "c"))
     assert not isinstance(caught.value, BadScore)
@@ -187,28 +188,28 @@ def test_a_number_that_is_not_finite_can_be_told_from_other_mistakes(value):
 def test_a_scorer_of_weight_0_is_watched():
     # total = 2 * length; "a b" has 2 of 4 words
     specs = [{"rule": "length", "low": 4, "high": 9, "weight": 2.0}, {"voice": "shop.yaml", "weight": 0}]
-    scores = build_scorer(specs, kinds={"voice": fixed([7.0], item=[3.0])})(samples("a b"))
+    scores = build_scorer(specs, builders={VoiceSpec: fixed([7.0], item=[3.0])})(samples("a b"))
     assert scores.total == pytest.approx([1.0])
     assert scores.breakdown == {"length": [0.5], "shop": [7.0], "shop/item": [3.0]}
     assert monitored(specs) == ["shop"] and monitored(specs[:1]) == []
     with pytest.raises(BadScore, match="scorer 'shop'"):  # a watcher that fails is said too
-        build_scorer(specs, kinds={"voice": fixed([math.nan])})(samples("a b"))
+        build_scorer(specs, builders={VoiceSpec: fixed([math.nan])})(samples("a b"))
     with pytest.raises(UserError, match="every weight is 0 \\(shop\\)"):
         build_scorer(specs[1:])
 
 
 def test_a_bad_part_of_the_breakdown_is_caught_too():
-    score = build_scorer([{"voice": "bad.yaml"}], kinds={"voice": fixed([0.0, 0.0], greeting=[0.0])})
+    score = build_scorer([{"voice": "bad.yaml"}], builders={VoiceSpec: fixed([0.0, 0.0], greeting=[0.0])})
     with pytest.raises(UserError, match="scorer 'bad', part 'greeting' returned 1 scores for 2 samples"):
         score(samples("a", "b"))
 
 
 def test_nan_in_a_part_says_that_it_does_not_apply():
-    kinds = {"voice": fixed([0.0, 1.0], **{"shop/item": [math.nan, 1.0]})}
-    scores = build_scorer([{"voice": "shop.yaml"}], kinds=kinds)(samples("a", "b"))
+    builders = {VoiceSpec: fixed([0.0, 1.0], **{"shop/item": [math.nan, 1.0]})}
+    scores = build_scorer([{"voice": "shop.yaml"}], builders=builders)(samples("a", "b"))
     assert scores.total == [0.0, 1.0]
     assert math.isnan(scores.breakdown["shop/item"][0])  # already under its name: not shop/shop/item
-    kinds = {"voice": fixed([0.0, 1.0], item=[math.inf, 1.0])}
+    builders = {VoiceSpec: fixed([0.0, 1.0], item=[math.inf, 1.0])}
     with pytest.raises(BadScore, match="scorer 'shop', part 'item'") as caught:
-        build_scorer([{"voice": "shop.yaml"}], kinds=kinds)(samples("a", "b"))
+        build_scorer([{"voice": "shop.yaml"}], builders=builders)(samples("a", "b"))
     assert (caught.value.scorer, caught.value.index, caught.value.value) == ("shop", 0, math.inf)

@@ -4,7 +4,7 @@ import pytest
 
 from reward.compose import build_scorer
 from reward.ensemble import combine, ensemble_scorer, member_names, spread
-from rlhf.config import UserError
+from reward.specs import ModelSpec
 from rlhf.data.records import BadScore, Samples, Scores
 
 # three members, two samples: sample 0 (1, 2, 6), sample 1 (2, 2, 2)
@@ -54,7 +54,7 @@ def test_names_are_the_shortest_tails_that_differ():
     assert member_names(["runs/a", "runs/b/"]) == ["a", "b"]
     assert member_names(["s0/reward", "s1/reward"]) == ["s0-reward", "s1-reward"]
     assert member_names(["runs/a", "runs/spread"]) == ["runs-a", "runs-spread"]  # 'spread' is taken
-    with pytest.raises(UserError, match="twice"):
+    with pytest.raises(ValueError, match="twice"):
         member_names(["runs/a", "runs/a"])
 
 
@@ -62,9 +62,9 @@ def table(scores):
     """A `model` builder whose reward models return these, by folder; it keeps what it was called with."""
     calls = []
 
-    def build(path, name, options, tokenizer):
-        calls.append((path, name, options, tokenizer))
-        return lambda s: scores[path]
+    def build(spec, tokenizer):
+        calls.append((spec.model, spec.name, spec.dtype, tokenizer))
+        return lambda s: scores[spec.model]
 
     return build, calls
 
@@ -76,7 +76,7 @@ def test_members_are_made_by_the_builder_of_models():
         {"ensemble": ["runs/a", "runs/b"], "how": "worst", "weight": 2, "dtype": "bfloat16"},
         {"model": "runs/a", "weight": 1},
     ]
-    scores = build_scorer(specs, "tokenizer", {"model": build})(samples(2))
+    scores = build_scorer(specs, "tokenizer", {ModelSpec: build})(samples(2))
     assert scores.total == pytest.approx([3.0, 8.0], abs=1e-6)
     assert scores.breakdown == {
         "ensemble": [1.0, 2.0],
@@ -86,14 +86,14 @@ def test_members_are_made_by_the_builder_of_models():
         "a": [1.0, 4.0],
     }
     assert calls == [
-        ("runs/a", "ensemble/a", {"dtype": "bfloat16"}, "tokenizer"),
-        ("runs/b", "ensemble/b", {"dtype": "bfloat16"}, "tokenizer"),
-        ("runs/a", "a", {}, "tokenizer"),
+        ("runs/a", "ensemble/a", "bfloat16", "tokenizer"),
+        ("runs/b", "ensemble/b", "bfloat16", "tokenizer"),
+        ("runs/a", "a", "float32", "tokenizer"),
     ]
 
 
 def test_a_member_that_fails_is_named():
     build, _ = table({"runs/a": [1.0, 4.0], "runs/b": [3.0, math.nan]})
     with pytest.raises(BadScore, match="scorer 'ensemble/b' returned nan for sample 1") as caught:
-        build_scorer([{"ensemble": ["runs/a", "runs/b"]}], kinds={"model": build})(samples(2))
+        build_scorer([{"ensemble": ["runs/a", "runs/b"]}], builders={ModelSpec: build})(samples(2))
     assert (caught.value.scorer, caught.value.index) == ("ensemble/b", 1)

@@ -18,6 +18,7 @@ import pytest
 import rlhf.http_client
 from reward.compose import build_scorer
 from reward.http import http_scorer
+from reward.specs import HttpSpec
 from rlhf.config import UserError
 from rlhf.data.records import BadScore, Samples
 from rlhf.http_client import Service, check_url, retry_after
@@ -116,7 +117,7 @@ def test_batches_come_back_in_order_however_long_each_takes(service):
 def test_a_bare_list_of_scores_is_enough_and_no_samples_ask_nothing(service):
     service.answers = [(200, {"scores": [1, 2.5]})]
     assert scorer(service)(samples("a", "b")).breakdown == {"tone": [1.0, 2.5]}
-    assert http_scorer(service.url)(samples()).total == [] and len(service.asked) == 1
+    assert http_scorer(HttpSpec(name="tone", http=service.url))(samples()).total == [] and len(service.asked) == 1
 
 
 def test_null_in_a_part_says_that_it_does_not_apply(service):
@@ -293,7 +294,7 @@ def test_retry_after_is_seconds_or_a_date_and_has_a_cap(service, monkeypatch, ca
 
 def test_the_specification_is_checked_without_loading_requests():
     code = (
-        "import sys; from reward.compose import check_specs; check_specs([{'http': 'http://localhost/score'}])\n"
+        "import sys; from reward.specs import parse_specs; parse_specs([{'http': 'http://localhost/score'}])\n"
         "print('requests' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)

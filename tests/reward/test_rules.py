@@ -51,9 +51,9 @@ def test_every_rule_takes_text_and_metadata_and_stays_in_bounds():
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("must_match", {"pattern": "("}, "no regular expression"),
-        ("length", {"low": 9, "high": 3}, "above high"),
-        ("length", {"low": 500}, "above high"),
+        ("must_match", {"pattern": "("}, "not a regular expression"),
+        ("length", {"low": 9, "high": 3}, "is above high"),
+        ("length", {"low": 500}, "is above high"),
         ("no_repetition", {"n": 0}, "whole number from 1"),
         ("ends_properly", {"endings": ""}, "expected characters"),
         ("ends_properly", {"endings": '"'}, "expected characters"),  # quotes are put aside before one looks

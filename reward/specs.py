@@ -1,0 +1,281 @@
+"""Scorer specifications: the entries of `reward`, `eval_scorers`, `gold`, `referee` and `others` as typed records.
+
+    scorers:
+      - {model: runs/reward}                                # a reward model; name 'reward', weight 1
+      - {ensemble: [runs/a, runs/b, runs/c], how: worst}
+      - {voice: configs/voices/shop.yaml, weight: 0.5}
+      - {function: my_package.scores:politeness, name: polite}
+      - {rule: length, low: 5, high: 60, weight: 0}         # weight 0: monitored, not learnt from
+      - {http: "http://localhost:8000/tone", weight: 0.2}
+
+docs/rewards.md describes the kinds.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from reward.ensemble import PENALTY, member_names
+from reward.rules import RULES, check_rule_options
+from rlhf.config import UserError, did_you_mean, import_function
+from rlhf.http_client import check_url, read_token
+from rlhf.validation import Count, Number, Spec, validate
+
+
+def _refuse_empty(value: Any) -> Any:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"found {value!r}, expected text")
+    return value
+
+
+Text = Annotated[str, BeforeValidator(_refuse_empty)]
+
+
+class ScorerSpec(Spec):
+    """What every kind of scorer has: a name within its list, and its weight in the total score."""
+
+    name: str | None = None
+    weight: Number = 1.0
+
+    @property
+    def default_name(self) -> str:
+        """The name of an entry that gives none."""
+        raise NotImplementedError
+
+    @property
+    def folders(self) -> list[str]:
+        """The reward models, each a folder or a name on the Hub, that this scorer loads."""
+        return []
+
+    def check(self, where: str) -> None:
+        """Raise UserError, naming `where`, for what the types of the fields cannot tell."""
+
+
+class _LoadedSpec(ScorerSpec):
+    """How reward models are loaded and called."""
+
+    batch_size: Count = Field(32, ge=1)
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+
+
+class ModelSpec(_LoadedSpec):
+    """A reward model."""
+
+    model: Text
+
+    @property
+    def default_name(self) -> str:
+        return Path(self.model).name
+
+    @property
+    def folders(self) -> list[str]:
+        return [self.model]
+
+
+class EnsembleSpec(_LoadedSpec):
+    """Several reward models as one scorer, see reward/ensemble.py."""
+
+    ensemble: list[str]
+    how: Literal["mean", "worst", "uncertainty"] = "mean"
+    penalty: Number = Field(PENALTY, ge=0)
+
+    @field_validator("ensemble", mode="before")
+    @classmethod
+    def _two_or_more(cls, folders: Any) -> Any:
+        listed = isinstance(folders, list) and all(isinstance(folder, str) and folder for folder in folders)
+        if not listed or len(folders) < 2:
+            raise ValueError(f"found {folders!r}, expected two or more reward models: [runs/a, runs/b]")
+        member_names(folders)
+        return folders
+
+    @model_validator(mode="after")
+    def _penalty_has_an_effect(self) -> EnsembleSpec:
+        if "penalty" in self.model_fields_set and self.how != "uncertainty":
+            raise ValueError(f"'penalty' has no effect with how: {self.how}. Set how: uncertainty, or remove it")
+        return self
+
+    @property
+    def default_name(self) -> str:
+        return "ensemble"
+
+    @property
+    def folders(self) -> list[str]:
+        return self.ensemble
+
+    def members(self) -> dict[str, ModelSpec]:
+        """Return the specification of each member by its short name; it is called `ensemble/member`."""
+        specs = {}
+        for member, folder in zip(member_names(self.ensemble), self.ensemble, strict=True):
+            name = f"{self.name}/{member}"
+            specs[member] = ModelSpec(model=folder, name=name, batch_size=self.batch_size, dtype=self.dtype)
+        return specs
+
+
+class VoiceSpec(ScorerSpec):
+    """A brand voice, see reward/voice.py."""
+
+    voice: Text
+
+    @property
+    def default_name(self) -> str:
+        return Path(self.voice).stem
+
+
+class HttpSpec(ScorerSpec):
+    """A service, see reward/http.py."""
+
+    http: Text
+    timeout: Number = Field(60.0, gt=0, description="seconds for the connection, and for the whole answer")
+    retries: Count = Field(5, ge=0)
+    batch_size: Count = Field(64, ge=1)
+    # checked by `read_token`, whose messages do not show it: it may be the token itself
+    token_env: Any = None
+
+    @property
+    def default_name(self) -> str:
+        path = self.http.partition("?")[0]
+        return path.rstrip("/").rpartition("/")[2]
+
+    def check(self, where: str) -> None:
+        check_url(self.http, where)
+        read_token(self.token_env, where)
+
+
+class _KeywordSpec(ScorerSpec):
+    """A scorer whose other keys are keyword arguments of a function."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return self.model_extra or {}
+
+    def _check_options(self, function: Callable, positional: int, where: str) -> None:
+        """Raise UserError unless `function` takes the options after its first `positional` arguments."""
+        try:
+            parameters = list(inspect.signature(function).parameters.values())[positional:]
+        except (TypeError, ValueError):
+            return  # some built-in functions have no signature
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+            return
+
+        parameters = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+        known = ["name", "weight", *(parameter.name for parameter in parameters)]
+        for key in self.options:
+            if key not in known:
+                hint = did_you_mean(key, known)
+                raise UserError(f"{where}: unknown key '{key}'.{hint} Known keys: {', '.join(known)}")
+        for parameter in parameters:
+            if parameter.default is parameter.empty and parameter.name not in self.options:
+                raise UserError(f"{where}: {self.default_name} needs '{parameter.name}'")
+
+
+class FunctionSpec(_KeywordSpec):
+    """A Python function, written `module:function`, that is called with Samples and its options."""
+
+    function: Text
+
+    @property
+    def default_name(self) -> str:
+        return self.function.rpartition(":")[2]
+
+    def load(self, where: str) -> Callable:
+        """Import the function. Raises UserError where it is not there."""
+        module, _, function = self.function.partition(":")
+        if not module or not function:
+            raise UserError(f"{where}: function '{self.function}' should be written module:function")
+        return import_function(module, function, where)
+
+    def check(self, where: str) -> None:
+        self._check_options(self.load(where), 1, where)
+
+
+class RuleSpec(_KeywordSpec):
+    """One of reward/rules.py, which is called with a text, its metadata and its options."""
+
+    rule: Text
+
+    @property
+    def default_name(self) -> str:
+        return self.rule
+
+    def check(self, where: str) -> None:
+        if self.rule not in RULES:
+            hint = did_you_mean(self.rule, RULES)
+            raise UserError(f"{where}: unknown rule '{self.rule}'.{hint} Rules: {', '.join(RULES)}")
+        self._check_options(RULES[self.rule], 2, where)
+        check_rule_options(self.rule, self.options, where)
+
+
+KINDS: dict[str, type[ScorerSpec]] = {
+    "model": ModelSpec,
+    "ensemble": EnsembleSpec,
+    "voice": VoiceSpec,
+    "function": FunctionSpec,
+    "rule": RuleSpec,
+    "http": HttpSpec,
+}
+
+
+def parse_specs(entries: Any) -> list[ScorerSpec]:
+    """Return the entries of a list of scorers as typed records with their names.
+
+    Raises UserError with the entry, what was found and the nearest right key.
+    """
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"scorers: found {entries!r}, expected a list such as [{{model: runs/reward}}]")
+
+    specs: list[ScorerSpec] = []
+    number_of: dict[str, int] = {}
+    for number, entry in enumerate(entries, 1):
+        where = f"scorers, entry {number}"
+        kind = _kind_of(entry, where)
+        spec = _parse_spec(KINDS[kind], entry, where)
+        if spec.name in number_of:
+            raise UserError(
+                f"{where}: a second scorer is called '{spec.name}', as entry {number_of[spec.name]} is. Give one of "
+                f"them a name of its own: {{{kind}: ..., name: {spec.name}-{number}}}"
+            )
+        number_of[spec.name] = number
+        specs.append(spec)
+
+    if not any(spec.weight for spec in specs):
+        raise UserError(
+            f"scorers: every weight is 0 ({', '.join(number_of)}), so that every total would be 0. "
+            "A scorer of weight 0 is only monitored; give at least one scorer another weight"
+        )
+    return specs
+
+
+def monitored(entries: Any) -> list[str]:
+    """Return the names of the scorers of weight 0: measured at every step, never learnt from."""
+    return [spec.name for spec in parse_specs(entries) if not spec.weight]
+
+
+def _kind_of(entry: Any, where: str) -> str:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: found {entry!r}, expected a mapping such as {{model: runs/reward}}")
+    kinds = [kind for kind in KINDS if kind in entry]
+    if len(kinds) == 1:
+        return kinds[0]
+
+    hint = ""
+    if not kinds:
+        others = [str(key) for key in entry if key not in ("name", "weight")]
+        hint = "".join(did_you_mean(key, KINDS) for key in others)
+    raise UserError(f"{where}: found {', '.join(map(str, entry))}; expected exactly one of {', '.join(KINDS)}.{hint}")
+
+
+def _parse_spec(kind: type[ScorerSpec], entry: dict[str, Any], where: str) -> ScorerSpec:
+    spec = validate(kind, entry, where)
+    name = spec.default_name if spec.name is None else spec.name
+    # "/" separates a scorer from its parts in the names of metrics, where "total" is the weighted sum
+    if not name or "/" in name or name == "total":
+        raise UserError(f"{where}: name {name!r} cannot be used (text without '/', and not 'total')")
+    spec.check(f"{where} ({name})")
+    return spec.model_copy(update={"name": name})
