@@ -8,16 +8,11 @@ from typing import Any
 
 from rlhf.collect.queue import Queue, Rules
 from rlhf.config import UserError, option
-from rlhf.data.agreement import agreement_summary
+from rlhf.data.annotator_report import annotators_markdown, view_summary
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote, by_comparison
 
 KAPPAS = 15  # pairs of annotators shown
-
-LEGEND = (
-    "rest: agreement with the others; controls: right of those judged; skill: share of the votes for a side that are "
-    "for the better one; left: share of the left side"
-)
 
 
 @dataclass
@@ -40,7 +35,7 @@ def rules_of(store: Store) -> Rules:
 def summary(store: Store) -> dict[str, Any]:
     """Return how far the collection is and how far its annotators agree.
 
-    {"pairs": {complete, begun, untouched, all}, "controls", "overlap", "slots": {given, needed}, "undone", "event",
+    {"progress": {complete, begun, untouched, all}, "controls", "overlap", "slots": {given, needed}, "undone", "event",
     "choices", "normal" (votes on pairs that are no controls), "disputed"} and all of `agreement_summary`; kappa is that
     of the two annotators each with most pairs in common, and "kappa_of" how many there are.
     """
@@ -48,16 +43,12 @@ def summary(store: Store) -> dict[str, Any]:
     pairs, votes, stats = view.pairs(), view.votes(), view.stats()
     queue = Queue(store, rules)
     progress = queue.progress(0)
-
-    words = {}
-    for id, pair in pairs.items():
-        words[id] = len(pair["text_a"].split()) + len(pair["text_b"].split())
-    found = agreement_summary(votes, view.controls(), words)
+    found = view_summary(view)
     kappas = sorted(found["kappa"], key=lambda row: -row["pairs"])
     return found | {
         "kappa": kappas[:KAPPAS],
         "kappa_of": len(kappas),
-        "pairs": queue.open_pairs() | {"all": stats["comparisons"]},
+        "progress": queue.open_pairs() | {"all": stats["comparisons"]},
         "controls": stats["controls"],
         "overlap": rules.overlap,
         "slots": {"given": progress.given, "needed": progress.needed},
@@ -88,71 +79,25 @@ def status(config: StatusConfig) -> dict[str, Any]:
         if not store.at().pairs():
             raise UserError(f"{config.store}: has no pairs to judge; make some with: rlhf collect sample")
         found = summary(store)
-    _print_progress(config.store, found)
-    _print_agreement(found)
-    if found["annotators"]:
-        _print_annotators(found["annotators"])
-    return found
-
-
-def _print_progress(name: str, found: dict[str, Any]) -> None:
-    pairs, slots = found["pairs"], found["slots"]
+    pairs, slots = found["progress"], found["slots"]
     filled = slots["given"] / slots["needed"] if slots["needed"] else 1.0
     print(
-        f"{name}: {pairs['all']} pairs, {found['overlap']} people for each, and {found['controls']} control pairs\n"
-        f"{slots['given']} of {slots['needed']} slots filled ({filled:.0%}): {pairs['complete']} pairs complete, "
-        f"{pairs['begun']} begun, {pairs['untouched']} untouched; {found['undone']} votes were undone\n"
-        f"newest event {found['event']}: train on exactly this with {name}@{found['event']}"
+        f"{config.store}: {pairs['all']} pairs, {found['overlap']} people for each, and {found['controls']} control "
+        f"pairs\n{slots['given']} of {slots['needed']} slots filled ({filled:.0%}): {pairs['complete']} pairs "
+        f"complete, {pairs['begun']} begun, {pairs['untouched']} untouched; {found['undone']} votes were undone\n"
+        f"newest event {found['event']}: train on exactly this with {config.store}@{found['event']}"
     )
+    if not found["annotators"]:
+        return found
 
-
-def _print_agreement(found: dict[str, Any]) -> None:
-    alpha, ordinal = found["alpha"]["nominal"], found["alpha"]["ordinal"]
-    if alpha["estimate"] is not None:
-        print(
-            f"Krippendorff's alpha {_with_interval(alpha, 'estimate')} on {found['pairs_judged_twice']} pairs that "
-            f"several judged; {found['disputed']} of them are disputed"
-        )
-    if ordinal["estimate"] is not None:
-        print(f"ordinal alpha, with strength: {_with_interval(ordinal, 'estimate')}")
-    for row in found["kappa"]:
-        kappa = _with_interval(row, "kappa")
-        print(f"Cohen's kappa of {row['one']} and {row['other']}: {kappa} on {row['pairs']} pairs")
+    print(f"{found['disputed']} pairs are disputed")
     if found["kappa_of"] > len(found["kappa"]):
-        print(f"these are the {KAPPAS} of {found['kappa_of']} with most pairs in common")
-
-
-def _print_annotators(annotators: list[dict[str, Any]]) -> None:
-    widths = {"annotator": -20, "votes": 6, "rest": 6, "controls": 9, "skill": 6, "left": 6, "seconds": 8}
-    print("\n" + _columns(list(widths), widths.values()))
-    for person in annotators:
-        cells = [
-            person["annotator"][:20],
-            person["votes"],
-            percent(person["rest"]),
-            fraction(person["controls"]),
-            _two_places(person["skill"]),
-            percent(person["left"]),
-            number(person["seconds"]),
-        ]
-        line = _columns(cells, widths.values())
-        flags = "; ".join(person["flags"])
-        print(f"{line}  {flags}".rstrip())
-    print(LEGEND)
-
-
-def _columns(cells: list[Any], widths: Any) -> str:
-    """Return the cells in columns of these widths; a negative width is aligned to the left."""
-    aligned = []
-    for cell, width in zip(cells, widths, strict=True):
-        aligned.append(str(cell).ljust(-width) if width < 0 else str(cell).rjust(width))
-    return " ".join(aligned)
-
-
-def _with_interval(row: dict[str, Any], name: str) -> str:
-    if row["low"] is None:
-        return _two_places(row[name])
-    return f"{_two_places(row[name])} (95 % interval {row['low']:.2f} to {row['high']:.2f})"
+        print(f"of {found['kappa_of']} kappas, those of the {KAPPAS} with most pairs in common are shown")
+    print("\n".join(annotators_markdown(found)))
+    ordinal = found["alpha"]["ordinal"]
+    if ordinal["estimate"] is not None:
+        print(f"Ordinal alpha, with strength: {ordinal['estimate']:.2f} [{ordinal['low']:.2f}, {ordinal['high']:.2f}]")
+    return found
 
 
 def percent(share: dict[str, Any]) -> str:
@@ -165,7 +110,3 @@ def fraction(share: dict[str, Any]) -> str:
 
 def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
-
-
-def _two_places(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"

@@ -12,6 +12,7 @@ from rlhf.data.agreement import agreement_summary
 from rlhf.data.conversation import dialogue_text
 from rlhf.data.records import Preference, Record, normalise
 from rlhf.data.split import answer_pair
+from rlhf.data.store_queries import StoreView
 from rlhf.data.votes import Vote
 from rlhf.text import escape_cell, markdown_table
 
@@ -46,11 +47,15 @@ def store_summary(name: str) -> dict[str, Any]:
 
     path, event = sources.split_event(name)
     with Store.open(path, readonly=True) as store:
-        view = store.at(event)
-        words = {}
-        for pair in view.comparisons() + view.comparisons("control"):
-            words[pair["id"]] = len(f"{pair['text_a']} {pair['text_b']}".split())
-        return agreement_summary(view.votes(), view.controls(), words)
+        return view_summary(store.at(event))
+
+
+def view_summary(view: StoreView) -> dict[str, Any]:
+    """Return `agreement_summary` of a store after an event, votes on control pairs included."""
+    words = {}
+    for id, pair in view.pairs().items():
+        words[id] = len(f"{pair['text_a']} {pair['text_b']}".split())
+    return agreement_summary(view.votes(), view.controls(), words)
 
 
 def _as_votes(records: Sequence[Preference]) -> list[Vote]:

@@ -244,10 +244,10 @@ def test_kappa_skill_and_ordinal_alpha_are_shown(tmp_path, serve, capsys):
     text = capsys.readouterr().out
     # without each pair 0, 1, .4, .4: se^2 = 3/4 * .51; on (1 + kappa) / 2: N = .1875 / (.3825 / 4) = 1.9608
     # t(.975, 3)^2 = 10.128, over N 5.1653: (.75 + 2.5827 +- sqrt(.9685 + 6.6701)) / 6.1653 = .0923, .9888
-    assert "Cohen's kappa of ann and bob: 0.50 (95 % interval -0.82 to 0.98) on 4 pairs" in text
+    assert "ann and bob 0.50 [-0.82, 0.98] on 4 pairs" in text
     # of 8 values 3 are a and 5 are b, and one pair of 4 differs: alpha = 1 - 7 * 2 / (2 * 3 * 5) = 0.53 at both levels
-    assert "Krippendorff's alpha 0.53" in text and "ordinal alpha, with strength: 0.53" in text
-    assert re.search(r"^annotator .* skill ", text, re.M) and "skill: share of the votes" in text
+    assert "Krippendorff's alpha 0.53" in text and "Ordinal alpha, with strength: 0.53" in text
+    assert re.search(r"^\| annotator .* skill ", text, re.M) and "Skill: of the votes" in text
     page = client(serve(path), "owner").get("/owner")[1]
     table = page[page.index('id="kappa"') :]
     assert re.search(r'ann, bob</th>\s*<td class="n">0\.50</td>\s*<td class="n">.?[\d.]+ to 0\.98</td>', table)
