@@ -49,6 +49,15 @@ class Estimate:
         return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
 
 
+def side(estimate: dict[str, float | int | None], null: float = 0.0) -> int:
+    """Return 1 or -1 where the whole interval of `Estimate.to_dict()` lies on that side of `null`, else 0."""
+    if estimate["low"] is None:
+        return 0
+    if estimate["low"] > null:
+        return 1
+    return -1 if estimate["high"] < null else 0
+
+
 @dataclass(frozen=True)
 class Variances:
     """The mean squares of seeds, groups and error, each over S x G: what each adds to the variance of the mean."""

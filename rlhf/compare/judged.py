@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.crossed import MIN_SEEDS, holm
+from rlhf.compare.crossed import MIN_SEEDS, holm, side
 from rlhf.compare.frontier import Track, curve, equal_kl, kl_range
 from rlhf.compare.overoptimisation import add_verdicts, overoptimisation
 from rlhf.compare.power import pairs_needed
 from rlhf.compare.results import Results
 from rlhf.compare.selection import Means, ended, key, label, methods_with_points, rectangle
-from rlhf.compare.tuned import seen, tuned
+from rlhf.compare.tuned import minimum_detectable_effect, tuned
+from rlhf.compare.verdict import Verdict
 from rlhf.compare.wins import win_rate
+from rlhf.stats import MIN_CLUSTERS
 
 GRID = 9  # KLs at which a curve is given
 ENDS = 3  # strengths, for a curve through the ends of trials
@@ -42,7 +44,8 @@ def judged(results: Results, means: Means, trained: list[str], level: float) -> 
     differences = [*(row for pair in frontier for row in pair["rows"]), *chosen["rows"]]
     claims = [(row, row["difference"]) for row in differences]
     claims += [(entry, entry["judge"] | {"p": entry["p"]}) for entry in signs if entry["swept"] is None]
-    count = adjust(claims)
+    # what single runs are compared by is about these runs, whatever the number of seeds
+    count = adjust(claims, 1 if results.kind == "runs" else MIN_SEEDS)
     add_verdicts(signs, 1 - level)
     return {
         "claims": {"count": count, "method": "Holm 1979", "alpha": 1 - level},
@@ -55,19 +58,119 @@ def judged(results: Results, means: Means, trained: list[str], level: float) -> 
     }
 
 
-def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> int:
-    """Give each claim its "p_adjusted", Holm's over all of them: one family, all that the report says in words.
+def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]], min_seeds: int = MIN_SEEDS) -> int:
+    """Give each claim its "p_adjusted", Holm's over all of them: one family, all that the report claims.
 
-    claims: (where the number goes, its estimate with "p" and "seeds"). What rests on fewer than MIN_SEEDS seeds is no
-    claim about methods, and what has no interval is none at all: both get None. Returns how many there are.
+    claims: (where the number goes, its estimate with "p", "seeds" and "groups"). What rests on fewer than `min_seeds`
+    seeds or MIN_CLUSTERS groups, or has no interval, is no claim and gets None. Returns how many claims there are.
     """
-    claims = list(claims)
-    for entry, _ in claims:
+    made = []
+    for entry, estimate in claims:
         entry["p_adjusted"] = None
-    made = [(entry, e["p"]) for entry, e in claims if e["seeds"] >= MIN_SEEDS and e["p"] is not None]
-    for (entry, _), p in zip(made, holm([p for _, p in made]), strict=True):
+        if estimate["seeds"] >= min_seeds and estimate["groups"] >= MIN_CLUSTERS and estimate["p"] is not None:
+            made.append((entry, estimate["p"]))
+    adjusted = holm([p for _, p in made])
+    for (entry, _), p in zip(made, adjusted, strict=True):
         entry["p_adjusted"] = p
     return len(made)
+
+
+def verdicts(report: dict[str, Any]) -> list[Verdict]:
+    """Return all that the report says of pairs and of over-optimisation, in the order of its sections."""
+    found = [_at_kl(pair, row, report) for pair in report["frontier"] for row in pair["rows"]]
+    found += [_tuned(row, report) for row in report["tuned"]["rows"]]
+    found += [_exploited(point, report) for point in report["points"] if _is_exploited(point, report)]
+    found += [_overoptimised(entry, report) for entry in report["overoptimisation"] if entry["swept"] is None]
+    return found
+
+
+def _at_kl(pair: dict[str, Any], row: dict[str, Any], report: dict[str, Any]) -> Verdict:
+    sign, reservation = _shown(row, report)
+    lines = next((r["difference"] for r in pair["sensitivity"] if r["kl"] == row["kl"]), row["difference"])
+    if sign and lines["estimate"] * sign <= 0:
+        sign, reservation = 0, "contradicted"
+    elif sign and side(lines) != sign:
+        reservation = "form"
+    return _pair("equal_kl", pair, row, sign, reservation)
+
+
+def _tuned(row: dict[str, Any], report: dict[str, Any]) -> Verdict:
+    sign, reservation = _shown(row, report)
+    wins = _win_rate_of(row["a"], row["b"], report)
+    if sign and wins is not None and side(wins, 0.5) == -sign:
+        reservation = "win_rate"
+    return _pair("tuned", row, row, sign, reservation)
+
+
+def _shown(row: dict[str, Any], report: dict[str, Any]) -> tuple[int | None, str | None]:
+    """Return the sign of a row's difference, and whether only the correction hides one."""
+    p, interval_side = row["p_adjusted"], side(row["difference"])
+    if p is None:
+        return None, None
+    if p < report["claims"]["alpha"]:
+        return interval_side, None
+    return 0, "correction" if interval_side else None
+
+
+def _pair(kind: str, pair: dict[str, Any], row: dict[str, Any], sign: int | None, reservation: str | None) -> Verdict:
+    return Verdict(
+        kind=kind,
+        a=pair["a"],
+        b=pair["b"],
+        difference=row["difference"],
+        sign=sign,
+        p_adjusted=row["p_adjusted"],
+        minimum_detectable_effect=row["minimum_detectable_effect"],
+        kl=row.get("kl"),
+        reservation=reservation,
+        evidence=row,
+    )
+
+
+def _win_rate_of(a: str, b: str, report: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the raw win rate of two methods at the values that were chosen most often."""
+    table = report["wins"]
+    place = {(policy["method"], policy["swept"]): i for i, policy in enumerate(table["policies"])}
+    chosen = {method: entry["usual"] for method, entry in report["tuned"]["methods"].items()}
+    first, second = (place.get((method, chosen.get(method))) for method in (a, b))
+    return None if first is None or second is None else table["raw"][first][second]
+
+
+def _is_exploited(point: dict[str, Any], report: dict[str, Any]) -> bool:
+    """Whether a single run raised a proxy while the judge fell; of an experiment `overoptimisation` asks that."""
+    if report["kind"] != "runs" or report["judge"] is None or report["unit"]["groups"] < MIN_CLUSTERS:
+        return False
+    return side(point["scores"][report["judge"]]["difference"]) < 0 and bool(_raised_proxies(point, report))
+
+
+def _exploited(point: dict[str, Any], report: dict[str, Any]) -> Verdict:
+    return Verdict(
+        kind="exploited_proxy",
+        a=point["method"],
+        b=report["foundation"]["method"],
+        difference=point["scores"][report["judge"]]["difference"],
+        sign=-1,
+        evidence={"proxies": _raised_proxies(point, report)},
+    )
+
+
+def _raised_proxies(point: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    differences = {name: point["scores"][name]["difference"] for name in point["scores"]}
+    kinds = report["score_kinds"]
+    return {name: found for name, found in differences.items() if kinds[name] == "proxy" and side(found) > 0}
+
+
+def _overoptimised(entry: dict[str, Any], report: dict[str, Any]) -> Verdict:
+    signs = {"reproduced": 1, "not reproduced": -1, "undecided": 0, None: None}
+    return Verdict(
+        kind="over_optimisation",
+        a=entry["method"],
+        b=report["foundation"]["method"],
+        difference=entry["judge"],
+        sign=signs[entry["verdict"]],
+        p_adjusted=entry["p_adjusted"],
+        evidence=entry,
+    )
 
 
 def _track(
@@ -123,7 +226,7 @@ def _at_equal_kl(a: str, b: str, tracks: list[Track], level: float) -> dict[str,
 
 def _row(row: dict[str, Any], level: float) -> dict[str, Any]:
     estimate = row["difference"]
-    return {"kl": float(row["kl"]), "difference": estimate.to_dict(), **seen(estimate, level)}
+    return {"kl": float(row["kl"]), "difference": estimate.to_dict(), **minimum_detectable_effect(estimate, level)}
 
 
 def _wins(results: Results, level: float) -> dict[str, Any]:

@@ -93,7 +93,12 @@ def tuned_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def _difference(row: dict[str, Any], *between: str) -> list[str]:
-    return [interval(row["difference"], sign=True), *between, _p(row.get("p_adjusted")), _number(row.get("detectable"))]
+    return [
+        interval(row["difference"], sign=True),
+        *between,
+        _p(row.get("p_adjusted")),
+        _number(row.get("minimum_detectable_effect")),
+    ]
 
 
 def win_rows(report: Report) -> tuple[list[str], list[list[str]]]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.compare.results import Point, Results, measured_values, prompt_key, response_texts
+from rlhf.compare.text_metrics import distinct_n
 from rlhf.config import SEED, UserError, near_file, option, read_yaml
 from rlhf.data.records import Prompt, Scorer, prompt_group
 from rlhf.data.split import some
@@ -67,7 +69,8 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     import torch
     from tqdm import tqdm
 
-    from rlhf.compare.report import print_table, write_report
+    from rlhf.compare.report import write_files
+    from rlhf.compare.summary import summarise
     from rlhf.data.encode import encode, kept
     from rlhf.data.load import fingerprint, load
     from rlhf.distributed import DistributedContext
@@ -113,13 +116,76 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     prompts = fingerprint([row["record"] for row in evaluation.prompts])
     meta = meta_of(config, names, prompts, evaluation.sampling)
     meta["rows"]["prompts"] = {"read": len(records), "used": len(evaluation.prompts), "dropped": dict(dropped)}
-    report = write_report(config.output_dir, rows, kinds, judge, meta)
+    report = summarise(results_of_runs(config.runs, rows, kinds, judge, meta))
+    write_files(report, Path(config.output_dir))
     with open(Path(config.output_dir) / "samples.jsonl", "w", encoding="utf-8") as file:
         for name in names:
             for row in sample_table(rows[name], len(rows[name])):
                 file.write(json.dumps({"policy": name, **row}, ensure_ascii=False) + "\n")
-    print_table(report, config.output_dir)
     return report
+
+
+def results_of_runs(
+    paths: list[str], rows: dict[str, list], kinds: dict[str, str], judge: str | None, meta: dict[str, Any]
+) -> Results:
+    """Return what the runs at `paths` did as `Results`: each run is a method of its own, the first one the initial
+    policy, and all have one nominal seed, so that every interval is over groups.
+
+    rows: run -> evaluation rows, in the order of `paths`. Raises UserError where a score that has a kind or the KL is
+    not a finite number.
+    """
+    check_finite(rows, kinds)
+    names = list(rows)
+    prompts = {(row.group, prompt_key(row.prompt)): row.prompt for row in rows[names[0]]}
+    number = {key: i for i, key in enumerate(prompts)}
+    points, responses, methods = [], {}, {}
+    for name, path in zip(names, paths, strict=True):
+        result = run_result(path)
+        own = [vars(row) | {"prompt": number[row.group, prompt_key(row.prompt)]} for row in rows[name]]
+        point = Point(
+            method=name,
+            swept=None,
+            seed=None if name == names[0] else 0,
+            step=0 if name == names[0] else result.get("steps", 1),
+            last=True,
+            values=measured_values(own, list(kinds), len(prompts)),
+            numbers={f"distinct_{n}": distinct_n([row["response"] for row in own], n) for n in (1, 2)},
+            budget=meta["budgets"][name],
+        )
+        points.append(point)
+        responses[point.method, point.swept, point.seed, point.step] = response_texts(own, len(prompts))
+        methods[name] = {"program": result.get("program", name), "swept": None, "swept_values": [], "baseline": False}
+    methods.pop(names[0])
+    return Results(
+        kind="runs",
+        points=points,
+        groups=[group for group, _ in prompts],
+        prompts=list(prompts.values()),
+        responses=responses,
+        score_kinds=dict(kinds),
+        judge=judge,
+        methods=methods,
+        shared_budget={},
+        meta={"name": f"{', '.join(names[1:])} against {names[0]}", **meta},
+    )
+
+
+def check_finite(rows: dict[str, list], kinds: dict[str, str]) -> None:
+    """Raise UserError where a response has a score or a KL that is not a finite number."""
+    for run, own in rows.items():
+        for name in kinds:
+            bad = sum(not math.isfinite(row.scores.get(name, math.nan)) for row in own)
+            if bad:
+                raise UserError(f"compare: {bad} of {len(own)} responses of '{run}' have no finite score '{name}'")
+        bad = sum(not math.isfinite(row.kl) for row in own)
+        if bad:
+            raise UserError(f"compare: {bad} of {len(own)} responses of '{run}' have a KL that is not a finite number")
+
+
+def run_result(path: str | Path) -> dict[str, Any]:
+    """Return result.json of a run; empty where there is none."""
+    file = Path(path) / "result.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def run_names(paths: list[str]) -> list[str]:
@@ -290,8 +356,7 @@ def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str, s
     meta: dict[str, Any] = {"seeds": {"run": [], "world": []}, "budgets": {}, "versions": {}, "fingerprints": {}}
     meta["configs"], meta["rows"] = {}, {}
     for name, path in zip(names, config.runs, strict=True):
-        file = Path(path) / "result.json"
-        result = json.loads(file.read_text()) if file.is_file() else {}
+        result = run_result(path)
         meta["budgets"][name] = {k.removeprefix("budget/"): v for k, v in result.get("budget", {}).items()}
         meta["versions"] = result.get("versions", meta["versions"])
         meta["fingerprints"][name] = result.get("data", {})

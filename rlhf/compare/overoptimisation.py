@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.crossed import MIN_SEEDS
+from rlhf.compare.crossed import MIN_SEEDS, side
 from rlhf.compare.results import Point, Results
 from rlhf.compare.selection import (
     Means,
@@ -111,7 +111,7 @@ def add_verdicts(entries: list[dict[str, Any]], alpha: float) -> None:
     for e in entries:
         optimised = bool(e["proxy"]) and e["proxy"]["optimised"]
         shown = e["p_adjusted"] is not None and e["p_adjusted"] < alpha
-        fell, rose = _sign(e["judge"]), _sign(e["proxy"]["change"] if optimised else e["rise"])
+        fell, rose = side(e["judge"]), side(e["proxy"]["change"] if optimised else e["rise"])
         if e["swept"] is not None:
             e["verdict"] = None
         elif len(e["seeds"]) < MIN_SEEDS:
@@ -122,10 +122,3 @@ def add_verdicts(entries: list[dict[str, Any]], alpha: float) -> None:
             e["verdict"] = "not reproduced"
         else:
             e["verdict"] = "undecided"
-
-
-def _sign(estimate: dict[str, Any]) -> int:
-    """1 or -1 where the whole interval lies on that side of 0."""
-    if estimate["low"] is None:
-        return 0
-    return 1 if estimate["low"] > 0 else -1 if estimate["high"] < 0 else 0

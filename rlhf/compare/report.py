@@ -22,6 +22,32 @@ from rlhf.config import UserError, did_you_mean
 from rlhf.files import dumps, write_atomic
 from rlhf.stats import MIN_CLUSTERS
 
+
+def write_files(report: dict[str, Any], folder: Path) -> None:
+    """Write report.json of `summarise` and what is drawn from it: figures, report.md, report.html; print the sentences."""
+    from rlhf.compare import markdown as experiment_markdown
+    from rlhf.compare.figures import draw
+    from rlhf.compare.page import page
+    from rlhf.compare.words import add_sentences
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "report.json", dumps(report, indent=2) + "\n")
+    report = add_sentences(report)
+    figures = draw(report, folder)
+    write_atomic(folder / "report.md", experiment_markdown.markdown(report, list(figures)))
+    write_atomic(folder / "report.html", page(report, figures))
+    print_sentences(report, folder)
+
+
+def print_sentences(report: dict[str, Any], folder: Path) -> None:
+    """Print what a report says and where it is."""
+    from rlhf.compare.words import sentences
+
+    for sentence in sentences(report):
+        print(f"- {sentence}")
+    print(f"\nReport: {folder / 'report.html'}")
+
+
 ScoreKind = Literal["gold", "proxy", "referee", "other"]
 KINDS = ("gold", "proxy", "referee", "other")
 JUDGES = ("gold", "referee")

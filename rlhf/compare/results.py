@@ -1,13 +1,17 @@
-"""What an experiment has measured: one `Point` for each policy, all on the same prompts with the same sampling."""
+"""What was measured, of an experiment or of single runs: one `Point` for each policy, all on the same prompts."""
 
 from __future__ import annotations
 
 import itertools
+import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+from rlhf.compare.text_metrics import repetition
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +37,9 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All points of an experiment and what they were measured on."""
+    """All points of an experiment, or of the runs of a comparison, and what they were measured on."""
 
+    kind: Literal["experiment", "runs"] = "experiment"  # runs: a method is one run, with one nominal seed
     points: list[Point]
     groups: list[str]  # (prompts,) the group of each prompt
     prompts: list[Any]  # (prompts,) text or messages
@@ -53,7 +58,7 @@ class Results:
     def initial_of(self, seed: int | None) -> Point:
         """The same responses of the foundation, scored by this seed's reward model too: a proxy is another scale in
         each seed, so differences of a proxy are taken to this one."""
-        return next((p for p in self.points if p.method == "sft" and p.seed == seed), self.initial)
+        return next((p for p in self.points if p.method == self.initial.method and p.seed == seed), self.initial)
 
     def of(self, method: str, swept: float | None = None, seed: int | None = None) -> list[Point]:
         """The points of a method, by strength, seed and step; narrowed to one strength or one seed where given."""
@@ -85,3 +90,36 @@ def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     per_prompt = np.asarray(values, dtype=np.float64).mean(axis=1)
     return np.bincount(index, weights=per_prompt, minlength=len(names)) / np.bincount(index, minlength=len(names))
+
+
+def measured_values(rows: Sequence[dict[str, Any]], scores: Sequence[str], prompts: int) -> dict[str, np.ndarray]:
+    """Return measure -> (prompts, samples) of responses; the measures are those of `Point.values`.
+
+    rows: {"prompt" (its number), "sample", "response", "length", "ended", "kl", "scores"}, one for each response.
+    """
+    samples = 1 + max(row["sample"] for row in rows)
+    measures = ["kl", "length", "words", "ended", "repetition", *(f"score/{name}" for name in scores)]
+    values = {name: np.full((prompts, samples), math.nan) for name in measures}
+    for row in rows:
+        cell = row["prompt"], row["sample"]
+        for name in ("kl", "length", "ended"):
+            values[name][cell] = row[name]
+        values["words"][cell] = len(row["response"].split())
+        values["repetition"][cell] = repetition(row["response"])
+        for name in scores:
+            values[f"score/{name}"][cell] = row["scores"][name]
+    return values
+
+
+def response_texts(rows: Sequence[dict[str, Any]], prompts: int) -> list[list[str]]:
+    """Return the text of each response, by prompt and sample; rows as in `measured_values`."""
+    samples = 1 + max(row["sample"] for row in rows)
+    texts = [[""] * samples for _ in range(prompts)]
+    for row in rows:
+        texts[row["prompt"]][row["sample"]] = row["response"]
+    return texts
+
+
+def prompt_key(prompt: Any) -> str:
+    """Return a prompt (text or messages) as one text, the same for equal prompts."""
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)

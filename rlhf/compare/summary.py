@@ -1,4 +1,4 @@
-"""What an experiment's results allow to say, as numbers: `Results` -> report.json. The words are those of words.py.
+"""What results allow to say, as numbers and records: `Results` -> report.json. Sentences are made from it elsewhere.
 
 Every estimate is a mean over seeds and groups of prompts, both drawn at random (rlhf/compare/crossed.py). An experiment
 may have been cut short: each entry uses the seeds it has and says which; a comparison uses those that both sides have.
@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare import words
 from rlhf.compare.budgets import budget, mean_of
 from rlhf.compare.crossed import MIN_SEEDS, crossed_mean, outlying
-from rlhf.compare.judged import judged
-from rlhf.compare.results import Point, Results
+from rlhf.compare.judged import judged, verdicts
+from rlhf.compare.notes import notes
+from rlhf.compare.results import Point, Results, prompt_key
 from rlhf.compare.selection import Means, ended, key, label, methods_with_points, rectangle, tabulate
-from rlhf.compare.stats import prompt_key
 from rlhf.config import UserError, did_you_mean
 
 JUDGES = ("gold", "referee")
@@ -28,7 +27,7 @@ SAMPLES = 3
 
 
 def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
-    """report.json of an experiment, sentences included.
+    """Return report.json of an experiment or of single runs (`Results.kind`); it has no sentences.
 
     Without a judge (no gold score, no referee) nothing is decided: no curves, frontier, wins or over-optimisation.
     Raises UserError if there is nothing to compare or the judge cannot judge.
@@ -38,13 +37,18 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
     trained = [m for m in methods_with_points(results) if not results.methods[m].get("baseline")]
     report: dict[str, Any] = {
         "name": results.meta.get("name", "experiment"),
+        "kind": results.kind,
         "judge": results.judge,
         "score_kinds": dict(results.score_kinds),
         "scope": "method" if trained and min(_seeds(results, m) for m in trained) >= MIN_SEEDS else "models",
         "unit": _unit(results, level),
         "methods": {m: _method(results, m) for m in results.methods},
         "missing": _missing(results),
-        "foundation": {"method": results.initial.method, **_measures(results, means, [results.initial], level)},
+        "foundation": {
+            "method": results.initial.method,
+            **_measures(results, means, [results.initial], level),
+            "budget": results.initial.budget,
+        },
         "points": _points(results, means, level),
         "outliers": [],
         "claims": {"count": 0, "method": "Holm 1979", "alpha": 1 - level},
@@ -61,32 +65,31 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
         report["outliers"] = _outliers(report, trained, 1 - level)
     report["samples"] = _samples(results, report["tuned"]["methods"])
     report["meta"] = results.meta
-    report["budget"]["sentence"] = words.budget(report)
-    for entry in report["overoptimisation"]:
-        entry["sentence"] = words.overoptimised(entry, report)
-    report["sentences"] = words.sentences(report)
+    report["annotators"] = results.meta.get("annotators")
+    report["verdicts"] = [verdict.to_dict() for verdict in verdicts(report)]
+    report["notes"] = notes(report)
     return report
 
 
 def _check(results: Results) -> None:
     if not any(p.seed is None for p in results.points):
-        raise UserError("compare report: the foundation was not measured; go on with: rlhf compare run FILE")
+        raise UserError("the initial policy was not measured; continue with: rlhf experiment run FILE")
     if not methods_with_points(results):
-        raise UserError("compare report: no policy was measured but the foundation; go on with: rlhf compare run FILE")
-    if len(set(results.groups)) < 2:
+        raise UserError("no policy was measured but the initial one; continue with: rlhf experiment run FILE")
+    if len(set(results.groups)) < 2 and results.kind == "experiment":
         raise UserError(
-            f"compare report: all {len(results.groups)} prompts belong to one group, and intervals need at least 2; "
+            f"report: all {len(results.groups)} prompts belong to one group, and intervals need at least 2; "
             "measure on more prompts"
         )
     if results.judge is None:
         return
     if results.judge not in results.score_kinds:
         near = did_you_mean(results.judge, results.score_kinds)
-        raise UserError(f"compare report: the judge '{results.judge}' is not among the scores.{near}")
+        raise UserError(f"report: the judge '{results.judge}' is not among the scores.{near}")
     if results.score_kinds[results.judge] not in JUDGES:
         kind = results.score_kinds[results.judge]
         raise UserError(
-            f"compare report: the judge '{results.judge}' is of kind '{kind}'; only a gold or referee score that no "
+            f"report: the judge '{results.judge}' is of kind '{kind}'; only a gold or referee score that no "
             "run has trained on can decide"
         )
 

@@ -60,9 +60,9 @@ def _point(point: dict) -> Row:
 def _row(pair: dict, row: dict, **more: float) -> Row:
     """The difference a - b."""
     found = {"a": pair["a"], "b": pair["b"], **more, **_number("difference", row["difference"])}
-    low, high = row.get("detectable_range") or (None, None)
-    found |= {"p_adjusted": row.get("p_adjusted"), "detectable": row.get("detectable")}
-    return found | {"detectable/low": low, "detectable/high": high}
+    low, high = row.get("minimum_detectable_effect_range") or (None, None)
+    found |= {"p_adjusted": row.get("p_adjusted"), "minimum_detectable_effect": row.get("minimum_detectable_effect")}
+    return found | {"minimum_detectable_effect/low": low, "minimum_detectable_effect/high": high}
 
 
 def _wins(wins: dict | None) -> list[Row]:

@@ -90,17 +90,21 @@ def _pair(results: Results, means: Means, a: str, b: str, tables: dict, level: f
 
 def _compared(a: str, b: str, values: np.ndarray, choices: int, level: float) -> dict[str, Any]:
     estimate = chosen_mean(values, choices, level)
-    row = {"a": a, "b": b, "difference": estimate.to_dict(), **seen(estimate, level)}
+    row = {"a": a, "b": b, "difference": estimate.to_dict(), **minimum_detectable_effect(estimate, level)}
     row |= {"seeds_for_half": None, "seeds_for_half_range": None}
-    if row["detectable"] and len(values) >= MIN_SEEDS:
+    effect = row["minimum_detectable_effect"]
+    if effect and len(values) >= MIN_SEEDS:
         wider = estimate.se / max(crossed_mean(values).se, 1e-300)  # what the choice adds
-        half, *ends = needed_seeds(values, row["detectable"] / 2 / wider, level=level)
+        half, *ends = needed_seeds(values, effect / 2 / wider, level=level)
         row |= {"seeds_for_half": half, "seeds_for_half_range": ends}
     return row
 
 
-def seen(estimate: Estimate, level: float) -> dict[str, Any]:
-    """The difference that would be shown in 4 of 5 repeats, and its range; None where there is no interval."""
+def minimum_detectable_effect(estimate: Estimate, level: float) -> dict[str, Any]:
+    """Return the difference that would be shown in 4 of 5 repeats, and its range; None where there is no interval."""
     least, *ends = detectable(estimate, level=level)
     known = math.isfinite(least)
-    return {"detectable": least if known else None, "detectable_range": ends if known else None}
+    return {
+        "minimum_detectable_effect": least if known else None,
+        "minimum_detectable_effect_range": ends if known else None,
+    }

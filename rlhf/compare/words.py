@@ -38,6 +38,14 @@ FEW = 5  # seeds, below which an outlier among them is hardly seen
 NO_VERDICT = f"; fewer than {ENOUGH} run seeds allow no verdict on the methods"
 
 
+def add_sentences(report: Report) -> Report:
+    """Add to a report of `summarise` the sentences that the page, the tables and the Markdown show."""
+    report["budget"]["sentence"] = budget(report)
+    for entry in report["overoptimisation"]:
+        entry["sentence"] = overoptimised(entry, report)
+    return report | {"sentences": sentences(report)}
+
+
 def sentences(report: Report) -> list[str]:
     """All that the report says, the most important first; the last two say how far it goes."""
     lines = [_decides(report), *_missing(report), *outliers(report)]
@@ -355,14 +363,16 @@ def power(report: Report) -> str:
     )
     trained = {m for m, e in report["methods"].items() if not e["baseline"]}
     for row in report["tuned"]["rows"]:
-        if {row["a"], row["b"]} <= trained - {report["foundation"]["method"]} and row.get("detectable") is not None:
+        if {row["a"], row["b"]} <= trained - {report["foundation"]["method"]} and row.get(
+            "minimum_detectable_effect"
+        ) is not None:
             d = row["difference"]
             line += (
                 f" A difference between {name(row['a'])} and {name(row['b'])} at their tuned strengths would be seen "
                 f"that often here, before correcting for the number of comparisons, if it were "
-                f"{digits(row['detectable'], d)} or more ({of(d, report)}"
+                f"{digits(row['minimum_detectable_effect'], d)} or more ({of(d, report)}"
             )
-            if ends := row.get("detectable_range"):
+            if ends := row.get("minimum_detectable_effect_range"):
                 shown = " to ".join(digits(x, d) for x in ends)
                 line += f"; the spread that was measured leaves open from where: {shown}"
             line += ")"

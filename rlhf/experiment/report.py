@@ -42,7 +42,7 @@ def write_report(config: ExperimentConfig, folder: Path, report_to: str, project
     from rlhf.compare.page import page
     from rlhf.compare.summary import summarise
     from rlhf.compare.tables import log_report
-    from rlhf.compare.words import sentences
+    from rlhf.compare.words import add_sentences
 
     results = read_results(config)
     if len(results.points) < 2:
@@ -50,9 +50,9 @@ def write_report(config: ExperimentConfig, folder: Path, report_to: str, project
     report = summarise(results)
     if config.judge:
         report["judge_of_pairs"] = ask_judge(config, results, report)
-        report["sentences"] = sentences(report)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "report.json", dumps(report, indent=2) + "\n")
+    report = add_sentences(report)
     figures = draw(report, folder)
     write_atomic(folder / "report.md", markdown(report, list(figures)))
     write_atomic(folder / "report.html", page(report, figures))

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.results import Point, Results
-from rlhf.compare.text_metrics import distinct_n, repetition
+from rlhf.compare.results import Point, Results, measured_values, response_texts
+from rlhf.compare.text_metrics import distinct_n
 from rlhf.config import UserError
 from rlhf.experiment.config import ExperimentConfig, sweep_of
 from rlhf.experiment.cost import planned_lengths, shared_cost
@@ -48,13 +48,10 @@ def read_results(config: ExperimentConfig) -> Results:
         known = [name for name in kinds if name in own[0]["scores"]]
         # of equally many responses of each policy: the foundation has a pool of them, and distinct-n falls with more
         numbers = head["numbers"] | {f"distinct_{n}": distinct_n([row["response"] for row in own], n) for n in (1, 2)}
-        values = values_of(own, known, len(prompts))
+        values = measured_values(own, known, len(prompts))
         point = Point(**about_point, values=values, numbers=numbers, budget=head["budget"])
         points.append(point)
-        texts = [[""] * config.samples_per_prompt for _ in prompts]
-        for row in own:
-            texts[row["prompt"]][row["sample"]] = row["response"]
-        responses[point.method, point.swept, point.seed, point.step] = texts
+        responses[point.method, point.swept, point.seed, point.step] = response_texts(own, len(prompts))
     return Results(
         points=points,
         groups=[prompt["group"] for prompt in prompts],
@@ -109,24 +106,6 @@ def policy_files(
         for file in steps:
             about = {"method": method, "swept": float(swept), "seed": seed, "last": file == steps[-1]}
             yield {**about, "step": int(file.removesuffix(".jsonl").rpartition("-")[2])}, root / name / file
-
-
-def values_of(rows: list[dict], scores: list[str], prompts: int) -> dict[str, np.ndarray]:
-    """measure -> (prompts, samples)."""
-    samples = max(row["sample"] for row in rows) + 1
-    readers = {
-        "kl": lambda row: row["kl"],
-        "length": lambda row: row["length"],
-        "words": lambda row: len(row["response"].split()),
-        "ended": lambda row: row["ended"],
-        "repetition": lambda row: repetition(row["response"]),
-        **{f"score/{name}": (lambda row, name=name: row["scores"][name]) for name in scores},
-    }
-    result = {name: np.full((prompts, samples), math.nan) for name in readers}
-    for row in rows:
-        for name, read in readers.items():
-            result[name][row["prompt"], row["sample"]] = read(row)
-    return result
 
 
 def finite(rows: list[dict], name: str) -> bool:

@@ -148,8 +148,8 @@ def _judged(seeds: int, rng) -> dict:
             {
                 "kl": kl,
                 "difference": difference,
-                "detectable": 0.06,
-                "detectable_range": [0.04, 0.1],
+                "minimum_detectable_effect": 0.06,
+                "minimum_detectable_effect_range": [0.04, 0.1],
                 "p_adjusted": min(1.0, 4 * (difference["p"] or 1.0)),
             }
         )
@@ -202,7 +202,7 @@ def _wins(seeds: int, rng) -> dict:
 
 def _tuned(seeds: int, rng) -> dict:
     rows = [{"a": "ppo", "b": "dpo", "difference": interval(0.08 + rng.normal(0, 0.03, seeds)), "p_adjusted": 0.01}]
-    rows[0] |= {"detectable": 0.07, "detectable_range": [0.05, 0.1], "seeds_for_half": 14}
+    rows[0] |= {"minimum_detectable_effect": 0.07, "minimum_detectable_effect_range": [0.05, 0.1], "seeds_for_half": 14}
     rows[0] |= {"seeds_for_half_range": [8, 30]}
     methods = {
         m: {"chosen": [chosen, chosen], "usual": chosen, "shares": {str(chosen): 1.0},

@@ -236,7 +236,7 @@ def test_the_best_strength_is_found_and_scored():
     rows = {(r["a"], r["b"]): r for r in report["tuned"]["rows"]}
     assert set(rows) == {("ppo", "dpo"), ("ppo", "sft"), ("dpo", "sft")}
     assert rows["ppo", "dpo"]["difference"]["estimate"] == pytest.approx(0.6, abs=0.05)
-    assert rows["ppo", "dpo"]["p_adjusted"] < 0.05 and 0 < rows["ppo", "dpo"]["detectable"] < 0.3
+    assert rows["ppo", "dpo"]["p_adjusted"] < 0.05 and 0 < rows["ppo", "dpo"]["minimum_detectable_effect"] < 0.3
 
 
 def test_a_choice_is_not_judged_by_what_chose_it():

@@ -94,10 +94,14 @@ def test_compare_reports_on_test_prompts(runs, files, tmp_path):
     assert report["meta"]["sampling"] == {"temperature": 1.0, "max_new_tokens": 12}  # as the runs
     assert report["meta"]["rows"]["dpo"]["preference/train"]["used"] > 0  # as in its result.json
     assert report["meta"]["rows"]["prompts"]["dropped"] == {}
-    assert all(0 <= pair["win_rate"]["estimate"] <= 1 for pair in report["pairs"])
-    assert set(report["policies"]) == {"sft", "dpo", "ppo"} and report["judge"] == "gold"
-    assert report["score_kinds"]["proxy"] == "proxy"
-    assert report["policies"]["sft"]["kl"]["estimate"] == 0.0 and report["policies"]["ppo"]["kl"]["estimate"] != 0.0
+    assert (report["kind"], report["judge"], report["score_kinds"]["proxy"]) == ("runs", "gold", "proxy")
+    assert [policy["label"] for policy in report["wins"]["policies"]] == ["sft", "dpo", "ppo"]
+    assert all(0 <= report["wins"]["raw"][a][b]["estimate"] <= 1 for a, b in ((1, 0), (2, 0), (2, 1)))
+    dpo, ppo = report["points"]
+    assert (dpo["method"], ppo["method"]) == ("dpo", "ppo") and ppo["kl"]["estimate"] != 0.0
+    assert report["foundation"]["kl"]["estimate"] == 0.0
+    pairs = [(verdict["a"], verdict["b"]) for verdict in report["verdicts"] if verdict["kind"] == "tuned"]
+    assert pairs == [("dpo", "ppo"), ("dpo", "sft"), ("ppo", "sft")]
     for file in ("report.md", "report.json", "frontier.png", "samples.jsonl"):
         assert (tmp_path / file).stat().st_size > 0
 
