@@ -24,7 +24,7 @@ from rlhf.stats import MIN_CLUSTERS
 
 
 def write_files(report: dict[str, Any], folder: Path) -> None:
-    """Write report.json of `summarise` and what is drawn from it: figures, report.md, report.html; print the sentences."""
+    """Write a report of `summarise`: report.json, figures, report.md and report.html; print its sentences."""
     from rlhf.compare import markdown as experiment_markdown
     from rlhf.compare.figures import draw
     from rlhf.compare.page import page

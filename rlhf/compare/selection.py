@@ -69,7 +69,9 @@ def choose(values: np.ndarray, half: np.ndarray) -> np.ndarray:
     """
     seeds = len(values)
     seed_half = np.arange(seeds) % 2
-    choice = np.empty((seeds, values.shape[2]), dtype=int)
+    choice = np.zeros((seeds, values.shape[2]), dtype=int)
+    if values.shape[1] == 1:
+        return choice
     for h in np.unique(seed_half):
         others = values if seeds < MIN_SEEDS else values[seed_half != h]
         for g in np.unique(half):

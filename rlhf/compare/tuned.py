@@ -67,7 +67,7 @@ def _method(
     by_half = [Counter(choice[:, half == h].ravel().tolist()) for h in (0, 1)]
     often = Counter(choice.ravel().tolist())
     return {
-        "chosen": [swept_values[c.most_common(1)[0][0]] for c in by_half],  # for each half, most often over seeds
+        "chosen": [swept_values[c.most_common(1)[0][0]] for c in by_half if c],  # for each half, most often over seeds
         "usual": swept_values[often.most_common(1)[0][0]],
         "shares": {str(swept_values[i]): n / choice.size for i, n in sorted(often.items())},
         "swept_values": swept_values,

@@ -9,9 +9,8 @@ from html.parser import HTMLParser
 import pytest
 
 from rlhf.compare.page import page
-from rlhf.compare.summary import summarise
 from tests.compare.report_example import HOSTILE, example, interval, judged_pairs
-from tests.compare.results_example import make
+from tests.compare.results_example import in_words, make
 
 SIZES = (1280, 400)
 FREE = (  # named by the experiment
@@ -176,7 +175,7 @@ def test_a_report_may_lack_any_part(figures, without):
 def test_what_summarise_makes_is_shown(figures):
     curves = {"ppo": lambda d: 0.5 * d, "dpo": lambda d: 0.5 * d - 0.05 * d * d}
     for results in (make(curves, groups=6), make(curves, groups=6, seeds=1, judge=None)):
-        report = summarise(results)
+        report = in_words(results)
         text = re.sub(r"\s+", " ", Tags(page(report, figures)).text)
         assert all(sentence in text for sentence in report["sentences"])
 
@@ -194,7 +193,7 @@ def test_the_example_has_what_summarise_makes():
             compare(real[0], made[0], where)
 
     curves = {"ppo": lambda d: 0.5 * d, "dpo": lambda d: 0.5 * d - 0.05 * d * d}
-    compare(summarise(make(curves)), example())
+    compare(in_words(make(curves)), example())
 
 
 def visit(path, folder):

@@ -9,11 +9,10 @@ from rlhf.compare.figures import draw
 from rlhf.compare.markdown import markdown
 from rlhf.compare.page import page
 from rlhf.compare.phrases import listed
-from rlhf.compare.summary import summarise
 from rlhf.compare.tables import rows_of
 from rlhf.compare.words import sentences
 from tests.compare import results_example
-from tests.compare.results_example import STRENGTHS, flat
+from tests.compare.results_example import STRENGTHS, flat, in_words
 
 make = partial(results_example.make, groups=8)
 BOTH = {"ppo": lambda d: 0.2 * d, "dpo": flat}
@@ -60,7 +59,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_report_is_whole_whatever_is_missing(name):
-    report = summarise(CASES[name]())
+    report = in_words(CASES[name]())
     said = sentences(report)
     for line in said:
         assert line == line.strip() and line.endswith((".", ")")), line
@@ -72,7 +71,7 @@ def test_a_report_is_whole_whatever_is_missing(name):
 
 @pytest.mark.parametrize("name", ["no proxy, one method, one strength", "no judge and no proxy"])
 def test_figures_too(name, tmp_path):
-    report = summarise(CASES[name]())
+    report = in_words(CASES[name]())
     figures = draw(report, tmp_path)
     assert "cost" in figures and ("frontier" in figures) == (report["judge"] is not None)
     assert page(report, figures)
@@ -83,5 +82,5 @@ def test_a_list_of_nothing():
 
 
 def test_without_a_proxy_nothing_is_said_of_one():
-    first = summarise(CASES["no proxy"]())["sentences"][0]
+    first = in_words(CASES["no proxy"]())["sentences"][0]
     assert first == "What decides is the gold score, which no method was trained on."

@@ -39,7 +39,8 @@ def test_rows_hold_the_numbers_flat():
     assert first["over_foundation/gold"] == report["points"][0]["scores"]["gold"]["difference"]["estimate"]
     assert rows["equal_kl"][0] == {
         "a": "ppo", "b": "dpo", "kl": 4.0, "difference": 0.12, "difference/low": 0.03, "difference/high": 0.21,
-        "p_adjusted": 0.04, "minimum_detectable_effect": 0.1, "minimum_detectable_effect/low": 0.06, "minimum_detectable_effect/high": 0.2,
+        "p_adjusted": 0.04, "minimum_detectable_effect": 0.1, "minimum_detectable_effect/low": 0.06,
+        "minimum_detectable_effect/high": 0.2,
     }  # fmt: skip
     won = rows["wins"][0]
     assert (won["a"], won["b"], won["raw"], won["raw/low"]) == ("ppo kl_coef 0.02", "sft", 0.75, 0.7)

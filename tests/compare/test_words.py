@@ -159,8 +159,10 @@ TUNED = {
 
 
 def test_tuned_methods_stand_at_their_own_kl():
-    entry = {"a": "ppo", "b": "dpo", "difference": number(0.3, 0.1, 0.5), "p_adjusted": 0.01, "minimum_detectable_effect": 0.28,
-             "minimum_detectable_effect_range": [0.2, 0.51], "seeds_for_half": 12, "seeds_for_half_range": [7, None]}  # fmt: skip
+    entry = {"a": "ppo", "b": "dpo", "difference": number(0.3, 0.1, 0.5), "p_adjusted": 0.01,
+             "minimum_detectable_effect": 0.28,
+             "minimum_detectable_effect_range": [0.2, 0.51],
+             "seeds_for_half": 12, "seeds_for_half_range": [7, None]}  # fmt: skip
     found = report(tuned={"methods": TUNED, "rows": [entry]})
     assert tuned(entry, found) == (
         "Each at the strength that did best on other prompts and seeds, PPO (kl_coef 0.1, KL 8.1 nats) is ahead of DPO "
