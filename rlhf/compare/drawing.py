@@ -224,7 +224,7 @@ def place_labels(axes, items: Sequence[tuple[float, float, str, Any]], taken: Se
     marks = axes.transData.transform(marks)
     placed: list[tuple[float, float, float, float]] = []
     for x, y, text, colour in items:
-        if not (math.isfinite(x) and math.isfinite(y)):
+        if not (text and math.isfinite(x) and math.isfinite(y)):
             continue
         px, py = axes.transData.transform((x, y))
         w, h = 0.62 * unit * len(text), 1.15 * unit
