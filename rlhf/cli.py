@@ -69,11 +69,12 @@ def collect_serve(argv: list[str]) -> None:
     from rlhf.collect.serve import ServeConfig, serve
 
     config = parse(ServeConfig, argv, "rlhf collect serve")
+    guide = None
     if config.voice:
-        from reward.voice import load_voice
+        from reward.voice import load_voice, voice_guide
 
-        load_voice(config.voice)  # a misspelt key is found before anybody is asked to judge by it
-    serve(config)
+        guide = voice_guide(load_voice(config.voice))
+    serve(config, guide)
 
 
 def collect_links(argv: list[str]) -> None:

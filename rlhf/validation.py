@@ -62,7 +62,9 @@ def validate(model: type[S], value: Any, where: str) -> S:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        raise UserError(_message(error.errors()[0], model, where)) from None
+        # a misspelt key first: it explains the one that is missing
+        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        raise UserError(_message(problems[0], model, where)) from None
 
 
 def _message(problem: Any, model: type[BaseModel], where: str) -> str:
@@ -82,6 +84,8 @@ def _message(problem: Any, model: type[BaseModel], where: str) -> str:
         return f"{place}: {context['error']}"
     expected = EXPECTED.get(kind, problem["msg"].removeprefix("Input should be "))
     hint = ""
+    if kind == "model_type":
+        expected = f"a mapping with the keys {', '.join(_keys(_model_at(model, problem['loc'])))}"
     if kind == "literal_error":
         # pydantic lists the choices as 'a', 'b' or 'c'
         choices = re.findall(r"'(.*?)'", context["expected"])

@@ -12,7 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from rlhf.collect import auth
-from rlhf.collect.guide import read_guide
+from rlhf.collect.guide import Guide
 from rlhf.config import UserError, option
 from rlhf.data.records import one_name
 from rlhf.data.store import Store
@@ -85,14 +85,16 @@ class LinksConfig:
     url: str | None = option(None, "where people reach the app; default: as served last")
 
 
-def serve(config: ServeConfig) -> None:
-    """Serve until interrupted. Prints each new personal link once: only hashes of their tokens are kept."""
+def serve(config: ServeConfig, guide: Guide | None = None) -> None:
+    """Serve until interrupted, with `guide` beside the answers.
+
+    Prints each new personal link once: only hashes of their tokens are kept.
+    """
     import uvicorn
 
     from rlhf.collect.app import TimedProtocol, create_app
     from rlhf.collect.session import Site
 
-    guide = read_guide(config.voice) if config.voice else None
     local_url = _local_url(config)
     url = (config.url or local_url).rstrip("/")
     # listening before the store is touched: a port that is taken must not cost anybody their link

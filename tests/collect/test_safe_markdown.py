@@ -2,9 +2,7 @@ import html.parser
 
 import pytest
 
-from rlhf.collect.guide import read_guide
 from rlhf.collect.safe_markdown import FOLDED, LONGEST, render, visible
-from tests.collect.conftest import ROOT
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -115,12 +113,3 @@ def test_no_text_takes_for_ever():
     sizes = [("[" * 19_000), ("*a " * 6_000), ("> " * 9_000), ("`a" * 9_000), ("[a](" * 4_500), "x" * 2_000_000]
     for text in sizes:
         assert text[:10] in render(text).unescape()
-
-
-def test_the_guide_reads_like_a_page():
-    guide = read_guide(ROOT / "configs" / "voices" / "outdoor.yaml")
-    lists = dict(guide.lists)
-    assert guide.name == "Larch & Cairn" and guide.text.startswith("Larch & Cairn speaks like a friend")
-    assert lists["Begins with"] == ["hi {name}", "hi there", "good morning / evening"]
-    assert "lasts forever / a lifetime" in [p.replace("last ", "lasts ") for p in lists["Claims we never make"]]
-    assert guide.rules == ["Sentences have at most 22 words.", "The whole has 20 to 120 words."]

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from reward.phrases import inflections, phrase_pattern
 from reward.voice import (
     AVOID_FACTOR,
     FLOOR,
     MISSING_FACT,
     geometric_mean,
-    inflections,
     load_voice,
-    phrase_pattern,
+    voice_guide,
     voice_scorer,
     within,
 )
@@ -199,8 +199,32 @@ def test_the_second_brand_prefers_its_own_voice():
 
 
 def test_one_word_to_use_is_enough_where_there_is_one(tmp_path):
-    assert load_voice(write(tmp_path, "name: X\nuse: {words: [mend]}")).sections["use"].at_least == 1
-    assert load_voice(write(tmp_path, "name: X\nuse: {words: [mend, walk, hut]}")).sections["use"].at_least == 2
+    assert load_voice(write(tmp_path, "name: X\nuse: {words: [mend]}")).use.enough == 1
+    assert load_voice(write(tmp_path, "name: X\nuse: {words: [mend, walk, hut]}")).use.enough == 2
+
+
+def test_old_keys_are_still_read(tmp_path):
+    old = write(tmp_path, "name: X\nunended: 0.5\ntask: {facts: {a: {among: [x, y]}, b: {said_as: {c: [z]}}}}")
+    was = load_voice(old)
+    now = write(tmp_path, "name: X\ntruncated: 0.5\ntask: {facts: {a: {choices: [x, y]}, b: {phrasings: {c: [z]}}}}")
+    assert was == load_voice(now)
+    assert (was.truncated, was.facts["a"].choices, was.facts["b"].phrasings) == (0.5, ["x", "y"], {"c": ["z"]})
+
+
+def test_numbers_and_single_phrases_are_read_as_text(tmp_path):
+    text = "name: X\nuse: {words: 24}\ntask: {facts: {item: , year: {phrasings: {2: [2020], yes: x}}}}"
+    voice = load_voice(write(tmp_path, text))
+    assert voice.use.words == ["24"] and voice.facts["year"].phrasings == {"2": ["2020"], "True": ["x"]}
+    assert voice.score("Open 24 hours since 2020", {"year": 2, "item": "hours"})["total"] == 1.0
+
+
+def test_the_guide_reads_like_a_page():
+    guide = voice_guide(load_voice(VOICES / "outdoor.yaml"))
+    lists = dict(guide.lists)
+    assert guide.name == "Larch & Cairn" and guide.text.startswith("Larch & Cairn speaks like a friend")
+    assert lists["Begins with"] == ["hi {name}", "hi there", "good morning / evening"]
+    assert "lasts forever / a lifetime" in [p.replace("last ", "lasts ") for p in lists["Claims we never make"]]
+    assert guide.rules == ["Sentences have at most 22 words.", "The text has at least 20 and at most 120 words."]
 
 
 def test_scorer_names_its_parts_and_marks_what_was_left_out():
@@ -217,19 +241,22 @@ def test_scorer_names_its_parts_and_marks_what_was_left_out():
     ("text", "said"),
     [
         ("name: X\ngreating: {forms: [a]}", "unknown key 'greating'. Did you mean 'greeting'?"),
-        ("name: X\ngreeting: {form: [a]}", "'greeting': unknown key 'form'. Did you mean 'forms'?"),
-        ("name: X\ngreeting: {}", "'greeting': 'forms' is missing"),
+        ("name: X\ngreeting: {form: [a]}", "greeting: unknown key 'form'. Did you mean 'forms'?"),
+        ("name: X\ngreeting: {}", "greeting: 'forms' is missing"),
         ("greeting: {forms: [a]}", "'name' is missing"),
         ("name: X", "no part to score"),
-        ("name: X\nuse: {words: []}", "'words' is empty"),
-        ("name: X\nuse: {words: [a], at_least: two}", "expected a whole number, found 'two'"),
-        ("name: X\nuse: {words: [a], weight: -1}", "expected a number from 0 up"),
+        ("name: X\nuse: {words: []}", "use.words: is empty"),
+        ("name: X\nuse: {words: [a], at_least: two}", "use.at_least: found 'two', expected a whole number"),
+        ("name: X\nuse: {words: [a], weight: -1}", "use.weight: found -1"),
         ("name: X\nclaims: {forbidden: ['/(/']}", "is not a regular expression"),
         ("name: X\nclaims: {forbidden: ['/a*/']}", "matches the empty text"),
-        ("name: X\ngreeting: {forms: [a]}\nunended: 2", "expected the share of the score kept"),
+        ("name: X\ngreeting: {forms: [a]}\nunended: 2", "unended: found 2"),
         ("name: X\ntask: {fact: {}}", "unknown key 'fact'. Did you mean 'facts'?"),
-        ("name: X\ntask: {facts: {item: {amongst: [a]}}}", "fact 'item': unknown key 'amongst'. Did you mean 'among'?"),
-        ("name: X\ngreeting: [hello]", "'greeting': expected keys forms, weight"),
+        (
+            "name: X\ntask: {facts: {item: {choises: [a]}}}",
+            "item: unknown key 'choises'. Did you mean 'choices'?",
+        ),
+        ("name: X\ngreeting: [hello]", "greeting: found ['hello'], expected a mapping with the keys"),
         ("name: X\nvariety: {weight: 0}\nuse: {words: [a], weight: 0}", "all weights are 0"),
         # what no text can satisfy
         ("name: X\nlength: {min_words: 40, max_words: 20}", "min_words 40 is above max_words 20"),

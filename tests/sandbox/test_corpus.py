@@ -28,8 +28,8 @@ def gold(world, faults, n=150):
 
 
 def test_the_voice_knows_the_goods_and_remedies_of_every_world():
-    assert set(VOICE.facts["item"].among) == set(phrases.ITEMS)
-    assert set(VOICE.facts["remedy"].said_as) == set(phrases.REMEDIES) == {r for r, *_ in phrases.INTENTS.values()}
+    assert set(VOICE.facts["item"].choices) == set(phrases.ITEMS)
+    assert set(VOICE.facts["remedy"].phrasings) == set(phrases.REMEDIES) == {r for r, *_ in phrases.INTENTS.values()}
 
 
 def test_every_on_brand_answer_has_the_full_mark():
