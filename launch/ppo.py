@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from rlhf import stages
     from rlhf.data.encode import sft_rows
-    from rlhf.distributed import read_deepspeed_config
+    from rlhf.deepspeed_config import read_deepspeed_config
     from rlhf.evaluate import sample_table, summarise
     from rlhf.files import files_fingerprint, scorer_files
     from rlhf.ppo.trainer import PPOTrainer

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
 def score(run, trainer, pairs: list[dict], answers: list[list[int]]) -> list[list[float]]:
     """Raw scores of the chosen, the rejected and the reference rows; each rank scores its share and gets all."""
     from reward.model import raw_scores
-    from rlhf.distributed import gathered
+    from rlhf.deepspeed_backend import gathered
 
     rows = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs] + answers
     mine = [rows[i] for i in run.world.shard(len(rows))]

@@ -6,14 +6,8 @@ import pytest
 
 from rlhf import distributed
 from rlhf.config import UserError
-from rlhf.distributed import (
-    DistributedContext,
-    check_deepspeed_config,
-    is_abandoned,
-    ranks_of,
-    read_deepspeed_config,
-    wait_for_compilers,
-)
+from rlhf.deepspeed_config import DECIDED, check_deepspeed_config, read_deepspeed_config
+from rlhf.distributed import DistributedContext, Ranks, is_abandoned, read_ranks, wait_for_compilers
 
 
 def aged(path, seconds):
@@ -67,7 +61,7 @@ OPTIONS = {  # on two ranks, on a CPU
     "ppo": SimpleNamespace(**SHARED, adam_epsilon=1e-5, lr_scheduler_type="constant"),
 }
 ZERO2 = {"zero_optimization": {"stage": 2}}
-AUTO = dict.fromkeys(distributed.DECIDED, "auto") | {"bf16": {"enabled": "auto"}}
+AUTO = dict.fromkeys(DECIDED, "auto") | {"bf16": {"enabled": "auto"}}
 
 
 def checked(more: dict, program: str = "dpo") -> dict:
@@ -116,8 +110,8 @@ def test_a_deepspeed_json_that_agrees_is_taken_and_our_options_fill_it(program, 
         ({"scheduler": {"type": "OneCycle"}}, 'scheduler.type: "OneCycle", but lr_scheduler_type'),
         ({"scheduler": {"params": {"warmup_num_steps": 500}}}, "warmup_num_steps: 500, but warmup_steps is"),
         ({"scheduler": {"params": {"total_num_steps": 9}}}, "total_num_steps: 9, which no option has"),
-        ({"zero_optimisation": {"stage": 3}}, "'zero_optimisation' is nothing .* Did you mean 'zero_optimization'"),
-        ({"compute_environment": "LOCAL_MACHINE"}, "'compute_environment' is nothing .* A file of accelerate"),
+        ({"zero_optimisation": {"stage": 3}}, "'zero_optimisation' is not read .* Did you mean 'zero_optimization'"),
+        ({"compute_environment": "LOCAL_MACHINE"}, "'compute_environment' is not read .* A file of accelerate"),
         ({"zero_optimization": None}, "zero_optimization.stage is None, expected 0 to 3"),
         ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage is 'auto', expected 0 to 3"),
         (
@@ -146,8 +140,9 @@ def test_the_shipped_deepspeed_jsons_are_taken_and_a_file_that_is_none_is_refuse
 
 def test_ranks_are_read_from_the_launchers_variables():
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    assert ranks_of({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"} | meeting) == (1, 4, 1, 2)
-    assert ranks_of({"RANK": "0", "WORLD_SIZE": "1"}) == (0, 1, 0, 1)
+    given = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"} | meeting
+    assert read_ranks(given) == Ranks(rank=1, size=4, local_rank=1, local_size=2)
+    assert read_ranks({"RANK": "0", "WORLD_SIZE": "1"}) == Ranks(rank=0, size=1, local_rank=0, local_size=1)
 
 
 @pytest.mark.parametrize(
@@ -164,4 +159,4 @@ def test_ranks_are_read_from_the_launchers_variables():
 )
 def test_a_launchers_variables_that_do_not_fit_are_refused_by_name(environment, said):
     with pytest.raises(UserError, match=said):
-        ranks_of(environment)
+        read_ranks(environment)

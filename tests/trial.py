@@ -13,7 +13,8 @@ import torch
 
 from rlhf.adapters import lora_config
 from rlhf.data.records import Prompt, Scores
-from rlhf.distributed import DistributedContext, gathered, start
+from rlhf.deepspeed_backend import gathered
+from rlhf.distributed import DistributedContext, start
 from rlhf.models import load_model
 from rlhf.ppo.guards import Decision
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer, cycle_shuffled

@@ -80,7 +80,8 @@ def check_model(program: str, options: Any) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from rlhf.adapters import adapter_base, adapter_settings, add_adapter
-    from rlhf.distributed import DistributedContext, read_deepspeed_config
+    from rlhf.deepspeed_config import read_deepspeed_config
+    from rlhf.distributed import DistributedContext
     from rlhf.files import check_weights
     from rlhf.models import InitialModel
     from rlhf.offline.trainers import trl_arguments

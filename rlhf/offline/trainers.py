@@ -25,7 +25,7 @@ def trl_arguments(cls: type, run: Run, held_out: bool, **fixed: Any) -> Any:
     Raises UserError on a name or value under `trl:` that cannot be used, and where a schedule or optimizer wants
     arguments or packages that are not there.
     """
-    from rlhf.distributed import read_deepspeed_config
+    from rlhf.deepspeed_config import read_deepspeed_config
 
     config = run.config
     values = {
@@ -103,7 +103,7 @@ def count_flops(trainer, budget, lora_dropout: float = 0.0) -> None:
     tracker's console line stands for it."""
     from transformers import PrinterCallback
 
-    from rlhf.distributed import gather_with_readers
+    from rlhf.deepspeed_backend import register_foreign_reads
     from rlhf.roles import disable_dropout
 
     if getattr(trainer.args, "disable_dropout", False):
@@ -111,7 +111,7 @@ def count_flops(trainer, budget, lora_dropout: float = 0.0) -> None:
         if getattr(trainer, "ref_model", None) is not None:
             disable_dropout(trainer.ref_model)
     if (trainer.args.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
-        gather_with_readers(trainer.model)
+        register_foreign_reads(trainer.model)
     trainer.remove_callback(PrinterCallback)
     training_step = trainer.training_step
 
@@ -132,7 +132,8 @@ def eval_callback(run: Run, evaluate, policy, reference, budget=None, measure=No
     """
     from transformers import TrainerCallback
 
-    from rlhf.distributed import gathered, peak_memory
+    from rlhf.deepspeed_backend import gathered
+    from rlhf.distributed import peak_memory
     from rlhf.evaluate import sample_table, summarise
 
     class Sampler(TrainerCallback):
@@ -315,7 +316,7 @@ def save_policy(run: Run, model, initial, merge: bool = False) -> None:
 
     Raises UserError, and writes nothing, if they are not finite.
     """
-    from rlhf.distributed import gathered
+    from rlhf.deepspeed_backend import gathered
     from rlhf.models import write_identity
     from rlhf.weights import check_finite
 

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from rlhf.data.records import BadScore, Scorer
-from rlhf.distributed import DistributedContext, OptimizerEngine, peak_memory
+from rlhf.distributed import DistributedContext, peak_memory
 from rlhf.engines.hf import Sampling, cache_is_exact, generate
 from rlhf.logprobs import completion_batch
+from rlhf.optimizer_engine import make_engine
 from rlhf.options.ppo import PPOConfig
 from rlhf.ppo.advantages import (
     KL_ESTIMATORS,
@@ -86,7 +87,7 @@ class PPOTrainer:
         groups = [{"params": roles.parameters_of("policy"), "lr": config.learning_rate}]
         if roles.has_critic:
             groups.append({"params": roles.parameters_of("value"), "lr": config.critic_rate})
-        self.learner = OptimizerEngine(
+        self.learner = make_engine(
             roles,
             groups,
             world,

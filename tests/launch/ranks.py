@@ -20,7 +20,7 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
 
     from rlhf.adapters import lora_config
     from rlhf.data.records import Prompt
-    from rlhf.distributed import read_deepspeed_config
+    from rlhf.deepspeed_config import read_deepspeed_config
     from rlhf.models import load_model
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.rollout import role_scorer

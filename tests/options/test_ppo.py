@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from rlhf.data.records import Scores
-from rlhf.distributed import DistributedContext, OptimizerEngine
+from rlhf.distributed import DistributedContext
 from rlhf.models import load_model
+from rlhf.optimizer_engine import make_engine
 from tests.ppo.test_trainer import STOPS, config, trainer
 
 
@@ -286,7 +287,7 @@ def test_a_large_gradient_of_the_critic_shortens_the_step_of_the_policy():
     # falls from 1e-4 / 1.1e-4 = 0.909 of the rate to 1e-6 / 1.1e-5 = 0.0909
     for critic, expected in ((0.0, 1e-4 / 1.1e-4), (100.0, 1e-6 / 1.1e-5)):
         both = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)])
-        learner = OptimizerEngine(both, [{"params": [p]} for p in both], DistributedContext(), adam_eps=1e-5)
+        learner = make_engine(both, [{"params": [p]} for p in both], DistributedContext(), adam_eps=1e-5)
         learner.backward(1e-4 * both[0].sum() + critic * both[1].sum(), last=True)
         learner.step([1.0, 1.0])
         assert math.isclose(-float(both[0].detach()), expected, rel_tol=1e-5)

@@ -1,0 +1,245 @@
+"""A module with its optimizer, in one plain process or behind a DeepSpeed engine."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf import deepspeed_backend
+from rlhf.config import UserError
+from rlhf.distributed import DistributedContext
+
+
+def make_engine(
+    module: nn.Module,
+    groups: list[dict[str, Any]],
+    world: DistributedContext,
+    deepspeed_config: dict[str, Any] | None = None,
+    max_grad_norm: float = 1.0,
+    adam_eps: float = 1e-5,
+    micro_batch_size: int = 1,
+) -> OptimizerEngine:
+    """Return the engine for AdamW's parameter groups: DeepSpeed's with a DeepSpeed JSON, else the plain one."""
+    optimizer = torch.optim.AdamW(groups, eps=adam_eps, weight_decay=0.0)
+    if deepspeed_config is None:
+        return OptimizerEngine(module, optimizer, world, max_grad_norm)
+    config = fill_auto(deepspeed_config, micro_batch_size, max_grad_norm)
+    return DeepSpeedEngine(module, optimizer, world, config)
+
+
+class OptimizerEngine:
+    """The engine of one plain process.
+
+    Losses are parts of one step's mean over all ranks: each micro-batch of each rank brings its own sum divided by
+    the count of the whole step, and gradients are summed, never averaged.
+    """
+
+    engine: Any = None  # DeepSpeed's, where it is used
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: DistributedContext,
+        max_grad_norm: float,
+    ):
+        self.module = module.to(world.device)
+        self.optimizer = optimizer
+        self.world = world
+        self.max_grad_norm = max_grad_norm
+        self._reset_untouched_groups()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add this loss's gradients to the step; `last` on the step's last call alone, on every rank."""
+        loss.backward()
+
+    def step(self, learning_rates: list[float], *, discard: bool = False) -> float:
+        """Clip the joint gradient norm, update each group at its rate, clear gradients; return the norm before.
+
+        Where the norm is not finite nothing is updated: neither weights nor the optimizer's moments nor its count of
+        steps. `discard`, the same on every rank, takes the step back in the same way, and NaN is returned.
+        """
+        self._set_rates(learning_rates)
+        norm = math.nan
+        if not discard:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self._restart_untouched_counts()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def gathered(self, parameters: list[nn.Parameter] | None = None, modify: bool = False):
+        """Return a context in which parameters are whole, for generation and saving (see `deepspeed_backend`)."""
+        return deepspeed_backend.gathered(self.module, parameters, modify)
+
+    def save(self, folder: Path) -> None:
+        """Write trained weights and optimizer state exactly; call it on all ranks: under ZeRO each writes its part."""
+        folder.mkdir(parents=True, exist_ok=True)
+        trained = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
+        torch.save({"module": trained, "optimizer": self.optimizer.state_dict()}, folder / "plain.pt")
+
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote with as many ranks and under the same ZeRO stage."""
+        self._reset_untouched_groups()
+        state = torch.load(folder / "plain.pt", map_location=self.world.device, weights_only=True)
+        parameters = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name, value in state["module"].items():
+                parameters[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the whole trainable parameters by name, on every rank; call it on all ranks."""
+        with self.gathered():
+            trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+            return {name: p.detach().cpu().clone() for name, p in trained.items()}
+
+    def _set_rates(self, learning_rates: list[float]) -> None:
+        for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = rate
+
+    def _reset_untouched_groups(self) -> None:
+        # groups that have had no gradient yet
+        self._untouched = set(range(len(self.optimizer.param_groups)))
+
+    def _restart_untouched_counts(self) -> None:
+        """Start Adam's count of steps at a group's first gradient (the policy's, after a warm-up of the critic).
+
+        Bias correction (Kingma and Ba 2015, sec. 3) divides the moments by what so many gradients would have given: had
+        steps without a gradient counted, the first ones after them would be several times too large.
+        """
+        for number in sorted(self._untouched):
+            states = self._adam_states(number)
+            own = sum(state["exp_avg_sq"].sum() for state in states)
+            if float(self.world.sum(float(own))) > 0:
+                self._untouched.discard(number)
+            else:
+                for state in states:
+                    state["step"].zero_()
+
+    def _adam_states(self, number: int) -> list[dict[str, Tensor]]:
+        """Return Adam's state for each parameter of a group, this rank's part; none before the first step."""
+        # ZeRO-1 and 2 wrap the optimizer
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        return self._states_of(optimizer, optimizer.param_groups[number]["params"])
+
+    def _states_of(self, optimizer: Any, parameters: list[Any]) -> list[dict[str, Tensor]]:
+        return [optimizer.state[parameter] for parameter in parameters if optimizer.state.get(parameter)]
+
+
+class DeepSpeedEngine(OptimizerEngine):
+    """The same behind DeepSpeed. All `backward` calls of a step keep their gradients."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        world: DistributedContext,
+        config: dict[str, Any],
+    ):
+        self.world = world
+        self.stage = config["zero_optimization"].get("stage", 0)
+        dtypes = {parameter.dtype for group in optimizer.param_groups for parameter in group["params"]}
+        if torch.float64 in dtypes and self.stage not in (1, 2):
+            raise UserError(f"dtype float64 is kept by ZeRO 1 and 2 and by plain python, not by ZeRO {self.stage}")
+
+        if self.stage == 3:
+            deepspeed_backend.register_foreign_reads(module)
+        self.engine = deepspeed_backend.initialize(module, optimizer, config)
+        self.module = self.engine.module
+        self.optimizer = self.engine.optimizer
+        if torch.float64 in dtypes:
+            deepspeed_backend.keep_float64(self.optimizer, world.rank, world.sum)
+        self._reset_untouched_groups()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        # without an explicit boundary ZeRO-1 and 2 would drop all gradients but the last call's; ZeRO-3 with its
+        # optimizer offloaded hands over, at the boundary, the gradients of that pass alone
+        self.engine.set_gradient_accumulation_boundary(last or self.stage == 3)
+        if self.stage == 3:
+            # it counts passes in engine.forward, which roles do not go through; at 0 it overwrites
+            self.optimizer.micro_step_id = 1
+        # DeepSpeed averages over ranks; ours are parts to be summed
+        self.engine.backward(loss * self.world.size)
+
+    def step(self, learning_rates: list[float], *, discard: bool = False) -> float:
+        self._set_rates(learning_rates)
+        norm = math.nan
+        if self.stage == 0:
+            # the engine reports no norm there in fp32; its gradients are whole by now
+            if not discard:
+                gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+                norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
+                self.engine.zero_grad()
+                return norm
+
+        with self._norm_is_nan() if discard else contextlib.nullcontext():
+            self.engine.step()
+        if self.stage == 3:
+            # it is always added to (see `backward`), so it is emptied here
+            self.optimizer.grad_partitions_flat_buffer.zero_()
+        if discard:
+            return math.nan
+        self._restart_untouched_counts()
+        reported = self.engine.get_global_grad_norm()
+        return norm if reported is None else float(reported)
+
+    @contextlib.contextmanager
+    def _norm_is_nan(self) -> Iterator[None]:
+        """Let ZeRO's optimizer measure NaN as its gradient norm.
+
+        ZeRO has no call that drops a step, but it drops one whose norm is not finite and empties all its buffers.
+        """
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        nan = torch.tensor(math.nan, device=self.world.device)
+        original = getattr(self.optimizer, name)
+        setattr(self.optimizer, name, lambda: [nan] if self.stage == 3 else nan)
+        try:
+            yield
+        finally:
+            setattr(self.optimizer, name, original)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.engine.save_checkpoint(str(folder), tag="engine", exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        self._reset_untouched_groups()
+        found, _ = self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
+        if found is None:
+            raise UserError(f"{folder}: DeepSpeed found no state of its engine there")
+
+    def _adam_states(self, number: int) -> list[dict[str, Tensor]]:
+        if self.stage != 3:
+            return super()._adam_states(number)
+        # groups are empty between steps there
+        group_of = self.optimizer.sub_group_to_group_id
+        parts = enumerate(self.optimizer.fp32_partitioned_groups_flat)
+        parameters = [part for index, part in parts if group_of[index] == number]
+        return self._states_of(self.optimizer.optimizer, parameters)
+
+
+def fill_auto(config: dict[str, Any], micro_batch_size: int, max_grad_norm: float) -> dict[str, Any]:
+    """Return the DeepSpeed JSON with every "auto" replaced by what the trainer knows."""
+    config = copy.deepcopy(config)
+    config.pop("train_batch_size", None)
+    zero = config.get("zero_optimization", {"stage": 0})
+    return config | {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "steps_per_print": 10**9,
+        # the frozen base keeps its dtype; adapters and heads stay in fp32
+        "bf16": {"enabled": False},
+        "zero_optimization": {key: value for key, value in zero.items() if value != "auto"},
+    }
