@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config import UserError
-from rlhf.data.export import write_text
 from rlhf.data.store import Store
 from rlhf.data.votes import Aggregate
+from rlhf.files import write_atomic
 
 
 def freeze(store: str | Path, out: str | Path, upto_event: int | None = None, aggregate: Aggregate = "each") -> int:
@@ -30,12 +30,13 @@ def freeze(store: str | Path, out: str | Path, upto_event: int | None = None, ag
             "votes": view.stats()["choices"],
             "rows": len(rows),
         }
+    lines = [json.dumps(row, ensure_ascii=False) for row in ({"frozen": header}, *rows)]
+    out = Path(out)
     try:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, "\n".join(lines) + "\n")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror})") from None
-    lines = [json.dumps(row, ensure_ascii=False) for row in ({"frozen": header}, *rows)]
-    write_text(out, "\n".join(lines) + "\n")
     return view.event
 
 
