@@ -14,9 +14,11 @@ from pathlib import Path
 if not __package__:  # started as a file, from launch/, where reward.py would shadow the package `reward`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from rlhf.config import EXIT_GUARD, Halt, UserError, parse, program
+from rlhf.config import parse
 from rlhf.data.records import BadScore, Instruction, Prompt
+from rlhf.errors import EXIT_GUARD, Halt, UserError
 from rlhf.options.ppo import PPOConfig
+from rlhf.program import program
 from rlhf.runs.run import format_metrics
 from rlhf.runs.start import start_run
 

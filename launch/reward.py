@@ -13,10 +13,11 @@ from pathlib import Path
 if not __package__:  # started as a file, from launch/, where reward.py would shadow the package `reward`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from rlhf.config import parse, program
+from rlhf.config import parse
 from rlhf.data.records import Instruction, Preference
 from rlhf.data.split import some
 from rlhf.options.offline import RewardRunConfig
+from rlhf.program import program
 from rlhf.runs.start import start_run
 
 FEW = 256  # training pairs to normalise on where nothing is held out

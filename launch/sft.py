@@ -9,9 +9,10 @@ from pathlib import Path
 if not __package__:  # started as a file, from launch/, where reward.py would shadow the package `reward`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from rlhf.config import parse, program
+from rlhf.config import parse
 from rlhf.data.records import Instruction
 from rlhf.options.offline import SFTRunConfig
+from rlhf.program import program
 from rlhf.runs.start import start_run
 
 

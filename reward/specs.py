@@ -22,8 +22,9 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from reward.ensemble import PENALTY, member_names
 from reward.rules import RULES, check_rule_options
-from rlhf.config import UserError, did_you_mean, import_function
+from rlhf.errors import UserError, did_you_mean
 from rlhf.http_client import check_url, read_token
+from rlhf.plugins import import_function
 from rlhf.validation import Count, Number, Spec, validate
 
 

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rlhf.config import UserError, did_you_mean, parse, program
+from rlhf.config import parse
+from rlhf.errors import UserError, did_you_mean
+from rlhf.program import program
 
 
 @dataclass

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config import UserError, on_failure
+from rlhf.errors import UserError
+from rlhf.program import on_failure
 
 ABANDONED_SECONDS = 60.0  # after which a compile lock that no process of this machine holds is taken for abandoned
 POLL_SECONDS = 0.5

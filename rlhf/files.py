@@ -14,7 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-from rlhf.config import UserError, import_module
+from rlhf.errors import UserError
+from rlhf.plugins import import_module
 
 LOCK = ".lock"  # in a folder that a process is at work in
 _LOCKS: dict[Path, TextIO] = {}  # the folders that this process has locked

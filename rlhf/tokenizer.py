@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from rlhf.config import UserError, near_file
 from rlhf.data.encode import PLAIN_TEMPLATE
+from rlhf.errors import UserError, near_file
 from rlhf.weights import loading
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")

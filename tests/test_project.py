@@ -27,8 +27,9 @@ LAYERS = [
     ["rlhf.distributed"],
     ["rlhf.tensors", "rlhf.deepspeed_backend"],
     ["rlhf.options", "rlhf.data"],
-    ["rlhf.files", "rlhf.http_client", "rlhf.validation"],
-    ["rlhf.config", "rlhf.stats", "rlhf.text"],
+    ["rlhf.files", "rlhf.http_client", "rlhf.validation", "rlhf.program"],
+    ["rlhf.config", "rlhf.plugins"],
+    ["rlhf.errors", "rlhf.values", "rlhf.stats", "rlhf.text"],
 ]
 
 

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from rlhf.compare.results import Point, Results, independent_pairs
-from rlhf.config import UserError, did_you_mean, import_function
+from rlhf.errors import UserError, did_you_mean
 from rlhf.http_client import Service, ask, check_url, read_token
+from rlhf.plugins import import_function
 
 OPTIONS = {"function": ("batch_size",), "http": ("batch_size", "timeout", "retries", "token_env")}
 IN_FLIGHT = 4  # requests to a service at a time

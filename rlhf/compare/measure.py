@@ -12,11 +12,13 @@ from typing import Any
 
 from rlhf.compare.results import Point, Results, measured_values, prompt_key, response_texts
 from rlhf.compare.text_metrics import distinct_n
-from rlhf.config import SEED, UserError, near_file, option, read_yaml
+from rlhf.config import SEED, option
 from rlhf.data.records import Prompt, Scorer, prompt_group
 from rlhf.data.split import some
+from rlhf.errors import UserError, near_file
 from rlhf.runs.checkpoint import FOLDER
 from rlhf.runs.rows import TRAINED_ON
+from rlhf.values import read_yaml
 
 FOLLOWED = {  # options that are the runs' own, and what holds where no run says
     "validation_fraction": 0.05,

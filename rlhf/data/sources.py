@@ -20,9 +20,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import UserError, near_file
 from rlhf.data.schemas import SPLIT_NAMES
 from rlhf.data.votes import Aggregate
+from rlhf.errors import UserError, near_file
 
 Item = tuple[str, dict[str, Any], str | None]
 

@@ -11,7 +11,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-from rlhf.config import UserError, near_file
+from rlhf.errors import UserError, near_file
 
 BUSY_SECONDS = 60.0  # how long a writer waits for the others
 WAL_SECONDS = 60.0  # how long to wait for others who set a new file up at the same moment

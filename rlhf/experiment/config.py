@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config import SEED, UserError, did_you_mean, near_file, option
+from rlhf.config import SEED, option
+from rlhf.errors import UserError, did_you_mean, near_file
 
 PROGRAMS = ("dpo", "ppo")  # those that train a policy
 LENGTH = {"dpo": "max_steps", "ppo": "total_episodes"}  # the option by which a run's length is set

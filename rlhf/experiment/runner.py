@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf import config as options
-from rlhf.config import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, Halt, UserError
+from rlhf.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, Halt, UserError
 from rlhf.experiment.check import check_decisions, check_programs, check_starts
 from rlhf.experiment.config import ExperimentConfig, check_files
 from rlhf.experiment.cost import planned_lengths

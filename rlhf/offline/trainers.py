@@ -11,10 +11,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
-from rlhf.config import EXIT_GUARD, Halt, UserError, coerce, did_you_mean
+from rlhf.errors import EXIT_GUARD, Halt, UserError, did_you_mean
 from rlhf.offline.trl_names import rename_trl
 from rlhf.runs import checkpoint
 from rlhf.runs.run import Run, format_metrics
+from rlhf.values import coerce
 
 no_context = nullcontext  # the policy's context where the model already is the policy
 

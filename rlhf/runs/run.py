@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf import config as options
-from rlhf.config import EXIT_INTERRUPTED, Halt, UserError
+from rlhf.errors import EXIT_INTERRUPTED, Halt, UserError
 from rlhf.files import unlock_folder
 from rlhf.options.shared import RunConfig
 from rlhf.runs import checkpoint

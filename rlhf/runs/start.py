@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf import config as options
-from rlhf.config import EXIT_GUARD, Halt, UserError
+from rlhf.errors import EXIT_GUARD, Halt, UserError, near_file
 from rlhf.files import lock_folder
 from rlhf.options.shared import RunConfig
 from rlhf.runs import checkpoint
@@ -121,7 +121,7 @@ def find_checkpoint(
         try:
             found = checkpoint.check(Path(config.resume))
         except checkpoint.CorruptCheckpoint as reason:
-            near = options.near_file(config.resume)
+            near = near_file(config.resume)
             raise UserError(f"{config.resume}: no checkpoint to resume from: {reason}{near}") from None
     check_resumable(found, program, config, world)
     return found

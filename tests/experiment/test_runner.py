@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.config import Halt, UserError
+from rlhf.errors import Halt, UserError
 from rlhf.experiment import runner
 from rlhf.experiment.plan import Job, plan
 from rlhf.experiment.runner import MARK, environment, full_command, programs_of, run_experiment

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhf.config import EXIT_USER_ERROR
+from rlhf.errors import EXIT_USER_ERROR
 from tests.launch.conftest import SHORT, SMALL, door
 
 

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer
 
-from rlhf.config import EXIT_GUARD, EXIT_USER_ERROR, Halt, UserError
 from rlhf.data.records import Scores
 from rlhf.distributed import DistributedContext
+from rlhf.errors import EXIT_GUARD, EXIT_USER_ERROR, Halt, UserError
 from rlhf.offline import trainers
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.runs import checkpoint

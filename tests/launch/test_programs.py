@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import EXIT_USER_ERROR
+from rlhf.errors import EXIT_USER_ERROR
 from rlhf.runs.tracking import read_metrics
 from tests.conftest import ROOT
 from tests.launch.conftest import door, untimed

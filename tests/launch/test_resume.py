@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import EXIT_INTERRUPTED, EXIT_USER_ERROR
+from rlhf.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
 from rlhf.runs import checkpoint
 from rlhf.runs.tracking import read_metrics
 from tests.launch.conftest import SMALL, differences, door, flags_of, ppo_flags
@@ -283,7 +283,7 @@ def test_a_checkpoint_is_compared_as_its_run(whole):
 def test_what_ended_a_finished_run_is_what_has_to_be_raised(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from rlhf.config import Halt
+    from rlhf.errors import Halt
     from rlhf.runs import start as runs_module
 
     monkeypatch.setattr(runs_module, "check_fixed", lambda *_: None)
