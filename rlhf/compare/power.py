@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from typing import Any
 
 import numpy as np
 
@@ -86,6 +87,16 @@ def detectable(estimate: Estimate, power: float = 0.8, level: float = 0.95) -> t
         of_seeds = 1 / _quantile(seeds - 1, q) if seeds >= MIN_SEEDS else 1.0
         ends.append(solve(np.array([of_seeds]), 1 / _quantile(groups - 1, q)))
     return solve(shares, 1.0), *ends
+
+
+def minimum_detectable_effect(estimate: Estimate, level: float = 0.95) -> dict[str, Any]:
+    """Return the difference that would be shown in 4 of 5 repeats, and its range; None where there is no interval."""
+    least, *ends = detectable(estimate, level=level)
+    known = math.isfinite(least)
+    return {
+        "minimum_detectable_effect": least if known else None,
+        "minimum_detectable_effect_range": ends if known else None,
+    }
 
 
 def needed_seeds(

@@ -13,83 +13,124 @@ import numpy as np
 
 from rlhf.compare.text_metrics import repetition
 
+Key = tuple[str, float | None, int | None, int]  # method, swept value, seed, step
+
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One policy: a checkpoint of a trial, a baseline, or the foundation itself.
+    """One policy: a checkpoint of a trial, a baseline, or the initial policy itself.
 
-    `values` has a (prompts, samples) array for each measure of a response, all points in the same order of prompts:
-    "kl" (nats, to the foundation), "score/<name>", "length" (tokens), "words", "ended" (0 or 1), "repetition" (share).
-    `numbers` has what is one number for the whole policy: "distinct_1", "distinct_2" (of all responses),
-    "perplexity/sft" and "perplexity/<domain>" of held-out texts.
+    method: the name in the experiment's file ("dpo", "ppo", "best_of_n") or of the run; "sft" for the initial policy.
+    swept: the value of the option that varies; None where none does.
+    seed: the run seed; None for the initial policy, which has none.
+    step: of training; n for the best of n. last: whether it is the end of its trial.
+    values: a (prompts, samples) array for each measure of a response, all points in the same order of prompts: "kl"
+        (nats, to the initial policy), "score/<name>", "length" (tokens), "words", "ended" (0 or 1), "repetition"
+        (share).
+    numbers: what is one number for the whole policy: "distinct_1", "distinct_2" (of all responses), "perplexity/sft"
+        and "perplexity/<domain>" of held-out texts.
+    budget: counters of the trial alone, up to this step.
+    noise: of each sample, the draws of sampling noise behind it; None: sample k has draw k.
     """
 
-    method: str  # the name in the experiment's file: "dpo", "ppo", "ppo_rloo", "best_of_n"; "sft" for the foundation
-    swept: float | None  # the value of the option that varies; None for the foundation
-    seed: int | None  # the run seed; None for the foundation, which has none
-    step: int  # of training; n for the best of n
-    last: bool  # the end of its trial
+    method: str
+    swept: float | None
+    seed: int | None
+    step: int
+    last: bool
     values: dict[str, np.ndarray]
     numbers: dict[str, float] = field(default_factory=dict)
-    budget: dict[str, float] = field(default_factory=dict)  # of the trial alone, up to this step
-    noise: list[range] | None = None  # of each sample, the draws of sampling noise behind it; None: sample k has draw k
+    budget: dict[str, float] = field(default_factory=dict)
+    noise: list[range] | None = None
+
+
+def key(point: Point) -> Key:
+    """Return what identifies a policy."""
+    return point.method, point.swept, point.seed, point.step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All points of an experiment, or of the runs of a comparison, and what they were measured on."""
+    """All points of an experiment, or of the runs of a comparison, and what they were measured on.
 
-    kind: Literal["experiment", "runs"] = "experiment"  # runs: a method is one run, with one nominal seed
+    kind: "runs" where each method is one run with one nominal seed.
+    groups: the group of each prompt. prompts: text or messages. responses: the texts by prompt and sample.
+    score_kinds: score name -> gold, referee, proxy or other. judge: the score that decides.
+    methods: name -> {"program", "swept" (name of the option), "swept_values", "baseline": bool, "options"}.
+    shared_budget: part ("pairs", "reward") -> counters, mean over seeds.
+    meta: configs, commits, versions, fingerprints, hardware: all that is needed to repeat it.
+    """
+
+    kind: Literal["experiment", "runs"] = "experiment"
     points: list[Point]
-    groups: list[str]  # (prompts,) the group of each prompt
-    prompts: list[Any]  # (prompts,) text or messages
-    responses: dict[tuple[str, float | None, int | None, int], list[list[str]]]  # (method, strength, seed, step)
-    score_kinds: dict[str, str]  # score name -> gold, referee, proxy or other
-    judge: str | None  # the score that decides
-    methods: dict[str, dict[str, Any]]  # name -> {"program", "strength" (name of the option), "baseline": bool}
-    shared_budget: dict[str, dict[str, float]]  # part ("pairs", "reward") -> counters, mean over seeds
-    meta: dict[str, Any]  # configs, commits, versions, fingerprints, hardware: all that is needed to repeat it
+    groups: list[str]
+    prompts: list[Any]
+    responses: dict[Key, list[list[str]]]
+    score_kinds: dict[str, str]
+    judge: str | None
+    methods: dict[str, dict[str, Any]]
+    shared_budget: dict[str, dict[str, float]]
+    meta: dict[str, Any]
 
     @property
     def initial(self) -> Point:
         """The policy that all methods start from, without the scores of the seeds' own reward models (proxies)."""
-        return next(p for p in self.points if p.seed is None)
+        return next(point for point in self.points if point.seed is None)
 
     def initial_of(self, seed: int | None) -> Point:
-        """The same responses of the foundation, scored by this seed's reward model too: a proxy is another scale in
-        each seed, so differences of a proxy are taken to this one."""
-        return next((p for p in self.points if p.method == self.initial.method and p.seed == seed), self.initial)
+        """Return the initial policy's responses as this seed's reward model scored them too, where it did.
+
+        A proxy has another scale in each seed, so differences of a proxy are taken to this one.
+        """
+        own = (point for point in self.points if point.method == self.initial.method and point.seed == seed)
+        return next(own, self.initial)
 
     def of(self, method: str, swept: float | None = None, seed: int | None = None) -> list[Point]:
-        """The points of a method, by strength, seed and step; narrowed to one strength or one seed where given."""
-        found = [p for p in self.points if p.method == method and swept in (None, p.swept) and seed in (None, p.seed)]
-        return sorted(found, key=lambda p: (p.swept or 0.0, p.seed or 0, p.step))
+        """Return the points of a method, by swept value, seed and step; of one swept value or seed where given."""
+        found = [point for point in self.points if point.method == method]
+        found = [point for point in found if swept in (None, point.swept) and seed in (None, point.seed)]
+        return sorted(found, key=lambda point: (point.swept or 0.0, point.seed or 0, point.step))
+
+    def ends(self, method: str, swept: float | None = None) -> list[Point]:
+        """Return the ends of the trials of a method, as `of` orders them; the initial policy has none."""
+        return [point for point in self.of(method, swept) if point.last and point.seed is not None]
+
+    def measured_methods(self) -> list[str]:
+        """Return all methods with points but the initial policy, as the experiment's file orders them."""
+        found = {point.method for point in self.points if point.seed is not None} - {self.initial.method}
+        return [name for name in self.methods if name in found]
+
+    def swept_values(self, method: str) -> list[float | None]:
+        """Return the swept values that a method has points of, in order; [None] where nothing is swept."""
+        return list(dict.fromkeys(point.swept for point in self.of(method)))
+
+    def program(self, method: str) -> str:
+        """Return the program that trained a method: "ppo", "dpo", "best_of_n"."""
+        return self.methods.get(method, {}).get("program", method)
 
     def group_means(self, values: np.ndarray) -> np.ndarray:
-        """(groups,) means of a (prompts, samples) array: over samples, then over the prompts of each group.
+        """Return (groups,) means of `values` (prompts, samples): over samples, then over the prompts of each group.
 
         Groups are sorted by name, so that the order is the same for all points.
         """
-        return group_means(values, self.groups)
+        names, index = np.unique(np.asarray(self.groups), return_inverse=True)
+        per_prompt = np.asarray(values, dtype=np.float64).mean(axis=1)
+        sums = np.bincount(index, weights=per_prompt, minlength=len(names))
+        return sums / np.bincount(index, minlength=len(names))
 
 
 def independent_pairs(a: Point, b: Point) -> list[tuple[int, int]]:
-    """The pairs (sample of a, sample of b) that share no draw of sampling noise, in order.
+    """Return the pairs (sample of a, sample of b) that share no draw of sampling noise, in order.
 
     All policies are measured with the same draws. Answers that share one are alike where the policies are, so their
     outcome tells how near the policies stand to each other; P(a's answer beats b's) is estimated from these pairs.
     """
-    samples = [next(iter(p.values.values())).shape[1] for p in (a, b)]
-    draws = [p.noise or [range(k, k + 1) for k in range(n)] for p, n in zip((a, b), samples, strict=True)]
+    draws = []
+    for point in (a, b):
+        samples = next(iter(point.values.values())).shape[1]
+        draws.append(point.noise or [range(k, k + 1) for k in range(samples)])
     every = itertools.product(enumerate(draws[0]), enumerate(draws[1]))
-    return [(k, m) for (k, x), (m, y) in every if not set(x) & set(y)]
-
-
-def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """(groups,) means of `values` (prompts, samples): samples first, then prompts, groups sorted by name."""
-    names, index = np.unique(np.asarray(groups), return_inverse=True)
-    per_prompt = np.asarray(values, dtype=np.float64).mean(axis=1)
-    return np.bincount(index, weights=per_prompt, minlength=len(names)) / np.bincount(index, minlength=len(names))
+    return [(k, m) for (k, of_a), (m, of_b) in every if not set(of_a) & set(of_b)]
 
 
 def measured_values(rows: Sequence[dict[str, Any]], scores: Sequence[str], prompts: int) -> dict[str, np.ndarray]:

@@ -1,91 +1,86 @@
-"""Choices that do not judge themselves: what is chosen on some groups and seeds is scored on the others.
+"""Choices that do not score themselves: what is chosen on some groups and seeds is scored on the others.
 
 The highest of several noisy means is too high on the data that chose it. Here each cell (seed, group) is scored at the
-choice that the other half of the groups made and, from three seeds on, the other half of the seeds.
+choice that the other half of the groups made and, from three seeds on, the other half of the seeds. Two questions need
+it: how good a method is at its best swept value (`tuned`), and whether the judge falls from its peak while the proxy
+goes on rising (`overoptimisation`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlhf.compare.crossed import MIN_SEEDS, Estimate, crossed_mean
-from rlhf.compare.results import Point, Results
+from rlhf.compare.crossed import MIN_SEEDS, Estimate, crossed_mean, side
+from rlhf.compare.power import minimum_detectable_effect, needed_seeds
+from rlhf.compare.results import Key, Point, Results, key
 
-CHOICE = 0.36  # what a choice adds to the variance of the mean at most, as a share of it: `chosen_mean`
+# what a choice adds to the variance of the mean at most, as a share of it: `chosen_mean`
+CHOICE = 0.36
 
-Key = tuple[str, float | None, int | None, int]
+# an over-optimisation curve needs points beside the initial policy: with one there is nothing between start and end
+FEWEST = 2
+
 Means = dict[Key, dict[str, np.ndarray]]  # policy -> measure -> (groups,)
 
 
-def key(point: Point) -> Key:
-    """How a policy is named: method, strength, seed, step."""
-    return point.method, point.swept, point.seed, point.step
-
-
 def tabulate(results: Results) -> Means:
-    """The group means of all measures of all points. The KL of the best of n is log n - (n - 1) / n (Stiennon et al.
-    2020, appendix G.3), which bounds it from above; it has no log-probabilities of its own."""
-    means = {key(p): {name: results.group_means(v) for name, v in p.values.items()} for p in results.points}
-    for p in results.points:
-        if program(results, p.method) == "best_of_n" and p.swept is not None:
-            exact = np.log(p.swept) - (p.swept - 1) / p.swept
-            means[key(p)]["kl"] = np.full(len(set(results.groups)), exact)
+    """Return the group means of all measures of all points.
+
+    The KL of the best of n is log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3), which bounds it from above; it
+    has no log-probabilities of its own.
+    """
+    means: Means = {}
+    for point in results.points:
+        own = {name: results.group_means(values) for name, values in point.values.items()}
+        if results.program(point.method) == "best_of_n" and point.swept is not None:
+            own["kl"] = np.full_like(own["kl"], np.log(point.swept) - (point.swept - 1) / point.swept)
+        means[key(point)] = own
     return means
 
 
-def program(results: Results, method: str) -> str:
-    return results.methods.get(method, {}).get("program", method)
-
-
-def methods_with_points(results: Results) -> list[str]:
-    """All methods but the foundation, as the experiment's file orders them."""
-    found = {p.method for p in results.points if p.seed is not None and p.method != results.initial.method}
-    return [name for name in results.methods if name in found]
-
-
-def label(results: Results, method: str, swept: float | None) -> str:
-    option = results.methods.get(method, {}).get("swept")
-    return method if swept is None else f"{method} {option} {swept:g}"
-
-
 def halves(groups: Iterable[str]) -> np.ndarray:
-    """(groups,) 0 or 1 for each group, in the order of their names: by the hash of the name, equal in size."""
-    names = sorted(set(groups))
-    order = sorted(range(len(names)), key=lambda i: hashlib.sha256(names[i].encode()).hexdigest())
+    """Return 0 or 1 for each group (groups,), in the order of their names: by the hash of the name, equal in size."""
+    names = np.unique(list(groups))
+    digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
     half = np.empty(len(names), dtype=int)
-    half[order] = np.arange(len(names)) % 2
+    half[np.argsort(digests)] = np.arange(len(names)) % 2
     return half
 
 
 def choose(values: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """(S, G) for each cell the index of the highest mean of `values` (S, M, G) on the other half of groups and seeds.
+    """Return for each cell (S, G) the index of the highest mean of `values` (S, M, G) on the other half.
 
-    Every second seed makes a half. With fewer than MIN_SEEDS seeds the seeds are what the report is about, and all of
-    them choose.
+    The other half is that of the groups and, with MIN_SEEDS seeds or more, of the seeds, of which every second one
+    makes a half. With fewer the report is about these seeds, and all of them choose.
     """
-    seeds = len(values)
-    seed_half = np.arange(seeds) % 2
-    choice = np.zeros((seeds, values.shape[2]), dtype=int)
-    if values.shape[1] == 1:
+    seeds, alternatives, groups = values.shape
+    choice = np.zeros((seeds, groups), dtype=int)
+    if alternatives == 1:
         return choice
-    for h in np.unique(seed_half):
-        others = values if seeds < MIN_SEEDS else values[seed_half != h]
-        for g in np.unique(half):
-            choice[np.ix_(seed_half == h, half == g)] = np.argmax(others[:, :, half != g].mean(axis=(0, 2)))
+
+    seed_half = np.arange(seeds) % 2
+    for own_seeds, own_groups in itertools.product(np.unique(seed_half), np.unique(half)):
+        others = values if seeds < MIN_SEEDS else values[seed_half != own_seeds]
+        best = np.argmax(others[:, :, half != own_groups].mean(axis=(0, 2)))
+        choice[np.ix_(seed_half == own_seeds, half == own_groups)] = best
     return choice
 
 
 def take(values: np.ndarray, choice: np.ndarray) -> np.ndarray:
-    """(S, G) of `values` (S, M, G) at the `choice` (S, G) of each cell."""
+    """Return `values` (S, M, G) at the `choice` (S, G) of each cell, (S, G)."""
     return np.take_along_axis(values, choice[:, None, :], axis=1)[:, 0, :]
 
 
 def chosen_mean(values: np.ndarray, choices: int, level: float) -> Estimate:
-    """`crossed_mean` of values (S, G) that `take` has taken from `choices` alternatives, its interval with the choice.
+    """Return `crossed_mean` of `values` (S, G), which `take` took from `choices` alternatives; its interval holds the
+    choice.
 
     Two halves choose for each other, X_2 at the best of X_1 and X_1 at the best of X_2. Where the K alternatives are
     alike, independent and normal, with m the expected largest of K standard normals, what is taken of the two halves
@@ -100,29 +95,221 @@ def chosen_mean(values: np.ndarray, choices: int, level: float) -> Estimate:
 
 
 def rectangle(table: dict[int, dict[Any, Any]]) -> tuple[list[int], list[Any]]:
-    """Seeds and entries such that each seed has each entry: the largest such block, more seeds before more entries.
+    """Return seeds and entries such that each seed has each entry: the largest such block, more seeds before more
+    entries.
 
     table: seed -> what it has. An experiment that was cut short has seeds that lack most of the others' points.
     """
-    ranked = sorted(table, key=lambda s: (-len(table[s]), s))
+    ranked = sorted(table, key=lambda seed: (-len(table[seed]), seed))
     best: tuple[list[int], list[Any]] = ([], [])
     for count in range(1, len(ranked) + 1):
         seeds = sorted(ranked[:count])
-        entries = [e for e in table[ranked[0]] if all(e in table[s] for s in seeds)]
+        common = set.intersection(*(set(table[seed]) for seed in seeds))
+        entries = [entry for entry in table[ranked[0]] if entry in common]
         if entries and count * len(entries) >= len(best[0]) * len(best[1]):
             best = (seeds, entries)
     return best
 
 
 def ended(results: Results, method: str) -> dict[int, dict[float | None, Key]]:
-    """seed -> strength -> the policy at the end of its trial."""
+    """Return seed -> swept value -> the policy at the end of its trial."""
     table: dict[int, dict[float | None, Key]] = {}
-    for p in results.of(method):
-        if p.last and p.seed is not None:
-            table.setdefault(p.seed, {})[p.swept] = key(p)
+    for point in results.of(method):
+        if point.last and point.seed is not None:
+            table.setdefault(point.seed, {})[point.swept] = key(point)
     return table
 
 
 def stack(means: Means, measure: str, rows: Sequence[Sequence[Key]]) -> np.ndarray:
-    """(S, M, G) group means of a measure, rows: for each seed the keys of its M points."""
+    """Return (S, M, G) group means of a measure; rows: for each seed the keys of its M points."""
     return np.array([[means[k][measure] for k in row] for row in rows])
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A method at the swept values that were chosen for each cell; the arrays are (seeds, groups)."""
+
+    scores: np.ndarray  # by the judge
+    kl: np.ndarray  # nats
+    choice: np.ndarray  # index into `swept_values`
+    seeds: list[int]
+    swept_values: list[float | None]
+
+
+def at_best(results: Results, means: Means, method: str, seeds: Sequence[int] | None = None) -> Chosen | None:
+    """Return a method at its best swept values, by all seeds that have the same trials or by these; None without."""
+    table = ended(results, method)
+    known, swept_values = rectangle(table)
+    seeds = known if seeds is None else list(seeds)
+    if not seeds:
+        return None
+    rows = [[table[seed][swept] for swept in swept_values] for seed in seeds]
+    scores = stack(means, f"score/{results.judge}", rows)
+    choice = choose(scores, halves(results.groups))
+    return Chosen(take(scores, choice), take(stack(means, "kl", rows), choice), choice, seeds, swept_values)
+
+
+def tuned(results: Results, means: Means, level: float) -> dict[str, Any]:
+    """Compare the methods, each at its best swept value, with each other and with the initial policy.
+
+    The methods stand at their own KL, so this is no comparison at equal KL. `adjust` adds p_adjusted to the rows.
+    """
+    found = {method: at_best(results, means, method) for method in results.measured_methods()}
+    found = {method: chosen for method, chosen in found.items() if chosen is not None}
+
+    rows = []
+    for a, b in itertools.combinations(found, 2):
+        seeds = sorted(set(found[a].seeds) & set(found[b].seeds))
+        if seeds:
+            first, second = (at_best(results, means, method, seeds) for method in (a, b))
+            rows.append(_difference(a, b, first, second, level))
+    initial = means[key(results.initial)]
+    for a, chosen in found.items():
+        start = Chosen(initial[f"score/{results.judge}"], initial["kl"], chosen.choice, chosen.seeds, [None])
+        rows.append(_difference(a, results.initial.method, chosen, start, level))
+    half = halves(results.groups)
+    return {"methods": {method: _shares(chosen, half, level) for method, chosen in found.items()}, "rows": rows}
+
+
+def _shares(chosen: Chosen, half: np.ndarray, level: float) -> dict[str, Any]:
+    """Return which swept values were chosen how often, and the scores and KL there."""
+    values = chosen.swept_values
+    often = Counter(chosen.choice.ravel().tolist())
+    by_half = [Counter(chosen.choice[:, half == h].ravel().tolist()) for h in np.unique(half)]
+    return {
+        # for each half of the groups, the most often over seeds
+        "chosen": [values[counter.most_common(1)[0][0]] for counter in by_half],
+        "usual": values[often.most_common(1)[0][0]],
+        "shares": {str(values[i]): count / chosen.choice.size for i, count in sorted(often.items())},
+        "swept_values": values,
+        "seeds": chosen.seeds,
+        "score": chosen_mean(chosen.scores, len(values), level).to_dict(),
+        "kl": chosen_mean(chosen.kl, len(values), level).to_dict(),
+    }
+
+
+def _difference(a: str, b: str, first: Chosen, second: Chosen, level: float) -> dict[str, Any]:
+    """Return one row of `tuned`: a - b, what this experiment could have shown, and the seeds for half of that."""
+    values = first.scores - second.scores
+    choices = max(len(first.swept_values), len(second.swept_values))
+    estimate = chosen_mean(values, choices, level)
+    row = {
+        "a": a,
+        "b": b,
+        "difference": estimate.to_dict(),
+        "kl_difference": chosen_mean(first.kl - second.kl, choices, level).to_dict(),
+        **minimum_detectable_effect(estimate, level),
+        "seeds_for_half": None,
+        "seeds_for_half_range": None,
+    }
+    effect = row["minimum_detectable_effect"]
+    if effect and len(values) >= MIN_SEEDS:
+        # the choice widens the interval, which `needed_seeds` does not know of
+        wider = estimate.se / max(crossed_mean(values).se, 1e-300)
+        needed, *between = needed_seeds(values, effect / 2 / wider, level=level)
+        row |= {"seeds_for_half": needed, "seeds_for_half_range": between}
+    return row
+
+
+def overoptimisation(results: Results, means: Means, level: float) -> list[dict[str, Any]]:
+    """Ask whether the proxy goes on rising where the judge falls (Gao et al. 2022, arXiv 2210.10760; for DPO Rafailov
+    et al. 2024, arXiv 2406.02900).
+
+    Along a method's points, the initial policy first, by KL, the judge's mean has a peak somewhere. Two differences are
+    asked, both of the point of the largest KL over the judge's peak: the judge's own (does it fall?) and the proxy's
+    (does it rise all the same?). The peak is chosen on other groups and seeds than those it is scored on: chosen on the
+    same ones, the judge would seem to fall even where it is flat, in 12 to 16 % of simulated experiments (3 to 10
+    seeds, 13 points), against 4 % with the halves and 2.5 % that a 95 % interval promises.
+
+    Returns one entry for each method along all its points (swept None) and for each swept value along its checkpoints,
+    with one p for both differences together: the larger one, since both have to be shown. `add_outcomes` says what
+    follows for the methods; single swept values are shown without a verdict.
+    """
+    proxies = [name for name, kind in results.score_kinds.items() if kind == "proxy"]
+    entries = []
+    for method in results.measured_methods():
+        swept_values = results.swept_values(method)
+        curves = [None, *swept_values] if len(swept_values) > 1 else [None]
+        for swept, proxy in itertools.product(curves, proxies or [None]):
+            entry = _curve(results, means, method, swept, proxy, level)
+            if entry is not None:
+                entries.append(entry)
+    return entries
+
+
+def _curve(
+    results: Results, means: Means, method: str, swept: float | None, proxy: str | None, level: float
+) -> dict[str, Any] | None:
+    """Return one entry of `overoptimisation`; None with fewer than FEWEST points that all seeds have."""
+    table: dict[int, dict[tuple, Point]] = {}
+    for point in results.of(method, swept):
+        if proxy is None or f"score/{proxy}" in point.values:
+            table.setdefault(point.seed, {})[point.swept, point.step] = point
+    seeds, names = rectangle(table)
+    if len(names) < FEWEST:
+        return None
+
+    # the initial policy opens the curve, unless its scores by the proxy are not known
+    rows = [[key(table[seed][name]) for name in names] for seed in seeds]
+    starts = [key(results.initial_of(seed)) for seed in seeds]
+    if proxy is None or all(f"score/{proxy}" in means[start] for start in starts):
+        rows = [[start, *row] for start, row in zip(starts, rows, strict=True)]
+        names = [(None, 0), *names]
+
+    judge = f"score/{results.judge}"
+    scores, kl = stack(means, judge, rows), stack(means, "kl", rows)
+    half = halves(results.groups)
+    peak, end = choose(scores, half), choose(kl, half)
+
+    def mean(values: np.ndarray) -> dict[str, Any]:
+        return chosen_mean(values, len(names), level).to_dict()
+
+    fall = mean(take(scores, end) - take(scores, peak))
+    rise = mean(take(scores, peak) - means[key(results.initial)][judge])
+    change, optimised = None, False
+    if proxy is not None:
+        proxies = stack(means, f"score/{proxy}", rows)
+        change = mean(take(proxies, end) - take(proxies, peak))
+        # DPO learns from the pairs: what it exploits is its own loss
+        optimised = results.program(method) != "dpo"
+    both = [fall["p"], (change if optimised else rise)["p"]]
+
+    kls = kl.mean(axis=(0, 2))
+    usual_peak = int(np.bincount(peak.ravel(), minlength=len(names)).argmax())
+    return {
+        "method": method,
+        "swept": swept,
+        "proxy": None if proxy is None else {"name": proxy, "change": change, "optimised": optimised},
+        # at the largest KL, over the judge's peak
+        "judge": fall,
+        # at the peak, over the initial policy
+        "rise": rise,
+        "p": None if None in both else max(both),
+        "p_adjusted": None,
+        "peak": {"swept": names[usual_peak][0], "step": names[usual_peak][1], "kl": float(kls[usual_peak])},
+        "end": {"kl": float(kls.max())},
+        # share of the cells whose peak is the end itself
+        "ends_at_peak": float(np.mean(peak == end)),
+        "seeds": seeds,
+        "points": len(names),
+    }
+
+
+def add_outcomes(entries: list[dict[str, Any]], alpha: float) -> None:
+    """Give each entry its "verdict": reproduced, not reproduced or undecided; None for a swept value alone.
+
+    Reproduced: the judge falls from its peak and the proxy rises, both beyond chance. Not reproduced: the judge falls
+    and the proxy falls with it; a judge that is highest at the largest KL may still fall beyond it. The judge's fall
+    alone is asked for without a proxy, and of a method that does not learn from it, provided that the judge had risen
+    before: 2406.02900 shows how the judge rises and then falls against KL. With fewer than MIN_SEEDS seeds nothing is
+    decided.
+    """
+    for entry in entries:
+        optimised = bool(entry["proxy"]) and entry["proxy"]["optimised"]
+        other = entry["proxy"]["change"] if optimised else entry["rise"]
+        p = entry["p_adjusted"]
+        shown = len(entry["seeds"]) >= MIN_SEEDS and p is not None and p < alpha
+        outcome = "undecided"
+        if shown and side(entry["judge"]) < 0 and side(other):
+            outcome = "reproduced" if side(other) > 0 else "not reproduced"
+        entry["verdict"] = outcome if entry["swept"] is None else None

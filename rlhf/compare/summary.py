@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from rlhf.compare.budgets import budget, mean_of
+from rlhf.compare.claims import notes, verdicts
 from rlhf.compare.crossed import MIN_SEEDS, crossed_mean, outlying
-from rlhf.compare.judged import judged, verdicts
-from rlhf.compare.notes import notes
-from rlhf.compare.results import Point, Results, prompt_key
-from rlhf.compare.selection import Means, ended, key, label, methods_with_points, rectangle, tabulate
+from rlhf.compare.judged import judged, label
+from rlhf.compare.results import Point, Results, key, prompt_key
+from rlhf.compare.selection import Means, ended, rectangle, tabulate
 from rlhf.config import UserError, did_you_mean
 
 JUDGES = ("gold", "referee")
 SHAPES = ("length", "words", "ended", "repetition")  # measures of a response beside its scores and KL
-SAMPLES = 3
+SAMPLES = 3  # prompts whose responses are shown
+USES_REWARD = ("ppo", "best_of_n")  # programs that learn from, or choose by, a reward model
 
 
 def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
@@ -34,21 +34,18 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
     """
     _check(results)
     means = tabulate(results)
-    trained = [m for m in methods_with_points(results) if not results.methods[m].get("baseline")]
+    trained = [m for m in results.measured_methods() if not results.methods[m].get("baseline")]
+    seeds = [len(rectangle(ended(results, method))[0]) for method in trained]
     report: dict[str, Any] = {
         "name": results.meta.get("name", "experiment"),
         "kind": results.kind,
         "judge": results.judge,
         "score_kinds": dict(results.score_kinds),
-        "scope": "method" if trained and min(_seeds(results, m) for m in trained) >= MIN_SEEDS else "models",
+        "scope": "method" if trained and min(seeds) >= MIN_SEEDS else "models",
         "unit": _unit(results, level),
-        "methods": {m: _method(results, m) for m in results.methods},
+        "methods": {name: _method(results, name) for name in results.methods},
         "missing": _missing(results),
-        "foundation": {
-            "method": results.initial.method,
-            **_measures(results, means, [results.initial], level),
-            "budget": results.initial.budget,
-        },
+        "foundation": _initial(results, means, level),
         "points": _points(results, means, level),
         "outliers": [],
         "claims": {"count": 0, "method": "Holm 1979", "alpha": 1 - level},
@@ -59,183 +56,257 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
         "overoptimisation": [],
         "budget": budget(results),
         "power": None,
+        "annotators": results.meta.get("annotators"),
+        "meta": results.meta,
     }
     if results.judge is not None:
         report |= judged(results, means, trained, level)
         report["outliers"] = _outliers(report, trained, 1 - level)
+
     report["samples"] = _samples(results, report["tuned"]["methods"])
-    report["meta"] = results.meta
-    report["annotators"] = results.meta.get("annotators")
     report["verdicts"] = [verdict.to_dict() for verdict in verdicts(report)]
     report["notes"] = notes(report)
     return report
 
 
 def _check(results: Results) -> None:
-    if not any(p.seed is None for p in results.points):
-        raise UserError("the initial policy was not measured; continue with: rlhf experiment run FILE")
-    if not methods_with_points(results):
-        raise UserError("no policy was measured but the initial one; continue with: rlhf experiment run FILE")
+    resume = "continue with: rlhf experiment run FILE"
+    if not any(point.seed is None for point in results.points):
+        raise UserError(f"report: the initial policy was not measured; {resume}")
+    if not results.measured_methods():
+        raise UserError(f"report: no policy was measured but the initial one; {resume}")
     if len(set(results.groups)) < 2 and results.kind == "experiment":
         raise UserError(
             f"report: all {len(results.groups)} prompts belong to one group, and intervals need at least 2; "
             "measure on more prompts"
         )
-    if results.judge is None:
+
+    judge, kinds = results.judge, results.score_kinds
+    if judge is None:
         return
-    if results.judge not in results.score_kinds:
-        near = did_you_mean(results.judge, results.score_kinds)
-        raise UserError(f"report: the judge '{results.judge}' is not among the scores.{near}")
-    if results.score_kinds[results.judge] not in JUDGES:
-        kind = results.score_kinds[results.judge]
+    if judge not in kinds:
+        raise UserError(f"report: the judge '{judge}' is not among the scores.{did_you_mean(judge, kinds)}")
+    if kinds[judge] not in JUDGES:
         raise UserError(
-            f"report: the judge '{results.judge}' is of kind '{kind}'; only a gold or referee score that no "
-            "run has trained on can decide"
+            f"report: the judge '{judge}' is of kind '{kinds[judge]}'; only a gold or referee score that no run has "
+            "trained on can decide"
         )
 
 
-def _seeds(results: Results, method: str) -> int:
-    """How many its comparisons rest on."""
-    return len(rectangle(ended(results, method))[0])
-
-
 def _unit(results: Results, level: float) -> dict[str, Any]:
-    shape = next(iter(results.initial.values.values())).shape
+    prompts, samples = next(iter(results.initial.values.values())).shape
     return {
-        "seeds": sorted({p.seed for p in results.points if p.seed is not None}),
+        "seeds": sorted({point.seed for point in results.points if point.seed is not None}),
         "groups": len(set(results.groups)),
-        "prompts": int(shape[0]),
-        "samples_per_prompt": int(shape[1]),
+        "prompts": int(prompts),
+        "samples_per_prompt": int(samples),
         "level": level,
     }
 
 
 def _method(results: Results, name: str) -> dict[str, Any]:
-    """Of one method; trials: strengths with a trial that has ended, the number of tries that its tuning had."""
+    """Return what one method was; trials: swept values with a trial that has ended, the tries that its tuning had."""
     given, points = results.methods[name], results.of(name)
     return {
-        "program": given.get("program", name),
+        "program": results.program(name),
         "swept": given.get("swept"),
-        "swept_values": sorted({p.swept for p in points if p.swept is not None}),
+        "swept_values": sorted({point.swept for point in points if point.swept is not None}),
         "baseline": bool(given.get("baseline")),
-        "trials": len({p.swept for p in points if p.last and p.seed is not None}),
-        "seeds": sorted({p.seed for p in points if p.seed is not None}),
+        "trials": len({point.swept for point in results.ends(name)}),
+        "seeds": sorted({point.seed for point in points if point.seed is not None}),
     }
 
 
 def _missing(results: Results) -> list[dict[str, Any]]:
-    """Trials that have not ended, of those strengths and seeds that the experiment has anywhere."""
-    seeds = sorted({p.seed for p in results.points if p.seed is not None})
+    """Return the trials that have not ended, of those swept values and seeds that the experiment has anywhere."""
+    seeds = sorted({point.seed for point in results.points if point.seed is not None})
     missing = []
     for method, given in results.methods.items():
-        points = results.of(method)
-        ended = {(p.swept, p.seed) for p in points if p.last}
         if given.get("baseline") or method == results.initial.method:
             continue
-        swept_values = sorted({p.swept for p in points}, key=lambda s: s or 0.0)
-        for swept, seed in itertools.product(swept_values or [None], seeds):
-            if (swept, seed) not in ended:
+        done = {(point.swept, point.seed) for point in results.ends(method)}
+        for swept, seed in itertools.product(results.swept_values(method) or [None], seeds):
+            if (swept, seed) not in done:
                 missing.append({"method": method, "swept": swept, "seed": seed})
     return missing
 
 
-def _measures(results: Results, means: Means, points: Sequence[Point], level: float) -> dict[str, Any]:
-    """The estimates of one policy over its seeds: `points` has one for each."""
-
-    def estimate(name: str) -> dict[str, Any] | None:
-        values = [means[key(p)][name] for p in points if name in means[key(p)]]
-        return crossed_mean(np.array(values), level=level).to_dict() if len(values) == len(points) else None
-
-    found: dict[str, Any] = {"kl": estimate("kl"), "scores": {}}
-    for name in results.score_kinds:
-        mean = estimate(f"score/{name}")
-        if mean is not None:
-            found["scores"][name] = {"mean": mean, "difference": _difference(results, means, points, name, level)}
-    found |= {name: estimate(name) for name in SHAPES}
-    return found | {"numbers": mean_of([p.numbers for p in points])}
-
-
-def _difference(results: Results, means: Means, points: Sequence[Point], name: str, level: float) -> dict | None:
-    """To the foundation, scored by the same seed's reward model where the score is a proxy."""
-    name = f"score/{name}"
-    bases = [means[key(results.initial_of(p.seed))] for p in points]
-    if points[0].seed is None or any(name not in base for base in bases):
-        return None
-    values = [means[key(p)][name] - base[name] for p, base in zip(points, bases, strict=True)]
-    return crossed_mean(np.array(values), level=level).to_dict()
+def _initial(results: Results, means: Means, level: float) -> dict[str, Any]:
+    initial = results.initial
+    return {"method": initial.method, **_measures(results, means, [initial], level), "budget": initial.budget}
 
 
 def _points(results: Results, means: Means, level: float) -> list[dict[str, Any]]:
-    """One entry for each method, strength and step, over the seeds that have it."""
+    """Return one entry for each method, swept value and step, over the seeds that have it."""
     entries = []
-    for method in methods_with_points(results):
+    for method in results.measured_methods():
         table: dict[tuple, list[Point]] = {}
-        for p in results.of(method):
-            table.setdefault((p.swept, p.step), []).append(p)
-        for (swept, step), points in sorted(table.items(), key=lambda item: (item[0][0] or 0.0, item[0][1])):
-            entries.append(
-                {
-                    "method": method,
-                    "swept": swept,
-                    "step": step,
-                    "last": any(p.last for p in points),
-                    "seeds": [p.seed for p in points],
-                    **_measures(results, means, points, level),
-                    "budget": mean_of([p.budget for p in points]),
-                    "per_seed": [_seed(results, means, p) for p in points],
-                }
-            )
+        for point in results.of(method):
+            table.setdefault((point.swept, point.step), []).append(point)
+        for swept, step in sorted(table, key=lambda place: (place[0] or 0.0, place[1])):
+            points = table[swept, step]
+            entry = {
+                "method": method,
+                "swept": swept,
+                "step": step,
+                "last": any(point.last for point in points),
+                "seeds": [point.seed for point in points],
+                **_measures(results, means, points, level),
+                "budget": mean_of([point.budget for point in points]),
+                "per_seed": [_seed(results, means, point) for point in points],
+            }
+            entries.append(entry)
     return entries
+
+
+def _measures(results: Results, means: Means, points: Sequence[Point], level: float) -> dict[str, Any]:
+    """Return the estimates of one policy over its seeds: `points` has one for each."""
+
+    def estimate(measure: str, starts: Sequence[Point] = ()) -> dict[str, Any] | None:
+        """Over the seeds' initial policies where `starts` are given; None where a point lacks the measure."""
+        if any(measure not in means[key(point)] for point in (*points, *starts)):
+            return None
+        values = np.array([means[key(point)][measure] for point in points])
+        if starts:
+            values = values - np.array([means[key(start)][measure] for start in starts])
+        return crossed_mean(values, level=level).to_dict()
+
+    # a proxy is compared with the initial policy as the same seed's reward model scores it
+    starts = [] if points[0].seed is None else [results.initial_of(point.seed) for point in points]
+    scores = {}
+    for name in results.score_kinds:
+        mean = estimate(f"score/{name}")
+        if mean is not None:
+            scores[name] = {"mean": mean, "difference": estimate(f"score/{name}", starts) if starts else None}
+    shapes = {name: estimate(name) for name in SHAPES}
+    return {"kl": estimate("kl"), "scores": scores, **shapes, "numbers": mean_of([p.numbers for p in points])}
 
 
 def _seed(results: Results, means: Means, point: Point) -> dict[str, Any]:
     found = means[key(point)]
-    scores = {n: float(found[f"score/{n}"].mean()) for n in results.score_kinds if f"score/{n}" in found}
+    known = [name for name in results.score_kinds if f"score/{name}" in found]
+    scores = {name: float(found[f"score/{name}"].mean()) for name in known}
     return {"seed": point.seed, "kl": float(found["kl"].mean()), "scores": scores}
 
 
 def _outliers(report: dict[str, Any], trained: Sequence[str], alpha: float) -> list[dict[str, Any]]:
-    """Runs whose end the judge scores far from the other seeds of its strength, at alpha over all runs (Bonferroni)."""
-    ends = [p for p in report["points"] if p["last"] and p["method"] in trained and len(p["seeds"]) >= MIN_SEEDS]
-    runs = sum(len(p["seeds"]) for p in ends)
+    """Return the runs whose end the judge scores far from the other seeds of its swept value, at alpha over all runs
+    (Bonferroni)."""
+    ends = [point for point in report["points"] if point["last"] and point["method"] in trained]
+    ends = [point for point in ends if len(point["seeds"]) >= MIN_SEEDS]
+    runs = sum(len(point["seeds"]) for point in ends)
     found = []
-    for p in ends:
-        scores = [seed["scores"][report["judge"]] for seed in p["per_seed"]]
-        for i, chance in enumerate(outlying(scores)):
-            if chance * runs < alpha:
-                others = scores[:i] + scores[i + 1 :]
-                run = {"method": p["method"], "swept": p["swept"], "seed": p["seeds"][i], "score": scores[i]}
-                found.append(run | {"others": [min(others), max(others)], "p_adjusted": chance * runs})
+    for point in ends:
+        scores = [seed["scores"][report["judge"]] for seed in point["per_seed"]]
+        for i, p in enumerate(outlying(scores)):
+            if p * runs >= alpha:
+                continue
+            others = scores[:i] + scores[i + 1 :]
+            run = {"method": point["method"], "swept": point["swept"], "seed": point["seeds"][i], "score": scores[i]}
+            found.append(run | {"others": [min(others), max(others)], "p_adjusted": p * runs})
     return found
 
 
 def _samples(results: Results, chosen: dict[str, Any]) -> list[dict[str, Any]]:
-    """The prompts whose hash comes first, answered by the foundation and by each method at its tuned strength (where
-    nothing was tuned, the first one), first seed, first sample: nobody picked them."""
+    """Return the prompts whose hash comes first with their first responses, of the initial policy and of each method.
+
+    A method answers at its chosen swept value (where none was chosen, at the first one) and first seed.
+    """
     shown = {results.initial.method: results.initial}
-    for method in methods_with_points(results):
-        points = [p for p in results.of(method) if p.last]
-        usual = chosen.get(method, {}).get("usual")
-        points = [p for p in points if usual is None or p.swept == usual]
-        if points:
-            shown[label(results, method, points[0].swept)] = min(points, key=lambda p: (p.swept or 0.0, p.seed))
-    texts = [prompt_key(p) for p in results.prompts]
-    order = sorted(range(len(texts)), key=lambda i: hashlib.sha256(texts[i].encode()).hexdigest())
-    return [
-        {
-            "prompt": results.prompts[i],
-            "responses": {n: _response(results, p, i) for n, p in shown.items() if key(p) in results.responses},
-        }
-        for i in order[:SAMPLES]
-    ]
+    for method in results.measured_methods():
+        ends = results.ends(method, chosen.get(method, {}).get("usual"))
+        if ends:
+            shown[label(results, method, ends[0].swept)] = ends[0]
+    shown = {name: point for name, point in shown.items() if key(point) in results.responses}
+
+    digests = [hashlib.sha256(prompt_key(prompt).encode()).hexdigest() for prompt in results.prompts]
+    samples = []
+    for i in np.argsort(digests, kind="stable")[:SAMPLES].tolist():
+        responses = {name: _response(results, point, i) for name, point in shown.items()}
+        samples.append({"prompt": results.prompts[i], "responses": responses})
+    return samples
 
 
-def _response(results: Results, point: Point, i: int) -> dict[str, Any]:
-    values = {name: float(v[i, 0]) for name, v in point.values.items()}
+def _response(results: Results, point: Point, prompt: int) -> dict[str, Any]:
+    values = {name: float(array[prompt, 0]) for name, array in point.values.items()}
     return {
-        "response": results.responses[key(point)][i][0],
+        "response": results.responses[key(point)][prompt][0],
         "ended": bool(values.get("ended", 1.0)),
         "kl": values.get("kl"),
         "length": values.get("length"),
         "scores": {name: values[f"score/{name}"] for name in results.score_kinds if f"score/{name}" in values},
     }
+
+
+def budget(results: Results) -> dict[str, Any]:
+    """Return what each trial that has ended cost from the initial policy on, and whether the trained ones are matched.
+
+    A row counts the pairs and the reward model in full, as if the trial had been the only one: they are shared by all
+    trials of a seed. `ratio` is total over the experiment's total, mean over seeds, `ratio_own` the trial alone over
+    it, `furthest` the ratio of the seed that is furthest from 1. `matched`: |ratio - 1| <= tolerance in every seed of
+    every trial, and no trial has spent more than 1 + tolerance times another; None if none was to be matched.
+    """
+    asked = results.meta.get("budget") or {}
+    match = None
+    if asked.get("match", "none") != "none" and asked.get("total"):
+        tolerance = float(asked.get("tolerance", 0.1))
+        match = {"match": asked["match"], "total": float(asked["total"]), "tolerance": tolerance}
+    rows = []
+    for method in results.measured_methods():
+        ended_values = dict.fromkeys(point.swept for point in results.ends(method))
+        rows += [_cost(results, method, swept, match) for swept in ended_values]
+
+    deciding = [row for row in rows if not row["baseline"]]
+    matched = None
+    if match and deciding:
+        ratios = [ratio for row in deciding for ratio in (row["ratio"], row["furthest"])]
+        matched = None not in ratios and max(abs(ratio - 1) for ratio in ratios) <= match["tolerance"]
+        matched = matched and max(ratios) <= (1 + match["tolerance"]) * min(ratios)
+    return {"match": match, "rows": rows, "matched": matched}
+
+
+def _cost(results: Results, method: str, swept: float | None, match: dict[str, Any] | None) -> dict[str, Any]:
+    """Return one row of `budget`."""
+    budgets = [point.budget for point in results.ends(method) if point.swept == swept]
+    own = mean_of(budgets)
+    uses_reward = results.program(method) in USES_REWARD
+    reward = dict(results.shared_budget.get("reward", {})) if uses_reward else {}
+    pairs = dict(results.shared_budget.get("pairs", {}))
+    row = {
+        "method": method,
+        "swept": swept,
+        "baseline": bool(results.methods[method].get("baseline")),
+        "own": own,
+        "reward": reward,
+        "pairs": pairs,
+        "total": total_of([own, reward, pairs]),
+        "ratio": None,
+        "ratio_own": None,
+        "furthest": None,
+    }
+    if match and match["match"] in row["total"]:
+        counter, whole = match["match"], match["total"]
+        ratio, ratio_own = row["total"][counter] / whole, own.get(counter, 0.0) / whole
+        of_seeds = [budget.get(counter, 0.0) / whole + ratio - ratio_own for budget in budgets]
+        furthest = max(of_seeds, key=lambda ratio: abs(ratio - 1))
+        row |= {"ratio": ratio, "ratio_own": ratio_own, "furthest": furthest}
+    return row
+
+
+def mean_of(numbers: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each name over those that have it."""
+    table: dict[str, list[float]] = {}
+    for own in numbers:
+        for name, value in own.items():
+            table.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in table.items()}
+
+
+def total_of(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Return the sum of each counter; of memory the peak, since the parts run one after the other."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            before = total.get(name, 0.0)
+            total[name] = float(max(before, value) if "memory" in name else before + value)
+    return total
