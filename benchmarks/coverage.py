@@ -24,7 +24,7 @@ from rlhf.compare import frontier
 from rlhf.compare.crossed import crossed_mean, crossed_statistic
 from rlhf.compare.frontier import Track, equal_kl
 from rlhf.compare.stats import interval_of_mean
-from rlhf.compare.wins import _share
+from rlhf.compare.wins import share
 from rlhf.data.agreement import alpha_interval
 from rlhf.stats import MIN_CLUSTERS
 
@@ -358,7 +358,7 @@ def crossed_share_table(repeats: int) -> str:
                 easy = rng.beta(3 * truth, 3 * (1 - truth), (1, groups))  # of a prompt, the same for all seeds
                 values = rng.binomial(2, np.broadcast_to(easy, (seeds, groups))) / 2
                 found = crossed_mean(values, null=0.5)
-                hits += [holds(found, truth), holds(_share(found, 0.95), truth)]
+                hits += [holds(found, truth), holds(share(found, 0.95), truth)]
             before.append(marked(100 * hits[0] / repeats))
             now.append(marked(100 * hits[1] / repeats))
         lines += [row([f"{truth:g}", "estimate +- t se", *before]), row([f"{truth:g}", "now", *now])]

@@ -13,16 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 
 import numpy as np
 
 from rlhf.config import UserError
+from rlhf.stats import ROUNDING
 
-MIN_SEEDS = 3  # with fewer, the spread of seeds cannot be measured and the seeds count as fixed: "these trained models"
-BLOCKS = 50  # of groups, that a jackknife leaves out one at a time: 49 degrees of freedom are nearly a normal
-LEAST_P = 1e-15  # smaller ones are given as this
-ROUNDING = 1e-12  # a standard error below this share of the values is rounding
+# with fewer seeds their spread cannot be measured and they count as fixed: "these trained models"
+MIN_SEEDS = 3
+# blocks of groups that a jackknife leaves out one at a time: 49 degrees of freedom are nearly a normal
+BLOCKS = 50
+# smaller p-values are given as this
+LEAST_P = 1e-15
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Estimate:
     se_error: float = math.nan
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """For JSON: what is not a finite number becomes None."""
-        return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
+        """Return it for JSON: what is not a finite number becomes None."""
+        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
 
 
 def side(estimate: dict[str, float | int | None], null: float = 0.0) -> int:
@@ -70,18 +73,17 @@ class Variances:
 def crossed_mean(
     values: np.ndarray, *, null: float = 0.0, level: float = 0.95, variance_factor: float = 1.0
 ) -> Estimate:
-    """Mean of `values` (seeds, groups), both random. Raises UserError unless all are finite numbers.
+    """Return the mean of `values` (seeds, groups), both random. Raises UserError unless all are finite numbers.
 
     se^2 is (MS_seeds + MS_groups - MS_error) / (S G), the unbiased variance of the two-way layout without replication,
     with MS_seeds and MS_groups not below MS_error (a component is not below 0). The interval is that of `half_width`.
     With fewer than MIN_SEEDS seeds it is Student's interval of the group means over the given seeds. All mean squares
-    are taken `variance_factor` fold (crossfit.chosen_mean).
+    are taken `variance_factor` fold (selection.chosen_mean).
     """
     values = checked(values)
-    seeds, groups = values.shape
-    v = mean_squares(values)
-    v = Variances(variance_factor * v.seeds, variance_factor * v.groups, variance_factor * v.error)
-    return interval(float(values.mean()), v, seeds, groups, null=null, level=level)
+    squares = mean_squares(values)
+    variances = Variances(*(variance_factor * square for square in astuple(squares)))
+    return interval(float(values.mean()), variances, *values.shape, null=null, level=level)
 
 
 def crossed_statistic(
@@ -93,63 +95,60 @@ def crossed_statistic(
     level: float = 0.95,
     blocks: int = BLOCKS,
 ) -> Estimate:
-    """A number that is no plain mean, with the interval of the two-way delete-one jackknife.
+    """Return a number that is no plain mean, with the interval of the two-way delete-one jackknife.
 
     statistic(seed weights (S,), group weights (G,)) is computed again, with all that it contains, without each seed,
     without each block of groups, and without both at once: about S x B times for B = min(blocks, groups) blocks. For a
     mean over seeds and groups that is `crossed_mean`, exactly so with as many blocks as groups.
     """
-    every, weights = np.ones(seeds), block_weights(groups, blocks)
-    estimate = float(statistic(every, weights[0]))
-    without_block = np.array([statistic(every, w) for w in weights[1:]])
-    if seeds < MIN_SEEDS:
-        variances = Variances(0.0, _block_variance(estimate, without_block, weights), 0.0)
-        return interval(estimate, variances, seeds, groups, null=null, level=level, blocks=len(weights) - 1)
-    without_seed, without_both = np.zeros(seeds), np.zeros((seeds, len(weights) - 1))
-    for s in range(seeds):
-        others = np.where(np.arange(seeds) == s, 0.0, 1.0)
-        without_seed[s] = statistic(others, weights[0])
-        without_both[s] = [statistic(others, w) for w in weights[1:]]
-    variances = Variances(
-        (seeds - 1) / seeds * float(np.sum((without_seed - without_seed.mean()) ** 2)),
-        _block_variance(estimate, without_block, weights),
-        _error_variance((seeds - 1) * _centred(without_both), weights),
-    )
-    return interval(estimate, variances, seeds, groups, null=null, level=level, blocks=len(weights) - 1)
+    every_seed, weights = np.ones(seeds), block_weights(groups, blocks)
+
+    def resampled(seed_weights: np.ndarray) -> np.ndarray:
+        """With all groups, then without each block."""
+        return np.array([statistic(seed_weights, group_weights) for group_weights in weights])
+
+    full = resampled(every_seed)
+    of_seeds = of_error = 0.0
+    if seeds >= MIN_SEEDS:
+        without = np.array([resampled(every_seed - one) for one in np.eye(seeds)])
+        of_seeds = (seeds - 1) / seeds * float(np.sum((without[:, 0] - without[:, 0].mean()) ** 2))
+        of_error = _error_variance((seeds - 1) * _centred(without[:, 1:]), weights)
+    variances = Variances(of_seeds, _block_variance(full[0], full[1:], weights), of_error)
+    return interval(float(full[0]), variances, seeds, groups, null=null, level=level, blocks=len(weights) - 1)
 
 
 def mean_over_seeds(resampled: np.ndarray, weights: np.ndarray, *, null: float = 0.0, level: float = 0.95) -> Estimate:
-    """`crossed_statistic` for a mean over seeds of each seed's own statistic, from (1 + B, seeds) of them.
+    """Return `crossed_statistic` of a mean over seeds of each seed's own statistic, from (1 + B, seeds) of them.
 
     Row 0 is computed with weights[0], all groups, row b without block b, where `weights` is `block_weights(...)`. To
     leave out a seed takes no further fit then, so that B + 1 fits a seed are enough.
     """
     seeds, groups = resampled.shape[1], weights.shape[1]
     full, without = resampled[0], resampled[1:]
-    squared = float(np.sum((full - full.mean()) ** 2))
-    variances = Variances(
-        squared / seeds / (seeds - 1) if seeds >= MIN_SEEDS else 0.0,
-        _block_variance(float(full.mean()), without.mean(axis=1), weights),
-        _error_variance(_centred(without.T), weights) if seeds >= MIN_SEEDS else 0.0,
-    )
-    return interval(float(full.mean()), variances, seeds, groups, null=null, level=level, blocks=len(without))
+    estimate = float(full.mean())
+    of_seeds = of_error = 0.0
+    if seeds >= MIN_SEEDS:
+        of_seeds = float(full.var(ddof=1)) / seeds
+        of_error = _error_variance(_centred(without.T), weights)
+    variances = Variances(of_seeds, _block_variance(estimate, without.mean(axis=1), weights), of_error)
+    return interval(estimate, variances, seeds, groups, null=null, level=level, blocks=len(without))
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's step-down adjustment (1979): the m - i + 1 fold of the i-th smallest p, never falling, at most 1.
+    """Return Holm's step-down adjustment (1979): the m - i + 1 fold of the i-th smallest p, never falling, at most 1.
 
     A p that is nan stays nan and does not count.
     """
-    adjusted, worst = [math.nan] * len(p), 0.0
-    order = sorted((i for i in range(len(p)) if not math.isnan(p[i])), key=lambda i: p[i])
-    for rank, i in enumerate(order):
-        worst = max(worst, min(1.0, (len(order) - rank) * p[i]))
-        adjusted[i] = worst
-    return adjusted
+    p = np.asarray(p, dtype=np.float64)
+    adjusted = np.full(len(p), math.nan)
+    order = np.argsort(p, kind="stable")[: np.count_nonzero(~np.isnan(p))]
+    factors = np.arange(len(order), 0, -1)
+    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, factors * p[order]))
+    return adjusted.tolist()
 
 
 def outlying(values: Sequence[float]) -> list[float]:
-    """For each value of a few, the two-sided p of its distance from the others, before any correction.
+    """Return for each value of a few the two-sided p of its distance from the others, before any correction.
 
         t = (x_i - mean of the others) / (their sd sqrt(1 + 1 / (n - 1))),   n - 2 degrees of freedom
 
@@ -158,12 +157,13 @@ def outlying(values: Sequence[float]) -> list[float]:
     """
     from scipy.special import stdtr
 
-    values, found = np.asarray(values, dtype=np.float64), []
-    n = len(values)
-    for i in range(n):
+    values = np.asarray(values, dtype=np.float64)
+    n, found = len(values), []
+    for i, value in enumerate(values):
         others = np.delete(values, i)
-        distance, sd = abs(values[i] - others.mean()), others.std(ddof=1) * math.sqrt(1 + 1 / (n - 1))
-        if distance <= ROUNDING * abs(values[i]):
+        distance = abs(value - others.mean())
+        sd = others.std(ddof=1) * math.sqrt(1 + 1 / (n - 1))
+        if distance <= ROUNDING * abs(value):
             found.append(1.0)
         else:
             found.append(2 * float(stdtr(n - 2, -distance / sd)) if sd > 0 else 0.0)
@@ -171,21 +171,22 @@ def outlying(values: Sequence[float]) -> list[float]:
 
 
 def checked(values: np.ndarray) -> np.ndarray:
-    """`values` as a (seeds, groups) array of finite numbers, or UserError."""
+    """Return `values` as a (seeds, groups) array. Raises UserError unless it is one of finite numbers."""
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or not values.size:
         raise UserError(f"seeds and groups: found an array of shape {values.shape}, expected (seeds, groups)")
     if not np.all(np.isfinite(values)):
         s, g = np.argwhere(~np.isfinite(values))[0]
-        raise UserError(f"seeds and groups: {values[s, g]} at seed {s}, group {g}; expected finite numbers alone")
+        raise UserError(f"seeds and groups: {values[s, g]} at seed {s}, group {g}; expected finite numbers only")
     return values
 
 
 def mean_squares(values: np.ndarray) -> Variances:
-    """The mean squares of `values` (seeds, groups) over S x G; seeds and error 0 where the seeds are fixed."""
+    """Return the mean squares of `values` (seeds, groups) over S x G; seeds and error 0 where the seeds are fixed."""
     seeds, groups = values.shape
     if groups == 1:
         return Variances(math.nan, math.nan, math.nan)
+    # with too few seeds they are fixed, and the groups alone are random
     by_group = float(values.mean(axis=0).var(ddof=1)) / groups
     if seeds < MIN_SEEDS:
         return Variances(0.0, by_group, 0.0)
@@ -195,13 +196,14 @@ def mean_squares(values: np.ndarray) -> Variances:
 
 
 def total(v: Variances) -> float:
-    """The variance of the mean, no component below 0."""
+    """Return the variance of the mean, no component below 0."""
     return max(v.seeds, v.error) + max(v.groups, v.error) - v.error
 
 
 def half_width(v: Variances, seeds: int, blocks: int, alpha: float) -> float:
-    """Half the width of the 1 - alpha interval, where t_n is Student's two-sided quantile at alpha for n degrees (of
-    numbers, or of arrays in `v`):
+    """Return half the width of the 1 - alpha interval, of numbers or of arrays in `v`.
+
+    With t_n Student's two-sided quantile at alpha for n degrees of freedom:
 
         half^2 = ( t_(S-1)^2 MS_seeds + t_(G-1)^2 max(MS_groups - MS_error, 0) ) / (S G),
                  at least t_(G-1)^2 max(MS_groups, MS_error) / (S G), what it is with the seeds fixed
@@ -223,7 +225,10 @@ def half_width(v: Variances, seeds: int, blocks: int, alpha: float) -> float:
 
 
 def p_value(distance: float, v: Variances, seeds: int, blocks: int) -> float:
-    """The alpha at which `half_width` is `distance` (not below LEAST_P): an interval of 1 - p just holds the null."""
+    """Return the alpha at which `half_width` is `distance`, at least LEAST_P.
+
+    An interval of level 1 - p just holds the null.
+    """
     from scipy.optimize import brentq
 
     def beyond(log_alpha: float) -> float:
@@ -237,13 +242,18 @@ def p_value(distance: float, v: Variances, seeds: int, blocks: int) -> float:
 def interval(
     estimate: float, v: Variances, seeds: int, groups: int, *, null: float, level: float, blocks: int | None = None
 ) -> Estimate:
-    """The interval of `half_width`. Where the data cannot say how far they are off (one group, nan) it is nan; where
-    nothing varies it is the number itself, and p is nan unless that is the null."""
+    """Return an estimate with the interval of `half_width`.
+
+    Where the data cannot say how far they are off (one group, nan) the interval is nan; where nothing varies it is the
+    number itself, and p is nan unless that is the null.
+    """
     variance = total(v)
     if not math.isfinite(variance) or not math.isfinite(estimate) or groups < 2:
         return Estimate(estimate, math.nan, math.nan, math.nan, math.nan, seeds, groups)
     se = math.sqrt(variance)
-    parts = [math.sqrt(x) for x in (v.seeds, v.groups, v.error)]
+    parts = [math.sqrt(square) for square in astuple(v)]
+
+    # nothing varies: what is left of the standard error is rounding
     if se <= ROUNDING * abs(estimate):
         same = math.isclose(estimate, null, rel_tol=ROUNDING, abs_tol=ROUNDING)
         return Estimate(estimate, estimate, estimate, 0.0, 1.0 if same else math.nan, seeds, groups, *parts)
@@ -253,7 +263,7 @@ def interval(
 
 
 def block_weights(groups: int, blocks: int = BLOCKS) -> np.ndarray:
-    """(1 + B, groups) weights of the groups: all, then all but one block, each of about groups / B groups.
+    """Return (1 + B, groups) weights of the groups: all, then all but one block, each of about groups / B groups.
 
     Which groups make a block is drawn, the same at every call: in the order of their names, where a name may tell the
     kind, each block would have as many of every kind, and blocks would differ less than draws do.
@@ -263,26 +273,33 @@ def block_weights(groups: int, blocks: int = BLOCKS) -> np.ndarray:
 
 
 def _block_variance(full: float, without: np.ndarray, weights: np.ndarray) -> float:
-    """The delete-one-block jackknife's variance, for blocks of unequal size (Busing, Meijer and van der Leeden 1999).
+    """Return the delete-one-block jackknife's variance for blocks of unequal size (Busing, Meijer and van der Leeden
+    1999).
 
     With n groups and h = n / (size of the block), the pseudo-value of a block is h full - (h - 1) without.
     """
     if len(without) < 2:
         return math.nan
-    h = weights.shape[1] / (weights.shape[1] - weights[1:].sum(axis=1))
+    h = _inverse_shares(weights)
     pseudo = h * full - (h - 1) * without
     return float(np.mean((pseudo - np.sum(pseudo / h)) ** 2 / (h - 1)))
 
 
 def _error_variance(without: np.ndarray, weights: np.ndarray) -> float:
-    """MS_error / (S G) from what the statistic of a seed without a block has beyond seed and block, (S, B)."""
+    """Return MS_error / (S G) from what the statistic of a seed without a block has beyond seed and block, (S, B)."""
     seeds, blocks = without.shape
     if blocks < 2:
         return math.nan
-    h = weights.shape[1] / (weights.shape[1] - weights[1:].sum(axis=1))
+    h = _inverse_shares(weights)
     return float(np.sum(without**2 * (h - 1)) / (seeds * (seeds - 1) * blocks))
 
 
+def _inverse_shares(weights: np.ndarray) -> np.ndarray:
+    """Return (B,) groups over the size of each left-out block."""
+    groups = weights.shape[1]
+    return groups / (groups - weights[1:].sum(axis=1))
+
+
 def _centred(table: np.ndarray) -> np.ndarray:
-    """The table without its row and column means."""
+    """Return the table without its row and column means."""
     return table - table.mean(axis=1, keepdims=True) - table.mean(axis=0, keepdims=True) + table.mean()

@@ -14,12 +14,14 @@ import numpy as np
 from rlhf.compare.crossed import MIN_SEEDS, Estimate, Variances, checked, mean_squares
 from rlhf.config import UserError
 
+# no experiment has more
 MOST_SEEDS = 1000
-OPEN = 0.1  # of what may be on either side of a range
+# probability that is left open on either side of a range
+OPEN = 0.1
 
 
 def pairs_needed(win_rate: float, power: float = 0.8, level: float = 0.95) -> int:
-    """Independent comparisons until a true win rate is told from 1/2, two-sided: 783 for 0.55.
+    """Return how many independent comparisons tell a true win rate from 1/2, two-sided: 783 for 0.55.
 
         n = ( z_{1-alpha/2} / 2 + z_power sqrt(w (1 - w)) )^2 / (w - 1/2)^2
 
@@ -37,7 +39,7 @@ def pairs_needed(win_rate: float, power: float = 0.8, level: float = 0.95) -> in
 def power_of(
     difference: float, v: Variances, seeds: int, groups: int, level: float = 0.95, share: np.ndarray | float = 1.0
 ) -> np.ndarray:
-    """The power of `crossed.half_width`'s interval at a true difference where `v` are the true mean squares over S x G.
+    """Return the power of `crossed.half_width`'s interval at a true difference, with true mean squares `v` over S x G.
 
         mean over U of Phi( (difference - half(U)) / sd ),   U ~ chi^2_(S-1) / (S-1),   half from U MS_seeds
 
@@ -48,9 +50,9 @@ def power_of(
 
     of_groups = float(stdtrit(groups - 1, 0.5 + level / 2)) ** 2
     rest = max(v.groups - v.error, 0.0)
-    if seeds < MIN_SEEDS:
-        seeds_part, known = np.zeros(np.shape(share)), np.zeros(1)
-    else:
+    # with the seeds fixed their part is 0 and known
+    seeds_part, known = np.zeros(np.shape(share)), np.zeros(1)
+    if seeds >= MIN_SEEDS:
         seeds_part = np.maximum(np.asarray(share) * v.seeds, v.error)
         known = float(stdtrit(seeds - 1, 0.5 + level / 2)) ** 2 * _quantiles(seeds - 1)
     half = np.sqrt(np.maximum(of_groups * (rest + v.error), seeds_part[..., None] * known + of_groups * rest))
@@ -59,8 +61,9 @@ def power_of(
 
 
 def detectable(estimate: Estimate, power: float = 0.8, level: float = 0.95) -> tuple[float, float, float]:
-    """The true difference that experiments of this kind show in `power` of their repeats, and from where to where it
-    may lie; in the units of the estimate, nan where it has no interval.
+    """Return the true difference that experiments of this kind show in `power` of their repeats, and its range.
+
+    In the units of the estimate; nan where it has no interval.
 
     A mean square of n degrees of freedom is as uncertain as they leave it, by n / chi^2_n. The first number has the
     asked power on average over that of the seeds: 8.8 standard errors for 3 seeds that alone matter, where 5.6 would do
@@ -70,23 +73,23 @@ def detectable(estimate: Estimate, power: float = 0.8, level: float = 0.95) -> t
 
     if not math.isfinite(estimate.se) or estimate.se == 0:
         return estimate.se, estimate.se, estimate.se
-    seeds, groups = estimate.seeds, estimate.groups
-    squares = [x**2 for x in (estimate.se_seeds, estimate.se_groups, estimate.se_error)]
+    seeds, groups, random_seeds = estimate.seeds, estimate.groups, estimate.seeds >= MIN_SEEDS
 
     def solve(of_seeds: np.ndarray, of_groups: float) -> float:
-        v = Variances(squares[0], of_groups * squares[1], squares[2])
+        """With the mean squares of seeds and groups so many times as large as they were measured."""
+        v = Variances(estimate.se_seeds**2, of_groups * estimate.se_groups**2, estimate.se_error**2)
 
         def lacking(difference: float) -> float:
             return float(power_of(difference, v, seeds, groups, level, of_seeds).mean()) - power
 
         return float(brentq(lacking, 0.0, 1e6 * estimate.se, rtol=1e-6))
 
-    shares = 1 / _quantiles(seeds - 1) if seeds >= MIN_SEEDS else np.ones(1)
-    ends = []
-    for q in (1 - OPEN, OPEN):
-        of_seeds = 1 / _quantile(seeds - 1, q) if seeds >= MIN_SEEDS else 1.0
-        ends.append(solve(np.array([of_seeds]), 1 / _quantile(groups - 1, q)))
-    return solve(shares, 1.0), *ends
+    middle = solve(1 / _quantiles(seeds - 1) if random_seeds else np.ones(1), 1.0)
+    low, high = (
+        solve(np.array([1 / _quantile(seeds - 1, q) if random_seeds else 1.0]), 1 / _quantile(groups - 1, q))
+        for q in (1 - OPEN, OPEN)
+    )
+    return middle, low, high
 
 
 def minimum_detectable_effect(estimate: Estimate, level: float = 0.95) -> dict[str, Any]:
@@ -102,8 +105,8 @@ def minimum_detectable_effect(estimate: Estimate, level: float = 0.95) -> dict[s
 def needed_seeds(
     values: np.ndarray, difference: float, *, groups: int | None = None, power: float = 0.8, level: float = 0.95
 ) -> tuple[int | None, int | None, int | None]:
-    """The fewest run seeds that would show `difference`, and from how few to how many it may be; from `values`
-    (seeds, groups).
+    """Return the fewest run seeds that would show `difference`, and the range of that number; from `values` (seeds,
+    groups).
 
     The variance between seeds is as uncertain as S seeds leave it: the three numbers are those at its median, 10th and
     90th percentile. `groups` (default: as many as there are) may differ from those measured. None where no number of
@@ -117,9 +120,10 @@ def needed_seeds(
     v = mean_squares(values)
     _, of_groups, error = components(values)
     groups = groups or measured
-    low, median, high = (1 / _quantile(seeds - 1, q) for q in (1 - OPEN, 0.5, OPEN))
 
-    def fewest(share: float) -> int | None:
+    def fewest(quantile: float) -> int | None:
+        """With the mean square of the seeds at this quantile of what it may be."""
+        share = 1 / _quantile(seeds - 1, quantile)
         of_seeds = max(0.0, share * v.seeds - v.error) * seeds
 
         def enough(n: int) -> bool:
@@ -131,11 +135,11 @@ def needed_seeds(
             return None
         return bisect_left(range(MOST_SEEDS), True, lo=MIN_SEEDS, key=enough)
 
-    return fewest(median), fewest(low), fewest(high)
+    return fewest(0.5), fewest(1 - OPEN), fewest(OPEN)
 
 
 def components(values: np.ndarray) -> tuple[float, float, float]:
-    """The variances of seed, group and error in `values` (seeds, groups), none below 0."""
+    """Return the variances of seed, group and error in `values` (seeds, groups), none below 0."""
     values = checked(values)
     seeds, groups = values.shape
     v = mean_squares(values)
@@ -143,14 +147,14 @@ def components(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def _quantile(df: int, q: float) -> float:
-    """The q-quantile of chi^2_df / df."""
+    """Return the q-quantile of chi^2_df / df."""
     from scipy.special import chdtri
 
     return float(chdtri(df, 1 - q)) / df
 
 
 def _quantiles(df: int, count: int = 60) -> np.ndarray:
-    """(count,) equally likely values of chi^2_df / df."""
+    """Return (count,) equally likely values of chi^2_df / df."""
     from scipy.special import chdtri
 
     return chdtri(df, (np.arange(count) + 0.5) / count) / df

@@ -20,37 +20,30 @@ from rlhf.compare.results import Point, Results, independent_pairs
 from rlhf.config import UserError
 from rlhf.stats import bounded_interval, student_quantile
 
-RIDGE = 0.01  # on the slope, in units of the mean log-likelihood: the least that keeps a separable fit finite
+# on the slope, in units of the mean log-likelihood: the least that keeps a separable fit finite
+RIDGE = 0.01
 
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often A wins over B. `raw` and `controlled` have the null 0.5."""
+    """How often A wins over B. `raw` and `controlled` have the null 0.5.
+
+    controlled: at equal length; nan where length and policy cannot be told apart.
+    ties: share of the meetings, each group counting once. length_difference: tokens, A - B.
+    ridge: the length decides all, so that the controlled fit needed a ridge; read it as a direction.
+    consistency: of a judge asked in both orders, the share of pairs with one winner in both.
+    """
 
     raw: Estimate
-    controlled: Estimate  # nan where length and policy cannot be told apart
-    ties: float  # share of the meetings, each group counting once
-    length_difference: float  # tokens, A - B
-    ridge: bool  # the length decides all, so that the controlled fit needed a ridge: read it as a direction
-    consistency: float | None = None  # of a judge asked in both orders: share of pairs with one winner in both
+    controlled: Estimate
+    ties: float
+    length_difference: float
+    ridge: bool
+    consistency: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe."""
+        """Return it for JSON."""
         return {**asdict(self), "raw": self.raw.to_dict(), "controlled": self.controlled.to_dict()}
-
-
-def win_values(a: np.ndarray, b: np.ndarray, pairs: Sequence[tuple[int, int]], tie_margin: float = 0.0) -> np.ndarray:
-    """(P, pairs) outcomes for A: 1 won, 0 lost, 0.5 a tie; scores a (P, K) and b (P, K'), pairs (sample of a, of b).
-
-    |a - b| <= tie_margin is a tie.
-    """
-    difference = _differences(a, b, pairs)
-    return (difference > tie_margin) + 0.5 * (np.abs(difference) <= tie_margin)
-
-
-def _differences(a: np.ndarray, b: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-    of_a, of_b = zip(*pairs, strict=True)
-    return np.asarray(a, dtype=np.float64)[:, of_a] - np.asarray(b, dtype=np.float64)[:, of_b]
 
 
 def win_rate(
@@ -62,36 +55,37 @@ def win_rate(
     tie_margin: float = 0.0,
     level: float = 0.95,
 ) -> WinRate | None:
-    """How often the policies `a` win over `b`: a[i] meets b[i], of the same seed; the foundation may meet every seed.
+    """Return how often the policies `a` win over `b`: a[i] meets b[i], of the same seed or the initial policy.
 
-    judge: the name of a score, by which all `independent_pairs` meet; or for each i what a judge of pairs said about
-    a[i] and b[i] (`judge_wins`). None where no two samples have independent noise, as with one sample a prompt.
-    Raises UserError where the seeds do not fit, or a score is no number.
+    judge: the name of a score, by which all `independent_pairs` meet (a difference of at most `tie_margin` is a tie,
+    which counts half); or for each i what a judge of pairs said about a[i] and b[i] (`judge_wins`).
+    None where no two samples have independent noise, as with one sample a prompt.
+    Raises UserError where the seeds do not fit, or a score is not a finite number.
     """
     _check_seeds(a, b)
-    if isinstance(judge, str):
-        met = [independent_pairs(x, y) for x, y in zip(a, b, strict=True)]
-    else:
-        met = [verdicts.pairs for verdicts in judge]
-    if not all(met):
-        return None
-    matches = list(zip(a, b, met, strict=True))
-    lengths = [_differences(_values(x, "length"), _values(y, "length"), pairs) for x, y, pairs in matches]
-    if isinstance(judge, str):
-        name = f"score/{judge}"
-        outcomes = [win_values(_values(x, name), _values(y, name), pairs, tie_margin) for x, y, pairs in matches]
-        consistency = None
-    else:
-        outcomes = [verdicts.wins for verdicts in judge]
-        asked = [v.consistency for v in judge if not math.isnan(v.consistency)]
+    consistency = None
+    outcomes, lengths = [], []
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        pairs = independent_pairs(x, y) if isinstance(judge, str) else judge[i].pairs
+        if not pairs:
+            return None
+        lengths.append(_differences(x, y, "length", pairs))
+        if isinstance(judge, str):
+            difference = _differences(x, y, f"score/{judge}", pairs)
+            outcomes.append((difference > tie_margin) + 0.5 * (np.abs(difference) <= tie_margin))
+        else:
+            outcomes.append(judge[i].wins)
+    if not isinstance(judge, str):
+        asked = [verdicts.consistency for verdicts in judge if not math.isnan(verdicts.consistency)]
         consistency = float(np.mean(asked)) if asked else None
+
     per_seed = np.array([results.group_means(outcome) for outcome in outcomes])
     fit = LengthFit(np.array(outcomes), np.array(lengths), results.groups)
     controlled = crossed_statistic(fit, *per_seed.shape, null=0.5, level=level)
     return WinRate(
-        raw=_share(crossed_mean(per_seed, null=0.5, level=level), level),
-        controlled=_share(controlled, level),
-        ties=float(np.mean([results.group_means(np.asarray(o) == 0.5) for o in outcomes])),
+        raw=share(crossed_mean(per_seed, null=0.5, level=level), level),
+        controlled=share(controlled, level),
+        ties=float(np.mean([results.group_means(outcome == 0.5) for outcome in outcomes])),
         length_difference=float(np.mean([results.group_means(length) for length in lengths])),
         ridge=fit.ridge,
         consistency=consistency,
@@ -99,24 +93,29 @@ def win_rate(
 
 
 def _check_seeds(a: Sequence[Point], b: Sequence[Point]) -> None:
-    seeds = [[p.seed for p in points] for points in (a, b)]
-    if not a or len(a) != len(b) or any(x != y and None not in (x, y) for x, y in zip(*seeds, strict=True)):
-        raise UserError(
-            f"win rate: seeds {seeds[0]} cannot meet seeds {seeds[1]}; expected the same seeds in one order"
-        )
+    of_a, of_b = ([point.seed for point in points] for points in (a, b))
+    fits = len(a) == len(b) > 0 and all(x == y or None in (x, y) for x, y in zip(of_a, of_b, strict=True))
+    if not fits:
+        raise UserError(f"win rate: seeds {of_a} cannot meet seeds {of_b}; expected the same seeds in one order")
 
 
-def _values(point: Point, name: str) -> np.ndarray:
-    values = np.asarray(point.values[name], dtype=np.float64)
-    if not np.all(np.isfinite(values)):
-        count = int((~np.isfinite(values)).sum())
-        raise UserError(f"win rate: {count} values of '{name}' of {point.method} are no finite numbers")
-    return values
+def _differences(a: Point, b: Point, measure: str, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Return (prompts, pairs) differences a - b of a measure at the pairs (sample of a, sample of b)."""
+    columns = []
+    for point, samples in zip((a, b), zip(*pairs, strict=True), strict=True):
+        values = np.asarray(point.values[measure], dtype=np.float64)
+        bad = int(np.count_nonzero(~np.isfinite(values)))
+        if bad:
+            raise UserError(f"win rate: {bad} values of '{measure}' of {point.method} are not finite")
+        columns.append(values[:, samples])
+    return columns[0] - columns[1]
 
 
-def _share(estimate: Estimate, level: float) -> Estimate:
-    """The same with the interval of a share (where nothing varies, that of as many groups), and without a p: nothing
-    is claimed of it."""
+def share(estimate: Estimate, level: float) -> Estimate:
+    """Return the estimate with the interval of a share, and without a p: nothing is claimed of it.
+
+    Where nothing varies the interval is that of as many groups.
+    """
     if not math.isfinite(estimate.estimate) or not math.isfinite(estimate.se):
         return estimate
     t = student_quantile(0.5 + level / 2, estimate.groups - 1)
@@ -142,47 +141,55 @@ class LengthFit:
         seeds, _, meetings = outcomes.shape
         _, group = np.unique(np.asarray(groups), return_inverse=True)
         size = np.bincount(group)
-        each = (1 / size[group] / meetings)[None, :, None]  # so that each group counts once
-        self.d, column = np.unique(lengths, return_inverse=True)  # a resample then costs a product and a small fit
-        row = (np.arange(seeds)[:, None, None] * len(size) + group[None, :, None]) * len(self.d)
-        cell = (row + column.reshape(lengths.shape)).ravel()
+        # each group counts once
+        each = (1 / size[group] / meetings)[None, :, None]
+        # wins and losses in a table of (seed, group) x length difference: a resample costs a product and a small fit
+        self.d, column = np.unique(lengths, return_inverse=True)
         shape = (seeds * len(size), len(self.d))
-        self.wins, self.losses = (
-            np.bincount(cell, weights=(each * y).ravel(), minlength=shape[0] * shape[1]).reshape(shape)
-            for y in (outcomes, 1 - outcomes)
-        )
+        row = np.arange(seeds)[:, None, None] * len(size) + group[None, :, None]
+        cell = (row * len(self.d) + column.reshape(lengths.shape)).ravel()
+
+        def table(weights: np.ndarray) -> np.ndarray:
+            return np.bincount(cell, weights=weights.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
+
+        self.wins, self.losses = table(each * outcomes), table(each * (1 - outcomes))
         self.start = np.zeros(2)
         self.ridge = False
 
     def __call__(self, seed_weights: np.ndarray, group_weights: np.ndarray) -> float:
+        """Return the win rate at equal length with these weights."""
         weights = np.outer(seed_weights, group_weights).ravel()
         wins, losses = weights @ self.wins, weights @ self.losses
         used = wins + losses > 0
         d, w = self.d[used], (wins + losses)[used]
         y, w = wins[used] / w, w / w.sum()
         sd, mean = math.sqrt(max(0.0, float(w @ d**2 - (w @ d) ** 2))), float(w @ y)
+
+        # no fit where the length never varies, or one side wins all
         if sd < 1e-9:
             return mean if np.all(d == 0) else math.nan
         if np.all(y == 0) or np.all(y == 1):
             return float(y[0])
         x = np.tanh(d / sd)
-        ridge = RIDGE if separable(x, y) else 0.0
-        self.ridge |= ridge > 0
-        found = logistic_fit(x, y, w, ridge, np.zeros(2) if ridge else self.start)
-        if not ridge:
-            self.start = found  # near the next one's: left-out groups change little
-        return float(_sigmoid(found[0]))
+        if separable(x, y):
+            self.ridge = True
+            return float(_sigmoid(logistic_fit(x, y, w, RIDGE, np.zeros(2))[0]))
+        # the next fit starts near this one: left-out groups change little
+        self.start = logistic_fit(x, y, w, 0.0, self.start)
+        return float(_sigmoid(self.start[0]))
 
 
 def separable(x: np.ndarray, y: np.ndarray) -> bool:
-    """Whether a threshold on x parts all wins from all losses, so that the steepest slope fits best (y in [0, 1])."""
+    """Return whether a threshold on x parts all wins from all losses (y in [0, 1]), so that the steepest slope fits."""
     wins, losses = x[y > 0], x[y < 1]
     return bool(wins.min() >= losses.max() or losses.min() >= wins.max())
 
 
 def logistic_fit(x: np.ndarray, y: np.ndarray, w: np.ndarray, ridge: float, start: np.ndarray) -> np.ndarray:
-    """(theta, phi) that maximise sum w [y log p + (1 - y) log(1 - p)] - ridge phi^2 / 2 by Newton's method, where
-    p = sigmoid(theta + phi x). x, y, w (n,), w sums to 1, y in [0, 1]."""
+    """Return (theta, phi) that maximise sum w [y log p + (1 - y) log(1 - p)] - ridge phi^2 / 2 by Newton's method.
+
+    p = sigmoid(theta + phi x). x, y, w (n,), w sums to 1, y in [0, 1].
+    """
     theta, phi = start
     for _ in range(200):
         p = _sigmoid(theta + phi * x)
@@ -191,7 +198,8 @@ def logistic_fit(x: np.ndarray, y: np.ndarray, w: np.ndarray, ridge: float, star
         h11, h12, h22 = curve.sum(), curve @ x, curve @ x**2 + ridge
         determinant = h11 * h22 - h12**2
         step = np.array([h22 * first - h12 * second, h11 * second - h12 * first]) / max(determinant, 1e-300)
-        step /= max(1.0, np.abs(step).max())  # far off, a full step can overshoot
+        # far off, a full step can overshoot
+        step /= max(1.0, np.abs(step).max())
         theta, phi = theta + step[0], phi + step[1]
         if np.abs(step).max() < 1e-11:
             break

@@ -7,7 +7,7 @@ import pytest
 from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.judge import Verdicts
 from rlhf.compare.results import Point, Results, independent_pairs
-from rlhf.compare.wins import LengthFit, logistic_fit, separable, win_rate, win_values
+from rlhf.compare.wins import LengthFit, logistic_fit, separable, win_rate
 from rlhf.config import UserError
 from rlhf.experiment.measure import blocks
 
@@ -38,13 +38,17 @@ def judged(wins, lengths, groups=None, seeds=1):
 
 
 def test_samples_with_independent_noise_meet_and_ties_count_half():
-    # (3, 1) meets (2, 1), the first of the one the second of the other: 3>1, 1<2; (0, 0) meets (5, 0): 0=0, 0<5
-    a, b, pairs = np.array([[3, 1], [0, 0]]), np.array([[2, 1], [5, 0]]), [(0, 1), (1, 0)]
-    np.testing.assert_allclose(win_values(a, b, pairs), [[1, 0], [0.5, 0]], atol=1e-12)
-    # at most 1 apart a tie: 3>1, 1=2; 0=0, 0<5; at most 2 apart: 3=1
-    np.testing.assert_allclose(win_values(a, b, pairs, 1.0), [[1, 0.5], [0.5, 0]], atol=1e-12)
-    np.testing.assert_allclose(win_values(a, b, pairs, 2.0), [[0.5, 0.5], [0.5, 0]], atol=1e-12)
-    np.testing.assert_allclose(win_values(b, a, [(1, 0), (0, 1)]), 1 - win_values(a, b, pairs), atol=1e-12)
+    # prompt 0: sample 0 of A meets sample 1 of B: 3>1, 1<2 -> .5; prompt 1: 0=0, 0<5 -> .25.  Mean over groups: .375.
+    # at most 1 apart a tie: 3>1, 1=2 -> .75; 0=0, 0<5 -> .25; at most 2 apart: 3=1, 1=2 -> .5
+    a, b = (
+        point(0, **{"score/gold": scores, "length": np.full((2, 2), 9)})
+        for scores in ([[3, 1], [0, 0]], [[2, 1], [5, 0]])
+    )
+    for margin, expected in ((0.0, 0.375), (1.0, 0.5), (2.0, 0.375)):
+        found = win_rate([a], [b], results_of("xy"), "gold", tie_margin=margin).raw.estimate
+        assert found == pytest.approx(expected, abs=1e-12)
+        back = win_rate([b], [a], results_of("xy"), "gold", tie_margin=margin).raw.estimate
+        assert back == pytest.approx(1 - expected, abs=1e-12)
 
 
 def test_pairs_that_share_a_draw_of_noise_are_left_out():
@@ -182,8 +186,8 @@ def test_scores_decide_where_no_judge_of_pairs_is_given():
     b = point(None, method="sft", **{"score/gold": rng.normal(0, 1, (6, 2)), "length": rng.integers(5, 9, (6, 2))})
     results = results_of("aabbcd")
     found = win_rate(a, [b] * 3, results, "gold")
-    pairs = [(0, 1), (1, 0)]
-    table = [results.group_means(win_values(x.values["score/gold"], b.values["score/gold"], pairs)) for x in a]
+    # sample 0 meets sample 1, and 1 meets 0
+    table = [results.group_means(x.values["score/gold"] > b.values["score/gold"][:, ::-1]) for x in a]
     assert found.raw.estimate == pytest.approx(np.mean(table), abs=1e-12)
     assert (found.raw.seeds, found.raw.groups, found.consistency) == (3, 4, None)
     back = win_rate([b] * 3, a, results, "gold")
