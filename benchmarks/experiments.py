@@ -5,7 +5,7 @@
     threestate  the example of 2404.10719, exactly
     polite      PPO and DPO on a real model and real pairs, by a referee (needs RLHF_DATA)
 
-Each is made by the programs themselves (rlhf compare run), resumes where it was cut off, and writes its page in
+Each is made by the programs themselves (rlhf experiment run), resumes where it was cut off, and writes its page in
 docs/experiments/, its figures in docs/images/experiments/ and a small JSON in benchmarks/results/ when it is done.
 """
 
@@ -84,7 +84,7 @@ def shop() -> None:
 
 
 def compare(config: str, *more: str) -> None:
-    run(["rlhf", "compare", "run", config, *more])
+    run(["rlhf", "experiment", "run", config, *more])
 
 
 def finished(name: str) -> bool:

@@ -1,180 +1,209 @@
-"""`rlhf ...`: looking and handling, one process. The programs that train stand in launch/."""
+"""`rlhf COMMAND`: prepare data, collect preferences, compare runs. The programs that train are in launch/."""
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+from rlhf import __version__
 from rlhf.config import parse
 from rlhf.errors import UserError, did_you_mean
 from rlhf.program import program
 
 
-@dataclass
+@dataclass(frozen=True)
 class Command:
-    """One command: a line of help, a function of its arguments, and the option that bare words fill."""
+    """One command. `options` is "module:class", imported only when the command is called, and so is what `run` does.
+
+    `words` is the option that words without a flag fill; libraries that load models are silenced for `loads_models`.
+    """
 
     help: str
-    run: Callable[[list[str]], None]
+    options: str
+    run: Callable[[Any], Any]
     words: str | None = None
+    loads_models: bool = False
 
 
-def data_show(argv: list[str]) -> None:
-    from rlhf.data.describe import DescribeConfig, describe
-
-    describe(parse(DescribeConfig, argv, "rlhf data show"))
-
-
-def data_prepare(argv: list[str]) -> None:
-    from rlhf.data.prepare.run import PrepareConfig, prepare
-
-    prepare(parse(PrepareConfig, argv, "rlhf data prepare"))
+def lazily(target: str) -> Callable[[Any], Any]:
+    """Return a function that imports `target`, "module:function", when it is called."""
+    return lambda config: pkgutil.resolve_name(target)(config)
 
 
-def data_export(argv: list[str]) -> None:
-    from rlhf.data.export import ExportConfig, export
-
-    export(parse(ExportConfig, argv, "rlhf data export"))
+# rlhf/ does not import reward/; these commands hand it in.
 
 
-def sandbox_build(argv: list[str]) -> None:
-    from rlhf.sandbox.build import SandboxConfig, build
-
-    build(parse(SandboxConfig, argv, "rlhf sandbox build"))
-
-
-def sandbox_annotate(argv: list[str]) -> None:
+def run_annotate(config: Any) -> None:
     from reward.compose import build_scorer
-    from rlhf.sandbox.annotators import AnnotateConfig, annotate
+    from rlhf.sandbox.annotators import annotate
 
-    config = parse(AnnotateConfig, argv, "rlhf sandbox annotate")
     annotate(config, build_scorer([{"voice": config.voice}]))
 
 
-def sandbox_quickstart(argv: list[str]) -> None:
-    from rlhf.sandbox.quickstart import QuickstartConfig, quickstart
+def run_serve(config: Any) -> None:
+    from reward.voice import load_voice, voice_guide
+    from rlhf.collect.serve import serve
 
-    quickstart(parse(QuickstartConfig, argv, "rlhf sandbox quickstart"))
-
-
-def collect_sample(argv: list[str]) -> None:
-    from rlhf.collect.sample import SampleConfig, sample
-    from rlhf.models import silence_libraries
-
-    config = parse(SampleConfig, argv, "rlhf collect sample")
-    silence_libraries()
-    sample(config)
+    # a misspelt key is found before anyone is asked to judge by it
+    serve(config, voice_guide(load_voice(config.voice)) if config.voice else None)
 
 
-def collect_serve(argv: list[str]) -> None:
-    from rlhf.collect.serve import ServeConfig, serve
-
-    config = parse(ServeConfig, argv, "rlhf collect serve")
-    guide = None
-    if config.voice:
-        from reward.voice import load_voice, voice_guide
-
-        guide = voice_guide(load_voice(config.voice))
-    serve(config, guide)
-
-
-def collect_links(argv: list[str]) -> None:
-    from rlhf.collect.serve import LinksConfig, links
-
-    links(parse(LinksConfig, argv, "rlhf collect links"))
-
-
-def collect_status(argv: list[str]) -> None:
-    from rlhf.collect.status import StatusConfig, status
-
-    status(parse(StatusConfig, argv, "rlhf collect status"))
-
-
-def compare(argv: list[str]) -> None:
-    from rlhf.compare.measure import CompareConfig
-    from rlhf.compare.measure import compare as run
-
-    if argv[:1] == ["--runs"] and argv[1:] and argv[1].endswith((".yaml", ".yml")):
-        raise UserError(f"{argv[1]} is a file, no run; an experiment is started with: rlhf compare run {argv[1]}")
-    config = parse(CompareConfig, argv, "rlhf compare")
+def run_compare(config: Any) -> None:
     from reward.compose import build_scorer
-    from rlhf.models import silence_libraries
+    from rlhf.compare.measure import compare
 
-    silence_libraries()
-    run(config, build_scorer)
+    compare(config, build_scorer)
 
 
-def compare_run(argv: list[str]) -> None:
+def start_experiment(config: Any) -> None:
     from reward.compose import check_scorers
-    from rlhf.experiment.config import ExperimentConfig
     from rlhf.experiment.runner import run_experiment
-    from rlhf.models import silence_libraries
 
-    silence_libraries()
-    run_experiment(parse(ExperimentConfig, argv, "rlhf compare run"), check_scorers)
+    run_experiment(config, check_scorers)
 
 
-def compare_measure(argv: list[str]) -> None:
-    from rlhf.experiment.measure import MeasureConfig, measure
-
-    config = parse(MeasureConfig, argv, "rlhf compare measure")
+def run_measure(config: Any) -> None:
     from reward.compose import build_scorer
+    from rlhf.experiment.measure import measure
 
     measure(config, build_scorer)
 
 
-def compare_report(argv: list[str]) -> None:
-    from rlhf.experiment.report import ReportConfig, report_of
-
-    report_of(parse(ReportConfig, argv, "rlhf compare report"))
-
-
 COMMANDS = {
-    "data show": Command("what a data file or store holds: form, groups, splits, bad rows", data_show, "source"),
-    "data prepare": Command("clean a source, find its faults, write it with a data card", data_prepare, "source"),
-    "data export": Command("write a source as rows, unpaired (KTO), hh or openai", data_export, "source"),
-    "sandbox build": Command("make the small world: corpus, prompts, pretrained base", sandbox_build),
-    "sandbox annotate": Command("simulated annotators vote on a store's open comparisons", sandbox_annotate),
-    "sandbox quickstart": Command("the whole pipeline on the sandbox, with a report", sandbox_quickstart),
-    "collect sample": Command("sample pairs from a policy into a preference store", collect_sample),
-    "collect serve": Command("the web app in which people compare two answers: STORE", collect_serve, "store"),
-    "collect links": Command("new personal links to the web app: STORE --annotators ann,bob", collect_links, "store"),
-    "collect status": Command("progress, agreement and annotators of a store: STORE", collect_status, "store"),
-    "compare run": Command("an experiment: methods, strengths and seeds at one budget: FILE", compare_run, "config"),
-    "compare report": Command("its report, from what is there: FILE or FOLDER", compare_report, "experiment"),
-    "compare measure": Command(
-        "measure one trial of an experiment, as `compare run` does", compare_measure, "experiment"
+    "data show": Command(
+        "what a data file or store holds: form, groups, splits, bad rows",
+        "rlhf.data.describe:DescribeConfig",
+        lazily("rlhf.data.describe:describe"),
+        words="source",
     ),
-    "compare": Command("compare trained policies on test prompts: RUN RUN ... --prompts FILE", compare, "runs"),
+    "data prepare": Command(
+        "clean a source, find its faults, write it with a data card",
+        "rlhf.data.prepare.run:PrepareConfig",
+        lazily("rlhf.data.prepare.run:prepare"),
+        words="source",
+    ),
+    "data export": Command(
+        "write a source as rows, unpaired (KTO), hh or openai",
+        "rlhf.data.export:ExportConfig",
+        lazily("rlhf.data.export:export"),
+        words="source",
+    ),
+    "sandbox build": Command(
+        "make the small world: corpus, prompts, pretrained base",
+        "rlhf.sandbox.build:SandboxConfig",
+        lazily("rlhf.sandbox.build:build"),
+    ),
+    "sandbox annotate": Command(
+        "simulated annotators vote on a store's open comparisons",
+        "rlhf.sandbox.annotators:AnnotateConfig",
+        run_annotate,
+    ),
+    "sandbox quickstart": Command(
+        "the whole pipeline on the sandbox, with a report",
+        "rlhf.sandbox.quickstart:QuickstartConfig",
+        lazily("rlhf.sandbox.quickstart:quickstart"),
+    ),
+    "collect sample": Command(
+        "sample pairs from a policy into a preference store",
+        "rlhf.collect.sample:SampleConfig",
+        lazily("rlhf.collect.sample:sample"),
+        loads_models=True,
+    ),
+    "collect serve": Command(
+        "the web app in which people compare two answers: STORE",
+        "rlhf.collect.serve:ServeConfig",
+        run_serve,
+        words="store",
+    ),
+    "collect links": Command(
+        "new personal links to the web app: STORE --annotators ann,bob",
+        "rlhf.collect.serve:LinksConfig",
+        lazily("rlhf.collect.serve:links"),
+        words="store",
+    ),
+    "collect status": Command(
+        "progress, agreement and annotators of a store: STORE",
+        "rlhf.collect.status:StatusConfig",
+        lazily("rlhf.collect.status:status"),
+        words="store",
+    ),
+    "compare": Command(
+        "compare trained policies on test prompts: RUN RUN ... --prompts FILE",
+        "rlhf.compare.measure:CompareConfig",
+        run_compare,
+        words="runs",
+        loads_models=True,
+    ),
+    "experiment run": Command(
+        "train and measure methods, swept values and seeds at one budget: FILE",
+        "rlhf.experiment.config:ExperimentConfig",
+        start_experiment,
+        words="config",
+        loads_models=True,
+    ),
+    "experiment report": Command(
+        "write its report from what is there: FILE or FOLDER",
+        "rlhf.experiment.report:ReportConfig",
+        lazily("rlhf.experiment.report:report_of"),
+        words="experiment",
+    ),
+    "experiment measure": Command(
+        "measure one trial; `experiment run` calls it",
+        "rlhf.experiment.measure:MeasureConfig",
+        run_measure,
+        words="experiment",
+    ),
 }
+
+RENAMED = {f"compare {name}": f"experiment {name}" for name in ("run", "report", "measure")}
 
 
 @program
 def main(argv: list[str] | None = None) -> None:
-    argv = list(sys.argv[1:] if argv is None else argv)
-    for length in (2, 1):
-        name = " ".join(argv[:length])
-        if name in COMMANDS:
-            command = COMMANDS[name]
-            command.run(bare_words(argv[length:], command.words))
-            return
-    if not argv or argv[0] in ("-h", "--help"):
-        print("usage: rlhf COMMAND [--option value ...]      rlhf COMMAND --help\n")
-        for name, command in COMMANDS.items():
-            print(f"  {name:<20} {command.help}")
-        print("\nTraining: deepspeed launch/{sft,reward,dpo,ppo}.py --help")
+    """Run the command that `argv` names, or print help."""
+    argv = sys.argv[1:] if argv is None else argv
+    words = " ".join(argv[:2])
+    if words in RENAMED:
+        raise UserError(f"'rlhf {words}' is now: rlhf {' '.join([RENAMED[words], *argv[2:]])}")
+    if words.startswith("compare ") and words.endswith((".yaml", ".yml")):
+        raise UserError(f"{argv[1]} is a file, not a run. To run an experiment: rlhf experiment run {argv[1]}")
+    if words == "--version":
+        print(f"rlhf {__version__}")
         return
-    name = " ".join(argv[:2])
-    raise UserError(f"unknown command '{name}'.{did_you_mean(name, COMMANDS)} All commands: rlhf --help")
+
+    name = words if words in COMMANDS else words.partition(" ")[0]
+    if name in COMMANDS:
+        run_command(name, argv[len(name.split()) :])
+        return
+
+    wants_help = {*argv} <= {"-h", "--help"} or {*argv[1:]} <= {"-h", "--help"}
+    group = "" if name in ("", "-h", "--help") else f"{name} "
+    listed = [f"  {known:<20} {command.help}" for known, command in COMMANDS.items() if known.startswith(group)]
+    if not listed or not wants_help:
+        raise UserError(f"unknown command '{words}'.{did_you_mean(words, COMMANDS)} All commands: rlhf --help")
+    usage = f"usage: rlhf {group}COMMAND [--option VALUE ...]      rlhf {group}COMMAND --help"
+    training = "Training: deepspeed --module launch.{sft,reward,dpo,ppo} --help"
+    print("\n".join([usage, "", *listed, "", training]))
 
 
-def bare_words(argv: list[str], option: str | None) -> list[str]:
-    """Words before the first flag as the value of `option`: `rlhf compare a b --seed 1` -> --runs a,b --seed 1."""
-    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    if not count or option is None:
-        return argv
-    return [f"--{option}", ",".join(argv[:count]), *argv[count:]]
+def run_command(name: str, argv: list[str]) -> None:
+    """Parse the options of a command and run it."""
+    command = COMMANDS[name]
+    # words before the first flag: `rlhf compare a b --seed 1` -> --runs a,b --seed 1
+    flags = [i for i, word in enumerate(argv) if word.startswith("-")]
+    first_flag = flags[0] if flags else len(argv)
+    if first_flag and command.words:
+        argv = [f"--{command.words}", ",".join(argv[:first_flag]), *argv[first_flag:]]
+
+    config = parse(pkgutil.resolve_name(command.options), argv, f"rlhf {name}")
+    if command.loads_models:
+        from rlhf.models import silence_libraries
+
+        silence_libraries()
+    command.run(config)
 
 
 if __name__ == "__main__":

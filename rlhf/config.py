@@ -169,8 +169,12 @@ def _sections(cls: type) -> dict[type, list[str]]:
 
 def _help(field: dataclasses.Field) -> str:
     default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    shown = "required" if is_required(field) else f"default: {default!r}"
-    text = f"{field.metadata.get('help', '')} ({shown})."
+    text = field.metadata.get("help", "")
+    if is_required(field):
+        text += " (required)"
+    elif default is not None:
+        text += f" (default: {default!r})"
+    text += "."
     if field.metadata.get("resume") == "free":
         text += " A resumed run may change it."
     return text.replace("%", "%%")

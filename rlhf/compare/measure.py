@@ -33,7 +33,7 @@ FOLLOWED = {  # options that are the runs' own, and what holds where no run says
 class CompareConfig:
     """Compare trained policies on held-out prompts; the first is the reference (the SFT policy).
 
-    Several strengths and seeds of each method at one budget: rlhf compare run FILE, then rlhf compare report FILE.
+    Several swept values and seeds of each method at one budget: rlhf experiment run FILE.
     """
 
     runs: list[str] = option(help="folders of the policies, the SFT policy first")

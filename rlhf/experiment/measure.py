@@ -1,4 +1,4 @@
-"""`rlhf compare measure OUT --trial NAME`: the policies of one trial on the test prompts, all by the same code.
+"""`rlhf experiment measure OUT --trial NAME`: the policies of one trial on the test prompts, all by the same code.
 
 Every method's policies meet the same prompts, the same sampling noise, the same scorers and the same estimator of KL.
 What is measured is written response by response to OUT/measures/NAME/step-N.jsonl, so that anyone can read it again:
@@ -30,7 +30,7 @@ from rlhf.runs.tracking import read_metrics
 
 @dataclass(kw_only=True)
 class MeasureConfig:
-    """Measure one trial of an experiment, or its foundation; what `rlhf compare run` calls."""
+    """Measure one trial of an experiment, or its foundation; what `rlhf experiment run` calls."""
 
     experiment: str = option(help="the folder of the experiment")
     trial: str = option(help="a trial in it, such as seed-0/dpo-beta-0.1, or foundation")
@@ -41,9 +41,9 @@ def load_experiment(folder: str | Path) -> ExperimentConfig:
     file = Path(folder) / "experiment.yaml"
     if not file.is_file():
         raise UserError(
-            f"{folder}: no experiment here (experiment.yaml is missing); make one with rlhf compare run FILE"
+            f"{folder}: no experiment here (experiment.yaml is missing); make one with rlhf experiment run FILE"
         )
-    config = parse(ExperimentConfig, ["--config", str(file)], "rlhf compare run")
+    config = parse(ExperimentConfig, ["--config", str(file)], "rlhf experiment run")
     if Path(config.output_dir).resolve() != Path(folder).resolve():
         raise UserError(
             f"{folder}: was made as {config.output_dir}, which is another place from here. Call from the directory in "

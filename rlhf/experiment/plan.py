@@ -137,7 +137,7 @@ def training(
 
 def measuring(config: ExperimentConfig, name: str, needs: list[str], seed: int | None = None) -> Job:
     """The measuring of a trial's policies, or of the foundation (and the best of n of its responses)."""
-    command = ["rlhf", "compare", "measure", config.output_dir, "--trial", name]
+    command = ["rlhf", "experiment", "measure", config.output_dir, "--trial", name]
     # what decides how a policy is measured is not in the command but in experiment.yaml
     how = {n: getattr(config, n) for n in MEASURED_BY}
     own = [spec for n in config.trained for spec in config.methods[n].get("options", {}).get("reward") or []]

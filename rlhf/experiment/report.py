@@ -1,4 +1,4 @@
-"""`rlhf compare report`: report.html, report.md, report.json and figures of what an experiment has measured so far."""
+"""`rlhf experiment report`: report.html, report.md, report.json and figures of what was measured so far."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class ReportConfig:
 def report_of(asked: ReportConfig) -> dict[str, Any]:
     """Read, summarise and draw. UserError if nothing is measured."""
     if Path(asked.experiment).is_file():
-        config = parse(ExperimentConfig, ["--config", asked.experiment], "rlhf compare report")
+        config = parse(ExperimentConfig, ["--config", asked.experiment], "rlhf experiment report")
     else:
         config = load_experiment(asked.experiment)
     folder = Path(asked.output_dir or f"{config.output_dir}/report")

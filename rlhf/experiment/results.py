@@ -33,7 +33,7 @@ def read_results(config: ExperimentConfig) -> Results:
     done = [job for job in work.jobs if job.name.startswith("measure/") and work.whole(job)]
     names = {job.name.removeprefix("measure/") for job in done}
     if "foundation" not in names:
-        raise UserError(f"{out}: nothing is measured yet; rlhf compare run begins with the foundation")
+        raise UserError(f"{out}: nothing is measured yet; rlhf experiment run begins with the foundation")
     trials = {job.name: job.trial for job in work.jobs if job.trial}
     files = list(policy_files(config, names, trials))
     about = [read_json(out / "measures" / name / "done.json") for name in sorted(names)]

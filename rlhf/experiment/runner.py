@@ -1,4 +1,4 @@
-"""`rlhf compare run FILE`: do what an experiment still needs, a few processes at a time.
+"""`rlhf experiment run FILE`: do what an experiment still needs, a few processes at a time.
 
 What is done and whole is not done again. A run that was cut off is started again and resumes by itself. What was made
 with other options is never mixed with the rest: it is named, and set aside if asked.

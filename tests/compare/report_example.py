@@ -260,7 +260,7 @@ def _meta() -> dict:
         "versions": {"python": "3.12.3", "torch": "2.13.0"},
         "fingerprints": {"prompts": "f00dfeed", "foundation": "cafe0123"},
         "hardware": "2 CPU cores",
-        "command": "rlhf compare run configs/experiments/shop.yaml",
+        "command": "rlhf experiment run configs/experiments/shop.yaml",
     }
 
 

@@ -1,7 +1,7 @@
 """A runner of experiments with a small script in the place of every program: what it does is told by behave.json.
 
     install(folder)                    patches the runner in this process
-    python fake.py runner FOLDER ...   `rlhf compare run ...` with the patches, in a process of its own
+    python fake.py runner FOLDER ...   `rlhf experiment run ...` with the patches, in a process of its own
     python fake.py program FOLDER JOB LEAVES...    the script; FOLDER/log has a line for whatever happens
 
 behave.json: {job: {"exit": [codes, one for each start], "seconds": 0.2, "nothing": true, "stopped": "why", "launch":
@@ -122,4 +122,4 @@ if __name__ == "__main__":
     from rlhf.cli import main
 
     install(Path(folder))
-    main(["compare", "run", *words])
+    main(["experiment", "run", *words])

@@ -163,11 +163,11 @@ def test_names_on_the_hub_and_events_of_a_store_are_no_missing_files(tmp_path):
 
 
 def run_file(tmp_path, capsys, **more):
-    """(exit code, what stands on stderr) of rlhf compare run FILE."""
+    """(exit code, what stands on stderr) of rlhf experiment run FILE."""
     file = tmp_path / "x.yaml"
     file.write_text(yaml.safe_dump(options(tmp_path, **more)))
     with pytest.raises(SystemExit) as ended:
-        main(["compare", "run", str(file)])
+        main(["experiment", "run", str(file)])
     return ended.value.code, capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""A real experiment on a tiny model: every program is the real one, started as `rlhf compare run` starts it."""
+"""A real experiment on a tiny model: every program is the real one, started as `rlhf experiment run` starts it."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def folder(sft_path, tmp_path_factory) -> Iterator[Path]:
     }
     (folder / "x.yaml").write_text(yaml.safe_dump(options))
     try:
-        rlhf(folder, "compare", "run", "x.yaml")
+        rlhf(folder, "experiment", "run", "x.yaml")
         yield folder
     finally:  # none, unless it was cut off
         for process in programs_of(folder / OUT):
@@ -106,11 +106,11 @@ def test_the_report_is_there(folder):
     assert set(report["methods"]) == {"dpo", "ppo", "best_of_n"} and report["judge"] == "truth"
     assert report["meta"]["missing"] == report["meta"]["left_out"] == []
     assert "<html" in (folder / OUT / "report" / "report.html").read_text()[:200]
-    rlhf(folder, "compare", "report", OUT, "--output_dir", "again")
+    rlhf(folder, "experiment", "report", OUT, "--output_dir", "again")
     assert json.loads((folder / "again" / "report.json").read_text())["points"] == report["points"]
     assert (folder / "again" / "report.md").read_text() == (folder / OUT / "report" / "report.md").read_text()
 
 
 def test_nothing_is_done_twice(folder):
-    done = rlhf(folder, "compare", "run", "x.yaml")
+    done = rlhf(folder, "experiment", "run", "x.yaml")
     assert "7 of 7 jobs are done already" in done.stdout and "begins" not in done.stdout

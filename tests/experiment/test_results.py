@@ -170,7 +170,7 @@ def test_shared_costs_are_means_over_seeds(tmp_path):
 
 
 def test_before_anything_is_measured_the_report_says_so(tmp_path):
-    with pytest.raises(UserError, match="nothing is measured yet; rlhf compare run begins with the foundation"):
+    with pytest.raises(UserError, match="nothing is measured yet; rlhf experiment run begins with the foundation"):
         read_results(experiment(tmp_path))
     # matched, the foundation measured, and no pilot yet
     config = measured(tmp_path, methods={"dpo": method()}, budget={"match": "flops", "total": 100})

@@ -279,7 +279,7 @@ def test_a_second_runner_is_refused(folder):
 
 
 def runner_process(folder: Path, **more) -> subprocess.Popen:
-    """`rlhf compare run` in a process of its own, with fake programs."""
+    """`rlhf experiment run` in a process of its own, with fake programs."""
     (folder / "x.yaml").write_text(yaml.safe_dump(options(folder, **more)))
     command = [sys.executable, fake.__file__, "runner", str(folder), str(folder / "x.yaml")]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -404,7 +404,7 @@ def test_what_launches_a_program(tmp_path):
 
 
 def test_commands_of_rlhf_run_without_a_launcher_and_without_the_remark(tmp_path):
-    command = ("rlhf", "compare", "measure", "out", "--trial", "x", '# {"n_prompts": 2}')
+    command = ("rlhf", "experiment", "measure", "out", "--trial", "x", '# {"n_prompts": 2}')
     assert words(tmp_path, "deepspeed", command) == [sys.executable, "-m", "rlhf.cli", *command[1:-1]]
 
 
