@@ -12,6 +12,8 @@ import numpy as np
 
 from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic, holm
 from rlhf.compare.results import Point, Results
+from rlhf.compare.sentences import report_sentences, verdict_sentence
+from rlhf.compare.tables import equal_kl
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.measure import load_experiment
 from rlhf.experiment.results import read_results
@@ -37,7 +39,6 @@ def write_sandbox(folder: Path) -> None:
         else "reproduced" if all(s > 0 for s in signs)
         else "not reproduced"
     )  # fmt: skip
-    equal = [s for s in report["sentences"] if s.startswith(("At KL", "Over all checkpoints", "The KL ranges"))]
     page(
         "frontier",
         "The frontier of PPO and DPO",
@@ -46,7 +47,7 @@ def write_sandbox(folder: Path) -> None:
         f"{sum(s < 0 for s in signs)}, and at {sum(s == 0 for s in signs)} no difference can be shown "
         "(Holm, 5 %).",
         [
-            *[f"- {s}" for s in equal],
+            *sentences_of(report, "equal_kl"),
             "",
             "![gold score over SFT against the root of the sequence KL](../images/experiments/sandbox-frontier.png)",
             "",
@@ -65,7 +66,7 @@ def write_sandbox(folder: Path) -> None:
         "reward falls; Rafailov et al. 2024 (2406.02900): DPO's true reward rises and then falls against KL.",
         "; ".join(f"{e['method']}: {e['verdict']}" for e in entries) + ".",
         [
-            *[f"- {s}" for s in report["sentences"] if s.startswith("Over-optimisation")],
+            *sentences_of(report, "over_optimisation"),
             "",
             "![proxy and gold score against the root of the sequence KL](../images/experiments/sandbox-proxy_gold.png)",
             "",
@@ -157,9 +158,10 @@ def write_polite(folder: Path) -> None:
         "PPO and DPO on a real model",
         "No published result: stories260K (260,032 parameters) on `pref_rasbt_polite`, judged by a referee that learnt "
         "from the other half of the groups.",
-        next((s for s in report["sentences"] if s.startswith(("At KL", "The KL ranges"))), report["sentences"][0]),
+        headline(report),
         [
-            *[f"- {s}" for s in report["sentences"]],
+            *sentences_of(report),
+            *[f"- {sentence}" for sentence in report_sentences(report)],
             "",
             "The referee orders {:.3f} [{:.3f}, {:.3f}] of its validation pairs rightly.".format(*accuracy),
             "",
@@ -251,11 +253,14 @@ def verdicts_of(asked: list[tuple[Estimate, int]]) -> list[str]:
     return words
 
 
-def frontier_table(report: dict) -> list[str]:
-    from rlhf.compare.markdown import equal_kl_rows
-    from rlhf.compare.text import table
+def sentences_of(report: dict, kind: str | None = None) -> list[str]:
+    """Return the verdicts of one kind, or all, as the items of a list."""
+    verdicts = [verdict for verdict in report["verdicts"] if kind in (None, verdict["kind"])]
+    return [f"- {verdict_sentence(verdict, report)}" for verdict in verdicts]
 
-    return table(*equal_kl_rows(report)) if report["frontier"] else []
+
+def frontier_table(report: dict) -> list[str]:
+    return equal_kl(report).markdown()
 
 
 def method_lines(config: ExperimentConfig, report: dict) -> list[str]:
@@ -347,7 +352,8 @@ def save(name: str, report: dict, more: dict) -> None:
             "overoptimisation",
             "budget",
             "power",
-            "sentences",
+            "verdicts",
+            "notes",
         )
     }
     meta = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 
@@ -25,12 +25,20 @@ def escape_cell(value: Any) -> str:
     return " ".join(text.split())
 
 
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]], right: Iterable[int] = ()) -> list[str]:
-    """Return the lines of a Markdown table; the columns numbered in `right` (from 0) are aligned to the right."""
+def markdown_table(
+    header: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    right: Iterable[int] = (),
+    escape: Callable[[Any], str] = escape_cell,
+) -> list[str]:
+    """Return the lines of a Markdown table; the columns numbered in `right` (from 0) are aligned to the right.
+
+    `escape` turns each cell of `rows` into text that cannot end the cell.
+    """
     aligned = set(right)
     marks = ["---:" if column in aligned else "---" for column in range(len(header))]
     lines = ["| " + " | ".join(header) + " |", "| " + " | ".join(marks) + " |"]
     for row in rows:
-        cells = [escape_cell(cell) for cell in row]
+        cells = [escape(cell) for cell in row]
         lines.append("| " + " | ".join(cells) + " |")
     return lines

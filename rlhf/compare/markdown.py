@@ -1,204 +1,203 @@
-"""report.md: what can be said, how to read it, and the tables it rests on."""
+"""Write report.md: a picture, one sentence and one table, then the details. report.html is made from the same text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from rlhf.compare.phrases import Report, interval, kl, name, share, trial
-from rlhf.compare.text import count, escape, number, table
+from rlhf.compare import tables
+from rlhf.compare.figure_style import difference, methods_of, paths_of, trained_methods
+from rlhf.compare.format import Report, initial_name, main_score, method_name, nats, number, score_name
+from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
+from rlhf.compare.tables import Table, escape
+from rlhf.data.annotator_report import annotators_markdown
 
-PROGRAMS = {
-    "ppo": "samples answers, has a reward model score them and moves towards higher scores (reinforcement learning)",
-    "dpo": "learns from the preference pairs directly, without a reward model and without sampling",
-    "best_of_n": "trains nothing: it samples n answers of the foundation and keeps the one that the reward model "
-    "scores highest; its KL is log n - (n - 1) / n",
+TERMS = Path(__file__).parent / "templates" / "terms.md"
+# What each figure shows, as its alternative text
+FIGURES = {
+    "scores": "Dot plot: each score's difference to {initial}.",
+    "frontier": "Scatter plot: {score} over {initial} against KL. {best}",
+    "proxy_gold": "Line plots, a row a method: proxy against KL, judge against KL, judge against proxy.",
+    "wins": "Heat map: how often the row's policy beats the column's, in percent.",
+    "time": "Line plots: every score over {initial} by training step, a column a method.",
+    "lengths": "Scatter plots against KL: tokens in a response, and the share of responses that end.",
+    "cost": "Stacked bars: what each method cost: its own runs, the reward model, the pairs.",
 }
 
 
-def markdown(report: Report, figures: Sequence[str] = ()) -> str:
-    """report.md; figures: names of the PNG files beside it (without .png), shown after the sentences."""
-    lines = [f"# {report['name']}", "", *(f"- {line}" for line in report["sentences"]), ""]
-    lines += [f"![{figure.replace('_', ' ')}]({figure}.png)\n" for figure in figures]
-    lines += ["## How to read this", "", *explained(report), ""]
-    for title, (header, rows) in (
-        ("At equal KL", equal_kl_rows(report)),
-        ("At the best strength", tuned_rows(report)),
-        ("Wins over the foundation", win_rows(report)),
-        ("By the judge of pairs, asked in both orders", judge_rows(report)),
-        ("Over-optimisation", sign_rows(report)),
-        ("Policies", policy_rows(report)),
-        ("What it cost", budget_rows(report)),
-    ):
-        if rows:
-            lines += [f"## {title}", "", *table(header, rows), ""]
-    lines += ["A **proxy** is a score that methods learn from: it shows what was optimised, not what was won.", ""]
-    lines += ["## Samples", "", "The prompts whose hash comes first: nobody picked them.", ""]
-    for sample in report["samples"]:
-        lines += _sample(sample)
-    lines += ["## To repeat it", "", "Configurations, commits, versions and all digits are in `report.json`."]
-    return "\n".join(lines).rstrip() + "\n"
+@dataclass(frozen=True)
+class Section:
+    """A part of the details; it is left out where the report has neither its figure nor rows for its tables."""
+
+    heading: str
+    explanation: str
+    figure: str | None = None
+    tables: tuple[Callable[[Report], Table], ...] = ()
 
 
-def explained(report: Report) -> list[str]:
-    """The words of the report, for a reader who knows no method."""
-    initial = name(report["foundation"]["method"])
-    lines = [f"- All methods start from the same model, {initial}, the foundation."]
-    for method, entry in report["methods"].items():
-        if entry["program"] in PROGRAMS:
-            line = f"- **{name(method)}** {PROGRAMS[entry['program']]}. "
-            option = entry["swept"]
-            if entry["program"] != "best_of_n":
-                line += f"`{option}` sets how strongly it is held to the foundation."
-            lines.append(line.rstrip())
-    lines += [
-        f"- **KL**, in nats, is how far a policy has moved from {initial}: 0 is no change. Going further can win "
-        "more and costs more of what the foundation knew, so methods are compared at the same KL.",
-        "- Numbers in brackets are intervals: the truth lies inside in 95 of 100 such experiments. Where an interval "
-        "holds 0, the data do not say which side is better; that is not the same as equal.",
-        "- Each method was tried at several strengths. The best one is chosen on some of the prompts and judged on the "
-        "others, since a winner looks too good on the data that chose it.",
-        f"- Scores with a sign are differences to {initial}; its own stand without.",
-        "- p is adjusted for all that the report claims in words (Holm 1979); what has no p is shown, not claimed.",
-    ]
+SECTIONS = (
+    Section(
+        "Score against KL",
+        "A policy that moved further had more room to gain, so methods are compared where both have moved equally far; "
+        "a positive difference puts the first method ahead.",
+        "frontier",
+        (tables.equal_kl, tables.equal_kl_on_the_way),
+    ),
+    Section(
+        "At the end of training",
+        "The ends of the runs, where an option was swept those of the value that did best on other prompts; each has "
+        "a KL of its own, so this is not a comparison at equal KL.",
+        None,
+        (tables.tuned,),
+    ),
+    Section(
+        "Proxy and judge",
+        "Where the proxy goes on rising and the judge falls, a method serves the reward model and no longer what was "
+        "wanted.",
+        "proxy_gold",
+        (tables.over_optimisation,),
+    ),
+    Section(
+        "Win rates",
+        "The share of comparisons that the first policy wins by the judge, ties half, raw and as if both answers were "
+        "equally long; nothing is claimed of them.",
+        "wins",
+        (tables.win_rates, tables.judge_of_pairs),
+    ),
+    Section("Scores during training", "Every score over {initial}; only the judge decides.", "time"),
+    Section(
+        "Length",
+        "Many judges like length, and a policy that finds this out grows; a response that does not end by itself was "
+        "cut off at the limit.",
+        "lengths",
+    ),
+    Section(
+        "Cost",
+        "What a trial cost from {initial} on: alone, and with the reward model and pairs that it shares with others "
+        "counted in full.",
+        "cost",
+        (tables.cost,),
+    ),
+    Section(
+        "All policies",
+        "The ends of all trials and the checkpoints before them; scores are differences to {initial}, whose own stand "
+        "without a sign.",
+        None,
+        (tables.policies,),
+    ),
+)
+# Long, or shown elsewhere: these stand in report.json alone
+HIDDEN = ("configs", "missing", "stopped", "annotators", "budgets", "seconds", "left_out")
+
+
+def markdown(report: Report, figures: Iterable[str] = ()) -> str:
+    """Return report.md; figures: names of the SVG files beside it (without .svg)."""
+    figures = list(figures)
+    opening = next((name for name in ("scores", "frontier") if name in figures), None)
+    lines = [f"# {escape(title(report))}", "", *_picture(report, opening), f"**{escape(headline(report))}**", ""]
+    lines += tables.opening(report).markdown()
+    lines += _verdicts(report)
+    lines += _basis(report)
+
+    for section in SECTIONS:
+        shown = section.figure if section.figure in figures and section.figure != opening else None
+        body = [line for table in section.tables for line in table(report).markdown()]
+        if shown or body:
+            explanation = section.explanation.format(initial=escape(initial_name(report)))
+            lines += [f"## {section.heading}", "", explanation, "", *_picture(report, shown), *body]
+
+    if report["annotators"]:
+        lines += ["## Annotators", "", *annotators_markdown(report["annotators"]), ""]
+    return "\n".join([*lines, *_samples(report), *_terms(report), *_metadata(report["meta"])]).rstrip() + "\n"
+
+
+def title(report: Report) -> str:
+    """Return "PPO against DPO"."""
+    methods = trained_methods(report) or methods_of(report)
+    return " against ".join(method_name(method) for method in methods)
+
+
+def fence(text: str) -> list[str]:
+    """Return `text` as a code block, behind a fence that no line of it can close."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    marks = "`" * max(3, longest + 1)
+    return [f"{marks}text", *text.splitlines(), marks, ""]
+
+
+def _picture(report: Report, figure: str | None) -> list[str]:
+    if figure is None:
+        return []
+    score = main_score(report)
+    label = "score" if score is None else score_name(report, score)
+    text = FIGURES[figure].format(initial=initial_name(report), score=label, best=_best_of_each(report))
+    return [f"![{escape(text)}]({figure}.svg)", ""]
+
+
+def _best_of_each(report: Report) -> str:
+    """Return the highest main score of each method and its KL, for readers who do not see the picture."""
+    score = main_score(report)
+    parts = []
+    for method in methods_of(report):
+        points = [point for _, path in paths_of(report, method) for point in path if difference(point, score)]
+        if points:
+            best = max(points, key=lambda point: difference(point, score)["estimate"])
+            value, kl = difference(best, score)["estimate"], best["kl"]["estimate"]
+            parts.append(f"{method_name(method)} reaches at most {number(value)}, at KL {nats(kl)} nats")
+    return "; ".join(parts) + "."
+
+
+def _verdicts(report: Report) -> list[str]:
+    level = f"{100 * report['claims']['alpha']:g} %"
+    explanation = (
+        f"What is claimed, at {level} for all claims together (p adjusted after Holm 1979); every other number of this "
+        "report is shown with its interval and without a verdict."
+    )
+    sentences = [f"- {escape(verdict_sentence(verdict, report))}" for verdict in report["verdicts"]]
+    return ["## Verdicts", "", explanation, "", *sentences, ""] if sentences else []
+
+
+def _basis(report: Report) -> list[str]:
+    lines = ["## What this rests on", "", "What decides, what is missing, and how far the conclusions go.", ""]
+    return [*lines, *(f"- {escape(sentence)}" for sentence in report_sentences(report)), ""]
+
+
+def _samples(report: Report) -> list[str]:
+    if not report["samples"]:
+        return []
+    lines = ["## Samples", "", "The prompts whose hash comes first, and the first sample of each policy.", ""]
+    for i, sample in enumerate(report["samples"], start=1):
+        lines += [f"### Prompt {i}", ""]
+        prompt = sample["prompt"]
+        messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
+        for message in messages:
+            lines += [f"**{escape(message['role'])}**", "", *fence(message["content"])]
+        for policy, response in sample["responses"].items():
+            values = {**response["scores"], "KL": response["kl"], "tokens": response["length"]}
+            known = ", ".join(f"{name} {number(value)}" for name, value in values.items() if value is not None)
+            cut = "" if response["ended"] else "; cut off at the limit"
+            lines += [f"**{escape(policy)}** ({escape(known)}{cut})", "", *fence(response["response"])]
     return lines
 
 
-def equal_kl_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    header = [
-        "comparison",
-        "KL, nats",
-        "difference [95 %]",
-        "lines instead of the curve",
-        "p adjusted",
-        "would be seen",
-    ]
+def _terms(report: Report) -> list[str]:
+    text = TERMS.read_text(encoding="utf-8").format(initial=escape(initial_name(report)))
+    return ["## Terms", "", "What the words of this report mean.", "", text]
+
+
+def _metadata(meta: Mapping[str, Any]) -> list[str]:
+    """Return what repeats the comparison; the long parts stand in report.json alone."""
     rows = []
-    for pair in report["frontier"]:
-        lines = {row["kl"]: row["difference"] for row in pair.get("sensitivity") or []}
-        for row in pair["rows"]:
-            other = interval(lines[row["kl"]], sign=True) if row["kl"] in lines else "–"
-            rows.append([f"{name(pair['a'])} over {name(pair['b'])}", kl(row["kl"]), *_difference(row, other)])
-    return header, rows
+    for name, value in meta.items():
+        if name not in HIDDEN and value not in (None, [], {}, ""):
+            rows.append([name.replace("_", " "), _flat(value)])
+    lines = ["## How to repeat it", "", "All digits and the resolved options of every run are in `report.json`.", ""]
+    return [*lines, *Table(["what", "value"], rows).markdown()]
 
 
-def tuned_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    header = ["comparison", "strengths chosen", "difference [95 %]", "p adjusted", "would be seen"]
-    rows = []
-    for row in report["tuned"]["rows"]:
-        chosen = [report["tuned"]["methods"].get(m, {}).get("shares", {}) for m in (row["a"], row["b"])]
-        shown = " against ".join(", ".join(f"{float(s):g}" for s in c if s != "None") or "–" for c in chosen)
-        rows.append([f"{name(row['a'])} over {name(row['b'])}", shown, *_difference(row)])
-    return header, rows
-
-
-def _difference(row: dict[str, Any], *between: str) -> list[str]:
-    return [
-        interval(row["difference"], sign=True),
-        *between,
-        _p(row.get("p_adjusted")),
-        _number(row.get("minimum_detectable_effect")),
-    ]
-
-
-def win_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    wins = report["wins"] or {"policies": []}
-    base = name(report["foundation"]["method"])
-    header = ["policy", f"wins over {base} [95 %]", "at equal length [95 %]"]
-    rows = []
-    for i, policy in enumerate(wins["policies"]):
-        if policy["swept"] is not None and wins["raw"][i][0] is not None:
-            cells = [share(n) if n else "–" for n in (wins["raw"][i][0], wins["controlled"][i][0])]
-            rows.append([trial(policy["method"], policy["swept"], report), *cells])
-    return header, rows
-
-
-def judge_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """What a judge of pairs said, where one was asked."""
-    rows = []
-    for row in (report.get("judge_of_pairs") or {"rows": []})["rows"]:
-        agrees = row.get("consistency")
-        shown = [f"{100 * x:.1f} %" if x is not None else "–" for x in (row.get("ties"), agrees)]
-        rows.append([f"{name(row['a'])} over {name(row['b'])}", _rate(row["raw"]), _rate(row["controlled"]), *shown])
-    return ["meeting", "wins [95 %]", "at equal length [95 %]", "ties", "same winner in both orders"], rows
-
-
-def _rate(estimate: dict[str, Any] | None) -> str:
-    return "–" if not estimate or estimate["estimate"] is None else share(estimate)
-
-
-def sign_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    header = ["method", "peak, KL", "largest KL", "judge, peak to end [95 %]", "proxy [95 %]", "p adjusted", "verdict"]
-    rows = []
-    for e in report["overoptimisation"]:
-        proxy = f"{e['proxy']['name']} {interval(e['proxy']['change'], sign=True)}" if e["proxy"] else "–"
-        cells = [kl(e["peak"]["kl"]), kl(e["end"]["kl"]), interval(e["judge"], sign=True), proxy, _p(e["p_adjusted"])]
-        rows.append([trial(e["method"], e["swept"], report), *cells, e["verdict"] or "–"])
-    return header, rows
-
-
-def policy_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """The ends of all trials: each score over the foundation, KL, shape and what was forgotten."""
-    scores, kinds = list(report["score_kinds"]), report["score_kinds"]
-    ends = [p for p in report["points"] if p["last"]]
-    numbers = list(dict.fromkeys(n for p in [report["foundation"], *ends] for n in p["numbers"]))
-    titles = [n + {"proxy": " (**proxy**)"}.get(kinds[n], " (judge)" if n == report["judge"] else "") for n in scores]
-    header = [
-        "policy",
-        "seeds",
-        "KL",
-        *titles,
-        "length",
-        "ended",
-        "repetition",
-        *(n.replace("_", "-") for n in numbers),
-    ]
-    rows = []
-    for p in [report["foundation"], *ends]:
-        first = trial(p["method"], p.get("swept"), report)
-        row = [first, str(len(p["seeds"])) if "seeds" in p else "–", _short(p["kl"])]
-        for n in scores:
-            found = p["scores"].get(n)
-            shown = found and (found["difference"] or found["mean"])
-            row.append("–" if not shown else interval(shown, sign=bool(found["difference"])))
-        row += [_short(p[n]) for n in ("length", "ended", "repetition")]
-        rows.append([*row, *(_number(p["numbers"].get(n)) for n in numbers)])
-    return header, rows
-
-
-def budget_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """The trial alone and in all, for each counter."""
-    entry = report["budget"]
-    counters = list(dict.fromkeys(c for r in entry["rows"] for c in r["total"]))
-    header = ["trial", *(f"{c.replace('_', ' ')}: own / in all" for c in counters), "of the matched budget"]
-    rows = []
-    for r in entry["rows"]:
-        cells = [f"{count(r['own'].get(c, 0))} / {count(r['total'].get(c))}" for c in counters]
-        ratio = "–" if r["ratio"] is None else f"{100 * r['ratio']:.0f} % ({100 * r['ratio_own']:.0f} % own)"
-        rows.append([trial(r["method"], r["swept"], report), *cells, ratio])
-    return header, rows
-
-
-def _sample(sample: dict[str, Any]) -> list[str]:
-    prompt = sample["prompt"]
-    messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    lines = [f"> **{m['role']}**: {escape(m['content'])}  " for m in messages]
-    header, answers, marks = [], [], []
-    for label, r in sample["responses"].items():
-        header.append(label)
-        answers.append(escape(r["response"]) + ("" if r["ended"] else " *(cut off)*"))
-        values = {**r["scores"], "KL": r["kl"], "length": r["length"]}
-        marks.append("<br>".join(f"{n} {number(v)}" for n, v in values.items() if v is not None))
-    return [*lines, "", *table(header, [answers, marks], "---"), ""] if header else [*lines, ""]
-
-
-def _p(p: float | None) -> str:
-    return "–" if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _number(x: float | None) -> str:
-    return "–" if x is None else number(x)
-
-
-def _short(n: dict[str, Any] | None) -> str:
-    return "–" if n is None else number(n["estimate"])
+def _flat(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key} {_flat(item)}" for key, item in value.items() if item not in (None, [], {}))
+    return ", ".join(_flat(item) for item in value) if isinstance(value, (list, tuple)) else str(value)

@@ -71,7 +71,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     import torch
     from tqdm import tqdm
 
-    from rlhf.compare.report import write_files
+    from rlhf.compare.report import print_report, write_files
     from rlhf.compare.summary import summarise
     from rlhf.data.encode import encode, kept
     from rlhf.data.load import fingerprint, load
@@ -124,6 +124,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
         for name in names:
             for row in sample_table(rows[name], len(rows[name])):
                 file.write(json.dumps({"policy": name, **row}, ensure_ascii=False) + "\n")
+    print_report(report, Path(config.output_dir))
     return report
 
 

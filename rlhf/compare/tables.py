@@ -1,95 +1,219 @@
-"""The report as W&B tables and images, through the tracker that every program writes with: flat rows, plain cells."""
+"""The tables of a report: each function takes report.json's dict and returns its rows as raw text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from rlhf.compare.drawing import complete
-from rlhf.compare.phrases import Report
-from rlhf.runs.tracking import Tracker
+from rlhf.compare.format import (
+    UNKNOWN,
+    Number,
+    Report,
+    amount,
+    initial_name,
+    interval,
+    main_score,
+    method_name,
+    nats,
+    number,
+    p_value,
+    policy_name,
+    score_name,
+    share,
+)
+from rlhf.text import markdown_table
 
-Row = dict[str, Any]
-
-
-def log_report(report: Report, tracker: Tracker, figures: Mapping[str, str | Path] | None = None) -> None:
-    """Write report.json's dict as tables/<name>.jsonl and, if the tracker has a W&B run, as its tables and images.
-
-    figures: name -> PNG, as `rlhf.compare.figures.draw` returns them; they go to W&B alone. The tracker starts its
-    files afresh: give it a folder of its own.
-    """
-    for name, rows in rows_of(report).items():
-        tracker.table(name, rows, 0)
-    if figures:
-        tracker.images(figures, 0)
-
-
-def rows_of(report: Report) -> dict[str, list[Row]]:
-    """Table name -> rows; a table is empty where the report lacks the part."""
-    report = complete(report)
-    return {
-        "frontier": [_point(point) for point in report["points"]],
-        "equal_kl": [_row(pair, row, kl=row["kl"]) for pair in report["frontier"] for row in pair["rows"]],
-        "tuned": [_row(row, row) for row in report["tuned"]["rows"]],
-        "wins": _wins(report["wins"]),
-        "judge_of_pairs": [_judged(row) for row in (report.get("judge_of_pairs") or {"rows": []})["rows"]],
-        "cost": [_cost(row) for row in report["budget"]["rows"]],
-        "samples": [_sample(s["prompt"], name, r) for s in report["samples"] for name, r in s["responses"].items()],
-        "sentences": [{"sentence": sentence} for sentence in report["sentences"]],
-    }
+# The columns that every comparison ends with
+DIFFERENCE = ["difference [95 %]", "p adjusted", "detectable"]
 
 
-def _number(name: str, estimate: dict | None) -> Row:
-    """An estimate in three columns."""
-    estimate = estimate or {}
-    return {name: estimate.get("estimate"), f"{name}/low": estimate.get("low"), f"{name}/high": estimate.get("high")}
+@dataclass(frozen=True)
+class Table:
+    """A table of raw text; `right` columns from the second on are aligned to the right."""
+
+    header: list[str]
+    rows: list[list[str]]
+
+    def markdown(self) -> list[str]:
+        """Return its Markdown, in which no cell can be more than text; nothing for a table without rows."""
+        if not self.rows:
+            return []
+        header = [escape(cell) for cell in self.header]
+        rows = [[escape(cell) for cell in row] for row in self.rows]
+        return [*markdown_table(header, rows, right=range(1, len(header)), escape=str), ""]
 
 
-def _point(point: dict) -> Row:
-    """A checkpoint: KL, each score and its difference to the foundation, the shape of the responses, its cost."""
-    row = {name: point[name] for name in ("method", "swept", "last")} | {"training_step": point["step"]}
-    row |= {"seeds": len(point["seeds"])} | _number("kl", point["kl"])
-    for name, score in point["scores"].items():
-        row |= _number(f"score/{name}", score["mean"]) | _number(f"over_foundation/{name}", score["difference"])
-    for name in ("length", "words", "ended", "repetition"):
-        row |= _number(name, point.get(name))
-    return row | (point.get("numbers") or {}) | {f"budget/{k}": v for k, v in (point.get("budget") or {}).items()}
+def escape(text: str) -> str:
+    """Return `text` on one line such that Markdown shows it as it is: no HTML, links, pictures or emphasis."""
+    return re.sub(r"([\\`*_\[\]<>&|~#$])", r"\\\1", " ".join(text.split()))
 
 
-def _row(pair: dict, row: dict, **more: float) -> Row:
-    """The difference a - b."""
-    found = {"a": pair["a"], "b": pair["b"], **more, **_number("difference", row["difference"])}
-    low, high = row.get("minimum_detectable_effect_range") or (None, None)
-    found |= {"p_adjusted": row.get("p_adjusted"), "minimum_detectable_effect": row.get("minimum_detectable_effect")}
-    return found | {"minimum_detectable_effect/low": low, "minimum_detectable_effect/high": high}
+def shown_points(report: Report) -> list[dict[str, Any]]:
+    """Return the end of each method at its tuned swept value; where nothing was tuned, at each of its values."""
+    usual = {method: entry["usual"] for method, entry in report["tuned"]["methods"].items()}
+    ends = [point for point in report["points"] if point["last"]]
+    return [point for point in ends if point["swept"] == usual.get(point["method"], point["swept"])]
 
 
-def _wins(wins: dict | None) -> list[Row]:
-    """Each pair once: the later policy over the earlier one."""
+def opening(report: Report) -> Table:
+    """Return one row a policy: its main score, win rate over the initial policy, KL and shape."""
+    score, initial = main_score(report), initial_name(report)
+    header = ["policy", f"over {initial} [95 %]", f"wins over {initial} [95 %]", "KL, nats", "tokens", "ended", "seeds"]
+    if score is not None:
+        header.insert(1, f"{score_name(report, score)} [95 %]")
     rows = []
-    labels = [policy["label"] for policy in wins["policies"]] if wins else []
-    for i, a in enumerate(labels):
-        for j, b in enumerate(labels[:i]):
-            if wins["raw"][i][j]:
-                found = {"a": a, "b": b, **_number("raw", wins["raw"][i][j])}
-                rows.append(found | _number("equal_length", wins["controlled"][i][j]))
-    return rows
+    for point in [report["foundation"], *shown_points(report)]:
+        found = point["scores"].get(score) or {}
+        row = [policy_name(point["method"], point.get("swept"), report)]
+        if score is not None:
+            row.append(interval(found.get("mean")))
+        row.append(interval(found.get("difference"), signed=True))
+        row.append(share(_win_over_initial(report, point)))
+        row.append(_with_error(point["kl"]))
+        row += [number(_estimate(point["length"])), _percent(point["ended"])]
+        rows.append([*row, str(len(point["seeds"])) if "seeds" in point else UNKNOWN])
+    return Table(header, rows)
 
 
-def _judged(row: dict) -> Row:
-    """What a judge of pairs said of one meeting."""
-    found = {"a": row["a"], "b": row["b"], **_number("raw", row["raw"]), **_number("equal_length", row["controlled"])}
-    return found | {name: row.get(name) for name in ("ties", "consistency")}
+def _win_over_initial(report: Report, point: Mapping[str, Any]) -> Number | None:
+    wins = report["wins"] or {"policies": []}
+    for i, policy in enumerate(wins["policies"]):
+        if i and (policy["method"], policy["swept"]) == (point["method"], point.get("swept")):
+            return wins["raw"][i][0]
+    return None
 
 
-def _cost(row: dict) -> Row:
-    """A trial: each counter of its own run, the reward model, the pairs, and all of it."""
-    found = {name: row.get(name) for name in ("method", "swept", "ratio", "ratio_own")}
-    parts = ("own", "reward", "pairs", "total")
-    return found | {f"{part}/{counter}": value for part in parts for counter, value in row[part].items()}
+def _with_error(estimate: Number) -> str:
+    error = "" if estimate["se"] is None else f" ± {number(estimate['se'])}"
+    return number(estimate["estimate"]) + error
 
 
-def _sample(prompt: Any, policy: str, response: dict) -> Row:
-    found = {"prompt": prompt, "policy": policy, "response": response["response"], "ended": response["ended"]}
-    return found | {"kl": response["kl"]} | {f"score/{name}": value for name, value in response["scores"].items()}
+def _estimate(estimate: Number | None) -> float | None:
+    return None if estimate is None else estimate["estimate"]
+
+
+def _percent(estimate: Number | None) -> str:
+    return UNKNOWN if estimate is None else f"{100 * estimate['estimate']:.1f} %"
+
+
+def equal_kl(report: Report) -> Table:
+    """Return a row a pair and KL, with the same read from straight lines instead of the fitted curve."""
+    header = ["comparison", "KL, nats", "lines instead of the curve", *DIFFERENCE]
+    rows = []
+    for pair in report["frontier"]:
+        lines = {row["kl"]: row["difference"] for row in pair.get("sensitivity") or []}
+        for row in pair["rows"]:
+            other = interval(lines.get(row["kl"]), signed=True)
+            rows.append([_over(pair), nats(row["kl"]), other, *_difference(row)])
+    return Table(header, rows)
+
+
+def equal_kl_on_the_way(report: Report) -> Table:
+    """Return the rows at equal KL over all checkpoints on the way, which have not spent the same."""
+    rows = []
+    for pair in report["frontier"]:
+        for row in (pair.get("path") or {"rows": []})["rows"]:
+            rows.append([_over(pair), nats(row["kl"]), interval(row["difference"], signed=True)])
+    return Table(["over all checkpoints, which have not spent the same", "KL, nats", "difference [95 %]"], rows)
+
+
+def tuned(report: Report) -> Table:
+    """Return a row a comparison of two methods, each at its tuned swept value."""
+    rows = []
+    for row in report["tuned"]["rows"]:
+        chosen = [report["tuned"]["methods"].get(row[side], {}).get("shares", {}) for side in ("a", "b")]
+        values = [", ".join(value for value in shares if value != "None") or UNKNOWN for shares in chosen]
+        rows.append([_over(row), " against ".join(values), *_difference(row)])
+    return Table(["comparison", "values chosen", *DIFFERENCE], rows)
+
+
+def _difference(row: Mapping[str, Any]) -> list[str]:
+    return [
+        interval(row["difference"], signed=True),
+        p_value(row.get("p_adjusted")),
+        number(row.get("minimum_detectable_effect")),
+    ]
+
+
+def _over(pair: Mapping[str, Any]) -> str:
+    return f"{method_name(pair['a'])} over {method_name(pair['b'])}"
+
+
+def over_optimisation(report: Report) -> Table:
+    """Return a row a method and swept value: how judge and proxy change from the judge's peak to the largest KL."""
+    header = ["method", "peak, KL", "largest KL", "judge, peak to end [95 %]", "proxy [95 %]", "p adjusted", "outcome"]
+    rows = []
+    for entry in report["overoptimisation"]:
+        proxy = entry["proxy"]
+        change = f"{proxy['name']} {interval(proxy['change'], signed=True)}" if proxy else UNKNOWN
+        policy = policy_name(entry["method"], entry["swept"], report)
+        kls = [nats(entry["peak"]["kl"]), nats(entry["end"]["kl"])]
+        outcome = entry["verdict"] or UNKNOWN
+        judge = interval(entry["judge"], signed=True)
+        rows.append([policy, *kls, judge, change, p_value(entry["p_adjusted"]), outcome])
+    return Table(header, rows)
+
+
+def win_rates(report: Report) -> Table:
+    """Return each pair of policies once, the later one over the earlier one."""
+    wins = report["wins"] or {"policies": []}
+    labels = [policy_name(policy["method"], policy["swept"], report) for policy in wins["policies"]]
+    rows = []
+    for i, label in enumerate(labels):
+        for j, other in enumerate(labels[:i]):
+            raw, controlled = wins["raw"][i][j], wins["controlled"][i][j]
+            if raw:
+                rows.append([f"{label} over {other}", share(raw), share(controlled)])
+    return Table(["comparison", "wins [95 %]", "at equal length [95 %]"], rows)
+
+
+def judge_of_pairs(report: Report) -> Table:
+    """Return what a judge of pairs said, where one was asked in both orders."""
+    asked = report.get("judge_of_pairs") or {"rows": [], "name": ""}
+    header = [f"by the judge of pairs {asked['name']}", "wins [95 %]", "at equal length [95 %]", "ties", "consistent"]
+    rows = []
+    for row in asked["rows"]:
+        shares = [_percent({"estimate": x}) if x is not None else UNKNOWN for x in (row["ties"], row["consistency"])]
+        rows.append([_over(row), share(row["raw"]), share(row["controlled"]), *shares])
+    return Table(header, rows)
+
+
+def cost(report: Report) -> Table:
+    """Return each counter of a trial, alone and in all, and the share of the matched budget that it used."""
+    rows = report["budget"]["rows"]
+    counters = list(dict.fromkeys(counter for row in rows for counter in row["total"]))
+    names = [f"{counter.replace('_', ' ')}: own / in all" for counter in counters]
+    cells = []
+    for row in rows:
+        spent = [f"{amount(row['own'].get(c, 0))} / {amount(row['total'].get(c))}" for c in counters]
+        ratio = UNKNOWN
+        if row["ratio"] is not None:
+            ratio = f"{100 * row['ratio']:.0f} % ({100 * row['ratio_own']:.0f} % own)"
+        cells.append([policy_name(row["method"], row["swept"], report), *spent, ratio])
+    # The first of the runs compared has a cost too; an initial policy of an experiment has none
+    if report["foundation"]["budget"] and cells:
+        spent = [amount(report["foundation"]["budget"].get(counter)) for counter in counters]
+        cells.insert(0, [initial_name(report), *spent, UNKNOWN])
+    return Table(["trial", *names, "of the matched budget"], cells)
+
+
+def policies(report: Report) -> Table:
+    """Return every checkpoint: KL, each score, shape of the responses, variety and perplexities."""
+    points = [report["foundation"], *report["points"]]
+    scores = list(report["score_kinds"])
+    numbers = list(dict.fromkeys(name for point in points for name in point["numbers"]))
+    header = ["policy", "step", "seeds", "KL, nats [95 %]", *(score_name(report, score) for score in scores)]
+    header += ["tokens", "ended", "repetition", *(name.replace("_", "-") for name in numbers)]
+    rows = []
+    for point in points:
+        row = [policy_name(point["method"], point.get("swept"), report), str(point.get("step", 0))]
+        row += [str(len(point["seeds"])) if "seeds" in point else UNKNOWN, interval(point["kl"])]
+        for score in scores:
+            found = point["scores"].get(score) or {}
+            change = found.get("difference")
+            row.append(interval(change, signed=True) if change else interval(found.get("mean")))
+        row += [interval(point[name]) for name in ("length", "ended", "repetition")]
+        rows.append([*row, *(number(point["numbers"].get(name)) for name in numbers)])
+    return Table(header, rows)

@@ -11,7 +11,6 @@ from rlhf.config import UserError, option, parse
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.measure import load_experiment
 from rlhf.experiment.results import read_results
-from rlhf.files import dumps, write_atomic
 from rlhf.runs.tracking import Tracker
 
 
@@ -37,12 +36,9 @@ def report_of(asked: ReportConfig) -> dict[str, Any]:
 
 def write_report(config: ExperimentConfig, folder: Path, report_to: str, project: str | None) -> dict[str, Any]:
     """All files of the report in `folder`; returns report.json's content."""
-    from rlhf.compare.figures import draw
-    from rlhf.compare.markdown import markdown
-    from rlhf.compare.page import page
+    from rlhf.compare.report import print_report, write_files
     from rlhf.compare.summary import summarise
-    from rlhf.compare.tables import log_report
-    from rlhf.compare.words import add_sentences
+    from rlhf.compare.wandb_tables import log_report
 
     results = read_results(config)
     if len(results.points) < 2:
@@ -50,21 +46,14 @@ def write_report(config: ExperimentConfig, folder: Path, report_to: str, project
     report = summarise(results)
     if config.judge:
         report["judge_of_pairs"] = ask_judge(config, results, report)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "report.json", dumps(report, indent=2) + "\n")
-    report = add_sentences(report)
-    figures = draw(report, folder)
-    write_atomic(folder / "report.md", markdown(report, list(figures)))
-    write_atomic(folder / "report.html", page(report, figures))
+    figures = write_files(report, folder)
     with Tracker(
         folder, report_to=report_to, project=project, run_name=report["name"], config=report["meta"]
     ) as tracker:
         log_report(report, tracker, figures)
     for name in report["meta"]["left_out"]:
         print(f"left out, made with other options: {name}")
-    for sentence in report["sentences"]:
-        print(f"- {sentence}")
-    print(f"\nReport: {folder / 'report.html'}")
+    print_report(report, folder)
     return report
 
 

@@ -176,9 +176,9 @@ def fingerprint(step: Step) -> str:
 
 
 def show_table(report: Path) -> None:
-    from rlhf.compare.report import print_sentences
+    from rlhf.compare.report import print_report
 
-    print_sentences(json.loads((report / "report.json").read_text()), report)
+    print_report(json.loads((report / "report.json").read_text()), report)
 
 
 def quoted(word: str) -> str:

@@ -41,6 +41,7 @@ def example(seeds: int = SEEDS, judge: str | None = "gold", seed: int = 0) -> di
     initial = _foundation(rng)
     points = [p for method in STRENGTHS for p in _method(method, seeds, rng)]
     report = {
+        "kind": "experiment",
         "name": "shop-voice",
         "judge": judge,
         "score_kinds": dict(KINDS),
@@ -60,16 +61,42 @@ def example(seeds: int = SEEDS, judge: str | None = "gold", seed: int = 0) -> di
         "curves": {}, "frontier": [], "wins": None, "overoptimisation": [], "power": None,
         "tuned": {"methods": {}, "rows": []},
         "samples": _samples(),
-        "sentences": [
-            "By the gold score, PPO is ahead of DPO by 0.12 [0.03, 0.21] at KL 9 nats (5 seeds x 256 groups).",
-            "At KL 1 nat no difference can be shown.",
-            "dpo at beta 0.05 raised its proxy while the gold score fell: the proxy was over-optimised.",
-        ],
+        "annotators": None, "outliers": [], "claims": {"count": 5, "method": "Holm 1979", "alpha": 0.05},
+        "verdicts": [],
+        "notes": [{"kind": "no_judge", "proxies": ["reward_model"]}],
         "meta": _meta(),
     }  # fmt: skip
     if judge is not None:
         report |= _judged(seeds, rng)
+        report["verdicts"] = _verdicts(report)
+        report["notes"] = [
+            {"kind": "judge", "score": judge, "score_kind": KINDS[judge], "proxies": ["reward_model"]},
+            {"kind": "missing_trials", "trials": report["missing"]},
+        ]
     return report
+
+
+def _verdicts(report: dict) -> list[dict]:
+    """One record a row at equal KL and a tuned row, and one for each method along all its points."""
+    rows = [("equal_kl", pair, row) for pair in report["frontier"] for row in pair["rows"]]
+    rows += [("tuned", row, row) for row in report["tuned"]["rows"]]
+    verdicts = []
+    for kind, sides, row in rows:
+        verdicts.append(_verdict(kind, sides["a"], sides["b"], row["difference"], row["p_adjusted"], row))
+    for entry in report["overoptimisation"]:
+        if entry["swept"] is None:
+            verdict = _verdict("over_optimisation", entry["method"], "sft", entry["judge"], entry["p_adjusted"], entry)
+            verdicts.append(verdict | {"sign": 1 if entry["verdict"] == "reproduced" else -1})
+    return verdicts
+
+
+def _verdict(kind: str, a: str, b: str, difference: dict, p: float, row: dict) -> dict:
+    shown = p < 0.05 and difference["low"] is not None
+    return {
+        "kind": kind, "a": a, "b": b, "difference": difference, "p_adjusted": p, "kl": row.get("kl"),
+        "sign": int(np.sign(difference["estimate"])) if shown else None if difference["low"] is None else 0,
+        "minimum_detectable_effect": row.get("minimum_detectable_effect"), "reservation": None, "evidence": row,
+    }  # fmt: skip
 
 
 def _gold(method: str, d: np.ndarray) -> np.ndarray:
@@ -85,7 +112,8 @@ def _foundation(rng) -> dict:
         n: {"mean": interval(rng.normal(0.1, 0.01, SEEDS)), "difference": None} for n in KINDS if n != "reward_model"
     }
     return {
-        "method": "sft", "kl": interval(0.0), "length": interval([31.0, 31.2]), "words": interval([24.0, 24.1]),
+        "method": "sft", "budget": {}, "kl": interval(0.0),
+        "length": interval([31.0, 31.2]), "words": interval([24.0, 24.1]),
         "scores": scores,
         "ended": interval([0.97, 0.98]), "repetition": interval([0.01, 0.012]),
         "numbers": {"distinct_1": 0.21, "distinct_2": 0.55, "perplexity/sft": 8.1, "perplexity/wiki": 31.0},
@@ -176,7 +204,6 @@ def _signs(method: str, swept: float | None, fall: float, rng) -> dict:
         "end": {"kl": 21.2}, "ends_at_peak": 0.0, "seeds": list(range(SEEDS)), "points": 17,
         "p_adjusted": None if swept else 0.004,
         "verdict": None if swept else "reproduced" if fall < 0 else "not reproduced",
-        "sentence": "The judge fell, or it did not.",
     }  # fmt: skip
 
 

@@ -3,8 +3,6 @@
 import numpy as np
 
 from rlhf.compare.results import Point, Results
-from rlhf.compare.summary import summarise
-from rlhf.compare.words import add_sentences
 
 KINDS = {"gold": "gold", "reward": "proxy"}
 METHODS = {
@@ -89,11 +87,6 @@ def make(
         shared_budget={"pairs": {"flops": 3.0}, "reward": {"flops": 7.0}},
         meta={"name": "hand-made", "budget": budget or {"match": "none"}},
     )
-
-
-def in_words(results):
-    """The report of `results` with its sentences."""
-    return add_sentences(summarise(results))
 
 
 def apart_at_six(d):

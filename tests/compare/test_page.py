@@ -1,6 +1,7 @@
 """The report's page: it holds every number, runs nothing, asks no other host, and reads well in a real browser."""
 
 import itertools
+import json
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -8,11 +9,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rlhf.compare.page import page
+from rlhf.compare.figures import draw
+from rlhf.compare.markdown import fence, markdown
+from rlhf.compare.page import html_page
+from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
+from rlhf.compare.summary import summarise
 from tests.compare.report_example import HOSTILE, example, interval, judged_pairs
-from tests.compare.results_example import in_words, make
+from tests.compare.results_example import make
 
-SIZES = (1280, 400)
 FREE = (  # named by the experiment
     *("scores", "methods", "curves", "meta", "numbers", "score_kinds", "responses", "budget", "own", "reward", "pairs"),
     *("total", "match", "ranges", "shares", "residual"),
@@ -40,13 +44,13 @@ class Tags(HTMLParser):
 
 @pytest.fixture(scope="module")
 def figures(tmp_path_factory):
-    """Small PNGs under the figures' names: the page does not care what is on them."""
-    from matplotlib.figure import Figure
+    """The figures of the example, by the name that report.md gives them."""
+    found = draw(example(), tmp_path_factory.mktemp("figures"))
+    return {f"{name}.svg": path.with_suffix(".svg") for name, path in found.items()}
 
-    folder = tmp_path_factory.mktemp("figures")
-    for name in NAMES:
-        Figure(figsize=(4, 2)).savefig(folder / f"{name}.png", dpi=50)
-    return {name: folder / f"{name}.png" for name in NAMES}
+
+def page(report, figures):
+    return html_page(markdown(report, [name.removesuffix(".svg") for name in figures]), figures)
 
 
 @pytest.fixture(scope="module")
@@ -63,46 +67,65 @@ def test_what_models_wrote_stays_text(html):
     assert len(found.all("img")) == len(NAMES)  # the one in an answer is none
 
 
-def test_names_and_settings_stay_text_too(figures):
-    report = example()
-    report["name"] = report["judge"] = report["meta"]["command"] = "<img src=x>"
-    report["score_kinds"] = {"<img src=x>": "gold", "reward_model": "proxy"}
-    report["sentences"] = ["<img src=x> is ahead"]
-    report["methods"]["ppo"]["swept"] = "<img src=x>"
-    report["samples"][0]["responses"] = {"<img src=x>": report["samples"][0]["responses"]["sft"]}
-    assert len(Tags(page(report, figures)).all("img")) == len(NAMES)
+@pytest.mark.parametrize(
+    "text", ["```\n<img src=x>\n```", "````\n# no heading", "> no quote", "\u202eright to left", ""]
+)
+def test_an_answer_cannot_leave_its_block(text):
+    found = Tags(html_page("\n".join(["# title", "", *fence(text), "end"]), {}))
+    assert not found.all("img") and not found.all("blockquote") and len(found.all("h1")) == 1
+    assert len(found.all("pre")) == 1 and text in found.text and found.text.rstrip().endswith("end")
+
+
+HOSTILE_NAMES = (
+    "<img src=x>", "![x](http://evil.example/x.png)", "[x](https://evil.example)", "<https://evil.example>",
+    "a|b*c*`d`", "$x_1$ & {b} ~~c~~",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("hostile", HOSTILE_NAMES)
+def test_names_and_settings_stay_text_too(figures, hostile):
+    """Whatever a method, a score, an option, a role and a command are called."""
+    text = json.dumps(example())
+    for name in ("dpo", "gold", "kl_coef", "user", "rlhf experiment run configs/experiments/shop.yaml"):
+        text = text.replace(json.dumps(name), json.dumps(hostile))
+    report = json.loads(text)
+    report["score_kinds"][hostile] = "gold"
+    found, same = Tags(page(report, figures)), Tags(page(example(), figures))
+    assert len(found.all("img")) == len(NAMES) and found.text.count(hostile) > 20
+    assert all(a["href"].startswith("#") for a in found.all("a"))
+    for tag in ("tr", "em", "s", "del", "h1", "h2", "pre", "code"):
+        assert len(found.all(tag)) == len(same.all(tag)), tag  # no cell or row was cut by a name
 
 
 def test_nothing_is_asked_of_another_host(html):
     found = Tags(html)
-    for _, attributes in found.tags:
-        assert attributes.get("src", "data:image/png;base64,").startswith("data:image/png;base64,")
-        assert "srcset" not in attributes
-    links = [a["href"] for a in found.all("a")]
-    assert all(re.fullmatch(r"#[a-z]+|https://arxiv\.org/abs/\d{4}\.\d{5}", link) for link in links)
+    for image in found.all("img"):
+        assert image["src"].startswith("data:image/svg+xml;base64,") and "srcset" not in image
+    assert all(re.fullmatch(r"#[a-z0-9-]+", link["href"]) for link in found.all("a"))
     style = html[html.index("<style>") : html.index("</style>")]
     assert "url(" not in style and "@import" not in style
     policy = next(m["content"] for m in found.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
-def test_the_verdict_comes_first_and_whole(html):
+def test_it_opens_with_the_picture_one_sentence_and_one_table(html):
     report = example()
-    places = [html.index(sentence) for sentence in report["sentences"]]
-    parts = [html.index(f'<h2 id="h-{name}">') for name in ("verdict", "how", "frontier", "repeat")]
-    assert parts[0] < min(places) and max(places) < parts[1] < parts[2] < parts[3]
+    assert headline(report) == (
+        "By the gold score PPO is ahead of DPO at KL 4, 9 and 16; not shown to differ from DPO at KL 1."
+    )
+    places = [html.index(part) for part in ("<h1>", "<img", headline(report), "<table>", "<nav", "<h2")]
+    assert places == sorted(places)
 
 
-def test_the_answer_at_equal_kl_leads(figures):
-    report = example()
-    from rlhf.compare.words import sentences
+def test_each_section_starts_with_one_sentence(html):
+    for section in html.split("<h2")[1:]:
+        assert re.match(r"[^>]*>[^<]+</h2>\n<p>[A-Z][^\n]+</p>\n", section), section[:200]
 
-    report["sentences"] = sentences(report)
-    html = page(report, figures)
-    lead = re.findall(r'<p class="lead">(.*?)</p>', html)
-    assert len(lead) == 1 and lead[0].startswith("At KL 4, 9 and 16 nats PPO is ahead of DPO by ")
-    assert html.count(lead[0]) == 1
-    assert all(sentence in Tags(html).text for sentence in report["sentences"])
+
+def test_all_verdicts_and_limits_are_on_the_page(html):
+    report, text = example(), Tags(html).text
+    sentences = [*(verdict_sentence(v, report) for v in report["verdicts"]), *report_sentences(report)]
+    assert len(sentences) > 10 and all(sentence in text for sentence in sentences)
 
 
 def test_tables_hold_the_numbers(figures):
@@ -111,9 +134,9 @@ def test_tables_hold_the_numbers(figures):
     report["points"][0]["kl"] = interval(1.5) | {"low": 1.25, "high": 1.75}
     report["judge_of_pairs"] = judged_pairs()
     html = page(report, figures)
-    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"<tr>(.*?)</tr>", html)]
+    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"(?s)<tr>(.*?)</tr>", html)]
     row = next(row for row in rows if row[:2] == ["PPO over DPO", "4"])
-    assert row[2] == "+0.12 [0.03, 0.21]"
+    assert row[3] == "+0.12 [0.03, 0.21]"
     row = next(row for row in rows if row[:2] == ["PPO (kl_coef 0.02)", "25"])
     assert row[2:4] == ["5", "1.50 [1.25, 1.75]"]
     assert ["PPO (kl_coef 0.02)", "12.8k / 14.8k"] in [row[:2] for row in rows]
@@ -125,11 +148,11 @@ def test_tables_hold_the_numbers(figures):
 def test_screen_readers_find_their_way(html):
     found = Tags(html)
     assert found.all("html")[0]["lang"] == "en" and len(found.all("h1")) == len(found.all("main")) == 1
-    assert {"header", "nav", "main"} <= {tag for tag, _ in found.tags}
-    assert all(th["scope"] in ("col", "row") for th in found.all("th"))
-    assert len(found.all("caption")) == len(found.all("table")) > 5
-    for image in found.all("img"):
-        assert len(image["alt"]) > 60 and int(image["width"]) == 200 and int(image["height"]) == 100
+    assert {"nav", "main"} <= {tag for tag, _ in found.tags}
+    assert all(th["scope"] == "col" for th in found.all("th"))
+    boxes = [box for box in found.all("div") if box.get("class") == "scroll"]
+    assert len(boxes) == len(found.all("table")) > 5 and len({box["aria-label"] for box in boxes}) == len(boxes)
+    assert all(len(image["alt"]) > 40 for image in found.all("img")) and found.all("title") == [{}]
     best = max(
         (p["scores"]["gold"]["difference"]["estimate"], p["kl"]["estimate"])
         for p in example()["points"] if p["method"] == "dpo"
@@ -142,42 +165,33 @@ def test_screen_readers_find_their_way(html):
     assert {a["href"][1:] for a in found.all("a") if a["href"].startswith("#")} <= set(ids)
 
 
-def test_all_that_repeats_it_is_there(html):
+def test_what_repeats_it_is_there(html):
     report = example()
     text = Tags(html).text
-    for name in report["meta"]:
-        assert name in text
-    assert "learning_rate: 0.0001" in text and "f00dfeed" in text and "0123abc" in text
+    assert "f00dfeed" in text and "0123abc" in text and "2 CPU cores" in text and "report.json" in text
     assert report["meta"]["command"] in text
 
 
 @pytest.mark.parametrize(
     "without",
     [
-        {"wins": None}, {"frontier": [], "curves": {}}, {"budget": None}, {"points": []}, {"samples": []},
-        {"sentences": []}, {"meta": {}}, {"overoptimisation": [], "tuned": None, "power": None},
-        {"judge": None, "wins": None, "frontier": None, "curves": None, "power": None, "tuned": None},
+        {"wins": None}, {"frontier": [], "curves": {}}, {"points": []}, {"samples": []}, {"meta": {}},
+        {"budget": {"match": None, "matched": None, "rows": []}}, {"verdicts": []},
+        {"overoptimisation": [], "tuned": {"methods": {}, "rows": []}, "power": None},
     ],
 )  # fmt: skip
 def test_a_report_may_lack_any_part(figures, without):
     for shown in (figures, {}):
         found = Tags(page(example() | without, shown))
         ids = {attributes["id"] for _, attributes in found.tags if "id" in attributes}
-        assert {a["href"][1:] for a in found.all("a") if a["href"].startswith("#")} <= ids
+        assert {a["href"][1:] for a in found.all("a")} <= ids
         assert len(found.all("img")) == len(shown)
-    gone = example()
-    for name in without:
-        if name not in ("points", "judge"):
-            del gone[name]
-    assert "<h1>PPO against DPO</h1>" in page(gone, {}) or "points" in without
+    assert "<title>PPO against DPO" in page(example() | without, {}) or "points" in without
 
 
-def test_what_summarise_makes_is_shown(figures):
-    curves = {"ppo": lambda d: 0.5 * d, "dpo": lambda d: 0.5 * d - 0.05 * d * d}
-    for results in (make(curves, groups=6), make(curves, groups=6, seeds=1, judge=None)):
-        report = in_words(results)
-        text = re.sub(r"\s+", " ", Tags(page(report, figures)).text)
-        assert all(sentence in text for sentence in report["sentences"])
+def test_without_a_judge_it_says_that_nothing_can_be_decided():
+    text = Tags(page(example(judge=None), {})).text
+    assert "cannot judge which policy is better" in text and "decides nothing" in text
 
 
 def test_the_example_has_what_summarise_makes():
@@ -193,7 +207,7 @@ def test_the_example_has_what_summarise_makes():
             compare(real[0], made[0], where)
 
     curves = {"ppo": lambda d: 0.5 * d, "dpo": lambda d: 0.5 * d - 0.05 * d * d}
-    compare(in_words(make(curves)), example())
+    compare(summarise(make(curves)), example())
 
 
 def visit(path, folder):
@@ -216,6 +230,7 @@ def visit(path, folder):
             found["wide"] = view.evaluate(
                 "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
             )
+            found["ink"] = view.evaluate("getComputedStyle(document.body).color")
             found["axe"] = axe_of(view)
             seen.append(found)
         browser.close()
@@ -227,7 +242,6 @@ def axe_of(view):
         from axe_playwright_python.sync_playwright import Axe
     except ImportError:
         return []
-    view.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
     found = Axe().run(view).response["violations"]
     return [(rule["id"], [node["html"][:200] for node in rule["nodes"][:3]]) for rule in found]
 
@@ -245,13 +259,18 @@ def seen(html, tmp_path_factory):
 
 def test_in_a_browser_nothing_is_fetched_or_run(seen):
     for found in seen:
-        assert {url for url in found["requests"] if not url.startswith("file:")} <= {"data:image/png;base64"}
-        assert found["console"] == [] and found["images"] == [200] * len(NAMES)
+        assert {url for url in found["requests"] if not url.startswith("file:")} <= {"data:image/svg+xml;base64"}
+        assert found["console"] == [] and all(found["images"]) and len(found["images"]) == len(NAMES)
 
 
 def test_the_page_fits_and_wide_tables_scroll_in_their_own_box(seen):
     assert [found["scroll"] for found in seen] == [1280, 400, 1280]
     assert all(found["wide"] for found in seen if found["width"] == 400)
+
+
+def test_dark_mode_is_light_on_dark(seen):
+    light, _, dark = (sum(map(int, re.findall(r"\d+", found["ink"])[:3])) for found in seen)
+    assert light < 150 and dark > 600
 
 
 def test_no_barrier_is_found(seen):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhf.compare.tables import log_report, rows_of
+from rlhf.compare.wandb_tables import log_report, rows_of
 from rlhf.runs.tracking import Tracker
 from tests.compare.report_example import example, interval, judged_pairs
 
@@ -27,7 +27,7 @@ def test_rows_hold_the_numbers_flat():
     assert {name: len(found) for name, found in rows.items()} == {
         "frontier": 16 + 16 + 4, "equal_kl": 1, "tuned": 1, "wins": 13 * 12 // 2, "judge_of_pairs": 1,
         "cost": 12, "samples": 6,
-        "sentences": 3,
+        "sentences": 7 + 5,
     }  # fmt: skip
     assert rows["judge_of_pairs"] == [
         {"a": "ppo", "b": "dpo", "raw": 0.6, "raw/low": 0.5, "raw/high": 0.7, "equal_length": None,
@@ -56,7 +56,7 @@ def test_rows_hold_the_numbers_flat():
 
 
 def test_a_report_may_lack_parts():
-    rows = rows_of(example(judge=None) | {"budget": None, "samples": None})
+    rows = rows_of(example(judge=None) | {"budget": {"match": None, "matched": None, "rows": []}, "samples": []})
     assert [name for name, found in rows.items() if found] == ["frontier", "sentences"]
 
 

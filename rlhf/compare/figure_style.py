@@ -1,0 +1,156 @@
+"""What the figures of a report share: colours and markers of methods, light and dark, bars, the √KL axis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.compare.format import Number, Report, initial_name
+from rlhf.files import write_atomic
+
+# Text and lines that are no data. The SVG turns this colour into a variable, which is light on a dark page.
+INK = "#1d2322"
+THEME = "<style>:root{--ink:#1d2322}@media(prefers-color-scheme:dark){:root{--ink:#e8ecea}}</style>"
+NEUTRAL = "#868d8b"
+NATS = (0, 0.05, 0.25, 0.5, 1, 2, 3, 4, 6, 9, 12, 16, 20, 25, 36, 49, 64, 81, 100, 144, 196, 256, 400, 625, 900)
+SETTINGS = {
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.facecolor": "none",
+    "grid.color": NEUTRAL,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    # Names come from a file: a dollar sign is a dollar sign
+    "text.parse_math": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn in every figure."""
+
+    color: str
+    marker: str
+    linestyle: Any
+
+
+# Colours that the colour-blind can tell apart (Okabe and Ito 2008, without black, which a dark page hides)
+STYLES = (
+    Style("#0072B2", "s", "-"),
+    Style("#D55E00", "^", (0, (5, 1.5))),
+    Style("#009E73", "D", (0, (1, 1))),
+    Style("#CC79A7", "v", (0, (5, 1, 1, 1))),
+    Style("#E69F00", "P", "-."),
+    Style("#56B4E9", "X", (0, (8, 3))),
+    Style("#8C6D46", "*", ":"),
+)
+
+
+def save_svg(figure, path: Path) -> None:
+    """Write an SVG that follows the colour scheme of the page it stands in."""
+    figure.savefig(path, transparent=True, metadata={"Date": None})
+    head, mark, body = path.read_text(encoding="utf-8").partition("<defs>")
+    write_atomic(path, head + THEME + mark + body.replace(INK, "var(--ink)"))
+
+
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """Return a Figure (the object: pyplot would keep global state) and its (rows, columns) axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def style_of(report: Report, method: str) -> Style:
+    """Return the style of a method; the eighth looks like the first again."""
+    names = [name for name in report["methods"] if name != report["foundation"]["method"]]
+    return STYLES[names.index(method) % len(STYLES)]
+
+
+def tint(colour: str, alpha: float) -> tuple[float, ...]:
+    """Return the colour as it looks on white at this opacity."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(1 - alpha * (1 - channel) for channel in to_rgb(colour))
+
+
+def shade(colour: str, i: int, n: int) -> tuple[float, ...]:
+    """Return the i-th of n tones of a colour, the last one the colour itself."""
+    return tint(colour, 0.5 + 0.5 * (i + 1) / n)
+
+
+def paths_of(report: Report, method: str) -> list[tuple[float | None, list[dict]]]:
+    """Return (swept value, its checkpoints by step), the one that stays nearest to the initial policy first."""
+    paths: dict[float | None, list[dict]] = {}
+    for point in report["points"]:
+        if point["method"] == method:
+            paths.setdefault(point["swept"], []).append(point)
+    for points in paths.values():
+        points.sort(key=lambda point: point["step"])
+    return sorted(paths.items(), key=lambda path: value_of(path[1][-1]["kl"]))
+
+
+def methods_of(report: Report) -> list[str]:
+    """Return the methods that have points, without the initial policy."""
+    found = {point["method"] for point in report["points"]} - {report["foundation"]["method"]}
+    return [method for method in report["methods"] if method in found]
+
+
+def trained_methods(report: Report) -> list[str]:
+    """Return the methods that have points and train something."""
+    return [method for method in methods_of(report) if not report["methods"][method]["baseline"]]
+
+
+def difference(point: dict, score: str | None) -> dict | None:
+    """Return the estimate of a point's score over the initial policy's, None where it is not known."""
+    return (point["scores"].get(score) or {}).get("difference")
+
+
+def value_of(estimate: Number | None, part: str = "estimate") -> float:
+    """Return a part of an estimate, NaN where there is none (matplotlib draws nothing there)."""
+    value = (estimate or {}).get(part)
+    return math.nan if value is None else float(value)
+
+
+def root(kl: float) -> float:
+    """Return √KL; an estimate of KL may lie below 0 by chance."""
+    return math.nan if math.isnan(kl) else math.sqrt(max(kl, 0.0))
+
+
+def spans(estimates: Sequence[Number | None], scale: Callable[[float], float] = float) -> tuple[np.ndarray, np.ndarray]:
+    """Return (n,) scaled estimates and the (2, n) lengths of their bars, as matplotlib's errorbar takes them."""
+    values = [[scale(value_of(estimate, part)) for estimate in estimates] for part in ("low", "estimate", "high")]
+    low, middle, high = np.array(values, dtype=float)
+    return middle, np.maximum([middle - low, high - middle], 0.0)
+
+
+def label_kl(axes, report: Report) -> None:
+    """Label a √KL axis in nats, from the initial policy on."""
+    low, high = axes.get_xlim()
+    axes.set_xlim(min(-0.03 * high, low) if low < 0 else -0.03 * high, high)
+    ticks: list[float] = []
+    for kl in NATS:
+        if root(kl) <= high and (not ticks or root(kl) - root(ticks[-1]) >= 0.075 * high):
+            ticks.append(kl)
+    axes.set_xticks([root(kl) for kl in ticks], [f"{kl:g}" for kl in ticks])
+    axes.set_xlabel(f"KL to {initial_name(report)}, nats (drawn in √KL)")
+
+
+def few_ticks():
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(4)

@@ -1,0 +1,204 @@
+"""Fill the templates of verdict.py with the numbers of report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.compare import verdict as templates
+from rlhf.compare.format import (
+    Report,
+    basis,
+    bound,
+    counted,
+    digits,
+    interval,
+    listed,
+    method_name,
+    mirrored,
+    nats,
+    number,
+    p_value,
+    policy_name,
+)
+
+NAMED = 4  # trials or measurements that a note names; the rest is counted
+FEW_SEEDS = 5  # below which an outlier among them is hardly seen
+
+
+def headline(report: Report) -> str:
+    """Return the first verdict in one sentence; at equal KL what holds at all KLs of its two methods."""
+    if not report["verdicts"]:
+        return note_sentence(report["notes"][0], report)
+    first = report["verdicts"][0]
+    if first["kind"] != "equal_kl":
+        return verdict_sentence(first, report)
+
+    kls: dict[int | None, list[str]] = {}
+    for verdict in report["verdicts"]:
+        if (verdict["kind"], verdict["a"], verdict["b"]) == ("equal_kl", first["a"], first["b"]):
+            kls.setdefault(verdict["sign"], []).append(nats(verdict["kl"]))
+    b = method_name(first["b"])
+    parts = [
+        f"{text.format(b=b)} at KL {listed(kls[sign])}" for sign, text in templates.HEADLINE.items() if sign in kls
+    ]
+    return f"By {judge_name(report)} {method_name(first['a'])} is {'; '.join(parts)}."
+
+
+def verdict_sentence(verdict: Mapping[str, Any], report: Report) -> str:
+    """Return one verdict of report.json in words."""
+    estimate, evidence = verdict["difference"], verdict["evidence"] or {}
+    fields = {
+        "a": _side(verdict, "a", report),
+        "b": _side(verdict, "b", report),
+        "judge": judge_name(report),
+        "size": interval(estimate, signed=True),
+        "gain": interval(estimate),
+        "loss": interval(mirrored(estimate)),
+        "bound": bound(estimate),
+        "basis": _basis(verdict, report),
+    }
+    if verdict["kind"] == "over_optimisation":
+        fields |= {
+            "outcome": templates.OUTCOMES[verdict["sign"]],
+            "peak": nats(evidence["peak"]["kl"]),
+            "end": nats(evidence["end"]["kl"]),
+            "proxy": _proxy_change(evidence["proxy"]),
+        }
+        text = templates.OVER_OPTIMISATION.format(**fields)
+    elif verdict["kind"] == "exploited_proxy":
+        text = templates.EXPLOITED_PROXY.format(**fields, proxies=listed(list(evidence["proxies"])))
+    else:
+        text = templates.SIGNS[verdict["sign"]].format(**fields, place=_place(verdict, report))
+    reservation = templates.RESERVATIONS.get(verdict["reservation"])
+    return f"{text} {reservation}" if reservation else text
+
+
+def note_sentence(note: Mapping[str, Any], report: Report) -> str:
+    """Return one limit of the report in words."""
+    fields = {"judge": judge_name(report), **note}
+    if "method" in note:
+        fields["method"] = policy_name(note["method"], note.get("swept"), report)
+    for name, write in NOTE_FIELDS.items():
+        if name in note:
+            fields[name] = write(note[name], report)
+    return templates.NOTES[note["kind"]].format(**fields)
+
+
+def report_sentences(report: Report) -> list[str]:
+    """Return all limits of the report, its budgets, power and scope, in words."""
+    lines = [note_sentence(note, report) for note in report["notes"]]
+    if report["kind"] == "experiment":
+        lines.append(_budget(report))
+    if report["power"] is not None:
+        lines.append(_power(report))
+    return [*lines, _scope(report)]
+
+
+def judge_name(report: Report) -> str:
+    """Return "the gold score", with the name of the score where that says more."""
+    judge = report["judge"]
+    if judge is None:
+        return "no score"
+    kind = report["score_kinds"][judge]
+    return f"the {kind} score" + ("" if judge == kind else f" '{judge}'")
+
+
+def _side(verdict: Mapping[str, Any], side: str, report: Report) -> str:
+    """Return a side of a comparison; a method at its tuned value with that and with its KL."""
+    method = verdict[side]
+    entry = report["tuned"]["methods"].get(method)
+    if verdict["kind"] != "tuned" or entry is None:
+        return method_name(method)
+    facts = [f"KL {nats(entry['kl']['estimate'])}"]
+    if entry["usual"] is not None:
+        facts.insert(0, f"{report['methods'][method]['swept']} {entry['usual']:g}")
+    return f"{method_name(method)} ({', '.join(facts)})"
+
+
+def _place(verdict: Mapping[str, Any], report: Report) -> str:
+    if verdict["kind"] == "equal_kl":
+        return templates.PLACES["equal_kl"].format(kl=nats(verdict["kl"]))
+    sides = [report["methods"].get(verdict[side], {}) for side in ("a", "b")]
+    was_tuned = any(len(method.get("swept_values", ())) > 1 for method in sides)
+    return templates.PLACES["tuned" if was_tuned else "end"]
+
+
+def _basis(verdict: Mapping[str, Any], report: Report) -> str:
+    p = verdict["p_adjusted"]
+    return basis(verdict["difference"], report) + ("" if p is None else f", p {p_value(p)}")
+
+
+def _proxy_change(proxy: Mapping[str, Any] | None) -> str:
+    if proxy is None:
+        return ""
+    whose = "" if proxy["optimised"] else ", from which it does not learn,"
+    return f", the proxy '{proxy['name']}'{whose} by {interval(proxy['change'], signed=True)}"
+
+
+def _budget(report: Report) -> str:
+    match = report["budget"]["match"]
+    text = templates.UNMATCHED
+    if match is not None:
+        fields = {"counter": match["match"].replace("_", " "), "tolerance": 100 * match["tolerance"]}
+        text = templates.BUDGETS[report["budget"]["matched"]].format(**fields)
+
+    trained = {name: method for name, method in report["methods"].items() if not method["baseline"]}
+    trials = {method_name(name): method["trials"] for name, method in trained.items() if method["trials"]}
+    if len(set(trials.values())) > 1:
+        each = ", ".join(f"{name} {count}" for name, count in trials.items())
+        text += templates.UNEQUAL_TRIALS.format(trials=each)
+    return text
+
+
+def _power(report: Report) -> str:
+    power, initial = report["power"], report["foundation"]["method"]
+    text = templates.POWER.format(rate=100 * power["win_rate"], pairs=power["pairs_needed"])
+    for row in report["tuned"]["rows"]:
+        least, seeds = row["minimum_detectable_effect"], row["seeds_for_half"]
+        if least is not None and row["b"] != initial:
+            more = f"; half of it takes about {counted(seeds, 'run seed')}" if seeds else ""
+            sides = {"a": method_name(row["a"]), "b": method_name(row["b"])}
+            text += templates.DETECTABLE.format(**sides, least=digits(least, row["difference"]), more=more)
+    return text
+
+
+def _scope(report: Report) -> str:
+    unit = report["unit"]
+    prompts, answers = counted(unit["prompts"], "prompt"), counted(unit["samples_per_prompt"], "answer")
+    over = f"{counted(unit['groups'], 'group')} of {prompts}, {answers} each"
+    seeds = len(unit["seeds"])
+    fields = {"level": 100 * unit["level"], "over": over, "seeds": counted(seeds, "run seed")}
+    text = templates.SCOPES[report["scope"]].format(**fields)
+    return text + templates.FEW_SEEDS if report["scope"] == "method" and seeds < FEW_SEEDS else text
+
+
+def _learnt_from(proxies: Sequence[str], _: Report) -> str:
+    return f" Methods learnt from {listed(proxies)}, which decides nothing." if proxies else ""
+
+
+def _trials(trials: Sequence[Mapping[str, Any]], report: Report) -> str:
+    names = [f"{policy_name(trial['method'], trial['swept'], report)} seed {trial['seed']}" for trial in trials]
+    return _some(names, report)
+
+
+def _some(names: Sequence[str], _: Report) -> str:
+    more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
+    return listed([*names[:NAMED], *more])
+
+
+def _ranges(ranges: Mapping[str, Sequence[float]], _: Report) -> str:
+    parts = [f"{method_name(method)}: {nats(low)} to {nats(high)} nats" for method, (low, high) in ranges.items()]
+    return ", ".join(parts)
+
+
+NOTE_FIELDS = {
+    "proxies": _learnt_from,
+    "trials": _trials,
+    "names": _some,
+    "ranges": _ranges,
+    "swept_values": lambda values, _: listed([f"{value:g}" for value in values]),
+    "others": lambda scores, _: " to ".join(number(score) for score in scores),
+    "a": lambda method, _: method_name(method),
+    "b": lambda method, _: method_name(method),
+}
