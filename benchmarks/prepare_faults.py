@@ -159,25 +159,25 @@ def plant(rows: list[dict], held_out: list[dict], rng: random.Random) -> list[di
 def run(rows: list[dict], held_out: list[dict], **options) -> tuple[dict, list[Preference], dict[int, set[str]]]:
     """(report, rows left, steps that touched each row by its id)."""
     touched: dict[int, set[str]] = {}
-    done = steps.Work.done
+    add = steps.Work.add
 
     def monitored(work, name, parameters, found, drop=(), examples=()):
         for i in drop:
             touched.setdefault(work.records[i].metadata["row"], set()).add(name)
-        return done(work, name, parameters, found, drop, examples)
+        return add(work, name, parameters, found, drop, examples)
 
     with tempfile.TemporaryDirectory() as folder:
         source, test = Path(folder, "pairs.jsonl"), Path(folder, "test.jsonl")
         keep = ("prompt", "chosen", "rejected")
         source.write_text("\n".join(json.dumps({k: r[k] for k in keep} | {"row": i}) for i, r in enumerate(rows)))
         test.write_text("\n".join(map(json.dumps, held_out)))
-        steps.Work.done = monitored
+        steps.Work.add = monitored
         try:
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
                 files = {"source": [str(source)], "output": f"{folder}/out.jsonl", "against": [str(test)]}
                 report = prepare(PrepareConfig(**files, **options))
         finally:
-            steps.Work.done = done
+            steps.Work.add = add
         left = load(f"{folder}/out.jsonl", Preference)
     return report, left, touched
 
@@ -191,7 +191,7 @@ def faults_table(rows: list[dict], held_out: list[dict], **options) -> list[tupl
         "exact duplicate": {"exact duplicates"},
         "near duplicate": {"near duplicates"},
         "contradiction": {"contradictions", "near contradictions"},
-        "leak": {"leakage"},
+        "leak": {"contamination"},
     }
     counts: dict[str, Counter] = {}
     false = Counter()

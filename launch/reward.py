@@ -15,7 +15,7 @@ if not __package__:  # started as a file, from launch/, where reward.py would sh
 
 from rlhf.config import parse
 from rlhf.data.records import Instruction, Preference
-from rlhf.data.split import some
+from rlhf.data.split import first_by_hash
 from rlhf.options.offline import RewardRunConfig
 from rlhf.program import program
 from rlhf.runs.start import start_run
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
 
     trainers.train(trainer, run, initial, budget, sampler)
 
-    chosen, rejected, references = score(run, trainer, pair_rows(held_out or some(train, FEW)), answers)
+    chosen, rejected, references = score(run, trainer, pair_rows(held_out or first_by_hash(train, FEW)), answers)
     if not all(math.isfinite(value) for part in (chosen, rejected, references) for value in part):
         raise trainers.not_finite(run, trainer.state.global_step, "a score of the trained model is not finite")
     bias, scale = normalisation(references or chosen, config.normalise)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlhf.config import UserError
 from rlhf.data.records import Prompt, Scorer
-from rlhf.data.split import some
+from rlhf.data.split import first_by_hash
 from rlhf.options.shared import AdapterConfig, RunConfig
 
 NEVER_TRAINED = 10  # rows of an output head this close to that of a token; one that was trained has none or a few
@@ -101,7 +101,7 @@ def evaluation(run, initial, scorer: Scorer | None):
     config = run.config
     if config.eval_prompts < 1:
         return None
-    rows = some(run.data.rows(Prompt, "validation", initial.tokenizer, config.eval_data), config.eval_prompts)
+    rows = first_by_hash(run.data.rows(Prompt, "validation", initial.tokenizer, config.eval_data), config.eval_prompts)
     if not rows:
         run.log("no validation prompts: evaluation by sampling is off")
         return None
@@ -122,6 +122,6 @@ def ends_measured(run, initial, rows: list[dict]):
     from rlhf.evaluate import eos_probability
     from rlhf.logprobs import head_is_plain
 
-    rows, plain_head = some(rows, 64), head_is_plain(initial.model)
+    rows, plain_head = first_by_hash(rows, 64), head_is_plain(initial.model)
     name, pad_id = "eval/response/eos_probability", initial.tokenizer.pad_token_id
     return lambda model: {name: eos_probability(model, rows, pad_id, plain_head, run.world)}

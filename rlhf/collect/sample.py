@@ -142,7 +142,7 @@ def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
     from rlhf.data.split import assign
 
     table = collect(config.data, Prompt)
-    table.complain(config.on_error)
+    table.check_usable(config.on_error)
     given = {record.group: record.split for record in table.records if record.split}
     assign(table.records, config.validation_fraction, config.test_fraction, table.places)
     unique = unique_prompts(table.records)
@@ -163,7 +163,7 @@ def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
     if not config.controls:
         return [], set()
     table = collect(config.controls, Preference)
-    table.complain(config.on_error)
+    table.check_usable(config.on_error)
     return table.records, table.named_groups()
 
 

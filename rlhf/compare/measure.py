@@ -14,7 +14,7 @@ from rlhf.compare.results import Point, Results, measured_values, prompt_key, re
 from rlhf.compare.text_metrics import distinct_n
 from rlhf.config import SEED, option
 from rlhf.data.records import Prompt, Scorer, prompt_group
-from rlhf.data.split import some
+from rlhf.data.split import first_by_hash
 from rlhf.errors import UserError, near_file
 from rlhf.runs.checkpoint import FOLDER
 from rlhf.runs.rows import TRAINED_ON
@@ -96,7 +96,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     model, context = policies[0]
     encoded, dropped = encode(records, tokenizer, shared["max_prompt_length"])
     evaluation = Evaluation(
-        prompts=some(kept((encoded, dropped), "prompts"), config.n_prompts),
+        prompts=first_by_hash(kept((encoded, dropped), "prompts"), config.n_prompts),
         tokenizer=tokenizer,
         stop_ids=stop_ids(tokenizer, model),
         sampling=Sampling(shared["max_response_length"], shared["temperature"]),

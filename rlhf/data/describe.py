@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from rlhf.config import UserError, option
-from rlhf.data import load, sources
-from rlhf.data import schemas as forms
-from rlhf.data.conversation import message_text
-from rlhf.data.records import Instruction, Labelled, Preference, Prompt, Record
+from rlhf.data import load, schemas, sources
+from rlhf.data.conversation import answers_of, message_text
+from rlhf.data.records import SPLITS, Instruction, Labelled, Preference, Prompt, Record
 from rlhf.data.split import assign
+from rlhf.text import clip
 
 KINDS = {"prompt": Prompt, "instruction": Instruction, "preference": Preference, "labelled": Labelled}
 
@@ -31,11 +31,11 @@ class DescribeConfig:
 
 
 def describe(config: DescribeConfig) -> dict[str, Any]:
-    """Print what `load` makes of the source; returns the same as a dict. Raises UserError if nothing can be read."""
+    """Print what `load` makes of the source; return the same as a dict. Raises UserError if nothing can be read."""
     kind = KINDS.get(config.kind) or guess(config.source)
     table = load.collect(config.source, kind)
     if not table.records:
-        table.complain("skip")
+        table.check_usable("skip")
     conflict = ""
     try:
         assign(table.records, config.validation_fraction, config.test_fraction, table.places)
@@ -44,41 +44,50 @@ def describe(config: DescribeConfig) -> dict[str, Any]:
     summary = summarise(table)
     if conflict:
         summary["splits"] = [f"CANNOT BE USED: {conflict}", "as given:", *summary["splits"]]
+
     print(f"{table.name}: {kind.__name__}")
-    for name, value in summary.items():
-        for i, line in enumerate(value if isinstance(value, list) else [value]):
-            print(f"  {name if i == 0 else '':<12} {line}")
-    for record, place in list(zip(table.records, table.places, strict=True))[: config.examples]:
-        print(f"\n{place}")
-        for name, text in _texts(record):
-            print(f"  {name:<12} {_shorten(text)}")
-        print(f"  {'group':<12} {record.group} ({record.split})")
+    print_summary(summary, width=12, indent="  ")
+    for record in table.records[: config.examples]:
+        example = {name: clip(text) for name, text in _texts(record).items()}
+        print(f"\n{record.place}")
+        print_summary(example | {"group": f"{record.group} ({record.split})"}, width=12, indent="  ")
     return summary
 
 
+def print_summary(summary: dict[str, Any], *, width: int, indent: str = "") -> None:
+    """Print a line for each name and value; of a value that is a list, one line for each entry."""
+    for name, value in summary.items():
+        for line in value if isinstance(value, list) else [value]:
+            print(f"{indent}{name:<{width}} {line}")
+            name = ""
+
+
 def summarise(table: load.Table) -> dict[str, Any]:
-    """What a table holds, by name, in words."""
+    """Return what a table holds, by name, in words."""
     records = table.records
-    splits = Counter(record.split for record in records)
-    groups = {split: len({r.group for r in records if r.split == split}) for split in splits}
-    different = len({(record.voice, *_texts(record)) for record in records})
-    largest = max(Counter(record.group for record in records).values())
+    groups = Counter(record.group for record in records)
+    # a conflict leaves a group with several splits
+    parts = {(record.split, record.group) for record in records}
+    repeated = len(records) - len({(record.voice, *_texts(record).values()) for record in records})
     prompts = len(load.unique_prompts(records))
+    columns: dict[str, None] = {}
+    for record in records:
+        columns.update(dict.fromkeys(record.metadata))
+
     summary: dict[str, Any] = {
-        "form": ", ".join(f"{form.replace('+', ', ')} ({count})" for form, count in table.forms.most_common()),
+        "form": ", ".join(f"{name.replace('+', ', ')} ({count})" for name, count in table.schemas.most_common()),
         "rows": f"{len(records)} read, {len(table.bad)} bad",
-        "groups": f"{sum(groups.values())}, the largest of {largest} rows",
-        "splits": [f"{s}: {splits[s]} rows, {groups[s]} groups" for s in ("train", "validation", "test") if splits[s]],
-        "duplicates": f"{len(records) - different} rows repeat another's texts; {prompts} different prompts",
+        "groups": f"{len(parts)}, the largest of {max(groups.values())} rows",
+        "splits": _splits(records),
+        "duplicates": f"{repeated} rows repeat another's texts; {prompts} different prompts",
         "words": _lengths(records),
     }
     if isinstance(records[0], Preference):
-        gaps = [len(r.chosen.split()) - len(r.rejected.split()) for r in records]
+        gaps = [len(record.chosen.split()) - len(record.rejected.split()) for record in records]
         longer, same = sum(gap > 0 for gap in gaps) / len(gaps), gaps.count(0) / len(gaps)
         summary["chosen"] = f"longer than rejected in {longer:.0%} of rows, as long in {same:.0%}"
     if isinstance(records[0], Labelled):
-        summary["label"] = f"true in {sum(r.label for r in records) / len(records):.0%} of rows"
-    columns = Counter(name for record in records for name in record.metadata)
+        summary["label"] = f"true in {sum(record.label for record in records) / len(records):.0%} of rows"
     summary["metadata"] = ", ".join(columns) or "none"
     summary["bad rows"] = table.bad_summary() or "none"
     summary["warnings"] = table.note_summary() or "none"
@@ -87,38 +96,42 @@ def summarise(table: load.Table) -> dict[str, Any]:
 
 
 def guess(names: list[str]) -> type[Record]:
-    """The kind that the columns of the first row suggest. Raises UserError if there is none."""
+    """Return the kind that the columns of the first readable row suggest. Raises UserError if there is none."""
     failed = None
     for name in names:
         try:
-            return forms.guess_kind(sources.first_rows(name, 1)[0])
+            return schemas.guess_kind(sources.first_rows(name, 1)[0])
         except UserError as error:
             failed = failed or error
     raise failed or UserError("no data source given")
 
 
+def _splits(records: list[Record]) -> list[str]:
+    lines = []
+    for split in SPLITS:
+        groups = [record.group for record in records if record.split == split]
+        if groups:
+            lines.append(f"{split}: {len(groups)} rows, {len(set(groups))} groups")
+    return lines
+
+
 def _lengths(records: list[Record]) -> list[str]:
     lengths: dict[str, list[int]] = {}
     for record in records:
-        for name, text in _texts(record):
+        for name, text in _texts(record).items():
             lengths.setdefault(name, []).append(len(text.split()))
     lines = []
     for name, counts in lengths.items():
         counts.sort()
         high = counts[min(len(counts) - 1, int(0.95 * len(counts)))]
-        middle, most = statistics.median(counts), counts[-1]
-        lines.append(f"{name}: median {middle:g}, 95 % up to {high}, longest {most}")
+        lines.append(f"{name}: median {statistics.median(counts):g}, 95 % up to {high}, longest {counts[-1]}")
     return lines
 
 
-def _texts(record: Record) -> list[tuple[str, str]]:
-    """The texts of a record by name, the prompt's messages as one."""
-    prompt = record.prompt
-    lines = [message_text(m) if len(prompt) == 1 else f"{m['role']}: {message_text(m)}" for m in prompt]
-    names = [name for name in ("response", "chosen", "rejected") if hasattr(record, name)]
-    return [("prompt", "\n".join(lines))] + [(name, getattr(record, name)) for name in names]
-
-
-def _shorten(text: str, width: int = 100) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."
+def _texts(record: Record) -> dict[str, str]:
+    """Return the texts of a record by name, the prompt's messages as one."""
+    if len(record.prompt) == 1:
+        prompt = message_text(record.prompt[0])
+    else:
+        prompt = "\n".join(f"{message['role']}: {message_text(message)}" for message in record.prompt)
+    return {"prompt": prompt} | answers_of(record)

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from rlhf.config import UserError, option
 from rlhf.data import load
-from rlhf.data import schemas as forms
+from rlhf.data.conversation import parse_turns
 from rlhf.data.describe import KINDS, guess
 from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, Record, tools_of
 from rlhf.data.votes import Aggregate
@@ -48,7 +48,7 @@ def export(config: ExportConfig) -> None:
     """Raises UserError on bad rows, and on rows that the form cannot hold."""
     check_output(config.output, config.source)
     table = load.collect(config.source, KINDS.get(config.kind) or guess(config.source), config.aggregate)
-    table.complain(config.on_error)
+    table.check_usable(config.on_error)
     rows = rows_of(table.records, config.form)
     write_rows(rows, config.output)
     print(f"{config.output}: {len(rows)} rows ({config.form}) of {len(table.records)} {table.kind.__name__} records")
@@ -206,7 +206,7 @@ def _turns(messages: list[Message]) -> str:
     speakers = {"user": "Human", "assistant": "Assistant"}
     messages = [{**m, "content": m["content"].strip()} for m in messages]  # as the form is read again
     text = "".join(f"\n\n{speakers.get(m['role'], m['role'])}: {m['content']}" for m in messages)
-    if {m["role"] for m in messages} - set(speakers) or forms.parse_turns(text) != messages:
+    if {m["role"] for m in messages} - set(speakers) or parse_turns(text) != messages:
         raise UserError(
             f"form 'hh' has turns of Human and Assistant in exchange and nothing else, and cannot hold {text[:80]!r}. "
             "Use another form"

@@ -3,7 +3,7 @@
     train = load("data/prefs.jsonl", Preference, split="train")
     prompts = load("Anthropic/hh-rlhf", Prompt, split="validation", limit=200)
 
-The forms a row may have stand in `forms.py`, what a group and a split are in `split.py`.
+`schemas.py` says how rows become records, `split.py` what a group and a split are.
 """
 
 from __future__ import annotations
@@ -17,14 +17,22 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from rlhf.config import UserError
-from rlhf.data import schemas as forms
-from rlhf.data import sources
+from rlhf.data import schemas, sources
 from rlhf.data.records import Prompt, Record, digest, prompt_group, tools_of
-from rlhf.data.split import assign, check_fractions, half_of, join_groups, some
+from rlhf.data.split import assign, check_fractions, first_by_hash, half_of, join_groups
 from rlhf.data.votes import Aggregate
 
 R = TypeVar("R", bound=Record)
-_VALUE = re.compile(r"(found (?!columns )|message \d+ (?:is|has role|has content) ).*, expected", re.DOTALL)
+
+# What a reason says of the row's own values, which may be anything: "found ..." up to ", expected"
+_FOUND = re.compile(r"(found (?!columns )|message \d+ (?:is|has role|has content) ).*, expected", re.DOTALL)
+# What differs between reasons that count as one
+_SPECIFIC = re.compile(r"found .*?, expected|JSON: .*")
+CHOICES = {
+    "split": (None, "train", "validation", "test"),
+    "half": ("all", "a", "b"),
+    "on_error": ("stop", "skip"),
+}
 
 
 def load(
@@ -40,38 +48,39 @@ def load(
     aggregate: Aggregate = "each",
     bad: Counter | None = None,
 ) -> list[R]:
-    """The records of one or several sources, in their order, each with its group and split.
+    """Return the records of one or several sources, in their order, each with its group and split.
 
     source: a .jsonl, .json, .csv (these also .gz) or .parquet file, a preference store ("votes.db", or "votes.db@118"
         for its state after event 118), a Hub name ("org/name", "org/name:config@split"), or a list of these.
     kind: Prompt, Instruction, Preference or Labelled. A Prompt comes once, however many rows share it.
     split, half: only these records; None and "all" keep everything. Groups are joined over the whole data before
         anything is left out, so no choice made here moves a row to another split.
-    limit: at most so many records, by a hash of their group (`split.some`), after everything else.
+    limit: at most so many records, by a hash of their group (`first_by_hash`), after everything else.
     on_error: "stop" raises on the first bad row; "skip" leaves bad rows out and counts them on stderr.
     aggregate: how a store's votes become pairs (store.py); nothing else reads it.
     bad: where rows are skipped, this gets their number by reason, and under "read" that of all rows.
 
-    Raises UserError: nothing to read, not a form of `kind`, bad rows, a group with two splits, or no record left for
+    Raises UserError: nothing to read, no schema of `kind`, bad rows, a group with two splits, or no record left for
     `split` None or "train". A small data set may have no validation or test group: then the list is empty.
     """
     check_fractions(validation_fraction, test_fraction)
-    for name, value, choices in (
-        ("split", split, (None, "train", "validation", "test")),
-        ("half", half, ("all", "a", "b")),
-        ("on_error", on_error, ("stop", "skip")),
-    ):
-        if value not in choices:
-            raise UserError(f"{name}: found {value!r}, expected one of {', '.join(map(str, choices))}")
+    for name, value in (("split", split), ("half", half), ("on_error", on_error)):
+        if value not in CHOICES[name]:
+            raise UserError(f"{name}: found {value!r}, expected one of {', '.join(map(str, CHOICES[name]))}")
     if limit is not None and limit < 1:
         raise UserError(f"limit: found {limit}, expected a whole number from 1 up, or none")
+
     table = collect(source, kind, aggregate)
-    table.complain(on_error)
+    table.check_usable(on_error)
     if bad is not None and table.bad:
         bad.update({"read": len(table.records) + len(table.bad)} | table.bad_reasons())
     assign(table.records, validation_fraction, test_fraction, table.places)
+
     records = unique_prompts(table.records) if kind is Prompt else table.records
-    records = [r for r in records if split in (None, r.split) and half in ("all", half_of(r.group))]
+    if split is not None:
+        records = [record for record in records if record.split == split]
+    if half != "all":
+        records = [record for record in records if half_of(record.group) == half]
     if not records and split in (None, "train"):
         raise UserError(
             f"{table.name}: no record is left of {len(table.records)} with split={split or 'any'} and half={half}. "
@@ -79,41 +88,41 @@ def load(
         )
     if limit is None:
         return records
-    kept = set(map(id, some(records, limit)))
-    return [r for r in records if id(r) in kept]
+    kept = set(map(id, first_by_hash(records, limit)))
+    return [record for record in records if id(record) in kept]
 
 
 def fingerprint(records: list[Record]) -> str:
-    """16 hex digits that name a set of records, for result.json.
+    """Return 16 hex digits that identify a set of records, for result.json.
 
-    It does not depend on the order of rows or on `source` (a file may lie elsewhere), and on everything else: kind,
-    texts, group, split, labels, weight, metadata, and how often a record occurs.
+    It does not depend on the order of rows or on `source` (a file may be moved), and on everything else: kind, texts,
+    group, split, labels, weight, metadata, and how often a record occurs.
     """
     rows = []
     for record in records:
-        fields = {k: v for k, v in vars(record).items() if k not in ("source", "place")}
+        fields = {name: value for name, value in vars(record).items() if name not in ("source", "place")}
         rows.append(digest(json.dumps([type(record).__name__, fields], sort_keys=True, default=str)))
     return digest("\n".join(sorted(rows)))
 
 
 @dataclass
-class Bad:
-    """A row that could not be read: where, why, and the key under which it is counted with its like."""
+class BadRow:
+    """A row that could not be read: where and why."""
 
     source: str
     place: str
     reason: str
-    wrong_form: bool = False
+    wrong_schema: bool = False
 
     @property
     def key(self) -> str:
-        """The reason without what was found, so that rows with the same fault count together."""
-        return re.sub(r"\d+", "N", re.sub(r"found .*?, expected|JSON: .*", "", self.reason))
+        """The reason without numbers and what was found, so that rows with the same fault count together."""
+        return re.sub(r"\d+", "N", _SPECIFIC.sub("", self.reason))
 
     @property
-    def said(self) -> str:
-        """The reason without values, which may be anything, for files that others read."""
-        return _VALUE.sub(r"\1..., expected", self.reason)
+    def reason_without_values(self) -> str:
+        """The reason for files that others read."""
+        return _FOUND.sub(r"\1..., expected", self.reason)
 
 
 @dataclass
@@ -124,129 +133,160 @@ class Table:
     sources: list[str]
     records: list[Record] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
-    own_group: list[bool] = field(default_factory=list)  # the data names the group
-    bad: list[Bad] = field(default_factory=list)
-    good: Counter = field(default_factory=Counter)  # by source
-    forms: Counter = field(default_factory=Counter)
-    notes: Counter = field(default_factory=Counter)  # what may be meant otherwise than it was read: rows
-    columns: dict[str, list[str]] = field(default_factory=dict)  # of each source, in order of appearance
+    # whether the data names the group
+    own_group: list[bool] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    # readable rows by source
+    good: Counter = field(default_factory=Counter)
+    schemas: Counter = field(default_factory=Counter)
+    # rows by what may be meant otherwise than it was read
+    notes: Counter = field(default_factory=Counter)
+    # of each source, in order of appearance
+    columns: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return ", ".join(self.sources)
 
     def named_groups(self) -> set[str]:
-        """The groups that the data names; the others may still be joined."""
+        """Return the groups that the data names; the others may still be joined."""
         return {record.group for record, own in zip(self.records, self.own_group, strict=True) if own}
 
-    def complain(self, on_error: Literal["stop", "skip"]) -> None:
-        """Raise on a source that has no row of the right form, on bad rows unless they are skipped, on no rows."""
+    def check_usable(self, on_error: Literal["stop", "skip"]) -> None:
+        """Raise UserError on a source without any row of the kind, on bad rows unless they are skipped, on no rows.
+
+        Prints what was skipped and what may be meant otherwise on stderr (rank 0).
+        """
         for source in self.sources:
-            if not self.good[source] and any(b.wrong_form for b in self.bad if b.source == source):
-                raise UserError(self.wrong_form(source))
-        counts = Counter(bad.key for bad in self.bad)
+            if not self.good[source] and any(row.wrong_schema for row in self.bad if row.source == source):
+                raise UserError(self._wrong_schema(source))
         if self.bad and on_error == "stop":
-            first = self.bad[0]
-            such = counts[first.key]
-            more = f" ({such} such rows)" if such > 1 else ""
-            raise UserError(f"{first.place}: {first.reason}{more}. Drop {_them(such)} with: --on_error skip")
+            raise UserError(self._first_bad_row())
         if not self.records:
-            reasons = "; ".join(sorted({bad.reason for bad in self.bad})[:3])
-            found = f"{len(self.bad)} bad: {reasons}" if reasons else "; ".join(map(sources.empty, self.sources))
+            reasons = sorted({row.reason for row in self.bad})[:3]
+            found = f"{len(self.bad)} bad: {'; '.join(reasons)}"
+            if not reasons:
+                found = "; ".join(map(sources.why_empty, self.sources))
             raise UserError(f"{self.name}: no row to read ({found})")
         if os.environ.get("RANK", "0") == "0":
-            for line in (f"skipped {line}" for line in self.bad_summary()):
-                print(line, file=sys.stderr, flush=True)
+            for line in self.bad_summary():
+                print(f"skipped {line}", file=sys.stderr, flush=True)
             for line in self.note_summary():
                 print(f"{self.name}: {line}", file=sys.stderr, flush=True)
 
     def bad_summary(self) -> list[str]:
-        """One line for each kind of fault: how many rows, what, and where first; values are left out, since they may be
-        anything, and this is written into files."""
-        kinds: dict[tuple[str, str], list[Bad]] = {}
-        for bad in self.bad:
-            kinds.setdefault((bad.source, bad.key), []).append(bad)
-        said = [(len(b), b[0].said, b[0].place) for b in kinds.values()]
-        return [f"{count} {_rows(count)}: {reason} (first: {place})" for count, reason, place in said]
+        """Return a line for each kind of fault in each source: how many rows, the reason, and where first.
+
+        Values are left out, since they may be anything, and this is written into files.
+        """
+        first: dict[tuple[str, str], BadRow] = {}
+        counts: Counter[tuple[str, str]] = Counter()
+        for row in self.bad:
+            first.setdefault((row.source, row.key), row)
+            counts[row.source, row.key] += 1
+        lines = []
+        for key, row in first.items():
+            lines.append(f"{_rows(counts[key])}: {row.reason_without_values} (first: {row.place})")
+        return lines
 
     def note_summary(self) -> list[str]:
-        """One line for each thing that may be meant otherwise than it was read."""
-        return [f"WARNING: {count} {_rows(count)}: {note}" for note, count in self.notes.items()]
+        """Return a line for each thing that may be meant otherwise than it was read."""
+        return [f"WARNING: {_rows(count)}: {note}" for note, count in self.notes.items()]
 
     def bad_reasons(self) -> Counter:
-        """How many rows were bad for each reason, values left out."""
-        first = {bad.key: bad.said for bad in reversed(self.bad)}
-        return Counter(first[bad.key] for bad in self.bad)
+        """Return how many rows were bad for each reason, values left out."""
+        first: dict[str, str] = {}
+        counts: Counter[str] = Counter()
+        for row in self.bad:
+            counts[first.setdefault(row.key, row.reason_without_values)] += 1
+        return counts
 
-    def wrong_form(self, source: str) -> str:
-        kinds = {forms.guess_kind(row) for row in sources.first_rows(source)}
-        other = kinds.pop() if len(kinds) == 1 and kinds != {self.kind} else None
-        hint = f" These rows look like {other.__name__}: {forms.FORMS[other]}." if other not in (None, Prompt) else ""
-        return (
+    def _first_bad_row(self) -> str:
+        first = self.bad[0]
+        alike = sum(row.key == first.key for row in self.bad)
+        count, them = (f" ({alike} such rows)", "them") if alike > 1 else ("", "it")
+        return f"{first.place}: {first.reason}{count}. Drop {them} with: --on_error skip"
+
+    def _wrong_schema(self, source: str) -> str:
+        message = (
             f"{source}: found columns {', '.join(self.columns[source]) or 'none'}; "
-            f"expected for {self.kind.__name__}: {forms.FORMS[self.kind]}.{hint}"
+            f"expected for {self.kind.__name__}: {schemas.SCHEMAS[self.kind]}."
         )
+        kinds = set(map(schemas.guess_kind, sources.first_rows(source)))
+        if len(kinds) == 1 and not kinds & {self.kind, Prompt}:
+            kind = kinds.pop()
+            message += f" These rows look like {kind.__name__}: {schemas.SCHEMAS[kind]}."
+        return message
 
 
 def collect(source: str | list[str], kind: type[Record], aggregate: Aggregate = "each") -> Table:
-    """Read every row of every source; bad rows are kept as such. Groups are joined, splits only as the data gives."""
-    if kind not in forms.FORMS:
-        raise UserError(f"kind: found {kind!r}, expected one of {', '.join(k.__name__ for k in forms.FORMS)}")
+    """Read every row of every source into a table.
+
+    Bad rows are kept as such. Groups are joined; splits are only those that the data gives.
+    """
+    if kind not in schemas.SCHEMAS:
+        raise UserError(f"kind: found {kind!r}, expected one of {', '.join(k.__name__ for k in schemas.SCHEMAS)}")
     names = [source] if isinstance(source, str) else list(source)
     if not names:
         raise UserError("no data source given; expected a file, a preference store or a Hub name")
+
     table = Table(kind=kind, sources=names)
-    rows: list[forms.Row] = []
+    rows: list[schemas.Row] = []
     for name in names:
-        seen: dict[str, None] = {}
-        for place, row, problem in sources.rows(name, prompts=kind is Prompt, aggregate=aggregate):
+        columns: dict[str, None] = {}
+        for place, columns_of_row, problem in sources.rows(name, prompts=kind is Prompt, aggregate=aggregate):
             if problem:
-                table.bad.append(Bad(name, place, problem))
+                table.bad.append(BadRow(name, place, problem))
                 continue
-            seen.update(dict.fromkeys(row))
+            columns.update(dict.fromkeys(columns_of_row))
             try:
-                rows.append(forms.read(row, kind, source=name))
-            except forms.NotThisForm:
-                reason = f"found columns {', '.join(row) or 'none'}, expected {forms.FORMS[kind]}"
-                table.bad.append(Bad(name, place, reason, wrong_form=True))
+                row = schemas.read_row(columns_of_row, kind, source=name)
+            except schemas.UnknownSchema:
+                reason = f"found columns {', '.join(columns_of_row) or 'none'}, expected {schemas.SCHEMAS[kind]}"
+                table.bad.append(BadRow(name, place, reason, wrong_schema=True))
+                continue
             except ValueError as error:
-                table.bad.append(Bad(name, place, str(error)))
-            else:
-                table.good[name] += 1
-                table.forms[rows[-1].form] += 1
-                table.notes.update(rows[-1].notes)
-                table.places.append(place)
-                rows[-1].record.place = place
-        table.columns[name] = list(seen)
-    _join(rows)
-    table.records = [row.record for row in rows]
-    table.own_group = [row.own_group for row in rows]
+                table.bad.append(BadRow(name, place, str(error)))
+                continue
+            row.record.place = place
+            rows.append(row)
+            table.good[name] += 1
+            table.schemas[row.schema] += 1
+            table.notes.update(row.notes)
+        table.columns[name] = list(columns)
+
+    _join_groups(rows)
+    for row in rows:
+        table.records.append(row.record)
+        table.places.append(row.record.place)
+        table.own_group.append(row.own_group)
     return table
 
 
 def unique_prompts(prompts: list[Prompt]) -> list[Prompt]:
-    """The first of each identical prompt (same messages, tools and voice), in order."""
-    seen: dict[str, Prompt] = {}
+    """Return the first of each identical prompt (same messages, tools and voice), in order."""
+    first: dict[str, Prompt] = {}
     for prompt in prompts:
         key = json.dumps([prompt.prompt, prompt.voice, tools_of(prompt)], sort_keys=True, default=str)
-        seen.setdefault(key, prompt)
-    return list(seen.values())
+        first.setdefault(key, prompt)
+    return list(first.values())
 
 
-def _join(rows: list[forms.Row]) -> None:
+def _join_groups(rows: list[schemas.Row]) -> None:
     """Join default groups over shared prompts and answer pairs, in place; a group that the data names stays."""
     free = [row for row in rows if not row.own_group]
+    groups: list[str] = []
     links: list[list[Any]] = []
     for row in free:
         # a store's group already joins several prompts, so the prompt itself is a link too
-        links.append([("prompt", prompt_group(row.record.prompt))] + ([("pair", row.pair)] if row.pair else []))
-    for row, group in zip(free, join_groups([row.record.group for row in free], links), strict=True):
+        shared = [("prompt", prompt_group(row.record.prompt))]
+        if row.pair:
+            shared.append(("pair", row.pair))
+        groups.append(row.record.group)
+        links.append(shared)
+    for row, group in zip(free, join_groups(groups, links), strict=True):
         row.record.group = group
 
 
-def _them(count: int) -> str:
-    return "them" if count > 1 else "it"
-
-
 def _rows(count: int) -> str:
-    return "rows" if count > 1 else "row"
+    return "1 row" if count == 1 else f"{count} rows"

@@ -15,16 +15,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.config import UserError
+from rlhf.text import clip
 
-# {"role": "system" | "user" | "assistant" | "tool", "content": text}, and perhaps what only the chat template reads
+# {"role": "system" | "user" | "assistant" | "tool", "content": text}, and fields that only the chat template reads
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 SPLITS = ("train", "validation", "test")
-DEEPEST = 100  # levels of lists and dicts in metadata
+# Levels of lists and dicts in metadata
+DEEPEST = 100
 
 
 class RecordError(ValueError):
-    """A row that cannot be a record: names the field and what is wrong; `load.py` adds file and row."""
+    """A row that cannot be a record: the field and what is wrong with it; `load.py` adds file and row."""
 
     def __init__(self, field: str, message: str):
         super().__init__(message if message.startswith(f"'{field}'") else f"field '{field}': {message}")
@@ -33,26 +35,28 @@ class RecordError(ValueError):
 
 @dataclass(kw_only=True)
 class Record:
-    """What all records share. `group` keeps rows that must not be torn apart by a split together."""
+    """What all records share. Rows of one `group` always get the same split."""
 
     prompt: list[Message]
-    group: str = ""  # default: a hash of the normalised first user turn
-    split: str | None = None  # given in the data; else by hash of the group
-    source: str | None = None  # the file, store or data set it came from
+    # default: a hash of the normalised first user turn
+    group: str = ""
+    # given in the data; else by hash of the group
+    split: str | None = None
+    # the file, store or data set it came from
+    source: str | None = None
     annotator: str | None = None
     voice: str | None = None
     weight: float = 1.0
     metadata: dict[str, Any] = field(default_factory=dict)
-    place = ""  # "data/prefs.jsonl row 118", for messages; no field, for it is not of the record
+    # "data/prefs.jsonl row 118", for messages; without annotation, so that it is no field of the dataclass
+    place = ""
 
     def __post_init__(self):
         check_messages("prompt", self.prompt)
         if self.prompt[-1]["role"] == "assistant":
             raise RecordError("prompt", "ends with an assistant message; the response belongs in a field of its own")
-        if self.split is not None and self.split not in SPLITS:
-            raise RecordError("split", f"found {self.split!r}, expected one of {', '.join(SPLITS)}")
-        if not (is_number(self.weight) and self.weight >= 0):
-            raise RecordError("weight", f"found {self.weight!r}, expected a number from 0 up")
+        _expect(self.split in (None, *SPLITS), "split", self.split, f"one of {', '.join(SPLITS)}")
+        _expect(is_number(self.weight) and self.weight >= 0, "weight", self.weight, "a number from 0 up")
         for name in ("group", "source", "annotator", "voice", "metadata"):
             check_unicode(name, getattr(self, name))
         if not self.group:
@@ -97,10 +101,9 @@ class Preference(Record):
         check_text("rejected", self.rejected)
         if self.chosen == self.rejected:
             raise RecordError("chosen", "'chosen' and 'rejected' are the same text")
-        if self.margin is not None and not is_number(self.margin):
-            raise RecordError("margin", f"found {self.margin!r}, expected a finite number")
-        if self.label_prob is not None and not (is_number(self.label_prob) and 0.0 <= self.label_prob <= 1.0):
-            raise RecordError("label_prob", f"found {self.label_prob!r}, expected a probability")
+        _expect(self.margin is None or is_number(self.margin), "margin", self.margin, "a finite number")
+        is_probability = is_number(self.label_prob) and 0.0 <= self.label_prob <= 1.0
+        _expect(self.label_prob is None or is_probability, "label_prob", self.label_prob, "a probability")
 
 
 @dataclass(kw_only=True)
@@ -113,8 +116,7 @@ class Labelled(Record):
     def __post_init__(self):
         super().__post_init__()
         check_text("response", self.response)
-        if not isinstance(self.label, bool):
-            raise RecordError("label", f"found {self.label!r}, expected true or false")
+        _expect(isinstance(self.label, bool), "label", self.label, "true or false")
 
 
 @dataclass
@@ -157,7 +159,7 @@ class BadScore(UserError):
 
 
 def tools_of(record: Record) -> list[dict[str, Any]] | None:
-    """The tools that the record's answer may call, as its chat template takes them: those in its metadata."""
+    """Return the tools that the record's answer may call, as a chat template takes them, from its metadata."""
     tools = record.metadata.get("tools")
     if isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools):
         return tools
@@ -165,9 +167,8 @@ def tools_of(record: Record) -> list[dict[str, Any]] | None:
 
 
 def check_messages(name: str, messages: Any) -> None:
-    """Raises RecordError unless `messages` is a non-empty list of {"role", "content"} with known roles and text."""
-    if not isinstance(messages, list) or not messages:
-        raise RecordError(name, f"found {_short(messages)}, expected a list of messages")
+    """Raise RecordError unless `messages` is a non-empty list of {"role", "content"} with known roles and text."""
+    _expect(isinstance(messages, list) and bool(messages), name, messages, "a list of messages")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
             raise RecordError(name, f"message {i} is {_short(message)}, expected {{'role': ..., 'content': ...}}")
@@ -179,63 +180,75 @@ def check_messages(name: str, messages: Any) -> None:
 
 
 def check_text(name: str, text: Any) -> None:
-    if not isinstance(text, str):
-        raise RecordError(name, f"found {_short(text)}, expected text")
+    """Raise RecordError unless `text` is text that is not blank and that a file can hold."""
+    _expect(isinstance(text, str), name, text, "text")
     if not text.strip():
         raise RecordError(name, "is empty")
     check_unicode(name, text)
 
 
 def check_unicode(name: str, value: Any) -> None:
-    """Raises RecordError on half a surrogate pair in a text, or anywhere in lists and dicts (names too), and on more
-    than a hundred of these in each other: JSON may carry both, but no tokenizer or UTF-8 file can the former, and few
-    programs the latter."""
-    parts = [value]
+    """Raise RecordError on half a surrogate pair in any text of `value`, and on more than `DEEPEST` nested levels.
+
+    Names of fields count too. JSON may carry both, but no tokenizer or UTF-8 file can hold the former, and few programs
+    the latter.
+    """
+    level = [value]
     for _ in range(DEEPEST):
-        deeper = []
-        for part in parts:
+        inner: list[Any] = []
+        for part in level:
             if isinstance(part, str):
-                try:
-                    part.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    where = f"at character {error.start}"
-                    raise RecordError(name, f"found broken Unicode (half a surrogate pair) {where}") from None
+                _check_encodable(name, part)
             elif isinstance(part, dict):
-                deeper += [*part, *part.values()]
+                inner += [*part, *part.values()]
             elif isinstance(part, (list, tuple)):
-                deeper += part
-        parts = deeper
-        if not parts:
+                inner += part
+        if not inner:
             return
+        level = inner
     raise RecordError(name, f"is nested more than {DEEPEST} levels deep")
 
 
+def _check_encodable(name: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        where = f"at character {error.start}"
+        raise RecordError(name, f"found broken Unicode (half a surrogate pair) {where}") from None
+
+
+def _expect(holds: bool, name: str, value: Any, expected: str) -> None:
+    if not holds:
+        raise RecordError(name, f"found {_short(value)}, expected {expected}")
+
+
+def _short(value: Any) -> str:
+    return clip(repr(value), 60)
+
+
 def is_number(value: Any) -> bool:
-    """A finite int or float; True and False are not numbers here."""
+    """Return whether this is a finite int or float; True and False are not numbers here."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def one_name(name: str) -> str:
-    """A name as it is compared: one form of each character (Unicode NFC), single blanks, none around it."""
+    """Return a name as it is compared: one form of each character (Unicode NFC), single blanks, none around it."""
     return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def normalise(text: str) -> str:
-    """Unicode NFKC, case folded, white space collapsed: what counts as the same text for groups."""
+    """Return text as groups compare it: Unicode NFKC, case folded, white space collapsed."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def prompt_group(prompt: list[Message]) -> str:
-    """The default group: a hash of the normalised first user turn (of the whole prompt if no user speaks)."""
-    first = next((m["content"] for m in prompt if m["role"] == "user"), None)
-    return digest(normalise(first if first is not None else json.dumps(prompt, sort_keys=True)))
+    """Return the default group: a hash of the normalised first user turn (of the whole prompt if no user speaks)."""
+    for message in prompt:
+        if message["role"] == "user":
+            return digest(normalise(message["content"]))
+    return digest(normalise(json.dumps(prompt, sort_keys=True)))
 
 
 def digest(text: str) -> str:
-    """16 hex digits that name a text; the same on every machine and in every process."""
+    """Return 16 hex digits that identify a text; the same on every machine and in every process."""
     return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,7 +1,7 @@
-"""Row forms: how a row of columns becomes a record.
+"""Row schemas: how a row of columns becomes a record.
 
 A row is a dict of columns as JSON gives them; a column that is absent or None is not there. `load.py` adds the place
-to the errors raised here. All forms, with examples, stand in docs/data.md.
+to the errors raised here. docs/data.md shows all schemas with examples.
 """
 
 from __future__ import annotations
@@ -26,68 +26,100 @@ from rlhf.data.records import (
 )
 from rlhf.data.split import answer_pair
 
-FORMS = {
-    Prompt: "{prompt}, {messages}, {instruction}, or any form below (its prompt is taken)",
+SCHEMAS = {
+    Prompt: "{prompt}, {messages}, {instruction}, or any schema below (its prompt is taken)",
     Instruction: "{prompt, response or completion}, {messages}, {instruction, input, output}, or pairs (for chosen)",
     Preference: "{prompt, chosen, rejected}, {chosen, rejected} as conversations that differ in the last answer, or "
     "{input, preferred_output, non_preferred_output}",
     Labelled: "{prompt, response or completion, label}",
 }
+SIDES = ("chosen", "rejected")
+# Columns with one answer, in the order in which they are looked for
+RESPONSES = ("response", "completion", "output")
 # Columns that hold answers: never part of the metadata, since scorers see it
-ANSWERS = ("messages", "chosen", "rejected", "response", "completion", "output")
-ABOUT = ("group", "default_group", "split", "margin", "label_prob", "weight", "source", "annotator", "voice")
-ABOUT += ("chosen_ended", "rejected_ended")
-PAIR = ("user", "assistant")
-MEDIA = ("image", "audio", "video")
-SPLIT_NAMES = {"train": "train", "training": "train", "test": "test"}
-SPLIT_NAMES |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
-TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}
+ANSWERS = ("messages", *SIDES, *RESPONSES)
+CONVERSATIONS = ("messages", "conversations", "conversation")
+# Columns of other media, and what stands for one in a text
+MEDIA = {
+    "image": "<image>",
+    "images": "<image>",
+    "audio": "<audio>",
+    "audios": "<audio>",
+    "video": "<video>",
+    "videos": "<video>",
+}
+# Fields of messages that are read, or say something that needs no reading
+READ_FIELDS = {"role", "content", "from", "value", "weight", *PASSED}
+OPENAI_SIDES = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
+TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
-class NotThisForm(RecordError):
-    """The row's columns are not a form of the kind asked for."""
+class UnknownSchema(RecordError):
+    """The row's columns are not a schema of the kind asked for."""
+
+    def __init__(self, row: dict[str, Any]):
+        super().__init__("columns", f"found {', '.join(row) or 'no columns'}, expected others")
 
 
 @dataclass
 class Row:
-    """A record with what the grouping needs: whether the data named its group, and its answer pair if it has one."""
+    """A record with what grouping needs: whether the data named its group, and its answer pair if it has one."""
 
     record: Record
     own_group: bool
     pair: str | None
-    form: str
-    notes: list[str]  # what may be meant otherwise than it was read
+    schema: str
+    # what may be meant otherwise than it was read
+    notes: list[str]
 
 
-def read(row: dict[str, Any], kind: type[Record], source: str | None = None) -> Row:
-    """One row as a record of `kind` (Prompt, Instruction, Preference or Labelled). Raises RecordError."""
-    row = _usual({name: value for name, value in row.items() if value is not None})
-    prompt, fields, form = _FIELDS[kind](row)
-    prompt = _with_system(row, prompt)
-    fields |= _about(row, source, kind)
-    used = {"system"} | {name for name in ("prompt", "instruction", "input") if name in form.split("+")}
+@dataclass
+class Content:
+    """The prompt of a row, its answers as fields of the record, and the columns they stood in, joined by "+"."""
+
+    prompt: list[Message]
+    fields: dict[str, Any]
+    schema: str
+
+
+def read_row(row: dict[str, Any], kind: type[Record], source: str | None = None) -> Row:
+    """Return one row as a record of `kind` (Prompt, Instruction, Preference or Labelled). Raises RecordError."""
+    row = _with_usual_names(row)
+    content = _READERS[kind](row)
+    prompt = _with_system(row, content.prompt)
+    fields = content.fields | _other_fields(row, source, kind)
+
+    used = {"system", *ANSWERS, *FIELDS, *content.schema.split("+")}
     if "instruction" in used:
         used.add("history")
-    if kind is Labelled:
-        used.add("label")
-    metadata = {k: v for k, v in row.items() if k not in used and k not in ANSWERS and k not in ABOUT}
+    metadata = {name: value for name, value in row.items() if name not in used}
     if isinstance(metadata.get("metadata"), dict):
         metadata |= metadata.pop("metadata")
+
     record = kind(prompt=prompt, metadata=metadata, **fields)
-    said = [*_unread_columns(metadata), *_unread_fields(row), *notes(prompt)]
-    return Row(record, own_group=row.get("group", "") != "", pair=_pair(row, record), form=form, notes=said)
+    remarks = [*_unread_columns(metadata), *_unread_fields(row), *notes(prompt)]
+    return Row(record, row.get("group", "") != "", _answer_pair(row, record), content.schema, remarks)
 
 
 def guess_kind(row: dict[str, Any]) -> type[Record]:
-    """The kind that a row's columns suggest, the most telling first."""
+    """Return the kind that a row's columns suggest, the most telling first."""
     with contextlib.suppress(RecordError):
-        row = _usual({name: value for name, value in row.items() if value is not None})
+        row = _with_usual_names(row)
     has = {name for name, value in row.items() if value is not None}
-    if {"chosen", "rejected"} <= has or {"preferred_output", "non_preferred_output"} <= has:
+    if has.issuperset(SIDES) or has.issuperset(OPENAI_SIDES):
         return Preference
     if "label" in has and has & {"response", "completion"}:
         return Labelled
-    if has & {"response", "completion", "output"}:
+    if has.intersection(RESPONSES):
         return Instruction
     try:
         turns = conversation("messages", row.get("messages"))
@@ -96,147 +128,166 @@ def guess_kind(row: dict[str, Any]) -> type[Record]:
     return Instruction if turns and turns[-1]["role"] == "assistant" else Prompt
 
 
-def _preference(row: dict) -> tuple[list[Message], dict, str]:
-    prompt, chosen, rejected, form = _both_answers(row)
-    return prompt, {"chosen": chosen, "rejected": rejected}, form
-
-
-def _instruction(row: dict) -> tuple[list[Message], dict, str]:
-    if "chosen" in row and not _has_response(row) and "messages" not in row:
-        prompt, chosen, _, form = _both_answers(row)
-        return prompt, {"response": chosen}, form
-    if TRUTH.get(_lower(row.get("label"))) is False:
-        raise RecordError("label", "is false, and an answer marked as bad is not one to imitate")
-    prompt, response, form = _one_answer(row)
-    return prompt, {"response": response}, form
-
-
-def _labelled(row: dict) -> tuple[list[Message], dict, str]:
-    if "label" not in row or not _has_response(row):
-        raise NotThisForm("columns", _columns(row))
-    prompt, response, form = _one_answer(row)
-    label = TRUTH.get(_lower(row["label"]))
-    if label is None:
-        raise RecordError("label", f"found {row['label']!r}, expected true or false")
-    return prompt, {"response": response, "label": label}, form + "+label"
-
-
-def _prompt(row: dict) -> tuple[list[Message], dict, str]:
+def _read_prompt(row: dict[str, Any]) -> Content:
     if "prompt" in row or "instruction" in row:
-        prompt, form = _explicit_prompt(row)
-        return prompt, {}, form
+        prompt, schema = _explicit_prompt(row)
+        return Content(prompt, {}, schema)
     if "messages" in row:
         turns = messages("messages", row["messages"])
-        return (turns[:-1] if turns[-1]["role"] == "assistant" else turns), {}, "messages"
-    for name in ("chosen", "rejected", "response", "completion"):
-        if name in row and (whole := conversation(name, row[name])) is not None:
-            return _split_last(name, whole)[0], {}, name
-    raise NotThisForm("columns", _columns(row))
+        return Content(turns[:-1] if turns[-1]["role"] == "assistant" else turns, {}, "messages")
+    for name in (*SIDES, "response", "completion"):
+        whole = conversation(name, row[name]) if name in row else None
+        if whole is not None:
+            return Content(_split_last(name, whole)[0], {}, name)
+    raise UnknownSchema(row)
 
 
-_FIELDS = {Prompt: _prompt, Instruction: _instruction, Preference: _preference, Labelled: _labelled}
-
-
-def _both_answers(row: dict) -> tuple[list[Message], str, str, str]:
-    """(prompt, chosen, rejected, form) of a preference row, its prompt explicit or common to both conversations."""
+def _read_preference(row: dict[str, Any]) -> Content:
+    """Read a pair whose prompt is explicit or common to both conversations."""
     if "chosen" not in row and "rejected" not in row:
-        raise NotThisForm("columns", _columns(row))
-    for name in ("chosen", "rejected"):
+        raise UnknownSchema(row)
+    for name in SIDES:
         if name not in row:
             raise RecordError(name, "is missing")
     if "prompt" in row or "instruction" in row:
-        prompt, form = _explicit_prompt(row)
-        answers = [_answer(name, row[name], row, prompt) for name in ("chosen", "rejected")]
-        return prompt, *answers, form + "+chosen+rejected"
-    parts = []
-    for name in ("chosen", "rejected"):
+        prompt, schema = _explicit_prompt(row)
+        answers = {name: _answer(name, row, prompt) for name in SIDES}
+        return Content(prompt, answers, f"{schema}+chosen+rejected")
+
+    prompts, answers = [], {}
+    for name in SIDES:
         whole = conversation(name, row[name])
         if whole is None:
             raise RecordError("prompt", f"is missing, and '{name}' is not a whole conversation that would contain it")
-        parts.append(_split_last(name, whole))
-    if parts[0][0] != parts[1][0]:
+        before, answers[name] = _split_last(name, whole)
+        prompts.append(before)
+    if prompts[0] != prompts[1]:
         raise RecordError("rejected", "its conversation differs from that of 'chosen' before the last answer")
-    return parts[0][0], parts[0][1], parts[1][1], "chosen+rejected"
+    return Content(prompts[0], answers, "chosen+rejected")
 
 
-def _one_answer(row: dict) -> tuple[list[Message], str, str]:
-    """(prompt, response, form) of a row with one answer."""
-    if "messages" in row and not _has_response(row):
-        prompt, response = _split_last("messages", messages("messages", row["messages"]))
+def _read_instruction(row: dict[str, Any]) -> Content:
+    response = next((name for name in RESPONSES if name in row), None)
+    if "chosen" in row and response is None and "messages" not in row:
+        pair = _read_preference(row)
+        return Content(pair.prompt, {"response": pair.fields["chosen"]}, pair.schema)
+    if TRUTH.get(_lowered(row.get("label"))) is False:
+        raise RecordError("label", "is false, and an answer marked as bad is not one to imitate")
+
+    if "messages" in row and response is None:
+        prompt, answer = _split_last("messages", messages("messages", row["messages"]))
         if row["messages"][-1].get("weight") == 0:
             raise RecordError("messages", "ends with an answer of weight 0, which is not to be imitated")
-        return prompt, response, "messages"
-    name = next((n for n in ("response", "completion", "output") if n in row), None)
-    if name is None:
-        raise NotThisForm("columns", _columns(row))
+        return Content(prompt, {"response": answer}, "messages")
+    if response is None:
+        raise UnknownSchema(row)
+    return _one_answer(row, response)
+
+
+def _read_labelled(row: dict[str, Any]) -> Content:
+    response = next((name for name in RESPONSES if name in row), None)
+    if "label" not in row or response is None:
+        raise UnknownSchema(row)
+    content = _one_answer(row, response)
+    label = _boolean("label", row["label"])
+    return Content(content.prompt, content.fields | {"label": label}, f"{content.schema}+label")
+
+
+_READERS = {
+    Prompt: _read_prompt,
+    Instruction: _read_instruction,
+    Preference: _read_preference,
+    Labelled: _read_labelled,
+}
+
+
+def _one_answer(row: dict[str, Any], name: str) -> Content:
+    """Read a row whose column `name` holds the answer, or the whole conversation."""
     if "prompt" in row or "instruction" in row:
-        prompt, form = _explicit_prompt(row)
-        return prompt, _answer(name, row[name], row, prompt), f"{form}+{name}"
+        prompt, schema = _explicit_prompt(row)
+        return Content(prompt, {"response": _answer(name, row, prompt)}, f"{schema}+{name}")
     whole = conversation(name, row[name])
     if whole is None:
-        raise NotThisForm("columns", _columns(row))
-    return *_split_last(name, whole), name
+        raise UnknownSchema(row)
+    prompt, answer = _split_last(name, whole)
+    return Content(prompt, {"response": answer}, name)
 
 
-def _explicit_prompt(row: dict) -> tuple[list[Message], str]:
+def _explicit_prompt(row: dict[str, Any]) -> tuple[list[Message], str]:
+    """Return the messages of the columns prompt, or instruction with input and history, and the columns' names."""
     if "prompt" in row:
         whole = conversation("prompt", row["prompt"])
         if whole is None:
             check_text("prompt", row["prompt"])
             whole = [{"role": "user", "content": row["prompt"]}]
         elif isinstance(row["prompt"], str) and whole[-1] == {"role": "assistant", "content": ""}:
-            whole = whole[:-1]  # "... \n\nAssistant:" asks for the answer
+            # "... \n\nAssistant:" asks for the answer
+            whole = whole[:-1]
         return whole, "prompt"
+
     check_text("instruction", row["instruction"])
-    asked, form, before = row["instruction"], "instruction", _history(row.get("history"))
+    before = _history(row.get("history"))
+    question, schema = row["instruction"], "instruction"
     if "input" in row:
-        form = "instruction+input"
+        schema = "instruction+input"
         if row["input"] != "":
             check_text("input", row["input"])
-            asked = f"{asked}\n\n{row['input']}"
-    return [*before, {"role": "user", "content": asked}], form
+            question = f"{question}\n\n{row['input']}"
+    return [*before, {"role": "user", "content": question}], schema
 
 
 def _history(given: Any) -> list[Message]:
-    """Earlier turns as Alpaca's `history` has them: [[question, answer], ...]."""
+    """Return earlier turns as Alpaca's `history` has them: [[question, answer], ...]."""
     if not given:
         return []
     if not isinstance(given, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in given):
         raise RecordError("history", "expected a list of [question, answer]")
-    return messages("history", [{"role": r, "content": t} for turn in given for r, t in zip(PAIR, turn, strict=True)])
+    turns = []
+    for question, answer in given:
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages("history", turns)
 
 
-def _answer(name: str, value: Any, row: dict, prompt: list[Message]) -> str:
-    """The answer's text, given alone or at the end of a conversation that repeats the prompt."""
+def _answer(name: str, row: dict[str, Any], prompt: list[Message]) -> str:
+    """Return the answer's text, given alone or at the end of a conversation that repeats the prompt."""
+    value, asked = row[name], row.get("prompt")
     whole = conversation(name, value)
-    asked = row.get("prompt")
-    transcript = isinstance(asked, str) and parse_turns(asked) is not None
-    known = (prompt, [m for m in prompt if m["role"] != "system"], _with_system(row, prompt))
-    if whole and not transcript and isinstance(value, str) and parse_turns(value) == whole and whole[:-1] not in known:
-        whole = None  # an answer that is a dialogue
+    in_transcript = isinstance(asked, str) and parse_turns(asked) is not None
+    repeats_prompt = False
+    if whole is not None:
+        without_system = [message for message in prompt if message["role"] != "system"]
+        repeats_prompt = whole[:-1] in (prompt, without_system, _with_system(row, prompt))
+        # an answer that is itself a dialogue
+        is_text = isinstance(value, str) and parse_turns(value) == whole
+        if is_text and not in_transcript and not repeats_prompt:
+            whole = None
+
     if whole is None:
         check_text(name, value)
-        return value.strip() if transcript else value
+        return value.strip() if in_transcript else value
     before, answer = _split_last(name, whole)
-    if before and before not in known:
+    if before and not repeats_prompt:
         raise RecordError(name, "its conversation before the last answer is not the one in 'prompt'")
     return answer
 
 
-def _usual(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with messages, tools and OpenAI's pairs under their usual names; what nothing here reads is refused."""
-    row = _from_openai(row)
-    named = [name for name in ("messages", "conversations", "conversation") if name in row]
-    turns = as_list(named[0], row[named[0]]) if len(named) == 1 else None
-    if turns is not None and (named == ["messages"] or not {"prompt", "instruction"} & row.keys()):
-        del row[named[0]]
-        is_prompt = named != ["messages"] and "chosen" in row
+def _with_usual_names(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row without empty columns, with messages, tools and OpenAI's pairs under their usual names.
+
+    Raises RecordError for columns that nothing here can read.
+    """
+    row = _from_openai({name: value for name, value in row.items() if value is not None})
+    present = [name for name in CONVERSATIONS if name in row]
+    turns = as_list(present[0], row[present[0]]) if len(present) == 1 else None
+    if turns is not None and (present == ["messages"] or not {"prompt", "instruction"} & row.keys()):
+        del row[present[0]]
+        is_prompt = present != ["messages"] and "chosen" in row
         row["prompt" if is_prompt else "messages"] = turns
-    for kind in MEDIA:
-        for name in (kind, f"{kind}s"):
-            seen = isinstance(row.get(name), (list, dict, bytes)) and row[name]
-            if seen or (row.get(name) and any(f"<{kind}>" in str(text) for text in row.values())):
-                raise RecordError(name, "cannot be read here: prompts and answers are text")
+
+    for name, tag in MEDIA.items():
+        value = row.get(name)
+        if value and (isinstance(value, (list, dict, bytes)) or any(tag in str(text) for text in row.values())):
+            raise RecordError(name, "cannot be read here: prompts and answers are text")
     if isinstance(row.get("functions"), list) and row["functions"]:
         raise RecordError("functions", "is not read; give them as 'tools'")
     if "tools" in row:
@@ -246,8 +297,25 @@ def _usual(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
+def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
+    """Return OpenAI's preference schema as {prompt, chosen, rejected}; other rows as they are.
+
+    {"input": {"messages", "tools", "parallel_tool_calls"}, "preferred_output", "non_preferred_output"}.
+    """
+    given = row.get("input")
+    if not isinstance(given, dict) or "messages" not in given:
+        return row
+    found = {"prompt": given["messages"]}
+    if given.get("tools"):
+        found["tools"] = given["tools"]
+    for name, value in row.items():
+        if name != "input":
+            found[OPENAI_SIDES.get(name, name)] = value
+    return found
+
+
 def _tools(given: Any) -> Any:
-    """Tools as OpenAI has them, also from JSON text; a column that only has the name stays as it is."""
+    """Return tools as OpenAI has them, also from JSON text; a column that only has the name stays as it is."""
     tools = given
     if isinstance(given, str) and given.lstrip().startswith("["):
         try:
@@ -256,68 +324,64 @@ def _tools(given: Any) -> Any:
             raise RecordError("tools", "is a list that is not whole JSON") from None
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         return given
-    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-    if not all(isinstance(t["function"], dict) and isinstance(t["function"].get("name"), str) for t in tools):
-        raise RecordError("tools", "has an entry without a function's name")
-    return tools
+
+    found = []
+    for tool in tools:
+        # a function alone, as some data sets have it
+        tool = tool if "function" in tool else {"type": "function", "function": tool}
+        if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
+            raise RecordError("tools", "has an entry without a function's name")
+        found.append(tool)
+    return found
 
 
 def _unread_columns(metadata: dict[str, Any]) -> list[str]:
-    """Notes on columns that went into the metadata and look like conversations."""
+    """Return notes on columns that went into the metadata and look like conversations."""
     found = []
     for name, value in metadata.items():
-        pairs = isinstance(value, list) and value and all(isinstance(v, list) and len(v) == 2 for v in value)
         try:
-            listed = as_list(name, value) is not None
+            is_conversation = as_list(name, value) is not None
         except RecordError:
-            listed = True
-        if listed or pairs:
+            is_conversation = True
+        if isinstance(value, list) and value and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
+            is_conversation = True
+        if is_conversation:
             found.append(f"column '{name}' looks like a conversation and is not read; it stays in the metadata")
     return found
 
 
 def _unread_fields(row: dict[str, Any]) -> list[str]:
-    """Notes on fields of messages that nothing reads."""
-    known = {"role", "content", "from", "value", "weight", *PASSED}
+    """Return notes on fields of messages that nothing reads."""
     unread: dict[str, None] = {}
     for name in ("prompt", *ANSWERS):
-        given = row[name] if isinstance(row.get(name), list) else []
-        for message in filter(lambda m: isinstance(m, dict), given):
-            names = known | ({"name"} if message.get("role") == "tool" else set())
-            unread |= {key: None for key, value in message.items() if key not in names and value not in (None, "", [])}
-    return [f"'{key}' of messages is not read" for key in unread]
-
-
-def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's preference form as {prompt, chosen, rejected}; other rows as they are.
-
-    {"input": {"messages", "tools", "parallel_tool_calls"}, "preferred_output", "non_preferred_output"}.
-    """
-    given = row.get("input")
-    if not isinstance(given, dict) or "messages" not in given:
-        return dict(row)
-    named = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
-    rest = {named.get(name, name): value for name, value in row.items() if name != "input"}
-    return {"prompt": given["messages"]} | ({"tools": given["tools"]} if given.get("tools") else {}) | rest
+        given = row.get(name)
+        for message in given if isinstance(given, list) else ():
+            if not isinstance(message, dict):
+                continue
+            for key, value in message.items():
+                is_tool_name = key == "name" and message.get("role") == "tool"
+                if key not in READ_FIELDS and not is_tool_name and value not in (None, "", []):
+                    unread[f"'{key}' of messages is not read"] = None
+    return list(unread)
 
 
 def _split_last(name: str, turns: list[Message]) -> tuple[list[Message], str]:
+    """Return the messages before the last, and the text of the last, which must be an answer in plain text."""
     last = turns[-1]
     if last["role"] != "assistant":
         raise RecordError(name, f"ends with a {last['role']} message, expected the assistant's answer last")
     if "tool_calls" in last:
         raise RecordError(name, "ends with an answer that calls a tool, and an answer is text here")
-    thoughts = [key for key in THOUGHTS if key in last]
-    if thoughts:
-        raise RecordError(
-            name,
-            f"ends with an answer that has '{thoughts[0]}'; write it into the content, as the model does, or drop it",
-        )
+    for key in THOUGHTS:
+        if key in last:
+            remedy = "write it into the content, as the model does, or drop it"
+            raise RecordError(name, f"ends with an answer that has '{key}'; {remedy}")
     check_text(name, last["content"])
     return turns[:-1], last["content"]
 
 
-def _with_system(row: dict, prompt: list[Message]) -> list[Message]:
+def _with_system(row: dict[str, Any], prompt: list[Message]) -> list[Message]:
+    """Return the prompt with the row's system column as first message."""
     system = row.get("system")
     if system is None or system == "":
         return prompt
@@ -329,27 +393,26 @@ def _with_system(row: dict, prompt: list[Message]) -> list[Message]:
     return [{"role": "system", "content": system}, *prompt]
 
 
-def _about(row: dict, source: str | None, kind: type[Record]) -> dict[str, Any]:
-    """The fields that say something about a row; empty text (as CSV has it) counts as not given."""
-    given = {name: row[name] for name in ABOUT if row.get(name) not in (None, "")}
+def _other_fields(row: dict[str, Any], source: str | None, kind: type[Record]) -> dict[str, Any]:
+    """Return the fields that describe a row; empty text (as CSV has it) counts as not given."""
     fields: dict[str, Any] = {"source": source}
-    for name in ("source", "annotator", "voice", "default_group", "group"):
-        if name in given:
-            fields[name.removeprefix("default_")] = one_name(str(given[name]))
-    if "split" in given:
-        name = str(given["split"]).lower()
-        if name not in SPLIT_NAMES:
-            raise RecordError("split", f"found {given['split']!r}, expected one of train, validation, test")
-        fields["split"] = SPLIT_NAMES[name]
-    for name in ("weight", "margin", "label_prob") if kind is Preference else ("weight",):
-        if name in given:
-            fields[name] = _number(name, given[name])
-    for name in ("chosen_ended", "rejected_ended") if kind is Preference else ():
-        if name in given:
-            fields[name] = TRUTH.get(str(given[name]).lower(), given[name])
-            if not isinstance(fields[name], bool):
-                raise RecordError(name, f"found {given[name]!r}, expected true or false")
+    for name, read in FIELDS.items():
+        value = row.get(name)
+        applies = kind is Preference or name not in PREFERENCE_FIELDS
+        if applies and value is not None and value != "":
+            fields[name.removeprefix("default_")] = read(name, value)
     return fields
+
+
+def _name(name: str, value: Any) -> str:
+    return one_name(str(value))
+
+
+def _split(name: str, value: Any) -> str:
+    split = SPLIT_NAMES.get(str(value).lower())
+    if split is None:
+        raise RecordError(name, f"found {value!r}, expected one of train, validation, test")
+    return split
 
 
 def _number(name: str, value: Any) -> float:
@@ -362,29 +425,45 @@ def _number(name: str, value: Any) -> float:
     return number
 
 
-def _pair(row: dict, record: Record) -> str | None:
-    """The answer pair of a preference row, whatever kind it is read as: the same rows must share groups in all."""
+def _boolean(name: str, value: Any) -> bool:
+    truth = TRUTH.get(_lowered(value))
+    if truth is None:
+        raise RecordError(name, f"found {value!r}, expected true or false")
+    return truth
+
+
+def _lowered(value: Any) -> str:
+    return str(value).strip().lower()
+
+
+# How each column that describes a row becomes a field; a group that the data names wins over a default
+FIELDS = {
+    "source": _name,
+    "annotator": _name,
+    "voice": _name,
+    "default_group": _name,
+    "group": _name,
+    "split": _split,
+    "weight": _number,
+    "margin": _number,
+    "label_prob": _number,
+    "chosen_ended": _boolean,
+    "rejected_ended": _boolean,
+}
+PREFERENCE_FIELDS = {"margin", "label_prob", "chosen_ended", "rejected_ended"}
+
+
+def _answer_pair(row: dict[str, Any], record: Record) -> str | None:
+    """Return the answer pair of a row, whatever it is read as: the same rows must share groups in every kind."""
     if isinstance(record, Preference):
         return answer_pair(record.chosen, record.rejected)
-    if "chosen" not in row or "rejected" not in row:
+    if not row.keys() >= set(SIDES):
         return None
     try:
-        _, chosen, rejected, _ = _both_answers(row)
+        answers = _read_preference(row).fields
     except RecordError:
         return None
-    both_said = chosen.strip() and rejected.strip() and chosen != rejected
-    return answer_pair(chosen, rejected) if both_said else None
-
-
-def _has_response(row: dict) -> bool:
-    return any(name in row for name in ("response", "completion", "output"))
-
-
-def _lower(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.strip().lower()
-    return value if isinstance(value, (bool, int)) else None
-
-
-def _columns(row: dict) -> str:
-    return "found " + (", ".join(row) if row else "no columns") + ", expected others"
+    chosen, rejected = answers["chosen"], answers["rejected"]
+    if not chosen.strip() or not rejected.strip() or chosen == rejected:
+        return None
+    return answer_pair(chosen, rejected)

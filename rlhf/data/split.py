@@ -17,7 +17,7 @@ Split = Literal["train", "validation", "test"]
 
 
 def split_of(group: str, validation_fraction: float = 0.05, test_fraction: float = 0.1) -> Split:
-    """The split of a group by its hash u in [0, 1): test if u < test_fraction, validation at the other end.
+    """Return the split of a group by its hash u in [0, 1): test if u < test_fraction, validation at the other end.
 
     With a larger fraction each held-out set only grows: what was test stays test, what was validation stays so.
     """
@@ -29,15 +29,18 @@ def split_of(group: str, validation_fraction: float = 0.05, test_fraction: float
 
 
 def half_of(group: str) -> Literal["a", "b"]:
-    """One of two halves by a hash independent of `split_of`: the referee trains on one, every method on the other."""
+    """Return the half of a group by a hash independent of `split_of`.
+
+    The referee of an experiment trains on one half, every method on the other.
+    """
     return "a" if _uniform("half", group) < 0.5 else "b"
 
 
-def some(rows: Sequence[R], count: int | None) -> list[R]:
-    """Return the first `count` (None: all) by a hash of the group that is independent of its split.
+def first_by_hash(rows: Sequence[R], count: int | None) -> list[R]:
+    """Return the first `count` rows (None: all) by a hash of the group that is independent of its split.
 
-    rows: records, or what `encode` makes of them. By name or by place, the first groups of data that names its groups
-    or is sorted would be of one kind: billing before delivery.
+    rows: records, or what `encode` makes of them. The hash mixes all kinds of groups; their names or places would not
+    where data names its groups or is sorted.
     """
 
     def key(row: R) -> tuple[float, str, str]:
@@ -62,19 +65,19 @@ def assign(
     check_fractions(validation_fraction, test_fraction)
     given: dict[str, str] = {}
     for record in records:
-        if record.split is None:
-            continue
-        if given.setdefault(record.group, record.split) != record.split:
+        if record.split is not None and given.setdefault(record.group, record.split) != record.split:
             raise UserError(_conflict(records, record.group, places))
+
     cut_validation = bool(given) and "validation" not in given.values()
     for record in records:
         by_hash = split_of(record.group, validation_fraction, test_fraction)
-        split = given.get(record.group, by_hash)
-        record.split = "validation" if cut_validation and split == "train" and by_hash == "validation" else split
+        record.split = given.get(record.group, by_hash)
+        if cut_validation and record.split == "train" and by_hash == "validation":
+            record.split = "validation"
 
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
-    """Raises UserError unless both are in [0, 1) and leave something to train on."""
+    """Raise UserError unless both are in [0, 1) and leave something to train on."""
     for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0.0 <= value < 1.0:
             raise UserError(f"option '{name}': found {value}, expected a share from 0 up to, not including, 1")
@@ -86,16 +89,17 @@ def check_fractions(validation_fraction: float, test_fraction: float) -> None:
 
 
 def answer_pair(one: str, other: str) -> str:
-    """A name for two answers that is the same in either order and however they are spaced or capitalised."""
+    """Return a name for two answers that is the same in either order and however they are spaced or capitalised."""
     return digest("\x00".join(sorted((normalise(one), normalise(other)))))
 
 
 def join_groups(groups: list[str], links: list[Iterable[Hashable]]) -> list[str]:
-    """Groups after joining: rows with a group or any link in common (directly or over others) get one.
+    """Return the groups after joining: rows with a group or any link in common, directly or over others, get one.
 
     groups: N names; links: for each row what it shares with others, such as its answer pair. The joint group's name
     is the smallest of its members' names, so it does not depend on the order of rows.
     """
+    # a forest over groups and links (union-find); a root is its own parent
     parent: dict[Hashable, Hashable] = {}
 
     def root(node: Hashable) -> Hashable:
@@ -108,31 +112,32 @@ def join_groups(groups: list[str], links: list[Iterable[Hashable]]) -> list[str]
     for group, shared in zip(groups, links, strict=True):
         for link in shared:
             parent[root(("link", link))] = root(("group", group))
+
+    roots = [root(("group", group)) for group in groups]
     smallest: dict[Hashable, str] = {}
-    for group in groups:
-        at = root(("group", group))
-        smallest[at] = min(group, smallest.get(at, group))
-    return [smallest[root(("group", group))] for group in groups]
+    for node, group in zip(roots, groups, strict=True):
+        smallest[node] = min(group, smallest.get(node, group))
+    return [smallest[node] for node in roots]
 
 
 def _uniform(purpose: str, group: str) -> float:
-    """A number in [0, 1) that depends on nothing but the purpose and the group."""
+    """Return a number in [0, 1) that depends on nothing but the purpose and the group."""
     whole = int.from_bytes(hashlib.sha256(f"{purpose}:{group}".encode()).digest()[:8], "big")
     return (whole >> 11) / 2**53
 
 
 def _conflict(records: list[Record], group: str, places: list[str] | None) -> str:
-    rows: dict[str, list[str]] = {}
+    by_split: dict[str, list[str]] = {}
     for i, record in enumerate(records):
         if record.group == group and record.split is not None:
-            rows.setdefault(record.split, []).append(places[i] if places else f"record {i + 1}")
-    found = "; ".join(f"{split} at {_some(where)}" for split, where in rows.items())
+            by_split.setdefault(record.split, []).append(places[i] if places else f"record {i + 1}")
+
+    found = []
+    for split, rows in by_split.items():
+        more = f" and {len(rows) - 3} more" if len(rows) > 3 else ""
+        found.append(f"{split} at {', '.join(rows[:3])}{more}")
     return (
-        f"group '{group}' is given more than one split: {found}. Rows of one group share a prompt or a pair of answers "
-        "(or the value of a 'group' column), so one would give away the other. Give them one split, or leave out the "
-        "'split' column and let the group decide"
+        f"group '{group}' is given more than one split: {'; '.join(found)}. Rows of one group share a prompt or a "
+        "pair of answers (or the value of a 'group' column), so one would give away the other. Give them one split, "
+        "or leave out the 'split' column and let the group decide"
     )
-
-
-def _some(places: list[str], show: int = 3) -> str:
-    return ", ".join(places[:show]) + (f" and {len(places) - show} more" if len(places) > show else "")

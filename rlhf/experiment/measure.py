@@ -20,7 +20,7 @@ from rlhf.compare.measure import CompareConfig, check_judges, load_policies, run
 from rlhf.compare.text_metrics import encode_texts, perplexity, text_losses
 from rlhf.config import UserError, option, parse
 from rlhf.data.records import Instruction, Prompt, Samples, Scorer
-from rlhf.data.split import some
+from rlhf.data.split import first_by_hash
 from rlhf.experiment.config import ExperimentConfig, sweep_of
 from rlhf.experiment.cost import cost_until
 from rlhf.files import dumps, write_atomic
@@ -104,7 +104,7 @@ def sample_policies(config: ExperimentConfig, place: Path, specs: list, trial: s
     policies = load_policies(paths, world.device, config.max_prompt_length, config.max_response_length)
     model, context = policies[0]
     evaluation = Evaluation(
-        prompts=some(encode_prompts(records, tokenizer, config.max_prompt_length), config.n_prompts),
+        prompts=first_by_hash(encode_prompts(records, tokenizer, config.max_prompt_length), config.n_prompts),
         tokenizer=tokenizer,
         stop_ids=stop_ids(tokenizer, model),
         sampling=Sampling(config.max_response_length, config.temperature),

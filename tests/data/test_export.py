@@ -148,11 +148,11 @@ def test_openai_chat_as_it_comes(tmp_path):
 
 
 def test_an_answer_of_weight_zero_is_not_imitated():
-    from rlhf.data.schemas import read
+    from rlhf.data.schemas import read_row
 
     row = {"messages": [TURNS[0], {"role": "assistant", "content": "x", "weight": 0}]}
     with pytest.raises(RecordError, match="weight 0"):
-        read(row, Instruction)
+        read_row(row, Instruction)
 
 
 def test_the_command_and_what_it_refuses(tmp_path, capsys):

@@ -5,7 +5,7 @@ import pytest
 
 from rlhf.config import UserError
 from rlhf.data.records import Prompt
-from rlhf.data.split import answer_pair, assign, half_of, join_groups, some, split_of
+from rlhf.data.split import answer_pair, assign, first_by_hash, half_of, join_groups, split_of
 
 GROUPS = [f"group {i}" for i in range(4000)]
 
@@ -97,11 +97,12 @@ def test_the_first_few_are_drawn_by_the_hash_of_their_group():
     # replacement sqrt(200 / 4 * 600 / 799) = 6.1. By name all of them would be billing.
     kinds = [f"{kind}-{i:03}" for kind in ("billing", "delivery") for i in range(400)]
     records = [Prompt(prompt=[{"role": "user", "content": name}], group=name) for name in kinds]
-    chosen = some(records, 200)
+    chosen = first_by_hash(records, 200)
     assert 75 < sum(r.group.startswith("billing") for r in chosen) < 125
-    assert chosen == some(records[::-1], 200) == some(records, None)[:200]  # whatever the order of rows
+    # whatever the order of rows
+    assert chosen == first_by_hash(records[::-1], 200) == first_by_hash(records, None)[:200]
     encoded = [{"record": r, "prompt_ids": []} for r in records]
-    assert [row["record"] for row in some(encoded, 200)] == chosen
+    assert [row["record"] for row in first_by_hash(encoded, 200)] == chosen
     # independent of the split: of the test groups as many come first as of the others
     test = sum(split_of(r.group, test_fraction=0.5, validation_fraction=0.0) == "test" for r in chosen)
     assert 75 < test < 125

@@ -4,204 +4,218 @@ from __future__ import annotations
 
 import hashlib
 import re
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import UserError
 from rlhf.data import load, sources
 from rlhf.data.annotator_report import annotators_markdown, describe_alpha, describe_kappas
+from rlhf.data.describe import print_summary
 from rlhf.data.export import write_text
 from rlhf.data.prepare.pii import masked
+from rlhf.data.prepare.steps import Step
 from rlhf.data.records import Labelled, Preference, Record
+from rlhf.text import escape_cell, markdown_table
 
-KAPPAS = 10  # how many the terminal shows, the lowest
+# Lowest kappas that the terminal shows; the card has all
+KAPPAS = 10
 LIMITS = """\
 - Personal data is found by its form. Names are not found, postal addresses only in some written forms (English and
   German streets, P.O. boxes), national telephone numbers only of the regions named. What is left may still hold some.
-- Near duplicates and leaks are found by wording. A paraphrase or a translation is not found.
+- Near duplicates and contamination are found by wording. A paraphrase or a translation is not found.
 - Groups keep rows together that share a prompt, nearly so, or an answer pair; what is alike in meaning alone may still
   stand in two splits."""
 
 
-def origins(names: Sequence[str], table: load.Table, licences: Sequence[str]) -> list[dict[str, Any]]:
-    """Where the rows come from: {source, rows, bad, identity, licence}; call before rows are left out."""
-    bad = Counter(b.source for b in table.bad)
-    stated: dict[str, Counter] = {name: Counter() for name in names}
-    place = iter(table.records)
-    for name in names:
-        for _ in range(table.good[name]):
-            record = next(place)
-            given = record.metadata.get("license") or record.metadata.get("licence")
-            if given:
-                stated[name][masked(str(given))] += 1
-    found = []
-    for i, name in enumerate(names):
-        told = licences[i if len(licences) > 1 else 0] if licences else ""
-        rows = ", ".join(f"{licence} ({count} rows)" for licence, count in stated[name].most_common())
-        row = {"source": _shown(name), "rows": table.good[name], "bad": bad[name], "identity": _identity(name)}
-        found.append(row | {"licence": "; ".join(filter(None, (told, rows))) or "not stated"})
+def describe_sources(names: Sequence[str], table: load.Table, licences: Sequence[str]) -> list[dict[str, Any]]:
+    """Return {source, rows, bad, identity, licence} of each source. Call it before rows are left out.
+
+    licences: one for all sources, one for each, or none. Licences that rows state in their metadata are counted.
+    """
+    if len(licences) <= 1:
+        licences = [*licences, ""][:1] * len(names)
+    bad = Counter(row.source for row in table.bad)
+    found, start = [], 0
+    for name, licence in zip(names, licences, strict=True):
+        end = start + table.good[name]
+        stated = _stated_licences(table.records[start:end])
+        row = {
+            "source": _without_folder(name),
+            "rows": table.good[name],
+            "bad": bad[name],
+            "identity": _identity(name),
+            "licence": "; ".join(filter(None, (licence, stated))) or "not stated",
+        }
+        found.append(row)
+        start = end
     return found
+
+
+def _stated_licences(records: Iterable[Record]) -> str:
+    counts: Counter[str] = Counter()
+    for record in records:
+        licence = record.metadata.get("license") or record.metadata.get("licence")
+        if licence:
+            counts[masked(str(licence))] += 1
+    return ", ".join(f"{licence} ({count} rows)" for licence, count in counts.most_common())
 
 
 def balance(records: Sequence[Record]) -> dict[str, Any]:
-    """How the rows spread over what they carry, in words; only what occurs."""
+    """Return in words how the rows spread over sources, voices, annotators, margins and so on; only what occurs."""
     found: dict[str, Any] = {}
     for name in ("source", "voice", "annotator"):
-        counts = Counter(value for r in records if (value := getattr(r, name)) is not None)
+        counts = Counter(_values(records, name)).most_common()
         if len(counts) > 1 or (counts and name != "source"):
-            found[name] = ", ".join(f"{value} {n / len(records):.0%}" for value, n in counts.most_common(12))
+            found[name] = ", ".join(f"{value} {count / len(records):.0%}" for value, count in counts[:12])
     for name in ("margin", "label_prob", "weight"):
-        values = sorted(v for r in records if (v := getattr(r, name, None)) is not None)
+        values = sorted(_values(records, name))
+        # all weights alike say nothing
         if values and (name != "weight" or values[0] != values[-1]):
-            middle, mean, ends = values[len(values) // 2], sum(values) / len(values), (values[0], values[-1])
-            found[name] = f"of {len(values)} rows: mean {mean:.3g}, middle {middle:.3g}, {ends[0]:.3g} to {ends[1]:.3g}"
+            mean, median = sum(values) / len(values), statistics.median_high(values)
+            spread = f"mean {mean:.3g}, middle {median:.3g}, {values[0]:.3g} to {values[-1]:.3g}"
+            found[name] = f"of {len(values)} rows: {spread}"
     if records and isinstance(records[0], Preference):
         found["first word"] = _first_words(records)
     if records and isinstance(records[0], Labelled):
-        by_length = sorted(records, key=lambda r: len(r.response))
+        by_length = sorted(records, key=lambda record: len(record.response))
         half = len(records) // 2
-        shares = [sum(r.label for r in part) / max(1, len(part)) for part in (by_length[:half], by_length[half:])]
-        found["label by length"] = f"true in {shares[0]:.0%} of the shorter half, {shares[1]:.0%} of the longer"
+        shorter, longer = _share_true(by_length[:half]), _share_true(by_length[half:])
+        found["label by length"] = f"true in {shorter:.0%} of the shorter half, {longer:.0%} of the longer"
     return found
 
 
-def _first_words(records: Sequence[Record]) -> str:
-    """The commonest way in which chosen and rejected begin: one that tells them apart is a shortcut to learn."""
-    words = [Counter(getattr(r, side).split()[0] for r in records) for side in ("chosen", "rejected")]
-    word, _ = max(words[0].items(), key=lambda item: (abs(item[1] - words[1][item[0]]), item[0]))
-    shares = [words[side][word] / len(records) for side in (0, 1)]
+def _values(records: Iterable[Record], name: str) -> list[Any]:
+    values = [getattr(record, name, None) for record in records]
+    return [value for value in values if value is not None]
+
+
+def _share_true(records: Sequence[Labelled]) -> float:
+    return sum(record.label for record in records) / max(1, len(records))
+
+
+def _first_words(records: Sequence[Preference]) -> str:
+    """Return the first word that tells chosen from rejected best: it is a shortcut that a reward model may learn."""
+    chosen = Counter(record.chosen.split()[0] for record in records)
+    rejected = Counter(record.rejected.split()[0] for record in records)
+    word = max(chosen, key=lambda word: (abs(chosen[word] - rejected[word]), word))
+    shares = chosen[word] / len(records), rejected[word] / len(records)
     return f"'{masked(word)}' begins {shares[0]:.0%} of chosen, {shares[1]:.0%} of rejected"
 
 
-def show_steps(steps: Sequence[Any]) -> None:
-    """What each step found, on the terminal."""
+def print_steps(steps: Sequence[Step]) -> None:
+    """Print what each step found."""
     for step in steps:
         left = f"; {step.dropped} left out" if step.dropped else ""
-        print(f"{step.name:<20} {step.found}{left}")
-        for example in step.examples:
-            print(f"{'':<20}   {example}")
+        print_summary({step.name: [f"{step.found}{left}", *(f"  {example}" for example in step.examples)]}, width=20)
 
 
-def show(report: dict[str, Any]) -> None:
-    """The annotators and what is left, on the terminal."""
-    for line in annotator_lines(report["annotators"]):
-        print(line)
-    for name, value in report["summary"].items():
-        for i, line in enumerate(value if isinstance(value, list) else [value]):
-            print(f"{name if i == 0 else '':<20} {line}")
-
-
-def annotator_lines(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Agreement and the annotators who stand out, one line each."""
-    lines = []
-    for name, summary in found.items():
-        lines.append(f"{'agreement':<20} {_shown(name)}: {describe_alpha(summary)}")
-        said = describe_kappas(summary)
-        lines += [f"{'':<20}   Cohen's kappa: {pair}" for pair in said[:KAPPAS]]
-        lines += [f"{'':<20}   and {len(said) - KAPPAS} more, in the card"] if len(said) > KAPPAS else []
+def print_report(report: dict[str, Any]) -> None:
+    """Print agreement, the annotators with remarks, and what is left."""
+    for name, summary in report["annotators"].items():
+        lines = [f"{_without_folder(name)}: {describe_alpha(summary)}"]
+        kappas = describe_kappas(summary)
+        lines += [f"  Cohen's kappa: {line}" for line in kappas[:KAPPAS]]
+        if len(kappas) > KAPPAS:
+            lines.append(f"  and {len(kappas) - KAPPAS} more, in the card")
         for person in summary["annotators"]:
-            for flag in person["flags"]:
-                lines.append(f"{'':<20}   {person['annotator']}: {flag}")
-    return lines
+            lines += [f"  {person['annotator']}: {flag}" for flag in person["flags"]]
+        print_summary({"agreement": lines}, width=20)
+    print_summary(report["summary"], width=20)
 
 
-def path(output: Path) -> Path:
-    """data_card.md beside the output, or `<name>_card.md` where the former is something else than this output's card.
+def card_path(output: Path) -> Path:
+    """Return data_card.md beside the output, or `<name>_card.md` where that is not a card of this output.
 
     Raises UserError if neither can be written.
     """
     first, second = output.with_name("data_card.md"), output.with_name(f"{output.stem}_card.md")
     if not first.exists():
         return first
-    if first.is_file() and first.read_text(encoding="utf-8", errors="replace").splitlines()[:1] == [
-        _title(output.name)
-    ]:
-        return first
+    if first.is_file():
+        lines = first.read_text(encoding="utf-8", errors="replace").splitlines()
+        if lines[:1] == [_title(output.name)]:
+            return first
     if second.is_dir():
-        raise UserError(f"{second}: is a folder, and the data card is to stand there. Move it, or name another output")
+        raise UserError(f"{second}: is a folder, and the data card is written there. Move it, or name another output")
     return second
+
+
+def write_card(report: dict[str, Any], path: Path) -> None:
+    """Write the card of a report, with the names of its sources but not the folders of this machine."""
+    text = f"{_title(report['output'])}\n\n{card_markdown(report)}"
+    for name in (*report["options"]["source"], *report["options"]["against"]):
+        text = text.replace(name, _without_folder(name))
+    write_text(path, text)
+
+
+def card_markdown(report: dict[str, Any]) -> str:
+    """Return the card below its title."""
+    lines = [
+        f"{report['rows']} rows of form `{report['form']}` ({report['kind']}), fingerprint `{report['fingerprint']}`.",
+        "Made by `rlhf data prepare`; the same input and options give the same file.",
+    ]
+    rows = [list(source.values()) for source in report["sources"]]
+    lines += ["", "## Sources", "", *markdown_table(["source", "rows", "not usable", "content", "licence"], rows)]
+
+    rows = [(step.name, step.parameters, step.found, step.dropped) for step in report["steps"]]
+    lines += ["", "## Steps", "", *markdown_table(["step", "parameters", "found", "left out"], rows)]
+
+    rows = []
+    for name, value in report["summary"].items():
+        rows.append((name, "; ".join(value) if isinstance(value, list) else value))
+    lines += ["", "## What is in it", "", *markdown_table(["", ""], rows)]
+
+    for name, summary in report["annotators"].items():
+        lines += ["", f"## Annotators: {escape_cell(_without_folder(name))}", "", *annotators_markdown(summary)]
+
+    examples = []
+    for step in report["steps"]:
+        examples += [f"- {step.name}: {_code_span(example)}" for example in step.examples]
+    if examples:
+        lines += ["", "## Examples", "", *examples]
+
+    options = []
+    for name, value in report["options"].items():
+        if name not in ("source", "output"):
+            options.append(f"{name} {escape_cell(str(value))}")
+    lines += ["", "## Options", "", f"{', '.join(options)}.", "", "## Limits", "", LIMITS]
+    return "\n".join(lines) + "\n"
 
 
 def _title(name: str) -> str:
     return f"# Data card of {name}"
 
 
-def write(report: dict[str, Any], path: Path) -> Path:
-    """The card at this path, which is returned."""
-    text = f"{_title(report['output'])}\n\n{markdown(report)}"
-    for name in (*report["options"]["source"], *report["options"]["against"]):
-        text = text.replace(name, _shown(name))  # the folders of one machine mean nothing on another
-    write_text(path, text)
-    return path
-
-
-def markdown(report: dict[str, Any]) -> str:
-    """The card below its title."""
-    lines = [
-        f"{report['rows']} rows of form `{report['form']}` ({report['kind']}), fingerprint `{report['fingerprint']}`."
-    ]
-    lines += ["Made by `rlhf data prepare`; the same input and options give the same file.", "", "## Sources", ""]
-    rows = [[s["source"], str(s["rows"]), str(s["bad"]), s["identity"], s["licence"]] for s in report["sources"]]
-    lines += _table(["source", "rows", "not usable", "content", "licence"], rows)
-    lines += ["", "## Steps", ""]
-    lines += _table(
-        ["step", "parameters", "found", "left out"],
-        [[s.name, s.parameters, s.found, str(s.dropped)] for s in report["steps"]],
-    )
-    lines += ["", "## What is in it", ""]
-    rows = [[name, "; ".join(v) if isinstance(v, list) else str(v)] for name, v in report["summary"].items()]
-    lines += _table(["", ""], rows)
-    for name, summary in report["annotators"].items():
-        lines += ["", f"## Annotators: {_cell(_shown(name))}", "", *annotators_markdown(summary)]
-    shown = [step for step in report["steps"] if step.examples]
-    if shown:
-        lines += ["", "## Examples", ""]
-        lines += [f"- {step.name}: {_code(example)}" for step in shown for example in step.examples]
-    options = ", ".join(f"{k} {_cell(str(v))}" for k, v in report["options"].items() if k not in ("source", "output"))
-    lines += ["", "## Options", "", f"{options}.", "", "## Limits", "", LIMITS]
-    return "\n".join(lines) + "\n"
-
-
 def _identity(name: str) -> str:
-    """What names the content: the first digits of a file's SHA-256, a store's fingerprint at its event."""
+    """Return what identifies the content: a file's SHA-256 (its first digits), a store's fingerprint at its event."""
+    path, event = sources.split_event(name)
     if sources.is_store(name):
         from rlhf.data.store import Store
 
-        path, _, event = name.rpartition("@")
         with Store.open(path, readonly=True) as store:
-            return f"event {event}, fingerprint `{store.at(int(event)).fingerprint()}`"
-    path = Path(name).expanduser()
-    if not path.is_file():
+            return f"event {event}, fingerprint `{store.at(event).fingerprint()}`"
+    file = Path(name).expanduser()
+    if not file.is_file():
         return "Hub"
-    return f"SHA-256 `{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}`"
+    return f"SHA-256 `{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}`"
 
 
-def shown_place(place: str) -> str:
-    """ "folder/pairs.jsonl row 3" without the folder."""
+def place_without_folder(place: str) -> str:
+    """Return "pairs.jsonl row 3" of "folder/pairs.jsonl row 3"."""
     name, word, row = place.rpartition(" row ")
-    return f"{_shown(name)}{word}{row}"
+    return f"{_without_folder(name)}{word}{row}"
 
 
-def _shown(name: str) -> str:
-    """A file by its name, without the folders of one machine."""
-    return Path(name).name if sources.is_path(re.sub(r"@\d+$", "", name)) else name
+def _without_folder(name: str) -> str:
+    return Path(name).name if sources.is_path(sources.split_event(name)[0]) else name
 
 
-def _table(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *([_cell(c) for c in row] for row in rows)]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def _code(text: str) -> str:
-    """Text of the data as a code span, in which no Markdown counts; the fence is longer than any in the text."""
+def _code_span(text: str) -> str:
+    """Return text of the data as a code span, in which no Markdown counts: its fence is longer than any in the text."""
     text = " ".join(text.split())
-    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * (1 + longest)
     return f"{fence} {text} {fence}"
-
-
-def _cell(text: str) -> str:
-    """Text of the data as it is, on one line: no HTML, no table border."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
-    return " ".join(text.split())

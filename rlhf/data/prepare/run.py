@@ -1,13 +1,12 @@
 """`rlhf data prepare`: from collected rows to a file that can be trained on, with a data card beside it.
 
-Every step says what it found and with what parameters; nothing is random, so the same input gives the same file.
+Every step reports its findings and parameters. Nothing is random, so the same input gives the same file.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,7 +49,7 @@ class PrepareConfig:
     examples: int = option(2, "how many findings of each step to show", low=0)
 
     def validate(self) -> None:
-        """Raises UserError on licences that do not match the sources, and on regions that nobody knows."""
+        """Raise UserError on licences that do not match the sources, and on unknown regions."""
         if len(self.licence) not in (0, 1, len(self.source)):
             raise UserError(f"option 'licence': found {len(self.licence)}, expected one, or one for each source")
         from phonenumbers import SUPPORTED_REGIONS
@@ -64,29 +63,31 @@ class PrepareConfig:
 
 
 def prepare(config: PrepareConfig) -> dict[str, Any]:
-    """Run all steps, print what they found, write output and card; returns the report.
+    """Run all steps, print what they found, write output and card; return the report.
 
     Raises UserError: nothing to read, an output that is one of the inputs, a form that cannot hold the rows, or no row
     left at the end. Then nothing is written.
     """
     config.validate()
     output = export.check_output(config.output, [*config.source, *config.against])
-    beside = card.path(output)
-    names = [_pinned(name) for name in config.source]
-    table = load.collect(names, KINDS.get(config.kind) or guess(names), config.aggregate)
-    table.complain("skip")
-    places = [card.shown_place(place) for place in table.places]
-    work = steps.Work(table.records, places, table.own_group, config.examples, config.phone_regions)
-    origins = card.origins(names, table, config.licence)
+    card_path = card.card_path(output)
 
-    work.steps.append(steps.read(table, config.aggregate))
-    steps.text(work)
-    if config.against:  # before anything is masked: the evaluation is not
-        steps.leaks(work, config.against, config.leak_ngram, config.leak_overlap, config.near)
-    steps.personal(work, config.personal, config.phone_regions)
-    steps.repeats(work, config.near)
-    steps.groups(work, config.near)
-    card.show_steps(work.steps)
+    names = [_at_newest_event(name) for name in config.source]
+    table = load.collect(names, KINDS.get(config.kind) or guess(names), config.aggregate)
+    table.check_usable("skip")
+    places = list(map(card.place_without_folder, table.places))
+    work = steps.Work(table.records, places, table.own_group, config.examples, config.phone_regions)
+    origins = card.describe_sources(names, table, config.licence)
+
+    work.steps.append(steps.report_reading(table, config.aggregate))
+    steps.clean_texts(work)
+    # before anything is masked: the evaluation is not masked either
+    if config.against:
+        steps.exclude_contaminated(work, config.against, config.leak_ngram, config.leak_overlap, config.near)
+    steps.handle_personal_data(work, config.personal)
+    steps.deduplicate(work, config.near)
+    steps.join_groups_of_similar_rows(work, config.near)
+    card.print_steps(work.steps)
     if not work.records:
         reasons = ", ".join(f"{step.name} {step.dropped}" for step in work.steps if step.dropped)
         raise UserError(f"{', '.join(names)}: no row is left; left out by {reasons}")
@@ -104,27 +105,31 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
         "summary": _summary(table, work),
         "options": dataclasses.asdict(config),
     }
-    card.show(report)
+    card.print_report(report)
     export.write_rows(rows, output)
-    print(f"\n{output}: {len(rows)} rows; {card.write(report, beside)} beside it")
+    card.write_card(report, card_path)
+    print(f"\n{output}: {len(rows)} rows; {card_path} beside it")
     return report
 
 
-def _pinned(name: str) -> str:
-    """A store at its newest event, so that votes that come in meanwhile change nothing and the card can name it."""
-    if not sources.is_store(name) or re.search(r"@\d+$", name):
+def _at_newest_event(name: str) -> str:
+    """Return a store's name with its newest event: later votes change nothing, and the card can name the state."""
+    path, event = sources.split_event(name)
+    if event is not None or not sources.is_store(name):
         return name
     from rlhf.data.store import Store
 
-    with Store.open(name, readonly=True) as store:
+    with Store.open(path, readonly=True) as store:
         return f"{name}@{store.last_event()}"
 
 
 def _summary(table: load.Table, work: steps.Work) -> dict[str, Any]:
-    """What is left, as `rlhf data show` says it."""
-    records = [copy.copy(record) for record in work.records]
+    """Return what is left as `rlhf data show` describes it, without what the card shows elsewhere."""
+    # splits are assigned for the summary alone: the output has those that the data gives
+    records = list(map(copy.copy, work.records))
     assign(records)
-    left = load.Table(table.kind, table.sources, records, work.places, work.own_group, forms=table.forms)
+    left = load.Table(table.kind, table.sources, records, work.places, work.own_group, schemas=table.schemas)
     summary = summarise(left)
-    shown_elsewhere = ("form", "bad rows", "warnings", "fingerprint")
-    return {k: v for k, v in summary.items() if k not in shown_elsewhere} | card.balance(records)
+    for name in ("form", "bad rows", "warnings", "fingerprint"):
+        del summary[name]
+    return summary | card.balance(records)

@@ -83,7 +83,7 @@ def test_every_fault_is_found_once(tmp_path):
         "contradictions": 2,
         "near duplicates": 1,
         "near contradictions": 2,
-        "leakage": 1,
+        "contamination": 1,
     }
     records = load(str(tmp_path / "out.jsonl"), Preference)
     assert len(records) == 60 - 2 + 1 and records[-1].chosen == "I am [EMAIL] of this shop"
@@ -147,11 +147,11 @@ def test_tool_calls_are_searched_and_told_apart(tmp_path):
     assert [r.prompt[1]["tool_calls"][0]["function"]["arguments"]["who"] for r in found] == ["[EMAIL]"] * 2
 
 
-def test_leakage_is_looked_for_before_masking(tmp_path):
+def test_contamination_is_looked_for_before_masking(tmp_path):
     leak = {"prompt": f"Mail {SECRET} now", "chosen": sentence(random.Random(3)), "rejected": "no"}
     test = write(tmp_path / "t.jsonl", [leak | {"chosen": "a", "rejected": "b"}])
     report = run(tmp_path, [*clean_rows(3), leak], against=[test], near=1.0)
-    assert left_out(report) == {"leakage": 1}
+    assert left_out(report) == {"contamination": 1}
 
 
 def test_the_card_shows_examples_as_they_are_and_no_markdown(tmp_path):
@@ -290,7 +290,7 @@ def test_the_command_refuses_to_touch_what_it_reads(tmp_path, capsys):
         main(["data", "prepare", source, "--output", source])
     assert "those are never changed" in capsys.readouterr().err
     test = write(tmp_path / "test.jsonl", clean_rows(3))
-    with pytest.raises(UserError, match="no row is left; left out by leakage 3"):
+    with pytest.raises(UserError, match="no row is left; left out by contamination 3"):
         prepare(PrepareConfig(source=[source], output=str(tmp_path / "out.jsonl"), against=[test]))
     with pytest.raises(UserError, match="those are never changed"):
         prepare(PrepareConfig(source=[source], output=test, against=[test]))

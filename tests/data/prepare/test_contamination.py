@@ -3,7 +3,7 @@ import json
 import pytest
 
 from rlhf.config import UserError
-from rlhf.data.prepare.contamination import evaluation_texts, leaks
+from rlhf.data.prepare.contamination import find_leaks, read_evaluation
 from rlhf.data.records import Instruction, Preference
 
 TEST = "Please explain in a few words why the sea is salty and the rivers are not"
@@ -18,7 +18,7 @@ def evaluation(tmp_path):
         {"messages": [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Yes."}]},
     ]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return evaluation_texts([str(tmp_path / "test.jsonl")], 5)
+    return read_evaluation([str(tmp_path / "test.jsonl")], 5)
 
 
 def pair(prompt, chosen="one answer", rejected="another"):
@@ -26,8 +26,7 @@ def pair(prompt, chosen="one answer", rejected="another"):
 
 
 def found(rows, evaluation, overlap=0.5):
-    prompts, said, _ = evaluation
-    return [(leak.row, leak.what, round(leak.share, 3)) for leak in leaks(rows, prompts, said, overlap)]
+    return [(leak.row, leak.what, round(leak.share, 3)) for leak in find_leaks(rows, evaluation, overlap)]
 
 
 def test_the_same_prompt_leaks_however_it_is_written(evaluation):
@@ -35,7 +34,7 @@ def test_the_same_prompt_leaks_however_it_is_written(evaluation):
         (0, "prompt", 1.0),
         (2, "prompt", 1.0),
     ]
-    assert evaluation[2] == 2
+    assert evaluation.rows == 2
 
 
 def test_overlap_by_hand(evaluation):
@@ -48,7 +47,7 @@ def test_overlap_by_hand(evaluation):
 def test_a_short_prompt_counts_inside_a_longer_one_from_five_words_on(tmp_path):
     rows = [{"prompt": "Write a poem about snow"}, {"prompt": "Tell a joke"}]
     (tmp_path / "short.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    evaluation = evaluation_texts([str(tmp_path / "short.jsonl")], 8)
+    evaluation = read_evaluation([str(tmp_path / "short.jsonl")], 8)
     rows = [pair("Please: write a poem about snow, today"), pair("Please tell a joke to us"), pair("Tell a JOKE")]
     assert found(rows, evaluation) == [(0, "prompt", 1.0), (2, "prompt", 1.0)]
 
@@ -81,17 +80,16 @@ def test_what_stands_inside_a_prompt_of_the_evaluation_leaks(tmp_path):
     for message in rows[0]["messages"]:
         message["role"] = {"u": "user", "a": "assistant"}[message["role"]]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    evaluation = evaluation_texts([str(tmp_path / "test.jsonl")], 8)
+    evaluation = read_evaluation([str(tmp_path / "test.jsonl")], 8)
     leaked = [(0, "prompt", 1.0), (1, "prompt", 1.0), (2, "answer", 1.0)]
     rows = [pair(first), pair(f"{long}!"), pair("q", GOOD, f"{GOOD}!"), pair("Shorter"), pair("Write a letter")]
     assert found(rows, evaluation, overlap=1.0) == leaked
 
 
 def test_a_near_duplicate_of_a_prompt_leaks(evaluation):
-    prompts, said, _ = evaluation
     row = pair(TEST.replace("why", "hwy").replace("salty", "salt"))
-    assert leaks([row], prompts, said, 0.7) == []
-    (leak,) = leaks([row], prompts, said, 0.7, near=0.6)
+    assert find_leaks([row], evaluation, 0.7) == []
+    (leak,) = find_leaks([row], evaluation, 0.7, near=0.6)
     assert leak.what == "prompt" and leak.text == TEST and 0.6 <= leak.share < 1
 
 
@@ -114,7 +112,7 @@ def test_two_short_answers_are_everybodys_too(tmp_path):
         {"prompt": "Which of the two?", "chosen": "Yes.", "rejected": BAD},
     ]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    evaluation = evaluation_texts([str(tmp_path / "test.jsonl")], 5)
+    evaluation = read_evaluation([str(tmp_path / "test.jsonl")], 5)
     rows = [pair("Is it so?", "Yes.", "No."), pair(TEST, "Yes.", "No."), pair("Is it so?", "YES.", BAD)]
     assert found(rows, evaluation) == [(1, "prompt", 1.0), (2, "answer", 1.0)]
 
@@ -122,4 +120,4 @@ def test_two_short_answers_are_everybodys_too(tmp_path):
 def test_an_evaluation_that_cannot_be_read_stops(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"x": 1}\n')
     with pytest.raises(UserError, match=r"no row of this evaluation can be read \(1 bad\)"):
-        evaluation_texts([str(tmp_path / "bad.jsonl")], 5)
+        read_evaluation([str(tmp_path / "bad.jsonl")], 5)
