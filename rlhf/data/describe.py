@@ -7,11 +7,12 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.config import UserError, option
+from rlhf.config import option
 from rlhf.data import load, schemas, sources
 from rlhf.data.conversation import answers_of, message_text
 from rlhf.data.records import SPLITS, Instruction, Labelled, Preference, Prompt, Record
 from rlhf.data.split import assign
+from rlhf.errors import UserError
 from rlhf.text import clip
 
 KINDS = {"prompt": Prompt, "instruction": Instruction, "preference": Preference, "labelled": Labelled}

@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import jinja2
 
-from rlhf.config import UserError
 from rlhf.data.records import Instruction, Message, Preference, Prompt, Record, RecordError, digest, tools_of
+from rlhf.errors import UserError
 
 # "User: ...\nAssistant:" with the tokenizer's own bos and eos; saved with the tokenizer, so later stages find it there.
 PLAIN_TEMPLATE = (

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config import UserError, option
+from rlhf.config import option
 from rlhf.data import load
 from rlhf.data.conversation import parse_turns
 from rlhf.data.describe import KINDS, guess
 from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, Record, tools_of
 from rlhf.data.votes import Aggregate
+from rlhf.errors import UserError
 
 Form = Literal["rows", "unpaired", "hh", "openai"]
 SUFFIXES = (".jsonl", ".parquet")

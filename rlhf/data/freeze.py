@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import UserError
 from rlhf.data.store import Store
 from rlhf.data.votes import Aggregate
+from rlhf.errors import UserError
 from rlhf.files import write_atomic
 
 

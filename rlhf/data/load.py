@@ -16,11 +16,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-from rlhf.config import UserError
 from rlhf.data import schemas, sources
 from rlhf.data.records import Prompt, Record, digest, prompt_group, tools_of
 from rlhf.data.split import assign, check_fractions, first_by_hash, half_of, join_groups
 from rlhf.data.votes import Aggregate
+from rlhf.errors import UserError
 
 R = TypeVar("R", bound=Record)
 

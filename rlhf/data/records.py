@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.text import clip
 
 # {"role": "system" | "user" | "assistant" | "tool", "content": text}, and fields that only the chat template reads

@@ -9,8 +9,8 @@ import hashlib
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Literal, TypeVar
 
-from rlhf.config import UserError
 from rlhf.data.records import Record, digest, normalise
+from rlhf.errors import UserError
 
 R = TypeVar("R")
 Split = Literal["train", "validation", "test"]

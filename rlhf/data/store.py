@@ -24,11 +24,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config import UserError
 from rlhf.data import store_schema
 from rlhf.data.records import Message, Prompt, check_text, check_unicode, digest, one_name, prompt_group
 from rlhf.data.store_queries import StoreView
 from rlhf.data.votes import CHOICES
+from rlhf.errors import UserError
 from rlhf.text import clip
 
 STANDING_VOTE = """

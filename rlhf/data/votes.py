@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from rlhf.data.dawid_skene import Skills

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import UserError
 from rlhf.data import load, sources
 from rlhf.data.annotator_report import annotators_markdown, describe_alpha, describe_kappas
 from rlhf.data.describe import print_summary
@@ -18,6 +17,7 @@ from rlhf.data.export import write_text
 from rlhf.data.prepare.pii import masked
 from rlhf.data.prepare.steps import Step
 from rlhf.data.records import Labelled, Preference, Record
+from rlhf.errors import UserError
 from rlhf.text import escape_cell, markdown_table
 
 # Lowest kappas that the terminal shows; the card has all

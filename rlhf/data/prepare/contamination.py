@@ -16,12 +16,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf.config import UserError
 from rlhf.data import schemas, sources
 from rlhf.data.conversation import answers_of, user_text, user_turns
 from rlhf.data.prepare.cleaning import clean, words_of
 from rlhf.data.prepare.duplicates import similar_texts
 from rlhf.data.records import Record, normalise
+from rlhf.errors import UserError
 
 # Words; shorter texts are only looked for as a whole
 SHORTEST = 5

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.config import UserError, option
+from rlhf.config import option
 from rlhf.data import export, load, sources
 from rlhf.data.annotator_report import annotator_summaries
 from rlhf.data.describe import KINDS, guess, summarise
@@ -18,6 +18,7 @@ from rlhf.data.prepare import card, steps
 from rlhf.data.prepare.pii import REGIONS
 from rlhf.data.split import assign
 from rlhf.data.votes import Aggregate
+from rlhf.errors import UserError
 
 
 @dataclass
