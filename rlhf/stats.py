@@ -1,7 +1,7 @@
 """Intervals of a statistic of independent clusters: the same for comparisons, report cards and agreement.
 
 A cluster is what was drawn at random: a group of prompts, an item that several people have judged. What belongs to one
-cluster may depend on each other in any way. docs/compare.md has the simulated coverage.
+cluster may depend on each other in any way. benchmarks/results/2026-11-29-compare.md has the simulated coverage.
 """
 
 from __future__ import annotations
