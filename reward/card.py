@@ -19,9 +19,12 @@ import numpy as np
 
 from rlhf.data.records import Preference
 from rlhf.stats import jackknife_interval
+from rlhf.text import clip, markdown_table
 
-LENGTH_DETECTOR = math.sqrt(0.5)  # a correlation by which length explains half of the variance
-MAX_SLICES = 20  # sources or annotators listed, the largest first
+# a correlation by which length explains half of the variance
+LENGTH_DETECTOR = math.sqrt(0.5)
+# sources or annotators listed, the largest first
+MAX_SLICES = 20
 
 
 def report_card(
@@ -33,70 +36,73 @@ def report_card(
     *,
     title: str = "held-out pairs",
 ) -> dict[str, Any]:
-    """Everything the card says, as plain numbers (None where a number is not defined).
+    """Return everything the card says, as plain numbers (None where a number is not defined).
 
     All arguments have one entry per pair; lengths are in tokens including the end token.
     Raises ValueError if there are no pairs, the counts differ, or a score is not finite.
     """
     chosen, rejected = np.asarray(chosen_scores, float), np.asarray(rejected_scores, float)
     long_c, long_r = np.asarray(chosen_lengths, float), np.asarray(rejected_lengths, float)
-    if not len(pairs) or any(len(x) != len(pairs) for x in (chosen, rejected, long_c, long_r)):
+    counts = set(map(len, (chosen, rejected, long_c, long_r)))
+    if not pairs or counts != {len(pairs)}:
         raise ValueError(f"{len(pairs)} pairs, {len(chosen)} and {len(rejected)} scores: one of each per pair expected")
-    if not (np.isfinite(chosen).all() and np.isfinite(rejected).all()):
+    if not np.isfinite([chosen, rejected]).all():
         raise ValueError("a score is not finite")
-    gaps, groups = chosen - rejected, [p.group for p in pairs]
+
+    gaps = chosen - rejected
     right = pair_accuracy(gaps)
+    groups = np.array([pair.group for pair in pairs])
 
-    def part(rows: np.ndarray) -> dict[str, Any]:
-        return accuracy_with_interval(right[rows], [groups[i] for i in np.flatnonzero(rows)])
+    def accuracy_of(rows: np.ndarray) -> dict[str, Any]:
+        return accuracy_with_interval(right[rows], groups[rows])
 
-    def by(field: str) -> dict[str, Any]:
-        values = np.array([str(getattr(p, field)) for p in pairs])
-        names, counts = np.unique([v for v in values if v != "None"], return_counts=True)
+    def accuracy_by(field: str) -> dict[str, Any]:
+        values = np.array([str(getattr(pair, field)) for pair in pairs])
+        names, counts = np.unique(values[values != "None"], return_counts=True)
         largest = names[np.argsort(-counts, kind="stable")][:MAX_SLICES]
-        return {str(name): part(values == name) for name in largest}
+        return {str(name): accuracy_of(values == name) for name in largest}
 
-    everything = np.ones(len(pairs), bool)
     return {
         "title": title,
         "pairs": len(pairs),
         "groups": len(set(groups)),
-        "accuracy": part(everything),
+        "accuracy": accuracy_with_interval(right, groups),
         "ties": int((gaps == 0).sum()),
         "calibration": calibration(gaps),
-        "length": length_bias(gaps, chosen, rejected, long_c, long_r, part),
-        "by_source": by("source"),
-        "by_annotator": by("annotator"),
+        "length": length_bias(gaps, chosen, rejected, long_c, long_r, accuracy_of),
+        "by_source": accuracy_by("source"),
+        "by_annotator": accuracy_by("annotator"),
         "scores": {"chosen": distribution(chosen), "rejected": distribution(rejected), "gap": distribution(gaps)},
         "mistakes": worst_mistakes(pairs, gaps),
     }
 
 
 def pair_accuracy(gaps: np.ndarray) -> np.ndarray:
-    """(n,) 1 where the chosen response scores higher, 0 where lower, one half at a tie."""
+    """Return (n,) 1 where the chosen response scores higher, 0 where lower, one half at a tie."""
     return (gaps > 0) + 0.5 * (gaps == 0)
 
 
 def accuracy_with_interval(right: np.ndarray, groups: Sequence[str]) -> dict[str, Any]:
-    """Mean of `right` over pairs, with its 95 % interval over groups (`jackknife_interval`, within 0 and 1).
+    """Return the mean of `right` over pairs, with its 95 % interval over groups (`jackknife_interval`, within 0 and 1).
 
     With one group, or none, there is no interval (None).
     """
-    right = np.asarray(right, float)
     if not len(right):
         return {"accuracy": None, "low": None, "high": None, "n": 0, "pairs": 0}
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     sums, counts = np.bincount(index, right), np.bincount(index)
-    n, mean = len(counts), float(right.mean())
-    result = {"accuracy": mean, "low": None, "high": None, "n": n, "pairs": len(right)}
+    n, mean = len(counts), float(np.mean(right))
+
+    low = high = None
     if n > 1:
+        # the accuracy without each group
         without = (sums.sum() - sums) / (counts.sum() - counts)
-        result["low"], result["high"], _ = jackknife_interval(mean, without, bounds=(0.0, 1.0))
-    return result
+        low, high, _ = jackknife_interval(mean, without, bounds=(0.0, 1.0))
+    return {"accuracy": mean, "low": low, "high": high, "n": n, "pairs": len(right)}
 
 
 def calibration(gaps: np.ndarray, bins: int = 10) -> dict[str, Any]:
-    """Does sigmoid(gap) mean what it says? Expected calibration error, Brier score and the reliability table.
+    """Return how well sigmoid(gap) is calibrated: expected calibration error, Brier score and the reliability table.
 
     A pair has no natural order, so the model's confidence is max(p, 1 - p), in [0.5, 1], and it is right where the
     human choice agrees (half at a tie). ECE = sum over equal-width bins of share * |accuracy - confidence|
@@ -109,22 +115,23 @@ def calibration(gaps: np.ndarray, bins: int = 10) -> dict[str, Any]:
     p = 1 / (1 + np.exp(-np.clip(gaps, -500, 500)))
     confidence, right = np.maximum(p, 1 - p), pair_accuracy(gaps)
     edges = np.linspace(0.5, 1.0, bins + 1)
-    index = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
+    bin_of = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
+
     table, by_chance = [], 0.0
-    for b in range(bins):
-        rows = index == b
+    for b in np.unique(bin_of):
+        rows = bin_of == b
         decided = confidence[rows & (gaps != 0)]
-        by_chance += binomial_deviation(len(decided), float(decided.mean())) if len(decided) else 0.0
-        if rows.any():
-            table.append(
-                {
-                    "from": round(float(edges[b]), 6),
-                    "to": round(float(edges[b + 1]), 6),
-                    "pairs": int(rows.sum()),
-                    "confidence": float(confidence[rows].mean()),
-                    "accuracy": float(right[rows].mean()),
-                }
-            )
+        if len(decided):
+            by_chance += binomial_deviation(len(decided), float(decided.mean()))
+        row = {
+            "from": round(float(edges[b]), 6),
+            "to": round(float(edges[b + 1]), 6),
+            "pairs": int(rows.sum()),
+            "confidence": float(confidence[rows].mean()),
+            "accuracy": float(right[rows].mean()),
+        }
+        table.append(row)
+
     ece = sum(row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(gaps)
     brier = float(((1 - p) ** 2).mean())
     return {"ece": float(ece), "ece_expected": by_chance / len(gaps), "brier": brier, "bins": table}
@@ -138,8 +145,8 @@ def binomial_deviation(n: int, p: float) -> float:
     return float(2 * (1 - p) * v * binom.pmf(v, n, p))
 
 
-def length_bias(gaps, chosen, rejected, long_c, long_r, part) -> dict[str, Any]:
-    """How much of the score is length.
+def length_bias(gaps, chosen, rejected, long_c, long_r, accuracy_of) -> dict[str, Any]:
+    """Return how much of the score is length.
 
     Accuracy where the chosen response is the longer, the shorter, or as long; Pearson correlations of score with
     length over all responses and of the score gap with the length gap over pairs; and the accuracy of the rule
@@ -148,9 +155,9 @@ def length_bias(gaps, chosen, rejected, long_c, long_r, part) -> dict[str, Any]:
     gap = long_c - long_r
     longer_wins = float(pair_accuracy(gap).mean())
     return {
-        "chosen_longer": part(gap > 0),
-        "chosen_shorter": part(gap < 0),
-        "same_length": part(gap == 0),
+        "chosen_longer": accuracy_of(gap > 0),
+        "chosen_shorter": accuracy_of(gap < 0),
+        "same_length": accuracy_of(gap == 0),
         "correlation": correlation(np.concatenate([chosen, rejected]), np.concatenate([long_c, long_r])),
         "gap_correlation": correlation(gaps, gap),
         "baseline": {
@@ -163,36 +170,32 @@ def length_bias(gaps, chosen, rejected, long_c, long_r, part) -> dict[str, Any]:
 
 
 def correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Pearson's r, or None where one side does not vary."""
+    """Return Pearson's r, or None where one side does not vary."""
     if len(x) < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     return float(np.corrcoef(x, y)[0, 1])
 
 
 def distribution(values: np.ndarray) -> dict[str, float]:
-    """Mean, standard deviation (n in the denominator) and quantiles."""
-    quantiles = np.percentile(values, [0, 5, 50, 95, 100])
-    names = ("min", "p5", "median", "p95", "max")
-    summary = {"mean": float(values.mean()), "std": float(values.std())}
-    return summary | {name: float(q) for name, q in zip(names, quantiles, strict=True)}
+    """Return mean, standard deviation (n in the denominator) and quantiles."""
+    names = ("mean", "std", "min", "p5", "median", "p95", "max")
+    numbers = (values.mean(), values.std(), *np.percentile(values, [0, 5, 50, 95, 100]))
+    return dict(zip(names, map(float, numbers), strict=True))
 
 
 def worst_mistakes(pairs: Sequence[Preference], gaps: np.ndarray, count: int = 5) -> list[dict[str, Any]]:
-    """The pairs the model was most sure of and wrong about: bad labels or blind spots, worth a look by eye."""
-    order = [int(i) for i in np.argsort(gaps, kind="stable")[:count] if gaps[i] < 0]
-    return [
-        {
-            "gap": float(gaps[i]),
-            "prompt": pairs[i].prompt[-1]["content"],
-            "chosen": pairs[i].chosen,
-            "rejected": pairs[i].rejected,
-        }
-        for i in order
-    ]
+    """Return the pairs that the model was most sure of and wrong about: bad labels or blind spots."""
+    mistakes = []
+    for i in np.argsort(gaps, kind="stable")[:count]:
+        if gaps[i] < 0:
+            pair, gap = pairs[int(i)], float(gaps[i])
+            prompt = pair.prompt[-1]["content"]
+            mistakes.append({"gap": gap, "prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected})
+    return mistakes
 
 
 def doubts(card: dict[str, Any]) -> list[str]:
-    """What a card says against learning from its reward model, one sentence each; empty where it says nothing.
+    """Return what a card says against learning from its reward model, one sentence each.
 
     At chance: the interval of the accuracy holds one half or lies below it. A length detector: length explains half or
     more of the variance of scores, or of score gaps (r^2 >= 1/2).
@@ -201,37 +204,40 @@ def doubts(card: dict[str, Any]) -> list[str]:
     if accuracy["low"] is None:
         found.append(f"{accuracy['n']} group of held-out pairs: too few to know its accuracy")
     elif accuracy["low"] <= 0.5:
-        side = "cannot be told from guessing" if accuracy["high"] >= 0.5 else "is worse than guessing"
+        finding = "cannot be told from guessing" if accuracy["high"] >= 0.5 else "is worse than guessing"
         found.append(
             f"its accuracy on held-out pairs is {accuracy['accuracy']:.3f} ({accuracy['low']:.3f} to "
-            f"{accuracy['high']:.3f}), which {side}: what is learnt from it is noise. Look at the pairs, train it anew"
+            f"{accuracy['high']:.3f}), which {finding}: what is learnt from it is noise. Inspect the pairs and train "
+            "it again"
         )
-    correlations = {"scores": length["correlation"], "score gaps": length["gap_correlation"]}
-    of, largest = max(correlations.items(), key=lambda item: abs(item[1] or 0.0))
-    if abs(largest or 0.0) >= LENGTH_DETECTOR:
+
+    correlations = {"scores": length["correlation"] or 0.0, "score gaps": length["gap_correlation"] or 0.0}
+    name = max(correlations, key=lambda key: abs(correlations[key]))
+    if abs(correlations[name]) >= LENGTH_DETECTOR:
         rule = length["baseline"]
         found.append(
-            f"its {of} go with length (correlation {largest:+.2f}; 'the {rule['rule']} is better' alone is right in "
-            f"{rule['accuracy']:.2f} of the pairs): the policy learns length. Balance the pairs, or set length_penalty"
+            f"its {name} go with length (correlation {correlations[name]:+.2f}; 'the {rule['rule']} is better' alone "
+            f"is right in {rule['accuracy']:.2f} of the pairs): the policy learns length. Balance the pairs, or set "
+            "length_penalty"
         )
     return found
 
 
 def doubts_of(folder: str | Path) -> list[str]:
-    """The doubts of the card that a reward model's folder holds; that there is none is one too. None for a Hub name."""
-    file = Path(folder) / "card.json"
-    if not file.parent.is_dir():
+    """Return `doubts` of the card in a reward model's folder; a folder without a card is one. Empty for a Hub name."""
+    path = Path(folder) / "card.json"
+    if not Path(folder).is_dir():
         return []
-    if not file.is_file():
+    if not path.is_file():
         return ["no report card (card.json) there, so nothing is known of its accuracy on held-out pairs"]
     try:
-        return doubts(json.loads(file.read_text(encoding="utf-8")))
+        return doubts(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"card.json cannot be read as a report card ({error!r})"]
 
 
 def write_card(card: dict[str, Any], directory: str | Path) -> Path:
-    """Write card.json, card.md and reliability.png into `directory`; returns the path of card.md."""
+    """Write card.json, card.md and reliability.png into `directory`. Returns the path of card.md."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -241,61 +247,97 @@ def write_card(card: dict[str, Any], directory: str | Path) -> Path:
     return path
 
 
+TEMPLATE = """\
+# Reward model report card: {title}
+
+{pairs} pairs in {groups} groups; intervals are 95 % and count groups (n), not pairs.
+
+{accuracy_table}
+
+A tie counts as half; {ties} pairs tied.
+{row_counts}
+## Length
+
+- length alone ("the {baseline[rule]} is better", the better rule on these pairs): {baseline[accuracy]:.3f}
+- correlation of score and length: {correlation}
+- correlation of score gap and length gap: {gap_correlation}
+- mean tokens: chosen {length[mean_chosen]:.1f}, rejected {length[mean_rejected]:.1f}
+
+## Calibration
+
+Brier score {calibration[brier]:.4f} (always one half: 0.25), expected calibration error {calibration[ece]:.4f} \
+(a calibrated model with as many pairs: {calibration[ece_expected]:.4f}).
+
+![reliability](reliability.png)
+
+{bin_table}
+
+## Scores (raw)
+
+{score_table}
+"""
+
+
 def card_text(card: dict[str, Any]) -> str:
-    """The card as Markdown."""
-    length, calibrated = card["length"], card["calibration"]
-    lines = [f"# Reward model report card: {card['title']}", ""]
-    lines += [
-        f"{card['pairs']} pairs in {card['groups']} groups; intervals are 95 % and count groups (n), not pairs.",
-        "",
-    ]
-    lines += [
-        "| | accuracy | 95 % interval | n | pairs |",
-        "|---|---|---|---|---|",
-        _row("**all pairs**", card["accuracy"]),
-    ]
-    lines += [_row("chosen is longer", length["chosen_longer"]), _row("chosen is shorter", length["chosen_shorter"])]
-    lines += [_row("same length", length["same_length"])]
-    lines += [_row(f"source {name}", part) for name, part in card["by_source"].items()]
-    lines += [_row(f"annotator {name}", part) for name, part in card["by_annotator"].items()]
-    base = length["baseline"]
-    lines += ["", f"A tie counts as half; {card['ties']} pairs tied."]
-    for split, rows in card.get("rows", {}).items():
-        reasons = "".join(f"; {count}: {reason}" for reason, count in rows["dropped"].items())
-        lines += [f"Rows of {split}: {rows['used']} of {rows['read']} are used{reasons}."]
-    lines += ["", "## Length", ""]
-    lines += [
-        f'- length alone ("the {base["rule"]} is better", the better rule on these pairs): {base["accuracy"]:.3f}'
-    ]
-    lines += [f"- correlation of score and length: {_number(length['correlation'])}"]
-    lines += [f"- correlation of score gap and length gap: {_number(length['gap_correlation'])}"]
-    lines += [f"- mean tokens: chosen {length['mean_chosen']:.1f}, rejected {length['mean_rejected']:.1f}"]
-    lines += ["", "## Calibration", "", f"Brier score {calibrated['brier']:.4f} (always one half: 0.25), "]
-    lines[-1] += f"expected calibration error {calibrated['ece']:.4f} (a calibrated model with as many pairs: "
-    lines[-1] += f"{calibrated['ece_expected']:.4f})."
-    lines += [
-        "",
-        "![reliability](reliability.png)",
-        "",
-        "| confidence | pairs | mean confidence | accuracy |",
-        "|---|---|---|---|",
-    ]
+    """Return the card as Markdown."""
+    length, calibrated, scores = card["length"], card["calibration"], card["scores"]
+    parts = {
+        "**all pairs**": card["accuracy"],
+        "chosen is longer": length["chosen_longer"],
+        "chosen is shorter": length["chosen_shorter"],
+        "same length": length["same_length"],
+    }
+    parts |= {f"source {name}": part for name, part in card["by_source"].items()}
+    parts |= {f"annotator {name}": part for name, part in card["by_annotator"].items()}
+    accuracy_rows = [_accuracy_cells(name, part) for name, part in parts.items()]
+
+    bin_rows = []
     for b in calibrated["bins"]:
-        lines += [f"| {b['from']:.2f} to {b['to']:.2f} | {b['pairs']} | {b['confidence']:.3f} | {b['accuracy']:.3f} |"]
-    names = list(card["scores"]["chosen"])
-    lines += ["", "## Scores (raw)", "", "| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for side, values in card["scores"].items():
-        lines += [f"| {side} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |"]
-    if card["mistakes"]:
-        lines += ["", "## Surest mistakes", ""]
-    for m in card["mistakes"]:
-        lines += [f"- gap {m['gap']:.2f}: {_line(m['prompt'])}", f"  - chosen: {_line(m['chosen'])}"]
-        lines += [f"  - rejected: {_line(m['rejected'])}"]
-    return "\n".join(lines) + "\n"
+        confidence, accuracy = f"{b['confidence']:.3f}", f"{b['accuracy']:.3f}"
+        bin_rows.append((f"{b['from']:.2f} to {b['to']:.2f}", b["pairs"], confidence, accuracy))
+    score_rows = [(side, *map("{:.3f}".format, values.values())) for side, values in scores.items()]
+
+    return TEMPLATE.format(
+        **card,
+        baseline=length["baseline"],
+        correlation=_correlation(length["correlation"]),
+        gap_correlation=_correlation(length["gap_correlation"]),
+        row_counts=_row_counts(card.get("rows", {})),
+        accuracy_table="\n".join(markdown_table(("", "accuracy", "95 % interval", "n", "pairs"), accuracy_rows)),
+        bin_table="\n".join(markdown_table(("confidence", "pairs", "mean confidence", "accuracy"), bin_rows)),
+        score_table="\n".join(markdown_table(("", *scores["chosen"]), score_rows)),
+    ) + _mistakes(card["mistakes"])
+
+
+def _accuracy_cells(name: str, part: dict[str, Any]) -> tuple:
+    if part["accuracy"] is None:
+        return name, "-", "-", 0, 0
+    interval = "-" if part["low"] is None else f"{part['low']:.3f} to {part['high']:.3f}"
+    return name, f"{part['accuracy']:.3f}", interval, part["n"], part["pairs"]
+
+
+def _correlation(value: float | None) -> str:
+    return "not defined (no variation)" if value is None else f"{value:+.3f}"
+
+
+def _row_counts(splits: dict[str, Any]) -> str:
+    text = ""
+    for split, rows in splits.items():
+        reasons = "".join(f"; {count}: {reason}" for reason, count in rows["dropped"].items())
+        text += f"Rows of {split}: {rows['used']} of {rows['read']} are used{reasons}.\n"
+    return text
+
+
+def _mistakes(mistakes: list[dict[str, Any]]) -> str:
+    text = "\n## Surest mistakes\n\n" if mistakes else ""
+    for m in mistakes:
+        prompt, chosen, rejected = (clip(m[key], 160) for key in ("prompt", "chosen", "rejected"))
+        text += f"- gap {m['gap']:.2f}: {prompt}\n  - chosen: {chosen}\n  - rejected: {rejected}\n"
+    return text
 
 
 def plot_reliability(bins: list[dict[str, Any]], path: str | Path) -> None:
-    """Accuracy against confidence, area of a point by its pairs; the diagonal is a perfectly calibrated model."""
+    """Draw accuracy against confidence, the area of a point by its pairs; a calibrated model lies on the diagonal."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -303,27 +345,18 @@ def plot_reliability(bins: list[dict[str, Any]], path: str | Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot([0.5, 1.0], [0.5, 1.0], color="0.6", linestyle="--", linewidth=1, label="perfect")
-    total = sum(b["pairs"] for b in bins)
-    sizes = [20 + 300 * b["pairs"] / total for b in bins]
-    x, y = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
-    axes.plot(x, y, color="C0", linewidth=1)
-    axes.scatter(x, y, s=sizes, color="C0", alpha=0.6, label="this model (area: pairs)")
+    pairs = np.array([b["pairs"] for b in bins])
+    confidence = [b["confidence"] for b in bins]
+    accuracy = [b["accuracy"] for b in bins]
+    axes.plot(confidence, accuracy, color="C0", linewidth=1)
+    axes.scatter(
+        confidence,
+        accuracy,
+        s=20 + 300 * pairs / pairs.sum(),
+        color="C0",
+        alpha=0.6,
+        label="this model (area: pairs)",
+    )
     axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0.49, 1.01), ylim=(-0.02, 1.02), title="Reliability")
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=120)
-
-
-def _row(name: str, part: dict[str, Any]) -> str:
-    if part["accuracy"] is None:
-        return f"| {name} | - | - | 0 | 0 |"
-    interval = "-" if part["low"] is None else f"{part['low']:.3f} to {part['high']:.3f}"
-    return f"| {name} | {part['accuracy']:.3f} | {interval} | {part['n']} | {part['pairs']} |"
-
-
-def _number(value: float | None) -> str:
-    return "not defined (no variation)" if value is None else f"{value:+.3f}"
-
-
-def _line(text: str, width: int = 160) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."
