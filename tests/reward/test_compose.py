@@ -80,13 +80,14 @@ def test_a_function_of_the_users_own_folder(user_module):
 
 
 def test_every_example_of_the_docs_is_right(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[2] / "docs" / "scorers.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "def shout" in block)
     (tmp_path / "my_scores.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("TONE_TOKEN", "token")
-    blocks = [yaml.safe_load(block)["reward"] for block in re.findall(r"```yaml\n(.*?)```", page, re.S)]
+    blocks = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", page, re.S)]
+    blocks = [block["reward"] for block in blocks if "reward" in block]
     found = {type(spec) for specs in blocks for spec in parse_specs(specs)}
     assert found == set(KINDS.values())
     assert monitored(blocks[0]) == ["length"]

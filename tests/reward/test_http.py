@@ -259,7 +259,7 @@ def test_a_nan_is_a_bad_score_of_that_sample(service):
 
 
 def test_the_service_of_the_docs_is_understood(service):
-    page = (Path(__file__).parents[2] / "docs" / "scorers.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
     code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "HTTPServer" in block)
     names = {"__name__": "docs"}
     exec(code, names)
