@@ -17,7 +17,7 @@ from dataclasses import asdict, astuple, dataclass
 
 import numpy as np
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.stats import ROUNDING
 
 # with fewer seeds their spread cannot be measured and they count as fixed: "these trained models"
@@ -56,9 +56,7 @@ def side(estimate: dict[str, float | int | None], null: float = 0.0) -> int:
     """Return 1 or -1 where the whole interval of `Estimate.to_dict()` lies on that side of `null`, else 0."""
     if estimate["low"] is None:
         return 0
-    if estimate["low"] > null:
-        return 1
-    return -1 if estimate["high"] < null else 0
+    return int(estimate["low"] > null) - int(estimate["high"] < null)
 
 
 @dataclass(frozen=True)

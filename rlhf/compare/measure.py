@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from rlhf.runs.checkpoint import FOLDER
 from rlhf.runs.rows import TRAINED_ON
 from rlhf.values import read_yaml
 
-FOLLOWED = {  # options that are the runs' own, and what holds where no run says
+# options that are the runs' own, and what holds where no run says
+FOLLOWED = {
     "validation_fraction": 0.05,
     "test_fraction": 0.1,
     "temperature": 1.0,
@@ -67,39 +70,69 @@ class CompareConfig:
 
 
 def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[str, Any]:
-    """Sample, score and report; returns report.json's content. `build_scorer(specs, tokenizer)` makes scorers."""
-    import torch
-    from tqdm import tqdm
-
+    """Sample, score and report; return report.json's content. `build_scorer(specs, tokenizer)` makes scorers."""
     from rlhf.compare.report import print_report, write_files
     from rlhf.compare.summary import summarise
     from rlhf.data.encode import encode, kept
     from rlhf.data.load import fingerprint, load
-    from rlhf.distributed import DistributedContext
     from rlhf.engines.hf import Sampling
-    from rlhf.evaluate import Evaluation, sample_table
-    from rlhf.logprobs import head_is_plain
-    from rlhf.tokenizer import load_tokenizer, stop_ids
+    from rlhf.tokenizer import load_tokenizer
 
     for path in config.runs:
         if not Path(path).is_dir():
             raise UserError(f"{path}: no such run{near_file(path)}")
+
+    # what to sample, and what to score it by
     shared = shared_options(config)
     fractions = {name: shared[name] for name in ("validation_fraction", "test_fraction")}
     records = unseen(config, load(config.prompts, Prompt, split="test", **fractions))
-    names = run_names(config.runs)
-    tokenizer = load_tokenizer(config.runs[0])
     specs, kinds, judge = scores_of(config)
-    scorer = build_scorer(specs, tokenizer) if specs else None
-    world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    policies = load_policies(config.runs, world.device, shared["max_prompt_length"], shared["max_response_length"])
-    model, context = policies[0]
+    tokenizer = load_tokenizer(config.runs[0])
     encoded, dropped = encode(records, tokenizer, shared["max_prompt_length"])
+    prompts = first_by_hash(kept((encoded, dropped), "prompts"), config.n_prompts)
+    sampling = Sampling(shared["max_response_length"], shared["temperature"])
+
+    rows = sample_runs(
+        config, prompts, sampling, tokenizer, build_scorer(specs, tokenizer), shared["max_prompt_length"]
+    )
+    every_row = [row for own in rows.values() for row in own]
+    for name in every_row[0].scores:
+        # a part of a score, where it applies to every prompt
+        if not any(math.isnan(row.scores[name]) for row in every_row):
+            kinds.setdefault(name, "other")
+
+    # everything that the report needs to be repeated
+    meta = meta_of(config, list(rows))
+    meta["fingerprints"]["prompts"] = fingerprint([row["record"] for row in prompts])
+    meta["sampling"] = {"temperature": sampling.temperature, "max_new_tokens": sampling.max_new_tokens}
+    meta["rows"]["prompts"] = {"read": len(records), "used": len(prompts), "dropped": dict(dropped)}
+    report = summarise(results_of_runs(config.runs, rows, kinds, judge, meta))
+    write_files(report, Path(config.output_dir))
+    write_samples(Path(config.output_dir) / "samples.jsonl", rows)
+    print_report(report, Path(config.output_dir))
+    return report
+
+
+def sample_runs(
+    config: CompareConfig, prompts: list[dict], sampling: Any, tokenizer: Any, scorer: Scorer, max_prompt_length: int
+) -> dict[str, list]:
+    """Return run -> evaluation rows, all on the same prompts with the same sampling noise, KL to the first run."""
+    import torch
+    from tqdm import tqdm
+
+    from rlhf.distributed import DistributedContext
+    from rlhf.evaluate import Evaluation
+    from rlhf.logprobs import head_is_plain
+    from rlhf.tokenizer import stop_ids
+
+    world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    policies = load_policies(config.runs, world.device, max_prompt_length, sampling.max_new_tokens)
+    model, context = policies[0]
     evaluation = Evaluation(
-        prompts=first_by_hash(kept((encoded, dropped), "prompts"), config.n_prompts),
+        prompts=prompts,
         tokenizer=tokenizer,
         stop_ids=stop_ids(tokenizer, model),
-        sampling=Sampling(shared["max_response_length"], shared["temperature"]),
+        sampling=sampling,
         scorer=scorer,
         samples_per_prompt=config.samples_per_prompt,
         seed=config.seed,
@@ -107,25 +140,22 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
         plain_head=head_is_plain(model),
     )
     rows = {}
-    total = len(policies) * len(evaluation.prompts) * config.samples_per_prompt
+    total = len(policies) * len(prompts) * config.samples_per_prompt
     with tqdm(total=total, desc="comparing", unit="response", mininterval=5) as bar:
-        for name, (own, own_context) in zip(names, policies, strict=True):
-            reference = context if own is model else model
-            rows[name] = evaluation.run(own, own_context, reference, world, bar.update)
-    for name in rows[names[0]][0].scores:
-        if not any(math.isnan(row.scores[name]) for part in rows.values() for row in part):
-            kinds.setdefault(name, "other")  # a part of a score, where it applies to every prompt
-    prompts = fingerprint([row["record"] for row in evaluation.prompts])
-    meta = meta_of(config, names, prompts, evaluation.sampling)
-    meta["rows"]["prompts"] = {"read": len(records), "used": len(evaluation.prompts), "dropped": dict(dropped)}
-    report = summarise(results_of_runs(config.runs, rows, kinds, judge, meta))
-    write_files(report, Path(config.output_dir))
-    with open(Path(config.output_dir) / "samples.jsonl", "w", encoding="utf-8") as file:
-        for name in names:
-            for row in sample_table(rows[name], len(rows[name])):
+        for name, (own_model, own_context) in zip(run_names(config.runs), policies, strict=True):
+            reference = context if own_model is model else model
+            rows[name] = evaluation.run(own_model, own_context, reference, world, bar.update)
+    return rows
+
+
+def write_samples(path: Path, rows: dict[str, list]) -> None:
+    """Write every response with its scores, one JSON object a line."""
+    from rlhf.evaluate import sample_table
+
+    with open(path, "w", encoding="utf-8") as file:
+        for name, own in rows.items():
+            for row in sample_table(own, len(own)):
                 file.write(json.dumps({"policy": name, **row}, ensure_ascii=False) + "\n")
-    print_report(report, Path(config.output_dir))
-    return report
 
 
 def results_of_runs(
@@ -139,6 +169,7 @@ def results_of_runs(
     """
     check_finite(rows, kinds)
     names = list(rows)
+    # a prompt that is given twice counts once
     prompts = {(row.group, prompt_key(row.prompt)): row.prompt for row in rows[names[0]]}
     number = {key: i for i, key in enumerate(prompts)}
     points, responses, methods = [], {}, {}
@@ -185,36 +216,38 @@ def check_finite(rows: dict[str, list], kinds: dict[str, str]) -> None:
             raise UserError(f"compare: {bad} of {len(own)} responses of '{run}' have a KL that is not a finite number")
 
 
+def run_names(paths: list[str]) -> list[str]:
+    """Return the folders' own names, or the paths where those are not unique."""
+    names = [Path(path).name for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
+
+
+def run_config(path: str | Path) -> dict[str, Any]:
+    """Return the resolved options of a run, or of the run that a checkpoint is of; empty where there are none."""
+    file = run_folder(path) / "config.yaml"
+    return read_yaml(file) if file.is_file() else {}
+
+
 def run_result(path: str | Path) -> dict[str, Any]:
     """Return result.json of a run; empty where there is none."""
     file = Path(path) / "result.json"
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def run_names(paths: list[str]) -> list[str]:
-    """The folders' own names, or the paths where those are not unique."""
-    names = [Path(p).name for p in paths]
-    return names if len(set(names)) == len(names) else list(paths)
-
-
-def run_config(path: str | Path) -> dict[str, Any]:
-    """The resolved options of a run, or of the run that a checkpoint is of; empty where the folder is none of ours."""
-    file = home(path) / "config.yaml"
-    return read_yaml(file) if file.is_file() else {}
-
-
-def home(path: str | Path) -> Path:
-    """The run's folder, of which `path` may be a checkpoint."""
+def run_folder(path: str | Path) -> Path:
+    """Return the run's folder, of which `path` may be a checkpoint."""
     path = Path(path)
-    return path.parent.parent if path.parent.name == FOLDER and not (path / "config.yaml").is_file() else path
+    is_checkpoint = path.parent.name == FOLDER and not (path / "config.yaml").is_file()
+    return path.parent.parent if is_checkpoint else path
 
 
 def shared_options(config: CompareConfig) -> dict[str, Any]:
-    """The options that follow the runs, by name: as given, else as all runs had them. UserError if those differ."""
+    """Return the options that follow the runs: as given, else as all runs had them. UserError if those differ."""
+    configs = {path: run_config(path) for path in config.runs}
     result = {}
     for name, default in FOLLOWED.items():
         given = getattr(config, name)
-        had = {path: run_config(path)[name] for path in config.runs if name in run_config(path)}
+        had = {path: options[name] for path, options in configs.items() if name in options}
         if given is None and len(set(had.values())) > 1:
             why = "what is test for one was training for another" if "fraction" in name else "they cannot be compared"
             raise UserError(f"the runs differ in '{name}' ({had}): {why}. Say which one holds: --{name}")
@@ -226,10 +259,11 @@ def shared_options(config: CompareConfig) -> dict[str, Any]:
 
 
 def unseen(config: CompareConfig, records: list[Prompt]) -> list[Prompt]:
-    """The prompts that none of the runs, and no reward model they learnt from, was trained on; says what it drops."""
-    places = [*config.runs, *(folder for spec in trained_scorers(config) for folder in folders(spec))]
-    seen = {name for place in places for name in hashes(place)}
-    kept = [record for record in records if prompt_group(record.prompt) not in seen]
+    """Return the prompts that no run, and no reward model a run learnt from, was trained on; print what is dropped."""
+    trained = set().union(*map(hashes, config.runs))
+    for spec in trained_scorers(config):
+        trained |= set().union(*map(hashes, folders(spec)))
+    kept = [record for record in records if prompt_group(record.prompt) not in trained]
     if len(kept) < len(records):
         print(f"{len(records) - len(kept)} of {len(records)} test prompts left out: a run was trained on them")
     if not kept:
@@ -240,23 +274,24 @@ def unseen(config: CompareConfig, records: list[Prompt]) -> list[Prompt]:
     return kept
 
 
-def hashes(place: str) -> set[str]:
-    """What the run in this folder says it was trained on (see rlhf/runs/run.py)."""
-    file = home(place) / TRAINED_ON
+def hashes(path: str) -> set[str]:
+    """Return the groups of prompts that the run in this folder was trained on (see rlhf/runs/rows.py)."""
+    file = run_folder(path) / TRAINED_ON
     return set(file.read_text().split()) if file.is_file() else set()
 
 
 def trained_scorers(config: CompareConfig) -> list[dict]:
-    """Every scorer that a run learnt from, from its config.yaml; those of weight 0 were only watched."""
+    """Return every scorer that a run learnt from, from its config.yaml; those of weight 0 were only evaluated."""
     proxies: list[dict] = []
     for path in config.runs:
-        learnt = [spec for spec in run_config(path).get("reward") or [] if spec.get("weight", 1.0)]
-        proxies += [spec for spec in learnt if spec not in proxies]
+        for spec in run_config(path).get("reward") or []:
+            if spec.get("weight", 1.0) and spec not in proxies:
+                proxies.append(spec)
     return proxies
 
 
 def identities(spec: dict) -> set[tuple[str, str]]:
-    """(kind, what) of a scorer, and of each member of an ensemble: specifications that share one share a score."""
+    """Return (kind, what) of a scorer and of each member of an ensemble: specifications that share one share a score."""
     kind = next((k for k in ("model", "ensemble", "voice", "function", "rule", "http") if k in spec), "")
     if kind in ("model", "ensemble"):
         from rlhf.weights import folder_fingerprint
@@ -267,12 +302,12 @@ def identities(spec: dict) -> set[tuple[str, str]]:
 
 
 def folders(spec: dict) -> list[str]:
-    """The reward models that a scorer reads."""
+    """Return the folders of the reward models that a scorer reads."""
     return [spec["model"]] if "model" in spec else list(spec.get("ensemble", []))
 
 
 def check_judges(config: CompareConfig) -> None:
-    """Raises UserError if what is to decide is something that a run learnt from, or learnt from the same pairs."""
+    """Raise UserError if what is to decide is something that a run learnt from, or learnt from the same pairs."""
     trained = {name for spec in trained_scorers(config) for name in identities(spec)}
     for option_name, specs in (("gold", config.gold), ("referee", config.referee)):
         for spec in specs:
@@ -291,7 +326,7 @@ def check_judges(config: CompareConfig) -> None:
 
 
 def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | None]:
-    """Scorer specifications, what each named score is, and the one that decides.
+    """Return the scorer specifications, the kind of each named score, and the score that decides.
 
     Every scorer that a run trained on is found in its config.yaml and marked `proxy`.
     """
@@ -300,11 +335,12 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
     specs, kinds = [], {}
     for kind, group in groups.items():
         for spec in group:
-            first = spec.get("name") or (kind if kind != "other" else min(identities(spec))[1].replace("/", "_"))
-            name, number = first, 1
-            while name in kinds:
-                number += 1
-                name = f"{first}{number}"
+            wanted = spec.get("name")
+            if not wanted:
+                wanted = min(identities(spec))[1].replace("/", "_") if kind == "other" else kind
+            # gold, gold2, gold3
+            candidates = itertools.chain([wanted], (f"{wanted}{number}" for number in itertools.count(2)))
+            name = next(candidate for candidate in candidates if candidate not in kinds)
             specs.append({**spec, "name": name})
             kinds[name] = kind
     if not specs:
@@ -318,32 +354,35 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
 def load_policies(
     paths: list[str], device, max_prompt_length: int, max_response_length: int
 ) -> list[tuple[Any, Callable]]:
-    """(model, context in which it is the policy) for each run; adapters of one base share it. On a GPU in bfloat16.
+    """Return (model, context in which it is the policy) for each run; adapters of one base share it.
 
-    Raises UserError where the longest prompt and response go beyond a model's positions.
+    On a GPU in bfloat16. Raises UserError where the longest prompt and response exceed a model's positions.
     """
     from rlhf.adapters import load_adapter, require_policy, use_adapter
     from rlhf.models import check_context, check_same_base, load_model
 
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    initials, policies = [], []
+    # base -> the model as it was loaded, and with its adapters
+    shared: dict[str, tuple[Any, Any]] = {}
+    policies = []
     for number, path in enumerate(paths):
-        is_adapter = (Path(path) / "adapter_config.json").is_file()
-        if is_adapter:
+        context: Callable = nullcontext
+        if (Path(path) / "adapter_config.json").is_file():
             require_policy(path)
-        shared = next((f for f in initials if is_adapter and f["base"] == _base_of(path)), None)
-        if shared is not None:
-            check_same_base(path, shared["foundation"])
-            model = load_adapter(shared["model"], path, name=f"run{number}")
-        elif is_adapter:
-            initial = load_model(path, dtype)
-            model = load_adapter(initial.model, path, name=f"run{number}")
-            initials.append({"base": _base_of(path), "foundation": initial, "model": model})
+            base, name = _base_of(path), f"run{number}"
+            initial, model = shared.get(base, (None, None))
+            if initial is None:
+                initial = load_model(path, dtype)
+                model = initial.model
+            else:
+                check_same_base(path, initial)
+            model = load_adapter(model, path, name=name)
+            shared.setdefault(base, (initial, model))
+            context = partial(use_adapter, model, name)
         else:
             model = load_model(path, dtype).model
         check_context(model, path, max_prompt_length, max_response_length)
         model.to(device).eval()
-        context = (lambda m=model, n=f"run{number}": use_adapter(m, n)) if is_adapter else nullcontext
         policies.append((model, context))
     return policies
 
@@ -354,33 +393,34 @@ def _base_of(path: str) -> str:
     return str(Path(adapter_base(path)).resolve())
 
 
-def meta_of(config: CompareConfig, names: list[str], prompts_fingerprint: str, sampling: Any) -> dict[str, Any]:
-    """Seeds, budgets and versions from each run's result.json, for the report."""
-    meta: dict[str, Any] = {"seeds": {"run": [], "world": []}, "budgets": {}, "versions": {}, "fingerprints": {}}
-    meta["configs"], meta["rows"] = {}, {}
-    for name, path in zip(names, config.runs, strict=True):
-        result = run_result(path)
-        meta["budgets"][name] = {k.removeprefix("budget/"): v for k, v in result.get("budget", {}).items()}
-        meta["versions"] = result.get("versions", meta["versions"])
-        meta["fingerprints"][name] = result.get("data", {})
-        meta["rows"][name] = result.get("rows", {})
-        meta["configs"][name] = run_config(path)
-        world = world_seed(path)
-        if world is not None and world not in meta["seeds"]["world"]:
-            meta["seeds"]["world"].append(world)
-        if "seed" in result and result["seed"] not in meta["seeds"]["run"]:
-            meta["seeds"]["run"].append(result["seed"])
-    meta["fingerprints"]["prompts"] = prompts_fingerprint
+def meta_of(config: CompareConfig, names: list[str]) -> dict[str, Any]:
+    """Return the seeds, budgets, rows, options and versions of each run, for the report."""
+    results = {name: run_result(path) for name, path in zip(names, config.runs, strict=True)}
+    budgets, versions = {}, {}
+    for name, result in results.items():
+        budgets[name] = {key.removeprefix("budget/"): value for key, value in result.get("budget", {}).items()}
+        versions = result.get("versions", versions)
+    worlds = [world_seed(path) for path in config.runs]
+    meta = {
+        "seeds": {
+            "run": list(dict.fromkeys(result["seed"] for result in results.values() if "seed" in result)),
+            "world": list(dict.fromkeys(seed for seed in worlds if seed is not None)),
+        },
+        "budgets": budgets,
+        "versions": versions,
+        "fingerprints": {name: result.get("data", {}) for name, result in results.items()},
+        "configs": {name: run_config(path) for name, path in zip(names, config.runs, strict=True)},
+        "rows": {name: result.get("rows", {}) for name, result in results.items()},
+    }
     if config.votes:
         from rlhf.data.annotator_report import store_summary
 
         meta["annotators"] = store_summary(config.votes)
-    meta["sampling"] = {"temperature": sampling.temperature, "max_new_tokens": sampling.max_new_tokens}
     return meta
 
 
 def world_seed(path: str) -> int | None:
-    """The seed of the sandbox world that a run's base comes from, if it does."""
+    """Return the seed of the sandbox world that a run's base comes from; None of other bases."""
     from rlhf.weights import read_identity
 
     base = read_identity(path).get("base_model_name_or_path")

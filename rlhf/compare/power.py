@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.compare.crossed import MIN_SEEDS, Estimate, Variances, checked, mean_squares
-from rlhf.config import UserError
+from rlhf.errors import UserError
 
 # no experiment has more
 MOST_SEEDS = 1000

@@ -18,7 +18,7 @@ from rlhf.compare.crossed import MIN_SEEDS, crossed_mean, outlying
 from rlhf.compare.judged import judged, label
 from rlhf.compare.results import Point, Results, key, prompt_key
 from rlhf.compare.selection import Means, ended, rectangle, tabulate
-from rlhf.config import UserError, did_you_mean
+from rlhf.errors import UserError, did_you_mean
 
 JUDGES = ("gold", "referee")
 SHAPES = ("length", "words", "ended", "repetition")  # measures of a response beside its scores and KL

@@ -17,7 +17,7 @@ import numpy as np
 from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic
 from rlhf.compare.judge import Verdicts
 from rlhf.compare.results import Point, Results, independent_pairs
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.stats import bounded_interval, student_quantile
 
 # on the slope, in units of the mean log-likelihood: the least that keeps a separable fit finite
