@@ -291,7 +291,7 @@ def trained_scorers(config: CompareConfig) -> list[dict]:
 
 
 def identities(spec: dict) -> set[tuple[str, str]]:
-    """Return (kind, what) of a scorer and of each member of an ensemble: specifications that share one share a score."""
+    """Return (kind, what) of a scorer and of each member of an ensemble: specifications that share one share one."""
     kind = next((k for k in ("model", "ensemble", "voice", "function", "rule", "http") if k in spec), "")
     if kind in ("model", "ensemble"):
         from rlhf.weights import folder_fingerprint
