@@ -19,7 +19,7 @@ import re
 import sys
 import typing
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 
@@ -117,19 +117,11 @@ def save(config: Any, path: str | Path) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises instead of exiting."""
-
-    def error(self, message: str) -> NoReturn:
-        # "argument --steps: expected one argument"
-        flag = message.partition(":")[0].split()[-1]
-        raise UserError(f"option '{flag}' needs a value. All options: {self.prog} --help")
-
-
-def _parser(cls: type, prog: str) -> _Parser:
+def _parser(cls: type, prog: str) -> argparse.ArgumentParser:
     """Return the parser of the flags of `cls`, as text; its help has a section for each class that declares options."""
-    parser = _Parser(
+    parser = argparse.ArgumentParser(
         prog,
+        exit_on_error=False,
         usage="%(prog)s [--config FILE] [--option VALUE ...]",
         description=inspect.cleandoc(cls.__doc__ or ""),
         argument_default=argparse.SUPPRESS,
@@ -190,7 +182,10 @@ def _read_flags(cls: type, argv: list[str], prog: str) -> tuple[dict[str, str], 
             word = f"--{name}{equals}{text}"
         words.append(word)
 
-    found, rest = _parser(cls, prog).parse_known_args(words)
+    try:
+        found, rest = _parser(cls, prog).parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"option '{error.argument_name}' needs a value. All options: {prog} --help") from None
     if rest and rest[0].startswith("--"):
         _check_known(rest[0][2:].partition("=")[0], cls, "the command line", prog)
     if rest:

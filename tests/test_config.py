@@ -335,7 +335,7 @@ def test_an_output_dir_holds_nothing_that_the_run_reads(tmp_path, monkeypatch):
     for more, said in (
         (
             {"model_name_or_path": "runs/sft"},
-            "'model_name_or_path' reads runs/sft, which stands in output_dir runs/sft",
+            "'model_name_or_path' reads runs/sft, which is inside output_dir runs/sft",
         ),
         ({"model_name_or_path": str(tmp_path / "runs/../runs/sft")}, "'model_name_or_path' reads"),
         ({"model_name_or_path": start}, "'model_name_or_path' reads"),

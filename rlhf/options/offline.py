@@ -5,11 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.config import UserError, did_you_mean, option
+from rlhf.config import option
+from rlhf.errors import UserError
 from rlhf.options.shared import RunConfig, SamplingConfig, TrainerConfig
 
-LOSSES = ("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired")
-LOSSES += ("apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm")
+Loss = Literal[
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+# The losses for which TRL reads label_smoothing, besides sigmoid alone.
+SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
 
 @dataclass(kw_only=True)
@@ -17,7 +22,7 @@ class SFTRunConfig(TrainerConfig, SamplingConfig):
     """Supervised fine-tuning on instructions; the loss is on the response and its EOS."""
 
     learning_rate: float = option(2e-4, "peak step size of AdamW", above=0, high=1)
-    merge: bool = option(False, "save whole weights with the adapter merged in, instead of the adapter")
+    merge: bool = option(False, "save full weights with the adapter merged in, instead of the adapter")
 
     def validate(self) -> None:
         super().validate()
@@ -30,10 +35,10 @@ class RewardRunConfig(TrainerConfig, RunConfig):
     """Bradley-Terry reward model on preference pairs, judged on held-out pairs; it samples nothing."""
 
     learning_rate: float = option(
-        1e-4, "peak step size of AdamW; about a tenth of it for whole models", above=0, high=1
+        1e-4, "peak step size of AdamW; about a tenth of that for full fine-tuning", above=0, high=1
     )
     center_rewards_coefficient: float = option(
-        0.01, "weight of (r_chosen + r_rejected)^2, which keeps scores around 0; 0: off", low=0
+        0.01, "weight of (r_chosen + r_rejected)^2, which keeps scores near 0; 0: off", low=0
     )
     label_smoothing: float = option(
         0.0, "probability that a label is wrong, for pairs without a label_prob", low=0, below=0.5
@@ -42,34 +47,30 @@ class RewardRunConfig(TrainerConfig, RunConfig):
         "mean", "after training, shift scores so that reference answers have mean 0 (mean_std: and deviation 1)"
     )
     reference_data: list[str] | None = option(
-        None, "instructions whose answers are the reference; default: the chosen answers of the held-out pairs"
+        None, "instructions whose answers score 0 on average; default: the chosen answers of the held-out pairs"
     )
 
 
 @dataclass(kw_only=True)
 class DPORunConfig(TrainerConfig, SamplingConfig):
-    """DPO on preference pairs, from the SFT policy; the reference is a frozen copy of where it starts."""
+    """DPO on preference pairs, from the SFT policy; the reference is a frozen copy of the initial policy."""
 
     learning_rate: float = option(5e-6, "peak step size of AdamW", above=0, high=1)
-    beta: float = option(0.1, "strength of the pull to the reference; smaller moves further", above=0)
-    loss_type: list[str] = option(["sigmoid"], "TRL's losses by name: sigmoid, ipo, hinge, robust, apo_zero, ...")
+    beta: float = option(
+        0.1, "strength of the pull to the reference; a smaller one lets the policy move further", above=0
+    )
+    loss_type: list[Loss] = option(["sigmoid"], "TRL's losses by name")
     label_smoothing: float = option(
         0.0,
-        "probability that a label is wrong, for pairs without a label_prob; sigmoid and robust, ... know it",
+        "probability that a label is wrong, for pairs without a label_prob; read by sigmoid, robust and a few others",
         low=0,
         below=0.5,
     )
 
     def validate(self) -> None:
         super().validate()
-        wrong = [name for name in self.loss_type if name not in LOSSES]
-        if wrong:
+        if self.label_smoothing and self.loss_type != ["sigmoid"] and SMOOTHED.isdisjoint(self.loss_type):
             raise UserError(
-                f"loss_type '{wrong[0]}' is none of TRL's.{did_you_mean(wrong[0], LOSSES)} {', '.join(LOSSES)}"
-            )
-        known = {"robust", "exo_pair", "aot", "aot_unpaired"}
-        if self.label_smoothing and self.loss_type != ["sigmoid"] and not set(self.loss_type) & known:
-            raise UserError(
-                f"'label_smoothing' has no effect on loss_type {', '.join(self.loss_type)} in TRL; sigmoid alone and "
-                "robust know it"
+                f"'label_smoothing' has no effect on loss_type {', '.join(self.loss_type)} in TRL; use sigmoid "
+                "alone or robust"
             )

@@ -8,97 +8,145 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.config import UserError, option
+from rlhf.config import option
+from rlhf.errors import UserError
 from rlhf.options.guards import check_guards
 from rlhf.options.shared import AdapterConfig, SamplingConfig
 
 
 @dataclass(kw_only=True)
-class PPOConfig(SamplingConfig, AdapterConfig):
-    """PPO with a KL penalty to the SFT policy; policy, value, reference and reward are adapters on one base."""
+class RolloutOptions:
+    """Rollouts and the schedule."""
 
-    reward: list[dict] = option(help="scorers to learn from: [{model: runs/reward}, {voice: FILE, weight: 0.5}, ...]")
     total_episodes: int = option(10_000, "responses to sample and learn from", resume="free", low=1)
     rollout_batch_size: int = option(64, "responses in one rollout, over all devices", low=1)
     samples_per_prompt: int = option(1, "responses to each prompt of a rollout", low=1)
     num_ppo_epochs: int = option(4, "passes over each rollout", low=1)
     num_mini_batches: int = option(1, "optimizer steps in each pass", low=1)
-    learning_rate: float = option(
-        1e-5, "peak step size of the policy; LoRA stands more than the 3e-6 of 2403.17031", above=0, high=1
-    )
-    value_learning_rate: float | None = option(
-        None,
-        "that of the critic, default as the policy's; this sets the size of its steps, vf_coef hardly does",
-        low=0,
-        high=1,
-    )
-    lr_scheduler_type: Literal["linear", "constant"] = option("linear", "linear: down to 0 at the end of the run")
+    lr_scheduler_type: Literal["linear", "constant"] = option("linear", "linear: decays to 0 at the end of the run")
     adam_epsilon: float = option(1e-5, "AdamW's epsilon (2403.17031)", above=0)
+
+
+@dataclass(kw_only=True)
+class ScoreOptions:
+    """Scores."""
+
+    reward: list[dict] = option(help="scorers to learn from: [{model: runs/reward}, {voice: FILE, weight: 0.5}, ...]")
+    normalize_scores: bool = option(False, "standardise scores by their running mean and standard deviation")
+    score_clip: float | None = option(None, "clip scores to plus and minus this, after normalisation", above=0)
+    missing_eos: Literal["min", "replace", "subtract"] = option(
+        "min",
+        "min: a truncated response scores at most missing_eos_score; replace: exactly that (2403.17031); subtract: its "
+        "score plus missing_eos_score, which is negative",
+    )
+    missing_eos_score: float | None = option(
+        -1.0, "see missing_eos; none: a truncated response is scored like any other"
+    )
+    length_penalty: float = option(0.0, "subtracted from the score for each token of the response")
+
+
+@dataclass(kw_only=True)
+class AdvantageOptions:
+    """Advantages."""
 
     advantage_estimator: Literal["gae", "rloo", "grpo", "reinforce"] = option(
         "gae",
-        "gae: with a critic; rloo: less the mean of the prompt's other samples; grpo: in deviations of them (all of "
-        "GRPO also has kl_in loss, kl_estimator k3); reinforce: less a running mean",
+        "gae: with a critic; rloo: minus the mean of the prompt's other samples; grpo: standardised over the prompt's "
+        "samples (GRPO also has kl_in loss and kl_estimator k3); reinforce: minus a running mean",
     )
     gamma: float = option(1.0, "discount of later rewards, in gae", low=0, high=1)
-    gae_lambda: float = option(0.95, "trade of variance against bias in gae", low=0, high=1)
+    gae_lambda: float = option(0.95, "bias-variance trade-off of gae", low=0, high=1)
     whiten_advantages: bool | None = option(
-        None, "mean 0 and variance 1 over all true tokens of the rollout; default: for gae alone"
+        None, "advantages with mean 0 and variance 1 over all response tokens of the rollout; default: only for gae"
     )
-    whiten_rewards: bool = option(False, "variance 1 of the token rewards of a rollout, their mean kept")
-    normalize_scores: bool = option(False, "scores minus their running mean, by their running standard deviation")
-    score_clip: float | None = option(None, "scores are cut at plus and minus this (after normalisation)", above=0)
-    missing_eos: Literal["min", "replace", "subtract"] = option(
-        "min",
-        "a response that does not end scores at most missing_eos_score, or just that (2403.17031), or so much less "
-        "(missing_eos_score being negative)",
-    )
-    missing_eos_score: float | None = option(-1.0, "see missing_eos; none: such a response scores as the others do")
-    length_penalty: float = option(0.0, "taken from the score for each token of the response")
+    whiten_rewards: bool = option(False, "scale the token rewards of a rollout to variance 1, keeping their mean")
 
-    kl_coef: float = option(0.05, "weight of the KL to the reference; 0 lets the policy drift", low=0)
+
+@dataclass(kw_only=True)
+class KLOptions:
+    """The KL penalty."""
+
+    kl_coef: float = option(0.05, "weight of the per-token KL penalty to the reference policy; 0 disables it", low=0)
     kl_in: Literal["reward", "loss"] = option(
-        "reward", "where the KL counts: each token's reward, or the policy's loss"
+        "reward", "where the KL enters: each token's reward, or the policy's loss"
     )
     kl_estimator: Literal["k1", "k2", "k3"] = option(
         "k1",
-        "k1 for the reward, where its gradient is the sequence KL's; in the loss k2 has that of each token's KL given "
-        "those before it, k3 (GRPO's) that of the KL the other way round, and k1 pulls nowhere on average",
+        "k1 in the reward, where its gradient is that of the sequence KL; in the loss k2 has the gradient of each "
+        "token's conditional KL, k3 (GRPO's) that of the KL in the other direction, and k1 none in expectation",
     )
-    kl_target: float | None = option(None, "adapt kl_coef towards this sequence KL in nats; default: fixed", above=0)
+    kl_target: float | None = option(
+        None, "adapt kl_coef towards this sequence KL in nats; default: kl_coef is fixed", above=0
+    )
     kl_horizon: float | None = option(
         None,
-        "responses over which an adaptive kl_coef moves; default: a tenth of the run's, one rollout at least",
+        "responses over which an adaptive kl_coef moves; default: a tenth of the run, at least one rollout",
         above=0,
     )
     reference_ema: float | None = option(
-        None, "decay of a reference that follows the policy, for the penalty alone; default: it stays", low=0, high=1
+        None,
+        "decay of an exponential moving average of the policy that serves as reference of the penalty; default: none",
+        low=0,
+        high=1,
     )
 
-    clip_range: float = option(0.2, "how far the probability ratio may move in one rollout", above=0)
-    clip_range_high: float | None = option(None, "the same upwards, default as clip_range", above=0)
+
+@dataclass(kw_only=True)
+class PolicyLossOptions:
+    """The policy's loss."""
+
+    clip_range: float = option(0.2, "clip range of the probability ratio", above=0)
+    clip_range_high: float | None = option(None, "upper clip range, by default clip_range", above=0)
     entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0)
-    ptx_coef: float = option(0.0, "weight of the loss on given answers mixed into each update (PPO-ptx)", low=0)
-    ptx_data: list[str] | None = option(None, "the instructions for it")
+    ptx_coef: float = option(0.0, "weight of the loss on pretraining data mixed into each update (PPO-ptx)", low=0)
+    ptx_data: list[str] | None = option(None, "instructions that serve as pretraining data")
 
-    critic_from: Literal["auto", "reward", "policy", "fresh"] = option(
-        "auto", "what the critic starts as; auto: the reward model where it is a role on the base, else the policy"
+
+@dataclass(kw_only=True)
+class CriticOptions:
+    """The critic."""
+
+    value_learning_rate: float | None = option(
+        None,
+        "peak step size of the critic, by default the policy's; it sets the size of the steps, vf_coef hardly does",
+        low=0,
+        high=1,
     )
-    critic_warmup_steps: int = option(0, "first steps in which the critic alone learns", low=0)
-    value_clip_range: float | None = option(0.2, "how far a value may move in one rollout; none: no clipping", above=0)
+    critic_from: Literal["auto", "reward", "policy", "fresh"] = option(
+        "auto", "what the critic starts from; auto: the reward model where it is a role on the base, else the policy"
+    )
+    critic_warmup_steps: int = option(0, "first steps, in which only the critic learns", low=0)
+    value_clip_range: float | None = option(0.2, "clip range of the values; none: no clipping", above=0)
     vf_coef: float = option(
         0.1,
-        "weight of the value loss. AdamW hardly minds the scale of a loss, but both are clipped to one joint norm: a "
-        "large one shrinks the policy's gradient towards adam_epsilon, and the policy's steps with it",
+        "weight of the value loss. AdamW is nearly invariant to the scale of a loss, but both losses are clipped to "
+        "one joint norm: a large weight shrinks the policy's gradient, and its steps once that nears adam_epsilon",
         low=0,
     )
 
+
+@dataclass(kw_only=True)
+class PPOConfig(
+    RolloutOptions,
+    ScoreOptions,
+    AdvantageOptions,
+    KLOptions,
+    PolicyLossOptions,
+    CriticOptions,
+    SamplingConfig,
+    AdapterConfig,
+):
+    """PPO with a KL penalty to the SFT policy; policy, value, reference and reward are adapters on one base."""
+
+    learning_rate: float = option(
+        1e-5, "peak step size of the policy; LoRA tolerates more than the 3e-6 of 2403.17031", above=0, high=1
+    )
     guards: dict = option(
         {}, "changes to the guards of docs/guards.md, e.g. {max_kl: {threshold: 30}, length: off}", resume="free"
     )
-    max_response_length: int = option(128, "tokens with EOS; a response is cut there and counts as not ended", low=1)
+    max_response_length: int = option(128, "tokens with EOS; a longer response is truncated there", low=1)
     save_steps: int = option(
-        10, "checkpoint every so many steps, with each evaluation and at the end", resume="free", low=0
+        10, "save a checkpoint every this many steps, with each evaluation and at the end", resume="free", low=0
     )
 
     def validate(self) -> None:
@@ -106,19 +154,21 @@ class PPOConfig(SamplingConfig, AdapterConfig):
         check_guards(self.guards)
         size = self.rollout_batch_size
         if size % self.samples_per_prompt:
-            raise UserError(f"rollout_batch_size {size} is no multiple of samples_per_prompt {self.samples_per_prompt}")
+            raise UserError(
+                f"rollout_batch_size {size} is not a multiple of samples_per_prompt {self.samples_per_prompt}"
+            )
         if size < self.num_mini_batches:
             raise UserError(f"{self.num_mini_batches} minibatches out of {size} responses")
         if self.total_episodes < size:
             raise UserError(f"total_episodes {self.total_episodes} is less than one rollout of {size}")
         if self.kl_target is not None and self.kl_coef == 0:
-            raise UserError("'kl_target' adapts 'kl_coef' by factors, so 'kl_coef' cannot begin at 0")
+            raise UserError("'kl_target' adapts 'kl_coef' by factors, so 'kl_coef' cannot start at 0")
         if self.kl_target is not None and self.horizon < size:
             raise UserError(f"'kl_horizon' is {self.kl_horizon}, less than one rollout of {size}")
         if self.missing_eos == "subtract" and (self.missing_eos_score or 0.0) > 0:
             raise UserError(
-                f"'missing_eos_score' is {self.missing_eos_score} and 'missing_eos' subtract, so that not ending would "
-                f"pay. To take {self.missing_eos_score} off: --missing_eos_score {-self.missing_eos_score}"
+                f"'missing_eos_score' is {self.missing_eos_score} and 'missing_eos' subtract, which would reward "
+                f"truncation. To subtract {self.missing_eos_score}: --missing_eos_score {-self.missing_eos_score}"
             )
         if self.advantage_estimator in ("rloo", "grpo") and self.samples_per_prompt < 2:
             raise UserError(
@@ -128,16 +178,16 @@ class PPOConfig(SamplingConfig, AdapterConfig):
         if not self.has_critic and self.critic_warmup_steps:
             raise UserError(f"'critic_warmup_steps' is set, but {self.advantage_estimator} has no critic")
         if bool(self.ptx_coef) != bool(self.ptx_data):
-            raise UserError("'ptx_coef' and 'ptx_data' belong together: the weight, and the instructions it is for")
+            raise UserError("'ptx_coef' and 'ptx_data' belong together: a weight and the data that it applies to")
 
     @property
     def total_steps(self) -> int:
-        """Whole rollouts; episodes beyond the last one are not sampled."""
+        """Return the number of whole rollouts; episodes beyond the last one are not sampled."""
         return self.total_episodes // self.rollout_batch_size
 
     @property
     def horizon(self) -> float:
-        """Responses over which an adaptive kl_coef moves."""
+        """Return the responses over which an adaptive kl_coef moves."""
         if self.kl_horizon is not None:
             return self.kl_horizon
         return max(self.rollout_batch_size, 0.1 * self.total_steps * self.rollout_batch_size)

@@ -19,7 +19,10 @@ from tests.experiment.example import experiment, method
     [
         (method(sweep={"beat": [0.1]}), r"methods: 'dpo': unknown option 'beat'. Did you mean 'beta'\?"),
         (method(options={"lerning_rate": 1, "max_steps": 40}), "methods: 'dpo': unknown option 'lerning_rate'"),
-        (method(options={"loss_type": ["ipoo"], "max_steps": 40}), "methods: 'dpo': .*'ipoo' is none of TRL's"),
+        (
+            method(options={"loss_type": ["ipoo"], "max_steps": 40}),
+            "methods: 'dpo': .*found 'ipoo', expected one of sigmoid, .*Did you mean 'ipo'",
+        ),
         (method("ppo", options={"advantage_estimator": "rlo"}), "methods: 'dpo': .*expected one of gae, rloo"),
     ],
 )

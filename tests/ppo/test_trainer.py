@@ -283,7 +283,7 @@ def test_permutation_depends_on_its_key_alone():
 @pytest.mark.parametrize(
     "wrong,word",
     [
-        ({"samples_per_prompt": 3}, "no multiple"),
+        ({"samples_per_prompt": 3}, "not a multiple"),
         ({"total_episodes": 4}, "less than one rollout"),
         ({"reward": []}, "'reward' is empty"),
         ({"kl_target": -1.0}, "kl_target"),
@@ -292,7 +292,7 @@ def test_permutation_depends_on_its_key_alone():
         ({"gamma": 1.5}, "gamma"),
         ({"clip_range": 0.0}, "clip_range"),
         ({"kl_coef": -0.1}, "kl_coef"),
-        ({"kl_coef": 0.0, "kl_target": 6.0}, "cannot begin at 0"),
+        ({"kl_coef": 0.0, "kl_target": 6.0}, "cannot start at 0"),
         ({"kl_target": 6.0, "kl_horizon": 4}, "less than one rollout"),
         ({"missing_eos": "subtract", "missing_eos_score": 2.0}, "--missing_eos_score -2.0"),
         ({"score_clip": 0.0}, "score_clip"),
