@@ -117,7 +117,7 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     from rlhf.models import InitialModel
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.rollout import role_scorer
-    from rlhf.ppo.trainer import PPOTrainer
+    from rlhf.ppo.trainer import PPOTrainer, TrainingData
     from rlhf.roles import Roles
 
     values = {
@@ -129,18 +129,19 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     initial = InitialModel(model_of(shape), None, "x", "x", None, "x")
     roles = Roles(
         initial, lora_config(r=shape.rank), critic="fresh" if config.has_critic else None,
-        gradient_checkpointing=config.gradient_checkpointing, moving_reference=config.reference_ema is not None,
+        gradient_checkpointing=config.gradient_checkpointing, ema_reference=config.reference_ema is not None,
     )  # fmt: skip
     roles._add("reward", roles.trunk.peft_config["policy"], None)
     roles.heads["reward"] = torch.nn.Linear(shape.width, 1)
     record = Prompt(prompt=[{"role": "user", "content": "x"}])
     rows = rows_of(shape)
-    trainer = PPOTrainer(
-        config, roles, role_scorer(roles, PAD, shape.rows // 2),
-        [{"prompt_ids": row["prompt_ids"], "record": record} for row in rows], tokenizer_of(shape),
-        list(range(EOS, shape.vocabulary, 16)) if shape.ragged else [], DistributedContext(), Budget(),
-        ptx=rows if config.ptx_coef else None,
-    )  # fmt: skip
+    data = TrainingData(
+        [{"prompt_ids": row["prompt_ids"], "record": record} for row in rows],
+        tokenizer_of(shape),
+        list(range(EOS, shape.vocabulary, 16)) if shape.ragged else [],
+        rows if config.ptx_coef else [],
+    )
+    trainer = PPOTrainer(config, roles, role_scorer(roles, PAD, shape.rows // 2), data, DistributedContext())
     cache_is_exact(roles.trunk)  # tried once for each model, not counted
     flops = measured(lambda: trainer.step(0))
     return trainer.budget, flops

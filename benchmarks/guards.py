@@ -33,9 +33,8 @@ from rlhf.data.records import BadScore, Prompt, Samples, Scores
 from rlhf.distributed import DistributedContext
 from rlhf.models import load_model
 from rlhf.ppo.guards import Decision, Guards
-from rlhf.ppo.trainer import PPOConfig, PPOTrainer
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer, TrainingData
 from rlhf.roles import Roles
-from rlhf.runs.budget import Budget
 from rlhf.stats import clustered_se, student_quantile
 from rlhf.tokenizer import stop_ids
 
@@ -185,7 +184,7 @@ def play(fault: Fault, make: Callable[[Fault, Callable], PPOTrainer]) -> Seen:
 
     def score(samples: Samples) -> Scores:
         always = fault.score is overdone  # which becomes a fault by itself, when gold has had enough
-        return (fault.score if fault.score and (always or fault.strikes(trainer.done + 1)) else HEALTHY)(samples)
+        return (fault.score if fault.score and (always or fault.strikes(trainer.steps_done + 1)) else HEALTHY)(samples)
 
     def note() -> None:
         seen.found += [(decision, seen.updates) for decision in trainer.guards.drain_events()]
@@ -207,9 +206,9 @@ def play(fault: Fault, make: Callable[[Fault, Callable], PPOTrainer]) -> Seen:
 
         try:
             stopped = trainer.train(on_step, roll_back)
-            seen.end = f"stopped at step {trainer.done}" if stopped else f"went on to step {trainer.done}"
+            seen.end = f"stopped at step {trainer.steps_done}" if stopped else f"went on to step {trainer.steps_done}"
         except BadScore:
-            seen.end = f"stopped at step {trainer.done + 1} by the scorer's message"
+            seen.end = f"stopped at step {trainer.steps_done + 1} by the scorer's message"
     note()
     seen.events = trainer.guards.events
     return seen
@@ -219,14 +218,14 @@ def spoil(trainer: PPOTrainer, fault: Fault, seen: Seen, note: Callable[[], None
     """Put the fault's poison and step size where they belong, and look at each update from outside."""
     update, rates = trainer.update, trainer.learning_rates
 
-    def spoiled_update(rollout, advantages, returns, rows, sizes, step=0, number=0):
+    def spoiled_update(experience, rows, sizes, step=0, number=0):
         poison = contextlib.nullcontext()
         seen.updates += step + 1 >= FAULT
         if fault.poison and fault.strikes(step + 1) and (fault.last is None or seen.updates == 1):
-            poison = fault.poison(trainer, rollout, rows)
+            poison = fault.poison(trainer, experience.rollout, rows)
         before = trainer.learner.state_dict()
         with poison:
-            metrics, decision = update(rollout, advantages, returns, rows, sizes, step, number)
+            metrics, decision = update(experience, rows, sizes, step, number)
         note()
         if decision is not None and decision.action != "warn":
             after = trainer.learner.state_dict()
@@ -307,10 +306,9 @@ def maker(model: str, rows: list[dict] | None, stops: list[int] | None, data: st
             prompts = encode_prompts(load([data], Prompt, split="train", limit=512), initial.tokenizer, 64)
             ends = stop_ids(initial.tokenizer, initial.model)
         roles = Roles(initial, lora_config(r=8))
-        budget, monitored = Budget(), ["gold"] if fault.score is overdone else []
-        return PPOTrainer(
-            config, roles, scorer, prompts, initial.tokenizer, ends, DistributedContext(), budget, monitored=monitored
-        )  # fmt: skip
+        monitored = ["gold"] if fault.score is overdone else []
+        training = TrainingData(prompts, initial.tokenizer, ends)
+        return PPOTrainer(config, roles, scorer, training, DistributedContext(), monitored=monitored)
 
     return make
 

@@ -17,7 +17,7 @@ from torch import nn
 from rlhf.data.encode import decode_response
 from rlhf.data.records import Message, Samples, Scorer
 from rlhf.distributed import DistributedContext
-from rlhf.engines.hf import Sampling, generate, sample_key
+from rlhf.engines.hf import Completions, Sampling, generate, sample_key
 from rlhf.logprobs import completion_batch, response_logprobs
 from rlhf.stats import clustered_se
 
@@ -88,9 +88,7 @@ class Evaluation:
                 progress,
             )
         kl = self._sequence_kl(model, policy, reference, prompt_ids, done.response_ids)
-        samples = to_samples(
-            [row["record"] for row, _ in wanted], prompt_ids, done.response_ids, done.ended, self.tokenizer
-        )
+        samples = to_samples([row for row, _ in wanted], done, self.tokenizer)
         scores = self.scorer(samples) if self.scorer else None
         rows = []
         for i, (row, sample) in enumerate(wanted):
@@ -158,15 +156,20 @@ def eos_probability(
     return float(world.sum(total)) / len(rows)
 
 
-def to_samples(records: list, prompt_ids, response_ids, ended, tokenizer) -> Samples:
-    """What scorers receive, from encoded prompts and sampled ids."""
+def to_samples(rows: list[dict[str, Any]], completions: Completions, tokenizer: Any) -> Samples:
+    """Return what scorers receive: encoded prompts (see `encode_prompts`) with the response to each."""
+    records = [row["record"] for row in rows]
+    metadata = []
+    for record in records:
+        voice = {"voice": record.voice} if record.voice else {}
+        metadata.append({**record.metadata, "group": record.group, **voice})
     return Samples(
-        prompts=[r.prompt for r in records],
-        responses=[decode_response(tokenizer, ids) for ids in response_ids],
-        prompt_ids=prompt_ids,
-        response_ids=response_ids,
-        ended=ended,
-        metadata=[{**r.metadata, "group": r.group, **({"voice": r.voice} if r.voice else {})} for r in records],
+        prompts=[record.prompt for record in records],
+        responses=[decode_response(tokenizer, ids) for ids in completions.response_ids],
+        prompt_ids=[row["prompt_ids"] for row in rows],
+        response_ids=completions.response_ids,
+        ended=completions.ended,
+        metadata=metadata,
     )
 
 

@@ -14,6 +14,7 @@ import contextlib
 import copy
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,11 @@ from rlhf.adapters import (
 from rlhf.config import UserError, coerce
 from rlhf.logprobs import decoder_and_head, gather_columns, head_is_plain, hidden_width, response_logprobs
 from rlhf.models import InitialModel, check_same_base, write_identity
-from rlhf.weights import check_finite, read_json
+from rlhf.options.ppo import PPOConfig
+from rlhf.weights import check_finite, read_identity, read_json
 
 TRAINED = ("policy", "value")
-MOVING = "moving"  # the reference that follows the policy, when there is one
+EMA_REFERENCE = "ema_reference"  # an exponential moving average of the policy
 SCORE = "score"  # the scalar head of a reward model, which stands beside the trunk here
 # Attributes that say how much a model draws at random in training. PhiMoE's router_jitter_noise is a threshold
 RATE = re.compile(r"dropout|pdrop$|^layerdrop$|^(input_)?jitter_noise$|^moe_jitter_eps$")
@@ -52,12 +54,8 @@ RATE = re.compile(r"dropout|pdrop$|^layerdrop$|^(input_)?jitter_noise$|^moe_jitt
 class Roles(nn.Module):
     """The roles as one module, to be wrapped in one DeepSpeed engine.
 
-    The policy is a trainable copy of the foundation's adapter and the reference a frozen one; on a foundation without
-    adapter (a whole or merged SFT model) the policy is new and the reference is the base with adapters off.
-    `reward_path` None leaves the reward role out. `critic` says what the value role starts from: "reward" (adapter and
-    head of the reward role, 2403.17031, times `reward_weight`, that of its score in the total), "policy" (the policy's
-    adapter, a head of zeros), "fresh" (a new adapter, a head of zeros), "auto" (reward where there is one, else
-    policy); None leaves it out. `moving_reference` adds a copy of the policy that `follow` draws after it.
+    The policy is a trainable copy of the initial model's adapter and the reference a frozen one; on an initial model
+    without adapter (a whole or merged SFT model) the policy is new and the reference is the base with adapters off.
     """
 
     def __init__(
@@ -67,48 +65,47 @@ class Roles(nn.Module):
         reward_path: str | None = None,
         gradient_checkpointing: bool = False,
         critic: str | None = "auto",
-        moving_reference: bool = False,
+        ema_reference: bool = False,
         reward_weight: float = 1.0,
     ):
+        """Put the adapters on the initial model's base.
+
+        lora: the settings of new adapters.
+        reward_path: the folder of the reward model; None leaves the reward role out.
+        critic: what the value role starts from: "reward" (adapter and head of the reward role, 2403.17031), "policy"
+            (the policy's adapter, a head of zeros), "fresh" (a new adapter, a head of zeros) or "auto" (reward where
+            there is one, else policy); None leaves it out.
+        ema_reference: add a copy of the policy that `update_ema` moves towards it.
+        reward_weight: the weight of the reward role's score in the total, which a critic that starts from it predicts.
+        """
         super().__init__()
         if critic == "reward" and not reward_path:
             raise UserError(
                 "the critic cannot start from the reward model: none of the scorers is an adapter on this base"
             )
-        self.plain_head = head_is_plain(initial.model)
-        self.output_head, width = head_name(initial.model), hidden_width(initial.model)
-        start = initial.adapter_path
-        if start:
-            require_policy(start)
-        policy_config = adapter_config(start) if start else plain_config(lora)
-        reward = adapter_config(reward_path) if reward_path else None
-        self.trunk = initial.model
-        self._add("policy", policy_config, start)
-        if start:
-            self._add("reference", policy_config, start)
-        if moving_reference:
-            frozen_copy(self.trunk, "policy", MOVING)
         if critic == "auto":
             critic = "reward" if reward_path else "policy"
+        self.trunk = initial.model
         self.heads = nn.ModuleDict()
+        self.plain_head = head_is_plain(initial.model)
+        self.output_head = head_name(initial.model)
         self.score_scale, self.score_bias = 1.0, 0.0
+
+        # in this order: a new adapter or head draws its weights from the global random state
+        policy_config = self._add_policy(initial, lora, ema_reference=ema_reference)
+        reward_config = adapter_config(reward_path) if reward_path else None
         if critic:
-            config, source = {"reward": (reward, reward_path), "policy": (policy_config, start)}.get(
-                critic, (plain_config(lora), None)
-            )
-            self._add("value", without_head(config, initial.model), source, (self.output_head, SCORE))
-            self.heads["value"] = nn.Linear(width, 1)
-            nn.init.zeros_(self.heads["value"].weight)
-            nn.init.zeros_(self.heads["value"].bias)
+            starts = {
+                "reward": (reward_config, reward_path),
+                "policy": (policy_config, initial.adapter_path),
+                "fresh": (plain_config(lora), None),
+            }
+            self._add_critic(initial, *starts[critic])
         if reward_path:
-            check_same_base(reward_path, initial)
-            self._add("reward", without_head(reward, initial.model), reward_path, (self.output_head, SCORE))
-            self.heads["reward"] = reward_head(reward_path, width)
-            self.score_scale, self.score_bias = reward_shift(reward_path)
+            self._add_reward(initial, reward_config, reward_path)
         if critic == "reward":
-            with torch.no_grad():  # the critic predicts what the scorer adds to the total, shift and scale included
-                self.heads["value"].weight.copy_(self.heads["reward"].weight * self.score_scale * reward_weight)
-                self.heads["value"].bias.fill_(self.score_bias * reward_weight)
+            self._start_critic_as_reward(reward_weight)
+
         self.heads.float()
         self._layers = [m for m in self.trunk.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
         dtype = next(initial.model.parameters()).dtype
@@ -117,11 +114,15 @@ class Roles(nn.Module):
         elif dtype == torch.bfloat16:
             for layer in self._layers:
                 keep_in_float32(layer, dtype)
-        self._learning = [p for role in TRAINED for p in self.parameters_of(role)]
-        others = {id(p) for p in self._learning}
-        self._frozen = [p for p in self.parameters() if id(p) not in others]
-        disable_dropout(self)  # it would make the first ratio differ from 1
-        if gradient_checkpointing:  # safe because a role is held through backward: what is recomputed is the same role
+
+        self._trained = [p for role in TRAINED for p in self.parameters_of(role)]
+        trained_ids = {id(p) for p in self._trained}
+        self._frozen = [p for p in self.parameters() if id(p) not in trained_ids]
+
+        # dropout would make the first probability ratio differ from 1
+        disable_dropout(self)
+        # safe because a role is held through backward: what is recomputed is the same role
+        if gradient_checkpointing:
             initial.model.activation_checkpointing_enable()
             self.trunk.enable_input_require_grads()
         self._activate("policy")
@@ -133,6 +134,41 @@ class Roles(nn.Module):
         else:
             self.trunk = add_adapter(self.trunk, config, name)
 
+    def _add_policy(self, initial: InitialModel, lora: LoraConfig, *, ema_reference: bool) -> LoraConfig:
+        """Add the policy and the references that start as it does; return their LoRA settings."""
+        path = initial.adapter_path
+        if path:
+            require_policy(path)
+        config = adapter_config(path) if path else plain_config(lora)
+        self._add("policy", config, path)
+        if path:
+            self._add("reference", config, path)
+        if ema_reference:
+            frozen_copy(self.trunk, "policy", EMA_REFERENCE)
+        return config
+
+    def _add_critic(self, initial: InitialModel, config: LoraConfig, path: str | None) -> None:
+        """Add the value role with a head of zeros."""
+        self._add("value", without_head(config, initial.model), path, (self.output_head, SCORE))
+        head = nn.Linear(hidden_width(initial.model), 1)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        self.heads["value"] = head
+
+    def _add_reward(self, initial: InitialModel, config: LoraConfig, path: str) -> None:
+        """Add the reward role with its head, scale and bias."""
+        check_same_base(path, initial)
+        self._add("reward", without_head(config, initial.model), path, (self.output_head, SCORE))
+        self.heads["reward"] = reward_head(path, hidden_width(initial.model))
+        self.score_scale, self.score_bias = reward_shift(path)
+
+    @torch.no_grad()
+    def _start_critic_as_reward(self, weight: float) -> None:
+        """Let the critic predict what the reward role adds to the total score, scale and bias included."""
+        value, reward = self.heads["value"], self.heads["reward"]
+        value.weight.copy_(reward.weight * self.score_scale * weight)
+        value.bias.fill_(self.score_bias * weight)
+
     @property
     def has_reference_adapter(self) -> bool:
         return "reference" in self.trunk.peft_config
@@ -142,19 +178,22 @@ class Roles(nn.Module):
         return "value" in self.heads
 
     @property
-    def has_moving_reference(self) -> bool:
-        return MOVING in self.trunk.peft_config
+    def has_ema_reference(self) -> bool:
+        return EMA_REFERENCE in self.trunk.peft_config
 
     @torch.no_grad()
-    def follow(self, decay: float) -> None:
-        """moving <- decay * moving + (1 - decay) * policy, on all that the adapter holds (LoRA's factors, not their
-        product)."""
+    def update_ema(self, decay: float) -> None:
+        """Move the EMA reference towards the policy: reference <- decay * reference + (1 - decay) * policy.
+
+        On all that the adapter holds: LoRA's factors, not their product.
+        """
         policy = adapter_parameters(self.trunk, "policy")
-        for name, target in adapter_parameters(self.trunk, MOVING).items():
+        for name, target in adapter_parameters(self.trunk, EMA_REFERENCE).items():
             target.data.mul_(decay).add_(policy[name].data, alpha=1 - decay)
 
-    def moving_parameters(self) -> list[nn.Parameter]:
-        return list(adapter_parameters(self.trunk, MOVING).values())
+    def ema_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters of the EMA reference."""
+        return list(adapter_parameters(self.trunk, EMA_REFERENCE).values())
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
         """The parameters of a role that count in its output, its head included; none for a role that is not there."""
@@ -166,7 +205,7 @@ class Roles(nn.Module):
 
     @contextlib.contextmanager
     def use(self, role: str):
-        """The trunk is `role` inside: policy, reference, moving, value or reward. Not to be nested."""
+        """Make the trunk `role` inside the context: policy, reference, ema_reference, value or reward. Do not nest."""
         self._activate(role)
         try:
             yield self
@@ -182,7 +221,7 @@ class Roles(nn.Module):
             elif not bare:
                 layer.set_adapter(role)
         # PEFT freezes the adapters that are not active and thaws the one that is: put back who learns here
-        for parameter in self._learning:
+        for parameter in self._trained:
             parameter.requires_grad_(True)
         for parameter in self._frozen:
             parameter.requires_grad_(False)
@@ -286,6 +325,55 @@ def _silence(holder: Any) -> None:
     for name, value in vars(holder).items():
         if RATE.search(name) and isinstance(value, float):
             setattr(holder, name, 0.0)
+
+
+@dataclass(frozen=True)
+class CriticStart:
+    """What the critic starts from."""
+
+    # as the parameter `critic` of Roles
+    source: str | None
+    # of the reward role's score in the total
+    weight: float = 1.0
+    # parts of the total score that the reward role does not know
+    left_out: tuple[str, ...] = ()
+
+
+def find_reward_role(models: dict[str, float], initial: InitialModel) -> str | None:
+    """Return the reward model that becomes a role: the first that is an adapter on the initial model's base, or None.
+
+    models: folder -> weight in the total score. One of weight 0, which is only monitored, comes after the others.
+    """
+    for folder in sorted(models, key=lambda folder: models[folder] == 0):
+        is_adapter = (Path(folder) / "adapter_config.json").is_file()
+        if is_adapter and read_identity(folder).get("base_fingerprint") == initial.fingerprint:
+            return folder
+    return None
+
+
+def critic_start(config: PPOConfig, reward_path: str | None, weight: float, others: dict[str, float]) -> CriticStart:
+    """Return what the critic starts from.
+
+    weight: that of the reward role's score in the total; others: name -> weight of the scorers that are not the role.
+    Raises UserError where the critic is to start from a reward model of weight 0.
+    """
+    if not config.has_critic:
+        return CriticStart(None)
+    source = config.critic_from
+    if source == "auto":
+        source = "reward" if weight else "policy"
+    if source != "reward" or reward_path is None:
+        return CriticStart(source)
+    if not weight:
+        raise UserError(
+            f"critic_from is reward, but {reward_path} is only watched (weight 0), and the critic has to predict the "
+            "other scores. Use --critic_from policy"
+        )
+
+    left_out = [f"{name} (weight {other:g})" for name, other in others.items() if other]
+    if config.normalize_scores:
+        left_out.append("the normalisation of scores")
+    return CriticStart(source, weight, tuple(left_out))
 
 
 def plain_config(lora: LoraConfig) -> LoraConfig:

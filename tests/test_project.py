@@ -17,7 +17,7 @@ LAYERS = [
     ["rlhf.cli", "launch"],
     ["rlhf.sandbox.quickstart", "rlhf.compare.measure", "rlhf.experiment"],
     ["reward"],
-    ["rlhf.ppo.trainer", "rlhf.offline", "rlhf.sandbox", "rlhf.collect"],
+    ["rlhf.ppo.trainer", "rlhf.ppo.loop", "rlhf.offline", "rlhf.sandbox", "rlhf.collect"],
     ["rlhf.ppo.rollout", "rlhf.compare"],
     ["rlhf.roles", "rlhf.evaluate", "rlhf.stages"],
     ["rlhf.runs.start"],

@@ -1,6 +1,5 @@
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -12,9 +11,9 @@ from rlhf.compare.measure import load_policies
 from rlhf.config import UserError
 from rlhf.logprobs import completion_batch
 from rlhf.models import load_model, trainable_policy
-from rlhf.roles import Roles
+from rlhf.options.ppo import PPOConfig
+from rlhf.roles import CriticStart, Roles, critic_start, find_reward_role
 from tests.conftest import random_adapter
-from tests.launch.conftest import door
 
 PROMPTS, RESPONSES = [[5, 6, 7], [8, 9, 10, 11, 12]], [[20, 21, 22, 2], [30, 31]]
 
@@ -152,35 +151,28 @@ def test_the_critic_starts_from_what_the_reward_model_adds_to_the_total(sft_path
     assert roles.heads["value"].bias.item() == 0.75
 
 
-def test_the_program_starts_the_critic_by_the_weights_of_the_scorers(sft_path, reward_path):
-    from rlhf.options.ppo import PPOConfig
+def test_the_critic_starts_by_the_weights_of_the_scorers():
+    def start(weight, others=None, **more):
+        options = PPOConfig(model_name_or_path="x", data=["x"], output_dir="x", reward=[{"model": "rm"}], **more)
+        return critic_start(options, "rm", weight, others or {})
 
-    door("ppo")
-    program = sys.modules["door_ppo"]
-
-    def start(reward, **more):
-        options = PPOConfig(model_name_or_path="x", data=["x"], output_dir="x", reward=reward, **more)
-        return program.critic_start(options, program.reward_role(reward, load_model(sft_path)))
-
-    model, rule = {"model": reward_path, "name": "rm"}, {"rule": "length", "low": 1, "high": 9}
-    assert start([model]) == ("reward", 1.0, [])
-    both = [model | {"weight": 0.5}, rule | {"weight": 2}, rule | {"name": "seen", "weight": 0}]
-    assert start(both) == ("reward", 0.5, ["length (weight 2)"])
-    assert start(both, normalize_scores=True)[2] == ["length (weight 2)", "the normalisation of scores"]
-    assert start(both, critic_from="policy") == ("policy", 1.0, [])
-    assert start([model | {"weight": 0}, rule]) == ("policy", 1.0, [])
+    assert start(1.0) == CriticStart("reward", 1.0, ())
+    others = {"length": 2.0, "seen": 0.0}
+    assert start(0.5, others) == CriticStart("reward", 0.5, ("length (weight 2)",))
+    assert start(0.5, others, normalize_scores=True).left_out == ("length (weight 2)", "the normalisation of scores")
+    assert start(0.5, others, critic_from="policy") == CriticStart("policy")
+    assert start(0.0, {"length": 1.0}) == CriticStart("policy")
     with pytest.raises(UserError, match="only watched"):
-        start([model | {"weight": 0}, rule], critic_from="reward")
-    assert start([model], advantage_estimator="rloo", samples_per_prompt=2) == (None, 1.0, [])
+        start(0.0, {"length": 1.0}, critic_from="reward")
+    assert start(1.0, advantage_estimator="rloo", samples_per_prompt=2) == CriticStart(None)
 
 
 def test_a_reward_model_that_is_learnt_from_becomes_the_role(sft_path, reward_path, tmp_path):
-    door("ppo")
-    shutil.copytree(reward_path, tmp_path / "other")
-    monitored = {"model": str(tmp_path / "other"), "weight": 0}
-    role = sys.modules["door_ppo"].reward_role([monitored, {"model": reward_path}], load_model(sft_path))
-    assert role == reward_path
-    assert sys.modules["door_ppo"].reward_role([monitored], load_model(sft_path)) == monitored["model"]
+    initial, other = load_model(sft_path), str(tmp_path / "other")
+    shutil.copytree(reward_path, other)
+    assert find_reward_role({other: 0.0, reward_path: 1.0}, initial) == reward_path
+    assert find_reward_role({other: 0.0}, initial) == other
+    assert find_reward_role({sft_path + "/nowhere": 1.0}, initial) is None
 
 
 def test_a_critic_from_the_policy_is_its_adapter_and_knows_nothing(sft_path, reward_path):
@@ -222,27 +214,27 @@ def test_without_a_critic_there_is_no_value_role(sft_path, reward_path, tmp_path
 @pytest.mark.parametrize("start", ["sft", "base"])
 def test_a_moving_reference_begins_as_the_policy_and_follows_it(sft_path, base_path, start):
     path = sft_path if start == "sft" else base_path
-    roles = Roles(load_model(path), lora_config(r=4), critic=None, moving_reference=True)
-    assert not any(p.requires_grad for p in roles.moving_parameters())
+    roles = Roles(load_model(path), lora_config(r=4), critic=None, ema_reference=True)
+    assert not any(p.requires_grad for p in roles.ema_parameters())
     batch = batch_of()
     with torch.no_grad():
         read = {}
-        for role in ("policy", "moving", "reference"):
+        for role in ("policy", "ema_reference", "reference"):
             with roles.use(role):
                 read[role] = roles.logprobs(batch)[0]
-        assert torch.equal(read["policy"], read["moving"])
-        before = {n: p.clone() for n, p in adapter(roles, "moving").items()}
+        assert torch.equal(read["policy"], read["ema_reference"])
+        before = {n: p.clone() for n, p in adapter(roles, "ema_reference").items()}
         for parameter in roles.parameters_of("policy"):
             parameter.add_(0.1)
-        roles.follow(0.75)
+        roles.update_ema(0.75)
         for name, policy in adapter(roles, "policy").items():
             torch.testing.assert_close(
-                adapter(roles, "moving")[name], 0.75 * before[name] + 0.25 * policy, atol=1e-7, rtol=0
+                adapter(roles, "ema_reference")[name], 0.75 * before[name] + 0.25 * policy, atol=1e-7, rtol=0
             )
         with roles.use("reference"):
             assert torch.equal(roles.logprobs(batch)[0], read["reference"])
-        with roles.use("moving"):
-            assert (roles.logprobs(batch)[0] - read["moving"]).abs().max() > 1e-4
+        with roles.use("ema_reference"):
+            assert (roles.logprobs(batch)[0] - read["ema_reference"]).abs().max() > 1e-4
 
 
 def test_dropout_is_off_wherever_a_model_keeps_it(sft_path):
@@ -339,13 +331,13 @@ def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_train
     ids = torch.arange(3, 25)[None]
     path = random_adapter(base_path, tmp_path / "sft", seed=5, **KINDS[kind])
     expected, states = by_peft(base_path, path, ids)
-    roles = Roles(load_model(path), lora_config(), moving_reference=True)
+    roles = Roles(load_model(path), lora_config(), ema_reference=True)
 
     def logits(role):
         with torch.no_grad(), roles.use(role):
             return roles.trunk(ids).logits
 
-    for role in ("policy", "reference", "moving"):
+    for role in ("policy", "reference", "ema_reference"):
         torch.testing.assert_close(logits(role), expected, atol=1e-6, rtol=0)
     with torch.no_grad(), roles.use("value"):
         torch.testing.assert_close(roles.hidden(ids, torch.ones_like(ids)), states, atol=1e-6, rtol=0)
@@ -366,8 +358,8 @@ def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_train
     assert moved == {name for name, parameter in roles.named_parameters() if id(parameter) in learnt}
     assert (logits("policy") - expected).abs().max() > 0.01
     torch.testing.assert_close(logits("reference"), expected, atol=1e-6, rtol=0)
-    roles.follow(0.0)
-    torch.testing.assert_close(logits("moving"), logits("policy"), atol=1e-6, rtol=0)
+    roles.update_ema(0.0)
+    torch.testing.assert_close(logits("ema_reference"), logits("policy"), atol=1e-6, rtol=0)
 
     roles.save(tmp_path / "ppo", load_model(path))
     torch.testing.assert_close(by_peft(base_path, tmp_path / "ppo", ids)[0], logits("policy"), atol=1e-6, rtol=0)

@@ -17,9 +17,8 @@ from rlhf.deepspeed_backend import gathered
 from rlhf.distributed import DistributedContext, start
 from rlhf.models import load_model
 from rlhf.ppo.guards import Decision
-from rlhf.ppo.trainer import PPOConfig, PPOTrainer, cycle_shuffled
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer, TrainingData, cycle_shuffled
 from rlhf.roles import Roles
-from rlhf.runs.budget import Budget
 
 STOPS = [2, *range(3, 320, 9)]  # one token in nine, so that some responses end and some do not
 
@@ -84,13 +83,11 @@ def run(given: dict, world: DistributedContext | None = None) -> dict:
         lora_config(r=4),
         given.get("reward"),
         critic=config.critic_from if config.has_critic else None,
-        moving_reference=config.reference_ema is not None,
+        ema_reference=config.reference_ema is not None,
     )
     before = {name: p.detach().clone() for name, p in stirred(roles).named_parameters()}
-    trainer = PPOTrainer(
-        config, roles, by_content, PROMPTS, initial.tokenizer, STOPS, world, Budget(),
-        given.get("deepspeed"), ptx=PTX if config.ptx_coef else None,
-    )  # fmt: skip
+    data = TrainingData(PROMPTS, initial.tokenizer, STOPS, PTX if config.ptx_coef else [])
+    trainer = PPOTrainer(config, roles, by_content, data, world, deepspeed_config=given.get("deepspeed"))
     steps = record(trainer, given.get("skipped", []), given.get("steps", 1))
     with gathered(trainer.learner.module):
         after = {name: p.detach().clone() for name, p in trainer.roles.named_parameters()}
@@ -107,10 +104,10 @@ def record(trainer: PPOTrainer, skipped: list[int], steps: int) -> list[dict]:
     updates: list[dict] = []
     update, step, judge = trainer.update, trainer.learner.step, trainer.guards.update
 
-    def spy_update(rollout, advantages, returns, rows, rates, at=0, number=0):
+    def spy_update(experience, rows, rates, at=0, number=0):
         ptx = cycle_shuffled(PTX, range(number * len(rows), (number + 1) * len(rows)), trainer.config.seed + 1)
         updates.append({"rows": rows.tolist(), "ptx": [(r["prompt_ids"], r["response_ids"]) for r in ptx]})
-        metrics, decision = update(rollout, advantages, returns, rows, rates, at, number)
+        metrics, decision = update(experience, rows, rates, at, number)
         updates[-1] |= {"metrics": metrics, "number": number, "decision": decision and decision.action}
         return metrics, decision
 

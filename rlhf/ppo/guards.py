@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlhf.config import UserError
+from rlhf.config import UserError, did_you_mean
 from rlhf.options.guards import check_guards, current_name
-from rlhf.runs.metrics import is_known
+from rlhf.runs.metrics import METRICS, is_known
 
 BASELINE = 5  # healthy steps whose mean is a run's own measure of entropy, length and spread
 IN_A_ROW = 2  # steps that the test for reward hacking must hold
@@ -40,6 +40,30 @@ class Decision:
     reason: str
     since: int  # checkpoints of this step and later may hold the fault
 
+    @property
+    def interrupts_run(self) -> bool:
+        return self.action in ("stop", "rollback")
+
+
+def check_watched(overrides: dict[str, Any], scorers: Iterable[str]) -> None:
+    """Raise UserError where the guard `hacking` is to watch a score that none of these scorers gives.
+
+    Whether a scorer has a part of that name (`scorer/part`) is known only after its first scores.
+    """
+    known = [*scorers]
+    for name in check_guards(overrides)["hacking"].watch or ():
+        metric = watched_metric(name)
+        if metric.startswith("score/") and metric not in METRICS and metric.split("/")[1] not in known:
+            hint = did_you_mean(name, known)
+            raise UserError(
+                f"guards.hacking.watch: '{name}' is no score of this run.{hint} Scorers: {', '.join(known)}"
+            )
+
+
+def watched_metric(name: str) -> str:
+    """Return the metric that a name under hacking's `watch` stands for: itself, or that of a scorer."""
+    return name if is_known(name) else f"score/{name}"
+
 
 class Guards:
     """The watches over one run, with all they remember: what they measure against, how long it has been so, events."""
@@ -48,7 +72,7 @@ class Guards:
         """`watched`: scores that should not fall while score/raw rises, unless hacking's `watch` names some."""
         self.guards = check_guards(overrides or {})
         names = self.guards["hacking"].watch or tuple(monitored)
-        self.monitored = [name if is_known(name) else f"score/{name}" for name in names]
+        self.monitored = [watched_metric(name) for name in names]
         self.events: list[dict[str, Any]] = []
         self.rollbacks, self.rate_scale = 0, 1.0
         self.counts = {"skipped_updates": 0, "skipped_rollouts": 0, "shortened_rollouts": 0, "warnings": 0}

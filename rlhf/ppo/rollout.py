@@ -1,10 +1,11 @@
-"""Prompts -> completions -> scores -> log-probabilities and values: one rollout, the same on every rank."""
+"""Sample one rollout: prompts -> responses -> scores -> log-probabilities and values, the same on every rank."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,143 +14,258 @@ from torch import Tensor
 
 from rlhf.data.records import BadScore, Samples, Scorer, Scores
 from rlhf.distributed import DistributedContext
-from rlhf.engines.hf import Completions, Sampling, sample_key
+from rlhf.engines.hf import Completions, Sampling, generate, sample_key
 from rlhf.evaluate import to_samples
 from rlhf.logprobs import completion_batch
-from rlhf.roles import MOVING, Roles
+from rlhf.ppo.advantages import kl_k1, kl_k3
+from rlhf.ppo.guards import repetition
+from rlhf.roles import EMA_REFERENCE, Roles
+from rlhf.stats import clustered_se
+from rlhf.tensors import masked_mean, masked_sum_rows
 
-Engine = Callable[..., Completions]  # as rlhf.engines.hf.generate
+# an engine that samples: any function with the signature of rlhf.engines.hf.generate
+Generate = Callable[..., Completions]
 
 
 @dataclass
 class Rollout:
-    """N responses of the policy, whole on every rank. (N, T) tensors are aligned on response tokens.
+    """N responses of the policy with all that was measured of them, whole on every rank.
 
-    `batch` holds what a forward pass reads: ids and attention (N, L), positions, responses and mask (N, T).
+    Column t of an (N, T) tensor belongs to response token t; entries outside `mask` are 0.
     """
 
+    # what a forward pass reads: ids and attention (N, L), positions, responses and mask (N, T)
     batch: dict[str, Tensor]
-    logprobs: Tensor  # (N, T) of the policy that sampled, by the learner's own forward pass
-    ref_logprobs: Tensor  # (N, T) of the policy that training began with
-    penalty_logprobs: Tensor  # (N, T) of the reference that the KL penalty is measured to; ref_logprobs unless it moves
-    values: Tensor  # (N, T) of the state before each token; 0 without a critic
-    entropy: Tensor  # (N, T)
-    scores: Tensor  # (N,) as the scorer gave them
-    ended: Tensor  # (N,) bool
-    group_index: Tensor  # (N,) which prompt of the rollout a response answers
+    # (N, T) log-probabilities of the policy that sampled, by the learner's own forward pass
+    logprobs: Tensor
+    # (N, T) log-probabilities of the policy that training began with
+    ref_logprobs: Tensor
+    # (N, T) log-probabilities of the reference of the KL penalty; ref_logprobs unless it follows the policy
+    penalty_logprobs: Tensor
+    # (N, T) value of the state before each token; 0 without a critic
+    values: Tensor
+    # (N, T) entropy of the policy's next-token distribution, nats
+    entropy: Tensor
+    # (N,) as the scorer gave them
+    scores: Tensor
+    # (N,) whether a response ended with a stop token
+    ended: Tensor
+    # (N,) the position of a response's prompt among the rollout's prompts
+    group_index: Tensor
+    # scorer or part -> N numbers, NaN where a part does not apply
     breakdown: dict[str, list[float]]
     samples: Samples
+    # duration of each phase, as time/* metrics
     seconds: dict[str, float] = field(default_factory=dict)
-    logprob_gap: float = 0.0  # mean |engine's - learner's| log-probability of a true token
+    # mean |engine's - learner's| log-probability of a response token
+    logprob_gap: float = 0.0
 
     @property
     def mask(self) -> Tensor:
+        """(N, T), True where the policy sampled the token."""
         return self.batch["mask"]
 
     def __len__(self) -> int:
         return len(self.scores)
 
 
-def collect(
-    roles: Roles,
-    prompts: list[dict[str, Any]],
-    engine: Engine,
-    scorer: Scorer,
-    world: DistributedContext,
-    *,
-    tokenizer: Any,
-    stop_ids: list[int],
-    sampling: Sampling,
-    seed: int,
-    step: int,
-    samples_per_prompt: int = 1,
-    micro_batch_size: int = 8,
-    generation_batch_size: int = 64,
-) -> Rollout:
-    """Sample `samples_per_prompt` responses to each prompt with the policy and measure them in every role.
+@dataclass(frozen=True)
+class RolloutSettings:
+    """How much is sampled for each prompt, and in what portions."""
 
-    Each rank handles its share; ids are gathered before the forward passes, so that all of them have one width and
-    the first ratio of learning is exactly 1. Parameters have to be whole (ranks make different numbers of passes). What
-    a scorer raises on one rank (BadScore, where a score is no number) is raised on all.
+    sampling: Sampling
+    seed: int
+    samples_per_prompt: int = 1
+    # rows in one forward pass of the measurement
+    micro_batch_size: int = 8
+    # responses sampled together on one device
+    generation_batch_size: int = 64
+
+
+@dataclass
+class RolloutCollector:
+    """Samples responses with the policy, scores them and measures them in every role.
+
+    To sample with another engine, replace `generate`. `measure` is what gives log-probabilities and values.
     """
-    seconds: dict[str, float] = {}
-    wanted = [(i, s) for i in range(len(prompts)) for s in range(samples_per_prompt)]
-    keys = sample_keys(prompts, samples_per_prompt, seed, step)
-    mine = [wanted[i] for i in world.shard(len(wanted))]
-    began = time.monotonic()
-    with roles.use("policy"):
-        done = engine(
-            roles.trunk,
-            [prompts[i]["prompt_ids"] for i, _ in mine],
-            [keys[i] for i in world.shard(len(wanted))],
-            sampling,
-            stop_ids,
-            tokenizer.pad_token_id,
-            generation_batch_size,
+
+    roles: Roles
+    scorer: Scorer
+    tokenizer: Any
+    # tokens that end a response
+    stop_ids: list[int]
+    world: DistributedContext
+    settings: RolloutSettings
+    generate: Generate = generate
+
+    def collect(self, prompts: list[dict[str, Any]], step: int) -> Rollout:
+        """Return the rollout of `step` on these prompts (rows of `encode_prompts`).
+
+        Each rank handles its shard. Ids are gathered before the forward passes, so that all of them have one width and
+        the first probability ratio of learning is exactly 1. Parameters have to be whole, because ranks make different
+        numbers of passes. BadScore, which a scorer raises on one rank, is raised on all.
+        """
+        count, seconds = self.settings.samples_per_prompt, {}
+        keys = sample_keys(prompts, count, self.settings.seed, step)
+        shard = self.world.shard(len(keys))
+        own_prompts = [prompts[i // count] for i in shard]
+
+        with timed(seconds, "time/generate"), self.roles.use("policy"):
+            completions = self.generate(
+                self.roles.trunk,
+                [row["prompt_ids"] for row in own_prompts],
+                keys[shard.start : shard.stop],
+                self.settings.sampling,
+                self.stop_ids,
+                self.tokenizer.pad_token_id,
+                self.settings.generation_batch_size,
+            )
+        own_samples = to_samples(own_prompts, completions, self.tokenizer)
+
+        with timed(seconds, "time/score"):
+            scores = self._score(own_samples)
+        samples = Samples(**{name: self.world.gather(column) for name, column in vars(own_samples).items()})
+        engine_logprobs = self.world.gather(completions.logprobs)
+
+        with timed(seconds, "time/forward"):
+            device = self.world.device
+            batch = padded_batch(samples.prompt_ids, samples.response_ids, self.tokenizer.pad_token_id, device)
+            measured = self._measure(batch)
+
+        return Rollout(
+            batch=batch,
+            **measured,
+            scores=torch.tensor(scores.total, dtype=measured["logprobs"].dtype, device=device),
+            ended=torch.tensor(samples.ended, device=device),
+            group_index=torch.arange(len(keys), device=device) // count,
+            breakdown=scores.breakdown,
+            samples=samples,
+            seconds=seconds,
+            logprob_gap=mean_gap(engine_logprobs, measured["logprobs"], batch["mask"]),
         )
-    seconds["time/generate"] = time.monotonic() - began
 
-    samples = to_samples(
-        [prompts[i]["record"] for i, _ in mine],
-        [prompts[i]["prompt_ids"] for i, _ in mine],
-        done.response_ids,
-        done.ended,
-        tokenizer,
-    )
-    began = time.monotonic()
-    local = world.raise_on_all_ranks(lambda: checked(scorer(samples), samples) if mine else None)
-    seconds["time/score"] = time.monotonic() - began
-    fields = ("prompts", "responses", "prompt_ids", "response_ids", "ended", "metadata")
-    samples = Samples(**{name: world.gather(getattr(samples, name)) for name in fields})
-    total = world.gather(list(local.total) if local else [])
-    parts = world.gather([{k: v[i] for k, v in local.breakdown.items()} for i in range(len(mine))] if local else [])
-    engine_logprobs = world.gather(done.logprobs)
+    def _score(self, own_samples: Samples) -> Scores:
+        """Return the scores of all ranks' samples, each rank scoring its own."""
 
-    began = time.monotonic()
-    columns = completion_batch(samples.prompt_ids, samples.response_ids, tokenizer.pad_token_id, world.device)
-    batch = dict(zip(("ids", "attention", "positions", "responses", "mask"), columns, strict=True))
-    rows = world.shard(len(samples))
-    parts_of = measure(roles, batch, rows, micro_batch_size, sampling.temperature)
-    mask, measured = batch["mask"], {}
-    for name, part in parts_of.items():
-        whole = torch.cat(world.gather([part.cpu()])).to(world.device)
-        measured[name] = torch.where(mask, whole, torch.zeros_like(whole))
-    logprobs = measured["logprobs"]
-    measured.setdefault("penalty_logprobs", measured["ref_logprobs"])
-    measured.setdefault("values", torch.zeros_like(logprobs))
-    seconds["time/forward"] = time.monotonic() - began
+        def score() -> Scores | None:
+            return check_totals(self.scorer(own_samples), own_samples) if len(own_samples) else None
 
-    seen = torch.zeros_like(logprobs)
-    for row, numbers in enumerate(engine_logprobs):
-        seen[row, : len(numbers)] = torch.tensor(numbers, dtype=seen.dtype)
-    gap = float((torch.where(mask, seen - logprobs, torch.zeros_like(seen)).abs().sum() / mask.sum()).item())
+        scores = self.world.raise_on_all_ranks(score)
+        totals = self.world.gather(list(scores.total) if scores else [])
+        breakdowns = self.world.gather([scores.breakdown] if scores else [])
 
-    return Rollout(
-        batch=batch,
-        **measured,
-        scores=torch.tensor(total, dtype=logprobs.dtype, device=world.device),
-        ended=torch.tensor(samples.ended, device=world.device),
-        group_index=torch.tensor([i for i, _ in wanted], device=world.device),
-        breakdown={name: [p[name] for p in parts] for name in (parts[0] if parts else {})},
-        samples=samples,
-        seconds=seconds,
-        logprob_gap=gap,
-    )
+        # a rank without samples has no breakdown; all others have the same parts
+        breakdown: dict[str, list[float]] = {}
+        for part in breakdowns:
+            for name, values in part.items():
+                breakdown.setdefault(name, []).extend(values)
+        return Scores(totals, breakdown)
+
+    def _measure(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what `measure` finds of all rows, each rank measuring its shard, 0 outside the mask."""
+        mask = batch["mask"]
+        shard = self.world.shard(len(mask))
+        own = measure(self.roles, batch, shard, self.settings.micro_batch_size, self.settings.sampling.temperature)
+        measured = {}
+        for name, part in own.items():
+            whole = torch.cat(self.world.gather([part.cpu()])).to(self.world.device)
+            measured[name] = torch.where(mask, whole, torch.zeros_like(whole))
+
+        measured.setdefault("penalty_logprobs", measured["ref_logprobs"])
+        measured.setdefault("values", torch.zeros_like(measured["logprobs"]))
+        return measured
+
+
+@torch.no_grad()
+def measure(
+    roles: Roles,
+    batch: dict[str, Tensor],
+    rows: range,
+    micro_batch_size: int,
+    temperature: float,
+) -> dict[str, Tensor]:
+    """Return logprobs, entropy and ref_logprobs of these rows, and penalty_logprobs and values where there are such
+    roles; each (len(rows), T)."""
+    names = ["logprobs", "entropy", "ref_logprobs"]
+    if roles.has_ema_reference:
+        names.append("penalty_logprobs")
+    if roles.has_critic:
+        names.append("values")
+
+    # so that a rank without rows returns tensors too
+    empty = batch["mask"].new_zeros((0, batch["mask"].shape[1]), dtype=torch.float32)
+    found: dict[str, list[Tensor]] = {name: [empty] for name in names}
+    for start in range(rows.start, rows.stop, micro_batch_size):
+        stop = min(start + micro_batch_size, rows.stop)
+        part = {name: column[start:stop] for name, column in batch.items()}
+        with roles.use("policy"):
+            logprobs, entropy = roles.logprobs(part, temperature)
+        found["logprobs"].append(logprobs)
+        found["entropy"].append(entropy)
+        with roles.use("reference"):
+            found["ref_logprobs"].append(roles.logprobs(part, temperature)[0])
+        if roles.has_ema_reference:
+            with roles.use(EMA_REFERENCE):
+                found["penalty_logprobs"].append(roles.logprobs(part, temperature)[0])
+        if roles.has_critic:
+            with roles.use("value"):
+                found["values"].append(roles.values(part))
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def describe_rollout(rollout: Rollout) -> dict[str, float]:
+    """Return the metrics of a rollout that do not depend on how PPO shapes its scores."""
+    mask, count = rollout.mask, len(rollout)
+    kl = kl_k1(rollout.logprobs, rollout.ref_logprobs)
+    sequence_kl = masked_sum_rows(kl, mask)
+    lengths = mask.sum(-1).double()
+    repetitions = [repetition(ids) for ids in rollout.samples.response_ids]
+    metrics = {
+        "kl/sequence": sequence_kl.mean(),
+        "kl/token": masked_mean(kl, mask),
+        "kl/k3": masked_sum_rows(kl_k3(rollout.logprobs, rollout.ref_logprobs), mask).mean(),
+        "score/raw": rollout.scores.mean(),
+        "response/length": lengths.mean(),
+        "response/ended": rollout.ended.double().mean(),
+        "response/repetition": sum(repetitions) / count,
+        "rollout/logprob_gap": rollout.logprob_gap,
+    }
+
+    groups = [metadata["group"] for metadata in rollout.samples.metadata]
+    error = clustered_se(sequence_kl.tolist(), groups)
+    if error is not None:
+        metrics["kl/sequence_se"] = error
+
+    # a correlation needs both to vary
+    if count > 1 and lengths.std() > 0 and rollout.scores.std() > 0:
+        columns = torch.stack([rollout.scores.double(), lengths])
+        metrics["score/length_correlation"] = torch.corrcoef(columns)[0, 1]
+
+    for name, values in rollout.breakdown.items():
+        # NaN marks a part that does not apply to that prompt
+        applicable = [value for value in values if not math.isnan(value)]
+        metrics[f"score/{name}"] = sum(applicable) / len(applicable) if applicable else math.nan
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def sample_keys(prompts: list[dict[str, Any]], samples_per_prompt: int, seed: int, step: int) -> list[int]:
-    """One noise key a response, samples of a prompt together; a prompt that comes twice gets fresh samples."""
-    keys, seen = [], {}
+    """Return one noise key for each response, samples of a prompt together.
+
+    A prompt that comes twice in a rollout gets fresh samples.
+    """
+    keys: list[int] = []
+    sampled: dict[tuple[int, ...], int] = {}
     for row in prompts:
-        name = tuple(row["prompt_ids"])
-        first = seen.get(name, 0)
-        keys += [sample_key(seed, f"rollout/{step}", row["prompt_ids"], first + s) for s in range(samples_per_prompt)]
-        seen[name] = first + samples_per_prompt
+        prompt = tuple(row["prompt_ids"])
+        first = sampled.get(prompt, 0)
+        sampled[prompt] = first + samples_per_prompt
+        for sample in range(first, first + samples_per_prompt):
+            keys.append(sample_key(seed, f"rollout/{step}", row["prompt_ids"], sample))
     return keys
 
 
-def checked(scores: Scores, samples: Samples) -> Scores:
-    """The scores. Raises BadScore for a total that is NaN or infinite, with the prompt it was given for."""
+def check_totals(scores: Scores, samples: Samples) -> Scores:
+    """Return the scores. Raises BadScore, with its prompt, for a total that is NaN or infinite."""
     for i, value in enumerate(scores.total):
         if not math.isfinite(value):
             prompt = samples.prompts[i][-1]["content"]
@@ -157,35 +273,28 @@ def checked(scores: Scores, samples: Samples) -> Scores:
     return scores
 
 
-@torch.no_grad()
-def measure(
-    roles: Roles, batch: dict[str, Tensor], rows: range, micro_batch_size: int, temperature: float
+def mean_gap(engine_logprobs: list[list[float]], logprobs: Tensor, mask: Tensor) -> float:
+    """Return the mean |engine's - learner's| log-probability of a response token; logprobs and mask are (N, T)."""
+    padded = torch.zeros_like(logprobs)
+    for row, numbers in enumerate(engine_logprobs):
+        padded[row, : len(numbers)] = torch.tensor(numbers, dtype=padded.dtype)
+    gaps = torch.where(mask, padded - logprobs, torch.zeros_like(padded)).abs()
+    return float((gaps.sum() / mask.sum()).item())
+
+
+def padded_batch(
+    prompt_ids: list[list[int]],
+    response_ids: list[list[int]],
+    pad_id: int,
+    device: torch.device,
 ) -> dict[str, Tensor]:
-    """logprobs, entropy, ref_logprobs and, where these roles are there, penalty_logprobs and values of these rows,
-    each (len(rows), T)."""
-    found: dict[str, list[Tensor]] = {"logprobs": [], "entropy": [], "ref_logprobs": []}
-    found |= {"penalty_logprobs": []} if roles.has_moving_reference else {}
-    found |= {"values": []} if roles.has_critic else {}
-    for start in range(rows.start, rows.stop, micro_batch_size):
-        part = {k: v[start : min(start + micro_batch_size, rows.stop)] for k, v in batch.items()}
-        with roles.use("policy"):
-            logprobs, entropy = roles.logprobs(part, temperature)
-        found["logprobs"].append(logprobs)
-        found["entropy"].append(entropy)
-        with roles.use("reference"):
-            found["ref_logprobs"].append(roles.logprobs(part, temperature)[0])
-        if roles.has_moving_reference:
-            with roles.use(MOVING):
-                found["penalty_logprobs"].append(roles.logprobs(part, temperature)[0])
-        if roles.has_critic:
-            with roles.use("value"):
-                found["values"].append(roles.values(part))
-    nothing = batch["mask"].new_zeros((0, batch["mask"].shape[1]), dtype=torch.float32)
-    return {name: torch.cat(parts) if parts else nothing for name, parts in found.items()}
+    """Return what `Roles.logprobs` and `Roles.values` read, by name: see `Rollout.batch`."""
+    columns = completion_batch(prompt_ids, response_ids, pad_id, device)
+    return dict(zip(("ids", "attention", "positions", "responses", "mask"), columns, strict=True))
 
 
 def role_scorer(roles: Roles, pad_id: int, batch_size: int = 32, name: str = "reward") -> Scorer:
-    """The reward role as a scorer: reads the ids that were sampled, as the reward model read them in training."""
+    """Return the reward role as a scorer; it reads the sampled ids, as the reward model read them in training."""
 
     @torch.no_grad()
     def score(samples: Samples) -> Scores:
@@ -199,3 +308,11 @@ def role_scorer(roles: Roles, pad_id: int, batch_size: int = 32, name: str = "re
         return Scores(totals, {name: totals})
 
     return score
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Store in `seconds[name]` how long the context was open."""
+    began = time.monotonic()
+    yield
+    seconds[name] = time.monotonic() - began

@@ -24,9 +24,8 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
     from rlhf.models import load_model
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.rollout import role_scorer
-    from rlhf.ppo.trainer import PPOTrainer
+    from rlhf.ppo.trainer import PPOTrainer, TrainingData
     from rlhf.roles import Roles
-    from rlhf.runs.budget import Budget
 
     options = PPOConfig(
         model_name_or_path="x", data=["x"], output_dir="x", reward=[{"model": "x"}], rollout_batch_size=7,
@@ -47,7 +46,8 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
 
     scorer = role_scorer(roles, initial.tokenizer.pad_token_id, 3)  # ranks make one pass, and two
     stops = [initial.tokenizer.eos_token_id, *range(3, 320, 9)]
-    trainer = PPOTrainer(options, roles, scorer, prompts, initial.tokenizer, stops, world, Budget(), config)
+    data = TrainingData(prompts, initial.tokenizer, stops)
+    trainer = PPOTrainer(options, roles, scorer, data, world, deepspeed_config=config)
     gathers = []
     gather = trainer.learner.gathered
     trainer.learner.gathered = lambda *a, **k: (gathers.append(1), gather(*a, **k))[1]

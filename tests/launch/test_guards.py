@@ -108,7 +108,7 @@ def test_weights_and_moments_are_those_of_the_checkpoint(runs, files, plain, tmp
         before = self.learner.state_dict()
         load(self, folder, after)
         moments = copy.deepcopy(self.learner.optimizer.state_dict()["state"])
-        seen.append((before, self.learner.state_dict(), moments, self.done))
+        seen.append((before, self.learner.state_dict(), moments, self.steps_done))
 
     monkeypatch.setattr(PPOTrainer, "load", spy)
     start(guarded(runs, files, tmp_path, always(1)))

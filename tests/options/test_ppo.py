@@ -37,9 +37,9 @@ def seen_advantages(learner, steps):
     """The advantages that each step learns from, and its rollout."""
     seen, learn = [], learner.learn
 
-    def spy(rollout, advantages, returns, step):
-        seen.append((rollout, advantages.clone()))
-        return learn(rollout, advantages, returns, step)
+    def spy(experience, step):
+        seen.append((experience.rollout, experience.advantages.clone()))
+        return learn(experience, step)
 
     learner.learn = spy
     for step in range(steps):
@@ -59,7 +59,7 @@ def test_rloo_by_hand_on_a_rollout(sft_path):
 
 def test_the_baseline_of_reinforce_is_the_mean_of_all_earlier_rewards(sft_path):
     learner = trainer(sft_path, without_critic("reinforce", kl_coef=0.0, missing_eos_score=None))
-    learner.stop_ids = STOPS
+    learner.collector.stop_ids = STOPS
     seen = seen_advantages(learner, 3)
     lengths = [[len(ids) for ids in rollout.samples.response_ids] for rollout, _ in seen]
     assert len({n for row in lengths for n in row}) > 1
@@ -71,7 +71,7 @@ def test_the_baseline_of_reinforce_is_the_mean_of_all_earlier_rewards(sft_path):
 
 def test_scores_are_normalised_by_all_that_were_seen(sft_path):
     learner = trainer(sft_path, config(normalize_scores=True, score_clip=0.5, missing_eos_score=None))
-    learner.stop_ids = STOPS
+    learner.collector.stop_ids = STOPS
     rollouts = [learner.step(step) for step in range(2)]
     every = [float(len(ids)) for _, rollout in rollouts for ids in rollout.samples.response_ids]
     mean = sum(every) / len(every)
@@ -92,7 +92,7 @@ def test_the_length_penalty_is_taken_from_each_score(sft_path):
 def test_kl_in_the_loss_is_not_in_the_reward(sft_path):
     options = without_critic("rloo", kl_in="loss", kl_estimator="k2", kl_coef=0.5, missing_eos_score=None)
     learner = trainer(sft_path, options)
-    learner.stop_ids = STOPS
+    learner.collector.stop_ids = STOPS
     first, _ = learner.step(0)
     assert first["ppo/reward"] == first["score/total"] and first["loss/kl"] > 0.0
     second, _ = learner.step(1)
@@ -128,7 +128,7 @@ def test_ptx_makes_the_given_answers_likelier(base_path):
             [torch.arange(1, 4), torch.tensor(row["response_ids"])]
             for row in PTX
         ]  # fmt: skip
-    batch = learner.ptx_batch(0, 5)
+    batch = learner.pretraining_batch(0, 5)
     order = [PTX.index({"prompt_ids": r[:2], "response_ids": r[2:]}) for r in batch["ids"].tolist()]
     assert sorted(order) == [0, 1, 2, 3, 4]
     part = torch.tensor([1, 3])
@@ -142,7 +142,7 @@ def test_ptx_makes_the_given_answers_likelier(base_path):
 
 def test_each_update_reads_the_next_given_answers(base_path):
     learner = trainer(base_path, config(ptx_coef=1.0, ptx_data=["x"]), ptx=PTX)
-    read = [learner.ptx_batch(update, 2)["ids"][:, 0].tolist() for update in range(5)]
+    read = [learner.pretraining_batch(update, 2)["ids"][:, 0].tolist() for update in range(5)]
     flat = [first for part in read for first in part]
     assert sorted(flat[:5]) == sorted(flat[5:]) == [20, 21, 22, 23, 24]
 
@@ -154,10 +154,10 @@ def test_a_moving_reference_moves_the_penalty_only(sft_path):
     def weights(name):
         return [p.detach().clone() for n, p in roles.trunk.named_parameters() if f".{name}." in n]
 
-    frozen, moving = weights("reference"), weights("moving")
+    frozen, moving = weights("reference"), weights("ema_reference")
     assert all(torch.equal(a, b) for a, b in zip(frozen, moving, strict=True))
     learner.step(0)
-    for was, now, policy in zip(moving, weights("moving"), weights("policy"), strict=True):
+    for was, now, policy in zip(moving, weights("ema_reference"), weights("policy"), strict=True):
         torch.testing.assert_close(now, 0.5 * was + 0.5 * policy, atol=1e-7, rtol=0)
     metrics, rollout = learner.step(1)
     assert all(torch.equal(a, b) for a, b in zip(frozen, weights("reference"), strict=True))
@@ -255,7 +255,7 @@ def test_what_a_guard_takes_back_is_not_made_where_all_that_was_last_is_clipped(
         clip_range=1e-6, value_clip_range=1e-6, lr_scheduler_type="constant", total_episodes=10 * 8, kl_coef=0.0,
     )  # fmt: skip
     learner = trainer(sft_path, options)
-    learner.stop_ids = STOPS
+    learner.collector.stop_ids = STOPS
     changed, clipped, step = {True: [], False: []}, [], learner.learner.step
     last = {"gae": "value_pass", "rloo": "policy_pass"}[estimator]
     make = getattr(learner, last)

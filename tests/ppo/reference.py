@@ -150,8 +150,8 @@ class Reference:
             self.kl_coef = self.kl_coef * (1 + error * n / o.kl_horizon)
         self.all_rewards += [sum(row) for row in rewards]
         if o.reference_ema is not None:
-            for name in [name for name in self.w if ".moving." in name]:
-                policy = self.w[name.replace(".moving.", ".policy.")]
+            for name in [name for name in self.w if ".ema_reference." in name]:
+                policy = self.w[name.replace(".ema_reference.", ".policy.")]
                 self.w[name] = o.reference_ema * self.w[name] + (1 - o.reference_ema) * policy
         self.done += 1
         return {"updates": found, "numbers": numbers, "advantages": advantages, "returns": returns}
@@ -166,7 +166,7 @@ class Reference:
 
             out["logprobs"].append(read("policy"))
             out["first"].append(read(self.role_of_reference()))
-            out["penalty"].append(out["first"][-1] if o.reference_ema is None else read("moving"))
+            out["penalty"].append(out["first"][-1] if o.reference_ema is None else read("ema_reference"))
             values = self.values(prompt, response) if self.has_critic else [0.0] * len(response)
             out["values"].append([float(v) for v in values])
         return out

@@ -10,9 +10,8 @@ from rlhf.data.records import BadScore, Prompt, Scores
 from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import Sampling, generate
 from rlhf.models import load_model
-from rlhf.ppo.trainer import PPOConfig, PPOTrainer, cycle_shuffled, micro_batches, permutation
+from rlhf.ppo.trainer import PPOConfig, PPOTrainer, TrainingData, cycle_shuffled, micro_batch_positions, permutation
 from rlhf.roles import Roles
-from rlhf.runs.budget import Budget
 
 
 def prompt(text):
@@ -54,11 +53,9 @@ def trainer(path, options=None, scorer=by_length, prompts=PROMPTS, reward=None, 
     torch.manual_seed(options.seed)
     initial = load_model(path, dtype)
     critic = options.critic_from if options.has_critic else None
-    roles = Roles(initial, lora_config(r=4), reward, critic=critic, moving_reference=options.reference_ema is not None)
-    tokenizer = initial.tokenizer
-    return PPOTrainer(
-        options, roles, scorer, prompts, tokenizer, [tokenizer.eos_token_id], DistributedContext(), Budget(), ptx=ptx
-    )
+    roles = Roles(initial, lora_config(r=4), reward, critic=critic, ema_reference=options.reference_ema is not None)
+    data = TrainingData(prompts, initial.tokenizer, [initial.tokenizer.eos_token_id], ptx or [])
+    return PPOTrainer(options, roles, scorer, data, DistributedContext())
 
 
 def test_before_the_first_update_kl_is_zero_and_the_ratio_is_one(sft_path, reward_path):
@@ -163,9 +160,9 @@ def test_the_same_prompt_twice_in_a_rollout_gets_two_samples(base_path):
 
 def test_a_response_that_does_not_end_scores_the_eos_penalty(sft_path):
     learner = trainer(sft_path, config(missing_eos_score=-7.0, missing_eos="replace"))
-    learner.stop_ids = STOPS
+    learner.collector.stop_ids = STOPS
     metrics, rollout = learner.step(0)
-    shaped = learner.shaped(rollout)
+    shaped = learner.shape_scores(rollout)
     for score, ended, ids in zip(shaped, rollout.ended, rollout.samples.response_ids, strict=True):
         assert float(score) == (float(len(ids)) if ended else -7.0)
     assert rollout.scores.tolist() == [float(len(ids)) for ids in rollout.samples.response_ids]
@@ -182,7 +179,7 @@ def test_a_run_whose_first_scores_are_all_the_same_stops_before_it_learns(sft_pa
     learner = trainer(sft_path, config(missing_eos_score=None, guards={}), equal_scores)
     before, seen = learner.learner.state_dict(), []
     stopped = learner.train(lambda step, metrics, rollout: seen.append(metrics))
-    assert (stopped.guard, stopped.action, learner.done) == ("no_signal", "stop", 1)
+    assert (stopped.guard, stopped.action, learner.steps_done) == ("no_signal", "stop", 1)
     assert all(torch.equal(v, before[k]) for k, v in learner.learner.state_dict().items())
     (metrics,) = seen
     assert metrics["score/std"] == 0.0 and "ppo/updates" not in metrics
@@ -204,7 +201,7 @@ def test_what_is_compared_are_the_samples_of_a_prompt_where_the_estimator_does(s
 
 def test_the_correlation_of_score_and_length_by_hand(sft_path):
     learner = trainer(sft_path, config(missing_eos_score=None))
-    learner.stop_ids = STOPS
+    learner.collector.stop_ids = STOPS
     assert math.isclose(learner.step(0)[0]["score/length_correlation"], 1.0, abs_tol=1e-9)  # the score is the length
 
 
@@ -252,19 +249,16 @@ def test_samples_per_prompt_share_a_group(sft_path):
 
 
 def test_micro_batches_cover_each_row_once_and_in_step():
-    parts = [micro_batches(7, DistributedContext(rank=r, size=2), 2) for r in range(2)]
-    assert [[len(part) for part in p] for p in parts] == [[2, 1], [2, 2]]
-    assert sorted(torch.cat([part for p in parts for part in p]).tolist()) == list(range(7))
+    def sizes(count, size):
+        ranks = [micro_batch_positions(count, DistributedContext(rank=r, size=2), size) for r in range(2)]
+        return [[len(part) for part in parts] for parts in ranks], torch.cat([p for parts in ranks for p in parts])
+
+    lengths, positions = sizes(7, 2)
+    assert lengths == [[2, 1], [2, 2]] and sorted(positions.tolist()) == list(range(7))
     # one row on two ranks: the rank without any has an empty micro-batch
-    assert [[len(part) for part in micro_batches(1, DistributedContext(rank=r, size=2), 2)] for r in range(2)] == [
-        [0],
-        [1],
-    ]
+    assert sizes(1, 2)[0] == [[0], [1]]
     # three on two, one at a time: both make two passes
-    assert [[len(part) for part in micro_batches(3, DistributedContext(rank=r, size=2), 1)] for r in range(2)] == [
-        [1, 0],
-        [1, 1],
-    ]
+    assert sizes(3, 1)[0] == [[1, 0], [1, 1]]
 
 
 def test_an_endless_row_is_made_of_shuffled_passes():
@@ -348,7 +342,7 @@ def test_an_engine_is_any_function_that_samples(sft_path):
         return generate(model, prompt_ids, keys, sampling, stop_ids, pad_id, batch_size)
 
     learner = trainer(sft_path)
-    learner.engine = engine
+    learner.collector.generate = engine
     learner.step(0)
     assert calls == [Sampling(max_new_tokens=6, temperature=1.0)]
 
@@ -360,7 +354,7 @@ def test_one_step_by_hand_at_a_temperature(base_path):
         missing_eos_score=-2.0, value_learning_rate=0.0, vf_coef=0.5, kl_target=1.0, kl_horizon=100,
     )  # fmt: skip
     learner = trainer(base_path, options, dtype="float64")
-    learner.stop_ids = STOPS  # one token in nine, so that some responses end and some do not
+    learner.collector.stop_ids = STOPS  # one token in nine, so that some responses end and some do not
     with torch.no_grad():
         for parameter in learner.roles.parameters_of("policy"):
             parameter.add_(0.03 * torch.randn(parameter.shape, dtype=torch.float64))
@@ -370,9 +364,9 @@ def test_one_step_by_hand_at_a_temperature(base_path):
     seen = {}
     update = learner.update
 
-    def spy(rollout, advantages, returns, rows, rates, *place):
-        seen.update(rollout=rollout, advantages=advantages.clone(), returns=returns.clone(), rates=rates)
-        return update(rollout, advantages, returns, rows, rates, *place)
+    def spy(experience, rows, rates, *place):
+        seen.update(advantages=experience.advantages.clone(), returns=experience.returns.clone(), rates=rates)
+        return update(experience, rows, rates, *place)
 
     learner.update = spy
     metrics, rollout = learner.step(0)

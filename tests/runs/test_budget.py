@@ -118,14 +118,15 @@ def test_packed_rows_are_counted():
 
 
 def test_scorers_with_weights_of_their_own_are_counted(reward_path, sft_path):
+    from reward.specs import ModelSpec
     from rlhf.data.records import Samples
     from tests.launch.conftest import door
 
     budget = Budget()
     door("ppo")
-    build = sys.modules["door_ppo"].role_kind(None, None, 0, budget)
+    build = sys.modules["door_ppo"].model_builder(None, None, budget)
     tokenizer = load_model(sft_path).tokenizer
-    scorer = build(reward_path, "reward", {}, tokenizer)
+    scorer = build(ModelSpec(model=reward_path), tokenizer)
     samples = Samples([[{"role": "user", "content": "x"}]], ["y"], [[5, 6, 7]], [[8, 2]], [True], [{}])
 
     def score():
