@@ -85,11 +85,13 @@ class Roles(nn.Module):
             )
         if critic == "auto":
             critic = "reward" if reward_path else "policy"
-        self.trunk = initial.model
-        self.heads = nn.ModuleDict()
+        # read off the model before adapters wrap its modules
         self.plain_head = head_is_plain(initial.model)
         self.output_head = head_name(initial.model)
+        self.width = hidden_width(initial.model)
         self.score_scale, self.score_bias = 1.0, 0.0
+        self.trunk = initial.model
+        self.heads = nn.ModuleDict()
 
         # in this order: a new adapter or head draws its weights from the global random state
         policy_config = self._add_policy(initial, lora, ema_reference=ema_reference)
@@ -150,7 +152,7 @@ class Roles(nn.Module):
     def _add_critic(self, initial: InitialModel, config: LoraConfig, path: str | None) -> None:
         """Add the value role with a head of zeros."""
         self._add("value", without_head(config, initial.model), path, (self.output_head, SCORE))
-        head = nn.Linear(hidden_width(initial.model), 1)
+        head = nn.Linear(self.width, 1)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         self.heads["value"] = head
@@ -159,7 +161,7 @@ class Roles(nn.Module):
         """Add the reward role with its head, scale and bias."""
         check_same_base(path, initial)
         self._add("reward", without_head(config, initial.model), path, (self.output_head, SCORE))
-        self.heads["reward"] = reward_head(path, hidden_width(initial.model))
+        self.heads["reward"] = reward_head(path, self.width)
         self.score_scale, self.score_bias = reward_shift(path)
 
     @torch.no_grad()

@@ -82,7 +82,7 @@ def test_eval_prompts_are_taken_by_the_hash_of_their_group(sft_path):
     names = [f"{kind}-{i:02}" for kind in "ab" for i in range(30)]
     rows = [{"record": Prompt(prompt=[{"role": "user", "content": n}], group=n), "prompt_ids": [5]} for n in names]
     options = SamplingConfig(model_name_or_path="x", data=["x"], output_dir="x", eval_prompts=20)
-    run = SimpleNamespace(config=options, rows=lambda *_: rows)
+    run = SimpleNamespace(config=options, data=SimpleNamespace(rows=lambda *_: rows))
     chosen = [row["record"].group for row in stages.evaluation(run, load_model(sft_path), None).prompts]
     assert len(chosen) == 20 and 4 < sum(name.startswith("a") for name in chosen) < 16
 
