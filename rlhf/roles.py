@@ -38,10 +38,11 @@ from rlhf.adapters import (
     require_policy,
     without_head,
 )
-from rlhf.config import UserError, coerce
+from rlhf.errors import UserError
 from rlhf.logprobs import decoder_and_head, gather_columns, head_is_plain, hidden_width, response_logprobs
 from rlhf.models import InitialModel, check_same_base, write_identity
 from rlhf.options.ppo import PPOConfig
+from rlhf.values import coerce
 from rlhf.weights import check_finite, read_identity, read_json
 
 TRAINED = ("policy", "value")

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rlhf.config import UserError, did_you_mean
+from rlhf.errors import UserError, did_you_mean
 from rlhf.options.guards import check_guards, current_name
 from rlhf.runs.metrics import METRICS, is_known
 

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import EXIT_GUARD, Halt
 from rlhf.data.records import BadScore
+from rlhf.errors import EXIT_GUARD, Halt
 from rlhf.evaluate import Evaluation, sample_table, summarise
 from rlhf.models import InitialModel
 from rlhf.ppo.guards import Decision

@@ -9,6 +9,7 @@ from rlhf.data.records import Scores
 from rlhf.distributed import DistributedContext
 from rlhf.models import load_model
 from rlhf.optimizer_engine import make_engine
+from rlhf.ppo.trainer import MicroBatch
 from tests.ppo.test_trainer import STOPS, config, trainer
 
 
@@ -131,9 +132,11 @@ def test_ptx_makes_the_given_answers_likelier(base_path):
     batch = learner.pretraining_batch(0, 5)
     order = [PTX.index({"prompt_ids": r[:2], "response_ids": r[2:]}) for r in batch["ids"].tolist()]
     assert sorted(order) == [0, 1, 2, 3, 4]
-    part = torch.tensor([1, 3])
+    rows = torch.tensor([1, 3])
+    own = {name: column[rows] for name, column in batch.items()}
+    part = MicroBatch(rows, own, own["mask"], None, own, batch["mask"].sum(), is_idle=False)
     with torch.no_grad(), learner.roles.use("policy"):
-        loss, _ = learner.ptx_pass(batch, part)
+        loss, _ = learner.ptx_pass(None, part)
     expected = 2.0 * sum(float(nats[order[i]].sum()) for i in (1, 3)) / 15  # of 15 tokens in the step
     assert math.isclose(float(loss), expected, rel_tol=1e-5)
     rows = [learner.step(step)[0]["loss/ptx"] for step in range(4)]
@@ -257,12 +260,12 @@ def test_what_a_guard_takes_back_is_not_made_where_all_that_was_last_is_clipped(
     learner = trainer(sft_path, options)
     learner.collector.stop_ids = STOPS
     changed, clipped, step = {True: [], False: []}, [], learner.learner.step
-    last = {"gae": "value_pass", "rloo": "policy_pass"}[estimator]
-    make = getattr(learner, last)
+    last = {"gae": "value", "rloo": "policy"}[estimator]
+    make = learner.passes[last]
 
     def spy_pass(*arguments):
         loss, metrics = make(*arguments)
-        gradients = torch.autograd.grad(loss, learner.roles.parameters_of(last.split("_")[0]), retain_graph=True)
+        gradients = torch.autograd.grad(loss, learner.roles.parameters_of(last), retain_graph=True)
         learner.clipped = not any(g.any() for g in gradients)
         return loss, metrics
 
@@ -274,7 +277,7 @@ def test_what_a_guard_takes_back_is_not_made_where_all_that_was_last_is_clipped(
         return norm
 
     learner.learner.step = spy_step
-    setattr(learner, last, spy_pass)
+    learner.passes[last] = spy_pass
     for number in range(10):
         learner.step(number)
     assert changed == {True: [False] * 10, False: [True] * 10}
