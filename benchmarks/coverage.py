@@ -23,7 +23,6 @@ from reward.card import accuracy_with_interval, calibration
 from rlhf.compare import frontier
 from rlhf.compare.crossed import crossed_mean, crossed_statistic
 from rlhf.compare.frontier import Track, equal_kl
-from rlhf.compare.stats import interval_of_mean
 from rlhf.compare.wins import share
 from rlhf.data.agreement import alpha_interval
 from rlhf.stats import MIN_CLUSTERS
@@ -309,7 +308,7 @@ def verdict_table(repeats: int) -> str:
             values = draw(rng, (repeats, n))
             low, high = percentiles(values, rng, expanded=True)
             before.append(f"{100 * np.mean((low > 0) | (high < 0)):.1f}")
-            wrong = np.mean([not holds(interval_of_mean(row), 0.0) for row in values])
+            wrong = np.mean([not holds(crossed_mean(row[None]), 0.0) for row in values])
             now.append(f"{100 * wrong:.1f}")
             said.append(f"{100 * wrong:.1f}" if n >= MIN_CLUSTERS else "–")
         lines += [row([name, "expanded percentile (before)", *before]), row([name, "Student's t", *now])]

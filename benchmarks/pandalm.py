@@ -13,11 +13,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import logsigmoid
 
 from reward.model import load_reward
-from rlhf.compare.stats import mean_interval
+from rlhf.compare.crossed import crossed_mean
 from rlhf.data.agreement import agreement_summary
 from rlhf.data.encode import encode_preferences
 from rlhf.data.load import load
@@ -117,7 +118,10 @@ def report(runs: Path) -> None:
 
 
 def _line(label: str, rows: list[Preference], values: dict[int, float]) -> None:
-    interval = mean_interval(rows, lambda row: values[id(row)])
+    of_groups: dict[str, list[float]] = {}
+    for row in rows:
+        of_groups.setdefault(row.group, []).append(values[id(row)])
+    interval = crossed_mean(np.array([[np.mean(own) for own in of_groups.values()]]))
     print(f"  {label:<60}{interval.estimate:+.3f}   {interval.low:+.3f} to {interval.high:+.3f}")
 
 

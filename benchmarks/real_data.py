@@ -10,11 +10,13 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.functional import softplus
 
 from reward.model import load_reward
-from rlhf.compare.stats import mean_interval
+from rlhf.compare.crossed import crossed_mean
+from rlhf.compare.wins import share
 from rlhf.data.encode import encode_preferences
 from rlhf.data.load import load
 from rlhf.data.records import Preference
@@ -77,12 +79,13 @@ def main(name: str, runs: Path) -> None:
     print(f"Accuracy on the {len(test)} test pairs, 95 % over groups; published: {YARDSTICK[name]}")
     table = {}
     for label, gaps in measured.items():
-        right = {id(pair): (gap > 0) + 0.5 * (gap == 0) for pair, gap in zip(test, gaps, strict=True)}
-        interval = mean_interval(test, lambda pair, right=right: right[id(pair)], bounds=(0, 1))
-        table[label] = {"accuracy": interval.estimate, "low": interval.low, "high": interval.high, "n": interval.groups}
-        print(
-            f"  {label:<20}{interval.estimate:.3f}   {interval.low:.3f} to {interval.high:.3f}   n = {interval.groups}"
-        )
+        right: dict[str, list[float]] = {}
+        for pair, gap in zip(test, gaps, strict=True):
+            right.setdefault(pair.group, []).append((gap > 0) + 0.5 * (gap == 0))
+        means = np.array([np.mean(values) for values in right.values()])
+        found = share(crossed_mean(means[None]), 0.95)
+        table[label] = {"accuracy": found.estimate, "low": found.low, "high": found.high, "n": found.groups}
+        print(f"  {label:<20}{found.estimate:.3f}   {found.low:.3f} to {found.high:.3f}   n = {found.groups}")
     (runs / "accuracy.json").write_text(json.dumps(table, indent=2) + "\n")
 
 

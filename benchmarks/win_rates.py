@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 
-from rlhf.compare.stats import interval_of_mean
+from rlhf.stats import jackknife_interval
 
 
 def main(file: str, score: str) -> None:
@@ -41,8 +41,9 @@ def main(file: str, score: str) -> None:
 
 
 def said(means: np.ndarray, bounds=(0, 1)) -> str:
-    found = interval_of_mean(means, bounds=bounds)
-    return f"{100 * found.estimate:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+    mean, n = float(means.mean()), len(means)
+    low, high, _ = jackknife_interval(mean, (mean * n - means) / (n - 1), bounds=bounds)
+    return f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 
 if __name__ == "__main__":
