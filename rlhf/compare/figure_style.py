@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.format import Number, Report, initial_name
+from rlhf.compare.format import Number, Report, initial_name, method_name, score_name
 from rlhf.files import write_atomic
 
 # Text and lines that are no data. The SVG turns this colour into a variable, which is light on a dark page.
@@ -88,17 +88,16 @@ def tint(colour: str, alpha: float) -> tuple[float, ...]:
     return tuple(1 - alpha * (1 - channel) for channel in to_rgb(colour))
 
 
-def shade(colour: str, i: int, n: int) -> tuple[float, ...]:
-    """Return the i-th of n tones of a colour, the last one the colour itself."""
-    return tint(colour, 0.5 + 0.5 * (i + 1) / n)
-
-
 def paths_of(report: Report, method: str) -> list[tuple[float | None, list[dict]]]:
-    """Return (swept value, its checkpoints by step), the one that stays nearest to the initial policy first."""
+    """Return (swept value, its checkpoints by step), the one that stays nearest to the initial policy first.
+
+    A baseline trains nothing and has no checkpoints: its swept values are one path.
+    """
     paths: dict[float | None, list[dict]] = {}
     for point in report["points"]:
         if point["method"] == method:
-            paths.setdefault(point["swept"], []).append(point)
+            swept = None if report["methods"][method]["baseline"] else point["swept"]
+            paths.setdefault(swept, []).append(point)
     for points in paths.values():
         points.sort(key=lambda point: point["step"])
     return sorted(paths.items(), key=lambda path: value_of(path[1][-1]["kl"]))
@@ -138,8 +137,40 @@ def spans(estimates: Sequence[Number | None], scale: Callable[[float], float] = 
     return middle, np.maximum([middle - low, high - middle], 0.0)
 
 
-def label_kl(axes, report: Report) -> None:
-    """Label a √KL axis in nats, from the initial policy on."""
+def series(points: Sequence[dict], measure: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return (n,) values of a measure and their bars: "step", "kl" (its root), "length", "ended", or a score."""
+    if measure == "step":
+        return np.array([point["step"] for point in points]), None
+    if measure in ("kl", "length", "ended"):
+        return spans([point[measure] for point in points], root if measure == "kl" else float)
+    return spans([difference(point, measure) for point in points])
+
+
+def draw_paths(
+    axes, report: Report, method: str, x: str, y: str, *, from_zero: bool = False, color: str = "", linestyle: Any = "-"
+) -> None:
+    """Draw measure y against measure x, a line a swept value in its tone, the ends of training large.
+
+    from_zero: start each line at the initial policy and leave out the bars. color: instead of the tones.
+    """
+    style, paths = style_of(report, method), paths_of(report, method)
+    for i, (swept, points) in enumerate(paths):
+        (a, a_bars), (b, b_bars) = series(points, x), series(points, y)
+        tone = color or tint(style.color, 0.5 + 0.5 * (i + 1) / len(paths))
+        last = [point["last"] for point in points]
+        axes.plot(a[last], b[last], style.marker, color=tone, ms=7, zorder=5)
+        if from_zero:
+            a, b, a_bars, b_bars = np.append(0.0, a), np.append(0.0, b), None, None
+        label = method_name(method) if swept is None else f"{swept:g}"
+        line = {"marker": style.marker, "ms": 4, "lw": 1.3, "elinewidth": 0.9, "linestyle": linestyle}
+        axes.errorbar(a, b, b_bars, a_bars, color=tone, label=label, zorder=4, **line)
+
+
+def label_x(axes, report: Report, measure: str) -> None:
+    """Label the horizontal axis; one of √KL in nats, from the initial policy on."""
+    if measure != "kl":
+        axes.set_xlabel(axis_label(report, measure), fontsize=8.5)
+        return
     low, high = axes.get_xlim()
     axes.set_xlim(min(-0.03 * high, low) if low < 0 else -0.03 * high, high)
     ticks: list[float] = []
@@ -150,7 +181,8 @@ def label_kl(axes, report: Report) -> None:
     axes.set_xlabel(f"KL to {initial_name(report)}, nats (drawn in √KL)")
 
 
-def few_ticks():
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(4)
+def axis_label(report: Report, measure: str) -> str:
+    """Return "training step", or a score "over SFT"."""
+    if measure == "step":
+        return "training step"
+    return f"{score_name(report, measure)}\nover {initial_name(report)}"

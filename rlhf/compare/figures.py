@@ -8,7 +8,7 @@ policy darkest.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +16,15 @@ import numpy as np
 from rlhf.compare.figure_style import (
     NEUTRAL,
     SETTINGS,
-    Style,
+    axis_label,
     difference,
-    few_ticks,
-    label_kl,
+    draw_paths,
+    label_x,
     methods_of,
     new_figure,
     paths_of,
     root,
     save_svg,
-    shade,
     spans,
     style_of,
     tint,
@@ -75,48 +74,35 @@ def frontier(report: Report):
     top = axes[0, 0]
 
     for method in methods_of(report):
-        _draw_method(top, report, method, score)
+        style = style_of(report, method)
+        # A baseline has a few points, which are joined, where a trained method has a fitted curve
+        joined = style.linestyle if report["methods"][method]["baseline"] else "none"
+        draw_paths(top, report, method, "kl", score, linestyle=joined)
+        _draw_seeds(top, report, method, score)
     _draw_curves(top, report)
-    top.plot(0, 0, "o", color=NEUTRAL, ms=7, zorder=6, label=initial_name(report))
+    top.plot(0, 0, "o", color=NEUTRAL, ms=7, zorder=6)
     top.axhline(0, color=NEUTRAL, lw=1, zorder=1)
-    top.set_ylabel(f"{score_name(report, score)}\nover {initial_name(report)}")
+    top.set_ylabel(axis_label(report, score))
     top.margins(x=0.06, y=0.1)
-    figure.legend(loc="outside upper left", ncols=2)
+    _legend(figure, report, ncols=2)
 
     for panel, pair in zip(axes[1:, 0], pairs, strict=True):
         _draw_equal_kl(panel, report, pair)
-    label_kl(axes[-1, 0], report)
+    label_x(axes[-1, 0], report, "kl")
     return figure
 
 
-def _draw_method(axes, report: Report, method: str, score: str) -> None:
-    """Draw the checkpoints of a method with their bars, the ends of training large, single seeds faint."""
-    style = style_of(report, method)
-    label = _legend_label(report, method)
-    ends = []
-    for _, points in paths_of(report, method):
-        x, x_bars = spans([point["kl"] for point in points], root)
-        y, y_bars = spans([difference(point, score) for point in points])
-        axes.errorbar(x, y, y_bars, x_bars, fmt=style.marker, color=style.color, ms=4, elinewidth=0.9, zorder=4)
-        axes.plot(x[-1], y[-1], style.marker, color=style.color, ms=8, zorder=5, label=label)
-        label = None
-        ends.append((x[-1], y[-1]))
-        for point in points:
-            _draw_seeds(axes, report, point, score, style)
-    # The few points of a baseline are joined, where a trained method has a fitted curve
-    if report["methods"][method]["baseline"]:
-        axes.plot(*zip(*ends, strict=True), color=style.color, linestyle=style.linestyle, lw=1.2, zorder=2)
-
-
-def _draw_seeds(axes, report: Report, point: dict, score: str, style: Style) -> None:
-    seeds = [seed for seed in point["per_seed"] if score in seed["scores"]]
-    # Each seed has a proxy of its own, whose scale says nothing beside the mean
-    if len(seeds) < 2 or report["score_kinds"][score] == "proxy":
+def _draw_seeds(axes, report: Report, method: str, score: str) -> None:
+    """Draw the single seeds faintly; not those of a proxy, since each seed has a proxy of its own scale."""
+    if report["score_kinds"][score] == "proxy":
         return
+    color = style_of(report, method).color
     initial = value_of(report["foundation"]["scores"].get(score, {}).get("mean"))
-    x = [root(seed["kl"]) for seed in seeds]
-    y = [seed["scores"][score] - initial for seed in seeds]
-    axes.plot(x, y, ".", color=style.color, ms=3, alpha=0.35, zorder=2, mew=0)
+    for _, points in paths_of(report, method):
+        for point in points:
+            seeds = [(root(seed["kl"]), seed["scores"].get(score, math.nan) - initial) for seed in point["per_seed"]]
+            if len(seeds) > 1:
+                axes.plot(*zip(*seeds, strict=True), ".", color=color, ms=3, alpha=0.35, zorder=2, mew=0)
 
 
 def _draw_curves(axes, report: Report) -> None:
@@ -187,51 +173,44 @@ def _deviation(report: Report, score: str) -> float:
 
 
 def proxy_and_judge(report: Report):
-    """Draw a row a method: proxy against √KL, judge against √KL, judge against proxy, a path a swept value."""
-    proxy = next((score for score, kind in report["score_kinds"].items() if kind == "proxy"), None)
+    """Draw a column a method: proxy against √KL, judge against √KL, judge against proxy; baselines dotted."""
     judge = report["judge"]
+    proxy = next((score for score, kind in report["score_kinds"].items() if kind == "proxy"), None)
     scored = {point["method"] for point in report["points"] if difference(point, proxy)}
     methods = [method for method in trained_methods(report) if method in scored]
     if judge is None or report["kind"] == "runs" or not methods:
         return None
+    return _grid(report, methods, [("kl", proxy), ("kl", judge), (proxy, judge)], from_zero=True)
 
-    labels = [f"{score_name(report, score)} over {initial_name(report)}" for score in (proxy, judge)]
-    figure, axes = new_figure(10.2, 0.7 + 2.9 * len(methods), len(methods), 3, sharex="col", sharey="col")
-    for row, method in zip(axes, methods, strict=True):
-        _draw_paths(row, report, method, proxy, judge)
-        row[0].set_title(method_name(method))
-        for panel, label in zip(row, (labels[0], labels[1], labels[1]), strict=True):
-            panel.set_ylabel(label, fontsize=8.5)
-            panel.axhline(0, color=NEUTRAL, lw=0.9, zorder=1)
-    for panel in axes[-1, :2]:
-        label_kl(panel, report)
-    axes[-1, 2].set_xlabel(labels[0], fontsize=8.5)
+
+def training(report: Report):
+    """Draw a row a score, a column a method: the score over the initial policy's by training step."""
+    methods = trained_methods(report)
+    names = [score for score in report["score_kinds"] if any(difference(p, score) for p in report["points"])]
+    names.sort(key=lambda score: (score != report["judge"], report["score_kinds"][score] != "proxy"))
+    longest = max((len(points) for method in methods for _, points in paths_of(report, method)), default=0)
+    if not names or longest < 2:
+        return None
+    return _grid(report, methods, [("step", score) for score in names[:SCORES]])
+
+
+def _grid(report: Report, methods: list[str], views: list[tuple[str, str]], *, from_zero: bool = False):
+    """Draw a row a view (measures of x and y) and a column a method, with a line a swept value."""
+    size = (0.9 + 3.2 * len(methods), 0.6 + 2.1 * len(views))
+    figure, axes = new_figure(*size, len(views), len(methods), sharey="row")
+    baselines = [method for method in methods_of(report) if report["methods"][method]["baseline"]]
+    for row, (x, y) in zip(axes, views, strict=True):
+        for panel, method in zip(row, methods, strict=True):
+            draw_paths(panel, report, method, x, y, from_zero=from_zero)
+            for baseline in baselines if from_zero else ():
+                draw_paths(panel, report, baseline, x, y, from_zero=True, linestyle=":", color=NEUTRAL)
+            panel.axhline(0, color=NEUTRAL, lw=1, zorder=1)
+            label_x(panel, report, x)
+        row[0].set_ylabel(axis_label(report, y), fontsize=8.5)
+    for panel, method in zip(axes[0], methods, strict=True):
+        panel.set_title(method_name(method))
+        panel.legend(title=report["methods"][method]["swept"], fontsize=8, title_fontsize=8, ncols=2)
     return figure
-
-
-def _draw_paths(panels, report: Report, method: str, proxy: str, judge: str) -> None:
-    """Draw the ways of a method's swept values from the initial policy, and those of the baselines dotted."""
-    style, paths = style_of(report, method), paths_of(report, method)
-    for i, (swept, points) in enumerate(paths):
-        tone = shade(style.color, i, len(paths))
-        for panel, (x, y) in zip(panels, _views(points, proxy, judge), strict=True):
-            panel.plot(x, y, color=tone, marker=style.marker, ms=4, lw=1.3, label=_swept_label(swept))
-    for baseline in methods_of(report):
-        if not report["methods"][baseline]["baseline"]:
-            continue
-        ends = [points[-1] for _, points in paths_of(report, baseline)]
-        for panel, (x, y) in zip(panels, _views(ends, proxy, judge), strict=True):
-            panel.plot(x, y, ":", color=NEUTRAL, lw=1.4, zorder=1, label=_name(baseline))
-    panels[0].legend(title=report["methods"][method]["swept"], fontsize=8, title_fontsize=8)
-
-
-def _views(points: Sequence[dict], proxy: str, judge: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (x, y) of the three panels, from the initial policy at 0."""
-    kl = spans([point["kl"] for point in points], root)[0]
-    optimised = spans([difference(point, proxy) for point in points])[0]
-    wanted = spans([difference(point, judge) for point in points])[0]
-    kl, optimised, wanted = (np.concatenate([[0.0], values]) for values in (kl, optimised, wanted))
-    return [(kl, optimised), (kl, wanted), (optimised, wanted)]
 
 
 def wins(report: Report):
@@ -272,61 +251,24 @@ def _draw_shares(axes, matrix: list, labels: list[str]) -> None:
     axes.spines[:].set_visible(False)
 
 
-def training(report: Report):
-    """Draw a row a score, a column a method: the score over the initial policy's by training step."""
-    methods = trained_methods(report)
-    names = [s for s in report["score_kinds"] if any(difference(point, s) for point in report["points"])]
-    names.sort(key=lambda score: (score != report["judge"], report["score_kinds"][score] != "proxy"))
-    names = names[:SCORES]
-    steps = {(point["method"], point["step"]) for point in report["points"] if point["method"] in methods}
-    if not names or len(steps) <= len(methods):
-        return None
-
-    size = (0.9 + 3.2 * len(methods), 0.6 + 1.9 * len(names))
-    figure, axes = new_figure(*size, len(names), len(methods), sharex="col", sharey="row")
-    for column, method in zip(axes.T, methods, strict=True):
-        for panel, score in zip(column, names, strict=True):
-            _draw_training(panel, report, method, score)
-        column[0].set_title(method_name(method))
-        column[0].legend(title=report["methods"][method]["swept"], fontsize=8, title_fontsize=8, ncols=2)
-        column[-1].set_xlabel("training step")
-    for panel, score in zip(axes[:, 0], names, strict=True):
-        panel.set_ylabel(f"{score_name(report, score)}\nover {initial_name(report)}", fontsize=8.5)
-    return figure
-
-
-def _draw_training(axes, report: Report, method: str, score: str) -> None:
-    style, paths = style_of(report, method), paths_of(report, method)
-    for i, (swept, points) in enumerate(paths):
-        y, bars = spans([difference(point, score) for point in points])
-        steps = [point["step"] for point in points]
-        tone = shade(style.color, i, len(paths))
-        axes.errorbar(steps, y, bars, color=tone, marker=style.marker, ms=4, lw=1.3, label=_swept_label(swept))
-    axes.axhline(0, color=NEUTRAL, lw=1, zorder=1)
-
-
 def lengths(report: Report):
     """Draw the length of the responses and the share that ends by itself against √KL, a point a checkpoint."""
-    panels = [("length", "tokens in a response", 1.0), ("ended", "responses that end, %", 100.0)]
+    panels = [("length", "tokens in a response"), ("ended", "share of responses that end")]
     panels = [panel for panel in panels if any(point[panel[0]] for point in report["points"])]
     if not panels:
         return None
     figure, axes = new_figure(4.9 * len(panels), 3.7, 1, len(panels))
-    for panel, (name, title, factor) in zip(axes[0], panels, strict=True):
+    for panel, (name, title) in zip(axes[0], panels, strict=True):
         for method in methods_of(report):
-            points = [point for _, path in paths_of(report, method) for point in path]
-            style = style_of(report, method)
-            x, _ = spans([point["kl"] for point in points], root)
-            y, bars = spans([point[name] for point in points])
-            line = {"fmt": style.marker, "color": style.color, "ms": 4.5, "elinewidth": 0.9}
-            panel.errorbar(x, factor * y, factor * bars, **line, label=_name(method))
-        initial = factor * value_of(report["foundation"][name])
-        panel.axhline(initial, color=NEUTRAL, linestyle="--", zorder=1, label=initial_name(report))
+            draw_paths(panel, report, method, "kl", name, linestyle="none")
+        initial = value_of(report["foundation"][name])
+        panel.axhline(initial, color=NEUTRAL, linestyle="--", zorder=1)
         panel.set_title(title)
-        # No share is above all of them, whatever margin the axis has
-        panel.set_ylim(top=min(panel.get_ylim()[1], 101) if name == "ended" else None)
-        label_kl(panel, report)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
+        label_x(panel, report, "kl")
+    # No share is above 1, whatever margin the axis has
+    if panels[-1][0] == "ended":
+        axes[0, -1].set_ylim(top=min(axes[0, -1].get_ylim()[1], 1.01))
+    _legend(figure, report, ncols=4)
     return figure
 
 
@@ -366,21 +308,23 @@ def _draw_cost(axes, report: Report, rows: Mapping[str, list[dict]], counter: st
     axes.set_title(counter.replace("_", " ").replace("flops", "FLOPs"))
     axes.set_yticks(range(len(rows)), [_name(method) for method in rows])
     axes.set_xlim(0, 1.2 * max(left.max(), 1e-9))
-    axes.xaxis.set_major_locator(few_ticks())
+    axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter(lambda value, _: amount(value))
     axes.grid(axis="y", visible=False)
 
 
-def _legend_label(report: Report, method: str) -> str:
-    """Return "PPO (kl_coef 0.02 to 0.2)"."""
-    option, values = report["methods"][method]["swept"], report["methods"][method]["swept_values"]
-    if len(values) < 2:
-        return _name(method)
-    return f"{_name(method)} ({option} {min(values):g} to {max(values):g})"
+def _legend(figure, report: Report, ncols: int) -> None:
+    """Name the methods with the range of their swept values, and the initial policy, above the figure."""
+    from matplotlib.lines import Line2D
 
-
-def _swept_label(swept: float | None) -> str:
-    return "run" if swept is None else f"{swept:g}"
+    handles = []
+    for method in methods_of(report):
+        style, option = style_of(report, method), report["methods"][method]["swept"]
+        values = report["methods"][method]["swept_values"]
+        swept = f" ({option} {min(values):g} to {max(values):g})" if len(values) > 1 else ""
+        handles.append(Line2D([], [], color=style.color, marker=style.marker, ls="", label=_name(method) + swept))
+    handles.append(Line2D([], [], color=NEUTRAL, marker="o", label=initial_name(report)))
+    figure.legend(handles=handles, loc="outside upper left", ncols=ncols)
 
 
 def _name(method: str) -> str:

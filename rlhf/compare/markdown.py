@@ -20,7 +20,7 @@ TERMS = Path(__file__).parent / "templates" / "terms.md"
 FIGURES = {
     "scores": "Dot plot: each score's difference to {initial}.",
     "frontier": "Scatter plot: {score} over {initial} against KL. {best}",
-    "proxy_gold": "Line plots, a row a method: proxy against KL, judge against KL, judge against proxy.",
+    "proxy_gold": "Line plots, a column a method: proxy against KL, judge against KL, judge against proxy.",
     "wins": "Heat map: how often the row's policy beats the column's, in percent.",
     "time": "Line plots: every score over {initial} by training step, a column a method.",
     "lengths": "Scatter plots against KL: tokens in a response, and the share of responses that end.",
