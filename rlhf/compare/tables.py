@@ -31,7 +31,7 @@ DIFFERENCE = ["difference [95 %]", "p adjusted", "detectable"]
 
 @dataclass(frozen=True)
 class Table:
-    """A table of raw text; `right` columns from the second on are aligned to the right."""
+    """A table of raw text, whose columns from the second on hold numbers."""
 
     header: list[str]
     rows: list[list[str]]
@@ -50,52 +50,62 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>&|~#$])", r"\\\1", " ".join(text.split()))
 
 
-def shown_points(report: Report) -> list[dict[str, Any]]:
-    """Return the end of each method at its tuned swept value; where nothing was tuned, at each of its values."""
-    usual = {method: entry["usual"] for method, entry in report["tuned"]["methods"].items()}
-    ends = [point for point in report["points"] if point["last"]]
-    return [point for point in ends if point["swept"] == usual.get(point["method"], point["swept"])]
-
-
 def opening(report: Report) -> Table:
-    """Return one row a policy: its main score, win rate over the initial policy, KL and shape."""
+    """Return one row a policy at the end of its training: main score, win rate over the initial policy, KL, shape.
+
+    A method has the row of its tuned swept value; where nothing was tuned, one for each of its values.
+    """
     score, initial = main_score(report), initial_name(report)
-    header = ["policy", f"over {initial} [95 %]", f"wins over {initial} [95 %]", "KL, nats", "tokens", "ended", "seeds"]
-    if score is not None:
-        header.insert(1, f"{score_name(report, score)} [95 %]")
+    title = "score" if score is None else score_name(report, score)
+    tuned_values = {method: entry["usual"] for method, entry in report["tuned"]["methods"].items()}
+    points = [report["foundation"]]
+    for point in report["points"]:
+        if point["last"] and point["swept"] == tuned_values.get(point["method"], point["swept"]):
+            points.append(point)
+
+    header = [
+        "policy",
+        f"{title} [95 %]",
+        f"over {initial} [95 %]",
+        f"wins over {initial} [95 %]",
+        "KL, nats",
+        "tokens",
+        "ended",
+        "seeds",
+    ]
     rows = []
-    for point in [report["foundation"], *shown_points(report)]:
+    for point in points:
         found = point["scores"].get(score) or {}
-        row = [policy_name(point["method"], point.get("swept"), report)]
-        if score is not None:
-            row.append(interval(found.get("mean")))
-        row.append(interval(found.get("difference"), signed=True))
-        row.append(share(_win_over_initial(report, point)))
-        row.append(_with_error(point["kl"]))
-        row += [number(_estimate(point["length"])), _percent(point["ended"])]
-        rows.append([*row, str(len(point["seeds"])) if "seeds" in point else UNKNOWN])
+        cells = [
+            policy_name(point["method"], point.get("swept"), report),
+            interval(found.get("mean")),
+            interval(found.get("difference"), signed=True),
+            share(_win_over_initial(report, point)),
+            _with_error(point["kl"]),
+            _with_error(point["length"]),
+            share(point["ended"]),
+            _seeds(point),
+        ]
+        rows.append(cells)
     return Table(header, rows)
 
 
 def _win_over_initial(report: Report, point: Mapping[str, Any]) -> Number | None:
-    wins = report["wins"] or {"policies": []}
-    for i, policy in enumerate(wins["policies"]):
-        if i and (policy["method"], policy["swept"]) == (point["method"], point.get("swept")):
-            return wins["raw"][i][0]
-    return None
+    wins = report["wins"]
+    policy = (point["method"], point.get("swept"))
+    names = [] if wins is None else [(p["method"], p["swept"]) for p in wins["policies"]]
+    return wins["raw"][names.index(policy)][0] if policy in names[1:] else None
 
 
-def _with_error(estimate: Number) -> str:
-    error = "" if estimate["se"] is None else f" ± {number(estimate['se'])}"
-    return number(estimate["estimate"]) + error
+def _with_error(estimate: Number | None) -> str:
+    if estimate is None or estimate["se"] is None:
+        return interval(estimate)
+    return f"{number(estimate['estimate'])} ± {number(estimate['se'])}"
 
 
-def _estimate(estimate: Number | None) -> float | None:
-    return None if estimate is None else estimate["estimate"]
-
-
-def _percent(estimate: Number | None) -> str:
-    return UNKNOWN if estimate is None else f"{100 * estimate['estimate']:.1f} %"
+def _seeds(point: Mapping[str, Any]) -> str:
+    # The initial policy has none
+    return str(len(point["seeds"])) if "seeds" in point else UNKNOWN
 
 
 def equal_kl(report: Report) -> Table:
@@ -147,12 +157,16 @@ def over_optimisation(report: Report) -> Table:
     rows = []
     for entry in report["overoptimisation"]:
         proxy = entry["proxy"]
-        change = f"{proxy['name']} {interval(proxy['change'], signed=True)}" if proxy else UNKNOWN
-        policy = policy_name(entry["method"], entry["swept"], report)
-        kls = [nats(entry["peak"]["kl"]), nats(entry["end"]["kl"])]
-        outcome = entry["verdict"] or UNKNOWN
-        judge = interval(entry["judge"], signed=True)
-        rows.append([policy, *kls, judge, change, p_value(entry["p_adjusted"]), outcome])
+        cells = [
+            policy_name(entry["method"], entry["swept"], report),
+            nats(entry["peak"]["kl"]),
+            nats(entry["end"]["kl"]),
+            interval(entry["judge"], signed=True),
+            f"{proxy['name']} {interval(proxy['change'], signed=True)}" if proxy else UNKNOWN,
+            p_value(entry["p_adjusted"]),
+            entry["verdict"] or UNKNOWN,
+        ]
+        rows.append(cells)
     return Table(header, rows)
 
 
@@ -175,9 +189,19 @@ def judge_of_pairs(report: Report) -> Table:
     header = [f"by the judge of pairs {asked['name']}", "wins [95 %]", "at equal length [95 %]", "ties", "consistent"]
     rows = []
     for row in asked["rows"]:
-        shares = [_percent({"estimate": x}) if x is not None else UNKNOWN for x in (row["ties"], row["consistency"])]
-        rows.append([_over(row), share(row["raw"]), share(row["controlled"]), *shares])
+        cells = [
+            _over(row),
+            share(row["raw"]),
+            share(row["controlled"]),
+            _percent(row["ties"]),
+            _percent(row["consistency"]),
+        ]
+        rows.append(cells)
     return Table(header, rows)
+
+
+def _percent(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{100 * value:.1f} %"
 
 
 def cost(report: Report) -> Table:
@@ -208,12 +232,22 @@ def policies(report: Report) -> Table:
     header += ["tokens", "ended", "repetition", *(name.replace("_", "-") for name in numbers)]
     rows = []
     for point in points:
-        row = [policy_name(point["method"], point.get("swept"), report), str(point.get("step", 0))]
-        row += [str(len(point["seeds"])) if "seeds" in point else UNKNOWN, interval(point["kl"])]
-        for score in scores:
-            found = point["scores"].get(score) or {}
-            change = found.get("difference")
-            row.append(interval(change, signed=True) if change else interval(found.get("mean")))
-        row += [interval(point[name]) for name in ("length", "ended", "repetition")]
-        rows.append([*row, *(number(point["numbers"].get(name)) for name in numbers)])
+        cells = [
+            policy_name(point["method"], point.get("swept"), report),
+            str(point.get("step", 0)),
+            _seeds(point),
+            interval(point["kl"]),
+            *(_score(point, score) for score in scores),
+            *(interval(point[name]) for name in ("length", "ended", "repetition")),
+            *(number(point["numbers"].get(name)) for name in numbers),
+        ]
+        rows.append(cells)
     return Table(header, rows)
+
+
+def _score(point: Mapping[str, Any], score: str) -> str:
+    """Return a score over the initial policy's with its sign; the initial policy's own without."""
+    found = point["scores"].get(score) or {}
+    if found.get("difference"):
+        return interval(found["difference"], signed=True)
+    return interval(found.get("mean"))

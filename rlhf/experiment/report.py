@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +26,7 @@ class ReportConfig:
 
 
 def report_of(asked: ReportConfig) -> dict[str, Any]:
-    """Read, summarise and draw. UserError if nothing is measured."""
+    """Write the report of an experiment; returns report.json's content. Raises UserError if nothing is measured."""
     if Path(asked.experiment).is_file():
         config = parse(ExperimentConfig, ["--config", asked.experiment], "rlhf experiment report")
     else:
@@ -35,14 +36,14 @@ def report_of(asked: ReportConfig) -> dict[str, Any]:
 
 
 def write_report(config: ExperimentConfig, folder: Path, report_to: str, project: str | None) -> dict[str, Any]:
-    """All files of the report in `folder`; returns report.json's content."""
+    """Write all files of the report to `folder`; returns report.json's content."""
     from rlhf.compare.report import print_report, write_files
     from rlhf.compare.summary import summarise
     from rlhf.compare.wandb_tables import log_report
 
     results = read_results(config)
     if len(results.points) < 2:
-        raise UserError(f"{config.output_dir}: only the foundation is measured yet; there is nothing to compare")
+        raise UserError(f"{config.output_dir}: only the initial policy is measured yet; there is nothing to compare")
     report = summarise(results)
     if config.judge:
         report["judge_of_pairs"] = ask_judge(config, results, report)
@@ -58,43 +59,43 @@ def write_report(config: ExperimentConfig, folder: Path, report_to: str, project
 
 
 def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]) -> dict[str, Any]:
-    """What a judge of pairs says of each method's tuned end against the foundation and each other, both orders asked.
+    """Ask a judge of pairs about the tuned ends of all methods, against each other and against the initial policy.
 
-    Answers are kept in OUT/judge.jsonl: a report that was cut off asks only for what it lacks.
+    Answers are kept in OUT/judge.jsonl, so that a report that was cut off asks only for what it lacks.
     """
-    from itertools import combinations
-
     from rlhf.compare.judge import judge_wins, load_judge
     from rlhf.compare.wins import win_rate
 
     judge = load_judge(config.judge)
     cache = Path(config.output_dir) / "judge.jsonl"
+    values = {method: swept_to_ask(report, method) for method in config.methods}
+    methods = [method for method, swept in values.items() if swept is not None]
+    initial = results.initial.method
+    pairs = [*itertools.combinations(methods, 2), *((method, initial) for method in methods)]
+
+    # Seed -> the policy; the initial one is the same for all seeds
     ends = {}
-    for name in config.methods:
-        swept = swept_to_ask(report, name)
-        if swept is None:
-            continue
-        ends[name] = {p.seed: p for p in results.of(name, swept) if p.last}
+    for method in methods:
+        ends[method] = {point.seed: point for point in results.of(method, values[method]) if point.last}
+    ends[initial] = dict.fromkeys(report["unit"]["seeds"], results.initial)
+
     rows = []
-    initial = {seed: results.initial for own in ends.values() for seed in own}
-    for (a, first), (b, second) in [
-        *combinations(ends.items(), 2),
-        *((own, ("sft", initial)) for own in ends.items()),
-    ]:
-        seeds = sorted(set(first) & set(second))
+    for a, b in pairs:
+        seeds = sorted(set(ends[a]) & set(ends[b]))
         if not seeds:
             continue
-        said = [judge_wins(judge, results, first[s], second[s], cache) for s in seeds]
-        found = win_rate([first[s] for s in seeds], [second[s] for s in seeds], results, said)
-        if found is None:  # one sample a prompt: no two answers have independent noise
-            continue
-        rows.append({"a": a, "b": b, "seeds": seeds, **found.to_dict()})
+        first, second = ([ends[method][seed] for seed in seeds] for method in (a, b))
+        answers = [judge_wins(judge, results, *ends_of_seed, cache) for ends_of_seed in zip(first, second, strict=True)]
+        found = win_rate(first, second, results, answers)
+        # With one sample a prompt no two answers have independent noise
+        if found is not None:
+            rows.append({"a": a, "b": b, "seeds": seeds, **found.to_dict()})
     return {"name": judge.name, "rows": rows}
 
 
 def swept_to_ask(report: dict[str, Any], method: str) -> float | None:
-    """The strength that a score has chosen, else the middle one; None where none is measured."""
+    """Return the swept value that a score has chosen, else the middle one; None where none is measured."""
     if method in report["tuned"]["methods"]:
         return report["tuned"]["methods"][method]["usual"]
-    swept_values = report["methods"][method]["swept_values"]
-    return swept_values[len(swept_values) // 2] if swept_values else None
+    values = report["methods"][method]["swept_values"]
+    return values[len(values) // 2] if values else None
