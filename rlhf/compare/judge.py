@@ -22,15 +22,44 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field, field_validator
 
-from rlhf.compare.results import Point, Results, independent_pairs
-from rlhf.errors import UserError, did_you_mean
+from rlhf.compare.results import Point, Results, independent_pairs, key
+from rlhf.errors import UserError
 from rlhf.http_client import Service, ask, check_url, read_token
 from rlhf.plugins import import_function
+from rlhf.validation import Count, Number, Spec, validate
 
-OPTIONS = {"function": ("batch_size",), "http": ("batch_size", "timeout", "retries", "token_env")}
-IN_FLIGHT = 4  # requests to a service at a time
-Pair = tuple[Any, str, str]  # prompt, the answer shown first, the one shown second
+# requests to a service at a time
+IN_FLIGHT = 4
+
+# prompt, the answer shown first, the one shown second
+Pair = tuple[Any, str, str]
+
+
+class FunctionSpec(Spec):
+    """A judge in this process."""
+
+    function: str
+    batch_size: Count = Field(64, ge=1)
+
+    @field_validator("function")
+    @classmethod
+    def _module_and_name(cls, value: str) -> str:
+        module, _, name = value.partition(":")
+        if not module or not name:
+            raise ValueError(f"'{value}' should be written module:function")
+        return value
+
+
+class ServiceSpec(Spec):
+    """A judge behind a URL; timeout in seconds, retries of a request that failed."""
+
+    http: str
+    timeout: Number = Field(60, ge=0.001)
+    retries: Count = Field(5, ge=0)
+    batch_size: Count = Field(16, ge=1)
+    token_env: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,13 +74,19 @@ class Judge:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What a judge said about two policies' answers, asked in both orders."""
+    """What a judge said about two policies' answers, asked in both orders.
 
-    wins: np.ndarray  # (prompts, pairs) share that A's answer wins
-    pairs: list[tuple[int, int]]  # (sample of A, sample of B), the same at each prompt
-    consistency: float  # share of the pairs with the same winner, or a tie, in both orders; nan where none was asked
-    prefers_first: float  # mean probability given to the answer shown first; 0.5 without a favourite position
-    asked: int  # pairs whose two answers differ
+    wins: (prompts, pairs) share that A's answer wins. pairs: (sample of A, sample of B), the same at each prompt.
+    consistency: share of the pairs with the same winner, or a tie, in both orders; nan where none was asked.
+    prefers_first: mean probability given to the answer shown first; 0.5 without a favourite position.
+    asked: pairs whose two answers differ.
+    """
+
+    wins: np.ndarray
+    pairs: list[tuple[int, int]]
+    consistency: float
+    prefers_first: float
+    asked: int
 
 
 def judge_wins(judge: Judge, results: Results, a: Point, b: Point, cache: str | Path) -> Verdicts:
@@ -63,65 +98,73 @@ def judge_wins(judge: Judge, results: Results, a: Point, b: Point, cache: str | 
     Equal answers are a tie and not asked about. `cache`: a JSONL file with every answer, so that nothing is asked
     twice; delete it when the judge behind a name has changed.
     """
-    answers = [results.responses[p.method, p.swept, p.seed, p.step] for p in (a, b)]
     pairs = one_partner_each(independent_pairs(a, b))
-    rows = [
-        (prompt, own[k], other[m])
-        for prompt, own, other in zip(results.prompts, *answers, strict=True)
-        for k, m in pairs
-    ]
-    different = [(prompt, x, y) for prompt, x, y in rows if x != y]
-    known = ask_all(judge, [pair for prompt, x, y in different for pair in ((prompt, x, y), (prompt, y, x))], cache)
-    orders = np.array(known, dtype=np.float64).reshape(-1, 2)
-    shares = iter(share_of_both_orders(orders[:, 0], orders[:, 1]).tolist())
-    wins = np.array([next(shares) if x != y else 0.5 for _, x, y in rows]).reshape(len(results.prompts), -1)
-    if not different:
+    rows = []
+    for prompt, of_a, of_b in zip(results.prompts, results.responses[key(a)], results.responses[key(b)], strict=True):
+        rows += [(prompt, of_a[k], of_b[m]) for k, m in pairs]
+    asked = [row for row in rows if row[1] != row[2]]
+    both_orders = []
+    for prompt, x, y in asked:
+        both_orders += [(prompt, x, y), (prompt, y, x)]
+    p1, p2 = np.array(ask_all(judge, both_orders, cache), dtype=np.float64).reshape(-1, 2).T
+
+    # equal answers are a tie
+    wins = np.full(len(rows), 0.5)
+    wins[[x != y for _, x, y in rows]] = share_of_both_orders(p1, p2)
+    wins = wins.reshape(len(results.prompts), -1)
+    if not asked:
         return Verdicts(wins, pairs, math.nan, math.nan, 0)
-    same = np.sign(orders[:, 0] - 0.5) == -np.sign(orders[:, 1] - 0.5)
-    return Verdicts(wins, pairs, float(same.mean()), float(orders.mean()), len(different))
+    same_winner = np.sign(p1 - 0.5) == -np.sign(p2 - 0.5)
+    return Verdicts(wins, pairs, float(same_winner.mean()), float(np.stack([p1, p2]).mean()), len(asked))
 
 
 def one_partner_each(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Of the pairs (sample of a, sample of b) one for each sample of a: with the next sample of b after its own number,
-    in a circle, so that no sample is asked about more often than it must be."""
-    found: dict[int, int] = {}
+    """Return one of the pairs (sample of a, sample of b) for each sample of a.
+
+    Sample k of a meets the next sample of b after k, cyclically, so that no sample is asked about more often than it
+    must be.
+    """
     size = 1 + max((m for _, m in pairs), default=0)
-    for k, m in pairs:
-        if k not in found or (m - k - 1) % size < (found[k] - k - 1) % size:
-            found[k] = m
+    found: dict[int, int] = {}
+    for k, m in sorted(pairs, key=lambda pair: (pair[0], (pair[1] - pair[0] - 1) % size)):
+        found.setdefault(k, m)
     return list(found.items())
 
 
 def share_of_both_orders(p1: np.ndarray, p2: np.ndarray) -> np.ndarray:
-    """(n,) A's share from P(first better) with A first (p1) and with B first (p2); see `judge_wins`."""
+    """Return (n,) A's share from P(first better) with A first (p1) and with B first (p2); see `judge_wins`."""
     contradiction = (p1 - 0.5) * (p2 - 0.5) > 0
     return np.where(contradiction, 0.5, (p1 + 1 - p2) / 2)
 
 
 def ask_all(judge: Judge, pairs: Sequence[Pair], cache: str | Path) -> list[float]:
-    """The judge's probability for each pair as it is ordered; asks for what the cache does not hold, and adds it."""
+    """Return the judge's probability for each pair as it is ordered; what the cache lacks is asked for and added."""
     keys = [_key(judge, pair) for pair in pairs]
     known = _read(Path(cache))
-    missing = list({k: pair for k, pair in zip(keys, pairs, strict=True) if k not in known}.items())
-    batches = [missing[i : i + judge.batch_size] for i in range(0, len(missing), judge.batch_size)]
-    if batches:
-        Path(cache).parent.mkdir(parents=True, exist_ok=True)
-        pool = ThreadPoolExecutor(judge.in_flight)
-        try:
-            with open(cache, "a", encoding="utf-8") as file:
-                answers = pool.map(lambda batch: _ask(judge, [pair for _, pair in batch]), batches)
-                for batch, found in zip(batches, answers, strict=True):
-                    for (key, _), p in zip(batch, found, strict=True):
-                        known[key] = p
-                        file.write(json.dumps({"key": key, "p": p}) + "\n")
-                    file.flush()
-        finally:
-            pool.shutdown(cancel_futures=True)
-    return [known[key] for key in keys]
+    missing = {name: pair for name, pair in zip(keys, pairs, strict=True) if name not in known}
+    names = list(missing)
+    batches = [names[i : i + judge.batch_size] for i in range(0, len(names), judge.batch_size)]
+    if not batches:
+        return [known[name] for name in keys]
+
+    Path(cache).parent.mkdir(parents=True, exist_ok=True)
+    pool = ThreadPoolExecutor(judge.in_flight)
+    try:
+        with open(cache, "a", encoding="utf-8") as file:
+            answers = pool.map(lambda batch: _ask(judge, [missing[name] for name in batch]), batches)
+            for batch, found in zip(batches, answers, strict=True):
+                for name, p in zip(batch, found, strict=True):
+                    known[name] = p
+                    file.write(json.dumps({"key": name, "p": p}) + "\n")
+                file.flush()
+    finally:
+        # a batch that failed ends the rest
+        pool.shutdown(cancel_futures=True)
+    return [known[name] for name in keys]
 
 
 def _ask(judge: Judge, pairs: list[Pair]) -> list[float]:
-    """One batch, checked."""
+    """Ask about one batch. Raises UserError unless the answer is a list with a probability for each pair."""
     prompts, first, second = (list(column) for column in zip(*pairs, strict=True))
     answer = judge.ask(prompts, first, second)
     answer = answer.tolist() if hasattr(answer, "tolist") else answer
@@ -142,7 +185,7 @@ def _key(judge: Judge, pair: Pair) -> str:
 
 
 def _read(path: Path) -> dict[str, float]:
-    """The answers in a cache; half a line at its end, left by a kill, is cut off."""
+    """Return the answers in a cache; half a line at its end, left by a kill, is cut off."""
     if not path.is_file():
         return {}
     content = path.read_bytes()
@@ -153,43 +196,25 @@ def _read(path: Path) -> dict[str, float]:
         rows = [json.loads(line) for line in content[:whole].splitlines()]
         return {row["key"]: float(row["p"]) for row in rows}
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is no cache of a judge's answers; delete it and they are asked for again") from None
+        raise UserError(f"{path}: not a cache of a judge's answers; delete it and they are asked for again") from None
 
 
 def load_judge(spec: dict[str, Any]) -> Judge:
-    """The judge that `{function: ...}` or `{http: ...}` describes. Raises UserError on anything else."""
-    kind = next((kind for kind in OPTIONS if kind in spec), None)
-    if kind is None:
+    """Return the judge that `{function: ...}` or `{http: ...}` describes. Raises UserError on anything else."""
+    if "function" in spec:
+        function = validate(FunctionSpec, spec, "judge")
+        module, _, name = function.function.partition(":")
+        return Judge(function.function, import_function(module, name, "judge"), function.batch_size)
+    if "http" not in spec:
         raise UserError(f"judge: found {spec}, expected {{function: module:function}} or {{http: URL}}")
-    for name in spec:
-        if name != kind and name not in OPTIONS[kind]:
-            near = did_you_mean(name, OPTIONS[kind])
-            raise UserError(f"judge: unknown option '{name}' of {kind}.{near} Options: {', '.join(OPTIONS[kind])}")
-    for name, least in (("batch_size", 1), ("timeout", 0.001), ("retries", 0)):
-        value = spec.get(name, least)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, (int, float) if name == "timeout" else int)
-            or value < least
-        ):
-            raise UserError(f"judge: {name} is {value!r}, expected a number from {least} up")
-    if kind == "function":
-        return Judge(spec["function"], _function(spec["function"]), spec.get("batch_size", 64))
-    ask = _service(spec["http"], spec.get("timeout", 60), spec.get("retries", 5), spec.get("token_env"))
-    return Judge(spec["http"].partition("?")[0], ask, spec.get("batch_size", 16), IN_FLIGHT)
+    asked = validate(ServiceSpec, spec, "judge")
+    return Judge(asked.http.partition("?")[0], _service(asked), asked.batch_size, IN_FLIGHT)
 
 
-def _function(path: str) -> Callable[..., Any]:
-    module_name, colon, name = str(path).partition(":")
-    if not colon or not module_name or not name:
-        raise UserError(f"judge: function '{path}' should be written module:function")
-    return import_function(module_name, name, "judge")
-
-
-def _service(url: str, timeout: float, retries: int, token_env: str | None) -> Callable[..., Any]:
-    """Asks the service at `url`; what fails is tried again."""
-    check_url(url, "judge")
-    service = Service("judge", url, timeout, retries, read_token(token_env, "judge"))
+def _service(spec: ServiceSpec) -> Callable[..., Any]:
+    """Return a function that asks the service; what fails is tried again."""
+    check_url(spec.http, "judge")
+    service = Service("judge", spec.http, spec.timeout, spec.retries, read_token(spec.token_env, "judge"))
 
     def asking(prompts: list, first: list[str], second: list[str]) -> Any:
         content = {"prompts": prompts, "first": first, "second": second}

@@ -175,7 +175,7 @@ def test_with_one_sample_a_prompt_nothing_is_asked(tmp_path):
 
 def test_a_spoilt_cache_is_refused(tmp_path):
     (tmp_path / "judge.jsonl").write_text("not json\n")
-    with pytest.raises(UserError, match="no cache of a judge's answers"):
+    with pytest.raises(UserError, match="not a cache of a judge's answers"):
         judge_wins(Judge("j", good_wins), RESULTS, A, B, tmp_path / "judge.jsonl")
 
 
@@ -191,8 +191,8 @@ def test_judges_are_loaded_by_what_the_file_says(tmp_path, monkeypatch):
         ({"function": "prefer"}, "should be written module:function"),
         ({"http": "judge.example.com"}, "'http' is"),
         ({"http": "https://me:secret@judge.example.com"}, "holds a user name or a password"),
-        ({"http": "https://judge.example.com", "timout": 3}, "unknown option 'timout' of http. Did you mean 'timeout'"),
-        ({"http": "https://judge.example.com", "batch_size": 0}, "batch_size is 0"),
+        ({"http": "https://judge.example.com", "timout": 3}, "unknown key 'timout'. Did you mean 'timeout'"),
+        ({"http": "https://judge.example.com", "batch_size": 0}, "judge.batch_size: found 0"),
         ({"http": "https://judge.example.com", "token_env": "NO_SUCH_TOKEN"}, "NO_SUCH_TOKEN is not set"),
         ({"model": "runs/x"}, "expected {function: module:function} or {http: URL}"),
     ):
