@@ -1,11 +1,13 @@
-"""What is measured of a policy beside its scores: diversity, repetition, and how well it still models given texts."""
+"""Measures of a policy beside its scores: diversity, repetition, and how well it still models given texts."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,26 +16,27 @@ if TYPE_CHECKING:
     from rlhf.data.records import Instruction
     from rlhf.distributed import DistributedContext
 
-REPEATED = 4  # words: shorter runs recur in good prose
+# words of a repeated run: shorter ones recur in good prose
+REPEATED = 4
 
 
 def word_ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """The runs of n words (separated by white space) of a text, in order; none where it is shorter."""
+    """Return the runs of n words (separated by white space) of a text, in order; none where it is shorter."""
     words = text.split()
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Distinct word n-grams over all word n-grams of all texts (distinct-n, Li et al. 2016); 0 without any.
+    """Return distinct word n-grams over all word n-grams of all texts (distinct-n, Li et al. 2016); 0 without any.
 
     It falls with the number of texts: compare it only between equally many.
     """
-    grams = [gram for text in texts for gram in word_ngrams(text, n)]
+    grams = list(itertools.chain.from_iterable(word_ngrams(text, n) for text in texts))
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def repetition(text: str, n: int = REPEATED) -> float:
-    """Share of a text's word n-grams that occurred in it before; 0 for one of fewer than n words."""
+    """Return the share of a text's word n-grams that occurred in it before; 0 for one of fewer than n words."""
     grams = word_ngrams(text, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -47,10 +50,6 @@ class Perplexity:
     groups: int
     tokens: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: what is no finite number becomes None."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
-
 
 @dataclass(frozen=True)
 class TextLoss:
@@ -62,11 +61,14 @@ class TextLoss:
 
 
 def encode_texts(records: list[Instruction], tokenizer: Any, max_prompt_length: int, max_response_length: int):
-    """Rows {"prompt_ids", "response_ids", "group"} of held-out answers, without those that are too long (tokens)."""
+    """Return rows {"prompt_ids", "response_ids", "group"} of held-out answers, without those that are too long."""
     from rlhf.data.encode import encode, kept
 
-    rows = kept(encode(records, tokenizer, max_prompt_length, max_response_length), "held-out answers")
-    return [{"group": row["record"].group, **{n: row[n] for n in ("prompt_ids", "response_ids")}} for row in rows]
+    texts = []
+    for row in kept(encode(records, tokenizer, max_prompt_length, max_response_length), "held-out answers"):
+        ids = {name: row[name] for name in ("prompt_ids", "response_ids")}
+        texts.append({"group": row["record"].group, **ids})
+    return texts
 
 
 def text_losses(
@@ -79,23 +81,23 @@ def text_losses(
     batch_size: int = 64,
     plain_head: bool = True,
 ) -> list[TextLoss]:
-    """How `model`, in the context `policy()`, predicts the response of each row given its prompt, EOS included.
+    """Return how `model`, in the context `policy()`, predicts the response of each row given its prompt, EOS included.
 
     At temperature 1, whatever responses are sampled with. Every rank takes its share and gets all back, in order.
     """
     mine = [rows[i] for i in world.shard(len(rows))]
-    found = world.raise_on_all_ranks(
-        lambda: _losses(model, policy, mine, pad_id, batch_size, plain_head) if mine else []
-    )
-    return world.gather(found)
+    own = partial(_losses, model, policy, mine, pad_id, batch_size, plain_head)
+    return world.gather(world.raise_on_all_ranks(own))
 
 
 def _losses(model, policy, rows, pad_id, batch_size, plain_head) -> list[TextLoss]:
+    """Return the losses of one rank's rows."""
     import torch
 
     from rlhf.logprobs import completion_batch, response_logprobs
 
-    device, was_training, result = next(model.parameters()).device, model.training, []
+    device, was_training = next(model.parameters()).device, model.training
+    result = []
     model.eval()
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
@@ -104,30 +106,32 @@ def _losses(model, policy, rows, pad_id, batch_size, plain_head) -> list[TextLos
         )
         with torch.no_grad(), policy():
             logprobs, _ = response_logprobs(model, ids, attention, positions, responses, plain_head=plain_head)
-        sums = torch.where(mask, -logprobs, 0.0).sum(-1, dtype=torch.float64).tolist()
-        counts = mask.sum(-1).tolist()
-        result += [TextLoss(row["group"], *values) for row, *values in zip(part, sums, counts, strict=True)]
+        # a long response has more tokens than float32 sums exactly
+        nats = torch.where(mask, -logprobs, 0.0).sum(-1, dtype=torch.float64).tolist()
+        groups = [row["group"] for row in part]
+        result += map(TextLoss, groups, nats, mask.sum(-1).tolist())
     model.train(was_training)
     return result
 
 
 def perplexity(losses: Sequence[TextLoss]) -> Perplexity:
-    """exp(L) with L = sum of nats over sum of tokens, and its standard error clustered by group.
+    """Return exp(L) with L = sum of nats over sum of tokens, and its standard error clustered by group.
 
         se(L) = sqrt( G/(G-1) sum_g (N_g - L T_g)^2 ) / sum_g T_g,    se(exp L) = exp(L) se(L)
 
     N_g, T_g: nats and tokens of group g; the ratio estimator (Cochran 1977, section 6.4) and the delta method.
     Raises ValueError without any token.
     """
-    groups: dict[str, list[float]] = {}
+    nats: dict[str, float] = {}
+    tokens: dict[str, int] = {}
     for loss in losses:
-        total = groups.setdefault(loss.group, [0.0, 0])
-        total[0] += loss.nll
-        total[1] += loss.tokens
-    tokens = sum(t for _, t in groups.values())
-    if not tokens:
+        nats[loss.group] = nats.get(loss.group, 0.0) + loss.nll
+        tokens[loss.group] = tokens.get(loss.group, 0) + loss.tokens
+    total = sum(tokens.values())
+    if not total:
         raise ValueError("no tokens: nothing to measure a perplexity of")
-    mean = sum(n for n, _ in groups.values()) / tokens
-    squares, count = sum((n - mean * t) ** 2 for n, t in groups.values()), len(groups)
-    se = math.sqrt(count / (count - 1) * squares) / tokens if count > 1 else math.nan
-    return Perplexity(math.exp(mean), math.exp(mean) * se, count, tokens)
+
+    mean, count = sum(nats.values()) / total, len(nats)
+    squares = sum((nats[group] - mean * tokens[group]) ** 2 for group in nats)
+    se = math.sqrt(count / (count - 1) * squares) / total if count > 1 else math.nan
+    return Perplexity(math.exp(mean), math.exp(mean) * se, count, total)
