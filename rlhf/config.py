@@ -133,7 +133,7 @@ def _parser(cls: type, prog: str) -> argparse.ArgumentParser:
 
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for section, names in _sections(cls).items():
+    for section, names in _sections(cls):
         heading = inspect.cleandoc(section.__doc__ or "").partition("\n")[0].rstrip(".")
         group = parser.add_argument_group("options of this command" if section is cls else heading)
         for name in names:
@@ -147,16 +147,16 @@ def _parser(cls: type, prog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _sections(cls: type) -> dict[type, list[str]]:
-    """Return the names of the options by the class that first declares them, the most specific class first."""
-    declared_by: dict[str, type] = {}
+def _sections(cls: type) -> list[tuple[type, list[str]]]:
+    """Return each class that declares options first, and their names; the most specific class comes first."""
+    declared: set[str] = set()
+    sections = []
     for base in reversed(cls.__mro__):
-        for name in inspect.get_annotations(base):
-            declared_by.setdefault(name, base)
-    sections: dict[type, list[str]] = {base: [] for base in cls.__mro__}
-    for name, base in declared_by.items():
-        sections[base].append(name)
-    return {base: names for base, names in sections.items() if names}
+        names = [name for name in inspect.get_annotations(base) if name not in declared]
+        declared.update(names)
+        if names:
+            sections.append((base, names))
+    return sections[::-1]
 
 
 def _help(field: dataclasses.Field) -> str:

@@ -13,12 +13,12 @@ Import it where options are read and nowhere else: pydantic takes as long to loa
 from __future__ import annotations
 
 import re
-import typing
+from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
-from rlhf.config import UserError, did_you_mean
+from rlhf.errors import UserError, did_you_mean
 
 
 def _refuse_bool(value: Any) -> Any:
@@ -47,6 +47,24 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, populate_by_name=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, value: Any) -> Any:
+        # pydantic would refuse them too, but without naming those that exist, and after a key that is missing
+        if cls.model_config["extra"] != "forbid" or not isinstance(value, dict):
+            return value
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        allowed: set[Any] = set(cls.model_fields)
+        for field in cls.model_fields.values():
+            # one name, or AliasChoices of which some are from before a renaming
+            alias = field.validation_alias
+            allowed.update(getattr(alias, "choices", [alias]))
+        for key in value:
+            if key not in allowed:
+                hint = did_you_mean(str(key), known)
+                raise ValueError(f"unknown key '{key}'.{hint} Known keys: {', '.join(known)}")
+        return value
+
 
 S = TypeVar("S", bound=Spec)
 
@@ -62,30 +80,20 @@ def validate(model: type[S], value: Any, where: str) -> S:
     try:
         return model.model_validate(value)
     except ValidationError as error:
-        # a misspelt key first: it explains the one that is missing
-        problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        raise UserError(_message(problems[0], model, where)) from None
+        raise UserError(_message(error.errors()[0], where)) from None
 
 
-def _message(problem: Any, model: type[BaseModel], where: str) -> str:
-    *parents, name = problem["loc"] or ("",)
-    kind, found = problem["type"], problem["input"]
+def _message(problem: Any, where: str) -> str:
+    kind, found, location = problem["type"], problem["input"], problem["loc"]
     context = problem.get("ctx", {})
-
-    if kind == "extra_forbidden":
-        known = _keys(_model_at(model, parents))
-        hint = did_you_mean(str(name), known)
-        return f"{_place(where, parents)}: unknown key '{name}'.{hint} Known keys: {', '.join(known)}"
     if kind == "missing":
-        return f"{_place(where, parents)}: '{name}' is missing"
+        return f"{_place(where, location[:-1])}: '{location[-1]}' is missing"
 
-    place = _place(where, problem["loc"])
+    place = _place(where, location)
     if kind == "value_error":
         return f"{place}: {context['error']}"
     expected = EXPECTED.get(kind, problem["msg"].removeprefix("Input should be "))
     hint = ""
-    if kind == "model_type":
-        expected = f"a mapping with the keys {', '.join(_keys(_model_at(model, problem['loc'])))}"
     if kind == "literal_error":
         # pydantic lists the choices as 'a', 'b' or 'c'
         choices = re.findall(r"'(.*?)'", context["expected"])
@@ -93,31 +101,8 @@ def _message(problem: Any, model: type[BaseModel], where: str) -> str:
     return f"{place}: found {found!r}, expected {expected}{hint}"
 
 
-def _place(where: str, location: typing.Iterable[str | int]) -> str:
+def _place(where: str, location: Iterable[str | int]) -> str:
     """Return `where` followed by the keys and positions of `location`; positions count from 1."""
     for part in location:
         where += f", item {part + 1}" if isinstance(part, int) else f".{part}"
     return where
-
-
-def _keys(model: type[BaseModel]) -> list[str]:
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _model_at(model: type[BaseModel], location: typing.Iterable[str | int]) -> type[BaseModel]:
-    """Return the model that stands at `location` below `model`, looking through lists, dicts and optional values."""
-    for part in location:
-        field = model.model_fields.get(part) if isinstance(part, str) else None
-        if field is not None:
-            model = _inner_model(field.annotation) or model
-    return model
-
-
-def _inner_model(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for inner in typing.get_args(annotation):
-        found = _inner_model(inner)
-        if found is not None:
-            return found
-    return None
