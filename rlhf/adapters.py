@@ -15,20 +15,23 @@ from torch import Tensor, nn
 from rlhf.config import UserError, did_you_mean
 from rlhf.weights import base_weights, check_finite, first_line, loading, plain_name, read_json
 
-VALUE_HEAD_FILE = "value_head.safetensors"  # beside the adapter of a critic
+# beside the adapter of a critic
+VALUE_HEAD_FILE = "value_head.safetensors"
 # LoRA settings that change the base itself, or that depend on the prompt: such an adapter cannot share a base
 NOT_SHARED = ("layer_replication", "kasa_config", "arrow_config", "alora_invocation_tokens")
-REWRITES_BASE = re.compile("pissa|corda|olora|loftq|lora_ga")  # initial values that are taken out of the base's weights
-MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # of which PEFT refuses the out_proj
+# initial values that are taken out of the base's weights
+REWRITES_BASE = re.compile("pissa|corda|olora|loftq|lora_ga")
+# model types whose out_proj PEFT refuses
+MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 MERGE = "Merge the adapter (merge_and_unload and save_pretrained of PEFT) and start from the merged model"
 
 
 def lora_config(task_type: str = "CAUSAL_LM", r: int = 16, alpha: int = 32, dropout: float = 0.0, targets="all-linear"):
-    """The LoRA of a new adapter. `targets` is "all-linear" or a list of module names."""
+    """Return the LoRA settings of a new adapter. `targets` is "all-linear" or a list of module names."""
     from peft import LoraConfig
 
-    if isinstance(targets, list) and len(targets) == 1:
-        targets = targets[0] if targets[0] == "all-linear" else targets
+    if targets == ["all-linear"]:
+        targets = "all-linear"
     return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=task_type)
 
 
@@ -43,28 +46,35 @@ def check_targets(model: nn.Module, targets: list[str]) -> None:
     if targets == ["all-linear"]:
         return
     kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
-    layers = [name for name, module in model.named_modules() if isinstance(module, kinds)]
-    wrong = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in layers)]
-    known = sorted({name.rpartition(".")[2] for name in layers})
+    layers = [f".{name}" for name, module in model.named_modules() if isinstance(module, kinds)]
+
+    # TRL refuses an adapter on the output head
+    refused = {f".{head_name(model)}".rpartition(".")[2], *(_not_adaptable(model) or [])}
+    known = sorted({layer.rpartition(".")[2] for layer in layers} - refused)
     expected = f"Layers of this model: {', '.join(known)}; or all-linear alone"
     if not targets:
         raise UserError(f"'lora_target_modules' is empty. {expected}")
-    if wrong:
-        near = did_you_mean(wrong[0], known)
-        raise UserError(f"'lora_target_modules': no layer is called '{wrong[0]}'.{near} {expected}")
+    for target in targets:
+        if not any(layer.endswith(f".{target}") for layer in layers):
+            hint = did_you_mean(target, known)
+            raise UserError(f"'lora_target_modules': no layer is called '{target}'.{hint} {expected}")
 
 
 def adapter_base(adapter_path: str) -> str:
-    """The base an adapter folder names; a relative path is tried from here, from the folder and from those above it, so
-    that a run loads from wherever it is called."""
-    config = read_json(Path(adapter_path) / "adapter_config.json")
-    base = config.get("base_model_name_or_path") or ""
+    """Return the base that an adapter folder names.
+
+    A relative path is tried from here, from the folder and from those above it, so that a run loads from any working
+    directory.
+    """
+    base = read_json(Path(adapter_path) / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise UserError(f"{adapter_path}/adapter_config.json names no 'base_model_name_or_path'")
-    if Path(base).exists():
-        return base
-    folder = Path(adapter_path).resolve()
-    return next((str(above / base) for above in (folder, *folder.parents) if (above / base).is_dir()), base)
+    if not Path(base).exists():
+        folder = Path(adapter_path).resolve()
+        for above in (folder, *folder.parents):
+            if (above / base).is_dir():
+                return str(above / base)
+    return base
 
 
 def adapter_settings(path: str) -> Any:
@@ -87,6 +97,7 @@ def adapter_settings(path: str) -> Any:
     config.inference_mode = False
     if not isinstance(config, LoraConfig):
         return config
+
     found = [name for name in NOT_SHARED if getattr(config, name, None)]
     if isinstance(config.init_lora_weights, str) and REWRITES_BASE.match(config.init_lora_weights):
         found.append("init_lora_weights")
@@ -97,7 +108,8 @@ def adapter_settings(path: str) -> Any:
             f"{file}: '{found[0]}: {getattr(config, found[0])}' changes the base, which other adapters share, so that "
             f"PEFT cannot hold copies of it. {MERGE}"
         )
-    config.bias = "none"  # it was of a base without any: nothing was trained
+    # the setting may ask for biases that the base does not have: none was trained
+    config.bias = "none"
     return config
 
 
@@ -106,7 +118,7 @@ def require_policy(path: str) -> None:
     config = adapter_settings(path)
     if config.task_type == "SEQ_CLS" or (Path(path) / "reward.json").is_file():
         raise UserError(
-            f"{path}: a reward model, which is no policy. Start from a base model, or from a run of launch/sft.py, "
+            f"{path}: a reward model, not a policy. Start from a base model, or from a run of launch/sft.py, "
             "launch/dpo.py or launch/ppo.py"
         )
 
@@ -131,7 +143,8 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str
     from peft import PeftModel, get_peft_model
     from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
-    config = copy.deepcopy(config)  # PEFT writes into it what it finds in this model
+    # PEFT writes into it what it finds in this model
+    config = copy.deepcopy(config)
     config.base_model_name_or_path = model.config.name_or_path
     if getattr(config, "target_modules", None) == "all-linear":
         config.exclude_modules = config.exclude_modules or _not_adaptable(model)
@@ -142,35 +155,39 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str
             model = get_peft_model(model, config, adapter_name=name)
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: PEFT cannot put this adapter on the model ({first_line(error)})") from None
+
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and "adapter_state_dict" not in vars(module):
             for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
                 setattr(module, method, _of_held_adapters(module, getattr(module, method)))
+        # TRL reads a bias off a head; PEFT passes on the weight alone
         if isinstance(module, TrainableTokensWrapper):
-            module.bias = None  # TRL reads it off a head; PEFT passes on the weight alone
+            module.bias = None
     return model
 
 
 def _not_adaptable(model: nn.Module) -> list[str] | None:
-    """Names of linear layers that LoRA cannot be on: routers that give more than a tensor, and what Mamba's kernels
-    read without a call."""
+    """Return the names of linear layers that LoRA cannot adapt, or None.
+
+    They are routers that return more than a tensor (Llama 4, PhiMoE), and layers whose weights Mamba's kernels read
+    without calling them.
+    """
     names = {"out_proj"} if model.config.model_type in MAMBA else set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):  # Llama 4, PhiMoE
+        if isinstance(module, nn.Linear) and type(module).__name__.endswith("Router"):
             names.add(name.rpartition(".")[2])
     return sorted(names) or None
 
 
 def _of_held_adapters(wrapper: nn.Module, method: Callable) -> Callable:
-    """PEFT's method of a module beside LoRA, which it calls for every adapter, for those that hold any.
+    """Return a method of a module beside LoRA that PEFT calls for every adapter, restricted to those that it holds.
 
-    The state that ZeRO-3 gathers is without frozen adapters, such as a reference: none of them is saved then.
+    The state that ZeRO-3 gathers lacks frozen adapters, such as a reference: none of them is saved then.
     """
 
     def held(name: str, *state: dict[str, Tensor]) -> dict[str, Any]:
-        if name not in wrapper._adapters or any(not any(name in key.split(".") for key in given) for given in state):
-            return {}
-        return method(name, *state)
+        gathered = all(any(name in key.split(".") for key in given) for given in state)
+        return method(name, *state) if name in wrapper._adapters and gathered else {}
 
     return held
 
@@ -178,55 +195,66 @@ def _of_held_adapters(wrapper: nn.Module, method: Callable) -> Callable:
 def load_adapter(
     model: nn.Module, path: str, config: Any = None, name: str = "default", leave: tuple[str, ...] = ()
 ) -> nn.Module:
-    """Put the adapter in a folder on a model, all of it: LoRA, modules_to_save, embeddings, single tokens.
+    """Put the adapter in a folder on a model: LoRA, modules_to_save, embeddings, single tokens. Return the PeftModel.
 
-    config: its settings, where they are not to be those of the folder. leave: modules of the base whose weights are
-    not wanted, such as the output head under a scalar head. Returns the PeftModel. Raises UserError unless every other
-    weight of the folder finds its place and every place its weight; copies of the base's own weights, which PEFT saves
-    beside an adapter of the embeddings, are compared with the base.
+    config: its settings, where they differ from those of the folder. leave: modules of the base whose weights are not
+    wanted, such as the output head under a scalar head. Raises UserError unless the weights of the folder and of the
+    adapter correspond; copies of the base's own weights, which PEFT saves beside an adapter of the embeddings, are
+    compared with the base.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    def wanted(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        prefixes = tuple(f"base_model.model.{module}." for module in leave)
-        return {n: w for n, w in weights.items() if not n.startswith(prefixes)}
-
-    given = wanted(adapter_weights(path))
+    saved = adapter_weights(path)
     model = add_adapter(model, config or adapter_settings(path), name, path)
     if reason := _not_copied(model, name):
         raise UserError(f"{path}/adapter_config.json: {reason}, of which PEFT makes no copies. {MERGE}")
-    places = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    base, odd = base_weights(model), []
-    for weight in [n for n in given if n not in places]:
-        own = base.get(plain_name(weight))
-        if own is None or own.shape != given[weight].shape:
-            odd.append(f"no place for {weight}")
-        elif not torch.equal(own.to("cpu", torch.bfloat16), given[weight].to(torch.bfloat16)):
-            odd.append(f"{weight} is another than the base's, without being among its modules_to_save")
-        del given[weight]
-    for place, weight in wanted(places).items():
-        if place not in given:
-            odd.append(f"{place} is missing")
-        elif given[place].shape != weight.shape:
-            odd.append(f"{place} is {tuple(given[place].shape)}, expected {tuple(weight.shape)}")
-    if odd:
-        more = f" and {len(odd) - 3} more" if len(odd) > 3 else ""
-        raise UserError(f"{path}: its weights do not fit this base: {'; '.join(odd[:3])}{more}")
-    places.update(given)  # what is not wanted stays as it is
-    set_peft_model_state_dict(model, places, adapter_name=name)
+
+    own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    unwanted = tuple(f"base_model.model.{module}." for module in leave)
+    given, expected = ({n: w for n, w in weights.items() if not n.startswith(unwanted)} for weights in (saved, own))
+    faults = _misfits(given, expected, base_weights(model))
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise UserError(f"{path}: its weights do not fit this base: {'; '.join(faults[:3])}{more}")
+
+    # what is not wanted stays as it is
+    own.update({weight: given[weight] for weight in expected})
+    set_peft_model_state_dict(model, own, adapter_name=name)
     return model
 
 
+def _misfits(given: dict[str, Tensor], expected: dict[str, Tensor], base: dict[str, Tensor]) -> list[str]:
+    """Return how the `given` weights of an adapter differ in names and shapes from the `expected` ones."""
+    faults = []
+    for name, weight in given.items():
+        if name in expected:
+            continue
+        copied = base.get(plain_name(name))
+        if copied is None or copied.shape != weight.shape:
+            faults.append(f"no place for {name}")
+        elif not torch.equal(copied.to("cpu", torch.bfloat16), weight.to(torch.bfloat16)):
+            faults.append(f"{name} differs from the base's, without being among its modules_to_save")
+    for name, weight in expected.items():
+        if name not in given:
+            faults.append(f"{name} is missing")
+        elif given[name].shape != weight.shape:
+            faults.append(f"{name} is {tuple(given[name].shape)}, expected {tuple(weight.shape)}")
+    return faults
+
+
 def _not_copied(model: nn.Module, name: str) -> str | None:
-    """What adapter `name` of a PeftModel holds on this base that PEFT does not repeat for a second adapter, or None."""
+    """Return what adapter `name` holds on this base that PEFT does not repeat for a second adapter, or None."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     config = model.peft_config[name]
     if getattr(config, "modules_to_tie", None) or getattr(config, "target_modules_to_tie", None):
         return "'ensure_weight_tying: true' ties the output head to an adapter of the embeddings"
-    for wrapper in (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)):
-        if any(isinstance(m, AuxiliaryTrainingWrapper) for m in wrapper.modules() if m is not wrapper):
-            return "'trainable_token_indices' and 'modules_to_save' meet in one module"
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrappers = sum(isinstance(inner, AuxiliaryTrainingWrapper) for inner in module.modules())
+            # the module itself is one
+            if wrappers > 1:
+                return "'trainable_token_indices' and 'modules_to_save' meet in one module"
     return None
 
 
@@ -237,7 +265,7 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def frozen_copy(model: nn.Module, source: str, name: str) -> None:
-    """Add adapter `name` to a PeftModel as a frozen copy of another, for example as the reference of what goes on."""
+    """Add adapter `name` to a PeftModel as a frozen copy of another, for example as the reference of its training."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -250,7 +278,7 @@ def frozen_copy(model: nn.Module, source: str, name: str) -> None:
 
 @contextlib.contextmanager
 def use_adapter(model: nn.Module, name: str | None):
-    """Run with adapter `name` active (None: the bare base), then put back what was. For looking, not for training."""
+    """Run with adapter `name` active (None: the bare base), then restore the active one. For evaluation only."""
     if name is None:
         with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
             yield
@@ -262,7 +290,8 @@ def use_adapter(model: nn.Module, name: str | None):
         yield
     finally:
         model.set_adapter(before)
-        for parameter_name, parameter in model.named_parameters():  # set_adapter freezes the others
+        # set_adapter freezes the others
+        for parameter_name, parameter in model.named_parameters():
             parameter.requires_grad_(parameter_name in trainable)
 
 
@@ -284,14 +313,17 @@ def head_name(causal: nn.Module) -> str:
 
 def changes_head(config: Any, causal: nn.Module) -> bool:
     """Return whether a LoRA adapter with these settings changes the output head or the embeddings it is tied to."""
+    # a list stands for rows of the embeddings
+    if isinstance(config.trainable_token_indices, list):
+        return True
     names = [head_name(causal)]
     if causal.config.tie_word_embeddings:
         names += [name for name, module in causal.named_modules() if module is causal.get_input_embeddings()]
+
     changed = [*(config.modules_to_save or []), *(config.trainable_token_indices or [])]
-    changed += config.target_modules if not isinstance(config.target_modules, str) else []
-    return isinstance(config.trainable_token_indices, list) or any(
-        name.endswith(module) for name in names for module in changed
-    )
+    if not isinstance(config.target_modules, str):
+        changed += config.target_modules
+    return any(name.endswith(tuple(changed)) for name in names)
 
 
 def token_rows(causal: nn.Module, token: int) -> list[int] | dict[str, list[int]] | None:
@@ -304,8 +336,10 @@ def token_rows(causal: nn.Module, token: int) -> list[int] | dict[str, list[int]
 
 
 def like_rows(rows: Tensor, token: int) -> int:
-    """Return how many other rows (V, H) of an output head have a cosine above 0.9 to that of a token; all for a row of
-    zeros. Tokens that no text held keep together, since the loss has moved all of them alike."""
+    """Return how many other rows (V, H) of an output head have a cosine above 0.9 to that of a token.
+
+    Tokens that no text contained keep together, since the loss has moved all of them alike. All, for a row of zeros.
+    """
     if not rows[token].any():
         return len(rows) - 1
     rows = rows.detach()

@@ -365,6 +365,11 @@ def test_each_lora_target_is_a_layer_of_the_model(base_path):
     model = load_model(base_path).model
     for targets in (["all-linear"], ["q_proj", "v_proj"], ["layers.0.self_attn.q_proj"], ["embed_tokens"]):
         check_targets(model, targets)
+    with pytest.raises(
+        UserError, match="Layers of this model: down_proj, embed_tokens, gate_proj, k_proj, o_proj, "
+    ) as e:
+        check_targets(model, ["nothing"])
+    assert "lm_head" not in str(e.value)  # TRL refuses an adapter on the head
     for targets, said in (
         (["q_proj", "value_proj"], "no layer is called 'value_proj'. Did you mean 'v_proj'"),
         (["q_proj", "mlp"], "no layer is called 'mlp'"),  # a block, which LoRA cannot adapt
