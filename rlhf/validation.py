@@ -49,11 +49,16 @@ class Spec(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unknown_keys(cls, value: Any) -> Any:
-        # pydantic would refuse them too, but without naming those that exist, and after a key that is missing
-        if cls.model_config["extra"] != "forbid" or not isinstance(value, dict):
-            return value
+    def _check_keys(cls, value: Any) -> Any:
+        """Raise ValueError where a value is not a mapping, or has a key that the model lacks, naming those it has."""
         known = [field.alias or name for name, field in cls.model_fields.items()]
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, dict):
+            raise ValueError(f"found {value!r}, expected a mapping with the keys {', '.join(known)}")
+        if cls.model_config["extra"] != "forbid":
+            return value
+
         allowed: set[Any] = set(cls.model_fields)
         for field in cls.model_fields.values():
             # one name, or AliasChoices of which some are from before a renaming
