@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from rlhf.config import SEED, UserError, option
 from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, digest
 from rlhf.data.store import Store
@@ -112,10 +114,9 @@ def sample(config: SampleConfig) -> dict[str, int]:
 
 
 def _report(config: SampleConfig, counts: dict[str, int], answers: list[Answers]) -> None:
-    ends = []
-    for own in answers:
-        for given in own.values():
-            ends += [answer["ended"] for answer in given if answer["ended"] is not None]
+    by_prompt = itertools.chain.from_iterable(own.values() for own in answers)
+    # None: the answer comes from a file, and nobody knows whether it was cut off
+    ends = [answer["ended"] for answer in itertools.chain.from_iterable(by_prompt) if answer["ended"] is not None]
     ended = f" ({sum(ends) / len(ends):.0%} ended)" if ends else ""
     controls = f"; {counts['controls']} control pairs" if config.controls else ""
     print(
@@ -208,24 +209,21 @@ def answers_of_policy(
     total = len(rows) * samples * len(config.settings())
     with tqdm(total=total, desc="sampling", unit="response", mininterval=5) as bar:
         for setting, (temperature, top_p) in enumerate(config.settings()):
-            prompt_ids, keys, places = [], [], []
-            for row, place in zip(rows, prompt_index, strict=True):
-                for sample in range(setting * samples, (setting + 1) * samples):
-                    prompt_ids.append(row["prompt_ids"])
-                    keys.append(sample_key(config.seed, purpose, row["prompt_ids"], sample))
-                    places.append(place)
+            # each setting numbers its samples anew, so that another setting changes none of them
+            numbers = range(setting * samples, (setting + 1) * samples)
+            wanted = [(row["prompt_ids"], number) for row in rows for number in numbers]
             with spent.counting():
                 generated = generate(
                     model,
-                    prompt_ids,
-                    keys,
+                    [ids for ids, _ in wanted],
+                    [sample_key(config.seed, purpose, ids, number) for ids, number in wanted],
                     Sampling(config.max_response_length, temperature, top_p=top_p),
                     stop_ids(tokenizer, initial.model),
                     tokenizer.pad_token_id,
                     config.batch_size,
                     bar.update,
                 )
-            spent.episodes += len(keys)
+            spent.episodes += len(wanted)
             spent.tokens_generated += sum(map(len, generated.response_ids))
             sampling = {
                 "temperature": temperature,
@@ -233,7 +231,8 @@ def answers_of_policy(
                 "max_new_tokens": config.max_response_length,
                 "seed": config.seed,
             }
-            for place, ids, ended in zip(places, generated.response_ids, generated.ended, strict=True):
+            places = np.repeat(prompt_index, samples)
+            for place, ids, ended in zip(places.tolist(), generated.response_ids, generated.ended, strict=True):
                 answer = {"text": decode_response(tokenizer, ids), "ended": ended, "sampling": sampling}
                 answers[place].append(answer | origin)
     for name, value in spent.metrics().items():
@@ -264,10 +263,8 @@ def answers_of_file(source: str, records: list[Prompt], on_error: Literal["stop"
         else:
             own.append({"text": record.response, "ended": None, "model": name})
 
-    answers: Answers = {}
-    for i, record in enumerate(records):
-        if _key(record.prompt) in by_prompt:
-            answers[i] = by_prompt[_key(record.prompt)]
+    keys = {i: _key(record.prompt) for i, record in enumerate(records)}
+    answers = {i: by_prompt[key] for i, key in keys.items() if key in by_prompt}
     if not answers:
         raise UserError(f"{source}: answers none of the {len(records)} prompts; a row's prompt must be the same text")
     return answers

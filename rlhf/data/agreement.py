@@ -221,8 +221,7 @@ def annotator_reliability(
 
 def _controls_right(votes: list[Vote], controls: dict[int, str]) -> Share:
     judged = [vote for vote in votes if vote.comparison in controls and vote.choice != "skip"]
-    right = sum(vote.choice == controls[vote.comparison] for vote in judged)
-    return Share(right, len(judged))
+    return Share(sum(vote.choice == controls[vote.comparison] for vote in judged), len(judged))
 
 
 def _skill(confusion: np.ndarray | None) -> float:
