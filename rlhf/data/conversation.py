@@ -1,4 +1,4 @@
-"""Conversations however they are written, as lists of messages: lists, lists as text, ShareGPT's, transcripts.
+"""Conversations as lists of messages, however they are written: lists, lists as text, ShareGPT's, transcripts.
 
 A transcript is text in which two speakers of known names take turns, each turn on a line of its own:
 "User: Hi\\nAssistant: Hello!", or HH-RLHF's "\\n\\nHuman: Hi\\n\\nAssistant: Hello!".
@@ -14,43 +14,65 @@ from typing import Any
 
 from rlhf.data.records import Message, Record, RecordError, check_messages
 
-USER, ASSISTANT = ("Human", "User"), ("Assistant", "AI", "Bot", "GPT")  # as transcripts and ShareGPT name them
-ROLE_OF = dict.fromkeys(map(str.lower, USER), "user") | dict.fromkeys(map(str.lower, ASSISTANT), "assistant")
-ROLE_OF |= {"system": "system", "developer": "system", "chatgpt": "assistant", "model": "assistant"}
-ROLE_OF |= {"tool": "tool", "observation": "tool", "function_response": "tool"}
-THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-# Fields of a message beside role and content that the chat template gets, and those that nothing here can read
-PASSED = ("tool_calls", "tool_call_id", *THOUGHTS)
+# Speakers as transcripts and ShareGPT name them
+USER, ASSISTANT = ("Human", "User"), ("Assistant", "AI", "Bot", "GPT")
+ROLE_OF = {
+    "human": "user",
+    "user": "user",
+    "assistant": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "developer": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
 ANSWER_FIELDS = ("response", "chosen", "rejected")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# Fields of a message, other than role and content, that the chat template gets, and those that nothing here can read
+PASSED = ("tool_calls", "tool_call_id", *THOUGHTS)
 UNREADABLE = ("function_call", "refusal", "image", "images", "audio", "audios", "video", "videos")
+# Labels before colons that are parts of worked examples, not speakers
 EXAMPLES = {"input", "output", "q", "a", "question", "answer"}
 
+# Text that may be a message or a list of them: perhaps "[" or "array([", then "{", and somewhere a role or from with a
+# known name
 _LIST = re.compile(
     rf"""\s*(?P<list>(?:array\()?\[)?\s*\{{.*(?P<q>['"])(?:role|from)(?P=q)\s*:\s*['"](?:{"|".join(ROLE_OF)})['"]""",
     re.IGNORECASE | re.DOTALL,
 )
-# In Python's text of a list: a string, or what NumPy writes into it; it leaves out the commas between dicts
+# In Python's text of a list: a string, or what NumPy adds to it, or the gap between two dicts, where it leaves out the
+# comma
 _NUMPY = re.compile(
     r"""(?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|array\(|,?\s*dtype=object\)|(?P<gap>\}\s+(?=\{))""", re.DOTALL
 )
-_NAMES = "|".join(spelling for name in (*USER, *ASSISTANT) for spelling in dict.fromkeys((name, name.upper())))
+# A known speaker, as written above or in capitals, at the beginning of a line: "User:", "### ASSISTANT:"
+_SPEAKERS = (*USER, *ASSISTANT)
+_NAMES = "|".join((*_SPEAKERS, *map(str.upper, _SPEAKERS)))
 _TURN = re.compile(rf"(?:\A|\n)[ \t]*(?:#+ ?)?({_NAMES}):")
+# Any label before a colon at the beginning of a line, also in bold: "Customer:", "**Agent**:"
 _ANY_TURN = re.compile(r"(?:\A|\n)[ \t]*(?:\*\*|#+ ?)?([A-Z][\w .-]{0,24}?)(?:\*\*)?:(?:\*\*)?(?=\s|\Z)")
+# What chat templates of ChatML, Llama 3, Gemma, Llama 2 and Zephyr write between turns
 _CONTROL = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>|<\|assistant\|>")
 
 
 def conversation(name: str, value: Any) -> list[Message] | None:
-    """The messages of a column in any of these forms, None for plain text. Raises RecordError on what is broken."""
+    """Return the messages of a column however it is written, None for plain text. Raises RecordError on broken ones."""
     listed = as_list(name, value)
     if listed is not None:
         return messages(name, listed)
     if isinstance(value, list):
-        check_messages(name, value)  # says what it is
+        # raises, with what is wrong
+        check_messages(name, value)
     return parse_turns(value) if isinstance(value, str) else None
 
 
 def as_list(name: str, value: Any) -> list[dict[str, Any]] | None:
-    """A list of messages as dicts, also given as text, as one dict, or as a dict of lists; else None."""
+    """Return a list of messages as dicts, also given as text, as one dict, or as a dict of lists; else None."""
     if isinstance(value, str):
         value = _parsed(name, value)
     if isinstance(value, dict) and isinstance(value.get("role", value.get("from")), list):
@@ -70,7 +92,7 @@ def _is_message(value: Any) -> bool:
 
 
 def _parsed(name: str, text: str) -> Any:
-    """What the text says as JSON, or as Python or NumPy prints it; None if it is no list of messages."""
+    """Return what the text holds as JSON, or as Python or NumPy prints it; None if it is no list of messages."""
     found = _LIST.match(text)
     if not found:
         return None
@@ -79,22 +101,28 @@ def _parsed(name: str, text: str) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        return ast.literal_eval(_NUMPY.sub(lambda m: m["string"] or ("}, " if m["gap"] else ""), text).strip())
+        return ast.literal_eval(_NUMPY.sub(_as_python, text).strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         if not found["list"]:
             return None
         raise RecordError(name, "is a list of messages as text, but neither whole JSON nor whole Python") from None
 
 
+def _as_python(match: re.Match) -> str:
+    """Return what Python would print where NumPy printed `match`."""
+    return match["string"] or ("}, " if match["gap"] else "")
+
+
 def messages(name: str, value: list[Any]) -> list[Message]:
-    """Checked messages {"role", "content"} with what the chat template also reads; others' fields are left out."""
-    plain = [_plain(name, i, message) for i, message in enumerate(value)] if isinstance(value, list) else value
-    check_messages(name, plain)
-    return plain
+    """Return checked messages {"role", "content"} with what the chat template also reads, and no other fields."""
+    if isinstance(value, list):
+        value = [_plain(name, i, message) for i, message in enumerate(value)]
+    check_messages(name, value)
+    return value
 
 
 def _plain(name: str, number: int, message: Any) -> Any:
-    """One message with the usual names of role and content; text parts are joined."""
+    """Return one message with the usual names of role and content; text parts are joined."""
     if not isinstance(message, dict):
         return message
     given = {key: value for key, value in message.items() if value not in (None, "", [])}
@@ -117,7 +145,7 @@ def _plain(name: str, number: int, message: Any) -> Any:
 
 
 def _tool_call(name: str, number: int, call: Any) -> dict[str, Any]:
-    """A call whose arguments are a dict, as chat templates expect them; OpenAI has them as JSON text."""
+    """Return a call whose arguments are a dict, as chat templates expect them; OpenAI has them as JSON text."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError(name, f"message {number} has a tool call without a function's name")
@@ -160,25 +188,32 @@ def dialogue_text(record: Record) -> str:
 
 
 def parse_turns(text: str) -> list[Message] | None:
-    """Messages of a transcript, None for other text; turns of one speaker in a row become one of two paragraphs.
+    """Return the messages of a transcript, None for other text; turns of one speaker in a row are joined.
 
     Where the assistant's turns begin after an empty line, all do. Text before the first turn is the system message,
     if it says "System:" or if the transcript ends where the assistant is to speak.
     """
-    speakers: dict[str, str] = {}  # role -> its name in this text
+    # role -> its name in this text
+    speakers: dict[str, str] = {}
     for found in _TURN.finditer(text):
         speakers.setdefault(ROLE_OF[found[1].lower()], found[1])
     if len(speakers) < 2:
         return None
+
+    # the same break before every turn, so that "Human:" inside an answer is none
     gap = r"\n\n" if re.search(rf"\n\n(?:#+ ?)?{speakers['assistant']}:", text) else r"\n"
     turn = rf"(?:\A\s*|{gap}[ \t]*)(?:#+ ?)?({'|'.join(speakers.values())}):"
     before, *pieces = re.split(turn, text)
     contents = [content.strip() for content in pieces[1::2]]
     roles = [ROLE_OF[name.lower()] for name in pieces[::2]]
+
     system = re.fullmatch(r"\s*(System:|SYSTEM:)?\s*(.*?)\s*", before, re.DOTALL)
     if len(set(roles)) < 2 or (system[2] and not system[1] and contents[-1]):
         return None
-    turns: list[Message] = [{"role": "system", "content": system[2]}] if system[2] else []
+
+    turns: list[Message] = []
+    if system[2]:
+        turns.append({"role": "system", "content": system[2]})
     for role, content in zip(roles, contents, strict=True):
         if turns and turns[-1]["role"] == role:
             turns[-1]["content"] = f"{turns[-1]['content']}\n\n{content}".strip()
@@ -188,7 +223,7 @@ def parse_turns(text: str) -> list[Message] | None:
 
 
 def _looks_like_transcript(text: str) -> bool:
-    """Two names before colons take turns at the beginnings of lines, and are not those of worked examples."""
+    """Return whether two labels take turns at the beginnings of lines that are not those of worked examples."""
     speakers = [label[1] for label in _ANY_TURN.finditer(text)]
     names = {name.lower() for name in speakers}
     if len(names) != 2 or names & EXAMPLES or any(a == b for a, b in itertools.pairwise(speakers)):
@@ -197,13 +232,13 @@ def _looks_like_transcript(text: str) -> bool:
 
 
 def notes(prompt: list[Message]) -> list[str]:
-    """What in a prompt may be meant otherwise than it is read."""
-    found = []
+    """Return what in a prompt may be meant otherwise than it is read."""
+    found: dict[str, None] = {}
     for message in prompt:
         if message["role"] == "user" and _looks_like_transcript(message["content"]):
-            found.append("a prompt looks like a transcript, and is read as one turn")
+            found["a prompt looks like a transcript, and is read as one turn"] = None
         if _CONTROL.search(message["content"]):
-            found.append("a text holds control tokens of a chat template, which are read as plain text")
+            found["a text holds control tokens of a chat template, which are read as plain text"] = None
         if any(name in message for name in THOUGHTS):
-            found.append("reasoning of an earlier turn goes to the chat template, which may leave it out")
-    return list(dict.fromkeys(found))
+            found["reasoning of an earlier turn goes to the chat template, which may leave it out"] = None
+    return list(found)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import json
 import math
 import os
@@ -46,7 +47,7 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> None:
-    """Raises UserError on bad rows, and on rows that the form cannot hold."""
+    """Write what the sources hold. Raises UserError on bad rows, and on rows that the form cannot hold."""
     check_output(config.output, config.source)
     table = load.collect(config.source, KINDS.get(config.kind) or guess(config.source), config.aggregate)
     table.check_usable(config.on_error)
@@ -56,7 +57,7 @@ def export(config: ExportConfig) -> None:
 
 
 def check_output(output: str, inputs: Sequence[str]) -> Path:
-    """The output's path. Raises UserError on an unknown ending, a missing folder, or one of the inputs."""
+    """Return the output's path. Raises UserError on an unknown ending, a missing folder, or one of the inputs."""
     path = Path(output)
     if path.suffix not in SUFFIXES:
         raise UserError(f"output: found '{output}', expected a file that ends in {' or '.join(SUFFIXES)}")
@@ -72,33 +73,36 @@ def check_output(output: str, inputs: Sequence[str]) -> Path:
 
 
 def rows_of(records: Sequence[Record], form: Form = "rows") -> list[dict[str, Any]]:
-    """Records as rows of a form. Raises UserError where the form cannot hold them."""
-    make = {"rows": _plain_rows, "unpaired": _unpaired_rows, "hh": _hh_rows, "openai": _openai_rows}
-    if form not in make:
-        raise UserError(f"form: found {form!r}, expected one of {', '.join(make)}")
-    return [row for record in records for row in make[form](record)]
+    """Return records as rows of a form. Raises UserError where the form cannot hold them."""
+    if form not in _FORMS:
+        raise UserError(f"form: found {form!r}, expected one of {', '.join(_FORMS)}")
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        rows.extend(_FORMS[form](record))
+    return rows
 
 
 def write_rows(rows: Sequence[dict[str, Any]], output: str | Path) -> None:
-    """JSONL or Parquet, by the ending; the file appears whole or not at all.
+    """Write JSONL or Parquet, by the ending; the file appears whole or not at all.
 
     What JSON cannot hold and Parquet may have brought is written as text: times as ISO 8601, bytes as base64, decimals
     as they are written; nan and infinity as null. Raises UserError if Parquet cannot hold a column.
     """
-    rows = [_plain(row) for row in rows]
+    plain = list(map(_plain, rows))
     if Path(output).suffix == ".parquet":
-        write_whole(output, lambda part: _write_parquet(rows, part))
+        write_whole(output, functools.partial(_write_parquet, plain))
     else:
-        write_text(output, "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows))
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in plain]
+        write_text(output, "".join(lines))
 
 
 def write_text(output: str | Path, text: str) -> None:
-    """UTF-8 with \\n, whole or not at all."""
+    """Write UTF-8 with \\n as line end, whole or not at all."""
     write_whole(output, lambda part: part.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_whole(output: str | Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` write another file beside, see it on disk, and put it in the place of `output`."""
+    """Let `write` write a temporary file, flush it to disk, and replace `output` with it."""
     path = Path(output)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -114,31 +118,38 @@ def write_whole(output: str | Path, write: Callable[[Path], Any]) -> None:
 
 
 def _write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Metadata goes as JSON text: its keys differ from row to row, and Parquet would give every row all of them. So do
-    prompts with tool calls."""
+    """Write rows as Parquet, with metadata as JSON text, and prompts too if they have tool calls.
+
+    Their keys differ from row to row, and Parquet would give every row all of them.
+    """
     import pyarrow
     import pyarrow.parquet
 
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    full = [{name: row.get(name) for name in names} for row in rows]
-    as_text = ["metadata"]
-    if any("tool_calls" in message for row in full for message in row.get("prompt") or []):
-        as_text.append("prompt")
-    for row in full:
-        row |= {name: json.dumps(row[name], ensure_ascii=False) for name in as_text if row.get(name) is not None}
+    names: dict[str, None] = {}
+    as_text = {"metadata"}
+    for row in rows:
+        names.update(dict.fromkeys(row))
+        if any("tool_calls" in message for message in row.get("prompt") or []):
+            as_text.add("prompt")
+
+    full = []
+    for row in rows:
+        cells = dict.fromkeys(names) | row
+        for name in as_text & row.keys():
+            cells[name] = json.dumps(row[name], ensure_ascii=False)
+        full.append(cells)
     try:
-        table = pyarrow.Table.from_pylist(full)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(full), path)
     except (pyarrow.ArrowException, OverflowError) as error:
         raise UserError(f"these rows cannot be written as Parquet ({error}). Name a .jsonl file") from None
-    pyarrow.parquet.write_table(table, path)
 
 
 def _plain(value: Any) -> Any:
-    """The same value of what JSON knows."""
+    """Return the value as JSON can hold it."""
     if isinstance(value, dict):
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
+        return list(map(_plain, value))
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (str, int)):
@@ -151,14 +162,14 @@ def _plain(value: Any) -> Any:
 def _plain_rows(record: Record) -> list[dict[str, Any]]:
     row: dict[str, Any] = {"prompt": record.prompt}
     if isinstance(record, Preference):
-        row |= {"chosen": _said(record.chosen), "rejected": _said(record.rejected)}
-        row |= {name: getattr(record, name) for name in ("margin", "label_prob") if getattr(record, name) is not None}
-        row |= {name: False for name in ("chosen_ended", "rejected_ended") if not getattr(record, name)}
+        row |= {"chosen": _assistant(record.chosen), "rejected": _assistant(record.rejected)}
+        row |= _given(record, ("margin", "label_prob"), None)
+        row |= _given(record, ("chosen_ended", "rejected_ended"), True)
     elif not isinstance(record, Prompt):
-        row["completion"] = _said(record.response)
+        row["completion"] = _assistant(record.response)
     if isinstance(record, Labelled):
         row["label"] = record.label
-    return [row | _about(record)]
+    return [row | _other_fields(record)]
 
 
 def _unpaired_rows(record: Record) -> list[dict[str, Any]]:
@@ -166,48 +177,71 @@ def _unpaired_rows(record: Record) -> list[dict[str, Any]]:
         return _plain_rows(record)
     if not isinstance(record, Preference):
         raise UserError(f"form 'unpaired' holds pairs and labelled rows, found {type(record).__name__}")
-    about = _about(record)
-    return [
-        {"prompt": record.prompt, "completion": _said(text), "label": label} | about
-        for text, label in ((record.chosen, True), (record.rejected, False))
-    ]
+    good = {"prompt": record.prompt, "completion": _assistant(record.chosen), "label": True}
+    bad = {"prompt": record.prompt, "completion": _assistant(record.rejected), "label": False}
+    return [good | _other_fields(record), bad | _other_fields(record)]
 
 
 def _hh_rows(record: Record) -> list[dict[str, Any]]:
     if not isinstance(record, Preference):
         raise UserError(f"form 'hh' holds pairs, found {type(record).__name__}")
-    return [{name: _turns([*record.prompt, *_said(getattr(record, name))]) for name in ("chosen", "rejected")}]
+    chosen = _transcript([*record.prompt, *_assistant(record.chosen)])
+    rejected = _transcript([*record.prompt, *_assistant(record.rejected)])
+    return [{"chosen": chosen, "rejected": rejected}]
 
 
 def _openai_rows(record: Record) -> list[dict[str, Any]]:
+    tools = tools_of(record)
     if isinstance(record, Instruction):
-        tools = tools_of(record)
-        return [{"messages": [*record.prompt, *_said(record.response)]} | ({"tools": tools} if tools else {})]
+        row: dict[str, Any] = {"messages": [*record.prompt, *_assistant(record.response)]}
+        return [row | {"tools": tools} if tools else row]
     if not isinstance(record, Preference):
         raise UserError(f"form 'openai' holds pairs and instructions, found {type(record).__name__}")
-    given = {"messages": record.prompt, "tools": tools_of(record) or [], "parallel_tool_calls": True}
-    outputs = {"preferred_output": _said(record.chosen), "non_preferred_output": _said(record.rejected)}
-    return [{"input": given, **outputs}]
+    row = {
+        "input": {"messages": record.prompt, "tools": tools or [], "parallel_tool_calls": True},
+        "preferred_output": _assistant(record.chosen),
+        "non_preferred_output": _assistant(record.rejected),
+    }
+    return [row]
 
 
-def _about(record: Record) -> dict[str, Any]:
-    about = {name: getattr(record, name) for name in ("group", "split", "source", "annotator", "voice")}
-    about = {name: value for name, value in about.items() if value is not None}
-    if record.weight != 1.0:
-        about["weight"] = record.weight
-    return about | ({"metadata": record.metadata} if record.metadata else {})
+_FORMS = {
+    "rows": _plain_rows,
+    "unpaired": _unpaired_rows,
+    "hh": _hh_rows,
+    "openai": _openai_rows,
+}
 
 
-def _said(text: str) -> list[Message]:
+def _other_fields(record: Record) -> dict[str, Any]:
+    fields = _given(record, ("group", "split", "source", "annotator", "voice"), None)
+    fields |= _given(record, ("weight",), 1.0)
+    return fields | _given(record, ("metadata",), {})
+
+
+def _given(record: Record, names: Sequence[str], default: Any) -> dict[str, Any]:
+    """Return the fields of these names that differ from their default."""
+    return {name: getattr(record, name) for name in names if getattr(record, name) != default}
+
+
+def _assistant(text: str) -> list[Message]:
     return [{"role": "assistant", "content": text}]
 
 
-def _turns(messages: list[Message]) -> str:
-    """HH-RLHF text; UserError if reading it again would not give the same messages but for white space around them."""
+def _transcript(messages: list[Message]) -> str:
+    """Return messages as HH-RLHF's text.
+
+    Raises UserError if reading it again would not give the same messages but for white space around them.
+    """
     speakers = {"user": "Human", "assistant": "Assistant"}
-    messages = [{**m, "content": m["content"].strip()} for m in messages]  # as the form is read again
-    text = "".join(f"\n\n{speakers.get(m['role'], m['role'])}: {m['content']}" for m in messages)
-    if {m["role"] for m in messages} - set(speakers) or parse_turns(text) != messages:
+    stripped, text = [], ""
+    for message in messages:
+        content = message["content"].strip()
+        stripped.append({**message, "content": content})
+        text += f"\n\n{speakers.get(message['role'], message['role'])}: {content}"
+
+    known_roles = all(message["role"] in speakers for message in messages)
+    if not known_roles or parse_turns(text) != stripped:
         raise UserError(
             f"form 'hh' has turns of Human and Assistant in exchange and nothing else, and cannot hold {text[:80]!r}. "
             "Use another form"
