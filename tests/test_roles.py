@@ -441,7 +441,7 @@ def test_base_weights_beside_an_adapter_are_taken_if_they_are_the_bases(base_pat
     trainable_policy(load_model(path), None)
     weights[name][5] += 1.0
     save_file(weights, file)
-    assert_refused(path, name, "another than the base's")
+    assert_refused(path, name, "differs from the base's")
 
 
 def test_reward_models_and_critics_are_no_policies(roles, sft_path, reward_path, tmp_path):
