@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf.compare import tables
 from rlhf.compare.format import Report
-from rlhf.compare.sentences import report_sentences, verdict_sentence
+from rlhf.compare.sentences import all_sentences
 from rlhf.data.annotator_report import describe_alpha
 from rlhf.files import dumps, write_atomic
 
@@ -23,6 +23,8 @@ def write_files(report: Report, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "report.json", dumps(report, indent=2) + "\n")
     figures = draw(report, folder)
+
+    # The page is made from the Markdown and holds a copy of each figure
     text = markdown(report, figures)
     write_atomic(folder / "report.md", text)
     pictures = {f"{name}.svg": path.with_suffix(".svg") for name, path in figures.items()}
@@ -36,18 +38,21 @@ def print_report(report: Report, folder: Path) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    # A log wraps nothing
     console = Console()
     if not console.is_terminal:
         console = Console(width=LOG_WIDTH)
     opening = tables.opening(report)
-    table = Table()
-    for i, name in enumerate(opening.header):
-        table.add_column(Text(name), justify="left" if i == 0 else "right")
+    policy, *numbers = opening.header
+    table = Table(policy)
+    for name in numbers:
+        table.add_column(Text(name), justify="right")
+    # Text, not str: a name in square brackets is not a style
     for row in opening.rows:
         table.add_row(*map(Text, row))
     console.print(table)
 
-    sentences = [verdict_sentence(verdict, report) for verdict in report["verdicts"]] + report_sentences(report)
+    sentences = all_sentences(report)
     if report["annotators"]:
         sentences.append(f"Annotators: {describe_alpha(report['annotators'])}.")
     for sentence in sentences:

@@ -34,6 +34,7 @@ def headline(report: Report) -> str:
     if first["kind"] != "equal_kl":
         return verdict_sentence(first, report)
 
+    # Several KLs of one pair: grouped by what is said of them
     kls: dict[int | None, list[str]] = {}
     for verdict in report["verdicts"]:
         if (verdict["kind"], verdict["a"], verdict["b"]) == ("equal_kl", first["a"], first["b"]):
@@ -76,6 +77,7 @@ def verdict_sentence(verdict: Mapping[str, Any], report: Report) -> str:
 
 def note_sentence(note: Mapping[str, Any], report: Report) -> str:
     """Return one limit of the report in words."""
+    # Most fields are written as they are; those of NOTE_FIELDS are lists and names
     fields = {"judge": judge_name(report), **note}
     if "method" in note:
         fields["method"] = policy_name(note["method"], note.get("swept"), report)
@@ -88,11 +90,18 @@ def note_sentence(note: Mapping[str, Any], report: Report) -> str:
 def report_sentences(report: Report) -> list[str]:
     """Return all limits of the report, its budgets, power and scope, in words."""
     lines = [note_sentence(note, report) for note in report["notes"]]
+    # What single runs spent was never to be matched
     if report["kind"] == "experiment":
         lines.append(_budget(report))
     if report["power"] is not None:
         lines.append(_power(report))
     return [*lines, _scope(report)]
+
+
+def all_sentences(report: Report) -> list[str]:
+    """Return the verdicts and then the limits of the report, in words."""
+    verdicts = [verdict_sentence(verdict, report) for verdict in report["verdicts"]]
+    return verdicts + report_sentences(report)
 
 
 def judge_name(report: Report) -> str:

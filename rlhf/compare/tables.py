@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -175,11 +176,10 @@ def win_rates(report: Report) -> Table:
     wins = report["wins"] or {"policies": []}
     labels = [policy_name(policy["method"], policy["swept"], report) for policy in wins["policies"]]
     rows = []
-    for i, label in enumerate(labels):
-        for j, other in enumerate(labels[:i]):
-            raw, controlled = wins["raw"][i][j], wins["controlled"][i][j]
-            if raw:
-                rows.append([f"{label} over {other}", share(raw), share(controlled)])
+    for j, i in itertools.combinations(range(len(labels)), 2):
+        raw, controlled = wins["raw"][i][j], wins["controlled"][i][j]
+        if raw:
+            rows.append([f"{labels[i]} over {labels[j]}", share(raw), share(controlled)])
     return Table(["comparison", "wins [95 %]", "at equal length [95 %]"], rows)
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.compare.format import Report
-from rlhf.compare.sentences import report_sentences, verdict_sentence
+from rlhf.compare.format import Number, Report
+from rlhf.compare.sentences import all_sentences
 from rlhf.runs.tracking import Tracker
 
 Row = dict[str, Any]
@@ -26,70 +27,110 @@ def log_report(report: Report, tracker: Tracker, figures: Mapping[str, str | Pat
 
 
 def rows_of(report: Report) -> dict[str, list[Row]]:
-    """Table name -> rows; a table is empty where the report lacks the part."""
-    sentences = [verdict_sentence(verdict, report) for verdict in report["verdicts"]] + report_sentences(report)
+    """Return table name -> flat rows; a table is empty where the report lacks the part."""
+    asked = report.get("judge_of_pairs") or {"rows": []}
     return {
         "frontier": [_point(point) for point in report["points"]],
-        "equal_kl": [_row(pair, row, kl=row["kl"]) for pair in report["frontier"] for row in pair["rows"]],
-        "tuned": [_row(row, row) for row in report["tuned"]["rows"]],
+        "equal_kl": [
+            {**_sides(pair), "kl": row["kl"], **_difference(row)} for pair in report["frontier"] for row in pair["rows"]
+        ],
+        "tuned": [{**_sides(row), **_difference(row)} for row in report["tuned"]["rows"]],
         "wins": _wins(report["wins"]),
-        "judge_of_pairs": [_judged(row) for row in (report.get("judge_of_pairs") or {"rows": []})["rows"]],
+        "judge_of_pairs": [_judged(row) for row in asked["rows"]],
         "cost": [_cost(row) for row in report["budget"]["rows"]],
-        "samples": [_sample(s["prompt"], name, r) for s in report["samples"] for name, r in s["responses"].items()],
-        "sentences": [{"sentence": sentence} for sentence in sentences],
+        "samples": [
+            _sample(sample["prompt"], policy, response)
+            for sample in report["samples"]
+            for policy, response in sample["responses"].items()
+        ],
+        "sentences": [{"sentence": sentence} for sentence in all_sentences(report)],
     }
 
 
-def _number(name: str, estimate: dict | None) -> Row:
-    """An estimate in three columns."""
+def _estimate(name: str, estimate: Number | None) -> Row:
+    """Return an estimate in three columns."""
     estimate = estimate or {}
-    return {name: estimate.get("estimate"), f"{name}/low": estimate.get("low"), f"{name}/high": estimate.get("high")}
+    return {
+        name: estimate.get("estimate"),
+        f"{name}/low": estimate.get("low"),
+        f"{name}/high": estimate.get("high"),
+    }
 
 
-def _point(point: dict) -> Row:
-    """A checkpoint: KL, each score and its difference to the foundation, the shape of the responses, its cost."""
-    row = {name: point[name] for name in ("method", "swept", "last")} | {"training_step": point["step"]}
-    row |= {"seeds": len(point["seeds"])} | _number("kl", point["kl"])
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> Row:
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def _sides(row: Mapping[str, Any]) -> Row:
+    return {"a": row["a"], "b": row["b"]}
+
+
+def _point(point: dict[str, Any]) -> Row:
+    """Return a checkpoint: KL, each score and its difference to the initial policy, shape of the responses, cost."""
+    row = {
+        "method": point["method"],
+        "swept": point["swept"],
+        "last": point["last"],
+        "training_step": point["step"],
+        "seeds": len(point["seeds"]),
+        **_estimate("kl", point["kl"]),
+    }
     for name, score in point["scores"].items():
-        row |= _number(f"score/{name}", score["mean"]) | _number(f"over_foundation/{name}", score["difference"])
+        row |= _estimate(f"score/{name}", score["mean"]) | _estimate(f"over_foundation/{name}", score["difference"])
     for name in ("length", "words", "ended", "repetition"):
-        row |= _number(name, point.get(name))
-    return row | (point.get("numbers") or {}) | {f"budget/{k}": v for k, v in (point.get("budget") or {}).items()}
+        row |= _estimate(name, point[name])
+    return row | point["numbers"] | _prefixed("budget", point["budget"])
 
 
-def _row(pair: dict, row: dict, **more: float) -> Row:
-    """The difference a - b."""
-    found = {"a": pair["a"], "b": pair["b"], **more, **_number("difference", row["difference"])}
+def _difference(row: Mapping[str, Any]) -> Row:
+    """Return the difference a - b, its adjusted p and the effect that would have been shown."""
     low, high = row.get("minimum_detectable_effect_range") or (None, None)
-    found |= {"p_adjusted": row.get("p_adjusted"), "minimum_detectable_effect": row.get("minimum_detectable_effect")}
-    return found | {"minimum_detectable_effect/low": low, "minimum_detectable_effect/high": high}
+    return {
+        **_estimate("difference", row["difference"]),
+        "p_adjusted": row.get("p_adjusted"),
+        "minimum_detectable_effect": row.get("minimum_detectable_effect"),
+        "minimum_detectable_effect/low": low,
+        "minimum_detectable_effect/high": high,
+    }
 
 
-def _wins(wins: dict | None) -> list[Row]:
-    """Each pair once: the later policy over the earlier one."""
-    rows = []
+def _wins(wins: dict[str, Any] | None) -> list[Row]:
+    """Return each pair once: the later policy over the earlier one."""
     labels = [policy["label"] for policy in wins["policies"]] if wins else []
-    for i, a in enumerate(labels):
-        for j, b in enumerate(labels[:i]):
-            if wins["raw"][i][j]:
-                found = {"a": a, "b": b, **_number("raw", wins["raw"][i][j])}
-                rows.append(found | _number("equal_length", wins["controlled"][i][j]))
+    rows = []
+    for j, i in itertools.combinations(range(len(labels)), 2):
+        raw, controlled = wins["raw"][i][j], wins["controlled"][i][j]
+        if raw:
+            sides = {"a": labels[i], "b": labels[j]}
+            rows.append({**sides, **_estimate("raw", raw), **_estimate("equal_length", controlled)})
     return rows
 
 
-def _judged(row: dict) -> Row:
-    """What a judge of pairs said of one meeting."""
-    found = {"a": row["a"], "b": row["b"], **_number("raw", row["raw"]), **_number("equal_length", row["controlled"])}
-    return found | {name: row.get(name) for name in ("ties", "consistency")}
+def _judged(row: Mapping[str, Any]) -> Row:
+    """Return what a judge of pairs said of two policies."""
+    return {
+        **_sides(row),
+        **_estimate("raw", row["raw"]),
+        **_estimate("equal_length", row["controlled"]),
+        "ties": row["ties"],
+        "consistency": row["consistency"],
+    }
 
 
-def _cost(row: dict) -> Row:
-    """A trial: each counter of its own run, the reward model, the pairs, and all of it."""
-    found = {name: row.get(name) for name in ("method", "swept", "ratio", "ratio_own")}
-    parts = ("own", "reward", "pairs", "total")
-    return found | {f"{part}/{counter}": value for part in parts for counter, value in row[part].items()}
+def _cost(row: Mapping[str, Any]) -> Row:
+    """Return a trial: each counter of its own run, the reward model, the pairs, and all of it."""
+    found = {name: row[name] for name in ("method", "swept", "ratio", "ratio_own")}
+    for part in ("own", "reward", "pairs", "total"):
+        found |= _prefixed(part, row[part])
+    return found
 
 
-def _sample(prompt: Any, policy: str, response: dict) -> Row:
-    found = {"prompt": prompt, "policy": policy, "response": response["response"], "ended": response["ended"]}
-    return found | {"kl": response["kl"]} | {f"score/{name}": value for name, value in response["scores"].items()}
+def _sample(prompt: Any, policy: str, response: Mapping[str, Any]) -> Row:
+    return {
+        "prompt": prompt,
+        "policy": policy,
+        "response": response["response"],
+        "ended": response["ended"],
+        "kl": response["kl"],
+        **_prefixed("score", response["scores"]),
+    }
