@@ -63,6 +63,7 @@ STYLES = (
 def save_svg(figure, path: Path) -> None:
     """Write an SVG that follows the colour scheme of the page it stands in."""
     figure.savefig(path, transparent=True, metadata={"Date": None})
+    # matplotlib writes colours into every element, so the ink becomes a variable that the theme sets
     head, mark, body = path.read_text(encoding="utf-8").partition("<defs>")
     write_atomic(path, head + THEME + mark + body.replace(INK, "var(--ink)"))
 
@@ -132,8 +133,11 @@ def root(kl: float) -> float:
 
 def spans(estimates: Sequence[Number | None], scale: Callable[[float], float] = float) -> tuple[np.ndarray, np.ndarray]:
     """Return (n,) scaled estimates and the (2, n) lengths of their bars, as matplotlib's errorbar takes them."""
-    values = [[scale(value_of(estimate, part)) for estimate in estimates] for part in ("low", "estimate", "high")]
-    low, middle, high = np.array(values, dtype=float)
+    low, middle, high = (
+        np.array([scale(value_of(estimate, part)) for estimate in estimates], dtype=float)
+        for part in ("low", "estimate", "high")
+    )
+    # A root of a bound below 0 may lie on the wrong side by rounding
     return middle, np.maximum([middle - low, high - middle], 0.0)
 
 
@@ -156,14 +160,27 @@ def draw_paths(
     style, paths = style_of(report, method), paths_of(report, method)
     for i, (swept, points) in enumerate(paths):
         (a, a_bars), (b, b_bars) = series(points, x), series(points, y)
+        # The furthest path has the full colour
         tone = color or tint(style.color, 0.5 + 0.5 * (i + 1) / len(paths))
         last = [point["last"] for point in points]
         axes.plot(a[last], b[last], style.marker, color=tone, ms=7, zorder=5)
         if from_zero:
             a, b, a_bars, b_bars = np.append(0.0, a), np.append(0.0, b), None, None
         label = method_name(method) if swept is None else f"{swept:g}"
-        line = {"marker": style.marker, "ms": 4, "lw": 1.3, "elinewidth": 0.9, "linestyle": linestyle}
-        axes.errorbar(a, b, b_bars, a_bars, color=tone, label=label, zorder=4, **line)
+        axes.errorbar(
+            a,
+            b,
+            b_bars,
+            a_bars,
+            color=tone,
+            marker=style.marker,
+            linestyle=linestyle,
+            ms=4,
+            lw=1.3,
+            elinewidth=0.9,
+            label=label,
+            zorder=4,
+        )
 
 
 def label_x(axes, report: Report, measure: str) -> None:
@@ -173,6 +190,7 @@ def label_x(axes, report: Report, measure: str) -> None:
         return
     low, high = axes.get_xlim()
     axes.set_xlim(min(-0.03 * high, low) if low < 0 else -0.03 * high, high)
+    # As many round KLs as have room beside each other
     ticks: list[float] = []
     for kl in NATS:
         if root(kl) <= high and (not ticks or root(kl) - root(ticks[-1]) >= 0.075 * high):

@@ -69,8 +69,13 @@ def frontier(report: Report):
     if score is None or not any(difference(point, score) for point in report["points"]):
         return None
     pairs = [pair for pair in report["frontier"] if pair["rows"]][:PAIRS]
-    heights = {"height_ratios": [3.2] + [1.2] * len(pairs)}
-    figure, axes = new_figure(6.2, 4.4 + 1.6 * len(pairs), 1 + len(pairs), sharex=True, gridspec_kw=heights)
+    figure, axes = new_figure(
+        6.2,
+        4.4 + 1.6 * len(pairs),
+        1 + len(pairs),
+        sharex=True,
+        gridspec_kw={"height_ratios": [3.2] + [1.2] * len(pairs)},
+    )
     top = axes[0, 0]
 
     for method in methods_of(report):
@@ -80,6 +85,8 @@ def frontier(report: Report):
         draw_paths(top, report, method, "kl", score, linestyle=joined)
         _draw_seeds(top, report, method, score)
     _draw_curves(top, report)
+
+    # The initial policy is the origin: no KL, no difference
     top.plot(0, 0, "o", color=NEUTRAL, ms=7, zorder=6)
     top.axhline(0, color=NEUTRAL, lw=1, zorder=1)
     top.set_ylabel(axis_label(report, score))
@@ -112,8 +119,8 @@ def _draw_curves(axes, report: Report) -> None:
             continue
         style = style_of(report, method)
         x = [root(kl) for kl in curve["kl"]]
-        y, low, high = (np.array([value_of(e, part) for e in curve["score"]]) for part in ("estimate", "low", "high"))
-        axes.fill_between(x, low, high, color=style.color, alpha=0.15, lw=0, zorder=1)
+        y, (below, above) = spans(curve["score"])
+        axes.fill_between(x, y - below, y + above, color=style.color, alpha=0.15, lw=0, zorder=1)
         axes.plot(x, y, color=style.color, linestyle=style.linestyle, lw=1.8, zorder=3)
 
 
@@ -128,7 +135,16 @@ def _draw_equal_kl(axes, report: Report, pair: dict) -> None:
         style = style_of(report, pair["a"] if y[0] > 0 else pair["b"])
         shown = row["p_adjusted"] is not None and row["p_adjusted"] < alpha
         face = style.color if shown else "none"
-        axes.errorbar(root(row["kl"]), y, bars, fmt=style.marker, color=style.color, mfc=face, ms=7, zorder=3)
+        axes.errorbar(
+            root(row["kl"]),
+            y,
+            bars,
+            fmt=style.marker,
+            color=style.color,
+            mfc=face,
+            ms=7,
+            zorder=3,
+        )
         largest = max(largest, abs(y[0]) + np.nan_to_num(bars).max())
 
     # Zero in the middle: above it the first method is ahead, below it the second
@@ -142,20 +158,28 @@ def scores(report: Report):
     """Draw how far runs lie from the first one by each score, in its standard deviations over groups."""
     if report["kind"] != "runs":
         return None
-    names = [score for score in report["score_kinds"] if _deviation(report, score)]
+    deviations = {score: _deviation(report, score) for score in report["score_kinds"]}
+    names = [score for score, deviation in deviations.items() if deviation]
     if not names:
         return None
-    methods = methods_of(report)
-    figure, axes = new_figure(6.2, 1.4 + (0.2 + 0.22 * len(methods)) * len(names))
+    scale = np.array([deviations[score] for score in names])
+    ends = [point for point in report["points"] if point["last"]]
+    figure, axes = new_figure(6.2, 1.4 + (0.2 + 0.22 * len(ends)) * len(names))
     panel = axes[0, 0]
-    offsets = np.linspace(-0.25, 0.25, len(methods)) if len(methods) > 1 else [0.0]
-    for method, offset in zip(methods, offsets, strict=True):
-        style = style_of(report, method)
-        ends = [point for point in report["points"] if point["method"] == method and point["last"]]
-        x, bars = spans([difference(ends[0], score) for score in names])
-        scale = np.array([_deviation(report, score) for score in names])
-        y = np.arange(len(names)) + offset
-        panel.errorbar(x / scale, y, None, bars / scale, fmt=style.marker, color=style.color, label=_name(method))
+
+    # Runs stand below each other within the line of their score
+    offsets = (np.arange(len(ends)) - (len(ends) - 1) / 2) * min(0.3, 0.6 / len(ends))
+    for point, offset in zip(ends, offsets, strict=True):
+        style = style_of(report, point["method"])
+        x, bars = spans([difference(point, score) for score in names])
+        panel.errorbar(
+            x / scale,
+            np.arange(len(names)) + offset,
+            xerr=bars / scale,
+            fmt=style.marker,
+            color=style.color,
+            label=_name(point["method"]),
+        )
     panel.axvline(0, color=NEUTRAL, lw=1.2, zorder=1)
     panel.set_yticks(range(len(names)), [score_name(report, score) for score in names])
     panel.set_ylim(len(names) - 0.4, -0.6)
@@ -186,7 +210,9 @@ def proxy_and_judge(report: Report):
 def training(report: Report):
     """Draw a row a score, a column a method: the score over the initial policy's by training step."""
     methods = trained_methods(report)
-    names = [score for score in report["score_kinds"] if any(difference(p, score) for p in report["points"])]
+    known = {score for point in report["points"] for score in point["scores"] if difference(point, score)}
+    # The judge first, then what methods learnt from
+    names = [score for score in report["score_kinds"] if score in known]
     names.sort(key=lambda score: (score != report["judge"], report["score_kinds"][score] != "proxy"))
     longest = max((len(points) for method in methods for _, points in paths_of(report, method)), default=0)
     if not names or longest < 2:
@@ -282,6 +308,7 @@ def cost(report: Report):
     if not counters:
         return None
 
+    # Two panels a line; the last one may be empty
     columns = min(2, len(counters))
     lines = math.ceil(len(counters) / columns)
     figure, axes = new_figure(4.9 * columns, 0.5 + lines * (0.8 + 0.42 * len(rows)), lines, columns, sharey=True)
@@ -299,12 +326,30 @@ def _draw_cost(axes, report: Report, rows: Mapping[str, list[dict]], counter: st
     colours = [style_of(report, method).color for method in rows]
     left = np.zeros(len(rows))
     for part, (label, hatch, alpha) in COSTS.items():
-        widths = np.array([np.mean([row[part].get(counter) or 0.0 for row in own]) for own in rows.values()])
-        faces = [tint(colour, alpha) for colour in colours]
-        axes.barh(range(len(rows)), widths, 0.62, left, hatch=hatch, color=faces, edgecolor=NEUTRAL, label=label)
+        # Mean over the swept values of each method
+        widths = np.zeros(len(rows))
+        for i, own in enumerate(rows.values()):
+            widths[i] = np.mean([row[part].get(counter) or 0.0 for row in own])
+        axes.barh(
+            range(len(rows)),
+            widths,
+            height=0.62,
+            left=left,
+            hatch=hatch,
+            color=[tint(colour, alpha) for colour in colours],
+            edgecolor=NEUTRAL,
+            label=label,
+        )
         left += widths
     for y, total in enumerate(left):
-        axes.annotate(amount(total), (total, y), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axes.annotate(
+            amount(total),
+            (total, y),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+        )
     axes.set_title(counter.replace("_", " ").replace("flops", "FLOPs"))
     axes.set_yticks(range(len(rows)), [_name(method) for method in rows])
     axes.set_xlim(0, 1.2 * max(left.max(), 1e-9))
@@ -322,7 +367,15 @@ def _legend(figure, report: Report, ncols: int) -> None:
         style, option = style_of(report, method), report["methods"][method]["swept"]
         values = report["methods"][method]["swept_values"]
         swept = f" ({option} {min(values):g} to {max(values):g})" if len(values) > 1 else ""
-        handles.append(Line2D([], [], color=style.color, marker=style.marker, ls="", label=_name(method) + swept))
+        handle = Line2D(
+            [],
+            [],
+            color=style.color,
+            marker=style.marker,
+            linestyle="none",
+            label=_name(method) + swept,
+        )
+        handles.append(handle)
     handles.append(Line2D([], [], color=NEUTRAL, marker="o", label=initial_name(report)))
     figure.legend(handles=handles, loc="outside upper left", ncols=ncols)
 

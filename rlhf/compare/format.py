@@ -60,10 +60,12 @@ def digits(value: float, estimate: Number) -> str:
     half = abs(value) / 4 if low is None else (high - low) / 2
     places = 1 if half >= 2 else 2 if half >= 0.02 else 3 if half >= 0.002 else 4
 
+    # More decimals where a bound would be rounded to 0, which would hide its sign
     bounds = [abs(bound) for bound in (low, high) if bound]
     while places < 4 and any(round(bound, places) == 0 for bound in bounds):
         places += 1
 
+    # Never "-0.00"
     text = f"{value + 0.0:.{places}f}"
     zero = f"{0:.{places}f}"
     return zero if text == f"-{zero}" else text

@@ -95,6 +95,7 @@ HIDDEN = ("configs", "missing", "stopped", "annotators", "budgets", "seconds", "
 
 def markdown(report: Report, figures: Iterable[str] = ()) -> str:
     """Return report.md; figures: names of the SVG files beside it (without .svg)."""
+    # What answers the question comes first: a picture, a sentence, a table
     figures = list(figures)
     opening = next((name for name in ("scores", "frontier") if name in figures), None)
     lines = [f"# {escape(title(report))}", "", *_picture(report, opening), f"**{escape(headline(report))}**", ""]
@@ -102,6 +103,7 @@ def markdown(report: Report, figures: Iterable[str] = ()) -> str:
     lines += _verdicts(report)
     lines += _basis(report)
 
+    # The details; a figure that has opened the report is not shown again
     for section in SECTIONS:
         shown = section.figure if section.figure in figures and section.figure != opening else None
         body = [line for table in section.tables for line in table(report).markdown()]

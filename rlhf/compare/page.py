@@ -29,6 +29,8 @@ def html_page(markdown: str, figures: Mapping[str, Path]) -> str:
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(markdown)
+
+    # Links to the sections, labels for screen readers, figures inside the page
     headings = _name_headings(tokens)
     _label_tables(tokens)
 
@@ -45,6 +47,7 @@ def html_page(markdown: str, figures: Mapping[str, Path]) -> str:
     parser.renderer.rules["table_open"] = lambda tokens, index, *_: SCROLL.format(**tokens[index].meta)
     parser.renderer.rules["table_close"] = lambda *_: "</table>\n</div>\n"
 
+    # The navigation stands below what the report opens with
     opening, mark, details = parser.renderer.render(tokens, parser.options, {}).partition("<h2")
     links = [f'<a href="#{name}">{html.escape(text)}</a>' for name, text in headings.items()]
     title = tokens[1].content.replace("\\", "")
