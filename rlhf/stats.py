@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-MIN_CLUSTERS = 5  # with fewer, an interval is shown and no verdict: it holds only for nearly normal values
-ROUNDING = 1e-12  # a standard error below this share of the values is rounding
+# with fewer clusters an interval is shown and no verdict: it holds only for nearly normal values
+MIN_CLUSTERS = 5
+# a standard error below this share of the values is rounding
+ROUNDING = 1e-12
 
 
 def jackknife_interval(
@@ -53,7 +55,8 @@ def bounded_interval(
     share = t**2 / effective_size(p, se, n)
     middle = (p + share / 2) / (1 + share)
     half = math.sqrt(share * p * (1 - p) + share**2 / 4) / (1 + share)
-    low, high = max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))  # p lies outside by rounding alone
+    # without rounding p lies inside
+    low, high = max(0.0, min(p, middle - half)), min(1.0, max(p, middle + half))
     return lowest + width * low, lowest + width * high
 
 
@@ -71,9 +74,9 @@ def fair_coin_p(count: int, n: int) -> float:
     """Return the two-sided exact p-value of `count` heads in `n` throws of a fair coin; nan without a throw."""
     if n == 0:
         return math.nan
-    tail = min(count, n - count)
-    logs = [math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2) for k in range(tail + 1)]
-    return min(1.0, 2 * math.fsum(map(math.exp, logs)))
+    from scipy.special import bdtr
+
+    return min(1.0, 2 * float(bdtr(min(count, n - count), n, 0.5)))
 
 
 def clustered_se(values: Sequence[float], clusters: Sequence[str]) -> float | None:
@@ -84,7 +87,8 @@ def clustered_se(values: Sequence[float], clusters: Sequence[str]) -> float | No
     The ratio estimator of a cluster sample (Cochran 1977, section 6.4), G clusters; with one value in each it is
     s / sqrt(n). None for fewer than two clusters: one prompt says nothing about the spread over prompts.
     """
-    mean, sums = sum(values) / len(values), dict.fromkeys(clusters, 0.0)
+    mean = sum(values) / len(values)
+    sums = dict.fromkeys(clusters, 0.0)
     for value, cluster in zip(values, clusters, strict=True):
         sums[cluster] += value - mean
     count = len(sums)

@@ -26,6 +26,7 @@ def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]], min_seeds: i
         entry["p_adjusted"] = None
         if estimate["seeds"] >= min_seeds and estimate["groups"] >= MIN_CLUSTERS and estimate["p"] is not None:
             made.append((entry, estimate["p"]))
+    # all at once: adding a claim makes the others harder to show
     for (entry, _), p in zip(made, holm([p for _, p in made]), strict=True):
         entry["p_adjusted"] = p
     return len(made)
@@ -91,6 +92,7 @@ def _win_rate(a: str, b: str, report: Report) -> dict[str, Any] | None:
     """Return the raw win rate of two methods at the swept values that were chosen most often."""
     chosen = {method: entry["usual"] for method, entry in report["tuned"]["methods"].items()}
     policies = [(policy["method"], policy["swept"]) for policy in report["wins"]["policies"]]
+    # both stand in the table: `tuned` and `wins` cover the same trials
     i, j = (policies.index((method, chosen.get(method))) for method in (a, b))
     return report["wins"]["raw"][i][j]
 
@@ -162,6 +164,7 @@ def _missing(report: Report) -> Iterator[dict[str, Any]]:
     for run, reason in meta.get("stopped", {}).items():
         yield note("stopped", run=run, reason=reason)
 
+    # what the experiment still has to measure
     names = [name for name in meta.get("missing", []) if name.startswith("measure/seed-")]
     if names:
         yield note("missing_measurements", names=[name.removeprefix("measure/") for name in names])

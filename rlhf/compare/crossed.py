@@ -105,6 +105,7 @@ def crossed_statistic(
         """With all groups, then without each block."""
         return np.array([statistic(seed_weights, group_weights) for group_weights in weights])
 
+    # row 0 of each is with all groups, so that seeds, blocks and both are left out in turn
     full = resampled(every_seed)
     of_seeds = of_error = 0.0
     if seeds >= MIN_SEEDS:
@@ -214,6 +215,7 @@ def half_width(v: Variances, seeds: int, blocks: int, alpha: float) -> float:
     """
     from scipy.special import stdtrit
 
+    # the interval with the seeds fixed is the least
     of_groups = float(stdtrit(blocks - 1, alpha / 2)) ** 2
     fixed = of_groups * np.maximum(v.groups, v.error)
     if seeds < MIN_SEEDS:
@@ -232,6 +234,7 @@ def p_value(distance: float, v: Variances, seeds: int, blocks: int) -> float:
     def beyond(log_alpha: float) -> float:
         return half_width(v, seeds, blocks, math.exp(log_alpha)) - distance
 
+    # the root lies below what is told apart
     if beyond(math.log(LEAST_P)) <= 0:
         return LEAST_P
     return math.exp(brentq(beyond, math.log(LEAST_P), 0.0, xtol=1e-12)) if distance > 0 else 1.0

@@ -133,6 +133,7 @@ def one_partner_each(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def share_of_both_orders(p1: np.ndarray, p2: np.ndarray) -> np.ndarray:
     """Return (n,) A's share from P(first better) with A first (p1) and with B first (p2); see `judge_wins`."""
+    # both orders prefer the same position
     contradiction = (p1 - 0.5) * (p2 - 0.5) > 0
     return np.where(contradiction, 0.5, (p1 + 1 - p2) / 2)
 
@@ -148,6 +149,7 @@ def ask_all(judge: Judge, pairs: Sequence[Pair], cache: str | Path) -> list[floa
         return [known[name] for name in keys]
 
     Path(cache).parent.mkdir(parents=True, exist_ok=True)
+    # answers are written as they come, so that a kill loses one batch at most
     pool = ThreadPoolExecutor(judge.in_flight)
     try:
         with open(cache, "a", encoding="utf-8") as file:
@@ -189,6 +191,7 @@ def _read(path: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     content = path.read_bytes()
+    # half a line would spoil the next one
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)

@@ -17,9 +17,12 @@ from rlhf.compare.results import Point, Results, key
 from rlhf.compare.selection import Means, add_outcomes, ended, overoptimisation, rectangle, tuned
 from rlhf.compare.wins import win_rate
 
-GRID = 9  # KLs at which a curve is given
-ENDS = 3  # swept values, for a curve through the ends of trials
-WIN_RATE = 0.55  # the win rate that the report's number of comparisons is for
+# KLs at which a curve is given
+GRID = 9
+# swept values, for a curve through the ends of trials
+ENDS = 3
+# the win rate that the report's number of comparisons is for
+WIN_RATE = 0.55
 
 
 def judged(results: Results, means: Means, trained: list[str], level: float) -> dict[str, Any]:
@@ -144,6 +147,7 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
     asks, and a swept value that was chosen on these prompts is not scored by them.
     """
     initial = results.initial
+    # the initial policy, then the end of each trial
     policies: list[dict[str, Any]] = [{"label": initial.method, "method": initial.method, "swept": None}]
     ends: list[dict[int, Point]] = [{}]
     for method in results.measured_methods():
@@ -153,6 +157,7 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
                 policies.append({"label": label(results, method, swept), "method": method, "swept": swept})
                 ends.append(own)
 
+    # each pair is computed once; the other side mirrors it
     size = len(policies)
     raw, controlled, ties, longer = ([[None] * size for _ in range(size)] for _ in range(4))
     for j, i in itertools.combinations(range(size), 2):

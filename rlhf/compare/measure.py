@@ -125,6 +125,7 @@ def sample_runs(
     from rlhf.logprobs import head_is_plain
     from rlhf.tokenizer import stop_ids
 
+    # one process: the policies of a comparison are sampled in turn
     world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     policies = load_policies(config.runs, world.device, max_prompt_length, sampling.max_new_tokens)
     model, context = policies[0]
@@ -143,6 +144,7 @@ def sample_runs(
     total = len(policies) * len(prompts) * config.samples_per_prompt
     with tqdm(total=total, desc="comparing", unit="response", mininterval=5) as bar:
         for name, (own_model, own_context) in zip(run_names(config.runs), policies, strict=True):
+            # the first run is the reference of all, as a context of the same model or as another model
             reference = context if own_model is model else model
             rows[name] = evaluation.run(own_model, own_context, reference, world, bar.update)
     return rows
@@ -189,6 +191,7 @@ def results_of_runs(
         points.append(point)
         responses[point.method, point.swept, point.seed, point.step] = response_texts(own, len(prompts))
         methods[name] = {"program": result.get("program", name), "swept": None, "swept_values": [], "baseline": False}
+    # the first run is where all differences are taken to
     methods.pop(names[0])
     return Results(
         kind="runs",
@@ -252,6 +255,7 @@ def shared_options(config: CompareConfig) -> dict[str, Any]:
             why = "what is test for one was training for another" if "fraction" in name else "they cannot be compared"
             raise UserError(f"the runs differ in '{name}' ({had}): {why}. Say which one holds: --{name}")
         result[name] = given if given is not None else next(iter(had.values()), default)
+        # the shares of the splits are not part of sampling: no message for them
         others = {path: value for path, value in had.items() if value != result[name]}
         if others and "fraction" not in name:
             print(f"'{name}' is {result[name]}; trained with another: {others}")
@@ -260,6 +264,7 @@ def shared_options(config: CompareConfig) -> dict[str, Any]:
 
 def unseen(config: CompareConfig, records: list[Prompt]) -> list[Prompt]:
     """Return the prompts that no run, and no reward model a run learnt from, was trained on; print what is dropped."""
+    # what a reward model learnt from, the policy learnt from too
     trained = set().union(*map(hashes, config.runs))
     for spec in trained_scorers(config):
         trained |= set().union(*map(hashes, folders(spec)))
@@ -315,6 +320,7 @@ def check_judges(config: CompareConfig) -> None:
                 raise UserError(
                     f"{option_name} {spec}: a run was trained on it, so it cannot decide; show it as 'others'"
                 )
+    # SFT's own prompts are no preferences
     learnt = {name for path in config.runs[1:] for name in hashes(path)}
     for folder in (folder for spec in config.referee for folder in folders(spec)):
         common = hashes(folder) & learnt
@@ -361,6 +367,7 @@ def load_policies(
     from rlhf.adapters import load_adapter, require_policy, use_adapter
     from rlhf.models import check_context, check_same_base, load_model
 
+    # as the runs were trained
     dtype = "bfloat16" if device.type == "cuda" else "float32"
     # base -> the model as it was loaded, and with its adapters
     shared: dict[str, tuple[Any, Any]] = {}

@@ -84,6 +84,7 @@ def detectable(estimate: Estimate, power: float = 0.8, level: float = 0.95) -> t
 
         return float(brentq(lacking, 0.0, 1e6 * estimate.se, rtol=1e-6))
 
+    # averaged over what the mean square of the seeds may be, then at both ends of its range
     middle = solve(1 / _quantiles(seeds - 1) if random_seeds else np.ones(1), 1.0)
     low, high = (
         solve(np.array([1 / _quantile(seeds - 1, q) if random_seeds else 1.0]), 1 / _quantile(groups - 1, q))
@@ -131,6 +132,7 @@ def needed_seeds(
             parts = Variances(of_seeds / n + rest, of_groups / groups + rest, rest)
             return float(power_of(abs(difference), parts, n, groups, level)) >= power
 
+        # where the prompts alone leave too much open, no number of seeds helps
         if not enough(MOST_SEEDS):
             return None
         return bisect_left(range(MOST_SEEDS), True, lo=MIN_SEEDS, key=enough)

@@ -13,7 +13,8 @@ import numpy as np
 
 from rlhf.compare.text_metrics import repetition
 
-Key = tuple[str, float | None, int | None, int]  # method, swept value, seed, step
+# what identifies a policy: method, swept value, seed, step
+Key = tuple[str, float | None, int | None, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,7 @@ class Results:
     def of(self, method: str, swept: float | None = None, seed: int | None = None) -> list[Point]:
         """Return the points of a method, by swept value, seed and step; of one swept value or seed where given."""
         found = [point for point in self.points if point.method == method]
+        # None stands for all
         found = [point for point in found if swept in (None, point.swept) and seed in (None, point.seed)]
         return sorted(found, key=lambda point: (point.swept or 0.0, point.seed or 0, point.step))
 
@@ -115,6 +117,7 @@ class Results:
         """
         names, index = np.unique(np.asarray(self.groups), return_inverse=True)
         per_prompt = np.asarray(values, dtype=np.float64).mean(axis=1)
+        # a weighted count is a sum by group
         sums = np.bincount(index, weights=per_prompt, minlength=len(names))
         return sums / np.bincount(index, minlength=len(names))
 
@@ -129,6 +132,7 @@ def independent_pairs(a: Point, b: Point) -> list[tuple[int, int]]:
     for point in (a, b):
         samples = next(iter(point.values.values())).shape[1]
         draws.append(point.noise or [range(k, k + 1) for k in range(samples)])
+    # (number of the sample, its draws) of both policies
     every = itertools.product(enumerate(draws[0]), enumerate(draws[1]))
     return [(k, m) for (k, of_a), (m, of_b) in every if not set(of_a) & set(of_b)]
 
@@ -140,6 +144,7 @@ def measured_values(rows: Sequence[dict[str, Any]], scores: Sequence[str], promp
     """
     samples = 1 + max(row["sample"] for row in rows)
     measures = ["kl", "length", "words", "ended", "repetition", *(f"score/{name}" for name in scores)]
+    # a response that is missing stays nan
     values = {name: np.full((prompts, samples), math.nan) for name in measures}
     for row in rows:
         cell = row["prompt"], row["sample"]

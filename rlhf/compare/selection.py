@@ -143,6 +143,7 @@ def at_best(results: Results, means: Means, method: str, seeds: Sequence[int] | 
     seeds = known if seeds is None else list(seeds)
     if not seeds:
         return None
+    # the judge chooses; score and KL are read at its choice
     rows = [[table[seed][swept] for swept in swept_values] for seed in seeds]
     scores = stack(means, f"score/{results.judge}", rows)
     choice = choose(scores, halves(results.groups))

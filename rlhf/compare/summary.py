@@ -21,9 +21,12 @@ from rlhf.compare.selection import Means, ended, rectangle, tabulate
 from rlhf.errors import UserError, did_you_mean
 
 JUDGES = ("gold", "referee")
-SHAPES = ("length", "words", "ended", "repetition")  # measures of a response beside its scores and KL
-SAMPLES = 3  # prompts whose responses are shown
-USES_REWARD = ("ppo", "best_of_n")  # programs that learn from, or choose by, a reward model
+# measures of a response beside its scores and KL
+SHAPES = ("length", "words", "ended", "repetition")
+# prompts whose responses are shown
+SAMPLES = 3
+# programs that learn from, or choose by, a reward model
+USES_REWARD = ("ppo", "best_of_n")
 
 
 def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
@@ -59,11 +62,13 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
         "annotators": results.meta.get("annotators"),
         "meta": results.meta,
     }
+    # without a judge these parts stay empty: no other score may decide
     if results.judge is not None:
         report |= judged(results, means, trained, level)
         report["outliers"] = _outliers(report, trained, 1 - level)
 
     report["samples"] = _samples(results, report["tuned"]["methods"])
+    # records for the sentences; they read the finished numbers
     report["verdicts"] = [verdict.to_dict() for verdict in verdicts(report)]
     report["notes"] = notes(report)
     return report
@@ -122,6 +127,7 @@ def _missing(results: Results) -> list[dict[str, Any]]:
     seeds = sorted({point.seed for point in results.points if point.seed is not None})
     missing = []
     for method, given in results.methods.items():
+        # baselines have no trials of their own
         if given.get("baseline") or method == results.initial.method:
             continue
         done = {(point.swept, point.seed) for point in results.ends(method)}
@@ -195,6 +201,7 @@ def _outliers(report: dict[str, Any], trained: Sequence[str], alpha: float) -> l
     ends = [point for point in report["points"] if point["last"] and point["method"] in trained]
     ends = [point for point in ends if len(point["seeds"]) >= MIN_SEEDS]
     runs = sum(len(point["seeds"]) for point in ends)
+    # Bonferroni: each run is one test
     found = []
     for point in ends:
         scores = [seed["scores"][report["judge"]] for seed in point["per_seed"]]
@@ -217,8 +224,10 @@ def _samples(results: Results, chosen: dict[str, Any]) -> list[dict[str, Any]]:
         ends = results.ends(method, chosen.get(method, {}).get("usual"))
         if ends:
             shown[label(results, method, ends[0].swept)] = ends[0]
+    # a policy may have been measured without its texts being kept
     shown = {name: point for name, point in shown.items() if key(point) in results.responses}
 
+    # by hash, so that nobody picks them and every report shows the same
     digests = [hashlib.sha256(prompt_key(prompt).encode()).hexdigest() for prompt in results.prompts]
     samples = []
     for i in np.argsort(digests, kind="stable")[:SAMPLES].tolist():
@@ -256,6 +265,7 @@ def budget(results: Results) -> dict[str, Any]:
         ended_values = dict.fromkeys(point.swept for point in results.ends(method))
         rows += [_cost(results, method, swept, match) for swept in ended_values]
 
+    # a baseline trains nothing and has no budget to match
     deciding = [row for row in rows if not row["baseline"]]
     matched = None
     if match and deciding:
@@ -269,6 +279,7 @@ def _cost(results: Results, method: str, swept: float | None, match: dict[str, A
     """Return one row of `budget`."""
     budgets = [point.budget for point in results.ends(method) if point.swept == swept]
     own = mean_of(budgets)
+    # shared parts count in full, as if the trial had been the only one
     uses_reward = results.program(method) in USES_REWARD
     reward = dict(results.shared_budget.get("reward", {})) if uses_reward else {}
     pairs = dict(results.shared_budget.get("pairs", {}))
@@ -287,6 +298,7 @@ def _cost(results: Results, method: str, swept: float | None, match: dict[str, A
     if match and match["match"] in row["total"]:
         counter, whole = match["match"], match["total"]
         ratio, ratio_own = row["total"][counter] / whole, own.get(counter, 0.0) / whole
+        # the parts that are shared are the same for each seed
         of_seeds = [budget.get(counter, 0.0) / whole + ratio - ratio_own for budget in budgets]
         furthest = max(of_seeds, key=lambda ratio: abs(ratio - 1))
         row |= {"ratio": ratio, "ratio_own": ratio_own, "furthest": furthest}

@@ -99,6 +99,7 @@ def _losses(model, policy, rows, pad_id, batch_size, plain_head) -> list[TextLos
     device, was_training = next(model.parameters()).device, model.training
     result = []
     model.eval()
+    # in the order of the rows, so that every rank count gives the same sums
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         ids, attention, positions, responses, mask = completion_batch(
