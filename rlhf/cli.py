@@ -150,6 +150,12 @@ COMMANDS = {
         lazily("rlhf.experiment.report:report_of"),
         words="experiment",
     ),
+    "experiment status": Command(
+        "its jobs: done, running, missing: FILE",
+        "rlhf.experiment.config:ExperimentConfig",
+        lazily("rlhf.experiment.progress:experiment_status"),
+        words="config",
+    ),
     "experiment measure": Command(
         "measure one trial; `experiment run` calls it",
         "rlhf.experiment.measure:MeasureConfig",

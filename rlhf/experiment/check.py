@@ -1,77 +1,121 @@
-"""What can be known to be wrong before anything is started: every planned command, scorer and judge is looked at."""
+"""What can be known to be wrong before anything is started: files, planned commands, scorers, models, rows, judges."""
 
 from __future__ import annotations
 
-import re
 import shlex
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import UserError, parse
+from rlhf.config import parse
+from rlhf.errors import UserError, near_file
 from rlhf.experiment.config import ExperimentConfig
-from rlhf.experiment.plan import plan
+from rlhf.experiment.plan import Job, plan
 
 LONG = 10_000  # steps: a length that every program accepts, where the real one is not known yet
 
 
-def check_programs(config: ExperimentConfig) -> dict[str, tuple[str, Any]]:
-    """Read every planned command as its program will; return part of the file -> (training program, its options).
+@dataclass(frozen=True)
+class PlannedProgram:
+    """A training program of the plan with the options it will read, and the part of the experiment it belongs to."""
+
+    part: str
+    program: str
+    options: Any
+
+
+def check_files(config: ExperimentConfig) -> None:
+    """Raise UserError for the first file or folder that is named and not there."""
+    from rlhf.data.sources import is_path, split_event
+
+    initial = Path(config.initial_policy)
+    # owner/model is a name on the Hub, unless a folder of that owner is here
+    is_hub_name = config.initial_policy.count("/") == 1 and not initial.parent.is_dir()
+    if not initial.is_dir() and not is_hub_name:
+        raise UserError(f"initial_policy {initial}: no such run{near_file(initial)}")
+
+    files = []
+    for source in data_sources(config):
+        if is_path(source):
+            files.append((source, Path(split_event(source)[0]).expanduser()))
+    parts = [config.reward, config.train_referee, *config.methods.values()]
+    named = [part.get("config") for part in parts] + [config.pairs.get("sample"), config.pairs.get("annotate")]
+    files += [(name, Path(name)) for name in named if name]
+    for name, file in files:
+        if not file.is_file():
+            raise UserError(f"{name}: no such file{near_file(name)}")
+
+
+def data_sources(config: ExperimentConfig) -> list[str]:
+    """Return the sources of pairs, prompts and texts."""
+    sources = [*config.pairs.get("data", []), *config.pairs.get("prompts", []), *config.prompts]
+    for texts in config.perplexity.values():
+        sources += texts
+    return sources
+
+
+def check_programs(config: ExperimentConfig) -> list[PlannedProgram]:
+    """Read every planned command as its program will; return the training programs, one for each part.
 
     Raises UserError naming the part that is refused.
     """
     from rlhf.collect.sample import SampleConfig
     from rlhf.sandbox.annotators import AnnotateConfig
 
-    classes: dict[str, type] = {"rlhf collect sample": SampleConfig, "rlhf sandbox annotate": AnnotateConfig}
-    started: dict[str, tuple[str, Any]] = {}
-    for job in plan(config, {name: LONG for name in config.trained}):
-        trains = job.command[0].startswith("launch/")
-        program = Path(job.command[0]).stem if trains else " ".join(job.command[:3])
-        if trains and program not in classes:
-            classes[program] = options_class(program)
-        if program not in classes:
-            continue
-        method = job.trial[0] if job.trial else job.name.removeprefix("pilot/")
-        part = f"methods: '{method}'" if method in config.methods else re.sub(r"^seed-\d+/", "", job.name)
-        where = f"deepspeed launch/{program}.py" if trains else program
+    by_kind: dict[str, type] = {"sample": SampleConfig, "annotate": AnnotateConfig}
+    programs: dict[str, PlannedProgram] = {}
+    for job in plan(config, dict.fromkeys(config.trained, LONG)):
+        part = part_of(job)
+        trains = job.program != "rlhf"
         try:
-            options = parse(classes[program], job.command[1 if trains else 3 :], where)
+            if trains:
+                program = job.program.removeprefix("launch.")
+                options = parse(options_class(program), job.arguments, f"deepspeed launch/{program}.py")
+                programs.setdefault(part, PlannedProgram(part, program, options))
+            elif job.kind in by_kind:
+                group, command, *flags = job.arguments
+                parse(by_kind[job.kind], flags, f"rlhf {group} {command}")
         except UserError as error:
             raise UserError(f"{part}: {str(error).removeprefix('the command line: ')}") from None
-        if trains:
-            started.setdefault(part, (program, options))
-    return started
+    return list(programs.values())
+
+
+def part_of(job: Job) -> str:
+    """Return the part of the experiment's file that a job belongs to."""
+    return f"methods: '{job.method}'" if job.method else job.kind
 
 
 def check_starts(
-    config: ExperimentConfig, started: dict[str, tuple[str, Any]], check_scorers: Callable[..., None]
+    config: ExperimentConfig,
+    programs: list[PlannedProgram],
+    check_scorers: Callable[..., None],
 ) -> None:
     """Raise UserError where a program would refuse its start, or a split or half that is used is left without rows.
 
-    `started`: what `check_programs` returns. `check_scorers(specs, made_later)` refuses scorers that cannot be made.
-    Models are built without weights, of which it is only seen whether the files are whole.
+    `programs`: what `check_programs` returns. `check_scorers(specs, made_later)` refuses scorers that cannot be made.
+    Models are built without weights, and only whether the files are whole is checked.
     """
     for name in ("gold", "referee", "others"):
         specs = [{"name": f"{name}{i}", **spec} for i, spec in enumerate(getattr(config, name))]
         if specs:
             check_scorers(specs)
-    seen: dict[str, set[str]] = {}  # the rows that were looked at, and the prompts that they train on
-    for part, (program, options) in started.items():
+    made_later = {f"{config.output_dir}/seed-{seed}/reward" for seed in config.seeds}
+    trained_on: dict[str, set[str]] = {}  # the rows that were read, and the prompts among them
+    for planned in programs:
         try:
-            made = {f"{config.output_dir}/seed-{seed}/reward" for seed in config.seeds}
-            for specs in (getattr(options, "reward", None), getattr(options, "eval_scorers", None)):
+            for name in ("reward", "eval_scorers"):
+                specs = getattr(planned.options, name, None)
                 if specs:
-                    check_scorers(specs, made)
-            check_model(program, options)
-            check_rows(program, options, config.pairs.get("prompts"), seen)
+                    check_scorers(specs, made_later)
+            check_model(planned.program, planned.options)
+            check_rows(planned.program, planned.options, config.pairs.get("prompts"), trained_on)
         except UserError as error:
-            raise UserError(f"{part}: {error}") from None
-    check_measured(config, set().union(*seen.values()))
+            raise UserError(f"{planned.part}: {error}") from None
+    check_measured(config, set().union(*trained_on.values()))
 
 
 def check_model(program: str, options: Any) -> None:
@@ -160,14 +204,20 @@ def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
     from rlhf.data.records import Instruction, Prompt, prompt_group
     from rlhf.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(config.foundation)
-    given = {"split": "test", "on_error": config.on_error, "validation_fraction": config.validation_fraction}
+    tokenizer = load_tokenizer(config.initial_policy)
 
     def rows(kind: type, data: list[str], longest: int | None) -> list[dict[str, Any]]:
-        records = load(data, kind, **given, test_fraction=config.test_fraction)
+        records = load(
+            data,
+            kind,
+            split="test",
+            on_error=config.on_error,
+            validation_fraction=config.validation_fraction,
+            test_fraction=config.test_fraction,
+        )
         return encode(records, tokenizer, config.max_prompt_length, longest, config.on_error)[0]
 
-    known = trained_on | hashes(config.foundation)
+    known = trained_on | hashes(config.initial_policy)
     prompts = [row["record"] for row in rows(Prompt, config.prompts, None)]
     groups = {record.group for record in prompts if prompt_group(record.prompt) not in known}
     if len(groups) < 2:
@@ -181,20 +231,20 @@ def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
 
 
 def check_decisions(config: ExperimentConfig) -> None:
-    """Raises UserError if what is to decide is what a method learns from, or cannot be asked, or nothing can start."""
+    """Raise UserError if what is to decide is what a method learns from, or cannot be asked, or nothing can start."""
     from rlhf.compare.measure import identities
 
     learnt: dict[Any, str] = {}
     for name in config.trained:
-        for spec in config.methods[name].get("options", {}).get("reward") or []:
+        for spec in config.method_specs[name].options.get("reward") or []:
             if spec.get("weight", 1.0):
-                learnt |= {identity: name for identity in identities(spec)}
+                learnt |= dict.fromkeys(identities(spec), name)
     for option in ("gold", "referee"):
         for spec in getattr(config, option):
-            taken = [learnt[identity] for identity in identities(spec) if identity in learnt]
-            if taken:
+            learners = [learnt[identity] for identity in identities(spec) if identity in learnt]
+            if learners:
                 raise UserError(
-                    f"{option} {spec}: '{taken[0]}' learns from it, so it cannot decide; list it in 'others'"
+                    f"{option} {spec}: '{learners[0]}' learns from it, so it cannot decide; list it in 'others'"
                 )
     if config.judge:
         from rlhf.compare.judge import load_judge

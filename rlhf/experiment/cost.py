@@ -7,26 +7,35 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.experiment.config import ExperimentConfig
-from rlhf.experiment.plan import PILOT_STEPS
+from rlhf.experiment.plan import PILOT_STEPS, given_length
 from rlhf.runs.tracking import read_metrics
 
 
+def known_lengths(config: ExperimentConfig) -> dict[str, int] | None:
+    """Return the steps of each method, or None where they follow from pilots that are not done."""
+    if config.matched is None:
+        return {name: given_length(config.method_specs[name]) for name in config.trained}
+    try:
+        return planned_lengths(config)
+    except (KeyError, UserError):
+        return None
+
+
 def planned_lengths(config: ExperimentConfig) -> dict[str, int]:
-    """method -> steps: as many as its share of the budget pays for, by the pilot's cost of a step.
+    """Return as many steps of each method as its share of the budget pays for, by the pilot's cost of a step.
 
     A method pays for the sampled pairs and, if it learns from the reward model, for its training too; all by the first
-    seed, so that the seeds are equally long. Raises UserError where nothing is left for training.
+    seed, so that the seeds are equally long. Raises UserError where too little is left for training.
     """
     counter, total = config.matched, config.budget["total"]
-    result = {}
+    lengths = {}
     for name in config.trained:
         shared = shared_cost(config, config.seeds[0], parts_of(config, name))
         spent = sum(part.get(counter, 0.0) for part in shared.values())
-        each = step_cost(
-            Path(config.output_dir) / "pilot" / name, counter, PILOT_STEPS[config.methods[name]["program"]]
-        )
+        pilot = Path(config.output_dir) / "pilot" / name
+        each = step_cost(pilot, counter, PILOT_STEPS[config.method_specs[name].program])
         steps = int((total - spent) // each)
         if steps < config.checkpoints:
             raise UserError(
@@ -34,19 +43,18 @@ def planned_lengths(config: ExperimentConfig) -> dict[str, int]:
                 f"{max(steps, 0)} steps of '{name}' ({each:g} each), fewer than its {config.checkpoints} checkpoints. "
                 "Raise 'total'"
             )
-        result[name] = steps
-    return result
+        lengths[name] = steps
+    return lengths
 
 
 def parts_of(config: ExperimentConfig, method: str) -> tuple[str, ...]:
-    """The shared parts that a method pays for: everyone learns from the pairs, through the reward model or directly."""
-    spec = config.methods.get(method, {})
-    by_reward = method == "best_of_n" or spec.get("program") == "ppo"
-    return ("pairs", "reward") if by_reward and config.reward else ("pairs",)
+    """Return the shared parts that a method pays for: the pairs, and the reward model where it learns from that."""
+    learns_from_reward = config.method_specs[method].program != "dpo"
+    return ("pairs", "reward") if learns_from_reward and config.reward else ("pairs",)
 
 
 def shared_cost(config: ExperimentConfig, seed: int, parts: Sequence[str] = ("pairs", "reward")) -> dict[str, dict]:
-    """part -> counters of what a seed's methods share; a part that was given, not made here, costs nothing."""
+    """Return the counters of what a seed's methods share, by part; a part that was given costs nothing."""
     folder, costs = Path(config.output_dir) / f"seed-{seed}", {}
     if "pairs" in parts and "sample" in config.pairs:
         costs["pairs"] = store_cost(folder / "preferences.db")
@@ -56,7 +64,7 @@ def shared_cost(config: ExperimentConfig, seed: int, parts: Sequence[str] = ("pa
 
 
 def store_cost(store: Path) -> dict[str, float]:
-    """What sampling the responses of a preference store has cost, as `rlhf collect sample` wrote down."""
+    """Return what sampling the responses of a preference store has cost, as `rlhf collect sample` recorded it."""
     from rlhf.data.store import Store
 
     if not store.is_file():
@@ -66,33 +74,37 @@ def store_cost(store: Path) -> dict[str, float]:
 
 
 def run_cost(folder: Path) -> dict[str, float]:
-    """The counters of a finished run."""
+    """Return the counters of a finished run."""
     file = folder / "result.json"
     result = json.loads(file.read_text()) if file.is_file() else {}
-    return bare(result.get("budget", {}))
+    return counters_of(result.get("budget", {}))
 
 
 def cost_until(folder: Path, step: int) -> dict[str, float]:
-    """The counters of a run after `step` steps, between the logged steps in proportion; empty where none are logged."""
+    """Return the counters of a run after `step` steps, interpolated between logged steps; empty where none are."""
     before: dict[str, float] = {}
-    at = 0
+    step_before = 0
     if not (folder / "metrics.jsonl").is_file():
         return before
     for row in read_metrics(folder / "metrics.jsonl"):
-        cost = bare({name: value for name, value in row.items() if name.startswith("budget/")})
+        cost = counters_of(row)
         if not cost:
             continue
         if row["step"] >= step:
-            share = (step - at) / max(row["step"] - at, 1)
-            return {n: before.get(n, 0.0) + share * (value - before.get(n, 0.0)) for n, value in cost.items()}
-        before, at = cost, row["step"]
+            share = (step - step_before) / max(row["step"] - step_before, 1)
+            return {name: _between(before.get(name, 0.0), value, share) for name, value in cost.items()}
+        before, step_before = cost, row["step"]
     return before
 
 
-def step_cost(folder: Path, counter: str, steps: int) -> float:
-    """What one step costs: from the first to the last of a pilot, so that starting up does not count.
+def _between(start: float, end: float, share: float) -> float:
+    return start + share * (end - start)
 
-    Raises UserError where the pilot has not come so far.
+
+def step_cost(folder: Path, counter: str, steps: int) -> float:
+    """Return what one step costs, from a pilot's first to its last, so that starting up does not count.
+
+    Raises UserError where the pilot has fewer steps.
     """
     first, before, last = (cost_until(folder, step).get(counter, 0.0) for step in (1, steps - 1, steps))
     if not first < before < last:
@@ -103,6 +115,7 @@ def step_cost(folder: Path, counter: str, steps: int) -> float:
     return (last - first) / (steps - 1)
 
 
-def bare(budget: dict[str, Any]) -> dict[str, float]:
-    """budget/flops -> flops."""
-    return {name.removeprefix("budget/"): float(value) for name, value in budget.items()}
+def counters_of(row: dict[str, Any]) -> dict[str, float]:
+    """Return the counters among metrics, without their prefix: budget/flops -> flops."""
+    prefix = "budget/"
+    return {name.removeprefix(prefix): float(value) for name, value in row.items() if name.startswith(prefix)}

@@ -5,9 +5,9 @@ OUT/referee/                    where the experiment trains one
 OUT/pilot/METHOD/               a few steps of each method, from which the matched lengths follow
 OUT/seed-S/preferences.db       pairs, where they are sampled
 OUT/seed-S/reward/              the reward model
-OUT/seed-S/METHOD-STRENGTH/     one trial
+OUT/seed-S/METHOD-OPTION-VALUE/ one trial
 OUT/measures/...                the responses of every policy with their measures
-OUT/jobs/NAME.json, OUT/logs/   what is done, and what each program said
+OUT/jobs/NAME.json, OUT/logs/   what is done, and the output of each program
 """
 
 from __future__ import annotations
@@ -15,241 +15,387 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from rlhf.config import UserError, read_yaml
-from rlhf.experiment.config import LENGTH, ExperimentConfig, sweep_of
+from rlhf.errors import UserError
+from rlhf.experiment.config import BEST_OF_N, LENGTH_OPTION, ExperimentConfig, Method, Part
 from rlhf.files import model_files, scorer_files
+from rlhf.values import read_yaml
 
+INITIAL = "foundation"  # the folder of the initial policy's measurements
 PILOT_STEPS = {"dpo": 8, "ppo": 3}
+REFEREE_SEED = 1000  # added to the first seed, so that the referee shares no noise with a reward model
+
+# options of the experiment that decide what is measured, and stand in no command
+MEASURED_BY = (
+    *("prompts", "gold", "referee", "others", "perplexity", "n_prompts", "samples_per_prompt", "temperature"),
+    *("max_prompt_length", "max_response_length", "validation_fraction", "test_fraction"),
+)
+# the same for every program, so that all see the same splits and lengths
+LIMITS = ("max_prompt_length", "max_response_length", "validation_fraction", "test_fraction", "on_error")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a job measures: the policies of a trial, the initial policy, or its responses by a seed's reward model."""
+
+    trial: str  # its folder below measures/
+    kind: Literal["initial", "seed", "trial"]
+    seed: int | None
+    settings: dict[str, Any]  # what decides the result and is in no command
 
 
 @dataclass
 class Job:
-    """One program of the experiment."""
+    """One program of a plan, what it needs and what it leaves."""
 
     name: str
-    command: list[str]  # without what launches it
+    program: str  # "rlhf" or a module: launch.ppo
+    arguments: list[str]
+    kind: Literal["sandbox", "sample", "annotate", "reward", "referee", "pilot", "trial", "measure", "compare"]
+    description: str = ""
     needs: list[str] = field(default_factory=list)
     after: list[str] = field(default_factory=list)  # those of `needs` that only have to be there, whatever they are
-    leaves: list[str] = field(default_factory=list)  # files that have to be there when it is done
     reads: list[str] = field(default_factory=list)  # files whose contents count
-    folder: str | None = None  # where a training program writes its metrics
-    steps: int | None = None  # how many it makes
-    trial: tuple[str, float, int] | None = None  # method, strength, seed
+    outputs: list[str] = field(default_factory=list)  # files that are there when it is done
+    owned: list[str] = field(default_factory=list)  # files and folders that it writes, moved away with it
+    fresh: bool = False  # nothing owned may be there when it starts
+    run_folder: str | None = None  # where a training program writes its metrics
+    steps: int | None = None  # how many it makes, where that is planned
+    seed: int | None = None
+    method: str | None = None
+    swept: float | None = None
+    measures: Measurement | None = None
+
+    @property
+    def command(self) -> list[str]:
+        """The words of the command, without what launches it."""
+        return [self.program, *self.arguments]
 
 
 def plan(config: ExperimentConfig, lengths: dict[str, int] | None) -> list[Job]:
-    """The jobs in the order in which they are wanted. Trials follow once `lengths` (method -> steps) are known."""
-    initial = measuring(config, "foundation", [])
+    """Return the jobs in the order in which they are wanted; trials once `lengths` (method -> steps) are known."""
+    initial = measuring(config, INITIAL, "initial", [])
     jobs = [] if config.train_referee else [initial]
     for seed in config.seeds:
         jobs += seed_jobs(config, seed)
-        if seed == config.seeds[0] and config.train_referee:  # which may learn from this seed's pairs
-            jobs.append(training(config, "referee", "reward", config.train_referee, seed + 1000, half="b"))
-            jobs.append(initial)
-        if seed == config.seeds[0] and config.matched:
-            jobs += [pilot(config, name) for name in config.trained]
+        if seed == config.seeds[0]:
+            if config.train_referee:  # it may learn from this seed's pairs
+                jobs += [referee(config, seed), initial]
+            if config.matched:
+                jobs += [pilot(config, name) for name in config.trained]
         if lengths is not None:
-            jobs += [
-                job
-                for name in config.trained
-                for swept in sweep_of(config.methods[name])[1]
-                for job in trial(config, name, swept, seed, lengths[name])
-            ]
-        jobs.append(measuring(config, f"seed-{seed}/foundation", after_pairs(config, seed), seed))
+            for name in config.trained:
+                for swept in config.method_specs[name].values:
+                    jobs += trial(config, name, swept, seed, lengths[name])
+        jobs.append(measuring(config, f"seed-{seed}/{INITIAL}", "seed", made_before(config, seed), seed))
     return jobs
 
 
 def seed_jobs(config: ExperimentConfig, seed: int) -> list[Job]:
-    """Pairs and reward model of one seed."""
-    jobs, out = [], config.output_dir
-    if "sample" in config.pairs:
-        store = f"{out}/seed-{seed}/preferences.db"
-        sample = ["rlhf", "collect", "sample", "--config", config.pairs["sample"]]
-        sample += ["--model_name_or_path", config.foundation, "--data", ",".join(config.pairs["prompts"])]
-        sample += ["--store", store, "--seed", str(seed), *flags(limits(config))]
-        annotate = ["rlhf", "sandbox", "annotate", "--config", config.pairs["annotate"], "--store", store]
-        reads = [config.pairs["sample"], *config.pairs["prompts"], *weights_of(config.foundation)]
-        jobs.append(Job(f"seed-{seed}/sample", sample, leaves=[store], reads=reads))
-        annotate += ["--seed", str(seed)]
-        reads = [config.pairs["annotate"]]
-        jobs.append(Job(f"seed-{seed}/annotate", annotate, [f"seed-{seed}/sample"], leaves=[store], reads=reads))
+    """Return the jobs that make pairs and reward model of one seed."""
+    jobs = sampling(config, seed) if "sample" in config.pairs else []
     if config.reward:
-        jobs.append(training(config, f"seed-{seed}/reward", "reward", config.reward, seed))
+        part = Part.model_validate(config.reward)
+        jobs.append(training(config, f"seed-{seed}/reward", "reward", "reward", part, seed))
     return jobs
 
 
-def trial(config: ExperimentConfig, name: str, swept: float, seed: int, steps: int) -> list[Job]:
-    """One run of a method, and its measuring."""
-    method = config.methods[name]
-    option = sweep_of(method)[0]
-    every = method.get("eval_every") or math.ceil(steps / config.checkpoints)
-    # an interrupted run leaves a checkpoint more, which must not push out one that is to be measured
-    more = {option: swept, **length(method, steps), "save_steps": every, "save_total_limit": steps + 1}
-    own = f"seed-{seed}/{name}-{option}-{swept:g}"
-    run = training(config, own, method["program"], method, seed, more)
-    run.steps, run.trial = steps, (name, swept, seed)
-    return [run, measuring(config, own, [own, *after_pairs(config, seed)], seed)]
+def sampling(config: ExperimentConfig, seed: int) -> list[Job]:
+    """Return the jobs that sample pairs and let simulated annotators vote on them."""
+    store = f"{config.output_dir}/seed-{seed}/preferences.db"
+    # votes are in the store of the samples, so both are made anew together
+    shared = {"outputs": [store], "owned": [store, f"{store}-wal", f"{store}-shm"], "seed": seed}
+    sample = Job(
+        name=f"seed-{seed}/sample",
+        program="rlhf",
+        arguments=[
+            *("collect", "sample", "--config", config.pairs["sample"]),
+            *("--model_name_or_path", config.initial_policy, "--data", ",".join(config.pairs["prompts"])),
+            *("--store", store, "--seed", str(seed), *flags(limits(config))),
+        ],
+        kind="sample",
+        reads=[config.pairs["sample"], *config.pairs["prompts"], *weights_of(config.initial_policy)],
+        fresh=True,  # the cost of sampling would be added to that in the store
+        **shared,
+    )
+    annotate = Job(
+        name=f"seed-{seed}/annotate",
+        program="rlhf",
+        arguments=[
+            *("sandbox", "annotate", "--config", config.pairs["annotate"]),
+            *("--store", store, "--seed", str(seed)),
+        ],
+        kind="annotate",
+        needs=[sample.name],
+        reads=[config.pairs["annotate"]],
+        **shared,
+    )
+    return [sample, annotate]
+
+
+def referee(config: ExperimentConfig, first_seed: int) -> Job:
+    """Return the job that trains the referee, on the half of the groups that no method sees."""
+    part = Part.model_validate(config.train_referee)
+    return training(config, "referee", "referee", "reward", part, first_seed + REFEREE_SEED)
 
 
 def pilot(config: ExperimentConfig, name: str) -> Job:
-    """A few steps at the first strength, whose cost tells how many steps the budget allows."""
-    method = config.methods[name]
-    option, values = sweep_of(method)
-    steps = PILOT_STEPS[method["program"]]
-    more = {option: values[0], **length(method, steps), "save_steps": 0, "logging_steps": 1}
-    return training(config, f"pilot/{name}", method["program"], method, config.seeds[0], more)
+    """Return the job of a few steps at the first swept value, whose cost tells how many the budget allows."""
+    method = config.method_specs[name]
+    steps = PILOT_STEPS[method.program]
+    more = {method.swept_option: method.values[0], **length_options(method, steps), "save_steps": 0, "logging_steps": 1}
+    job = training(config, f"pilot/{name}", "pilot", method.program, method, config.seeds[0], more)
+    job.method = name
+    return job
+
+
+def trial(config: ExperimentConfig, name: str, swept: float, seed: int, steps: int) -> list[Job]:
+    """Return one run of a method, and its measuring."""
+    method = config.method_specs[name]
+    every = method.eval_every or math.ceil(steps / config.checkpoints)
+    more = {
+        method.swept_option: swept,
+        **length_options(method, steps),
+        "save_steps": every,
+        # an interrupted run leaves one checkpoint more, which must not push out one that is to be measured
+        "save_total_limit": steps + 1,
+    }
+    own = f"seed-{seed}/{name}-{method.swept_option}-{swept:g}"
+    job = training(config, own, "trial", method.program, method, seed, more)
+    job.method, job.swept, job.steps = name, swept, steps
+    return [job, measuring(config, own, "trial", [own, *made_before(config, seed)], seed)]
 
 
 def training(
     config: ExperimentConfig,
     name: str,
+    kind: Literal["reward", "referee", "pilot", "trial"],
     program: str,
-    part: dict[str, Any],
+    part: Part,
     seed: int,
     more: dict[str, Any] | None = None,
-    half: str | None = None,
 ) -> Job:
-    """One of the four programs, with the options of its part of the experiment and those that are the same for all."""
+    """Return the job of a training program, with the options of its part and those that are the same for all."""
     folder = f"{config.output_dir}/{name}"
-    pairs_seed = config.seeds[0] if name == "referee" else seed
-    reward = f"{config.output_dir}/seed-{seed}/reward"
-    options: dict[str, Any] = {"model_name_or_path": config.foundation, "data": data_of(config, pairs_seed)}
-    options |= {"output_dir": folder, "seed": seed, "half": half or ("a" if config.halves else "all"), **limits(config)}
-    needs = after_pairs(config, pairs_seed, reward=False)
+    pairs_seed = config.seeds[0] if kind == "referee" else seed
+    needs = made_before(config, pairs_seed, with_reward=program == "ppo")
+    half = "all"
+    if config.train_referee:
+        half = "b" if kind == "referee" else "a"
+
+    options: dict[str, Any] = {
+        "model_name_or_path": config.initial_policy,
+        "data": data_of(config, pairs_seed),
+        "output_dir": folder,
+        "seed": seed,
+        "half": half,
+        **limits(config),
+    }
     if program != "reward":
         options |= {"eval_prompts": 0, "temperature": config.temperature}
-    if program == "ppo":
-        options |= {"reward": [{"model": "{reward}"}]} if config.reward else {}
-        needs += [f"seed-{seed}/reward"] if config.reward else []
-    options |= part.get("options", {}) | (more or {})
-    command = [f"launch/{program}.py"]
-    command += ["--config", part["config"]] if part.get("config") else []
-    command += [word.replace("{reward}", reward) for word in flags(options)]
-    given = [] if "sample" in config.pairs else config.pairs["data"]  # what a job makes counts as that job
-    reads = [*([part["config"]] if part.get("config") else []), *given, *weights_of(config.foundation)]
-    reads += [file for spec in part.get("options", {}).get("reward") or [] for file in files_of(spec)]
-    return Job(name, command, needs, leaves=[f"{folder}/result.json"], reads=reads, folder=folder)
+    if program == "ppo" and config.reward:
+        options["reward"] = [{"model": "{reward}"}]
+    options |= part.options | (more or {})
+    arguments = ["--config", part.config] if part.config else []
+    reward = f"{config.output_dir}/seed-{seed}/reward"
+    arguments += [word.replace("{reward}", reward) for word in flags(options)]
 
-
-def measuring(config: ExperimentConfig, name: str, needs: list[str], seed: int | None = None) -> Job:
-    """The measuring of a trial's policies, or of the foundation (and the best of n of its responses)."""
-    command = ["rlhf", "experiment", "measure", config.output_dir, "--trial", name]
-    # what decides how a policy is measured is not in the command but in experiment.yaml
-    how = {n: getattr(config, n) for n in MEASURED_BY}
-    own = [spec for n in config.trained for spec in config.methods[n].get("options", {}).get("reward") or []]
-    if seed is not None and own:
-        how["rewards"] = own
-    if name == "foundation":
-        how |= {"foundation": config.foundation, "pool": config.pool}
-    elif name == f"seed-{seed}/foundation":
-        how |= {"best_of_n": config.methods.get("best_of_n")}
-    texts = [file for files in config.perplexity.values() for file in files]
-    scorers = [*config.gold, *config.referee, *config.others, *(own if seed is not None else [])]
-    reads = [*config.prompts, *texts, *(file for spec in scorers for file in files_of(spec))]
-    referee = ["referee"] if config.train_referee else []
-    first = ["measure/foundation"] if name != "foundation" else []
+    reads = [part.config] if part.config else []
+    # pairs that a job makes count as that job
+    reads += config.pairs.get("data", [])
+    reads += weights_of(config.initial_policy)
+    reads += files_of(part.options.get("reward") or [])
     return Job(
-        f"measure/{name}",
-        [*command, f"# {json.dumps(how, sort_keys=True)}"],
-        [*needs, *referee, *first],
-        after=first if name != f"seed-{seed}/foundation" else [],
-        leaves=[f"{config.output_dir}/measures/{name}/done.json"],
-        reads=[*reads, *(weights_of(config.foundation) if name == "foundation" else [])],
+        name=name,
+        program=f"launch.{program}",
+        arguments=arguments,
+        kind=kind,
+        needs=needs,
+        reads=reads,
+        outputs=[f"{folder}/result.json"],
+        owned=[folder],
+        run_folder=folder,
+        seed=seed,
     )
 
 
-def files_of(spec: dict[str, Any]) -> list[str]:
-    """The files that a scorer's scores depend on."""
-    return [str(path) for path in scorer_files(spec)]
+def measuring(
+    config: ExperimentConfig,
+    name: str,
+    kind: Literal["initial", "seed", "trial"],
+    needs: list[str],
+    seed: int | None = None,
+) -> Job:
+    """Return the job that measures a trial's policies, or the initial policy (and the best of n of its responses)."""
+    settings = {option: getattr(config, option) for option in MEASURED_BY}
+    learnt = config.learnt_scorers() if seed is not None else []
+    if learnt:
+        settings["rewards"] = learnt
+    if kind == "initial":
+        settings |= {"initial_policy": config.initial_policy, "pool": config.pool}
+    elif kind == "seed":
+        settings[BEST_OF_N] = config.methods.get(BEST_OF_N)
+
+    reads = list(config.prompts)
+    for texts in config.perplexity.values():
+        reads += texts
+    reads += files_of([*config.gold, *config.referee, *config.others, *learnt])
+    if kind == "initial":
+        reads += weights_of(config.initial_policy)
+    # the initial policy's measurements have to be there for a trial's, whatever they are; a seed's are made from them
+    first = [] if kind == "initial" else [f"measure/{INITIAL}"]
+    folder = f"{config.output_dir}/measures/{name}"
+    return Job(
+        name=f"measure/{name}",
+        program="rlhf",
+        arguments=["experiment", "measure", config.output_dir, "--trial", name],
+        kind="measure",
+        needs=[*needs, *(["referee"] if config.train_referee else []), *first],
+        after=first if kind == "trial" else [],
+        reads=reads,
+        outputs=[f"{folder}/done.json"],
+        owned=[folder],
+        seed=seed,
+        measures=Measurement(name, kind, seed, settings),
+    )
+
+
+def files_of(scorers: list[dict[str, Any]]) -> list[str]:
+    """Return the files that the scorers' scores depend on."""
+    files = []
+    for spec in scorers:
+        files += map(str, scorer_files(spec))
+    return files
 
 
 def weights_of(initial: str) -> list[str]:
-    """The files of a local foundation, whose contents decide whether a run starts from the same one."""
-    return [str(path) for path in model_files(initial)]
+    """Return the files of a local initial policy, whose contents decide whether a run starts from the same one."""
+    return list(map(str, model_files(initial)))
 
 
-MEASURED_BY = (
-    *("prompts", "gold", "referee", "others", "perplexity", "n_prompts", "samples_per_prompt", "temperature"),
-    *("max_prompt_length", "max_response_length", "validation_fraction", "test_fraction"),
-)
-
-
-def after_pairs(config: ExperimentConfig, seed: int, reward: bool = True) -> list[str]:
-    """The jobs that make what the methods of this seed learn from."""
+def made_before(config: ExperimentConfig, seed: int, *, with_reward: bool = True) -> list[str]:
+    """Return the jobs that make what the methods of this seed learn from."""
     made = [f"seed-{seed}/annotate"] if "sample" in config.pairs else []
-    return made + ([f"seed-{seed}/reward"] if reward and config.reward else [])
+    if with_reward and config.reward:
+        made.append(f"seed-{seed}/reward")
+    return made
 
 
 def data_of(config: ExperimentConfig, seed: int) -> list[str]:
-    return [f"{config.output_dir}/seed-{seed}/preferences.db"] if "sample" in config.pairs else config.pairs["data"]
+    return config.pairs.get("data") or [f"{config.output_dir}/seed-{seed}/preferences.db"]
 
 
 def limits(config: ExperimentConfig) -> dict[str, Any]:
-    """The options that are the same for every program, so that all see the same splits and lengths."""
-    names = ("max_prompt_length", "max_response_length", "validation_fraction", "test_fraction", "on_error")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in LIMITS}
 
 
-def length(method: dict[str, Any], steps: int) -> dict[str, int]:
-    """The option that makes a method take so many steps."""
-    each = rollout_size(method) if method["program"] == "ppo" else 1
-    return {LENGTH[method["program"]]: steps * each}
+def length_options(method: Method, steps: int) -> dict[str, int]:
+    """Return the option that makes a method take so many steps."""
+    return {LENGTH_OPTION[method.program]: steps * episodes_per_step(method)}
 
 
-def rollout_size(method: dict[str, Any]) -> int:
-    """Responses in a step of PPO, as the method's options or its file have it, else PPO's default."""
-    from dataclasses import fields
-
+def episodes_per_step(method: Method) -> int:
+    """Return the responses in a step of PPO, as the method's options or file have it, else PPO's default; 1 for DPO."""
     from rlhf.options.ppo import PPOConfig
 
-    default = next(f.default for f in fields(PPOConfig) if f.name == "rollout_batch_size")
-    given = read_yaml(method["config"]) if method.get("config") else {}
-    return int(float((given | method.get("options", {})).get("rollout_batch_size", default)))
+    if method.program != "ppo":
+        return 1
+    name = "rollout_batch_size"
+    (default,) = (option.default for option in fields(PPOConfig) if option.name == name)
+    return int(float(given_options(method).get(name, default)))
 
 
-def given_length(method: dict[str, Any]) -> int:
-    """Steps of a method whose budget is not matched: as its options or its file say. UserError if they do not."""
-    name = LENGTH[method["program"]]
-    given = (read_yaml(method["config"]) if method.get("config") else {}) | method.get("options", {})
-    steps = int(float(given.get(name, -1))) // (rollout_size(method) if method["program"] == "ppo" else 1)
+def given_length(method: Method) -> int:
+    """Return the steps of a method whose budget is not matched. UserError if its options and file do not say."""
+    name = LENGTH_OPTION[method.program]
+    steps = int(float(given_options(method).get(name, -1))) // episodes_per_step(method)
     if steps < 1:
         raise UserError(
-            f"methods: how long '{method['program']}' trains is not known: give '{name}' in its options or file, or "
+            f"methods: how long '{method.program}' trains is not known: give '{name}' in its options or file, or "
             "match a budget"
         )
     return steps
 
 
+def given_options(part: Part) -> dict[str, Any]:
+    return (read_yaml(part.config) if part.config else {}) | part.options
+
+
 def flags(options: dict[str, Any]) -> list[str]:
-    """Options as words of a command line that rlhf.config.parse reads back as they were."""
+    """Return options as words of a command line that rlhf.config.parse reads back as they were."""
     words = []
     for name, value in options.items():
-        if value is None or isinstance(value, bool):
-            value = str(value).lower()
-        words += [f"--{name}", json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else str(value)]
+        if isinstance(value, (dict, list)):
+            text = json.dumps(value, ensure_ascii=False)
+        elif value is None or isinstance(value, bool):
+            text = str(value).lower()
+        else:
+            text = str(value)
+        words += [f"--{name}", text]
     return words
 
 
 def fingerprints(jobs: list[Job]) -> dict[str, str]:
-    """name -> what the job is: its command, the contents of what it reads, and the jobs it stands on."""
+    """Return what each job is, by name: its command, the contents of what it reads, and the jobs it depends on."""
     contents: dict[str, str] = {}
     result: dict[str, str] = {}
     for job in jobs:  # in order, so that what a job needs comes before it
         for file in job.reads:
             if file not in contents:
                 contents[file] = sha256(file)
-        record_dependency = [result[n] for n in job.needs if n not in job.after]
-        about = [job.command, [contents[f] for f in job.reads], record_dependency]
-        result[job.name] = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+        dependencies = [result[name] for name in job.needs if name not in job.after]
+        metadata = [fingerprint_words(job), [contents[file] for file in job.reads], dependencies]
+        result[job.name] = hashlib.sha256(json.dumps(metadata).encode()).hexdigest()[:16]
     return result
 
 
+def fingerprint_words(job: Job) -> list[str]:
+    """Return the words that stand for a job's command in its fingerprint.
+
+    Their form and names are those of the first version, so that what it and later ones have made is recognised.
+    """
+    program = "rlhf" if job.program == "rlhf" else f"{job.program.replace('.', '/')}.py"
+    words = [program, *("--on_bad" if word == "--on_error" else word for word in job.arguments)]
+    if job.measures:
+        words[1] = "compare"
+        settings = dict(job.measures.settings)
+        if "initial_policy" in settings:
+            settings["foundation"] = settings.pop("initial_policy")
+        if settings.get(BEST_OF_N):
+            settings[BEST_OF_N] = {"strength": settings[BEST_OF_N]["sweep"]}
+        words.append(f"# {json.dumps(settings, sort_keys=True)}")
+    return words
+
+
+def recorded_options(record: dict[str, Any]) -> dict[str, str]:
+    """Return the options of a command and the settings of a measurement that a job's record holds, by today's names."""
+    command = ["--on_error" if word == "--on_bad" else word for word in record.get("command", [])]
+    settings = record.get("settings", {})
+    if command and command[-1].startswith("# "):
+        # the first version wrote the settings as the command's last word
+        settings = json.loads(command.pop().removeprefix("# "))
+        if "foundation" in settings:
+            settings["initial_policy"] = settings.pop("foundation")
+        if settings.get(BEST_OF_N):
+            settings[BEST_OF_N] = {"sweep": settings[BEST_OF_N]["strength"]}
+    options = {name: value for name, value in pairwise(command) if name.startswith("--")}
+    return options | {name: str(value) for name, value in settings.items()}
+
+
+def record_of(job: Job) -> dict[str, Any]:
+    """Return what is recorded of how a job is done."""
+    record: dict[str, Any] = {"command": job.command}
+    if job.measures:
+        record["settings"] = job.measures.settings
+    return record
+
+
 def sha256(file: str) -> str:
-    """Of a file's contents; of the name where it is none (a name on the Hub)."""
+    """Return the hash of a file's contents, or its name where it is no file (a name on the Hub)."""
     if not Path(file).is_file():
         return f"name {file}"
     with open(file, "rb") as opened:

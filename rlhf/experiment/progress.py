@@ -1,37 +1,45 @@
-"""What is seen while an experiment runs: a table that stays in its place on a terminal, lines in a log."""
+"""What is shown of an experiment: a table that stays in its place on a terminal, lines in a log, and its status."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rlhf.experiment.config import sweep_of
+from rlhf.experiment.config import ExperimentConfig
+from rlhf.experiment.plan import Job
+from rlhf.experiment.processes import JOB, programs_of
+from rlhf.experiment.state import ExperimentState, load_state, read_json
 
-EVERY = 60.0  # seconds between summaries where there is no terminal
+LOG_SECONDS = 60.0  # between summaries where there is no terminal
+LOG_WIDTH = 130
+TAIL_BYTES = 20_000  # of a metrics file, more than its last line
 SIGNS = {"waiting": "·", "blocked": "blocked", "failed": "failed", "done": "trained"}
 
 
-class Display:
-    """The state of all trials, drawn once a second on a terminal, told in lines elsewhere."""
+class LiveTable:
+    """The state of all trials, drawn once a second on a terminal, logged in lines elsewhere."""
 
-    def __init__(self, work: Any):
+    def __init__(self, config: ExperimentConfig, state: ExperimentState):
         from rich.console import Console
 
-        self.work, self.console = work, Console()
+        self.config, self.state = config, state
+        self.console = Console()
         if not self.console.is_terminal:
-            self.console = Console(width=130)  # a log wraps nothing
-        self.began, self.told, self.live = time.monotonic(), time.monotonic(), None
-        self.known_done = len(work.done)
+            self.console = Console(width=LOG_WIDTH)
+        self.live = None
+        self.started_at = self.logged_at = time.monotonic()
+        self.done_before = len(state.done)
 
-    def __enter__(self):
+    def __enter__(self) -> LiveTable:
         if self.console.is_terminal:
             from rich.live import Live
 
             self.live = Live(console=self.console, refresh_per_second=1, get_renderable=self.table)
             self.live.__enter__()
-        self.log(f"{len(self.work.done)} of {len(self.work.jobs)} jobs are done already")
+        self.log(f"{len(self.state.done)} of {len(self.state.jobs)} jobs are done already")
         return self
 
     def __exit__(self, *error) -> None:
@@ -44,80 +52,88 @@ class Display:
         stamp = time.strftime("%H:%M:%S")
         self.console.print(f"{stamp}  {text}", markup=False, highlight=False, soft_wrap=True)
 
+    def started(self, job: Job) -> None:
+        self.log(f"{job.name}: started")
+
     def update(self) -> None:
-        """In a log: a line once a minute."""
-        if self.live is None and time.monotonic() - self.told > EVERY:
-            self.told = time.monotonic()
-            parts = [f"{name} {self.progress(name) or ''}".strip() for name in self.work.running]
-            self.log(f"{self.summary()}; running: {', '.join(parts) or 'nothing'}")
+        """Log a summary once a minute where there is no terminal."""
+        if self.live or time.monotonic() - self.logged_at < LOG_SECONDS:
+            return
+        self.logged_at = time.monotonic()
+        jobs = map(self.state.job, self.state.running)
+        running = [f"{job.name} {share_done(job)}".strip() for job in jobs]
+        self.log(f"{self.summary()}; running: {', '.join(running) or 'nothing'}")
 
     def summary(self) -> str:
-        work = self.work
-        done, total, now_done = len(work.done), len(work.jobs), len(work.done) - self.known_done
+        done, total = len(self.state.done), len(self.state.jobs)
         text = f"{done} of {total} jobs"
-        if work.lengths is None:
-            return f"{text} (the trials follow when the pilots have told what a step costs)"
-        if now_done >= 3:
-            left = (time.monotonic() - self.began) / now_done * (total - done) / 60
-            text += f", about {left:.0f} min left"
-        return text
+        if self.state.lengths is None:
+            return f"{text} (the trials follow once the pilots have shown what a step costs)"
+        done_now = done - self.done_before
+        if done_now < 3:
+            return text
+        minutes = (time.monotonic() - self.started_at) / done_now * (total - done) / 60
+        return f"{text}, about {minutes:.0f} min left"
 
     def table(self):
-        """One row for each method and strength, one column for each seed."""
+        """Return one row for each method and swept value, one column for each seed."""
         from rich.table import Table
 
-        config = self.work.config
+        seeds = self.config.seeds
         table = Table(title=self.summary(), title_justify="left", caption="judge @ KL; trained: not yet measured")
         table.add_column("method")
-        for seed in config.seeds:
+        for seed in seeds:
             table.add_column(f"seed {seed}", justify="right")
-        states = {job.name: self.work.state(job) for job in self.work.jobs}
-        for name in config.trained:
-            option, values = sweep_of(config.methods[name])
-            for swept in values:
-                own = f"{name}-{option}-{swept:g}"
-                cells = [self.cell(f"seed-{seed}/{own}", states) for seed in config.seeds]
-                table.add_row(f"{name} {option} {swept:g}", *cells)
-        before = [n for n, s in states.items() if s == "running" and not any(n.endswith(m) for m in self.trials())]
-        if before:
-            table.add_row("running", ", ".join(before), *[""] * (len(config.seeds) - 1))
+        trials = {(job.method, job.swept, job.seed): job for job in self.state.jobs if job.kind == "trial"}
+        for name in self.config.trained:
+            method = self.config.method_specs[name]
+            for swept in method.values:
+                cells = [self.cell(trials.get((name, swept, seed))) for seed in seeds]
+                table.add_row(f"{name} {method.swept_option} {swept:g}", *cells)
+        others = [job.name for job in self.state.jobs if job.name in self.state.running and not is_in_table(job)]
+        if others:
+            table.add_row("running", ", ".join(others), *[""] * (len(seeds) - 1))
         return table
 
-    def trials(self) -> list[str]:
-        return [job.name for job in self.work.jobs if job.trial]
-
-    def cell(self, name: str, states: dict[str, str]) -> str:
-        if states.get(f"measure/{name}") == "done":
-            return measured(self.work.out / "measures" / name / "done.json")
-        if states.get(f"measure/{name}") == "running":
+    def cell(self, trial: Job | None) -> str:
+        if trial is None:
+            return SIGNS["waiting"]
+        measuring = next(job for job in self.state.jobs if job.measures and job.measures.trial == trial.name)
+        measured = self.state.status(measuring)
+        if measured == "done":
+            return end_of_trial(Path(measuring.outputs[0]))
+        if measured == "running":
             return "measuring"
-        state = states.get(name, "waiting")
-        return self.progress(name) or "starting" if state == "running" else SIGNS[state]
-
-    def progress(self, name: str) -> str | None:
-        """The share of a run's steps that is logged."""
-        job = next(job for job in self.work.jobs if job.name == name)
-        if not job.steps:
-            return None
-        step = last_step(Path(job.folder) / "metrics.jsonl")
-        return f"{min(100 * step // job.steps, 100)} %"
+        status = self.state.status(trial)
+        return share_done(trial) or "starting" if status == "running" else SIGNS[status]
 
 
-def measured(file: Path) -> str:
-    """What done.json says of the end of a trial: 0.812 @ 2.1."""
-    try:
-        end = json.loads(file.read_text())["end"]
-    except (OSError, ValueError, KeyError):
+def is_in_table(job: Job) -> bool:
+    return job.kind == "trial" or (job.measures is not None and job.measures.kind == "trial")
+
+
+def share_done(job: Job) -> str:
+    """Return the share of a run's steps that is logged, or nothing."""
+    if not job.steps:
+        return ""
+    step = last_step(Path(job.run_folder) / "metrics.jsonl")
+    return f"{min(100 * step // job.steps, 100)} %"
+
+
+def end_of_trial(file: Path) -> str:
+    """Return what done.json says of the end of a trial: 0.812 @ 2.1."""
+    end = read_json(file).get("end")
+    if end is None:
         return "measured"
     judge = "" if end.get("judge") is None else f"{end['judge']:.3f} @ "
     return f"{judge}{end['kl']:.1f}"
 
 
 def last_step(file: Path) -> int:
-    """The step of the last whole line of a metrics file; 0 without one."""
+    """Return the step of the last whole line of a metrics file; 0 without one."""
     try:
         with open(file, "rb") as opened:
-            opened.seek(max(0, file.stat().st_size - 20_000))
+            opened.seek(max(0, file.stat().st_size - TAIL_BYTES))
             lines = opened.read().splitlines()
     except OSError:
         return 0
@@ -127,3 +143,35 @@ def last_step(file: Path) -> int:
         except (ValueError, KeyError, TypeError):
             continue
     return 0
+
+
+def experiment_status(config: ExperimentConfig) -> None:
+    """Print the jobs of an experiment and what has become of each, from what is there; nothing is started."""
+    from rich.console import Console
+    from rich.table import Table
+
+    state = load_state(config)
+    running = {process.environ().get(JOB) for process in programs_of(state.folder)}
+    table = Table("job", "status", "seconds")
+    counts: Counter[str] = Counter()
+    for job in state.jobs:
+        record = state.record(job.name)
+        status = "running" if job.name in running else status_from_record(state, job, record)
+        counts[status] += 1
+        seconds = record.get("seconds")
+        table.add_row(job.name, status, "" if seconds is None else f"{seconds:.0f}")
+    console = Console()
+    console.print(table)
+    console.print(f"{state.folder}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    if state.lengths is None:
+        console.print("The trials follow once the pilots have shown what a step costs.")
+
+
+def status_from_record(state: ExperimentState, job: Job, record: dict[str, Any]) -> str:
+    if job.name in state.done:
+        return "done"
+    if not record:
+        return "missing"
+    if record.get("fingerprint") != state.fingerprints[job.name]:
+        return "of other options"
+    return "output missing" if record.get("finished") else "interrupted"

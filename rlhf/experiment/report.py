@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.compare.results import Results
-from rlhf.config import UserError, option, parse
+from rlhf.config import option, parse
+from rlhf.errors import UserError
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.measure import load_experiment
 from rlhf.experiment.results import read_results

@@ -15,12 +15,12 @@ import numpy as np
 
 from rlhf.compare.results import Point, Results, measured_values, response_texts
 from rlhf.compare.text_metrics import distinct_n
-from rlhf.config import UserError
-from rlhf.experiment.config import ExperimentConfig, sweep_of
-from rlhf.experiment.cost import planned_lengths, shared_cost
+from rlhf.errors import UserError
+from rlhf.experiment.config import BEST_OF_N, ExperimentConfig
+from rlhf.experiment.cost import shared_cost
 from rlhf.experiment.measure import blocks, read_rows
-from rlhf.experiment.plan import Job, fingerprints, given_length, plan
-from rlhf.experiment.runner import Work, read_json
+from rlhf.experiment.plan import Job
+from rlhf.experiment.state import ExperimentState, load_state, read_json
 
 
 def read_results(config: ExperimentConfig) -> Results:
@@ -28,13 +28,12 @@ def read_results(config: ExperimentConfig) -> Results:
 
     Raises UserError if not even the foundation is measured.
     """
-    work = planned(config)
+    state = load_state(config)
     out = Path(config.output_dir)
-    done = [job for job in work.jobs if job.name.startswith("measure/") and work.whole(job)]
-    names = {job.name.removeprefix("measure/") for job in done}
+    names = {job.measures.trial for job in state.jobs if job.measures and job.name in state.done}
     if "foundation" not in names:
-        raise UserError(f"{out}: nothing is measured yet; rlhf experiment run begins with the foundation")
-    trials = {job.name: job.trial for job in work.jobs if job.trial}
+        raise UserError(f"{out}: nothing is measured yet; rlhf experiment run begins with the initial policy")
+    trials = [job for job in state.jobs if job.kind == "trial"]
     files = list(policy_files(config, names, trials))
     about = [read_json(out / "measures" / name / "done.json") for name in sorted(names)]
     kinds = {name: kind for one in about for name, kind in one["kinds"].items()}
@@ -63,28 +62,11 @@ def read_results(config: ExperimentConfig) -> Results:
         shared_budget=mean_cost(
             [shared_cost(config, seed) for seed in config.seeds if f"seed-{seed}/foundation" in names]
         ),
-        meta=meta_of(config, work),
+        meta=meta_of(config, state),
     )
 
 
-def planned(config: ExperimentConfig) -> Work:
-    """The jobs of an experiment, without starting, refusing or moving any."""
-    work = Work(config)
-    if config.matched is None:
-        work.lengths = {name: given_length(config.methods[name]) for name in config.trained}
-    else:
-        try:
-            work.lengths = planned_lengths(config)
-        except (KeyError, UserError):  # no pilot yet
-            work.lengths = None
-    work.jobs = plan(config, work.lengths)
-    work.marks = fingerprints(work.jobs)
-    return work
-
-
-def policy_files(
-    config: ExperimentConfig, names: set[str], trials: dict[str, tuple[str, float, int]]
-) -> Iterable[tuple[dict[str, Any], Path]]:
+def policy_files(config: ExperimentConfig, names: set[str], trials: list[Job]) -> Iterable[tuple[dict[str, Any], Path]]:
     """What each measured policy is, and its file."""
     root = Path(config.output_dir) / "measures"
     sft = {"method": "sft", "swept": None, "step": 0, "last": True}
@@ -94,18 +76,17 @@ def policy_files(
         if f"seed-{seed}/foundation" not in names:
             continue
         yield {**sft, "seed": seed}, own / "step-000000.jsonl"
-        best = config.methods.get("best_of_n")
-        for n in map(int, sweep_of(best)[1]) if best else ():
-            about = {"method": "best_of_n", "swept": float(n), "step": n, "last": True, "seed": seed}
+        for n in config.best_of_n_sizes:
+            about = {"method": BEST_OF_N, "swept": float(n), "step": n, "last": True, "seed": seed}
             about |= {"noise": blocks(n, config.samples_per_prompt)}
             yield about, own / f"best-of-{n:06d}.jsonl"
-    for name, (method, swept, seed) in trials.items():
-        if name not in names:
+    for job in trials:
+        if job.name not in names:
             continue
-        steps = read_json(root / name / "done.json")["files"]
+        steps = read_json(root / job.name / "done.json")["files"]
         for file in steps:
-            about = {"method": method, "swept": float(swept), "seed": seed, "last": file == steps[-1]}
-            yield {**about, "step": int(file.removesuffix(".jsonl").rpartition("-")[2])}, root / name / file
+            about = {"method": job.method, "swept": float(job.swept), "seed": job.seed, "last": file == steps[-1]}
+            yield {**about, "step": int(file.removesuffix(".jsonl").rpartition("-")[2])}, root / job.name / file
 
 
 def finite(rows: list[dict], name: str) -> bool:
@@ -113,13 +94,13 @@ def finite(rows: list[dict], name: str) -> bool:
 
 
 def method_of(config: ExperimentConfig, name: str) -> dict[str, Any]:
-    spec = config.methods[name]
+    spec = config.method_specs[name]
     return {
-        "program": spec.get("program", name),
-        "swept": sweep_of(spec)[0],
-        "swept_values": [float(value) for value in sweep_of(spec)[1]],
-        "baseline": "program" not in spec,
-        "options": spec.get("options", {}),
+        "program": spec.program or name,
+        "swept": spec.swept_option,
+        "swept_values": [float(value) for value in spec.values],
+        "baseline": spec.program is None,
+        "options": spec.options,
     }
 
 
@@ -135,18 +116,19 @@ def mean_cost(costs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, f
     }
 
 
-def meta_of(config: ExperimentConfig, work: Work) -> dict[str, Any]:
+def meta_of(config: ExperimentConfig, state: ExperimentState) -> dict[str, Any]:
     """All that is needed to repeat the experiment, and what of it is not there yet."""
-    records = {job.name: work.record(job.name) for job in work.jobs}
-    whole = {job.name for job in work.jobs if work.whole(job)}
-    changed = [n for n, r in records.items() if r and n not in whole and r.get("fingerprint") != work.marks[n]]
-    results = [read_json(Path(job.folder) / "result.json") for job in work.jobs if job.folder and job.name in whole]
-    made = {job.name: read_json(Path(job.folder) / "result.json") for job in trained(work, whole)}
+    records = {job.name: state.record(job.name) for job in state.jobs}
+    whole = state.done
+    changed = [n for n, r in records.items() if r and n not in whole and r.get("fingerprint") != state.fingerprints[n]]
+    runs = [job for job in state.jobs if job.run_folder and job.name in whole]
+    results = [read_json(Path(job.run_folder) / "result.json") for job in runs]
+    made = {job.name: result for job, result in zip(runs, results, strict=True) if job.kind != "pilot"}
     return {
         "name": Path(config.output_dir).name,
         "config": asdict(config),
         "budget": config.budget,
-        "lengths": work.lengths,
+        "lengths": state.lengths,
         "code": sorted({json.dumps(records[n].get("code"), sort_keys=True) for n in whole}),
         "versions": results[0].get("versions", {}) if results else {},
         "hardware": f"{platform.platform()}, {os.cpu_count()} CPU cores",
@@ -155,10 +137,6 @@ def meta_of(config: ExperimentConfig, work: Work) -> dict[str, Any]:
         "stopped": {name: result["stopped"] for name, result in made.items() if result.get("stopped")},
         "seconds": {n: records[n].get("seconds") for n in sorted(whole)},
         "finished": max((records[n]["finished"] for n in whole), default=None),
-        "missing": [job.name for job in work.jobs if job.name not in whole and job.name not in changed],
+        "missing": [job.name for job in state.jobs if job.name not in whole and job.name not in changed],
         "left_out": changed,
     }
-
-
-def trained(work: Work, whole: set[str]) -> list[Job]:
-    return [job for job in work.jobs if job.folder and job.name in whole and not job.name.startswith("pilot/")]

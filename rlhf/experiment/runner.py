@@ -1,262 +1,283 @@
-"""`rlhf experiment run FILE`: do what an experiment still needs, a few processes at a time.
+"""`rlhf experiment run FILE`: run the jobs that an experiment still needs, a few at a time.
 
-What is done and whole is not done again. A run that was cut off is started again and resumes by itself. What was made
-with other options is never mixed with the rest: it is named, and set aside if asked.
+What is done is not done again. A run that was cut off is started again and resumes by itself. What was made with other
+options is never mixed with the rest: it is named, and set aside on request. The sandbox's quickstart is run by the
+same functions.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Literal, Protocol
 
 from rlhf import config as options
 from rlhf.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, Halt, UserError
-from rlhf.experiment.check import check_decisions, check_programs, check_starts
-from rlhf.experiment.config import ExperimentConfig, check_files
+from rlhf.experiment.check import check_decisions, check_files, check_programs, check_starts
+from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.cost import planned_lengths
-from rlhf.experiment.plan import Job, fingerprints, given_length, plan
-from rlhf.files import dumps, lock_folder, unlock_folder, write_atomic
+from rlhf.experiment.plan import Job, given_length, plan, record_of, recorded_options
+from rlhf.experiment.processes import JOB, MARK, end_programs, free_port, programs_of
+from rlhf.experiment.state import (
+    ExperimentState,
+    RunningJob,
+    code_version,
+    is_complete,
+    now,
+    read_json,
+    write_record,
+)
+from rlhf.files import lock_folder, unlock_folder
 
-MARK = "RLHF_EXPERIMENT"  # in the environment of every program that an experiment has started
-JOB = "RLHF_EXPERIMENT_JOB"  # which of its jobs
-ATTEMPTS = 3  # of a program that was killed; each goes on where the one before was cut off
-PATIENCE = 120.0  # seconds that programs get to save and end
+ATTEMPTS = 3  # of a program that was killed; each resumes where the one before was cut off
+POLL_SECONDS = 0.5
+SHOWN = 8  # jobs that differ, in a message
 
 
-@dataclass
-class Work:
-    """An experiment under way: its jobs, and what has become of each."""
+@dataclass(frozen=True)
+class RunOptions:
+    """How the jobs of a plan are run."""
 
-    config: ExperimentConfig
-    jobs: list[Job] = field(default_factory=list)
-    marks: dict[str, str] = field(default_factory=dict)
-    lengths: dict[str, int] | None = None
-    running: dict[str, tuple[subprocess.Popen, float]] = field(default_factory=dict)
-    failed: dict[str, int] = field(default_factory=dict)  # name -> exit code
-    attempts: dict[str, int] = field(default_factory=dict)
-    done: set[str] = field(default_factory=set)
+    launcher: str = "deepspeed --num_accelerators 1"
+    processes: int = 1
+    attempts: int = ATTEMPTS
+    changed: Literal["refuse", "set aside", "delete"] = "refuse"  # what happens to results of other options
 
-    @property
-    def out(self) -> Path:
-        return Path(self.config.output_dir)
 
-    def record(self, name: str) -> dict[str, Any]:
-        """What jobs/NAME.json says; empty where there is none."""
-        return read_json(self.out / "jobs" / f"{name}.json")
+class Display(Protocol):
+    """What shows the progress of a plan."""
 
-    def whole(self, job: Job) -> bool:
-        """Whether the job was finished as it is planned now, and what it left is there."""
-        record = self.record(job.name)
-        return (
-            bool(record.get("finished"))
-            and record.get("fingerprint") == self.marks[job.name]
-            and all(is_whole(file) for file in job.leaves)
-        )
-
-    def state(self, job: Job) -> str:
-        """done, running, failed, blocked (by a failed one) or waiting."""
-        if job.name in self.done:
-            return "done"
-        if job.name in self.running:
-            return "running"
-        if job.name in self.failed:
-            return "failed"
-        blocked = any(self.state(other) in ("failed", "blocked") for other in self.jobs if other.name in job.needs)
-        return "blocked" if blocked else "waiting"
+    def started(self, job: Job) -> None: ...
+    def log(self, text: str) -> None: ...
+    def update(self) -> None: ...
 
 
 def run_experiment(config: ExperimentConfig, check_scorers: Callable[..., None] = lambda *_: None) -> None:
-    """Do all jobs; `check_scorers(specs, made_later)` refuses scorers that cannot be made.
+    """Do all jobs and write the report; `check_scorers(specs, made_later)` refuses scorers that cannot be made.
 
     Raises UserError on options that cannot work or do not fit what is there, Halt when interrupted or when programs
     failed; what is done stays.
     """
-    from rlhf.experiment.progress import Display
+    from rlhf.experiment.progress import LiveTable
     from rlhf.experiment.report import write_report
 
     check_files(config)
     started = check_programs(config)
     check_decisions(config)
     check_starts(config, started, check_scorers)
-    out = Path(config.output_dir)
-    lock_folder(out)
-    asked: list[int] = []
-    handlers = {n: signal.signal(n, lambda number, _: asked.append(number)) for n in (signal.SIGTERM, signal.SIGINT)}
-    work = Work(config)
-    try:
-        end_orphans(out)
-        replan(work)
-        options.save(config, out / "experiment.yaml")
-        with Display(work) as display:
-            loop(work, display, asked)
-    finally:
-        stop_all(work)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        unlock_folder(out)
-    if asked:
-        raise Halt(f"stopped by {signal.Signals(asked[0]).name}; the same command goes on", EXIT_INTERRUPTED)
-    if work.failed:
-        logs = {name: out / "logs" / f"{name}.log" for name in work.failed}
-        lines = [f"  {name}: {ended(code)}, {logs[name]}{last_error(logs[name])}" for name, code in work.failed.items()]
-        left = sum(work.state(job) == "blocked" for job in work.jobs)
-        tail = f"; {left} that need them were not started" if left else ""
-        raise Halt("\n".join([f"{len(work.failed)} of {len(work.jobs)} jobs failed{tail}:", *lines]), 1)
-    write_report(config, out / "report", config.report_to, config.project)
+
+    state = ExperimentState(Path(config.output_dir))
+    how = RunOptions(
+        launcher=config.launcher,
+        processes=config.processes,
+        changed="set aside" if config.redo else "refuse",
+    )
+    with claim(state) as signals:
+        replan(config, state, how)
+        options.save(config, state.folder / "experiment.yaml")
+        with LiveTable(config, state) as display:
+            run_jobs(state, how, display, signals, lambda: replan_after_pilots(config, state, how))
+    if state.failed:
+        raise Halt(failures(state), 1)
+    write_report(config, state.folder / "report", config.report_to, config.project)
 
 
-def loop(work: Work, display, asked: list[int]) -> None:
-    """Start what is ready, collect what has ended, until nothing is left or a signal came."""
-    while not asked:
-        collect(work, display)
-        if work.lengths is None and pilots_done(work):
-            replan(work)
-        ready = [job for job in work.jobs if work.state(job) == "waiting" and set(job.needs) <= work.done]
-        for job in ready[: max(0, work.config.processes - len(work.running))]:
-            start(work, job)
-            display.log(f"{job.name}: begins")
-        display.update()
-        if not work.running:
-            return
-        time.sleep(0.5)
-
-
-def replan(work: Work) -> None:
-    """The jobs as far as they are known; with the lengths of the runs once the pilots have told what a step costs."""
-    config = work.config
+def replan(config: ExperimentConfig, state: ExperimentState, how: RunOptions) -> None:
+    """Plan the jobs as far as they are known."""
     if config.matched is None:
-        work.lengths = {name: given_length(config.methods[name]) for name in config.trained}
-    take(work, plan(config, work.lengths))
-    if work.lengths is None and pilots_done(work):
-        work.lengths = planned_lengths(config)
-        take(work, plan(config, work.lengths))
+        state.lengths = {name: given_length(config.method_specs[name]) for name in config.trained}
+    set_jobs(state, plan(config, state.lengths), how)
+    replan_after_pilots(config, state, how)
 
 
-def take(work: Work, jobs: list[Job]) -> None:
-    """These are the jobs now; what was made by others under their names is refused or set aside."""
-    work.jobs, work.marks = jobs, fingerprints(jobs)
-    changed = [job for job in jobs if work.record(job.name).get("fingerprint") not in (None, work.marks[job.name])]
-    # a job that was refused has left nothing to mix
-    changed = [job for job in changed if any(p.is_file() or any(p.glob("*")) for p in places(work, job))]
-    if changed and not work.config.redo:
-        shown = [f"  {job.name}: {difference(work, job)}" for job in changed[:8]]
-        more = [f"  and {len(changed) - 8} more"] if len(changed) > 8 else []
+def replan_after_pilots(config: ExperimentConfig, state: ExperimentState, how: RunOptions) -> None:
+    """Plan the trials too, once all is done from which the lengths of the runs follow."""
+    decisive = ("pilot", "reward", "sample")
+    wanted = {job.name for job in state.jobs if job.kind in decisive and job.seed == config.seeds[0]}
+    if state.lengths is None and wanted <= state.done:
+        state.lengths = planned_lengths(config)
+        set_jobs(state, plan(config, state.lengths), how)
+
+
+def set_jobs(state: ExperimentState, jobs: list[Job], how: RunOptions) -> None:
+    """Make these the jobs. Results of other options under their names are refused, set aside or deleted."""
+    state.set_jobs(jobs)
+    changed = [job for job in jobs if has_other_results(state, job, unknown_too=how.changed == "delete")]
+    if changed and how.changed == "refuse":
+        lines = [f"  {job.name}: {difference(state, job)}" for job in changed[:SHOWN]]
+        if len(changed) > SHOWN:
+            lines.append(f"  and {len(changed) - SHOWN} more")
         raise UserError(
             "\n".join(
                 [
-                    f"{work.out} holds results of other options, which are not mixed with new ones. Choose another "
+                    f"{state.folder} holds results of other options, which are not mixed with new ones. Choose another "
                     "--output_dir, or make them anew with --redo true (the old ones are set aside). They differ in:",
-                    *shown,
-                    *more,
+                    *lines,
                 ]
             )
         )
     for job in changed:
-        archive(work, job)
-    work.done = {job.name for job in jobs if work.whole(job)}
+        clear(state, job, delete=how.changed == "delete")
+    state.done = {job.name for job in jobs if state.is_done(job)}
 
 
-def difference(work: Work, job: Job) -> str:
-    """In which options a job differs from the one that was done under its name."""
-    before, after = (options_of(command) for command in (work.record(job.name).get("command", []), job.command))
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return "; ".join(f"{n} was {before.get(n, 'not given')}, now {after.get(n, 'not given')}" for n in names) or (
-        "what it reads or stands on"
-    )
+def has_other_results(state: ExperimentState, job: Job, *, unknown_too: bool) -> bool:
+    """Return whether files are there that a job of this name with another fingerprint (or an unknown one) has made."""
+    before = state.record(job.name).get("fingerprint")
+    if before == state.fingerprints[job.name] or (before is None and not unknown_too):
+        return False
+    # a job that was refused has left nothing
+    return any(path.is_file() or any(path.glob("*")) for path in map(Path, job.owned))
 
 
-def options_of(command: list[str]) -> dict[str, str]:
-    """The options among the words of a command; how a trial is measured stands in its last word."""
-    result = {name: value for name, value in pairwise(command) if name.startswith("--")}
-    if command and command[-1].startswith("# {"):
-        result |= {name: str(value) for name, value in json.loads(command[-1][2:]).items()}
-    return result
+def difference(state: ExperimentState, job: Job) -> str:
+    """Say in which options a job differs from the one that was done under its name."""
+    before, after = recorded_options(state.record(job.name)), recorded_options(record_of(job))
+    differing = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    if not differing:
+        return "what it reads or depends on"
+    absent = "not given"
+    return "; ".join(f"{name} was {before.get(name, absent)}, now {after.get(name, absent)}" for name in differing)
 
 
-def archive(work: Work, job: Job) -> None:
-    """Move what a job has left to OUT/aside/, where nothing reads it."""
-    aside = work.out / "aside" / f"{job.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
-    for place in places(work, job):
-        if place.exists():
+def clear(state: ExperimentState, job: Job, *, delete: bool = False) -> None:
+    """Move what a job owns to OUT/aside/, where nothing reads it, or delete it."""
+    aside = state.folder / "aside" / f"{job.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
+    for path in map(Path, job.owned):
+        if not path.exists():
+            continue
+        if not delete:
             aside.mkdir(parents=True, exist_ok=True)
-            shutil.move(place, aside / place.name)
-    (work.out / "jobs" / f"{job.name}.json").unlink(missing_ok=True)
+            shutil.move(path, aside / path.name)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (state.folder / "jobs" / f"{job.name}.json").unlink(missing_ok=True)
 
 
-def places(work: Work, job: Job) -> list[Path]:
-    """Where a job writes. Votes are in the store of the samples, so both are made anew together."""
-    if job.name.startswith("measure/"):
-        return [work.out / "measures" / job.name.removeprefix("measure/")]
-    if job.name.endswith(("/sample", "/annotate")):
-        return [Path(job.leaves[0] + suffix) for suffix in ("", "-wal", "-shm")]
-    return [work.out / job.name]
+@contextlib.contextmanager
+def claim(state: ExperimentState) -> Iterator[list[int]]:
+    """Hold the folder of an experiment, and yield the list that signals are added to.
+
+    Programs that a killed experiment has left are ended first, and all that are running at the end.
+    """
+    lock_folder(state.folder)
+    signals: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in numbers}
+    try:
+        orphans = programs_of(state.folder)
+        if orphans:
+            print(f"{state.folder}: ending {len(orphans)} processes of a run that was cut off", flush=True)
+            end_programs(state.folder)
+        yield signals
+    finally:
+        stop_all(state)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        unlock_folder(state.folder)
 
 
-def pilots_done(work: Work) -> bool:
-    """Whether all is done from which the lengths of the runs follow."""
-    first = work.config.seeds[0]
-    names = ("pilot/", f"seed-{first}/reward", f"seed-{first}/sample")
-    wanted = [job.name for job in work.jobs if job.name.startswith(names)]
-    return set(wanted) <= work.done
+def run_jobs(
+    state: ExperimentState,
+    how: RunOptions,
+    display: Display,
+    signals: list[int],
+    replan: Callable[[], None] = lambda: None,
+) -> None:
+    """Start what is ready and collect what has ended, until nothing is left; `replan` may add jobs.
+
+    Raises Halt on a signal.
+    """
+    while not signals:
+        collect_ended(state, how, display)
+        replan()
+        start_ready(state, how, display)
+        display.update()
+        if not state.running:
+            break
+        time.sleep(POLL_SECONDS)
+    if signals:
+        name = signal.Signals(signals[0]).name
+        raise Halt(f"stopped by {name}; the same command resumes", EXIT_INTERRUPTED)
 
 
-def start(work: Work, job: Job) -> None:
+def start_ready(state: ExperimentState, how: RunOptions, display: Display) -> None:
+    """Start jobs whose needs are done, as many as may run at a time."""
+    for job in state.jobs:
+        if len(state.running) >= how.processes:
+            return
+        if state.status(job) == "waiting" and set(job.needs) <= state.done:
+            display.started(job)
+            start(state, how, job)
+
+
+def start(state: ExperimentState, how: RunOptions, job: Job) -> None:
     """Start the job's program in a session of its own."""
-    command = full_command(work.config, job)
-    if job.name.endswith("/sample"):  # a store that it filled before would be told the cost of sampling twice
-        archive(work, job)
-    log = work.out / "logs" / f"{job.name}.log"
+    if job.fresh:
+        clear(state, job, delete=how.changed == "delete")
+    record = {"fingerprint": state.fingerprints[job.name], **record_of(job), "started": now(), "code": code_version()}
+    write_record(state, job, record)
+
+    log = state.log_file(job.name)
     log.parent.mkdir(parents=True, exist_ok=True)
-    about = {"fingerprint": work.marks[job.name], "command": job.command, "started": now(), "code": code_version()}
-    write_record(work, job, about)
     with open(log, "ab") as file:
-        file.write(f"\n$ {shlex.join(command)}\n".encode())
+        file.write(f"\n$ {shlex.join(shown_command(how.launcher, job))}\n".encode())
         file.flush()
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment(work.config, job), start_new_session=True
+            full_command(how.launcher, job),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment(state.folder, how.processes, job),
+            start_new_session=True,
         )
-    work.attempts[job.name] = work.attempts.get(job.name, 0) + 1
-    work.running[job.name] = (process, time.monotonic())
+    state.attempts[job.name] = state.attempts.get(job.name, 0) + 1
+    state.running[job.name] = RunningJob(process, time.monotonic())
 
 
-def full_command(config: ExperimentConfig, job: Job) -> list[str]:
-    """Return the words that start the job: this Python, the program as a module, a port of its own."""
-    first, *rest = job.command
-    if first == "rlhf":
-        return [sys.executable, "-m", "rlhf.cli", *[word for word in rest if not word.startswith("# ")]]
-    launcher = shlex.split(config.launcher)
-    own_port = any(word.replace("-", "_").startswith("__master_port") for word in launcher)
-    if Path(launcher[0]).name in ("deepspeed", "torchrun") and not own_port:
-        launcher += ["--master_port", str(free_port())]
-    if launcher[0] == "python":
-        launcher[0] = sys.executable
-    as_module = "--module" if Path(launcher[0]).name == "deepspeed" else "-m"
-    return [*launcher, as_module, first.removesuffix(".py").replace("/", "."), *rest]
+def shown_command(launcher: str, job: Job) -> list[str]:
+    """Return the command as it can be typed."""
+    if job.program == "rlhf":
+        return job.command
+    words = shlex.split(launcher)
+    as_module = "--module" if Path(words[0]).name == "deepspeed" else "-m"
+    return [*words, as_module, *job.command]
 
 
-def environment(config: ExperimentConfig, job: Job) -> dict[str, str]:
-    result = {**os.environ, "PYTHONUNBUFFERED": "1", MARK: str(Path(config.output_dir).resolve()), JOB: job.name}
+def full_command(launcher: str, job: Job) -> list[str]:
+    """Return the command with this Python, and a port of its own, since several run at a time."""
+    if job.program == "rlhf":
+        return [sys.executable, "-m", "rlhf.cli", *job.arguments]
+    words = shlex.split(launcher)
+    has_port = any(word.replace("-", "_").startswith("__master_port") for word in words)
+    if Path(words[0]).name in ("deepspeed", "torchrun") and not has_port:
+        launcher += f" --master_port {free_port()}"
+    command = shown_command(launcher, job)
+    if command[0] == "python":
+        command[0] = sys.executable
+    return command
+
+
+def environment(folder: Path, processes: int, job: Job) -> dict[str, str]:
+    result = {**os.environ, "PYTHONUNBUFFERED": "1", MARK: str(folder.resolve()), JOB: job.name}
     for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # meant for one run, and these are many
         result.pop(name, None)
     if not has_accelerator():
         result.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds this out too, with a warning each time
-        if config.processes > 1:
-            result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // config.processes)))
+        if processes > 1:
+            result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     result["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{result.get('PATH', '')}"
     return result
 
@@ -268,157 +289,63 @@ def has_accelerator() -> bool:
     return subprocess.run([sys.executable, "-c", question], capture_output=True).returncode == 0
 
 
-def collect(work: Work, display) -> None:
-    """See which programs have ended, and how."""
-    for name, (process, began) in list(work.running.items()):
-        code = process.poll()
+def collect_ended(state: ExperimentState, how: RunOptions, display: Display) -> None:
+    """See which programs have ended, and how; start again those that were killed."""
+    for name, running in list(state.running.items()):
+        code = running.process.poll()
         if code is None:
             continue
-        del work.running[name]
-        job = next(job for job in work.jobs if job.name == name)
-        seconds = time.monotonic() - began
-        whole = all(is_whole(file) for file in job.leaves)
-        # a run that a guard has stopped is a result too; torchrun makes 1 of every exit code
-        stopped = code == EXIT_GUARD or (code == 1 and job.folder and read_json(Path(job.leaves[0])).get("stopped"))
-        if whole and (code == 0 or stopped):
-            write_record(work, job, work.record(name) | {"finished": now(), "seconds": seconds, "exit": code})
-            work.done.add(name)
-            display.log(f"{name}: done in {seconds:.0f} s" + (", stopped by a guard" if code else ""))
-        elif code not in (0, EXIT_USER_ERROR, EXIT_GUARD) and work.attempts[name] < ATTEMPTS:
-            display.log(f"{name}: ended with exit code {code} after {seconds:.0f} s; started again")
-            ask_to_end(work.out, name)  # where a launcher was killed, what it launched lives on
-            start(work, job)
+        del state.running[name]
+        job = state.job(name)
+        seconds = time.monotonic() - running.started
+        if has_result(job, code):
+            write_record(state, job, state.record(name) | {"finished": now(), "seconds": seconds, "exit": code})
+            state.done.add(name)
+            display.log(f"{name}: done in {seconds:.0f} s{', stopped by a guard' if code else ''}")
+        elif code not in (0, EXIT_USER_ERROR, EXIT_GUARD) and state.attempts[name] < how.attempts:
+            display.log(f"{name}: ended with exit code {code} after {seconds:.0f} s; starting it again")
+            end_programs(state.folder, name)  # where a launcher was killed, what it launched lives on
+            start(state, how, job)
         else:
-            work.failed[name] = code
-            display.log(f"{name}: failed, {ended(code)}: {work.out}/logs/{name}.log")
+            state.failed[name] = code
+            display.log(f"{name}: failed, {ended(code)}: {state.log_file(name)}")
+
+
+def has_result(job: Job, code: int) -> bool:
+    """Return whether a program that ended with this code has left all its outputs."""
+    if not all(map(is_complete, job.outputs)):
+        return False
+    # a run that a guard has stopped is a result too; torchrun makes 1 of every exit code
+    is_stopped = code == 1 and job.run_folder and read_json(Path(job.outputs[0])).get("stopped")
+    return code in (0, EXIT_GUARD) or bool(is_stopped)
+
+
+def stop_all(state: ExperimentState) -> None:
+    """Ask every program to save and end, wait, then end what is left."""
+    if state.running:
+        end_programs(state.folder)
+    for running in state.running.values():
+        running.process.wait()
+    state.running.clear()
+
+
+def failures(state: ExperimentState) -> str:
+    """Return which jobs have failed, how, and where their output is."""
+    blocked = sum(state.status(job) == "blocked" for job in state.jobs)
+    tail = f"; {blocked} that need them were not started" if blocked else ""
+    lines = [f"{len(state.failed)} of {len(state.jobs)} jobs failed{tail}:"]
+    for name, code in state.failed.items():
+        log = state.log_file(name)
+        lines.append(f"  {name}: {ended(code)}, {log}{last_error(log)}")
+    return "\n".join(lines)
 
 
 def ended(code: int) -> str:
     return f"exit code {code}" if code else "ended without a result"
 
 
-def stop_all(work: Work) -> None:
-    """Ask every program to save and end, wait, then end what is left."""
-    if work.running:
-        ask_to_end(work.out)
-    for process, _ in work.running.values():
-        process.wait()
-    work.running.clear()
-
-
-def end_orphans(out: Path) -> None:
-    """End the programs of an experiment that was killed: they would write into the same folders."""
-    left = programs_of(out)
-    if left:
-        print(f"{out}: ending {len(left)} processes of a run that was cut off", flush=True)
-        ask_to_end(out)
-
-
-def programs_of(out: Path, name: str | None = None) -> list[Any]:
-    """The processes that an experiment in this folder has started (for one of its jobs), as psutil sees them; this one
-    is none of them."""
-    import psutil
-
-    own, found = str(out.resolve()), []
-    for process in psutil.process_iter():
-        try:
-            about = process.environ()
-        except psutil.Error:
-            continue
-        if process.pid != os.getpid() and about.get(MARK) == own and name in (None, about.get(JOB)):
-            found.append(process)
-    return found
-
-
-def ask_to_end(out: Path, name: str | None = None) -> None:
-    """SIGTERM to the programs, on which they save and end; SIGKILL to what is left after PATIENCE.
-
-    Once to the topmost process of each program: to a launcher whose programs are alive it would be their end, and to a
-    helper the program's failure. Looked at again and again, since a launcher may be about to launch.
-    """
-    import psutil
-
-    asked, late = set(), time.monotonic() + PATIENCE
-    while (found := programs_of(out, name)) and time.monotonic() < late + PATIENCE:
-        launchers = [process for process in found if has_launched(process)]
-        for process in found:
-            try:
-                if time.monotonic() > late:
-                    process.kill()
-                    continue
-                parent = process.parent()
-                if process in asked or process in launchers or (parent in found and parent not in launchers):
-                    continue
-                process.send_signal(signal.SIGTERM)
-                asked.add(process)
-            except psutil.Error:
-                continue
-        time.sleep(0.1)
-
-
-def has_launched(process) -> bool:
-    """Whether it is a launcher (deepspeed, torchrun) with a program of its own still there."""
-    import psutil
-
-    def is_rank(one) -> bool:
-        try:
-            return "LOCAL_RANK" in one.environ()
-        except psutil.Error:
-            return False
-
-    try:
-        return not is_rank(process) and any(is_rank(child) for child in process.children(recursive=True))
-    except psutil.Error:
-        return False
-
-
 def last_error(log: Path) -> str:
-    """': ' and what the program said was wrong, or nothing."""
+    """Return ': ' and the last error message of a program, or nothing."""
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    return next((f": {line}" for line in reversed(lines) if line.startswith("error")), "")
-
-
-def is_whole(file: str) -> bool:
-    """Whether a file that a job leaves is there; a result.json or done.json has to say that it is finished."""
-    path = Path(file)
-    return bool(read_json(path).get("finished")) if path.suffix == ".json" else path.is_file()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def write_record(work: Work, job: Job, about: dict[str, Any]) -> None:
-    file = work.out / "jobs" / f"{job.name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(file, dumps(about, indent=2) + "\n")
-
-
-def code_version() -> dict[str, str | None]:
-    """Return the fingerprint of the packages' code, and its commit where it lies in a git work tree."""
-    import hashlib
-
-    root = Path(__file__).resolve().parents[2]
-    digest = hashlib.sha256()
-    for package in ("rlhf", "reward", "launch"):
-        for file in sorted((root / package).rglob("*.py")):
-            digest.update(file.read_bytes())
-    commit = None
-    if (root / ".git").exists():
-        with contextlib.suppress(OSError):
-            command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]
-            commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return {"commit": commit, "code": digest.hexdigest()[:16]}
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-def now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    errors = [line for line in lines if line.startswith("error")]
+    return f": {errors[-1]}" if errors else ""

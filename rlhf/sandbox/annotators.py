@@ -20,14 +20,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.config import SEED, UserError, check_ranges, option
+from rlhf.config import SEED, option
 from rlhf.data.agreement import agreement_summary
 from rlhf.data.annotator_report import describe_alpha
 from rlhf.data.load import load
 from rlhf.data.records import Prompt, Samples, Scorer
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
+from rlhf.errors import UserError
 from rlhf.sandbox import SHOP_VOICE
+from rlhf.values import check_ranges
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import SEED, UserError, check_ranges, option
+from rlhf.config import SEED, option
 from rlhf.data.records import digest
 from rlhf.data.split import split_of
+from rlhf.errors import UserError
 from rlhf.files import lock_folder, unlock_folder
 from rlhf.sandbox import SHOP_VOICE, base, corpus, phrases
+from rlhf.values import check_ranges
 
 # of the pretraining documents; without short ones the base does not learn to copy
 PLAIN_SHARE, SHORT_SHARE = 0.05, 0.45

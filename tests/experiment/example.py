@@ -33,7 +33,7 @@ def options(folder: Path, **more) -> dict:
     files = write_files(folder)
     values = {
         "output_dir": str(folder / "out"),
-        "foundation": files["sft"],
+        "initial_policy": files["sft"],
         "pairs": {"data": [files["pairs.jsonl"]]},
         "prompts": [files["prompts.jsonl"]],
         "reward": {"config": files["reward.yaml"]},

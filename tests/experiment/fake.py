@@ -101,14 +101,17 @@ def install(folder: Path, put=setattr) -> None:
     """Patch the runner: fake programs, no waiting, no report (a line in the log)."""
     import types
 
+    import rlhf.experiment.processes
     import rlhf.experiment.report
+    import rlhf.experiment.runner
 
-    def command(config, job):
-        return [sys.executable, "-S", "-E", __file__, "program", str(folder), job.name, *job.leaves]
+    def command(launcher, job):
+        return [sys.executable, "-S", "-E", __file__, "program", str(folder), job.name, *job.outputs]
 
     quick = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 25))
     put(rlhf.experiment.runner, "full_command", command)
     put(rlhf.experiment.runner, "time", quick)
+    put(rlhf.experiment.processes, "time", quick)
     put(rlhf.experiment.runner, "code_version", lambda: {})
     put(rlhf.experiment.runner, "check_starts", lambda *_: None)
     put(rlhf.experiment.report, "write_report", lambda config, out, *more: say(folder, "report"))

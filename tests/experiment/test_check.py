@@ -50,7 +50,7 @@ def test_what_a_method_learns_from_cannot_decide(tmp_path):
 def test_a_judge_and_a_launcher_that_are_not_there_are_found_at_once(tmp_path):
     with pytest.raises(UserError, match="there is no program 'deepsped'"):
         check_decisions(experiment(tmp_path, launcher="deepsped --num_gpus 8"))
-    with pytest.raises(UserError, match=r"judge: function 'prefer' should be written module:function"):
+    with pytest.raises(UserError, match=r"judge.*'prefer' should be written module:function"):
         check_decisions(experiment(tmp_path, judge={"function": "prefer"}, launcher="python"))
 
 
@@ -68,7 +68,7 @@ def test_the_last_error_of_a_log_is_repeated(tmp_path):
 
 def start(folder, initial, rows=None, **more):
     """Look at the starts of an experiment on a real foundation, with 60 pairs of test, validation and training rows."""
-    config = experiment(folder, foundation=initial, max_prompt_length=64, max_response_length=32, **more)
+    config = experiment(folder, initial_policy=initial, max_prompt_length=64, max_response_length=32, **more)
     splits = ("test", "validation", "train", "train", "train")
     usual = [{"prompt": f"question {i}", "group": f"g{i}", "split": splits[i % 5]} for i in range(60)]
     rows = [row | {"chosen": "yes", "rejected": "no"} for row in (rows(usual) if rows else usual)]
@@ -98,7 +98,7 @@ def test_starts_that_a_program_would_refuse_are_refused_before_anything_starts(t
     refused(tmp_path, base_path, "^methods: 'dpo': 'lora_target_modules': no layer is called 'q_prj'", methods=targets)
     long = {"max_response_length": 600}
     with pytest.raises(UserError, match=r"reward: max_prompt_length 64 \+ max_response_length 600 = 664 tokens, but"):
-        config = experiment(tmp_path, foundation=sft_path, max_prompt_length=64, **long)
+        config = experiment(tmp_path, initial_policy=sft_path, max_prompt_length=64, **long)
         check_starts(config, check_programs(config), check_scorers)
 
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.experiment.cost import cost_until, parts_of, planned_lengths, run_cost, shared_cost, step_cost
 from tests.experiment.example import experiment, method
 

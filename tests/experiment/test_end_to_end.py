@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from rlhf.experiment.measure import read_rows
-from rlhf.experiment.runner import programs_of
+from rlhf.experiment.processes import programs_of
 from tests.conftest import ROOT
 from tests.launch.conftest import write_data
 
@@ -41,7 +41,7 @@ def folder(sft_path, tmp_path_factory) -> Iterator[Path]:
     ppo["missing_eos_score"] = None  # no response of this model ends, and equal scores would stop PPO
     options = {
         "output_dir": OUT,
-        "foundation": sft_path,
+        "initial_policy": sft_path,
         "pairs": {"data": ["p.jsonl"]},
         "prompts": ["p.jsonl"],
         "reward": {"options": {k: v for k, v in TRAINING.items() if k != "learning_rate"} | {"max_steps": 2}},
@@ -113,4 +113,4 @@ def test_the_report_is_there(folder):
 
 def test_nothing_is_done_twice(folder):
     done = rlhf(folder, "experiment", "run", "x.yaml")
-    assert "7 of 7 jobs are done already" in done.stdout and "begins" not in done.stdout
+    assert "7 of 7 jobs are done already" in done.stdout and "started" not in done.stdout

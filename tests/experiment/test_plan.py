@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from rlhf.collect.sample import SampleConfig
-from rlhf.config import UserError, parse
+from rlhf.config import parse
+from rlhf.errors import UserError
+from rlhf.experiment.config import Method
 from rlhf.experiment.plan import fingerprints, flags, given_length, plan
 from rlhf.sandbox.annotators import AnnotateConfig
 from tests.experiment.example import experiment, method
@@ -38,8 +40,7 @@ def sampled(folder: Path) -> dict:
 
 def read_back(job):
     """The options that the job's program will have, by its own class."""
-    script, *words = job.command
-    return parse(class_of(Path(script).stem), words)
+    return parse(class_of(job.program.removeprefix("launch.")), job.arguments)
 
 
 @functools.cache
@@ -77,16 +78,17 @@ def test_the_jobs_of_a_small_experiment(tmp_path):
         *("seed-1/dpo-beta-0.5", "seed-1/reward", "measure/foundation")
     }
     assert set(jobs["measure/seed-0/foundation"].needs) == {"seed-0/reward", "measure/foundation"}
-    assert jobs["seed-1/ppo-kl_coef-0.2"].trial == ("ppo", 0.2, 1) and jobs["seed-1/ppo-kl_coef-0.2"].steps == 5
-    assert jobs["seed-0/reward"].trial is None
-    assert jobs["seed-0/reward"].leaves == [f"{tmp_path}/out/seed-0/reward/result.json"]
-    assert jobs["measure/seed-0/dpo-beta-0.1"].leaves == [f"{tmp_path}/out/measures/seed-0/dpo-beta-0.1/done.json"]
+    run = jobs["seed-1/ppo-kl_coef-0.2"]
+    assert (run.kind, run.method, run.swept, run.seed, run.steps) == ("trial", "ppo", 0.2, 1, 5)
+    assert jobs["seed-0/reward"].kind == "reward"
+    assert jobs["seed-0/reward"].outputs == [f"{tmp_path}/out/seed-0/reward/result.json"]
+    assert jobs["measure/seed-0/dpo-beta-0.1"].outputs == [f"{tmp_path}/out/measures/seed-0/dpo-beta-0.1/done.json"]
 
 
 def test_matched_methods_have_a_pilot_first_and_trials_once_the_lengths_are_known(tmp_path):
     more = {"budget": {"match": "flops", "total": 1e9}}
     first = jobs_of(tmp_path, None, **more)
-    assert not any(job.trial for job in first.values())
+    assert not any(job.kind == "trial" for job in first.values())
     assert {name for name in first if name.startswith("pilot/")} == {"pilot/dpo", "pilot/ppo"}
     assert first["pilot/ppo"].needs == ["seed-0/reward"]
     assert not any(name.startswith("pilot/") for name in jobs_of(tmp_path))
@@ -148,7 +150,7 @@ def test_with_a_referee_trained_here_methods_get_half_a_and_it_gets_half_b(tmp_p
     referee = read_back(jobs["referee"])
     assert (referee.half, referee.use_peft, referee.seed) == ("b", False, 1000)
     assert referee.output_dir == f"{tmp_path}/out/referee"
-    halves = {n: read_back(j).half for n, j in jobs.items() if j.folder and n != "referee"}
+    halves = {n: read_back(j).half for n, j in jobs.items() if j.run_folder and n != "referee"}
     assert set(halves.values()) == {"a"} and len(halves) == 10
     assert all("referee" in job.needs for name, job in jobs.items() if name.startswith("measure/"))
 
@@ -157,10 +159,10 @@ def test_sampled_pairs_are_made_anew_for_each_seed_and_all_learn_from_them(tmp_p
     jobs = jobs_of(tmp_path, pairs=sampled(tmp_path), max_response_length=24, seeds=[3, 5])
     for seed in (3, 5):
         store = f"{tmp_path}/out/seed-{seed}/preferences.db"
-        sample = parse(SampleConfig, jobs[f"seed-{seed}/sample"].command[3:])
+        sample = parse(SampleConfig, jobs[f"seed-{seed}/sample"].arguments[2:])
         assert (sample.seed, sample.store, sample.prompts, sample.max_response_length) == (seed, store, 4, 24)
         assert sample.data == [f"{tmp_path}/prompts.jsonl"] and sample.model_name_or_path == f"{tmp_path}/sft"
-        annotate = parse(AnnotateConfig, jobs[f"seed-{seed}/annotate"].command[3:])
+        annotate = parse(AnnotateConfig, jobs[f"seed-{seed}/annotate"].arguments[2:])
         assert (annotate.seed, annotate.store, annotate.noise) == (seed, store, 0.2)
         for name in (f"seed-{seed}/dpo-beta-0.1", f"seed-{seed}/reward", f"seed-{seed}/ppo-kl_coef-0.2"):
             assert read_back(jobs[name]).data == [store] and f"seed-{seed}/annotate" in jobs[name].needs
@@ -168,7 +170,7 @@ def test_sampled_pairs_are_made_anew_for_each_seed_and_all_learn_from_them(tmp_p
 
 def test_folder_names_of_small_strengths(tmp_path):
     jobs = jobs_of(tmp_path, {"dpo": 4}, methods={"dpo": method(sweep={"beta": [1e-05, 1, 100000.5]})})
-    assert {job.name: read_back(job).beta for job in jobs.values() if job.trial and job.trial[2] == 0} == {
+    assert {job.name: read_back(job).beta for job in jobs.values() if job.kind == "trial" and job.seed == 0} == {
         "seed-0/dpo-beta-1e-05": 1e-5, "seed-0/dpo-beta-1": 1.0, "seed-0/dpo-beta-100000": 100000.5,
     }  # fmt: skip
 
@@ -251,9 +253,9 @@ def test_another_foundation_changes_everything(tmp_path):
     before = marks(tmp_path)
     assert changed(before, marks_with(tmp_path, {"sft/adapter_model.safetensors": "others"})) == set(before)
     shutil.copytree(tmp_path / "sft", tmp_path / "sft2")
-    after = marks(tmp_path, foundation=str(tmp_path / "sft2"))
+    after = marks(tmp_path, initial_policy=str(tmp_path / "sft2"))
     assert changed(before, after) == set(before)
-    assert changed(after, marks(tmp_path, foundation="owner/model")) == set(before)  # a name on the Hub
+    assert changed(after, marks(tmp_path, initial_policy="owner/model")) == set(before)  # a name on the Hub
 
 
 def test_the_file_of_a_method_changes_its_trials_and_their_measuring(tmp_path):
@@ -299,12 +301,16 @@ def test_a_scorer_that_a_method_learns_from_changes_its_runs_and_what_is_measure
 
 def test_steps_of_a_method_that_is_not_matched(tmp_path):
     methods = experiment(tmp_path).methods
-    assert given_length(methods["dpo"]) == 40 and given_length(methods["ppo"]) == 20  # 320 episodes in rollouts of 16
-    assert given_length(methods["ppo"] | {"options": {"total_episodes": "6.4e2"}}) == 40
-    assert given_length(methods["ppo"] | {"options": {"rollout_batch_size": 64}}) == 5
+
+    def steps(method: dict) -> int:
+        return given_length(Method.model_validate(method))
+
+    assert steps(methods["dpo"]) == 40 and steps(methods["ppo"]) == 20  # 320 episodes in rollouts of 16
+    assert steps(methods["ppo"] | {"options": {"total_episodes": "6.4e2"}}) == 40
+    assert steps(methods["ppo"] | {"options": {"rollout_batch_size": 64}}) == 5
     for method_ in (method(), method("ppo", options={"total_episodes": 63})):  # less than one rollout of 64
         with pytest.raises(UserError, match=r"trains is not known: give '(max_steps|total_episodes)'"):
-            given_length(method_)
+            steps(method_)
 
 
 def test_flags_read_back():

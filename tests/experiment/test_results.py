@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf.config import UserError, save
+from rlhf.config import save
+from rlhf.errors import UserError
 from rlhf.experiment.measure import best_of, check_same_prompts, load_experiment, policies_of, read_rows, scores_of
 from rlhf.experiment.plan import fingerprints, plan
 from rlhf.experiment.results import read_results
@@ -170,7 +171,7 @@ def test_shared_costs_are_means_over_seeds(tmp_path):
 
 
 def test_before_anything_is_measured_the_report_says_so(tmp_path):
-    with pytest.raises(UserError, match="nothing is measured yet; rlhf experiment run begins with the foundation"):
+    with pytest.raises(UserError, match="nothing is measured yet; rlhf experiment run begins with the initial policy"):
         read_results(experiment(tmp_path))
     # matched, the foundation measured, and no pilot yet
     config = measured(tmp_path, methods={"dpo": method()}, budget={"match": "flops", "total": 100})
@@ -199,7 +200,7 @@ def test_other_prompts_than_the_foundation_s_are_refused(tmp_path):
     place = tmp_path / "out" / "measures" / TRIAL
     check_same_prompts(config, place)
     (place / "prompts.json").write_text(json.dumps({"prompts": PROMPTS[:1]}))
-    with pytest.raises(UserError, match="not the test prompts that the foundation was measured on"):
+    with pytest.raises(UserError, match="not the test prompts that the initial policy was measured on"):
         check_same_prompts(config, place)
 
 

@@ -17,7 +17,8 @@ import yaml
 from rlhf.errors import Halt, UserError
 from rlhf.experiment import runner
 from rlhf.experiment.plan import Job, plan
-from rlhf.experiment.runner import MARK, environment, full_command, programs_of, run_experiment
+from rlhf.experiment.processes import MARK, programs_of
+from rlhf.experiment.runner import environment, full_command, run_experiment
 from tests.experiment import fake
 from tests.experiment.example import experiment, method, options, write_files
 
@@ -66,7 +67,12 @@ def wait_for(condition, seconds=600.0):
 @pytest.mark.parametrize("processes", [1, 3])
 def test_everything_is_done_once_after_what_it_needs(folder, processes, monkeypatch):
     at_once, start = [], runner.start
-    monkeypatch.setattr(runner, "start", lambda work, job: (start(work, job), at_once.append(len(work.running))))
+
+    def counted(state, how, job):
+        start(state, how, job)
+        at_once.append(len(state.running))
+
+    monkeypatch.setattr(runner, "start", counted)
     behave(folder, jobs={"": {"seconds": 0.1}})
     config = experiment(folder, **BOTH, processes=processes)
     run_experiment(config)
@@ -193,7 +199,7 @@ def test_other_options_are_refused_with_what_differs_and_set_aside_when_asked(fo
     said = str(refused.value)
     assert "holds results of other options" in said and "--redo true" in said and "another --output_dir" in said
     assert f"  {TRIAL}: --max_steps was 4, now 6; --save_steps was 2, now 3" in said
-    assert f"  measure/{TRIAL}: what it reads or stands on" in said and "reward" not in said
+    assert f"  measure/{TRIAL}: what it reads or depends on" in said and "reward" not in said
     assert log(folder, "begin") == before
     assert yaml.safe_load((folder / "out" / "experiment.yaml").read_text())["methods"]["dpo"]["options"] == {
         "max_steps": 4
@@ -296,7 +302,7 @@ def test_a_signal_lets_the_programs_save_and_the_same_command_goes_on(folder):
     wait_for(lambda: {"seed-0/reward", TRIAL} <= set(log(folder, "begin")))
     process.send_signal(signal.SIGTERM)
     code, said = finished(process)
-    assert code == 75 and "stopped by SIGTERM; the same command goes on" in said
+    assert code == 75 and "stopped by SIGTERM; the same command resumes" in said
     assert sorted(log(folder, "saved")) == sorted(["seed-0/reward", TRIAL]) and programs_of(folder / "out") == []
     behave(folder)
     code, said = finished(runner_process(folder, **BOTH, processes=2))
@@ -385,30 +391,30 @@ def test_only_the_programs_of_this_folder_are_ended(folder):
 # how programs are started
 
 
-def words(tmp_path, launcher: str, command=("launch/dpo.py", "--seed", "0")) -> list[str]:
-    return full_command(experiment(tmp_path, launcher=launcher), Job("x", list(command)))
+def words(launcher: str, program: str = "launch.dpo", arguments=("--seed", "0")) -> list[str]:
+    return full_command(launcher, Job("x", program, list(arguments), "trial"))
 
 
-def test_what_launches_a_program(tmp_path):
+def test_what_launches_a_program():
     module = ["launch.dpo", "--seed", "0"]
     script = ["-m", *module]
-    assert words(tmp_path, "python") == [sys.executable, *script]
-    assert words(tmp_path, "python -u") == [sys.executable, "-u", *script]
-    first, second = (words(tmp_path, "deepspeed --num_accelerators 1") for _ in range(2))
+    assert words("python") == [sys.executable, *script]
+    assert words("python -u") == [sys.executable, "-u", *script]
+    first, second = (words("deepspeed --num_accelerators 1") for _ in range(2))
     assert first[:4] == ["deepspeed", "--num_accelerators", "1", "--master_port"] and first[5:] == ["--module", *module]
     assert int(first[4]) > 1023 and first[4] != second[4]  # several at a time
-    torchrun = words(tmp_path, "'/my tools/torchrun' --nproc_per_node 2")
+    torchrun = words("'/my tools/torchrun' --nproc_per_node 2")
     assert torchrun[:4] == ["/my tools/torchrun", "--nproc_per_node", "2", "--master_port"]
     for own in ("--master_port 99", "--master_port=99", "--master-port 99"):
-        assert words(tmp_path, f"torchrun {own}") == ["torchrun", *shlex.split(own), *script]
+        assert words(f"torchrun {own}") == ["torchrun", *shlex.split(own), *script]
 
 
-def test_commands_of_rlhf_run_without_a_launcher_and_without_the_remark(tmp_path):
-    command = ("rlhf", "experiment", "measure", "out", "--trial", "x", '# {"n_prompts": 2}')
-    assert words(tmp_path, "deepspeed", command) == [sys.executable, "-m", "rlhf.cli", *command[1:-1]]
+def test_commands_of_rlhf_run_without_a_launcher():
+    arguments = ("experiment", "measure", "out", "--trial", "x")
+    assert words("deepspeed", "rlhf", arguments) == [sys.executable, "-m", "rlhf.cli", *arguments]
 
 
 def test_the_environment_marks_a_program_and_finds_the_tools_beside_this_python(tmp_path):
-    found = environment(experiment(tmp_path), Job("x", []))
+    found = environment(tmp_path / "out", 1, Job("x", "rlhf", [], "measure"))
     assert found[MARK] == str((tmp_path / "out").resolve())
     assert found["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)

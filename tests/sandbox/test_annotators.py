@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from rlhf.config import UserError
 from rlhf.data.load import load
 from rlhf.data.records import Preference, Scores
 from rlhf.data.store import Store
+from rlhf.errors import UserError
 from rlhf.sandbox.annotators import (
     ANNOTATORS,
     AnnotateConfig,

@@ -5,9 +5,10 @@ import random
 
 import pytest
 
-from rlhf.config import UserError, parse
+from rlhf.config import parse
 from rlhf.data.records import Instruction, Prompt, prompt_group
 from rlhf.data.split import split_of
+from rlhf.errors import UserError
 from rlhf.sandbox import base, build, corpus
 
 TINY = {

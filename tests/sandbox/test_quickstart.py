@@ -1,40 +1,59 @@
+"""The quickstart's plan, run with a small script in the place of every program."""
+
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
+from rlhf.errors import UserError
+from rlhf.experiment import runner
+from rlhf.experiment.plan import fingerprints
 from rlhf.sandbox import quickstart as module
-from rlhf.sandbox.quickstart import QuickstartConfig, fingerprint, steps
-
-
-@pytest.fixture()
-def pipeline(tmp_path, monkeypatch):
-    """The pipeline with commands that only leave their files; returns (run, names of the steps that ran)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(module, "CONFIGS", tmp_path / "configs")
-    monkeypatch.setattr(module, "show_table", lambda report: None)
-    ran = []
-
-    def execute(step, log):
-        ran.append(step.name)
-        for name in step.leaves:
-            file = tmp_path / name
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if step.name == "sample":
-                assert not file.exists(), "votes on other responses would stay"
-            file.write_text(step.name)
-        return 1.0
-
-    monkeypatch.setattr(module, "execute", execute)
-
-    def run(**more):
-        ran.clear()
-        module.quickstart(QuickstartConfig(**more))
-        return list(ran)
-
-    return run
-
+from rlhf.sandbox.quickstart import QuickstartConfig, jobs
 
 NAMES = ["sandbox", "sft", "sample", "annotate", "reward", "dpo", "ppo", "compare"]
+# leaves the outputs of a job, and says so; "sample" must find no store, and "fail" in the folder is a mistake
+PROGRAM = """
+import json, pathlib, sys
+name, *outputs = sys.argv[1:]
+print(f"output of {name}")
+if pathlib.Path(f"fail-{name}").exists():
+    sys.exit(2)
+for output in map(pathlib.Path, outputs):
+    assert name != "sample" or not output.exists(), "votes on other responses would stay"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"finished": "now"}))
+with open("ran", "a") as ran:
+    ran.write(f"{name}\\n")
+"""
+
+
+@pytest.fixture
+def pipeline(tmp_path, monkeypatch):
+    """A function that runs the pipeline with commands that only leave their files, and returns the jobs that ran."""
+
+    def command(launcher, job):
+        return [sys.executable, "-c", PROGRAM, job.name, *job.outputs]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(module, "code_files", list)
+    monkeypatch.setattr(module, "show_report", lambda report: None)
+    monkeypatch.setattr(runner, "full_command", command)
+    monkeypatch.setattr(runner, "code_version", dict)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(runner, "has_accelerator", lambda: False)
+
+    def run(**more):
+        Path("ran").write_text("")
+        module.quickstart(QuickstartConfig(**more))
+        return Path("ran").read_text().split()
+
+    return run
 
 
 def config(tmp_path, name, text):
@@ -43,16 +62,28 @@ def config(tmp_path, name, text):
     file.write_text(text)
 
 
+def test_every_command_and_its_output_are_shown_and_kept(pipeline, capfdbinary, tmp_path):
+    assert pipeline() == NAMES
+    said = capfdbinary.readouterr().out.decode()
+    assert "[2/8] sft: imitate the shop's answers" in said
+    assert "$ deepspeed --num_accelerators 1 --module launch.sft --config " in said
+    assert [said.count(f"output of {name}\n") for name in NAMES] == [1] * 8
+    assert "output of dpo" in (tmp_path / "runs/quickstart/logs/dpo.log").read_text()
+    assert "runs/quickstart/report/report.json" in said
+
+
 def test_a_second_run_does_nothing_and_says_so(pipeline, capsys):
     assert pipeline() == NAMES
     assert pipeline() == []
     assert "reused: sandbox, sft" in capsys.readouterr().out
 
 
-def test_a_change_runs_its_step_and_those_after_it_again(pipeline, tmp_path):
+def test_a_change_runs_its_job_and_those_that_depend_on_it_again(pipeline, tmp_path):
     pipeline()
     config(tmp_path, "dpo.yaml", "beta: 0.2")
-    assert pipeline() == ["dpo", "ppo", "compare"]
+    assert pipeline() == ["dpo", "compare"]
+    config(tmp_path, "reward.yaml", "seed: 1")
+    assert pipeline() == ["reward", "ppo", "compare"]
 
 
 def test_another_sft_policy_or_other_annotators_get_a_fresh_store(pipeline, tmp_path):
@@ -66,12 +97,42 @@ def test_another_sft_policy_or_other_annotators_get_a_fresh_store(pipeline, tmp_
 def test_a_missing_result_is_made_again(pipeline, tmp_path):
     pipeline()
     (tmp_path / "runs/quickstart/ppo/result.json").unlink()
-    assert pipeline() == ["ppo", "compare"]
+    assert pipeline() == ["ppo"]
 
 
-def test_seed_and_folder_reach_every_step():
-    todo = steps(QuickstartConfig(run="runs/other", seed=7))
-    for step in todo[1:]:
-        assert "7" in step.command and any("runs/other" in word for word in step.command), step.name
-    assert len({fingerprint(step) for step in todo}) == len(todo)
+def test_results_that_no_record_speaks_of_are_made_anew(pipeline, tmp_path):
+    old = tmp_path / "runs/quickstart/sft/result.json"
+    old.parent.mkdir(parents=True)
+    old.write_text('{"finished": "long ago"}')
+    assert pipeline() == NAMES and "now" in old.read_text()
+
+
+def test_a_failure_ends_the_pipeline_and_names_the_log(pipeline, tmp_path):
+    (tmp_path / "fail-dpo").touch()
+    with pytest.raises(UserError, match=r"step 'dpo' failed, exit code 2; .* runs/quickstart/logs/dpo.log"):
+        pipeline()
+    assert (tmp_path / "ran").read_text().split() == NAMES[:5]
+    (tmp_path / "fail-dpo").unlink()
+    assert pipeline() == NAMES[5:]
+
+
+def test_seed_and_folder_reach_every_job():
+    todo = jobs(QuickstartConfig(run="runs/other", seed=7))
+    for job in todo[1:]:
+        assert "7" in job.command and any("runs/other" in word for word in job.command), job.name
+    assert len(set(fingerprints(todo).values())) == len(todo)
     assert json.dumps(todo[6].command).count("preferences.db") == 1  # PPO learns on the prompts of DPO's pairs
+
+
+def test_a_signal_ends_the_pipeline_with_code_75(tmp_path):
+    command = [sys.executable, "-m", "rlhf.cli", "sandbox", "quickstart"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    log = tmp_path / "runs/quickstart/logs/sandbox.log"
+    end = time.monotonic() + 300
+    while not log.exists():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate()
+    assert process.returncode == 75 and "stopped by SIGINT; the same command resumes" in said
+    assert not (tmp_path / "runs/quickstart/jobs/sft.json").exists()
