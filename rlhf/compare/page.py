@@ -37,11 +37,11 @@ def html_page(markdown: str, figures: Mapping[str, Path]) -> str:
     def image(tokens: Any, index: int, *_: Any) -> str:
         source = figures.get(tokens[index].attrs["src"])
         alt = html.escape(tokens[index].content.replace("\\", ""))
-        return (
-            alt
-            if source is None
-            else PICTURE.format(name=source.stem.replace("_", " "), source=_data_uri(source), alt=alt)
-        )
+        # Only the report's own figures are pictures; of any other one its text is shown
+        if source is None:
+            return alt
+        name = source.stem.replace("_", " ")
+        return PICTURE.format(name=name, source=_data_uri(source), alt=alt)
 
     parser.renderer.rules["image"] = image
     parser.renderer.rules["table_open"] = lambda tokens, index, *_: SCROLL.format(**tokens[index].meta)
