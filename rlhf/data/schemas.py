@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.data.columns import FIELDS, TRUTH, boolean, lowered, other_fields
 from rlhf.data.conversation import PASSED, THOUGHTS, as_list, conversation, messages, notes, parse_turns
 from rlhf.data.records import (
     Instruction,
@@ -21,8 +22,6 @@ from rlhf.data.records import (
     Record,
     RecordError,
     check_text,
-    is_number,
-    one_name,
 )
 from rlhf.data.split import answer_pair
 
@@ -51,16 +50,6 @@ MEDIA = {
 # Fields of messages that are read, or say something that needs no reading
 READ_FIELDS = {"role", "content", "from", "value", "weight", *PASSED}
 OPENAI_SIDES = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-}
-TRUTH = {"true": True, "1": True, "false": False, "0": False}
 
 
 class UnknownSchema(RecordError):
@@ -96,7 +85,7 @@ def read_row(row: dict[str, Any], kind: type[Record], source: str | None = None)
     row = _with_usual_names(row)
     content = _READERS[kind](row)
     prompt = _with_system(row, content.prompt)
-    fields = content.fields | _other_fields(row, source, kind)
+    fields = content.fields | other_fields(row, source, kind)
 
     used = {"system", *ANSWERS, *FIELDS, *content.schema.split("+")}
     if "instruction" in used:
@@ -171,7 +160,7 @@ def _read_instruction(row: dict[str, Any]) -> Content:
     if "chosen" in row and response is None and "messages" not in row:
         pair = _read_preference(row)
         return Content(pair.prompt, {"response": pair.fields["chosen"]}, pair.schema)
-    if TRUTH.get(_lowered(row.get("label"))) is False:
+    if TRUTH.get(lowered(row.get("label"))) is False:
         raise RecordError("label", "is false, and an answer marked as bad is not one to imitate")
 
     if "messages" in row and response is None:
@@ -189,7 +178,7 @@ def _read_labelled(row: dict[str, Any]) -> Content:
     if "label" not in row or response is None:
         raise UnknownSchema(row)
     content = _one_answer(row, response)
-    label = _boolean("label", row["label"])
+    label = boolean("label", row["label"])
     return Content(content.prompt, content.fields | {"label": label}, f"{content.schema}+label")
 
 
@@ -391,66 +380,6 @@ def _with_system(row: dict[str, Any], prompt: list[Message]) -> list[Message]:
             raise RecordError("system", "differs from the system message that the conversation begins with")
         return prompt
     return [{"role": "system", "content": system}, *prompt]
-
-
-def _other_fields(row: dict[str, Any], source: str | None, kind: type[Record]) -> dict[str, Any]:
-    """Return the fields that describe a row; empty text (as CSV has it) counts as not given."""
-    fields: dict[str, Any] = {"source": source}
-    for name, read in FIELDS.items():
-        value = row.get(name)
-        applies = kind is Preference or name not in PREFERENCE_FIELDS
-        if applies and value is not None and value != "":
-            fields[name.removeprefix("default_")] = read(name, value)
-    return fields
-
-
-def _name(name: str, value: Any) -> str:
-    return one_name(str(value))
-
-
-def _split(name: str, value: Any) -> str:
-    split = SPLIT_NAMES.get(str(value).lower())
-    if split is None:
-        raise RecordError(name, f"found {value!r}, expected one of train, validation, test")
-    return split
-
-
-def _number(name: str, value: Any) -> float:
-    try:
-        number = float(value) if isinstance(value, str) else value
-    except ValueError:
-        number = None
-    if not is_number(number):
-        raise RecordError(name, f"found {value!r}, expected a number")
-    return number
-
-
-def _boolean(name: str, value: Any) -> bool:
-    truth = TRUTH.get(_lowered(value))
-    if truth is None:
-        raise RecordError(name, f"found {value!r}, expected true or false")
-    return truth
-
-
-def _lowered(value: Any) -> str:
-    return str(value).strip().lower()
-
-
-# How each column that describes a row becomes a field; a group that the data names wins over a default
-FIELDS = {
-    "source": _name,
-    "annotator": _name,
-    "voice": _name,
-    "default_group": _name,
-    "group": _name,
-    "split": _split,
-    "weight": _number,
-    "margin": _number,
-    "label_prob": _number,
-    "chosen_ended": _boolean,
-    "rejected_ended": _boolean,
-}
-PREFERENCE_FIELDS = {"margin", "label_prob", "chosen_ended", "rejected_ended"}
 
 
 def _answer_pair(row: dict[str, Any], record: Record) -> str | None:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.schemas import SPLIT_NAMES
+from rlhf.data.columns import SPLIT_NAMES
 from rlhf.data.votes import Aggregate
 from rlhf.errors import UserError, near_file
 
