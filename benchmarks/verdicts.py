@@ -4,7 +4,7 @@
     nice -n 10 python benchmarks/verdicts.py --repeats 0.05        # a look at them
     nice -n 10 python benchmarks/verdicts.py --tables reports --worlds "5x100"
 
-Whether the intervals hold the truth is benchmarks/coverage.py's question; here it is what is said in words.
+Whether the intervals hold the truth is benchmarks/coverage.py's question; here it is what reports claim.
 """
 
 from __future__ import annotations
@@ -255,12 +255,15 @@ def false_claims(report: dict, gain: bool) -> set[str]:
     Ahead of SFT is false where there is no gain. Win rates and checkpoints on the way claim nothing.
     """
     found = set()
-    for line in report["sentences"]:
-        ahead = any(word in line for word in ("ahead of", "behind"))
-        if ahead and ("over SFT" not in line) and (not gain or "of SFT" not in line):
-            found.add("equal KL" if line.startswith("At KL") else "tuned")
-        if ": reproduced" in line:
-            found.add("over-optimisation")
+    names = {"equal_kl": "equal KL", "tuned": "tuned", "over_optimisation": "over-optimisation"}
+    for verdict in report["verdicts"]:
+        sign, over_initial = verdict["sign"], verdict["b"] == report["foundation"]["method"]
+        if verdict["kind"] == "over_optimisation":
+            false = sign == 1
+        else:
+            false = bool(sign) and not (gain and over_initial)
+        if false:
+            found.add(names[verdict["kind"]])
     if report["outliers"]:
         found.add("names an outlier")
     return found
