@@ -17,7 +17,7 @@ EXTRAS = {"margin": 0.0, "label_prob": math.nan, "weight": 1.0}  # columns a pai
 
 
 def pair_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `encode_preferences` as this trainer reads them: whole sequences, and the extras that occur in the data.
+    """Return rows of `encode_preferences` as this trainer reads them: whole sequences, and the extras that occur.
 
     Weights are divided by their mean, so that they do not change the step size.
     """
