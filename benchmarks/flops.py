@@ -189,7 +189,7 @@ def trl_step(shape: Shape, program: str, use_peft: bool = True, **options: Any) 
         def step() -> None:
             with budget.counting():
                 trainer = cls(model=model, train_dataset=Dataset.from_list(data), **given)
-            trainers.count_flops(trainer, budget)
+            trainers.prepare_trainer(trainer, budget)
             trainer.train()
 
         return budget, measured(step)

@@ -2,14 +2,15 @@
 
     deepspeed launch/dpo.py --config configs/dpo.yaml [--option value ...]
 
-The reference is where training starts. Loss and trainer are TRL's, but for soft labels and weights
+The reference is where training starts. Loss and trainer are TRL's, except for soft labels and weights
 (rlhf/offline/soft_dpo.py); data, evaluation and accounting are as in PPO.
 """
 
 import sys
 from pathlib import Path
 
-if not __package__:  # started as a file, from launch/, where reward.py would shadow the package `reward`
+if not __package__:
+    # started as a file, from launch/, where reward.py would shadow the package `reward`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rlhf.config import parse
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(DPORunConfig, argv)
     run = start_run("dpo", config)
 
+    # these take seconds to import: not before the options are checked
     from datasets import Dataset
     from trl import DPOConfig
 
@@ -32,60 +34,64 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.adapters import frozen_copy
     from rlhf.models import load_model, trainable_policy
     from rlhf.offline import trainers
+    from rlhf.offline.callbacks import RunCallback
     from rlhf.offline.soft_dpo import dpo_trainer, soft_rows
     from rlhf.runs.budget import Budget
 
     initial = stages.load_initial_model(run)
-    pairs = {split: run.data.rows(Preference, split, initial.tokenizer) for split in ("train", "validation")}
-    rows = {split: soft_rows(part) for split, part in pairs.items()}
-    datasets = {split: Dataset.from_list(part) for split, part in rows.items()}
+    train_pairs = run.data.rows(Preference, "train", initial.tokenizer)
+    held_out_pairs = run.data.rows(Preference, "validation", initial.tokenizer)
+    run.log(f"{len(train_pairs)} training pairs, {len(held_out_pairs)} held out")
+    if any(row["record"].margin is not None for row in train_pairs):
+        run.log("the pairs carry a margin, which the reward model reads and DPO does not")
+
     model = trainable_policy(initial, stages.new_lora(run, initial))
-    if hasattr(model, "peft_config"):  # before the arguments, which tell PEFT of ZeRO-3
+    budget = Budget()
+    reference = None
+    if hasattr(model, "peft_config"):
+        # before TRL's arguments are made, which tell PEFT about ZeRO-3
         frozen_copy(model, "default", "ref")
+    else:
+        # TRL would load it by name, which need not be what is in memory
+        reference = load_model(config.model_name_or_path, run.torch_dtype, config.attn_implementation).model
+        budget.watch(reference)
+    budget.watch(model)
+
     arguments = trainers.trl_arguments(
         DPOConfig,
         run,
-        bool(rows["validation"]),
+        has_held_out=bool(held_out_pairs),
         beta=config.beta,
         loss_type=config.loss_type,
         label_smoothing=config.label_smoothing,
     )
-    cls, collator = dpo_trainer(arguments, rows["train"], initial.tokenizer.pad_token_id, run.log)
-    if any(row["record"].margin is not None for row in pairs["train"]):
-        run.log("the pairs carry a margin, which the reward model reads and DPO does not")
-    run.log(f"{len(rows['train'])} training pairs, {len(rows['validation'])} held out")
-
+    train_rows = soft_rows(train_pairs)
+    trainer_class, collator = dpo_trainer(arguments, train_rows, initial.tokenizer.pad_token_id, run.log)
     scorer = build_scorer(config.eval_scorers, initial.tokenizer) if config.eval_scorers else None
-    evaluate = stages.evaluation(run, initial, scorer)
-    reference = None
-    if not hasattr(model, "peft_config"):  # TRL would reload it by name, which need not be what is in memory
-        reference = load_model(config.model_name_or_path, run.torch_dtype, config.attn_implementation).model
-    budget = Budget()
-    budget.watch(model)
-    if reference is not None:
-        budget.watch(reference)
-    sampler = trainers.eval_callback(
-        run, evaluate, trainers.no_context, reference or trainers.reference_context(model, "ref"), budget
+    callback = RunCallback(
+        run,
+        initial,
+        budget,
+        stages.evaluation(run, initial, scorer),
+        reference=reference or trainers.reference_context(model, "ref"),
     )
     # with `precompute_ref_log_probs` the reference is read here
     with trainers.refused_by_trl(), budget.counting():
-        trainer = cls(
+        trainer = trainer_class(
             model=model,
             ref_model=reference,
             args=arguments,
             data_collator=collator,
-            train_dataset=datasets["train"],
-            eval_dataset=datasets["validation"] if rows["validation"] else None,
+            train_dataset=Dataset.from_list(train_rows),
+            eval_dataset=Dataset.from_list(soft_rows(held_out_pairs)) if held_out_pairs else None,
             processing_class=initial.tokenizer,
-            callbacks=[sampler],
+            callbacks=[callback],
         )
-    trainers.count_flops(trainer, budget, stages.new_dropout(config, initial))
-
-    trainers.train(trainer, run, initial, budget, sampler)
-    headline = trainers.held_out_loss(trainer, run) if rows["validation"] else {}
+    trainers.train(trainer, callback, stages.new_dropout(config, initial))
+    held_out = trainers.held_out_loss(trainer, run) if held_out_pairs else {}
 
     trainers.save_policy(run, trainer.model, initial)
-    run.finish({**headline, **sampler.last}, budget.total(run.world))
+    run.finish(held_out | callback.metrics, budget.total(run.world))
 
 
 if __name__ == "__main__":

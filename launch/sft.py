@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: imitate answers, and begin every later stage from the result.
+"""Supervised fine-tuning: imitate answers; later stages start from the result.
 
 deepspeed launch/sft.py --config configs/sft.yaml [--option value ...]
 """
@@ -6,7 +6,8 @@ deepspeed launch/sft.py --config configs/sft.yaml [--option value ...]
 import sys
 from pathlib import Path
 
-if not __package__:  # started as a file, from launch/, where reward.py would shadow the package `reward`
+if not __package__:
+    # started as a file, from launch/, where reward.py would shadow the package `reward`
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rlhf.config import parse
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(SFTRunConfig, argv)
     run = start_run("sft", config)
 
+    # these take seconds to import: not before the options are checked
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -30,40 +32,44 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.data.encode import sft_rows
     from rlhf.models import trainable_policy
     from rlhf.offline import trainers
+    from rlhf.offline.callbacks import RunCallback
     from rlhf.runs.budget import Budget
 
     initial = stages.load_initial_model(run)
-    rows = {split: run.data.rows(Instruction, split, initial.tokenizer) for split in ("train", "validation")}
-    train, held_out = sft_rows(rows["train"]), sft_rows(rows["validation"])
-    run.log(f"{len(train)} training rows, {len(held_out)} held out")
+    train_rows = run.data.rows(Instruction, "train", initial.tokenizer)
+    held_out_rows = run.data.rows(Instruction, "validation", initial.tokenizer)
+    run.log(f"{len(train_rows)} training rows, {len(held_out_rows)} held out")
 
     scorer = build_scorer(config.eval_scorers, initial.tokenizer) if config.eval_scorers else None
-    evaluate = stages.evaluation(run, initial, scorer)
+    evaluation = stages.evaluation(run, initial, scorer)
     model = trainable_policy(initial, stages.new_lora(run, initial))
     if initial.adapter_path:
+        # the evaluation measures the KL to where training starts
         frozen_copy(model, "default", "reference")
     budget = Budget()
     budget.watch(model)
-    ends = stages.ends_measured(run, initial, rows["validation"] or rows["train"])
-    sampler = trainers.eval_callback(
-        run, evaluate, trainers.no_context, trainers.reference_context(model), budget, ends
+    callback = RunCallback(
+        run,
+        initial,
+        budget,
+        evaluation,
+        reference=trainers.reference_context(model),
+        measure=stages.eos_measurement(run, initial, held_out_rows or train_rows),
     )
     with trainers.refused_by_trl():
         trainer = SFTTrainer(
             model=model,
-            args=trainers.trl_arguments(SFTConfig, run, bool(held_out)),
-            train_dataset=Dataset.from_list(train),
-            eval_dataset=Dataset.from_list(held_out) if held_out else None,
+            args=trainers.trl_arguments(SFTConfig, run, has_held_out=bool(held_out_rows)),
+            train_dataset=Dataset.from_list(sft_rows(train_rows)),
+            eval_dataset=Dataset.from_list(sft_rows(held_out_rows)) if held_out_rows else None,
             processing_class=initial.tokenizer,
-            callbacks=[sampler],
+            callbacks=[callback],
         )
-    trainers.count_flops(trainer, budget)
-
-    trainers.train(trainer, run, initial, budget, sampler)
-    headline = trainers.held_out_loss(trainer, run) if held_out else {}
+    trainers.train(trainer, callback)
+    held_out = trainers.held_out_loss(trainer, run) if held_out_rows else {}
 
     trainers.save_policy(run, trainer.model, initial, merge=config.merge)
-    run.finish({**headline, **sampler.last}, budget.total(run.world))
+    run.finish(held_out | callback.metrics, budget.total(run.world))
 
 
 if __name__ == "__main__":

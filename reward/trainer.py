@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from trl import RewardTrainer as TRLRewardTrainer
 
 from reward.objective import reward_loss
+from rlhf.offline.pair_columns import DEFAULTS, add_columns, column_tensors
 from rlhf.tensors import pad_right
-
-EXTRAS = {"margin": 0.0, "label_prob": math.nan, "weight": 1.0}  # columns a pair may have, and what none means
 
 
 def pair_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of `encode_preferences` as this trainer reads them: whole sequences, and the extras that occur.
-
-    Weights are divided by their mean, so that they do not change the step size.
-    """
-    records = [row["record"] for row in encoded]
+    """Return rows of `encode_preferences` as this trainer reads them: whole sequences, and the columns of the data."""
     rows = [{side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} for row in encoded]
-    for name in ("margin", "label_prob"):
-        if any(getattr(record, name) is not None for record in records):
-            for row, record in zip(rows, records, strict=True):
-                value = getattr(record, name)
-                row[name] = EXTRAS[name] if value is None else float(value)
-    total = sum(record.weight for record in records)
-    if any(record.weight != 1.0 for record in records) and total > 0:
-        for row, record in zip(rows, records, strict=True):
-            row["weight"] = record.weight * len(records) / total
+    add_columns(rows, [row["record"] for row in encoded], DEFAULTS)
     return rows
 
 
@@ -47,15 +32,11 @@ class PairCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
         ids = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
-        batch = {
+        return {
             "input_ids": pad_right(ids, self.pad_token_id),
             "attention_mask": pad_right([[1] * len(row) for row in ids]),
+            **column_tensors(rows),
         }
-        for name, nothing in EXTRAS.items():
-            if name in rows[0]:
-                values = [nothing if row[name] is None else row[name] for row in rows]  # Arrow may keep NaN as None
-                batch[name] = torch.tensor(values, dtype=torch.float32)
-        return batch
 
 
 class RewardTrainer(TRLRewardTrainer):
@@ -70,11 +51,11 @@ class RewardTrainer(TRLRewardTrainer):
         self.label_smoothing = label_smoothing
 
     def _set_signature_columns_if_needed(self):
-        self._signature_columns = ["chosen_ids", "rejected_ids", *EXTRAS]
+        self._signature_columns = ["chosen_ids", "rejected_ids", *DEFAULTS]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
-        extras = {name: inputs[name] for name in EXTRAS if name in inputs}
+        extras = {name: inputs[name] for name in DEFAULTS if name in inputs}
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         loss, metrics = reward_loss(

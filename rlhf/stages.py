@@ -1,20 +1,40 @@
-"""What the programs share: where they start from, how they evaluate and what they have cost."""
+"""What the programs share: where they start from, and how they evaluate."""
 
 from __future__ import annotations
 
-from rlhf.config import UserError
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rlhf.adapters import (
+    adapter_settings,
+    changes_head,
+    check_targets,
+    like_rows,
+    lora_config,
+    require_policy,
+    token_rows,
+)
 from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import first_by_hash
+from rlhf.engines.hf import Sampling
+from rlhf.errors import UserError
+from rlhf.evaluate import Evaluation, eos_probability
+from rlhf.files import files_fingerprint, model_files
+from rlhf.logprobs import head_is_plain
+from rlhf.models import InitialModel, check_context, load_model
 from rlhf.options.shared import AdapterConfig, RunConfig
+from rlhf.runs.run import Run
+from rlhf.tokenizer import stop_ids
 
-NEVER_TRAINED = 10  # rows of an output head this close to that of a token; one that was trained has none or a few
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+UNTRAINED_ALIKE = 10  # rows of an output head this close to that of a token; one that was trained has none or a few
+MEASURED_ROWS = 64
 
 
-def load_initial_model(run):
-    """The foundation that this run starts from. Raises UserError where it and the options do not fit."""
-    from rlhf.files import files_fingerprint, model_files
-    from rlhf.models import load_model
-
+def load_initial_model(run: Run) -> InitialModel:
+    """Return the model that this run starts from. Raise UserError where it and the options do not fit."""
     config = run.config
     initial = load_model(config.model_name_or_path, run.torch_dtype, config.attn_implementation)
     check_start(run.program, config, initial.model, initial.adapter_path)
@@ -24,11 +44,8 @@ def load_initial_model(run):
     return initial
 
 
-def check_start(program: str, config: RunConfig, model, adapter_path: str | None) -> None:
+def check_start(program: str, config: RunConfig, model: Any, adapter_path: str | None) -> None:
     """Raise UserError where options do not fit the base model, or the adapter on it, that a program starts from."""
-    from rlhf.adapters import require_policy
-    from rlhf.models import check_context
-
     check_context(model, config.model_name_or_path, config.max_prompt_length, config.max_response_length)
     if adapter_path and program != "reward":
         require_policy(adapter_path)
@@ -39,13 +56,11 @@ def check_start(program: str, config: RunConfig, model, adapter_path: str | None
         )
 
 
-def new_lora(run, initial, task_type: str = "CAUSAL_LM"):
-    """The LoRA settings of a new adapter on the foundation, or None when the whole model is trained.
+def new_lora(run: Run, initial: InitialModel, task_type: str = "CAUSAL_LM") -> LoraConfig | None:
+    """Return the LoRA settings of a new adapter on the initial model, or None when the whole model is trained.
 
     Raises UserError for a target module that the model does not have.
     """
-    from rlhf.adapters import check_targets, lora_config
-
     config = run.config
     if not getattr(config, "use_peft", True):
         return None
@@ -56,59 +71,54 @@ def new_lora(run, initial, task_type: str = "CAUSAL_LM"):
     return lora
 
 
-def eos_rows(run, initial, lora) -> list[int] | dict[str, list[int]] | None:
-    """PEFT's `trainable_token_indices` of a new policy adapter: the EOS token where its row has to be trained, or None.
+def eos_rows(run: Run, initial: InitialModel, lora: LoraConfig) -> list[int] | dict[str, list[int]] | None:
+    """Return PEFT's `trainable_token_indices` for the EOS token where its row has to be trained, or None.
 
-    LoRA on the layers below cannot raise the logit of one token over those of others whose rows are the same. Says
+    LoRA on the layers below cannot raise the logit of one token over those of others whose rows are the same. Logs
     what it finds, also where an adapter that is continued cannot learn to end.
     """
-    from rlhf.adapters import adapter_settings, changes_head, like_rows, token_rows
-
     wanted, token = run.config.train_eos, initial.tokenizer.eos_token_id
     if wanted == "never":
         return None
-    found = like_rows(initial.model.get_output_embeddings().weight, token)
-    if wanted == "auto" and found < NEVER_TRAINED:
+    alike = like_rows(initial.model.get_output_embeddings().weight, token)
+    if wanted == "auto" and alike < UNTRAINED_ALIKE:
         return None
-    name = f"the row of the EOS token {initial.tokenizer.eos_token!r} in the output head"
-    if found >= NEVER_TRAINED:
-        name += f", which has a cosine above 0.9 to {found} others and was probably never trained,"
+
     start = initial.adapter_path
     if changes_head(adapter_settings(start) if start else lora, initial.model):
         return None
+    name = f"the row of the EOS token {initial.tokenizer.eos_token!r} in the output head"
+    if alike >= UNTRAINED_ALIKE:
+        name += f", which has a cosine above 0.9 to {alike} others and was probably never trained,"
     if start:
-        run.log(f"warning: {name} is not trained by the adapter {start}: its responses may never end. Train it anew")
+        run.log(f"warning: {name} is not trained by the adapter {start}: its responses may never end. Train it again")
         return None
     rows = token_rows(initial.model, token)
-    run.log(
-        f"{name} is trained beside LoRA" if rows else f"warning: {name} cannot be trained: PEFT leaves out its bias"
-    )
+    if rows:
+        run.log(f"{name} is trained beside LoRA")
+    else:
+        run.log(f"warning: {name} cannot be trained: PEFT leaves out its bias")
     return rows
 
 
-def new_dropout(config: AdapterConfig, initial) -> float:
-    """The dropout of a new adapter; one that is continued in DPO or as a reward model had its own where it was new."""
+def new_dropout(config: AdapterConfig, initial: InitialModel) -> float:
+    """Return the dropout of a new adapter in DPO and reward models; 0 for one that is continued."""
     return 0.0 if initial.adapter_path else config.lora_dropout
 
 
-def evaluation(run, initial, scorer: Scorer | None):
-    """The evaluation by sampling of this run on its validation prompts, or None when switched off or without any."""
-    from rlhf.engines.hf import Sampling
-    from rlhf.evaluate import Evaluation
-    from rlhf.logprobs import head_is_plain
-    from rlhf.tokenizer import stop_ids
-
-    config = run.config
+def evaluation(run: Run, initial: InitialModel, scorer: Scorer | None) -> Evaluation | None:
+    """Return the evaluation by sampling on the run's validation prompts; None where it is off or has no prompts."""
+    config, tokenizer = run.config, initial.tokenizer
     if config.eval_prompts < 1:
         return None
-    rows = first_by_hash(run.data.rows(Prompt, "validation", initial.tokenizer, config.eval_data), config.eval_prompts)
+    rows = first_by_hash(run.data.rows(Prompt, "validation", tokenizer, config.eval_data), config.eval_prompts)
     if not rows:
         run.log("no validation prompts: evaluation by sampling is off")
         return None
     return Evaluation(
         prompts=rows,
-        tokenizer=initial.tokenizer,
-        stop_ids=stop_ids(initial.tokenizer, initial.model),
+        tokenizer=tokenizer,
+        stop_ids=stop_ids(tokenizer, initial.model),
         sampling=Sampling(max_new_tokens=config.max_response_length, temperature=config.temperature),
         scorer=scorer,
         seed=config.seed,
@@ -117,11 +127,12 @@ def evaluation(run, initial, scorer: Scorer | None):
     )
 
 
-def ends_measured(run, initial, rows: list[dict]):
+def eos_measurement(run: Run, initial: InitialModel, rows: list[dict]) -> Callable[[Any], dict[str, float]]:
     """Return a function of a model that measures P(EOS) where the answers of up to 64 of these rows end."""
-    from rlhf.evaluate import eos_probability
-    from rlhf.logprobs import head_is_plain
+    measured, plain_head = first_by_hash(rows, MEASURED_ROWS), head_is_plain(initial.model)
+    pad_id = initial.tokenizer.pad_token_id
 
-    rows, plain_head = first_by_hash(rows, 64), head_is_plain(initial.model)
-    name, pad_id = "eval/response/eos_probability", initial.tokenizer.pad_token_id
-    return lambda model: {name: eos_probability(model, rows, pad_id, plain_head, run.world)}
+    def measure(model: Any) -> dict[str, float]:
+        return {"eval/response/eos_probability": eos_probability(model, measured, pad_id, plain_head, run.world)}
+
+    return measure

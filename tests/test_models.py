@@ -451,9 +451,7 @@ def test_only_with_its_row_trained_can_the_eos_token_be_learnt(base_path, tmp_pa
     # 19 tokens with one row have one logit: P(EOS) is at most 1/19 = 0.0526 whatever LoRA learns
     assert learnt > 0.5 if trained else learnt < 1 / 19 + 1e-6
 
-    run = types.SimpleNamespace(
-        config=types.SimpleNamespace(output_dir=str(tmp_path / "merged")), world=DistributedContext(), program="sft"
-    )
+    run = types.SimpleNamespace(folder=tmp_path / "merged", world=DistributedContext(), program="sft")
     trainers.save_policy(run, model, initial, merge=True)
     merged = load_model(str(tmp_path / "merged")).model
     assert eos_probability(merged, [row], 0, True, DistributedContext()) == pytest.approx(learnt, abs=1e-5)

@@ -5,7 +5,6 @@ TRL 1.16 has neither: its `sigmoid` loss ignores `label_smoothing` and takes no 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,10 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from rlhf.adapters import frozen_copy
-from rlhf.config import UserError
+from rlhf.errors import UserError
+from rlhf.offline.pair_columns import add_columns, column_tensors
 
-SOFT = {"label_prob": math.nan, "weight": 1.0}  # columns a row may have, and what none means
+SOFT = ("label_prob", "weight")  # the columns that the loss reads
 
 
 def soft_dpo_loss(
@@ -30,7 +30,7 @@ def soft_dpo_loss(
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """DPO's loss of each row with the probability p that `chosen` is the better one, and the row's weight w.
+    """Return DPO's loss of each row, with the probability p that `chosen` is the better one, and the row's weight w.
 
         L = -w [ p log sigmoid(beta delta) + (1 - p) log sigmoid(-beta delta) ]
 
@@ -39,7 +39,8 @@ def soft_dpo_loss(
     least where sigmoid(beta delta) = p. label_prob, weight: (B,) or None; a row without a soft label has NaN there and
     takes 1 - label_smoothing. Returns (B,).
     """
-    delta = delta.to(torch.promote_types(delta.dtype, torch.float32))  # a bf16 label_prob would have 3 digits
+    # in bf16 a label_prob would have 3 digits
+    delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
     p = torch.full_like(delta, 1.0 - label_smoothing)
     if label_prob is not None:
         p = torch.where(label_prob.isnan(), p, label_prob.to(delta.dtype))
@@ -48,29 +49,19 @@ def soft_dpo_loss(
 
 
 def soft_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of `encode_preferences` for a DPO trainer: ids, and label_prob and weight where any record has them.
-
-    Weights are divided by their mean, so that they do not change the step size.
-    """
-    records = [row["record"] for row in encoded]
+    """Return rows of `encode_preferences` for a DPO trainer: ids, and the `SOFT` columns that the data has."""
     rows = [{name: value for name, value in row.items() if name != "record"} for row in encoded]
-    if any(record.label_prob is not None for record in records):
-        for row, record in zip(rows, records, strict=True):
-            row["label_prob"] = SOFT["label_prob"] if record.label_prob is None else float(record.label_prob)
-    total = sum(record.weight for record in records)
-    if any(record.weight != 1.0 for record in records) and total > 0:
-        for row, record in zip(rows, records, strict=True):
-            row["weight"] = record.weight * len(records) / total
+    add_columns(rows, [row["record"] for row in encoded], SOFT)
     return rows
 
 
-def plain_trl(args: Any) -> str | None:
-    """Why these TRL options leave no room for soft labels and weights; None where they do."""
+def unsupported_option(args: Any) -> str | None:
+    """Return the TRL option that soft labels and weights cannot be combined with, or None."""
     if list(args.loss_type) != ["sigmoid"]:
         return f"loss_type {', '.join(args.loss_type)}"
-    for name, usual in (("f_divergence_type", "reverse_kl"), ("use_weighting", False), ("ld_alpha", None)):
+    for name, default in (("f_divergence_type", "reverse_kl"), ("use_weighting", False), ("ld_alpha", None)):
         value = getattr(args, name)
-        if getattr(value, "value", value) != usual:
+        if getattr(value, "value", value) != default:
             return name
     return "loss_weights" if args.loss_weights not in (None, [1.0]) else None
 
@@ -80,16 +71,11 @@ class SoftCollator(DataCollatorForPreference):
     """TRL's collator, with the (B,) columns of `SOFT` that the rows have."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
-        for name, nothing in SOFT.items():
-            if name in examples[0]:
-                values = [nothing if row[name] is None else row[name] for row in examples]  # Arrow may keep NaN as None
-                batch[name] = torch.tensor(values, dtype=torch.float32)
-        return batch
+        return super().torch_call(examples) | column_tensors(examples)
 
 
 class EncodedDPOTrainer(DPOTrainer):
-    """TRL's, on rows that already are ids, encoded as for every other stage.
+    """TRL's trainer on rows that already are ids, encoded as for every other stage.
 
     The reference is the adapter "ref", all of the policy's adapter at the start: TRL's own copy leaves out LoRA on
     embeddings and trainable tokens.
@@ -99,7 +85,8 @@ class EncodedDPOTrainer(DPOTrainer):
         if ref_model is None and hasattr(model, "peft_config"):
             if "ref" not in model.peft_config:
                 frozen_copy(model, "default", "ref")
-            model.add_adapter = lambda name, config: None  # TRL would add its copy
+            # TRL would add its own copy
+            model.add_adapter = lambda name, config: None
         super().__init__(model=model, ref_model=ref_model, **kwargs)
         vars(model).pop("add_adapter", None)
 
@@ -108,62 +95,78 @@ class EncodedDPOTrainer(DPOTrainer):
 
 
 class SoftDPOTrainer(EncodedDPOTrainer):
-    """The same with `soft_dpo_loss` in the place of TRL's `sigmoid`; its forward passes and all it logs stay TRL's.
+    """The same with `soft_dpo_loss` in place of TRL's `sigmoid`; its forward passes and its logs stay TRL's.
 
-    Rows come from `soft_rows`, `data_collator` is a `SoftCollator`. Refuses (ValueError) what `plain_trl` names.
+    Rows come from `soft_rows`, `data_collator` is a `SoftCollator`. Raises ValueError for an `unsupported_option`.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        if reason := plain_trl(self.args):
-            raise ValueError(f"soft labels and weights do not go with {reason}")
+        if reason := unsupported_option(self.args):
+            raise ValueError(f"soft labels and weights cannot be combined with {reason}")
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
         self._signature_columns += [name for name in SOFT if name not in self._signature_columns]
 
     def compute_ref_log_probs(self, model, inputs):
-        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k not in SOFT})
+        return super().compute_ref_log_probs(model, without_soft(inputs))
 
     def _compute_loss(self, model, inputs, return_outputs):
         soft = {name: inputs[name] for name in SOFT if name in inputs}
-        inputs = {name: value for name, value in inputs.items() if name not in SOFT}
+        inputs = without_soft(inputs)
         if "ref_chosen_logps" not in inputs:
             reference = self.model if self.ref_model is None else self.ref_model
             chosen, rejected = self.compute_ref_log_probs(reference, inputs)
             inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-        seen = []
 
-        def monitored(**kwargs):
-            seen.append(model(**kwargs))
-            return seen[-1]
+        # keep the outputs of the forward pass that TRL makes
+        passes = []
 
-        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True  # they are in `inputs`
+        def recorded(**kwargs):
+            passes.append(model(**kwargs))
+            return passes[-1]
+
+        # the reference's log-probabilities are in `inputs`, as if they had been computed before training
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
-            result = super()._compute_loss(monitored, inputs, return_outputs)
+            result = super()._compute_loss(recorded, inputs, return_outputs)
         finally:
             self.precompute_ref_logps = precomputed
-        theirs, outputs = result if return_outputs else (result, None)
-        length = inputs["completion_mask"].size(1) - 1  # prompt-learning adapters put virtual tokens before
-        chosen, rejected = seen[0].log_probs[:, -length:].sum(dim=1).chunk(2)
+        trl_loss, outputs = result if return_outputs else (result, None)
+
+        # prompt-learning adapters put virtual tokens before the completion
+        length = inputs["completion_mask"].size(1) - 1
+        chosen, rejected = passes[0].log_probs[:, -length:].sum(dim=1).chunk(2)
         delta = (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])
         rows = soft_dpo_loss(delta, self.beta, **soft, label_smoothing=self.label_smoothing)
-        hard = soft_dpo_loss(delta, self.beta)  # what TRL's loss holds, beside a router's auxiliary loss
-        loss = theirs + (rows - hard).mean()
+        # TRL's loss holds the hard labels' loss, and maybe a router's auxiliary loss, which stays
+        hard_rows = soft_dpo_loss(delta, self.beta)
+        loss = trl_loss + (rows - hard_rows).mean()
         return (loss, outputs) if return_outputs else loss
 
 
-def dpo_trainer(args: Any, rows: list[dict[str, Any]], pad_token_id: int, log: Callable[[str], None]) -> tuple:
-    """(trainer class, data collator) for these TRL options and training rows of `soft_rows`; says what the loss reads.
+def without_soft(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if name not in SOFT}
 
-    TRL's own where no row has a label_prob or weight and no label_smoothing is asked of `sigmoid`, or where the options
-    leave no room for them. Raises UserError if that makes label_smoothing do nothing.
+
+def dpo_trainer(
+    args: Any,
+    rows: list[dict[str, Any]],
+    pad_token_id: int,
+    log: Callable[[str], None],
+) -> tuple[type[EncodedDPOTrainer], SoftCollator | None]:
+    """Return the trainer class and data collator for TRL options and rows of `soft_rows`; log what the loss reads.
+
+    The loss is TRL's own where no row has a soft column and `sigmoid` has no label_smoothing, or where the options do
+    not allow them. Raises UserError if that makes label_smoothing do nothing.
     """
-    carried, reason = " and ".join(name for name in SOFT if name in rows[0]), plain_trl(args)
+    columns = " and ".join(name for name in SOFT if name in rows[0])
+    reason = unsupported_option(args)
     if reason and args.label_smoothing and list(args.loss_type) == ["sigmoid"]:
         raise UserError(f"'label_smoothing' of loss_type sigmoid does not go with {reason}")
-    if carried:
-        log(f"{reason} does not read {carried} of the pairs" if reason else f"the loss reads {carried} of the pairs")
-    if reason or not (carried or args.label_smoothing):
+    if columns:
+        log(f"{reason} does not read {columns} of the pairs" if reason else f"the loss reads {columns} of the pairs")
+    if reason or not (columns or args.label_smoothing):
         return EncodedDPOTrainer, None
     return SoftDPOTrainer, SoftCollator(pad_token_id)

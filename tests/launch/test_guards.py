@@ -315,14 +315,6 @@ def test_a_run_that_could_learn_from_no_rollout_is_not_done(runs, files, tmp_pat
     assert not (tmp_path / "other" / "checkpoints").exists()  # the same command begins anew
 
 
-def test_pretraining_data_reaches_the_updates(runs, files, tmp_path):
-    pretraining = ["--ptx_coef", "0.5", "--ptx_data", files["instructions"], "--guards", "{no_signal: off}"]
-    assert start([*flags(runs, files, tmp_path, *pretraining), "--total_episodes", "8", "--eval_prompts", "0"]) == 0
-    (row,) = rows_of(tmp_path)
-    assert row["loss/ptx"] > 0
-    assert 0 < max(row["grad/norm_policy"], row["grad/norm_value"]) < row["grad/norm"]
-
-
 def spoiled(what: str, at: int):
     """Trainer.training_step whose loss, gradient or weight becomes NaN at step `at`, of three."""
     step = Trainer.training_step
@@ -368,7 +360,7 @@ def test_numbers_that_are_not_finite_stop_a_run_and_are_not_saved(
 
 def test_a_result_that_is_not_finite_is_no_result(tmp_path):
     run = SimpleNamespace(program="dpo", checkpoints=tmp_path / "none", close=lambda: None, world=DistributedContext())
-    run.config = SimpleNamespace(output_dir=str(tmp_path / "out"))
+    run.folder = tmp_path / "out"
     trainer = SimpleNamespace(state=SimpleNamespace(global_step=7), evaluate=lambda: {"eval_loss": math.nan})
     with pytest.raises(Halt, match="dpo: stopped at step 7: the loss on held-out rows is not finite") as stopped:
         trainers.held_out_loss(trainer, run)

@@ -10,8 +10,15 @@ from trl import DPOConfig
 from rlhf.adapters import lora_config
 from rlhf.data.records import Preference
 from rlhf.models import load_model, trainable_policy
-from rlhf.offline.soft_dpo import EncodedDPOTrainer, SoftCollator, SoftDPOTrainer, plain_trl, soft_dpo_loss, soft_rows
-from rlhf.offline.trainers import count_flops
+from rlhf.offline.soft_dpo import (
+    EncodedDPOTrainer,
+    SoftCollator,
+    SoftDPOTrainer,
+    soft_dpo_loss,
+    soft_rows,
+    unsupported_option,
+)
+from rlhf.offline.trainers import prepare_trainer
 from tests.kinds import build
 
 NAN = math.nan
@@ -140,7 +147,7 @@ def test_the_first_loss_is_log_2_where_dropout_is_called_as_a_function(tmp_path,
     tokenizer.save_pretrained(tmp_path)
     rows = soft_rows([encoded(*ids) for ids in PAIRS])
     trainer = trainer_of(EncodedDPOTrainer, str(tmp_path), tmp_path, rows, use_peft, distance=0.0)
-    count_flops(trainer, None)
+    prepare_trainer(trainer, None)
     trainer.model.train()
     if trainer.ref_model is not None:
         trainer.ref_model.train()
@@ -198,4 +205,4 @@ def test_it_trains_with_precomputed_reference(base_path, tmp_path):
     ],
 )
 def test_what_soft_labels_do_not_go_with(tmp_path, options, reason):
-    assert plain_trl(DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)) == reason
+    assert unsupported_option(DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)) == reason

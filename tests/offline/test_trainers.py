@@ -4,7 +4,7 @@ import pytest
 from trl import DPOConfig, SFTConfig
 
 from rlhf.config import UserError
-from rlhf.offline.trainers import make_schedule, refused_by_trl, trl_overrides
+from rlhf.offline.trainers import check_schedule, refused_by_trl, trl_overrides
 
 
 def overrides(cls=SFTConfig, **trl):
@@ -45,6 +45,6 @@ def test_values_under_trl_that_cannot_be_used_are_refused(trl, said):
 )
 def test_a_schedule_or_optimizer_that_lacks_something_is_refused_before_training(tmp_path, options, said):
     plain = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
-    make_schedule(SFTConfig(**plain, lr_scheduler_type="cosine", warmup_steps=0.1))
+    check_schedule(SFTConfig(**plain, lr_scheduler_type="cosine", warmup_steps=0.1))
     with pytest.raises(UserError, match=f"TRL refuses these options: .*{said}"), refused_by_trl():
-        make_schedule(SFTConfig(**plain, **options))
+        check_schedule(SFTConfig(**plain, **options))

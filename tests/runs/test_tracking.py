@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.offline.trainers import rename_trl, trainer_callback
+from rlhf.offline.trl_names import rename_trl
 from rlhf.runs.metrics import METRICS, PATTERNS, SECTIONS, check_names, is_known, metrics_page
 from rlhf.runs.model_card import write_card
 from rlhf.runs.tracking import Tracker, read_metrics
@@ -169,17 +169,25 @@ def test_every_name_that_the_installed_trl_logs_is_known_here(stage):
 
 
 def test_the_callback_logs_through_the_tracker(tmp_path, capsys):
+    from types import SimpleNamespace
+
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
+    from rlhf.distributed import DistributedContext
+    from rlhf.offline.callbacks import RunCallback
+    from rlhf.runs.budget import Budget
+
     with Tracker(tmp_path, console_seconds=0) as tracker:
-        callback = trainer_callback(tracker, "reward")
+        run = SimpleNamespace(program="reward", tracker=tracker, world=DistributedContext())
+        callback = RunCallback(run, None, Budget(tokens_trained=70))
         state = TrainerState(global_step=5, max_steps=10)
         arguments = TrainingArguments(output_dir=str(tmp_path / "t"), use_cpu=True)
         capsys.readouterr()  # what other packages print when they are first imported
         callback.on_log(arguments, state, TrainerControl(), logs={"loss": 0.5, "accuracy": 0.75})
         callback.on_log(arguments, state, TrainerControl(), logs={"total_flos": 1.0})
-    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    row, last = read_metrics(tmp_path / "metrics.jsonl")
     assert (row["step"], row["loss/total"], row["reward/accuracy"]) == (5, 0.5, 0.75)
+    assert last["budget/tokens_trained"] == 70 and "loss/total" not in last
     assert capsys.readouterr().out == "step 5/10  loss/total 0.5  reward/accuracy 0.75\n"
 
 

@@ -1,0 +1,76 @@
+"""What the reward program reports about the model it has trained."""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+from typing import Any
+
+import torch
+
+from reward.card import doubts, report_card, write_card
+from reward.model import raw_scores
+from reward.objective import reward_loss
+from reward.trainer import pair_rows
+from rlhf.deepspeed_backend import gathered
+from rlhf.offline.pair_columns import column_tensors
+from rlhf.runs.run import Run
+
+
+def score_rows(run: Run, trainer: Any, *parts: list[list[int]]) -> list[list[float]]:
+    """Return the raw scores of each part's rows of ids; each rank scores its share, and gets all."""
+    rows = list(chain.from_iterable(parts))
+    own = [rows[i] for i in run.world.shard(len(rows))]
+    batch_size = 2 * run.config.per_device_train_batch_size
+    with gathered(trainer.model):
+        scores = run.world.gather(raw_scores(trainer.model, own, trainer.processing_class.pad_token_id, batch_size))
+    remaining = iter(scores)
+    return [list(islice(remaining, len(part))) for part in parts]
+
+
+def report(
+    run: Run,
+    held_out: list[dict[str, Any]],
+    chosen: list[float],
+    rejected: list[float],
+    step: int,
+) -> dict[str, float]:
+    """Write the report card of the held-out pairs, log its numbers, and return the headline."""
+    config = run.config
+    card = report_card(
+        [row["record"] for row in held_out],
+        chosen,
+        rejected,
+        [len(row["chosen_ids"]) for row in held_out],
+        [len(row["rejected_ids"]) for row in held_out],
+        title=run.folder.name,
+    )
+    card["rows"] = run.data.row_counts
+
+    loss, metrics = reward_loss(
+        torch.tensor(chosen),
+        torch.tensor(rejected),
+        **column_tensors(pair_rows(held_out)),
+        label_smoothing=config.label_smoothing,
+        center_coefficient=config.center_rewards_coefficient,
+    )
+    logged = {"eval/loss/total": loss.item(), "eval/reward/mean": metrics.pop("reward").item()}
+    logged |= {f"eval/reward/{name}": value.item() for name, value in metrics.items()}
+    run.tracker.log(logged, step)
+
+    if run.world.is_main:
+        run.log(f"report card: {write_card(card, config.output_dir)}")
+        for doubt in doubts(card):
+            run.log(f"WARNING: {doubt}")
+
+    accuracy, calibration = card["accuracy"], card["calibration"]
+    headline = {
+        "eval/reward/accuracy_low": accuracy["low"],
+        "eval/reward/accuracy_high": accuracy["high"],
+        "eval/reward/groups": accuracy["n"],
+        "eval/reward/ece": calibration["ece"],
+        "eval/reward/ece_expected": calibration["ece_expected"],
+        "eval/reward/brier": calibration["brier"],
+        "eval/reward/length_baseline": card["length"]["baseline"]["accuracy"],
+    }
+    # too few groups have no interval
+    return logged | {name: value for name, value in headline.items() if value is not None}

@@ -1,0 +1,182 @@
+"""What a run does at the events of a TRL trainer: evaluate, log, write checkpoints, and stop."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from rlhf.deepspeed_backend import gathered
+from rlhf.distributed import peak_memory
+from rlhf.errors import EXIT_GUARD, Halt
+from rlhf.evaluate import Evaluation, sample_table, summarise
+from rlhf.models import InitialModel, write_identity
+from rlhf.offline.trl_names import rename_trl
+from rlhf.runs import checkpoint
+from rlhf.runs.budget import Budget
+from rlhf.runs.run import Run, format_metrics
+from rlhf.weights import is_finite
+
+ACCURACY = {"sft": "token/accuracy", "reward": "reward/accuracy", "dpo": "dpo/reward_accuracy"}
+
+
+class AlreadyFinished(Exception):
+    """The checkpoint is that of the last step. The Trainer would make one more, in the middle of an epoch."""
+
+
+class RunCallback(TrainerCallback):
+    """Connects a TRL trainer to its run; `trainers.train` sets `trainer`.
+
+    It evaluates by sampling at step 0, every eval_steps and at the end, and adds `measure(model)` to those metrics,
+    which `metrics` holds afterwards. It sends the trainer's logs to the tracker with `budget/*` added. It makes the
+    Trainer's checkpoints whole: what the Trainer leaves out, then the manifest, last of all and on all ranks.
+    """
+
+    trainer: Any = None
+
+    def __init__(
+        self,
+        run: Run,
+        initial: InitialModel,
+        budget: Budget,
+        evaluation: Evaluation | None = None,
+        reference: Any = None,
+        measure: Callable[[Any], dict[str, float]] | None = None,
+    ):
+        self.run = run
+        self.initial = initial
+        self.budget = budget
+        self.evaluation = evaluation
+        self.reference = reference
+        self.measure = measure
+        self.metrics: dict[str, float] = {}
+        self.evaluated_step = -1
+        self.stopped = False
+        self.held_out_loss: tuple[int, float | None] = (-1, None)  # step and loss
+        accuracy = ACCURACY[run.program]
+        self.shown = ("loss/total", accuracy, f"eval/{accuracy}", "eval/loss/total", "learning_rate")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.run.resumed is None:
+            self._evaluate(model, state.global_step)
+            return
+        self._restore()
+        if state.global_step >= state.max_steps:
+            raise AlreadyFinished
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        # none under DeepSpeed, whose engine keeps the gradients and has made its step by now
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
+            raise not_finite(self.run, state.global_step + 1, "the gradient is not finite")
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        run, step = self.run, state.global_step
+        every = run.config.eval_steps
+        if step >= state.max_steps or (every and step % every == 0):
+            self._evaluate(model, step)
+
+        self.stopped = run.interrupted()
+        control.should_training_stop = control.should_training_stop or self.stopped
+        control.should_save = self.stopped or run.should_checkpoint(step, state.max_steps)
+
+        is_whole = math.isfinite(float(self.trainer._tr_loss))
+        if control.should_save and is_whole:
+            # ZeRO-3 keeps this rank's part of a parameter apart
+            trained = [getattr(p, "ds_tensor", p) for p in model.parameters() if p.requires_grad]
+            is_whole = all(map(is_finite, trained))
+        if run.world.sum(float(not is_whole)):
+            raise not_finite(run, step, "the loss or a weight is not finite")
+        return control
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.held_out_loss = (state.global_step, (metrics or {}).get("eval_loss"))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs.update(self.budget.total(self.run.world))
+        logs["memory/peak"] = peak_memory(self.run.world.device)
+        metrics = rename_trl(logs, self.run.program)
+        self.run.tracker.log(metrics, state.global_step)
+        if metrics.keys() & set(self.shown):
+            self.run.tracker.console(state.global_step, state.max_steps, metrics, self.shown)
+
+    def on_save(self, args, state, control, **kwargs):
+        run, step = self.run, state.global_step
+        folder = run.checkpoints / f"checkpoint-{step}"
+        self._write_memory(folder)
+        # the manifest covers the files of all ranks
+        run.world.barrier()
+
+        loss_step, loss = self.held_out_loss
+        is_scored = loss_step == step and loss is not None and math.isfinite(loss)
+        metadata = run.metadata(
+            step,
+            score=-loss if is_scored else None,
+            state={"last": self.metrics, "evaluated": self.evaluated_step},
+        )
+        if run.world.is_main:
+            if (folder / "adapter_config.json").is_file():
+                write_identity(folder, self.initial, program=run.program)
+            checkpoint.seal(folder, step, metadata)
+            checkpoint.crash_point("sealed")
+            checkpoint.prune(run.checkpoints, run.config.save_total_limit)
+        run.world.barrier()
+
+    def _evaluate(self, model, step: int) -> None:
+        if (self.evaluation is None and self.measure is None) or step == self.evaluated_step:
+            return
+        self.evaluated_step = step
+        rows = []
+        with gathered(model):
+            if self.evaluation is not None:
+                rows = self.evaluation.run(model, nullcontext, self.reference, self.run.world)
+            self.metrics = summarise(rows)
+            if self.measure is not None:
+                self.metrics |= self.measure(model)
+        self.run.tracker.log(self.metrics, step)
+        self.run.tracker.table("samples", sample_table(rows), step)
+        self.run.log(f"step {step}: {format_metrics(self.metrics)}")
+
+    def _write_memory(self, folder: Path) -> None:
+        """Write what the Trainer of this rank has summed up since its last log, which its checkpoints leave out."""
+        kept = {
+            "tr_loss": float(self.trainer._tr_loss),
+            "total_loss": self.trainer._total_loss_scalar,
+            "last_logged": self.trainer._globalstep_last_logged,
+            "tokens": self.trainer._total_train_tokens,
+            "metrics": self.trainer._metrics["train"],
+            "budget": self.budget.state_dict(),
+        }
+        (folder / f"memory-{self.run.world.rank}.json").write_text(json.dumps(kept))
+
+    def _restore(self) -> None:
+        """Restore what `on_save` wrote beside the Trainer's own files."""
+        resumed = self.run.resumed
+        kept = json.loads((resumed.folder / f"memory-{self.run.world.rank}.json").read_text())
+        self.trainer._tr_loss += kept["tr_loss"]
+        self.trainer._total_loss_scalar = kept["total_loss"]
+        self.trainer._globalstep_last_logged = kept["last_logged"]
+        self.trainer._initial_global_step = 0
+        self.trainer._total_train_tokens = kept["tokens"]
+        self.trainer._metrics["train"] = defaultdict(list, kept["metrics"])
+        self.budget.load_state_dict(kept["budget"])
+        self.metrics = resumed.metadata["state"]["last"]
+        self.evaluated_step = resumed.metadata["state"]["evaluated"]
+
+
+def not_finite(run: Run, step: int, what: str) -> Halt:
+    """Close the run and return the exception that ends it because of NaN or infinite numbers; nothing is saved."""
+    run.close()
+    kept = f" Checkpoints from before are in {run.checkpoints}." if run.checkpoints.is_dir() else ""
+    return Halt(
+        f"{run.program}: stopped at step {step}: {what}, and nothing is saved of it.{kept} Lower learning_rate, take "
+        "dtype float32, or look at the rows",
+        EXIT_GUARD,
+    )

@@ -1,0 +1,40 @@
+"""The columns that a preference pair may have beside its ids: margin, label_prob and weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.data.records import Preference
+
+DEFAULTS = {"margin": 0.0, "label_prob": math.nan, "weight": 1.0}  # of a row without a value of its own
+
+
+def add_columns(rows: Sequence[dict[str, Any]], records: Sequence[Preference], names: Iterable[str]) -> None:
+    """Add to the rows the columns that any of the records has a value for.
+
+    Weights are divided by their mean, so that they do not change the step size.
+    """
+    values = {name: [getattr(record, name) for record in records] for name in names}
+    weights = values.pop("weight")
+    total = sum(weights)
+    if total > 0 and any(weight != 1.0 for weight in weights):
+        values["weight"] = [weight * len(weights) / total for weight in weights]
+    for name, column in values.items():
+        if any(value is not None for value in column):
+            for row, value in zip(rows, column, strict=True):
+                row[name] = DEFAULTS[name] if value is None else float(value)
+
+
+def column_tensors(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Return the (B,) columns that the rows have, in float32."""
+    tensors = {}
+    for name in DEFAULTS.keys() & rows[0].keys():
+        # Arrow may return NaN as None
+        values = [DEFAULTS[name] if row[name] is None else row[name] for row in rows]
+        tensors[name] = torch.tensor(values, dtype=torch.float32)
+    return tensors
