@@ -74,6 +74,7 @@ def build_scorer(
             return builders[type(spec)](spec, tokenizer)
         members = {}
         for member, model in spec.members().items():
+            # each member is checked by itself, so that an error names it and not the ensemble alone
             members[member] = functools.partial(checked_scores, model.name, build(model))
         return ensemble_scorer(members, spec.how, spec.penalty)
 
@@ -87,15 +88,13 @@ def build_scorer(
             if spec.weight:
                 total = [t + spec.weight * s for t, s in zip(total, scores.total, strict=True)]
             for part, values in scores.breakdown.items():
-                breakdown[_part_name(spec.name, part)] = values
+                # voices and reward models put their name before their parts themselves
+                named = part == spec.name or part.startswith(f"{spec.name}/")
+                breakdown[part if named else f"{spec.name}/{part}"] = values
             breakdown[spec.name] = scores.total
         return Scores(total, breakdown)
 
     return score
-
-
-def _part_name(name: str, part: str) -> str:
-    return part if part == name or part.startswith(f"{name}/") else f"{name}/{part}"
 
 
 def check_scorers(entries: list[dict[str, Any]], made_later: Collection[str] = ()) -> None:
@@ -106,9 +105,10 @@ def check_scorers(entries: list[dict[str, Any]], made_later: Collection[str] = (
     for spec in parse_specs(entries):
         if isinstance(spec, VoiceSpec):
             load_voice(spec.voice)
-        for folder in spec.folders:
-            if folder not in made_later:
-                _check_model(folder, spec.name)
+        models = spec.members().values() if isinstance(spec, EnsembleSpec) else [spec]
+        for model in models:
+            if isinstance(model, ModelSpec) and model.model not in made_later:
+                _check_model(model.model, spec.name)
 
 
 def _check_model(folder: str, name: str) -> None:

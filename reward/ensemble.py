@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import fmean
 
 from rlhf.data.records import Samples, Scorer, Scores
 
@@ -30,7 +31,7 @@ def combine(scores: list[list[float]], how: str = "mean", penalty: float = PENAL
         return [min(row) for row in by_sample]
     if how == "mean":
         penalty = 0.0
-    return [_mean(row) - penalty * _variance(row) for row in by_sample]
+    return [fmean(row) - penalty * _variance(row) for row in by_sample]
 
 
 def spread(scores: list[list[float]]) -> list[float]:
@@ -62,10 +63,7 @@ def member_names(folders: list[str]) -> list[str]:
     raise ValueError(f"{', '.join(folders)}: names a reward model twice, which would hide how far members differ")
 
 
-def _mean(values: tuple[float, ...]) -> float:
-    return math.fsum(values) / len(values)
-
-
 def _variance(values: tuple[float, ...]) -> float:
-    centre = _mean(values)
+    # pvariance of the standard library rounds otherwise than eq. 5 in floats
+    centre = fmean(values)
     return math.fsum((v - centre) ** 2 for v in values) / len(values)

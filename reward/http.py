@@ -8,7 +8,6 @@ docs/rewards.md describes the protocol. The token is read from the environment a
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import itertools
 import math
 import threading
@@ -42,10 +41,10 @@ def http_scorer(spec: HttpSpec) -> Scorer:
                 raise UserError(f"{service}: the parts of the breakdown differ between two answers: {found}")
 
         total = itertools.chain.from_iterable(answer.total for answer in answers)
-        breakdown = {}
-        for part in parts:
-            values = itertools.chain.from_iterable(answer.breakdown[part] for answer in answers)
-            breakdown[part] = list(values)
+        breakdown: dict[str, list[float]] = {part: [] for part in parts}
+        for answer in answers:
+            for part, values in answer.breakdown.items():
+                breakdown[part] += values
         return Scores(list(total), breakdown)
 
     return score
@@ -69,17 +68,17 @@ def _ask_all(service: Service, batches: list[Samples]) -> list[Scores]:
 
 
 def _ask(service: Service, samples: Samples, stop: threading.Event) -> Scores:
-    answer = ask(service, _request(samples), f"score {len(samples)} samples", stop)
+    """Return the service's scores of one batch."""
+    columns = zip(
+        samples.prompts,
+        samples.responses,
+        map(bool, samples.ended),
+        map(_json_value, samples.metadata),
+        strict=True,
+    )
+    rows = [dict(zip(("prompt", "response", "ended", "metadata"), row, strict=True)) for row in columns]
+    answer = ask(service, {"samples": rows}, f"score {len(samples)} samples", stop)
     return _scores(service, answer, samples)
-
-
-def _request(samples: Samples) -> dict[str, Any]:
-    rows = []
-    columns = (samples.prompts, samples.responses, samples.ended, samples.metadata)
-    for prompt, response, ended, metadata in zip(*columns, strict=True):
-        row = {"prompt": prompt, "response": response, "ended": bool(ended), "metadata": _json_value(metadata)}
-        rows.append(row)
-    return {"samples": rows}
 
 
 def _json_value(value: Any) -> Any:
@@ -120,7 +119,5 @@ def _scores(service: Service, answer: Answer, samples: Samples) -> Scores:
 
 
 def _slice(samples: Samples, start: int, stop: int) -> Samples:
-    columns = {}
-    for field in dataclasses.fields(samples):
-        columns[field.name] = getattr(samples, field.name)[start:stop]
+    columns = {name: values[start:stop] for name, values in vars(samples).items()}
     return Samples(**columns)

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from reward.ensemble import PENALTY, member_names
 from reward.rules import RULES, check_rule_options
@@ -27,14 +27,7 @@ from rlhf.http_client import check_url, read_token
 from rlhf.plugins import import_function
 from rlhf.validation import Count, Number, Spec, validate
 
-
-def _refuse_empty(value: Any) -> Any:
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"found {value!r}, expected text")
-    return value
-
-
-Text = Annotated[str, BeforeValidator(_refuse_empty)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 class ScorerSpec(Spec):
@@ -47,11 +40,6 @@ class ScorerSpec(Spec):
     def default_name(self) -> str:
         """The name of an entry that gives none."""
         raise NotImplementedError
-
-    @property
-    def folders(self) -> list[str]:
-        """The reward models, each a folder or a name on the Hub, that this scorer loads."""
-        return []
 
     def check(self, where: str) -> None:
         """Raise UserError, naming `where`, for what the types of the fields cannot tell."""
@@ -73,29 +61,26 @@ class ModelSpec(_LoadedSpec):
     def default_name(self) -> str:
         return Path(self.model).name
 
-    @property
-    def folders(self) -> list[str]:
-        return [self.model]
-
 
 class EnsembleSpec(_LoadedSpec):
     """Several reward models as one scorer, see reward/ensemble.py."""
 
-    ensemble: list[str]
+    ensemble: list[Text]
     how: Literal["mean", "worst", "uncertainty"] = "mean"
     penalty: Number = Field(PENALTY, ge=0)
 
     @field_validator("ensemble", mode="before")
     @classmethod
     def _two_or_more(cls, folders: Any) -> Any:
-        listed = isinstance(folders, list) and all(isinstance(folder, str) and folder for folder in folders)
-        if not listed or len(folders) < 2:
+        # one name alone is what a user writes who means {model: ...}; say more than "expected a list"
+        if not isinstance(folders, list) or len(folders) < 2:
             raise ValueError(f"found {folders!r}, expected two or more reward models: [runs/a, runs/b]")
-        member_names(folders)
         return folders
 
     @model_validator(mode="after")
-    def _penalty_has_an_effect(self) -> EnsembleSpec:
+    def _check(self) -> EnsembleSpec:
+        # raises ValueError where a model is named twice
+        member_names(self.ensemble)
         if "penalty" in self.model_fields_set and self.how != "uncertainty":
             raise ValueError(f"'penalty' has no effect with how: {self.how}. Set how: uncertainty, or remove it")
         return self
@@ -104,16 +89,16 @@ class EnsembleSpec(_LoadedSpec):
     def default_name(self) -> str:
         return "ensemble"
 
-    @property
-    def folders(self) -> list[str]:
-        return self.ensemble
-
     def members(self) -> dict[str, ModelSpec]:
         """Return the specification of each member by its short name; it is called `ensemble/member`."""
         specs = {}
         for member, folder in zip(member_names(self.ensemble), self.ensemble, strict=True):
-            name = f"{self.name}/{member}"
-            specs[member] = ModelSpec(model=folder, name=name, batch_size=self.batch_size, dtype=self.dtype)
+            specs[member] = ModelSpec(
+                model=folder,
+                name=f"{self.name}/{member}",
+                batch_size=self.batch_size,
+                dtype=self.dtype,
+            )
         return specs
 
 

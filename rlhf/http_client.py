@@ -1,4 +1,4 @@
-"""Asking a service of the user's: bounded in time and size, tried again, with keys that stand in no file or message."""
+"""Ask a service of the user: bounded in time and size, retried, and without keys in any file or message."""
 
 from __future__ import annotations
 
@@ -14,10 +14,15 @@ from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from rlhf.config import UserError
+from rlhf.text import clip
 
-FIRST_WAIT, MAX_WAIT = 1.0, 60.0  # seconds before the first retry, doubled each time up to the second
-LONGEST_ANSWER = 64 * 2**20  # bytes
-PIECE = 64 * 1024  # bytes read at a time
+# seconds before the first retry, doubled each time up to the second
+FIRST_WAIT, MAX_WAIT = 1.0, 60.0
+# bytes
+LONGEST_ANSWER = 64 * 2**20
+# bytes read at a time
+PIECE = 64 * 1024
+# names in a URL's query that hold a key, such as api_key, access-token or sig; "monkey" is none
 _KEY = re.compile(
     r"(?:^|[^a-z])(?:api|access|secret|auth)?"
     r"(?:key|token|secret|password|passwd|pwd|auth|authorization|sig|signature|credentials?)(?:$|[^a-z])"
@@ -27,7 +32,7 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 @dataclass(frozen=True)
 class Service:
-    """Where a service is asked and how patiently: `timeout` seconds for a whole answer, `retries` after the first try.
+    """The address of a service, the seconds for a whole answer, and the retries after the first attempt.
 
     `name` is how messages call it, such as "scorer 'tone'".
     """
@@ -39,7 +44,7 @@ class Service:
     token: str | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
-        """For messages: without the query, where a key may stand."""
+        """Return name and address for messages, without the query, which may hold a key."""
         parts = urlsplit(self.url)
         return f"{self.name} ({parts.scheme}://{parts.netloc}{parts.path})"
 
@@ -57,18 +62,17 @@ class Answer:
     text: str
 
     def json(self) -> Any:
-        """The content. Raises ValueError where it is not JSON, or is nested too deeply to be read."""
+        """Return the content. Raises ValueError where it is not JSON, or is nested too deeply to be read."""
         try:
             return json.loads(self.text)
         except RecursionError:
             raise ValueError("nested too deeply") from None
 
-    def excerpt(self, service: Service, width: int = 300) -> str:
-        """The text on one line, without the token should the service repeat that."""
-        text = " ".join(self.text.split()) or "(nothing)"
-        if service.token:
-            text = text.replace(service.token, "***")
-        return text if len(text) <= width else text[: width - 3] + "..."
+    def excerpt(self, service: Service) -> str:
+        """Return the text on one line, cut to 300 characters."""
+        # a service may repeat the token in its message
+        text = self.text.replace(service.token, "***") if service.token else self.text
+        return clip(text, 300) or "(nothing)"
 
 
 def check_url(url: Any, where: str) -> None:
@@ -85,7 +89,8 @@ def check_url(url: Any, where: str) -> None:
     try:
         parts = urlsplit(text)
         right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port or an IPv6 address that is none
+    # a port or an IPv6 address that is none
+    except ValueError:
         right = False
     if not right:
         raise UserError(f"{where}: 'http' is {text.partition('?')[0]!r}, expected http://HOST:PORT/PATH or https://...")
@@ -99,14 +104,15 @@ def check_url(url: Any, where: str) -> None:
 
 
 def full_url(url: str, where: str) -> str:
-    """The URL with its ${VARIABLE}s from the environment. Raises UserError where one is not set."""
+    """Return the URL with its ${VARIABLE}s from the environment. Raises UserError where one is not set."""
+    return _VARIABLE.sub(lambda found: _from_environment(found[1], where), url)
 
-    def value(found: re.Match) -> str:
-        if not os.environ.get(found[1]):
-            raise UserError(f"{where}: the environment variable {found[1]} is not set. Set it: export {found[1]}=...")
-        return os.environ[found[1]]
 
-    return _VARIABLE.sub(value, url)
+def _from_environment(variable: str, where: str) -> str:
+    value = os.environ.get(variable, "").strip()
+    if not value:
+        raise UserError(f"{where}: the environment variable {variable} is not set. Set it: export {variable}=...")
+    return value
 
 
 def post(url: str, content: Any, timeout: float, token: str | None = None) -> Answer:
@@ -117,23 +123,29 @@ def post(url: str, content: Any, timeout: float, token: str | None = None) -> An
     import requests
     import urllib3
 
-    def sign(request):  # always given: requests would otherwise look for credentials in ~/.netrc
-        if token:
-            request.headers["Authorization"] = f"Bearer {token}"
-        return request
-
-    body = json.dumps(content, allow_nan=False).encode()
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    ends = time.monotonic() + timeout
-    options: dict[str, Any] = {"headers": headers, "timeout": timeout, "auth": sign, "allow_redirects": False}
-    with requests.post(url, data=body, stream=True, **options) as answer:
+    if token:
+        headers["Authorization"] = f"Bearer {token}"
+    deadline = time.monotonic() + timeout
+    response = requests.post(
+        url,
+        data=json.dumps(content, allow_nan=False).encode(),
+        headers=headers,
+        timeout=timeout,
+        # without an `auth`, requests looks for credentials in ~/.netrc
+        auth=lambda request: request,
+        allow_redirects=False,
+        stream=True,
+    )
+    with response as answer:
         read = bytearray()
         try:
             while piece := answer.raw.read1(PIECE, decode_content=True):
                 read += piece
                 if len(read) > LONGEST_ANSWER:
                     raise AnswerTooLong
-                if time.monotonic() > ends:  # one that comes drop by drop never meets the timeout of a single read
+                # an answer in small pieces never exceeds the timeout of a single read
+                if time.monotonic() > deadline:
                     raise requests.Timeout
         except urllib3.exceptions.ReadTimeoutError:
             raise requests.Timeout from None
@@ -143,17 +155,18 @@ def post(url: str, content: Any, timeout: float, token: str | None = None) -> An
 
 
 def ask(service: Service, content: Any, work: str, stop: threading.Event | None = None) -> Answer:
-    """Return the answer to one request; connection errors, timeouts, HTTP 429 and 5xx are tried again.
+    """Return the answer to one request; retry after connection errors, timeouts, HTTP 429 and 5xx.
 
-    `stop`, when it is set, ends the waiting between two tries.
-    Raises UserError when the request is refused or no try is left; `work` says what was asked: "score 4 samples".
+    `stop`, when it is set, ends the waiting between two attempts.
+    Raises UserError when the request is refused or no attempt is left; `work` says what was asked: "score 4 samples".
     """
     import requests
 
     began, pause = time.monotonic(), FIRST_WAIT
     url, stop = full_url(service.url, str(service)), stop or threading.Event()
     for attempt in range(1, service.retries + 2):
-        told = 0.0
+        # seconds that the service asks for
+        requested = 0.0
         try:
             answer = post(url, content, service.timeout, service.token)
         except requests.Timeout:
@@ -162,7 +175,8 @@ def ask(service: Service, content: Any, work: str, stop: threading.Event | None 
             reason = f"no connection: {_cause(error)}"
         except AnswerTooLong:
             raise UserError(f"{service} sent more than {LONGEST_ANSWER >> 20} MiB when asked to {work}") from None
-        except requests.RequestException as error:  # whose own words may hold the URL's query
+        # its own message may hold the URL's query
+        except requests.RequestException as error:
             raise UserError(f"{service}: the request failed ({type(error).__name__})") from None
         else:
             if answer.status < 300:
@@ -172,9 +186,10 @@ def ask(service: Service, content: Any, work: str, stop: threading.Event | None 
                 raise UserError(f"{service} sends elsewhere (HTTP {answer.status}). Give the final URL")
             if answer.status != 429 and answer.status < 500:
                 raise UserError(f"{service} refused the request. {reason}")
-            told = retry_after(answer.headers.get("Retry-After"))
+            requested = retry_after(answer.headers.get("Retry-After"))
+
         if attempt <= service.retries:
-            seconds = min(max(pause, told), MAX_WAIT)
+            seconds = min(max(pause, requested), MAX_WAIT)
             note = f"{service}: {reason}; retry {attempt} of {service.retries} in {seconds:.3g} s"
             print(note, file=sys.stderr, flush=True)
             if stop.wait(seconds):
@@ -189,21 +204,20 @@ def ask(service: Service, content: Any, work: str, stop: threading.Event | None 
 
 
 def retry_after(text: str | None) -> float:
-    """Seconds that a Retry-After header asks for (a number, or a date); 0 where there is none to be read."""
-    from email.utils import parsedate_to_datetime
+    """Return the seconds that a Retry-After header asks for (a number, or a date); 0 where it cannot be read."""
+    import urllib3
 
-    if not text:
-        return 0.0
-    if re.fullmatch(r"\s*\d+\s*", text):
-        return float(text)
     try:
-        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
-    except ValueError:
+        return float(urllib3.Retry().parse_retry_after(text or "0"))
+    except (urllib3.exceptions.InvalidHeader, ValueError, OverflowError):
         return 0.0
 
 
 def read_token(variable: str | None, where: str) -> str | None:
-    """The bearer token in an environment variable; None without a name. Raises UserError where it cannot be used."""
+    """Return the bearer token in an environment variable, or None without a name.
+
+    Raises UserError where it cannot be used.
+    """
     if variable is None:
         return None
     if not isinstance(variable, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]*", variable):
@@ -211,16 +225,15 @@ def read_token(variable: str | None, where: str) -> str | None:
             f"{where}: token_env names an environment variable, in capitals, such as SCORER_TOKEN; found something "
             "else (not shown: it may be the token itself)"
         )
-    token = os.environ.get(variable, "").strip()
-    if not token:
-        raise UserError(f"{where}: the environment variable {variable} is not set. Set it: export {variable}=...")
+    token = _from_environment(variable, where)
     if not re.fullmatch(r"[!-~]+", token):
         raise UserError(f"{where}: the token in {variable} holds a space or a character that no header can carry")
     return token
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason ('Connection refused'): the outer ones repeat the URL."""
+    """Return the innermost reason ('Connection refused')."""
+    # the outer errors repeat the URL, whose query may hold a key
     while (inner := error.__cause__ or error.__context__) is not None:
         error = inner
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

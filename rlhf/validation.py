@@ -34,7 +34,7 @@ EXPECTED = {
     **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
     **dict.fromkeys(("list_type", "tuple_type"), "a list"),
-    "string_type": "text",
+    **dict.fromkeys(("string_type", "string_too_short"), "text"),
     "dict_type": "a mapping",
 }
 
