@@ -49,8 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     data = TrainingData(run.data.rows(Prompt, "train", tokenizer), tokenizer, stop_ids(tokenizer, initial.model))
     if config.ptx_data:
         data.pretraining = run.data.rows(Instruction, "train", tokenizer, config.ptx_data)
-    steps, size = config.total_steps, config.rollout_batch_size
-    run.log(f"{len(data.prompts)} training prompts, {steps} steps of {size} responses")
+    plan = f"{config.total_steps} steps of {config.rollout_batch_size} responses"
+    run.log(f"{len(data.prompts)} training prompts, {plan}")
 
     for spec in config.reward:
         run.record_dependency(f"reward {json.dumps(spec)}", files_fingerprint(scorer_files(spec)))

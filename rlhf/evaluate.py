@@ -32,7 +32,7 @@ class EvalRow:
     group: str
     sample: int
     response: str
-    length: int  # true tokens, the end token included
+    length: int  # response tokens, EOS included
     ended: bool
     kl: float  # nats: sum over its tokens of log p - log p_reference, at the sampling temperature
     scores: dict[str, float] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class Evaluation:
 
         `policy()` and `reference()` are contexts in which `model` is that policy (the reference may be a model of its
         own); without a reference KL is NaN.
-        The noise depends on prompt and sample only, so that two policies or two steps meet the same luck.
+        The noise depends on prompt and sample only, so that two policies or two steps share sampling noise.
         """
         wanted = [(row, s) for row in self.prompts for s in range(self.samples_per_prompt)]
         mine = [wanted[i] for i in world.shard(len(wanted))]

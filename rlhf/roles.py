@@ -258,7 +258,7 @@ class Roles(nn.Module):
         return _apply(self.heads["value"], states)
 
     def scores(self, ids: Tensor, attention: Tensor) -> Tensor:
-        """The reward model's score at each row's last true token, (B,); inside `use("reward")`."""
+        """The reward model's score at each row's last response token, (B,); inside `use("reward")`."""
         last = (attention.sum(-1) - 1)[:, None]
         states = gather_columns(self.hidden(ids, attention), last)
         return _apply(self.heads["reward"], states)[:, 0] * self.score_scale + self.score_bias

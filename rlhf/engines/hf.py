@@ -44,7 +44,7 @@ def sample_key(seed: int, purpose: str, prompt_ids: list[int], sample: int) -> i
     """The 63-bit key of one response's noise.
 
     `purpose` keeps apart what must be independent, and holds the step where there is one: "collect", "evaluate",
-    "rollout/7". Two policies that are compared meet the same luck by the same key.
+    "rollout/7". Two policies that are compared share sampling noise by the same key.
     """
     name = f"{seed}/{purpose}/{prompt_ids}/{sample}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
@@ -66,7 +66,8 @@ def generate(
     model whose cache does not give its own logits back samples without it, in batches of equal length, which need no
     padding: slower, and said once.
     """
-    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), i))
+    # a stable sort: prompts of one length keep their order
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
     responses: list[list[int]] = [[] for _ in prompt_ids]
     logprobs: list[list[float]] = [[] for _ in prompt_ids]
     was_training = model.training

@@ -1,7 +1,7 @@
 """From scores to advantages: score shaping, KL estimates, token rewards, advantage estimators, the KL controller.
 
 Column t of every (B, T) tensor is about response token t: its log-probability, the value of the state before it, its
-reward, its advantage. The mask is True exactly where the policy sampled a token, the end token included.
+reward, its advantage. The mask is True exactly where the policy sampled a token, EOS included.
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from rlhf.tensors import masked_sum_rows
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """log p - log p_ref of the sampled token: the unbiased estimate of KL(p || p_ref), which may be negative
+    """Return log p - log p_ref of the sampled token: the unbiased estimate of KL(p || p_ref), which may be negative
     (Schulman 2020, "Approximating KL divergence", k1)."""
     return logprobs - ref_logprobs
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(log p - log p_ref)^2 / 2: biased, never negative; its mean gradient on-policy is that of a token's KL given the
-    tokens before it (ibid., k2)."""
+    """Return (log p - log p_ref)^2 / 2: biased, never negative (ibid., k2).
+
+    Its mean gradient on-policy is that of a token's KL given the tokens before it.
+    """
     return 0.5 * (logprobs - ref_logprobs) ** 2
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """(r - 1) - log r with r = p_ref / p: unbiased too, never negative, of lower variance (ibid., k3)."""
+    """Return (r - 1) - log r with r = p_ref / p: unbiased too, never negative, of lower variance (ibid., k3)."""
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
 
@@ -48,7 +50,7 @@ def shape_scores(
     missing_eos_score: float | None = None,
     length_penalty: float = 0.0,
 ) -> Tensor:
-    """The score that is learnt from, out of the scorer's; all (B,). In this order, each step only where asked for:
+    """Return the score that is learnt from, shaped in this order, where asked for; all (B,):
 
     s <- (s - mean) / std                  moments = (mean, std), running over the run (Zheng et al. 2023, sec. 5.3.1)
     s <- clip(s, -clip, clip)              (ibid.)
@@ -73,7 +75,7 @@ def shape_scores(
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """r_t = -kl_coef * kl_t, and the response's score is added at its last true token (Ziegler et al. 2019, eq. 2).
+    """r_t = -kl_coef * kl_t, and the response's score is added at its last response token (Ziegler et al. 2019, eq. 2).
 
     scores (B,), kl and mask (B, T) -> (B, T), 0 where the mask is False.
     """
@@ -86,7 +88,7 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16); the state after the last true token is worth 0.
+    """Estimate advantages by GAE (Schulman et al. 2016, eq. 16); the state after the last token is worth 0.
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1},    R_t = A_t + V_t
 
@@ -105,11 +107,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def rloo(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
-    """REINFORCE with the mean of the prompt's other samples as baseline (Ahmadian et al. 2024, arXiv 2402.14740).
+    """Estimate advantages against the mean of the prompt's other samples (Ahmadian et al. 2024, arXiv 2402.14740).
 
         A_i = R_i - 1/(k-1) sum_{j != i} R_j = k/(k-1) (R_i - mean R),      R_i = sum_t r_t of response i
 
-    rewards (B, T), group (B,) which prompt a row answers, k >= 2 rows each. Returns A_i on every true token, (B, T).
+    rewards (B, T), group (B,) which prompt a row answers, k >= 2 rows each. Returns A_i on every token, (B, T).
     """
     totals = masked_sum_rows(rewards, mask)
     mean, size, _ = _group_moments(totals, group)
@@ -117,7 +119,7 @@ def rloo(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
 
 
 def grpo(rewards: Tensor, mask: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
-    """The score in standard deviations of its group (Shao et al. 2024, arXiv 2402.03300, sec. 4.1.2).
+    """Return the score in standard deviations of its group (Shao et al. 2024, arXiv 2402.03300, sec. 4.1.2).
 
         A_i = (R_i - mean R) / (std R + eps),      std over k - 1
 
@@ -129,13 +131,15 @@ def grpo(rewards: Tensor, mask: Tensor, group: Tensor, eps: float = 1e-4) -> Ten
 
 
 def reinforce(rewards: Tensor, mask: Tensor, baseline: float) -> Tensor:
-    """A_i = R_i - baseline on every true token; the baseline is the mean of all earlier R (Williams 1992; 2402.14740's
-    moving average). rewards (B, T) -> (B, T)."""
+    """Return A_i = R_i - baseline on every response token; rewards (B, T) -> (B, T).
+
+    The baseline is the mean of all earlier R (Williams 1992; 2402.14740's moving average).
+    """
     return _on_tokens(masked_sum_rows(rewards, mask) - baseline, mask)
 
 
 def _group_moments(totals: Tensor, group: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, size and sum of squared deviations of each row's group, (B,) each."""
+    """Return mean, size and sum of squared deviations of each row's group, (B,) each."""
     _, index = torch.unique(group, return_inverse=True)
     size = torch.bincount(index).to(totals.dtype)
     mean = torch.zeros_like(size).index_add_(0, index, totals) / size

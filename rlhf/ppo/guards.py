@@ -19,6 +19,7 @@ from rlhf.runs.metrics import METRICS, is_known
 BASELINE = 5  # healthy steps whose mean is a run's own measure of entropy, length and spread
 IN_A_ROW = 2  # steps that the test for reward hacking must hold
 ENOUGH = 32  # responses, for a correlation
+TRUNCATED = "the share of responses without end"  # 1 - response/ended
 NOTHING = 1e-8  # an entropy or a spread of scores that is none at all, whatever it began with
 ROUNDING = 0.01  # nats: a KL nearer to 0 is not called negative
 
@@ -66,10 +67,15 @@ def watched_metric(name: str) -> str:
 
 
 class Guards:
-    """The watches over one run, with all they remember: what they measure against, how long it has been so, events."""
+    """The guards of one run with their state: baselines, streaks, events.
+
+    They are asked at four points: `scores` after scoring, `first` before the run's first update, `update` before each
+    optimizer step, `step` after each PPO step. A check ends in `_sustained` (a fault must last some steps) or `_fault`
+    (it acts at once), and both in `_decide`, which records the decision.
+    """
 
     def __init__(self, overrides: dict[str, Any] | None = None, monitored: Iterable[str] = ()):
-        """`watched`: scores that should not fall while score/raw rises, unless hacking's `watch` names some."""
+        """`monitored`: scores that should not fall while score/raw rises, unless hacking's `watch` names some."""
         self.guards = check_guards(overrides or {})
         names = self.guards["hacking"].watch or tuple(monitored)
         self.monitored = [watched_metric(name) for name in names]
@@ -80,7 +86,7 @@ class Guards:
         self._remember({})
 
     def update(self, step: int, numbers: dict[str, float]) -> Decision | None:
-        """Before an optimizer step: loss, grad/norm, ppo/ratio and ppo/approx_kl of its batch, as far as known."""
+        """Check an update before its optimizer step: loss, grad/norm, ppo/ratio and ppo/approx_kl, as far as known."""
         self.updates += 1
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]
         if bad:
@@ -91,7 +97,7 @@ class Guards:
         return _most_severe(found)
 
     def scores(self, step: int, message: str | None) -> Decision | None:
-        """After scoring: the message of a scorer that gave NaN or inf, naming it and the prompt; None if all is well.
+        """Judge the message of a scorer that gave NaN or inf, naming it and the prompt; None if all is well.
 
         A skip means that nothing is learnt from this rollout.
         """
@@ -100,7 +106,7 @@ class Guards:
         return self._fault("not_finite", "rollouts", step, step, math.nan, None, message)
 
     def first(self, step: int, metrics: dict[str, float], spread: float, responses: int) -> Decision | None:
-        """Before the first update, with its rollout's metrics; returns the gravest.
+        """Check the metrics of the rollout before the run's first update; return the most severe decision.
 
         spread: the largest difference between scores that are compared, all or those of one prompt's samples.
         """
@@ -119,45 +125,44 @@ class Guards:
         return _most_severe(found)
 
     def step(self, step: int, metrics: dict[str, float]) -> Decision | None:
-        """After a PPO step, with its metrics. Names that are missing or NaN are not judged. Returns the gravest."""
-
-        def get(name: str) -> float | None:
-            value = metrics.get(name)
-            return None if value is None or math.isnan(value) else float(value)
-
-        ended = get("response/ended")
+        """Check the metrics of a PPO step, but for those that are missing or NaN; return the most severe decision."""
+        values = {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
+        if "response/ended" in values:
+            values[TRUNCATED] = 1 - values["response/ended"]
         found = [
-            self._above(step, "max_kl", "kl/sequence", get("kl/sequence")),
-            self._negative(step, get("kl/sequence"), get("kl/sequence_se")),
-            self._relative(step, "entropy", "response/entropy", get("response/entropy")),
-            self._relative(step, "length", "response/length", get("response/length")),
-            self._above(step, "repetition", "response/repetition", get("response/repetition")),
-            self._above(step, "truncation", "the share of responses without end", None if ended is None else 1 - ended),
-            self._relative(step, "score_collapse", "score/std", get("score/std")),
+            self._check_value("max_kl", step, "kl/sequence", values),
+            self._check_negative_kl(step, values),
+            self._check_against_baseline("entropy", step, "response/entropy", values),
+            self._check_against_baseline("length", step, "response/length", values),
+            self._check_value("repetition", step, "response/repetition", values),
+            self._check_value("truncation", step, TRUNCATED, values),
+            self._check_against_baseline("score_collapse", step, "score/std", values),
         ]
-        for name in self.monitored if self.guards["hacking"].action != "off" else ():
-            known = [n for n in metrics if n.startswith("score/")]  # none where a rollout was skipped
-            if known and name not in metrics and name not in self.series:
+        if self.guards["hacking"].action != "off":
+            # a skipped rollout has no scores
+            known = [name for name in metrics if name.startswith("score/")]
+            unknown = [name for name in self.monitored if name not in metrics and name not in self.series]
+            if known and unknown:
                 raise UserError(
-                    f"guards.hacking watches '{name}', which is no score of this run. There are: {', '.join(known)}"
+                    f"guards.hacking watches '{unknown[0]}', which is not a score of this run. "
+                    f"Scores: {', '.join(known)}"
                 )
-            found.append(self._hacking(step, name, get("score/raw"), get(name)))
+            found += [self._check_hacking(step, name, values) for name in self.monitored]
         return _most_severe(found)
 
     def drain_events(self) -> list[Decision]:
-        """The decisions since the last call, for the log; a series of the same at consecutive steps appears once."""
-        news, self._unread = self._unread, []
-        return news
+        """Return the decisions since the last call; a series of equal ones at consecutive steps appears once."""
+        events, self._unread = self._unread, []
+        return events
 
     def metrics(self) -> dict[str, float]:
-        """guard/...: what was done so far."""
-        counts = {f"guard/{name}": float(count) for name, count in self.counts.items()}
-        return counts | {"guard/rollbacks": float(self.rollbacks), "guard/rate_scale": self.rate_scale}
+        """Return what was done so far as guard/* metrics."""
+        done = self.counts | {"rollbacks": self.rollbacks, "rate_scale": self.rate_scale}
+        return {f"guard/{name}": float(number) for name, number in done.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is remembered, for JSON."""
-        kept = {name: getattr(self, name) for name in (*_KEPT, *_MEMORY)}
-        return copy.deepcopy(kept)
+        """Return the whole state, for JSON."""
+        return copy.deepcopy({name: getattr(self, name) for name in (*_KEPT, *_MEMORY)})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in _KEPT:
@@ -167,7 +172,7 @@ class Guards:
         self._remember(state)
 
     def rolled_back(self, decision: Decision, state: dict[str, Any] | None) -> None:
-        """After an older checkpoint was restored: its windows hold again, `state` None being the run's start.
+        """Restore windows and baselines after a rollback; `state` None is the run's start.
 
         Events, counts and the number of rollbacks stay, and the step sizes are halved once more.
         """
@@ -188,9 +193,9 @@ class Guards:
     # single updates
 
     def _ratio(self, step: int, ratio: float | None, approx_kl: float | None) -> Decision | None:
-        """Mean ratio above the threshold, or its geometric mean below 1 / threshold.
+        """Check that the mean ratio is not above the threshold, nor its geometric mean below 1 / threshold.
 
-        A policy that was thrown away gives its old tokens no probability: ratios go to 0 and their mean says nothing.
+        A policy that diverges gives its old tokens no probability: ratios go to 0, which their mean does not show.
         From approx_kl = E[r - 1 - log r] follows E[log r] = E[r] - 1 - approx_kl.
         """
         bound = self.guards["ratio"].threshold
@@ -213,7 +218,10 @@ class Guards:
         return self._fault("target_kl", "target_kl", step, step, approx_kl, guard.threshold, what)
 
     def _fault(self, name, kind, now, step, value, bound, what) -> Decision | None:
-        """A fault that is an event; `now` is counted in what `kind` is counted in. More than `limit` become a stop."""
+        """Decide about a fault that acts at once; more than `limit` skips within the window become a stop.
+
+        `kind` names the window, and `now` is the position in it: an update or a step.
+        """
         guard = self.guards[name]
         window = guard.window or 2  # target_kl: this rollout or the one before
         known = [t for t in self.faults.get(kind, []) if now - window < t <= now]
@@ -232,44 +240,50 @@ class Guards:
 
     # whole steps
 
-    def _above(self, step: int, name: str, metric: str, value: float | None) -> Decision | None:
-        bound = self.guards[name].threshold
-        if value is None:
+    def _check_value(self, name: str, step: int, metric: str, values: dict[str, float]) -> Decision | None:
+        """Check that a metric is not above the threshold."""
+        if metric not in values:
             return None
+        value, bound = values[metric], self.guards[name].threshold
         what = f"{metric} is {value:.3g}, above {bound:g}"
         return self._sustained(name, step, value > bound, value, bound, what)
 
-    def _negative(self, step: int, mean: float | None, error: float | None) -> Decision | None:
-        """kl/sequence + threshold standard errors below 0."""
-        if mean is None or error is None:
+    def _check_negative_kl(self, step: int, values: dict[str, float]) -> Decision | None:
+        """Check that kl/sequence + threshold * its standard error is not below 0."""
+        if not {"kl/sequence", "kl/sequence_se"} <= values.keys():
             return None
+        mean, error = values["kl/sequence"], values["kl/sequence_se"]
         most = mean + self.guards["negative_kl"].threshold * error
         what = f"kl/sequence is {mean:.3g} with a standard error of {error:.2g}"
         return self._sustained("negative_kl", step, most < -ROUNDING, most, 0.0, what)
 
-    def _relative(self, step: int, name: str, metric: str, value: float | None) -> Decision | None:
-        """Against the mean of the run's first healthy steps: below a share of it, or for `length` a factor off."""
-        if value is None:
+    def _check_against_baseline(self, name: str, step: int, metric: str, values: dict[str, float]) -> Decision | None:
+        """Check a metric against its mean over the run's first healthy steps.
+
+        It must not fall below a share of the mean; `length` must not leave it by a factor in either direction.
+        """
+        if metric not in values:
             return None
-        first = self.baselines.setdefault(name, [])
+        value, first = values[metric], self.baselines.setdefault(name, [])
         mean = sum(first) / len(first) if first else value
         factor = self.guards[name].threshold
         low, high = (mean / factor, mean * factor) if name == "length" else (max(factor * mean, NOTHING), math.inf)
         bad = value > high or value <= low
-        if not bad and len(first) < BASELINE:  # a value that is off is no measure for the others
+        # a value beyond the threshold does not become part of the baseline
+        if not bad and len(first) < BASELINE:
             first.append(value)
         bound = high if value > high else low
         side = "above" if value > high else "below"
         what = f"{metric} is {value:.3g}, {side} {bound:.3g} (it began at {mean:.3g})"
         return self._sustained(name, step, bad, value, bound, what)
 
-    def _hacking(self, step: int, name: str, proxy: float | None, monitored: float | None) -> Decision | None:
-        """score/raw rises and the watched score falls, from the first to the second half of the window."""
-        guard = self.guards["hacking"]
-        series = self.series.setdefault(name, [])
-        if proxy is None or monitored is None or not math.isfinite(proxy + monitored):
+    def _check_hacking(self, step: int, name: str, values: dict[str, float]) -> Decision | None:
+        """Check that score/raw does not rise while the monitored score falls, between the halves of the window."""
+        guard, series = self.guards["hacking"], self.series.setdefault(name, [])
+        pair = [values.get("score/raw", math.nan), values.get(name, math.nan)]
+        if not math.isfinite(sum(pair)):
             return None
-        series.append([proxy, monitored])
+        series.append(pair)
         del series[: -guard.window]
         if len(series) < guard.window:
             return None
@@ -279,7 +293,7 @@ class Guards:
         return self._sustained("hacking", step, bad, fall, guard.threshold, what, name, IN_A_ROW)
 
     def _sustained(self, name, step, bad, value, bound, what, key=None, window=None) -> Decision | None:
-        """A fault once it has lasted `window` steps; a warning only when it gets there."""
+        """Decide about a fault that has to last `window` steps; a warning is given once, when it gets there."""
         guard, key = self.guards[name], name if key is None else f"{name}/{key}"
         window = guard.window if window is None else window
         streak = self.streaks[key] = self.streaks.get(key, 0) + 1 if bad else 0
@@ -288,7 +302,10 @@ class Guards:
         return self._decide(name, guard.action, step, value, bound, f"{what}, {streak} steps in a row", step - streak)
 
     def _decide(self, name, action, step, value, bound, what, since) -> Decision:
-        """`since` is, for a rollout that was bad, the step before: its updates made the policy that sampled it."""
+        """Record and return a decision.
+
+        `since` is, for a bad rollout, the step before it: its updates made the policy that sampled the rollout.
+        """
         guard = self.guards[name]
         if action == "rollback" and self.rollbacks >= guard.limit:
             action = "stop"
@@ -317,7 +334,7 @@ _MEMORY = ("updates", "faults", "streaks", "baselines", "series")
 
 
 def trend(values: list[float]) -> float:
-    """How far the mean of the second half lies above that of the first, in standard errors; 0 if nothing moves.
+    """Return how far the mean of the second half is above that of the first, in standard errors; 0 if nothing moves.
 
         t = (m2 - m1) / (s sqrt(2 / h)),    s² = sum of squared residuals / (2h - 4)
 
@@ -333,17 +350,18 @@ def trend(values: list[float]) -> float:
 
 
 def repetition(ids: list[int], n: int = 4) -> float:
-    """Share of the n-grams of tokens that occurred earlier in the same response (seq-rep-n, Welleck et al. 2020).
+    """Return the share of n-grams that occurred earlier in the same response (seq-rep-n, Welleck et al. 2020).
 
-    Ordinary text repeats pairs of tokens all the time, but hardly ever four in a row. Fewer than n tokens: 0.
+    Ordinary text often repeats pairs of tokens, but rarely four in a row. With fewer than n tokens it is 0.
     """
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _residuals(values: list[float]) -> list[float]:
-    """What a straight line by least squares leaves."""
-    middle, mean = (len(values) - 1) / 2, sum(values) / len(values)
+    """Return the residuals of a straight line fitted by least squares."""
+    middle = (len(values) - 1) / 2
+    mean = sum(values) / len(values)
     slope = sum((i - middle) * v for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(len(values)))
     return [v - mean - slope * (i - middle) for i, v in enumerate(values)]
 

@@ -1,6 +1,6 @@
 """The losses of PPO as functions of tensors: policy, critic, KL, pretraining text.
 
-`count` is the number of true tokens of the whole step, over all micro-batches and ranks: each part brings its own
+`count` is the number of response tokens of the whole step, over all micro-batches and ranks: each part brings its own
 sum divided by it, so that the parts add up to the mean.
 """
 
@@ -23,7 +23,7 @@ def policy_loss(
     count: Tensor | float | None = None,
     clip_range_high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate of PPO, averaged over true tokens (Schulman et al. 2017, eq. 7).
+    """Compute PPO's clipped surrogate loss, averaged over response tokens (Schulman et al. 2017, eq. 7).
 
         L = -E[ min(r A, clip(r, 1 - e, 1 + e_high) A) ],    r = exp(logprobs - old_logprobs)
 
@@ -54,7 +54,7 @@ def value_loss(
     clip_range: float | None,
     count: Tensor | float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped squared error of the critic, averaged over true tokens (2403.17031).
+    """Compute the clipped squared error of the critic, averaged over response tokens (2403.17031).
 
         L = 1/2 E[ max((V - R)^2, (clip(V, V_old - e, V_old + e) - R)^2) ]
 
@@ -77,7 +77,7 @@ def kl_loss(
     estimator: Callable[[Tensor, Tensor], Tensor],
     count: Tensor | float | None = None,
 ) -> Tensor:
-    """Mean over true tokens of a KL estimate that carries gradients; estimator is one of advantages.KL_ESTIMATORS.
+    """Return the mean over response tokens of a KL estimate that carries gradients (one of KL_ESTIMATORS).
 
     On samples of p itself k2 has the gradient of KL(p || p_ref) and k3 that of KL(p_ref || p), as GRPO does it
     (2402.03300, eq. 4), both of one token given those before it. Neither is the gradient of the sequence KL, which also
@@ -88,5 +88,5 @@ def kl_loss(
 
 
 def ptx_loss(logprobs: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
-    """-log p of the tokens of given answers, averaged over true tokens: PPO-ptx (Ouyang et al. 2022, eq. 2)."""
+    """Compute -log p of pretraining data, averaged over response tokens: PPO-ptx (Ouyang et al. 2022, eq. 2)."""
     return -masked_mean(logprobs, mask, count)

@@ -335,10 +335,9 @@ class PPOTrainer:
             return False
         scores = experience.scores
         decision = self.guards.first(step + 1, metrics, self.spread(scores), len(scores))
-        if decision is None or decision.action != "stop":
-            return False
-        self.pending_decision = decision
-        return True
+        stops = decision is not None and decision.action == "stop"
+        self.pending_decision = decision if stops else None
+        return stops
 
     def spread(self, scores: Tensor) -> float:
         """Return the largest difference between scores (N,) that are compared: of one prompt's samples, or of all."""
@@ -364,10 +363,8 @@ class PPOTrainer:
                 break
 
         means = {name: sum(metrics[name] for metrics in made) / len(made) for name in (made[0] if made else ())}
-        means |= {"ppo/ratio_first": ratios[0], "ppo/updates": len(made), "learning_rate": rates[0]}
-        if self.roles.has_critic:
-            means["value/learning_rate"] = rates[1]
-        return means
+        means |= {"ppo/ratio_first": ratios[0], "ppo/updates": len(made)}
+        return means | dict(zip(("learning_rate", "value/learning_rate"), rates, strict=False))
 
     def mini_batches(self, count: int, step: int) -> Iterator[tuple[int, Tensor]]:
         """Yield the number of each update in the run, and the rows of the rollout that it learns from."""
@@ -559,10 +556,8 @@ def micro_batch_positions(count: int, world: DistributedContext, size: int) -> l
     All ranks get the same number of them, padded with empty ones, since backward passes are collective.
     """
     shares = [len(range(count * rank // world.size, count * (rank + 1) // world.size)) for rank in range(world.size)]
-    number = max(1, math.ceil(max(shares) / size))
-    shard = world.shard(count)
-    own = torch.arange(shard.start, shard.stop, device=world.device)
-    return [own[i * size : (i + 1) * size] for i in range(number)]
+    own = torch.tensor(world.shard(count), dtype=torch.long, device=world.device)
+    return [own[start : start + size] for start in range(0, max(1, *shares), size)]
 
 
 def cycle_shuffled(rows: list[Any], places: range, seed: int) -> list[Any]:

@@ -319,7 +319,7 @@ def test_hacking_watches_what_is_named():
     # a rule that applies at some steps only: the window counts those
     seldom = [{"score/raw": float(i), "score/rule": -float(i) if i % 5 == 0 else math.nan} for i in range(120)]
     assert [s for s, *_ in run(Guards({"hacking": {"watch": "rule"}}), seldom)] == [101, 106, 111, 116]
-    with pytest.raises(UserError, match=r"'score/gould', which is no score of this run.*score/gold"):
+    with pytest.raises(UserError, match=r"'score/gould', which is not a score of this run.*score/gold"):
         run(Guards({"hacking": {"watch": "gould"}}), rows)
 
 
