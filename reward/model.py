@@ -37,7 +37,7 @@ HEAD = "score.weight"
 
 
 def last_token_scores(hidden: Tensor, attention_mask: Tensor, head: nn.Module) -> Tensor:
-    """The head's scalar at each row's last true token: hidden (B, L, H), attention_mask (B, L) -> (B, 1), fp32.
+    """Return the head's scalar at each row's last true token: hidden (B, L, H), attention_mask (B, L) -> (B, 1), fp32.
 
     The mask decides, never the pad id: transformers' own classification models look for the last id that is not the
     pad id, and read an earlier token where a response happens to end in it.
@@ -69,7 +69,7 @@ def read_by_mask(model: nn.Module) -> nn.Module:
 
 
 def score_model(causal: nn.Module, seed: int = 0) -> nn.Module:
-    """A classification model with one output on the trunk of `causal` (shared, not copied), with a fresh head.
+    """Return a classification model with one output on the trunk of `causal` (shared, not copied), with a fresh head.
 
     The head is drawn from N(0, 1 / (H + 1)) with its own generator (Stiennon et al. 2020; arXiv 2403.17031)
     and stays in fp32. Raises UserError if transformers has no such model for this architecture.
@@ -96,9 +96,9 @@ def score_model(causal: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def trainable_reward(initial: InitialModel, lora: Any | None, seed: int = 0) -> nn.Module:
-    """The model that reward training starts from, with a fresh score head.
+    """Return the model that reward training starts from, with a fresh score head.
 
-    An adapter at the foundation (SFT's) is the start of the reward adapter, under the same LoRA settings; without one
+    The adapter of the initial model (SFT's) is the start of the reward adapter, under its LoRA settings; without one
     a new adapter is put on by `lora` (task type SEQ_CLS); with `lora` None the whole model is trained.
     """
     model = score_model(initial.model, seed)
@@ -108,7 +108,7 @@ def trainable_reward(initial: InitialModel, lora: Any | None, seed: int = 0) -> 
 
 
 def _with_adapter(model: nn.Module, initial: InitialModel) -> nn.Module:
-    """`model` with a trainable copy of the foundation's adapter, and its head where it has one.
+    """Return `model` with a trainable copy of the initial model's adapter, and its head where it has one.
 
     What the adapter holds for the output head is left out, since there is none here. Refuses weights that do not fit.
     """
@@ -133,7 +133,7 @@ class RewardModel:
     scale: float = 1.0
 
     def score_ids(self, rows: list[list[int]], batch_size: int = 32, progress: Callable[[int], Any] | None = None):
-        """The scores of B sequences (prompt ids + response ids, the end token included where there is one).
+        """Return the scores of B sequences (prompt ids + response ids, the end token included where there is one).
 
         Raises UserError for one that is longer than the model's positions.
         """
@@ -154,7 +154,7 @@ def raw_scores(
     batch_size: int = 32,
     progress: Callable[[int], Any] | None = None,
 ) -> list[float]:
-    """Scores before bias and scale, in the order of `rows`; batches are of like lengths, right padded.
+    """Return scores before bias and scale, in the order of `rows`; batches are of like lengths, right padded.
 
     `progress` is called with the number of rows done. The model is in eval mode meanwhile, and put back.
     """
@@ -179,7 +179,7 @@ def raw_scores(
 
 
 def load_reward(path: str, device: Any = None, dtype: str = "float32") -> RewardModel:
-    """The reward model in a folder (adapter and head on their base, or whole weights) or on the Hub.
+    """Return the reward model in a folder (adapter and head on their base, or whole weights) or on the Hub.
 
     Raises UserError when the head is missing, the base is another one than it was trained on, or nothing is there.
     """
@@ -239,7 +239,7 @@ def _load_whole(path: str, dtype: str) -> tuple[nn.Module, Any]:
 
 
 def read_reward(path: str | Path) -> dict[str, Any]:
-    """What reward.json says; empty where there is none (a reward model of another program: bias 0, scale 1)."""
+    """Return the content of reward.json; empty where there is none (of another program: bias 0, scale 1)."""
     file = Path(path) / REWARD_FILE
     return read_json(file) if file.is_file() else {}
 
@@ -256,7 +256,7 @@ def write_reward(path: str | Path, bias: float, scale: float, **more: Any) -> No
 
 
 def normalisation(reference_scores: list[float], kind: str) -> tuple[float, float]:
-    """(bias, scale) that give reference responses mean 0 (`mean`), and standard deviation 1 too (`mean_std`).
+    """Return (bias, scale) that give reference responses mean 0 (`mean`), and standard deviation 1 too (`mean_std`).
 
     arXiv 2403.17031: the reward model is shifted so that SFT references score 0 on average. `none`: (0, 1).
     """
@@ -277,7 +277,7 @@ def reward_scorer(
     device: Any = None,
     dtype: str = "float32",
 ) -> Scorer:
-    """A reward model as a scorer of its own, with weights of its own.
+    """Return a reward model as a scorer, with weights of its own.
 
     `tokenizer` is the one the samples' ids come from. Where it is the reward model's too (vocabulary, special tokens
     and chat template), ids are read as they are; otherwise prompts and responses are encoded anew by the reward

@@ -17,7 +17,7 @@ def reward_loss(
     label_smoothing: float = 0.0,
     center_coefficient: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Negative log-likelihood of the preferences, averaged over pairs.
+    """Return the negative log-likelihood of the preferences, averaged over pairs.
 
         d = r_chosen - r_rejected - margin
         L = mean[ w ( -p log sigmoid(d) - (1 - p) log sigmoid(-d) + c (r_chosen + r_rejected)^2 ) ]
@@ -57,5 +57,5 @@ def reward_loss(
 
 
 def pair_accuracy(gap: Tensor) -> Tensor:
-    """(B,) 1 where the chosen response scores higher, 0 where it scores lower, one half where they tie."""
+    """Return (B,) 1 where the chosen response scores higher, 0 where it scores lower, one half where they tie."""
     return (gap > 0).float() + 0.5 * (gap == 0).float()

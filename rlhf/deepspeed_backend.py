@@ -98,8 +98,31 @@ def _marked_as_gathered(weight_of: Callable[..., Tensor]) -> Callable[..., Tenso
     return marked
 
 
-def keep_float64(optimizer: Any, rank: int, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-    """Let ZeRO 1 and 2 work in float64: otherwise gradients, their norm and updates are float32 for any model."""
+def record_norms(optimizer: Any, norms: list[Tensor]) -> None:
+    """Let ZeRO's optimizer add to `norms` the gradient norm of each group, over all ranks, as it measures them."""
+
+    def recorded(measure: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def measure_and_record(*args: Any) -> Tensor:
+            norms.append(measure(*args))
+            return norms[-1]
+
+        return measure_and_record
+
+    # the second where the optimizer's state is offloaded
+    for name in ("get_grad_norm_direct", "complete_grad_norm_calculation_for_cpu_offload"):
+        setattr(optimizer, name, recorded(getattr(optimizer, name)))
+
+
+def keep_float64(
+    optimizer: Any,
+    rank: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    norms: list[Tensor],
+) -> None:
+    """Let ZeRO 1 and 2 work in float64: otherwise gradients, their norm and updates are float32 for any model.
+
+    Each step adds the gradient norm of each group to `norms`.
+    """
     for own, parts in zip(
         optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True
     ):
@@ -114,10 +137,13 @@ def keep_float64(optimizer: Any, rank: int, sum_over_ranks: Callable[[Tensor], T
     optimizer.use_grad_accum_attribute = False
 
     def norm() -> Tensor:
-        squares = 0
+        squares, running = 0, []
         for group in optimizer.averaged_gradients.values():
             for gradient in group:
                 squares = squares + gradient.square().sum()
-        return sum_over_ranks(squares).sqrt()
+            running.append(squares)
+        sums = sum_over_ranks(torch.stack(running))
+        norms.extend(torch.diff(sums, prepend=sums.new_zeros(1)).sqrt())
+        return sums[-1].sqrt()
 
     optimizer.scaled_global_norm = norm

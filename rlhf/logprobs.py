@@ -9,18 +9,18 @@ from rlhf.tensors import selected_logprobs
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The trunk that gives hidden states and the language-model head, below any PEFT wrapping."""
+    """Return the trunk that gives hidden states and the language-model head, below any PEFT wrapping."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     return causal.base_model, causal.get_output_embeddings()
 
 
 def hidden_width(model: nn.Module) -> int:
-    """Width of the last hidden state, which heads read; OPT-350m's is not its config's hidden_size."""
+    """Return the width of the last hidden state, which heads read; OPT-350m's is not its config's hidden_size."""
     return decoder_and_head(model)[1].in_features
 
 
 def head_is_plain(model: nn.Module) -> bool:
-    """Whether logits are just head(hidden); false where a model scales or caps them (Gemma, Cohere, Granite)."""
+    """Return whether logits are just head(hidden); false where a model scales or caps them (Gemma, Cohere, Granite)."""
     decoder, head = decoder_and_head(model)
     device = next(model.parameters()).device
     ids = torch.arange(1, 9, device=device).reshape(2, 4)
@@ -31,7 +31,7 @@ def head_is_plain(model: nn.Module) -> bool:
 
 
 def completion_batch(prompt_ids: list[list[int]], response_ids: list[list[int]], pad_id: int, device="cpu", width=None):
-    """Right-padded completions for one forward pass.
+    """Build right-padded completions for one forward pass.
 
     Returns input_ids (B, L), attention_mask (B, L), positions (B, T): the column of input_ids whose next token is
     response token t, response ids (B, T) and their mask (B, T). `width` = (L, T) fixes the shape.
@@ -55,14 +55,14 @@ def completion_batch(prompt_ids: list[list[int]], response_ids: list[list[int]],
 
 
 def gather_columns(hidden: Tensor, positions: Tensor) -> Tensor:
-    """hidden (B, L, H) at positions (B, T) -> (B, T, H)."""
+    """Gather hidden (B, L, H) at positions (B, T) -> (B, T, H)."""
     return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 def response_logprobs(
     model: nn.Module, ids, attention, positions, responses, temperature: float = 1.0, plain_head: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """log p(response token t | everything before it) and the entropy there, both (B, T), nats.
+    """Return log p(response token t | everything before it) and the entropy there, both (B, T), in nats.
 
     The head is applied at the response's positions alone, so that no (B, L, V) tensor exists; `plain_head=False`
     takes the model's own logits for those that transform them.

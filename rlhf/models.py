@@ -125,7 +125,7 @@ def _some(names: Iterable[str], count: int = 3) -> str:
 
 
 def attention_of(path: str) -> str | None:
-    """The attn_implementation that the run at `path` (or the run of this checkpoint) was given; None for any other."""
+    """Return the attn_implementation that the run at `path` (or of this checkpoint) was given, else None."""
     folder = Path(path)
     for place in (folder, folder.parent.parent):
         if (place / "config.yaml").is_file():
@@ -134,7 +134,7 @@ def attention_of(path: str) -> str | None:
 
 
 def context_length(config: Any) -> int | None:
-    """Tokens that a model's positions reach, prompt and response together; None where nothing limits them.
+    """Return the tokens that a model's positions reach, prompt and response together; None where nothing limits them.
 
     Learned positions end there, and rotary ones were not trained beyond. The factor of a scaling of the rotary
     positions counts, unless max_position_embeddings holds it already (always with llama3 and longrope). A sliding
@@ -188,10 +188,10 @@ def check_same_base(path: str, initial: InitialModel) -> None:
 
 
 def trainable_policy(initial: InitialModel, lora: Any | None):
-    """The model that SFT or DPO trains.
+    """Return the model that SFT or DPO trains.
 
-    An adapter at the foundation goes on being trained (a trainable copy; its own LoRA settings hold); without one, a
-    new adapter is put on; with `lora` None the whole model is trained.
+    An adapter that the run starts from is trained further, under its own LoRA settings; without one, a new adapter is
+    put on; with `lora` None the whole model is trained.
     """
     if initial.adapter_path:
         require_policy(initial.adapter_path)

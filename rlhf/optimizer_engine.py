@@ -42,6 +42,8 @@ class OptimizerEngine:
     """
 
     engine: Any = None  # DeepSpeed's, where it is used
+    # gradient norm of each parameter group in the last step that was not discarded, before clipping
+    group_norms: tuple[float, ...] = ()
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class OptimizerEngine:
         norm = math.nan
         if not discard:
             parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            self.group_norms = self._norms_of_groups()
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         if math.isfinite(norm):
             self.optimizer.step()
@@ -102,6 +105,14 @@ class OptimizerEngine:
         with self.gathered():
             trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
             return {name: p.detach().cpu().clone() for name, p in trained.items()}
+
+    def _norms_of_groups(self) -> tuple[float, ...]:
+        """Return the gradient norm of each parameter group; gradients have to be whole on this rank."""
+        norms = []
+        for group in self.optimizer.param_groups:
+            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+        return tuple(norms)
 
     def _set_rates(self, learning_rates: list[float]) -> None:
         for group, rate in zip(self.optimizer.param_groups, learning_rates, strict=True):
@@ -157,8 +168,11 @@ class DeepSpeedEngine(OptimizerEngine):
         self.engine = deepspeed_backend.initialize(module, optimizer, config)
         self.module = self.engine.module
         self.optimizer = self.engine.optimizer
+        self._measured_norms: list[Tensor] = []
         if torch.float64 in dtypes:
-            deepspeed_backend.keep_float64(self.optimizer, world.rank, world.sum)
+            deepspeed_backend.keep_float64(self.optimizer, world.rank, world.sum, self._measured_norms)
+        elif self.stage > 0:
+            deepspeed_backend.record_norms(self.optimizer, self._measured_norms)
         self._reset_untouched_groups()
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -179,12 +193,16 @@ class DeepSpeedEngine(OptimizerEngine):
             if not discard:
                 gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
                 norm = float(torch.nn.utils.get_total_norm(gradients))
+                self.group_norms = self._norms_of_groups()
             if not math.isfinite(norm):
                 self.engine.zero_grad()
                 return norm
 
+        self._measured_norms.clear()
         with self._norm_is_nan() if discard else contextlib.nullcontext():
             self.engine.step()
+        if self._measured_norms:
+            self.group_norms = self._combine_measured_norms()
         if self.stage == 3:
             # it is always added to (see `backward`), so it is emptied here
             self.optimizer.grad_partitions_flat_buffer.zero_()
@@ -193,6 +211,14 @@ class DeepSpeedEngine(OptimizerEngine):
         self._restart_untouched_counts()
         reported = self.engine.get_global_grad_norm()
         return norm if reported is None else float(reported)
+
+    def _combine_measured_norms(self) -> tuple[float, ...]:
+        """Return the norm of each parameter group; ZeRO-3 divides groups into sub-groups and measures those."""
+        group_of = self.optimizer.sub_group_to_group_id if self.stage == 3 else range(len(self._measured_norms))
+        squares = [0.0] * len(self.optimizer.param_groups)
+        for index, norm in enumerate(self._measured_norms):
+            squares[group_of[index]] += float(norm) ** 2
+        return tuple(map(math.sqrt, squares))
 
     @contextlib.contextmanager
     def _norm_is_nan(self) -> Iterator[None]:

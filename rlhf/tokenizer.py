@@ -15,9 +15,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "voc
 
 
 def load_tokenizer(path: str) -> Any:
-    """The tokenizer at `path`, with a pad token and a chat template. Raises UserError.
+    """Return the tokenizer at `path`, with a pad token and a chat template. Raises UserError.
 
-    Where the vocabulary has no spare token, EOS fills: padding is known by the mask alone, never by its id.
+    Without a spare token in the vocabulary EOS pads: padding is known by the mask alone, never by its id.
     """
     from transformers import AutoTokenizer
 
@@ -50,7 +50,7 @@ def _unused_token(tokenizer: Any) -> str | None:
 
 
 def stop_ids(tokenizer: Any, model: nn.Module | None = None) -> list[int]:
-    """Token ids that end a response: the tokenizer's EOS and those the model's generation config adds."""
+    """Return the token ids that end a response: the tokenizer's EOS and those the model's generation config adds."""
     ids = {tokenizer.eos_token_id}
     config = getattr(model, "generation_config", None)
     more = getattr(config, "eos_token_id", None)

@@ -22,7 +22,7 @@ IDENTITY_FILE = "rlhf.json"  # beside every adapter: what it was trained on, che
 
 @contextlib.contextmanager
 def loading(path: str, what: str, more: str = ""):
-    """Whatever a library raises inside is a fault of the files at `path`: a UserError that names them."""
+    """Turn whatever a library raises inside into a UserError that names the files at `path`."""
     try:
         yield
     except Exception as error:
@@ -30,7 +30,7 @@ def loading(path: str, what: str, more: str = ""):
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError if the file holds anything else, or only a part of one."""
+    """Return the object in a JSON file. Raises UserError if the file holds anything else, or only a part of one."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -45,13 +45,13 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     for name, tensor in tensors:
         if not is_finite(tensor):
             raise UserError(
-                f"{where}: '{name}' holds numbers that are not finite (NaN or infinity), so it is no model that could "
-                "be used. Take an earlier checkpoint or another start; for a run of one's own, a lower learning_rate"
+                f"{where}: '{name}' holds numbers that are not finite (NaN or infinity), so it cannot be used. "
+                "Take an earlier checkpoint or another start; for a run of one's own, a lower learning_rate"
             )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are finite; one pass without a copy. aminmax hands NaN on."""
+    """Return whether all numbers are finite, in one pass without a copy. aminmax hands NaN on."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     low, high = torch.aminmax(tensor.detach())
@@ -59,7 +59,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def fingerprint(model: nn.Module, sample: int = 4096) -> str:
-    """16 hex digits that name a model's weights, whatever dtype they were loaded in.
+    """Return 16 hex digits that name a model's weights, whatever dtype they were loaded in.
 
     Hashes names, shapes and an even sample of each tensor, read as bfloat16, in sorted order: seconds for billions of
     parameters. Adapter weights that PEFT injected are left out.
@@ -76,7 +76,7 @@ def fingerprint(model: nn.Module, sample: int = 4096) -> str:
 
 
 def folder_fingerprint(path: str | Path) -> str:
-    """Names the weights in a folder by the hash of its safetensors files."""
+    """Return a name for the weights in a folder by the hash of its safetensors files."""
     digest = hashlib.sha256()
     for file in sorted(Path(path).glob("*.safetensors")):
         with open(file, "rb") as stream:
@@ -86,19 +86,19 @@ def folder_fingerprint(path: str | Path) -> str:
 
 
 def read_identity(path: str | Path) -> dict[str, Any]:
-    """What rlhf.json in a folder says; empty where there is none."""
+    """Return the content of rlhf.json in a folder; empty where there is none."""
     file = Path(path) / IDENTITY_FILE
     return read_json(file) if file.is_file() else {}
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The base's own weights by their names without PEFT's wrapping."""
+    """Return the base's own weights by their names without PEFT's wrapping."""
     ours = ("lora_", "modules_to_save", "trainable_tokens_")
     return {plain_name(n): w for n, w in model.state_dict().items() if not any(part in n for part in ours)}
 
 
 def plain_name(name: str) -> str:
-    """The name that a weight of the base has without PEFT's wrapping."""
+    """Return the name that a weight of the base has without PEFT's wrapping."""
     return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
 
 

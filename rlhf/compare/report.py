@@ -11,7 +11,7 @@ from rlhf.data.annotator_report import describe_alpha
 from rlhf.files import dumps, write_atomic
 
 # Characters in a line of the terminal's table where the output is a log
-LOG_WIDTH = 130
+LOG_WIDTH = 170
 
 
 def write_files(report: Report, folder: Path) -> dict[str, Path]:

@@ -11,10 +11,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf.collect.sample import SampleConfig
+from rlhf.compare.judge import load_judge
+from rlhf.compare.measure import hashes, identities
 from rlhf.config import parse
+from rlhf.data.encode import encode
+from rlhf.data.records import Instruction, Preference, Prompt, prompt_group
+from rlhf.data.sources import is_path, split_event
 from rlhf.errors import UserError, near_file
 from rlhf.experiment.config import ExperimentConfig
+from rlhf.experiment.measure import load_test_split
 from rlhf.experiment.plan import Job, plan
+from rlhf.files import check_weights
+from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
+from rlhf.options.ppo import PPOConfig
+from rlhf.runs.rows import RunData
+from rlhf.sandbox.annotators import AnnotateConfig
 
 LONG = 10_000  # steps: a length that every program accepts, where the real one is not known yet
 
@@ -30,8 +42,6 @@ class PlannedProgram:
 
 def check_files(config: ExperimentConfig) -> None:
     """Raise UserError for the first file or folder that is named and not there."""
-    from rlhf.data.sources import is_path, split_event
-
     initial = Path(config.initial_policy)
     # owner/model is a name on the Hub, unless a folder of that owner is here
     is_hub_name = config.initial_policy.count("/") == 1 and not initial.parent.is_dir()
@@ -63,9 +73,6 @@ def check_programs(config: ExperimentConfig) -> list[PlannedProgram]:
 
     Raises UserError naming the part that is refused.
     """
-    from rlhf.collect.sample import SampleConfig
-    from rlhf.sandbox.annotators import AnnotateConfig
-
     by_kind: dict[str, type] = {"sample": SampleConfig, "annotate": AnnotateConfig}
     programs: dict[str, PlannedProgram] = {}
     for job in plan(config, dict.fromkeys(config.trained, LONG)):
@@ -126,7 +133,6 @@ def check_model(program: str, options: Any) -> None:
     from rlhf.adapters import adapter_base, adapter_settings, add_adapter
     from rlhf.deepspeed_config import read_deepspeed_config
     from rlhf.distributed import DistributedContext
-    from rlhf.files import check_weights
     from rlhf.models import InitialModel
     from rlhf.offline.trainers import trl_arguments
     from rlhf.runs.run import Run
@@ -166,9 +172,7 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
 
     `sampled_from`: the prompts, where the pairs are still to be sampled.
     """
-    from rlhf.data.records import Instruction, Preference, Prompt
     from rlhf.distributed import DistributedContext
-    from rlhf.runs.rows import RunData
     from rlhf.tokenizer import load_tokenizer
 
     kind = Prompt if program == "ppo" or sampled_from else Preference
@@ -198,23 +202,12 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
 
 def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
     """Raise UserError where too little is left to measure on: test prompts that no method trains on, texts."""
-    from rlhf.compare.measure import hashes
-    from rlhf.data.encode import encode
-    from rlhf.data.load import load
-    from rlhf.data.records import Instruction, Prompt, prompt_group
     from rlhf.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.initial_policy)
 
     def rows(kind: type, data: list[str], longest: int | None) -> list[dict[str, Any]]:
-        records = load(
-            data,
-            kind,
-            split="test",
-            on_error=config.on_error,
-            validation_fraction=config.validation_fraction,
-            test_fraction=config.test_fraction,
-        )
+        records = load_test_split(config, data, kind)
         return encode(records, tokenizer, config.max_prompt_length, longest, config.on_error)[0]
 
     known = trained_on | hashes(config.initial_policy)
@@ -232,8 +225,6 @@ def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
 
 def check_decisions(config: ExperimentConfig) -> None:
     """Raise UserError if what is to decide is what a method learns from, or cannot be asked, or nothing can start."""
-    from rlhf.compare.measure import identities
-
     learnt: dict[Any, str] = {}
     for name in config.trained:
         for spec in config.method_specs[name].options.get("reward") or []:
@@ -247,8 +238,6 @@ def check_decisions(config: ExperimentConfig) -> None:
                     f"{option} {spec}: '{learners[0]}' learns from it, so it cannot decide; list it in 'others'"
                 )
     if config.judge:
-        from rlhf.compare.judge import load_judge
-
         load_judge(config.judge)
     first = shlex.split(config.launcher)[0]
     beside = Path(sys.executable).parent / first  # where a virtual environment that is not active keeps it
@@ -258,7 +247,4 @@ def check_decisions(config: ExperimentConfig) -> None:
 
 def options_class(program: str) -> type:
     """Return the options class of the program launch/PROGRAM.py."""
-    from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
-    from rlhf.options.ppo import PPOConfig
-
     return {"sft": SFTRunConfig, "reward": RewardRunConfig, "dpo": DPORunConfig, "ppo": PPOConfig}[program]

@@ -76,8 +76,7 @@ def store_cost(store: Path) -> dict[str, float]:
 def run_cost(folder: Path) -> dict[str, float]:
     """Return the counters of a finished run."""
     file = folder / "result.json"
-    result = json.loads(file.read_text()) if file.is_file() else {}
-    return counters_of(result.get("budget", {}))
+    return counters_of(json.loads(file.read_text()).get("budget", {})) if file.is_file() else {}
 
 
 def cost_until(folder: Path, step: int) -> dict[str, float]:
@@ -92,13 +91,9 @@ def cost_until(folder: Path, step: int) -> dict[str, float]:
             continue
         if row["step"] >= step:
             share = (step - step_before) / max(row["step"] - step_before, 1)
-            return {name: _between(before.get(name, 0.0), value, share) for name, value in cost.items()}
+            return {name: (1 - share) * before.get(name, 0.0) + share * value for name, value in cost.items()}
         before, step_before = cost, row["step"]
     return before
-
-
-def _between(start: float, end: float, share: float) -> float:
-    return start + share * (end - start)
 
 
 def step_cost(folder: Path, counter: str, steps: int) -> float:

@@ -20,6 +20,7 @@ from typing import Any
 from rlhf.compare.measure import CompareConfig, check_judges, load_policies, run_config, unseen
 from rlhf.compare.text_metrics import encode_texts, perplexity, text_losses
 from rlhf.config import option, parse
+from rlhf.data.load import load
 from rlhf.data.records import Instruction, Prompt, Record, Samples, Scorer
 from rlhf.data.split import first_by_hash
 from rlhf.errors import UserError, did_you_mean
@@ -161,8 +162,6 @@ def test_prompts(config: ExperimentConfig, paths: list[str]) -> list[Prompt]:
 
 
 def load_test_split(config: ExperimentConfig, data: list[str], kind: type[Record]) -> list[Any]:
-    from rlhf.data.load import load
-
     return load(
         data,
         kind,
@@ -334,10 +333,8 @@ def rows_to_write(rows: list, samples: int, *, with_ids: bool) -> list[dict]:
     names = ["sample", "response", "length", "ended", "kl", "scores"]
     if with_ids:
         names.append("ids")
-    written = []
-    for number, row in enumerate(rows):
-        written.append({"prompt": number // samples, **{name: getattr(row, name) for name in names}})
-    return written
+    written = [{name: getattr(row, name) for name in names} for row in rows]
+    return [{"prompt": number // samples, **row} for number, row in enumerate(written)]
 
 
 def write_rows(file: Path, step: int, rows: list[dict], numbers: dict, budget: dict) -> None:

@@ -2,92 +2,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import signal
 import socket
 import time
 from pathlib import Path
-from typing import Any
+
+import psutil
 
 MARK = "RLHF_EXPERIMENT"  # in the environment of every program that an experiment has started: its folder
 JOB = "RLHF_EXPERIMENT_JOB"  # which of its jobs
 PATIENCE = 120.0  # seconds that programs get to save and end
 
 
-def programs_of(folder: Path, job: str | None = None) -> list[Any]:
-    """Return the processes (psutil) that an experiment in this folder has started, for one of its jobs or for any."""
-    import psutil
+def programs_of(folder: Path, job: str | None = None) -> list[psutil.Process]:
+    """Return the processes that an experiment in this folder has started, for one of its jobs or for any."""
+    wanted = {MARK: str(folder.resolve())} | ({JOB: job} if job else {})
+    others = (process for process in psutil.process_iter() if process.pid != os.getpid())
+    return [process for process in others if wanted.items() <= environment_of(process).items()]
 
-    own, found = str(folder.resolve()), []
-    for process in psutil.process_iter():
-        try:
-            environment = process.environ()
-        except psutil.Error:
-            continue
-        is_ours = environment.get(MARK) == own and job in (None, environment.get(JOB))
-        if is_ours and process.pid != os.getpid():
-            found.append(process)
-    return found
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    """Return the environment of a process; empty where it has ended or is another user's."""
+    with contextlib.suppress(psutil.Error):
+        return process.environ()
+    return {}
 
 
 def end_programs(folder: Path, job: str | None = None) -> None:
     """Send SIGTERM to the programs, on which they save and end; SIGKILL to what is left after PATIENCE."""
-    import psutil
-
-    asked: set[Any] = set()
+    asked: set[psutil.Process] = set()
     deadline = time.monotonic() + PATIENCE
     # looked at again and again, since a launcher may be about to launch
     while (found := programs_of(folder, job)) and time.monotonic() < deadline + PATIENCE:
         is_late = time.monotonic() > deadline
         for process in found if is_late else topmost_programs(found):
-            try:
+            with contextlib.suppress(psutil.Error):
                 if is_late:
                     process.kill()
                 elif process not in asked:
-                    process.send_signal(signal.SIGTERM)
+                    process.terminate()
                     asked.add(process)
-            except psutil.Error:
-                continue
         time.sleep(0.1)
 
 
-def topmost_programs(found: list[Any]) -> list[Any]:
+def topmost_programs(found: list[psutil.Process]) -> list[psutil.Process]:
     """Return the topmost process of each program.
 
-    A launcher ends its programs when it is asked to end, and a helper that ends is its program's failure.
+    A launcher (deepspeed, torchrun) ends its programs when it is asked to end, and the end of a helper is its
+    program's failure.
     """
-    import psutil
-
-    launchers = [process for process in found if is_launcher(process)]
-    topmost = []
+    launchers, topmost = [], []
     for process in found:
-        try:
-            parent = process.parent()
-        except psutil.Error:
-            continue
-        is_helper = parent in found and parent not in launchers
-        if process not in launchers and not is_helper:
-            topmost.append(process)
-    return topmost
+        with contextlib.suppress(psutil.Error):
+            children = process.children(recursive=True)
+            is_launcher = not is_rank(process) and any(map(is_rank, children))
+            (launchers if is_launcher else topmost).append(process)
+    helped = [process for process in found if process not in launchers]
+    return [process for process in topmost if parent_of(process) not in helped]
 
 
-def is_launcher(process: Any) -> bool:
-    """Return whether this is a launcher (deepspeed, torchrun) with a program of its own still there."""
-    import psutil
-
-    try:
-        return not is_rank(process) and any(map(is_rank, process.children(recursive=True)))
-    except psutil.Error:
-        return False
+def is_rank(process: psutil.Process) -> bool:
+    return "LOCAL_RANK" in environment_of(process)
 
 
-def is_rank(process: Any) -> bool:
-    import psutil
-
-    try:
-        return "LOCAL_RANK" in process.environ()
-    except psutil.Error:
-        return False
+def parent_of(process: psutil.Process) -> psutil.Process | None:
+    with contextlib.suppress(psutil.Error):
+        return process.parent()
+    return None
 
 
 def free_port() -> int:

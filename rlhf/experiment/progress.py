@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -12,10 +11,10 @@ from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.plan import Job
 from rlhf.experiment.processes import JOB, programs_of
 from rlhf.experiment.state import ExperimentState, load_state, read_json
+from rlhf.runs.tracking import read_metrics
 
 LOG_SECONDS = 60.0  # between summaries where there is no terminal
 LOG_WIDTH = 130
-TAIL_BYTES = 20_000  # of a metrics file, more than its last line
 SIGNS = {"waiting": "·", "blocked": "blocked", "failed": "failed", "done": "trained"}
 
 
@@ -116,7 +115,8 @@ def share_done(job: Job) -> str:
     """Return the share of a run's steps that is logged, or nothing."""
     if not job.steps:
         return ""
-    step = last_step(Path(job.run_folder) / "metrics.jsonl")
+    metrics = Path(job.run_folder) / "metrics.jsonl"
+    step = max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.is_file() else 0
     return f"{min(100 * step // job.steps, 100)} %"
 
 
@@ -125,24 +125,8 @@ def end_of_trial(file: Path) -> str:
     end = read_json(file).get("end")
     if end is None:
         return "measured"
-    judge = "" if end.get("judge") is None else f"{end['judge']:.3f} @ "
+    judge = "" if end["judge"] is None else f"{end['judge']:.3f} @ "
     return f"{judge}{end['kl']:.1f}"
-
-
-def last_step(file: Path) -> int:
-    """Return the step of the last whole line of a metrics file; 0 without one."""
-    try:
-        with open(file, "rb") as opened:
-            opened.seek(max(0, file.stat().st_size - TAIL_BYTES))
-            lines = opened.read().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return 0
 
 
 def experiment_status(config: ExperimentConfig) -> None:

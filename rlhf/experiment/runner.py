@@ -20,14 +20,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal
 
 from rlhf import config as options
 from rlhf.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, Halt, UserError
 from rlhf.experiment.check import check_decisions, check_files, check_programs, check_starts
 from rlhf.experiment.config import ExperimentConfig
-from rlhf.experiment.cost import planned_lengths
-from rlhf.experiment.plan import Job, given_length, plan, record_of, recorded_options
+from rlhf.experiment.cost import known_lengths, planned_lengths
+from rlhf.experiment.plan import Job, plan, record_of, recorded_options
 from rlhf.experiment.processes import JOB, MARK, end_programs, free_port, programs_of
 from rlhf.experiment.state import (
     ExperimentState,
@@ -55,14 +55,6 @@ class RunOptions:
     changed: Literal["refuse", "set aside", "delete"] = "refuse"  # what happens to results of other options
 
 
-class Display(Protocol):
-    """What shows the progress of a plan."""
-
-    def started(self, job: Job) -> None: ...
-    def log(self, text: str) -> None: ...
-    def update(self) -> None: ...
-
-
 def run_experiment(config: ExperimentConfig, check_scorers: Callable[..., None] = lambda *_: None) -> None:
     """Do all jobs and write the report; `check_scorers(specs, made_later)` refuses scorers that cannot be made.
 
@@ -87,27 +79,27 @@ def run_experiment(config: ExperimentConfig, check_scorers: Callable[..., None] 
         replan(config, state, how)
         options.save(config, state.folder / "experiment.yaml")
         with LiveTable(config, state) as display:
-            run_jobs(state, how, display, signals, lambda: replan_after_pilots(config, state, how))
+            run_jobs(state, how, display, signals, lambda: replan(config, state, how))
     if state.failed:
         raise Halt(failures(state), 1)
     write_report(config, state.folder / "report", config.report_to, config.project)
 
 
 def replan(config: ExperimentConfig, state: ExperimentState, how: RunOptions) -> None:
-    """Plan the jobs as far as they are known."""
+    """Plan the jobs; trials once all is done from which the lengths of the runs follow."""
+    if state.lengths is not None:
+        return
     if config.matched is None:
-        state.lengths = {name: given_length(config.method_specs[name]) for name in config.trained}
-    set_jobs(state, plan(config, state.lengths), how)
-    replan_after_pilots(config, state, how)
-
-
-def replan_after_pilots(config: ExperimentConfig, state: ExperimentState, how: RunOptions) -> None:
-    """Plan the trials too, once all is done from which the lengths of the runs follow."""
-    decisive = ("pilot", "reward", "sample")
-    wanted = {job.name for job in state.jobs if job.kind in decisive and job.seed == config.seeds[0]}
-    if state.lengths is None and wanted <= state.done:
+        state.lengths = known_lengths(config)
+    else:
+        if not state.jobs:
+            set_jobs(state, plan(config, None), how)
+        decisive = ("pilot", "reward", "sample")
+        wanted = {job.name for job in state.jobs if job.kind in decisive and job.seed == config.seeds[0]}
+        if not wanted <= state.done:
+            return
         state.lengths = planned_lengths(config)
-        set_jobs(state, plan(config, state.lengths), how)
+    set_jobs(state, plan(config, state.lengths), how)
 
 
 def set_jobs(state: ExperimentState, jobs: list[Job], how: RunOptions) -> None:
@@ -193,7 +185,7 @@ def claim(state: ExperimentState) -> Iterator[list[int]]:
 def run_jobs(
     state: ExperimentState,
     how: RunOptions,
-    display: Display,
+    display: Any,
     signals: list[int],
     replan: Callable[[], None] = lambda: None,
 ) -> None:
@@ -214,7 +206,7 @@ def run_jobs(
         raise Halt(f"stopped by {name}; the same command resumes", EXIT_INTERRUPTED)
 
 
-def start_ready(state: ExperimentState, how: RunOptions, display: Display) -> None:
+def start_ready(state: ExperimentState, how: RunOptions, display: Any) -> None:
     """Start jobs whose needs are done, as many as may run at a time."""
     for job in state.jobs:
         if len(state.running) >= how.processes:
@@ -289,7 +281,7 @@ def has_accelerator() -> bool:
     return subprocess.run([sys.executable, "-c", question], capture_output=True).returncode == 0
 
 
-def collect_ended(state: ExperimentState, how: RunOptions, display: Display) -> None:
+def collect_ended(state: ExperimentState, how: RunOptions, display: Any) -> None:
     """See which programs have ended, and how; start again those that were killed."""
     for name, running in list(state.running.items()):
         code = running.process.poll()

@@ -57,7 +57,7 @@ def check_watched(overrides: dict[str, Any], scorers: Iterable[str]) -> None:
         if metric.startswith("score/") and metric not in METRICS and metric.split("/")[1] not in known:
             hint = did_you_mean(name, known)
             raise UserError(
-                f"guards.hacking.watch: '{name}' is no score of this run.{hint} Scorers: {', '.join(known)}"
+                f"guards.hacking.watch: '{name}' is not a score of this run.{hint} Scorers: {', '.join(known)}"
             )
 
 

@@ -426,6 +426,8 @@ class PPOTrainer:
         result["grad/norm"] = self.learner.step(rates, discard=not keep)
         if keep and not math.isfinite(result["grad/norm"]):
             decision = self.guards.update(step + 1, result)
+        if keep:
+            result |= zip(("grad/norm_policy", "grad/norm_value"), self.learner.group_norms, strict=False)
         return result, decision
 
     def policy_pass(self, experience: Experience, part: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -211,9 +211,11 @@ METRICS: dict[str, Metric] = {
         "steady, 0.1-10",
         "spikes above 100 or not finite: lower learning_rate, look at the batch; exactly 0: nothing is trainable",
     ),
-    "grad/norm_policy": Metric("the policy adapter's part of grad/norm", "as grad/norm", "as grad/norm"),
+    "grad/norm_policy": Metric("L2 norm of the policy's gradients before clipping", "as grad/norm", "as grad/norm"),
     "grad/norm_value": Metric(
-        "the critic's part of grad/norm", "as grad/norm", "much above the policy's: it is clipped away with it"
+        "L2 norm of the critic's gradients before clipping; grad/norm^2 is the sum of both squares",
+        "as grad/norm",
+        "much above the policy's: clipping to the joint norm shrinks the policy's gradient too, lower vf_coef",
     ),
     "learning_rate": Metric("learning rate of the (policy's) parameters", "follows its schedule", ""),
     "epoch": Metric("passes over the training data", "", ""),

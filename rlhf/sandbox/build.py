@@ -27,7 +27,7 @@ from rlhf.config import SEED, option
 from rlhf.data.records import digest
 from rlhf.data.split import split_of
 from rlhf.errors import UserError
-from rlhf.files import lock_folder, unlock_folder
+from rlhf.files import lock_folder, unlock_folder, write_atomic
 from rlhf.sandbox import SHOP_VOICE, base, corpus, phrases
 from rlhf.values import check_ranges
 
@@ -136,7 +136,7 @@ def build(config: SandboxConfig) -> dict[str, Any]:
         "files": files,
         "base": losses,
     }
-    _write_whole(folder / "world.json", json.dumps(report, indent=2) + "\n")
+    write_atomic(folder / "world.json", json.dumps(report, indent=2) + "\n")
     unlock_folder(folder)
     print(f"{folder / 'world.json'}: settings, fingerprints and losses")
     return report
@@ -245,11 +245,5 @@ def _is_prompt(group: str) -> bool:
 def _write_jsonl(path: Path, rows: list[dict]) -> str:
     """Write the rows and return the file's SHA-256."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    _write_whole(path, text)
+    write_atomic(path, text)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -315,6 +315,14 @@ def test_a_run_that_could_learn_from_no_rollout_is_not_done(runs, files, tmp_pat
     assert not (tmp_path / "other" / "checkpoints").exists()  # the same command begins anew
 
 
+def test_pretraining_data_reaches_the_updates(runs, files, tmp_path):
+    pretraining = ["--ptx_coef", "0.5", "--ptx_data", files["instructions"], "--guards", "{no_signal: off}"]
+    assert start([*flags(runs, files, tmp_path, *pretraining), "--total_episodes", "8", "--eval_prompts", "0"]) == 0
+    (row,) = rows_of(tmp_path)
+    assert row["loss/ptx"] > 0
+    assert 0 < max(row["grad/norm_policy"], row["grad/norm_value"]) < row["grad/norm"]
+
+
 def spoiled(what: str, at: int):
     """Trainer.training_step whose loss, gradient or weight becomes NaN at step `at`, of three."""
     step = Trainer.training_step

@@ -249,6 +249,16 @@ def test_a_step_that_is_taken_back_leaves_no_trace(sft_path, reward_path):
     assert math.isfinite(learner.learner.step([1.0, 1.0])) and not same(before, kept(learner))
 
 
+def test_the_gradient_norm_of_each_group_by_hand():
+    # 3 a + 4 b has gradients 3 and 4, norm 5; 12 c has 12; jointly sqrt(9 + 16 + 144) = 13, before clipping to 1
+    weights = [torch.nn.Parameter(torch.zeros(1)) for _ in "abc"]
+    groups = [{"params": weights[:2], "lr": 0.1}, {"params": weights[2:], "lr": 0.1}]
+    engine = make_engine(torch.nn.ParameterList(weights), groups, DistributedContext(), max_grad_norm=1.0)
+    engine.backward((3 * weights[0] + 4 * weights[1] + 12 * weights[2]).sum(), last=True)
+    assert engine.step([0.1, 0.1]) == pytest.approx(13.0)
+    assert engine.group_norms == pytest.approx([5.0, 12.0])
+
+
 @pytest.mark.parametrize("estimator", ["gae", "rloo"])
 def test_what_a_guard_takes_back_is_not_made_where_all_that_was_last_is_clipped(estimator, sft_path):
     """One row a pass, and ranges so narrow that half of the last ones have no gradient, whatever their loss is."""

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.config import UserError
 from rlhf.options.guards import GUARDS, check_guards
-from rlhf.ppo.guards import Decision, Guards, repetition, trend
+from rlhf.ppo.guards import Decision, Guards, check_watched, repetition, trend
 from rlhf.runs.metrics import check_names
 
 HEALTHY = {
@@ -321,6 +321,15 @@ def test_hacking_watches_what_is_named():
     assert [s for s, *_ in run(Guards({"hacking": {"watch": "rule"}}), seldom)] == [101, 106, 111, 116]
     with pytest.raises(UserError, match=r"'score/gould', which is not a score of this run.*score/gold"):
         run(Guards({"hacking": {"watch": "gould"}}), rows)
+
+
+def test_a_score_to_watch_that_no_scorer_gives_is_refused_before_the_run():
+    scorers = ["reward", "gold"]
+    for known in ("gold", "score/gold", "gold/part", "score/raw", "response/length"):
+        check_watched({"hacking": {"watch": known}}, scorers)
+    check_watched({}, scorers)
+    with pytest.raises(UserError, match=r"'gould' is not a score of this run. Did you mean 'gold'\?.*reward, gold"):
+        check_watched({"hacking": {"watch": ["gold", "gould"]}}, scorers)
 
 
 # memory

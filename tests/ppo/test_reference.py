@@ -115,6 +115,11 @@ def disagreements(case: dict, found: dict, tolerance: float) -> list[str]:
                 assert not math.isfinite(got["metrics"]["grad/norm"])
                 continue
             check(f"{where} grad/norm", got["metrics"]["grad/norm"], want["norm"])
+            is_critic = {name: ".value." in name for name in want["grads"]}
+            for group, of_critic in (("policy", False), ("value", True)):
+                squares = [float((g**2).sum()) for n, g in want["grads"].items() if is_critic[n] == of_critic]
+                if squares:
+                    check(f"{where} grad/norm_{group}", got["metrics"][f"grad/norm_{group}"], math.sqrt(sum(squares)))
             assert got["grads"].keys() == want["grads"].keys()
             for name, gradient in want["grads"].items():
                 check(f"{where} gradient of {name}", got["grads"][name], gradient)
