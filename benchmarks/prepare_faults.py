@@ -19,7 +19,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from rlhf.data.agreement import alpha_interval, annotator_reliability, krippendorff_alpha, ratings_of
+from rlhf.data.agreement import alpha_interval, annotator_reliability, ratings_of
 from rlhf.data.load import load
 from rlhf.data.prepare import steps
 from rlhf.data.prepare.run import PrepareConfig, prepare
@@ -269,7 +269,7 @@ def print_annotators(seeds: int = 20) -> None:
         found, alphas = Counter(), []
         for seed in range(seeds):
             votes = crowd(seed, ROWS, each, careless, side)
-            alphas.append(krippendorff_alpha(ratings_of(votes)))
+            alphas.append(alpha_interval(ratings_of(votes))[0])
             for person in annotator_reliability(votes):
                 flags = " ".join(person.flags)
                 found["careless"] += person.annotator == "careless" and "agrees less" in flags
@@ -281,7 +281,7 @@ def print_annotators(seeds: int = 20) -> None:
 
 def print_coverage(seeds: int = 200) -> None:
     """How often the interval of alpha holds the alpha of very many pairs of the same crowd."""
-    truth = krippendorff_alpha(ratings_of(crowd(10**6, 50_000, 2, 0.5, 0.4)))
+    truth = alpha_interval(ratings_of(crowd(10**6, 50_000, 2, 0.5, 0.4)))[0]
     print(f"\n## Coverage of alpha's 95 % interval (two votes a pair; alpha of 50,000 pairs: {truth:.3f})\n")
     for pairs in (30, 100, 300):
         inside = 0

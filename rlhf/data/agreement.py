@@ -5,7 +5,7 @@
     for person in annotator_reliability(votes, controls={7: "a"}): print(person.annotator, person.flags)
 
 A skip counts nowhere. Whatever cannot be computed (nobody judged the same pair, all said the same) is
-nan, and None in `to_dict`.
+nan, and None in `agreement_summary`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,16 @@ from rlhf.stats import fair_coin_p, jackknife_interval, wilson
 
 Level = Literal["nominal", "ordinal"]
 
-SURE = 0.01  # p-value below which an annotator gets a flag
-SKIM = 15.0  # words a second: nobody reads faster
-FASTEST = 1.0  # seconds below which nobody has looked at two answers
-HASTE = 0.2  # share of too fast votes above which an annotator gets a flag
-CONTROLS_RIGHT = 0.8  # share of the control pairs that a reliable annotator gets right
+# P-value below which an annotator gets a flag
+SURE = 0.01
+# Words a second: nobody reads faster
+SKIM = 15.0
+# Seconds below which nobody has looked at two answers
+FASTEST = 1.0
+# Share of too fast votes above which an annotator gets a flag
+HASTE = 0.2
+# Share of the control pairs that a reliable annotator gets right
+CONTROLS_RIGHT = 0.8
 
 
 @dataclass
@@ -54,20 +59,24 @@ class Reliability:
     """One annotator. `flags` says in words what is wrong; empty is good."""
 
     annotator: str
-    votes: int  # standing votes, skips and control pairs included
+    # standing votes, skips and control pairs included
+    votes: int
     choices: dict[str, int]
-    rest: Share  # of the other annotators' choices on the same pairs, those that were the same
-    controls: Share  # of the control pairs that were judged, those that were right
-    skill: float  # Dawid-Skene: of the votes for a side where one is better, the share for that side
-    left: Share  # of the votes for a side, those for the answer shown on the left; 0.5 without a bias
-    left_p: float  # exact binomial p-value of that share under 0.5
-    seconds: float  # median time of a vote
-    fast: Share  # votes in less time than it takes to skim both answers
+    # of the other annotators' choices on the same pairs, those that were the same
+    rest: Share
+    # of the control pairs that were judged, those that were right
+    controls: Share
+    # Dawid-Skene: of the votes for a side where one is better, the share for that side
+    skill: float
+    # of the votes for a side, those for the answer shown on the left; 0.5 without a bias
+    left: Share
+    # exact binomial p-value of that share under 0.5
+    left_p: float
+    # median time of a vote
+    seconds: float
+    # votes in less time than it takes to skim both answers
+    fast: Share
     flags: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the entry for JSON and pages; nan becomes None."""
-        return _plain(self)
 
 
 @dataclass
@@ -99,39 +108,28 @@ def ratings_of(votes: list[Vote], level: Level = "nominal") -> Ratings:
     return ratings
 
 
-def krippendorff_alpha(ratings: Ratings, level: Level = "nominal") -> float:
-    """Return Krippendorff's alpha (2011, "Computing Krippendorff's alpha-reliability"): 1 perfect, 0 as by chance.
+def alpha_interval(ratings: Ratings, level: Level = "nominal") -> tuple[float, float, float]:
+    """Return Krippendorff's alpha (1 perfect, 0 as by chance) and its 95 % interval (low, high).
 
         alpha = 1 - (n - 1) sum_ck o_ck d_ck / sum_ck n_c n_k d_ck
         o_ck = sum_items (pairs of values c, k in the item) / (values in the item - 1),   n_c = sum_k o_ck
 
     nominal: d_ck = [c != k]. ordinal: d_ck = (sum of n_g for g from c to k, less (n_c + n_k) / 2)^2, of numbers.
     ratings: {item: {annotator: value}}; items with one value count nowhere. nan if all values are the same or no item
-    has two.
+    has two. The interval is over items that have two values or more (`jackknife_interval`). Source: Krippendorff 2011,
+    "Computing Krippendorff's alpha-reliability".
     """
-    cells, _ = _coincidences(ratings)
-    return float(_alpha(cells.sum(axis=0)[None], level)[0]) if len(cells) else math.nan
-
-
-def alpha_interval(ratings: Ratings, level: Level = "nominal") -> tuple[float, float, float]:
-    """Return (alpha, low, high): the 95 % interval over items that have two values or more (`jackknife_interval`)."""
-    cells, _ = _coincidences(ratings)
-    return _interval(cells, lambda sums: _alpha(sums, level))
-
-
-def cohen_kappa(one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]) -> float:
-    """Return Cohen's kappa (1960) of two annotators' values by item, over the items that both judged.
-
-        kappa = (p_o - p_e) / (1 - p_e),   p_e = sum_k p_one(k) p_other(k)
-
-    nan if no item is common, or both said one and the same value throughout.
-    """
-    cells = _crossed(one, other)
-    return float(_kappa(cells.sum(axis=0)[None])[0]) if len(cells) else math.nan
+    return _interval(_coincidences(ratings), lambda sums: _alpha(sums, level))
 
 
 def kappa_interval(one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]) -> tuple[float, float, float]:
-    """Return (kappa, low, high): the 95 % interval over the common items (`jackknife_interval`)."""
+    """Return Cohen's kappa (1960) of two annotators' values by item and its 95 % interval (low, high).
+
+        kappa = (p_o - p_e) / (1 - p_e),   p_e = sum_k p_one(k) p_other(k)
+
+    Both are over the items that both judged (`jackknife_interval`). nan if no item is common, or both said one and the
+    same value throughout.
+    """
     return _interval(_crossed(one, other), _kappa)
 
 
@@ -156,7 +154,7 @@ def agreement_summary(
     """Return everything here about a set of votes, ready for JSON (None where it cannot be computed).
 
     {"votes", "pairs", "pairs_judged_twice", "alpha": {"nominal": {"estimate", "low", "high"}, "ordinal": ...},
-    "kappa": [{"one", "other", "kappa", "low", "high", "pairs"}], "annotators": [Reliability.to_dict()]}. Alpha and
+    "kappa": [{"one", "other", "kappa", "low", "high", "pairs"}], "annotators": [Reliability as a dict]}. Alpha and
     kappa are over the pairs that are not controls. controls, words: as in `annotator_reliability`.
     """
     controls = controls or {}
@@ -164,8 +162,8 @@ def agreement_summary(
     nominal = ratings_of(normal)
     alphas = {}
     for level in ("nominal", "ordinal"):
-        estimate, low, high = alpha_interval(ratings_of(normal, level), level)
-        alphas[level] = {"estimate": estimate, "low": low, "high": high}
+        found = alpha_interval(ratings_of(normal, level), level)
+        alphas[level] = dict(zip(("estimate", "low", "high"), found, strict=True))
     return _plain(
         {
             "votes": len(normal),
@@ -283,26 +281,22 @@ def _flags(person: Reliability, others: list[Reliability]) -> list[str]:
 
 def _surely_below(share: Share, bound: float) -> bool:
     """Return whether the share is below `bound` at p < SURE, one-sided."""
-    if not share.n:
-        return False
-    _, high = wilson(share.count, share.n, 1 - 2 * SURE)
-    return high < bound
+    return share.n > 0 and wilson(share.count, share.n, 1 - 2 * SURE)[1] < bound
 
 
-def _coincidences(ratings: Ratings) -> tuple[np.ndarray, list[Hashable]]:
+def _coincidences(ratings: Ratings) -> np.ndarray:
     """Return (N, K, K): each item's share in the coincidences, values sorted; items with one value are left out."""
     usable = [list(values.values()) for values in ratings.values() if len(values) > 1]
     found = set(itertools.chain.from_iterable(usable))
     are_numbers = all(isinstance(value, (int, float)) for value in found)
     order = sorted(found, key=None if are_numbers else str)
-    number = {value: k for k, value in enumerate(order)}
     counts = np.zeros((len(usable), len(order)))
     for i, values in enumerate(usable):
         for value in values:
-            counts[i, number[value]] += 1
+            counts[i, order.index(value)] += 1
     pairs = counts[:, :, None] * counts[:, None, :]
     pairs[:, range(len(order)), range(len(order))] -= counts
-    return pairs / (counts.sum(axis=1) - 1)[:, None, None], order
+    return pairs / (counts.sum(axis=1) - 1)[:, None, None]
 
 
 def _alpha(sums: np.ndarray, level: Level) -> np.ndarray:
@@ -310,7 +304,7 @@ def _alpha(sums: np.ndarray, level: Level) -> np.ndarray:
     n_c = sums.sum(axis=2)
     n = n_c.sum(axis=1)
     if level == "ordinal":
-        # mid-ranks: their distance is the sum in the docstring of krippendorff_alpha
+        # mid-ranks: their distance is the sum in the docstring of alpha_interval
         middle = n_c.cumsum(axis=1) - n_c / 2
         distance = (middle[:, :, None] - middle[:, None, :]) ** 2
     else:
@@ -326,10 +320,9 @@ def _crossed(one: dict, other: dict) -> np.ndarray:
     items = [item for item in one if item in other]
     values = [one[item] for item in items] + [other[item] for item in items]
     order = sorted(set(values), key=str)
-    number = {value: k for k, value in enumerate(order)}
     cells = np.zeros((len(items), len(order), len(order)))
     for i, item in enumerate(items):
-        cells[i, number[one[item]], number[other[item]]] = 1
+        cells[i, order.index(one[item]), order.index(other[item])] = 1
     return cells
 
 

@@ -78,18 +78,19 @@ def annotators_markdown(summary: dict[str, Any]) -> list[str]:
     """Return the lines of a Markdown section on an `agreement_summary`: alpha, a table of annotators, kappas."""
     rows = []
     for person in summary["annotators"]:
-        cells = [
-            person["annotator"],
-            person["votes"],
-            _share(person["rest"]),
-            _number(person["skill"], ".2f"),
-            _share(person["left"]),
-            _share(person["controls"]),
-            _number(person["seconds"], ".1f"),
-            _share(person["fast"]),
-            "; ".join(person["flags"]),
-        ]
-        rows.append(cells)
+        rows.append(
+            [
+                person["annotator"],
+                person["votes"],
+                _share(person["rest"]),
+                _number(person["skill"], ".2f"),
+                _share(person["left"]),
+                _share(person["controls"]),
+                _number(person["seconds"], ".1f"),
+                _share(person["fast"]),
+                "; ".join(person["flags"]),
+            ]
+        )
     lines = [f"{describe_alpha(summary)}.", "", *markdown_table(HEADER, rows, right=range(1, 8)), "", LEGEND]
 
     kappas = [escape_cell(line) for line in describe_kappas(summary)]
@@ -109,15 +110,9 @@ def describe_alpha(summary: dict[str, Any]) -> str:
 
 def describe_kappas(summary: dict[str, Any]) -> list[str]:
     """Return "ann and bob 0.62 [0.41, 0.79] on 80 pairs" for every two, the lowest first, undefined ones last."""
-
-    def order(row: dict[str, Any]) -> float:
-        return math.inf if row["kappa"] is None else row["kappa"]
-
     lines = []
-    for row in sorted(summary["kappa"], key=order):
-        value = "cannot be computed"
-        if row["kappa"] is not None:
-            value = f"{row['kappa']:.2f}{_interval(row)}"
+    for row in sorted(summary["kappa"], key=lambda row: math.inf if row["kappa"] is None else row["kappa"]):
+        value = "cannot be computed" if row["kappa"] is None else f"{row['kappa']:.2f}{_interval(row)}"
         lines.append(f"{row['one']} and {row['other']} {value} on {row['pairs']} pairs")
     return lines
 

@@ -173,12 +173,13 @@ def answers_of(record: Record) -> dict[str, str]:
 
 def user_text(record: Record) -> str:
     """Return all turns of the user, one a line; the whole prompt if no user speaks."""
-    turns = user_turns(record) or [message["content"] for message in record.prompt]
+    turns = turns_of(record, "user") or [message["content"] for message in record.prompt]
     return "\n".join(turns)
 
 
-def user_turns(record: Record) -> list[str]:
-    return [message["content"] for message in record.prompt if message["role"] == "user"]
+def turns_of(record: Record, role: str) -> list[str]:
+    """Return the contents of the prompt's messages of one role, in order."""
+    return [message["content"] for message in record.prompt if message["role"] == role]
 
 
 def dialogue_text(record: Record) -> str:

@@ -241,12 +241,11 @@ def collect(source: str | list[str], kind: type[Record], aggregate: Aggregate = 
             columns.update(dict.fromkeys(columns_of_row))
             try:
                 row = schemas.read_row(columns_of_row, kind, source=name)
-            except schemas.UnknownSchema:
-                reason = f"found columns {', '.join(columns_of_row) or 'none'}, expected {schemas.SCHEMAS[kind]}"
-                table.bad.append(BadRow(name, place, reason, wrong_schema=True))
-                continue
             except ValueError as error:
-                table.bad.append(BadRow(name, place, str(error)))
+                wrong_schema = isinstance(error, schemas.UnknownSchema)
+                columns_found = f"found columns {', '.join(columns_of_row) or 'none'}, expected {schemas.SCHEMAS[kind]}"
+                reason = columns_found if wrong_schema else str(error)
+                table.bad.append(BadRow(name, place, reason, wrong_schema))
                 continue
             row.record.place = place
             rows.append(row)

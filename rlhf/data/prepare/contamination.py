@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.data import schemas, sources
-from rlhf.data.conversation import answers_of, user_text, user_turns
+from rlhf.data.conversation import answers_of, turns_of, user_text
 from rlhf.data.prepare.cleaning import clean, words_of
 from rlhf.data.prepare.duplicates import similar_texts
 from rlhf.data.records import Record, normalise
@@ -26,14 +26,18 @@ from rlhf.errors import UserError
 # Words; shorter texts are only looked for as a whole
 SHORTEST = 5
 
+# Of what a text holds of an evaluation: {row of the evaluation: (share, the evaluation's text)}
+Hits = dict[str, tuple[float, str]]
+
 
 @dataclass
 class Leak:
     """Row `row` of the data holds a share (1: all) of a text of the evaluation."""
 
     row: int
-    what: str  # "prompt" or "answer"
-    where: str  # file and row of the evaluation
+    what: Literal["prompt", "answer"]
+    # file and row of the evaluation
+    where: str
     share: float
     text: str
 
@@ -72,8 +76,8 @@ class Index:
                 self.lengths.add(len(gram))
             self.texts.append(IndexedText(text, len(grams), [place]))
 
-    def hits(self, text: str, overlap: float, *, inside: bool = False) -> dict[str, tuple[float, str]]:
-        """Return {row of the evaluation: (share, its text)} of what `text` holds of it; the same text has share 1.
+    def hits(self, text: str, overlap: float, *, inside: bool = False) -> Hits:
+        """Return what `text` holds of it; the same text has share 1.
 
         inside: or what its text holds of `text`, whichever is more.
         """
@@ -92,7 +96,7 @@ class Index:
         if key in self.exact:
             shares[self.exact[key]] = 1.0
 
-        found: dict[str, tuple[float, str]] = {}
+        found: Hits = {}
         for number, share in sorted(shares.items(), key=lambda item: (-item[1], item[0])):
             if share >= overlap:
                 for place in self.texts[number].places:
@@ -127,11 +131,11 @@ def read_evaluation(names: Sequence[str], n: int) -> Evaluation:
                 continue
             evaluation.rows += 1
             evaluation.prompts.add(user_text(record), place)
-            for number, turn in enumerate(user_turns(record)):
+            for number, turn in enumerate(turns_of(record, "user")):
                 # a later short turn, such as "Go on.", identifies no conversation
                 if number == 0 or len(words_of(turn)) >= n:
                     evaluation.prompts.add(turn, place)
-            for text in (*_turns_of(record, "assistant"), *answers_of(record).values()):
+            for text in (*turns_of(record, "assistant"), *answers_of(record).values()):
                 evaluation.answers.add(text, place)
         if evaluation.rows == before:
             raise UserError(f"{name}: no row of this evaluation can be read ({bad} bad); see: rlhf data show {name}")
@@ -148,30 +152,34 @@ def find_leaks(records: Sequence[Record], evaluation: Evaluation, overlap: float
 
     found = []
     for i, record in enumerate(records):
-        leak = _prompt_leak(i, record, prompts, overlap)
-        if leak is None and i in similar:
+        hits = _prompt_hits(record, prompts, overlap)
+        if not hits and i in similar:
             number, share = similar[i]
-            leak = Leak(i, "prompt", prompts.texts[number].places[0], share, prompts.texts[number].text)
-        leak = leak or _answer_leak(i, record, evaluation.answers, overlap)
-        if leak:
-            found.append(leak)
+            hits = {prompts.texts[number].places[0]: (share, prompts.texts[number].text)}
+
+        what = "prompt" if hits else "answer"
+        hits = hits or _answer_hits(record, evaluation.answers, overlap)
+        if hits:
+            # the largest share counts, of equal ones the first
+            where = max(hits, key=lambda place: hits[place][0])
+            found.append(Leak(i, what, where, *hits[where]))
     return found
 
 
-def _prompt_leak(row: int, record: Record, prompts: Index, overlap: float) -> Leak | None:
+def _prompt_hits(record: Record, prompts: Index, overlap: float) -> Hits:
     """Look for prompts of the evaluation in the user's words, together and by turn, and in other long turns."""
-    texts = [user_text(record), *user_turns(record)]
+    texts = [user_text(record), *turns_of(record, "user")]
     for message in record.prompt:
         if message["role"] != "user" and len(words_of(message["content"])) >= SHORTEST:
             texts.append(message["content"])
     for text in dict.fromkeys(texts):
         hits = prompts.hits(text, overlap, inside=True)
         if hits:
-            return _largest("prompt", row, hits)
-    return None
+            return hits
+    return {}
 
 
-def _answer_leak(row: int, record: Record, answers: Index, overlap: float) -> Leak | None:
+def _answer_hits(record: Record, answers: Index, overlap: float) -> Hits:
     """Look for answers of the evaluation in all the row's answers together, and in each message of its prompt."""
     groups = [list(answers_of(record).values())]
     for message in record.prompt:
@@ -179,11 +187,11 @@ def _answer_leak(row: int, record: Record, answers: Index, overlap: float) -> Le
     for texts in filter(None, groups):
         hits = _common_hits([answers.hits(text, overlap) for text in texts], answers.n)
         if hits:
-            return _largest("answer", row, hits)
-    return None
+            return hits
+    return {}
 
 
-def _common_hits(hits: list[dict[str, tuple[float, str]]], shortest: int) -> dict[str, tuple[float, str]]:
+def _common_hits(hits: list[Hits], shortest: int) -> Hits:
     """Return the rows of the evaluation that all texts hold something of, each with its smallest hit.
 
     One of the hits must have `shortest` words or more: many rows answer "Yes.".
@@ -195,16 +203,6 @@ def _common_hits(hits: list[dict[str, tuple[float, str]]], shortest: int) -> dic
         if len(own) == len(hits) and longest >= shortest:
             common[place] = min(own)
     return common
-
-
-def _largest(what: str, row: int, hits: dict[str, tuple[float, str]]) -> Leak:
-    place = max(hits, key=lambda name: hits[name][0])
-    share, text = hits[place]
-    return Leak(row, what, place, share, text)
-
-
-def _turns_of(record: Record, role: str) -> list[str]:
-    return [message["content"] for message in record.prompt if message["role"] == role]
 
 
 def _any_record(row: dict[str, Any]) -> Record | None:

@@ -15,7 +15,7 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rlhf.data.conversation import answers_of, dialogue_text, message_text, user_text, user_turns
+from rlhf.data.conversation import answers_of, dialogue_text, message_text, turns_of, user_text
 from rlhf.data.prepare.cleaning import collapse_spaces, words_of
 from rlhf.data.records import Preference, Record, normalise
 from rlhf.data.split import answer_pair
@@ -68,13 +68,9 @@ def jaccard(one: frozenset, other: frozenset) -> float:
     return common / union if union else 1.0
 
 
-def identical_answers(records: Sequence[Record]) -> Findings:
-    """Return the pairs whose two answers differ in white space alone."""
-    found = Findings()
-    for i, record in enumerate(records):
-        if isinstance(record, Preference) and record.chosen.split() == record.rejected.split():
-            found.add(i, i)
-    return found
+def has_identical_answers(record: Record) -> bool:
+    """Return whether this is a pair whose two answers differ in white space alone."""
+    return isinstance(record, Preference) and record.chosen.split() == record.rejected.split()
 
 
 def exact_duplicates(records: Sequence[Record]) -> Findings:
@@ -182,7 +178,7 @@ def contained_texts(records: Sequence[Record]) -> list[tuple[int, int]]:
     """
     by_start: dict[tuple[str, ...], list[tuple[list[str], int]]] = {}
     for i, record in enumerate(records):
-        for text in {user_text(record), *user_turns(record), *answers_of(record).values()}:
+        for text in {user_text(record), *turns_of(record, "user"), *answers_of(record).values()}:
             words = words_of(text)
             if len(words) >= INSIDE:
                 by_start.setdefault(tuple(words[:INSIDE]), []).append((words, i))

@@ -104,7 +104,9 @@ def clean_texts(work: Work) -> None:
         work.records[i] = cleaned
 
     # pairs that differ in white space alone
-    identical += [i for i in duplicates.identical_answers(work.records).drop if i not in identical]
+    for i, record in enumerate(work.records):
+        if i not in identical and duplicates.has_identical_answers(record):
+            identical.append(i)
     found = f"{len(changed)} rows changed, {len(identical)} pairs of identical answers, {len(empty)} empty answers"
     examples = map(work.show, (identical + empty + changed)[: work.examples])
     work.add("text", "NFC, line ends, invisible characters, blanks at ends", found, identical + empty, examples)

@@ -7,7 +7,7 @@ from rlhf.data.prepare.duplicates import (
     contained_texts,
     contradictions,
     exact_duplicates,
-    identical_answers,
+    has_identical_answers,
     jaccard,
     near_duplicates,
     shingles,
@@ -32,7 +32,8 @@ def test_shingles_and_jaccard_by_hand():
 
 
 def test_identical_answers():
-    assert identical_answers([pair(), pair(chosen="a  b", rejected="a b\n")]).drop == [1]
+    assert not has_identical_answers(pair())
+    assert has_identical_answers(pair(chosen="a  b", rejected="a b\n"))
 
 
 def test_exact_duplicates_keep_the_first_and_what_differs_in_more_than_space():
