@@ -15,7 +15,7 @@ import itertools
 import math
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +24,6 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    field_validator,
     model_validator,
 )
 
@@ -82,38 +81,39 @@ class Section(Spec):
         """Return the part's score of a text with the prompt's metadata, between 0 and 1."""
         raise NotImplementedError
 
-    def phrases(self) -> list[str]:
-        """Return the phrases that a text is asked to contain."""
-        return []
-
 
 class Greeting(Section):
     """Accepted forms at the start of the text."""
 
-    forms: SomePhrases
+    at_start: ClassVar[bool] = True
+    phrases: SomePhrases = Field(alias="forms")
 
     def score(self, text: Text, metadata: dict[str, Any]) -> float:
-        return _has_form(self.forms, text, metadata, at_start=True)
-
-    def phrases(self) -> list[str]:
-        return self.forms
+        for form in self.phrases:
+            values = []
+            for name in re.findall(r"\{(\w+)\}", form):
+                value = metadata.get(name)
+                # a placeholder without a value stands for any word
+                values.append((name, None if value in (None, "") else str(value)))
+            if edge_pattern(form, self.at_start, tuple(values)).search(text.text):
+                return 1.0
+        return 0.0
 
     def least_words(self) -> int:
         """Return the words of the shortest form's longest sentence; a regular expression may be of any length."""
-        return min(0 if is_regex(form) else longest_sentence(clean(form)) for form in self.forms)
+        return min(0 if is_regex(form) else longest_sentence(clean(form)) for form in self.phrases)
 
 
 class Closing(Greeting):
     """Accepted forms at the end of the text."""
 
-    def score(self, text: Text, metadata: dict[str, Any]) -> float:
-        return _has_form(self.forms, text, metadata, at_start=False)
+    at_start: ClassVar[bool] = False
 
 
 class Use(Section):
     """Words to use: `at_least` distinct ones have the full score; more earn nothing, and a stuffed text loses."""
 
-    words: SomePhrases
+    phrases: SomePhrases = Field(alias="words")
     # None (not given): 2, or all words where there are fewer
     at_least: Count = Field(default=None, ge=1)
     # of all words; above it the score falls, to 0 at twice that
@@ -123,16 +123,14 @@ class Use(Section):
     @property
     def enough(self) -> int:
         """How many distinct words earn the full score."""
-        return min(2, len(distinct(self.words))) if self.at_least is None else self.at_least
+        return min(2, len(distinct(self.phrases))) if self.at_least is None else self.at_least
 
     def score(self, text: Text, metadata: dict[str, Any]) -> float:
-        counts = [len(text.find(word, self.inflect)) for word in self.words]
+        counts = [len(text.find(word, self.inflect)) for word in self.phrases]
         share = sum(counts) / len(text.words)
         used = min(1.0, sum(count > 0 for count in counts) / self.enough)
+        # a list of the words is not an answer
         return used * max(0.0, min(1.0, 2 - share / self.max_share))
-
-    def phrases(self) -> list[str]:
-        return self.words
 
 
 class Avoid(Section):
@@ -224,20 +222,15 @@ class Fact(Section):
             return 1 / (1 + wrong)
         return 0.0 if wrong else MISSING_FACT
 
-    def phrases(self) -> list[str]:
-        return [*self.choices, *itertools.chain(*self.phrasings.values())]
-
 
 class Task(Spec):
     """What an answer must say to do its job: a fact for each key of the prompt's metadata."""
 
-    facts: Annotated[dict[str, Fact], BeforeValidator(_text_keys)] = Field(min_length=1)
-
-    @field_validator("facts", mode="before")
-    @classmethod
-    def _empty_fact(cls, facts: Any) -> Any:
-        # `item:` with nothing after it is a fact with all defaults
-        return {key: fact or {} for key, fact in facts.items()} if isinstance(facts, dict) else facts
+    # `item:` with nothing after it is a fact with all defaults
+    facts: Annotated[
+        dict[str, Annotated[Fact, BeforeValidator(lambda fact: fact or {})]],
+        BeforeValidator(_text_keys),
+    ] = Field(min_length=1)
 
 
 class Voice(Spec):
@@ -302,17 +295,6 @@ class Voice(Spec):
         return {**parts, "total": total if ended else total * self.truncated}
 
 
-def _has_form(forms: list[str], text: Text, metadata: dict[str, Any], *, at_start: bool) -> float:
-    for form in forms:
-        values = []
-        for name in re.findall(r"\{(\w+)\}", form):
-            value = metadata.get(name)
-            values.append((name, None if value in (None, "") else str(value)))
-        if edge_pattern(form, at_start, tuple(values)).search(text.text):
-            return 1.0
-    return 0.0
-
-
 def _inside(span: tuple[int, int], others: list[tuple[int, int]]) -> bool:
     return any(start <= span[0] and span[1] <= end for start, end in others)
 
@@ -359,9 +341,9 @@ def voice_scorer(path: str | Path, name: str = "voice") -> Scorer:
 def voice_guide(voice: Voice) -> Guide:
     """Return the guide of a voice for those who judge by it: its prose, its phrases and its rules in sentences."""
     lists = {
-        "Begins with": voice.greeting and voice.greeting.forms,
-        "Ends with": voice.closing and voice.closing.forms,
-        "Words we like": voice.use and voice.use.words,
+        "Begins with": voice.greeting and voice.greeting.phrases,
+        "Ends with": voice.closing and voice.closing.phrases,
+        "Words we like": voice.use and voice.use.phrases,
         "Words we never use": voice.avoid and voice.avoid.words,
         "Claims we never make": voice.claims and voice.claims.words,
     }
@@ -387,7 +369,7 @@ def _check_bounds(voice: Voice) -> None:
     if length and length.min_words > length.max_words:
         raise ValueError(f"'length': min_words {length.min_words} is above max_words {length.max_words}")
     if use:
-        count = len(distinct(use.words))
+        count = len(distinct(use.phrases))
         if use.enough > count:
             raise ValueError(f"'use': at_least {use.enough} is above its {count} different words")
         if use.max_share > 1:
@@ -408,11 +390,15 @@ def _check_bounds(voice: Voice) -> None:
 
 def _check_contradictions(voice: Voice) -> None:
     """Raise ValueError where what one part asks for is what another punishes."""
-    wanted = voice.sections | {f"task/{key}": fact for key, fact in voice.facts.items()}
+    asked = {name: part.phrases for name, part in voice.sections.items() if isinstance(part, Greeting | Use)}
+    for key, fact in voice.facts.items():
+        asked[f"task/{key}"] = [*fact.choices, *itertools.chain(*fact.phrasings.values())]
+
     for punished, part in (("avoid", voice.avoid), ("claims", voice.claims)):
         for phrase in part.words if part else []:
             pattern = phrase_pattern(phrase, part.inflect)
-            for name, section in wanted.items():
-                for text in section.phrases():
+            for name, phrases in asked.items():
+                for text in phrases:
+                    # what a regular expression matches cannot be listed
                     if not is_regex(text) and pattern.search(clean(text)):
                         raise ValueError(f"'{name}' asks for {text!r}, which '{punished}' punishes as {phrase!r}")

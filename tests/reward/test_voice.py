@@ -214,7 +214,7 @@ def test_old_keys_are_still_read(tmp_path):
 def test_numbers_and_single_phrases_are_read_as_text(tmp_path):
     text = "name: X\nuse: {words: 24}\ntask: {facts: {item: , year: {phrasings: {2: [2020], yes: x}}}}"
     voice = load_voice(write(tmp_path, text))
-    assert voice.use.words == ["24"] and voice.facts["year"].phrasings == {"2": ["2020"], "True": ["x"]}
+    assert voice.use.phrases == ["24"] and voice.facts["year"].phrasings == {"2": ["2020"], "True": ["x"]}
     assert voice.score("Open 24 hours since 2020", {"year": 2, "item": "hours"})["total"] == 1.0
 
 
