@@ -152,7 +152,7 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
     ends: list[dict[int, Point]] = [{}]
     for method in results.measured_methods():
         for swept in results.swept_values(method):
-            own = {point.seed: point for point in results.of(method) if point.last and point.swept == swept}
+            own = {point.seed: point for point in results.ends(method, swept)}
             if own:
                 policies.append({"label": label(results, method, swept), "method": method, "swept": swept})
                 ends.append(own)

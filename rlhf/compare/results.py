@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -120,6 +120,20 @@ class Results:
         # a weighted count is a sum by group
         sums = np.bincount(index, weights=per_prompt, minlength=len(names))
         return sums / np.bincount(index, minlength=len(names))
+
+
+def seeds_of(points: Iterable[Point]) -> list[int]:
+    """Return the seeds of policies, in order; the initial policy has none."""
+    return sorted({point.seed for point in points if point.seed is not None})
+
+
+def mean_of(numbers: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Return the mean of each name over those that have it."""
+    table: dict[str, list[float]] = {}
+    for own in numbers:
+        for name, value in own.items():
+            table.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in table.items()}
 
 
 def independent_pairs(a: Point, b: Point) -> list[tuple[int, int]]:

@@ -114,9 +114,8 @@ def rectangle(table: dict[int, dict[Any, Any]]) -> tuple[list[int], list[Any]]:
 def ended(results: Results, method: str) -> dict[int, dict[float | None, Key]]:
     """Return seed -> swept value -> the policy at the end of its trial."""
     table: dict[int, dict[float | None, Key]] = {}
-    for point in results.of(method):
-        if point.last and point.seed is not None:
-            table.setdefault(point.seed, {})[point.swept] = key(point)
+    for point in results.ends(method):
+        table.setdefault(point.seed, {})[point.swept] = key(point)
     return table
 
 

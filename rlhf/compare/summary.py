@@ -16,7 +16,7 @@ import numpy as np
 from rlhf.compare.claims import notes, verdicts
 from rlhf.compare.crossed import MIN_SEEDS, crossed_mean, outlying
 from rlhf.compare.judged import judged, label
-from rlhf.compare.results import Point, Results, key, prompt_key
+from rlhf.compare.results import Point, Results, key, mean_of, prompt_key, seeds_of
 from rlhf.compare.selection import Means, ended, rectangle, tabulate
 from rlhf.errors import UserError, did_you_mean
 
@@ -36,7 +36,7 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
     Raises UserError if there is nothing to compare or the judge cannot judge.
     """
     _check(results)
-    means = tabulate(results)
+    means, initial = tabulate(results), results.initial
     trained = [m for m in results.measured_methods() if not results.methods[m].get("baseline")]
     seeds = [len(rectangle(ended(results, method))[0]) for method in trained]
     report: dict[str, Any] = {
@@ -48,7 +48,11 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
         "unit": _unit(results, level),
         "methods": {name: _method(results, name) for name in results.methods},
         "missing": _missing(results),
-        "foundation": _initial(results, means, level),
+        "foundation": {
+            "method": initial.method,
+            **_measures(results, means, [initial], level),
+            "budget": initial.budget,
+        },
         "points": _points(results, means, level),
         "outliers": [],
         "claims": {"count": 0, "method": "Holm 1979", "alpha": 1 - level},
@@ -101,7 +105,7 @@ def _check(results: Results) -> None:
 def _unit(results: Results, level: float) -> dict[str, Any]:
     prompts, samples = next(iter(results.initial.values.values())).shape
     return {
-        "seeds": sorted({point.seed for point in results.points if point.seed is not None}),
+        "seeds": seeds_of(results.points),
         "groups": len(set(results.groups)),
         "prompts": int(prompts),
         "samples_per_prompt": int(samples),
@@ -118,50 +122,45 @@ def _method(results: Results, name: str) -> dict[str, Any]:
         "swept_values": sorted({point.swept for point in points if point.swept is not None}),
         "baseline": bool(given.get("baseline")),
         "trials": len({point.swept for point in results.ends(name)}),
-        "seeds": sorted({point.seed for point in points if point.seed is not None}),
+        "seeds": seeds_of(points),
     }
 
 
 def _missing(results: Results) -> list[dict[str, Any]]:
     """Return the trials that have not ended, of those swept values and seeds that the experiment has anywhere."""
-    seeds = sorted({point.seed for point in results.points if point.seed is not None})
     missing = []
     for method, given in results.methods.items():
         # baselines have no trials of their own
         if given.get("baseline") or method == results.initial.method:
             continue
         done = {(point.swept, point.seed) for point in results.ends(method)}
-        for swept, seed in itertools.product(results.swept_values(method) or [None], seeds):
+        for swept, seed in itertools.product(results.swept_values(method) or [None], seeds_of(results.points)):
             if (swept, seed) not in done:
                 missing.append({"method": method, "swept": swept, "seed": seed})
     return missing
 
 
-def _initial(results: Results, means: Means, level: float) -> dict[str, Any]:
-    initial = results.initial
-    return {"method": initial.method, **_measures(results, means, [initial], level), "budget": initial.budget}
-
-
 def _points(results: Results, means: Means, level: float) -> list[dict[str, Any]]:
     """Return one entry for each method, swept value and step, over the seeds that have it."""
+
+    def entry(points: Sequence[Point]) -> dict[str, Any]:
+        return {
+            "method": points[0].method,
+            "swept": points[0].swept,
+            "step": points[0].step,
+            "last": any(point.last for point in points),
+            "seeds": [point.seed for point in points],
+            **_measures(results, means, points, level),
+            "budget": mean_of([point.budget for point in points]),
+            "per_seed": [_seed(results, means, point) for point in points],
+        }
+
     entries = []
     for method in results.measured_methods():
-        table: dict[tuple, list[Point]] = {}
-        for point in results.of(method):
-            table.setdefault((point.swept, point.step), []).append(point)
-        for swept, step in sorted(table, key=lambda place: (place[0] or 0.0, place[1])):
-            points = table[swept, step]
-            entry = {
-                "method": method,
-                "swept": swept,
-                "step": step,
-                "last": any(point.last for point in points),
-                "seeds": [point.seed for point in points],
-                **_measures(results, means, points, level),
-                "budget": mean_of([point.budget for point in points]),
-                "per_seed": [_seed(results, means, point) for point in points],
-            }
-            entries.append(entry)
+        # the sort is stable, so that the seeds of an entry stay in order
+        points = sorted(results.of(method), key=lambda point: (point.swept or 0.0, point.step))
+        same_policy = itertools.groupby(points, key=lambda point: (point.swept, point.step))
+        entries += [entry(list(group)) for _, group in same_policy]
     return entries
 
 
@@ -198,19 +197,26 @@ def _seed(results: Results, means: Means, point: Point) -> dict[str, Any]:
 def _outliers(report: dict[str, Any], trained: Sequence[str], alpha: float) -> list[dict[str, Any]]:
     """Return the runs whose end the judge scores far from the other seeds of its swept value, at alpha over all runs
     (Bonferroni)."""
-    ends = [point for point in report["points"] if point["last"] and point["method"] in trained]
-    ends = [point for point in ends if len(point["seeds"]) >= MIN_SEEDS]
-    runs = sum(len(point["seeds"]) for point in ends)
+    trials = [point for point in report["points"] if point["last"] and point["method"] in trained]
+    trials = [point for point in trials if len(point["seeds"]) >= MIN_SEEDS]
     # Bonferroni: each run is one test
+    runs = sum(len(point["seeds"]) for point in trials)
     found = []
-    for point in ends:
+    for point in trials:
         scores = [seed["scores"][report["judge"]] for seed in point["per_seed"]]
         for i, p in enumerate(outlying(scores)):
-            if p * runs >= alpha:
-                continue
-            others = scores[:i] + scores[i + 1 :]
-            run = {"method": point["method"], "swept": point["swept"], "seed": point["seeds"][i], "score": scores[i]}
-            found.append(run | {"others": [min(others), max(others)], "p_adjusted": p * runs})
+            if p * runs < alpha:
+                others = scores[:i] + scores[i + 1 :]
+                found.append(
+                    {
+                        "method": point["method"],
+                        "swept": point["swept"],
+                        "seed": point["seeds"][i],
+                        "score": scores[i],
+                        "others": [min(others), max(others)],
+                        "p_adjusted": p * runs,
+                    }
+                )
     return found
 
 
@@ -258,8 +264,11 @@ def budget(results: Results) -> dict[str, Any]:
     asked = results.meta.get("budget") or {}
     match = None
     if asked.get("match", "none") != "none" and asked.get("total"):
-        tolerance = float(asked.get("tolerance", 0.1))
-        match = {"match": asked["match"], "total": float(asked["total"]), "tolerance": tolerance}
+        match = {
+            "match": asked["match"],
+            "total": float(asked["total"]),
+            "tolerance": float(asked.get("tolerance", 0.1)),
+        }
     rows = []
     for method in results.measured_methods():
         ended_values = dict.fromkeys(point.swept for point in results.ends(method))
@@ -270,8 +279,10 @@ def budget(results: Results) -> dict[str, Any]:
     matched = None
     if match and deciding:
         ratios = [ratio for row in deciding for ratio in (row["ratio"], row["furthest"])]
-        matched = None not in ratios and max(abs(ratio - 1) for ratio in ratios) <= match["tolerance"]
-        matched = matched and max(ratios) <= (1 + match["tolerance"]) * min(ratios)
+        matched = None not in ratios and (
+            max(abs(ratio - 1) for ratio in ratios) <= match["tolerance"]
+            and max(ratios) <= (1 + match["tolerance"]) * min(ratios)
+        )
     return {"match": match, "rows": rows, "matched": matched}
 
 
@@ -303,15 +314,6 @@ def _cost(results: Results, method: str, swept: float | None, match: dict[str, A
         furthest = max(of_seeds, key=lambda ratio: abs(ratio - 1))
         row |= {"ratio": ratio, "ratio_own": ratio_own, "furthest": furthest}
     return row
-
-
-def mean_of(numbers: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Return the mean of each name over those that have it."""
-    table: dict[str, list[float]] = {}
-    for own in numbers:
-        for name, value in own.items():
-            table.setdefault(name, []).append(value)
-    return {name: float(np.mean(values)) for name, values in table.items()}
 
 
 def total_of(parts: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -11,9 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rlhf.compare.results import Point, Results, measured_values, response_texts
+from rlhf.compare.results import Point, Results, mean_of, measured_values, response_texts
 from rlhf.compare.text_metrics import distinct_n
 from rlhf.errors import UserError
 from rlhf.experiment.config import BEST_OF_N, ExperimentConfig
@@ -105,15 +103,9 @@ def method_of(config: ExperimentConfig, name: str) -> dict[str, Any]:
 
 
 def mean_cost(costs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """part -> counter -> mean over seeds."""
-    parts = {part for cost in costs for part in cost}
-    return {
-        part: {
-            counter: float(np.mean([cost[part][counter] for cost in costs if counter in cost.get(part, {})]))
-            for counter in sorted({c for cost in costs for c in cost.get(part, {})})
-        }
-        for part in sorted(parts)
-    }
+    """Return the mean over seeds of each counter of each part."""
+    parts = sorted(set().union(*costs))
+    return {part: mean_of(cost.get(part, {}) for cost in costs) for part in parts}
 
 
 def meta_of(config: ExperimentConfig, state: ExperimentState) -> dict[str, Any]:
