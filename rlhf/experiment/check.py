@@ -8,9 +8,15 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+import trl
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf.adapters import adapter_base, adapter_settings, add_adapter
 from rlhf.collect.sample import SampleConfig
 from rlhf.compare.judge import load_judge
 from rlhf.compare.measure import hashes, identities
@@ -18,15 +24,22 @@ from rlhf.config import parse
 from rlhf.data.encode import encode
 from rlhf.data.records import Instruction, Preference, Prompt, prompt_group
 from rlhf.data.sources import is_path, split_event
+from rlhf.deepspeed_config import read_deepspeed_config
+from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError, near_file
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.measure import load_test_split
 from rlhf.experiment.plan import Job, plan
 from rlhf.files import check_weights
+from rlhf.models import InitialModel
+from rlhf.offline.trainers import trl_arguments
 from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
 from rlhf.options.ppo import PPOConfig
 from rlhf.runs.rows import RunData
+from rlhf.runs.run import Run
 from rlhf.sandbox.annotators import AnnotateConfig
+from rlhf.stages import check_start, new_lora
+from rlhf.tokenizer import load_tokenizer
 
 LONG = 10_000  # steps: a length that every program accepts, where the real one is not known yet
 
@@ -48,24 +61,15 @@ def check_files(config: ExperimentConfig) -> None:
     if not initial.is_dir() and not is_hub_name:
         raise UserError(f"initial_policy {initial}: no such run{near_file(initial)}")
 
-    files = []
-    for source in data_sources(config):
-        if is_path(source):
-            files.append((source, Path(split_event(source)[0]).expanduser()))
+    texts = chain.from_iterable(config.perplexity.values())
+    sources = [*config.pairs.get("data", []), *config.pairs.get("prompts", []), *config.prompts, *texts]
+    files = [(source, Path(split_event(source)[0]).expanduser()) for source in sources if is_path(source)]
     parts = [config.reward, config.train_referee, *config.methods.values()]
     named = [part.get("config") for part in parts] + [config.pairs.get("sample"), config.pairs.get("annotate")]
     files += [(name, Path(name)) for name in named if name]
     for name, file in files:
         if not file.is_file():
             raise UserError(f"{name}: no such file{near_file(name)}")
-
-
-def data_sources(config: ExperimentConfig) -> list[str]:
-    """Return the sources of pairs, prompts and texts."""
-    sources = [*config.pairs.get("data", []), *config.pairs.get("prompts", []), *config.prompts]
-    for texts in config.perplexity.values():
-        sources += texts
-    return sources
 
 
 def check_programs(config: ExperimentConfig) -> list[PlannedProgram]:
@@ -127,18 +131,6 @@ def check_starts(
 
 def check_model(program: str, options: Any) -> None:
     """Raise UserError where the start and the options do not fit each other, the libraries or the machine."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from rlhf.adapters import adapter_base, adapter_settings, add_adapter
-    from rlhf.deepspeed_config import read_deepspeed_config
-    from rlhf.distributed import DistributedContext
-    from rlhf.models import InitialModel
-    from rlhf.offline.trainers import trl_arguments
-    from rlhf.runs.run import Run
-    from rlhf.stages import check_start, new_lora
-    from rlhf.tokenizer import load_tokenizer
-
     path = options.model_name_or_path
     tokenizer = load_tokenizer(path)
     adapter = path if (Path(path) / "adapter_config.json").is_file() else None
@@ -161,8 +153,6 @@ def check_model(program: str, options: Any) -> None:
         add_adapter(model, lora)
     read_deepspeed_config(options.deepspeed, DistributedContext(launched=True), options)
     if program != "ppo":
-        import trl
-
         cls = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}[program]
         trl_arguments(cls, run, has_held_out=True)
 
@@ -172,9 +162,6 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
 
     `sampled_from`: the prompts, where the pairs are still to be sampled.
     """
-    from rlhf.distributed import DistributedContext
-    from rlhf.tokenizer import load_tokenizer
-
     kind = Prompt if program == "ppo" or sampled_from else Preference
     wanted = [(kind, "train", sampled_from), (kind, "validation", sampled_from)]
     if getattr(options, "ptx_data", None):
@@ -202,8 +189,6 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
 
 def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
     """Raise UserError where too little is left to measure on: test prompts that no method trains on, texts."""
-    from rlhf.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(config.initial_policy)
 
     def rows(kind: type, data: list[str], longest: int | None) -> list[dict[str, Any]]:

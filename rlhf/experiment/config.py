@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -310,10 +311,7 @@ class ExperimentConfig:
 
     def learnt_scorers(self) -> list[dict[str, Any]]:
         """Return the scorers that methods name in their own options."""
-        scorers = []
-        for spec in self.method_specs.values():
-            scorers += spec.options.get("reward") or []
-        return scorers
+        return list(chain.from_iterable(spec.options.get("reward") or [] for spec in self.method_specs.values()))
 
 
 def _normalised(model: type[Spec], value: Any, name: str) -> dict[str, Any]:

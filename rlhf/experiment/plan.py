@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass, field, fields
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -240,9 +240,7 @@ def measuring(
     elif kind == "seed":
         settings[BEST_OF_N] = config.methods.get(BEST_OF_N)
 
-    reads = list(config.prompts)
-    for texts in config.perplexity.values():
-        reads += texts
+    reads = [*config.prompts, *chain.from_iterable(config.perplexity.values())]
     reads += files_of([*config.gold, *config.referee, *config.others, *learnt])
     if kind == "initial":
         reads += weights_of(config.initial_policy)
@@ -266,10 +264,7 @@ def measuring(
 
 def files_of(scorers: list[dict[str, Any]]) -> list[str]:
     """Return the files that the scorers' scores depend on."""
-    files = []
-    for spec in scorers:
-        files += map(str, scorer_files(spec))
-    return files
+    return list(map(str, chain.from_iterable(map(scorer_files, scorers))))
 
 
 def weights_of(initial: str) -> list[str]:

@@ -7,11 +7,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.plan import Job
-from rlhf.experiment.processes import JOB, programs_of
+from rlhf.experiment.processes import JOB, environment_of, programs_of
 from rlhf.experiment.state import ExperimentState, load_state, read_json
 from rlhf.runs.tracking import read_metrics
+from rlhf.text import markdown_table
 
 LOG_SECONDS = 60.0  # between summaries where there is no terminal
 LOG_WIDTH = 130
@@ -22,41 +27,32 @@ class LiveTable:
     """The state of all trials, drawn once a second on a terminal, logged in lines elsewhere."""
 
     def __init__(self, config: ExperimentConfig, state: ExperimentState):
-        from rich.console import Console
-
         self.config, self.state = config, state
-        self.console = Console()
-        if not self.console.is_terminal:
-            self.console = Console(width=LOG_WIDTH)
-        self.live = None
+        console = Console()
+        if not console.is_terminal:
+            console = Console(width=LOG_WIDTH)
         self.started_at = self.logged_at = time.monotonic()
         self.done_before = len(state.done)
+        self.live = Live(console=console, refresh_per_second=1, get_renderable=self.table)
 
     def __enter__(self) -> LiveTable:
-        if self.console.is_terminal:
-            from rich.live import Live
-
-            self.live = Live(console=self.console, refresh_per_second=1, get_renderable=self.table)
-            self.live.__enter__()
+        self.live.start()
         self.log(f"{len(self.state.done)} of {len(self.state.jobs)} jobs are done already")
         return self
 
     def __exit__(self, *error) -> None:
-        if self.live:
-            self.live.__exit__(*error)
-        else:
-            self.console.print(self.table())
+        self.live.stop()  # where there is no terminal, the table is printed now
 
     def log(self, text: str) -> None:
         stamp = time.strftime("%H:%M:%S")
-        self.console.print(f"{stamp}  {text}", markup=False, highlight=False, soft_wrap=True)
+        self.live.console.print(f"{stamp}  {text}", markup=False, highlight=False, soft_wrap=True)
 
     def started(self, job: Job) -> None:
         self.log(f"{job.name}: started")
 
     def update(self) -> None:
         """Log a summary once a minute where there is no terminal."""
-        if self.live or time.monotonic() - self.logged_at < LOG_SECONDS:
+        if self.live.console.is_terminal or time.monotonic() - self.logged_at < LOG_SECONDS:
             return
         self.logged_at = time.monotonic()
         jobs = map(self.state.job, self.state.running)
@@ -76,8 +72,6 @@ class LiveTable:
 
     def table(self):
         """Return one row for each method and swept value, one column for each seed."""
-        from rich.table import Table
-
         seeds = self.config.seeds
         table = Table(title=self.summary(), title_justify="left", caption="judge @ KL; trained: not yet measured")
         table.add_column("method")
@@ -131,24 +125,18 @@ def end_of_trial(file: Path) -> str:
 
 def experiment_status(config: ExperimentConfig) -> None:
     """Print the jobs of an experiment and what has become of each, from what is there; nothing is started."""
-    from rich.console import Console
-    from rich.table import Table
-
     state = load_state(config)
-    running = {process.environ().get(JOB) for process in programs_of(state.folder)}
-    table = Table("job", "status", "seconds")
-    counts: Counter[str] = Counter()
+    running = {environment_of(process).get(JOB) for process in programs_of(state.folder)}
+    rows = []
     for job in state.jobs:
         record = state.record(job.name)
         status = "running" if job.name in running else status_from_record(state, job, record)
-        counts[status] += 1
-        seconds = record.get("seconds")
-        table.add_row(job.name, status, "" if seconds is None else f"{seconds:.0f}")
-    console = Console()
-    console.print(table)
-    console.print(f"{state.folder}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+        rows.append((job.name, status, record.get("seconds", "")))
+    print("\n".join(markdown_table(("job", "status", "seconds"), rows, right=[2])))
+    counts = Counter(status for _, status, _ in rows)
+    print(f"{state.folder}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
     if state.lengths is None:
-        console.print("The trials follow once the pilots have shown what a step costs.")
+        print("The trials follow once the pilots have shown what a step costs.")
 
 
 def status_from_record(state: ExperimentState, job: Job, record: dict[str, Any]) -> str:

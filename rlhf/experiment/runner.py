@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 from rlhf import config as options
 from rlhf.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, Halt, UserError
-from rlhf.experiment.check import check_decisions, check_files, check_programs, check_starts
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.cost import known_lengths, planned_lengths
 from rlhf.experiment.plan import Job, plan, record_of, recorded_options
@@ -61,13 +60,14 @@ def run_experiment(config: ExperimentConfig, check_scorers: Callable[..., None] 
     Raises UserError on options that cannot work or do not fit what is there, Halt when interrupted or when programs
     failed; what is done stays.
     """
+    # these import torch and rich, which the quickstart does without
+    from rlhf.experiment import check
     from rlhf.experiment.progress import LiveTable
     from rlhf.experiment.report import write_report
 
-    check_files(config)
-    started = check_programs(config)
-    check_decisions(config)
-    check_starts(config, started, check_scorers)
+    check.check_files(config)
+    check.check_decisions(config)
+    check.check_starts(config, check.check_programs(config), check_scorers)
 
     state = ExperimentState(Path(config.output_dir))
     how = RunOptions(

@@ -101,6 +101,7 @@ def install(folder: Path, put=setattr) -> None:
     """Patch the runner: fake programs, no waiting, no report (a line in the log)."""
     import types
 
+    import rlhf.experiment.check
     import rlhf.experiment.processes
     import rlhf.experiment.report
     import rlhf.experiment.runner
@@ -113,7 +114,7 @@ def install(folder: Path, put=setattr) -> None:
     put(rlhf.experiment.runner, "time", quick)
     put(rlhf.experiment.processes, "time", quick)
     put(rlhf.experiment.runner, "code_version", lambda: {})
-    put(rlhf.experiment.runner, "check_starts", lambda *_: None)
+    put(rlhf.experiment.check, "check_starts", lambda *_: None)
     put(rlhf.experiment.report, "write_report", lambda config, out, *more: say(folder, "report"))
 
 

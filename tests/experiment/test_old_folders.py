@@ -75,7 +75,7 @@ def test_the_status_of_an_experiment_is_told_from_what_is_there(config, capsys):
     config.method_specs["ppo"].options["total_episodes"] = 640
     experiment_status(config)
     said = capsys.readouterr().out
-    lines = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in said.splitlines() if line[:1] == "│"}
+    lines = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in said.splitlines() if line[:1] == "|"}
     assert lines["seed-0/reward"] == "output missing" and lines["measure/foundation"] == "done"
     assert lines["seed-0/ppo-kl_coef-0.02"] == lines["measure/seed-0/ppo-kl_coef-0.02"] == "of other options"
     assert "out: 6 done, 1 output missing, 2 of other options" in said
