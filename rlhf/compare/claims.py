@@ -131,9 +131,14 @@ def _overoptimised(entry: dict[str, Any], report: Report) -> Verdict:
 
 def notes(report: Report) -> list[dict[str, Any]]:
     """Return all limits of a report, the most important first."""
-    found = [_judge(report), *_missing(report)]
+    judge, kinds = report["judge"], report["score_kinds"]
+    proxies = [name for name, kind in kinds.items() if kind == "proxy"]
+    found = [note("no_judge", proxies=proxies)]
+    if judge is not None:
+        found = [note("judge", score=judge, score_kind=kinds[judge], proxies=proxies)]
+    found += _missing(report)
     found += [note("outlier", **outlier) for outlier in report["outliers"]]
-    if report["judge"] is not None and report["unit"]["groups"] < MIN_CLUSTERS:
+    if judge is not None and report["unit"]["groups"] < MIN_CLUSTERS:
         found.append(note("few_groups", groups=report["unit"]["groups"], needed=MIN_CLUSTERS))
     # Single runs have one point each, and so no curve: their KLs stand in the first table
     for pair in report["frontier"] if report["kind"] == "experiment" else []:
@@ -144,14 +149,6 @@ def notes(report: Report) -> list[dict[str, Any]]:
     if report["unit"]["samples_per_prompt"] < 2:
         found.append(note("no_win_rate"))
     return found
-
-
-def _judge(report: Report) -> dict[str, Any]:
-    judge, kinds = report["judge"], report["score_kinds"]
-    proxies = [name for name, kind in kinds.items() if kind == "proxy"]
-    if judge is None:
-        return note("no_judge", proxies=proxies)
-    return note("judge", score=judge, score_kind=kinds[judge], proxies=proxies)
 
 
 def _missing(report: Report) -> Iterator[dict[str, Any]]:

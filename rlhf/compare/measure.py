@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from rlhf.compare.results import Point, Results, measured_values, prompt_key, response_texts
 from rlhf.compare.text_metrics import distinct_n
 from rlhf.config import SEED, option
@@ -210,13 +212,12 @@ def results_of_runs(
 def check_finite(rows: dict[str, list], kinds: dict[str, str]) -> None:
     """Raise UserError where a response has a score or a KL that is not a finite number."""
     for run, own in rows.items():
-        for name in kinds:
-            bad = sum(not math.isfinite(row.scores.get(name, math.nan)) for row in own)
+        found = {f"score '{name}'": [row.scores.get(name, math.nan) for row in own] for name in kinds}
+        found["KL"] = [row.kl for row in own]
+        for name, values in found.items():
+            bad = np.count_nonzero(~np.isfinite(values))
             if bad:
-                raise UserError(f"compare: {bad} of {len(own)} responses of '{run}' have no finite score '{name}'")
-        bad = sum(not math.isfinite(row.kl) for row in own)
-        if bad:
-            raise UserError(f"compare: {bad} of {len(own)} responses of '{run}' have a KL that is not a finite number")
+                raise UserError(f"compare: {bad} of {len(own)} responses of '{run}' have no finite {name}")
 
 
 def run_names(paths: list[str]) -> list[str]:
@@ -364,7 +365,7 @@ def load_policies(
 
     On a GPU in bfloat16. Raises UserError where the longest prompt and response exceed a model's positions.
     """
-    from rlhf.adapters import load_adapter, require_policy, use_adapter
+    from rlhf.adapters import adapter_base, load_adapter, require_policy, use_adapter
     from rlhf.models import check_context, check_same_base, load_model
 
     # as the runs were trained
@@ -376,7 +377,7 @@ def load_policies(
         context: Callable = nullcontext
         if (Path(path) / "adapter_config.json").is_file():
             require_policy(path)
-            base, name = _base_of(path), f"run{number}"
+            base, name = str(Path(adapter_base(path)).resolve()), f"run{number}"
             initial, model = shared.get(base, (None, None))
             if initial is None:
                 initial = load_model(path, dtype)
@@ -392,12 +393,6 @@ def load_policies(
         model.to(device).eval()
         policies.append((model, context))
     return policies
-
-
-def _base_of(path: str) -> str:
-    from rlhf.adapters import adapter_base
-
-    return str(Path(adapter_base(path)).resolve())
 
 
 def meta_of(config: CompareConfig, names: list[str]) -> dict[str, Any]:

@@ -172,5 +172,5 @@ def test_what_cannot_be_compared_is_refused():
     with pytest.raises(UserError, match=r"80 of 80 responses of 'sft' have no finite score 'clarity'"):
         report_of(policies, kinds={**KINDS, "clarity": "other"})
     policies["ppo"][3].kl = float("nan")
-    with pytest.raises(UserError, match=r"1 of 80 responses of 'ppo' have a KL that is not a finite number"):
+    with pytest.raises(UserError, match=r"1 of 80 responses of 'ppo' have no finite KL"):
         report_of(policies)
