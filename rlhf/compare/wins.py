@@ -63,21 +63,14 @@ def win_rate(
     Raises UserError where the seeds do not fit, or a score is not a finite number.
     """
     _check_seeds(a, b)
-    consistency = None
-    outcomes, lengths = [], []
-    for i, (x, y) in enumerate(zip(a, b, strict=True)):
-        pairs = independent_pairs(x, y) if isinstance(judge, str) else judge[i].pairs
-        if not pairs:
-            return None
-        lengths.append(_differences(x, y, "length", pairs))
-        if isinstance(judge, str):
-            difference = _differences(x, y, f"score/{judge}", pairs)
-            outcomes.append((difference > tie_margin) + 0.5 * (np.abs(difference) <= tie_margin))
-        else:
-            outcomes.append(judge[i].wins)
-    if not isinstance(judge, str):
-        asked = [verdicts.consistency for verdicts in judge if not math.isnan(verdicts.consistency)]
-        consistency = float(np.mean(asked)) if asked else None
+    if isinstance(judge, str):
+        judge = [_by_score(x, y, judge, tie_margin) for x, y in zip(a, b, strict=True)]
+    if not all(verdicts.pairs for verdicts in judge):
+        return None
+    outcomes = [verdicts.wins for verdicts in judge]
+    lengths = [_differences(x, y, "length", verdicts.pairs) for x, y, verdicts in zip(a, b, judge, strict=True)]
+    asked = [verdicts.consistency for verdicts in judge if not math.isnan(verdicts.consistency)]
+    consistency = float(np.mean(asked)) if asked else None
 
     per_seed = np.array([results.group_means(outcome) for outcome in outcomes])
     fit = LengthFit(np.array(outcomes), np.array(lengths), results.groups)
@@ -90,6 +83,16 @@ def win_rate(
         ridge=fit.ridge,
         consistency=consistency,
     )
+
+
+def _by_score(a: Point, b: Point, score: str, tie_margin: float) -> Verdicts:
+    """Return what a score says of all `independent_pairs`, as a judge of pairs would; a score favours no order."""
+    pairs = independent_pairs(a, b)
+    wins = np.empty((0, 0))
+    if pairs:
+        difference = _differences(a, b, f"score/{score}", pairs)
+        wins = (difference > tie_margin) + 0.5 * (np.abs(difference) <= tie_margin)
+    return Verdicts(wins, pairs, consistency=math.nan, prefers_first=math.nan, asked=0)
 
 
 def _check_seeds(a: Sequence[Point], b: Sequence[Point]) -> None:
