@@ -28,9 +28,9 @@ import numpy as np
 import torch
 
 from rlhf.adapters import lora_config
-from rlhf.config import UserError
 from rlhf.data.records import BadScore, Prompt, Samples, Scores
 from rlhf.distributed import DistributedContext
+from rlhf.errors import UserError
 from rlhf.models import load_model
 from rlhf.ppo.guards import Decision, Guards
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer, TrainingData

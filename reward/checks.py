@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from rlhf.config import UserError
 from rlhf.data.records import BadScore, Samples, Scores
+from rlhf.errors import UserError
 from rlhf.text import clip
 
 

@@ -12,8 +12,8 @@ from reward.http import http_scorer
 from reward.rules import RULES
 from reward.specs import EnsembleSpec, FunctionSpec, HttpSpec, ModelSpec, RuleSpec, ScorerSpec, VoiceSpec, parse_specs
 from reward.voice import load_voice, voice_scorer
-from rlhf.config import UserError
 from rlhf.data.records import Samples, Scorer, Scores
+from rlhf.errors import UserError
 
 # (specification, tokenizer of the samples' ids or None) -> scorer
 Build = Callable[[Any, Any], Scorer]

@@ -15,8 +15,8 @@ from typing import Any
 
 from reward.checks import first_prompt
 from reward.specs import HttpSpec
-from rlhf.config import UserError
 from rlhf.data.records import Samples, Scorer, Scores
+from rlhf.errors import UserError
 from rlhf.http_client import Answer, Service, ask, read_token
 
 REQUESTS_AT_A_TIME = 4

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.adapters import adapter_settings, adapter_weights, add_adapter, head_name, load_adapter, without_head
-from rlhf.config import UserError
 from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerprint
 from rlhf.data.records import Samples, Scorer, Scores
+from rlhf.errors import UserError
 from rlhf.files import check_weights
 from rlhf.models import InitialModel, context_length, load_model, load_weights
 from rlhf.tensors import pad_right

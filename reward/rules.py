@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 
 # quotes and brackets that may follow the end of a sentence
 CLOSING = "\"')]}»”’*_"

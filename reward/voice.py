@@ -39,9 +39,9 @@ from reward.phrases import (
     plain_phrase,
 )
 from rlhf.collect.guide import Guide
-from rlhf.config import read_yaml
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.validation import Count, Number, Spec, validate
+from rlhf.values import read_yaml
 
 # the least a part counts: a part with weight share p that fails leaves 0.01^p of the score
 FLOOR = 0.01

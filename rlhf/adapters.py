@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import UserError, did_you_mean
+from rlhf.errors import UserError, did_you_mean
 from rlhf.weights import base_weights, check_finite, first_line, loading, plain_name, read_json
 
 # beside the adapter of a critic

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rlhf.config import UserError, did_you_mean
 from rlhf.deepspeed_backend import zero_config_class
 from rlhf.distributed import DistributedContext
+from rlhf.errors import UserError, did_you_mean
 
 SHIPPED = Path(__file__).parent / "configs" / "deepspeed"
 ZERO = "zero_optimization"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.text import clip
 
 # seconds before the first retry, doubled each time up to the second

@@ -19,9 +19,10 @@ import torch
 from torch import nn
 
 from rlhf.adapters import adapter_base, adapter_settings, adapter_weights, add_adapter, load_adapter, require_policy
-from rlhf.config import UserError, read_yaml
 from rlhf.data.encode import tokenizer_fingerprint
+from rlhf.errors import UserError
 from rlhf.tokenizer import load_tokenizer
+from rlhf.values import read_yaml
 from rlhf.weights import IDENTITY_FILE, check_finite, fingerprint, first_line, read_identity
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}

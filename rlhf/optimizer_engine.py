@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf import deepspeed_backend
-from rlhf.config import UserError
 from rlhf.distributed import DistributedContext
+from rlhf.errors import UserError
 
 
 def make_engine(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 
 IDENTITY_FILE = "rlhf.json"  # beside every adapter: what it was trained on, checked when it is loaded
 

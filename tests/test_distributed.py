@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf import distributed
-from rlhf.config import UserError
 from rlhf.deepspeed_config import DECIDED, check_deepspeed_config, read_deepspeed_config
 from rlhf.distributed import DistributedContext, Ranks, is_abandoned, read_ranks, wait_for_compilers
+from rlhf.errors import UserError
 
 
 def aged(path, seconds):

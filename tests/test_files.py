@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.files import files_fingerprint, lock_folder, model_files, scorer_files, unlock_folder
 
 HOLDER = """

@@ -23,8 +23,8 @@ from transformers import (
 from reward.model import RewardModel, load_reward, write_reward
 from rlhf import stages
 from rlhf.adapters import check_targets, like_rows, lora_config, token_rows
-from rlhf.config import UserError
 from rlhf.distributed import DistributedContext
+from rlhf.errors import UserError
 from rlhf.evaluate import eos_probability
 from rlhf.logprobs import completion_batch, hidden_width, response_logprobs
 from rlhf.models import InitialModel, attention_of, check_context, context_length, load_model, trainable_policy

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from reward.model import trainable_reward
 from rlhf.adapters import lora_config
 from rlhf.compare.measure import load_policies
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.logprobs import completion_batch
 from rlhf.models import load_model, trainable_policy
 from rlhf.options.ppo import PPOConfig

@@ -5,7 +5,7 @@ from typing import Literal
 import pytest
 from pydantic import Field, field_validator
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.validation import Count, Number, Spec, validate
 
 

@@ -11,9 +11,9 @@ import hmac
 import secrets
 from typing import Any
 
-from rlhf.config import UserError
 from rlhf.data.records import one_name
 from rlhf.data.store import Store, token_hash
+from rlhf.errors import UserError
 
 OWNER = "owner_token_hash"  # name of the store's setting
 

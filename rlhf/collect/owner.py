@@ -16,9 +16,9 @@ from starlette.routing import Route
 from rlhf.collect import auth
 from rlhf.collect.session import Refused, owner, page, read_form
 from rlhf.collect.status import disputed, summary
-from rlhf.config import UserError
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
+from rlhf.errors import UserError
 
 ON_A_PAGE = 10  # disputed pairs
 CHOICE_TEXTS = {"a": "prefers A", "b": "prefers B", "tie": "equally good", "both_bad": "both bad"}

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf.config import SEED, UserError, option
+from rlhf.config import SEED, option
 from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, digest
 from rlhf.data.store import Store
+from rlhf.errors import UserError
 
 Answers = dict[int, list[dict[str, Any]]]  # index of the prompt -> arguments of Store.add_response
 

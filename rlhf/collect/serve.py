@@ -13,9 +13,10 @@ from urllib.parse import urlsplit
 
 from rlhf.collect import auth
 from rlhf.collect.guide import Guide
-from rlhf.config import UserError, option
+from rlhf.config import option
 from rlhf.data.records import one_name
 from rlhf.data.store import Store
+from rlhf.errors import UserError
 
 TAGS = ["wrong", "off tone", "too long", "too short", "unsafe"]
 

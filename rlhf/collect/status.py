@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.collect.queue import Queue, Rules
-from rlhf.config import UserError, option
+from rlhf.config import option
 from rlhf.data.annotator_report import annotators_markdown, view_summary
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote, by_comparison
+from rlhf.errors import UserError
 
 KAPPAS = 15  # pairs of annotators shown
 

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from rlhf.config import UserError, did_you_mean
+from rlhf.errors import UserError, did_you_mean
 
 # What each action does is described at guards.Decision.
 ACTIONS = ("off", "warn", "skip", "end", "stop", "rollback")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.config import SEED, UserError, option
+from rlhf.config import SEED, option
+from rlhf.errors import UserError
 
 
 @dataclass(kw_only=True)

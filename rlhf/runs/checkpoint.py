@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.files import write_atomic
 
 MANIFEST = "manifest.json"

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.config import UserError
 from rlhf.data.records import Prompt, Record, digest, prompt_group
+from rlhf.errors import UserError
 from rlhf.options.shared import RunConfig
 from rlhf.runs.checkpoint import Checkpoint
 

@@ -5,10 +5,11 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from rlhf.collect.sample import SampleConfig, sample
-from rlhf.config import UserError, parse
+from rlhf.config import parse
 from rlhf.data.load import load
 from rlhf.data.records import Preference, Prompt, prompt_group
 from rlhf.data.store import Store
+from rlhf.errors import UserError
 
 QUESTIONS = [f"where is my {thing} please" for thing in ("lamp", "chair", "parcel", "order", "refund", "team")]
 

@@ -15,7 +15,7 @@ from rlhf.compare.crossed import (
     outlying,
     p_value,
 )
-from rlhf.config import UserError
+from rlhf.errors import UserError
 
 BY_HAND = np.array([[1.0, 2.0, 6.0], [2.0, 6.0, 7.0], [6.0, 7.0, 8.0]])
 

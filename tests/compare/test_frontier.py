@@ -5,7 +5,7 @@ import pytest
 
 from rlhf.compare.crossed import block_weights
 from rlhf.compare.frontier import FORM, LINES, Track, _residual, curve, equal_kl, kl_range, near, round_kls
-from rlhf.config import UserError
+from rlhf.errors import UserError
 
 KL = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
 

@@ -12,7 +12,7 @@ import rlhf.http_client
 from rlhf.compare.judge import Judge, judge_wins, load_judge, one_partner_each, share_of_both_orders
 from rlhf.compare.results import Point, Results
 from rlhf.compare.wins import win_rate
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.sandbox.annotators import ANNOTATORS, preference_logit, sigmoid
 
 

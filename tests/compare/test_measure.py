@@ -5,8 +5,8 @@ import yaml
 
 from rlhf.cli import main
 from rlhf.compare.measure import CompareConfig, check_judges, run_names, scores_of, shared_options, unseen
-from rlhf.config import UserError
 from rlhf.data.records import Prompt, prompt_group
+from rlhf.errors import UserError
 
 
 def prompts(*texts):

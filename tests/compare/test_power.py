@@ -7,7 +7,7 @@ from scipy.stats import t as student
 
 from rlhf.compare.crossed import Estimate, Variances, crossed_mean
 from rlhf.compare.power import components, detectable, needed_seeds, pairs_needed, power_of
-from rlhf.config import UserError
+from rlhf.errors import UserError
 
 
 def test_pairs_for_a_win_rate_of_55_percent():

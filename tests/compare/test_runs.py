@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.compare.measure import results_of_runs
 from rlhf.compare.summary import summarise
-from rlhf.config import UserError
+from rlhf.errors import UserError
 
 KINDS = {"gold": "gold", "reward": "proxy", "politeness": "other"}
 

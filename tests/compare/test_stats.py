@@ -8,7 +8,7 @@ import pytest
 from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.results import Results
 from rlhf.compare.wins import share
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.stats import bounded_interval, jackknife_interval, student_quantile, wilson
 
 

@@ -10,7 +10,7 @@ from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.results import Point
 from rlhf.compare.selection import CHOICE, choose, chosen_mean, halves, rectangle, take
 from rlhf.compare.summary import summarise
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from tests.compare.results_example import STRENGTHS, apart_at_six, flat, make
 
 

@@ -4,13 +4,13 @@ import json
 import numpy as np
 import pytest
 
-from rlhf.config import UserError
 from rlhf.data.conversation import conversation, parse_turns
 from rlhf.data.describe import DescribeConfig, describe
 from rlhf.data.encode import PLAIN_TEMPLATE, encode, encode_prompt
 from rlhf.data.export import rows_of, write_rows
 from rlhf.data.load import collect, load, unique_prompts
 from rlhf.data.records import Instruction, Preference, Prompt, RecordError, prompt_group, tools_of
+from rlhf.errors import UserError
 from tests.conftest import make_tokenizer
 
 ASK = {"role": "user", "content": "Hi"}

@@ -3,7 +3,6 @@ from dataclasses import replace
 
 import pytest
 
-from rlhf.config import UserError
 from rlhf.data.encode import (
     PLAIN_TEMPLATE,
     decode_response,
@@ -18,6 +17,7 @@ from rlhf.data.encode import (
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Instruction, Preference, Prompt
 from rlhf.distributed import DistributedContext
+from rlhf.errors import UserError
 from rlhf.options.shared import RunConfig
 from rlhf.runs.model_card import write_card
 from rlhf.runs.run import Run

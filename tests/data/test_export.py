@@ -5,10 +5,10 @@ from decimal import Decimal
 
 import pytest
 
-from rlhf.config import UserError
 from rlhf.data.export import ExportConfig, check_output, export, rows_of, write_rows
 from rlhf.data.load import load
 from rlhf.data.records import Instruction, Labelled, Preference, Prompt, RecordError
+from rlhf.errors import UserError
 
 TURNS = [
     {"role": "user", "content": "Hi"},

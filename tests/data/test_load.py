@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import UserError, parse
+from rlhf.config import parse
 from rlhf.data.describe import DescribeConfig, describe
 from rlhf.data.freeze import freeze
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Instruction, Labelled, Preference, Prompt, prompt_group
 from rlhf.data.store import Store
 from rlhf.distributed import DistributedContext
+from rlhf.errors import UserError
 from rlhf.options.shared import RunConfig
 from rlhf.runs.run import Run
 

@@ -3,9 +3,9 @@ import math
 
 import pytest
 
-from rlhf.config import UserError
 from rlhf.data.records import Prompt
 from rlhf.data.split import answer_pair, assign, first_by_hash, half_of, join_groups, split_of
+from rlhf.errors import UserError
 
 GROUPS = [f"group {i}" for i in range(4000)]
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 
 from rlhf.cli import main
-from rlhf.config import UserError
 from rlhf.data import store_schema
 from rlhf.data.freeze import freeze, frozen
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Preference, RecordError, prompt_group
 from rlhf.data.store import Store
+from rlhf.errors import UserError
 
 
 def user(text):

@@ -2,10 +2,10 @@ import random
 
 import pytest
 
-from rlhf.config import UserError
 from rlhf.data.freeze import freeze
 from rlhf.data.store import Store
 from rlhf.data.votes import UNKNOWN_ANNOTATOR, Vote, by_skill, majority, margin_of, verdicts
+from rlhf.errors import UserError
 
 
 def votes_of(*rows):

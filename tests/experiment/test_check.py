@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from reward.compose import check_scorers
-from rlhf.config import UserError
 from rlhf.data.split import half_of, split_of
+from rlhf.errors import UserError
 from rlhf.experiment.check import check_decisions, check_programs, check_starts
 from rlhf.experiment.runner import last_error
 from tests.experiment.example import experiment, method

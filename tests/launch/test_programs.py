@@ -109,7 +109,7 @@ def test_compare_reports_on_test_prompts(runs, files, tmp_path):
 def test_a_run_cannot_be_judged_by_what_it_learnt_from(runs, files, tmp_path):
     from reward.compose import build_scorer
     from rlhf.compare.measure import CompareConfig, compare
-    from rlhf.config import UserError
+    from rlhf.errors import UserError
 
     config = CompareConfig(
         runs=[str(runs / n) for n in ("sft", "ppo")],

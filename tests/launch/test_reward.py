@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from reward.model import load_reward
-from rlhf.config import UserError
 from rlhf.data.encode import encode_preferences
 from rlhf.data.load import load
 from rlhf.data.records import Preference
+from rlhf.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROGRAM = ROOT / "launch" / "reward.py"

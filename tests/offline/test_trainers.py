@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 from trl import DPOConfig, SFTConfig
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.offline.trainers import check_schedule, refused_by_trl, trl_overrides
 
 

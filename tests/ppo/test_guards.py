@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import UserError
+from rlhf.errors import UserError
 from rlhf.options.guards import GUARDS, check_guards
 from rlhf.ppo.guards import Decision, Guards, check_watched, repetition, trend
 from rlhf.runs.metrics import check_names

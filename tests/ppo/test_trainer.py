@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from rlhf.adapters import lora_config
-from rlhf.config import UserError, check_ranges
 from rlhf.data.records import BadScore, Prompt, Scores
 from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import Sampling, generate
+from rlhf.errors import UserError
 from rlhf.models import load_model
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer, TrainingData, cycle_shuffled, micro_batch_positions, permutation
 from rlhf.roles import Roles
+from rlhf.values import check_ranges
 
 
 def prompt(text):

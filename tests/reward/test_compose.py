@@ -11,8 +11,8 @@ import yaml
 
 from reward.compose import build_scorer
 from reward.specs import KINDS, VoiceSpec, monitored, parse_specs
-from rlhf.config import UserError
 from rlhf.data.records import BadScore, Samples, Scores
+from rlhf.errors import UserError
 
 
 def samples(*responses):

@@ -19,8 +19,8 @@ import rlhf.http_client
 from reward.compose import build_scorer
 from reward.http import http_scorer
 from reward.specs import HttpSpec
-from rlhf.config import UserError
 from rlhf.data.records import BadScore, Samples
+from rlhf.errors import UserError
 from rlhf.http_client import Service, check_url, retry_after
 
 SECRET = "s3cret-t0ken"

@@ -20,9 +20,9 @@ from reward.model import (
     write_reward,
 )
 from rlhf.adapters import lora_config
-from rlhf.config import UserError
 from rlhf.data.encode import encode_prompt, encode_response
 from rlhf.data.records import Samples
+from rlhf.errors import UserError
 from rlhf.models import load_model
 from tests.conftest import random_adapter
 

@@ -9,7 +9,7 @@ from reward.rules import (
     must_not_match,
     no_repetition,
 )
-from rlhf.config import UserError
+from rlhf.errors import UserError
 
 
 def test_length_is_one_inside_and_falls_outside():

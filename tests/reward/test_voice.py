@@ -17,8 +17,8 @@ from reward.voice import (
     voice_scorer,
     within,
 )
-from rlhf.config import UserError
 from rlhf.data.records import Samples
+from rlhf.errors import UserError
 
 VOICES = Path(__file__).parents[2] / "configs" / "voices"
 GOOD = "Hello there, we are sorry about your kettle. We will gladly send a new one today. Warmly, Fernhill."

@@ -2,9 +2,9 @@ import json
 
 import pytest
 
-from rlhf.config import UserError
 from rlhf.data.prepare.contamination import find_leaks, read_evaluation
 from rlhf.data.records import Instruction, Preference
+from rlhf.errors import UserError
 
 TEST = "Please explain in a few words why the sea is salty and the rivers are not"
 GOOD = "Rivers carry a little salt from the rocks into the sea, where only the water leaves again by the sun"

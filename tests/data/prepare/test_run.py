@@ -6,12 +6,12 @@ import random
 import pytest
 
 from rlhf.cli import main
-from rlhf.config import UserError
 from rlhf.data.load import fingerprint, load
 from rlhf.data.prepare.run import PrepareConfig, prepare
 from rlhf.data.records import Labelled, Preference, digest, normalise
 from rlhf.data.split import split_of
 from rlhf.data.store import Store
+from rlhf.errors import UserError
 
 LONG = "the parcel left our warehouse on Monday morning and should reach you within three working days"
 WORDS = f"{LONG} lamp chair table order refund invoice colour green delivery address courier depot sofa".split()
