@@ -37,7 +37,7 @@ HEAD = "score.weight"
 
 
 def last_token_scores(hidden: Tensor, attention_mask: Tensor, head: nn.Module) -> Tensor:
-    """Return the head's scalar at each row's last true token: hidden (B, L, H), attention_mask (B, L) -> (B, 1), fp32.
+    """Return the head's scalar at each row's last response token: hidden (B, L, H), mask (B, L) -> (B, 1), fp32.
 
     The mask decides, never the pad id: transformers' own classification models look for the last id that is not the
     pad id, and read an earlier token where a response happens to end in it.
@@ -63,7 +63,7 @@ def _forward(self, input_ids=None, attention_mask=None, **kwargs):
 
 
 def read_by_mask(model: nn.Module) -> nn.Module:
-    """Make a classification model score at the last true token; returns the same model."""
+    """Make a classification model score at the last response token; returns the same model."""
     model.forward = types.MethodType(_forward, model)
     return model
 

@@ -1,4 +1,4 @@
-"""TRL's RewardTrainer with our objective: soft labels and weights per pair, the score read at the last true token."""
+"""TRL's RewardTrainer with our objective: soft labels, weights per pair, scores read at the last response token."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) 
             config.validate()
     except UserError as error:
         # the message begins with the option that is wrong
-        named = re.match(r"'(\w+)'", str(error))
+        named = re.match(r"'?(\w+)", str(error))
         place = places.get(named[1]) if named else None
         raise UserError(f"{place or source or prog}: {error}") from None
     return config

@@ -31,6 +31,9 @@ EXTRAS = {
     "wandb": "wandb",
 }
 
+# What only a bug raises, also while an error of the disk is handled
+BUGS = (KeyError, TypeError, AttributeError, IndexError, NameError)
+
 # Called with the exit code when a program fails. True means that another process of the same run failed before, and
 # that this error only follows from it. Set by whoever starts several processes (distributed.start).
 on_failure: list[Callable[[int], bool]] = []
@@ -82,7 +85,7 @@ def user_error(error: Exception) -> UserError | None:
         return error
     output = output_places[0] if output_places else "a file"
     link: BaseException | None = error
-    while link is not None:
+    while link is not None and not isinstance(link, BUGS):
         if isinstance(link, ModuleNotFoundError) and link.name in EXTRAS:
             extra = EXTRAS[link.name]
             return UserError(f"'{link.name}' is not installed. Install it with: pip install 'rlhf[{extra}]'")
@@ -92,7 +95,7 @@ def user_error(error: Exception) -> UserError | None:
             return UserError(f"{place}: {os.strerror(number)}. {REMEDIES[number]}")
         if re.search("PytorchStreamWriter failed|iostream error", str(link)):
             return UserError(f"{output}: could not be written completely. {FULL}")
-        link = link.__cause__ or link.__context__
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
     return None
 
 

@@ -319,6 +319,18 @@ def test_an_error_of_the_program_itself_keeps_its_traceback():
         main()
 
 
+def test_a_bug_met_while_a_disk_error_is_handled_keeps_its_traceback():
+    @program
+    def main():
+        try:
+            raise raised(errno.EACCES, "/srv/x")
+        except OSError:
+            {}["a bug"]
+
+    with pytest.raises(KeyError, match="a bug"):
+        main()
+
+
 def sft(**more) -> list[str]:
     values = {"model_name_or_path": "base", "data": "d.jsonl", "output_dir": "out"} | more
     return [f"--{name}={value}" for name, value in values.items()]

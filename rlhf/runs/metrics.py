@@ -32,7 +32,7 @@ METRICS: dict[str, Metric] = {
         "more prompts in a rollout or an evaluation; more samples of the same prompts help little",
     ),
     "kl/token": Metric(
-        "the same sum over all true tokens of the batch, divided by their number, nats",
+        "the same sum over all response tokens of the batch, divided by their number, nats",
         "0 at step 0; below 0.2",
         "above 0.5: as for kl/sequence; below 0 for long: the estimator's noise, take more samples",
     ),
@@ -83,7 +83,7 @@ METRICS: dict[str, Metric] = {
     ),
     # responses
     "response/length": Metric(
-        "true tokens of a response with its end token, mean",
+        "response tokens of a response with its end token, mean",
         "near the data's; no steady drift",
         "drifts up with the score: the scorer likes length; see the reward report's length bias",
     ),
@@ -105,16 +105,16 @@ METRICS: dict[str, Metric] = {
     "response/repetition": Metric(
         "share of a response's token 4-grams that occurred earlier in it, mean over responses",
         "below 0.05",
-        "above 0.2: responses go round in circles; look at the samples, raise kl_coef",
+        "above 0.2: repetitive responses; look at the samples, raise kl_coef",
     ),
     # PPO
     "ppo/clip_fraction": Metric(
-        "share of true tokens whose loss the clip changed (the clipped branch is the smaller)",
+        "share of response tokens whose loss the clip changed (the clipped branch is the smaller)",
         "0.01-0.2",
         "above 0.3: lower learning_rate or num_ppo_epochs; 0 throughout: the steps are too small",
     ),
     "ppo/ratio": Metric(
-        "p / p_old, mean over true tokens",
+        "p / p_old, mean over response tokens",
         "1 before the first update; 0.98-1.02 after",
         "not 1 before the first update: old log-probabilities come from another model, mask or temperature",
     ),
@@ -124,12 +124,12 @@ METRICS: dict[str, Metric] = {
         "further away: the engine's weights are stale or its sampling differs (rollout/logprob_gap)",
     ),
     "ppo/approx_kl": Metric(
-        "mean over true tokens of r - 1 - log r, r = p / p_old: how far this step's updates went, nats",
+        "mean over response tokens of r - 1 - log r, r = p / p_old: how far this step's updates went, nats",
         "below 0.02",
         "above 0.05: lower learning_rate or num_ppo_epochs",
     ),
     "ppo/advantage_mean": Metric(
-        "mean advantage over the rollout's true tokens, before whitening",
+        "mean advantage over the rollout's response tokens, before whitening",
         "near 0 once the critic follows",
         "far from 0 for long: raise value_learning_rate",
     ),
@@ -165,14 +165,14 @@ METRICS: dict[str, Metric] = {
     ),
     # critic
     "value/explained_variance": Metric(
-        "1 - var(return - value) / var(return) over the rollout's true tokens",
+        "1 - var(return - value) / var(return) over the rollout's response tokens",
         "rises to 0.3-0.9",
-        "below 0 after 20 steps: raise value_learning_rate; near 1 at once: it reads the answer",
+        "below 0 after 20 steps: raise value_learning_rate; near 1 from the start: suspect label leakage",
     ),
-    "value/mean": Metric("mean value over true tokens", "near value/return", "far away: raise value_learning_rate"),
-    "value/return": Metric("mean return over true tokens", "rises with the score", "see score/total"),
+    "value/mean": Metric("mean value over response tokens", "near value/return", "far away: raise value_learning_rate"),
+    "value/return": Metric("mean return over response tokens", "rises with the score", "see score/total"),
     "value/clip_fraction": Metric(
-        "share of true tokens where the clipped value loss is the larger one",
+        "share of response tokens where the clipped value loss is the larger one",
         "below 0.2",
         "above 0.5: raise value_clip_range or lower value_learning_rate",
     ),
@@ -184,25 +184,25 @@ METRICS: dict[str, Metric] = {
         "not finite: PPO's guards skip the update; SFT evaluation loss rises: fewer epochs",
     ),
     "loss/policy": Metric(
-        "-mean of min(r A, clip(r) A) over true tokens", "near 0, slightly negative", "read ppo/ and kl/ instead"
+        "-mean of min(r A, clip(r) A) over response tokens", "near 0, slightly negative", "read ppo/ and kl/ instead"
     ),
     "loss/value": Metric(
-        "half the squared error of the value, clipped as in PPO, mean over true tokens",
+        "half the squared error of the value, clipped as in PPO, mean over response tokens",
         "falls, then follows the score's spread",
         "grows: lower value_learning_rate",
     ),
     "loss/kl": Metric(
-        "kl_coef times the KL estimate, mean over true tokens, where it is a term of the loss (kl_in: loss)",
+        "kl_coef times the KL estimate, mean over response tokens, where it is a term of the loss (kl_in: loss)",
         "above 0 and small beside 1; k1 may be negative",
         "grows: see kl/sequence",
     ),
     "loss/entropy": Metric(
-        "-entropy_coef times the entropy, mean over true tokens",
+        "-entropy_coef times the entropy, mean over response tokens",
         "below 0, steady",
         "falls and falls: the bonus is all that is learnt, lower entropy_coef",
     ),
     "loss/ptx": Metric(
-        "ptx_coef times -log p of given answers, mean over their true tokens",
+        "ptx_coef times -log p of given answers, mean over their response tokens",
         "near its first value",
         "rises: the policy forgets SFT, raise ptx_coef or lower learning_rate",
     ),
@@ -284,7 +284,7 @@ METRICS: dict[str, Metric] = {
         "larger: the engine runs stale weights, another temperature or another template",
     ),
     "time/tokens_per_second": Metric(
-        "true tokens of the step / its seconds, all ranks", "steady", "falls: see the other time/ names"
+        "response tokens of the step / its seconds, all ranks", "steady", "falls: see the other time/ names"
     ),
     "time/generate": Metric(
         "seconds of a step spent sampling", "half of a PPO step or more", "a faster engine, larger batches"
