@@ -85,9 +85,12 @@ def score_model(causal: nn.Module, seed: int = 0) -> nn.Module:
         raise UserError(f"{config.model_type}: transformers has no sequence classification for this model") from None
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(f"{config.model_type}: its classification model has no linear head called 'score'")
+
+    # the trunk is shared: the model on the meta device gave the structure alone
     setattr(model, model.base_model_prefix, causal.base_model)
     width = model.score.in_features
     head = nn.Linear(width, 1, bias=False, dtype=torch.float32)
+    # a generator of its own: the head does not depend on what was drawn before
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         head.weight.copy_(torch.randn(1, width, generator=generator) / math.sqrt(width + 1))
@@ -118,8 +121,9 @@ def _with_adapter(model: nn.Module, initial: InitialModel) -> nn.Module:
     modules = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
     config.modules_to_save = [*modules, "score"]
     leave = [head_name(initial.model)]
+    # SFT's adapter has no head: the fresh one stays
     if f"base_model.model.{HEAD}" not in adapter_weights(path):
-        leave.append("score")  # SFT's adapter has no head: the fresh one stays
+        leave.append("score")
     return load_adapter(model, path, config, leave=tuple(leave))
 
 
@@ -159,6 +163,7 @@ def raw_scores(
     `progress` is called with the number of rows done. The model is in eval mode meanwhile, and put back.
     """
     device, training = next(model.parameters()).device, model.training
+    # rows of like lengths together: less padding
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     scores = [math.nan] * len(rows)
     model.eval()
@@ -194,6 +199,8 @@ def load_reward(path: str, device: Any = None, dtype: str = "float32") -> Reward
     else:
         model, tokenizer = _load_whole(path, dtype)
         base = None
+
+    # scores of an adapter on another base would be noise
     kept = read_reward(path)
     if base and kept.get("base_fingerprint") not in (None, base):
         raise UserError(f"{path}: trained on base {kept['base_fingerprint']}, but its base now has fingerprint {base}")
@@ -206,8 +213,9 @@ def load_reward(path: str, device: Any = None, dtype: str = "float32") -> Reward
 def check_reward(path: str) -> None:
     """Raise UserError where `load_reward` would, as far as files tell that are read without loading a model."""
     load_tokenizer(path)
+    # a name on the Hub
     if not Path(path).is_dir():
-        return  # on the Hub
+        return
     check_weights(path)
     if (Path(path) / "adapter_config.json").is_file():
         adapter_settings(path)
@@ -234,6 +242,7 @@ def _load_whole(path: str, dtype: str) -> tuple[nn.Module, Any]:
     model = load_weights(AutoModelForSequenceClassification, path, dtype, None, path)
     if model.config.num_labels != 1:
         raise UserError(f"{path}: the model has {model.config.num_labels} outputs, a reward model has one")
+    # neighbouring bfloat16 numbers are too far apart for scores
     model.score.float()
     return read_by_mask(model), tokenizer
 
@@ -262,6 +271,7 @@ def normalisation(reference_scores: list[float], kind: str) -> tuple[float, floa
     """
     if kind == "none" or not reference_scores:
         return 0.0, 1.0
+    # float64: the shift is subtracted from every score of the run
     values = torch.tensor(reference_scores, dtype=torch.float64)
     spread = float(values.std(correction=0))
     scale = 1.0 / spread if kind == "mean_std" and spread > 0 else 1.0
@@ -291,14 +301,14 @@ def reward_scorer(
         if same_ids:
             rows = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
         else:
-            rows = [
-                encode_prompt(own, prompt, about.get("tools")) + encode_response(own, response, ended)
-                for prompt, response, ended, about in zip(
-                    samples.prompts, samples.responses, samples.ended, samples.metadata, strict=True
-                )
-            ]
+            tools = [metadata.get("tools") for metadata in samples.metadata]
+            rows = []
+            columns = zip(samples.prompts, tools, samples.responses, samples.ended, strict=True)
+            for prompt, available, response, ended in columns:
+                rows.append(encode_prompt(own, prompt, available) + encode_response(own, response, ended))
         total = reward.score_ids(rows, batch_size)
         return Scores(total, {name: total})
 
-    score.model = reward.model  # whoever counts what a run computes has to see its passes
+    # the counter of a run's FLOPs has to see the passes of this model
+    score.model = reward.model
     return score

@@ -22,7 +22,7 @@ def pair_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass
 class PairCollator:
-    """Rows {chosen_ids, rejected_ids, margin, label_prob, weight} -> right-padded tensors.
+    """Turn rows {chosen_ids, rejected_ids, margin, label_prob, weight} into right-padded tensors.
 
     input_ids and attention_mask are (2B, L), chosen rows first; the three extras are (B,), absent where no row of
     the data has them.
@@ -40,7 +40,7 @@ class PairCollator:
 
 
 class RewardTrainer(TRLRewardTrainer):
-    """Expects tokenized rows (prompt + response ids in `chosen_ids` and `rejected_ids`) and a model of reward.model.
+    """Train on tokenized rows (prompt + response ids in `chosen_ids` and `rejected_ids`) and a model of reward.model.
 
     Logs what TRL logs, but `accuracy` counts a tie as half. `label_smoothing` is the chance that a pair without a
     label_prob of its own is labelled the wrong way round.
@@ -50,6 +50,7 @@ class RewardTrainer(TRLRewardTrainer):
         super().__init__(*args, **kwargs)
         self.label_smoothing = label_smoothing
 
+    # transformers would drop the columns that are no arguments of the model's forward
     def _set_signature_columns_if_needed(self):
         self._signature_columns = ["chosen_ids", "rejected_ids", *DEFAULTS]
 
@@ -74,6 +75,7 @@ class RewardTrainer(TRLRewardTrainer):
             self._total_train_tokens += int(gather(attention_mask.sum()).sum())
         log = self._metrics[mode]
         log["num_tokens"] = [self._total_train_tokens]
+        # over all ranks, as TRL does with its own metrics
         scores = gather(scores)
         log["min_reward"].append(scores.min().item())
         log["mean_reward"].append(scores.mean().item())

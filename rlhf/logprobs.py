@@ -22,6 +22,7 @@ def hidden_width(model: nn.Module) -> int:
 def head_is_plain(model: nn.Module) -> bool:
     """Return whether logits are just head(hidden); false where a model scales or caps them (Gemma, Cohere, Granite)."""
     decoder, head = decoder_and_head(model)
+    # any ids do: what is compared are two ways to compute the same logits
     device = next(model.parameters()).device
     ids = torch.arange(1, 9, device=device).reshape(2, 4)
     with torch.no_grad():
@@ -37,6 +38,7 @@ def completion_batch(prompt_ids: list[list[int]], response_ids: list[list[int]],
     response token t, response ids (B, T) and their mask (B, T). `width` = (L, T) fixes the shape.
     """
     length = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
+    # at least one column, so that a batch of empty responses has a shape
     tokens = max(1, max(len(r) for r in response_ids))
     length, tokens = width or (length, tokens)
     ids = torch.full((len(prompt_ids), length), pad_id, dtype=torch.long)
@@ -48,6 +50,7 @@ def completion_batch(prompt_ids: list[list[int]], response_ids: list[list[int]],
         whole = len(prompt) + len(response)
         ids[row, :whole] = torch.tensor(prompt + response)
         attention[row, :whole] = 1
+        # the logits at a column predict the next one
         positions[row, : len(response)] = torch.arange(len(prompt) - 1, whole - 1)
         responses[row, : len(response)] = torch.tensor(response)
         mask[row, : len(response)] = True

@@ -32,7 +32,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 class InitialModel:
     """A base model without adapters, its tokenizer, and the adapter folder (if any) that stands on it."""
 
-    model: nn.Module  # a causal language model, on the CPU, in eval mode
+    # a causal language model, on the CPU, in eval mode
+    model: nn.Module
     tokenizer: Any
     path: str
     base_path: str
@@ -49,26 +50,38 @@ def load_model(path: str, dtype: str = "float32", attn_implementation: str | Non
 
     adapter_path = path if (Path(path) / "adapter_config.json").is_file() else None
     if adapter_path:
-        adapter_settings(adapter_path)  # both refuse what cannot be used before anything large is loaded
+        # both refuse what cannot be used before anything large is loaded
+        adapter_settings(adapter_path)
         adapter_weights(adapter_path)
     base_path = adapter_base(adapter_path) if adapter_path else path
     tokenizer = load_tokenizer(path)
     named = f" It is the 'base_model_name_or_path' of {adapter_path}/adapter_config.json." if adapter_path else ""
     model = load_weights(AutoModelForCausalLM, base_path, dtype, attn_implementation, path, named)
-    print_fingerprint = fingerprint(model)
-    if adapter_path:
-        expected = read_identity(adapter_path).get("base_fingerprint")
-        if expected and expected != print_fingerprint:
-            raise UserError(
-                f"{adapter_path}: this adapter was trained on a base with fingerprint {expected}, but {base_path} has "
-                f"{print_fingerprint}. Point 'base_model_name_or_path' in its adapter_config.json to the right base."
-            )
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+
+    # adapters of other programs carry no fingerprint
+    found = fingerprint(model)
+    expected = read_identity(adapter_path).get("base_fingerprint") if adapter_path else None
+    if expected not in (None, "", found):
         raise UserError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only "
-            f"{model.get_input_embeddings().num_embeddings} embeddings; they do not belong together"
+            f"{adapter_path}: this adapter was trained on a base with fingerprint {expected}, but {base_path} has "
+            f"{found}. Point 'base_model_name_or_path' in its adapter_config.json to the right base."
         )
-    return InitialModel(model, tokenizer, path, base_path, adapter_path, print_fingerprint)
+
+    # fewer tokens than embeddings are common: models round their vocabulary up
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise UserError(
+            f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {embeddings} embeddings; "
+            "they do not belong together"
+        )
+    return InitialModel(
+        model,
+        tokenizer,
+        path,
+        base_path,
+        adapter_path,
+        fingerprint=found,
+    )
 
 
 def load_weights(
@@ -92,8 +105,10 @@ def load_weights(
             dtype=DTYPES[dtype],
             attn_implementation=wanted,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            trust_remote_code=False,  # else transformers asks on the terminal whether to run it
+            # they are refused below, by name
+            ignore_mismatched_sizes=True,
+            # otherwise transformers asks on the terminal whether to run the code
+            trust_remote_code=False,
         )
     except ImportError as error:
         found = f"attn_implementation {wanted} cannot be used here ({first_line(error)})"
@@ -101,22 +116,27 @@ def load_weights(
             raise UserError(f"{path}: {found}. Choose another, for example: --attn_implementation sdpa") from None
         print(f"{run}: {found}; taking transformers' own choice", file=sys.stderr)
         return load_weights(cls, path, dtype, None, more=more)
-    except Exception as error:  # every library has errors of its own for files that are cut off
+    # every library has errors of its own for files that are cut off
+    except Exception as error:
         raise UserError(f"{path}: no model could be loaded ({first_line(error)}).{more}") from None
+
+    mismatched = [f"{name} {tuple(saved)} for {tuple(own)}" for name, saved, own in info["mismatched_keys"]]
     faults = {
         "missing": info["missing_keys"],
         "without a place": info["unexpected_keys"],
-        "of another shape": [f"{name} {tuple(had)} for {tuple(own)}" for name, had, own in info["mismatched_keys"]],
+        "of another shape": mismatched,
     }
-    said = [f"{len(names)} {what} ({_some(names)})" for what, names in faults.items() if names]
-    if said:
+    misfits = [f"{len(names)} {what} ({_some(names)})" for what, names in faults.items() if names]
+    if misfits:
         raise UserError(
-            f"{path}: its tensors do not fit {type(model).__name__}: {'; '.join(said)}. They belong to another "
+            f"{path}: its tensors do not fit {type(model).__name__}: {'; '.join(misfits)}. They belong to another "
             f"config.json or kind of model, or were saved through a wrapper (torch.compile, DDP).{more}"
         )
     check_finite(model.named_parameters(), path)
+
+    # Llama 4's text model gives another prefix, under which there is nothing
     if model.base_model is model:
-        model.base_model_prefix = "model"  # Llama 4's text model gives another name, under which there is nothing
+        model.base_model_prefix = "model"
     return model.eval()
 
 
@@ -128,6 +148,7 @@ def _some(names: Iterable[str], count: int = 3) -> str:
 def attention_of(path: str) -> str | None:
     """Return the attn_implementation that the run at `path` (or of this checkpoint) was given, else None."""
     folder = Path(path)
+    # a checkpoint is RUN/checkpoints/checkpoint-N
     for place in (folder, folder.parent.parent):
         if (place / "config.yaml").is_file():
             return read_yaml(place / "config.yaml").get("attn_implementation")
@@ -147,6 +168,7 @@ def context_length(config: Any) -> int | None:
     if limit is None or getattr(config, "alibi", False):
         return None
     rope = getattr(config, "rope_parameters", None) or {}
+    # models with layers of several kinds (Gemma 3) have a mapping for each kind
     by_type_of_layer = [part for part in rope.values() if isinstance(part, dict)]
     lengths = [limit]
     for scaling in by_type_of_layer or [rope]:
@@ -207,6 +229,7 @@ def silence_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of the libraries, to one another
+    # the libraries give these to one another; nobody who runs a program can act on them
+    warnings.filterwarnings("ignore", category=FutureWarning)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -24,8 +24,8 @@ def load_tokenizer(path: str) -> Any:
     local = Path(path)
     if not local.exists() and (local.is_absolute() or path.startswith(("./", "../", "runs/"))):
         raise UserError(f"{path}: no such folder{near_file(path)}")
+    # transformers would return an empty tokenizer without a word
     if local.is_dir() and not any((local / name).is_file() for name in TOKENIZER_FILES):
-        # transformers would hand back an empty tokenizer here and say nothing
         raise UserError(f"{path}: no tokenizer files; save the tokenizer beside the weights")
     with loading(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
@@ -37,12 +37,15 @@ def load_tokenizer(path: str) -> Any:
         tokenizer.pad_token = _unused_token(tokenizer) or tokenizer.eos_token
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
+
+    # a template is a program: one that fails would fail at the first prompt of the run
     with loading(path, "chat template"):
         tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False)
     return tokenizer
 
 
 def _unused_token(tokenizer: Any) -> str | None:
+    # usual pad tokens first, then tokens that texts hold rarely or never
     vocabulary = tokenizer.get_vocab()
     names = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<|finetune_right_pad_id|>", "<|fim_pad|>"]
     names += ["<unk>", *sorted(t for t in vocabulary if "reserved" in t or "unused" in t)]
@@ -51,8 +54,8 @@ def _unused_token(tokenizer: Any) -> str | None:
 
 def stop_ids(tokenizer: Any, model: nn.Module | None = None) -> list[int]:
     """Return the token ids that end a response: the tokenizer's EOS and those the model's generation config adds."""
-    ids = {tokenizer.eos_token_id}
     config = getattr(model, "generation_config", None)
     more = getattr(config, "eos_token_id", None)
-    ids.update(more if isinstance(more, list) else [more] if more is not None else [])
-    return sorted(ids)
+    # one id, a list of them, or None
+    more = more if isinstance(more, list) else [more]
+    return sorted({tokenizer.eos_token_id, *more} - {None})

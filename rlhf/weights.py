@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from rlhf.errors import UserError
 
-IDENTITY_FILE = "rlhf.json"  # beside every adapter: what it was trained on, checked when it is loaded
+# beside every adapter: what it was trained on, checked when it is loaded
+IDENTITY_FILE = "rlhf.json"
 
 
 @contextlib.contextmanager
@@ -68,6 +69,7 @@ def fingerprint(model: nn.Module, sample: int = 4096) -> str:
     for name, tensor in sorted(base_weights(model).items()):
         name = name.removeprefix("base_model.model.")
         flat = tensor.detach().reshape(-1)
+        # read as bfloat16, weights have the same fingerprint whether loaded as float32 or as bfloat16
         step = max(1, flat.numel() // sample)
         values = flat[::step][:sample].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -80,6 +82,7 @@ def folder_fingerprint(path: str | Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(Path(path).glob("*.safetensors")):
         with open(file, "rb") as stream:
+            # by blocks: a file may be larger than the memory
             for block in iter(lambda: stream.read(1 << 20), b""):
                 digest.update(block)
     return digest.hexdigest()[:16]
@@ -103,6 +106,8 @@ def plain_name(name: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # torch's own words recommend to run whatever it holds
+    """Return the first line of an error's message, or its type where it has none."""
+    # torch's own message recommends running whatever the file holds
+    if isinstance(error, pickle.UnpicklingError):
         return "a pickle that holds more than weights, and could run code; save the weights as safetensors"
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
