@@ -89,7 +89,8 @@ async def vote(request: Request) -> Response:
 
     # a browser sends these as the page had them; anything else is a stale or made-up form
     assignment, click = _first(form, "assignment"), _first(form, "click")
-    if not (assignment.isdecimal() and len(assignment) < 16 and 0 < len(click) <= LONGEST_CLICK):
+    is_number = assignment.isascii() and assignment.isdecimal() and len(assignment) < 16
+    if not is_number or not 0 < len(click) <= LONGEST_CLICK:
         return RedirectResponse("/?note=gone", 303)
 
     strength = _first(form, "strength")
