@@ -48,9 +48,9 @@ class Tree:
 
 def measure(root: Path) -> Tree:
     tree, imports = Tree(), {}
-    files = sorted(path for top in ("launch", "rlhf", "reward") for path in (root / top).rglob("*.py"))
+    files = [*(root / "launch").rglob("*.py"), *(root / "rlhf").rglob("*.py"), *(root / "reward").rglob("*.py")]
     modules = {module_name(path, root) for path in files}
-    for path in files:
+    for path in sorted(files):
         source = path.read_text(encoding="utf-8")
         parsed = ast.parse(source)
         size = size_of(source, parsed, str(path.relative_to(root)))
@@ -62,7 +62,7 @@ def measure(root: Path) -> Tree:
 
 
 def package_name(path: Path, root: Path) -> str:
-    """rlhf/data/prepare for a file in it; rlhf for a file directly in rlhf/."""
+    """Return the folder of a file, such as rlhf/data/prepare."""
     return path.parent.relative_to(root).as_posix()
 
 
@@ -72,7 +72,9 @@ def module_name(path: Path, root: Path) -> str:
 
 def size_of(source: str, parsed: ast.Module, name: str) -> Size:
     docstrings = [node.body[0] for node in ast.walk(parsed) if has_docstring(node)]
-    docstring_lines = {line for doc in docstrings for line in range(doc.lineno, doc.end_lineno + 1)}
+    docstring_lines: set[int] = set()
+    for doc in docstrings:
+        docstring_lines.update(range(doc.lineno, doc.end_lineno + 1))
     code_lines, comment_lines = set(), 0
     lines = source.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):

@@ -25,10 +25,12 @@ def main(argv: list[str] | None = None) -> None:
     config = parse(PPOConfig, argv)
     from reward.card import doubts_of
     from reward.compose import build_scorer
-    from reward.specs import ModelSpec, monitored, parse_specs
+    from reward.specs import ModelSpec, parse_specs
     from rlhf.ppo.guards import check_watched
 
-    scorers = parse_specs(config.reward)
+    scorers = parse_specs(config.reward, "reward")
+    evaluated = [entry for entry in config.eval_scorers if entry not in config.reward] + config.reward
+    parse_specs(evaluated, "eval_scorers and reward")
     weights = {spec.name: spec.weight for spec in scorers}
     check_watched(config.guards, weights)
     run = start_run("ppo", config)
@@ -52,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     plan = f"{config.total_steps} steps of {config.rollout_batch_size} responses"
     run.log(f"{len(data.prompts)} training prompts, {plan}")
 
-    for spec in config.reward:
-        run.record_dependency(f"reward {json.dumps(spec)}", files_fingerprint(scorer_files(spec)))
-        for folder in [spec["model"]] if "model" in spec else spec.get("ensemble", []):
+    for entry, spec in zip(config.reward, scorers, strict=True):
+        run.record_dependency(f"reward {json.dumps(entry)}", files_fingerprint(scorer_files(entry)))
+        for folder in spec.model_folders:
             for doubt in doubts_of(folder):
                 run.log(f"WARNING: {folder}: {doubt}")
 
@@ -84,8 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     builders = {ModelSpec: model_builder(roles, role, budget)}
     scorer = build_scorer(config.reward, tokenizer, builders)
     if evaluation is not None:
-        extra = [spec for spec in config.eval_scorers if spec not in config.reward]
-        evaluation.scorer = build_scorer([*extra, *config.reward], tokenizer, builders)
+        evaluation.scorer = build_scorer(evaluated, tokenizer, builders)
     trainer = PPOTrainer(
         config,
         roles,
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         run.world,
         budget=budget,
         deepspeed_config=read_deepspeed_config(config.deepspeed, run.world, config),
-        monitored=monitored(config.reward),
+        monitored=[spec.name for spec in scorers if not spec.weight],
     )
 
     loop = TrainingLoop(run, trainer, initial, evaluation, weights)

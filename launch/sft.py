@@ -20,6 +20,10 @@ from rlhf.runs.start import start_run
 @program
 def main(argv: list[str] | None = None) -> None:
     config = parse(SFTRunConfig, argv)
+    if config.eval_scorers:
+        from reward.specs import parse_specs
+
+        parse_specs(config.eval_scorers, "eval_scorers")
     run = start_run("sft", config)
 
     # these take seconds to import: not before the options are checked

@@ -14,6 +14,7 @@ docs/rewards.md describes the kinds.
 from __future__ import annotations
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,9 +38,14 @@ class ScorerSpec(Spec):
     weight: Number = 1.0
 
     @property
+    @abstractmethod
     def default_name(self) -> str:
         """The name of an entry that gives none."""
-        raise NotImplementedError
+
+    @property
+    def model_folders(self) -> list[str]:
+        """The reward models that the scorer reads."""
+        return []
 
     def check(self, where: str) -> None:
         """Raise UserError, naming `where`, for what the types of the fields cannot tell."""
@@ -60,6 +66,10 @@ class ModelSpec(_LoadedSpec):
     @property
     def default_name(self) -> str:
         return Path(self.model).name
+
+    @property
+    def model_folders(self) -> list[str]:
+        return [self.model]
 
 
 class EnsembleSpec(_LoadedSpec):
@@ -88,6 +98,10 @@ class EnsembleSpec(_LoadedSpec):
     @property
     def default_name(self) -> str:
         return "ensemble"
+
+    @property
+    def model_folders(self) -> list[str]:
+        return self.ensemble
 
     def members(self) -> dict[str, ModelSpec]:
         """Return the specification of each member by its short name; it is called `ensemble/member`."""
@@ -208,18 +222,18 @@ KINDS: dict[str, type[ScorerSpec]] = {
 }
 
 
-def parse_specs(entries: Any) -> list[ScorerSpec]:
-    """Return the entries of a list of scorers as typed records with their names.
+def parse_specs(entries: Any, option: str = "scorers") -> list[ScorerSpec]:
+    """Return the entries of `option`, a list of scorers, as typed records with their names.
 
-    Raises UserError with the entry, what was found and the nearest right key.
+    Raises UserError with the option, the entry, what was found and the nearest right key.
     """
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"scorers: found {entries!r}, expected a list such as [{{model: runs/reward}}]")
+        raise UserError(f"{option}: found {entries!r}, expected a list such as [{{model: runs/reward}}]")
 
     specs: list[ScorerSpec] = []
     number_of: dict[str, int] = {}
     for number, entry in enumerate(entries, 1):
-        where = f"scorers, entry {number}"
+        where = f"{option}, entry {number}"
         kind = _kind_of(entry, where)
         spec = _parse_spec(KINDS[kind], entry, where)
         if spec.name in number_of:
@@ -232,15 +246,10 @@ def parse_specs(entries: Any) -> list[ScorerSpec]:
 
     if not any(spec.weight for spec in specs):
         raise UserError(
-            f"scorers: every weight is 0 ({', '.join(number_of)}), so that every total would be 0. "
+            f"{option}: every weight is 0 ({', '.join(number_of)}), so that every total would be 0. "
             "A scorer of weight 0 is only monitored; give at least one scorer another weight"
         )
     return specs
-
-
-def monitored(entries: Any) -> list[str]:
-    """Return the names of the scorers of weight 0: measured at every step, never learnt from."""
-    return [spec.name for spec in parse_specs(entries) if not spec.weight]
 
 
 def _kind_of(entry: Any, where: str) -> str:

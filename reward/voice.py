@@ -71,15 +71,14 @@ SomePhrases = Annotated[Phrases, AfterValidator(_refuse_empty)]
 
 
 class Section(Spec):
-    """A part of the voice. Phrases may be numbers in YAML."""
+    """A part of the voice. Phrases may be numbers in YAML.
+
+    A part that is scored has `score(text, metadata)`, which returns a number between 0 and 1.
+    """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
     weight: Number = Field(1.0, ge=0)
-
-    def score(self, text: Text, metadata: dict[str, Any]) -> float:
-        """Return the part's score of a text with the prompt's metadata, between 0 and 1."""
-        raise NotImplementedError
 
 
 class Greeting(Section):

@@ -6,6 +6,7 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf import __version__
@@ -172,7 +173,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command that `argv` names, or print help."""
     argv = sys.argv[1:] if argv is None else argv
     words = " ".join(argv[:2])
-    if words in RENAMED:
+    # a run may have one of these names: `rlhf compare run other`
+    if words in RENAMED and not Path(argv[1]).is_dir():
         raise UserError(f"'rlhf {words}' is now: rlhf {' '.join([RENAMED[words], *argv[2:]])}")
     if words.startswith("compare ") and words.endswith((".yaml", ".yml")):
         raise UserError(f"{argv[1]} is a file, not a run. To run an experiment: rlhf experiment run {argv[1]}")
@@ -204,6 +206,8 @@ def run_command(name: str, argv: list[str]) -> None:
     if first_flag and command.words:
         argv = [f"--{command.words}", ",".join(argv[:first_flag]), *argv[first_flag:]]
 
+    if command.words and not argv:
+        raise UserError(f"'rlhf {name}' needs its '{command.words}': rlhf {name} ... All options: rlhf {name} --help")
     config = parse(pkgutil.resolve_name(command.options), argv, f"rlhf {name}")
     if command.loads_models:
         from rlhf.models import silence_libraries

@@ -59,9 +59,15 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def current_names(cls: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Return `options` under the names that the dataclass `cls` (or an instance of it) gives them today."""
+def current_names(cls: Any, options: dict[str, Any], where: str = "options") -> dict[str, Any]:
+    """Return `options` under the names that the dataclass `cls` (or an instance of it) gives them today.
+
+    Raises UserError, naming `where`, if an option is given under both its names.
+    """
     renamed = {field.metadata.get("old_name"): field.name for field in dataclasses.fields(cls)}
+    for old in options:
+        if old in renamed and renamed[old] in options:
+            raise UserError(f"{where}: '{old}' is the old name of '{renamed[old]}': give one of them")
     return {renamed.get(name, name): value for name, value in options.items()}
 
 
@@ -79,7 +85,7 @@ def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) 
     # the file or flag that gave each option, for the message where its value is refused
     places: dict[str, str] = {}
     for path in files:
-        for name, value in current_names(cls, read_yaml(path)).items():
+        for name, value in current_names(cls, read_yaml(path), path).items():
             _check_known(name, cls, path, prog)
             values[name] = coerce(value, hints[name], f"{path}: option '{name}'")
             places[name] = path

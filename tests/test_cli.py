@@ -66,6 +66,16 @@ def test_renamed_commands_name_the_new_one(capsys):
     assert "rlhf experiment run x.yaml" in refused(capsys, "compare", "x.yaml")
 
 
+def test_a_run_may_be_called_as_an_old_command(capsys, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "'prompts' not given" in refused(capsys, "compare", "run", "other")
+
+
+def test_a_command_without_what_it_works_on_says_so(capsys):
+    assert "'rlhf experiment run' needs its 'config'" in refused(capsys, "experiment", "run")
+
+
 def test_unknown_commands_name_the_nearest(capsys):
     assert "unknown command 'data shwo'. Did you mean 'data show'?" in refused(capsys, "data", "shwo")
     assert "All commands: rlhf --help" in refused(capsys, "frobnicate", "x")

@@ -398,6 +398,15 @@ def test_an_option_is_still_read_under_its_old_name(tmp_path):
     assert parse(RunConfig, ["--config", str(tmp_path / "x.yaml"), "--on_bad", "stop"]).on_error == "stop"
 
 
+def test_an_option_under_both_its_names_is_refused(tmp_path):
+    from rlhf.options.shared import RunConfig
+
+    path = tmp_path / "x.yaml"
+    path.write_text("on_bad: skip\non_error: stop\n")
+    with pytest.raises(UserError, match=r"x\.yaml: 'on_bad' is the old name of 'on_error': give one of them"):
+        parse(RunConfig, ["--config", str(path)])
+
+
 def test_a_run_that_was_made_under_an_old_name_is_compared_under_the_new_one(tmp_path):
     from rlhf.options.shared import RunConfig
     from rlhf.runs.start import check_fixed

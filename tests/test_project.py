@@ -233,3 +233,28 @@ def test_the_project_speaks_of_itself_alone():
         if path.suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".json") and name != "tests/test_project.py":
             found = wrong.search(path.read_text())
             assert not found, f"{name}: {found.group(0)}"
+
+
+def test_the_documentation_names_code_that_is_there():
+    """Each `module.name` and test in backticks on a page of docs/; the log speaks of its day."""
+    all_tests = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    by_module: dict[str, str] = {}
+    for name, path in modules().items():
+        last = name.rpartition(".")[2]
+        by_module[last] = by_module.get(last, "") + path.read_text()
+
+    gone = []
+    for page in sorted(set((ROOT / "docs").glob("*.md")) - {ROOT / "docs" / "LOG.md"}):
+        text = page.read_text()
+        for module, name in re.findall(r"`([a-z_]+)\.([A-Za-z_]+)(?:\(.*?\))?`", text):
+            is_file = name in ("py", "json", "jsonl", "yaml", "md", "png", "db")
+            is_there = f"{module}.{name}" in modules() or re.search(rf"\b{name}\b", by_module.get(module, ""))
+            if module in by_module and not is_file and not is_there:
+                gone.append(f"{page.name}: {module}.{name}")
+        for name in re.findall(r"`(test_\w+)`", text):
+            if f"def {name}(" not in all_tests:
+                gone.append(f"{page.name}: {name}")
+        for name in re.findall(r"`(?:tests/[\w/]*)?(test_\w+\.py)`", text):
+            if not list((ROOT / "tests").rglob(name)):
+                gone.append(f"{page.name}: {name}")
+    assert not gone, "\n".join(gone)

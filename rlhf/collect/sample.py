@@ -210,7 +210,7 @@ def answers_of_policy(
     total = len(rows) * samples * len(config.settings())
     with tqdm(total=total, desc="sampling", unit="response", mininterval=5) as bar:
         for setting, (temperature, top_p) in enumerate(config.settings()):
-            # each setting numbers its samples anew, so that another setting changes none of them
+            # samples are numbered on from setting to setting, so that a further setting changes none of them
             numbers = range(setting * samples, (setting + 1) * samples)
             wanted = [(row["prompt_ids"], number) for row in rows for number in numbers]
             with spent.counting():

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from reward.compose import build_scorer
-from reward.specs import KINDS, VoiceSpec, monitored, parse_specs
+from reward.specs import KINDS, VoiceSpec, parse_specs
 from rlhf.data.records import BadScore, Samples, Scores
 from rlhf.errors import UserError
 
@@ -90,7 +90,7 @@ def test_every_example_of_the_docs_is_right(tmp_path, monkeypatch):
     blocks = [block["reward"] for block in blocks if "reward" in block]
     found = {type(spec) for specs in blocks for spec in parse_specs(specs)}
     assert found == set(KINDS.values())
-    assert monitored(blocks[0]) == ["length"]
+    assert [spec.name for spec in parse_specs(blocks[0]) if not spec.weight] == ["length"]
     assert build_scorer([{"function": "my_scores:shout"}])(samples("a!!", "b")).total == [2.0, 0.0]
     sys.modules.pop("my_scores", None)
 
@@ -153,6 +153,11 @@ def test_two_scorers_may_not_share_a_name():
         build_scorer([])
 
 
+def test_a_wrong_entry_is_named_with_its_option():
+    with pytest.raises(UserError, match=r"^eval_scorers, entry 2.*unknown key 'wieght'. Did you mean 'weight'\?"):
+        parse_specs([{"rule": "length"}, {"model": "runs/a", "wieght": 2}], "eval_scorers")
+
+
 @pytest.mark.parametrize(
     ("returned", "words"),
     [
@@ -192,7 +197,6 @@ def test_a_scorer_of_weight_0_is_watched():
     scores = build_scorer(specs, builders={VoiceSpec: fixed([7.0], item=[3.0])})(samples("a b"))
     assert scores.total == pytest.approx([1.0])
     assert scores.breakdown == {"length": [0.5], "shop": [7.0], "shop/item": [3.0]}
-    assert monitored(specs) == ["shop"] and monitored(specs[:1]) == []
     with pytest.raises(BadScore, match="scorer 'shop'"):  # a watcher that fails is said too
         build_scorer(specs, builders={VoiceSpec: fixed([math.nan])})(samples("a b"))
     with pytest.raises(UserError, match="every weight is 0 \\(shop\\)"):
