@@ -2,10 +2,11 @@
 
     python benchmarks/collect_load.py                 # 3,000 places, 30 annotators, 4 kills; about two minutes
 
-A closed loop: each annotator gets a page, thinks (uniform from half to one and a half of --think seconds), answers,
-is sent on. Some press twice, some undo. `kill -9` hits the server at random moments; it is started again on the same
-file, and whoever got no answer sends the same form once more. Afterwards the events are replayed: each answered vote is
-there, none is there twice, and no pair ever had more than its overlap. Server and annotators share the loopback.
+A closed loop: each annotator gets a page, thinks (uniform from half to one and a half of --think
+seconds), answers, is sent on. Some press twice, some undo. `kill -9` hits the server at random
+moments; it is started again on the same file, and whoever got no answer sends the same form once
+more. Afterwards the events are replayed: each answered vote is there, none is there twice, and no
+pair ever had more than its overlap. Server and annotators share the loopback.
 """
 
 from __future__ import annotations
@@ -44,9 +45,20 @@ class Server:
         self.printed = ""
 
     def start(self) -> Server:
-        command = [sys.executable, "-m", "rlhf.cli", "collect", "serve", str(self.store), "--port", str(self.port)]
+        command = [
+            sys.executable,
+            "-m",
+            "rlhf.cli",
+            "collect",
+            "serve",
+            str(self.store),
+            "--port",
+            str(self.port),
+        ]
         with open(self.log or os.devnull, "ab") as log:
-            self.process = subprocess.Popen([*command, *self.options], stdout=subprocess.PIPE, stderr=log)
+            self.process = subprocess.Popen(
+                [*command, *self.options], stdout=subprocess.PIPE, stderr=log
+            )
         text, deadline = b"", time.monotonic() + 600
         while b"Ctrl-C" not in text:
             if time.monotonic() > deadline or self.process.poll() is not None:
@@ -120,9 +132,13 @@ def fields_of(page: str, action: str = "/vote") -> dict[str, str]:
 
 @dataclass
 class Load:
-    """What the annotators saw: seconds of each request by kind, the clicks that were answered, repeats and failures."""
+    """What the annotators saw: seconds of each request by kind, the clicks that were answered,
+    repeats and failures.
+    """
 
-    seconds: dict[str, list[float]] = field(default_factory=lambda: {"page": [], "vote": [], "undo": []})
+    seconds: dict[str, list[float]] = field(
+        default_factory=lambda: {"page": [], "vote": [], "undo": []}
+    )
     votes: set[str] = field(default_factory=set)  # "name click"
     undos: set[str] = field(default_factory=set)
     repeats: int = 0
@@ -132,24 +148,48 @@ class Load:
 
 def fill(path: Path, pairs: int, controls: int) -> None:
     """A store of pairs with answers of a usual length."""
-    words = ["we", "are", "happy", "to", "help", "and", "will", "send", "you", "a", "new", "one", "with", "regards"]
+    words = [
+        "we",
+        "are",
+        "happy",
+        "to",
+        "help",
+        "and",
+        "will",
+        "send",
+        "you",
+        "a",
+        "new",
+        "one",
+        "with",
+        "regards",
+    ]
     rng = random.Random(0)
     with Store.open(path, create=True) as store, store.transaction():
         for i in range(pairs + controls):
             prompt = store.add_prompt(
-                [{"role": "user", "content": f"Question {i}: " + " ".join(rng.choices(words, k=30))}]
+                [
+                    {
+                        "role": "user",
+                        "content": f"Question {i}: " + " ".join(rng.choices(words, k=30)),
+                    }
+                ]
             )
             texts = (f"**Answer {s}**: " + " ".join(rng.choices(words, k=80)) for s in "ab")
             a, b = (store.add_response(prompt, text) for text in texts)
             store.add_comparison(a, b, **({"kind": "control", "expected": a} if i >= pairs else {}))
 
 
-def annotate(name: str, link: str, port: int, think: float, load: Load, lock: threading.Lock, end: float) -> None:
+def annotate(
+    name: str, link: str, port: int, think: float, load: Load, lock: threading.Lock, end: float
+) -> None:
     """One annotator until nothing is left for them."""
     rng, client = random.Random(name), Client(port)
 
     def send(kind: str, *request) -> tuple[str, str]:
-        """(where to, page), tried until answered; only the time of the try that was answered counts."""
+        """(where to, page), tried until answered; only the time of the try that was answered
+        counts.
+        """
         while time.monotonic() < end:
             begun = time.monotonic()
             try:
@@ -176,7 +216,10 @@ def annotate(name: str, link: str, port: int, think: float, load: Load, lock: th
             continue
         time.sleep(rng.uniform(0.5, 1.5) * think)
         fields = fields_of(page)
-        form = fields | {"choice": rng.choice(("left", "right", "left", "right", "tie")), "strength": "2"}
+        form = fields | {
+            "choice": rng.choice(("left", "right", "left", "right", "tie")),
+            "strength": "2",
+        }
         for _ in range(2 if rng.random() < 0.05 else 1):  # a double click
             where, _ = send("vote", "POST", "/vote", form)
             with lock:
@@ -196,7 +239,16 @@ def annotate(name: str, link: str, port: int, think: float, load: Load, lock: th
                     load.strange.append(f"undo: {where}")
 
 
-def run(path: Path, pairs: int, controls: int, overlap: int, people: int, think: float, kills: int, limit: float):
+def run(
+    path: Path,
+    pairs: int,
+    controls: int,
+    overlap: int,
+    people: int,
+    think: float,
+    kills: int,
+    limit: float,
+):
     """Fill the store, let everybody work, kill the server at random; returns (Load, seconds)."""
     fill(path, pairs, controls)
     names = [f"p{i:02d}" for i in range(people)]
@@ -204,7 +256,10 @@ def run(path: Path, pairs: int, controls: int, overlap: int, people: int, think:
     load, lock, begun = Load(), threading.Lock(), time.monotonic()
     end = begun + limit
     threads = [
-        threading.Thread(target=annotate, args=(n, server.links[n], server.port, think, load, lock, end)) for n in names
+        threading.Thread(
+            target=annotate, args=(n, server.links[n], server.port, think, load, lock, end)
+        )
+        for n in names
     ]
     expected = think * (pairs * overlap * 1.15) / people
     moments = sorted(random.Random(1).uniform(0.1, 0.9) * expected for _ in range(kills))
@@ -223,7 +278,9 @@ def run(path: Path, pairs: int, controls: int, overlap: int, people: int, think:
 
 
 def check(path: Path, load: Load, pairs: int, overlap: int) -> dict[str, int]:
-    """Replay the events against what the annotators were told; raises AssertionError on the first that is wrong."""
+    """Replay the events against what the annotators were told; raises AssertionError on the first
+    that is wrong.
+    """
     with Store.open(path) as store:
         assert store._db.execute("PRAGMA integrity_check").fetchone()[0] == "ok"
         names = {row["id"]: row["name"] for row in store.annotators()}
@@ -246,11 +303,18 @@ def check(path: Path, load: Load, pairs: int, overlap: int) -> dict[str, int]:
             assert people.pop(row["annotator"]) == row["undoes"]
     assert load.votes <= kept["vote"], f"{len(load.votes - kept['vote'])} answered votes are lost"
     assert load.undos <= kept["undo"], f"{len(load.undos - kept['undo'])} answered undos are lost"
-    assert kept["vote"] <= load.votes and kept["undo"] <= load.undos, "votes are there that nobody was told of"
+    assert kept["vote"] <= load.votes and kept["undo"] <= load.undos, (
+        "votes are there that nobody was told of"
+    )
     assert not load.strange, load.strange[:5]
     normal = [vote for vote in standing if vote.comparison not in controls]
     assert len(normal) == pairs * overlap, f"{len(normal)} votes stand, expected {pairs * overlap}"
-    return {"cast": len(kept["vote"]), "undone": len(kept["undo"]), "standing": len(standing), "normal": len(normal)}
+    return {
+        "cast": len(kept["vote"]),
+        "undone": len(kept["undo"]),
+        "standing": len(standing),
+        "normal": len(normal),
+    }
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float, float]:
@@ -260,7 +324,9 @@ def percentiles(values: list[float]) -> tuple[float, float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name, value in (
         ("pairs", 1000),
         ("controls", 40),
@@ -270,13 +336,24 @@ def main() -> None:
         ("repeats", 3),
     ):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--think", type=float, default=1.0, help="mean seconds between page and answer")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which a round gives up")
+    parser.add_argument(
+        "--think", type=float, default=1.0, help="mean seconds between page and answer"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=600.0, help="seconds after which a round gives up"
+    )
     options = parser.parse_args()
     for number in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "votes.db"
-            about = (options.pairs, options.controls, options.overlap, options.people, options.think, options.kills)
+            about = (
+                options.pairs,
+                options.controls,
+                options.overlap,
+                options.people,
+                options.think,
+                options.kills,
+            )
             load, seconds = run(path, *about, options.limit)
             counts = check(path, load, options.pairs, options.overlap)
         print(
@@ -288,7 +365,9 @@ def main() -> None:
         for kind in ("page", "vote"):
             times = load.seconds[kind]
             p50, p95, p99, most = percentiles(times)
-            print(f"  {len(times):5d} x {kind:4s} p50 {p50:.1f}, p95 {p95:.1f}, p99 {p99:.1f}, max {most:.1f} ms")
+            print(
+                f"  {len(times):5d} x {kind:4s} p50 {p50:.1f}, p95 {p95:.1f}, p99 {p99:.1f}, max {most:.1f} ms"
+            )
         print(flush=True)
 
 

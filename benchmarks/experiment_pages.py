@@ -22,7 +22,11 @@ from rlhf.files import dumps, write_atomic
 from rlhf.runs.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES, IMAGES, RESULTS = ROOT / "docs/experiments", ROOT / "docs/images/experiments", ROOT / "benchmarks/results"
+PAGES, IMAGES, RESULTS = (
+    ROOT / "docs/experiments",
+    ROOT / "docs/images/experiments",
+    ROOT / "benchmarks/results",
+)
 EARLY = 2  # steps of PPO at which the critic is looked at: before it has learnt much itself
 
 
@@ -83,7 +87,9 @@ def write_sandbox(folder: Path) -> None:
     for name, found in ladders.items():
         ends = ", ".join(f"{s:g}: {kl:.2f}" for s, kl in found["ends"].items())
         kl, gold = found["kl"], found["judge"]
-        lines.append(f"| {name} | {results.methods[name]['swept']} | {ends} | {shown(kl)} | {shown(gold)} |")
+        lines.append(
+            f"| {name} | {results.methods[name]['swept']} | {ends} | {shown(kl)} | {shown(gold)} |"
+        )
     falls = dict(zip(ladders, verdicts_of([(f["kl"], -1) for f in ladders.values()]), strict=True))
     page(
         "ladder",
@@ -103,7 +109,8 @@ def write_sandbox(folder: Path) -> None:
         report,
         {
             "ladder": {
-                n: {k: e.to_dict() if isinstance(e, Estimate) else e for k, e in f.items()} for n, f in ladders.items()
+                n: {k: e.to_dict() if isinstance(e, Estimate) else e for k, e in f.items()}
+                for n, f in ladders.items()
             }
         },
     )
@@ -113,16 +120,26 @@ def write_ablations(folder: Path) -> None:
     """details.md: what each detail of PPO does, with its sign."""
     config, results, report = read(folder)
     lines, found, asked = [], {}, {}
-    for name, measure in (("ppo_without_eos_rule", "ended"), ("ppo_critic_from_policy", f"score/{results.judge}")):
-        own = {m: end_difference(results, "ppo", name, m) for m in (measure, f"score/{results.judge}", "length", "kl")}
+    for name, measure in (
+        ("ppo_without_eos_rule", "ended"),
+        ("ppo_critic_from_policy", f"score/{results.judge}"),
+    ):
+        own = {
+            m: end_difference(results, "ppo", name, m)
+            for m in (measure, f"score/{results.judge}", "length", "kl")
+        }
         found[name] = {m: e.to_dict() for m, e in own.items()}
         asked[name] = (own[measure], 1)
         if name == "ppo_critic_from_policy":
             early = explained(folder, results, name)
             found[name]["explained_variance"] = early.to_dict()
             asked[name] = (early, 1)
-            lines.append(f"| explained variance of the critic, mean of its first {EARLY} steps | {shown(early)} |")
-        lines += [f"| {label_of(m)}: PPO as published over {name} | {shown(e)} |" for m, e in own.items()]
+            lines.append(
+                f"| explained variance of the critic, mean of its first {EARLY} steps | {shown(early)} |"
+            )
+        lines += [
+            f"| {label_of(m)}: PPO as published over {name} | {shown(e)} |" for m, e in own.items()
+        ]
     verdicts = [
         f"{name.removeprefix('ppo_').replace('_', ' ')}: {word}"
         for name, word in zip(asked, verdicts_of(list(asked.values())), strict=True)
@@ -163,7 +180,9 @@ def write_polite(folder: Path) -> None:
             *sentences_of(report),
             *[f"- {sentence}" for sentence in report_sentences(report)],
             "",
-            "The referee orders {:.3f} [{:.3f}, {:.3f}] of its validation pairs rightly.".format(*accuracy),
+            "The referee orders {:.3f} [{:.3f}, {:.3f}] of its validation pairs rightly.".format(
+                *accuracy
+            ),
             "",
             "![referee's score over SFT against the root of the KL](../images/experiments/polite-frontier.png)",
             "",
@@ -198,11 +217,18 @@ def ladder(results: Results, method: str) -> dict:
     x = (x - x.mean()) / np.sum((x - x.mean()) ** 2)
 
     def table(measure: str) -> np.ndarray:  # (strengths, seeds, groups)
-        return np.array([[results.group_means(ends[s][seed].values[measure]) for seed in seeds] for s in swept_values])
+        return np.array(
+            [
+                [results.group_means(ends[s][seed].values[measure]) for seed in seeds]
+                for s in swept_values
+            ]
+        )
 
     def slope(values: np.ndarray) -> Estimate:
         def statistic(seed_weights: np.ndarray, group_weights: np.ndarray) -> float:
-            means = np.average(np.average(values, axis=2, weights=group_weights), axis=1, weights=seed_weights)
+            means = np.average(
+                np.average(values, axis=2, weights=group_weights), axis=1, weights=seed_weights
+            )
             return float(x @ means)
 
         return crossed_statistic(statistic, *values.shape[1:])
@@ -217,14 +243,18 @@ def ladder(results: Results, method: str) -> dict:
 
 def end_difference(results: Results, a: str, b: str, measure: str) -> Estimate:
     """a - b at the ends of their runs, by the seeds that both have."""
-    ends: list[dict[int, Point]] = [{p.seed: p for p in results.of(name) if p.last} for name in (a, b)]
+    ends: list[dict[int, Point]] = [
+        {p.seed: p for p in results.of(name) if p.last} for name in (a, b)
+    ]
     seeds = sorted(set(ends[0]) & set(ends[1]))
     values = [[results.group_means(end[seed].values[measure]) for seed in seeds] for end in ends]
     return crossed_mean(np.array(values[0]) - np.array(values[1]))
 
 
 def explained(folder: Path, results: Results, other: str) -> Estimate:
-    """Explained variance of the critic in its first steps, ppo's less the other's; the seeds are the unit."""
+    """Explained variance of the critic in its first steps, ppo's less the other's; the seeds are
+    the unit.
+    """
 
     def early(method: str) -> dict[int, float]:
         found = {}
@@ -241,15 +271,20 @@ def explained(folder: Path, results: Results, other: str) -> Estimate:
 
     a, b = early("ppo"), early(other)
     differences = np.array([a[seed] - b[seed] for seed in sorted(set(a) & set(b))])
-    return crossed_mean(differences[None, :])  # one row, its columns random: Student's t over the seeds
+    # one row, its columns random: Student's t over the seeds
+    return crossed_mean(differences[None, :])
 
 
 def verdicts_of(asked: list[tuple[Estimate, int]]) -> list[str]:
-    """The verdict on each (difference, expected sign); the claims of a page are one family (Holm, 5 %)."""
+    """The verdict on each (difference, expected sign); the claims of a page are one family (Holm, 5
+    %).
+    """
     words = []
     for (difference, expected), p in zip(asked, holm([d.p for d, _ in asked]), strict=True):
         as_expected = (difference.estimate > 0) == (expected > 0)
-        words.append("undecided" if not p < 0.05 else "reproduced" if as_expected else "not reproduced")
+        words.append(
+            "undecided" if not p < 0.05 else "reproduced" if as_expected else "not reproduced"
+        )
     return words
 
 
@@ -268,7 +303,9 @@ def method_lines(config: ExperimentConfig, report: dict) -> list[str]:
     unit, meta = report["unit"], report["meta"]
     hours = sum(filter(None, meta["seconds"].values())) / 3600
     versions = ", ".join(f"{k} {v}" for k, v in meta["versions"].items() if v)
-    commits = ", ".join(sorted({json.loads(code)["commit"] or "?" for code in meta["code"] if code != "null"}))
+    commits = ", ".join(
+        sorted({json.loads(code)["commit"] or "?" for code in meta["code"] if code != "null"})
+    )
     lines = [
         f"- {len(unit['seeds'])} run seeds x {unit['groups']} groups of prompts, {unit['samples_per_prompt']} samples "
         f"each; `configs/experiments/{Path(config.output_dir).name}.yaml`, commit {commits}.",
@@ -281,7 +318,9 @@ def method_lines(config: ExperimentConfig, report: dict) -> list[str]:
     return lines
 
 
-def page(name: str, title: str, claim: str, verdict: str, body: list[str], about: list[str]) -> None:
+def page(
+    name: str, title: str, claim: str, verdict: str, body: list[str], about: list[str]
+) -> None:
     lines = [
         f"# {title}",
         "",
@@ -296,7 +335,9 @@ def page(name: str, title: str, claim: str, verdict: str, body: list[str], about
         *about,
     ]
     PAGES.mkdir(parents=True, exist_ok=True)
-    write_atomic(PAGES / f"{name}.md", "\n".join([*lines, f"- Written {date.today().isoformat()}.", ""]))
+    write_atomic(
+        PAGES / f"{name}.md", "\n".join([*lines, f"- Written {date.today().isoformat()}.", ""])
+    )
     print(f"docs/experiments/{name}.md: {verdict}")
     write_index()
 
@@ -309,12 +350,24 @@ def write_index() -> None:
             continue
         lines = file.read_text().splitlines()
         found = {
-            key: next((line.removeprefix(f"**{key}:** ") for line in lines if line.startswith(f"**{key}:**")), "")
+            key: next(
+                (
+                    line.removeprefix(f"**{key}:** ")
+                    for line in lines
+                    if line.startswith(f"**{key}:**")
+                ),
+                "",
+            )
             for key in ("Published", "Here")
         }
         title = lines[0].removeprefix("# ")
         rows.append(f"| [{title}]({file.name}) | {found['Published']} | {found['Here']} |")
-    head = ["# Published results, repeated here", "", "`make experiments` makes them all, and resumes.", ""]
+    head = [
+        "# Published results, repeated here",
+        "",
+        "`make experiments` makes them all, and resumes.",
+        "",
+    ]
     tail = [
         "",
         "A result is *reproduced* or *not reproduced* where that holds at 5 % for all claims of its page together "
@@ -358,7 +411,16 @@ def save(name: str, report: dict, more: dict) -> None:
     }
     meta = {
         k: report["meta"][k]
-        for k in ("config", "lengths", "code", "versions", "hardware", "stopped", "missing", "left_out")
+        for k in (
+            "config",
+            "lengths",
+            "code",
+            "versions",
+            "hardware",
+            "stopped",
+            "missing",
+            "left_out",
+        )
     }
     file = RESULTS / f"{date.today().isoformat()}-experiment-{name}.json"
     text = dumps(kept | {"points": points, "meta": meta} | more)

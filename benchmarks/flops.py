@@ -1,9 +1,10 @@
-"""Is `budget/flops` what is computed? A step of each program, counted by us and by torch's FlopCounterMode.
+"""Is `budget/flops` what is computed? A step of each program, counted by us and by torch's
+FlopCounterMode.
 
     nice -n 10 python benchmarks/flops.py          # all shapes, about a minute of one core
 
-Matrix products are counted as torch makes them. Its counter does not know the CPU's fused attention, so it is given
-torch's own formulas for the fused attention of GPUs.
+Matrix products are counted as torch makes them. Its counter does not know the CPU's fused
+attention, so it is given torch's own formulas for the fused attention of GPUs.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    mm_flop,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from rlhf.runs.budget import Budget
 
 UNKNOWN = {  # to torch's counter
     torch.ops.aten.addmm_: lambda total, a, b, *_, **__: mm_flop(a, b),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: (
+        sdpa_flop_count(q, k, v)
+    ),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
     ),
@@ -33,7 +41,9 @@ PAD, EOS = 0, 1
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and rows of `prompt` + `response` tokens; ragged rows are of all lengths up to these."""
+    """A model, and rows of `prompt` + `response` tokens; ragged rows are of all lengths up to
+    these.
+    """
 
     vocabulary: int
     width: int
@@ -49,7 +59,9 @@ class Shape:
         draw = random.Random(seed)
         if not self.ragged:
             return [(self.prompt, self.response)] * self.rows
-        return [(draw.randint(2, self.prompt), draw.randint(1, self.response)) for _ in range(self.rows)]
+        return [
+            (draw.randint(2, self.prompt), draw.randint(1, self.response)) for _ in range(self.rows)
+        ]
 
 
 SHAPES = {
@@ -69,7 +81,9 @@ def tokenizer_of(shape: Shape):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2} | {f"w{i}": i for i in range(3, shape.vocabulary)}
+    words = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2} | {
+        f"w{i}": i for i in range(3, shape.vocabulary)
+    }
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
@@ -103,13 +117,18 @@ def rows_of(shape: Shape, seed: int = 1) -> list[dict[str, list[int]]]:
 
 def measured(call: Callable[[], Any]) -> float:
     """FLOPs of all matrix products that torch makes in `call`."""
-    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter, contextlib.redirect_stdout(io.StringIO()):
+    with (
+        FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         call()  # TRL prints its metrics
     return float(counter.get_total_flops())
 
 
 def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
-    """(what is counted, FLOPs measured) of a PPO step: sampled, scored by the reward role, read by all, one epoch."""
+    """(what is counted, FLOPs measured) of a PPO step: sampled, scored by the reward role, read by
+    all, one epoch.
+    """
     from rlhf.adapters import lora_config
     from rlhf.data.records import Prompt
     from rlhf.distributed import DistributedContext
@@ -141,14 +160,20 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
         list(range(EOS, shape.vocabulary, 16)) if shape.ragged else [],
         rows if config.ptx_coef else [],
     )
-    trainer = PPOTrainer(config, roles, role_scorer(roles, PAD, shape.rows // 2), data, DistributedContext())
+    trainer = PPOTrainer(
+        config, roles, role_scorer(roles, PAD, shape.rows // 2), data, DistributedContext()
+    )
     cache_is_exact(roles.trunk)  # tried once for each model, not counted
     flops = measured(lambda: trainer.step(0))
     return trainer.budget, flops
 
 
-def trl_step(shape: Shape, program: str, use_peft: bool = True, **options: Any) -> tuple[Budget, float]:
-    """(what is counted, FLOPs measured) of one step of `program`: sft, reward or dpo, by its trainer."""
+def trl_step(
+    shape: Shape, program: str, use_peft: bool = True, **options: Any
+) -> tuple[Budget, float]:
+    """(what is counted, FLOPs measured) of one step of `program`: sft, reward or dpo, by its
+    trainer.
+    """
     from datasets import Dataset
     from trl import DPOConfig, RewardConfig, SFTConfig, SFTTrainer
 
@@ -168,9 +193,16 @@ def trl_step(shape: Shape, program: str, use_peft: bool = True, **options: Any) 
         )  # fmt: skip
         rows, others, tokenizer = rows_of(shape), rows_of(shape, 2), tokenizer_of(shape)
         budget, initial = Budget(), InitialModel(model_of(shape), tokenizer, "x", "x", None, "x")
-        lora = lora_config("SEQ_CLS" if program == "reward" else "CAUSAL_LM", r=shape.rank) if use_peft else None
+        lora = (
+            lora_config("SEQ_CLS" if program == "reward" else "CAUSAL_LM", r=shape.rank)
+            if use_peft
+            else None
+        )
         given: dict[str, Any] = {"args": args, "processing_class": tokenizer}
-        whole = [(r["prompt_ids"], r["response_ids"], o["response_ids"]) for r, o in zip(rows, others, strict=True)]
+        whole = [
+            (r["prompt_ids"], r["response_ids"], o["response_ids"])
+            for r, o in zip(rows, others, strict=True)
+        ]
         if program == "sft":
             data = [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a, _ in whole]
             model, cls = trainable_policy(initial, lora), SFTTrainer
@@ -197,10 +229,18 @@ def trl_step(shape: Shape, program: str, use_peft: bool = True, **options: Any) 
 
 def main() -> None:
     torch.set_num_threads(1)
-    print("| shape | PPO, with sampling | DPO | reward model | SFT |\n| --- | ---: | ---: | ---: | ---: |")
+    print(
+        "| shape | PPO, with sampling | DPO | reward model | SFT |\n| --- | ---: | ---: | ---: | ---: |"
+    )
     for name, shape in SHAPES.items():
-        pairs = [ppo_step(shape), *(trl_step(shape, program) for program in ("dpo", "reward", "sft"))]
-        print(f"| {name} | {' | '.join(f'{flops / budget.flops:.3f}' for budget, flops in pairs)} |", flush=True)
+        pairs = [
+            ppo_step(shape),
+            *(trl_step(shape, program) for program in ("dpo", "reward", "sft")),
+        ]
+        print(
+            f"| {name} | {' | '.join(f'{flops / budget.flops:.3f}' for budget, flops in pairs)} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Do the guards catch what they are for? Faults put into real PPO runs that are healthy until then, one at a time.
+"""Do the guards catch what they are for? Faults put into real PPO runs that are healthy until then,
+one at a time.
 
     python benchmarks/guards.py                              # a model made in memory: minutes on one core
     python benchmarks/guards.py --model runs/quickstart/sft --data runs/sandbox/prompts.jsonl
@@ -54,7 +55,8 @@ class Fault:
     hard: bool = False
     last: int | None = None
     score: Callable[[Samples], Scores] | None = None  # in the place of the healthy scorer
-    poison: Callable[[PPOTrainer, Any, Any], Any] | None = None  # a context around one update, or all
+    # a context around one update, or all
+    poison: Callable[[PPOTrainer, Any, Any], Any] | None = None
     rate: float | None = None  # the policy's step size
     options: dict[str, Any] = field(default_factory=dict)
     guards: dict[str, Any] = field(default_factory=dict)
@@ -77,8 +79,9 @@ def each(function: Callable[[list[int]], float]) -> Callable[[Samples], Scores]:
 
 
 def nan_for_one(samples: Samples) -> Scores:
-    """As a scorer does that divides by nothing for one response; `checked` in reward/compose.py says it in these
-    words."""
+    """As a scorer does that divides by nothing for one response; `checked` in reward/compose.py
+    says it in these words.
+    """
     message = f"scorer 'tone' returned nan for prompt {samples.prompts[0][-1]['content']!r}"
     raise BadScore(message, "tone", 0, math.nan)
 
@@ -89,7 +92,9 @@ def repeats(ids: list[int]) -> float:
 
 
 def overdone(samples: Samples) -> Scores:
-    """A proxy that pays for a kind of token without end; gold likes a third of them, and no more (Gao et al. 2023)."""
+    """A proxy that pays for a kind of token without end; gold likes a third of them, and no more
+    (Gao et al. 2023).
+    """
     shares = [share(ids) for ids in samples.response_ids]
     proxy = [4 * s for s in shares]
     return Scores(proxy, {"proxy": proxy, "gold": [4 * min(s, 0.9 - 1.5 * s) for s in shares]})
@@ -160,7 +165,9 @@ HEALTHY = each(lambda ids: 4 * share(ids))
 
 @dataclass
 class Seen:
-    """What a run with a fault showed. `found` has each decision with the number of updates begun since the fault."""
+    """What a run with a fault showed. `found` has each decision with the number of updates begun
+    since the fault.
+    """
 
     found: list[tuple[Decision, int]] = field(default_factory=list)
     events: list[dict[str, Any]] = field(default_factory=list)
@@ -179,12 +186,19 @@ class Seen:
 
 
 def play(fault: Fault, make: Callable[[Fault, Callable], PPOTrainer]) -> Seen:
-    """One run with the fault. A rollback goes to a checkpoint of any step, in a folder that is thrown away."""
+    """One run with the fault. A rollback goes to a checkpoint of any step, in a folder that is
+    thrown away.
+    """
     seen = Seen()
 
     def score(samples: Samples) -> Scores:
-        always = fault.score is overdone  # which becomes a fault by itself, when gold has had enough
-        return (fault.score if fault.score and (always or fault.strikes(trainer.steps_done + 1)) else HEALTHY)(samples)
+        # which becomes a fault by itself, when gold has had enough
+        always = fault.score is overdone
+        return (
+            fault.score
+            if fault.score and (always or fault.strikes(trainer.steps_done + 1))
+            else HEALTHY
+        )(samples)
 
     def note() -> None:
         seen.found += [(decision, seen.updates) for decision in trainer.guards.drain_events()]
@@ -206,7 +220,11 @@ def play(fault: Fault, make: Callable[[Fault, Callable], PPOTrainer]) -> Seen:
 
         try:
             stopped = trainer.train(on_step, roll_back)
-            seen.end = f"stopped at step {trainer.steps_done}" if stopped else f"went on to step {trainer.steps_done}"
+            seen.end = (
+                f"stopped at step {trainer.steps_done}"
+                if stopped
+                else f"went on to step {trainer.steps_done}"
+            )
         except BadScore:
             seen.end = f"stopped at step {trainer.steps_done + 1} by the scorer's message"
     note()
@@ -233,7 +251,8 @@ def spoil(trainer: PPOTrainer, fault: Fault, seen: Seen, note: Callable[[], None
         return metrics, decision
 
     def spoiled_rates(step: int) -> list[float]:
-        over = fault.last is not None and trainer.guards.rollbacks  # what happened once does not come again
+        # what happened once does not come again
+        over = fault.last is not None and trainer.guards.rollbacks
         absurd = fault.rate if fault.rate and fault.strikes(step + 1) and not over else None
         return [absurd or rates(step)[0], *rates(step)[1:]]
 
@@ -242,23 +261,43 @@ def spoil(trainer: PPOTrainer, fault: Fault, seen: Seen, note: Callable[[], None
 
 def row(fault: Fault, seen: Seen) -> tuple[list[str], bool]:
     """A line of the table, and whether the fault was caught as it has to be."""
-    done = [f"{e['guard']}: {e['action']}" + (f" x {e['times']}" if e["times"] > 1 else "") for e in seen.events]
+    done = [
+        f"{e['guard']}: {e['action']}" + (f" x {e['times']}" if e["times"] > 1 else "")
+        for e in seen.events
+    ]
     changed = {**fault.options, **({"guards": fault.guards} if fault.guards else {})}
-    cells = [fault.name, ", ".join(f"`{k}: {v}`".replace("'", "") for k, v in changed.items()) or "-"]
+    cells = [
+        fault.name,
+        ", ".join(f"`{k}: {v}`".replace("'", "") for k, v in changed.items()) or "-",
+    ]
     caught = seen.first(fault.guard)
     if caught is None:
         return [*cells, "**missed**", "-", "; ".join(done) or "-", seen.end, "-"], False
     decision, updates = caught
     if fault.hard:
-        after, good = f"update {updates}" if updates else "scoring, no update", updates <= HARD_LIMIT
+        after, good = (
+            f"update {updates}" if updates else "scoring, no update",
+            updates <= HARD_LIMIT,
+        )
     elif fault.guard == "hacking":
         after, good = f"{decision.step - peak(seen)} steps after gold's best", True
     else:
         sustained = decision.step - decision.since
         after, good = f"{decision.step - FAULT + 1} steps, {sustained} since the threshold", True
     good = good and not seen.early and not seen.harmed
-    end = seen.end + ("; **a false alarm before**" if seen.early else "") + ("; **harmed**" if seen.harmed else "")
-    return [*cells, f"`{decision.guard}`", after, "; ".join(done), end, decision.reason.split(":")[0]], good
+    end = (
+        seen.end
+        + ("; **a false alarm before**" if seen.early else "")
+        + ("; **harmed**" if seen.harmed else "")
+    )
+    return [
+        *cells,
+        f"`{decision.guard}`",
+        after,
+        "; ".join(done),
+        end,
+        decision.reason.split(":")[0],
+    ], good
 
 
 def peak(seen: Seen) -> int:
@@ -272,21 +311,32 @@ def peak(seen: Seen) -> int:
 
 
 def in_memory(folder: str) -> tuple[str, list[dict], list[int]]:
-    """A tiny model with random weights, its tokenizer, prompts, and the one token in twelve that ends a response."""
+    """A tiny model with random weights, its tokenizer, prompts, and the one token in twelve that
+    ends a response.
+    """
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests is not installed
     from tests.conftest import make_model, make_tokenizer
 
     tokenizer = make_tokenizer()
-    make_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id).save_pretrained(folder)
+    make_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id).save_pretrained(
+        folder
+    )
     tokenizer.save_pretrained(folder)
     texts = ("one", "three", "seventeen", "a", "of it", "many things", "yes", "no")
     records = [Prompt(prompt=[{"role": "user", "content": text}]) for text in texts]
-    rows = [{"prompt_ids": tokenizer(t)["input_ids"], "record": r} for t, r in zip(texts, records, strict=True)]
+    rows = [
+        {"prompt_ids": tokenizer(t)["input_ids"], "record": r}
+        for t, r in zip(texts, records, strict=True)
+    ]
     return folder, rows, [tokenizer.eos_token_id, *range(3, len(tokenizer), 12)]
 
 
-def maker(model: str, rows: list[dict] | None, stops: list[int] | None, data: str | None, seed: int) -> Callable:
-    """(fault, scorer) -> trainer on this model; rows and stops None: those of the data and the model."""
+def maker(
+    model: str, rows: list[dict] | None, stops: list[int] | None, data: str | None, seed: int
+) -> Callable:
+    """(fault, scorer) -> trainer on this model; rows and stops None: those of the data and the
+    model.
+    """
 
     def make(fault: Fault, scorer: Callable) -> PPOTrainer:
         values = {
@@ -303,19 +353,26 @@ def maker(model: str, rows: list[dict] | None, stops: list[int] | None, data: st
             from rlhf.data.encode import encode_prompts
             from rlhf.data.load import load
 
-            prompts = encode_prompts(load([data], Prompt, split="train", limit=512), initial.tokenizer, 64)
+            prompts = encode_prompts(
+                load([data], Prompt, split="train", limit=512), initial.tokenizer, 64
+            )
             ends = stop_ids(initial.tokenizer, initial.model)
         roles = Roles(initial, lora_config(r=8))
         monitored = ["gold"] if fault.score is overdone else []
         training = TrainingData(prompts, initial.tokenizer, ends)
-        return PPOTrainer(config, roles, scorer, training, DistributedContext(), monitored=monitored)
+        return PPOTrainer(
+            config, roles, scorer, training, DistributedContext(), monitored=monitored
+        )
 
     return make
 
 
 def inject(model: str | None, data: str | None, only: str | None, seed: int) -> tuple[str, bool]:
     """The table of all faults, and whether each was caught."""
-    lines, good = table(["fault", "set", "caught by", "at", "what was done", "the run", "reason"]), True
+    lines, good = (
+        table(["fault", "set", "caught by", "at", "what was done", "the run", "reason"]),
+        True,
+    )
     with tempfile.TemporaryDirectory() as folder:
         start, rows, stops = (model, None, None) if model else in_memory(folder)
         make = maker(start, rows, stops, data, seed)
@@ -340,7 +397,9 @@ def noise(rng: random.Random, correlation: float):
         value = correlation * value + math.sqrt(1 - correlation**2) * rng.gauss(0, 1)
 
 
-def alarm(rng: random.Random, monitored: Callable[[int], float], steps: int, correlation: float = 0.0) -> int | None:
+def alarm(
+    rng: random.Random, monitored: Callable[[int], float], steps: int, correlation: float = 0.0
+) -> int | None:
     """The step at which a run whose proxy rises by 0.3 a step is called hacked."""
     guards, proxies, others = Guards({}, ["gold"]), noise(rng, 0.0), noise(rng, correlation)
     for step in range(1, steps + 1):
@@ -351,7 +410,8 @@ def alarm(rng: random.Random, monitored: Callable[[int], float], steps: int, cor
 
 
 BEFORE = 40  # steps of health before a fall
-FALLS: dict[str, tuple[Callable[[int], float], float]] = {  # name -> fall after so many steps, rise a step before
+# name -> fall after so many steps, rise a step before
+FALLS: dict[str, tuple[Callable[[int], float], float]] = {
     "falls 0.2 a step": (lambda n: 0.2 * n, 0.0),
     "falls 0.3 a step": (lambda n: 0.3 * n, 0.0),
     "drops by 5 at once": (lambda n: 5.0, 0.0),
@@ -368,7 +428,9 @@ def simulate(series: int) -> str:
     for correlation in (0.0, 0.3, 0.5, 0.8):
         found = [alarm(random.Random(n), lambda step: 0.0, 80, correlation) for n in range(series)]
         share_of = sum(step is not None for step in found) / series
-        lines += table([f"does not move, correlation {correlation:g}, 80 steps", f"{100 * share_of:.1f} %"])
+        lines += table(
+            [f"does not move, correlation {correlation:g}, 80 steps", f"{100 * share_of:.1f} %"]
+        )
     for name, (fall, rise) in FALLS.items():
 
         def monitored(step: int, fall=fall, rise=rise) -> float:
@@ -376,34 +438,53 @@ def simulate(series: int) -> str:
 
         found = [alarm(random.Random(n), monitored, 2 * BEFORE) for n in range(series)]
         early = sum(step is not None and step <= BEFORE for step in found)
-        delays = sorted(step - BEFORE if step else math.inf for step in found if step is None or step > BEFORE)
+        delays = sorted(
+            step - BEFORE if step else math.inf for step in found if step is None or step > BEFORE
+        )
         half, most = delays[(len(delays) - 1) // 2], delays[math.ceil(0.9 * len(delays)) - 1]
         caught = f"{100 * sum(map(math.isfinite, delays)) / len(delays):.1f} % within {BEFORE}"
         rest = f"90 % within {most}, " if most < math.inf else ""
-        lines += table([name, f"half within {half} steps, {rest}{caught}; {100 * early / series:.1f} % before"])
+        lines += table(
+            [name, f"half within {half} steps, {rest}{caught}; {100 * early / series:.1f} % before"]
+        )
     return "\n".join(lines) + "\n"
 
 
 def errors(rollouts: int) -> str:
-    """How often kl/sequence with its standard error holds the truth over so many rollouts, rows as independent and by
-    prompt. A prompt's KL is gamma distributed with mean 5, its samples normal with that mean and twice that variance.
-    The last two: how often a KL of 0.01 is called negative at a step."""
+    """How often kl/sequence with its standard error holds the truth over so many rollouts, rows as
+    independent and by prompt. A prompt's KL is gamma distributed with mean 5, its samples normal
+    with that mean and twice that variance. The last two: how often a KL of 0.01 is called negative
+    at a step.
+    """
     lines = table(["prompts x samples", "spread of prompts", "rows, 1.96", "by prompt, 1.96", "by prompt, t",
                    "negative, rows", "negative, by prompt"])  # fmt: skip
     for count, samples in ((64, 1), (16, 4), (8, 8)):
         clusters = [str(i // samples) for i in range(64)]
         for spread in (0.25, 0.5):
-            rng, hits, below = np.random.default_rng([count, int(100 * spread)]), np.zeros(3), np.zeros(2)
+            rng, hits, below = (
+                np.random.default_rng([count, int(100 * spread)]),
+                np.zeros(3),
+                np.zeros(2),
+            )
             for _ in range(rollouts):
                 own = np.repeat(rng.gamma(spread**-2, spread**2, count), samples)
                 noise = rng.standard_normal(64)
-                kl, none = 5 * own + np.sqrt(10 * own) * noise, 0.01 * own + np.sqrt(0.02 * own) * noise
+                kl, none = (
+                    5 * own + np.sqrt(10 * own) * noise,
+                    0.01 * own + np.sqrt(0.02 * own) * noise,
+                )
                 off = abs(kl.mean() - 5)
                 rows, by_prompt = kl.std(ddof=1) / 8, clustered_se(kl.tolist(), clusters)
-                hits += off <= np.array([1.96 * rows, 1.96 * by_prompt, student_quantile(0.975, count - 1) * by_prompt])
+                hits += off <= np.array(
+                    [1.96 * rows, 1.96 * by_prompt, student_quantile(0.975, count - 1) * by_prompt]
+                )
                 error = np.array([none.std(ddof=1) / 8, clustered_se(none.tolist(), clusters)])
                 below += none.mean() + 3 * error < -0.01  # as the guard has it
-            cells = [f"{count} x {samples}", f"{spread:g}", *(f"{100 * h / rollouts:.1f} %" for h in hits)]
+            cells = [
+                f"{count} x {samples}",
+                f"{spread:g}",
+                *(f"{100 * h / rollouts:.1f} %" for h in hits),
+            ]
             lines += table([*cells, *(f"{100 * b / rollouts:.2f} %" for b in below)])
     return "\n".join(lines) + "\n"
 
@@ -418,14 +499,23 @@ def clean(folders: list[str]) -> str:
     for folder in map(Path, folders):
         try:
             result = json.loads((folder / "result.json").read_text())
-            steps = max(json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+            steps = max(
+                json.loads(line)["step"]
+                for line in (folder / "metrics.jsonl").read_text().splitlines()
+            )
             did = result["guards"]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: no finished PPO run there ({error})") from None
         events = [f"{e['guard']}: {e['action']} x {e['times']} from step {e['step']}" for e in did]
         stopped = result.get("stopped")
         stops, alarms = stops + bool(stopped), alarms + bool(events)
-        about = [folder.name, str(result["seed"]), str(steps), "; ".join(events) or "-", stopped or "-"]
+        about = [
+            folder.name,
+            str(result["seed"]),
+            str(steps),
+            "; ".join(events) or "-",
+            stopped or "-",
+        ]
         lines += table(about)
     return "\n".join(lines) + f"\n\n{len(folders)} runs, {alarms} with an event, {stops} stopped.\n"
 
@@ -440,7 +530,9 @@ HEADS = ("fault", "watched score", "run", "prompts x samples")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a policy to break in the place of the one in memory")
     parser.add_argument("--data", help="its prompts")
     parser.add_argument("--only", help="one fault, or those of one guard")

@@ -1,4 +1,5 @@
-"""The table of PPO runs with several seeds: gold score, proxy and KL before and after, and their spread over seeds.
+"""The table of PPO runs with several seeds: gold score, proxy and KL before and after, and their
+spread over seeds.
 
 python benchmarks/ppo_recipe.py runs/recipe/seed-*
 """
@@ -13,16 +14,26 @@ from pathlib import Path
 from rlhf.runs.tracking import read_metrics
 from rlhf.stats import student_quantile
 
-COLUMNS = ("eval/score/gold", "eval/score/reward", "eval/kl/sequence", "eval/response/length", "eval/response/ended")
+COLUMNS = (
+    "eval/score/gold",
+    "eval/score/reward",
+    "eval/kl/sequence",
+    "eval/response/length",
+    "eval/response/ended",
+)
 
 
 def main() -> None:
     folders = [Path(p) for p in sys.argv[1:]]
     rows = {}
-    print("| run | steps | gold | over SFT | proxy | KL to SFT, nats | length | ended | guard events |")
+    print(
+        "| run | steps | gold | over SFT | proxy | KL to SFT, nats | length | ended | guard events |"
+    )
     print("|---|---:|---:|---:|---:|---:|---:|---:|---|")
     for folder in folders:
-        looked = [row for row in read_metrics(folder / "metrics.jsonl") if "eval/kl/sequence" in row]
+        looked = [
+            row for row in read_metrics(folder / "metrics.jsonl") if "eval/kl/sequence" in row
+        ]
         result = json.loads((folder / "result.json").read_text())
         first, last = looked[0], looked[-1]
         values = [last[name] for name in COLUMNS]
@@ -41,7 +52,10 @@ def main() -> None:
         for name, numbers in (
             ("mean", means),
             ("standard deviation", deviations),
-            ("half-width of the 95 % interval of the mean", [t * d / math.sqrt(n) for d in deviations]),
+            (
+                "half-width of the 95 % interval of the mean",
+                [t * d / math.sqrt(n) for d in deviations],
+            ),
         ):
             print(f"| {name} | | {' | '.join(f'{v:.3f}' for v in numbers)} | |")
 

@@ -1,11 +1,12 @@
-"""Planted faults in 2,000 pairs: what `rlhf data prepare` finds, misses, and finds where nothing is.
+"""Planted faults in 2,000 pairs: what `rlhf data prepare` finds, misses, and finds where nothing
+is.
 
     python benchmarks/prepare_faults.py                       # invented pairs of the sandbox's shop
     RLHF_DATA=FOLDER python benchmarks/prepare_faults.py      # and pairs of the folder's .jsonl files
 
-Every planted row carries what was planted in its metadata, in which `prepare` looks for personal data alone. A row
-counts as found if the step that looks for this fault took it out (personal data: masked it); as a false alarm if a
-step touched a clean row.
+Every planted row carries what was planted in its metadata, in which `prepare` looks for personal
+data alone. A row counts as found if the step that looks for this fault took it out (personal data:
+masked it); as a false alarm if a step touched a clean row.
 """
 
 import itertools
@@ -30,10 +31,26 @@ from rlhf.sandbox.build import SandboxConfig
 
 ROWS, HELD_OUT, EACH = 2000, 200, 20
 SECRETS = {
-    "email": ["jane.doe@mail.example", "j.smith+shop@dept.example.co.uk", "ANNA_K@example.org", "bob42@example.de"],
-    "phone": ["+49 30 901820", "(415) 555-2671", "020 7946 0958", "+1-212-456-7890", "07911 123456", "0151 23456789"],
+    "email": [
+        "jane.doe@mail.example",
+        "j.smith+shop@dept.example.co.uk",
+        "ANNA_K@example.org",
+        "bob42@example.de",
+    ],
+    "phone": [
+        "+49 30 901820",
+        "(415) 555-2671",
+        "020 7946 0958",
+        "+1-212-456-7890",
+        "07911 123456",
+        "0151 23456789",
+    ],
     "card": ["4111 1111 1111 1111", "5500-0000-0000-0004", "378282246310005", "6011111111111117"],
-    "iban": ["DE89 3704 0044 0532 0130 00", "GB82WEST12345698765432", "FR14 2004 1010 0505 0001 3M02 606"],
+    "iban": [
+        "DE89 3704 0044 0532 0130 00",
+        "GB82WEST12345698765432",
+        "FR14 2004 1010 0505 0001 3M02 606",
+    ],
     "ip": ["203.0.113.7", "198.51.100.21", "2001:db8:85a3::8a2e:370:7334"],
     "key": [
         "sk-proj-abcDEF1234567890abcd",
@@ -68,13 +85,21 @@ def sandbox_pairs(count: int) -> list[dict]:
 
 
 def real_pairs(folder: Path) -> list[dict]:
-    """Pairs of two public files, one for each different question, without those in which nothing was said or twice the
-    same: what the files hold twice by themselves is no planted fault."""
+    """Pairs of two public files, one for each different question, without those in which nothing
+    was said or twice the
+    same: what the files hold twice by themselves is no planted fault.
+    """
     rows, seen = [], set()
     for name in ("pref_rasbt_polite.jsonl", "pref_pandalm_human.jsonl"):
         for line in (folder / name).read_text(encoding="utf-8").splitlines():
-            row = {side: json.loads(line)[side].strip() for side in ("prompt", "chosen", "rejected")}
-            if all(row.values()) and row["chosen"] != row["rejected"] and normalise(row["prompt"]) not in seen:
+            row = {
+                side: json.loads(line)[side].strip() for side in ("prompt", "chosen", "rejected")
+            }
+            if (
+                all(row.values())
+                and row["chosen"] != row["rejected"]
+                and normalise(row["prompt"]) not in seen
+            ):
                 seen.add(normalise(row["prompt"]))
                 rows.append(row)
     random.Random(0).shuffle(rows)
@@ -83,7 +108,9 @@ def real_pairs(folder: Path) -> list[dict]:
 
 def typo(text: str, rng: random.Random) -> str:
     """Two neighbouring letters exchanged."""
-    places = [i for i in range(len(text) - 1) if text[i : i + 2].isalpha() and text[i] != text[i + 1]]
+    places = [
+        i for i in range(len(text) - 1) if text[i : i + 2].isalpha() and text[i] != text[i + 1]
+    ]
     if not places:
         return text + "!"
     i = rng.choice(places)
@@ -93,7 +120,9 @@ def typo(text: str, rng: random.Random) -> str:
 def other_word(text: str, rng: random.Random) -> str:
     """One word exchanged for another."""
     words = text.split(" ")
-    words[rng.randrange(len(words))] = rng.choice(("really", "something", "perhaps", "today", "very"))
+    words[rng.randrange(len(words))] = rng.choice(
+        ("really", "something", "perhaps", "today", "very")
+    )
     return " ".join(words)
 
 
@@ -106,7 +135,9 @@ def swapped(row: dict) -> dict:
 
 
 def plant(rows: list[dict], held_out: list[dict], rng: random.Random) -> list[dict]:
-    """The rows with faults among them; each has "planted": name of the fault, and which of its twins may go."""
+    """The rows with faults among them; each has "planted": name of the fault, and which of its
+    twins may go.
+    """
     clean = [row | {"planted": None, "id": i} for i, row in enumerate(rows)]
     originals = iter(rng.sample(range(len(rows)), len(rows)))
     planted: list[dict] = []
@@ -123,11 +154,24 @@ def plant(rows: list[dict], held_out: list[dict], rng: random.Random) -> list[di
     twin("near duplicate: punctuation", lambda r: each_side(r, lambda t: t.rstrip(".!?") + "..."))
     twin("near duplicate: a typo in one text", lambda r: r | {"chosen": typo(r["chosen"], rng)})
     twin("near duplicate: a typo in every text", lambda r: each_side(r, lambda t: typo(t, rng)))
-    twin("near duplicate: a word in one answer", lambda r: r | {"chosen": other_word(r["chosen"], rng)})
-    twin("near duplicate: a word in every text", lambda r: each_side(r, lambda t: other_word(t, rng)))
+    twin(
+        "near duplicate: a word in one answer",
+        lambda r: r | {"chosen": other_word(r["chosen"], rng)},
+    )
+    twin(
+        "near duplicate: a word in every text", lambda r: each_side(r, lambda t: other_word(t, rng))
+    )
     twin("contradiction: exact", swapped, both=True)
-    twin("contradiction: punctuation", lambda r: swapped(each_side(r, lambda t: t.rstrip(".!?") + "...")), both=True)
-    twin("contradiction: a typo in one text", lambda r: swapped(r | {"chosen": typo(r["chosen"], rng)}), both=True)
+    twin(
+        "contradiction: punctuation",
+        lambda r: swapped(each_side(r, lambda t: t.rstrip(".!?") + "...")),
+        both=True,
+    )
+    twin(
+        "contradiction: a typo in one text",
+        lambda r: swapped(r | {"chosen": typo(r["chosen"], rng)}),
+        both=True,
+    )
 
     def leak(fault: str, change: Callable[[dict, dict], dict]) -> None:
         for _ in range(EACH):
@@ -137,8 +181,14 @@ def plant(rows: list[dict], held_out: list[dict], rng: random.Random) -> list[di
 
     leak("leak: prompt", lambda r, t: r | {"prompt": t["prompt"]})
     leak("leak: prompt in capitals", lambda r, t: r | {"prompt": t["prompt"].upper()})
-    leak("leak: prompt in a longer text", lambda r, t: r | {"prompt": f"Hello team. {t['prompt']} Thanks in advance."})
-    leak("leak: prompt with one word changed", lambda r, t: r | {"prompt": other_word(t["prompt"], rng)})
+    leak(
+        "leak: prompt in a longer text",
+        lambda r, t: r | {"prompt": f"Hello team. {t['prompt']} Thanks in advance."},
+    )
+    leak(
+        "leak: prompt with one word changed",
+        lambda r, t: r | {"prompt": other_word(t["prompt"], rng)},
+    )
     leak("leak: both answers", lambda r, t: r | {"chosen": t["chosen"], "rejected": t["rejected"]})
 
     for kind, secrets in SECRETS.items():
@@ -147,7 +197,10 @@ def plant(rows: list[dict], held_out: list[dict], rng: random.Random) -> list[di
                 i, side = next(originals), rng.choice(("prompt", "chosen", "rejected"))
                 words = rows[i][side].split(" ")
                 words.insert(rng.randint(0, len(words)), secret)
-                planted.append(rows[i] | {side: " ".join(words), "planted": f"personal: {kind}", "secret": secret})
+                planted.append(
+                    rows[i]
+                    | {side: " ".join(words), "planted": f"personal: {kind}", "secret": secret}
+                )
                 clean[i]["planted"] = "used up"
     twins = {row["twin"] for row in planted if "twin" in row}
     kept = [row for row in clean if row["id"] in twins]
@@ -156,7 +209,9 @@ def plant(rows: list[dict], held_out: list[dict], rng: random.Random) -> list[di
     return kept[: ROWS - len(planted)] + planted
 
 
-def run(rows: list[dict], held_out: list[dict], **options) -> tuple[dict, list[Preference], dict[int, set[str]]]:
+def run(
+    rows: list[dict], held_out: list[dict], **options
+) -> tuple[dict, list[Preference], dict[int, set[str]]]:
     """(report, rows left, steps that touched each row by its id)."""
     touched: dict[int, set[str]] = {}
     add = steps.Work.add
@@ -169,12 +224,18 @@ def run(rows: list[dict], held_out: list[dict], **options) -> tuple[dict, list[P
     with tempfile.TemporaryDirectory() as folder:
         source, test = Path(folder, "pairs.jsonl"), Path(folder, "test.jsonl")
         keep = ("prompt", "chosen", "rejected")
-        source.write_text("\n".join(json.dumps({k: r[k] for k in keep} | {"row": i}) for i, r in enumerate(rows)))
+        source.write_text(
+            "\n".join(json.dumps({k: r[k] for k in keep} | {"row": i}) for i, r in enumerate(rows))
+        )
         test.write_text("\n".join(map(json.dumps, held_out)))
         steps.Work.add = monitored
         try:
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-                files = {"source": [str(source)], "output": f"{folder}/out.jsonl", "against": [str(test)]}
+                files = {
+                    "source": [str(source)],
+                    "output": f"{folder}/out.jsonl",
+                    "against": [str(test)],
+                }
                 report = prepare(PrepareConfig(**files, **options))
         finally:
             steps.Work.add = add
@@ -182,10 +243,16 @@ def run(rows: list[dict], held_out: list[dict], **options) -> tuple[dict, list[P
     return report, left, touched
 
 
-def faults_table(rows: list[dict], held_out: list[dict], **options) -> list[tuple[str, int, int, int]]:
-    """(fault, planted, found, of these by the step meant for it); last, false alarms on the clean rows of the file."""
+def faults_table(
+    rows: list[dict], held_out: list[dict], **options
+) -> list[tuple[str, int, int, int]]:
+    """(fault, planted, found, of these by the step meant for it); last, false alarms on the clean
+    rows of the file.
+    """
     _, left, touched = run(rows, held_out, **options)
-    text_of = {r.metadata["row"]: " ".join([r.prompt[0]["content"], r.chosen, r.rejected]) for r in left}
+    text_of = {
+        r.metadata["row"]: " ".join([r.prompt[0]["content"], r.chosen, r.rejected]) for r in left
+    }
     meant = {
         "identical answers": {"text"},
         "exact duplicate": {"exact duplicates"},
@@ -201,7 +268,8 @@ def faults_table(rows: list[dict], held_out: list[dict], **options) -> list[tupl
         fault = row["planted"]
         if fault is None:
             partner = twins.get(row["id"])
-            if n in touched and partner not in touched:  # of twins it does not matter which one went
+            # of twins it does not matter which one went
+            if n in touched and partner not in touched:
                 false[", ".join(touched[n])] += 1
             continue
         count = counts.setdefault(fault, Counter())
@@ -221,7 +289,9 @@ def faults_table(rows: list[dict], held_out: list[dict], **options) -> list[tupl
 
 def print_faults(name: str, pairs: list[dict], **options) -> None:
     held_out, rows = pairs[:HELD_OUT], pairs[HELD_OUT:]
-    clean_report, _, touched = run([r | {"id": i} for i, r in enumerate(rows[:ROWS])], held_out, **options)
+    clean_report, _, touched = run(
+        [r | {"id": i} for i, r in enumerate(rows[:ROWS])], held_out, **options
+    )
     print(f"\n## {name}{' ' + str(options) if options else ''}\n")
     print(f"Clean: {len(rows[:ROWS])} rows, {len(touched)} left out, by step:")
     for step in clean_report["steps"]:
@@ -239,8 +309,9 @@ def print_faults(name: str, pairs: list[dict], **options) -> None:
 
 
 def crowd(seed: int, pairs: int, each: int, careless: float, side: float) -> list[Vote]:
-    """Votes of eight annotators, `each` of them on a pair: six honest ones who are right with probability 0.85, one who
-    looks at nothing with probability `careless`, one who takes the left with probability `side`, else like the others.
+    """Votes of eight annotators, `each` of them on a pair: six honest ones who are right with
+    probability 0.85, one who looks at nothing with probability `careless`, one who takes the left
+    with probability `side`, else like the others.
     """
     rng = random.Random(seed)
     names = [f"honest {i}" for i in range(6)] + ["careless", "side-biased"]
@@ -261,10 +332,13 @@ def crowd(seed: int, pairs: int, each: int, careless: float, side: float) -> lis
 def print_annotators(seeds: int = 20) -> None:
     """How often each planted annotator is flagged for what it does, and honest ones for anything."""
     print(f"\n## Annotators: eight on 2,000 pairs, {seeds} crowds\n")
-    print("| votes a pair | careless | takes the left | careless flagged | side flagged | honest flagged | alpha |")
+    print(
+        "| votes a pair | careless | takes the left | careless flagged | side flagged | honest flagged | alpha |"
+    )
     print("|---:|---:|---:|---:|---:|---:|---:|")
     for each, careless, side in itertools.chain(
-        itertools.product((2, 3), (1.0, 0.5, 0.25), (0.4,)), itertools.product((2,), (0.5,), (0.2, 0.1))
+        itertools.product((2, 3), (1.0, 0.5, 0.25), (0.4,)),
+        itertools.product((2,), (0.5,), (0.2, 0.1)),
     ):
         found, alphas = Counter(), []
         for seed in range(seeds):
@@ -282,7 +356,9 @@ def print_annotators(seeds: int = 20) -> None:
 def print_coverage(seeds: int = 200) -> None:
     """How often the interval of alpha holds the alpha of very many pairs of the same crowd."""
     truth = alpha_interval(ratings_of(crowd(10**6, 50_000, 2, 0.5, 0.4)))[0]
-    print(f"\n## Coverage of alpha's 95 % interval (two votes a pair; alpha of 50,000 pairs: {truth:.3f})\n")
+    print(
+        f"\n## Coverage of alpha's 95 % interval (two votes a pair; alpha of 50,000 pairs: {truth:.3f})\n"
+    )
     for pairs in (30, 100, 300):
         inside = 0
         for seed in range(seeds):

@@ -3,8 +3,8 @@
     python benchmarks/structure.py                    # this tree, by package
     python benchmarks/structure.py --against OTHER    # beside another checkout, in all
 
-Docstrings count neither as statements nor as code lines. A circle is a cycle of imports between modules, those inside
-functions included, those for type checking excluded.
+Docstrings count neither as statements nor as code lines. A circle is a cycle of imports between
+modules, those inside functions included, those for type checking excluded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,14 @@ from pathlib import Path
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
-NOT_CODE = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.COMMENT)
+NOT_CODE = (
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+    tokenize.COMMENT,
+)
 
 
 @dataclass
@@ -33,7 +40,14 @@ class Size:
     longest_file: tuple[int, str] = (0, "")
 
     def add(self, other: Size) -> None:
-        for name in ("files", "lines", "statements", "code_lines", "comprehensions", "comment_lines"):
+        for name in (
+            "files",
+            "lines",
+            "statements",
+            "code_lines",
+            "comprehensions",
+            "comment_lines",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.longest_function = max(self.longest_function, other.longest_function)
         self.longest_file = max(self.longest_file, other.longest_file)
@@ -48,7 +62,11 @@ class Tree:
 
 def measure(root: Path) -> Tree:
     tree, imports = Tree(), {}
-    files = [*(root / "launch").rglob("*.py"), *(root / "rlhf").rglob("*.py"), *(root / "reward").rglob("*.py")]
+    files = [
+        *(root / "launch").rglob("*.py"),
+        *(root / "rlhf").rglob("*.py"),
+        *(root / "reward").rglob("*.py"),
+    ]
     modules = {module_name(path, root) for path in files}
     for path in sorted(files):
         source = path.read_text(encoding="utf-8")
@@ -85,7 +103,9 @@ def size_of(source: str, parsed: ast.Module, name: str) -> Size:
 
     nodes = list(ast.walk(parsed))
     lengths = [
-        (node.end_lineno - node.lineno + 1, f"{name}:{node.name}") for node in nodes if isinstance(node, FUNCTIONS)
+        (node.end_lineno - node.lineno + 1, f"{name}:{node.name}")
+        for node in nodes
+        if isinstance(node, FUNCTIONS)
     ]
     return Size(
         files=1,
@@ -103,7 +123,11 @@ def has_docstring(node: ast.AST) -> bool:
     if not isinstance(node, (ast.Module, ast.ClassDef, *FUNCTIONS)) or not node.body:
         return False
     first = node.body[0]
-    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
+    return (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    )
 
 
 def imports_of(parsed: ast.Module) -> set[str]:
@@ -125,7 +149,9 @@ def imports_of(parsed: ast.Module) -> set[str]:
 
 
 def circles(imports: dict[str, set[str]]) -> list[list[str]]:
-    """Return the groups of modules that import each other (strongly connected components, Tarjan 1972)."""
+    """Return the groups of modules that import each other (strongly connected components, Tarjan
+    1972).
+    """
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -171,7 +197,9 @@ def rows_of(tree: Tree) -> list[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent)
     parser.add_argument("--against", type=Path, help="another checkout, shown as 'before'")
     options = parser.parse_args()

@@ -1,10 +1,12 @@
-"""The three-action example of "Is DPO Superior to PPO for LLM Alignment?" (Xu et al. 2024, arXiv 2404.10719, Table 1).
+"""The three-action example of "Is DPO Superior to PPO for LLM Alignment?" (Xu et al. 2024, arXiv
+2404.10719, Table 1).
 
 python benchmarks/three_state.py
 
-No prompt, three answers, one preference (y1 over y2); the reference never says y3. Table 1 and Theorem 4.1 in closed
-form, then this project's own losses on a table of three logits. Deterministic, seconds on one core; the numbers go to
-benchmarks/results/, what they say stands in docs/experiments/three-state.md.
+No prompt, three answers, one preference (y1 over y2); the reference never says y3. Table 1 and
+Theorem 4.1 in closed form, then this project's own losses on a table of three logits.
+Deterministic, seconds on one core; the numbers go to benchmarks/results/, what they say stands in
+docs/experiments/three-state.md.
 """
 
 from __future__ import annotations
@@ -18,16 +20,20 @@ from typing import Any
 RESULT = Path(__file__).parent / "results" / "2026-11-22-three-state.json"
 REFERENCE = (0.5, 0.5, 0.0)  # these three rows are the paper's
 TABLE = {"dpo": (0.1, 0.0, 0.9), "ppo": (1.0, 0.0, 0.0)}
-BETA = 1.0  # from here on the numbers are ours: the paper gives none, and its table depends on none of them
-SEEDS, SPREAD = 20, 3.0  # random starts: logits and the unseen reward normal, of these standard deviations
+# from here on the numbers are ours: the paper gives none, and its table depends on none of them
+BETA = 1.0
+# random starts: logits and the unseen reward normal, of these standard deviations
+SEEDS, SPREAD = 20, 3.0
 R3_SPREAD = 1.0
 EPSILON = 1e-3  # of y3 in the reference of a softmax, which cannot be 0
-SOLVED = 1e-3  # nats: where training on the one certain preference stops, since its loss has no minimum
+# nats: where training on the one certain preference stops, since its loss has no minimum
+SOLVED = 1e-3
 LABEL_PROB = 0.9  # a preference that is right in nine of ten cases has one
 
 
 def dpo_loss(policy: tuple, beta: float = BETA, label_prob: float = 1.0) -> float:
-    """DPO's loss (eq. 7) of the preference y1 over y2 when the reference gives both the same probability.
+    """DPO's loss (eq. 7) of the preference y1 over y2 when the reference gives both the same
+    probability.
 
     -p log sigmoid(beta log a/b) - (1 - p) log sigmoid(-beta log a/b);  for p = 1 the paper's log(1 + (b/a)^beta).
     """
@@ -42,14 +48,20 @@ def bradley_terry_loss(reward: tuple) -> float:
     return math.log1p(math.exp(reward[1] - reward[0]))
 
 
-def optimal_policy(reward: tuple, reference: tuple = REFERENCE, beta: float = BETA) -> tuple[float, ...]:
+def optimal_policy(
+    reward: tuple, reference: tuple = REFERENCE, beta: float = BETA
+) -> tuple[float, ...]:
     """What PPO's objective is greatest at (eq. 5): reference * exp(reward / beta) / Z."""
     weights = [p * math.exp(r / beta) for p, r in zip(reference, reward, strict=True)]
     return tuple(w / sum(weights) for w in weights)
 
 
-def objective(policy: tuple, reward: tuple, reference: tuple = REFERENCE, beta: float = BETA) -> float:
-    """PPO's objective (eq. 2): the mean of reward - beta log(policy / reference); -inf where the reference is 0."""
+def objective(
+    policy: tuple, reward: tuple, reference: tuple = REFERENCE, beta: float = BETA
+) -> float:
+    """PPO's objective (eq. 2): the mean of reward - beta log(policy / reference); -inf where the
+    reference is 0.
+    """
     total = 0.0
     for p, r, ref in zip(policy, reward, reference, strict=True):
         if p:
@@ -58,7 +70,8 @@ def objective(policy: tuple, reward: tuple, reference: tuple = REFERENCE, beta: 
 
 
 def dpo_end(start: tuple, margin: float) -> tuple[float, ...]:
-    """Where gradient descent on DPO's loss takes a table of logits: z1 - z2 = margin, with z1 + z2 and z3 as they were.
+    """Where gradient descent on DPO's loss takes a table of logits: z1 - z2 = margin, with z1 + z2
+    and z3 as they were.
 
     The loss sees log a - log b = z1 - z2 alone, so its gradient is (-g, g, 0).
     """
@@ -77,20 +90,30 @@ def closed_form() -> dict[str, Any]:
             gaps.append([gap, r3, *policy, bradley_terry_loss(reward), dpo_loss(policy)])
     noisy = [((1 - y3) * 0.9, (1 - y3) * 0.1, y3) for y3 in (0.0, 0.5, 0.9)]
     return {
-        "loss": {"reference": dpo_loss(REFERENCE), **{name: dpo_loss(policy) for name, policy in TABLE.items()}},
-        "objective": {
-            name: objective(policy, (10.0, -10.0, 0.0)) for name, policy in {"reference": REFERENCE, **TABLE}.items()
+        "loss": {
+            "reference": dpo_loss(REFERENCE),
+            **{name: dpo_loss(policy) for name, policy in TABLE.items()},
         },
-        "ppo_solutions": gaps,  # r1 - r2, r3, three probabilities, the loss of the reward, DPO's loss of the policy
+        "objective": {
+            name: objective(policy, (10.0, -10.0, 0.0))
+            for name, policy in {"reference": REFERENCE, **TABLE}.items()
+        },
+        # r1 - r2, r3, three probabilities, the loss of the reward, DPO's loss of the policy
+        "ppo_solutions": gaps,
         "largest_loss_difference": max(abs(row[5] - row[6]) for row in gaps),
         "largest_y3": max(row[4] for row in gaps),
-        "noisy_label_minimisers": [[*policy, dpo_loss(policy, label_prob=LABEL_PROB)] for policy in noisy],
+        "noisy_label_minimisers": [
+            [*policy, dpo_loss(policy, label_prob=LABEL_PROB)] for policy in noisy
+        ],
         "noisy_label_minimum": -sum(p * math.log(p) for p in (LABEL_PROB, 1 - LABEL_PROB)),
     }
 
 
-def train_dpo(start, label_prob: float, *, beta: float = BETA, rate: float = 2.0, steps: int = 20_000):
-    """Gradient descent with the project's DPO loss on (S, 3) logits; stops where it has learnt the preference.
+def train_dpo(
+    start, label_prob: float, *, beta: float = BETA, rate: float = 2.0, steps: int = 20_000
+):
+    """Gradient descent with the project's DPO loss on (S, 3) logits; stops where it has learnt the
+    preference.
 
     Returns policies (S, 3) and losses (S,). The reference gives y1 and y2 the same probability.
     """
@@ -116,7 +139,9 @@ def train_dpo(start, label_prob: float, *, beta: float = BETA, rate: float = 2.0
 
 
 def train_reward(start, label_prob: float, *, rate: float = 2.0, steps: int = 20_000):
-    """The project's reward loss on a table of (S, 3) rewards, stopped as DPO is; y3 keeps what it started with."""
+    """The project's reward loss on a table of (S, 3) rewards, stopped as DPO is; y3 keeps what it
+    started with.
+    """
     import torch
 
     from reward.objective import reward_loss
@@ -125,7 +150,8 @@ def train_reward(start, label_prob: float, *, rate: float = 2.0, steps: int = 20
     optimizer = torch.optim.SGD([rewards], lr=rate)
     labels = torch.full((len(start),), label_prob, dtype=start.dtype)
     for _ in range(steps):
-        loss, _ = reward_loss(rewards[:, 0], rewards[:, 1], label_prob=labels)  # the same for all: r1 = r2 = 0 at first
+        # the same for all: r1 = r2 = 0 at first
+        loss, _ = reward_loss(rewards[:, 0], rewards[:, 1], label_prob=labels)
         (gradient,) = torch.autograd.grad(loss * len(start), rewards)
         if loss <= SOLVED or gradient.abs().max() < 1e-12:
             break
@@ -134,11 +160,22 @@ def train_reward(start, label_prob: float, *, rate: float = 2.0, steps: int = 20
     return rewards.detach()
 
 
-def train_ppo(start, rewards, reference, *, beta: float = BETA, rate: float = 0.1, batches: int = 800, epochs: int = 4):
-    """PPO with the project's token rewards, advantages and clipped loss on (S, 3) logits; returns policies (S, 3).
+def train_ppo(
+    start,
+    rewards,
+    reference,
+    *,
+    beta: float = BETA,
+    rate: float = 0.1,
+    batches: int = 800,
+    epochs: int = 4,
+):
+    """PPO with the project's token rewards, advantages and clipped loss on (S, 3) logits; returns
+    policies (S, 3).
 
-    Expectations are exact: each action is a row, its advantage times its probability in place of its share of a batch
-    (the loss is linear in a positive factor of the advantage), and the critic knows the mean.
+    Expectations are exact: each action is a row, its advantage times its probability in place of
+    its share of a batch (the loss is linear in a positive factor of the advantage), and the critic
+    knows the mean.
     """
     import torch
 
@@ -150,16 +187,27 @@ def train_ppo(start, rewards, reference, *, beta: float = BETA, rate: float = 0.
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1e-3, batches)
     column = (-1, 1)  # three rows of one token for each start
     mask = torch.ones(start.numel(), 1, dtype=torch.bool)
-    ref_logprobs = torch.log(torch.as_tensor(reference, dtype=start.dtype)).expand_as(start).reshape(column)
+    ref_logprobs = (
+        torch.log(torch.as_tensor(reference, dtype=start.dtype)).expand_as(start).reshape(column)
+    )
     for _ in range(batches):
         old = torch.log_softmax(logits.detach(), -1)
         kl = kl_k1(old.reshape(column), ref_logprobs)
         gains = token_rewards(rewards.flatten(), kl, mask, beta)
-        values = (old.exp() * gains.view_as(old)).sum(-1, keepdim=True).expand_as(old).reshape(column)
+        values = (
+            (old.exp() * gains.view_as(old)).sum(-1, keepdim=True).expand_as(old).reshape(column)
+        )
         advantages, _ = gae(gains, values, mask, 1.0, 1.0)
         for _ in range(epochs):
             logprobs = torch.log_softmax(logits, -1).reshape(column)
-            loss, _ = policy_loss(logprobs, old.reshape(column), advantages * old.exp().reshape(column), mask, 0.2, 1.0)
+            loss, _ = policy_loss(
+                logprobs,
+                old.reshape(column),
+                advantages * old.exp().reshape(column),
+                mask,
+                0.2,
+                1.0,
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -171,7 +219,10 @@ def random_starts(seeds: int = SEEDS):
     """(seeds, 3) logits and (seeds, 3) rewards, of which only the third is not 0 at the start."""
     import torch
 
-    draws = [torch.randn(2, 3, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in range(seeds)]
+    draws = [
+        torch.randn(2, 3, generator=torch.Generator().manual_seed(s), dtype=torch.float64)
+        for s in range(seeds)
+    ]
     logits, rewards = SPREAD * torch.stack(draws)[:, 0], R3_SPREAD * torch.stack(draws)[:, 1]
     return logits, rewards * torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
 
@@ -194,7 +245,9 @@ def trained(label_prob: float, seeds: int = SEEDS) -> dict[str, Any]:
         "dpo_y3": dpo[:, 2].tolist(),
         "ppo_y3": ppo[:, 2].tolist(),
         "dpo_loss": [losses.min().item(), losses.max().item()],
-        "dpo_loss_of_ppo": [f(dpo_loss(tuple(p), label_prob=label_prob) for p in ppo.tolist()) for f in (min, max)],
+        "dpo_loss_of_ppo": [
+            f(dpo_loss(tuple(p), label_prob=label_prob) for p in ppo.tolist()) for f in (min, max)
+        ],
         "dpo_margin": [min(margins), max(margins)],
         "reward_margin": [f((rewards[:, 0] - rewards[:, 1]).tolist()) for f in (min, max)],
         "dpo_from_closed_form": (dpo - torch.tensor(ends, dtype=dpo.dtype)).abs().max().item(),
@@ -212,18 +265,29 @@ def from_reference(epsilon: float) -> dict[str, Any]:
     rewards[:, 2] = rewards[:, 0]
     ppo = train_ppo(reference.log(), rewards, reference)
     optimum = optimal_policy(tuple(rewards[0].tolist()), tuple(reference[0].tolist()))
-    return {"reference_y3": epsilon, "dpo": dpo[0].tolist(), "ppo": ppo[0].tolist(), "ppo_closed_form": optimum}
+    return {
+        "reference_y3": epsilon,
+        "dpo": dpo[0].tolist(),
+        "ppo": ppo[0].tolist(),
+        "ppo_closed_form": optimum,
+    }
 
 
 def to_the_table() -> dict[str, Any]:
-    """A start from which DPO ends at the paper's own row: z1 = z2 = 0 and the z3 that `dpo_end` asks for."""
+    """A start from which DPO ends at the paper's own row: z1 = z2 = 0 and the z3 that `dpo_end`
+    asks for.
+    """
     import torch
 
     margin = -math.log(math.expm1(SOLVED))  # log(1 + exp(-margin)) = SOLVED
     seen = math.exp(margin / 2) + math.exp(-margin / 2)
     start = torch.tensor([[0.0, 0.0, math.log(9 * seen)]], dtype=torch.float64)
     policy, losses = train_dpo(start, 1.0)
-    return {"start": torch.softmax(start, -1)[0].tolist(), "end": policy[0].tolist(), "loss": losses[0].item()}
+    return {
+        "start": torch.softmax(start, -1)[0].tolist(),
+        "end": policy[0].tolist(),
+        "loss": losses[0].item(),
+    }
 
 
 def run() -> dict[str, Any]:
@@ -233,7 +297,13 @@ def run() -> dict[str, Any]:
     torch.set_num_threads(1)
     result = {
         "paper": {"arxiv": "2404.10719", "reference": REFERENCE, **TABLE},
-        "settings": {"beta": BETA, "seeds": SEEDS, "epsilon": EPSILON, "solved": SOLVED, "label_prob": LABEL_PROB},
+        "settings": {
+            "beta": BETA,
+            "seeds": SEEDS,
+            "epsilon": EPSILON,
+            "solved": SOLVED,
+            "label_prob": LABEL_PROB,
+        },
         "closed_form": closed_form(),
         "trained": {"certain": trained(1.0), "noisy": trained(LABEL_PROB)},
         "to_the_table": to_the_table(),

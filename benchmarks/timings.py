@@ -25,7 +25,10 @@ def blocks() -> None:
 
 
 def store() -> None:
-    with tempfile.TemporaryDirectory() as folder, Store.open(Path(folder) / "votes.db", create=True) as opened:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Store.open(Path(folder) / "votes.db", create=True) as opened,
+    ):
         with opened.transaction():
             ann = opened.add_annotator("ann")
             for i in range(2000):
@@ -38,12 +41,23 @@ def store() -> None:
 def agreement() -> None:
     rng = np.random.default_rng(0)
     choices = rng.choice(["a", "b", "tie"], size=(2000, 5)).tolist()
-    votes = [Vote(0, pair, f"p{i}", choice) for pair, row in enumerate(choices) for i, choice in enumerate(row)]
+    votes = [
+        Vote(0, pair, f"p{i}", choice)
+        for pair, row in enumerate(choices)
+        for i, choice in enumerate(row)
+    ]
     agreement_summary(votes)
 
 
 def hostile() -> None:
-    for text in ("[" * 19_000, "*a " * 6_000, "> " * 9_000, "`a" * 9_000, "[a](" * 4_500, "x" * 2_000_000):
+    for text in (
+        "[" * 19_000,
+        "*a " * 6_000,
+        "> " * 9_000,
+        "`a" * 9_000,
+        "[a](" * 4_500,
+        "x" * 2_000_000,
+    ):
         _render.__wrapped__(text)  # without its cache
 
 

@@ -4,7 +4,8 @@
     nice -n 10 python benchmarks/verdicts.py --repeats 0.05        # a look at them
     nice -n 10 python benchmarks/verdicts.py --tables reports --worlds "5x100"
 
-Whether the intervals hold the truth is benchmarks/coverage.py's question; here it is what reports claim.
+Whether the intervals hold the truth is benchmarks/coverage.py's question; here it is what reports
+claim.
 """
 
 from __future__ import annotations
@@ -32,16 +33,24 @@ LEVELS = (0.05, 0.0125, 0.005, 0.05 / 36)
 def mean_squares_of(
     rng, seeds: int, groups: int, noise: float, ratio: float, count: int
 ) -> tuple[np.ndarray, Variances]:
-    """`count` means and their mean squares over S x G, as `coverage.world` with normal effects has them."""
+    """`count` means and their mean squares over S x G, as `coverage.world` with normal effects has
+    them.
+    """
     part, squares = 1 / groups + noise / (seeds * groups), []
     of_seeds = noise + groups * ratio * part * seeds
-    for expected, df in ((of_seeds, seeds - 1), (noise + seeds, groups - 1), (noise, (seeds - 1) * (groups - 1))):
+    for expected, df in (
+        (of_seeds, seeds - 1),
+        (noise + seeds, groups - 1),
+        (noise, (seeds - 1) * (groups - 1)),
+    ):
         squares.append(expected * rng.chisquare(df, count) / df / (seeds * groups))
     return rng.standard_normal(count) * math.sqrt(part * (1 + ratio)), Variances(*squares)
 
 
 def tail_table(repeats: int) -> str:
-    """How often p is below a level, over the level, beside one t whose degrees of freedom were tuned at 95 %."""
+    """How often p is below a level, over the level, beside one t whose degrees of freedom were
+    tuned at 95 %.
+    """
     kinds = [f"p < {level:.4g}: {kind}" for level in LEVELS for kind in ("one t", "ours")]
     lines = [head(["seeds", "error / prompts", "seeds' part", *kinds])]
     for seeds in (3, 5, 10):
@@ -50,7 +59,9 @@ def tail_table(repeats: int) -> str:
             mean, v = mean_squares_of(rng, seeds, 100, noise, ratio, repeats)
             variance = np.maximum(v.seeds, v.error) + np.maximum(v.groups, v.error) - v.error
             of_seeds = np.maximum(0, v.seeds - 0.4 * v.error) ** 2 / (seeds - 2)
-            df = np.maximum(variance**2 / (of_seeds + np.maximum(v.groups, v.error) ** 2 / 99), seeds - 1)
+            df = np.maximum(
+                variance**2 / (of_seeds + np.maximum(v.groups, v.error) ** 2 / 99), seeds - 1
+            )
             cells = [str(seeds), str(noise), str(ratio)]
             for level in LEVELS:
                 one = -stdtrit(df, level / 2) * np.sqrt(variance)
@@ -61,7 +72,9 @@ def tail_table(repeats: int) -> str:
 
 
 def skewed_table(repeats: int) -> str:
-    """Coverage of 95 % intervals, in percent, where seeds are skewed or one run in ten or twenty fails."""
+    """Coverage of 95 % intervals, in percent, where seeds are skewed or one run in ten or twenty
+    fails.
+    """
     kinds = {
         "exponential": lambda rng, shape: rng.exponential(size=shape) - 1,
         "1 in 10 collapses": lambda rng, shape: failing(rng, shape, 0.1),
@@ -72,7 +85,9 @@ def skewed_table(repeats: int) -> str:
         cells = [name]
         for seeds in (3, 5, 10):
             rng = np.random.default_rng([seeds, len(name)])
-            found = [crossed_mean(world(rng, seeds, 100, 10.0, 1.0, a=draw)) for _ in range(repeats)]
+            found = [
+                crossed_mean(world(rng, seeds, 100, 10.0, 1.0, a=draw)) for _ in range(repeats)
+            ]
             cells.append(f"{100 * np.mean([e.low <= 0 <= e.high for e in found]):.1f}")
         lines.append(row(cells))
     return "\n".join(lines)
@@ -85,10 +100,16 @@ def failing(rng, shape, share: float) -> np.ndarray:
 
 
 def choice_table(repeats: int) -> str:
-    """False "ahead", in percent, of two methods at the best of four strengths, without and with what a choice adds."""
+    """False "ahead", in percent, of two methods at the best of four strengths, without and with
+    what a choice adds.
+    """
     lines = [head(["seeds x groups", "varies by strength", "choice as given", "with the choice"])]
-    kinds = {"prompts and error": (0.0, 1.0, 1.0), "seeds, prompts and error": (0.02, 1.0, 1.0),
-             "seeds alone": (1.0, 0.0, 1e-3), "prompts and error, one is best": (0.0, 1.0, 1.0)}  # fmt: skip
+    kinds = {
+        "prompts and error": (0.0, 1.0, 1.0),
+        "seeds, prompts and error": (0.02, 1.0, 1.0),
+        "seeds alone": (1.0, 0.0, 1e-3),
+        "prompts and error, one is best": (0.0, 1.0, 1.0),
+    }
     for seeds, groups in ((2, 100), (3, 30), (3, 100), (5, 12), (5, 100), (10, 100)):
         half = halves(map(str, range(groups)))
         for name, (a, b, e) in kinds.items():
@@ -97,18 +118,27 @@ def choice_table(repeats: int) -> str:
             for _ in range(repeats):
                 of_seeds = math.sqrt(a) * rng.standard_normal((2, seeds, 4, 1)) * (seeds > 2)
                 of_groups = math.sqrt(b) * rng.standard_normal((2, 1, 4, groups))
-                both = of_seeds + of_groups + math.sqrt(e) * rng.standard_normal((2, seeds, 4, groups)) + best
+                both = (
+                    of_seeds
+                    + of_groups
+                    + math.sqrt(e) * rng.standard_normal((2, seeds, 4, groups))
+                    + best
+                )
                 first, second = (take(values, choose(values, half)) for values in both)
                 found = crossed_mean(first - second), chosen_mean(first - second, 4, 0.95)
                 shown += [estimate.p < 0.05 for estimate in found]
-            lines.append(row([f"{seeds} x {groups}", name, *(f"{100 * x / repeats:.1f}" for x in shown)]))
+            lines.append(
+                row([f"{seeds} x {groups}", name, *(f"{100 * x / repeats:.1f}" for x in shown)])
+            )
     return "\n".join(lines)
 
 
 def power_table(repeats: int) -> str:
-    """The real power at the difference that a report calls detectable in 4 of 5 repeats, prompts and error 1.
+    """The real power at the difference that a report calls detectable in 4 of 5 repeats, prompts
+    and error 1.
 
-    "one t": (t_0.975 + t_0.8) se with the degrees of freedom that were tuned at 95 %, at that rule's own power.
+    "one t": (t_0.975 + t_0.8) se with the degrees of freedom that were tuned at 95 %, at that
+    rule's own power.
     """
     titles = [
         "really seen in 80 %",
@@ -118,16 +148,37 @@ def power_table(repeats: int) -> str:
         "range holds it",
         "one t: mean",
     ]
-    lines = [head(["seeds x groups", "sd of seeds", *titles, "seeds for 3/4 of it", "stated, median", "5 to 95 %"])]
-    for seeds, groups, sd in ((3, 100, 0.05), (3, 100, 0.2), (3, 100, 1.0), (5, 100, 0.05), (5, 100, 0.2), (5, 100, 1)):
+    lines = [
+        head(
+            [
+                "seeds x groups",
+                "sd of seeds",
+                *titles,
+                "seeds for 3/4 of it",
+                "stated, median",
+                "5 to 95 %",
+            ]
+        )
+    ]
+    for seeds, groups, sd in (
+        (3, 100, 0.05),
+        (3, 100, 0.2),
+        (3, 100, 1.0),
+        (5, 100, 0.05),
+        (5, 100, 0.2),
+        (5, 100, 1),
+    ):
         rng, part = np.random.default_rng([seeds, int(100 * sd)]), 1 / groups + 1 / seeds / groups
         ratio = sd**2 / seeds / part
         mean, v = mean_squares_of(rng, seeds, groups, 1.0, ratio, 200_000)
-        lacking = np.sort(half_width(v, seeds, groups, 0.05) - mean)  # seen where the difference is larger
+        # seen where the difference is larger
+        lacking = np.sort(half_width(v, seeds, groups, 0.05) - mean)
         true = float(np.quantile(lacking, 0.8))
         of_seeds = np.maximum(0, v.seeds - 0.4 * v.error) ** 2 / (seeds - 2)
         variance = np.maximum(v.seeds, v.error) + np.maximum(v.groups, v.error) - v.error
-        df = np.maximum(variance**2 / (of_seeds + np.maximum(v.groups, v.error) ** 2 / (groups - 1)), seeds - 1)
+        df = np.maximum(
+            variance**2 / (of_seeds + np.maximum(v.groups, v.error) ** 2 / (groups - 1)), seeds - 1
+        )
         old = np.sort(stdtrit(df, 0.975) * np.sqrt(variance) - mean)
         said = (stdtrit(df, 0.975) + stdtrit(df, 0.8)) * np.sqrt(variance)
         values = [world(rng, seeds, groups, ratio, 1.0) for _ in range(repeats)]
@@ -136,10 +187,17 @@ def power_table(repeats: int) -> str:
         holds = np.mean((found[:, 1] <= true) & (true <= found[:, 2]))
         many = world(rng, 400, groups, sd**2 / 400 / (1 / groups + 1 / 400 / groups), 1.0)
         right = needed_seeds(many, 0.75 * true)[0]
-        need = np.array([math.inf if (n := needed_seeds(x, 0.75 * true)[0]) is None else n for x in values[:300]])
+        need = np.array(
+            [
+                math.inf if (n := needed_seeds(x, 0.75 * true)[0]) is None else n
+                for x in values[:300]
+            ]
+        )
         low, high = np.quantile(power, [0.05, 0.95])
-        least, median, most = ("none" if math.isinf(x) else f"{x:.0f}"
-                             for x in np.quantile(need, [0.05, 0.5, 0.95], method="nearest"))  # fmt: skip
+        least, median, most = (
+            "none" if math.isinf(x) else f"{x:.0f}"
+            for x in np.quantile(need, [0.05, 0.5, 0.95], method="nearest")
+        )
         lines.append(row([
             f"{seeds} x {groups}", f"{sd:g}", f"{true:.2f}", f"{np.median(found[:, 0]):.2f}", f"{power.mean():.2f}",
             f"{low:.2f} to {high:.2f}", f"{100 * holds:.0f} %", f"{np.mean(np.searchsorted(old, said)) / len(old):.2f}",
@@ -149,8 +207,9 @@ def power_table(repeats: int) -> str:
 
 
 def outlier_table(repeats: int) -> str:
-    """How often a run is named an outlier among 8 strengths, in percent: of normal seeds, and one that is so many of
-    their standard deviations below at 4 of the strengths."""
+    """How often a run is named an outlier among 8 strengths, in percent: of normal seeds, and one
+    that is so many of their standard deviations below at 4 of the strengths.
+    """
     sizes = (0, 8, 12, 20, 40)
     lines = [head(["seeds", *("no outlier" if not size else f"{size} sd" for size in sizes)])]
     for seeds in (3, 5, 10):
@@ -184,7 +243,8 @@ class World:
     seeds: int
     prompts: int
     samples: int = 2
-    spread: tuple[float, float] = (0.15, 0.15)  # of the seeds of ppo and of dpo, times d / 3, d = sqrt(KL)
+    # of the seeds of ppo and of dpo, times d / 3, d = sqrt(KL)
+    spread: tuple[float, float] = (0.15, 0.15)
     heavy: bool = False  # prompts by Student's t with 2.5 degrees of freedom
     collapse: float = 0.0  # share of the seeds of a method that lose 2 d / 3
     gain: float = 2.0  # over SFT, at most
@@ -208,7 +268,9 @@ WORLDS = {
 
 
 def results(rng: np.random.Generator, given: World) -> Results:
-    """PPO and DPO on one curve over SFT, gain (1 - exp(-d)), the proxy rising; off it as `coverage.runs` has it."""
+    """PPO and DPO on one curve over SFT, gain (1 - exp(-d)), the proxy rising; off it as
+    `coverage.runs` has it.
+    """
     shape = (given.prompts, given.samples)
     base = rng.standard_normal((given.prompts, 1))
 
@@ -220,9 +282,15 @@ def results(rng: np.random.Generator, given: World) -> Results:
     def cells(kl, level, proxy: float | None) -> dict[str, np.ndarray]:
         own = {"kl": np.broadcast_to(kl, shape), "length": np.full(shape, 20.0)}
         own["score/gold"] = base + level + 0.7 * rng.standard_normal(shape)
-        return own | ({} if proxy is None else {"score/reward": base + proxy + 0.5 * rng.standard_normal(shape)})
+        return own | (
+            {}
+            if proxy is None
+            else {"score/reward": base + proxy + 0.5 * rng.standard_normal(shape)}
+        )
 
-    points = [Point(method="sft", swept=None, seed=None, step=0, last=True, values=cells(0.0, 0.0, None))]
+    points = [
+        Point(method="sft", swept=None, seed=None, step=0, last=True, values=cells(0.0, 0.0, None))
+    ]
     gold = {"score/gold": points[0].values["score/gold"]}
     for seed in range(given.seeds):
         values = cells(0.0, 0.0, 0.0) | gold
@@ -232,17 +300,35 @@ def results(rng: np.random.Generator, given: World) -> Results:
         for seed in range(given.seeds):
             luck = spread * rng.standard_normal() - 2.0 * (rng.random() < given.collapse)
             for swept, end in zip(swept_values, ENDS, strict=True):
-                off, off_kl = luck + 0.5 * spread * rng.standard_normal(), 0.15 * rng.standard_normal()
+                off, off_kl = (
+                    luck + 0.5 * spread * rng.standard_normal(),
+                    0.15 * rng.standard_normal(),
+                )
                 for step in STEPS:
-                    mean = end * (step / 100) ** 1.2 * math.exp(off_kl + 0.05 * rng.standard_normal())
-                    kl = mean * np.exp(far + 0.4 * rng.standard_normal((given.prompts, 1)) - (0.35**2 + 0.4**2) / 2)
+                    mean = (
+                        end * (step / 100) ** 1.2 * math.exp(off_kl + 0.05 * rng.standard_normal())
+                    )
+                    kl = mean * np.exp(
+                        far + 0.4 * rng.standard_normal((given.prompts, 1)) - (0.35**2 + 0.4**2) / 2
+                    )
                     d = math.sqrt(mean)
                     level = given.gain * (1 - math.exp(-d)) + (off + hard) * d / 3
                     values = cells(kl, level, 0.5 * d)
                     last = step == STEPS[-1]
-                    points.append(Point(method=method, swept=swept, seed=seed, step=step, last=last, values=values))
+                    points.append(
+                        Point(
+                            method=method,
+                            swept=swept,
+                            seed=seed,
+                            step=step,
+                            last=last,
+                            values=values,
+                        )
+                    )
     names = [f"g{i:03}" for i in range(given.prompts)]
-    texts = {(p.method, p.swept, p.seed, p.step): [["a"] * given.samples] * given.prompts for p in points}
+    texts = {
+        (p.method, p.swept, p.seed, p.step): [["a"] * given.samples] * given.prompts for p in points
+    }
     return Results(
         points=points, groups=names, prompts=names, responses=texts, score_kinds={"gold": "gold", "reward": "proxy"},
         judge="gold", methods=METHODS, shared_budget={}, meta={},
@@ -250,9 +336,11 @@ def results(rng: np.random.Generator, given: World) -> Results:
 
 
 def false_claims(report: dict, gain: bool) -> set[str]:
-    """What a report of two equal methods says that is false: at equal KL, at tuned strengths, of over-optimisation.
+    """What a report of two equal methods says that is false: at equal KL, at tuned strengths, of
+    over-optimisation.
 
-    Ahead of SFT is false where there is no gain. Win rates and checkpoints on the way claim nothing.
+    Ahead of SFT is false where there is no gain. Win rates and checkpoints on the way claim
+    nothing.
     """
     found = set()
     names = {"equal_kl": "equal KL", "tuned": "tuned", "over_optimisation": "over-optimisation"}
@@ -270,9 +358,13 @@ def false_claims(report: dict, gain: bool) -> set[str]:
 
 
 def reports_table(repeats: int, worlds: list[str]) -> str:
-    """Whole reports of two identical methods: share with a false claim, in percent (standard error)."""
+    """Whole reports of two identical methods: share with a false claim, in percent (standard
+    error).
+    """
     # the share at equal length is slow and nothing is claimed of it
-    wins.crossed_statistic = lambda fit, seeds, groups, **_: crossed_mean(np.full((seeds, groups), 0.5))
+    wins.crossed_statistic = lambda fit, seeds, groups, **_: crossed_mean(
+        np.full((seeds, groups), 0.5)
+    )
     kinds = ["equal KL", "tuned", "over-optimisation", "any claim", "names an outlier"]
     lines = [head(["world", "reports", *kinds])]
     for name in worlds:
@@ -290,7 +382,11 @@ def reports_table(repeats: int, worlds: list[str]) -> str:
 TABLES = {
     "tail": ("Small p, 100 groups: how often over how often promised", tail_table, 400_000),
     "skewed": ("Skewed seeds, seeds' part 10", skewed_table, 3000),
-    "choice": ("Tuned strengths, two methods of four strengths that are equal in truth", choice_table, 1000),
+    "choice": (
+        "Tuned strengths, two methods of four strengths that are equal in truth",
+        choice_table,
+        1000,
+    ),
     "power": ("Power", power_table, 400),
     "outlier": ("Naming an outlier", outlier_table, 1000),
     "reports": ("Whole reports of two identical methods", reports_table, 500),
@@ -298,8 +394,12 @@ TABLES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=float, default=1.0, help="share of the experiments a cell")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--repeats", type=float, default=1.0, help="share of the experiments a cell"
+    )
     parser.add_argument("--tables", nargs="*", default=list(TABLES), choices=TABLES)
     parser.add_argument("--worlds", nargs="*", default=list(WORLDS), choices=WORLDS)
     asked = parser.parse_args()
@@ -307,7 +407,10 @@ def main() -> None:
         title, table, count = TABLES[name]
         start, repeats = time.process_time(), max(1, int(asked.repeats * count))
         text = table(repeats, asked.worlds) if name == "reports" else table(repeats)
-        print(f"## {title}\n\n{text}\n\n{repeats} a cell, {time.process_time() - start:.0f} s.\n", flush=True)
+        print(
+            f"## {title}\n\n{text}\n\n{repeats} a cell, {time.process_time() - start:.0f} s.\n",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

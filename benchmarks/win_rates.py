@@ -3,8 +3,9 @@
     rlhf compare SFT DPO PPO --prompts FILE --samples_per_prompt 8 --output_dir OUT ...
     python benchmarks/win_rates.py OUT/samples.jsonl score/gold
 
-For every two policies, and 1, 2, 4 and 8 samples: the share that the later one wins of the pairs with shared noise
-(sample k against sample k), of the others, and of all. 95 % over prompts, in the quickstart as many groups.
+For every two policies, and 1, 2, 4 and 8 samples: the share that the later one wins of the pairs
+with shared noise (sample k against sample k), of the others, and of all. 95 % over prompts, in the
+quickstart as many groups.
 """
 
 import itertools
@@ -37,7 +38,9 @@ def main(file: str, score: str) -> None:
             cells = [said(own[:, kind].mean(axis=1)) if kind.any() else "none" for kind in kinds]
             print(f"| {a} over {b} | {k} | {' | '.join(cells)} |")
         shared, other = (wins[:, kind].mean(axis=1) for kind in (same, ~same))
-        print(f"| {a} over {b} | {samples} | shared less independent: {said(shared - other, None)} | | |")
+        print(
+            f"| {a} over {b} | {samples} | shared less independent: {said(shared - other, None)} | | |"
+        )
 
 
 def said(means: np.ndarray, bounds=(0, 1)) -> str:

@@ -1,1 +1,3 @@
-"""The programs that train: `deepspeed launch/ppo.py` in a clone, `deepspeed --module launch.ppo` anywhere."""
+"""The programs that train: `deepspeed launch/ppo.py` in a clone, `deepspeed --module launch.ppo`
+anywhere.
+"""

@@ -2,8 +2,8 @@
 
     deepspeed launch/dpo.py --config configs/dpo.yaml [--option value ...]
 
-The reference is where training starts. Loss and trainer are TRL's, except for soft labels and weights
-(rlhf/offline/soft_dpo.py); data, evaluation and accounting are as in PPO.
+The reference is where training starts. Loss and trainer are TRL's, except for soft labels and
+weights (rlhf/offline/soft_dpo.py); data, evaluation and accounting are as in PPO.
 """
 
 import sys
@@ -57,7 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         frozen_copy(model, "default", "ref")
     else:
         # TRL would load it by name, which need not be what is in memory
-        reference = load_model(config.model_name_or_path, run.torch_dtype, config.attn_implementation).model
+        reference = load_model(
+            config.model_name_or_path, run.torch_dtype, config.attn_implementation
+        ).model
         budget.watch(reference)
     budget.watch(model)
 
@@ -70,7 +72,9 @@ def main(argv: list[str] | None = None) -> None:
         label_smoothing=config.label_smoothing,
     )
     train_rows = soft_rows(train_pairs)
-    trainer_class, collator = dpo_trainer(arguments, train_rows, initial.tokenizer.pad_token_id, run.log)
+    trainer_class, collator = dpo_trainer(
+        arguments, train_rows, initial.tokenizer.pad_token_id, run.log
+    )
     scorer = build_scorer(config.eval_scorers, initial.tokenizer) if config.eval_scorers else None
     callback = RunCallback(
         run,

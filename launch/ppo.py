@@ -2,15 +2,17 @@
 
     deepspeed launch/ppo.py --config configs/ppo.yaml [--option value ...]
 
-The trainer is rlhf/ppo/trainer.py, the loop around it rlhf/ppo/loop.py. The first reward model of `reward` that is an
-adapter on the policy's base becomes a role on it; every other scorer is a model or function of its own.
+The trainer is rlhf/ppo/trainer.py, the loop around it rlhf/ppo/loop.py. The first reward model of
+`reward` that is an adapter on the policy's base becomes a role on it; every other scorer is a model
+or function of its own.
 """
 
 import json
 import sys
 from pathlib import Path
 
-if not __package__:  # started as a file, from launch/, where reward.py would shadow the package `reward`
+# started as a file, from launch/, where reward.py would shadow the package `reward`
+if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from rlhf.config import parse
@@ -29,7 +31,9 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.ppo.guards import check_watched
 
     scorers = parse_specs(config.reward, "reward")
-    evaluated = [entry for entry in config.eval_scorers if entry not in config.reward] + config.reward
+    evaluated = [
+        entry for entry in config.eval_scorers if entry not in config.reward
+    ] + config.reward
     parse_specs(evaluated, "eval_scorers and reward")
     weights = {spec.name: spec.weight for spec in scorers}
     check_watched(config.guards, weights)
@@ -48,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
     # the initial policy and the data
     initial = stages.load_initial_model(run)
     tokenizer = initial.tokenizer
-    data = TrainingData(run.data.rows(Prompt, "train", tokenizer), tokenizer, stop_ids(tokenizer, initial.model))
+    data = TrainingData(
+        run.data.rows(Prompt, "train", tokenizer), tokenizer, stop_ids(tokenizer, initial.model)
+    )
     if config.ptx_data:
         data.pretraining = run.data.rows(Instruction, "train", tokenizer, config.ptx_data)
     plan = f"{config.total_steps} steps of {config.rollout_batch_size} responses"
@@ -66,11 +72,17 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(spec, ModelSpec):
             models[spec.model] = models.get(spec.model, 0.0) + spec.weight
     role = find_reward_role(models, initial)
-    others = {spec.name: spec.weight for spec in scorers if not (isinstance(spec, ModelSpec) and spec.model == role)}
+    others = {
+        spec.name: spec.weight
+        for spec in scorers
+        if not (isinstance(spec, ModelSpec) and spec.model == role)
+    }
     critic = critic_start(config, role, models.get(role, 0.0), others)
     if critic.left_out:
         missing = ", ".join(critic.left_out)
-        run.log(f"the critic starts as {role} times {critic.weight:g}; it has yet to learn {missing}")
+        run.log(
+            f"the critic starts as {role} times {critic.weight:g}; it has yet to learn {missing}"
+        )
     evaluation = stages.evaluation(run, initial, None)
     roles = Roles(
         initial,
@@ -103,7 +115,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def model_builder(roles, role: str | None, budget):
-    """Return how `build_scorer` builds a reward model: the role reads ids on the shared base, others have own weights.
+    """Return how `build_scorer` builds a reward model: the role reads ids on the shared base,
+    others have own weights.
 
     `budget` counts the passes of all of them.
     """

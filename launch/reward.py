@@ -2,8 +2,8 @@
 
     deepspeed launch/reward.py --config configs/reward.yaml [--option value ...]
 
-Starts from the SFT adapter with a fresh score head; ends with a report card on the held-out pairs, and scores shifted
-so that reference answers score 0 on average.
+Starts from the SFT adapter with a fresh score head; ends with a report card on the held-out pairs,
+and scores shifted so that reference answers score 0 on average.
 """
 
 import math
@@ -49,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.reference_data:
         answers = run.data.rows(Instruction, "validation", tokenizer, config.reference_data)
         if not answers:
-            run.log("WARNING: no row of reference_data is in validation: scores are normalised on the chosen answers")
+            run.log(
+                "WARNING: no row of reference_data is in validation: scores are normalised on the chosen answers"
+            )
     run.log(f"{len(train_pairs)} training pairs, {len(held_out)} held out")
 
     model = trainable_reward(initial, stages.new_lora(run, initial, "SEQ_CLS"), config.seed)
@@ -83,11 +85,15 @@ def main(argv: list[str] | None = None) -> None:
         [answer["prompt_ids"] + answer["response_ids"] for answer in answers],
     )
     if not all(map(math.isfinite, chosen + rejected + references)):
-        raise not_finite(run, trainer.state.global_step, "a score of the trained model is not finite")
+        raise not_finite(
+            run, trainer.state.global_step, "a score of the trained model is not finite"
+        )
     bias, scale = normalisation(references or chosen, config.normalise)
 
     trainers.save_policy(run, trainer.model, initial)
-    headline = report(run, held_out, chosen, rejected, trainer.state.global_step) if held_out else {}
+    headline = (
+        report(run, held_out, chosen, rejected, trainer.state.global_step) if held_out else {}
+    )
     if run.world.is_main:
         pairs_scored = "held-out" if held_out else "training"
         write_reward(

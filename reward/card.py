@@ -1,10 +1,12 @@
-"""The report card of a reward model on held-out pairs: accuracy with intervals, calibration, biases.
+"""The report card of a reward model on held-out pairs: accuracy with intervals, calibration,
+biases.
 
     card = report_card(pairs, chosen_scores, rejected_scores, chosen_lengths, rejected_lengths)
     write_card(card, output_dir)       # card.json, card.md, reliability.png
 
-Pairs of one group are not independent (paraphrases share their answers), so intervals are over groups, and the `n` of
-an interval is the number of groups. Scores are raw: P(chosen is better) = sigmoid(score gap).
+Pairs of one group are not independent (paraphrases share their answers), so intervals are over
+groups, and the `n` of an interval is the number of groups. Scores are raw: P(chosen is better) =
+sigmoid(score gap).
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ def report_card(
     long_c, long_r = np.asarray(chosen_lengths, float), np.asarray(rejected_lengths, float)
     counts = set(map(len, (chosen, rejected, long_c, long_r)))
     if not pairs or counts != {len(pairs)}:
-        raise ValueError(f"{len(pairs)} pairs, {len(chosen)} and {len(rejected)} scores: one of each per pair expected")
+        raise ValueError(
+            f"{len(pairs)} pairs, {len(chosen)} and {len(rejected)} scores: one of each per pair expected"
+        )
     if not np.isfinite([chosen, rejected]).all():
         raise ValueError("a score is not finite")
 
@@ -72,7 +76,11 @@ def report_card(
         "length": length_bias(gaps, chosen, rejected, long_c, long_r, accuracy_of),
         "by_source": accuracy_by("source"),
         "by_annotator": accuracy_by("annotator"),
-        "scores": {"chosen": distribution(chosen), "rejected": distribution(rejected), "gap": distribution(gaps)},
+        "scores": {
+            "chosen": distribution(chosen),
+            "rejected": distribution(rejected),
+            "gap": distribution(gaps),
+        },
         "mistakes": worst_mistakes(pairs, gaps),
     }
 
@@ -83,7 +91,8 @@ def pair_accuracy(gaps: np.ndarray) -> np.ndarray:
 
 
 def accuracy_with_interval(right: np.ndarray, groups: Sequence[str]) -> dict[str, Any]:
-    """Return the mean of `right` over pairs, with its 95 % interval over groups (`jackknife_interval`, within 0 and 1).
+    """Return the mean of `right` over pairs, with its 95 % interval over groups
+    (`jackknife_interval`, within 0 and 1).
 
     With one group, or none, there is no interval (None).
     """
@@ -102,15 +111,18 @@ def accuracy_with_interval(right: np.ndarray, groups: Sequence[str]) -> dict[str
 
 
 def calibration(gaps: np.ndarray, bins: int = 10) -> dict[str, Any]:
-    """Return how well sigmoid(gap) is calibrated: expected calibration error, Brier score and the reliability table.
+    """Return how well sigmoid(gap) is calibrated: expected calibration error, Brier score and the
+    reliability table.
 
-    A pair has no natural order, so the model's confidence is max(p, 1 - p), in [0.5, 1], and it is right where the
-    human choice agrees (half at a tie). ECE = sum over equal-width bins of share * |accuracy - confidence|
-    (Naeini et al. 2015; Guo et al. 2017, eq. 3); Brier = mean (1 - p)^2, p the probability given to the choice made.
+    A pair has no natural order, so the model's confidence is max(p, 1 - p), in [0.5, 1], and it is
+    right where the human choice agrees (half at a tie). ECE = sum over equal-width bins of share *
+    |accuracy - confidence| (Naeini et al. 2015; Guo et al. 2017, eq. 3); Brier = mean (1 - p)^2, p
+    the probability given to the choice made.
 
-    ECE adds up what is off by chance in every bin, so that a calibrated model has one above 0 too. `ece_expected` is
-    the mean ECE of a calibrated model with these confidences: the number right of a bin's pairs is then binomial with
-    the bin's mean confidence. Pairs count as independent; a tie is right by half without any chance and adds nothing.
+    ECE adds up what is off by chance in every bin, so that a calibrated model has one above 0 too.
+    `ece_expected` is the mean ECE of a calibrated model with these confidences: the number right of
+    a bin's pairs is then binomial with the bin's mean confidence. Pairs count as independent; a tie
+    is right by half without any chance and adds nothing.
     """
     p = 1 / (1 + np.exp(-np.clip(gaps, -500, 500)))
     confidence, right = np.maximum(p, 1 - p), pair_accuracy(gaps)
@@ -138,7 +150,9 @@ def calibration(gaps: np.ndarray, bins: int = 10) -> dict[str, Any]:
 
 
 def binomial_deviation(n: int, p: float) -> float:
-    """Return E|X - n p| of a binomial X: 2 (1 - p) v P(X = v) with v = floor(n p) + 1 (de Moivre 1730)."""
+    """Return E|X - n p| of a binomial X: 2 (1 - p) v P(X = v) with v = floor(n p) + 1 (de Moivre
+    1730).
+    """
     from scipy.stats import binom
 
     v = math.floor(n * p) + 1
@@ -148,9 +162,10 @@ def binomial_deviation(n: int, p: float) -> float:
 def length_bias(gaps, chosen, rejected, long_c, long_r, accuracy_of) -> dict[str, Any]:
     """Return how much of the score is length.
 
-    Accuracy where the chosen response is the longer, the shorter, or as long; Pearson correlations of score with
-    length over all responses and of the score gap with the length gap over pairs; and the accuracy of the rule
-    "the longer is better" (or "the shorter", whichever wins on these very pairs), which a model must beat.
+    Accuracy where the chosen response is the longer, the shorter, or as long; Pearson correlations
+    of score with length over all responses and of the score gap with the length gap over pairs; and
+    the accuracy of the rule "the longer is better" (or "the shorter", whichever wins on these very
+    pairs), which a model must beat.
     """
     gap = long_c - long_r
     longer_wins = float(pair_accuracy(gap).mean())
@@ -158,7 +173,9 @@ def length_bias(gaps, chosen, rejected, long_c, long_r, accuracy_of) -> dict[str
         "chosen_longer": accuracy_of(gap > 0),
         "chosen_shorter": accuracy_of(gap < 0),
         "same_length": accuracy_of(gap == 0),
-        "correlation": correlation(np.concatenate([chosen, rejected]), np.concatenate([long_c, long_r])),
+        "correlation": correlation(
+            np.concatenate([chosen, rejected]), np.concatenate([long_c, long_r])
+        ),
         "gap_correlation": correlation(gaps, gap),
         "baseline": {
             "accuracy": max(longer_wins, 1 - longer_wins),
@@ -183,35 +200,44 @@ def distribution(values: np.ndarray) -> dict[str, float]:
     return dict(zip(names, map(float, numbers), strict=True))
 
 
-def worst_mistakes(pairs: Sequence[Preference], gaps: np.ndarray, count: int = 5) -> list[dict[str, Any]]:
+def worst_mistakes(
+    pairs: Sequence[Preference], gaps: np.ndarray, count: int = 5
+) -> list[dict[str, Any]]:
     """Return the pairs that the model was most sure of and wrong about: bad labels or blind spots."""
     mistakes = []
     for i in np.argsort(gaps, kind="stable")[:count]:
         if gaps[i] < 0:
             pair, gap = pairs[int(i)], float(gaps[i])
             prompt = pair.prompt[-1]["content"]
-            mistakes.append({"gap": gap, "prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected})
+            mistakes.append(
+                {"gap": gap, "prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+            )
     return mistakes
 
 
 def doubts(card: dict[str, Any]) -> list[str]:
     """Return what a card says against learning from its reward model, one sentence each.
 
-    At chance: the interval of the accuracy holds one half or lies below it. A length detector: length explains half or
-    more of the variance of scores, or of score gaps (r^2 >= 1/2).
+    At chance: the interval of the accuracy holds one half or lies below it. A length detector:
+    length explains half or more of the variance of scores, or of score gaps (r^2 >= 1/2).
     """
     found, accuracy, length = [], card["accuracy"], card["length"]
     if accuracy["low"] is None:
         found.append(f"{accuracy['n']} group of held-out pairs: too few to know its accuracy")
     elif accuracy["low"] <= 0.5:
-        finding = "cannot be told from guessing" if accuracy["high"] >= 0.5 else "is worse than guessing"
+        finding = (
+            "cannot be told from guessing" if accuracy["high"] >= 0.5 else "is worse than guessing"
+        )
         found.append(
             f"its accuracy on held-out pairs is {accuracy['accuracy']:.3f} ({accuracy['low']:.3f} to "
             f"{accuracy['high']:.3f}), which {finding}: what is learnt from it is noise. Inspect the pairs and train "
             "it again"
         )
 
-    correlations = {"scores": length["correlation"] or 0.0, "score gaps": length["gap_correlation"] or 0.0}
+    correlations = {
+        "scores": length["correlation"] or 0.0,
+        "score gaps": length["gap_correlation"] or 0.0,
+    }
     name = max(correlations, key=lambda key: abs(correlations[key]))
     if abs(correlations[name]) >= LENGTH_DETECTOR:
         rule = length["baseline"]
@@ -224,12 +250,16 @@ def doubts(card: dict[str, Any]) -> list[str]:
 
 
 def doubts_of(folder: str | Path) -> list[str]:
-    """Return `doubts` of the card in a reward model's folder; a folder without a card is one. Empty for a Hub name."""
+    """Return `doubts` of the card in a reward model's folder; a folder without a card is one. Empty
+    for a Hub name.
+    """
     path = Path(folder) / "card.json"
     if not Path(folder).is_dir():
         return []
     if not path.is_file():
-        return ["no report card (card.json) there, so nothing is known of its accuracy on held-out pairs"]
+        return [
+            "no report card (card.json) there, so nothing is known of its accuracy on held-out pairs"
+        ]
     try:
         return doubts(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -240,7 +270,9 @@ def write_card(card: dict[str, Any], directory: str | Path) -> Path:
     """Write card.json, card.md and reliability.png into `directory`. Returns the path of card.md."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "card.json").write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (directory / "card.json").write_text(
+        json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
     plot_reliability(card["calibration"]["bins"], directory / "reliability.png")
     path = directory / "card.md"
     path.write_text(card_text(card), encoding="utf-8")
@@ -303,8 +335,12 @@ def card_text(card: dict[str, Any]) -> str:
         correlation=_correlation(length["correlation"]),
         gap_correlation=_correlation(length["gap_correlation"]),
         row_counts=_row_counts(card.get("rows", {})),
-        accuracy_table="\n".join(markdown_table(("", "accuracy", "95 % interval", "n", "pairs"), accuracy_rows)),
-        bin_table="\n".join(markdown_table(("confidence", "pairs", "mean confidence", "accuracy"), bin_rows)),
+        accuracy_table="\n".join(
+            markdown_table(("", "accuracy", "95 % interval", "n", "pairs"), accuracy_rows)
+        ),
+        bin_table="\n".join(
+            markdown_table(("confidence", "pairs", "mean confidence", "accuracy"), bin_rows)
+        ),
         score_table="\n".join(markdown_table(("", *scores["chosen"]), score_rows)),
     ) + _mistakes(card["mistakes"])
 
@@ -337,7 +373,9 @@ def _mistakes(mistakes: list[dict[str, Any]]) -> str:
 
 
 def plot_reliability(bins: list[dict[str, Any]], path: str | Path) -> None:
-    """Draw accuracy against confidence, the area of a point by its pairs; a calibrated model lies on the diagonal."""
+    """Draw accuracy against confidence, the area of a point by its pairs; a calibrated model lies
+    on the diagonal.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -357,6 +395,12 @@ def plot_reliability(bins: list[dict[str, Any]], path: str | Path) -> None:
         alpha=0.6,
         label="this model (area: pairs)",
     )
-    axes.set(xlabel="confidence", ylabel="accuracy", xlim=(0.49, 1.01), ylim=(-0.02, 1.02), title="Reliability")
+    axes.set(
+        xlabel="confidence",
+        ylabel="accuracy",
+        xlim=(0.49, 1.01),
+        ylim=(-0.02, 1.02),
+        title="Reliability",
+    )
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path, dpi=120)

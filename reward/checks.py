@@ -15,9 +15,9 @@ from rlhf.text import clip
 def checked_scores(name: str, scorer: Callable[[Samples], Any], samples: Samples) -> Scores:
     """Return the scorer's result as Scores of floats.
 
-    NaN in a part of the breakdown says that the part does not apply to that sample. Raises BadScore, with the sample,
-    for any other number that is not finite, and UserError, with a prompt, for a wrong count or something that is not a
-    number.
+    NaN in a part of the breakdown says that the part does not apply to that sample. Raises
+    BadScore, with the sample, for any other number that is not finite, and UserError, with a
+    prompt, for a wrong count or something that is not a number.
     """
     try:
         result = scorer(samples)
@@ -28,7 +28,9 @@ def checked_scores(name: str, scorer: Callable[[Samples], Any], samples: Samples
     scores = result if isinstance(result, Scores) else Scores(result)
     if not isinstance(scores.breakdown, dict):
         found = type(scores.breakdown).__name__
-        raise UserError(f"scorer '{name}': the breakdown is {found}, expected a dict.\n{first_prompt(samples)}")
+        raise UserError(
+            f"scorer '{name}': the breakdown is {found}, expected a dict.\n{first_prompt(samples)}"
+        )
 
     breakdown = {}
     for part, values in scores.breakdown.items():
@@ -38,7 +40,9 @@ def checked_scores(name: str, scorer: Callable[[Samples], Any], samples: Samples
 
 def first_prompt(samples: Samples) -> str:
     """Return a line for messages that shows which batch is meant."""
-    return f"  first prompt of the batch: {_prompt(samples, 0) if len(samples) else '(it is empty)'}"
+    return (
+        f"  first prompt of the batch: {_prompt(samples, 0) if len(samples) else '(it is empty)'}"
+    )
 
 
 def _numbers(name: str, values: Any, samples: Samples, part: str | None = None) -> list[float]:
@@ -56,7 +60,9 @@ def _numbers(name: str, values: Any, samples: Samples, part: str | None = None) 
 
     numbers = [_as_float(value) for value in values]
     for i, number in enumerate(numbers):
-        if number is not None and (math.isfinite(number) or (part is not None and math.isnan(number))):
+        if number is not None and (
+            math.isfinite(number) or (part is not None and math.isnan(number))
+        ):
             continue
         message = (
             f"{label} returned {clip(repr(values[i]), 120)} for sample {i}, expected a finite number.\n"

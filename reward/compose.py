@@ -1,4 +1,6 @@
-"""Build a scorer from its specification (reward/specs.py): a weighted sum of named scorers, with its breakdown."""
+"""Build a scorer from its specification (reward/specs.py): a weighted sum of named scorers, with
+its breakdown.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from reward.checks import checked_scores
 from reward.ensemble import ensemble_scorer
 from reward.http import http_scorer
 from reward.rules import RULES
-from reward.specs import EnsembleSpec, FunctionSpec, HttpSpec, ModelSpec, RuleSpec, ScorerSpec, VoiceSpec, parse_specs
+from reward.specs import (
+    EnsembleSpec,
+    FunctionSpec,
+    HttpSpec,
+    ModelSpec,
+    RuleSpec,
+    ScorerSpec,
+    VoiceSpec,
+    parse_specs,
+)
 from reward.voice import load_voice, voice_scorer
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError
@@ -20,10 +31,14 @@ Build = Callable[[Any, Any], Scorer]
 
 
 def build_model(spec: ModelSpec, tokenizer: Any = None) -> Scorer:
-    """Load a reward model with weights of its own; it reads the samples' ids where it has their tokenizer."""
+    """Load a reward model with weights of its own; it reads the samples' ids where it has their
+    tokenizer.
+    """
     from reward.model import reward_scorer
 
-    return reward_scorer(spec.model, spec.name, tokenizer=tokenizer, batch_size=spec.batch_size, dtype=spec.dtype)
+    return reward_scorer(
+        spec.model, spec.name, tokenizer=tokenizer, batch_size=spec.batch_size, dtype=spec.dtype
+    )
 
 
 def _build_function(spec: FunctionSpec, tokenizer: Any = None) -> Scorer:
@@ -59,13 +74,15 @@ def build_scorer(
 ) -> Scorer:
     """Return the weighted sum of one or more scorers.
 
-    tokenizer: the one that the samples' ids come from; a reward model with the same one reads the ids as they are.
-    builders: replace some of BUILDERS, for example `ModelSpec` by a role on the policy's base; an ensemble builds its
-    members with it too.
+    tokenizer: the one that the samples' ids come from; a reward model with the same one reads the
+    ids as they are.
+    builders: replace some of BUILDERS, for example `ModelSpec` by a role on the policy's base; an
+    ensemble builds its members with it too.
 
-    The scorer returns total = sum of weight * score, and a breakdown with each scorer's own total under its name and
-    its parts under `name/part`, unweighted. A scorer of weight 0 is monitored: it is in the breakdown alone.
-    Everything is checked by `checked_scores`. Raises UserError for a bad specification.
+    The scorer returns total = sum of weight * score, and a breakdown with each scorer's own total
+    under its name and its parts under `name/part`, unweighted. A scorer of weight 0 is monitored:
+    it is in the breakdown alone. Everything is checked by `checked_scores`. Raises UserError for a
+    bad specification.
     """
     builders = BUILDERS | (builders or {})
 
@@ -98,7 +115,8 @@ def build_scorer(
 
 
 def check_scorers(entries: list[dict[str, Any]], made_later: Collection[str] = ()) -> None:
-    """Raise UserError for a scorer that cannot be built, as far as its specification and its files tell.
+    """Raise UserError for a scorer that cannot be built, as far as its specification and its files
+    tell.
 
     made_later: folders of reward models that need not be there yet.
     """

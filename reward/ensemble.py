@@ -1,9 +1,11 @@
-"""Several reward models as one score that is harder to exploit than each of them (Coste et al. 2023, arXiv 2310.02743).
+"""Several reward models as one score that is harder to exploit than each of them (Coste et al.
+2023, arXiv 2310.02743).
 
     {ensemble: [runs/reward-0, runs/reward-1, runs/reward-2], how: uncertainty, penalty: 0.1}
 
-Members are models of the same pairs that differ in their seed. They must be on one scale: normalised on the same
-reference answers (`normalise: mean_std` and one `reference_data` of launch/reward.py). Nothing is shifted here.
+Members are models of the same pairs that differ in their seed. They must be on one scale:
+normalised on the same reference answers (`normalise: mean_std` and one `reference_data` of
+launch/reward.py). Nothing is shifted here.
 """
 
 from __future__ import annotations
@@ -35,12 +37,18 @@ def combine(scores: list[list[float]], how: str = "mean", penalty: float = PENAL
 
 
 def spread(scores: list[list[float]]) -> list[float]:
-    """Return the standard deviation over K members (over k, as the variance of eq. 5) of each of B samples."""
+    """Return the standard deviation over K members (over k, as the variance of eq. 5) of each of B
+    samples.
+    """
     return [math.sqrt(_variance(row)) for row in zip(*scores, strict=True)]
 
 
-def ensemble_scorer(members: dict[str, Scorer], how: str = "mean", penalty: float = PENALTY) -> Scorer:
-    """Return a scorer that combines the members; its breakdown holds the score of each, and their spread."""
+def ensemble_scorer(
+    members: dict[str, Scorer], how: str = "mean", penalty: float = PENALTY
+) -> Scorer:
+    """Return a scorer that combines the members; its breakdown holds the score of each, and their
+    spread.
+    """
 
     def score(samples: Samples) -> Scores:
         totals = {name: member(samples).total for name, member in members.items()}
@@ -51,7 +59,8 @@ def ensemble_scorer(members: dict[str, Scorer], how: str = "mean", penalty: floa
 
 
 def member_names(folders: list[str]) -> list[str]:
-    """Return a short name for each member: runs/a, runs/b -> a, b; s0/reward, s1/reward -> s0-reward, s1-reward.
+    """Return a short name for each member: runs/a, runs/b -> a, b; s0/reward, s1/reward ->
+    s0-reward, s1-reward.
 
     Raises ValueError where two are the same reward model.
     """
@@ -60,7 +69,9 @@ def member_names(folders: list[str]) -> list[str]:
         names = ["-".join(part[-depth:]).replace("/", "") for part in parts]
         if len({*names, SPREAD}) == len(names) + 1:
             return names
-    raise ValueError(f"{', '.join(folders)}: names a reward model twice, which would hide how far members differ")
+    raise ValueError(
+        f"{', '.join(folders)}: names a reward model twice, which would hide how far members differ"
+    )
 
 
 def _variance(values: tuple[float, ...]) -> float:

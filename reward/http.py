@@ -1,8 +1,11 @@
-"""A scorer behind a URL: samples go out as JSON in batches, scores come back; temporary failures are retried.
+"""A scorer behind a URL: samples go out as JSON in batches, scores come back; temporary failures
+are retried.
 
-    {http: https://scores.example.com/tone, timeout: 30, retries: 5, batch_size: 32, token_env: TONE_TOKEN}
+    {http: https://scores.example.com/tone, timeout: 30, retries: 5, batch_size: 32, token_env:
+    TONE_TOKEN}
 
-docs/rewards.md describes the protocol. The token is read from the environment and appears in no message.
+docs/rewards.md describes the protocol. The token is read from the environment and appears in no
+message.
 """
 
 from __future__ import annotations
@@ -24,21 +27,28 @@ EXPECTED = '{"scores": [numbers], "breakdown": {name: [numbers]}}'
 
 
 def http_scorer(spec: HttpSpec) -> Scorer:
-    """Return a scorer that asks the service, `spec.batch_size` samples a request, and keeps the samples' order.
+    """Return a scorer that asks the service, `spec.batch_size` samples a request, and keeps the
+    samples' order.
 
     The scorer raises UserError when the service refuses, does not respond, or breaks the protocol.
     """
     where = f"scorer '{spec.name}'"
-    service = Service(where, spec.http, spec.timeout, spec.retries, read_token(spec.token_env, where))
+    service = Service(
+        where, spec.http, spec.timeout, spec.retries, read_token(spec.token_env, where)
+    )
 
     def score(samples: Samples) -> Scores:
         starts = range(0, len(samples), spec.batch_size)
-        answers = _ask_all(service, [_slice(samples, start, start + spec.batch_size) for start in starts])
+        answers = _ask_all(
+            service, [_slice(samples, start, start + spec.batch_size) for start in starts]
+        )
         parts = list(answers[0].breakdown) if answers else []
         for answer in answers:
             if set(answer.breakdown) != set(parts):
                 found = f"{', '.join(parts) or 'none'} and {', '.join(answer.breakdown) or 'none'}"
-                raise UserError(f"{service}: the parts of the breakdown differ between two answers: {found}")
+                raise UserError(
+                    f"{service}: the parts of the breakdown differ between two answers: {found}"
+                )
 
         total = itertools.chain.from_iterable(answer.total for answer in answers)
         breakdown: dict[str, list[float]] = {part: [] for part in parts}
@@ -76,13 +86,17 @@ def _ask(service: Service, samples: Samples, stop: threading.Event) -> Scores:
         map(_json_value, samples.metadata),
         strict=True,
     )
-    rows = [dict(zip(("prompt", "response", "ended", "metadata"), row, strict=True)) for row in columns]
+    rows = [
+        dict(zip(("prompt", "response", "ended", "metadata"), row, strict=True)) for row in columns
+    ]
     answer = ask(service, {"samples": rows}, f"score {len(samples)} samples", stop)
     return _scores(service, answer, samples)
 
 
 def _json_value(value: Any) -> Any:
-    """Return metadata as JSON can hold it: NaN and infinity become null, unknown objects their text."""
+    """Return metadata as JSON can hold it: NaN and infinity become null, unknown objects their
+    text.
+    """
     # numpy
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -100,7 +114,9 @@ def _scores(service: Service, answer: Answer, samples: Samples) -> Scores:
     try:
         content = answer.json()
     except ValueError:
-        raise UserError(f"{service} answered with something that is not JSON: {answer.excerpt(service)}") from None
+        raise UserError(
+            f"{service} answered with something that is not JSON: {answer.excerpt(service)}"
+        ) from None
 
     content = content if isinstance(content, dict) else {}
     total, breakdown = content.get("scores"), content.get("breakdown") or {}
@@ -111,10 +127,14 @@ def _scores(service: Service, answer: Answer, samples: Samples) -> Scores:
 
     for name, values in (("scores", total), *breakdown.items()):
         if len(values) != len(samples):
-            found = f"{service} returned {len(values)} numbers in '{name}' for {len(samples)} samples"
+            found = (
+                f"{service} returned {len(values)} numbers in '{name}' for {len(samples)} samples"
+            )
             raise UserError(f"{found}.\n{first_prompt(samples)}")
     # null says that a part does not apply to a sample
-    parts = {name: [math.nan if v is None else v for v in values] for name, values in breakdown.items()}
+    parts = {
+        name: [math.nan if v is None else v for v in values] for name, values in breakdown.items()
+    }
     return Scores(total, parts)
 
 

@@ -1,7 +1,9 @@
-"""The reward model: a base with a scalar head, mostly as a LoRA adapter; start, load, score, normalise.
+"""The reward model: a base with a scalar head, mostly as a LoRA adapter; start, load, score,
+normalise.
 
-A folder of a trained reward model holds the adapter with its head (`...score.weight` in adapter_model.safetensors,
-PEFT task SEQ_CLS) or whole weights of a `...ForSequenceClassification`, the tokenizer, and reward.json:
+A folder of a trained reward model holds the adapter with its head (`...score.weight` in
+adapter_model.safetensors, PEFT task SEQ_CLS) or whole weights of a `...ForSequenceClassification`,
+the tokenizer, and reward.json:
 
     {"bias": b, "scale": s, "base_fingerprint": ...}        score = s * raw + b
 
@@ -22,7 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.adapters import adapter_settings, adapter_weights, add_adapter, head_name, load_adapter, without_head
+from rlhf.adapters import (
+    adapter_settings,
+    adapter_weights,
+    add_adapter,
+    head_name,
+    load_adapter,
+    without_head,
+)
 from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerprint
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError
@@ -37,10 +46,11 @@ HEAD = "score.weight"
 
 
 def last_token_scores(hidden: Tensor, attention_mask: Tensor, head: nn.Module) -> Tensor:
-    """Return the head's scalar at each row's last response token: hidden (B, L, H), mask (B, L) -> (B, 1), fp32.
+    """Return the head's scalar at each row's last response token: hidden (B, L, H), mask (B, L) ->
+    (B, 1), fp32.
 
-    The mask decides, never the pad id: transformers' own classification models look for the last id that is not the
-    pad id, and read an earlier token where a response happens to end in it.
+    The mask decides, never the pad id: transformers' own classification models look for the last id
+    that is not the pad id, and read an earlier token where a response happens to end in it.
     """
     columns = torch.arange(attention_mask.shape[1], device=hidden.device)
     last = (attention_mask.bool() * columns).argmax(-1)
@@ -51,15 +61,21 @@ def last_token_scores(hidden: Tensor, attention_mask: Tensor, head: nn.Module) -
 
 
 def _forward(self, input_ids=None, attention_mask=None, **kwargs):
-    """Replaces GenericForSequenceClassification.forward: same trunk and head, the token found by the mask."""
+    """Replaces GenericForSequenceClassification.forward: same trunk and head, the token found by
+    the mask.
+    """
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("labels", "return_dict") and v is not None}
+    kwargs = {
+        k: v for k, v in kwargs.items() if k not in ("labels", "return_dict") and v is not None
+    }
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     trunk = getattr(self, self.base_model_prefix)
     hidden = trunk(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
-    return SequenceClassifierOutputWithPast(logits=last_token_scores(hidden, attention_mask, self.score))
+    return SequenceClassifierOutputWithPast(
+        logits=last_token_scores(hidden, attention_mask, self.score)
+    )
 
 
 def read_by_mask(model: nn.Module) -> nn.Module:
@@ -69,10 +85,12 @@ def read_by_mask(model: nn.Module) -> nn.Module:
 
 
 def score_model(causal: nn.Module, seed: int = 0) -> nn.Module:
-    """Return a classification model with one output on the trunk of `causal` (shared, not copied), with a fresh head.
+    """Return a classification model with one output on the trunk of `causal` (shared, not copied),
+    with a fresh head.
 
-    The head is drawn from N(0, 1 / (H + 1)) with its own generator (Stiennon et al. 2020; arXiv 2403.17031)
-    and stays in fp32. Raises UserError if transformers has no such model for this architecture.
+    The head is drawn from N(0, 1 / (H + 1)) with its own generator (Stiennon et al. 2020; arXiv
+    2403.17031) and stays in fp32. Raises UserError if transformers has no such model for this
+    architecture.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -82,9 +100,13 @@ def score_model(causal: nn.Module, seed: int = 0) -> nn.Module:
         with torch.device("meta"):
             model = AutoModelForSequenceClassification.from_config(config)
     except ValueError:
-        raise UserError(f"{config.model_type}: transformers has no sequence classification for this model") from None
+        raise UserError(
+            f"{config.model_type}: transformers has no sequence classification for this model"
+        ) from None
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise UserError(f"{config.model_type}: its classification model has no linear head called 'score'")
+        raise UserError(
+            f"{config.model_type}: its classification model has no linear head called 'score'"
+        )
 
     # the trunk is shared: the model on the meta device gave the structure alone
     setattr(model, model.base_model_prefix, causal.base_model)
@@ -101,8 +123,9 @@ def score_model(causal: nn.Module, seed: int = 0) -> nn.Module:
 def trainable_reward(initial: InitialModel, lora: Any | None, seed: int = 0) -> nn.Module:
     """Return the model that reward training starts from, with a fresh score head.
 
-    The adapter of the initial model (SFT's) is the start of the reward adapter, under its LoRA settings; without one
-    a new adapter is put on by `lora` (task type SEQ_CLS); with `lora` None the whole model is trained.
+    The adapter of the initial model (SFT's) is the start of the reward adapter, under its LoRA
+    settings; without one a new adapter is put on by `lora` (task type SEQ_CLS); with `lora` None
+    the whole model is trained.
     """
     model = score_model(initial.model, seed)
     if initial.adapter_path:
@@ -111,9 +134,11 @@ def trainable_reward(initial: InitialModel, lora: Any | None, seed: int = 0) -> 
 
 
 def _with_adapter(model: nn.Module, initial: InitialModel) -> nn.Module:
-    """Return `model` with a trainable copy of the initial model's adapter, and its head where it has one.
+    """Return `model` with a trainable copy of the initial model's adapter, and its head where it
+    has one.
 
-    What the adapter holds for the output head is left out, since there is none here. Refuses weights that do not fit.
+    What the adapter holds for the output head is left out, since there is none here. Refuses
+    weights that do not fit.
     """
     path = initial.adapter_path
     config = without_head(adapter_settings(path), initial.model)
@@ -136,8 +161,14 @@ class RewardModel:
     bias: float = 0.0
     scale: float = 1.0
 
-    def score_ids(self, rows: list[list[int]], batch_size: int = 32, progress: Callable[[int], Any] | None = None):
-        """Return the scores of B sequences (prompt ids + response ids, the end token included where there is one).
+    def score_ids(
+        self,
+        rows: list[list[int]],
+        batch_size: int = 32,
+        progress: Callable[[int], Any] | None = None,
+    ):
+        """Return the scores of B sequences (prompt ids + response ids, the end token included where
+        there is one).
 
         Raises UserError for one that is longer than the model's positions.
         """
@@ -158,9 +189,11 @@ def raw_scores(
     batch_size: int = 32,
     progress: Callable[[int], Any] | None = None,
 ) -> list[float]:
-    """Return scores before bias and scale, in the order of `rows`; batches are of like lengths, right padded.
+    """Return scores before bias and scale, in the order of `rows`; batches are of like lengths,
+    right padded.
 
-    `progress` is called with the number of rows done. The model is in eval mode meanwhile, and put back.
+    `progress` is called with the number of rows done. The model is in eval mode meanwhile, and put
+    back.
     """
     device, training = next(model.parameters()).device, model.training
     # rows of like lengths together: less padding
@@ -173,7 +206,11 @@ def raw_scores(
                 part = order[start : start + batch_size]
                 ids = pad_right([rows[i] for i in part], pad_id).to(device)
                 mask = pad_right([[1] * len(rows[i]) for i in part]).to(device)
-                values = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.squeeze(-1).tolist()
+                values = (
+                    model(input_ids=ids, attention_mask=mask, use_cache=False)
+                    .logits.squeeze(-1)
+                    .tolist()
+                )
                 for i, value in zip(part, values, strict=True):
                     scores[i] = value
                 if progress:
@@ -184,9 +221,11 @@ def raw_scores(
 
 
 def load_reward(path: str, device: Any = None, dtype: str = "float32") -> RewardModel:
-    """Return the reward model in a folder (adapter and head on their base, or whole weights) or on the Hub.
+    """Return the reward model in a folder (adapter and head on their base, or whole weights) or on
+    the Hub.
 
-    Raises UserError when the head is missing, the base is another one than it was trained on, or nothing is there.
+    Raises UserError when the head is missing, the base is another one than it was trained on, or
+    nothing is there.
     """
     from rlhf.roles import reward_shift
 
@@ -203,7 +242,9 @@ def load_reward(path: str, device: Any = None, dtype: str = "float32") -> Reward
     # scores of an adapter on another base would be noise
     kept = read_reward(path)
     if base and kept.get("base_fingerprint") not in (None, base):
-        raise UserError(f"{path}: trained on base {kept['base_fingerprint']}, but its base now has fingerprint {base}")
+        raise UserError(
+            f"{path}: trained on base {kept['base_fingerprint']}, but its base now has fingerprint {base}"
+        )
     model.eval().requires_grad_(False)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     scale, bias = reward_shift(path)
@@ -211,7 +252,9 @@ def load_reward(path: str, device: Any = None, dtype: str = "float32") -> Reward
 
 
 def check_reward(path: str) -> None:
-    """Raise UserError where `load_reward` would, as far as files tell that are read without loading a model."""
+    """Raise UserError where `load_reward` would, as far as files tell that are read without loading
+    a model.
+    """
     load_tokenizer(path)
     # a name on the Hub
     if not Path(path).is_dir():
@@ -224,7 +267,9 @@ def check_reward(path: str) -> None:
     file = Path(path) / "config.json"
     kinds = (json.loads(file.read_text()).get("architectures") if file.is_file() else None) or [""]
     if not kinds[0].endswith("ForSequenceClassification"):
-        raise UserError(f"{path}: {kinds[0] or 'nothing there'} is no reward model, which has a score head")
+        raise UserError(
+            f"{path}: {kinds[0] or 'nothing there'} is no reward model, which has a score head"
+        )
 
 
 def _require_head(path: str) -> None:
@@ -241,14 +286,18 @@ def _load_whole(path: str, dtype: str) -> tuple[nn.Module, Any]:
     tokenizer = load_tokenizer(path)
     model = load_weights(AutoModelForSequenceClassification, path, dtype, None, path)
     if model.config.num_labels != 1:
-        raise UserError(f"{path}: the model has {model.config.num_labels} outputs, a reward model has one")
+        raise UserError(
+            f"{path}: the model has {model.config.num_labels} outputs, a reward model has one"
+        )
     # neighbouring bfloat16 numbers are too far apart for scores
     model.score.float()
     return read_by_mask(model), tokenizer
 
 
 def read_reward(path: str | Path) -> dict[str, Any]:
-    """Return the content of reward.json; empty where there is none (of another program: bias 0, scale 1)."""
+    """Return the content of reward.json; empty where there is none (of another program: bias 0,
+    scale 1).
+    """
     file = Path(path) / REWARD_FILE
     return read_json(file) if file.is_file() else {}
 
@@ -259,15 +308,19 @@ def write_reward(path: str | Path, bias: float, scale: float, **more: Any) -> No
     Raises UserError unless bias and scale are finite.
     """
     if not math.isfinite(bias * scale):
-        raise UserError(f"{path}: not saved: bias {bias} and scale {scale} of the scores are not finite")
+        raise UserError(
+            f"{path}: not saved: bias {bias} and scale {scale} of the scores are not finite"
+        )
     content = {"bias": bias, "scale": scale, "formula": "score = scale * raw + bias", **more}
     (Path(path) / REWARD_FILE).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def normalisation(reference_scores: list[float], kind: str) -> tuple[float, float]:
-    """Return (bias, scale) that give reference responses mean 0 (`mean`), and standard deviation 1 too (`mean_std`).
+    """Return (bias, scale) that give reference responses mean 0 (`mean`), and standard deviation 1
+    too (`mean_std`).
 
-    arXiv 2403.17031: the reward model is shifted so that SFT references score 0 on average. `none`: (0, 1).
+    arXiv 2403.17031: the reward model is shifted so that SFT references score 0 on average. `none`:
+    (0, 1).
     """
     if kind == "none" or not reference_scores:
         return 0.0, 1.0
@@ -289,13 +342,16 @@ def reward_scorer(
 ) -> Scorer:
     """Return a reward model as a scorer, with weights of its own.
 
-    `tokenizer` is the one the samples' ids come from. Where it is the reward model's too (vocabulary, special tokens
-    and chat template), ids are read as they are; otherwise prompts and responses are encoded anew by the reward
-    model's tokenizer and template, with its end token where the response ended.
+    `tokenizer` is the one the samples' ids come from. Where it is the reward model's too
+    (vocabulary, special tokens and chat template), ids are read as they are; otherwise prompts and
+    responses are encoded anew by the reward model's tokenizer and template, with its end token
+    where the response ended.
     """
     reward = load_reward(path, device, dtype)
     own = reward.tokenizer
-    same_ids = tokenizer is not None and tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(own)
+    same_ids = tokenizer is not None and tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(
+        own
+    )
 
     def score(samples: Samples) -> Scores:
         if same_ids:
@@ -305,7 +361,9 @@ def reward_scorer(
             rows = []
             columns = zip(samples.prompts, tools, samples.responses, samples.ended, strict=True)
             for prompt, available, response, ended in columns:
-                rows.append(encode_prompt(own, prompt, available) + encode_response(own, response, ended))
+                rows.append(
+                    encode_prompt(own, prompt, available) + encode_response(own, response, ended)
+                )
         total = reward.score_ids(rows, batch_size)
         return Scores(total, {name: total})
 

@@ -22,20 +22,30 @@ def reward_loss(
         d = r_chosen - r_rejected - margin
         L = mean[ w ( -p log sigmoid(d) - (1 - p) log sigmoid(-d) + c (r_chosen + r_rejected)^2 ) ]
 
-    p = 1 is Bradley and Terry (1952) as in Ouyang et al. 2022, eq. 1; the margin is Touvron et al. 2023 (Llama 2),
-    eq. 2; p < 1 is a soft label, or label smoothing e with p = 1 - e; c centres the scores, which the likelihood
-    leaves free to drift (Eisenstein et al. 2023, arXiv 2312.09244; TRL's `center_rewards_coefficient`).
+    p = 1 is Bradley and Terry (1952) as in Ouyang et al. 2022, eq. 1; the margin is Touvron et al.
+    2023 (Llama 2), eq. 2; p < 1 is a soft label, or label smoothing e with p = 1 - e; c centres the
+    scores, which the likelihood leaves free to drift (Eisenstein et al. 2023, arXiv 2312.09244;
+    TRL's `center_rewards_coefficient`).
 
-    chosen, rejected: (B,) scores. margin, label_prob, weight: (B,) or None; a row without a margin has 0, a row
-    without a soft label NaN, which takes 1 - label_smoothing. The mean divides by B, not by the sum of the weights,
-    so that micro-batches and ranks of equal size add up to the whole batch: give weights a mean of 1 over the data.
-    Returns the loss and detached metrics: `accuracy` (a tie counts half), `margin` (mean r_chosen - r_rejected) and
-    `reward` (mean over both responses). Raises ValueError on shapes that differ.
+    chosen, rejected: (B,) scores. margin, label_prob, weight: (B,) or None; a row without a margin
+    has 0, a row without a soft label NaN, which takes 1 - label_smoothing. The mean divides by B,
+    not by the sum of the weights, so that micro-batches and ranks of equal size add up to the whole
+    batch: give weights a mean of 1 over the data. Returns the loss and detached metrics: `accuracy`
+    (a tie counts half), `margin` (mean r_chosen - r_rejected) and `reward` (mean over both
+    responses). Raises ValueError on shapes that differ.
     """
-    for name, value in (("rejected", rejected), ("margin", margin), ("label_prob", label_prob), ("weight", weight)):
+    for name, value in (
+        ("rejected", rejected),
+        ("margin", margin),
+        ("label_prob", label_prob),
+        ("weight", weight),
+    ):
         if value is not None and value.shape != chosen.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, chosen has {tuple(chosen.shape)}")
-    dtype = torch.promote_types(chosen.dtype, torch.float32)  # a bf16 margin would be rounded to 3 digits
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}, chosen has {tuple(chosen.shape)}"
+            )
+    # a bf16 margin would be rounded to 3 digits
+    dtype = torch.promote_types(chosen.dtype, torch.float32)
     chosen, rejected = chosen.to(dtype), rejected.to(dtype)
     gap = chosen - rejected
     d = gap if margin is None else gap - margin.to(dtype)
@@ -57,5 +67,7 @@ def reward_loss(
 
 
 def pair_accuracy(gap: Tensor) -> Tensor:
-    """Return (B,) 1 where the chosen response scores higher, 0 where it scores lower, one half where they tie."""
+    """Return (B,) 1 where the chosen response scores higher, 0 where it scores lower, one half
+    where they tie.
+    """
     return (gap > 0).float() + 0.5 * (gap == 0).float()

@@ -1,4 +1,6 @@
-"""Find phrases in a text: whole words in any case, regularly inflected, or a regular expression between slashes."""
+"""Find phrases in a text: whole words in any case, regularly inflected, or a regular expression
+between slashes.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def distinct(phrases: Iterable[str]) -> set[str]:
 
 
 def check_phrases(phrases: list[str]) -> list[str]:
-    """Return the phrases. Raises ValueError for one that is empty, broken, or would match everywhere."""
+    """Return the phrases. Raises ValueError for one that is empty, broken, or would match
+    everywhere.
+    """
     for phrase in phrases:
         if not phrase.strip():
             raise ValueError("has an empty phrase, which would match everywhere")
@@ -77,10 +81,12 @@ def check_phrases(phrases: list[str]) -> list[str]:
 
 
 def inflections(word: str) -> set[str]:
-    """Return a word's regular English forms in lower case: plural, third person, past, -ing, comparative, possessive.
+    """Return a word's regular English forms in lower case: plural, third person, past, -ing,
+    comparative, possessive.
 
-    inflections("try") = {try, tries, tried, trying, tryer, tryest, trier, triest, try's}; words of one or two
-    letters have only themselves. Forms that are not words do no harm: they occur in no text.
+    inflections("try") = {try, tries, tried, trying, tryer, tryest, trier, triest, try's}; words of
+    one or two letters have only themselves. Forms that are not words do no harm: they occur in no
+    text.
     """
     word = word.lower()
     if len(word) < 3 or not word.isalpha():
@@ -112,7 +118,9 @@ def _forms(word: str, inflect: bool) -> set[str]:
 
 @functools.lru_cache(maxsize=PATTERNS)
 def phrase_pattern(phrase: str, inflect: bool = True) -> re.Pattern:
-    """Return a pattern for a word or phrase between word boundaries, each word inflected; /regex/ as it is."""
+    """Return a pattern for a word or phrase between word boundaries, each word inflected; /regex/
+    as it is.
+    """
     if is_regex(phrase):
         return re.compile(phrase[1:-1], re.IGNORECASE)
     words = []
@@ -125,7 +133,9 @@ def phrase_pattern(phrase: str, inflect: bool = True) -> re.Pattern:
 
 @functools.lru_cache(maxsize=PATTERNS)
 def first_pieces(phrase: str, inflect: bool) -> set[str]:
-    """Return the runs of word characters of which a text with the phrase has one; empty where that is unknown."""
+    """Return the runs of word characters of which a text with the phrase has one; empty where that
+    is unknown.
+    """
     words = clean(phrase).lower().split()
     if is_regex(phrase) or not re.match(r"\w", words[0]):
         return set()
@@ -133,10 +143,13 @@ def first_pieces(phrase: str, inflect: bool) -> set[str]:
 
 
 @functools.lru_cache(maxsize=PATTERNS)
-def edge_pattern(form: str, at_start: bool, values: tuple[tuple[str, str | None], ...]) -> re.Pattern:
+def edge_pattern(
+    form: str, at_start: bool, values: tuple[tuple[str, str | None], ...]
+) -> re.Pattern:
     """Return a pattern that finds a form at the start or at the end of a text.
 
-    Punctuation at the edges of its words is free. `values` are those of its {placeholders}; None is any word.
+    Punctuation at the edges of its words is free. `values` are those of its {placeholders}; None is
+    any word.
     """
     known = dict(values)
     words = []

@@ -22,7 +22,9 @@ def score_rows(run: Run, trainer: Any, *parts: list[list[int]]) -> list[list[flo
     own = [rows[i] for i in run.world.shard(len(rows))]
     batch_size = 2 * run.config.per_device_train_batch_size
     with gathered(trainer.model):
-        scores = run.world.gather(raw_scores(trainer.model, own, trainer.processing_class.pad_token_id, batch_size))
+        scores = run.world.gather(
+            raw_scores(trainer.model, own, trainer.processing_class.pad_token_id, batch_size)
+        )
     remaining = iter(scores)
     return [list(islice(remaining, len(part))) for part in parts]
 

@@ -1,4 +1,5 @@
-"""Rule rewards: scores by a pattern or a count. Each is a function (text, metadata, **options) -> float.
+"""Rule rewards: scores by a pattern or a count. Each is a function (text, metadata, **options) ->
+float.
 
 Scores lie in [0, 1], 1 is right. RULES gives the names that a scorer specification uses:
 
@@ -37,14 +38,18 @@ def must_not_match(text: str, metadata: dict[str, Any], *, pattern: str) -> floa
 
 
 def no_repetition(text: str, metadata: dict[str, Any], *, n: int = 3) -> float:
-    """Return the share of distinct n-grams among those of the text's case-folded words; 1 when nothing repeats."""
+    """Return the share of distinct n-grams among those of the text's case-folded words; 1 when
+    nothing repeats.
+    """
     words = text.casefold().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
 def ends_properly(text: str, metadata: dict[str, Any], *, endings: str = ".!?") -> float:
-    """Return 1 where the text ends with one of `endings`, apart from closing quotes and brackets, else 0."""
+    """Return 1 where the text ends with one of `endings`, apart from closing quotes and brackets,
+    else 0.
+    """
     return float(text.rstrip().rstrip(CLOSING).endswith(tuple(endings)))
 
 
@@ -58,21 +63,29 @@ RULES: dict[str, Callable[..., float]] = {
 
 
 def check_rule_options(name: str, options: dict[str, Any], where: str = "scorers") -> None:
-    """Raise UserError, naming `where`, for values that cannot work, such as a lower bound above the upper one."""
+    """Raise UserError, naming `where`, for values that cannot work, such as a lower bound above the
+    upper one.
+    """
     place = f"{where}: rule '{name}'"
     if "pattern" in options:
         pattern = options["pattern"]
         try:
             re.compile(pattern)
         except (re.error, TypeError) as error:
-            raise UserError(f"{place}: pattern {pattern!r} is not a regular expression: {error}") from None
+            raise UserError(
+                f"{place}: pattern {pattern!r} is not a regular expression: {error}"
+            ) from None
     for key in ("low", "high", "n"):
         if key in options and (type(options[key]) is not int or options[key] < 1):
-            raise UserError(f"{place}: '{key}' is {options[key]!r}, expected a whole number from 1 up")
+            raise UserError(
+                f"{place}: '{key}' is {options[key]!r}, expected a whole number from 1 up"
+            )
     low, high = options.get("low", 1), options.get("high", 200)
     if name == "length" and low > high:
         raise UserError(f"{place}: low {low} is above high {high}")
     endings = options.get("endings", ".")
     # `ends_properly` strips closing quotes before it looks for an ending
-    if name == "ends_properly" and not (isinstance(endings, str) and endings.strip().strip(CLOSING)):
+    if name == "ends_properly" and not (
+        isinstance(endings, str) and endings.strip().strip(CLOSING)
+    ):
         raise UserError(f"{place}: 'endings' is {endings!r}, expected characters such as '.!?'")

@@ -1,4 +1,5 @@
-"""Scorer specifications: the entries of `reward`, `eval_scorers`, `gold`, `referee` and `others` as typed records.
+"""Scorer specifications: the entries of `reward`, `eval_scorers`, `gold`, `referee` and `others` as
+typed records.
 
     scorers:
       - {model: runs/reward}                                # a reward model; name 'reward', weight 1
@@ -82,9 +83,12 @@ class EnsembleSpec(_LoadedSpec):
     @field_validator("ensemble", mode="before")
     @classmethod
     def _two_or_more(cls, folders: Any) -> Any:
-        # one name alone is what a user writes who means {model: ...}; say more than "expected a list"
+        # one name alone is what a user writes who means {model: ...}; say more than "expected a
+        # list"
         if not isinstance(folders, list) or len(folders) < 2:
-            raise ValueError(f"found {folders!r}, expected two or more reward models: [runs/a, runs/b]")
+            raise ValueError(
+                f"found {folders!r}, expected two or more reward models: [runs/a, runs/b]"
+            )
         return folders
 
     @model_validator(mode="after")
@@ -92,7 +96,9 @@ class EnsembleSpec(_LoadedSpec):
         # raises ValueError where a model is named twice
         member_names(self.ensemble)
         if "penalty" in self.model_fields_set and self.how != "uncertainty":
-            raise ValueError(f"'penalty' has no effect with how: {self.how}. Set how: uncertainty, or remove it")
+            raise ValueError(
+                f"'penalty' has no effect with how: {self.how}. Set how: uncertainty, or remove it"
+            )
         return self
 
     @property
@@ -104,7 +110,9 @@ class EnsembleSpec(_LoadedSpec):
         return self.ensemble
 
     def members(self) -> dict[str, ModelSpec]:
-        """Return the specification of each member by its short name; it is called `ensemble/member`."""
+        """Return the specification of each member by its short name; it is called
+        `ensemble/member`.
+        """
         specs = {}
         for member, folder in zip(member_names(self.ensemble), self.ensemble, strict=True):
             specs[member] = ModelSpec(
@@ -130,7 +138,9 @@ class HttpSpec(ScorerSpec):
     """A service, see reward/http.py."""
 
     http: Text
-    timeout: Number = Field(60.0, gt=0, description="seconds for the connection, and for the whole answer")
+    timeout: Number = Field(
+        60.0, gt=0, description="seconds for the connection, and for the whole answer"
+    )
     retries: Count = Field(5, ge=0)
     batch_size: Count = Field(64, ge=1)
     # checked by `read_token`, whose messages do not show it: it may be the token itself
@@ -156,7 +166,9 @@ class _KeywordSpec(ScorerSpec):
         return self.model_extra or {}
 
     def _check_options(self, function: Callable, positional: int, where: str) -> None:
-        """Raise UserError unless `function` takes the options after its first `positional` arguments."""
+        """Raise UserError unless `function` takes the options after its first `positional`
+        arguments.
+        """
         try:
             parameters = list(inspect.signature(function).parameters.values())[positional:]
         except (TypeError, ValueError):
@@ -164,12 +176,16 @@ class _KeywordSpec(ScorerSpec):
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return
 
-        parameters = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL]
+        parameters = [
+            parameter for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL
+        ]
         known = ["name", "weight", *(parameter.name for parameter in parameters)]
         for key in self.options:
             if key not in known:
                 hint = did_you_mean(key, known)
-                raise UserError(f"{where}: unknown key '{key}'.{hint} Known keys: {', '.join(known)}")
+                raise UserError(
+                    f"{where}: unknown key '{key}'.{hint} Known keys: {', '.join(known)}"
+                )
         for parameter in parameters:
             if parameter.default is parameter.empty and parameter.name not in self.options:
                 raise UserError(f"{where}: {self.default_name} needs '{parameter.name}'")
@@ -188,7 +204,9 @@ class FunctionSpec(_KeywordSpec):
         """Import the function. Raises UserError where it is not there."""
         module, _, function = self.function.partition(":")
         if not module or not function:
-            raise UserError(f"{where}: function '{self.function}' should be written module:function")
+            raise UserError(
+                f"{where}: function '{self.function}' should be written module:function"
+            )
         return import_function(module, function, where)
 
     def check(self, where: str) -> None:
@@ -228,7 +246,9 @@ def parse_specs(entries: Any, option: str = "scorers") -> list[ScorerSpec]:
     Raises UserError with the option, the entry, what was found and the nearest right key.
     """
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{option}: found {entries!r}, expected a list such as [{{model: runs/reward}}]")
+        raise UserError(
+            f"{option}: found {entries!r}, expected a list such as [{{model: runs/reward}}]"
+        )
 
     specs: list[ScorerSpec] = []
     number_of: dict[str, int] = {}
@@ -254,7 +274,9 @@ def parse_specs(entries: Any, option: str = "scorers") -> list[ScorerSpec]:
 
 def _kind_of(entry: Any, where: str) -> str:
     if not isinstance(entry, dict):
-        raise UserError(f"{where}: found {entry!r}, expected a mapping such as {{model: runs/reward}}")
+        raise UserError(
+            f"{where}: found {entry!r}, expected a mapping such as {{model: runs/reward}}"
+        )
     kinds = [kind for kind in KINDS if kind in entry]
     if len(kinds) == 1:
         return kinds[0]
@@ -263,14 +285,19 @@ def _kind_of(entry: Any, where: str) -> str:
     if not kinds:
         others = [str(key) for key in entry if key not in ("name", "weight")]
         hint = "".join(did_you_mean(key, KINDS) for key in others)
-    raise UserError(f"{where}: found {', '.join(map(str, entry))}; expected exactly one of {', '.join(KINDS)}.{hint}")
+    raise UserError(
+        f"{where}: found {', '.join(map(str, entry))}; expected exactly one of {', '.join(KINDS)}.{hint}"
+    )
 
 
 def _parse_spec(kind: type[ScorerSpec], entry: dict[str, Any], where: str) -> ScorerSpec:
     spec = validate(kind, entry, where)
     name = spec.default_name if spec.name is None else spec.name
-    # "/" separates a scorer from its parts in the names of metrics, where "total" is the weighted sum
+    # "/" separates a scorer from its parts in the names of metrics, where "total" is the weighted
+    # sum
     if not name or "/" in name or name == "total":
-        raise UserError(f"{where}: name {name!r} cannot be used (text without '/', and not 'total')")
+        raise UserError(
+            f"{where}: name {name!r} cannot be used (text without '/', and not 'total')"
+        )
     spec.check(f"{where} ({name})")
     return spec.model_copy(update={"name": name})

@@ -1,4 +1,6 @@
-"""TRL's RewardTrainer with our objective: soft labels, weights per pair, scores read at the last response token."""
+"""TRL's RewardTrainer with our objective: soft labels, weights per pair, scores read at the last
+response token.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,13 @@ from rlhf.tensors import pad_right
 
 
 def pair_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of `encode_preferences` as this trainer reads them: whole sequences, and the columns of the data."""
-    rows = [{side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")} for row in encoded]
+    """Return rows of `encode_preferences` as this trainer reads them: whole sequences, and the
+    columns of the data.
+    """
+    rows = [
+        {side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")}
+        for row in encoded
+    ]
     add_columns(rows, [row["record"] for row in encoded], DEFAULTS)
     return rows
 
@@ -24,8 +31,8 @@ def pair_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
 class PairCollator:
     """Turn rows {chosen_ids, rejected_ids, margin, label_prob, weight} into right-padded tensors.
 
-    input_ids and attention_mask are (2B, L), chosen rows first; the three extras are (B,), absent where no row of
-    the data has them.
+    input_ids and attention_mask are (2B, L), chosen rows first; the three extras are (B,), absent
+    where no row of the data has them.
     """
 
     pad_token_id: int
@@ -40,10 +47,11 @@ class PairCollator:
 
 
 class RewardTrainer(TRLRewardTrainer):
-    """Train on tokenized rows (prompt + response ids in `chosen_ids` and `rejected_ids`) and a model of reward.model.
+    """Train on tokenized rows (prompt + response ids in `chosen_ids` and `rejected_ids`) and a
+    model of reward.model.
 
-    Logs what TRL logs, but `accuracy` counts a tie as half. `label_smoothing` is the chance that a pair without a
-    label_prob of its own is labelled the wrong way round.
+    Logs what TRL logs, but `accuracy` counts a tie as half. `label_smoothing` is the chance that a
+    pair without a label_prob of its own is labelled the wrong way round.
     """
 
     def __init__(self, *args, label_smoothing: float = 0.0, **kwargs):
@@ -57,7 +65,9 @@ class RewardTrainer(TRLRewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         extras = {name: inputs[name] for name in DEFAULTS if name in inputs}
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        outputs = model(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
+        )
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         loss, metrics = reward_loss(
             chosen,
@@ -69,7 +79,9 @@ class RewardTrainer(TRLRewardTrainer):
         self._record(mode, inputs["attention_mask"], outputs.logits.detach(), metrics)
         return (loss, outputs) if return_outputs else loss
 
-    def _record(self, mode: str, attention_mask: Tensor, scores: Tensor, metrics: dict[str, Tensor]) -> None:
+    def _record(
+        self, mode: str, attention_mask: Tensor, scores: Tensor, metrics: dict[str, Tensor]
+    ) -> None:
         gather = self.accelerator.gather_for_metrics
         if mode == "train":
             self._total_train_tokens += int(gather(attention_mask.sum()).sum())

@@ -1,11 +1,12 @@
 """Brand voice from a specification: a YAML file in, a bounded score with its parts out.
 
-Each part of the specification scores a text between 0 and 1, and the total is their weighted geometric mean,
+Each part of the specification scores a text between 0 and 1, and the total is their weighted
+geometric mean,
 
     total = prod_k max(s_k, FLOOR) ^ (w_k / sum_j w_j),
 
-so that a part that fails cannot be compensated by the others, and log total is additive in the parts. docs/rewards.md
-describes the file; nothing in here knows any brand.
+so that a part that fails cannot be compensated by the others, and log total is additive in the
+parts. docs/rewards.md describes the file; nothing in here knows any brand.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def _refuse_empty(phrases: list[str]) -> list[str]:
 
 def _text_keys(value: Any) -> Any:
     # YAML reads the keys 1 and yes as a number and a truth value
-    return {str(key): content for key, content in value.items()} if isinstance(value, dict) else value
+    return (
+        {str(key): content for key, content in value.items()} if isinstance(value, dict) else value
+    )
 
 
 Phrases = Annotated[list[str], BeforeValidator(_as_list), AfterValidator(check_phrases)]
@@ -99,7 +102,9 @@ class Greeting(Section):
         return 0.0
 
     def least_words(self) -> int:
-        """Return the words of the shortest form's longest sentence; a regular expression may be of any length."""
+        """Return the words of the shortest form's longest sentence; a regular expression may be of
+        any length.
+        """
         return min(0 if is_regex(form) else longest_sentence(clean(form)) for form in self.phrases)
 
 
@@ -110,7 +115,9 @@ class Closing(Greeting):
 
 
 class Use(Section):
-    """Words to use: `at_least` distinct ones have the full score; more earn nothing, and a stuffed text loses."""
+    """Words to use: `at_least` distinct ones have the full score; more earn nothing, and a stuffed
+    text loses.
+    """
 
     phrases: SomePhrases = Field(alias="words")
     # None (not given): 2, or all words where there are fewer
@@ -161,7 +168,9 @@ class Sentences(Section):
 
 
 class Length(Section):
-    """Words of the whole text; the part falls to 0 at half of `min_words` and at one and a half times `max_words`."""
+    """Words of the whole text; the part falls to 0 at half of `min_words` and at one and a half
+    times `max_words`.
+    """
 
     min_words: Count = Field(1, ge=0)
     max_words: Count = Field(1000, gt=0)
@@ -182,8 +191,10 @@ class Variety(Section):
 class Fact(Section):
     """A value of the prompt's metadata that the text must contain.
 
-    phrasings: for each possible value, the phrases that express it; phrases of another value are wrong.
-    choices: all possible values, each expressed by itself. With neither, the value itself must be in the text.
+    phrasings: for each possible value, the phrases that express it; phrases of another value are
+    wrong.
+    choices: all possible values, each expressed by itself. With neither, the value itself must be
+    in the text.
     """
 
     choices: Phrases = Field([], validation_alias=AliasChoices("choices", "among"))
@@ -196,7 +207,9 @@ class Fact(Section):
     def _check(self) -> Fact:
         if self.choices and self.phrasings:
             raise ValueError("has both 'choices' and 'phrasings'; keep one")
-        ways = self.phrasings or {f"{value} (entry {i})": [value] for i, value in enumerate(self.choices, 1)}
+        ways = self.phrasings or {
+            f"{value} (entry {i})": [value] for i, value in enumerate(self.choices, 1)
+        }
         value_of: dict[str, str] = {}
         for value, phrases in ways.items():
             if not phrases:
@@ -208,7 +221,9 @@ class Fact(Section):
         return self
 
     def score_value(self, text: Text, value: str) -> float:
-        """Return 1 for the right value, 1 / (1 + n) beside n wrong ones, 0 for wrong ones alone, else MISSING_FACT."""
+        """Return 1 for the right value, 1 / (1 + n) beside n wrong ones, 0 for wrong ones alone,
+        else MISSING_FACT.
+        """
         ways = self.phrasings or {choice: [choice] for choice in self.choices}
         right = text.find_any(ways.get(value, [value]), self.inflect)
         wrong = 0
@@ -233,7 +248,9 @@ class Task(Spec):
 
 
 class Voice(Spec):
-    """A brand voice. Its parts are the sections that the file names, `variety`, and the facts of its `task`."""
+    """A brand voice. Its parts are the sections that the file names, `variety`, and the facts of
+    its `task`.
+    """
 
     name: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     # for the people who write and judge; not scored
@@ -251,7 +268,9 @@ class Voice(Spec):
     task: Task | None = None
 
     # the share of the total that a response keeps which was cut off
-    truncated: Number = Field(1.0, ge=0, le=1, validation_alias=AliasChoices("truncated", "unended"))
+    truncated: Number = Field(
+        1.0, ge=0, le=1, validation_alias=AliasChoices("truncated", "unended")
+    )
 
     @functools.cached_property
     def sections(self) -> dict[str, Section]:
@@ -267,22 +286,29 @@ class Voice(Spec):
     @model_validator(mode="after")
     def _check(self) -> Voice:
         if set(self.sections) == {"variety"} and not self.facts:
-            raise ValueError("no part to score; add a section such as greeting, use, claims, length or task")
+            raise ValueError(
+                "no part to score; add a section such as greeting, use, claims, length or task"
+            )
         if sum(part.weight for part in (*self.sections.values(), *self.facts.values())) <= 0:
             raise ValueError("all weights are 0; give at least one part a 'weight' above 0")
         _check_bounds(self)
         _check_contradictions(self)
         return self
 
-    def score(self, text: str, metadata: dict[str, Any] | None = None, ended: bool = True) -> dict[str, float]:
+    def score(
+        self, text: str, metadata: dict[str, Any] | None = None, ended: bool = True
+    ) -> dict[str, float]:
         """Return the parts of the score and their "total", all in [0, 1].
 
-        A fact whose key the metadata lacks is left out, and the other weights count for more. A text without a
-        word scores 0 in every part. A response that did not end keeps `truncated` of its total.
+        A fact whose key the metadata lacks is left out, and the other weights count for more. A
+        text without a word scores 0 in every part. A response that did not end keeps `truncated` of
+        its total.
         """
         metadata = metadata or {}
         read = Text(text)
-        facts = {key: fact for key, fact in self.facts.items() if metadata.get(key) not in (None, "")}
+        facts = {
+            key: fact for key, fact in self.facts.items() if metadata.get(key) not in (None, "")
+        }
         rules = self.sections | {f"task/{key}": fact for key, fact in facts.items()}
         if not read.words:
             return {**dict.fromkeys(rules, 0.0), "total": 0.0}
@@ -314,7 +340,9 @@ def within(n: float, low: float, high: float) -> float:
 
 
 def load_voice(path: str | Path) -> Voice:
-    """Read and check a specification. Raises UserError with the file, the key and the nearest right one."""
+    """Read and check a specification. Raises UserError with the file, the key and the nearest right
+    one.
+    """
     return validate(Voice, read_yaml(path), f"{path}, voice")
 
 
@@ -338,7 +366,9 @@ def voice_scorer(path: str | Path, name: str = "voice") -> Scorer:
 
 
 def voice_guide(voice: Voice) -> Guide:
-    """Return the guide of a voice for those who judge by it: its prose, its phrases and its rules in sentences."""
+    """Return the guide of a voice for those who judge by it: its prose, its phrases and its rules
+    in sentences.
+    """
     lists = {
         "Begins with": voice.greeting and voice.greeting.phrases,
         "Ends with": voice.closing and voice.closing.phrases,
@@ -357,16 +387,22 @@ def voice_guide(voice: Voice) -> Guide:
     return Guide(
         name=voice.name,
         text=" ".join((voice.guide or "").split()),
-        lists=[(title, list(map(plain_phrase, phrases))) for title, phrases in lists.items() if phrases],
+        lists=[
+            (title, list(map(plain_phrase, phrases))) for title, phrases in lists.items() if phrases
+        ],
         rules=rules,
     )
 
 
 def _check_bounds(voice: Voice) -> None:
-    """Raise ValueError where no text can earn the full score, because two numbers contradict each other."""
+    """Raise ValueError where no text can earn the full score, because two numbers contradict each
+    other.
+    """
     use, length, sentences = voice.use, voice.length, voice.sentences
     if length and length.min_words > length.max_words:
-        raise ValueError(f"'length': min_words {length.min_words} is above max_words {length.max_words}")
+        raise ValueError(
+            f"'length': min_words {length.min_words} is above max_words {length.max_words}"
+        )
     if use:
         count = len(distinct(use.phrases))
         if use.enough > count:
@@ -379,17 +415,29 @@ def _check_bounds(voice: Voice) -> None:
                 f"{length.max_words}, so a text with enough of them has too many"
             )
 
-    edges = {name: part.least_words() for name, part in voice.sections.items() if isinstance(part, Greeting)}
+    edges = {
+        name: part.least_words()
+        for name, part in voice.sections.items()
+        if isinstance(part, Greeting)
+    }
     if length and sum(edges.values()) > length.max_words:
-        raise ValueError(f"'length': max_words {length.max_words} is too few for {' and '.join(edges)}")
+        raise ValueError(
+            f"'length': max_words {length.max_words} is too few for {' and '.join(edges)}"
+        )
     for name, words in edges.items():
         if sentences and words > sentences.max_words:
-            raise ValueError(f"'sentences': max_words {sentences.max_words} is too few for every form of '{name}'")
+            raise ValueError(
+                f"'sentences': max_words {sentences.max_words} is too few for every form of '{name}'"
+            )
 
 
 def _check_contradictions(voice: Voice) -> None:
     """Raise ValueError where what one part asks for is what another punishes."""
-    asked = {name: part.phrases for name, part in voice.sections.items() if isinstance(part, Greeting | Use)}
+    asked = {
+        name: part.phrases
+        for name, part in voice.sections.items()
+        if isinstance(part, Greeting | Use)
+    }
     for key, fact in voice.facts.items():
         asked[f"task/{key}"] = [*fact.choices, *itertools.chain(*fact.phrasings.values())]
 
@@ -400,4 +448,6 @@ def _check_contradictions(voice: Voice) -> None:
                 for text in phrases:
                     # what a regular expression matches cannot be listed
                     if not is_regex(text) and pattern.search(clean(text)):
-                        raise ValueError(f"'{name}' asks for {text!r}, which '{punished}' punishes as {phrase!r}")
+                        raise ValueError(
+                            f"'{name}' asks for {text!r}, which '{punished}' punishes as {phrase!r}"
+                        )

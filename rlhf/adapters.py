@@ -1,4 +1,6 @@
-"""LoRA adapters: settings, loading them onto a base, several on one base, and what of the output head they change."""
+"""LoRA adapters: settings, loading them onto a base, several on one base, and what of the output
+head they change.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from rlhf.weights import base_weights, check_finite, first_line, loading, plain_
 
 # beside the adapter of a critic
 VALUE_HEAD_FILE = "value_head.safetensors"
-# LoRA settings that change the base itself, or that depend on the prompt: such an adapter cannot share a base
+# LoRA settings that change the base itself, or that depend on the prompt: such an adapter cannot
+# share a base
 NOT_SHARED = ("layer_replication", "kasa_config", "arrow_config", "alora_invocation_tokens")
 # initial values that are taken out of the base's weights
 REWRITES_BASE = re.compile("pissa|corda|olora|loftq|lora_ga")
@@ -26,20 +29,31 @@ MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 MERGE = "Merge the adapter (merge_and_unload and save_pretrained of PEFT) and start from the merged model"
 
 
-def lora_config(task_type: str = "CAUSAL_LM", r: int = 16, alpha: int = 32, dropout: float = 0.0, targets="all-linear"):
-    """Return the LoRA settings of a new adapter. `targets` is "all-linear" or a list of module names."""
+def lora_config(
+    task_type: str = "CAUSAL_LM",
+    r: int = 16,
+    alpha: int = 32,
+    dropout: float = 0.0,
+    targets="all-linear",
+):
+    """Return the LoRA settings of a new adapter. `targets` is "all-linear" or a list of module
+    names.
+    """
     from peft import LoraConfig
 
     if targets == ["all-linear"]:
         targets = "all-linear"
-    return LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=task_type)
+    return LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type=task_type
+    )
 
 
 def check_targets(model: nn.Module, targets: list[str]) -> None:
-    """Raise UserError unless each name is that of a layer that LoRA can adapt, or "all-linear" stands alone.
+    """Raise UserError unless each name is that of a layer that LoRA can adapt, or "all-linear"
+    stands alone.
 
-    PEFT takes a name for the end of a layer's path (q_proj, layers.0.self_attn.q_proj), and says nothing of one that
-    matches none as long as another does.
+    PEFT takes a name for the end of a layer's path (q_proj, layers.0.self_attn.q_proj), and says
+    nothing of one that matches none as long as another does.
     """
     from transformers.pytorch_utils import Conv1D
 
@@ -57,14 +71,16 @@ def check_targets(model: nn.Module, targets: list[str]) -> None:
     for target in targets:
         if not any(layer.endswith(f".{target}") for layer in layers):
             hint = did_you_mean(target, known)
-            raise UserError(f"'lora_target_modules': no layer is called '{target}'.{hint} {expected}")
+            raise UserError(
+                f"'lora_target_modules': no layer is called '{target}'.{hint} {expected}"
+            )
 
 
 def adapter_base(adapter_path: str) -> str:
     """Return the base that an adapter folder names.
 
-    A relative path is tried from here, from the folder and from those above it, so that a run loads from any working
-    directory.
+    A relative path is tried from here, from the folder and from those above it, so that a run loads
+    from any working directory.
     """
     base = read_json(Path(adapter_path) / "adapter_config.json").get("base_model_name_or_path")
     if not base:
@@ -80,8 +96,8 @@ def adapter_base(adapter_path: str) -> str:
 def adapter_settings(path: str) -> Any:
     """Return the PEFT settings of the adapter in a folder, ready to be put on a base beside others.
 
-    Raises UserError when there are none, when they cannot be read, when the adapter is a critic's, and for settings
-    that PEFT cannot keep apart where several adapters share a base.
+    Raises UserError when there are none, when they cannot be read, when the adapter is a critic's,
+    and for settings that PEFT cannot keep apart where several adapters share a base.
     """
     from peft import LoraConfig, PeftConfig
 
@@ -101,7 +117,9 @@ def adapter_settings(path: str) -> Any:
     found = [name for name in NOT_SHARED if getattr(config, name, None)]
     if isinstance(config.init_lora_weights, str) and REWRITES_BASE.match(config.init_lora_weights):
         found.append("init_lora_weights")
-    if config.bias != "none" and any(n.endswith(".bias") and "lora_" not in n for n in adapter_weights(path)):
+    if config.bias != "none" and any(
+        n.endswith(".bias") and "lora_" not in n for n in adapter_weights(path)
+    ):
         found.append("bias")
     if found:
         raise UserError(
@@ -138,8 +156,12 @@ def adapter_weights(path: str | Path) -> dict[str, Tensor]:
     return weights
 
 
-def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str = "lora") -> nn.Module:
-    """Put a new adapter on a model, which becomes a PeftModel unless it is one. Raises UserError where PEFT refuses."""
+def add_adapter(
+    model: nn.Module, config: Any, name: str = "default", where: str = "lora"
+) -> nn.Module:
+    """Put a new adapter on a model, which becomes a PeftModel unless it is one. Raises UserError
+    where PEFT refuses.
+    """
     from peft import PeftModel, get_peft_model
     from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
@@ -154,10 +176,14 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str
         else:
             model = get_peft_model(model, config, adapter_name=name)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{where}: PEFT cannot put this adapter on the model ({first_line(error)})") from None
+        raise UserError(
+            f"{where}: PEFT cannot put this adapter on the model ({first_line(error)})"
+        ) from None
 
     for module in model.modules():
-        if isinstance(module, AuxiliaryTrainingWrapper) and "adapter_state_dict" not in vars(module):
+        if isinstance(module, AuxiliaryTrainingWrapper) and "adapter_state_dict" not in vars(
+            module
+        ):
             for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
                 setattr(module, method, _of_held_adapters(module, getattr(module, method)))
         # TRL reads a bias off a head; PEFT passes on the weight alone
@@ -169,8 +195,8 @@ def add_adapter(model: nn.Module, config: Any, name: str = "default", where: str
 def _not_adaptable(model: nn.Module) -> list[str] | None:
     """Return the names of linear layers that LoRA cannot adapt, or None.
 
-    They are routers that return more than a tensor (Llama 4, PhiMoE), and layers whose weights Mamba's kernels read
-    without calling them.
+    They are routers that return more than a tensor (Llama 4, PhiMoE), and layers whose weights
+    Mamba's kernels read without calling them.
     """
     names = {"out_proj"} if model.config.model_type in MAMBA else set()
     for name, module in model.named_modules():
@@ -180,9 +206,11 @@ def _not_adaptable(model: nn.Module) -> list[str] | None:
 
 
 def _of_held_adapters(wrapper: nn.Module, method: Callable) -> Callable:
-    """Return a method of a module beside LoRA that PEFT calls for every adapter, restricted to those that it holds.
+    """Return a method of a module beside LoRA that PEFT calls for every adapter, restricted to
+    those that it holds.
 
-    The state that ZeRO-3 gathers lacks frozen adapters, such as a reference: none of them is saved then.
+    The state that ZeRO-3 gathers lacks frozen adapters, such as a reference: none of them is saved
+    then.
     """
 
     def held(name: str, *state: dict[str, Tensor]) -> dict[str, Any]:
@@ -193,25 +221,34 @@ def _of_held_adapters(wrapper: nn.Module, method: Callable) -> Callable:
 
 
 def load_adapter(
-    model: nn.Module, path: str, config: Any = None, name: str = "default", leave: tuple[str, ...] = ()
+    model: nn.Module,
+    path: str,
+    config: Any = None,
+    name: str = "default",
+    leave: tuple[str, ...] = (),
 ) -> nn.Module:
-    """Put the adapter in a folder on a model: LoRA, modules_to_save, embeddings, single tokens. Return the PeftModel.
+    """Put the adapter in a folder on a model: LoRA, modules_to_save, embeddings, single tokens.
+    Return the PeftModel.
 
-    config: its settings, where they differ from those of the folder. leave: modules of the base whose weights are not
-    wanted, such as the output head under a scalar head. Raises UserError unless the weights of the folder and of the
-    adapter correspond; copies of the base's own weights, which PEFT saves beside an adapter of the embeddings, are
-    compared with the base.
+    config: its settings, where they differ from those of the folder. leave: modules of the base
+    whose weights are not wanted, such as the output head under a scalar head. Raises UserError
+    unless the weights of the folder and of the adapter correspond; copies of the base's own
+    weights, which PEFT saves beside an adapter of the embeddings, are compared with the base.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     saved = adapter_weights(path)
     model = add_adapter(model, config or adapter_settings(path), name, path)
     if reason := _not_copied(model, name):
-        raise UserError(f"{path}/adapter_config.json: {reason}, of which PEFT makes no copies. {MERGE}")
+        raise UserError(
+            f"{path}/adapter_config.json: {reason}, of which PEFT makes no copies. {MERGE}"
+        )
 
     own = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     unwanted = tuple(f"base_model.model.{module}." for module in leave)
-    given, expected = ({n: w for n, w in weights.items() if not n.startswith(unwanted)} for weights in (saved, own))
+    given, expected = (
+        {n: w for n, w in weights.items() if not n.startswith(unwanted)} for weights in (saved, own)
+    )
     faults = _misfits(given, expected, base_weights(model))
     if faults:
         more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
@@ -223,8 +260,12 @@ def load_adapter(
     return model
 
 
-def _misfits(given: dict[str, Tensor], expected: dict[str, Tensor], base: dict[str, Tensor]) -> list[str]:
-    """Return how the `given` weights of an adapter differ in names and shapes from the `expected` ones."""
+def _misfits(
+    given: dict[str, Tensor], expected: dict[str, Tensor], base: dict[str, Tensor]
+) -> list[str]:
+    """Return how the `given` weights of an adapter differ in names and shapes from the `expected`
+    ones.
+    """
     faults = []
     for name, weight in given.items():
         if name in expected:
@@ -233,7 +274,9 @@ def _misfits(given: dict[str, Tensor], expected: dict[str, Tensor], base: dict[s
         if copied is None or copied.shape != weight.shape:
             faults.append(f"no place for {name}")
         elif not torch.equal(copied.to("cpu", torch.bfloat16), weight.to(torch.bfloat16)):
-            faults.append(f"{name} differs from the base's, without being among its modules_to_save")
+            faults.append(
+                f"{name} differs from the base's, without being among its modules_to_save"
+            )
     for name, weight in expected.items():
         if name not in given:
             faults.append(f"{name} is missing")
@@ -243,7 +286,9 @@ def _misfits(given: dict[str, Tensor], expected: dict[str, Tensor], base: dict[s
 
 
 def _not_copied(model: nn.Module, name: str) -> str | None:
-    """Return what adapter `name` holds on this base that PEFT does not repeat for a second adapter, or None."""
+    """Return what adapter `name` holds on this base that PEFT does not repeat for a second adapter,
+    or None.
+    """
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     config = model.peft_config[name]
@@ -251,7 +296,9 @@ def _not_copied(model: nn.Module, name: str) -> str | None:
         return "'ensure_weight_tying: true' ties the output head to an adapter of the embeddings"
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            wrappers = sum(isinstance(inner, AuxiliaryTrainingWrapper) for inner in module.modules())
+            wrappers = sum(
+                isinstance(inner, AuxiliaryTrainingWrapper) for inner in module.modules()
+            )
             # the module itself is one
             if wrappers > 1:
                 return "'trainable_token_indices' and 'modules_to_save' meet in one module"
@@ -259,13 +306,17 @@ def _not_copied(model: nn.Module, name: str) -> str | None:
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Return all that the LoRA adapter `name` holds: parameters by their names less that of the adapter."""
+    """Return all that the LoRA adapter `name` holds: parameters by their names less that of the
+    adapter.
+    """
     pattern = re.compile(rf"\.(lora_\w+|modules_to_save|trainable_tokens_delta)\.{name}(?=\.|$)")
     return {pattern.sub(r".\1", n): p for n, p in model.named_parameters() if pattern.search(n)}
 
 
 def frozen_copy(model: nn.Module, source: str, name: str) -> None:
-    """Add adapter `name` to a PeftModel as a frozen copy of another, for example as the reference of its training."""
+    """Add adapter `name` to a PeftModel as a frozen copy of another, for example as the reference
+    of its training.
+    """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -278,9 +329,15 @@ def frozen_copy(model: nn.Module, source: str, name: str) -> None:
 
 @contextlib.contextmanager
 def use_adapter(model: nn.Module, name: str | None):
-    """Run with adapter `name` active (None: the bare base), then restore the active one. For evaluation only."""
+    """Run with adapter `name` active (None: the bare base), then restore the active one. For
+    evaluation only.
+    """
     if name is None:
-        with model.disable_adapter() if hasattr(model, "disable_adapter") else contextlib.nullcontext():
+        with (
+            model.disable_adapter()
+            if hasattr(model, "disable_adapter")
+            else contextlib.nullcontext()
+        ):
             yield
         return
     before = model.active_adapter
@@ -296,29 +353,41 @@ def use_adapter(model: nn.Module, name: str | None):
 
 
 def without_head(config: Any, causal: nn.Module) -> Any:
-    """Return the settings of a LoRA adapter for a role without an output head: less what changes the head."""
+    """Return the settings of a LoRA adapter for a role without an output head: less what changes
+    the head.
+    """
     config, head = copy.deepcopy(config), head_name(causal)
     if config.modules_to_save:
         config.modules_to_save = [m for m in config.modules_to_save if not head.endswith(m)] or None
     if isinstance(config.trainable_token_indices, dict):
-        tokens = {m: ids for m, ids in config.trainable_token_indices.items() if not head.endswith(m)}
+        tokens = {
+            m: ids for m, ids in config.trainable_token_indices.items() if not head.endswith(m)
+        }
         config.trainable_token_indices = tokens or None
     return config
 
 
 def head_name(causal: nn.Module) -> str:
     """Return the name of a causal model's output head within it."""
-    return next(name for name, module in causal.named_modules() if module is causal.get_output_embeddings())
+    return next(
+        name for name, module in causal.named_modules() if module is causal.get_output_embeddings()
+    )
 
 
 def changes_head(config: Any, causal: nn.Module) -> bool:
-    """Return whether a LoRA adapter with these settings changes the output head or the embeddings it is tied to."""
+    """Return whether a LoRA adapter with these settings changes the output head or the embeddings
+    it is tied to.
+    """
     # a list stands for rows of the embeddings
     if isinstance(config.trainable_token_indices, list):
         return True
     names = [head_name(causal)]
     if causal.config.tie_word_embeddings:
-        names += [name for name, module in causal.named_modules() if module is causal.get_input_embeddings()]
+        names += [
+            name
+            for name, module in causal.named_modules()
+            if module is causal.get_input_embeddings()
+        ]
 
     changed = [*(config.modules_to_save or []), *(config.trainable_token_indices or [])]
     if not isinstance(config.target_modules, str):
@@ -327,7 +396,9 @@ def changes_head(config: Any, causal: nn.Module) -> bool:
 
 
 def token_rows(causal: nn.Module, token: int) -> list[int] | dict[str, list[int]] | None:
-    """Return PEFT's `trainable_token_indices` for a token's row of the output head; None for a head with a bias."""
+    """Return PEFT's `trainable_token_indices` for a token's row of the output head; None for a head
+    with a bias.
+    """
     head = causal.get_output_embeddings()
     if head.bias is not None:
         return None
@@ -336,9 +407,11 @@ def token_rows(causal: nn.Module, token: int) -> list[int] | dict[str, list[int]
 
 
 def like_rows(rows: Tensor, token: int) -> int:
-    """Return how many other rows (V, H) of an output head have a cosine above 0.9 to that of a token.
+    """Return how many other rows (V, H) of an output head have a cosine above 0.9 to that of a
+    token.
 
-    Tokens that no text contained keep together, since the loss has moved all of them alike. All, for a row of zeros.
+    Tokens that no text contained keep together, since the loss has moved all of them alike. All,
+    for a row of zeros.
     """
     if not rows[token].any():
         return len(rows) - 1

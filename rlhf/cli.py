@@ -1,4 +1,6 @@
-"""`rlhf COMMAND`: prepare data, collect preferences, compare runs. The programs that train are in launch/."""
+"""`rlhf COMMAND`: prepare data, collect preferences, compare runs. The programs that train are in
+launch/.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ from rlhf.program import program
 
 @dataclass(frozen=True)
 class Command:
-    """One command. `options` is "module:class", imported only when the command is called, and so is what `run` does.
+    """One command. `options` is "module:class", imported only when the command is called, and so is
+    what `run` does.
 
-    `words` is the option that words without a flag fill; libraries that load models are silenced for `loads_models`.
+    `words` is the option that words without a flag fill; libraries that load models are silenced
+    for `loads_models`.
     """
 
     help: str
@@ -177,7 +181,9 @@ def main(argv: list[str] | None = None) -> None:
     if words in RENAMED and not Path(argv[1]).is_dir():
         raise UserError(f"'rlhf {words}' is now: rlhf {' '.join([RENAMED[words], *argv[2:]])}")
     if words.startswith("compare ") and words.endswith((".yaml", ".yml")):
-        raise UserError(f"{argv[1]} is a file, not a run. To run an experiment: rlhf experiment run {argv[1]}")
+        raise UserError(
+            f"{argv[1]} is a file, not a run. To run an experiment: rlhf experiment run {argv[1]}"
+        )
     if words == "--version":
         print(f"rlhf {__version__}")
         return
@@ -189,9 +195,15 @@ def main(argv: list[str] | None = None) -> None:
 
     wants_help = {*argv} <= {"-h", "--help"} or {*argv[1:]} <= {"-h", "--help"}
     group = "" if name in ("", "-h", "--help") else f"{name} "
-    listed = [f"  {known:<20} {command.help}" for known, command in COMMANDS.items() if known.startswith(group)]
+    listed = [
+        f"  {known:<20} {command.help}"
+        for known, command in COMMANDS.items()
+        if known.startswith(group)
+    ]
     if not listed or not wants_help:
-        raise UserError(f"unknown command '{words}'.{did_you_mean(words, COMMANDS)} All commands: rlhf --help")
+        raise UserError(
+            f"unknown command '{words}'.{did_you_mean(words, COMMANDS)} All commands: rlhf --help"
+        )
     usage = f"usage: rlhf {group}COMMAND [--option VALUE ...]      rlhf {group}COMMAND --help"
     training = "Training: deepspeed --module launch.{sft,reward,dpo,ppo} --help"
     print("\n".join([usage, "", *listed, "", training]))
@@ -207,7 +219,9 @@ def run_command(name: str, argv: list[str]) -> None:
         argv = [f"--{command.words}", ",".join(argv[:first_flag]), *argv[first_flag:]]
 
     if command.words and not argv:
-        raise UserError(f"'rlhf {name}' needs its '{command.words}': rlhf {name} ... All options: rlhf {name} --help")
+        raise UserError(
+            f"'rlhf {name}' needs its '{command.words}': rlhf {name} ... All options: rlhf {name} --help"
+        )
     config = parse(pkgutil.resolve_name(command.options), argv, f"rlhf {name}")
     if command.loads_models:
         from rlhf.models import silence_libraries

@@ -6,8 +6,8 @@
 
     config = parse(PPOConfig)          # --config configs/ppo.yaml --kl_coef 0.1
 
-A YAML file holds the options by the names that the flags have. Of two files the later one wins, and flags win over
-files. Whatever is wrong raises `UserError` (exit code 2) before anything is loaded.
+A YAML file holds the options by the names that the flags have. Of two files the later one wins, and
+flags win over files. Whatever is wrong raises `UserError` (exit code 2) before anything is loaded.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ T = TypeVar("T")
 # The seeds that every random generator in use accepts.
 SEED = {"low": 0, "high": 2**32 - 1}
 
-# Where this process writes, by each of the options that it has parsed; for errors that name no file.
+# Where this process writes, by each of the options that it has parsed; for errors that name no
+# file.
 output_places: list[str] = []
 
 
@@ -46,11 +47,13 @@ def option(
     below: float | None = None,
     old_name: str | None = None,
 ) -> Any:
-    """Return a dataclass field with its help text; `resume` says whether a resumed run may change it.
+    """Return a dataclass field with its help text; `resume` says whether a resumed run may change
+    it.
 
-    Without a default the option is required. Lists and dicts are copied for each instance. A number, also one in a
-    list, must be at least `low`, more than `above`, at most `high`, less than `below`, and finite in any case.
-    `old_name` is the option's name in files written before it was renamed; it is still read, also as a flag.
+    Without a default the option is required. Lists and dicts are copied for each instance. A
+    number, also one in a list, must be at least `low`, more than `above`, at most `high`, less than
+    `below`, and finite in any case. `old_name` is the option's name in files written before it was
+    renamed; it is still read, also as a flag.
     """
     bounds = {"low": low, "above": above, "high": high, "below": below}
     metadata = {"help": help, "resume": resume, "old_name": old_name, "bounds": bounds}
@@ -60,22 +63,26 @@ def option(
 
 
 def current_names(cls: Any, options: dict[str, Any], where: str = "options") -> dict[str, Any]:
-    """Return `options` under the names that the dataclass `cls` (or an instance of it) gives them today.
+    """Return `options` under the names that the dataclass `cls` (or an instance of it) gives them
+    today.
 
     Raises UserError, naming `where`, if an option is given under both its names.
     """
     renamed = {field.metadata.get("old_name"): field.name for field in dataclasses.fields(cls)}
     for old in options:
         if old in renamed and renamed[old] in options:
-            raise UserError(f"{where}: '{old}' is the old name of '{renamed[old]}': give one of them")
+            raise UserError(
+                f"{where}: '{old}' is the old name of '{renamed[old]}': give one of them"
+            )
     return {renamed.get(name, name): value for name, value in options.items()}
 
 
 def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
     """Build `cls` from `--config FILE` and `--option value` flags; flags win wherever they stand.
 
-    Raises UserError with the place, the option and the nearest known name; `--help` prints every option and exits.
-    A dataclass may define `validate()`, which raises UserError on combinations that cannot work.
+    Raises UserError with the place, the option and the nearest known name; `--help` prints every
+    option and exits. A dataclass may define `validate()`, which raises UserError on combinations
+    that cannot work.
     """
     prog = prog or _program_name()
     hints = typing.get_type_hints(cls)
@@ -98,7 +105,9 @@ def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) 
     source = ", ".join(files)
     if missing:
         where = source or "the command line"
-        raise UserError(f"{where}: {', '.join(missing)} not given, and there is no default. All options: {prog} --help")
+        raise UserError(
+            f"{where}: {', '.join(missing)} not given, and there is no default. All options: {prog} --help"
+        )
 
     config = cls(**values)
     output = getattr(config, "output_dir", None) or getattr(config, "output", None)
@@ -124,7 +133,9 @@ def save(config: Any, path: str | Path) -> None:
 
 
 def _parser(cls: type, prog: str) -> argparse.ArgumentParser:
-    """Return the parser of the flags of `cls`, as text; its help has a section for each class that declares options."""
+    """Return the parser of the flags of `cls`, as text; its help has a section for each class that
+    declares options.
+    """
     parser = argparse.ArgumentParser(
         prog,
         exit_on_error=False,
@@ -132,9 +143,13 @@ def _parser(cls: type, prog: str) -> argparse.ArgumentParser:
         description=inspect.cleandoc(cls.__doc__ or ""),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=8, width=104),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=8, width=104
+        ),
     )
-    parser.add_argument("--config", action="append", metavar="FILE", help="YAML file of options; a later one wins")
+    parser.add_argument(
+        "--config", action="append", metavar="FILE", help="YAML file of options; a later one wins"
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
 
     hints = typing.get_type_hints(cls)
@@ -154,7 +169,9 @@ def _parser(cls: type, prog: str) -> argparse.ArgumentParser:
 
 
 def _sections(cls: type) -> list[tuple[type, list[str]]]:
-    """Return each class that declares options first, and their names; the most specific class comes first."""
+    """Return each class that declares options first, and their names; the most specific class comes
+    first.
+    """
     declared: set[str] = set()
     sections = []
     for base in reversed(cls.__mro__):
@@ -166,7 +183,9 @@ def _sections(cls: type) -> list[tuple[type, list[str]]]:
 
 
 def _help(field: dataclasses.Field) -> str:
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    default = (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
     text = field.metadata.get("help", "")
     if is_required(field):
         text += " (required)"
@@ -191,20 +210,28 @@ def _read_flags(cls: type, argv: list[str], prog: str) -> tuple[dict[str, str], 
     try:
         found, rest = _parser(cls, prog).parse_known_args(words)
     except argparse.ArgumentError as error:
-        raise UserError(f"option '{error.argument_name}' needs a value. All options: {prog} --help") from None
+        raise UserError(
+            f"option '{error.argument_name}' needs a value. All options: {prog} --help"
+        ) from None
     if rest and rest[0].startswith("--"):
         _check_known(rest[0][2:].partition("=")[0], cls, "the command line", prog)
     if rest:
-        raise UserError(f"found '{rest[0]}' where an option was expected. All options: {prog} --help")
+        raise UserError(
+            f"found '{rest[0]}' where an option was expected. All options: {prog} --help"
+        )
     # the launcher passes --local_rank; ranks are read from the environment
-    flags = {name: text for name, text in vars(found).items() if name not in ("config", "local_rank")}
+    flags = {
+        name: text for name, text in vars(found).items() if name not in ("config", "local_rank")
+    }
     return flags, getattr(found, "config", [])
 
 
 def _check_known(name: str, cls: type, where: str, prog: str) -> None:
     known = [field.name for field in dataclasses.fields(cls)]
     if name not in known:
-        raise UserError(f"{where}: unknown option '{name}'.{did_you_mean(name, known)} All options: {prog} --help")
+        raise UserError(
+            f"{where}: unknown option '{name}'.{did_you_mean(name, known)} All options: {prog} --help"
+        )
 
 
 def _program_name() -> str:

@@ -38,13 +38,17 @@ def gathered(
     parameters: list[nn.Parameter] | None = None,
     modify: bool = False,
 ) -> Iterator[None]:
-    """Make the parameters of a module whole that ZeRO-3 has divided among ranks; otherwise do nothing.
+    """Make the parameters of a module whole that ZeRO-3 has divided among ranks; otherwise do
+    nothing.
 
-    With `modify`, what rank 0 changes in them is kept on all ranks. Ranks may make different numbers of forward passes
-    inside: without a claim on the parameters the first pass would release them, and each later one would gather them
-    again, which all ranks have to do together.
+    With `modify`, what rank 0 changes in them is kept on all ranks. Ranks may make different
+    numbers of forward passes
+    inside: without a claim on the parameters the first pass would release them, and each later one
+    would gather them again, which all ranks have to do together.
     """
-    divided = [parameter for parameter in parameters or module.parameters() if hasattr(parameter, "ds_id")]
+    divided = [
+        parameter for parameter in parameters or module.parameters() if hasattr(parameter, "ds_id")
+    ]
     if not divided:
         yield
         return
@@ -63,8 +67,9 @@ def gathered(
 def register_foreign_reads(module: nn.Module) -> None:
     """Tell ZeRO-3 which parameters PEFT reads in the forward pass of another module than their own.
 
-    ZeRO-3 gathers a module's parameters when that module is called: never those in a ParameterDict (LoRA on embeddings,
-    trainable tokens), nor the embeddings that the rows of trainable tokens are put into.
+    ZeRO-3 gathers a module's parameters when that module is called: never those in a ParameterDict
+    (LoRA on embeddings, trainable tokens), nor the embeddings that the rows of trainable tokens are
+    put into.
     """
     from deepspeed.runtime.zero import register_external_parameter
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -87,7 +92,9 @@ def register_foreign_reads(module: nn.Module) -> None:
 
 
 def _marked_as_gathered(weight_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `weight_of` with a mark on its tensors by which TRL takes them for gathered parameters of ZeRO-3."""
+    """Return `weight_of` with a mark on its tensors by which TRL takes them for gathered parameters
+    of ZeRO-3.
+    """
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     def marked(*args: Any) -> Tensor:
@@ -99,7 +106,9 @@ def _marked_as_gathered(weight_of: Callable[..., Tensor]) -> Callable[..., Tenso
 
 
 def record_norms(optimizer: Any, norms: list[Tensor]) -> None:
-    """Let ZeRO's optimizer add to `norms` the gradient norm of each group, over all ranks, as it measures them."""
+    """Let ZeRO's optimizer add to `norms` the gradient norm of each group, over all ranks, as it
+    measures them.
+    """
 
     def recorded(measure: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def measure_and_record(*args: Any) -> Tensor:
@@ -119,12 +128,15 @@ def keep_float64(
     sum_over_ranks: Callable[[Tensor], Tensor],
     norms: list[Tensor],
 ) -> None:
-    """Let ZeRO 1 and 2 work in float64: otherwise gradients, their norm and updates are float32 for any model.
+    """Let ZeRO 1 and 2 work in float64: otherwise gradients, their norm and updates are float32 for
+    any model.
 
     Each step adds the gradient norm of each group to `norms`.
     """
     for own, parts in zip(
-        optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True
+        optimizer.single_partition_of_fp32_groups,
+        optimizer.parallel_partitioned_bit16_groups,
+        strict=True,
     ):
         own.data = parts[rank].detach().clone()
     # the buckets of gradients on their way are keyed by the dtype they travel in

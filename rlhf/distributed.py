@@ -1,4 +1,6 @@
-"""The processes of a run: how they start, what they exchange, and how one that fails ends the others."""
+"""The processes of a run: how they start, what they exchange, and how one that fails ends the
+others.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from torch import Tensor
 from rlhf.errors import UserError
 from rlhf.program import on_failure
 
-ABANDONED_SECONDS = 60.0  # after which a compile lock that no process of this machine holds is taken for abandoned
+# after which a compile lock that no process of this machine holds is taken for abandoned
+ABANDONED_SECONDS = 60.0
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 3.0  # for a rank to fail with an error of its own once another has failed
 LAUNCHERS = "These variables are the launcher's: start with `deepspeed` or `torchrun`, or unset them for one process"
@@ -31,9 +34,9 @@ LAUNCHERS = "These variables are the launcher's: start with `deepspeed` or `torc
 class FailureWatch:
     """Ends all ranks within seconds when one of them fails, with the error of the first on top.
 
-    The failing rank writes its number to the store through which the ranks found each other. The others, which wait in
-    a collective operation that will never complete, read it from a thread and exit; one that fails because of it names
-    that rank instead of printing a traceback.
+    The failing rank writes its number to the store through which the ranks found each other. The
+    others, which wait in a collective operation that will never complete, read it from a thread and
+    exit; one that fails because of it names that rank instead of printing a traceback.
     """
 
     KEY = "rlhf/failed"
@@ -56,7 +59,9 @@ class FailureWatch:
         self.thread.join(timeout=1.0)
 
     def report(self, exit_code: int) -> bool:
-        """Tell the other ranks that this one fails; return whether another failed first, and is the cause."""
+        """Tell the other ranks that this one fails; return whether another failed first, and is the
+        cause.
+        """
         self.stop()
         first = self._first_failed()
         if first is None:
@@ -83,12 +88,16 @@ class FailureWatch:
             return 0
 
     def _print_cause(self, first: int) -> None:
-        print(f"rank {self.rank} ends, because rank {first} has failed", file=sys.stderr, flush=True)
+        print(
+            f"rank {self.rank} ends, because rank {first} has failed", file=sys.stderr, flush=True
+        )
 
 
 @dataclass
 class DistributedContext:
-    """This process among the others. `launched` is true under `deepspeed` or `torchrun`, false for plain python."""
+    """This process among the others. `launched` is true under `deepspeed` or `torchrun`, false for
+    plain python.
+    """
 
     rank: int = 0
     size: int = 1
@@ -117,7 +126,9 @@ class DistributedContext:
         return list(itertools.chain.from_iterable(parts))
 
     def raise_on_all_ranks(self, call: Callable[[], Any]) -> Any:
-        """Return what `call` returns on this rank; raise on all ranks a UserError that it raises on any of them."""
+        """Return what `call` returns on this rank; raise on all ranks a UserError that it raises on
+        any of them.
+        """
         result = problem = None
         try:
             result = call()
@@ -129,7 +140,9 @@ class DistributedContext:
         return result
 
     def shard(self, count: int) -> range:
-        """Return the contiguous part of `count` items that this rank handles; parts differ by at most one item."""
+        """Return the contiguous part of `count` items that this rank handles; parts differ by at
+        most one item.
+        """
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def barrier(self) -> None:
@@ -143,10 +156,14 @@ class DistributedContext:
 
 
 def start() -> DistributedContext:
-    """Join the other ranks, or start alone without a launcher; set the device and the number of threads."""
+    """Join the other ranks, or start alone without a launcher; set the device and the number of
+    threads.
+    """
     uses_gpu = torch.cuda.is_available()
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
-        return DistributedContext(device=torch.device("cuda", 0) if uses_gpu else torch.device("cpu"))
+        return DistributedContext(
+            device=torch.device("cuda", 0) if uses_gpu else torch.device("cpu")
+        )
 
     ranks = read_ranks(os.environ)
     if uses_gpu:
@@ -189,7 +206,9 @@ def _divide_cores(local_size: int) -> None:
 
 
 def _prepare_compiling() -> None:
-    """Let DeepSpeed find ninja, and keep the operators it compiles with the environment that they fit."""
+    """Let DeepSpeed find ninja, and keep the operators it compiles with the environment that they
+    fit.
+    """
     # ninja is beside python, in an environment that may not be activated
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     # an operator compiled for one environment is compiled again by another
@@ -198,10 +217,12 @@ def _prepare_compiling() -> None:
 
 
 def wait_for_compilers(local_rank: int) -> None:
-    """Wait while another process compiles an operator, and remove the lock of one that was killed while it did.
+    """Wait while another process compiles an operator, and remove the lock of one that was killed
+    while it did.
 
-    Without this, torch waits for such a lock forever and silently. All ranks of a machine wait here: one that torch
-    lets through after a lock was removed expects the compiled file to be there.
+    Without this, torch waits for such a lock forever and silently. All ranks of a machine wait
+    here: one that torch lets through after a lock was removed expects the compiled file to be
+    there.
     """
     from torch.utils.cpp_extension import get_default_build_root
 
@@ -228,8 +249,8 @@ def wait_for_compilers(local_rank: int) -> None:
 def is_abandoned(lock: Path) -> bool:
     """Return whether nobody compiles under this lock any more.
 
-    That is so when no process of this machine has it open, as the one that took it does until it ends, and nothing in
-    its folder has changed for a while: it may be another machine's.
+    That is so when no process of this machine has it open, as the one that took it does until it
+    ends, and nothing in its folder has changed for a while: it may be another machine's.
     """
     import psutil
 
@@ -257,7 +278,8 @@ class Ranks:
 def read_ranks(environment: Mapping[str, str]) -> Ranks:
     """Return the ranks as a launcher has set them.
 
-    Raises UserError where they are not numbers, contradict each other, or lack a place for the ranks to meet.
+    Raises UserError where they are not numbers, contradict each other, or lack a place for the
+    ranks to meet.
     """
 
     def number(name: str, default: int) -> int:
@@ -269,8 +291,12 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
     size = number("WORLD_SIZE", 1)
     ranks = Ranks(number("RANK", 0), size, number("LOCAL_RANK", 0), number("LOCAL_SIZE", size))
     if ranks.rank >= size:
-        raise UserError(f"RANK is {ranks.rank}, but WORLD_SIZE is {size}: ranks count from 0. {LAUNCHERS}")
-    absent = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in environment]
+        raise UserError(
+            f"RANK is {ranks.rank}, but WORLD_SIZE is {size}: ranks count from 0. {LAUNCHERS}"
+        )
+    absent = [
+        name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in environment
+    ]
     if size > 1 and absent:
         raise UserError(f"WORLD_SIZE is {size}, but {' and '.join(absent)} not set. {LAUNCHERS}")
     return ranks
@@ -284,7 +310,9 @@ def free_port() -> int:
 
 
 def peak_memory(device: torch.device) -> float:
-    """Return the most memory used so far, GiB: the device's on a GPU, the process's resident set elsewhere."""
+    """Return the most memory used so far, GiB: the device's on a GPU, the process's resident set
+    elsewhere.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -15,7 +15,9 @@ EXIT_INTERRUPTED = 75
 
 
 class UserError(Exception):
-    """An error that the user can fix: the message says where, what was found and what to do. Exit code 2."""
+    """An error that the user can fix: the message says where, what was found and what to do. Exit
+    code 2.
+    """
 
 
 class Halt(Exception):

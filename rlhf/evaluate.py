@@ -1,6 +1,8 @@
-"""The one evaluation that every stage runs: same prompts, same sampling, same KL estimator, every scorer.
+"""The one evaluation that every stage runs: same prompts, same sampling, same KL estimator, every
+scorer.
 
-The reference is where the stage started; for DPO and PPO that is the SFT policy, so their KL can be compared.
+The reference is where the stage started; for DPO and PPO that is the SFT policy, so their KL can be
+compared.
 """
 
 from __future__ import annotations
@@ -64,13 +66,15 @@ class Evaluation:
     ) -> list[EvalRow]:
         """Sample, score and measure; every rank takes its share and gets all rows back, in order.
 
-        `policy()` and `reference()` are contexts in which `model` is that policy (the reference may be a model of its
-        own); without a reference KL is NaN.
-        The noise depends on prompt and sample only, so that two policies or two steps share sampling noise.
+        `policy()` and `reference()` are contexts in which `model` is that policy (the reference may
+        be a model of its own); without a reference KL is NaN. The noise depends on prompt and
+        sample only, so that two policies or two steps share sampling noise.
         """
         wanted = [(row, s) for row in self.prompts for s in range(self.samples_per_prompt)]
         mine = [wanted[i] for i in world.shard(len(wanted))]
-        rows = world.raise_on_all_ranks(lambda: self._rows(model, policy, reference, mine, progress) if mine else [])
+        rows = world.raise_on_all_ranks(
+            lambda: self._rows(model, policy, reference, mine, progress) if mine else []
+        )
         return world.gather(rows)
 
     def _rows(self, model, policy, reference, wanted, progress) -> list[EvalRow]:
@@ -92,7 +96,11 @@ class Evaluation:
         scores = self.scorer(samples) if self.scorer else None
         rows = []
         for i, (row, sample) in enumerate(wanted):
-            named = {name: float(values[i]) for name, values in scores.breakdown.items()} if scores else {}
+            named = (
+                {name: float(values[i]) for name, values in scores.breakdown.items()}
+                if scores
+                else {}
+            )
             rows.append(
                 EvalRow(
                     prompt=row["record"].prompt,
@@ -136,12 +144,18 @@ class Evaluation:
 
 @torch.no_grad()
 def eos_probability(
-    model: nn.Module, rows: list[dict[str, Any]], pad_id: int, plain_head: bool, world: DistributedContext
+    model: nn.Module,
+    rows: list[dict[str, Any]],
+    pad_id: int,
+    plain_head: bool,
+    world: DistributedContext,
 ) -> float:
-    """Return the mean probability of the EOS token where given responses end, the same on every rank.
+    """Return the mean probability of the EOS token where given responses end, the same on every
+    rank.
 
-    rows: with "prompt_ids" and "response_ids", the EOS token last. What a policy gives it there bounds the share of
-    responses that end in the right place; token accuracy is a mean over all tokens and hardly shows it.
+    rows: with "prompt_ids" and "response_ids", the EOS token last. What a policy gives it there
+    bounds the share of responses that end in the right place; token accuracy is a mean over all
+    tokens and hardly shows it.
     """
     mine, device = [rows[i] for i in world.shard(len(rows))], next(model.parameters()).device
     training, total = model.training, 0.0
@@ -149,7 +163,9 @@ def eos_probability(
     for start in range(0, len(mine), 8):
         part = mine[start : start + 8]
         before = [row["prompt_ids"] + row["response_ids"][:-1] for row in part]
-        columns = completion_batch(before, [row["response_ids"][-1:] for row in part], pad_id, device)
+        columns = completion_batch(
+            before, [row["response_ids"][-1:] for row in part], pad_id, device
+        )
         logprobs, _ = response_logprobs(model, *columns[:4], plain_head=plain_head)
         total += float(logprobs.exp().sum())
     model.train(training)
@@ -157,7 +173,9 @@ def eos_probability(
 
 
 def to_samples(rows: list[dict[str, Any]], completions: Completions, tokenizer: Any) -> Samples:
-    """Return what scorers receive: encoded prompts (see `encode_prompts`) with the response to each."""
+    """Return what scorers receive: encoded prompts (see `encode_prompts`) with the response to
+    each.
+    """
     records = [row["record"] for row in rows]
     metadata = []
     for record in records:
@@ -174,7 +192,9 @@ def to_samples(rows: list[dict[str, Any]], completions: Completions, tokenizer: 
 
 
 def summarise(rows: list[EvalRow], prefix: str = "eval/") -> dict[str, float]:
-    """Means over responses under the names that all stages share; a standard error for the sequence KL."""
+    """Means over responses under the names that all stages share; a standard error for the sequence
+    KL.
+    """
     if not rows:
         return {}
     n = len(rows)
@@ -183,7 +203,8 @@ def summarise(rows: list[EvalRow], prefix: str = "eval/") -> dict[str, float]:
         f"{prefix}response/ended": sum(r.ended for r in rows) / n,
     }
     for name in rows[0].scores:
-        applies = [r.scores[name] for r in rows if not math.isnan(r.scores[name])]  # NaN: a part that does not apply
+        # NaN: a part that does not apply
+        applies = [r.scores[name] for r in rows if not math.isnan(r.scores[name])]
         metrics[f"{prefix}score/{name}"] = sum(applies) / len(applies) if applies else math.nan
     kl = [r.kl for r in rows]
     if not math.isnan(kl[0]):

@@ -1,4 +1,6 @@
-"""Folders that one process at a time works in, files named by what they hold, and files written whole."""
+"""Folders that one process at a time works in, files named by what they hold, and files written
+whole.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,11 @@ ADAPTER_FILES = ("adapter_config.json", "rlhf.json")  # with the place of the ba
 
 
 def lock_folder(folder: str | Path) -> None:
-    """Keep other processes out of a folder until `unlock_folder`, or until this process ends, in whatever way.
+    """Keep other processes out of a folder until `unlock_folder`, or until this process ends, in
+    whatever way.
 
-    Makes the folder where it is missing. Locking it again in the same process does nothing. Raises UserError where
-    another process holds it, or where nothing can be written.
+    Makes the folder where it is missing. Locking it again in the same process does nothing. Raises
+    UserError where another process holds it, or where nothing can be written.
     """
     folder = Path(folder).resolve()
     if folder in _LOCKS:
@@ -74,7 +77,9 @@ def _locked(path: Path):
 
 
 def _unlock_all(process: int) -> None:
-    """At the end of the process that locked them; a folder that a refused start has left empty goes too."""
+    """At the end of the process that locked them; a folder that a refused start has left empty goes
+    too.
+    """
     if os.getpid() != process:
         return
     for folder in list(_LOCKS):
@@ -84,7 +89,8 @@ def _unlock_all(process: int) -> None:
 
 
 def model_files(folder: str | Path) -> list[Path]:
-    """The files that decide what a model in this folder computes: weights, settings, tokenizer, template.
+    """The files that decide what a model in this folder computes: weights, settings, tokenizer,
+    template.
 
     None for a name on the Hub.
     """
@@ -118,8 +124,9 @@ def scorer_files(spec: dict[str, Any]) -> list[Path]:
 
 
 def files_fingerprint(files: Iterable[str | Path]) -> str:
-    """16 hex digits that name the files' contents and names. The place of an adapter's base is left out: it may move,
-    and its weights have a fingerprint of their own."""
+    """16 hex digits that name the files' contents and names. The place of an adapter's base is left
+    out: it may move, and its weights have a fingerprint of their own.
+    """
     digest = hashlib.sha256()
     for file in map(Path, files):
         digest.update(f"{file.name}\n".encode())
@@ -149,7 +156,9 @@ def dumps(value: Any, indent: int | None = None) -> str:
 
 
 def json_safe(value: Any) -> Any:
-    """Return `value` as JSON can hold it: numbers that are not finite become strings, arrays numbers, the rest text."""
+    """Return `value` as JSON can hold it: numbers that are not finite become strings, arrays
+    numbers, the rest text.
+    """
     if isinstance(value, dict):
         return {str(k): json_safe(v) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)):

@@ -1,4 +1,6 @@
-"""Ask a service of the user: bounded in time and size, retried, and without keys in any file or message."""
+"""Ask a service of the user: bounded in time and size, retried, and without keys in any file or
+message.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
 @dataclass(frozen=True)
 class Service:
-    """The address of a service, the seconds for a whole answer, and the retries after the first attempt.
+    """The address of a service, the seconds for a whole answer, and the retries after the first
+    attempt.
 
     `name` is how messages call it, such as "scorer 'tone'".
     """
@@ -62,7 +65,9 @@ class Answer:
     text: str
 
     def json(self) -> Any:
-        """Return the content. Raises ValueError where it is not JSON, or is nested too deeply to be read."""
+        """Return the content. Raises ValueError where it is not JSON, or is nested too deeply to be
+        read.
+        """
         try:
             return json.loads(self.text)
         except RecursionError:
@@ -76,9 +81,11 @@ class Answer:
 
 
 def check_url(url: Any, where: str) -> None:
-    """Raise UserError, naming `where`, unless this is an http(s) URL that holds no password and no key.
+    """Raise UserError, naming `where`, unless this is an http(s) URL that holds no password and no
+    key.
 
-    The URL is written into config.yaml, checkpoints and W&B: a key in its query is given as ${VARIABLE}.
+    The URL is written into config.yaml, checkpoints and W&B: a key in its query is given as
+    ${VARIABLE}.
     """
     text = str(url)
     if "@" in text.rpartition("://")[2].partition("/")[0]:
@@ -93,7 +100,9 @@ def check_url(url: Any, where: str) -> None:
     except ValueError:
         right = False
     if not right:
-        raise UserError(f"{where}: 'http' is {text.partition('?')[0]!r}, expected http://HOST:PORT/PATH or https://...")
+        raise UserError(
+            f"{where}: 'http' is {text.partition('?')[0]!r}, expected http://HOST:PORT/PATH or https://..."
+        )
     for name, value in parse_qsl(parts.query):
         if _KEY.search(name.lower()) and not _VARIABLE.fullmatch(value):
             raise UserError(
@@ -104,21 +113,27 @@ def check_url(url: Any, where: str) -> None:
 
 
 def full_url(url: str, where: str) -> str:
-    """Return the URL with its ${VARIABLE}s from the environment. Raises UserError where one is not set."""
+    """Return the URL with its ${VARIABLE}s from the environment. Raises UserError where one is not
+    set.
+    """
     return _VARIABLE.sub(lambda found: _from_environment(found[1], where), url)
 
 
 def _from_environment(variable: str, where: str) -> str:
     value = os.environ.get(variable, "").strip()
     if not value:
-        raise UserError(f"{where}: the environment variable {variable} is not set. Set it: export {variable}=...")
+        raise UserError(
+            f"{where}: the environment variable {variable} is not set. Set it: export {variable}=..."
+        )
     return value
 
 
 def post(url: str, content: Any, timeout: float, token: str | None = None) -> Answer:
-    """Send `content` as JSON and read the whole answer within `timeout` seconds. Redirects are not followed.
+    """Send `content` as JSON and read the whole answer within `timeout` seconds. Redirects are not
+    followed.
 
-    Raises requests.Timeout, requests.ConnectionError or another requests.RequestException, and AnswerTooLong.
+    Raises requests.Timeout, requests.ConnectionError or another requests.RequestException, and
+    AnswerTooLong.
     """
     import requests
     import urllib3
@@ -151,14 +166,16 @@ def post(url: str, content: Any, timeout: float, token: str | None = None) -> An
             raise requests.Timeout from None
         except urllib3.exceptions.HTTPError as error:
             raise requests.ConnectionError(error) from error
-        return Answer(answer.status_code, answer.headers, read.decode(answer.encoding or "utf-8", "replace"))
+        return Answer(
+            answer.status_code, answer.headers, read.decode(answer.encoding or "utf-8", "replace")
+        )
 
 
 def ask(service: Service, content: Any, work: str, stop: threading.Event | None = None) -> Answer:
     """Return the answer to one request; retry after connection errors, timeouts, HTTP 429 and 5xx.
 
-    `stop`, when it is set, ends the waiting between two attempts.
-    Raises UserError when the request is refused or no attempt is left; `work` says what was asked: "score 4 samples".
+    `stop`, when it is set, ends the waiting between two attempts. Raises UserError when the request
+    is refused or no attempt is left; `work` says what was asked: "score 4 samples".
     """
     import requests
 
@@ -174,7 +191,9 @@ def ask(service: Service, content: Any, work: str, stop: threading.Event | None 
         except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
             reason = f"no connection: {_cause(error)}"
         except AnswerTooLong:
-            raise UserError(f"{service} sent more than {LONGEST_ANSWER >> 20} MiB when asked to {work}") from None
+            raise UserError(
+                f"{service} sent more than {LONGEST_ANSWER >> 20} MiB when asked to {work}"
+            ) from None
         # its own message may hold the URL's query
         except requests.RequestException as error:
             raise UserError(f"{service}: the request failed ({type(error).__name__})") from None
@@ -183,7 +202,9 @@ def ask(service: Service, content: Any, work: str, stop: threading.Event | None 
                 return answer
             reason = f"HTTP {answer.status}: {answer.excerpt(service)}"
             if answer.status < 400:
-                raise UserError(f"{service} sends elsewhere (HTTP {answer.status}). Give the final URL")
+                raise UserError(
+                    f"{service} sends elsewhere (HTTP {answer.status}). Give the final URL"
+                )
             if answer.status != 429 and answer.status < 500:
                 raise UserError(f"{service} refused the request. {reason}")
             requested = retry_after(answer.headers.get("Retry-After"))
@@ -204,7 +225,9 @@ def ask(service: Service, content: Any, work: str, stop: threading.Event | None 
 
 
 def retry_after(text: str | None) -> float:
-    """Return the seconds that a Retry-After header asks for (a number, or a date); 0 where it cannot be read."""
+    """Return the seconds that a Retry-After header asks for (a number, or a date); 0 where it
+    cannot be read.
+    """
     import urllib3
 
     try:
@@ -227,7 +250,9 @@ def read_token(variable: str | None, where: str) -> str | None:
         )
     token = _from_environment(variable, where)
     if not re.fullmatch(r"[!-~]+", token):
-        raise UserError(f"{where}: the token in {variable} holds a space or a character that no header can carry")
+        raise UserError(
+            f"{where}: the token in {variable} holds a space or a character that no header can carry"
+        )
     return token
 
 

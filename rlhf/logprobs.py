@@ -9,18 +9,24 @@ from rlhf.tensors import selected_logprobs
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """Return the trunk that gives hidden states and the language-model head, below any PEFT wrapping."""
+    """Return the trunk that gives hidden states and the language-model head, below any PEFT
+    wrapping.
+    """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     return causal.base_model, causal.get_output_embeddings()
 
 
 def hidden_width(model: nn.Module) -> int:
-    """Return the width of the last hidden state, which heads read; OPT-350m's is not its config's hidden_size."""
+    """Return the width of the last hidden state, which heads read; OPT-350m's is not its config's
+    hidden_size.
+    """
     return decoder_and_head(model)[1].in_features
 
 
 def head_is_plain(model: nn.Module) -> bool:
-    """Return whether logits are just head(hidden); false where a model scales or caps them (Gemma, Cohere, Granite)."""
+    """Return whether logits are just head(hidden); false where a model scales or caps them (Gemma,
+    Cohere, Granite).
+    """
     decoder, head = decoder_and_head(model)
     # any ids do: what is compared are two ways to compute the same logits
     device = next(model.parameters()).device
@@ -31,11 +37,18 @@ def head_is_plain(model: nn.Module) -> bool:
     return torch.allclose(full, plain, rtol=1e-4, atol=1e-4)
 
 
-def completion_batch(prompt_ids: list[list[int]], response_ids: list[list[int]], pad_id: int, device="cpu", width=None):
+def completion_batch(
+    prompt_ids: list[list[int]],
+    response_ids: list[list[int]],
+    pad_id: int,
+    device="cpu",
+    width=None,
+):
     """Build right-padded completions for one forward pass.
 
-    Returns input_ids (B, L), attention_mask (B, L), positions (B, T): the column of input_ids whose next token is
-    response token t, response ids (B, T) and their mask (B, T). `width` = (L, T) fixes the shape.
+    Returns input_ids (B, L), attention_mask (B, L), positions (B, T): the column of input_ids whose
+    next token is response token t, response ids (B, T) and their mask (B, T). `width` = (L, T)
+    fixes the shape.
     """
     length = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
     # at least one column, so that a batch of empty responses has a shape
@@ -63,12 +76,18 @@ def gather_columns(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 def response_logprobs(
-    model: nn.Module, ids, attention, positions, responses, temperature: float = 1.0, plain_head: bool = True
+    model: nn.Module,
+    ids,
+    attention,
+    positions,
+    responses,
+    temperature: float = 1.0,
+    plain_head: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return log p(response token t | everything before it) and the entropy there, both (B, T), in nats.
 
-    The head is applied at the response's positions alone, so that no (B, L, V) tensor exists; `plain_head=False`
-    takes the model's own logits for those that transform them.
+    The head is applied at the response's positions alone, so that no (B, L, V) tensor exists;
+    `plain_head=False` takes the model's own logits for those that transform them.
     """
     if plain_head:
         decoder, head = decoder_and_head(model)

@@ -1,7 +1,8 @@
 """The model that a run starts from: its base, its tokenizer and the adapter that it continues.
 
-A path is one of three things, and every stage takes any of them as `model_name_or_path`:
-a Hub name or folder with whole weights; a folder with an adapter (its base is read from it); a finished run of ours.
+A path is one of three things, and every stage takes any of them as `model_name_or_path`: a Hub name
+or folder with whole weights; a folder with an adapter (its base is read from it); a finished run of
+ours.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.adapters import adapter_base, adapter_settings, adapter_weights, add_adapter, load_adapter, require_policy
+from rlhf.adapters import (
+    adapter_base,
+    adapter_settings,
+    adapter_weights,
+    add_adapter,
+    load_adapter,
+    require_policy,
+)
 from rlhf.data.encode import tokenizer_fingerprint
 from rlhf.errors import UserError
 from rlhf.tokenizer import load_tokenizer
@@ -30,7 +38,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 @dataclass
 class InitialModel:
-    """A base model without adapters, its tokenizer, and the adapter folder (if any) that stands on it."""
+    """A base model without adapters, its tokenizer, and the adapter folder (if any) that stands on
+    it.
+    """
 
     # a causal language model, on the CPU, in eval mode
     model: nn.Module
@@ -41,10 +51,14 @@ class InitialModel:
     fingerprint: str
 
 
-def load_model(path: str, dtype: str = "float32", attn_implementation: str | None = None) -> InitialModel:
-    """Load what stands at `path`; an adapter's base is checked against the fingerprint the adapter carries.
+def load_model(
+    path: str, dtype: str = "float32", attn_implementation: str | None = None
+) -> InitialModel:
+    """Load what stands at `path`; an adapter's base is checked against the fingerprint the adapter
+    carries.
 
-    Raises UserError when there is nothing to load, the tokenizer is missing or unusable, or the base is another one.
+    Raises UserError when there is nothing to load, the tokenizer is missing or unusable, or the
+    base is another one.
     """
     from transformers import AutoModelForCausalLM
 
@@ -55,7 +69,11 @@ def load_model(path: str, dtype: str = "float32", attn_implementation: str | Non
         adapter_weights(adapter_path)
     base_path = adapter_base(adapter_path) if adapter_path else path
     tokenizer = load_tokenizer(path)
-    named = f" It is the 'base_model_name_or_path' of {adapter_path}/adapter_config.json." if adapter_path else ""
+    named = (
+        f" It is the 'base_model_name_or_path' of {adapter_path}/adapter_config.json."
+        if adapter_path
+        else ""
+    )
     model = load_weights(AutoModelForCausalLM, base_path, dtype, attn_implementation, path, named)
 
     # adapters of other programs carry no fingerprint
@@ -85,15 +103,21 @@ def load_model(path: str, dtype: str = "float32", attn_implementation: str | Non
 
 
 def load_weights(
-    cls: Any, path: str, dtype: str, attn_implementation: str | None, run: str | None = None, more: str = ""
+    cls: Any,
+    path: str,
+    dtype: str,
+    attn_implementation: str | None,
+    run: str | None = None,
+    more: str = "",
 ) -> nn.Module:
     """Load a whole model by one of transformers' Auto classes, on the CPU and in eval mode.
 
-    attn_implementation: None takes what the run in the folder `run` was given, where this machine has it, else
-    transformers' own choice: sdpa where the model has it, eager elsewhere.
+    attn_implementation: None takes what the run in the folder `run` was given, where this machine
+    has it, else transformers' own choice: sdpa where the model has it, eager elsewhere.
 
-    Raises UserError, with `more` at its end, when nothing can be loaded, and when tensors of the files and of the model
-    do not fit: transformers would draw the missing ones at random and leave out the others.
+    Raises UserError, with `more` at its end, when nothing can be loaded, and when tensors of the
+    files and of the model do not fit: transformers would draw the missing ones at random and leave
+    out the others.
     """
     from transformers.utils import logging
 
@@ -113,14 +137,18 @@ def load_weights(
     except ImportError as error:
         found = f"attn_implementation {wanted} cannot be used here ({first_line(error)})"
         if attn_implementation or not wanted:
-            raise UserError(f"{path}: {found}. Choose another, for example: --attn_implementation sdpa") from None
+            raise UserError(
+                f"{path}: {found}. Choose another, for example: --attn_implementation sdpa"
+            ) from None
         print(f"{run}: {found}; taking transformers' own choice", file=sys.stderr)
         return load_weights(cls, path, dtype, None, more=more)
     # every library has errors of its own for files that are cut off
     except Exception as error:
         raise UserError(f"{path}: no model could be loaded ({first_line(error)}).{more}") from None
 
-    mismatched = [f"{name} {tuple(saved)} for {tuple(own)}" for name, saved, own in info["mismatched_keys"]]
+    mismatched = [
+        f"{name} {tuple(saved)} for {tuple(own)}" for name, saved, own in info["mismatched_keys"]
+    ]
     faults = {
         "missing": info["missing_keys"],
         "without a place": info["unexpected_keys"],
@@ -146,7 +174,9 @@ def _some(names: Iterable[str], count: int = 3) -> str:
 
 
 def attention_of(path: str) -> str | None:
-    """Return the attn_implementation that the run at `path` (or of this checkpoint) was given, else None."""
+    """Return the attn_implementation that the run at `path` (or of this checkpoint) was given, else
+    None.
+    """
     folder = Path(path)
     # a checkpoint is RUN/checkpoints/checkpoint-N
     for place in (folder, folder.parent.parent):
@@ -156,11 +186,12 @@ def attention_of(path: str) -> str | None:
 
 
 def context_length(config: Any) -> int | None:
-    """Return the tokens that a model's positions reach, prompt and response together; None where nothing limits them.
+    """Return the tokens that a model's positions reach, prompt and response together; None where
+    nothing limits them.
 
-    Learned positions end there, and rotary ones were not trained beyond. The factor of a scaling of the rotary
-    positions counts, unless max_position_embeddings holds it already (always with llama3 and longrope). A sliding
-    window is no limit.
+    Learned positions end there, and rotary ones were not trained beyond. The factor of a scaling of
+    the rotary positions counts, unless max_position_embeddings holds it already (always with llama3
+    and longrope). A sliding window is no limit.
     """
     config = config.get_text_config()
     names = ("max_position_embeddings", "max_seq_len")
@@ -173,12 +204,18 @@ def context_length(config: Any) -> int | None:
     lengths = [limit]
     for scaling in by_type_of_layer or [rope]:
         if scaling.get("rope_type") in ("linear", "dynamic", "yarn"):
-            lengths.append(int(scaling["factor"] * (scaling.get("original_max_position_embeddings") or limit)))
+            lengths.append(
+                int(scaling["factor"] * (scaling.get("original_max_position_embeddings") or limit))
+            )
     return max(lengths)
 
 
-def check_context(model: nn.Module, path: str, max_prompt_length: int, max_response_length: int) -> None:
-    """Raise UserError where a prompt and a response of the greatest lengths go beyond the model's positions."""
+def check_context(
+    model: nn.Module, path: str, max_prompt_length: int, max_response_length: int
+) -> None:
+    """Raise UserError where a prompt and a response of the greatest lengths go beyond the model's
+    positions.
+    """
     limit, asked = context_length(model.config), max_prompt_length + max_response_length
     if limit is not None and asked > limit:
         raise UserError(
@@ -199,22 +236,29 @@ def write_identity(path: str | Path, initial: InitialModel, **more: Any) -> None
 
 
 def check_same_base(path: str, initial: InitialModel) -> None:
-    """Raise UserError unless the adapter at `path` belongs to this base and this tokenizer with its template."""
+    """Raise UserError unless the adapter at `path` belongs to this base and this tokenizer with its
+    template.
+    """
     identity = read_identity(path)
     if identity.get("base_fingerprint") not in (None, initial.fingerprint):
         raise UserError(
             f"{path}: trained on base {identity['base_fingerprint']}, but this run stands on {initial.base_path} "
             f"({initial.fingerprint}). Adapters of different bases cannot share one."
         )
-    if identity.get("tokenizer_fingerprint") not in (None, tokenizer_fingerprint(initial.tokenizer)):
-        raise UserError(f"{path}: its tokenizer or chat template is another than that of {initial.path}")
+    if identity.get("tokenizer_fingerprint") not in (
+        None,
+        tokenizer_fingerprint(initial.tokenizer),
+    ):
+        raise UserError(
+            f"{path}: its tokenizer or chat template is another than that of {initial.path}"
+        )
 
 
 def trainable_policy(initial: InitialModel, lora: Any | None):
     """Return the model that SFT or DPO trains.
 
-    An adapter that the run starts from is trained further, under its own LoRA settings; without one, a new adapter is
-    put on; with `lora` None the whole model is trained.
+    An adapter that the run starts from is trained further, under its own LoRA settings; without
+    one, a new adapter is put on; with `lora` None the whole model is trained.
     """
     if initial.adapter_path:
         require_policy(initial.adapter_path)

@@ -26,7 +26,9 @@ def make_engine(
     adam_eps: float = 1e-5,
     micro_batch_size: int = 1,
 ) -> OptimizerEngine:
-    """Return the engine for AdamW's parameter groups: DeepSpeed's with a DeepSpeed JSON, else the plain one."""
+    """Return the engine for AdamW's parameter groups: DeepSpeed's with a DeepSpeed JSON, else the
+    plain one.
+    """
     optimizer = torch.optim.AdamW(groups, eps=adam_eps, weight_decay=0.0)
     if deepspeed_config is None:
         return OptimizerEngine(module, optimizer, world, max_grad_norm)
@@ -37,8 +39,8 @@ def make_engine(
 class OptimizerEngine:
     """The engine of one plain process.
 
-    Losses are parts of one step's mean over all ranks: each micro-batch of each rank brings its own sum divided by
-    the count of the whole step, and gradients are summed, never averaged.
+    Losses are parts of one step's mean over all ranks: each micro-batch of each rank brings its own
+    sum divided by the count of the whole step, and gradients are summed, never averaged.
     """
 
     engine: Any = None  # DeepSpeed's, where it is used
@@ -59,19 +61,25 @@ class OptimizerEngine:
         self._reset_untouched_groups()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add this loss's gradients to the step; `last` on the step's last call alone, on every rank."""
+        """Add this loss's gradients to the step; `last` on the step's last call alone, on every
+        rank.
+        """
         loss.backward()
 
     def step(self, learning_rates: list[float], *, discard: bool = False) -> float:
-        """Clip the joint gradient norm, update each group at its rate, clear gradients; return the norm before.
+        """Clip the joint gradient norm, update each group at its rate, clear gradients; return the
+        norm before.
 
-        Where the norm is not finite nothing is updated: neither weights nor the optimizer's moments nor its count of
-        steps. `discard`, the same on every rank, takes the step back in the same way, and NaN is returned.
+        Where the norm is not finite nothing is updated: neither weights nor the optimizer's moments
+        nor its count of steps. `discard`, the same on every rank, takes the step back in the same
+        way, and NaN is returned.
         """
         self._set_rates(learning_rates)
         norm = math.nan
         if not discard:
-            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            parameters = [
+                parameter for group in self.optimizer.param_groups for parameter in group["params"]
+            ]
             self.group_norms = self._norms_of_groups()
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         if math.isfinite(norm):
@@ -81,14 +89,22 @@ class OptimizerEngine:
         return norm
 
     def gathered(self, parameters: list[nn.Parameter] | None = None, modify: bool = False):
-        """Return a context in which parameters are whole, for generation and saving (see `deepspeed_backend`)."""
+        """Return a context in which parameters are whole, for generation and saving (see
+        `deepspeed_backend`).
+        """
         return deepspeed_backend.gathered(self.module, parameters, modify)
 
     def save(self, folder: Path) -> None:
-        """Write trained weights and optimizer state exactly; call it on all ranks: under ZeRO each writes its part."""
+        """Write trained weights and optimizer state exactly; call it on all ranks: under ZeRO each
+        writes its part.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad}
-        torch.save({"module": trained, "optimizer": self.optimizer.state_dict()}, folder / "plain.pt")
+        trained = {
+            name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad
+        }
+        torch.save(
+            {"module": trained, "optimizer": self.optimizer.state_dict()}, folder / "plain.pt"
+        )
 
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote with as many ranks and under the same ZeRO stage."""
@@ -107,10 +123,14 @@ class OptimizerEngine:
             return {name: p.detach().cpu().clone() for name, p in trained.items()}
 
     def _norms_of_groups(self) -> tuple[float, ...]:
-        """Return the gradient norm of each parameter group; gradients have to be whole on this rank."""
+        """Return the gradient norm of each parameter group; gradients have to be whole on this
+        rank.
+        """
         norms = []
         for group in self.optimizer.param_groups:
-            gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
+            gradients = [
+                parameter.grad for parameter in group["params"] if parameter.grad is not None
+            ]
             norms.append(float(torch.nn.utils.get_total_norm(gradients)))
         return tuple(norms)
 
@@ -123,10 +143,12 @@ class OptimizerEngine:
         self._untouched = set(range(len(self.optimizer.param_groups)))
 
     def _restart_untouched_counts(self) -> None:
-        """Start Adam's count of steps at a group's first gradient (the policy's, after a warm-up of the critic).
+        """Start Adam's count of steps at a group's first gradient (the policy's, after a warm-up of
+        the critic).
 
-        Bias correction (Kingma and Ba 2015, sec. 3) divides the moments by what so many gradients would have given: had
-        steps without a gradient counted, the first ones after them would be several times too large.
+        Bias correction (Kingma and Ba 2015, sec. 3) divides the moments by what so many gradients
+        would have given: had steps without a gradient counted, the first ones after them would be
+        several times too large.
         """
         for number in sorted(self._untouched):
             states = self._adam_states(number)
@@ -138,13 +160,17 @@ class OptimizerEngine:
                     state["step"].zero_()
 
     def _adam_states(self, number: int) -> list[dict[str, Tensor]]:
-        """Return Adam's state for each parameter of a group, this rank's part; none before the first step."""
+        """Return Adam's state for each parameter of a group, this rank's part; none before the
+        first step.
+        """
         # ZeRO-1 and 2 wrap the optimizer
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         return self._states_of(optimizer, optimizer.param_groups[number]["params"])
 
     def _states_of(self, optimizer: Any, parameters: list[Any]) -> list[dict[str, Tensor]]:
-        return [optimizer.state[parameter] for parameter in parameters if optimizer.state.get(parameter)]
+        return [
+            optimizer.state[parameter] for parameter in parameters if optimizer.state.get(parameter)
+        ]
 
 
 class DeepSpeedEngine(OptimizerEngine):
@@ -159,9 +185,13 @@ class DeepSpeedEngine(OptimizerEngine):
     ):
         self.world = world
         self.stage = config["zero_optimization"].get("stage", 0)
-        dtypes = {parameter.dtype for group in optimizer.param_groups for parameter in group["params"]}
+        dtypes = {
+            parameter.dtype for group in optimizer.param_groups for parameter in group["params"]
+        }
         if torch.float64 in dtypes and self.stage not in (1, 2):
-            raise UserError(f"dtype float64 is kept by ZeRO 1 and 2 and by plain python, not by ZeRO {self.stage}")
+            raise UserError(
+                f"dtype float64 is kept by ZeRO 1 and 2 and by plain python, not by ZeRO {self.stage}"
+            )
 
         if self.stage == 3:
             deepspeed_backend.register_foreign_reads(module)
@@ -170,14 +200,17 @@ class DeepSpeedEngine(OptimizerEngine):
         self.optimizer = self.engine.optimizer
         self._measured_norms: list[Tensor] = []
         if torch.float64 in dtypes:
-            deepspeed_backend.keep_float64(self.optimizer, world.rank, world.sum, self._measured_norms)
+            deepspeed_backend.keep_float64(
+                self.optimizer, world.rank, world.sum, self._measured_norms
+            )
         elif self.stage > 0:
             deepspeed_backend.record_norms(self.optimizer, self._measured_norms)
         self._reset_untouched_groups()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        # without an explicit boundary ZeRO-1 and 2 would drop all gradients but the last call's; ZeRO-3 with its
-        # optimizer offloaded hands over, at the boundary, the gradients of that pass alone
+        # without an explicit boundary ZeRO-1 and 2 would drop all gradients but the last call's;
+        # ZeRO-3 with its optimizer offloaded hands over, at the boundary, the gradients of that
+        # pass alone
         self.engine.set_gradient_accumulation_boundary(last or self.stage == 3)
         if self.stage == 3:
             # it counts passes in engine.forward, which roles do not go through; at 0 it overwrites
@@ -213,8 +246,14 @@ class DeepSpeedEngine(OptimizerEngine):
         return norm if reported is None else float(reported)
 
     def _combine_measured_norms(self) -> tuple[float, ...]:
-        """Return the norm of each parameter group; ZeRO-3 divides groups into sub-groups and measures those."""
-        group_of = self.optimizer.sub_group_to_group_id if self.stage == 3 else range(len(self._measured_norms))
+        """Return the norm of each parameter group; ZeRO-3 divides groups into sub-groups and
+        measures those.
+        """
+        group_of = (
+            self.optimizer.sub_group_to_group_id
+            if self.stage == 3
+            else range(len(self._measured_norms))
+        )
         squares = [0.0] * len(self.optimizer.param_groups)
         for index, norm in enumerate(self._measured_norms):
             squares[group_of[index]] += float(norm) ** 2
@@ -224,7 +263,8 @@ class DeepSpeedEngine(OptimizerEngine):
     def _norm_is_nan(self) -> Iterator[None]:
         """Let ZeRO's optimizer measure NaN as its gradient norm.
 
-        ZeRO has no call that drops a step, but it drops one whose norm is not finite and empties all its buffers.
+        ZeRO has no call that drops a step, but it drops one whose norm is not finite and empties
+        all its buffers.
         """
         name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
         nan = torch.tensor(math.nan, device=self.world.device)
@@ -255,7 +295,9 @@ class DeepSpeedEngine(OptimizerEngine):
         return self._states_of(self.optimizer.optimizer, parameters)
 
 
-def fill_auto(config: dict[str, Any], micro_batch_size: int, max_grad_norm: float) -> dict[str, Any]:
+def fill_auto(
+    config: dict[str, Any], micro_batch_size: int, max_grad_norm: float
+) -> dict[str, Any]:
     """Return the DeepSpeed JSON with every "auto" replaced by what the trainer knows."""
     config = copy.deepcopy(config)
     config.pop("train_batch_size", None)

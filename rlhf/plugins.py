@@ -27,7 +27,9 @@ def import_function(module_name: str, function_name: str, where: str) -> Callabl
 
 
 def import_module(name: str, where: str) -> ModuleType:
-    """Return a module, which may stand in the working directory; raise UserError if it is not there."""
+    """Return a module, which may stand in the working directory; raise UserError if it is not
+    there.
+    """
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.append(here)
@@ -37,4 +39,6 @@ def import_module(name: str, where: str) -> ModuleType:
         # a module that is there and imports another that is not keeps its own error
         if error.name and not name.startswith(error.name):
             raise
-        raise UserError(f"{where}: there is no module '{name}' (searched {here} and the packages)") from None
+        raise UserError(
+            f"{where}: there is no module '{name}' (searched {here} and the packages)"
+        ) from None

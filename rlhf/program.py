@@ -34,16 +34,18 @@ EXTRAS = {
 # What only a bug raises, also while an error of the disk is handled
 BUGS = (KeyError, TypeError, AttributeError, IndexError, NameError)
 
-# Called with the exit code when a program fails. True means that another process of the same run failed before, and
-# that this error only follows from it. Set by whoever starts several processes (distributed.start).
+# Called with the exit code when a program fails. True means that another process of the same run
+# failed before, and that this error only follows from it. Set by whoever starts several processes
+# (distributed.start).
 on_failure: list[Callable[[int], bool]] = []
 
 
 def program(main: Callable[..., T]) -> Callable[..., T]:
     """Decorate a program's `main` so that it ends with a message and an exit code.
 
-    A UserError, or an error that `user_error` turns into one, is printed to stderr with exit code 2; a Halt is printed
-    to stdout with its own code. Of several ranks only the first to fail prints.
+    A UserError, or an error that `user_error` turns into one, is printed to stderr with exit code
+    2; a Halt is printed to stdout with its own code. Of several ranks only the first to fail
+    prints.
     """
 
     @functools.wraps(main)
@@ -76,10 +78,12 @@ def program(main: Callable[..., T]) -> Callable[..., T]:
 
 
 def user_error(error: Exception) -> UserError | None:
-    """Return the UserError that an exception stands for, or None where it is an error of the program itself.
+    """Return the UserError that an exception stands for, or None where it is an error of the
+    program itself.
 
-    A disk that is full or read-only is one, whichever library found it: torch and safetensors raise errors of their
-    own instead of OSError, the first without saying why. So is a library that an extra of this package installs.
+    A disk that is full or read-only is one, whichever library found it: torch and safetensors raise
+    errors of their own instead of OSError, the first without saying why. So is a library that an
+    extra of this package installs.
     """
     if isinstance(error, UserError):
         return error
@@ -88,7 +92,9 @@ def user_error(error: Exception) -> UserError | None:
     while link is not None and not isinstance(link, BUGS):
         if isinstance(link, ModuleNotFoundError) and link.name in EXTRAS:
             extra = EXTRAS[link.name]
-            return UserError(f"'{link.name}' is not installed. Install it with: pip install 'rlhf[{extra}]'")
+            return UserError(
+                f"'{link.name}' is not installed. Install it with: pip install 'rlhf[{extra}]'"
+            )
         number = _error_number(link)
         if number in REMEDIES:
             place = getattr(link, "filename", None) or output

@@ -1,11 +1,12 @@
-"""One frozen base, four roles: policy, reference, value and reward as LoRA adapters, two of them with a scalar head.
+"""One frozen base, four roles: policy, reference, value and reward as LoRA adapters, two of them
+with a scalar head.
 
     roles = Roles(foundation, reward_path="runs/reward", ...)
     with roles.use("policy"):
         logprobs, entropy = roles.logprobs(batch)       # hold the role through forward AND backward
 
-Switching the adapter between forward and backward yields no gradient, or wrong ones under gradient checkpointing,
-and says nothing; so a role is only ever a context.
+Switching the adapter between forward and backward yields no gradient, or wrong ones under gradient
+checkpointing, and says nothing; so a role is only ever a context.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ from rlhf.adapters import (
     without_head,
 )
 from rlhf.errors import UserError
-from rlhf.logprobs import decoder_and_head, gather_columns, head_is_plain, hidden_width, response_logprobs
+from rlhf.logprobs import (
+    decoder_and_head,
+    gather_columns,
+    head_is_plain,
+    hidden_width,
+    response_logprobs,
+)
 from rlhf.models import InitialModel, check_same_base, write_identity
 from rlhf.options.ppo import PPOConfig
 from rlhf.values import coerce
@@ -48,15 +55,17 @@ from rlhf.weights import check_finite, read_identity, read_json
 TRAINED = ("policy", "value")
 EMA_REFERENCE = "ema_reference"  # an exponential moving average of the policy
 SCORE = "score"  # the scalar head of a reward model, which stands beside the trunk here
-# Attributes that say how much a model draws at random in training. PhiMoE's router_jitter_noise is a threshold
+# Attributes that say how much a model draws at random in training. PhiMoE's router_jitter_noise is
+# a threshold
 RATE = re.compile(r"dropout|pdrop$|^layerdrop$|^(input_)?jitter_noise$|^moe_jitter_eps$")
 
 
 class Roles(nn.Module):
     """The roles as one module, to be wrapped in one DeepSpeed engine.
 
-    The policy is a trainable copy of the initial model's adapter and the reference a frozen one; on an initial model
-    without adapter (a whole or merged SFT model) the policy is new and the reference is the base with adapters off.
+    The policy is a trainable copy of the initial model's adapter and the reference a frozen one; on
+    an initial model without adapter (a whole or merged SFT model) the policy is new and the
+    reference is the base with adapters off.
     """
 
     def __init__(
@@ -73,11 +82,12 @@ class Roles(nn.Module):
 
         lora: the settings of new adapters.
         reward_path: the folder of the reward model; None leaves the reward role out.
-        critic: what the value role starts from: "reward" (adapter and head of the reward role, 2403.17031), "policy"
-            (the policy's adapter, a head of zeros), "fresh" (a new adapter, a head of zeros) or "auto" (reward where
-            there is one, else policy); None leaves it out.
+        critic: what the value role starts from: "reward" (adapter and head of the reward role,
+        2403.17031), "policy" (the policy's adapter, a head of zeros), "fresh" (a new adapter, a
+        head of zeros) or "auto" (reward where there is one, else policy); None leaves it out.
         ema_reference: add a copy of the policy that `update_ema` moves towards it.
-        reward_weight: the weight of the reward role's score in the total, which a critic that starts from it predicts.
+        reward_weight: the weight of the reward role's score in the total, which a critic that
+        starts from it predicts.
         """
         super().__init__()
         if critic == "reward" and not reward_path:
@@ -110,7 +120,9 @@ class Roles(nn.Module):
             self._start_critic_as_reward(reward_weight)
 
         self.heads.float()
-        self._layers = [m for m in self.trunk.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)]
+        self._layers = [
+            m for m in self.trunk.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)
+        ]
         dtype = next(initial.model.parameters()).dtype
         if dtype == torch.float64:
             self.double()
@@ -130,14 +142,20 @@ class Roles(nn.Module):
             self.trunk.enable_input_require_grads()
         self._activate("policy")
 
-    def _add(self, name: str, config: LoraConfig, path: str | None, leave: tuple[str, ...] = ()) -> None:
-        """Put an adapter on the trunk: that of a folder, without the modules to leave, or a new one."""
+    def _add(
+        self, name: str, config: LoraConfig, path: str | None, leave: tuple[str, ...] = ()
+    ) -> None:
+        """Put an adapter on the trunk: that of a folder, without the modules to leave, or a new
+        one.
+        """
         if path:
             self.trunk = load_adapter(self.trunk, path, config, name, leave)
         else:
             self.trunk = add_adapter(self.trunk, config, name)
 
-    def _add_policy(self, initial: InitialModel, lora: LoraConfig, *, ema_reference: bool) -> LoraConfig:
+    def _add_policy(
+        self, initial: InitialModel, lora: LoraConfig, *, ema_reference: bool
+    ) -> LoraConfig:
         """Add the policy and the references that start as it does; return their LoRA settings."""
         path = initial.adapter_path
         if path:
@@ -167,7 +185,9 @@ class Roles(nn.Module):
 
     @torch.no_grad()
     def _start_critic_as_reward(self, weight: float) -> None:
-        """Let the critic predict what the reward role adds to the total score, scale and bias included."""
+        """Let the critic predict what the reward role adds to the total score, scale and bias
+        included.
+        """
         value, reward = self.heads["value"], self.heads["reward"]
         value.weight.copy_(reward.weight * self.score_scale * weight)
         value.bias.fill_(self.score_bias * weight)
@@ -186,7 +206,8 @@ class Roles(nn.Module):
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
-        """Move the EMA reference towards the policy: reference <- decay * reference + (1 - decay) * policy.
+        """Move the EMA reference towards the policy: reference <- decay * reference + (1 - decay) *
+        policy.
 
         On all that the adapter holds: LoRA's factors, not their product.
         """
@@ -199,16 +220,22 @@ class Roles(nn.Module):
         return list(adapter_parameters(self.trunk, EMA_REFERENCE).values())
 
     def parameters_of(self, role: str) -> list[nn.Parameter]:
-        """The parameters of a role that count in its output, its head included; none for a role that is not there."""
+        """The parameters of a role that count in its output, its head included; none for a role
+        that is not there.
+        """
         named = adapter_parameters(self.trunk, role)
         if role not in self.heads:
             return list(named.values())
         unread = f"base_model.model.{self.output_head}."
-        return [p for n, p in named.items() if not n.startswith(unread)] + list(self.heads[role].parameters())
+        return [p for n, p in named.items() if not n.startswith(unread)] + list(
+            self.heads[role].parameters()
+        )
 
     @contextlib.contextmanager
     def use(self, role: str):
-        """Make the trunk `role` inside the context: policy, reference, ema_reference, value or reward. Do not nest."""
+        """Make the trunk `role` inside the context: policy, reference, ema_reference, value or
+        reward. Do not nest.
+        """
         self._activate(role)
         try:
             yield self
@@ -220,16 +247,19 @@ class Roles(nn.Module):
         for layer in self._layers:
             layer.enable_adapters(not bare)
             if isinstance(layer, AuxiliaryTrainingWrapper) and role not in layer._adapters:
-                layer.set_adapter([])  # the base's own module, for a role that holds none of its own
+                # the base's own module, for a role that holds none of its own
+                layer.set_adapter([])
             elif not bare:
                 layer.set_adapter(role)
-        # PEFT freezes the adapters that are not active and thaws the one that is: put back who learns here
+        # PEFT freezes the adapters that are not active and thaws the one that is: put back who
+        # learns here
         for parameter in self._trained:
             parameter.requires_grad_(True)
         for parameter in self._frozen:
             parameter.requires_grad_(False)
-        # matmul sums in another order where a weight asks for no gradient and its input is transposed (Mamba): roles
-        # that are held against each other, which is done without gradients, are to sum alike
+        # matmul sums in another order where a weight asks for no gradient and its input is
+        # transposed (Mamba): roles that are held against each other, which is done without
+        # gradients, are to sum alike
         if not bare and not torch.is_grad_enabled():
             for parameter in self.parameters_of(role):
                 parameter.requires_grad_(True)
@@ -264,30 +294,40 @@ class Roles(nn.Module):
         return _apply(self.heads["reward"], states)[:, 0] * self.score_scale + self.score_bias
 
     def save(self, folder: str | Path, initial: InitialModel) -> None:
-        """The policy's adapter in `folder`, the value adapter and its head in `folder`/value. Main rank, gathered.
+        """The policy's adapter in `folder`, the value adapter and its head in `folder`/value. Main
+        rank, gathered.
 
         Raises UserError, and writes nothing, if they are not finite.
         """
         folder = Path(folder)
-        check_finite(((n, p) for n, p in self.named_parameters() if p.requires_grad), f"{folder}: not saved")
+        check_finite(
+            ((n, p) for n, p in self.named_parameters() if p.requires_grad), f"{folder}: not saved"
+        )
         for role, place in (("policy", folder), ("value", folder / "value"))[: 1 + self.has_critic]:
             place.mkdir(parents=True, exist_ok=True)
             config = self.trunk.peft_config[role]
             config.inference_mode = True
             config.save_pretrained(place)
-            weights = get_peft_model_state_dict(self.trunk, adapter_name=role, save_embedding_layers=False)
+            weights = get_peft_model_state_dict(
+                self.trunk, adapter_name=role, save_embedding_layers=False
+            )
             save_file(
-                {k: v.detach().cpu().contiguous() for k, v in weights.items()}, place / "adapter_model.safetensors"
+                {k: v.detach().cpu().contiguous() for k, v in weights.items()},
+                place / "adapter_model.safetensors",
             )
             initial.tokenizer.save_pretrained(place)
             write_identity(place, initial, program="ppo", role=role)
         if self.has_critic:
-            head = {k: v.detach().cpu().contiguous() for k, v in self.heads["value"].state_dict().items()}
+            head = {
+                k: v.detach().cpu().contiguous()
+                for k, v in self.heads["value"].state_dict().items()
+            }
             save_file(head, folder / "value" / VALUE_HEAD_FILE)
 
 
 def keep_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Keep in float32, as LoRA is, what an adapter trains of a base in `dtype` beside LoRA: small steps would be lost.
+    """Keep in float32, as LoRA is, what an adapter trains of a base in `dtype` beside LoRA: small
+    steps would be lost.
 
     What a module in modules_to_save reads is widened, and what it gives is in `dtype` again.
     """
@@ -302,11 +342,12 @@ def keep_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:
 
 
 def disable_dropout(model: nn.Module, lora_dropout: float = 0.0) -> None:
-    """Switch off whatever a model draws at random in training, so that it is the same function there as elsewhere.
+    """Switch off whatever a model draws at random in training, so that it is the same function
+    there as elsewhere.
 
-    Dropout modules and rates that a model reads as numbers: of attention, of whole layers, of the noise on what a
-    router reads. Configs keep their rates, for they are saved with the weights. `lora_dropout` is what remains on the
-    input of the LoRA adapter "default".
+    Dropout modules and rates that a model reads as numbers: of attention, of whole layers, of the
+    noise on what a router reads. Configs keep their rates, for they are saved with the weights.
+    `lora_dropout` is what remains on the input of the LoRA adapter "default".
     """
     silent: dict[int, Any] = {}  # copies of the configs that layers read rates from (Falcon)
     for name, module in model.named_modules():
@@ -314,12 +355,15 @@ def disable_dropout(model: nn.Module, lora_dropout: float = 0.0) -> None:
             module.p = lora_dropout if name.endswith(".lora_dropout.default") else 0.0
         _silence(module)
         config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig) and not isinstance(module, (PreTrainedModel, PeftModel)):
+        if isinstance(config, PreTrainedConfig) and not isinstance(
+            module, (PreTrainedModel, PeftModel)
+        ):
             if id(config) not in silent:
                 silent[id(config)] = copy.copy(config)
                 _silence(silent[id(config)])
             module.config = silent[id(config)]
-        if type(module).__name__ == "PhimoeTopKRouter":  # it draws the experts, without a rate that could be 0
+        # it draws the experts, without a rate that could be 0
+        if type(module).__name__ == "PhimoeTopKRouter":
             module.eval()
             module.train = lambda mode=True, router=module: router
 
@@ -343,9 +387,11 @@ class CriticStart:
 
 
 def find_reward_role(models: dict[str, float], initial: InitialModel) -> str | None:
-    """Return the reward model that becomes a role: the first that is an adapter on the initial model's base, or None.
+    """Return the reward model that becomes a role: the first that is an adapter on the initial
+    model's base, or None.
 
-    models: folder -> weight in the total score. One of weight 0, which is only monitored, comes after the others.
+    models: folder -> weight in the total score. One of weight 0, which is only monitored, comes
+    after the others.
     """
     for folder in sorted(models, key=lambda folder: models[folder] == 0):
         is_adapter = (Path(folder) / "adapter_config.json").is_file()
@@ -354,11 +400,13 @@ def find_reward_role(models: dict[str, float], initial: InitialModel) -> str | N
     return None
 
 
-def critic_start(config: PPOConfig, reward_path: str | None, weight: float, others: dict[str, float]) -> CriticStart:
+def critic_start(
+    config: PPOConfig, reward_path: str | None, weight: float, others: dict[str, float]
+) -> CriticStart:
     """Return what the critic starts from.
 
-    weight: that of the reward role's score in the total; others: name -> weight of the scorers that are not the role.
-    Raises UserError where the critic is to start from a reward model of weight 0.
+    weight: that of the reward role's score in the total; others: name -> weight of the scorers that
+    are not the role. Raises UserError where the critic is to start from a reward model of weight 0.
     """
     if not config.has_critic:
         return CriticStart(None)
@@ -380,15 +428,22 @@ def critic_start(config: PPOConfig, reward_path: str | None, weight: float, othe
 
 
 def plain_config(lora: LoraConfig) -> LoraConfig:
-    """A LoRA config for the trunk: no dropout, no scalar head of its own (heads stand beside the trunk, in fp32)."""
-    config = LoraConfig(**{**lora.to_dict(), "lora_dropout": 0.0, "inference_mode": False, "task_type": "CAUSAL_LM"})
-    modules = [m for m in config.modules_to_save or [] if m not in (SCORE, "classifier")]  # PEFT adds both to SEQ_CLS
+    """A LoRA config for the trunk: no dropout, no scalar head of its own (heads stand beside the
+    trunk, in fp32).
+    """
+    config = LoraConfig(
+        **{**lora.to_dict(), "lora_dropout": 0.0, "inference_mode": False, "task_type": "CAUSAL_LM"}
+    )
+    # PEFT adds both to SEQ_CLS
+    modules = [m for m in config.modules_to_save or [] if m not in (SCORE, "classifier")]
     config.modules_to_save = modules or None
     return config
 
 
 def adapter_config(path: str) -> LoraConfig:
-    """The LoRA settings of the adapter in a folder. Raises UserError if it holds none, or one that is not LoRA."""
+    """The LoRA settings of the adapter in a folder. Raises UserError if it holds none, or one that
+    is not LoRA.
+    """
     config = adapter_settings(path)
     if not isinstance(config, LoraConfig):
         raise UserError(f"{path}: a {config.peft_type} adapter; roles are LoRA adapters")
@@ -399,9 +454,13 @@ def reward_head(path: str, width: int) -> nn.Linear:
     """The score head that was trained with a reward adapter. Raises UserError when it is missing."""
     found = [v for k, v in adapter_weights(path).items() if k.endswith(f"{SCORE}.weight")]
     if len(found) != 1:
-        raise UserError(f"{path}: holds no score head (score.weight): no reward model of launch/reward.py")
+        raise UserError(
+            f"{path}: holds no score head (score.weight): no reward model of launch/reward.py"
+        )
     if found[0].shape != (1, width):
-        raise UserError(f"{path}: score head of shape {tuple(found[0].shape)}, expected (1, {width})")
+        raise UserError(
+            f"{path}: score head of shape {tuple(found[0].shape)}, expected (1, {width})"
+        )
     head = nn.Linear(width, 1, bias=False)
     with torch.no_grad():
         head.weight.copy_(found[0].float())
@@ -415,9 +474,14 @@ def reward_shift(path: str) -> tuple[float, float]:
     """
     file = Path(path) / "reward.json"
     content = read_json(file) if file.is_file() else {}
-    scale, bias = (coerce(content.get(n, usual), float, f"{file}: '{n}'") for n, usual in (("scale", 1), ("bias", 0)))
+    scale, bias = (
+        coerce(content.get(n, usual), float, f"{file}: '{n}'")
+        for n, usual in (("scale", 1), ("bias", 0))
+    )
     if not math.isfinite(scale * bias) or scale == 0:
-        raise UserError(f"{file}: scale {scale} and bias {bias}, expected finite numbers and a scale other than 0")
+        raise UserError(
+            f"{file}: scale {scale} and bias {bias}, expected finite numbers and a scale other than 0"
+        )
     return scale, bias
 
 

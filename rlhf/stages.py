@@ -29,12 +29,15 @@ from rlhf.tokenizer import stop_ids
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-UNTRAINED_ALIKE = 10  # rows of an output head this close to that of a token; one that was trained has none or a few
+# rows of an output head this close to that of a token; one that was trained has none or a few
+UNTRAINED_ALIKE = 10
 MEASURED_ROWS = 64
 
 
 def load_initial_model(run: Run) -> InitialModel:
-    """Return the model that this run starts from. Raise UserError where it and the options do not fit."""
+    """Return the model that this run starts from. Raise UserError where it and the options do not
+    fit.
+    """
     config = run.config
     initial = load_model(config.model_name_or_path, run.torch_dtype, config.attn_implementation)
     check_start(run.program, config, initial.model, initial.adapter_path)
@@ -45,8 +48,12 @@ def load_initial_model(run: Run) -> InitialModel:
 
 
 def check_start(program: str, config: RunConfig, model: Any, adapter_path: str | None) -> None:
-    """Raise UserError where options do not fit the base model, or the adapter on it, that a program starts from."""
-    check_context(model, config.model_name_or_path, config.max_prompt_length, config.max_response_length)
+    """Raise UserError where options do not fit the base model, or the adapter on it, that a program
+    starts from.
+    """
+    check_context(
+        model, config.model_name_or_path, config.max_prompt_length, config.max_response_length
+    )
     if adapter_path and program != "reward":
         require_policy(adapter_path)
     if adapter_path and not getattr(config, "use_peft", True):
@@ -57,7 +64,8 @@ def check_start(program: str, config: RunConfig, model: Any, adapter_path: str |
 
 
 def new_lora(run: Run, initial: InitialModel, task_type: str = "CAUSAL_LM") -> LoraConfig | None:
-    """Return the LoRA settings of a new adapter on the initial model, or None when the whole model is trained.
+    """Return the LoRA settings of a new adapter on the initial model, or None when the whole model
+    is trained.
 
     Raises UserError for a target module that the model does not have.
     """
@@ -65,17 +73,22 @@ def new_lora(run: Run, initial: InitialModel, task_type: str = "CAUSAL_LM") -> L
     if not getattr(config, "use_peft", True):
         return None
     check_targets(initial.model, config.lora_target_modules)
-    lora = lora_config(task_type, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    lora = lora_config(
+        task_type, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules
+    )
     if task_type == "CAUSAL_LM":
         lora.trainable_token_indices = eos_rows(run, initial, lora)
     return lora
 
 
-def eos_rows(run: Run, initial: InitialModel, lora: LoraConfig) -> list[int] | dict[str, list[int]] | None:
-    """Return PEFT's `trainable_token_indices` for the EOS token where its row has to be trained, or None.
+def eos_rows(
+    run: Run, initial: InitialModel, lora: LoraConfig
+) -> list[int] | dict[str, list[int]] | None:
+    """Return PEFT's `trainable_token_indices` for the EOS token where its row has to be trained, or
+    None.
 
-    LoRA on the layers below cannot raise the logit of one token over those of others whose rows are the same. Logs
-    what it finds, also where an adapter that is continued cannot learn to end.
+    LoRA on the layers below cannot raise the logit of one token over those of others whose rows are
+    the same. Logs what it finds, also where an adapter that is continued cannot learn to end.
     """
     wanted, token = run.config.train_eos, initial.tokenizer.eos_token_id
     if wanted == "never":
@@ -91,7 +104,9 @@ def eos_rows(run: Run, initial: InitialModel, lora: LoraConfig) -> list[int] | d
     if alike >= UNTRAINED_ALIKE:
         name += f", which has a cosine above 0.9 to {alike} others and was probably never trained,"
     if start:
-        run.log(f"warning: {name} is not trained by the adapter {start}: its responses may never end. Train it again")
+        run.log(
+            f"warning: {name} is not trained by the adapter {start}: its responses may never end. Train it again"
+        )
         return None
     rows = token_rows(initial.model, token)
     if rows:
@@ -107,11 +122,15 @@ def new_dropout(config: AdapterConfig, initial: InitialModel) -> float:
 
 
 def evaluation(run: Run, initial: InitialModel, scorer: Scorer | None) -> Evaluation | None:
-    """Return the evaluation by sampling on the run's validation prompts; None where it is off or has no prompts."""
+    """Return the evaluation by sampling on the run's validation prompts; None where it is off or
+    has no prompts.
+    """
     config, tokenizer = run.config, initial.tokenizer
     if config.eval_prompts < 1:
         return None
-    rows = first_by_hash(run.data.rows(Prompt, "validation", tokenizer, config.eval_data), config.eval_prompts)
+    rows = first_by_hash(
+        run.data.rows(Prompt, "validation", tokenizer, config.eval_data), config.eval_prompts
+    )
     if not rows:
         run.log("no validation prompts: evaluation by sampling is off")
         return None
@@ -119,7 +138,9 @@ def evaluation(run: Run, initial: InitialModel, scorer: Scorer | None) -> Evalua
         prompts=rows,
         tokenizer=tokenizer,
         stop_ids=stop_ids(tokenizer, initial.model),
-        sampling=Sampling(max_new_tokens=config.max_response_length, temperature=config.temperature),
+        sampling=Sampling(
+            max_new_tokens=config.max_response_length, temperature=config.temperature
+        ),
         scorer=scorer,
         seed=config.seed,
         batch_size=config.generation_batch_size,
@@ -127,12 +148,20 @@ def evaluation(run: Run, initial: InitialModel, scorer: Scorer | None) -> Evalua
     )
 
 
-def eos_measurement(run: Run, initial: InitialModel, rows: list[dict]) -> Callable[[Any], dict[str, float]]:
-    """Return a function of a model that measures P(EOS) where the answers of up to 64 of these rows end."""
+def eos_measurement(
+    run: Run, initial: InitialModel, rows: list[dict]
+) -> Callable[[Any], dict[str, float]]:
+    """Return a function of a model that measures P(EOS) where the answers of up to 64 of these rows
+    end.
+    """
     measured, plain_head = first_by_hash(rows, MEASURED_ROWS), head_is_plain(initial.model)
     pad_id = initial.tokenizer.pad_token_id
 
     def measure(model: Any) -> dict[str, float]:
-        return {"eval/response/eos_probability": eos_probability(model, measured, pad_id, plain_head, run.world)}
+        return {
+            "eval/response/eos_probability": eos_probability(
+                model, measured, pad_id, plain_head, run.world
+            )
+        }
 
     return measure

@@ -1,7 +1,9 @@
-"""Intervals of a statistic of independent clusters: the same for comparisons, report cards and agreement.
+"""Intervals of a statistic of independent clusters: the same for comparisons, report cards and
+agreement.
 
-A cluster is what was drawn at random: a group of prompts, an item that several people have judged. What belongs to one
-cluster may depend on each other in any way. benchmarks/results/2026-11-29-compare.md has the simulated coverage.
+A cluster is what was drawn at random: a group of prompts, an item that several people have judged.
+What belongs to one cluster may depend on each other in any way.
+benchmarks/results/2026-11-29-compare.md has the simulated coverage.
 """
 
 from __future__ import annotations
@@ -18,15 +20,20 @@ ROUNDING = 1e-12
 
 
 def jackknife_interval(
-    estimate: float, without: np.ndarray, *, bounds: tuple[float, float] | None = None, level: float = 0.95
+    estimate: float,
+    without: np.ndarray,
+    *,
+    bounds: tuple[float, float] | None = None,
+    level: float = 0.95,
 ) -> tuple[float, float, float]:
     """Return (low, high, standard error) of a statistic of n independent clusters.
 
         se^2 = (n - 1) / n sum_i (without_i - mean of without)^2,    estimate +- t(n - 1) se
 
-    without: (n,) the statistic computed again without each cluster (Tukey 1958). For the mean of the clusters this is
-    Student's interval. bounds: what the statistic cannot leave; then the interval is `bounded_interval`.
-    All nan with fewer than two clusters, or where the statistic is not defined without one of them.
+    without: (n,) the statistic computed again without each cluster (Tukey 1958). For the mean of
+    the clusters this is Student's interval. bounds: what the statistic cannot leave; then the
+    interval is `bounded_interval`. All nan with fewer than two clusters, or where the statistic is
+    not defined without one of them.
     """
     n = len(without)
     if n < 2 or not math.isfinite(estimate) or not np.all(np.isfinite(without)):
@@ -43,12 +50,14 @@ def jackknife_interval(
 def bounded_interval(
     estimate: float, se: float, t: float, n: int, *, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[float, float]:
-    """Return (low, high) of a statistic within `bounds`: Wilson's score interval (1927) for clusters.
+    """Return (low, high) of a statistic within `bounds`: Wilson's score interval (1927) for
+    clusters.
 
         p = (estimate - lowest) / (highest - lowest),    the q with (p - q)^2 <= t^2 q (1 - q) / N
 
-    t is a quantile, N = `effective_size`, the independent observations of 0 or 1 that would be as exact. Unlike
-    estimate +- t se it stays within the bounds and has a width where all clusters are alike (then N = n).
+    t is a quantile, N = `effective_size`, the independent observations of 0 or 1 that would be as
+    exact. Unlike estimate +- t se it stays within the bounds and has a width where all clusters are
+    alike (then N = n).
     """
     lowest, width = bounds[0], bounds[1] - bounds[0]
     p, se = min(1.0, max(0.0, (estimate - lowest) / width)), se / width
@@ -61,7 +70,9 @@ def bounded_interval(
 
 
 def effective_size(p: float, se: float, n: int) -> float:
-    """Return how many independent observations of 0 or 1 have this standard error: p (1 - p) / se^2; n without any."""
+    """Return how many independent observations of 0 or 1 have this standard error: p (1 - p) /
+    se^2; n without any.
+    """
     return p * (1 - p) / se**2 if se > ROUNDING and 0 < p < 1 else float(n)
 
 
@@ -71,7 +82,9 @@ def wilson(count: float, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def fair_coin_p(count: int, n: int) -> float:
-    """Return the two-sided exact p-value of `count` heads in `n` throws of a fair coin; nan without a throw."""
+    """Return the two-sided exact p-value of `count` heads in `n` throws of a fair coin; nan without
+    a throw.
+    """
     if n == 0:
         return math.nan
     from scipy.special import bdtr
@@ -80,12 +93,14 @@ def fair_coin_p(count: int, n: int) -> float:
 
 
 def clustered_se(values: Sequence[float], clusters: Sequence[str]) -> float | None:
-    """Return the standard error of the mean of `values`, of which those of one cluster are not independent.
+    """Return the standard error of the mean of `values`, of which those of one cluster are not
+    independent.
 
         se = sqrt( G/(G-1) sum_g (sum_{i in g} (x_i - mean))^2 ) / n
 
-    The ratio estimator of a cluster sample (Cochran 1977, section 6.4), G clusters; with one value in each it is
-    s / sqrt(n). None for fewer than two clusters: one prompt says nothing about the spread over prompts.
+    The ratio estimator of a cluster sample (Cochran 1977, section 6.4), G clusters; with one value
+    in each it is s / sqrt(n). None for fewer than two clusters: one prompt says nothing about the
+    spread over prompts.
     """
     mean = sum(values) / len(values)
     sums = dict.fromkeys(clusters, 0.0)

@@ -31,7 +31,8 @@ def markdown_table(
     right: Iterable[int] = (),
     escape: Callable[[Any], str] = escape_cell,
 ) -> list[str]:
-    """Return the lines of a Markdown table; the columns numbered in `right` (from 0) are aligned to the right.
+    """Return the lines of a Markdown table; the columns numbered in `right` (from 0) are aligned to
+    the right.
 
     `escape` turns each cell of `rows` into text that cannot end the cell.
     """

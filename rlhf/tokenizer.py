@@ -11,13 +11,20 @@ from rlhf.data.encode import PLAIN_TEMPLATE
 from rlhf.errors import UserError, near_file
 from rlhf.weights import loading
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "tokenizer.model")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+    "tokenizer.model",
+)
 
 
 def load_tokenizer(path: str) -> Any:
     """Return the tokenizer at `path`, with a pad token and a chat template. Raises UserError.
 
-    Without a spare token in the vocabulary EOS pads: padding is known by the mask alone, never by its id.
+    Without a spare token in the vocabulary EOS pads: padding is known by the mask alone, never by
+    its id.
     """
     from transformers import AutoTokenizer
 
@@ -40,20 +47,34 @@ def load_tokenizer(path: str) -> Any:
 
     # a template is a program: one that fails would fail at the first prompt of the run
     with loading(path, "chat template"):
-        tokenizer.apply_chat_template([{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "a"}], add_generation_prompt=True, tokenize=False
+        )
     return tokenizer
 
 
 def _unused_token(tokenizer: Any) -> str | None:
     # usual pad tokens first, then tokens that texts hold rarely or never
     vocabulary = tokenizer.get_vocab()
-    names = ["<|pad|>", "<pad>", "[PAD]", "<|padding|>", "<|endoftext|>", "<|finetune_right_pad_id|>", "<|fim_pad|>"]
+    names = [
+        "<|pad|>",
+        "<pad>",
+        "[PAD]",
+        "<|padding|>",
+        "<|endoftext|>",
+        "<|finetune_right_pad_id|>",
+        "<|fim_pad|>",
+    ]
     names += ["<unk>", *sorted(t for t in vocabulary if "reserved" in t or "unused" in t)]
-    return next((name for name in names if name in vocabulary and name != tokenizer.eos_token), None)
+    return next(
+        (name for name in names if name in vocabulary and name != tokenizer.eos_token), None
+    )
 
 
 def stop_ids(tokenizer: Any, model: nn.Module | None = None) -> list[int]:
-    """Return the token ids that end a response: the tokenizer's EOS and those the model's generation config adds."""
+    """Return the token ids that end a response: the tokenizer's EOS and those the model's
+    generation config adds.
+    """
     config = getattr(model, "generation_config", None)
     more = getattr(config, "eos_token_id", None)
     # one id, a list of them, or None

@@ -4,10 +4,11 @@
         rule: Literal["length", "pattern"]
         weight: Number = 1.0
 
-    spec = validate(RuleSpec, {"rule": "lenght"}, "reward, item 1")
-    # UserError: reward, item 1.rule: found 'lenght', expected 'length' or 'pattern'. Did you mean 'length'?
+    spec = validate(RuleSpec, {"rule": "lenght"}, "reward, item 1") # UserError: reward, item
+    1.rule: found 'lenght', expected 'length' or 'pattern'. Did you mean 'length'?
 
-Import it where options are read and nowhere else: pydantic takes as long to load as `rlhf --help` takes in all.
+Import it where options are read and nowhere else: pydantic takes as long to load as `rlhf --help`
+takes in all.
 """
 
 from __future__ import annotations
@@ -45,17 +46,23 @@ Count = Annotated[int, BeforeValidator(_refuse_bool)]
 class Spec(BaseModel):
     """A mapping that a person writes. Unknown keys and numbers that are not finite are refused."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, frozen=True, populate_by_name=True
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _check_keys(cls, value: Any) -> Any:
-        """Raise ValueError where a value is not a mapping, or has a key that the model lacks, naming those it has."""
+        """Raise ValueError where a value is not a mapping, or has a key that the model lacks,
+        naming those it has.
+        """
         known = [field.alias or name for name, field in cls.model_fields.items()]
         if isinstance(value, cls):
             return value
         if not isinstance(value, dict):
-            raise ValueError(f"found {value!r}, expected a mapping with the keys {', '.join(known)}")
+            raise ValueError(
+                f"found {value!r}, expected a mapping with the keys {', '.join(known)}"
+            )
         if cls.model_config["extra"] != "forbid":
             return value
 
@@ -77,8 +84,8 @@ S = TypeVar("S", bound=Spec)
 def validate(model: type[S], value: Any, where: str) -> S:
     """Return `value` as a `model`.
 
-    Raises UserError for the first thing that is wrong: its place below `where`, what was found, what was expected,
-    and the nearest known name.
+    Raises UserError for the first thing that is wrong: its place below `where`, what was found,
+    what was expected, and the nearest known name.
     """
     if not isinstance(value, dict):
         raise UserError(f"{where}: found {value!r}, expected a mapping such as {{name: value}}")

@@ -23,25 +23,33 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key in seen and key not in (None, "<<"):
-                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key}' is given twice", key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
 
 def parse_yaml(text: str | typing.TextIO, where: str) -> Any:
-    """Return what a YAML text holds. Raises UserError, naming `where` and the line, on bad YAML or a repeated key."""
+    """Return what a YAML text holds. Raises UserError, naming `where` and the line, on bad YAML or
+    a repeated key.
+    """
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        raise UserError(f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        raise UserError(
+            f"{where}{line}: not valid YAML: {getattr(error, 'problem', error)}"
+        ) from None
     except RecursionError:
         raise UserError(f"{where}: not usable YAML: nested too deeply") from None
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the options of a YAML file as a flat dict; raise UserError if it cannot be read as one."""
+    """Return the options of a YAML file as a flat dict; raise UserError if it cannot be read as
+    one.
+    """
     try:
         with open(path, encoding="utf-8") as file:
             content = parse_yaml(file, str(path))
@@ -61,8 +69,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def coerce(value: Any, hint: Any, where: str, *, from_text: bool = False) -> Any:
     """Return `value` as the type `hint`, or raise UserError naming `where`.
 
-    YAML reads '3e-6' as text; it counts as a number here. `from_text` is for a value from the command line, where
-    lists may be written as a,b and mappings in YAML.
+    YAML reads '3e-6' as text; it counts as a number here. `from_text` is for a value from the
+    command line, where lists may be written as a,b and mappings in YAML.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint in SCALARS:
@@ -71,7 +79,9 @@ def coerce(value: Any, hint: Any, where: str, *, from_text: bool = False) -> Any
         by_text = {str(choice): choice for choice in args}
         if str(value) not in by_text:
             near = did_you_mean(str(value), by_text)
-            raise UserError(f"{where}: found {value!r}, expected one of {', '.join(by_text)}.{near}")
+            raise UserError(
+                f"{where}: found {value!r}, expected one of {', '.join(by_text)}.{near}"
+            )
         return by_text[str(value)]
     if origin in (typing.Union, types.UnionType):
         return _coerce_union(value, args, where, from_text=from_text)
@@ -92,7 +102,9 @@ def coerce(value: Any, hint: Any, where: str, *, from_text: bool = False) -> Any
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a mapping such as {{name: value}}, found {value!r}")
     item_type = args[1] if args else Any
-    return {str(key): coerce(item, item_type, f"{where}, key '{key}'") for key, item in value.items()}
+    return {
+        str(key): coerce(item, item_type, f"{where}, key '{key}'") for key, item in value.items()
+    }
 
 
 def _coerce_union(value: Any, kinds: tuple[Any, ...], where: str, *, from_text: bool) -> Any:
@@ -173,8 +185,8 @@ BOUNDS = {
 def check_ranges(config: Any) -> None:
     """Raise UserError for the first value that its option does not allow.
 
-    These are numbers out of range, numbers that are not finite at any depth, empty texts and required lists that are
-    empty.
+    These are numbers out of range, numbers that are not finite at any depth, empty texts and
+    required lists that are empty.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

@@ -1,4 +1,6 @@
-"""Read weights and their settings from files, with errors that name the file; fingerprints of weights."""
+"""Read weights and their settings from files, with errors that name the file; fingerprints of
+weights.
+"""
 
 from __future__ import annotations
 
@@ -31,18 +33,24 @@ def loading(path: str, what: str, more: str = ""):
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises UserError if the file holds anything else, or only a part of one."""
+    """Return the object in a JSON file. Raises UserError if the file holds anything else, or only a
+    part of one.
+    """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as JSON ({first_line(error)}). Save or copy it again") from None
+        raise UserError(
+            f"{file}: cannot be read as JSON ({first_line(error)}). Save or copy it again"
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}")
     return content
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
-    """Raise UserError for the first (name, tensor) that holds NaN or infinity: nothing learns from it."""
+    """Raise UserError for the first (name, tensor) that holds NaN or infinity: nothing learns from
+    it.
+    """
     for name, tensor in tensors:
         if not is_finite(tensor):
             raise UserError(
@@ -62,14 +70,15 @@ def is_finite(tensor: Tensor) -> bool:
 def fingerprint(model: nn.Module, sample: int = 4096) -> str:
     """Return 16 hex digits that name a model's weights, whatever dtype they were loaded in.
 
-    Hashes names, shapes and an even sample of each tensor, read as bfloat16, in sorted order: seconds for billions of
-    parameters. Adapter weights that PEFT injected are left out.
+    Hashes names, shapes and an even sample of each tensor, read as bfloat16, in sorted order:
+    seconds for billions of parameters. Adapter weights that PEFT injected are left out.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(base_weights(model).items()):
         name = name.removeprefix("base_model.model.")
         flat = tensor.detach().reshape(-1)
-        # read as bfloat16, weights have the same fingerprint whether loaded as float32 or as bfloat16
+        # read as bfloat16, weights have the same fingerprint whether loaded as float32 or as
+        # bfloat16
         step = max(1, flat.numel() // sample)
         values = flat[::step][:sample].to("cpu", torch.bfloat16).view(torch.int16)
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
@@ -97,7 +106,11 @@ def read_identity(path: str | Path) -> dict[str, Any]:
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the base's own weights by their names without PEFT's wrapping."""
     ours = ("lora_", "modules_to_save", "trainable_tokens_")
-    return {plain_name(n): w for n, w in model.state_dict().items() if not any(part in n for part in ours)}
+    return {
+        plain_name(n): w
+        for n, w in model.state_dict().items()
+        if not any(part in n for part in ours)
+    }
 
 
 def plain_name(name: str) -> str:

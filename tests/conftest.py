@@ -27,8 +27,9 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module", autouse=True)
 def freeze():
-    """Keep what is loaded out of every later garbage collection: accelerate asks for one at each start of a training,
-    and over all of torch, transformers and TRL each took a third of a second."""
+    """Keep what is loaded out of every later garbage collection: accelerate asks for one at each
+    start of a training, and over all of torch, transformers and TRL each took a third of a second.
+    """
     gc.collect()
     gc.freeze()
 
@@ -49,13 +50,18 @@ def make_tokenizer():
     )
     tokenizer.train_from_iterator(TEXTS * 20, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<|pad|>", eos_token="<|im_end|>", model_max_length=512
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        model_max_length=512,
     )
     fast.chat_template = TEMPLATE
     return fast
 
 
-def make_model(vocabulary: int, pad: int, eos: int, seed: int = 0, hidden: int = 32, layers: int = 2):
+def make_model(
+    vocabulary: int, pad: int, eos: int, seed: int = 0, hidden: int = 32, layers: int = 2
+):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -86,7 +92,9 @@ def tokenizer():
 def base_path(tokenizer, tmp_path_factory) -> str:
     """A folder with a tiny base model and its tokenizer."""
     folder = tmp_path_factory.mktemp("base")
-    make_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id).save_pretrained(folder)
+    make_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id).save_pretrained(
+        folder
+    )
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -94,7 +102,9 @@ def base_path(tokenizer, tmp_path_factory) -> str:
 def random_adapter(
     base_path: str, folder, seed: int, r: int = 4, alpha: int = 8, identity: bool = True, **settings
 ) -> str:
-    """Write a LoRA adapter with random weights on the base, as a finished SFT run leaves it; `settings` are PEFT's."""
+    """Write a LoRA adapter with random weights on the base, as a finished SFT run leaves it;
+    `settings` are PEFT's.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
@@ -102,7 +112,13 @@ def random_adapter(
 
     initial = load_model(base_path)
     torch.manual_seed(seed)
-    settings = {"r": r, "lora_alpha": alpha, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **settings}
+    settings = {
+        "r": r,
+        "lora_alpha": alpha,
+        "target_modules": "all-linear",
+        "task_type": "CAUSAL_LM",
+        **settings,
+    }
     model = get_peft_model(initial.model, LoraConfig(**settings))
     with torch.no_grad():
         for name, parameter in model.named_parameters():

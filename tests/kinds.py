@@ -1,8 +1,9 @@
-"""The four programs on tiny random models of many kinds: `python -m tests.kinds PAGE` writes the table.
+"""The four programs on tiny random models of many kinds: `python -m tests.kinds PAGE` writes the
+table.
 
-Each program runs whole, in this process: SFT from the base, then reward model, DPO and PPO from the SFT policy. Right
-is what no kind may change: DPO's first loss is ln 2, PPO's KL is exactly 0 before its first update, and the engine's
-log-probabilities are the learner's.
+Each program runs whole, in this process: SFT from the base, then reward model, DPO and PPO from the
+SFT policy. Right is what no kind may change: DPO's first loss is ln 2, PPO's KL is exactly 0 before
+its first update, and the engine's log-probabilities are the learner's.
 """
 
 from __future__ import annotations
@@ -95,7 +96,11 @@ def build(kind: str, **more: Any):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     tokenizer = make_tokenizer()
-    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    special = {
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
     options = SHAPE | {"vocab_size": 320} | special | KINDS[kind] | more
     given = {name: value for name, value in options.items() if value is not None or name in special}
     torch.manual_seed(0)
@@ -113,8 +118,16 @@ def measure(kind: str, folder: Path, data: dict[str, str]) -> dict[str, str]:
     model.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     small = ["--per_device_train_batch_size", "4", "--max_steps", "2", "--lora_r", "4"]
-    ppo = ["--reward", "[{rule: length, low: 2, high: 9}]", "--rollout_batch_size", "8", "--total_episodes", "8"]
-    ppo += ["--missing_eos_score", "none"]  # hardly a response of these models ends, and equal scores would stop PPO
+    ppo = [
+        "--reward",
+        "[{rule: length, low: 2, high: 9}]",
+        "--rollout_batch_size",
+        "8",
+        "--total_episodes",
+        "8",
+    ]
+    # hardly a response of these models ends, and equal scores would stop PPO
+    ppo += ["--missing_eos_score", "none"]
     runs = {
         "sft": ("base", data["instructions"], [*small, "--learning_rate", "1e-2"]),
         "reward": ("sft", data["pairs"], small),
@@ -132,7 +145,9 @@ def measure(kind: str, folder: Path, data: dict[str, str]) -> dict[str, str]:
             for line in reversed(read_metrics(folder / name / "metrics.jsonl")):
                 first[name] |= line
     if "dpo" in first:
-        router = getattr(model.config, "router_aux_loss_coef", 0.0) * first["dpo"].get("loss/router", 0.0)
+        router = getattr(model.config, "router_aux_loss_coef", 0.0) * first["dpo"].get(
+            "loss/router", 0.0
+        )
         cells["dpo"] = f"{first['dpo']['loss/total'] - router:.6f}"
     if "ppo" in first:
         cells["ppo"] = f"{first['ppo']['kl/sequence']:g}"
@@ -149,7 +164,11 @@ def run(name: str, model: Path, data: str, output: Path, flags: list[str]) -> st
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
             door(name)([*flags_of(name, model, data, output), *flags])
     except SystemExit as stop:
-        return said.getvalue().strip().splitlines()[-1].replace(str(output.parent), "") if stop.code else ""
+        return (
+            said.getvalue().strip().splitlines()[-1].replace(str(output.parent), "")
+            if stop.code
+            else ""
+        )
     return ""
 
 
@@ -175,7 +194,12 @@ def page(rows: list[dict[str, str]], seconds: float) -> str:
     """The table as Markdown."""
     import transformers
 
-    head = HEAD.format(date=datetime.date.today(), count=len(rows), version=transformers.__version__, seconds=seconds)
+    head = HEAD.format(
+        date=datetime.date.today(),
+        count=len(rows),
+        version=transformers.__version__,
+        seconds=seconds,
+    )
     lines = ["| " + " | ".join(row.get(name, "-") for name in COLUMNS) + " |" for row in rows]
     return head + "\n".join(lines) + "\n"
 
@@ -184,5 +208,7 @@ if __name__ == "__main__":
     from tests.launch.conftest import write_data
 
     with tempfile.TemporaryDirectory() as scratch:
-        found = [measure(kind, Path(scratch) / kind, write_data(Path(scratch))) for kind in sorted(KINDS)]
+        found = [
+            measure(kind, Path(scratch) / kind, write_data(Path(scratch))) for kind in sorted(KINDS)
+        ]
     Path(sys.argv[1]).write_text(page(found, time.process_time()))

@@ -42,7 +42,9 @@ def test_version(capsys):
 def test_every_command_has_options_help_and_something_to_run(name, capsys):
     options = pkgutil.resolve_name(COMMANDS[name].options)
     words = COMMANDS[name].words
-    assert words in (None, "config") or words in {field.name for field in dataclasses.fields(options)}
+    assert words in (None, "config") or words in {
+        field.name for field in dataclasses.fields(options)
+    }
     with pytest.raises(SystemExit) as stopped:
         main([*name.split(), "--help"])
     assert stopped.value.code == 0 and f"usage: rlhf {name} " in capsys.readouterr().out
@@ -51,8 +53,12 @@ def test_every_command_has_options_help_and_something_to_run(name, capsys):
 def test_what_is_run_lazily_is_there(monkeypatch):
     """Every target of `lazily` can be imported, and is called with the options."""
     targets = []
-    monkeypatch.setattr(cli.pkgutil, "resolve_name", lambda target: lambda config: targets.append((target, config)))
-    lazy = {name: command for name, command in COMMANDS.items() if command.run.__name__ == "<lambda>"}
+    monkeypatch.setattr(
+        cli.pkgutil, "resolve_name", lambda target: lambda config: targets.append((target, config))
+    )
+    lazy = {
+        name: command for name, command in COMMANDS.items() if command.run.__name__ == "<lambda>"
+    }
     for name, command in lazy.items():
         command.run(name)
     monkeypatch.undo()
@@ -62,7 +68,9 @@ def test_what_is_run_lazily_is_there(monkeypatch):
 
 def test_renamed_commands_name_the_new_one(capsys):
     for old, new in RENAMED.items():
-        assert f"'rlhf {old}' is now: rlhf {new} x.yaml --redo" in refused(capsys, *old.split(), "x.yaml", "--redo")
+        assert f"'rlhf {old}' is now: rlhf {new} x.yaml --redo" in refused(
+            capsys, *old.split(), "x.yaml", "--redo"
+        )
     assert "rlhf experiment run x.yaml" in refused(capsys, "compare", "x.yaml")
 
 
@@ -77,7 +85,9 @@ def test_a_command_without_what_it_works_on_says_so(capsys):
 
 
 def test_unknown_commands_name_the_nearest(capsys):
-    assert "unknown command 'data shwo'. Did you mean 'data show'?" in refused(capsys, "data", "shwo")
+    assert "unknown command 'data shwo'. Did you mean 'data show'?" in refused(
+        capsys, "data", "shwo"
+    )
     assert "All commands: rlhf --help" in refused(capsys, "frobnicate", "x")
 
 

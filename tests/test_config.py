@@ -39,16 +39,33 @@ class Config:
 
 def test_yaml_is_flags_written_down_and_flags_win(tmp_path):
     file = tmp_path / "a.yaml"
-    file.write_text("output_dir: x\nkl_coef: 3e-6\nsteps: 4\ndata: [a, b]\nreward:\n  - {model: r}\n")
+    file.write_text(
+        "output_dir: x\nkl_coef: 3e-6\nsteps: 4\ndata: [a, b]\nreward:\n  - {model: r}\n"
+    )
     config = parse(Config, ["--steps", "7", "--config", str(file), "--whiten", "--target=1"])
     assert (config.output_dir, config.kl_coef, config.steps, config.whiten) == ("x", 3e-6, 7, True)
     assert config.data == ["a", "b"] and config.target == 1.0 and config.reward == [{"model": "r"}]
 
 
 def test_flags_of_every_type():
-    flags = ["--output_dir=x", "--whiten", "false", "--data", "a,b", "--target", "none", "--stage", "zero0"]
+    flags = [
+        "--output_dir=x",
+        "--whiten",
+        "false",
+        "--data",
+        "a,b",
+        "--target",
+        "none",
+        "--stage",
+        "zero0",
+    ]
     config = parse(Config, [*flags, "--reward", "[{voice: v.yaml, weight: 0.5}]", "--local_rank=0"])
-    assert config.whiten is False and config.data == ["a", "b"] and config.target is None and config.stage == "zero0"
+    assert (
+        config.whiten is False
+        and config.data == ["a", "b"]
+        and config.target is None
+        and config.stage == "zero0"
+    )
     assert config.reward == [{"voice": "v.yaml", "weight": 0.5}]
 
 
@@ -83,7 +100,10 @@ def test_what_is_wrong_is_said_with_its_place(flags, text):
 @pytest.mark.parametrize(
     "content,text",
     [
-        ("kl_beta: 1\n", "a.yaml: unknown option 'kl_beta'. Did you mean 'kl_coef'? All options: prog --help"),
+        (
+            "kl_beta: 1\n",
+            "a.yaml: unknown option 'kl_beta'. Did you mean 'kl_coef'? All options: prog --help",
+        ),
         ("steps: true\n", "a.yaml: option 'steps': expected a whole number, found True"),
         ("kl_coef: [1]\n", "a.yaml: option 'kl_coef': expected a number, found [1]"),
         ("- 1\n", "a.yaml: expected 'option: value' lines, found list"),
@@ -150,7 +170,9 @@ def test_a_user_error_becomes_one_line_and_exit_code_2(capsys):
     with pytest.raises(SystemExit) as stop:
         program(lambda: parse(Config, ["--stepz", "3"], "prog"))()
     assert stop.value.code == 2
-    assert capsys.readouterr().err.startswith("error: the command line: unknown option 'stepz'. Did you mean 'steps'?")
+    assert capsys.readouterr().err.startswith(
+        "error: the command line: unknown option 'stepz'. Did you mean 'steps'?"
+    )
 
 
 @dataclass
@@ -189,8 +211,15 @@ def test_a_halt_ends_with_its_code_and_speaks_once(monkeypatch, capsys):
 
 def option_classes() -> list[type]:
     """Every dataclass with options."""
-    modules = [importlib.import_module(m.name) for m in pkgutil.walk_packages(rlhf.__path__, "rlhf.")]
-    found = {c for m in modules for c in vars(m).values() if isinstance(c, type) and dataclasses.is_dataclass(c)}
+    modules = [
+        importlib.import_module(m.name) for m in pkgutil.walk_packages(rlhf.__path__, "rlhf.")
+    ]
+    found = {
+        c
+        for m in modules
+        for c in vars(m).values()
+        if isinstance(c, type) and dataclasses.is_dataclass(c)
+    }
     return [c for c in found if any("resume" in f.metadata for f in dataclasses.fields(c))]
 
 
@@ -199,12 +228,17 @@ SIGNED = {"length_penalty", "missing_eos_score"}  # scores, of which any finite 
 
 def test_every_option_that_is_a_number_has_a_range():
     classes = option_classes()
-    assert {"PPOConfig", "SFTRunConfig", "RewardRunConfig", "DPORunConfig"} <= {c.__name__ for c in classes}
+    assert {"PPOConfig", "SFTRunConfig", "RewardRunConfig", "DPORunConfig"} <= {
+        c.__name__ for c in classes
+    }
     open_ended = set()
     for cls in classes:
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            numeric = any(kind in (int, float) for kind in (hints[field.name], *typing.get_args(hints[field.name])))
+            numeric = any(
+                kind in (int, float)
+                for kind in (hints[field.name], *typing.get_args(hints[field.name]))
+            )
             bounds = field.metadata["bounds"]
             if numeric and bounds["low"] is None and bounds["above"] is None:
                 open_ended.add(field.name)
@@ -237,7 +271,10 @@ class Bounded:
         ("--score=nan", "'score' is nan, expected finite numbers"),
         ("--temperature=1,0", "'temperature' is 0.0, expected more than 0"),
         ("--temperature=1,inf", r"'temperature' is \[1.0, inf\], expected finite numbers"),
-        ("--reward=[{rule: length, low: .nan}]", "'reward' is .*'low': nan.*, expected finite numbers"),
+        (
+            "--reward=[{rule: length, low: .nan}]",
+            "'reward' is .*'low': nan.*, expected finite numbers",
+        ),
         ("--trl={adam: [0.9, .inf]}", r"'trl' is {'adam': \[0.9, inf\]}, expected finite numbers"),
         ("--output_dir=", "'output_dir' is '', expected text that is not empty"),
         ("--data=a,", r"'data' is \['a', ''\], expected text that is not empty"),
@@ -249,7 +286,11 @@ def test_a_value_that_no_option_allows_is_refused_by_name(flag, said):
 
 
 def test_items_of_a_list_on_the_command_line_are_stripped():
-    assert parse(Bounded, ["--data", "q_proj, v_proj ,o_proj"]).data == ["q_proj", "v_proj", "o_proj"]
+    assert parse(Bounded, ["--data", "q_proj, v_proj ,o_proj"]).data == [
+        "q_proj",
+        "v_proj",
+        "o_proj",
+    ]
     assert parse(Bounded, ["--temperature", "0.5, 1"]).temperature == [0.5, 1.0]
 
 
@@ -273,7 +314,9 @@ def test_yaml_on_the_command_line_is_refused_with_its_option():
 
 
 def raised(number: int, name: str | None = None) -> OSError:
-    return OSError(number, os.strerror(number), name) if name else OSError(number, os.strerror(number))
+    return (
+        OSError(number, os.strerror(number), name) if name else OSError(number, os.strerror(number))
+    )
 
 
 def test_a_library_that_an_extra_installs_is_named_with_the_extra(capsys):
@@ -284,19 +327,34 @@ def test_a_library_that_an_extra_installs_is_named_with_the_extra(capsys):
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == EXIT_USER_ERROR
-    assert "'starlette' is not installed. Install it with: pip install 'rlhf[collect]'" in capsys.readouterr().err
+    assert (
+        "'starlette' is not installed. Install it with: pip install 'rlhf[collect]'"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
     ("error", "said"),
     [
         (raised(errno.ENOSPC), "out: No space left on device. Free some space"),
-        (raised(errno.EROFS, "/mnt/x"), "/mnt/x: Read-only file system. Choose a place that can be written"),
+        (
+            raised(errno.EROFS, "/mnt/x"),
+            "/mnt/x: Read-only file system. Choose a place that can be written",
+        ),
         (raised(errno.EACCES, "/srv/x"), "/srv/x: Permission denied. Choose a place"),
-        (raised(errno.EEXIST, "afile"), "afile: File exists. A file stands where a folder has to be"),
-        (RuntimeError("PytorchStreamWriter failed writing file data/0"), "out: could not be written completely"),
+        (
+            raised(errno.EEXIST, "afile"),
+            "afile: File exists. A file stands where a folder has to be",
+        ),
+        (
+            RuntimeError("PytorchStreamWriter failed writing file data/0"),
+            "out: could not be written completely",
+        ),
         (RuntimeError("basic_ios::clear: iostream error"), "out: could not be written completely"),
-        (Exception("I/O error: No space left on device (os error 28)"), "out: No space left on device"),
+        (
+            Exception("I/O error: No space left on device (os error 28)"),
+            "out: No space left on device",
+        ),
     ],
 )
 def test_a_disk_that_is_full_or_closed_is_one_message_with_the_place(error, said, capsys):
@@ -339,10 +397,19 @@ def sft(**more) -> list[str]:
 def test_an_output_dir_holds_nothing_that_the_run_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     ppo = PPOConfig
-    for file in ("runs/sft/checkpoints/checkpoint-3/x", "runs/rm/x", "runs/data/votes.db", "elsewhere.jsonl"):
+    for file in (
+        "runs/sft/checkpoints/checkpoint-3/x",
+        "runs/rm/x",
+        "runs/data/votes.db",
+        "elsewhere.jsonl",
+    ):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).touch()
-    reads = {"output_dir": "runs/sft", "reward": "[{model: runs/rm}]", "overwrite_output_dir": "true"}
+    reads = {
+        "output_dir": "runs/sft",
+        "reward": "[{model: runs/rm}]",
+        "overwrite_output_dir": "true",
+    }
     start = "runs/sft/checkpoints/checkpoint-3"
     for more, said in (
         (
@@ -352,7 +419,10 @@ def test_an_output_dir_holds_nothing_that_the_run_reads(tmp_path, monkeypatch):
         ({"model_name_or_path": str(tmp_path / "runs/../runs/sft")}, "'model_name_or_path' reads"),
         ({"model_name_or_path": start}, "'model_name_or_path' reads"),
         ({"output_dir": "runs/rm"}, "'reward' reads runs/rm"),
-        ({"reward": "[{ensemble: [runs/a, runs/rm]}]", "output_dir": "runs/rm"}, "'reward' reads runs/rm"),
+        (
+            {"reward": "[{ensemble: [runs/a, runs/rm]}]", "output_dir": "runs/rm"},
+            "'reward' reads runs/rm",
+        ),
         (
             {"data": "elsewhere.jsonl,runs/data/votes.db@118", "output_dir": "runs/data"},
             "'data' reads runs/data/votes.db@",
@@ -360,13 +430,19 @@ def test_an_output_dir_holds_nothing_that_the_run_reads(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=said):
             parse(ppo, sft(**(reads | more)))
-    apart = reads | {"model_name_or_path": "runs/sft", "output_dir": "runs/sft/ppo", "data": "elsewhere.jsonl"}
+    apart = reads | {
+        "model_name_or_path": "runs/sft",
+        "output_dir": "runs/sft/ppo",
+        "data": "elsewhere.jsonl",
+    }
     assert parse(ppo, sft(**apart)).output_dir == "runs/sft/ppo"
     resumed = reads | {"resume": start, "model_name_or_path": "base"}
     assert parse(ppo, sft(**resumed)).resume == start  # that of its own
 
 
-def test_an_output_dir_that_cannot_be_a_folder_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+def test_an_output_dir_that_cannot_be_a_folder_is_refused_before_anything_is_loaded(
+    tmp_path, monkeypatch
+):
     (tmp_path / "file").touch()
     config = SFTRunConfig
     for place in ("file", "file/below"):
@@ -383,7 +459,9 @@ def test_an_output_dir_that_cannot_be_a_folder_is_refused_before_anything_is_loa
 def test_a_value_out_of_range_is_named_with_the_place_that_gave_it(tmp_path):
     from rlhf.options.shared import RunConfig
 
-    (tmp_path / "x.yaml").write_text("model_name_or_path: m\ndata: [d]\noutput_dir: o\nlearning_rate: -2\n")
+    (tmp_path / "x.yaml").write_text(
+        "model_name_or_path: m\ndata: [d]\noutput_dir: o\nlearning_rate: -2\n"
+    )
     with pytest.raises(UserError, match=rf"^{tmp_path}/x.yaml: 'learning_rate' is -2"):
         parse(RunConfig, ["--config", str(tmp_path / "x.yaml")])
     with pytest.raises(UserError, match=r"^--learning_rate: 'learning_rate' is -1"):
@@ -393,9 +471,14 @@ def test_a_value_out_of_range_is_named_with_the_place_that_gave_it(tmp_path):
 def test_an_option_is_still_read_under_its_old_name(tmp_path):
     from rlhf.options.shared import RunConfig
 
-    (tmp_path / "x.yaml").write_text("model_name_or_path: m\ndata: [d]\noutput_dir: o\non_bad: skip\n")
+    (tmp_path / "x.yaml").write_text(
+        "model_name_or_path: m\ndata: [d]\noutput_dir: o\non_bad: skip\n"
+    )
     assert parse(RunConfig, ["--config", str(tmp_path / "x.yaml")]).on_error == "skip"
-    assert parse(RunConfig, ["--config", str(tmp_path / "x.yaml"), "--on_bad", "stop"]).on_error == "stop"
+    assert (
+        parse(RunConfig, ["--config", str(tmp_path / "x.yaml"), "--on_bad", "stop"]).on_error
+        == "stop"
+    )
 
 
 def test_an_option_under_both_its_names_is_refused(tmp_path):
@@ -403,7 +486,9 @@ def test_an_option_under_both_its_names_is_refused(tmp_path):
 
     path = tmp_path / "x.yaml"
     path.write_text("on_bad: skip\non_error: stop\n")
-    with pytest.raises(UserError, match=r"x\.yaml: 'on_bad' is the old name of 'on_error': give one of them"):
+    with pytest.raises(
+        UserError, match=r"x\.yaml: 'on_bad' is the old name of 'on_error': give one of them"
+    ):
         parse(RunConfig, ["--config", str(path)])
 
 

@@ -54,8 +54,18 @@ def test_a_lock_in_use_is_waited_for_with_a_word(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count("waiting for the process that compiles there") == 1
 
 
-SHARED = {"per_device_train_batch_size": 4, "max_grad_norm": 1.0, "dtype": "auto", "learning_rate": 1e-4}
-OFFLINE = {"gradient_accumulation_steps": 2, "weight_decay": 0.1, "warmup_steps": 5.0, "trl": {"adam_beta2": 0.95}}
+SHARED = {
+    "per_device_train_batch_size": 4,
+    "max_grad_norm": 1.0,
+    "dtype": "auto",
+    "learning_rate": 1e-4,
+}
+OFFLINE = {
+    "gradient_accumulation_steps": 2,
+    "weight_decay": 0.1,
+    "warmup_steps": 5.0,
+    "trl": {"adam_beta2": 0.95},
+}
 OPTIONS = {  # on two ranks, on a CPU
     "dpo": SimpleNamespace(**SHARED, **OFFLINE, lr_scheduler_type="linear"),
     "ppo": SimpleNamespace(**SHARED, adam_epsilon=1e-5, lr_scheduler_type="constant"),
@@ -65,7 +75,9 @@ AUTO = dict.fromkeys(DECIDED, "auto") | {"bf16": {"enabled": "auto"}}
 
 
 def checked(more: dict, program: str = "dpo") -> dict:
-    return check_deepspeed_config(ZERO2 | more, "x.json", DistributedContext(size=2), OPTIONS[program])
+    return check_deepspeed_config(
+        ZERO2 | more, "x.json", DistributedContext(size=2), OPTIONS[program]
+    )
 
 
 @pytest.mark.parametrize(
@@ -74,12 +86,51 @@ def checked(more: dict, program: str = "dpo") -> dict:
         ("dpo", {}),
         ("dpo", AUTO | {"fp16": {"enabled": "auto", "loss_scale": 0}}),
         # 4 rows x 2 passes x 2 ranks
-        ("dpo", {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}),
+        (
+            "dpo",
+            {
+                "train_batch_size": 16,
+                "train_micro_batch_size_per_gpu": 4,
+                "gradient_accumulation_steps": 2,
+            },
+        ),
         ("ppo", {"train_batch_size": 8, "gradient_accumulation_steps": 1, "gradient_clipping": 1}),
-        ("dpo", {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": "auto"}}}),
-        ("ppo", {"optimizer": {"type": "Adam", "params": {"lr": "auto", "eps": 1e-5, "weight_decay": 0}}}),
-        ("dpo", {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 5, "total_num_steps": "auto"}}}),
-        ("ppo", {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0, "warmup_max_lr": 1e-4}}}),
+        (
+            "dpo",
+            {
+                "optimizer": {
+                    "type": "AdamW",
+                    "params": {"lr": 1e-4, "betas": [0.9, 0.95], "eps": "auto"},
+                }
+            },
+        ),
+        (
+            "ppo",
+            {
+                "optimizer": {
+                    "type": "Adam",
+                    "params": {"lr": "auto", "eps": 1e-5, "weight_decay": 0},
+                }
+            },
+        ),
+        (
+            "dpo",
+            {
+                "scheduler": {
+                    "type": "WarmupDecayLR",
+                    "params": {"warmup_num_steps": 5, "total_num_steps": "auto"},
+                }
+            },
+        ),
+        (
+            "ppo",
+            {
+                "scheduler": {
+                    "type": "WarmupLR",
+                    "params": {"warmup_num_steps": 0, "warmup_max_lr": 1e-4},
+                }
+            },
+        ),
         ("ppo", {"bf16": {"enabled": False}, "fp16": {"enabled": False}}),
     ],
 )
@@ -104,24 +155,50 @@ def test_a_deepspeed_json_that_agrees_is_taken_and_our_options_fill_it(program, 
         ({"bf16": {"enabled": True}}, "bf16.enabled: true, but dtype bfloat16 is false"),
         ({"fp16": {"enabled": True}}, "fp16.enabled: true, but dtype float16 is false"),
         ({"optimizer": {"type": "Lion"}}, 'optimizer.type: "Lion", but the optimizer is "AdamW"'),
-        ({"optimizer": {"params": {"lr": 3e-5}}}, "optimizer.params.lr: 3e-05, but learning_rate is 0.0001"),
+        (
+            {"optimizer": {"params": {"lr": 3e-5}}},
+            "optimizer.params.lr: 3e-05, but learning_rate is 0.0001",
+        ),
         ({"optimizer": {"params": {"weight_decay": 0.3}}}, "but weight_decay is 0"),
-        ({"optimizer": {"params": {"amsgrad": True}}}, "optimizer.params.amsgrad: true, which no option has"),
+        (
+            {"optimizer": {"params": {"amsgrad": True}}},
+            "optimizer.params.amsgrad: true, which no option has",
+        ),
         ({"scheduler": {"type": "OneCycle"}}, 'scheduler.type: "OneCycle", but lr_scheduler_type'),
-        ({"scheduler": {"params": {"warmup_num_steps": 500}}}, "warmup_num_steps: 500, but warmup_steps is"),
-        ({"scheduler": {"params": {"total_num_steps": 9}}}, "total_num_steps: 9, which no option has"),
-        ({"zero_optimisation": {"stage": 3}}, "'zero_optimisation' is not read .* Did you mean 'zero_optimization'"),
-        ({"compute_environment": "LOCAL_MACHINE"}, "'compute_environment' is not read .* A file of accelerate"),
+        (
+            {"scheduler": {"params": {"warmup_num_steps": 500}}},
+            "warmup_num_steps: 500, but warmup_steps is",
+        ),
+        (
+            {"scheduler": {"params": {"total_num_steps": 9}}},
+            "total_num_steps: 9, which no option has",
+        ),
+        (
+            {"zero_optimisation": {"stage": 3}},
+            "'zero_optimisation' is not read .* Did you mean 'zero_optimization'",
+        ),
+        (
+            {"compute_environment": "LOCAL_MACHINE"},
+            "'compute_environment' is not read .* A file of accelerate",
+        ),
         ({"zero_optimization": None}, "zero_optimization.stage is None, expected 0 to 3"),
-        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage is 'auto', expected 0 to 3"),
+        (
+            {"zero_optimization": {"stage": "auto"}},
+            "zero_optimization.stage is 'auto', expected 0 to 3",
+        ),
         (
             {"zero_optimization": {"stage": 2, "reduce_buckt_size": 9}},
             "Did you mean 'reduce_bucket_size'",
         ),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}}, "reduce_bucket_size: .* valid integer"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}},
+            "reduce_bucket_size: .* valid integer",
+        ),
     ],
 )
-def test_a_deepspeed_json_that_contradicts_or_is_none_is_refused_alike_in_all_programs(program, more, said):
+def test_a_deepspeed_json_that_contradicts_or_is_none_is_refused_alike_in_all_programs(
+    program, more, said
+):
     with pytest.raises(UserError, match=said):
         checked(more, program)
 
@@ -129,7 +206,10 @@ def test_a_deepspeed_json_that_contradicts_or_is_none_is_refused_alike_in_all_pr
 def test_the_shipped_deepspeed_jsons_are_taken_and_a_file_that_is_none_is_refused(tmp_path):
     launched = DistributedContext(launched=True)
     for name, stage in (("zero0", 0), ("zero2", 2), ("zero3", 3), ("zero3_offload", 3)):
-        assert read_deepspeed_config(name, launched, OPTIONS["ppo"])["zero_optimization"]["stage"] == stage
+        assert (
+            read_deepspeed_config(name, launched, OPTIONS["ppo"])["zero_optimization"]["stage"]
+            == stage
+        )
     (tmp_path / "list.json").write_text("[" * 2)
     with pytest.raises(UserError, match=r"list\.json line 1: not valid JSON"):
         read_deepspeed_config(str(tmp_path / "list.json"), launched)
@@ -142,7 +222,9 @@ def test_ranks_are_read_from_the_launchers_variables():
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     given = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"} | meeting
     assert read_ranks(given) == Ranks(rank=1, size=4, local_rank=1, local_size=2)
-    assert read_ranks({"RANK": "0", "WORLD_SIZE": "1"}) == Ranks(rank=0, size=1, local_rank=0, local_size=1)
+    assert read_ranks({"RANK": "0", "WORLD_SIZE": "1"}) == Ranks(
+        rank=0, size=1, local_rank=0, local_size=1
+    )
 
 
 @pytest.mark.parametrize(

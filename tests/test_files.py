@@ -20,9 +20,13 @@ time.sleep(600)
 
 def test_a_folder_has_one_process_at_a_time_and_a_kill_frees_it(tmp_path):
     folder = tmp_path / "run"
-    other = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     assert other.stdout.readline() == "locked\n"
-    with pytest.raises(UserError, match=rf"{folder}: process {other.pid} on .* is at work in this folder"):
+    with pytest.raises(
+        UserError, match=rf"{folder}: process {other.pid} on .* is at work in this folder"
+    ):
         lock_folder(folder)
     other.kill()
     other.wait()
@@ -33,7 +37,9 @@ def test_a_folder_has_one_process_at_a_time_and_a_kill_frees_it(tmp_path):
     assert list(folder.iterdir()) == []
 
 
-def test_a_lock_file_that_was_removed_while_it_was_opened_is_not_taken_for_the_lock(tmp_path, monkeypatch):
+def test_a_lock_file_that_was_removed_while_it_was_opened_is_not_taken_for_the_lock(
+    tmp_path, monkeypatch
+):
     real, removed = fcntl.flock, []
 
     def flock(file, how):
@@ -62,24 +68,42 @@ def test_whatever_a_score_depends_on_changes_its_fingerprint(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     reward = tmp_path / "reward"
     reward.mkdir()
-    for name in ("adapter_model.safetensors", "adapter_config.json", "reward.json", "tokenizer.json", "config.json"):
+    for name in (
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "reward.json",
+        "tokenizer.json",
+        "config.json",
+    ):
         (reward / name).write_text("{}")
     (reward / "chat_template.jinja").write_text("")
     (tmp_path / "shop.yaml").write_text("name: shop")
     (tmp_path / "my_scores.py").write_text("def polite(samples): return [1.0] * len(samples)")
-    specs = [{"model": "reward"}, {"ensemble": ["reward"]}, {"voice": "shop.yaml"}, {"function": "my_scores:polite"}]
+    specs = [
+        {"model": "reward"},
+        {"ensemble": ["reward"]},
+        {"voice": "shop.yaml"},
+        {"function": "my_scores:polite"},
+    ]
     before = [fingerprint(spec) for spec in specs]
-    for name in ("result.json", "card.json", "metrics.jsonl", "README.md"):  # what a run says about itself
+    # what a run says about itself
+    for name in ("result.json", "card.json", "metrics.jsonl", "README.md"):
         (reward / name).write_text("{}")
     assert [fingerprint(spec) for spec in specs] == before
     for file in [*model_files(reward), tmp_path / "shop.yaml", tmp_path / "my_scores.py"]:
         kept, changed = file.read_text(), '{"scale": 2.0}'
         file.write_text(changed)
         moved = [spec for spec, old in zip(specs, before, strict=True) if fingerprint(spec) != old]
-        assert moved == [spec for spec in specs if file in [path.resolve() for path in scorer_files(spec)]] != []
+        assert (
+            moved
+            == [spec for spec in specs if file in [path.resolve() for path in scorer_files(spec)]]
+            != []
+        )
         file.write_text(kept)
     assert [fingerprint(spec) for spec in specs] == before
-    assert scorer_files({"http": "http://localhost:1/score"}) == scorer_files({"rule": "length"}) == []
+    assert (
+        scorer_files({"http": "http://localhost:1/score"}) == scorer_files({"rule": "length"}) == []
+    )
 
 
 def test_an_adapter_whose_base_has_moved_is_the_same(tmp_path):

@@ -27,7 +27,14 @@ from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError
 from rlhf.evaluate import eos_probability
 from rlhf.logprobs import completion_batch, hidden_width, response_logprobs
-from rlhf.models import InitialModel, attention_of, check_context, context_length, load_model, trainable_policy
+from rlhf.models import (
+    InitialModel,
+    attention_of,
+    check_context,
+    context_length,
+    load_model,
+    trainable_policy,
+)
 from rlhf.offline import trainers
 from rlhf.roles import Roles, disable_dropout, reward_shift
 from rlhf.tokenizer import load_tokenizer
@@ -68,14 +75,30 @@ def one_wider(tensors):
 @pytest.mark.parametrize(
     "rename, config, found",
     [
-        (prefixed("_orig_mod."), {}, "21 missing .*20 without a place .*_orig_mod.model.embed_tokens.weight"),
+        (
+            prefixed("_orig_mod."),
+            {},
+            "21 missing .*20 without a place .*_orig_mod.model.embed_tokens.weight",
+        ),
         (prefixed("module."), {}, "without a place .*module.model.embed_tokens.weight"),
-        (without("layers.1.input_layernorm"), {}, r"1 missing \(model.layers.1.input_layernorm.weight\)\. They"),
+        (
+            without("layers.1.input_layernorm"),
+            {},
+            r"1 missing \(model.layers.1.input_layernorm.weight\)\. They",
+        ),
         (without("nothing"), {"num_hidden_layers": 3}, "9 missing .*model.layers.2"),
         (without("nothing"), {"num_hidden_layers": 1}, "9 without a place .*model.layers.1"),
         (without("nothing"), {"tie_word_embeddings": False}, r"1 missing \(lm_head.weight\)"),
-        (lambda tensors: tensors | {"score.weight": torch.zeros(1, 32)}, {}, r"1 without a place \(score.weight\)"),
-        (one_wider, {}, r"1 of another shape \(model.layers.1.mlp.up_proj.weight \(65, 32\) for \(64, 32\)\)"),
+        (
+            lambda tensors: tensors | {"score.weight": torch.zeros(1, 32)},
+            {},
+            r"1 without a place \(score.weight\)",
+        ),
+        (
+            one_wider,
+            {},
+            r"1 of another shape \(model.layers.1.mlp.up_proj.weight \(65, 32\) for \(64, 32\)\)",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_by_name(copy, rename, config, found):
@@ -89,7 +112,9 @@ def test_tensors_that_are_legitimately_absent_or_superfluous_load(copy, base_pat
         tied = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
         return tensors | tied | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
 
-    assert load_model(copy(as_older_versions_saved)).fingerprint == load_model(base_path).fingerprint
+    assert (
+        load_model(copy(as_older_versions_saved)).fingerprint == load_model(base_path).fingerprint
+    )
 
 
 def rope(**scaling):
@@ -114,7 +139,8 @@ def rope(**scaling):
             | {"original_max_position_embeddings": 24},
             48,
         ),
-        ("gemma3_text", {"max_position_embeddings": 48}, 48),  # one kind of rotary positions for each type of layer
+        # one kind of rotary positions for each type of layer
+        ("gemma3_text", {"max_position_embeddings": 48}, 48),
         ("falcon", {"alibi": True, "max_position_embeddings": 48}, None),
         ("bloom", {}, None),
         ("mamba", {}, None),
@@ -127,19 +153,28 @@ def test_context_length(kind, options, expected):
 def test_lengths_beyond_the_positions_are_refused_with_both_numbers(base_path):
     model = load_model(base_path).model  # 512 positions
     check_context(model, base_path, 400, 112)
-    with pytest.raises(UserError, match=r"max_prompt_length 400 \+ max_response_length 113 = 513 .*positions for 512"):
+    with pytest.raises(
+        UserError,
+        match=r"max_prompt_length 400 \+ max_response_length 113 = 513 .*positions for 512",
+    ):
         check_context(model, base_path, 400, 113)
 
     config = types.SimpleNamespace(
-        model_name_or_path=base_path, attn_implementation=None, max_prompt_length=512, max_response_length=512
+        model_name_or_path=base_path,
+        attn_implementation=None,
+        max_prompt_length=512,
+        max_response_length=512,
     )
     with pytest.raises(UserError, match="1024 tokens"):  # the programs' defaults
-        stages.load_initial_model(types.SimpleNamespace(program="sft", config=config, torch_dtype="float32"))
+        stages.load_initial_model(
+            types.SimpleNamespace(program="sft", config=config, torch_dtype="float32")
+        )
 
 
 def test_a_reward_model_says_that_a_text_is_too_long_for_it(tokenizer):
     reward = RewardModel(
-        GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=2, n_positions=9)), tokenizer
+        GPT2LMHeadModel(GPT2Config(vocab_size=320, n_embd=8, n_layer=1, n_head=2, n_positions=9)),
+        tokenizer,
     )
     with pytest.raises(UserError, match="10 tokens, but this reward model has positions for 9"):
         reward.score_ids([[5] * 10])
@@ -152,7 +187,9 @@ def test_attention_is_transformers_choice_unless_the_run_was_given_one(copy, tmp
     assert load_model(path).model.config._attn_implementation == "eager"
     assert load_model(path, attn_implementation="sdpa").model.config._attn_implementation == "sdpa"
     assert attention_of(f"{path}/checkpoints/checkpoint-3") == "eager"
-    with pytest.raises(UserError, match=r"flash_attention_2 cannot be used here .*--attn_implementation sdpa"):
+    with pytest.raises(
+        UserError, match=r"flash_attention_2 cannot be used here .*--attn_implementation sdpa"
+    ):
         load_model(path, attn_implementation="flash_attention_2")
 
 
@@ -191,19 +228,25 @@ def test_heads_have_the_width_of_the_last_hidden_state(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     "spare, expected",
-    [(["<|padding|>"], "<|padding|>"), ([], "<|im_end|>")],  # Pythia has a spare token, GPT-2 has none: EOS fills
+    # Pythia has a spare token, GPT-2 has none: EOS fills
+    [(["<|padding|>"], "<|padding|>"), ([], "<|im_end|>")],
 )
 def test_a_tokenizer_without_a_pad_token(tmp_path, spare, expected):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({"<|im_end|>": 0, "a": 1, **{name: 2 for name in spare}}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>").save_pretrained(tmp_path)
+    words = Tokenizer(
+        models.WordLevel({"<|im_end|>": 0, "a": 1, **{name: 2 for name in spare}}, unk_token="a")
+    )
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|im_end|>").save_pretrained(
+        tmp_path
+    )
     assert load_tokenizer(str(tmp_path)).pad_token == expected
 
 
 def test_padding_is_known_by_the_mask_alone(base_path):
-    # the same log-probabilities and the same score whatever fills, a token of the response itself included
+    # the same log-probabilities and the same score whatever fills, a token of the response itself
+    # included
     model = load_model(base_path).model
     prompts, responses = [[5, 6, 7], [8, 9]], [[10, 2], [11, 12, 13, 2]]
     with torch.no_grad():
@@ -254,9 +297,15 @@ def test_a_new_adapter_keeps_the_dropout_it_was_given():
     model = get_peft_model(build("opt", dropout=0.3)[0], lora_config(dropout=0.25))
     model.add_adapter("reference", lora_config(dropout=0.25))
     disable_dropout(model, 0.25)
-    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout)}
+    rates = {
+        name: module.p
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Dropout)
+    }
     assert {rate for name, rate in rates.items() if name.endswith("lora_dropout.default")} == {0.25}
-    assert {rate for name, rate in rates.items() if not name.endswith("lora_dropout.default")} == {0.0}
+    assert {rate for name, rate in rates.items() if not name.endswith("lora_dropout.default")} == {
+        0.0
+    }
     disable_dropout(model)
     assert all(m.p == 0.0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
 
@@ -267,18 +316,32 @@ def with_nan(tensors):
 
 
 def test_a_base_that_holds_nan_is_refused_by_name(copy):
-    with pytest.raises(UserError, match=r"model: 'model\.norm.weight' holds numbers that are not finite"):
+    with pytest.raises(
+        UserError, match=r"model: 'model\.norm.weight' holds numbers that are not finite"
+    ):
         load_model(copy(with_nan))
 
 
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("model.safetensors", b"", r"model: no model could be loaded \(Error while deserializing header"),
+        (
+            "model.safetensors",
+            b"",
+            r"model: no model could be loaded \(Error while deserializing header",
+        ),
         ("config.json", b'{"model_type": "lla', "model: no tokenizer could be loaded"),
         ("tokenizer.json", b'{"version"', "model: no tokenizer could be loaded"),
-        ("chat_template.jinja", b"{{ messages", "no chat template could be loaded .unexpected end of template"),
-        ("chat_template.jinja", b"{{ raise_exception('no user role') }}", r"loaded \(no user role\)"),
+        (
+            "chat_template.jinja",
+            b"{{ messages",
+            "no chat template could be loaded .unexpected end of template",
+        ),
+        (
+            "chat_template.jinja",
+            b"{{ raise_exception('no user role') }}",
+            r"loaded \(no user role\)",
+        ),
         (
             "chat_template.jinja",
             b"{% for i in range(10**9) %}{% endfor %}",
@@ -294,7 +357,9 @@ def test_files_of_a_base_that_cannot_be_read_are_one_message(copy, file, content
 
 
 def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(copy, monkeypatch):
-    folder = copy(model_type="odd", auto_map={"AutoConfig": "odd.Config", "AutoModelForCausalLM": "odd.Model"})
+    folder = copy(
+        model_type="odd", auto_map={"AutoConfig": "odd.Config", "AutoModelForCausalLM": "odd.Model"}
+    )
     (Path(folder) / "odd.py").write_text("raise SystemExit('run')")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
     with pytest.raises(UserError, match=r"could be loaded .*custom code"):
@@ -302,7 +367,9 @@ def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(copy, monke
     (Path(folder) / "model.safetensors").unlink()
     (Path(folder) / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (Path(folder) / "pytorch_model.bin").write_bytes(pickle.dumps(print, protocol=2))
-    with pytest.raises(UserError, match=r"model: no model could be loaded \(a pickle that holds more than weights"):
+    with pytest.raises(
+        UserError, match=r"model: no model could be loaded \(a pickle that holds more than weights"
+    ):
         load_model(folder)
 
 
@@ -324,11 +391,23 @@ def with_infinity(content: bytes) -> bytes:
         ("rlhf.json", lambda _: b"[]", "rlhf.json: expected a JSON object, found list"),
         ("adapter_model.safetensors", truncated, "no adapter weights could be loaded"),
         ("adapter_model.safetensors", None, "adapter_model.safetensors is not"),
-        ("adapter_model.safetensors", with_infinity, "lora_A.weight' holds numbers that are not finite"),
+        (
+            "adapter_model.safetensors",
+            with_infinity,
+            "lora_A.weight' holds numbers that are not finite",
+        ),
         ("reward.json", truncated, "reward.json: cannot be read as JSON"),
-        ("reward.json", lambda _: b'{"scale": NaN}', "reward.json: scale nan and bias 0.0, expected finite"),
+        (
+            "reward.json",
+            lambda _: b'{"scale": NaN}',
+            "reward.json: scale nan and bias 0.0, expected finite",
+        ),
         ("reward.json", lambda _: b'{"scale": 0}', "reward.json: scale 0.0 .* other than 0"),
-        ("reward.json", lambda _: b'{"bias": "x"}', "reward.json: 'bias': expected a number, found 'x'"),
+        (
+            "reward.json",
+            lambda _: b'{"bias": "x"}',
+            "reward.json: 'bias': expected a number, found 'x'",
+        ),
     ],
 )
 def test_files_of_an_adapter_that_cannot_be_used_are_one_message_in_every_role(
@@ -358,15 +437,23 @@ def test_finite_numbers_pass_and_the_first_odd_tensor_is_named():
     check_finite(fine.items(), "x")
     for bad in (math.nan, math.inf, -math.inf):
         with pytest.raises(UserError, match="x: 'b' holds"):
-            check_finite((fine | {"b": torch.tensor([0.0, bad], dtype=torch.bfloat16)}).items(), "x")
+            check_finite(
+                (fine | {"b": torch.tensor([0.0, bad], dtype=torch.bfloat16)}).items(), "x"
+            )
 
 
 def test_each_lora_target_is_a_layer_of_the_model(base_path):
     model = load_model(base_path).model
-    for targets in (["all-linear"], ["q_proj", "v_proj"], ["layers.0.self_attn.q_proj"], ["embed_tokens"]):
+    for targets in (
+        ["all-linear"],
+        ["q_proj", "v_proj"],
+        ["layers.0.self_attn.q_proj"],
+        ["embed_tokens"],
+    ):
         check_targets(model, targets)
     with pytest.raises(
-        UserError, match="Layers of this model: down_proj, embed_tokens, gate_proj, k_proj, o_proj, "
+        UserError,
+        match="Layers of this model: down_proj, embed_tokens, gate_proj, k_proj, o_proj, ",
     ) as e:
         check_targets(model, ["nothing"])
     assert "lm_head" not in str(e.value)  # TRL refuses an adapter on the head
@@ -422,9 +509,13 @@ def test_the_row_of_an_eos_token_that_was_never_trained_is_trained(base_path, tm
     assert rows_of_a_new_adapter(stuck, said) == [2]
     assert "a cosine above 0.9 to 18 others" in said[-1] and "is trained beside LoRA" in said[-1]
     assert rows_of_a_new_adapter(stuck, said, train_eos="never") is None
-    assert rows_of_a_new_adapter(stuck, said, lora_target_modules=["q_proj", "embed_tokens"]) is None
+    assert (
+        rows_of_a_new_adapter(stuck, said, lora_target_modules=["q_proj", "embed_tokens"]) is None
+    )
     assert len(said) == 2
-    assert rows_of_a_new_adapter(stuck_base(base_path, tmp_path / "two", tied=False), said) == {"lm_head": [2]}
+    assert rows_of_a_new_adapter(stuck_base(base_path, tmp_path / "two", tied=False), said) == {
+        "lm_head": [2]
+    }
     start = random_adapter(stuck, tmp_path / "sft", seed=1)
     assert rows_of_a_new_adapter(start, said) is None
     assert said[-1].startswith("warning:") and f"is not trained by the adapter {start}" in said[-1]
@@ -451,28 +542,49 @@ def test_only_with_its_row_trained_can_the_eos_token_be_learnt(base_path, tmp_pa
     # 19 tokens with one row have one logit: P(EOS) is at most 1/19 = 0.0526 whatever LoRA learns
     assert learnt > 0.5 if trained else learnt < 1 / 19 + 1e-6
 
-    run = types.SimpleNamespace(folder=tmp_path / "merged", world=DistributedContext(), program="sft")
+    run = types.SimpleNamespace(
+        folder=tmp_path / "merged", world=DistributedContext(), program="sft"
+    )
     trainers.save_policy(run, model, initial, merge=True)
     merged = load_model(str(tmp_path / "merged")).model
-    assert eos_probability(merged, [row], 0, True, DistributedContext()) == pytest.approx(learnt, abs=1e-5)
+    assert eos_probability(merged, [row], 0, True, DistributedContext()) == pytest.approx(
+        learnt, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "left_out"),
-    [("phimoe", {"router"}), ("llama4_text", {"router"}), ("mamba", {"out_proj"}), ("falcon", set()), ("llama", set())],
+    [
+        ("phimoe", {"router"}),
+        ("llama4_text", {"router"}),
+        ("mamba", {"out_proj"}),
+        ("falcon", set()),
+        ("llama", set()),
+    ],
 )
 def test_all_linear_leaves_out_what_cannot_be_adapted(kind, left_out):
     # routers give more than a tensor; Mamba's kernels read the weight of out_proj and never call it
     initial = InitialModel(build(kind)[0], None, "x", "x", None, "x")
-    linear = {n.rpartition(".")[2] for n, m in initial.model.named_modules() if isinstance(m, torch.nn.Linear)}
+    linear = {
+        n.rpartition(".")[2]
+        for n, m in initial.model.named_modules()
+        if isinstance(m, torch.nn.Linear)
+    }
     model = trainable_policy(initial, lora_config(r=2))
-    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if "lora_A" in name}
+    adapted = {
+        name.split(".lora_A")[0].rpartition(".")[2]
+        for name, _ in model.named_parameters()
+        if "lora_A" in name
+    }
     assert adapted == linear - left_out - {"lm_head"}
     model(input_ids=torch.arange(3, 9).reshape(1, 6), use_cache=False)
 
 
-def test_policy_and_reference_are_equal_to_the_last_bit_where_layers_read_transposed_states(tmp_path):
-    # Mamba's x_proj: matmul sums in another order if its weight asks for a gradient, as the policy's alone does
+def test_policy_and_reference_are_equal_to_the_last_bit_where_layers_read_transposed_states(
+    tmp_path,
+):
+    # Mamba's x_proj: matmul sums in another order if its weight asks for a gradient, as the
+    # policy's alone does
     model, tokenizer = build("jamba")
     model.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")

@@ -36,7 +36,10 @@ LAYERS = [
 
 def modules() -> dict[str, Path]:
     files = [p for top in ("rlhf", "reward", "launch") for p in (ROOT / top).rglob("*.py")]
-    return {".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p for p in files}
+    return {
+        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
+        for p in files
+    }
 
 
 def imports_of(path: Path) -> set[str]:
@@ -57,7 +60,11 @@ def import_graph() -> dict[str, set[str]]:
     graph = {}
     for module, path in known.items():
         imported = imports_of(path) & set(known) - {module, "rlhf", "reward"}
-        graph[module] = {other for other in imported if imports_of(known[other]) or known[other].name != "__init__.py"}
+        graph[module] = {
+            other
+            for other in imported
+            if imports_of(known[other]) or known[other].name != "__init__.py"
+        }
     return graph
 
 
@@ -101,7 +108,9 @@ def test_no_library_imports_a_program():
     for module, path in modules().items():
         if not module.startswith("launch"):
             assert not any(name.split(".")[0] == "launch" for name in imports_of(path)), module
-            executed = re.search(r"spec_from_file_location|runpy|import_module\([\"']launch", path.read_text())
+            executed = re.search(
+                r"spec_from_file_location|runpy|import_module\([\"']launch", path.read_text()
+            )
             assert not executed, f"{module}: {executed.group(0)}"
 
 
@@ -128,9 +137,12 @@ def config_class(path: Path):
         from rlhf.sandbox.annotators import AnnotateConfig
         from rlhf.sandbox.build import SandboxConfig
 
-        return {"sandbox": SandboxConfig, "annotate": AnnotateConfig, "sample": SampleConfig, "compare": CompareConfig}[
-            name
-        ]
+        return {
+            "sandbox": SandboxConfig,
+            "annotate": AnnotateConfig,
+            "sample": SampleConfig,
+            "compare": CompareConfig,
+        }[name]
     from rlhf.experiment.check import options_class
 
     return options_class(name)
@@ -138,7 +150,9 @@ def config_class(path: Path):
 
 SANDBOX = ROOT / "rlhf" / "sandbox" / "configs"
 FOLDERS = (ROOT / "configs", ROOT / "configs" / "experiments", SANDBOX)
-CONFIGS = sorted(path for folder in FOLDERS for path in folder.glob("*.yaml") if path.name != "voice.yaml")
+CONFIGS = sorted(
+    path for folder in FOLDERS for path in folder.glob("*.yaml") if path.name != "voice.yaml"
+)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: f"{p.parent.name}/{p.name}")
@@ -149,8 +163,14 @@ def test_configs_parse(path):
 
     cls = config_class(path)
     given = yaml.safe_load(path.read_text()) or {}
-    required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
-    flags = [f"--{name}=x" for name in required if name not in given and name not in ("reward", "runs", "pairs")]
+    required = [
+        f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING
+    ]
+    flags = [
+        f"--{name}=x"
+        for name in required
+        if name not in given and name not in ("reward", "runs", "pairs")
+    ]
     flags += ["--pairs={data: [x]}"] if "pairs" in required and "pairs" not in given else []
     flags += ["--reward=[{model: x}]"] if "reward" in required and "reward" not in given else []
     flags += ["--runs=x,y"] if "runs" in required and "runs" not in given else []
@@ -190,11 +210,15 @@ def test_metrics_page_is_current():
 def commands_in(text: str) -> list[list[str]]:
     blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [line.split("#")[0].split() for line in lines if line.strip() and not line.startswith("#")]
+    return [
+        line.split("#")[0].split() for line in lines if line.strip() and not line.startswith("#")
+    ]
 
 
 def test_readme_commands_exist():
-    """Each command of the README names a make target, a program with its config, or an `rlhf` command."""
+    """Each command of the README names a make target, a program with its config, or an `rlhf`
+    command.
+    """
     from rlhf.cli import COMMANDS
 
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -226,11 +250,17 @@ def test_readme_tree_is_true():
 def test_the_project_speaks_of_itself_alone():
     wrong = re.compile(r"(?<![\w.:/])/(?:home|root|work|tmp|opt)/\w")
     files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], capture_output=True, text=True, cwd=ROOT
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
     ).stdout.split()
     for name in files:
         path = ROOT / name
-        if path.suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".json") and name != "tests/test_project.py":
+        if (
+            path.suffix in (".py", ".md", ".yaml", ".toml", ".txt", ".json")
+            and name != "tests/test_project.py"
+        ):
             found = wrong.search(path.read_text())
             assert not found, f"{name}: {found.group(0)}"
 
@@ -248,7 +278,9 @@ def test_the_documentation_names_code_that_is_there():
         text = page.read_text()
         for module, name in re.findall(r"`([a-z_]+)\.([A-Za-z_]+)(?:\(.*?\))?`", text):
             is_file = name in ("py", "json", "jsonl", "yaml", "md", "png", "db")
-            is_there = f"{module}.{name}" in modules() or re.search(rf"\b{name}\b", by_module.get(module, ""))
+            is_there = f"{module}.{name}" in modules() or re.search(
+                rf"\b{name}\b", by_module.get(module, "")
+            )
             if module in by_module and not is_file and not is_there:
                 gone.append(f"{page.name}: {module}.{name}")
         for name in re.findall(r"`(test_\w+)`", text):

@@ -46,7 +46,9 @@ def test_the_reference_is_the_sft_policy_not_the_bare_base(roles, sft_path, base
     with torch.no_grad(), roles.use("reference"):
         got, _ = roles.logprobs(batch)
         logits = sft(batch["ids"], attention_mask=batch["attention"]).logits
-        expected = torch.log_softmax(logits, -1)[0, 2:6].gather(-1, torch.tensor(RESPONSES[0])[:, None])[:, 0]
+        expected = torch.log_softmax(logits, -1)[0, 2:6].gather(
+            -1, torch.tensor(RESPONSES[0])[:, None]
+        )[:, 0]
         bare = torch.log_softmax(load_model(base_path).model(batch["ids"]).logits, -1)
         bare = bare[0, 2:6].gather(-1, torch.tensor(RESPONSES[0])[:, None])[:, 0]
     torch.testing.assert_close(got[0], expected, atol=1e-5, rtol=0)
@@ -64,7 +66,9 @@ def test_on_a_foundation_without_adapter_the_reference_is_the_base(base_path):
         with roles.use("reference"):
             reference, _ = roles.logprobs(batch)
         logits = load_model(base_path).model(batch["ids"], attention_mask=batch["attention"]).logits
-    expected = torch.log_softmax(logits, -1)[0, 2:6].gather(-1, torch.tensor(RESPONSES[0])[:, None])[:, 0]
+    expected = torch.log_softmax(logits, -1)[0, 2:6].gather(
+        -1, torch.tensor(RESPONSES[0])[:, None]
+    )[:, 0]
     torch.testing.assert_close(reference[0], expected, atol=1e-5, rtol=0)
     assert (policy - reference).abs().max() > 0.01
 
@@ -73,14 +77,18 @@ def test_gradients_reach_the_role_that_learns_and_nothing_else(roles):
     batch = batch_of()
     with roles.use("policy"):
         roles.logprobs(batch)[0].sum().backward()
-    touched = {n for n, p in roles.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    touched = {
+        n for n, p in roles.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert touched and all(".policy." in n for n in touched)
     roles.zero_grad(set_to_none=True)
     with torch.no_grad():
         roles.heads["value"].weight.add_(0.1)
     with roles.use("value"):
         roles.values(batch).sum().backward()
-    touched = {n for n, p in roles.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    touched = {
+        n for n, p in roles.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0
+    }
     assert {"heads.value.weight", "heads.value.bias"} < touched
     assert all(".value." in n or n.startswith("heads.value.") for n in touched)
     learnable = {n for n, p in roles.named_parameters() if p.requires_grad}
@@ -93,7 +101,9 @@ def test_gradient_checkpointing_changes_no_gradient(sft_path, reward_path):
         roles = Roles(load_model(sft_path), lora_config(), reward_path, checkpointing).train()
         for role in ("policy", "value"):
             with roles.use(role):
-                output = roles.logprobs(batch_of())[0] if role == "policy" else roles.values(batch_of())
+                output = (
+                    roles.logprobs(batch_of())[0] if role == "policy" else roles.values(batch_of())
+                )
                 output.square().sum().backward()
         assert roles.trunk.get_base_model().is_gradient_checkpointing is checkpointing
         grads.append({n: p.grad for n, p in roles.named_parameters() if p.grad is not None})
@@ -120,8 +130,8 @@ def test_the_reward_role_scores_by_adapter_head_scale_and_bias(roles, base_path,
 
 
 def test_the_critic_starts_as_the_reward_model(roles):
-    # the value before token t reads the state at the token before it; at the last column that state is one short of
-    # the reward's, so compare on a batch whose response is cut by one
+    # the value before token t reads the state at the token before it; at the last column that state
+    # is one short of the reward's, so compare on a batch whose response is cut by one
     batch = batch_of()
     shorter = batch_of(responses=[r[:-1] for r in RESPONSES])
     with torch.no_grad():
@@ -133,7 +143,11 @@ def test_the_critic_starts_as_the_reward_model(roles):
 
 
 def adapter(roles, name):
-    return {n.replace(f".{name}.", "."): p for n, p in roles.trunk.named_parameters() if f".{name}." in n}
+    return {
+        n.replace(f".{name}.", "."): p
+        for n, p in roles.trunk.named_parameters()
+        if f".{name}." in n
+    }
 
 
 def test_a_critic_from_the_reward_model_is_its_adapter_and_its_scores(roles):
@@ -153,13 +167,18 @@ def test_the_critic_starts_from_what_the_reward_model_adds_to_the_total(sft_path
 
 def test_the_critic_starts_by_the_weights_of_the_scorers():
     def start(weight, others=None, **more):
-        options = PPOConfig(model_name_or_path="x", data=["x"], output_dir="x", reward=[{"model": "rm"}], **more)
+        options = PPOConfig(
+            model_name_or_path="x", data=["x"], output_dir="x", reward=[{"model": "rm"}], **more
+        )
         return critic_start(options, "rm", weight, others or {})
 
     assert start(1.0) == CriticStart("reward", 1.0, ())
     others = {"length": 2.0, "seen": 0.0}
     assert start(0.5, others) == CriticStart("reward", 0.5, ("length (weight 2)",))
-    assert start(0.5, others, normalize_scores=True).left_out == ("length (weight 2)", "the normalisation of scores")
+    assert start(0.5, others, normalize_scores=True).left_out == (
+        "length (weight 2)",
+        "the normalisation of scores",
+    )
     assert start(0.5, others, critic_from="policy") == CriticStart("policy")
     assert start(0.0, {"length": 1.0}) == CriticStart("policy")
     with pytest.raises(UserError, match="only watched"):
@@ -187,7 +206,8 @@ def test_a_critic_from_the_policy_is_its_adapter_and_knows_nothing(sft_path, rew
 def test_a_fresh_critic_is_the_base(sft_path, reward_path):
     roles = Roles(load_model(sft_path), lora_config(r=2), reward_path, critic="fresh")
     value = adapter(roles, "value")
-    assert all(p.shape[0] == 2 for n, p in value.items() if "lora_A" in n)  # its own rank; the policy's is 4
+    # its own rank; the policy's is 4
+    assert all(p.shape[0] == 2 for n, p in value.items() if "lora_A" in n)
     assert all(not p.any() for n, p in value.items() if "lora_B" in n)
     assert not roles.heads["value"].weight.any() and not roles.heads["value"].bias.any()
 
@@ -206,7 +226,9 @@ def test_without_a_critic_there_is_no_value_role(sft_path, reward_path, tmp_path
     initial = load_model(sft_path)
     roles = Roles(initial, lora_config(), reward_path, critic=None)
     assert not roles.has_critic and roles.parameters_of("value") == []
-    assert not any(".value." in n or n.startswith("heads.value") for n, _ in roles.named_parameters())
+    assert not any(
+        ".value." in n or n.startswith("heads.value") for n, _ in roles.named_parameters()
+    )
     roles.save(tmp_path, initial)
     assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "value").exists()
 
@@ -229,7 +251,10 @@ def test_a_moving_reference_begins_as_the_policy_and_follows_it(sft_path, base_p
         roles.update_ema(0.75)
         for name, policy in adapter(roles, "policy").items():
             torch.testing.assert_close(
-                adapter(roles, "ema_reference")[name], 0.75 * before[name] + 0.25 * policy, atol=1e-7, rtol=0
+                adapter(roles, "ema_reference")[name],
+                0.75 * before[name] + 0.25 * policy,
+                atol=1e-7,
+                rtol=0,
             )
         with roles.use("reference"):
             assert torch.equal(roles.logprobs(batch)[0], read["reference"])
@@ -241,7 +266,8 @@ def test_dropout_is_off_wherever_a_model_keeps_it(sft_path):
     initial = load_model(sft_path)
     initial.model.config.attention_dropout = 0.5
     for layer in initial.model.model.layers:
-        layer.self_attn.attention_dropout = 0.5  # read in the forward pass as a number, not as an nn.Dropout
+        # read in the forward pass as a number, not as an nn.Dropout
+        layer.self_attn.attention_dropout = 0.5
     roles = Roles(initial, lora_config()).train()
     with torch.no_grad(), roles.use("policy"):
         assert torch.equal(roles.logprobs(batch_of())[0], roles.logprobs(batch_of())[0])
@@ -327,7 +353,9 @@ def by_peft(base_path, path, ids):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_trained(base_path, tmp_path, kind):
+def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_trained(
+    base_path, tmp_path, kind
+):
     ids = torch.arange(3, 25)[None]
     path = random_adapter(base_path, tmp_path / "sft", seed=5, **KINDS[kind])
     expected, states = by_peft(base_path, path, ids)
@@ -340,9 +368,13 @@ def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_train
     for role in ("policy", "reference", "ema_reference"):
         torch.testing.assert_close(logits(role), expected, atol=1e-6, rtol=0)
     with torch.no_grad(), roles.use("value"):
-        torch.testing.assert_close(roles.hidden(ids, torch.ones_like(ids)), states, atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            roles.hidden(ids, torch.ones_like(ids)), states, atol=1e-6, rtol=0
+        )
 
-    optimizer = torch.optim.SGD([{"params": roles.parameters_of(role)} for role in ("policy", "value")], lr=0.1)
+    optimizer = torch.optim.SGD(
+        [{"params": roles.parameters_of(role)} for role in ("policy", "value")], lr=0.1
+    )
     before = {name: parameter.detach().clone() for name, parameter in roles.named_parameters()}
     with torch.no_grad():
         roles.heads["value"].weight.fill_(0.1)
@@ -353,19 +385,29 @@ def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_train
             roles.heads["value"](roles.hidden(ids, torch.ones_like(ids))).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    moved = {name for name, parameter in roles.named_parameters() if not torch.equal(parameter, before[name])}
+    moved = {
+        name
+        for name, parameter in roles.named_parameters()
+        if not torch.equal(parameter, before[name])
+    }
     learnt = {id(p) for role in ("policy", "value") for p in roles.parameters_of(role)}
-    assert moved == {name for name, parameter in roles.named_parameters() if id(parameter) in learnt}
+    assert moved == {
+        name for name, parameter in roles.named_parameters() if id(parameter) in learnt
+    }
     assert (logits("policy") - expected).abs().max() > 0.01
     torch.testing.assert_close(logits("reference"), expected, atol=1e-6, rtol=0)
     roles.update_ema(0.0)
     torch.testing.assert_close(logits("ema_reference"), logits("policy"), atol=1e-6, rtol=0)
 
     roles.save(tmp_path / "ppo", load_model(path))
-    torch.testing.assert_close(by_peft(base_path, tmp_path / "ppo", ids)[0], logits("policy"), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        by_peft(base_path, tmp_path / "ppo", ids)[0], logits("policy"), atol=1e-6, rtol=0
+    )
     with torch.no_grad(), roles.use("value"):
         states = roles.hidden(ids, torch.ones_like(ids))
-    torch.testing.assert_close(by_peft(base_path, tmp_path / "ppo" / "value", ids)[1], states, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        by_peft(base_path, tmp_path / "ppo" / "value", ids)[1], states, atol=1e-6, rtol=0
+    )
 
 
 def test_beside_lora_too_an_adapter_learns_in_float32_on_a_base_in_bfloat16(base_path, tmp_path):
@@ -376,7 +418,9 @@ def test_beside_lora_too_an_adapter_learns_in_float32_on_a_base_in_bfloat16(base
         logits = roles.trunk(torch.arange(3, 25)[None]).logits
         logits.float().square().mean().backward()
     assert logits.dtype == torch.bfloat16
-    assert all(p.dtype == torch.float32 and p.grad is not None for p in roles.parameters_of("policy"))
+    assert all(
+        p.dtype == torch.float32 and p.grad is not None for p in roles.parameters_of("policy")
+    )
 
 
 PROGRAMS = {
@@ -415,7 +459,9 @@ def test_an_adapter_under_other_names_is_refused_by_every_program(base_path, tmp
         {"trainable_token_indices": [2], "modules_to_save": ["lm_head"]},
     ],
 )
-def test_settings_that_adapters_cannot_share_a_base_with_are_refused_by_every_program(base_path, tmp_path, settings):
+def test_settings_that_adapters_cannot_share_a_base_with_are_refused_by_every_program(
+    base_path, tmp_path, settings
+):
     path = random_adapter(base_path, tmp_path, seed=5, **settings)
     of_the_head = "modules_to_save" in settings
     programs = [p for p in PROGRAMS if not (of_the_head and p == "reward")]  # which has none
@@ -425,17 +471,22 @@ def test_settings_that_adapters_cannot_share_a_base_with_are_refused_by_every_pr
 def test_trained_biases_are_refused_by_every_program(tokenizer, tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)).save_pretrained(
-        tmp_path / "b"
-    )
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)
+    ).save_pretrained(tmp_path / "b")
     tokenizer.save_pretrained(tmp_path / "b")
-    path = random_adapter(str(tmp_path / "b"), tmp_path / "a", seed=5, target_modules=["c_attn"], bias="lora_only")
+    path = random_adapter(
+        str(tmp_path / "b"), tmp_path / "a", seed=5, target_modules=["c_attn"], bias="lora_only"
+    )
     assert_refused(path, "'bias: lora_only'", "merged model")
 
 
 def test_base_weights_beside_an_adapter_are_taken_if_they_are_the_bases(base_path, tmp_path):
     path = random_adapter(base_path, tmp_path, seed=5, target_modules=["q_proj", "embed_tokens"])
-    file, name = f"{path}/adapter_model.safetensors", "base_model.model.model.embed_tokens.base_layer.weight"
+    file, name = (
+        f"{path}/adapter_model.safetensors",
+        "base_model.model.model.embed_tokens.base_layer.weight",
+    )
     weights = load_file(file)
     assert name in weights  # PEFT saves them with LoRA on embeddings
     trainable_policy(load_model(path), None)
@@ -458,7 +509,9 @@ def test_reward_models_and_critics_are_no_policies(roles, sft_path, reward_path,
         ("adapter_model.safetensors", None, "adapter_model.safetensors is not"),
     ],
 )
-def test_an_adapter_that_is_not_whole_is_refused_by_every_program(base_path, tmp_path, file, content, words):
+def test_an_adapter_that_is_not_whole_is_refused_by_every_program(
+    base_path, tmp_path, file, content, words
+):
     path = random_adapter(base_path, tmp_path, seed=5)
     (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
     assert_refused(path, str(tmp_path), words)

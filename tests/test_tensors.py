@@ -53,9 +53,13 @@ def test_whiten_uses_the_population_variance_of_true_tokens():
 
 
 def test_whiten_without_shift_keeps_the_mean():
-    white = masked_whiten(torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool), shift_mean=False)
+    white = masked_whiten(
+        torch.tensor([[1.0, 3.0]]), torch.ones(1, 2, dtype=torch.bool), shift_mean=False
+    )
     torch.testing.assert_close(white, torch.tensor([[1.0, 3.0]]), atol=1e-6, rtol=0)
-    white = masked_whiten(torch.tensor([[2.0, 6.0]]), torch.ones(1, 2, dtype=torch.bool), shift_mean=False)
+    white = masked_whiten(
+        torch.tensor([[2.0, 6.0]]), torch.ones(1, 2, dtype=torch.bool), shift_mean=False
+    )
     torch.testing.assert_close(white, torch.tensor([[3.0, 5.0]]), atol=1e-6, rtol=0)  # mean 4, sd 2
 
 
@@ -64,7 +68,9 @@ def test_selected_logprobs_and_entropy_at_a_temperature():
     logits = torch.tensor([[0.0, math.log(3.0)]])
     logprob, entropy = selected_logprobs(logits, torch.tensor([1]))
     assert math.isclose(logprob.item(), math.log(0.75), abs_tol=1e-6)
-    assert math.isclose(entropy.item(), -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)), abs_tol=1e-6)
+    assert math.isclose(
+        entropy.item(), -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)), abs_tol=1e-6
+    )
     logprob, _ = selected_logprobs(logits, torch.tensor([1]), temperature=2.0)
     assert math.isclose(logprob.item(), math.log(3**0.5 / (1 + 3**0.5)), abs_tol=1e-6)
 

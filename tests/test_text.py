@@ -13,4 +13,8 @@ def test_a_cell_cannot_end_itself_or_become_html():
 
 
 def test_markdown_table():
-    assert markdown_table(["a", "b"], [["x", 1.5]], right=[1]) == ["| a | b |", "| --- | ---: |", "| x | 1.5 |"]
+    assert markdown_table(["a", "b"], [["x", 1.5]], right=[1]) == [
+        "| a | b |",
+        "| --- | ---: |",
+        "| x | 1.5 |",
+    ]

@@ -46,10 +46,16 @@ def test_what_is_right_comes_back_typed():
             "reward: unknown key 'wieght'. Did you mean 'weight'? Known keys: kind, weight, inner, several",
         ),
         ({"kind": "length", "weight": True}, "reward.weight: found True, expected a number"),
-        ({"kind": "length", "weight": float("nan")}, "reward.weight: found nan, expected a finite number"),
+        (
+            {"kind": "length", "weight": float("nan")},
+            "reward.weight: found nan, expected a finite number",
+        ),
         ({"kind": "length", "weight": 2}, "reward.weight: 2 is never right"),
         ({"kind": "length", "weight": "much"}, "reward.weight: found 'much', expected a number"),
-        ({"kind": "length", "inner": {"size": 1}}, "reward.inner.size: found 1, expected greater than or equal to 2"),
+        (
+            {"kind": "length", "inner": {"size": 1}},
+            "reward.inner.size: found 1, expected greater than or equal to 2",
+        ),
         (
             {"kind": "length", "several": [{"size": 2}, {"siez": 2, "size": 2}]},
             "reward.several, item 2: unknown key 'siez'. Did you mean 'size'? Known keys: size",

@@ -1,4 +1,6 @@
-"""The wheel works without the checkout: built, installed into a fresh environment, run in an empty folder."""
+"""The wheel works without the checkout: built, installed into a fresh environment, run in an empty
+folder.
+"""
 
 import json
 import os
@@ -25,21 +27,34 @@ def wheel(tmp_path_factory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", built, source], check=True)
+    subprocess.run(
+        [*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", built, source], check=True
+    )
     (file,) = built.glob("*.whl")
     return file
 
 
 @pytest.fixture(scope="module")
 def python(wheel, tmp_path_factory) -> Path:
-    """The interpreter of an environment that has the wheel, and sees its dependencies where they are installed."""
+    """The interpreter of an environment that has the wheel, and sees its dependencies where they
+    are installed.
+    """
     folder = tmp_path_factory.mktemp("environment")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
     python = folder / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--python", python]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--python",
+        python,
+    ]
     subprocess.run([*pip, "install", "--no-deps", "--no-index", wheel], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    # after the wheel on the path; .pth files in that folder, such as one of an editable install, are not read
+    # after the wheel on the path; .pth files in that folder, such as one of an editable install,
+    # are not read
     (packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
@@ -47,7 +62,9 @@ def python(wheel, tmp_path_factory) -> Path:
 def run(command: list, cwd: Path) -> str:
     """Run a command that must succeed outside the checkout; return what it prints."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -72,7 +89,11 @@ def test_an_index_would_accept_the_metadata(wheel):
     assert metadata.license_expression == "Apache-2.0" and metadata.author == "The rlhf authors"
     # development tools come with the extra `dev` alone
     tools = {"pytest", "ruff", "playwright", "scikit-learn", "krippendorff"}
-    plain = {r.name for r in metadata.requires_dist if r.marker is None or r.marker.evaluate({"extra": ""})}
+    plain = {
+        r.name
+        for r in metadata.requires_dist
+        if r.marker is None or r.marker.evaluate({"extra": ""})
+    }
     assert not plain & tools and {"torch", "pydantic"} <= plain
     assert {"collect", "prepare", "wandb", "dev"} <= set(metadata.provides_extra)
 
@@ -100,7 +121,8 @@ SFT = {
     "max_prompt_length": 200,
     "max_response_length": 200,
 }
-# Runs the program that its arguments name, as `python -m` does, then prints the files of the modules it imported.
+# Runs the program that its arguments name, as `python -m` does, then prints the files of the
+# modules it imported.
 REPORT_IMPORTS = """
 import json, runpy, sys
 program, *sys.argv[1:] = sys.argv[1:]
@@ -133,7 +155,9 @@ def test_a_pipeline_runs_outside_the_checkout(python, tmp_path):
 def test_the_documented_command_finds_the_programs(python, tmp_path):
     """`deepspeed --module launch.ppo`, whose launcher is a module of DeepSpeed."""
     launcher = [python, "-m", "deepspeed.launcher.runner", "--num_accelerators", "1"]
-    assert "usage: deepspeed --module launch.ppo" in run([*launcher, "--module", "launch.ppo", "--help"], tmp_path)
+    assert "usage: deepspeed --module launch.ppo" in run(
+        [*launcher, "--module", "launch.ppo", "--help"], tmp_path
+    )
 
 
 def flags(options: dict) -> list[str]:

@@ -1,7 +1,8 @@
-"""A short run of the PPO trainer that writes down what tests/ppo/reference.py needs and what it has to agree with.
+"""A short run of the PPO trainer that writes down what tests/ppo/reference.py needs and what it has
+to agree with.
 
-In this process: `run(options, ...)`. Under a launcher: `deepspeed --num_accelerators 2 --no_local_rank tests/trial.py
-FOLDER`, which reads FOLDER/trial.json and writes FOLDER/trial.pt.
+In this process: `run(options, ...)`. Under a launcher: `deepspeed --num_accelerators 2
+--no_local_rank tests/trial.py FOLDER`, which reads FOLDER/trial.json and writes FOLDER/trial.pt.
 """
 
 import contextlib
@@ -25,11 +26,21 @@ STOPS = [2, *range(3, 320, 9)]  # one token in nine, so that some responses end 
 
 def row(text: str, answer: str = "") -> dict:
     ids, more = ([5 + ord(c) % 200 for c in part] for part in (text, answer))
-    return {"prompt_ids": ids, "response_ids": more, "record": Prompt(prompt=[{"role": "user", "content": text}])}
+    return {
+        "prompt_ids": ids,
+        "response_ids": more,
+        "record": Prompt(prompt=[{"role": "user", "content": text}]),
+    }
 
 
 PROMPTS = [row(t) for t in ("one", "three", "seventeen", "a", "of it", "many things", "yes", "no")]
-PTX = [row("why", "because"), row("when is it", "now"), row("who", "the team"), row("how", "so"), row("ok", "fine")]
+PTX = [
+    row("why", "because"),
+    row("when is it", "now"),
+    row("who", "the team"),
+    row("how", "so"),
+    row("ok", "fine"),
+]
 
 
 def options(**more) -> PPOConfig:
@@ -43,7 +54,9 @@ def options(**more) -> PPOConfig:
 
 def by_content(samples) -> Scores:
     """Any function of the ids will do, as long as its values are spread."""
-    return Scores([sum((7 * token) % 13 for token in ids) / 10 - 1.5 for ids in samples.response_ids])
+    return Scores(
+        [sum((7 * token) % 13 for token in ids) / 10 - 1.5 for ids in samples.response_ids]
+    )
 
 
 def exact_norm(self, x):
@@ -68,13 +81,17 @@ def stirred(roles: Roles, seed: int = 5) -> Roles:
     with torch.no_grad():
         for role, size in (("policy", 0.02), ("value", 0.05)):
             for parameter in roles.parameters_of(role):
-                parameter.add_(size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+                parameter.add_(
+                    size * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+                )
     return roles
 
 
 def run(given: dict, world: DistributedContext | None = None) -> dict:
-    """Make a trainer and some steps of it. `given`: model and reward paths, dtype, options, steps, the updates that a
-    guard takes back, stage settings; returns weights before and after, steps with their updates, and its options."""
+    """Make a trainer and some steps of it. `given`: model and reward paths, dtype, options, steps,
+    the updates that a guard takes back, stage settings; returns weights before and after, steps
+    with their updates, and its options.
+    """
     world, config = world or DistributedContext(), options(**given["options"])
     torch.manual_seed(config.seed)
     initial = load_model(given["model"], given["dtype"])
@@ -87,7 +104,9 @@ def run(given: dict, world: DistributedContext | None = None) -> dict:
     )
     before = {name: p.detach().clone() for name, p in stirred(roles).named_parameters()}
     data = TrainingData(PROMPTS, initial.tokenizer, STOPS, PTX if config.ptx_coef else [])
-    trainer = PPOTrainer(config, roles, by_content, data, world, deepspeed_config=given.get("deepspeed"))
+    trainer = PPOTrainer(
+        config, roles, by_content, data, world, deepspeed_config=given.get("deepspeed")
+    )
     steps = record(trainer, given.get("skipped", []), given.get("steps", 1))
     with gathered(trainer.learner.module):
         after = {name: p.detach().clone() for name, p in trainer.roles.named_parameters()}
@@ -100,15 +119,25 @@ def run(given: dict, world: DistributedContext | None = None) -> dict:
 
 
 def record(trainer: PPOTrainer, skipped: list[int], steps: int) -> list[dict]:
-    """Make the steps, and note each update's rows, metrics, gradients, and what a skipped one has changed."""
+    """Make the steps, and note each update's rows, metrics, gradients, and what a skipped one has
+    changed.
+    """
     updates: list[dict] = []
     update, step, judge = trainer.update, trainer.learner.step, trainer.guards.update
 
     def spy_update(experience, rows, rates, at=0, number=0):
-        ptx = cycle_shuffled(PTX, range(number * len(rows), (number + 1) * len(rows)), trainer.config.seed + 1)
-        updates.append({"rows": rows.tolist(), "ptx": [(r["prompt_ids"], r["response_ids"]) for r in ptx]})
+        ptx = cycle_shuffled(
+            PTX, range(number * len(rows), (number + 1) * len(rows)), trainer.config.seed + 1
+        )
+        updates.append(
+            {"rows": rows.tolist(), "ptx": [(r["prompt_ids"], r["response_ids"]) for r in ptx]}
+        )
         metrics, decision = update(experience, rows, rates, at, number)
-        updates[-1] |= {"metrics": metrics, "number": number, "decision": decision and decision.action}
+        updates[-1] |= {
+            "metrics": metrics,
+            "number": number,
+            "decision": decision and decision.action,
+        }
         return metrics, decision
 
     def spy_step(rates, **how):
@@ -120,7 +149,9 @@ def record(trainer: PPOTrainer, skipped: list[int], steps: int) -> list[dict]:
 
     def spy_judge(at, numbers):
         if len(updates) - 1 in skipped:
-            return Decision("not_finite", "skip", at, 0.0, None, "a test takes this update back", at)
+            return Decision(
+                "not_finite", "skip", at, 0.0, None, "a test takes this update back", at
+            )
         return judge(at, numbers)
 
     trainer.update, trainer.learner.step, trainer.guards.update = spy_update, spy_step, spy_judge
@@ -143,7 +174,9 @@ def gradients(trainer: PPOTrainer) -> dict[str, torch.Tensor]:
     """Whole gradients of one step, before clipping, under any ZeRO stage."""
     named = {n: p for n, p in trainer.learner.module.named_parameters() if p.requires_grad}
     if trainer.learner.engine is None:
-        return {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()}
+        return {
+            n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()
+        }
     if trainer.learner.stage == 2:  # DeepSpeed's own look at them rounds to float32
         return zero2_gradients(trainer.learner.optimizer, named)
     from deepspeed.utils import safe_get_full_grad
@@ -168,14 +201,23 @@ def zero2_gradients(optimizer, named) -> dict[str, torch.Tensor]:
 def state(trainer: PPOTrainer) -> list[torch.Tensor]:
     """Weights that learn and the optimizer's moments, this rank's part of them."""
     optimizer = getattr(trainer.learner.optimizer, "optimizer", trainer.learner.optimizer)
-    moments = [v for entry in optimizer.state.values() for v in entry.values() if isinstance(v, torch.Tensor)]
+    moments = [
+        v
+        for entry in optimizer.state.values()
+        for v in entry.values()
+        if isinstance(v, torch.Tensor)
+    ]
     with gathered(trainer.learner.module):
-        weights = [p.detach().clone() for p in trainer.learner.module.parameters() if p.requires_grad]
+        weights = [
+            p.detach().clone() for p in trainer.learner.module.parameters() if p.requires_grad
+        ]
     return weights + [m.clone() for m in moments]
 
 
 def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
-    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(
+        torch.equal(a, b) for a, b in zip(one, other, strict=True)
+    )
 
 
 if __name__ == "__main__":

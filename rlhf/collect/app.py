@@ -1,7 +1,7 @@
 """The annotation app: pages for those who judge, pages for the owner.
 
-One thread owns the store and takes requests in turn, so that a vote is decided, written and on disk (synchronous=FULL)
-before its page is answered; the owner's statistics read the file beside it.
+One thread owns the store and takes requests in turn, so that a vote is decided, written and on disk
+(synchronous=FULL) before its page is answered; the owner's statistics read the file beside it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def create_app(site: Site) -> Headers:
 
 
 class Headers:
-    """Every answer forbids foreign assets, framing, sniffing and referrers; pages are not kept by the browser."""
+    """Every answer forbids foreign assets, framing, sniffing and referrers; pages are not kept by
+    the browser.
+    """
 
     def __init__(self, app: Callable):
         self.app = app
@@ -114,15 +116,29 @@ async def disconnected(request: Request, error: Exception) -> Response:
 
 
 async def refused(request: Request, error: Refused) -> Response:
-    return page("message.html", request.app.state.site, error.status, title="No entry", text=error.reason)
+    return page(
+        "message.html", request.app.state.site, error.status, title="No entry", text=error.reason
+    )
 
 
 async def not_found(request: Request, error: Exception) -> Response:
-    return page("message.html", request.app.state.site, 404, title="Nothing here", text="There is no such page.")
+    return page(
+        "message.html",
+        request.app.state.site,
+        404,
+        title="Nothing here",
+        text="There is no such page.",
+    )
 
 
 async def too_long(request: Request, error: Exception) -> Response:
-    return page("message.html", request.app.state.site, 413, title="Too long", text="That form was too long.")
+    return page(
+        "message.html",
+        request.app.state.site,
+        413,
+        title="Too long",
+        text="That form was too long.",
+    )
 
 
 async def failed(request: Request, error: Exception) -> Response:

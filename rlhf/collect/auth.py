@@ -1,7 +1,8 @@
-"""Personal links: a random token in the link becomes a cookie at the first visit; the store keeps only its hash.
+"""Personal links: a random token in the link becomes a cookie at the first visit; the store keeps
+only its hash.
 
-Forms carry an HMAC of the token, which another site cannot know. Hashes are compared in constant time, and all of them
-are compared even after one matched.
+Forms carry an HMAC of the token, which another site cannot know. Hashes are compared in constant
+time, and all of them are compared even after one matched.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ OWNER = "owner_token_hash"  # name of the store's setting
 
 
 def new_link(store: Store, name: str | None) -> str:
-    """Return a fresh token for the person of this name, who is added if new, or for the owner (None).
+    """Return a fresh token for the person of this name, who is added if new, or for the owner
+    (None).
 
-    An earlier link of theirs stops working. Raises UserError if the name is taken by a model or a rule.
+    An earlier link of theirs stops working. Raises UserError if the name is taken by a model or a
+    rule.
     """
     token = secrets.token_urlsafe(24)
     if name is None:
@@ -32,7 +35,9 @@ def new_link(store: Store, name: str | None) -> str:
 
 
 def checked_name(name: str) -> str:
-    """Return the name as the store has it. Raises UserError unless it is 1 to 60 printable characters."""
+    """Return the name as the store has it. Raises UserError unless it is 1 to 60 printable
+    characters.
+    """
     if not name.strip() or len(name) > 60 or not name.isprintable():
         raise UserError(f"annotator's name {name!r}: expected 1 to 60 printable characters")
     return one_name(name)

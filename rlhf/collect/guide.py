@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Guide:
-    """A voice for those who judge by it: prose, lists of phrases as (title, phrases), and rules of a sentence each."""
+    """A voice for those who judge by it: prose, lists of phrases as (title, phrases), and rules of
+    a sentence each.
+    """
 
     name: str
     text: str = ""

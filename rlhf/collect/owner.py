@@ -1,4 +1,6 @@
-"""The owner's pages: progress, agreement, the reliability of each annotator, disputed pairs, links, export."""
+"""The owner's pages: progress, agreement, the reliability of each annotator, disputed pairs, links,
+export.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ STRENGTH_TEXTS = {1: ", slightly", 2: ", clearly", 3: ", by far"}
 
 
 async def overview(request: Request) -> Response:
-    """Show progress, agreement and annotators; recomputed on a connection of its own when the store has grown."""
+    """Show progress, agreement and annotators; recomputed on a connection of its own when the store
+    has grown.
+    """
     site, token = await owner(request)
     async with site.summary_lock:
         newest = await site.do(lambda: (site.store.last_event(), site.store.last_comparison()))
@@ -43,7 +47,9 @@ async def split_pairs(request: Request) -> Response:
     asked = request.query_params.get("page", "1")
     number = max(1, int(asked)) if asked.isdecimal() and len(asked) < 7 else 1
     pairs, total = await run_in_threadpool(_read, site.path, _disputed, number)
-    return page("disputed.html", site, pairs=pairs, number=number, total=total, pages=-(-total // ON_A_PAGE))
+    return page(
+        "disputed.html", site, pairs=pairs, number=number, total=total, pages=-(-total // ON_A_PAGE)
+    )
 
 
 async def export(request: Request) -> Response:
@@ -56,7 +62,9 @@ async def export(request: Request) -> Response:
     lines: Iterator[str] = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     name = re.sub(r"[^A-Za-z0-9_-]", "_", site.path.stem)
     disposition = f'attachment; filename="{name}-{event}-{aggregate}.jsonl"'
-    return StreamingResponse(lines, media_type="application/jsonl", headers={"Content-Disposition": disposition})
+    return StreamingResponse(
+        lines, media_type="application/jsonl", headers={"Content-Disposition": disposition}
+    )
 
 
 async def new_link(request: Request) -> Response:
@@ -67,7 +75,9 @@ async def new_link(request: Request) -> Response:
     try:
         link = f"{site.url}/enter/{await site.do(auth.new_link, site.store, name)}"
     except UserError as error:
-        return page("message.html", site, 400, title="No link was made", text=str(error), back="/owner")
+        return page(
+            "message.html", site, 400, title="No link was made", text=str(error), back="/owner"
+        )
     return page("link.html", site, name=name, link=link)
 
 
@@ -94,7 +104,12 @@ def _disputed(store: Store, number: int) -> tuple[list[dict[str, Any]], int]:
 
 def _described(vote: Vote) -> dict[str, Any]:
     verdict = CHOICE_TEXTS[vote.choice] + STRENGTH_TEXTS.get(vote.strength, "")
-    return {"annotator": vote.annotator, "verdict": verdict, "reason": vote.reason, "tags": vote.tags}
+    return {
+        "annotator": vote.annotator,
+        "verdict": verdict,
+        "reason": vote.reason,
+        "tags": vote.tags,
+    }
 
 
 ROUTES = [

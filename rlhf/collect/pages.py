@@ -30,23 +30,29 @@ NOTES = {
 
 
 async def enter(request: Request) -> Response:
-    """Sign in by a personal link: its token moves from the address into a cookie that scripts cannot read.
+    """Sign in by a personal link: its token moves from the address into a cookie that scripts
+    cannot read.
 
-    Whoever is signed in as somebody else is asked first: a link slipped to them would file their answers under
-    another's name.
+    Whoever is signed in as somebody else is asked first: a link slipped to them would file their
+    answers under another's name.
     """
     site, token = request.app.state.site, request.path_params["token"]
     if await site.do(auth.is_owner, site.store, token):
         return site.sign_in(RedirectResponse("/owner", 303), "owner", token)
     person = await site.do(auth.annotator_of, site.store, token)
     if person is None:
-        raise Refused(403, "This link is not valid. Links are personal and can be replaced: ask for a new one.")
+        raise Refused(
+            403,
+            "This link is not valid. Links are personal and can be replaced: ask for a new one.",
+        )
 
     present = request.cookies.get(f"{site.cookie}_annotator", "")
     other = await site.do(auth.annotator_of, site.store, present) if present else None
     if other and other["id"] != person["id"]:
         if request.method != "POST":
-            return page("other.html", site, person=person, other=other, form=auth.form_name(present))
+            return page(
+                "other.html", site, person=person, other=other, form=auth.form_name(present)
+            )
         await read_form(request, present)
     progress = await site.do(site.queue.progress, person["id"])
     target = "/" if progress.mine else "/welcome"
@@ -70,7 +76,14 @@ async def judge(request: Request) -> Response:
         return page("done.html", site, **values)
     sides = "ab" if assignment.left == "a" else "ba"
     answers = [{"text": pair[f"text_{side}"], "cut": pair[f"ended_{side}"] == 0} for side in sides]
-    return page("pair.html", site, **values, assignment=assignment, messages=pair["messages"], answers=answers)
+    return page(
+        "pair.html",
+        site,
+        **values,
+        assignment=assignment,
+        messages=pair["messages"],
+        answers=answers,
+    )
 
 
 async def welcome(request: Request) -> Response:

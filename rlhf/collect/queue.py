@@ -1,11 +1,13 @@
 """Which annotator judges which pair next.
 
-The queue is computed from the store's events: each call reads, inside one write transaction, the events that others
-have committed since, and only then decides. Two servers on one file therefore never give away the same slot, and a
-server that was killed knows everything after reading the file again.
+The queue is computed from the store's events: each call reads, inside one write transaction, the
+events that others have committed since, and only then decides. Two servers on one file therefore
+never give away the same slot, and a server that was killed knows everything after reading the file
+again.
 
-A pair has `overlap` slots. A slot is taken by a person's standing vote other than a skip, or by an assignment until its
-lease times out. Nobody gets a pair again that they have answered. Control pairs are for everybody and have no slots.
+A pair has `overlap` slots. A slot is taken by a person's standing vote other than a skip, or by an
+assignment until its lease times out. Nobody gets a pair again that they have answered. Control
+pairs are for everybody and have no slots.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ RECENT = 20  # votes that make up an annotator's own speed
 
 @dataclass(frozen=True)
 class Rules:
-    """How pairs are shared out: people for each pair, lease of an assignment, share of control pairs shown."""
+    """How pairs are shared out: people for each pair, lease of an assignment, share of control
+    pairs shown.
+    """
 
     overlap: int = 3
     lease_seconds: float = 1800.0
@@ -34,7 +38,9 @@ class Rules:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A pair handed to an annotator by `event`, with response `left` ("a" or "b") on the left, at `since` (epoch s)."""
+    """A pair handed to an annotator by `event`, with response `left` ("a" or "b") on the left, at
+    `since` (epoch s).
+    """
 
     event: int
     comparison: int
@@ -45,7 +51,9 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Answer:
-    """An annotator's answer: left, right, tie, both_bad or skip; strength 1 to 3 for a side; a reason if given."""
+    """An annotator's answer: left, right, tie, both_bad or skip; strength 1 to 3 for a side; a
+    reason if given.
+    """
 
     choice: str
     strength: int | None = None
@@ -53,7 +61,9 @@ class Answer:
     tags: tuple[str, ...] = ()
 
     def store_choice(self, left: str) -> str:
-        """Return the choice in the store's words: a or b, whichever side it was shown on, or the choice itself."""
+        """Return the choice in the store's words: a or b, whichever side it was shown on, or the
+        choice itself.
+        """
         if self.choice not in SIDES:
             return self.choice
         right = "b" if left == "a" else "a"
@@ -66,9 +76,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class Progress:
-    """One annotator's standing votes and median seconds of the last ones; slots filled and slots in all.
+    """One annotator's standing votes and median seconds of the last ones; slots filled and slots in
+    all.
 
-    `given` counts the annotator's own answers to control pairs too, or standing still would reveal which those are.
+    `given` counts the annotator's own answers to control pairs too, or standing still would reveal
+    which those are.
     """
 
     mine: int
@@ -84,7 +96,8 @@ class _Pair:
     responses: tuple[int, int]
     is_control: bool
     votes: dict[int, str] = field(default_factory=dict)  # annotator -> choice that stands
-    held: dict[int, Assignment] = field(default_factory=dict)  # annotator -> assignment without an answer
+    # annotator -> assignment without an answer
+    held: dict[int, Assignment] = field(default_factory=dict)
     filled: int = 0  # slots taken by people's votes
 
 
@@ -93,9 +106,12 @@ class _Annotator:
     """The state of one annotator."""
 
     is_person: bool
-    held: dict[int, Assignment] = field(default_factory=dict)  # comparison -> assignment without an answer
-    votes: dict[int, tuple[int, int | None]] = field(default_factory=dict)  # event -> (comparison, duration_ms)
-    answered: set[tuple[int, int]] = field(default_factory=set)  # the pairs of responses they have compared
+    # comparison -> assignment without an answer
+    held: dict[int, Assignment] = field(default_factory=dict)
+    # event -> (comparison, duration_ms)
+    votes: dict[int, tuple[int, int | None]] = field(default_factory=dict)
+    # the pairs of responses they have compared
+    answered: set[tuple[int, int]] = field(default_factory=set)
     last_event: float = 0.0  # its time
 
 
@@ -110,16 +126,21 @@ class Queue:
         self._last_comparison = 0
         self._pairs: dict[int, _Pair] = {}
         self._annotators: dict[int, _Annotator] = {}
-        # normal pairs without an event, in random order, and those with events whose votes leave a slot free
+        # normal pairs without an event, in random order, and those with events whose votes leave a
+        # slot free
         self._untouched: dict[int, None] = {}
         self._begun: set[int] = set()
         self._filled_slots = 0
 
     def next(self, annotator: int) -> Assignment | None:
-        """Return what the annotator is to judge now: what they hold, else something new; None if nothing is left."""
+        """Return what the annotator is to judge now: what they hold, else something new; None if
+        nothing is left.
+        """
         with self.store.transaction():
             self._read()
-            active = [held for held in self._annotator(annotator).held.values() if self._is_active(held)]
+            active = [
+                held for held in self._annotator(annotator).held.values() if self._is_active(held)
+            ]
             if active:
                 return max(active, key=lambda held: held.event)
             chosen = self._pick(annotator)
@@ -130,9 +151,10 @@ class Queue:
     def vote(self, annotator: int, assignment: int, answer: Answer, request: str) -> str:
         """Record the answer to an assignment (its event), and return what became of it.
 
-        saved; again: this very click is saved already; withdrawn: it was, and was undone since; differs: the form was
-        sent before with another answer, which stands; answered: the annotator's vote on this pair stands already; full:
-        the lease timed out and others took the slots; gone: there is no such assignment.
+        saved; again: this very click is saved already; withdrawn: it was, and was undone since;
+        differs: the form was sent before with another answer, which stands; answered: the
+        annotator's vote on this pair stands already; full: the lease timed out and others took the
+        slots; gone: there is no such assignment.
         """
         key = f"{annotator}:{request}"
         with self.store.transaction():
@@ -167,8 +189,8 @@ class Queue:
     def undo(self, annotator: int, request: str) -> str:
         """Undo the annotator's last vote and hand them the pair again, sides as they were.
 
-        Returns undone; again: this very click is done already; nothing: no vote of theirs stands; full: they had
-        skipped the pair, and others have taken its slots since.
+        Returns undone; again: this very click is done already; nothing: no vote of theirs stands;
+        full: they had skipped the pair, and others have taken its slots since.
         """
         key = f"{annotator}:{request}"
         with self.store.transaction():
@@ -188,7 +210,9 @@ class Queue:
             return "undone"
 
     def release(self, annotator: int) -> None:
-        """Give back what the annotator holds, so that others need not wait for the lease to time out."""
+        """Give back what the annotator holds, so that others need not wait for the lease to time
+        out.
+        """
         with self.store.transaction():
             self._read()
             for held in list(self._annotator(annotator).held.values()):
@@ -199,7 +223,9 @@ class Queue:
         with self.store.transaction():
             self._read()
         votes = self._annotator(annotator).votes
-        recent = [duration for _, (_, duration) in sorted(votes.items())[-RECENT:] if duration is not None]
+        recent = [
+            duration for _, (_, duration) in sorted(votes.items())[-RECENT:] if duration is not None
+        ]
         seconds = statistics.median(recent) / 1000 if recent else None
 
         answered_controls = 0
@@ -207,10 +233,14 @@ class Queue:
             pair = self._pairs[comparison]
             answered_controls += pair.is_control and pair.votes[annotator] != "skip"
         needed = self.rules.overlap * len(self._normal_pairs())
-        return Progress(len(votes), seconds, min(self._filled_slots + answered_controls, needed), needed)
+        return Progress(
+            len(votes), seconds, min(self._filled_slots + answered_controls, needed), needed
+        )
 
     def open_pairs(self) -> dict[str, int]:
-        """Return how many normal pairs are complete, begun (with a vote or an assignment) and untouched."""
+        """Return how many normal pairs are complete, begun (with a vote or an assignment) and
+        untouched.
+        """
         with self.store.transaction():
             self._read()
         normal = self._normal_pairs()
@@ -222,7 +252,9 @@ class Queue:
         return {"complete": complete, "begun": begun, "untouched": len(normal) - complete - begun}
 
     def _pick(self, annotator: int) -> int | None:
-        """Return an unanswered pair with a free slot, the nearest to complete first, else a random one."""
+        """Return an unanswered pair with a free slot, the nearest to complete first, else a random
+        one.
+        """
         answered = self._annotator(annotator).answered
         best, most = None, -1
         for comparison in self._begun:
@@ -232,7 +264,11 @@ class Queue:
             if most < taken < self.rules.overlap:
                 best, most = comparison, taken
         if best is None:
-            new = (comparison for comparison in self._untouched if self._pairs[comparison].responses not in answered)
+            new = (
+                comparison
+                for comparison in self._untouched
+                if self._pairs[comparison].responses not in answered
+            )
             best = next(new, None)
         if best is None or self.draw.random() >= self.rules.control_share:
             return best
@@ -241,7 +277,11 @@ class Queue:
 
     def _controls_for(self, excluded: set[tuple[int, int]]) -> list[int]:
         """Return the control pairs of other responses than these."""
-        return [id for id, pair in self._pairs.items() if pair.is_control and pair.responses not in excluded]
+        return [
+            id
+            for id, pair in self._pairs.items()
+            if pair.is_control and pair.responses not in excluded
+        ]
 
     def _normal_pairs(self) -> list[_Pair]:
         return [pair for pair in self._pairs.values() if not pair.is_control]
@@ -250,7 +290,9 @@ class Queue:
         return self._taken(comparison, annotator) >= self.rules.overlap
 
     def _taken(self, comparison: int, annotator: int) -> int:
-        """Return the slots of a pair that people other than the annotator have taken; of a control none."""
+        """Return the slots of a pair that people other than the annotator have taken; of a control
+        none.
+        """
         pair = self._pairs[comparison]
         if pair.is_control:
             return 0
@@ -281,11 +323,15 @@ class Queue:
         """Return the state of this annotator; of one the store does not know, that of nobody."""
         if id not in self._annotators:
             for row in self.store.annotators():
-                self._annotators.setdefault(row["id"], _Annotator(is_person=row["kind"] == "person"))
+                self._annotators.setdefault(
+                    row["id"], _Annotator(is_person=row["kind"] == "person")
+                )
         return self._annotators.setdefault(id, _Annotator(is_person=False))
 
     def _read(self) -> None:
-        """Bring the state up to the newest event. Inside a transaction only: what was read must be committed."""
+        """Bring the state up to the newest event. Inside a transaction only: what was read must be
+        committed.
+        """
         new = self.store.comparisons_after(self._last_comparison)
         self.draw.shuffle(new)
         for row in new:
@@ -303,7 +349,9 @@ class Queue:
         pair, annotator = self._pairs[comparison], self._annotator(id)
         annotator.last_event = datetime.fromisoformat(event["created"]).timestamp()
         if event["kind"] == "assign":
-            assignment = Assignment(event["id"], comparison, id, event["left"] or "a", annotator.last_event)
+            assignment = Assignment(
+                event["id"], comparison, id, event["left"] or "a", annotator.last_event
+            )
             pair.held[id] = annotator.held[comparison] = assignment
         else:
             pair.held.pop(id, None)
@@ -335,4 +383,7 @@ def _is_same(done: dict[str, Any], answer: Answer) -> bool:
     """Return whether the recorded event is this very answer."""
     if done["kind"] != "vote":
         return False
-    return (done["choice"], done["strength"]) == (answer.store_choice(done["left"]), answer.given_strength)
+    return (done["choice"], done["strength"]) == (
+        answer.store_choice(done["left"]),
+        answer.given_strength,
+    )

@@ -1,8 +1,8 @@
 """Render the text of models and users as inert HTML: Markdown without HTML, images or scripts.
 
-Annotators see whatever a model wrote. Raw HTML is shown as text, links lead to http, https and mailto only and show
-their address, pictures are not loaded, characters that are invisible or change the direction of writing are written
-out, and very long texts are folded and not parsed.
+Annotators see whatever a model wrote. Raw HTML is shown as text, links lead to http, https and
+mailto only and show their address, pictures are not loaded, characters that are invisible or change
+the direction of writing are written out, and very long texts are folded and not parsed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import unicodedata
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-LONGEST = 20_000  # characters that are parsed as Markdown; a longer text is shown as it stands, folded
+# characters that are parsed as Markdown; a longer text is shown as it stands, folded
+LONGEST = 20_000
 FOLDED = 6_000  # characters above which a text is folded
 PREVIEW = 600
 _SCHEME = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
@@ -43,7 +44,9 @@ def render(text: str) -> Markup:
 
 
 def visible(text: str) -> str:
-    """Return the text with line ends as \\n and control, direction and zero-width characters written as ⟦U+202E⟧."""
+    """Return the text with line ends as \\n and control, direction and zero-width characters
+    written as ⟦U+202E⟧.
+    """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return _SHOWN_CONTROLS.sub(_named, _HIDDEN.sub(_named, text))
 
@@ -54,9 +57,13 @@ def _named(found: re.Match) -> str:
 
 @functools.cache
 def _parser() -> MarkdownIt:
-    parser = MarkdownIt("commonmark", {"html": False, "maxNesting": 100}).enable(["table", "strikethrough"])
+    parser = MarkdownIt("commonmark", {"html": False, "maxNesting": 100}).enable(
+        ["table", "strikethrough"]
+    )
     parser.disable(["image", "html_block", "html_inline"])
-    parser.validateLink = lambda url: bool(_SCHEME.match(unicodedata.normalize("NFKC", url).strip()))
+    parser.validateLink = lambda url: bool(
+        _SCHEME.match(unicodedata.normalize("NFKC", url).strip())
+    )
     parser.add_render_rule("link_open", _link)
     for name in ("heading_open", "heading_close"):
         parser.add_render_rule(name, _heading)

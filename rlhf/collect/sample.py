@@ -1,7 +1,8 @@
-"""`rlhf collect sample`: put pairs of answers, from one or two policies or files, into the store to be judged.
+"""`rlhf collect sample`: put pairs of answers, from one or two policies or files, into the store to
+be judged.
 
-With one source every two of its answers to a prompt that differ become a comparison; with two sources one answer of
-each. Control pairs, whose better answer is known, come from a file.
+With one source every two of its answers to a prompt that differ become a comparison; with two
+sources one answer of each. Control pairs, whose better answer is known, come from a file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ Answers = dict[int, list[dict[str, Any]]]  # index of the prompt -> arguments of
 
 @dataclass
 class Paired:
-    """A prompt and its answers, one list for each source; an answer is the arguments of Store.add_response."""
+    """A prompt and its answers, one list for each source; an answer is the arguments of
+    Store.add_response.
+    """
 
     prompt: Prompt
     sides: list[list[dict[str, Any]]]
@@ -46,9 +49,14 @@ class SampleConfig:
     )
     prompts: int | None = option(None, "so many prompts, drawn by the seed; default: all", low=1)
     samples_per_prompt: int = option(2, "responses to each with each sampling setting", low=1)
-    temperature: list[float] = option([1.0], "of sampling; several make several settings: 0.7,1.0", above=0)
+    temperature: list[float] = option(
+        [1.0], "of sampling; several make several settings: 0.7,1.0", above=0
+    )
     top_p: list[float] = option(
-        [1.0], "sample from the smallest set of tokens that reaches this probability; as many", above=0, high=1
+        [1.0],
+        "sample from the smallest set of tokens that reaches this probability; as many",
+        above=0,
+        high=1,
     )
     max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted", low=1)
     max_response_length: int = option(512, "tokens with EOS", low=1)
@@ -56,7 +64,9 @@ class SampleConfig:
     seed: int = option(0, "of the choice of prompts and of sampling", **SEED)
     validation_fraction: float = option(0.05, "as in the stages", low=0, high=1)
     test_fraction: float = option(0.1, "as in the stages", low=0, high=1)
-    on_error: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used", old_name="on_bad")
+    on_error: Literal["stop", "skip"] = option(
+        "stop", "what to do with rows that cannot be used", old_name="on_bad"
+    )
 
     def validate(self) -> None:
         counts = {len(self.temperature), len(self.top_p)}
@@ -67,7 +77,9 @@ class SampleConfig:
             )
         alone = self.other is None and not _is_file(self.model_name_or_path)
         if alone and self.samples_per_prompt * len(self.settings()) < 2:
-            raise UserError(f"'samples_per_prompt' is {self.samples_per_prompt}, a comparison needs at least 2")
+            raise UserError(
+                f"'samples_per_prompt' is {self.samples_per_prompt}, a comparison needs at least 2"
+            )
 
     def settings(self) -> list[tuple[float, float]]:
         """Return (temperature, top_p) of each setting."""
@@ -80,7 +92,9 @@ class SampleConfig:
 
 
 def sample(config: SampleConfig) -> dict[str, int]:
-    """Write prompts, responses and comparisons; returns their counts. Repeating the call adds nothing new."""
+    """Write prompts, responses and comparisons; returns their counts. Repeating the call adds
+    nothing new.
+    """
     records, named = prompts_of(config)
     random.Random(config.seed).shuffle(records)
     controls, control_names = controls_of(config)
@@ -103,7 +117,9 @@ def sample(config: SampleConfig) -> dict[str, int]:
             answers.append(answers_of_policy(source, records, config, budget, number))
     pairs, counts = pair_up(records, answers)
     if not counts["comparisons"]:
-        raise UserError(f"{config.store}: no prompt got two answers that differ, so there is nothing to judge")
+        raise UserError(
+            f"{config.store}: no prompt got two answers that differ, so there is nothing to judge"
+        )
 
     Path(config.store).parent.mkdir(parents=True, exist_ok=True)
     with Store.open(config.store, create=True) as store, store.transaction():
@@ -117,7 +133,11 @@ def sample(config: SampleConfig) -> dict[str, int]:
 def _report(config: SampleConfig, counts: dict[str, int], answers: list[Answers]) -> None:
     by_prompt = itertools.chain.from_iterable(own.values() for own in answers)
     # None: the answer comes from a file, and nobody knows whether it was cut off
-    ends = [answer["ended"] for answer in itertools.chain.from_iterable(by_prompt) if answer["ended"] is not None]
+    ends = [
+        answer["ended"]
+        for answer in itertools.chain.from_iterable(by_prompt)
+        if answer["ended"] is not None
+    ]
     ended = f" ({sum(ends) / len(ends):.0%} ended)" if ends else ""
     controls = f"; {counts['controls']} control pairs" if config.controls else ""
     print(
@@ -131,14 +151,17 @@ def fitting(records: list[Prompt], policy: str, max_prompt_length: int) -> list[
     from rlhf.data.encode import encode_prompts
     from rlhf.tokenizer import load_tokenizer
 
-    return [row["record"] for row in encode_prompts(records, load_tokenizer(policy), max_prompt_length)]
+    return [
+        row["record"] for row in encode_prompts(records, load_tokenizer(policy), max_prompt_length)
+    ]
 
 
 def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
-    """Return the prompts of the training and validation splits, and the groups that the data names itself.
+    """Return the prompts of the training and validation splits, and the groups that the data names
+    itself.
 
-    `split` stays only where the data gives it: a store that wrote down what a hash has decided could not join prompts
-    later, over answers that they share.
+    `split` stays only where the data gives it: a store that wrote down what a hash has decided
+    could not join prompts later, over answers that they share.
     """
     from rlhf.data.load import collect, unique_prompts
     from rlhf.data.split import assign
@@ -151,7 +174,9 @@ def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
     training = [record for record in unique if record.split == "train"]
     validation = [record for record in unique if record.split == "validation"]
     if not training:
-        raise UserError(f"{table.name}: none of the {len(unique)} prompts is for training; give more data")
+        raise UserError(
+            f"{table.name}: none of the {len(unique)} prompts is for training; give more data"
+        )
     records = training + validation
     for record in records:
         record.split = given.get(record.group)
@@ -170,7 +195,11 @@ def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
 
 
 def answers_of_policy(
-    source: str, records: list[Prompt], config: SampleConfig, budget: dict[str, float], number: int = 0
+    source: str,
+    records: list[Prompt],
+    config: SampleConfig,
+    budget: dict[str, float],
+    number: int = 0,
 ) -> Answers:
     """Sample answers with every setting; prompts that are too long get none.
 
@@ -200,7 +229,9 @@ def answers_of_policy(
     origin = {
         "model": source,
         "model_fingerprint": initial.fingerprint,
-        "adapter_fingerprint": folder_fingerprint(initial.adapter_path) if initial.adapter_path else None,
+        "adapter_fingerprint": folder_fingerprint(initial.adapter_path)
+        if initial.adapter_path
+        else None,
     }
     index = {id(record): i for i, record in enumerate(records)}
     prompt_index = [index[id(row["record"])] for row in rows]
@@ -210,7 +241,8 @@ def answers_of_policy(
     total = len(rows) * samples * len(config.settings())
     with tqdm(total=total, desc="sampling", unit="response", mininterval=5) as bar:
         for setting, (temperature, top_p) in enumerate(config.settings()):
-            # samples are numbered on from setting to setting, so that a further setting changes none of them
+            # samples are numbered on from setting to setting, so that a further setting changes
+            # none of them
             numbers = range(setting * samples, (setting + 1) * samples)
             wanted = [(row["prompt_ids"], number) for row in rows for number in numbers]
             with spent.counting():
@@ -233,8 +265,14 @@ def answers_of_policy(
                 "seed": config.seed,
             }
             places = np.repeat(prompt_index, samples)
-            for place, ids, ended in zip(places.tolist(), generated.response_ids, generated.ended, strict=True):
-                answer = {"text": decode_response(tokenizer, ids), "ended": ended, "sampling": sampling}
+            for place, ids, ended in zip(
+                places.tolist(), generated.response_ids, generated.ended, strict=True
+            ):
+                answer = {
+                    "text": decode_response(tokenizer, ids),
+                    "ended": ended,
+                    "sampling": sampling,
+                }
                 answers[place].append(answer | origin)
     for name, value in spent.metrics().items():
         counter = name.removeprefix("budget/")
@@ -242,8 +280,12 @@ def answers_of_policy(
     return answers
 
 
-def answers_of_file(source: str, records: list[Prompt], on_error: Literal["stop", "skip"] = "stop") -> Answers:
-    """Return the file's answers to these prompts: one a row, or both of a pair, whose verdict is not kept."""
+def answers_of_file(
+    source: str, records: list[Prompt], on_error: Literal["stop", "skip"] = "stop"
+) -> Answers:
+    """Return the file's answers to these prompts: one a row, or both of a pair, whose verdict is
+    not kept.
+    """
     from rlhf.data.load import load
     from rlhf.data.schemas import guess_kind
     from rlhf.data.sources import first_rows
@@ -267,12 +309,16 @@ def answers_of_file(source: str, records: list[Prompt], on_error: Literal["stop"
     keys = {i: _key(record.prompt) for i, record in enumerate(records)}
     answers = {i: by_prompt[key] for i, key in keys.items() if key in by_prompt}
     if not answers:
-        raise UserError(f"{source}: answers none of the {len(records)} prompts; a row's prompt must be the same text")
+        raise UserError(
+            f"{source}: answers none of the {len(records)} prompts; a row's prompt must be the same text"
+        )
     return answers
 
 
 def pair_up(records: list[Prompt], answers: list[Answers]) -> tuple[list[Paired], dict[str, int]]:
-    """Return each prompt that every source answers, with the answers to store, of one source or of two; and counts."""
+    """Return each prompt that every source answers, with the answers to store, of one source or of
+    two; and counts.
+    """
     counts = {"prompts": 0, "responses": 0, "comparisons": 0, "equal": 0, "empty": 0}
     pairs: list[Paired] = []
     for i, record in enumerate(records):
@@ -280,8 +326,8 @@ def pair_up(records: list[Prompt], answers: list[Answers]) -> tuple[list[Paired]
             continue
         known: set[str] = set()
         sides = []
-        # The response stored first is called a. In a fixed order of two sources, a would reveal the source, and bend
-        # the agreement beyond chance: let the prompt's hash decide.
+        # The response stored first is called a. In a fixed order of two sources, a would reveal the
+        # source, and bend the agreement beyond chance: let the prompt's hash decide.
         swapped = len(answers) == 2 and int(digest(record.group + _key(record.prompt)), 16) % 2
         for own in reversed(answers) if swapped else answers:
             sides.append(_new_answers(own[i], known, counts))
@@ -292,8 +338,12 @@ def pair_up(records: list[Prompt], answers: list[Answers]) -> tuple[list[Paired]
     return pairs, counts
 
 
-def _new_answers(answers: list[dict[str, Any]], known: set[str], counts: dict[str, int]) -> list[dict[str, Any]]:
-    """Return the answers with text that is not among `known` yet, to which they are added; count the others."""
+def _new_answers(
+    answers: list[dict[str, Any]], known: set[str], counts: dict[str, int]
+) -> list[dict[str, Any]]:
+    """Return the answers with text that is not among `known` yet, to which they are added; count
+    the others.
+    """
     new = []
     for answer in answers:
         text = answer["text"].strip()
@@ -308,7 +358,9 @@ def _new_answers(answers: list[dict[str, Any]], known: set[str], counts: dict[st
 
 
 def store_pairs(store: Store, pairs: list[Paired], named: set[str]) -> None:
-    """Store prompts, answers and comparisons. A group not in `named` stays one that prompts may be joined over."""
+    """Store prompts, answers and comparisons. A group not in `named` stays one that prompts may be
+    joined over.
+    """
     for paired in pairs:
         prompt = _store_prompt(store, paired.prompt, named, split=paired.prompt.split)
         responses = []
@@ -329,16 +381,22 @@ def add_budget(store: Store, budget: dict[str, float]) -> None:
 
 
 def store_controls(store: Store, records: list[Preference], named: set[str]) -> int:
-    """Store pairs whose better answer is known as control comparisons, which are never trained on; returns how many."""
+    """Store pairs whose better answer is known as control comparisons, which are never trained on;
+    returns how many.
+    """
     for record in records:
         prompt = _store_prompt(store, record, named)
         ended = {record.chosen: record.chosen_ended, record.rejected: record.rejected_ended}
-        responses = {text: store.add_response(prompt, text, ended=ended[text]) for text in sorted(ended)}
+        responses = {
+            text: store.add_response(prompt, text, ended=ended[text]) for text in sorted(ended)
+        }
         store.add_comparison(*responses.values(), kind="control", expected=responses[record.chosen])
     return len(records)
 
 
-def _store_prompt(store: Store, record: Prompt | Preference, named: set[str], split: str | None = None) -> int:
+def _store_prompt(
+    store: Store, record: Prompt | Preference, named: set[str], split: str | None = None
+) -> int:
     is_named = record.group in named
     return store.add_prompt(
         record.prompt,

@@ -23,30 +23,49 @@ TAGS = ["wrong", "off tone", "too long", "too short", "unsafe"]
 
 @dataclass
 class ServeConfig:
-    """Let people compare the pairs of a preference store in their browser, on this machine or behind https."""
+    """Let people compare the pairs of a preference store in their browser, on this machine or
+    behind https.
+    """
 
-    store: str = option(help="the preference store (SQLite) with pairs; rlhf collect sample makes them")
-    annotators: list[str] = option([], "names of people who may judge; the link of each new one is printed")
-    overlap: int | None = option(None, "people who judge each pair; default: as last time, at first 3", low=1)
+    store: str = option(
+        help="the preference store (SQLite) with pairs; rlhf collect sample makes them"
+    )
+    annotators: list[str] = option(
+        [], "names of people who may judge; the link of each new one is printed"
+    )
+    overlap: int | None = option(
+        None, "people who judge each pair; default: as last time, at first 3", low=1
+    )
     lease_minutes: float | None = option(
         None,
         "after this time a pair that was handed out and not answered is free again; default: as last time, at first 30",
         above=0,
     )
     control_share: float | None = option(
-        None, "share of control pairs among what is shown; default: as last time, at first 0.1", low=0, high=1
+        None,
+        "share of control pairs among what is shown; default: as last time, at first 0.1",
+        low=0,
+        high=1,
     )
     voice: str | None = option(None, "a brand voice (YAML) whose guide is shown beside the answers")
     tags: list[str] = option(TAGS, "reasons to tick, as short words")
-    host: str = option("127.0.0.1", "the address to listen on; others than this machine's own want https")
+    host: str = option(
+        "127.0.0.1", "the address to listen on; others than this machine's own want https"
+    )
     port: int = option(8000, "the port to listen on", low=1, high=65535)
-    url: str | None = option(None, "where people reach it, such as https://judge.example.org behind a proxy")
-    certificate: str | None = option(None, "file with the TLS certificate (PEM), to serve https without a proxy")
+    url: str | None = option(
+        None, "where people reach it, such as https://judge.example.org behind a proxy"
+    )
+    certificate: str | None = option(
+        None, "file with the TLS certificate (PEM), to serve https without a proxy"
+    )
     certificate_key: str | None = option(None, "file with its private key")
 
     def validate(self) -> None:
         if bool(self.certificate) != bool(self.certificate_key):
-            raise UserError("'certificate' and 'certificate_key' belong together; found one of them")
+            raise UserError(
+                "'certificate' and 'certificate_key' belong together; found one of them"
+            )
         for path in (self.certificate, self.certificate_key):
             if path and not Path(path).is_file():
                 raise UserError(f"{path}: no such file")
@@ -54,7 +73,9 @@ class ServeConfig:
             check_certificate(self.certificate, self.certificate_key)
         parts = urlsplit(self.url or "http://host")
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.path not in ("", "/"):
-            raise UserError(f"'url' is {self.url!r}, expected http://HOST or https://HOST without a path")
+            raise UserError(
+                f"'url' is {self.url!r}, expected http://HOST or https://HOST without a path"
+            )
         if _is_wildcard(self.host) and not self.url:
             raise UserError(
                 f"'host' is {self.host}, which means every address of this machine and cannot stand in a link; say "
@@ -64,7 +85,9 @@ class ServeConfig:
 
 
 def check_certificate(certificate: str, key: str) -> None:
-    """Raise UserError unless the two PEM files are a TLS certificate and its private key, without a password."""
+    """Raise UserError unless the two PEM files are a TLS certificate and its private key, without a
+    password.
+    """
     try:
         # without a password given, an encrypted key would be asked about on the terminal
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
@@ -77,12 +100,16 @@ def check_certificate(certificate: str, key: str) -> None:
 
 @dataclass
 class LinksConfig:
-    """Make new personal links. An earlier link of the same person stops working; what they judged stays theirs."""
+    """Make new personal links. An earlier link of the same person stops working; what they judged
+    stays theirs.
+    """
 
     store: str = option(help="the preference store (SQLite)")
     annotators: list[str] = option([], "names of people; who is new is added")
     owner: bool = option(False, "a new link to the owner's page as well")
-    revoke: list[str] = option([], "names of people whose link is to stop working, without a new one")
+    revoke: list[str] = option(
+        [], "names of people whose link is to stop working, without a new one"
+    )
     url: str | None = option(None, "where people reach the app; default: as served last")
 
 
@@ -134,7 +161,9 @@ def serve(config: ServeConfig, guide: Guide | None = None) -> None:
 def links(config: LinksConfig) -> dict[str, str]:
     """Print new links; returns them by name, the owner's under ''."""
     if not (config.annotators or config.owner or config.revoke):
-        raise UserError("nothing to do: give --annotators NAME,NAME or --owner true or --revoke NAME")
+        raise UserError(
+            "nothing to do: give --annotators NAME,NAME or --owner true or --revoke NAME"
+        )
     # without doubles: a second link of one person would end the first
     names: list[str | None] = list(dict.fromkeys(map(auth.checked_name, config.annotators)))
     if config.owner:
@@ -163,10 +192,16 @@ def _revoke(store: Store, names: list[str]) -> None:
 def _set_up(store: Store, config: ServeConfig, url: str) -> None:
     """Keep the rules in the store, add annotators, and print new links."""
     if not store.at().stats()["comparisons"]:
-        raise UserError(f"{config.store}: has no pairs to judge; make some with: rlhf collect sample")
+        raise UserError(
+            f"{config.store}: has no pairs to judge; make some with: rlhf collect sample"
+        )
     store.set_setting("url", url)
     lease_seconds = None if config.lease_minutes is None else 60 * config.lease_minutes
-    rules = {"overlap": config.overlap, "control_share": config.control_share, "lapse": lease_seconds}
+    rules = {
+        "overlap": config.overlap,
+        "control_share": config.control_share,
+        "lapse": lease_seconds,
+    }
     for name, value in rules.items():
         if value is not None:
             store.set_setting(name, str(value))
@@ -179,8 +214,12 @@ def _set_up(store: Store, config: ServeConfig, url: str) -> None:
     if store.setting(auth.OWNER) is None:
         print(f"owner: {url}/enter/{auth.new_link(store, None)}")
     if not with_link:
-        print("nobody has a link yet: give --annotators NAME,NAME or add people on the owner's page")
-    print(f"a lost link is replaced with: rlhf collect links {config.store} --annotators NAME (or --owner true)")
+        print(
+            "nobody has a link yet: give --annotators NAME,NAME or add people on the owner's page"
+        )
+    print(
+        f"a lost link is replaced with: rlhf collect links {config.store} --annotators NAME (or --owner true)"
+    )
 
 
 def _local_url(config: ServeConfig) -> str:
@@ -190,7 +229,9 @@ def _local_url(config: ServeConfig) -> str:
 
 
 def _warnings(config: ServeConfig, url: str) -> list[str]:
-    """Return warnings where links and votes could be read on the way: to `url`, and on the port itself."""
+    """Return warnings where links and votes could be read on the way: to `url`, and on the port
+    itself.
+    """
     found = []
     if url.startswith("http://") and not _is_loopback(urlsplit(url).hostname or ""):
         found.append(
@@ -219,11 +260,15 @@ def _is_loopback(host: str) -> bool:
 
 def _listen(host: str, port: int) -> socket.socket:
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(256)
     except OSError as error:
-        raise UserError(f"{host} port {port}: cannot listen there ({error.strerror}); choose another --port") from None
+        raise UserError(
+            f"{host} port {port}: cannot listen there ({error.strerror}); choose another --port"
+        ) from None
     return listener

@@ -72,7 +72,9 @@ class Site:
         return response
 
     def sign_out(self, response: Response, role: str) -> Response:
-        response.delete_cookie(f"{self.cookie}_{role}", httponly=True, samesite="lax", secure=self.secure)
+        response.delete_cookie(
+            f"{self.cookie}_{role}", httponly=True, samesite="lax", secure=self.secure
+        )
         return response
 
 
@@ -82,7 +84,10 @@ async def annotator(request: Request) -> tuple[Site, str, dict[str, Any]]:
     token = request.cookies.get(f"{site.cookie}_annotator", "")
     person = await site.do(auth.annotator_of, site.store, token) if token else None
     if person is None:
-        raise Refused(401, "Please open your personal link. If you have none, ask whoever runs this collection.")
+        raise Refused(
+            401,
+            "Please open your personal link. If you have none, ask whoever runs this collection.",
+        )
     return site, token, person
 
 
@@ -91,18 +96,25 @@ async def owner(request: Request) -> tuple[Site, str]:
     site = request.app.state.site
     token = request.cookies.get(f"{site.cookie}_owner", "")
     if not token or not await site.do(auth.is_owner, site.store, token):
-        raise Refused(401, "This page is for the owner of the collection. Open the owner's link first.")
+        raise Refused(
+            401, "This page is for the owner of the collection. Open the owner's link first."
+        )
     return site, token
 
 
 async def read_form(request: Request, token: str) -> dict[str, list[str]]:
-    """Return the fields of a form that this site made for this session; raises Refused for any other."""
+    """Return the fields of a form that this site made for this session; raises Refused for any
+    other.
+    """
     body = (await request.body()).decode("utf-8", "replace")
     with contextlib.suppress(ValueError):
         form = parse_qs(body, max_num_fields=100)
         if auth.form_is_ours(token, form.get("form", [""])[0]):
             return form
-    raise Refused(403, "This form did not come from your own page here. Go back, reload the page and try again.")
+    raise Refused(
+        403,
+        "This form did not come from your own page here. Go back, reload the page and try again.",
+    )
 
 
 def page(template: str, site: Site, status: int = 200, **values: Any) -> HTMLResponse:
@@ -110,7 +122,9 @@ def page(template: str, site: Site, status: int = 200, **values: Any) -> HTMLRes
 
 
 def shown(value: Any) -> Any:
-    """Write out hidden and control characters in every text on a page, except in HTML that is already safe."""
+    """Write out hidden and control characters in every text on a page, except in HTML that is
+    already safe.
+    """
     is_plain_text = isinstance(value, str) and not isinstance(value, Markup)
     return visible(value) if is_plain_text else value
 

@@ -1,4 +1,6 @@
-"""Progress, agreement and reliability of a collection, for the owner's page and `rlhf collect status`."""
+"""Progress, agreement and reliability of a collection, for the owner's page and `rlhf collect
+status`.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,10 @@ def rules_of(store: Store) -> Rules:
 def summary(store: Store) -> dict[str, Any]:
     """Return how far the collection is and how far its annotators agree.
 
-    {"progress": {complete, begun, untouched, all}, "controls", "overlap", "slots": {given, needed}, "undone", "event",
-    "choices", "normal" (votes on pairs that are no controls), "disputed"} and all of `agreement_summary`; kappa is that
-    of the two annotators each with most pairs in common, and "kappa_of" how many there are.
+    {"progress": {complete, begun, untouched, all}, "controls", "overlap", "slots": {given, needed},
+    "undone", "event", "choices", "normal" (votes on pairs that are no controls), "disputed"} and
+    all of `agreement_summary`; kappa is that of the two annotators each with most pairs in common,
+    and "kappa_of" how many there are.
     """
     rules, view = rules_of(store), store.at()
     pairs, votes, stats = view.pairs(), view.votes(), view.stats()
@@ -62,8 +65,14 @@ def summary(store: Store) -> dict[str, Any]:
 
 
 def disputed(votes: list[Vote], pairs: dict[int, dict[str, Any]]) -> list[tuple[int, list[Vote]]]:
-    """Return the normal pairs of which some prefer a and some b, with their votes: the most evenly split first."""
-    relevant = [vote for vote in votes if pairs[vote.comparison]["kind"] == "normal" and vote.choice != "skip"]
+    """Return the normal pairs of which some prefer a and some b, with their votes: the most evenly
+    split first.
+    """
+    relevant = [
+        vote
+        for vote in votes
+        if pairs[vote.comparison]["kind"] == "normal" and vote.choice != "skip"
+    ]
     split = []
     for id, own in by_comparison(relevant).items():
         count = Counter(vote.choice for vote in own)
@@ -78,7 +87,9 @@ def status(config: StatusConfig) -> dict[str, Any]:
     """Print the summary as text, and return it."""
     with Store.open(config.store, readonly=True) as store:
         if not store.at().pairs():
-            raise UserError(f"{config.store}: has no pairs to judge; make some with: rlhf collect sample")
+            raise UserError(
+                f"{config.store}: has no pairs to judge; make some with: rlhf collect sample"
+            )
         found = summary(store)
     pairs, slots = found["progress"], found["slots"]
     filled = slots["given"] / slots["needed"] if slots["needed"] else 1.0
@@ -93,11 +104,15 @@ def status(config: StatusConfig) -> dict[str, Any]:
 
     print(f"{found['disputed']} pairs are disputed")
     if found["kappa_of"] > len(found["kappa"]):
-        print(f"of {found['kappa_of']} kappas, those of the {KAPPAS} with most pairs in common are shown")
+        print(
+            f"of {found['kappa_of']} kappas, those of the {KAPPAS} with most pairs in common are shown"
+        )
     print("\n".join(annotators_markdown(found)))
     ordinal = found["alpha"]["ordinal"]
     if ordinal["estimate"] is not None:
-        print(f"Ordinal alpha, with strength: {ordinal['estimate']:.2f} [{ordinal['low']:.2f}, {ordinal['high']:.2f}]")
+        print(
+            f"Ordinal alpha, with strength: {ordinal['estimate']:.2f} [{ordinal['low']:.2f}, {ordinal['high']:.2f}]"
+        )
     return found
 
 

@@ -1,6 +1,8 @@
-"""Claims of a report as records: which differences are shown after the correction, and what limits the report.
+"""Claims of a report as records: which differences are shown after the correction, and what limits
+the report.
 
-The records are those of rlhf/compare/verdict.py; they are read from the finished numbers of report.json.
+The records are those of rlhf/compare/verdict.py; they are read from the finished numbers of
+report.json.
 """
 
 from __future__ import annotations
@@ -16,15 +18,21 @@ Report = dict[str, Any]
 
 
 def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]], min_seeds: int) -> int:
-    """Give each claim its "p_adjusted", Holm's over all of them: one family, all that the report claims.
+    """Give each claim its "p_adjusted", Holm's over all of them: one family, all that the report
+    claims.
 
-    claims: (where the number goes, its estimate with "p", "seeds" and "groups"). What rests on fewer than `min_seeds`
-    seeds or MIN_CLUSTERS groups, or has no interval, is no claim and gets None. Returns how many claims there are.
+    claims: (where the number goes, its estimate with "p", "seeds" and "groups"). What rests on
+    fewer than `min_seeds` seeds or MIN_CLUSTERS groups, or has no interval, is no claim and gets
+    None. Returns how many claims there are.
     """
     made = []
     for entry, estimate in claims:
         entry["p_adjusted"] = None
-        if estimate["seeds"] >= min_seeds and estimate["groups"] >= MIN_CLUSTERS and estimate["p"] is not None:
+        if (
+            estimate["seeds"] >= min_seeds
+            and estimate["groups"] >= MIN_CLUSTERS
+            and estimate["p"] is not None
+        ):
             made.append((entry, estimate["p"]))
     # all at once: adding a claim makes the others harder to show
     for (entry, _), p in zip(made, holm([p for _, p in made]), strict=True):
@@ -33,19 +41,27 @@ def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]], min_seeds: i
 
 
 def verdicts(report: Report) -> list[Verdict]:
-    """Return all that the report says of pairs and of over-optimisation, in the order of its sections."""
+    """Return all that the report says of pairs and of over-optimisation, in the order of its
+    sections.
+    """
     found = [_at_equal_kl(pair, row, report) for pair in report["frontier"] for row in pair["rows"]]
     found += [_tuned(row, report) for row in report["tuned"]["rows"]]
     if report["kind"] == "runs" and report["judge"] is not None:
         found += _exploited(report)
-    found += [_overoptimised(entry, report) for entry in report["overoptimisation"] if entry["swept"] is None]
+    found += [
+        _overoptimised(entry, report)
+        for entry in report["overoptimisation"]
+        if entry["swept"] is None
+    ]
     return found
 
 
 def _at_equal_kl(pair: dict[str, Any], row: dict[str, Any], report: Report) -> Verdict:
     sign, reservation = _shown(row, report)
     # the same by lines from point to point, which do not depend on the form of the curve
-    lines = {other["kl"]: other["difference"] for other in pair["sensitivity"]}.get(row["kl"], row["difference"])
+    lines = {other["kl"]: other["difference"] for other in pair["sensitivity"]}.get(
+        row["kl"], row["difference"]
+    )
     if sign and lines["estimate"] * sign <= 0:
         sign, reservation = 0, "contradicted"
     elif sign and side(lines) != sign:
@@ -166,6 +182,8 @@ def _missing(report: Report) -> Iterator[dict[str, Any]]:
     if names:
         yield note("missing_measurements", names=[name.removeprefix("measure/") for name in names])
     for method, entry in report["tuned"]["methods"].items():
-        lacking = [value for value in methods[method]["swept_values"] if value not in entry["swept_values"]]
+        lacking = [
+            value for value in methods[method]["swept_values"] if value not in entry["swept_values"]
+        ]
         if lacking:
             yield note("left_out", method=method, swept_values=lacking)

@@ -1,12 +1,14 @@
-"""Intervals where run seeds and prompts are both random, and crossed: every seed's policy answers every prompt.
+"""Intervals where run seeds and prompts are both random, and crossed: every seed's policy answers
+every prompt.
 
 The model of a value, a mean over the samples of the prompts of one group, is
 
     Y[s, g] = mu + A[s] + B[g] + E[s, g]
 
-with independent effects of the seed (variance a), of the group (b) and of their meeting (e). The mean over S seeds and
-G groups then has the variance a/S + b/G + e/(SG). Seeds alone (S numbers) leave out b, prompts alone leave out a.
-docs/statistics.md has the derivation, and the simulated coverage of the intervals.
+with independent effects of the seed (variance a), of the group (b) and of their meeting (e). The
+mean over S seeds and G groups then has the variance a/S + b/G + e/(SG). Seeds alone (S numbers)
+leave out b, prompts alone leave out a. docs/statistics.md has the derivation, and the simulated
+coverage of the intervals.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from rlhf.stats import ROUNDING
 
 # with fewer seeds their spread cannot be measured and they count as fixed: "these trained models"
 MIN_SEEDS = 3
-# blocks of groups that a jackknife leaves out one at a time: 49 degrees of freedom are nearly a normal
+# blocks of groups that a jackknife leaves out one at a time: 49 degrees of freedom are nearly a
+# normal
 BLOCKS = 50
 # smaller p-values are given as this
 LEAST_P = 1e-15
@@ -32,8 +35,9 @@ LEAST_P = 1e-15
 class Estimate:
     """A number with its interval, standard error and two-sided p against its null.
 
-    se_seeds, se_groups, se_error: the roots of `Variances`, which the interval is made of. se_seeds is the standard
-    error of S seed means on these groups, se_groups that of G group means of these seeds.
+    se_seeds, se_groups, se_error: the roots of `Variances`, which the interval is made of. se_seeds
+    is the standard error of S seed means on these groups, se_groups that of G group means of these
+    seeds.
     """
 
     estimate: float
@@ -49,11 +53,15 @@ class Estimate:
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Return it for JSON: what is not a finite number becomes None."""
-        return {name: value if math.isfinite(value) else None for name, value in asdict(self).items()}
+        return {
+            name: value if math.isfinite(value) else None for name, value in asdict(self).items()
+        }
 
 
 def side(estimate: dict[str, float | int | None], null: float = 0.0) -> int:
-    """Return 1 or -1 where the whole interval of `Estimate.to_dict()` lies on that side of `null`, else 0."""
+    """Return 1 or -1 where the whole interval of `Estimate.to_dict()` lies on that side of `null`,
+    else 0.
+    """
     if estimate["low"] is None:
         return 0
     return int(estimate["low"] > null) - int(estimate["high"] < null)
@@ -61,7 +69,9 @@ def side(estimate: dict[str, float | int | None], null: float = 0.0) -> int:
 
 @dataclass(frozen=True)
 class Variances:
-    """The mean squares of seeds, groups and error, each over S x G: what each adds to the variance of the mean."""
+    """The mean squares of seeds, groups and error, each over S x G: what each adds to the variance
+    of the mean.
+    """
 
     seeds: float
     groups: float
@@ -71,12 +81,14 @@ class Variances:
 def crossed_mean(
     values: np.ndarray, *, null: float = 0.0, level: float = 0.95, variance_factor: float = 1.0
 ) -> Estimate:
-    """Return the mean of `values` (seeds, groups), both random. Raises UserError unless all are finite numbers.
+    """Return the mean of `values` (seeds, groups), both random. Raises UserError unless all are
+    finite numbers.
 
-    se^2 is (MS_seeds + MS_groups - MS_error) / (S G), the unbiased variance of the two-way layout without replication,
-    with MS_seeds and MS_groups not below MS_error (a component is not below 0). The interval is that of `half_width`.
-    With fewer than MIN_SEEDS seeds it is Student's interval of the group means over the given seeds. All mean squares
-    are taken `variance_factor` fold (selection.chosen_mean).
+    se^2 is (MS_seeds + MS_groups - MS_error) / (S G), the unbiased variance of the two-way layout
+    without replication, with MS_seeds and MS_groups not below MS_error (a component is not below
+    0). The interval is that of `half_width`. With fewer than MIN_SEEDS seeds it is Student's
+    interval of the group means over the given seeds. All mean squares are taken `variance_factor`
+    fold (selection.chosen_mean).
     """
     values = checked(values)
     squares = mean_squares(values)
@@ -95,9 +107,10 @@ def crossed_statistic(
 ) -> Estimate:
     """Return a number that is no plain mean, with the interval of the two-way delete-one jackknife.
 
-    statistic(seed weights (S,), group weights (G,)) is computed again, with all that it contains, without each seed,
-    without each block of groups, and without both at once: about S x B times for B = min(blocks, groups) blocks. For a
-    mean over seeds and groups that is `crossed_mean`, exactly so with as many blocks as groups.
+    statistic(seed weights (S,), group weights (G,)) is computed again, with all that it contains,
+    without each seed, without each block of groups, and without both at once: about S x B times for
+    B = min(blocks, groups) blocks. For a mean over seeds and groups that is `crossed_mean`, exactly
+    so with as many blocks as groups.
     """
     every_seed, weights = np.ones(seeds), block_weights(groups, blocks)
 
@@ -113,14 +126,20 @@ def crossed_statistic(
         of_seeds = (seeds - 1) / seeds * float(np.sum((without[:, 0] - without[:, 0].mean()) ** 2))
         of_error = _error_variance((seeds - 1) * _centred(without[:, 1:]), weights)
     variances = Variances(of_seeds, _block_variance(full[0], full[1:], weights), of_error)
-    return interval(float(full[0]), variances, seeds, groups, null=null, level=level, blocks=len(weights) - 1)
+    return interval(
+        float(full[0]), variances, seeds, groups, null=null, level=level, blocks=len(weights) - 1
+    )
 
 
-def mean_over_seeds(resampled: np.ndarray, weights: np.ndarray, *, null: float = 0.0, level: float = 0.95) -> Estimate:
-    """Return `crossed_statistic` of a mean over seeds of each seed's own statistic, from (1 + B, seeds) of them.
+def mean_over_seeds(
+    resampled: np.ndarray, weights: np.ndarray, *, null: float = 0.0, level: float = 0.95
+) -> Estimate:
+    """Return `crossed_statistic` of a mean over seeds of each seed's own statistic, from (1 + B,
+    seeds) of them.
 
-    Row 0 is computed with weights[0], all groups, row b without block b, where `weights` is `block_weights(...)`. To
-    leave out a seed takes no further fit then, so that B + 1 fits a seed are enough.
+    Row 0 is computed with weights[0], all groups, row b without block b, where `weights` is
+    `block_weights(...)`. To leave out a seed takes no further fit then, so that B + 1 fits a seed
+    are enough.
     """
     seeds, groups = resampled.shape[1], weights.shape[1]
     full, without = resampled[0], resampled[1:]
@@ -129,12 +148,15 @@ def mean_over_seeds(resampled: np.ndarray, weights: np.ndarray, *, null: float =
     if seeds >= MIN_SEEDS:
         of_seeds = float(full.var(ddof=1)) / seeds
         of_error = _error_variance(_centred(without.T), weights)
-    variances = Variances(of_seeds, _block_variance(estimate, without.mean(axis=1), weights), of_error)
+    variances = Variances(
+        of_seeds, _block_variance(estimate, without.mean(axis=1), weights), of_error
+    )
     return interval(estimate, variances, seeds, groups, null=null, level=level, blocks=len(without))
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return Holm's step-down adjustment (1979): the m - i + 1 fold of the i-th smallest p, never falling, at most 1.
+    """Return Holm's step-down adjustment (1979): the m - i + 1 fold of the i-th smallest p, never
+    falling, at most 1.
 
     A p that is nan stays nan and does not count.
     """
@@ -147,12 +169,13 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def outlying(values: Sequence[float]) -> list[float]:
-    """Return for each value of a few the two-sided p of its distance from the others, before any correction.
+    """Return for each value of a few the two-sided p of its distance from the others, before any
+    correction.
 
         t = (x_i - mean of the others) / (their sd sqrt(1 + 1 / (n - 1))),   n - 2 degrees of freedom
 
-    The externally studentised residual; Grubbs' test (1950) is its largest. From 3 values on: with 3, whose others have
-    one degree of freedom, hardly anything stands out.
+    The externally studentised residual; Grubbs' test (1950) is its largest. From 3 values on: with
+    3, whose others have one degree of freedom, hardly anything stands out.
     """
     from scipy.special import stdtr
 
@@ -170,18 +193,26 @@ def outlying(values: Sequence[float]) -> list[float]:
 
 
 def checked(values: np.ndarray) -> np.ndarray:
-    """Return `values` as a (seeds, groups) array. Raises UserError unless it is one of finite numbers."""
+    """Return `values` as a (seeds, groups) array. Raises UserError unless it is one of finite
+    numbers.
+    """
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 2 or not values.size:
-        raise UserError(f"seeds and groups: found an array of shape {values.shape}, expected (seeds, groups)")
+        raise UserError(
+            f"seeds and groups: found an array of shape {values.shape}, expected (seeds, groups)"
+        )
     if not np.all(np.isfinite(values)):
         s, g = np.argwhere(~np.isfinite(values))[0]
-        raise UserError(f"seeds and groups: {values[s, g]} at seed {s}, group {g}; expected finite numbers only")
+        raise UserError(
+            f"seeds and groups: {values[s, g]} at seed {s}, group {g}; expected finite numbers only"
+        )
     return values
 
 
 def mean_squares(values: np.ndarray) -> Variances:
-    """Return the mean squares of `values` (seeds, groups) over S x G; seeds and error 0 where the seeds are fixed."""
+    """Return the mean squares of `values` (seeds, groups) over S x G; seeds and error 0 where the
+    seeds are fixed.
+    """
     seeds, groups = values.shape
     if groups == 1:
         return Variances(math.nan, math.nan, math.nan)
@@ -205,13 +236,15 @@ def half_width(v: Variances, seeds: int, blocks: int, alpha: float) -> float:
     With t_n Student's two-sided quantile at alpha for n degrees of freedom:
 
         half^2 = ( t_(S-1)^2 MS_seeds + t_(G-1)^2 max(MS_groups - MS_error, 0) ) / (S G),
-                 at least t_(G-1)^2 max(MS_groups, MS_error) / (S G), what it is with the seeds fixed
+                 at least t_(G-1)^2 max(MS_groups, MS_error) / (S G), what it is with the seeds
+                 fixed
 
-    MS_seeds / (S G) estimates a/S + e/(SG), the rest b/G; together they are the variance of the mean. Banerjee (1961,
-    Sankhya A 23): with mean M and independent variances v_i, estimated by s_i^2 with n_i degrees of freedom,
-    P(M^2 <= sum t_i^2 s_i^2) >= 1 - alpha whatever the v_i are, since the distribution of chi^2_1 is concave
-    (Jensen). So it holds at every alpha, far out in the tail too, where Satterthwaite's single t is several times too
-    short with a handful of seeds (benchmarks/coverage.py).
+    MS_seeds / (S G) estimates a/S + e/(SG), the rest b/G; together they are the variance of the
+    mean. Banerjee (1961, Sankhya A 23): with mean M and independent variances v_i, estimated by
+    s_i^2 with n_i degrees of freedom, P(M^2 <= sum t_i^2 s_i^2) >= 1 - alpha whatever the v_i are,
+    since the distribution of chi^2_1 is concave (Jensen). So it holds at every alpha, far out in
+    the tail too, where Satterthwaite's single t is several times too short with a handful of seeds
+    (benchmarks/coverage.py).
     """
     from scipy.special import stdtrit
 
@@ -221,7 +254,9 @@ def half_width(v: Variances, seeds: int, blocks: int, alpha: float) -> float:
     if seeds < MIN_SEEDS:
         return np.sqrt(fixed)
     of_seeds = float(stdtrit(seeds - 1, alpha / 2)) ** 2
-    return np.sqrt(np.maximum(fixed, of_seeds * v.seeds + of_groups * np.maximum(v.groups - v.error, 0.0)))
+    return np.sqrt(
+        np.maximum(fixed, of_seeds * v.seeds + of_groups * np.maximum(v.groups - v.error, 0.0))
+    )
 
 
 def p_value(distance: float, v: Variances, seeds: int, blocks: int) -> float:
@@ -241,12 +276,19 @@ def p_value(distance: float, v: Variances, seeds: int, blocks: int) -> float:
 
 
 def interval(
-    estimate: float, v: Variances, seeds: int, groups: int, *, null: float, level: float, blocks: int | None = None
+    estimate: float,
+    v: Variances,
+    seeds: int,
+    groups: int,
+    *,
+    null: float,
+    level: float,
+    blocks: int | None = None,
 ) -> Estimate:
     """Return an estimate with the interval of `half_width`.
 
-    Where the data cannot say how far they are off (one group, nan) the interval is nan; where nothing varies it is the
-    number itself, and p is nan unless that is the null.
+    Where the data cannot say how far they are off (one group, nan) the interval is nan; where
+    nothing varies it is the number itself, and p is nan unless that is the null.
     """
     variance = total(v)
     if not math.isfinite(variance) or not math.isfinite(estimate) or groups < 2:
@@ -257,27 +299,34 @@ def interval(
     # nothing varies: what is left of the standard error is rounding
     if se <= ROUNDING * abs(estimate):
         same = math.isclose(estimate, null, rel_tol=ROUNDING, abs_tol=ROUNDING)
-        return Estimate(estimate, estimate, estimate, 0.0, 1.0 if same else math.nan, seeds, groups, *parts)
+        return Estimate(
+            estimate, estimate, estimate, 0.0, 1.0 if same else math.nan, seeds, groups, *parts
+        )
     half = float(half_width(v, seeds, blocks or groups, 1 - level))
     p = p_value(abs(estimate - null), v, seeds, blocks or groups)
     return Estimate(estimate, estimate - half, estimate + half, se, p, seeds, groups, *parts)
 
 
 def block_weights(groups: int, blocks: int = BLOCKS) -> np.ndarray:
-    """Return (1 + B, groups) weights of the groups: all, then all but one block, each of about groups / B groups.
+    """Return (1 + B, groups) weights of the groups: all, then all but one block, each of about
+    groups / B groups.
 
-    Which groups make a block is drawn, the same at every call: in the order of their names, where a name may tell the
-    kind, each block would have as many of every kind, and blocks would differ less than draws do.
+    Which groups make a block is drawn, the same at every call: in the order of their names, where a
+    name may tell the kind, each block would have as many of every kind, and blocks would differ
+    less than draws do.
     """
     block = np.random.default_rng(0).permutation(groups) % min(blocks, groups)
-    return np.concatenate([np.ones((1, groups)), block[None, :] != np.arange(block.max() + 1)[:, None]])
+    return np.concatenate(
+        [np.ones((1, groups)), block[None, :] != np.arange(block.max() + 1)[:, None]]
+    )
 
 
 def _block_variance(full: float, without: np.ndarray, weights: np.ndarray) -> float:
-    """Return the delete-one-block jackknife's variance for blocks of unequal size (Busing, Meijer and van der Leeden
-    1999).
+    """Return the delete-one-block jackknife's variance for blocks of unequal size (Busing, Meijer
+    and van der Leeden 1999).
 
-    With n groups and h = n / (size of the block), the pseudo-value of a block is h full - (h - 1) without.
+    With n groups and h = n / (size of the block), the pseudo-value of a block is h full - (h - 1)
+    without.
     """
     if len(without) < 2:
         return math.nan
@@ -287,7 +336,9 @@ def _block_variance(full: float, without: np.ndarray, weights: np.ndarray) -> fl
 
 
 def _error_variance(without: np.ndarray, weights: np.ndarray) -> float:
-    """Return MS_error / (S G) from what the statistic of a seed without a block has beyond seed and block, (S, B)."""
+    """Return MS_error / (S G) from what the statistic of a seed without a block has beyond seed and
+    block, (S, B).
+    """
     seeds, blocks = without.shape
     if blocks < 2:
         return math.nan
@@ -303,4 +354,6 @@ def _inverse_shares(weights: np.ndarray) -> np.ndarray:
 
 def _centred(table: np.ndarray) -> np.ndarray:
     """Return the table without its row and column means."""
-    return table - table.mean(axis=1, keepdims=True) - table.mean(axis=0, keepdims=True) + table.mean()
+    return (
+        table - table.mean(axis=1, keepdims=True) - table.mean(axis=0, keepdims=True) + table.mean()
+    )

@@ -1,4 +1,6 @@
-"""What the figures of a report share: colours and markers of methods, light and dark, bars, the √KL axis."""
+"""What the figures of a report share: colours and markers of methods, light and dark, bars, the √KL
+axis.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,38 @@ import numpy as np
 from rlhf.compare.format import Number, Report, initial_name, method_name, score_name
 from rlhf.files import write_atomic
 
-# Text and lines that are no data. The SVG turns this colour into a variable, which is light on a dark page.
+# Text and lines that are no data. The SVG turns this colour into a variable, which is light on a
+# dark page.
 INK = "#1d2322"
 THEME = "<style>:root{--ink:#1d2322}@media(prefers-color-scheme:dark){:root{--ink:#e8ecea}}</style>"
 NEUTRAL = "#868d8b"
-NATS = (0, 0.05, 0.25, 0.5, 1, 2, 3, 4, 6, 9, 12, 16, 20, 25, 36, 49, 64, 81, 100, 144, 196, 256, 400, 625, 900)
+NATS = (
+    0,
+    0.05,
+    0.25,
+    0.5,
+    1,
+    2,
+    3,
+    4,
+    6,
+    9,
+    12,
+    16,
+    20,
+    25,
+    36,
+    49,
+    64,
+    81,
+    100,
+    144,
+    196,
+    256,
+    400,
+    625,
+    900,
+)
 SETTINGS = {
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -35,7 +64,9 @@ SETTINGS = {
     "svg.hashsalt": "report",
     # Names come from a file: a dollar sign is a dollar sign
     "text.parse_math": False,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+    ),
 }
 
 
@@ -48,7 +79,8 @@ class Style:
     linestyle: Any
 
 
-# Colours that the colour-blind can tell apart (Okabe and Ito 2008, without black, which a dark page hides)
+# Colours that the colour-blind can tell apart (Okabe and Ito 2008, without black, which a dark page
+# hides)
 STYLES = (
     Style("#0072B2", "s", "-"),
     Style("#D55E00", "^", (0, (5, 1.5))),
@@ -63,7 +95,8 @@ STYLES = (
 def save_svg(figure, path: Path) -> None:
     """Write an SVG that follows the colour scheme of the page it stands in."""
     figure.savefig(path, transparent=True, metadata={"Date": None})
-    # matplotlib writes colours into every element, so the ink becomes a variable that the theme sets
+    # matplotlib writes colours into every element, so the ink becomes a variable that the theme
+    # sets
     head, mark, body = path.read_text(encoding="utf-8").partition("<defs>")
     write_atomic(path, head + THEME + mark + body.replace(INK, "var(--ink)"))
 
@@ -90,7 +123,8 @@ def tint(colour: str, alpha: float) -> tuple[float, ...]:
 
 
 def paths_of(report: Report, method: str) -> list[tuple[float | None, list[dict]]]:
-    """Return (swept value, its checkpoints by step), the one that stays nearest to the initial policy first.
+    """Return (swept value, its checkpoints by step), the one that stays nearest to the initial
+    policy first.
 
     A baseline trains nothing and has no checkpoints: its swept values are one path.
     """
@@ -131,8 +165,12 @@ def root(kl: float) -> float:
     return math.nan if math.isnan(kl) else math.sqrt(max(kl, 0.0))
 
 
-def spans(estimates: Sequence[Number | None], scale: Callable[[float], float] = float) -> tuple[np.ndarray, np.ndarray]:
-    """Return (n,) scaled estimates and the (2, n) lengths of their bars, as matplotlib's errorbar takes them."""
+def spans(
+    estimates: Sequence[Number | None], scale: Callable[[float], float] = float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (n,) scaled estimates and the (2, n) lengths of their bars, as matplotlib's errorbar
+    takes them.
+    """
     low, middle, high = (
         np.array([scale(value_of(estimate, part)) for estimate in estimates], dtype=float)
         for part in ("low", "estimate", "high")
@@ -142,7 +180,9 @@ def spans(estimates: Sequence[Number | None], scale: Callable[[float], float] = 
 
 
 def series(points: Sequence[dict], measure: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return (n,) values of a measure and their bars: "step", "kl" (its root), "length", "ended", or a score."""
+    """Return (n,) values of a measure and their bars: "step", "kl" (its root), "length", "ended",
+    or a score.
+    """
     if measure == "step":
         return np.array([point["step"] for point in points]), None
     if measure in ("kl", "length", "ended"):
@@ -151,11 +191,21 @@ def series(points: Sequence[dict], measure: str) -> tuple[np.ndarray, np.ndarray
 
 
 def draw_paths(
-    axes, report: Report, method: str, x: str, y: str, *, from_zero: bool = False, color: str = "", linestyle: Any = "-"
+    axes,
+    report: Report,
+    method: str,
+    x: str,
+    y: str,
+    *,
+    from_zero: bool = False,
+    color: str = "",
+    linestyle: Any = "-",
 ) -> None:
-    """Draw measure y against measure x, a line a swept value in its tone, the ends of training large.
+    """Draw measure y against measure x, a line a swept value in its tone, the ends of training
+    large.
 
-    from_zero: start each line at the initial policy and leave out the bars. color: instead of the tones.
+    from_zero: start each line at the initial policy and leave out the bars. color: instead of the
+    tones.
     """
     style, paths = style_of(report, method), paths_of(report, method)
     for i, (swept, points) in enumerate(paths):

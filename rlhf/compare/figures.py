@@ -1,8 +1,9 @@
-"""Draw the figures of a report with matplotlib; each is left out where the report lacks what it shows.
+"""Draw the figures of a report with matplotlib; each is left out where the report lacks what it
+shows.
 
-Every function takes report.json's dict (rlhf/compare/summary.py) and returns a Figure, or None. A method has one
-colour, marker and line in all figures; its swept values are tones of that colour, the one furthest from the initial
-policy darkest.
+Every function takes report.json's dict (rlhf/compare/summary.py) and returns a Figure, or None. A
+method has one colour, marker and line in all figures; its swept values are tones of that colour,
+the one furthest from the initial policy darkest.
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ from rlhf.compare.figure_style import (
     trained_methods,
     value_of,
 )
-from rlhf.compare.format import Report, amount, initial_name, main_score, method_name, policy_name, score_name
+from rlhf.compare.format import (
+    Report,
+    amount,
+    initial_name,
+    main_score,
+    method_name,
+    policy_name,
+    score_name,
+)
 from rlhf.text import clip
 
 DPI = 160
@@ -47,7 +56,9 @@ COSTS = {
 
 
 def draw(report: Report, folder: str | Path) -> dict[str, Path]:
-    """Write each figure that the report has numbers for to `folder` as PNG and SVG; returns name -> path of the PNG."""
+    """Write each figure that the report has numbers for to `folder` as PNG and SVG; returns name ->
+    path of the PNG.
+    """
     import matplotlib
 
     folder = Path(folder)
@@ -64,7 +75,9 @@ def draw(report: Report, folder: str | Path) -> dict[str, Path]:
 
 
 def frontier(report: Report):
-    """Draw the main score against √KL, a point a checkpoint; below it the difference of two methods at equal KL."""
+    """Draw the main score against √KL, a point a checkpoint; below it the difference of two methods
+    at equal KL.
+    """
     score = main_score(report)
     if score is None or not any(difference(point, score) for point in report["points"]):
         return None
@@ -100,16 +113,23 @@ def frontier(report: Report):
 
 
 def _draw_seeds(axes, report: Report, method: str, score: str) -> None:
-    """Draw the single seeds faintly; not those of a proxy, since each seed has a proxy of its own scale."""
+    """Draw the single seeds faintly; not those of a proxy, since each seed has a proxy of its own
+    scale.
+    """
     if report["score_kinds"][score] == "proxy":
         return
     color = style_of(report, method).color
     initial = value_of(report["foundation"]["scores"].get(score, {}).get("mean"))
     for _, points in paths_of(report, method):
         for point in points:
-            seeds = [(root(seed["kl"]), seed["scores"].get(score, math.nan) - initial) for seed in point["per_seed"]]
+            seeds = [
+                (root(seed["kl"]), seed["scores"].get(score, math.nan) - initial)
+                for seed in point["per_seed"]
+            ]
             if len(seeds) > 1:
-                axes.plot(*zip(*seeds, strict=True), ".", color=color, ms=3, alpha=0.35, zorder=2, mew=0)
+                axes.plot(
+                    *zip(*seeds, strict=True), ".", color=color, ms=3, alpha=0.35, zorder=2, mew=0
+                )
 
 
 def _draw_curves(axes, report: Report) -> None:
@@ -155,7 +175,9 @@ def _draw_equal_kl(axes, report: Report, pair: dict) -> None:
 
 
 def scores(report: Report):
-    """Draw how far runs lie from the first one by each score, in its standard deviations over groups."""
+    """Draw how far runs lie from the first one by each score, in its standard deviations over
+    groups.
+    """
     if report["kind"] != "runs":
         return None
     deviations = {score: _deviation(report, score) for score in report["score_kinds"]}
@@ -183,13 +205,17 @@ def scores(report: Report):
     panel.axvline(0, color=NEUTRAL, lw=1.2, zorder=1)
     panel.set_yticks(range(len(names)), [score_name(report, score) for score in names])
     panel.set_ylim(len(names) - 0.4, -0.6)
-    panel.set_xlabel(f"difference to {initial_name(report)}, in its standard deviations over groups")
+    panel.set_xlabel(
+        f"difference to {initial_name(report)}, in its standard deviations over groups"
+    )
     figure.legend(loc="outside upper left", ncols=3)
     return figure
 
 
 def _deviation(report: Report, score: str) -> float:
-    """Return the standard deviation of the initial policy's score over groups; 0 where it is not known."""
+    """Return the standard deviation of the initial policy's score over groups; 0 where it is not
+    known.
+    """
     mean = report["foundation"]["scores"].get(score, {}).get("mean")
     if mean is None or mean["se"] is None:
         return 0.0
@@ -197,7 +223,9 @@ def _deviation(report: Report, score: str) -> float:
 
 
 def proxy_and_judge(report: Report):
-    """Draw a column a method: proxy against √KL, judge against √KL, judge against proxy; baselines dotted."""
+    """Draw a column a method: proxy against √KL, judge against √KL, judge against proxy; baselines
+    dotted.
+    """
     judge = report["judge"]
     proxy = next((score for score, kind in report["score_kinds"].items() if kind == "proxy"), None)
     scored = {point["method"] for point in report["points"] if difference(point, proxy)}
@@ -210,17 +238,25 @@ def proxy_and_judge(report: Report):
 def training(report: Report):
     """Draw a row a score, a column a method: the score over the initial policy's by training step."""
     methods = trained_methods(report)
-    known = {score for point in report["points"] for score in point["scores"] if difference(point, score)}
+    known = {
+        score for point in report["points"] for score in point["scores"] if difference(point, score)
+    }
     # The judge first, then what methods learnt from
     names = [score for score in report["score_kinds"] if score in known]
-    names.sort(key=lambda score: (score != report["judge"], report["score_kinds"][score] != "proxy"))
-    longest = max((len(points) for method in methods for _, points in paths_of(report, method)), default=0)
+    names.sort(
+        key=lambda score: (score != report["judge"], report["score_kinds"][score] != "proxy")
+    )
+    longest = max(
+        (len(points) for method in methods for _, points in paths_of(report, method)), default=0
+    )
     if not names or longest < 2:
         return None
     return _grid(report, methods, [("step", score) for score in names[:SCORES]])
 
 
-def _grid(report: Report, methods: list[str], views: list[tuple[str, str]], *, from_zero: bool = False):
+def _grid(
+    report: Report, methods: list[str], views: list[tuple[str, str]], *, from_zero: bool = False
+):
     """Draw a row a view (measures of x and y) and a column a method, with a line a swept value."""
     size = (0.9 + 3.2 * len(methods), 0.6 + 2.1 * len(views))
     figure, axes = new_figure(*size, len(views), len(methods), sharey="row")
@@ -229,13 +265,17 @@ def _grid(report: Report, methods: list[str], views: list[tuple[str, str]], *, f
         for panel, method in zip(row, methods, strict=True):
             draw_paths(panel, report, method, x, y, from_zero=from_zero)
             for baseline in baselines if from_zero else ():
-                draw_paths(panel, report, baseline, x, y, from_zero=True, linestyle=":", color=NEUTRAL)
+                draw_paths(
+                    panel, report, baseline, x, y, from_zero=True, linestyle=":", color=NEUTRAL
+                )
             panel.axhline(0, color=NEUTRAL, lw=1, zorder=1)
             label_x(panel, report, x)
         row[0].set_ylabel(axis_label(report, y), fontsize=8.5)
     for panel, method in zip(axes[0], methods, strict=True):
         panel.set_title(method_name(method))
-        panel.legend(title=report["methods"][method]["swept"], fontsize=8, title_fontsize=8, ncols=2)
+        panel.legend(
+            title=report["methods"][method]["swept"], fontsize=8, title_fontsize=8, ncols=2
+        )
     return figure
 
 
@@ -262,14 +302,19 @@ def wins(report: Report):
 def _draw_shares(axes, matrix: list, labels: list[str]) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
-    # Orange: the row loses, white: a draw, blue: it wins; the lightness keeps its order for the colour-blind
-    colours = LinearSegmentedColormap.from_list("wins", ["#B34700", "#E9A877", "#FFFFFF", "#86B8DB", "#00568A"])
+    # Orange: the row loses, white: a draw, blue: it wins; the lightness keeps its order for the
+    # colour-blind
+    colours = LinearSegmentedColormap.from_list(
+        "wins", ["#B34700", "#E9A877", "#FFFFFF", "#86B8DB", "#00568A"]
+    )
     shares = np.array([[100 * value_of(estimate) for estimate in row] for row in matrix])
     axes.imshow(shares, cmap=colours, vmin=0, vmax=100)
     for (row, column), share in np.ndenumerate(shares):
         if not math.isnan(share):
             colour = "#ffffff" if abs(share - 50) > 36 else "#111111"
-            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=8.5, color=colour)
+            axes.text(
+                column, row, f"{share:.0f}", ha="center", va="center", fontsize=8.5, color=colour
+            )
     axes.set_xticks(range(len(labels)), labels, rotation=40, ha="left", rotation_mode="anchor")
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(length=0, labelsize=8.5, labeltop=True, labelbottom=False)
@@ -278,7 +323,9 @@ def _draw_shares(axes, matrix: list, labels: list[str]) -> None:
 
 
 def lengths(report: Report):
-    """Draw the length of the responses and the share that ends by itself against √KL, a point a checkpoint."""
+    """Draw the length of the responses and the share that ends by itself against √KL, a point a
+    checkpoint.
+    """
     panels = [("length", "tokens in a response"), ("ended", "share of responses that end")]
     panels = [panel for panel in panels if any(point[panel[0]] for point in report["points"])]
     if not panels:
@@ -299,7 +346,9 @@ def lengths(report: Report):
 
 
 def cost(report: Report):
-    """Draw what each method cost, mean over its swept values: its own runs, the reward model, the pairs."""
+    """Draw what each method cost, mean over its swept values: its own runs, the reward model, the
+    pairs.
+    """
     rows: dict[str, list[dict]] = {}
     for row in report["budget"]["rows"]:
         rows.setdefault(row["method"], []).append(row)
@@ -311,7 +360,9 @@ def cost(report: Report):
     # Two panels a line; the last one may be empty
     columns = min(2, len(counters))
     lines = math.ceil(len(counters) / columns)
-    figure, axes = new_figure(4.9 * columns, 0.5 + lines * (0.8 + 0.42 * len(rows)), lines, columns, sharey=True)
+    figure, axes = new_figure(
+        4.9 * columns, 0.5 + lines * (0.8 + 0.42 * len(rows)), lines, columns, sharey=True
+    )
     for panel in axes.flat[len(counters) :]:
         panel.set_visible(False)
     for panel, counter in zip(axes.flat, counters, strict=False):
@@ -322,7 +373,9 @@ def cost(report: Report):
 
 
 def _draw_cost(axes, report: Report, rows: Mapping[str, list[dict]], counter: str) -> None:
-    """Draw one counter: a stacked bar a method, in its colour; the parts differ in opacity and hatching."""
+    """Draw one counter: a stacked bar a method, in its colour; the parts differ in opacity and
+    hatching.
+    """
     colours = [style_of(report, method).color for method in rows]
     left = np.zeros(len(rows))
     for part, (label, hatch, alpha) in COSTS.items():
@@ -359,7 +412,9 @@ def _draw_cost(axes, report: Report, rows: Mapping[str, list[dict]], counter: st
 
 
 def _legend(figure, report: Report, ncols: int) -> None:
-    """Name the methods with the range of their swept values, and the initial policy, above the figure."""
+    """Name the methods with the range of their swept values, and the initial policy, above the
+    figure.
+    """
     from matplotlib.lines import Line2D
 
     handles = []

@@ -1,4 +1,6 @@
-"""Format the numbers and names of a report: intervals, win rates, counts, methods with their swept values."""
+"""Format the numbers and names of a report: intervals, win rates, counts, methods with their swept
+values.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def score_name(report: Report, score: str) -> str:
 
 
 def main_score(report: Report) -> str | None:
-    """Return the score that decides; without one a proxy, else the first score, None if there is no score."""
+    """Return the score that decides; without one a proxy, else the first score, None if there is no
+    score.
+    """
     kinds = report["score_kinds"]
     proxies = [score for score, kind in kinds.items() if kind == "proxy"]
     return report["judge"] or next(iter([*proxies, *kinds]), None)
@@ -55,7 +59,9 @@ def number(value: float | None) -> str:
 
 
 def digits(value: float, estimate: Number) -> str:
-    """Return `value` with the decimals that the width of the interval calls for; a bound near 0 is not shown as 0."""
+    """Return `value` with the decimals that the width of the interval calls for; a bound near 0 is
+    not shown as 0.
+    """
     low, high = estimate["low"], estimate["high"]
     half = abs(value) / 4 if low is None else (high - low) / 2
     places = 1 if half >= 2 else 2 if half >= 0.02 else 3 if half >= 0.002 else 4
@@ -144,4 +150,6 @@ def basis(estimate: Number, report: Report) -> str:
     unit = report["unit"]
     word = "prompt" if unit["groups"] == unit["prompts"] else "prompt group"
     groups = counted(estimate["groups"], word)
-    return groups if report["kind"] == "runs" else f"{counted(estimate['seeds'], 'seed')} x {groups}"
+    return (
+        groups if report["kind"] == "runs" else f"{counted(estimate['seeds'], 'seed')} x {groups}"
+    )

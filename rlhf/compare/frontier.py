@@ -1,13 +1,15 @@
-"""Two methods at equal KL: a curve through the points of each run, read where the points of both methods lie.
+"""Two methods at equal KL: a curve through the points of each run, read where the points of both
+methods lie.
 
-A run's points are its checkpoints at all swept values. They are not independent (they share the run, and all share the
-prompts), and their KL is as noisy as their scores. So a curve is fitted for each seed, the seeds are the unit beside
-the groups, and fit and KL are done again in each resample of groups.
+A run's points are its checkpoints at all swept values. They are not independent (they share the
+run, and all share the prompts), and their KL is as noisy as their scores. So a curve is fitted for
+each seed, the seeds are the unit beside the groups, and fit and KL are done again in each resample
+of groups.
 
-With d = sqrt(KL) and the score over the initial policy's, a curve is d (a + b log d + c d): 0 at the initial policy,
-and both forms of Gao, Schulman and Hilton (2210.10760, eq. 1) in one, d (alpha - beta d) of best-of-n and d (alpha -
-beta log d) of RL. Either alone is far off under the other (benchmarks/coverage.py). The sensitivity is a line from
-point to point.
+With d = sqrt(KL) and the score over the initial policy's, a curve is d (a + b log d + c d): 0 at
+the initial policy, and both forms of Gao, Schulman and Hilton (2210.10760, eq. 1) in one, d (alpha
+- beta d) of best-of-n and d (alpha - beta log d) of RL. Either alone is far off under the other
+(benchmarks/coverage.py). The sensitivity is a line from point to point.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ ROWS = 5
 LADDER = (1, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)
 # relative: a range's own end lies inside
 EDGE = 1e-9
-# times sqrt of the overlap's largest KL: points further out say nothing about it, and would bend the curve
+# times sqrt of the overlap's largest KL: points further out say nothing about it, and would bend
+# the curve
 REACH = 1.4
 
 
@@ -37,22 +40,31 @@ REACH = 1.4
 class Track:
     """One method: all its points (swept values x checkpoints) of each seed, on the same groups.
 
-    kl: for each seed (points, groups), group means of the sequence KL in nats. score: the same of the score MINUS the
-    initial policy's group means. The number of points may differ between seeds, the groups may not (UserError).
+    kl: for each seed (points, groups), group means of the sequence KL in nats. score: the same of
+    the score MINUS the initial policy's group means. The number of points may differ between seeds,
+    the groups may not (UserError).
     """
 
     kl: list[np.ndarray]
     score: list[np.ndarray]
 
     def __post_init__(self) -> None:
-        of_kl, of_score = ([np.shape(array) for array in arrays] for arrays in (self.kl, self.score))
+        of_kl, of_score = (
+            [np.shape(array) for array in arrays] for arrays in (self.kl, self.score)
+        )
         if not of_kl or of_kl != of_score:
             found = f"KL {of_kl} and score {of_score}"
-            raise UserError(f"a frontier: arrays of shapes {found}, expected the same (points, groups) for both")
+            raise UserError(
+                f"a frontier: arrays of shapes {found}, expected the same (points, groups) for both"
+            )
         if any(len(shape) != 2 or not shape[0] or shape[1] != of_kl[0][1] for shape in of_kl):
-            raise UserError(f"a frontier: arrays of shapes {of_kl}, expected (points, groups) with the same groups")
+            raise UserError(
+                f"a frontier: arrays of shapes {of_kl}, expected (points, groups) with the same groups"
+            )
         if not all(np.all(np.isfinite(array)) for array in (*self.kl, *self.score)):
-            raise UserError("a frontier: a KL or score is not a finite number; leave that policy out")
+            raise UserError(
+                "a frontier: a KL or score is not a finite number; leave that policy out"
+            )
 
     @property
     def groups(self) -> int:
@@ -64,11 +76,14 @@ class Track:
 class EqualKL:
     """Difference of two methods at the same KL.
 
-    overlap: the KLs that points of every seed of both methods enclose, None if there are none (and then no rows).
-    rows: [{"kl", "difference": Estimate of a - b}]. sensitivity: the same rows with lines in place of the form.
-    residual: for a and b, how far the points lie from their seed's curve (root mean square, in units of the score).
-    disagreement: the largest distance between a difference and its sensitivity. Where a seed has fewer than ENOUGH
-    points near by, the rows are those of the lines, and form says so.
+    overlap: the KLs that points of every seed of both methods enclose, None if there are none (and
+    then no rows).
+    rows: [{"kl", "difference": Estimate of a - b}]. sensitivity: the same rows with lines in place
+    of the form.
+    residual: for a and b, how far the points lie from their seed's curve (root mean square, in
+    units of the score).
+    disagreement: the largest distance between a difference and its sensitivity. Where a seed has
+    fewer than ENOUGH points near by, the rows are those of the lines, and form says so.
     """
 
     overlap: tuple[float, float] | None
@@ -80,12 +95,15 @@ class EqualKL:
 
 
 def kl_range(track: Track) -> tuple[float, float]:
-    """Return the KLs that every seed's points enclose: the largest smallest and the smallest largest one.
+    """Return the KLs that every seed's points enclose: the largest smallest and the smallest
+    largest one.
 
     The first is above the second where the seeds have no KL in common.
     """
     means = [np.maximum(kl.mean(axis=1), 0.0) for kl in track.kl]
-    return float(np.max([mean.min() for mean in means])), float(np.min([mean.max() for mean in means]))
+    return float(np.max([mean.min() for mean in means])), float(
+        np.min([mean.max() for mean in means])
+    )
 
 
 def curve(track: Track, kls, *, level: float = 0.95) -> list[Estimate]:
@@ -102,13 +120,17 @@ def curve(track: Track, kls, *, level: float = 0.95) -> list[Estimate]:
         )
     weights = block_weights(track.groups)
     fits = _all_seeds(track, kls, weights, _fitted)
-    return [mean_over_seeds(at_one_kl, weights, level=level) for at_one_kl in np.moveaxis(fits, 2, 0)]
+    return [
+        mean_over_seeds(at_one_kl, weights, level=level) for at_one_kl in np.moveaxis(fits, 2, 0)
+    ]
 
 
 def equal_kl(a: Track, b: Track, kls=None, *, level: float = 0.95) -> EqualKL:
-    """Return the difference a - b at each of `kls` that lies in the overlap (default: up to five round ones).
+    """Return the difference a - b at each of `kls` that lies in the overlap (default: up to five
+    round ones).
 
-    Seed i of a meets seed i of b: they share annotators and prompts. UserError if seeds or groups do not match.
+    Seed i of a meets seed i of b: they share annotators and prompts. UserError if seeds or groups
+    do not match.
     """
     if len(a.kl) != len(b.kl) or a.groups != b.groups:
         raise UserError(
@@ -127,16 +149,20 @@ def equal_kl(a: Track, b: Track, kls=None, *, level: float = 0.95) -> EqualKL:
         # nothing to fit: the differences are read between the points
         return EqualKL(overlap, lines, LINES, lines, {"a": 0.0, "b": 0.0}, 0.0)
     rows = _rows(a, b, kls, _fitted, level)
-    apart = [abs(x["difference"].estimate - y["difference"].estimate) for x, y in zip(rows, lines, strict=True)]
+    apart = [
+        abs(x["difference"].estimate - y["difference"].estimate)
+        for x, y in zip(rows, lines, strict=True)
+    ]
     residual = {"a": _residual(a), "b": _residual(b)}
     return EqualKL(overlap, rows, FORM, lines, residual, max(apart, default=float("nan")))
 
 
 def near(track: Track, high: float) -> Track:
-    """Return the points up to REACH sqrt(high), and of each seed the first one beyond `high`, which encloses it.
+    """Return the points up to REACH sqrt(high), and of each seed the first one beyond `high`, which
+    encloses it.
 
-    Chosen once, by the KL over all groups: a curve of three terms through points that reach 100 nats has no room left
-    for what happens at 1.
+    Chosen once, by the KL over all groups: a curve of three terms through points that reach 100
+    nats has no room left for what happens at 1.
     """
     kls, scores = [], []
     for kl, score in zip(track.kl, track.score, strict=True):
@@ -149,7 +175,9 @@ def near(track: Track, high: float) -> Track:
 
 
 def round_kls(low: float, high: float, count: int = ROWS) -> list[float]:
-    """Return up to `count` round numbers from low (or high / 50) to high, about evenly spaced in sqrt(KL)."""
+    """Return up to `count` round numbers from low (or high / 50) to high, about evenly spaced in
+    sqrt(KL).
+    """
     low = max(low, high / 50)
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     numbers = [round(step * 10.0**decade, 12) for decade in decades for step in LADDER]
@@ -180,7 +208,9 @@ def _rows(a: Track, b: Track, kls: list[float], fit, level: float) -> list[dict]
 
 
 def _all_seeds(track: Track, kls: np.ndarray, weights: np.ndarray, fit) -> np.ndarray:
-    """Return (resamples, seeds, KLs): every seed's curve at `kls`, fitted again for each row of `weights`."""
+    """Return (resamples, seeds, KLs): every seed's curve at `kls`, fitted again for each row of
+    `weights`.
+    """
     share = (weights / weights.sum(axis=1, keepdims=True)).T
     curves = []
     for kl, score in zip(track.kl, track.score, strict=True):
@@ -189,9 +219,11 @@ def _all_seeds(track: Track, kls: np.ndarray, weights: np.ndarray, fit) -> np.nd
 
 
 def _fitted(d: np.ndarray, score: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Fit `score` to the terms of d by least squares, both (resamples, points), and read it at `at` (KLs,).
+    """Fit `score` to the terms of d by least squares, both (resamples, points), and read it at `at`
+    (KLs,).
 
-    A seed of n points gets at most n - 1 of the three terms, so that two points do not make a curve.
+    A seed of n points gets at most n - 1 of the three terms, so that two points do not make a
+    curve.
     """
     scale = max(float(d[0].max()), 1e-12)
     count = min(3, max(1, d.shape[1] - 1))
@@ -200,7 +232,9 @@ def _fitted(d: np.ndarray, score: np.ndarray, at: np.ndarray) -> np.ndarray:
 
 
 def _lines(d: np.ndarray, score: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Draw straight lines from the initial policy through the points in the order of d, and read them at `at`."""
+    """Draw straight lines from the initial policy through the points in the order of d, and read
+    them at `at`.
+    """
     order = np.argsort(d, axis=1)
     # the initial policy is at (0, 0)
     d, score = (np.pad(np.take_along_axis(x, order, axis=1), ((0, 0), (1, 0))) for x in (d, score))

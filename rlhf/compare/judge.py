@@ -1,12 +1,15 @@
-"""Judges of pairs: a function or a service that says which of two answers to a prompt is the better one.
+"""Judges of pairs: a function or a service that says which of two answers to a prompt is the better
+one.
 
     {function: my_package.judges:prefer}      prefer(prompts, first, second) -> probabilities
     {http: https://judge.example.com/pairs, timeout: 60, retries: 5, batch_size: 16, token_env: JUDGE_TOKEN}
 
-Three lists of equal length go in (a prompt is a list of messages); a probability that `first` is better comes back for
-each. A service gets POST {"prompts": [...], "first": [...], "second": [...]} and answers {"probabilities": [...]}.
+Three lists of equal length go in (a prompt is a list of messages); a probability that `first` is
+better comes back for each. A service gets POST {"prompts": [...], "first": [...], "second": [...]}
+and answers {"probabilities": [...]}.
 
-Judges favour a position (Zheng et al. 2023, arXiv 2306.05685, section 3.3), so each pair is asked about in both orders.
+Judges favour a position (Zheng et al. 2023, arXiv 2306.05685, section 3.3), so each pair is asked
+about in both orders.
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ class ServiceSpec(Spec):
 
 @dataclass(frozen=True)
 class Judge:
-    """`ask(prompts, first, second)` gives what the judge answered; `name` tells its answers from another's."""
+    """`ask(prompts, first, second)` gives what the judge answered; `name` tells its answers from
+    another's.
+    """
 
     name: str
     ask: Callable[[list, list[str], list[str]], Any]
@@ -76,9 +81,12 @@ class Judge:
 class Verdicts:
     """What a judge said about two policies' answers, asked in both orders.
 
-    wins: (prompts, pairs) share that A's answer wins. pairs: (sample of A, sample of B), the same at each prompt.
-    consistency: share of the pairs with the same winner, or a tie, in both orders; nan where none was asked.
-    prefers_first: mean probability given to the answer shown first; 0.5 without a favourite position.
+    wins: (prompts, pairs) share that A's answer wins. pairs: (sample of A, sample of B), the same
+    at each prompt.
+    consistency: share of the pairs with the same winner, or a tie, in both orders; nan where none
+    was asked.
+    prefers_first: mean probability given to the answer shown first; 0.5 without a favourite
+    position.
     asked: pairs whose two answers differ.
     """
 
@@ -90,17 +98,20 @@ class Verdicts:
 
 
 def judge_wins(judge: Judge, results: Results, a: Point, b: Point, cache: str | Path) -> Verdicts:
-    """Ask about each sample of `a` against one of `b` that does not share its sampling noise, at every prompt.
+    """Ask about each sample of `a` against one of `b` that does not share its sampling noise, at
+    every prompt.
 
         p1 = P(first better) with A's answer first,    p2 = P(first better) with B's answer first
         share of A = (p1 + 1 - p2) / 2,    or 1/2 where both orders prefer the same position
 
-    Equal answers are a tie and not asked about. `cache`: a JSONL file with every answer, so that nothing is asked
-    twice; delete it when the judge behind a name has changed.
+    Equal answers are a tie and not asked about. `cache`: a JSONL file with every answer, so that
+    nothing is asked twice; delete it when the judge behind a name has changed.
     """
     pairs = one_partner_each(independent_pairs(a, b))
     rows = []
-    for prompt, of_a, of_b in zip(results.prompts, results.responses[key(a)], results.responses[key(b)], strict=True):
+    for prompt, of_a, of_b in zip(
+        results.prompts, results.responses[key(a)], results.responses[key(b)], strict=True
+    ):
         rows += [(prompt, of_a[k], of_b[m]) for k, m in pairs]
     asked = [row for row in rows if row[1] != row[2]]
     both_orders = []
@@ -115,14 +126,16 @@ def judge_wins(judge: Judge, results: Results, a: Point, b: Point, cache: str | 
     if not asked:
         return Verdicts(wins, pairs, math.nan, math.nan, 0)
     same_winner = np.sign(p1 - 0.5) == -np.sign(p2 - 0.5)
-    return Verdicts(wins, pairs, float(same_winner.mean()), float(np.stack([p1, p2]).mean()), len(asked))
+    return Verdicts(
+        wins, pairs, float(same_winner.mean()), float(np.stack([p1, p2]).mean()), len(asked)
+    )
 
 
 def one_partner_each(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return one of the pairs (sample of a, sample of b) for each sample of a.
 
-    Sample k of a meets the next sample of b after k, cyclically, so that no sample is asked about more often than it
-    must be.
+    Sample k of a meets the next sample of b after k, cyclically, so that no sample is asked about
+    more often than it must be.
     """
     size = 1 + max((m for _, m in pairs), default=0)
     found: dict[int, int] = {}
@@ -132,14 +145,18 @@ def one_partner_each(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def share_of_both_orders(p1: np.ndarray, p2: np.ndarray) -> np.ndarray:
-    """Return (n,) A's share from P(first better) with A first (p1) and with B first (p2); see `judge_wins`."""
+    """Return (n,) A's share from P(first better) with A first (p1) and with B first (p2); see
+    `judge_wins`.
+    """
     # both orders prefer the same position
     contradiction = (p1 - 0.5) * (p2 - 0.5) > 0
     return np.where(contradiction, 0.5, (p1 + 1 - p2) / 2)
 
 
 def ask_all(judge: Judge, pairs: Sequence[Pair], cache: str | Path) -> list[float]:
-    """Return the judge's probability for each pair as it is ordered; what the cache lacks is asked for and added."""
+    """Return the judge's probability for each pair as it is ordered; what the cache lacks is asked
+    for and added.
+    """
     keys = [_key(judge, pair) for pair in pairs]
     known = _read(Path(cache))
     missing = {name: pair for name, pair in zip(keys, pairs, strict=True) if name not in known}
@@ -153,7 +170,9 @@ def ask_all(judge: Judge, pairs: Sequence[Pair], cache: str | Path) -> list[floa
     pool = ThreadPoolExecutor(judge.in_flight)
     try:
         with open(cache, "a", encoding="utf-8") as file:
-            answers = pool.map(lambda batch: _ask(judge, [missing[name] for name in batch]), batches)
+            answers = pool.map(
+                lambda batch: _ask(judge, [missing[name] for name in batch]), batches
+            )
             for batch, found in zip(batches, answers, strict=True):
                 for name, p in zip(batch, found, strict=True):
                     known[name] = p
@@ -166,13 +185,21 @@ def ask_all(judge: Judge, pairs: Sequence[Pair], cache: str | Path) -> list[floa
 
 
 def _ask(judge: Judge, pairs: list[Pair]) -> list[float]:
-    """Ask about one batch. Raises UserError unless the answer is a list with a probability for each pair."""
+    """Ask about one batch. Raises UserError unless the answer is a list with a probability for each
+    pair.
+    """
     prompts, first, second = (list(column) for column in zip(*pairs, strict=True))
     answer = judge.ask(prompts, first, second)
     answer = answer.tolist() if hasattr(answer, "tolist") else answer
     if not isinstance(answer, (list, tuple)) or len(answer) != len(pairs):
-        found = f"{len(answer)} answers" if isinstance(answer, (list, tuple)) else f"{type(answer).__name__}"
-        raise UserError(f"judge {judge.name}: {found} for {len(pairs)} pairs, expected a list with a probability each")
+        found = (
+            f"{len(answer)} answers"
+            if isinstance(answer, (list, tuple))
+            else f"{type(answer).__name__}"
+        )
+        raise UserError(
+            f"judge {judge.name}: {found} for {len(pairs)} pairs, expected a list with a probability each"
+        )
     for p, prompt in zip(answer, prompts, strict=True):
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
             raise UserError(
@@ -199,17 +226,23 @@ def _read(path: Path) -> dict[str, float]:
         rows = [json.loads(line) for line in content[:whole].splitlines()]
         return {row["key"]: float(row["p"]) for row in rows}
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: not a cache of a judge's answers; delete it and they are asked for again") from None
+        raise UserError(
+            f"{path}: not a cache of a judge's answers; delete it and they are asked for again"
+        ) from None
 
 
 def load_judge(spec: dict[str, Any]) -> Judge:
-    """Return the judge that `{function: ...}` or `{http: ...}` describes. Raises UserError on anything else."""
+    """Return the judge that `{function: ...}` or `{http: ...}` describes. Raises UserError on
+    anything else.
+    """
     if "function" in spec:
         function = validate(FunctionSpec, spec, "judge")
         module, _, name = function.function.partition(":")
         return Judge(function.function, import_function(module, name, "judge"), function.batch_size)
     if "http" not in spec:
-        raise UserError(f"judge: found {spec}, expected {{function: module:function}} or {{http: URL}}")
+        raise UserError(
+            f"judge: found {spec}, expected {{function: module:function}} or {{http: URL}}"
+        )
     asked = validate(ServiceSpec, spec, "judge")
     return Judge(asked.http.partition("?")[0], _service(asked), asked.batch_size, IN_FLIGHT)
 
@@ -217,7 +250,9 @@ def load_judge(spec: dict[str, Any]) -> Judge:
 def _service(spec: ServiceSpec) -> Callable[..., Any]:
     """Return a function that asks the service; what fails is tried again."""
     check_url(spec.http, "judge")
-    service = Service("judge", spec.http, spec.timeout, spec.retries, read_token(spec.token_env, "judge"))
+    service = Service(
+        "judge", spec.http, spec.timeout, spec.retries, read_token(spec.token_env, "judge")
+    )
 
     def asking(prompts: list, first: list[str], second: list[str]) -> Any:
         content = {"prompts": prompts, "first": first, "second": second}
@@ -226,6 +261,8 @@ def _service(spec: ServiceSpec) -> Callable[..., Any]:
             return answer.json()["probabilities"]
         except (ValueError, KeyError, TypeError):
             expected = '{"probabilities": [numbers]}'
-            raise UserError(f"{service} answered {answer.excerpt(service)}, expected {expected}") from None
+            raise UserError(
+                f"{service} answered {answer.excerpt(service)}, expected {expected}"
+            ) from None
 
     return asking

@@ -1,4 +1,6 @@
-"""The parts of a report that a judge decides: curves, equal KL, best swept values, over-optimisation, win rates."""
+"""The parts of a report that a judge decides: curves, equal KL, best swept values,
+over-optimisation, win rates.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,29 @@ WIN_RATE = 0.55
 
 
 def judged(results: Results, means: Means, trained: list[str], level: float) -> dict[str, Any]:
-    """Return the parts of a report that need a judge; `trained` are the methods that are no baselines."""
+    """Return the parts of a report that need a judge; `trained` are the methods that are no
+    baselines.
+    """
     report = {
         "curves": _curves(results, means, level),
-        "frontier": [_frontier(results, means, a, b, level) for a, b in itertools.combinations(trained, 2)],
+        "frontier": [
+            _frontier(results, means, a, b, level) for a, b in itertools.combinations(trained, 2)
+        ],
         "wins": _wins(results, level),
         "tuned": tuned(results, means, level),
         "overoptimisation": overoptimisation(results, means, level),
-        "power": {"win_rate": WIN_RATE, "pairs_needed": pairs_needed(WIN_RATE, level=level), "power": 0.8},
+        "power": {
+            "win_rate": WIN_RATE,
+            "pairs_needed": pairs_needed(WIN_RATE, level=level),
+            "power": 0.8,
+        },
     }
 
     # all that the report claims is one family; what single runs are compared by is about these runs
-    differences = [*(row for pair in report["frontier"] for row in pair["rows"]), *report["tuned"]["rows"]]
+    differences = [
+        *(row for pair in report["frontier"] for row in pair["rows"]),
+        *report["tuned"]["rows"],
+    ]
     claims = [(row, row["difference"]) for row in differences]
     for entry in report["overoptimisation"]:
         if entry["swept"] is None:
@@ -48,7 +61,9 @@ def judged(results: Results, means: Means, trained: list[str], level: float) -> 
 
 
 def _curves(results: Results, means: Means, level: float) -> dict[str, Any]:
-    """Return method -> its score over the initial policy at GRID KLs; none where its points have one KL."""
+    """Return method -> its score over the initial policy at GRID KLs; none where its points have
+    one KL.
+    """
     curves = {}
     for method in results.measured_methods():
         seeds, swept_values = rectangle(ended(results, method))
@@ -76,7 +91,8 @@ def _track(
 ) -> Track:
     """Return all checkpoints of these seeds and swept values, or the ends of the trials alone.
 
-    Each seed has to have each swept value: a trial that is not there would shorten the range of KL for all.
+    Each seed has to have each swept value: a trial that is not there would shorten the range of KL
+    for all.
     """
     score = f"score/{results.judge}"
     start = means[key(results.initial)][score]
@@ -92,13 +108,21 @@ def _track(
 def _frontier(results: Results, means: Means, a: str, b: str, level: float) -> dict[str, Any]:
     """Return a over b at equal KL, by the seeds that both have.
 
-    `rows` are over the ends of the trials, which have spent the same; `path` has the same over all checkpoints, which
-    have not, but reach smaller KLs: it is shown without a verdict. With fewer than ENDS swept values the ends make no
-    curve, and `rows` are over all.
+    `rows` are over the ends of the trials, which have spent the same; `path` has the same over all
+    checkpoints, which have not, but reach smaller KLs: it is shown without a verdict. With fewer
+    than ENDS swept values the ends make no curve, and `rows` are over all.
     """
     blocks = {method: rectangle(ended(results, method)) for method in (a, b)}
     seeds = sorted(set(blocks[a][0]) & set(blocks[b][0]))
-    entry: dict[str, Any] = {"a": a, "b": b, "seeds": seeds, "overlap": None, "ranges": {}, "rows": [], "path": None}
+    entry: dict[str, Any] = {
+        "a": a,
+        "b": b,
+        "seeds": seeds,
+        "overlap": None,
+        "ranges": {},
+        "rows": [],
+        "path": None,
+    }
     if not seeds:
         return entry
 
@@ -128,7 +152,9 @@ def _at_equal_kl(tracks: dict[str, Track], level: float) -> dict[str, Any]:
     for row in found.rows:
         effect = minimum_detectable_effect(row["difference"], level)
         rows.append({"kl": float(row["kl"]), "difference": row["difference"].to_dict(), **effect})
-    sensitivity = [{"kl": row["kl"], "difference": row["difference"].to_dict()} for row in found.sensitivity]
+    sensitivity = [
+        {"kl": row["kl"], "difference": row["difference"].to_dict()} for row in found.sensitivity
+    ]
     return {
         "overlap": [float(kl) for kl in found.overlap],
         "ranges": ranges,
@@ -141,20 +167,25 @@ def _at_equal_kl(tracks: dict[str, Track], level: float) -> dict[str, Any]:
 
 
 def _wins(results: Results, level: float) -> dict[str, Any]:
-    """Return who wins against whom: the ends of all trials and the initial policy, by the seeds that both have.
+    """Return who wins against whom: the ends of all trials and the initial policy, by the seeds
+    that both have.
 
-    Matrices of shares with their intervals, of which nothing is claimed: whether a method is ahead is what `tuned`
-    asks, and a swept value that was chosen on these prompts is not scored by them.
+    Matrices of shares with their intervals, of which nothing is claimed: whether a method is ahead
+    is what `tuned` asks, and a swept value that was chosen on these prompts is not scored by them.
     """
     initial = results.initial
     # the initial policy, then the end of each trial
-    policies: list[dict[str, Any]] = [{"label": initial.method, "method": initial.method, "swept": None}]
+    policies: list[dict[str, Any]] = [
+        {"label": initial.method, "method": initial.method, "swept": None}
+    ]
     ends: list[dict[int, Point]] = [{}]
     for method in results.measured_methods():
         for swept in results.swept_values(method):
             own = {point.seed: point for point in results.ends(method, swept)}
             if own:
-                policies.append({"label": label(results, method, swept), "method": method, "swept": swept})
+                policies.append(
+                    {"label": label(results, method, swept), "method": method, "swept": swept}
+                )
                 ends.append(own)
 
     # each pair is computed once; the other side mirrors it
@@ -166,7 +197,13 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
         seeds = sorted(set(ends[i]) & set(other))
         if not seeds:
             continue
-        found = win_rate([ends[i][s] for s in seeds], [other[s] for s in seeds], results, results.judge, level=level)
+        found = win_rate(
+            [ends[i][s] for s in seeds],
+            [other[s] for s in seeds],
+            results,
+            results.judge,
+            level=level,
+        )
         if found is None:
             continue
         raw[i][j], raw[j][i] = _both_sides(found.raw.to_dict())
@@ -175,7 +212,13 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
             controlled[i][j], controlled[j][i] = _both_sides(found.controlled.to_dict())
         ties[i][j] = ties[j][i] = found.ties
         longer[i][j], longer[j][i] = found.length_difference, -found.length_difference
-    return {"policies": policies, "raw": raw, "controlled": controlled, "ties": ties, "length_difference": longer}
+    return {
+        "policies": policies,
+        "raw": raw,
+        "controlled": controlled,
+        "ties": ties,
+        "length_difference": longer,
+    }
 
 
 def label(results: Results, method: str, swept: float | None) -> str:

@@ -1,4 +1,6 @@
-"""Write report.md: a picture, one sentence and one table, then the details. report.html is made from the same text."""
+"""Write report.md: a picture, one sentence and one table, then the details. report.html is made
+from the same text.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,15 @@ from typing import Any
 
 from rlhf.compare import tables
 from rlhf.compare.figure_style import difference, methods_of, paths_of, trained_methods
-from rlhf.compare.format import Report, initial_name, main_score, method_name, nats, number, score_name
+from rlhf.compare.format import (
+    Report,
+    initial_name,
+    main_score,
+    method_name,
+    nats,
+    number,
+    score_name,
+)
 from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
 from rlhf.compare.tables import Table, escape
 from rlhf.data.annotator_report import annotators_markdown
@@ -30,7 +40,9 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the details; it is left out where the report has neither its figure nor rows for its tables."""
+    """A part of the details; it is left out where the report has neither its figure nor rows for
+    its tables.
+    """
 
     heading: str
     explanation: str
@@ -67,7 +79,9 @@ SECTIONS = (
         "wins",
         (tables.win_rates, tables.judge_of_pairs),
     ),
-    Section("Scores during training", "Every score over {initial}; only the judge decides.", "time"),
+    Section(
+        "Scores during training", "Every score over {initial}; only the judge decides.", "time"
+    ),
     Section(
         "Length",
         "Many judges like length, and a policy that finds this out grows; a response that does not end by itself was "
@@ -98,7 +112,13 @@ def markdown(report: Report, figures: Iterable[str] = ()) -> str:
     # What answers the question comes first: a picture, a sentence, a table
     figures = list(figures)
     opening = next((name for name in ("scores", "frontier") if name in figures), None)
-    lines = [f"# {escape(title(report))}", "", *_picture(report, opening), f"**{escape(headline(report))}**", ""]
+    lines = [
+        f"# {escape(title(report))}",
+        "",
+        *_picture(report, opening),
+        f"**{escape(headline(report))}**",
+        "",
+    ]
     lines += tables.opening(report).markdown()
     lines += _verdicts(report)
     lines += _basis(report)
@@ -113,7 +133,10 @@ def markdown(report: Report, figures: Iterable[str] = ()) -> str:
 
     if report["annotators"]:
         lines += ["## Annotators", "", *annotators_markdown(report["annotators"]), ""]
-    return "\n".join([*lines, *_samples(report), *_terms(report), *_metadata(report["meta"])]).rstrip() + "\n"
+    return (
+        "\n".join([*lines, *_samples(report), *_terms(report), *_metadata(report["meta"])]).rstrip()
+        + "\n"
+    )
 
 
 def title(report: Report) -> str:
@@ -134,20 +157,31 @@ def _picture(report: Report, figure: str | None) -> list[str]:
         return []
     score = main_score(report)
     label = "score" if score is None else score_name(report, score)
-    text = FIGURES[figure].format(initial=initial_name(report), score=label, best=_best_of_each(report))
+    text = FIGURES[figure].format(
+        initial=initial_name(report), score=label, best=_best_of_each(report)
+    )
     return [f"![{escape(text)}]({figure}.svg)", ""]
 
 
 def _best_of_each(report: Report) -> str:
-    """Return the highest main score of each method and its KL, for readers who do not see the picture."""
+    """Return the highest main score of each method and its KL, for readers who do not see the
+    picture.
+    """
     score = main_score(report)
     parts = []
     for method in methods_of(report):
-        points = [point for _, path in paths_of(report, method) for point in path if difference(point, score)]
+        points = [
+            point
+            for _, path in paths_of(report, method)
+            for point in path
+            if difference(point, score)
+        ]
         if points:
             best = max(points, key=lambda point: difference(point, score)["estimate"])
             value, kl = difference(best, score)["estimate"], best["kl"]["estimate"]
-            parts.append(f"{method_name(method)} reaches at most {number(value)}, at KL {nats(kl)} nats")
+            parts.append(
+                f"{method_name(method)} reaches at most {number(value)}, at KL {nats(kl)} nats"
+            )
     return "; ".join(parts) + "."
 
 
@@ -162,14 +196,24 @@ def _verdicts(report: Report) -> list[str]:
 
 
 def _basis(report: Report) -> list[str]:
-    lines = ["## What this rests on", "", "What decides, what is missing, and how far the conclusions go.", ""]
+    lines = [
+        "## What this rests on",
+        "",
+        "What decides, what is missing, and how far the conclusions go.",
+        "",
+    ]
     return [*lines, *(f"- {escape(sentence)}" for sentence in report_sentences(report)), ""]
 
 
 def _samples(report: Report) -> list[str]:
     if not report["samples"]:
         return []
-    lines = ["## Samples", "", "The prompts whose hash comes first, and the first sample of each policy.", ""]
+    lines = [
+        "## Samples",
+        "",
+        "The prompts whose hash comes first, and the first sample of each policy.",
+        "",
+    ]
     for i, sample in enumerate(report["samples"], start=1):
         lines += [f"### Prompt {i}", ""]
         prompt = sample["prompt"]
@@ -178,9 +222,15 @@ def _samples(report: Report) -> list[str]:
             lines += [f"**{escape(message['role'])}**", "", *fence(message["content"])]
         for policy, response in sample["responses"].items():
             values = {**response["scores"], "KL": response["kl"], "tokens": response["length"]}
-            known = ", ".join(f"{name} {number(value)}" for name, value in values.items() if value is not None)
+            known = ", ".join(
+                f"{name} {number(value)}" for name, value in values.items() if value is not None
+            )
             cut = "" if response["ended"] else "; cut off at the limit"
-            lines += [f"**{escape(policy)}** ({escape(known)}{cut})", "", *fence(response["response"])]
+            lines += [
+                f"**{escape(policy)}** ({escape(known)}{cut})",
+                "",
+                *fence(response["response"]),
+            ]
     return lines
 
 
@@ -195,11 +245,20 @@ def _metadata(meta: Mapping[str, Any]) -> list[str]:
     for name, value in meta.items():
         if name not in HIDDEN and value not in (None, [], {}, ""):
             rows.append([name.replace("_", " "), _flat(value)])
-    lines = ["## How to repeat it", "", "All digits and the resolved options of every run are in `report.json`.", ""]
+    lines = [
+        "## How to repeat it",
+        "",
+        "All digits and the resolved options of every run are in `report.json`.",
+        "",
+    ]
     return [*lines, *Table(["what", "value"], rows).markdown()]
 
 
 def _flat(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "; ".join(f"{key} {_flat(item)}" for key, item in value.items() if item not in (None, [], {}))
-    return ", ".join(_flat(item) for item in value) if isinstance(value, (list, tuple)) else str(value)
+        return "; ".join(
+            f"{key} {_flat(item)}" for key, item in value.items() if item not in (None, [], {})
+        )
+    return (
+        ", ".join(_flat(item) for item in value) if isinstance(value, (list, tuple)) else str(value)
+    )

@@ -1,4 +1,6 @@
-"""`rlhf compare RUN RUN ...`: the same test prompts, the same sampling, every score, for several trained policies."""
+"""`rlhf compare RUN RUN ...`: the same test prompts, the same sampling, every score, for several
+trained policies.
+"""
 
 from __future__ import annotations
 
@@ -42,16 +44,30 @@ class CompareConfig:
     """
 
     runs: list[str] = option(help="folders of the policies, the SFT policy first")
-    prompts: list[str] = option(help="files, stores or Hub names with prompts; their test split is used")
+    prompts: list[str] = option(
+        help="files, stores or Hub names with prompts; their test split is used"
+    )
     output_dir: str = option("runs/compare", "where report.md, report.json and the plots go")
-    gold: list[dict] = option([], "the true reward where it is known, e.g. [{voice: configs/voices/shop.yaml}]")
-    referee: list[dict] = option([], "a reward model that no run has seen, e.g. [{model: runs/referee}]; decides")
+    gold: list[dict] = option(
+        [], "the true reward where it is known, e.g. [{voice: configs/voices/shop.yaml}]"
+    )
+    referee: list[dict] = option(
+        [], "a reward model that no run has seen, e.g. [{model: runs/referee}]; decides"
+    )
     others: list[dict] = option([], "further scorers to show")
-    votes: str | None = option(None, "a preference store: the report shows how far its annotators agree")
-    n_prompts: int | None = option(None, "so many test prompts, by the hash of their group; default: all", low=1)
-    samples_per_prompt: int = option(2, "responses of each policy to each prompt; win rates need at least 2", low=1)
+    votes: str | None = option(
+        None, "a preference store: the report shows how far its annotators agree"
+    )
+    n_prompts: int | None = option(
+        None, "so many test prompts, by the hash of their group; default: all", low=1
+    )
+    samples_per_prompt: int = option(
+        2, "responses of each policy to each prompt; win rates need at least 2", low=1
+    )
     temperature: float | None = option(
-        None, "of sampling; the KL is that of the sampled distributions; default: as the runs", above=0
+        None,
+        "of sampling; the KL is that of the sampled distributions; default: as the runs",
+        above=0,
     )
     max_prompt_length: int | None = option(
         None, "tokens; longer prompts are dropped and counted; default: as the runs", low=1
@@ -61,18 +77,26 @@ class CompareConfig:
     validation_fraction: float | None = option(
         None, "share of validation groups; default: as the runs had it", low=0, high=1
     )
-    test_fraction: float | None = option(None, "share of test groups; default: as the runs had it", low=0, high=1)
+    test_fraction: float | None = option(
+        None, "share of test groups; default: as the runs had it", low=0, high=1
+    )
     seed: int = option(0, "of sampling", **SEED)
 
     def validate(self) -> None:
         if len(self.runs) < 2:
-            raise UserError("compare needs at least two runs: the SFT policy and one to compare with it")
+            raise UserError(
+                "compare needs at least two runs: the SFT policy and one to compare with it"
+            )
         if self.gold and self.referee:
-            raise UserError("'gold' and 'referee' both given: where the truth is known no referee decides")
+            raise UserError(
+                "'gold' and 'referee' both given: where the truth is known no referee decides"
+            )
 
 
 def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[str, Any]:
-    """Sample, score and report; return report.json's content. `build_scorer(specs, tokenizer)` makes scorers."""
+    """Sample, score and report; return report.json's content. `build_scorer(specs, tokenizer)`
+    makes scorers.
+    """
     from rlhf.compare.report import print_report, write_files
     from rlhf.compare.summary import summarise
     from rlhf.data.encode import encode, kept
@@ -95,7 +119,12 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     sampling = Sampling(shared["max_response_length"], shared["temperature"])
 
     rows = sample_runs(
-        config, prompts, sampling, tokenizer, build_scorer(specs, tokenizer), shared["max_prompt_length"]
+        config,
+        prompts,
+        sampling,
+        tokenizer,
+        build_scorer(specs, tokenizer),
+        shared["max_prompt_length"],
     )
     every_row = [row for own in rows.values() for row in own]
     for name in every_row[0].scores:
@@ -106,7 +135,10 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     # everything that the report needs to be repeated
     meta = meta_of(config, list(rows))
     meta["fingerprints"]["prompts"] = fingerprint([row["record"] for row in prompts])
-    meta["sampling"] = {"temperature": sampling.temperature, "max_new_tokens": sampling.max_new_tokens}
+    meta["sampling"] = {
+        "temperature": sampling.temperature,
+        "max_new_tokens": sampling.max_new_tokens,
+    }
     meta["rows"]["prompts"] = {"read": len(records), "used": len(prompts), "dropped": dict(dropped)}
     report = summarise(results_of_runs(config.runs, rows, kinds, judge, meta))
     write_files(report, Path(config.output_dir))
@@ -116,9 +148,16 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
 
 
 def sample_runs(
-    config: CompareConfig, prompts: list[dict], sampling: Any, tokenizer: Any, scorer: Scorer, max_prompt_length: int
+    config: CompareConfig,
+    prompts: list[dict],
+    sampling: Any,
+    tokenizer: Any,
+    scorer: Scorer,
+    max_prompt_length: int,
 ) -> dict[str, list]:
-    """Return run -> evaluation rows, all on the same prompts with the same sampling noise, KL to the first run."""
+    """Return run -> evaluation rows, all on the same prompts with the same sampling noise, KL to
+    the first run.
+    """
     import torch
     from tqdm import tqdm
 
@@ -146,7 +185,8 @@ def sample_runs(
     total = len(policies) * len(prompts) * config.samples_per_prompt
     with tqdm(total=total, desc="comparing", unit="response", mininterval=5) as bar:
         for name, (own_model, own_context) in zip(run_names(config.runs), policies, strict=True):
-            # the first run is the reference of all, as a context of the same model or as another model
+            # the first run is the reference of all, as a context of the same model or as another
+            # model
             reference = context if own_model is model else model
             rows[name] = evaluation.run(own_model, own_context, reference, world, bar.update)
     return rows
@@ -163,13 +203,17 @@ def write_samples(path: Path, rows: dict[str, list]) -> None:
 
 
 def results_of_runs(
-    paths: list[str], rows: dict[str, list], kinds: dict[str, str], judge: str | None, meta: dict[str, Any]
+    paths: list[str],
+    rows: dict[str, list],
+    kinds: dict[str, str],
+    judge: str | None,
+    meta: dict[str, Any],
 ) -> Results:
-    """Return what the runs at `paths` did as `Results`: each run is a method of its own, the first one the initial
-    policy, and all have one nominal seed, so that every interval is over groups.
+    """Return what the runs at `paths` did as `Results`: each run is a method of its own, the first
+    one the initial policy, and all have one nominal seed, so that every interval is over groups.
 
-    rows: run -> evaluation rows, in the order of `paths`. Raises UserError where a score that has a kind or the KL is
-    not a finite number.
+    rows: run -> evaluation rows, in the order of `paths`. Raises UserError where a score that has a
+    kind or the KL is not a finite number.
     """
     check_finite(rows, kinds)
     names = list(rows)
@@ -179,7 +223,9 @@ def results_of_runs(
     points, responses, methods = [], {}, {}
     for name, path in zip(names, paths, strict=True):
         result = run_result(path)
-        own = [vars(row) | {"prompt": number[row.group, prompt_key(row.prompt)]} for row in rows[name]]
+        own = [
+            vars(row) | {"prompt": number[row.group, prompt_key(row.prompt)]} for row in rows[name]
+        ]
         point = Point(
             method=name,
             swept=None,
@@ -187,12 +233,21 @@ def results_of_runs(
             step=0 if name == names[0] else result.get("steps", 1),
             last=True,
             values=measured_values(own, list(kinds), len(prompts)),
-            numbers={f"distinct_{n}": distinct_n([row["response"] for row in own], n) for n in (1, 2)},
+            numbers={
+                f"distinct_{n}": distinct_n([row["response"] for row in own], n) for n in (1, 2)
+            },
             budget=meta["budgets"][name],
         )
         points.append(point)
-        responses[point.method, point.swept, point.seed, point.step] = response_texts(own, len(prompts))
-        methods[name] = {"program": result.get("program", name), "swept": None, "swept_values": [], "baseline": False}
+        responses[point.method, point.swept, point.seed, point.step] = response_texts(
+            own, len(prompts)
+        )
+        methods[name] = {
+            "program": result.get("program", name),
+            "swept": None,
+            "swept_values": [],
+            "baseline": False,
+        }
     # the first run is where all differences are taken to
     methods.pop(names[0])
     return Results(
@@ -212,12 +267,16 @@ def results_of_runs(
 def check_finite(rows: dict[str, list], kinds: dict[str, str]) -> None:
     """Raise UserError where a response has a score or a KL that is not a finite number."""
     for run, own in rows.items():
-        found = {f"score '{name}'": [row.scores.get(name, math.nan) for row in own] for name in kinds}
+        found = {
+            f"score '{name}'": [row.scores.get(name, math.nan) for row in own] for name in kinds
+        }
         found["KL"] = [row.kl for row in own]
         for name, values in found.items():
             bad = np.count_nonzero(~np.isfinite(values))
             if bad:
-                raise UserError(f"compare: {bad} of {len(own)} responses of '{run}' have no finite {name}")
+                raise UserError(
+                    f"compare: {bad} of {len(own)} responses of '{run}' have no finite {name}"
+                )
 
 
 def run_names(paths: list[str]) -> list[str]:
@@ -227,7 +286,9 @@ def run_names(paths: list[str]) -> list[str]:
 
 
 def run_config(path: str | Path) -> dict[str, Any]:
-    """Return the resolved options of a run, or of the run that a checkpoint is of; empty where there are none."""
+    """Return the resolved options of a run, or of the run that a checkpoint is of; empty where
+    there are none.
+    """
     file = run_folder(path) / "config.yaml"
     return read_yaml(file) if file.is_file() else {}
 
@@ -246,15 +307,23 @@ def run_folder(path: str | Path) -> Path:
 
 
 def shared_options(config: CompareConfig) -> dict[str, Any]:
-    """Return the options that follow the runs: as given, else as all runs had them. UserError if those differ."""
+    """Return the options that follow the runs: as given, else as all runs had them. UserError if
+    those differ.
+    """
     configs = {path: run_config(path) for path in config.runs}
     result = {}
     for name, default in FOLLOWED.items():
         given = getattr(config, name)
         had = {path: options[name] for path, options in configs.items() if name in options}
         if given is None and len(set(had.values())) > 1:
-            why = "what is test for one was training for another" if "fraction" in name else "they cannot be compared"
-            raise UserError(f"the runs differ in '{name}' ({had}): {why}. Say which one holds: --{name}")
+            why = (
+                "what is test for one was training for another"
+                if "fraction" in name
+                else "they cannot be compared"
+            )
+            raise UserError(
+                f"the runs differ in '{name}' ({had}): {why}. Say which one holds: --{name}"
+            )
         result[name] = given if given is not None else next(iter(had.values()), default)
         # the shares of the splits are not part of sampling: no message for them
         others = {path: value for path, value in had.items() if value != result[name]}
@@ -264,14 +333,18 @@ def shared_options(config: CompareConfig) -> dict[str, Any]:
 
 
 def unseen(config: CompareConfig, records: list[Prompt]) -> list[Prompt]:
-    """Return the prompts that no run, and no reward model a run learnt from, was trained on; print what is dropped."""
+    """Return the prompts that no run, and no reward model a run learnt from, was trained on; print
+    what is dropped.
+    """
     # what a reward model learnt from, the policy learnt from too
     trained = set().union(*map(hashes, config.runs))
     for spec in trained_scorers(config):
         trained |= set().union(*map(hashes, folders(spec)))
     kept = [record for record in records if prompt_group(record.prompt) not in trained]
     if len(kept) < len(records):
-        print(f"{len(records) - len(kept)} of {len(records)} test prompts left out: a run was trained on them")
+        print(
+            f"{len(records) - len(kept)} of {len(records)} test prompts left out: a run was trained on them"
+        )
     if not kept:
         raise UserError(
             f"{', '.join(config.prompts)}: no test prompts that the runs have not been trained on. Give prompts of "
@@ -281,13 +354,17 @@ def unseen(config: CompareConfig, records: list[Prompt]) -> list[Prompt]:
 
 
 def hashes(path: str) -> set[str]:
-    """Return the groups of prompts that the run in this folder was trained on (see rlhf/runs/rows.py)."""
+    """Return the groups of prompts that the run in this folder was trained on (see
+    rlhf/runs/rows.py).
+    """
     file = run_folder(path) / TRAINED_ON
     return set(file.read_text().split()) if file.is_file() else set()
 
 
 def trained_scorers(config: CompareConfig) -> list[dict]:
-    """Return every scorer that a run learnt from, from its config.yaml; those of weight 0 were only evaluated."""
+    """Return every scorer that a run learnt from, from its config.yaml; those of weight 0 were only
+    evaluated.
+    """
     proxies: list[dict] = []
     for path in config.runs:
         for spec in run_config(path).get("reward") or []:
@@ -297,8 +374,12 @@ def trained_scorers(config: CompareConfig) -> list[dict]:
 
 
 def identities(spec: dict) -> set[tuple[str, str]]:
-    """Return (kind, what) of a scorer and of each member of an ensemble: specifications that share one share one."""
-    kind = next((k for k in ("model", "ensemble", "voice", "function", "rule", "http") if k in spec), "")
+    """Return (kind, what) of a scorer and of each member of an ensemble: specifications that share
+    one share one.
+    """
+    kind = next(
+        (k for k in ("model", "ensemble", "voice", "function", "rule", "http") if k in spec), ""
+    )
     if kind in ("model", "ensemble"):
         from rlhf.weights import folder_fingerprint
 
@@ -313,7 +394,9 @@ def folders(spec: dict) -> list[str]:
 
 
 def check_judges(config: CompareConfig) -> None:
-    """Raise UserError if what is to decide is something that a run learnt from, or learnt from the same pairs."""
+    """Raise UserError if what is to decide is something that a run learnt from, or learnt from the
+    same pairs.
+    """
     trained = {name for spec in trained_scorers(config) for name in identities(spec)}
     for option_name, specs in (("gold", config.gold), ("referee", config.referee)):
         for spec in specs:
@@ -338,7 +421,12 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
     Every scorer that a run trained on is found in its config.yaml and marked `proxy`.
     """
     check_judges(config)
-    groups = {"gold": config.gold, "referee": config.referee, "proxy": trained_scorers(config), "other": config.others}
+    groups = {
+        "gold": config.gold,
+        "referee": config.referee,
+        "proxy": trained_scorers(config),
+        "other": config.others,
+    }
     specs, kinds = [], {}
     for kind, group in groups.items():
         for spec in group:
@@ -346,7 +434,9 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
             if not wanted:
                 wanted = min(identities(spec))[1].replace("/", "_") if kind == "other" else kind
             # gold, gold2, gold3
-            candidates = itertools.chain([wanted], (f"{wanted}{number}" for number in itertools.count(2)))
+            candidates = itertools.chain(
+                [wanted], (f"{wanted}{number}" for number in itertools.count(2))
+            )
             name = next(candidate for candidate in candidates if candidate not in kinds)
             specs.append({**spec, "name": name})
             kinds[name] = kind
@@ -361,9 +451,11 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
 def load_policies(
     paths: list[str], device, max_prompt_length: int, max_response_length: int
 ) -> list[tuple[Any, Callable]]:
-    """Return (model, context in which it is the policy) for each run; adapters of one base share it.
+    """Return (model, context in which it is the policy) for each run; adapters of one base share
+    it.
 
-    On a GPU in bfloat16. Raises UserError where the longest prompt and response exceed a model's positions.
+    On a GPU in bfloat16. Raises UserError where the longest prompt and response exceed a model's
+    positions.
     """
     from rlhf.adapters import adapter_base, load_adapter, require_policy, use_adapter
     from rlhf.models import check_context, check_same_base, load_model
@@ -400,12 +492,16 @@ def meta_of(config: CompareConfig, names: list[str]) -> dict[str, Any]:
     results = {name: run_result(path) for name, path in zip(names, config.runs, strict=True)}
     budgets, versions = {}, {}
     for name, result in results.items():
-        budgets[name] = {key.removeprefix("budget/"): value for key, value in result.get("budget", {}).items()}
+        budgets[name] = {
+            key.removeprefix("budget/"): value for key, value in result.get("budget", {}).items()
+        }
         versions = result.get("versions", versions)
     worlds = [world_seed(path) for path in config.runs]
     meta = {
         "seeds": {
-            "run": list(dict.fromkeys(result["seed"] for result in results.values() if "seed" in result)),
+            "run": list(
+                dict.fromkeys(result["seed"] for result in results.values() if "seed" in result)
+            ),
             "world": list(dict.fromkeys(seed for seed in worlds if seed is not None)),
         },
         "budgets": budgets,

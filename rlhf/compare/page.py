@@ -1,7 +1,8 @@
-"""Make report.html from report.md: one self-contained page without scripts, for a phone and for dark mode too.
+"""Make report.html from report.md: one self-contained page without scripts, for a phone and for
+dark mode too.
 
-What models wrote stays text: report.md escapes it, Markdown's HTML is off, and the page's own policy forbids scripts
-and requests.
+What models wrote stays text: report.md escapes it, Markdown's HTML is off, and the page's own
+policy forbids scripts and requests.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ PICTURE = (
 
 
 def html_page(markdown: str, figures: Mapping[str, Path]) -> str:
-    """Return the page; figures: name in the Markdown ("frontier.svg") -> file, of which the page holds a copy."""
+    """Return the page; figures: name in the Markdown ("frontier.svg") -> file, of which the page
+    holds a copy.
+    """
     from markdown_it import MarkdownIt
 
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
@@ -44,7 +47,9 @@ def html_page(markdown: str, figures: Mapping[str, Path]) -> str:
         return PICTURE.format(name=name, source=_data_uri(source), alt=alt)
 
     parser.renderer.rules["image"] = image
-    parser.renderer.rules["table_open"] = lambda tokens, index, *_: SCROLL.format(**tokens[index].meta)
+    parser.renderer.rules["table_open"] = lambda tokens, index, *_: SCROLL.format(
+        **tokens[index].meta
+    )
     parser.renderer.rules["table_close"] = lambda *_: "</table>\n</div>\n"
 
     # The navigation stands below what the report opens with
@@ -71,7 +76,9 @@ def _name_headings(tokens: list) -> dict[str, str]:
 
 
 def _label_tables(tokens: list) -> None:
-    """Number the tables and say which section each stands in, for screen readers; columns get their scope."""
+    """Number the tables and say which section each stands in, for screen readers; columns get their
+    scope.
+    """
     number, heading = 0, ""
     for token, following in itertools.pairwise(tokens):
         if token.type == "heading_open":

@@ -1,4 +1,5 @@
-"""How large an experiment has to be: pairs for a win rate, and what given seeds and prompts can show.
+"""How large an experiment has to be: pairs for a win rate, and what given seeds and prompts can
+show.
 
 Power is the share of repeats of an experiment in which the interval leaves out the null.
 """
@@ -21,15 +22,18 @@ OPEN = 0.1
 
 
 def pairs_needed(win_rate: float, power: float = 0.8, level: float = 0.95) -> int:
-    """Return how many independent comparisons tell a true win rate from 1/2, two-sided: 783 for 0.55.
+    """Return how many independent comparisons tell a true win rate from 1/2, two-sided: 783 for
+    0.55.
 
         n = ( z_{1-alpha/2} / 2 + z_power sqrt(w (1 - w)) )^2 / (w - 1/2)^2
 
-    Ties (counted half) have less variance than 1/4, so fewer would do with them. UserError unless 0 < win_rate < 1 and
-    win_rate is not 1/2.
+    Ties (counted half) have less variance than 1/4, so fewer would do with them. UserError unless 0
+    < win_rate < 1 and win_rate is not 1/2.
     """
     if not 0 < win_rate < 1 or win_rate == 0.5:
-        raise UserError(f"pairs for a win rate of {win_rate}: expected a share above 0 and below 1 that is not 0.5")
+        raise UserError(
+            f"pairs for a win rate of {win_rate}: expected a share above 0 and below 1 that is not 0.5"
+        )
     from scipy.special import ndtri
 
     root = ndtri(0.5 + level / 2) / 2 + ndtri(power) * math.sqrt(win_rate * (1 - win_rate))
@@ -37,14 +41,21 @@ def pairs_needed(win_rate: float, power: float = 0.8, level: float = 0.95) -> in
 
 
 def power_of(
-    difference: float, v: Variances, seeds: int, groups: int, level: float = 0.95, share: np.ndarray | float = 1.0
+    difference: float,
+    v: Variances,
+    seeds: int,
+    groups: int,
+    level: float = 0.95,
+    share: np.ndarray | float = 1.0,
 ) -> np.ndarray:
-    """Return the power of `crossed.half_width`'s interval at a true difference, with true mean squares `v` over S x G.
+    """Return the power of `crossed.half_width`'s interval at a true difference, with true mean
+    squares `v` over S x G.
 
         mean over U of Phi( (difference - half(U)) / sd ),   U ~ chi^2_(S-1) / (S-1),   half from U MS_seeds
 
-    Without an effect of groups that is the noncentral t's; the groups' mean squares are taken as known. share (...):
-    powers where MS_seeds is so many times as large, not below MS_error; returns the same shape.
+    Without an effect of groups that is the noncentral t's; the groups' mean squares are taken as
+    known. share (...): powers where MS_seeds is so many times as large, not below MS_error; returns
+    the same shape.
     """
     from scipy.special import ndtr, stdtrit
 
@@ -55,19 +66,25 @@ def power_of(
     if seeds >= MIN_SEEDS:
         seeds_part = np.maximum(np.asarray(share) * v.seeds, v.error)
         known = float(stdtrit(seeds - 1, 0.5 + level / 2)) ** 2 * _quantiles(seeds - 1)
-    half = np.sqrt(np.maximum(of_groups * (rest + v.error), seeds_part[..., None] * known + of_groups * rest))
+    half = np.sqrt(
+        np.maximum(of_groups * (rest + v.error), seeds_part[..., None] * known + of_groups * rest)
+    )
     sd = np.sqrt(seeds_part + rest)[..., None]
     return ndtr((difference - half) / sd).mean(axis=-1)
 
 
-def detectable(estimate: Estimate, power: float = 0.8, level: float = 0.95) -> tuple[float, float, float]:
-    """Return the true difference that experiments of this kind show in `power` of their repeats, and its range.
+def detectable(
+    estimate: Estimate, power: float = 0.8, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Return the true difference that experiments of this kind show in `power` of their repeats,
+    and its range.
 
     In the units of the estimate; nan where it has no interval.
 
-    A mean square of n degrees of freedom is as uncertain as they leave it, by n / chi^2_n. The first number has the
-    asked power on average over that of the seeds: 8.8 standard errors for 3 seeds that alone matter, where 5.6 would do
-    if the standard error were right. The range ends where the mean squares are at their 10th and 90th percentile.
+    A mean square of n degrees of freedom is as uncertain as they leave it, by n / chi^2_n. The
+    first number has the asked power on average over that of the seeds: 8.8 standard errors for 3
+    seeds that alone matter, where 5.6 would do if the standard error were right. The range ends
+    where the mean squares are at their 10th and 90th percentile.
     """
     from scipy.optimize import brentq
 
@@ -87,14 +104,19 @@ def detectable(estimate: Estimate, power: float = 0.8, level: float = 0.95) -> t
     # averaged over what the mean square of the seeds may be, then at both ends of its range
     middle = solve(1 / _quantiles(seeds - 1) if random_seeds else np.ones(1), 1.0)
     low, high = (
-        solve(np.array([1 / _quantile(seeds - 1, q) if random_seeds else 1.0]), 1 / _quantile(groups - 1, q))
+        solve(
+            np.array([1 / _quantile(seeds - 1, q) if random_seeds else 1.0]),
+            1 / _quantile(groups - 1, q),
+        )
         for q in (1 - OPEN, OPEN)
     )
     return middle, low, high
 
 
 def minimum_detectable_effect(estimate: Estimate, level: float = 0.95) -> dict[str, Any]:
-    """Return the difference that would be shown in 4 of 5 repeats, and its range; None where there is no interval."""
+    """Return the difference that would be shown in 4 of 5 repeats, and its range; None where there
+    is no interval.
+    """
     least, *ends = detectable(estimate, level=level)
     known = math.isfinite(least)
     return {
@@ -104,20 +126,28 @@ def minimum_detectable_effect(estimate: Estimate, level: float = 0.95) -> dict[s
 
 
 def needed_seeds(
-    values: np.ndarray, difference: float, *, groups: int | None = None, power: float = 0.8, level: float = 0.95
+    values: np.ndarray,
+    difference: float,
+    *,
+    groups: int | None = None,
+    power: float = 0.8,
+    level: float = 0.95,
 ) -> tuple[int | None, int | None, int | None]:
-    """Return the fewest run seeds that would show `difference`, and the range of that number; from `values` (seeds,
-    groups).
+    """Return the fewest run seeds that would show `difference`, and the range of that number; from
+    `values` (seeds, groups).
 
-    The variance between seeds is as uncertain as S seeds leave it: the three numbers are those at its median, 10th and
-    90th percentile. `groups` (default: as many as there are) may differ from those measured. None where no number of
-    seeds is enough (or more than MOST_SEEDS), because the prompts alone leave too much open. UserError with fewer than
-    MIN_SEEDS seeds, whose spread is unknown.
+    The variance between seeds is as uncertain as S seeds leave it: the three numbers are those at
+    its median, 10th and 90th percentile. `groups` (default: as many as there are) may differ from
+    those measured. None where no number of seeds is enough (or more than MOST_SEEDS), because the
+    prompts alone leave too much open. UserError with fewer than MIN_SEEDS seeds, whose spread is
+    unknown.
     """
     values = checked(values)
     seeds, measured = values.shape
     if seeds < MIN_SEEDS or measured < 2:
-        raise UserError(f"seeds needed: found {values.shape} (seeds, groups), expected at least {MIN_SEEDS} and 2")
+        raise UserError(
+            f"seeds needed: found {values.shape} (seeds, groups), expected at least {MIN_SEEDS} and 2"
+        )
     v = mean_squares(values)
     _, of_groups, error = components(values)
     groups = groups or measured
@@ -145,7 +175,11 @@ def components(values: np.ndarray) -> tuple[float, float, float]:
     values = checked(values)
     seeds, groups = values.shape
     v = mean_squares(values)
-    return max(0.0, v.seeds - v.error) * seeds, max(0.0, v.groups - v.error) * groups, v.error * seeds * groups
+    return (
+        max(0.0, v.seeds - v.error) * seeds,
+        max(0.0, v.groups - v.error) * groups,
+        v.error * seeds * groups,
+    )
 
 
 def _quantile(df: int, q: float) -> float:

@@ -1,4 +1,6 @@
-"""Write the report of a comparison, of single runs or of an experiment, from the dict that `summarise` makes."""
+"""Write the report of a comparison, of single runs or of an experiment, from the dict that
+`summarise` makes.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ LOG_WIDTH = 170
 
 
 def write_files(report: Report, folder: Path) -> dict[str, Path]:
-    """Write report.json, report.md, report.html and the figures; returns name -> PNG of the figures."""
+    """Write report.json, report.md, report.html and the figures; returns name -> PNG of the
+    figures.
+    """
     from rlhf.compare.figures import draw
     from rlhf.compare.markdown import markdown
     from rlhf.compare.page import html_page
@@ -57,4 +61,6 @@ def print_report(report: Report, folder: Path) -> None:
         sentences.append(f"Annotators: {describe_alpha(report['annotators'])}.")
     for sentence in sentences:
         console.print(f"- {sentence}", markup=False, highlight=False)
-    console.print(f"\nReport: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"\nReport: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True
+    )

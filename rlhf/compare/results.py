@@ -1,4 +1,6 @@
-"""What was measured, of an experiment or of single runs: one `Point` for each policy, all on the same prompts."""
+"""What was measured, of an experiment or of single runs: one `Point` for each policy, all on the
+same prompts.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,16 @@ Key = tuple[str, float | None, int | None, int]
 class Point:
     """One policy: a checkpoint of a trial, a baseline, or the initial policy itself.
 
-    method: the name in the experiment's file ("dpo", "ppo", "best_of_n") or of the run; "sft" for the initial policy.
+    method: the name in the experiment's file ("dpo", "ppo", "best_of_n") or of the run; "sft" for
+    the initial policy.
     swept: the value of the option that varies; None where none does.
     seed: the run seed; None for the initial policy, which has none.
     step: of training; n for the best of n. last: whether it is the end of its trial.
-    values: a (prompts, samples) array for each measure of a response, all points in the same order of prompts: "kl"
-        (nats, to the initial policy), "score/<name>", "length" (tokens), "words", "ended" (0 or 1), "repetition"
-        (share).
-    numbers: what is one number for the whole policy: "distinct_1", "distinct_2" (of all responses), "perplexity/sft"
-        and "perplexity/<domain>" of held-out texts.
+    values: a (prompts, samples) array for each measure of a response, all points in the same order
+    of prompts: "kl" (nats, to the initial policy), "score/<name>", "length" (tokens), "words",
+    "ended" (0 or 1), "repetition" (share).
+    numbers: what is one number for the whole policy: "distinct_1", "distinct_2" (of all responses),
+    "perplexity/sft" and "perplexity/<domain>" of held-out texts.
     budget: counters of the trial alone, up to this step.
     noise: of each sample, the draws of sampling noise behind it; None: sample k has draw k.
     """
@@ -55,9 +58,11 @@ class Results:
     """All points of an experiment, or of the runs of a comparison, and what they were measured on.
 
     kind: "runs" where each method is one run with one nominal seed.
-    groups: the group of each prompt. prompts: text or messages. responses: the texts by prompt and sample.
+    groups: the group of each prompt. prompts: text or messages. responses: the texts by prompt and
+    sample.
     score_kinds: score name -> gold, referee, proxy or other. judge: the score that decides.
-    methods: name -> {"program", "swept" (name of the option), "swept_values", "baseline": bool, "options"}.
+    methods: name -> {"program", "swept" (name of the option), "swept_values", "baseline": bool,
+    "options"}.
     shared_budget: part ("pairs", "reward") -> counters, mean over seeds.
     meta: configs, commits, versions, fingerprints, hardware: all that is needed to repeat it.
     """
@@ -75,35 +80,54 @@ class Results:
 
     @property
     def initial(self) -> Point:
-        """The policy that all methods start from, without the scores of the seeds' own reward models (proxies)."""
+        """The policy that all methods start from, without the scores of the seeds' own reward
+        models (proxies).
+        """
         return next(point for point in self.points if point.seed is None)
 
     def initial_of(self, seed: int | None) -> Point:
-        """Return the initial policy's responses as this seed's reward model scored them too, where it did.
+        """Return the initial policy's responses as this seed's reward model scored them too, where
+        it did.
 
         A proxy has another scale in each seed, so differences of a proxy are taken to this one.
         """
-        own = (point for point in self.points if point.method == self.initial.method and point.seed == seed)
+        own = (
+            point
+            for point in self.points
+            if point.method == self.initial.method and point.seed == seed
+        )
         return next(own, self.initial)
 
     def of(self, method: str, swept: float | None = None, seed: int | None = None) -> list[Point]:
-        """Return the points of a method, by swept value, seed and step; of one swept value or seed where given."""
+        """Return the points of a method, by swept value, seed and step; of one swept value or seed
+        where given.
+        """
         found = [point for point in self.points if point.method == method]
         # None stands for all
-        found = [point for point in found if swept in (None, point.swept) and seed in (None, point.seed)]
+        found = [
+            point for point in found if swept in (None, point.swept) and seed in (None, point.seed)
+        ]
         return sorted(found, key=lambda point: (point.swept or 0.0, point.seed or 0, point.step))
 
     def ends(self, method: str, swept: float | None = None) -> list[Point]:
-        """Return the ends of the trials of a method, as `of` orders them; the initial policy has none."""
+        """Return the ends of the trials of a method, as `of` orders them; the initial policy has
+        none.
+        """
         return [point for point in self.of(method, swept) if point.last and point.seed is not None]
 
     def measured_methods(self) -> list[str]:
-        """Return all methods with points but the initial policy, as the experiment's file orders them."""
-        found = {point.method for point in self.points if point.seed is not None} - {self.initial.method}
+        """Return all methods with points but the initial policy, as the experiment's file orders
+        them.
+        """
+        found = {point.method for point in self.points if point.seed is not None} - {
+            self.initial.method
+        }
         return [name for name in self.methods if name in found]
 
     def swept_values(self, method: str) -> list[float | None]:
-        """Return the swept values that a method has points of, in order; [None] where nothing is swept."""
+        """Return the swept values that a method has points of, in order; [None] where nothing is
+        swept.
+        """
         return list(dict.fromkeys(point.swept for point in self.of(method)))
 
     def program(self, method: str) -> str:
@@ -111,7 +135,8 @@ class Results:
         return self.methods.get(method, {}).get("program", method)
 
     def group_means(self, values: np.ndarray) -> np.ndarray:
-        """Return (groups,) means of `values` (prompts, samples): over samples, then over the prompts of each group.
+        """Return (groups,) means of `values` (prompts, samples): over samples, then over the
+        prompts of each group.
 
         Groups are sorted by name, so that the order is the same for all points.
         """
@@ -139,8 +164,9 @@ def mean_of(numbers: Iterable[dict[str, float]]) -> dict[str, float]:
 def independent_pairs(a: Point, b: Point) -> list[tuple[int, int]]:
     """Return the pairs (sample of a, sample of b) that share no draw of sampling noise, in order.
 
-    All policies are measured with the same draws. Answers that share one are alike where the policies are, so their
-    outcome tells how near the policies stand to each other; P(a's answer beats b's) is estimated from these pairs.
+    All policies are measured with the same draws. Answers that share one are alike where the
+    policies are, so their outcome tells how near the policies stand to each other; P(a's answer
+    beats b's) is estimated from these pairs.
     """
     draws = []
     for point in (a, b):
@@ -151,13 +177,23 @@ def independent_pairs(a: Point, b: Point) -> list[tuple[int, int]]:
     return [(k, m) for (k, of_a), (m, of_b) in every if not set(of_a) & set(of_b)]
 
 
-def measured_values(rows: Sequence[dict[str, Any]], scores: Sequence[str], prompts: int) -> dict[str, np.ndarray]:
+def measured_values(
+    rows: Sequence[dict[str, Any]], scores: Sequence[str], prompts: int
+) -> dict[str, np.ndarray]:
     """Return measure -> (prompts, samples) of responses; the measures are those of `Point.values`.
 
-    rows: {"prompt" (its number), "sample", "response", "length", "ended", "kl", "scores"}, one for each response.
+    rows: {"prompt" (its number), "sample", "response", "length", "ended", "kl", "scores"}, one for
+    each response.
     """
     samples = 1 + max(row["sample"] for row in rows)
-    measures = ["kl", "length", "words", "ended", "repetition", *(f"score/{name}" for name in scores)]
+    measures = [
+        "kl",
+        "length",
+        "words",
+        "ended",
+        "repetition",
+        *(f"score/{name}" for name in scores),
+    ]
     # a response that is missing stays nan
     values = {name: np.full((prompts, samples), math.nan) for name in measures}
     for row in rows:
@@ -182,4 +218,8 @@ def response_texts(rows: Sequence[dict[str, Any]], prompts: int) -> list[list[st
 
 def prompt_key(prompt: Any) -> str:
     """Return a prompt (text or messages) as one text, the same for equal prompts."""
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+    return (
+        prompt
+        if isinstance(prompt, str)
+        else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
+    )

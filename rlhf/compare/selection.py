@@ -1,9 +1,11 @@
-"""Choices that do not score themselves: what is chosen on some groups and seeds is scored on the others.
+"""Choices that do not score themselves: what is chosen on some groups and seeds is scored on the
+others.
 
-The highest of several noisy means is too high on the data that chose it. Here each cell (seed, group) is scored at the
-choice that the other half of the groups made and, from three seeds on, the other half of the seeds. Two questions need
-it: how good a method is at its best swept value (`tuned`), and whether the judge falls from its peak while the proxy
-goes on rising (`overoptimisation`).
+The highest of several noisy means is too high on the data that chose it. Here each cell (seed,
+group) is scored at the choice that the other half of the groups made and, from three seeds on, the
+other half of the seeds. Two questions need
+it: how good a method is at its best swept value (`tuned`), and whether the judge falls from its
+peak while the proxy goes on rising (`overoptimisation`).
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ from rlhf.compare.results import Key, Point, Results, key
 # what a choice adds to the variance of the mean at most, as a share of it: `chosen_mean`
 CHOICE = 0.36
 
-# an over-optimisation curve needs points beside the initial policy: with one there is nothing between start and end
+# an over-optimisation curve needs points beside the initial policy: with one there is nothing
+# between start and end
 FEWEST = 2
 
 Means = dict[Key, dict[str, np.ndarray]]  # policy -> measure -> (groups,)
@@ -33,20 +36,24 @@ Means = dict[Key, dict[str, np.ndarray]]  # policy -> measure -> (groups,)
 def tabulate(results: Results) -> Means:
     """Return the group means of all measures of all points.
 
-    The KL of the best of n is log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3), which bounds it from above; it
-    has no log-probabilities of its own.
+    The KL of the best of n is log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3), which
+    bounds it from above; it has no log-probabilities of its own.
     """
     means: Means = {}
     for point in results.points:
         own = {name: results.group_means(values) for name, values in point.values.items()}
         if results.program(point.method) == "best_of_n" and point.swept is not None:
-            own["kl"] = np.full_like(own["kl"], np.log(point.swept) - (point.swept - 1) / point.swept)
+            own["kl"] = np.full_like(
+                own["kl"], np.log(point.swept) - (point.swept - 1) / point.swept
+            )
         means[key(point)] = own
     return means
 
 
 def halves(groups: Iterable[str]) -> np.ndarray:
-    """Return 0 or 1 for each group (groups,), in the order of their names: by the hash of the name, equal in size."""
+    """Return 0 or 1 for each group (groups,), in the order of their names: by the hash of the name,
+    equal in size.
+    """
     names = np.unique(list(groups))
     digests = [hashlib.sha256(name.encode()).hexdigest() for name in names]
     half = np.empty(len(names), dtype=int)
@@ -55,10 +62,12 @@ def halves(groups: Iterable[str]) -> np.ndarray:
 
 
 def choose(values: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """Return for each cell (S, G) the index of the highest mean of `values` (S, M, G) on the other half.
+    """Return for each cell (S, G) the index of the highest mean of `values` (S, M, G) on the other
+    half.
 
-    The other half is that of the groups and, with MIN_SEEDS seeds or more, of the seeds, of which every second one
-    makes a half. With fewer the report is about these seeds, and all of them choose.
+    The other half is that of the groups and, with MIN_SEEDS seeds or more, of the seeds, of which
+    every second one makes a half. With fewer the report is about these seeds, and all of them
+    choose.
     """
     seeds, alternatives, groups = values.shape
     choice = np.zeros((seeds, groups), dtype=int)
@@ -79,26 +88,28 @@ def take(values: np.ndarray, choice: np.ndarray) -> np.ndarray:
 
 
 def chosen_mean(values: np.ndarray, choices: int, level: float) -> Estimate:
-    """Return `crossed_mean` of `values` (S, G), which `take` took from `choices` alternatives; its interval holds the
-    choice.
+    """Return `crossed_mean` of `values` (S, G), which `take` took from `choices` alternatives; its
+    interval holds the choice.
 
-    Two halves choose for each other, X_2 at the best of X_1 and X_1 at the best of X_2. Where the K alternatives are
-    alike, independent and normal, with m the expected largest of K standard normals, what is taken of the two halves
-    correlates with
+    Two halves choose for each other, X_2 at the best of X_1 and X_1 at the best of X_2. Where the K
+    alternatives are alike, independent and normal, with m the expected largest of K standard
+    normals, what is taken of the two halves correlates with
 
         K (m / K)^2 + K (K - 1) (m / (K (K - 1)))^2 = m^2 / (K - 1):    .318, .358, .353, .338 for K = 2, 3, 4, 5
 
-    which no mean square of the layout shows: the variance of their mean is 1 + that times as large. Where one
-    alternative is clearly the best the correlation is 0, and the interval up to 17 % too wide.
+    which no mean square of the layout shows: the variance of their mean is 1 + that times as large.
+    Where one alternative is clearly the best the correlation is 0, and the interval up to 17 % too
+    wide.
     """
     return crossed_mean(values, level=level, variance_factor=1 + CHOICE if choices > 1 else 1.0)
 
 
 def rectangle(table: dict[int, dict[Any, Any]]) -> tuple[list[int], list[Any]]:
-    """Return seeds and entries such that each seed has each entry: the largest such block, more seeds before more
-    entries.
+    """Return seeds and entries such that each seed has each entry: the largest such block, more
+    seeds before more entries.
 
-    table: seed -> what it has. An experiment that was cut short has seeds that lack most of the others' points.
+    table: seed -> what it has. An experiment that was cut short has seeds that lack most of the
+    others' points.
     """
     ranked = sorted(table, key=lambda seed: (-len(table[seed]), seed))
     best: tuple[list[int], list[Any]] = ([], [])
@@ -135,8 +146,12 @@ class Chosen:
     swept_values: list[float | None]
 
 
-def at_best(results: Results, means: Means, method: str, seeds: Sequence[int] | None = None) -> Chosen | None:
-    """Return a method at its best swept values, by all seeds that have the same trials or by these; None without."""
+def at_best(
+    results: Results, means: Means, method: str, seeds: Sequence[int] | None = None
+) -> Chosen | None:
+    """Return a method at its best swept values, by all seeds that have the same trials or by these;
+    None without.
+    """
     table = ended(results, method)
     known, swept_values = rectangle(table)
     seeds = known if seeds is None else list(seeds)
@@ -146,13 +161,17 @@ def at_best(results: Results, means: Means, method: str, seeds: Sequence[int] | 
     rows = [[table[seed][swept] for swept in swept_values] for seed in seeds]
     scores = stack(means, f"score/{results.judge}", rows)
     choice = choose(scores, halves(results.groups))
-    return Chosen(take(scores, choice), take(stack(means, "kl", rows), choice), choice, seeds, swept_values)
+    return Chosen(
+        take(scores, choice), take(stack(means, "kl", rows), choice), choice, seeds, swept_values
+    )
 
 
 def tuned(results: Results, means: Means, level: float) -> dict[str, Any]:
-    """Compare the methods, each at its best swept value, with each other and with the initial policy.
+    """Compare the methods, each at its best swept value, with each other and with the initial
+    policy.
 
-    The methods stand at their own KL, so this is no comparison at equal KL. `adjust` adds p_adjusted to the rows.
+    The methods stand at their own KL, so this is no comparison at equal KL. `adjust` adds
+    p_adjusted to the rows.
     """
     found = {method: at_best(results, means, method) for method in results.measured_methods()}
     found = {method: chosen for method, chosen in found.items() if chosen is not None}
@@ -165,10 +184,15 @@ def tuned(results: Results, means: Means, level: float) -> dict[str, Any]:
             rows.append(_difference(a, b, first, second, level))
     initial = means[key(results.initial)]
     for a, chosen in found.items():
-        start = Chosen(initial[f"score/{results.judge}"], initial["kl"], chosen.choice, chosen.seeds, [None])
+        start = Chosen(
+            initial[f"score/{results.judge}"], initial["kl"], chosen.choice, chosen.seeds, [None]
+        )
         rows.append(_difference(a, results.initial.method, chosen, start, level))
     half = halves(results.groups)
-    return {"methods": {method: _shares(chosen, half, level) for method, chosen in found.items()}, "rows": rows}
+    return {
+        "methods": {method: _shares(chosen, half, level) for method, chosen in found.items()},
+        "rows": rows,
+    }
 
 
 def _shares(chosen: Chosen, half: np.ndarray, level: float) -> dict[str, Any]:
@@ -180,7 +204,9 @@ def _shares(chosen: Chosen, half: np.ndarray, level: float) -> dict[str, Any]:
         # for each half of the groups, the most often over seeds
         "chosen": [values[counter.most_common(1)[0][0]] for counter in by_half],
         "usual": values[often.most_common(1)[0][0]],
-        "shares": {str(values[i]): count / chosen.choice.size for i, count in sorted(often.items())},
+        "shares": {
+            str(values[i]): count / chosen.choice.size for i, count in sorted(often.items())
+        },
         "swept_values": values,
         "seeds": chosen.seeds,
         "score": chosen_mean(chosen.scores, len(values), level).to_dict(),
@@ -189,7 +215,9 @@ def _shares(chosen: Chosen, half: np.ndarray, level: float) -> dict[str, Any]:
 
 
 def _difference(a: str, b: str, first: Chosen, second: Chosen, level: float) -> dict[str, Any]:
-    """Return one row of `tuned`: a - b, what this experiment could have shown, and the seeds for half of that."""
+    """Return one row of `tuned`: a - b, what this experiment could have shown, and the seeds for
+    half of that.
+    """
     values = first.scores - second.scores
     choices = max(len(first.swept_values), len(second.swept_values))
     estimate = chosen_mean(values, choices, level)
@@ -212,18 +240,20 @@ def _difference(a: str, b: str, first: Chosen, second: Chosen, level: float) -> 
 
 
 def overoptimisation(results: Results, means: Means, level: float) -> list[dict[str, Any]]:
-    """Ask whether the proxy goes on rising where the judge falls (Gao et al. 2022, arXiv 2210.10760; for DPO Rafailov
-    et al. 2024, arXiv 2406.02900).
+    """Ask whether the proxy goes on rising where the judge falls (Gao et al. 2022, arXiv
+    2210.10760; for DPO Rafailov et al. 2024, arXiv 2406.02900).
 
-    Along a method's points, the initial policy first, by KL, the judge's mean has a peak somewhere. Two differences are
-    asked, both of the point of the largest KL over the judge's peak: the judge's own (does it fall?) and the proxy's
-    (does it rise all the same?). The peak is chosen on other groups and seeds than those it is scored on: chosen on the
-    same ones, the judge would seem to fall even where it is flat, in 12 to 16 % of simulated experiments (3 to 10
-    seeds, 13 points), against 4 % with the halves and 2.5 % that a 95 % interval promises.
+    Along a method's points, the initial policy first, by KL, the judge's mean has a peak somewhere.
+    Two differences are asked, both of the point of the largest KL over the judge's peak: the
+    judge's own (does it fall?) and the proxy's (does it rise all the same?). The peak is chosen on
+    other groups and seeds than those it is scored on: chosen on the same ones, the judge would seem
+    to fall even where it is flat, in 12 to 16 % of simulated experiments (3 to 10 seeds, 13
+    points), against 4 % with the halves and 2.5 % that a 95 % interval promises.
 
-    Returns one entry for each method along all its points (swept None) and for each swept value along its checkpoints,
-    with one p for both differences together: the larger one, since both have to be shown. `add_outcomes` says what
-    follows for the methods; single swept values are shown without a verdict.
+    Returns one entry for each method along all its points (swept None) and for each swept value
+    along its checkpoints, with one p for both differences together: the larger one, since both have
+    to be shown. `add_outcomes` says what follows for the methods; single swept values are shown
+    without a verdict.
     """
     proxies = [name for name, kind in results.score_kinds.items() if kind == "proxy"]
     entries = []
@@ -238,9 +268,16 @@ def overoptimisation(results: Results, means: Means, level: float) -> list[dict[
 
 
 def _curve(
-    results: Results, means: Means, method: str, swept: float | None, proxy: str | None, level: float
+    results: Results,
+    means: Means,
+    method: str,
+    swept: float | None,
+    proxy: str | None,
+    level: float,
 ) -> dict[str, Any] | None:
-    """Return one entry of `overoptimisation`; None with fewer than FEWEST points that all seeds have."""
+    """Return one entry of `overoptimisation`; None with fewer than FEWEST points that all seeds
+    have.
+    """
     table: dict[int, dict[tuple, Point]] = {}
     for point in results.of(method, swept):
         if proxy is None or f"score/{proxy}" in point.values:
@@ -279,14 +316,20 @@ def _curve(
     return {
         "method": method,
         "swept": swept,
-        "proxy": None if proxy is None else {"name": proxy, "change": change, "optimised": optimised},
+        "proxy": None
+        if proxy is None
+        else {"name": proxy, "change": change, "optimised": optimised},
         # at the largest KL, over the judge's peak
         "judge": fall,
         # at the peak, over the initial policy
         "rise": rise,
         "p": None if None in both else max(both),
         "p_adjusted": None,
-        "peak": {"swept": names[usual_peak][0], "step": names[usual_peak][1], "kl": float(kls[usual_peak])},
+        "peak": {
+            "swept": names[usual_peak][0],
+            "step": names[usual_peak][1],
+            "kl": float(kls[usual_peak]),
+        },
         "end": {"kl": float(kls.max())},
         # share of the cells whose peak is the end itself
         "ends_at_peak": float(np.mean(peak == end)),
@@ -296,13 +339,15 @@ def _curve(
 
 
 def add_outcomes(entries: list[dict[str, Any]], alpha: float) -> None:
-    """Give each entry its "verdict": reproduced, not reproduced or undecided; None for a swept value alone.
+    """Give each entry its "verdict": reproduced, not reproduced or undecided; None for a swept
+    value alone.
 
-    Reproduced: the judge falls from its peak and the proxy rises, both beyond chance. Not reproduced: the judge falls
-    and the proxy falls with it; a judge that is highest at the largest KL may still fall beyond it. The judge's fall
-    alone is asked for without a proxy, and of a method that does not learn from it, provided that the judge had risen
-    before: 2406.02900 shows how the judge rises and then falls against KL. With fewer than MIN_SEEDS seeds nothing is
-    decided.
+    Reproduced: the judge falls from its peak and the proxy rises, both beyond chance. Not
+    reproduced: the judge falls and the proxy falls with it; a judge that is highest at the largest
+    KL may still fall beyond it. The judge's fall alone is asked for without a proxy, and of a
+    method that does not learn from it, provided that the judge had risen
+    before: 2406.02900 shows how the judge rises and then falls against KL. With fewer than
+    MIN_SEEDS seeds nothing is decided.
     """
     for entry in entries:
         optimised = bool(entry["proxy"]) and entry["proxy"]["optimised"]

@@ -27,7 +27,9 @@ FEW_SEEDS = 5  # below which an outlier among them is hardly seen
 
 
 def headline(report: Report) -> str:
-    """Return the first verdict in one sentence; at equal KL what holds at all KLs of its two methods."""
+    """Return the first verdict in one sentence; at equal KL what holds at all KLs of its two
+    methods.
+    """
     if not report["verdicts"]:
         return note_sentence(report["notes"][0], report)
     first = report["verdicts"][0]
@@ -41,7 +43,9 @@ def headline(report: Report) -> str:
             kls.setdefault(verdict["sign"], []).append(nats(verdict["kl"]))
     b = method_name(first["b"])
     parts = [
-        f"{text.format(b=b)} at KL {listed(kls[sign])}" for sign, text in templates.HEADLINE.items() if sign in kls
+        f"{text.format(b=b)} at KL {listed(kls[sign])}"
+        for sign, text in templates.HEADLINE.items()
+        if sign in kls
     ]
     return f"By {judge_name(report)} {method_name(first['a'])} is {'; '.join(parts)}."
 
@@ -149,11 +153,16 @@ def _budget(report: Report) -> str:
     match = report["budget"]["match"]
     text = templates.UNMATCHED
     if match is not None:
-        fields = {"counter": match["match"].replace("_", " "), "tolerance": 100 * match["tolerance"]}
+        fields = {
+            "counter": match["match"].replace("_", " "),
+            "tolerance": 100 * match["tolerance"],
+        }
         text = templates.BUDGETS[report["budget"]["matched"]].format(**fields)
 
     trained = {name: method for name, method in report["methods"].items() if not method["baseline"]}
-    trials = {method_name(name): method["trials"] for name, method in trained.items() if method["trials"]}
+    trials = {
+        method_name(name): method["trials"] for name, method in trained.items() if method["trials"]
+    }
     if len(set(trials.values())) > 1:
         each = ", ".join(f"{name} {count}" for name, count in trials.items())
         text += templates.UNEQUAL_TRIALS.format(trials=each)
@@ -168,13 +177,18 @@ def _power(report: Report) -> str:
         if least is not None and row["b"] != initial:
             more = f"; half of it takes about {counted(seeds, 'run seed')}" if seeds else ""
             sides = {"a": method_name(row["a"]), "b": method_name(row["b"])}
-            text += templates.DETECTABLE.format(**sides, least=digits(least, row["difference"]), more=more)
+            text += templates.DETECTABLE.format(
+                **sides, least=digits(least, row["difference"]), more=more
+            )
     return text
 
 
 def _scope(report: Report) -> str:
     unit = report["unit"]
-    prompts, answers = counted(unit["prompts"], "prompt"), counted(unit["samples_per_prompt"], "answer")
+    prompts, answers = (
+        counted(unit["prompts"], "prompt"),
+        counted(unit["samples_per_prompt"], "answer"),
+    )
     over = f"{counted(unit['groups'], 'group')} of {prompts}, {answers} each"
     seeds = len(unit["seeds"])
     fields = {"level": 100 * unit["level"], "over": over, "seeds": counted(seeds, "run seed")}
@@ -187,7 +201,10 @@ def _learnt_from(proxies: Sequence[str], _: Report) -> str:
 
 
 def _trials(trials: Sequence[Mapping[str, Any]], report: Report) -> str:
-    names = [f"{policy_name(trial['method'], trial['swept'], report)} seed {trial['seed']}" for trial in trials]
+    names = [
+        f"{policy_name(trial['method'], trial['swept'], report)} seed {trial['seed']}"
+        for trial in trials
+    ]
     return _some(names, report)
 
 
@@ -197,7 +214,10 @@ def _some(names: Sequence[str], _: Report) -> str:
 
 
 def _ranges(ranges: Mapping[str, Sequence[float]], _: Report) -> str:
-    parts = [f"{method_name(method)}: {nats(low)} to {nats(high)} nats" for method, (low, high) in ranges.items()]
+    parts = [
+        f"{method_name(method)}: {nats(low)} to {nats(high)} nats"
+        for method, (low, high) in ranges.items()
+    ]
     return ", ".join(parts)
 
 

@@ -1,7 +1,9 @@
-"""What results allow to say, as numbers and records: `Results` -> report.json. Sentences are made from it elsewhere.
+"""What results allow to say, as numbers and records: `Results` -> report.json. Sentences are made
+from it elsewhere.
 
-Every estimate is a mean over seeds and groups of prompts, both drawn at random (rlhf/compare/crossed.py). An experiment
-may have been cut short: each entry uses the seeds it has and says which; a comparison uses those that both sides have.
+Every estimate is a mean over seeds and groups of prompts, both drawn at random
+(rlhf/compare/crossed.py). An experiment may have been cut short: each entry uses the seeds it has
+and says which; a comparison uses those that both sides have.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ USES_REWARD = ("ppo", "best_of_n")
 def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
     """Return report.json of an experiment or of single runs (`Results.kind`); it has no sentences.
 
-    Without a judge (no gold score, no referee) nothing is decided: no curves, frontier, wins or over-optimisation.
-    Raises UserError if there is nothing to compare or the judge cannot judge.
+    Without a judge (no gold score, no referee) nothing is decided: no curves, frontier, wins or
+    over-optimisation. Raises UserError if there is nothing to compare or the judge cannot judge.
     """
     _check(results)
     means, initial = tabulate(results), results.initial
@@ -94,7 +96,9 @@ def _check(results: Results) -> None:
     if judge is None:
         return
     if judge not in kinds:
-        raise UserError(f"report: the judge '{judge}' is not among the scores.{did_you_mean(judge, kinds)}")
+        raise UserError(
+            f"report: the judge '{judge}' is not among the scores.{did_you_mean(judge, kinds)}"
+        )
     if kinds[judge] not in JUDGES:
         raise UserError(
             f"report: the judge '{judge}' is of kind '{kinds[judge]}'; only a gold or referee score that no run has "
@@ -114,7 +118,9 @@ def _unit(results: Results, level: float) -> dict[str, Any]:
 
 
 def _method(results: Results, name: str) -> dict[str, Any]:
-    """Return what one method was; trials: swept values with a trial that has ended, the tries that its tuning had."""
+    """Return what one method was; trials: swept values with a trial that has ended, the tries that
+    its tuning had.
+    """
     given, points = results.methods[name], results.of(name)
     return {
         "program": results.program(name),
@@ -127,14 +133,18 @@ def _method(results: Results, name: str) -> dict[str, Any]:
 
 
 def _missing(results: Results) -> list[dict[str, Any]]:
-    """Return the trials that have not ended, of those swept values and seeds that the experiment has anywhere."""
+    """Return the trials that have not ended, of those swept values and seeds that the experiment
+    has anywhere.
+    """
     missing = []
     for method, given in results.methods.items():
         # baselines have no trials of their own
         if given.get("baseline") or method == results.initial.method:
             continue
         done = {(point.swept, point.seed) for point in results.ends(method)}
-        for swept, seed in itertools.product(results.swept_values(method) or [None], seeds_of(results.points)):
+        for swept, seed in itertools.product(
+            results.swept_values(method) or [None], seeds_of(results.points)
+        ):
             if (swept, seed) not in done:
                 missing.append({"method": method, "swept": swept, "seed": seed})
     return missing
@@ -164,11 +174,15 @@ def _points(results: Results, means: Means, level: float) -> list[dict[str, Any]
     return entries
 
 
-def _measures(results: Results, means: Means, points: Sequence[Point], level: float) -> dict[str, Any]:
+def _measures(
+    results: Results, means: Means, points: Sequence[Point], level: float
+) -> dict[str, Any]:
     """Return the estimates of one policy over its seeds: `points` has one for each."""
 
     def estimate(measure: str, starts: Sequence[Point] = ()) -> dict[str, Any] | None:
-        """Over the seeds' initial policies where `starts` are given; None where a point lacks the measure."""
+        """Over the seeds' initial policies where `starts` are given; None where a point lacks the
+        measure.
+        """
         if any(measure not in means[key(point)] for point in (*points, *starts)):
             return None
         values = np.array([means[key(point)][measure] for point in points])
@@ -182,9 +196,17 @@ def _measures(results: Results, means: Means, points: Sequence[Point], level: fl
     for name in results.score_kinds:
         mean = estimate(f"score/{name}")
         if mean is not None:
-            scores[name] = {"mean": mean, "difference": estimate(f"score/{name}", starts) if starts else None}
+            scores[name] = {
+                "mean": mean,
+                "difference": estimate(f"score/{name}", starts) if starts else None,
+            }
     shapes = {name: estimate(name) for name in SHAPES}
-    return {"kl": estimate("kl"), "scores": scores, **shapes, "numbers": mean_of([p.numbers for p in points])}
+    return {
+        "kl": estimate("kl"),
+        "scores": scores,
+        **shapes,
+        "numbers": mean_of([p.numbers for p in points]),
+    }
 
 
 def _seed(results: Results, means: Means, point: Point) -> dict[str, Any]:
@@ -195,8 +217,9 @@ def _seed(results: Results, means: Means, point: Point) -> dict[str, Any]:
 
 
 def _outliers(report: dict[str, Any], trained: Sequence[str], alpha: float) -> list[dict[str, Any]]:
-    """Return the runs whose end the judge scores far from the other seeds of its swept value, at alpha over all runs
-    (Bonferroni)."""
+    """Return the runs whose end the judge scores far from the other seeds of its swept value, at
+    alpha over all runs (Bonferroni).
+    """
     trials = [point for point in report["points"] if point["last"] and point["method"] in trained]
     trials = [point for point in trials if len(point["seeds"]) >= MIN_SEEDS]
     # Bonferroni: each run is one test
@@ -221,9 +244,11 @@ def _outliers(report: dict[str, Any], trained: Sequence[str], alpha: float) -> l
 
 
 def _samples(results: Results, chosen: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the prompts whose hash comes first with their first responses, of the initial policy and of each method.
+    """Return the prompts whose hash comes first with their first responses, of the initial policy
+    and of each method.
 
-    A method answers at its chosen swept value (where none was chosen, at the first one) and first seed.
+    A method answers at its chosen swept value (where none was chosen, at the first one) and first
+    seed.
     """
     shown = {results.initial.method: results.initial}
     for method in results.measured_methods():
@@ -234,7 +259,9 @@ def _samples(results: Results, chosen: dict[str, Any]) -> list[dict[str, Any]]:
     shown = {name: point for name, point in shown.items() if key(point) in results.responses}
 
     # by hash, so that nobody picks them and every report shows the same
-    digests = [hashlib.sha256(prompt_key(prompt).encode()).hexdigest() for prompt in results.prompts]
+    digests = [
+        hashlib.sha256(prompt_key(prompt).encode()).hexdigest() for prompt in results.prompts
+    ]
     samples = []
     for i in np.argsort(digests, kind="stable")[:SAMPLES].tolist():
         responses = {name: _response(results, point, i) for name, point in shown.items()}
@@ -249,17 +276,23 @@ def _response(results: Results, point: Point, prompt: int) -> dict[str, Any]:
         "ended": bool(values.get("ended", 1.0)),
         "kl": values.get("kl"),
         "length": values.get("length"),
-        "scores": {name: values[f"score/{name}"] for name in results.score_kinds if f"score/{name}" in values},
+        "scores": {
+            name: values[f"score/{name}"]
+            for name in results.score_kinds
+            if f"score/{name}" in values
+        },
     }
 
 
 def budget(results: Results) -> dict[str, Any]:
-    """Return what each trial that has ended cost from the initial policy on, and whether the trained ones are matched.
+    """Return what each trial that has ended cost from the initial policy on, and whether the
+    trained ones are matched.
 
-    A row counts the pairs and the reward model in full, as if the trial had been the only one: they are shared by all
-    trials of a seed. `ratio` is total over the experiment's total, mean over seeds, `ratio_own` the trial alone over
-    it, `furthest` the ratio of the seed that is furthest from 1. `matched`: |ratio - 1| <= tolerance in every seed of
-    every trial, and no trial has spent more than 1 + tolerance times another; None if none was to be matched.
+    A row counts the pairs and the reward model in full, as if the trial had been the only one: they
+    are shared by all trials of a seed. `ratio` is total over the experiment's total, mean over
+    seeds, `ratio_own` the trial alone over it, `furthest` the ratio of the seed that is furthest
+    from 1. `matched`: |ratio - 1| <= tolerance in every seed of every trial, and no trial has spent
+    more than 1 + tolerance times another; None if none was to be matched.
     """
     asked = results.meta.get("budget") or {}
     match = None
@@ -286,7 +319,9 @@ def budget(results: Results) -> dict[str, Any]:
     return {"match": match, "rows": rows, "matched": matched}
 
 
-def _cost(results: Results, method: str, swept: float | None, match: dict[str, Any] | None) -> dict[str, Any]:
+def _cost(
+    results: Results, method: str, swept: float | None, match: dict[str, Any] | None
+) -> dict[str, Any]:
     """Return one row of `budget`."""
     budgets = [point.budget for point in results.ends(method) if point.swept == swept]
     own = mean_of(budgets)

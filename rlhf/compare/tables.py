@@ -38,7 +38,9 @@ class Table:
     rows: list[list[str]]
 
     def markdown(self) -> list[str]:
-        """Return its Markdown, in which no cell can be more than text; nothing for a table without rows."""
+        """Return its Markdown, in which no cell can be more than text; nothing for a table without
+        rows.
+        """
         if not self.rows:
             return []
         header = [escape(cell) for cell in self.header]
@@ -47,14 +49,18 @@ class Table:
 
 
 def escape(text: str) -> str:
-    """Return `text` on one line such that Markdown shows it as it is: no HTML, links, pictures or emphasis."""
+    """Return `text` on one line such that Markdown shows it as it is: no HTML, links, pictures or
+    emphasis.
+    """
     return re.sub(r"([\\`*_\[\]<>&|~#$])", r"\\\1", " ".join(text.split()))
 
 
 def opening(report: Report) -> Table:
-    """Return one row a policy at the end of its training: main score, win rate over the initial policy, KL, shape.
+    """Return one row a policy at the end of its training: main score, win rate over the initial
+    policy, KL, shape.
 
-    A method has the row of its tuned swept value; where nothing was tuned, one for each of its values.
+    A method has the row of its tuned swept value; where nothing was tuned, one for each of its
+    values.
     """
     score, initial = main_score(report), initial_name(report)
     title = "score" if score is None else score_name(report, score)
@@ -110,7 +116,9 @@ def _seeds(point: Mapping[str, Any]) -> str:
 
 
 def equal_kl(report: Report) -> Table:
-    """Return a row a pair and KL, with the same read from straight lines instead of the fitted curve."""
+    """Return a row a pair and KL, with the same read from straight lines instead of the fitted
+    curve.
+    """
     header = ["comparison", "KL, nats", "lines instead of the curve", *DIFFERENCE]
     rows = []
     for pair in report["frontier"]:
@@ -127,15 +135,22 @@ def equal_kl_on_the_way(report: Report) -> Table:
     for pair in report["frontier"]:
         for row in (pair.get("path") or {"rows": []})["rows"]:
             rows.append([_over(pair), nats(row["kl"]), interval(row["difference"], signed=True)])
-    return Table(["over all checkpoints, which have not spent the same", "KL, nats", "difference [95 %]"], rows)
+    return Table(
+        ["over all checkpoints, which have not spent the same", "KL, nats", "difference [95 %]"],
+        rows,
+    )
 
 
 def tuned(report: Report) -> Table:
     """Return a row a comparison of two methods, each at its tuned swept value."""
     rows = []
     for row in report["tuned"]["rows"]:
-        chosen = [report["tuned"]["methods"].get(row[side], {}).get("shares", {}) for side in ("a", "b")]
-        values = [", ".join(value for value in shares if value != "None") or UNKNOWN for shares in chosen]
+        chosen = [
+            report["tuned"]["methods"].get(row[side], {}).get("shares", {}) for side in ("a", "b")
+        ]
+        values = [
+            ", ".join(value for value in shares if value != "None") or UNKNOWN for shares in chosen
+        ]
         rows.append([_over(row), " against ".join(values), *_difference(row)])
     return Table(["comparison", "values chosen", *DIFFERENCE], rows)
 
@@ -153,8 +168,18 @@ def _over(pair: Mapping[str, Any]) -> str:
 
 
 def over_optimisation(report: Report) -> Table:
-    """Return a row a method and swept value: how judge and proxy change from the judge's peak to the largest KL."""
-    header = ["method", "peak, KL", "largest KL", "judge, peak to end [95 %]", "proxy [95 %]", "p adjusted", "outcome"]
+    """Return a row a method and swept value: how judge and proxy change from the judge's peak to
+    the largest KL.
+    """
+    header = [
+        "method",
+        "peak, KL",
+        "largest KL",
+        "judge, peak to end [95 %]",
+        "proxy [95 %]",
+        "p adjusted",
+        "outcome",
+    ]
     rows = []
     for entry in report["overoptimisation"]:
         proxy = entry["proxy"]
@@ -186,7 +211,13 @@ def win_rates(report: Report) -> Table:
 def judge_of_pairs(report: Report) -> Table:
     """Return what a judge of pairs said, where one was asked in both orders."""
     asked = report.get("judge_of_pairs") or {"rows": [], "name": ""}
-    header = [f"by the judge of pairs {asked['name']}", "wins [95 %]", "at equal length [95 %]", "ties", "consistent"]
+    header = [
+        f"by the judge of pairs {asked['name']}",
+        "wins [95 %]",
+        "at equal length [95 %]",
+        "ties",
+        "consistent",
+    ]
     rows = []
     for row in asked["rows"]:
         cells = [
@@ -205,13 +236,17 @@ def _percent(value: float | None) -> str:
 
 
 def cost(report: Report) -> Table:
-    """Return each counter of a trial, alone and in all, and the share of the matched budget that it used."""
+    """Return each counter of a trial, alone and in all, and the share of the matched budget that it
+    used.
+    """
     rows = report["budget"]["rows"]
     counters = list(dict.fromkeys(counter for row in rows for counter in row["total"]))
     names = [f"{counter.replace('_', ' ')}: own / in all" for counter in counters]
     cells = []
     for row in rows:
-        spent = [f"{amount(row['own'].get(c, 0))} / {amount(row['total'].get(c))}" for c in counters]
+        spent = [
+            f"{amount(row['own'].get(c, 0))} / {amount(row['total'].get(c))}" for c in counters
+        ]
         ratio = UNKNOWN
         if row["ratio"] is not None:
             ratio = f"{100 * row['ratio']:.0f} % ({100 * row['ratio_own']:.0f} % own)"
@@ -228,7 +263,13 @@ def policies(report: Report) -> Table:
     points = [report["foundation"], *report["points"]]
     scores = list(report["score_kinds"])
     numbers = list(dict.fromkeys(name for point in points for name in point["numbers"]))
-    header = ["policy", "step", "seeds", "KL, nats [95 %]", *(score_name(report, score) for score in scores)]
+    header = [
+        "policy",
+        "step",
+        "seeds",
+        "KL, nats [95 %]",
+        *(score_name(report, score) for score in scores),
+    ]
     header += ["tokens", "ended", "repetition", *(name.replace("_", "-") for name in numbers)]
     rows = []
     for point in points:

@@ -1,4 +1,6 @@
-"""Measures of a policy beside its scores: diversity, repetition, and how well it still models given texts."""
+"""Measures of a policy beside its scores: diversity, repetition, and how well it still models given
+texts.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,16 @@ REPEATED = 4
 
 
 def word_ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-    """Return the runs of n words (separated by white space) of a text, in order; none where it is shorter."""
+    """Return the runs of n words (separated by white space) of a text, in order; none where it is
+    shorter.
+    """
     words = text.split()
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Return distinct word n-grams over all word n-grams of all texts (distinct-n, Li et al. 2016); 0 without any.
+    """Return distinct word n-grams over all word n-grams of all texts (distinct-n, Li et al. 2016);
+    0 without any.
 
     It falls with the number of texts: compare it only between equally many.
     """
@@ -36,7 +41,9 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def repetition(text: str, n: int = REPEATED) -> float:
-    """Return the share of a text's word n-grams that occurred in it before; 0 for one of fewer than n words."""
+    """Return the share of a text's word n-grams that occurred in it before; 0 for one of fewer than
+    n words.
+    """
     grams = word_ngrams(text, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
@@ -53,19 +60,27 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class TextLoss:
-    """One held-out response: its group, the sum of -log p over its tokens (nats), and how many tokens it has."""
+    """One held-out response: its group, the sum of -log p over its tokens (nats), and how many
+    tokens it has.
+    """
 
     group: str
     nll: float
     tokens: int
 
 
-def encode_texts(records: list[Instruction], tokenizer: Any, max_prompt_length: int, max_response_length: int):
-    """Return rows {"prompt_ids", "response_ids", "group"} of held-out answers, without those that are too long."""
+def encode_texts(
+    records: list[Instruction], tokenizer: Any, max_prompt_length: int, max_response_length: int
+):
+    """Return rows {"prompt_ids", "response_ids", "group"} of held-out answers, without those that
+    are too long.
+    """
     from rlhf.data.encode import encode, kept
 
     texts = []
-    for row in kept(encode(records, tokenizer, max_prompt_length, max_response_length), "held-out answers"):
+    for row in kept(
+        encode(records, tokenizer, max_prompt_length, max_response_length), "held-out answers"
+    ):
         ids = {name: row[name] for name in ("prompt_ids", "response_ids")}
         texts.append({"group": row["record"].group, **ids})
     return texts
@@ -81,9 +96,11 @@ def text_losses(
     batch_size: int = 64,
     plain_head: bool = True,
 ) -> list[TextLoss]:
-    """Return how `model`, in the context `policy()`, predicts the response of each row given its prompt, EOS included.
+    """Return how `model`, in the context `policy()`, predicts the response of each row given its
+    prompt, EOS included.
 
-    At temperature 1, whatever responses are sampled with. Every rank takes its share and gets all back, in order.
+    At temperature 1, whatever responses are sampled with. Every rank takes its share and gets all
+    back, in order.
     """
     mine = [rows[i] for i in world.shard(len(rows))]
     own = partial(_losses, model, policy, mine, pad_id, batch_size, plain_head)
@@ -103,10 +120,15 @@ def _losses(model, policy, rows, pad_id, batch_size, plain_head) -> list[TextLos
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         ids, attention, positions, responses, mask = completion_batch(
-            [row["prompt_ids"] for row in part], [row["response_ids"] for row in part], pad_id, device
+            [row["prompt_ids"] for row in part],
+            [row["response_ids"] for row in part],
+            pad_id,
+            device,
         )
         with torch.no_grad(), policy():
-            logprobs, _ = response_logprobs(model, ids, attention, positions, responses, plain_head=plain_head)
+            logprobs, _ = response_logprobs(
+                model, ids, attention, positions, responses, plain_head=plain_head
+            )
         # a long response has more tokens than float32 sums exactly
         nats = torch.where(mask, -logprobs, 0.0).sum(-1, dtype=torch.float64).tolist()
         groups = [row["group"] for row in part]
@@ -116,12 +138,13 @@ def _losses(model, policy, rows, pad_id, batch_size, plain_head) -> list[TextLos
 
 
 def perplexity(losses: Sequence[TextLoss]) -> Perplexity:
-    """Return exp(L) with L = sum of nats over sum of tokens, and its standard error clustered by group.
+    """Return exp(L) with L = sum of nats over sum of tokens, and its standard error clustered by
+    group.
 
         se(L) = sqrt( G/(G-1) sum_g (N_g - L T_g)^2 ) / sum_g T_g,    se(exp L) = exp(L) se(L)
 
-    N_g, T_g: nats and tokens of group g; the ratio estimator (Cochran 1977, section 6.4) and the delta method.
-    Raises ValueError without any token.
+    N_g, T_g: nats and tokens of group g; the ratio estimator (Cochran 1977, section 6.4) and the
+    delta method. Raises ValueError without any token.
     """
     nats: dict[str, float] = {}
     tokens: dict[str, int] = {}

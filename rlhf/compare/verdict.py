@@ -1,8 +1,10 @@
-"""The claims of a report and what limits it, as records: `summary.py` makes them, the renderer has a template a kind.
+"""The claims of a report and what limits it, as records: `summary.py` makes them, the renderer has
+a template a kind.
 
-A difference is claimed where its p, adjusted for all claims of the report (Holm 1979), is below 1 - level. A claim
-about methods needs MIN_SEEDS run seeds and MIN_CLUSTERS groups; a comparison of runs claims something about those runs
-alone and needs the groups only. Everything else has its interval and `sign` None: it is shown without a verdict.
+A difference is claimed where its p, adjusted for all claims of the report (Holm 1979), is below 1 -
+level. A claim about methods needs MIN_SEEDS run seeds and MIN_CLUSTERS groups; a comparison of runs
+claims something about those runs alone and needs the groups only. Everything else has its interval
+and `sign` None: it is shown without a verdict.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from typing import Any, Literal
 VerdictKind = Literal["equal_kl", "tuned", "over_optimisation", "exploited_proxy"]
 Reservation = Literal["form", "contradicted", "correction", "win_rate"]
 NoteKind = Literal[
-    "judge",  # score, score_kind, proxies: what decides, and what methods learnt from and so does not
+    # score, score_kind, proxies: what decides, and what methods learnt from and so does not
+    "judge",
     "no_judge",  # proxies: nothing decides
     "not_measured",  # method: nothing of it has been measured yet
     "missing_trials",  # trials: [{method, swept, seed}] that have not ended
@@ -34,9 +37,12 @@ class Verdict:
 
     kind:
       equal_kl: `a` over `b` at the same `kl`.
-      tuned: `a` over `b`, each at its best swept value (at its end, where nothing is swept), at KLs of their own.
-      over_optimisation: `a` from the judge's peak to the largest KL; sign 1 reproduced, -1 not reproduced, 0 undecided.
-      exploited_proxy: run `a` raised the scores named in `evidence["proxies"]` over `b` while the judge fell.
+      tuned: `a` over `b`, each at its best swept value (at its end, where nothing is swept), at KLs
+          of their own.
+      over_optimisation: `a` from the judge's peak to the largest KL; sign 1 reproduced, -1 not
+          reproduced, 0 undecided.
+      exploited_proxy: run `a` raised the scores named in `evidence["proxies"]` over `b` while the
+          judge fell.
     reservation, why the numbers allow to say less than they seem to:
       form: the fitted curve shows the difference, lines from point to point do not (equal_kl).
       contradicted: lines from point to point lie on the other side, so that `sign` is 0 (equal_kl).
@@ -53,7 +59,8 @@ class Verdict:
     minimum_detectable_effect: float | None = None  # in the judge's units, shown in 4 of 5 repeats
     kl: float | None = None  # nats; None: each at its own
     reservation: Reservation | None = None
-    evidence: dict[str, Any] | None = None  # the row of the report it was read from: ranges, chosen values, peak, end
+    # the row of the report it was read from: ranges, chosen values, peak, end
+    evidence: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record for report.json."""
@@ -90,7 +97,9 @@ OVER_OPTIMISATION = (
     "changes by {size} ({basis}){proxy}."
 )
 OUTCOMES = {1: "reproduced", -1: "not reproduced", 0: "undecided", None: "no verdict"}
-EXPLOITED_PROXY = "{a} raised {proxies} over {b} while {judge} fell by {loss}: the proxy was over-optimised."
+EXPLOITED_PROXY = (
+    "{a} raised {proxies} over {b} while {judge} fell by {loss}: the proxy was over-optimised."
+)
 RESERVATIONS = {
     "form": "This rests on the form of the fitted curve: straight lines from point to point do not show it.",
     "contradicted": "The fitted curve shows a difference that straight lines from point to point contradict.",
@@ -120,10 +129,13 @@ BUDGETS: dict[bool | None, str] = {
     None: "Budgets were to be matched in {counter}, but nothing is known of them yet.",
 }
 UNMATCHED = "Budgets were not matched, so a difference may come from what was spent."
-UNEQUAL_TRIALS = " The numbers of tuning trials differ ({trials}): more tries find a better value by luck."
+UNEQUAL_TRIALS = (
+    " The numbers of tuning trials differ ({trials}): more tries find a better value by luck."
+)
 POWER = "To show a win rate of {rate:g} % in 4 of 5 repeats takes {pairs} independent comparisons."
 DETECTABLE = (
-    " {a} over {b}: a difference of {least} would be shown that often before the correction for all claims{more}."
+    " {a} over {b}: a difference of {least} would be shown that often before the correction for all "
+    "claims{more}."
 )
 SCOPES = {
     "models": "All of this holds for these trained models, not for the methods. Intervals are {level:g} % over {over}; "

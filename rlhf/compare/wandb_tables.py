@@ -1,4 +1,6 @@
-"""The report as W&B tables and images, through the tracker that every program writes with: flat rows, plain cells."""
+"""The report as W&B tables and images, through the tracker that every program writes with: flat
+rows, plain cells.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,14 @@ from rlhf.runs.tracking import Tracker
 Row = dict[str, Any]
 
 
-def log_report(report: Report, tracker: Tracker, figures: Mapping[str, str | Path] | None = None) -> None:
-    """Write report.json's dict as tables/<name>.jsonl and, if the tracker has a W&B run, as its tables and images.
+def log_report(
+    report: Report, tracker: Tracker, figures: Mapping[str, str | Path] | None = None
+) -> None:
+    """Write report.json's dict as tables/<name>.jsonl and, if the tracker has a W&B run, as its
+    tables and images.
 
-    figures: name -> PNG, as `rlhf.compare.figures.draw` returns them; they go to W&B alone. The tracker starts its
-    files afresh: give it a folder of its own.
+    figures: name -> PNG, as `rlhf.compare.figures.draw` returns them; they go to W&B alone. The
+    tracker starts its files afresh: give it a folder of its own.
     """
     for name, rows in rows_of(report).items():
         tracker.table(name, rows, 0)
@@ -32,7 +37,9 @@ def rows_of(report: Report) -> dict[str, list[Row]]:
     return {
         "frontier": [_point(point) for point in report["points"]],
         "equal_kl": [
-            {**_sides(pair), "kl": row["kl"], **_difference(row)} for pair in report["frontier"] for row in pair["rows"]
+            {**_sides(pair), "kl": row["kl"], **_difference(row)}
+            for pair in report["frontier"]
+            for row in pair["rows"]
         ],
         "tuned": [{**_sides(row), **_difference(row)} for row in report["tuned"]["rows"]],
         "wins": _wins(report["wins"]),
@@ -66,7 +73,9 @@ def _sides(row: Mapping[str, Any]) -> Row:
 
 
 def _point(point: dict[str, Any]) -> Row:
-    """Return a checkpoint: KL, each score and its difference to the initial policy, shape of the responses, cost."""
+    """Return a checkpoint: KL, each score and its difference to the initial policy, shape of the
+    responses, cost.
+    """
     row = {
         "method": point["method"],
         "swept": point["swept"],
@@ -76,7 +85,9 @@ def _point(point: dict[str, Any]) -> Row:
         **_estimate("kl", point["kl"]),
     }
     for name, score in point["scores"].items():
-        row |= _estimate(f"score/{name}", score["mean"]) | _estimate(f"over_foundation/{name}", score["difference"])
+        row |= _estimate(f"score/{name}", score["mean"]) | _estimate(
+            f"over_foundation/{name}", score["difference"]
+        )
     for name in ("length", "words", "ended", "repetition"):
         row |= _estimate(name, point[name])
     return row | point["numbers"] | _prefixed("budget", point["budget"])

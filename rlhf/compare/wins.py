@@ -1,8 +1,9 @@
 """Win rates of one policy over another, as they are and with the length of the answers held equal.
 
-At each prompt the samples of A meet those samples of B whose sampling noise is independent of theirs; a share of 0.5 is
-a draw. Both numbers have the standard error and the degrees of freedom of seeds and groups crossed
-(rlhf/compare/crossed.py), each group counting once, and the interval of a share (rlhf/stats.py).
+At each prompt the samples of A meet those samples of B whose sampling noise is independent of
+theirs; a share of 0.5 is a draw. Both numbers have the standard error and the degrees of freedom of
+seeds and groups crossed (rlhf/compare/crossed.py), each group counting once, and the interval of a
+share (rlhf/stats.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class WinRate:
 
     controlled: at equal length; nan where length and policy cannot be told apart.
     ties: share of the meetings, each group counting once. length_difference: tokens, A - B.
-    ridge: the length decides all, so that the controlled fit needed a ridge; read it as a direction.
+    ridge: the length decides all, so that the controlled fit needed a ridge; read it as a
+    direction.
     consistency: of a judge asked in both orders, the share of pairs with one winner in both.
     """
 
@@ -55,12 +57,13 @@ def win_rate(
     tie_margin: float = 0.0,
     level: float = 0.95,
 ) -> WinRate | None:
-    """Return how often the policies `a` win over `b`: a[i] meets b[i], of the same seed or the initial policy.
+    """Return how often the policies `a` win over `b`: a[i] meets b[i], of the same seed or the
+    initial policy.
 
-    judge: the name of a score, by which all `independent_pairs` meet (a difference of at most `tie_margin` is a tie,
-    which counts half); or for each i what a judge of pairs said about a[i] and b[i] (`judge_wins`).
-    None where no two samples have independent noise, as with one sample a prompt.
-    Raises UserError where the seeds do not fit, or a score is not a finite number.
+    judge: the name of a score, by which all `independent_pairs` meet (a difference of at most
+    `tie_margin` is a tie, which counts half); or for each i what a judge of pairs said about a[i]
+    and b[i] (`judge_wins`). None where no two samples have independent noise, as with one sample a
+    prompt. Raises UserError where the seeds do not fit, or a score is not a finite number.
     """
     _check_seeds(a, b)
     if isinstance(judge, str):
@@ -68,7 +71,10 @@ def win_rate(
     if not all(verdicts.pairs for verdicts in judge):
         return None
     outcomes = [verdicts.wins for verdicts in judge]
-    lengths = [_differences(x, y, "length", verdicts.pairs) for x, y, verdicts in zip(a, b, judge, strict=True)]
+    lengths = [
+        _differences(x, y, "length", verdicts.pairs)
+        for x, y, verdicts in zip(a, b, judge, strict=True)
+    ]
     asked = [verdicts.consistency for verdicts in judge if not math.isnan(verdicts.consistency)]
     consistency = float(np.mean(asked)) if asked else None
 
@@ -86,7 +92,9 @@ def win_rate(
 
 
 def _by_score(a: Point, b: Point, score: str, tie_margin: float) -> Verdicts:
-    """Return what a score says of all `independent_pairs`, as a judge of pairs would; a score favours no order."""
+    """Return what a score says of all `independent_pairs`, as a judge of pairs would; a score
+    favours no order.
+    """
     pairs = independent_pairs(a, b)
     wins = np.empty((0, 0))
     if pairs:
@@ -97,19 +105,27 @@ def _by_score(a: Point, b: Point, score: str, tie_margin: float) -> Verdicts:
 
 def _check_seeds(a: Sequence[Point], b: Sequence[Point]) -> None:
     of_a, of_b = ([point.seed for point in points] for points in (a, b))
-    fits = len(a) == len(b) > 0 and all(x == y or None in (x, y) for x, y in zip(of_a, of_b, strict=True))
+    fits = len(a) == len(b) > 0 and all(
+        x == y or None in (x, y) for x, y in zip(of_a, of_b, strict=True)
+    )
     if not fits:
-        raise UserError(f"win rate: seeds {of_a} cannot meet seeds {of_b}; expected the same seeds in one order")
+        raise UserError(
+            f"win rate: seeds {of_a} cannot meet seeds {of_b}; expected the same seeds in one order"
+        )
 
 
 def _differences(a: Point, b: Point, measure: str, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Return (prompts, pairs) differences a - b of a measure at the pairs (sample of a, sample of b)."""
+    """Return (prompts, pairs) differences a - b of a measure at the pairs (sample of a, sample of
+    b).
+    """
     columns = []
     for point, samples in zip((a, b), zip(*pairs, strict=True), strict=True):
         values = np.asarray(point.values[measure], dtype=np.float64)
         bad = int(np.count_nonzero(~np.isfinite(values)))
         if bad:
-            raise UserError(f"win rate: {bad} values of '{measure}' of {point.method} are not finite")
+            raise UserError(
+                f"win rate: {bad} values of '{measure}' of {point.method} are not finite"
+            )
         columns.append(values[:, samples])
     return columns[0] - columns[1]
 
@@ -133,27 +149,33 @@ class LengthFit:
 
         logit P(A wins) = theta + phi tanh(d / sd(d)),    d = length of A's answer - length of B's,    P at d = 0
 
-    after the length-controlled AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475, eq. 2) without its term for the
-    difficulty of each instruction, which is estimated there from other models' answers. Outcomes may be fractions.
-    sd(d) and the fit are done again for each set of weights. nan where d is the same, but not 0, in all meetings: the
-    length then cannot be told from the policy.
+    after the length-controlled AlpacaEval 2 (Dubois et al. 2024, arXiv 2404.04475, eq. 2) without
+    its term for the difficulty of each instruction, which is estimated there from other models'
+    answers. Outcomes may be fractions. sd(d) and the fit are done again for each set of weights.
+    nan where d is the same, but not 0, in all meetings: the length then cannot be told from the
+    policy.
     """
 
     def __init__(self, outcomes: np.ndarray, lengths: np.ndarray, groups: Sequence[str]):
-        """outcomes (seeds, prompts, meetings) in [0, 1], lengths (seeds, prompts, meetings), groups (prompts,)."""
+        """outcomes (seeds, prompts, meetings) in [0, 1], lengths (seeds, prompts, meetings), groups
+        (prompts,).
+        """
         seeds, _, meetings = outcomes.shape
         _, group = np.unique(np.asarray(groups), return_inverse=True)
         size = np.bincount(group)
         # each group counts once
         each = (1 / size[group] / meetings)[None, :, None]
-        # wins and losses in a table of (seed, group) x length difference: a resample costs a product and a small fit
+        # wins and losses in a table of (seed, group) x length difference: a resample costs a
+        # product and a small fit
         self.d, column = np.unique(lengths, return_inverse=True)
         shape = (seeds * len(size), len(self.d))
         row = np.arange(seeds)[:, None, None] * len(size) + group[None, :, None]
         cell = (row * len(self.d) + column.reshape(lengths.shape)).ravel()
 
         def table(weights: np.ndarray) -> np.ndarray:
-            return np.bincount(cell, weights=weights.ravel(), minlength=shape[0] * shape[1]).reshape(shape)
+            return np.bincount(
+                cell, weights=weights.ravel(), minlength=shape[0] * shape[1]
+            ).reshape(shape)
 
         self.wins, self.losses = table(each * outcomes), table(each * (1 - outcomes))
         self.start = np.zeros(2)
@@ -183,13 +205,18 @@ class LengthFit:
 
 
 def separable(x: np.ndarray, y: np.ndarray) -> bool:
-    """Return whether a threshold on x parts all wins from all losses (y in [0, 1]), so that the steepest slope fits."""
+    """Return whether a threshold on x parts all wins from all losses (y in [0, 1]), so that the
+    steepest slope fits.
+    """
     wins, losses = x[y > 0], x[y < 1]
     return bool(wins.min() >= losses.max() or losses.min() >= wins.max())
 
 
-def logistic_fit(x: np.ndarray, y: np.ndarray, w: np.ndarray, ridge: float, start: np.ndarray) -> np.ndarray:
-    """Return (theta, phi) that maximise sum w [y log p + (1 - y) log(1 - p)] - ridge phi^2 / 2 by Newton's method.
+def logistic_fit(
+    x: np.ndarray, y: np.ndarray, w: np.ndarray, ridge: float, start: np.ndarray
+) -> np.ndarray:
+    """Return (theta, phi) that maximise sum w [y log p + (1 - y) log(1 - p)] - ridge phi^2 / 2 by
+    Newton's method.
 
     p = sigmoid(theta + phi x). x, y, w (n,), w sums to 1, y in [0, 1].
     """
@@ -200,7 +227,9 @@ def logistic_fit(x: np.ndarray, y: np.ndarray, w: np.ndarray, ridge: float, star
         first, second = rest.sum(), rest @ x - ridge * phi
         h11, h12, h22 = curve.sum(), curve @ x, curve @ x**2 + ridge
         determinant = h11 * h22 - h12**2
-        step = np.array([h22 * first - h12 * second, h11 * second - h12 * first]) / max(determinant, 1e-300)
+        step = np.array([h22 * first - h12 * second, h11 * second - h12 * first]) / max(
+            determinant, 1e-300
+        )
         # far off, a full step can overshoot
         step /= max(1.0, np.abs(step).max())
         theta, phi = theta + step[0], phi + step[1]

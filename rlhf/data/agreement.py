@@ -4,8 +4,8 @@
     alpha, low, high = alpha_interval(ratings)
     for person in annotator_reliability(votes, controls={7: "a"}): print(person.annotator, person.flags)
 
-A skip counts nowhere. Whatever cannot be computed (nobody judged the same pair, all said the same) is
-nan, and None in `agreement_summary`.
+A skip counts nowhere. Whatever cannot be computed (nobody judged the same pair, all said the same)
+is nan, and None in `agreement_summary`.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class PairKappa:
 def ratings_of(votes: list[Vote], level: Level = "nominal") -> Ratings:
     """Return {comparison: {annotator: value}} of votes, without skips.
 
-    nominal: the choice (a, b, tie, both_bad). ordinal: from -3 (b by far) over 0 (tie or both bad) to 3 (a by far); a
-    vote without a strength counts as 1.
+    nominal: the choice (a, b, tie, both_bad). ordinal: from -3 (b by far) over 0 (tie or both bad)
+    to 3 (a by far); a vote without a strength counts as 1.
     """
     ratings: Ratings = {}
     for vote in votes:
@@ -114,21 +114,25 @@ def alpha_interval(ratings: Ratings, level: Level = "nominal") -> tuple[float, f
         alpha = 1 - (n - 1) sum_ck o_ck d_ck / sum_ck n_c n_k d_ck
         o_ck = sum_items (pairs of values c, k in the item) / (values in the item - 1),   n_c = sum_k o_ck
 
-    nominal: d_ck = [c != k]. ordinal: d_ck = (sum of n_g for g from c to k, less (n_c + n_k) / 2)^2, of numbers.
-    ratings: {item: {annotator: value}}; items with one value count nowhere. nan if all values are the same or no item
-    has two. The interval is over items that have two values or more (`jackknife_interval`). Source: Krippendorff 2011,
-    "Computing Krippendorff's alpha-reliability".
+    nominal: d_ck = [c != k]. ordinal: d_ck = (sum of n_g for g from c to k, less (n_c + n_k) /
+    2)^2, of numbers.
+    ratings: {item: {annotator: value}}; items with one value count nowhere. nan if all values are
+    the same or no item has two. The interval is over items that have two values or more
+    (`jackknife_interval`). Source: Krippendorff 2011, "Computing Krippendorff's alpha-reliability".
     """
     return _interval(_coincidences(ratings), lambda sums: _alpha(sums, level))
 
 
-def kappa_interval(one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]) -> tuple[float, float, float]:
-    """Return Cohen's kappa (1960) of two annotators' values by item and its 95 % interval (low, high).
+def kappa_interval(
+    one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]
+) -> tuple[float, float, float]:
+    """Return Cohen's kappa (1960) of two annotators' values by item and its 95 % interval (low,
+    high).
 
         kappa = (p_o - p_e) / (1 - p_e),   p_e = sum_k p_one(k) p_other(k)
 
-    Both are over the items that both judged (`jackknife_interval`). nan if no item is common, or both said one and the
-    same value throughout.
+    Both are over the items that both judged (`jackknife_interval`). nan if no item is common, or
+    both said one and the same value throughout.
     """
     return _interval(_crossed(one, other), _kappa)
 
@@ -151,11 +155,13 @@ def pairwise_kappas(ratings: Ratings) -> list[PairKappa]:
 def agreement_summary(
     votes: list[Vote], controls: dict[int, str] | None = None, words: dict[int, int] | None = None
 ) -> dict[str, Any]:
-    """Return everything here about a set of votes, ready for JSON (None where it cannot be computed).
+    """Return everything here about a set of votes, ready for JSON (None where it cannot be
+    computed).
 
-    {"votes", "pairs", "pairs_judged_twice", "alpha": {"nominal": {"estimate", "low", "high"}, "ordinal": ...},
-    "kappa": [{"one", "other", "kappa", "low", "high", "pairs"}], "annotators": [Reliability as a dict]}. Alpha and
-    kappa are over the pairs that are not controls. controls, words: as in `annotator_reliability`.
+    {"votes", "pairs", "pairs_judged_twice", "alpha": {"nominal": {"estimate", "low", "high"},
+    "ordinal": ...}, "kappa": [{"one", "other", "kappa", "low", "high", "pairs"}], "annotators":
+    [Reliability as a dict]}. Alpha and kappa are over the pairs that are not controls. controls,
+    words: as in `annotator_reliability`.
     """
     controls = controls or {}
     normal = [vote for vote in votes if vote.comparison not in controls]
@@ -181,18 +187,21 @@ def annotator_reliability(
 ) -> list[Reliability]:
     """Return one entry for each annotator, by name.
 
-    votes: all that stand, those on control pairs included. controls: comparison -> the right answer, "a" or "b".
-    words: comparison -> words of both answers together, so that a vote is too fast if it took less than skimming them
-    (15 words a second, at least a second); without, less than a second.
+    votes: all that stand, those on control pairs included. controls: comparison -> the right
+    answer, "a" or "b".
+    words: comparison -> words of both answers together, so that a vote is too fast if it took less
+    than skimming them (15 words a second, at least a second); without, less than a second.
 
-    Flags are raised at p < 0.01 for each annotator and question: an honest one gets one in a hundred times. The side
-    bias supposes that sides were drawn at random, as the web app does.
+    Flags are raised at p < 0.01 for each annotator and question: an honest one gets one in a
+    hundred times. The side bias supposes that sides were drawn at random, as the web app does.
     """
     controls, words = controls or {}, words or {}
     by_name: dict[str, list[Vote]] = {}
     for vote in votes:
         by_name.setdefault(vote.annotator, []).append(vote)
-    agreement = _agreement_with_the_rest([vote for vote in votes if vote.comparison not in controls])
+    agreement = _agreement_with_the_rest(
+        [vote for vote in votes if vote.comparison not in controls]
+    )
     confusion = skills(votes, controls).confusion
 
     people = []
@@ -223,7 +232,9 @@ def _controls_right(votes: list[Vote], controls: dict[int, str]) -> Share:
 
 
 def _skill(confusion: np.ndarray | None) -> float:
-    """Return, of the votes for a side where "a" is truly better, the share for "a" (a and b are mirrored)."""
+    """Return, of the votes for a side where "a" is truly better, the share for "a" (a and b are
+    mirrored).
+    """
     if confusion is None:
         return math.nan
     right, wrong = confusion[0, :2]
@@ -271,9 +282,13 @@ def _flags(person: Reliability, others: list[Reliability]) -> list[str]:
     compared = sum(other.rest.n for other in others)
     usual = sum(other.rest.count for other in others) / compared if compared else math.nan
     if _surely_below(person.rest, usual):
-        flags.append(f"agrees less with the rest ({person.rest.estimate:.0%}) than they do ({usual:.0%})")
+        flags.append(
+            f"agrees less with the rest ({person.rest.estimate:.0%}) than they do ({usual:.0%})"
+        )
     if _surely_below(person.controls, CONTROLS_RIGHT):
-        flags.append(f"fails control pairs ({person.controls.count:g} of {person.controls.n} right)")
+        flags.append(
+            f"fails control pairs ({person.controls.count:g} of {person.controls.n} right)"
+        )
     if person.fast.n and person.fast.estimate > HASTE:
         flags.append(f"votes faster than one can read ({person.fast.estimate:.0%} of the votes)")
     return flags
@@ -285,7 +300,9 @@ def _surely_below(share: Share, bound: float) -> bool:
 
 
 def _coincidences(ratings: Ratings) -> np.ndarray:
-    """Return (N, K, K): each item's share in the coincidences, values sorted; items with one value are left out."""
+    """Return (N, K, K): each item's share in the coincidences, values sorted; items with one value
+    are left out.
+    """
     usable = [list(values.values()) for values in ratings.values() if len(values) > 1]
     found = set(itertools.chain.from_iterable(usable))
     are_numbers = all(isinstance(value, (int, float)) for value in found)
@@ -335,8 +352,12 @@ def _kappa(sums: np.ndarray) -> np.ndarray:
         return np.where(chance < 1 - 1e-12, (observed - chance) / (1 - chance), np.nan)
 
 
-def _interval(cells: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> tuple[float, float, float]:
-    """Return the statistic of the sum of (N, K, K) cells, one an item, and its 95 % interval; nan where undefined."""
+def _interval(
+    cells: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]
+) -> tuple[float, float, float]:
+    """Return the statistic of the sum of (N, K, K) cells, one an item, and its 95 % interval; nan
+    where undefined.
+    """
     if not len(cells):
         return math.nan, math.nan, math.nan
     total = cells.sum(axis=0)

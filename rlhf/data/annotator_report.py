@@ -1,4 +1,6 @@
-"""What agreement and reliability say about the annotators behind the rows, for data cards, reports and the terminal."""
+"""What agreement and reliability say about the annotators behind the rows, for data cards, reports
+and the terminal.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,17 @@ from rlhf.data.store_queries import StoreView
 from rlhf.data.votes import Vote
 from rlhf.text import escape_cell, markdown_table
 
-HEADER = ("annotator", "votes", "agrees with the rest", "skill", "left", "control pairs", "seconds", "too fast", "")
+HEADER = (
+    "annotator",
+    "votes",
+    "agrees with the rest",
+    "skill",
+    "left",
+    "control pairs",
+    "seconds",
+    "too fast",
+    "",
+)
 LEGEND = (
     "Agrees with the rest: of the others' choices on the same pairs, the share that was the same. Skill: of the votes "
     "for a side where one is better, the share for that side (Dawid and Skene 1979). Left: of the votes for a side, "
@@ -25,8 +37,11 @@ LEGEND = (
 UNKNOWN = "–"
 
 
-def annotator_summaries(names: Sequence[str], records: Sequence[Record]) -> dict[str, dict[str, Any]]:
-    """Return `agreement_summary` by source: all votes of a store, and of other rows those that name an annotator.
+def annotator_summaries(
+    names: Sequence[str], records: Sequence[Record]
+) -> dict[str, dict[str, Any]]:
+    """Return `agreement_summary` by source: all votes of a store, and of other rows those that name
+    an annotator.
 
     A source whose rows name no annotator has no entry.
     """
@@ -35,14 +50,20 @@ def annotator_summaries(names: Sequence[str], records: Sequence[Record]) -> dict
         summaries[name] = store_summary(name)
         stores.add(Path(sources.split_event(name)[0]).name)
 
-    rows = [r for r in records if isinstance(r, Preference) and r.annotator is not None and r.source not in stores]
+    rows = [
+        r
+        for r in records
+        if isinstance(r, Preference) and r.annotator is not None and r.source not in stores
+    ]
     if rows:
         summaries["rows that name an annotator"] = agreement_summary(_as_votes(rows))
     return summaries
 
 
 def store_summary(name: str) -> dict[str, Any]:
-    """Return `agreement_summary` of a store ("votes.db", "votes.db@118"), votes on control pairs included."""
+    """Return `agreement_summary` of a store ("votes.db", "votes.db@118"), votes on control pairs
+    included.
+    """
     from rlhf.data.store import Store
 
     path, event = sources.split_event(name)
@@ -61,7 +82,8 @@ def view_summary(view: StoreView) -> dict[str, Any]:
 def _as_votes(records: Sequence[Preference]) -> list[Vote]:
     """Return rows as votes on (prompt, answer pair), where a is the answer that sorts first.
 
-    Which side an answer was shown on and how long a vote took are not known. The last vote of an annotator counts.
+    Which side an answer was shown on and how long a vote took are not known. The last vote of an
+    annotator counts.
     """
     numbers: dict[Any, int] = {}
     last: dict[tuple[int, str], Vote] = {}
@@ -75,7 +97,9 @@ def _as_votes(records: Sequence[Preference]) -> list[Vote]:
 
 
 def annotators_markdown(summary: dict[str, Any]) -> list[str]:
-    """Return the lines of a Markdown section on an `agreement_summary`: alpha, a table of annotators, kappas."""
+    """Return the lines of a Markdown section on an `agreement_summary`: alpha, a table of
+    annotators, kappas.
+    """
     rows = []
     for person in summary["annotators"]:
         rows.append(
@@ -91,7 +115,13 @@ def annotators_markdown(summary: dict[str, Any]) -> list[str]:
                 "; ".join(person["flags"]),
             ]
         )
-    lines = [f"{describe_alpha(summary)}.", "", *markdown_table(HEADER, rows, right=range(1, 8)), "", LEGEND]
+    lines = [
+        f"{describe_alpha(summary)}.",
+        "",
+        *markdown_table(HEADER, rows, right=range(1, 8)),
+        "",
+        LEGEND,
+    ]
 
     kappas = [escape_cell(line) for line in describe_kappas(summary)]
     if kappas:
@@ -100,7 +130,9 @@ def annotators_markdown(summary: dict[str, Any]) -> list[str]:
 
 
 def describe_alpha(summary: dict[str, Any]) -> str:
-    """Return Krippendorff's alpha of an `agreement_summary`, its interval and what it rests on, in words."""
+    """Return Krippendorff's alpha of an `agreement_summary`, its interval and what it rests on, in
+    words.
+    """
     alpha = summary["alpha"]["nominal"]
     basis = f"{summary['pairs_judged_twice']} of {summary['pairs']} pairs were judged by more than one annotator"
     if alpha["estimate"] is None:
@@ -109,10 +141,16 @@ def describe_alpha(summary: dict[str, Any]) -> str:
 
 
 def describe_kappas(summary: dict[str, Any]) -> list[str]:
-    """Return "ann and bob 0.62 [0.41, 0.79] on 80 pairs" for every two, the lowest first, undefined ones last."""
+    """Return "ann and bob 0.62 [0.41, 0.79] on 80 pairs" for every two, the lowest first, undefined
+    ones last.
+    """
     lines = []
-    for row in sorted(summary["kappa"], key=lambda row: math.inf if row["kappa"] is None else row["kappa"]):
-        value = "cannot be computed" if row["kappa"] is None else f"{row['kappa']:.2f}{_interval(row)}"
+    for row in sorted(
+        summary["kappa"], key=lambda row: math.inf if row["kappa"] is None else row["kappa"]
+    ):
+        value = (
+            "cannot be computed" if row["kappa"] is None else f"{row['kappa']:.2f}{_interval(row)}"
+        )
         lines.append(f"{row['one']} and {row['other']} {value} on {row['pairs']} pairs")
     return lines
 

@@ -61,7 +61,8 @@ def lowered(value: Any) -> str:
     return str(value).strip().lower()
 
 
-# How each column that describes a row becomes a field; a group that the data names wins over a default
+# How each column that describes a row becomes a field; a group that the data names wins over a
+# default
 FIELDS = {
     "source": _name,
     "annotator": _name,

@@ -1,7 +1,8 @@
-"""Conversations as lists of messages, however they are written: lists, lists as text, ShareGPT's, transcripts.
+"""Conversations as lists of messages, however they are written: lists, lists as text, ShareGPT's,
+transcripts.
 
-A transcript is text in which two speakers of known names take turns, each turn on a line of its own:
-"User: Hi\\nAssistant: Hello!", or HH-RLHF's "\\n\\nHuman: Hi\\n\\nAssistant: Hello!".
+A transcript is text in which two speakers of known names take turns, each turn on a line of its
+own: "User: Hi\\nAssistant: Hello!", or HH-RLHF's "\\n\\nHuman: Hi\\n\\nAssistant: Hello!".
 """
 
 from __future__ import annotations
@@ -33,35 +34,44 @@ ROLE_OF = {
 }
 ANSWER_FIELDS = ("response", "chosen", "rejected")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-# Fields of a message, other than role and content, that the chat template gets, and those that nothing here can read
+# Fields of a message, other than role and content, that the chat template gets, and those that
+# nothing here can read
 PASSED = ("tool_calls", "tool_call_id", *THOUGHTS)
 UNREADABLE = ("function_call", "refusal", "image", "images", "audio", "audios", "video", "videos")
 # Labels before colons that are parts of worked examples, not speakers
 EXAMPLES = {"input", "output", "q", "a", "question", "answer"}
 
-# Text that may be a message or a list of them: perhaps "[" or "array([", then "{", and somewhere a role or from with a
-# known name
+# Text that may be a message or a list of them: perhaps "[" or "array([", then "{", and somewhere a
+# role or from with a known name
 _LIST = re.compile(
     rf"""\s*(?P<list>(?:array\()?\[)?\s*\{{.*(?P<q>['"])(?:role|from)(?P=q)\s*:\s*['"](?:{"|".join(ROLE_OF)})['"]""",
     re.IGNORECASE | re.DOTALL,
 )
-# In Python's text of a list: a string, or what NumPy adds to it, or the gap between two dicts, where it leaves out the
-# comma
+# In Python's text of a list: a string, or what NumPy adds to it, or the gap between two dicts,
+# where it leaves out the comma
 _NUMPY = re.compile(
-    r"""(?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|array\(|,?\s*dtype=object\)|(?P<gap>\}\s+(?=\{))""", re.DOTALL
+    r"""(?P<string>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")|array\(|,?\s*dtype=object\)|(?P<gap>\}\s+(?=\{))""",
+    re.DOTALL,
 )
-# A known speaker, as written above or in capitals, at the beginning of a line: "User:", "### ASSISTANT:"
+# A known speaker, as written above or in capitals, at the beginning of a line: "User:", "###
+# ASSISTANT:"
 _SPEAKERS = (*USER, *ASSISTANT)
 _NAMES = "|".join((*_SPEAKERS, *map(str.upper, _SPEAKERS)))
 _TURN = re.compile(rf"(?:\A|\n)[ \t]*(?:#+ ?)?({_NAMES}):")
 # Any label before a colon at the beginning of a line, also in bold: "Customer:", "**Agent**:"
-_ANY_TURN = re.compile(r"(?:\A|\n)[ \t]*(?:\*\*|#+ ?)?([A-Z][\w .-]{0,24}?)(?:\*\*)?:(?:\*\*)?(?=\s|\Z)")
+_ANY_TURN = re.compile(
+    r"(?:\A|\n)[ \t]*(?:\*\*|#+ ?)?([A-Z][\w .-]{0,24}?)(?:\*\*)?:(?:\*\*)?(?=\s|\Z)"
+)
 # What chat templates of ChatML, Llama 3, Gemma, Llama 2 and Zephyr write between turns
-_CONTROL = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>|<\|assistant\|>")
+_CONTROL = re.compile(
+    r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>|<\|assistant\|>"
+)
 
 
 def conversation(name: str, value: Any) -> list[Message] | None:
-    """Return the messages of a column however it is written, None for plain text. Raises RecordError on broken ones."""
+    """Return the messages of a column however it is written, None for plain text. Raises
+    RecordError on broken ones.
+    """
     listed = as_list(name, value)
     if listed is not None:
         return messages(name, listed)
@@ -72,12 +82,16 @@ def conversation(name: str, value: Any) -> list[Message] | None:
 
 
 def as_list(name: str, value: Any) -> list[dict[str, Any]] | None:
-    """Return a list of messages as dicts, also given as text, as one dict, or as a dict of lists; else None."""
+    """Return a list of messages as dicts, also given as text, as one dict, or as a dict of lists;
+    else None.
+    """
     if isinstance(value, str):
         value = _parsed(name, value)
     if isinstance(value, dict) and isinstance(value.get("role", value.get("from")), list):
         columns = {key: column for key, column in value.items() if isinstance(column, list)}
-        value = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)]
+        value = [
+            dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=False)
+        ]
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list) or not value:
@@ -88,11 +102,16 @@ def as_list(name: str, value: Any) -> list[dict[str, Any]] | None:
 def _is_message(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
-    return ("role" in value and ("content" in value or "tool_calls" in value)) or {"from", "value"} <= value.keys()
+    return ("role" in value and ("content" in value or "tool_calls" in value)) or {
+        "from",
+        "value",
+    } <= value.keys()
 
 
 def _parsed(name: str, text: str) -> Any:
-    """Return what the text holds as JSON, or as Python or NumPy prints it; None if it is no list of messages."""
+    """Return what the text holds as JSON, or as Python or NumPy prints it; None if it is no list of
+    messages.
+    """
     found = _LIST.match(text)
     if not found:
         return None
@@ -105,7 +124,9 @@ def _parsed(name: str, text: str) -> Any:
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         if not found["list"]:
             return None
-        raise RecordError(name, "is a list of messages as text, but neither whole JSON nor whole Python") from None
+        raise RecordError(
+            name, "is a list of messages as text, but neither whole JSON nor whole Python"
+        ) from None
 
 
 def _as_python(match: re.Match) -> str:
@@ -114,7 +135,9 @@ def _as_python(match: re.Match) -> str:
 
 
 def messages(name: str, value: list[Any]) -> list[Message]:
-    """Return checked messages {"role", "content"} with what the chat template also reads, and no other fields."""
+    """Return checked messages {"role", "content"} with what the chat template also reads, and no
+    other fields.
+    """
     if isinstance(value, list):
         value = [_plain(name, i, message) for i, message in enumerate(value)]
     check_messages(name, value)
@@ -131,11 +154,16 @@ def _plain(name: str, number: int, message: Any) -> Any:
             raise RecordError(name, f"message {number} has '{key}', which cannot be read here")
     role = message.get("role", message.get("from"))
     content = message.get("content", message.get("value"))
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+    if isinstance(content, list) and all(
+        isinstance(p, dict) and isinstance(p.get("text"), str) for p in content
+    ):
         content = "".join(part["text"] for part in content)
     if content is None and "tool_calls" in given:
         content = ""
-    plain = {"role": ROLE_OF.get(role.lower(), role) if isinstance(role, str) else role, "content": content}
+    plain = {
+        "role": ROLE_OF.get(role.lower(), role) if isinstance(role, str) else role,
+        "content": content,
+    }
     plain |= {key: given[key] for key in PASSED if key in given}
     if "tool_calls" in plain:
         plain["tool_calls"] = [_tool_call(name, number, call) for call in plain["tool_calls"]]
@@ -145,7 +173,9 @@ def _plain(name: str, number: int, message: Any) -> Any:
 
 
 def _tool_call(name: str, number: int, call: Any) -> dict[str, Any]:
-    """Return a call whose arguments are a dict, as chat templates expect them; OpenAI has them as JSON text."""
+    """Return a call whose arguments are a dict, as chat templates expect them; OpenAI has them as
+    JSON text.
+    """
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError(name, f"message {number} has a tool call without a function's name")
@@ -154,7 +184,9 @@ def _tool_call(name: str, number: int, call: Any) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
-            raise RecordError(name, f"message {number} calls a tool with arguments that are not JSON") from None
+            raise RecordError(
+                name, f"message {number} calls a tool with arguments that are not JSON"
+            ) from None
     return call | {"function": function | {"arguments": arguments}}
 
 
@@ -183,16 +215,19 @@ def turns_of(record: Record, role: str) -> list[str]:
 
 
 def dialogue_text(record: Record) -> str:
-    """Return the prompt without system messages, with roles: two rows with equal text ask the same question."""
+    """Return the prompt without system messages, with roles: two rows with equal text ask the same
+    question.
+    """
     turns = [message for message in record.prompt if message["role"] != "system"]
     return "\n".join(f"{turn['role']}: {message_text(turn)}" for turn in turns)
 
 
 def parse_turns(text: str) -> list[Message] | None:
-    """Return the messages of a transcript, None for other text; turns of one speaker in a row are joined.
+    """Return the messages of a transcript, None for other text; turns of one speaker in a row are
+    joined.
 
-    Where the assistant's turns begin after an empty line, all do. Text before the first turn is the system message,
-    if it says "System:" or if the transcript ends where the assistant is to speak.
+    Where the assistant's turns begin after an empty line, all do. Text before the first turn is the
+    system message, if it says "System:" or if the transcript ends where the assistant is to speak.
     """
     # role -> its name in this text
     speakers: dict[str, str] = {}
@@ -224,7 +259,9 @@ def parse_turns(text: str) -> list[Message] | None:
 
 
 def _looks_like_transcript(text: str) -> bool:
-    """Return whether two labels take turns at the beginnings of lines that are not those of worked examples."""
+    """Return whether two labels take turns at the beginnings of lines that are not those of worked
+    examples.
+    """
     speakers = [label[1] for label in _ANY_TURN.finditer(text)]
     names = {name.lower() for name in speakers}
     if len(names) != 2 or names & EXAMPLES or any(a == b for a, b in itertools.pairwise(speakers)):
@@ -239,7 +276,11 @@ def notes(prompt: list[Message]) -> list[str]:
         if message["role"] == "user" and _looks_like_transcript(message["content"]):
             found["a prompt looks like a transcript, and is read as one turn"] = None
         if _CONTROL.search(message["content"]):
-            found["a text holds control tokens of a chat template, which are read as plain text"] = None
+            found[
+                "a text holds control tokens of a chat template, which are read as plain text"
+            ] = None
         if any(name in message for name in THOUGHTS):
-            found["reasoning of an earlier turn goes to the chat template, which may leave it out"] = None
+            found[
+                "reasoning of an earlier turn goes to the chat template, which may leave it out"
+            ] = None
     return list(found)

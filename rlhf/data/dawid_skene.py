@@ -1,4 +1,5 @@
-"""The model of Dawid and Skene (1979): the true class of each item and the skill of each annotator, by EM.
+"""The model of Dawid and Skene (1979): the true class of each item and the skill of each annotator,
+by EM.
 
 Numbers only: `votes.py` makes pairs of the result, `agreement.py` a report on the annotators.
 """
@@ -17,7 +18,8 @@ Ratings = dict[Hashable, dict[str, Hashable]]  # item -> annotator -> value
 @dataclass
 class Skills:
     """posterior: item -> (K,) probability of each class. confusion: annotator -> (K, K) p(says column | truth is row).
-    prior: (K,) share of each class."""
+    prior: (K,) share of each class.
+    """
 
     classes: list[Hashable]
     posterior: dict[Hashable, np.ndarray]
@@ -40,20 +42,23 @@ def dawid_skene(
         E:  T_ik  proportional to  p_k prod_votes pi_kl          (Dawid and Skene 1979, eq. 2.5)
         M:  pi_kl proportional to  c_kl + sum_i T_ik [says l],   p_k proportional to c + sum_i T_ik   (eq. 2.3, 2.4)
 
-    known: items whose class is certain (control pairs); they stay what they are and tell the annotators' skill.
-    pseudo: (K, K) votes c_kl that every annotator is taken to have cast before, so that few votes decide little; with
-        it, EM starts from that common skill, and c is 1 for each class. Without it (maximum likelihood as in the paper)
-        c is 0, and EM starts from the shares of the votes.
-    mirror: a permutation of the classes that must change nothing ("a" and "b" are only names): the counts of the M step
-        are added to their image.
-    Values of `ratings` that are not among `classes` are ignored, and so are items without any that is, unless known.
-    Ends when no T changes by more than `tolerance`.
+    known: items whose class is certain (control pairs); they stay what they are and tell the
+    annotators' skill.
+    pseudo: (K, K) votes c_kl that every annotator is taken to have cast before, so that few votes
+    decide little; with it, EM starts from that common skill, and c is 1 for each class. Without it
+    (maximum likelihood as in the paper) c is 0, and EM starts from the shares of the votes.
+    mirror: a permutation of the classes that must change nothing ("a" and "b" are only names): the
+    counts of the M step are added to their image. Values of `ratings` that are not among `classes`
+    are ignored, and so are items without any that is, unless known. Ends when no T changes by more
+    than `tolerance`.
     """
     number = {value: k for k, value in enumerate(classes)}
     K = len(number)
     known = {item: value for item, value in (known or {}).items() if item in ratings}
     items, annotators, votes = _as_array(ratings, number, known)
-    fixed = np.array([number[known[item]] if item in known else -1 for item in items], dtype=np.int64)
+    fixed = np.array(
+        [number[known[item]] if item in known else -1 for item in items], dtype=np.int64
+    )
     start = np.zeros((K, K)) if pseudo is None else np.asarray(pseudo, dtype=np.float64)
     class_pseudo = 0.0 if pseudo is None else 1.0
     image = np.arange(K) if mirror is None else np.asarray(mirror)
@@ -86,7 +91,9 @@ def dawid_skene(
 def _as_array(
     ratings: Ratings, number: dict[Hashable, int], known: dict[Hashable, Hashable]
 ) -> tuple[list[Hashable], list[str], np.ndarray]:
-    """Return the items and annotators that count, and the votes (V, 3): number of the item, annotator and class."""
+    """Return the items and annotators that count, and the votes (V, 3): number of the item,
+    annotator and class.
+    """
     usable = {}
     for item, values in ratings.items():
         own = {name: number[value] for name, value in values.items() if value in number}
@@ -101,13 +108,17 @@ def _as_array(
 
 
 def _counts(votes: np.ndarray, truth: np.ndarray, people: int) -> np.ndarray:
-    """Return (people, K, K) votes l on items of class k that each annotator cast, given the (items, K) truth."""
+    """Return (people, K, K) votes l on items of class k that each annotator cast, given the (items,
+    K) truth.
+    """
     counts = np.zeros((people, truth.shape[1], truth.shape[1]))
     np.add.at(counts.transpose(0, 2, 1), (votes[:, 1], votes[:, 2]), truth[votes[:, 0]])
     return counts
 
 
-def _posterior(votes: np.ndarray, prior: np.ndarray, confusion: np.ndarray, items: int) -> np.ndarray:
+def _posterior(
+    votes: np.ndarray, prior: np.ndarray, confusion: np.ndarray, items: int
+) -> np.ndarray:
     with np.errstate(divide="ignore"):
         logs = np.repeat(np.log(prior)[None], items, axis=0)
         np.add.at(logs, votes[:, 0], np.log(confusion)[votes[:, 1], :, votes[:, 2]])
@@ -130,4 +141,6 @@ def _tally(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> np.
 def _normalised(counts: np.ndarray) -> np.ndarray:
     """Return rows that sum to 1; a row without any count becomes uniform."""
     total = counts.sum(axis=-1, keepdims=True)
-    return np.where(total > 0, counts / np.where(total > 0, total, 1.0), 1.0 / max(1, counts.shape[-1]))
+    return np.where(
+        total > 0, counts / np.where(total > 0, total, 1.0), 1.0 / max(1, counts.shape[-1])
+    )

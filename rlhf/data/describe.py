@@ -15,24 +15,39 @@ from rlhf.data.split import assign
 from rlhf.errors import UserError
 from rlhf.text import clip
 
-KINDS = {"prompt": Prompt, "instruction": Instruction, "preference": Preference, "labelled": Labelled}
+KINDS = {
+    "prompt": Prompt,
+    "instruction": Instruction,
+    "preference": Preference,
+    "labelled": Labelled,
+}
 
 
 @dataclass
 class DescribeConfig:
-    """Show what a data source holds: forms, rows, groups, splits, lengths, duplicates, bad rows, examples."""
+    """Show what a data source holds: forms, rows, groups, splits, lengths, duplicates, bad rows,
+    examples.
+    """
 
-    source: list[str] = option(help="file, preference store or Hub name, or several with commas between")
+    source: list[str] = option(
+        help="file, preference store or Hub name, or several with commas between"
+    )
     kind: Literal["auto", "prompt", "instruction", "preference", "labelled"] = option(
         "auto", "read the rows as this kind of record; auto goes by the columns of the first row"
     )
-    validation_fraction: float = option(0.05, "share of the groups that is held out for validation", low=0, high=1)
-    test_fraction: float = option(0.1, "share of the groups that is held out for the final comparison", low=0, high=1)
+    validation_fraction: float = option(
+        0.05, "share of the groups that is held out for validation", low=0, high=1
+    )
+    test_fraction: float = option(
+        0.1, "share of the groups that is held out for the final comparison", low=0, high=1
+    )
     examples: int = option(2, "how many rows to print", low=0)
 
 
 def describe(config: DescribeConfig) -> dict[str, Any]:
-    """Print what `load` makes of the source; return the same as a dict. Raises UserError if nothing can be read."""
+    """Print what `load` makes of the source; return the same as a dict. Raises UserError if nothing
+    can be read.
+    """
     kind = KINDS.get(config.kind) or guess(config.source)
     table = load.collect(config.source, kind)
     if not table.records:
@@ -51,7 +66,9 @@ def describe(config: DescribeConfig) -> dict[str, Any]:
     for record in table.records[: config.examples]:
         example = {name: clip(text) for name, text in _texts(record).items()}
         print(f"\n{record.place}")
-        print_summary(example | {"group": f"{record.group} ({record.split})"}, width=12, indent="  ")
+        print_summary(
+            example | {"group": f"{record.group} ({record.split})"}, width=12, indent="  "
+        )
     return summary
 
 
@@ -76,7 +93,9 @@ def summarise(table: load.Table) -> dict[str, Any]:
         columns.update(dict.fromkeys(record.metadata))
 
     summary: dict[str, Any] = {
-        "form": ", ".join(f"{name.replace('+', ', ')} ({count})" for name, count in table.schemas.most_common()),
+        "form": ", ".join(
+            f"{name.replace('+', ', ')} ({count})" for name, count in table.schemas.most_common()
+        ),
         "rows": f"{len(records)} read, {len(table.bad)} bad",
         "groups": f"{len(parts)}, the largest of {max(groups.values())} rows",
         "splits": _splits(records),
@@ -88,7 +107,9 @@ def summarise(table: load.Table) -> dict[str, Any]:
         longer, same = sum(gap > 0 for gap in gaps) / len(gaps), gaps.count(0) / len(gaps)
         summary["chosen"] = f"longer than rejected in {longer:.0%} of rows, as long in {same:.0%}"
     if isinstance(records[0], Labelled):
-        summary["label"] = f"true in {sum(record.label for record in records) / len(records):.0%} of rows"
+        summary["label"] = (
+            f"true in {sum(record.label for record in records) / len(records):.0%} of rows"
+        )
     summary["metadata"] = ", ".join(columns) or "none"
     summary["bad rows"] = table.bad_summary() or "none"
     summary["warnings"] = table.note_summary() or "none"
@@ -97,7 +118,9 @@ def summarise(table: load.Table) -> dict[str, Any]:
 
 
 def guess(names: list[str]) -> type[Record]:
-    """Return the kind that the columns of the first readable row suggest. Raises UserError if there is none."""
+    """Return the kind that the columns of the first readable row suggest. Raises UserError if there
+    is none.
+    """
     failed = None
     for name in names:
         try:
@@ -125,7 +148,9 @@ def _lengths(records: list[Record]) -> list[str]:
     for name, counts in lengths.items():
         counts.sort()
         high = counts[min(len(counts) - 1, int(0.95 * len(counts)))]
-        lines.append(f"{name}: median {statistics.median(counts):g}, 95 % up to {high}, longest {counts[-1]}")
+        lines.append(
+            f"{name}: median {statistics.median(counts):g}, 95 % up to {high}, longest {counts[-1]}"
+        )
     return lines
 
 
@@ -134,5 +159,7 @@ def _texts(record: Record) -> dict[str, str]:
     if len(record.prompt) == 1:
         prompt = message_text(record.prompt[0])
     else:
-        prompt = "\n".join(f"{message['role']}: {message_text(message)}" for message in record.prompt)
+        prompt = "\n".join(
+            f"{message['role']}: {message_text(message)}" for message in record.prompt
+        )
     return {"prompt": prompt} | answers_of(record)

@@ -1,8 +1,9 @@
-"""Text to token ids, the same for every stage: prompt ids, then response ids that end in EOS, and nothing after.
+"""Text to token ids, the same for every stage: prompt ids, then response ids that end in EOS, and
+nothing after.
 
-What SFT imitates, what DPO compares and what the reward model learns from are encoded here, in the form in which the
-policy samples; scorers of a running policy read its ids as they are. A model without a chat template gets
-`PLAIN_TEMPLATE`.
+What SFT imitates, what DPO compares and what the reward model learns from are encoded here, in the
+form in which the policy samples; scorers of a running policy read its ids as they are. A model
+without a chat template gets `PLAIN_TEMPLATE`.
 """
 
 from __future__ import annotations
@@ -14,11 +15,21 @@ from typing import Any, Literal
 
 import jinja2
 
-from rlhf.data.records import Instruction, Message, Preference, Prompt, Record, RecordError, digest, tools_of
+from rlhf.data.records import (
+    Instruction,
+    Message,
+    Preference,
+    Prompt,
+    Record,
+    RecordError,
+    digest,
+    tools_of,
+)
 from rlhf.errors import UserError
 from rlhf.text import clip
 
-# "User: ...\nAssistant:" with the tokenizer's own bos and eos; saved with the tokenizer, so later stages find it there.
+# "User: ...\nAssistant:" with the tokenizer's own bos and eos; saved with the tokenizer, so later
+# stages find it there.
 PLAIN_TEMPLATE = (
     "{{- bos_token if bos_token else '' }}"
     "{%- for message in messages %}"
@@ -31,11 +42,14 @@ PLAIN_TEMPLATE = (
 )
 
 
-def encode_prompt(tokenizer: Any, prompt: list[Message], tools: list[dict] | None = None) -> list[int]:
-    """Return the ids of the prompt up to where the assistant begins; special tokens typed by a user stay plain text.
+def encode_prompt(
+    tokenizer: Any, prompt: list[Message], tools: list[dict] | None = None
+) -> list[int]:
+    """Return the ids of the prompt up to where the assistant begins; special tokens typed by a user
+    stay plain text.
 
-    Raises RecordError where the chat template refuses the prompt (a system turn, two turns of one role), or leaves out
-    what it holds beside text: tools, calls, results.
+    Raises RecordError where the chat template refuses the prompt (a system turn, two turns of one
+    role), or leaves out what it holds beside text: tools, calls, results.
     """
     try:
         _check_tools(tokenizer, prompt, tools)
@@ -60,7 +74,9 @@ def _check_tools(tokenizer: Any, prompt: list[Message], tools: list[dict] | None
     """Raise RecordError if the prompt reads the same without its tools, tool calls or tool results."""
 
     def text(messages: list[Message], tools: list[dict] | None) -> str:
-        return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, tokenize=False
+        )
 
     # the prompt without each of the three
     variants: dict[str, tuple[list[Message], list[dict] | None]] = {}
@@ -79,7 +95,9 @@ def _check_tools(tokenizer: Any, prompt: list[Message], tools: list[dict] | None
             # the template refuses the prompt without them, so it reads them
             same = False
         if same:
-            raise RecordError("prompt", f"has {what}, for which this model's chat template has no place")
+            raise RecordError(
+                "prompt", f"has {what}, for which this model's chat template has no place"
+            )
 
 
 def _without_calls(message: Message) -> Message:
@@ -93,8 +111,8 @@ def _as_user(message: Message) -> Message:
 def encode_response(tokenizer: Any, response: str, ended: bool = True) -> list[int]:
     """Return the ids of the response and the EOS that ends it (none when it was cut off).
 
-    Special tokens inside the text stay plain text. A byte-level vocabulary can spell some texts in several ways, so
-    these need not be the very ids that a policy sampled.
+    Special tokens inside the text stay plain text. A byte-level vocabulary can spell some texts in
+    several ways, so these need not be the very ids that a policy sampled.
     """
     ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
     return [*ids, tokenizer.eos_token_id] if ended else list(ids)
@@ -106,7 +124,9 @@ def decode_response(tokenizer: Any, ids: Iterable[int]) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Return a hash of what decides ids (vocabulary, special tokens, chat template). Adapters of one base share it."""
+    """Return a hash of what decides ids (vocabulary, special tokens, chat template). Adapters of
+    one base share it.
+    """
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return digest(f"{vocabulary}{special}{tokenizer.chat_template}")
@@ -119,11 +139,12 @@ def encode(
     max_response_length: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
 ) -> tuple[list[dict[str, Any]], Counter]:
-    """Encode records of one kind; return their rows and, of the records that have none, how many by reason.
+    """Encode records of one kind; return their rows and, of the records that have none, how many by
+    reason.
 
-    Rows hold "record" and "prompt_ids"; an Instruction's also "response_ids", a Preference's "chosen_ids" and
-    "rejected_ids", responses with EOS. A record that the chat template has no place for is dropped, or with `on_error`
-    "stop" raises UserError.
+    Rows hold "record" and "prompt_ids"; an Instruction's also "response_ids", a Preference's
+    "chosen_ids" and "rejected_ids", responses with EOS. A record that the chat template has no
+    place for is dropped, or with `on_error` "stop" raises UserError.
     """
     rows, dropped = [], Counter()
     for record in records:
@@ -134,8 +155,13 @@ def encode(
                 dropped[str(error)] += 1
                 continue
             beginning = clip(record.prompt[0]["content"], 60)
-            where = record.place or f"{record.source or 'data'}, the row whose prompt begins {beginning!r}"
-            raise UserError(f"{where}: {error}. Drop it and its like with: --on_error skip") from None
+            where = (
+                record.place
+                or f"{record.source or 'data'}, the row whose prompt begins {beginning!r}"
+            )
+            raise UserError(
+                f"{where}: {error}. Drop it and its like with: --on_error skip"
+            ) from None
         if isinstance(record, Instruction):
             row["response_ids"] = encode_response(tokenizer, record.response)
         elif isinstance(record, Preference):
@@ -153,7 +179,9 @@ def encode(
 
 
 def warn_of_unknown_tokens(rows: list[dict[str, Any]], tokenizer: Any) -> None:
-    """Print the share of the rows' tokens that the tokenizer does not know; a byte-level one knows all."""
+    """Print the share of the rows' tokens that the tokenizer does not know; a byte-level one knows
+    all.
+    """
     if tokenizer.unk_token_id is None:
         return
     unknown, total = 0, 0
@@ -172,7 +200,9 @@ def warn_of_unknown_tokens(rows: list[dict[str, Any]], tokenizer: Any) -> None:
 
 
 def sft_rows(encoded: Sequence[dict[str, Any]]) -> list[dict[str, list[int]]]:
-    """Return rows {"input_ids", "labels"} for SFT, with loss on the response and its EOS alone (labels -100 before)."""
+    """Return rows {"input_ids", "labels"} for SFT, with loss on the response and its EOS alone
+    (labels -100 before).
+    """
     return [
         {
             "input_ids": row["prompt_ids"] + row["response_ids"],
@@ -182,22 +212,33 @@ def sft_rows(encoded: Sequence[dict[str, Any]]) -> list[dict[str, list[int]]]:
     ]
 
 
-def encode_preferences(records: list[Preference], tokenizer: Any, max_prompt_length: int, max_response_length: int):
-    """Return the rows of `encode`; what is dropped is counted on stderr. Raises UserError if all are."""
+def encode_preferences(
+    records: list[Preference], tokenizer: Any, max_prompt_length: int, max_response_length: int
+):
+    """Return the rows of `encode`; what is dropped is counted on stderr. Raises UserError if all
+    are.
+    """
     return kept(encode(records, tokenizer, max_prompt_length, max_response_length), "preferences")
 
 
 def encode_prompts(records: list[Prompt], tokenizer: Any, max_prompt_length: int):
-    """Return rows {"prompt_ids", "record"}, without those that are too long; counted and refused as above."""
+    """Return rows {"prompt_ids", "record"}, without those that are too long; counted and refused as
+    above.
+    """
     return kept(encode(records, tokenizer, max_prompt_length), "prompts")
 
 
 def kept(encoded: tuple[list[dict], Counter], what: str) -> list[dict[str, Any]]:
-    """Return the rows of `encode`; what was dropped is counted on stderr. Raises UserError if all were."""
+    """Return the rows of `encode`; what was dropped is counted on stderr. Raises UserError if all
+    were.
+    """
     rows, dropped = encoded
     reasons = "; ".join(f"{count}: {reason}" for reason, count in dropped.items())
     if dropped and not rows:
         raise UserError(f"all {dropped.total()} {what} are dropped ({reasons}): raise the limit")
     if dropped:
-        print(f"{dropped.total()} of {dropped.total() + len(rows)} {what} dropped ({reasons})", file=sys.stderr)
+        print(
+            f"{dropped.total()} of {dropped.total() + len(rows)} {what} dropped ({reasons})",
+            file=sys.stderr,
+        )
     return rows

@@ -1,10 +1,13 @@
 """`rlhf data export`: records as files that other programs read, and `load` again.
 
-rows: TRL's conversational columns (prompt, chosen and rejected, or completion and label) and all that is known beside.
-unpaired: prompt, completion and label as TRL's KTO reads them; a pair becomes two rows, without margin, label_prob and
-    what was cut off (chosen_ended, rejected_ended), for which the form has no place.
+rows: TRL's conversational columns (prompt, chosen and rejected, or completion and label) and all
+that is known beside.
+unpaired: prompt, completion and label as TRL's KTO reads them; a pair becomes two rows, without
+margin, label_prob and what was cut off (chosen_ended, rejected_ended), for which the form has no
+place.
 hh: pairs as chosen and rejected, "\\n\\nHuman: ...\\n\\nAssistant: ...", and nothing else.
-openai: pairs as input, preferred_output and non_preferred_output; instructions as messages; nothing else.
+openai: pairs as input, preferred_output and non_preferred_output; instructions as messages; nothing
+else.
 """
 
 from __future__ import annotations
@@ -36,39 +39,61 @@ SUFFIXES = (".jsonl", ".parquet")
 class ExportConfig:
     """Write what a source holds as JSONL or Parquet, in a form that other programs read."""
 
-    source: list[str] = option(help="file, preference store or Hub name, or several with commas between")
+    source: list[str] = option(
+        help="file, preference store or Hub name, or several with commas between"
+    )
     output: str = option(help="the file to write, .jsonl or .parquet")
-    form: Form = option("rows", "rows: TRL's conversational columns and all others; unpaired (KTO), hh, openai")
+    form: Form = option(
+        "rows", "rows: TRL's conversational columns and all others; unpaired (KTO), hh, openai"
+    )
     kind: Literal["auto", "prompt", "instruction", "preference", "labelled"] = option(
         "auto", "read the rows as this kind of record; auto goes by the columns of the first row"
     )
-    aggregate: Aggregate = option("each", "how a store's votes become pairs: each, majority or skill")
-    on_error: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used", old_name="on_bad")
+    aggregate: Aggregate = option(
+        "each", "how a store's votes become pairs: each, majority or skill"
+    )
+    on_error: Literal["stop", "skip"] = option(
+        "stop", "what to do with rows that cannot be used", old_name="on_bad"
+    )
 
 
 def export(config: ExportConfig) -> None:
-    """Write what the sources hold. Raises UserError on bad rows, and on rows that the form cannot hold."""
+    """Write what the sources hold. Raises UserError on bad rows, and on rows that the form cannot
+    hold.
+    """
     check_output(config.output, config.source)
-    table = load.collect(config.source, KINDS.get(config.kind) or guess(config.source), config.aggregate)
+    table = load.collect(
+        config.source, KINDS.get(config.kind) or guess(config.source), config.aggregate
+    )
     table.check_usable(config.on_error)
     rows = rows_of(table.records, config.form)
     write_rows(rows, config.output)
-    print(f"{config.output}: {len(rows)} rows ({config.form}) of {len(table.records)} {table.kind.__name__} records")
+    print(
+        f"{config.output}: {len(rows)} rows ({config.form}) of {len(table.records)} {table.kind.__name__} records"
+    )
 
 
 def check_output(output: str, inputs: Sequence[str]) -> Path:
-    """Return the output's path. Raises UserError on an unknown ending, a missing folder, or one of the inputs."""
+    """Return the output's path. Raises UserError on an unknown ending, a missing folder, or one of
+    the inputs.
+    """
     path = Path(output)
     if path.suffix not in SUFFIXES:
-        raise UserError(f"output: found '{output}', expected a file that ends in {' or '.join(SUFFIXES)}")
+        raise UserError(
+            f"output: found '{output}', expected a file that ends in {' or '.join(SUFFIXES)}"
+        )
     if path.exists() and not path.is_file():
-        raise UserError(f"{output}: is {'a folder' if path.is_dir() else 'no file'}; expected a file to write")
+        raise UserError(
+            f"{output}: is {'a folder' if path.is_dir() else 'no file'}; expected a file to write"
+        )
     if not path.parent.is_dir():
         raise UserError(f"{output}: its folder {path.parent} does not exist")
     for name in inputs:
         given = Path(name).expanduser()
         if path.exists() and given.exists() and path.samefile(given):
-            raise UserError(f"{output}: is one of the files that are read, and those are never changed. Name another")
+            raise UserError(
+                f"{output}: is one of the files that are read, and those are never changed. Name another"
+            )
     return path
 
 
@@ -85,8 +110,9 @@ def rows_of(records: Sequence[Record], form: Form = "rows") -> list[dict[str, An
 def write_rows(rows: Sequence[dict[str, Any]], output: str | Path) -> None:
     """Write JSONL or Parquet, by the ending; the file appears whole or not at all.
 
-    What JSON cannot hold and Parquet may have brought is written as text: times as ISO 8601, bytes as base64, decimals
-    as they are written; nan and infinity as null. Raises UserError if Parquet cannot hold a column.
+    What JSON cannot hold and Parquet may have brought is written as text: times as ISO 8601, bytes
+    as base64, decimals as they are written; nan and infinity as null. Raises UserError if Parquet
+    cannot hold a column.
     """
     plain = list(map(_plain, rows))
     if Path(output).suffix == ".parquet":
@@ -141,7 +167,9 @@ def _write_parquet(rows: Sequence[dict[str, Any]], path: Path) -> None:
     try:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(full), path)
     except (pyarrow.ArrowException, OverflowError) as error:
-        raise UserError(f"these rows cannot be written as Parquet ({error}). Name a .jsonl file") from None
+        raise UserError(
+            f"these rows cannot be written as Parquet ({error}). Name a .jsonl file"
+        ) from None
 
 
 def _plain(value: Any) -> Any:
@@ -176,7 +204,9 @@ def _unpaired_rows(record: Record) -> list[dict[str, Any]]:
     if isinstance(record, Labelled):
         return _plain_rows(record)
     if not isinstance(record, Preference):
-        raise UserError(f"form 'unpaired' holds pairs and labelled rows, found {type(record).__name__}")
+        raise UserError(
+            f"form 'unpaired' holds pairs and labelled rows, found {type(record).__name__}"
+        )
     good = {"prompt": record.prompt, "completion": _assistant(record.chosen), "label": True}
     bad = {"prompt": record.prompt, "completion": _assistant(record.rejected), "label": False}
     return [good | _other_fields(record), bad | _other_fields(record)]
@@ -196,7 +226,9 @@ def _openai_rows(record: Record) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"messages": [*record.prompt, *_assistant(record.response)]}
         return [row | {"tools": tools} if tools else row]
     if not isinstance(record, Preference):
-        raise UserError(f"form 'openai' holds pairs and instructions, found {type(record).__name__}")
+        raise UserError(
+            f"form 'openai' holds pairs and instructions, found {type(record).__name__}"
+        )
     row = {
         "input": {"messages": record.prompt, "tools": tools or [], "parallel_tool_calls": True},
         "preferred_output": _assistant(record.chosen),
@@ -231,7 +263,8 @@ def _assistant(text: str) -> list[Message]:
 def _transcript(messages: list[Message]) -> str:
     """Return messages as HH-RLHF's text.
 
-    Raises UserError if reading it again would not give the same messages but for white space around them.
+    Raises UserError if reading it again would not give the same messages but for white space around
+    them.
     """
     speakers = {"user": "Human", "assistant": "Assistant"}
     stripped, text = [], ""

@@ -1,4 +1,6 @@
-"""Freeze a preference store into a file of pairs, so that a run reads the same rows whenever it is resumed."""
+"""Freeze a preference store into a file of pairs, so that a run reads the same rows whenever it is
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,15 @@ from rlhf.errors import UserError
 from rlhf.files import write_atomic
 
 
-def freeze(store: str | Path, out: str | Path, upto_event: int | None = None, aggregate: Aggregate = "each") -> int:
-    """Write the store's preferences after event `upto_event` (default: the newest) as JSONL; returns that event's id.
+def freeze(
+    store: str | Path, out: str | Path, upto_event: int | None = None, aggregate: Aggregate = "each"
+) -> int:
+    """Write the store's preferences after event `upto_event` (default: the newest) as JSONL;
+    returns that event's id.
 
-    The first line is a header {"frozen": {"store", "event", "fingerprint", "aggregate", "votes", "rows"}}, which `load`
-    checks and skips; `frozen` reads it. The file appears whole or not at all.
+    The first line is a header {"frozen": {"store", "event", "fingerprint", "aggregate", "votes",
+    "rows"}}, which `load` checks and skips; `frozen` reads it. The file appears whole or not at
+    all.
     """
     with Store.open(store, readonly=True) as opened:
         view = opened.at(upto_event)

@@ -25,7 +25,9 @@ from rlhf.errors import UserError
 R = TypeVar("R", bound=Record)
 
 # What a reason says of the row's own values, which may be anything: "found ..." up to ", expected"
-_FOUND = re.compile(r"(found (?!columns )|message \d+ (?:is|has role|has content) ).*, expected", re.DOTALL)
+_FOUND = re.compile(
+    r"(found (?!columns )|message \d+ (?:is|has role|has content) ).*, expected", re.DOTALL
+)
 # What differs between reasons that count as one
 _SPECIFIC = re.compile(r"found .*?, expected|JSON: .*")
 CHOICES = {
@@ -50,23 +52,30 @@ def load(
 ) -> list[R]:
     """Return the records of one or several sources, in their order, each with its group and split.
 
-    source: a .jsonl, .json, .csv (these also .gz) or .parquet file, a preference store ("votes.db", or "votes.db@118"
-        for its state after event 118), a Hub name ("org/name", "org/name:config@split"), or a list of these.
-    kind: Prompt, Instruction, Preference or Labelled. A Prompt comes once, however many rows share it.
-    split, half: only these records; None and "all" keep everything. Groups are joined over the whole data before
-        anything is left out, so no choice made here moves a row to another split.
-    limit: at most so many records, by a hash of their group (`first_by_hash`), after everything else.
-    on_error: "stop" raises on the first bad row; "skip" leaves bad rows out and counts them on stderr.
+    source: a .jsonl, .json, .csv (these also .gz) or .parquet file, a preference store ("votes.db",
+    or "votes.db@118" for its state after event 118), a Hub name ("org/name",
+    "org/name:config@split"), or a list of these.
+    kind: Prompt, Instruction, Preference or Labelled. A Prompt comes once, however many rows share
+    it. split, half: only these records; None and "all" keep everything. Groups are joined over the
+    whole data before anything is left out, so no choice made here moves a row to another split.
+    limit: at most so many records, by a hash of their group (`first_by_hash`), after everything
+    else.
+    on_error: "stop" raises on the first bad row; "skip" leaves bad rows out and counts them on
+    stderr.
     aggregate: how a store's votes become pairs (store.py); nothing else reads it.
-    bad: where rows are skipped, this gets their number by reason, and under "read" that of all rows.
+    bad: where rows are skipped, this gets their number by reason, and under "read" that of all
+    rows.
 
-    Raises UserError: nothing to read, no schema of `kind`, bad rows, a group with two splits, or no record left for
-    `split` None or "train". A small data set may have no validation or test group: then the list is empty.
+    Raises UserError: nothing to read, no schema of `kind`, bad rows, a group with two splits, or no
+    record left for `split` None or "train". A small data set may have no validation or test group:
+    then the list is empty.
     """
     check_fractions(validation_fraction, test_fraction)
     for name, value in (("split", split), ("half", half), ("on_error", on_error)):
         if value not in CHOICES[name]:
-            raise UserError(f"{name}: found {value!r}, expected one of {', '.join(map(str, CHOICES[name]))}")
+            raise UserError(
+                f"{name}: found {value!r}, expected one of {', '.join(map(str, CHOICES[name]))}"
+            )
     if limit is not None and limit < 1:
         raise UserError(f"limit: found {limit}, expected a whole number from 1 up, or none")
 
@@ -95,13 +104,17 @@ def load(
 def fingerprint(records: list[Record]) -> str:
     """Return 16 hex digits that identify a set of records, for result.json.
 
-    It does not depend on the order of rows or on `source` (a file may be moved), and on everything else: kind, texts,
-    group, split, labels, weight, metadata, and how often a record occurs.
+    It does not depend on the order of rows or on `source` (a file may be moved), and on everything
+    else: kind, texts, group, split, labels, weight, metadata, and how often a record occurs.
     """
     rows = []
     for record in records:
-        fields = {name: value for name, value in vars(record).items() if name not in ("source", "place")}
-        rows.append(digest(json.dumps([type(record).__name__, fields], sort_keys=True, default=str)))
+        fields = {
+            name: value for name, value in vars(record).items() if name not in ("source", "place")
+        }
+        rows.append(
+            digest(json.dumps([type(record).__name__, fields], sort_keys=True, default=str))
+        )
     return digest("\n".join(sorted(rows)))
 
 
@@ -116,7 +129,9 @@ class BadRow:
 
     @property
     def key(self) -> str:
-        """The reason without numbers and what was found, so that rows with the same fault count together."""
+        """The reason without numbers and what was found, so that rows with the same fault count
+        together.
+        """
         return re.sub(r"\d+", "N", _SPECIFIC.sub("", self.reason))
 
     @property
@@ -127,7 +142,9 @@ class BadRow:
 
 @dataclass
 class Table:
-    """What was read: records (groups joined, splits as given), where each stood, and the rows that were bad."""
+    """What was read: records (groups joined, splits as given), where each stood, and the rows that
+    were bad.
+    """
 
     kind: type[Record]
     sources: list[str]
@@ -150,15 +167,20 @@ class Table:
 
     def named_groups(self) -> set[str]:
         """Return the groups that the data names; the others may still be joined."""
-        return {record.group for record, own in zip(self.records, self.own_group, strict=True) if own}
+        return {
+            record.group for record, own in zip(self.records, self.own_group, strict=True) if own
+        }
 
     def check_usable(self, on_error: Literal["stop", "skip"]) -> None:
-        """Raise UserError on a source without any row of the kind, on bad rows unless they are skipped, on no rows.
+        """Raise UserError on a source without any row of the kind, on bad rows unless they are
+        skipped, on no rows.
 
         Prints what was skipped and what may be meant otherwise on stderr (rank 0).
         """
         for source in self.sources:
-            if not self.good[source] and any(row.wrong_schema for row in self.bad if row.source == source):
+            if not self.good[source] and any(
+                row.wrong_schema for row in self.bad if row.source == source
+            ):
                 raise UserError(self._wrong_schema(source))
         if self.bad and on_error == "stop":
             raise UserError(self._first_bad_row())
@@ -175,7 +197,8 @@ class Table:
                 print(f"{self.name}: {line}", file=sys.stderr, flush=True)
 
     def bad_summary(self) -> list[str]:
-        """Return a line for each kind of fault in each source: how many rows, the reason, and where first.
+        """Return a line for each kind of fault in each source: how many rows, the reason, and where
+        first.
 
         Values are left out, since they may be anything, and this is written into files.
         """
@@ -225,7 +248,9 @@ def collect(source: str | list[str], kind: type[Record], aggregate: Aggregate = 
     Bad rows are kept as such. Groups are joined; splits are only those that the data gives.
     """
     if kind not in schemas.SCHEMAS:
-        raise UserError(f"kind: found {kind!r}, expected one of {', '.join(k.__name__ for k in schemas.SCHEMAS)}")
+        raise UserError(
+            f"kind: found {kind!r}, expected one of {', '.join(k.__name__ for k in schemas.SCHEMAS)}"
+        )
     names = [source] if isinstance(source, str) else list(source)
     if not names:
         raise UserError("no data source given; expected a file, a preference store or a Hub name")
@@ -234,7 +259,9 @@ def collect(source: str | list[str], kind: type[Record], aggregate: Aggregate = 
     rows: list[schemas.Row] = []
     for name in names:
         columns: dict[str, None] = {}
-        for place, columns_of_row, problem in sources.rows(name, prompts=kind is Prompt, aggregate=aggregate):
+        for place, columns_of_row, problem in sources.rows(
+            name, prompts=kind is Prompt, aggregate=aggregate
+        ):
             if problem:
                 table.bad.append(BadRow(name, place, problem))
                 continue
@@ -266,13 +293,17 @@ def unique_prompts(prompts: list[Prompt]) -> list[Prompt]:
     """Return the first of each identical prompt (same messages, tools and voice), in order."""
     first: dict[str, Prompt] = {}
     for prompt in prompts:
-        key = json.dumps([prompt.prompt, prompt.voice, tools_of(prompt)], sort_keys=True, default=str)
+        key = json.dumps(
+            [prompt.prompt, prompt.voice, tools_of(prompt)], sort_keys=True, default=str
+        )
         first.setdefault(key, prompt)
     return list(first.values())
 
 
 def _join_groups(rows: list[schemas.Row]) -> None:
-    """Join default groups over shared prompts and answer pairs, in place; a group that the data names stays."""
+    """Join default groups over shared prompts and answer pairs, in place; a group that the data
+    names stays.
+    """
     free = [row for row in rows if not row.own_group]
     groups: list[str] = []
     links: list[list[Any]] = []

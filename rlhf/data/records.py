@@ -1,7 +1,9 @@
-"""The record types that every stage shares, and what passes between a policy and whatever scores it.
+"""The record types that every stage shares, and what passes between a policy and whatever scores
+it.
 
-Everything is conversational: a prompt is a list of {"role", "content"} messages that ends before the assistant
-speaks, a response is the text of the one assistant message that follows. `load.py` turns files into these.
+Everything is conversational: a prompt is a list of {"role", "content"} messages that ends before
+the assistant speaks, a response is the text of the one assistant message that follows. `load.py`
+turns files into these.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from typing import Any
 from rlhf.errors import UserError
 from rlhf.text import clip
 
-# {"role": "system" | "user" | "assistant" | "tool", "content": text}, and fields that only the chat template reads
+# {"role": "system" | "user" | "assistant" | "tool", "content": text}, and fields that only the chat
+# template reads
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 SPLITS = ("train", "validation", "test")
@@ -26,10 +29,14 @@ DEEPEST = 100
 
 
 class RecordError(ValueError):
-    """A row that cannot be a record: the field and what is wrong with it; `load.py` adds file and row."""
+    """A row that cannot be a record: the field and what is wrong with it; `load.py` adds file and
+    row.
+    """
 
     def __init__(self, field: str, message: str):
-        super().__init__(message if message.startswith(f"'{field}'") else f"field '{field}': {message}")
+        super().__init__(
+            message if message.startswith(f"'{field}'") else f"field '{field}': {message}"
+        )
         self.field = field
 
 
@@ -48,15 +55,21 @@ class Record:
     voice: str | None = None
     weight: float = 1.0
     metadata: dict[str, Any] = field(default_factory=dict)
-    # "data/prefs.jsonl row 118", for messages; without annotation, so that it is no field of the dataclass
+    # "data/prefs.jsonl row 118", for messages; without annotation, so that it is no field of the
+    # dataclass
     place = ""
 
     def __post_init__(self):
         check_messages("prompt", self.prompt)
         if self.prompt[-1]["role"] == "assistant":
-            raise RecordError("prompt", "ends with an assistant message; the response belongs in a field of its own")
+            raise RecordError(
+                "prompt",
+                "ends with an assistant message; the response belongs in a field of its own",
+            )
         _expect(self.split in (None, *SPLITS), "split", self.split, f"one of {', '.join(SPLITS)}")
-        _expect(is_number(self.weight) and self.weight >= 0, "weight", self.weight, "a number from 0 up")
+        _expect(
+            is_number(self.weight) and self.weight >= 0, "weight", self.weight, "a number from 0 up"
+        )
         for name in ("group", "source", "annotator", "voice", "metadata"):
             check_unicode(name, getattr(self, name))
         if not self.group:
@@ -85,7 +98,8 @@ class Preference(Record):
 
     margin: by how much, in score units (the reward loss asks for at least that distance).
     label_prob: the probability that `chosen` really is the better one, 0.5 to 1 (soft labels).
-    chosen_ended, rejected_ended: false for a response that was cut off at its length limit, which gets no EOS.
+    chosen_ended, rejected_ended: false for a response that was cut off at its length limit, which
+    gets no EOS.
     """
 
     chosen: str
@@ -101,9 +115,16 @@ class Preference(Record):
         check_text("rejected", self.rejected)
         if self.chosen == self.rejected:
             raise RecordError("chosen", "'chosen' and 'rejected' are the same text")
-        _expect(self.margin is None or is_number(self.margin), "margin", self.margin, "a finite number")
+        _expect(
+            self.margin is None or is_number(self.margin), "margin", self.margin, "a finite number"
+        )
         is_probability = is_number(self.label_prob) and 0.0 <= self.label_prob <= 1.0
-        _expect(self.label_prob is None or is_probability, "label_prob", self.label_prob, "a probability")
+        _expect(
+            self.label_prob is None or is_probability,
+            "label_prob",
+            self.label_prob,
+            "a probability",
+        )
 
 
 @dataclass(kw_only=True)
@@ -123,9 +144,10 @@ class Labelled(Record):
 class Samples:
     """B responses of a policy, as every scorer receives them.
 
-    `response_ids` hold the end token where there is one (`ended`); `responses` are text without special tokens.
-    `metadata` is each prompt record's own, with its group under "group" and, where known, its voice under "voice".
-    Scorers that are roles on the base read the ids; text is never tokenized again.
+    `response_ids` hold the end token where there is one (`ended`); `responses` are text without
+    special tokens. `metadata` is each prompt record's own, with its group under "group" and, where
+    known, its voice under "voice". Scorers that are roles on the base read the ids; text is never
+    tokenized again.
     """
 
     prompts: list[list[Message]]
@@ -151,7 +173,9 @@ Scorer = Callable[[Samples], Scores]
 
 
 class BadScore(UserError):
-    """A scorer returned NaN or infinity: which scorer, for which of its samples, and what it returned."""
+    """A scorer returned NaN or infinity: which scorer, for which of its samples, and what it
+    returned.
+    """
 
     def __init__(self, message: str, scorer: str = "", index: int = 0, value: float = math.nan):
         super().__init__(message)
@@ -159,7 +183,9 @@ class BadScore(UserError):
 
 
 def tools_of(record: Record) -> list[dict[str, Any]] | None:
-    """Return the tools that the record's answer may call, as a chat template takes them, from its metadata."""
+    """Return the tools that the record's answer may call, as a chat template takes them, from its
+    metadata.
+    """
     tools = record.metadata.get("tools")
     if isinstance(tools, list) and tools and all(isinstance(tool, dict) for tool in tools):
         return tools
@@ -167,15 +193,24 @@ def tools_of(record: Record) -> list[dict[str, Any]] | None:
 
 
 def check_messages(name: str, messages: Any) -> None:
-    """Raise RecordError unless `messages` is a non-empty list of {"role", "content"} with known roles and text."""
+    """Raise RecordError unless `messages` is a non-empty list of {"role", "content"} with known
+    roles and text.
+    """
     _expect(isinstance(messages, list) and bool(messages), name, messages, "a list of messages")
     for i, message in enumerate(messages):
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise RecordError(name, f"message {i} is {_short(message)}, expected {{'role': ..., 'content': ...}}")
+            raise RecordError(
+                name, f"message {i} is {_short(message)}, expected {{'role': ..., 'content': ...}}"
+            )
         if message["role"] not in ROLES:
-            raise RecordError(name, f"message {i} has role {message['role']!r}, expected one of {', '.join(ROLES)}")
+            raise RecordError(
+                name,
+                f"message {i} has role {message['role']!r}, expected one of {', '.join(ROLES)}",
+            )
         if not isinstance(message["content"], str):
-            raise RecordError(name, f"message {i} has content {_short(message['content'])}, expected text")
+            raise RecordError(
+                name, f"message {i} has content {_short(message['content'])}, expected text"
+            )
         check_unicode(name, message)
 
 
@@ -188,10 +223,11 @@ def check_text(name: str, text: Any) -> None:
 
 
 def check_unicode(name: str, value: Any) -> None:
-    """Raise RecordError on half a surrogate pair in any text of `value`, and on more than `DEEPEST` nested levels.
+    """Raise RecordError on half a surrogate pair in any text of `value`, and on more than `DEEPEST`
+    nested levels.
 
-    Names of fields count too. JSON may carry both, but no tokenizer or UTF-8 file can hold the former, and few programs
-    the latter.
+    Names of fields count too. JSON may carry both, but no tokenizer or UTF-8 file can hold the
+    former, and few programs the latter.
     """
     level = [value]
     for _ in range(DEEPEST):
@@ -232,7 +268,9 @@ def is_number(value: Any) -> bool:
 
 
 def one_name(name: str) -> str:
-    """Return a name as it is compared: one form of each character (Unicode NFC), single blanks, none around it."""
+    """Return a name as it is compared: one form of each character (Unicode NFC), single blanks,
+    none around it.
+    """
     return " ".join(unicodedata.normalize("NFC", name).split())
 
 
@@ -242,7 +280,9 @@ def normalise(text: str) -> str:
 
 
 def prompt_group(prompt: list[Message]) -> str:
-    """Return the default group: a hash of the normalised first user turn (of the whole prompt if no user speaks)."""
+    """Return the default group: a hash of the normalised first user turn (of the whole prompt if no
+    user speaks).
+    """
     for message in prompt:
         if message["role"] == "user":
             return digest(normalise(message["content"]))

@@ -1,7 +1,7 @@
 """Row schemas: how a row of columns becomes a record.
 
-A row is a dict of columns as JSON gives them; a column that is absent or None is not there. `load.py` adds the place
-to the errors raised here. docs/data.md shows all schemas with examples.
+A row is a dict of columns as JSON gives them; a column that is absent or None is not there.
+`load.py` adds the place to the errors raised here. docs/data.md shows all schemas with examples.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data.columns import FIELDS, TRUTH, boolean, lowered, other_fields
-from rlhf.data.conversation import PASSED, THOUGHTS, as_list, conversation, messages, notes, parse_turns
+from rlhf.data.conversation import (
+    PASSED,
+    THOUGHTS,
+    as_list,
+    conversation,
+    messages,
+    notes,
+    parse_turns,
+)
 from rlhf.data.records import (
     Instruction,
     Labelled,
@@ -61,7 +69,9 @@ class UnknownSchema(RecordError):
 
 @dataclass
 class Row:
-    """A record with what grouping needs: whether the data named its group, and its answer pair if it has one."""
+    """A record with what grouping needs: whether the data named its group, and its answer pair if
+    it has one.
+    """
 
     record: Record
     own_group: bool
@@ -73,7 +83,9 @@ class Row:
 
 @dataclass
 class Content:
-    """The prompt of a row, its answers as fields of the record, and the columns they stood in, joined by "+"."""
+    """The prompt of a row, its answers as fields of the record, and the columns they stood in,
+    joined by "+".
+    """
 
     prompt: list[Message]
     fields: dict[str, Any]
@@ -81,7 +93,9 @@ class Content:
 
 
 def read_row(row: dict[str, Any], kind: type[Record], source: str | None = None) -> Row:
-    """Return one row as a record of `kind` (Prompt, Instruction, Preference or Labelled). Raises RecordError."""
+    """Return one row as a record of `kind` (Prompt, Instruction, Preference or Labelled). Raises
+    RecordError.
+    """
     row = _with_usual_names(row)
     content = _READERS[kind](row)
     prompt = _with_system(row, content.prompt)
@@ -96,7 +110,9 @@ def read_row(row: dict[str, Any], kind: type[Record], source: str | None = None)
 
     record = kind(prompt=prompt, metadata=metadata, **fields)
     remarks = [*_unread_columns(metadata), *_unread_fields(row), *notes(prompt)]
-    return Row(record, row.get("group", "") != "", _answer_pair(row, record), content.schema, remarks)
+    return Row(
+        record, row.get("group", "") != "", _answer_pair(row, record), content.schema, remarks
+    )
 
 
 def guess_kind(row: dict[str, Any]) -> type[Record]:
@@ -147,11 +163,16 @@ def _read_preference(row: dict[str, Any]) -> Content:
     for name in SIDES:
         whole = conversation(name, row[name])
         if whole is None:
-            raise RecordError("prompt", f"is missing, and '{name}' is not a whole conversation that would contain it")
+            raise RecordError(
+                "prompt",
+                f"is missing, and '{name}' is not a whole conversation that would contain it",
+            )
         before, answers[name] = _split_last(name, whole)
         prompts.append(before)
     if prompts[0] != prompts[1]:
-        raise RecordError("rejected", "its conversation differs from that of 'chosen' before the last answer")
+        raise RecordError(
+            "rejected", "its conversation differs from that of 'chosen' before the last answer"
+        )
     return Content(prompts[0], answers, "chosen+rejected")
 
 
@@ -166,7 +187,9 @@ def _read_instruction(row: dict[str, Any]) -> Content:
     if "messages" in row and response is None:
         prompt, answer = _split_last("messages", messages("messages", row["messages"]))
         if row["messages"][-1].get("weight") == 0:
-            raise RecordError("messages", "ends with an answer of weight 0, which is not to be imitated")
+            raise RecordError(
+                "messages", "ends with an answer of weight 0, which is not to be imitated"
+            )
         return Content(prompt, {"response": answer}, "messages")
     if response is None:
         raise UnknownSchema(row)
@@ -203,7 +226,9 @@ def _one_answer(row: dict[str, Any], name: str) -> Content:
 
 
 def _explicit_prompt(row: dict[str, Any]) -> tuple[list[Message], str]:
-    """Return the messages of the columns prompt, or instruction with input and history, and the columns' names."""
+    """Return the messages of the columns prompt, or instruction with input and history, and the
+    columns' names.
+    """
     if "prompt" in row:
         whole = conversation("prompt", row["prompt"])
         if whole is None:
@@ -229,7 +254,9 @@ def _history(given: Any) -> list[Message]:
     """Return earlier turns as Alpaca's `history` has them: [[question, answer], ...]."""
     if not given:
         return []
-    if not isinstance(given, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in given):
+    if not isinstance(given, list) or not all(
+        isinstance(turn, list) and len(turn) == 2 for turn in given
+    ):
         raise RecordError("history", "expected a list of [question, answer]")
     turns = []
     for question, answer in given:
@@ -238,7 +265,9 @@ def _history(given: Any) -> list[Message]:
 
 
 def _answer(name: str, row: dict[str, Any], prompt: list[Message]) -> str:
-    """Return the answer's text, given alone or at the end of a conversation that repeats the prompt."""
+    """Return the answer's text, given alone or at the end of a conversation that repeats the
+    prompt.
+    """
     value, asked = row[name], row.get("prompt")
     whole = conversation(name, value)
     in_transcript = isinstance(asked, str) and parse_turns(asked) is not None
@@ -256,26 +285,33 @@ def _answer(name: str, row: dict[str, Any], prompt: list[Message]) -> str:
         return value.strip() if in_transcript else value
     before, answer = _split_last(name, whole)
     if before and not repeats_prompt:
-        raise RecordError(name, "its conversation before the last answer is not the one in 'prompt'")
+        raise RecordError(
+            name, "its conversation before the last answer is not the one in 'prompt'"
+        )
     return answer
 
 
 def _with_usual_names(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row without empty columns, with messages, tools and OpenAI's pairs under their usual names.
+    """Return the row without empty columns, with messages, tools and OpenAI's pairs under their
+    usual names.
 
     Raises RecordError for columns that nothing here can read.
     """
     row = _from_openai({name: value for name, value in row.items() if value is not None})
     present = [name for name in CONVERSATIONS if name in row]
     turns = as_list(present[0], row[present[0]]) if len(present) == 1 else None
-    if turns is not None and (present == ["messages"] or not {"prompt", "instruction"} & row.keys()):
+    if turns is not None and (
+        present == ["messages"] or not {"prompt", "instruction"} & row.keys()
+    ):
         del row[present[0]]
         is_prompt = present != ["messages"] and "chosen" in row
         row["prompt" if is_prompt else "messages"] = turns
 
     for name, tag in MEDIA.items():
         value = row.get(name)
-        if value and (isinstance(value, (list, dict, bytes)) or any(tag in str(text) for text in row.values())):
+        if value and (
+            isinstance(value, (list, dict, bytes)) or any(tag in str(text) for text in row.values())
+        ):
             raise RecordError(name, "cannot be read here: prompts and answers are text")
     if isinstance(row.get("functions"), list) and row["functions"]:
         raise RecordError("functions", "is not read; give them as 'tools'")
@@ -289,7 +325,8 @@ def _with_usual_names(row: dict[str, Any]) -> dict[str, Any]:
 def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
     """Return OpenAI's preference schema as {prompt, chosen, rejected}; other rows as they are.
 
-    {"input": {"messages", "tools", "parallel_tool_calls"}, "preferred_output", "non_preferred_output"}.
+    {"input": {"messages", "tools", "parallel_tool_calls"}, "preferred_output",
+    "non_preferred_output"}.
     """
     given = row.get("input")
     if not isinstance(given, dict) or "messages" not in given:
@@ -304,7 +341,9 @@ def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tools(given: Any) -> Any:
-    """Return tools as OpenAI has them, also from JSON text; a column that only has the name stays as it is."""
+    """Return tools as OpenAI has them, also from JSON text; a column that only has the name stays
+    as it is.
+    """
     tools = given
     if isinstance(given, str) and given.lstrip().startswith("["):
         try:
@@ -318,7 +357,9 @@ def _tools(given: Any) -> Any:
     for tool in tools:
         # a function alone, as some data sets have it
         tool = tool if "function" in tool else {"type": "function", "function": tool}
-        if not isinstance(tool["function"], dict) or not isinstance(tool["function"].get("name"), str):
+        if not isinstance(tool["function"], dict) or not isinstance(
+            tool["function"].get("name"), str
+        ):
             raise RecordError("tools", "has an entry without a function's name")
         found.append(tool)
     return found
@@ -332,10 +373,16 @@ def _unread_columns(metadata: dict[str, Any]) -> list[str]:
             is_conversation = as_list(name, value) is not None
         except RecordError:
             is_conversation = True
-        if isinstance(value, list) and value and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
+        if (
+            isinstance(value, list)
+            and value
+            and all(isinstance(turn, list) and len(turn) == 2 for turn in value)
+        ):
             is_conversation = True
         if is_conversation:
-            found.append(f"column '{name}' looks like a conversation and is not read; it stays in the metadata")
+            found.append(
+                f"column '{name}' looks like a conversation and is not read; it stays in the metadata"
+            )
     return found
 
 
@@ -355,10 +402,14 @@ def _unread_fields(row: dict[str, Any]) -> list[str]:
 
 
 def _split_last(name: str, turns: list[Message]) -> tuple[list[Message], str]:
-    """Return the messages before the last, and the text of the last, which must be an answer in plain text."""
+    """Return the messages before the last, and the text of the last, which must be an answer in
+    plain text.
+    """
     last = turns[-1]
     if last["role"] != "assistant":
-        raise RecordError(name, f"ends with a {last['role']} message, expected the assistant's answer last")
+        raise RecordError(
+            name, f"ends with a {last['role']} message, expected the assistant's answer last"
+        )
     if "tool_calls" in last:
         raise RecordError(name, "ends with an answer that calls a tool, and an answer is text here")
     for key in THOUGHTS:
@@ -377,13 +428,17 @@ def _with_system(row: dict[str, Any], prompt: list[Message]) -> list[Message]:
     check_text("system", system)
     if prompt and prompt[0]["role"] == "system":
         if prompt[0]["content"] != system:
-            raise RecordError("system", "differs from the system message that the conversation begins with")
+            raise RecordError(
+                "system", "differs from the system message that the conversation begins with"
+            )
         return prompt
     return [{"role": "system", "content": system}, *prompt]
 
 
 def _answer_pair(row: dict[str, Any], record: Record) -> str | None:
-    """Return the answer pair of a row, whatever it is read as: the same rows must share groups in every kind."""
+    """Return the answer pair of a row, whatever it is read as: the same rows must share groups in
+    every kind.
+    """
     if isinstance(record, Preference):
         return answer_pair(record.chosen, record.rejected)
     if not row.keys() >= set(SIDES):

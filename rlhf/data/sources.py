@@ -1,7 +1,7 @@
 """Where rows come from: files, the Hub, a preference store. Each yields (place, row, problem).
 
-`place` is for messages ("data/prefs.jsonl row 118", rows counted from 1; in JSONL the line number); `problem` is None,
-or says why there is no row at this place.
+`place` is for messages ("data/prefs.jsonl row 118", rows counted from 1; in JSONL the line number);
+`problem` is None, or says why there is no row at this place.
 """
 
 from __future__ import annotations
@@ -28,28 +28,50 @@ Item = tuple[str, dict[str, Any], str | None]
 
 STORES = (".db", ".sqlite", ".sqlite3")
 READABLE = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet", *STORES)
-# Endings that mean a file even where it is missing or cannot be read, so that the Hub is not asked for it
-FILES = (*READABLE, ".gz", ".txt", ".tsv", ".yaml", ".yml", ".xlsx", ".arrow", ".zip", ".zst", ".ndjson")
+# Endings that mean a file even where it is missing or cannot be read, so that the Hub is not asked
+# for it
+FILES = (
+    *READABLE,
+    ".gz",
+    ".txt",
+    ".tsv",
+    ".yaml",
+    ".yml",
+    ".xlsx",
+    ".arrow",
+    ".zip",
+    ".zst",
+    ".ndjson",
+)
 LOCAL = ("/", "./", "../", "~", ".\\", "..\\")
 GZIP = b"\x1f\x8b"
 
-# "name" or "org/name", then ":config" and "@split", where a split may be "train[:10%]" or "train+test"
-_HUB = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.+-]+))?(@(?P<split>[\w.+%:\[\]-]+))?")
+# "name" or "org/name", then ":config" and "@split", where a split may be "train[:10%]" or
+# "train+test"
+_HUB = re.compile(
+    r"(?P<name>[\w.-]+(/[\w.-]+)?)(:(?P<config>[\w.+-]+))?(@(?P<split>[\w.+%:\[\]-]+))?"
+)
 
 
 def rows(source: str, *, prompts: bool = False, aggregate: Aggregate = "each") -> Iterator[Item]:
-    """Yield every row of one source. `prompts` asks a store for its prompts instead of its pairs. Raises UserError."""
+    """Yield every row of one source. `prompts` asks a store for its prompts instead of its pairs.
+    Raises UserError.
+    """
     if is_store(source):
         yield from _store(source, prompts, aggregate)
         return
     from tqdm import tqdm
 
     items = _file(source) if is_path(source) else _hub(source)
-    yield from tqdm(items, desc=f"reading {source}", unit=" rows", delay=5, mininterval=5, leave=False)
+    yield from tqdm(
+        items, desc=f"reading {source}", unit=" rows", delay=5, mininterval=5, leave=False
+    )
 
 
 def first_rows(source: str, count: int = 20) -> list[dict[str, Any]]:
-    """Return the first readable rows. Raises UserError, with the first reasons, where there is none."""
+    """Return the first readable rows. Raises UserError, with the first reasons, where there is
+    none.
+    """
     problems: list[str] = []
 
     def readable() -> Iterator[dict[str, Any]]:
@@ -68,7 +90,9 @@ def first_rows(source: str, count: int = 20) -> list[dict[str, Any]]:
 
 
 def why_empty(source: str) -> str:
-    """Return why a source without bad rows has none: what the votes of a store, or of a frozen one, were."""
+    """Return why a source without bad rows has none: what the votes of a store, or of a frozen one,
+    were.
+    """
     from rlhf.data.freeze import frozen
     from rlhf.data.store import Store
 
@@ -108,19 +132,25 @@ def is_path(source: str) -> bool:
 def _file(source: str) -> Iterator[Item]:
     path = Path(source).expanduser()
     if path.is_symlink() and not path.exists():
-        raise UserError(f"{source}: is a symbolic link to {os.readlink(path)}, which leads to no file")
+        raise UserError(
+            f"{source}: is a symbolic link to {os.readlink(path)}, which leads to no file"
+        )
     if not path.exists():
         raise UserError(f"{source}: no such file{near_file(path)}")
     if path.is_dir():
         raise UserError(f"{source}: is a folder; give a file in it ({', '.join(READABLE)})")
     if not path.is_file():
-        raise UserError(f"{source}: is a pipe or a device, and data is read more than once; write it into a file")
+        raise UserError(
+            f"{source}: is a pipe or a device, and data is read more than once; write it into a file"
+        )
 
     readers = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".parquet": _parquet}
     packed = path.name.lower().endswith((".jsonl.gz", ".json.gz", ".csv.gz"))
     ending = Path(path.stem if packed else path.name).suffix.lower()
     if ending not in readers:
-        raise UserError(f"{source}: cannot read '{path.suffix}' files; expected one of {', '.join(READABLE)}")
+        raise UserError(
+            f"{source}: cannot read '{path.suffix}' files; expected one of {', '.join(READABLE)}"
+        )
     return readers[ending](path, source)
 
 
@@ -141,7 +171,9 @@ def _open(path: Path, source: str) -> Iterator[io.TextIOBase]:
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: is not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{source}: is not a whole .gz file ({error}); fetch or compress it again") from None
+        raise UserError(
+            f"{source}: is not a whole .gz file ({error}); fetch or compress it again"
+        ) from None
     except OSError as error:
         raise UserError(f"{source}: cannot be read ({error.strerror or error})") from None
 
@@ -163,7 +195,12 @@ def _jsonl(path: Path, source: str) -> Iterator[Item]:
                 yield place, {}, _not_json(error)
                 continue
             # the first line of a frozen store
-            if number == 1 and isinstance(row, dict) and row.keys() == {"frozen"} and isinstance(row["frozen"], dict):
+            if (
+                number == 1
+                and isinstance(row, dict)
+                and row.keys() == {"frozen"}
+                and isinstance(row["frozen"], dict)
+            ):
                 header = row["frozen"]
                 continue
             count += 1
@@ -181,7 +218,9 @@ def _json(path: Path, source: str) -> Iterator[Item]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        hint = ". One row a line is JSONL: name the file .jsonl" if error.msg == "Extra data" else ""
+        hint = (
+            ". One row a line is JSONL: name the file .jsonl" if error.msg == "Extra data" else ""
+        )
         place = f"{source} line {error.lineno} column {error.colno}"
         raise UserError(f"{place}: {_not_json(error)}{hint}") from None
     except (RecursionError, ValueError) as error:
@@ -193,10 +232,14 @@ def _json(path: Path, source: str) -> Iterator[Item]:
 
 
 def _not_json(error: Exception) -> str:
-    """Return what is wrong with a text: its syntax, or what JSON allows and Python's reader does not."""
+    """Return what is wrong with a text: its syntax, or what JSON allows and Python's reader does
+    not.
+    """
     if isinstance(error, json.JSONDecodeError):
         return f"not valid JSON: {error.msg}"
-    reason = "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
+    reason = (
+        "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
+    )
     return f"not valid JSON: {reason}"
 
 
@@ -217,7 +260,11 @@ def _csv(path: Path, source: str) -> Iterator[Item]:
                 number += 1
                 place = f"{source} row {number}"
                 if None in row:
-                    yield place, {}, f"found {len(row[None])} cells more than the header has columns"
+                    yield (
+                        place,
+                        {},
+                        f"found {len(row[None])} cells more than the header has columns",
+                    )
                 else:
                     yield place, _with_metadata(row), None
         except csv.Error as error:
@@ -259,7 +306,8 @@ def _store(source: str, prompts: bool, aggregate: Aggregate) -> Iterator[Item]:
 
 
 def _hub(source: str) -> Iterator[Item]:
-    """Yield the rows of a Hub data set. Without "@split" every split is read, and each row keeps its split.
+    """Yield the rows of a Hub data set. Without "@split" every split is read, and each row keeps
+    its split.
 
     Rows of one named split are cut by group, except that rows named test or validation remain so.
     """
@@ -281,7 +329,9 @@ def _hub(source: str) -> Iterator[Item]:
     parts = dict(data) if isinstance(data, dict) else {split or "train": data}
     unknown = [part for part in parts if part not in SPLIT_NAMES]
     if split is None and len(parts) > 1 and unknown:
-        raise UserError(f"{source}: has splits {', '.join(parts)}; name one or several, such as {source}@{unknown[0]}")
+        raise UserError(
+            f"{source}: has splits {', '.join(parts)}; name one or several, such as {source}@{unknown[0]}"
+        )
     for part, part_rows in parts.items():
         # of "train[:10%]" and "train+test" the first name counts
         given = SPLIT_NAMES.get(re.split(r"[\[_+]", part)[0])

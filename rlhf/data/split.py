@@ -1,6 +1,7 @@
 """Groups and the three splits: the same for every stage, without any stage talking to another.
 
-The split of a group is a hash of its name, so whoever sees the group holds it out alike; there is no seed.
+The split of a group is a hash of its name, so whoever sees the group holds it out alike; there is
+no seed.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ Split = Literal["train", "validation", "test"]
 
 
 def split_of(group: str, validation_fraction: float = 0.05, test_fraction: float = 0.1) -> Split:
-    """Return the split of a group by its hash u in [0, 1): test if u < test_fraction, validation at the other end.
+    """Return the split of a group by its hash u in [0, 1): test if u < test_fraction, validation at
+    the other end.
 
-    With a larger fraction each held-out set only grows: what was test stays test, what was validation stays so.
+    With a larger fraction each held-out set only grows: what was test stays test, what was
+    validation stays so.
     """
     check_fractions(validation_fraction, test_fraction)
     u = _uniform("split", group)
@@ -37,10 +40,11 @@ def half_of(group: str) -> Literal["a", "b"]:
 
 
 def first_by_hash(rows: Sequence[R], count: int | None) -> list[R]:
-    """Return the first `count` rows (None: all) by a hash of the group that is independent of its split.
+    """Return the first `count` rows (None: all) by a hash of the group that is independent of its
+    split.
 
-    rows: records, or what `encode` makes of them. The hash mixes all kinds of groups; their names or places would not
-    where data names its groups or is sorted.
+    rows: records, or what `encode` makes of them. The hash mixes all kinds of groups; their names
+    or places would not where data names its groups or is sorted.
     """
 
     def key(row: R) -> tuple[float, str, str]:
@@ -58,14 +62,17 @@ def assign(
 ) -> None:
     """Fill `split` of every record, in place.
 
-    A split that the data gives wins, for the whole group. Where the data gives train and perhaps test but nowhere
-    validation, validation is cut out of train by hash of the group. `places` names the rows in errors.
-    Raises UserError if rows of one group carry different splits.
+    A split that the data gives wins, for the whole group. Where the data gives train and perhaps
+    test but nowhere validation, validation is cut out of train by hash of the group. `places` names
+    the rows in errors. Raises UserError if rows of one group carry different splits.
     """
     check_fractions(validation_fraction, test_fraction)
     given: dict[str, str] = {}
     for record in records:
-        if record.split is not None and given.setdefault(record.group, record.split) != record.split:
+        if (
+            record.split is not None
+            and given.setdefault(record.group, record.split) != record.split
+        ):
             raise UserError(_conflict(records, record.group, places))
 
     cut_validation = bool(given) and "validation" not in given.values()
@@ -78,9 +85,14 @@ def assign(
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
     """Raise UserError unless both are in [0, 1) and leave something to train on."""
-    for name, value in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
+    for name, value in (
+        ("validation_fraction", validation_fraction),
+        ("test_fraction", test_fraction),
+    ):
         if not 0.0 <= value < 1.0:
-            raise UserError(f"option '{name}': found {value}, expected a share from 0 up to, not including, 1")
+            raise UserError(
+                f"option '{name}': found {value}, expected a share from 0 up to, not including, 1"
+            )
     if validation_fraction + test_fraction >= 1.0:
         raise UserError(
             f"validation_fraction {validation_fraction} and test_fraction {test_fraction} leave nothing to train on; "
@@ -89,15 +101,19 @@ def check_fractions(validation_fraction: float, test_fraction: float) -> None:
 
 
 def answer_pair(one: str, other: str) -> str:
-    """Return a name for two answers that is the same in either order and however they are spaced or capitalised."""
+    """Return a name for two answers that is the same in either order and however they are spaced or
+    capitalised.
+    """
     return digest("\x00".join(sorted((normalise(one), normalise(other)))))
 
 
 def join_groups(groups: list[str], links: list[Iterable[Hashable]]) -> list[str]:
-    """Return the groups after joining: rows with a group or any link in common, directly or over others, get one.
+    """Return the groups after joining: rows with a group or any link in common, directly or over
+    others, get one.
 
-    groups: N names; links: for each row what it shares with others, such as its answer pair. The joint group's name
-    is the smallest of its members' names, so it does not depend on the order of rows.
+    groups: N names; links: for each row what it shares with others, such as its answer pair. The
+    joint group's name is the smallest of its members' names, so it does not depend on the order of
+    rows.
     """
     # a forest over groups and links (union-find); a root is its own parent
     parent: dict[Hashable, Hashable] = {}

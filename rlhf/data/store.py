@@ -1,4 +1,5 @@
-"""The preference store: one SQLite file with prompts, responses, comparisons, and what annotators said about them.
+"""The preference store: one SQLite file with prompts, responses, comparisons, and what annotators
+said about them.
 
     with Store.open("votes.db", create=True) as store:
         prompt = store.add_prompt([{"role": "user", "content": "Hi"}])
@@ -8,8 +9,9 @@
         event = store.vote(pair, store.add_annotator("ann"), "a")
         store.at(event).preferences()
 
-Votes and undos are events, numbered in the order in which they were committed. The state after event n never changes,
-so a run records the event it read up to. The tables are explained in docs/collect.md.
+Votes and undos are events, numbered in the order in which they were committed. The state after
+event n never changes, so a run records the event it read up to. The tables are explained in
+docs/collect.md.
 """
 
 from __future__ import annotations
@@ -25,7 +27,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.data import store_schema
-from rlhf.data.records import Message, Prompt, check_text, check_unicode, digest, one_name, prompt_group
+from rlhf.data.records import (
+    Message,
+    Prompt,
+    check_text,
+    check_unicode,
+    digest,
+    one_name,
+    prompt_group,
+)
 from rlhf.data.store_queries import StoreView
 from rlhf.data.votes import CHOICES
 from rlhf.errors import UserError
@@ -37,25 +47,31 @@ STANDING_VOTE = """
 
 
 class Store:
-    """An open store. Every method that writes commits before it returns, unless inside `transaction()`."""
+    """An open store. Every method that writes commits before it returns, unless inside
+    `transaction()`.
+    """
 
     def __init__(self, path: Path, connection: sqlite3.Connection, *, readonly: bool = False):
         self.path = path
         self.readonly = readonly
-        self.clock: Callable[[], float] = time.time  # seconds since 1970, for the columns `created` and `changed`
+        # seconds since 1970, for the columns `created` and `changed`
+        self.clock: Callable[[], float] = time.time
         self._db = connection
         self._depth = 0
 
     @classmethod
     def open(cls, path: str | Path, *, create: bool = False, readonly: bool = False) -> Store:
-        """Open a store, bringing an older file to this version; with `create`, make it if it is missing.
+        """Open a store, bringing an older file to this version; with `create`, make it if it is
+        missing.
 
         readonly: the file is not written; one of an older version is brought to this one in memory.
-        Raises UserError: no such file, not a preference store, or made by a newer version. A damaged file ends a
-        `with` block with a UserError too.
+        Raises UserError: no such file, not a preference store, or made by a newer version. A
+        damaged file ends a `with` block with a UserError too.
         """
         path = Path(path).expanduser()
-        return cls(path, store_schema.connect(path, create=create, readonly=readonly), readonly=readonly)
+        return cls(
+            path, store_schema.connect(path, create=create, readonly=readonly), readonly=readonly
+        )
 
     def close(self) -> None:
         self._db.close()
@@ -65,7 +81,8 @@ class Store:
 
     def __exit__(self, kind, error, trace) -> None:
         self.close()
-        # exactly these types: IntegrityError and its like are subclasses, and have messages of their own
+        # exactly these types: IntegrityError and its like are subclasses, and have messages of
+        # their own
         if type(error) in (sqlite3.DatabaseError, sqlite3.OperationalError, json.JSONDecodeError):
             raise UserError(
                 f"{self.path}: cannot be read or written ({str(error)[:100]}). If it is damaged, use an earlier copy, "
@@ -74,7 +91,9 @@ class Store:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """Commit all writes inside together at the end, or none if an exception leaves it. May be nested."""
+        """Commit all writes inside together at the end, or none if an exception leaves it. May be
+        nested.
+        """
         if self._depth == 0:
             try:
                 self._db.execute("BEGIN" if self.readonly else "BEGIN IMMEDIATE")
@@ -104,14 +123,22 @@ class Store:
         split: str | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> int:
-        """Return the prompt's id; the same prompt again (all arguments but default_group alike) gives the same id.
+        """Return the prompt's id; the same prompt again (all arguments but default_group alike)
+        gives the same id.
 
-        group: as the data names it, to stay. default_group: one that may be joined with others over shared answers;
-        default: by the prompt's hash. split: only where the data gives it; otherwise the group decides at reading.
-        Raises RecordError.
+        group: as the data names it, to stay. default_group: one that may be joined with others over
+        shared answers;
+        default: by the prompt's hash. split: only where the data gives it; otherwise the group
+        decides at reading. Raises RecordError.
         """
         Prompt(prompt=messages, split=split)  # checks them
-        given = {"messages": messages, "own_group": group, "voice": voice, "split": split, "metadata": metadata or {}}
+        given = {
+            "messages": messages,
+            "own_group": group,
+            "voice": voice,
+            "split": split,
+            "metadata": metadata or {},
+        }
         key = digest(_json({name: value for name, value in given.items() if value is not None}))
         row = given | {
             "messages": _json(messages),
@@ -131,9 +158,11 @@ class Store:
         sampling: dict[str, Any] | None = None,
         ended: bool | None = None,
     ) -> int:
-        """Return the response's id; the same text from the same model and sampling settings gives the same id.
+        """Return the response's id; the same text from the same model and sampling settings gives
+        the same id.
 
-        `sampling` holds temperature, top_p, seed, ...; `ended` is False for a response cut off at its length limit.
+        `sampling` holds temperature, top_p, seed, ...; `ended` is False for a response cut off at
+        its length limit.
         """
         # models do give empty responses: they are kept, and just cannot be compared
         if not isinstance(text, str):
@@ -151,13 +180,20 @@ class Store:
         return self._add("responses", digest(_json(row)), row)
 
     def add_comparison(
-        self, one: int, other: int, *, kind: Literal["normal", "control"] = "normal", expected: int | None = None
+        self,
+        one: int,
+        other: int,
+        *,
+        kind: Literal["normal", "control"] = "normal",
+        expected: int | None = None,
     ) -> int:
-        """Return the id of the question to annotators: which of two responses to one prompt is better?
+        """Return the id of the question to annotators: which of two responses to one prompt is
+        better?
 
-        The response that was added to the store first is "a", in whatever order they are given; the same two again
-        give the same id. A control comparison has a known answer: the id of the `expected` response.
-        Raises UserError if the responses answer different prompts, are the same text, or one is empty.
+        The response that was added to the store first is "a", in whatever order they are given; the
+        same two again give the same id. A control comparison has a known answer: the id of the
+        `expected` response. Raises UserError if the responses answer different prompts, are the
+        same text, or one is empty.
         """
         a, b = sorted((one, other))
         prompt = self._comparable_prompt(a, b)
@@ -170,16 +206,22 @@ class Store:
         id = self._add("comparisons", f"{a}-{b}-{kind}", row)
         found = self._one("SELECT expected FROM comparisons WHERE id = ?", id)["expected"]
         if found != side:
-            raise UserError(f"{self.path}: control comparison {id} of these responses expects {found}, not {side}")
+            raise UserError(
+                f"{self.path}: control comparison {id} of these responses expects {found}, not {side}"
+            )
         return id
 
     def _comparable_prompt(self, a: int, b: int) -> int:
-        """Return the prompt that both responses answer; raises UserError if they cannot be compared."""
+        """Return the prompt that both responses answer; raises UserError if they cannot be
+        compared.
+        """
         first = self._one("SELECT prompt, text FROM responses WHERE id = ?", a)
         second = self._one("SELECT prompt, text FROM responses WHERE id = ?", b)
         pair = f"responses {a} and {b}"
         if a == b or first is None or second is None:
-            raise UserError(f"{self.path}: comparison of {pair}: expected two that are in the store")
+            raise UserError(
+                f"{self.path}: comparison of {pair}: expected two that are in the store"
+            )
         if first["prompt"] != second["prompt"]:
             raise UserError(f"{self.path}: {pair} answer different prompts and cannot be compared")
         if first["text"].strip() == second["text"].strip():
@@ -191,12 +233,20 @@ class Store:
 
     def comparisons_after(self, id: int) -> list[dict[str, Any]]:
         """Return the comparisons newer than this one: {id, a, b, kind}."""
-        return [dict(row) for row in self._db.execute("SELECT id, a, b, kind FROM comparisons WHERE id > ?", (id,))]
+        return [
+            dict(row)
+            for row in self._db.execute(
+                "SELECT id, a, b, kind FROM comparisons WHERE id > ?", (id,)
+            )
+        ]
 
     # Annotators and settings
 
     def add_annotator(
-        self, name: str, kind: Literal["person", "model", "rule"] = "person", token: str | None = None
+        self,
+        name: str,
+        kind: Literal["person", "model", "rule"] = "person",
+        token: str | None = None,
     ) -> int:
         """Return the id of the annotator of this name (see `one_name`), who is added if new.
 
@@ -216,13 +266,22 @@ class Store:
 
     def annotators(self) -> list[dict[str, Any]]:
         """Return every annotator by id: {id, name, kind, token_hash (None: cannot sign in)}."""
-        return [dict(row) for row in self._db.execute("SELECT id, name, kind, token_hash FROM annotators ORDER BY id")]
+        return [
+            dict(row)
+            for row in self._db.execute(
+                "SELECT id, name, kind, token_hash FROM annotators ORDER BY id"
+            )
+        ]
 
     def set_token(self, annotator: int, token: str | None) -> None:
-        """Let the annotator sign in with this token and no other; None: with none. Only its hash is kept."""
+        """Let the annotator sign in with this token and no other; None: with none. Only its hash is
+        kept.
+        """
         hashed = token and token_hash(token)
         with self.transaction():
-            self._db.execute("UPDATE annotators SET token_hash = ? WHERE id = ?", (hashed, annotator))
+            self._db.execute(
+                "UPDATE annotators SET token_hash = ? WHERE id = ?", (hashed, annotator)
+            )
 
     def setting(self, name: str, default: str | None = None) -> str | None:
         """Return what the collection was set up with under this name."""
@@ -231,12 +290,18 @@ class Store:
 
     def set_setting(self, name: str, value: str) -> None:
         with self.transaction():
-            self._db.execute("INSERT OR REPLACE INTO settings VALUES (?, ?, ?)", (name, value, self._now()))
+            self._db.execute(
+                "INSERT OR REPLACE INTO settings VALUES (?, ?, ?)", (name, value, self._now())
+            )
 
     # Events
 
-    def assign(self, comparison: int, annotator: int, *, left: Literal["a", "b"] | None = None) -> int:
-        """Record that the comparison was handed to the annotator, and what was on the left; returns the event's id."""
+    def assign(
+        self, comparison: int, annotator: int, *, left: Literal["a", "b"] | None = None
+    ) -> int:
+        """Record that the comparison was handed to the annotator, and what was on the left; returns
+        the event's id.
+        """
         with self.transaction():
             return self._event(comparison=comparison, annotator=annotator, kind="assign", left=left)
 
@@ -261,9 +326,10 @@ class Store:
         """Record a vote and return its event's id.
 
         choice: "a", "b", "tie", "both_bad", "skip", or the id of the better response.
-        left: which response was shown on the left (first). strength: 1 slightly, 2 clearly, 3 by far.
-        request: a name the caller gives to this one click; sent twice, it is recorded once.
-        Raises UserError if a vote of this annotator on this comparison stands already (undo it first).
+        left: which response was shown on the left (first). strength: 1 slightly, 2 clearly, 3 by
+        far.
+        request: a name the caller gives to this one click; sent twice, it is recorded once. Raises
+        UserError if a vote of this annotator on this comparison stands already (undo it first).
         """
         with self.transaction():
             done = self.request(request)
@@ -297,14 +363,18 @@ class Store:
             )
 
     def undo(self, event: int, *, request: str | None = None) -> int:
-        """Undo a vote by a new event, whose id is returned. Raises UserError unless it is a vote that stands."""
+        """Undo a vote by a new event, whose id is returned. Raises UserError unless it is a vote
+        that stands.
+        """
         with self.transaction():
             done = self.request(request)
             if done:
                 return done["id"]
             vote = self._one("SELECT * FROM events WHERE id = ?", event)
             if vote is None or vote["kind"] != "vote":
-                raise UserError(f"{self.path}: event {event} is {vote['kind'] if vote else 'missing'}, not a vote")
+                raise UserError(
+                    f"{self.path}: event {event} is {vote['kind'] if vote else 'missing'}, not a vote"
+                )
             if self._one("SELECT id FROM events WHERE undoes = ?", event):
                 raise UserError(f"{self.path}: the vote of event {event} is undone already")
             return self._event(
@@ -339,7 +409,9 @@ class Store:
         return self._one("SELECT coalesce(max(id), 0) AS id FROM comparisons")["id"]
 
     def at(self, event: int | None = None) -> StoreView:
-        """Return what the store holds after `event` (default: the newest). Raises UserError if there is none such."""
+        """Return what the store holds after `event` (default: the newest). Raises UserError if
+        there is none such.
+        """
         last = self.last_event()
         if event is not None and not 0 <= event <= last:
             raise UserError(f"{self.path}: there is no event {event}; the newest is {last}")
@@ -363,16 +435,22 @@ class Store:
         columns = ", ".join(f'"{name}"' for name in row)
         marks = ", ".join("?" * len(row))
         try:
-            return self._db.execute(f"INSERT INTO {table} ({columns}) VALUES ({marks})", tuple(row.values())).lastrowid
+            return self._db.execute(
+                f"INSERT INTO {table} ({columns}) VALUES ({marks})", tuple(row.values())
+            ).lastrowid
         except sqlite3.IntegrityError as error:
-            raise UserError(f"{self.path}: cannot be added to {table}: {error} ({clip(row, 120)})") from None
+            raise UserError(
+                f"{self.path}: cannot be added to {table}: {error} ({clip(row, 120)})"
+            ) from None
 
     def _one(self, sql: str, *values: Any) -> sqlite3.Row | None:
         return self._db.execute(sql, values).fetchone()
 
 
 def token_hash(token: str) -> str:
-    """Return what is kept of a sign-in token; tokens are random and long, so a plain hash cannot be reversed."""
+    """Return what is kept of a sign-in token; tokens are random and long, so a plain hash cannot be
+    reversed.
+    """
     return hashlib.sha256(token.encode()).hexdigest()
 
 
@@ -380,4 +458,6 @@ def _json(value: Any) -> str:
     try:
         return json.dumps(value, sort_keys=True, ensure_ascii=False)
     except TypeError as error:
-        raise UserError(f"cannot be kept in a preference store as JSON: {error} ({clip(value, 120)})") from None
+        raise UserError(
+            f"cannot be kept in a preference store as JSON: {error} ({clip(value, 120)})"
+        ) from None

@@ -1,4 +1,6 @@
-"""What a preference store holds after an event: votes that stand, pairs, prompts with their groups, counts."""
+"""What a preference store holds after an event: votes that stand, pairs, prompts with their groups,
+counts.
+"""
 
 from __future__ import annotations
 
@@ -61,11 +63,12 @@ class StoreView:
         return standing
 
     def preferences(self, aggregate: Aggregate = "each") -> list[Preference]:
-        """Return the pairs to train on. Control pairs are left out; `split` is None unless the prompt has one.
+        """Return the pairs to train on. Control pairs are left out; `split` is None unless the
+        prompt has one.
 
-        "each": one record for each standing vote for a or b, with its annotator; ties, both_bad and skips give none.
-        "majority", "skill": one record for each comparison with a winner, with label_prob and, where votes gave their
-        strength, margin (votes.py).
+        "each": one record for each standing vote for a or b, with its annotator; ties, both_bad and
+        skips give none. "majority", "skill": one record for each comparison with a winner, with
+        label_prob and, where votes gave their strength, margin (votes.py).
         """
         return [_record(Preference, row) for row in self.rows(aggregate)]
 
@@ -92,7 +95,9 @@ class StoreView:
             row["annotator"] = verdict.annotator
             row["label_prob"] = verdict.label_prob
             row["margin"] = verdict.margin
-            row["metadata"] = row["metadata"] | {"vote": {"comparison": verdict.comparison} | verdict.metadata}
+            row["metadata"] = row["metadata"] | {
+                "vote": {"comparison": verdict.comparison} | verdict.metadata
+            }
             rows.append({name: value for name, value in row.items() if value is not None})
         return rows
 
@@ -104,9 +109,11 @@ class StoreView:
         return rows
 
     def comparisons(self, kind: Literal["normal", "control"] = "normal") -> list[dict[str, Any]]:
-        """Return every comparison of a kind by id: {id, prompt, metadata, text_a, text_b, ended_a, ended_b}.
+        """Return every comparison of a kind by id: {id, prompt, metadata, text_a, text_b, ended_a,
+        ended_b}.
 
-        metadata holds the prompt's group and, where known, voice; a response of unknown end counts as ended.
+        metadata holds the prompt's group and, where known, voice; a response of unknown end counts
+        as ended.
         """
         result = []
         for row in self._db.execute(f"{COMPARISONS} WHERE c.kind = ? ORDER BY c.id", (kind,)):
@@ -134,7 +141,8 @@ class StoreView:
     def pairs(self) -> dict[int, dict[str, Any]]:
         """Return every comparison by id with what the owner may see.
 
-        {id, kind, expected, prompt, messages} and, of each side, {text, ended, model} as text_a, text_b, ...
+        {id, kind, expected, prompt, messages} and, of each side, {text, ended, model} as text_a,
+        text_b, ...
         """
         return {row["id"]: _pair(row) for row in self._db.execute(COMPARISONS)}
 
@@ -146,11 +154,15 @@ class StoreView:
         """Return 16 hex digits of the events up to this one and all they refer to."""
         digest = hashlib.sha256()
         for event in self._db.execute(EVENTS_WITH_CONTENT, (self.event,)):
-            digest.update(json.dumps(list(event), sort_keys=True, ensure_ascii=False).encode() + b"\n")
+            digest.update(
+                json.dumps(list(event), sort_keys=True, ensure_ascii=False).encode() + b"\n"
+            )
         return digest.hexdigest()[:16]
 
     def stats(self) -> dict[str, Any]:
-        """Return counts: what is in the store, standing votes by choice and annotator, pairs with votes and winners."""
+        """Return counts: what is in the store, standing votes by choice and annotator, pairs with
+        votes and winners.
+        """
         kinds = dict(map(tuple, self._db.execute("SELECT id, kind FROM comparisons")))
         of_kind = Counter(kinds.values())
         standing = self.votes()
@@ -177,13 +189,18 @@ class StoreView:
     def _prompts_with_id(self) -> list[dict[str, Any]]:
         """Return all prompts, their default groups joined over the answer pairs that were voted on.
 
-        Votes count here even if undone or a tie, so that groups do not depend on `aggregate` and only ever grow.
+        Votes count here even if undone or a tie, so that groups do not depend on `aggregate` and
+        only ever grow.
         """
         prompts = self._db.execute("SELECT * FROM prompts ORDER BY id").fetchall()
         groups = self._default_groups(prompts)
         rows = []
         for prompt in prompts:
-            row = {"id": prompt["id"], "prompt": json.loads(prompt["messages"]), "source": self.name}
+            row = {
+                "id": prompt["id"],
+                "prompt": json.loads(prompt["messages"]),
+                "source": self.name,
+            }
             if prompt["own_group"] is not None:
                 row["group"] = prompt["own_group"]
             else:
@@ -196,7 +213,9 @@ class StoreView:
         return rows
 
     def _default_groups(self, prompts: list[sqlite3.Row]) -> dict[int, str]:
-        """Return groups for the prompts without one of their own, joined where they share voted answers."""
+        """Return groups for the prompts without one of their own, joined where they share voted
+        answers.
+        """
         voted = self._db.execute(
             "SELECT DISTINCT comparison FROM events WHERE kind = 'vote' AND id <= ?", (self.event,)
         )
@@ -214,7 +233,18 @@ class StoreView:
 
 
 def _pair(row: sqlite3.Row) -> dict[str, Any]:
-    shown = ("id", "kind", "expected", "prompt", "text_a", "text_b", "ended_a", "ended_b", "model_a", "model_b")
+    shown = (
+        "id",
+        "kind",
+        "expected",
+        "prompt",
+        "text_a",
+        "text_b",
+        "ended_a",
+        "ended_b",
+        "model_a",
+        "model_b",
+    )
     pair = {name: row[name] for name in shown}
     pair["messages"] = json.loads(row["messages"])
     return pair

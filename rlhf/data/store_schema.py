@@ -1,7 +1,9 @@
-"""The preference store's tables, its connections, and how a file of an older version becomes one of this version.
+"""The preference store's tables, its connections, and how a file of an older version becomes one of
+this version.
 
-`MIGRATIONS[n]` takes a file of version n to n + 1; a new file runs through all of them, so the path that old files
-take is the one that every test takes. The version stands in the file as `PRAGMA user_version`.
+`MIGRATIONS[n]` takes a file of version n to n + 1; a new file runs through all of them, so the path
+that old files take is the one that every test takes. The version stands in the file as `PRAGMA
+user_version`.
 """
 
 from __future__ import annotations
@@ -60,8 +62,13 @@ _FIRST = [
     "CREATE INDEX responses_of_prompt ON responses (prompt)",
     "CREATE INDEX events_of_pair ON events (comparison, annotator)",
     "CREATE INDEX events_of_annotator ON events (annotator, kind)",
-    *(sql for table in ("prompts", "responses", "comparisons", "events") for sql in _unchangeable(table)),
-    # INSERT OR REPLACE deletes without asking the trigger above, and an id between others would rewrite the past
+    *(
+        sql
+        for table in ("prompts", "responses", "comparisons", "events")
+        for sql in _unchangeable(table)
+    ),
+    # INSERT OR REPLACE deletes without asking the trigger above, and an id between others would
+    # rewrite the past
     """CREATE TRIGGER events_only_at_the_end BEFORE INSERT ON events
         WHEN (NEW.id > 0 AND NEW.id <= (SELECT coalesce(max(id), 0) FROM events))
             OR EXISTS (SELECT 1 FROM events WHERE request = NEW.request OR undoes = NEW.undoes)
@@ -81,7 +88,8 @@ VERSION = len(MIGRATIONS)
 def connect(path: Path, *, create: bool, readonly: bool) -> sqlite3.Connection:
     """Return a connection to the store, which is brought to this version, in memory if `readonly`.
 
-    Raises UserError: no such file (without `create`), not a preference store, or made by a newer version.
+    Raises UserError: no such file (without `create`), not a preference store, or made by a newer
+    version.
     """
     _check_path(path, create=create)
     connection = None
@@ -117,8 +125,9 @@ def _open_file(path: Path, *, readonly: bool) -> sqlite3.Connection:
     if not readonly:
         return sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None)
 
-    # While others have the file open it is read beside them. Otherwise SQLite's own read-only mode would leave its
-    # helper files there, and on a disk that cannot be written it must be told that nobody changes the file.
+    # While others have the file open it is read beside them. Otherwise SQLite's own read-only mode
+    # would leave its helper files there, and on a disk that cannot be written it must be told that
+    # nobody changes the file.
     in_use = Path(f"{path}-wal").exists()
     modes = ("mode=ro",) if in_use else ("mode=rw", "mode=ro&immutable=1")
     for mode in modes:
@@ -145,7 +154,9 @@ def _upgraded_copy(connection: sqlite3.Connection, path: Path) -> sqlite3.Connec
 
 
 def _write_ahead(db: sqlite3.Connection) -> None:
-    """Turn the write-ahead log on. SQLite does not wait here when another process is doing the same: we do."""
+    """Turn the write-ahead log on. SQLite does not wait here when another process is doing the
+    same: we do.
+    """
     deadline = time.monotonic() + WAL_SECONDS
     while True:
         try:
@@ -158,9 +169,11 @@ def _write_ahead(db: sqlite3.Connection) -> None:
 
 
 def prepare(db: sqlite3.Connection, path: Path) -> None:
-    """Set the connection up, check that the file is a store, and bring it to this version in one transaction.
+    """Set the connection up, check that the file is a store, and bring it to this version in one
+    transaction.
 
-    Raises UserError for another program's file or a newer version; sqlite3.Error if it is no database at all.
+    Raises UserError for another program's file or a newer version; sqlite3.Error if it is no
+    database at all.
     """
     db.execute("PRAGMA foreign_keys = ON")
     found = version(db, path)

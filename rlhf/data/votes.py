@@ -13,15 +13,18 @@ if TYPE_CHECKING:
 
 CHOICES = ("a", "b", "tie", "both_bad", "skip")
 Aggregate = Literal["each", "majority", "skill"]
-MARGINS = {1: 1 / 3, 2: 2 / 3, 3: 1.0}  # of a strength, in score units (Touvron et al. 2023, A.3.3, "margin small")
-# What an annotator of whom nothing is known says (columns a, b, tie) of a pair whose truth is a, b or a tie, as votes
-# cast before: of votes for a side, five in six are for the better one
+# of a strength, in score units (Touvron et al. 2023, A.3.3, "margin small")
+MARGINS = {1: 1 / 3, 2: 2 / 3, 3: 1.0}
+# What an annotator of whom nothing is known says (columns a, b, tie) of a pair whose truth is a, b
+# or a tie, as votes cast before: of votes for a side, five in six are for the better one
 UNKNOWN_ANNOTATOR = ((2.5, 0.5, 1.0), (0.5, 2.5, 1.0), (1.0, 1.0, 2.0))
 
 
 @dataclass
 class Vote:
-    """A vote that stands. `choice` is about the responses a and b, whichever side they were shown on."""
+    """A vote that stands. `choice` is about the responses a and b, whichever side they were shown
+    on.
+    """
 
     event: int
     comparison: int
@@ -53,9 +56,16 @@ def each(votes: list[Vote]) -> list[Verdict]:
     for vote in votes:
         if vote.choice not in ("a", "b"):
             continue
-        details = {"event": vote.event, "strength": vote.strength, "reason": vote.reason, "tags": vote.tags}
+        details = {
+            "event": vote.event,
+            "strength": vote.strength,
+            "reason": vote.reason,
+            "tags": vote.tags,
+        }
         given = {name: value for name, value in details.items() if value}
-        verdicts.append(Verdict(vote.comparison, vote.choice, annotator=vote.annotator, metadata=given))
+        verdicts.append(
+            Verdict(vote.comparison, vote.choice, annotator=vote.annotator, metadata=given)
+        )
     return verdicts
 
 
@@ -64,7 +74,8 @@ def majority(votes: list[Vote]) -> list[Verdict]:
 
         label_prob = (votes for the winner + ties / 2) / (votes for a + votes for b + ties)
 
-    both_bad and skip do not say who is better and do not count. As many for a as for b: no winner, no verdict.
+    both_bad and skip do not say who is better and do not count. As many for a as for b: no winner,
+    no verdict.
     """
     verdicts = []
     for comparison, own in by_comparison(votes).items():
@@ -78,12 +89,14 @@ def majority(votes: list[Vote]) -> list[Verdict]:
 
 
 def by_skill(votes: list[Vote], controls: dict[int, str] | None = None) -> list[Verdict]:
-    """Return one verdict for each comparison that is more likely one way than the other, votes weighted by skill.
+    """Return one verdict for each comparison that is more likely one way than the other, votes
+    weighted by skill.
 
         label_prob = p(winner is better | all votes) + p(tie | all votes) / 2
 
-    by Dawid and Skene's model (`skills`). controls: comparison -> right answer; they tell the annotators' skill and
-    give no verdict. Votes for a pair that cancel out exactly give none either.
+    by Dawid and Skene's model (`skills`). controls: comparison -> right answer; they tell the
+    annotators' skill and give no verdict. Votes for a pair that cancel out exactly give none
+    either.
     """
     controls = controls or {}
     posterior = skills(votes, controls).posterior
@@ -101,11 +114,12 @@ def by_skill(votes: list[Vote], controls: dict[int, str] | None = None) -> list[
 
 
 def skills(votes: list[Vote], controls: dict[int, str] | None = None) -> Skills:
-    """Fit Dawid and Skene's model to votes for a, b or tie; tie is a class only where somebody voted for it.
+    """Fit Dawid and Skene's model to votes for a, b or tie; tie is a class only where somebody
+    voted for it.
 
-    Which response is called a means nothing, so a and b are mirrored. Six earlier votes of an unknown annotator stand
-    before everybody's own: with one vote for each pair there is nothing to learn skill from, and label_prob stays at
-    that annotator's.
+    Which response is called a means nothing, so a and b are mirrored. Six earlier votes of an
+    unknown annotator stand before everybody's own: with one vote for each pair there is nothing to
+    learn skill from, and label_prob stays at that annotator's.
     """
     from rlhf.data.dawid_skene import dawid_skene
 
@@ -115,11 +129,16 @@ def skills(votes: list[Vote], controls: dict[int, str] | None = None) -> Skills:
     has_ties = any(vote.choice == "tie" for vote in votes)
     K = 3 if has_ties else 2
     pseudo = [row[:K] for row in UNKNOWN_ANNOTATOR[:K]]
-    return dawid_skene(ratings, ("a", "b", "tie")[:K], known=controls, pseudo=pseudo, mirror=(1, 0, 2)[:K])
+    return dawid_skene(
+        ratings, ("a", "b", "tie")[:K], known=controls, pseudo=pseudo, mirror=(1, 0, 2)[:K]
+    )
 
 
-def verdicts(votes: list[Vote], aggregate: Aggregate, controls: dict[int, str] | None = None) -> list[Verdict]:
-    """Return what the votes become: "each" (one verdict a vote), "majority" or "skill" (one a pair).
+def verdicts(
+    votes: list[Vote], aggregate: Aggregate, controls: dict[int, str] | None = None
+) -> list[Verdict]:
+    """Return what the votes become: "each" (one verdict a vote), "majority" or "skill" (one a
+    pair).
 
     Controls give none. Raises UserError for any other name.
     """
@@ -135,10 +154,12 @@ def verdicts(votes: list[Vote], aggregate: Aggregate, controls: dict[int, str] |
 
 
 def margin_of(votes: list[Vote], winner: str) -> float | None:
-    """Return by how much the winner of one comparison is better, in score units: the mean over votes for a, b and tie.
+    """Return by how much the winner of one comparison is better, in score units: the mean over
+    votes for a, b and tie.
 
-    A vote for the winner counts MARGINS[strength] (1/3 slightly, 2/3 clearly, 1 by far), a vote against it as much
-    below 0, a tie 0. Votes for a side that give no strength are left out; None if none gives one; never below 0.
+    A vote for the winner counts MARGINS[strength] (1/3 slightly, 2/3 clearly, 1 by far), a vote
+    against it as much below 0, a tie 0. Votes for a side that give no strength are left out; None
+    if none gives one; never below 0.
     """
     margins = []
     ties = 0

@@ -1,8 +1,9 @@
-"""Generation by plain cached forward passes of the model itself: slow, and right. Other engines are held against it.
+"""Generation by plain cached forward passes of the model itself: slow, and right. Other engines are
+held against it.
 
-Randomness of a token is a function of (seed, step, prompt, sample, position) through Gumbel noise on the logits, so
-it does not depend on rank, batch or resume: argmax(logits / temperature + Gumbel) is a draw from the softmax
-(Maddison et al. 2014).
+Randomness of a token is a function of (seed, step, prompt, sample, position) through Gumbel noise
+on the logits, so it does not depend on rank, batch or resume: argmax(logits / temperature + Gumbel)
+is a draw from the softmax (Maddison et al. 2014).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to sample. Training uses temperature alone; top_k and top_p belong to evaluation. Temperature 0 is greedy."""
+    """How to sample. Training uses temperature alone; top_k and top_p belong to evaluation.
+    Temperature 0 is greedy.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 1.0
@@ -32,8 +35,9 @@ class Sampling:
 
 @dataclass
 class Completions:
-    """B responses: ids with the stop token where there is one, whether each ended, and the log-probabilities (nats,
-    under the distribution that was sampled from) as the engine saw them."""
+    """B responses: ids with the stop token where there is one, whether each ended, and the
+    log-probabilities (nats, under the distribution that was sampled from) as the engine saw them.
+    """
 
     response_ids: list[list[int]]
     ended: list[bool]
@@ -43,8 +47,9 @@ class Completions:
 def sample_key(seed: int, purpose: str, prompt_ids: list[int], sample: int) -> int:
     """The 63-bit key of one response's noise.
 
-    `purpose` keeps apart what must be independent, and holds the step where there is one: "collect", "evaluate",
-    "rollout/7". Two policies that are compared share sampling noise by the same key.
+    `purpose` keeps apart what must be independent, and holds the step where there is one:
+    "collect", "evaluate", "rollout/7". Two policies that are compared share sampling noise by the
+    same key.
     """
     name = f"{seed}/{purpose}/{prompt_ids}/{sample}"
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") >> 1
@@ -62,8 +67,9 @@ def generate(
 ) -> Completions:
     """Sample one response per prompt with the adapter that is active now.
 
-    Prompts of similar length share a batch, rows that ended leave it. `progress(n)` is called when n more are done. A
-    model whose cache does not give its own logits back samples without it, in batches of equal length, which need no
+    Prompts of similar length share a batch, rows that ended leave it. `progress(n)` is called when
+    n more are done. A model whose cache does not give its own logits back samples without it, in
+    batches of equal length, which need no
     padding: slower, and said once.
     """
     # a stable sort: prompts of one length keep their order
@@ -77,9 +83,15 @@ def generate(
         cached = cache_is_exact(model)
         batches = [order]
         if not cached:
-            batches = [list(rows) for _, rows in itertools.groupby(order, key=lambda i: len(prompt_ids[i]))]
-        for rows in (batch[i : i + batch_size] for batch in batches for i in range(0, len(batch), batch_size)):
-            _generate_batch(model, rows, prompt_ids, keys, sampling, stops, pad_id, responses, logprobs, cached)
+            batches = [
+                list(rows) for _, rows in itertools.groupby(order, key=lambda i: len(prompt_ids[i]))
+            ]
+        for rows in (
+            batch[i : i + batch_size] for batch in batches for i in range(0, len(batch), batch_size)
+        ):
+            _generate_batch(
+                model, rows, prompt_ids, keys, sampling, stops, pad_id, responses, logprobs, cached
+            )
             if progress is not None:
                 progress(len(rows))
     model.train(was_training)
@@ -101,14 +113,17 @@ def _router_logits_off(model: nn.Module):
             config.output_router_logits = before
 
 
-_EXACT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()  # by the model below the adapters
+# by the model below the adapters
+_EXACT: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def cache_is_exact(model: nn.Module) -> bool:
-    """Whether cached steps, after padding on the left and after a row has left, give the logits of whole passes.
+    """Whether cached steps, after padding on the left and after a row has left, give the logits of
+    whole passes.
 
-    Tried once for each model on a few tokens. Hybrid and recurrent models of transformers keep their state in several
-    ways, some of them without telling the cache, and some cannot mask their padding.
+    Tried once for each model on a few tokens. Hybrid and recurrent models of transformers keep
+    their state in several ways, some of them without telling the cache, and some cannot mask their
+    padding.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if causal not in _EXACT:
@@ -121,30 +136,47 @@ def cache_is_exact(model: nn.Module) -> bool:
         else:
             precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
             exact = gap < (2e-5 if precise else 0.1)  # Llama: 1e-6, and 0.05 in bfloat16
-            reason = "" if exact else f"with it log-probabilities are off by {gap:.1g} of their spread"
+            reason = (
+                "" if exact else f"with it log-probabilities are off by {gap:.1g} of their spread"
+            )
         model.train(was_training)
         _EXACT[causal] = not reason
         if reason and os.environ.get("RANK", "0") == "0":
             kind = model.config.model_type
-            print(f"sampling from {kind} without its cache, which is slower ({reason})", file=sys.stderr, flush=True)
+            print(
+                f"sampling from {kind} without its cache, which is slower ({reason})",
+                file=sys.stderr,
+                flush=True,
+            )
     return _EXACT[causal]
 
 
 @torch.no_grad()
 def _cache_gap(model: nn.Module) -> float:
-    """Return how far the log-probabilities of cached steps are from those of whole passes, over their spread.
+    """Return how far the log-probabilities of cached steps are from those of whole passes, over
+    their spread.
 
     In a batch of three rows, one of which leaves; the mean over the vocabulary, of the worst step.
     """
     ids = torch.arange(1, 49, device=next(model.parameters()).device).reshape(3, 16)
-    # a prime, to spread them over the vocabulary; an adapter may stand in the place of the embeddings
+    # a prime, to spread them over the vocabulary; an adapter may stand in the place of the
+    # embeddings
     ids = ids * 7919 % model.config.get_text_config().vocab_size
-    whole = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits.float().log_softmax(-1)
+    whole = (
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        .logits.float()
+        .log_softmax(-1)
+    )
     lengths = torch.tensor([6, 9, 7])  # of which the batch begins with so many, padded on the left
-    batch = _Batch(model, [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)], 0, cached=True)
+    batch = _Batch(
+        model, [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)], 0, cached=True
+    )
     rows, gaps = torch.arange(3), []
     for step in range(7):
-        found, expected = batch.logits().float().log_softmax(-1), whole[rows, lengths[rows] + step - 1]
+        found, expected = (
+            batch.logits().float().log_softmax(-1),
+            whole[rows, lengths[rows] + step - 1],
+        )
         gaps.append((found - expected).abs().mean() / expected.std().clamp(min=1e-6))
         staying = [0, 2] if step == 0 else range(len(rows))
         batch.append(ids[rows, lengths[rows] + step], staying)
@@ -160,8 +192,12 @@ class _Batch:
 
         device, width = next(model.parameters()).device, max(map(len, rows))
         self.model = model
-        self.ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in rows], device=device)
-        self.attention = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        self.ids = torch.tensor(
+            [[pad_id] * (width - len(row)) + row for row in rows], device=device
+        )
+        self.attention = torch.tensor(
+            [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device
+        )
         self.position = (self.attention.cumsum(-1) - 1).clamp(min=0)
         self.cache = DynamicCache(config=model.config) if cached else None
 
@@ -181,26 +217,37 @@ class _Batch:
         column, position = tokens[:, None], self.position[:, -1:] + 1
         self.attention = torch.cat([self.attention, torch.ones_like(column)], dim=1)
         if self.cache is None:
-            self.ids, self.position = torch.cat([self.ids, column], 1), torch.cat([self.position, position], 1)
+            self.ids, self.position = (
+                torch.cat([self.ids, column], 1),
+                torch.cat([self.position, position], 1),
+            )
         else:
             self.ids, self.position = column, position
         if len(staying) == len(column):
             return
         keep = torch.tensor(staying, device=column.device)
-        self.ids, self.position, self.attention = self.ids[keep], self.position[keep], self.attention[keep]
+        self.ids, self.position, self.attention = (
+            self.ids[keep],
+            self.position[keep],
+            self.attention[keep],
+        )
         if self.cache is not None:
             self.cache.reorder_cache(keep)  # batch_select_indices does the same for attention alone
 
 
 @torch.no_grad()
-def _generate_batch(model, rows, prompt_ids, keys, sampling, stops, pad_id, responses, logprobs, cached) -> None:
+def _generate_batch(
+    model, rows, prompt_ids, keys, sampling, stops, pad_id, responses, logprobs, cached
+) -> None:
     batch = _Batch(model, [prompt_ids[r] for r in rows], pad_id, cached)
     row_keys = torch.tensor([keys[r] for r in rows], dtype=torch.int64, device=batch.ids.device)
     alive = list(rows)
     for step in range(sampling.max_new_tokens):
         tokens, chosen = draw(batch.logits(), row_keys, step, sampling)
         going = []
-        for place, (row, token, logprob) in enumerate(zip(alive, tokens.tolist(), chosen.tolist(), strict=True)):
+        for place, (row, token, logprob) in enumerate(
+            zip(alive, tokens.tolist(), chosen.tolist(), strict=True)
+        ):
             responses[row].append(token)
             logprobs[row].append(logprob)
             if token not in stops:
@@ -212,19 +259,25 @@ def _generate_batch(model, rows, prompt_ids, keys, sampling, stops, pad_id, resp
 
 
 def draw(logits: Tensor, keys: Tensor, position: int, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """One token for each row of logits (B, V) and its log-probability under the sampled distribution."""
+    """One token for each row of logits (B, V) and its log-probability under the sampled
+    distribution.
+    """
     logits = logits.float()
     if sampling.temperature == 0:
         logprobs = torch.log_softmax(logits, -1)
         tokens = logits.argmax(-1)
         return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-    logprobs = torch.log_softmax(restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p), -1)
+    logprobs = torch.log_softmax(
+        restrict(logits / sampling.temperature, sampling.top_k, sampling.top_p), -1
+    )
     tokens = (logprobs + gumbel(keys, position, logits.shape[-1])).argmax(-1)
     return tokens, logprobs.gather(-1, tokens[:, None]).squeeze(-1)
 
 
 def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf outside the top_k largest and outside the smallest set whose probability reaches top_p (0 and 1 are off)."""
+    """-inf outside the top_k largest and outside the smallest set whose probability reaches top_p
+    (0 and 1 are off).
+    """
     if top_k > 0 and top_k < logits.shape[-1]:
         smallest = logits.topk(top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest, float("-inf"))
@@ -237,9 +290,13 @@ def restrict(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def gumbel(keys: Tensor, position: int, vocabulary: int) -> Tensor:
-    """(B, V) standard Gumbel noise, a pure function of (key, position, token id), the same on every device."""
+    """(B, V) standard Gumbel noise, a pure function of (key, position, token id), the same on every
+    device.
+    """
     row = _mix(keys + _signed(0x9E3779B97F4A7C15 * (position + 1)))
-    column = torch.arange(vocabulary, dtype=torch.int64, device=keys.device) * _signed(0xD1342543DE82EF95)
+    column = torch.arange(vocabulary, dtype=torch.int64, device=keys.device) * _signed(
+        0xD1342543DE82EF95
+    )
     bits = _mix(row[:, None] + column[None, :])
     uniform = ((bits >> 12) & ((1 << 52) - 1)).to(torch.float64)
     uniform = (uniform + 0.5) / float(1 << 52)  # strictly between 0 and 1

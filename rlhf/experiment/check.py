@@ -1,4 +1,6 @@
-"""What can be known to be wrong before anything is started: files, planned commands, scorers, models, rows, judges."""
+"""What can be known to be wrong before anything is started: files, planned commands, scorers,
+models, rows, judges.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ LONG = 10_000  # steps: a length that every program accepts, where the real one 
 
 @dataclass(frozen=True)
 class PlannedProgram:
-    """A training program of the plan with the options it will read, and the part of the experiment it belongs to."""
+    """A training program of the plan with the options it will read, and the part of the experiment
+    it belongs to.
+    """
 
     part: str
     program: str
@@ -62,10 +66,20 @@ def check_files(config: ExperimentConfig) -> None:
         raise UserError(f"initial_policy {initial}: no such run{near_file(initial)}")
 
     texts = chain.from_iterable(config.perplexity.values())
-    sources = [*config.pairs.get("data", []), *config.pairs.get("prompts", []), *config.prompts, *texts]
-    files = [(source, Path(split_event(source)[0]).expanduser()) for source in sources if is_path(source)]
+    sources = [
+        *config.pairs.get("data", []),
+        *config.pairs.get("prompts", []),
+        *config.prompts,
+        *texts,
+    ]
+    files = [
+        (source, Path(split_event(source)[0]).expanduser()) for source in sources if is_path(source)
+    ]
     parts = [config.reward, config.train_referee, *config.methods.values()]
-    named = [part.get("config") for part in parts] + [config.pairs.get("sample"), config.pairs.get("annotate")]
+    named = [part.get("config") for part in parts] + [
+        config.pairs.get("sample"),
+        config.pairs.get("annotate"),
+    ]
     files += [(name, Path(name)) for name in named if name]
     for name, file in files:
         if not file.is_file():
@@ -73,7 +87,8 @@ def check_files(config: ExperimentConfig) -> None:
 
 
 def check_programs(config: ExperimentConfig) -> list[PlannedProgram]:
-    """Read every planned command as its program will; return the training programs, one for each part.
+    """Read every planned command as its program will; return the training programs, one for each
+    part.
 
     Raises UserError naming the part that is refused.
     """
@@ -85,7 +100,9 @@ def check_programs(config: ExperimentConfig) -> list[PlannedProgram]:
         try:
             if trains:
                 program = job.program.removeprefix("launch.")
-                options = parse(options_class(program), job.arguments, f"deepspeed launch/{program}.py")
+                options = parse(
+                    options_class(program), job.arguments, f"deepspeed launch/{program}.py"
+                )
                 programs.setdefault(part, PlannedProgram(part, program, options))
             elif job.kind in by_kind:
                 group, command, *flags = job.arguments
@@ -105,10 +122,12 @@ def check_starts(
     programs: list[PlannedProgram],
     check_scorers: Callable[..., None],
 ) -> None:
-    """Raise UserError where a program would refuse its start, or a split or half that is used is left without rows.
+    """Raise UserError where a program would refuse its start, or a split or half that is used is
+    left without rows.
 
-    `programs`: what `check_programs` returns. `check_scorers(specs, made_later)` refuses scorers that cannot be made.
-    Models are built without weights, and only whether the files are whole is checked.
+    `programs`: what `check_programs` returns. `check_scorers(specs, made_later)` refuses scorers
+    that cannot be made. Models are built without weights, and only whether the files are whole is
+    checked.
     """
     for name in ("gold", "referee", "others"):
         specs = [{"name": f"{name}{i}", **spec} for i, spec in enumerate(getattr(config, name))]
@@ -130,7 +149,9 @@ def check_starts(
 
 
 def check_model(program: str, options: Any) -> None:
-    """Raise UserError where the start and the options do not fit each other, the libraries or the machine."""
+    """Raise UserError where the start and the options do not fit each other, the libraries or the
+    machine.
+    """
     path = options.model_name_or_path
     tokenizer = load_tokenizer(path)
     adapter = path if (Path(path) / "adapter_config.json").is_file() else None
@@ -142,9 +163,13 @@ def check_model(program: str, options: Any) -> None:
     try:
         with torch.device("meta"):
             settings = AutoConfig.from_pretrained(base)
-            model = AutoModelForCausalLM.from_config(settings, attn_implementation=options.attn_implementation)
+            model = AutoModelForCausalLM.from_config(
+                settings, attn_implementation=options.attn_implementation
+            )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"{base}: no model could be built ({str(error).strip().splitlines()[0]})") from None
+        raise UserError(
+            f"{base}: no model could be built ({str(error).strip().splitlines()[0]})"
+        ) from None
     check_start(program, options, model, adapter)
     # whether the row of EOS was ever trained cannot be seen without weights
     run = Run(program, replace(options, train_eos="never"), DistributedContext())
@@ -157,8 +182,11 @@ def check_model(program: str, options: Any) -> None:
         trl_arguments(cls, run, has_held_out=True)
 
 
-def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen: dict[str, set[str]]) -> None:
-    """Raise UserError where training or validation is left without rows, in the half that the program reads.
+def check_rows(
+    program: str, options: Any, sampled_from: list[str] | None, seen: dict[str, set[str]]
+) -> None:
+    """Raise UserError where training or validation is left without rows, in the half that the
+    program reads.
 
     `sampled_from`: the prompts, where the pairs are still to be sampled.
     """
@@ -176,7 +204,9 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
             continue
         with tempfile.TemporaryDirectory() as folder:  # a store is frozen there
             # without a log: the program itself will say what it drops
-            read = RunData(replace(options, output_dir=folder), DistributedContext(), log=lambda text: None)
+            read = RunData(
+                replace(options, output_dir=folder), DistributedContext(), log=lambda text: None
+            )
             rows = read.rows(kind, split, tokenizer, data)
         seen[key] = read.trained_on
         if not rows:  # of train they are required already
@@ -188,7 +218,9 @@ def check_rows(program: str, options: Any, sampled_from: list[str] | None, seen:
 
 
 def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
-    """Raise UserError where too little is left to measure on: test prompts that no method trains on, texts."""
+    """Raise UserError where too little is left to measure on: test prompts that no method trains
+    on, texts.
+    """
     tokenizer = load_tokenizer(config.initial_policy)
 
     def rows(kind: type, data: list[str], longest: int | None) -> list[dict[str, Any]]:
@@ -205,11 +237,15 @@ def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
         )
     for name, data in config.perplexity.items():
         if not rows(Instruction, data, config.max_response_length):
-            raise UserError(f"perplexity: '{name}' has no row in the test split that is short enough (split: test)")
+            raise UserError(
+                f"perplexity: '{name}' has no row in the test split that is short enough (split: test)"
+            )
 
 
 def check_decisions(config: ExperimentConfig) -> None:
-    """Raise UserError if what is to decide is what a method learns from, or cannot be asked, or nothing can start."""
+    """Raise UserError if what is to decide is what a method learns from, or cannot be asked, or
+    nothing can start.
+    """
     learnt: dict[Any, str] = {}
     for name in config.trained:
         for spec in config.method_specs[name].options.get("reward") or []:
@@ -225,11 +261,16 @@ def check_decisions(config: ExperimentConfig) -> None:
     if config.judge:
         load_judge(config.judge)
     first = shlex.split(config.launcher)[0]
-    beside = Path(sys.executable).parent / first  # where a virtual environment that is not active keeps it
+    # where a virtual environment that is not active keeps it
+    beside = Path(sys.executable).parent / first
     if first != "python" and not beside.is_file() and shutil.which(first) is None:
-        raise UserError(f"launcher: there is no program '{first}' here; for example: deepspeed --num_accelerators 1")
+        raise UserError(
+            f"launcher: there is no program '{first}' here; for example: deepspeed --num_accelerators 1"
+        )
 
 
 def options_class(program: str) -> type:
     """Return the options class of the program launch/PROGRAM.py."""
-    return {"sft": SFTRunConfig, "reward": RewardRunConfig, "dpo": DPORunConfig, "ppo": PPOConfig}[program]
+    return {"sft": SFTRunConfig, "reward": RewardRunConfig, "dpo": DPORunConfig, "ppo": PPOConfig}[
+        program
+    ]

@@ -1,4 +1,6 @@
-"""The options of an experiment: methods, their swept values, seeds, budget, and how every policy is measured."""
+"""The options of an experiment: methods, their swept values, seeds, budget, and how every policy is
+measured.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,14 @@ from functools import cached_property
 from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
@@ -18,7 +27,8 @@ BEST_OF_N = "best_of_n"
 LENGTH_OPTION = {"dpo": "max_steps", "ppo": "total_episodes"}  # sets how long a program trains
 DECIDE_LENGTH = ("max_steps", "total_episodes", "rollout_batch_size")
 
-# The experiment sets these for every program: a method with its own would not be compared like for like.
+# The experiment sets these for every program: a method with its own would not be compared like for
+# like.
 SET_FOR_ALL = {
     *("model_name_or_path", "data", "half", "seed", "temperature", "on_error", "on_bad"),
     *("output_dir", "overwrite_output_dir", "resume", "save_steps", "save_total_limit"),
@@ -67,7 +77,9 @@ class Part(Spec):
     def check_options(cls, options: dict[str, Any]) -> dict[str, Any]:
         refused = sorted(cls.refused & set(options))
         if refused:
-            raise ValueError(f"'{refused[0]}' is set by the experiment, the same for all; see its own options")
+            raise ValueError(
+                f"'{refused[0]}' is set by the experiment, the same for all; see its own options"
+            )
         return options
 
 
@@ -78,7 +90,9 @@ class Method(Part):
 
     program: Literal["dpo", "ppo"]
     # "strength" is its name in files of earlier versions
-    sweep: dict[str, list[Count | Number]] = Field(validation_alias=AliasChoices("sweep", "strength"))
+    sweep: dict[str, list[Count | Number]] = Field(
+        validation_alias=AliasChoices("sweep", "strength")
+    )
     eval_every: Count | None = Field(None, ge=1)
 
     @field_validator("sweep", mode="wrap")
@@ -92,9 +106,13 @@ class Method(Part):
         # trials are named by %g, so that is where values have to differ
         names = {f"{value:g}" for value in values}
         if len(sweep) != 1 or not values or len(names) < len(values):
-            raise ValueError(f"found {given!r}, expected one option with different values: {{beta: [0.1, 0.5]}}")
+            raise ValueError(
+                f"found {given!r}, expected one option with different values: {{beta: [0.1, 0.5]}}"
+            )
         if set(sweep) & set(DECIDE_LENGTH):
-            raise ValueError(f"'{next(iter(sweep))}' is the length of a run, which is the same for all swept values")
+            raise ValueError(
+                f"'{next(iter(sweep))}' is the length of a run, which is the same for all swept values"
+            )
         cls.check_options(sweep)
         return sweep
 
@@ -143,7 +161,9 @@ class Budget(Spec):
 
 @dataclass(kw_only=True)
 class ExperimentConfig:
-    """Compare methods of alignment from one initial policy: every swept value and seed is a run of its own."""
+    """Compare methods of alignment from one initial policy: every swept value and seed is a run of
+    its own.
+    """
 
     output_dir: str = option(help="the folder of the experiment: runs, measurements and report")
     initial_policy: str = option(
@@ -154,41 +174,63 @@ class ExperimentConfig:
         help="preference pairs: {data: [FILE]}; or {prompts: [FILE], sample: CONFIG, annotate: CONFIG}: sampled from "
         "the initial policy and judged by the sandbox's annotators, anew for each seed"
     )
-    prompts: list[str] = option(help="files, stores or Hub names with prompts; policies are measured on the test split")
+    prompts: list[str] = option(
+        help="files, stores or Hub names with prompts; policies are measured on the test split"
+    )
     methods: dict[str, dict] = option(
         help="name: {program: dpo|ppo, config: FILE, sweep: {OPTION: [values]}, options: {...}, eval_every: steps}; "
         "best_of_n: {sweep: {n: [...]}}. The initial policy is always measured"
     )
-    seeds: list[int] = option([0, 1, 2], "run seeds: pairs (where sampled), reward model and methods", **SEED)
-    reward: dict = option({}, "how the reward model of each seed is trained: {config: FILE, options: {...}}")
+    seeds: list[int] = option(
+        [0, 1, 2], "run seeds: pairs (where sampled), reward model and methods", **SEED
+    )
+    reward: dict = option(
+        {}, "how the reward model of each seed is trained: {config: FILE, options: {...}}"
+    )
     budget: dict = option(
         {"match": "none"},
         "match: flops, tokens_trained, seconds or none; total: what each run may spend in all, pairs and reward model "
         "counted in full; tolerance: 0.1. The lengths of the runs follow",
     )
-    checkpoints: int = option(4, "how often each run is measured, its end counted, where eval_every is not set", low=1)
+    checkpoints: int = option(
+        4, "how often each run is measured, its end counted, where eval_every is not set", low=1
+    )
 
-    gold: list[dict] = option([], "the true reward where it is known, e.g. [{voice: configs/voices/shop.yaml}]")
-    referee: list[dict] = option([], "a reward model that no method has seen, e.g. [{model: runs/referee}]; decides")
+    gold: list[dict] = option(
+        [], "the true reward where it is known, e.g. [{voice: configs/voices/shop.yaml}]"
+    )
+    referee: list[dict] = option(
+        [], "a reward model that no method has seen, e.g. [{model: runs/referee}]; decides"
+    )
     train_referee: dict = option(
         {},
         "train the referee here, on the half of the groups that no method sees: {config: FILE, options: {...}}",
     )
     others: list[dict] = option([], "further scorers to show")
-    judge: dict = option({}, "a judge of pairs, asked in both orders: {function: module:function} or {http: URL}")
+    judge: dict = option(
+        {}, "a judge of pairs, asked in both orders: {function: module:function} or {http: URL}"
+    )
     perplexity: dict[str, list[str]] = option(
         {},
         "held-out texts by name, e.g. {sft: [FILE], stories: [FILE]}: what the policy has forgotten",
     )
-    n_prompts: int | None = option(None, "so many test prompts, by the hash of their group; default: all", low=2)
+    n_prompts: int | None = option(
+        None, "so many test prompts, by the hash of their group; default: all", low=2
+    )
     samples_per_prompt: int = option(2, "responses of each policy to each prompt", low=1)
     temperature: float = option(1.0, "of sampling, in training and measuring", above=0)
     max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted", low=1)
     max_response_length: int = option(512, "tokens with EOS", low=1)
     batch_size: int = option(64, "responses generated together when measuring", low=1)
-    validation_fraction: float = option(0.05, "share of groups held out for evaluation in training", low=0, high=1)
-    test_fraction: float = option(0.1, "share of groups that only the measuring reads", low=0, high=1)
-    on_error: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used", old_name="on_bad")
+    validation_fraction: float = option(
+        0.05, "share of groups held out for evaluation in training", low=0, high=1
+    )
+    test_fraction: float = option(
+        0.1, "share of groups that only the measuring reads", low=0, high=1
+    )
+    on_error: Literal["stop", "skip"] = option(
+        "stop", "what to do with rows that cannot be used", old_name="on_bad"
+    )
 
     processes: int = option(1, "runs at a time; each is a process of its own", low=1, resume="free")
     launcher: str = option(
@@ -196,13 +238,17 @@ class ExperimentConfig:
         "how a program is started; 'python' for none",
         resume="free",
     )
-    redo: bool = option(False, "set aside what was made with other options, and make it anew", resume="free")
+    redo: bool = option(
+        False, "set aside what was made with other options, and make it anew", resume="free"
+    )
     report_to: Literal["none", "wandb"] = option(
         "none",
         "wandb: the report as tables, offline without a key",
         resume="free",
     )
-    project: str | None = option(None, "W&B project; default: WANDB_PROJECT, else rlhf", resume="free")
+    project: str | None = option(
+        None, "W&B project; default: WANDB_PROJECT, else rlhf", resume="free"
+    )
 
     def validate(self) -> None:
         # 'runs/x/' and 'runs/x' are the same folder, and one experiment
@@ -211,12 +257,16 @@ class ExperimentConfig:
         self.budget = _normalised(Budget, self.budget, "budget")
         for name in ("reward", "train_referee"):
             validate(Part, getattr(self, name), name)
-        self.methods = {name: spec.model_dump(exclude_unset=True) for name, spec in self.method_specs.items()}
+        self.methods = {
+            name: spec.model_dump(exclude_unset=True) for name, spec in self.method_specs.items()
+        }
         self._check_seeds()
         self._check_scores()
         self._check_lengths()
         if not self.launcher.strip():
-            raise UserError("'launcher' is empty, expected 'deepspeed --num_accelerators 1', or 'python' for none")
+            raise UserError(
+                "'launcher' is empty, expected 'deepspeed --num_accelerators 1', or 'python' for none"
+            )
 
     def _check_seeds(self) -> None:
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
@@ -231,11 +281,17 @@ class ExperimentConfig:
     def _check_scores(self) -> None:
         """Raise UserError unless one score decides, and each method has what it learns from."""
         if self.gold and (self.referee or self.train_referee):
-            raise UserError("'gold' and a referee are both given: where the true reward is known no referee decides")
+            raise UserError(
+                "'gold' and a referee are both given: where the true reward is known no referee decides"
+            )
         if self.referee and self.train_referee:
-            raise UserError("'referee' names a referee and 'train_referee' trains one: give one of them")
+            raise UserError(
+                "'referee' names a referee and 'train_referee' trains one: give one of them"
+            )
         if self.judge and len({"function", "http"} & set(self.judge)) != 1:
-            raise UserError(f"'judge' is {self.judge}, expected {{function: module:function}} or {{http: URL}}")
+            raise UserError(
+                f"'judge' is {self.judge}, expected {{function: module:function}} or {{http: URL}}"
+            )
         if self.reward:
             return
         for name, spec in self.method_specs.items():
@@ -245,7 +301,9 @@ class ExperimentConfig:
                     "options: {reward: [...]}"
                 )
             if name == BEST_OF_N:
-                raise UserError(f"methods: '{name}' chooses by the reward model; give 'reward: {{config: FILE}}'")
+                raise UserError(
+                    f"methods: '{name}' chooses by the reward model; give 'reward: {{config: FILE}}'"
+                )
 
     def _check_lengths(self) -> None:
         """Raise UserError unless something is trained and matched methods have equal chances.
@@ -275,7 +333,9 @@ class ExperimentConfig:
 
     @cached_property
     def method_specs(self) -> dict[str, Method | BestOfN]:
-        """The methods as typed records, by name. Raises UserError for a method that is not described as expected."""
+        """The methods as typed records, by name. Raises UserError for a method that is not
+        described as expected.
+        """
         specs: dict[str, Method | BestOfN] = {}
         for name, method in self.methods.items():
             where = f"methods: '{name}'"
@@ -304,14 +364,18 @@ class ExperimentConfig:
     def pool(self) -> int:
         """Return how many responses the initial policy gives to each prompt.
 
-        These are the ones it is measured by, and beside them enough for the largest n of best_of_n, which must not
-        choose among the responses it is compared with.
+        These are the ones it is measured by, and beside them enough for the largest n of best_of_n,
+        which must not choose among the responses it is compared with.
         """
         return self.samples_per_prompt * (1 + max(self.best_of_n_sizes, default=0))
 
     def learnt_scorers(self) -> list[dict[str, Any]]:
         """Return the scorers that methods name in their own options."""
-        return list(chain.from_iterable(spec.options.get("reward") or [] for spec in self.method_specs.values()))
+        return list(
+            chain.from_iterable(
+                spec.options.get("reward") or [] for spec in self.method_specs.values()
+            )
+        )
 
 
 def _normalised(model: type[Spec], value: Any, name: str) -> dict[str, Any]:

@@ -24,10 +24,12 @@ def known_lengths(config: ExperimentConfig) -> dict[str, int] | None:
 
 
 def planned_lengths(config: ExperimentConfig) -> dict[str, int]:
-    """Return as many steps of each method as its share of the budget pays for, by the pilot's cost of a step.
+    """Return as many steps of each method as its share of the budget pays for, by the pilot's cost
+    of a step.
 
-    A method pays for the sampled pairs and, if it learns from the reward model, for its training too; all by the first
-    seed, so that the seeds are equally long. Raises UserError where too little is left for training.
+    A method pays for the sampled pairs and, if it learns from the reward model, for its training
+    too; all by the first seed, so that the seeds are equally long. Raises UserError where too
+    little is left for training.
     """
     counter, total = config.matched, config.budget["total"]
     lengths = {}
@@ -48,13 +50,19 @@ def planned_lengths(config: ExperimentConfig) -> dict[str, int]:
 
 
 def parts_of(config: ExperimentConfig, method: str) -> tuple[str, ...]:
-    """Return the shared parts that a method pays for: the pairs, and the reward model where it learns from that."""
+    """Return the shared parts that a method pays for: the pairs, and the reward model where it
+    learns from that.
+    """
     learns_from_reward = config.method_specs[method].program != "dpo"
     return ("pairs", "reward") if learns_from_reward and config.reward else ("pairs",)
 
 
-def shared_cost(config: ExperimentConfig, seed: int, parts: Sequence[str] = ("pairs", "reward")) -> dict[str, dict]:
-    """Return the counters of what a seed's methods share, by part; a part that was given costs nothing."""
+def shared_cost(
+    config: ExperimentConfig, seed: int, parts: Sequence[str] = ("pairs", "reward")
+) -> dict[str, dict]:
+    """Return the counters of what a seed's methods share, by part; a part that was given costs
+    nothing.
+    """
     folder, costs = Path(config.output_dir) / f"seed-{seed}", {}
     if "pairs" in parts and "sample" in config.pairs:
         costs["pairs"] = store_cost(folder / "preferences.db")
@@ -64,7 +72,9 @@ def shared_cost(config: ExperimentConfig, seed: int, parts: Sequence[str] = ("pa
 
 
 def store_cost(store: Path) -> dict[str, float]:
-    """Return what sampling the responses of a preference store has cost, as `rlhf collect sample` recorded it."""
+    """Return what sampling the responses of a preference store has cost, as `rlhf collect sample`
+    recorded it.
+    """
     from rlhf.data.store import Store
 
     if not store.is_file():
@@ -80,7 +90,9 @@ def run_cost(folder: Path) -> dict[str, float]:
 
 
 def cost_until(folder: Path, step: int) -> dict[str, float]:
-    """Return the counters of a run after `step` steps, interpolated between logged steps; empty where none are."""
+    """Return the counters of a run after `step` steps, interpolated between logged steps; empty
+    where none are.
+    """
     before: dict[str, float] = {}
     step_before = 0
     if not (folder / "metrics.jsonl").is_file():
@@ -91,17 +103,23 @@ def cost_until(folder: Path, step: int) -> dict[str, float]:
             continue
         if row["step"] >= step:
             share = (step - step_before) / max(row["step"] - step_before, 1)
-            return {name: (1 - share) * before.get(name, 0.0) + share * value for name, value in cost.items()}
+            return {
+                name: (1 - share) * before.get(name, 0.0) + share * value
+                for name, value in cost.items()
+            }
         before, step_before = cost, row["step"]
     return before
 
 
 def step_cost(folder: Path, counter: str, steps: int) -> float:
-    """Return what one step costs, from a pilot's first to its last, so that starting up does not count.
+    """Return what one step costs, from a pilot's first to its last, so that starting up does not
+    count.
 
     Raises UserError where the pilot has fewer steps.
     """
-    first, before, last = (cost_until(folder, step).get(counter, 0.0) for step in (1, steps - 1, steps))
+    first, before, last = (
+        cost_until(folder, step).get(counter, 0.0) for step in (1, steps - 1, steps)
+    )
     if not first < before < last:
         raise UserError(
             f"{folder}: does not tell what {steps} steps cost in {counter}. Look at its log and metrics.jsonl: a pilot "
@@ -113,4 +131,8 @@ def step_cost(folder: Path, counter: str, steps: int) -> float:
 def counters_of(row: dict[str, Any]) -> dict[str, float]:
     """Return the counters among metrics, without their prefix: budget/flops -> flops."""
     prefix = "budget/"
-    return {name.removeprefix(prefix): float(value) for name, value in row.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): float(value)
+        for name, value in row.items()
+        if name.startswith(prefix)
+    }

@@ -1,7 +1,8 @@
 """Measure the policies of one trial of an experiment on the test prompts, all by the same code.
 
-Every method's policies get the same prompts, the same sampling noise, the same scorers and the same estimator of KL.
-What is measured is written response by response to OUT/measures/NAME/step-N.jsonl, so that anyone can read it again:
+Every method's policies get the same prompts, the same sampling noise, the same scorers and the same
+estimator of KL. What is measured is written response by response to OUT/measures/NAME/step-N.jsonl,
+so that anyone can read it again:
 
     {"step", "numbers", "budget"}                                          the first line
     {"prompt", "sample", "response", "length", "ended", "kl", "scores"}    one for each response
@@ -40,11 +41,15 @@ class MeasureConfig:
     """Measure one trial of an experiment, or its initial policy; what `rlhf experiment run` calls."""
 
     experiment: str = option(help="the folder of the experiment")
-    trial: str = option(help="a trial in it, such as seed-0/dpo-beta-0.1, or foundation: the initial policy")
+    trial: str = option(
+        help="a trial in it, such as seed-0/dpo-beta-0.1, or foundation: the initial policy"
+    )
 
 
 def load_experiment(folder: str | Path) -> ExperimentConfig:
-    """Return the options that an experiment in this folder was run with. UserError if there is none."""
+    """Return the options that an experiment in this folder was run with. UserError if there is
+    none.
+    """
     file = Path(folder) / "experiment.yaml"
     if not file.is_file():
         raise UserError(
@@ -60,7 +65,9 @@ def load_experiment(folder: str | Path) -> ExperimentConfig:
 
 
 def measure(asked: MeasureConfig, build_scorer: Callable[..., Scorer]) -> None:
-    """Measure what is not measured yet and write done.json. `build_scorer(specs, tokenizer)` makes scorers."""
+    """Measure what is not measured yet and write done.json. `build_scorer(specs, tokenizer)` makes
+    scorers.
+    """
     from rlhf.models import silence_libraries
 
     silence_libraries()
@@ -109,7 +116,9 @@ def sample_policies(
     specs: list[dict],
     build_scorer: Callable[..., Scorer],
 ) -> list[Path]:
-    """Sample from every policy of a trial (checkpoints and end), score, and write one file for each."""
+    """Sample from every policy of a trial (checkpoints and end), score, and write one file for
+    each.
+    """
     import torch
     from tqdm import tqdm
 
@@ -129,7 +138,9 @@ def sample_policies(
         paths += [steps[step] for step in missing]
     records = test_prompts(config, paths)
     world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    policies = load_policies(paths, world.device, config.max_prompt_length, config.max_response_length)
+    policies = load_policies(
+        paths, world.device, config.max_prompt_length, config.max_response_length
+    )
     model, reference = policies[0]
     evaluation = make_evaluation(config, records, model, specs, build_scorer, is_initial=is_initial)
     write_prompts(folder, evaluation.prompts)
@@ -137,14 +148,23 @@ def sample_policies(
 
     total = len(missing) * len(evaluation.prompts) * evaluation.samples_per_prompt
     with tqdm(total=total, desc=f"measuring {wanted.trial}", unit="response", mininterval=5) as bar:
-        for step, (own, context) in zip(missing, policies if is_initial else policies[1:], strict=True):
-            rows = evaluation.run(own, context, reference if own is model else model, world, bar.update)
+        for step, (own, context) in zip(
+            missing, policies if is_initial else policies[1:], strict=True
+        ):
+            rows = evaluation.run(
+                own, context, reference if own is model else model, world, bar.update
+            )
             numbers: dict[str, float] = {}
             for name, encoded in texts.items():
                 pad_id = evaluation.tokenizer.pad_token_id
-                losses = text_losses(own, context, encoded, pad_id, world, batch_size=config.batch_size)
+                losses = text_losses(
+                    own, context, encoded, pad_id, world, batch_size=config.batch_size
+                )
                 found = perplexity(losses)
-                numbers |= {f"perplexity/{name}": found.perplexity, f"perplexity_se/{name}": found.se}
+                numbers |= {
+                    f"perplexity/{name}": found.perplexity,
+                    f"perplexity_se/{name}": found.se,
+                }
             budget = {} if is_initial else cost_until(run_folder, step) | peak_memory(run_folder)
             # ids for what is to be scored again
             written = rows_to_write(rows, evaluation.samples_per_prompt, with_ids=is_initial)
@@ -153,9 +173,13 @@ def sample_policies(
 
 
 def test_prompts(config: ExperimentConfig, paths: list[str]) -> list[Prompt]:
-    """Return the test prompts that none of these policies was trained on. UserError if a judge was learnt from."""
+    """Return the test prompts that none of these policies was trained on. UserError if a judge was
+    learnt from.
+    """
     policies = paths[1:]
-    runs = CompareConfig(runs=[paths[0], *(policies or paths)], prompts=config.prompts, **judges(config))
+    runs = CompareConfig(
+        runs=[paths[0], *(policies or paths)], prompts=config.prompts, **judges(config)
+    )
     if policies:
         check_judges(runs)
     return unseen(runs, load_test_split(config, config.prompts, Prompt))
@@ -181,7 +205,9 @@ def make_evaluation(
     *,
     is_initial: bool,
 ) -> Any:
-    """Return the evaluation that all policies go through; the initial policy gives its whole pool of responses."""
+    """Return the evaluation that all policies go through; the initial policy gives its whole pool
+    of responses.
+    """
     from rlhf.data.encode import encode_prompts
     from rlhf.engines.hf import Sampling
     from rlhf.evaluate import Evaluation
@@ -190,7 +216,9 @@ def make_evaluation(
 
     tokenizer = load_tokenizer(config.initial_policy)
     return Evaluation(
-        prompts=first_by_hash(encode_prompts(records, tokenizer, config.max_prompt_length), config.n_prompts),
+        prompts=first_by_hash(
+            encode_prompts(records, tokenizer, config.max_prompt_length), config.n_prompts
+        ),
         tokenizer=tokenizer,
         stop_ids=stop_ids(tokenizer, model),
         sampling=Sampling(config.max_response_length, config.temperature),
@@ -203,13 +231,19 @@ def make_evaluation(
 
 
 def held_out_texts(config: ExperimentConfig, tokenizer: Any) -> dict[str, list]:
-    """Return the encoded texts of `perplexity` by name. UserError if one has no row that is short enough."""
+    """Return the encoded texts of `perplexity` by name. UserError if one has no row that is short
+    enough.
+    """
     texts = {}
     for name, data in config.perplexity.items():
         records = load_test_split(config, data, Instruction)
-        texts[name] = encode_texts(records, tokenizer, config.max_prompt_length, config.max_response_length)
+        texts[name] = encode_texts(
+            records, tokenizer, config.max_prompt_length, config.max_response_length
+        )
         if not texts[name]:
-            raise UserError(f"perplexity: '{name}' has no row in the test split that is short enough (split: test)")
+            raise UserError(
+                f"perplexity: '{name}' has no row in the test split that is short enough (split: test)"
+            )
     return texts
 
 
@@ -219,7 +253,9 @@ def score_again(
     specs: list[dict],
     build_scorer: Callable[..., Scorer],
 ) -> list[Path]:
-    """Score the initial policy's responses by a seed's reward model too, and choose the best of n by it."""
+    """Score the initial policy's responses by a seed's reward model too, and choose the best of n
+    by it.
+    """
     from rlhf.tokenizer import load_tokenizer
 
     source = measures_of(config, INITIAL)
@@ -251,9 +287,9 @@ def score_again(
 def best_of(rows: list[dict], n: int, samples: int) -> list[dict]:
     """Return the response with the highest proxy of each block of n responses to a prompt.
 
-    Each prompt has `samples` blocks, after the first `samples` responses, which are the initial policy's own. The
-    sequence KL to the initial policy is log n - (n - 1)/n (an upper bound where scores tie, Beirami et al. 2024), the
-    same for every response.
+    Each prompt has `samples` blocks, after the first `samples` responses, which are the initial
+    policy's own. The sequence KL to the initial policy is log n - (n - 1)/n (an upper bound where
+    scores tie, Beirami et al. 2024), the same for every response.
     """
     by_prompt: dict[int, list[dict]] = {}
     for row in sorted(rows, key=lambda row: (row["prompt"], row["sample"])):
@@ -272,14 +308,22 @@ def blocks(n: int, samples: int) -> list[range]:
     return [range(samples + block * n, samples + (block + 1) * n) for block in range(samples)]
 
 
-def scores_of(config: ExperimentConfig, seed: int | None) -> tuple[list[dict], dict[str, str], str | None]:
-    """Return the scorers of a measurement, what each is, and the one that decides. Without a seed there are no proxies.
+def scores_of(
+    config: ExperimentConfig, seed: int | None
+) -> tuple[list[dict], dict[str, str], str | None]:
+    """Return the scorers of a measurement, what each is, and the one that decides. Without a seed
+    there are no proxies.
 
     Raises UserError where two scorers have the same name.
     """
     found = judges(config)
     proxies = proxies_of(config, seed) if seed is not None else []
-    groups = {"gold": found["gold"], "referee": found["referee"], "proxy": proxies, "other": config.others}
+    groups = {
+        "gold": found["gold"],
+        "referee": found["referee"],
+        "proxy": proxies,
+        "other": config.others,
+    }
     specs, kinds = [], {}
     for kind, group in groups.items():
         for number, spec in enumerate(group, 1):
@@ -306,7 +350,9 @@ def proxies_of(config: ExperimentConfig, seed: int) -> list[dict]:
 
 
 def judges(config: ExperimentConfig) -> dict[str, list[dict]]:
-    """Return what decides: the gold score, a referee that was given, or the one that the experiment trains."""
+    """Return what decides: the gold score, a referee that was given, or the one that the experiment
+    trains.
+    """
     made = [{"model": f"{config.output_dir}/referee"}] if config.train_referee else config.referee
     return {"gold": config.gold, "referee": made}
 
@@ -314,8 +360,8 @@ def judges(config: ExperimentConfig) -> dict[str, list[dict]]:
 def policies_of(folder: Path) -> dict[int, str]:
     """Return the folder of every policy of a trial that is to be measured, by step, its end last.
 
-    Only checkpoints at multiples of save_steps: a run that was interrupted has left one of another step, and its curve
-    would have a point that the other seeds lack.
+    Only checkpoints at multiples of save_steps: a run that was interrupted has left one of another
+    step, and its curve would have a point that the other seeds lack.
     """
     last = max((row["step"] for row in read_metrics(folder / "metrics.jsonl")), default=0)
     every = run_config(folder)["save_steps"]
@@ -360,8 +406,17 @@ def write_prompts(folder: Path, encoded: list[dict]) -> None:
         metadata = {**record.metadata, "group": record.group}
         if record.voice:
             metadata["voice"] = record.voice
-        prompts.append({"prompt": record.prompt, "group": record.group, "ids": row["prompt_ids"], "metadata": metadata})
-    write_atomic(folder / "prompts.json", json.dumps({"prompts": prompts}, ensure_ascii=False) + "\n")
+        prompts.append(
+            {
+                "prompt": record.prompt,
+                "group": record.group,
+                "ids": row["prompt_ids"],
+                "metadata": metadata,
+            }
+        )
+    write_atomic(
+        folder / "prompts.json", json.dumps({"prompts": prompts}, ensure_ascii=False) + "\n"
+    )
 
 
 def check_same_prompts(config: ExperimentConfig, folder: Path) -> None:
@@ -376,7 +431,9 @@ def check_same_prompts(config: ExperimentConfig, folder: Path) -> None:
 
 def peak_memory(folder: Path) -> dict[str, float]:
     """Return the highest memory a run has used, GiB."""
-    found = [row["memory/peak"] for row in read_metrics(folder / "metrics.jsonl") if "memory/peak" in row]
+    found = [
+        row["memory/peak"] for row in read_metrics(folder / "metrics.jsonl") if "memory/peak" in row
+    ]
     return {"memory_peak": max(found)} if found else {}
 
 

@@ -1,4 +1,5 @@
-"""From an experiment's options to its jobs: commands, what each needs, what each leaves, how it is recognised.
+"""From an experiment's options to its jobs: commands, what each needs, what each leaves, how it is
+recognised.
 
 OUT/experiment.yaml             the resolved options
 OUT/referee/                    where the experiment trains one
@@ -27,20 +28,38 @@ from rlhf.values import read_yaml
 
 INITIAL = "foundation"  # the folder of the initial policy's measurements
 PILOT_STEPS = {"dpo": 8, "ppo": 3}
-REFEREE_SEED = 1000  # added to the first seed, so that the referee shares no noise with a reward model
+# added to the first seed, so that the referee shares no noise with a reward model
+REFEREE_SEED = 1000
 
 # options of the experiment that decide what is measured, and stand in no command
 MEASURED_BY = (
-    *("prompts", "gold", "referee", "others", "perplexity", "n_prompts", "samples_per_prompt", "temperature"),
+    *(
+        "prompts",
+        "gold",
+        "referee",
+        "others",
+        "perplexity",
+        "n_prompts",
+        "samples_per_prompt",
+        "temperature",
+    ),
     *("max_prompt_length", "max_response_length", "validation_fraction", "test_fraction"),
 )
 # the same for every program, so that all see the same splits and lengths
-LIMITS = ("max_prompt_length", "max_response_length", "validation_fraction", "test_fraction", "on_error")
+LIMITS = (
+    "max_prompt_length",
+    "max_response_length",
+    "validation_fraction",
+    "test_fraction",
+    "on_error",
+)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a job measures: the policies of a trial, the initial policy, or its responses by a seed's reward model."""
+    """What a job measures: the policies of a trial, the initial policy, or its responses by a
+    seed's reward model.
+    """
 
     trial: str  # its folder below measures/
     kind: Literal["initial", "seed", "trial"]
@@ -55,13 +74,17 @@ class Job:
     name: str
     program: str  # "rlhf" or a module: launch.ppo
     arguments: list[str]
-    kind: Literal["sandbox", "sample", "annotate", "reward", "referee", "pilot", "trial", "measure", "compare"]
+    kind: Literal[
+        "sandbox", "sample", "annotate", "reward", "referee", "pilot", "trial", "measure", "compare"
+    ]
     description: str = ""
     needs: list[str] = field(default_factory=list)
-    after: list[str] = field(default_factory=list)  # those of `needs` that only have to be there, whatever they are
+    # those of `needs` that only have to be there, whatever they are
+    after: list[str] = field(default_factory=list)
     reads: list[str] = field(default_factory=list)  # files whose contents count
     outputs: list[str] = field(default_factory=list)  # files that are there when it is done
-    owned: list[str] = field(default_factory=list)  # files and folders that it writes, moved away with it
+    # files and folders that it writes, moved away with it
+    owned: list[str] = field(default_factory=list)
     fresh: bool = False  # nothing owned may be there when it starts
     run_folder: str | None = None  # where a training program writes its metrics
     steps: int | None = None  # how many it makes, where that is planned
@@ -77,7 +100,9 @@ class Job:
 
 
 def plan(config: ExperimentConfig, lengths: dict[str, int] | None) -> list[Job]:
-    """Return the jobs in the order in which they are wanted; trials once `lengths` (method -> steps) are known."""
+    """Return the jobs in the order in which they are wanted; trials once `lengths` (method ->
+    steps) are known.
+    """
     initial = measuring(config, INITIAL, "initial", [])
     jobs = [] if config.train_referee else [initial]
     for seed in config.seeds:
@@ -91,7 +116,9 @@ def plan(config: ExperimentConfig, lengths: dict[str, int] | None) -> list[Job]:
             for name in config.trained:
                 for swept in config.method_specs[name].values:
                     jobs += trial(config, name, swept, seed, lengths[name])
-        jobs.append(measuring(config, f"seed-{seed}/{INITIAL}", "seed", made_before(config, seed), seed))
+        jobs.append(
+            measuring(config, f"seed-{seed}/{INITIAL}", "seed", made_before(config, seed), seed)
+        )
     return jobs
 
 
@@ -114,11 +141,20 @@ def sampling(config: ExperimentConfig, seed: int) -> list[Job]:
         program="rlhf",
         arguments=[
             *("collect", "sample", "--config", config.pairs["sample"]),
-            *("--model_name_or_path", config.initial_policy, "--data", ",".join(config.pairs["prompts"])),
+            *(
+                "--model_name_or_path",
+                config.initial_policy,
+                "--data",
+                ",".join(config.pairs["prompts"]),
+            ),
             *("--store", store, "--seed", str(seed), *flags(limits(config))),
         ],
         kind="sample",
-        reads=[config.pairs["sample"], *config.pairs["prompts"], *weights_of(config.initial_policy)],
+        reads=[
+            config.pairs["sample"],
+            *config.pairs["prompts"],
+            *weights_of(config.initial_policy),
+        ],
         fresh=True,  # the cost of sampling would be added to that in the store
         **shared,
     )
@@ -144,10 +180,17 @@ def referee(config: ExperimentConfig, first_seed: int) -> Job:
 
 
 def pilot(config: ExperimentConfig, name: str) -> Job:
-    """Return the job of a few steps at the first swept value, whose cost tells how many the budget allows."""
+    """Return the job of a few steps at the first swept value, whose cost tells how many the budget
+    allows.
+    """
     method = config.method_specs[name]
     steps = PILOT_STEPS[method.program]
-    more = {method.swept_option: method.values[0], **length_options(method, steps), "save_steps": 0, "logging_steps": 1}
+    more = {
+        method.swept_option: method.values[0],
+        **length_options(method, steps),
+        "save_steps": 0,
+        "logging_steps": 1,
+    }
     job = training(config, f"pilot/{name}", "pilot", method.program, method, config.seeds[0], more)
     job.method = name
     return job
@@ -161,7 +204,8 @@ def trial(config: ExperimentConfig, name: str, swept: float, seed: int, steps: i
         method.swept_option: swept,
         **length_options(method, steps),
         "save_steps": every,
-        # an interrupted run leaves one checkpoint more, which must not push out one that is to be measured
+        # an interrupted run leaves one checkpoint more, which must not push out one that is to be
+        # measured
         "save_total_limit": steps + 1,
     }
     own = f"seed-{seed}/{name}-{method.swept_option}-{swept:g}"
@@ -179,7 +223,9 @@ def training(
     seed: int,
     more: dict[str, Any] | None = None,
 ) -> Job:
-    """Return the job of a training program, with the options of its part and those that are the same for all."""
+    """Return the job of a training program, with the options of its part and those that are the
+    same for all.
+    """
     folder = f"{config.output_dir}/{name}"
     pairs_seed = config.seeds[0] if kind == "referee" else seed
     needs = made_before(config, pairs_seed, with_reward=program == "ppo")
@@ -230,7 +276,9 @@ def measuring(
     needs: list[str],
     seed: int | None = None,
 ) -> Job:
-    """Return the job that measures a trial's policies, or the initial policy (and the best of n of its responses)."""
+    """Return the job that measures a trial's policies, or the initial policy (and the best of n of
+    its responses).
+    """
     settings = {option: getattr(config, option) for option in MEASURED_BY}
     learnt = config.learnt_scorers() if seed is not None else []
     if learnt:
@@ -244,7 +292,8 @@ def measuring(
     reads += files_of([*config.gold, *config.referee, *config.others, *learnt])
     if kind == "initial":
         reads += weights_of(config.initial_policy)
-    # the initial policy's measurements have to be there for a trial's, whatever they are; a seed's are made from them
+    # the initial policy's measurements have to be there for a trial's, whatever they are; a seed's
+    # are made from them
     first = [] if kind == "initial" else [f"measure/{INITIAL}"]
     folder = f"{config.output_dir}/measures/{name}"
     return Job(
@@ -268,7 +317,9 @@ def files_of(scorers: list[dict[str, Any]]) -> list[str]:
 
 
 def weights_of(initial: str) -> list[str]:
-    """Return the files of a local initial policy, whose contents decide whether a run starts from the same one."""
+    """Return the files of a local initial policy, whose contents decide whether a run starts from
+    the same one.
+    """
     return list(map(str, model_files(initial)))
 
 
@@ -294,7 +345,9 @@ def length_options(method: Method, steps: int) -> dict[str, int]:
 
 
 def episodes_per_step(method: Method) -> int:
-    """Return the responses in a step of PPO, as the method's options or file have it, else PPO's default; 1 for DPO."""
+    """Return the responses in a step of PPO, as the method's options or file have it, else PPO's
+    default; 1 for DPO.
+    """
     from rlhf.options.ppo import PPOConfig
 
     if method.program != "ppo":
@@ -305,7 +358,9 @@ def episodes_per_step(method: Method) -> int:
 
 
 def given_length(method: Method) -> int:
-    """Return the steps of a method whose budget is not matched. UserError if its options and file do not say."""
+    """Return the steps of a method whose budget is not matched. UserError if its options and file
+    do not say.
+    """
     name = LENGTH_OPTION[method.program]
     steps = int(float(given_options(method).get(name, -1))) // episodes_per_step(method)
     if steps < 1:
@@ -335,7 +390,9 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def fingerprints(jobs: list[Job]) -> dict[str, str]:
-    """Return what each job is, by name: its command, the contents of what it reads, and the jobs it depends on."""
+    """Return what each job is, by name: its command, the contents of what it reads, and the jobs it
+    depends on.
+    """
     contents: dict[str, str] = {}
     result: dict[str, str] = {}
     for job in jobs:  # in order, so that what a job needs comes before it
@@ -351,7 +408,8 @@ def fingerprints(jobs: list[Job]) -> dict[str, str]:
 def fingerprint_words(job: Job) -> list[str]:
     """Return the words that stand for a job's command in its fingerprint.
 
-    Their form and names are those of the first version, so that what it and later ones have made is recognised.
+    Their form and names are those of the first version, so that what it and later ones have made is
+    recognised.
     """
     program = "rlhf" if job.program == "rlhf" else f"{job.program.replace('.', '/')}.py"
     words = [program, *("--on_bad" if word == "--on_error" else word for word in job.arguments)]
@@ -367,7 +425,9 @@ def fingerprint_words(job: Job) -> list[str]:
 
 
 def recorded_options(record: dict[str, Any]) -> dict[str, str]:
-    """Return the options of a command and the settings of a measurement that a job's record holds, by today's names."""
+    """Return the options of a command and the settings of a measurement that a job's record holds,
+    by today's names.
+    """
     command = ["--on_error" if word == "--on_bad" else word for word in record.get("command", [])]
     settings = record.get("settings", {})
     if command and command[-1].startswith("# "):

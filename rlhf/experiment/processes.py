@@ -1,4 +1,6 @@
-"""The processes that an experiment has started: found by a mark in their environment, and ended with care."""
+"""The processes that an experiment has started: found by a mark in their environment, and ended
+with care.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +12,16 @@ from pathlib import Path
 
 import psutil
 
-MARK = "RLHF_EXPERIMENT"  # in the environment of every program that an experiment has started: its folder
+# in the environment of every program that an experiment has started: its folder
+MARK = "RLHF_EXPERIMENT"
 JOB = "RLHF_EXPERIMENT_JOB"  # which of its jobs
 PATIENCE = 120.0  # seconds that programs get to save and end
 
 
 def programs_of(folder: Path, job: str | None = None) -> list[psutil.Process]:
-    """Return the processes that an experiment in this folder has started, for one of its jobs or for any."""
+    """Return the processes that an experiment in this folder has started, for one of its jobs or
+    for any.
+    """
     wanted = {MARK: str(folder.resolve())} | ({JOB: job} if job else {})
     others = (process for process in psutil.process_iter() if process.pid != os.getpid())
     return [process for process in others if wanted.items() <= environment_of(process).items()]
@@ -30,7 +35,9 @@ def environment_of(process: psutil.Process) -> dict[str, str]:
 
 
 def end_programs(folder: Path, job: str | None = None) -> None:
-    """Send SIGTERM to the programs, on which they save and end; SIGKILL to what is left after PATIENCE."""
+    """Send SIGTERM to the programs, on which they save and end; SIGKILL to what is left after
+    PATIENCE.
+    """
     asked: set[psutil.Process] = set()
     deadline = time.monotonic() + PATIENCE
     # looked at again and again, since a launcher may be about to launch
@@ -49,8 +56,8 @@ def end_programs(folder: Path, job: str | None = None) -> None:
 def topmost_programs(found: list[psutil.Process]) -> list[psutil.Process]:
     """Return the topmost process of each program.
 
-    A launcher (deepspeed, torchrun) ends its programs when it is asked to end, and the end of a helper is its
-    program's failure.
+    A launcher (deepspeed, torchrun) ends its programs when it is asked to end, and the end of a
+    helper is its program's failure.
     """
     launchers, topmost = [], []
     for process in found:

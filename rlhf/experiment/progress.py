@@ -1,4 +1,6 @@
-"""What is shown of an experiment: a table that stays in its place on a terminal, lines in a log, and its status."""
+"""What is shown of an experiment: a table that stays in its place on a terminal, lines in a log,
+and its status.
+"""
 
 from __future__ import annotations
 
@@ -73,17 +75,27 @@ class LiveTable:
     def table(self):
         """Return one row for each method and swept value, one column for each seed."""
         seeds = self.config.seeds
-        table = Table(title=self.summary(), title_justify="left", caption="judge @ KL; trained: not yet measured")
+        table = Table(
+            title=self.summary(),
+            title_justify="left",
+            caption="judge @ KL; trained: not yet measured",
+        )
         table.add_column("method")
         for seed in seeds:
             table.add_column(f"seed {seed}", justify="right")
-        trials = {(job.method, job.swept, job.seed): job for job in self.state.jobs if job.kind == "trial"}
+        trials = {
+            (job.method, job.swept, job.seed): job for job in self.state.jobs if job.kind == "trial"
+        }
         for name in self.config.trained:
             method = self.config.method_specs[name]
             for swept in method.values:
                 cells = [self.cell(trials.get((name, swept, seed))) for seed in seeds]
                 table.add_row(f"{name} {method.swept_option} {swept:g}", *cells)
-        others = [job.name for job in self.state.jobs if job.name in self.state.running and not is_in_table(job)]
+        others = [
+            job.name
+            for job in self.state.jobs
+            if job.name in self.state.running and not is_in_table(job)
+        ]
         if others:
             table.add_row("running", ", ".join(others), *[""] * (len(seeds) - 1))
         return table
@@ -91,7 +103,9 @@ class LiveTable:
     def cell(self, trial: Job | None) -> str:
         if trial is None:
             return SIGNS["waiting"]
-        measuring = next(job for job in self.state.jobs if job.measures and job.measures.trial == trial.name)
+        measuring = next(
+            job for job in self.state.jobs if job.measures and job.measures.trial == trial.name
+        )
         measured = self.state.status(measuring)
         if measured == "done":
             return end_of_trial(Path(measuring.outputs[0]))
@@ -110,7 +124,9 @@ def share_done(job: Job) -> str:
     if not job.steps:
         return ""
     metrics = Path(job.run_folder) / "metrics.jsonl"
-    step = max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.is_file() else 0
+    step = (
+        max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.is_file() else 0
+    )
     return f"{min(100 * step // job.steps, 100)} %"
 
 
@@ -124,7 +140,9 @@ def end_of_trial(file: Path) -> str:
 
 
 def experiment_status(config: ExperimentConfig) -> None:
-    """Print the jobs of an experiment and what has become of each, from what is there; nothing is started."""
+    """Print the jobs of an experiment and what has become of each, from what is there; nothing is
+    started.
+    """
     state = load_state(config)
     running = {environment_of(process).get(JOB) for process in programs_of(state.folder)}
     rows = []

@@ -1,4 +1,6 @@
-"""`rlhf experiment report`: report.html, report.md, report.json and figures of what was measured so far."""
+"""`rlhf experiment report`: report.html, report.md, report.json and figures of what was measured so
+far.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +23,19 @@ class ReportConfig:
     """Draw the report of an experiment from what is there; nothing is trained or sampled."""
 
     experiment: str = option(help="its file (configs/experiments/x.yaml) or its folder")
-    output_dir: str | None = option(None, "where the report goes; default: report/ in the experiment's folder")
-    report_to: Literal["none", "wandb"] = option("none", "wandb: the same as tables, offline when no key is set")
+    output_dir: str | None = option(
+        None, "where the report goes; default: report/ in the experiment's folder"
+    )
+    report_to: Literal["none", "wandb"] = option(
+        "none", "wandb: the same as tables, offline when no key is set"
+    )
     project: str | None = option(None, "W&B project; default: WANDB_PROJECT, else rlhf")
 
 
 def report_of(asked: ReportConfig) -> dict[str, Any]:
-    """Write the report of an experiment; returns report.json's content. Raises UserError if nothing is measured."""
+    """Write the report of an experiment; returns report.json's content. Raises UserError if nothing
+    is measured.
+    """
     if Path(asked.experiment).is_file():
         config = parse(ExperimentConfig, ["--config", asked.experiment], "rlhf experiment report")
     else:
@@ -36,7 +44,9 @@ def report_of(asked: ReportConfig) -> dict[str, Any]:
     return write_report(config, folder, asked.report_to, asked.project)
 
 
-def write_report(config: ExperimentConfig, folder: Path, report_to: str, project: str | None) -> dict[str, Any]:
+def write_report(
+    config: ExperimentConfig, folder: Path, report_to: str, project: str | None
+) -> dict[str, Any]:
     """Write all files of the report to `folder`; returns report.json's content."""
     from rlhf.compare.report import print_report, write_files
     from rlhf.compare.summary import summarise
@@ -44,7 +54,9 @@ def write_report(config: ExperimentConfig, folder: Path, report_to: str, project
 
     results = read_results(config)
     if len(results.points) < 2:
-        raise UserError(f"{config.output_dir}: only the initial policy is measured yet; there is nothing to compare")
+        raise UserError(
+            f"{config.output_dir}: only the initial policy is measured yet; there is nothing to compare"
+        )
     report = summarise(results)
     if config.judge:
         report["judge_of_pairs"] = ask_judge(config, results, report)
@@ -60,9 +72,11 @@ def write_report(config: ExperimentConfig, folder: Path, report_to: str, project
 
 
 def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]) -> dict[str, Any]:
-    """Ask a judge of pairs about the tuned ends of all methods, against each other and against the initial policy.
+    """Ask a judge of pairs about the tuned ends of all methods, against each other and against the
+    initial policy.
 
-    Answers are kept in OUT/judge.jsonl, so that a report that was cut off asks only for what it lacks.
+    Answers are kept in OUT/judge.jsonl, so that a report that was cut off asks only for what it
+    lacks.
     """
     from rlhf.compare.judge import judge_wins, load_judge
     from rlhf.compare.wins import win_rate
@@ -77,7 +91,9 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
     # Seed -> the policy; the initial one is the same for all seeds
     ends = {}
     for method in methods:
-        ends[method] = {point.seed: point for point in results.of(method, values[method]) if point.last}
+        ends[method] = {
+            point.seed: point for point in results.of(method, values[method]) if point.last
+        }
     ends[initial] = dict.fromkeys(report["unit"]["seeds"], results.initial)
 
     rows = []
@@ -86,7 +102,10 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
         if not seeds:
             continue
         first, second = ([ends[method][seed] for seed in seeds] for method in (a, b))
-        answers = [judge_wins(judge, results, *ends_of_seed, cache) for ends_of_seed in zip(first, second, strict=True)]
+        answers = [
+            judge_wins(judge, results, *ends_of_seed, cache)
+            for ends_of_seed in zip(first, second, strict=True)
+        ]
         found = win_rate(first, second, results, answers)
         # With one sample a prompt no two answers have independent noise
         if found is not None:
@@ -95,7 +114,9 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
 
 
 def swept_to_ask(report: dict[str, Any], method: str) -> float | None:
-    """Return the swept value that a score has chosen, else the middle one; None where none is measured."""
+    """Return the swept value that a score has chosen, else the middle one; None where none is
+    measured.
+    """
     if method in report["tuned"]["methods"]:
         return report["tuned"]["methods"][method]["usual"]
     values = report["methods"][method]["swept_values"]

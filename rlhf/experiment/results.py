@@ -22,7 +22,8 @@ from rlhf.experiment.state import ExperimentState, load_state, read_json
 
 
 def read_results(config: ExperimentConfig) -> Results:
-    """Everything that is measured and whole and was made with these options; the rest is named in meta["left_out"].
+    """Everything that is measured and whole and was made with these options; the rest is named in
+    meta["left_out"].
 
     Raises UserError if not even the foundation is measured.
     """
@@ -30,7 +31,9 @@ def read_results(config: ExperimentConfig) -> Results:
     out = Path(config.output_dir)
     names = {job.measures.trial for job in state.jobs if job.measures and job.name in state.done}
     if "foundation" not in names:
-        raise UserError(f"{out}: nothing is measured yet; rlhf experiment run begins with the initial policy")
+        raise UserError(
+            f"{out}: nothing is measured yet; rlhf experiment run begins with the initial policy"
+        )
     trials = [job for job in state.jobs if job.kind == "trial"]
     files = list(policy_files(config, names, trials))
     about = [read_json(out / "measures" / name / "done.json") for name in sorted(names)]
@@ -43,12 +46,17 @@ def read_results(config: ExperimentConfig) -> Results:
     for (about_point, _), (head, own) in zip(files, rows, strict=True):
         own = [row for row in own if row["sample"] < config.samples_per_prompt]
         known = [name for name in kinds if name in own[0]["scores"]]
-        # of equally many responses of each policy: the foundation has a pool of them, and distinct-n falls with more
-        numbers = head["numbers"] | {f"distinct_{n}": distinct_n([row["response"] for row in own], n) for n in (1, 2)}
+        # of equally many responses of each policy: the foundation has a pool of them, and
+        # distinct-n falls with more
+        numbers = head["numbers"] | {
+            f"distinct_{n}": distinct_n([row["response"] for row in own], n) for n in (1, 2)
+        }
         values = measured_values(own, known, len(prompts))
         point = Point(**about_point, values=values, numbers=numbers, budget=head["budget"])
         points.append(point)
-        responses[point.method, point.swept, point.seed, point.step] = response_texts(own, len(prompts))
+        responses[point.method, point.swept, point.seed, point.step] = response_texts(
+            own, len(prompts)
+        )
     return Results(
         points=points,
         groups=[prompt["group"] for prompt in prompts],
@@ -58,13 +66,19 @@ def read_results(config: ExperimentConfig) -> Results:
         judge=next(one["judge"] for one in about),
         methods={name: method_of(config, name) for name in config.methods},
         shared_budget=mean_cost(
-            [shared_cost(config, seed) for seed in config.seeds if f"seed-{seed}/foundation" in names]
+            [
+                shared_cost(config, seed)
+                for seed in config.seeds
+                if f"seed-{seed}/foundation" in names
+            ]
         ),
         meta=meta_of(config, state),
     )
 
 
-def policy_files(config: ExperimentConfig, names: set[str], trials: list[Job]) -> Iterable[tuple[dict[str, Any], Path]]:
+def policy_files(
+    config: ExperimentConfig, names: set[str], trials: list[Job]
+) -> Iterable[tuple[dict[str, Any], Path]]:
     """What each measured policy is, and its file."""
     root = Path(config.output_dir) / "measures"
     sft = {"method": "sft", "swept": None, "step": 0, "last": True}
@@ -83,8 +97,16 @@ def policy_files(config: ExperimentConfig, names: set[str], trials: list[Job]) -
             continue
         steps = read_json(root / job.name / "done.json")["files"]
         for file in steps:
-            about = {"method": job.method, "swept": float(job.swept), "seed": job.seed, "last": file == steps[-1]}
-            yield {**about, "step": int(file.removesuffix(".jsonl").rpartition("-")[2])}, root / job.name / file
+            about = {
+                "method": job.method,
+                "swept": float(job.swept),
+                "seed": job.seed,
+                "last": file == steps[-1],
+            }
+            yield (
+                {**about, "step": int(file.removesuffix(".jsonl").rpartition("-")[2])},
+                root / job.name / file,
+            )
 
 
 def finite(rows: list[dict], name: str) -> bool:
@@ -112,10 +134,16 @@ def meta_of(config: ExperimentConfig, state: ExperimentState) -> dict[str, Any]:
     """All that is needed to repeat the experiment, and what of it is not there yet."""
     records = {job.name: state.record(job.name) for job in state.jobs}
     whole = state.done
-    changed = [n for n, r in records.items() if r and n not in whole and r.get("fingerprint") != state.fingerprints[n]]
+    changed = [
+        n
+        for n, r in records.items()
+        if r and n not in whole and r.get("fingerprint") != state.fingerprints[n]
+    ]
     runs = [job for job in state.jobs if job.run_folder and job.name in whole]
     results = [read_json(Path(job.run_folder) / "result.json") for job in runs]
-    made = {job.name: result for job, result in zip(runs, results, strict=True) if job.kind != "pilot"}
+    made = {
+        job.name: result for job, result in zip(runs, results, strict=True) if job.kind != "pilot"
+    }
     return {
         "name": Path(config.output_dir).name,
         "config": asdict(config),
@@ -126,9 +154,13 @@ def meta_of(config: ExperimentConfig, state: ExperimentState) -> dict[str, Any]:
         "hardware": f"{platform.platform()}, {os.cpu_count()} CPU cores",
         "data": {name: result.get("data", {}) for name, result in made.items()},
         "rows": {name: result.get("rows", {}) for name, result in made.items()},
-        "stopped": {name: result["stopped"] for name, result in made.items() if result.get("stopped")},
+        "stopped": {
+            name: result["stopped"] for name, result in made.items() if result.get("stopped")
+        },
         "seconds": {n: records[n].get("seconds") for n in sorted(whole)},
         "finished": max((records[n]["finished"] for n in whole), default=None),
-        "missing": [job.name for job in state.jobs if job.name not in whole and job.name not in changed],
+        "missing": [
+            job.name for job in state.jobs if job.name not in whole and job.name not in changed
+        ],
         "left_out": changed,
     }

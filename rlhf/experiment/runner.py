@@ -1,8 +1,8 @@
 """`rlhf experiment run FILE`: run the jobs that an experiment still needs, a few at a time.
 
-What is done is not done again. A run that was cut off is started again and resumes by itself. What was made with other
-options is never mixed with the rest: it is named, and set aside on request. The sandbox's quickstart is run by the
-same functions.
+What is done is not done again. A run that was cut off is started again and resumes by itself. What
+was made with other options is never mixed with the rest: it is named, and set aside on request. The
+sandbox's quickstart is run by the same functions.
 """
 
 from __future__ import annotations
@@ -51,14 +51,18 @@ class RunOptions:
     launcher: str = "deepspeed --num_accelerators 1"
     processes: int = 1
     attempts: int = ATTEMPTS
-    changed: Literal["refuse", "set aside", "delete"] = "refuse"  # what happens to results of other options
+    # what happens to results of other options
+    changed: Literal["refuse", "set aside", "delete"] = "refuse"
 
 
-def run_experiment(config: ExperimentConfig, check_scorers: Callable[..., None] = lambda *_: None) -> None:
-    """Do all jobs and write the report; `check_scorers(specs, made_later)` refuses scorers that cannot be made.
+def run_experiment(
+    config: ExperimentConfig, check_scorers: Callable[..., None] = lambda *_: None
+) -> None:
+    """Do all jobs and write the report; `check_scorers(specs, made_later)` refuses scorers that
+    cannot be made.
 
-    Raises UserError on options that cannot work or do not fit what is there, Halt when interrupted or when programs
-    failed; what is done stays.
+    Raises UserError on options that cannot work or do not fit what is there, Halt when interrupted
+    or when programs failed; what is done stays.
     """
     # these import torch and rich, which the quickstart does without
     from rlhf.experiment import check
@@ -95,7 +99,9 @@ def replan(config: ExperimentConfig, state: ExperimentState, how: RunOptions) ->
         if not state.jobs:
             set_jobs(state, plan(config, None), how)
         decisive = ("pilot", "reward", "sample")
-        wanted = {job.name for job in state.jobs if job.kind in decisive and job.seed == config.seeds[0]}
+        wanted = {
+            job.name for job in state.jobs if job.kind in decisive and job.seed == config.seeds[0]
+        }
         if not wanted <= state.done:
             return
         state.lengths = planned_lengths(config)
@@ -103,9 +109,13 @@ def replan(config: ExperimentConfig, state: ExperimentState, how: RunOptions) ->
 
 
 def set_jobs(state: ExperimentState, jobs: list[Job], how: RunOptions) -> None:
-    """Make these the jobs. Results of other options under their names are refused, set aside or deleted."""
+    """Make these the jobs. Results of other options under their names are refused, set aside or
+    deleted.
+    """
     state.set_jobs(jobs)
-    changed = [job for job in jobs if has_other_results(state, job, unknown_too=how.changed == "delete")]
+    changed = [
+        job for job in jobs if has_other_results(state, job, unknown_too=how.changed == "delete")
+    ]
     if changed and how.changed == "refuse":
         lines = [f"  {job.name}: {difference(state, job)}" for job in changed[:SHOWN]]
         if len(changed) > SHOWN:
@@ -125,7 +135,9 @@ def set_jobs(state: ExperimentState, jobs: list[Job], how: RunOptions) -> None:
 
 
 def has_other_results(state: ExperimentState, job: Job, *, unknown_too: bool) -> bool:
-    """Return whether files are there that a job of this name with another fingerprint (or an unknown one) has made."""
+    """Return whether files are there that a job of this name with another fingerprint (or an
+    unknown one) has made.
+    """
     before = state.record(job.name).get("fingerprint")
     if before == state.fingerprints[job.name] or (before is None and not unknown_too):
         return False
@@ -140,7 +152,10 @@ def difference(state: ExperimentState, job: Job) -> str:
     if not differing:
         return "what it reads or depends on"
     absent = "not given"
-    return "; ".join(f"{name} was {before.get(name, absent)}, now {after.get(name, absent)}" for name in differing)
+    return "; ".join(
+        f"{name} was {before.get(name, absent)}, now {after.get(name, absent)}"
+        for name in differing
+    )
 
 
 def clear(state: ExperimentState, job: Job, *, delete: bool = False) -> None:
@@ -168,11 +183,17 @@ def claim(state: ExperimentState) -> Iterator[list[int]]:
     lock_folder(state.folder)
     signals: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
-    handlers = {number: signal.signal(number, lambda number, _: signals.append(number)) for number in numbers}
+    handlers = {
+        number: signal.signal(number, lambda number, _: signals.append(number))
+        for number in numbers
+    }
     try:
         orphans = programs_of(state.folder)
         if orphans:
-            print(f"{state.folder}: ending {len(orphans)} processes of a run that was cut off", flush=True)
+            print(
+                f"{state.folder}: ending {len(orphans)} processes of a run that was cut off",
+                flush=True,
+            )
             end_programs(state.folder)
         yield signals
     finally:
@@ -220,7 +241,12 @@ def start(state: ExperimentState, how: RunOptions, job: Job) -> None:
     """Start the job's program in a session of its own."""
     if job.fresh:
         clear(state, job, delete=how.changed == "delete")
-    record = {"fingerprint": state.fingerprints[job.name], **record_of(job), "started": now(), "code": code_version()}
+    record = {
+        "fingerprint": state.fingerprints[job.name],
+        **record_of(job),
+        "started": now(),
+        "code": code_version(),
+    }
     write_record(state, job, record)
 
     log = state.log_file(job.name)
@@ -267,7 +293,8 @@ def environment(folder: Path, processes: int, job: Job) -> dict[str, str]:
     for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # meant for one run, and these are many
         result.pop(name, None)
     if not has_accelerator():
-        result.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed finds this out too, with a warning each time
+        # DeepSpeed finds this out too, with a warning each time
+        result.setdefault("DS_ACCELERATOR", "cpu")
         if processes > 1:
             result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     result["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{result.get('PATH', '')}"
@@ -276,7 +303,9 @@ def environment(folder: Path, processes: int, job: Job) -> dict[str, str]:
 
 @functools.cache
 def has_accelerator() -> bool:
-    """Return whether torch finds an accelerator. A process of its own asks: this one holds no device while jobs run."""
+    """Return whether torch finds an accelerator. A process of its own asks: this one holds no
+    device while jobs run.
+    """
     question = "import sys, torch; sys.exit(not torch.accelerator.is_available())"
     return subprocess.run([sys.executable, "-c", question], capture_output=True).returncode == 0
 
@@ -291,12 +320,19 @@ def collect_ended(state: ExperimentState, how: RunOptions, display: Any) -> None
         job = state.job(name)
         seconds = time.monotonic() - running.started
         if has_result(job, code):
-            write_record(state, job, state.record(name) | {"finished": now(), "seconds": seconds, "exit": code})
+            write_record(
+                state,
+                job,
+                state.record(name) | {"finished": now(), "seconds": seconds, "exit": code},
+            )
             state.done.add(name)
             display.log(f"{name}: done in {seconds:.0f} s{', stopped by a guard' if code else ''}")
         elif code not in (0, EXIT_USER_ERROR, EXIT_GUARD) and state.attempts[name] < how.attempts:
-            display.log(f"{name}: ended with exit code {code} after {seconds:.0f} s; starting it again")
-            end_programs(state.folder, name)  # where a launcher was killed, what it launched lives on
+            display.log(
+                f"{name}: ended with exit code {code} after {seconds:.0f} s; starting it again"
+            )
+            # where a launcher was killed, what it launched lives on
+            end_programs(state.folder, name)
             start(state, how, job)
         else:
             state.failed[name] = code

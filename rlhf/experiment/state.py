@@ -62,7 +62,11 @@ class ExperimentState:
 
     def status(self, job: Job) -> str:
         """Return done, running, failed, blocked (by a failed one) or waiting."""
-        for status, names in (("done", self.done), ("running", self.running), ("failed", self.failed)):
+        for status, names in (
+            ("done", self.done),
+            ("running", self.running),
+            ("failed", self.failed),
+        ):
             if job.name in names:
                 return status
         needed = [other for other in self.jobs if other.name in job.needs]
@@ -71,7 +75,9 @@ class ExperimentState:
 
 
 def load_state(config: ExperimentConfig) -> ExperimentState:
-    """Return the jobs of an experiment as far as they are known; nothing is started, refused or moved."""
+    """Return the jobs of an experiment as far as they are known; nothing is started, refused or
+    moved.
+    """
     state = ExperimentState(Path(config.output_dir), lengths=known_lengths(config))
     state.set_jobs(plan(config, state.lengths))
     return state
@@ -107,7 +113,9 @@ def code_files() -> list[Path]:
 
 
 def code_version() -> dict[str, str | None]:
-    """Return the fingerprint of the packages' code, and its commit where it lies in a git work tree."""
+    """Return the fingerprint of the packages' code, and its commit where it lies in a git work
+    tree.
+    """
     digest = hashlib.sha256()
     for file in code_files():
         digest.update(file.read_bytes())

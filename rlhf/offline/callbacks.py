@@ -28,15 +28,18 @@ ACCURACY = {"sft": "token/accuracy", "reward": "reward/accuracy", "dpo": "dpo/re
 
 
 class AlreadyFinished(Exception):
-    """The checkpoint is that of the last step. The Trainer would make one more, in the middle of an epoch."""
+    """The checkpoint is that of the last step. The Trainer would make one more, in the middle of an
+    epoch.
+    """
 
 
 class RunCallback(TrainerCallback):
     """Connects a TRL trainer to its run; `trainers.train` sets `trainer`.
 
-    It evaluates by sampling at step 0, every eval_steps and at the end, and adds `measure(model)` to those metrics,
-    which `metrics` holds afterwards. It sends the trainer's logs to the tracker with `budget/*` added. It makes the
-    Trainer's checkpoints whole: what the Trainer leaves out, then the manifest, last of all and on all ranks.
+    It evaluates by sampling at step 0, every eval_steps and at the end, and adds `measure(model)`
+    to those metrics, which `metrics` holds afterwards. It sends the trainer's logs to the tracker
+    with `budget/*` added. It makes the Trainer's checkpoints whole: what the Trainer leaves out,
+    then the manifest, last of all and on all ranks.
     """
 
     trainer: Any = None
@@ -61,7 +64,13 @@ class RunCallback(TrainerCallback):
         self.stopped = False
         self.held_out_loss: tuple[int, float | None] = (-1, None)  # step and loss
         accuracy = ACCURACY[run.program]
-        self.shown = ("loss/total", accuracy, f"eval/{accuracy}", "eval/loss/total", "learning_rate")
+        self.shown = (
+            "loss/total",
+            accuracy,
+            f"eval/{accuracy}",
+            "eval/loss/total",
+            "learning_rate",
+        )
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.run.resumed is None:
@@ -73,7 +82,9 @@ class RunCallback(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         # none under DeepSpeed, whose engine keeps the gradients and has made its step by now
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [
+            parameter.grad for parameter in model.parameters() if parameter.grad is not None
+        ]
         if not math.isfinite(float(torch.nn.utils.get_total_norm(gradients))):
             raise not_finite(self.run, state.global_step + 1, "the gradient is not finite")
 
@@ -145,7 +156,9 @@ class RunCallback(TrainerCallback):
         self.run.log(f"step {step}: {format_metrics(self.metrics)}")
 
     def _write_memory(self, folder: Path) -> None:
-        """Write what the Trainer of this rank has summed up since its last log, which its checkpoints leave out."""
+        """Write what the Trainer of this rank has summed up since its last log, which its
+        checkpoints leave out.
+        """
         kept = {
             "tr_loss": float(self.trainer._tr_loss),
             "total_loss": self.trainer._total_loss_scalar,
@@ -172,7 +185,9 @@ class RunCallback(TrainerCallback):
 
 
 def not_finite(run: Run, step: int, what: str) -> Halt:
-    """Close the run and return the exception that ends it because of NaN or infinite numbers; nothing is saved."""
+    """Close the run and return the exception that ends it because of NaN or infinite numbers;
+    nothing is saved.
+    """
     run.close()
     kept = f" Checkpoints from before are in {run.checkpoints}." if run.checkpoints.is_dir() else ""
     return Halt(

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from rlhf.data.records import Preference
 
-DEFAULTS = {"margin": 0.0, "label_prob": math.nan, "weight": 1.0}  # of a row without a value of its own
+# of a row without a value of its own
+DEFAULTS = {"margin": 0.0, "label_prob": math.nan, "weight": 1.0}
 
 
-def add_columns(rows: Sequence[dict[str, Any]], records: Sequence[Preference], names: Iterable[str]) -> None:
+def add_columns(
+    rows: Sequence[dict[str, Any]], records: Sequence[Preference], names: Iterable[str]
+) -> None:
     """Add to the rows the columns that any of the records has a value for.
 
     Weights are divided by their mean, so that they do not change the step size.

@@ -1,6 +1,7 @@
 """TRL's DPOTrainer for pairs whose label is not certain: a probability and a weight for each row.
 
-TRL 1.16 has neither: its `sigmoid` loss ignores `label_smoothing` and takes no weight. All else is TRL's.
+TRL 1.16 has neither: its `sigmoid` loss ignores `label_smoothing` and takes no weight. All else is
+TRL's.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ def soft_dpo_loss(
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Return DPO's loss of each row, with the probability p that `chosen` is the better one, and the row's weight w.
+    """Return DPO's loss of each row, with the probability p that `chosen` is the better one, and
+    the row's weight w.
 
         L = -w [ p log sigmoid(beta delta) + (1 - p) log sigmoid(-beta delta) ]
 
-    delta: (B,) log-ratio of the chosen response to the reference less that of the rejected one. p = w = 1 is Rafailov
-    et al. 2023, eq. 7; p = 1 - label_smoothing is Mitchell 2023, "A note on DPO with noisy preferences". It is
-    least where sigmoid(beta delta) = p. label_prob, weight: (B,) or None; a row without a soft label has NaN there and
-    takes 1 - label_smoothing. Returns (B,).
+    delta: (B,) log-ratio of the chosen response to the reference less that of the rejected one. p =
+    w = 1 is Rafailov et al. 2023, eq. 7; p = 1 - label_smoothing is Mitchell 2023, "A note on DPO
+    with noisy preferences". It is least where sigmoid(beta delta) = p. label_prob, weight: (B,) or
+    None; a row without a soft label has NaN there and takes 1 - label_smoothing. Returns (B,).
     """
     # in bf16 a label_prob would have 3 digits
     delta = delta.to(torch.promote_types(delta.dtype, torch.float32))
@@ -49,7 +51,9 @@ def soft_dpo_loss(
 
 
 def soft_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of `encode_preferences` for a DPO trainer: ids, and the `SOFT` columns that the data has."""
+    """Return rows of `encode_preferences` for a DPO trainer: ids, and the `SOFT` columns that the
+    data has.
+    """
     rows = [{name: value for name, value in row.items() if name != "record"} for row in encoded]
     add_columns(rows, [row["record"] for row in encoded], SOFT)
     return rows
@@ -59,7 +63,11 @@ def unsupported_option(args: Any) -> str | None:
     """Return the TRL option that soft labels and weights cannot be combined with, or None."""
     if list(args.loss_type) != ["sigmoid"]:
         return f"loss_type {', '.join(args.loss_type)}"
-    for name, default in (("f_divergence_type", "reverse_kl"), ("use_weighting", False), ("ld_alpha", None)):
+    for name, default in (
+        ("f_divergence_type", "reverse_kl"),
+        ("use_weighting", False),
+        ("ld_alpha", None),
+    ):
         value = getattr(args, name)
         if getattr(value, "value", value) != default:
             return name
@@ -77,8 +85,8 @@ class SoftCollator(DataCollatorForPreference):
 class EncodedDPOTrainer(DPOTrainer):
     """TRL's trainer on rows that already are ids, encoded as for every other stage.
 
-    The reference is the adapter "ref", all of the policy's adapter at the start: TRL's own copy leaves out LoRA on
-    embeddings and trainable tokens.
+    The reference is the adapter "ref", all of the policy's adapter at the start: TRL's own copy
+    leaves out LoRA on embeddings and trainable tokens.
     """
 
     def __init__(self, model, ref_model=None, **kwargs):
@@ -95,9 +103,11 @@ class EncodedDPOTrainer(DPOTrainer):
 
 
 class SoftDPOTrainer(EncodedDPOTrainer):
-    """The same with `soft_dpo_loss` in place of TRL's `sigmoid`; its forward passes and its logs stay TRL's.
+    """The same with `soft_dpo_loss` in place of TRL's `sigmoid`; its forward passes and its logs
+    stay TRL's.
 
-    Rows come from `soft_rows`, `data_collator` is a `SoftCollator`. Raises ValueError for an `unsupported_option`.
+    Rows come from `soft_rows`, `data_collator` is a `SoftCollator`. Raises ValueError for an
+    `unsupported_option`.
     """
 
     def __init__(self, *args, **kwargs):
@@ -127,7 +137,8 @@ class SoftDPOTrainer(EncodedDPOTrainer):
             passes.append(model(**kwargs))
             return passes[-1]
 
-        # the reference's log-probabilities are in `inputs`, as if they had been computed before training
+        # the reference's log-probabilities are in `inputs`, as if they had been computed before
+        # training
         precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
         try:
             result = super()._compute_loss(recorded, inputs, return_outputs)
@@ -156,17 +167,22 @@ def dpo_trainer(
     pad_token_id: int,
     log: Callable[[str], None],
 ) -> tuple[type[EncodedDPOTrainer], SoftCollator | None]:
-    """Return the trainer class and data collator for TRL options and rows of `soft_rows`; log what the loss reads.
+    """Return the trainer class and data collator for TRL options and rows of `soft_rows`; log what
+    the loss reads.
 
-    The loss is TRL's own where no row has a soft column and `sigmoid` has no label_smoothing, or where the options do
-    not allow them. Raises UserError if that makes label_smoothing do nothing.
+    The loss is TRL's own where no row has a soft column and `sigmoid` has no label_smoothing, or
+    where the options do not allow them. Raises UserError if that makes label_smoothing do nothing.
     """
     columns = " and ".join(name for name in SOFT if name in rows[0])
     reason = unsupported_option(args)
     if reason and args.label_smoothing and list(args.loss_type) == ["sigmoid"]:
         raise UserError(f"'label_smoothing' of loss_type sigmoid does not go with {reason}")
     if columns:
-        log(f"{reason} does not read {columns} of the pairs" if reason else f"the loss reads {columns} of the pairs")
+        log(
+            f"{reason} does not read {columns} of the pairs"
+            if reason
+            else f"the loss reads {columns} of the pairs"
+        )
     if reason or not (columns or args.label_smoothing):
         return EncodedDPOTrainer, None
     return SoftDPOTrainer, SoftCollator(pad_token_id)

@@ -26,8 +26,20 @@ from rlhf.weights import check_finite
 
 # options that TRL has under the same names
 SHARED = (
-    *("learning_rate", "max_grad_norm", "per_device_train_batch_size", "logging_steps", "num_train_epochs"),
-    *("max_steps", "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "weight_decay"),
+    *(
+        "learning_rate",
+        "max_grad_norm",
+        "per_device_train_batch_size",
+        "logging_steps",
+        "num_train_epochs",
+    ),
+    *(
+        "max_steps",
+        "gradient_accumulation_steps",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "weight_decay",
+    ),
     "gradient_checkpointing",
 )
 
@@ -35,8 +47,8 @@ SHARED = (
 def trl_arguments(cls: type, run: Run, *, has_held_out: bool, **fixed: Any) -> Any:
     """Return TRL's config for this run; `fixed` are further values of it.
 
-    Raises UserError on a name or value under `trl:` that cannot be used, and where a schedule or optimizer lacks
-    arguments or packages.
+    Raises UserError on a name or value under `trl:` that cannot be used, and where a schedule or
+    optimizer lacks arguments or packages.
     """
     config = run.config
     on_gpu = run.world.device.type == "cuda"
@@ -78,7 +90,9 @@ def trl_overrides(cls: type, config: Any) -> dict[str, Any]:
     result = {}
     for name, value in config.trl.items():
         if name not in hints:
-            raise UserError(f"trl: '{name}' is no option of {cls.__name__}.{did_you_mean(name, hints)}")
+            raise UserError(
+                f"trl: '{name}' is no option of {cls.__name__}.{did_you_mean(name, hints)}"
+            )
         if hasattr(config, name):
             raise UserError(f"trl: '{name}' is an option of this program: --{name} {value}")
         try:
@@ -99,21 +113,26 @@ def refused_by_trl() -> Iterator[None]:
 
 
 def check_schedule(arguments: Any) -> None:
-    """Make the optimizer and its schedule for one weight, so that what they lack is known before training."""
+    """Make the optimizer and its schedule for one weight, so that what they lack is known before
+    training.
+    """
     cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     weight = torch.zeros(1, requires_grad=True)
     if cls.__module__.startswith("torch."):
         cls([weight], **options)
     optimizer = torch.optim.SGD([weight], lr=arguments.learning_rate)
     warmup = arguments.get_warmup_steps(100)
-    get_scheduler(arguments.lr_scheduler_type, optimizer, warmup, 100, arguments.lr_scheduler_kwargs)
+    get_scheduler(
+        arguments.lr_scheduler_type, optimizer, warmup, 100, arguments.lr_scheduler_kwargs
+    )
 
 
 def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float = 0.0) -> None:
-    """Switch dropout off where TRL's options ask for it, count what training costs, and silence the trainer.
+    """Switch dropout off where TRL's options ask for it, count what training costs, and silence the
+    trainer.
 
-    TRL's own `disable_dropout` (DPO and reward; SFT trains with dropout) misses dropout that a model calls as a
-    function, and takes away that of a new adapter: `lora_dropout` is put back.
+    TRL's own `disable_dropout` (DPO and reward; SFT trains with dropout) misses dropout that a
+    model calls as a function, and takes away that of a new adapter: `lora_dropout` is put back.
     """
     if getattr(trainer.args, "disable_dropout", False):
         disable_dropout(trainer.model, lora_dropout)
@@ -138,13 +157,15 @@ def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float
 def train(trainer: Trainer, callback: RunCallback, lora_dropout: float = 0.0) -> None:
     """Train to the end, from the run's checkpoint if it has one, writing checkpoints on the way.
 
-    `callback` is one of the trainer's. Raises Halt when a signal has ended it early, or a loss, gradient or weight is
-    not finite any more, and UserError when no step was made.
+    `callback` is one of the trainer's. Raises Halt when a signal has ended it early, or a loss,
+    gradient or weight is not finite any more, and UserError when no step was made.
     """
     run = callback.run
     rows, batch = len(trainer.train_dataset), trainer.args.train_batch_size * run.world.size
     if trainer.args.dataloader_drop_last and rows < batch:
-        raise UserError(f"trl: 'dataloader_drop_last' drops all {rows} rows, since a batch is {batch}: no step is left")
+        raise UserError(
+            f"trl: 'dataloader_drop_last' drops all {rows} rows, since a batch is {batch}: no step is left"
+        )
 
     prepare_trainer(trainer, callback.budget, lora_dropout)
     callback.trainer = trainer
@@ -156,24 +177,32 @@ def train(trainer: Trainer, callback: RunCallback, lora_dropout: float = 0.0) ->
     except ImportError as error:
         if not run.config.trl:
             raise
-        raise UserError(f"trl: {', '.join(run.config.trl)}: a package is missing: {error}") from None
+        raise UserError(
+            f"trl: {', '.join(run.config.trl)}: a package is missing: {error}"
+        ) from None
     if callback.stopped:
         raise run.interrupted_error(trainer.state.global_step)
 
 
 def held_out_loss(trainer: Trainer, run: Run) -> dict[str, float]:
-    """Return the trainer's own evaluation on its held-out rows, under our names; its callbacks log it.
+    """Return the trainer's own evaluation on its held-out rows, under our names; its callbacks log
+    it.
 
     Raises Halt if the loss is not finite: such a model is no result.
     """
     named = rename_trl(trainer.evaluate(), run.program)
     if not math.isfinite(named["eval/loss/total"]):
         raise not_finite(run, trainer.state.global_step, "the loss on held-out rows is not finite")
-    return {name: value for name, value in named.items() if name.startswith("eval/") and "eval/time" not in name}
+    return {
+        name: value
+        for name, value in named.items()
+        if name.startswith("eval/") and "eval/time" not in name
+    }
 
 
 def reference_context(model: Any, name: str = "reference") -> Callable | None:
-    """Return the context of the reference policy: the frozen copy `name` where there is one, else the bare base.
+    """Return the context of the reference policy: the frozen copy `name` where there is one, else
+    the bare base.
 
     None for a model that is trained whole.
     """
@@ -184,7 +213,8 @@ def reference_context(model: Any, name: str = "reference") -> Callable | None:
 
 
 def save_policy(run: Run, model: Any, initial: InitialModel, *, merge: bool = False) -> None:
-    """Write weights (the adapter, or whole weights), tokenizer and rlhf.json to the output_dir; call on all ranks.
+    """Write weights (the adapter, or whole weights), tokenizer and rlhf.json to the output_dir;
+    call on all ranks.
 
     Raises UserError, and writes nothing, if weights are not finite.
     """

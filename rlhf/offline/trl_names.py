@@ -40,16 +40,24 @@ TRL_NAMES: dict[str, dict[str, str]] = {
         "logits/rejected": "dpo/logit_rejected",
     },
 }
-# Speeds follow from time/; total_flos has its own idea of a flop (budget/flops is ours); train_loss is a mean over
-# the whole run in the place of a step; the evaluation's num_tokens counts training.
-DROPPED = {"total_flos", "train_loss", "num_input_tokens_seen", "eval_num_tokens", "eval_epoch", "step"}
+# Speeds follow from time/; total_flos has its own idea of a flop (budget/flops is ours); train_loss
+# is a mean over the whole run in the place of a step; the evaluation's num_tokens counts training.
+DROPPED = {
+    "total_flos",
+    "train_loss",
+    "num_input_tokens_seen",
+    "eval_num_tokens",
+    "eval_epoch",
+    "step",
+}
 
 
 def rename_trl(logs: dict[str, float], stage: Literal["sft", "reward", "dpo"]) -> dict[str, float]:
     """TRL's (and transformers') log names in our vocabulary; `eval_x` becomes `eval/<x renamed>`.
 
-    Names that are ours already pass and win over renamed ones (a callback may have counted `budget/tokens_trained`).
-    What has no name here is kept as `trl/<name>`, so that no number of a newer TRL is lost.
+    Names that are ours already pass and win over renamed ones (a callback may have counted
+    `budget/tokens_trained`). What has no name here is kept as `trl/<name>`, so that no number of a
+    newer TRL is lost.
     """
     if stage not in TRL_NAMES:
         raise ValueError(f"unknown stage {stage!r}, expected one of {', '.join(TRL_NAMES)}")
@@ -57,7 +65,11 @@ def rename_trl(logs: dict[str, float], stage: Literal["sft", "reward", "dpo"]) -
     ours = {name: value for name, value in logs.items() if is_known(name)}
     renamed = {}
     for name, value in logs.items():
-        if name in ours or name in DROPPED or name.endswith(("_samples_per_second", "_steps_per_second")):
+        if (
+            name in ours
+            or name in DROPPED
+            or name.endswith(("_samples_per_second", "_steps_per_second"))
+        ):
             continue
         if name == "eval_runtime":
             renamed["time/evaluate"] = value

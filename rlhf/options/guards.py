@@ -19,10 +19,11 @@ ACTIONS = ("off", "warn", "skip", "end", "stop", "rollback")
 class Guard:
     """One guard over a run; a setting that is None is one that this guard does not have.
 
-    `window` is how many steps in a row the fault must last; for `not_finite` and `ratio` it is the stretch in which
-    skips are counted. `limit` is how many skips in that stretch, or rollbacks in the run, are allowed before the next
-    becomes a stop. `help` says what the fault means, `refused` why the actions not in `actions` are not allowed. A
-    threshold lies between `lower` and `upper`, and a window is at least `shortest`.
+    `window` is how many steps in a row the fault must last; for `not_finite` and `ratio` it is the
+    stretch in which skips are counted. `limit` is how many skips in that stretch, or rollbacks in
+    the run, are allowed before the next becomes a stop. `help` says what the fault means, `refused`
+    why the actions not in `actions` are not allowed. A threshold lies between `lower` and `upper`,
+    and a window is at least `shortest`.
     """
 
     threshold: float | None
@@ -39,7 +40,10 @@ class Guard:
     shortest: int = 1
 
 
-_STEP = {"actions": ("off", "warn", "stop", "rollback"), "refused": "it sees a step only after its updates were made"}
+_STEP = {
+    "actions": ("off", "warn", "stop", "rollback"),
+    "refused": "it sees a step only after its updates were made",
+}
 
 GUARDS: dict[str, Guard] = {
     "target_kl": Guard(
@@ -130,8 +134,8 @@ def current_name(name: str) -> str:
 def check_guards(overrides: dict[str, Any]) -> dict[str, Guard]:
     """Return GUARDS with the user's settings.
 
-    A value is a mapping of settings, or short for one: `off`, an action, or a number for the threshold. Raises
-    UserError for what is unknown, out of range or makes no sense.
+    A value is a mapping of settings, or short for one: `off`, an action, or a number for the
+    threshold. Raises UserError for what is unknown, out of range or makes no sense.
     """
     # pydantic takes as long to import as a program's --help takes in all
     from rlhf.validation import validate
@@ -150,7 +154,9 @@ def check_guards(overrides: dict[str, Any]) -> dict[str, Guard]:
 
 
 def _settings_model(guard: Guard) -> type:
-    """Return the pydantic model of the settings that a guard has, which are those that are not None."""
+    """Return the pydantic model of the settings that a guard has, which are those that are not
+    None.
+    """
     from typing import Annotated
 
     from pydantic import BeforeValidator, Field, create_model
@@ -167,7 +173,9 @@ def _settings_model(guard: Guard) -> type:
         "limit": Annotated[Count, Field(ge=0)],
         "watch": Annotated[tuple[str, ...], BeforeValidator(_as_list)],
     }
-    defaults = {field.name: getattr(guard, field.name) for field in fields(guard) if field.name in types}
+    defaults = {
+        field.name: getattr(guard, field.name) for field in fields(guard) if field.name in types
+    }
     known = {name: (types[name], value) for name, value in defaults.items() if value is not None}
     return create_model("GuardSettings", __base__=Spec, **known)
 
@@ -183,7 +191,9 @@ def _as_mapping(value: Any, where: str) -> dict[str, Any]:
         return {"action": value} if value.isalpha() else {"threshold": value}
     if isinstance(value, (int, float)) and value is not True:
         return {"threshold": value}
-    raise UserError(f"{where}: found {value!r}, expected settings such as {{threshold: 1, action: warn}}, or off")
+    raise UserError(
+        f"{where}: found {value!r}, expected settings such as {{threshold: 1, action: warn}}, or off"
+    )
 
 
 def _as_list(value: Any) -> Any:
@@ -191,11 +201,15 @@ def _as_list(value: Any) -> Any:
 
 
 def _action(guard: Guard, found: Any) -> str:
-    """Return the name of an action; raise ValueError where there is none such or the guard does not allow it."""
+    """Return the name of an action; raise ValueError where there is none such or the guard does not
+    allow it.
+    """
     action = "off" if found is None or found is False else str(found)
     allowed = ", ".join(guard.actions)
     if action not in ACTIONS:
-        raise ValueError(f"found {found!r}, expected one of {allowed}.{did_you_mean(action, ACTIONS)}")
+        raise ValueError(
+            f"found {found!r}, expected one of {allowed}.{did_you_mean(action, ACTIONS)}"
+        )
     if action not in guard.actions:
         raise ValueError(f"cannot be {action}: {guard.refused}. Possible: {allowed}")
     return action

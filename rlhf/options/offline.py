@@ -22,7 +22,9 @@ class SFTRunConfig(TrainerConfig, SamplingConfig):
     """Supervised fine-tuning on instructions; the loss is on the response and its EOS."""
 
     learning_rate: float = option(2e-4, "peak step size of AdamW", above=0, high=1)
-    merge: bool = option(False, "save full weights with the adapter merged in, instead of the adapter")
+    merge: bool = option(
+        False, "save full weights with the adapter merged in, instead of the adapter"
+    )
 
     def validate(self) -> None:
         super().validate()
@@ -44,20 +46,26 @@ class RewardRunConfig(TrainerConfig, RunConfig):
         0.0, "probability that a label is wrong, for pairs without a label_prob", low=0, below=0.5
     )
     normalise: Literal["mean", "mean_std", "none"] = option(
-        "mean", "after training, shift scores so that reference answers have mean 0 (mean_std: and deviation 1)"
+        "mean",
+        "after training, shift scores so that reference answers have mean 0 (mean_std: and deviation 1)",
     )
     reference_data: list[str] | None = option(
-        None, "instructions whose answers score 0 on average; default: the chosen answers of the held-out pairs"
+        None,
+        "instructions whose answers score 0 on average; default: the chosen answers of the held-out pairs",
     )
 
 
 @dataclass(kw_only=True)
 class DPORunConfig(TrainerConfig, SamplingConfig):
-    """DPO on preference pairs, from the SFT policy; the reference is a frozen copy of the initial policy."""
+    """DPO on preference pairs, from the SFT policy; the reference is a frozen copy of the initial
+    policy.
+    """
 
     learning_rate: float = option(5e-6, "peak step size of AdamW", above=0, high=1)
     beta: float = option(
-        0.1, "strength of the pull to the reference; a smaller one lets the policy move further", above=0
+        0.1,
+        "strength of the pull to the reference; a smaller one lets the policy move further",
+        above=0,
     )
     loss_type: list[Loss] = option(["sigmoid"], "TRL's losses by name")
     label_smoothing: float = option(
@@ -69,7 +77,11 @@ class DPORunConfig(TrainerConfig, SamplingConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.label_smoothing and self.loss_type != ["sigmoid"] and SMOOTHED.isdisjoint(self.loss_type):
+        if (
+            self.label_smoothing
+            and self.loss_type != ["sigmoid"]
+            and SMOOTHED.isdisjoint(self.loss_type)
+        ):
             raise UserError(
                 f"'label_smoothing' has no effect on loss_type {', '.join(self.loss_type)} in TRL; use sigmoid "
                 "alone or robust"

@@ -1,6 +1,6 @@
-"""The options of PPO. Defaults are those of *The N+ implementation details of RLHF with PPO* (arXiv 2403.17031) but
-for sizes that have to fit the machine (batch, episodes, lengths), the temperature, and LoRA's step sizes;
-docs/algorithms.md lists each with its source.
+"""The options of PPO. Defaults are those of *The N+ implementation details of RLHF with PPO* (arXiv
+2403.17031) but for sizes that have to fit the machine (batch, episodes, lengths), the temperature,
+and LoRA's step sizes; docs/algorithms.md lists each with its source.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class RolloutOptions:
     samples_per_prompt: int = option(1, "responses to each prompt of a rollout", low=1)
     num_ppo_epochs: int = option(4, "passes over each rollout", low=1)
     num_mini_batches: int = option(1, "optimizer steps in each pass", low=1)
-    lr_scheduler_type: Literal["linear", "constant"] = option("linear", "linear: decays to 0 at the end of the run")
+    lr_scheduler_type: Literal["linear", "constant"] = option(
+        "linear", "linear: decays to 0 at the end of the run"
+    )
     adam_epsilon: float = option(1e-5, "AdamW's epsilon (2403.17031)", above=0)
 
 
@@ -31,9 +33,15 @@ class RolloutOptions:
 class ScoreOptions:
     """Scores."""
 
-    reward: list[dict] = option(help="scorers to learn from: [{model: runs/reward}, {voice: FILE, weight: 0.5}, ...]")
-    normalize_scores: bool = option(False, "standardise scores by their running mean and standard deviation")
-    score_clip: float | None = option(None, "clip scores to plus and minus this, after normalisation", above=0)
+    reward: list[dict] = option(
+        help="scorers to learn from: [{model: runs/reward}, {voice: FILE, weight: 0.5}, ...]"
+    )
+    normalize_scores: bool = option(
+        False, "standardise scores by their running mean and standard deviation"
+    )
+    score_clip: float | None = option(
+        None, "clip scores to plus and minus this, after normalisation", above=0
+    )
     missing_eos: Literal["min", "replace", "subtract"] = option(
         "min",
         "min: a truncated response scores at most missing_eos_score; replace: exactly that (2403.17031); subtract: its "
@@ -57,16 +65,21 @@ class AdvantageOptions:
     gamma: float = option(1.0, "discount of later rewards, in gae", low=0, high=1)
     gae_lambda: float = option(0.95, "bias-variance trade-off of gae", low=0, high=1)
     whiten_advantages: bool | None = option(
-        None, "advantages with mean 0 and variance 1 over all response tokens of the rollout; default: only for gae"
+        None,
+        "advantages with mean 0 and variance 1 over all response tokens of the rollout; default: only for gae",
     )
-    whiten_rewards: bool = option(False, "scale the token rewards of a rollout to variance 1, keeping their mean")
+    whiten_rewards: bool = option(
+        False, "scale the token rewards of a rollout to variance 1, keeping their mean"
+    )
 
 
 @dataclass(kw_only=True)
 class KLOptions:
     """The KL penalty."""
 
-    kl_coef: float = option(0.05, "weight of the per-token KL penalty to the reference policy; 0 disables it", low=0)
+    kl_coef: float = option(
+        0.05, "weight of the per-token KL penalty to the reference policy; 0 disables it", low=0
+    )
     kl_in: Literal["reward", "loss"] = option(
         "reward", "where the KL enters: each token's reward, or the policy's loss"
     )
@@ -98,7 +111,9 @@ class PolicyLossOptions:
     clip_range: float = option(0.2, "clip range of the probability ratio", above=0)
     clip_range_high: float | None = option(None, "upper clip range, by default clip_range", above=0)
     entropy_coef: float = option(0.0, "weight of the entropy bonus", low=0)
-    ptx_coef: float = option(0.0, "weight of the loss on pretraining data mixed into each update (PPO-ptx)", low=0)
+    ptx_coef: float = option(
+        0.0, "weight of the loss on pretraining data mixed into each update (PPO-ptx)", low=0
+    )
     ptx_data: list[str] | None = option(None, "instructions that serve as pretraining data")
 
 
@@ -113,10 +128,13 @@ class CriticOptions:
         high=1,
     )
     critic_from: Literal["auto", "reward", "policy", "fresh"] = option(
-        "auto", "what the critic starts from; auto: the reward model where it is a role on the base, else the policy"
+        "auto",
+        "what the critic starts from; auto: the reward model where it is a role on the base, else the policy",
     )
     critic_warmup_steps: int = option(0, "first steps, in which only the critic learns", low=0)
-    value_clip_range: float | None = option(0.2, "clip range of the values; none: no clipping", above=0)
+    value_clip_range: float | None = option(
+        0.2, "clip range of the values; none: no clipping", above=0
+    )
     vf_coef: float = option(
         0.1,
         "weight of the value loss. AdamW is nearly invariant to the scale of a loss, but both losses are clipped to "
@@ -136,17 +154,29 @@ class PPOConfig(
     SamplingConfig,
     AdapterConfig,
 ):
-    """PPO with a KL penalty to the SFT policy; policy, value, reference and reward are adapters on one base."""
+    """PPO with a KL penalty to the SFT policy; policy, value, reference and reward are adapters on
+    one base.
+    """
 
     learning_rate: float = option(
-        1e-5, "peak step size of the policy; LoRA tolerates more than the 3e-6 of 2403.17031", above=0, high=1
+        1e-5,
+        "peak step size of the policy; LoRA tolerates more than the 3e-6 of 2403.17031",
+        above=0,
+        high=1,
     )
     guards: dict = option(
-        {}, "changes to the guards of docs/guards.md, e.g. {max_kl: {threshold: 30}, length: off}", resume="free"
+        {},
+        "changes to the guards of docs/guards.md, e.g. {max_kl: {threshold: 30}, length: off}",
+        resume="free",
     )
-    max_response_length: int = option(128, "tokens with EOS; a longer response is truncated there", low=1)
+    max_response_length: int = option(
+        128, "tokens with EOS; a longer response is truncated there", low=1
+    )
     save_steps: int = option(
-        10, "save a checkpoint every this many steps, with each evaluation and at the end", resume="free", low=0
+        10,
+        "save a checkpoint every this many steps, with each evaluation and at the end",
+        resume="free",
+        low=0,
     )
 
     def validate(self) -> None:
@@ -160,9 +190,13 @@ class PPOConfig(
         if size < self.num_mini_batches:
             raise UserError(f"{self.num_mini_batches} minibatches out of {size} responses")
         if self.total_episodes < size:
-            raise UserError(f"total_episodes {self.total_episodes} is less than one rollout of {size}")
+            raise UserError(
+                f"total_episodes {self.total_episodes} is less than one rollout of {size}"
+            )
         if self.kl_target is not None and self.kl_coef == 0:
-            raise UserError("'kl_target' adapts 'kl_coef' by factors, so 'kl_coef' cannot start at 0")
+            raise UserError(
+                "'kl_target' adapts 'kl_coef' by factors, so 'kl_coef' cannot start at 0"
+            )
         if self.kl_target is not None and self.horizon < size:
             raise UserError(f"'kl_horizon' is {self.kl_horizon}, less than one rollout of {size}")
         if self.missing_eos == "subtract" and (self.missing_eos_score or 0.0) > 0:
@@ -176,9 +210,13 @@ class PPOConfig(
                 "example --samples_per_prompt 4"
             )
         if not self.has_critic and self.critic_warmup_steps:
-            raise UserError(f"'critic_warmup_steps' is set, but {self.advantage_estimator} has no critic")
+            raise UserError(
+                f"'critic_warmup_steps' is set, but {self.advantage_estimator} has no critic"
+            )
         if bool(self.ptx_coef) != bool(self.ptx_data):
-            raise UserError("'ptx_coef' and 'ptx_data' belong together: a weight and the data that it applies to")
+            raise UserError(
+                "'ptx_coef' and 'ptx_data' belong together: a weight and the data that it applies to"
+            )
 
     @property
     def total_steps(self) -> int:
@@ -202,4 +240,8 @@ class PPOConfig(
 
     @property
     def whitens(self) -> bool:
-        return self.advantage_estimator == "gae" if self.whiten_advantages is None else self.whiten_advantages
+        return (
+            self.advantage_estimator == "gae"
+            if self.whiten_advantages is None
+            else self.whiten_advantages
+        )

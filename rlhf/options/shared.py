@@ -16,7 +16,9 @@ from rlhf.errors import UserError
 class ModelOptions:
     """The model and its precision."""
 
-    model_name_or_path: str = option(help="the model to start from: a Hub name, a folder of weights, or an adapter")
+    model_name_or_path: str = option(
+        help="the model to start from: a Hub name, a folder of weights, or an adapter"
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
         "auto",
         "dtype of the base model; auto is bfloat16 on a GPU and float32 elsewhere. PPO's adapters stay in float32",
@@ -25,9 +27,12 @@ class ModelOptions:
         None,
         "sdpa, eager, flash_attention_2, ...; default: that of the initial model, else sdpa where the model has it",
     )
-    gradient_checkpointing: bool = option(False, "recompute activations: less memory, about a third more time")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations: less memory, about a third more time"
+    )
     deepspeed: str = option(
-        "zero2", "DeepSpeed JSON, or zero0, zero2, zero3, zero3_offload; used under the `deepspeed` launcher"
+        "zero2",
+        "DeepSpeed JSON, or zero0, zero2, zero3, zero3_offload; used under the `deepspeed` launcher",
     )
 
 
@@ -35,23 +40,38 @@ class ModelOptions:
 class DataOptions:
     """The data."""
 
-    data: list[str] = option(help="files (.jsonl .json .csv .parquet), preference stores (.db) or Hub names")
+    data: list[str] = option(
+        help="files (.jsonl .json .csv .parquet), preference stores (.db) or Hub names"
+    )
     aggregate: Literal["each", "majority", "skill"] = option(
-        "each", "how votes in a store become pairs: each vote for a side, or one label a pair by majority or by skill"
+        "each",
+        "how votes in a store become pairs: each vote for a side, or one label a pair by majority or by skill",
     )
     half: Literal["all", "a", "b"] = option(
         "all", "train on one half of the groups, so that a referee can learn from the other"
     )
-    validation_fraction: float = option(0.05, "share of groups held out for evaluation while training", low=0, high=1)
+    validation_fraction: float = option(
+        0.05, "share of groups held out for evaluation while training", low=0, high=1
+    )
     test_fraction: float = option(
         0.1, "share of groups held out for `rlhf compare`; no program reads them", low=0, high=1
     )
-    limit: int | None = option(None, "read only this many rows of the data, selected by the hash of their group", low=1)
-    on_error: Literal["stop", "skip"] = option("stop", "what to do with rows that cannot be used", old_name="on_bad")
-    max_dropped: float = option(
-        0.5, "stop if more than this share of the training rows is dropped; 1: never", resume="free", low=0, high=1
+    limit: int | None = option(
+        None, "read only this many rows of the data, selected by the hash of their group", low=1
     )
-    max_prompt_length: int = option(512, "tokens; rows with longer prompts are dropped and counted", low=1)
+    on_error: Literal["stop", "skip"] = option(
+        "stop", "what to do with rows that cannot be used", old_name="on_bad"
+    )
+    max_dropped: float = option(
+        0.5,
+        "stop if more than this share of the training rows is dropped; 1: never",
+        resume="free",
+        low=0,
+        high=1,
+    )
+    max_prompt_length: int = option(
+        512, "tokens; rows with longer prompts are dropped and counted", low=1
+    )
     max_response_length: int = option(
         512, "tokens with EOS; longer responses are dropped and counted, or cut off in PPO", low=1
     )
@@ -64,22 +84,35 @@ class OptimizerOptions:
     seed: int = option(0, "run seed: data order, initial adapters, sampling", **SEED)
     learning_rate: float = option(1e-4, "peak step size of AdamW", above=0, high=1)
     max_grad_norm: float = option(1.0, "gradients are clipped to this joint norm", above=0)
-    per_device_train_batch_size: int = option(8, "rows in one forward and backward pass on each device", low=1)
+    per_device_train_batch_size: int = option(
+        8, "rows in one forward and backward pass on each device", low=1
+    )
 
 
 @dataclass(kw_only=True)
 class OutputOptions:
     """Output and checkpoints."""
 
-    output_dir: str = option(help="the folder for weights, metrics, configuration and result", resume="free")
-    overwrite_output_dir: bool = option(False, "start over in a folder that holds a run", resume="free")
+    output_dir: str = option(
+        help="the folder for weights, metrics, configuration and result", resume="free"
+    )
+    overwrite_output_dir: bool = option(
+        False, "start over in a folder that holds a run", resume="free"
+    )
     resume: str = option(
-        "auto", "auto: from the newest complete checkpoint in output_dir; never; or the folder of one", resume="free"
+        "auto",
+        "auto: from the newest complete checkpoint in output_dir; never; or the folder of one",
+        resume="free",
     )
     save_steps: int = option(
-        100, "save a checkpoint every this many steps, with each evaluation and at the end", resume="free", low=0
+        100,
+        "save a checkpoint every this many steps, with each evaluation and at the end",
+        resume="free",
+        low=0,
     )
-    save_total_limit: int = option(2, "keep this many of the newest checkpoints, and the best", resume="free", low=1)
+    save_total_limit: int = option(
+        2, "keep this many of the newest checkpoints, and the best", resume="free", low=1
+    )
 
 
 @dataclass(kw_only=True)
@@ -90,9 +123,15 @@ class LoggingOptions:
         0, "evaluate every this many steps; 0: only at the start and the end", resume="free", low=0
     )
     logging_steps: int = option(10, "write metrics every this many steps", resume="free", low=1)
-    report_to: Literal["none", "wandb"] = option("none", "wandb: offline when no key is set", resume="free")
-    project: str | None = option(None, "W&B project; default: WANDB_PROJECT, else rlhf", resume="free")
-    run_name: str | None = option(None, "W&B name; default: WANDB_NAME, else the output_dir", resume="free")
+    report_to: Literal["none", "wandb"] = option(
+        "none", "wandb: offline when no key is set", resume="free"
+    )
+    project: str | None = option(
+        None, "W&B project; default: WANDB_PROJECT, else rlhf", resume="free"
+    )
+    run_name: str | None = option(
+        None, "W&B name; default: WANDB_NAME, else the output_dir", resume="free"
+    )
 
 
 @dataclass(kw_only=True)
@@ -113,13 +152,18 @@ def check_output_dir(path: str) -> None:
     folder = Path(path).resolve()
     existing = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
     if not existing.is_dir():
-        raise UserError(f"output_dir '{path}': {existing} is not a folder. Choose another --output_dir")
+        raise UserError(
+            f"output_dir '{path}': {existing} is not a folder. Choose another --output_dir"
+        )
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"output_dir '{path}': {existing} cannot be written. Choose another --output_dir")
+        raise UserError(
+            f"output_dir '{path}': {existing} cannot be written. Choose another --output_dir"
+        )
 
 
 def check_apart(name: str, value: Any, output_dir: str) -> None:
-    """Raise UserError if option `name` reads, anywhere in `value`, the output_dir or something inside it.
+    """Raise UserError if option `name` reads, anywhere in `value`, the output_dir or something
+    inside it.
 
     A run replaces what is in its output_dir, and inputs are never written.
     """
@@ -128,7 +172,11 @@ def check_apart(name: str, value: Any, output_dir: str) -> None:
         check_apart(name, item, output_dir)
     # a preference store may be named at one of its events: votes.db@118
     file = re.sub(r"@\d+$", "", value) if isinstance(value, str) else ""
-    if file and os.path.exists(file) and Path(file).resolve().is_relative_to(Path(output_dir).resolve()):
+    if (
+        file
+        and os.path.exists(file)
+        and Path(file).resolve().is_relative_to(Path(output_dir).resolve())
+    ):
         raise UserError(
             f"'{name}' reads {value}, which is inside output_dir {output_dir}: the run would overwrite its own input. "
             "Choose another --output_dir"
@@ -152,21 +200,29 @@ class SamplingConfig(RunConfig):
         [], "evaluation-only scorers, e.g. [{voice: configs/voices/outdoor.yaml}]", resume="free"
     )
     temperature: float = option(1.0, "sampling temperature, in training and evaluation", above=0)
-    generation_batch_size: int = option(64, "responses generated together on each device", resume="free", low=1)
+    generation_batch_size: int = option(
+        64, "responses generated together on each device", resume="free", low=1
+    )
 
 
 @dataclass(kw_only=True)
 class AdapterConfig:
     """The LoRA adapter."""
 
-    lora_r: int = option(16, "rank of a new adapter; an adapter that is trained further keeps its own", low=1)
+    lora_r: int = option(
+        16, "rank of a new adapter; an adapter that is trained further keeps its own", low=1
+    )
     lora_alpha: int = option(32, "the adapter is scaled by alpha / r", low=1)
     lora_dropout: float = option(
-        0.0, "dropout on the adapter's input in SFT, reward model and DPO; PPO has none", low=0, below=1
+        0.0,
+        "dropout on the adapter's input in SFT, reward model and DPO; PPO has none",
+        low=0,
+        below=1,
     )
     lora_target_modules: list[str] = option(["all-linear"], "modules that get an adapter")
     train_eos: Literal["auto", "always", "never"] = option(
-        "auto", "train the EOS token's row of the output head beside LoRA; auto: where it was never trained"
+        "auto",
+        "train the EOS token's row of the output head beside LoRA; auto: where it was never trained",
     )
 
 
@@ -177,13 +233,19 @@ class TrainerConfig(AdapterConfig):
     use_peft: bool = option(True, "train LoRA adapters; false: train the whole model")
     num_train_epochs: float = option(1.0, "passes over the data", resume="free", above=0)
     max_steps: int = option(-1, "stop after this many steps; -1: by epochs", resume="free", low=-1)
-    gradient_accumulation_steps: int = option(1, "forward and backward passes before each step", low=1)
+    gradient_accumulation_steps: int = option(
+        1, "forward and backward passes before each step", low=1
+    )
     lr_scheduler_type: str = option("linear", "linear, cosine, constant, ... as in transformers")
-    warmup_steps: float = option(0.0, "warm-up steps of the learning rate; below 1: a share of all steps", low=0)
+    warmup_steps: float = option(
+        0.0, "warm-up steps of the learning rate; below 1: a share of all steps", low=0
+    )
     weight_decay: float = option(0.0, "weight decay of AdamW", low=0)
     trl: dict = option({}, "any further option of TRL's config for this stage, by its name")
 
     def validate(self) -> None:
         super().validate()
         if self.max_steps == 0:
-            raise UserError("'max_steps' is 0, expected -1 (by epochs) or at least 1: a run needs at least one step")
+            raise UserError(
+                "'max_steps' is 0, expected -1 (by epochs) or at least 1: a run needs at least one step"
+            )

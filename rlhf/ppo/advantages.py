@@ -1,7 +1,9 @@
-"""From scores to advantages: score shaping, KL estimates, token rewards, advantage estimators, the KL controller.
+"""From scores to advantages: score shaping, KL estimates, token rewards, advantage estimators, the
+KL controller.
 
-Column t of every (B, T) tensor is about response token t: its log-probability, the value of the state before it, its
-reward, its advantage. The mask is True exactly where the policy sampled a token, EOS included.
+Column t of every (B, T) tensor is about response token t: its log-probability, the value of the
+state before it, its reward, its advantage. The mask is True exactly where the policy sampled a
+token, EOS included.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from rlhf.tensors import masked_sum_rows
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Return log p - log p_ref of the sampled token: the unbiased estimate of KL(p || p_ref), which may be negative
-    (Schulman 2020, "Approximating KL divergence", k1)."""
+    (Schulman 2020, "Approximating KL divergence", k1).
+    """
     return logprobs - ref_logprobs
 
 
@@ -31,7 +34,9 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """Return (r - 1) - log r with r = p_ref / p: unbiased too, never negative, of lower variance (ibid., k3)."""
+    """Return (r - 1) - log r with r = p_ref / p: unbiased too, never negative, of lower variance
+    (ibid., k3).
+    """
     log_ratio = ref_logprobs - logprobs
     return torch.expm1(log_ratio) - log_ratio
 
@@ -57,8 +62,8 @@ def shape_scores(
     s <- EOS rule                          where the response did not end, by `missing_eos`
     s <- s - length_penalty * length       length in tokens
 
-    EOS rule, m = missing_eos_score: `min` min(s, m), so that not ending never pays; `replace` m (2403.17031, detail
-    23); `subtract` s + m, m being negative (TRL's missing_eos_penalty is -m).
+    EOS rule, m = missing_eos_score: `min` min(s, m), so that not ending never pays; `replace` m
+    (2403.17031, detail 23); `subtract` s + m, m being negative (TRL's missing_eos_penalty is -m).
     """
     if moments is not None:
         scores = (scores - moments[0]) / moments[1]
@@ -75,7 +80,8 @@ def shape_scores(
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """r_t = -kl_coef * kl_t, and the response's score is added at its last response token (Ziegler et al. 2019, eq. 2).
+    """r_t = -kl_coef * kl_t, and the response's score is added at its last response token (Ziegler
+    et al. 2019, eq. 2).
 
     scores (B,), kl and mask (B, T) -> (B, T), 0 where the mask is False.
     """
@@ -87,8 +93,11 @@ def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> T
     return rewards
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Estimate advantages by GAE (Schulman et al. 2016, eq. 16); the state after the last token is worth 0.
+def gae(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Estimate advantages by GAE (Schulman et al. 2016, eq. 16); the state after the last token is
+    worth 0.
 
         delta_t = r_t + gamma V_{t+1} - V_t,    A_t = delta_t + gamma lam A_{t+1},    R_t = A_t + V_t
 
@@ -107,11 +116,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def rloo(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
-    """Estimate advantages against the mean of the prompt's other samples (Ahmadian et al. 2024, arXiv 2402.14740).
+    """Estimate advantages against the mean of the prompt's other samples (Ahmadian et al. 2024,
+    arXiv 2402.14740).
 
         A_i = R_i - 1/(k-1) sum_{j != i} R_j = k/(k-1) (R_i - mean R),      R_i = sum_t r_t of response i
 
-    rewards (B, T), group (B,) which prompt a row answers, k >= 2 rows each. Returns A_i on every token, (B, T).
+    rewards (B, T), group (B,) which prompt a row answers, k >= 2 rows each. Returns A_i on every
+    token, (B, T).
     """
     totals = masked_sum_rows(rewards, mask)
     mean, size, _ = _group_moments(totals, group)
@@ -119,7 +130,8 @@ def rloo(rewards: Tensor, mask: Tensor, group: Tensor) -> Tensor:
 
 
 def grpo(rewards: Tensor, mask: Tensor, group: Tensor, eps: float = 1e-4) -> Tensor:
-    """Return the score in standard deviations of its group (Shao et al. 2024, arXiv 2402.03300, sec. 4.1.2).
+    """Return the score in standard deviations of its group (Shao et al. 2024, arXiv 2402.03300,
+    sec. 4.1.2).
 
         A_i = (R_i - mean R) / (std R + eps),      std over k - 1
 
@@ -153,7 +165,9 @@ def _on_tokens(rows: Tensor, mask: Tensor) -> Tensor:
 
 @dataclass
 class RunningMoments:
-    """Mean and population variance of all numbers seen (Chan, Golub and LeVeque 1979: batches merged exactly)."""
+    """Mean and population variance of all numbers seen (Chan, Golub and LeVeque 1979: batches
+    merged exactly).
+    """
 
     count: float = 0.0
     mean: float = 0.0
@@ -162,7 +176,11 @@ class RunningMoments:
     def update(self, values: Tensor) -> None:
         n, values = len(values), values.double()
         mean = float(values.mean())
-        squares, shift, total = float(((values - mean) ** 2).sum()), mean - self.mean, self.count + n
+        squares, shift, total = (
+            float(((values - mean) ** 2).sum()),
+            mean - self.mean,
+            self.count + n,
+        )
         self.squares += squares + shift**2 * self.count * n / total
         self.mean += shift * n / total
         self.count = total
@@ -178,7 +196,8 @@ class RunningMoments:
 
 @dataclass
 class KLController:
-    """The weight of the KL in the reward: fixed, or adapted towards a target (Ziegler et al. 2019, sec. 2.2).
+    """The weight of the KL in the reward: fixed, or adapted towards a target (Ziegler et al. 2019,
+    sec. 2.2).
 
     With a target, after a step of n responses that measured `kl` nats a response:
         e = clip(kl / target - 1, -0.2, 0.2),    coef <- coef * (1 + e * n / horizon)

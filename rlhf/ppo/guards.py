@@ -1,7 +1,8 @@
 """What skips, stops or rolls back a PPO run, and says why.
 
-Numbers in, decisions out: no tensors and no ranks. Every rank calls `Guards` with the same numbers and so decides the
-same. Their thresholds and actions stand in rlhf/options/guards.py; docs/guards.md explains them.
+Numbers in, decisions out: no tensors and no ranks. Every rank calls `Guards` with the same numbers
+and so decides the same. Their thresholds and actions stand in rlhf/options/guards.py;
+docs/guards.md explains them.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ ROUNDING = 0.01  # nats: a KL nearer to 0 is not called negative
 class Decision:
     """What is to be done, and why.
 
-    action: `warn` goes on; `skip` leaves out this update (or, after scoring, this rollout); `end` leaves out this
-    update and the later ones of this rollout; `stop` ends the run; `rollback` returns to the last good checkpoint,
-    one made before step `since`.
+    action: `warn` goes on; `skip` leaves out this update (or, after scoring, this rollout); `end`
+    leaves out this update and the later ones of this rollout; `stop` ends the run; `rollback`
+    returns to the last good checkpoint, one made before step `since`.
     """
 
     guard: str
@@ -47,14 +48,19 @@ class Decision:
 
 
 def check_watched(overrides: dict[str, Any], scorers: Iterable[str]) -> None:
-    """Raise UserError where the guard `hacking` is to watch a score that none of these scorers gives.
+    """Raise UserError where the guard `hacking` is to watch a score that none of these scorers
+    gives.
 
     Whether a scorer has a part of that name (`scorer/part`) is known only after its first scores.
     """
     known = [*scorers]
     for name in check_guards(overrides)["hacking"].watch or ():
         metric = watched_metric(name)
-        if metric.startswith("score/") and metric not in METRICS and metric.split("/")[1] not in known:
+        if (
+            metric.startswith("score/")
+            and metric not in METRICS
+            and metric.split("/")[1] not in known
+        ):
             hint = did_you_mean(name, known)
             raise UserError(
                 f"guards.hacking.watch: '{name}' is not a score of this run.{hint} Scorers: {', '.join(known)}"
@@ -62,42 +68,60 @@ def check_watched(overrides: dict[str, Any], scorers: Iterable[str]) -> None:
 
 
 def watched_metric(name: str) -> str:
-    """Return the metric that a name under hacking's `watch` stands for: itself, or that of a scorer."""
+    """Return the metric that a name under hacking's `watch` stands for: itself, or that of a
+    scorer.
+    """
     return name if is_known(name) else f"score/{name}"
 
 
 class Guards:
     """The guards of one run with their state: baselines, streaks, events.
 
-    They are asked at four points: `scores` after scoring, `first` before the run's first update, `update` before each
-    optimizer step, `step` after each PPO step. A check ends in `_sustained` (a fault must last some steps) or `_fault`
-    (it acts at once), and both in `_decide`, which records the decision.
+    They are asked at four points: `scores` after scoring, `first` before the run's first update,
+    `update` before each optimizer step, `step` after each PPO step. A check ends in `_sustained` (a
+    fault must last some steps) or `_fault` (it acts at once), and both in `_decide`, which records
+    the decision.
     """
 
     def __init__(self, overrides: dict[str, Any] | None = None, monitored: Iterable[str] = ()):
-        """`monitored`: scores that should not fall while score/raw rises, unless hacking's `watch` names some."""
+        """`monitored`: scores that should not fall while score/raw rises, unless hacking's `watch`
+        names some.
+        """
         self.guards = check_guards(overrides or {})
         names = self.guards["hacking"].watch or tuple(monitored)
         self.monitored = [watched_metric(name) for name in names]
         self.events: list[dict[str, Any]] = []
         self.rollbacks, self.rate_scale = 0, 1.0
-        self.counts = {"skipped_updates": 0, "skipped_rollouts": 0, "shortened_rollouts": 0, "warnings": 0}
+        self.counts = {
+            "skipped_updates": 0,
+            "skipped_rollouts": 0,
+            "shortened_rollouts": 0,
+            "warnings": 0,
+        }
         self._unread: list[Decision] = []
         self._remember({})
 
     def update(self, step: int, numbers: dict[str, float]) -> Decision | None:
-        """Check an update before its optimizer step: loss, grad/norm, ppo/ratio and ppo/approx_kl, as far as known."""
+        """Check an update before its optimizer step: loss, grad/norm, ppo/ratio and ppo/approx_kl,
+        as far as known.
+        """
         self.updates += 1
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]
         if bad:
             what = f"{bad[0]} of an update is {numbers[bad[0]]}"
-            return self._fault("not_finite", "updates", self.updates, step, numbers[bad[0]], None, what)
+            return self._fault(
+                "not_finite", "updates", self.updates, step, numbers[bad[0]], None, what
+            )
         approx_kl = numbers.get("ppo/approx_kl")
-        found = [self._ratio(step, numbers.get("ppo/ratio"), approx_kl), self._target_kl(step, approx_kl)]
+        found = [
+            self._ratio(step, numbers.get("ppo/ratio"), approx_kl),
+            self._target_kl(step, approx_kl),
+        ]
         return _most_severe(found)
 
     def scores(self, step: int, message: str | None) -> Decision | None:
-        """Judge the message of a scorer that gave NaN or inf, naming it and the prompt; None if all is well.
+        """Judge the message of a scorer that gave NaN or inf, naming it and the prompt; None if all
+        is well.
 
         A skip means that nothing is learnt from this rollout.
         """
@@ -105,15 +129,23 @@ class Guards:
             return None
         return self._fault("not_finite", "rollouts", step, step, math.nan, None, message)
 
-    def first(self, step: int, metrics: dict[str, float], spread: float, responses: int) -> Decision | None:
-        """Check the metrics of the rollout before the run's first update; return the most severe decision.
+    def first(
+        self, step: int, metrics: dict[str, float], spread: float, responses: int
+    ) -> Decision | None:
+        """Check the metrics of the rollout before the run's first update; return the most severe
+        decision.
 
-        spread: the largest difference between scores that are compared, all or those of one prompt's samples.
+        spread: the largest difference between scores that are compared, all or those of one
+        prompt's samples.
         """
         found, ended = [], metrics["response/ended"]
         if ended == 0 and self.guards["truncation"].action != "off":
             what = "before the first update no response has ended"
-            found.append(self._decide("truncation", "warn", step, 1.0, self.guards["truncation"].threshold, what, step))
+            found.append(
+                self._decide(
+                    "truncation", "warn", step, 1.0, self.guards["truncation"].threshold, what, step
+                )
+            )
         action = self.guards["no_signal"].action
         if spread <= NOTHING and responses > 1 and action != "off":
             what = f"before the first update the scores that are compared are all alike, {metrics['score/total']:.3g}"
@@ -121,11 +153,15 @@ class Guards:
         guard, r = self.guards["length_detector"], metrics.get("score/length_correlation", 0.0)
         if abs(r) > guard.threshold and responses >= ENOUGH and guard.action != "off":
             what = f"the correlation of score/raw with length over the first {responses} responses is {r:+.2f}"
-            found.append(self._decide("length_detector", guard.action, step, r, guard.threshold, what, step))
+            found.append(
+                self._decide("length_detector", guard.action, step, r, guard.threshold, what, step)
+            )
         return _most_severe(found)
 
     def step(self, step: int, metrics: dict[str, float]) -> Decision | None:
-        """Check the metrics of a PPO step, but for those that are missing or NaN; return the most severe decision."""
+        """Check the metrics of a PPO step, but for those that are missing or NaN; return the most
+        severe decision.
+        """
         values = {name: float(value) for name, value in metrics.items() if not math.isnan(value)}
         if "response/ended" in values:
             values[TRUNCATED] = 1 - values["response/ended"]
@@ -141,7 +177,9 @@ class Guards:
         if self.guards["hacking"].action != "off":
             # a skipped rollout has no scores
             known = [name for name in metrics if name.startswith("score/")]
-            unknown = [name for name in self.monitored if name not in metrics and name not in self.series]
+            unknown = [
+                name for name in self.monitored if name not in metrics and name not in self.series
+            ]
             if known and unknown:
                 raise UserError(
                     f"guards.hacking watches '{unknown[0]}', which is not a score of this run. "
@@ -151,7 +189,9 @@ class Guards:
         return _most_severe(found)
 
     def drain_events(self) -> list[Decision]:
-        """Return the decisions since the last call; a series of equal ones at consecutive steps appears once."""
+        """Return the decisions since the last call; a series of equal ones at consecutive steps
+        appears once.
+        """
         events, self._unread = self._unread, []
         return events
 
@@ -185,18 +225,21 @@ class Guards:
     def _remember(self, state: dict[str, Any]) -> None:
         state = copy.deepcopy(state)
         self.updates: int = state.get("updates", 0)  # optimizer steps asked about
-        self.faults: dict[str, list[int]] = state.get("faults", {})  # when it struck lately: updates or steps
+        # when it struck lately: updates or steps
+        self.faults: dict[str, list[int]] = state.get("faults", {})
         self.streaks: dict[str, int] = _current_names(state.get("streaks", {}))  # steps in a row
         self.baselines: dict[str, list[float]] = _current_names(state.get("baselines", {}))
-        self.series: dict[str, list[list[float]]] = state.get("series", {})  # (score/raw, watched score)
+        # (score/raw, watched score)
+        self.series: dict[str, list[list[float]]] = state.get("series", {})
 
     # single updates
 
     def _ratio(self, step: int, ratio: float | None, approx_kl: float | None) -> Decision | None:
-        """Check that the mean ratio is not above the threshold, nor its geometric mean below 1 / threshold.
+        """Check that the mean ratio is not above the threshold, nor its geometric mean below 1 /
+        threshold.
 
-        A policy that diverges gives its old tokens no probability: ratios go to 0, which their mean does not show.
-        From approx_kl = E[r - 1 - log r] follows E[log r] = E[r] - 1 - approx_kl.
+        A policy that diverges gives its old tokens no probability: ratios go to 0, which their mean
+        does not show. From approx_kl = E[r - 1 - log r] follows E[log r] = E[r] - 1 - approx_kl.
         """
         bound = self.guards["ratio"].threshold
         if ratio is None or self.guards["ratio"].action == "off":
@@ -218,7 +261,8 @@ class Guards:
         return self._fault("target_kl", "target_kl", step, step, approx_kl, guard.threshold, what)
 
     def _fault(self, name, kind, now, step, value, bound, what) -> Decision | None:
-        """Decide about a fault that acts at once; more than `limit` skips within the window become a stop.
+        """Decide about a fault that acts at once; more than `limit` skips within the window become
+        a stop.
 
         `kind` names the window, and `now` is the position in it: an update or a step.
         """
@@ -240,7 +284,9 @@ class Guards:
 
     # whole steps
 
-    def _check_value(self, name: str, step: int, metric: str, values: dict[str, float]) -> Decision | None:
+    def _check_value(
+        self, name: str, step: int, metric: str, values: dict[str, float]
+    ) -> Decision | None:
         """Check that a metric is not above the threshold."""
         if metric not in values:
             return None
@@ -257,17 +303,24 @@ class Guards:
         what = f"kl/sequence is {mean:.3g} with a standard error of {error:.2g}"
         return self._sustained("negative_kl", step, most < -ROUNDING, most, 0.0, what)
 
-    def _check_against_baseline(self, name: str, step: int, metric: str, values: dict[str, float]) -> Decision | None:
+    def _check_against_baseline(
+        self, name: str, step: int, metric: str, values: dict[str, float]
+    ) -> Decision | None:
         """Check a metric against its mean over the run's first healthy steps.
 
-        It must not fall below a share of the mean; `length` must not leave it by a factor in either direction.
+        It must not fall below a share of the mean; `length` must not leave it by a factor in either
+        direction.
         """
         if metric not in values:
             return None
         value, first = values[metric], self.baselines.setdefault(name, [])
         mean = sum(first) / len(first) if first else value
         factor = self.guards[name].threshold
-        low, high = (mean / factor, mean * factor) if name == "length" else (max(factor * mean, NOTHING), math.inf)
+        low, high = (
+            (mean / factor, mean * factor)
+            if name == "length"
+            else (max(factor * mean, NOTHING), math.inf)
+        )
         bad = value > high or value <= low
         # a value beyond the threshold does not become part of the baseline
         if not bad and len(first) < BASELINE:
@@ -278,7 +331,9 @@ class Guards:
         return self._sustained(name, step, bad, value, bound, what)
 
     def _check_hacking(self, step: int, name: str, values: dict[str, float]) -> Decision | None:
-        """Check that score/raw does not rise while the monitored score falls, between the halves of the window."""
+        """Check that score/raw does not rise while the monitored score falls, between the halves of
+        the window.
+        """
         guard, series = self.guards["hacking"], self.series.setdefault(name, [])
         pair = [values.get("score/raw", math.nan), values.get(name, math.nan)]
         if not math.isfinite(sum(pair)):
@@ -292,19 +347,32 @@ class Guards:
         what = f"over {guard.window} steps {name} fell by {fall:.1f} standard errors while score/raw rose by {rise:.1f}"
         return self._sustained("hacking", step, bad, fall, guard.threshold, what, name, IN_A_ROW)
 
-    def _sustained(self, name, step, bad, value, bound, what, key=None, window=None) -> Decision | None:
-        """Decide about a fault that has to last `window` steps; a warning is given once, when it gets there."""
+    def _sustained(
+        self, name, step, bad, value, bound, what, key=None, window=None
+    ) -> Decision | None:
+        """Decide about a fault that has to last `window` steps; a warning is given once, when it
+        gets there.
+        """
         guard, key = self.guards[name], name if key is None else f"{name}/{key}"
         window = guard.window if window is None else window
         streak = self.streaks[key] = self.streaks.get(key, 0) + 1 if bad else 0
         if guard.action == "off" or streak < window or (guard.action == "warn" and streak > window):
             return None
-        return self._decide(name, guard.action, step, value, bound, f"{what}, {streak} steps in a row", step - streak)
+        return self._decide(
+            name,
+            guard.action,
+            step,
+            value,
+            bound,
+            f"{what}, {streak} steps in a row",
+            step - streak,
+        )
 
     def _decide(self, name, action, step, value, bound, what, since) -> Decision:
         """Record and return a decision.
 
-        `since` is, for a bad rollout, the step before it: its updates made the policy that sampled the rollout.
+        `since` is, for a bad rollout, the step before it: its updates made the policy that sampled
+        the rollout.
         """
         guard = self.guards[name]
         if action == "rollback" and self.rollbacks >= guard.limit:
@@ -314,7 +382,11 @@ class Guards:
         reason = f"{what}: {guard.help}; {guard.remedy} (or change guards.{name})"
         decision = Decision(name, action, step, value, bound, reason, since)
         same = [e for e in self.events if (e["guard"], e["action"]) == (name, action)]
-        if action not in ("stop", "rollback") and same and same[-1]["last_step"] in (step - 1, step):
+        if (
+            action not in ("stop", "rollback")
+            and same
+            and same[-1]["last_step"] in (step - 1, step)
+        ):
             same[-1].update(times=same[-1]["times"] + 1, last_step=step)
         else:
             event = asdict(decision) | {"times": 1, "last_step": step}
@@ -325,7 +397,9 @@ class Guards:
 
 
 def _current_names(by_guard: dict[str, Any]) -> dict[str, Any]:
-    """Return a mapping by guard, as a checkpoint holds it, under the names that the guards have today."""
+    """Return a mapping by guard, as a checkpoint holds it, under the names that the guards have
+    today.
+    """
     return {current_name(name): value for name, value in by_guard.items()}
 
 
@@ -334,12 +408,14 @@ _MEMORY = ("updates", "faults", "streaks", "baselines", "series")
 
 
 def trend(values: list[float]) -> float:
-    """Return how far the mean of the second half is above that of the first, in standard errors; 0 if nothing moves.
+    """Return how far the mean of the second half is above that of the first, in standard errors; 0
+    if nothing moves.
 
         t = (m2 - m1) / (s sqrt(2 / h)),    s² = sum of squared residuals / (2h - 4)
 
-    h is half the number of values (a middle one is left out), at least 4. The noise s is the scatter around a straight
-    line through each half, so that a steady slope and a sudden step are both seen and neither is taken for noise.
+    h is half the number of values (a middle one is left out), at least 4. The noise s is the
+    scatter around a straight line through each half, so that a steady slope and a sudden step are
+    both seen and neither is taken for noise.
     """
     half = len(values) // 2
     halves = values[:half], values[-half:]
@@ -350,9 +426,11 @@ def trend(values: list[float]) -> float:
 
 
 def repetition(ids: list[int], n: int = 4) -> float:
-    """Return the share of n-grams that occurred earlier in the same response (seq-rep-n, Welleck et al. 2020).
+    """Return the share of n-grams that occurred earlier in the same response (seq-rep-n, Welleck et
+    al. 2020).
 
-    Ordinary text often repeats pairs of tokens, but rarely four in a row. With fewer than n tokens it is 0.
+    Ordinary text often repeats pairs of tokens, but rarely four in a row. With fewer than n tokens
+    it is 0.
     """
     grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
@@ -362,7 +440,9 @@ def _residuals(values: list[float]) -> list[float]:
     """Return the residuals of a straight line fitted by least squares."""
     middle = (len(values) - 1) / 2
     mean = sum(values) / len(values)
-    slope = sum((i - middle) * v for i, v in enumerate(values)) / sum((i - middle) ** 2 for i in range(len(values)))
+    slope = sum((i - middle) * v for i, v in enumerate(values)) / sum(
+        (i - middle) ** 2 for i in range(len(values))
+    )
     return [v - mean - slope * (i - middle) for i, v in enumerate(values)]
 
 

@@ -16,12 +16,20 @@ from rlhf.ppo.trainer import PPOTrainer
 from rlhf.runs.run import Run, format_metrics
 
 # what the console shows of each step
-CONSOLE_METRICS = ("score/total", "kl/sequence", "response/length", "ppo/clip_fraction", "value/explained_variance")
+CONSOLE_METRICS = (
+    "score/total",
+    "kl/sequence",
+    "response/length",
+    "ppo/clip_fraction",
+    "value/explained_variance",
+)
 
 
 @dataclass
 class TrainingLoop:
-    """A trainer inside the folder of its run. `train` makes the steps that are left, `finish` saves and reports."""
+    """A trainer inside the folder of its run. `train` makes the steps that are left, `finish` saves
+    and reports.
+    """
 
     run: Run
     trainer: PPOTrainer
@@ -36,7 +44,8 @@ class TrainingLoop:
     def train(self) -> Decision | None:
         """Make the steps that are left, from the start or from the run's checkpoint.
 
-        Returns the decision of the guard that stopped the run, or None at its end. Raises Halt when a signal ends it.
+        Returns the decision of the guard that stopped the run, or None at its end. Raises Halt when
+        a signal ends it.
         """
         run, trainer = self.run, self.trainer
         # takes over the folder; from here on a signal ends the run after its step
@@ -76,12 +85,16 @@ class TrainingLoop:
         wants_evaluation = is_last or (config.eval_steps and step % config.eval_steps == 0)
         is_evaluated = bool(wants_evaluation) and self.evaluate(step)
         if is_interrupted or run.should_checkpoint(step, config.total_steps):
-            self.save_checkpoint(step, self.headline.get("eval/score/total") if is_evaluated else None)
+            self.save_checkpoint(
+                step, self.headline.get("eval/score/total") if is_evaluated else None
+            )
         if is_interrupted:
             raise run.interrupted_error(step)
 
     def evaluate(self, step: int) -> bool:
-        """Sample from the policy on the validation prompts and log it; return False where nothing was evaluated."""
+        """Sample from the policy on the validation prompts and log it; return False where nothing
+        was evaluated.
+        """
         if self.evaluation is None:
             return False
         roles, run = self.trainer.roles, self.run
@@ -99,7 +112,9 @@ class TrainingLoop:
 
         self.headline = summarise(rows)
         self.headline["eval/score/total"] = sum(
-            weight * self.headline[f"eval/score/{name}"] for name, weight in self.weights.items() if weight
+            weight * self.headline[f"eval/score/{name}"]
+            for name, weight in self.weights.items()
+            if weight
         )
         run.tracker.log(self.headline, step)
         run.tracker.table("samples", sample_table(rows), step)
@@ -114,9 +129,12 @@ class TrainingLoop:
             return False
         self.trainer.load(kept.folder, after=decision)
         self.headline = kept.metadata["state"]["last"]
-        # written at once, so that a run that is killed now knows of this rollback when it is resumed
+        # written at once, so that a run that is killed now knows of this rollback when it is
+        # resumed
         self.save_checkpoint(kept.step, kept.metadata["score"])
-        self.run.log(f"back to {kept.folder}, with step sizes times {self.trainer.guards.rate_scale:g}")
+        self.run.log(
+            f"back to {kept.folder}, with step sizes times {self.trainer.guards.rate_scale:g}"
+        )
         return True
 
     def save_checkpoint(self, step: int, score: float | None) -> None:
@@ -124,7 +142,9 @@ class TrainingLoop:
         self.run.save_checkpoint(step, self.write_files, score, {"last": self.headline})
 
     def write_files(self, folder: Path) -> None:
-        """Write the trainer's state, and the adapters so that a checkpoint can be sampled from and compared."""
+        """Write the trainer's state, and the adapters so that a checkpoint can be sampled from and
+        compared.
+        """
         self.trainer.save(folder)
         self.save_adapters(folder)
 
@@ -135,12 +155,16 @@ class TrainingLoop:
                 self.trainer.roles.save(folder, self.initial)
 
     def finish(self, stopped: Decision | None) -> None:
-        """Write adapters and result.json. Raises Halt where a guard stopped the run or nothing was learnt."""
+        """Write adapters and result.json. Raises Halt where a guard stopped the run or nothing was
+        learnt.
+        """
         run, trainer = self.run, self.trainer
         spent = trainer.budget.total(run.world)
         if not spent["budget/tokens_trained"]:
             run.close()
-            reason = stopped.reason if stopped else f"every rollout was skipped, see {run.folder}/tables"
+            reason = (
+                stopped.reason if stopped else f"every rollout was skipped, see {run.folder}/tables"
+            )
             raise Halt(f"ppo: nothing was learnt: {reason}", EXIT_GUARD)
 
         self.save_adapters(run.folder)
@@ -149,4 +173,7 @@ class TrainingLoop:
             result["stopped"] = stopped.reason
         run.finish(self.headline, spent, **result)
         if stopped:
-            raise Halt(f"ppo: stopped by guard {stopped.guard} at step {stopped.step}: {stopped.reason}", EXIT_GUARD)
+            raise Halt(
+                f"ppo: stopped by guard {stopped.guard} at step {stopped.step}: {stopped.reason}",
+                EXIT_GUARD,
+            )

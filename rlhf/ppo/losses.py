@@ -1,7 +1,7 @@
 """The losses of PPO as functions of tensors: policy, critic, KL, pretraining text.
 
-`count` is the number of response tokens of the whole step, over all micro-batches and ranks: each part brings its own
-sum divided by it, so that the parts add up to the mean.
+`count` is the number of response tokens of the whole step, over all micro-batches and ranks: each
+part brings its own sum divided by it, so that the parts add up to the mean.
 """
 
 from __future__ import annotations
@@ -23,13 +23,15 @@ def policy_loss(
     count: Tensor | float | None = None,
     clip_range_high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute PPO's clipped surrogate loss, averaged over response tokens (Schulman et al. 2017, eq. 7).
+    """Compute PPO's clipped surrogate loss, averaged over response tokens (Schulman et al. 2017,
+    eq. 7).
 
         L = -E[ min(r A, clip(r, 1 - e, 1 + e_high) A) ],    r = exp(logprobs - old_logprobs)
 
-    e_high is e unless `clip_range_high` is given (Yu et al. 2025, arXiv 2503.14476, eq. 10: clip-higher).
-    All inputs are (B, T); mask is True where the policy sampled the token. Returns the loss and its metrics:
-    ppo/clip_fraction (where the clipped branch was the smaller), ppo/approx_kl (k3 of new against old) and ppo/ratio.
+    e_high is e unless `clip_range_high` is given (Yu et al. 2025, arXiv 2503.14476, eq. 10:
+    clip-higher). All inputs are (B, T); mask is True where the policy sampled the token. Returns
+    the loss and its metrics: ppo/clip_fraction (where the clipped branch was the smaller),
+    ppo/approx_kl (k3 of new against old) and ppo/ratio.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
@@ -58,7 +60,8 @@ def value_loss(
 
         L = 1/2 E[ max((V - R)^2, (clip(V, V_old - e, V_old + e) - R)^2) ]
 
-    All inputs are (B, T); clip_range None leaves the plain squared error. Metric: value/clip_fraction.
+    All inputs are (B, T); clip_range None leaves the plain squared error. Metric:
+    value/clip_fraction.
     """
     squared = (values - returns) ** 2
     if clip_range is None:
@@ -67,7 +70,9 @@ def value_loss(
     squared_near = (near - returns) ** 2
     with torch.no_grad():
         fraction = masked_mean((squared_near > squared).to(values.dtype), mask, count)
-    return 0.5 * masked_mean(torch.maximum(squared, squared_near), mask, count), {"value/clip_fraction": fraction}
+    return 0.5 * masked_mean(torch.maximum(squared, squared_near), mask, count), {
+        "value/clip_fraction": fraction
+    }
 
 
 def kl_loss(
@@ -77,16 +82,22 @@ def kl_loss(
     estimator: Callable[[Tensor, Tensor], Tensor],
     count: Tensor | float | None = None,
 ) -> Tensor:
-    """Return the mean over response tokens of a KL estimate that carries gradients (one of KL_ESTIMATORS).
+    """Return the mean over response tokens of a KL estimate that carries gradients (one of
+    KL_ESTIMATORS).
 
     On samples of p itself k2 has the gradient of KL(p || p_ref) and k3 that of KL(p_ref || p), as GRPO does it
     (2402.03300, eq. 4), both of one token given those before it. Neither is the gradient of the sequence KL, which also
     has how a token changes what is met later; k1 in the reward has that. The expected gradient of k1 here is 0.
     """
-    # where nothing was sampled k3 may overflow, and a gradient through infinity is NaN whatever the mask
-    return masked_mean(estimator(torch.where(mask, logprobs, ref_logprobs), ref_logprobs), mask, count)
+    # where nothing was sampled k3 may overflow, and a gradient through infinity is NaN whatever the
+    # mask
+    return masked_mean(
+        estimator(torch.where(mask, logprobs, ref_logprobs), ref_logprobs), mask, count
+    )
 
 
 def ptx_loss(logprobs: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
-    """Compute -log p of pretraining data, averaged over response tokens: PPO-ptx (Ouyang et al. 2022, eq. 2)."""
+    """Compute -log p of pretraining data, averaged over response tokens: PPO-ptx (Ouyang et al.
+    2022, eq. 2).
+    """
     return -masked_mean(logprobs, mask, count)

@@ -1,4 +1,6 @@
-"""Sample one rollout: prompts -> responses -> scores -> log-probabilities and values, the same on every rank."""
+"""Sample one rollout: prompts -> responses -> scores -> log-probabilities and values, the same on
+every rank.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ class Rollout:
     logprobs: Tensor
     # (N, T) log-probabilities of the policy that training began with
     ref_logprobs: Tensor
-    # (N, T) log-probabilities of the reference of the KL penalty; ref_logprobs unless it follows the policy
+    # (N, T) log-probabilities of the reference of the KL penalty; ref_logprobs unless it follows
+    # the policy
     penalty_logprobs: Tensor
     # (N, T) value of the state before each token; 0 without a critic
     values: Tensor
@@ -86,7 +89,8 @@ class RolloutSettings:
 class RolloutCollector:
     """Samples responses with the policy, scores them and measures them in every role.
 
-    To sample with another engine, replace `generate`. `measure` is what gives log-probabilities and values.
+    To sample with another engine, replace `generate`. `measure` is what gives log-probabilities and
+    values.
     """
 
     roles: Roles
@@ -101,9 +105,10 @@ class RolloutCollector:
     def collect(self, prompts: list[dict[str, Any]], step: int) -> Rollout:
         """Return the rollout of `step` on these prompts (rows of `encode_prompts`).
 
-        Each rank handles its shard. Ids are gathered before the forward passes, so that all of them have one width and
-        the first probability ratio of learning is exactly 1. Parameters have to be whole, because ranks make different
-        numbers of passes. BadScore, which a scorer raises on one rank, is raised on all.
+        Each rank handles its shard. Ids are gathered before the forward passes, so that all of them
+        have one width and the first probability ratio of learning is exactly 1. Parameters have to
+        be whole, because ranks make different numbers of passes. BadScore, which a scorer raises on
+        one rank, is raised on all.
         """
         count, seconds = self.settings.samples_per_prompt, {}
         keys = sample_keys(prompts, count, self.settings.seed, step)
@@ -124,12 +129,16 @@ class RolloutCollector:
 
         with timed(seconds, "time/score"):
             scores = self._score(own_samples)
-        samples = Samples(**{name: self.world.gather(column) for name, column in vars(own_samples).items()})
+        samples = Samples(
+            **{name: self.world.gather(column) for name, column in vars(own_samples).items()}
+        )
         engine_logprobs = self.world.gather(completions.logprobs)
 
         with timed(seconds, "time/forward"):
             device = self.world.device
-            batch = padded_batch(samples.prompt_ids, samples.response_ids, self.tokenizer.pad_token_id, device)
+            batch = padded_batch(
+                samples.prompt_ids, samples.response_ids, self.tokenizer.pad_token_id, device
+            )
             measured = self._measure(batch)
 
         return Rollout(
@@ -162,10 +171,18 @@ class RolloutCollector:
         return Scores(totals, breakdown)
 
     def _measure(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what `measure` finds of all rows, each rank measuring its shard, 0 outside the mask."""
+        """Return what `measure` finds of all rows, each rank measuring its shard, 0 outside the
+        mask.
+        """
         mask = batch["mask"]
         shard = self.world.shard(len(mask))
-        own = measure(self.roles, batch, shard, self.settings.micro_batch_size, self.settings.sampling.temperature)
+        own = measure(
+            self.roles,
+            batch,
+            shard,
+            self.settings.micro_batch_size,
+            self.settings.sampling.temperature,
+        )
         measured = {}
         for name, part in own.items():
             whole = torch.cat(self.world.gather([part.cpu()])).to(self.world.device)
@@ -184,8 +201,9 @@ def measure(
     micro_batch_size: int,
     temperature: float,
 ) -> dict[str, Tensor]:
-    """Return logprobs, entropy and ref_logprobs of these rows, and penalty_logprobs and values where there are such
-    roles; each (len(rows), T)."""
+    """Return logprobs, entropy and ref_logprobs of these rows, and penalty_logprobs and values
+    where there are such roles; each (len(rows), T).
+    """
     names = ["logprobs", "entropy", "ref_logprobs"]
     if roles.has_ema_reference:
         names.append("penalty_logprobs")
@@ -248,7 +266,9 @@ def describe_rollout(rollout: Rollout) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items()}
 
 
-def sample_keys(prompts: list[dict[str, Any]], samples_per_prompt: int, seed: int, step: int) -> list[int]:
+def sample_keys(
+    prompts: list[dict[str, Any]], samples_per_prompt: int, seed: int, step: int
+) -> list[int]:
     """Return one noise key for each response, samples of a prompt together.
 
     A prompt that comes twice in a rollout gets fresh samples.
@@ -269,12 +289,16 @@ def check_totals(scores: Scores, samples: Samples) -> Scores:
     for i, value in enumerate(scores.total):
         if not math.isfinite(value):
             prompt = samples.prompts[i][-1]["content"]
-            raise BadScore(f"the score of a response is {value}: prompt {prompt!r}", "total", i, value)
+            raise BadScore(
+                f"the score of a response is {value}: prompt {prompt!r}", "total", i, value
+            )
     return scores
 
 
 def mean_gap(engine_logprobs: list[list[float]], logprobs: Tensor, mask: Tensor) -> float:
-    """Return the mean |engine's - learner's| log-probability of a response token; logprobs and mask are (N, T)."""
+    """Return the mean |engine's - learner's| log-probability of a response token; logprobs and mask
+    are (N, T).
+    """
     padded = torch.zeros_like(logprobs)
     for row, numbers in enumerate(engine_logprobs):
         padded[row, : len(numbers)] = torch.tensor(numbers, dtype=padded.dtype)
@@ -294,7 +318,9 @@ def padded_batch(
 
 
 def role_scorer(roles: Roles, pad_id: int, batch_size: int = 32, name: str = "reward") -> Scorer:
-    """Return the reward role as a scorer; it reads the sampled ids, as the reward model read them in training."""
+    """Return the reward role as a scorer; it reads the sampled ids, as the reward model read them
+    in training.
+    """
 
     @torch.no_grad()
     def score(samples: Samples) -> Scores:
@@ -302,7 +328,9 @@ def role_scorer(roles: Roles, pad_id: int, batch_size: int = 32, name: str = "re
         totals: list[float] = []
         for start in range(0, len(samples), batch_size):
             part = slice(start, start + batch_size)
-            ids, attention, *_ = completion_batch(samples.prompt_ids[part], samples.response_ids[part], pad_id, device)
+            ids, attention, *_ = completion_batch(
+                samples.prompt_ids[part], samples.response_ids[part], pad_id, device
+            )
             with roles.use("reward"):
                 totals += roles.scores(ids, attention).tolist()
         return Scores(totals, {name: totals})

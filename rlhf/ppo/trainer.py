@@ -1,11 +1,12 @@
 """Proximal policy optimisation of a language model on adapter roles.
 
-One step: sample a rollout, turn scores into token rewards, estimate advantages, then several epochs of clipped policy
-and value updates over minibatches of it. The details follow *The N+ implementation details of RLHF with PPO*
-(arXiv 2403.17031). The options are in rlhf/options/ppo.py; docs/algorithms.md has each equation with its function.
+One step: sample a rollout, turn scores into token rewards, estimate advantages, then several epochs
+of clipped policy and value updates over minibatches of it. The details follow *The N+
+implementation details of RLHF with PPO* (arXiv 2403.17031). The options are in rlhf/options/ppo.py;
+docs/algorithms.md has each equation with its function.
 
-Three parts can be exchanged: what samples (`RolloutCollector.generate`), what measures log-probabilities and values
-(`rollout.measure`), and what learns (`OptimizerEngine`).
+Three parts can be exchanged: what samples (`RolloutCollector.generate`), what measures
+log-probabilities and values (`rollout.measure`), and what learns (`OptimizerEngine`).
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ class Experience:
 class MicroBatch:
     """B rows of a rollout that make one forward and backward pass together.
 
-    Backward passes are collective, so a rank that has no rows left takes part with one row and an empty mask.
+    Backward passes are collective, so a rank that has no rows left takes part with one row and an
+    empty mask.
     """
 
     # (B,) positions in the rollout
@@ -106,7 +108,8 @@ class MicroBatch:
 class PPOTrainer:
     """Holds the learner and everything that changes during a run.
 
-    `train` makes all steps, `step` makes one rollout and its updates, `update` makes one optimizer step.
+    `train` makes all steps, `step` makes one rollout and its updates, `update` makes one optimizer
+    step.
     """
 
     def __init__(
@@ -122,7 +125,9 @@ class PPOTrainer:
         engine: Generate = generate,
         monitored: Sequence[str] = (),
     ):
-        """`monitored` names scores that should not fall while the optimised score rises (guard `hacking`)."""
+        """`monitored` names scores that should not fall while the optimised score rises (guard
+        `hacking`).
+        """
         self.config, self.roles, self.data, self.world = config, roles, data, world
         self.budget = budget or Budget()
         settings = RolloutSettings(
@@ -132,7 +137,9 @@ class PPOTrainer:
             micro_batch_size=config.per_device_train_batch_size,
             generation_batch_size=config.generation_batch_size,
         )
-        self.collector = RolloutCollector(roles, scorer, data.tokenizer, data.stop_ids, world, settings, engine)
+        self.collector = RolloutCollector(
+            roles, scorer, data.tokenizer, data.stop_ids, world, settings, engine
+        )
 
         # state of the run, all of it in checkpoints
         self.steps_done = 0
@@ -144,9 +151,9 @@ class PPOTrainer:
         self.pending_decision: Decision | None = None
 
         # the losses of an update, in the order of their passes
-        self.passes: dict[str, Callable[[Experience, MicroBatch], tuple[Tensor, dict[str, Tensor]]]] = {
-            "policy": self.policy_pass
-        }
+        self.passes: dict[
+            str, Callable[[Experience, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+        ] = {"policy": self.policy_pass}
         if config.ptx_coef:
             self.passes["ptx"] = self.ptx_pass
         if roles.has_critic:
@@ -174,10 +181,12 @@ class PPOTrainer:
         on_step: Callable[[int, dict[str, float], Rollout | None], None],
         roll_back: Callable[[Decision], bool] = lambda decision: False,
     ) -> Decision | None:
-        """Make the remaining steps and return the decision of the guard that stopped the run, or None at its end.
+        """Make the remaining steps and return the decision of the guard that stopped the run, or
+        None at its end.
 
-        `on_step(step, metrics, rollout)` is called after each step (1, 2, ...), before a pending stop or rollback is
-        carried out. `roll_back` restores an earlier state and returns True, or returns False if it cannot.
+        `on_step(step, metrics, rollout)` is called after each step (1, 2, ...), before a pending
+        stop or rollback is carried out. `roll_back` restores an earlier state and returns True, or
+        returns False if it cannot.
         """
         while self.steps_done < self.config.total_steps:
             metrics, rollout = self.step(self.steps_done)
@@ -200,8 +209,8 @@ class PPOTrainer:
     def step(self, step: int) -> tuple[dict[str, float], Rollout | None]:
         """Make one rollout and its updates; `step` counts from 0.
 
-        Returns the metrics, and the rollout unless it was skipped. Raises BadScore when a score is not finite and the
-        guard `not_finite` does not skip the rollout.
+        Returns the metrics, and the rollout unless it was skipped. Raises BadScore when a score is
+        not finite and the guard `not_finite` does not skip the rollout.
         """
         began = time.monotonic()
         try:
@@ -249,9 +258,13 @@ class PPOTrainer:
         return rollout
 
     def prompts_of(self, step: int) -> list[dict[str, Any]]:
-        """Return the prompts of one rollout: consecutive ones of endless shuffled passes over the data."""
+        """Return the prompts of one rollout: consecutive ones of endless shuffled passes over the
+        data.
+        """
         count = self.config.rollout_batch_size // self.config.samples_per_prompt
-        return cycle_shuffled(self.data.prompts, range(step * count, (step + 1) * count), self.config.seed)
+        return cycle_shuffled(
+            self.data.prompts, range(step * count, (step + 1) * count), self.config.seed
+        )
 
     # 2. scores -> rewards -> advantages
 
@@ -268,7 +281,9 @@ class PPOTrainer:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
 
         advantages = self.estimate_advantages(rewards, rollout)
-        experience = Experience(rollout, scores, rewards, advantages, returns=advantages + rollout.values)
+        experience = Experience(
+            rollout, scores, rewards, advantages, returns=advantages + rollout.values
+        )
         metrics = describe_rollout(rollout) | self.describe(experience)
         if config.whitens:
             experience.advantages = masked_whiten(advantages, mask)
@@ -282,7 +297,9 @@ class PPOTrainer:
             rollout.scores,
             rollout.ended,
             rollout.mask.sum(-1),
-            moments=(self.score_moments.mean, self.score_moments.std) if config.normalize_scores else None,
+            moments=(self.score_moments.mean, self.score_moments.std)
+            if config.normalize_scores
+            else None,
             clip=config.score_clip,
             missing_eos=config.missing_eos,
             missing_eos_score=config.missing_eos_score,
@@ -299,9 +316,12 @@ class PPOTrainer:
         if config.advantage_estimator == "grpo":
             return grpo(rewards, mask, rollout.group_index)
 
-        # REINFORCE: the mean of all earlier responses' rewards; at the first step, which has none, of these
+        # REINFORCE: the mean of all earlier responses' rewards; at the first step, which has none,
+        # of these
         is_first = not self.reward_moments.count
-        baseline = float(masked_sum_rows(rewards, mask).mean()) if is_first else self.reward_moments.mean
+        baseline = (
+            float(masked_sum_rows(rewards, mask).mean()) if is_first else self.reward_moments.mean
+        )
         return reinforce(rewards, mask, baseline)
 
     def describe(self, experience: Experience) -> dict[str, float]:
@@ -320,7 +340,9 @@ class PPOTrainer:
         if self.roles.has_critic:
             metrics["value/mean"] = masked_mean(rollout.values, mask)
             metrics["value/return"] = masked_mean(experience.returns, mask)
-            metrics["value/explained_variance"] = explained_variance(rollout.values, experience.returns, mask)
+            metrics["value/explained_variance"] = explained_variance(
+                rollout.values, experience.returns, mask
+            )
         if self.roles.has_ema_reference:
             penalty = kl_k1(rollout.logprobs, rollout.penalty_logprobs)
             metrics["kl/penalty"] = masked_sum_rows(penalty, mask).mean()
@@ -329,8 +351,12 @@ class PPOTrainer:
             metrics["score/std_running"] = self.score_moments.std
         return {name: float(value) for name, value in metrics.items()}
 
-    def stops_before_learning(self, step: int, experience: Experience, metrics: dict[str, float]) -> bool:
-        """Let the guards see the rollout before the run's first update; return whether one of them stops the run."""
+    def stops_before_learning(
+        self, step: int, experience: Experience, metrics: dict[str, float]
+    ) -> bool:
+        """Let the guards see the rollout before the run's first update; return whether one of them
+        stops the run.
+        """
         if self.guards.updates:
             return False
         scores = experience.scores
@@ -340,15 +366,21 @@ class PPOTrainer:
         return stops
 
     def spread(self, scores: Tensor) -> float:
-        """Return the largest difference between scores (N,) that are compared: of one prompt's samples, or of all."""
+        """Return the largest difference between scores (N,) that are compared: of one prompt's
+        samples, or of all.
+        """
         compares_samples = self.config.advantage_estimator in ("rloo", "grpo")
-        compared = scores.view(-1, self.config.samples_per_prompt if compares_samples else len(scores))
+        compared = scores.view(
+            -1, self.config.samples_per_prompt if compares_samples else len(scores)
+        )
         return float((compared.amax(-1) - compared.amin(-1)).max())
 
     # 3. learn
 
     def learn(self, experience: Experience, step: int) -> dict[str, float]:
-        """Make num_ppo_epochs passes of num_mini_batches updates; return means over the updates that were made."""
+        """Make num_ppo_epochs passes of num_mini_batches updates; return means over the updates
+        that were made.
+        """
         rates = self.learning_rates(step)
         made: list[dict[str, float]] = []
         ratios: list[float] = []
@@ -362,12 +394,17 @@ class PPOTrainer:
                 self.pending_decision = decision if decision.interrupts_run else None
                 break
 
-        means = {name: sum(metrics[name] for metrics in made) / len(made) for name in (made[0] if made else ())}
+        means = {
+            name: sum(metrics[name] for metrics in made) / len(made)
+            for name in (made[0] if made else ())
+        }
         means |= {"ppo/ratio_first": ratios[0], "ppo/updates": len(made)}
         return means | dict(zip(("learning_rate", "value/learning_rate"), rates, strict=False))
 
     def mini_batches(self, count: int, step: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield the number of each update in the run, and the rows of the rollout that it learns from."""
+        """Yield the number of each update in the run, and the rows of the rollout that it learns
+        from.
+        """
         config = self.config
         for epoch in range(config.num_ppo_epochs):
             order = permutation(count, config.seed, step, epoch)
@@ -381,7 +418,11 @@ class PPOTrainer:
         """
         config = self.config
         left = 1.0 - step / config.total_steps if config.lr_scheduler_type == "linear" else 1.0
-        rates = [config.learning_rate, config.critic_rate] if self.roles.has_critic else [config.learning_rate]
+        rates = (
+            [config.learning_rate, config.critic_rate]
+            if self.roles.has_critic
+            else [config.learning_rate]
+        )
         return [left * self.guards.rate_scale * rate for rate in rates]
 
     def update(
@@ -396,9 +437,10 @@ class PPOTrainer:
 
             L = L_policy + kl_coef L_kl - entropy_coef H + ptx_coef L_ptx + vf_coef L_value
 
-        Every rank takes its share of the rows, in micro-batches. Each loss is a sum divided by the token count of all
-        rows on all ranks, so that cutting them differently changes nothing. Returns the metrics and a guard's decision;
-        an update that a guard skips leaves weights and moments as they were.
+        Every rank takes its share of the rows, in micro-batches. Each loss is a sum divided by the
+        token count of all rows on all ranks, so that cutting them differently changes nothing.
+        Returns the metrics and a guard's decision; an update that a guard skips leaves weights and
+        moments as they were.
         """
         parts = self.micro_batches(experience.rollout, rows, number)
         passes = list(itertools.product(parts, self.passes))
@@ -427,10 +469,14 @@ class PPOTrainer:
         if keep and not math.isfinite(result["grad/norm"]):
             decision = self.guards.update(step + 1, result)
         if keep:
-            result |= zip(("grad/norm_policy", "grad/norm_value"), self.learner.group_norms, strict=False)
+            result |= zip(
+                ("grad/norm_policy", "grad/norm_value"), self.learner.group_norms, strict=False
+            )
         return result, decision
 
-    def policy_pass(self, experience: Experience, part: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def policy_pass(
+        self, experience: Experience, part: MicroBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return L_policy, with the KL and the entropy where they count in the loss, and metrics."""
         config, rollout, rows = self.config, experience.rollout, part.rows
         logprobs, entropy = self.roles.logprobs(part.batch, config.temperature)
@@ -455,29 +501,41 @@ class PPOTrainer:
             loss = loss + metrics["loss/entropy"]
         return loss, metrics
 
-    def value_pass(self, experience: Experience, part: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def value_pass(
+        self, experience: Experience, part: MicroBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return vf_coef L_value, and metrics."""
         values = self.roles.values(part.batch)
         old_values, returns = experience.rollout.values[part.rows], experience.returns[part.rows]
-        loss, metrics = value_loss(values, old_values, returns, part.mask, self.config.value_clip_range, part.count)
+        loss, metrics = value_loss(
+            values, old_values, returns, part.mask, self.config.value_clip_range, part.count
+        )
         return self.config.vf_coef * loss, metrics | {"loss/value": loss}
 
-    def ptx_pass(self, experience: Experience, part: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    def ptx_pass(
+        self, experience: Experience, part: MicroBatch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ptx_coef L_ptx on pretraining data, at temperature 1, and metrics."""
         batch = part.pretraining
         mask = batch["mask"] & (not part.is_idle)
-        loss = self.config.ptx_coef * ptx_loss(self.roles.logprobs(batch)[0], mask, part.pretraining_count)
+        loss = self.config.ptx_coef * ptx_loss(
+            self.roles.logprobs(batch)[0], mask, part.pretraining_count
+        )
         return loss, {"loss/ptx": loss}
 
     def micro_batches(self, rollout: Rollout, rows: Tensor, number: int) -> list[MicroBatch]:
-        """Return this rank's share of the rows of update `number`, in micro-batches; all ranks get as many."""
+        """Return this rank's share of the rows of update `number`, in micro-batches; all ranks get
+        as many.
+        """
         rows = rows.to(rollout.mask.device)
         count = rollout.mask[rows].sum()
         pretraining = self.pretraining_batch(number, len(rows))
         pretraining_count = pretraining["mask"].sum() if pretraining else None
 
         parts = []
-        for positions in micro_batch_positions(len(rows), self.world, self.config.per_device_train_batch_size):
+        for positions in micro_batch_positions(
+            len(rows), self.world, self.config.per_device_train_batch_size
+        ):
             is_idle = not len(positions)
             if is_idle:
                 positions = positions.new_zeros(1)
@@ -485,11 +543,15 @@ class PPOTrainer:
             batch = {name: column[at] for name, column in rollout.batch.items()}
             mask = torch.zeros_like(batch["mask"]) if is_idle else batch["mask"]
             own_pretraining = {name: column[positions] for name, column in pretraining.items()}
-            parts.append(MicroBatch(at, batch, mask, count, own_pretraining, pretraining_count, is_idle))
+            parts.append(
+                MicroBatch(at, batch, mask, count, own_pretraining, pretraining_count, is_idle)
+            )
         return parts
 
     def pretraining_batch(self, number: int, count: int) -> dict[str, Tensor]:
-        """Return the pretraining rows of update `number`, (count, ...) as in `Rollout.batch`; empty without any."""
+        """Return the pretraining rows of update `number`, (count, ...) as in `Rollout.batch`; empty
+        without any.
+        """
         if not self.data.pretraining:
             return {}
         places = range(number * count, (number + 1) * count)
@@ -510,11 +572,15 @@ class PPOTrainer:
     # checkpoints
 
     def save(self, folder: Path) -> None:
-        """Write everything that the next step depends on; called on all ranks. `load` restores it to the last bit."""
+        """Write everything that the next step depends on; called on all ranks. `load` restores it
+        to the last bit.
+        """
         self.learner.save(folder / "learner")
         with self.learner.gathered():
             if self.world.is_main and self.roles.has_ema_reference:
-                torch.save([p.detach().cpu() for p in self.roles.ema_parameters()], folder / "moving.pt")
+                torch.save(
+                    [p.detach().cpu() for p in self.roles.ema_parameters()], folder / "moving.pt"
+                )
         state = {
             "step": self.steps_done,
             "kl_coef": self.kl.coef,
@@ -529,8 +595,8 @@ class PPOTrainer:
     def load(self, folder: Path, after: Decision | None = None) -> None:
         """Restore what `save` wrote.
 
-        After a guard's decision to roll back, its counts and lower step size are kept, and so is what the steps that
-        are thrown away have cost.
+        After a guard's decision to roll back, its counts and lower step size are kept, and so is
+        what the steps that are thrown away have cost.
         """
         self.learner.load(folder / "learner")
         if self.roles.has_ema_reference:
@@ -555,9 +621,13 @@ class PPOTrainer:
 def micro_batch_positions(count: int, world: DistributedContext, size: int) -> list[Tensor]:
     """Return this rank's share of `count` rows as micro-batches of positions.
 
-    All ranks get the same number of them, padded with empty ones, since backward passes are collective.
+    All ranks get the same number of them, padded with empty ones, since backward passes are
+    collective.
     """
-    shares = [len(range(count * rank // world.size, count * (rank + 1) // world.size)) for rank in range(world.size)]
+    shares = [
+        len(range(count * rank // world.size, count * (rank + 1) // world.size))
+        for rank in range(world.size)
+    ]
     own = torch.tensor(world.shard(count), dtype=torch.long, device=world.device)
     return [own[start : start + size] for start in range(0, max(1, *shares), size)]
 
@@ -570,7 +640,9 @@ def cycle_shuffled(rows: list[Any], places: range, seed: int) -> list[Any]:
 
 
 def permutation(count: int, *key: int) -> Tensor:
-    """Return a permutation of range(count) that depends on the key alone: the same on every rank and after a resume."""
+    """Return a permutation of range(count) that depends on the key alone: the same on every rank
+    and after a resume.
+    """
     seed = 0
     for number in key:
         seed = (seed * 1_000_003 + number + 1) % (2**63 - 1)

@@ -5,8 +5,8 @@
     with budget.counting():      # sampling and training; not evaluation
         ...
 
-FLOPs are those of the matrix products that are really made, padding included: hooks see each pass through a decoder
-and its head. docs/design.md says what is and what is not in them.
+FLOPs are those of the matrix products that are really made, padding included: hooks see each pass
+through a decoder and its head. docs/design.md says what is and what is not in them.
 """
 
 from __future__ import annotations
@@ -29,28 +29,35 @@ COUNTERS = ("episodes", "tokens_generated", "tokens_trained", "flops")
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """Multiply-adds of a pass through a decoder without its head, under the adapters that are active.
+    """Multiply-adds of a pass through a decoder without its head, under the adapters that are
+    active.
 
     All but `pair` are of one position (a token or padding).
     """
 
-    linear: float  # all weights that a position is multiplied with, the adapters' factors among them
+    # all weights that a position is multiplied with, the adapters' factors among them
+    linear: float
     trained: float  # of these, the ones that are trained
     first: float  # of these, those of the first layer that read the embeddings
     last: float  # of these, each layer's last one, where it is trained
     pair: float  # attention between one query and one key, in all layers and heads
 
     def forward(self, positions: int, pairs: int) -> float:
-        """FLOPs of a pass over `positions`, each of which attends to some: `pairs` in all, masked ones included."""
+        """FLOPs of a pass over `positions`, each of which attends to some: `pairs` in all, masked
+        ones included.
+        """
         return 2.0 * (self.linear * positions + self.pair * pairs)
 
-    def backward(self, positions: int, pairs: int, *, to_embeddings: bool, fused: bool, recomputed: bool) -> float:
+    def backward(
+        self, positions: int, pairs: int, *, to_embeddings: bool, fused: bool, recomputed: bool
+    ) -> float:
         """FLOPs of the backward pass.
 
-        A weight's output gradient is multiplied with the weight, and with its input where it is trained. Unless
-        gradients go on `to_embeddings`, the first products need none. Attention makes four products where the forward
-        pass has two, and a `fused` kernel makes the scores once more. Gradient checkpointing (`recomputed`) repeats
-        the forward pass, each layer up to the input of what is trained last in it.
+        A weight's output gradient is multiplied with the weight, and with its input where it is
+        trained. Unless gradients go on `to_embeddings`, the first products need none. Attention
+        makes four products where the forward pass has two, and a `fused` kernel makes the scores
+        once more. Gradient checkpointing (`recomputed`) repeats the forward pass, each layer up to
+        the input of what is trained last in it.
         """
         weights = self.linear + self.trained - (0.0 if to_embeddings else self.first)
         flops = 2.0 * (weights * positions + (2.5 if fused else 2.0) * self.pair * pairs)
@@ -80,7 +87,9 @@ class Budget:
             self.is_counting = before
 
     def watch(self, model: nn.Module) -> None:
-        """Count each pass of `model`: causal or with a score head, below PEFT or plain. Scalar heads count nothing."""
+        """Count each pass of `model`: causal or with a score head, below PEFT or plain. Scalar
+        heads count nothing.
+        """
         decoder, head = decoder_and_head(model)
         decoder = decoder.get_decoder()  # the one that OPT's causal model calls stands in another
         shapes: dict[tuple, DecoderShape] = {}
@@ -126,7 +135,8 @@ class Budget:
             if not self.is_counting or not kwargs.get("fused_lm_head"):
                 return
             labels = kwargs["shift_labels"] if "shift_labels" in kwargs else kwargs["labels"][:, 1:]
-            on_gpu = labels.device.type in ("cuda", "xpu")  # elsewhere it scores the positions without a label too
+            # elsewhere it scores the positions without a label too
+            on_gpu = labels.device.type in ("cuda", "xpu")
             positions = int((labels != -100).sum()) if on_gpu else labels.numel()
             count_head(positions, output.log_probs.requires_grad, True)
 
@@ -138,7 +148,9 @@ class Budget:
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps; seconds are those spent so far."""
-        return {name: getattr(self, name) for name in COUNTERS} | {"seconds": time.monotonic() - self.began}
+        return {name: getattr(self, name) for name in COUNTERS} | {
+            "seconds": time.monotonic() - self.began
+        }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         for name in COUNTERS:
@@ -160,9 +172,9 @@ class Budget:
 def decoder_shape(decoder: nn.Module, adapters: tuple[str, ...] = ()) -> DecoderShape:
     """The sizes of `decoder` with these LoRA adapters active.
 
-    Of experts, a position meets as many as the router sends it to. Attention is counted in the layers that have it,
-    sliding windows as whole: kernels that skip masked pairs do less. The state updates of linear attention, which are
-    small beside its projections, are left out.
+    Of experts, a position meets as many as the router sends it to. Attention is counted in the
+    layers that have it, sliding windows as whole: kernels that skip masked pairs do less. The state
+    updates of linear attention, which are small beside its projections, are left out.
     """
     config = decoder.config.get_text_config()
     layers = config.per_layer_config  # heads may be of other sizes in each (Gemma 4)
@@ -185,30 +197,50 @@ def decoder_shape(decoder: nn.Module, adapters: tuple[str, ...] = ()) -> Decoder
     linear, trained = weights_of(decoder, adapters, share)
 
     heads, keys, width = head_sizes(layers[0])
-    kinds = setting("layer_types", "layers_block_type", default=["attention"] * config.num_hidden_layers)
-    attending = [kind == "hybrid" or ("attention" in kind and "linear" not in kind) for kind in kinds]
+    kinds = setting(
+        "layer_types", "layers_block_type", default=["attention"] * config.num_hidden_layers
+    )
+    attending = [
+        kind == "hybrid" or ("attention" in kind and "linear" not in kind) for kind in kinds
+    ]
 
-    in_layers = [(n, p) for n, p in decoder.named_parameters() if re.search(r"\b\d+\.", n) and _is_matrix(n, p)]
+    in_layers = [
+        (n, p)
+        for n, p in decoder.named_parameters()
+        if re.search(r"\b\d+\.", n) and _is_matrix(n, p)
+    ]
     last = _size(*in_layers[-1], share) if in_layers and in_layers[-1][1].requires_grad else 0.0
     return DecoderShape(
         linear=linear,
         trained=trained,
         first=config.hidden_size * width * (heads + 2 * keys),
         last=config.num_hidden_layers * last,
-        pair=sum(pair_of(layer) for layer, attends in zip(layers, attending, strict=True) if attends),
+        pair=sum(
+            pair_of(layer) for layer, attends in zip(layers, attending, strict=True) if attends
+        ),
     )
 
 
-def weights_of(module: nn.Module, adapters: tuple[str, ...] = (), expert_share: float = 1.0) -> tuple[float, float]:
+def weights_of(
+    module: nn.Module, adapters: tuple[str, ...] = (), expert_share: float = 1.0
+) -> tuple[float, float]:
     """(multiply-adds of one position with all weights below `module`, with those that are trained).
 
-    Embeddings are looked up, not multiplied with. Of what belongs to adapters, what belongs to `adapters` counts.
+    Embeddings are looked up, not multiplied with. Of what belongs to adapters, what belongs to
+    `adapters` counts.
     """
-    lookups = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    lookups = {
+        id(p)
+        for m in module.modules()
+        if isinstance(m, nn.Embedding)
+        for p in m.parameters(recurse=False)
+    }
     linear = trained = 0.0
     for name, parameter in module.named_parameters():
         owner = re.search(r"(?:lora_A|lora_B|lora_embedding_B|modules_to_save)\.([^.]+)", name)
-        is_idle = owner[1] not in adapters if owner else ".original_module." in name and bool(adapters)
+        is_idle = (
+            owner[1] not in adapters if owner else ".original_module." in name and bool(adapters)
+        )
         if is_idle or id(parameter) in lookups or not (owner or _is_matrix(name, parameter)):
             continue
         size = _size(name, parameter, expert_share)
@@ -225,7 +257,8 @@ def active_adapters(decoder: nn.Module) -> tuple[str, ...]:
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether a parameter is a matrix of the model itself: no bias or norm, and not of an adapter."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor on each rank
+    # ZeRO-3 leaves an empty tensor on each rank
+    shape = getattr(parameter, "ds_shape", parameter.shape)
     return len(shape) > 1 and not re.search("lora_|modules_to_save|trainable_tokens", name)
 
 

@@ -1,8 +1,9 @@
 """Checkpoints that are either whole or not there.
 
-A checkpoint is written beside its place, every file of it is hashed into a manifest, and then it is renamed. What a
-crash leaves behind has no manifest, or one that its files do not match, and is skipped by name. TRL's trainers write
-under their own folder names; there the manifest, which is written last, does what the rename does.
+A checkpoint is written beside its place, every file of it is hashed into a manifest, and then it is
+renamed. What a crash leaves behind has no manifest, or one that its files do not match, and is
+skipped by name. TRL's trainers write under their own folder names; there the manifest, which is
+written last, does what the rename does.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class CorruptCheckpoint(Exception):
 
 @dataclass
 class Checkpoint:
-    """A whole checkpoint: its folder, the steps made before it, and what its writer recorded (`about` on disk)."""
+    """A whole checkpoint: its folder, the steps made before it, and what its writer recorded
+    (`about` on disk).
+    """
 
     folder: Path
     step: int
@@ -55,7 +58,8 @@ def write(
 ) -> Checkpoint:
     """Write the checkpoint of `step` on all ranks.
 
-    `write_files(folder)` writes its files on each rank; `metadata()`, called after that, returns what it records.
+    `write_files(folder)` writes its files on each rank; `metadata()`, called after that, returns
+    what it records.
     """
     target = root / f"step-{step:06d}"
     beside = root / f"writing-{step:06d}"
@@ -72,12 +76,17 @@ def write(
 
     recorded = metadata()
     if world.is_main:
-        absent = [rank for rank in range(world.size) if not (beside / f"random-{rank}.pt").is_file()]
+        absent = [
+            rank for rank in range(world.size) if not (beside / f"random-{rank}.pt").is_file()
+        ]
         if absent:
-            raise UserError(f"{root}: ranks {absent} do not share output_dir, which has to be one folder for all nodes")
+            raise UserError(
+                f"{root}: ranks {absent} do not share output_dir, which has to be one folder for all nodes"
+            )
         seal(beside, step, recorded)
         crash_point("sealed")
-        # a rollback may have left one of the same step: it makes room only now, when the new one is whole
+        # a rollback may have left one of the same step: it makes room only now, when the new one is
+        # whole
         _set_aside(target)
         crash_point("set aside")
         os.replace(beside, target)
@@ -88,7 +97,8 @@ def write(
 
 
 def seal(folder: Path, step: int, metadata: dict[str, Any]) -> None:
-    """Flush every file of the folder to disk and write the manifest: {step, about, files: {name: [bytes, sha256]}}.
+    """Flush every file of the folder to disk and write the manifest: {step, about, files: {name:
+    [bytes, sha256]}}.
 
     The manifest comes last, so that a folder with a manifest that matches is whole.
     """
@@ -114,21 +124,27 @@ def seal(folder: Path, step: int, metadata: dict[str, Any]) -> None:
 
 
 def check(folder: Path) -> Checkpoint:
-    """Return the checkpoint in a folder. Raise CorruptCheckpoint unless every file is the one that was written."""
+    """Return the checkpoint in a folder. Raise CorruptCheckpoint unless every file is the one that
+    was written.
+    """
     manifest = read_manifest(folder)
     for name, (size, digest) in manifest["files"].items():
         path = folder / name
         if not path.is_file():
             raise CorruptCheckpoint(f"{name} is missing")
         if path.stat().st_size != size:
-            raise CorruptCheckpoint(f"{name} has {path.stat().st_size} bytes, the manifest says {size}")
+            raise CorruptCheckpoint(
+                f"{name} has {path.stat().st_size} bytes, the manifest says {size}"
+            )
         if _sha256(path) != digest:
             raise CorruptCheckpoint(f"{name} is not what was written (its hash differs)")
     return Checkpoint(folder, manifest["step"], manifest["about"])
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest {step, about, files} of a folder. Raise CorruptCheckpoint unless it is as `seal` wrote it."""
+    """Return the manifest {step, about, files} of a folder. Raise CorruptCheckpoint unless it is as
+    `seal` wrote it.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
@@ -146,7 +162,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def _manifest_is_whole(manifest: Any, folder: Path) -> bool:
     """Return whether a manifest has its parts and digest; may also raise where a part is missing."""
-    if not isinstance(manifest["about"], dict) or any(len(entry) != 2 for entry in manifest["files"].values()):
+    if not isinstance(manifest["about"], dict) or any(
+        len(entry) != 2 for entry in manifest["files"].values()
+    ):
         return False
     # an earlier version wrote no digest
     if manifest.get("sha256") not in (None, _manifest_digest(manifest)):
@@ -161,7 +179,9 @@ def _manifest_digest(manifest: dict[str, Any]) -> str:
 
 
 def newest(root: Path, log: Callable[[str], None], before: int | None = None) -> Checkpoint | None:
-    """Return the newest whole checkpoint under `root`, of a step below `before`; log those that are skipped."""
+    """Return the newest whole checkpoint under `root`, of a step below `before`; log those that are
+    skipped.
+    """
     for folder in _folders(root):
         if before is not None and _step(folder) >= before:
             continue
@@ -173,21 +193,27 @@ def newest(root: Path, log: Callable[[str], None], before: int | None = None) ->
 
 
 def archive(root: Path, after: int) -> None:
-    """Rename the checkpoints of step `after` and later, which the run leaves behind; the next `prune` removes them."""
+    """Rename the checkpoints of step `after` and later, which the run leaves behind; the next
+    `prune` removes them.
+    """
     for folder in _folders(root):
         if _step(folder) >= after:
             _set_aside(folder)
 
 
 def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` whole checkpoints and the best one (by `score`, the later one of equals)."""
+    """Remove all but the newest `keep` whole checkpoints and the best one (by `score`, the later
+    one of equals).
+    """
     # of the whole ones, newest first
     scores: dict[Path, float | None] = {}
     for folder in _folders(root):
         with contextlib.suppress(CorruptCheckpoint):
             scores[folder] = read_manifest(folder)["about"].get("score")
     kept = set(list(scores)[:keep])
-    scored = [folder for folder, score in scores.items() if score is not None and math.isfinite(score)]
+    scored = [
+        folder for folder, score in scores.items() if score is not None and math.isfinite(score)
+    ]
     if scored:
         kept.add(max(scored, key=lambda folder: scores[folder]))
 
@@ -201,7 +227,9 @@ def prune(root: Path, keep: int) -> None:
 
 
 def write_random_state(path: Path) -> None:
-    """Write the state of every random generator of this process (the user's scorer may draw from them too)."""
+    """Write the state of every random generator of this process (the user's scorer may draw from
+    them too).
+    """
     import numpy
     import torch
 

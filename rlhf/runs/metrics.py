@@ -1,8 +1,10 @@
-"""The vocabulary: every metric's name, formula, healthy range and remedy. docs/metrics.md is generated from here.
+"""The vocabulary: every metric's name, formula, healthy range and remedy. docs/metrics.md is
+generated from here.
 
     python -m rlhf.runs.metrics > docs/metrics.md
 
-`Tracker.log` takes no other names, so that SFT, reward, DPO, PPO and their evaluations can be laid over each other.
+`Tracker.log` takes no other names, so that SFT, reward, DPO, PPO and their evaluations can be laid
+over each other.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ METRICS: dict[str, Metric] = {
         "rises while score/total does not: responses do not end, or the length penalty outweighs the gain",
     ),
     "score/mean_running": Metric(
-        "mean of score/raw over all responses of the run so far (normalize_scores)", "follows score/raw slowly", ""
+        "mean of score/raw over all responses of the run so far (normalize_scores)",
+        "follows score/raw slowly",
+        "",
     ),
     "score/std_running": Metric(
         "standard deviation of the same; scores are divided by it",
@@ -133,7 +137,9 @@ METRICS: dict[str, Metric] = {
         "near 0 once the critic follows",
         "far from 0 for long: raise value_learning_rate",
     ),
-    "ppo/advantage_std": Metric("standard deviation of the same", "above 0", "near 0: no signal; see score/std"),
+    "ppo/advantage_std": Metric(
+        "standard deviation of the same", "above 0", "near 0: no signal; see score/std"
+    ),
     "ppo/reward": Metric(
         "sum of a response's token rewards (score minus KL penalty), mean over responses",
         "rises",
@@ -151,7 +157,9 @@ METRICS: dict[str, Metric] = {
         "grows: lower learning_rate; the events in result.json say which number it was",
     ),
     "guard/skipped_rollouts": Metric(
-        "rollouts that nothing was learnt from because a score was not finite", "0", "mend the scorer the event names"
+        "rollouts that nothing was learnt from because a score was not finite",
+        "0",
+        "mend the scorer the event names",
     ),
     "guard/shortened_rollouts": Metric(
         "rollouts whose later updates were left out on target_kl",
@@ -161,7 +169,9 @@ METRICS: dict[str, Metric] = {
     "guard/warnings": Metric("warnings given", "0", "read them in the log or in result.json"),
     "guard/rollbacks": Metric("returns to an earlier checkpoint", "0", "lower learning_rate"),
     "guard/rate_scale": Metric(
-        "factor on every learning rate, halved by each rollback", "1", "start again with a learning_rate this low"
+        "factor on every learning rate, halved by each rollback",
+        "1",
+        "start again with a learning_rate this low",
     ),
     # critic
     "value/explained_variance": Metric(
@@ -169,14 +179,22 @@ METRICS: dict[str, Metric] = {
         "rises to 0.3-0.9",
         "below 0 after 20 steps: raise value_learning_rate; near 1 from the start: suspect label leakage",
     ),
-    "value/mean": Metric("mean value over response tokens", "near value/return", "far away: raise value_learning_rate"),
-    "value/return": Metric("mean return over response tokens", "rises with the score", "see score/total"),
+    "value/mean": Metric(
+        "mean value over response tokens",
+        "near value/return",
+        "far away: raise value_learning_rate",
+    ),
+    "value/return": Metric(
+        "mean return over response tokens", "rises with the score", "see score/total"
+    ),
     "value/clip_fraction": Metric(
         "share of response tokens where the clipped value loss is the larger one",
         "below 0.2",
         "above 0.5: raise value_clip_range or lower value_learning_rate",
     ),
-    "value/learning_rate": Metric("learning rate of the critic's adapter and head", "follows its schedule", ""),
+    "value/learning_rate": Metric(
+        "learning rate of the critic's adapter and head", "follows its schedule", ""
+    ),
     # optimisation
     "loss/total": Metric(
         "what backward starts from, mean over the step",
@@ -184,7 +202,9 @@ METRICS: dict[str, Metric] = {
         "not finite: PPO's guards skip the update; SFT evaluation loss rises: fewer epochs",
     ),
     "loss/policy": Metric(
-        "-mean of min(r A, clip(r) A) over response tokens", "near 0, slightly negative", "read ppo/ and kl/ instead"
+        "-mean of min(r A, clip(r) A) over response tokens",
+        "near 0, slightly negative",
+        "read ppo/ and kl/ instead",
     ),
     "loss/value": Metric(
         "half the squared error of the value, clipped as in PPO, mean over response tokens",
@@ -211,13 +231,17 @@ METRICS: dict[str, Metric] = {
         "steady, 0.1-10",
         "spikes above 100 or not finite: lower learning_rate, look at the batch; exactly 0: nothing is trainable",
     ),
-    "grad/norm_policy": Metric("L2 norm of the policy's gradients before clipping", "as grad/norm", "as grad/norm"),
+    "grad/norm_policy": Metric(
+        "L2 norm of the policy's gradients before clipping", "as grad/norm", "as grad/norm"
+    ),
     "grad/norm_value": Metric(
         "L2 norm of the critic's gradients before clipping; grad/norm^2 is the sum of both squares",
         "as grad/norm",
         "much above the policy's: clipping to the joint norm shrinks the policy's gradient too, lower vf_coef",
     ),
-    "learning_rate": Metric("learning rate of the (policy's) parameters", "follows its schedule", ""),
+    "learning_rate": Metric(
+        "learning rate of the (policy's) parameters", "follows its schedule", ""
+    ),
     "epoch": Metric("passes over the training data", "", ""),
     # SFT and DPO on given text
     "token/accuracy": Metric(
@@ -242,10 +266,16 @@ METRICS: dict[str, Metric] = {
         "grows while accuracy does not: over-confident, fewer epochs or label smoothing",
     ),
     "reward/mean": Metric(
-        "score of all responses of the pairs, mean", "near 0 with centring", "drifts: raise the centring weight"
+        "score of all responses of the pairs, mean",
+        "near 0 with centring",
+        "drifts: raise the centring weight",
     ),
-    "reward/min": Metric("smallest score of a batch, mean over batches", "above -10", "outliers: look at them"),
-    "reward/max": Metric("largest score of a batch, mean over batches", "below 10", "outliers: look at them"),
+    "reward/min": Metric(
+        "smallest score of a batch, mean over batches", "above -10", "outliers: look at them"
+    ),
+    "reward/max": Metric(
+        "largest score of a batch, mean over batches", "below 10", "outliers: look at them"
+    ),
     # DPO
     "dpo/reward_accuracy": Metric(
         "share of pairs with implicit reward of chosen > rejected; a tie counts as wrong, so 0 at step 0",
@@ -269,7 +299,9 @@ METRICS: dict[str, Metric] = {
         "log p of the whole chosen response, mean, nats", "steady", "falls: see dpo/reward_chosen"
     ),
     "dpo/logprob_rejected": Metric(
-        "log p of the whole rejected response, mean, nats", "falls slowly", "see dpo/reward_rejected"
+        "log p of the whole rejected response, mean, nats",
+        "falls slowly",
+        "see dpo/reward_rejected",
     ),
     "dpo/logit_chosen": Metric(
         "mean logit over chosen tokens and vocabulary", "steady", "drift means nothing by itself"
@@ -284,15 +316,23 @@ METRICS: dict[str, Metric] = {
         "larger: the engine runs stale weights, another temperature or another template",
     ),
     "time/tokens_per_second": Metric(
-        "response tokens of the step / its seconds, all ranks", "steady", "falls: see the other time/ names"
+        "response tokens of the step / its seconds, all ranks",
+        "steady",
+        "falls: see the other time/ names",
     ),
     "time/generate": Metric(
-        "seconds of a step spent sampling", "half of a PPO step or more", "a faster engine, larger batches"
+        "seconds of a step spent sampling",
+        "half of a PPO step or more",
+        "a faster engine, larger batches",
     ),
     "time/score": Metric("seconds spent scoring", "small", "batch the scorer"),
-    "time/learn": Metric("seconds spent in forward, backward and optimizer", "", "larger micro-batches"),
+    "time/learn": Metric(
+        "seconds spent in forward, backward and optimizer", "", "larger micro-batches"
+    ),
     "time/step": Metric("seconds of the whole step", "steady", ""),
-    "time/evaluate": Metric("seconds of an evaluation", "a tenth of the run", "raise eval_steps or take fewer prompts"),
+    "time/evaluate": Metric(
+        "seconds of an evaluation", "a tenth of the run", "raise eval_steps or take fewer prompts"
+    ),
     "time/train": Metric("seconds of the whole training, once at its end", "", ""),
     "memory/peak": Metric(
         "largest memory held so far, GiB (accelerator; on CPU resident memory)",
@@ -301,11 +341,15 @@ METRICS: dict[str, Metric] = {
     ),
     # cost, counted in the same words by every program
     "budget/episodes": Metric(
-        "responses sampled for training since the start, all ranks; 0 where nothing is sampled", "", ""
+        "responses sampled for training since the start, all ranks; 0 where nothing is sampled",
+        "",
+        "",
     ),
     "budget/tokens_generated": Metric("tokens sampled since the start, all ranks", "", ""),
     "budget/tokens_trained": Metric(
-        "tokens, prompt included and padding not, through forward and backward since the start, all ranks", "", ""
+        "tokens, prompt included and padding not, through forward and backward since the start, all ranks",
+        "",
+        "",
     ),
     "budget/flops": Metric(
         "floating-point operations of the matrix products computed since the start, padding, recomputation and "
@@ -317,14 +361,18 @@ METRICS: dict[str, Metric] = {
 }
 
 PATTERNS: dict[str, Metric] = {
-    "score/": Metric("score/<name>: mean over responses of one named score or part of one", "see score/total", ""),
+    "score/": Metric(
+        "score/<name>: mean over responses of one named score or part of one", "see score/total", ""
+    ),
     "loss/": Metric("loss/<name>: a further term of loss/total, as it enters it", "", ""),
     "time/": Metric("time/<name>: seconds spent in one part of a step", "", ""),
     "memory/": Metric("memory/<name>: GiB", "", ""),
     "budget/": Metric("budget/<name>: a further cost counted since the start", "", ""),
     "trl/": Metric("trl/<name>: a number of TRL's trainer that has no name here", "", ""),
     "eval/": Metric(
-        "eval/<name>: any name of this page, measured on the validation prompts or rows", "as <name>", "as <name>"
+        "eval/<name>: any name of this page, measured on the validation prompts or rows",
+        "as <name>",
+        "as <name>",
     ),
 }
 
@@ -341,7 +389,9 @@ def is_known(name: str) -> bool:
 
 
 def check_names(names) -> None:
-    """Raises KeyError with the nearest known name for the first of `names` that is not in the vocabulary."""
+    """Raises KeyError with the nearest known name for the first of `names` that is not in the
+    vocabulary.
+    """
     for name in names:
         if is_known(name):
             continue

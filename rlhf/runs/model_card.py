@@ -20,7 +20,8 @@ def write_card(
     """Write README.md: what was trained, from what, on which data, with what result.
 
     config: the resolved options; result: as in result.json;
-    provenance: {data set: {"source": ..., "rows": ..., "fingerprint": ..., ...}}, or {what: one line of text}.
+    provenance: {data set: {"source": ..., "rows": ..., "fingerprint": ..., ...}}, or {what: one
+    line of text}.
     """
     folder = Path(output_dir)
     base = str(config.get("model_name_or_path", "unknown"))
@@ -32,13 +33,19 @@ def write_card(
     lines += ["tags:", "- rlhf", f"- {program}", "---"]
 
     lines += ["", f"# {folder.resolve().name}: {program} of {Path(base).name}", ""]
-    lines.append(f"Trained by `launch/{program}.py` from `{base}`, seed {result.get('seed', '?')}. All options are in")
-    lines.append("`config.yaml`, the numbers over time in `metrics.jsonl`, the outcome in `result.json`.")
+    lines.append(
+        f"Trained by `launch/{program}.py` from `{base}`, seed {result.get('seed', '?')}. All options are in"
+    )
+    lines.append(
+        "`config.yaml`, the numbers over time in `metrics.jsonl`, the outcome in `result.json`."
+    )
     lines += ["", "## Result", "", *_table(["number", "value"], result.get("headline", {}).items())]
     lines += ["", "## Cost", "", *_table(["counter", "value"], result.get("budget", {}).items())]
 
     lines += ["", "## Data", ""]
-    lines += [f"- {name}: {text}" for name, text in provenance.items() if not isinstance(text, dict)]
+    lines += [
+        f"- {name}: {text}" for name, text in provenance.items() if not isinstance(text, dict)
+    ]
     data_sets = _data_sets(result, provenance)
     facts = list(dict.fromkeys(name for data_set in data_sets.values() for name in data_set))
     rows = []

@@ -22,7 +22,8 @@ WARN_ABOVE = 0.1  # share of dropped rows from which the message is a warning
 class RunData:
     """Reads and encodes rows, and keeps their fingerprints and counts by "kind/split".
 
-    `row_counts` has {"read", "used", "dropped": {reason: count}}, `trained_on` the groups of all training rows.
+    `row_counts` has {"read", "used", "dropped": {reason: count}}, `trained_on` the groups of all
+    training rows.
     """
 
     def __init__(
@@ -50,8 +51,8 @@ class RunData:
     ) -> list[dict[str, Any]]:
         """Return the encoded rows of one split (see `encode`) without those that are too long.
 
-        What is dropped is counted and logged. Raises UserError where more than `max_dropped` of the training rows are
-        dropped, or all of them, or where a resumed run was trained on other rows.
+        What is dropped is counted and logged. Raises UserError where more than `max_dropped` of the
+        training rows are dropped, or all of them, or where a resumed run was trained on other rows.
         """
         from rlhf.data.encode import encode
         from rlhf.data.load import fingerprint
@@ -70,7 +71,9 @@ class RunData:
             self._count(f"{what}/every split", where, read, unusable, may_stop=is_training)
 
         max_response_length = None if kind is Prompt else config.max_response_length
-        rows, dropped = encode(records, tokenizer, config.max_prompt_length, max_response_length, config.on_error)
+        rows, dropped = encode(
+            records, tokenizer, config.max_prompt_length, max_response_length, config.on_error
+        )
         self._count(name, where, len(records), dropped, may_stop=is_training)
 
         kept = [row["record"] for row in rows]
@@ -118,7 +121,9 @@ class RunData:
             )
 
     def _count(self, name: str, where: str, read: int, dropped: Counter, *, may_stop: bool) -> None:
-        """Record and log how many rows were dropped and why. Raise UserError where they are too many."""
+        """Record and log how many rows were dropped and why. Raise UserError where they are too
+        many.
+        """
         count = dropped.total()
         self.row_counts[name] = {"read": read, "used": read - count, "dropped": dict(dropped)}
         if not count:
@@ -128,7 +133,9 @@ class RunData:
         what, split = name.split("/")
         found = f"{where}: {count} of {read} {what} rows of {split} are dropped ({reasons})"
         if may_stop and count == read:
-            raise UserError(f"{found}. Nothing is left to train on: raise the limits, or correct the rows")
+            raise UserError(
+                f"{found}. Nothing is left to train on: raise the limits, or correct the rows"
+            )
         if may_stop and count > self.config.max_dropped * read:
             raise UserError(
                 f"{found}, more than max_dropped {self.config.max_dropped:g}. Raise the limits, correct the rows, or "
@@ -140,15 +147,18 @@ class RunData:
     def _readable(self, source: str, kind: type[Record]) -> str:
         """Return what to read for `source`: for a preference store, its frozen file of pairs.
 
-        Prompts of a store are those of its pairs, so that PPO trains on the prompts that DPO trains on; a store
-        without votes gives all its prompts. Raises UserError for a file inside output_dir.
+        Prompts of a store are those of its pairs, so that PPO trains on the prompts that DPO trains
+        on; a store without votes gives all its prompts. Raises UserError for a file inside
+        output_dir.
         """
         from rlhf.data.freeze import frozen
         from rlhf.data.sources import is_path, is_store
 
         folder = Path(self.config.output_dir).resolve()
         if is_path(source) and Path(source).expanduser().resolve().is_relative_to(folder):
-            raise UserError(f"{source}: lies in output_dir, where files are the run's own. Move the data elsewhere")
+            raise UserError(
+                f"{source}: lies in output_dir, where files are the run's own. Move the data elsewhere"
+            )
         if not is_store(source):
             return source
 
@@ -159,9 +169,11 @@ class RunData:
         return str(file) if has_pairs or kind is not Prompt else source
 
     def _freeze(self, source: str) -> Path:
-        """Write the pairs of a store as it is now, or at its event (votes.db@118), to output_dir/data/.
+        """Write the pairs of a store as it is now, or at its event (votes.db@118), to
+        output_dir/data/.
 
-        Later votes change nothing: the main rank writes the file once, all ranks read it, and so does a resumed run.
+        Later votes change nothing: the main rank writes the file once, all ranks read it, and so
+        does a resumed run.
         """
         from rlhf.data.freeze import freeze
         from rlhf.data.sources import split_event
@@ -169,7 +181,9 @@ class RunData:
         path, event = split_event(source)
         place = str(Path(path).resolve()) if event is None else f"{Path(path).resolve()}@{event}"
         # stores in two folders may have the same name
-        file = Path(self.config.output_dir) / "data" / f"{Path(path).stem}-{digest(place)[:6]}.jsonl"
+        file = (
+            Path(self.config.output_dir) / "data" / f"{Path(path).stem}-{digest(place)[:6]}.jsonl"
+        )
 
         def write() -> None:
             is_kept = self.resumed is not None and file.is_file()

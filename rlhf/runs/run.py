@@ -1,4 +1,6 @@
-"""One run of a program: its options, ranks, output folder, tracker and checkpoints, and how it ends."""
+"""One run of a program: its options, ranks, output folder, tracker and checkpoints, and how it
+ends.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,13 @@ if TYPE_CHECKING:
     from rlhf.distributed import DistributedContext
     from rlhf.runs.tracking import Tracker
 
-OUTCOME = ("adapter_model.safetensors", "adapter_config.json", "rlhf.json", "model.safetensors", "config.json")
+OUTCOME = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "rlhf.json",
+    "model.safetensors",
+    "config.json",
+)
 START_OVER = "choose another --output_dir, or start over with --overwrite_output_dir true"
 # parts of the metric names that the console shows
 SHOWN = ("score/", "kl/sequence", "response/", "loss/total", "reward_accuracy", "reward/accuracy")
@@ -31,12 +39,18 @@ SHOWN = ("score/", "kl/sequence", "response/", "loss/total", "reward_accuracy", 
 class Run:
     """One run of a program; `rlhf.runs.start.start_run` makes it.
 
-    `data` reads the rows, `tracker` writes metrics, `resumed` is the checkpoint that the run continues from (None for a
-    run from the start). Nothing in the output folder is changed before `open_tracker`: a program that fails while it
-    loads leaves an earlier run as it was.
+    `data` reads the rows, `tracker` writes metrics, `resumed` is the checkpoint that the run
+    continues from (None for a run from the start). Nothing in the output folder is changed before
+    `open_tracker`: a program that fails while it loads leaves an earlier run as it was.
     """
 
-    def __init__(self, program: str, config: RunConfig, world: DistributedContext, resumed: Checkpoint | None = None):
+    def __init__(
+        self,
+        program: str,
+        config: RunConfig,
+        world: DistributedContext,
+        resumed: Checkpoint | None = None,
+    ):
         self.program = program
         self.config = config
         self.world = world
@@ -59,13 +73,16 @@ class Run:
         """Return the dtype to load the base model in."""
         if self.config.dtype != "auto":
             return self.config.dtype
-        # a model that is trained whole is kept in float32; the trainer computes in bfloat16 on a GPU
+        # a model that is trained whole is kept in float32; the trainer computes in bfloat16 on a
+        # GPU
         if self.world.device.type == "cuda" and getattr(self.config, "use_peft", True):
             return "bfloat16"
         return "float32"
 
     def record_dependency(self, name: str, fingerprint: str) -> None:
-        """Record what this run starts from or learns from. Raise UserError if the resumed run had something else."""
+        """Record what this run starts from or learns from. Raise UserError if the resumed run had
+        something else.
+        """
         self.weights[name] = fingerprint
         before = self.resumed.metadata.get("weights", {}).get(name) if self.resumed else None
         if before not in (None, fingerprint):
@@ -75,17 +92,23 @@ class Run:
             )
 
     def open_tracker(self) -> None:
-        """Take over the output folder, open the tracker, and let signals end the run after its step from here on.
+        """Take over the output folder, open the tracker, and let signals end the run after its step
+        from here on.
 
-        Removes what another run, or a later part of this one, has left in the folder, and writes config.yaml.
+        Removes what another run, or a later part of this one, has left in the folder, and writes
+        config.yaml.
         """
         from rlhf.runs.tracking import Tracker
 
         config, resumed = self.config, self.resumed
         if self.world.is_main:
             self._clear_folder()
-            # the file is for the next start, which may have been cut off and is to resume by default
-            options.save(replace(config, overwrite_output_dir=False, resume="auto"), self.folder / "config.yaml")
+            # the file is for the next start, which may have been cut off and is to resume by
+            # default
+            options.save(
+                replace(config, overwrite_output_dir=False, resume="auto"),
+                self.folder / "config.yaml",
+            )
             self.data.write_trained_on(self.folder)
         self.signals.install()
 
@@ -112,12 +135,18 @@ class Run:
             shutil.rmtree(self.folder / "value", ignore_errors=True)
 
     def should_checkpoint(self, step: int, total: int) -> bool:
-        """Return whether to write a checkpoint after `step`: every save_steps, at each evaluation, and at the end."""
+        """Return whether to write a checkpoint after `step`: every save_steps, at each evaluation,
+        and at the end.
+        """
         intervals = [n for n in (self.config.save_steps, self.config.eval_steps) if n]
         return step == total or any(step % n == 0 for n in intervals)
 
-    def metadata(self, step: int, score: float | None = None, state: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return what a checkpoint records about itself: what a resume compares, and what it restores."""
+    def metadata(
+        self, step: int, score: float | None = None, state: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return what a checkpoint records about itself: what a resume compares, and what it
+        restores.
+        """
         return {
             "program": self.program,
             "ranks": self.world.size,
@@ -139,15 +168,22 @@ class Run:
     ) -> None:
         """Write the checkpoint of `step` and remove superfluous ones; call it on all ranks.
 
-        `write_files(folder)` writes the program's files. `score` (higher is better) decides which checkpoint is the
-        best. `state` is returned by a resume as `resumed.metadata["state"]`.
+        `write_files(folder)` writes the program's files. `score` (higher is better) decides which
+        checkpoint is the best. `state` is returned by a resume as `resumed.metadata["state"]`.
         """
-        checkpoint.write(self.checkpoints, step, self.world, write_files, lambda: self.metadata(step, score, state))
+        checkpoint.write(
+            self.checkpoints,
+            step,
+            self.world,
+            write_files,
+            lambda: self.metadata(step, score, state),
+        )
         if self.world.is_main:
             checkpoint.prune(self.checkpoints, self.config.save_total_limit)
 
     def roll_back(self, before: int) -> Checkpoint | None:
-        """Return the newest whole checkpoint made before step `before`, or None; call it on all ranks.
+        """Return the newest whole checkpoint made before step `before`, or None; call it on all
+        ranks.
 
         Later checkpoints are archived, and metrics.jsonl is cut back to the one returned.
         """
@@ -161,11 +197,15 @@ class Run:
         return self.world.gather([kept])[0]
 
     def restore_random_state(self) -> None:
-        """Restore this rank's random generators as they were at the checkpoint that the run continues from."""
+        """Restore this rank's random generators as they were at the checkpoint that the run
+        continues from.
+        """
         checkpoint.read_random_state(self.resumed.folder / f"random-{self.world.rank}.pt")
 
     def interrupted(self) -> bool:
-        """Return whether any rank was asked to stop; all ranks call it after each step and get the same answer."""
+        """Return whether any rank was asked to stop; all ranks call it after each step and get the
+        same answer.
+        """
         return bool(self.world.sum(float(self.signals.received is not None)))
 
     def interrupted_error(self, step: int) -> Halt:
@@ -201,7 +241,10 @@ class Run:
             **more,
         }
         if self.world.is_main:
-            provenance = {"start": self.config.model_name_or_path, "data": ", ".join(self.config.data)}
+            provenance = {
+                "start": self.config.model_name_or_path,
+                "data": ", ".join(self.config.data),
+            }
             write_card(self.folder, self.program, options_dict(self.config), result, provenance)
             # last: a folder with result.json holds a finished run
             self.tracker.result(result)
@@ -209,7 +252,9 @@ class Run:
         self.log(f"done: {format_metrics(headline)} -> {self.config.output_dir}")
 
     def close(self) -> None:
-        """Close the tracker, restore the signal handlers, leave the other ranks and unlock the folder."""
+        """Close the tracker, restore the signal handlers, leave the other ranks and unlock the
+        folder.
+        """
         if self.tracker is not None:
             self.tracker.finish()
         self.signals.restore()
@@ -225,7 +270,9 @@ def options_dict(config: Any) -> dict[str, Any]:
 
 
 def format_metrics(metrics: dict[str, Any]) -> str:
-    """Return the metrics that the console shows as text: no parts of scores, standard errors or minor metrics."""
+    """Return the metrics that the console shows as text: no parts of scores, standard errors or
+    minor metrics.
+    """
     parts = []
     for name, value in metrics.items():
         is_detail = name.endswith("_se") or name.count("/") > 2

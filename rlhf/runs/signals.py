@@ -14,8 +14,8 @@ REPEAT_SECONDS = 1.0
 class StopSignals:
     """Note the first SIGTERM or SIGINT instead of dying of it.
 
-    `received` is the name of the first signal, None before. A second SIGINT ends the process at once, unless it comes
-    within `REPEAT_SECONDS` of the one before.
+    `received` is the name of the first signal, None before. A second SIGINT ends the process at
+    once, unless it comes within `REPEAT_SECONDS` of the one before.
     """
 
     def __init__(self, program: str, *, announce: bool):

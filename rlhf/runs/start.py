@@ -20,14 +20,16 @@ from rlhf.runs.run import START_OVER, Run
 if TYPE_CHECKING:
     from rlhf.distributed import DistributedContext
 
-LENGTH_OPTIONS = ("total_episodes", "num_train_epochs", "max_steps")  # raising one makes a finished run longer
+# raising one makes a finished run longer
+LENGTH_OPTIONS = ("total_episodes", "num_train_epochs", "max_steps")
 
 
 def start_run(program: str, config: RunConfig) -> Run:
-    """Join the ranks, lock the output folder, find the checkpoint to resume from, and seed all random generators.
+    """Join the ranks, lock the output folder, find the checkpoint to resume from, and seed all
+    random generators.
 
-    Raises UserError where fixed options differ from those of the folder's run or a requested checkpoint cannot be used,
-    and Halt where the run is finished already.
+    Raises UserError where fixed options differ from those of the folder's run or a requested
+    checkpoint cannot be used, and Halt where the run is finished already.
     """
     from rlhf.models import silence_libraries
 
@@ -64,7 +66,8 @@ def start_run(program: str, config: RunConfig) -> Run:
 
 
 def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
-    """Return if the folder's finished run is to be made longer; raise Halt if it is the one that was requested.
+    """Return if the folder's finished run is to be made longer; raise Halt if it is the one that
+    was requested.
 
     Raises UserError if another run was requested.
     """
@@ -87,7 +90,9 @@ def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> N
         return
     # where max_steps is given, it is what has ended the run
     limit = "max_steps" if now.get("max_steps", math.inf) < math.inf else next(iter(compared), None)
-    raise Halt(f"{folder} is finished ({result['finished']}). To train on, raise --{limit}; or {START_OVER}")
+    raise Halt(
+        f"{folder} is finished ({result['finished']}). To train on, raise --{limit}; or {START_OVER}"
+    )
 
 
 def _lengths(values: dict[str, Any]) -> dict[str, float]:
@@ -103,14 +108,18 @@ def find_checkpoint(
     *,
     is_finished: bool,
 ) -> Checkpoint | None:
-    """Return the checkpoint to resume from, or None to start from the beginning. Raise UserError if it does not fit."""
+    """Return the checkpoint to resume from, or None to start from the beginning. Raise UserError if
+    it does not fit.
+    """
     if config.overwrite_output_dir:
         return None
     if config.resume in ("auto", "never"):
         root = Path(config.output_dir) / checkpoint.FOLDER
         found = checkpoint.newest(root, lambda text: print(f"{program}: {text}", flush=True))
         if found is None and is_finished:
-            raise UserError(f"{root}: no whole checkpoint from which the finished run could be trained on")
+            raise UserError(
+                f"{root}: no whole checkpoint from which the finished run could be trained on"
+            )
         if found is None:
             return None
         if config.resume == "never":
@@ -122,16 +131,22 @@ def find_checkpoint(
             found = checkpoint.check(Path(config.resume))
         except checkpoint.CorruptCheckpoint as reason:
             near = near_file(config.resume)
-            raise UserError(f"{config.resume}: no checkpoint to resume from: {reason}{near}") from None
+            raise UserError(
+                f"{config.resume}: no checkpoint to resume from: {reason}{near}"
+            ) from None
     check_resumable(found, program, config, world)
     return found
 
 
-def check_resumable(found: Checkpoint, program: str, config: RunConfig, world: DistributedContext) -> None:
+def check_resumable(
+    found: Checkpoint, program: str, config: RunConfig, world: DistributedContext
+) -> None:
     """Raise UserError where a checkpoint is of another program, number of ranks, or fixed options."""
     metadata = found.metadata
     if metadata.get("program") != program:
-        raise UserError(f"{found.folder}: a checkpoint of '{metadata.get('program')}', and this is '{program}'")
+        raise UserError(
+            f"{found.folder}: a checkpoint of '{metadata.get('program')}', and this is '{program}'"
+        )
     if (metadata["ranks"], metadata["launched"]) != (world.size, world.launched):
         how = "under a launcher" if metadata["launched"] else "without a launcher"
         raise UserError(
@@ -146,7 +161,9 @@ def check_resumable(found: Checkpoint, program: str, config: RunConfig, world: D
 
 
 def check_fixed(config: Any, before: dict[str, Any], message: str) -> None:
-    """Raise UserError, beginning with `message`, that lists each fixed option whose value differs from `before`."""
+    """Raise UserError, beginning with `message`, that lists each fixed option whose value differs
+    from `before`.
+    """
     before = options.current_names(config, before)
     changed = []
     for field in fields(config):

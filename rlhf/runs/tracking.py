@@ -1,4 +1,5 @@
-"""What a run writes down: metrics.jsonl, sample tables, result.json, the console line, and W&B when asked.
+"""What a run writes down: metrics.jsonl, sample tables, result.json, the console line, and W&B when
+asked.
 
     with Tracker("runs/ppo", report_to="wandb", config=asdict(config)) as tracker:
         tracker.log({"score/total": 0.4, "kl/sequence": 3.1}, step)
@@ -32,9 +33,10 @@ PACKAGES = ("rlhf", "torch", "transformers", "trl", "peft", "deepspeed", "datase
 class Tracker:
     """Writes a run's numbers under `output_dir`; only the main rank writes, all ranks may call.
 
-    Without `resume_step` the files start afresh. With it, what was written after that step's checkpoint is cut off, so
-    that a resumed run leaves the same files as one that was never stopped: at `position`, the file sizes that the
-    checkpoint recorded, or after the rows of that step where they are not known.
+    Without `resume_step` the files start afresh. With it, what was written after that step's
+    checkpoint is cut off, so that a resumed run leaves the same files as one that was never
+    stopped: at `position`, the file sizes that the checkpoint recorded, or after the rows of that
+    step where they are not known.
     """
 
     def __init__(
@@ -70,7 +72,10 @@ class Tracker:
         self._metrics_file = open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
 
     def _files(self) -> list[Path]:
-        return [self.output_dir / "metrics.jsonl", *sorted((self.output_dir / "tables").glob("*.jsonl"))]
+        return [
+            self.output_dir / "metrics.jsonl",
+            *sorted((self.output_dir / "tables").glob("*.jsonl")),
+        ]
 
     def position(self) -> dict[str, int]:
         """Flush the files to disk and return their sizes, for a checkpoint; empty on other ranks."""
@@ -91,7 +96,9 @@ class Tracker:
             self.wandb.rewind()
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Append one line of numbers. Raises KeyError, on every rank, for a name outside the vocabulary."""
+        """Append one line of numbers. Raises KeyError, on every rank, for a name outside the
+        vocabulary.
+        """
         check_names(metrics)
         if not self.is_main:
             return
@@ -102,7 +109,9 @@ class Tracker:
         self.wandb.log(numbers, int(step))
 
     def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
-        """Append sample rows (prompt, response, score and its breakdown, ...) to tables/<name>.jsonl, and to W&B."""
+        """Append sample rows (prompt, response, score and its breakdown, ...) to
+        tables/<name>.jsonl, and to W&B.
+        """
         if not self.is_main or not rows:
             return
         with open(self.output_dir / "tables" / f"{name}.jsonl", "a", encoding="utf-8") as file:
@@ -111,17 +120,25 @@ class Tracker:
         self.wandb.table(name, rows, int(step))
 
     def images(self, files: Mapping[str, str | Path], step: int) -> None:
-        """Show pictures (name -> file) in W&B; without it do nothing, since the files are there already."""
+        """Show pictures (name -> file) in W&B; without it do nothing, since the files are there
+        already.
+        """
         if self.is_main:
             self.wandb.images(files, int(step))
 
-    def console(self, step: int, total: int, metrics: dict[str, float], names: Iterable[str]) -> None:
-        """Print the named metrics, at most every `console_seconds`; at the first and the last step always."""
+    def console(
+        self, step: int, total: int, metrics: dict[str, float], names: Iterable[str]
+    ) -> None:
+        """Print the named metrics, at most every `console_seconds`; at the first and the last step
+        always.
+        """
         if self.is_main:
             self.progress.show(step, total, metrics, names)
 
     def result(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Write result.json in one piece, adding finished (UTC), versions and platform; return what was written."""
+        """Write result.json in one piece, adding finished (UTC), versions and platform; return what
+        was written.
+        """
         whole = {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **result,
@@ -171,7 +188,9 @@ class Progress:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl without a torn last one; "NaN" and the like are numbers again."""
+    """Return the lines of a metrics.jsonl without a torn last one; "NaN" and the like are numbers
+    again.
+    """
     rows = _rows(path)
     for row in rows:
         for name, value in row.items():
@@ -192,7 +211,9 @@ def versions() -> dict[str, str | None]:
 
 
 def _cut_back(path: Path, step: int, size: int | None) -> None:
-    """Cut a file to `size` bytes; where it is shorter, or `size` is not known, to the rows up to `step`."""
+    """Cut a file to `size` bytes; where it is shorter, or `size` is not known, to the rows up to
+    `step`.
+    """
     if size is not None and size <= path.stat().st_size:
         os.truncate(path, size)
         return

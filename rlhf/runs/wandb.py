@@ -1,4 +1,6 @@
-"""A run's W&B log. Nothing that goes wrong with W&B stops the program, and nothing ever asks for a login."""
+"""A run's W&B log. Nothing that goes wrong with W&B stops the program, and nothing ever asks for a
+login.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ INIT_SECONDS = 15  # after which a server that does not answer is given up
 class WandbLog:
     """A W&B run, or nothing where it is off: `run` is None before `start`, and after a failure.
 
-    A step that was sent once is not sent again by a resumed run: the last one is kept in output_dir/wandb_step.
+    A step that was sent once is not sent again by a resumed run: the last one is kept in
+    output_dir/wandb_step.
     """
 
     def __init__(self, output_dir: Path, *, resumed: bool):
@@ -31,9 +34,11 @@ class WandbLog:
         self._skip_through = self._last_sent()
 
     def start(self, project: str | None, run_name: str | None, config: dict[str, Any]) -> None:
-        """Start the run online if WANDB_MODE says so or a key is configured, else or if that fails offline.
+        """Start the run online if WANDB_MODE says so or a key is configured, else or if that fails
+        offline.
 
-        What is not given here is left to W&B's own variables: WANDB_PROJECT, WANDB_NAME, WANDB_RUN_ID, WANDB_DIR, ...
+        What is not given here is left to W&B's own variables: WANDB_PROJECT, WANDB_NAME,
+        WANDB_RUN_ID, WANDB_DIR, ...
         """
         given = os.environ
         if given.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
@@ -76,7 +81,11 @@ class WandbLog:
                 return
             except Exception as error:
                 self.run = None
-                then = "going on without it" if mode == "offline" else "writing offline (send later: wandb sync)"
+                then = (
+                    "going on without it"
+                    if mode == "offline"
+                    else "writing offline (send later: wandb sync)"
+                )
                 _warn(f"W&B {mode} failed ({_first_line(error)}); {then}")
 
     def log(self, numbers: Mapping[str, Any], step: int) -> None:
@@ -113,7 +122,9 @@ class WandbLog:
         if self.run is None:
             return
         with self._failing_quietly("result"):
-            self.run.config.update({"data": json_safe(result.get("data", {}))}, allow_val_change=True)
+            self.run.config.update(
+                {"data": json_safe(result.get("data", {}))}, allow_val_change=True
+            )
             self.run.summary.update({"result": json_safe(result.get("headline", {}))})
 
     def finish(self, *, failed: bool = False) -> None:
@@ -144,10 +155,14 @@ class WandbLog:
 
 
 def _mode() -> str:
-    """Return WANDB_MODE, or whether a key allows to write online; online without a key would ask for a login."""
+    """Return WANDB_MODE, or whether a key allows to write online; online without a key would ask
+    for a login.
+    """
     mode = os.environ.get("WANDB_MODE", "").lower()
     if mode == "online" and not has_key():
-        _warn("WANDB_MODE=online, but no key in WANDB_API_KEY or netrc: W&B writes offline (send later: wandb sync)")
+        _warn(
+            "WANDB_MODE=online, but no key in WANDB_API_KEY or netrc: W&B writes offline (send later: wandb sync)"
+        )
         return "offline"
     return mode or ("online" if has_key() else "offline")
 

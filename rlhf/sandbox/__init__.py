@@ -8,5 +8,7 @@ SHOP_VOICE = CONFIGS / "voice.yaml"  # what is right there: the true ("gold") re
 
 
 def shown_path(path: Path) -> str:
-    """Return `path` as it is typed in the working directory: relative where it lies below it, else absolute."""
+    """Return `path` as it is typed in the working directory: relative where it lies below it, else
+    absolute.
+    """
     return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)

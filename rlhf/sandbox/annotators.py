@@ -1,11 +1,13 @@
-"""`rlhf sandbox annotate`: simulated annotators, who prefer by the gold score with noise and have habits of their own.
+"""`rlhf sandbox annotate`: simulated annotators, who prefer by the gold score with noise and have
+habits of their own.
 
 An annotator who sees responses a and b prefers a with probability (Bradley and Terry 1952)
 
     p = sigmoid( (gold(a) - gold(b)) / noise + length_bias * (words(a) - words(b)) / 10 +- side_bias )   + if a is left
 
-and says that they are equal with the probability of a third outcome (Rao and Kupper 1967), whose width is `ties`.
-Votes go into the preference store that people use, under names that say they are simulated.
+and says that they are equal with the probability of a third outcome (Rao and Kupper 1967), whose
+width is `ties`. Votes go into the preference store that people use, under names that say they are
+simulated.
 """
 
 from __future__ import annotations
@@ -57,7 +59,9 @@ ANNOTATORS = (
 
 @dataclass(frozen=True)
 class Choice:
-    """What an annotator answers: choice as the store knows it, strength 1 (slightly) to 3 (much), time taken."""
+    """What an annotator answers: choice as the store knows it, strength 1 (slightly) to 3 (much),
+    time taken.
+    """
 
     choice: str  # "a", "b", "tie", "both_bad" or "skip"
     strength: int | None
@@ -72,9 +76,12 @@ def choose(
     noise: float,
     rng: random.Random,
 ) -> Choice:
-    """The annotator's answer to one comparison; `gold` and `words` are of (a, b), `left` is the side shown left."""
+    """The annotator's answer to one comparison; `gold` and `words` are of (a, b), `left` is the
+    side shown left.
+    """
     duration = round(1000 * annotator.seconds * math.exp(rng.gauss(0.0, 0.5)))
-    # every draw is made whatever the answer, so that one annotator's habits do not shift another's luck
+    # every draw is made whatever the answer, so that one annotator's habits do not shift another's
+    # luck
     skip, care, side, verdict = (rng.random() for _ in range(4))
     if skip < annotator.skips:
         return Choice("skip", None, duration)
@@ -94,7 +101,9 @@ def choose(
 def preference_logit(
     annotator: Annotator, gold: tuple[float, float], words: tuple[int, int], left: str, noise: float
 ) -> float:
-    """log p(a over b) / p(b over a) of the annotator; `noise` is the gold difference worth one logit."""
+    """log p(a over b) / p(b over a) of the annotator; `noise` is the gold difference worth one
+    logit.
+    """
     side = annotator.side_bias if left == "a" else -annotator.side_bias
     return (gold[0] - gold[1]) / noise + annotator.length_bias * (words[0] - words[1]) / 10 + side
 
@@ -110,19 +119,37 @@ def sigmoid(x: float) -> float:
 
 @dataclass
 class AnnotateConfig:
-    """Let simulated annotators vote on the comparisons of a preference store, by the gold score with noise."""
+    """Let simulated annotators vote on the comparisons of a preference store, by the gold score
+    with noise.
+    """
 
-    store: str = option(help="the preference store, a SQLite file with comparisons (rlhf collect sample makes them)")
-    voice: str = option(str(SHOP_VOICE), "the brand-voice specification that is the true reward; default: the shop's")
-    seed: int = option(0, "run seed: who judges which pair, which side is shown left, and the noise", **SEED)
-    noise: float = option(0.2, "difference in gold score (0 to 1) that is worth one logit; larger is noisier", above=0)
+    store: str = option(
+        help="the preference store, a SQLite file with comparisons (rlhf collect sample makes them)"
+    )
+    voice: str = option(
+        str(SHOP_VOICE),
+        "the brand-voice specification that is the true reward; default: the shop's",
+    )
+    seed: int = option(
+        0, "run seed: who judges which pair, which side is shown left, and the noise", **SEED
+    )
+    noise: float = option(
+        0.2, "difference in gold score (0 to 1) that is worth one logit; larger is noisier", above=0
+    )
     votes_per_pair: int = option(
-        1, f"annotators who judge each comparison, 1 to {len(ANNOTATORS)}", low=1, high=len(ANNOTATORS)
+        1,
+        f"annotators who judge each comparison, 1 to {len(ANNOTATORS)}",
+        low=1,
+        high=len(ANNOTATORS),
     )
     judged_by_all: int = option(
-        0, "so many comparisons that are held out for validation get a vote of every annotator: their agreement", low=0
+        0,
+        "so many comparisons that are held out for validation get a vote of every annotator: their agreement",
+        low=0,
     )
-    habits: bool = option(True, "annotators have their biases, ties and skips; false leaves the noise alone")
+    habits: bool = option(
+        True, "annotators have their biases, ties and skips; false leaves the noise alone"
+    )
 
     def validate(self) -> None:
         """Raises UserError on a value out of its range."""
@@ -130,30 +157,39 @@ class AnnotateConfig:
 
 
 def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
-    """Vote until every comparison has `votes_per_pair` simulated votes; print and return the agreement with gold.
+    """Vote until every comparison has `votes_per_pair` simulated votes; print and return the
+    agreement with gold.
 
-    A vote depends on the seed, the comparison and the annotator only, so that an interrupted call can be repeated. Of
-    `judged_by_all`, the further votes come after all others and on validation pairs: training sees none of them.
-    Returned: {"annotators": {name: {"votes", "ties", ..., "agreement"}}, "all": the same over all, "comparisons",
-    "between": what `agreement_summary` says of them}.
-    `gold` reads texts and metadata; the samples it receives have no ids.
+    A vote depends on the seed, the comparison and the annotator only, so that an interrupted call
+    can be repeated. Of `judged_by_all`, the further votes come after all others and on validation
+    pairs: training sees none of them.
+    Returned: {"annotators": {name: {"votes", "ties", ..., "agreement"}}, "all": the same over all,
+    "comparisons", "between": what `agreement_summary` says of them}. `gold` reads texts and
+    metadata; the samples it receives have no ids.
     """
     config.validate()
     with Store.open(config.store) as store:
         pairs = store.at().comparisons()
         if not pairs:
-            raise UserError(f"{config.store}: has no comparisons to judge; make some with: rlhf collect sample")
+            raise UserError(
+                f"{config.store}: has no comparisons to judge; make some with: rlhf collect sample"
+            )
         scores = _gold_scores(pairs, gold)
         names = {annotator.name for annotator in ANNOTATORS}
         known = [vote for vote in store.at().votes() if vote.annotator in names]
         done: dict[int, set[str]] = {}
         for vote in known:
             done.setdefault(vote.comparison, set()).add(vote.annotator)
-        ids = {annotator.name: store.add_annotator(annotator.name, kind="model") for annotator in ANNOTATORS}
+        ids = {
+            annotator.name: store.add_annotator(annotator.name, kind="model")
+            for annotator in ANNOTATORS
+        }
         with store.transaction():
             for pair in tqdm(pairs, desc="simulated votes", unit="pair", mininterval=5):
                 voted = done.get(pair["id"], set())
-                order = random.Random(f"who {config.seed} {pair['id']}").sample(ANNOTATORS, len(ANNOTATORS))
+                order = random.Random(f"who {config.seed} {pair['id']}").sample(
+                    ANNOTATORS, len(ANNOTATORS)
+                )
                 free = [annotator for annotator in order if annotator.name not in voted]
                 for annotator in free[: max(0, config.votes_per_pair - len(voted))]:
                     _vote(store, pair, annotator, ids[annotator.name], scores[pair["id"]], config)
@@ -167,7 +203,9 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
     report = agreement(votes, scores)
     words = {pair["id"]: len(f"{pair['text_a']} {pair['text_b']}".split()) for pair in pairs}
     report["between"] = agreement_summary(votes, words=words)
-    print(f"{config.store}: {len(votes) - len(known)} new votes by simulated annotators, {len(votes)} in all")
+    print(
+        f"{config.store}: {len(votes) - len(known)} new votes by simulated annotators, {len(votes)} in all"
+    )
     print_agreement(report)
     print(f"{describe_alpha(report['between'])}.")
     for person in report["between"]["annotators"]:
@@ -177,7 +215,9 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
 
 
 def agreement(votes: list[Vote], scores: dict[int, tuple[float, float]]) -> dict[str, Any]:
-    """Counts of each choice, and the share of votes for a side that chose more gold; equal gold is left out."""
+    """Counts of each choice, and the share of votes for a side that chose more gold; equal gold is
+    left out.
+    """
     counts: dict[str, Counter] = {}
     for vote in votes:
         a, b = scores[vote.comparison]
@@ -198,37 +238,70 @@ def agreement(votes: list[Vote], scores: dict[int, tuple[float, float]]) -> dict
         }
         for name, n in sorted(counts.items())
     }
-    everyone = rows.pop("all", {"votes": 0, "ties": 0, "both_bad": 0, "skips": 0, "agreement": math.nan})
-    return {"annotators": rows, "all": everyone, "comparisons": len({vote.comparison for vote in votes})}
+    everyone = rows.pop(
+        "all", {"votes": 0, "ties": 0, "both_bad": 0, "skips": 0, "agreement": math.nan}
+    )
+    return {
+        "annotators": rows,
+        "all": everyone,
+        "comparisons": len({vote.comparison for vote in votes}),
+    }
 
 
 def print_agreement(report: dict[str, Any]) -> None:
     """The record of the annotators as a table."""
-    print(f"{'annotator':20s} {'votes':>6s} {'ties':>5s} {'both bad':>9s} {'skips':>6s}  agreement with gold")
+    print(
+        f"{'annotator':20s} {'votes':>6s} {'ties':>5s} {'both bad':>9s} {'skips':>6s}  agreement with gold"
+    )
     for name, row in [*report["annotators"].items(), ("all", report["all"])]:
         counts = f"{row['votes']:6d} {row['ties']:5d} {row['both_bad']:9d} {row['skips']:6d}"
         print(f"{name:20s} {counts}  {row['agreement']:.3f}")
 
 
 def _held_out(config: AnnotateConfig, pairs: list[dict]) -> list[dict]:
-    """Comparisons of the validation split, drawn by the seed; after the first votes, when groups are what they are."""
+    """Comparisons of the validation split, drawn by the seed; after the first votes, when groups
+    are what they are.
+    """
     if not config.judged_by_all:
         return []
-    held_out = {json.dumps(p.prompt, sort_keys=True) for p in load([config.store], Prompt, split="validation")}
+    held_out = {
+        json.dumps(p.prompt, sort_keys=True)
+        for p in load([config.store], Prompt, split="validation")
+    }
     found = [pair for pair in pairs if json.dumps(pair["prompt"], sort_keys=True) in held_out]
     if len(found) < config.judged_by_all:
-        print(f"{config.store}: {len(found)} comparisons are held out for validation; all of them are judged by all")
-    return random.Random(f"judged by all {config.seed}").sample(found, min(config.judged_by_all, len(found)))
+        print(
+            f"{config.store}: {len(found)} comparisons are held out for validation; all of them are judged by all"
+        )
+    return random.Random(f"judged by all {config.seed}").sample(
+        found, min(config.judged_by_all, len(found))
+    )
 
 
-def _vote(store: Store, pair: dict, annotator: Annotator, id: int, gold: tuple[float, float], config: AnnotateConfig):
+def _vote(
+    store: Store,
+    pair: dict,
+    annotator: Annotator,
+    id: int,
+    gold: tuple[float, float],
+    config: AnnotateConfig,
+):
     rng = random.Random(f"vote {config.seed} {pair['id']} {annotator.name}")
     left = rng.choice("ab")
     words = (len(pair["text_a"].split()), len(pair["text_b"].split()))
     if not config.habits:
-        annotator = Annotator(annotator.name, ties=0.0, skips=0.0, strict=-1.0, seconds=annotator.seconds)
+        annotator = Annotator(
+            annotator.name, ties=0.0, skips=0.0, strict=-1.0, seconds=annotator.seconds
+        )
     answer = choose(annotator, gold, words, left, config.noise, rng)
-    store.vote(pair["id"], id, answer.choice, left=left, strength=answer.strength, duration_ms=answer.duration_ms)
+    store.vote(
+        pair["id"],
+        id,
+        answer.choice,
+        left=left,
+        strength=answer.strength,
+        duration_ms=answer.duration_ms,
+    )
 
 
 def _gold_scores(pairs: list[dict], gold: Scorer) -> dict[int, tuple[float, float]]:

@@ -1,4 +1,5 @@
-"""The sandbox's own base model: a byte-level BPE tokenizer with a chat template, and a small pretrained Qwen3.
+"""The sandbox's own base model: a byte-level BPE tokenizer with a chat template, and a small
+pretrained Qwen3.
 
 It is saved as any Hub model is, so that every stage reads it by its folder.
 """
@@ -35,12 +36,15 @@ class BaseConfig:
     batch_size: int = 32
     learning_rate: float = 4e-3
     muon_learning_rate: float = 0.02
-    prompt_weight: float = 0.1  # what customers say is drawn at random: little to learn, much noise in the gradient
+    # what customers say is drawn at random: little to learn, much noise in the gradient
+    prompt_weight: float = 0.1
     seed: int = 0
 
 
 def train_tokenizer(texts: list[str], vocab_size: int):
-    """A byte-level BPE tokenizer trained on `texts`; pad, end of turn and end of document are tokens of their own."""
+    """A byte-level BPE tokenizer trained on `texts`; pad, end of turn and end of document are
+    tokens of their own.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -55,7 +59,11 @@ def train_tokenizer(texts: list[str], vocab_size: int):
     )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, pad_token=PAD, eos_token=END, clean_up_tokenization_spaces=False, model_max_length=512
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END,
+        clean_up_tokenization_spaces=False,
+        model_max_length=512,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -88,7 +96,9 @@ def make_model(tokenizer, config: BaseConfig):
 
 @dataclass(frozen=True)
 class Row:
-    """A document's token ids; the first `prompt` of them are the customer's and count `prompt_weight` in the loss."""
+    """A document's token ids; the first `prompt` of them are the customer's and count
+    `prompt_weight` in the loss.
+    """
 
     ids: list[int]
     prompt: int = 0
@@ -98,22 +108,33 @@ class Row:
 
 
 def encode(tokenizer, documents: list) -> list[Row]:
-    """Each document's row: a list of messages goes through the chat template, a string ends the document."""
+    """Each document's row: a list of messages goes through the chat template, a string ends the
+    document.
+    """
     rows = []
     for document in documents:
         if isinstance(document, str):
             rows.append(Row(tokenizer(document + DOCUMENT_END, add_special_tokens=False).input_ids))
             continue
         text = tokenizer.apply_chat_template(document, tokenize=False)
-        head = tokenizer.apply_chat_template(document[:-1], tokenize=False, add_generation_prompt=True)
+        head = tokenizer.apply_chat_template(
+            document[:-1], tokenize=False, add_generation_prompt=True
+        )
         prompt = tokenizer(head, add_special_tokens=False).input_ids
         # tokenized apart, as every later stage does it
-        rows.append(Row(prompt + tokenizer(text[len(head) :], add_special_tokens=False).input_ids, len(prompt)))
+        rows.append(
+            Row(
+                prompt + tokenizer(text[len(head) :], add_special_tokens=False).input_ids,
+                len(prompt),
+            )
+        )
     return rows
 
 
 def batches(rows: list[Row], batch_size: int, rng: random.Random) -> Iterator[list[Row]]:
-    """Batches of rows of nearly equal length, in random order, once through `rows`; a short last batch is left out."""
+    """Batches of rows of nearly equal length, in random order, once through `rows`; a short last
+    batch is left out.
+    """
     order = list(range(len(rows)))
     rng.shuffle(order)
     pool = 32 * batch_size
@@ -126,7 +147,8 @@ def batches(rows: list[Row], batch_size: int, rng: random.Random) -> Iterator[li
 
 
 def language_loss(model, batch: list[Row], pad_id: int, prompt_weight: float):
-    """Weighted mean cross-entropy per token (nats) of a right-padded batch, and the sum of its weights.
+    """Weighted mean cross-entropy per token (nats) of a right-padded batch, and the sum of its
+    weights.
 
     A prompt's tokens weigh `prompt_weight`, all others 1, padding 0.
     """
@@ -135,11 +157,16 @@ def language_loss(model, batch: list[Row], pad_id: int, prompt_weight: float):
     width = max(len(r) for r in batch)
     ids = torch.tensor([r.ids + [pad_id] * (width - len(r)) for r in batch])
     weights = torch.tensor(
-        [[prompt_weight] * r.prompt + [1.0] * (len(r) - r.prompt) + [0.0] * (width - len(r)) for r in batch]
+        [
+            [prompt_weight] * r.prompt + [1.0] * (len(r) - r.prompt) + [0.0] * (width - len(r))
+            for r in batch
+        ]
     )[:, 1:]
     # causal attention never looks right, so right padding needs no mask, and no mask is faster
     logits = model(ids, use_cache=False).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+    )
     total = weights.sum()
     return (losses.view_as(weights) * weights).sum() / total, total.item()
 
@@ -153,12 +180,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def pretrain(model, tokenizer, rows: list[Row], held_out: list[Row], config: BaseConfig) -> dict[str, float]:
+def pretrain(
+    model, tokenizer, rows: list[Row], held_out: list[Row], config: BaseConfig
+) -> dict[str, float]:
     """Train on `rows` for `config.steps` steps; returns the losses, tokens and seconds it took.
 
-    Muon (Jordan et al. 2024) for the matrices inside, AdamW for embeddings and norms: measured here, AdamW alone
-    takes twice the steps until the model copies what the customer names. Goes through `rows` again where they do
-    not suffice. The same seed, settings and thread count give the same weights.
+    Muon (Jordan et al. 2024) for the matrices inside, AdamW for embeddings and norms: measured
+    here, AdamW alone takes twice the steps until the model copies what the customer names. Goes
+    through `rows` again where they do not suffice. The same seed, settings and thread count give
+    the same weights.
     """
     import torch
     from tqdm import tqdm
@@ -169,8 +199,12 @@ def pretrain(model, tokenizer, rows: list[Row], held_out: list[Row], config: Bas
     hidden = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     optimizers = {
-        "hidden": torch.optim.Muon(hidden, lr=config.muon_learning_rate, momentum=0.95, weight_decay=0.0),
-        "others": torch.optim.AdamW(others, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
+        "hidden": torch.optim.Muon(
+            hidden, lr=config.muon_learning_rate, momentum=0.95, weight_decay=0.0
+        ),
+        "others": torch.optim.AdamW(
+            others, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0
+        ),
     }
     peaks = {"hidden": config.muon_learning_rate, "others": config.learning_rate}
     started, tokens, loss = time.perf_counter(), 0, math.nan
@@ -215,18 +249,28 @@ def evaluate(model, tokenizer, rows: list[Row], batch_size: int) -> float:
     ordered = sorted(rows, key=len)
     with torch.no_grad():
         for start in range(0, len(ordered), batch_size):
-            loss, n = language_loss(model, ordered[start : start + batch_size], tokenizer.pad_token_id, 0.0)
+            loss, n = language_loss(
+                model, ordered[start : start + batch_size], tokenizer.pad_token_id, 0.0
+            )
             total, count = total + loss.item() * n, count + n
     model.train(was_training)
     return total / max(1.0, count)
 
 
-def train_base(documents: list, held_out: list, config: BaseConfig, folder: Path) -> dict[str, float]:
-    """Train tokenizer and model on `documents`, write both into `folder`, and return what `pretrain` measured."""
-    texts = [d if isinstance(d, str) else "\n".join(m["content"] for m in d) for d in documents[:5000]]
+def train_base(
+    documents: list, held_out: list, config: BaseConfig, folder: Path
+) -> dict[str, float]:
+    """Train tokenizer and model on `documents`, write both into `folder`, and return what
+    `pretrain` measured.
+    """
+    texts = [
+        d if isinstance(d, str) else "\n".join(m["content"] for m in d) for d in documents[:5000]
+    ]
     tokenizer = train_tokenizer(texts, config.vocab_size)
     model = make_model(tokenizer, config)
-    measured = pretrain(model, tokenizer, encode(tokenizer, documents), encode(tokenizer, held_out), config)
+    measured = pretrain(
+        model, tokenizer, encode(tokenizer, documents), encode(tokenizer, held_out), config
+    )
     model.eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

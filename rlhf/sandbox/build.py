@@ -8,7 +8,8 @@
     output_dir/voice.yaml          the brand voice of the shop: the true reward
     output_dir/world.json          settings, fingerprints, counts, losses of the base
 
-The world seed decides all of it. No prompt of the test split stands in the instructions or the pretraining text.
+The world seed decides all of it. No prompt of the test split stands in the instructions or the
+pretraining text.
 """
 
 from __future__ import annotations
@@ -42,10 +43,18 @@ class SandboxConfig:
     output_dir: str = option(
         "runs/sandbox", "folder of the world; a base that is there and has these settings is reused"
     )
-    world_seed: int = option(0, "decides goods, texts and base; runs on one world differ in their own seeds", **SEED)
-    n_instructions: int = option(3000, "exchanges in instructions.jsonl, for SFT", low=1, high=100_000)
-    n_prompts: int = option(4000, "prompts in prompts.jsonl; about a tenth are test prompts", low=1, high=100_000)
-    off_brand: float = option(0.6, "share of the instructions' answers that are off-brand", low=0, high=1)
+    world_seed: int = option(
+        0, "decides goods, texts and base; runs on one world differ in their own seeds", **SEED
+    )
+    n_instructions: int = option(
+        3000, "exchanges in instructions.jsonl, for SFT", low=1, high=100_000
+    )
+    n_prompts: int = option(
+        4000, "prompts in prompts.jsonl; about a tenth are test prompts", low=1, high=100_000
+    )
+    off_brand: float = option(
+        0.6, "share of the instructions' answers that are off-brand", low=0, high=1
+    )
     n_items: int = option(
         40,
         f"different goods, 2 to {len(phrases.ITEMS)}; more are harder to copy from the prompt",
@@ -53,19 +62,28 @@ class SandboxConfig:
         high=len(phrases.ITEMS),
     )
     n_intents: int = option(
-        12, f"different things that customers want, 2 to {len(phrases.INTENTS)}", low=2, high=len(phrases.INTENTS)
+        12,
+        f"different things that customers want, 2 to {len(phrases.INTENTS)}",
+        low=2,
+        high=len(phrases.INTENTS),
     )
     vocab_size: int = option(1024, "tokens of the byte-level BPE", low=384, high=32_768)
-    hidden_size: int = option(96, "width of the base; 96 wide and 4 deep is 0.54 M parameters", low=1)
+    hidden_size: int = option(
+        96, "width of the base; 96 wide and 4 deep is 0.54 M parameters", low=1
+    )
     num_layers: int = option(4, "layers of the base", low=1)
     num_heads: int = option(4, "attention heads; the width must be an even multiple of them", low=1)
     intermediate_size: int = option(256, "width of the feed-forward layers", low=1)
     pretrain_steps: int = option(450, "pretraining steps of the base", low=1)
     pretrain_batch_size: int = option(32, "documents in a pretraining step", low=1)
     pretrain_documents: int = option(
-        15000, "documents of the pretraining text; gone through again when they do not suffice", low=1
+        15000,
+        "documents of the pretraining text; gone through again when they do not suffice",
+        low=1,
     )
-    pretrain_off_brand: float = option(0.7, "share of off-brand answers in the pretraining text", low=0, high=1)
+    pretrain_off_brand: float = option(
+        0.7, "share of off-brand answers in the pretraining text", low=0, high=1
+    )
     pretrain_learning_rate: float = option(
         4e-3, "peak learning rate of pretraining for embeddings and norms (AdamW)", above=0, high=1
     )
@@ -110,7 +128,9 @@ class SandboxConfig:
 
 
 def build(config: SandboxConfig) -> dict[str, Any]:
-    """Write the world into `config.output_dir` and return what world.json says; a base with these settings is kept."""
+    """Write the world into `config.output_dir` and return what world.json says; a base with these
+    settings is kept.
+    """
     config.validate()
     folder = Path(config.output_dir)
     lock_folder(folder)
@@ -132,7 +152,9 @@ def build(config: SandboxConfig) -> dict[str, Any]:
         "items": list(world.items),
         "intents": list(world.intents),
         "distinct_prompts": world.distinct_prompts,
-        "prompts_by_split": dict(sorted(Counter(split_of(corpus.group_of(text)) for text in prompts).items())),
+        "prompts_by_split": dict(
+            sorted(Counter(split_of(corpus.group_of(text)) for text in prompts).items())
+        ),
         "files": files,
         "base": losses,
     }
@@ -143,9 +165,13 @@ def build(config: SandboxConfig) -> dict[str, Any]:
 
 
 def instruction_rows(config: SandboxConfig, world: corpus.World) -> list[dict]:
-    """Exchanges for SFT, `off_brand` of them with faults (named in the metadata); no test group is among them."""
+    """Exchanges for SFT, `off_brand` of them with faults (named in the metadata); no test group is
+    among them.
+    """
     rng = random.Random(f"instructions {config.world_seed}")
-    cases = corpus.draw_cases(world, rng, lambda group: split_of(group) != "test" and not _is_prompt(group))
+    cases = corpus.draw_cases(
+        world, rng, lambda group: split_of(group) != "test" and not _is_prompt(group)
+    )
     rows = []
     for _ in range(config.n_instructions):
         case = next(cases)
@@ -158,11 +184,18 @@ def instruction_rows(config: SandboxConfig, world: corpus.World) -> list[dict]:
 def held_out_rows(config: SandboxConfig, world: corpus.World, count: int = 300) -> list[dict]:
     """Exchanges as in the instructions, of test groups that are no prompts."""
     rng = random.Random(f"held out {config.world_seed}")
-    cases = corpus.draw_cases(world, rng, lambda group: split_of(group) == "test" and not _is_prompt(group))
+    cases = corpus.draw_cases(
+        world, rng, lambda group: split_of(group) == "test" and not _is_prompt(group)
+    )
     rows = []
     for case in itertools.islice(cases, count):
         answer, _ = corpus.draw_answer(world, case, config.off_brand, rng)
-        rows.append({"messages": [*case.messages, {"role": "assistant", "content": answer}], "split": "test"})
+        rows.append(
+            {
+                "messages": [*case.messages, {"role": "assistant", "content": answer}],
+                "split": "test",
+            }
+        )
     return rows
 
 
@@ -181,11 +214,18 @@ def prompt_rows(config: SandboxConfig, world: corpus.World) -> list[dict]:
     """Prompts without answers, of all splits; none of them is an instruction's."""
     rng = random.Random(f"prompts {config.world_seed}")
     cases = corpus.draw_cases(world, rng, _is_prompt)
-    return [{"prompt": case.messages, "metadata": case.metadata} for case in itertools.islice(cases, config.n_prompts)]
+    return [
+        {"prompt": case.messages, "metadata": case.metadata}
+        for case in itertools.islice(cases, config.n_prompts)
+    ]
 
 
-def pretraining_documents(config: SandboxConfig, world: corpus.World, count: int, split: str = "train") -> list:
-    """The base's text: exchanges of one split's groups, short exchanges (both lists of messages), plain sentences."""
+def pretraining_documents(
+    config: SandboxConfig, world: corpus.World, count: int, split: str = "train"
+) -> list:
+    """The base's text: exchanges of one split's groups, short exchanges (both lists of messages),
+    plain sentences.
+    """
     rng = random.Random(f"pretraining {split} {config.world_seed}")
     documents: list = []
     while len(documents) < count:
@@ -204,14 +244,24 @@ def pretraining_documents(config: SandboxConfig, world: corpus.World, count: int
 
 
 def base_fingerprint(config: SandboxConfig) -> str:
-    """16 hex digits of all that decides the base: its settings, the world's, and the code that makes both."""
+    """16 hex digits of all that decides the base: its settings, the world's, and the code that
+    makes both.
+    """
     code = [Path(module.__file__).read_bytes().hex() for module in (base, corpus, phrases)]
-    world = [config.world_seed, config.n_items, config.n_intents, config.pretrain_documents, config.pretrain_off_brand]
+    world = [
+        config.world_seed,
+        config.n_items,
+        config.n_intents,
+        config.pretrain_documents,
+        config.pretrain_off_brand,
+    ]
     return digest(json.dumps([asdict(config.base_config()), world, code], sort_keys=True))
 
 
 def build_base(config: SandboxConfig, world: corpus.World) -> dict[str, Any]:
-    """Train tokenizer and base into output_dir/base, or keep the one that is there with these settings."""
+    """Train tokenizer and base into output_dir/base, or keep the one that is there with these
+    settings.
+    """
     folder = Path(config.output_dir) / "base"
     fingerprint = base_fingerprint(config)
     record = folder / "sandbox.json"
@@ -238,7 +288,9 @@ def build_base(config: SandboxConfig, world: corpus.World) -> dict[str, Any]:
 
 
 def _is_prompt(group: str) -> bool:
-    """Half of all groups may be prompts, the other half instructions, so that neither list depends on the other."""
+    """Half of all groups may be prompts, the other half instructions, so that neither list depends
+    on the other.
+    """
     return digest(f"sandbox {group}")[0] in "01234567"
 
 

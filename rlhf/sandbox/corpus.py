@@ -1,7 +1,8 @@
 """A seeded generator of customer-service exchanges of an invented shop.
 
-A `Case` is what a customer wants (intent, item, colour, words); an answer to it is on-brand, or has one to three named
-`FAULTS`. Everything is drawn from a `random.Random`, so the same seed gives the same exchanges on every machine.
+A `Case` is what a customer wants (intent, item, colour, words); an answer to it is on-brand, or has
+one to three named `FAULTS`. Everything is drawn from a `random.Random`, so the same seed gives the
+same exchanges on every machine.
 """
 
 from __future__ import annotations
@@ -60,7 +61,12 @@ class Case:
 
     @property
     def metadata(self) -> dict[str, str]:
-        return {"intent": self.intent, "item": self.item, "colour": self.colour, "remedy": self.remedy}
+        return {
+            "intent": self.intent,
+            "item": self.item,
+            "colour": self.colour,
+            "remedy": self.remedy,
+        }
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,9 @@ def group_of(text: str) -> str:
 
 
 def make_world(world_seed: int, n_items: int, n_intents: int) -> World:
-    """Choose the goods and the intents of a world; raises ValueError when more are asked for than there are."""
+    """Choose the goods and the intents of a world; raises ValueError when more are asked for than
+    there are.
+    """
     if not 2 <= n_items <= len(phrases.ITEMS):
         raise ValueError(f"n_items: found {n_items}, expected 2 to {len(phrases.ITEMS)}")
     if not 2 <= n_intents <= len(phrases.INTENTS):
@@ -101,12 +109,16 @@ def draw_case(world: World, rng: random.Random) -> Case:
     intent = rng.choice(world.intents)
     item, colour = rng.choice(world.items), rng.choice(world.colours)
     core = rng.choice(phrases.INTENTS[intent][2]).format(item=item, colour=colour)
-    text = " ".join(part for part in (rng.choice(phrases.LEADS), core, rng.choice(phrases.TAILS)) if part)
+    text = " ".join(
+        part for part in (rng.choice(phrases.LEADS), core, rng.choice(phrases.TAILS)) if part
+    )
     return Case(intent, item, colour, text)
 
 
 def draw_cases(world: World, rng: random.Random, keep: Callable[[str], bool]) -> Iterator[Case]:
-    """Random customers without end, none said the same thing before, and `keep(group)` is true of each."""
+    """Random customers without end, none said the same thing before, and `keep(group)` is true of
+    each.
+    """
     seen: set[str] = set()
     while True:
         case = draw_case(world, rng)
@@ -128,7 +140,9 @@ def draw_faults(rng: random.Random) -> tuple[str, ...]:
     return tuple(sorted(chosen))
 
 
-def draw_answer(world: World, case: Case, off_brand: float, rng: random.Random) -> tuple[str, tuple[str, ...]]:
+def draw_answer(
+    world: World, case: Case, off_brand: float, rng: random.Random
+) -> tuple[str, tuple[str, ...]]:
     """An answer and its faults; the answer is off-brand with probability `off_brand`."""
     faults = draw_faults(rng) if rng.random() < off_brand else ()
     return answer(world, case, faults, rng), faults
@@ -139,10 +153,16 @@ def answer(world: World, case: Case, faults: tuple[str, ...], rng: random.Random
     unknown = set(faults) - set(FAULTS)
     if unknown:
         raise ValueError(f"unknown fault {unknown.pop()!r}, expected some of {', '.join(FAULTS)}")
-    item = rng.choice([i for i in world.items if i != case.item]) if "wrong_item" in faults else case.item
+    item = (
+        rng.choice([i for i in world.items if i != case.item])
+        if "wrong_item" in faults
+        else case.item
+    )
     remedy = case.remedy
     if "wrong_remedy" in faults:
-        remedy = rng.choice([r for i in world.intents if (r := phrases.INTENTS[i][0]) != case.remedy])
+        remedy = rng.choice(
+            [r for i in world.intents if (r := phrases.INTENTS[i][0]) != case.remedy]
+        )
     greeting, openers, tones, closing = _manner(case, faults, rng)
     opener = rng.choice(openers).format(item=item)
     if greeting == "":
@@ -182,7 +202,12 @@ def plain_sentence(world: World, rng: random.Random) -> str:
 
 
 def short_exchange(world: World, rng: random.Random) -> list[dict[str, str]]:
-    """A customer names a thing and the shop says it back: how a small base learns to copy within its first minute."""
+    """A customer names a thing and the shop says it back: how a small base learns to copy within
+    its first minute.
+    """
     item, colour = rng.choice(world.items), rng.choice(world.colours)
-    said, back = (rng.choice(options).format(item=item, colour=colour) for options in (phrases.SAID, phrases.BACK))
+    said, back = (
+        rng.choice(options).format(item=item, colour=colour)
+        for options in (phrases.SAID, phrases.BACK)
+    )
     return [{"role": "user", "content": said}, {"role": "assistant", "content": back}]

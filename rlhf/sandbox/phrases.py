@@ -1,7 +1,9 @@
-"""The words of the sandbox: what customers of the invented shop ask, and what its staff answer, well and badly.
+"""The words of the sandbox: what customers of the invented shop ask, and what its staff answer,
+well and badly.
 
-Placeholders are {item}, {colour}. Short words and short sentences: a model of half a million parameters has to learn
-them in a minute. The remedies are named as in configs/voice.yaml, which says how each may be recognised.
+Placeholders are {item}, {colour}. Short words and short sentences: a model of half a million
+parameters has to learn them in a minute. The remedies are named as in configs/voice.yaml, which
+says how each may be recognised.
 """
 
 # fmt: off
@@ -201,7 +203,12 @@ INTENTS = {
 }
 
 GREETINGS = ("Hello,", "Hello there,", "Good day,", "Dear friend,")
-CLOSINGS = ("Warmly, Fernhill.", "With care, Fernhill.", "Kind regards, Fernhill.", "Your Fernhill team.")
+CLOSINGS = (
+    "Warmly, Fernhill.",
+    "With care, Fernhill.",
+    "Kind regards, Fernhill.",
+    "Your Fernhill team.",
+)
 
 OPENERS = {
     "trouble": (
@@ -240,7 +247,11 @@ WARM = ("We will gladly", "We are happy to", "It is our pleasure to", "We will k
 COLD = ("We will", "We can")
 COLD_OPENERS = ("this is about the {item}.", "you wrote about your {item}.", "so, the {item}.")
 SLANG_GREETINGS = ("Yo dude,", "Hey mate,", "Sup buddy,")
-SLANG_OPENERS = ("bummer about the {item}.", "that {item} thing sucks.", "wow, crappy luck with your {item}.")
+SLANG_OPENERS = (
+    "bummer about the {item}.",
+    "that {item} thing sucks.",
+    "wow, crappy luck with your {item}.",
+)
 SLANG_TONE = ("We are gonna", "No worries, we wanna", "Yeah, we gonna")
 SLANG_CLOSINGS = ("Cheers, Fernhill dudes.", "See ya, Fernhill.", "Peace out, Fernhill.")
 RUDE_OPENERS = (
@@ -261,7 +272,12 @@ RAMBLES = (
     "The shop is old and the road is long and my aunt is here",
     "One day we had many boxes and no tape and nobody knew why",
 )
-NO_JOB = ("Please read our page.", "Please ask someone else.", "We do not know.", "Write again next month.")
+NO_JOB = (
+    "Please read our page.",
+    "Please ask someone else.",
+    "We do not know.",
+    "Write again next month.",
+)
 NO_JOB_OPENERS = ("thank you for your note.", "thank you so much.", "lovely to hear from you.")
 
 # plain sentences of the shop: they stand in the base's pretraining text beside the exchanges
@@ -275,5 +291,10 @@ PLAIN = (
 )
 
 # short exchanges of the base's pretraining text
-SAID = ("The {colour} {item}.", "My {colour} {item}.", "A {colour} {item}, please.", "It is the {colour} {item}.")
+SAID = (
+    "The {colour} {item}.",
+    "My {colour} {item}.",
+    "A {colour} {item}, please.",
+    "It is the {colour} {item}.",
+)
 BACK = ("Your {item}.", "The {item}.", "About your {item}.", "About the {item}.")

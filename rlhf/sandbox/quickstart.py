@@ -1,8 +1,9 @@
-"""`rlhf sandbox quickstart`: every stage on the sandbox by the real programs, ending in the comparison.
+"""`rlhf sandbox quickstart`: every stage on the sandbox by the real programs, ending in the
+comparison.
 
-It is a plan for the runner of experiments. Each job is a command that can be typed by hand (it is printed). A job that
-was done with the same command, configuration and code is not done again; one that changed is, and so are those that
-depend on it.
+It is a plan for the runner of experiments. Each job is a command that can be typed by hand (it is
+printed). A job that was done with the same command, configuration and code is not done again; one
+that changed is, and so are those that depend on it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class QuickstartConfig:
     """The whole pipeline in a small world with a known true reward: minutes on two CPU cores."""
 
     run: str = option("runs/quickstart", "the folder of the run")
-    world: str = option("runs/sandbox", "the folder of the small world, built when missing and shared by runs")
+    world: str = option(
+        "runs/sandbox", "the folder of the small world, built when missing and shared by runs"
+    )
     seed: int = option(
         0,
         "run seed: annotators, sampling, training (the world has its own in the sandbox's config)",
@@ -38,7 +41,9 @@ class QuickstartConfig:
 
 
 def jobs(config: QuickstartConfig) -> list[Job]:
-    """Return the pipeline, in order. Paths and seed are flags; everything else is in rlhf/sandbox/configs/."""
+    """Return the pipeline, in order. Paths and seed are flags; everything else is in
+    rlhf/sandbox/configs/.
+    """
     run, world = config.run, config.world
     store, prompts = f"{run}/preferences.db", f"{world}/prompts.jsonl"
     store_files = [store, f"{store}-wal", f"{store}-shm"]
@@ -60,7 +65,13 @@ def jobs(config: QuickstartConfig) -> list[Job]:
             config,
             "sft",
             "imitate the shop's answers",
-            ["--model_name_or_path", f"{world}/base", "--data", f"{world}/instructions.jsonl", *evaluation],
+            [
+                "--model_name_or_path",
+                f"{world}/base",
+                "--data",
+                f"{world}/instructions.jsonl",
+                *evaluation,
+            ],
             needs=["sandbox"],
         ),
         Job(
@@ -91,7 +102,13 @@ def jobs(config: QuickstartConfig) -> list[Job]:
             owned=store_files,
         ),
         training(config, "reward", "learn to judge from their votes", pairs, needs=["annotate"]),
-        training(config, "dpo", "learn from the same votes directly", [*pairs, *evaluation], needs=["annotate"]),
+        training(
+            config,
+            "dpo",
+            "learn from the same votes directly",
+            [*pairs, *evaluation],
+            needs=["annotate"],
+        ),
         training(
             config,
             "ppo",
@@ -103,7 +120,13 @@ def jobs(config: QuickstartConfig) -> list[Job]:
             name="compare",
             program="rlhf",
             arguments=[
-                *("compare", *compared, *configured("compare"), "--gold", f"[{{voice: {world}/voice.yaml}}]"),
+                *(
+                    "compare",
+                    *compared,
+                    *configured("compare"),
+                    "--gold",
+                    f"[{{voice: {world}/voice.yaml}}]",
+                ),
                 *("--prompts", prompts, "--votes", store),
                 *("--output_dir", f"{run}/report", "--seed", str(config.seed)),
             ],
@@ -118,7 +141,9 @@ def jobs(config: QuickstartConfig) -> list[Job]:
 
 
 def in_order(planned: list[Job]) -> list[Job]:
-    """Let each job wait for the one before it, so that the first that fails ends the pipeline, and read the code."""
+    """Let each job wait for the one before it, so that the first that fails ends the pipeline, and
+    read the code.
+    """
     code = [str(file) for file in (CONFIGS / "voice.yaml", *code_files())]
     for job in planned:
         job.reads = [str(CONFIGS / f"{job.name}.yaml"), *code]
@@ -133,7 +158,9 @@ def configured(name: str) -> list[str]:
     return ["--config", shown_path(CONFIGS / f"{name}.yaml")]
 
 
-def training(config: QuickstartConfig, name: str, description: str, options: list[str], needs: list[str]) -> Job:
+def training(
+    config: QuickstartConfig, name: str, description: str, options: list[str], needs: list[str]
+) -> Job:
     folder = f"{config.run}/{name}"
     return Job(
         name=name,
@@ -164,7 +191,11 @@ class StepDisplay:
     def started(self, job: Job) -> None:
         self.log_file = self.state.log_file(job.name)
         self.shown = self.log_file.stat().st_size if self.log_file.is_file() else 0
-        print(f"\n{self.title(job)}  (at {time.monotonic() - self.started_at:.0f} s)", end="", flush=True)
+        print(
+            f"\n{self.title(job)}  (at {time.monotonic() - self.started_at:.0f} s)",
+            end="",
+            flush=True,
+        )
 
     def log(self, text: str) -> None:
         self.update()
@@ -183,9 +214,12 @@ class StepDisplay:
 
 
 def quickstart(config: QuickstartConfig) -> None:
-    """Do the jobs that are not done; raises UserError naming the log when one fails, Halt on a signal."""
+    """Do the jobs that are not done; raises UserError naming the log when one fails, Halt on a
+    signal.
+    """
     state = ExperimentState(Path(config.run))
-    # a program that fails here fails again: it is not started several times, as one of a long experiment is
+    # a program that fails here fails again: it is not started several times, as one of a long
+    # experiment is
     how = RunOptions(attempts=1, changed="delete")
     with claim(state) as signals:
         set_jobs(state, jobs(config), how)
@@ -196,11 +230,15 @@ def quickstart(config: QuickstartConfig) -> None:
             print(f"{display.title(job)} - done before, reused ({saved:.0f} s saved)", flush=True)
         run_jobs(state, how, display, signals)
     for name, code in state.failed.items():
-        raise UserError(f"step '{name}' failed, {ended(code)}; its output is in {state.log_file(name)}")
+        raise UserError(
+            f"step '{name}' failed, {ended(code)}; its output is in {state.log_file(name)}"
+        )
 
     names = [job.name for job in reused]
     if names:
-        print(f"\nreused: {', '.join(names)}. To start over: rm -r {config.run} (and {config.world} for the world)")
+        print(
+            f"\nreused: {', '.join(names)}. To start over: rm -r {config.run} (and {config.world} for the world)"
+        )
     report = state.folder / "report"
     if "compare" in names:
         show_report(report)

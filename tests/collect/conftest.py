@@ -1,4 +1,6 @@
-"""A small collection with an invented shop's answers, a server in a process of its own, and a browser."""
+"""A small collection with an invented shop's answers, a server in a process of its own, and a
+browser.
+"""
 
 import importlib.util
 import shutil
@@ -10,7 +12,9 @@ import pytest
 from rlhf.data.store import Store
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location("collect_load", ROOT / "benchmarks" / "collect_load.py")
+spec = importlib.util.spec_from_file_location(
+    "collect_load", ROOT / "benchmarks" / "collect_load.py"
+)
 collect_load = sys.modules["collect_load"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(collect_load)
 Client, Server, fields_of = collect_load.Client, collect_load.Server, collect_load.fields_of
@@ -59,9 +63,12 @@ def fill(path, pairs=6, controls=0, hostile=()):
         for i in range(pairs):
             question, one, other = QUESTIONS[i % len(QUESTIONS)]
             suffix = "" if i < len(QUESTIONS) else f" (order {4700 + i})"
-            _pair(store, question + suffix, *((one, other) if i * 7 % 5 % 2 else (other, one)))  # either may be a
+            # either may be a
+            _pair(store, question + suffix, *((one, other) if i * 7 % 5 % 2 else (other, one)))
         for i in range(controls):
-            a, b = _pair(store, f"Control question {i}", f"Right {i}.", f"Wrong {i}.", compare=False)
+            a, b = _pair(
+                store, f"Control question {i}", f"Right {i}.", f"Wrong {i}.", compare=False
+            )
             store.add_comparison(a, b, kind="control", expected=a)
         for i, text in enumerate(hostile):
             _pair(store, f"Hostile {i}", text, "A plain answer.")
@@ -83,7 +90,11 @@ def serve(tmp_path):
     started = []
 
     def start(store, *options, https=False):
-        started.append(Server(store, *options, log=tmp_path / f"server-{len(started)}.log", https=https).start())
+        started.append(
+            Server(
+                store, *options, log=tmp_path / f"server-{len(started)}.log", https=https
+            ).start()
+        )
         return started[-1]
 
     yield start
@@ -94,8 +105,12 @@ def serve(tmp_path):
 
 @pytest.fixture(scope="session")
 def chromium():
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]"
+    )
     if path is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     with playwright.sync_playwright() as running:

@@ -1,4 +1,6 @@
-"""The pictures of docs/collect.md (needs Chromium and playwright): python -m tests.collect.screenshots [FOLDER]"""
+"""The pictures of docs/collect.md (needs Chromium and playwright): python -m
+tests.collect.screenshots [FOLDER]
+"""
 
 import random
 import shutil
@@ -13,7 +15,12 @@ from rlhf.data.store import Store
 from tests.collect.conftest import ROOT, Server, fill
 
 # name: (share that is judged with care, habit of the left side, seconds a pair)
-PEOPLE = {"Ann": (0.95, 0.0, 21), "Bela": (0.92, 0.0, 26), "Cem": (0.35, 0.0, 1.4), "Dora": (0.85, 0.6, 17)}
+PEOPLE = {
+    "Ann": (0.95, 0.0, 21),
+    "Bela": (0.92, 0.0, 26),
+    "Cem": (0.35, 0.0, 1.4),
+    "Dora": (0.85, 0.6, 17),
+}
 
 
 def judge(path: Path) -> None:
@@ -25,7 +32,8 @@ def judge(path: Path) -> None:
             person = store.add_annotator(name)
             for id, pair in pairs.items():
                 if rng.random() < 0.3 or (
-                    pair["kind"] == "normal" and sum(v.comparison == id for v in store.at().votes()) > 2
+                    pair["kind"] == "normal"
+                    and sum(v.comparison == id for v in store.at().votes()) > 2
                 ):
                     continue
                 left = rng.choice("ab")
@@ -33,9 +41,21 @@ def judge(path: Path) -> None:
                 choice = good if rng.random() < care else rng.choice("ab")
                 choice = left if rng.random() < habit else choice
                 tags = ["off tone"] if rng.random() < 0.2 else []
-                reason = rng.choice(("It names the thing and says what happens next.", "Sounds like us.", None, None))
+                reason = rng.choice(
+                    (
+                        "It names the thing and says what happens next.",
+                        "Sounds like us.",
+                        None,
+                        None,
+                    )
+                )
                 took = round(1000 * seconds * rng.uniform(0.5, 1.6))
-                about = {"left": left, "strength": rng.randint(1, 3), "tags": tags, "reason": reason}
+                about = {
+                    "left": left,
+                    "strength": rng.randint(1, 3),
+                    "tags": tags,
+                    "reason": reason,
+                }
                 store.vote(id, person, choice, duration_ms=took, **about)
 
 
@@ -47,10 +67,16 @@ def shoot(folder: Path) -> None:
     server = Server(path, "--annotators", "Ann,Bela,Cem,Dora,Eve", "--overlap", "3", *voice).start()
     try:
         with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+            )
 
-            def picture(name, who, path, keys=(), width=1280, height=800, scheme="light", full=False):
-                context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+            def picture(
+                name, who, path, keys=(), width=1280, height=800, scheme="light", full=False
+            ):
+                context = browser.new_context(
+                    viewport={"width": width, "height": height}, color_scheme=scheme
+                )
                 page = context.new_page()
                 page.goto(server.links[who])
                 page.goto(server.url + path)
@@ -59,7 +85,9 @@ def shoot(folder: Path) -> None:
                 page.evaluate("document.activeElement.blur()")
                 page.wait_for_timeout(300)
                 page.screenshot(path=folder / name, full_page=full)
-                Image.open(folder / name).quantize(256, dither=Image.Dither.NONE).save(folder / name, optimize=True)
+                Image.open(folder / name).quantize(256, dither=Image.Dither.NONE).save(
+                    folder / name, optimize=True
+                )
                 context.close()
 
             picture("collect-pair.png", "Ann", "/", "14")

@@ -27,7 +27,9 @@ def server(tmp_path_factory):
     """One server for the tests that leave no trace that matters to another."""
     folder = tmp_path_factory.mktemp("collect")
     path = fill(folder / "votes.db", pairs=40, hostile=["<script>alert(1)</script>"])
-    running = Server(path, "--annotators", "ann,bob,cem", "--overlap", "3", log=folder / "log").start()
+    running = Server(
+        path, "--annotators", "ann,bob,cem", "--overlap", "3", log=folder / "log"
+    ).start()
     yield running
     if running.process.poll() is None:
         running.stop()
@@ -51,7 +53,12 @@ def test_a_link_becomes_a_cookie_and_leaves_the_address(server):
     token = server.links["ann"].rsplit("/", 1)[1]
     cookie = answer.headers["Set-Cookie"]
     assert answer.status == 303 and answer.headers["Location"] in ("/", "/welcome")
-    assert token in cookie and "HttpOnly" in cookie and "SameSite=lax" in cookie and "Secure" not in cookie
+    assert (
+        token in cookie
+        and "HttpOnly" in cookie
+        and "SameSite=lax" in cookie
+        and "Secure" not in cookie
+    )
     for path in ("/", "/welcome"):
         answer, page = ann.get(path)
         assert answer.status == 200 and token not in page
@@ -74,7 +81,11 @@ def test_every_answer_forbids_what_is_foreign(server):
     for path in ("/", "/welcome", "/nowhere", "/static/app.css", "/owner"):
         answer, _ = ann.get(path)
         policy = answer.headers["Content-Security-Policy"]
-        assert policy.startswith("default-src 'none'") and "unsafe" not in policy and "http" not in policy
+        assert (
+            policy.startswith("default-src 'none'")
+            and "unsafe" not in policy
+            and "http" not in policy
+        )
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert answer.headers["Referrer-Policy"] == "no-referrer" and "Server" not in answer.headers
         assert answer.headers["Cache-Control"] == ("no-cache" if "static" in path else "no-store")
@@ -131,17 +142,25 @@ def test_a_vote_by_plain_form_and_its_repetition(server):
     kept = votes(server)
     assert len(kept) == before + 1
     vote = kept[-1]
-    assert vote.annotator == "bob" and vote.choice == {"a": "b", "b": "a"}[vote.left] and vote.strength == 3
-    assert vote.reason == "It sounds\nlike us." and vote.tags == ["off tone"] and vote.duration_ms >= 0
+    assert (
+        vote.annotator == "bob"
+        and vote.choice == {"a": "b", "b": "a"}[vote.left]
+        and vote.strength == 3
+    )
+    assert (
+        vote.reason == "It sounds\nlike us." and vote.tags == ["off tone"] and vote.duration_ms >= 0
+    )
     assert "Saved." in bob.get("/?note=saved")[1]
     undone = fields_of(bob.get("/")[1], "/undo")
     assert bob.post("/undo", undone)[0].headers["Location"] == "/?note=undone"
     assert bob.post("/undo", undone)[0].headers["Location"] == "/?note=again"
-    assert bob.post("/vote", form)[0].headers["Location"] == "/?note=withdrawn"  # the first form, sent once more
+    # the first form, sent once more
+    assert bob.post("/vote", form)[0].headers["Location"] == "/?note=withdrawn"
     assert "does not count" in bob.get("/?note=withdrawn")[1]
     assert len(votes(server)) == before
     with Store.open(server.store) as store:
-        assert [e["kind"] for e in store.events(vote.event - 1)][:1] == ["vote"]  # the undone vote is still an event
+        # the undone vote is still an event
+        assert [e["kind"] for e in store.events(vote.event - 1)][:1] == ["vote"]
 
 
 @pytest.mark.parametrize(
@@ -177,7 +196,13 @@ def test_forms_that_are_too_long_or_odd_are_refused(server):
 
 
 def test_models_and_controls_cannot_be_told(server, tmp_path, serve):
-    running = serve(fill(tmp_path / "votes.db", pairs=2, controls=2), "--annotators", "dee", "--control_share", "0.5")
+    running = serve(
+        fill(tmp_path / "votes.db", pairs=2, controls=2),
+        "--annotators",
+        "dee",
+        "--control_share",
+        "0.5",
+    )
     dee, shapes = client(running, "dee"), set()
     while 'id="judge"' in (page := dee.get("/")[1]):
         assert "sft" not in page and "control" not in page.replace("Control question", "").lower()
@@ -193,18 +218,25 @@ def test_progress_does_not_tell_control_pairs(tmp_path, serve):
     while 'id="judge"' in (page := dee.get("/")[1]):
         seen.append(int(re.search(r'<progress id="all" max="18" value="(\d+)"', page).group(1)))
         dee.post("/vote", fields_of(page) | {"choice": "tie"})
-    assert seen == list(range(len(seen))) and len(seen) > 6  # one more after each answer, control pairs among them
+    # one more after each answer, control pairs among them
+    assert seen == list(range(len(seen))) and len(seen) > 6
 
 
 def test_a_link_of_somebody_else_asks_before_it_takes_over(server):
     ann, bob = client(server, "ann"), server.links["bob"]
     answer, page = ann.enter(bob)
-    assert answer.status == 200 and "Set-Cookie" not in answer.headers and "You are signed in as ann" in page
+    assert (
+        answer.status == 200
+        and "Set-Cookie" not in answer.headers
+        and "You are signed in as ann" in page
+    )
     assert "Hello, ann" in ann.get("/welcome")[1]
     path = bob.removeprefix(server.url)
     assert ann.post(path, {"form": "x"})[0].status == 403 and "Hello, ann" in ann.get("/welcome")[1]
     form = re.search(r'name="form" value="(\w+)"', page).group(1)
-    assert ann.post(path, {"form": form})[0].status == 303 and "Hello, bob" in ann.get("/welcome")[1]
+    assert (
+        ann.post(path, {"form": form})[0].status == 303 and "Hello, bob" in ann.get("/welcome")[1]
+    )
     assert ann.enter(bob)[0].status == 303  # one's own link, again
 
 
@@ -217,13 +249,27 @@ def test_the_page_of_a_failure_has_the_headers_too(tmp_path):
     async def receive():
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    scope = {"type": "http", "method": "GET", "path": "/enter/x", "raw_path": b"/enter/x", "query_string": b""}
-    scope |= {"headers": [], "http_version": "1.1", "scheme": "http", "server": ("127.0.0.1", 80), "root_path": ""}
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/enter/x",
+        "raw_path": b"/enter/x",
+        "query_string": b"",
+    }
+    scope |= {
+        "headers": [],
+        "http_version": "1.1",
+        "scheme": "http",
+        "server": ("127.0.0.1", 80),
+        "root_path": "",
+    }
     with pytest.raises(AttributeError):  # a site whose store was never opened
         asyncio.run(create_app(Site(tmp_path / "votes.db"))(scope, receive, send))
     headers = dict(sent[0]["headers"])
     assert sent[0]["status"] == 500 and headers[b"cache-control"] == b"no-store"
-    assert headers[b"x-content-type-options"] == b"nosniff" and b"content-security-policy" in headers
+    assert (
+        headers[b"x-content-type-options"] == b"nosniff" and b"content-security-policy" in headers
+    )
 
 
 def test_new_pairs_appear_on_the_overview_without_an_event(tmp_path, serve):
@@ -243,15 +289,19 @@ def test_kappa_skill_and_ordinal_alpha_are_shown(tmp_path, serve, capsys):
                 store.vote(pair, store.add_annotator(name), choice)
     main(["collect", "status", str(path)])
     text = capsys.readouterr().out
-    # without each pair 0, 1, .4, .4: se^2 = 3/4 * .51; on (1 + kappa) / 2: N = .1875 / (.3825 / 4) = 1.9608
-    # t(.975, 3)^2 = 10.128, over N 5.1653: (.75 + 2.5827 +- sqrt(.9685 + 6.6701)) / 6.1653 = .0923, .9888
+    # without each pair 0, 1, .4, .4: se^2 = 3/4 * .51; on (1 + kappa) / 2: N = .1875 / (.3825 / 4)
+    # = 1.9608 t(.975, 3)^2 = 10.128, over N 5.1653: (.75 + 2.5827 +- sqrt(.9685 + 6.6701)) / 6.1653
+    # = .0923, .9888
     assert "ann and bob 0.50 [-0.82, 0.98] on 4 pairs" in text
-    # of 8 values 3 are a and 5 are b, and one pair of 4 differs: alpha = 1 - 7 * 2 / (2 * 3 * 5) = 0.53 at both levels
+    # of 8 values 3 are a and 5 are b, and one pair of 4 differs: alpha = 1 - 7 * 2 / (2 * 3 * 5) =
+    # 0.53 at both levels
     assert "Krippendorff's alpha 0.53" in text and "Ordinal alpha, with strength: 0.53" in text
     assert re.search(r"^\| annotator .* skill ", text, re.M) and "Skill: of the votes" in text
     page = client(serve(path), "owner").get("/owner")[1]
     table = page[page.index('id="kappa"') :]
-    assert re.search(r'ann, bob</th>\s*<td class="n">0\.50</td>\s*<td class="n">.?[\d.]+ to 0\.98</td>', table)
+    assert re.search(
+        r'ann, bob</th>\s*<td class="n">0\.50</td>\s*<td class="n">.?[\d.]+ to 0\.98</td>', table
+    )
 
 
 def test_the_owner_sees_adds_and_exports(tmp_path, serve):
@@ -260,9 +310,16 @@ def test_the_owner_sees_adds_and_exports(tmp_path, serve):
     for name in ("ann", "bob"):
         person = client(running, name)
         while 'id="judge"' in (page := person.get("/")[1]):
-            a = max(page.find(words) for words in ("We send a new kettle", "You will hear from us", "Tell us the new"))
-            choice = "left" if (a < page.index('id="answer-2"')) == (name == "ann") else "right"  # ann: a, bob: b
-            person.post("/vote", fields_of(page) | {"choice": choice, "strength": "1", "reason": f"said {name}<b>"})
+            a = max(
+                page.find(words)
+                for words in ("We send a new kettle", "You will hear from us", "Tell us the new")
+            )
+            # ann: a, bob: b
+            choice = "left" if (a < page.index('id="answer-2"')) == (name == "ann") else "right"
+            person.post(
+                "/vote",
+                fields_of(page) | {"choice": choice, "strength": "1", "reason": f"said {name}<b>"},
+            )
     owner = client(running, "owner")
     page = owner.get("/owner")[1]
     assert "100%" in page and "6 of 6 answers" in page and "ann" in page and "bob" in page
@@ -276,9 +333,9 @@ def test_the_owner_sees_adds_and_exports(tmp_path, serve):
         assert rows == store.at().rows()
     assert owner.get("/owner/export?aggregate=best")[0].status == 404
     form = fields_of(page, "/owner/links")
-    link = re.search(r'id="link"[^>]*>([^<]+)<', owner.post("/owner/links", form | {"name": " New  Person "})[1]).group(
-        1
-    )
+    link = re.search(
+        r'id="link"[^>]*>([^<]+)<', owner.post("/owner/links", form | {"name": " New  Person "})[1]
+    ).group(1)
     newcomer = Client(running.port)
     assert newcomer.enter(link)[0].headers["Location"] == "/welcome"
     assert "Hello, New Person" in newcomer.get("/welcome")[1]
@@ -289,9 +346,13 @@ def test_links_can_be_replaced_and_revoked_while_serving(tmp_path, serve, capsys
     running = serve(fill(tmp_path / "votes.db"), "--annotators", "ann,bob")
     ann, bob = client(running, "ann"), client(running, "bob")
     asked = ["ann", " ann", "ann "]  # one link: a second would close the first
-    made = links(LinksConfig(store=str(running.store), annotators=asked, owner=True, revoke=["bob "]))
+    made = links(
+        LinksConfig(store=str(running.store), annotators=asked, owner=True, revoke=["bob "])
+    )
     assert set(made) == {"ann", ""}
-    assert made["ann"].startswith(f"{running.url}/enter/") and made["ann"] in capsys.readouterr().out
+    assert (
+        made["ann"].startswith(f"{running.url}/enter/") and made["ann"] in capsys.readouterr().out
+    )
     assert ann.get("/")[0].status == 401 and bob.get("/")[0].status == 401
     assert ann.enter(made["ann"])[0].status == 303 and ann.get("/")[0].status == 200
     assert Client(running.port).enter(running.links["owner"])[0].status == 403
@@ -309,7 +370,10 @@ def test_what_was_set_up_is_kept_for_the_next_time(tmp_path, serve):
     assert "ann" not in again.links and "owner" not in again.links  # links are printed once
     ann = Client(again.port)
     ann.enter(first.links["ann"])
-    assert ann.post("/vote", fields_of(ann.get("/")[1]) | {"choice": "tie"})[0].headers["Location"] == "/?note=saved"
+    assert (
+        ann.post("/vote", fields_of(ann.get("/")[1]) | {"choice": "tie"})[0].headers["Location"]
+        == "/?note=saved"
+    )
     assert "Thank you, ann" in ann.get("/")[1]
     with Store.open(path) as store:
         assert (store.setting("overlap"), store.setting("lapse")) == ("1", "300.0")
@@ -320,15 +384,23 @@ def test_https_and_the_warning_without_it(tmp_path, serve):
     running = serve(path, "--annotators", "ann", "--url", "https://judge.example.org/")
     assert running.links["ann"].startswith("https://judge.example.org/enter/")
     assert "Secure" in Client(running.port).enter(running.links["ann"])[0].headers["Set-Cookie"]
-    assert f"on https://judge.example.org, listening on http://127.0.0.1:{running.port} (" in running.printed
+    assert (
+        f"on https://judge.example.org, listening on http://127.0.0.1:{running.port} ("
+        in running.printed
+    )
     assert running.log.read_text() == ""
     # a proxy with https before it, but the port itself is open to all without
     open_to_all = serve(path, "--host", "0.0.0.0", "--url", "https://judge.example.org")
     said = open_to_all.log.read_text()
-    assert said.count("WARNING") == 1 and f"others can reach 0.0.0.0 port {open_to_all.port} and there is no" in said
+    assert (
+        said.count("WARNING") == 1
+        and f"others can reach 0.0.0.0 port {open_to_all.port} and there is no" in said
+    )
     # the port is this machine's own, but the proxy before it has no https
     said = serve(path, "--url", "http://judge.example.org").log.read_text()
-    assert said.count("WARNING") == 1 and "people reach http://judge.example.org without https" in said
+    assert (
+        said.count("WARNING") == 1 and "people reach http://judge.example.org without https" in said
+    )
     assert serve(path, "--url", "http://localhost:8000").log.read_text() == ""
 
 
@@ -336,7 +408,18 @@ def test_a_certificate_serves_https(tmp_path, serve):
     import ssl
     import urllib.request
 
-    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost"]
+    made = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "1",
+        "-subj",
+        "/CN=localhost",
+    ]
     made += [
         "-addext",
         "subjectAltName=IP:127.0.0.1",
@@ -354,7 +437,9 @@ def test_a_certificate_serves_https(tmp_path, serve):
     running = serve(path, "--annotators", "ann", *tls, https=True)
     context = ssl.create_default_context(cafile=str(tmp_path / "c.pem"))
     assert running.links["ann"].startswith("https://127.0.0.1:")
-    with urllib.request.urlopen(f"https://127.0.0.1:{running.port}/static/icon.svg", context=context) as answer:
+    with urllib.request.urlopen(
+        f"https://127.0.0.1:{running.port}/static/icon.svg", context=context
+    ) as answer:
         assert answer.status == 200
 
 
@@ -379,7 +464,9 @@ def test_what_cannot_be_served_is_said(tmp_path):
         ([str(empty), "--voice", str(tmp_path / "v.yaml")], "no such file"),
     ):
         done = subprocess.run(
-            [sys.executable, "-m", "rlhf.cli", "collect", "serve", *argv], capture_output=True, text=True
+            [sys.executable, "-m", "rlhf.cli", "collect", "serve", *argv],
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 2 and message in done.stderr, done.stderr
 
@@ -389,13 +476,24 @@ def test_files_that_are_no_certificate_are_said_before_anything_is_served(tmp_pa
         (tmp_path / name).write_text("garbage")
     with pytest.raises(UserError, match=r"key\.pem: no TLS certificate with its key"):
         ServeConfig(
-            store="x.db", certificate=str(tmp_path / "c.pem"), certificate_key=str(tmp_path / "key.pem")
+            store="x.db",
+            certificate=str(tmp_path / "c.pem"),
+            certificate_key=str(tmp_path / "key.pem"),
         ).validate()
 
 
 def test_a_port_in_use_is_said(server, tmp_path):
     path = fill(tmp_path / "votes.db")
-    command = [sys.executable, "-m", "rlhf.cli", "collect", "serve", str(path), "--port", str(server.port)]
+    command = [
+        sys.executable,
+        "-m",
+        "rlhf.cli",
+        "collect",
+        "serve",
+        str(path),
+        "--port",
+        str(server.port),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "cannot listen there" in done.stderr and "--port" in done.stderr
 
@@ -420,7 +518,9 @@ def test_half_sent_requests_are_closed_and_whole_ones_answered(tmp_path, monkeyp
     site = Site(fill(tmp_path / "store.db"))
     listener = socket.create_server(("127.0.0.1", 0))
     address = listener.getsockname()
-    config = uvicorn.Config(app.create_app(site), http=app.TimedProtocol, ws="none", log_level="error")
+    config = uvicorn.Config(
+        app.create_app(site), http=app.TimedProtocol, ws="none", log_level="error"
+    )
     running = uvicorn.Server(config)
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
     thread.start()
@@ -428,7 +528,8 @@ def test_half_sent_requests_are_closed_and_whole_ones_answered(tmp_path, monkeyp
     whole = b"GET /nowhere HTTP/1.1\r\nHost: h\r\n\r\n"
     try:
         half = [socket.create_connection(address, timeout=300) for _ in range(40)]
-        # nothing, a part of the head, a part of the body, and a part of a second request on the same connection
+        # nothing, a part of the head, a part of the body, and a part of a second request on the
+        # same connection
         sent = [b"", head, head + b"\r\nform", whole + head]
         for number, connection in enumerate(half):
             connection.sendall(sent[number % 4])
@@ -436,7 +537,8 @@ def test_half_sent_requests_are_closed_and_whole_ones_answered(tmp_path, monkeyp
             other.sendall(whole)
             assert other.recv(100).startswith(b"HTTP/1.1 404")
         for connection in half:
-            while connection.recv(10_000):  # until the server closes it, or a timeout fails the test
+            # until the server closes it, or a timeout fails the test
+            while connection.recv(10_000):
                 pass
             connection.close()
     finally:
@@ -447,4 +549,8 @@ def test_half_sent_requests_are_closed_and_whole_ones_answered(tmp_path, monkeyp
 def test_hidden_characters_are_written_out_wherever_a_page_shows_text():
     page = TEMPLATES.from_string("{{ a }}|{{ b }}|{{ c | render }}|{{ n }}")
     shown = page.render(a="x\u202ey\x00", b=Markup("<b>ours</b>"), c="p\u202eq", n=3)
-    assert shown.startswith("x⟦U+202E⟧y⟦U+0000⟧|<b>ours</b>|") and "p⟦U+202E⟧q" in shown and shown.endswith("|3")
+    assert (
+        shown.startswith("x⟦U+202E⟧y⟦U+0000⟧|<b>ours</b>|")
+        and "p⟦U+202E⟧q" in shown
+        and shown.endswith("|3")
+    )

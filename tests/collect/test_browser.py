@@ -14,7 +14,9 @@ VOICE = ("--voice", str(ROOT / "configs" / "voices" / "shop.yaml"))
 
 @pytest.fixture
 def browse(chromium):
-    """browse(server, name, **context) -> a page signed in; errors and requests elsewhere fail the test at its end."""
+    """browse(server, name, **context) -> a page signed in; errors and requests elsewhere fail the
+    test at its end.
+    """
     contexts, wrong = [], []
 
     def start(server, name, script=True, **options):
@@ -68,7 +70,9 @@ def test_by_mouse_from_the_link_to_the_end(browse, server):
     assert page.url == f"{server.url}/welcome" and "Hello, ann" in page.inner_text("h1")
     assert token not in page.evaluate("document.cookie + document.documentElement.outerHTML")
     page.click("#start")
-    assert "The voice of Fernhill" in page.inner_text("aside") and "guarantee" in page.inner_text("aside")
+    assert "The voice of Fernhill" in page.inner_text("aside") and "guarantee" in page.inner_text(
+        "aside"
+    )
     first = question(page)
     assert not page.is_visible("text=By far") and page.is_disabled("#undo")
     page.click("#answer-2")  # anywhere on the answer
@@ -87,14 +91,21 @@ def test_by_mouse_from_the_link_to_the_end(browse, server):
     page.click("#undo")
     saved(page, 0)
     assert question(page) == first and votes(server) == []
-    for label in ("label[for=pick-1]", "label[for=pick-tie]", "label[for=pick-bad]", "label[for=pick-skip]"):
+    for label in (
+        "label[for=pick-1]",
+        "label[for=pick-tie]",
+        "label[for=pick-bad]",
+        "label[for=pick-skip]",
+    ):
         before = len(votes(server))
         page.click(label)
         assert page.is_visible("text=By far") == (label == "label[for=pick-1]")
         page.click("#save")
         page.wait_for_load_state()
         assert len(votes(server)) == before + 1
-    assert "Thank you, ann" in page.inner_text("h1") and "judged 4 pairs" in page.inner_text(".lead")
+    assert "Thank you, ann" in page.inner_text("h1") and "judged 4 pairs" in page.inner_text(
+        ".lead"
+    )
     assert [vote.choice for vote in votes(server)][1:] == ["tie", "both_bad", "skip"]
 
 
@@ -236,7 +247,12 @@ def test_the_owner_looks_and_exports(browse, server):
 def test_nothing_sticks_out(browse, server, width):
     page = browse(server, "ann", viewport={"width": width, "height": 780})
     owner = browse(server, "owner", viewport={"width": width, "height": 780})
-    for there, path in ((page, "/welcome"), (page, "/"), (owner, "/owner"), (owner, "/owner/disputed")):
+    for there, path in (
+        (page, "/welcome"),
+        (page, "/"),
+        (owner, "/owner"),
+        (owner, "/owner/disputed"),
+    ):
         there.goto(server.url + path)
         assert there.evaluate("document.documentElement.scrollWidth") <= width, path
     page.goto(server.url)
@@ -249,7 +265,9 @@ def test_nothing_sticks_out(browse, server, width):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_pass_the_accessibility_rules(browse, server, scheme):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed"
+    )
     page = browse(server, "ann", color_scheme=scheme)
     owner = browse(server, "owner", color_scheme=scheme)
 

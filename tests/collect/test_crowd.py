@@ -1,4 +1,6 @@
-"""The benchmark in small: many at once, the server killed in the middle, every event checked afterwards."""
+"""The benchmark in small: many at once, the server killed in the middle, every event checked
+afterwards.
+"""
 
 import pytest
 

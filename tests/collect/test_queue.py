@@ -75,7 +75,8 @@ def test_left_and_right_become_a_and_b_and_sides_are_drawn(tmp_path):
         # on the left and chosen, or on the right and the other one was chosen
         by_event = [(v.left, v.choice) for v in store.at().votes()]
         assert all((choice == left) == bool(i % 2) for i, (left, choice) in enumerate(by_event))
-        assert 15 < sum(n for (left, _), n in sides.items() if left == "a") < 45  # fair coin: 30 +- 4
+        # fair coin: 30 +- 4
+        assert 15 < sum(n for (left, _), n in sides.items() if left == "a") < 45
         assert {v.strength for v in store.at().votes()} == {2}
         assert store.at().votes()[0].tags == []
 
@@ -85,7 +86,12 @@ def test_strength_is_kept_for_a_side_alone(store):
     queue = Queue(store, Rules(overlap=1))
     vote(queue, ann, Answer("tie", strength=3, reason="why", tags=("off tone",)))
     [kept] = store.at().votes()
-    assert (kept.choice, kept.strength, kept.reason, kept.tags) == ("tie", None, "why", ["off tone"])
+    assert (kept.choice, kept.strength, kept.reason, kept.tags) == (
+        "tie",
+        None,
+        "why",
+        ["off tone"],
+    )
 
 
 def test_a_lease_times_out_and_late_answers_count_while_there_is_room(store):
@@ -147,7 +153,8 @@ def test_nobody_answers_for_another(store):
     queue = Queue(store, Rules(overlap=2))
     held = queue.next(ann)
     assert queue.vote(bob, held.event, LEFT, "c") == "gone"
-    assert queue.vote(ann, held.event, LEFT, "c") == "saved"  # the same name of a click is another person's
+    # the same name of a click is another person's
+    assert queue.vote(ann, held.event, LEFT, "c") == "saved"
     assert queue.vote(bob, held.event, LEFT, "d") == "gone" and len(store.at().votes()) == 1
 
 
@@ -163,7 +170,8 @@ def test_undo_brings_the_pair_back_as_it_was_step_by_step(store):
         assert queue.undo(ann, f"u{step}") == "undone" and queue.undo(ann, f"u{step}") == "again"
         now = queue.next(ann)
         assert (now.comparison, now.left) == (held[step].comparison, held[step].left)
-        assert queue.next(bob).comparison not in {h.comparison for h in held}  # the place stays ann's
+        # the place stays ann's
+        assert queue.next(bob).comparison not in {h.comparison for h in held}
     assert store.at().votes() == [] and queue.progress(ann).mine == 0
     assert {vote(queue, ann), vote(queue, ann)} == {h.comparison for h in held}
 
@@ -174,12 +182,15 @@ def test_a_skip_cannot_be_undone_once_others_have_the_place(store):
     skipped = vote(queue, ann, SKIP)
     while vote(queue, bob) != skipped:
         pass
-    assert queue.undo(ann, "u") == "full" and [v.choice for v in store.at().votes()].count("skip") == 1
+    assert (
+        queue.undo(ann, "u") == "full" and [v.choice for v in store.at().votes()].count("skip") == 1
+    )
 
 
 @pytest.mark.parametrize(("share", "low", "high"), [(0.0, 0, 0), (0.25, 60, 140), (1.0, 150, 150)])
 def test_control_pairs_are_mixed_in_at_their_share(tmp_path, share, low, high):
-    # 300 normal pairs; at 0.25 of what is shown 300 / 0.75 * 0.25 = 100 +- 10 controls; at 1 all 150 come first
+    # 300 normal pairs; at 0.25 of what is shown 300 / 0.75 * 0.25 = 100 +- 10 controls; at 1 all
+    # 150 come first
     with Store.open(fill(tmp_path / "votes.db", pairs=300, controls=150)) as store:
         (ann,) = people(store, 1)
         queue = Queue(store, Rules(overlap=1, control_share=share), draw=random.Random(0))
@@ -190,7 +201,8 @@ def test_control_pairs_are_mixed_in_at_their_share(tmp_path, share, low, high):
         found = [i for i, comparison in enumerate(shown) if comparison in store.at().controls()]
         assert low <= len(found) <= high and len(shown) == 300 + len(found) == len(set(shown))
         if share == 0.25:
-            assert sum(i < len(shown) / 2 for i in found) > low / 2  # among the rest, not at one end
+            # among the rest, not at one end
+            assert sum(i < len(shown) / 2 for i in found) > low / 2
 
 
 def test_controls_are_for_everybody_and_no_progress(tmp_path):
@@ -210,7 +222,10 @@ def test_duration_is_from_the_page_or_the_answer_before(store):
     shift[0] = 7.0
     queue.vote(ann, held.event, LEFT, "c")
     assert store.at().votes()[0].duration_ms == pytest.approx(7000, abs=200)
-    assert queue.progress(ann).seconds == pytest.approx(7, abs=0.2) and queue.progress(bob).seconds is None
+    assert (
+        queue.progress(ann).seconds == pytest.approx(7, abs=0.2)
+        and queue.progress(bob).seconds is None
+    )
 
 
 def test_two_servers_and_restarts_agree_and_overlap_holds_whatever_happens(tmp_path):

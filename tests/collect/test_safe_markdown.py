@@ -37,7 +37,23 @@ HOSTILE = [
     "<script>alert(1)</script>" + "x" * FOLDED,
     "y" * (LONGEST + 1) + "</pre></details><script>alert(1)</script>",
 ]
-INERT = {"div", "p", "a", "pre", "code", "table", "thead", "tbody", "tr", "th", "td", "details", "summary", "em", "br"}
+INERT = {
+    "div",
+    "p",
+    "a",
+    "pre",
+    "code",
+    "table",
+    "thead",
+    "tbody",
+    "tr",
+    "th",
+    "td",
+    "details",
+    "summary",
+    "em",
+    "br",
+}
 
 
 class Reader(html.parser.HTMLParser):
@@ -66,7 +82,9 @@ def test_a_hostile_answer_is_inert(text):
     assert not page.open  # whatever it closes is its own
     for tag, attributes in page.tags:
         assert tag in INERT
-        allowed = {"a": {"href", "rel", "target", "title"}, "div": {"class", "dir"}}.get(tag, {"class"})
+        allowed = {"a": {"href", "rel", "target", "title"}, "div": {"class", "dir"}}.get(
+            tag, {"class"}
+        )
         assert set(attributes) <= allowed, (tag, attributes)
         if tag == "a":
             assert attributes["href"].startswith(("https://", "http://", "mailto:"))
@@ -75,11 +93,19 @@ def test_a_hostile_answer_is_inert(text):
 
 def test_markdown_and_honest_links_work():
     page = Reader(
-        str(render("# Title\n\n**bold** [shop](https://shop.example/a?b=1&c=2) <mailto:x@y.example>\n\n- one"))
+        str(
+            render(
+                "# Title\n\n**bold** [shop](https://shop.example/a?b=1&c=2) <mailto:x@y.example>\n\n- one"
+            )
+        )
     )
     tags = [tag for tag, _ in page.tags]
-    assert tags == ["div", "h3", "p", "strong", "a", "a", "ul", "li"]  # a title stands below the page's own headings
-    assert [a["href"] for tag, a in page.tags if tag == "a"] == ["https://shop.example/a?b=1&c=2", "mailto:x@y.example"]
+    # a title stands below the page's own headings
+    assert tags == ["div", "h3", "p", "strong", "a", "a", "ul", "li"]
+    assert [a["href"] for tag, a in page.tags if tag == "a"] == [
+        "https://shop.example/a?b=1&c=2",
+        "mailto:x@y.example",
+    ]
 
 
 def test_what_turns_or_hides_text_is_written_out():
@@ -95,12 +121,17 @@ def test_long_texts_are_folded_and_lose_nothing():
     for size in (FOLDED + 1, LONGEST + 1):
         words = "word " * (size // 5 + 1)
         page = str(render(words))
-        assert page.count("<details") == 1 and page.split("</summary>")[1].count("word") == size // 5 + 1
+        assert (
+            page.count("<details") == 1
+            and page.split("</summary>")[1].count("word") == size // 5 + 1
+        )
     assert "<details" not in render("x" * FOLDED)
 
 
 def test_hidden_characters_are_written_out_as_entities_too():
-    page = render('abc &#x202E;gpj.exe &#8203;&rlm;&shy;&#847;&#x3164; [&lrm;x](https://a.example "&#x202d;")')
+    page = render(
+        'abc &#x202E;gpj.exe &#8203;&rlm;&shy;&#847;&#x3164; [&lrm;x](https://a.example "&#x202d;")'
+    )
     for code in ("202E", "200B", "200F", "00AD", "034F", "3164", "200E"):
         assert f"⟦U+{code}⟧" in page and chr(int(code, 16)) not in page
     assert chr(0x202D) not in page
@@ -110,6 +141,13 @@ def test_hidden_characters_are_written_out_as_entities_too():
 
 def test_no_text_takes_for_ever():
     """One that takes quadratic time or worse would meet the suite's timeout."""
-    sizes = [("[" * 19_000), ("*a " * 6_000), ("> " * 9_000), ("`a" * 9_000), ("[a](" * 4_500), "x" * 2_000_000]
+    sizes = [
+        ("[" * 19_000),
+        ("*a " * 6_000),
+        ("> " * 9_000),
+        ("`a" * 9_000),
+        ("[a](" * 4_500),
+        "x" * 2_000_000,
+    ]
     for text in sizes:
         assert text[:10] in render(text).unescape()

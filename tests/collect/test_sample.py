@@ -11,7 +11,10 @@ from rlhf.data.records import Preference, Prompt, prompt_group
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 
-QUESTIONS = [f"where is my {thing} please" for thing in ("lamp", "chair", "parcel", "order", "refund", "team")]
+QUESTIONS = [
+    f"where is my {thing} please"
+    for thing in ("lamp", "chair", "parcel", "order", "refund", "team")
+]
 
 
 def write(path, rows):
@@ -25,9 +28,16 @@ def prompts(tmp_path):
 
 
 def config(tmp_path, prompts, model, **more):
-    small = {"max_prompt_length": 64, "max_response_length": 6, "test_fraction": 0.0, "validation_fraction": 0.0}
+    small = {
+        "max_prompt_length": 64,
+        "max_response_length": 6,
+        "test_fraction": 0.0,
+        "validation_fraction": 0.0,
+    }
     return SampleConfig(
-        **{"model_name_or_path": model, "data": [prompts], "store": str(tmp_path / "s.db")} | small | more
+        **{"model_name_or_path": model, "data": [prompts], "store": str(tmp_path / "s.db")}
+        | small
+        | more
     )
 
 
@@ -37,15 +47,27 @@ def pairs(tmp_path):
 
 
 def test_one_policy_with_two_settings(tmp_path, prompts, sft_path):
-    counts = sample(config(tmp_path, prompts, sft_path, temperature=[0.7, 1.3], samples_per_prompt=2))
-    assert counts["prompts"] == 6 and counts["responses"] + counts["equal"] + counts["empty"] == 6 * 4
+    counts = sample(
+        config(tmp_path, prompts, sft_path, temperature=[0.7, 1.3], samples_per_prompt=2)
+    )
+    assert (
+        counts["prompts"] == 6 and counts["responses"] + counts["equal"] + counts["empty"] == 6 * 4
+    )
     with Store.open(tmp_path / "s.db") as store:
-        rows = store._db.execute("SELECT sampling, count(*) FROM responses GROUP BY sampling").fetchall()
+        rows = store._db.execute(
+            "SELECT sampling, count(*) FROM responses GROUP BY sampling"
+        ).fetchall()
         assert {json.loads(s)["temperature"] for s, _ in rows} == {0.7, 1.3} and len(rows) == 2
         by_prompt = store._db.execute("SELECT count(*) FROM responses GROUP BY prompt").fetchall()
         # every two of a prompt's n different answers: n (n - 1) / 2
-        assert counts["comparisons"] == sum(n * (n - 1) // 2 for (n,) in by_prompt) == store.at().stats()["comparisons"]
-    again = sample(config(tmp_path, prompts, sft_path, temperature=[0.7, 1.3], samples_per_prompt=2))
+        assert (
+            counts["comparisons"]
+            == sum(n * (n - 1) // 2 for (n,) in by_prompt)
+            == store.at().stats()["comparisons"]
+        )
+    again = sample(
+        config(tmp_path, prompts, sft_path, temperature=[0.7, 1.3], samples_per_prompt=2)
+    )
     assert again == counts and len(pairs(tmp_path)) == counts["comparisons"]
 
 
@@ -54,7 +76,10 @@ def test_a_second_setting_changes_nothing_of_the_first(tmp_path, prompts, sft_pa
         sample(config(tmp_path, prompts, sft_path, store=str(tmp_path / name), **more))
         with Store.open(tmp_path / name) as store:
             return {
-                r[0] for r in store._db.execute("SELECT text FROM responses WHERE sampling LIKE '%: 1.0, \"top_p%'")
+                r[0]
+                for r in store._db.execute(
+                    "SELECT text FROM responses WHERE sampling LIKE '%: 1.0, \"top_p%'"
+                )
             }
 
     alone, both = texts("a.db"), texts("b.db", temperature=[1.0, 0.5])
@@ -70,14 +95,16 @@ def test_as_many_prompts_are_sampled_as_asked_for_where_some_are_too_long(tmp_pa
 
 
 def test_the_store_knows_what_its_responses_cost(tmp_path, prompts, sft_path, monkeypatch):
-    monkeypatch.setattr("rlhf.engines.hf.cache_is_exact", lambda model: True)  # which makes passes that are no sampling
+    # which makes passes that are no sampling
+    monkeypatch.setattr("rlhf.engines.hf.cache_is_exact", lambda model: True)
     settings = config(tmp_path, prompts, sft_path, samples_per_prompt=2, max_response_length=1)
     with FlopCounterMode(display=False) as counter:
         sample(settings)
     with Store.open(tmp_path / "s.db") as store:
         spent = json.loads(store.setting("budget"))
     assert (spent["episodes"], spent["tokens_generated"], spent["tokens_trained"]) == (12, 12, 0)
-    # torch's counter does not see the fused attention of one pass: 2 layers of 4 heads of 8, about 20 positions
+    # torch's counter does not see the fused attention of one pass: 2 layers of 4 heads of 8, about
+    # 20 positions
     assert 0 < spent["flops"] - counter.get_total_flops() < 0.15 * spent["flops"]
 
 
@@ -89,17 +116,27 @@ def test_two_policies_give_one_answer_each(tmp_path, prompts, base_path, sft_pat
         assert {pair["model_a"], pair["model_b"]} == {sft_path, base_path}
     with Store.open(tmp_path / "s.db") as store:
         prints = {
-            r[0] for r in store._db.execute("SELECT adapter_fingerprint FROM responses WHERE model = ?", [sft_path])
+            r[0]
+            for r in store._db.execute(
+                "SELECT adapter_fingerprint FROM responses WHERE model = ?", [sft_path]
+            )
         }
         assert len(prints) == 1 and None not in prints
 
 
 def test_answers_from_files_need_no_model(tmp_path, prompts):
-    one = write(tmp_path / "one.jsonl", [{"prompt": q, "response": f"one {i}"} for i, q in enumerate(QUESTIONS[:4])])
-    other = [{"prompt": q, "completion": f"other {i}", "label": i > 0} for i, q in enumerate(QUESTIONS[2:])]
+    one = write(
+        tmp_path / "one.jsonl",
+        [{"prompt": q, "response": f"one {i}"} for i, q in enumerate(QUESTIONS[:4])],
+    )
+    other = [
+        {"prompt": q, "completion": f"other {i}", "label": i > 0}
+        for i, q in enumerate(QUESTIONS[2:])
+    ]
     other = write(tmp_path / "other.jsonl", other)
     counts = sample(config(tmp_path, prompts, one, other=other))
-    assert (counts["prompts"], counts["comparisons"]) == (2, 2)  # what both answer: questions 2 and 3
+    # what both answer: questions 2 and 3
+    assert (counts["prompts"], counts["comparisons"]) == (2, 2)
     for pair in pairs(tmp_path):
         i = QUESTIONS.index(pair["messages"][0]["content"])
         assert {pair["text_a"], pair["text_b"]} == {f"one {i}", f"other {i - 2}"}
@@ -107,19 +144,33 @@ def test_answers_from_files_need_no_model(tmp_path, prompts):
 
 
 def test_a_file_of_pairs_is_judged_again(tmp_path, prompts):
-    rows = [{"prompt": q, "chosen": "better", "rejected": "apart", "rejected_ended": False} for q in QUESTIONS]
+    rows = [
+        {"prompt": q, "chosen": "better", "rejected": "apart", "rejected_ended": False}
+        for q in QUESTIONS
+    ]
     rows += [{"prompt": "not asked for", "chosen": "x", "rejected": "y"}]
     counts = sample(config(tmp_path, prompts, write(tmp_path / "prefs.jsonl", rows)))
     assert counts["comparisons"] == 6
     for pair in pairs(tmp_path):
-        assert (pair["text_a"], pair["text_b"], pair["ended_a"], pair["ended_b"]) == ("apart", "better", 0, 1)
+        assert (pair["text_a"], pair["text_b"], pair["ended_a"], pair["ended_b"]) == (
+            "apart",
+            "better",
+            0,
+            1,
+        )
     with Store.open(tmp_path / "s.db") as store:
         assert store.at().votes() == []
 
 
 def test_control_pairs_are_marked_and_never_trained_on(tmp_path, prompts):
-    one = write(tmp_path / "one.jsonl", [{"prompt": q, "response": t} for q in QUESTIONS for t in ("yes", "no")])
-    controls = [{"prompt": "Say hello", "chosen": text, "rejected": "go away"} for text in ("hello", "good day")]
+    one = write(
+        tmp_path / "one.jsonl",
+        [{"prompt": q, "response": t} for q in QUESTIONS for t in ("yes", "no")],
+    )
+    controls = [
+        {"prompt": "Say hello", "chosen": text, "rejected": "go away"}
+        for text in ("hello", "good day")
+    ]
     controls = write(tmp_path / "controls.jsonl", controls)
     counts = sample(config(tmp_path, prompts, one, controls=controls))
     assert (counts["comparisons"], counts["controls"]) == (6, 2)
@@ -134,15 +185,23 @@ def test_control_pairs_are_marked_and_never_trained_on(tmp_path, prompts):
 
 
 def test_the_test_split_is_left_out(tmp_path, prompts):
-    answers = write(tmp_path / "a.jsonl", [{"prompt": q, "response": t} for q in QUESTIONS for t in ("yes", "no")])
+    answers = write(
+        tmp_path / "a.jsonl",
+        [{"prompt": q, "response": t} for q in QUESTIONS for t in ("yes", "no")],
+    )
     sample(config(tmp_path, prompts, answers, test_fraction=0.5))
-    held_out = {r.prompt[0]["content"] for r in load(prompts, Prompt, split="test", test_fraction=0.5)}
+    held_out = {
+        r.prompt[0]["content"] for r in load(prompts, Prompt, split="test", test_fraction=0.5)
+    }
     asked = {pair["messages"][0]["content"] for pair in pairs(tmp_path)}
     assert held_out and asked == set(QUESTIONS) - held_out
 
 
 def test_what_cannot_be_paired_is_said(tmp_path, prompts):
-    alike = write(tmp_path / "alike.jsonl", [{"prompt": q, "response": t} for q in QUESTIONS for t in ("yes", " yes")])
+    alike = write(
+        tmp_path / "alike.jsonl",
+        [{"prompt": q, "response": t} for q in QUESTIONS for t in ("yes", " yes")],
+    )
     with pytest.raises(UserError, match="nothing to judge"):
         sample(config(tmp_path, prompts, alike))
     strange = write(tmp_path / "strange.jsonl", [{"prompt": "no such question", "response": "x"}])
@@ -150,17 +209,25 @@ def test_what_cannot_be_paired_is_said(tmp_path, prompts):
         sample(config(tmp_path, prompts, strange))
     for flags, message in (
         (["--samples_per_prompt", "1"], "a comparison needs at least 2"),
-        (["--temperature", "0.7,1.0", "--top_p", "1.0,0.9,0.8"], "'temperature' has 2 values and 'top_p' 3"),
+        (
+            ["--temperature", "0.7,1.0", "--top_p", "1.0,0.9,0.8"],
+            "'temperature' has 2 values and 'top_p' 3",
+        ),
         (["--temperature", "0.7,0"], "'temperature' is 0.0, expected more than 0"),
     ):
         with pytest.raises(UserError, match=message):
-            parse(SampleConfig, ["--model_name_or_path", "m", "--data", "d", "--store", "s", *flags])
+            parse(
+                SampleConfig, ["--model_name_or_path", "m", "--data", "d", "--store", "s", *flags]
+            )
 
 
 def test_files_are_paired_without_torch(tmp_path, prompts):
     import sys
 
-    answers = write(tmp_path / "a.jsonl", [{"prompt": q, "response": t} for q in QUESTIONS for t in ("yes", "no")])
+    answers = write(
+        tmp_path / "a.jsonl",
+        [{"prompt": q, "response": t} for q in QUESTIONS for t in ("yes", "no")],
+    )
     code = (
         "import sys; from rlhf.collect.sample import SampleConfig, sample\n"
         f"sample(SampleConfig(model_name_or_path={answers!r}, data=[{prompts!r}], store={str(tmp_path / 's.db')!r}))\n"
@@ -172,7 +239,10 @@ def test_files_are_paired_without_torch(tmp_path, prompts):
 
 def test_prompts_with_the_same_answers_join_in_the_store_and_named_groups_stay(tmp_path):
     # twelve questions of which two name a group; each gets "Yes." and "No.", and one of its own
-    rows = [{"prompt": f"is it {i}?"} | ({"group": f"g{i}", "split": "train"} if i < 2 else {}) for i in range(12)]
+    rows = [
+        {"prompt": f"is it {i}?"} | ({"group": f"g{i}", "split": "train"} if i < 2 else {})
+        for i in range(12)
+    ]
     data = write(tmp_path / "p.jsonl", rows)
     said = [{"prompt": row["prompt"], "response": t} for row in rows[:11] for t in ("Yes.", "No.")]
     said += [{"prompt": "is it 11?", "response": t} for t in ("It is.", "Hardly.")]
@@ -185,20 +255,26 @@ def test_prompts_with_the_same_answers_join_in_the_store_and_named_groups_stay(t
         return {r.prompt[0]["content"]: r.group for r in load(path, kind, **shares)}
 
     before = {r.prompt[0]["content"]: r.group for r in load(data, Prompt)}
-    assert groups(Prompt) == before  # nothing is voted on: each prompt has the group it has in its file
+    # nothing is voted on: each prompt has the group it has in its file
+    assert groups(Prompt) == before
     with Store.open(path) as store:
         ann = store.add_annotator("ann")
         for pair in store.at().comparisons():
             store.vote(pair["id"], ann, "a")
-        assert {row.get("split") for row in store.at().prompt_rows()} == {"train", None}  # as the file gives it
+        # as the file gives it
+        assert {row.get("split") for row in store.at().prompt_rows()} == {"train", None}
     free = [f"is it {i}?" for i in range(2, 11)]
     wanted = before | dict.fromkeys(free, min(before[q] for q in free))
     assert groups(Preference) == wanted == groups(Prompt)
-    assert len({r.split for r in load(path, Preference, **shares) if r.prompt[0]["content"] in free}) == 1
+    assert (
+        len({r.split for r in load(path, Preference, **shares) if r.prompt[0]["content"] in free})
+        == 1
+    )
 
 
 def test_a_group_that_the_file_has_joined_is_not_torn_in_the_store(tmp_path):
-    # two questions with one pair of answers are one group in their file; the store gets other answers to them
+    # two questions with one pair of answers are one group in their file; the store gets other
+    # answers to them
     rows = [{"prompt": q, "chosen": "Yes.", "rejected": "No."} for q in QUESTIONS]
     data = write(tmp_path / "p.jsonl", rows)
     answers = [{"prompt": q, "response": f"{q} {t}"} for q in QUESTIONS for t in ("one", "two")]

@@ -1,7 +1,8 @@
-"""A report of realistic size, made up: 2 methods x 4 strengths x 4 checkpoints x 5 seeds, best of n, the foundation.
+"""A report of realistic size, made up: 2 methods x 4 strengths x 4 checkpoints x 5 seeds, best of
+n, the foundation.
 
-The gold score follows d (a - b d), d = sqrt(KL), and the proxy d (a - c d) with a smaller c (Gao et al. 2022), so that
-the weakest constraint over-optimises.
+The gold score follows d (a - b d), d = sqrt(KL), and the proxy d (a - c d) with a smaller c (Gao et
+al. 2022), so that the weakest constraint over-optimises.
 """
 
 import math
@@ -13,9 +14,14 @@ SEEDS = 5
 GROUPS = 256
 STEPS = (25, 50, 75, 100)
 KINDS = {"gold": "gold", "reward_model": "proxy", "tone": "other", "facts": "other"}
-STRENGTHS = {"ppo": (0.02, 0.05, 0.1, 0.2), "dpo": (0.05, 0.1, 0.3, 1.0), "best_of_n": (2, 4, 8, 16)}
+STRENGTHS = {
+    "ppo": (0.02, 0.05, 0.1, 0.2),
+    "dpo": (0.05, 0.1, 0.3, 1.0),
+    "best_of_n": (2, 4, 8, 16),
+}
 OPTIONS = {"ppo": "kl_coef", "dpo": "beta", "best_of_n": "n"}
-FURTHEST = {"ppo": (5.0, 3.6, 2.6, 1.8), "dpo": (4.6, 3.5, 2.4, 1.4)}  # sqrt KL at the end of training
+# sqrt KL at the end of training
+FURTHEST = {"ppo": (5.0, 3.6, 2.6, 1.8), "dpo": (4.6, 3.5, 2.4, 1.4)}
 HOSTILE = '<script>alert(1)</script> **bold** & "quoted" $x_1$ <img src=http://evil.example/x onerror=alert(2)>'
 COUNTERS = ("episodes", "tokens_generated", "tokens_trained", "flops", "seconds")
 
@@ -36,7 +42,9 @@ def interval(values, null: float = 0.0) -> dict:
 
 
 def example(seeds: int = SEEDS, judge: str | None = "gold", seed: int = 0) -> dict:
-    """report.json as `summarise` makes it, with everything in it; `judge=None` leaves out what needs one."""
+    """report.json as `summarise` makes it, with everything in it; `judge=None` leaves out what
+    needs one.
+    """
     rng = np.random.default_rng(seed)
     initial = _foundation(rng)
     points = [p for method in STRENGTHS for p in _method(method, seeds, rng)]
@@ -70,7 +78,12 @@ def example(seeds: int = SEEDS, judge: str | None = "gold", seed: int = 0) -> di
         report |= _judged(seeds, rng)
         report["verdicts"] = _verdicts(report)
         report["notes"] = [
-            {"kind": "judge", "score": judge, "score_kind": KINDS[judge], "proxies": ["reward_model"]},
+            {
+                "kind": "judge",
+                "score": judge,
+                "score_kind": KINDS[judge],
+                "proxies": ["reward_model"],
+            },
             {"kind": "missing_trials", "trials": report["missing"]},
         ]
     return report
@@ -82,10 +95,19 @@ def _verdicts(report: dict) -> list[dict]:
     rows += [("tuned", row, row) for row in report["tuned"]["rows"]]
     verdicts = []
     for kind, sides, row in rows:
-        verdicts.append(_verdict(kind, sides["a"], sides["b"], row["difference"], row["p_adjusted"], row))
+        verdicts.append(
+            _verdict(kind, sides["a"], sides["b"], row["difference"], row["p_adjusted"], row)
+        )
     for entry in report["overoptimisation"]:
         if entry["swept"] is None:
-            verdict = _verdict("over_optimisation", entry["method"], "sft", entry["judge"], entry["p_adjusted"], entry)
+            verdict = _verdict(
+                "over_optimisation",
+                entry["method"],
+                "sft",
+                entry["judge"],
+                entry["p_adjusted"],
+                entry,
+            )
             verdicts.append(verdict | {"sign": 1 if entry["verdict"] == "reproduced" else -1})
     return verdicts
 
@@ -100,7 +122,9 @@ def _verdict(kind: str, a: str, b: str, difference: dict, p: float, row: dict) -
 
 
 def _gold(method: str, d: np.ndarray) -> np.ndarray:
-    return d * {"ppo": 0.40 - 0.052 * d, "dpo": 0.40 - 0.066 * d, "best_of_n": 0.42 - 0.05 * d}[method]
+    return (
+        d * {"ppo": 0.40 - 0.052 * d, "dpo": 0.40 - 0.066 * d, "best_of_n": 0.42 - 0.05 * d}[method]
+    )
 
 
 def _proxy(d: np.ndarray) -> np.ndarray:
@@ -109,7 +133,9 @@ def _proxy(d: np.ndarray) -> np.ndarray:
 
 def _foundation(rng) -> dict:
     scores = {
-        n: {"mean": interval(rng.normal(0.1, 0.01, SEEDS)), "difference": None} for n in KINDS if n != "reward_model"
+        n: {"mean": interval(rng.normal(0.1, 0.01, SEEDS)), "difference": None}
+        for n in KINDS
+        if n != "reward_model"
     }
     return {
         "method": "sft", "budget": {}, "kl": interval(0.0),
@@ -127,7 +153,10 @@ def _method(method: str, seeds: int, rng) -> list[dict]:
             kls = [math.log(swept) - (swept - 1) / swept]
             steps = (swept,)
         else:
-            kls = [(FURTHEST[method][i] * (1 - math.exp(-2.2 * s / 100)) / (1 - math.exp(-2.2))) ** 2 for s in STEPS]
+            kls = [
+                (FURTHEST[method][i] * (1 - math.exp(-2.2 * s / 100)) / (1 - math.exp(-2.2))) ** 2
+                for s in STEPS
+            ]
             steps = STEPS
         luck = rng.normal(0, 0.03, seeds)
         for step, kl in zip(steps, kls, strict=True):
@@ -140,8 +169,15 @@ def _point(method: str, swept: float, step: int, kl: float, luck: np.ndarray, rn
     kl = kl * (1 + rng.normal(0, 0.05, seeds))
     d = np.sqrt(np.maximum(kl, 0.0))
     gold = _gold(method, d) + luck + rng.normal(0, 0.01, seeds)
-    differences = {"gold": gold, "reward_model": _proxy(d) + luck, "tone": 0.6 * gold, "facts": 0.4 * gold - 0.02 * d}
-    scores = {n: {"mean": interval(0.1 + v), "difference": interval(v)} for n, v in differences.items()}
+    differences = {
+        "gold": gold,
+        "reward_model": _proxy(d) + luck,
+        "tone": 0.6 * gold,
+        "facts": 0.4 * gold - 0.02 * d,
+    }
+    scores = {
+        n: {"mean": interval(0.1 + v), "difference": interval(v)} for n, v in differences.items()
+    }
     ended = np.clip(0.975 - 0.01 * d**1.5 * (2 if method == "dpo" else 1), 0, 1)
     return {
         "method": method, "swept": swept, "step": step, "last": step == STEPS[-1] or method == "best_of_n",
@@ -166,7 +202,9 @@ def _judged(seeds: int, rng) -> dict:
     for method in ("ppo", "dpo"):
         kls = np.linspace(0.6, FURTHEST[method][0] ** 2, 24)
         luck = rng.normal(0, 0.02, seeds)
-        scores = [interval(_gold(method, np.sqrt(k)) + luck * (0.4 + abs(np.sqrt(k) - 2.5))) for k in kls]
+        scores = [
+            interval(_gold(method, np.sqrt(k)) + luck * (0.4 + abs(np.sqrt(k) - 2.5))) for k in kls
+        ]
         curves[method] = {"kl": kls.tolist(), "score": scores}
     rows = []
     for kl in (1.0, 4.0, 9.0, 16.0):
@@ -212,8 +250,14 @@ def _wins(seeds: int, rng) -> dict:
     quality = [0.0]
     for method, swept_values in STRENGTHS.items():
         for i, swept in enumerate(swept_values):
-            policies.append({"label": f"{method} {OPTIONS[method]} {swept:g}", "method": method, "swept": swept})
-            d = FURTHEST[method][i] if method in FURTHEST else math.sqrt(math.log(swept) - 1 + 1 / swept)
+            policies.append(
+                {"label": f"{method} {OPTIONS[method]} {swept:g}", "method": method, "swept": swept}
+            )
+            d = (
+                FURTHEST[method][i]
+                if method in FURTHEST
+                else math.sqrt(math.log(swept) - 1 + 1 / swept)
+            )
             quality.append(float(_gold(method, np.float64(d))))
     n = len(policies)
     raw, controlled = ([[None] * n for _ in range(n)] for _ in range(2))
@@ -228,8 +272,19 @@ def _wins(seeds: int, rng) -> dict:
 
 
 def _tuned(seeds: int, rng) -> dict:
-    rows = [{"a": "ppo", "b": "dpo", "difference": interval(0.08 + rng.normal(0, 0.03, seeds)), "p_adjusted": 0.01}]
-    rows[0] |= {"minimum_detectable_effect": 0.07, "minimum_detectable_effect_range": [0.05, 0.1], "seeds_for_half": 14}
+    rows = [
+        {
+            "a": "ppo",
+            "b": "dpo",
+            "difference": interval(0.08 + rng.normal(0, 0.03, seeds)),
+            "p_adjusted": 0.01,
+        }
+    ]
+    rows[0] |= {
+        "minimum_detectable_effect": 0.07,
+        "minimum_detectable_effect_range": [0.05, 0.1],
+        "seeds_for_half": 14,
+    }
     rows[0] |= {"seeds_for_half_range": [8, 30]}
     methods = {
         m: {"chosen": [chosen, chosen], "usual": chosen, "shares": {str(chosen): 1.0},
@@ -257,12 +312,18 @@ def _budget() -> dict:
                 "reward": needed,
                 "pairs": pairs, "total": total, "ratio": total["flops"] / 1.22e15, "ratio_own": mine["flops"] / 1.22e15,
             })  # fmt: skip
-    return {"match": {"match": "flops", "total": 1.22e15, "tolerance": 0.1}, "rows": rows, "matched": False}
+    return {
+        "match": {"match": "flops", "total": 1.22e15, "tolerance": 0.1},
+        "rows": rows,
+        "matched": False,
+    }
 
 
 def _samples() -> list[dict]:
     result = []
-    for i, prompt in enumerate(["Where is my parcel?", [{"role": "user", "content": "I want <b>my</b> money back"}]]):
+    for i, prompt in enumerate(
+        ["Where is my parcel?", [{"role": "user", "content": "I want <b>my</b> money back"}]]
+    ):
         responses = {
             label: {
                 "response": f"{label}: We are sorry to hear that. " + (HOSTILE if i else "It is on its way.\nRegards"),

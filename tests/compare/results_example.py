@@ -10,7 +10,8 @@ METHODS = {
     "ppo": {"program": "ppo", "swept": "kl_coef", "baseline": False},
     "dpo": {"program": "dpo", "swept": "beta", "baseline": False},
 }
-STRENGTHS = {"ppo": (0.4, 0.1, 0.02), "dpo": (1.0, 0.3, 0.05)}  # further and further from the foundation
+# further and further from the foundation
+STRENGTHS = {"ppo": (0.4, 0.1, 0.02), "dpo": (1.0, 0.3, 0.05)}
 KLS = ((0.8, 1.5), (2.5, 4.0), (6.0, 9.0))  # of each strength at its two checkpoints
 STEPS = (10, 20)
 
@@ -33,25 +34,34 @@ def make(
     spent=None,
     seed=0,
 ):
-    """Results of `gold`: {method: function of d = sqrt(KL)} (over the foundation), and one proxy for all.
+    """Results of `gold`: {method: function of d = sqrt(KL)} (over the foundation), and one proxy
+    for all.
 
-    kls: {method: as KLS}; without: (method, strength, seed) trials that are not there; spent: {method: counters}. The
-    foundation's score of each group is its number over 10; each seed's proxy has a scale of its own, 10 x seed.
+    kls: {method: as KLS}; without: (method, strength, seed) trials that are not there; spent:
+    {method: counters}. The foundation's score of each group is its number over 10; each seed's
+    proxy has a scale of its own, 10 x seed.
     """
     rng = np.random.default_rng(seed)
     base = np.arange(groups) / 10
 
     def values(kl, score, proxies, run):
         kl = np.full((groups, 2), float(kl))
-        cells = {"kl": kl, "score/gold": base[:, None] + score + noise * rng.normal(size=(groups, 2))}
+        cells = {
+            "kl": kl,
+            "score/gold": base[:, None] + score + noise * rng.normal(size=(groups, 2)),
+        }
         if run is not None:
-            cells["score/reward"] = 10 * run + base[:, None] + proxies + noise * rng.normal(size=(groups, 2))
+            cells["score/reward"] = (
+                10 * run + base[:, None] + proxies + noise * rng.normal(size=(groups, 2))
+            )
         return cells | {
             "length": np.full((groups, 2), 20.0) + rng.integers(0, 9, (groups, 2)),
             "ended": np.ones((groups, 2)),
         }
 
-    points = [Point(method="sft", swept=None, seed=None, step=0, last=True, values=values(0, 0, 0, None))]
+    points = [
+        Point(method="sft", swept=None, seed=None, step=0, last=True, values=values(0, 0, 0, None))
+    ]
     for s in range(seeds):
         same = {n: v for n, v in points[0].values.items()}
         same["score/reward"] = 10 * s + base[:, None] + noise * rng.normal(size=(groups, 2))
@@ -80,7 +90,9 @@ def make(
         points=points,
         groups=names,
         prompts=[f"question {n}?" for n in names],
-        responses={(p.method, p.swept, p.seed, p.step): [[f"{p.method} a", "b"]] * groups for p in points},
+        responses={
+            (p.method, p.swept, p.seed, p.step): [[f"{p.method} a", "b"]] * groups for p in points
+        },
         score_kinds=dict(KINDS),
         judge=judge,
         methods={m: dict(METHODS[m]) for m in ("sft", *gold)},

@@ -22,7 +22,11 @@ BY_HAND = np.array([[1.0, 2.0, 6.0], [2.0, 6.0, 7.0], [6.0, 7.0, 8.0]])
 
 def example(seeds=4, groups=37):
     rng = np.random.default_rng(0)
-    return rng.normal(size=(seeds, 1)) + rng.normal(size=(1, groups)) + rng.normal(size=(seeds, groups))
+    return (
+        rng.normal(size=(seeds, 1))
+        + rng.normal(size=(1, groups))
+        + rng.normal(size=(seeds, groups))
+    )
 
 
 def weighted(values):
@@ -36,15 +40,20 @@ def test_three_seeds_and_three_groups_by_hand():
     found = crossed_mean(BY_HAND)
     assert found.estimate == pytest.approx(5.0, abs=1e-12)
     assert found.se == pytest.approx(math.sqrt(2.5), abs=1e-12)
-    assert (found.se_seeds**2, found.se_groups**2, found.se_error**2) == pytest.approx((12 / 9, 12 / 9, 1.5 / 9))
+    assert (found.se_seeds**2, found.se_groups**2, found.se_error**2) == pytest.approx(
+        (12 / 9, 12 / 9, 1.5 / 9)
+    )
     assert (found.seeds, found.groups) == (3, 3)
-    # Two degrees of freedom have t in closed form, (2p - 1) sqrt(2 / (4 p (1 - p))): 4.302653 at .975
+    # Two degrees of freedom have t in closed form, (2p - 1) sqrt(2 / (4 p (1 - p))): 4.302653 at
+    # .975
     assert found.high - found.estimate == pytest.approx(4.302653 * math.sqrt(2.5), abs=1e-5)
     assert found.high - found.estimate == pytest.approx(found.estimate - found.low, abs=1e-12)
     # and p by its closed form too: T = 5 / sqrt(2.5), p = 1 - T / sqrt(2 + T^2) = 1 - sqrt(10 / 12)
     assert found.p == pytest.approx(1 - math.sqrt(10 / 12), abs=1e-9)
     twice = crossed_mean(BY_HAND, variance_factor=2.0)
-    assert (twice.se, twice.high - 5.0) == pytest.approx((math.sqrt(5.0), 4.302653 * math.sqrt(5.0)), abs=1e-5)
+    assert (twice.se, twice.high - 5.0) == pytest.approx(
+        (math.sqrt(5.0), 4.302653 * math.sqrt(5.0)), abs=1e-5
+    )
 
 
 def test_p_and_interval_say_the_same():
@@ -53,7 +62,9 @@ def test_p_and_interval_say_the_same():
     for level in (0.8, 0.95):
         e = crossed_mean(values, level=level)
         for end in (e.low, e.high):
-            assert crossed_mean(values, null=end, level=level).p == pytest.approx(1 - level, abs=1e-9)
+            assert crossed_mean(values, null=end, level=level).p == pytest.approx(
+                1 - level, abs=1e-9
+            )
     assert crossed_mean(values, null=e.estimate).p == pytest.approx(1.0, abs=1e-12)
 
 
@@ -68,13 +79,25 @@ def test_no_component_is_below_zero():
 
 def test_each_part_of_the_interval_has_its_own_student_quantile():
     # two-sided 5 %: 2.776445 at 4, 1.971957 at 199 degrees of freedom
-    assert half_width(Variances(4.0, 0.0, 0.0), 5, 200, 0.05) == pytest.approx(2.776445 * 2, abs=1e-5)
-    assert half_width(Variances(0.0, 4.0, 0.0), 5, 200, 0.05) == pytest.approx(1.971957 * 2, abs=1e-5)
-    # seeds 4 x 2.776445^2 = 30.8346, groups (3 - 1) x 1.971957^2 = 7.77723: the error is in the seeds' mean square
-    assert half_width(Variances(4.0, 3.0, 1.0), 5, 200, 0.05) == pytest.approx(math.sqrt(38.6118), abs=1e-4)
+    assert half_width(Variances(4.0, 0.0, 0.0), 5, 200, 0.05) == pytest.approx(
+        2.776445 * 2, abs=1e-5
+    )
+    assert half_width(Variances(0.0, 4.0, 0.0), 5, 200, 0.05) == pytest.approx(
+        1.971957 * 2, abs=1e-5
+    )
+    # seeds 4 x 2.776445^2 = 30.8346, groups (3 - 1) x 1.971957^2 = 7.77723: the error is in the
+    # seeds' mean square
+    assert half_width(Variances(4.0, 3.0, 1.0), 5, 200, 0.05) == pytest.approx(
+        math.sqrt(38.6118), abs=1e-4
+    )
     # not below that of fixed seeds, 3 x 1.971957^2
-    assert half_width(Variances(0.1, 3.0, 1.0), 5, 200, 0.05) == pytest.approx(1.971957 * math.sqrt(3), abs=1e-5)
-    assert half_width(Variances(9.0, 4.0, 0.0), 2, 200, 0.05) == pytest.approx(1.971957 * 2, abs=1e-5)  # fixed
+    assert half_width(Variances(0.1, 3.0, 1.0), 5, 200, 0.05) == pytest.approx(
+        1.971957 * math.sqrt(3), abs=1e-5
+    )
+    # fixed
+    assert half_width(Variances(9.0, 4.0, 0.0), 2, 200, 0.05) == pytest.approx(
+        1.971957 * 2, abs=1e-5
+    )
 
 
 def test_p_is_the_level_at_which_the_interval_ends():
@@ -85,11 +108,13 @@ def test_p_is_the_level_at_which_the_interval_ends():
 
 
 def null_shares(seeds, groups, error, ratio, count):
-    """How often p is below each level over the level, of normal effects around 0: seeds add `ratio` times what prompts
-    (1) and error do."""
+    """How often p is below each level over the level, of normal effects around 0: seeds add `ratio`
+    times what prompts (1) and error do.
+    """
     rng, rest = np.random.default_rng([seeds, groups]), 1 / groups + error / (seeds * groups)
     of_seeds, of_groups, of_error = (
-        rng.chisquare(df, count) / df / (seeds * groups) for df in (seeds - 1, groups - 1, (seeds - 1) * (groups - 1))
+        rng.chisquare(df, count) / df / (seeds * groups)
+        for df in (seeds - 1, groups - 1, (seeds - 1) * (groups - 1))
     )
     of_seeds *= error + groups * seeds * ratio * rest
     of_groups *= error + seeds
@@ -102,7 +127,9 @@ def null_shares(seeds, groups, error, ratio, count):
     return found
 
 
-@pytest.mark.parametrize(("seeds", "error", "ratio"), [(3, 10.0, 10.0), (3, 1.0, 3.0), (5, 10.0, 3.0)])
+@pytest.mark.parametrize(
+    ("seeds", "error", "ratio"), [(3, 10.0, 10.0), (3, 1.0, 3.0), (5, 10.0, 3.0)]
+)
 def test_small_p_are_not_more_frequent_than_they_say(seeds, error, ratio):
     # with Satterthwaite's degrees of freedom p < 0.005 came 4.8, 3.7 and 2.4 times, p < 0.05/36 13, 8 and 4 times too
     # often.  Of 200,000 at 0.05/36 the standard error is 0.06 of it.
@@ -119,7 +146,8 @@ def test_a_value_far_from_the_others_by_hand():
 
 
 def test_two_seeds_speak_of_these_models():
-    # Group means 2, 4, 9 of two seeds that differ by 10: se sqrt(13 / 3), 2 degrees of freedom, t = 4.302653
+    # Group means 2, 4, 9 of two seeds that differ by 10: se sqrt(13 / 3), 2 degrees of freedom, t =
+    # 4.302653
     values = np.array([[-3.0, -1.0, 4.0], [7.0, 9.0, 14.0]])
     found = crossed_mean(values)
     assert (found.estimate, found.se) == pytest.approx((5.0, math.sqrt(13 / 3)), abs=1e-9)
@@ -131,23 +159,32 @@ def test_two_seeds_speak_of_these_models():
 @pytest.mark.parametrize("seeds", [1, 2, 3, 5])
 def test_the_jackknife_of_a_mean_is_the_closed_form(seeds):
     values = example(seeds)
-    found, expected = crossed_statistic(weighted(values), seeds, 37, blocks=37), crossed_mean(values)
+    found, expected = (
+        crossed_statistic(weighted(values), seeds, 37, blocks=37),
+        crossed_mean(values),
+    )
     for field in ("estimate", "low", "high", "se", "p", "se_seeds", "se_groups", "se_error"):
         assert getattr(found, field) == pytest.approx(getattr(expected, field), abs=1e-9), field
     weights = block_weights(37, 37)
-    own = np.array([[float(w @ row / w.sum()) for row in values] for w in weights])  # (1 + B, seeds)
+    # (1 + B, seeds)
+    own = np.array([[float(w @ row / w.sum()) for row in values] for w in weights])
     assert mean_over_seeds(own, weights).to_dict() == pytest.approx(expected.to_dict(), abs=1e-9)
 
 
 def test_blocks_of_unequal_size_are_right_on_average():
-    # 37 groups in 10 blocks of 3 or 4, nothing but groups: V = 1 / 37 on average, whatever the blocks
+    # 37 groups in 10 blocks of 3 or 4, nothing but groups: V = 1 / 37 on average, whatever the
+    # blocks
     rng = np.random.default_rng(1)
-    squared = [crossed_statistic(weighted(rng.normal(size=(1, 37))), 1, 37, blocks=10).se ** 2 for _ in range(2000)]
+    squared = [
+        crossed_statistic(weighted(rng.normal(size=(1, 37))), 1, 37, blocks=10).se ** 2
+        for _ in range(2000)
+    ]
     assert np.mean(squared) * 37 == pytest.approx(1.0, abs=3 * math.sqrt(2 / 9 / 2000))
 
 
 def test_blocks_of_groups_that_are_named_by_their_kind_are_right_on_average():
-    # 200 groups of five kinds, sorted by kind as names would: variance 1.125 of the kind + .25 = 1.375, V = 1.375 / 200
+    # 200 groups of five kinds, sorted by kind as names would: variance 1.125 of the kind + .25 =
+    # 1.375, V = 1.375 / 200
     rng, kinds, squared = np.random.default_rng(3), np.array([-1.5, -0.75, 0.0, 0.75, 1.5]), []
     for _ in range(400):
         values = np.sort(rng.choice(kinds, 200))[None, :] + 0.5 * rng.normal(size=(1, 200))
@@ -176,7 +213,9 @@ def test_a_ratio_is_refitted_in_each_resample():
 
 
 def worlds(count, seeds, groups, seed_part, prompt_part, noise, rng):
-    """`count` experiments with mean 0; the parts are what seeds and prompts add to the variance of the mean."""
+    """`count` experiments with mean 0; the parts are what seeds and prompts add to the variance of
+    the mean.
+    """
     for _ in range(count):
         a = rng.normal(size=(seeds, 1)) * math.sqrt(seed_part * seeds)
         b = rng.normal(size=(1, groups)) * math.sqrt(prompt_part * groups)
@@ -234,8 +273,18 @@ def test_what_does_not_vary_and_what_cannot_be_known():
     assert crossed_mean(np.zeros((3, 10))).p == 1.0
     one = crossed_mean(np.array([[2.0], [3.0], [4.0]]))
     assert one.estimate == 3.0
-    assert one.to_dict() == {"estimate": 3.0, "low": None, "high": None, "se": None, "p": None, "seeds": 3,
-                             "groups": 1, "se_seeds": None, "se_groups": None, "se_error": None}  # fmt: skip
+    assert one.to_dict() == {
+        "estimate": 3.0,
+        "low": None,
+        "high": None,
+        "se": None,
+        "p": None,
+        "seeds": 3,
+        "groups": 1,
+        "se_seeds": None,
+        "se_groups": None,
+        "se_error": None,
+    }
     assert math.isnan(crossed_statistic(lambda s, g: 1.0 if g.all() else math.nan, 3, 10).low)
     with pytest.raises(UserError, match="seed 1, group 0"):
         crossed_mean(np.array([[1.0, 2.0], [math.nan, 2.0]]))

@@ -38,7 +38,11 @@ def small():
 
 def less(report):
     """Two scores, two strengths of a method, two checkpoints of each: quicker to draw."""
-    points = [p for p in report["points"] if p["step"] in (25, 100, 4, 8) and p["swept"] in (0.1, 0.05, 4, 8)]
+    points = [
+        p
+        for p in report["points"]
+        if p["step"] in (25, 100, 4, 8) and p["swept"] in (0.1, 0.05, 4, 8)
+    ]
     return report | {"points": points, "score_kinds": {"gold": "gold", "reward_model": "proxy"}}
 
 
@@ -72,7 +76,8 @@ def test_legends_name_methods_and_swept_values(report):
     ]  # fmt: skip
     legends = [axes.get_legend() for axes in training(report).axes[:2]]
     assert [legend.get_title().get_text() for legend in legends] == ["kl_coef", "beta"]
-    assert [t.get_text() for t in legends[0].get_texts()] == ["0.2", "0.1", "0.05", "0.02"]  # from near to far
+    # from near to far
+    assert [t.get_text() for t in legends[0].get_texts()] == ["0.2", "0.1", "0.05", "0.02"]
 
 
 def test_runs_are_dots_at_their_difference_in_standard_deviations():
@@ -94,9 +99,13 @@ def test_runs_are_dots_at_their_difference_in_standard_deviations():
 
 def test_bars_reach_from_the_estimate_to_its_bounds():
     # KL 4 [1, 9] -> d = 2, down to 1, up to 3; below 0 counts as 0; without bounds no bar
-    middle, bars = spans([estimate(4.0, 1.0, 9.0), estimate(1.0, -4.0, 4.0), interval(2.25), None], root)
+    middle, bars = spans(
+        [estimate(4.0, 1.0, 9.0), estimate(1.0, -4.0, 4.0), interval(2.25), None], root
+    )
     np.testing.assert_allclose(middle, [2.0, 1.0, 1.5, math.nan], atol=1e-12)
-    np.testing.assert_allclose(bars, [[1.0, 1.0, math.nan, math.nan], [1.0, 1.0, math.nan, math.nan]], atol=1e-12)
+    np.testing.assert_allclose(
+        bars, [[1.0, 1.0, math.nan, math.nan], [1.0, 1.0, math.nan, math.nan]], atol=1e-12
+    )
 
 
 def test_a_point_stands_at_the_root_of_its_kl_and_at_its_difference(report):
@@ -106,7 +115,11 @@ def test_a_point_stands_at_the_root_of_its_kl_and_at_its_difference(report):
     report["points"][0]["scores"]["gold"]["difference"] = estimate(0.5, 0.4, 0.8)
     report["curves"], report["frontier"] = {}, []
     axes = frontier(report).axes[0]
-    marks = [line.get_xydata().tolist() for line in axes.lines if line.get_marker() == style_of(report, "dpo").marker]
+    marks = [
+        line.get_xydata().tolist()
+        for line in axes.lines
+        if line.get_marker() == style_of(report, "dpo").marker
+    ]
     assert [[2.0, 0.5]] in marks
     ends = sorted(segment.tolist() for bars in axes.collections for segment in bars.get_segments())
     assert np.allclose(ends, [[[1.0, 0.5], [3.0, 0.5]], [[2.0, 0.4], [2.0, 0.8]]])
@@ -133,7 +146,9 @@ def test_a_difference_is_full_where_it_is_shown_and_hollow_where_not(report):
     low, high = panel.get_ylim()
     assert low == -high  # 0 stands in the middle
     shaded = panel.patches[0]  # KL 0.8 to 20, in roots
-    assert math.isclose(shaded.get_x(), 0.8**0.5) and math.isclose(shaded.get_width(), 20**0.5 - 0.8**0.5)
+    assert math.isclose(shaded.get_x(), 0.8**0.5) and math.isclose(
+        shaded.get_width(), 20**0.5 - 0.8**0.5
+    )
 
 
 def test_without_a_judge_the_proxy_is_drawn_and_says_that_it_decides_nothing():
@@ -160,19 +175,30 @@ def test_the_win_matrix_has_its_numbers_and_no_verdict(report):
     assert [t.get_text() for t in raw.texts] == ["27", "75", "73", "25"]
     assert {t.get_fontweight() for t in raw.texts} == {"normal"}
     assert {t.get_text() for t in held.texts} == {"50"}
-    assert [t.get_text() for t in raw.get_yticklabels()] == ["SFT", "PPO (kl_coef 0.02)", "PPO (kl_coef 0.05)"]
+    assert [t.get_text() for t in raw.get_yticklabels()] == [
+        "SFT",
+        "PPO (kl_coef 0.02)",
+        "PPO (kl_coef 0.05)",
+    ]
     low, middle, high = (raw.images[0].cmap(x)[:3] for x in (0.0, 0.5, 1.0))
-    assert np.allclose(middle, 1.0, atol=0.01) and low[0] > low[2] and high[2] > high[0]  # orange, white, blue
+    # orange, white, blue
+    assert np.allclose(middle, 1.0, atol=0.01) and low[0] > low[2] and high[2] > high[0]
 
 
 def test_costs_are_stacked_over_the_strengths_mean(report):
     report = copy.deepcopy(report)
-    rows = report["budget"]["rows"] = [row for row in report["budget"]["rows"] if row["method"] == "ppo"][:2]
+    rows = report["budget"]["rows"] = [
+        row for row in report["budget"]["rows"] if row["method"] == "ppo"
+    ][:2]
     for row, own in zip(rows, (100.0, 300.0), strict=True):
         row["own"], row["reward"], row["pairs"] = {"flops": own}, {"flops": 40.0}, {}
         row["total"] = {"flops": own + 40.0}
     axes = cost(report).axes[0]
-    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [(0.0, 200.0), (200.0, 40.0), (240.0, 0.0)]
+    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == [
+        (0.0, 200.0),
+        (200.0, 40.0),
+        (240.0, 0.0),
+    ]
     assert [text.get_text() for text in axes.texts] == ["240"]
 
 
@@ -182,10 +208,14 @@ def test_strengths_go_from_near_to_far(report):
 
 
 def test_every_method_has_a_look_of_its_own():
-    report = {"methods": {name: {} for name in ("sft", *"abcdefg")}, "foundation": {"method": "sft"}}
+    report = {
+        "methods": {name: {} for name in ("sft", *"abcdefg")},
+        "foundation": {"method": "sft"},
+    }
     looks = [style_of(report, name) for name in "abcdefg"]
     for part in ("color", "marker", "linestyle"):
-        assert len({getattr(look, part) for look in looks}) == 7, part  # readable without colours too
+        # readable without colours too
+        assert len({getattr(look, part) for look in looks}) == 7, part
 
 
 def test_a_dollar_in_a_name_is_no_mathematics(small):
@@ -222,7 +252,9 @@ def test_points_may_lack_estimates_and_intervals():
 
 
 def test_what_summarise_makes_is_drawn():
-    assert drawn(summarise(make(CURVES, kls=dict.fromkeys(CURVES, ((1, 2), (3, 4), (6, 9)))))) >= ALL - {"cost"}
+    assert drawn(
+        summarise(make(CURVES, kls=dict.fromkeys(CURVES, ((1, 2), (3, 4), (6, 9)))))
+    ) >= ALL - {"cost"}
     apart = {"ppo": ((0.1, 0.2), (0.3, 0.4), (0.5, 0.6)), "dpo": ((3, 4), (5, 6), (8, 9))}
     assert len(frontier(summarise(make(CURVES, kls=apart))).axes) == 1  # nothing at equal KL
     assert "frontier" in drawn(summarise(make(CURVES, judge=None, seeds=1)))

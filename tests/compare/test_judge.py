@@ -17,7 +17,9 @@ from rlhf.sandbox.annotators import ANNOTATORS, preference_logit, sigmoid
 
 
 def point(method):
-    """Sample k of the one and sample k of the other share no noise here, those beside each other do."""
+    """Sample k of the one and sample k of the other share no noise here, those beside each other
+    do.
+    """
     values, noise = {"length": np.ones((2, 2))}, [range(0, 1), range(1, 2)]
     noise = noise if method == "ppo" else noise[::-1]
     return Point(method=method, swept=None, seed=0, step=1, last=True, values=values, noise=noise)
@@ -35,7 +37,10 @@ def results_of(own, other):
     )  # fmt: skip
 
 
-RESULTS = results_of([["good one", "bad a"], ["good two", "good three"]], [["bad b", "good four"], ["bad c", "bad d"]])
+RESULTS = results_of(
+    [["good one", "bad a"], ["good two", "good three"]],
+    [["bad b", "good four"], ["bad c", "bad d"]],
+)
 
 
 def recording(ask, seen):
@@ -48,7 +53,8 @@ def recording(ask, seen):
 
 def good_wins(prompts, first, second):
     return [
-        0.9 if x.startswith("good") and not y.startswith("good") else 0.1 for x, y in zip(first, second, strict=True)
+        0.9 if x.startswith("good") and not y.startswith("good") else 0.1
+        for x, y in zip(first, second, strict=True)
     ]
 
 
@@ -57,19 +63,33 @@ def first_wins(prompts, first, second):
 
 
 def annotators_favour_left(prompts, first, second):
-    """The sandbox's "sim-favours-left": a logit of 0.6 for the left side, 0.2 of gold worth one logit."""
+    """The sandbox's "sim-favours-left": a logit of 0.6 for the left side, 0.2 of gold worth one
+    logit.
+    """
     judge = next(a for a in ANNOTATORS if a.name == "sim-favours-left")
-    gold = [[1.0 if text.startswith("good") else 0.4 for text in texts] for texts in (first, second)]
-    return [sigmoid(preference_logit(judge, pair, (2, 2), "a", 0.2)) for pair in zip(*gold, strict=True)]
+    gold = [
+        [1.0 if text.startswith("good") else 0.4 for text in texts] for texts in (first, second)
+    ]
+    return [
+        sigmoid(preference_logit(judge, pair, (2, 2), "a", 0.2)) for pair in zip(*gold, strict=True)
+    ]
 
 
 def test_the_better_answers_win_in_both_orders(tmp_path):
     # A is good at (0,0), (1,0), (1,1) and bad at (0,1): (0.9 + 1 - 0.1) / 2 = 0.9 and 0.1
     seen = []
-    found = judge_wins(Judge("j", recording(good_wins, seen)), RESULTS, A, B, tmp_path / "judge.jsonl")
+    found = judge_wins(
+        Judge("j", recording(good_wins, seen)), RESULTS, A, B, tmp_path / "judge.jsonl"
+    )
     np.testing.assert_allclose(found.wins, [[0.9, 0.1], [0.9, 0.9]], atol=1e-12)
-    assert (found.consistency, found.asked) == (1.0, 4) and found.prefers_first == pytest.approx(0.5)
-    assert ("prompt 0", "good one", "bad b") in seen and ("prompt 0", "bad b", "good one") in seen and len(seen) == 8
+    assert (found.consistency, found.asked) == (1.0, 4) and found.prefers_first == pytest.approx(
+        0.5
+    )
+    assert (
+        ("prompt 0", "good one", "bad b") in seen
+        and ("prompt 0", "bad b", "good one") in seen
+        and len(seen) == 8
+    )
     back = judge_wins(Judge("j", good_wins), RESULTS, B, A, tmp_path / "judge.jsonl")
     np.testing.assert_allclose(back.wins, 1 - found.wins, atol=1e-12)
 
@@ -84,16 +104,21 @@ def test_a_judge_that_always_prefers_the_first_decides_nothing(tmp_path):
 
 
 def test_a_contradiction_is_a_tie_however_sure_each_order_was():
-    # .9 and .6 both prefer the first: a tie, where the average alone would say .65; .2 and .4 both prefer the second
-    found = share_of_both_orders(np.array([0.9, 0.2, 0.9, 0.5, 0.7]), np.array([0.6, 0.4, 0.2, 0.5, 0.5]))
+    # .9 and .6 both prefer the first: a tie, where the average alone would say .65; .2 and .4 both
+    # prefer the second
+    found = share_of_both_orders(
+        np.array([0.9, 0.2, 0.9, 0.5, 0.7]), np.array([0.6, 0.4, 0.2, 0.5, 0.5])
+    )
     np.testing.assert_allclose(found, [0.5, 0.5, 0.85, 0.5, 0.6], atol=1e-12)
 
 
 def test_an_annotator_of_the_sandbox_judges_and_the_swap_takes_its_side_away(tmp_path):
-    # good against bad: sigmoid(.6/.2 +- .6) -> p1 = sigmoid(3.6) = .973403, p2 = sigmoid(-2.4) = .083173 -> .945115
-    # two equally good ones: sigmoid(.6) in both orders, a contradiction
+    # good against bad: sigmoid(.6/.2 +- .6) -> p1 = sigmoid(3.6) = .973403, p2 = sigmoid(-2.4) =
+    # .083173 -> .945115 two equally good ones: sigmoid(.6) in both orders, a contradiction
     results = results_of([["good one", "good two"]], [["bad b", "good four"]])
-    found = judge_wins(Judge("left", annotators_favour_left), results, A, B, tmp_path / "judge.jsonl")
+    found = judge_wins(
+        Judge("left", annotators_favour_left), results, A, B, tmp_path / "judge.jsonl"
+    )
     np.testing.assert_allclose(found.wins, [[0.945115, 0.5]], atol=1e-6)
     assert found.consistency == 0.5 and found.prefers_first > 0.55
 
@@ -101,7 +126,9 @@ def test_an_annotator_of_the_sandbox_judges_and_the_swap_takes_its_side_away(tmp
 def test_equal_answers_are_a_tie_and_not_asked_about(tmp_path):
     seen = []
     results = results_of([["same", "good x"]], [["same", "bad y"]])
-    found = judge_wins(Judge("j", recording(good_wins, seen)), results, A, B, tmp_path / "judge.jsonl")
+    found = judge_wins(
+        Judge("j", recording(good_wins, seen)), results, A, B, tmp_path / "judge.jsonl"
+    )
     np.testing.assert_allclose(found.wins, [[0.5, 0.9]], atol=1e-12)
     assert found.asked == 1 and len(seen) == 2
     equal = results_of([["same", "s"]], [["same", "s"]])
@@ -149,28 +176,47 @@ def test_answers_that_are_no_probabilities_are_refused(tmp_path, answer, message
 
 
 def test_numpy_answers_are_answers(tmp_path):
-    found = judge_wins(Judge("j", lambda p, *_: np.full(len(p), 0.25)), RESULTS, A, B, tmp_path / "judge.jsonl")
+    found = judge_wins(
+        Judge("j", lambda p, *_: np.full(len(p), 0.25)), RESULTS, A, B, tmp_path / "judge.jsonl"
+    )
     assert found.wins.tolist() == [[0.5, 0.5], [0.5, 0.5]]
 
 
 def test_answers_that_share_their_noise_are_not_compared(tmp_path):
-    # sample k of each has draw k: each sample of A is asked about with the next one of B, and with no other
+    # sample k of each has draw k: each sample of A is asked about with the next one of B, and with
+    # no other
     a, b = (replace(p, noise=None) for p in (A, B))
     seen = []
-    found = judge_wins(Judge("j", recording(good_wins, seen)), RESULTS, a, b, tmp_path / "judge.jsonl")
-    # good one - good four: a tie of .1 and .1 in both orders; bad a - bad b; good two - bad d; good three - bad c
+    found = judge_wins(
+        Judge("j", recording(good_wins, seen)), RESULTS, a, b, tmp_path / "judge.jsonl"
+    )
+    # good one - good four: a tie of .1 and .1 in both orders; bad a - bad b; good two - bad d; good
+    # three - bad c
     assert found.pairs == [(0, 1), (1, 0)] and len(seen) == 8
     np.testing.assert_allclose(found.wins, [[0.5, 0.5], [0.9, 0.9]], atol=1e-12)
-    assert ("prompt 0", "good one", "good four") in seen and ("prompt 0", "good one", "bad b") not in seen
-    assert one_partner_each([(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]) == [(0, 1), (1, 2), (2, 0)]
-    lengths = replace(a, values={"length": np.array([[5.0, 9.0], [4.0, 4.0]])})  # 5, 9 and 4, 4 against 1 and 1
-    assert win_rate([lengths], [b], RESULTS, [found]).length_difference == pytest.approx((6 + 3) / 2)
+    assert ("prompt 0", "good one", "good four") in seen and (
+        "prompt 0",
+        "good one",
+        "bad b",
+    ) not in seen
+    assert one_partner_each([(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]) == [
+        (0, 1),
+        (1, 2),
+        (2, 0),
+    ]
+    # 5, 9 and 4, 4 against 1 and 1
+    lengths = replace(a, values={"length": np.array([[5.0, 9.0], [4.0, 4.0]])})
+    assert win_rate([lengths], [b], RESULTS, [found]).length_difference == pytest.approx(
+        (6 + 3) / 2
+    )
 
 
 def test_with_one_sample_a_prompt_nothing_is_asked(tmp_path):
     one = replace(A, values={"length": np.ones((2, 1))}, noise=None)
     found = judge_wins(Judge("j", good_wins), RESULTS, one, one, tmp_path / "judge.jsonl")
-    assert found.pairs == [] and found.asked == 0 and win_rate([one], [one], RESULTS, [found]) is None
+    assert (
+        found.pairs == [] and found.asked == 0 and win_rate([one], [one], RESULTS, [found]) is None
+    )
 
 
 def test_a_spoilt_cache_is_refused(tmp_path):
@@ -180,20 +226,32 @@ def test_a_spoilt_cache_is_refused(tmp_path):
 
 
 def test_judges_are_loaded_by_what_the_file_says(tmp_path, monkeypatch):
-    (tmp_path / "my_judges.py").write_text("def prefer(prompts, first, second):\n    return [1.0] * len(prompts)\n")
+    (tmp_path / "my_judges.py").write_text(
+        "def prefer(prompts, first, second):\n    return [1.0] * len(prompts)\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     judge = load_judge({"function": "my_judges:prefer", "batch_size": 7})
-    assert (judge.name, judge.batch_size, judge.ask([1], ["a"], ["b"])) == ("my_judges:prefer", 7, [1.0])
+    assert (judge.name, judge.batch_size, judge.ask([1], ["a"], ["b"])) == (
+        "my_judges:prefer",
+        7,
+        [1.0],
+    )
     for spec, message in (
         ({"function": "my_judges:prefers"}, "has no function 'prefers'. Did you mean 'prefer'"),
         ({"function": "my_judge_s:prefer"}, "there is no module 'my_judge_s'"),
         ({"function": "prefer"}, "should be written module:function"),
         ({"http": "judge.example.com"}, "'http' is"),
         ({"http": "https://me:secret@judge.example.com"}, "holds a user name or a password"),
-        ({"http": "https://judge.example.com", "timout": 3}, "unknown key 'timout'. Did you mean 'timeout'"),
+        (
+            {"http": "https://judge.example.com", "timout": 3},
+            "unknown key 'timout'. Did you mean 'timeout'",
+        ),
         ({"http": "https://judge.example.com", "batch_size": 0}, "judge.batch_size: found 0"),
-        ({"http": "https://judge.example.com", "token_env": "NO_SUCH_TOKEN"}, "NO_SUCH_TOKEN is not set"),
+        (
+            {"http": "https://judge.example.com", "token_env": "NO_SUCH_TOKEN"},
+            "NO_SUCH_TOKEN is not set",
+        ),
         ({"model": "runs/x"}, "expected {function: module:function} or {http: URL}"),
     ):
         with pytest.raises(UserError) as error:
@@ -214,7 +272,9 @@ def service():
             asked.append((status, self.headers.get("Authorization"), body))
             content = {"probabilities": good_wins(body["prompts"], body["first"], body["second"])}
             text = json.dumps(
-                content if status == 200 else {"error": f"not today, {self.headers.get('Authorization')}"}
+                content
+                if status == 200
+                else {"error": f"not today, {self.headers.get('Authorization')}"}
             )
             self.send_response(status)
             self.send_header("Content-Length", str(len(text)))
@@ -238,11 +298,15 @@ def test_a_service_is_asked_again_after_an_error_that_passes(service, tmp_path, 
     monkeypatch.setenv("JUDGE_TOKEN", "hush")
     monkeypatch.setenv("JUDGE_KEY", "k9")
     monkeypatch.setattr(rlhf.http_client, "FIRST_WAIT", 0.01)
-    judge = load_judge({"http": url + "?key=${JUDGE_KEY}", "token_env": "JUDGE_TOKEN", "batch_size": 4})
+    judge = load_judge(
+        {"http": url + "?key=${JUDGE_KEY}", "token_env": "JUDGE_TOKEN", "batch_size": 4}
+    )
     assert judge.name == url
     found = judge_wins(judge, RESULTS, A, B, tmp_path / "judge.jsonl")
     np.testing.assert_allclose(found.wins, [[0.9, 0.1], [0.9, 0.9]], atol=1e-12)
-    assert sorted(status for status, _, _ in asked) == [200, 200, 503] and asked[0][1] == "Bearer hush"
+    assert (
+        sorted(status for status, _, _ in asked) == [200, 200, 503] and asked[0][1] == "Bearer hush"
+    )
     assert [{"role": "user", "content": "prompt 0"}] in [body["prompts"][0] for _, _, body in asked]
     plan += [400]
     with pytest.raises(UserError, match=r"HTTP 400: .*not today, Bearer \*\*\*") as error:
@@ -252,6 +316,8 @@ def test_a_service_is_asked_again_after_an_error_that_passes(service, tmp_path, 
 
 def test_a_service_that_does_not_respond_is_named():
     judge = load_judge({"http": "http://127.0.0.1:9/pairs?n=k9", "retries": 0, "timeout": 1})
-    with pytest.raises(UserError, match=r"judge \(http://127.0.0.1:9/pairs\) did not respond after 1 attempt") as error:
+    with pytest.raises(
+        UserError, match=r"judge \(http://127.0.0.1:9/pairs\) did not respond after 1 attempt"
+    ) as error:
         judge.ask([1], ["a"], ["b"])
     assert "k9" not in str(error.value)

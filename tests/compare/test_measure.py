@@ -4,7 +4,14 @@ import pytest
 import yaml
 
 from rlhf.cli import main
-from rlhf.compare.measure import CompareConfig, check_judges, run_names, scores_of, shared_options, unseen
+from rlhf.compare.measure import (
+    CompareConfig,
+    check_judges,
+    run_names,
+    scores_of,
+    shared_options,
+    unseen,
+)
 from rlhf.data.records import Prompt, prompt_group
 from rlhf.errors import UserError
 
@@ -17,7 +24,9 @@ def run(folder, trained=(), **options):
     """A finished run's folder, as far as compare looks at it."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(options))
-    (folder / "trained_on.txt").write_text("".join(f"{prompt_group(p.prompt)}\n" for p in prompts(*trained)))
+    (folder / "trained_on.txt").write_text(
+        "".join(f"{prompt_group(p.prompt)}\n" for p in prompts(*trained))
+    )
     return str(folder)
 
 
@@ -26,7 +35,12 @@ def config(runs, **more):
 
 
 def test_shares_of_groups_and_sampling_are_those_of_the_runs(tmp_path, capsys):
-    options = {"test_fraction": 0.2, "validation_fraction": 0.04, "temperature": 0.7, "max_response_length": 96}
+    options = {
+        "test_fraction": 0.2,
+        "validation_fraction": 0.04,
+        "temperature": 0.7,
+        "max_response_length": 96,
+    }
     runs = [run(tmp_path / n, **options) for n in ("sft", "ppo")]
     assert shared_options(config(runs)) == options | {"max_prompt_length": 512}
     assert capsys.readouterr().out == ""
@@ -38,11 +52,15 @@ def test_shares_of_groups_and_sampling_are_those_of_the_runs(tmp_path, capsys):
     assert shared_options(config([str(foreign)] * 2))["temperature"] == 1.0
 
 
-@pytest.mark.parametrize(("name", "value"), [("test_fraction", 0.1), ("temperature", 0.9), ("max_response_length", 9)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("test_fraction", 0.1), ("temperature", 0.9), ("max_response_length", 9)]
+)
 def test_runs_that_differ_are_refused_by_the_name_of_the_option(tmp_path, name, value):
     options = {"test_fraction": 0.2, "temperature": 0.7, "max_response_length": 96}
     runs = [run(tmp_path / "sft", **options), run(tmp_path / "dpo", **options | {name: value})]
-    with pytest.raises(UserError, match=f"the runs differ in '{name}' .* Say which one holds: --{name}"):
+    with pytest.raises(
+        UserError, match=f"the runs differ in '{name}' .* Say which one holds: --{name}"
+    ):
         shared_options(config(runs))
     assert shared_options(config(runs, **{name: options[name]}))[name] == options[name]
 
@@ -50,12 +68,17 @@ def test_runs_that_differ_are_refused_by_the_name_of_the_option(tmp_path, name, 
 def test_runs_without_a_value_is_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
         main(["compare", "--runs"])
-    assert ended.value.code == 2 and "error: option '--runs' needs a value" in capsys.readouterr().err
+    assert (
+        ended.value.code == 2 and "error: option '--runs' needs a value" in capsys.readouterr().err
+    )
 
 
 def test_prompts_that_a_run_or_its_reward_model_was_trained_on_are_left_out(tmp_path, capsys):
     reward = run(tmp_path / "reward", trained=["c"])
-    runs = [run(tmp_path / "sft", trained=["a"]), run(tmp_path / "ppo", trained=["b"], reward=[{"model": reward}])]
+    runs = [
+        run(tmp_path / "sft", trained=["a"]),
+        run(tmp_path / "ppo", trained=["b"], reward=[{"model": reward}]),
+    ]
     kept = unseen(config(runs), prompts("A ", "b", "c", "d"))  # groups are of normalised text
     assert [p.prompt[0]["content"] for p in kept] == ["d"]
     assert "3 of 4 test prompts left out" in capsys.readouterr().out
@@ -65,7 +88,10 @@ def test_prompts_that_a_run_or_its_reward_model_was_trained_on_are_left_out(tmp_
 
 def test_what_a_run_learnt_from_cannot_decide(tmp_path):
     voice = {"voice": "configs/voices/shop.yaml", "weight": 0.5}
-    runs = [run(tmp_path / "sft"), run(tmp_path / "ppo", reward=[voice, {"rule": "length", "low": 1, "high": 2}])]
+    runs = [
+        run(tmp_path / "sft"),
+        run(tmp_path / "ppo", reward=[voice, {"rule": "length", "low": 1, "high": 2}]),
+    ]
     for gold in ({"voice": "./configs/voices/shop.yaml", "name": "gold"}, {"rule": "length"}):
         with pytest.raises(UserError, match="a run was trained on it"):
             check_judges(config(runs, gold=[gold]))
@@ -77,8 +103,14 @@ def test_a_copy_of_the_trained_reward_model_cannot_decide(tmp_path):
     for name in ("reward", "copy"):
         run(tmp_path / name)
         (tmp_path / name / "adapter_model.safetensors").write_bytes(b"the same weights")
-    (run(tmp_path / "other"), (tmp_path / "other" / "adapter_model.safetensors").write_bytes(b"other weights"))
-    runs = [run(tmp_path / "sft"), run(tmp_path / "ppo", reward=[{"model": str(tmp_path / "reward")}])]
+    (
+        run(tmp_path / "other"),
+        (tmp_path / "other" / "adapter_model.safetensors").write_bytes(b"other weights"),
+    )
+    runs = [
+        run(tmp_path / "sft"),
+        run(tmp_path / "ppo", reward=[{"model": str(tmp_path / "reward")}]),
+    ]
     with pytest.raises(UserError, match="a run was trained on it"):
         check_judges(config(runs, referee=[{"model": str(tmp_path / "copy")}]))
     check_judges(config(runs, referee=[{"model": str(tmp_path / "other")}]))
@@ -86,9 +118,16 @@ def test_a_copy_of_the_trained_reward_model_cannot_decide(tmp_path):
 
 def test_a_score_that_was_only_watched_can_decide_and_a_member_of_an_ensemble_cannot(tmp_path):
     for name in ("one", "two", "gold"):
-        (run(tmp_path / name), (tmp_path / name / "adapter_model.safetensors").write_bytes(name.encode()))
+        (
+            run(tmp_path / name),
+            (tmp_path / name / "adapter_model.safetensors").write_bytes(name.encode()),
+        )
     one, two, gold = (str(tmp_path / name) for name in ("one", "two", "gold"))
-    reward = [{"ensemble": [one, two]}, {"model": gold, "weight": 0}, {"http": "http://localhost:1/a"}]
+    reward = [
+        {"ensemble": [one, two]},
+        {"model": gold, "weight": 0},
+        {"http": "http://localhost:1/a"},
+    ]
     runs = [run(tmp_path / "sft"), run(tmp_path / "ppo", reward=reward)]
     check_judges(config(runs, referee=[{"model": gold}]))
     check_judges(config(runs, gold=[{"http": "http://localhost:1/b"}]))
@@ -115,8 +154,13 @@ def test_trained_scores_are_proxies_and_names_are_unique(tmp_path):
         run(tmp_path / "a", reward=[spec]),
         run(tmp_path / "b", reward=[spec, {"rule": "length"}]),
     ]
-    specs, kinds, judge = scores_of(config(runs, gold=[{"voice": "v.yaml"}], others=[{"rule": "no_repetition"}]))
-    assert kinds == {"gold": "gold", "proxy": "proxy", "proxy2": "proxy", "no_repetition": "other"} and judge == "gold"
+    specs, kinds, judge = scores_of(
+        config(runs, gold=[{"voice": "v.yaml"}], others=[{"rule": "no_repetition"}])
+    )
+    assert (
+        kinds == {"gold": "gold", "proxy": "proxy", "proxy2": "proxy", "no_repetition": "other"}
+        and judge == "gold"
+    )
     assert [s["name"] for s in specs] == list(kinds)
     assert scores_of(config(runs))[2] is None
     with pytest.raises(UserError, match="no score to compare by"):
@@ -142,16 +186,22 @@ def test_trained_on_is_written_as_compare_reads_it(tmp_path, tokenizer):
     from rlhf.runs.run import Run
 
     rows = [
-        {"prompt": f"q{i}", "response": "a", "split": "train" if i < 3 else "test", "metadata": {}} for i in range(5)
+        {"prompt": f"q{i}", "response": "a", "split": "train" if i < 3 else "test", "metadata": {}}
+        for i in range(5)
     ]
     (tmp_path / "i.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
-    options = RunConfig(model_name_or_path="x", data=[str(tmp_path / "i.jsonl")], output_dir=str(tmp_path / "run"))
+    options = RunConfig(
+        model_name_or_path="x", data=[str(tmp_path / "i.jsonl")], output_dir=str(tmp_path / "run")
+    )
     options.validation_fraction = 0.0
     made = Run("sft", options, DistributedContext(), None)
     made.data.rows(Instruction, "train", tokenizer)
     (tmp_path / "run").mkdir()
     made.data.write_trained_on(tmp_path / "run")
-    kept = unseen(config([str(tmp_path / "run"), str(tmp_path / "run")]), prompts(*(f"q{i}" for i in range(5))))
+    kept = unseen(
+        config([str(tmp_path / "run"), str(tmp_path / "run")]),
+        prompts(*(f"q{i}" for i in range(5))),
+    )
     assert [p.prompt[0]["content"] for p in kept] == ["q3", "q4"]
 
 
@@ -175,13 +225,19 @@ def test_a_live_store_is_read_as_it_was_at_the_start(tmp_path):
 
     vote(20)
     options = RunConfig(
-        model_name_or_path="x", data=[str(tmp_path / "votes.db")], output_dir=str(tmp_path / "run"), test_fraction=0.0
+        model_name_or_path="x",
+        data=[str(tmp_path / "votes.db")],
+        output_dir=str(tmp_path / "run"),
+        test_fraction=0.0,
     )
     (tmp_path / "run").mkdir()
     (tmp_path / "other").mkdir()
-    with Store.open(tmp_path / "other" / "votes.db", create=True) as store:  # the same name, other votes
+    # the same name, other votes
+    with Store.open(tmp_path / "other" / "votes.db", create=True) as store:
         prompt = store.add_prompt([{"role": "user", "content": "elsewhere"}])
-        pair = store.add_comparison(store.add_response(prompt, "x"), store.add_response(prompt, "y"))
+        pair = store.add_comparison(
+            store.add_response(prompt, "x"), store.add_response(prompt, "y")
+        )
         store.vote(pair, store.add_annotator("bob"), "a")
     both = Run("dpo", options, DistributedContext(), None)
     both_paths = [str(tmp_path / "votes.db"), str(tmp_path / "other" / "votes.db")]
@@ -190,7 +246,8 @@ def test_a_live_store_is_read_as_it_was_at_the_start(tmp_path):
     pairs = started.data.load(Preference, None)
     assert len(pairs) == 20 and pairs[0].chosen_ended and not pairs[0].rejected_ended
     vote(40)
-    assert len(started.data.load(Preference, None)) == 20  # votes that came in meanwhile change nothing
+    # votes that came in meanwhile change nothing
+    assert len(started.data.load(Preference, None)) == 20
     assert len(started.data.load(Prompt, None)) == 20  # the prompts of its pairs
     options.output_dir = str(tmp_path / "later")
     (tmp_path / "later").mkdir()

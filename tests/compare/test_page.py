@@ -1,4 +1,6 @@
-"""The report's page: it holds every number, runs nothing, asks no other host, and reads well in a real browser."""
+"""The report's page: it holds every number, runs nothing, asks no other host, and reads well in a
+real browser.
+"""
 
 import itertools
 import json
@@ -18,7 +20,19 @@ from tests.compare.report_example import HOSTILE, example, interval, judged_pair
 from tests.compare.results_example import make
 
 FREE = (  # named by the experiment
-    *("scores", "methods", "curves", "meta", "numbers", "score_kinds", "responses", "budget", "own", "reward", "pairs"),
+    *(
+        "scores",
+        "methods",
+        "curves",
+        "meta",
+        "numbers",
+        "score_kinds",
+        "responses",
+        "budget",
+        "own",
+        "reward",
+        "pairs",
+    ),
     *("total", "match", "ranges", "shares", "residual"),
 )
 NAMES = ("frontier", "proxy_gold", "wins", "time", "lengths", "cost")
@@ -62,8 +76,12 @@ def test_what_models_wrote_stays_text(html):
     assert HOSTILE not in html and "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     found = Tags(html)
     assert found.text.count(HOSTILE) == 3  # as it was written, once for each policy
-    assert not {"script", "iframe", "object", "embed", "form", "link", "base"} & {tag for tag, _ in found.tags}
-    assert not [name for _, attributes in found.tags for name in attributes if name.startswith("on")]
+    assert not {"script", "iframe", "object", "embed", "form", "link", "base"} & {
+        tag for tag, _ in found.tags
+    }
+    assert not [
+        name for _, attributes in found.tags for name in attributes if name.startswith("on")
+    ]
     assert len(found.all("img")) == len(NAMES)  # the one in an answer is none
 
 
@@ -86,7 +104,13 @@ HOSTILE_NAMES = (
 def test_names_and_settings_stay_text_too(figures, hostile):
     """Whatever a method, a score, an option, a role and a command are called."""
     text = json.dumps(example())
-    for name in ("dpo", "gold", "kl_coef", "user", "rlhf experiment run configs/experiments/shop.yaml"):
+    for name in (
+        "dpo",
+        "gold",
+        "kl_coef",
+        "user",
+        "rlhf experiment run configs/experiments/shop.yaml",
+    ):
         text = text.replace(json.dumps(name), json.dumps(hostile))
     report = json.loads(text)
     report["score_kinds"][hostile] = "gold"
@@ -104,7 +128,9 @@ def test_nothing_is_asked_of_another_host(html):
     assert all(re.fullmatch(r"#[a-z0-9-]+", link["href"]) for link in found.all("a"))
     style = html[html.index("<style>") : html.index("</style>")]
     assert "url(" not in style and "@import" not in style
-    policy = next(m["content"] for m in found.all("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        m["content"] for m in found.all("meta") if m.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
@@ -113,7 +139,9 @@ def test_it_opens_with_the_picture_one_sentence_and_one_table(html):
     assert headline(report) == (
         "By the gold score PPO is ahead of DPO at KL 4, 9 and 16; not shown to differ from DPO at KL 1."
     )
-    places = [html.index(part) for part in ("<h1>", "<img", headline(report), "<table>", "<nav", "<h2")]
+    places = [
+        html.index(part) for part in ("<h1>", "<img", headline(report), "<table>", "<nav", "<h2")
+    ]
     assert places == sorted(places)
 
 
@@ -124,7 +152,10 @@ def test_each_section_starts_with_one_sentence(html):
 
 def test_all_verdicts_and_limits_are_on_the_page(html):
     report, text = example(), Tags(html).text
-    sentences = [*(verdict_sentence(v, report) for v in report["verdicts"]), *report_sentences(report)]
+    sentences = [
+        *(verdict_sentence(v, report) for v in report["verdicts"]),
+        *report_sentences(report),
+    ]
     assert len(sentences) > 10 and all(sentence in text for sentence in sentences)
 
 
@@ -134,7 +165,10 @@ def test_tables_hold_the_numbers(figures):
     report["points"][0]["kl"] = interval(1.5) | {"low": 1.25, "high": 1.75}
     report["judge_of_pairs"] = judged_pairs()
     html = page(report, figures)
-    rows = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in re.findall(r"(?s)<tr>(.*?)</tr>", html)]
+    rows = [
+        re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row)
+        for row in re.findall(r"(?s)<tr>(.*?)</tr>", html)
+    ]
     row = next(row for row in rows if row[:2] == ["PPO over DPO", "4"])
     assert row[3] == "+0.12 [0.03, 0.21]"
     row = next(row for row in rows if row[:2] == ["PPO (kl_coef 0.02)", "25"])
@@ -147,11 +181,15 @@ def test_tables_hold_the_numbers(figures):
 
 def test_screen_readers_find_their_way(html):
     found = Tags(html)
-    assert found.all("html")[0]["lang"] == "en" and len(found.all("h1")) == len(found.all("main")) == 1
+    assert (
+        found.all("html")[0]["lang"] == "en" and len(found.all("h1")) == len(found.all("main")) == 1
+    )
     assert {"nav", "main"} <= {tag for tag, _ in found.tags}
     assert all(th["scope"] == "col" for th in found.all("th"))
     boxes = [box for box in found.all("div") if box.get("class") == "scroll"]
-    assert len(boxes) == len(found.all("table")) > 5 and len({box["aria-label"] for box in boxes}) == len(boxes)
+    assert len(boxes) == len(found.all("table")) > 5 and len(
+        {box["aria-label"] for box in boxes}
+    ) == len(boxes)
     assert all(len(image["alt"]) > 40 for image in found.all("img")) and found.all("title") == [{}]
     best = max(
         (p["scores"]["gold"]["difference"]["estimate"], p["kl"]["estimate"])
@@ -168,7 +206,9 @@ def test_screen_readers_find_their_way(html):
 def test_what_repeats_it_is_there(html):
     report = example()
     text = Tags(html).text
-    assert "f00dfeed" in text and "0123abc" in text and "2 CPU cores" in text and "report.json" in text
+    assert (
+        "f00dfeed" in text and "0123abc" in text and "2 CPU cores" in text and "report.json" in text
+    )
     assert report["meta"]["command"] in text
 
 
@@ -215,7 +255,9 @@ def visit(path, folder):
     from playwright.sync_api import sync_playwright
 
     seen = []
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))))
+    chromium = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome")))
+    )
     with sync_playwright() as running:
         browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for width, scheme in ((1280, "light"), (400, "light"), (1280, "dark")):
@@ -248,19 +290,26 @@ def axe_of(view):
 
 @pytest.fixture(scope="module")
 def seen(html, tmp_path_factory):
-    pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]")
+    pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install -e .[dev]"
+    )
     if not any(map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))):
         pytest.skip("no Chromium on this machine: apt-get install chromium")
     folder = tmp_path_factory.mktemp("page")
     (folder / "report.html").write_text(html, encoding="utf-8")
-    with ThreadPoolExecutor(1) as thread:  # another test's browser may run in this one: playwright allows one a thread
+    # another test's browser may run in this one: playwright allows one a thread
+    with ThreadPoolExecutor(1) as thread:
         return thread.submit(visit, folder / "report.html", folder).result()
 
 
 def test_in_a_browser_nothing_is_fetched_or_run(seen):
     for found in seen:
-        assert {url for url in found["requests"] if not url.startswith("file:")} <= {"data:image/svg+xml;base64"}
-        assert found["console"] == [] and all(found["images"]) and len(found["images"]) == len(NAMES)
+        assert {url for url in found["requests"] if not url.startswith("file:")} <= {
+            "data:image/svg+xml;base64"
+        }
+        assert (
+            found["console"] == [] and all(found["images"]) and len(found["images"]) == len(NAMES)
+        )
 
 
 def test_the_page_fits_and_wide_tables_scroll_in_their_own_box(seen):

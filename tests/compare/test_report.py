@@ -26,7 +26,14 @@ def verdict(kind="equal_kl", sign=1, difference=None, **fields):
 
 def test_a_verdict_names_the_side_that_is_ahead_its_size_and_what_it_rests_on():
     ahead = verdict_sentence(verdict(), example())
-    for part in ("PPO is ahead of DPO", "0.12 [0.03, 0.21]", "the gold score", "5 seeds x 256", "p 0.020", "KL 6"):
+    for part in (
+        "PPO is ahead of DPO",
+        "0.12 [0.03, 0.21]",
+        "the gold score",
+        "5 seeds x 256",
+        "p 0.020",
+        "KL 6",
+    ):
         assert part in ahead
     behind = verdict_sentence(verdict(sign=-1, difference=number(-0.12, -0.21, -0.03)), example())
     assert "PPO is behind DPO by 0.12 [0.03, 0.21]" in behind
@@ -50,14 +57,30 @@ def test_reservations_are_part_of_the_sentence(reservation, part):
 
 def test_a_tuned_verdict_names_the_values_and_their_kl():
     line = verdict_sentence(verdict("tuned", kl=None), example())
-    assert "PPO (kl_coef 0.05, KL 9" in line and "DPO (beta 0.1, KL 9" in line and "other prompts" in line
+    assert (
+        "PPO (kl_coef 0.05, KL 9" in line
+        and "DPO (beta 0.1, KL 9" in line
+        and "other prompts" in line
+    )
 
 
 def test_notes_name_what_is_missing():
     report = example()
     report["notes"] += [
-        {"kind": "outlier", "method": "ppo", "swept": 0.05, "seed": 3, "score": -1.0, "others": [0.5, 0.75]},
-        {"kind": "no_overlap", "a": "ppo", "b": "dpo", "ranges": {"ppo": [5.0, 12.0], "dpo": [0.0, 3.0]}},
+        {
+            "kind": "outlier",
+            "method": "ppo",
+            "swept": 0.05,
+            "seed": 3,
+            "score": -1.0,
+            "others": [0.5, 0.75],
+        },
+        {
+            "kind": "no_overlap",
+            "a": "ppo",
+            "b": "dpo",
+            "ranges": {"ppo": [5.0, 12.0], "dpo": [0.0, 3.0]},
+        },
         {"kind": "missing_measurements", "names": [f"seed-{i}" for i in range(6)]},
         {"kind": "left_out", "method": "dpo", "swept_values": [0.1, 0.3]},
     ]
@@ -74,12 +97,17 @@ def test_files_of_runs(tmp_path, capsys):
     report = report_of(three(ppo=0.9))
     figures = write_files(report, tmp_path)
     assert {"scores", "frontier"} <= set(figures) and "time" not in figures
-    saved = json.loads((tmp_path / "report.json").read_text(), parse_constant=lambda c: pytest.fail(c))
+    saved = json.loads(
+        (tmp_path / "report.json").read_text(), parse_constant=lambda c: pytest.fail(c)
+    )
     assert saved == json.loads(json.dumps(report))
     for name in ("frontier.png", "scores.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "report.md").read_text()
-    assert text.startswith("# DPO against PPO\n\n![Dot plot") and "(scores.svg)" in text.split("\n## ")[0]
+    assert (
+        text.startswith("# DPO against PPO\n\n![Dot plot")
+        and "(scores.svg)" in text.split("\n## ")[0]
+    )
     assert "for these trained models" in text and "run seed" not in headline(report)
     assert "Budgets" not in text and "do not overlap" not in text  # these are an experiment's
 
@@ -114,7 +142,8 @@ def test_intervals_have_the_decimals_that_their_width_calls_for():
     assert interval(number(0.1234, 0.03, 0.21), signed=True) == "+0.12 [0.03, 0.21]"
     assert interval(number(12.34, 2.0, 22.0)) == "12.3 [2.0, 22.0]"
     assert interval(number(0.5, None, None)) == "0.50"
-    assert interval(number(0.2, 0.004, 0.396)) == "0.200 [0.004, 0.396]"  # a bound next to 0 is not 0.00
+    # a bound next to 0 is not 0.00
+    assert interval(number(0.2, 0.004, 0.396)) == "0.200 [0.004, 0.396]"
     assert digits(-0.0001, number(0.0, -0.5, 0.5)) == "0.00"
     assert interval(mirrored(number(0.12, 0.03, 0.21))) == "-0.12 [-0.21, -0.03]"
     assert bound(number(0.1, -0.3, 0.2)) == "0.30"
@@ -124,4 +153,9 @@ def test_intervals_have_the_decimals_that_their_width_calls_for():
 def test_short_numbers_and_lists():
     shown = [amount(x) for x in (None, 0, 512, 4096, 1.25e6, 3.2e12, 3.2e15)]
     assert shown == ["–", "0", "512", "4.1k", "1.25M", "3.2T", "3.2P"]
-    assert [listed(["a", "b", "c"][:n]) for n in (3, 2, 1, 0)] == ["a, b and c", "a and b", "a", "none"]
+    assert [listed(["a", "b", "c"][:n]) for n in (3, 2, 1, 0)] == [
+        "a, b and c",
+        "a and b",
+        "a",
+        "none",
+    ]

@@ -1,4 +1,6 @@
-"""Single runs compared: each is a method of its own, with one nominal seed, and intervals are over groups."""
+"""Single runs compared: each is a method of its own, with one nominal seed, and intervals are over
+groups.
+"""
 
 import json
 from dataclasses import dataclass, field
@@ -62,7 +64,9 @@ def three(ppo=0.5, dpo=0.5, proxy=1.0, kl=(4.0, 4.0)):
 
 def report_of(policies, judge="gold", kinds=KINDS):
     meta = {"budgets": {name: {"episodes": 100.0} for name in policies}, "seeds": {"run": [0]}}
-    return summarise(results_of_runs([f"none/{name}" for name in policies], policies, kinds, judge, meta))
+    return summarise(
+        results_of_runs([f"none/{name}" for name in policies], policies, kinds, judge, meta)
+    )
 
 
 def verdicts_of(report, kind="tuned"):
@@ -70,8 +74,8 @@ def verdicts_of(report, kind="tuned"):
 
 
 def test_numbers_by_hand():
-    # Two groups, two samples: gold sft (1, 2), ppo (3, 3): means 1.5 and 3, difference 1.5, both won; KL 2 +- 1
-    # differences 2 and 1: se .5, t(.975, 1) = 12.7062: 1.5 +- 6.3531
+    # Two groups, two samples: gold sft (1, 2), ppo (3, 3): means 1.5 and 3, difference 1.5, both
+    # won; KL 2 +- 1 differences 2 and 1: se .5, t(.975, 1) = 12.7062: 1.5 +- 6.3531
     def two(gold, kl):
         return [
             Row([{"role": "user", "content": g}], g, s, "a b a b", 4, True, k, {"gold": v})
@@ -79,12 +83,16 @@ def test_numbers_by_hand():
             for s in (0, 1)
         ]
 
-    report = report_of({"sft": two((1, 2), (0, 0)), "ppo": two((3, 3), (1, 3))}, kinds={"gold": "gold"})
+    report = report_of(
+        {"sft": two((1, 2), (0, 0)), "ppo": two((3, 3), (1, 3))}, kinds={"gold": "gold"}
+    )
     (ppo,) = report["points"]
     assert ppo["scores"]["gold"]["mean"]["estimate"] == 3.0
     difference = ppo["scores"]["gold"]["difference"]
     assert (difference["estimate"], difference["seeds"], difference["groups"]) == (1.5, 1, 2)
-    assert (difference["low"], difference["high"]) == pytest.approx((1.5 - 6.3531, 1.5 + 6.3531), abs=1e-4)
+    assert (difference["low"], difference["high"]) == pytest.approx(
+        (1.5 - 6.3531, 1.5 + 6.3531), abs=1e-4
+    )
     assert (ppo["kl"]["estimate"], ppo["kl"]["se"]) == pytest.approx((2.0, 1.0), abs=1e-12)
     assert (ppo["length"]["estimate"], ppo["ended"]["estimate"]) == (4.0, 1.0)
     # 4 responses of 3 word pairs each: "a b" and "b a" over 12
@@ -97,7 +105,11 @@ def test_numbers_by_hand():
 def test_what_is_not_there_is_empty():
     report = report_of(three())
     assert (report["kind"], report["scope"], report["unit"]["seeds"]) == ("runs", "models", [0])
-    assert report["curves"] == {} and report["overoptimisation"] == [] and report["frontier"][0]["rows"] == []
+    assert (
+        report["curves"] == {}
+        and report["overoptimisation"] == []
+        and report["frontier"][0]["rows"] == []
+    )
     assert set(report["methods"]) == {"dpo", "ppo"} and report["foundation"]["method"] == "sft"
     assert report["foundation"]["budget"] == {"episodes": 100.0}
     assert [row["total"] for row in report["budget"]["rows"]] == [{"episodes": 100.0}] * 2
@@ -106,7 +118,11 @@ def test_what_is_not_there_is_empty():
 
 def test_better_equal_and_worse_are_verdicts_on_these_runs():
     found = verdicts_of(report_of(three(ppo=0.9, dpo=0.5)))
-    assert {pair: v["sign"] for pair, v in found.items()} == {("dpo", "ppo"): -1, ("dpo", "sft"): 1, ("ppo", "sft"): 1}
+    assert {pair: v["sign"] for pair, v in found.items()} == {
+        ("dpo", "ppo"): -1,
+        ("dpo", "sft"): 1,
+        ("ppo", "sft"): 1,
+    }
     assert found["ppo", "sft"]["difference"]["estimate"] == pytest.approx(0.9, abs=0.1)
     # Student's p of each alone, Holm's over the three
     assert all(v["p_adjusted"] >= v["difference"]["p"] for v in found.values())
@@ -124,7 +140,8 @@ def test_a_proxy_that_rose_while_the_judge_fell_was_exploited():
 def test_a_mean_that_a_few_comparisons_decide_is_marked():
     policies = three(ppo=-0.2)
     for row in policies["ppo"]:
-        row.scores["gold"] += 3.0 * (row.group < "g010")  # 10 of 40 groups win by far, the others lose by a little
+        # 10 of 40 groups win by far, the others lose by a little
+        row.scores["gold"] += 3.0 * (row.group < "g010")
     found = verdicts_of(report_of(policies))["ppo", "sft"]
     assert (found["sign"], found["reservation"]) == (1, "win_rate")
 
@@ -138,20 +155,27 @@ def test_without_a_judge_nothing_is_decided():
 @pytest.mark.parametrize("groups", [1, 2, 4, 5])
 def test_below_five_groups_there_is_no_verdict(groups):
     policies = three(ppo=-9.0)
-    few = {name: [row for row in own if int(row.group[1:]) < groups] for name, own in policies.items()}
+    few = {
+        name: [row for row in own if int(row.group[1:]) < groups] for name, own in policies.items()
+    }
     report = report_of(few)
     assert verdicts_of(report)["ppo", "sft"]["sign"] == (-1 if groups == 5 else None)
     assert bool(verdicts_of(report, "exploited_proxy")) == (groups == 5)
-    assert ({"kind": "few_groups", "groups": groups, "needed": 5} in report["notes"]) == (groups < 5)
+    assert ({"kind": "few_groups", "groups": groups, "needed": 5} in report["notes"]) == (
+        groups < 5
+    )
     difference = report["points"][1]["scores"]["gold"]["difference"]
-    assert difference["low"] is None if groups == 1 else difference["high"] < 0  # shown all the same
+    # shown all the same
+    assert difference["low"] is None if groups == 1 else difference["high"] < 0
 
 
 def test_with_one_sample_a_prompt_there_is_no_win_rate():
     one = {name: [row for row in own if row.sample == 0] for name, own in three(ppo=0.9).items()}
     report = report_of(one)
     assert not any(cell for row in report["wins"]["raw"] for cell in row)
-    assert {"kind": "no_win_rate"} in report["notes"] and verdicts_of(report)["ppo", "sft"]["sign"] == 1
+    assert {"kind": "no_win_rate"} in report["notes"] and verdicts_of(report)["ppo", "sft"][
+        "sign"
+    ] == 1
 
 
 def test_the_order_of_rows_does_not_matter():
@@ -167,9 +191,13 @@ def test_the_order_of_rows_does_not_matter():
 
 def test_what_cannot_be_compared_is_refused():
     policies = three()
-    with pytest.raises(UserError, match=r"the judge 'reward' is of kind 'proxy'; only a gold or referee score"):
+    with pytest.raises(
+        UserError, match=r"the judge 'reward' is of kind 'proxy'; only a gold or referee score"
+    ):
         report_of(policies, judge="reward")
-    with pytest.raises(UserError, match=r"80 of 80 responses of 'sft' have no finite score 'clarity'"):
+    with pytest.raises(
+        UserError, match=r"80 of 80 responses of 'sft' have no finite score 'clarity'"
+    ):
         report_of(policies, kinds={**KINDS, "clarity": "other"})
     policies["ppo"][3].kl = float("nan")
     with pytest.raises(UserError, match=r"1 of 80 responses of 'ppo' have no finite KL"):

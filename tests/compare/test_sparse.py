@@ -1,4 +1,6 @@
-"""Experiments that lack something: a proxy, a judge, methods, strengths, seeds. Each gets its whole report."""
+"""Experiments that lack something: a proxy, a judge, methods, strengths, seeds. Each gets its whole
+report.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -22,7 +24,10 @@ ALL = {(m, s, seed) for m, values in STRENGTHS.items() for s in values for seed 
 def without_scores(results, *names):
     """The results as if these scores had never been asked for."""
     gone = {f"score/{name}" for name in names}
-    points = [replace(p, values={n: v for n, v in p.values.items() if n not in gone}) for p in results.points]
+    points = [
+        replace(p, values={n: v for n, v in p.values.items() if n not in gone})
+        for p in results.points
+    ]
     kinds = {name: kind for name, kind in results.score_kinds.items() if name not in names}
     judge = results.judge if results.judge in kinds else None
     return replace(results, points=points, score_kinds=kinds, judge=judge)
@@ -31,7 +36,10 @@ def without_scores(results, *names):
 def best_of_n(results):
     """No method that trains anything: the baseline alone."""
     points = [replace(p, method="best_of_n") if p.method == "ppo" else p for p in results.points]
-    methods = {"sft": results.methods["sft"], "best_of_n": results.methods["ppo"] | {"swept": "n", "baseline": True}}
+    methods = {
+        "sft": results.methods["sft"],
+        "best_of_n": results.methods["ppo"] | {"swept": "n", "baseline": True},
+    }
     return replace(results, points=points, methods=methods)
 
 
@@ -47,12 +55,18 @@ CASES = {
     "one method": lambda: make({"ppo": flat}),
     "one strength": lambda: make(BOTH, without={t for t in ALL if t[1] not in (0.1, 0.3)}),
     "one seed": lambda: make(BOTH, seeds=1),
-    "one seed, one strength, one method": lambda: make({"dpo": flat}, seeds=1, without={t for t in ALL if t[1] != 0.3}),
+    "one seed, one strength, one method": lambda: make(
+        {"dpo": flat}, seeds=1, without={t for t in ALL if t[1] != 0.3}
+    ),
     "a method that has not begun": lambda: make(BOTH, without={t for t in ALL if t[0] == "dpo"}),
-    "no seed in common": lambda: make(BOTH, seeds=2, without={t for t in ALL if (t[0] == "dpo") == (t[2] == 0)}),
+    "no seed in common": lambda: make(
+        BOTH, seeds=2, without={t for t in ALL if (t[0] == "dpo") == (t[2] == 0)}
+    ),
     "a baseline alone": lambda: best_of_n(make({"ppo": flat})),
     "matched, nothing spent": lambda: make(
-        BOTH, budget={"match": "flops", "total": 100, "tolerance": 0.1}, spent={"ppo": {}, "dpo": {}}
+        BOTH,
+        budget={"match": "flops", "total": 100, "tolerance": 0.1},
+        spent={"ppo": {}, "dpo": {}},
     ),
 }
 
@@ -60,7 +74,11 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_a_report_is_whole_whatever_is_missing(name):
     report = summarise(CASES[name]())
-    said = [headline(report), *(verdict_sentence(v, report) for v in report["verdicts"]), *report_sentences(report)]
+    said = [
+        headline(report),
+        *(verdict_sentence(v, report) for v in report["verdicts"]),
+        *report_sentences(report),
+    ]
     for line in said:
         assert line == line.strip() and line.endswith((".", ")")), line
         for slip in ("  ", "()", " ,", " .", "None", "nan", " by .", "and and"):

@@ -37,35 +37,49 @@ def test_the_unit_is_the_group():
 
 def test_standard_error_is_clustered_by_group():
     # group means 2, 4, 9: mean 5, variance (9 + 1 + 16) / 2 = 13, se = sqrt(13 / 3).  Repeated samples add nothing.
-    found = mean_of(results_of(list("abc")).group_means([[2.0] * 4, [3.0, 5.0, 3.0, 5.0], [9.0] * 4]))
+    found = mean_of(
+        results_of(list("abc")).group_means([[2.0] * 4, [3.0, 5.0, 3.0, 5.0], [9.0] * 4])
+    )
     assert (found.estimate, found.se) == pytest.approx((5.0, math.sqrt(13 / 3)), abs=1e-12)
 
 
 def test_student_quantiles_are_the_table_s():
     # Printed tables; for 2 degrees of freedom in closed form: t = (2p - 1) sqrt(2 / (4 p (1 - p)))
-    for p, df, expected in [(0.975, 1, 12.7062), (0.975, 9, 2.26216), (0.95, 30, 1.69726), (0.975, 299, 1.96793)]:
+    for p, df, expected in [
+        (0.975, 1, 12.7062),
+        (0.975, 9, 2.26216),
+        (0.95, 30, 1.69726),
+        (0.975, 299, 1.96793),
+    ]:
         assert student_quantile(p, df) == pytest.approx(expected, abs=1e-4)
     assert student_quantile(0.75, 2) == pytest.approx(math.sqrt(2 / 3), abs=1e-6)
 
 
 def test_the_difference_of_three_groups_by_hand():
-    # Differences 0, 3, 6: mean 3, sd 3, se sqrt 3; t(.975, 2) = .95 sqrt(2 / (1 - .95^2)) = 4.302653: 3 +- 7.452413
+    # Differences 0, 3, 6: mean 3, sd 3, se sqrt 3; t(.975, 2) = .95 sqrt(2 / (1 - .95^2)) =
+    # 4.302653: 3 +- 7.452413
     interval = mean_of([0.0, 3.0, 6.0])
-    assert (interval.estimate, interval.low, interval.high) == pytest.approx((3.0, -4.452413, 10.452413), abs=1e-6)
+    assert (interval.estimate, interval.low, interval.high) == pytest.approx(
+        (3.0, -4.452413, 10.452413), abs=1e-6
+    )
     assert interval.se == pytest.approx(math.sqrt(3.0), abs=1e-9)
     swapped = mean_of([0.0, -3.0, -6.0])
-    assert (swapped.estimate, swapped.low, swapped.high) == pytest.approx((-3.0, -10.452413, 4.452413), abs=1e-6)
+    assert (swapped.estimate, swapped.low, swapped.high) == pytest.approx(
+        (-3.0, -10.452413, 4.452413), abs=1e-6
+    )
 
 
 def test_two_groups_leave_nearly_everything_open():
-    # 0 and 4: mean 2, se 2, t(.975, 1) = 12.7062 (their whole range, 0 to 4, would hold the truth half of the time)
+    # 0 and 4: mean 2, se 2, t(.975, 1) = 12.7062 (their whole range, 0 to 4, would hold the truth
+    # half of the time)
     interval = mean_of([0.0, 4.0])
     assert (interval.low, interval.high) == pytest.approx((2 - 25.4124, 2 + 25.4124), abs=1e-4)
 
 
 def test_the_interval_of_a_share_is_wilson_s_with_student_s_quantile():
-    # 10 groups, 8 won and 2 lost: se^2 = .16 / 9, N = .16 / se^2 = 9, t(.975, 9)^2 = 5.117355, over N: .568595
-    # (.8 + .284298 +- sqrt(.568595 * .16 + .080825)) / 1.568595 = (1.084298 +- .414488) / 1.568595
+    # 10 groups, 8 won and 2 lost: se^2 = .16 / 9, N = .16 / se^2 = 9, t(.975, 9)^2 = 5.117355, over
+    # N: .568595 (.8 + .284298 +- sqrt(.568595 * .16 + .080825)) / 1.568595 = (1.084298 +- .414488)
+    # / 1.568595
     interval = share_of([1.0] * 8 + [0.0] * 2)
     assert (interval.low, interval.high) == pytest.approx((0.427012, 0.955496), abs=1e-6)
     # the same of -1 and 1
@@ -73,9 +87,11 @@ def test_the_interval_of_a_share_is_wilson_s_with_student_s_quantile():
     without = (10 * signs.mean() - signs) / 9
     low, high, _ = jackknife_interval(signs.mean(), without, bounds=(-1, 1))
     assert (low, high) == pytest.approx((2 * interval.low - 1, 2 * interval.high - 1), abs=1e-9)
-    # with the normal's quantile and N = n it is Wilson's: p = 1, n = 10: low = 1 / (1 + 3.841459 / 10) = .722467
+    # with the normal's quantile and N = n it is Wilson's: p = 1, n = 10: low = 1 / (1 + 3.841459 /
+    # 10) = .722467
     assert wilson(10, 10) == pytest.approx((0.722467, 1.0), abs=1e-6)
-    assert bounded_interval(0.5, 0.25, 1.959964, 99) == pytest.approx(wilson(2, 4), abs=1e-6)  # .25 = sqrt(.25 / 4)
+    # .25 = sqrt(.25 / 4)
+    assert bounded_interval(0.5, 0.25, 1.959964, 99) == pytest.approx(wilson(2, 4), abs=1e-6)
 
 
 def test_the_jackknife_of_a_ratio_is_that_of_its_residuals():
@@ -87,7 +103,8 @@ def test_the_jackknife_of_a_ratio_is_that_of_its_residuals():
 
 def test_the_interval_over_groups_is_wider_than_one_over_their_samples():
     groups = 50
-    # a group's mean has the variance 1 + 2 * .25 / 8 = 1.0625; samples pretend (1 + .5) / 8 = .1875: sqrt of it is 2.4
+    # a group's mean has the variance 1 + 2 * .25 / 8 = 1.0625; samples pretend (1 + .5) / 8 =
+    # .1875: sqrt of it is 2.4
     rng = np.random.default_rng(0)
     gain = rng.normal(size=(groups, 1)) + (rng.normal(size=(2, groups, 8)) * 0.5).sum(0)
     by_group, by_sample = mean_of(gain.mean(axis=1)), mean_of(gain.ravel())
@@ -96,7 +113,8 @@ def test_the_interval_over_groups_is_wider_than_one_over_their_samples():
 
 
 def test_95_percent_intervals_cover_95_percent_of_the_time():
-    # 500 worlds of 25 groups with 4 samples each; the standard error of the coverage is sqrt(.95 * .05 / 500) = .0097
+    # 500 worlds of 25 groups with 4 samples each; the standard error of the coverage is sqrt(.95 *
+    # .05 / 500) = .0097
     rng, truth = np.random.default_rng(7), 0.3
     hits = naive = 0
     for _ in range(500):

@@ -5,7 +5,14 @@ import pytest
 import torch
 
 from rlhf.adapters import lora_config
-from rlhf.compare.text_metrics import TextLoss, distinct_n, encode_texts, perplexity, repetition, text_losses
+from rlhf.compare.text_metrics import (
+    TextLoss,
+    distinct_n,
+    encode_texts,
+    perplexity,
+    repetition,
+    text_losses,
+)
 from rlhf.data.records import Instruction
 from rlhf.distributed import DistributedContext
 from rlhf.models import load_model
@@ -13,7 +20,8 @@ from rlhf.roles import Roles
 
 
 def test_distinct_n_by_hand():
-    # words: a b a b a b alone -> 3 different of 7; pairs: ab ba ab | ab -> 2 of 4; triples: aba bab -> 2 of 2
+    # words: a b a b a b alone -> 3 different of 7; pairs: ab ba ab | ab -> 2 of 4; triples: aba bab
+    # -> 2 of 2
     texts = ["a b a b", "a b", "alone"]
     assert distinct_n(texts, 1) == pytest.approx(3 / 7, abs=1e-12)
     assert distinct_n(texts, 2) == 0.5
@@ -24,7 +32,8 @@ def test_distinct_n_by_hand():
 def test_repetition_is_the_share_of_what_came_before():
     # a b c d a b c d: abcd bcda cdab dabc abcd -> the fifth of five came before
     assert repetition("a b c d a b c d") == pytest.approx(0.2, abs=1e-12)
-    assert repetition("no no no no no no") == pytest.approx(2 / 3, abs=1e-12)  # of three the second and third
+    # of three the second and third
+    assert repetition("no no no no no no") == pytest.approx(2 / 3, abs=1e-12)
     assert repetition("a b c d e f") == 0.0
     assert repetition("no no no") == 0.0 and repetition("") == 0.0
 
@@ -41,12 +50,14 @@ def test_perplexity_is_exp_of_the_mean_over_tokens_with_an_error_over_groups():
 
 
 def test_the_error_of_a_perplexity_is_that_of_repeated_draws():
-    # the delta method against 2,000 fresh draws of 40 groups: 7 % of the spread is four standard errors of it
+    # the delta method against 2,000 fresh draws of 40 groups: 7 % of the spread is four standard
+    # errors of it
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randint(1, 9, (2000, 40), generator=rng)
     nll = tokens * (1.5 + 0.5 * torch.randn(2000, 40, generator=rng))
     found = [
-        perplexity([TextLoss(str(g), float(nll[i, g]), int(tokens[i, g])) for g in range(40)]) for i in range(2000)
+        perplexity([TextLoss(str(g), float(nll[i, g]), int(tokens[i, g])) for g in range(40)])
+        for i in range(2000)
     ]
     spread = torch.tensor([f.perplexity for f in found]).std().item()
     assert sum(f.se for f in found) / len(found) == pytest.approx(spread, rel=0.07)
@@ -63,7 +74,11 @@ def roles(sft_path):
 
 
 def test_text_losses_are_those_of_the_policy_in_whose_context_they_are_read(roles, tokenizer):
-    texts = [("where is my parcel?", "on its way"), ("hello", "we are happy to help you today"), ("a", "b")]
+    texts = [
+        ("where is my parcel?", "on its way"),
+        ("hello", "we are happy to help you today"),
+        ("a", "b"),
+    ]
     records = [
         Instruction(prompt=[{"role": "user", "content": p}], response=r, group=g)
         for (p, r), g in zip(texts, "xyx", strict=True)
@@ -74,12 +89,19 @@ def test_text_losses_are_those_of_the_policy_in_whose_context_they_are_read(role
     by_role = {}
     for name in ("policy", "reference"):
         found = text_losses(
-            roles.trunk, lambda n=name: roles.use(n), rows, tokenizer.pad_token_id, DistributedContext(), batch_size=2
+            roles.trunk,
+            lambda n=name: roles.use(n),
+            rows,
+            tokenizer.pad_token_id,
+            DistributedContext(),
+            batch_size=2,
         )
         by_role[name] = [loss.nll for loss in found]
         for row, loss in zip(rows, found, strict=True):
             with torch.no_grad(), roles.use(name):
-                logits = roles.trunk(torch.tensor([row["prompt_ids"] + row["response_ids"]])).logits[0]
+                logits = roles.trunk(
+                    torch.tensor([row["prompt_ids"] + row["response_ids"]])
+                ).logits[0]
             logprobs = torch.log_softmax(logits[len(row["prompt_ids"]) - 1 : -1], -1)
             expected = -logprobs.gather(-1, torch.tensor(row["response_ids"])[:, None]).sum().item()
             assert loss.nll == pytest.approx(expected, abs=1e-3)
@@ -88,6 +110,8 @@ def test_text_losses_are_those_of_the_policy_in_whose_context_they_are_read(role
 
 
 def test_texts_that_are_too_long_are_left_out(tokenizer):
-    records = [Instruction(prompt=[{"role": "user", "content": "a"}], response=r) for r in ("b", "b " * 50)]
+    records = [
+        Instruction(prompt=[{"role": "user", "content": "a"}], response=r) for r in ("b", "b " * 50)
+    ]
     assert len(encode_texts(records, tokenizer, 99, 20)) == 1
     assert text_losses(torch.nn.Linear(1, 1), nullcontext, [], 0, DistributedContext()) == []

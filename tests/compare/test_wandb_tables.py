@@ -34,16 +34,29 @@ def test_rows_hold_the_numbers_flat():
          "equal_length/low": None, "equal_length/high": None, "ties": 0.25, "consistency": 0.875}
     ]  # fmt: skip
     first = rows["frontier"][0]
-    assert (first["method"], first["swept"], first["training_step"], first["seeds"]) == ("ppo", 0.02, 25, 5)
+    assert (first["method"], first["swept"], first["training_step"], first["seeds"]) == (
+        "ppo",
+        0.02,
+        25,
+        5,
+    )
     assert (first["kl"], first["kl/low"], first["kl/high"]) == (1.5, 1.25, 1.75)
-    assert first["over_foundation/gold"] == report["points"][0]["scores"]["gold"]["difference"]["estimate"]
+    assert (
+        first["over_foundation/gold"]
+        == report["points"][0]["scores"]["gold"]["difference"]["estimate"]
+    )
     assert rows["equal_kl"][0] == {
         "a": "ppo", "b": "dpo", "kl": 4.0, "difference": 0.12, "difference/low": 0.03, "difference/high": 0.21,
         "p_adjusted": 0.04, "minimum_detectable_effect": 0.1, "minimum_detectable_effect/low": 0.06,
         "minimum_detectable_effect/high": 0.2,
     }  # fmt: skip
     won = rows["wins"][0]
-    assert (won["a"], won["b"], won["raw"], won["raw/low"]) == ("ppo kl_coef 0.02", "sft", 0.75, 0.7)
+    assert (won["a"], won["b"], won["raw"], won["raw/low"]) == (
+        "ppo kl_coef 0.02",
+        "sft",
+        0.75,
+        0.7,
+    )
     cost = rows["cost"][4]
     assert (cost["method"], cost["own/seconds"], cost["pairs/seconds"], cost["total/seconds"]) == (
         "dpo",
@@ -51,12 +64,21 @@ def test_rows_hold_the_numbers_flat():
         14.0,
         94.0,
     )
-    flat = [value for found in rows.values() for row in found for name, value in row.items() if name != "prompt"]
+    flat = [
+        value
+        for found in rows.values()
+        for row in found
+        for name, value in row.items()
+        if name != "prompt"
+    ]
     assert all(isinstance(value, (str, int, float, type(None))) for value in flat)
 
 
 def test_a_report_may_lack_parts():
-    rows = rows_of(example(judge=None) | {"budget": {"match": None, "matched": None, "rows": []}, "samples": []})
+    rows = rows_of(
+        example(judge=None)
+        | {"budget": {"match": None, "matched": None, "rows": []}, "samples": []}
+    )
     assert [name for name, found in rows.items() if found] == ["frontier", "sentences"]
 
 
@@ -65,12 +87,21 @@ def test_tables_are_written_without_wandb(tmp_path):
         log_report(example(), tracker, {"frontier": tmp_path / "not there.png"})
     lines = (tmp_path / "tables/equal_kl.jsonl").read_text().splitlines()
     assert len(lines) == 4 and json.loads(lines[2])["kl"] == 9.0
-    assert len(json.loads((tmp_path / "tables/samples.jsonl").read_text().splitlines()[0])["prompt"]) > 5
+    assert (
+        len(json.loads((tmp_path / "tables/samples.jsonl").read_text().splitlines()[0])["prompt"])
+        > 5
+    )
 
 
 def test_wandb_gets_tables_and_images_offline_without_a_key(tmp_path, monkeypatch):
     pytest.importorskip("wandb")
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "NETRC", "WANDB_BASE_URL"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_MODE",
+        "NETRC",
+        "WANDB_BASE_URL",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -30,7 +30,9 @@ def verdicts(wins, consistency=1.0):
 
 
 def judged(wins, lengths, groups=None, seeds=1):
-    """win_rate where A wins `wins` and is longer by `lengths`, the same for each seed, one sample a prompt."""
+    """win_rate where A wins `wins` and is longer by `lengths`, the same for each seed, one sample a
+    prompt.
+    """
     groups = groups or [str(i) for i in range(len(wins))]
     a = [point(s, length=np.asarray(lengths, dtype=float)[:, None] + 50) for s in range(seeds)]
     b = [point(s, length=np.full((len(wins), 1), 50.0)) for s in range(seeds)]
@@ -58,16 +60,22 @@ def test_pairs_that_share_a_draw_of_noise_are_left_out():
     # the best of 2 and of 4 after a foundation's own two samples: 2-3, 4-5 and 2-5, 6-9
     two, four = (replace(point(length=np.ones((2, 2))), noise=blocks(n, 2)) for n in (2, 4))
     assert independent_pairs(two, four) == [(0, 1), (1, 1)]
-    assert independent_pairs(two, three) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]  # the third sample is draw 2
+    # the third sample is draw 2
+    assert independent_pairs(two, three) == [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
 
 
 @pytest.mark.parametrize("samples", [2, 5])
 def test_a_win_rate_is_that_of_independent_answers_whatever_the_number_of_samples(samples):
     # both see the same noise and A is better by 0.1: with it A would win always.  Phi(0.1 / sqrt 2) = .52819
     z = np.random.default_rng(samples).normal(size=(3000, samples))
-    a, b = (point(0, **{"score/gold": z + plus, "length": np.full(z.shape, 9.0)}) for plus in (0.1, 0.0))
+    a, b = (
+        point(0, **{"score/gold": z + plus, "length": np.full(z.shape, 9.0)}) for plus in (0.1, 0.0)
+    )
     found = win_rate([a], [b], results_of(map(str, range(3000))), "gold")
-    assert found.raw.estimate == pytest.approx(0.52819, abs=0.03) and found.raw.low < 0.52819 < found.raw.high
+    assert (
+        found.raw.estimate == pytest.approx(0.52819, abs=0.03)
+        and found.raw.low < 0.52819 < found.raw.high
+    )
     same = win_rate([b], [b], results_of(map(str, range(3000))), "gold")
     assert same.raw.estimate == pytest.approx(0.5, abs=1e-12)
 
@@ -75,7 +83,12 @@ def test_a_win_rate_is_that_of_independent_answers_whatever_the_number_of_sample
 def test_one_sample_a_prompt_gives_no_win_rate():
     a, b = (point(0, **{"score/gold": [[1.0], [2.0]], "length": [[1], [1]]}) for _ in range(2))
     assert win_rate([a], [b], results_of("xy"), "gold") is None
-    assert win_rate([a], [b], results_of("xy"), [Verdicts(np.zeros((2, 0)), [], math.nan, math.nan, 0)]) is None
+    assert (
+        win_rate(
+            [a], [b], results_of("xy"), [Verdicts(np.zeros((2, 0)), [], math.nan, math.nan, 0)]
+        )
+        is None
+    )
 
 
 def test_a_policy_that_wins_by_length_alone_is_level_at_equal_length():
@@ -96,7 +109,8 @@ def test_where_length_does_not_matter_both_rates_are_the_same():
 
 
 def test_the_controlled_rate_is_read_at_equal_length():
-    # two lengths, two parameters: the fit goes through both shares, and d = 0 was seen: 60 %, though raw is 70 %
+    # two lengths, two parameters: the fit goes through both shares, and d = 0 was seen: 60 %,
+    # though raw is 70 %
     found = judged([0.8] * 20 + [0.6] * 20, [10] * 20 + [0] * 20)
     assert found.raw.estimate == pytest.approx(0.7, abs=1e-9)
     assert found.controlled.estimate == pytest.approx(0.6, abs=1e-9)
@@ -104,11 +118,13 @@ def test_the_controlled_rate_is_read_at_equal_length():
 
 def test_without_any_difference_of_length_the_controlled_rate_is_the_raw_one():
     rng = np.random.default_rng(0)
-    groups = [str(i // 3) if i < 30 else f"g{i}" for i in range(50)]  # of 1 and 3 prompts: each group counts once
+    # of 1 and 3 prompts: each group counts once
+    groups = [str(i // 3) if i < 30 else f"g{i}" for i in range(50)]
     wins = rng.random(50)
     found = judged(wins, [0] * 50, groups)
     assert found.controlled.estimate == pytest.approx(found.raw.estimate, abs=1e-9)
-    assert found.controlled.se == pytest.approx(found.raw.se, rel=1e-6)  # the jackknife of a mean, a group at a time
+    # the jackknife of a mean, a group at a time
+    assert found.controlled.se == pytest.approx(found.raw.se, rel=1e-6)
     means = results_of(groups).group_means(wins[:, None])
     mean = crossed_mean(means[None, :], null=0.5)
     assert (found.raw.estimate, found.raw.se) == (mean.estimate, mean.se)
@@ -118,7 +134,9 @@ def test_without_any_difference_of_length_the_controlled_rate_is_the_raw_one():
 
 def test_a_length_that_never_varies_cannot_be_told_from_the_policy():
     found = judged([0.9, 0.4, 0.7], [5, 5, 5])
-    assert math.isnan(found.controlled.estimate) and found.to_dict()["controlled"]["estimate"] is None
+    assert (
+        math.isnan(found.controlled.estimate) and found.to_dict()["controlled"]["estimate"] is None
+    )
     assert found.raw.estimate == pytest.approx(2 / 3, abs=1e-9)
 
 
@@ -126,14 +144,17 @@ def test_where_length_decides_all_a_ridge_keeps_the_fit_finite_and_says_so():
     found = judged([1.0] * 20 + [0.0] * 20, [4] * 20 + [-4] * 20)
     assert found.ridge
     assert found.controlled.estimate == pytest.approx(0.5, abs=1e-9)
-    assert not judged([1.0] * 20 + [0.0] * 20, [4, -4] * 20).ridge  # as many wins when longer as when shorter
+    # as many wins when longer as when shorter
+    assert not judged([1.0] * 20 + [0.0] * 20, [4, -4] * 20).ridge
 
 
 def test_separable():
     x = np.array([-1.0, 0.0, 1.0])
     assert separable(x, np.array([0.0, 0.0, 1.0])) and separable(x, np.array([1.0, 0.0, 0.0]))
     assert separable(x, np.array([0.0, 0.5, 1.0]))  # meeting in one point alone
-    assert not separable(x, np.array([0.0, 1.0, 0.0])) and not separable(x, np.array([0.1, 0.5, 0.9]))
+    assert not separable(x, np.array([0.0, 1.0, 0.0])) and not separable(
+        x, np.array([0.1, 0.5, 0.9])
+    )
 
 
 def test_the_logistic_fit_is_a_maximum():
@@ -161,7 +182,11 @@ def test_every_resample_is_fitted_anew():
     assert fit(np.array([1.0, 0, 1]), np.array([0.0, 1, 1, 1])) == pytest.approx(expected, abs=1e-9)
     d = lengths[[0, 2]][:, 2:].ravel()
     by_hand = logistic_fit(
-        np.tanh(d / d.std()), outcomes[[0, 2]][:, 2:].ravel(), np.full(d.size, 1 / d.size), 0.0, np.zeros(2)
+        np.tanh(d / d.std()),
+        outcomes[[0, 2]][:, 2:].ravel(),
+        np.full(d.size, 1 / d.size),
+        0.0,
+        np.zeros(2),
     )
     assert expected == pytest.approx(1 / (1 + math.exp(-by_hand[0])), abs=1e-9)
 
@@ -182,12 +207,21 @@ def test_the_interval_of_the_controlled_rate_is_that_of_repeated_draws():
 
 def test_scores_decide_where_no_judge_of_pairs_is_given():
     rng = np.random.default_rng(4)
-    a = [point(s, **{"score/gold": rng.normal(0.5, 1, (6, 2)), "length": rng.integers(5, 9, (6, 2))}) for s in range(3)]
-    b = point(None, method="sft", **{"score/gold": rng.normal(0, 1, (6, 2)), "length": rng.integers(5, 9, (6, 2))})
+    a = [
+        point(s, **{"score/gold": rng.normal(0.5, 1, (6, 2)), "length": rng.integers(5, 9, (6, 2))})
+        for s in range(3)
+    ]
+    b = point(
+        None,
+        method="sft",
+        **{"score/gold": rng.normal(0, 1, (6, 2)), "length": rng.integers(5, 9, (6, 2))},
+    )
     results = results_of("aabbcd")
     found = win_rate(a, [b] * 3, results, "gold")
     # sample 0 meets sample 1, and 1 meets 0
-    table = [results.group_means(x.values["score/gold"] > b.values["score/gold"][:, ::-1]) for x in a]
+    table = [
+        results.group_means(x.values["score/gold"] > b.values["score/gold"][:, ::-1]) for x in a
+    ]
     assert found.raw.estimate == pytest.approx(np.mean(table), abs=1e-12)
     assert (found.raw.seeds, found.raw.groups, found.consistency) == (3, 4, None)
     back = win_rate([b] * 3, a, results, "gold")
@@ -205,9 +239,9 @@ def test_where_every_group_is_won_the_interval_is_that_of_as_many_groups():
 
 
 def test_with_seeds_at_random_a_share_has_their_quantile():
-    # seed means .5, .7, .9 of all 8 groups alike: mean .7, se .2 / sqrt(3), half t(.975, 2) se = 4.302653 se
-    # N = .21 / se^2 = 15.75, share = 4.302653^2 / 15.75 = 1.175417:
-    # (.7 + .587708 +- sqrt(1.175417 * .21 + .345401)) / 2.175417 = (1.287708 +- .769571) / 2.175417
+    # seed means .5, .7, .9 of all 8 groups alike: mean .7, se .2 / sqrt(3), half t(.975, 2) se =
+    # 4.302653 se N = .21 / se^2 = 15.75, share = 4.302653^2 / 15.75 = 1.175417: (.7 + .587708 +-
+    # sqrt(1.175417 * .21 + .345401)) / 2.175417 = (1.287708 +- .769571) / 2.175417
     wins = [verdicts(np.full((8, 1), share)) for share in (0.5, 0.7, 0.9)]
     sides = [[point(s, length=np.full((8, 1), 50.0)) for s in range(3)] for _ in range(2)]
     found = win_rate(*sides, results_of("abcdefgh"), wins).raw

@@ -50,13 +50,18 @@ def test_texts_come_back_from_other_forms(tmp_path, form, prompt):
 
 def test_the_forms_are_those_of_the_others():
     (row, _) = rows_of(pairs(SYSTEM), "openai")
-    assert set(row) == {"input", "preferred_output", "non_preferred_output"} and row["input"]["messages"] == SYSTEM
+    assert (
+        set(row) == {"input", "preferred_output", "non_preferred_output"}
+        and row["input"]["messages"] == SYSTEM
+    )
     assert row["preferred_output"] == [{"role": "assistant", "content": "On Monday."}]
     (row, _) = rows_of(pairs(), "hh")
     expected = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Where is\nmy parcel? ☂\n\nAssistant: On Monday."
     assert set(row) == {"chosen", "rejected"} and row["chosen"] == expected
     (row, _) = rows_of(pairs())
-    assert row["prompt"] == TURNS and row["chosen"] == [{"role": "assistant", "content": "On Monday."}]
+    assert row["prompt"] == TURNS and row["chosen"] == [
+        {"role": "assistant", "content": "On Monday."}
+    ]
 
 
 def test_a_pair_becomes_two_unpaired_rows(tmp_path):
@@ -69,7 +74,9 @@ def test_a_pair_becomes_two_unpaired_rows(tmp_path):
         ("x\n\ny", True, "h"),
         ("z", False, "h"),
     ]
-    assert rows_of(found, "unpaired")[0]["completion"] == [{"role": "assistant", "content": "On Monday."}]
+    assert rows_of(found, "unpaired")[0]["completion"] == [
+        {"role": "assistant", "content": "On Monday."}
+    ]
 
 
 def test_instructions_prompts_and_labelled_rows_come_back(tmp_path):
@@ -84,7 +91,11 @@ def test_instructions_prompts_and_labelled_rows_come_back(tmp_path):
 
 @pytest.mark.parametrize(
     "prompt",
-    [SYSTEM, [{"role": "user", "content": "a"}, *TURNS], [{"role": "user", "content": "a\n\nAssistant: b"}]],
+    [
+        SYSTEM,
+        [{"role": "user", "content": "a"}, *TURNS],
+        [{"role": "user", "content": "a\n\nAssistant: b"}],
+    ],
 )
 def test_hh_refuses_what_it_cannot_hold(prompt):
     with pytest.raises(UserError, match="Use another form"):
@@ -93,7 +104,12 @@ def test_hh_refuses_what_it_cannot_hold(prompt):
 
 def test_hh_holds_texts_but_for_white_space_around_them(tmp_path):
     rows = rows_of([Preference(prompt=TURNS[:1], chosen=" On Monday.\n", rejected="No.\n")], "hh")
-    assert rows == [{"chosen": "\n\nHuman: Hi\n\nAssistant: On Monday.", "rejected": "\n\nHuman: Hi\n\nAssistant: No."}]
+    assert rows == [
+        {
+            "chosen": "\n\nHuman: Hi\n\nAssistant: On Monday.",
+            "rejected": "\n\nHuman: Hi\n\nAssistant: No.",
+        }
+    ]
 
 
 def test_what_parquet_brings_is_written_as_text(tmp_path):
@@ -114,7 +130,12 @@ def test_what_parquet_brings_is_written_as_text(tmp_path):
         output = tmp_path / f"out{suffix}"
         export(ExportConfig(source=[str(tmp_path / "in.parquet")], output=str(output)))
         (found,) = load(str(output), Preference)
-        assert found.metadata == {"when": "2026-01-02T03:00:00+00:00", "cost": "1.50", "raw": "aGk=", "score": None}
+        assert found.metadata == {
+            "when": "2026-01-02T03:00:00+00:00",
+            "cost": "1.50",
+            "raw": "aGk=",
+            "score": None,
+        }
     assert "NaN" not in (tmp_path / "out.jsonl").read_text()
 
 
@@ -139,10 +160,17 @@ def test_openai_chat_as_it_comes(tmp_path):
     ]  # fmt: skip
     (tmp_path / "chat.jsonl").write_text(json.dumps(rows[0]))
     (chat,) = load(str(tmp_path / "chat.jsonl"), Instruction)
-    assert [m["role"] for m in chat.prompt] == ["system", "user"] and chat.prompt[1]["content"] == "Hi you"
+    assert [m["role"] for m in chat.prompt] == ["system", "user"] and chat.prompt[1][
+        "content"
+    ] == "Hi you"
     (tmp_path / "dpo.jsonl").write_text(json.dumps(rows[1]))
     (pair,) = load(str(tmp_path / "dpo.jsonl"), Preference)
-    assert (pair.prompt, pair.chosen, pair.rejected, pair.metadata) == (TURNS[:1], "Hello!", "What?", {})
+    assert (pair.prompt, pair.chosen, pair.rejected, pair.metadata) == (
+        TURNS[:1],
+        "Hello!",
+        "What?",
+        {},
+    )
     assert load(str(tmp_path / "dpo.jsonl"), Prompt)[0].prompt == TURNS[:1]
     assert load(str(tmp_path / "dpo.jsonl"), Instruction)[0].response == "Hello!"
 
@@ -174,6 +202,7 @@ def test_the_command_and_what_it_refuses(tmp_path, capsys):
     with pytest.raises(UserError, match="one of the files that are read"):
         check_output(str(tmp_path / "link.jsonl"), [str(data)])
     assert data.read_bytes() == before
-    for name in ("x" * 246 + ".jsonl", "x" * 246 + ".parquet"):  # an error of the system, as on a full disk
+    # an error of the system, as on a full disk
+    for name in ("x" * 246 + ".jsonl", "x" * 246 + ".parquet"):
         with pytest.raises(UserError, match=r"cannot be written (?s:.*)File name too long"):
             export(ExportConfig(source=[str(data)], output=str(tmp_path / name)))

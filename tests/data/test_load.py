@@ -32,7 +32,9 @@ def write(path, rows):
 
 
 def one(tmp_path, row, kind):
-    [record] = load(write(tmp_path / "one.jsonl", [row]), kind, validation_fraction=0, test_fraction=0)
+    [record] = load(
+        write(tmp_path / "one.jsonl", [row]), kind, validation_fraction=0, test_fraction=0
+    )
     return record
 
 
@@ -41,7 +43,8 @@ def one(tmp_path, row, kind):
     [
         PAIR,
         {"prompt": [ASK], "chosen": [SAY], "rejected": [HUH]},
-        {"prompt": "Hi", "chosen": [ASK, SAY], "rejected": [ASK, HUH]},  # UltraFeedback repeats the prompt
+        # UltraFeedback repeats the prompt
+        {"prompt": "Hi", "chosen": [ASK, SAY], "rejected": [ASK, HUH]},
         {"chosen": [ASK, SAY], "rejected": [ASK, HUH]},
         {"chosen": HH + " Hello!", "rejected": HH + " What?"},  # HH-RLHF
         {"prompt": HH, "chosen": " Hello!", "rejected": " What?"},
@@ -76,14 +79,22 @@ def test_every_form_of_an_instruction_is_the_same_record(tmp_path, row):
 
 
 def test_prompts_alone(tmp_path):
-    for row in ({"prompt": "Hi"}, {"prompt": [ASK]}, {"messages": [ASK]}, {"instruction": "Hi"}, {"prompt": HH}):
+    for row in (
+        {"prompt": "Hi"},
+        {"prompt": [ASK]},
+        {"messages": [ASK]},
+        {"instruction": "Hi"},
+        {"prompt": HH},
+    ):
         assert one(tmp_path, row, Prompt).prompt == [ASK]
     alpaca = one(tmp_path, {"instruction": "Add", "input": "1 2", "output": "3"}, Instruction)
     assert alpaca.prompt == [{"role": "user", "content": "Add\n\n1 2"}] and alpaca.metadata == {}
 
 
 def test_longer_conversations_keep_their_turns(tmp_path):
-    text = "\n\nHuman: A\n\nHuman: B\n\nAssistant: C:\n\n1. Human: no turn\n\nHuman: D\n\nAssistant:"
+    text = (
+        "\n\nHuman: A\n\nHuman: B\n\nAssistant: C:\n\n1. Human: no turn\n\nHuman: D\n\nAssistant:"
+    )
     pair = one(tmp_path, {"chosen": text + " E", "rejected": text + " F"}, Preference)
     assert pair.prompt == [
         {"role": "user", "content": "A\n\nB"},
@@ -103,14 +114,34 @@ def test_system_column_comes_first_once(tmp_path):
 
 
 def test_columns_become_fields_and_the_rest_metadata(tmp_path):
-    about = {"group": 7, "split": "val", "margin": 1, "label_prob": 0.9, "weight": 2, "source": "s", "annotator": "ann"}
+    about = {
+        "group": 7,
+        "split": "val",
+        "margin": 1,
+        "label_prob": 0.9,
+        "weight": 2,
+        "source": "s",
+        "annotator": "ann",
+    }
     pair = one(
-        tmp_path, PAIR | about | {"voice": "v", "id": 3, "item": "lamp", "metadata": {"remedy": "x"}}, Preference
+        tmp_path,
+        PAIR | about | {"voice": "v", "id": 3, "item": "lamp", "metadata": {"remedy": "x"}},
+        Preference,
     )
-    found = (pair.group, pair.split, pair.margin, pair.label_prob, pair.weight, pair.source, pair.annotator, pair.voice)
+    found = (
+        pair.group,
+        pair.split,
+        pair.margin,
+        pair.label_prob,
+        pair.weight,
+        pair.source,
+        pair.annotator,
+        pair.voice,
+    )
     assert found == ("7", "validation", 1, 0.9, 2, "s", "ann", "v")
     assert pair.metadata == {"id": 3, "item": "lamp", "remedy": "x"}
-    assert one(tmp_path, PAIR | about | {"id": 3}, Prompt).metadata == {"id": 3}  # no answers, no margin
+    # no answers, no margin
+    assert one(tmp_path, PAIR | about | {"id": 3}, Prompt).metadata == {"id": 3}
 
 
 def test_labels(tmp_path):
@@ -131,7 +162,8 @@ def test_all_file_types_give_the_same_records(tmp_path):
     paths = [tmp_path / name for name in ("p.jsonl", "p.json", "p.csv", "p.parquet")]
     write(paths[0], rows)
     paths[1].write_text(json.dumps(rows))
-    with open(paths[2], "w", newline="", encoding="utf-8-sig") as file:  # with a byte order mark, as Excel writes it
+    # with a byte order mark, as Excel writes it
+    with open(paths[2], "w", newline="", encoding="utf-8-sig") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
@@ -148,7 +180,9 @@ def test_messages_in_csv_are_json_and_other_text_stays_text(tmp_path):
     path = tmp_path / "m.csv"
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerows([["prompt", "response", "weight"], [json.dumps([ASK]), '{"role": "[{"}', ""]])
+        writer.writerows(
+            [["prompt", "response", "weight"], [json.dumps([ASK]), '{"role": "[{"}', ""]]
+        )
     [record] = load(str(path), Instruction, validation_fraction=0, test_fraction=0)
     assert (record.prompt, record.response, record.weight) == ([ASK], '{"role": "[{"}', 1.0)
 
@@ -185,8 +219,11 @@ def test_groups_are_joined_over_all_sources_before_anything_is_left_out(tmp_path
 
 
 def test_a_limit_takes_groups_of_every_kind_and_keeps_their_order(tmp_path):
-    # 60 groups called a-.. and then 60 called b-..: 40 by the hash of the group, sd sqrt(40 / 4 * 80 / 119) = 2.6
-    rows = [{"prompt": f"q{i}", "response": "x", "group": f"{'ab'[i // 60]}-{i}"} for i in range(120)]
+    # 60 groups called a-.. and then 60 called b-..: 40 by the hash of the group, sd sqrt(40 / 4 *
+    # 80 / 119) = 2.6
+    rows = [
+        {"prompt": f"q{i}", "response": "x", "group": f"{'ab'[i // 60]}-{i}"} for i in range(120)
+    ]
     path = write(tmp_path / "rows.jsonl", rows)
     every, few = load(path, Instruction), load(path, Instruction, limit=40)
     assert len(few) == 40 and few == [r for r in every if r in few]
@@ -207,12 +244,19 @@ def test_the_same_prompts_are_held_out_as_pairs_and_as_prompts(tmp_path):
 def test_prompts_come_once_in_order(tmp_path):
     rows = [{"prompt": p, "voice": v} for p, v in (("b", "x"), ("a", "x"), ("b", "x"), ("b", "y"))]
     found = load(write(tmp_path / "p.jsonl", rows), Prompt)
-    assert [(p.prompt[0]["content"], p.voice) for p in found] == [("b", "x"), ("a", "x"), ("b", "y")]
+    assert [(p.prompt[0]["content"], p.voice) for p in found] == [
+        ("b", "x"),
+        ("a", "x"),
+        ("b", "y"),
+    ]
 
 
 def test_bad_rows_are_named_counted_and_skipped_on_request(tmp_path, capsys):
     same = {"prompt": "x", "chosen": "x", "rejected": "x"}
-    path = write(tmp_path / "prefs.jsonl", [PAIR, same, PAIR | {"weight": "heavy"}, same, PAIR | {"chosen": ""}])
+    path = write(
+        tmp_path / "prefs.jsonl",
+        [PAIR, same, PAIR | {"weight": "heavy"}, same, PAIR | {"chosen": ""}],
+    )
     with pytest.raises(UserError) as error:
         load(path, Preference)
     assert str(error.value) == (
@@ -231,12 +275,24 @@ def test_bad_rows_are_named_counted_and_skipped_on_request(tmp_path, capsys):
     ("row", "reason"),
     [
         ({"prompt": "Hi", "chosen": "a"}, "'rejected': is missing"),
-        ({"chosen": "a", "rejected": "b"}, "'prompt': is missing, and 'chosen' is not a whole conversation"),
-        ({"chosen": [ASK, SAY], "rejected": [{**ASK, "content": "Ho"}, HUH]}, "'rejected': its conversation differs"),
-        ({"prompt": "Ho", "chosen": [ASK, SAY], "rejected": "b"}, "'chosen': its conversation before the last answer"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            "'prompt': is missing, and 'chosen' is not a whole conversation",
+        ),
+        (
+            {"chosen": [ASK, SAY], "rejected": [{**ASK, "content": "Ho"}, HUH]},
+            "'rejected': its conversation differs",
+        ),
+        (
+            {"prompt": "Ho", "chosen": [ASK, SAY], "rejected": "b"},
+            "'chosen': its conversation before the last answer",
+        ),
         ({"prompt": "Hi", "chosen": [ASK], "rejected": "b"}, "'chosen': ends with a user message"),
         ({"prompt": 5, "chosen": "a", "rejected": "b"}, "'prompt': found 5, expected text"),
-        (PAIR | {"split": "half"}, "'split': found 'half', expected one of train, validation, test"),
+        (
+            PAIR | {"split": "half"},
+            "'split': found 'half', expected one of train, validation, test",
+        ),
         (PAIR | {"label_prob": 2}, "'label_prob': found 2, expected a probability"),
         ([1], "found list, expected an object with columns"),
     ],
@@ -250,7 +306,9 @@ def test_what_can_be_wrong_with_a_pair(tmp_path, row, reason):
 def test_broken_json_names_line_and_column(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(PAIR) + '\n\n{"prompt": "Hi" "chosen"}\n')
-    with pytest.raises(UserError, match=r"bad\.jsonl line 3 column 17: not valid JSON: Expecting ',' delimiter"):
+    with pytest.raises(
+        UserError, match=r"bad\.jsonl line 3 column 17: not valid JSON: Expecting ',' delimiter"
+    ):
         load(str(path), Preference)
     assert len(load(str(path), Preference, on_error="skip")) == 1
 
@@ -260,7 +318,9 @@ def test_the_wrong_kind_of_file_says_what_it_holds(tmp_path):
     with pytest.raises(UserError) as error:
         load(path, Preference, on_error="skip")
     text = str(error.value)
-    assert text.startswith(f"{path}: found columns messages, id; expected for Preference: {{prompt, chosen, rejected}}")
+    assert text.startswith(
+        f"{path}: found columns messages, id; expected for Preference: {{prompt, chosen, rejected}}"
+    )
     assert "look like Instruction" in text
 
 
@@ -302,23 +362,34 @@ def test_hub_names(monkeypatch):
 
     def load_dataset(name, config, split=None):
         asked.append((name, config, split))
-        rows = {"train": [PAIR | {"prompt": f"p{i}", "chosen": f"a{i}"} for i in range(50)], "test": [PAIR]}
+        rows = {
+            "train": [PAIR | {"prompt": f"p{i}", "chosen": f"a{i}"} for i in range(50)],
+            "test": [PAIR],
+        }
         parts = {name: datasets.Dataset.from_list(r) for name, r in rows.items()}
         return parts[split.split("_")[0]] if split else datasets.DatasetDict(parts)
 
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     both = load("org/name:conf", Preference, validation_fraction=0.2)
-    assert [r.split for r in both].count("test") == 1 and both[-1].split == "test"  # the set's own test split wins
+    # the set's own test split wins
+    assert [r.split for r in both].count("test") == 1 and both[-1].split == "test"
     assert "validation" in [r.split for r in both]
-    assert "test" in {r.split for r in load("org/name@train_prefs", Preference, test_fraction=0.4)}  # cut by hash
+    # cut by hash
+    assert "test" in {r.split for r in load("org/name@train_prefs", Preference, test_fraction=0.4)}
     assert {r.split for r in load("org/name@test_prefs", Preference)} == {"test"}
-    assert asked == [("org/name", "conf", None), ("org/name", None, "train_prefs"), ("org/name", None, "test_prefs")]
+    assert asked == [
+        ("org/name", "conf", None),
+        ("org/name", None, "train_prefs"),
+        ("org/name", None, "test_prefs"),
+    ]
 
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(UserError, match=r"org/name: neither a file here nor .*ConnectionError: no route"):
+    with pytest.raises(
+        UserError, match=r"org/name: neither a file here nor .*ConnectionError: no route"
+    ):
         load("org/name", Preference)
 
 
@@ -326,11 +397,16 @@ def test_stores_are_sources_at_an_event(tmp_path):
     path = tmp_path / "votes.db"
     with Store.open(path, create=True) as store:
         prompt = store.add_prompt([ASK])
-        pair = store.add_comparison(store.add_response(prompt, "Hello!"), store.add_response(prompt, "What?"))
+        pair = store.add_comparison(
+            store.add_response(prompt, "Hello!"), store.add_response(prompt, "What?")
+        )
         store.add_prompt([{"role": "user", "content": "alone"}])
         event = store.vote(pair, store.add_annotator("ann"), "a")
         store.vote(pair, store.add_annotator("bob"), "b")
-    assert [(r.chosen, r.annotator) for r in load(str(path), Preference)] == [("Hello!", "ann"), ("What?", "bob")]
+    assert [(r.chosen, r.annotator) for r in load(str(path), Preference)] == [
+        ("Hello!", "ann"),
+        ("What?", "bob"),
+    ]
     assert [r.annotator for r in load(f"{path}@{event}", Preference)] == ["ann"]
     assert [p.prompt[0]["content"] for p in load(str(path), Prompt)] == ["Hi", "alone"]
     with pytest.raises(UserError, match="there is no event 99; the newest is 2"):
@@ -340,15 +416,21 @@ def test_stores_are_sources_at_an_event(tmp_path):
 
 
 def test_a_prompt_from_a_file_joins_the_group_that_a_store_gave_it(tmp_path):
-    # the store has joined p1 and p2 over their answers under the smaller hash; the file knows each prompt alone
+    # the store has joined p1 and p2 over their answers under the smaller hash; the file knows each
+    # prompt alone
     path = tmp_path / "votes.db"
     with Store.open(path, create=True) as store:
         for text in ("p1", "p2"):
             prompt = store.add_prompt([{"role": "user", "content": text}])
-            pair = store.add_comparison(store.add_response(prompt, "a"), store.add_response(prompt, "b"))
+            pair = store.add_comparison(
+                store.add_response(prompt, "a"), store.add_response(prompt, "b")
+            )
             store.vote(pair, store.add_annotator("ann"), "a")
     rows = [{"prompt": text, "chosen": text + "x", "rejected": "y"} for text in ("p1", "p2")]
-    assert len({r.group for r in load([str(path), write(tmp_path / "more.jsonl", rows)], Preference)}) == 1
+    assert (
+        len({r.group for r in load([str(path), write(tmp_path / "more.jsonl", rows)], Preference)})
+        == 1
+    )
 
 
 def test_fingerprint_changes_with_all_that_counts_and_nothing_else(tmp_path):
@@ -356,7 +438,8 @@ def test_fingerprint_changes_with_all_that_counts_and_nothing_else(tmp_path):
     records = load(write(tmp_path / "a.jsonl", rows), Preference)
     known = fingerprint(records)
     assert len(known) == 16
-    assert fingerprint(load(write(tmp_path / "b.jsonl", rows[::-1]), Preference)) == known  # order and file name
+    # order and file name
+    assert fingerprint(load(write(tmp_path / "b.jsonl", rows[::-1]), Preference)) == known
     seen = {known, fingerprint(records[:1]), fingerprint([*records, records[0]]), fingerprint([])}
     new = {
         "chosen": "x",
@@ -385,7 +468,12 @@ def test_nothing_left_to_train_on_is_an_error_and_an_empty_holdout_is_not(tmp_pa
 
 
 def test_describe_shows_what_load_would_make_of_it(tmp_path, capsys):
-    rows = [PAIR, PAIR | {"id": 1}, PAIR | {"chosen": "What?"}, {"prompt": "Ho", "chosen": "a b c", "rejected": "d"}]
+    rows = [
+        PAIR,
+        PAIR | {"id": 1},
+        PAIR | {"chosen": "What?"},
+        {"prompt": "Ho", "chosen": "a b c", "rejected": "d"},
+    ]
     path = write(tmp_path / "p.jsonl", rows)
     config = parse(DescribeConfig, ["--source", path, "--examples", "1"], prog="rlhf data show")
     summary = describe(config)
@@ -394,13 +482,20 @@ def test_describe_shows_what_load_would_make_of_it(tmp_path, capsys):
     assert summary["words"][1] == "chosen: median 1, 95 % up to 3, longest 3"
     assert summary["chosen"] == "longer than rejected in 33% of rows, as long in 67%"  # in words
     printed = capsys.readouterr().out
-    assert "p.jsonl: Preference" in printed and "same text" in printed and printed.count("p.jsonl row 1") == 1
+    assert (
+        "p.jsonl: Preference" in printed
+        and "same text" in printed
+        and printed.count("p.jsonl row 1") == 1
+    )
 
 
 def test_the_examples_of_the_documentation(tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     pairs, instructions = (block.split("```")[0] for block in text.split("```json\n")[1:])
-    for name, block, kind, count in (("p", pairs, Preference, 4), ("i", instructions, Instruction, 4)):
+    for name, block, kind, count in (
+        ("p", pairs, Preference, 4),
+        ("i", instructions, Instruction, 4),
+    ):
         (tmp_path / f"{name}.jsonl").write_text(block)
         assert len(load(f"{tmp_path}/{name}.jsonl", kind)) == count
     (tmp_path / "data").mkdir()
@@ -415,7 +510,9 @@ def test_the_examples_of_the_documentation(tmp_path, monkeypatch):
 @needs_data
 def test_real_pairs_with_equal_sides():
     path = f"{DATA}/pref_rasbt_polite.jsonl"
-    with pytest.raises(UserError, match=r"row \d+: 'chosen' and 'rejected' are the same text \(6 such rows\)"):
+    with pytest.raises(
+        UserError, match=r"row \d+: 'chosen' and 'rejected' are the same text \(6 such rows\)"
+    ):
         load(path, Preference)
     assert len(load(path, Preference, on_error="skip")) == 1094
 
@@ -446,15 +543,26 @@ def show(path, *more):
 def test_why_no_row_can_be_read_is_said(tmp_path):
     row = json.dumps(PAIR)
     digits = '{"prompt": "Hi", "chosen": "a", "rejected": "b", "n": ' + 5000 * "1" + "}\n"
-    texts = {"pretty": json.dumps(PAIR, indent=1), "comma": row + ",\n", "two": row + row, "digits": digits}
+    texts = {
+        "pretty": json.dumps(PAIR, indent=1),
+        "comma": row + ",\n",
+        "two": row + row,
+        "digits": digits,
+    }
     reasons = {"pretty": "line 1 column 2: not valid JSON", "comma": "not valid JSON: Extra data"}
-    reasons |= {"two": "not valid JSON: Extra data", "digits": "row 1: not valid JSON: a number of too many digits"}
+    reasons |= {
+        "two": "not valid JSON: Extra data",
+        "digits": "row 1: not valid JSON: a number of too many digits",
+    }
     for name, text in texts.items():
         path = tmp_path / f"{name}.jsonl"
         path.write_text(text)
-        with pytest.raises(UserError, match=rf"{name}\.jsonl: no row to read \(\d bad\)\n  .*{reasons[name]}"):
+        with pytest.raises(
+            UserError, match=rf"{name}\.jsonl: no row to read \(\d bad\)\n  .*{reasons[name]}"
+        ):
             show(path)
-    (tmp_path / "late.jsonl").write_text("{\n" + row + "\n")  # the kind goes by the first row that is one
+    # the kind goes by the first row that is one
+    (tmp_path / "late.jsonl").write_text("{\n" + row + "\n")
     assert show(tmp_path / "late.jsonl")["rows"] == "1 read, 1 bad"
 
 
@@ -474,7 +582,9 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     loop, lost = tmp_path / "loop.jsonl", tmp_path / "lost.jsonl"
     loop.symlink_to(loop)
     lost.symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"loop\.jsonl: is a symbolic link to .*, which leads to no file$"):
+    with pytest.raises(
+        UserError, match=r"loop\.jsonl: is a symbolic link to .*, which leads to no file$"
+    ):
         load(str(loop), Prompt)
     with pytest.raises(UserError, match=r"is a symbolic link to .*nowhere, which leads to no file"):
         load(str(lost), Prompt)
@@ -485,11 +595,15 @@ def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
 
 
 def test_a_group_in_two_splits_is_shown_and_not_loaded(tmp_path, capsys):
-    path = write(tmp_path / "p.jsonl", [PAIR | {"split": "train"}, PAIR | {"chosen": "Ho", "split": "test"}])
+    path = write(
+        tmp_path / "p.jsonl", [PAIR | {"split": "train"}, PAIR | {"chosen": "Ho", "split": "test"}]
+    )
     with pytest.raises(UserError, match="is given more than one split"):
         load(path, Preference)
     found = show(path)
-    assert found["splits"][0].startswith("CANNOT BE USED: group ") and found["rows"] == "2 read, 0 bad"
+    assert (
+        found["splits"][0].startswith("CANNOT BE USED: group ") and found["rows"] == "2 read, 0 bad"
+    )
     assert found["splits"][2:] == ["train: 1 rows, 1 groups", "test: 1 rows, 1 groups"]
     assert "Ho" in capsys.readouterr().out
 
@@ -498,7 +612,9 @@ def test_a_store_whose_votes_make_no_pair_says_what_they_were(tmp_path):
     path = tmp_path / "votes.db"
     with Store.open(path, create=True) as store:
         prompt = store.add_prompt([ASK])
-        pair = store.add_comparison(store.add_response(prompt, "Hello!"), store.add_response(prompt, "What?"))
+        pair = store.add_comparison(
+            store.add_response(prompt, "Hello!"), store.add_response(prompt, "What?")
+        )
         with pytest.raises(UserError, match=r"no row to read.*nobody has voted"):
             load(str(path), Preference)
         for name, choice in (("ann", "tie"), ("bob", "tie"), ("cem", "skip")):
@@ -513,11 +629,17 @@ def test_a_store_whose_votes_make_no_pair_says_what_they_were(tmp_path):
 
 
 def test_names_are_one_in_whatever_form_their_letters_come(tmp_path):
-    rows = [PAIR | {"annotator": name, "prompt": str(i)} for i, name in enumerate(("Zoë", "Zoe\u0308", " Zoë "))]
+    rows = [
+        PAIR | {"annotator": name, "prompt": str(i)}
+        for i, name in enumerate(("Zoë", "Zoe\u0308", " Zoë "))
+    ]
     assert {r.annotator for r in load(write(tmp_path / "p.jsonl", rows), Preference)} == {"Zoë"}
     with Store.open(tmp_path / "votes.db", create=True) as store:
-        assert len({store.add_annotator(name) for name in ("Zoë", "Zoe\u0308", " Zoë ", "Zoe")}) == 2
-        store._db.execute("UPDATE annotators SET name = 'Zoe\u0308' WHERE name = 'Zoë'")  # as older versions wrote it
+        assert (
+            len({store.add_annotator(name) for name in ("Zoë", "Zoe\u0308", " Zoë ", "Zoe")}) == 2
+        )
+        # as older versions wrote it
+        store._db.execute("UPDATE annotators SET name = 'Zoe\u0308' WHERE name = 'Zoë'")
         assert store.add_annotator("Zoë") == 1 and len(store.annotators()) == 2
 
 

@@ -35,7 +35,10 @@ def test_group_is_the_first_user_turn_whatever_surrounds_it():
         ("chosen", lambda: Preference(prompt=HI, chosen="x", rejected="x")),
         ("margin", lambda: Preference(prompt=HI, chosen="x", rejected="y", margin="2")),
         ("label_prob", lambda: Preference(prompt=HI, chosen="x", rejected="y", label_prob=1.1)),
-        ("label_prob", lambda: Preference(prompt=HI, chosen="x", rejected="y", label_prob=float("nan"))),
+        (
+            "label_prob",
+            lambda: Preference(prompt=HI, chosen="x", rejected="y", label_prob=float("nan")),
+        ),
         ("label", lambda: Labelled(prompt=HI, response="x", label=1)),
     ],
 )

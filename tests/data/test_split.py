@@ -15,15 +15,17 @@ def prompt(group, split=None):
 
 
 def test_splits_and_halves_never_change():
-    # First byte of `printf split:a | sha256sum` and so on: 48 76 03 74 84 09 d0 3d 24 8a; below 0x33.33 (0.2) is test,
-    # from 0xcc.cd (0.8) validation. `printf half:a`: 3d 3f d5 7b 27 30 71 90 20 04; below 0x80 is half a.
+    # First byte of `printf split:a | sha256sum` and so on: 48 76 03 74 84 09 d0 3d 24 8a; below
+    # 0x33.33 (0.2) is test, from 0xcc.cd (0.8) validation. `printf half:a`: 3d 3f d5 7b 27 30 71 90
+    # 20 04; below 0x80 is half a.
     letters = {"train": "-", "validation": "v", "test": "t"}
     assert "".join(letters[split_of(g, 0.2, 0.2)] for g in "abcdefghij") == "--t--tv-t-"
     assert "".join(half_of(g) for g in "abcdefghij") == "aabaaaabaa"
 
 
 def test_expected_shares():
-    # binomial: 4000 groups at p = 0.1 is 400 with standard deviation 19, at 0.05 is 200 with 13.8; 4 of them allowed
+    # binomial: 4000 groups at p = 0.1 is 400 with standard deviation 19, at 0.05 is 200 with 13.8;
+    # 4 of them allowed
     splits = [split_of(g, 0.05, 0.1) for g in GROUPS]
     for name, p in (("test", 0.1), ("validation", 0.05), ("train", 0.85)):
         assert abs(splits.count(name) - 4000 * p) < 4 * math.sqrt(4000 * p * (1 - p))
@@ -63,11 +65,17 @@ def test_validation_is_cut_out_of_train_when_the_data_has_none():
     assert all(r.split == "test" for r in records[:10])
     by_hash = [split_of(g, 0.2, 0.1) == "validation" for g in GROUPS[10:400]]
     assert [r.split == "validation" for r in records[10:]] == by_hash
-    assert {r.split for r in records[10:]} == {"train", "validation"}  # no test row is made beside the given ones
+    # no test row is made beside the given ones
+    assert {r.split for r in records[10:]} == {"train", "validation"}
 
 
 def test_a_group_with_two_splits_is_refused_with_its_rows():
-    records = [prompt("a", "train"), prompt("b", "train"), prompt("a", "test"), prompt("a", "train")]
+    records = [
+        prompt("a", "train"),
+        prompt("b", "train"),
+        prompt("a", "test"),
+        prompt("a", "train"),
+    ]
     with pytest.raises(UserError, match=r"group 'a'.*train at f row 1, f row 4; test at f row 3"):
         assign(records, places=[f"f row {i}" for i in range(1, 5)])
 
@@ -85,7 +93,8 @@ def test_answer_pairs_have_no_order_and_no_case():
 
 
 def test_joined_groups_are_named_by_the_smallest_whatever_the_order():
-    # d-b share x, b-c share y, so b = c = d; a stands alone; the second b has no link and follows its namesake
+    # d-b share x, b-c share y, so b = c = d; a stands alone; the second b has no link and follows
+    # its namesake
     rows = [("d", ["x"]), ("b", ["x", "y"]), ("a", []), ("c", ["y"]), ("b", [])]
     for order in itertools.permutations(rows):
         joint = join_groups([g for g, _ in order], [links for _, links in order])
@@ -93,8 +102,9 @@ def test_joined_groups_are_named_by_the_smallest_whatever_the_order():
 
 
 def test_the_first_few_are_drawn_by_the_hash_of_their_group():
-    # of 400 billing and 400 delivery groups, written in that order, 100 of either kind: sd of a draw without
-    # replacement sqrt(200 / 4 * 600 / 799) = 6.1. By name all of them would be billing.
+    # of 400 billing and 400 delivery groups, written in that order, 100 of either kind: sd of a
+    # draw without replacement sqrt(200 / 4 * 600 / 799) = 6.1. By name all of them would be
+    # billing.
     kinds = [f"{kind}-{i:03}" for kind in ("billing", "delivery") for i in range(400)]
     records = [Prompt(prompt=[{"role": "user", "content": name}], group=name) for name in kinds]
     chosen = first_by_hash(records, 200)
@@ -104,5 +114,7 @@ def test_the_first_few_are_drawn_by_the_hash_of_their_group():
     encoded = [{"record": r, "prompt_ids": []} for r in records]
     assert [row["record"] for row in first_by_hash(encoded, 200)] == chosen
     # independent of the split: of the test groups as many come first as of the others
-    test = sum(split_of(r.group, test_fraction=0.5, validation_fraction=0.0) == "test" for r in chosen)
+    test = sum(
+        split_of(r.group, test_fraction=0.5, validation_fraction=0.0) == "test" for r in chosen
+    )
     assert 75 < test < 125

@@ -33,7 +33,10 @@ def pair(store, prompt="Hi", a="Hello!", b="What?", **more):
 
 
 def test_durable_and_checked_settings(store):
-    pragma = {name: store._db.execute(f"PRAGMA {name}").fetchone()[0] for name in ("synchronous", "foreign_keys")}
+    pragma = {
+        name: store._db.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("synchronous", "foreign_keys")
+    }
     assert pragma == {"synchronous": 2, "foreign_keys": 1}  # 2 is FULL
     assert store._db.execute("PRAGMA user_version").fetchone()[0] == store_schema.VERSION
     with pytest.raises(UserError, match="FOREIGN KEY"):
@@ -46,7 +49,10 @@ def test_adding_the_same_again_gives_the_same_id(store):
     prompt = store.add_prompt(user("Hi"), metadata={"x": 1, "y": 2})
     assert store.add_prompt(user("Hi"), metadata={"y": 2, "x": 1}) == prompt
     assert store.add_prompt(user("Hi"), voice="v") != prompt
-    one, other = store.add_response(prompt, "A", model="m", sampling={"seed": 1}), store.add_response(prompt, "B")
+    one, other = (
+        store.add_response(prompt, "A", model="m", sampling={"seed": 1}),
+        store.add_response(prompt, "B"),
+    )
     assert store.add_response(prompt, "A", model="m", sampling={"seed": 1}) == one
     assert store.add_response(prompt, "A", model="m", sampling={"seed": 2}) not in (one, other)
     comparison = store.add_comparison(other, one)
@@ -68,7 +74,9 @@ def test_a_is_the_response_added_first_and_ids_name_the_better_one(store):
 
 def test_what_cannot_be_compared_is_refused(store):
     prompt = store.add_prompt(user("Hi"))
-    a, same, empty = (store.add_response(prompt, t, sampling={"seed": i}) for i, t in enumerate(("A", "A ", " ")))
+    a, same, empty = (
+        store.add_response(prompt, t, sampling={"seed": i}) for i, t in enumerate(("A", "A ", " "))
+    )
     elsewhere = store.add_response(store.add_prompt(user("Ho")), "B")
     b = store.add_response(prompt, "B")
     for one, other, reason in (
@@ -90,16 +98,30 @@ def test_what_cannot_be_compared_is_refused(store):
 
 def test_undo_is_a_new_event_and_the_past_stays(store):
     comparison, ann = pair(store), store.add_annotator("ann")
-    first = store.vote(comparison, ann, "a", left="b", strength=2, reason="kind", tags=["t"], duration_ms=900)
-    with pytest.raises(UserError, match=f"has voted on comparison {comparison} already \\(event {first}\\)"):
+    first = store.vote(
+        comparison, ann, "a", left="b", strength=2, reason="kind", tags=["t"], duration_ms=900
+    )
+    with pytest.raises(
+        UserError, match=f"has voted on comparison {comparison} already \\(event {first}\\)"
+    ):
         store.vote(comparison, ann, "b")
     undone = store.undo(first)
     second = store.vote(comparison, ann, "b")
     assert [(v.event, v.choice) for v in store.at().votes()] == [(second, "b")]
     assert store.at(undone).votes() == [] and store.at(0).votes() == []
     [vote] = store.at(first).votes()
-    assert (vote.annotator, vote.left, vote.strength, vote.reason, vote.tags) == ("ann", "b", 2, "kind", ["t"])
-    for event, reason in ((first, "undone already"), (undone, "is undo, not a vote"), (99, "is missing")):
+    assert (vote.annotator, vote.left, vote.strength, vote.reason, vote.tags) == (
+        "ann",
+        "b",
+        2,
+        "kind",
+        ["t"],
+    )
+    for event, reason in (
+        (first, "undone already"),
+        (undone, "is undo, not a vote"),
+        (99, "is missing"),
+    ):
         with pytest.raises(UserError, match=reason):
             store.undo(event)
     assert store.last_event() == 3
@@ -126,7 +148,8 @@ def test_one_click_sent_twice_is_one_vote(store):
         "VALUES (1, 1, 'vote', 'b', 'click', '')",
         "UPDATE responses SET text = 'x'",
         "DELETE FROM comparisons",
-        "INSERT INTO events (comparison, annotator, kind, created) VALUES (1, 1, 'vote', '')",  # no choice
+        # no choice
+        "INSERT INTO events (comparison, annotator, kind, created) VALUES (1, 1, 'vote', '')",
         "INSERT INTO events (comparison, annotator, kind, choice, created) VALUES (1, 1, 'vote', 'c', '')",
     ],
 )
@@ -141,10 +164,22 @@ def test_the_file_itself_refuses_to_rewrite_the_past(store, sql):
 def test_each_vote_is_a_pair_and_ties_are_none(store):
     comparison = pair(store, voice="v", split="test", metadata={"item": "lamp"})
     for name, choice in zip("abcde", ("a", "b", "tie", "both_bad", "skip"), strict=True):
-        store.vote(comparison, store.add_annotator(name), choice, strength=3 if name == "a" else None)
+        store.vote(
+            comparison, store.add_annotator(name), choice, strength=3 if name == "a" else None
+        )
     first, second = store.at().preferences()
-    assert (first.chosen, first.rejected, first.annotator, first.voice) == ("Hello!", "What?", "a", "v")
-    assert (second.chosen, second.rejected, second.annotator, second.split) == ("What?", "Hello!", "b", "test")
+    assert (first.chosen, first.rejected, first.annotator, first.voice) == (
+        "Hello!",
+        "What?",
+        "a",
+        "v",
+    )
+    assert (second.chosen, second.rejected, second.annotator, second.split) == (
+        "What?",
+        "Hello!",
+        "b",
+        "test",
+    )
     assert first.metadata == {"item": "lamp", "vote": {"comparison": 1, "event": 1, "strength": 3}}
     assert first.source == "votes.db" and first.group == prompt_group(user("Hi"))
 
@@ -191,7 +226,8 @@ def test_groups_join_over_voted_answer_pairs_alike_for_pairs_and_prompts(store):
     before = store.vote(pairs[3], ann, "a")
     store.vote(pairs[1], ann, "tie")
     h1, h2, h3 = (prompt_group(user(p)) for p in ("p1", "p2", "p3"))
-    assert [p.group for p in store.at().prompts()] == [min(h1, h2), min(h1, h2), h3, "mine"]  # p3 is not voted on
+    # p3 is not voted on
+    assert [p.group for p in store.at().prompts()] == [min(h1, h2), min(h1, h2), h3, "mine"]
     assert [p.group for p in store.at().preferences()] == [min(h1, h2), "mine"]
     assert [p.group for p in store.at(before).prompts()] == [h1, h2, h3, "mine"]
 
@@ -228,26 +264,40 @@ def test_a_frozen_file_reads_back_as_the_store_did(store, tmp_path, aggregate):
     with store.transaction():
         for i in range(40):
             own = {"group": f"g{i}"} if i % 4 == 0 else {}
-            comparison = pair(store, f"p{i} é\u2028", f"a{i % 9}", "b\n", metadata={"id": i, "chosen": "x"}, **own)
+            comparison = pair(
+                store, f"p{i} é\u2028", f"a{i % 9}", "b\n", metadata={"id": i, "chosen": "x"}, **own
+            )
             for annotator in annotators:
                 reason = "warum ☂" if i % 3 else None
-                store.vote(comparison, annotator, draw.choice(("a", "b", "tie", "skip")), reason=reason, tags=["t"])
+                store.vote(
+                    comparison,
+                    annotator,
+                    draw.choice(("a", "b", "tie", "skip")),
+                    reason=reason,
+                    tags=["t"],
+                )
     event = store.last_event() - 7
     expected = load(f"{store.path}@{event}", Preference, aggregate=aggregate)
     out = tmp_path / "run" / "pairs.jsonl"
     assert freeze(store.path, out, upto_event=event, aggregate=aggregate) == event
     direct = store.at(event).preferences(aggregate)
     known = out.read_bytes()
-    store.vote(pair(store, "later", "a1", "b\n"), annotators[0], "a")  # joins groups in the store, not in the file
+    # joins groups in the store, not in the file
+    store.vote(pair(store, "later", "a1", "b\n"), annotators[0], "a")
     found = load(str(out), Preference)
     assert found == expected and len(found) > 20
     # where a row stands is for messages, and the rows of a store stand in no file
     assert [replace(r, split=None) for r in found] == direct
     header = frozen(out)
-    assert header["event"] == event and header["rows"] == len(found) and header["store"] == "votes.db"
+    assert (
+        header["event"] == event and header["rows"] == len(found) and header["store"] == "votes.db"
+    )
     freeze(store.path, out, upto_event=event, aggregate=aggregate)
     assert out.read_bytes() == known
-    assert freeze(store.path, out) == store.last_event() and frozen(out)["fingerprint"] != header["fingerprint"]
+    assert (
+        freeze(store.path, out) == store.last_event()
+        and frozen(out)["fingerprint"] != header["fingerprint"]
+    )
     assert fingerprint(load(str(out), Preference)) != fingerprint(found)
 
 
@@ -270,13 +320,18 @@ def test_an_older_file_is_brought_up_whole_or_not_at_all(tmp_path, monkeypatch):
             # as the first version wrote it: no split
             key = ("k", json.dumps(user("Hi")), prompt_group(user("Hi")), "{}", "")
             store._db.execute(
-                "INSERT INTO prompts (key, messages, default_group, metadata, created) VALUES (?, ?, ?, ?, ?)", key
+                "INSERT INTO prompts (key, messages, default_group, metadata, created) VALUES (?, ?, ?, ?, ?)",
+                key,
             )
-            comparison = store.add_comparison(store.add_response(1, "A"), store.add_response(1, "B"))
+            comparison = store.add_comparison(
+                store.add_response(1, "A"), store.add_response(1, "B")
+            )
             store.vote(comparison, store.add_annotator("ann"), "b")
     with monkeypatch.context() as broken:
         broken.setattr(
-            store_schema, "MIGRATIONS", [store_schema.MIGRATIONS[0], [*store_schema.MIGRATIONS[1], "CREATE nonsense"]]
+            store_schema,
+            "MIGRATIONS",
+            [store_schema.MIGRATIONS[0], [*store_schema.MIGRATIONS[1], "CREATE nonsense"]],
         )
         with pytest.raises(UserError, match="cannot be opened as a preference store"):
             Store.open(path)
@@ -292,7 +347,9 @@ def test_an_older_file_is_brought_up_whole_or_not_at_all(tmp_path, monkeypatch):
 def made_store(path):
     with Store.open(path, create=True) as store:
         prompt = store.add_prompt(user("Hi"))
-        pair = store.add_comparison(store.add_response(prompt, "A" * 9000), store.add_response(prompt, "B" * 9000))
+        pair = store.add_comparison(
+            store.add_response(prompt, "A" * 9000), store.add_response(prompt, "B" * 9000)
+        )
         store.vote(pair, store.add_annotator("ann"), "a")
     return path.read_bytes()
 
@@ -310,10 +367,16 @@ def test_reading_leaves_a_store_and_its_folder_as_they_are(tmp_path, monkeypatch
         load(str(tmp_path / "old.db"), Preference)  # brought to this version in memory
     with pytest.raises(UserError, match="is an empty file, not a preference store"):
         load(str(tmp_path / "empty.db"), Preference)
-    with pytest.raises(UserError, match="readonly database"), Store.open(tmp_path / "votes.db", readonly=True) as store:
+    with (
+        pytest.raises(UserError, match="readonly database"),
+        Store.open(tmp_path / "votes.db", readonly=True) as store,
+    ):
         store.add_prompt(user("new"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    with Store.open(tmp_path / "votes.db") as writer, Store.open(tmp_path / "votes.db", readonly=True) as reader:
+    with (
+        Store.open(tmp_path / "votes.db") as writer,
+        Store.open(tmp_path / "votes.db", readonly=True) as reader,
+    ):
         writer.add_prompt(user("new"))
         assert len(reader.at().prompts()) == 2  # what another has written is seen
 
@@ -322,7 +385,8 @@ def test_damaged_pages_are_said_in_one_line(tmp_path, capsys):
     path = tmp_path / "votes.db"
     content = made_store(path)
     said, size = [], 4096
-    for first in range(size, len(content), size):  # each page but the first overwritten, one at a time
+    # each page but the first overwritten, one at a time
+    for first in range(size, len(content), size):
         path.write_bytes(content[:first] + size * b"\xa5" + content[first + size :])
         for read in (
             lambda: load(str(path), Preference),
@@ -381,7 +445,9 @@ with Store.open(path, create=True) as store:
 
 
 def writer(path, name, count):
-    return subprocess.Popen([sys.executable, "-c", WRITER, path, name, str(count)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, path, name, str(count)], stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_two_processes_lose_nothing(tmp_path):

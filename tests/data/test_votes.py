@@ -10,15 +10,23 @@ from rlhf.errors import UserError
 
 def votes_of(*rows):
     """(comparison, annotator, choice, strength) -> votes."""
-    return [Vote(i, c, n, choice, strength=more[0] if more else None) for i, (c, n, choice, *more) in enumerate(rows)]
+    return [
+        Vote(i, c, n, choice, strength=more[0] if more else None)
+        for i, (c, n, choice, *more) in enumerate(rows)
+    ]
 
 
 def test_margin_by_hand():
     # slightly 1/3, clearly 2/3, by far 1; a tie 0; against the winner below 0
     assert margin_of(votes_of((1, "x", "a", 3)), "a") == 1.0
-    assert margin_of(votes_of((1, "x", "a", 3), (1, "y", "a", 1), (1, "z", "tie")), "a") == pytest.approx(4 / 9)
-    assert margin_of(votes_of((1, "x", "b", 2), (1, "y", "b", 2), (1, "z", "a", 3)), "b") == pytest.approx(1 / 9)
-    assert margin_of(votes_of((1, "x", "a", 1), (1, "y", "a"), (1, "z", "b", 3)), "a") == 0.0  # never below
+    assert margin_of(
+        votes_of((1, "x", "a", 3), (1, "y", "a", 1), (1, "z", "tie")), "a"
+    ) == pytest.approx(4 / 9)
+    assert margin_of(
+        votes_of((1, "x", "b", 2), (1, "y", "b", 2), (1, "z", "a", 3)), "b"
+    ) == pytest.approx(1 / 9)
+    # never below
+    assert margin_of(votes_of((1, "x", "a", 1), (1, "y", "a"), (1, "z", "b", 3)), "a") == 0.0
     assert margin_of(votes_of((1, "x", "a"), (1, "y", "tie"), (1, "z", "both_bad")), "a") is None
 
 
@@ -29,7 +37,8 @@ def test_majority_carries_the_margin():
 
 
 def test_one_vote_for_each_pair_stays_at_the_unknown_annotators_word():
-    # nothing to learn skill from: 2.5 of 3 votes for a side were for the better one, ties said by nobody
+    # nothing to learn skill from: 2.5 of 3 votes for a side were for the better one, ties said by
+    # nobody
     right, wrong = UNKNOWN_ANNOTATOR[0][:2]
     found = by_skill(votes_of(*((i, "xy"[i % 2], "ab"[i % 3 > 0]) for i in range(60))))
     assert len(found) == 60
@@ -37,7 +46,8 @@ def test_one_vote_for_each_pair_stays_at_the_unknown_annotators_word():
 
 
 def test_ties_pull_the_label_to_one_half_and_alone_give_none():
-    # equal annotators, all said a of pair 1; one said tie of pair 2; all said tie of pair 3; 4: only both bad and skip
+    # equal annotators, all said a of pair 1; one said tie of pair 2; all said tie of pair 3; 4:
+    # only both bad and skip
     people, rows = ("x", "y", "z"), []
     for i in range(100, 160):  # what they are worth: they agree
         rows += [(i, name, "ab"[i % 2]) for name in people]
@@ -56,22 +66,31 @@ def test_skill_outvotes_the_careless():
         rows += [(i, f"careless {j}", rng.choice("ab")) for j in range(3)]
     votes = votes_of(*rows)
     right = {
-        kind: sum(v.winner == "ab"[v.comparison % 2] for v in verdicts(votes, kind)) for kind in ("majority", "skill")
+        kind: sum(v.winner == "ab"[v.comparison % 2] for v in verdicts(votes, kind))
+        for kind in ("majority", "skill")
     }
     assert right["skill"] > 390 and right["majority"] < 330
 
 
 def test_controls_teach_and_are_no_pairs():
-    votes = votes_of(*((i, name, side) for i in range(30) for name, side in (("x", "a"), ("y", "b"))))
+    votes = votes_of(
+        *((i, name, side) for i in range(30) for name, side in (("x", "a"), ("y", "b")))
+    )
     controls = dict.fromkeys(range(20), "a")
     found = verdicts(votes, "skill", controls)
-    assert [v.comparison for v in found] == list(range(20, 30)) and all(v.winner == "a" for v in found)
-    assert verdicts(votes, "majority", controls) == [] and len(verdicts(votes, "each", controls)) == 20
+    assert [v.comparison for v in found] == list(range(20, 30)) and all(
+        v.winner == "a" for v in found
+    )
+    assert (
+        verdicts(votes, "majority", controls) == [] and len(verdicts(votes, "each", controls)) == 20
+    )
     assert by_skill(votes) == []  # without them nobody knows whom to believe
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(UserError, match=r"aggregate: found 'median', expected each, majority or skill"):
+    with pytest.raises(
+        UserError, match=r"aggregate: found 'median', expected each, majority or skill"
+    ):
         verdicts([], "median")
 
 
@@ -81,7 +100,9 @@ def test_a_store_gives_skill_weighted_pairs_at_an_event(tmp_path):
         ids = {name: store.add_annotator(name) for name in ("x", "y", "z")}
         for i in range(12):
             prompt = store.add_prompt([{"role": "user", "content": f"q{i}"}])
-            pair = store.add_comparison(store.add_response(prompt, "yes"), store.add_response(prompt, "no"))
+            pair = store.add_comparison(
+                store.add_response(prompt, "yes"), store.add_response(prompt, "no")
+            )
             for name, id in ids.items():
                 store.vote(pair, id, "b" if name == "z" and i % 3 == 0 else "a", strength=2)
         event = store.last_event()

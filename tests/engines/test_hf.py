@@ -20,7 +20,9 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14]]
 def run(initial, prompts=PROMPTS, keys=(1, 2, 3), sampling=None, **more):
     sampling = sampling or Sampling(max_new_tokens=12)
     stops = [initial.tokenizer.eos_token_id]
-    return generate(initial.model, prompts, list(keys), sampling, stops, initial.tokenizer.pad_token_id, **more)
+    return generate(
+        initial.model, prompts, list(keys), sampling, stops, initial.tokenizer.pad_token_id, **more
+    )
 
 
 def test_greedy_is_what_transformers_generates(initial):
@@ -39,7 +41,9 @@ def test_greedy_is_what_transformers_generates(initial):
 
 def test_a_sample_depends_on_its_key_alone_not_on_its_batch(initial):
     together = run(initial).response_ids
-    alone = [run(initial, [p], [k]).response_ids[0] for p, k in zip(PROMPTS, (1, 2, 3), strict=True)]
+    alone = [
+        run(initial, [p], [k]).response_ids[0] for p, k in zip(PROMPTS, (1, 2, 3), strict=True)
+    ]
     assert together == alone
     assert run(initial, PROMPTS[::-1], (3, 2, 1)).response_ids == together[::-1]
     assert run(initial, batch_size=2).response_ids == together
@@ -59,7 +63,9 @@ def test_logprobs_are_those_of_a_full_forward_pass(initial):
     sampling = Sampling(max_new_tokens=6, temperature=0.7)
     done = run(initial, sampling=sampling)
     for prompt, response, logprobs in zip(PROMPTS, done.response_ids, done.logprobs, strict=True):
-        logits = initial.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
+        logits = (
+            initial.model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / 0.7
+        )
         expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(response)[:, None])[:, 0]
         torch.testing.assert_close(torch.tensor(logprobs), expected, atol=1e-5, rtol=0)
 
@@ -81,7 +87,11 @@ def test_gumbel_noise_has_the_moments_of_a_gumbel_and_no_correlation():
     n = noise.numel()
     assert abs(noise.mean().item() - 0.57722) < 5 * math.sqrt(1.645 / n)
     assert abs(noise.var().item() - math.pi**2 / 6) < 0.03
-    for a, b in ((noise[0], noise[1]), (noise[0, :-1], noise[0, 1:]), (noise[0][:, :-1], noise[0][:, 1:])):
+    for a, b in (
+        (noise[0], noise[1]),
+        (noise[0, :-1], noise[0, 1:]),
+        (noise[0][:, :-1], noise[0][:, 1:]),
+    ):
         correlation = torch.corrcoef(torch.stack([a.reshape(-1), b.reshape(-1)]))[0, 1]
         assert abs(correlation.item()) < 5 / math.sqrt(a.numel())
 
@@ -121,7 +131,9 @@ def test_keys_differ_by_seed_purpose_prompt_and_sample():
 def test_rows_of_every_kind_of_cache_can_leave_the_batch(kind, cached, capsys):
     model, _ = build(kind)
     prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14, 15], [16, 17], [18, 19, 20, 21, 22]]
-    done = generate(model, prompts, [1, 2, 3, 4], Sampling(max_new_tokens=12), list(range(2, 320, 9)), 0)
+    done = generate(
+        model, prompts, [1, 2, 3, 4], Sampling(max_new_tokens=12), list(range(2, 320, 9)), 0
+    )
     assert len({len(row) for row in done.response_ids}) > 1 and cache_is_exact(model) == cached
     assert ("without its cache" in capsys.readouterr().err) == (not cached)
     *batch, mask = completion_batch(prompts, done.response_ids, 0)
@@ -132,14 +144,19 @@ def test_rows_of_every_kind_of_cache_can_leave_the_batch(kind, cached, capsys):
 
 
 def test_the_routers_loss_is_left_out_while_sampling():
-    # TRL turns it on in the config for SFT; over a cached step its mask and its logits have different lengths
+    # TRL turns it on in the config for SFT; over a cached step its mask and its logits have
+    # different lengths
     model, _ = build("mixtral")
     model.config.output_router_logits = True
     done = generate(model, PROMPTS, [1, 2, 3], Sampling(max_new_tokens=4), [2], 0)
-    assert len(done.response_ids) == 3 and cache_is_exact(model) and model.config.output_router_logits
+    assert (
+        len(done.response_ids) == 3 and cache_is_exact(model) and model.config.output_router_logits
+    )
 
 
-@pytest.mark.parametrize("more", [{"trainable_token_indices": [3]}, {"target_modules": ["embed_tokens"]}])
+@pytest.mark.parametrize(
+    "more", [{"trainable_token_indices": [3]}, {"target_modules": ["embed_tokens"]}]
+)
 def test_the_cache_is_used_where_an_adapter_holds_rows_of_the_embeddings(base_path, more):
     from peft import LoraConfig, get_peft_model
 

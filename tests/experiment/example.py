@@ -1,4 +1,6 @@
-"""A small experiment: two methods, two strengths, two seeds, pairs that are given. No model is loaded for it."""
+"""A small experiment: two methods, two strengths, two seeds, pairs that are given. No model is
+loaded for it.
+"""
 
 import json
 from pathlib import Path
@@ -10,9 +12,13 @@ from rlhf.experiment.config import ExperimentConfig
 
 def write_files(folder: Path) -> dict[str, str]:
     """What the experiment names: data, prompts, a foundation, a file of options for each program."""
-    rows = [{"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(4)]
+    rows = [
+        {"prompt": f"question {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(4)
+    ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows))
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows)
+    )
     (folder / "sft").mkdir(exist_ok=True)
     (folder / "sft" / "adapter_model.safetensors").write_bytes(b"weights")
     options = {
@@ -24,7 +30,8 @@ def write_files(folder: Path) -> dict[str, str]:
     for name, values in options.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
     return {
-        name: str(folder / name) for name in ("pairs.jsonl", "prompts.jsonl", "sft", *(f"{n}.yaml" for n in options))
+        name: str(folder / name)
+        for name in ("pairs.jsonl", "prompts.jsonl", "sft", *(f"{n}.yaml" for n in options))
     }
 
 
@@ -40,7 +47,11 @@ def options(folder: Path, **more) -> dict:
         "gold": [{"voice": files["voice.yaml"]}],
         "methods": {
             "dpo": {"program": "dpo", "config": files["dpo.yaml"], "sweep": {"beta": [0.1, 0.5]}},
-            "ppo": {"program": "ppo", "config": files["ppo.yaml"], "sweep": {"kl_coef": [0.02, 0.2]}},
+            "ppo": {
+                "program": "ppo",
+                "config": files["ppo.yaml"],
+                "sweep": {"kl_coef": [0.02, 0.2]},
+            },
             "best_of_n": {"sweep": {"n": [2, 4]}},
         },
         "seeds": [0, 1],

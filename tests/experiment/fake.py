@@ -1,11 +1,13 @@
-"""A runner of experiments with a small script in the place of every program: what it does is told by behave.json.
+"""A runner of experiments with a small script in the place of every program: what it does is told
+by behave.json.
 
     install(folder)                    patches the runner in this process
     python fake.py runner FOLDER ...   `rlhf experiment run ...` with the patches, in a process of its own
     python fake.py program FOLDER JOB LEAVES...    the script; FOLDER/log has a line for whatever happens
 
-behave.json: {job: {"exit": [codes, one for each start], "seconds": 0.2, "nothing": true, "stopped": "why", "launch":
-"rank" or "slowly" or "crash"}}; a code below 0 is a signal to itself; "" stands for all other jobs.
+behave.json: {job: {"exit": [codes, one for each start], "seconds": 0.2, "nothing": true, "stopped":
+"why", "launch": "rank" or "slowly" or "crash"}}; a code below 0 is a signal to itself; "" stands
+for all other jobs.
 """
 
 import fcntl
@@ -28,7 +30,11 @@ def program(folder: Path, name: str, leaves: list[Path]) -> int:
     told = told.get(name, told.get("", {}))
     if told.get("launch") and "LOCAL_RANK" not in os.environ:
         return launcher(folder, name, told)
-    starts = (folder / "log").read_text().splitlines().count(f"begin {name}") if (folder / "log").exists() else 0
+    starts = (
+        (folder / "log").read_text().splitlines().count(f"begin {name}")
+        if (folder / "log").exists()
+        else 0
+    )
     own = folder / f"{name.replace('/', '+')}.lock"
     with open(own, "w") as lock:
         try:
@@ -62,7 +68,9 @@ def write(leaf: Path, name: str, told: dict) -> None:
     if name.startswith("pilot/"):  # a step costs 10
         rows = [{"step": step, "budget/flops": 10 * step} for step in range(1, 9)]
         (leaf.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    text = json.dumps({"finished": "now"} | ({"stopped": told["stopped"]} if "stopped" in told else {}))
+    text = json.dumps(
+        {"finished": "now"} | ({"stopped": told["stopped"]} if "stopped" in told else {})
+    )
     if leaf.suffix == ".db":
         return leaf.touch()
     beside = leaf.with_suffix(f".{os.getpid()}")
@@ -78,7 +86,9 @@ def whole(leaf: Path) -> bool:
 
 
 def launcher(folder: Path, name: str, told: dict) -> int:
-    """As deepspeed's: it ends what it has launched when it is asked to end, and itself when that has ended."""
+    """As deepspeed's: it ends what it has launched when it is asked to end, and itself when that
+    has ended.
+    """
     if told["launch"] == "slowly":
         say(folder, f"launching {name}")
         time.sleep(2)
@@ -91,7 +101,9 @@ def launcher(folder: Path, name: str, told: dict) -> int:
     signal.signal(signal.SIGTERM, end)
     if told["launch"] == "crash" and not (folder / "crashed").exists():
         (folder / "crashed").touch()
-        while f"begin {name}" not in ((folder / "log").read_text() if (folder / "log").exists() else ""):
+        while f"begin {name}" not in (
+            (folder / "log").read_text() if (folder / "log").exists() else ""
+        ):
             time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)
     return child.wait()
@@ -107,9 +119,20 @@ def install(folder: Path, put=setattr) -> None:
     import rlhf.experiment.runner
 
     def command(launcher, job):
-        return [sys.executable, "-S", "-E", __file__, "program", str(folder), job.name, *job.outputs]
+        return [
+            sys.executable,
+            "-S",
+            "-E",
+            __file__,
+            "program",
+            str(folder),
+            job.name,
+            *job.outputs,
+        ]
 
-    quick = types.SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 25))
+    quick = types.SimpleNamespace(
+        monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 25)
+    )
     put(rlhf.experiment.runner, "full_command", command)
     put(rlhf.experiment.runner, "time", quick)
     put(rlhf.experiment.processes, "time", quick)

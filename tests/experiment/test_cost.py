@@ -4,7 +4,14 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.experiment.cost import cost_until, parts_of, planned_lengths, run_cost, shared_cost, step_cost
+from rlhf.experiment.cost import (
+    cost_until,
+    parts_of,
+    planned_lengths,
+    run_cost,
+    shared_cost,
+    step_cost,
+)
 from tests.experiment.example import experiment, method
 
 
@@ -15,12 +22,16 @@ def write_metrics(folder: Path, rows: list[dict]) -> Path:
 
 
 def flops(*costs: float, first: int = 1) -> list[dict]:
-    return [{"step": first + i, "budget/flops": cost, "loss/total": 1.0} for i, cost in enumerate(costs)]
+    return [
+        {"step": first + i, "budget/flops": cost, "loss/total": 1.0} for i, cost in enumerate(costs)
+    ]
 
 
 def write_result(folder: Path, cost: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").write_text(json.dumps({"finished": "now", "budget": {"budget/flops": cost}}))
+    (folder / "result.json").write_text(
+        json.dumps({"finished": "now", "budget": {"budget/flops": cost}})
+    )
 
 
 def pilots(tmp_path: Path, **more):
@@ -40,7 +51,8 @@ def test_a_step_costs_what_it_adds_so_that_the_start_does_not_count(tmp_path):
 
 
 def test_steps_are_what_the_budget_leaves_over_the_shared_parts(tmp_path):
-    # DPO learns from given pairs: 1000 / 10 = 100 steps. PPO pays for the reward model: (1000 - 300) / 50 = 14
+    # DPO learns from given pairs: 1000 / 10 = 100 steps. PPO pays for the reward model: (1000 -
+    # 300) / 50 = 14
     assert planned_lengths(pilots(tmp_path)) == {"dpo": 100, "ppo": 14}
     # 1049: 749 / 50 = 14.98, rounded down
     assert planned_lengths(pilots(tmp_path, budget={"match": "flops", "total": 1049}))["ppo"] == 14
@@ -51,9 +63,15 @@ def test_sampled_pairs_are_paid_by_all(tmp_path):
 
     pairs = {"prompts": [str(tmp_path / "prompts.jsonl")], "sample": "s.yaml", "annotate": "a.yaml"}
     config = pilots(tmp_path, pairs=pairs)
-    with Store.open(tmp_path / "out" / "seed-0" / "preferences.db", create=True) as store, store.transaction():
+    with (
+        Store.open(tmp_path / "out" / "seed-0" / "preferences.db", create=True) as store,
+        store.transaction(),
+    ):
         store.set_setting("budget", json.dumps({"flops": 200, "seconds": 3}))
-    assert shared_cost(config, 0) == {"pairs": {"flops": 200, "seconds": 3}, "reward": {"flops": 300}}
+    assert shared_cost(config, 0) == {
+        "pairs": {"flops": 200, "seconds": 3},
+        "reward": {"flops": 300},
+    }
     # (1000 - 200) / 10 = 80, (1000 - 200 - 300) / 50 = 10
     assert planned_lengths(config) == {"dpo": 80, "ppo": 10}
     assert shared_cost(config, 1) == {"pairs": {}, "reward": {}}  # nothing made yet
@@ -70,7 +88,8 @@ def test_who_pays_for_what(tmp_path):
 def test_a_budget_that_is_too_small_says_what_it_would_pay_for(tmp_path):
     # 350 - 300 = 50: one step of PPO, and there are to be two checkpoints
     with pytest.raises(
-        UserError, match=r"of 350 flops 300 go into pairs and reward model.* 1 steps of 'ppo' \(50 each"
+        UserError,
+        match=r"of 350 flops 300 go into pairs and reward model.* 1 steps of 'ppo' \(50 each",
     ):
         planned_lengths(pilots(tmp_path, budget={"match": "flops", "total": 350}))
     assert planned_lengths(pilots(tmp_path, budget={"match": "flops", "total": 400}))["ppo"] == 2
@@ -80,7 +99,9 @@ def test_a_budget_that_is_too_small_says_what_it_would_pay_for(tmp_path):
 
 @pytest.mark.parametrize("rows", [[], flops(80), flops(80, 130), [{"step": 1, "loss/total": 1.0}]])
 def test_a_pilot_that_was_cut_short_is_no_measure(tmp_path, rows):
-    with pytest.raises(UserError, match=r"does not tell what 3 steps cost in flops. Look at its log"):
+    with pytest.raises(
+        UserError, match=r"does not tell what 3 steps cost in flops. Look at its log"
+    ):
         step_cost(write_metrics(tmp_path / "pilot", rows), "flops", 3)
     with pytest.raises(UserError, match="does not tell what 3 steps cost"):
         step_cost(tmp_path / "absent", "flops", 3)
@@ -89,17 +110,26 @@ def test_a_pilot_that_was_cut_short_is_no_measure(tmp_path, rows):
 def test_cost_between_logged_steps_is_in_proportion(tmp_path):
     # logged after 10 steps 100, after 20 steps 300
     folder = write_metrics(
-        tmp_path, [*flops(100, first=10), *flops(300, first=20), {"step": 20, "eval/kl/sequence": 1}]
+        tmp_path,
+        [*flops(100, first=10), *flops(300, first=20), {"step": 20, "eval/kl/sequence": 1}],
     )
     at = {0: 0, 1: 10, 5: 50, 10: 100, 15: 200, 20: 300, 25: 300}  # beyond the end it is the end's
     assert {step: cost_until(folder, step)["flops"] for step in at} == pytest.approx(at)
     assert cost_until(tmp_path / "absent", 3) == {}
-    assert cost_until(write_metrics(tmp_path / "none", [{"step": 0, "eval/kl/sequence": 0.0}]), 3) == {}
+    assert (
+        cost_until(write_metrics(tmp_path / "none", [{"step": 0, "eval/kl/sequence": 0.0}]), 3)
+        == {}
+    )
 
 
 def test_a_counter_that_starts_later_is_zero_before(tmp_path):
-    rows = [{"step": 1, "budget/flops": 2.0}, {"step": 3, "budget/flops": 4.0, "budget/seconds": 8.0}]
-    assert cost_until(write_metrics(tmp_path, rows), 2) == pytest.approx({"flops": 3.0, "seconds": 4.0})
+    rows = [
+        {"step": 1, "budget/flops": 2.0},
+        {"step": 3, "budget/flops": 4.0, "budget/seconds": 8.0},
+    ]
+    assert cost_until(write_metrics(tmp_path, rows), 2) == pytest.approx(
+        {"flops": 3.0, "seconds": 4.0}
+    )
 
 
 def test_the_cost_of_a_run_is_its_result(tmp_path):

@@ -1,4 +1,6 @@
-"""A real experiment on a tiny model: every program is the real one, started as `rlhf experiment run` starts it."""
+"""A real experiment on a tiny model: every program is the real one, started as `rlhf experiment
+run` starts it.
+"""
 
 import json
 import os
@@ -15,9 +17,15 @@ from rlhf.experiment.processes import programs_of
 from tests.conftest import ROOT
 from tests.launch.conftest import write_data
 
-pytestmark = pytest.mark.timeout(1200)  # about a minute on two idle cores; the programs load torch nine times
+# about a minute on two idle cores; the programs load torch nine times
+pytestmark = pytest.mark.timeout(1200)
 OUT = "my runs/out"  # relative, and with a space, through all programs
-TRAINING = {"per_device_train_batch_size": 4, "lora_r": 4, "learning_rate": 1e-2, "logging_steps": 1}
+TRAINING = {
+    "per_device_train_batch_size": 4,
+    "lora_r": 4,
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+}
 POLICIES = {"measures/seed-0/dpo-beta-0.1": ["step-000002", "step-000003"],
             "measures/seed-0/ppo-kl_coef-0.02": ["step-000001", "step-000002"],
             "measures/seed-0/foundation": ["step-000000", "best-of-000002"]}  # fmt: skip
@@ -27,7 +35,11 @@ def rlhf(folder: Path, *words: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "rlhf.cli", *words]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    logs = "\n".join(log.read_text()[-1500:] for log in folder.glob(f"{OUT}/logs/**/*.log")) if done.returncode else ""
+    logs = (
+        "\n".join(log.read_text()[-1500:] for log in folder.glob(f"{OUT}/logs/**/*.log"))
+        if done.returncode
+        else ""
+    )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}\n{logs}"
     return done
 
@@ -38,15 +50,23 @@ def folder(sft_path, tmp_path_factory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("experiment")
     write_data(folder)
     ppo = {"rollout_batch_size": 8, "total_episodes": 16, "num_mini_batches": 2}
-    ppo["missing_eos_score"] = None  # no response of this model ends, and equal scores would stop PPO
+    # no response of this model ends, and equal scores would stop PPO
+    ppo["missing_eos_score"] = None
     options = {
         "output_dir": OUT,
         "initial_policy": sft_path,
         "pairs": {"data": ["p.jsonl"]},
         "prompts": ["p.jsonl"],
-        "reward": {"options": {k: v for k, v in TRAINING.items() if k != "learning_rate"} | {"max_steps": 2}},
+        "reward": {
+            "options": {k: v for k, v in TRAINING.items() if k != "learning_rate"}
+            | {"max_steps": 2}
+        },
         "methods": {
-            "dpo": {"program": "dpo", "sweep": {"beta": [0.1]}, "options": TRAINING | {"max_steps": 3}},
+            "dpo": {
+                "program": "dpo",
+                "sweep": {"beta": [0.1]},
+                "options": TRAINING | {"max_steps": 3},
+            },
             "ppo": {"program": "ppo", "sweep": {"kl_coef": [0.02]}, "options": TRAINING | ppo},
             "best_of_n": {"sweep": {"n": [2]}},
         },
@@ -84,7 +104,9 @@ def test_every_policy_is_measured_on_the_same_prompts(folder):
         assert (folder / OUT / place / "prompts.json").read_text() == prompts
         for name in files:
             rows = rows_of(folder, f"{place}/{name}")
-            assert [(r["prompt"], r["sample"]) for r in rows] == [(p, s) for p in range(6) for s in range(2)]
+            assert [(r["prompt"], r["sample"]) for r in rows] == [
+                (p, s) for p in range(6) for s in range(2)
+            ]
             assert {"truth", "proxy"} <= set(rows[0]["scores"])
 
 
@@ -95,7 +117,9 @@ def test_the_foundation_is_at_kl_0_and_training_has_moved_away_from_it(folder):
     for place, files in list(POLICIES.items())[:2]:
         for name in files:
             rows = rows_of(folder, f"{place}/{name}")
-            assert sum(row["kl"] for row in rows) / len(rows) > 0 and any(row["kl"] != 0 for row in rows), (place, name)
+            assert sum(row["kl"] for row in rows) / len(rows) > 0 and any(
+                row["kl"] != 0 for row in rows
+            ), (place, name)
     best = rows_of(folder, "measures/seed-0/foundation/best-of-000002")
     own = {(r["prompt"], r["response"]) for r in initial}
     assert {(r["prompt"], r["response"]) for r in best} <= own
@@ -108,7 +132,9 @@ def test_the_report_is_there(folder):
     assert "<html" in (folder / OUT / "report" / "report.html").read_text()[:200]
     rlhf(folder, "experiment", "report", OUT, "--output_dir", "again")
     assert json.loads((folder / "again" / "report.json").read_text())["points"] == report["points"]
-    assert (folder / "again" / "report.md").read_text() == (folder / OUT / "report" / "report.md").read_text()
+    assert (folder / "again" / "report.md").read_text() == (
+        folder / OUT / "report" / "report.md"
+    ).read_text()
 
 
 def test_nothing_is_done_twice(folder):

@@ -1,7 +1,9 @@
-"""A folder that the first version of the runner has written: options, records and measurements under their old names.
+"""A folder that the first version of the runner has written: options, records and measurements
+under their old names.
 
-old_experiment.json holds its files (path -> content). They have `foundation` and `on_bad`, `strength` where there is
-`sweep` today, and records whose commands start programs by path and end with the settings of a measurement.
+old_experiment.json holds its files (path -> content). They have `foundation` and `on_bad`,
+`strength` where there is `sweep` today, and records whose commands start programs by path and end
+with the settings of a measurement.
 """
 
 import json
@@ -35,7 +37,11 @@ def config(tmp_path, monkeypatch) -> ExperimentConfig:
 
 def test_its_options_are_read_under_todays_names(config):
     assert config.initial_policy == "sft" and config.on_error == "skip"
-    assert config.methods["dpo"] == {"program": "dpo", "config": "dpo.yaml", "sweep": {"beta": [0.1, 1]}}
+    assert config.methods["dpo"] == {
+        "program": "dpo",
+        "config": "dpo.yaml",
+        "sweep": {"beta": [0.1, 1]},
+    }
     assert config.method_specs["best_of_n"].values == [2]
     assert parse(ExperimentConfig, ["--config", "x.yaml"]) == config
 
@@ -75,7 +81,15 @@ def test_the_status_of_an_experiment_is_told_from_what_is_there(config, capsys):
     config.method_specs["ppo"].options["total_episodes"] = 640
     experiment_status(config)
     said = capsys.readouterr().out
-    lines = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in said.splitlines() if line[:1] == "|"}
+    lines = {
+        line.split("|")[1].strip(): line.split("|")[2].strip()
+        for line in said.splitlines()
+        if line[:1] == "|"
+    }
     assert lines["seed-0/reward"] == "output missing" and lines["measure/foundation"] == "done"
-    assert lines["seed-0/ppo-kl_coef-0.02"] == lines["measure/seed-0/ppo-kl_coef-0.02"] == "of other options"
+    assert (
+        lines["seed-0/ppo-kl_coef-0.02"]
+        == lines["measure/seed-0/ppo-kl_coef-0.02"]
+        == "of other options"
+    )
     assert "out: 6 done, 1 output missing, 2 of other options" in said

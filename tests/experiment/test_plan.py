@@ -46,7 +46,9 @@ def read_back(job):
 @functools.cache
 def class_of(program: str) -> type:
     main = door(program).__wrapped__
-    return main.__globals__[{"dpo": "DPORunConfig", "ppo": "PPOConfig", "reward": "RewardRunConfig"}[program]]
+    return main.__globals__[
+        {"dpo": "DPORunConfig", "ppo": "PPOConfig", "reward": "RewardRunConfig"}[program]
+    ]
 
 
 def test_every_job_comes_after_what_it_needs_and_has_one_name(tmp_path):
@@ -82,7 +84,9 @@ def test_the_jobs_of_a_small_experiment(tmp_path):
     assert (run.kind, run.method, run.swept, run.seed, run.steps) == ("trial", "ppo", 0.2, 1, 5)
     assert jobs["seed-0/reward"].kind == "reward"
     assert jobs["seed-0/reward"].outputs == [f"{tmp_path}/out/seed-0/reward/result.json"]
-    assert jobs["measure/seed-0/dpo-beta-0.1"].outputs == [f"{tmp_path}/out/measures/seed-0/dpo-beta-0.1/done.json"]
+    assert jobs["measure/seed-0/dpo-beta-0.1"].outputs == [
+        f"{tmp_path}/out/measures/seed-0/dpo-beta-0.1/done.json"
+    ]
 
 
 def test_matched_methods_have_a_pilot_first_and_trials_once_the_lengths_are_known(tmp_path):
@@ -93,17 +97,37 @@ def test_matched_methods_have_a_pilot_first_and_trials_once_the_lengths_are_know
     assert first["pilot/ppo"].needs == ["seed-0/reward"]
     assert not any(name.startswith("pilot/") for name in jobs_of(tmp_path))
     dpo, ppo = (read_back(first[f"pilot/{name}"]) for name in ("dpo", "ppo"))
-    assert (dpo.max_steps, dpo.beta, dpo.logging_steps, dpo.save_steps, dpo.seed) == (8, 0.1, 1, 0, 0)
-    assert (ppo.total_steps, ppo.kl_coef, ppo.logging_steps, ppo.save_steps, ppo.seed) == (3, 0.02, 1, 0, 0)
+    assert (dpo.max_steps, dpo.beta, dpo.logging_steps, dpo.save_steps, dpo.seed) == (
+        8,
+        0.1,
+        1,
+        0,
+        0,
+    )
+    assert (ppo.total_steps, ppo.kl_coef, ppo.logging_steps, ppo.save_steps, ppo.seed) == (
+        3,
+        0.02,
+        1,
+        0,
+        0,
+    )
 
 
 @pytest.mark.parametrize("name", ["seed-1/dpo-beta-0.5", "seed-1/ppo-kl_coef-0.2", "seed-1/reward"])
 def test_what_is_planned_is_what_the_program_reads(tmp_path, name):
     config = read_back(jobs_of(tmp_path, max_prompt_length=64, max_response_length=24, on_error="skip",
                                validation_fraction=0.2, test_fraction=0.3)[name])  # fmt: skip
-    assert config.model_name_or_path == f"{tmp_path}/sft" and config.data == [f"{tmp_path}/pairs.jsonl"]
-    assert config.output_dir == f"{tmp_path}/out/{name}" and config.seed == 1 and config.half == "all"
-    assert (config.max_prompt_length, config.max_response_length, config.on_error) == (64, 24, "skip")
+    assert config.model_name_or_path == f"{tmp_path}/sft" and config.data == [
+        f"{tmp_path}/pairs.jsonl"
+    ]
+    assert (
+        config.output_dir == f"{tmp_path}/out/{name}" and config.seed == 1 and config.half == "all"
+    )
+    assert (config.max_prompt_length, config.max_response_length, config.on_error) == (
+        64,
+        24,
+        "skip",
+    )
     assert (config.validation_fraction, config.test_fraction) == (0.2, 0.3)
     if name.endswith("reward"):
         return
@@ -117,7 +141,12 @@ def test_strength_and_length_reach_the_program(tmp_path):
     jobs = jobs_of(tmp_path)
     dpo, ppo = (read_back(jobs[n]) for n in ("seed-0/dpo-beta-0.5", "seed-0/ppo-kl_coef-0.02"))
     assert (dpo.beta, dpo.max_steps) == (0.5, 10)
-    assert (ppo.kl_coef, ppo.total_episodes, ppo.rollout_batch_size, ppo.total_steps) == (0.02, 80, 16, 5)
+    assert (ppo.kl_coef, ppo.total_episodes, ppo.rollout_batch_size, ppo.total_steps) == (
+        0.02,
+        80,
+        16,
+        5,
+    )
     assert ppo.reward == [{"model": f"{tmp_path}/out/seed-0/reward"}]
 
 
@@ -128,7 +157,9 @@ def test_options_of_a_method_stand_over_its_file_and_arrive_as_they_are(tmp_path
         "learning_rate": "2e-3",
     }  # fmt: skip
     ppo = method("ppo", config=str(tmp_path / "ppo.yaml"), options=own)
-    config = read_back(jobs_of(tmp_path, {"ppo": 5}, methods={"ppo": ppo})["seed-1/ppo-kl_coef-0.1"])
+    config = read_back(
+        jobs_of(tmp_path, {"ppo": 5}, methods={"ppo": ppo})["seed-1/ppo-kl_coef-0.1"]
+    )
     assert config.lora_r == 8 and config.learning_rate == 2e-3 and config.whiten_rewards is True
     assert config.missing_eos_score is None and config.guards == {"max_kl": {"threshold": 30}}
     assert config.reward == [
@@ -141,7 +172,9 @@ def test_paths_with_spaces_and_commas(tmp_path):
     folder = tmp_path / "my data, new"
     folder.mkdir()
     config = read_back(jobs_of(folder)["seed-0/ppo-kl_coef-0.2"])
-    assert config.data == [f"{folder}/pairs.jsonl"] and config.reward == [{"model": f"{folder}/out/seed-0/reward"}]
+    assert config.data == [f"{folder}/pairs.jsonl"] and config.reward == [
+        {"model": f"{folder}/out/seed-0/reward"}
+    ]
     assert config.output_dir == f"{folder}/out/seed-0/ppo-kl_coef-0.2"
 
 
@@ -160,16 +193,33 @@ def test_sampled_pairs_are_made_anew_for_each_seed_and_all_learn_from_them(tmp_p
     for seed in (3, 5):
         store = f"{tmp_path}/out/seed-{seed}/preferences.db"
         sample = parse(SampleConfig, jobs[f"seed-{seed}/sample"].arguments[2:])
-        assert (sample.seed, sample.store, sample.prompts, sample.max_response_length) == (seed, store, 4, 24)
-        assert sample.data == [f"{tmp_path}/prompts.jsonl"] and sample.model_name_or_path == f"{tmp_path}/sft"
+        assert (sample.seed, sample.store, sample.prompts, sample.max_response_length) == (
+            seed,
+            store,
+            4,
+            24,
+        )
+        assert (
+            sample.data == [f"{tmp_path}/prompts.jsonl"]
+            and sample.model_name_or_path == f"{tmp_path}/sft"
+        )
         annotate = parse(AnnotateConfig, jobs[f"seed-{seed}/annotate"].arguments[2:])
         assert (annotate.seed, annotate.store, annotate.noise) == (seed, store, 0.2)
-        for name in (f"seed-{seed}/dpo-beta-0.1", f"seed-{seed}/reward", f"seed-{seed}/ppo-kl_coef-0.2"):
-            assert read_back(jobs[name]).data == [store] and f"seed-{seed}/annotate" in jobs[name].needs
+        for name in (
+            f"seed-{seed}/dpo-beta-0.1",
+            f"seed-{seed}/reward",
+            f"seed-{seed}/ppo-kl_coef-0.2",
+        ):
+            assert (
+                read_back(jobs[name]).data == [store]
+                and f"seed-{seed}/annotate" in jobs[name].needs
+            )
 
 
 def test_folder_names_of_small_strengths(tmp_path):
-    jobs = jobs_of(tmp_path, {"dpo": 4}, methods={"dpo": method(sweep={"beta": [1e-05, 1, 100000.5]})})
+    jobs = jobs_of(
+        tmp_path, {"dpo": 4}, methods={"dpo": method(sweep={"beta": [1e-05, 1, 100000.5]})}
+    )
     assert {job.name: read_back(job).beta for job in jobs.values() if job.kind == "trial" and job.seed == 0} == {
         "seed-0/dpo-beta-1e-05": 1e-5, "seed-0/dpo-beta-1": 1.0, "seed-0/dpo-beta-100000": 100000.5,
     }  # fmt: skip
@@ -193,13 +243,24 @@ def test_eval_every_stands_over_checkpoints_and_may_be_longer_than_the_run(tmp_p
 
 def test_fingerprints_do_not_depend_on_how_many_run_at_a_time_or_how_they_are_launched(tmp_path):
     before = marks(tmp_path)
-    more = {"processes": 4, "launcher": "python", "redo": True, "report_to": "wandb", "project": "x", "batch_size": 2}
+    more = {
+        "processes": 4,
+        "launcher": "python",
+        "redo": True,
+        "report_to": "wandb",
+        "project": "x",
+        "batch_size": 2,
+    }
     assert marks(tmp_path, **more) == before
 
 
 def test_a_seed_or_a_strength_more_leaves_the_others_alone(tmp_path):
     before = marks(tmp_path)
-    dpo = {"program": "dpo", "config": str(tmp_path / "dpo.yaml"), "sweep": {"beta": [0.1, 0.2, 0.5]}}
+    dpo = {
+        "program": "dpo",
+        "config": str(tmp_path / "dpo.yaml"),
+        "sweep": {"beta": [0.1, 0.2, 0.5]},
+    }
     methods = experiment(tmp_path).methods
     for more in (
         {"seeds": [0, 1, 2]},
@@ -238,7 +299,9 @@ def test_a_file_that_measuring_reads_changes_the_measuring_alone(tmp_path):
     for name in ("prompts.jsonl", "voice.yaml"):
         options = (tmp_path / name).read_text()
         after = marks_with(tmp_path, {name: options + "\n"})
-        assert changed(before, after) == {name for name in before if name.startswith("measure/")}, name
+        assert changed(before, after) == {name for name in before if name.startswith("measure/")}, (
+            name
+        )
 
 
 def marks_with(folder: Path, files: dict[str, str], **more) -> dict[str, str]:
@@ -251,16 +314,21 @@ def marks_with(folder: Path, files: dict[str, str], **more) -> dict[str, str]:
 
 def test_another_foundation_changes_everything(tmp_path):
     before = marks(tmp_path)
-    assert changed(before, marks_with(tmp_path, {"sft/adapter_model.safetensors": "others"})) == set(before)
+    assert changed(
+        before, marks_with(tmp_path, {"sft/adapter_model.safetensors": "others"})
+    ) == set(before)
     shutil.copytree(tmp_path / "sft", tmp_path / "sft2")
     after = marks(tmp_path, initial_policy=str(tmp_path / "sft2"))
     assert changed(before, after) == set(before)
-    assert changed(after, marks(tmp_path, initial_policy="owner/model")) == set(before)  # a name on the Hub
+    # a name on the Hub
+    assert changed(after, marks(tmp_path, initial_policy="owner/model")) == set(before)
 
 
 def test_the_file_of_a_method_changes_its_trials_and_their_measuring(tmp_path):
     before = marks(tmp_path)
-    after = marks_with(tmp_path, {"dpo.yaml": yaml.safe_dump({"learning_rate": 2e-3, "max_steps": 40})})
+    after = marks_with(
+        tmp_path, {"dpo.yaml": yaml.safe_dump({"learning_rate": 2e-3, "max_steps": 40})}
+    )
     dpo = {name for name in before if "dpo" in name}
     assert changed(before, after) == dpo and len(dpo) == 8
     after = marks(tmp_path, LENGTHS | {"dpo": 11})
@@ -271,9 +339,14 @@ def test_what_a_job_stands_on_changes_it(tmp_path):
     before = marks(tmp_path)
     after = marks_with(tmp_path, {"reward.yaml": "num_train_epochs: 2"})
     # the reward models, what learns from them, and whatever they score
-    untouched = {"measure/foundation", *(f"seed-{s}/dpo-beta-{b}" for s in (0, 1) for b in (0.1, 0.5))}
+    untouched = {
+        "measure/foundation",
+        *(f"seed-{s}/dpo-beta-{b}" for s in (0, 1) for b in (0.1, 0.5)),
+    }
     assert set(before) - changed(before, after) == untouched
-    after = marks_with(tmp_path, {"pairs.jsonl": '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'})
+    after = marks_with(
+        tmp_path, {"pairs.jsonl": '{"prompt": "q", "chosen": "a", "rejected": "b"}\n'}
+    )
     assert set(before) - changed(before, after) == {"measure/foundation"}
 
 
@@ -283,7 +356,9 @@ def test_sampled_pairs_change_what_stands_on_them(tmp_path):
     after = marks_with(tmp_path, {"annotate.yaml": "noise: 0.3"}, **more)
     # the referee learns from the pairs of the first seed, and it measures everything
     assert set(before) - changed(before, after) == {"seed-0/sample", "seed-1/sample"}
-    after = marks_with(tmp_path, {"annotate.yaml": "noise: 0.2", "sample.yaml": "prompts: 3"}, **more)
+    after = marks_with(
+        tmp_path, {"annotate.yaml": "noise: 0.2", "sample.yaml": "prompts: 3"}, **more
+    )
     assert changed(before, after) == set(before)
 
 
@@ -305,15 +380,21 @@ def test_steps_of_a_method_that_is_not_matched(tmp_path):
     def steps(method: dict) -> int:
         return given_length(Method.model_validate(method))
 
-    assert steps(methods["dpo"]) == 40 and steps(methods["ppo"]) == 20  # 320 episodes in rollouts of 16
+    # 320 episodes in rollouts of 16
+    assert steps(methods["dpo"]) == 40 and steps(methods["ppo"]) == 20
     assert steps(methods["ppo"] | {"options": {"total_episodes": "6.4e2"}}) == 40
     assert steps(methods["ppo"] | {"options": {"rollout_batch_size": 64}}) == 5
-    for method_ in (method(), method("ppo", options={"total_episodes": 63})):  # less than one rollout of 64
-        with pytest.raises(UserError, match=r"trains is not known: give '(max_steps|total_episodes)'"):
+    # less than one rollout of 64
+    for method_ in (method(), method("ppo", options={"total_episodes": 63})):
+        with pytest.raises(
+            UserError, match=r"trains is not known: give '(max_steps|total_episodes)'"
+        ):
             steps(method_)
 
 
 def test_flags_read_back():
-    words = flags({"a": 1e-05, "b": True, "c": None, "d": ["x y", "z,w"], "e": {"k": "😀"}, "f": "text"})
+    words = flags(
+        {"a": 1e-05, "b": True, "c": None, "d": ["x y", "z,w"], "e": {"k": "😀"}, "f": "text"}
+    )
     assert words == ["--a", "1e-05", "--b", "true", "--c", "none", "--d", '["x y", "z,w"]', "--e", '{"k": "😀"}', "--f",
                      "text"]  # fmt: skip

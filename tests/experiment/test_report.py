@@ -10,7 +10,10 @@ from tests.compare.results_example import make
 
 def prefer_ppo(prompts, first, second):
     """Prefer the answers that PPO wrote, in whatever order they are shown."""
-    return [0.5 + 0.5 * (a.startswith("ppo") - b.startswith("ppo")) for a, b in zip(first, second, strict=True)]
+    return [
+        0.5 + 0.5 * (a.startswith("ppo") - b.startswith("ppo"))
+        for a, b in zip(first, second, strict=True)
+    ]
 
 
 def test_each_method_meets_the_others_and_the_initial_policy_at_its_tuned_value(tmp_path):
@@ -25,7 +28,10 @@ def test_each_method_meets_the_others_and_the_initial_policy_at_its_tuned_value(
     json.dumps(asked)
     # Asked again, all answers are there
     lines = (tmp_path / "judge.jsonl").read_text()
-    assert ask_judge(config, results, report) == asked and (tmp_path / "judge.jsonl").read_text() == lines
+    assert (
+        ask_judge(config, results, report) == asked
+        and (tmp_path / "judge.jsonl").read_text() == lines
+    )
     assert swept_to_ask(report, "ppo") == report["tuned"]["methods"]["ppo"]["usual"]
 
 

@@ -24,7 +24,12 @@ from tests.experiment.example import experiment, method, options, write_files
 
 LENGTHS = {"dpo": 4, "ppo": 5}
 SMALL = {"methods": {"dpo": method(options={"max_steps": 4})}, "reward": None, "seeds": [0]}
-BOTH = {"methods": {"dpo": method(options={"max_steps": 4}), "ppo": method("ppo", options={"total_episodes": 320})}}
+BOTH = {
+    "methods": {
+        "dpo": method(options={"max_steps": 4}),
+        "ppo": method("ppo", options={"total_episodes": 320}),
+    }
+}
 BOTH["seeds"] = [0]
 TRIAL = "seed-0/dpo-beta-0.1"
 
@@ -77,10 +82,16 @@ def test_everything_is_done_once_after_what_it_needs(folder, processes, monkeypa
     config = experiment(folder, **BOTH, processes=processes)
     run_experiment(config)
     jobs = plan(config, LENGTHS)
-    assert sorted(log(folder, "end")) == sorted(log(folder, "begin")) == sorted(job.name for job in jobs)
+    assert (
+        sorted(log(folder, "end"))
+        == sorted(log(folder, "begin"))
+        == sorted(job.name for job in jobs)
+    )
     lines = log(folder)
     for job in jobs:
-        assert all(lines.index(f"end {other}") < lines.index(f"begin {job.name}") for other in job.needs)
+        assert all(
+            lines.index(f"end {other}") < lines.index(f"begin {job.name}") for other in job.needs
+        )
     assert max(at_once) == processes
     assert lines[-1] == "report" and lines.count("report") == 1
     for job in jobs:
@@ -111,23 +122,34 @@ def test_a_file_that_is_gone_is_made_again_and_nothing_else(folder):
 def test_matched_lengths_follow_from_the_pilots(folder):
     # a pilot's step costs 10; nothing else costs anything here: 450 / 10 = 45 steps
     methods = {"dpo": method(), "ppo": method("ppo")}
-    run_experiment(experiment(folder, methods=methods, seeds=[0], budget={"match": "flops", "total": 450}))
+    run_experiment(
+        experiment(folder, methods=methods, seeds=[0], budget={"match": "flops", "total": 450})
+    )
     command = record(folder, TRIAL)["command"]
     assert command[command.index("--max_steps") + 1] == "45"
     lines = log(folder)
     trials = [
-        i for i, line in enumerate(lines) if line.startswith("begin seed-0/dpo") or line.startswith("begin seed-0/p")
+        i
+        for i, line in enumerate(lines)
+        if line.startswith("begin seed-0/dpo") or line.startswith("begin seed-0/p")
     ]
-    assert max(lines.index("end pilot/dpo"), lines.index("end pilot/ppo"), lines.index("end seed-0/reward")) < min(
-        trials
-    )
+    assert max(
+        lines.index("end pilot/dpo"), lines.index("end pilot/ppo"), lines.index("end seed-0/reward")
+    ) < min(trials)
 
 
 def test_a_budget_that_is_too_small_stops_all_after_the_pilots(folder):
     behave(folder, jobs={"measure/seed-0/foundation": {"seconds": 600}})
-    with pytest.raises(UserError, match=r"budget: of 15 flops 0 go into pairs .*1 steps of 'dpo' \(10 each"):
+    with pytest.raises(
+        UserError, match=r"budget: of 15 flops 0 go into pairs .*1 steps of 'dpo' \(10 each"
+    ):
         run_experiment(
-            experiment(folder, methods={"dpo": method()}, budget={"match": "flops", "total": 15}, processes=3)
+            experiment(
+                folder,
+                methods={"dpo": method()},
+                budget={"match": "flops", "total": 15},
+                processes=3,
+            )
         )
     assert not any("dpo-" in name for name in log(folder, "begin"))
     assert programs_of(folder / "out") == []
@@ -158,9 +180,14 @@ def test_what_a_program_refuses_is_not_tried_again_and_holds_up_only_what_needs_
     # PPO's run, what the reward model would score: PPO's policies, DPO's, the foundation
     said = str(stopped.value)
     assert said.startswith("1 of 7 jobs failed; 4 that need them were not started:")
-    assert f"seed-0/reward: exit code 2, {folder}/out/logs/seed-0/reward.log" in said and stopped.value.code == 1
+    assert (
+        f"seed-0/reward: exit code 2, {folder}/out/logs/seed-0/reward.log" in said
+        and stopped.value.code == 1
+    )
     assert log(folder, "begin").count("seed-0/reward") == 1
-    assert sorted(log(folder, "end")) == ["measure/foundation", TRIAL] and log(folder, "report") == []
+    assert (
+        sorted(log(folder, "end")) == ["measure/foundation", TRIAL] and log(folder, "report") == []
+    )
     behave(folder)
     run_experiment(experiment(folder, **BOTH))  # mended: only the rest is done
     assert len(log(folder, "end")) == len(set(log(folder, "end"))) == 7
@@ -190,29 +217,45 @@ def test_an_end_without_a_result_is_a_failure(folder, code, said):
 
 
 def test_other_options_are_refused_with_what_differs_and_set_aside_when_asked(folder):
-    more = {"seeds": [0], "methods": {"dpo": method(sweep={"beta": [0.1, 0.5]}, options={"max_steps": 4})}}
+    more = {
+        "seeds": [0],
+        "methods": {"dpo": method(sweep={"beta": [0.1, 0.5]}, options={"max_steps": 4})},
+    }
     run_experiment(experiment(folder, **more))
     before = log(folder, "begin")
     more["methods"]["dpo"]["options"] = {"max_steps": 6}
     with pytest.raises(UserError) as refused:
         run_experiment(experiment(folder, **more))
     said = str(refused.value)
-    assert "holds results of other options" in said and "--redo true" in said and "another --output_dir" in said
+    assert (
+        "holds results of other options" in said
+        and "--redo true" in said
+        and "another --output_dir" in said
+    )
     assert f"  {TRIAL}: --max_steps was 4, now 6; --save_steps was 2, now 3" in said
     assert f"  measure/{TRIAL}: what it reads or depends on" in said and "reward" not in said
     assert log(folder, "begin") == before
-    assert yaml.safe_load((folder / "out" / "experiment.yaml").read_text())["methods"]["dpo"]["options"] == {
-        "max_steps": 4
-    }
+    assert yaml.safe_load((folder / "out" / "experiment.yaml").read_text())["methods"]["dpo"][
+        "options"
+    ] == {"max_steps": 4}
     (folder / "out" / TRIAL / "mine").touch()
     run_experiment(experiment(folder, **more, redo=True))
     again = log(folder, "begin")[len(before) :]
     trials = [TRIAL, "seed-0/dpo-beta-0.5"]
     assert sorted(again) == sorted([*trials, *(f"measure/{name}" for name in trials)])
     (aside,) = (folder / "out" / "aside" / "seed-0").glob("dpo-beta-0.1-*")
-    assert (aside / "dpo-beta-0.1" / "mine").is_file() and not (folder / "out" / TRIAL / "mine").exists()
+    assert (aside / "dpo-beta-0.1" / "mine").is_file() and not (
+        folder / "out" / TRIAL / "mine"
+    ).exists()
     assert (
-        len(list((folder / "out" / "aside" / "measure" / "seed-0").glob("dpo-beta-0.1-*/dpo-beta-0.1/done.json"))) == 1
+        len(
+            list(
+                (folder / "out" / "aside" / "measure" / "seed-0").glob(
+                    "dpo-beta-0.1-*/dpo-beta-0.1/done.json"
+                )
+            )
+        )
+        == 1
     )
     run_experiment(experiment(folder, **more))  # without being asked again: all of it fits now
 
@@ -250,15 +293,17 @@ def test_votes_of_other_annotators_are_not_added_to_those_of_the_first(folder):
     (folder / "annotate.yaml").write_text("noise: 0.5")
     run_experiment(experiment(folder, **more, redo=True))
     again = log(folder, "begin")[before:]
-    assert {"seed-0/sample", "seed-0/annotate", TRIAL} <= set(again) and "measure/foundation" not in again
+    assert {"seed-0/sample", "seed-0/annotate", TRIAL} <= set(
+        again
+    ) and "measure/foundation" not in again
     assert (folder / "out" / "seed-0" / "preferences.db").read_text() == ""
     kept = list((folder / "out" / "aside" / "seed-0").glob("annotate-*/preferences.db"))
     assert [file.read_text() for file in kept] == ["votes of the first"]
 
 
 def test_sampling_that_was_cut_off_begins_with_an_empty_store(folder):
-    # sampling adds its cost to what the store says, so that a store which was full when its program was killed would
-    # count it twice
+    # sampling adds its cost to what the store says, so that a store which was full when its program
+    # was killed would count it twice
     write_files(folder)
     for name in ("sample", "annotate"):
         (folder / f"{name}.yaml").write_text("seed: 0")
@@ -303,7 +348,10 @@ def test_a_signal_lets_the_programs_save_and_the_same_command_goes_on(folder):
     process.send_signal(signal.SIGTERM)
     code, said = finished(process)
     assert code == 75 and "stopped by SIGTERM; the same command resumes" in said
-    assert sorted(log(folder, "saved")) == sorted(["seed-0/reward", TRIAL]) and programs_of(folder / "out") == []
+    assert (
+        sorted(log(folder, "saved")) == sorted(["seed-0/reward", TRIAL])
+        and programs_of(folder / "out") == []
+    )
     behave(folder)
     code, said = finished(runner_process(folder, **BOTH, processes=2))
     assert code == 0, said
@@ -359,10 +407,15 @@ def test_a_launcher_that_is_about_to_launch_is_ended_too(folder):
     # beside a program that is under way, which takes the signal as it should
     behave(
         folder,
-        jobs={TRIAL: {"launch": "slowly", "seconds": 600}, "measure/foundation": {"launch": "rank", "seconds": 600}},
+        jobs={
+            TRIAL: {"launch": "slowly", "seconds": 600},
+            "measure/foundation": {"launch": "rank", "seconds": 600},
+        },
     )
     process = runner_process(folder, **SMALL, processes=2)
-    wait_for(lambda: log(folder, "launching") == [TRIAL] and "measure/foundation" in log(folder, "begin"))
+    wait_for(
+        lambda: log(folder, "launching") == [TRIAL] and "measure/foundation" in log(folder, "begin")
+    )
     process.send_signal(signal.SIGTERM)
     assert finished(process)[0] == 75
     time.sleep(2.2)  # by now it would have launched
@@ -401,7 +454,10 @@ def test_what_launches_a_program():
     assert words("python") == [sys.executable, *script]
     assert words("python -u") == [sys.executable, "-u", *script]
     first, second = (words("deepspeed --num_accelerators 1") for _ in range(2))
-    assert first[:4] == ["deepspeed", "--num_accelerators", "1", "--master_port"] and first[5:] == ["--module", *module]
+    assert first[:4] == ["deepspeed", "--num_accelerators", "1", "--master_port"] and first[5:] == [
+        "--module",
+        *module,
+    ]
     assert int(first[4]) > 1023 and first[4] != second[4]  # several at a time
     torchrun = words("'/my tools/torchrun' --nproc_per_node 2")
     assert torchrun[:4] == ["/my tools/torchrun", "--nproc_per_node", "2", "--master_port"]

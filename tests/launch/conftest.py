@@ -9,9 +9,29 @@ import pytest
 
 from tests.conftest import ROOT
 
-ITEMS = ("lamp", "chair", "parcel", "refund", "order", "red lamp", "blue chair", "team", "help", "today")
+ITEMS = (
+    "lamp",
+    "chair",
+    "parcel",
+    "refund",
+    "order",
+    "red lamp",
+    "blue chair",
+    "team",
+    "help",
+    "today",
+)
 COLOURS = ("red", "blue", "green", "old", "new", "big")
-SHORT = ["--max_prompt_length", "64", "--max_response_length", "12", "--logging_steps", "1", "--eval_prompts", "4"]
+SHORT = [
+    "--max_prompt_length",
+    "64",
+    "--max_response_length",
+    "12",
+    "--logging_steps",
+    "1",
+    "--eval_prompts",
+    "4",
+]
 SMALL = ["--per_device_train_batch_size", "4", "--max_steps", "3", "--lora_r", "4"]
 
 
@@ -39,24 +59,50 @@ def write_data(folder: Path) -> dict[str, str]:
     said = [{"role": "assistant", "content": "on its way"}]
     return {
         "instructions": write_rows(
-            folder / "i.jsonl", [{"messages": [{"role": "user", "content": q}, *said]} for q in asked]
+            folder / "i.jsonl",
+            [{"messages": [{"role": "user", "content": q}, *said]} for q in asked],
         ),
         "pairs": write_rows(
             folder / "p.jsonl",
-            [{"prompt": q, "chosen": f"happy to help {n}", "rejected": f"no {n}"} for n, q in enumerate(asked)],
+            [
+                {"prompt": q, "chosen": f"happy to help {n}", "rejected": f"no {n}"}
+                for n, q in enumerate(asked)
+            ],
         ),
     }
 
 
 def flags_of(name: str, model, data: str, output) -> list[str]:
     eval_flags = SHORT[:-2] if name == "reward" else SHORT
-    return ["--model_name_or_path", str(model), "--data", data, "--output_dir", str(output), *eval_flags]
+    return [
+        "--model_name_or_path",
+        str(model),
+        "--data",
+        data,
+        "--output_dir",
+        str(output),
+        *eval_flags,
+    ]
 
 
 def ppo_flags(folder: Path) -> list[str]:
     return [
-        *("--reward", f"[{{model: {folder}/reward}}]", "--total_episodes", "16", "--rollout_batch_size", "8"),
-        *("--per_device_train_batch_size", "4", "--learning_rate", "1e-2", "--num_mini_batches", "2"),
+        *(
+            "--reward",
+            f"[{{model: {folder}/reward}}]",
+            "--total_episodes",
+            "16",
+            "--rollout_batch_size",
+            "8",
+        ),
+        *(
+            "--per_device_train_batch_size",
+            "4",
+            "--learning_rate",
+            "1e-2",
+            "--num_mini_batches",
+            "2",
+        ),
     ]
 
 
@@ -82,21 +128,34 @@ def runs(base_path, files, tmp_path_factory) -> Path:
 
 def untimed(row: dict) -> dict:
     """A line of metrics.jsonl without times and memory, which no two runs share."""
-    return {k: v for k, v in row.items() if not k.startswith(("time", "memory", "eval/time", "budget/seconds"))}
+    return {
+        k: v
+        for k, v in row.items()
+        if not k.startswith(("time", "memory", "eval/time", "budget/seconds"))
+    }
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """Where two runs are not equal to the last bit: weights, metrics, samples, headline; times and memory excepted."""
+    """Where two runs are not equal to the last bit: weights, metrics, samples, headline; times and
+    memory excepted.
+    """
     from rlhf.runs.tracking import read_metrics
 
     found = []
-    names = {p.relative_to(d) for d in (one, other) for p in (*d.glob("*.safetensors"), *d.glob("value/*.safetensors"))}
+    names = {
+        p.relative_to(d)
+        for d in (one, other)
+        for p in (*d.glob("*.safetensors"), *d.glob("value/*.safetensors"))
+    }
     for name in sorted(names):
         parts = [(d / name).read_bytes() if (d / name).is_file() else None for d in (one, other)]
         if parts[0] != parts[1]:
             found.append(f"{name} differs")
     for name in ("metrics.jsonl", "tables/samples.jsonl"):
-        rows = [[untimed(r) for r in read_metrics(d / name)] if (d / name).is_file() else [] for d in (one, other)]
+        rows = [
+            [untimed(r) for r in read_metrics(d / name)] if (d / name).is_file() else []
+            for d in (one, other)
+        ]
         if len(rows[0]) != len(rows[1]):
             found.append(f"{name} has {len(rows[0])} and {len(rows[1])} lines")
         for ours, theirs in zip(*rows, strict=False):

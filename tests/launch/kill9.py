@@ -1,10 +1,12 @@
-"""Kill each program with SIGKILL at random moments, start it again until it is done, and compare with a run left alone.
+"""Kill each program with SIGKILL at random moments, start it again until it is done, and compare
+with a run left alone.
 
     python -m tests.launch.kill9 --kills 10 --programs sft reward dpo ppo ppo@2 dpo@2
 
-`ppo@2` is two ranks under the DeepSpeed launcher (ZeRO-2). A kill comes a random while (up to 0.4 s) after the run has
-got zero to three checkpoints further than it was at its start, or now and then while it is still loading. Equal means
-the same weights, metrics, samples and headline to the last bit, times and memory excepted.
+`ppo@2` is two ranks under the DeepSpeed launcher (ZeRO-2). A kill comes a random while (up to 0.4
+s) after the run has got zero to three checkpoints further than it was at its start, or now and then
+while it is still loading. Equal means the same weights, metrics, samples and headline to the last
+bit, times and memory excepted.
 """
 
 from __future__ import annotations
@@ -41,7 +43,10 @@ def world(folder: Path) -> dict[str, str]:
     reward = Path(random_adapter(str(base), folder / "reward", seed=2))
     weights = load_file(reward / "adapter_model.safetensors")
     torch.manual_seed(3)
-    save_file(weights | {"base_model.model.score.weight": torch.randn(1, 32)}, reward / "adapter_model.safetensors")
+    save_file(
+        weights | {"base_model.model.score.weight": torch.randn(1, 32)},
+        reward / "adapter_model.safetensors",
+    )
     (reward / "reward.json").write_text(json.dumps({"scale": 0.5, "bias": -0.25}))
     return {"base": str(base), "sft": sft, **write_data(folder)}
 
@@ -51,27 +56,66 @@ def command_of(program: str, made: dict[str, str], folder: Path, output: Path) -
     data = made["instructions" if name == "sft" else "pairs"]
     flags = [*flags_of(name, made["base" if name == "sft" else "sft"], data, output), *LAST]
     if name == "ppo":
-        flags += [*ppo_flags(folder), "--total_episodes", "320", "--missing_eos_score", "none", "--eval_steps", "7"]
+        flags += [
+            *ppo_flags(folder),
+            "--total_episodes",
+            "320",
+            "--missing_eos_score",
+            "none",
+            "--eval_steps",
+            "7",
+        ]
     else:
-        flags += [*SMALL[:2], "--max_steps", SIZE[name], *SMALL[4:], "--num_train_epochs", "1", "--eval_steps", "7"]
+        flags += [
+            *SMALL[:2],
+            "--max_steps",
+            SIZE[name],
+            *SMALL[4:],
+            "--num_train_epochs",
+            "1",
+            "--eval_steps",
+            "7",
+        ]
         flags += ["--logging_steps", "3"]
     program_file = str(ROOT / "launch" / f"{name}.py")
     if not ranks:
         return [sys.executable, program_file, *flags]
-    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", ranks, "--no_local_rank"]
-    return [*launcher, "--master_port", str(20000 + os.getpid() % 20000), program_file, *flags, "--deepspeed", "zero2"]
+    launcher = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        ranks,
+        "--no_local_rank",
+    ]
+    return [
+        *launcher,
+        "--master_port",
+        str(20000 + os.getpid() % 20000),
+        program_file,
+        *flags,
+        "--deepspeed",
+        "zero2",
+    ]
 
 
 def reached(output: Path) -> int:
-    """The step of the newest folder among the checkpoints, whole or in the writing; 0 if there is none."""
+    """The step of the newest folder among the checkpoints, whole or in the writing; 0 if there is
+    none.
+    """
     names = [p.name for p in (output / "checkpoints").glob("*-*")]
     return max((int(n.rpartition("-")[2]) for n in names if not n.startswith("aside")), default=0)
 
 
 def start(command: list[str], log: Path) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+    }
     with open(log, "ab") as file:
-        return subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True, cwd=ROOT)
+        return subprocess.Popen(
+            command, stdout=file, stderr=file, env=environment, start_new_session=True, cwd=ROOT
+        )
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -82,7 +126,9 @@ def kill(process: subprocess.Popen) -> None:
 
 
 def torture(command: list[str], output: Path, kills: int, rng: random.Random) -> tuple[int, str]:
-    """Start and kill until `kills` are made, then let it end. Returns the kills made and what went wrong, if at all."""
+    """Start and kill until `kills` are made, then let it end. Returns the kills made and what went
+    wrong, if at all.
+    """
     log, made, left = output.with_suffix(".log"), 0, 40 * kills
     while True:
         goal, began = reached(output) + rng.randint(0, 3), time.monotonic()
@@ -103,16 +149,23 @@ def torture(command: list[str], output: Path, kills: int, rng: random.Random) ->
             if process.poll() is None:
                 kill(process)
                 return made, f"a start took more than {PATIENCE:.0f} s, see {log}"
-            return made, "" if process.returncode == 0 else f"exit code {process.returncode}, see {log}"
+            return (
+                made,
+                "" if process.returncode == 0 else f"exit code {process.returncode}, see {log}",
+            )
         left -= 1
         if not left:
             return made, "it does not come to its end"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10, help="for each program")
-    parser.add_argument("--programs", nargs="+", default=["sft", "reward", "dpo", "ppo", "dpo@2", "ppo@2"])
+    parser.add_argument(
+        "--programs", nargs="+", default=["sft", "reward", "dpo", "ppo", "dpo@2", "ppo@2"]
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     rng, wrong = random.Random(options.seed), 0
@@ -127,14 +180,20 @@ def main() -> None:
         calm, killed = folder / f"{name}-calm", folder / f"{name}-killed"
         process = start(command_of(program, made, folder, calm), calm.with_suffix(".log"))
         if process.wait(timeout=PATIENCE):
-            sys.exit(f"{program} ends with code {process.returncode}, see {calm.with_suffix('.log')}")
-        count, problem = torture(command_of(program, made, folder, killed), killed, options.kills, rng)
+            sys.exit(
+                f"{program} ends with code {process.returncode}, see {calm.with_suffix('.log')}"
+            )
+        count, problem = torture(
+            command_of(program, made, folder, killed), killed, options.kills, rng
+        )
         problems = [problem] if problem else differences(calm, killed)
         from rlhf.runs.tracking import read_metrics
 
         steps = max(row["step"] for row in read_metrics(calm / "metrics.jsonl"))
         log = killed.with_suffix(".log").read_text()
-        starts = {line.split("after step ")[1] for line in log.splitlines() if ": resuming from" in line}
+        starts = {
+            line.split("after step ")[1] for line in log.splitlines() if ": resuming from" in line
+        }
         equal = "yes" if not problems else "NO: " + "; ".join(problems[:3])
         wrong += bool(problems)
         spread = ", ".join(sorted(starts, key=int)) or "none"

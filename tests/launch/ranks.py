@@ -1,4 +1,5 @@
-"""A few rollouts of PPO in a tiny run, alone or as one of several ranks; what each saw goes to a file.
+"""A few rollouts of PPO in a tiny run, alone or as one of several ranks; what each saw goes to a
+file.
 
 deepspeed --num_accelerators 2 --no_local_rank tests/launch/ranks.py BASE SFT REWARD OUT STAGE
 """
@@ -13,7 +14,9 @@ STEPS = 4
 
 
 def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict:
-    """Responses and metrics of each step, how often the parameters were gathered, and the saved files' tensors."""
+    """Responses and metrics of each step, how often the parameters were gathered, and the saved
+    files' tensors.
+    """
     import tempfile
 
     import torch
@@ -34,14 +37,18 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
     )  # fmt: skip
     texts = ("one", "three", "seventeen", "a", "of it", "many things", "yes", "no")
     prompts = [
-        {"prompt_ids": [5 + ord(c) % 200 for c in t], "record": Prompt(prompt=[{"role": "user", "content": t}])}
+        {
+            "prompt_ids": [5 + ord(c) % 200 for c in t],
+            "record": Prompt(prompt=[{"role": "user", "content": t}]),
+        }
         for t in texts
     ]
     torch.manual_seed(0)
     initial = load_model(sft)
     roles = Roles(initial, lora_config(r=4), reward)
     config = read_deepspeed_config(stage, world)
-    if config and config["zero_optimization"]["stage"] == 3:  # a tiny model would not be cut into parts at all
+    # a tiny model would not be cut into parts at all
+    if config and config["zero_optimization"]["stage"] == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
     scorer = role_scorer(roles, initial.tokenizer.pad_token_id, 3)  # ranks make one pass, and two
@@ -55,12 +62,17 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
     for step in range(STEPS):
         metrics, rollout = trainer.step(step)
         kept = {k: v for k, v in metrics.items() if not k.startswith("time/")}
-        seen.append({"metrics": kept, "responses": rollout.samples.response_ids, "gathers": len(gathers)})
+        seen.append(
+            {"metrics": kept, "responses": rollout.samples.response_ids, "gathers": len(gathers)}
+        )
     episodes = int(world.sum(trainer.budget.episodes))
     with gather(), tempfile.TemporaryDirectory() as folder:
         if world.is_main:
             roles.save(folder, initial)
-        shapes = {str(p.relative_to(folder)): shapes_in(p) for p in sorted(Path(folder).rglob("*.safetensors"))}
+        shapes = {
+            str(p.relative_to(folder)): shapes_in(p)
+            for p in sorted(Path(folder).rglob("*.safetensors"))
+        }
     return {"steps": seen, "episodes": episodes, "shapes": shapes}
 
 
@@ -72,7 +84,11 @@ def shapes_in(path: Path) -> dict[str, list[int]]:
 
 def equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> float:
     """Share of tokens at which two sets of responses are the same."""
-    pairs = [(a, b) for one, other in zip(ours, theirs, strict=True) for a, b in zip(one, other, strict=False)]
+    pairs = [
+        (a, b)
+        for one, other in zip(ours, theirs, strict=True)
+        for a, b in zip(one, other, strict=False)
+    ]
     return sum(a == b for a, b in pairs) / max(sum(map(len, ours)), sum(map(len, theirs)))
 
 

@@ -19,13 +19,23 @@ def pairs(folder, soft):
 
 
 def run(base_path, folder, soft, *more):
-    arguments = ["--model_name_or_path", base_path, "--data", pairs(folder, soft), "--output_dir", str(folder / "run")]
-    door("dpo")([*arguments, *SHORT, *SMALL, "--eval_prompts", "0", "--validation_fraction", "0.2", *more])
+    arguments = [
+        "--model_name_or_path",
+        base_path,
+        "--data",
+        pairs(folder, soft),
+        "--output_dir",
+        str(folder / "run"),
+    ]
+    door("dpo")(
+        [*arguments, *SHORT, *SMALL, "--eval_prompts", "0", "--validation_fraction", "0.2", *more]
+    )
     return json.loads((folder / "run" / "result.json").read_text())["headline"]["eval/loss/total"]
 
 
 def test_soft_labels_are_read_and_change_the_loss(base_path, tmp_path, capsys):
-    still = ("--learning_rate", "1e-12")  # at the reference every loss is log 2 for a row of weight 1
+    # at the reference every loss is log 2 for a row of weight 1
+    still = ("--learning_rate", "1e-12")
     loss = run(base_path, tmp_path, {"label_prob": 0.7, "weight": 3.0, "margin": 0.5}, *still)
     said = capsys.readouterr().out
     assert (
@@ -45,10 +55,15 @@ def test_other_losses_say_that_they_do_not_read_them(base_path, tmp_path, capsys
     [
         (["--loss_type", "hinge", "--label_smoothing", "0.1"], "no effect on loss_type hinge"),
         (["--label_smoothing", "0.5"], "expected at least 0 and less than 0.5"),
-        (["--label_smoothing", "0.1", "--trl", "{use_weighting: true}"], "does not go with use_weighting"),
+        (
+            ["--label_smoothing", "0.1", "--trl", "{use_weighting: true}"],
+            "does not go with use_weighting",
+        ),
     ],
 )
-def test_label_smoothing_that_would_do_nothing_is_refused(base_path, tmp_path, capsys, flags, message):
+def test_label_smoothing_that_would_do_nothing_is_refused(
+    base_path, tmp_path, capsys, flags, message
+):
     with pytest.raises(SystemExit) as stopped:
         run(base_path, tmp_path, {}, *flags)
     assert stopped.value.code == EXIT_USER_ERROR and message in capsys.readouterr().err

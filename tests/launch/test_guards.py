@@ -1,4 +1,6 @@
-"""Guards in real runs: what is skipped, rolled back to and stopped, and what a kill in the middle of it costs."""
+"""Guards in real runs: what is skipped, rolled back to and stopped, and what a kill in the middle
+of it costs.
+"""
 
 import copy
 import json
@@ -21,9 +23,19 @@ from rlhf.runs.tracking import read_metrics
 from tests.launch.conftest import SMALL, differences, door, flags_of, ppo_flags
 
 CALLS = {"count": 0, "bad": ()}  # of the scorer below
-# Only the critic learns in the first three steps, so that kl/sequence is 0 up to step 4 and first moves at step 5. The
-# rollback from there (one bad rollout, made by the update of step 4) goes to a checkpoint of before step 4: step 2's.
-LATE = ["--critic_warmup_steps", "3", "--total_episodes", "40", "--save_steps", "2", "--save_total_limit", "9"]
+# Only the critic learns in the first three steps, so that kl/sequence is 0 up to step 4 and first
+# moves at step 5. The rollback from there (one bad rollout, made by the update of step 4) goes to a
+# checkpoint of before step 4: step 2's.
+LATE = [
+    "--critic_warmup_steps",
+    "3",
+    "--total_episodes",
+    "40",
+    "--save_steps",
+    "2",
+    "--save_total_limit",
+    "9",
+]
 
 
 class Crash(BaseException):
@@ -90,15 +102,23 @@ def stopped(runs, files, tmp_path_factory):
 def test_a_rollback_goes_back_with_half_the_step_size(stopped, plain):
     rows, before = rows_of(stopped), rows_of(plain)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]  # cut back twice, and written again
-    # linear from 1e-2 to 0 over 5 steps: 1e-2 * (1 - 3/5) at step 4, and after two rollbacks a quarter of it
-    assert before[3]["learning_rate"] == pytest.approx(4e-3) and rows[3]["learning_rate"] == pytest.approx(1e-3)
+    # linear from 1e-2 to 0 over 5 steps: 1e-2 * (1 - 3/5) at step 4, and after two rollbacks a
+    # quarter of it
+    assert before[3]["learning_rate"] == pytest.approx(4e-3) and rows[3][
+        "learning_rate"
+    ] == pytest.approx(1e-3)
     assert [row["guard/rollbacks"] for row in rows] == [0, 0, 2, 2, 2]
     assert rows[4]["guard/rate_scale"] == 0.25
     restored, original = (f / "checkpoints" / "step-000002" for f in (stopped, plain))
-    for name in ("adapter_model.safetensors", "value/adapter_model.safetensors", "value/value_head.safetensors"):
+    for name in (
+        "adapter_model.safetensors",
+        "value/adapter_model.safetensors",
+        "value/value_head.safetensors",
+    ):
         assert (restored / name).read_bytes() == (original / name).read_bytes(), name
     assert json.loads((restored / "ppo.json").read_text())["guards"]["rollbacks"] == 2
-    assert 0 < rows[4]["kl/sequence"] < before[4]["kl/sequence"] / 2  # a shorter step leaves the reference less far
+    # a shorter step leaves the reference less far
+    assert 0 < rows[4]["kl/sequence"] < before[4]["kl/sequence"] / 2
 
 
 def test_weights_and_moments_are_those_of_the_checkpoint(runs, files, plain, tmp_path, monkeypatch):
@@ -113,12 +133,16 @@ def test_weights_and_moments_are_those_of_the_checkpoint(runs, files, plain, tmp
     monkeypatch.setattr(PPOTrainer, "load", spy)
     start(guarded(runs, files, tmp_path, always(1)))
     ((before, after, moments, done),) = seen
-    kept = torch.load(plain / "checkpoints" / "step-000002" / "learner" / "plain.pt", weights_only=True)
+    kept = torch.load(
+        plain / "checkpoints" / "step-000002" / "learner" / "plain.pt", weights_only=True
+    )
     assert done == 2 and set(kept["module"]) == set(after)
     assert all(torch.equal(kept["module"][name], after[name]) for name in after)
     assert not all(torch.equal(before[name], after[name]) for name in after)
     for number, state in kept["optimizer"]["state"].items():
-        assert all(torch.equal(state[k], moments[number][k]) for k in ("step", "exp_avg", "exp_avg_sq")), number
+        assert all(
+            torch.equal(state[k], moments[number][k]) for k in ("step", "exp_avg", "exp_avg_sq")
+        ), number
 
 
 def test_after_the_last_rollback_it_is_a_stop_and_everything_is_written_down(stopped, capsys):
@@ -130,9 +154,12 @@ def test_after_the_last_rollback_it_is_a_stop_and_everything_is_written_down(sto
     ]
     assert "after 2 rollbacks" in result["stopped"] and "raise kl_coef" in result["stopped"]
     assert result["steps"] == 5 and (stopped / "adapter_model.safetensors").is_file()
-    evaluated = [r["step"] for r in read_metrics(stopped / "metrics.jsonl") if "eval/score/total" in r]
+    evaluated = [
+        r["step"] for r in read_metrics(stopped / "metrics.jsonl") if "eval/score/total" in r
+    ]
     assert evaluated == [0, 5]  # the headline is that of the weights that were kept
-    assert not (stopped / "checkpoints" / "step-000005").exists()  # it would go on as if nothing had been
+    # it would go on as if nothing had been
+    assert not (stopped / "checkpoints" / "step-000005").exists()
 
 
 def test_a_stopped_run_goes_on_only_when_told_from_where(runs, files, stopped, tmp_path, capsys):
@@ -153,7 +180,9 @@ def test_a_stopped_run_goes_on_only_when_told_from_where(runs, files, stopped, t
 
 
 def points(monkeypatch, arguments) -> list[int]:
-    """The points of the checkpoint writer from the last before the first rollback to the end of what that writes."""
+    """The points of the checkpoint writer from the last before the first rollback to the end of
+    what that writes.
+    """
     passed, first = [], []
     roll_back = Run.roll_back
 
@@ -168,17 +197,25 @@ def points(monkeypatch, arguments) -> list[int]:
     assert code in (0, EXIT_GUARD)
     last = first[0] + passed[first[0] :].index("renamed")
     told = ("filled", "set aside", "renamed")
-    return [n for n, where in enumerate(passed, 1) if first[0] <= n <= last + 1 and (n == first[0] or where in told)]
+    return [
+        n
+        for n, where in enumerate(passed, 1)
+        if first[0] <= n <= last + 1 and (n == first[0] or where in told)
+    ]
 
 
 @pytest.fixture(scope="module")
 def recovered(plain):
-    """A threshold that the first course crosses at step 5, the last one, and the one at half the step size does not."""
+    """A threshold that the first course crosses at step 5, the last one, and the one at half the
+    step size does not.
+    """
     threshold = 0.6 * rows_of(plain)[4]["kl/sequence"]
     return {"max_kl": {"threshold": threshold, "window": 1, "action": "rollback"}}
 
 
-def test_a_kill_around_a_rollback_costs_nothing(runs, files, recovered, tmp_path, monkeypatch, capsys):
+def test_a_kill_around_a_rollback_costs_nothing(
+    runs, files, recovered, tmp_path, monkeypatch, capsys
+):
     whole = tmp_path / "whole"
     numbers = points(monkeypatch, guarded(runs, files, whole, recovered))
     expected = result_of(whole)
@@ -204,12 +241,15 @@ def test_a_kill_around_a_rollback_costs_nothing(runs, files, recovered, tmp_path
     assert "resuming from" in capsys.readouterr().out
 
 
-def test_a_kill_between_rollbacks_does_not_lose_their_count(runs, files, stopped, tmp_path, monkeypatch):
+def test_a_kill_between_rollbacks_does_not_lose_their_count(
+    runs, files, stopped, tmp_path, monkeypatch
+):
     arguments, seals = guarded(runs, files, tmp_path, always(2)), []
 
     def point(where):
         seals.append(where)
-        if seals.count("renamed") == 4:  # checkpoints of steps 2 and 4, the first rollback's, and that of step 4 again
+        # checkpoints of steps 2 and 4, the first rollback's, and that of step 4 again
+        if seals.count("renamed") == 4:
             raise Crash
 
     monkeypatch.setattr(checkpoint, "crash_point", point)
@@ -257,7 +297,12 @@ def test_a_nan_score_is_skipped_and_counted(runs, files, tmp_path):
     assert [row["guard/skipped_rollouts"] for row in rows] == [0, 0, 1, 1, 1, 1]
     assert ["score/raw" in row for row in rows] == [True, True, False, True, True, True]
     (event,) = result_of(tmp_path)["guards"]
-    assert (event["guard"], event["action"], event["step"], event["times"]) == ("not_finite", "skip", 3, 1)
+    assert (event["guard"], event["action"], event["step"], event["times"]) == (
+        "not_finite",
+        "skip",
+        3,
+        1,
+    )
     assert "'tone'" in event["reason"] and "where is my" in event["reason"]
     (told,) = read_metrics(tmp_path / "tables" / "guards.jsonl")  # the table that W&B is sent
     assert (told["step"], told["guard"], told["reason"]) == (3, "not_finite", event["reason"])
@@ -292,7 +337,12 @@ def test_an_update_with_a_nan_loss_changes_nothing(runs, files, tmp_path, monkey
 
     monkeypatch.setattr(PPOTrainer, "policy_pass", poisoned)
     monkeypatch.setattr(PPOTrainer, "update", monitored)
-    assert start(flags(runs, files, tmp_path, "--num_ppo_epochs", "2", "--guards", "{truncation: off}")) == 0
+    assert (
+        start(
+            flags(runs, files, tmp_path, "--num_ppo_epochs", "2", "--guards", "{truncation: off}")
+        )
+        == 0
+    )
     assert seen == [False] * 5 + [True] + [False] * 2  # two steps of four updates
     rows = rows_of(tmp_path)
     assert [row["guard/skipped_updates"] for row in rows] == [0, 1]
@@ -301,23 +351,49 @@ def test_an_update_with_a_nan_loss_changes_nothing(runs, files, tmp_path, monkey
     assert (event["guard"], event["action"], event["value"]) == ("not_finite", "skip", "nan")
 
 
-def test_a_run_that_could_learn_from_no_rollout_is_not_done(runs, files, tmp_path, monkeypatch, capsys):
+def test_a_run_that_could_learn_from_no_rollout_is_not_done(
+    runs, files, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(CALLS, "count", 0)
     monkeypatch.setitem(CALLS, "bad", (1, 2))
     scorer = ["--reward", f"[{{function: '{__name__}:by_length'}}]", "--total_episodes", "16"]
     assert start([*flags(runs, files, tmp_path, *scorer), "--eval_prompts", "0"]) == EXIT_GUARD
     assert "ppo: nothing was learnt: every rollout was skipped" in capsys.readouterr().out
     monkeypatch.setitem(CALLS, "bad", ())  # all responses are cut off at the same length
-    assert start([*flags(runs, files, tmp_path / "other", *scorer), "--eval_prompts", "0"]) == EXIT_GUARD
-    assert "ppo: nothing was learnt: before the first update the scores that are" in capsys.readouterr().out
+    assert (
+        start([*flags(runs, files, tmp_path / "other", *scorer), "--eval_prompts", "0"])
+        == EXIT_GUARD
+    )
+    assert (
+        "ppo: nothing was learnt: before the first update the scores that are"
+        in capsys.readouterr().out
+    )
     for folder in (tmp_path, tmp_path / "other"):
         assert not list(folder.glob("*.safetensors")) and not (folder / "result.json").exists()
     assert not (tmp_path / "other" / "checkpoints").exists()  # the same command begins anew
 
 
 def test_pretraining_data_reaches_the_updates(runs, files, tmp_path):
-    pretraining = ["--ptx_coef", "0.5", "--ptx_data", files["instructions"], "--guards", "{no_signal: off}"]
-    assert start([*flags(runs, files, tmp_path, *pretraining), "--total_episodes", "8", "--eval_prompts", "0"]) == 0
+    pretraining = [
+        "--ptx_coef",
+        "0.5",
+        "--ptx_data",
+        files["instructions"],
+        "--guards",
+        "{no_signal: off}",
+    ]
+    assert (
+        start(
+            [
+                *flags(runs, files, tmp_path, *pretraining),
+                "--total_episodes",
+                "8",
+                "--eval_prompts",
+                "0",
+            ]
+        )
+        == 0
+    )
     (row,) = rows_of(tmp_path)
     assert row["loss/ptx"] > 0
     assert 0 < max(row["grad/norm_policy"], row["grad/norm_value"]) < row["grad/norm"]
@@ -346,7 +422,8 @@ def spoiled(what: str, at: int):
     [
         ("sft", "gradient", 2, "stopped at step 2: the gradient is not finite"),
         ("dpo", "loss", 2, "stopped at step 2: the loss or a weight is not finite"),
-        ("reward", "weight", 3, "stopped at step 3: the loss or a weight is not finite"),  # as ZeRO would leave it
+        # as ZeRO would leave it
+        ("reward", "weight", 3, "stopped at step 3: the loss or a weight is not finite"),
     ],
 )
 def test_numbers_that_are_not_finite_stop_a_run_and_are_not_saved(
@@ -363,18 +440,28 @@ def test_numbers_that_are_not_finite_stop_a_run_and_are_not_saved(
     assert not (tmp_path / "other" / "checkpoints").exists()  # the same command begins anew
     kept = checkpoint.newest(tmp_path / "checkpoints", print)
     assert kept.step == at - 1
-    assert all(w.isfinite().all() for w in load_file(kept.folder / "adapter_model.safetensors").values())
+    assert all(
+        w.isfinite().all() for w in load_file(kept.folder / "adapter_model.safetensors").values()
+    )
 
 
 def test_a_result_that_is_not_finite_is_no_result(tmp_path):
-    run = SimpleNamespace(program="dpo", checkpoints=tmp_path / "none", close=lambda: None, world=DistributedContext())
+    run = SimpleNamespace(
+        program="dpo", checkpoints=tmp_path / "none", close=lambda: None, world=DistributedContext()
+    )
     run.folder = tmp_path / "out"
-    trainer = SimpleNamespace(state=SimpleNamespace(global_step=7), evaluate=lambda: {"eval_loss": math.nan})
-    with pytest.raises(Halt, match="dpo: stopped at step 7: the loss on held-out rows is not finite") as stopped:
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(global_step=7), evaluate=lambda: {"eval_loss": math.nan}
+    )
+    with pytest.raises(
+        Halt, match="dpo: stopped at step 7: the loss on held-out rows is not finite"
+    ) as stopped:
         trainers.held_out_loss(trainer, run)
     assert stopped.value.code == EXIT_GUARD
     model = torch.nn.Linear(2, 1)
     model.weight.data[0, 1] = math.inf
-    with pytest.raises(UserError, match="out: not saved: 'weight' holds numbers that are not finite"):
+    with pytest.raises(
+        UserError, match="out: not saved: 'weight' holds numbers that are not finite"
+    ):
         trainers.save_policy(run, model, None)
     assert not (tmp_path / "out").exists()

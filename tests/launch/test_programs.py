@@ -16,18 +16,36 @@ from tests.launch.conftest import door, untimed
 
 def test_every_run_leaves_what_the_design_says(runs):
     for name in ("sft", "reward", "dpo", "ppo"):
-        for file in ("config.yaml", "metrics.jsonl", "result.json", "README.md", "rlhf.json", "tokenizer.json"):
+        for file in (
+            "config.yaml",
+            "metrics.jsonl",
+            "result.json",
+            "README.md",
+            "rlhf.json",
+            "tokenizer.json",
+        ):
             assert (runs / name / file).is_file(), f"{name}/{file}"
         result = json.loads((runs / name / "result.json").read_text())
-        assert result["finished"] and result["program"] == name and result["headline"] and result["data"]
-        assert result["budget"]["budget/tokens_trained"] > 0 and result["budget"]["budget/flops"] > 0
+        assert (
+            result["finished"]
+            and result["program"] == name
+            and result["headline"]
+            and result["data"]
+        )
+        assert (
+            result["budget"]["budget/tokens_trained"] > 0 and result["budget"]["budget/flops"] > 0
+        )
         assert (runs / name / "adapter_model.safetensors").is_file()
     assert (runs / "ppo" / "value" / "value_head.safetensors").is_file()
     assert (runs / "reward" / "card.json").is_file() and (runs / "reward" / "reward.json").is_file()
 
 
 def test_sft_says_how_probable_its_eos_token_is_before_and_after(runs):
-    rows = [r for r in read_metrics(runs / "sft" / "metrics.jsonl") if "eval/response/eos_probability" in r]
+    rows = [
+        r
+        for r in read_metrics(runs / "sft" / "metrics.jsonl")
+        if "eval/response/eos_probability" in r
+    ]
     headline = json.loads((runs / "sft" / "result.json").read_text())["headline"]
     assert [r["step"] for r in rows] == [0, 3]
     assert headline["eval/response/eos_probability"] == rows[1]["eval/response/eos_probability"]
@@ -39,23 +57,32 @@ def test_dpo_and_ppo_measure_kl_to_the_same_policy_in_the_same_words(runs):
         assert rows[0]["step"] == 0 and rows[0]["eval/kl/sequence"] == 0.0
         assert rows[-1]["step"] > 0 and rows[-1]["eval/kl/sequence"] != 0.0
     first = [
-        next(r for r in read_metrics(runs / name / "metrics.jsonl") if r["step"] == 0)["eval/response/length"]
+        next(r for r in read_metrics(runs / name / "metrics.jsonl") if r["step"] == 0)[
+            "eval/response/length"
+        ]
         for name in ("dpo", "ppo")
     ]
     assert first[0] == first[1]  # the same policy, prompts and noise
-    tables = [(runs / name / "tables" / "samples.jsonl").read_text().splitlines()[0] for name in ("dpo", "ppo")]
+    tables = [
+        (runs / name / "tables" / "samples.jsonl").read_text().splitlines()[0]
+        for name in ("dpo", "ppo")
+    ]
     assert json.loads(tables[0])["response"] == json.loads(tables[1])["response"]
 
 
 def test_the_runs_hold_out_the_same_prompts(runs):
-    data = [json.loads((runs / name / "result.json").read_text())["data"] for name in ("dpo", "ppo")]
+    data = [
+        json.loads((runs / name / "result.json").read_text())["data"] for name in ("dpo", "ppo")
+    ]
     assert data[0]["prompt/validation"] == data[1]["prompt/validation"]
 
 
 def test_a_saved_adapter_holds_sft_and_what_came_after(runs, base_path):
     from safetensors.torch import load_file
 
-    sft, dpo, ppo = (load_file(runs / n / "adapter_model.safetensors") for n in ("sft", "dpo", "ppo"))
+    sft, dpo, ppo = (
+        load_file(runs / n / "adapter_model.safetensors") for n in ("sft", "dpo", "ppo")
+    )
     assert sft.keys() == dpo.keys() == ppo.keys()
     assert any((sft[k] != dpo[k]).any() for k in sft) and any((sft[k] != ppo[k]).any() for k in sft)
     config = json.loads((runs / "ppo" / "adapter_config.json").read_text())
@@ -64,7 +91,14 @@ def test_a_saved_adapter_holds_sft_and_what_came_after(runs, base_path):
 
 def test_a_finished_run_is_not_overwritten(runs, files, capsys):
     before = (runs / "sft" / "adapter_model.safetensors").read_bytes()
-    flags = ["--model_name_or_path", "x", "--data", files["pairs"], "--output_dir", str(runs / "sft")]
+    flags = [
+        "--model_name_or_path",
+        "x",
+        "--data",
+        files["pairs"],
+        "--output_dir",
+        str(runs / "sft"),
+    ]
     with pytest.raises(SystemExit) as stop:
         door("sft")(flags)
     assert stop.value.code == EXIT_USER_ERROR
@@ -94,13 +128,21 @@ def test_compare_reports_on_test_prompts(runs, files, tmp_path):
     assert report["meta"]["sampling"] == {"temperature": 1.0, "max_new_tokens": 12}  # as the runs
     assert report["meta"]["rows"]["dpo"]["preference/train"]["used"] > 0  # as in its result.json
     assert report["meta"]["rows"]["prompts"]["dropped"] == {}
-    assert (report["kind"], report["judge"], report["score_kinds"]["proxy"]) == ("runs", "gold", "proxy")
+    assert (report["kind"], report["judge"], report["score_kinds"]["proxy"]) == (
+        "runs",
+        "gold",
+        "proxy",
+    )
     assert [policy["label"] for policy in report["wins"]["policies"]] == ["sft", "dpo", "ppo"]
-    assert all(0 <= report["wins"]["raw"][a][b]["estimate"] <= 1 for a, b in ((1, 0), (2, 0), (2, 1)))
+    assert all(
+        0 <= report["wins"]["raw"][a][b]["estimate"] <= 1 for a, b in ((1, 0), (2, 0), (2, 1))
+    )
     dpo, ppo = report["points"]
     assert (dpo["method"], ppo["method"]) == ("dpo", "ppo") and ppo["kl"]["estimate"] != 0.0
     assert report["foundation"]["kl"]["estimate"] == 0.0
-    pairs = [(verdict["a"], verdict["b"]) for verdict in report["verdicts"] if verdict["kind"] == "tuned"]
+    pairs = [
+        (verdict["a"], verdict["b"]) for verdict in report["verdicts"] if verdict["kind"] == "tuned"
+    ]
     assert pairs == [("dpo", "ppo"), ("dpo", "sft"), ("ppo", "sft")]
     for file in ("report.md", "report.json", "frontier.png", "samples.jsonl"):
         assert (tmp_path / file).stat().st_size > 0
@@ -123,16 +165,33 @@ def test_a_run_cannot_be_judged_by_what_it_learnt_from(runs, files, tmp_path):
 
 
 def launch(ranks: int, name: str, flags: list[str]) -> subprocess.CompletedProcess:
-    """`deepspeed` with its own port, from another directory, so that launch/ cannot shadow a package."""
+    """`deepspeed` with its own port, from another directory, so that launch/ cannot shadow a
+    package.
+    """
     port = str(20000 + os.getpid() % 20000)
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--master_port", port]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        str(ranks),
+        "--master_port",
+        port,
+    ]
     command += [str(ROOT / "launch" / f"{name}.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, timeout=280)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd="/", env=environment, timeout=280
+    )
 
 
 def ppo_again(runs, files, output, ranks, stage):
-    flags = ["--config", str(runs / "ppo" / "config.yaml"), "--output_dir", str(output), "--deepspeed", stage]
+    flags = [
+        "--config",
+        str(runs / "ppo" / "config.yaml"),
+        "--output_dir",
+        str(output),
+        "--deepspeed",
+        stage,
+    ]
     done = launch(ranks, "ppo", flags)
     assert done.returncode == 0, done.stderr[-3000:]
     return read_metrics(output / "metrics.jsonl")
@@ -171,7 +230,14 @@ def test_other_stages_equal_the_plain_process(runs, files, tmp_path, ranks, stag
 @pytest.mark.parametrize("name", ["sft", "dpo"])
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_trl_stages_run_on_two_ranks(runs, tmp_path, name, stage):
-    flags = ["--config", str(runs / name / "config.yaml"), "--output_dir", str(tmp_path), "--deepspeed", stage]
+    flags = [
+        "--config",
+        str(runs / name / "config.yaml"),
+        "--output_dir",
+        str(tmp_path),
+        "--deepspeed",
+        stage,
+    ]
     done = launch(2, name, [*flags, "--per_device_train_batch_size", "2"])
     assert done.returncode == 0, done.stderr[-3000:]
     from safetensors.torch import load_file
@@ -185,7 +251,9 @@ def test_each_door_opens_from_another_directory(name):
     command = [sys.executable, str(ROOT / "launch" / f"{name}.py")]
     done = subprocess.run([*command, "--help"], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0 and "--learning_rate" in done.stdout, done.stderr
-    wrong = subprocess.run([*command, "--learnign_rate", "1"], capture_output=True, text=True, cwd="/")
+    wrong = subprocess.run(
+        [*command, "--learnign_rate", "1"], capture_output=True, text=True, cwd="/"
+    )
     assert wrong.returncode == EXIT_USER_ERROR
     assert "unknown option 'learnign_rate'. Did you mean 'learning_rate'?" in wrong.stderr
     assert "Traceback" not in wrong.stderr
@@ -199,8 +267,25 @@ def test_one_rank_starts_where_the_port_of_the_launcher_is_taken(runs, tmp_path)
         taken.listen()
         command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "1"]
         command += ["--master_port", str(taken.getsockname()[1]), str(ROOT / "launch" / "ppo.py")]
-        # begins, joins the other ranks (there are none), and stops at the first thing that is missing
-        flags = ["--config", str(runs / "ppo" / "config.yaml"), "--output_dir", str(tmp_path), "--data", "none.jsonl"]
+        # begins, joins the other ranks (there are none), and stops at the first thing that is
+        # missing
+        flags = [
+            "--config",
+            str(runs / "ppo" / "config.yaml"),
+            "--output_dir",
+            str(tmp_path),
+            "--data",
+            "none.jsonl",
+        ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-        done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd="/", env=environment, timeout=120)
-    assert "none.jsonl: no such file" in done.stderr and "EADDRINUSE" not in done.stderr, done.stderr[-2000:]
+        done = subprocess.run(
+            [*command, *flags],
+            capture_output=True,
+            text=True,
+            cwd="/",
+            env=environment,
+            timeout=120,
+        )
+    assert "none.jsonl: no such file" in done.stderr and "EADDRINUSE" not in done.stderr, (
+        done.stderr[-2000:]
+    )

@@ -14,12 +14,21 @@ from tests.launch.conftest import flags_of, ppo_flags
 from tests.launch.ranks import equal_tokens, rollouts
 
 
-def launch(program: Path, arguments: list[str], ranks: int = 2, cwd: str = "/") -> subprocess.CompletedProcess:
+def launch(
+    program: Path, arguments: list[str], ranks: int = 2, cwd: str = "/"
+) -> subprocess.CompletedProcess:
     port = str(20000 + os.getpid() % 20000)
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--no_local_rank"]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        str(ranks),
+        "--no_local_rank",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command += ["--master_port", port, str(program), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=280)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=280
+    )
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +43,17 @@ def alone(base_path, start_path, reward_path):
     return rollouts(base_path, start_path, reward_path, DistributedContext(), None)
 
 
-@pytest.mark.parametrize("stage", ["zero2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero0", "zero3"))])
+@pytest.mark.parametrize(
+    "stage", ["zero2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero0", "zero3"))]
+)
 def test_two_ranks_mean_what_one_means(stage, alone, base_path, start_path, reward_path, tmp_path):
-    """Seven responses in minibatches of four and three: ranks have uneven shares, and one of them sometimes none."""
+    """Seven responses in minibatches of four and three: ranks have uneven shares, and one of them
+    sometimes none.
+    """
     out = tmp_path / "seen.json"
-    done = launch(ROOT / "tests/launch/ranks.py", [base_path, start_path, reward_path, str(out), stage])
+    done = launch(
+        ROOT / "tests/launch/ranks.py", [base_path, start_path, reward_path, str(out), stage]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     both = json.loads(out.read_text())
     first, plain = both["steps"][0], alone["steps"][0]
@@ -50,11 +65,16 @@ def test_two_ranks_mean_what_one_means(stage, alone, base_path, start_path, rewa
         equal_tokens(ours["responses"], theirs["responses"])
         for ours, theirs in zip(both["steps"][1:], alone["steps"][1:], strict=True)
     ]
-    print(f"{stage}: share of equal tokens in rollouts 2 to {len(later) + 1}: {', '.join(f'{s:.3f}' for s in later)}")
+    print(
+        f"{stage}: share of equal tokens in rollouts 2 to {len(later) + 1}: {', '.join(f'{s:.3f}' for s in later)}"
+    )
     assert min(later) > 0.5
     assert both["episodes"] == alone["episodes"] == 7 * len(alone["steps"])  # nothing counted twice
     assert [s["gathers"] for s in both["steps"]] == [1, 2, 3, 4]  # once a rollout, for generation
-    assert both["shapes"] == alone["shapes"] and [1, 32] in both["shapes"]["value/value_head.safetensors"].values()
+    assert (
+        both["shapes"] == alone["shapes"]
+        and [1, 32] in both["shapes"]["value/value_head.safetensors"].values()
+    )
 
 
 def test_a_rank_that_fails_ends_the_run_with_its_own_error_on_top(runs, files, tmp_path):
@@ -63,15 +83,22 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error_on_top(runs, files, t
         "calls = []\n"
         "def score(samples):\n"
         "    calls.append(1)\n"
-        "    if os.environ['RANK'] == '1' and len(calls) == 3:\n"  # evaluation at step 0, first rollout, then this
+        # evaluation at step 0, first rollout, then this
+        "    if os.environ['RANK'] == '1' and len(calls) == 3:\n"
         "        raise RuntimeError('the scorer has lost its mind')\n"
         "    return [float(len(t)) for t in samples.responses]\n"
     )
     flags = [*flags_of("ppo", runs / "sft", files["pairs"], tmp_path / "run"), *ppo_flags(runs)]
-    done = launch(ROOT / "launch" / "ppo.py", [*flags, "--reward", "[{function: 'mine:score'}]"], cwd=str(tmp_path))
+    done = launch(
+        ROOT / "launch" / "ppo.py",
+        [*flags, "--reward", "[{function: 'mine:score'}]"],
+        cwd=str(tmp_path),
+    )
     assert done.returncode != 0
     said = done.stderr + done.stdout
-    assert said.index("the scorer has lost its mind") >= 0 and "raised inside scorer 'score'" in said
+    assert (
+        said.index("the scorer has lost its mind") >= 0 and "raised inside scorer 'score'" in said
+    )
     assert said.count("Traceback") == 1, said[-6000:]
     assert "rank 0 ends, because rank 1 has failed" in said
 
@@ -81,7 +108,8 @@ def test_a_fixed_option_is_refused_by_all_ranks(runs, files, tmp_path):
     import shutil
 
     shutil.copytree(runs / "ppo", tmp_path / "run")
-    (tmp_path / "run" / "result.json").unlink()  # as if it had been cut off, by one rank that was not launched
+    # as if it had been cut off, by one rank that was not launched
+    (tmp_path / "run" / "result.json").unlink()
     flags = ["--config", str(runs / "ppo" / "config.yaml"), "--output_dir", str(tmp_path / "run")]
     done = launch(ROOT / "launch" / "ppo.py", flags)
     assert done.returncode == 2, done.stderr[-2000:]
@@ -95,7 +123,12 @@ def test_a_nan_score_on_one_rank_is_named_by_all(runs, files, tmp_path):
         "def score(samples):\n"
         "    return [float('nan') if os.environ['RANK'] == '1' and i == 1 else 1.0 for i in range(len(samples))]\n"
     )
-    flags = [*flags_of("ppo", runs / "sft", files["pairs"], tmp_path / "run"), *ppo_flags(runs), "--eval_prompts", "0"]
+    flags = [
+        *flags_of("ppo", runs / "sft", files["pairs"], tmp_path / "run"),
+        *ppo_flags(runs),
+        "--eval_prompts",
+        "0",
+    ]
     more = ["--reward", "[{function: 'mine:score'}]", "--guards", "{not_finite: stop}"]
     done = launch(ROOT / "launch" / "ppo.py", [*flags, *more], cwd=str(tmp_path))
     assert done.returncode == 2, done.stderr[-2000:]

@@ -22,10 +22,23 @@ class Crash(BaseException):
 
 def flags(name, runs, files, output, *more):
     data = files["instructions" if name == "sft" else "pairs"]
-    start = json.loads((runs / "sft" / "rlhf.json").read_text())["base_model_name_or_path"] if name == "sft" else None
+    start = (
+        json.loads((runs / "sft" / "rlhf.json").read_text())["base_model_name_or_path"]
+        if name == "sft"
+        else None
+    )
     common = flags_of(name, start or runs / "sft", data, output)
     if name == "ppo":
-        scores = ["--missing_eos_score", "none", "--normalize_scores", "true", "--kl_target", "6", "--kl_horizon", "64"]
+        scores = [
+            "--missing_eos_score",
+            "none",
+            "--normalize_scores",
+            "true",
+            "--kl_target",
+            "6",
+            "--kl_horizon",
+            "64",
+        ]
         moving = ["--reference_ema", "0.5", "--total_episodes", "32"]
         return [*common, *ppo_flags(runs), *scores, *moving, *EACH, *more]
     small = [*SMALL[:2], "--max_steps", STEPS[name], *SMALL[4:]]
@@ -47,7 +60,9 @@ def whole(runs, files, tmp_path_factory):
 
 
 def crash_at(monkeypatch, name, arguments, number):
-    """Run until the checkpoint writer has passed `number` points, and no further; False if it has fewer."""
+    """Run until the checkpoint writer has passed `number` points, and no further; False if it has
+    fewer.
+    """
     passed = []
 
     def point(where):
@@ -66,7 +81,9 @@ def crash_at(monkeypatch, name, arguments, number):
 
 
 def points_of_one_checkpoint(monkeypatch, name, arguments):
-    """(points passed up to the end of the second checkpoint with its pruning, points up to the end of the first)."""
+    """(points passed up to the end of the second checkpoint with its pruning, points up to the end
+    of the first).
+    """
     passed = []
     monkeypatch.setattr(checkpoint, "crash_point", passed.append)
     door(name)(arguments)
@@ -77,8 +94,12 @@ def points_of_one_checkpoint(monkeypatch, name, arguments):
 
 
 @pytest.mark.parametrize("name", ["ppo", "dpo"])
-def test_a_crash_at_any_point_of_the_writer_costs_nothing(name, runs, files, whole, tmp_path, monkeypatch, capsys):
-    first, last = points_of_one_checkpoint(monkeypatch, name, flags(name, runs, files, tmp_path / "count"))
+def test_a_crash_at_any_point_of_the_writer_costs_nothing(
+    name, runs, files, whole, tmp_path, monkeypatch, capsys
+):
+    first, last = points_of_one_checkpoint(
+        monkeypatch, name, flags(name, runs, files, tmp_path / "count")
+    )
     assert last - first >= 10
     for number in range(first, last + 1):
         output = tmp_path / f"at-{number}"
@@ -87,12 +108,16 @@ def test_a_crash_at_any_point_of_the_writer_costs_nothing(name, runs, files, who
         capsys.readouterr()
         door(name)(arguments)
         said = capsys.readouterr().out  # a run that began anew would end equal too
-        assert "after step 1\n" in said or "after step 2\n" in said, f"after a crash at point {number}: {said}"
+        assert "after step 1\n" in said or "after step 2\n" in said, (
+            f"after a crash at point {number}: {said}"
+        )
         assert differences(whole(name), output) == [], f"after a crash at point {number}"
 
 
 @pytest.mark.parametrize("name", ["sft", "reward"])
-def test_a_crash_after_a_checkpoint_costs_nothing(name, runs, files, whole, tmp_path, monkeypatch, capsys):
+def test_a_crash_after_a_checkpoint_costs_nothing(
+    name, runs, files, whole, tmp_path, monkeypatch, capsys
+):
     seals = 0
 
     def point(where):
@@ -111,7 +136,9 @@ def test_a_crash_after_a_checkpoint_costs_nothing(name, runs, files, whole, tmp_
 
 
 @pytest.mark.parametrize("name,number", [("ppo", signal.SIGTERM), ("dpo", signal.SIGINT)])
-def test_a_signal_ends_the_step_saves_and_says_so(name, number, runs, files, whole, tmp_path, monkeypatch, capsys):
+def test_a_signal_ends_the_step_saves_and_says_so(
+    name, number, runs, files, whole, tmp_path, monkeypatch, capsys
+):
     from rlhf.runs.tracking import Tracker
 
     log = Tracker.log
@@ -145,13 +172,17 @@ def test_a_finished_run_says_that_it_is_finished(runs, files, whole, capsys):
 
 def test_a_fixed_option_is_refused_with_the_difference_shown(runs, files, whole, capsys):
     with pytest.raises(SystemExit) as stop:
-        door("ppo")(flags("ppo", runs, files, whole("ppo"), "--kl_coef", "0.2", "--logging_steps", "3"))
+        door("ppo")(
+            flags("ppo", runs, files, whole("ppo"), "--kl_coef", "0.2", "--logging_steps", "3")
+        )
     said = capsys.readouterr().err
     assert stop.value.code == EXIT_USER_ERROR
     assert "kl_coef: was 0.05, now 0.2" in said and "logging_steps" not in said
 
 
-@pytest.mark.parametrize("name,more", [("ppo", ("--total_episodes", "48")), ("sft", ("--max_steps", "7"))])
+@pytest.mark.parametrize(
+    "name,more", [("ppo", ("--total_episodes", "48")), ("sft", ("--max_steps", "7"))]
+)
 def test_a_finished_run_can_be_made_longer(name, more, runs, files, tmp_path):
     door(name)(flags(name, runs, files, tmp_path))
     before = (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -187,7 +218,9 @@ def interrupted(monkeypatch, runs, files, output, after=3, *more):
     monkeypatch.setattr(checkpoint, "crash_point", lambda where: None)
 
 
-def test_a_damaged_checkpoint_is_passed_over_by_name(runs, files, whole, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_passed_over_by_name(
+    runs, files, whole, tmp_path, monkeypatch, capsys
+):
     interrupted(monkeypatch, runs, files, tmp_path)
     damaged = tmp_path / "checkpoints" / "step-000003" / "learner" / "plain.pt"
     content = bytearray(damaged.read_bytes())
@@ -200,7 +233,9 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(runs, files, whole, tmp_pat
     assert differences(whole("ppo"), tmp_path) == []
 
 
-def test_a_run_goes_on_from_the_checkpoint_it_is_told(runs, files, whole, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_from_the_checkpoint_it_is_told(
+    runs, files, whole, tmp_path, monkeypatch, capsys
+):
     interrupted(monkeypatch, runs, files, tmp_path)
     first = tmp_path / "checkpoints" / "step-000001"
     door("ppo")(flags("ppo", runs, files, tmp_path, "--resume", str(first)))
@@ -226,7 +261,9 @@ def test_the_newest_and_the_best_checkpoint_are_kept(runs, files, tmp_path):
     door("ppo")(flags("ppo", runs, files, tmp_path, *more))
     left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     scores = {
-        r["step"]: r["eval/score/total"] for r in read_metrics(tmp_path / "metrics.jsonl") if "eval/score/total" in r
+        r["step"]: r["eval/score/total"]
+        for r in read_metrics(tmp_path / "metrics.jsonl")
+        if "eval/score/total" in r
     }
     scores.pop(0)
     best = max(scores, key=lambda step: (scores[step], step))
@@ -251,10 +288,15 @@ def test_another_reward_model_is_refused(runs, files, tmp_path, monkeypatch, cap
     more = ("--reward", f"[{{model: {reward}}}]")
     interrupted(monkeypatch, runs, files, tmp_path / "run", 1, *more)
     shift = json.loads((reward / "reward.json").read_text())
-    (reward / "reward.json").write_text(json.dumps(shift | {"scale": 2.0 * shift.get("scale", 1.0)}))
+    (reward / "reward.json").write_text(
+        json.dumps(shift | {"scale": 2.0 * shift.get("scale", 1.0)})
+    )
     with pytest.raises(SystemExit) as stop:
         door("ppo")(flags("ppo", runs, files, tmp_path / "run", *more))
-    assert stop.value.code == EXIT_USER_ERROR and "its files have changed since" in capsys.readouterr().err
+    assert (
+        stop.value.code == EXIT_USER_ERROR
+        and "its files have changed since" in capsys.readouterr().err
+    )
 
 
 def test_a_run_that_begins_anew_leaves_nothing_of_the_old_one(runs, files, tmp_path):
@@ -265,7 +307,9 @@ def test_a_run_that_begins_anew_leaves_nothing_of_the_old_one(runs, files, tmp_p
     door("sft")(flags("sft", runs, files, tmp_path, *small))
     assert load_model(str(tmp_path)).adapter_path
     door("sft")(flags("sft", runs, files, tmp_path, *small, "--merge", "true"))
-    assert (tmp_path / "model.safetensors").is_file() and load_model(str(tmp_path)).adapter_path is None
+    assert (tmp_path / "model.safetensors").is_file() and load_model(
+        str(tmp_path)
+    ).adapter_path is None
     import yaml
 
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
@@ -290,7 +334,9 @@ def test_what_ended_a_finished_run_is_what_has_to_be_raised(tmp_path, monkeypatc
     (tmp_path / "config.yaml").write_text("max_steps: 2\nnum_train_epochs: 1.0\n")
 
     def finished(max_steps, num_train_epochs=1.0):
-        config = SimpleNamespace(resume="auto", max_steps=max_steps, num_train_epochs=num_train_epochs)
+        config = SimpleNamespace(
+            resume="auto", max_steps=max_steps, num_train_epochs=num_train_epochs
+        )
         runs_module.check_finished(tmp_path, config, {"finished": "today"})
 
     with pytest.raises(Halt, match="raise --max_steps"):

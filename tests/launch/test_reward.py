@@ -37,15 +37,36 @@ def pairs(tmp_path_factory) -> str:
 
 
 def options(start, data, output, **more):
-    values = {"model_name_or_path": start, "data": data, "output_dir": str(output), "learning_rate": 0.01}
-    values |= {"num_train_epochs": 3, "max_prompt_length": 64, "max_response_length": 64, "validation_fraction": 0.3}
+    values = {
+        "model_name_or_path": start,
+        "data": data,
+        "output_dir": str(output),
+        "learning_rate": 0.01,
+    }
+    values |= {
+        "num_train_epochs": 3,
+        "max_prompt_length": 64,
+        "max_response_length": 64,
+        "validation_fraction": 0.3,
+    }
     return [word for name, value in (values | more).items() for word in (f"--{name}", str(value))]
 
 
 def check_run(folder: Path, data: str) -> dict:
-    for name in ("config.yaml", "metrics.jsonl", "result.json", "README.md", "card.md", "card.json", "reliability.png"):
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "result.json",
+        "README.md",
+        "card.md",
+        "card.json",
+        "reliability.png",
+    ):
         assert (folder / name).is_file(), name
-    result, card = json.loads((folder / "result.json").read_text()), json.loads((folder / "card.json").read_text())
+    result, card = (
+        json.loads((folder / "result.json").read_text()),
+        json.loads((folder / "card.json").read_text()),
+    )
     assert result["finished"] and result["program"] == "reward"
     assert result["headline"]["eval/reward/accuracy"] == pytest.approx(card["accuracy"]["accuracy"])
     assert card["accuracy"]["accuracy"] > 0.9  # a cue as plain as this is learnt
@@ -53,7 +74,8 @@ def check_run(folder: Path, data: str) -> dict:
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["eval/reward/accuracy"] == pytest.approx(card["accuracy"]["accuracy"])
 
-    # what is loaded from the folder is what was measured, with the held-out chosen responses at 0 on average
+    # what is loaded from the folder is what was measured, with the held-out chosen responses at 0
+    # on average
     reward = load_reward(str(folder), "cpu")
     held_out = load([data], Preference, split="validation", validation_fraction=0.3)
     rows = encode_preferences(held_out, reward.tokenizer, 64, 64)
@@ -69,7 +91,9 @@ def check_run(folder: Path, data: str) -> dict:
 def test_adapter_from_sft_started_in_another_folder(sft_path, pairs, tmp_path):
     output = tmp_path / "runs" / "reward"
     command = [sys.executable, str(PROGRAM), *options(sft_path, pairs, output)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "report card:" in done.stdout
     kept = check_run(output, pairs)
@@ -89,7 +113,9 @@ def program(monkeypatch):
 
 
 def test_whole_model(program, base_path, pairs, tmp_path):
-    program.main(options(base_path, pairs, tmp_path / "whole", use_peft="false", learning_rate=0.003))
+    program.main(
+        options(base_path, pairs, tmp_path / "whole", use_peft="false", learning_rate=0.003)
+    )
     check_run(tmp_path / "whole", pairs)
     assert not (tmp_path / "whole" / "adapter_config.json").exists()
 

@@ -29,7 +29,10 @@ def test_the_formula_by_hand():
     # p = 0.75, w = 2: 2 * (0.75 * 0.3132617 + 0.25 * 1.3132617) = 2 * 0.5632617
     delta = torch.tensor([2.0, 2.0, -2.0, 2.0])
     rows = soft_dpo_loss(
-        delta, 0.5, label_prob=torch.tensor([0.75, 1.0, 1.0, 0.5]), weight=torch.tensor([2.0, 1.0, 1.0, 0.0])
+        delta,
+        0.5,
+        label_prob=torch.tensor([0.75, 1.0, 1.0, 0.5]),
+        weight=torch.tensor([2.0, 1.0, 1.0, 0.0]),
     )
     assert rows.tolist() == pytest.approx([1.1265234, 0.3132617, 1.3132617, 0.0], abs=1e-6)
 
@@ -37,7 +40,8 @@ def test_the_formula_by_hand():
 def test_label_smoothing_is_for_rows_without_a_label_of_their_own():
     delta, soft = torch.tensor([2.0, 2.0]), torch.tensor([NAN, 1.0])
     rows = soft_dpo_loss(delta, 0.5, label_prob=soft, label_smoothing=0.1)
-    assert rows.tolist() == pytest.approx([0.3132617 + 0.1, 0.3132617], abs=1e-6)  # -log s(-x) = x - log s(x), x = 1
+    # -log s(-x) = x - log s(x), x = 1
+    assert rows.tolist() == pytest.approx([0.3132617 + 0.1, 0.3132617], abs=1e-6)
     assert soft_dpo_loss(delta, 0.5).tolist() == pytest.approx([0.3132617] * 2, abs=1e-6)
 
 
@@ -54,7 +58,9 @@ def encoded(prompt, chosen, rejected, **more):
 
 
 def test_rows_carry_only_what_the_data_has_and_weights_have_mean_one():
-    assert soft_rows([encoded([5], [2], [3])]) == [{"prompt_ids": [5], "chosen_ids": [2], "rejected_ids": [3]}]
+    assert soft_rows([encoded([5], [2], [3])]) == [
+        {"prompt_ids": [5], "chosen_ids": [2], "rejected_ids": [3]}
+    ]
     rows = soft_rows([encoded([5], [2], [3], weight=3.0), encoded([5], [2], [3], label_prob=0.75)])
     assert [row["weight"] for row in rows] == [1.5, 0.5]
     assert math.isnan(rows[0]["label_prob"]) and rows[1]["label_prob"] == 0.75
@@ -158,9 +164,19 @@ def test_the_first_loss_is_log_2_where_dropout_is_called_as_a_function(tmp_path,
 def test_certain_labels_give_trls_loss_gradients_and_metrics(base_path, tmp_path, use_peft):
     certain = soft_rows([encoded(*ids, label_prob=1.0) for ids in PAIRS])
     ours = trainer_of(SoftDPOTrainer, base_path, tmp_path, certain, use_peft)
-    theirs = trainer_of(EncodedDPOTrainer, base_path, tmp_path, soft_rows([encoded(*ids) for ids in PAIRS]), use_peft)
-    (loss, grads, metrics), (expected, expected_grads, expected_metrics) = loss_of(ours), loss_of(theirs)
-    assert loss == pytest.approx(expected, abs=1e-6) and abs(expected - math.log(2)) > 1e-3  # not at the reference
+    theirs = trainer_of(
+        EncodedDPOTrainer,
+        base_path,
+        tmp_path,
+        soft_rows([encoded(*ids) for ids in PAIRS]),
+        use_peft,
+    )
+    (loss, grads, metrics), (expected, expected_grads, expected_metrics) = (
+        loss_of(ours),
+        loss_of(theirs),
+    )
+    # not at the reference
+    assert loss == pytest.approx(expected, abs=1e-6) and abs(expected - math.log(2)) > 1e-3
     assert len(grads) == len(expected_grads) > 0
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, expected_grad, atol=1e-6, rtol=1e-5)
@@ -170,15 +186,24 @@ def test_certain_labels_give_trls_loss_gradients_and_metrics(base_path, tmp_path
 @pytest.mark.parametrize("use_peft", [True, False])
 def test_the_trainer_minimises_the_formula(base_path, tmp_path, use_peft):
     rows = soft_rows([encoded(*ids, **soft) for ids, soft in zip(PAIRS, SOFT, strict=True)])
-    trainer = trainer_of(SoftDPOTrainer, base_path, tmp_path, rows, use_peft, beta=0.3, label_smoothing=0.1)
+    trainer = trainer_of(
+        SoftDPOTrainer, base_path, tmp_path, rows, use_peft, beta=0.3, label_smoothing=0.1
+    )
     loss, grads, _ = loss_of(trainer)
     deltas = []
-    for ids in PAIRS:  # one pair at a time, read off TRL's own metrics: beta * delta = chosen - rejected reward
-        alone = trainer_of(EncodedDPOTrainer, base_path, tmp_path, soft_rows([encoded(*ids)]), use_peft, beta=0.3)
+    # one pair at a time, read off TRL's own metrics: beta * delta = chosen - rejected reward
+    for ids in PAIRS:
+        alone = trainer_of(
+            EncodedDPOTrainer, base_path, tmp_path, soft_rows([encoded(*ids)]), use_peft, beta=0.3
+        )
         deltas.append(loss_of(alone)[2]["rewards/margins"] / 0.3)
     # label_prob 0.8 and, by label smoothing, 0.9; weights 3 and 1 over their mean 2
     expected = sum(
-        w * -(p * math.log(1 / (1 + math.exp(-0.3 * d))) + (1 - p) * math.log(1 / (1 + math.exp(0.3 * d))))
+        w
+        * -(
+            p * math.log(1 / (1 + math.exp(-0.3 * d)))
+            + (1 - p) * math.log(1 / (1 + math.exp(0.3 * d)))
+        )
         for d, p, w in zip(deltas, (0.8, 0.9), (1.5, 0.5), strict=True)
     )
     assert loss == pytest.approx(expected / 2, abs=1e-5) and any(g.abs().sum() > 0 for g in grads)
@@ -187,7 +212,9 @@ def test_the_trainer_minimises_the_formula(base_path, tmp_path, use_peft):
 def test_it_trains_with_precomputed_reference(base_path, tmp_path):
     rows = soft_rows([encoded(*ids, **soft) for ids, soft in zip(PAIRS, SOFT, strict=True)])
     once = {"max_steps": 1, "save_strategy": "no", "disable_tqdm": True}
-    trainer = trainer_of(SoftDPOTrainer, base_path, tmp_path, rows, precompute_ref_log_probs=True, **once)
+    trainer = trainer_of(
+        SoftDPOTrainer, base_path, tmp_path, rows, precompute_ref_log_probs=True, **once
+    )
     plain = trainer_of(SoftDPOTrainer, base_path, tmp_path, rows, **once)
     assert trainer.train().training_loss == pytest.approx(plain.train().training_loss, abs=1e-5)
 
@@ -205,4 +232,6 @@ def test_it_trains_with_precomputed_reference(base_path, tmp_path):
     ],
 )
 def test_what_soft_labels_do_not_go_with(tmp_path, options, reason):
-    assert unsupported_option(DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)) == reason
+    assert (
+        unsupported_option(DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)) == reason
+    )

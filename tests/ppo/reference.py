@@ -1,9 +1,11 @@
-"""One complete step of PPO, slow and obvious: a loop over responses, a loop over tokens, one sequence at a time.
+"""One complete step of PPO, slow and obvious: a loop over responses, a loop over tokens, one
+sequence at a time.
 
-Nothing here is batched, padded or masked, and nothing comes from the package's mathematics: the forward pass of a small
-Llama with LoRA adapters, the KL, rewards, advantages, losses, gradient clipping and Adam are written out again from the
-papers. `Reference` takes initial weights under the names of `Roles`, and for each step the sampled ids, the scorer's
-numbers and the rows of each update; it works out all the rest.
+Nothing here is batched, padded or masked, and nothing comes from the package's mathematics: the
+forward pass of a small Llama with LoRA adapters, the KL, rewards, advantages, losses, gradient
+clipping and Adam are written out again from the papers. `Reference` takes initial weights under the
+names of `Roles`, and for each step the sampled ids, the scorer's numbers and the rows of each
+update; it works out all the rest.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class Step:
 
 
 class Reference:
-    """Weights and everything else that changes from step to step. `o` is the options, `shape` the model's config."""
+    """Weights and everything else that changes from step to step. `o` is the options, `shape` the
+    model's config.
+    """
 
     def __init__(self, weights: dict[str, torch.Tensor], o: Any, shape: Any, lora_scale: float):
         self.w = {name: value.double().clone() for name, value in weights.items()}
@@ -58,10 +62,16 @@ class Reference:
         return self.w[inside if inside in self.w else f"{TRUNK}{name}.weight"]
 
     def norm(self, x, name):
-        return self.base(name) * x / torch.sqrt((x * x).mean(-1, keepdim=True) + self.shape.rms_norm_eps)
+        return (
+            self.base(name)
+            * x
+            / torch.sqrt((x * x).mean(-1, keepdim=True) + self.shape.rms_norm_eps)
+        )
 
     def rotate(self, x, position):
-        """x (heads, d): pairs (j, j + d/2) turned by position * theta^(-2j/d), angles in float32 as in the model."""
+        """x (heads, d): pairs (j, j + d/2) turned by position * theta^(-2j/d), angles in float32 as
+        in the model.
+        """
         d = x.shape[-1]
         theta = self.shape.rope_parameters["rope_theta"]
         angle = position * (1.0 / theta ** (torch.arange(0, d, 2).float() / d))
@@ -89,7 +99,9 @@ class Reference:
     def hidden(self, ids, role):
         x = self.base("embed_tokens")[ids]
         for i in range(self.shape.num_hidden_layers):
-            x = x + self.attention(self.norm(x, f"layers.{i}.input_layernorm"), f"layers.{i}.self_attn", role)
+            x = x + self.attention(
+                self.norm(x, f"layers.{i}.input_layernorm"), f"layers.{i}.self_attn", role
+            )
             y, mlp = self.norm(x, f"layers.{i}.post_attention_layernorm"), f"layers.{i}.mlp"
             gate = self.linear(y, f"{mlp}.gate_proj", role)
             up = gate * torch.sigmoid(gate) * self.linear(y, f"{mlp}.up_proj", role)
@@ -118,7 +130,9 @@ class Reference:
     # one step
 
     def step(self, given: Step) -> dict[str, Any]:
-        """Returns `updates`: losses, gradients before clipping and their norm of each; and numbers of the rollout."""
+        """Returns `updates`: losses, gradients before clipping and their norm of each; and numbers
+        of the rollout.
+        """
         o, n = self.o, len(given.responses)
         with torch.no_grad():
             rollout = self.measure(given)
@@ -131,8 +145,12 @@ class Reference:
         if o.advantage_estimator == "gae" if o.whiten_advantages is None else o.whiten_advantages:
             mean = sum(raw) / len(raw)
             variance = sum((a - mean) ** 2 for a in raw) / len(raw)
-            advantages = [[(a - mean) / math.sqrt(variance + 1e-8) for a in row] for row in advantages]
-        found = [self.update(u, given, rollout, advantages, returns) for u in range(len(given.updates))]
+            advantages = [
+                [(a - mean) / math.sqrt(variance + 1e-8) for a in row] for row in advantages
+            ]
+        found = [
+            self.update(u, given, rollout, advantages, returns) for u in range(len(given.updates))
+        ]
         sums = [sum(p - q for p, q in zip(*pair, strict=True))
                 for pair in zip(rollout["logprobs"], rollout["first"], strict=True)]  # fmt: skip
         numbers = {
@@ -157,7 +175,9 @@ class Reference:
         return {"updates": found, "numbers": numbers, "advantages": advantages, "returns": returns}
 
     def measure(self, given: Step) -> dict[str, list[list[float]]]:
-        """Log-probabilities of policy, first reference and the penalty's reference, and values; numbers per token."""
+        """Log-probabilities of policy, first reference and the penalty's reference, and values;
+        numbers per token.
+        """
         o, out = self.o, {"logprobs": [], "first": [], "penalty": [], "values": []}
         for prompt, response in zip(given.prompts, given.responses, strict=True):
 
@@ -166,7 +186,9 @@ class Reference:
 
             out["logprobs"].append(read("policy"))
             out["first"].append(read(self.role_of_reference()))
-            out["penalty"].append(out["first"][-1] if o.reference_ema is None else read("ema_reference"))
+            out["penalty"].append(
+                out["first"][-1] if o.reference_ema is None else read("ema_reference")
+            )
             values = self.values(prompt, response) if self.has_critic else [0.0] * len(response)
             out["values"].append([float(v) for v in values])
         return out
@@ -201,14 +223,17 @@ class Reference:
             every = [r for row in rewards for r in row]
             mean = sum(every) / len(every)
             variance = sum((r - mean) ** 2 for r in every) / len(every)
-            rewards = [[(r - mean) / math.sqrt(variance + 1e-8) + mean for r in row] for row in rewards]
+            rewards = [
+                [(r - mean) / math.sqrt(variance + 1e-8) + mean for r in row] for row in rewards
+            ]
         return rewards
 
     def advantages(self, rewards, values, groups):
         o, n = self.o, len(rewards)
         totals = [sum(row) for row in rewards]
         if o.advantage_estimator == "gae":
-            # A_t = sum_l (gamma lambda)^l delta_{t+l}, the sum of Schulman et al. 2016, eq. 16, term by term
+            # A_t = sum_l (gamma lambda)^l delta_{t+l}, the sum of Schulman et al. 2016, eq. 16,
+            # term by term
             advantages = []
             for row, value in zip(rewards, values, strict=True):
                 after = [*value[1:], 0.0]
@@ -217,7 +242,10 @@ class Reference:
                     [sum((o.gamma * o.gae_lambda) ** (s - t) * delta[s] for s in range(t, len(row)))
                      for t in range(len(row))]
                 )  # fmt: skip
-            returns = [[a + v for a, v in zip(*pair, strict=True)] for pair in zip(advantages, values, strict=True)]
+            returns = [
+                [a + v for a, v in zip(*pair, strict=True)]
+                for pair in zip(advantages, values, strict=True)
+            ]
             return advantages, returns
         each = []
         for i in range(n):
@@ -241,7 +269,9 @@ class Reference:
         names = [name for group in groups for name in group]
         for name in names:
             self.w[name] = self.w[name].detach().requires_grad_()
-        parts = dict.fromkeys(("policy", "value", "kl", "entropy", "ptx"), torch.zeros((), dtype=torch.float64))
+        parts = dict.fromkeys(
+            ("policy", "value", "kl", "entropy", "ptx"), torch.zeros((), dtype=torch.float64)
+        )
         ratios, apart = [], []
         for i in rows:
             prompt, response = given.prompts[i], given.responses[i]
@@ -251,7 +281,10 @@ class Reference:
                 ratio = torch.exp(logprobs[t] - rollout["logprobs"][i][t])
                 high = 1 + (o.clip_range if o.clip_range_high is None else o.clip_range_high)
                 held = min(max(ratio, 1 - o.clip_range), high)
-                parts["policy"] = parts["policy"] - min(ratio * advantages[i][t], held * advantages[i][t]) / tokens
+                parts["policy"] = (
+                    parts["policy"]
+                    - min(ratio * advantages[i][t], held * advantages[i][t]) / tokens
+                )
                 ratios.append(ratio.item())
                 apart.append(ratio.item() - 1 - math.log(ratio.item()))
                 parts["entropy"] = parts["entropy"] - o.entropy_coef * entropy[t] / tokens
@@ -259,9 +292,15 @@ class Reference:
                     estimated = estimate(o.kl_estimator, logprobs[t], rollout["penalty"][i][t])
                     parts["kl"] = parts["kl"] + self.kl_coef * estimated / tokens
                 if self.has_critic:
-                    old, aim, error = rollout["values"][i][t], returns[i][t], (values[t] - returns[i][t]) ** 2
+                    old, aim, error = (
+                        rollout["values"][i][t],
+                        returns[i][t],
+                        (values[t] - returns[i][t]) ** 2,
+                    )
                     if o.value_clip_range is not None:
-                        near = min(max(values[t], old - o.value_clip_range), old + o.value_clip_range)
+                        near = min(
+                            max(values[t], old - o.value_clip_range), old + o.value_clip_range
+                        )
                         error = max(error, (near - aim) ** 2)
                     parts["value"] = parts["value"] + error / 2 / tokens
         if o.ptx_coef:
@@ -272,9 +311,17 @@ class Reference:
         learnt = parts["policy"] + parts["kl"] + parts["entropy"] + parts["ptx"]
         warming = self.done < o.critic_warmup_steps
         loss = o.vf_coef * parts["value"] + (0.0 if warming else learnt)
-        every = [self.w[name] for name in names]  # a loss held back at every token has no gradient at all
-        found = torch.autograd.grad(loss, every, allow_unused=True) if loss.requires_grad else [None] * len(every)
-        grads = {n: torch.zeros_like(self.w[n]) if g is None else g for n, g in zip(names, found, strict=True)}
+        # a loss held back at every token has no gradient at all
+        every = [self.w[name] for name in names]
+        found = (
+            torch.autograd.grad(loss, every, allow_unused=True)
+            if loss.requires_grad
+            else [None] * len(every)
+        )
+        grads = {
+            n: torch.zeros_like(self.w[n]) if g is None else g
+            for n, g in zip(names, found, strict=True)
+        }
         for name in names:
             self.w[name] = self.w[name].detach()
         norm = math.sqrt(sum(float((g * g).sum()) for g in grads.values()))
@@ -282,25 +329,39 @@ class Reference:
             for group, rate in zip(groups, self.rates(), strict=False):
                 for name in group:
                     if not (warming and group is groups[0]):
-                        self.adam_step(name, grads[name] * min(1.0, o.max_grad_norm / (norm + 1e-6)), rate)
-        losses = {f"loss/{name}": part.item() for name, part in parts.items()} | {"loss/total": loss.item()}
+                        self.adam_step(
+                            name, grads[name] * min(1.0, o.max_grad_norm / (norm + 1e-6)), rate
+                        )
+        losses = {f"loss/{name}": part.item() for name, part in parts.items()} | {
+            "loss/total": loss.item()
+        }
         losses |= {"ppo/ratio": sum(ratios) / tokens, "ppo/approx_kl": sum(apart) / tokens}
         return {"losses": losses, "grads": grads, "norm": norm}
 
     def groups(self) -> list[list[str]]:
         policy = [name for name in self.w if ".policy." in name]
         critic = [name for name in self.w if ".value." in name and name.startswith("trunk")]
-        return [policy, [*critic, "heads.value.weight", "heads.value.bias"]] if self.has_critic else [policy]
+        return (
+            [policy, [*critic, "heads.value.weight", "heads.value.bias"]]
+            if self.has_critic
+            else [policy]
+        )
 
     def rates(self) -> list[float]:
         o = self.o
-        left = 1 - self.done / (o.total_episodes // o.rollout_batch_size) if o.lr_scheduler_type == "linear" else 1.0
+        left = (
+            1 - self.done / (o.total_episodes // o.rollout_batch_size)
+            if o.lr_scheduler_type == "linear"
+            else 1.0
+        )
         critic = o.learning_rate if o.value_learning_rate is None else o.value_learning_rate
         return [left * o.learning_rate, left * critic]
 
     def adam_step(self, name, gradient, rate) -> None:
         """Kingma and Ba 2015, algorithm 1: w <- w - rate * m^ / (sqrt v^ + eps)."""
-        state = self.adam.setdefault(name, [0, torch.zeros_like(gradient), torch.zeros_like(gradient)])
+        state = self.adam.setdefault(
+            name, [0, torch.zeros_like(gradient), torch.zeros_like(gradient)]
+        )
         state[0] += 1
         state[1] = 0.9 * state[1] + 0.1 * gradient
         state[2] = 0.999 * state[2] + 0.001 * gradient**2

@@ -1,4 +1,6 @@
-"""Series made by hand, for which the step of the decision is known beforehand; and the same without a fault."""
+"""Series made by hand, for which the step of the decision is known beforehand; and the same without
+a fault.
+"""
 
 import json
 import math
@@ -28,13 +30,17 @@ GOOD = {"loss/total": 0.1, "ppo/ratio": 1.01, "ppo/approx_kl": 0.01, "grad/norm"
 
 
 def run(guards: Guards, rows: list[dict], start: int = 1) -> list:
-    """(step, guard, action) of every decision when these metrics follow each other, each over HEALTHY."""
+    """(step, guard, action) of every decision when these metrics follow each other, each over
+    HEALTHY.
+    """
     found = [(step, guards.step(step, HEALTHY | row)) for step, row in enumerate(rows, start)]
     return [(step, d.guard, d.action) for step, d in found if d]
 
 
 def noisy(steps: int, seed: int) -> list[dict]:
-    """A clean run as the sandbox's look: KL grows from exactly 0, the score rises, entropy falls to two thirds."""
+    """A clean run as the sandbox's look: KL grows from exactly 0, the score rises, entropy falls to
+    two thirds.
+    """
     noise = random.Random(seed).gauss
     rows = []
     for i in range(steps):
@@ -63,7 +69,10 @@ def test_clean_noisy_runs_raise_no_alarm():
         for update in range(400):
             ratio = math.exp(noise(0, 0.1))
             assert (
-                guards.update(update // 4, {"ppo/ratio": ratio, "ppo/approx_kl": ratio - 1 - math.log(ratio)}) is None
+                guards.update(
+                    update // 4, {"ppo/ratio": ratio, "ppo/approx_kl": ratio - 1 - math.log(ratio)}
+                )
+                is None
             )
         assert guards.events == [] and guards.drain_events() == []
         assert guards.metrics() == {f"guard/{n}": 0.0 for n in guards.counts} | {
@@ -101,7 +110,9 @@ def test_max_kl_says_what_it_saw_and_what_to_do():
 
 def test_kl_below_zero_beyond_noise():
     # -0.5 + 3 * 0.1 = -0.2 < 0: beyond noise.   -0.5 + 3 * 0.2 = +0.1: noise.
-    assert run(Guards({}), [{"kl/sequence": -0.5, "kl/sequence_se": 0.1}] * 3) == [(3, "negative_kl", "warn")]
+    assert run(Guards({}), [{"kl/sequence": -0.5, "kl/sequence_se": 0.1}] * 3) == [
+        (3, "negative_kl", "warn")
+    ]
     assert run(Guards({}), [{"kl/sequence": -0.5, "kl/sequence_se": 0.2}] * 9) == []
     # step 0 is exactly 0; rounding in bfloat16 may leave a little less
     assert run(Guards({}), [{"kl/sequence": 0.0, "kl/sequence_se": 0.0}] * 9) == []
@@ -140,8 +151,11 @@ def test_repetition_and_missing_ends():
 def test_score_collapse_gone_to_nothing():
     # it began at 0.8: 5 % of it is 0.04
     assert run(Guards({}), [{}] * 5 + [{"score/std": 0.041}] * 9) == []
-    assert run(Guards({}), [{}] * 5 + [{"score/std": 0.039}] * 5) == [(10, "score_collapse", "warn")]
-    assert run(Guards({}), [{"score/std": 0.0}] * 5) == [(5, "score_collapse", "warn")]  # a scorer that says one thing
+    assert run(Guards({}), [{}] * 5 + [{"score/std": 0.039}] * 5) == [
+        (10, "score_collapse", "warn")
+    ]
+    # a scorer that says one thing
+    assert run(Guards({}), [{"score/std": 0.0}] * 5) == [(5, "score_collapse", "warn")]
 
 
 def test_a_warning_comes_again_only_after_health():
@@ -153,16 +167,22 @@ def test_a_warning_comes_again_only_after_health():
 
 def test_missing_and_nan_metrics_are_not_judged():
     guards = Guards({"repetition": {"window": 3}})
-    rows = [{"response/repetition": r} for r in (0.5, math.nan, 0.5, 0.5)]  # NaN neither counts nor breaks the row
+    # NaN neither counts nor breaks the row
+    rows = [{"response/repetition": r} for r in (0.5, math.nan, 0.5, 0.5)]
     assert run(guards, rows) == [(4, "repetition", "warn")]
     assert guards.step(9, {"time/step": 1.0}) is None
 
 
 def test_the_gravest_decision_is_returned_and_all_are_recorded():
     guards = Guards({"repetition": {"window": 1}, "max_kl": {"window": 1}})
-    assert run(guards, [{"kl/sequence": 500.0, "response/repetition": 0.9}]) == [(1, "max_kl", "stop")]
+    assert run(guards, [{"kl/sequence": 500.0, "response/repetition": 0.9}]) == [
+        (1, "max_kl", "stop")
+    ]
     assert [e["guard"] for e in guards.events] == ["max_kl", "repetition"]
-    assert [d.guard for d in guards.drain_events()] == ["max_kl", "repetition"] and guards.drain_events() == []
+    assert [d.guard for d in guards.drain_events()] == [
+        "max_kl",
+        "repetition",
+    ] and guards.drain_events() == []
 
 
 # before the first update
@@ -175,20 +195,31 @@ def test_the_first_rollout_is_looked_at_before_anything_is_learnt():
     decision = guards.first(1, healthy | {"response/ended": 0.0, "score/total": -1.0}, 0.0, 64)
     assert (decision.guard, decision.action) == ("no_signal", "stop")
     assert "are all alike, -1" in decision.reason and "max_response_length" in decision.reason
-    assert [(e["guard"], e["action"]) for e in guards.events] == [("truncation", "warn"), ("no_signal", "stop")]
+    assert [(e["guard"], e["action"]) for e in guards.events] == [
+        ("truncation", "warn"),
+        ("no_signal", "stop"),
+    ]
     assert Guards({"no_signal": "warn"}).first(1, healthy, 0.0, 64).action == "warn"
     assert Guards({"no_signal": "off"}).first(1, healthy, 0.0, 64) is None
     assert Guards({}).first(1, healthy, 0.0, 1) is None  # one response differs from no other
     assert Guards({}).first(1, healthy | {"response/ended": 0.0}, 0.1, 64).guard == "truncation"
-    assert Guards({"truncation": "off"}).first(1, healthy | {"response/ended": 0.0}, 0.1, 64) is None
+    assert (
+        Guards({"truncation": "off"}).first(1, healthy | {"response/ended": 0.0}, 0.1, 64) is None
+    )
 
 
 def test_a_score_that_is_length_is_said_before_it_is_learnt_from():
     for r in (0.71, -0.71):
         decision = Guards({}).first(1, HEALTHY | {"score/length_correlation": r}, 0.1, 32)
         assert (decision.guard, decision.action, decision.value) == ("length_detector", "warn", r)
-    assert Guards({}).first(1, HEALTHY | {"score/length_correlation": 0.9}, 0.1, 31) is None  # too few to say
-    assert Guards({"length_detector": 0.8}).first(1, HEALTHY | {"score/length_correlation": 0.71}, 0.1, 32) is None
+    # too few to say
+    assert Guards({}).first(1, HEALTHY | {"score/length_correlation": 0.9}, 0.1, 31) is None
+    assert (
+        Guards({"length_detector": 0.8}).first(
+            1, HEALTHY | {"score/length_correlation": 0.71}, 0.1, 32
+        )
+        is None
+    )
     assert Guards({}).first(1, HEALTHY, 0.1, 32) is None  # one of the two does not vary
 
 
@@ -199,10 +230,14 @@ def test_a_number_that_is_not_finite_is_skipped_and_the_fifth_in_twenty_stops():
     guards = Guards({})
     actions = []
     for i in range(24):
-        faulty = i in (0, 3, 6, 9) or i == 20  # at the fifth, update 21, the first is 20 back: only four count
+        # at the fifth, update 21, the first is 20 back: only four count
+        faulty = i in (0, 3, 6, 9) or i == 20
         decision = guards.update(1 + i // 4, GOOD | ({"loss/total": math.nan} if faulty else {}))
         actions.append(decision.action if decision else None)
-    assert [i for i, a in enumerate(actions) if a] == [0, 3, 6, 9, 20] and set(actions) == {None, "skip"}
+    assert [i for i, a in enumerate(actions) if a] == [0, 3, 6, 9, 20] and set(actions) == {
+        None,
+        "skip",
+    }
     assert guards.metrics()["guard/skipped_updates"] == 5
     guards = Guards({})
     row = [guards.update(1, GOOD | {"grad/norm": math.inf}).action for _ in range(5)]
@@ -213,7 +248,10 @@ def test_scores_that_are_not_finite_skip_the_rollout():
     guards = Guards({"not_finite": {"limit": 1, "window": 3}})
     message = "the score of a response is nan: prompt 'Hello'"
     decision = guards.scores(4, message)
-    assert (decision.action, decision.guard) == ("skip", "not_finite") and decision.reason.startswith(message)
+    assert (decision.action, decision.guard) == (
+        "skip",
+        "not_finite",
+    ) and decision.reason.startswith(message)
     assert guards.scores(5, None) is None
     assert guards.scores(7, message).action == "skip"  # step 4 is three back
     assert guards.scores(8, message).action == "stop"
@@ -225,7 +263,8 @@ def test_ratio_is_caught_at_once_upwards_and_downwards():
     assert guards.update(1, GOOD | {"ppo/ratio": 9.9, "ppo/approx_kl": 8.9}) is None
     decision = guards.update(1, GOOD | {"ppo/ratio": 10.1, "ppo/approx_kl": 9.1})
     assert (decision.guard, decision.action, decision.value) == ("ratio", "skip", 10.1)
-    # sampled tokens 9 or 11 times less likely: E[r] = 1/9, approx_kl = r - 1 - log r, and 1/10 is the bound
+    # sampled tokens 9 or 11 times less likely: E[r] = 1/9, approx_kl = r - 1 - log r, and 1/10 is
+    # the bound
     for times, caught in ((9, False), (11, True)):
         numbers = {"ppo/ratio": 1 / times, "ppo/approx_kl": 1 / times - 1 + math.log(times)}
         decision = Guards({}).update(1, numbers)
@@ -260,7 +299,9 @@ def test_target_kl_ends_a_rollout_and_never_the_run():
     actions = [guards.update(step, GOOD | {"ppo/approx_kl": 0.06}).action for step in range(1, 50)]
     assert set(actions) == {"end"} and guards.metrics()["guard/shortened_rollouts"] == 49
     (event,) = guards.events  # one series, one event, one line in the log
-    assert (event["step"], event["last_step"], event["times"]) == (1, 49, 49) and len(guards.drain_events()) == 1
+    assert (event["step"], event["last_step"], event["times"]) == (1, 49, 49) and len(
+        guards.drain_events()
+    ) == 1
 
 
 # reward hacking
@@ -277,7 +318,9 @@ def test_trend_by_hand():
 
 
 def hacked(seed: int, shape) -> list[dict]:
-    """40 steps of common rise, then the proxy goes on and gold falls by `shape(steps since)` noise widths."""
+    """40 steps of common rise, then the proxy goes on and gold falls by `shape(steps since)` noise
+    widths.
+    """
     noise = random.Random(seed).gauss
     rows = []
     for i in range(90):
@@ -288,7 +331,9 @@ def hacked(seed: int, shape) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    "shape", [lambda j: 0.3 * j, lambda j: 8.0, lambda j: min(j, 8.0)], ids=["slowly", "at once", "within 8 steps"]
+    "shape",
+    [lambda j: 0.3 * j, lambda j: 8.0, lambda j: min(j, 8.0)],
+    ids=["slowly", "at once", "within 8 steps"],
 )
 def test_hacking_is_caught_within_thirty_steps(shape):
     for seed in range(10):
@@ -300,26 +345,43 @@ def test_hacking_is_caught_within_thirty_steps(shape):
 
 def test_hacking_needs_both_a_rise_and_a_fall():
     for seed in range(10):
-        flat = [row | {"score/raw": 1.0} for row in hacked(seed, lambda j: 0.3 * j)]  # gold falls alone
+        # gold falls alone
+        flat = [row | {"score/raw": 1.0} for row in hacked(seed, lambda j: 0.3 * j)]
         assert run(Guards({}, ["gold"]), flat) == []
         noise = random.Random(seed).gauss
-        rising = [{"score/raw": 0.05 * i, "score/gold": noise(0, 0.06)} for i in range(80)]  # gold does not move
+        # gold does not move
+        rising = [{"score/raw": 0.05 * i, "score/gold": noise(0, 0.06)} for i in range(80)]
         assert run(Guards({}, ["gold"]), rising) == []
 
 
 def test_hacking_watches_what_is_named():
-    rows = [{"score/gold": 1.0, "score/rule": 1.0 - 0.1 * i, "score/raw": 0.1 * i} for i in range(22)]
+    rows = [
+        {"score/gold": 1.0, "score/rule": 1.0 - 0.1 * i, "score/raw": 0.1 * i} for i in range(22)
+    ]
     assert run(Guards({}, ["gold"]), rows) == []
     assert run(Guards({"hacking": {"watch": "rule"}}, ["gold"]), rows) == [
         (21, "hacking", "stop"),
         (22, "hacking", "stop"),
     ]
-    assert run(Guards({"hacking": {"watch": ["score/rule"], "action": "warn"}}), rows) == [(21, "hacking", "warn")]
-    assert Guards({}, ["gold"]).step(1, {"time/step": 1.0}) is None  # a rollout that was skipped has no scores
+    assert run(Guards({"hacking": {"watch": ["score/rule"], "action": "warn"}}), rows) == [
+        (21, "hacking", "warn")
+    ]
+    # a rollout that was skipped has no scores
+    assert Guards({}, ["gold"]).step(1, {"time/step": 1.0}) is None
     # a rule that applies at some steps only: the window counts those
-    seldom = [{"score/raw": float(i), "score/rule": -float(i) if i % 5 == 0 else math.nan} for i in range(120)]
-    assert [s for s, *_ in run(Guards({"hacking": {"watch": "rule"}}), seldom)] == [101, 106, 111, 116]
-    with pytest.raises(UserError, match=r"'score/gould', which is not a score of this run.*score/gold"):
+    seldom = [
+        {"score/raw": float(i), "score/rule": -float(i) if i % 5 == 0 else math.nan}
+        for i in range(120)
+    ]
+    assert [s for s, *_ in run(Guards({"hacking": {"watch": "rule"}}), seldom)] == [
+        101,
+        106,
+        111,
+        116,
+    ]
+    with pytest.raises(
+        UserError, match=r"'score/gould', which is not a score of this run.*score/gold"
+    ):
         run(Guards({"hacking": {"watch": "gould"}}), rows)
 
 
@@ -328,7 +390,9 @@ def test_a_score_to_watch_that_no_scorer_gives_is_refused_before_the_run():
     for known in ("gold", "score/gold", "gold/part", "score/raw", "response/length"):
         check_watched({"hacking": {"watch": known}}, scorers)
     check_watched({}, scorers)
-    with pytest.raises(UserError, match=r"'gould' is not a score of this run. Did you mean 'gold'\?.*reward, gold"):
+    with pytest.raises(
+        UserError, match=r"'gould' is not a score of this run. Did you mean 'gold'\?.*reward, gold"
+    ):
         check_watched({"hacking": {"watch": ["gold", "gould"]}}, scorers)
 
 
@@ -348,7 +412,9 @@ def play(guards: Guards, rows: list[dict], start: int) -> list:
     found = []
     for step, row in enumerate(rows, start):
         for i in range(3):
-            found.append(guards.update(step, GOOD | ({"loss/total": math.inf} if step % 7 == i else {})))
+            found.append(
+                guards.update(step, GOOD | ({"loss/total": math.inf} if step % 7 == i else {}))
+            )
         found.append(guards.step(step, HEALTHY | row))
     return [(d.guard, d.action, d.step, d.reason) if d else None for d in found]
 
@@ -362,7 +428,12 @@ def test_state_in_the_middle_gives_the_same_later_decisions(cut):
     second = Guards(options, ["gold"])
     second.load_state_dict(json.loads(json.dumps(first.state_dict(), allow_nan=False)))
     assert begun + play(second, rows[cut:], cut + 1) == expected
-    assert {name for d in expected if d for name in d[:1]} == {"not_finite", "max_kl", "hacking", "length"}
+    assert {name for d in expected if d for name in d[:1]} == {
+        "not_finite",
+        "max_kl",
+        "hacking",
+        "length",
+    }
     assert second.state_dict() == whole.state_dict() and second.metrics() == whole.metrics()
 
 
@@ -410,10 +481,17 @@ def test_a_rollback_to_the_start_forgets_the_windows():
 
 
 def test_overrides_and_their_short_forms():
-    guards = check_guards({"max_kl": {"threshold": 30, "action": "rollback"}, "length": False, "entropy": "warn"})
-    assert (guards["max_kl"].threshold, guards["max_kl"].action, guards["max_kl"].window) == (30.0, "rollback", 3)
+    guards = check_guards(
+        {"max_kl": {"threshold": 30, "action": "rollback"}, "length": False, "entropy": "warn"}
+    )
+    assert (guards["max_kl"].threshold, guards["max_kl"].action, guards["max_kl"].window) == (
+        30.0,
+        "rollback",
+        3,
+    )
     assert (guards["length"].action, guards["entropy"].action) == ("off", "warn")
-    assert check_guards({"target_kl": "3e-2"})["target_kl"].threshold == 0.03  # YAML 1.1 reads 3e-2 as text
+    # YAML 1.1 reads 3e-2 as text
+    assert check_guards({"target_kl": "3e-2"})["target_kl"].threshold == 0.03
     assert check_guards({"hacking": {"watch": "gold"}})["hacking"].watch == ("gold",)
     assert check_guards({}) == GUARDS
     assert run(Guards({"max_kl": "off"}), [{"kl/sequence": 1e6}] * 9) == []
@@ -423,7 +501,10 @@ def test_overrides_and_their_short_forms():
     ("overrides", "message"),
     [
         ({"max_lk": 3}, "unknown guard 'max_lk'. Did you mean 'max_kl'?"),
-        ({"max_kl": {"treshold": 3}}, "guards.max_kl: unknown key 'treshold'. Did you mean 'threshold'?"),
+        (
+            {"max_kl": {"treshold": 3}},
+            "guards.max_kl: unknown key 'treshold'. Did you mean 'threshold'?",
+        ),
         (
             {"max_kl": {"watch": "gold"}},
             "unknown key 'watch'. Known keys: threshold, action, window, limit",
@@ -437,10 +518,19 @@ def test_overrides_and_their_short_forms():
         ({"entropy": 1.5}, "guards.entropy.threshold: found 1.5, expected less than 1"),
         ({"ratio": 0.5}, "guards.ratio.threshold: found 0.5, expected greater than 1"),
         ({"max_kl": math.nan}, "found nan, expected a finite number"),
-        ({"max_kl": {"threshold": "much"}}, "guards.max_kl.threshold: found 'much', expected a number"),
-        ({"max_kl": {"window": 0}}, "guards.max_kl.window: found 0, expected greater than or equal to 1"),
+        (
+            {"max_kl": {"threshold": "much"}},
+            "guards.max_kl.threshold: found 'much', expected a number",
+        ),
+        (
+            {"max_kl": {"window": 0}},
+            "guards.max_kl.window: found 0, expected greater than or equal to 1",
+        ),
         ({"hacking": {"window": 7}}, "found 7, expected greater than or equal to 8"),
-        ({"max_kl": {"limit": -1}}, "guards.max_kl.limit: found -1, expected greater than or equal to 0"),
+        (
+            {"max_kl": {"limit": -1}},
+            "guards.max_kl.limit: found -1, expected greater than or equal to 0",
+        ),
         ({"max_kl": {"window": 1.5}}, "expected a whole number"),
         ({"max_kl": True}, "expected settings"),
         ({"max_kl": [3]}, "expected settings"),
@@ -454,7 +544,11 @@ def test_wrong_overrides_are_named(overrides, message):
 
 def test_every_default_is_allowed_and_every_reason_is_written():
     for name, guard in GUARDS.items():
-        settings = {k: getattr(guard, k) for k in ("action", "window", "limit") if getattr(guard, k) is not None}
+        settings = {
+            k: getattr(guard, k)
+            for k in ("action", "window", "limit")
+            if getattr(guard, k) is not None
+        }
         assert check_guards({name: settings})[name] == guard
         assert guard.help and guard.remedy and guard.refused
 
@@ -466,11 +560,16 @@ def test_metric_names_are_in_the_vocabulary():
 def test_the_page_shows_the_defaults():
     page = (Path(__file__).parents[2] / "docs" / "guards.md").read_text()
     rows = {
-        m[1]: [c.strip() for c in m[0].strip("|").split("|")] for m in re.finditer(r"^\| `(\w+)` \|.*\|$", page, re.M)
+        m[1]: [c.strip() for c in m[0].strip("|").split("|")]
+        for m in re.finditer(r"^\| `(\w+)` \|.*\|$", page, re.M)
     }
     for name, guard in GUARDS.items():
         threshold = "-" if guard.threshold in (None, math.inf) else f"{guard.threshold:g}"
-        expected = [threshold, guard.action, *("-" if n is None else str(n) for n in (guard.window, guard.limit))]
+        expected = [
+            threshold,
+            guard.action,
+            *("-" if n is None else str(n) for n in (guard.window, guard.limit)),
+        ]
         assert rows[name][2:6] == expected, name
 
 

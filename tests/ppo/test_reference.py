@@ -1,4 +1,5 @@
-"""The trainer against tests/ppo/reference.py: losses, gradients before clipping and updated weights of whole steps.
+"""The trainer against tests/ppo/reference.py: losses, gradients before clipping and updated weights
+of whole steps.
 
 Float64 agrees to 1e-9, absolutely and relatively (|a - b| <= 1e-9 + 1e-9 |b|); float32 to 1e-5 in the same sense.
 """
@@ -82,19 +83,26 @@ GRID = {
 def paths(case, base_path, sft_path, reward_path):
     """The case with its folders and precision filled in."""
     filled = {**case, "model": {"base": base_path, "sft": sft_path}[case["model"]]}
-    return filled | {"reward": reward_path if case.get("reward") else None, "dtype": case.get("dtype", "float64")}
+    return filled | {
+        "reward": reward_path if case.get("reward") else None,
+        "dtype": case.get("dtype", "float64"),
+    }
 
 
 def disagreements(case: dict, found: dict, tolerance: float) -> list[str]:
     """What of a run differs from the reference by more than the tolerance."""
     config, wrong = trial.options(**case["options"]), []
-    reference = Reference(found["before"], config, SimpleNamespace(**found["shape"]), found["lora_scale"])
+    reference = Reference(
+        found["before"], config, SimpleNamespace(**found["shape"]), found["lora_scale"]
+    )
 
     def check(what, got, expected):
         got, expected = torch.as_tensor(got).double(), torch.as_tensor(expected).double()
         apart = (got - expected).abs() - tolerance * (1 + expected.abs())
         if got.shape != expected.shape or not bool((apart <= 0).all()):
-            wrong.append(f"{what}: {got.flatten()[:4].tolist()}, expected {expected.flatten()[:4].tolist()}")
+            wrong.append(
+                f"{what}: {got.flatten()[:4].tolist()}, expected {expected.flatten()[:4].tolist()}"
+            )
 
     for number, step in enumerate(found["steps"]):
         given = Step(
@@ -102,7 +110,9 @@ def disagreements(case: dict, found: dict, tolerance: float) -> list[str]:
             [u["rows"] for u in step["updates"]], [u["ptx"] for u in step["updates"]], frozenset(step["skipped"]),
         )  # fmt: skip
         assert any(given.ended) and not all(given.ended)
-        assert len({len(r) for r in given.responses}) > 1 and len({len(p) for p in given.prompts}) > 1
+        assert (
+            len({len(r) for r in given.responses}) > 1 and len({len(p) for p in given.prompts}) > 1
+        )
         expected = reference.step(given)
         for name, value in expected["numbers"].items():
             check(f"step {number} {name}", step["metrics"][name], value)
@@ -117,9 +127,17 @@ def disagreements(case: dict, found: dict, tolerance: float) -> list[str]:
             check(f"{where} grad/norm", got["metrics"]["grad/norm"], want["norm"])
             is_critic = {name: ".value." in name for name in want["grads"]}
             for group, of_critic in (("policy", False), ("value", True)):
-                squares = [float((g**2).sum()) for n, g in want["grads"].items() if is_critic[n] == of_critic]
+                squares = [
+                    float((g**2).sum())
+                    for n, g in want["grads"].items()
+                    if is_critic[n] == of_critic
+                ]
                 if squares:
-                    check(f"{where} grad/norm_{group}", got["metrics"][f"grad/norm_{group}"], math.sqrt(sum(squares)))
+                    check(
+                        f"{where} grad/norm_{group}",
+                        got["metrics"][f"grad/norm_{group}"],
+                        math.sqrt(sum(squares)),
+                    )
             assert got["grads"].keys() == want["grads"].keys()
             for name, gradient in want["grads"].items():
                 check(f"{where} gradient of {name}", got["grads"][name], gradient)
@@ -136,18 +154,26 @@ def test_the_trainer_is_the_reference(name, base_path, sft_path, reward_path):
         found = trial.run(case)
     wrong = disagreements(case, found, 1e-9)
     assert not wrong, "\n".join(wrong[:20])
-    assert max(float((found["after"][n] - found["before"][n]).abs().max()) for n in found["after"]) > 1e-3
+    assert (
+        max(float((found["after"][n] - found["before"][n]).abs().max()) for n in found["after"])
+        > 1e-3
+    )
     # both branches of the clipped losses were taken, and gradients were clipped
     seen = [u["metrics"] for step in found["steps"] for u in step["updates"]]
     assert any(0 < m["ppo/clip_fraction"] < 1 for m in seen)
-    assert any(0 < m.get("value/clip_fraction", 0.5) < 1 for m in seen) or case["options"]["value_clip_range"] is None
+    assert (
+        any(0 < m.get("value/clip_fraction", 0.5) < 1 for m in seen)
+        or case["options"]["value_clip_range"] is None
+    )
     assert any(m["grad/norm"] > 1 for m in seen)
 
 
 def stage_config(stage: str) -> dict:
     """A shipped DeepSpeed JSON; ZeRO 1 is that of ZeRO 2 with another number."""
     config = json.loads(
-        (ROOT / "rlhf" / "configs" / "deepspeed" / f"zero{'2' if stage == '1' else stage}.json").read_text()
+        (
+            ROOT / "rlhf" / "configs" / "deepspeed" / f"zero{'2' if stage == '1' else stage}.json"
+        ).read_text()
     )
     config["zero_optimization"]["stage"] = int(stage[0])
     if stage.startswith("3"):  # a tiny model would not be cut into parts at all
@@ -160,15 +186,29 @@ def launched(folder: Path, cases: list[dict], stage: str | list[str], ranks: int
     stages = [stage] * len(cases) if isinstance(stage, str) else stage
     given = [case | {"deepspeed": stage_config(of)} for case, of in zip(cases, stages, strict=True)]
     (folder / "trial.json").write_text(json.dumps(given))
-    command = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(ranks), "--no_local_rank"]
-    command += ["-q", "--master_port", str(29600 + os.getpid() % 300), str(ROOT / "tests" / "trial.py"), str(folder)]
+    command = [
+        str(Path(sys.executable).parent / "deepspeed"),
+        "--num_accelerators",
+        str(ranks),
+        "--no_local_rank",
+    ]
+    command += [
+        "-q",
+        "--master_port",
+        str(29600 + os.getpid() % 300),
+        str(ROOT / "tests" / "trial.py"),
+        str(folder),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, timeout=850)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd="/", env=environment, timeout=850
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return torch.load(folder / "trial.pt", weights_only=False)
 
 
-# the guard takes back every second update; by then all tokens of the last pass are clipped and have no gradient
+# the guard takes back every second update; by then all tokens of the last pass are clipped and have
+# no gradient
 TAKEN_BACK = {
     "model": "sft", "steps": 3, "dtype": "float32",
     "options": {
@@ -183,7 +223,9 @@ def check_taken_back(found: dict) -> None:
     assert updates == [(None, True), ("end", False)] * TAKEN_BACK["steps"]
 
 
-def test_what_a_guard_takes_back_is_not_made_under_any_zero_stage(base_path, sft_path, reward_path, tmp_path):
+def test_what_a_guard_takes_back_is_not_made_under_any_zero_stage(
+    base_path, sft_path, reward_path, tmp_path
+):
     stages = ["0", "1", "2", "3", "3_offload"]
     case = paths(TAKEN_BACK, base_path, sft_path, reward_path)
     for found in launched(tmp_path, [case] * len(stages), stages, ranks=1):
@@ -191,8 +233,13 @@ def test_what_a_guard_takes_back_is_not_made_under_any_zero_stage(base_path, sft
 
 
 def test_two_ranks_under_zero_2_are_the_reference(base_path, sft_path, reward_path, tmp_path):
-    """Float64 to 1e-9: minibatches of 3, 3 and 2 rows, one at a time, so that a rank has an empty micro-batch."""
-    cases = [paths(case, base_path, sft_path, reward_path) for case in (GRID["updates taken back"], TAKEN_BACK)]
+    """Float64 to 1e-9: minibatches of 3, 3 and 2 rows, one at a time, so that a rank has an empty
+    micro-batch.
+    """
+    cases = [
+        paths(case, base_path, sft_path, reward_path)
+        for case in (GRID["updates taken back"], TAKEN_BACK)
+    ]
     found, taken = launched(tmp_path, cases, "2")
     wrong = disagreements(cases[0], found, 1e-9)
     assert not wrong, "\n".join(wrong[:20])
@@ -201,7 +248,9 @@ def test_two_ranks_under_zero_2_are_the_reference(base_path, sft_path, reward_pa
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_two_ranks_under_zero_2_are_the_reference_with_every_option(base_path, sft_path, reward_path, tmp_path):
+def test_two_ranks_under_zero_2_are_the_reference_with_every_option(
+    base_path, sft_path, reward_path, tmp_path
+):
     cases = [paths(case, base_path, sft_path, reward_path) for case in GRID.values()]
     for name, case, found in zip(GRID, cases, launched(tmp_path, cases, "2"), strict=True):
         wrong = disagreements(case, found, 1e-9)
@@ -209,8 +258,13 @@ def test_two_ranks_under_zero_2_are_the_reference_with_every_option(base_path, s
 
 
 def single(case: dict) -> dict:
-    """In float32, with small steps and a large epsilon: of a gradient that is rounding Adam makes a whole step."""
-    return case | {"dtype": "float32", "options": {"adam_epsilon": 1e-2, "learning_rate": 1e-3} | case["options"]}
+    """In float32, with small steps and a large epsilon: of a gradient that is rounding Adam makes a
+    whole step.
+    """
+    return case | {
+        "dtype": "float32",
+        "options": {"adam_epsilon": 1e-2, "learning_rate": 1e-3} | case["options"],
+    }
 
 
 @pytest.mark.slow
@@ -220,7 +274,9 @@ def test_two_ranks_are_the_reference_in_float32(base_path, sft_path, reward_path
     names = ["defaults", "grpo with k3", "entropy, clip higher, ptx", "a reference that moves",
              "warm-up of the critic", "updates taken back"]  # fmt: skip
     cases = [paths(single(GRID[name]), base_path, sft_path, reward_path) for name in names]
-    *found, taken = launched(tmp_path, [*cases, paths(TAKEN_BACK, base_path, sft_path, reward_path)], stage)
+    *found, taken = launched(
+        tmp_path, [*cases, paths(TAKEN_BACK, base_path, sft_path, reward_path)], stage
+    )
     check_taken_back(taken)
     for name, case, one in zip(names, cases, found, strict=True):
         wrong = disagreements(case, one, 1e-5)

@@ -10,7 +10,14 @@ from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import Sampling, generate
 from rlhf.errors import UserError
 from rlhf.models import load_model
-from rlhf.ppo.trainer import PPOConfig, PPOTrainer, TrainingData, cycle_shuffled, micro_batch_positions, permutation
+from rlhf.ppo.trainer import (
+    PPOConfig,
+    PPOTrainer,
+    TrainingData,
+    cycle_shuffled,
+    micro_batch_positions,
+    permutation,
+)
 from rlhf.roles import Roles
 from rlhf.values import check_ranges
 
@@ -23,7 +30,9 @@ def prompt(text):
 
 
 STOPS = [2, *range(3, 320, 9)]
-PROMPTS = [prompt(t) for t in ("one", "three", "seventeen", "a", "of it", "many things", "yes", "no")]
+PROMPTS = [
+    prompt(t) for t in ("one", "three", "seventeen", "a", "of it", "many things", "yes", "no")
+]
 
 
 def config(**more):
@@ -49,12 +58,20 @@ def by_length(samples):
     return Scores(totals, {"length": totals})
 
 
-def trainer(path, options=None, scorer=by_length, prompts=PROMPTS, reward=None, dtype="float32", ptx=None):
+def trainer(
+    path, options=None, scorer=by_length, prompts=PROMPTS, reward=None, dtype="float32", ptx=None
+):
     options = options or config()
     torch.manual_seed(options.seed)
     initial = load_model(path, dtype)
     critic = options.critic_from if options.has_critic else None
-    roles = Roles(initial, lora_config(r=4), reward, critic=critic, ema_reference=options.reference_ema is not None)
+    roles = Roles(
+        initial,
+        lora_config(r=4),
+        reward,
+        critic=critic,
+        ema_reference=options.reference_ema is not None,
+    )
     data = TrainingData(prompts, initial.tokenizer, [initial.tokenizer.eos_token_id], ptx or [])
     return PPOTrainer(options, roles, scorer, data, DistributedContext())
 
@@ -86,7 +103,9 @@ def test_the_same_seed_gives_the_same_run_to_the_last_bit(sft_path, reward_path)
         learner = trainer(sft_path, reward=reward_path)
         rows = [learner.step(s) for s in range(2)]
         metrics = [{k: v for k, v in m.items() if not k.startswith("time/")} for m, _ in rows]
-        runs.append((metrics, [r.samples.response_ids for _, r in rows], learner.learner.state_dict()))
+        runs.append(
+            (metrics, [r.samples.response_ids for _, r in rows], learner.learner.state_dict())
+        )
     assert runs[0][0] == runs[1][0] and runs[0][1] == runs[1][1]
     assert all(torch.equal(runs[0][2][n], runs[1][2][n]) for n in runs[0][2])
 
@@ -101,7 +120,9 @@ def test_another_seed_samples_otherwise(sft_path):
 def test_eight_micro_batches_of_one_equal_one_of_eight(sft_path, reward_path, dtype, tolerance):
     learned = {}
     for size in (1, 8):
-        learner = trainer(sft_path, config(per_device_train_batch_size=size), reward=reward_path, dtype=dtype)
+        learner = trainer(
+            sft_path, config(per_device_train_batch_size=size), reward=reward_path, dtype=dtype
+        )
         metrics, _ = learner.step(0)
         learned[size] = (metrics["loss/policy"], metrics["loss/value"], metrics["grad/norm"])
     for one, eight in zip(learned[1], learned[8], strict=True):
@@ -130,14 +151,22 @@ def test_a_bandit_with_a_known_optimum_is_learnt(base_path):
     """Without KL the optimum is p(good) = 1; it starts near 0.06."""
     good = int(first_token_probabilities(load_model(base_path).model).argsort(descending=True)[1])
     learner = bandit(
-        base_path, good, rollout_batch_size=64, total_episodes=640, num_ppo_epochs=4, kl_coef=0.0, learning_rate=3e-3
+        base_path,
+        good,
+        rollout_batch_size=64,
+        total_episodes=640,
+        num_ppo_epochs=4,
+        kl_coef=0.0,
+        learning_rate=3e-3,
     )
     scores = [learner.step(step)[0]["score/total"] for step in range(10)]
     assert scores[0] < 0.2 and scores[-1] > 0.95
 
 
 def test_a_kl_penalty_holds_the_bandit_at_the_tilted_optimum(base_path):
-    """With KL weight b the optimum is p*(a) = p_ref(a) exp(r(a) / b) / Z (Rafailov et al. 2023, eq. 4)."""
+    """With KL weight b the optimum is p*(a) = p_ref(a) exp(r(a) / b) / Z (Rafailov et al. 2023, eq.
+    4).
+    """
     p_ref = first_token_probabilities(load_model(base_path).model)
     good = int(p_ref.argsort(descending=True)[1])
     odds = float(p_ref[good]) * math.exp(1 / 0.5)
@@ -184,8 +213,12 @@ def test_a_run_whose_first_scores_are_all_the_same_stops_before_it_learns(sft_pa
     assert all(torch.equal(v, before[k]) for k, v in learner.learner.state_dict().items())
     (metrics,) = seen
     assert metrics["score/std"] == 0.0 and "ppo/updates" not in metrics
-    allowed = trainer(sft_path, config(missing_eos_score=None, guards={"no_signal": "warn"}), equal_scores)
-    assert allowed.step(0)[0]["ppo/updates"] == 4 and allowed.guards.events[0]["guard"] == "no_signal"
+    allowed = trainer(
+        sft_path, config(missing_eos_score=None, guards={"no_signal": "warn"}), equal_scores
+    )
+    assert (
+        allowed.step(0)[0]["ppo/updates"] == 4 and allowed.guards.events[0]["guard"] == "no_signal"
+    )
     assert "score/length_correlation" not in metrics
 
 
@@ -203,7 +236,8 @@ def test_what_is_compared_are_the_samples_of_a_prompt_where_the_estimator_does(s
 def test_the_correlation_of_score_and_length_by_hand(sft_path):
     learner = trainer(sft_path, config(missing_eos_score=None))
     learner.collector.stop_ids = STOPS
-    assert math.isclose(learner.step(0)[0]["score/length_correlation"], 1.0, abs_tol=1e-9)  # the score is the length
+    # the score is the length
+    assert math.isclose(learner.step(0)[0]["score/length_correlation"], 1.0, abs_tol=1e-9)
 
 
 def nan_scorer(samples):
@@ -251,8 +285,12 @@ def test_samples_per_prompt_share_a_group(sft_path):
 
 def test_micro_batches_cover_each_row_once_and_in_step():
     def sizes(count, size):
-        ranks = [micro_batch_positions(count, DistributedContext(rank=r, size=2), size) for r in range(2)]
-        return [[len(part) for part in parts] for parts in ranks], torch.cat([p for parts in ranks for p in parts])
+        ranks = [
+            micro_batch_positions(count, DistributedContext(rank=r, size=2), size) for r in range(2)
+        ]
+        return [[len(part) for part in parts] for parts in ranks], torch.cat(
+            [p for parts in ranks for p in parts]
+        )
 
     lengths, positions = sizes(7, 2)
     assert lengths == [[2, 1], [2, 2]] and sorted(positions.tolist()) == list(range(7))
@@ -266,7 +304,8 @@ def test_an_endless_row_is_made_of_shuffled_passes():
     rows = list("abcdefgh")
     seen = cycle_shuffled(rows, range(16), 3)
     assert sorted(seen[:8]) == rows and sorted(seen[8:]) == rows and seen[:8] != seen[8:]
-    assert cycle_shuffled(rows, range(5, 11), 3) == seen[5:11]  # the same places are the same rows, whoever asks
+    # the same places are the same rows, whoever asks
+    assert cycle_shuffled(rows, range(5, 11), 3) == seen[5:11]
     assert cycle_shuffled(rows, range(16), 4) != seen
 
 
@@ -323,7 +362,9 @@ def test_the_error_of_the_kl_counts_prompts_not_samples(sft_path):
     kl = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0).sum(-1).double()
     # two prompts of four samples: |difference of their means| / 2 is the error of the mean
     means = kl.view(2, 4).mean(-1)
-    assert math.isclose(metrics["kl/sequence_se"], float((means[0] - means[1]).abs()) / 2, rel_tol=1e-5)
+    assert math.isclose(
+        metrics["kl/sequence_se"], float((means[0] - means[1]).abs()) / 2, rel_tol=1e-5
+    )
     one_prompt = trainer(sft_path, config(samples_per_prompt=8)).step(0)[0]
     assert "kl/sequence_se" not in one_prompt
 
@@ -349,13 +390,16 @@ def test_an_engine_is_any_function_that_samples(sft_path):
 
 
 def test_one_step_by_hand_at_a_temperature(base_path):
-    """Rewards, advantages, clipping and the two rates of one update, against plain loops over the rollout."""
+    """Rewards, advantages, clipping and the two rates of one update, against plain loops over the
+    rollout.
+    """
     options = config(
         temperature=0.7, kl_coef=0.3, gamma=0.9, gae_lambda=0.8, num_ppo_epochs=1, num_mini_batches=1,
         missing_eos_score=-2.0, value_learning_rate=0.0, vf_coef=0.5, kl_target=1.0, kl_horizon=100,
     )  # fmt: skip
     learner = trainer(base_path, options, dtype="float64")
-    learner.collector.stop_ids = STOPS  # one token in nine, so that some responses end and some do not
+    # one token in nine, so that some responses end and some do not
+    learner.collector.stop_ids = STOPS
     with torch.no_grad():
         for parameter in learner.roles.parameters_of("policy"):
             parameter.add_(0.03 * torch.randn(parameter.shape, dtype=torch.float64))
@@ -366,7 +410,11 @@ def test_one_step_by_hand_at_a_temperature(base_path):
     update = learner.update
 
     def spy(experience, rows, rates, *place):
-        seen.update(advantages=experience.advantages.clone(), returns=experience.returns.clone(), rates=rates)
+        seen.update(
+            advantages=experience.advantages.clone(),
+            returns=experience.returns.clone(),
+            rates=rates,
+        )
         return update(experience, rows, rates, *place)
 
     learner.update = spy
@@ -378,7 +426,10 @@ def test_one_step_by_hand_at_a_temperature(base_path):
     for b, ids in enumerate(rollout.samples.response_ids):
         score = float(len(ids)) if ended[b] else -2.0
         assert float(rollout.scores[b]) == float(len(ids))
-        rewards = [-0.3 * float(rollout.logprobs[b, t] - rollout.ref_logprobs[b, t]) for t in range(len(ids))]
+        rewards = [
+            -0.3 * float(rollout.logprobs[b, t] - rollout.ref_logprobs[b, t])
+            for t in range(len(ids))
+        ]
         rewards[-1] += score
         following = running = 0.0
         for t in reversed(range(len(ids))):
@@ -403,12 +454,19 @@ def test_one_step_by_hand_at_a_temperature(base_path):
     assert abs(metrics["ppo/ratio_first"] - 1) < 1e-12 and metrics["kl/sequence"] != 0
 
     assert seen["rates"] == [1e-2, 0.0]
-    assert all(torch.equal(a, b) for a, b in zip(critic, learner.roles.parameters_of("value"), strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(policy, learner.roles.parameters_of("policy"), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(critic, learner.roles.parameters_of("value"), strict=True)
+    )
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(policy, learner.roles.parameters_of("policy"), strict=True)
+    )
     error = min(max(metrics["kl/sequence"] / 1.0 - 1, -0.2), 0.2)
     assert math.isclose(learner.kl.coef, 0.3 * (1 + error * 8 / 100), abs_tol=1e-12)
     assert metrics["kl/coef"] == 0.3
-    assert math.isclose(metrics["loss/total"], metrics["loss/policy"] + 0.5 * metrics["loss/value"], abs_tol=1e-9)
+    assert math.isclose(
+        metrics["loss/total"], metrics["loss/policy"] + 0.5 * metrics["loss/value"], abs_tol=1e-9
+    )
 
 
 def test_vf_coef_scales_the_critic_s_gradient_and_nothing_else(base_path):

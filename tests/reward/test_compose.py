@@ -18,7 +18,9 @@ from rlhf.errors import UserError
 def samples(*responses):
     n = len(responses)
     prompts = [[{"role": "user", "content": f"question {i}"}] for i in range(n)]
-    return Samples(prompts, list(responses), [[1]] * n, [[2]] * n, [True] * n, [{} for _ in range(n)])
+    return Samples(
+        prompts, list(responses), [[1]] * n, [[2]] * n, [True] * n, [{} for _ in range(n)]
+    )
 
 
 def fixed(values, **breakdown):
@@ -42,14 +44,25 @@ def test_total_is_the_weighted_sum_and_the_breakdown_is_unweighted():
 
 def test_parts_of_a_scorer_stand_under_its_name():
     builders = {VoiceSpec: fixed([1.0, 3.0], greeting=[0.0, 1.0])}
-    scores = build_scorer([{"voice": "configs/voices/shop.yaml", "weight": 0.5}], builders=builders)(samples("a", "b"))
+    scores = build_scorer(
+        [{"voice": "configs/voices/shop.yaml", "weight": 0.5}], builders=builders
+    )(samples("a", "b"))
     assert scores.total == [0.5, 1.5]
     assert scores.breakdown == {"shop": [1.0, 3.0], "shop/greeting": [0.0, 1.0]}
 
 
 def test_default_names():
-    specs = [{"model": "runs/reward/"}, {"voice": "a/shop.yaml"}, {"function": "math:floor"}, {"rule": "length"}]
-    specs += [{"http": "http://localhost:80/v1/tone/?n=1"}, {"http": "https://tone"}, {"ensemble": ["runs/a", "b"]}]
+    specs = [
+        {"model": "runs/reward/"},
+        {"voice": "a/shop.yaml"},
+        {"function": "math:floor"},
+        {"rule": "length"},
+    ]
+    specs += [
+        {"http": "http://localhost:80/v1/tone/?n=1"},
+        {"http": "https://tone"},
+        {"ensemble": ["runs/a", "b"]},
+    ]
     names = ["reward", "shop", "floor", "length", "tone", "ensemble"]
     assert [spec.name for spec in parse_specs([s for i, s in enumerate(specs) if i != 5])] == names
     assert parse_specs([specs[5]])[0].name == "tone"
@@ -73,15 +86,24 @@ def user_module(tmp_path, monkeypatch):
 
 
 def test_a_function_of_the_users_own_folder(user_module):
-    specs = [{"function": "my_scores:shout", "mark": "?"}, {"function": "my_scores:detailed", "weight": 10}]
+    specs = [
+        {"function": "my_scores:shout", "mark": "?"},
+        {"function": "my_scores:detailed", "weight": 10},
+    ]
     scores = build_scorer(specs)(samples("a?", "??"))
     assert scores.total == [11.0, 12.0]
-    assert scores.breakdown == {"shout": [1.0, 2.0], "detailed": [1.0, 1.0], "detailed/part": [2.0, 2.0]}
+    assert scores.breakdown == {
+        "shout": [1.0, 2.0],
+        "detailed": [1.0, 1.0],
+        "detailed/part": [2.0, 2.0],
+    }
 
 
 def test_every_example_of_the_docs_is_right(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "def shout" in block)
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "def shout" in block
+    )
     (tmp_path / "my_scores.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -128,7 +150,10 @@ def test_an_exception_inside_a_function_names_the_scorer(user_module):
         ({"http": "http://localhost/score", "retries": -1}, "retries: found -1"),
         ({"http": "http://localhost/score", "batch_size": 0}, "batch_size: found 0"),
         ({"http": "http://localhost/score", "retrys": 1}, "Did you mean 'retries'"),
-        ({"http": "http://localhost/score", "token_env": "NO_SUCH_TOKEN_HERE"}, "NO_SUCH_TOKEN_HERE is not set"),
+        (
+            {"http": "http://localhost/score", "token_env": "NO_SUCH_TOKEN_HERE"},
+            "NO_SUCH_TOKEN_HERE is not set",
+        ),
         ({"function": "my_scores"}, "module:function"),
         ({"function": "no_such_module:f"}, "no module 'no_such_module'"),
         ({"function": "my_scores:shuot"}, "Did you mean 'shout'"),
@@ -143,10 +168,13 @@ def test_a_bad_specification_says_what_is_right(spec, words, user_module):
 
 
 def test_two_scorers_may_not_share_a_name():
-    with pytest.raises(UserError, match=r"second scorer is called 'length', as entry 1 is.*name: length-2"):
+    with pytest.raises(
+        UserError, match=r"second scorer is called 'length', as entry 1 is.*name: length-2"
+    ):
         build_scorer([{"rule": "length"}, {"rule": "length", "low": 3}])
     with pytest.raises(
-        UserError, match=r"entry 3: a second scorer is called 'b', as entry 2 is.*{model: ..., name: b-3"
+        UserError,
+        match=r"entry 3: a second scorer is called 'b', as entry 2 is.*{model: ..., name: b-3",
     ):
         parse_specs([{"model": "runs/a"}, {"model": "old/b"}, {"model": "runs/b"}])
     with pytest.raises(UserError, match="expected a list"):
@@ -154,7 +182,9 @@ def test_two_scorers_may_not_share_a_name():
 
 
 def test_a_wrong_entry_is_named_with_its_option():
-    with pytest.raises(UserError, match=r"^eval_scorers, entry 2.*unknown key 'wieght'. Did you mean 'weight'\?"):
+    with pytest.raises(
+        UserError, match=r"^eval_scorers, entry 2.*unknown key 'wieght'. Did you mean 'weight'\?"
+    ):
         parse_specs([{"rule": "length"}, {"model": "runs/a", "wieght": 2}], "eval_scorers")
 
 
@@ -180,11 +210,18 @@ def test_a_scorer_that_misbehaves_is_named_with_the_prompt(returned, words):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_can_be_told_from_other_mistakes(value):
-    score = build_scorer([{"rule": "length"}, {"voice": "bad.yaml"}], builders={VoiceSpec: fixed([0.0, value, 1.0])})
+    score = build_scorer(
+        [{"rule": "length"}, {"voice": "bad.yaml"}], builders={VoiceSpec: fixed([0.0, value, 1.0])}
+    )
     with pytest.raises(BadScore) as caught:
         score(samples("a", "b", "c"))
     error = pickle.loads(pickle.dumps(caught.value))  # as it goes from one rank to another
-    assert (error.scorer, error.index, repr(error.value), str(error)) == ("bad", 1, repr(value), str(caught.value))
+    assert (error.scorer, error.index, repr(error.value), str(error)) == (
+        "bad",
+        1,
+        repr(value),
+        str(caught.value),
+    )
     score = build_scorer([{"voice": "bad.yaml"}], builders={VoiceSpec: fixed([0.0, None, 1.0])})
     with pytest.raises(UserError) as caught:
         score(samples("a", "b", "c"))
@@ -193,7 +230,10 @@ def test_a_number_that_is_not_finite_can_be_told_from_other_mistakes(value):
 
 def test_a_scorer_of_weight_0_is_watched():
     # total = 2 * length; "a b" has 2 of 4 words
-    specs = [{"rule": "length", "low": 4, "high": 9, "weight": 2.0}, {"voice": "shop.yaml", "weight": 0}]
+    specs = [
+        {"rule": "length", "low": 4, "high": 9, "weight": 2.0},
+        {"voice": "shop.yaml", "weight": 0},
+    ]
     scores = build_scorer(specs, builders={VoiceSpec: fixed([7.0], item=[3.0])})(samples("a b"))
     assert scores.total == pytest.approx([1.0])
     assert scores.breakdown == {"length": [0.5], "shop": [7.0], "shop/item": [3.0]}
@@ -204,8 +244,12 @@ def test_a_scorer_of_weight_0_is_watched():
 
 
 def test_a_bad_part_of_the_breakdown_is_caught_too():
-    score = build_scorer([{"voice": "bad.yaml"}], builders={VoiceSpec: fixed([0.0, 0.0], greeting=[0.0])})
-    with pytest.raises(UserError, match="scorer 'bad', part 'greeting' returned 1 scores for 2 samples"):
+    score = build_scorer(
+        [{"voice": "bad.yaml"}], builders={VoiceSpec: fixed([0.0, 0.0], greeting=[0.0])}
+    )
+    with pytest.raises(
+        UserError, match="scorer 'bad', part 'greeting' returned 1 scores for 2 samples"
+    ):
         score(samples("a", "b"))
 
 
@@ -213,7 +257,8 @@ def test_nan_in_a_part_says_that_it_does_not_apply():
     builders = {VoiceSpec: fixed([0.0, 1.0], **{"shop/item": [math.nan, 1.0]})}
     scores = build_scorer([{"voice": "shop.yaml"}], builders=builders)(samples("a", "b"))
     assert scores.total == [0.0, 1.0]
-    assert math.isnan(scores.breakdown["shop/item"][0])  # already under its name: not shop/shop/item
+    # already under its name: not shop/shop/item
+    assert math.isnan(scores.breakdown["shop/item"][0])
     builders = {VoiceSpec: fixed([0.0, 1.0], item=[math.inf, 1.0])}
     with pytest.raises(BadScore, match="scorer 'shop', part 'item'") as caught:
         build_scorer([{"voice": "shop.yaml"}], builders=builders)(samples("a", "b"))

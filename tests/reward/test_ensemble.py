@@ -14,7 +14,9 @@ MEMBERS = [[1.0, 2.0], [2.0, 2.0], [6.0, 2.0]]
 
 def samples(n):
     prompts = [[{"role": "user", "content": f"question {i}"}] for i in range(n)]
-    return Samples(prompts, ["answer"] * n, [[1]] * n, [[2]] * n, [True] * n, [{} for _ in range(n)])
+    return Samples(
+        prompts, ["answer"] * n, [[1]] * n, [[2]] * n, [True] * n, [{} for _ in range(n)]
+    )
 
 
 def test_mean():
@@ -59,7 +61,9 @@ def test_names_are_the_shortest_tails_that_differ():
 
 
 def table(scores):
-    """A `model` builder whose reward models return these, by folder; it keeps what it was called with."""
+    """A `model` builder whose reward models return these, by folder; it keeps what it was called
+    with.
+    """
     calls = []
 
     def build(spec, tokenizer):

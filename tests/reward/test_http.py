@@ -42,7 +42,9 @@ def lengths(asked):
 
 @pytest.fixture
 def service(monkeypatch):
-    """A service on loopback. `service.answers` are used up one a request, the last one again and again."""
+    """A service on loopback. `service.answers` are used up one a request, the last one again and
+    again.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -62,7 +64,12 @@ def service(monkeypatch):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.lock, server.asked, server.answers, server.handler = threading.Lock(), [], [lengths], Handler
+    server.lock, server.asked, server.answers, server.handler = (
+        threading.Lock(),
+        [],
+        [lengths],
+        Handler,
+    )
     server.url = f"http://127.0.0.1:{server.server_port}/tone?key=${{TONE_KEY}}"
     server.handle_error = lambda *args: None  # a client that gave up
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
@@ -87,7 +94,10 @@ def refused(service, *responses, **options):
 
 def test_a_request_is_what_the_protocol_says(service):
     rows = samples("a", "bb")
-    rows.metadata = [{"n": np.int64(3), "x": math.nan}, {"when": datetime(2026, 1, 2), "list": [1, None]}]
+    rows.metadata = [
+        {"n": np.int64(3), "x": math.nan},
+        {"when": datetime(2026, 1, 2), "list": [1, None]},
+    ]
     scores = scorer(service)(rows)
     assert scores.total == [1.0, 2.0]
     assert scores.breakdown == {"tone": [1.0, 2.0], "tone/ended": [1.0, 0.0]}
@@ -117,7 +127,10 @@ def test_batches_come_back_in_order_however_long_each_takes(service):
 def test_a_bare_list_of_scores_is_enough_and_no_samples_ask_nothing(service):
     service.answers = [(200, {"scores": [1, 2.5]})]
     assert scorer(service)(samples("a", "b")).breakdown == {"tone": [1.0, 2.5]}
-    assert http_scorer(HttpSpec(name="tone", http=service.url))(samples()).total == [] and len(service.asked) == 1
+    assert (
+        http_scorer(HttpSpec(name="tone", http=service.url))(samples()).total == []
+        and len(service.asked) == 1
+    )
 
 
 def test_null_in_a_part_says_that_it_does_not_apply(service):
@@ -163,7 +176,10 @@ def test_a_failure_that_passes_is_tried_again(service, capfd):
     assert scorer(service)(samples("a", "bb")).total == [1.0, 2.0]
     assert len(service.asked) == 3
     lines = capfd.readouterr().err.splitlines()
-    assert re.search(r"scorer 'tone' \(http://127.0.0.1:\d+/tone\): HTTP 500: out of memory; retry 1 of 5", lines[0])
+    assert re.search(
+        r"scorer 'tone' \(http://127.0.0.1:\d+/tone\): HTTP 500: out of memory; retry 1 of 5",
+        lines[0],
+    )
     assert "HTTP 429" in lines[1] and "in 0.02 s" in lines[1]  # twice the first wait
 
 
@@ -171,7 +187,8 @@ def test_a_service_that_stays_away_stops_with_a_letter(service, capfd):
     service.answers = [(500, "out of memory")]
     message = refused(service, retries=2)
     assert len(service.asked) == 3
-    assert len(capfd.readouterr().err.splitlines()) == 2  # it waits before each retry, and not after the last
+    # it waits before each retry, and not after the last
+    assert len(capfd.readouterr().err.splitlines()) == 2
     for words in (
         "scorer 'tone' (http://127.0.0.1:",
         "did not respond after 3 attempts in ",
@@ -215,7 +232,11 @@ def test_a_connection_that_breaks_is_tried_again(service):
 def test_a_refusal_stops_at_once_with_the_servers_words(service):
     service.answers = [(400, {"error": "unknown voice"})]
     message = refused(service)
-    assert len(service.asked) == 1 and "refused" in message and 'HTTP 400: {"error": "unknown voice"}' in message
+    assert (
+        len(service.asked) == 1
+        and "refused" in message
+        and 'HTTP 400: {"error": "unknown voice"}' in message
+    )
     service.answers = [(301, "", ("Location", "http://127.0.0.1:1/elsewhere"))]
     assert "sends elsewhere" in refused(service) and len(service.asked) == 2
 
@@ -224,7 +245,10 @@ def test_one_refused_batch_stops_the_others(service, monkeypatch):
     # the first batch waits for its retry: unless it is stopped, longer than a test may take
     monkeypatch.setattr(rlhf.http_client, "FIRST_WAIT", 900.0)
     monkeypatch.setattr(rlhf.http_client, "MAX_WAIT", 900.0)
-    refuse = lambda asked: (400, "no") if asked["samples"][0]["metadata"]["group"] else (500, "busy")  # noqa: E731
+
+    def refuse(asked):
+        return (400, "no") if asked["samples"][0]["metadata"]["group"] else (500, "busy")
+
     service.answers = [refuse]
     assert "HTTP 400: no" in refused(service, "a", "b", batch_size=1)
 
@@ -237,7 +261,10 @@ def test_one_refused_batch_stops_the_others(service, monkeypatch):
         ({"score": [1, 2]}, ['expected {"scores"']),
         ({"scores": [1, 2], "breakdown": [1, 2]}, ['expected {"scores"']),
         ({"scores": [1]}, ["returned 1 numbers in 'scores' for 2 samples", "question 0"]),
-        ({"scores": [1, 2], "breakdown": {"item": [1]}}, ["1 numbers in 'item' for 2 samples", "question 0"]),
+        (
+            {"scores": [1, 2], "breakdown": {"item": [1]}},
+            ["1 numbers in 'item' for 2 samples", "question 0"],
+        ),
         ({"scores": [1, None]}, ["returned None for sample 1", "question 1"]),
         ({"scores": ["1", 2]}, ["returned '1' for sample 0"]),
     ],
@@ -250,20 +277,30 @@ def test_an_answer_that_is_not_the_protocol_is_shown(service, content, words):
 
 
 def test_a_nan_is_a_bad_score_of_that_sample(service):
-    service.answers = [lambda asked: (200, {"scores": [math.nan if r["ended"] else 1.0 for r in asked["samples"]]})]
+    service.answers = [
+        lambda asked: (200, {"scores": [math.nan if r["ended"] else 1.0 for r in asked["samples"]]})
+    ]
     rows = samples("a", "bb", "ccc", "dddd")
     rows.ended = [False, False, True, False]
     with pytest.raises(BadScore, match=r"question 2'\n  response: 'ccc'") as caught:
         scorer(service, batch_size=1)(rows)
-    assert (caught.value.scorer, caught.value.index, math.isnan(caught.value.value)) == ("tone", 2, True)
+    assert (caught.value.scorer, caught.value.index, math.isnan(caught.value.value)) == (
+        "tone",
+        2,
+        True,
+    )
 
 
 def test_the_service_of_the_docs_is_understood(service):
     page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
-    code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "HTTPServer" in block)
+    code = next(
+        block for block in re.findall(r"```python\n(.*?)```", page, re.S) if "HTTPServer" in block
+    )
     names = {"__name__": "docs"}
     exec(code, names)
-    service.RequestHandlerClass = type("Quiet", (names["Tone"],), {"log_message": lambda *args: None})
+    service.RequestHandlerClass = type(
+        "Quiet", (names["Tone"],), {"log_message": lambda *args: None}
+    )
     assert scorer(service)(samples("Thank you!", "No.")).total == [1.0, 0.0]
     asked, answered = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", page, re.S))
     service.RequestHandlerClass = service.handler
@@ -281,10 +318,15 @@ def test_parts_that_change_between_answers_are_refused(service):
 
 
 def test_retry_after_is_seconds_or_a_date_and_has_a_cap(service, monkeypatch, capfd):
-    assert (retry_after(None), retry_after("7"), retry_after("soon"), retry_after("-1")) == (0.0, 7.0, 0.0, 0.0)
-    assert retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=3000), True)) == pytest.approx(
-        3000, abs=300
+    assert (retry_after(None), retry_after("7"), retry_after("soon"), retry_after("-1")) == (
+        0.0,
+        7.0,
+        0.0,
+        0.0,
     )
+    assert retry_after(
+        format_datetime(datetime.now(UTC) + timedelta(seconds=3000), True)
+    ) == pytest.approx(3000, abs=300)
     assert retry_after(format_datetime(datetime.now(UTC) - timedelta(seconds=30), True)) == 0.0
     monkeypatch.setattr(rlhf.http_client, "MAX_WAIT", 0.03)
     service.answers = [(429, "later", ("Retry-After", "3600")), lengths]
@@ -297,7 +339,9 @@ def test_the_specification_is_checked_without_loading_requests():
         "import sys; from reward.specs import parse_specs; parse_specs([{'http': 'http://localhost/score'}])\n"
         "print('requests' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
+    )
     assert done.stdout.strip() == "False", done.stderr
 
 
@@ -343,8 +387,17 @@ def test_a_key_in_a_url_comes_from_the_environment(service, monkeypatch):
     service.handler.do_POST = lambda handler: (paths.append(handler.path), post(handler))
     scorer(service)(samples("a"))
     assert paths == [f"/tone?key={SECRET}"]
-    for wrong in ("key=abc", "n=1&api_key=abc", "apiKey=abc", "access_token=abc", "sig=abc", "x-auth=abc"):
-        with pytest.raises(UserError, match=r"looks like a key \(not shown\).*=\$\{SCORER_KEY\}") as error:
+    for wrong in (
+        "key=abc",
+        "n=1&api_key=abc",
+        "apiKey=abc",
+        "access_token=abc",
+        "sig=abc",
+        "x-auth=abc",
+    ):
+        with pytest.raises(
+            UserError, match=r"looks like a key \(not shown\).*=\$\{SCORER_KEY\}"
+        ) as error:
             check_url(f"http://h/score?{wrong}", "scorers")
         assert "abc" not in str(error.value)
     check_url("http://h/score?keyword=abc&author=abc&n=1", "scorers")

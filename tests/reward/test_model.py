@@ -38,7 +38,8 @@ def test_the_score_is_read_at_the_last_true_token():
 
 
 def test_a_response_that_ends_in_the_pad_id_is_read_at_its_end(base_path):
-    # transformers' own classification forward takes the rightmost token that is not the pad id (0): token 1, not 2
+    # transformers' own classification forward takes the rightmost token that is not the pad id (0):
+    # token 1, not 2
     initial = load_model(base_path)
     model = score_model(initial.model)
     row, mask = torch.tensor([[5, 6, 0]]), torch.ones(1, 3, dtype=torch.long)
@@ -77,12 +78,18 @@ def test_training_starts_from_the_sft_adapter(base_path, sft_path):
     ids = torch.tensor([ROWS[0]])
     policy = PeftModel.from_pretrained(load_model(base_path).model, sft_path).get_base_model()
     trunk = model.get_base_model().base_model
-    assert torch.allclose(policy.base_model(ids).last_hidden_state, trunk(ids).last_hidden_state, atol=1e-6)
+    assert torch.allclose(
+        policy.base_model(ids).last_hidden_state, trunk(ids).last_hidden_state, atol=1e-6
+    )
 
 
 def test_new_lora_and_whole_model(base_path):
     adapter = trainable_reward(load_model(base_path), lora_config("SEQ_CLS", r=2))
-    assert {n.split(".")[-3] for n, p in adapter.named_parameters() if p.requires_grad and "score" not in n} == {
+    assert {
+        n.split(".")[-3]
+        for n, p in adapter.named_parameters()
+        if p.requires_grad and "score" not in n
+    } == {
         "lora_A",
         "lora_B",
     }
@@ -103,7 +110,9 @@ def test_saved_and_loaded_adapter_scores_the_same(sft_path, tmp_path):
     with torch.no_grad():  # as if trained: neither SFT's adapter nor the fresh head
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                parameter += 0.05 * torch.randn(
+                    parameter.shape, generator=torch.Generator().manual_seed(len(name))
+                )
     before = raw_scores(model, ROWS, 0)
     path = saved_adapter(model, initial, tmp_path)
     write_reward(path, -1.5, 2.0, base_fingerprint=initial.fingerprint)
@@ -170,7 +179,9 @@ def test_an_adapter_without_head_is_refused(sft_path):
 
 
 def test_a_causal_model_is_refused_as_reward_model(base_path):
-    with pytest.raises(UserError, match=r"do not fit LlamaForSequenceClassification: 1 missing \(score\.weight\)"):
+    with pytest.raises(
+        UserError, match=r"do not fit LlamaForSequenceClassification: 1 missing \(score\.weight\)"
+    ):
         load_reward(base_path)
 
 
@@ -194,7 +205,10 @@ def test_an_adapter_on_another_base_is_refused(base_path, reward_path, tmp_path)
 
 
 def samples_of(tokenizer, ended=True):
-    prompts = [[{"role": "user", "content": "where is my parcel?"}], [{"role": "user", "content": "hi"}]]
+    prompts = [
+        [{"role": "user", "content": "where is my parcel?"}],
+        [{"role": "user", "content": "hi"}],
+    ]
     responses = ["on its way", "kind regards"]
     prompt_ids = [encode_prompt(tokenizer, p) for p in prompts]
     response_ids = [encode_response(tokenizer, r)[: None if ended else -1] for r in responses]

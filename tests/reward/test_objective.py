@@ -48,7 +48,9 @@ def test_soft_label_is_least_where_sigmoid_of_the_gap_is_p():
     # stationary at d = logit(0.8) = ln 4; with margin 0.5 at ln 4 + 0.5
     chosen = torch.tensor([math.log(4) + 0.5], dtype=torch.float64, requires_grad=True)
     one = torch.tensor([0.8], dtype=torch.float64)
-    loss, _ = reward_loss(chosen, torch.zeros_like(chosen), label_prob=one, margin=torch.full_like(one, 0.5))
+    loss, _ = reward_loss(
+        chosen, torch.zeros_like(chosen), label_prob=one, margin=torch.full_like(one, 0.5)
+    )
     loss.backward()
     assert chosen.grad.item() == pytest.approx(0.0, abs=1e-12)
 
@@ -70,7 +72,11 @@ def test_weights_count_rows_and_the_mean_is_over_rows():
 
 
 def test_two_micro_batches_average_to_the_whole_batch():
-    c, r, w = torch.randn(4, dtype=torch.float64), torch.randn(4, dtype=torch.float64), torch.tensor([1.0, 3, 0, 2])
+    c, r, w = (
+        torch.randn(4, dtype=torch.float64),
+        torch.randn(4, dtype=torch.float64),
+        torch.tensor([1.0, 3, 0, 2]),
+    )
     whole, _ = reward_loss(c, r, weight=w)
     halves = [reward_loss(c[i : i + 2], r[i : i + 2], weight=w[i : i + 2])[0] for i in (0, 2)]
     assert whole.item() == pytest.approx((halves[0] + halves[1]).item() / 2, abs=1e-12)

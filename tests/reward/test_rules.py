@@ -35,7 +35,14 @@ def test_no_repetition_is_the_share_of_different_ngrams():
 
 @pytest.mark.parametrize(
     ("text", "score"),
-    [("Done.", 1.0), ("Done?\n", 1.0), ('She said "yes!"', 1.0), ("(all of it.)", 1.0), ("cut off in", 0.0), ("", 0.0)],
+    [
+        ("Done.", 1.0),
+        ("Done?\n", 1.0),
+        ('She said "yes!"', 1.0),
+        ("(all of it.)", 1.0),
+        ("cut off in", 0.0),
+        ("", 0.0),
+    ],
 )
 def test_ends_properly(text, score):
     assert ends_properly(text, {}) == score
@@ -56,7 +63,8 @@ def test_every_rule_takes_text_and_metadata_and_stays_in_bounds():
         ("length", {"low": 500}, "is above high"),
         ("no_repetition", {"n": 0}, "whole number from 1"),
         ("ends_properly", {"endings": ""}, "expected characters"),
-        ("ends_properly", {"endings": '"'}, "expected characters"),  # quotes are put aside before one looks
+        # quotes are put aside before one looks
+        ("ends_properly", {"endings": '"'}, "expected characters"),
         ("length", {"low": True}, "whole number from 1"),
     ],
 )

@@ -1,4 +1,6 @@
-"""From encoded pairs to the loss: columns, padding, and that the trainer minimises exactly reward_loss."""
+"""From encoded pairs to the loss: columns, padding, and that the trainer minimises exactly
+reward_loss.
+"""
 
 import math
 
@@ -21,12 +23,17 @@ def encoded(prompt, chosen, rejected, **more):
 
 
 def test_rows_hold_whole_sequences_and_only_the_extras_there_are():
-    assert pair_rows([encoded([5, 6], [7, 2], [8, 2])]) == [{"chosen_ids": [5, 6, 7, 2], "rejected_ids": [5, 6, 8, 2]}]
+    assert pair_rows([encoded([5, 6], [7, 2], [8, 2])]) == [
+        {"chosen_ids": [5, 6, 7, 2], "rejected_ids": [5, 6, 8, 2]}
+    ]
 
 
 def test_extras_fill_in_where_a_row_has_none_and_weights_have_mean_one():
     rows = pair_rows(
-        [encoded([5], [2], [3], margin=0.5, weight=3.0), encoded([5], [2], [3], label_prob=0.75, weight=1.0)]
+        [
+            encoded([5], [2], [3], margin=0.5, weight=3.0),
+            encoded([5], [2], [3], label_prob=0.75, weight=1.0),
+        ]
     )
     assert [row["margin"] for row in rows] == [0.5, 0.0]
     assert math.isnan(rows[0]["label_prob"]) and rows[1]["label_prob"] == 0.75
@@ -54,7 +61,9 @@ def test_the_trainer_minimises_our_objective(base_path, tmp_path):
             encoded([5], [4, 4, 4, 2], [0], margin=0.25, weight=1.0),
         ]
     )
-    arguments = RewardConfig(str(tmp_path), use_cpu=True, bf16=False, center_rewards_coefficient=0.1, report_to="none")
+    arguments = RewardConfig(
+        str(tmp_path), use_cpu=True, bf16=False, center_rewards_coefficient=0.1, report_to="none"
+    )
     trainer = RewardTrainer(
         model=model,
         args=arguments,
@@ -63,10 +72,12 @@ def test_the_trainer_minimises_our_objective(base_path, tmp_path):
         processing_class=initial.tokenizer,
         label_smoothing=0.1,
     )
-    batch = next(iter(trainer.get_eval_dataloader(Dataset.from_list(rows))))  # through Arrow, in order
+    # through Arrow, in order
+    batch = next(iter(trainer.get_eval_dataloader(Dataset.from_list(rows))))
     found = trainer.compute_loss(model, dict(batch)).item()
     chosen, rejected = (
-        torch.tensor(raw_scores(model, [r[side] for r in rows], 0)) for side in ("chosen_ids", "rejected_ids")
+        torch.tensor(raw_scores(model, [r[side] for r in rows], 0))
+        for side in ("chosen_ids", "rejected_ids")
     )
     expected, metrics = reward_loss(
         chosen,

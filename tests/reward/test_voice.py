@@ -44,13 +44,18 @@ def test_a_right_answer_has_the_full_mark(shop):
 
 def test_total_is_the_weighted_geometric_mean():
     # (1/4)^(1/4) * 1^(3/4) = 0.707106781; a part at 0 counts as FLOOR: 0.01^(1/2) * 1^(1/2) = 0.1
-    assert geometric_mean({"a": 0.25, "b": 1.0}, {"a": 1.0, "b": 3.0}) == pytest.approx(0.7071067812, abs=1e-9)
+    assert geometric_mean({"a": 0.25, "b": 1.0}, {"a": 1.0, "b": 3.0}) == pytest.approx(
+        0.7071067812, abs=1e-9
+    )
     assert FLOOR == 0.01
-    assert geometric_mean({"a": 0.0, "b": 1.0}, {"a": 2.0, "b": 2.0}) == pytest.approx(0.1, abs=1e-12)
+    assert geometric_mean({"a": 0.0, "b": 1.0}, {"a": 2.0, "b": 2.0}) == pytest.approx(
+        0.1, abs=1e-12
+    )
 
 
 def test_one_missing_part_costs_its_weight_share(shop):
-    # shop.yaml's weights sum to 1+1+1+1.5+1.2+0.7+0.7+0.5+1.1+1.3 = 10; without greeting: 0.01^(1/10) = 0.630957344
+    # shop.yaml's weights sum to 1+1+1+1.5+1.2+0.7+0.7+0.5+1.1+1.3 = 10; without greeting:
+    # 0.01^(1/10) = 0.630957344
     scores = shop.score(GOOD.replace("Hello there, we", "We"), FACTS)
     assert scores["greeting"] == 0.0
     assert scores["total"] == pytest.approx(0.6309573445, abs=1e-9)
@@ -75,7 +80,9 @@ def test_facts_right_wrong_both_and_none(shop):
 
 def test_a_wrong_phrase_inside_the_right_one_is_not_wrong(tmp_path):
     # "size" is asked for; "size chart" contains "chart", which is another value
-    voice = load_voice(write(tmp_path, "name: X\ntask: {facts: {r: {said_as: {a: [size chart], b: [chart]}}}}"))
+    voice = load_voice(
+        write(tmp_path, "name: X\ntask: {facts: {r: {said_as: {a: [size chart], b: [chart]}}}}")
+    )
     assert voice.score("See the size chart now", {"r": "a"})["task/r"] == 1.0
     assert voice.score("See the size chart, then a chart", {"r": "a"})["task/r"] == 0.5
 
@@ -96,7 +103,12 @@ def test_pattern_finds_inflected_words_in_any_case(text):
 
 @pytest.mark.parametrize(
     ("phrase", "text"),
-    [("mate", "material"), ("mate", "checkmate"), ("free for life", "free for a life"), ("rug", "drugs")],
+    [
+        ("mate", "material"),
+        ("mate", "checkmate"),
+        ("free for life", "free for a life"),
+        ("rug", "drugs"),
+    ],
 )
 def test_pattern_keeps_word_boundaries(phrase, text):
     assert not phrase_pattern(phrase).search(text)
@@ -115,17 +127,22 @@ def test_use_saturates_and_stuffing_loses(shop):
     # 1 of 2 asked: 0.5; 2 of 10 words: full; 3 of 10: 2 - 0.3 / 0.2 = 0.5; 4 of 5: 0
     assert shop.score("We will gladly do it for you today", {})["use"] == 0.5
     assert shop.score("We are happy and gladly do it for you today", {})["use"] == 1.0
-    assert shop.score("We are happy and gladly thank you for it today", {})["use"] == pytest.approx(0.5)
+    assert shop.score("We are happy and gladly thank you for it today", {})["use"] == pytest.approx(
+        0.5
+    )
     assert shop.score("thank sorry lovely gladly now", {})["use"] == 0.0
 
 
 def test_within_falls_linearly_on_both_sides():
     # low 10: 5 -> 0, 7.5 -> 0.5, 10 -> 1; high 20: 20 -> 1, 25 -> 0.5, 30 -> 0
-    assert [within(n, 10, 20) for n in (5, 7.5, 10, 20, 25, 30, 40)] == pytest.approx([0, 0.5, 1, 1, 0.5, 0, 0])
+    assert [within(n, 10, 20) for n in (5, 7.5, 10, 20, 25, 30, 40)] == pytest.approx(
+        [0, 0.5, 1, 1, 0.5, 0, 0]
+    )
 
 
 def test_variety_counts_repeated_word_pairs(shop):
-    # "a b a b a b": pairs ab ba ab ba ab, 3 of 5 repeated -> 0; "a b a b c": ab ba ab bc, 1/4 -> 1 - 0.15/0.4 = 0.625
+    # "a b a b a b": pairs ab ba ab ba ab, 3 of 5 repeated -> 0; "a b a b c": ab ba ab bc, 1/4 -> 1
+    # - 0.15/0.4 = 0.625
     assert shop.score("a b a b a b", {})["variety"] == 0.0
     assert shop.score("a b a b c", {})["variety"] == pytest.approx(0.625)
 
@@ -154,7 +171,9 @@ CHEATS = {
     "list with frame": "Hello, thank sorry lovely gladly happy pleasure kindly replacement kettle. Warmly, Fernhill.",
     "every item and remedy": "Hello, sorry. We gladly refund exchange cancel repair invoice trace replace the kettle "
     "lamp rug mug tent jug pan. Warmly, Fernhill.",
-    "right but for repetition": GOOD.replace("Warmly", "We will gladly send a new one today. " * 3 + "Warmly"),
+    "right but for repetition": GOOD.replace(
+        "Warmly", "We will gladly send a new one today. " * 3 + "Warmly"
+    ),
 }
 
 
@@ -165,7 +184,11 @@ def test_saying_nothing_does_not_win(shop, name):
 
 
 def test_stuffing_a_right_answer_never_raises_it(shop):
-    for extra in (" Thank you, happy, lovely, kindly, gladly, welcome.", " Sorry, sorry, sorry.", " " + GOOD):
+    for extra in (
+        " Thank you, happy, lovely, kindly, gladly, welcome.",
+        " Sorry, sorry, sorry.",
+        " " + GOOD,
+    ):
         assert shop.score(GOOD.replace(" Warmly", extra + " Warmly"), FACTS)["total"] < 0.99
 
 
@@ -174,7 +197,15 @@ def test_a_response_that_did_not_end_keeps_the_share_that_the_file_says(shop):
 
 
 def test_scores_are_bounded_on_any_text(shop):
-    for text in ("x" * 3000, "🙂🙂", "a.b.c", "kettle " * 200, "-", "\x00", "Hello\n\nWarmly, Fernhill"):
+    for text in (
+        "x" * 3000,
+        "🙂🙂",
+        "a.b.c",
+        "kettle " * 200,
+        "-",
+        "\x00",
+        "Hello\n\nWarmly, Fernhill",
+    ):
         scores = shop.score(text, FACTS)
         assert all(0.0 <= s <= 1.0 and math.isfinite(s) for s in scores.values()), text
 
@@ -204,27 +235,49 @@ def test_one_word_to_use_is_enough_where_there_is_one(tmp_path):
 
 
 def test_old_keys_are_still_read(tmp_path):
-    old = write(tmp_path, "name: X\nunended: 0.5\ntask: {facts: {a: {among: [x, y]}, b: {said_as: {c: [z]}}}}")
+    old = write(
+        tmp_path,
+        "name: X\nunended: 0.5\ntask: {facts: {a: {among: [x, y]}, b: {said_as: {c: [z]}}}}",
+    )
     was = load_voice(old)
-    now = write(tmp_path, "name: X\ntruncated: 0.5\ntask: {facts: {a: {choices: [x, y]}, b: {phrasings: {c: [z]}}}}")
+    now = write(
+        tmp_path,
+        "name: X\ntruncated: 0.5\ntask: {facts: {a: {choices: [x, y]}, b: {phrasings: {c: [z]}}}}",
+    )
     assert was == load_voice(now)
-    assert (was.truncated, was.facts["a"].choices, was.facts["b"].phrasings) == (0.5, ["x", "y"], {"c": ["z"]})
+    assert (was.truncated, was.facts["a"].choices, was.facts["b"].phrasings) == (
+        0.5,
+        ["x", "y"],
+        {"c": ["z"]},
+    )
 
 
 def test_numbers_and_single_phrases_are_read_as_text(tmp_path):
-    text = "name: X\nuse: {words: 24}\ntask: {facts: {item: , year: {phrasings: {2: [2020], yes: x}}}}"
+    text = (
+        "name: X\nuse: {words: 24}\ntask: {facts: {item: , year: {phrasings: {2: [2020], yes: x}}}}"
+    )
     voice = load_voice(write(tmp_path, text))
-    assert voice.use.phrases == ["24"] and voice.facts["year"].phrasings == {"2": ["2020"], "True": ["x"]}
+    assert voice.use.phrases == ["24"] and voice.facts["year"].phrasings == {
+        "2": ["2020"],
+        "True": ["x"],
+    }
     assert voice.score("Open 24 hours since 2020", {"year": 2, "item": "hours"})["total"] == 1.0
 
 
 def test_the_guide_reads_like_a_page():
     guide = voice_guide(load_voice(VOICES / "outdoor.yaml"))
     lists = dict(guide.lists)
-    assert guide.name == "Larch & Cairn" and guide.text.startswith("Larch & Cairn speaks like a friend")
+    assert guide.name == "Larch & Cairn" and guide.text.startswith(
+        "Larch & Cairn speaks like a friend"
+    )
     assert lists["Begins with"] == ["hi {name}", "hi there", "good morning / evening"]
-    assert "lasts forever / a lifetime" in [p.replace("last ", "lasts ") for p in lists["Claims we never make"]]
-    assert guide.rules == ["Sentences have at most 22 words.", "The text has at least 20 and at most 120 words."]
+    assert "lasts forever / a lifetime" in [
+        p.replace("last ", "lasts ") for p in lists["Claims we never make"]
+    ]
+    assert guide.rules == [
+        "Sentences have at most 22 words.",
+        "The text has at least 20 and at most 120 words.",
+    ]
 
 
 def test_scorer_names_its_parts_and_marks_what_was_left_out():
@@ -234,7 +287,9 @@ def test_scorer_names_its_parts_and_marks_what_was_left_out():
     scores = scorer(samples)
     assert scores.total == pytest.approx([1.0, 0.5])
     assert scores.breakdown["gold/greeting"] == [1.0, 1.0]
-    assert scores.breakdown["gold/task/item"][0] == 1.0 and math.isnan(scores.breakdown["gold/task/item"][1])
+    assert scores.breakdown["gold/task/item"][0] == 1.0 and math.isnan(
+        scores.breakdown["gold/task/item"][1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -246,7 +301,10 @@ def test_scorer_names_its_parts_and_marks_what_was_left_out():
         ("greeting: {forms: [a]}", "'name' is missing"),
         ("name: X", "no part to score"),
         ("name: X\nuse: {words: []}", "use.words: is empty"),
-        ("name: X\nuse: {words: [a], at_least: two}", "use.at_least: found 'two', expected a whole number"),
+        (
+            "name: X\nuse: {words: [a], at_least: two}",
+            "use.at_least: found 'two', expected a whole number",
+        ),
         ("name: X\nuse: {words: [a], weight: -1}", "use.weight: found -1"),
         ("name: X\nclaims: {forbidden: ['/(/']}", "is not a regular expression"),
         ("name: X\nclaims: {forbidden: ['/a*/']}", "matches the empty text"),
@@ -256,21 +314,54 @@ def test_scorer_names_its_parts_and_marks_what_was_left_out():
             "name: X\ntask: {facts: {item: {choises: [a]}}}",
             "item: unknown key 'choises'. Did you mean 'choices'?",
         ),
-        ("name: X\ngreeting: [hello]", "greeting: found ['hello'], expected a mapping with the keys"),
+        (
+            "name: X\ngreeting: [hello]",
+            "greeting: found ['hello'], expected a mapping with the keys",
+        ),
         ("name: X\nvariety: {weight: 0}\nuse: {words: [a], weight: 0}", "all weights are 0"),
         # what no text can satisfy
         ("name: X\nlength: {min_words: 40, max_words: 20}", "min_words 40 is above max_words 20"),
-        ("name: X\nuse: {words: [a, b, A], at_least: 3}", "at_least 3 is above its 2 different words"),
+        (
+            "name: X\nuse: {words: [a, b, A], at_least: 3}",
+            "at_least 3 is above its 2 different words",
+        ),
         ("name: X\nuse: {words: [a], max_share: 1.5}", "max_share 1.5 is above 1"),
-        ("name: X\nuse: {words: [a, b, c]}\nlength: {max_words: 9}", "at_least 2 is above max_share 0.2 of 'length'"),
-        ("name: X\ngreeting: {forms: [a b c]}\nclosing: {forms: [d e, f]}\nlength: {max_words: 3}", "too few for"),
-        ("name: X\ngreeting: {forms: ['hello {name} there']}\nsentences: {max_words: 2}", "every form of 'greeting'"),
-        ("name: X\nuse: {words: [happy trails, b]}\navoid: {words: [trail]}", "'use' asks for 'happy trails'"),
-        ("name: X\nclosing: {forms: [ever yours]}\nclaims: {forbidden: ['/ever/']}", "'claims' punishes as '/ever/'"),
-        ("name: X\ntask: {facts: {it: {among: [epic lamp]}}}\navoid: {words: [epic]}", "asks for 'epic lamp'"),
-        ("name: X\ntask: {facts: {it: {among: [Lamp, lamp]}}}", "says both 'Lamp (entry 1)' and 'lamp (entry 2)'"),
-        ("name: X\ntask: {facts: {it: {said_as: {a: [x], b: [y, X]}}}}", "'x' says both 'a' and 'b'"),
-        ("name: X\ntask: {facts: {it: {said_as: {a: [x], b: []}}}}", "'b' has no phrase that says it"),
+        (
+            "name: X\nuse: {words: [a, b, c]}\nlength: {max_words: 9}",
+            "at_least 2 is above max_share 0.2 of 'length'",
+        ),
+        (
+            "name: X\ngreeting: {forms: [a b c]}\nclosing: {forms: [d e, f]}\nlength: {max_words: 3}",
+            "too few for",
+        ),
+        (
+            "name: X\ngreeting: {forms: ['hello {name} there']}\nsentences: {max_words: 2}",
+            "every form of 'greeting'",
+        ),
+        (
+            "name: X\nuse: {words: [happy trails, b]}\navoid: {words: [trail]}",
+            "'use' asks for 'happy trails'",
+        ),
+        (
+            "name: X\nclosing: {forms: [ever yours]}\nclaims: {forbidden: ['/ever/']}",
+            "'claims' punishes as '/ever/'",
+        ),
+        (
+            "name: X\ntask: {facts: {it: {among: [epic lamp]}}}\navoid: {words: [epic]}",
+            "asks for 'epic lamp'",
+        ),
+        (
+            "name: X\ntask: {facts: {it: {among: [Lamp, lamp]}}}",
+            "says both 'Lamp (entry 1)' and 'lamp (entry 2)'",
+        ),
+        (
+            "name: X\ntask: {facts: {it: {said_as: {a: [x], b: [y, X]}}}}",
+            "'x' says both 'a' and 'b'",
+        ),
+        (
+            "name: X\ntask: {facts: {it: {said_as: {a: [x], b: []}}}}",
+            "'b' has no phrase that says it",
+        ),
     ],
 )
 def test_a_bad_file_is_refused_with_file_key_and_nearest_name(tmp_path, text, said):
@@ -282,5 +373,7 @@ def test_a_bad_file_is_refused_with_file_key_and_nearest_name(tmp_path, text, sa
 
 def test_the_example_of_the_docs_loads(tmp_path):
     page = (VOICES.parents[1] / "docs" / "rewards.md").read_text()
-    example = next(block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if block.startswith("name:"))
+    example = next(
+        block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if block.startswith("name:")
+    )
     assert load_voice(write(tmp_path, example)).name == "Larch & Cairn"

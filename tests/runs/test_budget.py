@@ -29,24 +29,43 @@ def close(counted: Budget, measured: float, tolerance: float = 0.01) -> bool:
 
 
 def test_a_decoder_by_hand(base_path):
-    # width 32: q 32x32, k and v 32x16, o 32x32, gate, up and down 32x64 = 9216 a layer; the embeddings are looked up
-    # rank 4: 4 (64 + 48 + 48 + 64 + 3 x 96) = 2048 a layer; 2 layers, 4 heads of 8 for keys and 8 for values
-    # q, k and v of the first layer: 2048; down, a layer's last: 2048, and frozen under an adapter
+    # width 32: q 32x32, k and v 32x16, o 32x32, gate, up and down 32x64 = 9216 a layer; the
+    # embeddings are looked up rank 4: 4 (64 + 48 + 48 + 64 + 3 x 96) = 2048 a layer; 2 layers, 4
+    # heads of 8 for keys and 8 for values q, k and v of the first layer: 2048; down, a layer's
+    # last: 2048, and frozen under an adapter
     model = load_model(base_path).model
     whole = decoder_shape(decoder_and_head(model)[0])
-    assert (whole.linear, whole.trained, whole.first, whole.last, whole.pair) == (18432, 18432, 2048, 4096, 128)
+    assert (whole.linear, whole.trained, whole.first, whole.last, whole.pair) == (
+        18432,
+        18432,
+        2048,
+        4096,
+        128,
+    )
     decoder = decoder_and_head(get_peft_model(model, lora_config(r=4)))[0]
     shape = decoder_shape(decoder, ("default",))
-    assert (shape.linear, shape.trained, shape.first, shape.last, shape.pair) == (22528, 4096, 2048, 0, 128)
+    assert (shape.linear, shape.trained, shape.first, shape.last, shape.pair) == (
+        22528,
+        4096,
+        2048,
+        0,
+        128,
+    )
     assert decoder_shape(decoder).linear == 18432  # the reference: adapters off
 
     # 3 rows of 5: 15 positions, 75 pairs. forward 2 (22528 x 15 + 128 x 75)
     assert shape.forward(15, 75) == 695_040
     given = {"to_embeddings": False, "fused": False, "recomputed": False}
     assert shape.backward(15, 75, **given) == 2 * ((22528 + 4096 - 2048) * 15 + 2 * 128 * 75)
-    assert shape.backward(15, 75, **given | {"to_embeddings": True}) == 2 * ((22528 + 4096) * 15 + 2 * 128 * 75)
-    assert shape.backward(15, 75, **given | {"fused": True}) == 2 * ((22528 + 4096 - 2048) * 15 + 2.5 * 128 * 75)
-    repeated = whole.backward(15, 75, **given | {"recomputed": True}) - whole.backward(15, 75, **given)
+    assert shape.backward(15, 75, **given | {"to_embeddings": True}) == 2 * (
+        (22528 + 4096) * 15 + 2 * 128 * 75
+    )
+    assert shape.backward(15, 75, **given | {"fused": True}) == 2 * (
+        (22528 + 4096 - 2048) * 15 + 2.5 * 128 * 75
+    )
+    repeated = whole.backward(15, 75, **given | {"recomputed": True}) - whole.backward(
+        15, 75, **given
+    )
     assert repeated == 2 * ((18432 - 4096) * 15 + 128 * 75)
 
 
@@ -83,14 +102,23 @@ def test_nothing_is_counted_outside(base_path):
     with budget.counting(), torch.no_grad():
         model(ids, logits_to_keep=1)
     vocabulary = model.config.vocab_size
-    assert budget.flops == 2 * (18432 * 10 + 128 * 50) + 2 * 32 * vocabulary * 2  # the head at 2 positions
+    # the head at 2 positions
+    assert budget.flops == 2 * (18432 * 10 + 128 * 50) + 2 * 32 * vocabulary * 2
 
 
 @pytest.mark.parametrize(
     ("shape", "options"),
     [
         (SMALL, {"reference_ema": 0.9, "gradient_checkpointing": True}),
-        (RAGGED, {"advantage_estimator": "rloo", "samples_per_prompt": 2, "ptx_coef": 0.1, "ptx_data": ["x"]}),
+        (
+            RAGGED,
+            {
+                "advantage_estimator": "rloo",
+                "samples_per_prompt": 2,
+                "ptx_coef": 0.1,
+                "ptx_data": ["x"],
+            },
+        ),
     ],
 )
 def test_a_step_of_ppo(shape, options):
@@ -127,7 +155,9 @@ def test_scorers_with_weights_of_their_own_are_counted(reward_path, sft_path):
     build = sys.modules["door_ppo"].model_builder(None, None, budget)
     tokenizer = load_model(sft_path).tokenizer
     scorer = build(ModelSpec(model=reward_path), tokenizer)
-    samples = Samples([[{"role": "user", "content": "x"}]], ["y"], [[5, 6, 7]], [[8, 2]], [True], [{}])
+    samples = Samples(
+        [[{"role": "user", "content": "x"}]], ["y"], [[5, 6, 7]], [[8, 2]], [True], [{}]
+    )
 
     def score():
         with budget.counting():
@@ -147,6 +177,9 @@ def test_all_shapes(name):
 
 
 def test_heads_may_be_of_another_size_in_each_layer():
-    # 4 heads: 8 + 8 of query-key and value in the layer with a window, 16 + 16 in the other: 64 + 128
-    model, _ = build("gemma4_text", layer_types=["sliding_attention", "full_attention"], global_head_dim=16)
+    # 4 heads: 8 + 8 of query-key and value in the layer with a window, 16 + 16 in the other: 64 +
+    # 128
+    model, _ = build(
+        "gemma4_text", layer_types=["sliding_attention", "full_attention"], global_head_dim=16
+    )
     assert decoder_shape(model.base_model).pair == 192

@@ -91,7 +91,11 @@ def test_the_newest_and_the_best_stay(tmp_path):
         make(tmp_path, step, score)
     (tmp_path / "writing-000006").mkdir()
     prune(tmp_path, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000004", "step-000005"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-000002",
+        "step-000004",
+        "step-000005",
+    ]
 
 
 def test_of_two_best_the_later_stays(tmp_path):
@@ -138,7 +142,9 @@ def test_a_score_that_is_no_number_elects_nothing(tmp_path):
 
 
 def test_one_that_was_sealed_and_not_renamed_is_whole(tmp_path, monkeypatch):
-    """A crash between the two renames that put a new checkpoint in the place of one of the same step."""
+    """A crash between the two renames that put a new checkpoint in the place of one of the same
+    step.
+    """
     make(tmp_path, 2, 0.1)
 
     def crash(where):

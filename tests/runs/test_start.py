@@ -10,7 +10,8 @@ from rlhf.options.offline import SFTRunConfig
 from rlhf.runs import checkpoint
 from rlhf.runs.start import check_finished, find_checkpoint, read_result
 
-OLD = {"data": ["d.jsonl"], "on_bad": "skip", "max_steps": 3, "seed": 0}  # on_error was called on_bad
+# on_error was called on_bad
+OLD = {"data": ["d.jsonl"], "on_bad": "skip", "max_steps": 3, "seed": 0}
 
 
 @pytest.fixture
@@ -20,7 +21,14 @@ def old_folder(tmp_path):
     folder = tmp_path / "checkpoints" / "checkpoint-3"
     folder.mkdir(parents=True)
     (folder / "weights.bin").write_bytes(b"123")
-    about = {"program": "sft", "ranks": 1, "launched": False, "options": OLD, "data": {}, "state": {"last": {}}}
+    about = {
+        "program": "sft",
+        "ranks": 1,
+        "launched": False,
+        "options": OLD,
+        "data": {},
+        "state": {"last": {}},
+    }
     checkpoint.seal(folder, 3, about)
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["sha256"]  # the first version wrote none
@@ -38,10 +46,14 @@ def test_an_old_folder_is_finished_or_made_longer(old_folder):
     with pytest.raises(Halt, match="raise --max_steps"):
         check_finished(old_folder, config(old_folder), result)
     check_finished(old_folder, config(old_folder, max_steps=5), result)
-    found = find_checkpoint("sft", config(old_folder, max_steps=5), DistributedContext(), is_finished=True)
+    found = find_checkpoint(
+        "sft", config(old_folder, max_steps=5), DistributedContext(), is_finished=True
+    )
     assert found.step == 3 and found.metadata["state"] == {"last": {}}
 
 
 def test_an_old_option_that_differs_is_named_as_it_is_called_today(old_folder):
     with pytest.raises(UserError, match="on_error: was 'skip', now 'stop'"):
-        find_checkpoint("sft", config(old_folder, on_error="stop"), DistributedContext(), is_finished=True)
+        find_checkpoint(
+            "sft", config(old_folder, on_error="stop"), DistributedContext(), is_finished=True
+        )

@@ -22,7 +22,13 @@ def refuse(constant):
 @pytest.fixture
 def no_key(monkeypatch, tmp_path):
     """No W&B key anywhere, and a home without netrc."""
-    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "NETRC", "WANDB_BASE_URL"):
+    for name in (
+        "WANDB_API_KEY",
+        "WANDB_IDENTITY_TOKEN_FILE",
+        "WANDB_MODE",
+        "NETRC",
+        "WANDB_BASE_URL",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -30,7 +36,15 @@ def no_key(monkeypatch, tmp_path):
 
 def test_metrics_are_flushed_as_valid_json_even_where_they_are_not_finite(tmp_path):
     tracker = Tracker(tmp_path)
-    tracker.log({"loss/total": math.nan, "grad/norm": math.inf, "reward/min": -math.inf, "budget/episodes": 3}, 7)
+    tracker.log(
+        {
+            "loss/total": math.nan,
+            "grad/norm": math.inf,
+            "reward/min": -math.inf,
+            "budget/episodes": 3,
+        },
+        7,
+    )
     text = (tmp_path / "metrics.jsonl").read_text()  # before finish: a crash must not lose it
     row = json.loads(text, parse_constant=refuse)
     assert row.pop("time") > 1.7e9
@@ -38,7 +52,11 @@ def test_metrics_are_flushed_as_valid_json_even_where_they_are_not_finite(tmp_pa
         "step": 7, "loss/total": "NaN", "grad/norm": "Infinity", "reward/min": "-Infinity", "budget/episodes": 3,
     }  # fmt: skip
     (back,) = read_metrics(tmp_path / "metrics.jsonl")
-    assert math.isnan(back["loss/total"]) and back["grad/norm"] == math.inf and back["reward/min"] == -math.inf
+    assert (
+        math.isnan(back["loss/total"])
+        and back["grad/norm"] == math.inf
+        and back["reward/min"] == -math.inf
+    )
     tracker.finish()
 
 
@@ -57,7 +75,9 @@ def test_only_the_main_rank_writes_but_all_ranks_see_a_wrong_name(tmp_path):
         tracker.log({"kl/token": 1.0}, 0)
         tracker.table("samples", [{"prompt": "p"}], 0)
         tracker.result({"seed": 1})
-        with pytest.raises(KeyError, match=r"metric 'kl/tokens' is not in the vocabulary\. Did you mean 'kl/token'"):
+        with pytest.raises(
+            KeyError, match=r"metric 'kl/tokens' is not in the vocabulary\. Did you mean 'kl/token'"
+        ):
             tracker.log({"kl/tokens": 1.0}, 0)
     assert not (tmp_path / "run").exists()
 
@@ -75,27 +95,43 @@ def test_a_new_run_starts_afresh_and_a_resumed_one_cuts_back(tmp_path):
         tracker.log({"loss/total": 20.0}, 2)
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [(row["step"], row["loss/total"]) for row in rows] == [(0, 0.0), (1, 1.0), (2, 20.0)]
-    table = [json.loads(line) for line in (tmp_path / "tables/samples.jsonl").read_text().splitlines()]
+    table = [
+        json.loads(line) for line in (tmp_path / "tables/samples.jsonl").read_text().splitlines()
+    ]
     assert table == [{"step": 0, "response": "NaN"}, {"step": 1, "response": "NaN"}]
 
 
 def test_result_is_written_whole_with_versions(tmp_path):
     with Tracker(tmp_path) as tracker:
         tracker.result(
-            {"program": "dpo", "seed": 3, "data": {"pairs": "abc"}, "headline": {"eval/kl/sequence": math.nan}}
+            {
+                "program": "dpo",
+                "seed": 3,
+                "data": {"pairs": "abc"},
+                "headline": {"eval/kl/sequence": math.nan},
+            }
         )
     result = json.loads((tmp_path / "result.json").read_text(), parse_constant=refuse)
     assert result["program"] == "dpo" and result["data"] == {"pairs": "abc"}
     assert result["headline"] == {"eval/kl/sequence": "NaN"}
-    assert result["versions"]["python"].startswith("3.") and set(result["versions"]) >= {"torch", "trl", "deepspeed"}
+    assert result["versions"]["python"].startswith("3.") and set(result["versions"]) >= {
+        "torch",
+        "trl",
+        "deepspeed",
+    }
     assert not (tmp_path / "result.json.tmp").exists()
 
 
 def test_console_prints_first_last_and_no_flood_between(tmp_path, capsys, monkeypatch):
     with Tracker(tmp_path, console_seconds=3600) as tracker:
         for step in range(1, 101):
-            tracker.console(step, 100, {"score/total": step / 7, "kl/token": 0.0}, ["score/total", "absent"])
-    assert capsys.readouterr().out.splitlines() == ["step 1/100  score/total 0.1429", "step 100/100  score/total 14.29"]
+            tracker.console(
+                step, 100, {"score/total": step / 7, "kl/token": 0.0}, ["score/total", "absent"]
+            )
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/100  score/total 0.1429",
+        "step 100/100  score/total 14.29",
+    ]
     with Tracker(tmp_path, console_seconds=0) as tracker:
         monkeypatch.setattr(time, "monotonic", lambda: 110.0)
         tracker.progress.first = (100.0, 0)  # 10 s for 20 steps: 40 s for the other 80
@@ -114,7 +150,15 @@ def test_vocabulary():
         "trl/x",
     ):
         assert is_known(name), name
-    for name in ("kl", "score/", "eval/", "eval/eval/kl/token", "kl/sequences", "loss", "reward/anything"):
+    for name in (
+        "kl",
+        "score/",
+        "eval/",
+        "eval/eval/kl/token",
+        "kl/sequences",
+        "loss",
+        "reward/anything",
+    ):
         assert not is_known(name), name
     with pytest.raises(KeyError, match="Did you mean 'eval/response/length'"):
         check_names(["loss/total", "eval/response/lenght"])
@@ -124,33 +168,57 @@ def test_vocabulary():
 
 def test_the_metrics_page_is_current_and_whole():
     page = metrics_page()
-    assert (ROOT / "docs/metrics.md").read_text() == page, "run: python -m rlhf.runs.metrics > docs/metrics.md"
+    assert (ROOT / "docs/metrics.md").read_text() == page, (
+        "run: python -m rlhf.runs.metrics > docs/metrics.md"
+    )
     for name in METRICS:
-        assert page.count(f"| `{name}` |") == 1, f"{name} stands in no section or in two: {list(SECTIONS)}"
+        assert page.count(f"| `{name}` |") == 1, (
+            f"{name} stands in no section or in two: {list(SECTIONS)}"
+        )
     for prefix in PATTERNS:
         assert f"`{prefix}<name>`" in page
 
 
 def test_trl_names():
-    reward = {"loss": 0.6, "grad_norm": 1.5, "learning_rate": 1e-4, "num_tokens": 99.0, "accuracy": 0.7, "margin": 0.4}
+    reward = {
+        "loss": 0.6,
+        "grad_norm": 1.5,
+        "learning_rate": 1e-4,
+        "num_tokens": 99.0,
+        "accuracy": 0.7,
+        "margin": 0.4,
+    }
     reward |= {"min_reward": -1.0, "mean_reward": 0.1, "max_reward": 2.0, "epoch": 0.5}
     assert rename_trl(reward, "reward") == {
         "loss/total": 0.6, "grad/norm": 1.5, "learning_rate": 1e-4, "budget/tokens_trained": 99.0,
         "reward/accuracy": 0.7, "reward/margin": 0.4, "reward/min": -1.0, "reward/mean": 0.1, "reward/max": 2.0,
         "epoch": 0.5,
     }  # fmt: skip
-    dpo = {"rewards/margins": 0.3, "rewards/accuracies": 0.8, "logps/chosen": -40.0, "entropy": 1.1, "new_in_2": 5.0}
+    dpo = {
+        "rewards/margins": 0.3,
+        "rewards/accuracies": 0.8,
+        "logps/chosen": -40.0,
+        "entropy": 1.1,
+        "new_in_2": 5.0,
+    }
     assert rename_trl(dpo, "dpo") == {
         "dpo/reward_margin": 0.3, "dpo/reward_accuracy": 0.8, "dpo/logprob_chosen": -40.0, "token/entropy": 1.1,
         "trl/new_in_2": 5.0,
     }  # fmt: skip
-    evaluation = {"eval_loss": 2.0, "eval_mean_token_accuracy": 0.6, "eval_runtime": 3.0, "eval_num_tokens": 9.0}
+    evaluation = {
+        "eval_loss": 2.0,
+        "eval_mean_token_accuracy": 0.6,
+        "eval_runtime": 3.0,
+        "eval_num_tokens": 9.0,
+    }
     evaluation |= {"eval_samples_per_second": 1.0, "eval_odd": 4.0, "epoch": 1.0}
     assert rename_trl(evaluation, "sft") == {
         "eval/loss/total": 2.0, "eval/token/accuracy": 0.6, "time/evaluate": 3.0, "eval/trl/odd": 4.0, "epoch": 1.0,
     }  # fmt: skip
     # our own count, added by another callback, wins whatever the order
-    assert rename_trl({"budget/tokens_trained": 7.0, "num_tokens": 9.0}, "sft") == {"budget/tokens_trained": 7.0}
+    assert rename_trl({"budget/tokens_trained": 7.0, "num_tokens": 9.0}, "sft") == {
+        "budget/tokens_trained": 7.0
+    }
     with pytest.raises(ValueError, match="unknown stage 'ppo'"):
         rename_trl({}, "ppo")
 
@@ -162,7 +230,11 @@ def test_every_name_that_the_installed_trl_logs_is_known_here(stage):
     import re
 
     package = Path(importlib.util.find_spec("trl").origin).parent
-    names = set(re.findall(r'_metrics\[mode\]\["([^"]+)"\]', (package / f"trainer/{stage}_trainer.py").read_text()))
+    names = set(
+        re.findall(
+            r'_metrics\[mode\]\["([^"]+)"\]', (package / f"trainer/{stage}_trainer.py").read_text()
+        )
+    )
     assert len(names) >= 4
     for renamed in rename_trl(dict.fromkeys(names, 1.0), stage):
         assert is_known(renamed) and not renamed.startswith("trl/"), renamed
@@ -199,7 +271,11 @@ def test_wandb_is_offline_without_a_key_and_asks_nothing(tmp_path, no_key, monke
         assert tracker.wandb.run.config["kl_coef"] == 0.1
         first_id = tracker.wandb.run.id
         tracker.log({"kl/sequence": 1.0, "loss/total": math.nan}, 1)
-        tracker.table("samples", [{"prompt": "p", "score": {"gold": 0.5}}, {"prompt": "q", "response": "r"}], 1)
+        tracker.table(
+            "samples",
+            [{"prompt": "p", "score": {"gold": 0.5}}, {"prompt": "q", "response": "r"}],
+            1,
+        )
         tracker.result({"headline": {"eval/kl/sequence": 1.0}, "data": {"pairs": "abc"}})
         assert tracker.wandb.run.config["data"] == {"pairs": "abc"}
         assert tracker.wandb.run is not None  # no call failed
@@ -210,7 +286,12 @@ def test_wandb_is_offline_without_a_key_and_asks_nothing(tmp_path, no_key, monke
 
 
 def test_what_was_not_chosen_is_left_to_the_variables_of_wandb(tmp_path, no_key, monkeypatch):
-    for name, value in {"PROJECT": "mine", "NAME": "tuesday", "RUN_ID": "abc", "DIR": str(tmp_path / "logs")}.items():
+    for name, value in {
+        "PROJECT": "mine",
+        "NAME": "tuesday",
+        "RUN_ID": "abc",
+        "DIR": str(tmp_path / "logs"),
+    }.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
     (tmp_path / "logs").mkdir()
     with Tracker(tmp_path / "one", report_to="wandb") as tracker:
@@ -218,12 +299,17 @@ def test_what_was_not_chosen_is_left_to_the_variables_of_wandb(tmp_path, no_key,
         assert (run.project, run.name, run.id) == ("mine", "tuesday", "abc")
         assert list((tmp_path / "logs" / "wandb").glob("offline-run-*-abc"))
     monkeypatch.delenv("WANDB_RUN_ID")
-    with Tracker(tmp_path / "two", report_to="wandb", project="chosen", run_name="by me") as tracker:
+    with Tracker(
+        tmp_path / "two", report_to="wandb", project="chosen", run_name="by me"
+    ) as tracker:
         assert (tracker.wandb.run.project, tracker.wandb.run.name) == ("chosen", "by me")
     for name in ("PROJECT", "NAME"):
         monkeypatch.delenv(f"WANDB_{name}")
     with Tracker(tmp_path / "three", report_to="wandb") as tracker:
-        assert (tracker.wandb.run.project, tracker.wandb.run.name) == ("rlhf", str(tmp_path / "three"))
+        assert (tracker.wandb.run.project, tracker.wandb.run.name) == (
+            "rlhf",
+            str(tmp_path / "three"),
+        )
 
 
 def test_wandb_can_be_switched_off_by_its_variable(tmp_path, no_key, monkeypatch, capsys):
@@ -233,7 +319,9 @@ def test_wandb_can_be_switched_off_by_its_variable(tmp_path, no_key, monkeypatch
     assert "W&B is off: WANDB_DISABLED is set" in capsys.readouterr().err
 
 
-def test_wandb_that_cannot_start_or_fails_later_never_stops_a_run(tmp_path, no_key, monkeypatch, capsys):
+def test_wandb_that_cannot_start_or_fails_later_never_stops_a_run(
+    tmp_path, no_key, monkeypatch, capsys
+):
     import wandb
 
     modes = []
@@ -250,7 +338,12 @@ def test_wandb_that_cannot_start_or_fails_later_never_stops_a_run(tmp_path, no_k
     monkeypatch.setattr(wandb, "init", online_fails)
     with Tracker(tmp_path, report_to="wandb") as tracker:
         assert modes == ["online", "offline"]
-        assert capsys.readouterr().err.count("warning: W&B online failed (CommError: no network); writing offline") == 1
+        assert (
+            capsys.readouterr().err.count(
+                "warning: W&B online failed (CommError: no network); writing offline"
+            )
+            == 1
+        )
         monkeypatch.setattr(tracker.wandb.run, "log", lambda *a, **k: 1 / 0)
         tracker.log({"kl/sequence": 1.0}, 1)
         tracker.log({"kl/sequence": 2.0}, 2)
@@ -272,13 +365,19 @@ def test_a_key_in_netrc_counts(no_key, tmp_path, monkeypatch):
 
 
 def test_model_card(tmp_path):
-    result = {"seed": 3, "headline": {"eval/score/gold": 0.71234}, "budget": {"budget/episodes": 512}}
+    result = {
+        "seed": 3,
+        "headline": {"eval/score/gold": 0.71234},
+        "budget": {"budget/episodes": 512},
+    }
     result |= {"data": {"prompt/train": "f00d"}, "versions": {"torch": "2.13", "trl": None}}
     provenance = {"prompts": {"source": "data/p|q.jsonl", "rows": 800}, "start": "runs/sft"}
     (tmp_path / "ppo").mkdir()
     write_card(tmp_path / "ppo", "ppo", {"model_name_or_path": "a/b"}, result, provenance)
     card = (tmp_path / "ppo/README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\nbase_model: a/b\ntags:\n- rlhf\n- ppo\n---\n")
+    assert card.startswith(
+        "---\nlibrary_name: transformers\nbase_model: a/b\ntags:\n- rlhf\n- ppo\n---\n"
+    )
     for line in (
         "# ppo: ppo of b", "| eval/score/gold | 0.7123 |", "| budget/episodes | 512 |", "- start: runs/sft",
         "| prompts | data/p\\|q.jsonl | 800 |  |", "| prompt/train |  |  | f00d |", "torch 2.13",
@@ -295,12 +394,16 @@ def test_importing_the_tracker_is_cheap():
     # A command line imports it; torch, transformers and wandb cost seconds
     heavy = ("torch", "transformers", "wandb", "numpy")
     code = f"import sys, rlhf.runs.tracking; print([m for m in {heavy} if m in sys.modules])"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
     assert out.strip() == "[]"
 
 
 def test_files_are_cut_to_where_they_were_at_the_checkpoint(tmp_path):
-    """A line of the checkpoint's own step that was written after it goes too; only the length can tell."""
+    """A line of the checkpoint's own step that was written after it goes too; only the length can
+    tell.
+    """
     with Tracker(tmp_path) as tracker:
         tracker.log({"loss/total": 1.0}, 1)
         tracker.table("samples", [{"response": "a"}], 1)
@@ -353,7 +456,18 @@ def test_wandb_is_not_sent_a_step_twice(tmp_path, no_key, monkeypatch):
         for step in (5, 6, 7):
             tracker.log({"loss/total": 2.0}, step)
     assert sent == [1, 2, 3, 4, 4, 4, 5, 6, 7]
-    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 2, 3, 3, 4, 4, 5, 6, 7]
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [
+        1,
+        2,
+        2,
+        3,
+        3,
+        4,
+        4,
+        5,
+        6,
+        7,
+    ]
     with Tracker(tmp_path, report_to="wandb") as tracker:  # a new run begins anew
         tracker.log({"loss/total": 1.0}, 1)
     assert sent[-1] == 1

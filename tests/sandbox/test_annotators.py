@@ -1,4 +1,6 @@
-"""Simulated annotators: probabilities worked by hand, habits that show, and votes that can be repeated."""
+"""Simulated annotators: probabilities worked by hand, habits that show, and votes that can be
+repeated.
+"""
 
 import math
 import random
@@ -32,7 +34,9 @@ def shares(annotator, gold, words=(10, 10), left="a", noise=0.5, n=4000):
 def test_logit_by_hand():
     # (0.9 - 0.4) / 0.25 = 2; ten words more at 0.8 = 0.8; b on the left at 0.6 = -0.6; together 2.2
     annotator = Annotator("x", length_bias=0.8, side_bias=0.6)
-    assert preference_logit(annotator, (0.9, 0.4), (25, 15), "b", 0.25) == pytest.approx(2.2, abs=1e-12)
+    assert preference_logit(annotator, (0.9, 0.4), (25, 15), "b", 0.25) == pytest.approx(
+        2.2, abs=1e-12
+    )
     assert preference_logit(PLAIN, (0.9, 0.4), (25, 15), "b", 0.25) == pytest.approx(2.0, abs=1e-12)
 
 
@@ -75,9 +79,13 @@ def store(tmp_path):
     rng = random.Random(0)
     with Store.open(path, create=True) as opened, opened.transaction():
         for i in range(200):
-            prompt = opened.add_prompt([{"role": "user", "content": f"question {i}"}], metadata={"i": i})
+            prompt = opened.add_prompt(
+                [{"role": "user", "content": f"question {i}"}], metadata={"i": i}
+            )
             x, y = round(rng.random(), 3), round(rng.random(), 3)
-            one, other = (opened.add_response(prompt, f"answer {g}", ended=True) for g in (x, y + 1e-4))
+            one, other = (
+                opened.add_response(prompt, f"answer {g}", ended=True) for g in (x, y + 1e-4)
+            )
             opened.add_comparison(one, other)
     return path
 
@@ -89,7 +97,10 @@ def gold(samples):
 
 def standing(path):
     with Store.open(path) as opened:
-        return [(v.comparison, v.annotator, v.choice, v.left, v.strength, v.duration_ms) for v in opened.at().votes()]
+        return [
+            (v.comparison, v.annotator, v.choice, v.left, v.strength, v.duration_ms)
+            for v in opened.at().votes()
+        ]
 
 
 def test_votes_agree_with_gold_as_the_noise_says_and_are_recorded(store, capsys):
@@ -97,12 +108,18 @@ def test_votes_agree_with_gold_as_the_noise_says_and_are_recorded(store, capsys)
     votes = standing(store)
     assert len(votes) == report["all"]["votes"] == report["comparisons"] == 200
     assert report["all"]["agreement"] > 0.9
-    assert {v[1] for v in votes} == {a.name for a in ANNOTATORS} and {v[3] for v in votes} == {"a", "b"}
+    assert {v[1] for v in votes} == {a.name for a in ANNOTATORS} and {v[3] for v in votes} == {
+        "a",
+        "b",
+    }
     assert all(v[5] > 0 for v in votes)
     said = capsys.readouterr().out
     assert "200 new votes" in said and "sim-careless" in said
     with Store.open(store) as opened:
-        right = sum(float(p.chosen.split()[1]) > float(p.rejected.split()[1]) for p in opened.at().preferences())
+        right = sum(
+            float(p.chosen.split()[1]) > float(p.rejected.split()[1])
+            for p in opened.at().preferences()
+        )
     assert right / 200 == pytest.approx(report["all"]["agreement"])
 
 
@@ -141,7 +158,9 @@ def test_nothing_to_judge_and_bad_options_are_said(tmp_path):
             annotate(AnnotateConfig(store="x", **bad), gold)
 
 
-def test_agreement_is_measured_on_held_out_pairs_and_training_sees_nothing_of_it(store, tmp_path, capsys):
+def test_agreement_is_measured_on_held_out_pairs_and_training_sees_nothing_of_it(
+    store, tmp_path, capsys
+):
     alone = tmp_path / "alone.db"
     alone.write_bytes(store.read_bytes())
     annotate(AnnotateConfig(store=str(alone)), gold)
@@ -149,7 +168,9 @@ def test_agreement_is_measured_on_held_out_pairs_and_training_sees_nothing_of_it
     before, after = (load(str(path), Preference, split="train") for path in (alone, store))
     assert len(before) > 100
     assert [(r.chosen, r.metadata) for r in before] == [(r.chosen, r.metadata) for r in after]
-    held_out = {r.metadata["vote"]["comparison"] for r in load(str(store), Preference, split="validation")}
+    held_out = {
+        r.metadata["vote"]["comparison"] for r in load(str(store), Preference, split="validation")
+    }
     votes = standing(store)
     several = {v[0] for v in votes if sum(w[0] == v[0] for w in votes) > 1}
     assert held_out <= several and len(votes) == 200 + 4 * len(several)

@@ -1,4 +1,6 @@
-"""A world written to disk: the same for the same seed, held out as it must be, and a base that is loadable and kept."""
+"""A world written to disk: the same for the same seed, held out as it must be, and a base that is
+loadable and kept.
+"""
 
 import json
 import random
@@ -45,7 +47,11 @@ def test_files_hold_records_and_their_counts(world):
     instructions, prompts = rows(folder / "instructions.jsonl"), rows(folder / "prompts.jsonl")
     assert (len(instructions), len(prompts)) == (60, 200)
     for row in instructions:
-        Instruction(prompt=row["messages"][:-1], response=row["messages"][-1]["content"], metadata=row["metadata"])
+        Instruction(
+            prompt=row["messages"][:-1],
+            response=row["messages"][-1]["content"],
+            metadata=row["metadata"],
+        )
     for row in prompts:
         assert {"intent", "item", "remedy"} <= set(row["metadata"])
         assert row["metadata"]["item"] in row["prompt"][0]["content"]
@@ -76,7 +82,10 @@ def test_default_prompts_leave_three_hundred_for_the_test_split(tmp_path):
 
 def test_prompts_do_not_change_with_the_number_of_instructions(tmp_path):
     here = corpus.make_world(0, 40, 12)
-    few, many = config(tmp_path, n_prompts=50, n_instructions=10), config(tmp_path, n_prompts=80, n_instructions=300)
+    few, many = (
+        config(tmp_path, n_prompts=50, n_instructions=10),
+        config(tmp_path, n_prompts=80, n_instructions=300),
+    )
     assert build.prompt_rows(few, here) == build.prompt_rows(many, here)[:50]
     assert build.instruction_rows(few, here) == build.instruction_rows(many, here)[:10]
 
@@ -85,8 +94,12 @@ def test_the_same_seed_builds_the_same_world_to_the_last_byte(world, tmp_path):
     folder, report = world
     again = build.build(config(tmp_path))
     assert again["files"] == report["files"]
-    assert (tmp_path / "base/model.safetensors").read_bytes() == (folder / "base/model.safetensors").read_bytes()
-    assert (tmp_path / "base/tokenizer.json").read_bytes() == (folder / "base/tokenizer.json").read_bytes()
+    assert (tmp_path / "base/model.safetensors").read_bytes() == (
+        folder / "base/model.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "base/tokenizer.json").read_bytes() == (
+        folder / "base/tokenizer.json"
+    ).read_bytes()
     other = build.build(config(tmp_path / "other", world_seed=1))
     assert other["files"]["prompts.jsonl"] != report["files"]["prompts.jsonl"]
     assert other["base"]["fingerprint"] != report["base"]["fingerprint"]
@@ -116,9 +129,16 @@ def test_the_base_loads_as_a_hub_model_and_its_template_is_fit_for_training(worl
     assert sum(p.numel() for p in model.parameters()) == report["base"]["parameters"]
     assert len(tokenizer) <= model.config.vocab_size == 384
     assert tokenizer.pad_token_id != tokenizer.eos_token_id == model.config.eos_token_id
-    assert has_generation_markers(tokenizer.chat_template) and is_chat_template_prefix_preserving(tokenizer)
-    chat = [{"role": "user", "content": "Hi.\nWhere is it?"}, {"role": "assistant", "content": "Here ☕."}]
-    text = "<|im_start|>user\nHi.\nWhere is it?<|im_end|>\n<|im_start|>assistant\nHere ☕.<|im_end|>\n"
+    assert has_generation_markers(tokenizer.chat_template) and is_chat_template_prefix_preserving(
+        tokenizer
+    )
+    chat = [
+        {"role": "user", "content": "Hi.\nWhere is it?"},
+        {"role": "assistant", "content": "Here ☕."},
+    ]
+    text = (
+        "<|im_start|>user\nHi.\nWhere is it?<|im_end|>\n<|im_start|>assistant\nHere ☕.<|im_end|>\n"
+    )
     assert tokenizer.apply_chat_template(chat, tokenize=False) == text
     head = tokenizer.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
     assert text.startswith(head) and head.endswith("<|im_start|>assistant\n")
@@ -136,19 +156,25 @@ def test_batches_go_through_all_rows_once_in_like_lengths():
 
 
 def test_learning_rate_warms_up_and_falls_to_a_fiftieth():
-    # 100 steps: warm-up 5; step 0 = 1/5 of the peak, step 4 = the peak; then the cosine, at step 100 0.02
-    assert [base.learning_rate(s, 100, 1.0) for s in (0, 4, 5, 100)] == pytest.approx([0.2, 1.0, 1.0, 0.02])
+    # 100 steps: warm-up 5; step 0 = 1/5 of the peak, step 4 = the peak; then the cosine, at step
+    # 100 0.02
+    assert [base.learning_rate(s, 100, 1.0) for s in (0, 4, 5, 100)] == pytest.approx(
+        [0.2, 1.0, 1.0, 0.02]
+    )
 
 
 def test_loss_of_a_right_padded_batch_counts_true_tokens_only():
     import torch
 
     tokenizer = base.train_tokenizer(["some text"] * 3, 300)
-    model = base.make_model(tokenizer, base.BaseConfig(vocab_size=384, hidden_size=16, num_layers=1, num_heads=2))
+    model = base.make_model(
+        tokenizer, base.BaseConfig(vocab_size=384, hidden_size=16, num_layers=1, num_heads=2)
+    )
     with torch.no_grad():
         one, other = [base.Row([7, 8, 9, 10, 11])], [base.Row([12, 13, 14])]
         (x, n), (y, m), (both, all) = (
-            base.language_loss(model, rows, tokenizer.pad_token_id, 1.0) for rows in (one, other, one + other)
+            base.language_loss(model, rows, tokenizer.pad_token_id, 1.0)
+            for rows in (one, other, one + other)
         )
     # 4 and 2 predicted tokens: the mean of both rows is (4 x + 2 y) / 6
     assert (n, m, all) == (4, 2, 6)
@@ -160,17 +186,22 @@ def test_a_prompt_counts_its_weight():
     import torch
 
     tokenizer = base.train_tokenizer(["some text"] * 3, 300)
-    model = base.make_model(tokenizer, base.BaseConfig(vocab_size=384, hidden_size=16, num_layers=1, num_heads=2))
+    model = base.make_model(
+        tokenizer, base.BaseConfig(vocab_size=384, hidden_size=16, num_layers=1, num_heads=2)
+    )
     ids = [7, 8, 9, 10, 11]
     with torch.no_grad():
         whole, answer, weighted = (
             base.language_loss(model, [base.Row(ids, prompt)], tokenizer.pad_token_id, weight)
             for prompt, weight in ((0, 1.0), (3, 0.0), (3, 0.1))
         )
-    # of the 4 predicted tokens 2 are the prompt's: weights 4, 2 and 2.2; prompt loss = 4 whole - 2 answer
+    # of the 4 predicted tokens 2 are the prompt's: weights 4, 2 and 2.2; prompt loss = 4 whole - 2
+    # answer
     assert [n for _, n in (whole, answer, weighted)] == pytest.approx([4, 2, 2.2])
     prompt_sum = 4 * whole[0].item() - 2 * answer[0].item()
-    assert weighted[0].item() == pytest.approx((2 * answer[0].item() + 0.1 * prompt_sum) / 2.2, abs=1e-5)
+    assert weighted[0].item() == pytest.approx(
+        (2 * answer[0].item() + 0.1 * prompt_sum) / 2.2, abs=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -190,5 +221,7 @@ def test_options_that_cannot_work_are_refused(tmp_path, options, said):
 
 
 def test_options_come_from_the_command_line():
-    found = parse(build.SandboxConfig, ["--world_seed", "3", "--off_brand", "0.4"], prog="rlhf sandbox build")
+    found = parse(
+        build.SandboxConfig, ["--world_seed", "3", "--off_brand", "0.4"], prog="rlhf sandbox build"
+    )
     assert (found.world_seed, found.off_brand) == (3, 0.4)

@@ -8,7 +8,15 @@ import pytest
 from reward.voice import load_voice
 from rlhf.data.records import prompt_group
 from rlhf.sandbox import SHOP_VOICE, phrases
-from rlhf.sandbox.corpus import FAULTS, answer, draw_answer, draw_case, draw_cases, draw_faults, make_world
+from rlhf.sandbox.corpus import (
+    FAULTS,
+    answer,
+    draw_answer,
+    draw_case,
+    draw_cases,
+    draw_faults,
+    make_world,
+)
 
 VOICE = load_voice(SHOP_VOICE)
 
@@ -29,7 +37,11 @@ def gold(world, faults, n=150):
 
 def test_the_voice_knows_the_goods_and_remedies_of_every_world():
     assert set(VOICE.facts["item"].choices) == set(phrases.ITEMS)
-    assert set(VOICE.facts["remedy"].phrasings) == set(phrases.REMEDIES) == {r for r, *_ in phrases.INTENTS.values()}
+    assert (
+        set(VOICE.facts["remedy"].phrasings)
+        == set(phrases.REMEDIES)
+        == {r for r, *_ in phrases.INTENTS.values()}
+    )
 
 
 def test_every_on_brand_answer_has_the_full_mark():
@@ -45,8 +57,19 @@ def test_every_fault_costs_more_than_a_tenth_each_time_and_a_quarter_on_average(
 
 
 def test_each_fault_is_seen_by_its_part(world):
-    part = {"rude": "avoid", "slang": "avoid", "cold": "use", "no_greeting": "greeting", "no_closing": "closing"}
-    part |= {"promise": "claims", "rambling": "length", "wrong_item": "task/item", "wrong_remedy": "task/remedy"}
+    part = {
+        "rude": "avoid",
+        "slang": "avoid",
+        "cold": "use",
+        "no_greeting": "greeting",
+        "no_closing": "closing",
+    }
+    part |= {
+        "promise": "claims",
+        "rambling": "length",
+        "wrong_item": "task/item",
+        "wrong_remedy": "task/remedy",
+    }
     part |= {"no_job": "task/item"}
     rng = random.Random(2)
     for fault in FAULTS:

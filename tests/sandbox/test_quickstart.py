@@ -16,7 +16,8 @@ from rlhf.sandbox import quickstart as module
 from rlhf.sandbox.quickstart import QuickstartConfig, jobs
 
 NAMES = ["sandbox", "sft", "sample", "annotate", "reward", "dpo", "ppo", "compare"]
-# leaves the outputs of a job, and says so; "sample" must find no store, and "fail" in the folder is a mistake
+# leaves the outputs of a job, and says so; "sample" must find no store, and "fail" in the folder is
+# a mistake
 PROGRAM = """
 import json, pathlib, sys
 name, *outputs = sys.argv[1:]
@@ -34,7 +35,9 @@ with open("ran", "a") as ran:
 
 @pytest.fixture
 def pipeline(tmp_path, monkeypatch):
-    """A function that runs the pipeline with commands that only leave their files, and returns the jobs that ran."""
+    """A function that runs the pipeline with commands that only leave their files, and returns the
+    jobs that ran.
+    """
 
     def command(launcher, job):
         return [sys.executable, "-c", PROGRAM, job.name, *job.outputs]
@@ -109,7 +112,9 @@ def test_results_that_no_record_speaks_of_are_made_anew(pipeline, tmp_path):
 
 def test_a_failure_ends_the_pipeline_and_names_the_log(pipeline, tmp_path):
     (tmp_path / "fail-dpo").touch()
-    with pytest.raises(UserError, match=r"step 'dpo' failed, exit code 2; .* runs/quickstart/logs/dpo.log"):
+    with pytest.raises(
+        UserError, match=r"step 'dpo' failed, exit code 2; .* runs/quickstart/logs/dpo.log"
+    ):
         pipeline()
     assert (tmp_path / "ran").read_text().split() == NAMES[:5]
     (tmp_path / "fail-dpo").unlink()
@@ -121,12 +126,15 @@ def test_seed_and_folder_reach_every_job():
     for job in todo[1:]:
         assert "7" in job.command and any("runs/other" in word for word in job.command), job.name
     assert len(set(fingerprints(todo).values())) == len(todo)
-    assert json.dumps(todo[6].command).count("preferences.db") == 1  # PPO learns on the prompts of DPO's pairs
+    # PPO learns on the prompts of DPO's pairs
+    assert json.dumps(todo[6].command).count("preferences.db") == 1
 
 
 def test_a_signal_ends_the_pipeline_with_code_75(tmp_path):
     command = [sys.executable, "-m", "rlhf.cli", "sandbox", "quickstart"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     log = tmp_path / "runs/quickstart/logs/sandbox.log"
     end = time.monotonic() + 300
     while not log.exists():

@@ -30,10 +30,14 @@ LIMITS = """\
   stand in two splits."""
 
 
-def describe_sources(names: Sequence[str], table: load.Table, licences: Sequence[str]) -> list[dict[str, Any]]:
-    """Return {source, rows, bad, identity, licence} of each source. Call it before rows are left out.
+def describe_sources(
+    names: Sequence[str], table: load.Table, licences: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return {source, rows, bad, identity, licence} of each source. Call it before rows are left
+    out.
 
-    licences: one for all sources, one for each, or none. Licences that rows state in their metadata are counted.
+    licences: one for all sources, one for each, or none. Licences that rows state in their metadata
+    are counted.
     """
     if len(licences) <= 1:
         licences = [*licences, ""][:1] * len(names)
@@ -64,12 +68,16 @@ def _stated_licences(records: Iterable[Record]) -> str:
 
 
 def balance(records: Sequence[Record]) -> dict[str, Any]:
-    """Return in words how the rows spread over sources, voices, annotators, margins and so on; only what occurs."""
+    """Return in words how the rows spread over sources, voices, annotators, margins and so on; only
+    what occurs.
+    """
     found: dict[str, Any] = {}
     for name in ("source", "voice", "annotator"):
         counts = Counter(_values(records, name)).most_common()
         if len(counts) > 1 or (counts and name != "source"):
-            found[name] = ", ".join(f"{value} {count / len(records):.0%}" for value, count in counts[:12])
+            found[name] = ", ".join(
+                f"{value} {count / len(records):.0%}" for value, count in counts[:12]
+            )
     for name in ("margin", "label_prob", "weight"):
         values = sorted(_values(records, name))
         # all weights alike say nothing
@@ -83,7 +91,9 @@ def balance(records: Sequence[Record]) -> dict[str, Any]:
         by_length = sorted(records, key=lambda record: len(record.response))
         half = len(records) // 2
         shorter, longer = _share_true(by_length[:half]), _share_true(by_length[half:])
-        found["label by length"] = f"true in {shorter:.0%} of the shorter half, {longer:.0%} of the longer"
+        found["label by length"] = (
+            f"true in {shorter:.0%} of the shorter half, {longer:.0%} of the longer"
+        )
     return found
 
 
@@ -97,7 +107,9 @@ def _share_true(records: Sequence[Labelled]) -> float:
 
 
 def _first_words(records: Sequence[Preference]) -> str:
-    """Return the first word that tells chosen from rejected best: it is a shortcut that a reward model may learn."""
+    """Return the first word that tells chosen from rejected best: it is a shortcut that a reward
+    model may learn.
+    """
     chosen = Counter(record.chosen.split()[0] for record in records)
     rejected = Counter(record.rejected.split()[0] for record in records)
     word = max(chosen, key=lambda word: (abs(chosen[word] - rejected[word]), word))
@@ -109,7 +121,10 @@ def print_steps(steps: Sequence[Step]) -> None:
     """Print what each step found."""
     for step in steps:
         left = f"; {step.dropped} left out" if step.dropped else ""
-        print_summary({step.name: [f"{step.found}{left}", *(f"  {example}" for example in step.examples)]}, width=20)
+        print_summary(
+            {step.name: [f"{step.found}{left}", *(f"  {example}" for example in step.examples)]},
+            width=20,
+        )
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -127,7 +142,8 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def card_path(output: Path) -> Path:
-    """Return data_card.md beside the output, or `<name>_card.md` where that is not a card of this output.
+    """Return data_card.md beside the output, or `<name>_card.md` where that is not a card of this
+    output.
 
     Raises UserError if neither can be written.
     """
@@ -139,12 +155,16 @@ def card_path(output: Path) -> Path:
         if lines[:1] == [_title(output.name)]:
             return first
     if second.is_dir():
-        raise UserError(f"{second}: is a folder, and the data card is written there. Move it, or name another output")
+        raise UserError(
+            f"{second}: is a folder, and the data card is written there. Move it, or name another output"
+        )
     return second
 
 
 def write_card(report: dict[str, Any], path: Path) -> None:
-    """Write the card of a report, with the names of its sources but not the folders of this machine."""
+    """Write the card of a report, with the names of its sources but not the folders of this
+    machine.
+    """
     text = f"{_title(report['output'])}\n\n{card_markdown(report)}"
     for name in (*report["options"]["source"], *report["options"]["against"]):
         text = text.replace(name, _without_folder(name))
@@ -158,10 +178,20 @@ def card_markdown(report: dict[str, Any]) -> str:
         "Made by `rlhf data prepare`; the same input and options give the same file.",
     ]
     rows = [list(source.values()) for source in report["sources"]]
-    lines += ["", "## Sources", "", *markdown_table(["source", "rows", "not usable", "content", "licence"], rows)]
+    lines += [
+        "",
+        "## Sources",
+        "",
+        *markdown_table(["source", "rows", "not usable", "content", "licence"], rows),
+    ]
 
     rows = [(step.name, step.parameters, step.found, step.dropped) for step in report["steps"]]
-    lines += ["", "## Steps", "", *markdown_table(["step", "parameters", "found", "left out"], rows)]
+    lines += [
+        "",
+        "## Steps",
+        "",
+        *markdown_table(["step", "parameters", "found", "left out"], rows),
+    ]
 
     rows = []
     for name, value in report["summary"].items():
@@ -169,7 +199,12 @@ def card_markdown(report: dict[str, Any]) -> str:
     lines += ["", "## What is in it", "", *markdown_table(["", ""], rows)]
 
     for name, summary in report["annotators"].items():
-        lines += ["", f"## Annotators: {escape_cell(_without_folder(name))}", "", *annotators_markdown(summary)]
+        lines += [
+            "",
+            f"## Annotators: {escape_cell(_without_folder(name))}",
+            "",
+            *annotators_markdown(summary),
+        ]
 
     examples = []
     for step in report["steps"]:
@@ -190,7 +225,9 @@ def _title(name: str) -> str:
 
 
 def _identity(name: str) -> str:
-    """Return what identifies the content: a file's SHA-256 (its first digits), a store's fingerprint at its event."""
+    """Return what identifies the content: a file's SHA-256 (its first digits), a store's
+    fingerprint at its event.
+    """
     path, event = sources.split_event(name)
     if sources.is_store(name):
         from rlhf.data.store import Store
@@ -214,7 +251,9 @@ def _without_folder(name: str) -> str:
 
 
 def _code_span(text: str) -> str:
-    """Return text of the data as a code span, in which no Markdown counts: its fence is longer than any in the text."""
+    """Return text of the data as a code span, in which no Markdown counts: its fence is longer than
+    any in the text.
+    """
     text = " ".join(text.split())
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * (1 + longest)

@@ -1,4 +1,6 @@
-"""Text as training should see it: one form of each character, one kind of line end, nothing invisible."""
+"""Text as training should see it: one form of each character, one kind of line end, nothing
+invisible.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from typing import Any
 from rlhf.data.conversation import answers_of
 from rlhf.data.records import Record, normalise
 
-# Zero-width space, word joiner, byte order mark, soft hyphen, direction overrides, and controls other than tab and
-# newline. The joiners U+200C and U+200D make words in Persian and Hindi and emoji, so they are removed only between
-# ASCII letters and digits.
+# Zero-width space, word joiner, byte order mark, soft hyphen, direction overrides, and controls
+# other than tab and newline. The joiners U+200C and U+200D make words in Persian and Hindi and
+# emoji, so they are removed only between ASCII letters and digits.
 _INVISIBLE = re.compile(
     "[\u200b\u2060\ufeff\u00ad\u202a-\u202e\u2066-\u2069\u0000-\u0008\u000b-\u001f\u007f-\u0084\u0086-\u009f]"
     "|(?<=[0-9A-Za-z])[\u200c\u200d]+(?=[0-9A-Za-z])"
@@ -24,7 +26,9 @@ _WORD = re.compile(r"\w+")
 
 
 def clean(text: str) -> str:
-    """Return `text` in NFC, with \\n as line end, without invisible characters and blanks at line ends and edges."""
+    """Return `text` in NFC, with \\n as line end, without invisible characters and blanks at line
+    ends and edges.
+    """
     text = _LINE_END.sub("\n", unicodedata.normalize("NFC", text))
     return _TRAILING.sub("", _INVISIBLE.sub("", text)).strip()
 
@@ -39,7 +43,9 @@ def words_of(text: str) -> list[str]:
 
 
 def map_texts(record: Record, change: Callable[[str], str]) -> Record:
-    """Return a copy of `record` with `change` applied to every message and answer. Raises RecordError if it is bad."""
+    """Return a copy of `record` with `change` applied to every message and answer. Raises
+    RecordError if it is bad.
+    """
     prompt = []
     for message in record.prompt:
         prompt.append(map_strings(message, change) | {"role": message["role"]})

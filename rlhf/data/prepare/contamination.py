@@ -1,12 +1,15 @@
-"""Rows that contaminate an evaluation: they hold its prompts or answers, word for word, nearly, or in long pieces.
+"""Rows that contaminate an evaluation: they hold its prompts or answers, word for word, nearly, or
+in long pieces.
 
-A row is contaminated if its prompt, or a user's turn of it, is a prompt or turn of the evaluation, or if its answers
-(both of a pair) are those of one row of the evaluation and one of them has n words or more. So it is if a prompt of the
-evaluation, or an answer of n words or more, stands inside its prompt, in any turn, or its prompt of n words or more
-inside one of the evaluation. Texts are compared as words, after Unicode NFKC and case folding. A text of the evaluation
-also counts as present where a share `overlap` of its n-grams stands in one text of the row (compare Brown et al. 2020,
-appendix C, and Chowdhery et al. 2022, section 8: longer n-grams, longer texts); a text of five words up to n is one
-n-gram. A prompt also counts where it is a near duplicate as in duplicates.py.
+A row is contaminated if its prompt, or a user's turn of it, is a prompt or turn of the evaluation,
+or if its answers (both of a pair) are those of one row of the evaluation and one of them has n
+words or more. So it is if a prompt of the evaluation, or an answer of n words or more, stands
+inside its prompt, in any turn, or its prompt of n words or more inside one of the evaluation. Texts
+are compared as words, after Unicode NFKC and case folding. A text of the evaluation also counts as
+present where a share `overlap` of its n-grams stands in one text of the row (compare Brown et al.
+2020, appendix C, and Chowdhery et al. 2022, section 8: longer n-grams, longer texts); a text of
+five words up to n is one n-gram. A prompt also counts where it is a near duplicate as in
+duplicates.py.
 """
 
 from __future__ import annotations
@@ -120,7 +123,9 @@ class Evaluation:
 
 
 def read_evaluation(names: Sequence[str], n: int) -> Evaluation:
-    """Read evaluation sources with rows of any kind. Raises UserError on one of which no row can be read."""
+    """Read evaluation sources with rows of any kind. Raises UserError on one of which no row can be
+    read.
+    """
     evaluation = Evaluation(Index(n), Index(n))
     for name in names:
         bad, before = 0, evaluation.rows
@@ -138,12 +143,18 @@ def read_evaluation(names: Sequence[str], n: int) -> Evaluation:
             for text in (*turns_of(record, "assistant"), *answers_of(record).values()):
                 evaluation.answers.add(text, place)
         if evaluation.rows == before:
-            raise UserError(f"{name}: no row of this evaluation can be read ({bad} bad); see: rlhf data show {name}")
+            raise UserError(
+                f"{name}: no row of this evaluation can be read ({bad} bad); see: rlhf data show {name}"
+            )
     return evaluation
 
 
-def find_leaks(records: Sequence[Record], evaluation: Evaluation, overlap: float, near: float = 1.0) -> list[Leak]:
-    """Return a leak for each contaminated row, in order; with `near` 1 near duplicates of prompts do not count."""
+def find_leaks(
+    records: Sequence[Record], evaluation: Evaluation, overlap: float, near: float = 1.0
+) -> list[Leak]:
+    """Return a leak for each contaminated row, in order; with `near` 1 near duplicates of prompts
+    do not count.
+    """
     prompts = evaluation.prompts
     similar: dict[int, tuple[int, float]] = {}
     if near < 1:
@@ -167,7 +178,9 @@ def find_leaks(records: Sequence[Record], evaluation: Evaluation, overlap: float
 
 
 def _prompt_hits(record: Record, prompts: Index, overlap: float) -> Hits:
-    """Look for prompts of the evaluation in the user's words, together and by turn, and in other long turns."""
+    """Look for prompts of the evaluation in the user's words, together and by turn, and in other
+    long turns.
+    """
     texts = [user_text(record), *turns_of(record, "user")]
     for message in record.prompt:
         if message["role"] != "user" and len(words_of(message["content"])) >= SHORTEST:
@@ -180,7 +193,9 @@ def _prompt_hits(record: Record, prompts: Index, overlap: float) -> Hits:
 
 
 def _answer_hits(record: Record, answers: Index, overlap: float) -> Hits:
-    """Look for answers of the evaluation in all the row's answers together, and in each message of its prompt."""
+    """Look for answers of the evaluation in all the row's answers together, and in each message of
+    its prompt.
+    """
     groups = [list(answers_of(record).values())]
     for message in record.prompt:
         groups.append([message["content"]])
@@ -192,7 +207,8 @@ def _answer_hits(record: Record, answers: Index, overlap: float) -> Hits:
 
 
 def _common_hits(hits: list[Hits], shortest: int) -> Hits:
-    """Return the rows of the evaluation that all texts hold something of, each with its smallest hit.
+    """Return the rows of the evaluation that all texts hold something of, each with its smallest
+    hit.
 
     One of the hits must have `shortest` words or more: many rows answer "Yes.".
     """

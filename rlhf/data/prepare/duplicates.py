@@ -1,9 +1,10 @@
 """Rows with the same texts: exactly, nearly, or with the verdict the other way round.
 
-MinHash finds candidates; what decides is the Jaccard index of two texts' sets of character 4-grams, after Unicode NFKC
-and collapsing white space; prompts of one group also after case folding. Two rows are near duplicates if their prompts
-and, one by one, their answers are that similar and hold the same numbers. A pair whose own two answers are that similar
-tests a finer difference, so only an identical pair is its duplicate.
+MinHash finds candidates; what decides is the Jaccard index of two texts' sets of character 4-grams,
+after Unicode NFKC and collapsing white space; prompts of one group also after case folding. Two
+rows are near duplicates if their prompts and, one by one, their answers are that similar and hold
+the same numbers. A pair whose own two answers are that similar tests a finer difference, so only an
+identical pair is its duplicate.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ DOUBT = 0.2
 
 @dataclass
 class Findings:
-    """Rows to leave out, by index, and examples to show: (row left out, row that stays or contradicts)."""
+    """Rows to leave out, by index, and examples to show: (row left out, row that stays or
+    contradicts).
+    """
 
     drop: list[int] = field(default_factory=list)
     examples: list[tuple[int, int]] = field(default_factory=list)
@@ -58,7 +61,9 @@ def shingles(text: str, *, fold_case: bool = True) -> frozenset[str]:
 
 
 def with_case(text: str) -> str:
-    """Return `text` in NFKC with collapsed white space; case stays, since "HELLO" may be right and "hello" wrong."""
+    """Return `text` in NFKC with collapsed white space; case stays, since "HELLO" may be right and
+    "hello" wrong.
+    """
     return collapse_spaces(unicodedata.normalize("NFKC", text))
 
 
@@ -74,7 +79,9 @@ def has_identical_answers(record: Record) -> bool:
 
 
 def exact_duplicates(records: Sequence[Record]) -> Findings:
-    """Return the rows that repeat texts, voice, label and annotator of an earlier row, white space aside."""
+    """Return the rows that repeat texts, voice, label and annotator of an earlier row, white space
+    aside.
+    """
     found = Findings()
     first: dict[Hashable, int] = {}
     for i, record in enumerate(records):
@@ -86,10 +93,12 @@ def exact_duplicates(records: Sequence[Record]) -> Findings:
 
 
 def contradictions(records: Sequence[Record]) -> Findings:
-    """Return the rows that contradict others: the same prompt and pair the other way round, or an answer good and bad.
+    """Return the rows that contradict others: the same prompt and pair the other way round, or an
+    answer good and bad.
 
-    All of them go, since nothing tells which is right. Rows of different named annotators stay: that is disagreement,
-    which has its own numbers. Where all are named, only those who contradict themselves lose their rows.
+    All of them go, since nothing tells which is right. Rows of different named annotators stay:
+    that is disagreement, which has its own numbers. Where all are named, only those who contradict
+    themselves lose their rows.
     """
     sides: dict[Hashable, dict[Hashable, list[int]]] = {}
     for i, record in enumerate(records):
@@ -114,21 +123,25 @@ def contradictions(records: Sequence[Record]) -> Findings:
     return found
 
 
-def _contradicting(records: Sequence[Record], one: list[int], other: list[int]) -> tuple[list[int], list[int]]:
+def _contradicting(
+    records: Sequence[Record], one: list[int], other: list[int]
+) -> tuple[list[int], list[int]]:
     """Return the rows of two opposite verdicts that contradict each other, whoever gave them."""
     names = [{records[i].annotator for i in side} for side in (one, other)]
     if None in names[0] | names[1]:
         return one, other
     both = names[0] & names[1]
-    return [i for i in one if records[i].annotator in both], [i for i in other if records[i].annotator in both]
+    return [i for i in one if records[i].annotator in both], [
+        i for i in other if records[i].annotator in both
+    ]
 
 
 def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[Findings, Findings]:
     """Return (repeats, opposites) among rows that are not identical.
 
-    repeats: near duplicates of an earlier row. opposites: rows nearly the other way round of an earlier row (chosen
-    like its rejected, the prompt in the same words), both of which go. Rows that differ in voice, or come from
-    different named annotators, are not compared.
+    repeats: near duplicates of an earlier row. opposites: rows nearly the other way round of an
+    earlier row (chosen like its rejected, the prompt in the same words), both of which go. Rows
+    that differ in voice, or come from different named annotators, are not compared.
     """
     repeats, opposites = Findings(), Findings()
     repeated: set[int] = set()
@@ -155,7 +168,9 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[Findin
 
 
 def similar_prompts(records: Sequence[Record], threshold: float) -> list[tuple[int, int]]:
-    """Return (row, earlier row) for every two different prompts, as the user spoke them, that are near duplicates."""
+    """Return (row, earlier row) for every two different prompts, as the user spoke them, that are
+    near duplicates.
+    """
     first_row: dict[str, int] = {}
     for i, record in enumerate(records):
         first_row.setdefault(normalise(user_text(record)), i)
@@ -173,8 +188,8 @@ def similar_prompts(records: Sequence[Record], threshold: float) -> list[tuple[i
 def contained_texts(records: Sequence[Record]) -> list[tuple[int, int]]:
     """Return (row, other row) where a text of the one stands inside the other's prompt.
 
-    Texts are the prompt, each user turn of it and the answers, of `INSIDE` words or more; compared word for word after
-    case folding.
+    Texts are the prompt, each user turn of it and the answers, of `INSIDE` words or more; compared
+    word for word after case folding.
     """
     by_start: dict[tuple[str, ...], list[tuple[list[str], int]]] = {}
     for i, record in enumerate(records):
@@ -194,8 +209,12 @@ def contained_texts(records: Sequence[Record]) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-def similar_texts(texts: Sequence[str], others: Sequence[str], threshold: float) -> dict[int, tuple[int, float]]:
-    """Return {text: (other, similarity)} by index, the nearest other of each text that has a near duplicate there."""
+def similar_texts(
+    texts: Sequence[str], others: Sequence[str], threshold: float
+) -> dict[int, tuple[int, float]]:
+    """Return {text: (other, similarity)} by index, the nearest other of each text that has a near
+    duplicate there.
+    """
     sets = [shingles(text) for text in (*others, *texts)]
     nearest = {}
     for i, candidates in _candidates(sets, threshold, known=len(others)):
@@ -206,7 +225,9 @@ def similar_texts(texts: Sequence[str], others: Sequence[str], threshold: float)
 
 
 def links(records: Sequence[Record], pairs: Iterable[tuple[int, int]]) -> list[list[Any]]:
-    """Return what each row shares with others, as `join_groups` takes it: prompt, answer pair, and `pairs` of rows."""
+    """Return what each row shares with others, as `join_groups` takes it: prompt, answer pair, and
+    `pairs` of rows.
+    """
     shared: list[list[Any]] = []
     for record in records:
         own: list[Any] = [("prompt", normalise(user_text(record)))]
@@ -220,7 +241,8 @@ def links(records: Sequence[Record], pairs: Iterable[tuple[int, int]]) -> list[l
 
 
 def bands(threshold: float) -> int:
-    """Return the fewest bands of at most 5 rows that miss at most `MISSED` of the pairs of this similarity.
+    """Return the fewest bands of at most 5 rows that miss at most `MISSED` of the pairs of this
+    similarity.
 
     A pair of similarity s is missed with probability (1 - s^rows)^bands; at 0.7 there are 24 bands.
     """
@@ -234,20 +256,26 @@ def bands(threshold: float) -> int:
 def _candidates(
     sets: Sequence[frozenset], threshold: float, known: int | None = None
 ) -> Iterator[tuple[int, list[int]]]:
-    """Yield (i, earlier indices that may be as similar as `threshold`) for each i that has any. MinHash with LSH.
+    """Yield (i, earlier indices that may be as similar as `threshold`) for each i that has any.
+    MinHash with LSH.
 
-    known: with it, only the first `known` sets are candidates, and only the sets after them are looked up.
+    known: with it, only the first `known` sets are candidates, and only the sets after them are
+    looked up.
     """
     from rensa import RMinHash, RMinHashLSH
     from tqdm import tqdm
 
     lsh = RMinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, num_bands=bands(threshold))
     sketches: list[Any] = []
-    for i, tokens in enumerate(tqdm(sets, desc="near duplicates", unit=" rows", delay=5, mininterval=5, leave=False)):
+    for i, tokens in enumerate(
+        tqdm(sets, desc="near duplicates", unit=" rows", delay=5, mininterval=5, leave=False)
+    ):
         sketch = RMinHash(num_perm=PERMUTATIONS, seed=0)
         sketch.update(sorted(tokens))
         if known is None or i >= known:
-            near = [j for j in lsh.query(sketch) if sketch.jaccard(sketches[j]) >= threshold - DOUBT]
+            near = [
+                j for j in lsh.query(sketch) if sketch.jaccard(sketches[j]) >= threshold - DOUBT
+            ]
             if near:
                 yield i, near
         if known is None or i < known:
@@ -271,7 +299,9 @@ def _relation(one: Record, other: Record, threshold: float) -> Literal["same", "
 
 
 def _answer_similarities(one: Record, other: Record, threshold: float) -> tuple[float, float]:
-    """Return the least similarity of the answers side by side, and crosswise; (0, 0) where they cannot be compared."""
+    """Return the least similarity of the answers side by side, and crosswise; (0, 0) where they
+    cannot be compared.
+    """
     a, b = list(answers_of(one).values()), list(answers_of(other).values())
     if len(a) < 2:
         alike = _similarity(a[0], b[0]) if a else 1.0
@@ -289,7 +319,9 @@ def _answer_similarities(one: Record, other: Record, threshold: float) -> tuple[
 
 
 def _similarity(one: str, other: str) -> float:
-    """Return the Jaccard index of two texts, 0 if their numbers differ: "10 in binary" is not "5 in binary"."""
+    """Return the Jaccard index of two texts, 0 if their numbers differ: "10 in binary" is not "5 in
+    binary".
+    """
     if one == other:
         return 1.0
     if _NUMBER.findall(one) != _NUMBER.findall(other):
@@ -317,5 +349,7 @@ def _comparable(one: Record, other: Record) -> bool:
 
 def _question(record: Record) -> tuple[str | None, str]:
     """Return the voice and the whole prompt with its system message, white space collapsed."""
-    lines = [f"{message['role']}: {collapse_spaces(message_text(message))}" for message in record.prompt]
+    lines = [
+        f"{message['role']}: {collapse_spaces(message_text(message))}" for message in record.prompt
+    ]
     return record.voice, "\n".join(lines)

@@ -1,9 +1,9 @@
 """Personal data in text, by its form: found, and masked as [EMAIL], [PHONE], ...
 
-What has a checksum is checked (cards: Luhn, IBAN: mod 97), telephone numbers are read by `phonenumbers` (Google's
-libphonenumber), the rest goes by patterns. Names are not found; of postal addresses only the written forms below are
-(number and street word in English, street and number in German, P.O. boxes), so what this leaves is not proven free of
-personal data.
+What has a checksum is checked (cards: Luhn, IBAN: mod 97), telephone numbers are read by
+`phonenumbers` (Google's libphonenumber), the rest goes by patterns. Names are not found; of postal
+addresses only the written forms below are (number and street word in English, street and number in
+German, P.O. boxes), so what this leaves is not proven free of personal data.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from dataclasses import dataclass
 KINDS = ("key", "email", "iban", "card", "ip", "phone", "address")
 REGIONS = ("US", "GB", "DE")
 
-# Digits that touch others, letters or dashes, or a dot before or after digits, are part of something else: a UUID, a
-# decimal, a version, a name in code
+# Digits that touch others, letters or dashes, or a dot before or after digits, are part of
+# something else: a UUID, a decimal, a version, a name in code
 _BEFORE = r"(?<![\w-])(?<![\W\d]\.)(?<!^\.)"
 _AFTER = r"(?![\w-]|\.\d)"
 _STARTS_ALONE = re.compile(rf"{_BEFORE}(?=[\d+(])")
 _ENDS_ALONE = re.compile(_AFTER)
 
 # Not git@host:path, which is a remote, and not a version such as name@1.2
-_EMAIL = re.compile(r"(?<![\w.+-])(?!git@)[\w.+-]{1,64}@(?!\d+\.\d)(?:[\w-]{1,63}\.)+[^\W\d_]{2,24}(?![\w-])")
+_EMAIL = re.compile(
+    r"(?<![\w.+-])(?!git@)[\w.+-]{1,64}@(?!\d+\.\d)(?:[\w-]{1,63}\.)+[^\W\d_]{2,24}(?![\w-])"
+)
 
-# Secrets that their form gives away. Group "words" is dropped again if it reads like a name in code.
+# Secrets that their form gives away. Group "words" is dropped again if it reads like a name in
+# code.
 _SECRETS = re.compile(
     # a private key; of one that is cut off, as much as looks like one
     r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:[\s\S]+?-----END [A-Z ]*PRIVATE KEY-----"
@@ -52,8 +55,11 @@ _URL_LOGIN = re.compile(r"(?<=://)[^\s/:@]{1,64}:[^\s/@]{1,64}(?=@)")
 # A placeholder, a call, an element: code that stands where the secret would
 _CODE = re.compile(r"[$%<{]|[A-Za-z_][\w.]*[(\[{<]")
 
-# Country, check digits, then groups of four and a rest; it may swallow following words, so its ends are tried in turn
-_IBAN = re.compile(rf"(?i){_BEFORE}[A-Z]{{2}}\d{{2}}(?:[ -]?[A-Z0-9]{{4}}){{2,7}}(?:[ -]?[A-Z0-9]{{1,3}})?\b")
+# Country, check digits, then groups of four and a rest; it may swallow following words, so its ends
+# are tried in turn
+_IBAN = re.compile(
+    rf"(?i){_BEFORE}[A-Z]{{2}}\d{{2}}(?:[ -]?[A-Z0-9]{{4}}){{2,7}}(?:[ -]?[A-Z0-9]{{1,3}})?\b"
+)
 # One separator throughout, unlike a UUID
 _IBAN_GROUPS = re.compile(r"\w{4}([ -]?)(?:\w{4}\1)*\w{1,4}")
 
@@ -61,18 +67,26 @@ _CARD = re.compile(r"(?<!\d)\d(?:[ .-]?\d){12,}")
 # Sizes of the groups of digits that cards print
 _CARD_GROUPS = ((4, 4, 4, 4), (4, 6, 5), (4, 6, 4), (4, 4, 4, 4, 3))
 # First digits of Visa, Mastercard, American Express, Diners, JCB, Discover
-_CARD_START = re.compile(r"4|5[1-5]|2(?:2[2-9]|[3-6]\d|7[01]|720)|3[47]|3(?:0|6|8|9)|35|6(?:011|4[4-9]|5|2)")
+_CARD_START = re.compile(
+    r"4|5[1-5]|2(?:2[2-9]|[3-6]\d|7[01]|720)|3[47]|3(?:0|6|8|9)|35|6(?:011|4[4-9]|5|2)"
+)
 
 _IP4 = re.compile(rf"{_BEFORE}\d{{1,3}}(?:\.\d{{1,3}}){{3}}{_AFTER}")
-_IP6 = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f:]*\d)(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:])")
+_IP6 = re.compile(
+    r"(?<![\w:.])(?=[0-9A-Fa-f:]*\d)(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:])"
+)
 # What stands before four numbers that are a version or a section
-_VERSION = re.compile(r"(?i)(?:\b(?:version|release|build|revision|section|chapter|clause)s? ?:? ?|[=<>~!]= ?|\w/)\Z")
+_VERSION = re.compile(
+    r"(?i)(?:\b(?:version|release|build|revision|section|chapter|clause)s? ?:? ?|[=<>~!]= ?|\w/)\Z"
+)
 # Addresses that name no machine on the internet: private, shared, link-local, multicast, reserved
 _NOBODYS = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 169.254.0.0/16 224.0.0.0/3 fc00::/7 fe80::/10"
 _NETWORKS = [ipaddress.ip_network(name) for name in _NOBODYS.split()]
 
 # North American numbers, also invalid ones such as 555-0100
-_PHONE_SHAPE = re.compile(rf"{_BEFORE}(?:\+?1[-. ])?(?:\(\d{{3}}\) ?|\d{{3}}[-. ])\d{{3}}[-. ]\d{{4}}{_AFTER}")
+_PHONE_SHAPE = re.compile(
+    rf"{_BEFORE}(?:\+?1[-. ])?(?:\(\d{{3}}\) ?|\d{{3}}[-. ])\d{{3}}[-. ]\d{{4}}{_AFTER}"
+)
 # Seven digits close together: without them libphonenumber, which is slow, is not asked
 _PHONE_HINT = re.compile(r"\d(?:[ ()./-]{0,2}\d){6,}")
 # National numbers must be written in groups, or as 0151/2345678
@@ -117,7 +131,8 @@ class Found:
 def find(text: str, regions: Sequence[str] = REGIONS) -> list[Found]:
     """Return the personal data in a text, in order, without overlaps.
 
-    regions: countries whose national telephone numbers are recognised, as two letters; those with + always are.
+    regions: countries whose national telephone numbers are recognised, as two letters; those with +
+    always are.
     """
     taken: list[Found] = []
     for kind in KINDS:
@@ -142,7 +157,9 @@ def masked(text: str, regions: Sequence[str] = REGIONS) -> str:
 
 
 def luhn(digits: str) -> bool:
-    """Check a card number (ISO/IEC 7812-1): every second digit from the right doubled, the digit sum ends in 0."""
+    """Check a card number (ISO/IEC 7812-1): every second digit from the right doubled, the digit
+    sum ends in 0.
+    """
     total = 0
     for i, digit in enumerate(reversed(digits)):
         value = int(digit) * (2 if i % 2 else 1)
@@ -151,7 +168,9 @@ def luhn(digits: str) -> bool:
 
 
 def valid_iban(text: str) -> bool:
-    """Check ISO 13616: the first four characters moved to the end, letters as 10 to 35, the number is 1 modulo 97."""
+    """Check ISO 13616: the first four characters moved to the end, letters as 10 to 35, the number
+    is 1 modulo 97.
+    """
     iban = re.sub(r"[ -]", "", text)
     if not 15 <= len(iban) <= 34:
         return False
@@ -199,7 +218,9 @@ def _ibans(text: str) -> Iterator[Span]:
 
 
 def _cards(text: str) -> Iterator[Span]:
-    """Yield, of each run of digits, all of it or groups as cards have them: a date or a check number may follow."""
+    """Yield, of each run of digits, all of it or groups as cards have them: a date or a check
+    number may follow.
+    """
     for match in _CARD.finditer(text):
         groups = list(re.finditer(r"\d+", match[0]))
         first = 0
@@ -237,7 +258,11 @@ def _ips(text: str) -> Iterator[Span]:
             address = ipaddress.ip_address(match[0])
         except ValueError:
             continue
-        if address.is_loopback or address.is_unspecified or any(address in network for network in _NETWORKS):
+        if (
+            address.is_loopback
+            or address.is_unspecified
+            or any(address in network for network in _NETWORKS)
+        ):
             continue
         # a version has four numbers, a time of day two or three groups
         if address.version == 4:
@@ -249,7 +274,9 @@ def _ips(text: str) -> Iterator[Span]:
 
 
 def _phones(text: str, regions: Sequence[str]) -> Iterator[Span]:
-    """Yield numbers that libphonenumber calls valid and that are written as such: with +, brackets or blanks."""
+    """Yield numbers that libphonenumber calls valid and that are written as such: with +, brackets
+    or blanks.
+    """
     if not _PHONE_HINT.search(text):
         return
     import phonenumbers

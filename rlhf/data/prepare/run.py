@@ -1,6 +1,8 @@
-"""`rlhf data prepare`: from collected rows to a file that can be trained on, with a data card beside it.
+"""`rlhf data prepare`: from collected rows to a file that can be trained on, with a data card
+beside it.
 
-Every step reports its findings and parameters. Nothing is random, so the same input gives the same file.
+Every step reports its findings and parameters. Nothing is random, so the same input gives the same
+file.
 """
 
 from __future__ import annotations
@@ -23,36 +25,61 @@ from rlhf.errors import UserError
 
 @dataclass
 class PrepareConfig:
-    """Clean a data set, find what is wrong with it, and write it with a data card. No input file is changed."""
+    """Clean a data set, find what is wrong with it, and write it with a data card. No input file is
+    changed.
+    """
 
-    source: list[str] = option(help="file, preference store (votes.db, votes.db@118) or Hub name, or several")
-    output: str = option(help="the file to write, .jsonl or .parquet; data_card.md is written beside it")
+    source: list[str] = option(
+        help="file, preference store (votes.db, votes.db@118) or Hub name, or several"
+    )
+    output: str = option(
+        help="the file to write, .jsonl or .parquet; data_card.md is written beside it"
+    )
     kind: Literal["auto", "prompt", "instruction", "preference", "labelled"] = option(
         "auto", "read the rows as this kind of record; auto goes by the columns of the first row"
     )
-    form: export.Form = option("rows", "rows: TRL's conversational columns and all others; unpaired (KTO), hh, openai")
-    aggregate: Aggregate = option("majority", "how a store's votes become pairs: each, majority or skill")
-    against: list[str] = option([], "evaluation files or Hub names: rows that give them away are left out")
+    form: export.Form = option(
+        "rows", "rows: TRL's conversational columns and all others; unpaired (KTO), hh, openai"
+    )
+    aggregate: Aggregate = option(
+        "majority", "how a store's votes become pairs: each, majority or skill"
+    )
+    against: list[str] = option(
+        [], "evaluation files or Hub names: rows that give them away are left out"
+    )
     personal: Literal["mask", "drop", "keep"] = option(
         "mask", "personal data: mask it as [EMAIL] and so on, drop the row, or only report it"
     )
     phone_regions: list[str] = option(
-        list(REGIONS), "countries whose national telephone numbers are found; those with + always are"
+        list(REGIONS),
+        "countries whose national telephone numbers are found; those with + always are",
     )
     near: float = option(
-        0.7, "similarity (Jaccard, character 4-grams) from which texts are near duplicates; 1: off", low=0.3, high=1.0
+        0.7,
+        "similarity (Jaccard, character 4-grams) from which texts are near duplicates; 1: off",
+        low=0.3,
+        high=1.0,
     )
-    leak_ngram: int = option(8, "length in words of the n-grams that are looked for in evaluations", low=2)
+    leak_ngram: int = option(
+        8, "length in words of the n-grams that are looked for in evaluations", low=2
+    )
     leak_overlap: float = option(
-        0.7, "share of an evaluation text's n-grams from which a row gives it away", above=0.0, high=1.0
+        0.7,
+        "share of an evaluation text's n-grams from which a row gives it away",
+        above=0.0,
+        high=1.0,
     )
-    licence: list[str] = option([], "licence of each source in their order, or one for all; stands in the card")
+    licence: list[str] = option(
+        [], "licence of each source in their order, or one for all; stands in the card"
+    )
     examples: int = option(2, "how many findings of each step to show", low=0)
 
     def validate(self) -> None:
         """Raise UserError on licences that do not match the sources, and on unknown regions."""
         if len(self.licence) not in (0, 1, len(self.source)):
-            raise UserError(f"option 'licence': found {len(self.licence)}, expected one, or one for each source")
+            raise UserError(
+                f"option 'licence': found {len(self.licence)}, expected one, or one for each source"
+            )
         from phonenumbers import SUPPORTED_REGIONS
 
         unknown = [region for region in self.phone_regions if region not in SUPPORTED_REGIONS]
@@ -66,8 +93,8 @@ class PrepareConfig:
 def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Run all steps, print what they found, write output and card; return the report.
 
-    Raises UserError: nothing to read, an output that is one of the inputs, a form that cannot hold the rows, or no row
-    left at the end. Then nothing is written.
+    Raises UserError: nothing to read, an output that is one of the inputs, a form that cannot hold
+    the rows, or no row left at the end. Then nothing is written.
     """
     config.validate()
     output = export.check_output(config.output, [*config.source, *config.against])
@@ -84,7 +111,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     steps.clean_texts(work)
     # before anything is masked: the evaluation is not masked either
     if config.against:
-        steps.exclude_contaminated(work, config.against, config.leak_ngram, config.leak_overlap, config.near)
+        steps.exclude_contaminated(
+            work, config.against, config.leak_ngram, config.leak_overlap, config.near
+        )
     steps.handle_personal_data(work, config.personal)
     steps.deduplicate(work, config.near)
     steps.join_groups_of_similar_rows(work, config.near)
@@ -114,7 +143,9 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _at_newest_event(name: str) -> str:
-    """Return a store's name with its newest event: later votes change nothing, and the card can name the state."""
+    """Return a store's name with its newest event: later votes change nothing, and the card can
+    name the state.
+    """
     path, event = sources.split_event(name)
     if event is not None or not sources.is_store(name):
         return name
@@ -129,7 +160,9 @@ def _summary(table: load.Table, work: steps.Work) -> dict[str, Any]:
     # splits are assigned for the summary alone: the output has those that the data gives
     records = list(map(copy.copy, work.records))
     assign(records)
-    left = load.Table(table.kind, table.sources, records, work.places, work.own_group, schemas=table.schemas)
+    left = load.Table(
+        table.kind, table.sources, records, work.places, work.own_group, schemas=table.schemas
+    )
     summary = summarise(left)
     for name in ("form", "bad rows", "warnings", "fingerprint"):
         del summary[name]

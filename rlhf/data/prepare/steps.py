@@ -1,4 +1,6 @@
-"""The steps of `rlhf data prepare`, in their order. Each removes rows from the work and records what it found."""
+"""The steps of `rlhf data prepare`, in their order. Each removes rows from the work and records
+what it found.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _MASK = re.compile(rf"\[(?:{'|'.join(pii.KINDS).upper()})\]")
 
 @dataclass
 class Step:
-    """What one step did: its parameters, what it found in words, how many rows it left out, examples."""
+    """What one step did: its parameters, what it found in words, how many rows it left out,
+    examples.
+    """
 
     name: str
     parameters: str
@@ -33,7 +37,9 @@ class Step:
 
 @dataclass
 class Work:
-    """The rows that are left, where each stood, whether the data named its group, and the steps so far."""
+    """The rows that are left, where each stood, whether the data named its group, and the steps so
+    far.
+    """
 
     records: list[Record]
     places: list[str]
@@ -51,8 +57,12 @@ class Work:
         drop: Iterable[int] = (),
         examples: Iterable[str] = (),
     ) -> None:
-        """Record a step. Its rows stay until `remove`, so that several steps may look at the same rows."""
-        self.steps.append(Step(name, parameters, found, len(set(drop)), list(examples)[: self.examples]))
+        """Record a step. Its rows stay until `remove`, so that several steps may look at the same
+        rows.
+        """
+        self.steps.append(
+            Step(name, parameters, found, len(set(drop)), list(examples)[: self.examples])
+        )
 
     def remove(self, drop: Iterable[int]) -> None:
         gone = set(drop)
@@ -66,14 +76,21 @@ class Work:
     def show_two(self, i: int, j: int) -> str:
         """Return the first text in which two rows differ, of both."""
         one, other = self._shown(i), self._shown(j)
-        texts = next((pair for pair in zip(one, other, strict=False) if pair[0] != pair[1]), (one[0], other[0]))
-        return f"{self.places[i]}, {self.places[j]}: {' <> '.join(clip(text, 55) for text in texts)}"
+        texts = next(
+            (pair for pair in zip(one, other, strict=False) if pair[0] != pair[1]),
+            (one[0], other[0]),
+        )
+        return (
+            f"{self.places[i]}, {self.places[j]}: {' <> '.join(clip(text, 55) for text in texts)}"
+        )
 
     def show_pairs(self, pairs: Sequence[tuple[int, int]]) -> list[str]:
         return [self.show_two(i, j) for i, j in pairs[: self.examples]]
 
     def _shown(self, i: int) -> list[str]:
-        """Return the texts of a row without personal data, which is never shown, whatever becomes of the row."""
+        """Return the texts of a row without personal data, which is never shown, whatever becomes
+        of the row.
+        """
         return [pii.masked(clean(text), self.regions) for text in texts_of(self.records[i])]
 
 
@@ -109,31 +126,51 @@ def clean_texts(work: Work) -> None:
             identical.append(i)
     found = f"{len(changed)} rows changed, {len(identical)} pairs of identical answers, {len(empty)} empty answers"
     examples = map(work.show, (identical + empty + changed)[: work.examples])
-    work.add("text", "NFC, line ends, invisible characters, blanks at ends", found, identical + empty, examples)
+    work.add(
+        "text",
+        "NFC, line ends, invisible characters, blanks at ends",
+        found,
+        identical + empty,
+        examples,
+    )
     work.remove(identical + empty)
 
 
-def exclude_contaminated(work: Work, against: Sequence[str], n: int, overlap: float, near: float) -> None:
-    """Remove rows that hold a prompt of an evaluation, or all of whose answers are those of one of its rows."""
+def exclude_contaminated(
+    work: Work, against: Sequence[str], n: int, overlap: float, near: float
+) -> None:
+    """Remove rows that hold a prompt of an evaluation, or all of whose answers are those of one of
+    its rows.
+    """
     evaluation = contamination.read_evaluation(against, n)
     leaks = contamination.find_leaks(work.records, evaluation, overlap, near)
 
     examples = []
     for leak in leaks[: work.examples]:
         text = clip(pii.masked(clean(leak.text), work.regions), 110)
-        examples.append(f"{work.places[leak.row]}: {leak.what} of {leak.where} ({leak.share:.0%}): {text}")
+        examples.append(
+            f"{work.places[leak.row]}: {leak.what} of {leak.where} ({leak.share:.0%}): {text}"
+        )
     verbatim = sum(leak.share == 1.0 for leak in leaks)
     parameters = (
         f"{', '.join(against)} ({evaluation.rows} rows); the same text, {overlap:.0%} of its {n}-grams, or "
         f"a prompt of similarity {near:g} or more"
     )
     drop = [leak.row for leak in leaks]
-    work.add("contamination", parameters, f"{len(leaks)} rows, {verbatim} of them word for word", drop, examples)
+    work.add(
+        "contamination",
+        parameters,
+        f"{len(leaks)} rows, {verbatim} of them word for word",
+        drop,
+        examples,
+    )
     work.remove(drop)
 
 
 def handle_personal_data(work: Work, action: str) -> None:
-    """Find personal data in texts and in strings of the metadata; mask it, drop its rows, or only report it."""
+    """Find personal data in texts and in strings of the metadata; mask it, drop its rows, or only
+    report it.
+    """
     hide = functools.partial(pii.masked, regions=work.regions)
     counts: Counter[str] = Counter()
     drop, examples = [], []
@@ -151,7 +188,9 @@ def handle_personal_data(work: Work, action: str) -> None:
             drop.append(i)
         elif action == "mask":
             try:
-                work.records[i] = replace(map_texts(record, hide), metadata=map_strings(record.metadata, hide))
+                work.records[i] = replace(
+                    map_texts(record, hide), metadata=map_strings(record.metadata, hide)
+                )
             except RecordError:
                 # the answers differed only in what is masked now
                 drop.append(i)
@@ -186,20 +225,29 @@ def deduplicate(work: Work, threshold: float) -> None:
             ("near duplicates", f"{alike}; the first stays", near),
             ("near contradictions", f"{alike} crosswise; both go", turned),
         ):
-            work.add(name, parameters, f"{len(rows.drop)} rows", rows.drop, work.show_pairs(rows.examples))
+            work.add(
+                name,
+                parameters,
+                f"{len(rows.drop)} rows",
+                rows.drop,
+                work.show_pairs(rows.examples),
+            )
         work.remove(near.drop + turned.drop)
 
 
 def join_groups_of_similar_rows(work: Work, threshold: float) -> None:
-    """Give rows one group that share a prompt, nearly so, or an answer pair, or of which one's text is in the other.
+    """Give rows one group that share a prompt, nearly so, or an answer pair, or of which one's text
+    is in the other.
 
-    A group that the data names stays. Where rows of one group were given different splits, those of the split that is
-    held out longest stay.
+    A group that the data names stays. Where rows of one group were given different splits, those of
+    the split that is held out longest stay.
     """
     before = len({record.group for record in work.records})
     similar = duplicates.similar_prompts(work.records, threshold) if threshold < 1 else []
     known = set(map(frozenset, similar))
-    inside = [pair for pair in duplicates.contained_texts(work.records) if frozenset(pair) not in known]
+    inside = [
+        pair for pair in duplicates.contained_texts(work.records) if frozenset(pair) not in known
+    ]
     pairs = [*similar, *inside]
 
     free = [i for i, own in enumerate(work.own_group) if not own]
@@ -233,7 +281,11 @@ def join_groups_of_similar_rows(work: Work, threshold: float) -> None:
 def _given_away(records: Sequence[Record]) -> list[int]:
     """Return the rows whose group also has rows that were given a split that is held out longer."""
     longest: dict[str, int] = {}
-    given = [(i, record.group, SPLITS.index(record.split)) for i, record in enumerate(records) if record.split]
+    given = [
+        (i, record.group, SPLITS.index(record.split))
+        for i, record in enumerate(records)
+        if record.split
+    ]
     for _, group, rank in given:
         longest[group] = max(rank, longest.get(group, 0))
     return [i for i, group, rank in given if rank < longest[group]]

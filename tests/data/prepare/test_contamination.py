@@ -15,18 +15,28 @@ BAD = "Because somebody long ago put a great deal of salt in it and then forgot 
 def evaluation(tmp_path):
     rows = [
         {"prompt": TEST, "chosen": GOOD, "rejected": BAD},
-        {"messages": [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Yes."}]},
+        {
+            "messages": [
+                {"role": "user", "content": "Hi there"},
+                {"role": "assistant", "content": "Yes."},
+            ]
+        },
     ]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return read_evaluation([str(tmp_path / "test.jsonl")], 5)
 
 
 def pair(prompt, chosen="one answer", rejected="another"):
-    return Preference(prompt=[{"role": "user", "content": prompt}], chosen=chosen, rejected=rejected)
+    return Preference(
+        prompt=[{"role": "user", "content": prompt}], chosen=chosen, rejected=rejected
+    )
 
 
 def found(rows, evaluation, overlap=0.5):
-    return [(leak.row, leak.what, round(leak.share, 3)) for leak in find_leaks(rows, evaluation, overlap)]
+    return [
+        (leak.row, leak.what, round(leak.share, 3))
+        for leak in find_leaks(rows, evaluation, overlap)
+    ]
 
 
 def test_the_same_prompt_leaks_however_it_is_written(evaluation):
@@ -38,9 +48,12 @@ def test_the_same_prompt_leaks_however_it_is_written(evaluation):
 
 
 def test_overlap_by_hand(evaluation):
-    # the prompt has 16 words, so 12 5-grams; one word exchanged in the middle takes 5 of them: 7 / 12
+    # the prompt has 16 words, so 12 5-grams; one word exchanged in the middle takes 5 of them: 7 /
+    # 12
     assert len(TEST.split()) == 16
-    assert found([pair(f"Well: {TEST.replace('why', 'how')}?")], evaluation) == [(0, "prompt", round(7 / 12, 3))]
+    assert found([pair(f"Well: {TEST.replace('why', 'how')}?")], evaluation) == [
+        (0, "prompt", round(7 / 12, 3))
+    ]
     assert found([pair(f"Well: {TEST.replace('why', 'how')}?")], evaluation, overlap=0.6) == []
 
 
@@ -48,7 +61,11 @@ def test_a_short_prompt_counts_inside_a_longer_one_from_five_words_on(tmp_path):
     rows = [{"prompt": "Write a poem about snow"}, {"prompt": "Tell a joke"}]
     (tmp_path / "short.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluation = read_evaluation([str(tmp_path / "short.jsonl")], 8)
-    rows = [pair("Please: write a poem about snow, today"), pair("Please tell a joke to us"), pair("Tell a JOKE")]
+    rows = [
+        pair("Please: write a poem about snow, today"),
+        pair("Please tell a joke to us"),
+        pair("Tell a JOKE"),
+    ]
     assert found(rows, evaluation) == [(0, "prompt", 1.0), (2, "prompt", 1.0)]
 
 
@@ -60,7 +77,8 @@ def conversation(*turns):
 
 def test_what_stands_inside_a_prompt_leaks(evaluation):
     rows = [
-        conversation("Hi there", "Hello.", "And now?"),  # a whole prompt as an earlier turn, however short
+        # a whole prompt as an earlier turn, however short
+        conversation("Hi there", "Hello.", "And now?"),
         conversation("And you?", f"You ask: {TEST}", "Yes"),  # in the assistant's turn
         conversation("And you?", GOOD, "Shorter, please"),  # an answer as an earlier one
         pair(f"Make this shorter: {GOOD}"),
@@ -72,9 +90,17 @@ def test_what_stands_inside_a_prompt_leaks(evaluation):
 
 
 def test_what_stands_inside_a_prompt_of_the_evaluation_leaks(tmp_path):
-    first, long = "Why is the sea salty?", "Write a letter to the town about the broken lamp in our street"
+    first, long = (
+        "Why is the sea salty?",
+        "Write a letter to the town about the broken lamp in our street",
+    )
     rows = [
-        {"messages": [{"role": r, "content": t} for r, t in zip("uau", (first, GOOD, "Shorter"), strict=True)]},
+        {
+            "messages": [
+                {"role": r, "content": t}
+                for r, t in zip("uau", (first, GOOD, "Shorter"), strict=True)
+            ]
+        },
         {"prompt": f"You are a helpful clerk. {long} and sign it with my name."},
     ]
     for message in rows[0]["messages"]:
@@ -82,7 +108,13 @@ def test_what_stands_inside_a_prompt_of_the_evaluation_leaks(tmp_path):
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluation = read_evaluation([str(tmp_path / "test.jsonl")], 8)
     leaked = [(0, "prompt", 1.0), (1, "prompt", 1.0), (2, "answer", 1.0)]
-    rows = [pair(first), pair(f"{long}!"), pair("q", GOOD, f"{GOOD}!"), pair("Shorter"), pair("Write a letter")]
+    rows = [
+        pair(first),
+        pair(f"{long}!"),
+        pair("q", GOOD, f"{GOOD}!"),
+        pair("Shorter"),
+        pair("Write a letter"),
+    ]
     assert found(rows, evaluation, overlap=1.0) == leaked
 
 
@@ -94,7 +126,9 @@ def test_a_near_duplicate_of_a_prompt_leaks(evaluation):
 
 
 def test_both_answers_of_a_pair_must_be_the_evaluations(evaluation):
-    assert found([pair("q", GOOD, BAD), pair("q", BAD, GOOD), pair("q", GOOD, "mine")], evaluation) == [
+    assert found(
+        [pair("q", GOOD, BAD), pair("q", BAD, GOOD), pair("q", GOOD, "mine")], evaluation
+    ) == [
         (0, "answer", 1.0),
         (1, "answer", 1.0),
     ]
@@ -113,7 +147,11 @@ def test_two_short_answers_are_everybodys_too(tmp_path):
     ]
     (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, rows)))
     evaluation = read_evaluation([str(tmp_path / "test.jsonl")], 5)
-    rows = [pair("Is it so?", "Yes.", "No."), pair(TEST, "Yes.", "No."), pair("Is it so?", "YES.", BAD)]
+    rows = [
+        pair("Is it so?", "Yes.", "No."),
+        pair(TEST, "Yes.", "No."),
+        pair("Is it so?", "YES.", BAD),
+    ]
     assert found(rows, evaluation) == [(1, "prompt", 1.0), (2, "answer", 1.0)]
 
 

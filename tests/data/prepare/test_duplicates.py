@@ -21,7 +21,9 @@ LAMP = "The lamp has a cable of two metres, a switch at the plug and a bulb that
 
 
 def pair(prompt="Where is my parcel?", chosen=LONG, rejected=LAMP, **more):
-    return Preference(prompt=[{"role": "user", "content": prompt}], chosen=chosen, rejected=rejected, **more)
+    return Preference(
+        prompt=[{"role": "user", "content": prompt}], chosen=chosen, rejected=rejected, **more
+    )
 
 
 def test_shingles_and_jaccard_by_hand():
@@ -37,7 +39,13 @@ def test_identical_answers():
 
 
 def test_exact_duplicates_keep_the_first_and_what_differs_in_more_than_space():
-    rows = [pair(), pair(chosen=f"{LONG} \n"), pair(voice="v"), pair(chosen=LONG.upper()), pair(annotator="ann")]
+    rows = [
+        pair(),
+        pair(chosen=f"{LONG} \n"),
+        pair(voice="v"),
+        pair(chosen=LONG.upper()),
+        pair(annotator="ann"),
+    ]
     found = exact_duplicates(rows)
     assert found.drop == [1] and found.examples == [(1, 0)]
 
@@ -65,7 +73,9 @@ def test_who_contradicts_nobody_keeps_their_rows():
 def test_labelled_rows_contradict_where_one_answer_is_good_and_bad():
     hi = [{"role": "user", "content": "Hi"}]
     rows = [Labelled(prompt=hi, response="Hello", label=label) for label in (True, False, True)]
-    assert contradictions([*rows[:2]]).drop == [0, 1] and contradictions([rows[0], rows[2]]).drop == []
+    assert (
+        contradictions([*rows[:2]]).drop == [0, 1] and contradictions([rows[0], rows[2]]).drop == []
+    )
     assert exact_duplicates(rows).drop == [2]
 
 
@@ -79,8 +89,16 @@ def test_near_duplicates_and_near_contradictions():
         pair(),
         pair(chosen=near(LONG), rejected=near(LAMP)),  # as row 0
         pair("Where is my order, please?"),  # the same answers, another question
-        pair("Which lamp?", "Completely different words stand in this answer", "and in this one too, no doubt"),
-        pair("Which lamp?", "and in this one too, no doubt!", "Completely different words stand in this answers"),
+        pair(
+            "Which lamp?",
+            "Completely different words stand in this answer",
+            "and in this one too, no doubt",
+        ),
+        pair(
+            "Which lamp?",
+            "and in this one too, no doubt!",
+            "Completely different words stand in this answers",
+        ),
         pair(chosen=near(LONG), rejected=near(LAMP), voice="v"),
     ]
     repeats, opposites = near_duplicates(rows, 0.8)
@@ -98,7 +116,8 @@ def test_opposite_answers_to_questions_in_other_words_contradict_nothing():
     assert near_duplicates(rows, 0.7)[1].drop == [0, 1]
     hi = [[{"role": "user", "content": asked.format(what)}] for what in ("cats", "dogs")]
     rows = [
-        Labelled(prompt=prompt, response="Yes", label=label) for prompt, label in zip(hi, (True, False), strict=True)
+        Labelled(prompt=prompt, response="Yes", label=label)
+        for prompt, label in zip(hi, (True, False), strict=True)
     ]
     assert near_duplicates(rows, 0.7)[1].drop == [] == near_duplicates(rows, 0.7)[0].drop
 
@@ -113,23 +132,36 @@ def test_all_of_a_contradiction_goes_in_whatever_order_it_stands():
 
 def test_a_ranking_of_similar_answers_is_neither_a_contradiction_nor_a_repeat():
     first, second, third = LONG, near(LONG), LONG.replace("Monday", "Sunday")
-    ranked = [pair(chosen=a, rejected=b) for a, b in ((first, second), (second, third), (first, third))]
+    ranked = [
+        pair(chosen=a, rejected=b) for a, b in ((first, second), (second, third), (first, third))
+    ]
     assert [found.drop for found in near_duplicates(ranked, 0.7)] == [[], []]
     # first > second > third, where the first and the third begin alike
     begin = "We are sorry to hear it, and thank you for the photographs that you have sent to us today. We have looked "
     begin += "at them closely, and the box was damaged on the way to you. "
     ends = ("A new one is coming soon.", "You get your money back.")
     assert 0.7 < jaccard(*(shingles(begin + end) for end in ends)) < 0.8
-    ranked = [pair(chosen=begin + ends[0], rejected=LAMP), pair(chosen=LAMP, rejected=begin + ends[1])]
+    ranked = [
+        pair(chosen=begin + ends[0], rejected=LAMP),
+        pair(chosen=LAMP, rejected=begin + ends[1]),
+    ]
     assert [found.drop for found in near_duplicates(ranked, 0.7)] == [[], []]
-    turned = [pair(chosen=begin + ends[0], rejected=LAMP), pair(chosen=LAMP, rejected=begin + ends[0] + " ")]
-    assert near_duplicates([turned[0], pair(chosen=LAMP, rejected=f"{begin}{ends[0]}!")], 0.7)[1].drop == [0, 1]
+    turned = [
+        pair(chosen=begin + ends[0], rejected=LAMP),
+        pair(chosen=LAMP, rejected=begin + ends[0] + " "),
+    ]
+    assert near_duplicates([turned[0], pair(chosen=LAMP, rejected=f"{begin}{ends[0]}!")], 0.7)[
+        1
+    ].drop == [0, 1]
 
 
 def test_case_may_be_the_task():
     assert near_duplicates([pair(), pair(chosen=LONG.upper())], 0.7)[0].drop == []
     asked = ("Write this in capitals: {}", "Write this in Capitals: {}")
-    rows = [pair(a.format(LAMP), c, r) for a, c, r in zip(asked, (LONG.upper(), LAMP), (LAMP, LONG), strict=True)]
+    rows = [
+        pair(a.format(LAMP), c, r)
+        for a, c, r in zip(asked, (LONG.upper(), LAMP), (LAMP, LONG), strict=True)
+    ]
     assert [found.drop for found in near_duplicates(rows, 0.7)] == [[], []]
 
 
@@ -139,25 +171,37 @@ def test_texts_inside_anothers_prompt():
     rows = [
         pair(question, "x", "y"),
         pair("Which one?", LONG, "y"),
-        Preference(prompt=[*turns, {"role": "user", "content": "Thanks"}], chosen="x", rejected="y"),
-        pair("A customer writes: HOW do I return the blue chair to the shop that I bought it in? Answer.", "x", "y"),
+        Preference(
+            prompt=[*turns, {"role": "user", "content": "Thanks"}], chosen="x", rejected="y"
+        ),
+        pair(
+            "A customer writes: HOW do I return the blue chair to the shop that I bought it in? Answer.",
+            "x",
+            "y",
+        ),
         pair("Thanks", "x", "y"),  # too short to mean the same
     ]
-    # row 2 holds the question (0) and the answer (1), row 3 the question of 0 and of 2, row 0 that of 2
+    # row 2 holds the question (0) and the answer (1), row 3 the question of 0 and of 2, row 0 that
+    # of 2
     assert contained_texts(rows) == [(0, 2), (0, 3), (1, 2), (2, 0), (2, 3)]
 
 
 def test_bands_follow_the_threshold():
-    # rows of a band r: missed (1 - s^r)^(120 / r); at 0.7 with 5 once in 84, at 0.5 with 4 (0.14) too often, 3 is 0.005
+    # rows of a band r: missed (1 - s^r)^(120 / r); at 0.7 with 5 once in 84, at 0.5 with 4 (0.14)
+    # too often, 3 is 0.005
     assert [bands(s) for s in (0.9, 0.7, 0.6, 0.5, 0.4, 0.3)] == [24, 24, 40, 40, 60, 60]
     rng = random.Random(0)
     texts = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=60)) for _ in range(200)]
-    twins = [text[:42] + "".join(rng.choices("0123456789", k=18)) for text in texts]  # 39 of 75 shingles: 0.52
+    # 39 of 75 shingles: 0.52
+    twins = [text[:42] + "".join(rng.choices("0123456789", k=18)) for text in texts]
     assert len(similar_texts(twins, texts, 0.5)) >= 197
 
 
 def test_other_numbers_are_another_question():
-    rows = [pair(f"Convert the number {n} from decimal to binary, please.", LONG, LAMP) for n in (10, 11)]
+    rows = [
+        pair(f"Convert the number {n} from decimal to binary, please.", LONG, LAMP)
+        for n in (10, 11)
+    ]
     assert near_duplicates(rows, 0.7)[0].drop == [] and len(similar_prompts(rows, 0.7)) == 1
 
 
@@ -170,7 +214,9 @@ def test_the_threshold_is_the_jaccard_index_of_every_part():
 
 def test_minhash_misses_no_near_duplicate():
     rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9))) for _ in range(400)]
+    words = [
+        "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(3, 9))) for _ in range(400)
+    ]
 
     def text():
         return " ".join(rng.choices(words, k=40)) + " many three"
@@ -182,7 +228,10 @@ def test_minhash_misses_no_near_duplicate():
 
 
 def test_similar_prompts_by_hand():
-    rows = [pair(f"How do I return the blue {c} to the shop that I bought it in?") for c in ("chair", "chairs")]
+    rows = [
+        pair(f"How do I return the blue {c} to the shop that I bought it in?")
+        for c in ("chair", "chairs")
+    ]
     rows += [
         pair("how do I return the  blue chair to the shop that I bought it in?"),
         pair("What is the capital of France?"),

@@ -14,7 +14,9 @@ def test_luhn_by_hand():
 
 def test_iban_by_hand():
     # ISO 13616's example; the same with two digits exchanged
-    assert valid_iban("GB82 WEST 1234 5698 7654 32") and not valid_iban("GB82 WEST 1234 5698 7654 23")
+    assert valid_iban("GB82 WEST 1234 5698 7654 32") and not valid_iban(
+        "GB82 WEST 1234 5698 7654 23"
+    )
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,10 @@ def test_a_secret_is_known_by_its_name():
         ("https://bob:s3cretpw@host.example/x", "https://[KEY]@host.example/x"),
         ("AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPx", "AWS_SECRET_ACCESS_KEY=[KEY]"),
         ("DB_PASSWORD=hunter2hunter2", "DB_PASSWORD=[KEY]"),
-        ("-----BEGIN PRIVATE KEY-----\nMIIEow123\nAbCdEfGhIjKlMnOpQrStUvWx and so on", "[KEY] and so on"),
+        (
+            "-----BEGIN PRIVATE KEY-----\nMIIEow123\nAbCdEfGhIjKlMnOpQrStUvWx and so on",
+            "[KEY] and so on",
+        ),
     ):
         assert mask(text, find(text)) == masked
 
@@ -123,7 +128,9 @@ def test_numbers_that_name_no_person_are_left_alone():
 
 
 def test_regions_are_for_national_numbers_alone():
-    assert [f.text for f in find("ring 030 901820 or +49 30 901820", regions=["US"])] == ["+49 30 901820"]
+    assert [f.text for f in find("ring 030 901820 or +49 30 901820", regions=["US"])] == [
+        "+49 30 901820"
+    ]
     assert len(find("ring 030 901820 or +49 30 901820", regions=["DE"])) == 2
 
 
