@@ -16,7 +16,7 @@ from rlhf.adapters import (
 )
 from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import first_by_hash
-from rlhf.engines.hf import Sampling
+from rlhf.engines.sampling import Sampling
 from rlhf.errors import UserError
 from rlhf.evaluate import Evaluation, eos_probability
 from rlhf.files import files_fingerprint, model_files

@@ -9,7 +9,8 @@ from rlhf.adapters import lora_config
 from rlhf.data.encode import encode_prompts
 from rlhf.data.records import Prompt, Scores
 from rlhf.distributed import DistributedContext
-from rlhf.engines.hf import Sampling, generate
+from rlhf.engines.hf import generate
+from rlhf.engines.sampling import Sampling
 from rlhf.evaluate import EvalRow, Evaluation, eos_probability, sample_table, summarise
 from rlhf.models import load_model
 from rlhf.options.shared import SamplingConfig

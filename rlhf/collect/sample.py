@@ -209,7 +209,8 @@ def answers_of_policy(
     from tqdm import tqdm
 
     from rlhf.data.encode import decode_response, encode_prompts
-    from rlhf.engines.hf import Sampling, cache_is_exact, generate, sample_key
+    from rlhf.engines.hf import cache_is_exact, generate
+    from rlhf.engines.sampling import Sampling, sample_key
     from rlhf.models import check_context, load_model, trainable_policy
     from rlhf.runs.budget import Budget
     from rlhf.tokenizer import stop_ids

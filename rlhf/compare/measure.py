@@ -101,7 +101,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     from rlhf.compare.summary import summarise
     from rlhf.data.encode import encode, kept
     from rlhf.data.load import fingerprint, load
-    from rlhf.engines.hf import Sampling
+    from rlhf.engines.sampling import Sampling
     from rlhf.tokenizer import load_tokenizer
 
     for path in config.runs:

@@ -209,7 +209,7 @@ def make_evaluation(
     of responses.
     """
     from rlhf.data.encode import encode_prompts
-    from rlhf.engines.hf import Sampling
+    from rlhf.engines.sampling import Sampling
     from rlhf.evaluate import Evaluation
     from rlhf.logprobs import head_is_plain
     from rlhf.tokenizer import load_tokenizer, stop_ids

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from rlhf.data.records import BadScore, Samples, Scorer, Scores
 from rlhf.distributed import DistributedContext
-from rlhf.engines.hf import Completions, Sampling, generate, sample_key
+from rlhf.engines.hf import generate
+from rlhf.engines.sampling import Completions, Sampling, sample_key
 from rlhf.evaluate import to_samples
 from rlhf.logprobs import completion_batch
 from rlhf.ppo.advantages import kl_k1, kl_k3

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from rlhf.data.records import BadScore, Scorer
 from rlhf.distributed import DistributedContext, peak_memory
-from rlhf.engines.hf import Sampling, cache_is_exact, generate
+from rlhf.engines.hf import cache_is_exact, generate
+from rlhf.engines.sampling import Sampling
 from rlhf.optimizer_engine import make_engine
 from rlhf.options.ppo import PPOConfig
 from rlhf.ppo.advantages import (

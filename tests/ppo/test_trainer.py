@@ -7,7 +7,8 @@ import torch
 from rlhf.adapters import lora_config
 from rlhf.data.records import BadScore, Prompt, Scores
 from rlhf.distributed import DistributedContext
-from rlhf.engines.hf import Sampling, generate
+from rlhf.engines.hf import generate
+from rlhf.engines.sampling import Sampling
 from rlhf.errors import UserError
 from rlhf.models import load_model
 from rlhf.ppo.trainer import (
