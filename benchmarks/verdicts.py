@@ -345,7 +345,7 @@ def false_claims(report: dict, gain: bool) -> set[str]:
     found = set()
     names = {"equal_kl": "equal KL", "tuned": "tuned", "over_optimisation": "over-optimisation"}
     for verdict in report["verdicts"]:
-        sign, over_initial = verdict["sign"], verdict["b"] == report["foundation"]["method"]
+        sign, over_initial = verdict["sign"], verdict["b"] == report["initial_policy"]["method"]
         if verdict["kind"] == "over_optimisation":
             false = sign == 1
         else:

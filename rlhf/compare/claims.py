@@ -44,7 +44,9 @@ def verdicts(report: Report) -> list[Verdict]:
     """Return all that the report says of pairs and of over-optimisation, in the order of its
     sections.
     """
-    found = [_at_equal_kl(pair, row, report) for pair in report["frontier"] for row in pair["rows"]]
+    found = []
+    for pair in report["frontier"]:
+        found += [_at_equal_kl(pair, row, report) for row in pair["rows"]]
     found += [_tuned(row, report) for row in report["tuned"]["rows"]]
     if report["kind"] == "runs" and report["judge"] is not None:
         found += _exploited(report)
@@ -59,9 +61,8 @@ def verdicts(report: Report) -> list[Verdict]:
 def _at_equal_kl(pair: dict[str, Any], row: dict[str, Any], report: Report) -> Verdict:
     sign, reservation = _shown(row, report)
     # the same by lines from point to point, which do not depend on the form of the curve
-    lines = {other["kl"]: other["difference"] for other in pair["sensitivity"]}.get(
-        row["kl"], row["difference"]
-    )
+    by_lines = {other["kl"]: other["difference"] for other in pair["sensitivity"]}
+    lines = by_lines.get(row["kl"], row["difference"])
     if sign and lines["estimate"] * sign <= 0:
         sign, reservation = 0, "contradicted"
     elif sign and side(lines) != sign:
@@ -115,6 +116,7 @@ def _win_rate(a: str, b: str, report: Report) -> dict[str, Any] | None:
 
 def _exploited(report: Report) -> Iterator[Verdict]:
     """Yield a verdict for each single run that raised a proxy while the judge fell."""
+    # too few groups: nothing is claimed of anything
     if report["unit"]["groups"] < MIN_CLUSTERS:
         return
     for run in report["points"]:
@@ -125,7 +127,7 @@ def _exploited(report: Report) -> Iterator[Verdict]:
             yield Verdict(
                 kind="exploited_proxy",
                 a=run["method"],
-                b=report["foundation"]["method"],
+                b=report["initial_policy"]["method"],
                 difference=differences[report["judge"]],
                 sign=-1,
                 evidence={"proxies": raised},
@@ -133,13 +135,12 @@ def _exploited(report: Report) -> Iterator[Verdict]:
 
 
 def _overoptimised(entry: dict[str, Any], report: Report) -> Verdict:
-    signs = {"reproduced": 1, "not reproduced": -1, "undecided": 0}
     return Verdict(
         kind="over_optimisation",
         a=entry["method"],
-        b=report["foundation"]["method"],
+        b=report["initial_policy"]["method"],
         difference=entry["judge"],
-        sign=signs[entry["verdict"]],
+        sign=entry["sign"],
         p_adjusted=entry["p_adjusted"],
         evidence=entry,
     )

@@ -111,7 +111,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
 def style_of(report: Report, method: str) -> Style:
     """Return the style of a method; the eighth looks like the first again."""
-    names = [name for name in report["methods"] if name != report["foundation"]["method"]]
+    names = [name for name in report["methods"] if name != report["initial_policy"]["method"]]
     return STYLES[names.index(method) % len(STYLES)]
 
 
@@ -140,7 +140,7 @@ def paths_of(report: Report, method: str) -> list[tuple[float | None, list[dict]
 
 def methods_of(report: Report) -> list[str]:
     """Return the methods that have points, without the initial policy."""
-    found = {point["method"] for point in report["points"]} - {report["foundation"]["method"]}
+    found = {point["method"] for point in report["points"]} - {report["initial_policy"]["method"]}
     return [method for method in report["methods"] if method in found]
 
 

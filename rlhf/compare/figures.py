@@ -119,7 +119,7 @@ def _draw_seeds(axes, report: Report, method: str, score: str) -> None:
     if report["score_kinds"][score] == "proxy":
         return
     color = style_of(report, method).color
-    initial = value_of(report["foundation"]["scores"].get(score, {}).get("mean"))
+    initial = value_of(report["initial_policy"]["scores"].get(score, {}).get("mean"))
     for _, points in paths_of(report, method):
         for point in points:
             seeds = [
@@ -216,7 +216,7 @@ def _deviation(report: Report, score: str) -> float:
     """Return the standard deviation of the initial policy's score over groups; 0 where it is not
     known.
     """
-    mean = report["foundation"]["scores"].get(score, {}).get("mean")
+    mean = report["initial_policy"]["scores"].get(score, {}).get("mean")
     if mean is None or mean["se"] is None:
         return 0.0
     return mean["se"] * math.sqrt(mean["groups"])
@@ -238,17 +238,18 @@ def proxy_and_judge(report: Report):
 def training(report: Report):
     """Draw a row a score, a column a method: the score over the initial policy's by training step."""
     methods = trained_methods(report)
-    known = {
-        score for point in report["points"] for score in point["scores"] if difference(point, score)
-    }
+    names = []
+    for score in report["score_kinds"]:
+        if any(difference(point, score) for point in report["points"]):
+            names.append(score)
     # The judge first, then what methods learnt from
-    names = [score for score in report["score_kinds"] if score in known]
     names.sort(
         key=lambda score: (score != report["judge"], report["score_kinds"][score] != "proxy")
     )
-    longest = max(
-        (len(points) for method in methods for _, points in paths_of(report, method)), default=0
-    )
+    longest = 0
+    for method in methods:
+        longest = max([longest, *(len(points) for _, points in paths_of(report, method))])
+    # One checkpoint makes no line
     if not names or longest < 2:
         return None
     return _grid(report, methods, [("step", score) for score in names[:SCORES]])
@@ -285,7 +286,7 @@ def wins(report: Report):
     if found is None:
         return None
     titles = {"raw": "The row beats the column, %", "controlled": "The same at equal length"}
-    kinds = [kind for kind in titles if any(any(row) for row in found[kind])]
+    kinds = [kind for kind in titles if any(map(any, found[kind]))]
     if not kinds:
         return None
     labels = [clip(policy_name(p["method"], p["swept"], report), 26) for p in found["policies"]]
@@ -307,7 +308,7 @@ def _draw_shares(axes, matrix: list, labels: list[str]) -> None:
     colours = LinearSegmentedColormap.from_list(
         "wins", ["#B34700", "#E9A877", "#FFFFFF", "#86B8DB", "#00568A"]
     )
-    shares = np.array([[100 * value_of(estimate) for estimate in row] for row in matrix])
+    shares = 100 * np.array([list(map(value_of, row)) for row in matrix])
     axes.imshow(shares, cmap=colours, vmin=0, vmax=100)
     for (row, column), share in np.ndenumerate(shares):
         if not math.isnan(share):
@@ -334,7 +335,7 @@ def lengths(report: Report):
     for panel, (name, title) in zip(axes[0], panels, strict=True):
         for method in methods_of(report):
             draw_paths(panel, report, method, "kl", name, linestyle="none")
-        initial = value_of(report["foundation"][name])
+        initial = value_of(report["initial_policy"][name])
         panel.axhline(initial, color=NEUTRAL, linestyle="--", zorder=1)
         panel.set_title(title)
         label_x(panel, report, "kl")
@@ -352,7 +353,7 @@ def cost(report: Report):
     rows: dict[str, list[dict]] = {}
     for row in report["budget"]["rows"]:
         rows.setdefault(row["method"], []).append(row)
-    known = {counter for own in rows.values() for row in own for counter in row["total"]}
+    known = set().union(*(row["total"] for row in report["budget"]["rows"]))
     counters = [counter for counter in COUNTERS if counter in known]
     if not counters:
         return None

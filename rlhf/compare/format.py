@@ -23,7 +23,7 @@ def method_name(method: str) -> str:
 
 def initial_name(report: Report) -> str:
     """Return the name of the initial policy."""
-    return method_name(report["foundation"]["method"])
+    return method_name(report["initial_policy"]["method"])
 
 
 def policy_name(method: str, swept: float | None, report: Report) -> str:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from rlhf.compare.crossed import Estimate, block_weights, mean_over_seeds
-from rlhf.errors import UserError
 
 FORM = "d (a + b log d + c d), d = sqrt(KL)"
 LINES = "lines from point to point, d = sqrt(KL)"
@@ -42,29 +41,11 @@ class Track:
 
     kl: for each seed (points, groups), group means of the sequence KL in nats. score: the same of
     the score MINUS the initial policy's group means. The number of points may differ between seeds,
-    the groups may not (UserError).
+    the groups may not.
     """
 
     kl: list[np.ndarray]
     score: list[np.ndarray]
-
-    def __post_init__(self) -> None:
-        of_kl, of_score = (
-            [np.shape(array) for array in arrays] for arrays in (self.kl, self.score)
-        )
-        if not of_kl or of_kl != of_score:
-            found = f"KL {of_kl} and score {of_score}"
-            raise UserError(
-                f"a frontier: arrays of shapes {found}, expected the same (points, groups) for both"
-            )
-        if any(len(shape) != 2 or not shape[0] or shape[1] != of_kl[0][1] for shape in of_kl):
-            raise UserError(
-                f"a frontier: arrays of shapes {of_kl}, expected (points, groups) with the same groups"
-            )
-        if not all(np.all(np.isfinite(array)) for array in (*self.kl, *self.score)):
-            raise UserError(
-                "a frontier: a KL or score is not a finite number; leave that policy out"
-            )
 
     @property
     def groups(self) -> int:
@@ -109,15 +90,9 @@ def kl_range(track: Track) -> tuple[float, float]:
 def curve(track: Track, kls, *, level: float = 0.95) -> list[Estimate]:
     """Return the score over the initial policy at each of `kls`, mean over seeds.
 
-    Raises UserError outside of `kl_range(track)`.
+    Give KLs within `kl_range(track)`: beyond it the curve would be extrapolated.
     """
     kls = np.asarray(kls, dtype=np.float64)
-    low, high = kl_range(track)
-    if kls.size and not np.all(inside(kls, low, high)):
-        raise UserError(
-            f"a frontier at KL {kls.min():g} to {kls.max():g}: all seeds have points from {low:g} to {high:g} only, "
-            "and nothing is extrapolated"
-        )
     weights = block_weights(track.groups)
     fits = _all_seeds(track, kls, weights, _fitted)
     return [
@@ -129,14 +104,9 @@ def equal_kl(a: Track, b: Track, kls=None, *, level: float = 0.95) -> EqualKL:
     """Return the difference a - b at each of `kls` that lies in the overlap (default: up to five
     round ones).
 
-    Seed i of a meets seed i of b: they share annotators and prompts. UserError if seeds or groups
-    do not match.
+    Seed i of a meets seed i of b: they share annotators and prompts. Both have the same seeds and
+    groups.
     """
-    if len(a.kl) != len(b.kl) or a.groups != b.groups:
-        raise UserError(
-            f"at equal KL: {len(a.kl)} seeds and {a.groups} groups against {len(b.kl)} and {b.groups}; "
-            "compare the seeds and groups that both have"
-        )
     low, high = np.max([kl_range(a)[0], kl_range(b)[0]]), np.min([kl_range(a)[1], kl_range(b)[1]])
     overlap = (float(low), float(high))
     if not low < high:
@@ -149,10 +119,10 @@ def equal_kl(a: Track, b: Track, kls=None, *, level: float = 0.95) -> EqualKL:
         # nothing to fit: the differences are read between the points
         return EqualKL(overlap, lines, LINES, lines, {"a": 0.0, "b": 0.0}, 0.0)
     rows = _rows(a, b, kls, _fitted, level)
-    apart = [
-        abs(x["difference"].estimate - y["difference"].estimate)
-        for x, y in zip(rows, lines, strict=True)
-    ]
+    # how much depends on the form of the curve
+    apart = []
+    for row, by_lines in zip(rows, lines, strict=True):
+        apart.append(abs(row["difference"].estimate - by_lines["difference"].estimate))
     residual = {"a": _residual(a), "b": _residual(b)}
     return EqualKL(overlap, rows, FORM, lines, residual, max(apart, default=float("nan")))
 
@@ -180,8 +150,10 @@ def round_kls(low: float, high: float, count: int = ROWS) -> list[float]:
     """
     low = max(low, high / 50)
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    numbers = [round(step * 10.0**decade, 12) for decade in decades for step in LADDER]
-    found = [kl for kl in numbers if low <= kl <= high]
+    found = []
+    for decade in decades:
+        numbers = [round(step * 10.0**decade, 12) for step in LADDER]
+        found += [kl for kl in numbers if low <= kl <= high]
     if len(found) < count:
         # a narrow overlap needs more digits
         digits = 1 - int(np.floor(np.log10(high - low)))

@@ -47,11 +47,8 @@ def judged(results: Results, means: Means, trained: list[str], level: float) -> 
     }
 
     # all that the report claims is one family; what single runs are compared by is about these runs
-    differences = [
-        *(row for pair in report["frontier"] for row in pair["rows"]),
-        *report["tuned"]["rows"],
-    ]
-    claims = [(row, row["difference"]) for row in differences]
+    differences = list(itertools.chain.from_iterable(pair["rows"] for pair in report["frontier"]))
+    claims = [(row, row["difference"]) for row in differences + report["tuned"]["rows"]]
     for entry in report["overoptimisation"]:
         if entry["swept"] is None:
             claims.append((entry, entry["judge"] | {"p": entry["p"]}))
@@ -190,20 +187,15 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
 
     # each pair is computed once; the other side mirrors it
     size = len(policies)
-    raw, controlled, ties, longer = ([[None] * size for _ in range(size)] for _ in range(4))
+    raw, controlled, ties, longer = np.full((4, size, size), None).tolist()
     for j, i in itertools.combinations(range(size), 2):
         # the initial policy has no seed: it meets each of the other's
         other = dict.fromkeys(ends[i], initial) if j == 0 else ends[j]
         seeds = sorted(set(ends[i]) & set(other))
         if not seeds:
             continue
-        found = win_rate(
-            [ends[i][s] for s in seeds],
-            [other[s] for s in seeds],
-            results,
-            results.judge,
-            level=level,
-        )
+        first, second = [ends[i][seed] for seed in seeds], [other[seed] for seed in seeds]
+        found = win_rate(first, second, results, results.judge, level=level)
         if found is None:
             continue
         raw[i][j], raw[j][i] = _both_sides(found.raw.to_dict())

@@ -4,6 +4,7 @@ from the same text.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -126,7 +127,9 @@ def markdown(report: Report, figures: Iterable[str] = ()) -> str:
     # The details; a figure that has opened the report is not shown again
     for section in SECTIONS:
         shown = section.figure if section.figure in figures and section.figure != opening else None
-        body = [line for table in section.tables for line in table(report).markdown()]
+        body: list[str] = []
+        for table in section.tables:
+            body += table(report).markdown()
         if shown or body:
             explanation = section.explanation.format(initial=escape(initial_name(report)))
             lines += [f"## {section.heading}", "", explanation, "", *_picture(report, shown), *body]
@@ -170,12 +173,8 @@ def _best_of_each(report: Report) -> str:
     score = main_score(report)
     parts = []
     for method in methods_of(report):
-        points = [
-            point
-            for _, path in paths_of(report, method)
-            for point in path
-            if difference(point, score)
-        ]
+        every = itertools.chain.from_iterable(path for _, path in paths_of(report, method))
+        points = [point for point in every if difference(point, score)]
         if points:
             best = max(points, key=lambda point: difference(point, score)["estimate"])
             value, kl = difference(best, score)["estimate"], best["kl"]["estimate"]

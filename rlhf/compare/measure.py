@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.results import Point, Results, measured_values, prompt_key, response_texts
-from rlhf.compare.text_metrics import distinct_n
+from rlhf.compare.results import Point, Results, key, measured_values, prompt_key, response_texts
+from rlhf.compare.text_metrics import variety
 from rlhf.config import SEED, option
 from rlhf.data.records import Prompt, Scorer, prompt_group
 from rlhf.data.split import first_by_hash
@@ -126,7 +126,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
         build_scorer(specs, tokenizer),
         shared["max_prompt_length"],
     )
-    every_row = [row for own in rows.values() for row in own]
+    every_row = list(itertools.chain.from_iterable(rows.values()))
     for name in every_row[0].scores:
         # a part of a score, where it applies to every prompt
         if not any(math.isnan(row.scores[name]) for row in every_row):
@@ -219,13 +219,13 @@ def results_of_runs(
     names = list(rows)
     # a prompt that is given twice counts once
     prompts = {(row.group, prompt_key(row.prompt)): row.prompt for row in rows[names[0]]}
-    number = {key: i for i, key in enumerate(prompts)}
+    number = {asked: i for i, asked in enumerate(prompts)}
     points, responses, methods = [], {}, {}
     for name, path in zip(names, paths, strict=True):
         result = run_result(path)
-        own = [
-            vars(row) | {"prompt": number[row.group, prompt_key(row.prompt)]} for row in rows[name]
-        ]
+        own = []
+        for row in rows[name]:
+            own.append(vars(row) | {"prompt": number[row.group, prompt_key(row.prompt)]})
         point = Point(
             method=name,
             swept=None,
@@ -233,15 +233,11 @@ def results_of_runs(
             step=0 if name == names[0] else result.get("steps", 1),
             last=True,
             values=measured_values(own, list(kinds), len(prompts)),
-            numbers={
-                f"distinct_{n}": distinct_n([row["response"] for row in own], n) for n in (1, 2)
-            },
+            numbers=variety([row["response"] for row in own]),
             budget=meta["budgets"][name],
         )
         points.append(point)
-        responses[point.method, point.swept, point.seed, point.step] = response_texts(
-            own, len(prompts)
-        )
+        responses[key(point)] = response_texts(own, len(prompts))
         methods[name] = {
             "program": result.get("program", name),
             "swept": None,
@@ -267,10 +263,9 @@ def results_of_runs(
 def check_finite(rows: dict[str, list], kinds: dict[str, str]) -> None:
     """Raise UserError where a response has a score or a KL that is not a finite number."""
     for run, own in rows.items():
-        found = {
-            f"score '{name}'": [row.scores.get(name, math.nan) for row in own] for name in kinds
-        }
-        found["KL"] = [row.kl for row in own]
+        found = {"KL": [row.kl for row in own]}
+        for name in kinds:
+            found[f"score '{name}'"] = [row.scores.get(name, math.nan) for row in own]
         for name, values in found.items():
             bad = np.count_nonzero(~np.isfinite(values))
             if bad:
@@ -397,7 +392,7 @@ def check_judges(config: CompareConfig) -> None:
     """Raise UserError if what is to decide is something that a run learnt from, or learnt from the
     same pairs.
     """
-    trained = {name for spec in trained_scorers(config) for name in identities(spec)}
+    trained = set().union(*map(identities, trained_scorers(config)))
     for option_name, specs in (("gold", config.gold), ("referee", config.referee)):
         for spec in specs:
             if identities(spec) & trained:
@@ -405,8 +400,8 @@ def check_judges(config: CompareConfig) -> None:
                     f"{option_name} {spec}: a run was trained on it, so it cannot decide; show it as 'others'"
                 )
     # SFT's own prompts are no preferences
-    learnt = {name for path in config.runs[1:] for name in hashes(path)}
-    for folder in (folder for spec in config.referee for folder in folders(spec)):
+    learnt = set().union(*map(hashes, config.runs[1:]))
+    for folder in itertools.chain.from_iterable(map(folders, config.referee)):
         common = hashes(folder) & learnt
         if common:
             raise UserError(
@@ -489,32 +484,33 @@ def load_policies(
 
 def meta_of(config: CompareConfig, names: list[str]) -> dict[str, Any]:
     """Return the seeds, budgets, rows, options and versions of each run, for the report."""
-    results = {name: run_result(path) for name, path in zip(names, config.runs, strict=True)}
-    budgets, versions = {}, {}
+    results = dict(zip(names, map(run_result, config.runs), strict=True))
+    budgets, versions, fingerprints, rows = {}, {}, {}, {}
     for name, result in results.items():
-        budgets[name] = {
-            key.removeprefix("budget/"): value for key, value in result.get("budget", {}).items()
-        }
+        counters = result.get("budget", {})
+        budgets[name] = {full.removeprefix("budget/"): counters[full] for full in counters}
         versions = result.get("versions", versions)
-    worlds = [world_seed(path) for path in config.runs]
+        fingerprints[name], rows[name] = result.get("data", {}), result.get("rows", {})
+    # each seed once, in order
+    seeds = dict.fromkeys(result.get("seed") for result in results.values())
+    worlds = dict.fromkeys(map(world_seed, config.runs))
     meta = {
-        "seeds": {
-            "run": list(
-                dict.fromkeys(result["seed"] for result in results.values() if "seed" in result)
-            ),
-            "world": list(dict.fromkeys(seed for seed in worlds if seed is not None)),
-        },
+        "seeds": {"run": _known(seeds), "world": _known(worlds)},
         "budgets": budgets,
         "versions": versions,
-        "fingerprints": {name: result.get("data", {}) for name, result in results.items()},
-        "configs": {name: run_config(path) for name, path in zip(names, config.runs, strict=True)},
-        "rows": {name: result.get("rows", {}) for name, result in results.items()},
+        "fingerprints": fingerprints,
+        "configs": dict(zip(names, map(run_config, config.runs), strict=True)),
+        "rows": rows,
     }
     if config.votes:
         from rlhf.data.annotator_report import store_summary
 
         meta["annotators"] = store_summary(config.votes)
     return meta
+
+
+def _known(seeds: Iterable[int | None]) -> list[int]:
+    return [seed for seed in seeds if seed is not None]
 
 
 def world_seed(path: str) -> int | None:

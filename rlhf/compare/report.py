@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from rlhf.compare import tables
@@ -34,6 +35,14 @@ def write_files(report: Report, folder: Path) -> dict[str, Path]:
     pictures = {f"{name}.svg": path.with_suffix(".svg") for name, path in figures.items()}
     write_atomic(folder / "report.html", html_page(text, pictures))
     return figures
+
+
+def read_report(file: Path) -> Report:
+    """Return the content of a report.json, under today's names."""
+    report = json.loads(file.read_text(encoding="utf-8"))
+    if "foundation" in report:
+        report["initial_policy"] = report.pop("foundation")
+    return report
 
 
 def print_report(report: Report, folder: Path) -> None:

@@ -3,9 +3,9 @@ others.
 
 The highest of several noisy means is too high on the data that chose it. Here each cell (seed,
 group) is scored at the choice that the other half of the groups made and, from three seeds on, the
-other half of the seeds. Two questions need
-it: how good a method is at its best swept value (`tuned`), and whether the judge falls from its
-peak while the proxy goes on rising (`overoptimisation`).
+other half of the seeds. Two questions need it: how good a method is at its best swept value
+(`tuned`), and whether the judge falls from its peak while the proxy goes on rising
+(`overoptimisation`).
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def rectangle(table: dict[int, dict[Any, Any]]) -> tuple[list[int], list[Any]]:
     best: tuple[list[int], list[Any]] = ([], [])
     for count in range(1, len(ranked) + 1):
         seeds = sorted(ranked[:count])
-        common = set.intersection(*(set(table[seed]) for seed in seeds))
+        common = set.intersection(*[set(table[seed]) for seed in seeds])
         entries = [entry for entry in table[ranked[0]] if entry in common]
         if entries and count * len(entries) >= len(best[0]) * len(best[1]):
             best = (seeds, entries)
@@ -132,7 +132,10 @@ def ended(results: Results, method: str) -> dict[int, dict[float | None, Key]]:
 
 def stack(means: Means, measure: str, rows: Sequence[Sequence[Key]]) -> np.ndarray:
     """Return (S, M, G) group means of a measure; rows: for each seed the keys of its M points."""
-    return np.array([[means[k][measure] for k in row] for row in rows])
+    stacked = []
+    for row in rows:
+        stacked.append([means[policy][measure] for policy in row])
+    return np.array(stacked)
 
 
 @dataclass(frozen=True)
@@ -199,14 +202,16 @@ def _shares(chosen: Chosen, half: np.ndarray, level: float) -> dict[str, Any]:
     """Return which swept values were chosen how often, and the scores and KL there."""
     values = chosen.swept_values
     often = Counter(chosen.choice.ravel().tolist())
-    by_half = [Counter(chosen.choice[:, half == h].ravel().tolist()) for h in np.unique(half)]
+    shares = {str(values[i]): count / chosen.choice.size for i, count in sorted(often.items())}
+    # for each half of the groups, the most often over seeds
+    by_half = []
+    for own in np.unique(half):
+        counter = Counter(chosen.choice[:, half == own].ravel().tolist())
+        by_half.append(values[counter.most_common(1)[0][0]])
     return {
-        # for each half of the groups, the most often over seeds
-        "chosen": [values[counter.most_common(1)[0][0]] for counter in by_half],
+        "chosen": by_half,
         "usual": values[often.most_common(1)[0][0]],
-        "shares": {
-            str(values[i]): count / chosen.choice.size for i, count in sorted(often.items())
-        },
+        "shares": shares,
         "swept_values": values,
         "seeds": chosen.seeds,
         "score": chosen_mean(chosen.scores, len(values), level).to_dict(),
@@ -278,6 +283,7 @@ def _curve(
     """Return one entry of `overoptimisation`; None with fewer than FEWEST points that all seeds
     have.
     """
+    # seed -> (swept value, step) -> policy
     table: dict[int, dict[tuple, Point]] = {}
     for point in results.of(method, swept):
         if proxy is None or f"score/{proxy}" in point.values:
@@ -287,7 +293,9 @@ def _curve(
         return None
 
     # the initial policy opens the curve, unless its scores by the proxy are not known
-    rows = [[key(table[seed][name]) for name in names] for seed in seeds]
+    rows = []
+    for seed in seeds:
+        rows.append([key(table[seed][name]) for name in names])
     starts = [key(results.initial_of(seed)) for seed in seeds]
     if proxy is None or all(f"score/{proxy}" in means[start] for start in starts):
         rows = [[start, *row] for start, row in zip(starts, rows, strict=True)]
@@ -303,22 +311,23 @@ def _curve(
 
     fall = mean(take(scores, end) - take(scores, peak))
     rise = mean(take(scores, peak) - means[key(results.initial)][judge])
-    change, optimised = None, False
+    of_proxy, other = None, rise
     if proxy is not None:
         proxies = stack(means, f"score/{proxy}", rows)
         change = mean(take(proxies, end) - take(proxies, peak))
         # DPO learns from the pairs: what it exploits is its own loss
         optimised = results.program(method) != "dpo"
-    both = [fall["p"], (change if optimised else rise)["p"]]
+        of_proxy = {"name": proxy, "change": change, "optimised": optimised}
+        other = change if optimised else rise
+    # both differences have to be shown, so the larger p counts
+    both = [fall["p"], other["p"]]
 
     kls = kl.mean(axis=(0, 2))
     usual_peak = int(np.bincount(peak.ravel(), minlength=len(names)).argmax())
     return {
         "method": method,
         "swept": swept,
-        "proxy": None
-        if proxy is None
-        else {"name": proxy, "change": change, "optimised": optimised},
+        "proxy": of_proxy,
         # at the largest KL, over the judge's peak
         "judge": fall,
         # at the peak, over the initial policy
@@ -339,7 +348,7 @@ def _curve(
 
 
 def add_outcomes(entries: list[dict[str, Any]], alpha: float) -> None:
-    """Give each entry its "verdict": reproduced, not reproduced or undecided; None for a swept
+    """Give each entry its "sign": 1 reproduced, -1 not reproduced, 0 undecided; None for a swept
     value alone.
 
     Reproduced: the judge falls from its peak and the proxy rises, both beyond chance. Not
@@ -354,7 +363,5 @@ def add_outcomes(entries: list[dict[str, Any]], alpha: float) -> None:
         other = entry["proxy"]["change"] if optimised else entry["rise"]
         p = entry["p_adjusted"]
         shown = len(entry["seeds"]) >= MIN_SEEDS and p is not None and p < alpha
-        outcome = "undecided"
-        if shown and side(entry["judge"]) < 0 and side(other):
-            outcome = "reproduced" if side(other) > 0 else "not reproduced"
-        entry["verdict"] = outcome if entry["swept"] is None else None
+        sign = side(other) if shown and side(entry["judge"]) < 0 else 0
+        entry["sign"] = sign if entry["swept"] is None else None

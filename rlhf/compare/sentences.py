@@ -170,7 +170,7 @@ def _budget(report: Report) -> str:
 
 
 def _power(report: Report) -> str:
-    power, initial = report["power"], report["foundation"]["method"]
+    power, initial = report["power"], report["initial_policy"]["method"]
     text = templates.POWER.format(rate=100 * power["win_rate"], pairs=power["pairs_needed"])
     for row in report["tuned"]["rows"]:
         least, seeds = row["minimum_detectable_effect"], row["seeds_for_half"]

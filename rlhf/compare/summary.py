@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,7 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
         "unit": _unit(results, level),
         "methods": {name: _method(results, name) for name in results.methods},
         "missing": _missing(results),
-        "foundation": {
+        "initial_policy": {
             "method": initial.method,
             **_measures(results, means, [initial], level),
             "budget": initial.budget,
@@ -75,7 +76,7 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
 
     report["samples"] = _samples(results, report["tuned"]["methods"])
     # records for the sentences; they read the finished numbers
-    report["verdicts"] = [verdict.to_dict() for verdict in verdicts(report)]
+    report["verdicts"] = list(map(asdict, verdicts(report)))
     report["notes"] = notes(report)
     return report
 
@@ -122,12 +123,14 @@ def _method(results: Results, name: str) -> dict[str, Any]:
     its tuning had.
     """
     given, points = results.methods[name], results.of(name)
+    values = {point.swept for point in points}
+    tried = {point.swept for point in results.ends(name)}
     return {
         "program": results.program(name),
         "swept": given.get("swept"),
-        "swept_values": sorted({point.swept for point in points if point.swept is not None}),
+        "swept_values": sorted(values - {None}),
         "baseline": bool(given.get("baseline")),
-        "trials": len({point.swept for point in results.ends(name)}),
+        "trials": len(tried),
         "seeds": seeds_of(points),
     }
 
@@ -153,24 +156,24 @@ def _missing(results: Results) -> list[dict[str, Any]]:
 def _points(results: Results, means: Means, level: float) -> list[dict[str, Any]]:
     """Return one entry for each method, swept value and step, over the seeds that have it."""
 
-    def entry(points: Sequence[Point]) -> dict[str, Any]:
-        return {
-            "method": points[0].method,
-            "swept": points[0].swept,
-            "step": points[0].step,
-            "last": any(point.last for point in points),
-            "seeds": [point.seed for point in points],
-            **_measures(results, means, points, level),
-            "budget": mean_of([point.budget for point in points]),
-            "per_seed": [_seed(results, means, point) for point in points],
-        }
-
     entries = []
     for method in results.measured_methods():
         # the sort is stable, so that the seeds of an entry stay in order
         points = sorted(results.of(method), key=lambda point: (point.swept or 0.0, point.step))
         same_policy = itertools.groupby(points, key=lambda point: (point.swept, point.step))
-        entries += [entry(list(group)) for _, group in same_policy]
+        for (swept, step), group in same_policy:
+            own = list(group)
+            entry = {
+                "method": method,
+                "swept": swept,
+                "step": step,
+                "last": any(point.last for point in own),
+                "seeds": [point.seed for point in own],
+                **_measures(results, means, own, level),
+                "budget": mean_of(point.budget for point in own),
+                "per_seed": [_seed(results, means, point) for point in own],
+            }
+            entries.append(entry)
     return entries
 
 
@@ -191,7 +194,9 @@ def _measures(
         return crossed_mean(values, level=level).to_dict()
 
     # a proxy is compared with the initial policy as the same seed's reward model scores it
-    starts = [] if points[0].seed is None else [results.initial_of(point.seed) for point in points]
+    starts = []
+    if points[0].seed is not None:
+        starts = [results.initial_of(point.seed) for point in points]
     scores = {}
     for name in results.score_kinds:
         mean = estimate(f"score/{name}")
@@ -205,7 +210,7 @@ def _measures(
         "kl": estimate("kl"),
         "scores": scores,
         **shapes,
-        "numbers": mean_of([p.numbers for p in points]),
+        "numbers": mean_of(point.numbers for point in points),
     }
 
 
@@ -311,7 +316,7 @@ def budget(results: Results) -> dict[str, Any]:
     deciding = [row for row in rows if not row["baseline"]]
     matched = None
     if match and deciding:
-        ratios = [ratio for row in deciding for ratio in (row["ratio"], row["furthest"])]
+        ratios = [row["ratio"] for row in deciding] + [row["furthest"] for row in deciding]
         matched = None not in ratios and (
             max(abs(ratio - 1) for ratio in ratios) <= match["tolerance"]
             and max(ratios) <= (1 + match["tolerance"]) * min(ratios)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from rlhf.compare.format import (
     score_name,
     share,
 )
+from rlhf.compare.verdict import OUTCOMES
 from rlhf.text import markdown_table
 
 # The columns that every comparison ends with
@@ -43,9 +44,8 @@ class Table:
         """
         if not self.rows:
             return []
-        header = [escape(cell) for cell in self.header]
-        rows = [[escape(cell) for cell in row] for row in self.rows]
-        return [*markdown_table(header, rows, right=range(1, len(header)), escape=str), ""]
+        header = list(map(escape, self.header))
+        return [*markdown_table(header, self.rows, right=range(1, len(header)), escape=escape), ""]
 
 
 def escape(text: str) -> str:
@@ -65,7 +65,7 @@ def opening(report: Report) -> Table:
     score, initial = main_score(report), initial_name(report)
     title = "score" if score is None else score_name(report, score)
     tuned_values = {method: entry["usual"] for method, entry in report["tuned"]["methods"].items()}
-    points = [report["foundation"]]
+    points = [report["initial_policy"]]
     for point in report["points"]:
         if point["last"] and point["swept"] == tuned_values.get(point["method"], point["swept"]):
             points.append(point)
@@ -145,14 +145,15 @@ def tuned(report: Report) -> Table:
     """Return a row a comparison of two methods, each at its tuned swept value."""
     rows = []
     for row in report["tuned"]["rows"]:
-        chosen = [
-            report["tuned"]["methods"].get(row[side], {}).get("shares", {}) for side in ("a", "b")
-        ]
-        values = [
-            ", ".join(value for value in shares if value != "None") or UNKNOWN for shares in chosen
-        ]
-        rows.append([_over(row), " against ".join(values), *_difference(row)])
+        values = " against ".join(_values_chosen(report, row[side]) for side in ("a", "b"))
+        rows.append([_over(row), values, *_difference(row)])
     return Table(["comparison", "values chosen", *DIFFERENCE], rows)
+
+
+def _values_chosen(report: Report, method: str) -> str:
+    # The initial policy was not tuned; where nothing is swept, the value is "None"
+    shares = report["tuned"]["methods"].get(method, {}).get("shares", {})
+    return ", ".join(value for value in shares if value != "None") or UNKNOWN
 
 
 def _difference(row: Mapping[str, Any]) -> list[str]:
@@ -190,7 +191,7 @@ def over_optimisation(report: Report) -> Table:
             interval(entry["judge"], signed=True),
             f"{proxy['name']} {interval(proxy['change'], signed=True)}" if proxy else UNKNOWN,
             p_value(entry["p_adjusted"]),
-            entry["verdict"] or UNKNOWN,
+            UNKNOWN if entry["sign"] is None else OUTCOMES[entry["sign"]],
         ]
         rows.append(cells)
     return Table(header, rows)
@@ -198,14 +199,21 @@ def over_optimisation(report: Report) -> Table:
 
 def win_rates(report: Report) -> Table:
     """Return each pair of policies once, the later one over the earlier one."""
-    wins = report["wins"] or {"policies": []}
-    labels = [policy_name(policy["method"], policy["swept"], report) for policy in wins["policies"]]
     rows = []
-    for j, i in itertools.combinations(range(len(labels)), 2):
-        raw, controlled = wins["raw"][i][j], wins["controlled"][i][j]
-        if raw:
-            rows.append([f"{labels[i]} over {labels[j]}", share(raw), share(controlled)])
+    for *policies, raw, controlled in pairs_of_policies(report):
+        names = [policy_name(policy["method"], policy["swept"], report) for policy in policies]
+        rows.append([" over ".join(names), share(raw), share(controlled)])
     return Table(["comparison", "wins [95 %]", "at equal length [95 %]"], rows)
+
+
+def pairs_of_policies(report: Report) -> Iterator[tuple[dict, dict, Number, Number | None]]:
+    """Yield each two policies that have a win rate: the later one, the earlier one, the later one's
+    wins over it, and those at equal length.
+    """
+    wins = report["wins"] or {"policies": []}
+    for (j, earlier), (i, later) in itertools.combinations(enumerate(wins["policies"]), 2):
+        if wins["raw"][i][j]:
+            yield later, earlier, wins["raw"][i][j], wins["controlled"][i][j]
 
 
 def judge_of_pairs(report: Report) -> Table:
@@ -240,7 +248,7 @@ def cost(report: Report) -> Table:
     used.
     """
     rows = report["budget"]["rows"]
-    counters = list(dict.fromkeys(counter for row in rows for counter in row["total"]))
+    counters = list(dict.fromkeys(itertools.chain.from_iterable(row["total"] for row in rows)))
     names = [f"{counter.replace('_', ' ')}: own / in all" for counter in counters]
     cells = []
     for row in rows:
@@ -252,17 +260,17 @@ def cost(report: Report) -> Table:
             ratio = f"{100 * row['ratio']:.0f} % ({100 * row['ratio_own']:.0f} % own)"
         cells.append([policy_name(row["method"], row["swept"], report), *spent, ratio])
     # The first of the runs compared has a cost too; an initial policy of an experiment has none
-    if report["foundation"]["budget"] and cells:
-        spent = [amount(report["foundation"]["budget"].get(counter)) for counter in counters]
+    if report["initial_policy"]["budget"] and cells:
+        spent = [amount(report["initial_policy"]["budget"].get(counter)) for counter in counters]
         cells.insert(0, [initial_name(report), *spent, UNKNOWN])
     return Table(["trial", *names, "of the matched budget"], cells)
 
 
 def policies(report: Report) -> Table:
     """Return every checkpoint: KL, each score, shape of the responses, variety and perplexities."""
-    points = [report["foundation"], *report["points"]]
+    points = [report["initial_policy"], *report["points"]]
     scores = list(report["score_kinds"])
-    numbers = list(dict.fromkeys(name for point in points for name in point["numbers"]))
+    numbers = dict.fromkeys(itertools.chain.from_iterable(point["numbers"] for point in points))
     header = [
         "policy",
         "step",
@@ -278,10 +286,10 @@ def policies(report: Report) -> Table:
             str(point.get("step", 0)),
             _seeds(point),
             interval(point["kl"]),
-            *(_score(point, score) for score in scores),
-            *(interval(point[name]) for name in ("length", "ended", "repetition")),
-            *(number(point["numbers"].get(name)) for name in numbers),
         ]
+        cells += [_score(point, score) for score in scores]
+        cells += [interval(point[name]) for name in ("length", "ended", "repetition")]
+        cells += [number(point["numbers"].get(name)) for name in numbers]
         rows.append(cells)
     return Table(header, rows)
 

@@ -40,22 +40,17 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
+def variety(texts: Sequence[str]) -> dict[str, float]:
+    """Return what `Point.numbers` has of a policy's responses: "distinct_1" and "distinct_2"."""
+    return {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
+
+
 def repetition(text: str, n: int = REPEATED) -> float:
     """Return the share of a text's word n-grams that occurred in it before; 0 for one of fewer than
     n words.
     """
     grams = word_ngrams(text, n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
-
-
-@dataclass(frozen=True)
-class Perplexity:
-    """exp of the mean nats a token, and its standard error over groups (nan for one group)."""
-
-    perplexity: float
-    se: float
-    groups: int
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -119,11 +114,10 @@ def _losses(model, policy, rows, pad_id, batch_size, plain_head) -> list[TextLos
     # in the order of the rows, so that every rank count gives the same sums
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
+        prompt_ids = [row["prompt_ids"] for row in part]
+        response_ids = [row["response_ids"] for row in part]
         ids, attention, positions, responses, mask = completion_batch(
-            [row["prompt_ids"] for row in part],
-            [row["response_ids"] for row in part],
-            pad_id,
-            device,
+            prompt_ids, response_ids, pad_id, device
         )
         with torch.no_grad(), policy():
             logprobs, _ = response_logprobs(
@@ -137,9 +131,9 @@ def _losses(model, policy, rows, pad_id, batch_size, plain_head) -> list[TextLos
     return result
 
 
-def perplexity(losses: Sequence[TextLoss]) -> Perplexity:
+def perplexity(losses: Sequence[TextLoss]) -> tuple[float, float]:
     """Return exp(L) with L = sum of nats over sum of tokens, and its standard error clustered by
-    group.
+    group (nan for one group).
 
         se(L) = sqrt( G/(G-1) sum_g (N_g - L T_g)^2 ) / sum_g T_g,    se(exp L) = exp(L) se(L)
 
@@ -158,4 +152,4 @@ def perplexity(losses: Sequence[TextLoss]) -> Perplexity:
     mean, count = sum(nats.values()) / total, len(nats)
     squares = sum((nats[group] - mean * tokens[group]) ** 2 for group in nats)
     se = math.sqrt(count / (count - 1) * squares) / total if count > 1 else math.nan
-    return Perplexity(math.exp(mean), math.exp(mean) * se, count, total)
+    return math.exp(mean), math.exp(mean) * se

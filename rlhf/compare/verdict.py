@@ -9,7 +9,7 @@ and `sign` None: it is shown without a verdict.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 VerdictKind = Literal["equal_kl", "tuned", "over_optimisation", "exploited_proxy"]
@@ -61,10 +61,6 @@ class Verdict:
     reservation: Reservation | None = None
     # the row of the report it was read from: ranges, chosen values, peak, end
     evidence: dict[str, Any] | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record for report.json."""
-        return asdict(self)
 
 
 def note(kind: NoteKind, **fields: Any) -> dict[str, Any]:

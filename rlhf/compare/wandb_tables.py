@@ -4,13 +4,13 @@ rows, plain cells.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf.compare.format import Number, Report
 from rlhf.compare.sentences import all_sentences
+from rlhf.compare.tables import pairs_of_policies
 from rlhf.runs.tracking import Tracker
 
 Row = dict[str, Any]
@@ -34,23 +34,23 @@ def log_report(
 def rows_of(report: Report) -> dict[str, list[Row]]:
     """Return table name -> flat rows; a table is empty where the report lacks the part."""
     asked = report.get("judge_of_pairs") or {"rows": []}
+    equal_kl, samples = [], []
+    for pair in report["frontier"]:
+        equal_kl += [_sides(pair) | {"kl": row["kl"]} | _difference(row) for row in pair["rows"]]
+    for sample in report["samples"]:
+        for policy, response in sample["responses"].items():
+            samples.append(_sample(sample["prompt"], policy, response))
+    tuned = [_sides(row) | _difference(row) for row in report["tuned"]["rows"]]
+    sentences = [{"sentence": sentence} for sentence in all_sentences(report)]
     return {
-        "frontier": [_point(point) for point in report["points"]],
-        "equal_kl": [
-            {**_sides(pair), "kl": row["kl"], **_difference(row)}
-            for pair in report["frontier"]
-            for row in pair["rows"]
-        ],
-        "tuned": [{**_sides(row), **_difference(row)} for row in report["tuned"]["rows"]],
-        "wins": _wins(report["wins"]),
-        "judge_of_pairs": [_judged(row) for row in asked["rows"]],
-        "cost": [_cost(row) for row in report["budget"]["rows"]],
-        "samples": [
-            _sample(sample["prompt"], policy, response)
-            for sample in report["samples"]
-            for policy, response in sample["responses"].items()
-        ],
-        "sentences": [{"sentence": sentence} for sentence in all_sentences(report)],
+        "frontier": list(map(_point, report["points"])),
+        "equal_kl": equal_kl,
+        "tuned": tuned,
+        "wins": _wins(report),
+        "judge_of_pairs": list(map(_judged, asked["rows"])),
+        "cost": list(map(_cost, report["budget"]["rows"])),
+        "samples": samples,
+        "sentences": sentences,
     }
 
 
@@ -86,7 +86,7 @@ def _point(point: dict[str, Any]) -> Row:
     }
     for name, score in point["scores"].items():
         row |= _estimate(f"score/{name}", score["mean"]) | _estimate(
-            f"over_foundation/{name}", score["difference"]
+            f"over_initial/{name}", score["difference"]
         )
     for name in ("length", "words", "ended", "repetition"):
         row |= _estimate(name, point[name])
@@ -105,15 +105,12 @@ def _difference(row: Mapping[str, Any]) -> Row:
     }
 
 
-def _wins(wins: dict[str, Any] | None) -> list[Row]:
+def _wins(report: Report) -> list[Row]:
     """Return each pair once: the later policy over the earlier one."""
-    labels = [policy["label"] for policy in wins["policies"]] if wins else []
     rows = []
-    for j, i in itertools.combinations(range(len(labels)), 2):
-        raw, controlled = wins["raw"][i][j], wins["controlled"][i][j]
-        if raw:
-            sides = {"a": labels[i], "b": labels[j]}
-            rows.append({**sides, **_estimate("raw", raw), **_estimate("equal_length", controlled)})
+    for later, earlier, raw, controlled in pairs_of_policies(report):
+        sides = {"a": later["label"], "b": earlier["label"]}
+        rows.append(sides | _estimate("raw", raw) | _estimate("equal_length", controlled))
     return rows
 
 

@@ -18,7 +18,6 @@ import numpy as np
 from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic
 from rlhf.compare.judge import Verdicts
 from rlhf.compare.results import Point, Results, independent_pairs
-from rlhf.errors import UserError
 from rlhf.stats import bounded_interval, student_quantile
 
 # on the slope, in units of the mean log-likelihood: the least that keeps a separable fit finite
@@ -63,20 +62,19 @@ def win_rate(
     judge: the name of a score, by which all `independent_pairs` meet (a difference of at most
     `tie_margin` is a tie, which counts half); or for each i what a judge of pairs said about a[i]
     and b[i] (`judge_wins`). None where no two samples have independent noise, as with one sample a
-    prompt. Raises UserError where the seeds do not fit, or a score is not a finite number.
+    prompt.
     """
-    _check_seeds(a, b)
     if isinstance(judge, str):
         judge = [_by_score(x, y, judge, tie_margin) for x, y in zip(a, b, strict=True)]
     if not all(verdicts.pairs for verdicts in judge):
         return None
-    outcomes = [verdicts.wins for verdicts in judge]
-    lengths = [
-        _differences(x, y, "length", verdicts.pairs)
-        for x, y, verdicts in zip(a, b, judge, strict=True)
-    ]
-    asked = [verdicts.consistency for verdicts in judge if not math.isnan(verdicts.consistency)]
-    consistency = float(np.mean(asked)) if asked else None
+    outcomes, lengths, consistencies = [], [], []
+    for x, y, verdicts in zip(a, b, judge, strict=True):
+        outcomes.append(verdicts.wins)
+        lengths.append(_differences(x, y, "length", verdicts.pairs))
+        # nan: decided by a score, or no pair differed
+        if not math.isnan(verdicts.consistency):
+            consistencies.append(verdicts.consistency)
 
     per_seed = np.array([results.group_means(outcome) for outcome in outcomes])
     fit = LengthFit(np.array(outcomes), np.array(lengths), results.groups)
@@ -87,7 +85,7 @@ def win_rate(
         ties=float(np.mean([results.group_means(outcome == 0.5) for outcome in outcomes])),
         length_difference=float(np.mean([results.group_means(length) for length in lengths])),
         ridge=fit.ridge,
-        consistency=consistency,
+        consistency=float(np.mean(consistencies)) if consistencies else None,
     )
 
 
@@ -103,31 +101,12 @@ def _by_score(a: Point, b: Point, score: str, tie_margin: float) -> Verdicts:
     return Verdicts(wins, pairs, consistency=math.nan, prefers_first=math.nan, asked=0)
 
 
-def _check_seeds(a: Sequence[Point], b: Sequence[Point]) -> None:
-    of_a, of_b = ([point.seed for point in points] for points in (a, b))
-    fits = len(a) == len(b) > 0 and all(
-        x == y or None in (x, y) for x, y in zip(of_a, of_b, strict=True)
-    )
-    if not fits:
-        raise UserError(
-            f"win rate: seeds {of_a} cannot meet seeds {of_b}; expected the same seeds in one order"
-        )
-
-
 def _differences(a: Point, b: Point, measure: str, pairs: Sequence[tuple[int, int]]) -> np.ndarray:
     """Return (prompts, pairs) differences a - b of a measure at the pairs (sample of a, sample of
     b).
     """
-    columns = []
-    for point, samples in zip((a, b), zip(*pairs, strict=True), strict=True):
-        values = np.asarray(point.values[measure], dtype=np.float64)
-        bad = int(np.count_nonzero(~np.isfinite(values)))
-        if bad:
-            raise UserError(
-                f"win rate: {bad} values of '{measure}' of {point.method} are not finite"
-            )
-        columns.append(values[:, samples])
-    return columns[0] - columns[1]
+    of_a, of_b = zip(*pairs, strict=True)
+    return a.values[measure][:, of_a] - b.values[measure][:, of_b]
 
 
 def share(estimate: Estimate, level: float) -> Estimate:

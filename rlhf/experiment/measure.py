@@ -160,11 +160,7 @@ def sample_policies(
                 losses = text_losses(
                     own, context, encoded, pad_id, world, batch_size=config.batch_size
                 )
-                found = perplexity(losses)
-                numbers |= {
-                    f"perplexity/{name}": found.perplexity,
-                    f"perplexity_se/{name}": found.se,
-                }
+                numbers[f"perplexity/{name}"], numbers[f"perplexity_se/{name}"] = perplexity(losses)
             budget = {} if is_initial else cost_until(run_folder, step) | peak_memory(run_folder)
             # ids for what is to be scored again
             written = rows_to_write(rows, evaluation.samples_per_prompt, with_ids=is_initial)

@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rlhf.compare.results import Point, Results, mean_of, measured_values, response_texts
-from rlhf.compare.text_metrics import distinct_n
+from rlhf.compare.results import Point, Results, key, mean_of, measured_values, response_texts
+from rlhf.compare.text_metrics import variety
 from rlhf.errors import UserError
 from rlhf.experiment.config import BEST_OF_N, ExperimentConfig
 from rlhf.experiment.cost import shared_cost
@@ -48,15 +48,11 @@ def read_results(config: ExperimentConfig) -> Results:
         known = [name for name in kinds if name in own[0]["scores"]]
         # of equally many responses of each policy: the foundation has a pool of them, and
         # distinct-n falls with more
-        numbers = head["numbers"] | {
-            f"distinct_{n}": distinct_n([row["response"] for row in own], n) for n in (1, 2)
-        }
+        numbers = head["numbers"] | variety([row["response"] for row in own])
         values = measured_values(own, known, len(prompts))
         point = Point(**about_point, values=values, numbers=numbers, budget=head["budget"])
         points.append(point)
-        responses[point.method, point.swept, point.seed, point.step] = response_texts(
-            own, len(prompts)
-        )
+        responses[key(point)] = response_texts(own, len(prompts))
     return Results(
         points=points,
         groups=[prompt["group"] for prompt in prompts],

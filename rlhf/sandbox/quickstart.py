@@ -8,7 +8,6 @@ that changed is, and so are those that depend on it.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -250,6 +249,6 @@ def quickstart(config: QuickstartConfig) -> None:
 
 
 def show_report(report: Path) -> None:
-    from rlhf.compare.report import print_report
+    from rlhf.compare.report import print_report, read_report
 
-    print_report(json.loads((report / "report.json").read_text()), report)
+    print_report(read_report(report / "report.json"), report)

@@ -46,7 +46,7 @@ def example(seeds: int = SEEDS, judge: str | None = "gold", seed: int = 0) -> di
     needs one.
     """
     rng = np.random.default_rng(seed)
-    initial = _foundation(rng)
+    initial = _initial(rng)
     points = [p for method in STRENGTHS for p in _method(method, seeds, rng)]
     report = {
         "kind": "experiment",
@@ -62,7 +62,7 @@ def example(seeds: int = SEEDS, judge: str | None = "gold", seed: int = 0) -> di
                 "trials": 4, "seeds": list(range(seeds))}
             for m, option in OPTIONS.items()
         },
-        "foundation": initial,
+        "initial_policy": initial,
         "points": points,
         "budget": _budget(),
         "missing": [{"method": "dpo", "swept": 0.05, "seed": 4}],
@@ -108,7 +108,7 @@ def _verdicts(report: dict) -> list[dict]:
                 entry["p_adjusted"],
                 entry,
             )
-            verdicts.append(verdict | {"sign": 1 if entry["verdict"] == "reproduced" else -1})
+            verdicts.append(verdict | {"sign": entry["sign"]})
     return verdicts
 
 
@@ -131,7 +131,7 @@ def _proxy(d: np.ndarray) -> np.ndarray:
     return d * (0.62 - 0.03 * d)
 
 
-def _foundation(rng) -> dict:
+def _initial(rng) -> dict:
     scores = {
         n: {"mean": interval(rng.normal(0.1, 0.01, SEEDS)), "difference": None}
         for n in KINDS
@@ -241,7 +241,7 @@ def _signs(method: str, swept: float | None, fall: float, rng) -> dict:
         "judge": interval(fall + rng.normal(0, 0.02, SEEDS)), "peak": {"swept": 0.1, "step": 75, "kl": 9.4},
         "end": {"kl": 21.2}, "ends_at_peak": 0.0, "seeds": list(range(SEEDS)), "points": 17,
         "p_adjusted": None if swept else 0.004,
-        "verdict": None if swept else "reproduced" if fall < 0 else "not reproduced",
+        "sign": None if swept else 1 if fall < 0 else -1,
     }  # fmt: skip
 
 

@@ -87,7 +87,7 @@ def test_runs_are_dots_at_their_difference_in_standard_deviations():
     point["scores"] = {"gold": {"mean": None, "difference": estimate(0.25, 0.1, 0.4)}}
     report = {
         "kind": "runs", "score_kinds": {"gold": "gold"}, "points": [point],
-        "foundation": {"method": "sft", "scores": {"gold": mean}}, "methods": {"a": {"baseline": False}},
+        "initial_policy": {"method": "sft", "scores": {"gold": mean}}, "methods": {"a": {"baseline": False}},
     }  # fmt: skip
     axes = scores(report).axes[0]
     (dot,) = [line for line in axes.lines if line.get_marker() == "s"]
@@ -129,7 +129,10 @@ def test_the_seeds_lie_faintly_around_their_point(report):
     axes = frontier(report).axes[0]
     faint = [line for line in axes.lines if line.get_alpha() == 0.35]
     assert len(faint) == 16 + 16 + 4 and all(len(line.get_xdata()) == 5 for line in faint)
-    point, base = report["points"][0], report["foundation"]["scores"]["gold"]["mean"]["estimate"]
+    point, base = (
+        report["points"][0],
+        report["initial_policy"]["scores"]["gold"]["mean"]["estimate"],
+    )
     seed = point["per_seed"][2]
     found = next(line for line in faint if math.isclose(line.get_xdata()[2], math.sqrt(seed["kl"])))
     assert math.isclose(found.get_ydata()[2], seed["scores"]["gold"] - base)
@@ -210,7 +213,7 @@ def test_strengths_go_from_near_to_far(report):
 def test_every_method_has_a_look_of_its_own():
     report = {
         "methods": {name: {} for name in ("sft", *"abcdefg")},
-        "foundation": {"method": "sft"},
+        "initial_policy": {"method": "sft"},
     }
     looks = [style_of(report, name) for name in "abcdefg"]
     for part in ("color", "marker", "linestyle"):
@@ -247,7 +250,7 @@ def test_points_may_lack_estimates_and_intervals():
     for point in report["points"][::2]:
         point |= {"length": None, "ended": None}
         point["scores"].pop("reward_model")
-    report["foundation"] |= {"length": None, "scores": {}}
+    report["initial_policy"] |= {"length": None, "scores": {}}
     assert drawn(report) == ALL
 
 

@@ -15,7 +15,6 @@ from rlhf.compare.frontier import (
     near,
     round_kls,
 )
-from rlhf.errors import UserError
 
 KL = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
 
@@ -128,7 +127,7 @@ def test_kl_is_measured_again_in_each_resample():
     assert found.se > 0.05
 
 
-def test_ranges_are_what_every_seed_covers_and_nothing_is_extrapolated():
+def test_ranges_are_what_every_seed_covers():
     a = level_track([[1.0, 2.0, 9.0], [2.0, 5.0, 7.0]], [[1.0, 2.0, 3.0]] * 2)
     b = level_track([[0.5, 6.0], [0.4, 30.0]], [[1.0, 2.0]] * 2)
     assert kl_range(a) == (2.0, 7.0)
@@ -140,8 +139,6 @@ def test_ranges_are_what_every_seed_covers_and_nothing_is_extrapolated():
         == [row["kl"] for row in found.sensitivity]
         == [2.0, 4.0, 6.0]
     )
-    with pytest.raises(UserError, match="from 2 to 7 only"):
-        curve(a, [1.0])
     apart = equal_kl(a, level_track([[8.0, 9.0]] * 2, [[1.0, 2.0]] * 2))
     assert (apart.overlap, apart.rows, apart.sensitivity) == (None, [], [])
 
@@ -163,18 +160,6 @@ def test_a_method_does_not_differ_from_itself():
 )
 def test_kls_are_round_and_inside(low, high, expected):
     assert round_kls(low, high) == pytest.approx(expected, abs=1e-12)
-
-
-def test_what_does_not_fit_together_says_so():
-    track = level_track([KL] * 3, [KL] * 3)
-    with pytest.raises(UserError, match="3 seeds and 4 groups against 2 and 4"):
-        equal_kl(track, level_track([KL] * 2, [KL] * 2))
-    with pytest.raises(UserError, match="same groups"):
-        Track([np.ones((2, 3)), np.ones((2, 4))], [np.ones((2, 3)), np.ones((2, 4))])
-    with pytest.raises(UserError, match="for both"):
-        Track([np.ones((2, 3))], [np.ones((2, 4))])
-    with pytest.raises(UserError, match="finite"):
-        Track([np.ones((2, 3))], [np.full((2, 3), np.nan)])
 
 
 def simulated(rng, seeds, groups, slope):

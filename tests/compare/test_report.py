@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlhf.compare.format import amount, bound, digits, interval, listed, mirrored
-from rlhf.compare.report import print_report, write_files
+from rlhf.compare.report import print_report, read_report, write_files
 from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
 from tests.compare.report_example import example
 from tests.compare.test_runs import report_of, three
@@ -159,3 +159,9 @@ def test_short_numbers_and_lists():
         "a",
         "none",
     ]
+
+
+def test_a_report_of_an_earlier_version_has_todays_names(tmp_path):
+    (tmp_path / "report.json").write_text('{"foundation": {"method": "sft"}, "kind": "runs"}')
+    found = read_report(tmp_path / "report.json")
+    assert found == {"initial_policy": {"method": "sft"}, "kind": "runs"}

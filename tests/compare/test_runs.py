@@ -110,8 +110,8 @@ def test_what_is_not_there_is_empty():
         and report["overoptimisation"] == []
         and report["frontier"][0]["rows"] == []
     )
-    assert set(report["methods"]) == {"dpo", "ppo"} and report["foundation"]["method"] == "sft"
-    assert report["foundation"]["budget"] == {"episodes": 100.0}
+    assert set(report["methods"]) == {"dpo", "ppo"} and report["initial_policy"]["method"] == "sft"
+    assert report["initial_policy"]["budget"] == {"episodes": 100.0}
     assert [row["total"] for row in report["budget"]["rows"]] == [{"episodes": 100.0}] * 2
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 

@@ -10,6 +10,7 @@ from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.results import Point
 from rlhf.compare.selection import CHOICE, choose, chosen_mean, halves, rectangle, take
 from rlhf.compare.summary import summarise
+from rlhf.compare.verdict import OUTCOMES
 from rlhf.errors import UserError
 from tests.compare.results_example import STRENGTHS, apart_at_six, flat, make
 
@@ -129,7 +130,7 @@ def test_all_claims_of_a_report_are_one_family_and_the_rest_has_no_verdict():
     assert all("p_adjusted" not in row for row in report["frontier"][0]["path"]["rows"])
     assert "p_adjusted" not in report["wins"]
     single = [e for e in report["overoptimisation"] if e["swept"] is not None]
-    assert single and all(e["p_adjusted"] is None and e["verdict"] is None for e in single)
+    assert single and all(e["p_adjusted"] is None and e["sign"] is None for e in single)
 
 
 def test_two_seeds_allow_no_verdict_on_methods():
@@ -372,7 +373,7 @@ def test_over_optimisation_along_all_points(verdict):
     entry = next(
         e for e in report["overoptimisation"] if e["method"] == "ppo" and e["swept"] is None
     )
-    assert entry["verdict"] == verdict.partition(",")[0], entry
+    assert OUTCOMES[entry["sign"]] == verdict.partition(",")[0], entry
     if verdict == "reproduced":
         # the points' d nearest 1 are 0.894 (gold 0.494) and 1.225 (0.474); at d = 3 it is -1.5; the
         # proxy +1
@@ -390,11 +391,7 @@ def test_a_proxy_that_falls_with_the_judge_is_not_over_optimised():
     entry = next(
         e for e in report["overoptimisation"] if e["method"] == "ppo" and e["swept"] is None
     )
-    assert (
-        entry["peak"]["kl"] == 0
-        and entry["judge"]["high"] < 0
-        and entry["verdict"] == "not reproduced"
-    )
+    assert entry["peak"]["kl"] == 0 and entry["judge"]["high"] < 0 and entry["sign"] == -1
 
 
 def test_dpo_that_falls_from_the_start_is_broken_not_over_optimised():
@@ -402,7 +399,7 @@ def test_dpo_that_falls_from_the_start_is_broken_not_over_optimised():
     entry = next(
         e for e in report["overoptimisation"] if e["method"] == "dpo" and e["swept"] is None
     )
-    assert entry["judge"]["high"] < 0 and entry["verdict"] != "reproduced"
+    assert entry["judge"]["high"] < 0 and entry["sign"] != 1
 
 
 def test_dpo_is_over_optimised_where_the_judge_falls_whatever_a_proxy_does_that_it_does_not_learn_from():
@@ -415,7 +412,7 @@ def test_dpo_is_over_optimised_where_the_judge_falls_whatever_a_proxy_does_that_
         and entry["proxy"]["change"]["high"] < 0
         and entry["rise"]["low"] > 0
     )
-    assert entry["verdict"] == "reproduced"
+    assert entry["sign"] == 1
 
 
 def test_the_kl_of_best_of_n_is_known():

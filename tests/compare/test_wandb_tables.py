@@ -42,7 +42,7 @@ def test_rows_hold_the_numbers_flat():
     )
     assert (first["kl"], first["kl/low"], first["kl/high"]) == (1.5, 1.25, 1.75)
     assert (
-        first["over_foundation/gold"]
+        first["over_initial/gold"]
         == report["points"][0]["scores"]["gold"]["difference"]["estimate"]
     )
     assert rows["equal_kl"][0] == {

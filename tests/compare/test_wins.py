@@ -8,7 +8,6 @@ from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.judge import Verdicts
 from rlhf.compare.results import Point, Results, independent_pairs
 from rlhf.compare.wins import LengthFit, logistic_fit, separable, win_rate
-from rlhf.errors import UserError
 from rlhf.experiment.measure import blocks
 
 
@@ -252,13 +251,3 @@ def test_consistency_is_handed_on_and_ties_are_counted():
     a, b = (point(0, length=np.ones((2, 1))) for _ in range(2))
     found = win_rate([a], [b], results_of("xy"), [verdicts([[0.5], [1.0]], 0.75)])
     assert (found.consistency, found.ties) == (0.75, 0.5)
-
-
-def test_other_seeds_and_missing_numbers_are_refused():
-    values = {"score/gold": [[1.0, 2.0]], "length": [[1, 1]]}
-    a, b = point(0, **values), point(1, **values)
-    with pytest.raises(UserError, match=r"seeds \[0\] cannot meet seeds \[1\]"):
-        win_rate([a], [b], results_of("x"), "gold")
-    bad = point(0, **values | {"score/gold": [[math.nan, 0.0]]})
-    with pytest.raises(UserError, match="1 values of 'score/gold'"):
-        win_rate([a], [bad], results_of("x"), "gold")

@@ -139,7 +139,7 @@ def test_compare_reports_on_test_prompts(runs, files, tmp_path):
     )
     dpo, ppo = report["points"]
     assert (dpo["method"], ppo["method"]) == ("dpo", "ppo") and ppo["kl"]["estimate"] != 0.0
-    assert report["foundation"]["kl"]["estimate"] == 0.0
+    assert report["initial_policy"]["kl"]["estimate"] == 0.0
     pairs = [
         (verdict["a"], verdict["b"]) for verdict in report["verdicts"] if verdict["kind"] == "tuned"
     ]
