@@ -238,13 +238,13 @@ def test_readme_commands_exist():
             assert words[0] in ("git", "cd", "source", "export", "pip"), words
 
 
-def test_readme_tree_is_true():
-    text = (ROOT / "README.md").read_text()
+def test_the_tree_is_true():
+    text = (ROOT / "docs" / "index.md").read_text()
     tree = re.search(r"```text\n(.*?)```", text, re.S).group(1)
     for line in tree.splitlines():
         name = line.split()[0] if line.strip() else ""
         if name.endswith("/") or re.search(r"\.\w+$", name):
-            assert (ROOT / name).exists(), f"README's tree names {name}"
+            assert (ROOT / name).exists(), f"the tree names {name}"
 
 
 def test_the_project_speaks_of_itself_alone():
