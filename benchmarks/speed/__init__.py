@@ -1,0 +1,1 @@
+"""What `benchmarks/ppo_speed.py` measures, and with what: see its docstring."""

@@ -1,0 +1,90 @@
+"""Measure sampling alone: this project's engine, or transformers' `generate` with the adapter
+unmerged.
+
+    python -m speed.generation JOB      # a Job with side engine or hf; prints measurements as JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from speed.clocks import Updates, matmul_rate, peak_memory
+from speed.ours import trainer_of
+from speed.shapes import PAD, Job
+
+
+def by_engine(trainer: Any, job: Job, step: int) -> list[int]:
+    """Sample one response to each prompt as a rollout does; return their lengths."""
+    from rlhf.ppo.rollout import sample_keys
+
+    collector = trainer.collector
+    settings = collector.settings
+    prompts = [row["prompt_ids"] for row in trainer.data.prompts]
+    with trainer.roles.use("policy"):
+        completions = collector.generate(
+            trainer.roles.trunk,
+            prompts,
+            sample_keys(trainer.data.prompts, 1, settings.seed, step),
+            settings.sampling,
+            collector.stop_ids,
+            PAD,
+            settings.generation_batch_size,
+        )
+    return [len(ids) for ids in completions.response_ids]
+
+
+def by_transformers(trainer: Any, job: Job, step: int) -> list[int]:
+    """Sample the same with `generate`: prompts padded on the left, rows that ended stay."""
+    import torch
+    from transformers import GenerationConfig
+
+    torch.manual_seed(step)
+    prompts = [row["prompt_ids"] for row in trainer.data.prompts]
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), PAD)
+    for row, prompt in zip(ids, prompts, strict=True):
+        row[longest - len(prompt) :] = torch.tensor(prompt)
+    stops = trainer.collector.stop_ids
+    config = GenerationConfig(
+        max_new_tokens=job.workload.response,
+        do_sample=True,
+        top_k=0,
+        pad_token_id=PAD,
+        eos_token_id=stops or None,
+    )
+    with trainer.roles.use("policy"), torch.no_grad():
+        whole = trainer.roles.trunk.generate(
+            input_ids=ids, attention_mask=(ids != PAD).long(), generation_config=config
+        )
+    responses = whole[:, longest:]
+    if not stops:
+        return [responses.shape[1]] * len(responses)
+    is_stop = torch.isin(responses, torch.tensor(stops))
+    is_after = (is_stop.cumsum(-1) - is_stop.long()) > 0
+    return (~is_after).sum(-1).tolist()
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Return the seconds of each round of sampling, the lengths, memory and the matrix rate."""
+    import torch
+
+    torch.set_num_threads(job.threads)
+    rates = [matmul_rate()]
+    trainer, updates = trainer_of(job), Updates()
+    trainer.roles.eval()
+    sample = by_engine if job.side == "engine" else by_transformers
+    sample(trainer, job, 0)
+    for number in range(1, job.updates + 1):
+        updates.begin()
+        lengths = sample(trainer, job, number)
+        updates.end({}, lengths)
+    memory = peak_memory()
+    rates.append(matmul_rate())
+    return asdict(updates) | {"memory": memory, "matmul_rates": rates}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Job.from_json(sys.argv[1]))))
