@@ -70,8 +70,8 @@ def prepare_both(runs: Path) -> None:
     store_path.unlink(missing_ok=True)
     print("rows:", dict(import_votes(source, store_path)))
     with Store.open(store_path) as store:
-        votes, pairs = store.at().votes(), store.at().comparisons()
-    words = {pair["id"]: len(f"{pair['text_a']} {pair['text_b']}".split()) for pair in pairs}
+        votes, pairs = store.at().votes(), store.at().pairs()
+    words = {id: len(f"{pair['text_a']} {pair['text_b']}".split()) for id, pair in pairs.items()}
     summary = agreement_summary(votes, {}, words)
     (runs / "agreement.json").write_text(json.dumps(summary, indent=2) + "\n")
     for aggregate in ("majority", "skill"):

@@ -40,7 +40,7 @@ def report_card(
 ) -> dict[str, Any]:
     """Return everything the card says, as plain numbers (None where a number is not defined).
 
-    All arguments have one entry per pair; lengths are in tokens including the end token.
+    All arguments have one entry per pair; lengths are in tokens including EOS.
     Raises ValueError if there are no pairs, the counts differ, or a score is not finite.
     """
     chosen, rejected = np.asarray(chosen_scores, float), np.asarray(rejected_scores, float)

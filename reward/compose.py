@@ -41,29 +41,17 @@ def build_model(spec: ModelSpec, tokenizer: Any = None) -> Scorer:
     )
 
 
-def _build_function(spec: FunctionSpec, tokenizer: Any = None) -> Scorer:
-    return functools.partial(spec.load(spec.name), **spec.options)
-
-
 def _build_rule(spec: RuleSpec, tokenizer: Any = None) -> Scorer:
     rule = functools.partial(RULES[spec.rule], **spec.options)
     return lambda samples: Scores(list(map(rule, samples.responses, samples.metadata)))
 
 
-def _build_voice(spec: VoiceSpec, tokenizer: Any = None) -> Scorer:
-    return voice_scorer(spec.voice, spec.name)
-
-
-def _build_http(spec: HttpSpec, tokenizer: Any = None) -> Scorer:
-    return http_scorer(spec)
-
-
 BUILDERS: dict[type[ScorerSpec], Build] = {
     ModelSpec: build_model,
-    VoiceSpec: _build_voice,
-    FunctionSpec: _build_function,
+    VoiceSpec: lambda spec, _: voice_scorer(spec.voice, spec.name),
+    FunctionSpec: lambda spec, _: functools.partial(spec.load(spec.name), **spec.options),
     RuleSpec: _build_rule,
-    HttpSpec: _build_http,
+    HttpSpec: lambda spec, _: http_scorer(spec),
 }
 
 

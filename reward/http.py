@@ -11,15 +11,14 @@ message.
 from __future__ import annotations
 
 import concurrent.futures
-import itertools
 import math
 import threading
-from typing import Any
 
 from reward.checks import first_prompt
 from reward.specs import HttpSpec
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError
+from rlhf.files import json_safe
 from rlhf.http_client import Answer, Service, ask, read_token
 
 REQUESTS_AT_A_TIME = 4
@@ -38,24 +37,25 @@ def http_scorer(spec: HttpSpec) -> Scorer:
     )
 
     def score(samples: Samples) -> Scores:
-        starts = range(0, len(samples), spec.batch_size)
-        answers = _ask_all(
-            service, [_slice(samples, start, start + spec.batch_size) for start in starts]
-        )
-        parts = list(answers[0].breakdown) if answers else []
-        for answer in answers:
-            if set(answer.breakdown) != set(parts):
-                found = f"{', '.join(parts) or 'none'} and {', '.join(answer.breakdown) or 'none'}"
+        batches = []
+        for start in range(0, len(samples), spec.batch_size):
+            end = start + spec.batch_size
+            own = {name: column[start:end] for name, column in vars(samples).items()}
+            batches.append(Samples(**own))
+
+        scores = Scores([])
+        for number, answer in enumerate(_ask_all(service, batches)):
+            if number and answer.breakdown.keys() != scores.breakdown.keys():
+                found = " and ".join(
+                    ", ".join(part.breakdown) or "none" for part in (scores, answer)
+                )
                 raise UserError(
                     f"{service}: the parts of the breakdown differ between two answers: {found}"
                 )
-
-        total = itertools.chain.from_iterable(answer.total for answer in answers)
-        breakdown: dict[str, list[float]] = {part: [] for part in parts}
-        for answer in answers:
+            scores.total += answer.total
             for part, values in answer.breakdown.items():
-                breakdown[part] += values
-        return Scores(list(total), breakdown)
+                scores.breakdown.setdefault(part, []).extend(values)
+        return scores
 
     return score
 
@@ -79,34 +79,13 @@ def _ask_all(service: Service, batches: list[Samples]) -> list[Scores]:
 
 def _ask(service: Service, samples: Samples, stop: threading.Event) -> Scores:
     """Return the service's scores of one batch."""
-    columns = zip(
-        samples.prompts,
-        samples.responses,
-        map(bool, samples.ended),
-        map(_json_value, samples.metadata),
-        strict=True,
-    )
-    rows = [
-        dict(zip(("prompt", "response", "ended", "metadata"), row, strict=True)) for row in columns
-    ]
+    columns = zip(samples.prompts, samples.responses, samples.ended, samples.metadata, strict=True)
+    rows = []
+    for prompt, response, ended, metadata in columns:
+        row = {"prompt": prompt, "response": response, "ended": bool(ended)}
+        rows.append(row | {"metadata": json_safe(metadata, nan_as_null=True)})
     answer = ask(service, {"samples": rows}, f"score {len(samples)} samples", stop)
     return _scores(service, answer, samples)
-
-
-def _json_value(value: Any) -> Any:
-    """Return metadata as JSON can hold it: NaN and infinity become null, unknown objects their
-    text.
-    """
-    # numpy
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, dict):
-        return {str(key): _json_value(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_json_value(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else str(value)
 
 
 def _scores(service: Service, answer: Answer, samples: Samples) -> Scores:
@@ -132,12 +111,7 @@ def _scores(service: Service, answer: Answer, samples: Samples) -> Scores:
             )
             raise UserError(f"{found}.\n{first_prompt(samples)}")
     # null says that a part does not apply to a sample
-    parts = {
-        name: [math.nan if v is None else v for v in values] for name, values in breakdown.items()
-    }
+    parts = {}
+    for name, values in breakdown.items():
+        parts[name] = [math.nan if value is None else value for value in values]
     return Scores(total, parts)
-
-
-def _slice(samples: Samples, start: int, stop: int) -> Samples:
-    columns = {name: values[start:stop] for name, values in vars(samples).items()}
-    return Samples(**columns)

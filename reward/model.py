@@ -167,8 +167,8 @@ class RewardModel:
         batch_size: int = 32,
         progress: Callable[[int], Any] | None = None,
     ):
-        """Return the scores of B sequences (prompt ids + response ids, the end token included where
-        there is one).
+        """Return the scores of B sequences (prompt ids + response ids, EOS included where there is
+        one).
 
         Raises UserError for one that is longer than the model's positions.
         """
@@ -344,8 +344,8 @@ def reward_scorer(
 
     `tokenizer` is the one the samples' ids come from. Where it is the reward model's too
     (vocabulary, special tokens and chat template), ids are read as they are; otherwise prompts and
-    responses are encoded anew by the reward model's tokenizer and template, with its end token
-    where the response ended.
+    responses are encoded anew by the reward model's tokenizer and template, with its EOS where the
+    response ended.
     """
     reward = load_reward(path, device, dtype)
     own = reward.tokenizer

@@ -38,13 +38,11 @@ def report(
 ) -> dict[str, float]:
     """Write the report card of the held-out pairs, log its numbers, and return the headline."""
     config = run.config
+    pairs = [row["record"] for row in held_out]
+    chosen_lengths = [len(row["chosen_ids"]) for row in held_out]
+    rejected_lengths = [len(row["rejected_ids"]) for row in held_out]
     card = report_card(
-        [row["record"] for row in held_out],
-        chosen,
-        rejected,
-        [len(row["chosen_ids"]) for row in held_out],
-        [len(row["rejected_ids"]) for row in held_out],
-        title=run.folder.name,
+        pairs, chosen, rejected, chosen_lengths, rejected_lengths, title=run.folder.name
     )
     card["rows"] = run.data.row_counts
 

@@ -20,7 +20,7 @@ class UserError(Exception):
     """
 
 
-class Halt(Exception):
+class EarlyExit(Exception):
     """The program ends here with everything saved; the message says why and how to continue."""
 
     def __init__(self, message: str, code: int = 0):

@@ -155,16 +155,18 @@ def dumps(value: Any, indent: int | None = None) -> str:
     return json.dumps(json_safe(value), ensure_ascii=False, allow_nan=False, indent=indent)
 
 
-def json_safe(value: Any) -> Any:
-    """Return `value` as JSON can hold it: numbers that are not finite become strings, arrays
-    numbers, the rest text.
+def json_safe(value: Any, *, nan_as_null: bool = False) -> Any:
+    """Return `value` as JSON can hold it: numbers that are not finite become strings (or None),
+    arrays numbers, the rest text.
     """
     if isinstance(value, dict):
-        return {str(k): json_safe(v) for k, v in value.items()}
+        return {str(k): json_safe(v, nan_as_null=nan_as_null) for k, v in value.items()}
     if isinstance(value, (list, tuple, set)):
-        return [json_safe(v) for v in value]
+        return [json_safe(v, nan_as_null=nan_as_null) for v in value]
     if hasattr(value, "tolist"):
-        return json_safe(value.tolist())
+        return json_safe(value.tolist(), nan_as_null=nan_as_null)
     if isinstance(value, float) and not math.isfinite(value):
+        if nan_as_null:
+            return None
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value if isinstance(value, (str, int, float, type(None))) else str(value)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from rlhf.config import output_places
-from rlhf.errors import EXIT_USER_ERROR, Halt, UserError
+from rlhf.errors import EXIT_USER_ERROR, EarlyExit, UserError
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def program(main: Callable[..., T]) -> Callable[..., T]:
     """Decorate a program's `main` so that it ends with a message and an exit code.
 
     A UserError, or an error that `user_error` turns into one, is printed to stderr with exit code
-    2; a Halt is printed to stdout with its own code. Of several ranks only the first to fail
+    2; an EarlyExit is printed to stdout with its own code. Of several ranks only the first to fail
     prints.
     """
 
@@ -53,10 +53,10 @@ def program(main: Callable[..., T]) -> Callable[..., T]:
         output_places.clear()
         try:
             return main(*args, **kwargs)
-        except Halt as halt:
+        except EarlyExit as exit_:
             if os.environ.get("RANK", "0") == "0":
-                print(halt, flush=True)
-            sys.exit(halt.code)
+                print(exit_, flush=True)
+            sys.exit(exit_.code)
         except BrokenPipeError:
             # the reader (`| head`) has closed the pipe; flushing stdout at exit must not fail again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

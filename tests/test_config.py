@@ -13,7 +13,7 @@ import yaml
 
 import rlhf
 from rlhf.config import SEED, option, parse, save
-from rlhf.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, Halt, UserError
+from rlhf.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, EarlyExit, UserError
 from rlhf.options.offline import SFTRunConfig
 from rlhf.options.ppo import PPOConfig
 from rlhf.program import program
@@ -200,7 +200,7 @@ def test_a_number_out_of_its_range_is_refused(flags, words):
 def test_a_halt_ends_with_its_code_and_speaks_once(monkeypatch, capsys):
     @program
     def main():
-        raise Halt("saved", EXIT_INTERRUPTED)
+        raise EarlyExit("saved", EXIT_INTERRUPTED)
 
     for rank, said in (("0", "saved\n"), ("1", "")):
         monkeypatch.setenv("RANK", rank)

@@ -23,6 +23,7 @@ from rlhf.collect.session import HERE, Refused, Site, page
 
 LONGEST_FORM = 64 * 1024  # bytes
 REQUEST_SECONDS = 30.0  # until a request must be complete
+FAILED = "Something failed on the server. What was saved is safe. Reload the page; if it fails again, tell the owner."
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
     "form-action 'self'; base-uri 'none'; frame-ancestors 'none'",
@@ -43,13 +44,14 @@ def create_app(site: Site) -> Headers:
         site.worker.shutdown()
 
     static = Mount("/static", StaticFiles(directory=HERE / "static"))
+    not_found = message_page(404, "Nothing here", "There is no such page.")
     handlers = {
         Refused: refused,
         ClientDisconnect: disconnected,
         404: not_found,
         405: not_found,
-        413: too_long,
-        500: failed,
+        413: message_page(413, "Too long", "That form was too long."),
+        500: message_page(500, "That did not work", FAILED),
     }
     app = Starlette(
         routes=[*pages.ROUTES, *owner.ROUTES, static],
@@ -121,26 +123,10 @@ async def refused(request: Request, error: Refused) -> Response:
     )
 
 
-async def not_found(request: Request, error: Exception) -> Response:
-    return page(
-        "message.html",
-        request.app.state.site,
-        404,
-        title="Nothing here",
-        text="There is no such page.",
-    )
+def message_page(status: int, title: str, text: str) -> Callable:
+    """Return a handler that answers with a page of one message."""
 
+    async def handler(request: Request, error: Exception) -> Response:
+        return page("message.html", request.app.state.site, status, title=title, text=text)
 
-async def too_long(request: Request, error: Exception) -> Response:
-    return page(
-        "message.html",
-        request.app.state.site,
-        413,
-        title="Too long",
-        text="That form was too long.",
-    )
-
-
-async def failed(request: Request, error: Exception) -> Response:
-    text = "Something failed on the server. What was saved is safe. Reload the page; if it fails again, tell the owner."
-    return page("message.html", request.app.state.site, 500, title="That did not work", text=text)
+    return handler

@@ -245,12 +245,15 @@ def answers_of_policy(
             # samples are numbered on from setting to setting, so that a further setting changes
             # none of them
             numbers = range(setting * samples, (setting + 1) * samples)
-            wanted = [(row["prompt_ids"], number) for row in rows for number in numbers]
+            wanted, keys = [], []
+            for row, number in itertools.product(rows, numbers):
+                wanted.append(row["prompt_ids"])
+                keys.append(sample_key(config.seed, purpose, row["prompt_ids"], number))
             with spent.counting():
                 generated = generate(
                     model,
-                    [ids for ids, _ in wanted],
-                    [sample_key(config.seed, purpose, ids, number) for ids, number in wanted],
+                    wanted,
+                    keys,
                     Sampling(config.max_response_length, temperature, top_p=top_p),
                     stop_ids(tokenizer, initial.model),
                     tokenizer.pad_token_id,

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -36,10 +37,6 @@ class Refused(Exception):
         self.reason = reason
 
 
-def _one_thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "store")
-
-
 @dataclass
 class Site:
     """The state of the app, which every request reads."""
@@ -50,7 +47,7 @@ class Site:
     tags: list[str] = field(default_factory=list)
     secure: bool = False  # send cookies over https only
     cookie: str = "rlhf"  # prefix of the cookies' names, since browsers share cookies between ports
-    worker: ThreadPoolExecutor = field(default_factory=_one_thread)
+    worker: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "store"))
     store: Store | None = None
     queue: Queue | None = None
     # the owner's summary, with the newest event and comparison when it was computed
@@ -133,22 +130,17 @@ def _signed(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
-def _templates() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=shown,
-    )
-    environment.filters |= {
-        "signed": _signed,
-        "render": render,
-        "percent": percent,
-        "fraction": fraction,
-        "number": number,
-    }
-    return environment
-
-
-TEMPLATES = _templates()
+TEMPLATES = Environment(
+    loader=FileSystemLoader(HERE / "templates"),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    finalize=shown,
+)
+TEMPLATES.filters |= {
+    "signed": _signed,
+    "render": render,
+    "percent": percent,
+    "fraction": fraction,
+    "number": number,
+}

@@ -15,13 +15,14 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from rlhf.data.dawid_skene import Ratings
 from rlhf.data.votes import Vote, skills
+from rlhf.files import json_safe
 from rlhf.stats import fair_coin_p, jackknife_interval, wilson
 
 Level = Literal["nominal", "ordinal"]
@@ -170,16 +171,15 @@ def agreement_summary(
     for level in ("nominal", "ordinal"):
         found = alpha_interval(ratings_of(normal, level), level)
         alphas[level] = dict(zip(("estimate", "low", "high"), found, strict=True))
-    return _plain(
-        {
-            "votes": len(normal),
-            "pairs": len(nominal),
-            "pairs_judged_twice": sum(len(values) > 1 for values in nominal.values()),
-            "alpha": alphas,
-            "kappa": pairwise_kappas(nominal),
-            "annotators": annotator_reliability(votes, controls, words),
-        }
-    )
+    summary = {
+        "votes": len(normal),
+        "pairs": len(nominal),
+        "pairs_judged_twice": sum(len(values) > 1 for values in nominal.values()),
+        "alpha": alphas,
+        "kappa": list(map(asdict, pairwise_kappas(nominal))),
+        "annotators": list(map(asdict, annotator_reliability(votes, controls, words))),
+    }
+    return json_safe(summary, nan_as_null=True)
 
 
 def annotator_reliability(
@@ -335,8 +335,9 @@ def _alpha(sums: np.ndarray, level: Level) -> np.ndarray:
 def _crossed(one: dict, other: dict) -> np.ndarray:
     """Return (N, K, K): for each common item a 1 at (value of one, value of the other)."""
     items = [item for item in one if item in other]
-    values = [one[item] for item in items] + [other[item] for item in items]
-    order = sorted(set(values), key=str)
+    values = {one[item] for item in items}
+    values |= {other[item] for item in items}
+    order = sorted(values, key=str)
     cells = np.zeros((len(items), len(order), len(order)))
     for i, item in enumerate(items):
         cells[i, order.index(one[item]), order.index(other[item])] = 1
@@ -364,14 +365,3 @@ def _interval(
     estimate = float(statistic(total[None])[0])
     low, high, _ = jackknife_interval(estimate, statistic(total - cells), bounds=(-1.0, 1.0))
     return estimate, low, high
-
-
-def _plain(value: Any) -> Any:
-    """Return dataclasses as dicts, and None for numbers that are not finite."""
-    if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

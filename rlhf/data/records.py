@@ -144,7 +144,7 @@ class Labelled(Record):
 class Samples:
     """B responses of a policy, as every scorer receives them.
 
-    `response_ids` hold the end token where there is one (`ended`); `responses` are text without
+    `response_ids` hold EOS where there is one (`ended`); `responses` are text without
     special tokens. `metadata` is each prompt record's own, with its group under "group" and, where
     known, its voice under "voice". Scorers that are roles on the base read the ids; text is never
     tokenized again.

@@ -8,7 +8,7 @@ import hashlib
 import json
 import sqlite3
 from collections import Counter
-from typing import Any, Literal
+from typing import Any
 
 from rlhf.data.records import Preference, Prompt, Record
 from rlhf.data.split import answer_pair, join_groups
@@ -108,43 +108,19 @@ class StoreView:
             del row["id"]
         return rows
 
-    def comparisons(self, kind: Literal["normal", "control"] = "normal") -> list[dict[str, Any]]:
-        """Return every comparison of a kind by id: {id, prompt, metadata, text_a, text_b, ended_a,
-        ended_b}.
-
-        metadata holds the prompt's group and, where known, voice; a response of unknown end counts
-        as ended.
-        """
-        result = []
-        for row in self._db.execute(f"{COMPARISONS} WHERE c.kind = ? ORDER BY c.id", (kind,)):
-            metadata = json.loads(row["metadata"])
-            metadata["group"] = row["own_group"] or row["default_group"]
-            if row["voice"] is not None:
-                metadata["voice"] = row["voice"]
-            comparison = {
-                "id": row["id"],
-                "prompt": json.loads(row["messages"]),
-                "metadata": metadata,
-                "text_a": row["text_a"],
-                "text_b": row["text_b"],
-                "ended_a": row["ended_a"] is None or bool(row["ended_a"]),
-                "ended_b": row["ended_b"] is None or bool(row["ended_b"]),
-            }
-            result.append(comparison)
-        return result
-
     def controls(self) -> dict[int, str]:
         """Return {control comparison: the side known to be better, "a" or "b"}."""
         found = self._db.execute("SELECT id, expected FROM comparisons WHERE kind = 'control'")
         return dict(map(tuple, found))
 
     def pairs(self) -> dict[int, dict[str, Any]]:
-        """Return every comparison by id with what the owner may see.
+        """Return every comparison by id, in their order.
 
-        {id, kind, expected, prompt, messages} and, of each side, {text, ended, model} as text_a,
-        text_b, ...
+        {id, kind, expected, prompt (its id), messages, metadata} and, of each side, {text, ended,
+        model} as text_a, text_b, ... `ended` is 1, 0 (cut off) or None (not known); metadata holds
+        the prompt's group and, where known, its voice.
         """
-        return {row["id"]: _pair(row) for row in self._db.execute(COMPARISONS)}
+        return {row["id"]: _pair(row) for row in self._db.execute(f"{COMPARISONS} ORDER BY c.id")}
 
     def pair(self, comparison: int) -> dict[str, Any]:
         """Return one comparison, as in `pairs`."""
@@ -224,29 +200,20 @@ class StoreView:
         for (comparison,) in voted:
             pair = pairs[comparison]
             links[pair["prompt"]].append(answer_pair(pair["text_a"], pair["text_b"]))
-        free = [prompt for prompt in prompts if prompt["own_group"] is None]
-        joined = join_groups(
-            [prompt["default_group"] for prompt in free],
-            [links[prompt["id"]] for prompt in free],
-        )
-        return {prompt["id"]: group for prompt, group in zip(free, joined, strict=True)}
+        # a group that the data names is not joined with others
+        free = {row["id"]: row["default_group"] for row in prompts if row["own_group"] is None}
+        joined = join_groups(list(free.values()), [links[prompt] for prompt in free])
+        return dict(zip(free, joined, strict=True))
 
 
 def _pair(row: sqlite3.Row) -> dict[str, Any]:
-    shown = (
-        "id",
-        "kind",
-        "expected",
-        "prompt",
-        "text_a",
-        "text_b",
-        "ended_a",
-        "ended_b",
-        "model_a",
-        "model_b",
-    )
-    pair = {name: row[name] for name in shown}
-    pair["messages"] = json.loads(row["messages"])
+    pair = dict(row)
+    own_group, default_group = pair.pop("own_group"), pair.pop("default_group")
+    voice = pair.pop("voice")
+    pair["messages"] = json.loads(pair["messages"])
+    pair["metadata"] = json.loads(pair["metadata"]) | {"group": own_group or default_group}
+    if voice is not None:
+        pair["metadata"]["voice"] = voice
     return pair
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf import config as options
-from rlhf.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, Halt, UserError
+from rlhf.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, EarlyExit, UserError
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.cost import known_lengths, planned_lengths
 from rlhf.experiment.plan import Job, plan, record_of, recorded_options
@@ -61,7 +61,7 @@ def run_experiment(
     """Do all jobs and write the report; `check_scorers(specs, made_later)` refuses scorers that
     cannot be made.
 
-    Raises UserError on options that cannot work or do not fit what is there, Halt when interrupted
+    Raises UserError on options that cannot work or do not fit what is there, EarlyExit when interrupted
     or when programs failed; what is done stays.
     """
     # these import torch and rich, which the quickstart does without
@@ -85,7 +85,7 @@ def run_experiment(
         with LiveTable(config, state) as display:
             run_jobs(state, how, display, signals, lambda: replan(config, state, how))
     if state.failed:
-        raise Halt(failures(state), 1)
+        raise EarlyExit(failures(state), 1)
     write_report(config, state.folder / "report", config.report_to, config.project)
 
 
@@ -212,7 +212,7 @@ def run_jobs(
 ) -> None:
     """Start what is ready and collect what has ended, until nothing is left; `replan` may add jobs.
 
-    Raises Halt on a signal.
+    Raises EarlyExit on a signal.
     """
     while not signals:
         collect_ended(state, how, display)
@@ -224,7 +224,7 @@ def run_jobs(
         time.sleep(POLL_SECONDS)
     if signals:
         name = signal.Signals(signals[0]).name
-        raise Halt(f"stopped by {name}; the same command resumes", EXIT_INTERRUPTED)
+        raise EarlyExit(f"stopped by {name}; the same command resumes", EXIT_INTERRUPTED)
 
 
 def start_ready(state: ExperimentState, how: RunOptions, display: Any) -> None:

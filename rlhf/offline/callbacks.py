@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from rlhf.deepspeed_backend import gathered
 from rlhf.distributed import peak_memory
-from rlhf.errors import EXIT_GUARD, Halt
+from rlhf.errors import EXIT_GUARD, EarlyExit
 from rlhf.evaluate import Evaluation, sample_table, summarise
 from rlhf.models import InitialModel, write_identity
 from rlhf.offline.trl_names import rename_trl
@@ -184,13 +184,13 @@ class RunCallback(TrainerCallback):
         self.evaluated_step = resumed.metadata["state"]["evaluated"]
 
 
-def not_finite(run: Run, step: int, what: str) -> Halt:
+def not_finite(run: Run, step: int, what: str) -> EarlyExit:
     """Close the run and return the exception that ends it because of NaN or infinite numbers;
     nothing is saved.
     """
     run.close()
     kept = f" Checkpoints from before are in {run.checkpoints}." if run.checkpoints.is_dir() else ""
-    return Halt(
+    return EarlyExit(
         f"{run.program}: stopped at step {step}: {what}, and nothing is saved of it.{kept} Lower learning_rate, take "
         "dtype float32, or look at the rows",
         EXIT_GUARD,

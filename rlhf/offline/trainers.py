@@ -157,7 +157,7 @@ def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float
 def train(trainer: Trainer, callback: RunCallback, lora_dropout: float = 0.0) -> None:
     """Train to the end, from the run's checkpoint if it has one, writing checkpoints on the way.
 
-    `callback` is one of the trainer's. Raises Halt when a signal has ended it early, or a loss,
+    `callback` is one of the trainer's. Raises EarlyExit when a signal has ended it early, or a loss,
     gradient or weight is not finite any more, and UserError when no step was made.
     """
     run = callback.run
@@ -188,7 +188,7 @@ def held_out_loss(trainer: Trainer, run: Run) -> dict[str, float]:
     """Return the trainer's own evaluation on its held-out rows, under our names; its callbacks log
     it.
 
-    Raises Halt if the loss is not finite: such a model is no result.
+    Raises EarlyExit if the loss is not finite: such a model is no result.
     """
     named = rename_trl(trainer.evaluate(), run.program)
     if not math.isfinite(named["eval/loss/total"]):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.records import BadScore
-from rlhf.errors import EXIT_GUARD, Halt
+from rlhf.errors import EXIT_GUARD, EarlyExit
 from rlhf.evaluate import Evaluation, sample_table, summarise
 from rlhf.models import InitialModel
 from rlhf.ppo.guards import Decision
@@ -44,7 +44,7 @@ class TrainingLoop:
     def train(self) -> Decision | None:
         """Make the steps that are left, from the start or from the run's checkpoint.
 
-        Returns the decision of the guard that stopped the run, or None at its end. Raises Halt when
+        Returns the decision of the guard that stopped the run, or None at its end. Raises EarlyExit when
         a signal ends it.
         """
         run, trainer = self.run, self.trainer
@@ -155,7 +155,7 @@ class TrainingLoop:
                 self.trainer.roles.save(folder, self.initial)
 
     def finish(self, stopped: Decision | None) -> None:
-        """Write adapters and result.json. Raises Halt where a guard stopped the run or nothing was
+        """Write adapters and result.json. Raises EarlyExit where a guard stopped the run or nothing was
         learnt.
         """
         run, trainer = self.run, self.trainer
@@ -165,7 +165,7 @@ class TrainingLoop:
             reason = (
                 stopped.reason if stopped else f"every rollout was skipped, see {run.folder}/tables"
             )
-            raise Halt(f"ppo: nothing was learnt: {reason}", EXIT_GUARD)
+            raise EarlyExit(f"ppo: nothing was learnt: {reason}", EXIT_GUARD)
 
         self.save_adapters(run.folder)
         result: dict[str, Any] = {"guards": trainer.guards.events, "steps": trainer.steps_done}
@@ -173,7 +173,7 @@ class TrainingLoop:
             result["stopped"] = stopped.reason
         run.finish(self.headline, spent, **result)
         if stopped:
-            raise Halt(
+            raise EarlyExit(
                 f"ppo: stopped by guard {stopped.guard} at step {stopped.step}: {stopped.reason}",
                 EXIT_GUARD,
             )

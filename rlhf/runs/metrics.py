@@ -87,14 +87,14 @@ METRICS: dict[str, Metric] = {
     ),
     # responses
     "response/length": Metric(
-        "response tokens of a response with its end token, mean",
+        "response tokens of a response with its EOS, mean",
         "near the data's; no steady drift",
         "drifts up with the score: the scorer likes length; see the reward report's length bias",
     ),
     "response/ended": Metric(
-        "share of responses that sampled the end token within the token limit",
+        "share of responses that sampled EOS within the token limit",
         "above 0.95",
-        "lower: raise max_response_length, train SFT on the end token, lower missing_eos_score",
+        "lower: raise max_response_length, train SFT on EOS, lower missing_eos_score",
     ),
     "response/eos_probability": Metric(
         "probability of the EOS token where given answers end, mean over up to 64 held-out answers (SFT)",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf import config as options
-from rlhf.errors import EXIT_INTERRUPTED, Halt, UserError
+from rlhf.errors import EXIT_INTERRUPTED, EarlyExit, UserError
 from rlhf.files import unlock_folder
 from rlhf.options.shared import RunConfig
 from rlhf.runs import checkpoint
@@ -208,7 +208,7 @@ class Run:
         """
         return bool(self.world.sum(float(self.signals.received is not None)))
 
-    def interrupted_error(self, step: int) -> Halt:
+    def interrupted_error(self, step: int) -> EarlyExit:
         """Close the run and return the exception that ends an interrupted program."""
         names = self.world.gather([self.signals.received])
         first = next(name for name in names if name is not None)
@@ -221,7 +221,7 @@ class Run:
         if self.config.resume != "auto":
             dropped.append("--resume")
         without = f", without {' and '.join(dropped)}," if dropped else ""
-        return Halt(
+        return EarlyExit(
             f"{self.program}: stopped by {first} after step {step}, saved in {self.checkpoints}. The same command"
             f"{without} continues from there",
             EXIT_INTERRUPTED,

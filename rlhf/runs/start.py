@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf import config as options
-from rlhf.errors import EXIT_GUARD, Halt, UserError, near_file
+from rlhf.errors import EXIT_GUARD, EarlyExit, UserError, near_file
 from rlhf.files import lock_folder
 from rlhf.options.shared import RunConfig
 from rlhf.runs import checkpoint
@@ -29,7 +29,7 @@ def start_run(program: str, config: RunConfig) -> Run:
     random generators.
 
     Raises UserError where fixed options differ from those of the folder's run or a requested
-    checkpoint cannot be used, and Halt where the run is finished already.
+    checkpoint cannot be used, and EarlyExit where the run is finished already.
     """
     from rlhf.models import silence_libraries
 
@@ -66,7 +66,7 @@ def start_run(program: str, config: RunConfig) -> Run:
 
 
 def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
-    """Return if the folder's finished run is to be made longer; raise Halt if it is the one that
+    """Return if the folder's finished run is to be made longer; raise EarlyExit if it is the one that
     was requested.
 
     Raises UserError if another run was requested.
@@ -77,7 +77,7 @@ def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> N
     if config.resume not in ("auto", "never"):
         return
     if result.get("stopped"):
-        raise Halt(
+        raise EarlyExit(
             f"{folder} holds a run that was stopped: {result['stopped']}. To continue anyway, pass "
             f"--resume {folder / checkpoint.FOLDER}/step-...; or {START_OVER}",
             EXIT_GUARD,
@@ -90,7 +90,7 @@ def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> N
         return
     # where max_steps is given, it is what has ended the run
     limit = "max_steps" if now.get("max_steps", math.inf) < math.inf else next(iter(compared), None)
-    raise Halt(
+    raise EarlyExit(
         f"{folder} is finished ({result['finished']}). To train on, raise --{limit}; or {START_OVER}"
     )
 

@@ -169,21 +169,19 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
     """
     config.validate()
     with Store.open(config.store) as store:
-        pairs = store.at().comparisons()
+        every = store.at().pairs().values()
+        pairs = [pair for pair in every if pair["kind"] == "normal"]
         if not pairs:
             raise UserError(
                 f"{config.store}: has no comparisons to judge; make some with: rlhf collect sample"
             )
         scores = _gold_scores(pairs, gold)
-        names = {annotator.name for annotator in ANNOTATORS}
+        names = [annotator.name for annotator in ANNOTATORS]
         known = [vote for vote in store.at().votes() if vote.annotator in names]
         done: dict[int, set[str]] = {}
         for vote in known:
             done.setdefault(vote.comparison, set()).add(vote.annotator)
-        ids = {
-            annotator.name: store.add_annotator(annotator.name, kind="model")
-            for annotator in ANNOTATORS
-        }
+        ids = {name: store.add_annotator(name, kind="model") for name in names}
         with store.transaction():
             for pair in tqdm(pairs, desc="simulated votes", unit="pair", mininterval=5):
                 voted = done.get(pair["id"], set())
@@ -264,11 +262,9 @@ def _held_out(config: AnnotateConfig, pairs: list[dict]) -> list[dict]:
     """
     if not config.judged_by_all:
         return []
-    held_out = {
-        json.dumps(p.prompt, sort_keys=True)
-        for p in load([config.store], Prompt, split="validation")
-    }
-    found = [pair for pair in pairs if json.dumps(pair["prompt"], sort_keys=True) in held_out]
+    records = load([config.store], Prompt, split="validation")
+    held_out = {json.dumps(record.prompt, sort_keys=True) for record in records}
+    found = [pair for pair in pairs if json.dumps(pair["messages"], sort_keys=True) in held_out]
     if len(found) < config.judged_by_all:
         print(
             f"{config.store}: {len(found)} comparisons are held out for validation; all of them are judged by all"
@@ -309,11 +305,12 @@ def _gold_scores(pairs: list[dict], gold: Scorer) -> dict[int, tuple[float, floa
     samples = Samples([], [], [], [], [], [])
     for pair in pairs:
         for side in "ab":
-            samples.prompts.append(pair["prompt"])
+            samples.prompts.append(pair["messages"])
             samples.responses.append(pair[f"text_{side}"])
             samples.prompt_ids.append([])
             samples.response_ids.append([])
-            samples.ended.append(pair[f"ended_{side}"])
+            # None: not known, which counts as ended
+            samples.ended.append(pair[f"ended_{side}"] != 0)
             samples.metadata.append(pair["metadata"])
     total = gold(samples).total
     return {pair["id"]: (total[2 * i], total[2 * i + 1]) for i, pair in enumerate(pairs)}

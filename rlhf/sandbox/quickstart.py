@@ -213,7 +213,7 @@ class StepDisplay:
 
 
 def quickstart(config: QuickstartConfig) -> None:
-    """Do the jobs that are not done; raises UserError naming the log when one fails, Halt on a
+    """Do the jobs that are not done; raises UserError naming the log when one fails, EarlyExit on a
     signal.
     """
     state = ExperimentState(Path(config.run))

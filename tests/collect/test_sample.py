@@ -177,7 +177,7 @@ def test_control_pairs_are_marked_and_never_trained_on(tmp_path, prompts):
     with Store.open(tmp_path / "s.db") as store:
         known = store.at().controls()
         right = {store.at().pair(id)[f"text_{side}"] for id, side in known.items()}
-        assert right == {"hello", "good day"} and len(store.at().comparisons()) == 6
+        assert right == {"hello", "good day"} and store.at().stats()["comparisons"] == 6
         annotator = store.add_annotator("ann")
         for id, side in known.items():
             store.vote(id, annotator, side)
@@ -259,8 +259,8 @@ def test_prompts_with_the_same_answers_join_in_the_store_and_named_groups_stay(t
     assert groups(Prompt) == before
     with Store.open(path) as store:
         ann = store.add_annotator("ann")
-        for pair in store.at().comparisons():
-            store.vote(pair["id"], ann, "a")
+        for id in store.at().pairs():
+            store.vote(id, ann, "a")
         # as the file gives it
         assert {row.get("split") for row in store.at().prompt_rows()} == {"train", None}
     free = [f"is it {i}?" for i in range(2, 11)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.errors import Halt, UserError
+from rlhf.errors import EarlyExit, UserError
 from rlhf.experiment import runner
 from rlhf.experiment.plan import Job, plan
 from rlhf.experiment.processes import MARK, programs_of
@@ -167,7 +167,7 @@ def test_a_program_that_was_killed_is_started_again(folder):
 
 def test_a_program_that_fails_each_time_is_given_up(folder):
     behave(folder, jobs={TRIAL: {"exit": [1]}})
-    with pytest.raises(Halt) as stopped:
+    with pytest.raises(EarlyExit) as stopped:
         run_experiment(experiment(folder, **SMALL))
     assert stopped.value.code == 1 and log(folder, "begin").count(TRIAL) == runner.ATTEMPTS == 3
     assert "finished" not in record(folder, TRIAL) and log(folder, "report") == []
@@ -175,7 +175,7 @@ def test_a_program_that_fails_each_time_is_given_up(folder):
 
 def test_what_a_program_refuses_is_not_tried_again_and_holds_up_only_what_needs_it(folder):
     behave(folder, jobs={"seed-0/reward": {"exit": [2]}})
-    with pytest.raises(Halt) as stopped:
+    with pytest.raises(EarlyExit) as stopped:
         run_experiment(experiment(folder, **BOTH))
     # PPO's run, what the reward model would score: PPO's policies, DPO's, the foundation
     said = str(stopped.value)
@@ -208,7 +208,9 @@ def test_torchrun_says_1_when_a_guard_has_stopped_a_run(folder):
 @pytest.mark.parametrize("code,said", [(3, "exit code 3"), (0, "ended without a result")])
 def test_an_end_without_a_result_is_a_failure(folder, code, said):
     behave(folder, jobs={TRIAL: {"exit": [code], "nothing": True}})
-    with pytest.raises(Halt, match=f"{TRIAL}: {said}, {folder}/out/logs/{TRIAL}.log") as stopped:
+    with pytest.raises(
+        EarlyExit, match=f"{TRIAL}: {said}, {folder}/out/logs/{TRIAL}.log"
+    ) as stopped:
         run_experiment(experiment(folder, **SMALL))
     assert stopped.value.code == 1 and log(folder, "begin").count(TRIAL) == 1
 
@@ -271,7 +273,7 @@ def test_how_it_is_measured_is_named_in_the_difference(folder):
 
 def test_a_mistake_that_a_program_has_refused_is_mended_without_further_ado(folder):
     behave(folder, jobs={TRIAL: {"exit": [2]}})
-    with pytest.raises(Halt):
+    with pytest.raises(EarlyExit):
         run_experiment(experiment(folder, **SMALL))
     behave(folder)
     mended = SMALL | {"methods": {"dpo": method(options={"max_steps": 4, "learning_rate": 1e-3})}}

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from rlhf.data.records import Scores
 from rlhf.distributed import DistributedContext
-from rlhf.errors import EXIT_GUARD, EXIT_USER_ERROR, Halt, UserError
+from rlhf.errors import EXIT_GUARD, EXIT_USER_ERROR, EarlyExit, UserError
 from rlhf.offline import trainers
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.runs import checkpoint
@@ -454,7 +454,7 @@ def test_a_result_that_is_not_finite_is_no_result(tmp_path):
         state=SimpleNamespace(global_step=7), evaluate=lambda: {"eval_loss": math.nan}
     )
     with pytest.raises(
-        Halt, match="dpo: stopped at step 7: the loss on held-out rows is not finite"
+        EarlyExit, match="dpo: stopped at step 7: the loss on held-out rows is not finite"
     ) as stopped:
         trainers.held_out_loss(trainer, run)
     assert stopped.value.code == EXIT_GUARD

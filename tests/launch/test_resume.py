@@ -327,7 +327,7 @@ def test_a_checkpoint_is_compared_as_its_run(whole):
 def test_what_ended_a_finished_run_is_what_has_to_be_raised(tmp_path, monkeypatch):
     from types import SimpleNamespace
 
-    from rlhf.errors import Halt
+    from rlhf.errors import EarlyExit
     from rlhf.runs import start as runs_module
 
     monkeypatch.setattr(runs_module, "check_fixed", lambda *_: None)
@@ -339,10 +339,10 @@ def test_what_ended_a_finished_run_is_what_has_to_be_raised(tmp_path, monkeypatc
         )
         runs_module.check_finished(tmp_path, config, {"finished": "today"})
 
-    with pytest.raises(Halt, match="raise --max_steps"):
+    with pytest.raises(EarlyExit, match="raise --max_steps"):
         finished(2)
     finished(4)
     finished(-1)  # to the end of the epochs
     (tmp_path / "config.yaml").write_text("max_steps: -1\nnum_train_epochs: 1.0\n")
-    with pytest.raises(Halt, match="raise --num_train_epochs"):
+    with pytest.raises(EarlyExit, match="raise --num_train_epochs"):
         finished(-1)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlhf.distributed import DistributedContext
-from rlhf.errors import Halt, UserError
+from rlhf.errors import EarlyExit, UserError
 from rlhf.options.offline import SFTRunConfig
 from rlhf.runs import checkpoint
 from rlhf.runs.start import check_finished, find_checkpoint, read_result
@@ -43,7 +43,7 @@ def config(folder, **options):
 
 def test_an_old_folder_is_finished_or_made_longer(old_folder):
     result = read_result(old_folder)
-    with pytest.raises(Halt, match="raise --max_steps"):
+    with pytest.raises(EarlyExit, match="raise --max_steps"):
         check_finished(old_folder, config(old_folder), result)
     check_finished(old_folder, config(old_folder, max_steps=5), result)
     found = find_checkpoint(

@@ -8,6 +8,7 @@ German, P.O. boxes), so what this leaves is not proven free of personal data.
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -187,10 +188,6 @@ def _emails(text: str) -> Iterable[Span]:
     return _spans(_EMAIL, text) if "@" in text else ()
 
 
-def _addresses(text: str) -> Iterable[Span]:
-    return _spans(_ADDRESS, text)
-
-
 def _secrets(text: str) -> Iterator[Span]:
     for match in _SECRETS.finditer(text):
         # sk-learn-compatible-estimators is none
@@ -251,6 +248,7 @@ def _is_card(groups: list[re.Match], run: str) -> bool:
 
 def _ips(text: str) -> Iterator[Span]:
     matches = list(_IP4.finditer(text))
+    # the pattern is slow where it cannot match
     if ":" in text:
         matches.extend(_IP6.finditer(text))
     for match in matches:
@@ -311,5 +309,5 @@ _FINDERS = {
     "iban": _ibans,
     "card": _cards,
     "ip": _ips,
-    "address": _addresses,
+    "address": functools.partial(_spans, _ADDRESS),
 }
