@@ -214,9 +214,9 @@ def test_a_run_whose_first_scores_are_all_the_same_stops_before_it_learns(sft_pa
     assert all(torch.equal(v, before[k]) for k, v in learner.learner.state_dict().items())
     (metrics,) = seen
     assert metrics["score/std"] == 0.0 and "ppo/updates" not in metrics
-    allowed = trainer(
-        sft_path, config(missing_eos_score=None, guards={"no_signal": "warn"}), equal_scores
-    )
+    # whether responses end is luck here
+    guards = {"no_signal": "warn", "truncation": "off"}
+    allowed = trainer(sft_path, config(missing_eos_score=None, guards=guards), equal_scores)
     assert (
         allowed.step(0)[0]["ppo/updates"] == 4 and allowed.guards.events[0]["guard"] == "no_signal"
     )
