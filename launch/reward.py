@@ -21,7 +21,8 @@ from rlhf.options.offline import RewardRunConfig
 from rlhf.program import program
 from rlhf.runs.start import start_run
 
-NORMALISATION_PAIRS = 256  # training pairs to normalise on where nothing is held out
+# training pairs to normalise on where nothing is held out
+NORMALISATION_PAIRS = 256
 
 
 @program

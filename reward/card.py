@@ -61,6 +61,7 @@ def report_card(
         return accuracy_with_interval(right[rows], groups[rows])
 
     def accuracy_by(field: str) -> dict[str, Any]:
+        # as text: sorting would fail on names and None together
         values = np.array([str(getattr(pair, field)) for pair in pairs])
         names, counts = np.unique(values[values != "None"], return_counts=True)
         largest = names[np.argsort(-counts, kind="stable")][:MAX_SLICES]
@@ -98,6 +99,7 @@ def accuracy_with_interval(right: np.ndarray, groups: Sequence[str]) -> dict[str
     """
     if not len(right):
         return {"accuracy": None, "low": None, "high": None, "n": 0, "pairs": 0}
+    # each group counts by its pairs, but is left out as a whole
     _, index = np.unique(np.asarray(groups), return_inverse=True)
     sums, counts = np.bincount(index, right), np.bincount(index)
     n, mean = len(counts), float(np.mean(right))
@@ -126,12 +128,14 @@ def calibration(gaps: np.ndarray, bins: int = 10) -> dict[str, Any]:
     """
     p = 1 / (1 + np.exp(-np.clip(gaps, -500, 500)))
     confidence, right = np.maximum(p, 1 - p), pair_accuracy(gaps)
+    # confidence begins at one half: see the docstring
     edges = np.linspace(0.5, 1.0, bins + 1)
     bin_of = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
 
     table, by_chance = [], 0.0
     for b in np.unique(bin_of):
         rows = bin_of == b
+        # a tie is right by half for certain, so chance adds nothing
         decided = confidence[rows & (gaps != 0)]
         if len(decided):
             by_chance += binomial_deviation(len(decided), float(decided.mean()))
@@ -205,6 +209,7 @@ def worst_mistakes(
 ) -> list[dict[str, Any]]:
     """Return the pairs that the model was most sure of and wrong about: bad labels or blind spots."""
     mistakes = []
+    # the most negative gaps are the surest mistakes
     for i in np.argsort(gaps, kind="stable")[:count]:
         if gaps[i] < 0:
             pair, gap = pairs[int(i)], float(gaps[i])
@@ -234,6 +239,7 @@ def doubts(card: dict[str, Any]) -> list[str]:
             "it again"
         )
 
+    # one reason is enough: the stronger of the two is named
     correlations = {
         "scores": length["correlation"] or 0.0,
         "score gaps": length["gap_correlation"] or 0.0,
@@ -254,6 +260,7 @@ def doubts_of(folder: str | Path) -> list[str]:
     for a Hub name.
     """
     path = Path(folder) / "card.json"
+    # a model on the Hub comes without our card
     if not Path(folder).is_dir():
         return []
     if not path.is_file():

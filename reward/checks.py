@@ -22,9 +22,11 @@ def checked_scores(name: str, scorer: Callable[[Samples], Any], samples: Samples
     try:
         result = scorer(samples)
     except Exception as error:
+        # the traceback shows the user's code, but not which of several scorers it was
         error.add_note(f"(raised inside scorer '{name}', on {len(samples)} samples)")
         raise
 
+    # a plain function may return its list alone
     scores = result if isinstance(result, Scores) else Scores(result)
     if not isinstance(scores.breakdown, dict):
         found = type(scores.breakdown).__name__

@@ -90,6 +90,7 @@ def build_scorer(
         breakdown = {}
         for spec, scorer in scorers:
             scores = checked_scores(spec.name, scorer, samples)
+            # one of weight 0 is in the breakdown alone
             if spec.weight:
                 total = [t + spec.weight * s for t, s in zip(total, scores.total, strict=True)]
             for part, values in scores.breakdown.items():
@@ -109,6 +110,7 @@ def check_scorers(entries: list[dict[str, Any]], made_later: Collection[str] = (
     made_later: folders of reward models that need not be there yet.
     """
     for spec in parse_specs(entries):
+        # its file is read and checked, which takes no model
         if isinstance(spec, VoiceSpec):
             load_voice(spec.voice)
         models = spec.members().values() if isinstance(spec, EnsembleSpec) else [spec]

@@ -65,6 +65,7 @@ def member_names(folders: list[str]) -> list[str]:
     Raises ValueError where two are the same reward model.
     """
     parts = [Path(folder).parts for folder in folders]
+    # as few folders of the path as tell the members apart
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["-".join(part[-depth:]).replace("/", "") for part in parts]
         if len({*names, SPREAD}) == len(names) + 1:

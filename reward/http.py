@@ -62,6 +62,7 @@ def http_scorer(spec: HttpSpec) -> Scorer:
 
 def _ask_all(service: Service, batches: list[Samples]) -> list[Scores]:
     """Return the answer to each batch, in order; the first that fails stops the rest."""
+    # requests that wait for a retry end at once when another has failed
     stop = threading.Event()
     pool = concurrent.futures.ThreadPoolExecutor(REQUESTS_AT_A_TIME)
     try:
@@ -105,6 +106,7 @@ def _scores(service: Service, answer: Answer, samples: Samples) -> Scores:
         raise UserError(f"{service} answered {answer.excerpt(service)}, expected {EXPECTED}")
 
     for name, values in (("scores", total), *breakdown.items()):
+        # a shorter answer would shift scores to other samples
         if len(values) != len(samples):
             found = (
                 f"{service} returned {len(values)} numbers in '{name}' for {len(samples)} samples"

@@ -66,6 +66,7 @@ def _forward(self, input_ids=None, attention_mask=None, **kwargs):
     """
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
+    # what training code passes and the trunk does not take
     kwargs = {
         k: v for k, v in kwargs.items() if k not in ("labels", "return_dict") and v is not None
     }
@@ -103,6 +104,7 @@ def score_model(causal: nn.Module, seed: int = 0) -> nn.Module:
         raise UserError(
             f"{config.model_type}: transformers has no sequence classification for this model"
         ) from None
+    # the head is found, trained and saved under this name
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(
             f"{config.model_type}: its classification model has no linear head called 'score'"
@@ -128,6 +130,7 @@ def trainable_reward(initial: InitialModel, lora: Any | None, seed: int = 0) -> 
     the whole model is trained.
     """
     model = score_model(initial.model, seed)
+    # what SFT has learnt is a better start than fresh factors
     if initial.adapter_path:
         return _with_adapter(model, initial)
     return model if lora is None else add_adapter(model, lora)
@@ -142,6 +145,7 @@ def _with_adapter(model: nn.Module, initial: InitialModel) -> nn.Module:
     """
     path = initial.adapter_path
     config = without_head(adapter_settings(path), initial.model)
+    # PEFT saves the head along with an adapter of this type
     config.task_type = "SEQ_CLS"
     modules = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
     config.modules_to_save = [*modules, "score"]
@@ -172,6 +176,7 @@ class RewardModel:
 
         Raises UserError for one that is longer than the model's positions.
         """
+        # beyond its positions a model returns numbers too, but no scores
         limit, longest = context_length(self.model.config), max(map(len, rows), default=0)
         if limit is not None and longest > limit:
             raise UserError(
@@ -349,6 +354,7 @@ def reward_scorer(
     """
     reward = load_reward(path, device, dtype)
     own = reward.tokenizer
+    # ids of another vocabulary are other words
     same_ids = tokenizer is not None and tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(
         own
     )

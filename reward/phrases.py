@@ -89,6 +89,7 @@ def inflections(word: str) -> set[str]:
     text.
     """
     word = word.lower()
+    # forms of short words, and of names with digits, would match by accident
     if len(word) < 3 or not word.isalpha():
         return {word}
 
@@ -151,6 +152,7 @@ def edge_pattern(
     Punctuation at the edges of its words is free. `values` are those of its {placeholders}; None is
     any word.
     """
+    # values come as pairs, since the cache needs something hashable
     known = dict(values)
     words = []
     for word in form.split():
@@ -161,6 +163,7 @@ def edge_pattern(
             words.append(r"[\w'-]+")
         else:
             words.append(re.escape(clean(known[placeholder[1]])))
+    # punctuation between words is free, as customers and models differ in it
     body = form[1:-1] if is_regex(form) else r"\W+".join(words)
     return re.compile(rf"^\W*(?:{body})\b" if at_start else rf"\b(?:{body})\W*$", re.IGNORECASE)
 

@@ -41,6 +41,7 @@ def no_repetition(text: str, metadata: dict[str, Any], *, n: int = 3) -> float:
     """Return the share of distinct n-grams among those of the text's case-folded words; 1 when
     nothing repeats.
     """
+    # "No no" repeats a word
     words = text.casefold().split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0
@@ -80,6 +81,7 @@ def check_rule_options(name: str, options: dict[str, Any], where: str = "scorers
             raise UserError(
                 f"{place}: '{key}' is {options[key]!r}, expected a whole number from 1 up"
             )
+    # one bound may contradict the default of the other
     low, high = options.get("low", 1), options.get("high", 200)
     if name == "length" and low > high:
         raise UserError(f"{place}: low {low} is above high {high}")

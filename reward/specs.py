@@ -172,7 +172,9 @@ class _KeywordSpec(ScorerSpec):
         try:
             parameters = list(inspect.signature(function).parameters.values())[positional:]
         except (TypeError, ValueError):
-            return  # some built-in functions have no signature
+            # some built-in functions have no signature
+            return
+        # a function with **kwargs takes every key
         if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
             return
 
@@ -187,6 +189,7 @@ class _KeywordSpec(ScorerSpec):
                     f"{where}: unknown key '{key}'.{hint} Known keys: {', '.join(known)}"
                 )
         for parameter in parameters:
+            # found here, not at the first batch of a run
             if parameter.default is parameter.empty and parameter.name not in self.options:
                 raise UserError(f"{where}: {self.default_name} needs '{parameter.name}'")
 
@@ -283,6 +286,7 @@ def _kind_of(entry: Any, where: str) -> str:
 
     hint = ""
     if not kinds:
+        # a misspelt kind, most likely
         others = [str(key) for key in entry if key not in ("name", "weight")]
         hint = "".join(did_you_mean(key, KINDS) for key in others)
     raise UserError(

@@ -289,6 +289,7 @@ class Voice(Spec):
             raise ValueError(
                 "no part to score; add a section such as greeting, use, claims, length or task"
             )
+        # a mean needs a weight
         if sum(part.weight for part in (*self.sections.values(), *self.facts.values())) <= 0:
             raise ValueError("all weights are 0; give at least one part a 'weight' above 0")
         _check_bounds(self)
@@ -305,11 +306,13 @@ class Voice(Spec):
         its total.
         """
         metadata = metadata or {}
+        # words and pieces are found once for all parts
         read = Text(text)
         facts = {
             key: fact for key, fact in self.facts.items() if metadata.get(key) not in (None, "")
         }
         rules = self.sections | {f"task/{key}": fact for key, fact in facts.items()}
+        # every part about words would divide by none of them
         if not read.words:
             return {**dict.fromkeys(rules, 0.0), "total": 0.0}
 
@@ -355,6 +358,7 @@ def voice_scorer(path: str | Path, name: str = "voice") -> Scorer:
 
     def score(samples: Samples) -> Scores:
         rows = list(map(voice.score, samples.responses, samples.metadata, samples.ended))
+        # prompts differ in the facts that their metadata gives
         parts = dict.fromkeys(itertools.chain.from_iterable(rows))
         breakdown = {}
         for part in parts:
@@ -398,6 +402,7 @@ def _check_bounds(voice: Voice) -> None:
     """Raise ValueError where no text can earn the full score, because two numbers contradict each
     other.
     """
+    # a policy would be trained towards what no text can reach
     use, length, sentences = voice.use, voice.length, voice.sentences
     if length and length.min_words > length.max_words:
         raise ValueError(

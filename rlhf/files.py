@@ -19,11 +19,15 @@ from typing import Any, TextIO
 from rlhf.errors import UserError
 from rlhf.plugins import import_module
 
-LOCK = ".lock"  # in a folder that a process is at work in
-_LOCKS: dict[Path, TextIO] = {}  # the folders that this process has locked
+# in a folder that a process is at work in
+LOCK = ".lock"
+# the folders that this process has locked
+_LOCKS: dict[Path, TextIO] = {}
 MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
-RECORD_FILES = ("result.json", "card.json")  # what a run says about itself
-ADAPTER_FILES = ("adapter_config.json", "rlhf.json")  # with the place of the base
+# what a run says about itself
+RECORD_FILES = ("result.json", "card.json")
+# with the place of the base
+ADAPTER_FILES = ("adapter_config.json", "rlhf.json")
 
 
 def lock_folder(folder: str | Path) -> None:
@@ -54,12 +58,13 @@ def unlock_folder(folder: str | Path) -> None:
     file = _LOCKS.pop(Path(folder).resolve(), None)
     if file is not None:
         Path(file.name).unlink(missing_ok=True)
-        fcntl.flock(file, fcntl.LOCK_UN)  # for processes too that were forked meanwhile
+        # for processes too that were forked meanwhile
+        fcntl.flock(file, fcntl.LOCK_UN)
         file.close()
 
 
 def _locked(path: Path):
-    """The lock file, open and locked. Raises UserError where another process has locked it."""
+    """Return the lock file, open and locked. Raises UserError where another process has locked it."""
     while True:
         file = open(path, "a+", encoding="utf-8")  # noqa: SIM115  held until it is unlocked
         try:
@@ -77,8 +82,8 @@ def _locked(path: Path):
 
 
 def _unlock_all(process: int) -> None:
-    """At the end of the process that locked them; a folder that a refused start has left empty goes
-    too.
+    """Unlock at the end of the process that locked them; a folder that a refused start has left
+    empty goes too.
     """
     if os.getpid() != process:
         return
@@ -89,8 +94,8 @@ def _unlock_all(process: int) -> None:
 
 
 def model_files(folder: str | Path) -> list[Path]:
-    """The files that decide what a model in this folder computes: weights, settings, tokenizer,
-    template.
+    """Return the files that decide what a model in this folder computes: weights, settings,
+    tokenizer, template.
 
     None for a name on the Hub.
     """
@@ -110,7 +115,8 @@ def check_weights(folder: str | Path) -> None:
 
 
 def scorer_files(spec: dict[str, Any]) -> list[Path]:
-    """The local files that the scores of a scorer's specification depend on; a service has none.
+    """Return the local files that the scores of a scorer's specification depend on; a service has
+    none.
 
     Of a Python function it is the file that defines it: what that imports is not followed.
     """
@@ -124,8 +130,8 @@ def scorer_files(spec: dict[str, Any]) -> list[Path]:
 
 
 def files_fingerprint(files: Iterable[str | Path]) -> str:
-    """16 hex digits that name the files' contents and names. The place of an adapter's base is left
-    out: it may move, and its weights have a fingerprint of their own.
+    """Return 16 hex digits that name the files' contents and names. The place of an adapter's base
+    is left out: it may move, and its weights have a fingerprint of their own.
     """
     digest = hashlib.sha256()
     for file in map(Path, files):

@@ -21,8 +21,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from rlhf.collect import owner, pages
 from rlhf.collect.session import HERE, Refused, Site, page
 
-LONGEST_FORM = 64 * 1024  # bytes
-REQUEST_SECONDS = 30.0  # until a request must be complete
+# bytes
+LONGEST_FORM = 64 * 1024
+# until a request must be complete
+REQUEST_SECONDS = 30.0
 FAILED = "Something failed on the server. What was saved is safe. Reload the page; if it fails again, tell the owner."
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
@@ -34,7 +36,7 @@ HEADERS = {
 
 
 def create_app(site: Site) -> Headers:
-    """The application; `site.path` must be a store."""
+    """Return the application; `site.path` must be a store."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette):
@@ -99,6 +101,7 @@ class TimedProtocol(H11Protocol):
 
     def watch(self) -> None:
         """Start the timer with a request, stop it when the request is complete."""
+        # an open connection without a request costs a slot as much as a slow form
         waiting = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
         if waiting and self.timer is None:
             self.timer = self.loop.call_later(REQUEST_SECONDS, self.transport.close)
@@ -113,7 +116,7 @@ class TimedProtocol(H11Protocol):
 
 
 async def disconnected(request: Request, error: Exception) -> Response:
-    """Nobody reads this: the connection was closed before the form was complete."""
+    """Answer a closed connection, which nobody reads: it was closed before the form was complete."""
     return Response(status_code=408)
 
 

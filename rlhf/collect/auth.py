@@ -16,7 +16,8 @@ from rlhf.data.records import one_name
 from rlhf.data.store import Store, token_hash
 from rlhf.errors import UserError
 
-OWNER = "owner_token_hash"  # name of the store's setting
+# name of the store's setting
+OWNER = "owner_token_hash"
 
 
 def new_link(store: Store, name: str | None) -> str:
@@ -26,6 +27,7 @@ def new_link(store: Store, name: str | None) -> str:
     An earlier link of theirs stops working. Raises UserError if the name is taken by a model or a
     rule.
     """
+    # 192 random bits: nobody guesses one
     token = secrets.token_urlsafe(24)
     if name is None:
         store.set_setting(OWNER, token_hash(token))

@@ -22,7 +22,8 @@ from rlhf.data.store import Store
 from rlhf.data.votes import Vote
 from rlhf.errors import UserError
 
-ON_A_PAGE = 10  # disputed pairs
+# disputed pairs
+ON_A_PAGE = 10
 CHOICE_TEXTS = {"a": "prefers A", "b": "prefers B", "tie": "equally good", "both_bad": "both bad"}
 STRENGTH_TEXTS = {1: ", slightly", 2: ", clearly", 3: ", by far"}
 
@@ -32,6 +33,7 @@ async def overview(request: Request) -> Response:
     has grown.
     """
     site, token = await owner(request)
+    # one computation at a time, however often the page is reloaded
     async with site.summary_lock:
         newest = await site.do(lambda: (site.store.last_event(), site.store.last_comparison()))
         if site.summary is None or site.summary[0] != newest:
@@ -45,6 +47,7 @@ async def split_pairs(request: Request) -> Response:
     """Show the pairs on which people differ, the most evenly split first, with each vote."""
     site, _ = await owner(request)
     asked = request.query_params.get("page", "1")
+    # the address bar may hold anything
     number = max(1, int(asked)) if asked.isdecimal() and len(asked) < 7 else 1
     pairs, total = await run_in_threadpool(_read, site.path, _disputed, number)
     return page(
@@ -56,10 +59,12 @@ async def export(request: Request) -> Response:
     """Send the pairs to train on as JSONL; the event in the file's name says up to which vote."""
     site, _ = await owner(request)
     aggregate = request.query_params.get("aggregate", "each")
+    # a page that does not exist, not an error of the server
     if aggregate not in ("each", "majority", "skill"):
         raise Refused(404, "Pairs can be exported as each, majority or skill.")
     event, rows = await run_in_threadpool(_read, site.path, _rows, aggregate)
     lines: Iterator[str] = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    # the name goes into a header, where quotes and line ends would break out
     name = re.sub(r"[^A-Za-z0-9_-]", "_", site.path.stem)
     disposition = f'attachment; filename="{name}-{event}-{aggregate}.jsonl"'
     return StreamingResponse(

@@ -13,8 +13,10 @@ from rlhf.collect import auth
 from rlhf.collect.queue import ANSWERS, Answer, Assignment, Progress
 from rlhf.collect.session import Refused, Site, annotator, page, read_form
 
-LONGEST_REASON = 2000  # characters
-LONGEST_CLICK = 64  # characters of the name that a form gives to one click
+# characters
+LONGEST_REASON = 2000
+# characters of the name that a form gives to one click
+LONGEST_CLICK = 64
 NOTES = {
     "saved": "Saved.",
     "undone": "Undone. Here is the pair again.",
@@ -37,6 +39,7 @@ async def enter(request: Request) -> Response:
     answers under another's name.
     """
     site, token = request.app.state.site, request.path_params["token"]
+    # the owner's link looks like everybody's: whose it is tells the token alone
     if await site.do(auth.is_owner, site.store, token):
         return site.sign_in(RedirectResponse("/owner", 303), "owner", token)
     person = await site.do(auth.annotator_of, site.store, token)
@@ -54,6 +57,7 @@ async def enter(request: Request) -> Response:
                 "other.html", site, person=person, other=other, form=auth.form_name(present)
             )
         await read_form(request, present)
+    # who has voted before needs no introduction
     progress = await site.do(site.queue.progress, person["id"])
     target = "/" if progress.mine else "/welcome"
     return site.sign_in(RedirectResponse(target, 303), "annotator", token)
@@ -74,6 +78,7 @@ async def judge(request: Request) -> Response:
     }
     if assignment is None:
         return page("done.html", site, **values)
+    # as drawn when the pair was handed out, so that a reload shows the same
     sides = "ab" if assignment.left == "a" else "ba"
     answers = [{"text": pair[f"text_{side}"], "cut": pair[f"ended_{side}"] == 0} for side in sides]
     return page(
@@ -107,6 +112,7 @@ async def vote(request: Request) -> Response:
         return RedirectResponse("/?note=gone", 303)
 
     strength = _first(form, "strength")
+    # only tags that this site offers: a form may hold anything
     ticked = form.get("tag", [])
     answer = Answer(
         choice,
@@ -133,6 +139,7 @@ async def leave(request: Request) -> Response:
     """Give back what is held, and sign out of this browser."""
     site, token, person = await annotator(request)
     await read_form(request, token)
+    # others need not wait for the lease to end
     await site.do(site.queue.release, person["id"])
     text = "You are signed out of this browser. Your personal link signs you in again."
     return site.sign_out(page("message.html", site, title="Goodbye", text=text), "annotator")

@@ -22,7 +22,8 @@ from rlhf.data.store import Store
 
 SIDES = ("left", "right")
 ANSWERS = (*SIDES, "tie", "both_bad", "skip")
-RECENT = 20  # votes that make up an annotator's own speed
+# votes that make up an annotator's own speed
+RECENT = 20
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,12 @@ class _Pair:
 
     responses: tuple[int, int]
     is_control: bool
-    votes: dict[int, str] = field(default_factory=dict)  # annotator -> choice that stands
+    # annotator -> choice that stands
+    votes: dict[int, str] = field(default_factory=dict)
     # annotator -> assignment without an answer
     held: dict[int, Assignment] = field(default_factory=dict)
-    filled: int = 0  # slots taken by people's votes
+    # slots taken by people's votes
+    filled: int = 0
 
 
 @dataclass
@@ -112,7 +115,8 @@ class _Annotator:
     votes: dict[int, tuple[int, int | None]] = field(default_factory=dict)
     # the pairs of responses they have compared
     answered: set[tuple[int, int]] = field(default_factory=set)
-    last_event: float = 0.0  # its time
+    # its time
+    last_event: float = 0.0
 
 
 class Queue:
@@ -122,7 +126,8 @@ class Queue:
         self.store = store
         self.rules = rules
         self.draw = draw or random.SystemRandom()
-        self._last_event = 0  # read up to here
+        # read up to here
+        self._last_event = 0
         self._last_comparison = 0
         self._pairs: dict[int, _Pair] = {}
         self._annotators: dict[int, _Annotator] = {}
@@ -160,6 +165,7 @@ class Queue:
         with self.store.transaction():
             self._read()
             person = self._annotator(annotator)
+            # the same click may arrive twice: a double click, or a repeat after a lost connection
             done = self.store.request(key)
             if done:
                 if done["kind"] == "vote" and done["id"] not in person.votes:
@@ -169,9 +175,11 @@ class Queue:
             held = next((a for a in person.held.values() if a.event == assignment), None)
             if held is None:
                 return "answered" if self._was_answered(annotator, assignment) else "gone"
+            # late answers are welcome as long as a slot is free
             if not self._is_active(held) and self._is_full(held.comparison, annotator):
                 return "full"
 
+            # a pair may lie open in a second tab while the first is judged
             since = max(held.since, person.last_event)
             self.store.vote(
                 held.comparison,
@@ -200,8 +208,10 @@ class Queue:
             votes = self._annotator(annotator).votes
             if not votes:
                 return "nothing"
+            # the last vote is that of the newest event
             event = max(votes)
             comparison, _ = votes[event]
+            # a skip took no slot, so others may have filled them
             if self._is_full(comparison, annotator):
                 return "full"
             left = next(self.store.events(event - 1))["left"]
@@ -258,6 +268,7 @@ class Queue:
         answered = self._annotator(annotator).answered
         best, most = None, -1
         for comparison in self._begun:
+            # two comparisons, one of them a control, may show the same two responses
             if self._pairs[comparison].responses in answered:
                 continue
             taken = self._taken(comparison, annotator)
@@ -332,6 +343,7 @@ class Queue:
         """Bring the state up to the newest event. Inside a transaction only: what was read must be
         committed.
         """
+        # in random order: in the file's, early prompts would get all the votes
         new = self.store.comparisons_after(self._last_comparison)
         self.draw.shuffle(new)
         for row in new:
@@ -347,7 +359,9 @@ class Queue:
     def _apply(self, event: Any) -> None:
         id, comparison = event["annotator"], event["comparison"]
         pair, annotator = self._pairs[comparison], self._annotator(id)
+        # read back from the file, so that a restarted server measures the same times
         annotator.last_event = datetime.fromisoformat(event["created"]).timestamp()
+        # of one pair to one person the newest assignment holds
         if event["kind"] == "assign":
             assignment = Assignment(
                 event["id"], comparison, id, event["left"] or "a", annotator.last_event

@@ -17,7 +17,8 @@ from markupsafe import Markup
 
 # characters that are parsed as Markdown; a longer text is shown as it stands, folded
 LONGEST = 20_000
-FOLDED = 6_000  # characters above which a text is folded
+# characters above which a text is folded
+FOLDED = 6_000
 PREVIEW = 600
 _SCHEME = re.compile(r"(https?://|mailto:)", re.IGNORECASE)
 _HIDDEN = re.compile(
@@ -36,6 +37,7 @@ def render(text: str) -> Markup:
         # made visible again: entities such as &#8203; and &rlm; have only now become characters
         body = visible(_parser().render(text))
     body = f'<div class="text" dir="auto">{body}</div>'
+    # the buttons must stay near, and the other answer in view
     if len(text) > FOLDED:
         preview = f'<div class="text" dir="auto"><p>{html.escape(text[:PREVIEW])}…</p></div>'
         words = len(text.split())
@@ -60,7 +62,9 @@ def _parser() -> MarkdownIt:
     parser = MarkdownIt("commonmark", {"html": False, "maxNesting": 100}).enable(
         ["table", "strikethrough"]
     )
+    # a picture would tell its server who reads it and when
     parser.disable(["image", "html_block", "html_inline"])
+    # the parser's own check forbids a few schemes; here all but three are
     parser.validateLink = lambda url: bool(
         _SCHEME.match(unicodedata.normalize("NFKC", url).strip())
     )

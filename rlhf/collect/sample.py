@@ -21,7 +21,8 @@ from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 
-Answers = dict[int, list[dict[str, Any]]]  # index of the prompt -> arguments of Store.add_response
+# index of the prompt -> arguments of Store.add_response
+Answers = dict[int, list[dict[str, Any]]]
 
 
 @dataclass
@@ -96,6 +97,7 @@ def sample(config: SampleConfig) -> dict[str, int]:
     nothing new.
     """
     records, named = prompts_of(config)
+    # so that the first `prompts` of them are a random choice
     random.Random(config.seed).shuffle(records)
     controls, control_names = controls_of(config)
     sources = [config.model_name_or_path]
@@ -116,12 +118,14 @@ def sample(config: SampleConfig) -> dict[str, int]:
         else:
             answers.append(answers_of_policy(source, records, config, budget, number))
     pairs, counts = pair_up(records, answers)
+    # before the store is touched: an empty one would look like a collection
     if not counts["comparisons"]:
         raise UserError(
             f"{config.store}: no prompt got two answers that differ, so there is nothing to judge"
         )
 
     Path(config.store).parent.mkdir(parents=True, exist_ok=True)
+    # all or nothing: half a sample would be completed by no later call
     with Store.open(config.store, create=True) as store, store.transaction():
         store_pairs(store, pairs, named)
         add_budget(store, budget)
@@ -168,6 +172,7 @@ def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
 
     table = collect(config.data, Prompt)
     table.check_usable(config.on_error)
+    # as the data says, before hashes fill the rest
     given = {record.group: record.split for record in table.records if record.split}
     assign(table.records, config.validation_fraction, config.test_fraction, table.places)
     unique = unique_prompts(table.records)
@@ -326,6 +331,7 @@ def pair_up(records: list[Prompt], answers: list[Answers]) -> tuple[list[Paired]
     counts = {"prompts": 0, "responses": 0, "comparisons": 0, "equal": 0, "empty": 0}
     pairs: list[Paired] = []
     for i, record in enumerate(records):
+        # too long for one policy, or not in one file
         if not all(i in own for own in answers):
             continue
         known: set[str] = set()
@@ -376,8 +382,10 @@ def store_pairs(store: Store, pairs: list[Paired], named: set[str]) -> None:
 
 def add_budget(store: Store, budget: dict[str, float]) -> None:
     """Add what the responses have cost to the store, so that a comparison of methods can count it."""
+    # answers that were read cost nothing
     if not budget:
         return
+    # a store may be filled by several calls
     total = json.loads(store.setting("budget", "{}"))
     for name, value in budget.items():
         total[name] = total.get(name, 0.0) + value
@@ -390,6 +398,7 @@ def store_controls(store: Store, records: list[Preference], named: set[str]) -> 
     """
     for record in records:
         prompt = _store_prompt(store, record, named)
+        # sorted by text below: with the better one first, its letter would give it away
         ended = {record.chosen: record.chosen_ended, record.rejected: record.rejected_ended}
         responses = {
             text: store.add_response(prompt, text, ended=ended[text]) for text in sorted(ended)
@@ -414,6 +423,7 @@ def _store_prompt(
 
 def _pairs(sides: list[list[Any]]) -> list[tuple[Any, Any]]:
     """Return every two of one side, or one of each of two sides."""
+    # of two sources, answers of one are not compared with each other
     if len(sides) == 1:
         return list(itertools.combinations(sides[0], 2))
     return list(itertools.product(*sides))

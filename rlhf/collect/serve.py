@@ -71,6 +71,7 @@ class ServeConfig:
                 raise UserError(f"{path}: no such file")
         if self.certificate:
             check_certificate(self.certificate, self.certificate_key)
+        # links are this address and a path, so it has none of its own
         parts = urlsplit(self.url or "http://host")
         if parts.scheme not in ("http", "https") or not parts.netloc or parts.path not in ("", "/"):
             raise UserError(
@@ -191,6 +192,7 @@ def _revoke(store: Store, names: list[str]) -> None:
 
 def _set_up(store: Store, config: ServeConfig, url: str) -> None:
     """Keep the rules in the store, add annotators, and print new links."""
+    # an empty site would only say goodbye
     if not store.at().stats()["comparisons"]:
         raise UserError(
             f"{config.store}: has no pairs to judge; make some with: rlhf collect sample"
@@ -203,14 +205,17 @@ def _set_up(store: Store, config: ServeConfig, url: str) -> None:
         "lapse": lease_seconds,
     }
     for name, value in rules.items():
+        # what is not given stays as it was last time
         if value is not None:
             store.set_setting(name, str(value))
 
     with_link = {one_name(row["name"]) for row in store.annotators() if row["token_hash"]}
     for name in config.annotators:
+        # a new link would end the one that the person has
         if name not in with_link:
             print(f"{name}: {url}/enter/{auth.new_link(store, name)}")
             with_link.add(name)
+    # printed once: a later start cannot know the token
     if store.setting(auth.OWNER) is None:
         print(f"owner: {url}/enter/{auth.new_link(store, None)}")
     if not with_link:
@@ -264,6 +269,7 @@ def _listen(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM
         )[0]
         listener = socket.socket(family, kind, protocol)
+        # a restart must not wait for the old connections to time out
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(256)

@@ -42,11 +42,14 @@ class Site:
     """The state of the app, which every request reads."""
 
     path: Path
-    url: str = ""  # where people reach it, without a slash at the end
+    # where people reach it, without a slash at the end
+    url: str = ""
     guide: Guide | None = None
     tags: list[str] = field(default_factory=list)
-    secure: bool = False  # send cookies over https only
-    cookie: str = "rlhf"  # prefix of the cookies' names, since browsers share cookies between ports
+    # send cookies over https only
+    secure: bool = False
+    # prefix of the cookies' names, since browsers share cookies between ports
+    cookie: str = "rlhf"
     worker: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1, "store"))
     store: Store | None = None
     queue: Queue | None = None
@@ -92,6 +95,7 @@ async def owner(request: Request) -> tuple[Site, str]:
     """Return the site and the owner's token; raises Refused."""
     site = request.app.state.site
     token = request.cookies.get(f"{site.cookie}_owner", "")
+    # the same answer without a cookie and with a wrong one
     if not token or not await site.do(auth.is_owner, site.store, token):
         raise Refused(
             401, "This page is for the owner of the collection. Open the owner's link first."
@@ -103,6 +107,7 @@ async def read_form(request: Request, token: str) -> dict[str, list[str]]:
     """Return the fields of a form that this site made for this session; raises Refused for any
     other.
     """
+    # a broken form is refused below, like any that is not ours
     body = (await request.body()).decode("utf-8", "replace")
     with contextlib.suppress(ValueError):
         form = parse_qs(body, max_num_fields=100)

@@ -15,7 +15,8 @@ from rlhf.data.store import Store
 from rlhf.data.votes import Vote, by_comparison
 from rlhf.errors import UserError
 
-KAPPAS = 15  # pairs of annotators shown
+# pairs of annotators shown
+KAPPAS = 15
 
 
 @dataclass
@@ -48,6 +49,7 @@ def summary(store: Store) -> dict[str, Any]:
     queue = Queue(store, rules)
     progress = queue.progress(0)
     found = view_summary(view)
+    # of many annotators most share a handful of pairs, whose kappa says nothing
     kappas = sorted(found["kappa"], key=lambda row: -row["pairs"])
     return found | {
         "kappa": kappas[:KAPPAS],
@@ -77,6 +79,7 @@ def disputed(votes: list[Vote], pairs: dict[int, dict[str, Any]]) -> list[tuple[
     for id, own in by_comparison(relevant).items():
         count = Counter(vote.choice for vote in own)
         if count["a"] and count["b"]:
+            # ties and skips take no side
             minority = min(count["a"], count["b"]) / (count["a"] + count["b"])
             split.append((-minority, -len(own), id, own))
     split.sort(key=lambda row: row[:3])

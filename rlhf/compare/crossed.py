@@ -115,7 +115,7 @@ def crossed_statistic(
     every_seed, weights = np.ones(seeds), block_weights(groups, blocks)
 
     def resampled(seed_weights: np.ndarray) -> np.ndarray:
-        """With all groups, then without each block."""
+        """Return the statistic with all groups, then without each block."""
         return np.array([statistic(seed_weights, group_weights) for group_weights in weights])
 
     # row 0 of each is with all groups, so that seeds, blocks and both are left out in turn

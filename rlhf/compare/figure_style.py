@@ -171,10 +171,10 @@ def spans(
     """Return (n,) scaled estimates and the (2, n) lengths of their bars, as matplotlib's errorbar
     takes them.
     """
-    low, middle, high = (
-        np.array([scale(value_of(estimate, part)) for estimate in estimates], dtype=float)
-        for part in ("low", "estimate", "high")
-    )
+    parts = []
+    for part in ("low", "estimate", "high"):
+        parts.append([scale(value_of(estimate, part)) for estimate in estimates])
+    low, middle, high = np.array(parts, dtype=float)
     # A root of a bound below 0 may lie on the wrong side by rounding
     return middle, np.maximum([middle - low, high - middle], 0.0)
 
@@ -245,7 +245,7 @@ def label_x(axes, report: Report, measure: str) -> None:
     for kl in NATS:
         if root(kl) <= high and (not ticks or root(kl) - root(ticks[-1]) >= 0.075 * high):
             ticks.append(kl)
-    axes.set_xticks([root(kl) for kl in ticks], [f"{kl:g}" for kl in ticks])
+    axes.set_xticks(list(map(root, ticks)), list(map("{:g}".format, ticks)))
     axes.set_xlabel(f"KL to {initial_name(report)}, nats (drawn in √KL)")
 
 

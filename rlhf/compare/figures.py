@@ -44,8 +44,10 @@ from rlhf.compare.format import (
 from rlhf.text import clip
 
 DPI = 160
-PAIRS = 3  # panels of differences below the frontier; the tables have all
-SCORES = 6  # rows of scores over training
+# panels of differences below the frontier; the tables have all
+PAIRS = 3
+# rows of scores over training
+SCORES = 6
 COUNTERS = ("flops", "tokens_trained", "tokens_generated", "seconds")
 # The parts of a method's cost: label, hatching and opacity of their bars
 COSTS = {

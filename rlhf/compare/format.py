@@ -45,6 +45,7 @@ def main_score(report: Report) -> str | None:
     """Return the score that decides; without one a proxy, else the first score, None if there is no
     score.
     """
+    # a proxy shows at least what was optimised
     kinds = report["score_kinds"]
     proxies = [score for score, kind in kinds.items() if kind == "proxy"]
     return report["judge"] or next(iter([*proxies, *kinds]), None)

@@ -190,6 +190,7 @@ def _ask(judge: Judge, pairs: list[Pair]) -> list[float]:
     """
     prompts, first, second = (list(column) for column in zip(*pairs, strict=True))
     answer = judge.ask(prompts, first, second)
+    # arrays of numpy and torch
     answer = answer.tolist() if hasattr(answer, "tolist") else answer
     if not isinstance(answer, (list, tuple)) or len(answer) != len(pairs):
         found = (

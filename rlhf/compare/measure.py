@@ -87,6 +87,7 @@ class CompareConfig:
             raise UserError(
                 "compare needs at least two runs: the SFT policy and one to compare with it"
             )
+        # one score decides
         if self.gold and self.referee:
             raise UserError(
                 "'gold' and 'referee' both given: where the truth is known no referee decides"
@@ -372,6 +373,7 @@ def identities(spec: dict) -> set[tuple[str, str]]:
     """Return (kind, what) of a scorer and of each member of an ensemble: specifications that share
     one share one.
     """
+    # the first key that names a kind of scorer
     kind = next(
         (k for k in ("model", "ensemble", "voice", "function", "rule", "http") if k in spec), ""
     )
@@ -502,6 +504,7 @@ def meta_of(config: CompareConfig, names: list[str]) -> dict[str, Any]:
         "configs": dict(zip(names, map(run_config, config.runs), strict=True)),
         "rows": rows,
     }
+    # how far people agree bounds how far any judge can
     if config.votes:
         from rlhf.data.annotator_report import store_summary
 

@@ -55,6 +55,7 @@ def html_page(markdown: str, figures: Mapping[str, Path]) -> str:
     # The navigation stands below what the report opens with
     opening, mark, details = parser.renderer.render(tokens, parser.options, {}).partition("<h2")
     links = [f'<a href="#{name}">{html.escape(text)}</a>' for name, text in headings.items()]
+    # escaped for Markdown, which the title of a page is not
     title = tokens[1].content.replace("\\", "")
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=html.escape(title),

@@ -93,7 +93,9 @@ def detectable(
     seeds, groups, random_seeds = estimate.seeds, estimate.groups, estimate.seeds >= MIN_SEEDS
 
     def solve(of_seeds: np.ndarray, of_groups: float) -> float:
-        """With the mean squares of seeds and groups so many times as large as they were measured."""
+        """Solve with the mean squares of seeds and groups so many times as large as they were
+        measured.
+        """
         v = Variances(estimate.se_seeds**2, of_groups * estimate.se_groups**2, estimate.se_error**2)
 
         def lacking(difference: float) -> float:
@@ -153,7 +155,7 @@ def needed_seeds(
     groups = groups or measured
 
     def fewest(quantile: float) -> int | None:
-        """With the mean square of the seeds at this quantile of what it may be."""
+        """Solve with the mean square of the seeds at this quantile of what it may be."""
         share = 1 / _quantile(seeds - 1, quantile)
         of_seeds = max(0.0, share * v.seeds - v.error) * seeds
 

@@ -119,6 +119,7 @@ class Results:
         """Return all methods with points but the initial policy, as the experiment's file orders
         them.
         """
+        # of the initial policy there may be a point for each seed, scored by its own proxy
         found = {point.method for point in self.points if point.seed is not None} - {
             self.initial.method
         }

@@ -30,7 +30,8 @@ CHOICE = 0.36
 # between start and end
 FEWEST = 2
 
-Means = dict[Key, dict[str, np.ndarray]]  # policy -> measure -> (groups,)
+# policy -> measure -> (groups,)
+Means = dict[Key, dict[str, np.ndarray]]
 
 
 def tabulate(results: Results) -> Means:
@@ -142,9 +143,12 @@ def stack(means: Means, measure: str, rows: Sequence[Sequence[Key]]) -> np.ndarr
 class Chosen:
     """A method at the swept values that were chosen for each cell; the arrays are (seeds, groups)."""
 
-    scores: np.ndarray  # by the judge
-    kl: np.ndarray  # nats
-    choice: np.ndarray  # index into `swept_values`
+    # by the judge
+    scores: np.ndarray
+    # nats
+    kl: np.ndarray
+    # index into `swept_values`
+    choice: np.ndarray
     seeds: list[int]
     swept_values: list[float | None]
 

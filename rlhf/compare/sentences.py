@@ -22,8 +22,10 @@ from rlhf.compare.format import (
     policy_name,
 )
 
-NAMED = 4  # trials or measurements that a note names; the rest is counted
-FEW_SEEDS = 5  # below which an outlier among them is hardly seen
+# trials or measurements that a note names; the rest is counted
+NAMED = 4
+# below which an outlier among them is hardly seen
+FEW_SEEDS = 5
 
 
 def headline(report: Report) -> str:
@@ -130,6 +132,7 @@ def _side(verdict: Mapping[str, Any], side: str, report: Report) -> str:
 
 
 def _place(verdict: Mapping[str, Any], report: Report) -> str:
+    # the other kinds of comparison are at the end of training, tuned or not
     if verdict["kind"] == "equal_kl":
         return templates.PLACES["equal_kl"].format(kl=nats(verdict["kl"]))
     sides = [report["methods"].get(verdict[side], {}) for side in ("a", "b")]
@@ -159,6 +162,7 @@ def _budget(report: Report) -> str:
         }
         text = templates.BUDGETS[report["budget"]["matched"]].format(**fields)
 
+    # a baseline has no trials to match
     trained = {name: method for name, method in report["methods"].items() if not method["baseline"]}
     trials = {
         method_name(name): method["trials"] for name, method in trained.items() if method["trials"]

@@ -108,6 +108,7 @@ def _check(results: Results) -> None:
 
 
 def _unit(results: Results, level: float) -> dict[str, Any]:
+    # all measures of all policies have this shape
     prompts, samples = next(iter(results.initial.values.values())).shape
     return {
         "seeds": seeds_of(results.points),
@@ -183,8 +184,8 @@ def _measures(
     """Return the estimates of one policy over its seeds: `points` has one for each."""
 
     def estimate(measure: str, starts: Sequence[Point] = ()) -> dict[str, Any] | None:
-        """Over the seeds' initial policies where `starts` are given; None where a point lacks the
-        measure.
+        """Estimate over the seeds' initial policies where `starts` are given; None where a point
+        lacks the measure.
         """
         if any(measure not in means[key(point)] for point in (*points, *starts)):
             return None

@@ -65,6 +65,7 @@ def opening(report: Report) -> Table:
     score, initial = main_score(report), initial_name(report)
     title = "score" if score is None else score_name(report, score)
     tuned_values = {method: entry["usual"] for method, entry in report["tuned"]["methods"].items()}
+    # the policy that all differences are to opens the table
     points = [report["initial_policy"]]
     for point in report["points"]:
         if point["last"] and point["swept"] == tuned_values.get(point["method"], point["swept"]):

@@ -17,17 +17,28 @@ Reservation = Literal["form", "contradicted", "correction", "win_rate"]
 NoteKind = Literal[
     # score, score_kind, proxies: what decides, and what methods learnt from and so does not
     "judge",
-    "no_judge",  # proxies: nothing decides
-    "not_measured",  # method: nothing of it has been measured yet
-    "missing_trials",  # trials: [{method, swept, seed}] that have not ended
-    "stopped",  # run, reason: a guard ended it
-    "missing_measurements",  # names: the experiment is not finished
-    "left_out",  # method, swept_values: lack seeds, so that they could not be chosen
-    "outlier",  # method, swept, seed, score, others: [lowest, highest], p_adjusted
-    "no_common_seed",  # a, b: not compared at equal KL
-    "no_overlap",  # a, b, ranges: {method: [lowest, highest KL]}: nothing can be said at equal KL
-    "few_groups",  # groups, needed: no verdict on anything
-    "no_win_rate",  # one sample a prompt: no two answers with independent noise
+    # proxies: nothing decides
+    "no_judge",
+    # method: nothing of it has been measured yet
+    "not_measured",
+    # trials: [{method, swept, seed}] that have not ended
+    "missing_trials",
+    # run, reason: a guard ended it
+    "stopped",
+    # names: the experiment is not finished
+    "missing_measurements",
+    # method, swept_values: lack seeds, so that they could not be chosen
+    "left_out",
+    # method, swept, seed, score, others: [lowest, highest], p_adjusted
+    "outlier",
+    # a, b: not compared at equal KL
+    "no_common_seed",
+    # a, b, ranges: {method: [lowest, highest KL]}: nothing can be said at equal KL
+    "no_overlap",
+    # groups, needed: no verdict on anything
+    "few_groups",
+    # one sample a prompt: no two answers with independent noise
+    "no_win_rate",
 ]
 
 
@@ -53,11 +64,15 @@ class Verdict:
     kind: VerdictKind
     a: str
     b: str
-    difference: dict[str, Any]  # Estimate.to_dict() of a - b by the judge
-    sign: int | None  # 1: a is ahead, -1: behind, 0: no difference can be shown, None: no verdict
+    # Estimate.to_dict() of a - b by the judge
+    difference: dict[str, Any]
+    # 1: a is ahead, -1: behind, 0: no difference can be shown, None: no verdict
+    sign: int | None
     p_adjusted: float | None = None
-    minimum_detectable_effect: float | None = None  # in the judge's units, shown in 4 of 5 repeats
-    kl: float | None = None  # nats; None: each at its own
+    # in the judge's units, shown in 4 of 5 repeats
+    minimum_detectable_effect: float | None = None
+    # nats; None: each at its own
+    kl: float | None = None
     reservation: Reservation | None = None
     # the row of the report it was read from: ranges, chosen values, peak, end
     evidence: dict[str, Any] | None = None

@@ -95,6 +95,7 @@ def _point(point: dict[str, Any]) -> Row:
 
 def _difference(row: Mapping[str, Any]) -> Row:
     """Return the difference a - b, its adjusted p and the effect that would have been shown."""
+    # None where there is no interval
     low, high = row.get("minimum_detectable_effect_range") or (None, None)
     return {
         **_estimate("difference", row["difference"]),

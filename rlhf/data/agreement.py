@@ -100,6 +100,7 @@ def ratings_of(votes: list[Vote], level: Level = "nominal") -> Ratings:
     """
     ratings: Ratings = {}
     for vote in votes:
+        # a skip says nothing about the pair
         if vote.choice == "skip":
             continue
         value: Hashable = vote.choice
@@ -147,6 +148,7 @@ def pairwise_kappas(ratings: Ratings) -> list[PairKappa]:
     found = []
     for one, other in itertools.combinations(sorted(by_name), 2):
         common = len(by_name[one].keys() & by_name[other].keys())
+        # of two who share no pair nothing can be said
         if common:
             kappa, low, high = kappa_interval(by_name[one], by_name[other])
             found.append(PairKappa(one, other, kappa, low, high, common))
@@ -206,6 +208,7 @@ def annotator_reliability(
 
     people = []
     for name, own in sorted(by_name.items()):
+        # its share and its p are of the same votes
         left = _left_share(own)
         person = Reliability(
             annotator=name,
@@ -220,6 +223,7 @@ def annotator_reliability(
             fast=_too_fast(own, words),
         )
         people.append(person)
+    # compared with the others, so all have to be there first
     for person in people:
         others = [other for other in people if other is not person]
         person.flags = _flags(person, others)
@@ -264,6 +268,7 @@ def _agreement_with_the_rest(votes: list[Vote]) -> dict[str, Share]:
     """Return the mean over an annotator's pairs of the share of the others who said the same."""
     totals: dict[str, list[float]] = {}
     for values in ratings_of(votes).values():
+        # alone on a pair, there is nobody to agree with
         if len(values) == 1:
             continue
         counts = Counter(values.values())
@@ -311,6 +316,7 @@ def _coincidences(ratings: Ratings) -> np.ndarray:
     for i, values in enumerate(usable):
         for value in values:
             counts[i, order.index(value)] += 1
+    # a rater does not pair with themselves
     pairs = counts[:, :, None] * counts[:, None, :]
     pairs[:, range(len(order)), range(len(order))] -= counts
     return pairs / (counts.sum(axis=1) - 1)[:, None, None]

@@ -46,6 +46,7 @@ def annotator_summaries(
     A source whose rows name no annotator has no entry.
     """
     summaries, stores = {}, set()
+    # a store has what its pairs have lost: ties, skips, times, sides
     for name in filter(sources.is_store, names):
         summaries[name] = store_summary(name)
         stores.add(Path(sources.split_event(name)[0]).name)
@@ -90,6 +91,7 @@ def _as_votes(records: Sequence[Preference]) -> list[Vote]:
     for event, record in enumerate(records):
         pair = (dialogue_text(record), answer_pair(record.chosen, record.rejected))
         comparison = numbers.setdefault(pair, len(numbers))
+        # which of two texts is called a must not depend on who won
         choice = "a" if normalise(record.chosen) <= normalise(record.rejected) else "b"
         annotator = str(record.annotator)
         last[comparison, annotator] = Vote(event, comparison, annotator, choice)

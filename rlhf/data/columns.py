@@ -23,6 +23,7 @@ def other_fields(row: dict[str, Any], source: str | None, kind: type[Record]) ->
     fields: dict[str, Any] = {"source": source}
     for name, read in FIELDS.items():
         value = row.get(name)
+        # a pair that is read as prompts or instructions has no margin
         applies = kind is Preference or name not in PREFERENCE_FIELDS
         if applies and value is not None and value != "":
             fields[name.removeprefix("default_")] = read(name, value)
@@ -42,6 +43,7 @@ def _split(name: str, value: Any) -> str:
 
 def _number(name: str, value: Any) -> float:
     try:
+        # CSV has text alone
         number = float(value) if isinstance(value, str) else value
     except ValueError:
         number = None

@@ -87,6 +87,7 @@ def as_list(name: str, value: Any) -> list[dict[str, Any]] | None:
     """
     if isinstance(value, str):
         value = _parsed(name, value)
+    # as the datasets library gives a list of dicts: a dict of lists
     if isinstance(value, dict) and isinstance(value.get("role", value.get("from")), list):
         columns = {key: column for key, column in value.items() if isinstance(column, list)}
         value = [
@@ -122,6 +123,7 @@ def _parsed(name: str, text: str) -> Any:
     try:
         return ast.literal_eval(_NUMPY.sub(_as_python, text).strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError):
+        # one message alone may as well be a text about dicts
         if not found["list"]:
             return None
         raise RecordError(
@@ -158,6 +160,7 @@ def _plain(name: str, number: int, message: Any) -> Any:
         isinstance(p, dict) and isinstance(p.get("text"), str) for p in content
     ):
         content = "".join(part["text"] for part in content)
+    # OpenAI leaves the content out where the model only calls tools
     if content is None and "tool_calls" in given:
         content = ""
     plain = {
@@ -167,6 +170,7 @@ def _plain(name: str, number: int, message: Any) -> Any:
     plain |= {key: given[key] for key in PASSED if key in given}
     if "tool_calls" in plain:
         plain["tool_calls"] = [_tool_call(name, number, call) for call in plain["tool_calls"]]
+    # templates show which tool a result is of
     if plain["role"] == "tool" and "name" in given:
         plain["name"] = given["name"]
     return plain
@@ -179,6 +183,7 @@ def _tool_call(name: str, number: int, call: Any) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError(name, f"message {number} has a tool call without a function's name")
+    # a template that prints JSON would quote the text a second time
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
@@ -193,6 +198,7 @@ def _tool_call(name: str, number: int, call: Any) -> dict[str, Any]:
 def message_text(message: Message) -> str:
     """Return a message's text and, as JSON, its other fields: tool calls, reasoning."""
     more = {name: value for name, value in message.items() if name not in ("role", "content")}
+    # a message of text alone, as nearly all are, is that text
     if not more:
         return message["content"]
     return message["content"] + json.dumps(more, sort_keys=True, ensure_ascii=False)
@@ -232,6 +238,7 @@ def parse_turns(text: str) -> list[Message] | None:
     # role -> its name in this text
     speakers: dict[str, str] = {}
     for found in _TURN.finditer(text):
+        # a text has one name for each speaker: "User:" in a text of "Human:" is quoted
         speakers.setdefault(ROLE_OF[found[1].lower()], found[1])
     if len(speakers) < 2:
         return None
@@ -266,6 +273,7 @@ def _looks_like_transcript(text: str) -> bool:
     names = {name.lower() for name in speakers}
     if len(names) != 2 or names & EXAMPLES or any(a == b for a, b in itertools.pairwise(speakers)):
         return False
+    # two labels of unknown names once each are a form or a list
     return len(speakers) > 3 or names <= ROLE_OF.keys()
 
 

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-Ratings = dict[Hashable, dict[str, Hashable]]  # item -> annotator -> value
+# item -> annotator -> value
+Ratings = dict[Hashable, dict[str, Hashable]]
 
 
 @dataclass
 class Skills:
-    """posterior: item -> (K,) probability of each class. confusion: annotator -> (K, K) p(says column | truth is row).
-    prior: (K,) share of each class.
+    """posterior: item -> (K,) probability of each class. confusion: annotator -> (K, K) p(says
+    column | truth is row). prior: (K,) share of each class.
     """
 
     classes: list[Hashable]
@@ -37,7 +38,8 @@ def dawid_skene(
     rounds: int = 500,
     tolerance: float = 1e-6,
 ) -> Skills:
-    """EM for the model in which an annotator says l of an item of class k with probability pi_kl.
+    """Fit by EM the model in which an annotator says l of an item of class k with probability
+    pi_kl.
 
         E:  T_ik  proportional to  p_k prod_votes pi_kl          (Dawid and Skene 1979, eq. 2.5)
         M:  pi_kl proportional to  c_kl + sum_i T_ik [says l],   p_k proportional to c + sum_i T_ik   (eq. 2.3, 2.4)
@@ -59,6 +61,7 @@ def dawid_skene(
     fixed = np.array(
         [number[known[item]] if item in known else -1 for item in items], dtype=np.int64
     )
+    # the prior of every annotator, as votes
     start = np.zeros((K, K)) if pseudo is None else np.asarray(pseudo, dtype=np.float64)
     class_pseudo = 0.0 if pseudo is None else 1.0
     image = np.arange(K) if mirror is None else np.asarray(mirror)
@@ -72,6 +75,7 @@ def dawid_skene(
     for _ in range(rounds):
         # M step
         counts = _counts(votes, truth, len(annotators)) + start
+        # a and b are names: what holds of one holds of the other
         confusion = _normalised(counts + counts[:, image][:, :, image])
         shares = truth.sum(axis=0) + class_pseudo
         prior = _normalised(shares + shares[image])
@@ -122,6 +126,7 @@ def _posterior(
     with np.errstate(divide="ignore"):
         logs = np.repeat(np.log(prior)[None], items, axis=0)
         np.add.at(logs, votes[:, 0], np.log(confusion)[votes[:, 1], :, votes[:, 2]])
+    # many votes underflow; relative to the largest they do not
     logs -= logs.max(axis=1, keepdims=True)
     return _normalised(np.exp(logs))
 

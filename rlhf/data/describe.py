@@ -52,6 +52,7 @@ def describe(config: DescribeConfig) -> dict[str, Any]:
     table = load.collect(config.source, kind)
     if not table.records:
         table.check_usable("skip")
+    # two splits in one group would stop a run; here they are what one came to see
     conflict = ""
     try:
         assign(table.records, config.validation_fraction, config.test_fraction, table.places)
@@ -126,6 +127,7 @@ def guess(names: list[str]) -> type[Record]:
         try:
             return schemas.guess_kind(sources.first_rows(name, 1)[0])
         except UserError as error:
+            # the first source that cannot be read may still be followed by one that can
             failed = failed or error
     raise failed or UserError("no data source given")
 
@@ -147,6 +149,7 @@ def _lengths(records: list[Record]) -> list[str]:
     lines = []
     for name, counts in lengths.items():
         counts.sort()
+        # what a length limit has to let through
         high = counts[min(len(counts) - 1, int(0.95 * len(counts)))]
         lines.append(
             f"{name}: median {statistics.median(counts):g}, 95 % up to {high}, longest {counts[-1]}"

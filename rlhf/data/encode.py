@@ -87,6 +87,7 @@ def _check_tools(tokenizer: Any, prompt: list[Message], tools: list[dict] | None
     if any(message["role"] == "tool" for message in prompt):
         variants["tool results"] = list(map(_as_user, prompt)), tools
 
+    # most prompts have none of them, and rendering takes time
     whole = text(prompt, tools) if variants else ""
     for what, (messages, tools_left) in variants.items():
         try:
@@ -114,6 +115,7 @@ def encode_response(tokenizer: Any, response: str, ended: bool = True) -> list[i
     Special tokens inside the text stay plain text. A byte-level vocabulary can spell some texts in
     several ways, so these need not be the very ids that a policy sampled.
     """
+    # text that spells a special token must not become one
     ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True).input_ids
     return [*ids, tokenizer.eos_token_id] if ended else list(ids)
 
@@ -127,6 +129,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Return a hash of what decides ids (vocabulary, special tokens, chat template). Adapters of
     one base share it.
     """
+    # in a fixed order: dicts of two versions list it differently
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return digest(f"{vocabulary}{special}{tokenizer.chat_template}")
@@ -154,6 +157,7 @@ def encode(
             if on_error == "skip":
                 dropped[str(error)] += 1
                 continue
+            # records made in Python have no place
             beginning = clip(record.prompt[0]["content"], 60)
             where = (
                 record.place
@@ -167,6 +171,7 @@ def encode(
         elif isinstance(record, Preference):
             row["chosen_ids"] = encode_response(tokenizer, record.chosen, record.chosen_ended)
             row["rejected_ids"] = encode_response(tokenizer, record.rejected, record.rejected_ended)
+        # both answers of a pair have to fit, or neither is used
         responses = [len(ids) for name, ids in row.items() if name != "prompt_ids"]
         if len(row["prompt_ids"]) > max_prompt_length:
             dropped[f"prompt longer than max_prompt_length {max_prompt_length} tokens"] += 1

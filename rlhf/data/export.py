@@ -90,6 +90,7 @@ def check_output(output: str, inputs: Sequence[str]) -> Path:
         raise UserError(f"{output}: its folder {path.parent} does not exist")
     for name in inputs:
         given = Path(name).expanduser()
+        # the same file by another name, too
         if path.exists() and given.exists() and path.samefile(given):
             raise UserError(
                 f"{output}: is one of the files that are read, and those are never changed. Name another"
@@ -130,10 +131,12 @@ def write_text(output: str | Path, text: str) -> None:
 def write_whole(output: str | Path, write: Callable[[Path], Any]) -> None:
     """Let `write` write a temporary file, flush it to disk, and replace `output` with it."""
     path = Path(output)
+    # in the same folder: renaming across disks is a copy
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(part)
         with open(part, "rb") as file:
+            # or a crash could leave the new name with no content
             os.fsync(file.fileno())
         part.replace(path)
     except OSError as error:
@@ -273,6 +276,7 @@ def _transcript(messages: list[Message]) -> str:
         stripped.append({**message, "content": content})
         text += f"\n\n{speakers.get(message['role'], message['role'])}: {content}"
 
+    # a text that would be read back otherwise is refused, not written
     known_roles = all(message["role"] in speakers for message in messages)
     if not known_roles or parse_turns(text) != stripped:
         raise UserError(

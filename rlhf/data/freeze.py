@@ -28,6 +28,7 @@ def freeze(
     with Store.open(store, readonly=True) as opened:
         view = opened.at(upto_event)
         rows = view.rows(aggregate)
+        # the count of rows tells a whole file from one that was cut off while it was copied
         header = {
             "store": opened.path.name,
             "event": view.event,
@@ -50,6 +51,7 @@ def frozen(path: str | Path) -> dict[str, Any] | None:
     """Return the header of a file that `freeze` wrote, None for any other file."""
     with open(path, encoding="utf-8") as file:
         line = file.readline()
+    # any other file may be asked about
     with contextlib.suppress(json.JSONDecodeError):
         row = json.loads(line)
         if isinstance(row, dict) and len(row) == 1:

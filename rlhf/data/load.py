@@ -85,6 +85,7 @@ def load(
         bad.update({"read": len(table.records) + len(table.bad)} | table.bad_reasons())
     assign(table.records, validation_fraction, test_fraction, table.places)
 
+    # after the splits, so that prompts of pairs fall like the pairs
     records = unique_prompts(table.records) if kind is Prompt else table.records
     if split is not None:
         records = [record for record in records if record.split == split]
@@ -97,6 +98,7 @@ def load(
         )
     if limit is None:
         return records
+    # those that are kept stay in the order of the data
     kept = set(map(id, first_by_hash(records, limit)))
     return [record for record in records if id(record) in kept]
 
@@ -190,6 +192,7 @@ class Table:
             if not reasons:
                 found = "; ".join(map(sources.why_empty, self.sources))
             raise UserError(f"{self.name}: no row to read ({found})")
+        # every rank reads the data, and one message is enough
         if os.environ.get("RANK", "0") == "0":
             for line in self.bad_summary():
                 print(f"skipped {line}", file=sys.stderr, flush=True)
@@ -235,6 +238,7 @@ class Table:
             f"{source}: found columns {', '.join(self.columns[source]) or 'none'}; "
             f"expected for {self.kind.__name__}: {schemas.SCHEMAS[self.kind]}."
         )
+        # a file of pairs given as instructions is the usual mistake: say so
         kinds = set(map(schemas.guess_kind, sources.first_rows(source)))
         if len(kinds) == 1 and not kinds & {self.kind, Prompt}:
             kind = kinds.pop()
@@ -265,6 +269,7 @@ def collect(source: str | list[str], kind: type[Record], aggregate: Aggregate = 
             if problem:
                 table.bad.append(BadRow(name, place, problem))
                 continue
+            # rows may have different columns, so the first one does not tell
             columns.update(dict.fromkeys(columns_of_row))
             try:
                 row = schemas.read_row(columns_of_row, kind, source=name)

@@ -70,6 +70,7 @@ class Record:
         _expect(
             is_number(self.weight) and self.weight >= 0, "weight", self.weight, "a number from 0 up"
         )
+        # messages are checked with their roles, the rest here
         for name in ("group", "source", "annotator", "voice", "metadata"):
             check_unicode(name, getattr(self, name))
         if not self.group:

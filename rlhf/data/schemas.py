@@ -101,6 +101,7 @@ def read_row(row: dict[str, Any], kind: type[Record], source: str | None = None)
     prompt = _with_system(row, content.prompt)
     fields = content.fields | other_fields(row, source, kind)
 
+    # what was read is no metadata: a scorer that sees the answer would score by it
     used = {"system", *ANSWERS, *FIELDS, *content.schema.split("+")}
     if "instruction" in used:
         used.add("history")
@@ -169,6 +170,7 @@ def _read_preference(row: dict[str, Any]) -> Content:
             )
         before, answers[name] = _split_last(name, whole)
         prompts.append(before)
+    # two answers to different questions are no comparison
     if prompts[0] != prompts[1]:
         raise RecordError(
             "rejected", "its conversation differs from that of 'chosen' before the last answer"
@@ -181,6 +183,7 @@ def _read_instruction(row: dict[str, Any]) -> Content:
     if "chosen" in row and response is None and "messages" not in row:
         pair = _read_preference(row)
         return Content(pair.prompt, {"response": pair.fields["chosen"]}, pair.schema)
+    # rows of unpaired feedback may be given to SFT by mistake
     if TRUTH.get(lowered(row.get("label"))) is False:
         raise RecordError("label", "is false, and an answer marked as bad is not one to imitate")
 
@@ -240,6 +243,7 @@ def _explicit_prompt(row: dict[str, Any]) -> tuple[list[Message], str]:
         return whole, "prompt"
 
     check_text("instruction", row["instruction"])
+    # earlier turns come first, as they were said
     before = _history(row.get("history"))
     question, schema = row["instruction"], "instruction"
     if "input" in row:
@@ -309,6 +313,7 @@ def _with_usual_names(row: dict[str, Any]) -> dict[str, Any]:
 
     for name, tag in MEDIA.items():
         value = row.get(name)
+        # a column of that name with plain text may be anything, such as a file name
         if value and (
             isinstance(value, (list, dict, bytes)) or any(tag in str(text) for text in row.values())
         ):
@@ -344,12 +349,14 @@ def _tools(given: Any) -> Any:
     """Return tools as OpenAI has them, also from JSON text; a column that only has the name stays
     as it is.
     """
+    # "tools" may also be what a row calls something else: a text, a number
     tools = given
     if isinstance(given, str) and given.lstrip().startswith("["):
         try:
             tools = json.loads(given)
         except (ValueError, RecursionError):
             raise RecordError("tools", "is a list that is not whole JSON") from None
+    # not what a template reads: it stays in the metadata
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         return given
 
@@ -426,6 +433,7 @@ def _with_system(row: dict[str, Any], prompt: list[Message]) -> list[Message]:
     if system is None or system == "":
         return prompt
     check_text("system", system)
+    # given twice, it has to be the same
     if prompt and prompt[0]["role"] == "system":
         if prompt[0]["content"] != system:
             raise RecordError(

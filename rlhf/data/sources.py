@@ -81,6 +81,7 @@ def first_rows(source: str, count: int = 20) -> list[dict[str, Any]]:
             else:
                 problems.append(f"{place}: {problem}")
 
+    # read no further than asked: a source may be large or far away
     found = list(itertools.islice(readable(), count))
     if not found:
         bad = f" ({len(problems)} bad)" if problems else ""
@@ -131,6 +132,7 @@ def is_path(source: str) -> bool:
 
 def _file(source: str) -> Iterator[Item]:
     path = Path(source).expanduser()
+    # "no such file" would be puzzling where the link is plain to see
     if path.is_symlink() and not path.exists():
         raise UserError(
             f"{source}: is a symbolic link to {os.readlink(path)}, which leads to no file"
@@ -201,6 +203,7 @@ def _jsonl(path: Path, source: str) -> Iterator[Item]:
                 and row.keys() == {"frozen"}
                 and isinstance(row["frozen"], dict)
             ):
+                # what it promises is compared with the rows at the end
                 header = row["frozen"]
                 continue
             count += 1
@@ -251,6 +254,7 @@ def _item(source: str, number: int, row: Any) -> Item:
 
 
 def _csv(path: Path, source: str) -> Iterator[Item]:
+    # the default, 131,072 characters, is less than some conversations
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     number = 0
     with _open(path, source) as file:
@@ -259,6 +263,7 @@ def _csv(path: Path, source: str) -> Iterator[Item]:
             for row in reader:
                 number += 1
                 place = f"{source} row {number}"
+                # cells without a header: the row is broken, or a comma was not quoted
                 if None in row:
                     yield (
                         place,
@@ -313,6 +318,7 @@ def _hub(source: str) -> Iterator[Item]:
     """
     found = _HUB.fullmatch(source)
     name, config, split = found["name"], found["config"], found["split"]
+    # a misspelt path would otherwise be looked for on the Hub
     near = near_file(name) if "/" in name else ""
     if near:
         raise UserError(f"{source}: no such file{near}")
@@ -328,6 +334,7 @@ def _hub(source: str) -> Iterator[Item]:
 
     parts = dict(data) if isinstance(data, dict) else {split or "train": data}
     unknown = [part for part in parts if part not in SPLIT_NAMES]
+    # which of its parts are for training only its owner knows
     if split is None and len(parts) > 1 and unknown:
         raise UserError(
             f"{source}: has splits {', '.join(parts)}; name one or several, such as {source}@{unknown[0]}"
@@ -335,6 +342,7 @@ def _hub(source: str) -> Iterator[Item]:
     for part, part_rows in parts.items():
         # of "train[:10%]" and "train+test" the first name counts
         given = SPLIT_NAMES.get(re.split(r"[\[_+]", part)[0])
+        # all its rows are called train, which decides nothing
         if given == "train" and len(parts) == 1:
             given = None
         suffix = f" of {part}" if split is None else ""

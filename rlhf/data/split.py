@@ -25,6 +25,8 @@ def split_of(group: str, validation_fraction: float = 0.05, test_fraction: float
     validation stays so.
     """
     check_fractions(validation_fraction, test_fraction)
+    # test at one end and validation at the other, so that a larger share of one takes none of the
+    # other
     u = _uniform("split", group)
     if u < test_fraction:
         return "test"
@@ -138,6 +140,7 @@ def join_groups(groups: list[str], links: list[Iterable[Hashable]]) -> list[str]
 
 def _uniform(purpose: str, group: str) -> float:
     """Return a number in [0, 1) that depends on nothing but the purpose and the group."""
+    # 53 bits are what a float holds exactly
     whole = int.from_bytes(hashlib.sha256(f"{purpose}:{group}".encode()).digest()[:8], "big")
     return (whole >> 11) / 2**53
 

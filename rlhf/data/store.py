@@ -96,6 +96,7 @@ class Store:
         """
         if self._depth == 0:
             try:
+                # writers wait here, not at their first write, where waiting could end in a deadlock
                 self._db.execute("BEGIN" if self.readonly else "BEGIN IMMEDIATE")
             except sqlite3.OperationalError as error:
                 raise UserError(f"{self.path}: cannot be written ({error})") from None
@@ -105,6 +106,7 @@ class Store:
             if self._depth == 1:
                 self._db.execute("COMMIT")
         except BaseException:
+            # SQLite has rolled back by itself after some errors
             if self._depth == 1 and self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
@@ -131,7 +133,8 @@ class Store:
         default: by the prompt's hash. split: only where the data gives it; otherwise the group
         decides at reading. Raises RecordError.
         """
-        Prompt(prompt=messages, split=split)  # checks them
+        # checks them
+        Prompt(prompt=messages, split=split)
         given = {
             "messages": messages,
             "own_group": group,
@@ -139,6 +142,7 @@ class Store:
             "split": split,
             "metadata": metadata or {},
         }
+        # without what is not given, so that a column added later changes no key
         key = digest(_json({name: value for name, value in given.items() if value is not None}))
         row = given | {
             "messages": _json(messages),
@@ -195,6 +199,7 @@ class Store:
         `expected` response. Raises UserError if the responses answer different prompts, are the
         same text, or one is empty.
         """
+        # a pair is one comparison in whichever order it is given
         a, b = sorted((one, other))
         prompt = self._comparable_prompt(a, b)
         if (kind == "control") != (expected is not None) or expected not in (None, a, b):
@@ -204,6 +209,7 @@ class Store:
         side = {a: "a", b: "b"}.get(expected)
         row = {"prompt": prompt, "a": a, "b": b, "kind": kind, "expected": side}
         id = self._add("comparisons", f"{a}-{b}-{kind}", row)
+        # it may have been there already, with the other answer as the right one
         found = self._one("SELECT expected FROM comparisons WHERE id = ?", id)["expected"]
         if found != side:
             raise UserError(
@@ -338,6 +344,7 @@ class Store:
             pair = self._one("SELECT a, b FROM comparisons WHERE id = ?", comparison)
             if pair is None:
                 raise UserError(f"{self.path}: there is no comparison {comparison}")
+            # callers may name the response instead of its letter
             choice = {pair["a"]: "a", pair["b"]: "b"}.get(choice, choice)
             if choice not in CHOICES:
                 raise UserError(

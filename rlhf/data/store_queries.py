@@ -41,7 +41,8 @@ class StoreView:
     def __init__(self, db: sqlite3.Connection, event: int, name: str):
         self._db = db
         self.event = event
-        self.name = name  # the file's name, which becomes the records' source
+        # the file's name, which becomes the records' source
+        self.name = name
 
     def votes(self) -> list[Vote]:
         """Return the votes that stand, by event id; those on control pairs included."""
@@ -79,6 +80,7 @@ class StoreView:
     def rows(self, aggregate: Aggregate = "each") -> list[dict[str, Any]]:
         """Return `preferences` as rows for a JSONL file that `load` reads."""
         pairs = self.pairs()
+        # with groups joined over all votes, whatever `aggregate` is
         prompts = {row.pop("id"): row for row in self._prompts_with_id()}
         rows = []
         for verdict in verdicts(self.votes(), aggregate, self.controls()):
@@ -142,6 +144,7 @@ class StoreView:
         kinds = dict(map(tuple, self._db.execute("SELECT id, kind FROM comparisons")))
         of_kind = Counter(kinds.values())
         standing = self.votes()
+        # control pairs are never trained on, so they count nowhere here
         normal = [vote for vote in standing if kinds[vote.comparison] == "normal"]
         cast = self._count("events WHERE kind = 'vote' AND id <= ?", self.event)
         return {

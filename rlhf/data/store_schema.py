@@ -15,9 +15,12 @@ from pathlib import Path
 
 from rlhf.errors import UserError, near_file
 
-BUSY_SECONDS = 60.0  # how long a writer waits for the others
-WAL_SECONDS = 60.0  # how long to wait for others who set a new file up at the same moment
-APPLICATION_ID = 0x524C4846  # "RLHF", so that another program's database is not taken for a store
+# how long a writer waits for the others
+BUSY_SECONDS = 60.0
+# how long to wait for others who set a new file up at the same moment
+WAL_SECONDS = 60.0
+# "RLHF", so that another program's database is not taken for a store
+APPLICATION_ID = 0x524C4846
 
 _EVENT_CHECKS = """
     CHECK (kind IN ('assign', 'release', 'vote', 'undo')),
@@ -102,6 +105,7 @@ def connect(path: Path, *, create: bool, readonly: bool) -> sqlite3.Connection:
             connection = _upgraded_copy(connection, path)
         return connection
     except (sqlite3.Error, UserError) as error:
+        # a file that is refused must not stay open
         if connection is not None:
             connection.close()
         if isinstance(error, UserError):
@@ -176,6 +180,7 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
     database at all.
     """
     db.execute("PRAGMA foreign_keys = ON")
+    # before the first write: another program's file is left alone
     found = version(db, path)
     _write_ahead(db)
     db.execute("PRAGMA synchronous = FULL")
@@ -198,6 +203,7 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
 def version(db: sqlite3.Connection, path: Path) -> int:
     """Return the file's version. Raises UserError for another program's file or a newer version."""
     found = db.execute("PRAGMA user_version").fetchone()[0]
+    # a new file has neither tables nor our mark
     ours = db.execute("PRAGMA application_id").fetchone()[0] == APPLICATION_ID
     if not ours and (found or db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]):
         raise UserError(f"{path}: is an SQLite file, but not a preference store")

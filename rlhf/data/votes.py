@@ -43,7 +43,8 @@ class Verdict:
     """The winner of a comparison by one vote or by all; `metadata` goes into the record's metadata."""
 
     comparison: int
-    winner: str  # "a" or "b"
+    # "a" or "b"
+    winner: str
     annotator: str | None = None
     label_prob: float | None = None
     margin: float | None = None
@@ -80,6 +81,7 @@ def majority(votes: list[Vote]) -> list[Verdict]:
     verdicts = []
     for comparison, own in by_comparison(votes).items():
         count = Counter(vote.choice for vote in own)
+        # no winner: a coin would make a label of nothing
         if count["a"] == count["b"]:
             continue
         winner = "a" if count["a"] > count["b"] else "b"
@@ -107,6 +109,7 @@ def by_skill(votes: list[Vote], controls: dict[int, str] | None = None) -> list[
         chances = posterior[comparison].tolist()
         tie = chances[2] if len(chances) > 2 else 0.0
         p_a = chances[0] + tie / 2
+        # votes that cancel out leave rounding
         if abs(p_a - 0.5) > 1e-9:
             winner = "a" if p_a > 0.5 else "b"
             verdicts.append(_joint_verdict(comparison, winner, max(p_a, 1 - p_a), own))
@@ -126,6 +129,7 @@ def skills(votes: list[Vote], controls: dict[int, str] | None = None) -> Skills:
     ratings: dict = {}
     for vote in votes:
         ratings.setdefault(vote.comparison, {})[vote.annotator] = vote.choice
+    # a class that nobody uses would take probability from the others
     has_ties = any(vote.choice == "tie" for vote in votes)
     K = 3 if has_ties else 2
     pseudo = [row[:K] for row in UNKNOWN_ANNOTATOR[:K]]
@@ -169,6 +173,7 @@ def margin_of(votes: list[Vote], winner: str) -> float | None:
         elif vote.choice in ("a", "b") and vote.strength:
             sign = 1 if vote.choice == winner else -1
             margins.append(sign * MARGINS[vote.strength])
+    # a margin of 0 would say that both are equally good
     if not margins:
         return None
     return max(0.0, sum(margins) / (len(margins) + ties))

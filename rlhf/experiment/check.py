@@ -43,7 +43,8 @@ from rlhf.sandbox.annotators import AnnotateConfig
 from rlhf.stages import check_start, new_lora
 from rlhf.tokenizer import load_tokenizer
 
-LONG = 10_000  # steps: a length that every program accepts, where the real one is not known yet
+# steps: a length that every program accepts, where the real one is not known yet
+LONG = 10_000
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def check_files(config: ExperimentConfig) -> None:
         *config.prompts,
         *texts,
     ]
+    # names on the Hub are checked when their rows are read
     files = [
         (source, Path(split_event(source)[0]).expanduser()) for source in sources if is_path(source)
     ]
@@ -134,7 +136,8 @@ def check_starts(
         if specs:
             check_scorers(specs)
     made_later = {f"{config.output_dir}/seed-{seed}/reward" for seed in config.seeds}
-    trained_on: dict[str, set[str]] = {}  # the rows that were read, and the prompts among them
+    # the rows that were read, and the prompts among them
+    trained_on: dict[str, set[str]] = {}
     for planned in programs:
         try:
             for name in ("reward", "eval_scorers"):
@@ -158,6 +161,7 @@ def check_model(program: str, options: Any) -> None:
     if adapter:
         adapter_settings(adapter)
     base = adapter_base(adapter) if adapter else path
+    # an adapter and its base may lie in two folders
     for folder in {path, base}:
         check_weights(folder)
     try:
@@ -174,9 +178,11 @@ def check_model(program: str, options: Any) -> None:
     # whether the row of EOS was ever trained cannot be seen without weights
     run = Run(program, replace(options, train_eos="never"), DistributedContext())
     lora = new_lora(run, InitialModel(model, tokenizer, path, base, adapter, ""))
+    # a start that is an adapter is trained on, without a second one
     if lora and not adapter:
         add_adapter(model, lora)
     read_deepspeed_config(options.deepspeed, DistributedContext(launched=True), options)
+    # TRL checks its own options when they are made
     if program != "ppo":
         cls = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}[program]
         trl_arguments(cls, run, has_held_out=True)
@@ -190,6 +196,7 @@ def check_rows(
 
     `sampled_from`: the prompts, where the pairs are still to be sampled.
     """
+    # pairs that are still to be sampled can only be judged by their prompts
     kind = Prompt if program == "ppo" or sampled_from else Preference
     wanted = [(kind, "train", sampled_from), (kind, "validation", sampled_from)]
     if getattr(options, "ptx_data", None):
@@ -200,16 +207,19 @@ def check_rows(
             continue
         what = kind.__name__.lower()
         key = f"{what} {split} {options.half} {data or options.data} {options.model_name_or_path}"
+        # trials of a method read the same rows
         if key in seen:
             continue
-        with tempfile.TemporaryDirectory() as folder:  # a store is frozen there
+        # a store is frozen there
+        with tempfile.TemporaryDirectory() as folder:
             # without a log: the program itself will say what it drops
             read = RunData(
                 replace(options, output_dir=folder), DistributedContext(), log=lambda text: None
             )
             rows = read.rows(kind, split, tokenizer, data)
         seen[key] = read.trained_on
-        if not rows:  # of train they are required already
+        # of train they are required already
+        if not rows:
             half = "" if options.half == "all" else f" of half {options.half}"
             raise UserError(
                 f"{', '.join(data or options.data)}: no {what} is left for the {split} split{half}. Give more data or "
@@ -227,6 +237,7 @@ def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
         records = load_test_split(config, data, kind)
         return encode(records, tokenizer, config.max_prompt_length, longest, config.on_error)[0]
 
+    # SFT's own prompts count as seen too
     known = trained_on | hashes(config.initial_policy)
     prompts = [row["record"] for row in rows(Prompt, config.prompts, None)]
     groups = {record.group for record in prompts if prompt_group(record.prompt) not in known}

@@ -24,7 +24,8 @@ from rlhf.errors import UserError
 from rlhf.validation import Count, Number, Spec, validate
 
 BEST_OF_N = "best_of_n"
-LENGTH_OPTION = {"dpo": "max_steps", "ppo": "total_episodes"}  # sets how long a program trains
+# sets how long a program trains
+LENGTH_OPTION = {"dpo": "max_steps", "ppo": "total_episodes"}
 DECIDE_LENGTH = ("max_steps", "total_episodes", "rollout_batch_size")
 
 # The experiment sets these for every program: a method with its own would not be compared like for
@@ -53,6 +54,7 @@ class Pairs(Spec):
 
     @model_validator(mode="after")
     def check_source(self) -> Pairs:
+        # pairs are either given or made: half of either cannot run
         made = (self.prompts, self.sample, self.annotate)
         is_wrong = None in made if self.data is None else any(made)
         if is_wrong:
@@ -100,6 +102,7 @@ class Method(Part):
     def check_sweep(cls, given: Any, read: Any) -> dict[str, list[int | float]]:
         try:
             sweep = read(given)
+        # told below with what was found, instead of by pydantic for each type it tried
         except ValidationError:
             sweep = {}
         values = next(iter(sweep.values()), [])
@@ -109,6 +112,7 @@ class Method(Part):
             raise ValueError(
                 f"found {given!r}, expected one option with different values: {{beta: [0.1, 0.5]}}"
             )
+        # a budget is matched by length, so a swept length would undo it
         if set(sweep) & set(DECIDE_LENGTH):
             raise ValueError(
                 f"'{next(iter(sweep))}' is the length of a run, which is the same for all swept values"
@@ -280,6 +284,7 @@ class ExperimentConfig:
 
     def _check_scores(self) -> None:
         """Raise UserError unless one score decides, and each method has what it learns from."""
+        # one score decides: with two, the reader could pick the one that says more
         if self.gold and (self.referee or self.train_referee):
             raise UserError(
                 "'gold' and a referee are both given: where the true reward is known no referee decides"
@@ -292,6 +297,7 @@ class ExperimentConfig:
             raise UserError(
                 f"'judge' is {self.judge}, expected {{function: module:function}} or {{http: URL}}"
             )
+        # a reward model is trained for each seed: every method has one to learn from
         if self.reward:
             return
         for name, spec in self.method_specs.items():
@@ -300,6 +306,7 @@ class ExperimentConfig:
                     f"methods: '{name}' needs a reward: give 'reward: {{config: configs/reward.yaml}}', or its own "
                     "options: {reward: [...]}"
                 )
+            # best of n has no options of its own that could name a scorer
             if name == BEST_OF_N:
                 raise UserError(
                     f"methods: '{name}' chooses by the reward model; give 'reward: {{config: FILE}}'"
@@ -315,6 +322,7 @@ class ExperimentConfig:
             raise UserError(
                 "'methods' trains nothing; for example dpo: {program: dpo, config: FILE, sweep: {beta: [...]}}"
             )
+        # lengths are as given, and nothing has to be equal
         if not self.matched:
             return
         if len(set(trials.values())) > 1:
@@ -339,6 +347,7 @@ class ExperimentConfig:
         specs: dict[str, Method | BestOfN] = {}
         for name, method in self.methods.items():
             where = f"methods: '{name}'"
+            # the name becomes a folder, a column and a legend
             if not name.replace("_", "").isalnum() or name == "sft":
                 raise UserError(
                     f"{where}: a name has letters, digits and '_' alone, and 'sft' is that of the initial policy"

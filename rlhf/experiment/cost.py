@@ -19,6 +19,7 @@ def known_lengths(config: ExperimentConfig) -> dict[str, int] | None:
         return {name: given_length(config.method_specs[name]) for name in config.trained}
     try:
         return planned_lengths(config)
+    # a pilot, the pairs or the reward model are not there yet
     except (KeyError, UserError):
         return None
 
@@ -37,6 +38,7 @@ def planned_lengths(config: ExperimentConfig) -> dict[str, int]:
         shared = shared_cost(config, config.seeds[0], parts_of(config, name))
         spent = sum(part.get(counter, 0.0) for part in shared.values())
         pilot = Path(config.output_dir) / "pilot" / name
+        # by the pilot, since FLOPs and time of a step depend on model, lengths and machine
         each = step_cost(pilot, counter, PILOT_STEPS[config.method_specs[name].program])
         steps = int((total - spent) // each)
         if steps < config.checkpoints:
@@ -77,6 +79,7 @@ def store_cost(store: Path) -> dict[str, float]:
     """
     from rlhf.data.store import Store
 
+    # pairs that were given have cost this experiment nothing
     if not store.is_file():
         return {}
     with Store.open(store, readonly=True) as opened:
@@ -99,6 +102,7 @@ def cost_until(folder: Path, step: int) -> dict[str, float]:
         return before
     for row in read_metrics(folder / "metrics.jsonl"):
         cost = counters_of(row)
+        # a row without counters, such as that of an evaluation
         if not cost:
             continue
         if row["step"] >= step:
@@ -120,6 +124,7 @@ def step_cost(folder: Path, counter: str, steps: int) -> float:
     first, before, last = (
         cost_until(folder, step).get(counter, 0.0) for step in (1, steps - 1, steps)
     )
+    # a pilot that was ended early never got to its last step
     if not first < before < last:
         raise UserError(
             f"{folder}: does not tell what {steps} steps cost in {counter}. Look at its log and metrics.jsonl: a pilot "

@@ -33,7 +33,8 @@ from rlhf.files import dumps, write_atomic
 from rlhf.runs.checkpoint import FOLDER
 from rlhf.runs.tracking import read_metrics
 
-INITIAL_FILE = "step-000000.jsonl"  # the responses of the initial policy
+# the responses of the initial policy
+INITIAL_FILE = "step-000000.jsonl"
 
 
 @dataclass(kw_only=True)
@@ -56,6 +57,7 @@ def load_experiment(folder: str | Path) -> ExperimentConfig:
             f"{folder}: no experiment here (experiment.yaml is missing); make one with rlhf experiment run FILE"
         )
     config = parse(ExperimentConfig, ["--config", str(file)], "rlhf experiment run")
+    # its paths are relative to where it was run, so from elsewhere they name other files
     if Path(config.output_dir).resolve() != Path(folder).resolve():
         raise UserError(
             f"{folder}: was made as {config.output_dir}, which is another place from here. Call from the directory in "
@@ -76,10 +78,12 @@ def measure(asked: MeasureConfig, build_scorer: Callable[..., Scorer]) -> None:
     folder = measures_of(config, wanted.trial)
     folder.mkdir(parents=True, exist_ok=True)
     specs, kinds, judge = scores_of(config, wanted.seed)
+    # the initial policy is sampled once: seeds differ in the reward model alone
     if wanted.kind == "seed":
         files = score_again(config, folder, specs, build_scorer)
     else:
         files = sample_policies(config, wanted, specs, build_scorer)
+    # intervals pair the answers by prompt, so that another set would be compared row by row
     check_same_prompts(config, folder)
 
     end = summary(files[-1], judge)
@@ -128,6 +132,7 @@ def sample_policies(
     run_folder, folder = Path(config.output_dir) / wanted.trial, measures_of(config, wanted.trial)
     steps = {0: config.initial_policy} if is_initial else policies_of(run_folder)
     files = {step: folder / f"step-{step:06d}.jsonl" for step in steps}
+    # a measuring that was cut off keeps the policies it has finished
     missing = [step for step in steps if not files[step].is_file()]
     if not missing:
         return list(files.values())
@@ -176,6 +181,7 @@ def test_prompts(config: ExperimentConfig, paths: list[str]) -> list[Prompt]:
     runs = CompareConfig(
         runs=[paths[0], *(policies or paths)], prompts=config.prompts, **judges(config)
     )
+    # the initial policy itself has learnt from no scorer and no pairs
     if policies:
         check_judges(runs)
     return unseen(runs, load_test_split(config, config.prompts, Prompt))
@@ -220,7 +226,8 @@ def make_evaluation(
         sampling=Sampling(config.max_response_length, config.temperature),
         scorer=build_scorer(specs, tokenizer) if specs else None,
         samples_per_prompt=config.pool if is_initial else config.samples_per_prompt,
-        seed=0,  # of the noise alone: the same for all policies of all seeds
+        # of the noise alone: the same for all policies of all seeds
+        seed=0,
         batch_size=config.batch_size,
         plain_head=head_is_plain(model),
     )
@@ -268,6 +275,7 @@ def score_again(
     )
     scores = build_scorer(specs, load_tokenizer(config.initial_policy))(samples)
     for number, row in enumerate(rows):
+        # the seed's reward model is one more scorer of the same responses
         row["scores"] = {name: float(values[number]) for name, values in scores.breakdown.items()}
 
     write_atomic(folder / "prompts.json", (source / "prompts.json").read_text())
@@ -338,6 +346,7 @@ def proxies_of(config: ExperimentConfig, seed: int) -> list[dict]:
     proxies = [model] if config.reward else []
     for given in config.learnt_scorers():
         spec = {key: value for key, value in given.items() if key not in ("weight", "name")}
+        # the placeholder is the reward model of this seed
         if spec.get("model") == "{reward}":
             spec = model
         if spec not in proxies:
@@ -360,6 +369,7 @@ def policies_of(folder: Path) -> dict[int, str]:
     step, and its curve would have a point that the other seeds lack.
     """
     last = max((row["step"] for row in read_metrics(folder / "metrics.jsonl")), default=0)
+    # the option as the run resolved it, whatever the plan says now
     every = run_config(folder)["save_steps"]
     found = {}
     for path in (folder / FOLDER).glob("*"):
@@ -375,8 +385,11 @@ def rows_to_write(rows: list, samples: int, *, with_ids: bool) -> list[dict]:
     names = ["sample", "response", "length", "ended", "kl", "scores"]
     if with_ids:
         names.append("ids")
-    written = [{name: getattr(row, name) for name in names} for row in rows]
-    return [{"prompt": number // samples, **row} for number, row in enumerate(written)]
+    written = []
+    for number, row in enumerate(rows):
+        own = {name: getattr(row, name) for name in names}
+        written.append({"prompt": number // samples, **own})
+    return written
 
 
 def write_rows(file: Path, step: int, rows: list[dict], numbers: dict, budget: dict) -> None:
@@ -389,7 +402,8 @@ def read_rows(file: Path) -> tuple[dict, list[dict]]:
     # not splitlines, which also breaks at other separators inside a response
     lines = file.read_text(encoding="utf-8").split("\n")
     head, *rows = [json.loads(line) for line in lines if line]
-    for row in rows:  # a part of a score that does not apply is written as "NaN"
+    # a part of a score that does not apply is written as "NaN"
+    for row in rows:
         row["scores"] = {name: float(value) for name, value in row["scores"].items()}
     return head, rows
 
@@ -418,6 +432,7 @@ def write_prompts(folder: Path, encoded: list[dict]) -> None:
 def check_same_prompts(config: ExperimentConfig, folder: Path) -> None:
     """Raise UserError if a trial was measured on other prompts than the initial policy."""
     first = measures_of(config, INITIAL) / "prompts.json"
+    # byte for byte: both files are written by the same code
     if first.read_text() != (folder / "prompts.json").read_text():
         raise UserError(
             f"{folder}: not the test prompts that the initial policy was measured on ({first}). A run was trained on "

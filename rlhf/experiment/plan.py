@@ -26,7 +26,8 @@ from rlhf.experiment.config import BEST_OF_N, LENGTH_OPTION, ExperimentConfig, M
 from rlhf.files import model_files, scorer_files
 from rlhf.values import read_yaml
 
-INITIAL = "foundation"  # the folder of the initial policy's measurements
+# the folder of the initial policy's measurements
+INITIAL = "foundation"
 PILOT_STEPS = {"dpo": 8, "ppo": 3}
 # added to the first seed, so that the referee shares no noise with a reward model
 REFEREE_SEED = 1000
@@ -61,10 +62,12 @@ class Measurement:
     seed's reward model.
     """
 
-    trial: str  # its folder below measures/
+    # its folder below measures/
+    trial: str
     kind: Literal["initial", "seed", "trial"]
     seed: int | None
-    settings: dict[str, Any]  # what decides the result and is in no command
+    # what decides the result and is in no command
+    settings: dict[str, Any]
 
 
 @dataclass
@@ -72,7 +75,8 @@ class Job:
     """One program of a plan, what it needs and what it leaves."""
 
     name: str
-    program: str  # "rlhf" or a module: launch.ppo
+    # "rlhf" or a module: launch.ppo
+    program: str
     arguments: list[str]
     kind: Literal[
         "sandbox", "sample", "annotate", "reward", "referee", "pilot", "trial", "measure", "compare"
@@ -81,13 +85,18 @@ class Job:
     needs: list[str] = field(default_factory=list)
     # those of `needs` that only have to be there, whatever they are
     after: list[str] = field(default_factory=list)
-    reads: list[str] = field(default_factory=list)  # files whose contents count
-    outputs: list[str] = field(default_factory=list)  # files that are there when it is done
+    # files whose contents count
+    reads: list[str] = field(default_factory=list)
+    # files that are there when it is done
+    outputs: list[str] = field(default_factory=list)
     # files and folders that it writes, moved away with it
     owned: list[str] = field(default_factory=list)
-    fresh: bool = False  # nothing owned may be there when it starts
-    run_folder: str | None = None  # where a training program writes its metrics
-    steps: int | None = None  # how many it makes, where that is planned
+    # nothing owned may be there when it starts
+    fresh: bool = False
+    # where a training program writes its metrics
+    run_folder: str | None = None
+    # how many it makes, where that is planned
+    steps: int | None = None
     seed: int | None = None
     method: str | None = None
     swept: float | None = None
@@ -107,8 +116,10 @@ def plan(config: ExperimentConfig, lengths: dict[str, int] | None) -> list[Job]:
     jobs = [] if config.train_referee else [initial]
     for seed in config.seeds:
         jobs += seed_jobs(config, seed)
+        # pilots and the referee use what the first seed makes, so they come right after it
         if seed == config.seeds[0]:
-            if config.train_referee:  # it may learn from this seed's pairs
+            # it may learn from this seed's pairs
+            if config.train_referee:
                 jobs += [referee(config, seed), initial]
             if config.matched:
                 jobs += [pilot(config, name) for name in config.trained]
@@ -155,7 +166,8 @@ def sampling(config: ExperimentConfig, seed: int) -> list[Job]:
             *config.pairs["prompts"],
             *weights_of(config.initial_policy),
         ],
-        fresh=True,  # the cost of sampling would be added to that in the store
+        # the cost of sampling would be added to that in the store
+        fresh=True,
         **shared,
     )
     annotate = Job(
@@ -227,8 +239,10 @@ def training(
     same for all.
     """
     folder = f"{config.output_dir}/{name}"
+    # the referee's own seed has no pairs
     pairs_seed = config.seeds[0] if kind == "referee" else seed
     needs = made_before(config, pairs_seed, with_reward=program == "ppo")
+    # without a referee nobody needs the other half
     half = "all"
     if config.train_referee:
         half = "b" if kind == "referee" else "a"
@@ -241,6 +255,7 @@ def training(
         "half": half,
         **limits(config),
     }
+    # the reward model samples nothing
     if program != "reward":
         options |= {"eval_prompts": 0, "temperature": config.temperature}
     if program == "ppo" and config.reward:
@@ -279,8 +294,10 @@ def measuring(
     """Return the job that measures a trial's policies, or the initial policy (and the best of n of
     its responses).
     """
+    # what decides the measurement stands in no command, so it goes into the fingerprint
     settings = {option: getattr(config, option) for option in MEASURED_BY}
     learnt = config.learnt_scorers() if seed is not None else []
+    # left out where there is none, as in fingerprints of earlier versions
     if learnt:
         settings["rewards"] = learnt
     if kind == "initial":
@@ -350,6 +367,7 @@ def episodes_per_step(method: Method) -> int:
     """
     from rlhf.options.ppo import PPOConfig
 
+    # a step of DPO is an optimizer step, and its length is given in those
     if method.program != "ppo":
         return 1
     name = "rollout_batch_size"
@@ -381,6 +399,7 @@ def flags(options: dict[str, Any]) -> list[str]:
     for name, value in options.items():
         if isinstance(value, (dict, list)):
             text = json.dumps(value, ensure_ascii=False)
+        # as YAML writes them
         elif value is None or isinstance(value, bool):
             text = str(value).lower()
         else:
@@ -395,7 +414,9 @@ def fingerprints(jobs: list[Job]) -> dict[str, str]:
     """
     contents: dict[str, str] = {}
     result: dict[str, str] = {}
-    for job in jobs:  # in order, so that what a job needs comes before it
+    # in order, so that what a job needs comes before it
+    for job in jobs:
+        # a file that several jobs read is hashed once
         for file in job.reads:
             if file not in contents:
                 contents[file] = sha256(file)

@@ -14,8 +14,10 @@ import psutil
 
 # in the environment of every program that an experiment has started: its folder
 MARK = "RLHF_EXPERIMENT"
-JOB = "RLHF_EXPERIMENT_JOB"  # which of its jobs
-PATIENCE = 120.0  # seconds that programs get to save and end
+# which of its jobs
+JOB = "RLHF_EXPERIMENT_JOB"
+# seconds that programs get to save and end
+PATIENCE = 120.0
 
 
 def programs_of(folder: Path, job: str | None = None) -> list[psutil.Process]:
@@ -23,6 +25,7 @@ def programs_of(folder: Path, job: str | None = None) -> list[psutil.Process]:
     for any.
     """
     wanted = {MARK: str(folder.resolve())} | ({JOB: job} if job else {})
+    # by a mark in the environment: process ids are reused, and a launcher's children are not ours
     others = (process for process in psutil.process_iter() if process.pid != os.getpid())
     return [process for process in others if wanted.items() <= environment_of(process).items()]
 
@@ -65,6 +68,7 @@ def topmost_programs(found: list[psutil.Process]) -> list[psutil.Process]:
             children = process.children(recursive=True)
             is_launcher = not is_rank(process) and any(map(is_rank, children))
             (launchers if is_launcher else topmost).append(process)
+    # a data loader or compiler ends with its program
     helped = [process for process in found if process not in launchers]
     return [process for process in topmost if parent_of(process) not in helped]
 

@@ -20,7 +20,8 @@ from rlhf.experiment.state import ExperimentState, load_state, read_json
 from rlhf.runs.tracking import read_metrics
 from rlhf.text import markdown_table
 
-LOG_SECONDS = 60.0  # between summaries where there is no terminal
+# between summaries where there is no terminal
+LOG_SECONDS = 60.0
 LOG_WIDTH = 130
 SIGNS = {"waiting": "·", "blocked": "blocked", "failed": "failed", "done": "trained"}
 
@@ -43,7 +44,8 @@ class LiveTable:
         return self
 
     def __exit__(self, *error) -> None:
-        self.live.stop()  # where there is no terminal, the table is printed now
+        # where there is no terminal, the table is printed now
+        self.live.stop()
 
     def log(self, text: str) -> None:
         stamp = time.strftime("%H:%M:%S")
@@ -67,6 +69,7 @@ class LiveTable:
         if self.state.lengths is None:
             return f"{text} (the trials follow once the pilots have shown what a step costs)"
         done_now = done - self.done_before
+        # the first jobs are the short ones: an estimate from them would be far off
         if done_now < 3:
             return text
         minutes = (time.monotonic() - self.started_at) / done_now * (total - done) / 60
@@ -101,8 +104,10 @@ class LiveTable:
         return table
 
     def cell(self, trial: Job | None) -> str:
+        # trials are planned only once the pilots have told their length
         if trial is None:
             return SIGNS["waiting"]
+        # a trial counts as done once its policies are measured
         measuring = next(
             job for job in self.state.jobs if job.measures and job.measures.trial == trial.name
         )
@@ -144,6 +149,7 @@ def experiment_status(config: ExperimentConfig) -> None:
     started.
     """
     state = load_state(config)
+    # asked of the system: a runner that was killed has left no word
     running = {environment_of(process).get(JOB) for process in programs_of(state.folder)}
     rows = []
     for job in state.jobs:

@@ -53,6 +53,7 @@ def write_report(
     from rlhf.compare.wandb_tables import log_report
 
     results = read_results(config)
+    # all differences are to the initial policy, so it alone says nothing
     if len(results.points) < 2:
         raise UserError(
             f"{config.output_dir}: only the initial policy is measured yet; there is nothing to compare"
@@ -94,6 +95,7 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
         ends[method] = {
             point.seed: point for point in results.of(method, values[method]) if point.last
         }
+    # it has no seed: it meets the policies of each
     ends[initial] = dict.fromkeys(report["unit"]["seeds"], results.initial)
 
     rows = []
@@ -101,11 +103,10 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
         seeds = sorted(set(ends[a]) & set(ends[b]))
         if not seeds:
             continue
-        first, second = ([ends[method][seed] for seed in seeds] for method in (a, b))
-        answers = [
-            judge_wins(judge, results, *ends_of_seed, cache)
-            for ends_of_seed in zip(first, second, strict=True)
-        ]
+        first, second = [ends[a][seed] for seed in seeds], [ends[b][seed] for seed in seeds]
+        answers = []
+        for one, other in zip(first, second, strict=True):
+            answers.append(judge_wins(judge, results, one, other, cache))
         found = win_rate(first, second, results, answers)
         # With one sample a prompt no two answers have independent noise
         if found is not None:
@@ -119,5 +120,6 @@ def swept_to_ask(report: dict[str, Any], method: str) -> float | None:
     """
     if method in report["tuned"]["methods"]:
         return report["tuned"]["methods"][method]["usual"]
+    # without a score that decides, the middle is nobody's choice
     values = report["methods"][method]["swept_values"]
     return values[len(values) // 2] if values else None

@@ -22,10 +22,10 @@ from rlhf.experiment.state import ExperimentState, load_state, read_json
 
 
 def read_results(config: ExperimentConfig) -> Results:
-    """Everything that is measured and whole and was made with these options; the rest is named in
+    """Return what is measured completely and was made with these options; the rest is named in
     meta["left_out"].
 
-    Raises UserError if not even the foundation is measured.
+    Raises UserError if not even the initial policy is measured.
     """
     state = load_state(config)
     out = Path(config.output_dir)
@@ -37,11 +37,15 @@ def read_results(config: ExperimentConfig) -> Results:
     trials = [job for job in state.jobs if job.kind == "trial"]
     files = list(policy_files(config, names, trials))
     about = [read_json(out / "measures" / name / "done.json") for name in sorted(names)]
-    kinds = {name: kind for one in about for name, kind in one["kinds"].items()}
+    kinds: dict[str, str] = {}
+    for one in about:
+        kinds |= one["kinds"]
     prompts = json.loads((out / "measures" / "foundation" / "prompts.json").read_text())["prompts"]
     rows = [read_rows(file) for _, file in files]
-    common = [name for name in rows[0][1][0]["scores"] if all(finite(own, name) for _, own in rows)]
-    kinds |= {name: "other" for name in common if name not in kinds}
+    # parts of a score that do not apply everywhere have no mean that could be compared
+    for name in rows[0][1][0]["scores"]:
+        if all(finite(own, name) for _, own in rows):
+            kinds.setdefault(name, "other")
     points, responses = [], {}
     for (about_point, _), (head, own) in zip(files, rows, strict=True):
         own = [row for row in own if row["sample"] < config.samples_per_prompt]
@@ -53,21 +57,16 @@ def read_results(config: ExperimentConfig) -> Results:
         point = Point(**about_point, values=values, numbers=numbers, budget=head["budget"])
         points.append(point)
         responses[key(point)] = response_texts(own, len(prompts))
+    measured_seeds = [seed for seed in config.seeds if f"seed-{seed}/foundation" in names]
     return Results(
         points=points,
         groups=[prompt["group"] for prompt in prompts],
         prompts=[prompt["prompt"] for prompt in prompts],
         responses=responses,
         score_kinds=kinds,
-        judge=next(one["judge"] for one in about),
+        judge=about[0]["judge"],
         methods={name: method_of(config, name) for name in config.methods},
-        shared_budget=mean_cost(
-            [
-                shared_cost(config, seed)
-                for seed in config.seeds
-                if f"seed-{seed}/foundation" in names
-            ]
-        ),
+        shared_budget=mean_cost([shared_cost(config, seed) for seed in measured_seeds]),
         meta=meta_of(config, state),
     )
 
@@ -75,12 +74,13 @@ def read_results(config: ExperimentConfig) -> Results:
 def policy_files(
     config: ExperimentConfig, names: set[str], trials: list[Job]
 ) -> Iterable[tuple[dict[str, Any], Path]]:
-    """What each measured policy is, and its file."""
+    """Yield what each measured policy is, and its file."""
     root = Path(config.output_dir) / "measures"
     sft = {"method": "sft", "swept": None, "step": 0, "last": True}
     yield {**sft, "seed": None}, root / "foundation" / "step-000000.jsonl"
     for seed in config.seeds:
         own = root / f"seed-{seed}" / "foundation"
+        # without its initial policy a seed's proxies have nothing to be compared with
         if f"seed-{seed}/foundation" not in names:
             continue
         yield {**sft, "seed": seed}, own / "step-000000.jsonl"
@@ -89,6 +89,7 @@ def policy_files(
             about |= {"noise": blocks(n, config.samples_per_prompt)}
             yield about, own / f"best-of-{n:06d}.jsonl"
     for job in trials:
+        # measured with other options, or not yet
         if job.name not in names:
             continue
         steps = read_json(root / job.name / "done.json")["files"]
@@ -127,36 +128,39 @@ def mean_cost(costs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, f
 
 
 def meta_of(config: ExperimentConfig, state: ExperimentState) -> dict[str, Any]:
-    """All that is needed to repeat the experiment, and what of it is not there yet."""
-    records = {job.name: state.record(job.name) for job in state.jobs}
-    whole = state.done
-    changed = [
-        n
-        for n, r in records.items()
-        if r and n not in whole and r.get("fingerprint") != state.fingerprints[n]
-    ]
-    runs = [job for job in state.jobs if job.run_folder and job.name in whole]
-    results = [read_json(Path(job.run_folder) / "result.json") for job in runs]
-    made = {
-        job.name: result for job, result in zip(runs, results, strict=True) if job.kind != "pilot"
-    }
+    """Return all that is needed to repeat the experiment, and what of it is not there yet."""
+    done, missing, changed = {}, [], []
+    data, rows, stopped, versions = {}, {}, {}, {}
+    for job in state.jobs:
+        record = state.record(job.name)
+        if job.name not in state.done:
+            # a record of other options: its results are there and cannot be used
+            is_other = record and record.get("fingerprint") != state.fingerprints[job.name]
+            (changed if is_other else missing).append(job.name)
+            continue
+        done[job.name] = record
+        if job.run_folder:
+            result = read_json(Path(job.run_folder) / "result.json")
+            versions = versions or result.get("versions", {})
+            # a pilot tells what a step costs, and nothing that is reported
+            if job.kind != "pilot":
+                data[job.name], rows[job.name] = result.get("data", {}), result.get("rows", {})
+                if result.get("stopped"):
+                    stopped[job.name] = result["stopped"]
+    code = {json.dumps(record.get("code"), sort_keys=True) for record in done.values()}
     return {
         "name": Path(config.output_dir).name,
         "config": asdict(config),
         "budget": config.budget,
         "lengths": state.lengths,
-        "code": sorted({json.dumps(records[n].get("code"), sort_keys=True) for n in whole}),
-        "versions": results[0].get("versions", {}) if results else {},
+        "code": sorted(code),
+        "versions": versions,
         "hardware": f"{platform.platform()}, {os.cpu_count()} CPU cores",
-        "data": {name: result.get("data", {}) for name, result in made.items()},
-        "rows": {name: result.get("rows", {}) for name, result in made.items()},
-        "stopped": {
-            name: result["stopped"] for name, result in made.items() if result.get("stopped")
-        },
-        "seconds": {n: records[n].get("seconds") for n in sorted(whole)},
-        "finished": max((records[n]["finished"] for n in whole), default=None),
-        "missing": [
-            job.name for job in state.jobs if job.name not in whole and job.name not in changed
-        ],
+        "data": data,
+        "rows": rows,
+        "stopped": stopped,
+        "seconds": {name: done[name].get("seconds") for name in sorted(done)},
+        "finished": max((record["finished"] for record in done.values()), default=None),
+        "missing": missing,
         "left_out": changed,
     }

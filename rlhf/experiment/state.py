@@ -17,13 +17,15 @@ from rlhf.experiment.plan import Job, fingerprints, plan
 from rlhf.files import dumps, write_atomic
 
 PACKAGES = ("rlhf", "reward", "launch")
-SAYS_FINISHED = ("result.json", "done.json")  # files with a field that tells whether all is there
+# files with a field that tells whether all is there
+SAYS_FINISHED = ("result.json", "done.json")
 
 
 @dataclass
 class RunningJob:
     process: subprocess.Popen
-    started: float  # seconds of the monotonic clock
+    # seconds of the monotonic clock
+    started: float
 
 
 @dataclass
@@ -33,9 +35,11 @@ class ExperimentState:
     folder: Path
     jobs: list[Job] = field(default_factory=list)
     fingerprints: dict[str, str] = field(default_factory=dict)
-    lengths: dict[str, int] | None = None  # steps of each method, once they are known
+    # steps of each method, once they are known
+    lengths: dict[str, int] | None = None
     running: dict[str, RunningJob] = field(default_factory=dict)
-    failed: dict[str, int] = field(default_factory=dict)  # name -> exit code
+    # name -> exit code
+    failed: dict[str, int] = field(default_factory=dict)
     attempts: dict[str, int] = field(default_factory=dict)
     done: set[str] = field(default_factory=set)
 
@@ -57,6 +61,7 @@ class ExperimentState:
     def is_done(self, job: Job) -> bool:
         """Return whether the job was finished as it is planned now, and its outputs are there."""
         record = self.record(job.name)
+        # the same name with other options is another result
         as_planned = record.get("fingerprint") == self.fingerprints[job.name]
         return bool(record.get("finished")) and as_planned and all(map(is_complete, job.outputs))
 
@@ -69,6 +74,7 @@ class ExperimentState:
         ):
             if job.name in names:
                 return status
+        # what needs a failed job will never start, and neither will what needs that
         needed = [other for other in self.jobs if other.name in job.needs]
         is_blocked = any(self.status(other) in ("failed", "blocked") for other in needed)
         return "blocked" if is_blocked else "waiting"
@@ -121,6 +127,7 @@ def code_version() -> dict[str, str | None]:
         digest.update(file.read_bytes())
     root = Path(__file__).resolve().parents[2]
     commit = None
+    # an installed package has no commit; its hash still says which code it was
     if (root / ".git").exists():
         with contextlib.suppress(OSError):
             command = ["git", "-C", str(root), "rev-parse", "--short", "HEAD"]

@@ -25,7 +25,8 @@ from rlhf.errors import UserError
 from rlhf.files import write_atomic
 
 MANIFEST = "manifest.json"
-FOLDER = "checkpoints"  # in an output_dir
+# in an output_dir
+FOLDER = "checkpoints"
 # a folder that was sealed and not yet renamed is whole too
 _NAME = re.compile(r"(?:step|checkpoint|writing)-0*(\d+)")
 
@@ -111,6 +112,7 @@ def seal(folder: Path, step: int, metadata: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         files[str(path.relative_to(folder))] = [path.stat().st_size, _sha256(path)]
         crash_point(f"hashed {path.name}")
+    # a file's name is on disk only once its folder is
     for path in entries:
         if path.is_dir():
             _sync_folder(path)
@@ -132,6 +134,7 @@ def check(folder: Path) -> Checkpoint:
         path = folder / name
         if not path.is_file():
             raise CorruptCheckpoint(f"{name} is missing")
+        # cheaper than hashing, and finds what a full disk leaves
         if path.stat().st_size != size:
             raise CorruptCheckpoint(
                 f"{name} has {path.stat().st_size} bytes, the manifest says {size}"
@@ -210,6 +213,7 @@ def prune(root: Path, keep: int) -> None:
     for folder in _folders(root):
         with contextlib.suppress(CorruptCheckpoint):
             scores[folder] = read_manifest(folder)["about"].get("score")
+    # the best one is kept beside the newest, however old it is
     kept = set(list(scores)[:keep])
     scored = [
         folder for folder, score in scores.items() if score is not None and math.isfinite(score)
@@ -233,6 +237,7 @@ def write_random_state(path: Path) -> None:
     import numpy
     import torch
 
+    # as plain lists, which torch.load reads without running code
     name, keys, *rest = numpy.random.get_state()
     state = {
         "python": random.getstate(),

@@ -378,7 +378,7 @@ PATTERNS: dict[str, Metric] = {
 
 
 def is_known(name: str) -> bool:
-    """True if `name` is in METRICS, follows a pattern, or is `eval/` before such a name."""
+    """Return whether `name` is in METRICS, follows a pattern, or is `eval/` before such a name."""
     if name.startswith("eval/"):
         name = name[len("eval/") :]
         if name.startswith("eval/"):
@@ -420,7 +420,7 @@ SECTIONS = {
 
 
 def metrics_page() -> str:
-    """docs/metrics.md: a table for each section, then the patterns."""
+    """Return docs/metrics.md: a table for each section, then the patterns."""
     lines = [
         "# Metrics",
         "",

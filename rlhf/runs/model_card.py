@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def write_card(
     """
     folder = Path(output_dir)
     base = str(config.get("model_name_or_path", "unknown"))
+    # decides which code the Hub shows for loading it
     library = "peft" if (folder / "adapter_config.json").exists() else "transformers"
     lines = ["---", f"library_name: {library}"]
     # the Hub refuses a card whose base is a folder
@@ -47,12 +49,13 @@ def write_card(
         f"- {name}: {text}" for name, text in provenance.items() if not isinstance(text, dict)
     ]
     data_sets = _data_sets(result, provenance)
-    facts = list(dict.fromkeys(name for data_set in data_sets.values() for name in data_set))
+    facts = list(dict.fromkeys(chain.from_iterable(data_sets.values())))
     rows = []
     for name, data_set in data_sets.items():
         rows.append([name, *(data_set.get(fact, "") for fact in facts)])
     lines += ["", *_table(["data", *facts], rows), "", "Equal fingerprints mean equal rows."]
 
+    # those of the run, which may have been made elsewhere
     installed = result.get("versions", versions())
     known = [f"{package} {version}" for package, version in installed.items() if version]
     lines += ["", "## Versions", "", ", ".join(known)]

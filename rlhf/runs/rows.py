@@ -15,8 +15,10 @@ from rlhf.runs.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from rlhf.distributed import DistributedContext
 
-TRAINED_ON = "trained_on.txt"  # hashes of the first user turns that a run was trained on
-WARN_ABOVE = 0.1  # share of dropped rows from which the message is a warning
+# hashes of the first user turns that a run was trained on
+TRAINED_ON = "trained_on.txt"
+# share of dropped rows from which the message is a warning
+WARN_ABOVE = 0.1
 
 
 class RunData:
@@ -70,6 +72,7 @@ class RunData:
             read = unusable.pop("read")
             self._count(f"{what}/every split", where, read, unusable, may_stop=is_training)
 
+        # a prompt has no response yet
         max_response_length = None if kind is Prompt else config.max_response_length
         rows, dropped = encode(
             records, tokenizer, config.max_prompt_length, max_response_length, config.on_error
@@ -79,6 +82,7 @@ class RunData:
         kept = [row["record"] for row in rows]
         self.fingerprints[name] = fingerprint(kept)
         if is_training:
+            # by the first user turn, whatever group the data names
             self.trained_on.update(prompt_group(record.prompt) for record in kept)
             self._check_same_rows(name, where)
         return rows
@@ -129,6 +133,7 @@ class RunData:
         if not count:
             return
 
+        # told in full: a silent drop would look like less data
         reasons = "; ".join(f"{number}: {reason}" for reason, number in dropped.items())
         what, split = name.split("/")
         found = f"{where}: {count} of {read} {what} rows of {split} are dropped ({reasons})"

@@ -84,6 +84,7 @@ class Run:
         something else.
         """
         self.weights[name] = fingerprint
+        # other weights under the same path would change the run in the middle
         before = self.resumed.metadata.get("weights", {}).get(name) if self.resumed else None
         if before not in (None, fingerprint):
             raise UserError(
@@ -112,6 +113,7 @@ class Run:
             self.data.write_trained_on(self.folder)
         self.signals.install()
 
+        # a checkpoint of another folder knows nothing of these files
         is_from_here = resumed is not None and resumed.folder.parent == self.checkpoints
         self.tracker = Tracker(
             config.output_dir,
@@ -138,6 +140,7 @@ class Run:
         """Return whether to write a checkpoint after `step`: every save_steps, at each evaluation,
         and at the end.
         """
+        # 0 switches either off
         intervals = [n for n in (self.config.save_steps, self.config.eval_steps) if n]
         return step == total or any(step % n == 0 for n in intervals)
 
@@ -194,6 +197,7 @@ class Run:
             if kept is not None:
                 checkpoint.archive(self.checkpoints, kept.step + 1)
                 self.tracker.rewind(kept.step, kept.metadata["position"])
+        # the main rank alone has looked
         return self.world.gather([kept])[0]
 
     def restore_random_state(self) -> None:
@@ -211,6 +215,7 @@ class Run:
     def interrupted_error(self, step: int) -> EarlyExit:
         """Close the run and return the exception that ends an interrupted program."""
         names = self.world.gather([self.signals.received])
+        # the signal may have reached one rank only
         first = next(name for name in names if name is not None)
         self.close()
 
@@ -278,6 +283,7 @@ def format_metrics(metrics: dict[str, Any]) -> str:
         is_detail = name.endswith("_se") or name.count("/") > 2
         if is_detail or not any(shown in name for shown in SHOWN):
             continue
+        # nan and infinity have no digits to cut
         is_finite_float = isinstance(value, float) and math.isfinite(value)
         parts.append(f"{name} {value:.4g}" if is_finite_float else f"{name} {value}")
     return ", ".join(parts)

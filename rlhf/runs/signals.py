@@ -36,6 +36,7 @@ class StopSignals:
         self._previous_handlers = {}
 
     def _handle(self, number: int, frame: Any) -> None:
+        # one Ctrl-C may arrive twice: from the terminal and from the launcher
         elapsed = time.monotonic() - self._last_time
         self._last_time = time.monotonic()
 

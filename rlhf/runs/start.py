@@ -74,8 +74,10 @@ def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> N
     file = folder / "config.yaml"
     before = options.read_yaml(file) if file.is_file() else {}
     check_fixed(config, before, f"{folder} holds a finished run; to make another one, {START_OVER}")
+    # a checkpoint that is named is continued from, finished or not
     if config.resume not in ("auto", "never"):
         return
+    # a guard had a reason: going on takes a decision
     if result.get("stopped"):
         raise EarlyExit(
             f"{folder} holds a run that was stopped: {result['stopped']}. To continue anyway, pass "
@@ -84,6 +86,7 @@ def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> N
         )
 
     now, then = _lengths(vars(config)), _lengths(before)
+    # a run of an earlier version may lack an option
     compared = [name for name in now if name in then]
     is_longer = any(now[name] > then[name] for name in compared)
     if is_longer and config.resume == "auto":
@@ -116,6 +119,7 @@ def find_checkpoint(
     if config.resume in ("auto", "never"):
         root = Path(config.output_dir) / checkpoint.FOLDER
         found = checkpoint.newest(root, lambda text: print(f"{program}: {text}", flush=True))
+        # without one, "longer" would silently mean "again"
         if found is None and is_finished:
             raise UserError(
                 f"{root}: no whole checkpoint from which the finished run could be trained on"
@@ -168,6 +172,7 @@ def check_fixed(config: Any, before: dict[str, Any], message: str) -> None:
     changed = []
     for field in fields(config):
         name = field.name
+        # an option that is new in this version was at its default
         if field.metadata.get("resume") == "free" or name not in before:
             continue
         # as JSON has it: tuples are lists, and keys are strings

@@ -99,12 +99,14 @@ class Tracker:
         """Append one line of numbers. Raises KeyError, on every rank, for a name outside the
         vocabulary.
         """
+        # on all ranks, so that all of them stop at the same place
         check_names(metrics)
         if not self.is_main:
             return
         numbers = {name: _number(name, value) for name, value in metrics.items()}
         row = {"step": int(step), "time": round(time.time(), 3), **numbers}
         self._metrics_file.write(dumps(row) + "\n")
+        # a killed process keeps what it has logged
         self._metrics_file.flush()
         self.wandb.log(numbers, int(step))
 
@@ -168,7 +170,8 @@ class Progress:
 
     def __init__(self, every_seconds: float):
         self.every_seconds = every_seconds
-        self.first: tuple[float, int] | None = None  # time and step of the first line
+        # time and step of the first line
+        self.first: tuple[float, int] | None = None
         self.last_time = -math.inf
 
     def show(self, step: int, total: int, metrics: dict[str, float], names: Iterable[str]) -> None:
@@ -180,6 +183,7 @@ class Progress:
         start, first = self.first
 
         text = f"step {step}/{total}"
+        # the first line has no time before it to go by
         if first < step < total:
             seconds = (now - start) / (step - first) * (total - step)
             text += f", {_clock(seconds)} left"
@@ -217,6 +221,7 @@ def _cut_back(path: Path, step: int, size: int | None) -> None:
     if size is not None and size <= path.stat().st_size:
         os.truncate(path, size)
         return
+    # the size is not known, or the file was cut by hand
     kept = [dumps(row) + "\n" for row in _rows(path) if row["step"] <= step]
     write_atomic(path, "".join(kept))
 
@@ -234,6 +239,7 @@ def _rows(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _number(name: str, value: Any) -> float | int:
+    # tensors and numpy numbers
     value = value.item() if hasattr(value, "item") else value
     if isinstance(value, bool):
         return float(value)

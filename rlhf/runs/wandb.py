@@ -9,12 +9,14 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rlhf.files import dumps, json_safe
 
-INIT_SECONDS = 15  # after which a server that does not answer is given up
+# after which a server that does not answer is given up
+INIT_SECONDS = 15
 
 
 class WandbLog:
@@ -46,6 +48,7 @@ class WandbLog:
             return
         try:
             import wandb
+        # its import may fail in many ways, and none of them concerns the run
         except Exception as error:
             _warn(f"W&B is off: {_first_line(error)}")
             return
@@ -76,6 +79,7 @@ class WandbLog:
                     mode=mode,
                     settings=wandb.Settings(**settings),
                 )
+                # the id a resumed run takes up again
                 id_file.write_text(run_id)
                 self.run.define_metric("*", step_metric="step")
                 return
@@ -93,6 +97,7 @@ class WandbLog:
             return
         with self._failing_quietly("log"):
             self.run.log({"step": step, **numbers})
+        # written after sending: a crash between sends a step twice, never not at all
         if self.run is not None and step > self._last_sent():
             self._sent_file.write_text(str(step))
 
@@ -102,7 +107,7 @@ class WandbLog:
         with self._failing_quietly("table"):
             import wandb
 
-            columns = list(dict.fromkeys(key for row in rows for key in row))
+            columns = list(dict.fromkeys(chain.from_iterable(rows)))
             table = wandb.Table(columns=columns)
             for row in rows:
                 table.add_data(*[_cell(row.get(column)) for column in columns])

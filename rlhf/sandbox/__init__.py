@@ -4,7 +4,8 @@ import os
 from pathlib import Path
 
 CONFIGS = Path(__file__).parent / "configs"
-SHOP_VOICE = CONFIGS / "voice.yaml"  # what is right there: the true ("gold") reward
+# what is right there: the true ("gold") reward
+SHOP_VOICE = CONFIGS / "voice.yaml"
 
 
 def shown_path(path: Path) -> str:

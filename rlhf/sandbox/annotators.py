@@ -39,13 +39,20 @@ class Annotator:
     """One simulated person. Biases are in units of the logit, shares are probabilities."""
 
     name: str
-    length_bias: float = 0.0  # for each ten words more
-    side_bias: float = 0.0  # for the response on the left
-    careless: float = 0.0  # share of votes that look at nothing
-    ties: float = 0.3  # half the width, in logits, of "they are equal"
-    skips: float = 0.01  # share of comparisons left alone
-    strict: float = 0.15  # calls both bad where neither reaches this gold score
-    seconds: float = 8.0  # median time of a vote
+    # for each ten words more
+    length_bias: float = 0.0
+    # for the response on the left
+    side_bias: float = 0.0
+    # share of votes that look at nothing
+    careless: float = 0.0
+    # half the width, in logits, of "they are equal"
+    ties: float = 0.3
+    # share of comparisons left alone
+    skips: float = 0.01
+    # calls both bad where neither reaches this gold score
+    strict: float = 0.15
+    # median time of a vote
+    seconds: float = 8.0
 
 
 ANNOTATORS = (
@@ -63,7 +70,8 @@ class Choice:
     time taken.
     """
 
-    choice: str  # "a", "b", "tie", "both_bad" or "skip"
+    # "a", "b", "tie", "both_bad" or "skip"
+    choice: str
     strength: int | None
     duration_ms: int
 
@@ -76,8 +84,8 @@ def choose(
     noise: float,
     rng: random.Random,
 ) -> Choice:
-    """The annotator's answer to one comparison; `gold` and `words` are of (a, b), `left` is the
-    side shown left.
+    """Return the annotator's answer to one comparison; `gold` and `words` are of (a, b), `left` is
+    the side shown left.
     """
     duration = round(1000 * annotator.seconds * math.exp(rng.gauss(0.0, 0.5)))
     # every draw is made whatever the answer, so that one annotator's habits do not shift another's
@@ -101,15 +109,18 @@ def choose(
 def preference_logit(
     annotator: Annotator, gold: tuple[float, float], words: tuple[int, int], left: str, noise: float
 ) -> float:
-    """log p(a over b) / p(b over a) of the annotator; `noise` is the gold difference worth one
-    logit.
+    """Return log p(a over b) / p(b over a) of the annotator; `noise` is the gold difference worth
+    one logit.
     """
+    # in favour of what was shown left, whichever response that was
     side = annotator.side_bias if left == "a" else -annotator.side_bias
     return (gold[0] - gold[1]) / noise + annotator.length_bias * (words[0] - words[1]) / 10 + side
 
 
 def strength_of(logit: float) -> int:
-    """How much better the chosen one seems: 1 below one logit in its favour, 2 below three, else 3."""
+    """Return how much better the chosen one seems: 1 below one logit in its favour, 2 below three,
+    else 3.
+    """
     return 1 if logit < 1 else 2 if logit < 3 else 3
 
 
@@ -185,6 +196,8 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
         with store.transaction():
             for pair in tqdm(pairs, desc="simulated votes", unit="pair", mininterval=5):
                 voted = done.get(pair["id"], set())
+                # who judges a pair depends on seed and pair alone, so that a repeated call asks the
+                # same
                 order = random.Random(f"who {config.seed} {pair['id']}").sample(
                     ANNOTATORS, len(ANNOTATORS)
                 )
@@ -192,6 +205,7 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
                 for annotator in free[: max(0, config.votes_per_pair - len(voted))]:
                     _vote(store, pair, annotator, ids[annotator.name], scores[pair["id"]], config)
                     done.setdefault(pair["id"], set()).add(annotator.name)
+        # after all others: a vote may join groups, and with them move splits
         shared = _held_out(config, pairs)
         with store.transaction():
             for pair, annotator in itertools.product(shared, ANNOTATORS):
@@ -213,8 +227,8 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
 
 
 def agreement(votes: list[Vote], scores: dict[int, tuple[float, float]]) -> dict[str, Any]:
-    """Counts of each choice, and the share of votes for a side that chose more gold; equal gold is
-    left out.
+    """Return counts of each choice, and the share of votes for a side that chose more gold; equal
+    gold is left out.
     """
     counts: dict[str, Counter] = {}
     for vote in votes:
@@ -247,7 +261,7 @@ def agreement(votes: list[Vote], scores: dict[int, tuple[float, float]]) -> dict
 
 
 def print_agreement(report: dict[str, Any]) -> None:
-    """The record of the annotators as a table."""
+    """Print the record of the annotators as a table."""
     print(
         f"{'annotator':20s} {'votes':>6s} {'ties':>5s} {'both bad':>9s} {'skips':>6s}  agreement with gold"
     )
@@ -257,8 +271,8 @@ def print_agreement(report: dict[str, Any]) -> None:
 
 
 def _held_out(config: AnnotateConfig, pairs: list[dict]) -> list[dict]:
-    """Comparisons of the validation split, drawn by the seed; after the first votes, when groups
-    are what they are.
+    """Return comparisons of the validation split, drawn by the seed; after the first votes, when
+    groups are what they are.
     """
     if not config.judged_by_all:
         return []
@@ -282,6 +296,7 @@ def _vote(
     gold: tuple[float, float],
     config: AnnotateConfig,
 ):
+    # the same vote whenever and in whatever order it is cast
     rng = random.Random(f"vote {config.seed} {pair['id']} {annotator.name}")
     left = rng.choice("ab")
     words = (len(pair["text_a"].split()), len(pair["text_b"].split()))
@@ -301,7 +316,7 @@ def _vote(
 
 
 def _gold_scores(pairs: list[dict], gold: Scorer) -> dict[int, tuple[float, float]]:
-    """The gold scores of (a, b) by comparison."""
+    """Return the gold scores of (a, b) by comparison."""
     samples = Samples([], [], [], [], [], [])
     for pair in pairs:
         for side in "ab":

@@ -88,6 +88,7 @@ def balance(records: Sequence[Record]) -> dict[str, Any]:
     if records and isinstance(records[0], Preference):
         found["first word"] = _first_words(records)
     if records and isinstance(records[0], Labelled):
+        # a label that goes with length is a shortcut, like the first word
         by_length = sorted(records, key=lambda record: len(record.response))
         half = len(records) // 2
         shorter, longer = _share_true(by_length[:half]), _share_true(by_length[half:])
@@ -148,6 +149,7 @@ def card_path(output: Path) -> Path:
     Raises UserError if neither can be written.
     """
     first, second = output.with_name("data_card.md"), output.with_name(f"{output.stem}_card.md")
+    # the usual name, unless the card there is of another output
     if not first.exists():
         return first
     if first.is_file():
@@ -167,6 +169,7 @@ def write_card(report: dict[str, Any], path: Path) -> None:
     """
     text = f"{_title(report['output'])}\n\n{card_markdown(report)}"
     for name in (*report["options"]["source"], *report["options"]["against"]):
+        # a card is for others: no folders of this machine in it
         text = text.replace(name, _without_folder(name))
     write_text(path, text)
 

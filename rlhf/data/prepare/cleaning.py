@@ -57,6 +57,7 @@ def texts_of(record: Record) -> list[str]:
     """Return every text of a record: the strings of its messages but for roles, then its answers."""
     texts: list[str] = []
     for message in record.prompt:
+        # tool calls and reasoning hold text too
         texts.extend(strings_in(message | {"role": None}))
     return texts + list(answers_of(record).values())
 

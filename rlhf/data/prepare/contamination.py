@@ -73,6 +73,7 @@ class Index:
         elif key:
             number = self.exact[key] = len(self.texts)
             words = words_of(text)
+            # a text of fewer than n words is one n-gram of its own length
             grams = _ngrams(words, min(self.n, len(words))) if len(words) >= SHORTEST else set()
             for gram in grams:
                 self.grams.setdefault(gram, []).append(number)
@@ -91,6 +92,7 @@ class Index:
         shares = {}
         for number, count in self._occurrences(grams).items():
             shares[number] = count / self.texts[number].size
+        # a prompt that was cut out of a longer one of the evaluation
         if inside and len(words) >= self.n:
             own = _ngrams(words, self.n)
             for number, count in self._occurrences(own).items():
@@ -131,6 +133,7 @@ def read_evaluation(names: Sequence[str], n: int) -> Evaluation:
         bad, before = 0, evaluation.rows
         for place, row, problem in sources.rows(name):
             record = None if problem else _any_record(row)
+            # an evaluation may hold rows of all kinds, and some that are no record
             if record is None:
                 bad += 1
                 continue

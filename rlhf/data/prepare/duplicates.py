@@ -127,13 +127,14 @@ def _contradicting(
     records: Sequence[Record], one: list[int], other: list[int]
 ) -> tuple[list[int], list[int]]:
     """Return the rows of two opposite verdicts that contradict each other, whoever gave them."""
-    names = [{records[i].annotator for i in side} for side in (one, other)]
-    if None in names[0] | names[1]:
+    # people may disagree with each other, but not with themselves
+    by_one = {records[i].annotator for i in one}
+    by_other = {records[i].annotator for i in other}
+    if None in by_one | by_other:
         return one, other
-    both = names[0] & names[1]
-    return [i for i in one if records[i].annotator in both], [
-        i for i in other if records[i].annotator in both
-    ]
+    both = by_one & by_other
+    rows = [i for i in one if records[i].annotator in both]
+    return rows, [i for i in other if records[i].annotator in both]
 
 
 def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[Findings, Findings]:
@@ -149,6 +150,7 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[Findin
     for i, candidates in _candidates(list(map(_tagged_shingles, records)), threshold):
         same, against = [], []
         for j in sorted(candidates):
+            # its first copy stands for it
             if j in repeated or not _comparable(records[i], records[j]):
                 continue
             relation = _relation(records[i], records[j], threshold)
@@ -218,6 +220,7 @@ def similar_texts(
     sets = [shingles(text) for text in (*others, *texts)]
     nearest = {}
     for i, candidates in _candidates(sets, threshold, known=len(others)):
+        # of equals the earliest
         share, negative = max((jaccard(sets[i], sets[j]), -j) for j in candidates)
         if share >= threshold:
             nearest[i - len(others)] = (-negative, share)
@@ -230,6 +233,7 @@ def links(records: Sequence[Record], pairs: Iterable[tuple[int, int]]) -> list[l
     """
     shared: list[list[Any]] = []
     for record in records:
+        # system messages aside: the question is the same
         own: list[Any] = [("prompt", normalise(user_text(record)))]
         if isinstance(record, Preference):
             own.append(("pair", answer_pair(record.chosen, record.rejected)))

@@ -139,6 +139,7 @@ def find(text: str, regions: Sequence[str] = REGIONS) -> list[Found]:
     for kind in KINDS:
         spans = _phones(text, regions) if kind == "phone" else _FINDERS[kind](text)
         for start, end in spans:
+            # an IBAN has runs of digits that would pass for a card
             overlaps = any(start < other.end and other.start < end for other in taken)
             if end > start and not overlaps:
                 taken.append(Found(kind, start, end, text[start:end]))
@@ -227,6 +228,7 @@ def _cards(text: str) -> Iterator[Span]:
             end = match.start() + groups[last - 1].end()
             if last and _STARTS_ALONE.match(text, start) and _ENDS_ALONE.match(text, end):
                 yield start, end
+            # go on behind what was found, or try from the next group
             first = last or first + 1
 
 

@@ -98,6 +98,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """
     config.validate()
     output = export.check_output(config.output, [*config.source, *config.against])
+    # before the work: it takes minutes, and a name that is taken would waste them
     card_path = card.card_path(output)
 
     names = [_at_newest_event(name) for name in config.source]
@@ -105,6 +106,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     table.check_usable("skip")
     places = list(map(card.place_without_folder, table.places))
     work = steps.Work(table.records, places, table.own_group, config.examples, config.phone_regions)
+    # the steps below remove rows, and the card tells what was read
     origins = card.describe_sources(names, table, config.licence)
 
     work.steps.append(steps.report_reading(table, config.aggregate))

@@ -114,6 +114,7 @@ def clean_texts(work: Work) -> None:
         try:
             cleaned = map_texts(record, clean)
         except RecordError as error:
+            # a record refuses both, and the card counts them apart
             (identical if "same text" in str(error) else empty).append(i)
             continue
         if texts_of(cleaned) != texts_of(record):
@@ -151,6 +152,7 @@ def exclude_contaminated(
         examples.append(
             f"{work.places[leak.row]}: {leak.what} of {leak.where} ({leak.share:.0%}): {text}"
         )
+    # a copy is certain, a share is a judgement: both are told
     verbatim = sum(leak.share == 1.0 for leak in leaks)
     parameters = (
         f"{', '.join(against)} ({evaluation.rows} rows); the same text, {overlap:.0%} of its {n}-grams, or "
@@ -244,12 +246,14 @@ def join_groups_of_similar_rows(work: Work, threshold: float) -> None:
     """
     before = len({record.group for record in work.records})
     similar = duplicates.similar_prompts(work.records, threshold) if threshold < 1 else []
+    # a pair that is similar anyway is not counted a second time
     known = set(map(frozenset, similar))
     inside = [
         pair for pair in duplicates.contained_texts(work.records) if frozenset(pair) not in known
     ]
     pairs = [*similar, *inside]
 
+    # what the data calls a group is not ours to change
     free = [i for i, own in enumerate(work.own_group) if not own]
     links = duplicates.links(work.records, pairs)
     joined = join_groups([work.records[i].group for i in free], [links[i] for i in free])
