@@ -47,11 +47,10 @@ def main(argv: list[str] | None = None) -> None:
         if options.only in task.name and (options.again or not results.has(task))
     ]
     print(f"{len(wanted)} of {len(tasks)} cells to measure", flush=True)
-    if not wanted:
-        return
 
     # before the first cell, so that a network that fails costs nothing
-    peer.fetch(CACHE)
+    if wanted:
+        peer.fetch(CACHE)
     with tempfile.TemporaryDirectory() as models, ThreadPoolExecutor(options.jobs) as pool:
         lock = threading.Lock()
         futures = [pool.submit(measure, task, Path(models), results, lock) for task in wanted]

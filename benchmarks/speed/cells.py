@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from speed.run import BEST, OWN_CRITIC, PEER, Cell, mean, measure, summary
+from speed.run import BEST, OWN_CRITIC, PEER, Cell, Side, against_peer, mean, measure, summary
 from speed.shapes import SHAPES, WORKLOADS, Workload
 
 # place in bench.json, as a path of keys -> what belongs there
@@ -65,6 +65,29 @@ def generation_task(model: str, workload: str, rounds: int) -> Task:
                 },
             }
         }
+
+    return Task(name, rounds, run)
+
+
+def offline_task(program: str, rounds: int) -> Task:
+    """Return the task that measures SFT or DPO beside the installed TRL."""
+    name = f"offline/4M/{program}"
+    sides = tuple(
+        Side(side, "speed.offline", "adapter", (("program", program),)) for side in ("trl", "ours")
+    )
+    # 128 rows, prompts as in PPO, answers of 1 to 128 tokens
+    cell = Cell(SHAPES["4M"], Workload(batch=128, response=128), sides, rounds)
+
+    def run(models: Path) -> Found:
+        results: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
+        for side, result in measure(cell, models):
+            results[side.name].append(result)
+        seconds = {
+            side: round(statistics.median(mean(result["cpu"]) for result in found), 2)
+            for side, found in results.items()
+        }
+        ratios = against_peer(results["ours"], results["trl"])
+        return {name: ratios | {"cpu_seconds": seconds}}
 
     return Task(name, rounds, run)
 
@@ -129,5 +152,6 @@ def full_tasks() -> list[Task]:
         ppo_task("4M", "fixed", 3, threads=2),
         ppo_task("42M", "fixed", 1, threads=2),
         *(generation_task(model, "ragged", 3) for model in SHAPES),
+        *(offline_task(program, 3) for program in ("sft", "dpo")),
         *map(scaling_task, SCALING),
     ]

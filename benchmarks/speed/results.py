@@ -106,6 +106,8 @@ class Results:
             yield from self.ppo_tables()
         if "generation" in content:
             yield from self.generation_table()
+        if "offline" in content:
+            yield from self.offline_table()
         if "scaling" in content:
             yield from self.scaling_tables()
 
@@ -163,6 +165,22 @@ class Results:
                 yield (
                     f"| {model} | {workload} | {rates['engine']} | {rates['hf']} | "
                     f"{entry['ratio_median']:.2f} ({low:.2f} to {high:.2f}) |"
+                )
+        yield ""
+
+    def offline_table(self) -> Iterator[str]:
+        """Yield the programs that train on given rows beside the installed TRL."""
+        yield "## SFT and DPO beside the installed TRL, CPU seconds of the whole program"
+        yield ""
+        yield "| model | program | seconds | TRL | ratio | memory |"
+        yield "| --- | --- | ---: | ---: | ---: | ---: |"
+        for model, cells in self.content["offline"].items():
+            for program, entry in cells.items():
+                seconds, (low, high) = entry["cpu_seconds"], entry["spread"]
+                yield (
+                    f"| {model} | {program} | {seconds['ours']:.1f} | {seconds['trl']:.1f} | "
+                    f"{entry['ratio_median']:.2f} ({low:.2f} to {high:.2f}) | "
+                    f"{entry['memory_ratio']:.2f} |"
                 )
         yield ""
 

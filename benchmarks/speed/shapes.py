@@ -15,6 +15,12 @@ from typing import Any
 PAD, EOS, UNKNOWN = 0, 1, 2
 # the first id that prompts are made of
 FIRST_WORD = 3
+# the words alone, and EOS after an answer
+TEMPLATE = (
+    "{%- for message in messages %}{{ message['content'] + ' ' }}"
+    "{%- if message['role'] == 'assistant' %}"
+    "{%- generation %}{{ eos_token }}{%- endgeneration %}{%- endif %}{%- endfor %}"
+)
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,13 @@ def tokenizer_of(shape: ModelShape) -> Any:
     words |= {f"w{i}": i for i in range(FIRST_WORD, shape.vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        chat_template=TEMPLATE,
+    )
 
 
 def write_models(shape: ModelShape, folder: Path, rank: int) -> None:

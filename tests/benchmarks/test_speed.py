@@ -11,8 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-from speed import peer
-from speed.cells import Task, exponents
+import ppo_speed
+from speed import cells, peer
+from speed.cells import Task, exponents, full_tasks, quick_tasks
 from speed.required_flops import Products, causal_pairs, update_flops
 from speed.results import Results
 from speed.run import BEST, CACHE, PEER, Cell, measure, summary
@@ -136,3 +137,76 @@ def test_the_smallest_cell_runs_through(models, tmp_path):
     again = Results.load(tmp_path)
     assert again.has(task) and not again.has(replace(task, rounds=2))
     assert "| tiny | fixed | best |" in again.write_page().read_text()
+
+
+def test_each_cell_is_written_as_it_ends_and_kept_by_a_rerun(tmp_path, monkeypatch, capsys):
+    entry = {"ratio_median": 2.0, "spread": [1.5, 2.5]}
+    measured = []
+
+    def task(name: str, error: Exception | None = None) -> Task:
+        def measure(models: Path) -> dict:
+            measured.append(name)
+            if error is not None:
+                raise error
+            return {name: entry}
+
+        return Task(name, 1, measure)
+
+    monkeypatch.setattr(peer, "fetch", lambda cache: cache)
+    monkeypatch.setattr(Results, "page_lines", lambda self: iter(["a page"]))
+    given = [task("generation/a/ragged"), task("generation/b/ragged", RuntimeError("no memory"))]
+    monkeypatch.setattr(ppo_speed, "quick_tasks", lambda: given)
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        ppo_speed.main(["--results", str(tmp_path)])
+    assert "generation/a/ragged: 2.0 times (1.5 to 2.5)" in capsys.readouterr().out
+    given[1] = task("generation/b/ragged")
+    ppo_speed.main(["--results", str(tmp_path)])
+    assert measured == ["generation/a/ragged", "generation/b/ragged", "generation/b/ragged"]
+    assert "1 of 2 cells" in capsys.readouterr().out
+
+    ppo_speed.main(["--results", str(tmp_path), "--again", "--only", "/a/"])
+    assert measured[3:] == ["generation/a/ragged"]
+
+
+def test_every_cell_has_its_place_and_its_row(tmp_path, monkeypatch):
+    # what processes would have found: the peer, transformers and TRL take twice as long
+    def found(cell: Cell, models: Path):
+        for _ in range(cell.rounds):
+            for side in cell.sides:
+                cpu = 10.0 if side.name in ("trl", "hf") else 5.0
+                phases = ["generate", "score", "measure", "learn"]
+                if side is PEER:
+                    phases = ["generate", "score and measure", "learn"]
+                yield (
+                    side,
+                    {
+                        "cpu": [cpu],
+                        "wall": [2 * cpu],
+                        "phases": {phase: [cpu / 5] for phase in phases},
+                        "lengths": [[cell.workload.response] * cell.workload.batch],
+                        "memory": cpu,
+                        "matmul_rates": [1e11, 1e11],
+                    },
+                )
+
+    monkeypatch.setattr(cells, "measure", found)
+    results = Results.load(tmp_path)
+    for task in {task.name: task for task in quick_tasks() + full_tasks()}.values():
+        results.add(task, task.measure(tmp_path))
+        assert results.has(task), task.name
+
+    content = json.loads((tmp_path / "bench.json").read_text())
+    for model in ("4M", "42M"):
+        for workload in ("fixed", "ragged", "fixed_own_critic", "ragged_own_critic"):
+            entry = content["ppo"][model][workload]
+            assert (entry["ratio_median"], entry["spread"]) == (2.0, [2.0, 2.0])
+        assert content["ppo"][model]["memory_ratio"] == 0.5
+    assert content["generation"]["42M"]["ragged"]["ratio_median"] == 2.0
+    assert content["offline"]["4M"]["dpo"]["ratio_median"] == 2.0
+    # seconds that do not grow
+    assert content["scaling"]["width"]["exponents"]["learn"] == 0.0
+
+    page = results.write_page().read_text()
+    assert "| 42M | ragged | best | 5.0 | 10.0 | 2.00 (2.00 to 2.00) | 2.00 |" in page
+    assert "| 4M | dpo | 5.0 | 10.0 | 2.00 (2.00 to 2.00) | 0.50 |" in page
