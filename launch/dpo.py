@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.models import load_model, trainable_policy
     from rlhf.offline import trainers
     from rlhf.offline.callbacks import RunCallback
+    from rlhf.offline.reference_pass import ReferencePass, open_references
     from rlhf.offline.soft_dpo import dpo_trainer, soft_rows
     from rlhf.runs.budget import Budget
 
@@ -83,11 +84,14 @@ def main(argv: list[str] | None = None) -> None:
         stages.evaluation(run, initial, scorer),
         reference=reference or trainers.reference_context(model, "ref"),
     )
-    # with `precompute_ref_log_probs` the reference is read here
+    # before the trainer: DeepSpeed may divide the weights among the ranks
+    references = open_references(run, arguments, reference or model)
+    # with TRL's `precompute_ref_log_probs` the reference is read here
     with trainers.refused_by_trl(), budget.counting():
         trainer = trainer_class(
             model=model,
             ref_model=reference,
+            references=references,
             args=arguments,
             data_collator=collator,
             train_dataset=Dataset.from_list(train_rows),
@@ -95,6 +99,7 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=initial.tokenizer,
             callbacks=[callback],
         )
+    trainer.add_callback(ReferencePass(trainer, budget, run.log))
     trainers.train(trainer, callback, stages.new_dropout(config, initial))
     held_out = trainers.held_out_loss(trainer, run) if held_out_pairs else {}
 

@@ -25,6 +25,18 @@ TEMPLATE = (
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_user(tmp_path_factory):
+    """Runs of fixtures that tests share keep nothing in the user's own cache."""
+    os.environ["RLHF_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """No test reads what another has kept."""
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def freeze():
     """Keep what is loaded out of every later garbage collection: accelerate asks for one at each

@@ -19,6 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from rlhf.adapters import frozen_copy
 from rlhf.errors import UserError
 from rlhf.offline.pair_columns import add_columns, column_tensors
+from rlhf.offline.reference_cache import ReferenceCache, row_keys
 
 SOFT = ("label_prob", "weight")  # the columns that the loss reads
 
@@ -86,10 +87,12 @@ class EncodedDPOTrainer(DPOTrainer):
     """TRL's trainer on rows that already are ids, encoded as for every other stage.
 
     The reference is the adapter "ref", all of the policy's adapter at the start: TRL's own copy
-    leaves out LoRA on embeddings and trainable tokens.
+    leaves out LoRA on embeddings and trainable tokens. Its log-probabilities are taken from
+    `references` where that has them, and added to it where not.
     """
 
-    def __init__(self, model, ref_model=None, **kwargs):
+    def __init__(self, model, ref_model=None, references: ReferenceCache | None = None, **kwargs):
+        self.references = references
         if ref_model is None and hasattr(model, "peft_config"):
             if "ref" not in model.peft_config:
                 frozen_copy(model, "default", "ref")
@@ -100,6 +103,38 @@ class EncodedDPOTrainer(DPOTrainer):
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        inputs = self.with_reference(inputs)
+        # to TRL it is as if the reference had been computed before training
+        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
+        try:
+            return super()._compute_loss(model, inputs, return_outputs)
+        finally:
+            self.precompute_ref_logps = precomputed
+
+    def with_reference(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Return the batch with the reference's log-probabilities in it."""
+        if "ref_chosen_logps" in inputs:
+            return inputs
+        chosen, rejected = self.reference_logprobs(inputs)
+        return inputs | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    def reference_logprobs(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return log pi_ref of the chosen and of the rejected responses, both (B,), in nats."""
+        reference, cache = self.ref_model or self.model, self.references
+        if cache is None:
+            return self.compute_ref_log_probs(reference, inputs)
+        keys = row_keys(inputs, self.ld_alpha)
+        # under ZeRO-3 all ranks make a pass, or none
+        if cache.world.sum(float(not all(key in cache for key in keys))):
+            logprobs = torch.cat(self.compute_ref_log_probs(reference, inputs))
+            cache.add(keys, logprobs.tolist())
+        else:
+            device = inputs["input_ids"].device
+            logprobs = torch.tensor(cache.get(keys), dtype=torch.float32, device=device)
+        chosen, rejected = logprobs.chunk(2)
+        return chosen, rejected
 
 
 class SoftDPOTrainer(EncodedDPOTrainer):
@@ -124,11 +159,7 @@ class SoftDPOTrainer(EncodedDPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs):
         soft = {name: inputs[name] for name in SOFT if name in inputs}
-        inputs = without_soft(inputs)
-        if "ref_chosen_logps" not in inputs:
-            reference = self.model if self.ref_model is None else self.ref_model
-            chosen, rejected = self.compute_ref_log_probs(reference, inputs)
-            inputs |= {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        inputs = self.with_reference(without_soft(inputs))
 
         # keep the outputs of the forward pass that TRL makes
         passes = []
@@ -137,13 +168,7 @@ class SoftDPOTrainer(EncodedDPOTrainer):
             passes.append(model(**kwargs))
             return passes[-1]
 
-        # the reference's log-probabilities are in `inputs`, as if they had been computed before
-        # training
-        precomputed, self.precompute_ref_logps = self.precompute_ref_logps, True
-        try:
-            result = super()._compute_loss(recorded, inputs, return_outputs)
-        finally:
-            self.precompute_ref_logps = precomputed
+        result = super()._compute_loss(recorded, inputs, return_outputs)
         trl_loss, outputs = result if return_outputs else (result, None)
 
         # prompt-learning adapters put virtual tokens before the completion

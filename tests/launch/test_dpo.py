@@ -50,6 +50,34 @@ def test_other_losses_say_that_they_do_not_read_them(base_path, tmp_path, capsys
     assert "loss_type ipo does not read label_prob of the pairs" in capsys.readouterr().out
 
 
+def test_a_run_with_another_beta_makes_no_reference_pass(base_path, tmp_path, capsys):
+    # a whole pass over 32 pairs and more; 8 are held out
+    epochs = ("--max_steps", "-1", "--num_train_epochs", "2")
+    losses, flops = [], []
+    for beta, soft in (("0.1", {}), ("0.3", {}), ("0.3", {"label_prob": 0.8})):
+        folder = tmp_path / f"{beta}{len(soft)}"
+        folder.mkdir()
+        losses.append(run(base_path, folder, soft, *epochs, "--beta", beta))
+        result = json.loads((folder / "run" / "result.json").read_text())
+        flops.append(result["budget"]["budget/flops"])
+    said = [
+        line.partition("dpo: ")[2].partition(" reference log-prob")[0]
+        for line in capsys.readouterr().out.splitlines()
+        if "from the cache" in line
+    ]
+    rows = said[1].split(" of ")[1]
+    assert said == [f"0 of {rows}", f"{rows} of {rows}", f"{rows} of {rows}"]
+    assert flops[1] == flops[2] < flops[0]
+
+    # without the cache, and with one that is filled: the same
+    fresh = tmp_path / "fresh"
+    fresh.mkdir()
+    moved = ("--trl", "{precompute_ref_log_probs: true}")
+    assert run(base_path, fresh, {}, *epochs, "--beta", "0.3", *moved) == pytest.approx(
+        losses[1], abs=1e-6
+    )
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -246,6 +246,22 @@ def test_trl_stages_run_on_two_ranks(runs, tmp_path, name, stage):
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in plain.items()}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_ranks_share_the_reference_pass(runs, tmp_path, stage):
+    whole = ["--max_steps", "-1", "--num_train_epochs", "1"]
+    said = []
+    for ranks, beta in ((2, "0.1"), (2, "0.3"), (1, "0.3")):
+        flags = ["--config", str(runs / "dpo" / "config.yaml"), "--deepspeed", stage, *whole]
+        flags += ["--output_dir", str(tmp_path / f"{ranks}-{beta}"), "--beta", beta]
+        done = launch(ranks, "dpo", flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (line,) = (text for text in done.stdout.splitlines() if "from the cache" in text)
+        said.append(line.partition("dpo: ")[2].partition(" reference log-prob")[0])
+    rows = said[1].split(" of ")[1]
+    assert int(rows) > 0 and said == [f"0 of {rows}", f"{rows} of {rows}", f"{rows} of {rows}"]
+
+
 @pytest.mark.parametrize("name", ["sft", "reward", "dpo", "ppo"])
 def test_each_door_opens_from_another_directory(name):
     command = [sys.executable, str(ROOT / "launch" / f"{name}.py")]

@@ -9,7 +9,10 @@ from trl import DPOConfig
 
 from rlhf.adapters import lora_config
 from rlhf.data.records import Preference
+from rlhf.distributed import DistributedContext
 from rlhf.models import load_model, trainable_policy
+from rlhf.offline.reference_cache import ReferenceCache
+from rlhf.offline.reference_pass import ReferencePass
 from rlhf.offline.soft_dpo import (
     EncodedDPOTrainer,
     SoftCollator,
@@ -19,6 +22,7 @@ from rlhf.offline.soft_dpo import (
     unsupported_option,
 )
 from rlhf.offline.trainers import prepare_trainer
+from rlhf.runs.budget import Budget
 from tests.kinds import build
 
 NAN = math.nan
@@ -70,7 +74,7 @@ PAIRS = [([5, 6], [7, 2], [8, 9, 2]), ([5], [4, 4, 4, 2], [9, 2])]
 SOFT = [{"label_prob": 0.8, "weight": 3.0}, {"weight": 1.0}]
 
 
-def trainer_of(cls, base_path, folder, rows, use_peft=True, distance=0.05, **options):
+def trainer_of(cls, base_path, folder, rows, use_peft=True, distance=0.05, given=None, **options):
     """A DPO trainer whose policy is a small step away from its reference."""
     initial = load_model(base_path)
     torch.manual_seed(1)  # of a new adapter
@@ -94,6 +98,7 @@ def trainer_of(cls, base_path, folder, rows, use_peft=True, distance=0.05, **opt
         train_dataset=data,
         eval_dataset=data,
         processing_class=initial.tokenizer,
+        **given or {},
     )
     torch.manual_seed(0)
     with torch.no_grad():
@@ -235,3 +240,63 @@ def test_what_soft_labels_do_not_go_with(tmp_path, options, reason):
     assert (
         unsupported_option(DPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)) == reason
     )
+
+
+def references_of(said, key="model"):
+    return ReferenceCache(key, DistributedContext(), said.append)
+
+
+@pytest.mark.parametrize("cls", [EncodedDPOTrainer, SoftDPOTrainer])
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_a_second_run_makes_no_reference_pass(base_path, tmp_path, cls, use_peft):
+    rows = [encoded(*ids, **soft) for ids, soft in zip(PAIRS, SOFT, strict=True)]
+    rows = soft_rows([*rows, encoded([5, 5], [7, 7, 2], [2])])
+    if cls is EncodedDPOTrainer:
+        rows = [{n: ids for n, ids in row.items() if n.endswith("_ids")} for row in rows]
+    whole = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "save_strategy": "no"}
+    logged, passes, said = [], [], []
+    for beta, keeps in ((0.1, False), (0.1, True), (0.3, False), (0.3, True)):
+        given = {"references": references_of(said)} if keeps else {}
+        trainer = trainer_of(
+            cls, base_path, tmp_path, rows, use_peft, beta=beta, logging_steps=1,
+            disable_tqdm=True, given=given, **whole,
+        )  # fmt: skip
+        count, compute = [0], trainer.compute_ref_log_probs
+
+        def counted(model, inputs, count=count, compute=compute):
+            count[0] += len(inputs["input_ids"])
+            return compute(model, inputs)
+
+        trainer.compute_ref_log_probs = counted
+        if keeps:
+            trainer.add_callback(ReferencePass(trainer, Budget(), said.append))
+        trainer.train()
+        trainer.evaluate()
+        logged.append(trainer.state.log_history)
+        passes.append(count[0])
+    # 6 sequences in each of 2 epochs and an evaluation; once for training and evaluation; never
+    assert passes == [18, 6, 18, 0]
+    assert [line.partition(" reference")[0] for line in said] == ["0 of 6", "6 of 6"]
+    for plain, kept in (logged[:2], logged[2:]):
+        for expected, found in zip(plain, kept, strict=True):
+            for name in expected.keys() - {"train_runtime", "eval_runtime"}:
+                if not name.endswith("_per_second"):
+                    assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+
+
+def test_steps_that_make_no_whole_pass_compute_the_pairs_that_they_meet(base_path, tmp_path):
+    rows = soft_rows([encoded([5] * n, [7, 2], [2]) for n in range(1, 9)])
+    said, passes = [], []
+    for _ in range(2):
+        references = references_of(said)
+        trainer = trainer_of(
+            EncodedDPOTrainer, base_path, tmp_path, rows, given={"references": references},
+            per_device_train_batch_size=1, max_steps=1, save_strategy="no", disable_tqdm=True,
+        )  # fmt: skip
+        trainer.eval_dataset = None
+        trainer.add_callback(ReferencePass(trainer, Budget(), said.append))
+        before = len(references.known)
+        trainer.train()
+        passes.append((before, len(references.known)))
+    # one pair of two sequences, the same one in both runs
+    assert passes == [(0, 2), (2, 2)] and all("0 of 0 " in line for line in said)

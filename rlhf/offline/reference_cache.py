@@ -1,0 +1,182 @@
+"""Log-probabilities of responses under a frozen reference, kept from one run to the next.
+
+    folder/<reference>/<hash of the content>.rows
+
+A reference is named by what decides its numbers (`reference_key`), a row by its token ids
+(`row_keys`). A file holds rows and is never changed: it is written under another name, then renamed
+to the hash of its bytes, so that ranks and runs may write at the same time without a lock, and a
+file that was cut off or altered is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+
+from rlhf.adapters import adapter_parameters
+from rlhf.distributed import DistributedContext
+from rlhf.weights import base_weights
+
+# a row's digest and its log-probability, nats
+ROW = np.dtype([("key", "V16"), ("logprob", "<f8")])
+
+
+def cache_folder() -> Path:
+    """Return RLHF_CACHE, else `rlhf` in XDG_CACHE_HOME, else in ~/.cache."""
+    if chosen := os.environ.get("RLHF_CACHE"):
+        return Path(chosen)
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "rlhf"
+
+
+def reference_key(model: nn.Module, adapter: str | None, **settings: Any) -> str:
+    """Return 32 hex digits that name a reference by all that decides its log-probabilities.
+
+    These are the bytes of the base's weights and of the adapter's (None: the bare base), with their
+    dtypes; the settings of both; the kind of attention; the versions of torch and transformers; and
+    `settings`, of the caller. An adapter that changes nothing yet, such as a new one, is left out,
+    so that its random half does not count. Call it before weights are partitioned over ranks.
+    """
+    config = model.config.to_dict() | {"attention": model.config._attn_implementation}
+    base = base_weights(model).items()
+    weights, lora = {name.removeprefix("base_model.model."): weight for name, weight in base}, {}
+    held = adapter_parameters(model, adapter) if adapter else {}
+    if not _changes_nothing(held):
+        weights |= {f"adapter {name}": weight for name, weight in held.items()}
+        lora = model.peft_config[adapter].to_dict()
+    # the places of files say nothing about what is in them
+    for place in ("_name_or_path", "base_model_name_or_path"):
+        config.pop(place, None)
+        lora.pop(place, None)
+    versions = [torch.__version__, transformers.__version__]
+
+    digest = hashlib.sha256()
+    digest.update(_text([config, lora, versions, settings]).encode())
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+        flat = weight.detach().to("cpu").contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def _changes_nothing(adapter: dict[str, Tensor]) -> bool:
+    """Return whether an adapter adds 0 to all outputs: plain LoRA whose second factors are 0."""
+    names = [name for name in adapter if ".lora_B." in name]
+    others = [name for name in adapter if ".lora_A." not in name and ".lora_B." not in name]
+    return not others and not any(adapter[name].any() for name in names)
+
+
+def _text(value: Any) -> str:
+    """Return settings as text that does not depend on the order of sets and dicts."""
+    return json.dumps(value, sort_keys=True, default=lambda other: str(_sorted(other)))
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else value
+
+
+def row_keys(inputs: dict[str, Tensor], ld_alpha: float | None = None) -> list[bytes]:
+    """Return 16 bytes for each row of a batch of TRL's preference collator, chosen rows first.
+
+    They hold the row's ids, after truncation and without padding, and where its response begins.
+    `ld_alpha` (LD-DPO, arXiv 2409.06411) weighs the tokens of a pair beyond its shorter response,
+    whose length then counts too.
+    """
+    ids, attention = inputs["input_ids"].cpu(), inputs["attention_mask"].cpu().bool()
+    completion = inputs["completion_mask"].cpu().bool()
+    lengths = completion.sum(1)
+    shared = torch.minimum(*lengths.chunk(2)).repeat(2)
+
+    keys = []
+    for row, (row_ids, kept) in enumerate(zip(ids, attention, strict=True)):
+        tokens = row_ids[kept].to(torch.int64)
+        head = [len(tokens) - int(lengths[row])]
+        if ld_alpha is not None:
+            head += [ld_alpha, int(shared[row])]
+        digest = hashlib.blake2b(_text(head).encode(), digest_size=16)
+        digest.update(tokens.numpy().data)
+        keys.append(digest.digest())
+    return keys
+
+
+class ReferenceCache:
+    """The log-probabilities of one reference: {row: nats}, the same on all ranks.
+
+    The main rank alone reads and writes the folder, which other machines need not share. `log` is
+    told what cannot be read or written; nothing of that stops a run.
+    """
+
+    def __init__(
+        self, reference: str, world: DistributedContext, log: Callable[[str], None]
+    ) -> None:
+        self.folder = cache_folder() / "reference-logprobs" / reference
+        self.world = world
+        self.log = log
+        self.fresh: dict[bytes, float] = {}
+        known = list(self._read().items()) if world.is_main else []
+        self.known: dict[bytes, float] = dict(world.gather(known))
+
+    def __contains__(self, key: bytes) -> bool:
+        return key in self.known
+
+    def get(self, keys: Iterable[bytes]) -> list[float]:
+        """Return the log-probabilities of rows that are known."""
+        return [self.known[key] for key in keys]
+
+    def add(self, keys: Sequence[bytes], logprobs: Sequence[float]) -> None:
+        """Keep what this rank has computed; other ranks know it after `save`."""
+        rows = dict(zip(keys, logprobs, strict=True))
+        self.fresh |= rows
+        self.known |= rows
+
+    def save(self) -> None:
+        """Write what all ranks have added since the last time; call on all ranks."""
+        fresh = dict(self.world.gather(list(self.fresh.items())))
+        self.fresh = {}
+        self.known |= fresh
+        if fresh and self.world.is_main:
+            try:
+                self._write(fresh)
+            except OSError as error:
+                self.log(
+                    f"the reference log-probabilities cannot be kept for other runs: {error}. "
+                    "Set RLHF_CACHE to a folder that can be written"
+                )
+
+    def _write(self, rows: dict[bytes, float]) -> None:
+        content = np.array(sorted(rows.items()), dtype=ROW).tobytes()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / f"{_hash(content)}.rows"
+        temporary = file.with_suffix(f".{os.getpid()}.tmp")
+        with open(temporary, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+
+    def _read(self) -> dict[bytes, float]:
+        rows: dict[bytes, float] = {}
+        for file in sorted(self.folder.glob("*.rows")):
+            try:
+                content = file.read_bytes()
+                if _hash(content) == file.stem:
+                    rows |= np.frombuffer(content, dtype=ROW).tolist()
+                    continue
+                file.unlink()
+                self.log(f"{file}: removed, since it is damaged; its rows are computed again")
+            except OSError as error:
+                self.log(f"{file}: cannot be read ({error}); its rows are computed again")
+        return rows
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
