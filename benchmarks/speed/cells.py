@@ -69,6 +69,30 @@ def generation_task(model: str, workload: str, rounds: int) -> Task:
     return Task(name, rounds, run)
 
 
+def memory_task(model: str) -> Task:
+    """Return the task that measures the peak memory on a large model, by a small update.
+
+    It is held against four whole models in float32, the critic trained whole by AdamW: seven
+    numbers a weight with its gradients and moments, and not even an activation.
+    """
+    name, shape = f"memory/{model}", SHAPES[model]
+    cell = Cell(shape, Workload(batch=4, response=16, epochs=1), (BEST,), rounds=1, warm_up=False)
+
+    def run(models: Path) -> Found:
+        [(_, result)] = measure(cell, models)
+        four_models = 7 * 4 * shape.parameters / 2**30
+        return {
+            name: {
+                "parameters": shape.parameters,
+                "memory_gib": round(result["memory"], 2),
+                "four_models_gib": round(four_models, 2),
+                "memory_ratio": round(result["memory"] / four_models, 3),
+            }
+        }
+
+    return Task(name, 1, run)
+
+
 def offline_task(program: str, rounds: int) -> Task:
     """Return the task that measures SFT or DPO beside the installed TRL."""
     name = f"offline/4M/{program}"
@@ -151,7 +175,8 @@ def full_tasks() -> list[Task]:
         ppo_task("42M", "ragged", 3),
         ppo_task("4M", "fixed", 3, threads=2),
         ppo_task("42M", "fixed", 1, threads=2),
-        *(generation_task(model, "ragged", 3) for model in SHAPES),
+        *(generation_task(model, "ragged", 3) for model in ("4M", "42M")),
+        memory_task("0.6B"),
         *(offline_task(program, 3) for program in ("sft", "dpo")),
         *map(scaling_task, SCALING),
     ]

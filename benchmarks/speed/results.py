@@ -106,6 +106,13 @@ class Results:
             yield from self.ppo_tables()
         if "generation" in content:
             yield from self.generation_table()
+        for model, entry in content.get("memory", {}).items():
+            yield (
+                f"On {model} ({entry['parameters'] / 1e6:.0f} million weights, float32, 4 episodes) the "
+                f"peak is {entry['memory_gib']:.2f} GiB, {entry['memory_ratio']:.2f} of what four whole "
+                f"models take with the critic's AdamW ({entry['four_models_gib']:.1f} GiB, no activations)."
+            )
+            yield ""
         if "offline" in content:
             yield from self.offline_table()
         if "scaling" in content:

@@ -43,6 +43,12 @@ class ModelShape:
         return -(-8 * self.width // (3 * 16)) * 16
 
     @property
+    def parameters(self) -> int:
+        """Return the number of weights in matrices, the embeddings once."""
+        layer = sum(inputs * outputs for inputs, outputs in self.layer_matrices)
+        return self.layers * layer + self.vocabulary * self.width
+
+    @property
     def layer_matrices(self) -> list[tuple[int, int]]:
         """Return (inputs, outputs) of the matrices of one layer: q, k, v, o, gate, up, down."""
         square, up = (self.width, self.width), (self.width, self.inner)
@@ -98,6 +104,7 @@ def stop_probability(mean_share: float, longest: int) -> float:
 SHAPES = {
     "4M": ModelShape("4M", width=256, layers=4, vocabulary=2048),
     "42M": ModelShape("42M", width=512, layers=8, vocabulary=32_000),
+    "0.6B": ModelShape("0.6B", width=1024, layers=34, vocabulary=151_936, head_width=128),
 }
 WORKLOADS = {"fixed": Workload(), "ragged": Workload(mean_share=0.4)}
 

@@ -204,6 +204,9 @@ def test_every_cell_has_its_place_and_its_row(tmp_path, monkeypatch):
         assert content["ppo"][model]["memory_ratio"] == 0.5
     assert content["generation"]["42M"]["ragged"]["ratio_median"] == 2.0
     assert content["offline"]["4M"]["dpo"]["ratio_median"] == 2.0
+    # 34 (4 x 1024^2 + 3 x 1024 x 2736) + 151936 x 1024 weights of 28 bytes, and 5 GiB
+    assert content["memory"]["0.6B"]["four_models_gib"] == 15.23
+    assert content["memory"]["0.6B"]["memory_ratio"] == 0.328
     # seconds that do not grow
     assert content["scaling"]["width"]["exponents"]["learn"] == 0.0
 
