@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from speed.clocks import Updates, matmul_rate, peak_memory
@@ -73,7 +75,9 @@ def measure(job: Job) -> dict[str, Any]:
 
     torch.set_num_threads(job.threads)
     rates = [matmul_rate()]
-    trainer, updates = trainer_of(job), Updates()
+    updates = Updates()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(job, Path(folder))
     trainer.roles.eval()
     sample = by_engine if job.side == "engine" else by_transformers
     sample(trainer, job, 0)
@@ -87,4 +91,6 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Job.from_json(sys.argv[1]))))
+    # what the program prints does not belong to the result
+    result, sys.stdout = sys.stdout, sys.stderr
+    print(json.dumps(measure(Job.from_json(sys.argv[1]))), file=result)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from speed.clocks import Updates, matmul_rate, peak_memory
-from speed.shapes import PAD, Job
+from speed.shapes import Job
 
 # the phases of an update, by the metric that times them
 PHASES = {
@@ -24,49 +25,58 @@ PHASES = {
 }
 
 
-def trainer_of(job: Job) -> Any:
-    """Return the trainer of the job's models, workload and options."""
-    from rlhf.adapters import lora_config
-    from rlhf.data.records import Prompt
-    from rlhf.distributed import DistributedContext
-    from rlhf.models import load_model
-    from rlhf.options.ppo import PPOConfig
-    from rlhf.ppo.rollout import role_scorer
-    from rlhf.ppo.trainer import PPOTrainer, TrainingData
-    from rlhf.roles import Roles
+class Made(Exception):
+    """Carries the trainer out of the program that has made it."""
+
+    def __init__(self, trainer: Any):
+        super().__init__()
+        self.trainer = trainer
+
+
+def trainer_of(job: Job, folder: Path) -> Any:
+    """Return the trainer that launch/ppo.py makes of the job's models, workload and options.
+
+    `folder` is where it writes. The stop ids are the workload's.
+    """
+    import rlhf.ppo.loop
+    import rlhf.tokenizer
+    from launch import ppo
 
     models, workload = Path(job.models), job.workload
-    values = {
-        "model_name_or_path": str(models / "base"),
-        "data": ["x"],
-        "output_dir": "x",
-        "reward": [{"model": str(models / "reward")}],
+    prompts = workload.prompts(job.shape.vocabulary)
+    texts = [" ".join(f"w{i}" for i in ids) for ids in prompts]
+    data = folder / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    options = {
+        "model_name_or_path": models / "base",
+        "reward": f"[{{model: {models / 'reward'}}}]",
+        "data": data,
+        "output_dir": folder / "run",
+        "validation_fraction": 0,
+        "test_fraction": 0,
+        "eval_prompts": 0,
         "rollout_batch_size": workload.batch,
         "total_episodes": 1000 * workload.batch,
-        "per_device_train_batch_size": job.micro_batch,
-        "generation_batch_size": job.rollout_batch,
         "num_ppo_epochs": workload.epochs,
         "max_response_length": workload.response,
-        "missing_eos_score": None,
+        "missing_eos_score": "none",
         "lora_r": workload.lora_rank,
-    }
-    config = PPOConfig(**values | job.options)
-    initial = load_model(config.model_name_or_path)
-    roles = Roles(
-        initial,
-        lora_config(r=workload.lora_rank, alpha=2 * workload.lora_rank),
-        str(models / "reward"),
-        critic=config.critic_from if config.has_critic else None,
-    )
-    record = Prompt(prompt=[{"role": "user", "content": "x"}])
-    prompts = workload.prompts(job.shape.vocabulary)
-    data = TrainingData(
-        [{"prompt_ids": ids, "record": record} for ids in prompts],
-        initial.tokenizer,
-        workload.stop_ids(job.shape.vocabulary),
-    )
-    scorer = role_scorer(roles, PAD, job.micro_batch)
-    return PPOTrainer(config, roles, scorer, data, DistributedContext())
+        "lora_alpha": 2 * workload.lora_rank,
+    } | job.options
+
+    def made(run: Any, trainer: Any, *others: Any) -> None:
+        raise Made(trainer)
+
+    rlhf.tokenizer.stop_ids = lambda *_: workload.stop_ids(job.shape.vocabulary)
+    rlhf.ppo.loop.TrainingLoop = made
+    try:
+        ppo.main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    except Made as found:
+        trainer = found.trainer
+    read = [row["prompt_ids"] for row in trainer.data.prompts]
+    if sorted(read) != sorted(prompts):
+        raise SystemExit("the program has read other prompts than those of the workload")
+    return trainer
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -75,8 +85,9 @@ def measure(job: Job) -> dict[str, Any]:
 
     torch.set_num_threads(job.threads)
     # the rate changes with what else the machine does: read before and after
-    rates = [matmul_rate()]
-    trainer, updates = trainer_of(job), Updates()
+    rates, updates = [matmul_rate()], Updates()
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trainer_of(job, Path(folder))
     # the trainer times its phases by this clock; on one thread they are to be CPU seconds
     if job.threads == 1:
         time.monotonic = time.process_time
@@ -98,4 +109,6 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(Job.from_json(sys.argv[1]))))
+    # what the program prints does not belong to the result
+    result, sys.stdout = sys.stdout, sys.stderr
+    print(json.dumps(measure(Job.from_json(sys.argv[1]))), file=result)

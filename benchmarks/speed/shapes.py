@@ -118,9 +118,10 @@ class Job:
     models: str
     shape: ModelShape
     workload: Workload
-    # of our side: options of PPOConfig
+    # of our side: options of the program
     options: dict[str, Any]
-    # rows in one forward and backward pass of learning; rows sampled and measured together
+    # of the peer: rows in one forward and backward pass of learning; rows sampled and measured
+    # together
     micro_batch: int = 8
     rollout_batch: int = 64
     updates: int = 1
