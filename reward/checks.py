@@ -60,7 +60,7 @@ def _numbers(name: str, values: Any, samples: Samples, part: str | None = None) 
         found = f"{label} returned {len(values)} scores for {len(samples)} samples"
         raise UserError(f"{found}.\n{first_prompt(samples)}")
 
-    numbers = [_as_float(value) for value in values]
+    numbers = list(map(_as_float, values))
     for i, number in enumerate(numbers):
         if number is not None and (
             math.isfinite(number) or (part is not None and math.isnan(number))

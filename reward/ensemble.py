@@ -30,7 +30,7 @@ def combine(scores: list[list[float]], how: str = "mean", penalty: float = PENAL
     """
     by_sample = zip(*scores, strict=True)
     if how == "worst":
-        return [min(row) for row in by_sample]
+        return list(map(min, by_sample))
     if how == "mean":
         penalty = 0.0
     return [fmean(row) - penalty * _variance(row) for row in by_sample]

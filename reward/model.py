@@ -273,7 +273,7 @@ def check_reward(path: str) -> None:
     kinds = (json.loads(file.read_text()).get("architectures") if file.is_file() else None) or [""]
     if not kinds[0].endswith("ForSequenceClassification"):
         raise UserError(
-            f"{path}: {kinds[0] or 'nothing there'} is no reward model, which has a score head"
+            f"{path}: {kinds[0] or 'nothing there'} is not a reward model: it has no score head"
         )
 
 

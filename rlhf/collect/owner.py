@@ -103,7 +103,7 @@ def _disputed(store: Store, number: int) -> tuple[list[dict[str, Any]], int]:
     found = disputed(view.votes(), pairs)
     shown = []
     for id, votes in found[(number - 1) * ON_A_PAGE : number * ON_A_PAGE]:
-        shown.append(pairs[id] | {"votes": [_described(vote) for vote in votes]})
+        shown.append(pairs[id] | {"votes": list(map(_described, votes))})
     return shown, len(found)
 
 

@@ -258,7 +258,7 @@ class Queue:
         begun = 0
         for comparison in self._begun:
             pair = self._pairs[comparison]
-            begun += pair.filled > 0 or any(self._is_active(held) for held in pair.held.values())
+            begun += pair.filled > 0 or any(map(self._is_active, pair.held.values()))
         return {"complete": complete, "begun": begun, "untouched": len(normal) - complete - begun}
 
     def _pick(self, annotator: int) -> int | None:

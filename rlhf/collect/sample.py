@@ -48,14 +48,14 @@ class SampleConfig:
     controls: str | None = option(
         None, "a file of pairs whose better answer is known: judged among the rest as a check"
     )
-    prompts: int | None = option(None, "so many prompts, drawn by the seed; default: all", low=1)
+    prompts: int | None = option(None, "number of prompts, drawn by the seed; default: all", low=1)
     samples_per_prompt: int = option(2, "responses to each with each sampling setting", low=1)
     temperature: list[float] = option(
-        [1.0], "of sampling; several make several settings: 0.7,1.0", above=0
+        [1.0], "of sampling; several values make several settings: 0.7,1.0", above=0
     )
     top_p: list[float] = option(
         [1.0],
-        "sample from the smallest set of tokens that reaches this probability; as many",
+        "sample from the smallest set of tokens that reaches this probability; as many values",
         above=0,
         high=1,
     )

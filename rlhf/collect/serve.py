@@ -50,7 +50,7 @@ class ServeConfig:
     voice: str | None = option(None, "a brand voice (YAML) whose guide is shown beside the answers")
     tags: list[str] = option(TAGS, "reasons to tick, as short words")
     host: str = option(
-        "127.0.0.1", "the address to listen on; others than this machine's own want https"
+        "127.0.0.1", "the address to listen on; any but this machine's own needs https"
     )
     port: int = option(8000, "the port to listen on", low=1, high=65535)
     url: str | None = option(

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rlhf.compare.crossed import holm, side
+from rlhf.compare.format import Report, proxies_of, usual_values, win_rate_of
 from rlhf.compare.verdict import Verdict, note
 from rlhf.stats import MIN_CLUSTERS
-
-Report = dict[str, Any]
 
 
 def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]], min_seeds: int) -> int:
@@ -72,7 +71,9 @@ def _at_equal_kl(pair: dict[str, Any], row: dict[str, Any], report: Report) -> V
 
 def _tuned(row: dict[str, Any], report: Report) -> Verdict:
     sign, reservation = _shown(row, report)
-    wins = _win_rate(row["a"], row["b"], report)
+    chosen = usual_values(report)
+    a, b = ((method, chosen.get(method)) for method in (row["a"], row["b"]))
+    wins = win_rate_of(report, a, b)
     if sign and wins is not None and side(wins, 0.5) == -sign:
         reservation = "win_rate"
     return _of_pair("tuned", row, row, sign, reservation)
@@ -105,30 +106,24 @@ def _of_pair(
     )
 
 
-def _win_rate(a: str, b: str, report: Report) -> dict[str, Any] | None:
-    """Return the raw win rate of two methods at the swept values that were chosen most often."""
-    chosen = {method: entry["usual"] for method, entry in report["tuned"]["methods"].items()}
-    policies = [(policy["method"], policy["swept"]) for policy in report["wins"]["policies"]]
-    # both stand in the table: `tuned` and `wins` cover the same trials
-    i, j = (policies.index((method, chosen.get(method))) for method in (a, b))
-    return report["wins"]["raw"][i][j]
-
-
 def _exploited(report: Report) -> Iterator[Verdict]:
     """Yield a verdict for each single run that raised a proxy while the judge fell."""
     # too few groups: nothing is claimed of anything
     if report["unit"]["groups"] < MIN_CLUSTERS:
         return
     for run in report["points"]:
-        differences = {name: score["difference"] for name, score in run["scores"].items()}
-        proxies = [name for name in differences if report["score_kinds"][name] == "proxy"]
-        raised = {name: differences[name] for name in proxies if side(differences[name]) > 0}
-        if raised and side(differences[report["judge"]]) < 0:
+        raised = {}
+        for name in proxies_of(report["score_kinds"]):
+            difference = run["scores"][name]["difference"]
+            if side(difference) > 0:
+                raised[name] = difference
+        fall = run["scores"][report["judge"]]["difference"]
+        if raised and side(fall) < 0:
             yield Verdict(
                 kind="exploited_proxy",
                 a=run["method"],
                 b=report["initial_policy"]["method"],
-                difference=differences[report["judge"]],
+                difference=fall,
                 sign=-1,
                 evidence={"proxies": raised},
             )
@@ -149,7 +144,7 @@ def _overoptimised(entry: dict[str, Any], report: Report) -> Verdict:
 def notes(report: Report) -> list[dict[str, Any]]:
     """Return all limits of a report, the most important first."""
     judge, kinds = report["judge"], report["score_kinds"]
-    proxies = [name for name, kind in kinds.items() if kind == "proxy"]
+    proxies = proxies_of(kinds)
     found = [note("no_judge", proxies=proxies)]
     if judge is not None:
         found = [note("judge", score=judge, score_kind=kinds[judge], proxies=proxies)]

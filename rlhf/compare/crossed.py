@@ -294,7 +294,7 @@ def interval(
     if not math.isfinite(variance) or not math.isfinite(estimate) or groups < 2:
         return Estimate(estimate, math.nan, math.nan, math.nan, math.nan, seeds, groups)
     se = math.sqrt(variance)
-    parts = [math.sqrt(square) for square in astuple(v)]
+    parts = list(map(math.sqrt, astuple(v)))
 
     # nothing varies: what is left of the standard error is rounding
     if se <= ROUNDING * abs(estimate):

@@ -39,6 +39,7 @@ from rlhf.compare.format import (
     main_score,
     method_name,
     policy_name,
+    proxies_of,
     score_name,
 )
 from rlhf.text import clip
@@ -140,7 +141,7 @@ def _draw_curves(axes, report: Report) -> None:
         if report["methods"][method]["baseline"]:
             continue
         style = style_of(report, method)
-        x = [root(kl) for kl in curve["kl"]]
+        x = list(map(root, curve["kl"]))
         y, (below, above) = spans(curve["score"])
         axes.fill_between(x, y - below, y + above, color=style.color, alpha=0.15, lw=0, zorder=1)
         axes.plot(x, y, color=style.color, linestyle=style.linestyle, lw=1.8, zorder=3)
@@ -182,11 +183,11 @@ def scores(report: Report):
     """
     if report["kind"] != "runs":
         return None
-    deviations = {score: _deviation(report, score) for score in report["score_kinds"]}
-    names = [score for score, deviation in deviations.items() if deviation]
+    names = [score for score in report["score_kinds"] if _deviation(report, score)]
+    # single runs without any spread have no unit to be drawn in
     if not names:
         return None
-    scale = np.array([deviations[score] for score in names])
+    scale = np.array([_deviation(report, score) for score in names])
     ends = [point for point in report["points"] if point["last"]]
     figure, axes = new_figure(6.2, 1.4 + (0.2 + 0.22 * len(ends)) * len(names))
     panel = axes[0, 0]
@@ -229,7 +230,7 @@ def proxy_and_judge(report: Report):
     dotted.
     """
     judge = report["judge"]
-    proxy = next((score for score, kind in report["score_kinds"].items() if kind == "proxy"), None)
+    proxy = next(iter(proxies_of(report["score_kinds"])), None)
     scored = {point["method"] for point in report["points"] if difference(point, proxy)}
     methods = [method for method in trained_methods(report) if method in scored]
     if judge is None or report["kind"] == "runs" or not methods:
@@ -407,7 +408,7 @@ def _draw_cost(axes, report: Report, rows: Mapping[str, list[dict]], counter: st
             fontsize=8.5,
         )
     axes.set_title(counter.replace("_", " ").replace("flops", "FLOPs"))
-    axes.set_yticks(range(len(rows)), [_name(method) for method in rows])
+    axes.set_yticks(range(len(rows)), list(map(_name, rows)))
     axes.set_xlim(0, 1.2 * max(left.max(), 1e-9))
     axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter(lambda value, _: amount(value))

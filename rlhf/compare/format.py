@@ -47,8 +47,28 @@ def main_score(report: Report) -> str | None:
     """
     # a proxy shows at least what was optimised
     kinds = report["score_kinds"]
-    proxies = [score for score, kind in kinds.items() if kind == "proxy"]
-    return report["judge"] or next(iter([*proxies, *kinds]), None)
+    return report["judge"] or next(iter([*proxies_of(kinds), *kinds]), None)
+
+
+def proxies_of(score_kinds: Mapping[str, str]) -> list[str]:
+    """Return the scores that a method was trained on."""
+    return [score for score, kind in score_kinds.items() if kind == "proxy"]
+
+
+def usual_values(report: Report) -> dict[str, float | None]:
+    """Return method -> the swept value that was chosen most often, of the tuned methods."""
+    return {method: entry["usual"] for method, entry in report["tuned"]["methods"].items()}
+
+
+def win_rate_of(report: Report, policy: tuple, other: tuple) -> Number | None:
+    """Return the raw win rate of a policy (method, swept value) over another, None where there is
+    none.
+    """
+    wins = report["wins"] or {"policies": []}
+    names = [(known["method"], known["swept"]) for known in wins["policies"]]
+    if policy not in names or policy == other:
+        return None
+    return wins["raw"][names.index(policy)][names.index(other)]
 
 
 def number(value: float | None) -> str:

@@ -81,10 +81,12 @@ def kl_range(track: Track) -> tuple[float, float]:
 
     The first is above the second where the seeds have no KL in common.
     """
-    means = [np.maximum(kl.mean(axis=1), 0.0) for kl in track.kl]
-    return float(np.max([mean.min() for mean in means])), float(
-        np.min([mean.max() for mean in means])
-    )
+    smallest, largest = [], []
+    for kl in track.kl:
+        means = np.maximum(kl.mean(axis=1), 0.0)
+        smallest.append(float(means.min()))
+        largest.append(float(means.max()))
+    return max(smallest), min(largest)
 
 
 def curve(track: Track, kls, *, level: float = 0.95) -> list[Estimate]:
@@ -115,7 +117,7 @@ def equal_kl(a: Track, b: Track, kls=None, *, level: float = 0.95) -> EqualKL:
     a, b = near(a, high), near(b, high)
     kls = round_kls(*overlap) if kls is None else [float(kl) for kl in kls if inside(kl, low, high)]
     lines = _rows(a, b, kls, _lines, level)
-    if min(len(kl) for kl in (*a.kl, *b.kl)) < ENOUGH:
+    if min(map(len, (*a.kl, *b.kl))) < ENOUGH:
         # nothing to fit: the differences are read between the points
         return EqualKL(overlap, lines, LINES, lines, {"a": 0.0, "b": 0.0}, 0.0)
     rows = _rows(a, b, kls, _fitted, level)

@@ -188,7 +188,7 @@ def _ask(judge: Judge, pairs: list[Pair]) -> list[float]:
     """Ask about one batch. Raises UserError unless the answer is a list with a probability for each
     pair.
     """
-    prompts, first, second = (list(column) for column in zip(*pairs, strict=True))
+    prompts, first, second = map(list, zip(*pairs, strict=True))
     answer = judge.ask(prompts, first, second)
     # arrays of numpy and torch
     answer = answer.tolist() if hasattr(answer, "tolist") else answer
@@ -207,7 +207,7 @@ def _ask(judge: Judge, pairs: list[Pair]) -> list[float]:
                 f"judge {judge.name}: answered {p!r}, expected the probability (0 to 1) that the first answer is the "
                 f"better one; prompt: {str(prompt)[:200]}"
             )
-    return [float(p) for p in answer]
+    return list(map(float, answer))
 
 
 def _key(judge: Judge, pair: Pair) -> str:
@@ -224,7 +224,7 @@ def _read(path: Path) -> dict[str, float]:
     if whole < len(content):
         os.truncate(path, whole)
     try:
-        rows = [json.loads(line) for line in content[:whole].splitlines()]
+        rows = map(json.loads, content[:whole].splitlines())
         return {row["key"]: float(row["p"]) for row in rows}
     except (ValueError, KeyError, TypeError):
         raise UserError(

@@ -153,7 +153,7 @@ def _at_equal_kl(tracks: dict[str, Track], level: float) -> dict[str, Any]:
         {"kl": row["kl"], "difference": row["difference"].to_dict()} for row in found.sensitivity
     ]
     return {
-        "overlap": [float(kl) for kl in found.overlap],
+        "overlap": list(map(float, found.overlap)),
         "ranges": ranges,
         "rows": rows,
         "form": found.form,

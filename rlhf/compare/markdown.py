@@ -145,7 +145,7 @@ def markdown(report: Report, figures: Iterable[str] = ()) -> str:
 def title(report: Report) -> str:
     """Return "PPO against DPO"."""
     methods = trained_methods(report) or methods_of(report)
-    return " against ".join(method_name(method) for method in methods)
+    return " against ".join(map(method_name, methods))
 
 
 def fence(text: str) -> list[str]:

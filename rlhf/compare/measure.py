@@ -59,7 +59,7 @@ class CompareConfig:
         None, "a preference store: the report shows how far its annotators agree"
     )
     n_prompts: int | None = option(
-        None, "so many test prompts, by the hash of their group; default: all", low=1
+        None, "number of test prompts, chosen by the hash of their group; default: all", low=1
     )
     samples_per_prompt: int = option(
         2, "responses of each policy to each prompt; win rates need at least 2", low=1
@@ -90,7 +90,7 @@ class CompareConfig:
         # one score decides
         if self.gold and self.referee:
             raise UserError(
-                "'gold' and 'referee' both given: where the truth is known no referee decides"
+                "'gold' and 'referee' both given: where the true reward is known, no referee is needed"
             )
 
 
@@ -306,7 +306,7 @@ def shared_options(config: CompareConfig) -> dict[str, Any]:
     """Return the options that follow the runs: as given, else as all runs had them. UserError if
     those differ.
     """
-    configs = {path: run_config(path) for path in config.runs}
+    configs = dict(zip(config.runs, map(run_config, config.runs), strict=True))
     result = {}
     for name, default in FOLLOWED.items():
         given = getattr(config, name)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.compare.crossed import MIN_SEEDS, Estimate, crossed_mean, side
+from rlhf.compare.format import proxies_of
 from rlhf.compare.power import minimum_detectable_effect, needed_seeds
 from rlhf.compare.results import Key, Point, Results, key
 
@@ -131,7 +132,7 @@ def ended(results: Results, method: str) -> dict[int, dict[float | None, Key]]:
     return table
 
 
-def stack(means: Means, measure: str, rows: Sequence[Sequence[Key]]) -> np.ndarray:
+def stack(means: Means, measure: str, rows: Sequence[Iterable[Key]]) -> np.ndarray:
     """Return (S, M, G) group means of a measure; rows: for each seed the keys of its M points."""
     stacked = []
     for row in rows:
@@ -264,7 +265,7 @@ def overoptimisation(results: Results, means: Means, level: float) -> list[dict[
     to be shown. `add_outcomes` says what follows for the methods; single swept values are shown
     without a verdict.
     """
-    proxies = [name for name, kind in results.score_kinds.items() if kind == "proxy"]
+    proxies = proxies_of(results.score_kinds)
     entries = []
     for method in results.measured_methods():
         swept_values = results.swept_values(method)

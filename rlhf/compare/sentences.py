@@ -230,8 +230,8 @@ NOTE_FIELDS = {
     "trials": _trials,
     "names": _some,
     "ranges": _ranges,
-    "swept_values": lambda values, _: listed([f"{value:g}" for value in values]),
-    "others": lambda scores, _: " to ".join(number(score) for score in scores),
+    "swept_values": lambda values, _: listed(list(map("{:g}".format, values))),
+    "others": lambda scores, _: " to ".join(map(number, scores)),
     "a": lambda method, _: method_name(method),
     "b": lambda method, _: method_name(method),
 }

@@ -20,7 +20,7 @@ from rlhf.compare.claims import notes, verdicts
 from rlhf.compare.crossed import MIN_SEEDS, crossed_mean, outlying
 from rlhf.compare.judged import judged, label
 from rlhf.compare.results import Point, Results, key, mean_of, prompt_key, seeds_of
-from rlhf.compare.selection import Means, ended, rectangle, tabulate
+from rlhf.compare.selection import Means, ended, rectangle, stack, tabulate
 from rlhf.errors import UserError, did_you_mean
 
 JUDGES = ("gold", "referee")
@@ -189,9 +189,9 @@ def _measures(
         """
         if any(measure not in means[key(point)] for point in (*points, *starts)):
             return None
-        values = np.array([means[key(point)][measure] for point in points])
+        values = stack(means, measure, [map(key, points)])[0]
         if starts:
-            values = values - np.array([means[key(start)][measure] for start in starts])
+            values = values - stack(means, measure, [map(key, starts)])[0]
         return crossed_mean(values, level=level).to_dict()
 
     # a proxy is compared with the initial policy as the same seed's reward model scores it

@@ -23,6 +23,8 @@ from rlhf.compare.format import (
     policy_name,
     score_name,
     share,
+    usual_values,
+    win_rate_of,
 )
 from rlhf.compare.verdict import OUTCOMES
 from rlhf.text import markdown_table
@@ -64,7 +66,7 @@ def opening(report: Report) -> Table:
     """
     score, initial = main_score(report), initial_name(report)
     title = "score" if score is None else score_name(report, score)
-    tuned_values = {method: entry["usual"] for method, entry in report["tuned"]["methods"].items()}
+    tuned_values = usual_values(report)
     # the policy that all differences are to opens the table
     points = [report["initial_policy"]]
     for point in report["points"]:
@@ -81,6 +83,7 @@ def opening(report: Report) -> Table:
         "ended",
         "seeds",
     ]
+    first = (report["initial_policy"]["method"], None)
     rows = []
     for point in points:
         found = point["scores"].get(score) or {}
@@ -88,7 +91,7 @@ def opening(report: Report) -> Table:
             policy_name(point["method"], point.get("swept"), report),
             interval(found.get("mean")),
             interval(found.get("difference"), signed=True),
-            share(_win_over_initial(report, point)),
+            share(win_rate_of(report, (point["method"], point.get("swept")), first)),
             _with_error(point["kl"]),
             _with_error(point["length"]),
             share(point["ended"]),
@@ -96,13 +99,6 @@ def opening(report: Report) -> Table:
         ]
         rows.append(cells)
     return Table(header, rows)
-
-
-def _win_over_initial(report: Report, point: Mapping[str, Any]) -> Number | None:
-    wins = report["wins"]
-    policy = (point["method"], point.get("swept"))
-    names = [] if wins is None else [(p["method"], p["swept"]) for p in wins["policies"]]
-    return wins["raw"][names.index(policy)][0] if policy in names[1:] else None
 
 
 def _with_error(estimate: Number | None) -> str:

@@ -76,14 +76,14 @@ def win_rate(
         if not math.isnan(verdicts.consistency):
             consistencies.append(verdicts.consistency)
 
-    per_seed = np.array([results.group_means(outcome) for outcome in outcomes])
+    per_seed = np.array(list(map(results.group_means, outcomes)))
     fit = LengthFit(np.array(outcomes), np.array(lengths), results.groups)
     controlled = crossed_statistic(fit, *per_seed.shape, null=0.5, level=level)
     return WinRate(
         raw=share(crossed_mean(per_seed, null=0.5, level=level), level),
         controlled=share(controlled, level),
         ties=float(np.mean([results.group_means(outcome == 0.5) for outcome in outcomes])),
-        length_difference=float(np.mean([results.group_means(length) for length in lengths])),
+        length_difference=float(np.mean(list(map(results.group_means, lengths)))),
         ridge=fit.ridge,
         consistency=float(np.mean(consistencies)) if consistencies else None,
     )

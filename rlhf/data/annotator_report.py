@@ -125,7 +125,7 @@ def annotators_markdown(summary: dict[str, Any]) -> list[str]:
         LEGEND,
     ]
 
-    kappas = [escape_cell(line) for line in describe_kappas(summary)]
+    kappas = list(map(escape_cell, describe_kappas(summary)))
     if kappas:
         lines += ["", f"Cohen's kappa (95 % interval) of every two: {'; '.join(kappas)}."]
     return lines

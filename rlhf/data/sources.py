@@ -109,7 +109,7 @@ def why_empty(source: str) -> str:
     votes = ", ".join(f"{choice} {count}" for choice, count in choices.items() if count)
     if not votes:
         return "nobody has voted; its prompts can be read (--kind prompt)"
-    return f"its votes ({votes}) make no pair of which one answer is better"
+    return f"its votes ({votes}) make no pair with a winner"
 
 
 def is_store(source: str) -> bool:

@@ -157,6 +157,6 @@ def _conflict(records: list[Record], group: str, places: list[str] | None) -> st
         found.append(f"{split} at {', '.join(rows[:3])}{more}")
     return (
         f"group '{group}' is given more than one split: {'; '.join(found)}. Rows of one group share a prompt or a "
-        "pair of answers (or the value of a 'group' column), so one would give away the other. Give them one split, "
-        "or leave out the 'split' column and let the group decide"
+        "pair of answers (or the value of a 'group' column), so one split would leak into the other. Give them one "
+        "split, or leave out the 'split' column and let the group decide"
     )

@@ -204,7 +204,7 @@ class Store:
         prompt = self._comparable_prompt(a, b)
         if (kind == "control") != (expected is not None) or expected not in (None, a, b):
             raise UserError(
-                f"expected={expected}: a control comparison, and no other, has one of its two responses here"
+                f"expected={expected}: give one of the two responses for a control comparison, and none otherwise"
             )
         side = {a: "a", b: "b"}.get(expected)
         row = {"prompt": prompt, "a": a, "b": b, "kind": kind, "expected": side}
@@ -239,12 +239,8 @@ class Store:
 
     def comparisons_after(self, id: int) -> list[dict[str, Any]]:
         """Return the comparisons newer than this one: {id, a, b, kind}."""
-        return [
-            dict(row)
-            for row in self._db.execute(
-                "SELECT id, a, b, kind FROM comparisons WHERE id > ?", (id,)
-            )
-        ]
+        sql = "SELECT id, a, b, kind FROM comparisons WHERE id > ?"
+        return list(map(dict, self._db.execute(sql, (id,))))
 
     # Annotators and settings
 
@@ -272,12 +268,8 @@ class Store:
 
     def annotators(self) -> list[dict[str, Any]]:
         """Return every annotator by id: {id, name, kind, token_hash (None: cannot sign in)}."""
-        return [
-            dict(row)
-            for row in self._db.execute(
-                "SELECT id, name, kind, token_hash FROM annotators ORDER BY id"
-            )
-        ]
+        sql = "SELECT id, name, kind, token_hash FROM annotators ORDER BY id"
+        return list(map(dict, self._db.execute(sql)))
 
     def set_token(self, annotator: int, token: str | None) -> None:
         """Let the annotator sign in with this token and no other; None: with none. Only its hash is

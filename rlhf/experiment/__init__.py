@@ -1,1 +1,1 @@
-"""Experiments: methods, strengths and run seeds, each its own program, measured alike."""
+"""Experiments: methods, swept values and run seeds, each its own program, measured alike."""

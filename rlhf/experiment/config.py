@@ -45,7 +45,7 @@ Files = Annotated[list[str], BeforeValidator(_as_list)]
 
 
 class Pairs(Spec):
-    """Where preference pairs come from: given files, or sampled and annotated anew for each seed."""
+    """Where preference pairs come from: given files, or sampled and annotated for each seed."""
 
     data: Files | None = None
     prompts: Files | None = None
@@ -59,8 +59,8 @@ class Pairs(Spec):
         is_wrong = None in made if self.data is None else any(made)
         if is_wrong:
             raise ValueError(
-                "expected either data: [FILE], or prompts: [FILE] with sample: CONFIG and annotate: CONFIG (both made "
-                "anew for each seed)"
+                "expected either data: [FILE], or prompts: [FILE] with sample: CONFIG and annotate: CONFIG (both run "
+                "for each seed)"
             )
         return self
 
@@ -176,7 +176,7 @@ class ExperimentConfig:
     )
     pairs: dict = option(
         help="preference pairs: {data: [FILE]}; or {prompts: [FILE], sample: CONFIG, annotate: CONFIG}: sampled from "
-        "the initial policy and judged by the sandbox's annotators, anew for each seed"
+        "the initial policy and judged by the sandbox's annotators, for each seed"
     )
     prompts: list[str] = option(
         help="files, stores or Hub names with prompts; policies are measured on the test split"
@@ -219,7 +219,7 @@ class ExperimentConfig:
         "held-out texts by name, e.g. {sft: [FILE], stories: [FILE]}: what the policy has forgotten",
     )
     n_prompts: int | None = option(
-        None, "so many test prompts, by the hash of their group; default: all", low=2
+        None, "number of test prompts, chosen by the hash of their group; default: all", low=2
     )
     samples_per_prompt: int = option(2, "responses of each policy to each prompt", low=1)
     temperature: float = option(1.0, "of sampling, in training and measuring", above=0)
@@ -243,7 +243,7 @@ class ExperimentConfig:
         resume="free",
     )
     redo: bool = option(
-        False, "set aside what was made with other options, and make it anew", resume="free"
+        False, "move results of other options to aside/ and make new ones", resume="free"
     )
     report_to: Literal["none", "wandb"] = option(
         "none",
@@ -287,7 +287,7 @@ class ExperimentConfig:
         # one score decides: with two, the reader could pick the one that says more
         if self.gold and (self.referee or self.train_referee):
             raise UserError(
-                "'gold' and a referee are both given: where the true reward is known no referee decides"
+                "'gold' and a referee are both given: where the true reward is known, no referee is needed"
             )
         if self.referee and self.train_referee:
             raise UserError(

@@ -43,7 +43,7 @@ class MeasureConfig:
 
     experiment: str = option(help="the folder of the experiment")
     trial: str = option(
-        help="a trial in it, such as seed-0/dpo-beta-0.1, or foundation: the initial policy"
+        help="a trial in it, such as seed-0/dpo-beta-0.1; foundation is the initial policy"
     )
 
 
@@ -60,8 +60,8 @@ def load_experiment(folder: str | Path) -> ExperimentConfig:
     # its paths are relative to where it was run, so from elsewhere they name other files
     if Path(config.output_dir).resolve() != Path(folder).resolve():
         raise UserError(
-            f"{folder}: was made as {config.output_dir}, which is another place from here. Call from the directory in "
-            "which the experiment was run"
+            f"{folder}: its options say output_dir {config.output_dir}, which is another folder from here. Call from "
+            "the directory in which the experiment was run"
         )
     return config
 

@@ -115,7 +115,7 @@ def method_of(config: ExperimentConfig, name: str) -> dict[str, Any]:
     return {
         "program": spec.program or name,
         "swept": spec.swept_option,
-        "swept_values": [float(value) for value in spec.values],
+        "swept_values": list(map(float, spec.values)),
         "baseline": spec.program is None,
         "options": spec.options,
     }

@@ -162,7 +162,7 @@ class RunData:
         folder = Path(self.config.output_dir).resolve()
         if is_path(source) and Path(source).expanduser().resolve().is_relative_to(folder):
             raise UserError(
-                f"{source}: lies in output_dir, where files are the run's own. Move the data elsewhere"
+                f"{source}: is inside output_dir, whose files belong to the run. Move the data elsewhere"
             )
         if not is_store(source):
             return source

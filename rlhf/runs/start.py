@@ -149,7 +149,7 @@ def check_resumable(
     metadata = found.metadata
     if metadata.get("program") != program:
         raise UserError(
-            f"{found.folder}: a checkpoint of '{metadata.get('program')}', and this is '{program}'"
+            f"{found.folder}: is a checkpoint of '{metadata.get('program')}', not of '{program}'"
         )
     if (metadata["ranks"], metadata["launched"]) != (world.size, world.launched):
         how = "under a launcher" if metadata["launched"] else "without a launcher"

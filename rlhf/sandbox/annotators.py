@@ -155,7 +155,7 @@ class AnnotateConfig:
     )
     judged_by_all: int = option(
         0,
-        "so many comparisons that are held out for validation get a vote of every annotator: their agreement",
+        "number of validation comparisons that every annotator votes on, to measure their agreement",
         low=0,
     )
     habits: bool = option(

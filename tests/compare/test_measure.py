@@ -173,7 +173,7 @@ def test_names_of_runs():
 
 
 def test_gold_and_referee_together_are_refused():
-    with pytest.raises(UserError, match="no referee decides"):
+    with pytest.raises(UserError, match="no referee is needed"):
         config(["a", "b"], gold=[{"rule": "length"}], referee=[{"model": "r"}]).validate()
     with pytest.raises(UserError, match="at least two runs"):
         config(["a"]).validate()

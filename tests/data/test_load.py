@@ -619,7 +619,7 @@ def test_a_store_whose_votes_make_no_pair_says_what_they_were(tmp_path):
             load(str(path), Preference)
         for name, choice in (("ann", "tie"), ("bob", "tie"), ("cem", "skip")):
             store.vote(pair, store.add_annotator(name), choice)
-    reason = r"no row to read[\s\S]*its votes \(tie 2, skip 1\) make no pair of which one answer is better"
+    reason = r"no row to read[\s\S]*its votes \(tie 2, skip 1\) make no pair with a winner"
     freeze(path, tmp_path / "frozen.jsonl")
     for source in (path, tmp_path / "frozen.jsonl"):
         for read in (show, lambda path: load(str(path), Preference)):
@@ -646,5 +646,5 @@ def test_names_are_one_in_whatever_form_their_letters_come(tmp_path):
 def test_data_in_the_output_folder_is_refused(tmp_path):
     rows = write(tmp_path / "metrics.jsonl", [{"prompt": "a", "response": "b"}])
     config = RunConfig(model_name_or_path="x", data=[rows], output_dir=str(tmp_path))
-    with pytest.raises(UserError, match="lies in output_dir"):
+    with pytest.raises(UserError, match="is inside output_dir"):
         Run("sft", config, DistributedContext(), None).data.load(Instruction, "train")

@@ -173,7 +173,7 @@ def swept(values, name="beta"):
         ),
         (
             {"referee": [{"model": "r"}]},
-            "'gold' and a referee are both given: where the true reward is known no",
+            "'gold' and a referee are both given: where the true reward is known, no",
         ),
         ({"train_referee": {"config": "r.yaml"}}, "'gold' and a referee are both given"),
         (

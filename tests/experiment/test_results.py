@@ -351,7 +351,7 @@ def test_an_experiment_is_found_by_its_folder_from_where_it_was_run(tmp_path, mo
     assert load_experiment("out") == load_experiment(tmp_path / "out") == config
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="was made as out, which is another place from here"):
+    with pytest.raises(UserError, match="output_dir out, which is another folder from here"):
         load_experiment("../out")
     with pytest.raises(UserError, match="no experiment here"):
         load_experiment(tmp_path)

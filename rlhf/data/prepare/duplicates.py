@@ -217,7 +217,7 @@ def similar_texts(
     """Return {text: (other, similarity)} by index, the nearest other of each text that has a near
     duplicate there.
     """
-    sets = [shingles(text) for text in (*others, *texts)]
+    sets = list(map(shingles, (*others, *texts)))
     nearest = {}
     for i, candidates in _candidates(sets, threshold, known=len(others)):
         # of equals the earliest

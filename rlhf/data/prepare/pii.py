@@ -82,7 +82,7 @@ _VERSION = re.compile(
 )
 # Addresses that name no machine on the internet: private, shared, link-local, multicast, reserved
 _NOBODYS = "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 169.254.0.0/16 224.0.0.0/3 fc00::/7 fe80::/10"
-_NETWORKS = [ipaddress.ip_network(name) for name in _NOBODYS.split()]
+_NETWORKS = list(map(ipaddress.ip_network, _NOBODYS.split()))
 
 # North American numbers, also invalid ones such as 555-0100
 _PHONE_SHAPE = re.compile(

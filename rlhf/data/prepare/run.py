@@ -45,7 +45,7 @@ class PrepareConfig:
         "majority", "how a store's votes become pairs: each, majority or skill"
     )
     against: list[str] = option(
-        [], "evaluation files or Hub names: rows that give them away are left out"
+        [], "evaluation files or Hub names: rows that contain their texts are left out"
     )
     personal: Literal["mask", "drop", "keep"] = option(
         "mask", "personal data: mask it as [EMAIL] and so on, drop the row, or only report it"
@@ -65,7 +65,7 @@ class PrepareConfig:
     )
     leak_overlap: float = option(
         0.7,
-        "share of an evaluation text's n-grams from which a row gives it away",
+        "share of an evaluation text's n-grams from which a row counts as contaminated",
         above=0.0,
         high=1.0,
     )
@@ -101,7 +101,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     # before the work: it takes minutes, and a name that is taken would waste them
     card_path = card.card_path(output)
 
-    names = [_at_newest_event(name) for name in config.source]
+    names = list(map(_at_newest_event, config.source))
     table = load.collect(names, KINDS.get(config.kind) or guess(names), config.aggregate)
     table.check_usable("skip")
     places = list(map(card.place_without_folder, table.places))

@@ -270,7 +270,7 @@ def join_groups_of_similar_rows(work: Work, threshold: float) -> None:
     if inside:
         found += f"; {len(dict(inside))} rows have a text inside another's prompt"
     if drop:
-        found += f"; {len(drop)} rows would have given another split away"
+        found += f"; {len(drop)} rows would have leaked into another split"
     if largest > max(2, LARGE_GROUP * len(work.records)):
         found += ". One group goes to one split as a whole: check that these rows belong together, or raise `near`"
     if apart:
