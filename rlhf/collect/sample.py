@@ -217,6 +217,7 @@ def answers_of_policy(
     from rlhf.engines.hf import cache_is_exact, generate
     from rlhf.engines.sampling import Sampling, sample_key
     from rlhf.models import check_context, load_model, trainable_policy
+    from rlhf.options.shared import NOISE_VERSION
     from rlhf.runs.budget import Budget
     from rlhf.tokenizer import stop_ids
     from rlhf.weights import folder_fingerprint
@@ -272,6 +273,7 @@ def answers_of_policy(
                 "top_p": top_p,
                 "max_new_tokens": config.max_response_length,
                 "seed": config.seed,
+                "noise": NOISE_VERSION,
             }
             places = np.repeat(prompt_index, samples)
             for place, ids, ended in zip(

@@ -24,10 +24,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Which noise this is; to be raised whenever the noise of any token changes. Runs record it, and no
-# run goes on with another.
-NOISE_VERSION = 2
-# token ids in a block: a part of the noise, of which nothing else may depend
+# token ids in a block. It is part of the noise: whoever changes it, or anything below that gives a
+# token another noise, raises rlhf.options.shared.NOISE_VERSION
 BLOCK = 32
 # at most so many blocks of a row are computed before all are compared with the best token in them
 FIRST_BLOCKS = 8

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from rlhf.errors import UserError
 from rlhf.experiment.config import BEST_OF_N, LENGTH_OPTION, ExperimentConfig, Method, Part
 from rlhf.files import model_files, scorer_files
+from rlhf.options.shared import NOISE_VERSION
 from rlhf.values import read_yaml
 
 # the folder of the initial policy's measurements
@@ -459,12 +460,23 @@ def recorded_options(record: dict[str, Any]) -> dict[str, str]:
         if settings.get(BEST_OF_N):
             settings[BEST_OF_N] = {"sweep": settings[BEST_OF_N]["strength"]}
     options = {name: value for name, value in pairwise(command) if name.startswith("--")}
+    if "noise" in record:
+        settings = settings | {"sampling noise": record["noise"]}
     return options | {name: str(value) for name, value in settings.items()}
+
+
+def draws_tokens(job: Job) -> bool:
+    """Return whether what a job leaves depends on the sampling noise itself, not only on what other
+    jobs left.
+    """
+    return job.kind in ("sample", "measure") or job.program == "launch.ppo"
 
 
 def record_of(job: Job) -> dict[str, Any]:
     """Return what is recorded of how a job is done."""
     record: dict[str, Any] = {"command": job.command}
+    if draws_tokens(job):
+        record["noise"] = NOISE_VERSION
     if job.measures:
         record["settings"] = job.measures.settings
     return record

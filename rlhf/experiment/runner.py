@@ -26,7 +26,7 @@ from rlhf import config as options
 from rlhf.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, EarlyExit, UserError
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.cost import known_lengths, planned_lengths
-from rlhf.experiment.plan import Job, plan, record_of, recorded_options
+from rlhf.experiment.plan import Job, draws_tokens, plan, record_of, recorded_options
 from rlhf.experiment.processes import JOB, MARK, end_programs, free_port, programs_of
 from rlhf.experiment.state import (
     ExperimentState,
@@ -38,6 +38,7 @@ from rlhf.experiment.state import (
     write_record,
 )
 from rlhf.files import lock_folder, unlock_folder
+from rlhf.options.shared import NOISE_VERSION
 
 ATTEMPTS = 3  # of a program that was killed; each resumes where the one before was cut off
 POLL_SECONDS = 0.5
@@ -113,8 +114,12 @@ def set_jobs(state: ExperimentState, jobs: list[Job], how: RunOptions) -> None:
     deleted.
     """
     state.set_jobs(jobs)
+    outdated = drawn_with_other_noise(state)
     changed = [
-        job for job in jobs if has_other_results(state, job, unknown_too=how.changed == "delete")
+        job
+        for job in jobs
+        if job.name in outdated
+        or has_other_results(state, job, unknown_too=how.changed == "delete")
     ]
     if changed and how.changed == "refuse":
         lines = [f"  {job.name}: {difference(state, job)}" for job in changed[:SHOWN]]
@@ -141,13 +146,40 @@ def has_other_results(state: ExperimentState, job: Job, *, unknown_too: bool) ->
     before = state.record(job.name).get("fingerprint")
     if before == state.fingerprints[job.name] or (before is None and not unknown_too):
         return False
-    # a job that was refused has left nothing
+    return has_left_files(job)
+
+
+def has_left_files(job: Job) -> bool:
+    """Return whether anything that a job owns is there; one that was refused has left nothing."""
     return any(path.is_file() or any(path.glob("*")) for path in map(Path, job.owned))
+
+
+def drawn_with_other_noise(state: ExperimentState) -> set[str]:
+    """Return the jobs whose results come from another version of the sampling noise, with all that
+    depend on them; none where everything is done, so that nothing new would be put beside them.
+    """
+    if len(state.done) == len(state.jobs):
+        return set()
+    outdated: set[str] = set()
+    for job in state.jobs:
+        is_first = draws_tokens(job) and noise_of(state, job) != NOISE_VERSION
+        if has_left_files(job) and (is_first or outdated & set(job.needs)):
+            outdated.add(job.name)
+    return outdated
+
+
+def noise_of(state: ExperimentState, job: Job) -> int:
+    """Return the version of the sampling noise of a job that was started; 1 was not recorded."""
+    record = state.record(job.name)
+    return record.get("noise", 1) if record else NOISE_VERSION
 
 
 def difference(state: ExperimentState, job: Job) -> str:
     """Say in which options a job differs from the one that was done under its name."""
-    before, after = recorded_options(state.record(job.name)), recorded_options(record_of(job))
+    record = state.record(job.name)
+    if draws_tokens(job):
+        record = record | {"noise": noise_of(state, job)}
+    before, after = recorded_options(record), recorded_options(record_of(job))
     differing = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     if not differing:
         return "what it reads or depends on"

@@ -183,6 +183,11 @@ def check_apart(name: str, value: Any, output_dir: str) -> None:
         )
 
 
+# Which sampling noise a token is drawn with (rlhf.engines.sampling): 1 until 2026-11. Raise it with
+# any change that gives a token another noise. A run records it and does not go on with another.
+NOISE_VERSION = 2
+
+
 @dataclass(kw_only=True)
 class SamplingConfig(RunConfig):
     """Evaluation by sampling."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf import config as options
 from rlhf.errors import EXIT_INTERRUPTED, EarlyExit, UserError
 from rlhf.files import unlock_folder
-from rlhf.options.shared import RunConfig
+from rlhf.options.shared import NOISE_VERSION, RunConfig
 from rlhf.runs import checkpoint
 from rlhf.runs.checkpoint import Checkpoint
 from rlhf.runs.rows import RunData
@@ -157,6 +157,7 @@ class Run:
             "options": options_dict(self.config),
             "data": self.data.fingerprints,
             "weights": self.weights,
+            "noise": NOISE_VERSION,
             "position": self.tracker.position(),
             "score": score,
             "state": state or {},
@@ -243,6 +244,7 @@ class Run:
             "budget": budget,
             "data": self.data.fingerprints,
             "rows": self.data.row_counts,
+            "noise": NOISE_VERSION,
             **more,
         }
         if self.world.is_main:

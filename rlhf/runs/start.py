@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf import config as options
 from rlhf.errors import EXIT_GUARD, EarlyExit, UserError, near_file
 from rlhf.files import lock_folder
-from rlhf.options.shared import RunConfig
+from rlhf.options.shared import NOISE_VERSION, RunConfig, SamplingConfig
 from rlhf.runs import checkpoint
 from rlhf.runs.checkpoint import Checkpoint
 from rlhf.runs.run import START_OVER, Run
@@ -145,7 +145,9 @@ def find_checkpoint(
 def check_resumable(
     found: Checkpoint, program: str, config: RunConfig, world: DistributedContext
 ) -> None:
-    """Raise UserError where a checkpoint is of another program, number of ranks, or fixed options."""
+    """Raise UserError where a checkpoint is of another program, number of ranks, sampling noise or
+    fixed options.
+    """
     metadata = found.metadata
     if metadata.get("program") != program:
         raise UserError(
@@ -156,6 +158,14 @@ def check_resumable(
         raise UserError(
             f"{found.folder}: made by {metadata['ranks']} rank(s) {how}, and now there are {world.size}. Its optimizer "
             "state is divided among ranks: start as many, in the same way"
+        )
+    # the first version recorded none
+    noise = metadata.get("noise", 1)
+    if isinstance(config, SamplingConfig) and noise != NOISE_VERSION:
+        raise UserError(
+            f"{found.folder}: the run was begun with sampling noise {noise}, and this version samples with "
+            f"{NOISE_VERSION}: what it samples from here on would not be what that run would have sampled. Go on with "
+            f"the version that began it, or {START_OVER}"
         )
     check_fixed(
         config,

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.engines import sampling
 from rlhf.engines.sampling import Sampling, TokenNoise, draw, restrict, sample_key
+from rlhf.options.shared import NOISE_VERSION
 
 MASK = (1 << 64) - 1
 
@@ -85,7 +86,7 @@ def test_the_noise_of_version_2_stays_what_it_is():
     least = exponential(block) / 32
     own = exponential(mix((state + 65 * 0xD1342543DE82EF95) & MASK))
     noise = TokenNoise(torch.tensor([12345]), 7, 96).of_blocks(torch.tensor([0]), torch.tensor([2]))
-    assert sampling.NOISE_VERSION == 2 and block % 32 == 20
+    assert NOISE_VERSION == 2 and block % 32 == 20
     assert noise[0, 20].item() == pytest.approx(least, rel=1e-14)
     assert noise[0, 1].item() == pytest.approx(least + own, rel=1e-14)
     tokens, _ = draw(torch.zeros(6, 1000), torch.arange(6), 0, Sampling())

@@ -20,7 +20,9 @@ from rlhf.experiment.progress import experiment_status
 from rlhf.experiment.results import read_results
 from rlhf.experiment.runner import RunOptions, set_jobs
 from rlhf.experiment.state import ExperimentState, load_state
+from rlhf.options.shared import NOISE_VERSION
 
+DPO = "seed-0/dpo-beta-0.1"
 FILES = json.loads((Path(__file__).parent / "old_experiment.json").read_text())
 
 
@@ -74,6 +76,28 @@ def test_what_differs_from_an_old_record_is_named(config):
     assert "measure/foundation: n_prompts was None, now 2" in said
     assert "seed-0/ppo-kl_coef-0.02: --total_episodes was 320, now 384" in said
     assert "on_error" not in said and "initial_policy" not in said
+
+
+def test_nothing_is_added_to_what_was_drawn_with_another_noise(config, tmp_path):
+    # all is done: nothing to add, nothing to refuse
+    lengths = {"dpo": 4, "ppo": 5}
+    set_jobs(ExperimentState(Path("out"), lengths=lengths), plan(config, lengths), RunOptions())
+
+    # one more seed would be measured beside the first
+    config.seeds = [0, 1]
+    jobs = plan(config, lengths)
+    with pytest.raises(UserError) as refused:
+        set_jobs(ExperimentState(Path("out"), lengths=lengths), jobs, RunOptions())
+    lines = str(refused.value).splitlines()[1:]
+    told = f"sampling noise was 1, now {NOISE_VERSION}"
+    assert [line for line in lines if line.strip() == f"measure/foundation: {told}"]
+    assert [line for line in lines if line.strip() == f"seed-0/ppo-kl_coef-0.02: {told}"]
+    # neither the reward model nor DPO samples anything, and no job of theirs is made anew
+    assert not [line for line in lines if line.split(":")[0].strip() in ("seed-0/reward", DPO)]
+
+    state = ExperimentState(Path("out"), lengths=lengths)
+    set_jobs(state, jobs, RunOptions(changed="set aside"))
+    assert state.done == {"seed-0/reward", "seed-0/dpo-beta-0.1", "seed-0/dpo-beta-1"}
 
 
 def test_the_status_of_an_experiment_is_told_from_what_is_there(config, capsys):

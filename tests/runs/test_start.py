@@ -6,7 +6,8 @@ import pytest
 
 from rlhf.distributed import DistributedContext
 from rlhf.errors import EarlyExit, UserError
-from rlhf.options.offline import SFTRunConfig
+from rlhf.options.offline import RewardRunConfig, SFTRunConfig
+from rlhf.options.shared import NOISE_VERSION
 from rlhf.runs import checkpoint
 from rlhf.runs.start import check_finished, find_checkpoint, read_result
 
@@ -36,6 +37,14 @@ def old_folder(tmp_path):
     return tmp_path
 
 
+def record(folder, **about):
+    """Write a checkpoint's record anew, as the first version did, without a hash of its own."""
+    file = folder / "checkpoints" / "checkpoint-3" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["about"] |= about
+    file.write_text(json.dumps(manifest))
+
+
 def config(folder, **options):
     given = {"max_steps": 3, "on_error": "skip"} | options
     return SFTRunConfig(model_name_or_path="x", data=["d.jsonl"], output_dir=str(folder), **given)
@@ -46,13 +55,38 @@ def test_an_old_folder_is_finished_or_made_longer(old_folder):
     with pytest.raises(EarlyExit, match="raise --max_steps"):
         check_finished(old_folder, config(old_folder), result)
     check_finished(old_folder, config(old_folder, max_steps=5), result)
+    record(old_folder, noise=NOISE_VERSION)
     found = find_checkpoint(
         "sft", config(old_folder, max_steps=5), DistributedContext(), is_finished=True
     )
     assert found.step == 3 and found.metadata["state"] == {"last": {}}
 
 
+def test_a_run_of_another_sampling_noise_is_not_resumed(old_folder):
+    longer = config(old_folder, max_steps=5)
+    told = f"noise 1, and this version samples with {NOISE_VERSION}.*version that began it, or .*overwrite"
+    with pytest.raises(UserError, match=told):
+        find_checkpoint("sft", longer, DistributedContext(), is_finished=True)
+    record(old_folder, noise=NOISE_VERSION + 1)
+    with pytest.raises(UserError, match=f"with sampling noise {NOISE_VERSION + 1}, and"):
+        find_checkpoint("sft", longer, DistributedContext(), is_finished=True)
+
+
+def test_a_reward_model_which_samples_nothing_is_resumed_whatever_the_noise(old_folder):
+    record(old_folder, program="reward")
+    longer = RewardRunConfig(
+        model_name_or_path="x",
+        data=["d.jsonl"],
+        output_dir=str(old_folder),
+        max_steps=5,
+        on_error="skip",
+    )
+    found = find_checkpoint("reward", longer, DistributedContext(), is_finished=True)
+    assert found.step == 3
+
+
 def test_an_old_option_that_differs_is_named_as_it_is_called_today(old_folder):
+    record(old_folder, noise=NOISE_VERSION)
     with pytest.raises(UserError, match="on_error: was 'skip', now 'stop'"):
         find_checkpoint(
             "sft", config(old_folder, on_error="stop"), DistributedContext(), is_finished=True
