@@ -29,13 +29,19 @@ VERSION = "1.12.0"
 def fetch(cache: Path) -> Path:
     """Return the folder of the peer's package, downloading it where it is not there yet."""
     folder = cache / f"trl-{VERSION}"
-    if not (folder / "trl").is_dir():
-        with tempfile.TemporaryDirectory() as place:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-            subprocess.run([*command, f"trl=={VERSION}", "--dest", place], check=True)
-            wheel = next(Path(place).glob("*.whl"))
-            with zipfile.ZipFile(wheel) as archive:
-                archive.extractall(folder)
+    if folder.is_dir():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as place:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        done = subprocess.run([*command, f"trl=={VERSION}", "--dest", place], check=False)
+        if done.returncode:
+            raise SystemExit(f"pip could not download trl=={VERSION}: unpack its wheel in {folder}")
+        wheel = next(Path(place).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(Path(place) / "package")
+        # whole or not at all
+        os.replace(Path(place) / "package", folder)
     return folder
 
 
