@@ -19,7 +19,7 @@ from torch import nn
 from rlhf.data.encode import decode_response
 from rlhf.data.records import Message, Samples, Scorer
 from rlhf.distributed import DistributedContext
-from rlhf.engines.hf import generate
+from rlhf.engines.batched import generate
 from rlhf.engines.sampling import Completions, Sampling, sample_key
 from rlhf.logprobs import completion_batch, response_logprobs
 from rlhf.stats import clustered_se

@@ -214,7 +214,7 @@ def answers_of_policy(
     from tqdm import tqdm
 
     from rlhf.data.encode import decode_response, encode_prompts
-    from rlhf.engines.hf import cache_is_exact, generate
+    from rlhf.engines.batched import generate, prepare
     from rlhf.engines.sampling import Sampling, sample_key
     from rlhf.models import check_context, load_model, trainable_policy
     from rlhf.options.shared import NOISE_VERSION
@@ -231,7 +231,7 @@ def answers_of_policy(
     spent = Budget()
     spent.watch(model)
     # the trial of the cache is no sampling: make it before counting starts
-    cache_is_exact(model)
+    prepare(model)
 
     origin = {
         "model": source,

@@ -41,7 +41,7 @@ def generate(
     was_training = model.training
     model.eval()
     stops = set(stop_ids)
-    with _router_logits_off(model):
+    with router_logits_off(model):
         cached = cache_is_exact(model)
         batches = [order]
         if not cached:
@@ -62,7 +62,7 @@ def generate(
 
 
 @contextlib.contextmanager
-def _router_logits_off(model: nn.Module):
+def router_logits_off(model: nn.Module):
     """TRL has mixtures of experts compute their router's loss, which no cached step can."""
     config = model.config.get_text_config()
     before = vars(config).get("output_router_logits")
@@ -89,19 +89,7 @@ def cache_is_exact(model: nn.Module) -> bool:
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if causal not in _EXACT:
-        was_training = model.training
-        model.eval()
-        try:
-            gap = _cache_gap(model)
-        except Exception as error:  # whatever a model's own code raises
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
-            exact = gap < (2e-5 if precise else 0.1)  # Llama: 1e-6, and 0.05 in bfloat16
-            reason = (
-                "" if exact else f"with it log-probabilities are off by {gap:.1g} of their spread"
-            )
-        model.train(was_training)
+        reason = why_inexact(model, _cache_gap)
         _EXACT[causal] = not reason
         if reason and os.environ.get("RANK", "0") == "0":
             kind = model.config.model_type
@@ -114,21 +102,42 @@ def cache_is_exact(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
+def why_inexact(model: nn.Module, gap_of: Callable[[nn.Module], float]) -> str:
+    """Return why log-probabilities that are `gap_of(model)` of their spread off are not exact, or
+    "".
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        gap = gap_of(model)
+    except Exception as error:  # whatever a model's own code raises
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        model.train(was_training)
+    precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    # Llama: 1e-6, and 0.05 in bfloat16
+    if gap < (2e-5 if precise else 0.1):
+        return ""
+    return f"with it log-probabilities are off by {gap:.1g} of their spread"
+
+
+def trial(model: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return ids (3, 16) to try a cache on, and log-probabilities (3, 16, V) of a whole pass."""
+    ids = torch.arange(1, 49, device=next(model.parameters()).device).reshape(3, 16)
+    # a prime, to spread them over the vocabulary; an adapter may stand in the place of the
+    # embeddings
+    ids = ids * 7919 % model.config.get_text_config().vocab_size
+    logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return ids, logits.float().log_softmax(-1)
+
+
 def _cache_gap(model: nn.Module) -> float:
     """Return how far the log-probabilities of cached steps are from those of whole passes, over
     their spread.
 
     In a batch of three rows, one of which leaves; the mean over the vocabulary, of the worst step.
     """
-    ids = torch.arange(1, 49, device=next(model.parameters()).device).reshape(3, 16)
-    # a prime, to spread them over the vocabulary; an adapter may stand in the place of the
-    # embeddings
-    ids = ids * 7919 % model.config.get_text_config().vocab_size
-    whole = (
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        .logits.float()
-        .log_softmax(-1)
-    )
+    ids, whole = trial(model)
     lengths = torch.tensor([6, 9, 7])  # of which the batch begins with so many, padded on the left
     batch = _Batch(
         model, [row[:n] for row, n in zip(ids.tolist(), lengths, strict=True)], 0, cached=True

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf.data.records import BadScore, Samples, Scorer, Scores
 from rlhf.distributed import DistributedContext
-from rlhf.engines.hf import generate
+from rlhf.engines.batched import generate
 from rlhf.engines.sampling import Completions, Sampling, sample_key
 from rlhf.evaluate import to_samples
 from rlhf.logprobs import completion_batch

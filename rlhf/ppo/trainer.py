@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rlhf.data.records import BadScore, Scorer
 from rlhf.distributed import DistributedContext, peak_memory
-from rlhf.engines.hf import cache_is_exact, generate
+from rlhf.engines.batched import generate, prepare
 from rlhf.engines.sampling import Sampling
 from rlhf.optimizer_engine import make_engine
 from rlhf.options.ppo import PPOConfig
@@ -250,7 +250,7 @@ class PPOTrainer:
         prompts = self.prompts_of(step)
         with self.learner.gathered():
             # tried once for each model, by passes that belong to no step
-            cache_is_exact(self.roles.trunk)
+            prepare(self.roles.trunk)
             with self.budget.counting():
                 rollout = self.collector.collect(prompts, step)
         shard = self.world.shard(len(rollout))

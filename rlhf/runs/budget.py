@@ -101,9 +101,10 @@ class Budget:
         def after_decoder(module, args, kwargs, output) -> None:
             if not self.is_counting:
                 return
-            adapters = active_adapters(decoder)
+            # an engine may pass through a copy with the adapter folded into its weights
+            adapters = active_adapters(module)
             if adapters not in shapes:
-                shapes[adapters] = decoder_shape(decoder, adapters)
+                shapes[adapters] = decoder_shape(module, adapters)
             shape = shapes[adapters]
             inputs = kwargs.get("input_ids", args[0] if args else None)
             inputs = kwargs["inputs_embeds"] if inputs is None else inputs

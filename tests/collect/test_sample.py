@@ -96,7 +96,7 @@ def test_as_many_prompts_are_sampled_as_asked_for_where_some_are_too_long(tmp_pa
 
 def test_the_store_knows_what_its_responses_cost(tmp_path, prompts, sft_path, monkeypatch):
     # which makes passes that are no sampling
-    monkeypatch.setattr("rlhf.engines.hf.cache_is_exact", lambda model: True)
+    monkeypatch.setattr("rlhf.engines.batched.slots_are_exact", lambda model: True)
     settings = config(tmp_path, prompts, sft_path, samples_per_prompt=2, max_response_length=1)
     with FlopCounterMode(display=False) as counter:
         sample(settings)
