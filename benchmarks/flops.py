@@ -132,7 +132,7 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     from rlhf.adapters import lora_config
     from rlhf.data.records import Prompt
     from rlhf.distributed import DistributedContext
-    from rlhf.engines.hf import cache_is_exact
+    from rlhf.engines.batched import prepare
     from rlhf.models import InitialModel
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.rollout import role_scorer
@@ -163,7 +163,7 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     trainer = PPOTrainer(
         config, roles, role_scorer(roles, PAD, shape.rows // 2), data, DistributedContext()
     )
-    cache_is_exact(roles.trunk)  # tried once for each model, not counted
+    prepare(roles.trunk)  # tried once for each model, not counted
     flops = measured(lambda: trainer.step(0))
     return trainer.budget, flops
 
