@@ -25,6 +25,7 @@ from reward.specs import (
 from reward.voice import load_voice, voice_scorer
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError
+from rlhf.plugins import import_function
 
 # (specification, tokenizer of the samples' ids or None) -> scorer
 Build = Callable[[Any, Any], Scorer]
@@ -49,7 +50,9 @@ def _build_rule(spec: RuleSpec, tokenizer: Any = None) -> Scorer:
 BUILDERS: dict[type[ScorerSpec], Build] = {
     ModelSpec: build_model,
     VoiceSpec: lambda spec, _: voice_scorer(spec.voice, spec.name),
-    FunctionSpec: lambda spec, _: functools.partial(spec.load(spec.name), **spec.options),
+    FunctionSpec: lambda spec, _: functools.partial(
+        import_function(spec.function, spec.name), **spec.options
+    ),
     RuleSpec: _build_rule,
     HttpSpec: lambda spec, _: http_scorer(spec),
 }

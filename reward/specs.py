@@ -15,7 +15,6 @@ docs/rewards.md describes the kinds.
 from __future__ import annotations
 
 import inspect
-from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,11 +38,6 @@ class ScorerSpec(Spec):
     weight: Number = 1.0
 
     @property
-    @abstractmethod
-    def default_name(self) -> str:
-        """The name of an entry that gives none."""
-
-    @property
     def model_folders(self) -> list[str]:
         """The reward models that the scorer reads."""
         return []
@@ -63,10 +57,6 @@ class ModelSpec(_LoadedSpec):
     """A reward model."""
 
     model: Text
-
-    @property
-    def default_name(self) -> str:
-        return Path(self.model).name
 
     @property
     def model_folders(self) -> list[str]:
@@ -102,10 +92,6 @@ class EnsembleSpec(_LoadedSpec):
         return self
 
     @property
-    def default_name(self) -> str:
-        return "ensemble"
-
-    @property
     def model_folders(self) -> list[str]:
         return self.ensemble
 
@@ -129,10 +115,6 @@ class VoiceSpec(ScorerSpec):
 
     voice: Text
 
-    @property
-    def default_name(self) -> str:
-        return Path(self.voice).stem
-
 
 class HttpSpec(ScorerSpec):
     """A service, see reward/http.py."""
@@ -145,11 +127,6 @@ class HttpSpec(ScorerSpec):
     batch_size: Count = Field(64, ge=1)
     # checked by `read_token`, whose messages do not show it: it may be the token itself
     token_env: Any = None
-
-    @property
-    def default_name(self) -> str:
-        path = self.http.partition("?")[0]
-        return path.rstrip("/").rpartition("/")[2]
 
     def check(self, where: str) -> None:
         check_url(self.http, where)
@@ -191,7 +168,8 @@ class _KeywordSpec(ScorerSpec):
         for parameter in parameters:
             # found here, not at the first batch of a run
             if parameter.default is parameter.empty and parameter.name not in self.options:
-                raise UserError(f"{where}: {self.default_name} needs '{parameter.name}'")
+                called = getattr(function, "__name__", "the function")
+                raise UserError(f"{where}: {called} needs '{parameter.name}'")
 
 
 class FunctionSpec(_KeywordSpec):
@@ -199,31 +177,14 @@ class FunctionSpec(_KeywordSpec):
 
     function: Text
 
-    @property
-    def default_name(self) -> str:
-        return self.function.rpartition(":")[2]
-
-    def load(self, where: str) -> Callable:
-        """Import the function. Raises UserError where it is not there."""
-        module, _, function = self.function.partition(":")
-        if not module or not function:
-            raise UserError(
-                f"{where}: function '{self.function}' should be written module:function"
-            )
-        return import_function(module, function, where)
-
     def check(self, where: str) -> None:
-        self._check_options(self.load(where), 1, where)
+        self._check_options(import_function(self.function, where), 1, where)
 
 
 class RuleSpec(_KeywordSpec):
     """One of reward/rules.py, which is called with a text, its metadata and its options."""
 
     rule: Text
-
-    @property
-    def default_name(self) -> str:
-        return self.rule
 
     def check(self, where: str) -> None:
         if self.rule not in RULES:
@@ -242,6 +203,16 @@ KINDS: dict[str, type[ScorerSpec]] = {
     "http": HttpSpec,
 }
 
+# the name of an entry that gives none, from the value of its kind
+DEFAULT_NAMES: dict[str, Callable[[Any], str]] = {
+    "model": lambda folder: Path(folder).name,
+    "ensemble": lambda _: "ensemble",
+    "voice": lambda file: Path(file).stem,
+    "function": lambda path: path.rpartition(":")[2],
+    "rule": str,
+    "http": lambda url: url.partition("?")[0].rstrip("/").rpartition("/")[2],
+}
+
 
 def parse_specs(entries: Any, option: str = "scorers") -> list[ScorerSpec]:
     """Return the entries of `option`, a list of scorers, as typed records with their names.
@@ -258,7 +229,7 @@ def parse_specs(entries: Any, option: str = "scorers") -> list[ScorerSpec]:
     for number, entry in enumerate(entries, 1):
         where = f"{option}, entry {number}"
         kind = _kind_of(entry, where)
-        spec = _parse_spec(KINDS[kind], entry, where)
+        spec = _parse_spec(kind, entry, where)
         if spec.name in number_of:
             raise UserError(
                 f"{where}: a second scorer is called '{spec.name}', as entry {number_of[spec.name]} is. Give one of "
@@ -294,9 +265,9 @@ def _kind_of(entry: Any, where: str) -> str:
     )
 
 
-def _parse_spec(kind: type[ScorerSpec], entry: dict[str, Any], where: str) -> ScorerSpec:
-    spec = validate(kind, entry, where)
-    name = spec.default_name if spec.name is None else spec.name
+def _parse_spec(kind: str, entry: dict[str, Any], where: str) -> ScorerSpec:
+    spec = validate(KINDS[kind], entry, where)
+    name = DEFAULT_NAMES[kind](getattr(spec, kind)) if spec.name is None else spec.name
     # "/" separates a scorer from its parts in the names of metrics, where "total" is the weighted
     # sum
     if not name or "/" in name or name == "total":

@@ -12,11 +12,14 @@ from typing import Any
 from rlhf.errors import UserError, did_you_mean
 
 
-def import_function(module_name: str, function_name: str, where: str) -> Callable[..., Any]:
-    """Return a function of a module, which may stand in the working directory.
+def import_function(path: str, where: str) -> Callable[..., Any]:
+    """Return the function `module:function`; the module may be in the working directory.
 
     Raises UserError, beginning with `where`, if the module or the function is not there.
     """
+    module_name, _, function_name = path.partition(":")
+    if not module_name or not function_name:
+        raise UserError(f"{where}: function '{path}' should be written module:function")
     module = import_module(module_name, where)
     function = getattr(module, function_name, None)
     if not callable(function):

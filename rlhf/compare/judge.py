@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from rlhf.compare.results import Point, Results, independent_pairs, key
 from rlhf.errors import UserError
@@ -45,14 +45,6 @@ class FunctionSpec(Spec):
 
     function: str
     batch_size: Count = Field(64, ge=1)
-
-    @field_validator("function")
-    @classmethod
-    def _module_and_name(cls, value: str) -> str:
-        module, _, name = value.partition(":")
-        if not module or not name:
-            raise ValueError(f"'{value}' should be written module:function")
-        return value
 
 
 class ServiceSpec(Spec):
@@ -237,9 +229,8 @@ def load_judge(spec: dict[str, Any]) -> Judge:
     anything else.
     """
     if "function" in spec:
-        function = validate(FunctionSpec, spec, "judge")
-        module, _, name = function.function.partition(":")
-        return Judge(function.function, import_function(module, name, "judge"), function.batch_size)
+        given = validate(FunctionSpec, spec, "judge")
+        return Judge(given.function, import_function(given.function, "judge"), given.batch_size)
     if "http" not in spec:
         raise UserError(
             f"judge: found {spec}, expected {{function: module:function}} or {{http: URL}}"

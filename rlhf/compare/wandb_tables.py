@@ -14,6 +14,10 @@ from rlhf.compare.tables import pairs_of_policies
 from rlhf.runs.tracking import Tracker
 
 Row = dict[str, Any]
+# what stands for an estimate that is not known, so that its three columns are there all the same
+ABSENT = {"estimate": None, "low": None, "high": None}
+SAMPLE = ("response", "ended", "kl")
+COST = ("method", "swept", "ratio", "ratio_own", "own", "reward", "pairs", "total")
 
 
 def log_report(
@@ -34,112 +38,75 @@ def log_report(
 def rows_of(report: Report) -> dict[str, list[Row]]:
     """Return table name -> flat rows; a table is empty where the report lacks the part."""
     asked = report.get("judge_of_pairs") or {"rows": []}
-    equal_kl, samples = [], []
+    equal_kl, wins, samples = [], [], []
     for pair in report["frontier"]:
-        equal_kl += [_sides(pair) | {"kl": row["kl"]} | _difference(row) for row in pair["rows"]]
+        equal_kl += [_difference(pair, row, kl=row["kl"]) for row in pair["rows"]]
+    for later, earlier, raw, controlled in pairs_of_policies(report):
+        wins.append(_wins(later["label"], earlier["label"], raw, controlled))
     for sample in report["samples"]:
         for policy, response in sample["responses"].items():
-            samples.append(_sample(sample["prompt"], policy, response))
-    tuned = [_sides(row) | _difference(row) for row in report["tuned"]["rows"]]
-    sentences = [{"sentence": sentence} for sentence in all_sentences(report)]
+            named = {"prompt": sample["prompt"], "policy": policy, "score": response["scores"]}
+            samples.append(_flat(named | {name: response[name] for name in SAMPLE}))
+    judged = []
+    for row in asked["rows"]:
+        shares = {"ties": row["ties"], "consistency": row["consistency"]}
+        judged.append(_wins(row["a"], row["b"], row["raw"], row["controlled"]) | shares)
     return {
         "frontier": list(map(_point, report["points"])),
         "equal_kl": equal_kl,
-        "tuned": tuned,
-        "wins": _wins(report),
-        "judge_of_pairs": list(map(_judged, asked["rows"])),
-        "cost": list(map(_cost, report["budget"]["rows"])),
+        "tuned": [_difference(row, row) for row in report["tuned"]["rows"]],
+        "wins": wins,
+        "judge_of_pairs": judged,
+        "cost": [_flat({name: row[name] for name in COST}) for row in report["budget"]["rows"]],
         "samples": samples,
-        "sentences": sentences,
+        "sentences": [{"sentence": sentence} for sentence in all_sentences(report)],
     }
 
 
-def _estimate(name: str, estimate: Number | None) -> Row:
-    """Return an estimate in three columns."""
-    estimate = estimate or {}
-    return {
-        name: estimate.get("estimate"),
-        f"{name}/low": estimate.get("low"),
-        f"{name}/high": estimate.get("high"),
-    }
-
-
-def _prefixed(prefix: str, values: Mapping[str, Any]) -> Row:
-    return {f"{prefix}/{name}": value for name, value in values.items()}
-
-
-def _sides(row: Mapping[str, Any]) -> Row:
-    return {"a": row["a"], "b": row["b"]}
+def _flat(row: Mapping[str, Any], prefix: str = "") -> Row:
+    """Return nested mappings as one, their names joined by "/"; an estimate has three columns."""
+    columns: Row = {}
+    for name, value in row.items():
+        full = f"{prefix}{name}"
+        if not isinstance(value, Mapping):
+            columns[full] = value
+        elif "estimate" in value:
+            bounds = {f"{full}/low": value["low"], f"{full}/high": value["high"]}
+            columns |= {full: value["estimate"]} | bounds
+        else:
+            columns |= _flat(value, f"{full}/")
+    return columns
 
 
 def _point(point: dict[str, Any]) -> Row:
     """Return a checkpoint: KL, each score and its difference to the initial policy, shape of the
     responses, cost.
     """
+    scores = point["scores"]
     row = {
         "method": point["method"],
         "swept": point["swept"],
         "last": point["last"],
         "training_step": point["step"],
         "seeds": len(point["seeds"]),
-        **_estimate("kl", point["kl"]),
+        "score": {name: score["mean"] for name, score in scores.items()},
+        "over_initial": {name: score["difference"] or ABSENT for name, score in scores.items()},
+        "budget": point["budget"],
     }
-    for name, score in point["scores"].items():
-        row |= _estimate(f"score/{name}", score["mean"]) | _estimate(
-            f"over_initial/{name}", score["difference"]
-        )
-    for name in ("length", "words", "ended", "repetition"):
-        row |= _estimate(name, point[name])
-    return row | point["numbers"] | _prefixed("budget", point["budget"])
+    for name in ("kl", "length", "words", "ended", "repetition"):
+        row[name] = point[name] or ABSENT
+    return _flat(row | point["numbers"])
 
 
-def _difference(row: Mapping[str, Any]) -> Row:
+def _difference(pair: Mapping[str, Any], row: Mapping[str, Any], **more: float) -> Row:
     """Return the difference a - b, its adjusted p and the effect that would have been shown."""
     # None where there is no interval
     low, high = row.get("minimum_detectable_effect_range") or (None, None)
-    return {
-        **_estimate("difference", row["difference"]),
-        "p_adjusted": row.get("p_adjusted"),
-        "minimum_detectable_effect": row.get("minimum_detectable_effect"),
-        "minimum_detectable_effect/low": low,
-        "minimum_detectable_effect/high": high,
-    }
+    least = {"estimate": row.get("minimum_detectable_effect"), "low": low, "high": high}
+    sides = {"a": pair["a"], "b": pair["b"], **more, "difference": row["difference"]}
+    shown = {"p_adjusted": row.get("p_adjusted"), "minimum_detectable_effect": least}
+    return _flat(sides | shown)
 
 
-def _wins(report: Report) -> list[Row]:
-    """Return each pair once: the later policy over the earlier one."""
-    rows = []
-    for later, earlier, raw, controlled in pairs_of_policies(report):
-        sides = {"a": later["label"], "b": earlier["label"]}
-        rows.append(sides | _estimate("raw", raw) | _estimate("equal_length", controlled))
-    return rows
-
-
-def _judged(row: Mapping[str, Any]) -> Row:
-    """Return what a judge of pairs said of two policies."""
-    return {
-        **_sides(row),
-        **_estimate("raw", row["raw"]),
-        **_estimate("equal_length", row["controlled"]),
-        "ties": row["ties"],
-        "consistency": row["consistency"],
-    }
-
-
-def _cost(row: Mapping[str, Any]) -> Row:
-    """Return a trial: each counter of its own run, the reward model, the pairs, and all of it."""
-    found = {name: row[name] for name in ("method", "swept", "ratio", "ratio_own")}
-    for part in ("own", "reward", "pairs", "total"):
-        found |= _prefixed(part, row[part])
-    return found
-
-
-def _sample(prompt: Any, policy: str, response: Mapping[str, Any]) -> Row:
-    return {
-        "prompt": prompt,
-        "policy": policy,
-        "response": response["response"],
-        "ended": response["ended"],
-        "kl": response["kl"],
-        **_prefixed("score", response["scores"]),
-    }
+def _wins(a: str, b: str, raw: Number, controlled: Number | None) -> Row:
+    return _flat({"a": a, "b": b, "raw": raw, "equal_length": controlled or ABSENT})
