@@ -124,7 +124,7 @@ def calibration(gaps: np.ndarray, bins: int = 10) -> dict[str, Any]:
     ECE adds up what is off by chance in every bin, so that a calibrated model has one above 0 too.
     `ece_expected` is the mean ECE of a calibrated model with these confidences: the number right of
     a bin's pairs is then binomial with the bin's mean confidence. Pairs count as independent; a tie
-    is right by half without any chance and adds nothing.
+    is right by half for certain and adds nothing.
     """
     p = 1 / (1 + np.exp(-np.clip(gaps, -500, 500)))
     confidence, right = np.maximum(p, 1 - p), pair_accuracy(gaps)

@@ -100,7 +100,7 @@ def _scores(service: Service, answer: Answer, samples: Samples) -> Scores:
 
     content = content if isinstance(content, dict) else {}
     total, breakdown = content.get("scores"), content.get("breakdown") or {}
-    # None stands for a breakdown that is not a mapping
+    # None marks a breakdown that is not a mapping
     lists = [total, *breakdown.values()] if isinstance(breakdown, dict) else [None]
     if not all(isinstance(values, list) for values in lists):
         raise UserError(f"{service} answered {answer.excerpt(service)}, expected {EXPECTED}")

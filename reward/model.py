@@ -308,7 +308,7 @@ def read_reward(path: str | Path) -> dict[str, Any]:
 
 
 def write_reward(path: str | Path, bias: float, scale: float, **more: Any) -> None:
-    """Write reward.json; `more` says where bias and scale come from and what the model stands on.
+    """Write reward.json; `more` says where bias and scale come from and on which base the model is.
 
     Raises UserError unless bias and scale are finite.
     """

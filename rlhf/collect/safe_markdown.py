@@ -15,7 +15,7 @@ import unicodedata
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-# characters that are parsed as Markdown; a longer text is shown as it stands, folded
+# characters that are parsed as Markdown; a longer text is shown as it is, folded
 LONGEST = 20_000
 # characters above which a text is folded
 FOLDED = 6_000

@@ -79,7 +79,7 @@ class ServeConfig:
             )
         if _is_wildcard(self.host) and not self.url:
             raise UserError(
-                f"'host' is {self.host}, which means every address of this machine and cannot stand in a link; say "
+                f"'host' is {self.host}, which means every address of this machine and cannot be used in a link; say "
                 "where people reach it with --url https://HOST"
             )
         self.annotators = list(dict.fromkeys(map(auth.checked_name, self.annotators)))

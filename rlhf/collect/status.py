@@ -40,7 +40,7 @@ def summary(store: Store) -> dict[str, Any]:
     """Return how far the collection is and how far its annotators agree.
 
     {"progress": {complete, begun, untouched, all}, "controls", "overlap", "slots": {given, needed},
-    "undone", "event", "choices", "normal" (votes on pairs that are no controls), "disputed"} and
+    "undone", "event", "choices", "normal" (votes on pairs that are not controls), "disputed"} and
     all of `agreement_summary`; kappa is that of the two annotators each with most pairs in common,
     and "kappa_of" how many there are.
     """

@@ -152,7 +152,7 @@ def notes(report: Report) -> list[dict[str, Any]]:
     found += [note("outlier", **outlier) for outlier in report["outliers"]]
     if judge is not None and report["unit"]["groups"] < MIN_CLUSTERS:
         found.append(note("few_groups", groups=report["unit"]["groups"], needed=MIN_CLUSTERS))
-    # Single runs have one point each, and so no curve: their KLs stand in the first table
+    # Single runs have one point each, and so no curve: their KLs are in the first table
     for pair in report["frontier"] if report["kind"] == "experiment" else []:
         if not pair["seeds"]:
             found.append(note("no_common_seed", a=pair["a"], b=pair["b"]))

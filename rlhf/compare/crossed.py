@@ -87,8 +87,8 @@ def crossed_mean(
     se^2 is (MS_seeds + MS_groups - MS_error) / (S G), the unbiased variance of the two-way layout
     without replication, with MS_seeds and MS_groups not below MS_error (a component is not below
     0). The interval is that of `half_width`. With fewer than MIN_SEEDS seeds it is Student's
-    interval of the group means over the given seeds. All mean squares are taken `variance_factor`
-    fold (selection.chosen_mean).
+    interval of the group means over the given seeds. All mean squares are multiplied by
+    `variance_factor` (selection.chosen_mean).
     """
     values = checked(values)
     squares = mean_squares(values)
@@ -105,7 +105,7 @@ def crossed_statistic(
     level: float = 0.95,
     blocks: int = BLOCKS,
 ) -> Estimate:
-    """Return a number that is no plain mean, with the interval of the two-way delete-one jackknife.
+    """Return a statistic other than a mean, with the interval of the two-way delete-one jackknife.
 
     statistic(seed weights (S,), group weights (G,)) is computed again, with all that it contains,
     without each seed, without each block of groups, and without both at once: about S x B times for
@@ -155,8 +155,8 @@ def mean_over_seeds(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return Holm's step-down adjustment (1979): the m - i + 1 fold of the i-th smallest p, never
-    falling, at most 1.
+    """Return Holm's step-down adjustment (1979): the i-th smallest p times m - i + 1, never falling,
+    at most 1.
 
     A p that is nan stays nan and does not count.
     """
@@ -175,7 +175,7 @@ def outlying(values: Sequence[float]) -> list[float]:
         t = (x_i - mean of the others) / (their sd sqrt(1 + 1 / (n - 1))),   n - 2 degrees of freedom
 
     The externally studentised residual; Grubbs' test (1950) is its largest. From 3 values on: with
-    3, whose others have one degree of freedom, hardly anything stands out.
+    3 values the others have one degree of freedom, and hardly anything is an outlier.
     """
     from scipy.special import stdtr
 

@@ -15,7 +15,7 @@ import numpy as np
 from rlhf.compare.format import Number, Report, initial_name, method_name, score_name
 from rlhf.files import write_atomic
 
-# Text and lines that are no data. The SVG turns this colour into a variable, which is light on a
+# Text and lines that are not data. The SVG turns this colour into a variable, which is light on a
 # dark page.
 INK = "#1d2322"
 THEME = "<style>:root{--ink:#1d2322}@media(prefers-color-scheme:dark){:root{--ink:#e8ecea}}</style>"
@@ -93,7 +93,7 @@ STYLES = (
 
 
 def save_svg(figure, path: Path) -> None:
-    """Write an SVG that follows the colour scheme of the page it stands in."""
+    """Write an SVG that follows the colour scheme of its page."""
     figure.savefig(path, transparent=True, metadata={"Date": None})
     # matplotlib writes colours into every element, so the ink becomes a variable that the theme
     # sets

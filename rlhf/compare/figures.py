@@ -192,7 +192,7 @@ def scores(report: Report):
     figure, axes = new_figure(6.2, 1.4 + (0.2 + 0.22 * len(ends)) * len(names))
     panel = axes[0, 0]
 
-    # Runs stand below each other within the line of their score
+    # Runs are drawn below each other within the line of their score
     offsets = (np.arange(len(ends)) - (len(ends) - 1) / 2) * min(0.3, 0.6 / len(ends))
     for point, offset in zip(ends, offsets, strict=True):
         style = style_of(report, point["method"])

@@ -106,7 +106,7 @@ def equal_kl(a: Track, b: Track, kls=None, *, level: float = 0.95) -> EqualKL:
     """Return the difference a - b at each of `kls` that lies in the overlap (default: up to five
     round ones).
 
-    Seed i of a meets seed i of b: they share annotators and prompts. Both have the same seeds and
+    Seed i of a is compared with seed i of b: they share annotators and prompts. Both have the same seeds and
     groups.
     """
     low, high = np.max([kl_range(a)[0], kl_range(b)[0]]), np.min([kl_range(a)[1], kl_range(b)[1]])

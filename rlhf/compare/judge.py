@@ -126,7 +126,7 @@ def judge_wins(judge: Judge, results: Results, a: Point, b: Point, cache: str | 
 def one_partner_each(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return one of the pairs (sample of a, sample of b) for each sample of a.
 
-    Sample k of a meets the next sample of b after k, cyclically, so that no sample is asked about
+    Sample k of a is paired with the next sample of b after k, cyclically, so that no sample is asked about
     more often than it must be.
     """
     size = 1 + max((m for _, m in pairs), default=0)

@@ -28,7 +28,7 @@ WIN_RATE = 0.55
 
 
 def judged(results: Results, means: Means, trained: list[str], level: float) -> dict[str, Any]:
-    """Return the parts of a report that need a judge; `trained` are the methods that are no
+    """Return the parts of a report that need a judge; `trained` are the methods that are not
     baselines.
     """
     report = {
@@ -189,7 +189,7 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
     size = len(policies)
     raw, controlled, ties, longer = np.full((4, size, size), None).tolist()
     for j, i in itertools.combinations(range(size), 2):
-        # the initial policy has no seed: it meets each of the other's
+        # the initial policy has no seed: it is compared with each of the other's
         other = dict.fromkeys(ends[i], initial) if j == 0 else ends[j]
         seeds = sorted(set(ends[i]) & set(other))
         if not seeds:

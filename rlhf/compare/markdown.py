@@ -104,7 +104,7 @@ SECTIONS = (
         (tables.policies,),
     ),
 )
-# Long, or shown elsewhere: these stand in report.json alone
+# Long, or shown elsewhere: these are in report.json alone
 HIDDEN = ("configs", "missing", "stopped", "annotators", "budgets", "seconds", "left_out")
 
 
@@ -239,7 +239,7 @@ def _terms(report: Report) -> list[str]:
 
 
 def _metadata(meta: Mapping[str, Any]) -> list[str]:
-    """Return what repeats the comparison; the long parts stand in report.json alone."""
+    """Return what repeats the comparison; the long parts are in report.json alone."""
     rows = []
     for name, value in meta.items():
         if name not in HIDDEN and value not in (None, [], {}, ""):

@@ -401,7 +401,7 @@ def check_judges(config: CompareConfig) -> None:
                 raise UserError(
                     f"{option_name} {spec}: a run was trained on it, so it cannot decide; show it as 'others'"
                 )
-    # SFT's own prompts are no preferences
+    # SFT's own prompts are not preferences
     learnt = set().union(*map(hashes, config.runs[1:]))
     for folder in itertools.chain.from_iterable(map(folders, config.referee)):
         common = hashes(folder) & learnt

@@ -52,7 +52,7 @@ def html_page(markdown: str, figures: Mapping[str, Path]) -> str:
     )
     parser.renderer.rules["table_close"] = lambda *_: "</table>\n</div>\n"
 
-    # The navigation stands below what the report opens with
+    # The navigation comes below what the report opens with
     opening, mark, details = parser.renderer.render(tokens, parser.options, {}).partition("<h2")
     links = [f'<a href="#{name}">{html.escape(text)}</a>' for name, text in headings.items()]
     # escaped for Markdown, which the title of a page is not
@@ -77,7 +77,7 @@ def _name_headings(tokens: list) -> dict[str, str]:
 
 
 def _label_tables(tokens: list) -> None:
-    """Number the tables and say which section each stands in, for screen readers; columns get their
+    """Number the tables and say which section each is in, for screen readers; columns get their
     scope.
     """
     number, heading = 0, ""

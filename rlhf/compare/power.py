@@ -54,7 +54,7 @@ def power_of(
         mean over U of Phi( (difference - half(U)) / sd ),   U ~ chi^2_(S-1) / (S-1),   half from U MS_seeds
 
     Without an effect of groups that is the noncentral t's; the groups' mean squares are taken as
-    known. share (...): powers where MS_seeds is so many times as large, not below MS_error; returns
+    known. share (...): powers where MS_seeds is multiplied by this, not below MS_error; returns
     the same shape.
     """
     from scipy.special import ndtr, stdtrit
@@ -93,9 +93,7 @@ def detectable(
     seeds, groups, random_seeds = estimate.seeds, estimate.groups, estimate.seeds >= MIN_SEEDS
 
     def solve(of_seeds: np.ndarray, of_groups: float) -> float:
-        """Solve with the mean squares of seeds and groups so many times as large as they were
-        measured.
-        """
+        """Solve with the measured mean squares of seeds and groups multiplied by these factors."""
         v = Variances(estimate.se_seeds**2, of_groups * estimate.se_groups**2, estimate.se_error**2)
 
         def lacking(difference: float) -> float:

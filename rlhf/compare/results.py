@@ -103,7 +103,7 @@ class Results:
         where given.
         """
         found = [point for point in self.points if point.method == method]
-        # None stands for all
+        # None means all
         found = [
             point for point in found if swept in (None, point.swept) and seed in (None, point.seed)
         ]
@@ -166,7 +166,7 @@ def independent_pairs(a: Point, b: Point) -> list[tuple[int, int]]:
     """Return the pairs (sample of a, sample of b) that share no draw of sampling noise, in order.
 
     All policies are measured with the same draws. Answers that share one are alike where the
-    policies are, so their outcome tells how near the policies stand to each other; P(a's answer
+    policies are, so their outcome tells how near the policies are to each other; P(a's answer
     beats b's) is estimated from these pairs.
     """
     draws = []

@@ -158,7 +158,7 @@ def at_best(
     results: Results, means: Means, method: str, seeds: Sequence[int] | None = None
 ) -> Chosen | None:
     """Return a method at its best swept values, by all seeds that have the same trials or by these;
-    None without.
+    None without seeds.
     """
     table = ended(results, method)
     known, swept_values = rectangle(table)
@@ -178,7 +178,7 @@ def tuned(results: Results, means: Means, level: float) -> dict[str, Any]:
     """Compare the methods, each at its best swept value, with each other and with the initial
     policy.
 
-    The methods stand at their own KL, so this is no comparison at equal KL. `adjust` adds
+    Each method has its own KL, so this is not a comparison at equal KL. `adjust` adds
     p_adjusted to the rows.
     """
     found = {method: at_best(results, means, method) for method in results.measured_methods()}

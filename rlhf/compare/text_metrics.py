@@ -32,7 +32,7 @@ def word_ngrams(text: str, n: int) -> list[tuple[str, ...]]:
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
     """Return distinct word n-grams over all word n-grams of all texts (distinct-n, Li et al. 2016);
-    0 without any.
+    0 without n-grams.
 
     It falls with the number of texts: compare it only between equally many.
     """

@@ -79,7 +79,7 @@ class Verdict:
 
 
 def note(kind: NoteKind, **fields: Any) -> dict[str, Any]:
-    """Return one limit of a report for report.json; the fields of each kind stand at `NoteKind`."""
+    """Return one limit of a report for report.json; the fields of each kind are listed at `NoteKind`."""
     return {"kind": kind, **fields}
 
 

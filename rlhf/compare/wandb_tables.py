@@ -14,7 +14,7 @@ from rlhf.compare.tables import pairs_of_policies
 from rlhf.runs.tracking import Tracker
 
 Row = dict[str, Any]
-# what stands for an estimate that is not known, so that its three columns are there all the same
+# an estimate that is not known: its three columns are written all the same
 ABSENT = {"estimate": None, "low": None, "high": None}
 SAMPLE = ("response", "ended", "kl")
 COST = ("method", "swept", "ratio", "ratio_own", "own", "reward", "pairs", "total")

@@ -1,7 +1,7 @@
 """Win rates of one policy over another, as they are and with the length of the answers held equal.
 
-At each prompt the samples of A meet those samples of B whose sampling noise is independent of
-theirs; a share of 0.5 is a draw. Both numbers have the standard error and the degrees of freedom of
+At each prompt the samples of A are compared with those samples of B whose sampling noise is
+independent of theirs; a share of 0.5 is a draw. Both numbers have the standard error and the degrees of freedom of
 seeds and groups crossed (rlhf/compare/crossed.py), each group counting once, and the interval of a
 share (rlhf/stats.py).
 """
@@ -56,10 +56,10 @@ def win_rate(
     tie_margin: float = 0.0,
     level: float = 0.95,
 ) -> WinRate | None:
-    """Return how often the policies `a` win over `b`: a[i] meets b[i], of the same seed or the
-    initial policy.
+    """Return how often the policies `a` win over `b`: a[i] and b[i] have the same seed, or
+    one is the initial policy.
 
-    judge: the name of a score, by which all `independent_pairs` meet (a difference of at most
+    judge: the name of a score, which decides all `independent_pairs` (a difference of at most
     `tie_margin` is a tie, which counts half); or for each i what a judge of pairs said about a[i]
     and b[i] (`judge_wins`). None where no two samples have independent noise, as with one sample a
     prompt.

@@ -243,7 +243,7 @@ def parse_turns(text: str) -> list[Message] | None:
     if len(speakers) < 2:
         return None
 
-    # the same break before every turn, so that "Human:" inside an answer is none
+    # the same break before every turn, so that "Human:" inside an answer is not a turn
     gap = r"\n\n" if re.search(rf"\n\n(?:#+ ?)?{speakers['assistant']}:", text) else r"\n"
     turn = rf"(?:\A\s*|{gap}[ \t]*)(?:#+ ?)?({'|'.join(speakers.values())}):"
     before, *pieces = re.split(turn, text)

@@ -51,7 +51,7 @@ def dawid_skene(
     (maximum likelihood as in the paper) c is 0, and EM starts from the shares of the votes.
     mirror: a permutation of the classes that must change nothing ("a" and "b" are only names): the
     counts of the M step are added to their image. Values of `ratings` that are not among `classes`
-    are ignored, and so are items without any that is, unless known. Ends when no T changes by more
+    are ignored, and so are items that have no other value, unless known. Ends when no T changes by more
     than `tolerance`.
     """
     number = {value: k for k, value in enumerate(classes)}

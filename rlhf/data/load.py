@@ -58,7 +58,7 @@ def load(
     kind: Prompt, Instruction, Preference or Labelled. A Prompt comes once, however many rows share
     it. split, half: only these records; None and "all" keep everything. Groups are joined over the
     whole data before anything is left out, so no choice made here moves a row to another split.
-    limit: at most so many records, by a hash of their group (`first_by_hash`), after everything
+    limit: at most this many records, by a hash of their group (`first_by_hash`), after everything
     else.
     on_error: "stop" raises on the first bad row; "skip" leaves bad rows out and counts them on
     stderr.

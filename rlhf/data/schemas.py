@@ -46,7 +46,7 @@ RESPONSES = ("response", "completion", "output")
 # Columns that hold answers: never part of the metadata, since scorers see it
 ANSWERS = ("messages", *SIDES, *RESPONSES)
 CONVERSATIONS = ("messages", "conversations", "conversation")
-# Columns of other media, and what stands for one in a text
+# Columns of other media, and the tag that marks one in a text
 MEDIA = {
     "image": "<image>",
     "images": "<image>",

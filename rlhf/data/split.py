@@ -1,6 +1,6 @@
-"""Groups and the three splits: the same for every stage, without any stage talking to another.
+"""Groups and the three splits: the same for every stage, without communication between stages.
 
-The split of a group is a hash of its name, so whoever sees the group holds it out alike; there is
+The split of a group is a hash of its name, so every stage holds out the same groups; there is
 no seed.
 """
 

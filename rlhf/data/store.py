@@ -125,7 +125,7 @@ class Store:
         split: str | None = None,
         metadata: dict[str, Any] | None = None,
     ) -> int:
-        """Return the prompt's id; the same prompt again (all arguments but default_group alike)
+        """Return the prompt's id; the same prompt again (all arguments equal but default_group)
         gives the same id.
 
         group: as the data names it, to stay. default_group: one that may be joined with others over
@@ -327,7 +327,7 @@ class Store:
         left: which response was shown on the left (first). strength: 1 slightly, 2 clearly, 3 by
         far.
         request: a name the caller gives to this one click; sent twice, it is recorded once. Raises
-        UserError if a vote of this annotator on this comparison stands already (undo it first).
+        UserError if this annotator has voted on this comparison already (undo that first).
         """
         with self.transaction():
             done = self.request(request)
@@ -409,7 +409,7 @@ class Store:
 
     def at(self, event: int | None = None) -> StoreView:
         """Return what the store holds after `event` (default: the newest). Raises UserError if
-        there is none such.
+        there is no such event.
         """
         last = self.last_event()
         if event is not None and not 0 <= event <= last:

@@ -2,7 +2,7 @@
 this version.
 
 `MIGRATIONS[n]` takes a file of version n to n + 1; a new file runs through all of them, so the path
-that old files take is the one that every test takes. The version stands in the file as `PRAGMA
+that old files take is the one that every test takes. The version is stored in the file as `PRAGMA
 user_version`.
 """
 

@@ -121,7 +121,7 @@ def skills(votes: list[Vote], controls: dict[int, str] | None = None) -> Skills:
     voted for it.
 
     Which response is called a means nothing, so a and b are mirrored. Six earlier votes of an
-    unknown annotator stand before everybody's own: with one vote for each pair there is nothing to
+    unknown annotator come before everybody's own: with one vote for each pair there is nothing to
     learn skill from, and label_prob stays at that annotator's.
     """
     from rlhf.data.dawid_skene import dawid_skene

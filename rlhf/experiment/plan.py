@@ -33,7 +33,7 @@ PILOT_STEPS = {"dpo": 8, "ppo": 3}
 # added to the first seed, so that the referee shares no noise with a reward model
 REFEREE_SEED = 1000
 
-# options of the experiment that decide what is measured, and stand in no command
+# options of the experiment that decide what is measured and are in no command
 MEASURED_BY = (
     *(
         "prompts",
@@ -295,7 +295,7 @@ def measuring(
     """Return the job that measures a trial's policies, or the initial policy (and the best of n of
     its responses).
     """
-    # what decides the measurement stands in no command, so it goes into the fingerprint
+    # what decides the measurement is in no command, so it goes into the fingerprint
     settings = {option: getattr(config, option) for option in MEASURED_BY}
     learnt = config.learnt_scorers() if seed is not None else []
     # left out where there is none, as in fingerprints of earlier versions
@@ -358,7 +358,7 @@ def limits(config: ExperimentConfig) -> dict[str, Any]:
 
 
 def length_options(method: Method, steps: int) -> dict[str, int]:
-    """Return the option that makes a method take so many steps."""
+    """Return the option that makes a method take this many steps."""
     return {LENGTH_OPTION[method.program]: steps * episodes_per_step(method)}
 
 
@@ -428,7 +428,7 @@ def fingerprints(jobs: list[Job]) -> dict[str, str]:
 
 
 def fingerprint_words(job: Job) -> list[str]:
-    """Return the words that stand for a job's command in its fingerprint.
+    """Return the words that represent a job's command in its fingerprint.
 
     Their form and names are those of the first version, so that what it and later ones have made is
     recognised.

@@ -95,7 +95,7 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
         ends[method] = {
             point.seed: point for point in results.of(method, values[method]) if point.last
         }
-    # it has no seed: it meets the policies of each
+    # it has no seed: it is compared with the policies of each
     ends[initial] = dict.fromkeys(report["unit"]["seeds"], results.initial)
 
     rows = []

@@ -128,7 +128,7 @@ def mean_cost(costs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, f
 
 
 def meta_of(config: ExperimentConfig, state: ExperimentState) -> dict[str, Any]:
-    """Return all that is needed to repeat the experiment, and what of it is not there yet."""
+    """Return all that is needed to repeat the experiment, and which of its jobs are missing."""
     done, missing, changed = {}, [], []
     data, rows, stopped, versions = {}, {}, {}, {}
     for job in state.jobs:

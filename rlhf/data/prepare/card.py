@@ -80,7 +80,7 @@ def balance(records: Sequence[Record]) -> dict[str, Any]:
             )
     for name in ("margin", "label_prob", "weight"):
         values = sorted(_values(records, name))
-        # all weights alike say nothing
+        # equal weights say nothing
         if values and (name != "weight" or values[0] != values[-1]):
             mean, median = sum(values) / len(values), statistics.median_high(values)
             spread = f"mean {mean:.3g}, middle {median:.3g}, {values[0]:.3g} to {values[-1]:.3g}"

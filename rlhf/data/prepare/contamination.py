@@ -3,10 +3,10 @@ in long pieces.
 
 A row is contaminated if its prompt, or a user's turn of it, is a prompt or turn of the evaluation,
 or if its answers (both of a pair) are those of one row of the evaluation and one of them has n
-words or more. So it is if a prompt of the evaluation, or an answer of n words or more, stands
+words or more. So it is if a prompt of the evaluation, or an answer of n words or more, is
 inside its prompt, in any turn, or its prompt of n words or more inside one of the evaluation. Texts
 are compared as words, after Unicode NFKC and case folding. A text of the evaluation also counts as
-present where a share `overlap` of its n-grams stands in one text of the row (compare Brown et al.
+present where a share `overlap` of its n-grams is in one text of the row (compare Brown et al.
 2020, appendix C, and Chowdhery et al. 2022, section 8: longer n-grams, longer texts); a text of
 five words up to n is one n-gram. A prompt also counts where it is a near duplicate as in
 duplicates.py.

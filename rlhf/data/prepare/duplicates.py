@@ -150,7 +150,7 @@ def near_duplicates(records: Sequence[Record], threshold: float) -> tuple[Findin
     for i, candidates in _candidates(list(map(_tagged_shingles, records)), threshold):
         same, against = [], []
         for j in sorted(candidates):
-            # its first copy stands for it
+            # its first copy represents it
             if j in repeated or not _comparable(records[i], records[j]):
                 continue
             relation = _relation(records[i], records[j], threshold)
@@ -188,7 +188,7 @@ def similar_prompts(records: Sequence[Record], threshold: float) -> list[tuple[i
 
 
 def contained_texts(records: Sequence[Record]) -> list[tuple[int, int]]:
-    """Return (row, other row) where a text of the one stands inside the other's prompt.
+    """Return (row, other row) where a text of the one is inside the other's prompt.
 
     Texts are the prompt, each user turn of it and the answers, of `INSIDE` words or more; compared
     word for word after case folding.

@@ -53,7 +53,7 @@ _NAMED_SECRET = re.compile(
 )
 # user:password@ in a URL
 _URL_LOGIN = re.compile(r"(?<=://)[^\s/:@]{1,64}:[^\s/@]{1,64}(?=@)")
-# A placeholder, a call, an element: code that stands where the secret would
+# A placeholder, a call, an element: code in place of a secret
 _CODE = re.compile(r"[$%<{]|[A-Za-z_][\w.]*[(\[{<]")
 
 # Country, check digits, then groups of four and a rest; it may swallow following words, so its ends
@@ -76,7 +76,7 @@ _IP4 = re.compile(rf"{_BEFORE}\d{{1,3}}(?:\.\d{{1,3}}){{3}}{_AFTER}")
 _IP6 = re.compile(
     r"(?<![\w:.])(?=[0-9A-Fa-f:]*\d)(?:[0-9A-Fa-f]{0,4}:){2,7}[0-9A-Fa-f]{1,4}(?![\w:])"
 )
-# What stands before four numbers that are a version or a section
+# What precedes four numbers that are a version or a section
 _VERSION = re.compile(
     r"(?i)(?:\b(?:version|release|build|revision|section|chapter|clause)s? ?:? ?|[=<>~!]= ?|\w/)\Z"
 )
@@ -191,7 +191,7 @@ def _emails(text: str) -> Iterable[Span]:
 
 def _secrets(text: str) -> Iterator[Span]:
     for match in _SECRETS.finditer(text):
-        # sk-learn-compatible-estimators is none
+        # sk-learn-compatible-estimators is not a key
         if not match["words"] or re.search(r"\d|[a-z][A-Z]", match["words"]):
             yield match.span()
     yield from _spans(_URL_LOGIN, text)

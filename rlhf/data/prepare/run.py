@@ -70,7 +70,7 @@ class PrepareConfig:
         high=1.0,
     )
     licence: list[str] = option(
-        [], "licence of each source in their order, or one for all; stands in the card"
+        [], "licence of each source in their order, or one for all; shown in the card"
     )
     examples: int = option(2, "how many findings of each step to show", low=0)
 

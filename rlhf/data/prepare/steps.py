@@ -95,7 +95,7 @@ class Work:
 
 
 def report_reading(table: load.Table, aggregate: str) -> Step:
-    """Return what reading found: rows that are no records, pairs of identical answers among them."""
+    """Return what reading found: rows that are not records, pairs of identical answers among them."""
     found = f"{len(table.records)} rows, {len(table.bad)} that cannot be used"
     identical = sum("are the same text" in bad.reason for bad in table.bad)
     if identical:
