@@ -69,6 +69,16 @@ def train_tokenizer(texts: list[str], vocab_size: int):
     return tokenizer
 
 
+def tokenizer_texts(documents: list) -> list[str]:
+    """Return the first 5,000 documents as texts; a list of messages is one of its contents."""
+    texts = []
+    for document in documents[:5000]:
+        if not isinstance(document, str):
+            document = "\n".join(message["content"] for message in document)
+        texts.append(document)
+    return texts
+
+
 def make_model(tokenizer, config: BaseConfig):
     """A Qwen3 with tied embeddings and random weights drawn from `config.seed`, float32."""
     import torch
@@ -263,10 +273,7 @@ def train_base(
     """Train tokenizer and model on `documents`, write both into `folder`, and return what
     `pretrain` measured.
     """
-    texts = [
-        d if isinstance(d, str) else "\n".join(m["content"] for m in d) for d in documents[:5000]
-    ]
-    tokenizer = train_tokenizer(texts, config.vocab_size)
+    tokenizer = train_tokenizer(tokenizer_texts(documents), config.vocab_size)
     model = make_model(tokenizer, config)
     measured = pretrain(
         model, tokenizer, encode(tokenizer, documents), encode(tokenizer, held_out), config

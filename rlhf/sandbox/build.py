@@ -29,7 +29,7 @@ from rlhf.data.records import digest
 from rlhf.data.split import split_of
 from rlhf.errors import UserError
 from rlhf.files import lock_folder, unlock_folder, write_atomic
-from rlhf.sandbox import SHOP_VOICE, base, corpus, phrases
+from rlhf.sandbox import SHOP_VOICE, base, corpus, packaged, phrases
 from rlhf.values import check_ranges
 
 # of the pretraining documents; without short ones the base does not learn to copy
@@ -89,6 +89,10 @@ class SandboxConfig:
     )
     pretrain_muon_learning_rate: float = option(
         0.02, "peak learning rate of pretraining for all other matrices (Muon)", above=0, high=1
+    )
+
+    pretrain: bool = option(
+        False, "pretrain the base even where the package has the one of these settings"
     )
 
     def validate(self) -> None:
@@ -243,48 +247,53 @@ def pretraining_documents(
     return documents
 
 
-def base_fingerprint(config: SandboxConfig) -> str:
-    """16 hex digits of all that decides the base: its settings, the world's, and the code that
-    makes both.
-    """
-    code = [Path(module.__file__).read_bytes().hex() for module in (base, corpus, phrases)]
-    world = [
-        config.world_seed,
-        config.n_items,
-        config.n_intents,
-        config.pretrain_documents,
-        config.pretrain_off_brand,
-    ]
-    return digest(json.dumps([asdict(config.base_config()), world, code], sort_keys=True))
+def made_from(config: SandboxConfig, texts: list[list]) -> str:
+    """Return 16 hex digits of what the base is made from: its settings and its texts."""
+    return digest(json.dumps([asdict(config.base_config()), texts], sort_keys=True))
 
 
 def build_base(config: SandboxConfig, world: corpus.World) -> dict[str, Any]:
-    """Train tokenizer and base into output_dir/base, or keep the one that is there with these
-    settings.
+    """Write tokenizer and base into output_dir/base, and return what sandbox.json says of them.
+
+    The base of the package is taken where it is made from these settings and texts and `pretrain`
+    is off; else one is pretrained. One that is there is kept if it is the one that would be written.
     """
     folder = Path(config.output_dir) / "base"
-    fingerprint = base_fingerprint(config)
+    texts = [
+        pretraining_documents(config, world, config.pretrain_documents),
+        pretraining_documents(config, world, 500, split="validation"),
+    ]
+    source = made_from(config, texts)
+    found = {} if config.pretrain else packaged.read_record()
+    if found.get("made_from") != source:
+        # the code too: another way of pretraining gives another base
+        code = Path(base.__file__).read_text(encoding="utf-8")
+        found = {"made_from": source, "fingerprint": digest(source + code), "packaged": False}
+
     record = folder / "sandbox.json"
     if record.is_file():
         known = json.loads(record.read_text(encoding="utf-8"))
-        if known.get("fingerprint") == fingerprint:
-            print(f"{folder}: reusing the base with these settings (fingerprint {fingerprint})")
+        if all(known.get(name) == found[name] for name in ("fingerprint", "packaged")):
+            print(f"{folder}: reusing the base with these settings ({found['fingerprint']})")
             return known
-        print(f"{folder}: settings have changed, training the base anew")
-    documents = pretraining_documents(config, world, config.pretrain_documents)
-    held_out = pretraining_documents(config, world, 500, split="validation")
-    losses = {"fingerprint": fingerprint}
+        print(f"{folder}: settings have changed, making the base anew")
+
     partial = folder.with_name("base.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    losses |= base.train_base(documents, held_out, config.base_config(), partial)
-    (partial / "sandbox.json").write_text(json.dumps(losses, indent=2) + "\n", encoding="utf-8")
+    if found["packaged"]:
+        packaged.copy_to(partial)
+        how = "from the package"
+    else:
+        found |= base.train_base(*texts, config.base_config(), partial)
+        how = f"pretrained in {found['seconds']:.0f} s"
+        (partial / "sandbox.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)  # whole or not there at all
     print(
-        f"{folder}: {losses['parameters']:,} parameters, {losses['seconds']:.0f} s, loss per token "
-        f"{losses['loss/train']:.3f} in training, {losses['loss/held_out']:.3f} on held-out text (nats)"
+        f"{folder}: {found['parameters']:,} parameters, {how}, loss per token "
+        f"{found['loss/train']:.3f} in training, {found['loss/held_out']:.3f} on held-out text (nats)"
     )
-    return losses
+    return found
 
 
 def _is_prompt(group: str) -> bool:
