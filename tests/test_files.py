@@ -78,19 +78,19 @@ def test_whatever_a_score_depends_on_changes_its_fingerprint(tmp_path, monkeypat
         (reward / name).write_text("{}")
     (reward / "chat_template.jinja").write_text("")
     (tmp_path / "shop.yaml").write_text("name: shop")
-    (tmp_path / "my_scores.py").write_text("def polite(samples): return [1.0] * len(samples)")
+    (tmp_path / "own_scores.py").write_text("def polite(samples): return [1.0] * len(samples)")
     specs = [
         {"model": "reward"},
         {"ensemble": ["reward"]},
         {"voice": "shop.yaml"},
-        {"function": "my_scores:polite"},
+        {"function": "own_scores:polite"},
     ]
     before = [fingerprint(spec) for spec in specs]
     # what a run says about itself
     for name in ("result.json", "card.json", "metrics.jsonl", "README.md"):
         (reward / name).write_text("{}")
     assert [fingerprint(spec) for spec in specs] == before
-    for file in [*model_files(reward), tmp_path / "shop.yaml", tmp_path / "my_scores.py"]:
+    for file in [*model_files(reward), tmp_path / "shop.yaml", tmp_path / "own_scores.py"]:
         kept, changed = file.read_text(), '{"scale": 2.0}'
         file.write_text(changed)
         moved = [spec for spec, old in zip(specs, before, strict=True) if fingerprint(spec) != old]

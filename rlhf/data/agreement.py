@@ -80,18 +80,6 @@ class Reliability:
     flags: list[str] = field(default_factory=list)
 
 
-@dataclass
-class PairKappa:
-    """Cohen's kappa of two annotators over `pairs` common pairs, with its 95 % interval."""
-
-    one: str
-    other: str
-    kappa: float
-    low: float
-    high: float
-    pairs: int
-
-
 def ratings_of(votes: list[Vote], level: Level = "nominal") -> Ratings:
     """Return {comparison: {annotator: value}} of votes, without skips.
 
@@ -139,8 +127,11 @@ def kappa_interval(
     return _interval(_crossed(one, other), _kappa)
 
 
-def pairwise_kappas(ratings: Ratings) -> list[PairKappa]:
-    """Return the kappa of every two annotators who have judged an item in common, by name."""
+def pairwise_kappas(ratings: Ratings) -> list[dict[str, Any]]:
+    """Return Cohen's kappa of every two annotators who have judged an item in common, by name.
+
+    [{"one", "other", "kappa", "low", "high" (its 95 % interval), "pairs" (judged by both)}].
+    """
     by_name: dict[str, dict[Hashable, Hashable]] = {}
     for item, values in ratings.items():
         for name, value in values.items():
@@ -150,8 +141,9 @@ def pairwise_kappas(ratings: Ratings) -> list[PairKappa]:
         common = len(by_name[one].keys() & by_name[other].keys())
         # of two who share no pair nothing can be said
         if common:
-            kappa, low, high = kappa_interval(by_name[one], by_name[other])
-            found.append(PairKappa(one, other, kappa, low, high, common))
+            interval = kappa_interval(by_name[one], by_name[other])
+            row = dict(zip(("kappa", "low", "high"), interval, strict=True))
+            found.append({"one": one, "other": other, **row, "pairs": common})
     return found
 
 
@@ -178,7 +170,7 @@ def agreement_summary(
         "pairs": len(nominal),
         "pairs_judged_twice": sum(len(values) > 1 for values in nominal.values()),
         "alpha": alphas,
-        "kappa": list(map(asdict, pairwise_kappas(nominal))),
+        "kappa": pairwise_kappas(nominal),
         "annotators": list(map(asdict, annotator_reliability(votes, controls, words))),
     }
     return json_safe(summary, nan_as_null=True)

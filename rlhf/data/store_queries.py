@@ -85,7 +85,7 @@ class StoreView:
         rows = []
         for verdict in verdicts(self.votes(), aggregate, self.controls()):
             pair = pairs[verdict.comparison]
-            winner, loser = verdict.winner, _other_side(verdict.winner)
+            winner, loser = ("a", "b") if verdict.winner == "a" else ("b", "a")
             row = dict(prompts[pair["prompt"]])
             row["chosen"] = pair[f"text_{winner}"]
             row["rejected"] = pair[f"text_{loser}"]
@@ -218,10 +218,6 @@ def _pair(row: sqlite3.Row) -> dict[str, Any]:
     if voice is not None:
         pair["metadata"]["voice"] = voice
     return pair
-
-
-def _other_side(side: str) -> str:
-    return "b" if side == "a" else "a"
 
 
 def _record(kind: type[Record], row: dict[str, Any]) -> Any:

@@ -248,9 +248,10 @@ def training(
     if config.train_referee:
         half = "b" if kind == "referee" else "a"
 
+    store = f"{config.output_dir}/seed-{pairs_seed}/preferences.db"
     options: dict[str, Any] = {
         "model_name_or_path": config.initial_policy,
-        "data": data_of(config, pairs_seed),
+        "data": config.pairs.get("data") or [store],
         "output_dir": folder,
         "seed": seed,
         "half": half,
@@ -347,10 +348,6 @@ def made_before(config: ExperimentConfig, seed: int, *, with_reward: bool = True
     if with_reward and config.reward:
         made.append(f"seed-{seed}/reward")
     return made
-
-
-def data_of(config: ExperimentConfig, seed: int) -> list[str]:
-    return config.pairs.get("data") or [f"{config.output_dir}/seed-{seed}/preferences.db"]
 
 
 def limits(config: ExperimentConfig) -> dict[str, Any]:

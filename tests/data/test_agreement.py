@@ -146,7 +146,7 @@ def test_kappa_by_hand_and_equal_to_the_reference_library():
 
 def test_pairwise_kappas_are_over_common_items():
     ratings = {1: {"x": "a", "y": "a", "z": "b"}, 2: {"x": "b", "y": "b"}, 3: {"w": "a"}}
-    found = {(k.one, k.other): (k.kappa, k.pairs) for k in pairwise_kappas(ratings)}
+    found = {(k["one"], k["other"]): (k["kappa"], k["pairs"]) for k in pairwise_kappas(ratings)}
     assert found["x", "y"] == (1.0, 2)
     assert found["x", "z"][1] == 1 and set(found) == {("x", "y"), ("x", "z"), ("y", "z")}
 

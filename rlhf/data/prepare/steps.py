@@ -210,31 +210,29 @@ def deduplicate(work: Work, threshold: float) -> None:
     """Remove exact duplicates, contradictions, near duplicates and near contradictions."""
     exact = duplicates.exact_duplicates(work.records)
     parameters = "texts, label, voice and annotator alike but for white space; the first stays"
-    examples = work.show_pairs(exact.examples)
-    work.add("exact duplicates", parameters, f"{len(exact.drop)} rows", exact.drop, examples)
+    _add_findings(work, "exact duplicates", parameters, exact)
     work.remove(exact.drop)
 
     opposite = duplicates.contradictions(work.records)
     parameters = "one question, opposite verdicts; all go but those of different annotators"
-    found = f"{len(opposite.examples)} pairs of answers, {len(opposite.drop)} rows"
-    work.add("contradictions", parameters, found, opposite.drop, work.show_pairs(opposite.examples))
+    pairs = f"{len(opposite.examples)} pairs of answers, "
+    _add_findings(work, "contradictions", parameters, opposite, pairs)
     work.remove(opposite.drop)
 
     if threshold < 1:
         near, turned = duplicates.near_duplicates(work.records, threshold)
         alike = f"prompt and each answer alike: {threshold:g} or more (Jaccard, character 4-grams), the same numbers"
-        for name, parameters, rows in (
-            ("near duplicates", f"{alike}; the first stays", near),
-            ("near contradictions", f"{alike} crosswise; both go", turned),
-        ):
-            work.add(
-                name,
-                parameters,
-                f"{len(rows.drop)} rows",
-                rows.drop,
-                work.show_pairs(rows.examples),
-            )
+        _add_findings(work, "near duplicates", f"{alike}; the first stays", near)
+        _add_findings(work, "near contradictions", f"{alike} crosswise; both go", turned)
         work.remove(near.drop + turned.drop)
+
+
+def _add_findings(
+    work: Work, name: str, parameters: str, found: duplicates.Findings, more: str = ""
+) -> None:
+    """Record a step that found rows like other rows."""
+    said = f"{more}{len(found.drop)} rows"
+    work.add(name, parameters, said, found.drop, work.show_pairs(found.examples))
 
 
 def join_groups_of_similar_rows(work: Work, threshold: float) -> None:
