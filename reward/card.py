@@ -157,10 +157,12 @@ def binomial_deviation(n: int, p: float) -> float:
     """Return E|X - n p| of a binomial X: 2 (1 - p) v P(X = v) with v = floor(n p) + 1 (de Moivre
     1730).
     """
-    from scipy.stats import binom
-
+    if p <= 0 or p >= 1:
+        return 0.0
     v = math.floor(n * p) + 1
-    return float(2 * (1 - p) * v * binom.pmf(v, n, p))
+    # by logarithms: powers and binomial coefficients leave the range of floats
+    ways = math.lgamma(n + 1) - math.lgamma(v + 1) - math.lgamma(n - v + 1)
+    return 2 * (1 - p) * v * math.exp(ways + v * math.log(p) + (n - v) * math.log1p(-p))
 
 
 def length_bias(gaps, chosen, rejected, long_c, long_r, accuracy_of) -> dict[str, Any]:

@@ -122,6 +122,8 @@ class Evaluation:
     def _sequence_kl(self, model, policy, reference, prompt_ids, response_ids) -> list[float]:
         if reference is None:
             return [math.nan] * len(prompt_ids)
+        if reference is policy:
+            return [0.0] * len(prompt_ids)
         device = next(model.parameters()).device
         temperature = self.sampling.temperature or 1.0
         result = []

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from rlhf import startup
 from rlhf.config import output_places
 from rlhf.errors import EXIT_USER_ERROR, EarlyExit, UserError
 
@@ -51,6 +52,7 @@ def program(main: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(main)
     def wrapped(*args: Any, **kwargs: Any) -> T:
         output_places.clear()
+        startup.begin()
         try:
             return main(*args, **kwargs)
         except EarlyExit as exit_:
@@ -73,6 +75,8 @@ def program(main: Callable[..., T]) -> Callable[..., T]:
                 of_rank = "" if rank == "0" else f" on rank {rank}"
                 print(f"error{of_rank}: {problem}", file=sys.stderr, flush=True)
             sys.exit(code)
+        finally:
+            startup.end()
 
     return wrapped
 

@@ -24,6 +24,7 @@ from rlhf.logprobs import head_is_plain
 from rlhf.models import InitialModel, check_context, load_model
 from rlhf.options.shared import AdapterConfig, RunConfig
 from rlhf.runs.run import Run
+from rlhf.startup import model_loaded
 from rlhf.tokenizer import stop_ids
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def load_initial_model(run: Run) -> InitialModel:
     """
     config = run.config
     initial = load_model(config.model_name_or_path, run.torch_dtype, config.attn_implementation)
+    model_loaded(initial.model)
     check_start(run.program, config, initial.model, initial.adapter_path)
     run.record_dependency("base", initial.fingerprint)
     if initial.adapter_path:

@@ -30,7 +30,7 @@ LAYERS = [
     ["rlhf.options", "rlhf.data"],
     ["rlhf.files", "rlhf.http_client", "rlhf.validation", "rlhf.program"],
     ["rlhf.config", "rlhf.plugins"],
-    ["rlhf.errors", "rlhf.values", "rlhf.stats", "rlhf.text"],
+    ["rlhf.errors", "rlhf.values", "rlhf.stats", "rlhf.text", "rlhf.startup"],
 ]
 
 

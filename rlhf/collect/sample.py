@@ -219,11 +219,13 @@ def answers_of_policy(
     from rlhf.models import check_context, load_model, trainable_policy
     from rlhf.options.shared import NOISE_VERSION
     from rlhf.runs.budget import Budget
+    from rlhf.startup import model_loaded
     from rlhf.tokenizer import stop_ids
     from rlhf.weights import folder_fingerprint
 
     cuda = torch.cuda.is_available()
     initial = load_model(source, "bfloat16" if cuda else "float32")
+    model_loaded(initial.model)
     check_context(initial.model, source, config.max_prompt_length, config.max_response_length)
     tokenizer = initial.tokenizer
     rows = encode_prompts(records, tokenizer, config.max_prompt_length)

@@ -456,6 +456,7 @@ def load_policies(
     """
     from rlhf.adapters import adapter_base, load_adapter, require_policy, use_adapter
     from rlhf.models import check_context, check_same_base, load_model
+    from rlhf.startup import model_loaded
 
     # as the runs were trained
     dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -481,6 +482,7 @@ def load_policies(
         check_context(model, path, max_prompt_length, max_response_length)
         model.to(device).eval()
         policies.append((model, context))
+    model_loaded(policies[0][0])
     return policies
 
 

@@ -8,13 +8,11 @@ sandbox's quickstart is run by the same functions.
 from __future__ import annotations
 
 import contextlib
-import functools
-import os
+import resource
 import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,10 +22,11 @@ from typing import Any, Literal
 
 from rlhf import config as options
 from rlhf.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, EarlyExit, UserError
+from rlhf.experiment.commands import environment, full_command, shown_command
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.cost import known_lengths, planned_lengths
 from rlhf.experiment.plan import Job, draws_tokens, plan, record_of, recorded_options
-from rlhf.experiment.processes import JOB, MARK, end_programs, free_port, programs_of
+from rlhf.experiment.processes import end_programs, programs_of
 from rlhf.experiment.state import (
     ExperimentState,
     RunningJob,
@@ -51,7 +50,10 @@ class RunOptions:
 
     launcher: str = "deepspeed --num_accelerators 1"
     processes: int = 1
+    # of each program on a CPU; by default its share of the cores where several run at a time
+    threads: int | None = None
     attempts: int = ATTEMPTS
+    stop_at_failure: bool = False  # start no other job once one has failed
     # what happens to results of other options
     changed: Literal["refuse", "set aside", "delete"] = "refuse"
 
@@ -261,6 +263,8 @@ def run_jobs(
 
 def start_ready(state: ExperimentState, how: RunOptions, display: Any) -> None:
     """Start jobs whose needs are done, as many as may run at a time."""
+    if how.stop_at_failure and state.failed:
+        return
     for job in state.jobs:
         if len(state.running) >= how.processes:
             return
@@ -290,73 +294,33 @@ def start(state: ExperimentState, how: RunOptions, job: Job) -> None:
             full_command(how.launcher, job),
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=environment(state.folder, how.processes, job),
+            env=environment(state.folder, job, how.processes, how.threads),
             start_new_session=True,
         )
     state.attempts[job.name] = state.attempts.get(job.name, 0) + 1
     state.running[job.name] = RunningJob(process, time.monotonic())
 
 
-def shown_command(launcher: str, job: Job) -> list[str]:
-    """Return the command as it can be typed."""
-    if job.program == "rlhf":
-        return job.command
-    words = shlex.split(launcher)
-    as_module = "--module" if Path(words[0]).name == "deepspeed" else "-m"
-    return [*words, as_module, *job.command]
-
-
-def full_command(launcher: str, job: Job) -> list[str]:
-    """Return the command with this Python, and a port of its own, since several run at a time."""
-    if job.program == "rlhf":
-        return [sys.executable, "-m", "rlhf.cli", *job.arguments]
-    words = shlex.split(launcher)
-    has_port = any(word.replace("-", "_").startswith("__master_port") for word in words)
-    if Path(words[0]).name in ("deepspeed", "torchrun") and not has_port:
-        launcher += f" --master_port {free_port()}"
-    command = shown_command(launcher, job)
-    if command[0] == "python":
-        command[0] = sys.executable
-    return command
-
-
-def environment(folder: Path, processes: int, job: Job) -> dict[str, str]:
-    result = {**os.environ, "PYTHONUNBUFFERED": "1", MARK: str(folder.resolve()), JOB: job.name}
-    for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # meant for one run, and these are many
-        result.pop(name, None)
-    if not has_accelerator():
-        # DeepSpeed finds this out too, with a warning each time
-        result.setdefault("DS_ACCELERATOR", "cpu")
-        if processes > 1:
-            result.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    result["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{result.get('PATH', '')}"
-    return result
-
-
-@functools.cache
-def has_accelerator() -> bool:
-    """Return whether torch finds an accelerator. A process of its own asks: this one holds no
-    device while jobs run.
-    """
-    question = "import sys, torch; sys.exit(not torch.accelerator.is_available())"
-    return subprocess.run([sys.executable, "-c", question], capture_output=True).returncode == 0
-
-
 def collect_ended(state: ExperimentState, how: RunOptions, display: Any) -> None:
     """See which programs have ended, and how; start again those that were killed."""
     for name, running in list(state.running.items()):
+        # what a child and its own children have used is added to this process's when it is reaped
+        before = children_cpu_seconds()
         code = running.process.poll()
         if code is None:
             continue
+        cpu_seconds = children_cpu_seconds() - before
         del state.running[name]
         job = state.job(name)
         seconds = time.monotonic() - running.started
         if has_result(job, code):
-            write_record(
-                state,
-                job,
-                state.record(name) | {"finished": now(), "seconds": seconds, "exit": code},
-            )
+            result = {
+                "finished": now(),
+                "seconds": seconds,
+                "cpu_seconds": cpu_seconds,
+                "exit": code,
+            }
+            write_record(state, job, state.record(name) | result)
             state.done.add(name)
             display.log(f"{name}: done in {seconds:.0f} s{', stopped by a guard' if code else ''}")
         elif code not in (0, EXIT_USER_ERROR, EXIT_GUARD) and state.attempts[name] < how.attempts:
@@ -369,6 +333,12 @@ def collect_ended(state: ExperimentState, how: RunOptions, display: Any) -> None
         else:
             state.failed[name] = code
             display.log(f"{name}: failed, {ended(code)}: {state.log_file(name)}")
+
+
+def children_cpu_seconds() -> float:
+    """Return the CPU seconds, in user and system mode, of all children that have been reaped."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def has_result(job: Job, code: int) -> bool:

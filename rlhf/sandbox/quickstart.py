@@ -8,10 +8,10 @@ that changed is, and so are those that depend on it.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from rlhf.config import SEED, option
@@ -39,118 +39,145 @@ class QuickstartConfig:
     )
 
 
+@dataclass(frozen=True)
+class Paths:
+    """Where the jobs find what the others have made."""
+
+    run: str
+    world: str
+
+    @property
+    def base(self) -> str:
+        return f"{self.world}/base"
+
+    @property
+    def prompts(self) -> str:
+        return f"{self.world}/prompts.jsonl"
+
+    @property
+    def voice(self) -> str:
+        return f"{self.world}/voice.yaml"
+
+    @property
+    def store(self) -> str:
+        return f"{self.run}/preferences.db"
+
+    @property
+    def store_files(self) -> list[str]:
+        return [self.store, f"{self.store}-wal", f"{self.store}-shm"]
+
+
 def jobs(config: QuickstartConfig) -> list[Job]:
     """Return the pipeline, in order. Paths and seed are flags; everything else is in
     rlhf/sandbox/configs/.
     """
-    run, world = config.run, config.world
-    store, prompts = f"{run}/preferences.db", f"{world}/prompts.jsonl"
-    store_files = [store, f"{store}-wal", f"{store}-shm"]
-    gold = f"[{{voice: {world}/voice.yaml, name: gold}}]"
-    pairs = ["--model_name_or_path", f"{run}/sft", "--data", store]
-    evaluation = ["--eval_data", prompts, "--eval_scorers", gold]
-    compared = [f"{run}/{name}" for name in ("sft", "dpo", "ppo")]
+    paths = Paths(config.run, config.world)
+    planned = [*data_jobs(config, paths), *training_jobs(config, paths), compare_job(config, paths)]
+    code = [str(file) for file in (CONFIGS / "voice.yaml", *code_files())]
+    for job in planned:
+        job.reads = [str(CONFIGS / f"{job.name}.yaml"), *code]
+    return planned
 
-    planned = [
+
+def data_jobs(config: QuickstartConfig, paths: Paths) -> list[Job]:
+    """Return what leads to votes: the world, the SFT policy, its responses, and annotators."""
+    build = ["sandbox", "build", *configured("sandbox"), "--output_dir", paths.world]
+    seed = ["--seed", str(config.seed)]
+    sample = [
+        "collect",
+        "sample",
+        *configured("sample"),
+        "--model_name_or_path",
+        f"{paths.run}/sft",
+    ]
+    annotate = ["sandbox", "annotate", *configured("annotate"), "--store", paths.store]
+    sft = ["--model_name_or_path", paths.base, "--data", f"{paths.world}/instructions.jsonl"]
+    return [
         Job(
             name="sandbox",
             program="rlhf",
-            arguments=["sandbox", "build", *configured("sandbox"), "--output_dir", world],
+            arguments=build,
             kind="sandbox",
             description="a world, its shop and a base model",
-            outputs=[f"{world}/base/model.safetensors", prompts],
+            outputs=[f"{paths.base}/model.safetensors", paths.prompts],
         ),
         training(
             config,
             "sft",
             "imitate the shop's answers",
-            [
-                "--model_name_or_path",
-                f"{world}/base",
-                "--data",
-                f"{world}/instructions.jsonl",
-                *evaluation,
-            ],
+            [*sft, *evaluation(paths)],
             needs=["sandbox"],
         ),
         Job(
             name="sample",
             program="rlhf",
-            arguments=[
-                *("collect", "sample", *configured("sample"), "--model_name_or_path", f"{run}/sft"),
-                *("--data", prompts, "--store", store, "--seed", str(config.seed)),
-            ],
+            arguments=[*sample, "--data", paths.prompts, "--store", paths.store, *seed],
             kind="sample",
             description="two answers of the SFT policy to each prompt",
             needs=["sft"],
-            outputs=[store],
-            owned=store_files,
+            outputs=[paths.store],
+            owned=paths.store_files,
             fresh=True,  # responses of another policy, and votes on them, would stay in the store
         ),
         Job(
             name="annotate",
             program="rlhf",
-            arguments=[
-                *("sandbox", "annotate", *configured("annotate"), "--store", store),
-                *("--voice", f"{world}/voice.yaml", "--seed", str(config.seed)),
-            ],
+            arguments=[*annotate, "--voice", paths.voice, *seed],
             kind="annotate",
             description="simulated annotators choose the better one",
             needs=["sample"],
-            outputs=[store],
-            owned=store_files,
+            outputs=[paths.store],
+            owned=paths.store_files,
         ),
+    ]
+
+
+def training_jobs(config: QuickstartConfig, paths: Paths) -> list[Job]:
+    """Return what learns from the votes; DPO runs beside the other two where there is a core."""
+    pairs = ["--model_name_or_path", f"{paths.run}/sft", "--data", paths.store]
+    reward = ["--reward", f"[{{model: {paths.run}/reward}}]"]
+    return [
         training(config, "reward", "learn to judge from their votes", pairs, needs=["annotate"]),
         training(
             config,
             "dpo",
             "learn from the same votes directly",
-            [*pairs, *evaluation],
+            [*pairs, *evaluation(paths)],
             needs=["annotate"],
         ),
         training(
             config,
             "ppo",
             "learn from the reward model",
-            [*pairs, *evaluation, "--reward", f"[{{model: {run}/reward}}]"],
+            [*pairs, *evaluation(paths), *reward],
             needs=["annotate", "reward"],
         ),
-        Job(
-            name="compare",
-            program="rlhf",
-            arguments=[
-                *(
-                    "compare",
-                    *compared,
-                    *configured("compare"),
-                    "--gold",
-                    f"[{{voice: {world}/voice.yaml}}]",
-                ),
-                *("--prompts", prompts, "--votes", store),
-                *("--output_dir", f"{run}/report", "--seed", str(config.seed)),
-            ],
-            kind="compare",
-            description="both against SFT by the true reward",
-            needs=["sft", "dpo", "ppo"],
-            outputs=[f"{run}/report/report.json"],
-            owned=[f"{run}/report"],
-        ),
     ]
-    return in_order(planned)
 
 
-def in_order(planned: list[Job]) -> list[Job]:
-    """Let each job wait for the one before it, so that the first that fails ends the pipeline, and
-    read the code.
-    """
-    code = [str(file) for file in (CONFIGS / "voice.yaml", *code_files())]
-    for job in planned:
-        job.reads = [str(CONFIGS / f"{job.name}.yaml"), *code]
-    for before, job in pairwise(planned):
-        if before.name not in job.needs:
-            job.needs.append(before.name)
-            job.after.append(before.name)
-    return planned
+def compare_job(config: QuickstartConfig, paths: Paths) -> Job:
+    report = f"{paths.run}/report"
+    policies = [f"{paths.run}/{name}" for name in ("sft", "dpo", "ppo")]
+    return Job(
+        name="compare",
+        program="rlhf",
+        arguments=[
+            *("compare", *policies, *configured("compare")),
+            *("--gold", f"[{{voice: {paths.voice}}}]"),
+            *("--prompts", paths.prompts, "--votes", paths.store),
+            *("--output_dir", report, "--seed", str(config.seed)),
+        ],
+        kind="compare",
+        description="both against SFT by the true reward",
+        needs=["sft", "dpo", "ppo"],
+        outputs=[f"{report}/report.json"],
+        owned=[report],
+    )
+
+
+def evaluation(paths: Paths) -> list[str]:
+    gold = f"[{{voice: {paths.voice}, name: gold}}]"
+    return ["--eval_data", paths.prompts, "--eval_scorers", gold]
 
 
 def configured(name: str) -> list[str]:
@@ -175,41 +202,54 @@ def training(
 
 
 class StepDisplay:
-    """Shows each job and its command when it starts, and its output as it comes."""
+    """Shows each job and its command when it starts, and its output as it comes.
+
+    The lines of jobs that run side by side begin with the job's name.
+    """
 
     def __init__(self, state: ExperimentState):
         self.state = state
         self.started_at = time.monotonic()
-        self.log_file: Path | None = None  # of the job that runs
-        self.shown = 0  # bytes of it
+        # job -> bytes of its log that are on the screen, of those that run
+        self.shown: dict[str, int] = {}
 
     def title(self, job: Job) -> str:
         number = 1 + self.state.jobs.index(job)
         return f"[{number}/{len(self.state.jobs)}] {job.name}: {job.description}"
 
     def started(self, job: Job) -> None:
-        self.log_file = self.state.log_file(job.name)
-        self.shown = self.log_file.stat().st_size if self.log_file.is_file() else 0
-        print(
-            f"\n{self.title(job)}  (at {time.monotonic() - self.started_at:.0f} s)",
-            end="",
-            flush=True,
-        )
+        log = self.state.log_file(job.name)
+        # the log goes on with an empty line and the command
+        self.shown[job.name] = 1 + (log.stat().st_size if log.is_file() else 0)
+        elapsed = time.monotonic() - self.started_at
+        print(f"\n{self.title(job)}  (at {elapsed:.0f} s)", flush=True)
 
     def log(self, text: str) -> None:
         self.update()
+        self.shown = {name: self.shown[name] for name in self.state.running}
         print(text, flush=True)
 
     def update(self) -> None:
-        """Copy what has come to the log since; its first line is the command."""
-        if self.log_file is None:
-            return
-        with open(self.log_file, "rb") as log:
-            log.seek(self.shown)
-            new = log.read()
-        self.shown += len(new)
-        sys.stdout.buffer.write(new)
+        """Copy what has come to the logs since; the first line is the command."""
+        for name in self.shown:
+            with open(self.state.log_file(name), "rb") as log:
+                log.seek(self.shown[name])
+                new = log.read()
+            if len(self.shown) > 1:
+                # whole lines, unless no more will come
+                new = new if name not in self.state.running else new[: new.rfind(b"\n") + 1]
+                text = b"".join(b"%s | %s\n" % (name.encode(), line) for line in last_states(new))
+            else:
+                text = new
+            self.shown[name] += len(new)
+            sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
+
+
+def last_states(text: bytes) -> list[bytes]:
+    """Return the lines of a program's output, of a progress bar only what it says at last."""
+    lines = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in text.split(b"\n")]
+    return [line for line in lines if line.strip()]
 
 
 def quickstart(config: QuickstartConfig) -> None:
@@ -217,9 +257,16 @@ def quickstart(config: QuickstartConfig) -> None:
     signal.
     """
     state = ExperimentState(Path(config.run))
-    # a program that fails here fails again: it is not started several times, as one of a long
-    # experiment is
-    how = RunOptions(attempts=1, changed="delete")
+    how = RunOptions(
+        # two small models side by side gain more than one of them does from a second thread
+        processes=min(2, os.cpu_count() or 1),
+        threads=1,
+        # a program that fails here fails again: it is not started several times, as one of a long
+        # experiment is
+        attempts=1,
+        stop_at_failure=True,
+        changed="delete",
+    )
     with claim(state) as signals:
         set_jobs(state, jobs(config), how)
         display = StepDisplay(state)
@@ -241,9 +288,10 @@ def quickstart(config: QuickstartConfig) -> None:
     report = state.folder / "report"
     if "compare" in names:
         show_report(report)
-    total = sum(state.record(job.name)["seconds"] for job in state.jobs)
+    records = [state.record(job.name) for job in state.jobs]
+    cpu = sum(record["cpu_seconds"] for record in records)
     now = time.monotonic() - display.started_at
-    print(f"\nquickstart: {now:.0f} s now, {total:.0f} s for all steps. Report: {report}/")
+    print(f"\nquickstart: {now:.0f} s now; all steps: {cpu:.0f} CPU seconds. Report: {report}/")
     for name in REPORT_FILES:
         print(f"  {report / name}")
 

@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf.distributed import Ranks, read_ranks
 from rlhf.errors import EarlyExit, UserError
-from rlhf.experiment import runner
+from rlhf.experiment import commands, runner
+from rlhf.experiment.commands import environment, full_command
 from rlhf.experiment.plan import Job, plan
 from rlhf.experiment.processes import MARK, programs_of
-from rlhf.experiment.runner import environment, full_command, run_experiment
+from rlhf.experiment.runner import run_experiment
 from tests.experiment import fake
 from tests.experiment.example import experiment, method, options, write_files
 
@@ -450,7 +452,8 @@ def words(launcher: str, program: str = "launch.dpo", arguments=("--seed", "0"))
     return full_command(launcher, Job("x", program, list(arguments), "trial"))
 
 
-def test_what_launches_a_program():
+def test_what_launches_a_program(monkeypatch):
+    monkeypatch.setattr(commands, "has_accelerator", lambda: True)
     module = ["launch.dpo", "--seed", "0"]
     script = ["-m", *module]
     assert words("python") == [sys.executable, *script]
@@ -473,6 +476,32 @@ def test_commands_of_rlhf_run_without_a_launcher():
 
 
 def test_the_environment_marks_a_program_and_finds_the_tools_beside_this_python(tmp_path):
-    found = environment(tmp_path / "out", 1, Job("x", "rlhf", [], "measure"))
+    found = environment(tmp_path / "out", Job("x", "rlhf", [], "measure"))
     assert found[MARK] == str((tmp_path / "out").resolve())
     assert found["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+def test_one_process_on_a_cpu_is_started_without_its_launcher(monkeypatch):
+    monkeypatch.setattr(commands, "has_accelerator", lambda: False)
+    for option in ("--num_accelerators", "--num_gpus"):
+        started = words(f"deepspeed {option} 1")
+        assert started[0] == "env" and started[-5:] == [
+            *(sys.executable, "-m", "launch.dpo", "--seed", "0")
+        ]
+        ranks = read_ranks(dict(word.split("=") for word in started[1:-5]))
+        assert ranks == Ranks(rank=0, size=1, local_rank=0, local_size=1)
+    assert words("deepspeed --num_accelerators 2")[0] == "deepspeed"
+
+
+@pytest.mark.parametrize(
+    ("processes", "threads", "expected"), [(1, None, None), (2, None, "4"), (2, 1, "1")]
+)
+def test_threads_of_a_program_on_a_cpu(monkeypatch, tmp_path, processes, threads, expected):
+    monkeypatch.setattr(commands, "has_accelerator", lambda: False)
+    monkeypatch.setattr(commands.os, "cpu_count", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    job = Job("x", "rlhf", [], "measure")
+    assert environment(tmp_path, job, processes, threads).get("OMP_NUM_THREADS") == expected
+    # the user's choice holds
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert environment(tmp_path, job, processes, threads)["OMP_NUM_THREADS"] == "3"

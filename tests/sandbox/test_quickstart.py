@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.experiment import runner
+from rlhf.experiment import commands, runner
 from rlhf.experiment.plan import fingerprints
 from rlhf.sandbox import quickstart as module
 from rlhf.sandbox.quickstart import QuickstartConfig, jobs
@@ -49,12 +49,13 @@ def pipeline(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "full_command", command)
     monkeypatch.setattr(runner, "code_version", dict)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(runner, "has_accelerator", lambda: False)
+    monkeypatch.setattr(commands, "has_accelerator", lambda: False)
 
     def run(**more):
         Path("ran").write_text("")
         module.quickstart(QuickstartConfig(**more))
-        return Path("ran").read_text().split()
+        # jobs that run side by side end in any order
+        return sorted(Path("ran").read_text().split(), key=NAMES.index)
 
     return run
 
@@ -116,9 +117,32 @@ def test_a_failure_ends_the_pipeline_and_names_the_log(pipeline, tmp_path):
         UserError, match=r"step 'dpo' failed, exit code 2; .* runs/quickstart/logs/dpo.log"
     ):
         pipeline()
-    assert (tmp_path / "ran").read_text().split() == NAMES[:5]
+    ran = (tmp_path / "ran").read_text().split()
+    assert ran[:5] == NAMES[:5] and "compare" not in ran
     (tmp_path / "fail-dpo").unlink()
-    assert pipeline() == NAMES[5:]
+    assert pipeline()[0] == "dpo"
+
+
+def test_dpo_runs_beside_reward_and_ppo_where_there_are_two_cores(pipeline, monkeypatch):
+    started, most = [], []
+    real_start = runner.start
+
+    def start(state, how, job):
+        real_start(state, how, job)
+        started.append(job.name)
+        most.append(len(state.running))
+
+    monkeypatch.setattr(runner, "start", start)
+    for cores, at_a_time in ((1, 1), (16, 2)):
+        monkeypatch.setattr(module.os, "cpu_count", lambda cores=cores: cores)
+        pipeline(run=f"runs/{cores}", world=f"runs/world-{cores}")
+        assert started == NAMES and max(most) == at_a_time
+        started.clear(), most.clear()
+
+
+def test_lines_of_jobs_side_by_side_begin_with_their_names():
+    text = b"\n$ deepspeed\n  0%| | 1/4\r 50%| | 2/4\r\ndone\n"
+    assert module.last_states(text) == [b"$ deepspeed", b" 50%| | 2/4", b"done"]
 
 
 def test_seed_and_folder_reach_every_job():
