@@ -176,7 +176,7 @@ class RewardModel:
 
         Raises UserError for one that is longer than the model's positions.
         """
-        # beyond its positions a model returns numbers too, but no scores
+        # beyond its positions a model returns numbers that mean nothing
         limit, longest = context_length(self.model.config), max(map(len, rows), default=0)
         if limit is not None and longest > limit:
             raise UserError(

@@ -39,7 +39,7 @@ async def enter(request: Request) -> Response:
     answers under another's name.
     """
     site, token = request.app.state.site, request.path_params["token"]
-    # the owner's link looks like everybody's: whose it is tells the token alone
+    # all links look alike: the token tells whose it is
     if await site.do(auth.is_owner, site.store, token):
         return site.sign_in(RedirectResponse("/owner", 303), "owner", token)
     person = await site.do(auth.annotator_of, site.store, token)
@@ -57,7 +57,7 @@ async def enter(request: Request) -> Response:
                 "other.html", site, person=person, other=other, form=auth.form_name(present)
             )
         await read_form(request, present)
-    # who has voted before needs no introduction
+    # the introduction is for those who have not voted yet
     progress = await site.do(site.queue.progress, person["id"])
     target = "/" if progress.mine else "/welcome"
     return site.sign_in(RedirectResponse(target, 303), "annotator", token)

@@ -192,7 +192,7 @@ def _revoke(store: Store, names: list[str]) -> None:
 
 def _set_up(store: Store, config: ServeConfig, url: str) -> None:
     """Keep the rules in the store, add annotators, and print new links."""
-    # an empty site would only say goodbye
+    # without pairs the site could only show its last page
     if not store.at().stats()["comparisons"]:
         raise UserError(
             f"{config.store}: has no pairs to judge; make some with: rlhf collect sample"

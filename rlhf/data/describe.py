@@ -52,7 +52,7 @@ def describe(config: DescribeConfig) -> dict[str, Any]:
     table = load.collect(config.source, kind)
     if not table.records:
         table.check_usable("skip")
-    # two splits in one group would stop a run; here they are what one came to see
+    # two splits in one group would stop a run; here they are shown
     conflict = ""
     try:
         assign(table.records, config.validation_fraction, config.test_fraction, table.places)

@@ -85,7 +85,7 @@ def load(
         bad.update({"read": len(table.records) + len(table.bad)} | table.bad_reasons())
     assign(table.records, validation_fraction, test_fraction, table.places)
 
-    # after the splits, so that prompts of pairs fall like the pairs
+    # after the splits, so that the prompts of pairs get the splits of the pairs
     records = unique_prompts(table.records) if kind is Prompt else table.records
     if split is not None:
         records = [record for record in records if record.split == split]

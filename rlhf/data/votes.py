@@ -81,7 +81,7 @@ def majority(votes: list[Vote]) -> list[Verdict]:
     verdicts = []
     for comparison, own in by_comparison(votes).items():
         count = Counter(vote.choice for vote in own)
-        # no winner: a coin would make a label of nothing
+        # no winner: a random one would be a label without information
         if count["a"] == count["b"]:
             continue
         winner = "a" if count["a"] > count["b"] else "b"

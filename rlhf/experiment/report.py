@@ -120,6 +120,6 @@ def swept_to_ask(report: dict[str, Any], method: str) -> float | None:
     """
     if method in report["tuned"]["methods"]:
         return report["tuned"]["methods"][method]["usual"]
-    # without a score that decides, the middle is nobody's choice
+    # no score has chosen a value: ask about the middle one
     values = report["methods"][method]["swept_values"]
     return values[len(values) // 2] if values else None

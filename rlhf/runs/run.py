@@ -113,7 +113,7 @@ class Run:
             self.data.write_trained_on(self.folder)
         self.signals.install()
 
-        # a checkpoint of another folder knows nothing of these files
+        # a checkpoint of another folder has not recorded the sizes of these files
         is_from_here = resumed is not None and resumed.folder.parent == self.checkpoints
         self.tracker = Tracker(
             config.output_dir,

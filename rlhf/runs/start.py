@@ -77,7 +77,7 @@ def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> N
     # a checkpoint that is named is continued from, finished or not
     if config.resume not in ("auto", "never"):
         return
-    # a guard had a reason: going on takes a decision
+    # a guard stopped it for a reason: continuing needs an explicit choice
     if result.get("stopped"):
         raise EarlyExit(
             f"{folder} holds a run that was stopped: {result['stopped']}. To continue anyway, pass "
@@ -119,7 +119,7 @@ def find_checkpoint(
     if config.resume in ("auto", "never"):
         root = Path(config.output_dir) / checkpoint.FOLDER
         found = checkpoint.newest(root, lambda text: print(f"{program}: {text}", flush=True))
-        # without one, "longer" would silently mean "again"
+        # without one the run would silently start over
         if found is None and is_finished:
             raise UserError(
                 f"{root}: no whole checkpoint from which the finished run could be trained on"
