@@ -210,38 +210,23 @@ def answers_of_policy(
 
     The cost is added to `budget`; `number` keeps the noise of two policies apart.
     """
-    import torch
     from tqdm import tqdm
 
     from rlhf.data.encode import decode_response, encode_prompts
     from rlhf.engines.batched import generate, prepare
     from rlhf.engines.sampling import Sampling, sample_key
-    from rlhf.models import check_context, load_model, trainable_policy
     from rlhf.options.shared import NOISE_VERSION
     from rlhf.runs.budget import Budget
-    from rlhf.startup import model_loaded
     from rlhf.tokenizer import stop_ids
-    from rlhf.weights import folder_fingerprint
 
-    cuda = torch.cuda.is_available()
-    initial = load_model(source, "bfloat16" if cuda else "float32")
-    model_loaded(initial.model)
-    check_context(initial.model, source, config.max_prompt_length, config.max_response_length)
+    initial, model, origin = _load_policy(source, config)
     tokenizer = initial.tokenizer
     rows = encode_prompts(records, tokenizer, config.max_prompt_length)
-    model = trainable_policy(initial, None).to("cuda" if cuda else "cpu")
     spent = Budget()
     spent.watch(model)
-    # the trial of the cache is no sampling: make it before counting starts
+    # the trial of the cache is not sampling: make it before counting starts
     prepare(model)
 
-    origin = {
-        "model": source,
-        "model_fingerprint": initial.fingerprint,
-        "adapter_fingerprint": folder_fingerprint(initial.adapter_path)
-        if initial.adapter_path
-        else None,
-    }
     index = {id(record): i for i, record in enumerate(records)}
     prompt_index = [index[id(row["record"])] for row in rows]
     answers: Answers = {i: [] for i in prompt_index}
@@ -254,9 +239,9 @@ def answers_of_policy(
             # none of them
             numbers = range(setting * samples, (setting + 1) * samples)
             wanted, keys = [], []
-            for row, number in itertools.product(rows, numbers):
+            for row, draw in itertools.product(rows, numbers):
                 wanted.append(row["prompt_ids"])
-                keys.append(sample_key(config.seed, purpose, row["prompt_ids"], number))
+                keys.append(sample_key(config.seed, purpose, row["prompt_ids"], draw))
             with spent.counting():
                 generated = generate(
                     model,
@@ -291,6 +276,24 @@ def answers_of_policy(
         counter = name.removeprefix("budget/")
         budget[counter] = budget.get(counter, 0.0) + value
     return answers
+
+
+def _load_policy(source: str, config: SampleConfig) -> tuple[Any, Any, dict[str, str | None]]:
+    """Return a policy as it was loaded, as it samples, and what the store records of it."""
+    import torch
+
+    from rlhf.models import check_context, load_model, trainable_policy
+    from rlhf.startup import model_loaded
+    from rlhf.weights import folder_fingerprint
+
+    cuda = torch.cuda.is_available()
+    initial = load_model(source, "bfloat16" if cuda else "float32")
+    model_loaded(initial.model)
+    check_context(initial.model, source, config.max_prompt_length, config.max_response_length)
+    model = trainable_policy(initial, None).to("cuda" if cuda else "cpu")
+    adapter = folder_fingerprint(initial.adapter_path) if initial.adapter_path else None
+    origin = {"model": source, "model_fingerprint": initial.fingerprint}
+    return initial, model, origin | {"adapter_fingerprint": adapter}
 
 
 def answers_of_file(
