@@ -288,24 +288,9 @@ def _curve(
     """Return one entry of `overoptimisation`; None with fewer than FEWEST points that all seeds
     have.
     """
-    # seed -> (swept value, step) -> policy
-    table: dict[int, dict[tuple, Point]] = {}
-    for point in results.of(method, swept):
-        if proxy is None or f"score/{proxy}" in point.values:
-            table.setdefault(point.seed, {})[point.swept, point.step] = point
-    seeds, names = rectangle(table)
-    if len(names) < FEWEST:
+    seeds, names, rows = _path(results, means, method, swept, proxy)
+    if not seeds:
         return None
-
-    # the initial policy opens the curve, unless its scores by the proxy are not known
-    rows = []
-    for seed in seeds:
-        rows.append([key(table[seed][name]) for name in names])
-    starts = [key(results.initial_of(seed)) for seed in seeds]
-    if proxy is None or all(f"score/{proxy}" in means[start] for start in starts):
-        rows = [[start, *row] for start, row in zip(starts, rows, strict=True)]
-        names = [(None, 0), *names]
-
     judge = f"score/{results.judge}"
     scores, kl = stack(means, judge, rows), stack(means, "kl", rows)
     half = halves(results.groups)
@@ -350,6 +335,31 @@ def _curve(
         "seeds": seeds,
         "points": len(names),
     }
+
+
+def _path(
+    results: Results, means: Means, method: str, swept: float | None, proxy: str | None
+) -> tuple[list[int], list[tuple], list[list[Key]]]:
+    """Return the seeds, the points (swept value, step) that all of them have, the initial policy
+    first, and their keys for each seed; nothing with fewer than FEWEST points.
+    """
+    table: dict[int, dict[tuple, Point]] = {}
+    for point in results.of(method, swept):
+        if proxy is None or f"score/{proxy}" in point.values:
+            table.setdefault(point.seed, {})[point.swept, point.step] = point
+    seeds, names = rectangle(table)
+    if len(names) < FEWEST:
+        return [], [], []
+
+    rows = []
+    for seed in seeds:
+        rows.append([key(table[seed][name]) for name in names])
+    # the initial policy opens the curve, unless its scores by the proxy are not known
+    starts = [key(results.initial_of(seed)) for seed in seeds]
+    if proxy is None or all(f"score/{proxy}" in means[start] for start in starts):
+        rows = [[start, *row] for start, row in zip(starts, rows, strict=True)]
+        names = [(None, 0), *names]
+    return seeds, names, rows
 
 
 def add_outcomes(entries: list[dict[str, Any]], alpha: float) -> None:
