@@ -88,6 +88,13 @@ def test_sequence_kl_is_the_sum_of_log_ratios_at_the_sampling_temperature(
     assert max(abs(row.kl) for row in rows) > 0.05
 
 
+def test_the_reference_itself_has_no_kl_and_costs_no_pass(roles, tokenizer, monkeypatch):
+    task, context = evaluation(tokenizer), policy(roles)
+    monkeypatch.setattr("rlhf.evaluate.response_logprobs", None)
+    rows = task.run(roles.trunk, context, context, DistributedContext())
+    assert [row.kl for row in rows] == [0.0] * 4
+
+
 def test_eval_prompts_are_taken_by_the_hash_of_their_group(sft_path):
     # groups a-0 to a-29, then b-0 to b-29; by name the first 20 would all be a's. sd sqrt(20 / 4 *
     # 40 / 59) = 1.8

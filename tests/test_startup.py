@@ -2,6 +2,8 @@
 
 import gc
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -67,3 +69,24 @@ def test_garbage_waits_while_importing_and_not_after_the_model_or_the_end():
 
     other()
     assert gc.get_threshold()[0] == usual
+
+
+def test_objects_are_not_looked_through_when_python_ends():
+    code = """
+from rlhf.program import program
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+    def __del__(self):
+        print("collected")
+
+@program
+def main():
+    Cycle()
+
+main()
+print("end")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "end\n"

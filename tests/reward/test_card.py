@@ -8,6 +8,7 @@ import pytest
 
 from reward.card import (
     accuracy_with_interval,
+    binomial_deviation,
     calibration,
     correlation,
     distribution,
@@ -100,6 +101,13 @@ def test_calibration_by_hand():
     assert (low["from"], low["pairs"], low["accuracy"]) == (0.5, 1, 0.5)
     assert (high["from"], high["pairs"]) == (0.75, 3)
     assert high["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_the_deviation_of_a_binomial_by_hand():
+    # n = 2, p = .5: E|X - 1| = 1/4 + 1/4; n = 3, p = .75 above; large n: sqrt(2 n p (1 - p) / pi)
+    assert binomial_deviation(2, 0.5) == pytest.approx(0.5, abs=1e-12)
+    assert binomial_deviation(10**6, 0.5) == pytest.approx(math.sqrt(5e5 / math.pi), rel=1e-6)
+    assert binomial_deviation(7, 0.0) == binomial_deviation(7, 1.0) == 0.0
 
 
 @pytest.mark.parametrize("pairs", [50, 200, 1000])
