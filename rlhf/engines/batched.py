@@ -12,18 +12,17 @@ for models whose cache is more than keys and values at positions.
 
 from __future__ import annotations
 
-import os
-import sys
 import weakref
 from collections import deque
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from rlhf.engines import hf
 from rlhf.engines.merged import merged
-from rlhf.engines.sampling import Completions, Sampling, draw
+from rlhf.engines.sampling import Completions, Sampling, draw, say_once
 from rlhf.engines.slots import Slots
 
 # tokens of prompts in one pass: caches of a CPU are small, launches of a GPU take their time
@@ -46,7 +45,8 @@ def generate(
     Peak memory beside the model: the adapted weights once more, and keys and values of `batch_size`
     rows of the longest prompt and max_new_tokens.
     """
-    if not slots_are_exact(model):
+    longest = max(map(len, prompt_ids), default=0) + sampling.max_new_tokens
+    if not slots_are_exact(model) or not within_windows(model, longest):
         return hf.generate(
             model, prompt_ids, keys, sampling, stop_ids, pad_id, batch_size, progress
         )
@@ -178,6 +178,24 @@ def slots_are_exact(model: nn.Module) -> bool:
     return _EXACT[causal]
 
 
+def within_windows(model: nn.Module, length: int) -> bool:
+    """Return whether every layer sees all of `length` tokens: slots know no sliding windows."""
+    config = model.config.get_text_config()
+    # GPT-Neo calls it window_size
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    layers = DynamicCache(config=model.config).layers
+    windows = [getattr(layer, "sliding_window", None) for layer in layers]
+    windows += [getattr(config, name, None) for name in names]
+    window = min((w for w in windows if isinstance(w, int)), default=length)
+    if window < length:
+        kind = config.model_type
+        say_once(
+            f"sampling from {kind} in plain batches, which is slower "
+            f"(prompt and response of {length} tokens are longer than its window of {window})"
+        )
+    return length <= window
+
+
 def _slot_gap(model: nn.Module) -> float:
     """Return how far the log-probabilities of slots are from those of whole passes, over their
     spread.
@@ -203,13 +221,3 @@ def _slot_gap(model: nn.Module) -> float:
         gaps.append((found - expected).abs().mean() / expected.std().clamp(min=1e-6))
         slots.advance(ids[standing, columns])
     return float(torch.stack(gaps).max())
-
-
-_SAID: set[str] = set()
-
-
-def say_once(text: str) -> None:
-    """Print a line to standard error on the main rank, unless it was printed before."""
-    if text not in _SAID and os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-    _SAID.add(text)

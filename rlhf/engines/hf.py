@@ -6,15 +6,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.engines.sampling import Completions, Sampling, draw
+from rlhf.engines.sampling import Completions, Sampling, draw, say_once
 
 
 def generate(
@@ -91,13 +89,9 @@ def cache_is_exact(model: nn.Module) -> bool:
     if causal not in _EXACT:
         reason = why_inexact(model, _cache_gap)
         _EXACT[causal] = not reason
-        if reason and os.environ.get("RANK", "0") == "0":
+        if reason:
             kind = model.config.model_type
-            print(
-                f"sampling from {kind} without its cache, which is slower ({reason})",
-                file=sys.stderr,
-                flush=True,
-            )
+            say_once(f"sampling from {kind} without its cache, which is slower ({reason})")
     return _EXACT[causal]
 
 

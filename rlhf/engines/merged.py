@@ -14,9 +14,10 @@ import os
 import psutil
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 # the copy may take so much of the memory that is free; keys and values need some as well
@@ -47,15 +48,20 @@ def _active(layer: BaseTunerLayer) -> list[str]:
     return [name for name in layer.active_adapters if name in layer.lora_A]
 
 
+def _rows_active(layer: TrainableTokensLayer) -> list[str]:
+    """Return the adapters whose rows of the embeddings a pass would use."""
+    if layer.disable_adapters:
+        return []
+    return [name for name in layer.active_adapters if name in layer.trainable_tokens_delta]
+
+
 def _obstacle(causal: nn.Module) -> str:
     """Return what of the active adapter is not plain LoRA on a plain linear layer, or ""."""
     if any(hasattr(parameter, "ds_id") for parameter in causal.parameters()):
         return "ZeRO-3 partitions the weights"
     for name, module in causal.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            if not module.disable_adapters and module.active_adapters:
-                return f"the adapter holds weights of its own for {name}"
-        elif isinstance(module, BaseTunerLayer):
+        # rows of embeddings are replaced by their wrapper, which is seen as well
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, TrainableTokensLayer):
             reason = _obstacle_of_layer(module)
             if reason:
                 return f"{name}: {reason}"
@@ -80,8 +86,11 @@ def _obstacle_of_layer(layer: BaseTunerLayer) -> str:
 
 def _too_large(causal: nn.Module) -> str:
     """Return why the copies do not fit beside what is in memory, or ""."""
-    layers = [m for m in causal.modules() if isinstance(m, LoraLayer) and _active(m)]
-    weights = [layer.base_layer.weight for layer in layers]
+    weights = []
+    for module in causal.modules():
+        is_lora = isinstance(module, LoraLayer) and _active(module)
+        if is_lora or (isinstance(module, TrainableTokensLayer) and _rows_active(module)):
+            weights.append(module.base_layer.weight)
     needed = sum(weight.numel() * weight.element_size() for weight in weights)
     if not needed:
         return ""
@@ -112,9 +121,10 @@ def _without_adapters(module: nn.Module, made: dict[int, nn.Module]) -> nn.Modul
     """
     if id(module) in made:
         return made[id(module)]
-    if isinstance(module, AuxiliaryTrainingWrapper):
-        # without an active adapter it passes on to the base's own module
-        twin = module
+    if isinstance(module, TrainableTokensWrapper):
+        twin = _with_rows(module.token_adapter)
+    elif isinstance(module, ModulesToSaveWrapper):
+        twin = _chosen(module)
     elif isinstance(module, BaseTunerLayer):
         twin = _folded(module)
     else:
@@ -137,7 +147,26 @@ def _folded(layer: BaseTunerLayer) -> nn.Module:
     for name in adapters:
         # in the wider of both dtypes: LoRA is in float32 on a base in bfloat16
         weight = weight + layer.get_delta_weight(name)
-    twin = copy.copy(base)
-    folded = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
-    twin._parameters = {**base._parameters, "weight": folded}
+    return _with_weight(base, weight.to(base.weight.dtype))
+
+
+def _with_rows(layer: TrainableTokensLayer) -> nn.Module:
+    """Return the embeddings, or the head that is tied to them, with the rows that are trained."""
+    adapters = _rows_active(layer)
+    if not adapters:
+        return layer.base_layer
+    return _with_weight(layer.base_layer, layer.get_merged_weights(adapters))
+
+
+def _chosen(wrapper: ModulesToSaveWrapper) -> nn.Module:
+    """Return the module that a pass through the wrapper uses: an adapter's own, or the base's."""
+    if wrapper.disable_adapters or not wrapper.active_adapters:
+        return wrapper.original_module
+    return wrapper.modules_to_save[wrapper.active_adapters[0]]
+
+
+def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    """Return a copy of a module that has another weight and shares all else."""
+    twin = copy.copy(module)
+    twin._parameters = {**module._parameters, "weight": nn.Parameter(weight, requires_grad=False)}
     return twin

@@ -7,12 +7,15 @@ concatenation, and a response that ended leaves its slot to another.
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from rlhf.engines.sampling import say_once
 from rlhf.logprobs import decoder_and_head
+from rlhf.weights import first_line
 
 
 class Places:
@@ -80,6 +83,46 @@ class SlotLayer(CacheLayerMixin):
         return self.places.length
 
 
+class RecordedPass:
+    """The pass over all slots and positions as a CUDA graph, which spares the launch of each
+    kernel.
+
+    Its inputs are the tensors of `Slots`, which are changed in place. Slots without a row are
+    computed too: what they write is at their own last position, which nobody reads.
+    """
+
+    def __init__(self, slots: Slots):
+        shape = (slots.places.slots, slots.places.length)
+        device = slots.device
+        # kernels choose their workspaces in the first passes, which a graph cannot record
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                slots.plain_pass(*shape)
+        torch.cuda.current_stream(device).wait_stream(side)
+
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = slots.plain_pass(*shape)
+
+    @classmethod
+    def of(cls, slots: Slots) -> RecordedPass | None:
+        """Return the recorded pass, or None, which is said once, for a model that cannot be
+        recorded.
+        """
+        try:
+            return cls(slots)
+        except RuntimeError as error:
+            say_once(f"sampling without CUDA graphs, which is slower ({first_line(error)})")
+            return None
+
+    def replay(self) -> Tensor:
+        """Return the logits (slots, V) that follow on what the slots hold now."""
+        self.graph.replay()
+        return self.logits
+
+
 class Slots:
     """A model, the cache of its slots, and what each slot reads next.
 
@@ -100,6 +143,8 @@ class Slots:
         self.columns = torch.arange(length, device=self.device)
         self.tokens = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.positions = torch.zeros(slots, dtype=torch.long, device=self.device)
+        # the pass over all slots as a CUDA graph; False where it cannot be recorded
+        self.recorded: RecordedPass | Literal[False] | None = None
         # the prompt whose keys and values stand in each slot
         self.resident: list[tuple[int, ...]] = [()] * slots
 
@@ -154,7 +199,7 @@ class Slots:
             causal = self.columns[:width] <= self.columns[:width, None]
             self.decoder(
                 input_ids=ids,
-                attention_mask=self._mask(causal[None, None]),
+                attention_mask=self._mask(causal).expand(count, 1, -1, -1),
                 position_ids=self.columns[None, :width].expand(count, -1),
                 past_key_values=self.cache,
                 use_cache=True,
@@ -186,7 +231,17 @@ class Slots:
     def logits(self, count: int, width: int) -> Tensor:
         """Return (count, V) of what comes next in the first `count` slots, none of them longer than
         `width`.
+
+        On a GPU they hold until the next call.
         """
+        if self.device.type == "cuda" and self.recorded is None:
+            self.recorded = RecordedPass.of(self) or False
+        if self.recorded:
+            return self.recorded.replay()[:count]
+        return self.plain_pass(count, width)
+
+    def plain_pass(self, count: int, width: int) -> Tensor:
+        """Compute `logits`. Passes may be repeated: each slot writes the same at its position."""
         positions = self.positions[:count]
         self.places.rows, self.places.columns = self.all_slots[:count], positions
         self.places.width = width

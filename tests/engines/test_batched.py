@@ -5,9 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from rlhf.engines import batched, hf, merged
+from rlhf.engines import hf, merged
 from rlhf.engines.batched import generate, slots_are_exact
 from rlhf.engines.sampling import Sampling
+from rlhf.engines.slots import Slots
 from tests.engines.test_contract import KEYS, STOPS, adapted, assert_same, sample
 from tests.kinds import build
 
@@ -41,14 +42,11 @@ def test_what_cannot_be_folded_samples_beside_the_weights_and_says_so(monkeypatc
     plain = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
     assert reason_of(LoraConfig(**plain)) == ""
     assert "DoRA" in reason_of(LoraConfig(**plain, use_dora=True))
-    assert "embed_tokens" in reason_of(LoraConfig(**plain, trainable_token_indices=[3]))
-    assert "lm_head" in reason_of(LoraConfig(**plain, modules_to_save=["lm_head"]))
     embeddings = plain | {"target_modules": ["embed_tokens"]}
     assert "Embedding" in reason_of(LoraConfig(**embeddings))
 
-    # 3 of 6 bytes are half of what is free; q, v and down of two layers take more
-    monkeypatch.setattr(merged, "free_memory", lambda device: 6)
-    monkeypatch.setattr(batched, "_SAID", set())
+    # 3 bytes, half of what is free, hold no copy
+    monkeypatch.setattr(merged, "free_memory", lambda device: 6.0)
     model = adapted()
     for _ in range(2):
         assert_same(sample(generate, model), sample(hf.generate, model))
@@ -73,8 +71,7 @@ def test_what_cannot_be_folded_samples_beside_the_weights_and_says_so(monkeypatc
         ("recurrent_gemma", False),
     ],
 )
-def test_slots_are_used_where_they_are_exact(kind, exact, monkeypatch, capsys):
-    monkeypatch.setattr(batched, "_SAID", set())
+def test_slots_are_used_where_they_are_exact(kind, exact, capsys):
     model, _ = build(kind)
     assert slots_are_exact(model) == exact
     assert ("in plain batches" in capsys.readouterr().err) == (not exact)
@@ -112,6 +109,63 @@ def test_no_pass_computes_rows_that_have_ended():
     steps = [rows for rows, tokens in passes_of(model, prompts, 3, Sampling(10)) if tokens == 1]
     # each token of a response is one row of one pass
     assert sum(steps) == sum(map(len, done.response_ids)) and max(steps) == 3
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"trainable_token_indices": [3, 9]}, {"modules_to_save": ["lm_head"]}],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_an_adapter_holds_beside_lora_is_in_the_copy(more, tied):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **more)
+    causal = build("llama", tie_word_embeddings=tied)[0]
+    plain = sample(hf.generate, causal).response_ids
+    model = get_peft_model(causal, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name or "delta" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    twin, reason = merged.merged(model)
+    assert reason == "" and not any("peft" in type(m).__module__ for m in twin.modules())
+    changed = sample(hf.generate, model)
+    assert changed.response_ids != plain
+    assert_same(sample(generate, model), changed)
+    with model.disable_adapter():
+        assert sample(generate, model).response_ids == plain
+
+
+def test_no_slots_beyond_a_window(capsys):
+    model, _ = build("mistral", sliding_window=18)
+    for new_tokens in (10, 11):
+        # the longest prompt has 8 tokens, and 8 + 10 = 18
+        limit = Sampling(max_new_tokens=new_tokens)
+        assert_same(
+            sample(generate, model, sampling=limit), sample(hf.generate, model, sampling=limit)
+        )
+        assert ("window of 18" in capsys.readouterr().err) == (new_tokens == 11)
+
+
+def test_a_pass_over_all_slots_gives_the_same(monkeypatch):
+    """What a CUDA graph replays: every slot, also those whose rows have ended, and every position."""
+
+    class Recorded:
+        def __init__(self, slots):
+            self.slots = slots
+
+        def replay(self):
+            return self.slots.plain_pass(self.slots.places.slots, self.slots.places.length)
+
+    model = build("llama")[0]
+    expected = {size: sample(generate, model, batch_size=size) for size in (6, 2)}
+    logits = Slots.logits
+
+    def recorded(slots, count, width):
+        slots.recorded = Recorded(slots)
+        return logits(slots, count, width)
+
+    monkeypatch.setattr(Slots, "logits", recorded)
+    for size, done in expected.items():
+        assert_same(sample(generate, model, batch_size=size), done)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
