@@ -85,7 +85,8 @@ class _Run:
         if not self.waiting:
             return
         count = min(batch_size, len(order))
-        self.slots = Slots(model, count, len(prompt_ids[order[0]]) + sampling.max_new_tokens - 1)
+        # the last token of a response is not read, but its place is where a slot stands that ended
+        self.slots = Slots(model, count, len(prompt_ids[order[0]]) + sampling.max_new_tokens)
         # so many slots have to be free before prompts are read into them, since passes over few
         # tokens are slow
         self.portion = max(1, count // 16)

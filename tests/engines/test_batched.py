@@ -9,7 +9,7 @@ from rlhf.engines import hf, merged
 from rlhf.engines.batched import generate, slots_are_exact
 from rlhf.engines.sampling import Sampling
 from rlhf.engines.slots import Slots
-from tests.engines.test_contract import KEYS, STOPS, adapted, assert_same, sample
+from tests.engines.test_contract import KEYS, PROMPTS, STOPS, adapted, assert_same, sample
 from tests.kinds import build
 
 
@@ -156,7 +156,14 @@ def test_a_pass_over_all_slots_gives_the_same(monkeypatch):
             return self.slots.plain_pass(self.slots.places.slots, self.slots.places.length)
 
     model = build("llama")[0]
-    expected = {size: sample(generate, model, batch_size=size) for size in (6, 2)}
+    alike = [[5, 6, 7, n] for n in range(6)]
+    # in the last one slots stay behind that have ended at their last position
+    cases = [(PROMPTS, STOPS, 6), (PROMPTS, STOPS, 2), (alike, [], 4)]
+
+    def run(prompts, stops, batch_size):
+        return generate(model, prompts, KEYS, Sampling(10), stops, 0, batch_size)
+
+    expected = [run(*case) for case in cases]
     logits = Slots.logits
 
     def recorded(slots, count, width):
@@ -164,8 +171,8 @@ def test_a_pass_over_all_slots_gives_the_same(monkeypatch):
         return logits(slots, count, width)
 
     monkeypatch.setattr(Slots, "logits", recorded)
-    for size, done in expected.items():
-        assert_same(sample(generate, model, batch_size=size), done)
+    for case, done in zip(cases, expected, strict=True):
+        assert_same(run(*case), done)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
