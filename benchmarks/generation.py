@@ -4,9 +4,13 @@ in turn on one thread.
     OMP_NUM_THREADS=1 python benchmarks/generation.py          # both models, some minutes
     OMP_NUM_THREADS=1 python benchmarks/generation.py --models 4M --rounds 5
 
-Random Llama-shaped models with an unmerged LoRA adapter of rank 16 on every linear layer, 64
-prompts of 32 to 64 tokens, at most 64 new ones. "ragged": responses end after 40 % of the maximum
-on average, by a set of stop ids that is drawn at random until they do; "fixed": none ends before.
+Random Llama-shaped models with an unmerged LoRA adapter of rank 16 on every linear layer, prompts
+of 32 to 64 tokens, at most 64 new ones, 64 rows together. Responses are
+
+    ragged    of 64 prompts, and end after 40 % of the maximum on average, by a set of stop ids
+    fixed     of 64 prompts, and none ends before the maximum
+    samples   ragged, four of each of 16 prompts
+    queue     ragged, of 256 prompts, of which 64 are computed together
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ SHAPES = {
     "4M": {"hidden_size": 256, "num_hidden_layers": 4, "vocab_size": 2048},
     "42M": {"hidden_size": 512, "num_hidden_layers": 8, "vocab_size": 32000},
 }
+KINDS = ("ragged", "fixed", "samples", "queue")
 ROWS, LONGEST, NEW_TOKENS, SHARE = 64, 64, 64, 0.4
 PAD = 0
 
@@ -56,9 +61,9 @@ def make_model(name: str) -> nn.Module:
     return model
 
 
-def make_prompts(vocabulary: int) -> list[list[int]]:
+def make_prompts(vocabulary: int, count: int = ROWS) -> list[list[int]]:
     draw = random.Random(0)
-    lengths = [draw.randint(LONGEST // 2, LONGEST) for _ in range(ROWS)]
+    lengths = [draw.randint(LONGEST // 2, LONGEST) for _ in range(count)]
     return [[draw.randrange(1, vocabulary) for _ in range(length)] for length in lengths]
 
 
@@ -77,6 +82,9 @@ def stop_set(vocabulary: int) -> list[int]:
 
 def by_transformers(model, prompts, keys, stops) -> int:
     """Return the number of tokens that `generate` gave, up to each row's stop token."""
+    if len(prompts) > ROWS:
+        rest = by_transformers(model, prompts[ROWS:], keys, stops)
+        return rest + by_transformers(model, prompts[:ROWS], keys, stops)
     width = max(map(len, prompts))
     ids = torch.tensor([[PAD] * (width - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -113,12 +121,19 @@ ENGINES = {
 }
 
 
-def measure(name: str, rounds: int) -> list[str]:
-    """Return the lines of the table for one model."""
+def measure(name: str, kinds: list[str], rounds: int) -> None:
+    """Print the rows of the table for one model."""
     model = make_model(name)
     vocabulary = model.config.vocab_size
-    prompts, lines = make_prompts(vocabulary), []
-    for lengths, stops in (("ragged", stop_set(vocabulary)), ("fixed", [])):
+    stop_ids = stop_set(vocabulary)
+    workloads = {
+        "ragged": (make_prompts(vocabulary), stop_ids),
+        "fixed": (make_prompts(vocabulary), []),
+        "samples": ([p for p in make_prompts(vocabulary, ROWS // 4) for _ in range(4)], stop_ids),
+        "queue": (make_prompts(vocabulary, 4 * ROWS), stop_ids),
+    }
+    for kind in kinds:
+        prompts, stops = workloads[kind]
         rates: dict[str, list[float]] = {engine: [] for engine in ENGINES}
         tokens: dict[str, int] = {}
         for turn in range(rounds + 1):
@@ -132,25 +147,25 @@ def measure(name: str, rounds: int) -> list[str]:
             # the first turn tries caches and fills allocators
             found, base = found[1:], rates["transformers"][1:]
             ratios = sorted(a / b for a, b in zip(found, base, strict=True))
-            lines.append(
-                f"| {name} | {lengths} | {engine} | {statistics.median(found):,.0f} | "
+            print(
+                f"| {name} | {kind} | {engine} | {statistics.median(found):,.0f} | "
                 f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}) | "
-                f"{tokens[engine] / ROWS:.1f} |"
+                f"{tokens[engine] / len(prompts):.1f} |",
+                flush=True,
             )
-            print(lines[-1], flush=True)
-    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--responses", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
     print("| model | responses | engine | tokens / CPU s | times transformers | mean length |")
     print("|---|---|---|---:|---:|---:|")
     for name in options.models:
-        measure(name, options.rounds)
+        measure(name, options.responses, options.rounds)
 
 
 if __name__ == "__main__":
