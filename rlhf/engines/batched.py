@@ -117,9 +117,12 @@ class _Run:
         self.steps[part] = 0
         self.alive += rows
 
+    def _length(self, row: int) -> int:
+        return len(self.prompt_ids[row]) + len(self.responses[row])
+
     def _step(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the next token of each of the first `count` slots, and its log-probability."""
-        width = max(len(self.prompt_ids[row]) + len(self.responses[row]) for row in self.alive)
+        width = max(map(self._length, self.alive))
         logits = self.slots.logits(count, width)
         tokens, logprobs = draw(logits, self.row_keys[:count], self.steps[:count], self.sampling)
         self.slots.advance(tokens)
@@ -147,10 +150,7 @@ class _Run:
         last = [slot for slot in range(staying, len(self.alive)) if slot not in gone]
         moves = list(zip(last, holes, strict=True))
         if moves:
-            width = max(
-                len(self.prompt_ids[self.alive[slot]]) + len(self.responses[self.alive[slot]])
-                for slot in last
-            )
+            width = max(self._length(self.alive[slot]) for slot in last)
             self.slots.move(moves, width)
             self.row_keys[holes] = self.row_keys[last]
             self.steps[holes] = self.steps[last]
@@ -212,10 +212,12 @@ def _slot_gap(model: nn.Module) -> float:
     for step in range(6):
         if step == 2:
             slots.move([(2, 1)], 16)
-            standing, lengths = torch.tensor([0, 2]), lengths.clone()
+            standing = torch.tensor([0, 2])
         if step == 4:
             slots.admit(rows[1:2], [2], 16)
-            standing, lengths[1] = torch.tensor([0, 2, 1]), 9 - step
+            standing = torch.tensor([0, 2, 1])
+            # it begins anew, while the others are four steps on
+            lengths[1] -= 4
         columns = lengths[standing] + step
         found = slots.logits(len(standing), int(columns.max())).float().log_softmax(-1)
         expected = whole[standing, columns - 1]

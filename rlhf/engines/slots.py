@@ -6,8 +6,10 @@ concatenation, and a response that ended leaves its slot to another.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +85,34 @@ class SlotLayer(CacheLayerMixin):
         return self.places.length
 
 
+@contextlib.contextmanager
+def hooked_passes(model: nn.Module) -> Iterator[list[tuple]]:
+    """Yield a list that receives (module, args, kwargs, output) of each pass through the decoder
+    and the head that is made inside.
+    """
+    decoder, head = decoder_and_head(model)
+    passes: list[tuple] = []
+    handles = [
+        # OPT's causal model calls a decoder within its base model
+        module.register_forward_hook(lambda *made: passes.append(made), with_kwargs=True)
+        for module in (decoder.get_decoder(), head)
+    ]
+    try:
+        yield passes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def call_hooks(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+    """Call a module's forward hooks, which count FLOPs, for a pass that calls no Python."""
+    for key, hook in module._forward_hooks.items():
+        if key in module._forward_hooks_with_kwargs:
+            hook(module, args, kwargs, output)
+        else:
+            hook(module, args, output)
+
+
 class RecordedPass:
     """The pass over all slots and positions as a CUDA graph, which spares the launch of each
     kernel.
@@ -103,7 +133,7 @@ class RecordedPass:
         torch.cuda.current_stream(device).wait_stream(side)
 
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with hooked_passes(slots.model) as self.passes, torch.cuda.graph(self.graph):
             self.logits = slots.plain_pass(*shape)
 
     @classmethod
@@ -113,13 +143,16 @@ class RecordedPass:
         """
         try:
             return cls(slots)
-        except RuntimeError as error:
+        # whatever a model's own code raises when it may not wait for the GPU
+        except Exception as error:
             say_once(f"sampling without CUDA graphs, which is slower ({first_line(error)})")
             return None
 
     def replay(self) -> Tensor:
         """Return the logits (slots, V) that follow on what the slots hold now."""
         self.graph.replay()
+        for made in self.passes:
+            call_hooks(*made)
         return self.logits
 
 

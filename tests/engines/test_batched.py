@@ -8,7 +8,8 @@ from peft.tuners.lora import LoraLayer
 from rlhf.engines import hf, merged
 from rlhf.engines.batched import generate, slots_are_exact
 from rlhf.engines.sampling import Sampling
-from rlhf.engines.slots import Slots
+from rlhf.engines.slots import Slots, call_hooks, hooked_passes
+from rlhf.runs.budget import Budget
 from tests.engines.test_contract import KEYS, PROMPTS, STOPS, adapted, assert_same, sample
 from tests.kinds import build
 
@@ -173,6 +174,22 @@ def test_a_pass_over_all_slots_gives_the_same(monkeypatch):
     monkeypatch.setattr(Slots, "logits", recorded)
     for case, done in zip(cases, expected, strict=True):
         assert_same(run(*case), done)
+
+
+def test_what_a_graph_repeats_is_counted():
+    model = adapted()
+    budget = Budget()
+    budget.watch(model)
+    with torch.no_grad(), budget.counting():
+        slots = Slots(merged.merged(model)[0], 3, 16)
+        slots.admit(PROMPTS[:2], [0, 1], 64)
+        before = budget.flops
+        with hooked_passes(slots.model) as passes:
+            slots.logits(2, 4)
+        one = budget.flops - before
+        for made in passes:
+            call_hooks(*made)
+    assert one > 0 and budget.flops == before + 2 * one
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
