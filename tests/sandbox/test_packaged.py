@@ -100,7 +100,8 @@ def test_it_is_taken_unless_another_one_is_wanted(tmp_path, monkeypatch, capsys)
 
 @pytest.mark.slow
 def test_pretraining_it_anew_gives_one_as_good(default_world, texts, tmp_path):
-    # one minute on one core. Weights differ with processor and threads, losses hardly
+    # one minute on one core. Weights differ with the processor, losses hardly: with AVX2 0.3261, with
+    # AVX-512 0.3254
     measured = base.train_base(*texts, DEFAULT.base_config(), tmp_path / "base")
     kept = held_out_loss(default_world[0] / "base", texts)
     apart = measured["loss/held_out"] - kept
@@ -108,4 +109,4 @@ def test_pretraining_it_anew_gives_one_as_good(default_world, texts, tmp_path):
         f"held-out loss of the packaged base {kept:.4f}, pretrained anew {measured['loss/held_out']:.4f}: "
         f"{apart:+.4f} nats, perplexity {math.exp(kept):.4f} and {math.exp(measured['loss/held_out']):.4f}"
     )
-    assert abs(apart) < 0.02, ANEW
+    assert abs(apart) < 0.01, ANEW
