@@ -104,7 +104,7 @@ def page(costs: dict[str, Cost], date: str) -> str:
         "    python benchmarks/quickstart_cost.py" + (" --beside" if len(costs) > 1 else ""),
         "",
         f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, commit "
-        f"{commit}. OMP_NUM_THREADS: {threads}. The world and its base are made, too.",
+        f"{commit}. OMP_NUM_THREADS: {threads}. The world is made, too.",
         "",
         table(costs),
     ]
