@@ -43,8 +43,9 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf import stages
     from rlhf.deepspeed_config import read_deepspeed_config
     from rlhf.files import files_fingerprint, scorer_files
+    from rlhf.ppo.batches import TrainingData
     from rlhf.ppo.loop import TrainingLoop
-    from rlhf.ppo.trainer import PPOTrainer, TrainingData
+    from rlhf.ppo.trainer import PPOTrainer
     from rlhf.roles import Roles, critic_start, find_reward_role
     from rlhf.runs.budget import Budget
     from rlhf.tokenizer import stop_ids
@@ -92,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         critic=critic.source,
         ema_reference=config.reference_ema is not None,
         reward_weight=critic.weight,
+        critic_trunk=config.critic_trunk,
     )
 
     budget = Budget()

@@ -165,6 +165,8 @@ def add_adapter(
     from peft import PeftModel, get_peft_model
     from peft.utils.other import AuxiliaryTrainingWrapper, TrainableTokensWrapper
 
+    from rlhf.lora import fuse
+
     # PEFT writes into it what it finds in this model
     config = copy.deepcopy(config)
     config.base_model_name_or_path = model.config.name_or_path
@@ -180,6 +182,7 @@ def add_adapter(
             f"{where}: PEFT cannot put this adapter on the model ({first_line(error)})"
         ) from None
 
+    fuse(model)
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper) and "adapter_state_dict" not in vars(
             module

@@ -131,16 +131,17 @@ class Evaluation:
         model.eval()
         for start in range(0, len(prompt_ids), self.batch_size):
             part = slice(start, start + self.batch_size)
-            ids, attention, positions, responses, mask = completion_batch(
+            columns = completion_batch(
                 prompt_ids[part], response_ids[part], self.tokenizer.pad_token_id, device
             )
-            inputs = (ids, attention, positions, responses, temperature, self.plain_head)
+            inputs = (*columns, temperature, self.plain_head)
             with policy():
                 logprobs, _ = response_logprobs(model, *inputs)
             with nullcontext() if isinstance(reference, nn.Module) else reference():
                 other = reference if isinstance(reference, nn.Module) else model
                 reference_logprobs, _ = response_logprobs(other, *inputs)
-            result += torch.where(mask, logprobs - reference_logprobs, 0.0).sum(-1).tolist()
+            # both are 0 where there is no token
+            result += (logprobs - reference_logprobs).sum(-1).tolist()
         model.train(was_training)
         return result
 
@@ -169,7 +170,8 @@ def eos_probability(
         columns = completion_batch(
             before, [row["response_ids"][-1:] for row in part], pad_id, device
         )
-        logprobs, _ = response_logprobs(model, *columns[:4], plain_head=plain_head)
+        logprobs, _ = response_logprobs(model, *columns, plain_head=plain_head)
+        # each response is its one EOS token
         total += float(logprobs.exp().sum())
     model.train(training)
     return float(world.sum(total)) / len(rows)

@@ -1,11 +1,31 @@
-"""Log-probabilities of responses under a causal model, without logits for the prompt."""
+"""Log-probabilities of responses under a causal model, without padding and without logits for the
+prompt.
+
+Rows go through the trunk packed: behind one another in one row of tokens, and apart in attention
+alone. Models for which that is not the same function get padded rows.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from rlhf.tensors import selected_logprobs
+
+# elements of the logits that exist at a time
+LOGITS_ON_CPU, LOGITS_ON_GPU = 2**23, 2**28
+# tokens that go through the trunk together: what a core's cache holds of a small model, and what
+# fills a GPU
+TOKENS_ON_CPU, TOKENS_ON_GPU = 1024, 16_384
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -70,30 +90,315 @@ def completion_batch(
     return tuple(t.to(device) for t in (ids, attention, positions, responses, mask))
 
 
-def gather_columns(hidden: Tensor, positions: Tensor) -> Tensor:
-    """Gather hidden (B, L, H) at positions (B, T) -> (B, T, H)."""
-    return hidden.gather(1, positions.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+# Rows behind one another
+
+
+def tokens_per_pass(device: torch.device) -> int:
+    """Return how many tokens go through the trunk together unless an option says otherwise."""
+    return TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
+
+
+def group_rows(lengths: Sequence[int], tokens: int, rows: int) -> list[list[int]]:
+    """Return groups of rows of similar length: at most `tokens` tokens in each, or one row, and at
+    most `rows` rows.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    # as many groups as are needed, of about as many tokens each
+    aim = sum(lengths) / max(1, math.ceil(sum(lengths) / tokens))
+    groups: list[list[int]] = []
+    filled = 0
+    for row in order:
+        is_full = filled + lengths[row] > tokens or filled >= aim
+        if not groups or is_full or len(groups[-1]) == rows:
+            groups.append([])
+            filled = 0
+        groups[-1].append(row)
+        filled += lengths[row]
+    return groups
+
+
+@dataclass
+class PackedRows:
+    """B right-padded rows of at most L tokens without their padding: N tokens in one row."""
+
+    # (1, N) tokens, and their positions within their own rows
+    ids: Tensor
+    position_ids: Tensor
+    # (N,) each token's place in the padded rows (B * L); None where no row has padding
+    places: Tensor | None
+    batch: int
+    length: int
+
+    @classmethod
+    def of(cls, ids: Tensor, attention: Tensor) -> PackedRows:
+        """Pack ids (B, L) where attention (B, L), right-padded, is 1."""
+        lengths = attention.sum(-1)
+        batch, length = len(ids), int(lengths.max())
+        positions = torch.arange(length, device=ids.device).expand(batch, length)
+        kept = (positions < lengths[:, None]).flatten().nonzero().squeeze(-1)
+        return cls(
+            ids[:, :length].flatten()[kept][None],
+            positions.flatten()[kept][None],
+            None if len(kept) == batch * length else kept,
+            batch,
+            length,
+        )
+
+    def pad(self, states: Tensor) -> Tensor:
+        """Return (B, H, L, D) from (1, H, N, D), zeros at padding."""
+        rows = states[0].transpose(0, 1)
+        if self.places is not None:
+            padded = rows.new_zeros(self.batch * self.length, *rows.shape[1:])
+            rows = padded.index_copy(0, self.places, rows)
+        return rows.reshape(self.batch, self.length, *rows.shape[1:]).transpose(1, 2)
+
+    def unpad(self, states: Tensor) -> Tensor:
+        """Return (1, N, H, D) from (B, L, H, D)."""
+        rows = states.reshape(self.batch * self.length, *states.shape[2:])
+        return (rows if self.places is None else rows[self.places])[None]
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packed_rows: PackedRows | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute transformers' `sdpa` attention, of packed rows each row for itself.
+
+    Rows are padded on the right, where a causal mask alone keeps every token from padding.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if packed_rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    query, key, value = (packed_rows.pad(states) for states in (query, key, value))
+    output, _ = sdpa_attention_forward(module, query, key, value, None, **kwargs)
+    return packed_rows.unpad(output), None
+
+
+def packed_inputs(rows: PackedRows) -> dict[str, Any]:
+    """Return the arguments of a forward pass on packed rows."""
+    return {
+        "input_ids": rows.ids,
+        "position_ids": rows.position_ids,
+        # one of four dimensions is left as it is, so that no mask is made
+        "attention_mask": rows.ids.new_ones(1, 1, 1, 1, dtype=torch.bool),
+        "packed_rows": rows,
+        "use_cache": False,
+    }
+
+
+_PACKS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def packs(model: nn.Module, length: int) -> bool:
+    """Return whether packed rows of up to `length` tokens are the same function as single ones.
+
+    Tried once for each model on a few tokens, which says what a model does with positions, with
+    masks and with arguments that it passes on.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = causal.config.get_text_config()
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    if any(window is not None and window < length for window in windows):
+        return False
+    if causal not in _PACKS:
+        _PACKS[causal] = _try_packing(model)
+    return _PACKS[causal]
+
+
+def _try_packing(model: nn.Module) -> bool:
+    decoder, _ = decoder_and_head(model)
+    config = decoder.config.get_text_config()
+    if config._attn_implementation != "sdpa":
+        return False
+    from transformers import AttentionInterface
+
+    AttentionInterface.register("sdpa", attend)
+    was_training = model.training
+    model.eval()
+    try:
+        gap = _packing_gap(decoder)
+    except Exception as error:  # whatever a model's own code raises
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    else:
+        precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
+        exact = gap < (2e-5 if precise else 0.1)
+        reason = "" if exact else f"so packed, states are off by {gap:.1g} of their spread"
+    model.train(was_training)
+    if reason and os.environ.get("RANK", "0") == "0":
+        message = f"rows of {model.config.model_type} are padded, which is slower ({reason})"
+        print(message, file=sys.stderr, flush=True)
+    return not reason
+
+
+@torch.no_grad()
+def _packing_gap(decoder: nn.Module) -> float:
+    """Return how far states of packed rows are from those of single rows, over their spread."""
+    lengths = (5, 9, 7)
+    device = next(decoder.parameters()).device
+    # a prime, to spread them over the vocabulary; an adapter may stand in place of the embeddings
+    ids = torch.arange(1, 28, device=device).reshape(3, 9) * 7919
+    ids = ids % decoder.config.get_text_config().vocab_size
+    attention = torch.stack([torch.arange(9, device=device) < length for length in lengths]).long()
+    packed = decoder(**packed_inputs(PackedRows.of(ids, attention))).last_hidden_state[0].float()
+    single = [
+        decoder(input_ids=row[None, :length], use_cache=False).last_hidden_state[0].float()
+        for row, length in zip(ids, lengths, strict=True)
+    ]
+    expected = torch.cat(single)
+    return float((packed - expected).abs().max() / expected.std().clamp(min=1e-6))
+
+
+# Log-probabilities
+
+
+def response_places(attention: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+    """Return a mask (B, L) of the states before response tokens, from `completion_batch`'s columns."""
+    places = torch.zeros_like(attention, dtype=torch.bool)
+    rows = torch.arange(len(mask), device=mask.device)[:, None].expand_as(mask)
+    places[rows[mask], positions[mask]] = True
+    return places
+
+
+def response_states(model: nn.Module, ids: Tensor, attention: Tensor, places: Tensor) -> Tensor:
+    """Return the trunk's last hidden states (n, H) at `places`, a mask (B, L) in row order."""
+    decoder, _ = decoder_and_head(model)
+    if packs(model, ids.shape[1]):
+        hidden = decoder(**packed_inputs(PackedRows.of(ids, attention))).last_hidden_state[0]
+        return hidden[places[attention.bool()]]
+    hidden = decoder(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+    return hidden[places]
 
 
 def response_logprobs(
     model: nn.Module,
-    ids,
-    attention,
-    positions,
-    responses,
+    ids: Tensor,
+    attention: Tensor,
+    positions: Tensor,
+    responses: Tensor,
+    mask: Tensor,
     temperature: float = 1.0,
     plain_head: bool = True,
+    entropy_learns: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Return log p(response token t | everything before it) and the entropy there, both (B, T), in nats.
+    """Return log p(response token t | everything before it) and the entropy there, both (B, T), in
+    nats, 0 outside the mask.
 
-    The head is applied at the response's positions alone, so that no (B, L, V) tensor exists;
-    `plain_head=False` takes the model's own logits for those that transform them.
+    Arguments are as from `completion_batch`. The head is applied to the response's tokens alone,
+    a few at a time; `plain_head=False` takes the model's own logits for those that transform them.
+    Gradients flow through the entropy only if `entropy_learns`.
     """
+    places = response_places(attention, positions, mask)
+    chosen = responses[mask]
     if plain_head:
-        decoder, head = decoder_and_head(model)
-        hidden = decoder(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
-        logits = head(gather_columns(hidden, positions))
+        states = response_states(model, ids, attention, places)
+        head = decoder_and_head(model)[1]
+        logprobs, entropy = token_logprobs(states, head, chosen, temperature, entropy_learns)
     else:
-        full = model(input_ids=ids, attention_mask=attention, use_cache=False).logits
-        logits = gather_columns(full, positions)
-    return selected_logprobs(logits, responses, temperature)
+        logits = _own_logits(model, ids, attention, places)
+        logprobs, entropy = selected_logprobs(logits, chosen, temperature)
+    return spread(logprobs, mask), spread(entropy, mask)
+
+
+def spread(numbers: Tensor, mask: Tensor) -> Tensor:
+    """Return (B, T) with `numbers` (n,) where the mask is true, in row order, and 0 elsewhere."""
+    zeros = torch.zeros(mask.shape, dtype=numbers.dtype, device=mask.device)
+    return zeros.masked_scatter(mask, numbers)
+
+
+def _own_logits(model: nn.Module, ids: Tensor, attention: Tensor, places: Tensor) -> Tensor:
+    """Return the model's logits (n, V) at `places`."""
+    if packs(model, ids.shape[1]):
+        kept = places[attention.bool()].nonzero().squeeze(-1)
+        rows = PackedRows.of(ids, attention)
+        return model(**packed_inputs(rows), logits_to_keep=kept).logits[0]
+    return model(input_ids=ids, attention_mask=attention, use_cache=False).logits[places]
+
+
+_WATCHERS: weakref.WeakKeyDictionary[nn.Module, list[Callable]] = weakref.WeakKeyDictionary()
+
+
+def watch_portions(head: nn.Module, watcher: Callable[[int, bool], None]) -> None:
+    """Call `watcher(tokens, learns)` where `token_logprobs` reads a head's weight itself, without
+    its forward hooks.
+    """
+    _WATCHERS.setdefault(head, []).append(watcher)
+
+
+def token_logprobs(
+    states: Tensor,
+    head: nn.Module,
+    ids: Tensor,
+    temperature: float = 1.0,
+    entropy_learns: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return log softmax(head(states) / temperature)[ids] and that distribution's entropy, (n,).
+
+    states (n, H), ids (n,). A frozen linear head makes its logits in portions and keeps none.
+    """
+    weight = getattr(head, "weight", None)
+    is_frozen = type(head) is nn.Linear and not weight.requires_grad
+    # ZeRO-3 brings weights together when their own module is called, which is bypassed here
+    if not is_frozen or hasattr(weight, "ds_id") or entropy_learns:
+        return selected_logprobs(head(states), ids, temperature)
+    for watcher in _WATCHERS.get(head, ()):
+        watcher(len(states), states.requires_grad and torch.is_grad_enabled())
+    return HeadLogprobs.apply(states, weight, head.bias, ids, temperature)
+
+
+class HeadLogprobs(Function):
+    """Log-probabilities and entropies of a frozen linear head, with the gradient for its input.
+
+    With l = (W h + b) / T, p = softmax(l) and q = sum_v p_v W_v, for one token y:
+
+        log p_y = l_y - logsumexp(l),   d log p_y / d h = (W_y - q) / T,
+        entropy = logsumexp(l) - sum_v p_v l_v
+
+    The gradient is made in the forward pass, where p is at hand, so that logits are made once and
+    only for a portion of the tokens at a time. None flows through the entropy.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ids: Tensor,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        exact = torch.float64 if states.dtype == torch.float64 else torch.float32
+        learns = ctx.needs_input_grad[0]
+        limit = LOGITS_ON_GPU if states.is_cuda else LOGITS_ON_CPU
+        portion = max(1, limit // weight.shape[0])
+        logprobs = states.new_empty(len(states), dtype=exact)
+        entropy = torch.empty_like(logprobs)
+        slope = torch.empty_like(states) if learns else None
+        for start in range(0, len(states), portion):
+            part = slice(start, start + portion)
+            logits = nn.functional.linear(states[part], weight, bias).to(exact)
+            if temperature != 1.0:
+                logits.div_(temperature)
+            chosen = logits.gather(-1, ids[part, None]).squeeze(-1)
+            largest = logits.amax(-1, keepdim=True)
+            p = (logits - largest).exp_()
+            total = p.sum(-1)
+            normaliser = total.log() + largest.squeeze(-1)
+            logprobs[part] = chosen - normaliser
+            entropy[part] = normaliser - torch.linalg.vecdot(p, logits) / total
+            if slope is not None:
+                mean = (p.to(weight.dtype) @ weight) / total[:, None]
+                slope[part] = (weight[ids[part]] - mean) / temperature
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        (slope,) = ctx.saved_tensors
+        return (slope * of_logprobs[:, None]).to(slope.dtype), None, None, None, None

@@ -15,6 +15,7 @@ import contextlib
 import copy
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,13 @@ from rlhf.adapters import (
 from rlhf.errors import UserError
 from rlhf.logprobs import (
     decoder_and_head,
-    gather_columns,
     head_is_plain,
     hidden_width,
     response_logprobs,
+    response_places,
+    response_states,
+    spread,
+    token_logprobs,
 )
 from rlhf.models import InitialModel, check_same_base, write_identity
 from rlhf.options.ppo import PPOConfig
@@ -53,6 +57,8 @@ from rlhf.values import coerce
 from rlhf.weights import check_finite, read_identity, read_json
 
 TRAINED = ("policy", "value")
+# what a forward pass reads of `Rollout.batch`
+COLUMNS = ("ids", "attention", "positions", "responses", "mask")
 EMA_REFERENCE = "ema_reference"  # an exponential moving average of the policy
 SCORE = "score"  # the scalar head of a reward model, which stands beside the trunk here
 # Attributes that say how much a model draws at random in training. PhiMoE's router_jitter_noise is
@@ -77,6 +83,7 @@ class Roles(nn.Module):
         critic: str | None = "auto",
         ema_reference: bool = False,
         reward_weight: float = 1.0,
+        critic_trunk: str = "own",
     ):
         """Put the adapters on the initial model's base.
 
@@ -88,6 +95,8 @@ class Roles(nn.Module):
         ema_reference: add a copy of the policy that `update_ema` moves towards it.
         reward_weight: the weight of the reward role's score in the total, which a critic that
         starts from it predicts.
+        critic_trunk: whose hidden states the critic's head reads: "own" (an adapter of its own),
+        "reward" (the frozen reward role's) or "policy".
         """
         super().__init__()
         if critic == "reward" and not reward_path:
@@ -100,6 +109,19 @@ class Roles(nn.Module):
         self.plain_head = head_is_plain(initial.model)
         self.output_head = head_name(initial.model)
         self.width = hidden_width(initial.model)
+        if critic_trunk == "reward" and critic and not reward_path:
+            raise UserError(
+                "critic_trunk is reward, but none of the scorers is an adapter on this base. Use "
+                "--critic_trunk own"
+            )
+        if critic_trunk == "policy" and critic and not self.plain_head:
+            raise UserError(
+                f"critic_trunk is policy, but a {initial.model.config.model_type} model transforms "
+                "its logits, so that its hidden states are not at hand. Use --critic_trunk own"
+            )
+        self.critic_trunk = critic_trunk
+        # hidden states of responses under the reward role, by the row's ids; None: not kept
+        self._kept_states: dict[tuple[int, ...], Tensor] | None = None
         self.score_scale, self.score_bias = 1.0, 0.0
         self.trunk = initial.model
         self.heads = nn.ModuleDict()
@@ -113,7 +135,9 @@ class Roles(nn.Module):
                 "policy": (policy_config, initial.adapter_path),
                 "fresh": (plain_config(lora), None),
             }
-            self._add_critic(initial, *starts[critic])
+            if critic_trunk == "own":
+                self._add_critic_adapter(initial, *starts[critic])
+            self._add_critic_head()
         if reward_path:
             self._add_reward(initial, reward_config, reward_path)
         if critic == "reward":
@@ -130,9 +154,13 @@ class Roles(nn.Module):
             for layer in self._layers:
                 keep_in_float32(layer, dtype)
 
+        # looked up once: names are matched against patterns, and roles change at every pass
+        self._role_parameters: dict[str, list[nn.Parameter]] = {}
+        names = list(self.trunk.peft_config)
+        self._adapted = [p for role in names for p in adapter_parameters(self.trunk, role).values()]
         self._trained = [p for role in TRAINED for p in self.parameters_of(role)]
-        trained_ids = {id(p) for p in self._trained}
-        self._frozen = [p for p in self.parameters() if id(p) not in trained_ids]
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
 
         # dropout would make the first probability ratio differ from 1
         disable_dropout(self)
@@ -168,9 +196,13 @@ class Roles(nn.Module):
             frozen_copy(self.trunk, "policy", EMA_REFERENCE)
         return config
 
-    def _add_critic(self, initial: InitialModel, config: LoraConfig, path: str | None) -> None:
-        """Add the value role with a head of zeros."""
+    def _add_critic_adapter(
+        self, initial: InitialModel, config: LoraConfig, path: str | None
+    ) -> None:
         self._add("value", without_head(config, initial.model), path, (self.output_head, SCORE))
+
+    def _add_critic_head(self) -> None:
+        """Add the head of the critic, of zeros."""
         head = nn.Linear(self.width, 1)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
@@ -191,6 +223,11 @@ class Roles(nn.Module):
         value, reward = self.heads["value"], self.heads["reward"]
         value.weight.copy_(reward.weight * self.score_scale * weight)
         value.bias.fill_(self.score_bias * weight)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Return the dtype of what learns: float32, or float64 on a base in float64."""
+        return self._trained[0].dtype
 
     @property
     def has_reference_adapter(self) -> bool:
@@ -245,53 +282,106 @@ class Roles(nn.Module):
     def _activate(self, role: str) -> None:
         bare = role == "reference" and not self.has_reference_adapter
         for layer in self._layers:
+            if isinstance(layer, LoraLayer):
+                # PEFT's own methods would also freeze and thaw parameters, which takes longer
+                # than the pass of a small model
+                layer._disable_adapters = bare
+                layer._active_adapter = [role]
+                continue
             layer.enable_adapters(not bare)
-            if isinstance(layer, AuxiliaryTrainingWrapper) and role not in layer._adapters:
+            if role not in layer._adapters:
                 # the base's own module, for a role that holds none of its own
                 layer.set_adapter([])
             elif not bare:
                 layer.set_adapter(role)
-        # PEFT freezes the adapters that are not active and thaws the one that is: put back who
-        # learns here
+        for parameter in self._adapted:
+            parameter.requires_grad_(False)
         for parameter in self._trained:
             parameter.requires_grad_(True)
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
         # matmul sums in another order where a weight asks for no gradient and its input is
         # transposed (Mamba): roles that are held against each other, which is done without
         # gradients, are to sum alike
         if not bare and not torch.is_grad_enabled():
-            for parameter in self.parameters_of(role):
+            if role not in self._role_parameters:
+                self._role_parameters[role] = self.parameters_of(role)
+            for parameter in self._role_parameters[role]:
                 parameter.requires_grad_(True)
 
-    def logprobs(self, batch: dict[str, Tensor], temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """log p of each response token and the entropy there under the role in use, (B, T)."""
-        return response_logprobs(
-            self.trunk,
-            batch["ids"],
-            batch["attention"],
-            batch["positions"],
-            batch["responses"],
-            temperature,
-            self.plain_head,
-        )
+    def logprobs(
+        self, batch: dict[str, Tensor], temperature: float = 1.0, *, entropy_learns: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return log p of each response token and the entropy there, (B, T), under the role in use.
 
-    def hidden(self, ids: Tensor, attention: Tensor) -> Tensor:
-        """(B, L, H) hidden states under the role in use."""
-        return decoder_and_head(self.trunk)[0](
-            input_ids=ids, attention_mask=attention, use_cache=False
-        ).last_hidden_state
+        batch: see `Rollout.batch`. Gradients flow through the entropy only if `entropy_learns`.
+        """
+        columns = [batch[name] for name in COLUMNS]
+        return response_logprobs(self.trunk, *columns, temperature, self.plain_head, entropy_learns)
+
+    def logprobs_and_values(
+        self, batch: dict[str, Tensor], temperature: float, *, entropy_learns: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return `logprobs` and the values (B, T) of a critic on the policy's trunk, in one pass."""
+        mask, states = batch["mask"], self.states(batch)
+        head = decoder_and_head(self.trunk)[1]
+        chosen = batch["responses"][mask]
+        found = token_logprobs(states, head, chosen, temperature, entropy_learns)
+        logprobs, entropy = (spread(numbers, mask) for numbers in found)
+        return logprobs, entropy, self.values_of(states, mask)
+
+    def states(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the hidden states (n, H) before each of the batch's n response tokens."""
+        places = response_places(batch["attention"], batch["positions"], batch["mask"])
+        return response_states(self.trunk, batch["ids"], batch["attention"], places)
+
+    def values_of(self, states: Tensor, mask: Tensor) -> Tensor:
+        """Return the critic's values of states (n, H), spread over the mask (B, T)."""
+        return spread(_apply(self.heads["value"], states), mask)
 
     def values(self, batch: dict[str, Tensor]) -> Tensor:
-        """V of the state before each response token, (B, T); inside `use("value")`."""
-        states = gather_columns(self.hidden(batch["ids"], batch["attention"]), batch["positions"])
-        return _apply(self.heads["value"], states)
+        """Return the value of the state before each response token, (B, T); inside
+        `use_critic()`.
+        """
+        return self.values_of(self.states(batch), batch["mask"])
 
-    def scores(self, ids: Tensor, attention: Tensor) -> Tensor:
-        """The reward model's score at each row's last response token, (B,); inside `use("reward")`."""
-        last = (attention.sum(-1) - 1)[:, None]
-        states = gather_columns(self.hidden(ids, attention), last)
-        return _apply(self.heads["reward"], states)[:, 0] * self.score_scale + self.score_bias
+    def use_critic(self) -> contextlib.AbstractContextManager[Roles]:
+        """Return the context in which the trunk is the one that the critic's head reads."""
+        return self.use("value" if self.critic_trunk == "own" else self.critic_trunk)
+
+    def scores(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the reward model's score at each row's last token, (B,); inside `use("reward")`."""
+        attention, mask = batch["attention"], batch["mask"]
+        places = response_places(attention, batch["positions"], mask)
+        lengths = attention.sum(-1)
+        last = torch.arange(attention.shape[1], device=lengths.device) == lengths[:, None] - 1
+        states = response_states(self.trunk, batch["ids"], attention, places | last)
+        is_last = last[places | last]
+        if self._kept_states is not None:
+            before = states[~is_last].split(mask.sum(-1).tolist())
+            for ids, length, own in zip(batch["ids"], lengths, before, strict=True):
+                self._kept_states[tuple(ids[:length].tolist())] = own
+        return _apply(self.heads["reward"], states[is_last]) * self.score_scale + self.score_bias
+
+    @contextlib.contextmanager
+    def keeping_states(self) -> Iterator[None]:
+        """Keep the hidden states of what is scored inside, for `kept_states`, if the critic reads
+        them.
+        """
+        self._kept_states = {} if self.has_critic and self.critic_trunk == "reward" else None
+        try:
+            yield
+        finally:
+            self._kept_states = None
+
+    def kept_states(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return `states` (n, H) of the batch under the reward role, from when it was scored if it
+        was.
+        """
+        lengths = batch["attention"].sum(-1).tolist()
+        rows = [tuple(ids[:n].tolist()) for ids, n in zip(batch["ids"], lengths, strict=True)]
+        if self._kept_states is None or any(row not in self._kept_states for row in rows):
+            with self.use("reward"):
+                return self.states(batch)
+        return torch.cat([self._kept_states[row] for row in rows])
 
     def save(self, folder: str | Path, initial: InitialModel) -> None:
         """The policy's adapter in `folder`, the value adapter and its head in `folder`/value. Main
@@ -303,7 +393,10 @@ class Roles(nn.Module):
         check_finite(
             ((n, p) for n, p in self.named_parameters() if p.requires_grad), f"{folder}: not saved"
         )
-        for role, place in (("policy", folder), ("value", folder / "value"))[: 1 + self.has_critic]:
+        places = {"policy": folder}
+        if "value" in self.trunk.peft_config:
+            places["value"] = folder / "value"
+        for role, place in places.items():
             place.mkdir(parents=True, exist_ok=True)
             config = self.trunk.peft_config[role]
             config.inference_mode = True
@@ -322,6 +415,7 @@ class Roles(nn.Module):
                 k: v.detach().cpu().contiguous()
                 for k, v in self.heads["value"].state_dict().items()
             }
+            (folder / "value").mkdir(exist_ok=True)
             save_file(head, folder / "value" / VALUE_HEAD_FILE)
 
 

@@ -222,6 +222,7 @@ def test_heads_have_the_width_of_the_last_hidden_state(tmp_path, tokenizer):
     assert hidden_width(roles.trunk) == roles.heads["value"].in_features == 16
     ids = torch.arange(5, 11).reshape(1, 6)
     batch = {"ids": ids, "attention": torch.ones_like(ids), "positions": torch.tensor([[3, 4]])}
+    batch["mask"] = torch.ones(1, 2, dtype=torch.bool)
     with roles.use("value"):
         assert roles.values(batch).shape == (1, 2)
 
@@ -251,7 +252,7 @@ def test_padding_is_known_by_the_mask_alone(base_path):
     prompts, responses = [[5, 6, 7], [8, 9]], [[10, 2], [11, 12, 13, 2]]
     with torch.no_grad():
         filled = [completion_batch(prompts, responses, pad) for pad in (0, 2)]
-        one, other = (response_logprobs(model, *batch[:4])[0][batch[4]] for batch in filled)
+        one, other = (response_logprobs(model, *batch)[0][batch[4]] for batch in filled)
     torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
 
 

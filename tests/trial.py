@@ -17,8 +17,10 @@ from rlhf.data.records import Prompt, Scores
 from rlhf.deepspeed_backend import gathered
 from rlhf.distributed import DistributedContext, start
 from rlhf.models import load_model
+from rlhf.options.ppo import PPOConfig
+from rlhf.ppo.batches import TrainingData, cycle_shuffled
 from rlhf.ppo.guards import Decision
-from rlhf.ppo.trainer import PPOConfig, PPOTrainer, TrainingData, cycle_shuffled
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.roles import Roles
 
 STOPS = [2, *range(3, 320, 9)]  # one token in nine, so that some responses end and some do not
@@ -114,7 +116,7 @@ def run(given: dict, world: DistributedContext | None = None) -> dict:
     scale = roles.trunk.peft_config["policy"] if scale is None else scale
     return {
         "before": before, "after": after, "steps": steps, "lora_scale": scale.lora_alpha / scale.r,
-        "shape": initial.model.config.to_dict(), "kl_coef": trainer.kl.coef,
+        "shape": initial.model.config.to_dict(), "kl_coef": trainer.estimator.kl.coef,
     }  # fmt: skip
 
 

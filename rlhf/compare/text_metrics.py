@@ -116,17 +116,14 @@ def _losses(model, policy, rows, pad_id, batch_size, plain_head) -> list[TextLos
         part = rows[start : start + batch_size]
         prompt_ids = [row["prompt_ids"] for row in part]
         response_ids = [row["response_ids"] for row in part]
-        ids, attention, positions, responses, mask = completion_batch(
-            prompt_ids, response_ids, pad_id, device
-        )
+        columns = completion_batch(prompt_ids, response_ids, pad_id, device)
         with torch.no_grad(), policy():
-            logprobs, _ = response_logprobs(
-                model, ids, attention, positions, responses, plain_head=plain_head
-            )
+            logprobs, _ = response_logprobs(model, *columns, plain_head=plain_head)
         # a long response has more tokens than float32 sums exactly
-        nats = torch.where(mask, -logprobs, 0.0).sum(-1, dtype=torch.float64).tolist()
+        nats = (-logprobs).sum(-1, dtype=torch.float64).tolist()
         groups = [row["group"] for row in part]
-        result += map(TextLoss, groups, nats, mask.sum(-1).tolist())
+        tokens = columns[-1].sum(-1).tolist()
+        result += map(TextLoss, groups, nats, tokens)
     model.train(was_training)
     return result
 

@@ -19,13 +19,15 @@ from rlhf.distributed import DistributedContext
 from rlhf.engines.batched import generate
 from rlhf.engines.sampling import Completions, Sampling, sample_key
 from rlhf.evaluate import to_samples
-from rlhf.logprobs import completion_batch
+from rlhf.logprobs import completion_batch, group_rows, tokens_per_pass
 from rlhf.ppo.advantages import kl_k1, kl_k3
 from rlhf.ppo.guards import repetition
 from rlhf.roles import EMA_REFERENCE, Roles
 from rlhf.stats import clustered_se
-from rlhf.tensors import masked_mean, masked_sum_rows
+from rlhf.tensors import masked_mean, masked_sum_rows, pad_right
 
+# what is measured of each token -> the role that gives it
+LOGPROBS_OF = {"logprobs": "policy", "ref_logprobs": "reference", "penalty_logprobs": EMA_REFERENCE}
 # an engine that samples: any function with the signature of rlhf.engines.hf.generate
 Generate = Callable[..., Completions]
 
@@ -39,7 +41,7 @@ class Rollout:
 
     # what a forward pass reads: ids and attention (N, L), positions, responses and mask (N, T)
     batch: dict[str, Tensor]
-    # (N, T) log-probabilities of the policy that sampled, by the learner's own forward pass
+    # (N, T) log-probabilities of the policy that sampled, by a pass of the learner or by the engine
     logprobs: Tensor
     # (N, T) log-probabilities of the policy that training began with
     ref_logprobs: Tensor
@@ -48,8 +50,6 @@ class Rollout:
     penalty_logprobs: Tensor
     # (N, T) value of the state before each token; 0 without a critic
     values: Tensor
-    # (N, T) entropy of the policy's next-token distribution, nats
-    entropy: Tensor
     # (N,) as the scorer gave them
     scores: Tensor
     # (N,) whether a response ended with a stop token
@@ -61,8 +61,10 @@ class Rollout:
     samples: Samples
     # duration of each phase, as time/* metrics
     seconds: dict[str, float] = field(default_factory=dict)
-    # mean |engine's - learner's| log-probability of a response token
-    logprob_gap: float = 0.0
+    # mean |engine's - learner's| log-probability of a response token; NaN where the engine's stand
+    logprob_gap: float = math.nan
+    # (N, T, H) states that a critic on the reward model's trunk reads; None with another critic
+    states: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -80,8 +82,8 @@ class RolloutSettings:
     sampling: Sampling
     seed: int
     samples_per_prompt: int = 1
-    # rows in one forward pass of the measurement
-    micro_batch_size: int = 8
+    # tokens, and rows, in one forward pass of the measurement
+    pass_limits: tuple[int, int] = (1024, 512)
     # responses sampled together on one device
     generation_batch_size: int = 64
 
@@ -102,14 +104,14 @@ class RolloutCollector:
     world: DistributedContext
     settings: RolloutSettings
     generate: Generate = generate
+    # whether the engine's log-probabilities stand for the learner's
+    trusts_engine: bool = False
 
     def collect(self, prompts: list[dict[str, Any]], step: int) -> Rollout:
         """Return the rollout of `step` on these prompts (rows of `encode_prompts`).
 
-        Each rank handles its shard. Ids are gathered before the forward passes, so that all of them
-        have one width and the first probability ratio of learning is exactly 1. Parameters have to
-        be whole, because ranks make different numbers of passes. BadScore, which a scorer raises on
-        one rank, is raised on all.
+        Each rank handles its shard. Parameters have to be whole, because ranks make different
+        numbers of passes. BadScore, which a scorer raises on one rank, is raised on all.
         """
         count, seconds = self.settings.samples_per_prompt, {}
         keys = sample_keys(prompts, count, self.settings.seed, step)
@@ -128,20 +130,28 @@ class RolloutCollector:
             )
         own_samples = to_samples(own_prompts, completions, self.tokenizer)
 
-        with timed(seconds, "time/score"):
-            scores = self._score(own_samples)
-        samples = Samples(
-            **{name: self.world.gather(column) for name, column in vars(own_samples).items()}
-        )
-        engine_logprobs = self.world.gather(completions.logprobs)
+        with self.roles.keeping_states():
+            with timed(seconds, "time/score"):
+                scores = self._score(own_samples)
+            columns = {
+                name: self.world.gather(column) for name, column in vars(own_samples).items()
+            }
+            samples = Samples(**columns)
+            device, pad_id = self.world.device, self.tokenizer.pad_token_id
+            batch = padded_batch(samples.prompt_ids, samples.response_ids, pad_id, device)
+            engine_logprobs = pad_right(
+                self.world.gather(completions.logprobs),
+                width=batch["mask"].shape[1],
+                dtype=self.roles.precision,
+            ).to(device)
+            with timed(seconds, "time/forward"):
+                measured = self._measure(batch)
 
-        with timed(seconds, "time/forward"):
-            device = self.world.device
-            batch = padded_batch(
-                samples.prompt_ids, samples.response_ids, self.tokenizer.pad_token_id, device
-            )
-            measured = self._measure(batch)
-
+        gap = math.nan
+        if "logprobs" in measured:
+            gap = float(masked_mean((engine_logprobs - measured["logprobs"]).abs(), batch["mask"]))
+        else:
+            measured["logprobs"] = engine_logprobs
         return Rollout(
             batch=batch,
             **measured,
@@ -151,7 +161,7 @@ class RolloutCollector:
             breakdown=scores.breakdown,
             samples=samples,
             seconds=seconds,
-            logprob_gap=mean_gap(engine_logprobs, measured["logprobs"], batch["mask"]),
+            logprob_gap=gap,
         )
 
     def _score(self, own_samples: Samples) -> Scores:
@@ -172,64 +182,81 @@ class RolloutCollector:
         return Scores(totals, breakdown)
 
     def _measure(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what `measure` finds of all rows, each rank measuring its shard, 0 outside the
-        mask.
-        """
-        mask = batch["mask"]
-        shard = self.world.shard(len(mask))
-        own = measure(
-            self.roles,
-            batch,
-            shard,
-            self.settings.micro_batch_size,
-            self.settings.sampling.temperature,
-        )
+        """Return what `measure` finds of all rows, each rank measuring its shard."""
+        names = measured_names(self.roles, self.trusts_engine)
+        shard = self.world.shard(len(batch["mask"]))
+        own = {name: column[shard.start : shard.stop] for name, column in batch.items()}
+        settings = self.settings
+        found = measure(self.roles, own, names, settings.pass_limits, settings.sampling.temperature)
         measured = {}
-        for name, part in own.items():
-            whole = torch.cat(self.world.gather([part.cpu()])).to(self.world.device)
-            measured[name] = torch.where(mask, whole, torch.zeros_like(whole))
+        for name, part in found.items():
+            measured[name] = torch.cat(self.world.gather([part.cpu()])).to(self.world.device)
 
         measured.setdefault("penalty_logprobs", measured["ref_logprobs"])
-        measured.setdefault("values", torch.zeros_like(measured["logprobs"]))
+        measured.setdefault("values", torch.zeros_like(measured["ref_logprobs"]))
         return measured
+
+
+def measured_names(roles: Roles, trusts_engine: bool) -> list[str]:
+    """Return what of a rollout has to be measured by passes of its own."""
+    names = ["ref_logprobs"]
+    # a critic on the policy's trunk needs that pass anyway
+    if not trusts_engine or (roles.has_critic and roles.critic_trunk == "policy"):
+        names.append("logprobs")
+    if roles.has_ema_reference:
+        names.append("penalty_logprobs")
+    if roles.has_critic:
+        names.append("values")
+        if roles.critic_trunk == "reward":
+            names.append("states")
+    return names
 
 
 @torch.no_grad()
 def measure(
     roles: Roles,
     batch: dict[str, Tensor],
-    rows: range,
-    micro_batch_size: int,
+    names: list[str],
+    pass_limits: tuple[int, int],
     temperature: float,
 ) -> dict[str, Tensor]:
-    """Return logprobs, entropy and ref_logprobs of these rows, and penalty_logprobs and values
-    where there are such roles; each (len(rows), T).
+    """Return, of the B rows of a batch, what `names` asks for: logprobs, ref_logprobs,
+    penalty_logprobs and values (B, T), states (B, T, H); 0 outside the mask.
     """
-    names = ["logprobs", "entropy", "ref_logprobs"]
-    if roles.has_ema_reference:
-        names.append("penalty_logprobs")
-    if roles.has_critic:
-        names.append("values")
+    mask = batch["mask"]
+    dtype = roles.precision
+    found = {name: torch.zeros(mask.shape, dtype=dtype, device=mask.device) for name in names}
+    if "states" in found:
+        found["states"] = found["states"].new_zeros(*mask.shape, roles.width)
 
-    # so that a rank without rows returns tensors too
-    empty = batch["mask"].new_zeros((0, batch["mask"].shape[1]), dtype=torch.float32)
-    found: dict[str, list[Tensor]] = {name: [empty] for name in names}
-    for start in range(rows.start, rows.stop, micro_batch_size):
-        stop = min(start + micro_batch_size, rows.stop)
-        part = {name: column[start:stop] for name, column in batch.items()}
-        with roles.use("policy"):
-            logprobs, entropy = roles.logprobs(part, temperature)
-        found["logprobs"].append(logprobs)
-        found["entropy"].append(entropy)
-        with roles.use("reference"):
-            found["ref_logprobs"].append(roles.logprobs(part, temperature)[0])
-        if roles.has_ema_reference:
-            with roles.use(EMA_REFERENCE):
-                found["penalty_logprobs"].append(roles.logprobs(part, temperature)[0])
-        if roles.has_critic:
-            with roles.use("value"):
-                found["values"].append(roles.values(part))
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    lengths = batch["attention"].sum(-1).tolist()
+    for group in group_rows(lengths, *pass_limits):
+        rows = torch.tensor(group, device=mask.device)
+        part = {name: column[rows] for name, column in batch.items()}
+        for name, numbers in measure_part(roles, part, names, temperature).items():
+            found[name][rows] = numbers.to(dtype)
+    return found
+
+
+def measure_part(
+    roles: Roles, part: dict[str, Tensor], names: list[str], temperature: float
+) -> dict[str, Tensor]:
+    """Return what `measure` does for rows that go through a pass together."""
+    found = {}
+    for name, role in LOGPROBS_OF.items():
+        if name in names:
+            with roles.use(role):
+                found[name] = roles.logprobs(part, temperature)[0]
+    if "states" in names:
+        states = roles.kept_states(part)
+        padded = states.new_zeros(*part["mask"].shape, states.shape[-1])
+        padded[part["mask"]] = states
+        found["states"] = padded
+        found["values"] = roles.values_of(states, part["mask"])
+    elif "values" in names:
+        with roles.use_critic():
+            found["values"] = roles.values(part)
+    return found
 
 
 def describe_rollout(rollout: Rollout) -> dict[str, float]:
@@ -247,7 +274,6 @@ def describe_rollout(rollout: Rollout) -> dict[str, float]:
         "response/length": lengths.mean(),
         "response/ended": rollout.ended.double().mean(),
         "response/repetition": sum(repetitions) / count,
-        "rollout/logprob_gap": rollout.logprob_gap,
     }
 
     groups = [metadata["group"] for metadata in rollout.samples.metadata]
@@ -296,17 +322,6 @@ def check_totals(scores: Scores, samples: Samples) -> Scores:
     return scores
 
 
-def mean_gap(engine_logprobs: list[list[float]], logprobs: Tensor, mask: Tensor) -> float:
-    """Return the mean |engine's - learner's| log-probability of a response token; logprobs and mask
-    are (N, T).
-    """
-    padded = torch.zeros_like(logprobs)
-    for row, numbers in enumerate(engine_logprobs):
-        padded[row, : len(numbers)] = torch.tensor(numbers, dtype=padded.dtype)
-    gaps = torch.where(mask, padded - logprobs, torch.zeros_like(padded)).abs()
-    return float((gaps.sum() / mask.sum()).item())
-
-
 def padded_batch(
     prompt_ids: list[list[int]],
     response_ids: list[list[int]],
@@ -326,14 +341,15 @@ def role_scorer(roles: Roles, pad_id: int, batch_size: int = 32, name: str = "re
     @torch.no_grad()
     def score(samples: Samples) -> Scores:
         device = next(roles.parameters()).device
-        totals: list[float] = []
-        for start in range(0, len(samples), batch_size):
-            part = slice(start, start + batch_size)
-            ids, attention, *_ = completion_batch(
-                samples.prompt_ids[part], samples.response_ids[part], pad_id, device
-            )
+        pairs = list(zip(samples.prompt_ids, samples.response_ids, strict=True))
+        lengths = [len(prompt) + len(response) for prompt, response in pairs]
+        totals = [0.0] * len(samples)
+        for group in group_rows(lengths, tokens_per_pass(device), batch_size):
+            prompts, responses = zip(*(pairs[row] for row in group), strict=True)
             with roles.use("reward"):
-                totals += roles.scores(ids, attention).tolist()
+                found = roles.scores(padded_batch(prompts, responses, pad_id, device))
+            for row, score in zip(group, found.tolist(), strict=True):
+                totals[row] = score
         return Scores(totals, {name: totals})
 
     return score

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rlhf.distributed import DistributedContext
-from rlhf.logprobs import decoder_and_head
+from rlhf.logprobs import decoder_and_head, watch_portions
 
 COUNTERS = ("episodes", "tokens_generated", "tokens_trained", "flops")
 
@@ -106,16 +106,12 @@ class Budget:
             if adapters not in shapes:
                 shapes[adapters] = decoder_shape(module, adapters)
             shape = shapes[adapters]
-            inputs = kwargs.get("input_ids", args[0] if args else None)
-            inputs = kwargs["inputs_embeds"] if inputs is None else inputs
-            mask = kwargs.get("attention_mask")
-            positions = inputs.shape[0] * inputs.shape[1]
-            keys = inputs.shape[1] if mask is None else mask.shape[-1]  # those in the cache too
-            self.flops += shape.forward(positions, positions * keys)
+            positions, pairs = pass_size(args, kwargs)
+            self.flops += shape.forward(positions, pairs)
             if output[0].requires_grad:
                 self.flops += shape.backward(
                     positions,
-                    positions * keys,
+                    pairs,
                     to_embeddings=bool(embedded) and embedded[0].requires_grad,
                     fused=decoder.config._attn_implementation != "eager",
                     recomputed=decoder.training and decoder.is_activation_checkpointing,
@@ -130,6 +126,10 @@ class Budget:
         def after_head(module, args, output) -> None:
             if self.is_counting:
                 count_head(output[..., 0].numel(), output.requires_grad, False)
+
+        def after_portions(positions: int, learns: bool) -> None:
+            if self.is_counting:
+                count_head(positions, learns, False)
 
         def after_model(module, args, kwargs, output) -> None:
             # TRL reads the head's weight itself, and makes its logits again in the backward pass
@@ -146,6 +146,7 @@ class Budget:
         model.register_forward_hook(after_model, with_kwargs=True)
         if head is not None:
             head.register_forward_hook(after_head)
+            watch_portions(head, after_portions)
 
     def state_dict(self) -> dict[str, float]:
         """What a checkpoint keeps; seconds are those spent so far."""
@@ -168,6 +169,21 @@ class Budget:
             if name != "budget/seconds":
                 metrics[name] = float(world.sum(float(metrics[name])))
         return metrics
+
+
+def pass_size(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+    """Return the positions of a decoder's pass, and the pairs of query and key in its attention."""
+    inputs = kwargs.get("input_ids", args[0] if args else None)
+    inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+    positions = inputs.shape[0] * inputs.shape[1]
+    packed = kwargs.get("packed_rows")
+    if packed is not None:
+        # each row attends to itself, padded to the longest
+        return positions, packed.batch * packed.length**2
+    mask = kwargs.get("attention_mask")
+    # those in the cache too
+    keys = inputs.shape[1] if mask is None else mask.shape[-1]
+    return positions, positions * keys
 
 
 def decoder_shape(decoder: nn.Module, adapters: tuple[str, ...] = ()) -> DecoderShape:

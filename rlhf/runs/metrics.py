@@ -124,7 +124,7 @@ METRICS: dict[str, Metric] = {
     ),
     "ppo/ratio_first": Metric(
         "the same over the first minibatch of a step, before any update",
-        "exactly 1 when old log-probabilities are the learner's own; within 1e-5 (fp32) or 1e-2 (bf16) else",
+        "1 within 1e-5 (fp32) or 1e-2 (bf16)",
         "further away: the engine's weights are stale or its sampling differs (rollout/logprob_gap)",
     ),
     "ppo/approx_kl": Metric(
@@ -311,7 +311,8 @@ METRICS: dict[str, Metric] = {
     ),
     # machinery
     "rollout/logprob_gap": Metric(
-        "|log-probability by the engine - by the learner|, mean over sampled tokens, nats",
+        "|log-probability by the engine - by the learner|, mean over response tokens, nats; over those of "
+        "the first update where the engine's stand for the learner's",
         "below 1e-5 in fp32, 1e-2 in bf16",
         "larger: the engine runs stale weights, another temperature or another template",
     ),

@@ -26,8 +26,9 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
     from rlhf.deepspeed_config import read_deepspeed_config
     from rlhf.models import load_model
     from rlhf.options.ppo import PPOConfig
+    from rlhf.ppo.batches import TrainingData
     from rlhf.ppo.rollout import role_scorer
-    from rlhf.ppo.trainer import PPOTrainer, TrainingData
+    from rlhf.ppo.trainer import PPOTrainer
     from rlhf.roles import Roles
 
     options = PPOConfig(

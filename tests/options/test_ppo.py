@@ -9,7 +9,7 @@ from rlhf.data.records import Scores
 from rlhf.distributed import DistributedContext
 from rlhf.models import load_model
 from rlhf.optimizer_engine import make_engine
-from rlhf.ppo.trainer import MicroBatch
+from rlhf.ppo.batches import MicroBatch
 from tests.ppo.test_trainer import STOPS, config, trainer
 
 
@@ -155,7 +155,7 @@ def test_ptx_makes_the_given_answers_likelier(base_path):
             [torch.arange(1, 4), torch.tensor(row["response_ids"])]
             for row in PTX
         ]  # fmt: skip
-    batch = learner.pretraining_batch(0, 5)
+    batch = learner.batches.pretraining_batch(0, 5)
     order = [PTX.index({"prompt_ids": r[:2], "response_ids": r[2:]}) for r in batch["ids"].tolist()]
     assert sorted(order) == [0, 1, 2, 3, 4]
     rows = torch.tensor([1, 3])
@@ -172,7 +172,9 @@ def test_ptx_makes_the_given_answers_likelier(base_path):
 
 def test_each_update_reads_the_next_given_answers(base_path):
     learner = trainer(base_path, config(ptx_coef=1.0, ptx_data=["x"]), ptx=PTX)
-    read = [learner.pretraining_batch(update, 2)["ids"][:, 0].tolist() for update in range(5)]
+    read = [
+        learner.batches.pretraining_batch(update, 2)["ids"][:, 0].tolist() for update in range(5)
+    ]
     flat = [first for part in read for first in part]
     assert sorted(flat[:5]) == sorted(flat[5:]) == [20, 21, 22, 23, 24]
 
@@ -201,7 +203,8 @@ def test_a_moving_reference_moves_the_penalty_only(sft_path):
 
 
 def test_while_the_critic_warms_up_the_policy_stays_to_the_last_bit(sft_path, reward_path):
-    learner = trainer(sft_path, config(critic_warmup_steps=2), reward=reward_path)
+    options = config(critic_warmup_steps=2, old_logprobs="learner")
+    learner = trainer(sft_path, options, reward=reward_path)
     policy, critic = learner.roles.parameters_of("policy"), learner.roles.parameters_of("value")
     before = [p.detach().clone() for p in policy]
     state = learner.learner.optimizer.state
@@ -210,7 +213,8 @@ def test_while_the_critic_warms_up_the_policy_stays_to_the_last_bit(sft_path, re
         metrics, rollout = learner.step(step)
         assert all(torch.equal(a, b) for a, b in zip(before, policy, strict=True))
         assert any(not torch.equal(a, b) for a, b in zip(values, critic, strict=True))
-        assert torch.equal(rollout.logprobs, rollout.ref_logprobs) and metrics["ppo/ratio"] == 1.0
+        assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
+        assert abs(metrics["ppo/ratio"] - 1) < 1e-6
         assert not any(state[p] for p in policy)  # no moments, no count of steps
         assert all(state[p]["step"] == 4 * (step + 1) for p in critic)  # two epochs of two updates
     learner.step(2)
@@ -304,7 +308,7 @@ def test_what_a_guard_takes_back_is_not_made_where_all_that_was_last_is_clipped(
     their loss is.
     """
     options = config(
-        per_device_train_batch_size=1, num_mini_batches=1, num_ppo_epochs=2, guards={"target_kl": 1e-12},
+        per_device_train_batch_size=1, num_mini_batches=1, num_ppo_epochs=2, guards={"target_kl": 1e-9},
         advantage_estimator=estimator, samples_per_prompt=1 if estimator == "gae" else 8, missing_eos_score=None,
         clip_range=1e-6, value_clip_range=1e-6, lr_scheduler_type="constant", total_episodes=10 * 8, kl_coef=0.0,
     )  # fmt: skip
@@ -355,7 +359,7 @@ def test_the_adaptive_coefficient_is_the_next_step_s(sft_path):
     learner = trainer(sft_path, config(kl_coef=0.2, kl_target=0.5, kl_horizon=16))
     first, _ = learner.step(0)  # a KL of 0: e = -0.2, times 8 / 16
     assert first["kl/coef"] == 0.2 and math.isclose(
-        learner.kl.coef, 0.2 * (1 - 0.2 * 8 / 16), abs_tol=1e-12
+        learner.estimator.kl.coef, 0.2 * (1 - 0.2 * 8 / 16), abs_tol=1e-12
     )
     second, _ = learner.step(1)
     assert second["kl/coef"] == 0.2 * (1 - 0.2 * 8 / 16)

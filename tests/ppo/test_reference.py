@@ -212,7 +212,7 @@ def launched(folder: Path, cases: list[dict], stage: str | list[str], ranks: int
 TAKEN_BACK = {
     "model": "sft", "steps": 3, "dtype": "float32",
     "options": {
-        "num_mini_batches": 1, "guards": {"target_kl": 1e-12}, "clip_range": 1e-6, "value_clip_range": 1e-6,
+        "num_mini_batches": 1, "guards": {"target_kl": 1e-9}, "clip_range": 1e-6, "value_clip_range": 1e-6,
         "missing_eos_score": None,
     },
 }  # fmt: skip

@@ -11,14 +11,9 @@ from rlhf.engines.hf import generate
 from rlhf.engines.sampling import Sampling
 from rlhf.errors import UserError
 from rlhf.models import load_model
-from rlhf.ppo.trainer import (
-    PPOConfig,
-    PPOTrainer,
-    TrainingData,
-    cycle_shuffled,
-    micro_batch_positions,
-    permutation,
-)
+from rlhf.options.ppo import PPOConfig
+from rlhf.ppo.batches import Batches, TrainingData, cycle_shuffled, permutation
+from rlhf.ppo.trainer import PPOTrainer
 from rlhf.roles import Roles
 from rlhf.values import check_ranges
 
@@ -71,6 +66,7 @@ def trainer(
         lora_config(r=4),
         reward,
         critic=critic,
+        critic_trunk=options.critic_trunk,
         ema_reference=options.reference_ema is not None,
     )
     data = TrainingData(prompts, initial.tokenizer, [initial.tokenizer.eos_token_id], ptx or [])
@@ -81,11 +77,12 @@ def test_before_the_first_update_kl_is_zero_and_the_ratio_is_one(sft_path, rewar
     learner = trainer(sft_path, reward=reward_path)
     metrics, rollout = learner.step(0)
     assert metrics["kl/sequence"] == 0.0 and metrics["kl/k3"] == 0.0
-    assert metrics["ppo/ratio_first"] == 1.0
+    # passes of other rows sum in another order
+    assert abs(metrics["ppo/ratio_first"] - 1) < 1e-6
     assert metrics["rollout/logprob_gap"] < 1e-5
     assert torch.equal(rollout.logprobs, rollout.ref_logprobs)
     later, _ = learner.step(1)
-    assert later["kl/sequence"] != 0.0 and later["ppo/ratio_first"] == 1.0
+    assert later["kl/sequence"] != 0.0 and abs(later["ppo/ratio_first"] - 1) < 1e-6
 
 
 def test_only_policy_and_critic_move(sft_path, reward_path):
@@ -193,7 +190,7 @@ def test_a_response_that_does_not_end_scores_the_eos_penalty(sft_path):
     learner = trainer(sft_path, config(missing_eos_score=-7.0, missing_eos="replace"))
     learner.collector.stop_ids = STOPS
     metrics, rollout = learner.step(0)
-    shaped = learner.shape_scores(rollout)
+    shaped = learner.estimator.shape_scores(rollout)
     for score, ended, ids in zip(shaped, rollout.ended, rollout.samples.response_ids, strict=True):
         assert float(score) == (float(len(ids)) if ended else -7.0)
     assert rollout.scores.tolist() == [float(len(ids)) for ids in rollout.samples.response_ids]
@@ -231,7 +228,7 @@ def test_what_is_compared_are_the_samples_of_a_prompt_where_the_estimator_does(s
     assert trainer(sft_path, config(**options), by_prompt).step(0)[0]["ppo/updates"] == 4
     learner = trainer(sft_path, config(advantage_estimator="rloo", **options), by_prompt)
     assert "ppo/updates" not in learner.step(0)[0] and learner.pending_decision.guard == "no_signal"
-    assert learner.spread(torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.5, 3.0])) == 0.5
+    assert learner.estimator.spread(torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.5, 3.0])) == 0.5
 
 
 def test_the_correlation_of_score_and_length_by_hand(sft_path):
@@ -273,7 +270,9 @@ def test_the_schedule_reaches_the_optimizer(sft_path):
 
 def test_prompts_come_in_shuffled_passes(sft_path):
     learner = trainer(sft_path, config(rollout_batch_size=4, total_episodes=16))
-    seen = [p["record"].prompt[0]["content"] for s in range(4) for p in learner.prompts_of(s)]
+    seen = [
+        p["record"].prompt[0]["content"] for s in range(4) for p in learner.batches.prompts_of(s)
+    ]
     every = sorted(p["record"].prompt[0]["content"] for p in PROMPTS)
     assert sorted(seen[:8]) == every and sorted(seen[8:]) == every and seen[:8] != seen[8:]
 
@@ -286,15 +285,16 @@ def test_samples_per_prompt_share_a_group(sft_path):
 
 def test_micro_batches_cover_each_row_once_and_in_step():
     def sizes(count, size):
-        ranks = [
-            micro_batch_positions(count, DistributedContext(rank=r, size=2), size) for r in range(2)
-        ]
-        return [[len(part) for part in parts] for parts in ranks], torch.cat(
-            [p for parts in ranks for p in parts]
-        )
+        # rows of one length
+        options, shares = config(per_device_train_batch_size=size), []
+        for rank in range(2):
+            world = DistributedContext(rank=rank, size=2)
+            shares.append(Batches(options, TrainingData([], None, []), world).shares([3] * count))
+        rows = [row for share in shares for group in share for row in group]
+        return [[len(group) for group in share] for share in shares], rows
 
-    lengths, positions = sizes(7, 2)
-    assert lengths == [[2, 1], [2, 2]] and sorted(positions.tolist()) == list(range(7))
+    lengths, rows = sizes(7, 2)
+    assert lengths == [[2, 1], [2, 2]] and sorted(rows) == list(range(7))
     # one row on two ranks: the rank without any has an empty micro-batch
     assert sizes(1, 2)[0] == [[0], [1]]
     # three on two, one at a time: both make two passes
@@ -371,10 +371,13 @@ def test_the_error_of_the_kl_counts_prompts_not_samples(sft_path):
 
 
 def test_rollout_is_the_same_whatever_the_micro_batch(sft_path):
-    one = trainer(sft_path, config(per_device_train_batch_size=1)).step(0)[1]
-    eight = trainer(sft_path, config(per_device_train_batch_size=8)).step(0)[1]
+    rollouts = []
+    for size in (1, 8):
+        options = config(per_device_train_batch_size=size)
+        rollouts.append(trainer(sft_path, options, dtype="float64").step(0)[1])
+    one, eight = rollouts
     assert one.samples.response_ids == eight.samples.response_ids
-    torch.testing.assert_close(one.logprobs, eight.logprobs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(one.logprobs, eight.logprobs, atol=1e-12, rtol=0)
 
 
 def test_an_engine_is_any_function_that_samples(sft_path):
@@ -463,7 +466,7 @@ def test_one_step_by_hand_at_a_temperature(base_path):
         for a, b in zip(policy, learner.roles.parameters_of("policy"), strict=True)
     )
     error = min(max(metrics["kl/sequence"] / 1.0 - 1, -0.2), 0.2)
-    assert math.isclose(learner.kl.coef, 0.3 * (1 + error * 8 / 100), abs_tol=1e-12)
+    assert math.isclose(learner.estimator.kl.coef, 0.3 * (1 + error * 8 / 100), abs_tol=1e-12)
     assert metrics["kl/coef"] == 0.3
     assert math.isclose(
         metrics["loss/total"], metrics["loss/policy"] + 0.5 * metrics["loss/value"], abs_tol=1e-9

@@ -24,6 +24,7 @@ from rlhf.data.encode import encode_prompt, encode_response
 from rlhf.data.records import Samples
 from rlhf.errors import UserError
 from rlhf.models import load_model
+from rlhf.ppo.rollout import padded_batch
 from tests.conftest import random_adapter
 
 ROWS = [[5, 6, 7, 2], [9, 8, 2], [4, 11, 12, 13, 14, 2]]
@@ -149,9 +150,9 @@ def test_all_that_an_sft_adapter_holds_is_trained_saved_and_a_role(base_path, tm
     assert raw_scores(load_reward(path, "cpu").model, ROWS, 0) == pytest.approx(trained, abs=1e-6)
     roles = Roles(load_model(sft), lora_config(), path)
     for row, score in zip(ROWS, trained, strict=True):
-        ids = torch.tensor([row])
+        batch = padded_batch([row[:-1]], [row[-1:]], 0, "cpu")
         with torch.no_grad(), roles.use("reward"):
-            assert roles.scores(ids, torch.ones_like(ids)).item() == pytest.approx(score, abs=1e-5)
+            assert roles.scores(batch).item() == pytest.approx(score, abs=1e-5)
 
 
 def test_saved_and_loaded_whole_model_scores_the_same(base_path, tmp_path):
@@ -169,8 +170,8 @@ def test_the_reward_role_of_ppo_scores_the_same(base_path, sft_path, reward_path
     expected = load_reward(reward_path, "cpu").score_ids(ROWS)
     with torch.no_grad(), roles.use("reward"):
         for row, score in zip(ROWS, expected, strict=True):
-            ids = torch.tensor([row])
-            assert roles.scores(ids, torch.ones_like(ids)).item() == pytest.approx(score, abs=1e-5)
+            batch = padded_batch([row[:-1]], [row[-1:]], 0, "cpu")
+            assert roles.scores(batch).item() == pytest.approx(score, abs=1e-5)
 
 
 def test_an_adapter_without_head_is_refused(sft_path):

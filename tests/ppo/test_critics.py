@@ -1,0 +1,204 @@
+"""Where the critic's head reads: an adapter of its own, the reward model's trunk, the policy's."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf.adapters import lora_config
+from rlhf.errors import UserError
+from rlhf.models import load_model
+from rlhf.ppo.rollout import padded_batch, role_scorer
+from rlhf.roles import Roles
+from tests.ppo.test_trainer import config, trainer
+
+
+def with_critic(sft_path, reward_path, trunk, **options):
+    """A trainer whose scorer is the reward role."""
+    options = config(critic_trunk=trunk, **options)
+    learner = trainer(sft_path, options, reward=reward_path)
+    learner.collector.scorer = role_scorer(learner.roles, 0, name="score")
+    return learner
+
+
+def passes_of(learner):
+    """Count the trunk's passes by role from here on."""
+    counted = {}
+    use = learner.roles._activate
+    active = ["policy"]
+
+    def activate(role):
+        active[0] = role
+        use(role)
+
+    def count(*_):
+        counted[active[0]] = counted.get(active[0], 0) + 1
+
+    learner.roles._activate = activate
+    learner.roles.trunk.get_base_model().model.register_forward_hook(count)
+    return counted
+
+
+def test_a_critic_on_the_reward_trunk_starts_as_the_reward_model(sft_path, reward_path):
+    roles = Roles(load_model(sft_path), lora_config(r=4), reward_path, critic_trunk="reward")
+    assert "value" not in roles.trunk.peft_config
+    assert [tuple(p.shape) for p in roles.parameters_of("value")] == [(1, roles.width), (1,)]
+    prompts, responses = [[5, 6, 7], [8, 9]], [[20, 21, 22, 2], [30, 31, 2]]
+    batch = padded_batch(prompts, responses, 0, "cpu")
+    # the value before the last token is the score of what stands before it
+    cut = padded_batch(prompts, [response[:-1] for response in responses], 0, "cpu")
+    with torch.no_grad():
+        with roles.use_critic():
+            values = roles.values(batch)
+        with roles.use("reward"):
+            scores = roles.scores(cut)
+    last = torch.stack([values[0, 3], values[1, 2]])
+    torch.testing.assert_close(last, scores, atol=1e-5, rtol=0)
+    assert not values[1, 3]
+
+
+def test_the_scoring_pass_gives_the_values_on_the_reward_trunk(sft_path, reward_path):
+    learner = with_critic(sft_path, reward_path, "reward", old_logprobs="learner")
+    learner.collect(0)  # what models allow is tried once
+    counted = passes_of(learner)
+    rollout = learner.collect(1)
+    # generation makes the policy's passes on merged copies and one to measure; the reward's is one
+    assert counted["reward"] == 1 and "value" not in counted
+    with torch.no_grad(), learner.roles.use("reward"):
+        expected = learner.roles.values(rollout.batch)
+    torch.testing.assert_close(rollout.values, expected, atol=1e-6, rtol=0)
+    counted.clear()
+    experience, _ = learner.estimator.estimate(rollout)
+    learner.learn(experience, 1)
+    # two epochs of two updates, each one micro-batch; the critic's head makes no pass
+    assert counted == {"policy": 4}
+
+
+def test_without_kept_states_they_are_computed(sft_path, reward_path):
+    learner = with_critic(sft_path, reward_path, "reward")
+    # a scorer that does not go through the role
+    learner.collector.scorer = trainer(sft_path).collector.scorer
+    rollout = learner.collect(0)
+    with torch.no_grad(), learner.roles.use("reward"):
+        expected = learner.roles.values(rollout.batch)
+    torch.testing.assert_close(rollout.values, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("trunk", ["reward", "policy"])
+def test_only_the_head_of_the_critic_and_the_policy_move(sft_path, reward_path, trunk):
+    learner = with_critic(sft_path, reward_path, trunk)
+    before = {n: p.detach().clone() for n, p in learner.roles.named_parameters()}
+    metrics, _ = learner.step(0)
+    after = learner.roles.named_parameters()
+    moved = {n for n, p in after if not torch.equal(p, before[n])}
+    assert {"heads.value.weight", "heads.value.bias"} <= moved
+    assert all(".policy." in n or n.startswith("heads.value.") for n in moved)
+    assert metrics["grad/norm_value"] > 0 and metrics["loss/value"] > 0
+
+
+def test_a_critic_on_the_policys_trunk_sends_its_gradient_there(sft_path, reward_path):
+    moved = {}
+    for weight in (0.0, 1.0):
+        learner = with_critic(sft_path, reward_path, "policy", vf_coef=weight, seed=3)
+        with torch.no_grad():
+            learner.roles.heads["value"].weight.fill_(0.1)
+        learner.step(0)
+        moved[weight] = [p.detach().clone() for p in learner.roles.parameters_of("policy")]
+    assert any(not torch.equal(a, b) for a, b in zip(moved[0.0], moved[1.0], strict=True))
+
+
+def test_one_pass_through_the_policy_gives_what_two_give(sft_path, reward_path):
+    roles = Roles(
+        load_model(sft_path, "float64"), lora_config(r=4), reward_path, critic_trunk="policy"
+    )
+    with torch.no_grad():
+        roles.heads["value"].weight.normal_()
+        batch = padded_batch([[5, 6, 7], [8, 9]], [[20, 21, 22, 2], [30, 2]], 0, "cpu")
+        logprobs, entropy, values = roles.logprobs_and_values(batch, 0.7)
+        expected = [*roles.logprobs(batch, 0.7), roles.values(batch)]
+    for found, other in zip((logprobs, entropy, values), expected, strict=True):
+        torch.testing.assert_close(found, other, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("trunk", ["reward", "policy"])
+def test_a_critic_without_adapter_is_saved_and_a_run_resumed(
+    sft_path, reward_path, trunk, tmp_path
+):
+    learner = with_critic(sft_path, reward_path, trunk)
+    learner.step(0)
+    learner.save(tmp_path)
+    learner.roles.save(tmp_path / "run", load_model(sft_path))
+    head = load_file(tmp_path / "run" / "value" / "value_head.safetensors")
+    assert torch.equal(head["weight"], learner.roles.heads["value"].weight)
+    assert not (tmp_path / "run" / "value" / "adapter_config.json").exists()
+    expected, _ = learner.step(1)
+
+    again = with_critic(sft_path, reward_path, trunk)
+    again.load(tmp_path)
+    found, _ = again.step(1)
+    same = {name for name in expected if not name.startswith(("time/", "memory/"))}
+    assert {name: found[name] for name in same} == {name: expected[name] for name in same}
+
+
+def test_what_cannot_work_is_refused(sft_path):
+    with pytest.raises(UserError, match="critic_trunk is reward, but none of the scorers"):
+        Roles(load_model(sft_path), lora_config(), critic_trunk="reward")
+    with pytest.raises(
+        UserError, match="'critic_warmup_steps' needs a critic that can learn alone"
+    ):
+        config(critic_trunk="policy", critic_warmup_steps=1).validate()
+
+
+# Old log-probabilities from the engine
+
+
+def test_the_engines_log_probabilities_stand_in_after_a_rollout_that_measured_both(
+    sft_path, tmp_path
+):
+    learner = trainer(sft_path)
+    metrics, rollout = learner.step(0)
+    assert metrics["kl/sequence"] == 0.0 and rollout.logprob_gap < 1e-5
+    assert learner.collector.trusts_engine
+    counted = passes_of(learner)
+    rollout = learner.collect(1)
+    # all of the engine: one pass over the prompts and one for each of six tokens
+    assert counted["policy"] == 7 and math.isnan(rollout.logprob_gap)
+    with torch.no_grad(), learner.roles.use("policy"):
+        expected, _ = learner.roles.logprobs(rollout.batch)
+    torch.testing.assert_close(rollout.logprobs, expected, atol=1e-5, rtol=0)
+    learner.save(tmp_path)
+    assert json.loads((tmp_path / "ppo.json").read_text())["trusts_engine"] is True
+    again = trainer(sft_path)
+    again.load(tmp_path)
+    assert again.collector.trusts_engine
+
+
+def test_an_engine_that_is_off_is_measured_beside_the_learner(sft_path):
+    learner = trainer(sft_path)
+    generate = learner.collector.generate
+
+    def stale(*args):
+        found = generate(*args)
+        found.logprobs = [[number - 0.01 for number in row] for row in found.logprobs]
+        return found
+
+    learner.collector.generate = stale
+    for step in range(2):
+        metrics, _ = learner.step(step)
+        assert metrics["rollout/logprob_gap"] == pytest.approx(0.01, abs=1e-5)
+        assert abs(metrics["ppo/ratio_first"] - 1) < 1e-6
+        assert not learner.collector.trusts_engine
+
+    # it goes astray when it was trusted: seen in the first update, and measured from then on
+    learner.collector.trusts_engine = True
+    metrics, _ = learner.step(2)
+    assert metrics["rollout/logprob_gap"] == pytest.approx(0.01, abs=1e-5)
+    assert not learner.collector.trusts_engine
+
+
+def test_a_run_may_ask_for_the_learners_own(sft_path):
+    learner = trainer(sft_path, config(old_logprobs="learner"))
+    learner.step(0)
+    assert not learner.collector.trusts_engine
