@@ -41,12 +41,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # torch takes seconds to import, and wrong options are reported before
     from rlhf import stages
+    from rlhf.critic import critic_start, find_reward_role
     from rlhf.deepspeed_config import read_deepspeed_config
     from rlhf.files import files_fingerprint, scorer_files
     from rlhf.ppo.batches import TrainingData
     from rlhf.ppo.loop import TrainingLoop
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.roles import Roles, critic_start, find_reward_role
+    from rlhf.roles import Roles
     from rlhf.runs.budget import Budget
     from rlhf.tokenizer import stop_ids
 

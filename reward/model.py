@@ -232,7 +232,7 @@ def load_reward(path: str, device: Any = None, dtype: str = "float32") -> Reward
     Raises UserError when the head is missing, the base is another one than it was trained on, or
     nothing is there.
     """
-    from rlhf.roles import reward_shift
+    from rlhf.critic import reward_shift
 
     adapter = Path(path) / "adapter_config.json"
     if adapter.is_file():

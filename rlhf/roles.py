@@ -12,27 +12,20 @@ checkpointing, and says nothing; so a role is only ever a context.
 from __future__ import annotations
 
 import contextlib
-import copy
-import math
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from rlhf.adapters import (
     VALUE_HEAD_FILE,
     adapter_parameters,
     adapter_settings,
-    adapter_weights,
     add_adapter,
     frozen_copy,
     head_name,
@@ -40,6 +33,8 @@ from rlhf.adapters import (
     require_policy,
     without_head,
 )
+from rlhf.critic import SCORE, reward_head, reward_shift
+from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError
 from rlhf.logprobs import (
     decoder_and_head,
@@ -52,18 +47,12 @@ from rlhf.logprobs import (
     token_logprobs,
 )
 from rlhf.models import InitialModel, check_same_base, write_identity
-from rlhf.options.ppo import PPOConfig
-from rlhf.values import coerce
-from rlhf.weights import check_finite, read_identity, read_json
+from rlhf.weights import check_finite
 
 TRAINED = ("policy", "value")
 # what a forward pass reads of `Rollout.batch`
 COLUMNS = ("ids", "attention", "positions", "responses", "mask")
 EMA_REFERENCE = "ema_reference"  # an exponential moving average of the policy
-SCORE = "score"  # the scalar head of a reward model, which stands beside the trunk here
-# Attributes that say how much a model draws at random in training. PhiMoE's router_jitter_noise is
-# a threshold
-RATE = re.compile(r"dropout|pdrop$|^layerdrop$|^(input_)?jitter_noise$|^moe_jitter_eps$")
 
 
 class Roles(nn.Module):
@@ -99,26 +88,14 @@ class Roles(nn.Module):
         "reward" (the frozen reward role's) or "policy".
         """
         super().__init__()
-        if critic == "reward" and not reward_path:
-            raise UserError(
-                "the critic cannot start from the reward model: none of the scorers is an adapter on this base"
-            )
         if critic == "auto":
             critic = "reward" if reward_path else "policy"
         # read off the model before adapters wrap its modules
         self.plain_head = head_is_plain(initial.model)
         self.output_head = head_name(initial.model)
         self.width = hidden_width(initial.model)
-        if critic_trunk == "reward" and critic and not reward_path:
-            raise UserError(
-                "critic_trunk is reward, but none of the scorers is an adapter on this base. Use "
-                "--critic_trunk own"
-            )
-        if critic_trunk == "policy" and critic and not self.plain_head:
-            raise UserError(
-                f"critic_trunk is policy, but a {initial.model.config.model_type} model transforms "
-                "its logits, so that its hidden states are not at hand. Use --critic_trunk own"
-            )
+        if critic:
+            self._check_critic(initial, reward_path, critic, critic_trunk)
         self.critic_trunk = critic_trunk
         # hidden states of responses under the reward role, by the row's ids; None: not kept
         self._kept_states: dict[tuple[int, ...], Tensor] | None = None
@@ -143,16 +120,10 @@ class Roles(nn.Module):
         if critic == "reward":
             self._start_critic_as_reward(reward_weight)
 
-        self.heads.float()
         self._layers = [
             m for m in self.trunk.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)
         ]
-        dtype = next(initial.model.parameters()).dtype
-        if dtype == torch.float64:
-            self.double()
-        elif dtype == torch.bfloat16:
-            for layer in self._layers:
-                keep_in_float32(layer, dtype)
+        self._set_precision(next(initial.model.parameters()).dtype)
 
         # looked up once: names are matched against patterns, and roles change at every pass
         self._role_parameters: dict[str, list[nn.Parameter]] = {}
@@ -169,6 +140,35 @@ class Roles(nn.Module):
             initial.model.activation_checkpointing_enable()
             self.trunk.enable_input_require_grads()
         self._activate("policy")
+
+    def _check_critic(
+        self, initial: InitialModel, reward_path: str | None, start: str, trunk: str
+    ) -> None:
+        """Raise UserError where the critic cannot start, or read, as it is to."""
+        if start == "reward" and not reward_path:
+            raise UserError(
+                "the critic cannot start from the reward model: none of the scorers is an adapter on "
+                "this base"
+            )
+        if trunk == "reward" and not reward_path:
+            raise UserError(
+                "critic_trunk is reward, but none of the scorers is an adapter on this base. Use "
+                "--critic_trunk own"
+            )
+        if trunk == "policy" and not self.plain_head:
+            raise UserError(
+                f"critic_trunk is policy, but a {initial.model.config.model_type} model transforms "
+                "its logits, so that its hidden states are not at hand. Use --critic_trunk own"
+            )
+
+    def _set_precision(self, dtype: torch.dtype) -> None:
+        """Keep what learns in float32 at least, on a base in `dtype`."""
+        self.heads.float()
+        if dtype == torch.float64:
+            self.double()
+        elif dtype == torch.bfloat16:
+            for layer in self._layers:
+                keep_in_float32(layer, dtype)
 
     def _add(
         self, name: str, config: LoraConfig, path: str | None, leave: tuple[str, ...] = ()
@@ -435,92 +435,6 @@ def keep_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:
             module.register_forward_hook(lambda _, given, output: output.to(dtype))
 
 
-def disable_dropout(model: nn.Module, lora_dropout: float = 0.0) -> None:
-    """Switch off whatever a model draws at random in training, so that it is the same function
-    there as elsewhere.
-
-    Dropout modules and rates that a model reads as numbers: of attention, of whole layers, of the
-    noise on what a router reads. Configs keep their rates, for they are saved with the weights.
-    `lora_dropout` is what remains on the input of the LoRA adapter "default".
-    """
-    silent: dict[int, Any] = {}  # copies of the configs that layers read rates from (Falcon)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Dropout):
-            module.p = lora_dropout if name.endswith(".lora_dropout.default") else 0.0
-        _silence(module)
-        config = getattr(module, "config", None)
-        if isinstance(config, PreTrainedConfig) and not isinstance(
-            module, (PreTrainedModel, PeftModel)
-        ):
-            if id(config) not in silent:
-                silent[id(config)] = copy.copy(config)
-                _silence(silent[id(config)])
-            module.config = silent[id(config)]
-        # it draws the experts, without a rate that could be 0
-        if type(module).__name__ == "PhimoeTopKRouter":
-            module.eval()
-            module.train = lambda mode=True, router=module: router
-
-
-def _silence(holder: Any) -> None:
-    for name, value in vars(holder).items():
-        if RATE.search(name) and isinstance(value, float):
-            setattr(holder, name, 0.0)
-
-
-@dataclass(frozen=True)
-class CriticStart:
-    """What the critic starts from."""
-
-    # as the parameter `critic` of Roles
-    source: str | None
-    # of the reward role's score in the total
-    weight: float = 1.0
-    # parts of the total score that the reward role does not know
-    left_out: tuple[str, ...] = ()
-
-
-def find_reward_role(models: dict[str, float], initial: InitialModel) -> str | None:
-    """Return the reward model that becomes a role: the first that is an adapter on the initial
-    model's base, or None.
-
-    models: folder -> weight in the total score. One of weight 0, which is only monitored, comes
-    after the others.
-    """
-    for folder in sorted(models, key=lambda folder: models[folder] == 0):
-        is_adapter = (Path(folder) / "adapter_config.json").is_file()
-        if is_adapter and read_identity(folder).get("base_fingerprint") == initial.fingerprint:
-            return folder
-    return None
-
-
-def critic_start(
-    config: PPOConfig, reward_path: str | None, weight: float, others: dict[str, float]
-) -> CriticStart:
-    """Return what the critic starts from.
-
-    weight: that of the reward role's score in the total; others: name -> weight of the scorers that
-    are not the role. Raises UserError where the critic is to start from a reward model of weight 0.
-    """
-    if not config.has_critic:
-        return CriticStart(None)
-    source = config.critic_from
-    if source == "auto":
-        source = "reward" if weight else "policy"
-    if source != "reward" or reward_path is None:
-        return CriticStart(source)
-    if not weight:
-        raise UserError(
-            f"critic_from is reward, but {reward_path} is only watched (weight 0), and the critic has to predict the "
-            "other scores. Use --critic_from policy"
-        )
-
-    left_out = [f"{name} (weight {other:g})" for name, other in others.items() if other]
-    if config.normalize_scores:
-        left_out.append("the normalisation of scores")
-    return CriticStart(source, weight, tuple(left_out))
-
-
 def plain_config(lora: LoraConfig) -> LoraConfig:
     """A LoRA config for the trunk: no dropout, no scalar head of its own (heads stand beside the
     trunk, in fp32).
@@ -542,41 +456,6 @@ def adapter_config(path: str) -> LoraConfig:
     if not isinstance(config, LoraConfig):
         raise UserError(f"{path}: a {config.peft_type} adapter; roles are LoRA adapters")
     return plain_config(config)
-
-
-def reward_head(path: str, width: int) -> nn.Linear:
-    """The score head that was trained with a reward adapter. Raises UserError when it is missing."""
-    found = [v for k, v in adapter_weights(path).items() if k.endswith(f"{SCORE}.weight")]
-    if len(found) != 1:
-        raise UserError(
-            f"{path}: holds no score head (score.weight): no reward model of launch/reward.py"
-        )
-    if found[0].shape != (1, width):
-        raise UserError(
-            f"{path}: score head of shape {tuple(found[0].shape)}, expected (1, {width})"
-        )
-    head = nn.Linear(width, 1, bias=False)
-    with torch.no_grad():
-        head.weight.copy_(found[0].float())
-    return head
-
-
-def reward_shift(path: str) -> tuple[float, float]:
-    """(scale, bias) from reward.json: score = raw * scale + bias; (1, 0) without the file.
-
-    Raises UserError unless both are finite numbers, and the scale is not 0.
-    """
-    file = Path(path) / "reward.json"
-    content = read_json(file) if file.is_file() else {}
-    scale, bias = (
-        coerce(content.get(n, usual), float, f"{file}: '{n}'")
-        for n, usual in (("scale", 1), ("bias", 0))
-    )
-    if not math.isfinite(scale * bias) or scale == 0:
-        raise UserError(
-            f"{file}: scale {scale} and bias {bias}, expected finite numbers and a scale other than 0"
-        )
-    return scale, bias
 
 
 def _apply(head: nn.Linear, states: Tensor) -> Tensor:

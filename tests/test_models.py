@@ -23,7 +23,9 @@ from transformers import (
 from reward.model import RewardModel, load_reward, write_reward
 from rlhf import stages
 from rlhf.adapters import check_targets, like_rows, lora_config, token_rows
+from rlhf.critic import reward_shift
 from rlhf.distributed import DistributedContext
+from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError
 from rlhf.evaluate import eos_probability
 from rlhf.logprobs import completion_batch, hidden_width, response_logprobs
@@ -36,7 +38,7 @@ from rlhf.models import (
     trainable_policy,
 )
 from rlhf.offline import trainers
-from rlhf.roles import Roles, disable_dropout, reward_shift
+from rlhf.roles import Roles
 from rlhf.tokenizer import load_tokenizer
 from rlhf.weights import check_finite
 from tests.conftest import make_tokenizer, random_adapter

@@ -8,11 +8,12 @@ from safetensors.torch import load_file, save_file
 from reward.model import trainable_reward
 from rlhf.adapters import lora_config
 from rlhf.compare.measure import load_policies
+from rlhf.critic import CriticStart, critic_start, find_reward_role
 from rlhf.errors import UserError
 from rlhf.logprobs import completion_batch, decoder_and_head
 from rlhf.models import load_model, trainable_policy
 from rlhf.options.ppo import PPOConfig
-from rlhf.roles import CriticStart, Roles, critic_start, find_reward_role
+from rlhf.roles import Roles
 from tests.conftest import random_adapter
 
 PROMPTS, RESPONSES = [[5, 6, 7], [8, 9, 10, 11, 12]], [[20, 21, 22, 2], [30, 31]]

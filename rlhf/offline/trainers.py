@@ -14,11 +14,11 @@ from transformers import PrinterCallback, Trainer, get_scheduler
 from rlhf.adapters import use_adapter
 from rlhf.deepspeed_backend import gathered, register_foreign_reads
 from rlhf.deepspeed_config import read_deepspeed_config
+from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError, did_you_mean
 from rlhf.models import InitialModel, write_identity
 from rlhf.offline.callbacks import AlreadyFinished, RunCallback, not_finite
 from rlhf.offline.trl_names import rename_trl
-from rlhf.roles import disable_dropout
 from rlhf.runs.budget import Budget
 from rlhf.runs.run import Run
 from rlhf.values import coerce

@@ -1,0 +1,108 @@
+"""What PPO's critic starts from, and what it takes from a reward model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from rlhf.adapters import adapter_weights
+from rlhf.errors import UserError
+from rlhf.models import InitialModel
+from rlhf.options.ppo import PPOConfig
+from rlhf.values import coerce
+from rlhf.weights import read_identity, read_json
+
+# the scalar head of a reward model, which stands beside the trunk of roles
+SCORE = "score"
+
+
+@dataclass(frozen=True)
+class CriticStart:
+    """What the critic starts from."""
+
+    # as the parameter `critic` of Roles
+    source: str | None
+    # of the reward role's score in the total
+    weight: float = 1.0
+    # parts of the total score that the reward role does not know
+    left_out: tuple[str, ...] = ()
+
+
+def find_reward_role(models: dict[str, float], initial: InitialModel) -> str | None:
+    """Return the reward model that becomes a role: the first that is an adapter on the initial
+    model's base, or None.
+
+    models: folder -> weight in the total score. One of weight 0, which is only monitored, comes
+    after the others.
+    """
+    for folder in sorted(models, key=lambda folder: models[folder] == 0):
+        is_adapter = (Path(folder) / "adapter_config.json").is_file()
+        if is_adapter and read_identity(folder).get("base_fingerprint") == initial.fingerprint:
+            return folder
+    return None
+
+
+def critic_start(
+    config: PPOConfig, reward_path: str | None, weight: float, others: dict[str, float]
+) -> CriticStart:
+    """Return what the critic starts from.
+
+    weight: that of the reward role's score in the total; others: name -> weight of the scorers that
+    are not the role. Raises UserError where the critic is to start from a reward model of weight 0.
+    """
+    if not config.has_critic:
+        return CriticStart(None)
+    source = config.critic_from
+    if source == "auto":
+        source = "reward" if weight else "policy"
+    if source != "reward" or reward_path is None:
+        return CriticStart(source)
+    if not weight:
+        raise UserError(
+            f"critic_from is reward, but {reward_path} is only watched (weight 0), and the critic has to predict the "
+            "other scores. Use --critic_from policy"
+        )
+
+    left_out = [f"{name} (weight {other:g})" for name, other in others.items() if other]
+    if config.normalize_scores:
+        left_out.append("the normalisation of scores")
+    return CriticStart(source, weight, tuple(left_out))
+
+
+def reward_head(path: str, width: int) -> nn.Linear:
+    """The score head that was trained with a reward adapter. Raises UserError when it is missing."""
+    found = [v for k, v in adapter_weights(path).items() if k.endswith(f"{SCORE}.weight")]
+    if len(found) != 1:
+        raise UserError(
+            f"{path}: holds no score head (score.weight): no reward model of launch/reward.py"
+        )
+    if found[0].shape != (1, width):
+        raise UserError(
+            f"{path}: score head of shape {tuple(found[0].shape)}, expected (1, {width})"
+        )
+    head = nn.Linear(width, 1, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(found[0].float())
+    return head
+
+
+def reward_shift(path: str) -> tuple[float, float]:
+    """(scale, bias) from reward.json: score = raw * scale + bias; (1, 0) without the file.
+
+    Raises UserError unless both are finite numbers, and the scale is not 0.
+    """
+    file = Path(path) / "reward.json"
+    content = read_json(file) if file.is_file() else {}
+    scale, bias = (
+        coerce(content.get(n, usual), float, f"{file}: '{n}'")
+        for n, usual in (("scale", 1), ("bias", 0))
+    )
+    if not math.isfinite(scale * bias) or scale == 0:
+        raise UserError(
+            f"{file}: scale {scale} and bias {bias}, expected finite numbers and a scale other than 0"
+        )
+    return scale, bias
