@@ -36,7 +36,9 @@ from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerpri
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError
 from rlhf.files import check_weights
+from rlhf.logprobs import packed_inputs, packs
 from rlhf.models import InitialModel, context_length, load_model, load_weights
+from rlhf.offline.pair_rows import PairRows, is_right_padded
 from rlhf.tensors import pad_right
 from rlhf.tokenizer import load_tokenizer
 from rlhf.weights import read_json
@@ -60,9 +62,11 @@ def last_token_scores(hidden: Tensor, attention_mask: Tensor, head: nn.Module) -
         return head(hidden[rows, last].to(dtype))
 
 
-def _forward(self, input_ids=None, attention_mask=None, **kwargs):
+def _forward(self, input_ids=None, attention_mask=None, paired=False, **kwargs):
     """Replaces GenericForSequenceClassification.forward: same trunk and head, the token found by
-    the mask.
+    the mask, and no padding in the trunk where that is the same function.
+
+    `paired`: rows i and i + B/2 are two answers to one prompt, which is computed once.
     """
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
@@ -73,7 +77,13 @@ def _forward(self, input_ids=None, attention_mask=None, **kwargs):
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     trunk = getattr(self, self.base_model_prefix)
-    hidden = trunk(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state
+    is_plain = kwargs.keys() <= {"use_cache"} and is_right_padded(attention_mask)
+    if is_plain and packs(self, input_ids.shape[1]):
+        rows = PairRows.of(input_ids, attention_mask, paired=paired)
+        hidden = rows.at_places(trunk(**packed_inputs(rows)).last_hidden_state)
+    else:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        hidden = trunk(**inputs, **kwargs).last_hidden_state
     return SequenceClassifierOutputWithPast(
         logits=last_token_scores(hidden, attention_mask, self.score)
     )

@@ -65,9 +65,8 @@ class RewardTrainer(TRLRewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         extras = {name: inputs[name] for name in DEFAULTS if name in inputs}
-        outputs = model(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        )
+        batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        outputs = model(**batch, use_cache=False, paired=True)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         loss, metrics = reward_loss(
             chosen,

@@ -324,9 +324,7 @@ _WATCHERS: weakref.WeakKeyDictionary[nn.Module, list[Callable]] = weakref.WeakKe
 
 
 def watch_portions(head: nn.Module, watcher: Callable[[int, bool], None]) -> None:
-    """Call `watcher(tokens, learns)` where `token_logprobs` reads a head's weight itself, without
-    its forward hooks.
-    """
+    """Call `watcher(tokens, learns)` where a head's weight is read without its forward hooks."""
     _WATCHERS.setdefault(head, []).append(watcher)
 
 
@@ -341,18 +339,31 @@ def token_logprobs(
 
     states (n, H), ids (n,). A frozen linear head makes its logits in portions and keeps none.
     """
+    if not head_is_frozen(head) or entropy_learns:
+        return selected_logprobs(head(states), ids, temperature)
+    return frozen_head_logprobs(states, head, ids, temperature)[:2]
+
+
+def head_is_frozen(head: nn.Module) -> bool:
+    """Return whether a head is a linear layer whose weight does not learn and is whole here."""
     weight = getattr(head, "weight", None)
     is_frozen = type(head) is nn.Linear and not weight.requires_grad
     # ZeRO-3 brings weights together when their own module is called, which is bypassed here
-    if not is_frozen or hasattr(weight, "ds_id") or entropy_learns:
-        return selected_logprobs(head(states), ids, temperature)
+    return is_frozen and not hasattr(weight, "ds_id")
+
+
+def frozen_head_logprobs(
+    states: Tensor, head: nn.Linear, ids: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-probabilities, entropies and whether each id is the likeliest, all (n,)."""
     for watcher in _WATCHERS.get(head, ()):
         watcher(len(states), states.requires_grad and torch.is_grad_enabled())
-    return HeadLogprobs.apply(states, weight, head.bias, ids, temperature)
+    return HeadLogprobs.apply(states, head.weight, head.bias, ids, temperature)
 
 
 class HeadLogprobs(Function):
-    """Log-probabilities and entropies of a frozen linear head, with the gradient for its input.
+    """Log-probabilities and entropies of a frozen linear head, with the gradient for its input, and
+    which tokens are the likeliest.
 
     With l = (W h + b) / T, p = softmax(l) and q = sum_v p_v W_v, for one token y:
 
@@ -371,13 +382,14 @@ class HeadLogprobs(Function):
         bias: Tensor | None,
         ids: Tensor,
         temperature: float,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         exact = torch.float64 if states.dtype == torch.float64 else torch.float32
         learns = ctx.needs_input_grad[0]
         limit = LOGITS_ON_GPU if states.is_cuda else LOGITS_ON_CPU
         portion = max(1, limit // weight.shape[0])
         logprobs = states.new_empty(len(states), dtype=exact)
         entropy = torch.empty_like(logprobs)
+        is_top = torch.empty_like(ids, dtype=torch.bool)
         slope = torch.empty_like(states) if learns else None
         for start in range(0, len(states), portion):
             part = slice(start, start + portion)
@@ -386,6 +398,7 @@ class HeadLogprobs(Function):
                 logits.div_(temperature)
             chosen = logits.gather(-1, ids[part, None]).squeeze(-1)
             largest = logits.amax(-1, keepdim=True)
+            is_top[part] = chosen == largest.squeeze(-1)
             p = (logits - largest).exp_()
             total = p.sum(-1)
             normaliser = total.log() + largest.squeeze(-1)
@@ -395,10 +408,10 @@ class HeadLogprobs(Function):
                 mean = (p.to(weight.dtype) @ weight) / total[:, None]
                 slope[part] = (weight[ids[part]] - mean) / temperature
         ctx.save_for_backward(slope)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        ctx.mark_non_differentiable(entropy, is_top)
+        return logprobs, entropy, is_top
 
     @staticmethod
-    def backward(ctx: Any, of_logprobs: Tensor, of_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, of_logprobs: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         (slope,) = ctx.saved_tensors
         return (slope * of_logprobs[:, None]).to(slope.dtype), None, None, None, None

@@ -10,14 +10,18 @@ from typing import Any, get_type_hints
 
 import torch
 from transformers import PrinterCallback, Trainer, get_scheduler
+from trl import DPOTrainer, SFTTrainer
 
 from rlhf.adapters import use_adapter
 from rlhf.deepspeed_backend import gathered, register_foreign_reads
 from rlhf.deepspeed_config import read_deepspeed_config
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError, did_you_mean
+from rlhf.logprobs import packs
+from rlhf.lora import fuse
 from rlhf.models import InitialModel, write_identity
 from rlhf.offline.callbacks import AlreadyFinished, RunCallback, not_finite
+from rlhf.offline.packed import pack_forward
 from rlhf.offline.trl_names import rename_trl
 from rlhf.runs.budget import Budget
 from rlhf.runs.run import Run
@@ -128,8 +132,8 @@ def check_schedule(arguments: Any) -> None:
 
 
 def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float = 0.0) -> None:
-    """Switch dropout off where TRL's options ask for it, count what training costs, and silence the
-    trainer.
+    """Switch dropout off where TRL's options ask for it, leave padding out of forward passes, count
+    what training costs, and silence the trainer.
 
     TRL's own `disable_dropout` (DPO and reward; SFT trains with dropout) misses dropout that a
     model calls as a function, and takes away that of a new adapter: `lora_dropout` is put back.
@@ -138,6 +142,15 @@ def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float
         disable_dropout(trainer.model, lora_dropout)
         if getattr(trainer, "ref_model", None) is not None:
             disable_dropout(trainer.ref_model)
+    for model in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
+        model = trainer.accelerator.unwrap_model(model)
+        # tried before training, where ZeRO-3 records which weights a pass reads
+        packs(model, 1)
+        if isinstance(trainer, (SFTTrainer, DPOTrainer)):
+            own_head = not getattr(trainer, "use_weighting", False)
+            pack_forward(model, paired=isinstance(trainer, DPOTrainer), own_head=own_head)
+    if hasattr(trainer.model, "peft_config"):
+        fuse(trainer.model)
     if (trainer.args.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
         register_foreign_reads(trainer.model)
     # the tracker's console line replaces it

@@ -136,9 +136,8 @@ class Budget:
             if not self.is_counting or not kwargs.get("fused_lm_head"):
                 return
             labels = kwargs["shift_labels"] if "shift_labels" in kwargs else kwargs["labels"][:, 1:]
-            # elsewhere it scores the positions without a label too
-            on_gpu = labels.device.type in ("cuda", "xpu")
-            positions = int((labels != -100).sum()) if on_gpu else labels.numel()
+            # a pass on packed rows says for itself
+            positions = getattr(output, "head_positions", fused_head_positions(labels))
             count_head(positions, output.log_probs.requires_grad, True)
 
         decoder.get_input_embeddings().register_forward_hook(after_embeddings)
@@ -169,6 +168,13 @@ class Budget:
             if name != "budget/seconds":
                 metrics[name] = float(world.sum(float(metrics[name])))
         return metrics
+
+
+def fused_head_positions(labels: Tensor) -> int:
+    """Return the positions that TRL's fused head multiplies for these labels of next tokens."""
+    # off a GPU those without a label too
+    on_gpu = labels.device.type in ("cuda", "xpu")
+    return int((labels != -100).sum()) if on_gpu else labels.numel()
 
 
 def pass_size(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:

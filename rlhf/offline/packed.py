@@ -1,0 +1,98 @@
+"""The forward passes of SFT, reward model and DPO without padding: the prompt that a pair shares is
+computed once, and the output head is applied where there is a label.
+
+Losses, batches and metrics stay TRL's: its trainers call the same model with the same arguments and
+get the same numbers up to rounding.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from rlhf.logprobs import (
+    decoder_and_head,
+    frozen_head_logprobs,
+    head_is_frozen,
+    head_is_plain,
+    packed_inputs,
+    packs,
+    spread,
+)
+from rlhf.offline.pair_rows import PairRows, is_right_padded
+from rlhf.runs.budget import fused_head_positions
+
+# what a trainer passes where rows can be packed: no router logits, no packing of TRL's own
+PACKED_ARGUMENTS = {"input_ids", "attention_mask", "labels", "use_cache"}
+
+
+def pack_forward(model: nn.Module, *, paired: bool = False, own_head: bool = True) -> None:
+    """Let a model with TRL's fused head compute packed rows, where that is the same function.
+
+    `paired`: its batches are chosen rows, then the rejected ones of the same prompts. `own_head`:
+    what `scored` returns is all that is read. The passes of other models, and calls without
+    `fused_lm_head`, stay as they are.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trl_forward, own_head = causal.forward, own_head and head_is_plain(causal)
+
+    @functools.wraps(trl_forward)
+    def forward(self, *args, fused_lm_head=False, **kwargs):
+        # PEFT passes on all arguments by name
+        given = {name for name, value in kwargs.items() if value is not None}
+        if not fused_lm_head or args or given != PACKED_ARGUMENTS:
+            return trl_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
+        ids, attention, labels = (kwargs[n] for n in ("input_ids", "attention_mask", "labels"))
+        if not packs(causal, ids.shape[1]) or not is_right_padded(attention):
+            return trl_forward(fused_lm_head=True, **kwargs)
+        if own_head and head_is_frozen(causal.get_output_embeddings()):
+            return scored(causal, PairRows.of(ids, attention, paired=paired), labels[:, 1:])
+        return spread_out(trl_forward, PairRows.of(ids, attention), labels)
+
+    causal.forward = types.MethodType(forward, causal)
+
+
+def scored(causal: nn.Module, rows: PairRows, labels: Tensor) -> FusedCausalLMOutput:
+    """Return the per-token fields of TRL's output (B, L - 1), 0 where a label (B, L - 1) is -100.
+
+    The head is applied at labels alone. `mean_logits`, the mean over the vocabulary, is the product
+    with the mean row of the head.
+    """
+    decoder, head = decoder_and_head(causal)
+    hidden = decoder(**packed_inputs(rows)).last_hidden_state
+    mask = labels != -100
+    states = rows.at_places(hidden)[:, :-1][mask]
+    logprobs, entropy, is_top1 = frozen_head_logprobs(states, head, labels[mask])
+    with torch.no_grad():
+        mean_logits = states.float() @ head.weight.float().mean(0)
+        if head.bias is not None:
+            mean_logits += head.bias.float().mean()
+    output = FusedCausalLMOutput(
+        log_probs=spread(logprobs, mask),
+        entropy=spread(entropy, mask),
+        mean_logits=spread(mean_logits, mask),
+        is_top1=spread(is_top1, mask),
+        label_mask=mask,
+    )
+    # for the budget, which has counted them above
+    output.head_positions = 0
+    return output
+
+
+def spread_out(trl_forward: Any, rows: PairRows, labels: Tensor) -> FusedCausalLMOutput:
+    """Return TRL's own output (B, L - 1) for labels (B, L), computed on packed rows."""
+    following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    packed = following.flatten()[rows.places][None]
+    output = trl_forward(**packed_inputs(rows), shift_labels=packed, fused_lm_head=True)
+    output.head_positions = fused_head_positions(packed)
+    places = rows.places
+    for name, value in output.items():
+        if isinstance(value, Tensor) and value.shape == packed.shape:
+            padded = value.new_zeros(rows.batch * rows.length).index_copy(0, places, value[0])
+            output[name] = padded.view(rows.batch, rows.length)[:, :-1]
+    return output
