@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from trl.trainer.utils import FusedCausalLMOutput
 
+from rlhf.errors import UserError
 from rlhf.logprobs import (
     decoder_and_head,
     frozen_head_logprobs,
@@ -55,6 +56,29 @@ def pack_forward(model: nn.Module, *, paired: bool = False, own_head: bool = Tru
         return spread_out(trl_forward, PairRows.of(ids, attention), labels)
 
     causal.forward = types.MethodType(forward, causal)
+
+
+def check_apart(model: nn.Module) -> None:
+    """Raise UserError if rows that TRL has packed itself (`packing`, `padding_free`) read one another.
+
+    It tells rows apart by positions that begin anew, which convolutions and states that run on,
+    as in Mamba, do not see.
+    """
+    device = next(model.parameters()).device
+    first, second = torch.arange(3, 8, device=device), torch.arange(9, 3, -1, device=device)
+    positions = torch.cat([torch.arange(len(row), device=device) for row in (first, second)])
+    ids, was_training = torch.cat([first, second])[None], model.training
+    model.eval()
+    with torch.no_grad():
+        packed = model(input_ids=ids, position_ids=positions[None], use_cache=False).logits[0]
+        alone = model(input_ids=second[None], use_cache=False).logits[0]
+    model.train(was_training)
+    gap = (packed[len(first) :] - alone).abs().max() / alone.std().clamp(min=1e-6)
+    if gap > (1e-3 if alone.dtype in (torch.float32, torch.float64) else 0.3):
+        raise UserError(
+            f"trl: 'packing' and 'padding_free' mix the rows of a {model.config.model_type} model. "
+            "Leave them out"
+        )
 
 
 def scored(causal: nn.Module, rows: PairRows, labels: Tensor) -> FusedCausalLMOutput:

@@ -21,7 +21,7 @@ from rlhf.logprobs import packs
 from rlhf.lora import fuse
 from rlhf.models import InitialModel, write_identity
 from rlhf.offline.callbacks import AlreadyFinished, RunCallback, not_finite
-from rlhf.offline.packed import pack_forward
+from rlhf.offline.packed import check_apart, pack_forward
 from rlhf.offline.trl_names import rename_trl
 from rlhf.runs.budget import Budget
 from rlhf.runs.run import Run
@@ -79,6 +79,9 @@ def trl_arguments(cls: type, run: Run, *, has_held_out: bool, **fixed: Any) -> A
     }
     values |= {name: getattr(config, name) for name in SHARED}
     values |= fixed | trl_overrides(cls, config)
+    if values.get("packing") and values["max_length"] is None:
+        # of a pack, then: room for the longest row
+        values["max_length"] = config.max_prompt_length + config.max_response_length
     with refused_by_trl():
         arguments = cls(**values)
         check_schedule(arguments)
@@ -149,6 +152,8 @@ def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float
         if isinstance(trainer, (SFTTrainer, DPOTrainer)):
             own_head = not getattr(trainer, "use_weighting", False)
             pack_forward(model, paired=isinstance(trainer, DPOTrainer), own_head=own_head)
+    if getattr(trainer, "padding_free", False):
+        check_apart(trainer.model)
     if hasattr(trainer.model, "peft_config"):
         fuse(trainer.model)
     if (trainer.args.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:

@@ -8,6 +8,7 @@ from trl import DPOConfig, RewardConfig, SFTConfig, SFTTrainer
 from reward.model import trainable_reward
 from reward.trainer import PairCollator, RewardTrainer
 from rlhf.adapters import frozen_copy, lora_config
+from rlhf.errors import UserError
 from rlhf.logprobs import decoder_and_head
 from rlhf.models import InitialModel, trainable_policy
 from rlhf.offline.pair_rows import PairRows, is_right_padded
@@ -69,7 +70,8 @@ def trainer_of(program, kind, folder, use_peft=True, **options):
     """A trainer on PAIRS in one batch, whose adapter does something."""
     config = {"sft": SFTConfig, "dpo": DPOConfig, "reward": RewardConfig}[program]
     given = {"args": config(str(folder), use_cpu=True, bf16=False, report_to="none",
-                            gradient_checkpointing=False, max_length=None, **options)}  # fmt: skip
+                            gradient_checkpointing=False,
+                            **{"max_length": None} | options)}  # fmt: skip
     model, tokenizer = model_of(kind, use_peft, "SEQ_CLS" if program == "reward" else "CAUSAL_LM")
     if program == "sft":
         rows = [{"input_ids": p + a, "labels": [-100] * len(p) + a} for p, a, _ in PAIRS]
@@ -178,3 +180,21 @@ def test_weights_of_a_part_of_the_head_are_trained(tmp_path, monkeypatch):
 
     monkeypatch.setitem(globals(), "lora_config", with_row)
     check_equal("sft", "llama", tmp_path)
+
+
+def test_trls_packing_keeps_rows_apart(tmp_path):
+    apart = numbers_of(trainer_of("sft", "llama", tmp_path))
+    packed = trainer_of("sft", "llama", tmp_path, packing=True, max_length=64, eval_packing=True)
+    prepare_trainer(packed, Budget())
+    loss, grads, _, tokens = numbers_of(packed)
+    assert loss == pytest.approx(apart[0], abs=1e-6)
+    for name, grad in apart[1].items():
+        torch.testing.assert_close(grads[name], grad, atol=1e-6, rtol=1e-4, msg=name)
+    # all three rows in one
+    assert tokens == [sum(len(p) + len(a) for p, a, _ in PAIRS)]
+
+
+def test_trls_packing_is_refused_where_rows_would_be_mixed(tmp_path):
+    trainer = trainer_of("sft", "mamba", tmp_path, packing=True, max_length=64)
+    with pytest.raises(UserError, match="mix the rows of a mamba model"):
+        prepare_trainer(trainer, Budget())
