@@ -18,7 +18,6 @@ from rlhf.deepspeed_config import read_deepspeed_config
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError, did_you_mean
 from rlhf.logprobs import packs
-from rlhf.lora import fuse
 from rlhf.models import InitialModel, write_identity
 from rlhf.offline.callbacks import AlreadyFinished, RunCallback, not_finite
 from rlhf.offline.packed import check_apart, pack_forward
@@ -154,8 +153,6 @@ def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float
             pack_forward(model, paired=isinstance(trainer, DPOTrainer), own_head=own_head)
     if getattr(trainer, "padding_free", False):
         check_apart(trainer.model)
-    if hasattr(trainer.model, "peft_config"):
-        fuse(trainer.model)
     if (trainer.args.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
         register_foreign_reads(trainer.model)
     # the tracker's console line replaces it
