@@ -94,9 +94,11 @@ class Results:
         yield f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB."
         yield f"Versions: {', '.join(f'{name} {number}' for name, number in versions.items())}."
         yield f"Command: `{content['command']}`, commit {content['commit']}."
+        if "note" in machine:
+            yield f"{machine['note']}."
         yield ""
         yield "What is measured, and how, is said in `benchmarks/ppo_speed.py`. `own critic` has a"
-        yield "critic adapter of its own; `best` is the fastest configuration that learns as well."
+        yield "critic adapter of its own; `best` has the critic's head on the reward model's trunk."
         yield "Seconds are CPU seconds of one update on one thread, medians over processes. The"
         yield "ratio is the peer's seconds over ours, by round, with smallest and largest. `share` is"
         yield "the FLOPs that the mathematics needs, per CPU second, over the rate of a large matrix"
@@ -142,10 +144,12 @@ class Results:
         for model, workload, configuration, own, other in self.ppo_rows():
             seconds, peer_seconds = median_text(own), median_text(other)
             ratio = f"{own['ratio_median']:.2f} ({own['spread'][0]:.2f} to {own['spread'][1]:.2f})"
+            # on one thread the CPU seconds say the same without the noise of other programs
+            wall = f"{own['wall_ratio_median']:.2f}" if "threads" in workload else "–"
             memory = f"{own['memory_gib']:.2f} | {other['memory_gib']:.2f}"
             yield (
                 f"| {model} | {workload} | {configuration} | {seconds} | {peer_seconds} | {ratio} | "
-                f"{own['wall_ratio_median']:.2f} | {memory} | {own['memory_ratio']:.2f} | "
+                f"{wall} | {memory} | {own['memory_ratio']:.2f} | "
                 f"{own['machine_share']:.0%} | {other['machine_share']:.0%} |"
             )
         yield ""

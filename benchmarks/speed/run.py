@@ -35,8 +35,8 @@ class Side:
 
 
 # the order of a round; the peer's sizes are the fastest of those tried
-OWN_CRITIC = Side("own_critic", "speed.ours", "adapter")
-BEST = Side("best", "speed.ours", "adapter")
+OWN_CRITIC = Side("own_critic", "speed.ours", "adapter", (("critic_trunk", "own"),))
+BEST = Side("best", "speed.ours", "reward", (("critic_trunk", "reward"),))
 PEER = Side("trl", "speed.peer", "whole")
 
 

@@ -211,5 +211,5 @@ def test_every_cell_has_its_place_and_its_row(tmp_path, monkeypatch):
     assert content["scaling"]["width"]["exponents"]["learn"] == 0.0
 
     page = results.write_page().read_text()
-    assert "| 42M | ragged | best | 5.0 | 10.0 | 2.00 (2.00 to 2.00) | 2.00 |" in page
+    assert "| 42M | ragged | best | 5.0 | 10.0 | 2.00 (2.00 to 2.00) | – |" in page
     assert "| 4M | dpo | 5.0 | 10.0 | 2.00 (2.00 to 2.00) | 0.50 |" in page
