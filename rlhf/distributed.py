@@ -193,8 +193,22 @@ def start() -> DistributedContext:
             f"rendezvous failed at {place} ({error}). If another run uses that port, choose one: "
             "deepspeed --master_port 29501 ..."
         ) from None
+    if ranks.size > 1 and not uses_gpu:
+        # all ranks have opened each other's by now
+        torch.distributed.barrier()
+        shared_buffer(ranks.rank).unlink(missing_ok=True)
     watch = FailureWatch(ranks.rank) if ranks.size > 1 else None
     return DistributedContext(ranks.rank, ranks.size, device, launched=True, failure_watch=watch)
+
+
+def shared_buffer(rank: int) -> Path:
+    """Return the file of the memory (67 MB) through which DeepSpeed adds up tensors of CPU ranks.
+
+    DeepSpeed removes it when a rank ends well; without its name it goes with the last process that
+    has it open, however that ends.
+    """
+    place = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}"
+    return Path("/dev/shm") / f"deepspeed_allreduce_buffer_{os.getuid()}_{place}_{rank}"
 
 
 def _divide_cores(local_size: int) -> None:

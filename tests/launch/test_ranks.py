@@ -14,10 +14,14 @@ from tests.launch.conftest import flags_of, ppo_flags
 from tests.launch.ranks import equal_tokens, rollouts
 
 
+def master_port() -> str:
+    return str(20000 + os.getpid() % 20000)
+
+
 def launch(
     program: Path, arguments: list[str], ranks: int = 2, cwd: str = "/"
 ) -> subprocess.CompletedProcess:
-    port = str(20000 + os.getpid() % 20000)
+    port = master_port()
     command = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_accelerators",
@@ -95,6 +99,8 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error_on_top(runs, files, t
         cwd=str(tmp_path),
     )
     assert done.returncode != 0
+    # nor is memory left behind where ranks are ended
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{master_port()}_*"))
     said = done.stderr + done.stdout
     assert (
         said.index("the scorer has lost its mind") >= 0 and "raised inside scorer 'score'" in said
