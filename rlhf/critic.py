@@ -1,4 +1,4 @@
-"""What PPO's critic starts from, and what it takes from a reward model."""
+"""PPO's critic: what it starts from, what it takes from a reward model, and one without gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rlhf.adapters import adapter_weights
 from rlhf.errors import UserError
@@ -59,7 +59,7 @@ def critic_start(
     source = config.critic_from
     if source == "auto":
         source = "reward" if weight else "policy"
-    if source != "reward" or reward_path is None:
+    if source != "reward" or reward_path is None or config.critic_trunk != "own":
         return CriticStart(source)
     if not weight:
         raise UserError(
@@ -106,3 +106,45 @@ def reward_shift(path: str) -> tuple[float, float]:
             f"{file}: scale {scale} and bias {bias}, expected finite numbers and a scale other than 0"
         )
     return scale, bias
+
+
+class LeastSquaresCritic:
+    """A linear critic on fixed features, fitted by ridge regression after each rollout.
+
+        w = argmin sum_i decay^age_i (w . x_i - R_i)^2 + sum_j ridge s_j w_j^2,    x = (h, 1)
+
+    h are a token's hidden states, R its return, and s_j the mean square of feature j, so that
+    `ridge` counts tokens whatever the scale of the features (Hoerl and Kennard 1970). Values of a
+    rollout come from the fit to earlier ones, so that they do not know its returns.
+    """
+
+    RIDGE, DECAY = 30.0, 0.8
+
+    def __init__(self, head: nn.Linear):
+        self.head = head
+        width = head.in_features + 1
+        self.moments = torch.zeros(width, width, dtype=torch.float64)
+        self.products = torch.zeros(width, dtype=torch.float64)
+
+    @torch.no_grad()
+    def fit(self, states: Tensor, returns: Tensor) -> None:
+        """Take in states (n, H) and returns (n,), and write the new weights into the head."""
+        features = torch.cat([states.double(), states.new_ones(len(states), 1).double()], 1).cpu()
+        self.moments = self.DECAY * self.moments + features.T @ features
+        self.products = self.DECAY * self.products + features.T @ returns.double().cpu()
+        # the last feature is 1, so its sum of squares is the number of tokens
+        scale = self.moments.diagonal() / self.moments[-1, -1]
+        weights = torch.linalg.solve(self.moments + torch.diag(self.RIDGE * scale), self.products)
+        self.head.weight.copy_(weights[None, :-1])
+        self.head.bias.copy_(weights[-1:])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint keeps."""
+        head = {f"head.{name}": tensor.cpu() for name, tensor in self.head.state_dict().items()}
+        return {"moments": self.moments, "products": self.products, **head}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.moments, self.products = state["moments"], state["products"]
+        self.head.weight.copy_(state["head.weight"])
+        self.head.bias.copy_(state["head.bias"])

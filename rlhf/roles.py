@@ -49,7 +49,6 @@ from rlhf.logprobs import (
 from rlhf.models import InitialModel, check_same_base, write_identity
 from rlhf.weights import check_finite
 
-TRAINED = ("policy", "value")
 # what a forward pass reads of `Rollout.batch`
 COLUMNS = ("ids", "attention", "positions", "responses", "mask")
 EMA_REFERENCE = "ema_reference"  # an exponential moving average of the policy
@@ -85,7 +84,8 @@ class Roles(nn.Module):
         reward_weight: the weight of the reward role's score in the total, which a critic that
         starts from it predicts.
         critic_trunk: whose hidden states the critic's head reads: "own" (an adapter of its own),
-        "reward" (the frozen reward role's) or "policy".
+        "reward" (the frozen reward role's) or "policy". `critic` counts for "own" alone; the others
+        start with a head of zeros.
         """
         super().__init__()
         if critic == "auto":
@@ -117,7 +117,7 @@ class Roles(nn.Module):
             self._add_critic_head()
         if reward_path:
             self._add_reward(initial, reward_config, reward_path)
-        if critic == "reward":
+        if critic == "reward" and critic_trunk == "own":
             self._start_critic_as_reward(reward_weight)
 
         self._layers = [
@@ -129,7 +129,9 @@ class Roles(nn.Module):
         self._role_parameters: dict[str, list[nn.Parameter]] = {}
         names = list(self.trunk.peft_config)
         self._adapted = [p for role in names for p in adapter_parameters(self.trunk, role).values()]
-        self._trained = [p for role in TRAINED for p in self.parameters_of(role)]
+        self._trained = self.parameters_of("policy")
+        if self.critic_learns:
+            self._trained += self.parameters_of("value")
         for parameter in self.parameters():
             parameter.requires_grad_(False)
 
@@ -236,6 +238,11 @@ class Roles(nn.Module):
     @property
     def has_critic(self) -> bool:
         return "value" in self.heads
+
+    @property
+    def critic_learns(self) -> bool:
+        """Return whether there is a critic that gradients train; one on fixed states is fitted."""
+        return self.has_critic and self.critic_trunk != "reward"
 
     @property
     def has_ema_reference(self) -> bool:

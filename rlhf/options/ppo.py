@@ -147,8 +147,9 @@ class CriticOptions:
     )
     critic_trunk: Literal["own", "reward", "policy"] = option(
         "own",
-        "whose hidden states the critic's head reads; own: an adapter of its own; reward: the frozen reward "
-        "model's, which scoring has computed anyway; policy: the policy's, which then learns from both losses",
+        "whose hidden states the critic's head reads; own: an adapter of its own; policy: the policy's, which "
+        "then learns from both losses; reward: the frozen reward model's, which scoring has computed anyway, by "
+        "ridge regression after each rollout, so that the options of a critic's learning do not count",
     )
     critic_warmup_steps: int = option(0, "first steps, in which only the critic learns", low=0)
     value_clip_range: float | None = option(
@@ -232,9 +233,9 @@ class PPOConfig(
             raise UserError(
                 f"'critic_warmup_steps' is set, but {self.advantage_estimator} has no critic"
             )
-        if self.critic_trunk == "policy" and self.critic_warmup_steps:
+        if self.critic_trunk != "own" and self.critic_warmup_steps:
             raise UserError(
-                "'critic_warmup_steps' needs a critic that can learn alone: 'critic_trunk' own or reward"
+                "'critic_warmup_steps' needs a critic that learns alone: 'critic_trunk' own"
             )
         if bool(self.ptx_coef) != bool(self.ptx_data):
             raise UserError(

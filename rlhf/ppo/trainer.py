@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.critic import LeastSquaresCritic
 from rlhf.data.records import BadScore, Scorer
 from rlhf.distributed import DistributedContext, peak_memory
 from rlhf.engines.batched import generate, prepare
@@ -96,13 +97,17 @@ class PPOTrainer:
             self.passes["ptx"] = self.ptx_pass
         if roles.has_critic and roles.critic_trunk == "policy":
             self.passes["policy"] = self.policy_and_value_pass
-        elif roles.has_critic:
+        elif roles.critic_learns:
             self.passes["value"] = self.value_pass
+        # a critic on fixed states has no pass
+        self.fitted_critic: LeastSquaresCritic | None = None
+        if roles.has_critic and not roles.critic_learns:
+            self.fitted_critic = LeastSquaresCritic(roles.heads["value"])
 
         roles.train()
         self.budget.watch(roles.trunk)
         groups = [{"params": roles.parameters_of("policy"), "lr": config.learning_rate}]
-        if roles.has_critic:
+        if roles.critic_learns:
             groups.append({"params": roles.parameters_of("value"), "lr": config.critic_rate})
         self.learner = make_engine(
             roles,
@@ -170,6 +175,8 @@ class PPOTrainer:
         learning_began = time.monotonic()
         with self.budget.counting():
             metrics |= self.learn(experience, step)
+        if self.fitted_critic is not None:
+            metrics["loss/value"] = self.fit_critic(experience)
         now = time.monotonic()
         metrics |= {"time/learn": now - learning_began, "time/step": now - began}
         metrics["time/tokens_per_second"] = int(rollout.mask.sum()) / (now - began)
@@ -255,6 +262,15 @@ class PPOTrainer:
         means |= first | {"ppo/updates": len(made)}
         return means | dict(zip(("learning_rate", "value/learning_rate"), rates, strict=False))
 
+    def fit_critic(self, experience: Experience) -> float:
+        """Fit a critic on fixed states to the rollout; return half its squared error before, the
+        mean over response tokens.
+        """
+        rollout, mask = experience.rollout, experience.rollout.mask
+        with self.learner.gathered(self.roles.parameters_of("value"), modify=True):
+            self.fitted_critic.fit(rollout.states[mask], experience.returns[mask])
+        return float(0.5 * masked_mean((rollout.values - experience.returns) ** 2, mask))
+
     def learning_rates(self, step: int) -> list[float]:
         """Return the step sizes of policy and critic.
 
@@ -263,7 +279,7 @@ class PPOTrainer:
         config = self.config
         left = 1.0 - step / config.total_steps if config.lr_scheduler_type == "linear" else 1.0
         rates = [config.learning_rate]
-        if self.roles.has_critic:
+        if self.roles.critic_learns:
             rates.append(config.critic_rate)
         return [left * self.guards.rate_scale * rate for rate in rates]
 
@@ -297,8 +313,7 @@ class PPOTrainer:
                 if learns:
                     metrics["loss/total"] = loss
                     self.learner.backward(loss, last=is_last)
-            reads_trunk = name != "value" or experience.rollout.states is None
-            if learns and reads_trunk and not part.is_idle:
+            if learns and not part.is_idle:
                 read = part.pretraining if name == "ptx" else part.batch
                 self.budget.tokens_trained += int(read["attention"].sum())
             for key, value in metrics.items():
@@ -371,12 +386,7 @@ class PPOTrainer:
         self, experience: Experience, part: MicroBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return vf_coef L_value, and metrics."""
-        rollout, mask = experience.rollout, part.mask
-        if rollout.states is None:
-            values = self.roles.values(part.batch)
-        else:
-            values = self.roles.values_of(rollout.states[part.rows][mask], mask)
-        return self.value_loss(experience, part, values)
+        return self.value_loss(experience, part, self.roles.values(part.batch))
 
     def value_loss(
         self, experience: Experience, part: MicroBatch, values: Tensor
@@ -411,6 +421,11 @@ class PPOTrainer:
         to the last bit.
         """
         self.learner.save(folder / "learner")
+        if self.fitted_critic is not None:
+            with self.learner.gathered():
+                state = self.fitted_critic.state_dict()
+            if self.world.is_main:
+                torch.save(state, folder / "critic.pt")
         with self.learner.gathered():
             if self.world.is_main and self.roles.has_ema_reference:
                 torch.save(
@@ -433,6 +448,11 @@ class PPOTrainer:
         what the steps that are thrown away have cost.
         """
         self.learner.load(folder / "learner")
+        if self.fitted_critic is not None:
+            parameters = self.roles.parameters_of("value")
+            state = torch.load(folder / "critic.pt", weights_only=True)
+            with self.learner.gathered(parameters, modify=True):
+                self.fitted_critic.load_state_dict(state)
         if self.roles.has_ema_reference:
             parameters = self.roles.ema_parameters()
             values = torch.load(folder / "moving.pt", weights_only=True)
