@@ -3,8 +3,8 @@
     python benchmarks/critics.py FOLDER [--seeds 5]     # resumes; writes benchmarks/results/critics.json
 
 Each seed is a whole quickstart in FOLDER (annotators, SFT, reward model, DPO, PPO), whose PPO has a
-critic with an adapter of its own. The same PPO then runs with the critic's head on the reward
-model's trunk and on the policy's: the same episodes, prompts, seed and step sizes. One report over
+critic with an adapter of its own. The same PPO then runs with a critic fitted to the reward model's
+hidden states and with one on the policy's: the same episodes, prompts, seed and step sizes. One report over
 all of them gives the true score on test prompts that no stage has seen. Differences are paired by
 seed, with a t interval over seeds.
 """

@@ -133,6 +133,7 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     from rlhf.data.records import Prompt
     from rlhf.distributed import DistributedContext
     from rlhf.engines.batched import prepare
+    from rlhf.logprobs import packs
     from rlhf.models import InitialModel
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.rollout import role_scorer
@@ -143,6 +144,8 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
         "model_name_or_path": "x", "data": ["x"], "output_dir": "x", "reward": [{"model": "x"}],
         "rollout_batch_size": shape.rows, "total_episodes": shape.rows, "per_device_train_batch_size": shape.rows // 2,
         "num_ppo_epochs": 1, "num_mini_batches": 2, "max_response_length": shape.response,
+        # equal scores of truncated responses would end the step before it learns
+        "missing_eos_score": None,
     }  # fmt: skip
     config = PPOConfig(**values | options)
     initial = InitialModel(model_of(shape), None, "x", "x", None, "x")
@@ -163,7 +166,9 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     trainer = PPOTrainer(
         config, roles, role_scorer(roles, PAD, shape.rows // 2), data, DistributedContext()
     )
-    prepare(roles.trunk)  # tried once for each model, not counted
+    # tried once for each model, not counted
+    prepare(roles.trunk)
+    packs(roles.trunk, 1)
     flops = measured(lambda: trainer.step(0))
     return trainer.budget, flops
 

@@ -203,7 +203,9 @@ def check_equal(runs, rows):
     assert [r["step"] for r in rows] == [r["step"] for r in plain]
     for ours, theirs in zip(rows, plain, strict=True):
         for name, value in untimed(theirs).items():
-            rel = 1e-2 if name == "budget/flops" else 2e-3  # each rank pads its own batches
+            # attention is padded to the longest row of a pass, and each rank has passes of its own:
+            # 1.1 % fewer products on these two ranks
+            rel = 2e-2 if name == "budget/flops" else 2e-3
             assert ours[name] == pytest.approx(value, rel=rel, abs=2e-4), (ours["step"], name)
 
 
