@@ -69,10 +69,7 @@ def main(argv: list[str] | None = None) -> None:
                 run.log(f"WARNING: {folder}: {doubt}")
 
     # policy, reference, critic and reward model as roles on one base
-    models: dict[str, float] = {}
-    for spec in scorers:
-        if isinstance(spec, ModelSpec):
-            models[spec.model] = models.get(spec.model, 0.0) + spec.weight
+    models = model_weights(scorers)
     role = find_reward_role(models, initial)
     others = {
         spec.name: spec.weight
@@ -115,6 +112,17 @@ def main(argv: list[str] | None = None) -> None:
 
     loop = TrainingLoop(run, trainer, initial, evaluation, weights)
     loop.finish(stopped=loop.train())
+
+
+def model_weights(scorers) -> dict[str, float]:
+    """Return the weight of each reward model among the scorers in the total score, by its folder."""
+    from reward.specs import ModelSpec
+
+    weights: dict[str, float] = {}
+    for spec in scorers:
+        if isinstance(spec, ModelSpec):
+            weights[spec.model] = weights.get(spec.model, 0.0) + spec.weight
+    return weights
 
 
 def model_builder(roles, role: str | None, budget):
