@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     budget = Budget()
-    builders = {ModelSpec: model_builder(roles, role, budget)}
+    builders = {ModelSpec: model_builder(roles, role, budget, config.micro_batch_tokens)}
     scorer = build_scorer(config.reward, tokenizer, builders)
     if evaluation is not None:
         evaluation.scorer = build_scorer(evaluated, tokenizer, builders)
@@ -125,18 +125,19 @@ def model_weights(scorers) -> dict[str, float]:
     return weights
 
 
-def model_builder(roles, role: str | None, budget):
+def model_builder(roles, role: str | None, budget, tokens: int = 0):
     """Return how `build_scorer` builds a reward model: the role reads ids on the shared base,
     others have own weights.
 
-    `budget` counts the passes of all of them.
+    `budget` counts the passes of all of them; `tokens` bounds those of the role.
     """
     from reward.compose import build_model
     from rlhf.ppo.rollout import role_scorer
 
     def build(spec, tokenizer):
         if spec.model == role:
-            return role_scorer(roles, tokenizer.pad_token_id, spec.batch_size, spec.name)
+            pad_id = tokenizer.pad_token_id
+            return role_scorer(roles, pad_id, spec.batch_size, spec.name, tokens)
         scorer = build_model(spec, tokenizer)
         budget.watch(scorer.model)
         return scorer

@@ -134,6 +134,8 @@ class LeastSquaresCritic:
         self.products = self.DECAY * self.products + features.T @ returns.double().cpu()
         # the last feature is 1, so its sum of squares is the number of tokens
         scale = self.moments.diagonal() / self.moments[-1, -1]
+        # a feature that is always 0 would make the system singular
+        scale = scale.clamp(min=1e-12 * float(scale.max()))
         weights = torch.linalg.solve(self.moments + torch.diag(self.RIDGE * scale), self.products)
         self.head.weight.copy_(weights[None, :-1])
         self.head.bias.copy_(weights[-1:])

@@ -26,6 +26,8 @@ LOGITS_ON_CPU, LOGITS_ON_GPU = 2**23, 2**28
 # tokens that go through the trunk together: what a core's cache holds of a small model, and what
 # fills a GPU
 TOKENS_ON_CPU, TOKENS_ON_GPU = 1024, 16_384
+# times as many positions as tokens in one pass, where rows are padded
+MOST_PADDED = 1.5
 
 
 def decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Module]:
@@ -48,6 +50,9 @@ def head_is_plain(model: nn.Module) -> bool:
     Cohere, Granite).
     """
     decoder, head = decoder_and_head(model)
+    # small logits hardly show a cap
+    if getattr(model.config.get_text_config(), "final_logit_softcapping", None) is not None:
+        return False
     # any ids do: what is compared are two ways to compute the same logits
     device = next(model.parameters()).device
     ids = torch.arange(1, 9, device=device).reshape(2, 4)
@@ -109,7 +114,11 @@ def group_rows(lengths: Sequence[int], tokens: int, rows: int) -> list[list[int]
     filled = 0
     for row in order:
         is_full = filled + lengths[row] > tokens or filled >= aim
-        if not groups or is_full or len(groups[-1]) == rows:
+        if groups and not is_full:
+            # attention pads rows to the longest, which comes first
+            padded = (len(groups[-1]) + 1) * lengths[groups[-1][0]]
+            is_full = padded > MOST_PADDED * tokens or len(groups[-1]) == rows
+        if not groups or is_full:
             groups.append([])
             filled = 0
         groups[-1].append(row)
@@ -265,9 +274,16 @@ def response_places(attention: Tensor, positions: Tensor, mask: Tensor) -> Tenso
     return places
 
 
+def trim(ids: Tensor, attention: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the columns (B, L) up to the longest row's end."""
+    length = int(attention.sum(-1).max())
+    return ids[:, :length], attention[:, :length], places[:, :length]
+
+
 def response_states(model: nn.Module, ids: Tensor, attention: Tensor, places: Tensor) -> Tensor:
     """Return the trunk's last hidden states (n, H) at `places`, a mask (B, L) in row order."""
     decoder, _ = decoder_and_head(model)
+    ids, attention, places = trim(ids, attention, places)
     if packs(model, ids.shape[1]):
         hidden = decoder(**packed_inputs(PackedRows.of(ids, attention))).last_hidden_state[0]
         return hidden[places[attention.bool()]]
@@ -313,6 +329,7 @@ def spread(numbers: Tensor, mask: Tensor) -> Tensor:
 
 def _own_logits(model: nn.Module, ids: Tensor, attention: Tensor, places: Tensor) -> Tensor:
     """Return the model's logits (n, V) at `places`."""
+    ids, attention, places = trim(ids, attention, places)
     if packs(model, ids.shape[1]):
         kept = places[attention.bool()].nonzero().squeeze(-1)
         rows = PackedRows.of(ids, attention)
@@ -405,8 +422,11 @@ class HeadLogprobs(Function):
             logprobs[part] = chosen - normaliser
             entropy[part] = normaliser - torch.linalg.vecdot(p, logits) / total
             if slope is not None:
-                mean = (p.to(weight.dtype) @ weight) / total[:, None]
-                slope[part] = (weight[ids[part]] - mean) / temperature
+                # p - 1 before rounding to the weights' dtype, in which W_y - q would cancel for a
+                # token of high probability
+                p.scatter_add_(-1, ids[part, None], -total[:, None])
+                rest = (p / total[:, None]).to(weight.dtype)
+                slope[part] = (rest @ weight) / -temperature
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropy, is_top)
         return logprobs, entropy, is_top

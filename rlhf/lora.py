@@ -47,9 +47,18 @@ class FusedLinear(lora.Linear):
         dropout = self.lora_dropout[name]
         draws = isinstance(dropout, nn.Dropout) and dropout.p > 0 and self.training
         one_dtype = x.dtype == weight.dtype == self.lora_A[name].weight.dtype
+        # it would cast some of the products and not others
+        is_cast = torch.is_autocast_enabled(x.device.type)
         # ZeRO-3 brings weights together when their own module is called, which is bypassed here
         is_whole = not hasattr(weight, "ds_id")
-        if not is_plain or draws or not one_dtype or not is_whole or weight.requires_grad:
+        if (
+            not is_plain
+            or draws
+            or not one_dtype
+            or is_cast
+            or not is_whole
+            or weight.requires_grad
+        ):
             return None
         return name
 

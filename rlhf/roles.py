@@ -129,6 +129,7 @@ class Roles(nn.Module):
         self._role_parameters: dict[str, list[nn.Parameter]] = {}
         names = list(self.trunk.peft_config)
         self._adapted = [p for role in names for p in adapter_parameters(self.trunk, role).values()]
+        self._adapted += self.heads.parameters()
         self._trained = self.parameters_of("policy")
         if self.critic_learns:
             self._trained += self.parameters_of("value")
@@ -364,8 +365,8 @@ class Roles(nn.Module):
         is_last = last[places | last]
         if self._kept_states is not None:
             before = states[~is_last].split(mask.sum(-1).tolist())
-            for ids, length, own in zip(batch["ids"], lengths, before, strict=True):
-                self._kept_states[tuple(ids[:length].tolist())] = own
+            for row, own in zip(rows_of(batch), before, strict=True):
+                self._kept_states[row] = own
         return _apply(self.heads["reward"], states[is_last]) * self.score_scale + self.score_bias
 
     @contextlib.contextmanager
@@ -383,8 +384,7 @@ class Roles(nn.Module):
         """Return `states` (n, H) of the batch under the reward role, from when it was scored if it
         was.
         """
-        lengths = batch["attention"].sum(-1).tolist()
-        rows = [tuple(ids[:n].tolist()) for ids, n in zip(batch["ids"], lengths, strict=True)]
+        rows = rows_of(batch)
         if self._kept_states is None or any(row not in self._kept_states for row in rows):
             with self.use("reward"):
                 return self.states(batch)
@@ -424,6 +424,14 @@ class Roles(nn.Module):
             }
             (folder / "value").mkdir(exist_ok=True)
             save_file(head, folder / "value" / VALUE_HEAD_FILE)
+
+
+def rows_of(batch: dict[str, Tensor]) -> list[tuple[int, ...]]:
+    """Return what tells the batch's rows apart: tokens of the response, then all ids."""
+    lengths = batch["attention"].sum(-1).tolist()
+    counts = batch["mask"].sum(-1).tolist()
+    columns = zip(counts, batch["ids"].tolist(), lengths, strict=True)
+    return [(count, *ids[:length]) for count, ids, length in columns]
 
 
 def keep_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:

@@ -165,7 +165,42 @@ def test_groups_hold_rows_of_similar_length_within_both_limits():
     assert all(sum(lengths[row] for row in group) <= 12 and len(group) <= 3 for group in groups)
     # by length, so that little is padded in attention
     assert [lengths[row] for group in groups for row in group] == [9, 8, 5, 4, 3, 1]
+    # attention pads to the longest: one row of 100 tokens does not take 50 short ones with it
+    lengths = [100] + [2] * 50
+    groups = group_rows(lengths, tokens=200, rows=60)
+    assert all(len(group) * lengths[group[0]] <= 1.5 * 200 for group in groups)
     # a row that is longer than the limit goes alone
     assert group_rows([20, 1], tokens=12, rows=3) == [[0], [1]]
     assert group_rows([2, 2, 2], tokens=12, rows=1) == [[0], [1], [2]]
     assert group_rows([], tokens=12, rows=3) == []
+
+
+def test_the_gradient_of_a_confident_token_does_not_cancel_in_bfloat16():
+    # rows of the head share a large part, and the token is all but certain: W_y - E_p[W] is small
+    # beside either of them
+    torch.manual_seed(0)
+    head = nn.Linear(64, 500, bias=False).requires_grad_(False)
+    head.weight.copy_(torch.randn(500, 64) + 3 * torch.randn(64))
+    head.weight[7] += 0.5 * torch.randn(64)
+    direction = head.weight[7] - head.weight.mean(0)
+    state = 12 * direction[None] / direction.square().sum()
+    state, weight = state.bfloat16(), head.weight.bfloat16()
+    slopes = []
+    for dtype in (torch.bfloat16, torch.float64):
+        own = nn.Linear(64, 500, bias=False, dtype=dtype).requires_grad_(False)
+        own.weight.copy_(weight.to(dtype))
+        given = state.to(dtype, copy=True).requires_grad_()
+        found, _ = token_logprobs(given, own, torch.tensor([7]))
+        found.sum().backward()
+        slopes.append(given.grad.double())
+    assert 0.97 < float(found.exp()) < 0.999
+    assert float((slopes[0] - slopes[1]).norm() / slopes[1].norm()) < 0.03
+
+
+def test_a_capped_head_is_not_plain_however_small_its_logits_are():
+    from transformers import Gemma2Config
+
+    from rlhf.logprobs import head_is_plain
+
+    shape = {**SHAPE, "head_dim": 4}
+    assert not head_is_plain(build(Gemma2Config(**shape, final_logit_softcapping=30.0)))

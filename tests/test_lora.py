@@ -102,3 +102,10 @@ def test_the_output_may_be_changed_in_place_and_the_input_need_not_be_contiguous
     for name, parameter in theirs.items():
         if parameter.grad is not None:
             torch.testing.assert_close(ours[name].grad, parameter.grad, atol=1e-6, rtol=1e-6)
+
+
+def test_under_autocast_pefts_layer_computes():
+    plain, fused = adapted()
+    x = torch.randn(3, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(plain(x), fused(x))

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
@@ -25,7 +26,9 @@ def open_references(run: Run, args: Any, reference: nn.Module) -> ReferenceCache
     if args.sync_ref_model or args.precompute_ref_log_probs or not args.disable_dropout:
         return None
     adapter = "ref" if hasattr(reference, "peft_config") else None
-    kind = {"autocast": args.bf16 or args.fp16, "device": run.world.device.type}
+    cast = "bf16" if args.bf16 else "fp16" * bool(args.fp16)
+    precision = f"{cast} {torch.get_float32_matmul_precision()}"
+    kind = {"autocast": precision, "device": run.world.device.type}
     return ReferenceCache(reference_key(reference, adapter, **kind), run.world, run.log)
 
 

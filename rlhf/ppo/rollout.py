@@ -333,9 +333,13 @@ def padded_batch(
     return dict(zip(("ids", "attention", "positions", "responses", "mask"), columns, strict=True))
 
 
-def role_scorer(roles: Roles, pad_id: int, batch_size: int = 32, name: str = "reward") -> Scorer:
+def role_scorer(
+    roles: Roles, pad_id: int, batch_size: int = 32, name: str = "reward", tokens: int = 0
+) -> Scorer:
     """Return the reward role as a scorer; it reads the sampled ids, as the reward model read them
     in training.
+
+    batch_size, tokens: rows and tokens of one pass; 0 tokens are what suits the device.
     """
 
     @torch.no_grad()
@@ -344,7 +348,7 @@ def role_scorer(roles: Roles, pad_id: int, batch_size: int = 32, name: str = "re
         pairs = list(zip(samples.prompt_ids, samples.response_ids, strict=True))
         lengths = [len(prompt) + len(response) for prompt, response in pairs]
         totals = [0.0] * len(samples)
-        for group in group_rows(lengths, tokens_per_pass(device), batch_size):
+        for group in group_rows(lengths, tokens or tokens_per_pass(device), batch_size):
             prompts, responses = zip(*(pairs[row] for row in group), strict=True)
             with roles.use("reward"):
                 found = roles.scores(padded_batch(prompts, responses, pad_id, device))

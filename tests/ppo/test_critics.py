@@ -67,6 +67,26 @@ def test_a_linear_function_is_found_whatever_the_scale_of_its_features():
     assert float(gaps.std() / returns.std()) < 0.02
 
 
+def test_a_feature_that_is_always_zero_has_no_weight():
+    states = torch.randn(50, 3) * torch.tensor([1.0, 0.0, 1.0])
+    head = torch.nn.Linear(3, 1)
+    LeastSquaresCritic(head).fit(states, states[:, 0])
+    assert head.weight[0, 1] == 0 and head.weight[0, 0] > 0.4
+
+
+def test_rows_with_the_same_ids_and_other_prompts_keep_their_own_states(sft_path, reward_path):
+    roles = Roles(load_model(sft_path), lora_config(r=4), reward_path, critic_trunk="reward")
+    batch = padded_batch([[5, 6], [5, 6, 7]], [[7, 8, 2], [8, 2]], 0, "cpu")
+    with torch.no_grad(), roles.keeping_states():
+        with roles.use("reward"):
+            roles.scores(batch)
+            expected = roles.states(batch)
+        kept = roles.kept_states(batch)
+    torch.testing.assert_close(kept, expected, atol=1e-6, rtol=0)
+    # nor does a pass without gradients leave the reward model's head to learn
+    assert not any(p.requires_grad for p in roles.heads["reward"].parameters())
+
+
 def test_a_critic_on_the_reward_trunk_has_a_head_and_no_adapter(sft_path, reward_path):
     roles = Roles(load_model(sft_path), lora_config(r=4), reward_path, critic_trunk="reward")
     assert "value" not in roles.trunk.peft_config and not roles.critic_learns
