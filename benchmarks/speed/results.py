@@ -98,7 +98,7 @@ class Results:
             yield f"{machine['note']}."
         yield ""
         yield "What is measured, and how, is said in `benchmarks/ppo_speed.py`. `own critic` has a"
-        yield "critic adapter of its own; `best` has the critic's head on the reward model's trunk."
+        yield "critic adapter of its own; `best` fits the critic to the reward model's states."
         yield "Seconds are CPU seconds of one update on one thread, medians over processes. The"
         yield "ratio is the peer's seconds over ours, by round, with smallest and largest. `share` is"
         yield "the FLOPs that the mathematics needs, per CPU second, over the rate of a large matrix"

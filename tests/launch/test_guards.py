@@ -35,6 +35,9 @@ LATE = [
     "2",
     "--save_total_limit",
     "9",
+    # a KL of exactly 0 while the policy stands still
+    "--old_logprobs",
+    "learner",
 ]
 
 
