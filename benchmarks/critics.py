@@ -60,7 +60,9 @@ def make_seed(folder: Path, seed: int) -> dict[str, dict[str, float]]:
     for name, options in DESIGNS.items():
         if (folder / place / name / "result.json").is_file():
             continue
-        flags = [word for option, value in options.items() for word in (f"--{option}", value)]
+        flags = []
+        for option, value in options.items():
+            flags += [f"--{option}", value]
         run(
             folder,
             *("-m", "launch.ppo", "--config", str(CONFIGS / "ppo.yaml")),
@@ -116,8 +118,10 @@ def summarise(seeds: dict[str, dict[str, dict[str, float]]]) -> dict:
     """Return means over seeds, and each design's gold score less that of the own adapter, paired."""
     means = {}
     for name in next(iter(seeds.values())):
-        own = [found[name] for found in seeds.values()]
-        means[name] = {key: statistics.fmean(row[key] for row in own) for key in own[0]}
+        rows = [found[name] for found in seeds.values()]
+        means[name] = {}
+        for key in rows[0]:
+            means[name][key] = statistics.fmean(row[key] for row in rows)
     differences = {}
     for name in list(DESIGNS)[1:]:
         gaps = [found[name]["gold"] - found["ppo"]["gold"] for found in seeds.values()]

@@ -243,9 +243,9 @@ def ladder(results: Results, method: str) -> dict:
 
 def end_difference(results: Results, a: str, b: str, measure: str) -> Estimate:
     """a - b at the ends of their runs, by the seeds that both have."""
-    ends: list[dict[int, Point]] = [
-        {p.seed: p for p in results.of(name) if p.last} for name in (a, b)
-    ]
+    ends: list[dict[int, Point]] = []
+    for name in (a, b):
+        ends.append({point.seed: point for point in results.of(name) if point.last})
     seeds = sorted(set(ends[0]) & set(ends[1]))
     values = [[results.group_means(end[seed].values[measure]) for seed in seeds] for end in ends]
     return crossed_mean(np.array(values[0]) - np.array(values[1]))
@@ -282,9 +282,10 @@ def verdicts_of(asked: list[tuple[Estimate, int]]) -> list[str]:
     words = []
     for (difference, expected), p in zip(asked, holm([d.p for d, _ in asked]), strict=True):
         as_expected = (difference.estimate > 0) == (expected > 0)
-        words.append(
-            "undecided" if not p < 0.05 else "reproduced" if as_expected else "not reproduced"
-        )
+        if not p < 0.05:
+            words.append("undecided")
+        else:
+            words.append("reproduced" if as_expected else "not reproduced")
     return words
 
 

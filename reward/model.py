@@ -359,7 +359,7 @@ def reward_scorer(
 
     `tokenizer` is the one the samples' ids come from. Where it is the reward model's too
     (vocabulary, special tokens and chat template), ids are read as they are; otherwise prompts and
-    responses are encoded anew by the reward model's tokenizer and template, with its EOS where the
+    responses are encoded again by the reward model's tokenizer and template, with its EOS where the
     response ended.
     """
     reward = load_reward(path, device, dtype)

@@ -8,8 +8,6 @@ alone. Models for which that is not the same function get padded rows.
 from __future__ import annotations
 
 import math
-import os
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from rlhf.tensors import selected_logprobs
+from rlhf.text import say_once
 
 # elements of the logits that exist at a time
 LOGITS_ON_CPU, LOGITS_ON_GPU = 2**23, 2**28
@@ -67,18 +66,15 @@ def completion_batch(
     response_ids: list[list[int]],
     pad_id: int,
     device="cpu",
-    width=None,
 ):
     """Build right-padded completions for one forward pass.
 
     Returns input_ids (B, L), attention_mask (B, L), positions (B, T): the column of input_ids whose
-    next token is response token t, response ids (B, T) and their mask (B, T). `width` = (L, T)
-    fixes the shape.
+    next token is response token t, response ids (B, T) and their mask (B, T).
     """
     length = max(len(p) + len(r) for p, r in zip(prompt_ids, response_ids, strict=True))
     # at least one column, so that a batch of empty responses has a shape
     tokens = max(1, max(len(r) for r in response_ids))
-    length, tokens = width or (length, tokens)
     ids = torch.full((len(prompt_ids), length), pad_id, dtype=torch.long)
     attention = torch.zeros((len(prompt_ids), length), dtype=torch.long)
     positions = torch.zeros((len(prompt_ids), tokens), dtype=torch.long)
@@ -201,6 +197,39 @@ def packed_inputs(rows: PackedRows) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
+def why_inexact(model: nn.Module, gap_of: Callable[[nn.Module], float]) -> str:
+    """Return why another way to compute, whose results are off by `gap_of(model)` of their spread,
+    does not stand for the plain one, or "".
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        gap = gap_of(model)
+    except Exception as error:  # whatever a model's own code raises
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        model.train(was_training)
+    precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
+    # Llama: 1e-6, and 0.05 in bfloat16
+    if gap < (2e-5 if precise else 0.1):
+        return ""
+    return f"results are off by {gap:.1g} of their spread"
+
+
+def smallest_window(model: nn.Module) -> int | None:
+    """Return how many tokens a layer that attends to a window sees at least, or None without one."""
+    from transformers import DynamicCache
+
+    config = model.config.get_text_config()
+    # GPT-Neo calls it window_size
+    names = ("sliding_window", "attention_chunk_size", "window_size")
+    windows = [getattr(config, name, None) for name in names]
+    layers = DynamicCache(config=model.config).layers
+    windows += [getattr(layer, "sliding_window", None) for layer in layers]
+    return min((window for window in windows if isinstance(window, int)), default=None)
+
+
 _PACKS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
@@ -211,13 +240,12 @@ def packs(model: nn.Module, length: int) -> bool:
     masks and with arguments that it passes on.
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = causal.config.get_text_config()
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    if any(window is not None and window < length for window in windows):
-        return False
     if causal not in _PACKS:
         _PACKS[causal] = _try_packing(model)
-    return _PACKS[causal]
+    if not _PACKS[causal]:
+        return False
+    window = smallest_window(model)
+    return window is None or length <= window
 
 
 def _try_packing(model: nn.Module) -> bool:
@@ -228,26 +256,16 @@ def _try_packing(model: nn.Module) -> bool:
     from transformers import AttentionInterface
 
     AttentionInterface.register("sdpa", attend)
-    was_training = model.training
-    model.eval()
-    try:
-        gap = _packing_gap(decoder)
-    except Exception as error:  # whatever a model's own code raises
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    else:
-        precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
-        exact = gap < (2e-5 if precise else 0.1)
-        reason = "" if exact else f"so packed, states are off by {gap:.1g} of their spread"
-    model.train(was_training)
-    if reason and os.environ.get("RANK", "0") == "0":
-        message = f"rows of {model.config.model_type} are padded, which is slower ({reason})"
-        print(message, file=sys.stderr, flush=True)
+    reason = why_inexact(model, _packing_gap)
+    if reason:
+        say_once(f"rows of {model.config.model_type} are padded, which is slower ({reason})")
     return not reason
 
 
 @torch.no_grad()
-def _packing_gap(decoder: nn.Module) -> float:
+def _packing_gap(model: nn.Module) -> float:
     """Return how far states of packed rows are from those of single rows, over their spread."""
+    decoder, _ = decoder_and_head(model)
     lengths = (5, 9, 7)
     device = next(decoder.parameters()).device
     # a prime, to spread them over the vocabulary; an adapter may stand in place of the embeddings
@@ -337,12 +355,10 @@ def _own_logits(model: nn.Module, ids: Tensor, attention: Tensor, places: Tensor
     return model(input_ids=ids, attention_mask=attention, use_cache=False).logits[places]
 
 
-_WATCHERS: weakref.WeakKeyDictionary[nn.Module, list[Callable]] = weakref.WeakKeyDictionary()
-
-
 def watch_portions(head: nn.Module, watcher: Callable[[int, bool], None]) -> None:
     """Call `watcher(tokens, learns)` where a head's weight is read without its forward hooks."""
-    _WATCHERS.setdefault(head, []).append(watcher)
+    # on the head itself, so that both are freed together
+    vars(head).setdefault("portion_watchers", []).append(watcher)
 
 
 def token_logprobs(
@@ -373,7 +389,7 @@ def frozen_head_logprobs(
     states: Tensor, head: nn.Linear, ids: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return log-probabilities, entropies and whether each id is the likeliest, all (n,)."""
-    for watcher in _WATCHERS.get(head, ()):
+    for watcher in vars(head).get("portion_watchers", ()):
         watcher(len(states), states.requires_grad and torch.is_grad_enabled())
     return HeadLogprobs.apply(states, head.weight, head.bias, ids, temperature)
 

@@ -1,7 +1,9 @@
-"""Text for people: one line of a long text, and tables in Markdown."""
+"""Text for people: one line of a long text, tables in Markdown, and notices."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -43,3 +45,13 @@ def markdown_table(
         cells = [escape(cell) for cell in row]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+_SAID: set[str] = set()
+
+
+def say_once(text: str) -> None:
+    """Print a line to standard error on the main rank, unless it was printed before."""
+    if text not in _SAID and os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+    _SAID.add(text)

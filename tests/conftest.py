@@ -166,3 +166,9 @@ def reward_path(base_path, tmp_path_factory) -> str:
     save_file(weights, file)
     (folder / "reward.json").write_text(json.dumps({"scale": 0.5, "bias": -0.25}))
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def nothing_said_before(monkeypatch):
+    """Let each test see the notices that are printed once."""
+    monkeypatch.setattr("rlhf.text._SAID", set())

@@ -124,7 +124,7 @@ def test_a_model_that_does_not_pass_arguments_on_gets_padded_rows(model, capsys,
 
     monkeypatch.setattr(model.model, "forward", deaf)
     assert not packs(model, 12)
-    assert "rows of llama are padded, which is slower (so packed, states are off by" in (
+    assert "rows of llama are padded, which is slower (results are off by" in (
         capsys.readouterr().err
     )
     batch = completion_batch(PROMPTS, RESPONSES, 0)

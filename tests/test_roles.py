@@ -280,8 +280,8 @@ def test_dropout_is_off_wherever_a_model_keeps_it(sft_path):
 
 def test_a_row_does_not_change_with_batch_or_padding(roles):
     batch = batch_of()
-    wide = completion_batch(PROMPTS[:1], RESPONSES[:1], 0, width=(20, 9))
-    alone = dict(zip(("ids", "attention", "positions", "responses", "mask"), wide, strict=True))
+    alone = batch_of(prompts=PROMPTS[:1], responses=RESPONSES[:1])
+    alone = {name: torch.nn.functional.pad(column, (0, 11)) for name, column in alone.items()}
     with torch.no_grad(), roles.use("policy"):
         together, one = roles.logprobs(batch)[0][0, :4], roles.logprobs(alone)[0][0, :4]
     torch.testing.assert_close(together, one, atol=1e-6, rtol=0)
@@ -352,7 +352,8 @@ def by_peft(base_path, path, ids):
     """Logits and last hidden states of the adapter as PEFT alone loads it."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_model(base_path).model, path).eval()
+    base = load_model(base_path, "float64").model
+    model = PeftModel.from_pretrained(base, path).double().eval()
     with torch.no_grad():
         return model(ids).logits, model.get_base_model().base_model(ids).last_hidden_state
 
@@ -364,16 +365,16 @@ def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_train
     ids = torch.arange(3, 25)[None]
     path = random_adapter(base_path, tmp_path / "sft", seed=5, **KINDS[kind])
     expected, states = by_peft(base_path, path, ids)
-    roles = Roles(load_model(path), lora_config(), ema_reference=True)
+    roles = Roles(load_model(path, "float64"), lora_config(), ema_reference=True)
 
     def logits(role):
         with torch.no_grad(), roles.use(role):
             return roles.trunk(ids).logits
 
     for role in ("policy", "reference", "ema_reference"):
-        torch.testing.assert_close(logits(role), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(logits(role), expected, atol=1e-9, rtol=0)
     with torch.no_grad(), roles.use("value"):
-        torch.testing.assert_close(hidden(roles, ids), states, atol=1e-5, rtol=0)
+        torch.testing.assert_close(hidden(roles, ids), states, atol=1e-9, rtol=0)
 
     optimizer = torch.optim.SGD(
         [{"params": roles.parameters_of(role)} for role in ("policy", "value")], lr=0.1
@@ -398,18 +399,18 @@ def test_every_role_is_the_adapter_as_peft_loads_it_and_is_saved_as_it_was_train
         name for name, parameter in roles.named_parameters() if id(parameter) in learnt
     }
     assert (logits("policy") - expected).abs().max() > 0.01
-    torch.testing.assert_close(logits("reference"), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits("reference"), expected, atol=1e-9, rtol=0)
     roles.update_ema(0.0)
-    torch.testing.assert_close(logits("ema_reference"), logits("policy"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits("ema_reference"), logits("policy"), atol=1e-9, rtol=0)
 
     roles.save(tmp_path / "ppo", load_model(path))
     torch.testing.assert_close(
-        by_peft(base_path, tmp_path / "ppo", ids)[0], logits("policy"), atol=1e-5, rtol=0
+        by_peft(base_path, tmp_path / "ppo", ids)[0], logits("policy"), atol=1e-9, rtol=0
     )
     with torch.no_grad(), roles.use("value"):
         states = hidden(roles, ids)
     torch.testing.assert_close(
-        by_peft(base_path, tmp_path / "ppo" / "value", ids)[1], states, atol=1e-5, rtol=0
+        by_peft(base_path, tmp_path / "ppo" / "value", ids)[1], states, atol=1e-9, rtol=0
     )
 
 

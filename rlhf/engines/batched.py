@@ -18,12 +18,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from rlhf.engines import hf
 from rlhf.engines.merged import merged
-from rlhf.engines.sampling import Completions, Sampling, draw, say_once
+from rlhf.engines.sampling import Completions, Sampling, draw
 from rlhf.engines.slots import Slots
+from rlhf.logprobs import smallest_window, why_inexact
+from rlhf.text import say_once
 
 # tokens of prompts in one pass: caches of a CPU are small, launches of a GPU take their time
 CHUNK = {"cpu": 512, "cuda": 16384}
@@ -171,7 +172,7 @@ def slots_are_exact(model: nn.Module) -> bool:
     """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if causal not in _EXACT:
-        reason = hf.why_inexact(model, _slot_gap)
+        reason = why_inexact(model, _slot_gap)
         _EXACT[causal] = not reason
         if reason:
             kind = model.config.model_type
@@ -181,20 +182,15 @@ def slots_are_exact(model: nn.Module) -> bool:
 
 def within_windows(model: nn.Module, length: int) -> bool:
     """Return whether every layer sees all of `length` tokens: slots know no sliding windows."""
-    config = model.config.get_text_config()
-    # GPT-Neo calls it window_size
-    names = ("sliding_window", "attention_chunk_size", "window_size")
-    layers = DynamicCache(config=model.config).layers
-    windows = [getattr(layer, "sliding_window", None) for layer in layers]
-    windows += [getattr(config, name, None) for name in names]
-    window = min((w for w in windows if isinstance(w, int)), default=length)
-    if window < length:
-        kind = config.model_type
+    window = smallest_window(model)
+    is_within = window is None or length <= window
+    if not is_within:
+        kind = model.config.model_type
         say_once(
             f"sampling from {kind} in plain batches, which is slower "
             f"(prompt and response of {length} tokens are longer than its window of {window})"
         )
-    return length <= window
+    return is_within
 
 
 def _slot_gap(model: nn.Module) -> float:
@@ -216,7 +212,7 @@ def _slot_gap(model: nn.Module) -> float:
         if step == 4:
             slots.admit(rows[1:2], [2], 16)
             standing = torch.tensor([0, 2, 1])
-            # it begins anew, while the others are four steps on
+            # it begins again, while the others are four steps on
             lengths[1] -= 4
         columns = lengths[standing] + step
         found = slots.logits(len(standing), int(columns.max())).float().log_softmax(-1)

@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from rlhf.engines.sampling import Completions, Sampling, draw, say_once
+from rlhf.engines.sampling import Completions, Sampling, draw
+from rlhf.logprobs import why_inexact
+from rlhf.text import say_once
 
 
 def generate(
@@ -93,26 +95,6 @@ def cache_is_exact(model: nn.Module) -> bool:
             kind = model.config.model_type
             say_once(f"sampling from {kind} without its cache, which is slower ({reason})")
     return _EXACT[causal]
-
-
-@torch.no_grad()
-def why_inexact(model: nn.Module, gap_of: Callable[[nn.Module], float]) -> str:
-    """Return why log-probabilities that are `gap_of(model)` of their spread off are not exact, or
-    "".
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        gap = gap_of(model)
-    except Exception as error:  # whatever a model's own code raises
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    finally:
-        model.train(was_training)
-    precise = next(model.parameters()).dtype in (torch.float32, torch.float64)
-    # Llama: 1e-6, and 0.05 in bfloat16
-    if gap < (2e-5 if precise else 0.1):
-        return ""
-    return f"with it log-probabilities are off by {gap:.1g} of their spread"
 
 
 def trial(model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -19,8 +19,6 @@ often as the softmax says, to 1 in 1,000 of it; no E is below 3e-18, no Gumbel n
 from __future__ import annotations
 
 import hashlib
-import os
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -212,13 +210,3 @@ def _shift(x: Tensor, by: int) -> Tensor:
 
 def _signed(constant: int) -> int:
     return constant - (1 << 64) if constant >= 1 << 63 else constant
-
-
-_SAID: set[str] = set()
-
-
-def say_once(text: str) -> None:
-    """Print a line to standard error on the main rank, unless it was printed before."""
-    if text not in _SAID and os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-    _SAID.add(text)

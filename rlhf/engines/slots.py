@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rlhf.engines.sampling import say_once
 from rlhf.logprobs import decoder_and_head
+from rlhf.text import say_once
 from rlhf.weights import first_line
 
 
@@ -182,8 +182,8 @@ class Slots:
         self.resident: list[tuple[int, ...]] = [()] * slots
 
     def _mask(self, allowed: Tensor) -> Tensor:
-        """Return a mask to add to scores: right for every attention, and not made anew in each
-        layer, as sdpa makes it of a boolean one.
+        """Return a mask to add to scores: right for every attention, and made once, where sdpa makes one of a
+        boolean mask in each layer.
         """
         return torch.where(allowed, self.nothing, self.lowest)
 

@@ -146,7 +146,7 @@ def seed_jobs(config: ExperimentConfig, seed: int) -> list[Job]:
 def sampling(config: ExperimentConfig, seed: int) -> list[Job]:
     """Return the jobs that sample pairs and let simulated annotators vote on them."""
     store = f"{config.output_dir}/seed-{seed}/preferences.db"
-    # votes are in the store of the samples, so both are made anew together
+    # votes are in the store of the samples, so both are remade together
     shared = {"outputs": [store], "owned": [store, f"{store}-wal", f"{store}-shm"], "seed": seed}
     sample = Job(
         name=f"seed-{seed}/sample",

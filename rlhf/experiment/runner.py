@@ -131,7 +131,7 @@ def set_jobs(state: ExperimentState, jobs: list[Job], how: RunOptions) -> None:
             "\n".join(
                 [
                     f"{state.folder} holds results of other options, which are not mixed with new ones. Choose another "
-                    "--output_dir, or make them anew with --redo true (the old ones are set aside). They differ in:",
+                    "--output_dir, or remake them with --redo true (the old ones are set aside). They differ in:",
                     *lines,
                 ]
             )

@@ -61,7 +61,7 @@ def pack_forward(model: nn.Module, *, paired: bool = False, own_head: bool = Tru
 def check_apart(model: nn.Module) -> None:
     """Raise UserError if rows that TRL has packed itself (`packing`, `padding_free`) read one another.
 
-    It tells rows apart by positions that begin anew, which convolutions and states that run on,
+    It tells rows apart by positions that restart, which convolutions and states that run on,
     as in Mamba, do not see.
     """
     device = next(model.parameters()).device

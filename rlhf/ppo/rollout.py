@@ -22,7 +22,7 @@ from rlhf.evaluate import to_samples
 from rlhf.logprobs import completion_batch, group_rows, tokens_per_pass
 from rlhf.ppo.advantages import kl_k1, kl_k3
 from rlhf.ppo.guards import repetition
-from rlhf.roles import EMA_REFERENCE, Roles
+from rlhf.roles import COLUMNS, EMA_REFERENCE, Roles
 from rlhf.stats import clustered_se
 from rlhf.tensors import masked_mean, masked_sum_rows, pad_right
 
@@ -330,7 +330,7 @@ def padded_batch(
 ) -> dict[str, Tensor]:
     """Return what `Roles.logprobs` and `Roles.values` read, by name: see `Rollout.batch`."""
     columns = completion_batch(prompt_ids, response_ids, pad_id, device)
-    return dict(zip(("ids", "attention", "positions", "responses", "mask"), columns, strict=True))
+    return dict(zip(COLUMNS, columns, strict=True))
 
 
 def role_scorer(

@@ -276,7 +276,7 @@ def build_base(config: SandboxConfig, world: corpus.World) -> dict[str, Any]:
         if all(known.get(name) == found[name] for name in ("fingerprint", "packaged")):
             print(f"{folder}: reusing the base with these settings ({found['fingerprint']})")
             return known
-        print(f"{folder}: settings have changed, making the base anew")
+        print(f"{folder}: settings have changed, remaking the base")
 
     partial = folder.with_name("base.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -4,7 +4,7 @@ settings, so that every machine begins with the same weights.
 Pretraining on the spot gives other weights with another processor or number of threads, since
 rounding grows over the steps. The weights are kept as 16-bit floats, which halves the file; they
 are written out as 32-bit ones. `pretrained/sandbox.json` says what the base is made from. To make
-the files anew, after a change of the corpus, the tokenizer or the pretraining:
+the files again, after a change of the corpus, the tokenizer or the pretraining:
 
     rlhf sandbox build --pretrain --output_dir runs/new
     python -m rlhf.sandbox.packaged runs/new/base

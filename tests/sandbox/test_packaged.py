@@ -86,10 +86,10 @@ def test_it_is_taken_unless_another_one_is_wanted(tmp_path, monkeypatch, capsys)
 
     # one that was pretrained is replaced, by name, and back
     found = said()
-    assert "making the base anew" in found and "from the package" in found
+    assert "remaking the base" in found and "from the package" in found
     assert "reusing" in said()
     found = said(pretrain=True)
-    assert "making the base anew" in found and "pretrained in" in found
+    assert "remaking the base" in found and "pretrained in" in found
     assert "reusing" in said(pretrain=True)
     # other settings, and other texts
     assert "pretrained in" in said(pretrain_steps=2)
