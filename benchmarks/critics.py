@@ -2,9 +2,9 @@
 
     python benchmarks/critics.py FOLDER [--seeds 5]     # resumes; writes benchmarks/results/critics.json
 
-Each seed is a whole quickstart in FOLDER (annotators, SFT, reward model, DPO, PPO), whose PPO has a
-critic with an adapter of its own. The same PPO then runs with a critic fitted to the reward model's
-hidden states and with one on the policy's: the same episodes, prompts, seed and step sizes. One report over
+Each seed is a whole quickstart in FOLDER (annotators, SFT, reward model, DPO, PPO), whose PPO fits its
+critic to the reward model's hidden states. The same PPO then runs with a critic adapter of its own
+and with a head on the policy's trunk: the same episodes, prompts, seed and step sizes. One report over
 all of them gives the true score on test prompts that no stage has seen. Differences are paired by
 seed, with a t interval over seeds.
 """
@@ -25,10 +25,11 @@ from scipy import stats
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "rlhf" / "sandbox" / "configs"
 RESULT = ROOT / "benchmarks" / "results" / "critics.json"
-# name of the run -> options beside the quickstart's
+# name of the run -> options beside the quickstart's; the first is what the others are held against
+OWN = "ppo-own"
 DESIGNS = {
+    OWN: {"critic_trunk": "own", "value_learning_rate": "4e-3"},
     "ppo": {},
-    "ppo-reward": {"critic_trunk": "reward"},
     "ppo-policy": {"critic_trunk": "policy"},
 }
 
@@ -124,7 +125,7 @@ def summarise(seeds: dict[str, dict[str, dict[str, float]]]) -> dict:
             means[name][key] = statistics.fmean(row[key] for row in rows)
     differences = {}
     for name in list(DESIGNS)[1:]:
-        gaps = [found[name]["gold"] - found["ppo"]["gold"] for found in seeds.values()]
+        gaps = [found[name]["gold"] - found[OWN]["gold"] for found in seeds.values()]
         differences[name] = paired(gaps)
     return {"means": means, "gold_less_own": differences}
 

@@ -77,6 +77,8 @@ def main(argv: list[str] | None = None) -> None:
         if not (isinstance(spec, ModelSpec) and spec.model == role)
     }
     critic = critic_start(config, role, models.get(role, 0.0), others)
+    if critic.trunk == "reward":
+        run.log(f"the critic is fitted to the hidden states of {role} (critic_trunk)")
     if critic.left_out:
         missing = ", ".join(critic.left_out)
         run.log(
@@ -91,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         critic=critic.source,
         ema_reference=config.reference_ema is not None,
         reward_weight=critic.weight,
-        critic_trunk=config.critic_trunk,
+        critic_trunk=critic.trunk,
     )
 
     budget = Budget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +19,17 @@ from rlhf.weights import read_identity, read_json
 
 # the scalar head of a reward model, which stands beside the trunk of roles
 SCORE = "score"
+# tokens whose states are summed up together by the critic that is fitted
+PORTION = 4096
 
 
 @dataclass(frozen=True)
 class CriticStart:
-    """What the critic starts from."""
+    """What the critic starts from, and what it reads."""
 
-    # as the parameter `critic` of Roles
+    # as the parameters `critic` and `critic_trunk` of Roles
     source: str | None
+    trunk: str = "own"
     # of the reward role's score in the total
     weight: float = 1.0
     # parts of the total score that the reward role does not know
@@ -49,7 +53,7 @@ def find_reward_role(models: dict[str, float], initial: InitialModel) -> str | N
 def critic_start(
     config: PPOConfig, reward_path: str | None, weight: float, others: dict[str, float]
 ) -> CriticStart:
-    """Return what the critic starts from.
+    """Return what the critic starts from, and whose hidden states it reads.
 
     weight: that of the reward role's score in the total; others: name -> weight of the scorers that
     are not the role. Raises UserError where the critic is to start from a reward model of weight 0.
@@ -59,8 +63,12 @@ def critic_start(
     source = config.critic_from
     if source == "auto":
         source = "reward" if weight else "policy"
-    if source != "reward" or reward_path is None or config.critic_trunk != "own":
-        return CriticStart(source)
+    trunk = config.critic_trunk
+    if trunk == "auto":
+        # a model that is only watched knows nothing of what the critic has to predict
+        trunk = "reward" if weight and not config.set_critic_options() else "own"
+    if source != "reward" or reward_path is None or trunk != "own":
+        return CriticStart(source, trunk)
     if not weight:
         raise UserError(
             f"critic_from is reward, but {reward_path} is only watched (weight 0), and the critic has to predict the "
@@ -70,7 +78,7 @@ def critic_start(
     left_out = [f"{name} (weight {other:g})" for name, other in others.items() if other]
     if config.normalize_scores:
         left_out.append("the normalisation of scores")
-    return CriticStart(source, weight, tuple(left_out))
+    return CriticStart(source, trunk, weight, tuple(left_out))
 
 
 def reward_head(path: str, width: int) -> nn.Linear:
@@ -127,11 +135,23 @@ class LeastSquaresCritic:
         self.products = torch.zeros(width, dtype=torch.float64)
 
     @torch.no_grad()
-    def fit(self, states: Tensor, returns: Tensor) -> None:
-        """Take in states (n, H) and returns (n,), and write the new weights into the head."""
-        features = torch.cat([states.double(), states.new_ones(len(states), 1).double()], 1).cpu()
-        self.moments = self.DECAY * self.moments + features.T @ features
-        self.products = self.DECAY * self.products + features.T @ returns.double().cpu()
+    def fit(
+        self, states: Tensor, returns: Tensor, total: Callable[[Tensor], Tensor] = lambda t: t
+    ) -> None:
+        """Take in states (n, H) and returns (n,), and write the new weights into the head.
+
+        total: the sum of a tensor over ranks, each of which brings states of its own.
+        """
+        width = states.shape[1] + 1
+        moments = torch.zeros(width, width, dtype=torch.float64, device=states.device)
+        products = moments.new_zeros(width)
+        # in portions, since the states of a rollout in float64 would be as large as a model
+        for part, own in zip(states.split(PORTION), returns.split(PORTION), strict=True):
+            features = torch.cat([part.double(), part.new_ones(len(part), 1).double()], 1)
+            moments += features.T @ features
+            products += features.T @ own.double()
+        self.moments = self.DECAY * self.moments + total(moments).cpu()
+        self.products = self.DECAY * self.products + total(products).cpu()
         # the last feature is 1, so its sum of squares is the number of tokens
         scale = self.moments.diagonal() / self.moments[-1, -1]
         # a feature that is always 0 would make the system singular

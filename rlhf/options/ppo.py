@@ -5,7 +5,7 @@ and LoRA's step sizes; docs/algorithms.md lists each with its source.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from rlhf.config import option
@@ -145,11 +145,12 @@ class CriticOptions:
         "auto",
         "what the critic starts from; auto: the reward model where it is a role on the base, else the policy",
     )
-    critic_trunk: Literal["own", "reward", "policy"] = option(
-        "own",
+    critic_trunk: Literal["auto", "own", "reward", "policy"] = option(
+        "auto",
         "whose hidden states the critic's head reads; own: an adapter of its own; policy: the policy's, which "
         "then learns from both losses; reward: the frozen reward model's, which scoring has computed anyway, by "
-        "ridge regression after each rollout, so that the options of a critic's learning do not count",
+        "ridge regression after each rollout; auto: reward where the reward model is a role on the base and no option "
+        "of the critic's learning is set, else own",
     )
     critic_warmup_steps: int = option(0, "first steps, in which only the critic learns", low=0)
     value_clip_range: float | None = option(
@@ -161,6 +162,16 @@ class CriticOptions:
         "one joint norm: a large weight shrinks the policy's gradient, and its steps once that nears adam_epsilon",
         low=0,
     )
+
+
+# how a critic learns that has parameters to train
+CRITIC_LEARNING = (
+    "value_learning_rate",
+    "critic_from",
+    "critic_warmup_steps",
+    "value_clip_range",
+    "vf_coef",
+)
 
 
 @dataclass(kw_only=True)
@@ -233,9 +244,11 @@ class PPOConfig(
             raise UserError(
                 f"'critic_warmup_steps' is set, but {self.advantage_estimator} has no critic"
             )
-        if self.critic_trunk != "own" and self.critic_warmup_steps:
+        unused = self.unused_critic_options()
+        if unused:
             raise UserError(
-                "'critic_warmup_steps' needs a critic that learns alone: 'critic_trunk' own"
+                f"with critic_trunk {self.critic_trunk} nothing reads {', '.join(unused)}. Leave it out, or "
+                "use --critic_trunk own"
             )
         if bool(self.ptx_coef) != bool(self.ptx_data):
             raise UserError(
@@ -253,6 +266,19 @@ class PPOConfig(
         if self.kl_horizon is not None:
             return self.kl_horizon
         return max(self.rollout_batch_size, 0.1 * self.total_steps * self.rollout_batch_size)
+
+    def set_critic_options(self) -> list[str]:
+        """Return the options of a critic's learning that are not at their defaults."""
+        defaults = {field.name: field.default for field in fields(CriticOptions)}
+        return [name for name in CRITIC_LEARNING if getattr(self, name) != defaults[name]]
+
+    def unused_critic_options(self) -> list[str]:
+        """Return the options that are set and that this critic_trunk does not read."""
+        if self.critic_trunk in ("auto", "own"):
+            return []
+        # a head on the policy's trunk learns by the policy's steps, with a loss of its own
+        read = ("value_clip_range", "vf_coef") if self.critic_trunk == "policy" else ()
+        return [name for name in self.set_critic_options() if name not in read]
 
     @property
     def critic_rate(self) -> float:

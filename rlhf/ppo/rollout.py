@@ -28,6 +28,8 @@ from rlhf.tensors import masked_mean, masked_sum_rows, pad_right
 
 # what is measured of each token -> the role that gives it
 LOGPROBS_OF = {"logprobs": "policy", "ref_logprobs": "reference", "penalty_logprobs": EMA_REFERENCE}
+# what a critic on the reward model's trunk reads
+OWN_STATES = "own_states"
 # an engine that samples: any function with the signature of rlhf.engines.hf.generate
 Generate = Callable[..., Completions]
 
@@ -63,8 +65,9 @@ class Rollout:
     seconds: dict[str, float] = field(default_factory=dict)
     # mean |engine's - learner's| log-probability of a response token; NaN where the engine's stand
     logprob_gap: float = math.nan
-    # (N, T, H) states that a critic on the reward model's trunk reads; None with another critic
-    states: Tensor | None = None
+    # (n, H) what a critic on the reward model's trunk reads, before each of the n response tokens of
+    # this rank's rows alone; None with another critic
+    own_states: Tensor | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -188,7 +191,8 @@ class RolloutCollector:
         own = {name: column[shard.start : shard.stop] for name, column in batch.items()}
         settings = self.settings
         found = measure(self.roles, own, names, settings.pass_limits, settings.sampling.temperature)
-        measured = {}
+        # the largest of them, and no other rank reads it
+        measured = {OWN_STATES: found.pop(OWN_STATES, None)}
         for name, part in found.items():
             measured[name] = torch.cat(self.world.gather([part.cpu()])).to(self.world.device)
 
@@ -208,7 +212,7 @@ def measured_names(roles: Roles, trusts_engine: bool) -> list[str]:
     if roles.has_critic:
         names.append("values")
         if roles.critic_trunk == "reward":
-            names.append("states")
+            names.append(OWN_STATES)
     return names
 
 
@@ -221,20 +225,26 @@ def measure(
     temperature: float,
 ) -> dict[str, Tensor]:
     """Return, of the B rows of a batch, what `names` asks for: logprobs, ref_logprobs,
-    penalty_logprobs and values (B, T), states (B, T, H); 0 outside the mask.
+    penalty_logprobs and values (B, T), 0 outside the mask; own_states (n, H) of n response tokens.
     """
     mask = batch["mask"]
     dtype = roles.precision
     found = {name: torch.zeros(mask.shape, dtype=dtype, device=mask.device) for name in names}
-    if "states" in found:
-        found["states"] = found["states"].new_zeros(*mask.shape, roles.width)
+    if OWN_STATES in found:
+        found[OWN_STATES] = mask.new_zeros(int(mask.sum()), roles.width, dtype=dtype)
+        ends = mask.sum(-1).cumsum(-1)
 
     lengths = batch["attention"].sum(-1).tolist()
     for group in group_rows(lengths, *pass_limits):
         rows = torch.tensor(group, device=mask.device)
         part = {name: column[rows] for name, column in batch.items()}
-        for name, numbers in measure_part(roles, part, names, temperature).items():
-            found[name][rows] = numbers.to(dtype)
+        numbers = measure_part(roles, part, names, temperature)
+        if OWN_STATES in numbers:
+            of_rows = numbers.pop(OWN_STATES).to(dtype).split(part["mask"].sum(-1).tolist())
+            for row, states in zip(group, of_rows, strict=True):
+                found[OWN_STATES][ends[row] - len(states) : ends[row]] = states
+        for name, column in numbers.items():
+            found[name][rows] = column.to(dtype)
     return found
 
 
@@ -247,11 +257,8 @@ def measure_part(
         if name in names:
             with roles.use(role):
                 found[name] = roles.logprobs(part, temperature)[0]
-    if "states" in names:
-        states = roles.kept_states(part)
-        padded = states.new_zeros(*part["mask"].shape, states.shape[-1])
-        padded[part["mask"]] = states
-        found["states"] = padded
+    if OWN_STATES in names:
+        states = found[OWN_STATES] = roles.kept_states(part)
         found["values"] = roles.values_of(states, part["mask"])
     elif "values" in names:
         with roles.use_critic():

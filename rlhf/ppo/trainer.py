@@ -267,8 +267,11 @@ class PPOTrainer:
         mean over response tokens.
         """
         rollout, mask = experience.rollout, experience.rollout.mask
+        shard = self.world.shard(len(rollout))
+        own = slice(shard.start, shard.stop)
+        returns = experience.returns[own][mask[own]]
         with self.learner.gathered(self.roles.parameters_of("value"), modify=True):
-            self.fitted_critic.fit(rollout.states[mask], experience.returns[mask])
+            self.fitted_critic.fit(rollout.own_states, returns, self.world.sum)
         return float(0.5 * masked_mean((rollout.values - experience.returns) ** 2, mask))
 
     def learning_rates(self, step: int) -> list[float]:

@@ -390,6 +390,8 @@ def test_pretraining_data_reaches_the_updates(runs, files, tmp_path):
         files["instructions"],
         "--guards",
         "{no_signal: off}",
+        "--critic_trunk",
+        "own",
     ]
     assert (
         start(

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.adapters import lora_config
-from rlhf.critic import LeastSquaresCritic
+from rlhf.critic import CriticStart, LeastSquaresCritic, critic_start
 from rlhf.errors import UserError
 from rlhf.models import load_model
 from rlhf.ppo.experience import Estimator
@@ -72,6 +72,42 @@ def test_a_feature_that_is_always_zero_has_no_weight():
     head = torch.nn.Linear(3, 1)
     LeastSquaresCritic(head).fit(states, states[:, 0])
     assert head.weight[0, 1] == 0 and head.weight[0, 0] > 0.4
+
+
+def test_ranks_that_bring_their_own_tokens_fit_what_one_rank_does(monkeypatch):
+    torch.manual_seed(1)
+    states, returns = torch.randn(60, 4), torch.randn(60)
+    whole, parts = (LeastSquaresCritic(torch.nn.Linear(4, 1)) for _ in range(2))
+    whole.fit(states, returns)
+    # 17 tokens on this rank, in portions of 5, and 43 on the other
+    monkeypatch.setattr("rlhf.critic.PORTION", 5)
+    features = torch.cat([states[17:], torch.ones(43, 1)], 1).double()
+    of_other = {2: features.T @ features, 1: features.T @ returns[17:].double()}
+    parts.fit(states[:17], returns[:17], total=lambda own: own + of_other[own.dim()])
+    torch.testing.assert_close(parts.head.weight, whole.head.weight, atol=1e-6, rtol=0)
+    torch.testing.assert_close(parts.moments, whole.moments, atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "trunk"),
+    [
+        (1.0, {}, "reward"),
+        # a model that is only watched
+        (0.0, {}, "own"),
+        # what the user says of the critic's learning is done
+        (1.0, {"critic_from": "policy"}, "own"),
+        (1.0, {"value_learning_rate": 1e-4}, "own"),
+        (1.0, {"critic_warmup_steps": 2}, "own"),
+        (1.0, {"critic_trunk": "own"}, "own"),
+        (1.0, {"critic_trunk": "policy"}, "policy"),
+    ],
+)
+def test_the_critic_reads_the_reward_model_unless_told_otherwise(weight, options, trunk):
+    assert critic_start(config(**options), "runs/reward", weight, {}).trunk == trunk
+
+
+def test_without_a_reward_role_the_critic_has_an_adapter_of_its_own():
+    assert critic_start(config(), None, 0.0, {}) == CriticStart("policy", "own")
 
 
 def test_rows_with_the_same_ids_and_other_prompts_keep_their_own_states(sft_path, reward_path):
@@ -142,7 +178,7 @@ def test_the_critic_on_the_reward_trunk_is_fitted_to_each_rollout(sft_path, rewa
     head = torch.nn.Linear(learner.roles.width, 1)
     own = LeastSquaresCritic(head)
     experience, _ = Estimator(learner.config).estimate(rollout)
-    own.fit(rollout.states[rollout.mask], experience.returns[rollout.mask])
+    own.fit(rollout.own_states, experience.returns[rollout.mask])
     assert torch.equal(head.weight, learner.roles.heads["value"].weight)
     squares = 0.5 * experience.returns[rollout.mask] ** 2
     assert metrics["loss/value"] == pytest.approx(float(squares.mean()), rel=1e-5)
@@ -197,8 +233,17 @@ def test_a_critic_without_adapter_is_saved_and_a_run_resumed(
 def test_what_cannot_work_is_refused(sft_path):
     with pytest.raises(UserError, match="critic_trunk is reward, but none of the scorers"):
         Roles(load_model(sft_path), lora_config(), critic_trunk="reward")
-    with pytest.raises(UserError, match="'critic_warmup_steps' needs a critic that learns alone"):
-        config(critic_trunk="policy", critic_warmup_steps=1).validate()
+    for trunk, options in (
+        ("policy", {"critic_warmup_steps": 1}),
+        ("reward", {"vf_coef": 0.2}),
+        ("reward", {"critic_from": "policy"}),
+    ):
+        [name] = options
+        with pytest.raises(UserError, match=f"with critic_trunk {trunk} nothing reads {name}"):
+            config(critic_trunk=trunk, **options).validate()
+    # at its default, and read by a head on the policy's trunk
+    config(critic_trunk="reward", vf_coef=0.1).validate()
+    config(critic_trunk="policy", vf_coef=0.2).validate()
 
 
 # Old log-probabilities from the engine

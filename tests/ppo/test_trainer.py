@@ -66,7 +66,7 @@ def trainer(
         lora_config(r=4),
         reward,
         critic=critic,
-        critic_trunk=options.critic_trunk,
+        critic_trunk="own" if options.critic_trunk == "auto" else options.critic_trunk,
         ema_reference=options.reference_ema is not None,
     )
     data = TrainingData(prompts, initial.tokenizer, [initial.tokenizer.eos_token_id], ptx or [])
