@@ -27,13 +27,14 @@ PORTION = 4096
 class CriticStart:
     """What the critic starts from, and what it reads."""
 
-    # as the parameters `critic` and `critic_trunk` of Roles
+    # as the parameter `critic` of Roles
     source: str | None
-    trunk: str = "own"
     # of the reward role's score in the total
     weight: float = 1.0
     # parts of the total score that the reward role does not know
     left_out: tuple[str, ...] = ()
+    # as the parameter `critic_trunk` of Roles
+    trunk: str = "own"
 
 
 def find_reward_role(models: dict[str, float], initial: InitialModel) -> str | None:
@@ -68,7 +69,7 @@ def critic_start(
         # a model that is only watched knows nothing of what the critic has to predict
         trunk = "reward" if weight and not config.set_critic_options() else "own"
     if source != "reward" or reward_path is None or trunk != "own":
-        return CriticStart(source, trunk)
+        return CriticStart(source, trunk=trunk)
     if not weight:
         raise UserError(
             f"critic_from is reward, but {reward_path} is only watched (weight 0), and the critic has to predict the "
@@ -78,7 +79,7 @@ def critic_start(
     left_out = [f"{name} (weight {other:g})" for name, other in others.items() if other]
     if config.normalize_scores:
         left_out.append("the normalisation of scores")
-    return CriticStart(source, trunk, weight, tuple(left_out))
+    return CriticStart(source, weight, tuple(left_out))
 
 
 def reward_head(path: str, width: int) -> nn.Linear:

@@ -94,9 +94,13 @@ def completion_batch(
 # Rows behind one another
 
 
-def tokens_per_pass(device: torch.device) -> int:
-    """Return how many tokens go through the trunk together unless an option says otherwise."""
-    return TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
+def tokens_per_pass(device: torch.device, vocabulary: int = 0) -> int:
+    """Return how many tokens go through the trunk together unless an option says otherwise.
+
+    vocabulary: its size where the logits of a whole pass are kept; 0 where a portion is at a time.
+    """
+    tokens = TOKENS_ON_GPU if device.type == "cuda" else TOKENS_ON_CPU
+    return min(tokens, max(1, LOGITS_ON_GPU // vocabulary)) if vocabulary else tokens
 
 
 def group_rows(lengths: Sequence[int], tokens: int, rows: int) -> list[list[int]]:

@@ -38,6 +38,7 @@ from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError
 from rlhf.logprobs import (
     decoder_and_head,
+    head_is_frozen,
     head_is_plain,
     hidden_width,
     response_logprobs,
@@ -231,6 +232,15 @@ class Roles(nn.Module):
     def precision(self) -> torch.dtype:
         """Return the dtype of what learns: float32, or float64 on a base in float64."""
         return self._trained[0].dtype
+
+    def kept_vocabulary(self, *, entropy_learns: bool) -> int:
+        """Return the size of the vocabulary where the policy's passes keep the logits of all their
+        tokens, 0 where they make a portion at a time.
+        """
+        head = decoder_and_head(self.trunk)[1]
+        if self.plain_head and head_is_frozen(head) and not entropy_learns:
+            return 0
+        return self.trunk.config.get_text_config().vocab_size
 
     @property
     def has_reference_adapter(self) -> bool:

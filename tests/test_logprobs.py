@@ -14,6 +14,7 @@ from rlhf.logprobs import (
     packs,
     response_logprobs,
     token_logprobs,
+    tokens_per_pass,
 )
 from rlhf.tensors import selected_logprobs
 
@@ -173,6 +174,16 @@ def test_groups_hold_rows_of_similar_length_within_both_limits():
     assert group_rows([20, 1], tokens=12, rows=3) == [[0], [1]]
     assert group_rows([2, 2, 2], tokens=12, rows=1) == [[0], [1], [2]]
     assert group_rows([], tokens=12, rows=3) == []
+
+
+def test_passes_that_keep_their_logits_are_bounded_by_the_vocabulary():
+    gpu = torch.device("cuda")
+    assert tokens_per_pass(gpu) == 16_384
+    # 2^28 logits of 2^17 entries
+    assert tokens_per_pass(gpu, 2**17) == 2048
+    assert tokens_per_pass(gpu, 2**10) == 16_384
+    assert tokens_per_pass(torch.device("cpu"), 2**17) == 1024
+    assert tokens_per_pass(gpu, 2**29) == 1
 
 
 def test_the_gradient_of_a_confident_token_does_not_cancel_in_bfloat16():

@@ -117,6 +117,14 @@ def test_gradient_checkpointing_changes_no_gradient(sft_path, reward_path):
         torch.testing.assert_close(grads[0][name], grads[1][name], atol=1e-5, rtol=1e-5)
 
 
+def test_only_a_head_that_is_frozen_and_plain_makes_its_logits_in_portions(roles, monkeypatch):
+    vocabulary = roles.trunk.config.vocab_size
+    assert roles.kept_vocabulary(entropy_learns=False) == 0
+    assert roles.kept_vocabulary(entropy_learns=True) == vocabulary
+    monkeypatch.setattr(roles, "plain_head", False)
+    assert roles.kept_vocabulary(entropy_learns=False) == vocabulary
+
+
 def test_the_reward_role_scores_by_adapter_head_scale_and_bias(roles, base_path, reward_path):
     from peft import PeftModel
 
@@ -173,7 +181,12 @@ def test_the_critic_starts_from_what_the_reward_model_adds_to_the_total(sft_path
 def test_the_critic_starts_by_the_weights_of_the_scorers():
     def start(weight, others=None, **more):
         options = PPOConfig(
-            model_name_or_path="x", data=["x"], output_dir="x", reward=[{"model": "rm"}], **more
+            model_name_or_path="x",
+            data=["x"],
+            output_dir="x",
+            reward=[{"model": "rm"}],
+            critic_trunk="own",
+            **more,
         )
         return critic_start(options, "rm", weight, others or {})
 

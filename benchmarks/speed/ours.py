@@ -60,6 +60,7 @@ def trainer_of(job: Job, folder: Path) -> Any:
         "num_ppo_epochs": workload.epochs,
         "max_response_length": workload.response,
         "missing_eos_score": "none",
+        "seed": job.seed,
         "lora_r": workload.lora_rank,
         "lora_alpha": 2 * workload.lora_rank,
     } | job.options

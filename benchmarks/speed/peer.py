@@ -146,6 +146,7 @@ def trainer_of(job: Job, watch: Watch, folder: str) -> Any:
         bf16=False,
         gradient_checkpointing=False,
         report_to="none",
+        seed=job.seed,
         disable_tqdm=True,
         save_strategy="no",
         num_sample_generations=0,

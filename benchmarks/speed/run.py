@@ -101,11 +101,12 @@ def measure(cell: Cell, models: Path) -> Iterator[tuple[Side, dict[str, Any]]]:
     place = write_models(cell.shape, models, cell.workload.lora_rank)
     job = Job("", str(place), cell.shape, cell.workload, {})
     job = replace(job, updates=cell.updates, warm_up=cell.warm_up, threads=cell.threads)
-    for _ in range(cell.rounds):
+    for number in range(cell.rounds):
         for side in cell.sides:
             own_job = replace(
                 job,
                 side=side.name,
+                seed=number,
                 options=dict(side.options),
                 micro_batch=side.micro_batch,
                 rollout_batch=side.rollout_batch,
@@ -159,7 +160,9 @@ def side_summary(cell: Cell, side: Side, results: list[dict[str, Any]]) -> dict[
             statistics.median(mean(result["matmul_rates"]) for result in results) / 1e9, 1
         ),
         "machine_share": round(statistics.median(shares), 3),
-        "mean_response": round(mean([mean(lengths) for lengths in results[0]["lengths"]]), 1),
+        "mean_response": round(
+            mean([mean(lengths) for result in results for lengths in result["lengths"]]), 1
+        ),
         "options": dict(side.options),
         "critic": side.critic,
     }

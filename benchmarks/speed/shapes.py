@@ -127,6 +127,8 @@ class Job:
     updates: int = 1
     warm_up: bool = True
     threads: int = 1
+    # of sampling: rounds with seeds of their own, so that lengths average out in a ragged workload
+    seed: int = 0
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

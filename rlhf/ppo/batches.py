@@ -60,6 +60,8 @@ class Batches:
     config: PPOConfig
     data: TrainingData
     world: DistributedContext
+    # the size of the vocabulary where a pass keeps its logits (`Roles.kept_vocabulary`), else 0
+    vocabulary: int = 0
 
     def prompts_of(self, step: int) -> list[dict[str, Any]]:
         """Return the prompts of one rollout: consecutive ones of endless shuffled passes over the
@@ -121,8 +123,8 @@ class Batches:
 
     def limits(self) -> tuple[int, int]:
         """Return how many tokens, and how many rows, go through one pass at most."""
-        tokens = self.config.micro_batch_tokens or tokens_per_pass(self.world.device)
-        return tokens, self.config.per_device_train_batch_size
+        own = tokens_per_pass(self.world.device, self.vocabulary)
+        return self.config.micro_batch_tokens or own, self.config.per_device_train_batch_size
 
     def pretraining_batch(self, number: int, count: int) -> dict[str, Tensor]:
         """Return the pretraining rows of update `number`, (count, ...) as in `Rollout.batch`; empty

@@ -70,7 +70,8 @@ class PPOTrainer:
         """
         self.config, self.roles, self.data, self.world = config, roles, data, world
         self.budget = budget or Budget()
-        self.batches = Batches(config, data, world)
+        vocabulary = roles.kept_vocabulary(entropy_learns=config.entropy_coef > 0)
+        self.batches = Batches(config, data, world, vocabulary)
         settings = RolloutSettings(
             Sampling(config.max_response_length, config.temperature),
             seed=config.seed,

@@ -107,7 +107,7 @@ def test_the_critic_reads_the_reward_model_unless_told_otherwise(weight, options
 
 
 def test_without_a_reward_role_the_critic_has_an_adapter_of_its_own():
-    assert critic_start(config(), None, 0.0, {}) == CriticStart("policy", "own")
+    assert critic_start(config(), None, 0.0, {}) == CriticStart("policy")
 
 
 def test_rows_with_the_same_ids_and_other_prompts_keep_their_own_states(sft_path, reward_path):
