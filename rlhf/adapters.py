@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import UserError, did_you_mean
-from rlhf.weights import base_weights, check_finite, first_line, loading, plain_name, read_json
+from rlhf.weights import (
+    base_weights,
+    check_finite,
+    first_line,
+    loading,
+    plain_name,
+    read_identity,
+    read_json,
+)
 
 # beside the adapter of a critic
 VALUE_HEAD_FILE = "value_head.safetensors"
@@ -80,16 +88,20 @@ def adapter_base(adapter_path: str) -> str:
     """Return the base that an adapter folder names.
 
     A relative path is tried from here, from the folder and from those above it, so that a run loads
-    from any working directory.
+    from any working directory. Where nothing is at the path in adapter_config.json, the one in
+    rlhf.json is tried: the folder that a GGUF file was converted to may be deleted, and is made
+    again from the file.
     """
     base = read_json(Path(adapter_path) / "adapter_config.json").get("base_model_name_or_path")
     if not base:
         raise UserError(f"{adapter_path}/adapter_config.json names no 'base_model_name_or_path'")
-    if not Path(base).exists():
-        folder = Path(adapter_path).resolve()
+    folder = Path(adapter_path).resolve()
+    for named in (base, read_identity(adapter_path).get("base_model_name_or_path")):
+        if named and Path(named).exists():
+            return named
         for above in (folder, *folder.parents):
-            if (above / base).is_dir():
-                return str(above / base)
+            if named and (above / named).exists():
+                return str(above / named)
     return base
 
 

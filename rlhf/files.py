@@ -23,7 +23,10 @@ from rlhf.plugins import import_module
 LOCK = ".lock"
 # the folders that this process has locked
 _LOCKS: dict[Path, TextIO] = {}
-MODEL_FILES = ("*.safetensors", "*.bin", "*.json", "*.jinja", "*.model", "vocab.txt", "merges.txt")
+MODEL_FILES = (
+    *("*.safetensors", "*.bin", "*.gguf", "*.json", "*.jinja", "*.model"),
+    *("vocab.txt", "merges.txt"),
+)
 # what a run says about itself
 RECORD_FILES = ("result.json", "card.json")
 # with the place of the base
@@ -97,8 +100,10 @@ def model_files(folder: str | Path) -> list[Path]:
     """Return the files that decide what a model in this folder computes: weights, settings,
     tokenizer, template.
 
-    None for a name on the Hub.
+    A GGUF file is all of it. None for a name on the Hub.
     """
+    if Path(folder).suffix == ".gguf":
+        return [Path(folder)]
     found = {path for pattern in MODEL_FILES for path in Path(folder).glob(pattern)}
     return sorted(path for path in found if path.name not in RECORD_FILES)
 
@@ -144,6 +149,14 @@ def files_fingerprint(files: Iterable[str | Path]) -> str:
             with open(file, "rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """Return RLHF_CACHE, else `rlhf` in XDG_CACHE_HOME, else in ~/.cache."""
+    if chosen := os.environ.get("RLHF_CACHE"):
+        return Path(chosen)
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "rlhf"
 
 
 def write_atomic(path: Path, text: str) -> None:

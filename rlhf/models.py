@@ -1,8 +1,8 @@
 """The model that a run starts from: its base, its tokenizer and the adapter that it continues.
 
-A path is one of three things, and every stage takes any of them as `model_name_or_path`: a Hub name
-or folder with whole weights; a folder with an adapter (its base is read from it); a finished run of
-ours.
+A path is one of four things, and every stage takes any of them as `model_name_or_path`: a Hub name
+or folder with whole weights; a GGUF file, which is converted once (`rlhf/from_gguf.py`); a folder
+with an adapter (its base is read from it); a finished run of ours.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rlhf.adapters import (
 )
 from rlhf.data.encode import tokenizer_fingerprint
 from rlhf.errors import UserError
+from rlhf.from_gguf import as_folder
 from rlhf.tokenizer import load_tokenizer
 from rlhf.values import read_yaml
 from rlhf.weights import IDENTITY_FILE, check_finite, fingerprint, first_line, read_identity
@@ -123,6 +124,7 @@ def load_weights(
 
     logging.disable_progress_bar()
     wanted = attn_implementation or (attention_of(run) if run else None)
+    path = as_folder(path)
     try:
         model, info = cls.from_pretrained(
             path,

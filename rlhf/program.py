@@ -30,6 +30,7 @@ EXTRAS = {
     **dict.fromkeys(("starlette", "uvicorn", "h11"), "collect"),
     **dict.fromkeys(("rensa", "phonenumbers"), "prepare"),
     "wandb": "wandb",
+    "gguf": "gguf",
 }
 
 # What only a bug raises, also while an error of the disk is handled

@@ -9,6 +9,7 @@ from torch import nn
 
 from rlhf.data.encode import PLAIN_TEMPLATE
 from rlhf.errors import UserError, near_file
+from rlhf.from_gguf import as_folder
 from rlhf.weights import loading
 
 TOKENIZER_FILES = (
@@ -28,6 +29,7 @@ def load_tokenizer(path: str) -> Any:
     """
     from transformers import AutoTokenizer
 
+    path = as_folder(path)
     local = Path(path)
     if not local.exists() and (local.is_absolute() or path.startswith(("./", "../", "runs/"))):
         raise UserError(f"{path}: no such folder{near_file(path)}")

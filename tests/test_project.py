@@ -31,6 +31,7 @@ LAYERS = [
     ["rlhf.runs.start"],
     ["rlhf.engines", "rlhf.models", "rlhf.runs.budget"],
     ["rlhf.adapters", "rlhf.tokenizer", "rlhf.logprobs"],
+    ["rlhf.from_gguf"],
     ["rlhf.weights", "rlhf.lora", "rlhf.dropout"],
     ["rlhf.ppo", "rlhf.runs", "rlhf.deepspeed_config", "rlhf.optimizer_engine"],
     ["rlhf.distributed"],

@@ -40,7 +40,7 @@ class SampleConfig:
     """Answers to prompts of the training and validation splits, paired and stored to be judged."""
 
     model_name_or_path: str = option(
-        help="the policy: a Hub name, a folder of weights, or an adapter (runs/sft); or a file with answers or pairs"
+        help="the policy: a Hub name, a folder of weights, a GGUF file, or an adapter; or a file with answers or pairs"
     )
     other: str | None = option(None, "a second policy or file; pairs then have one answer of each")
     data: list[str] = option(help="prompts: files or Hub names; the test split is left out")

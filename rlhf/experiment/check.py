@@ -33,6 +33,7 @@ from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.measure import load_test_split
 from rlhf.experiment.plan import Job, plan
 from rlhf.files import check_weights
+from rlhf.from_gguf import as_folder
 from rlhf.models import InitialModel
 from rlhf.offline.trainers import trl_arguments
 from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
@@ -166,7 +167,7 @@ def check_model(program: str, options: Any) -> None:
         check_weights(folder)
     try:
         with torch.device("meta"):
-            settings = AutoConfig.from_pretrained(base)
+            settings = AutoConfig.from_pretrained(as_folder(base))
             model = AutoModelForCausalLM.from_config(
                 settings, attn_implementation=options.attn_implementation
             )

@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,18 +23,11 @@ from torch import Tensor, nn
 
 from rlhf.adapters import adapter_parameters
 from rlhf.distributed import DistributedContext
+from rlhf.files import cache_folder
 from rlhf.weights import base_weights
 
 # a row's digest and its log-probability, nats
 ROW = np.dtype([("key", "V16"), ("logprob", "<f8")])
-
-
-def cache_folder() -> Path:
-    """Return RLHF_CACHE, else `rlhf` in XDG_CACHE_HOME, else in ~/.cache."""
-    if chosen := os.environ.get("RLHF_CACHE"):
-        return Path(chosen)
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "rlhf"
 
 
 def reference_key(model: nn.Module, adapter: str | None, **settings: Any) -> str:

@@ -17,7 +17,7 @@ class ModelOptions:
     """The model and its precision."""
 
     model_name_or_path: str = option(
-        help="the model to start from: a Hub name, a folder of weights, or an adapter"
+        help="the model to start from: a Hub name, a folder of weights, a GGUF file, or an adapter"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = option(
         "auto",
