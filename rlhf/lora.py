@@ -46,7 +46,9 @@ class FusedLinear(lora.Linear):
         is_plain = name not in self.lora_variant and not self.lora_bias[name]
         dropout = self.lora_dropout[name]
         draws = isinstance(dropout, nn.Dropout) and dropout.p > 0 and self.training
-        one_dtype = x.dtype == weight.dtype == self.lora_A[name].weight.dtype
+        # LoRA learns in float32 on a base in bfloat16, whose products are made in bfloat16
+        learnt = self.lora_A[name].weight.dtype
+        one_dtype = x.dtype == weight.dtype and x.dtype in (learnt, torch.bfloat16)
         # it would cast some of the products and not others
         is_cast = torch.is_autocast_enabled(x.device.type)
         # ZeRO-3 brings weights together when their own module is called, which is bypassed here
@@ -69,6 +71,9 @@ class LoraProduct(Function):
     x is (..., in), W (out, in), b (out,) or None, A (r, in), B (out, r), s a number (Hu et al.
     2022, eq. 3). The products with B in the forward and with A in the backward pass are added in
     place to those with W, so that nothing else of size (..., out) or (..., in) is made.
+
+    x, W and b have one dtype, in which all products are made and y is. A and B may be wider, as
+    they are in mixed precision; so are their gradients then.
     """
 
     @staticmethod
@@ -76,6 +81,8 @@ class LoraProduct(Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
+        ctx.learnt = a.dtype
+        a, b = a.to(x.dtype), b.to(x.dtype)
         low = rows @ a.t()
         y = x.new_empty(*x.shape[:-1], weight.shape[0])
         # through a view: what is returned is not one, so that models may change it in place
@@ -99,7 +106,7 @@ class LoraProduct(Function):
         if ctx.needs_input_grad[0]:
             of_x = (gradient @ weight).addmm_(of_low, a).view(ctx.shape)
         if ctx.needs_input_grad[3]:
-            of_a = of_low.t() @ rows
+            of_a = (of_low.t() @ rows).to(ctx.learnt)
         if ctx.needs_input_grad[4]:
-            of_b = (gradient.t() @ low).mul_(ctx.scale)
+            of_b = (gradient.t() @ low).to(ctx.learnt).mul_(ctx.scale)
         return of_x, None, None, of_a, of_b, None

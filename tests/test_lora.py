@@ -90,6 +90,26 @@ def test_adapters_that_are_off_merged_or_of_another_dtype_take_pefts_way():
     torch.testing.assert_close(plain(x), fused(x), atol=1e-6, rtol=0)
 
 
+def test_on_a_base_in_bfloat16_products_are_made_in_it_and_gradients_are_in_float32():
+    plain, fused = adapted()
+    results = []
+    for model in (fused, plain):
+        layer = model.base_model.model.inner
+        layer.base_layer.bfloat16()
+        x = torch.linspace(-2, 2, 15, dtype=torch.bfloat16).reshape(3, 5).requires_grad_()
+        assert model is plain or layer._fused_adapter(x) is not None
+        y = model(x)
+        y.float().square().sum().backward()
+        learnt = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+        assert y.dtype == x.grad.dtype == torch.bfloat16
+        assert all(weight.grad.dtype == torch.float32 for weight in learnt)
+        results.append([y, x.grad, *(weight.grad for weight in learnt)])
+    for ours, theirs in zip(*results, strict=True):
+        # bfloat16 rounds by 2^-9, here a few times one after the other
+        error = (ours.float() - theirs.float()).norm() / theirs.float().norm()
+        assert error < 2**-6
+
+
 def test_the_output_may_be_changed_in_place_and_the_input_need_not_be_contiguous():
     _, fused = adapted()
     x = torch.randn(5, 3).t()
