@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-slow test-kill check bench bench-full bench-data real-model experiments format docs clean
+.PHONY: quickstart test test-slow test-gpu test-kill check bench bench-full bench-gpu bench-data real-model experiments format docs clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
@@ -36,6 +36,9 @@ test: $(VENV)/.installed  ## the test suite, under 10 minutes on 2 cores
 test-slow: $(VENV)/.installed  ## what takes minutes
 	$(BIN)/python -m pytest -m slow
 
+test-gpu: $(VENV)/.installed  ## what needs a CUDA device (skipped, with the reason, where there is none)
+	$(BIN)/python -m pytest -m gpu -rs
+
 test-kill: $(VENV)/.installed  ## kill every program ten times, resume, compare to the last bit (half an hour)
 	$(BIN)/python -m tests.launch.kill9 --kills 10
 
@@ -49,6 +52,9 @@ bench: $(VENV)/.installed  ## speed and memory of PPO beside TRL's last (20 minu
 
 bench-full: $(VENV)/.installed  ## the same with every cell and the scaling table, one at a time (hours; resumes)
 	$(BIN)/python benchmarks/ppo_speed.py --full
+
+bench-gpu: $(VENV)/.installed  ## sampling, learning and updates on one GPU, Qwen3 shapes (8 minutes; resumes)
+	$(BIN)/python benchmarks/gpu_speed.py
 
 bench-data: $(VENV)/.installed  ## the four programs on a real model and real data (needs RLHF_DATA, see benchmarks/)
 	benchmarks/real_data.sh

@@ -109,7 +109,8 @@ class OptimizerEngine:
     def load(self, folder: Path) -> None:
         """Restore what `save` wrote with as many ranks and under the same ZeRO stage."""
         self._reset_untouched_groups()
-        state = torch.load(folder / "plain.pt", map_location=self.world.device, weights_only=True)
+        # not on a GPU, where Adam would wait for the count of steps of each parameter
+        state = torch.load(folder / "plain.pt", map_location="cpu", weights_only=True)
         parameters = dict(self.module.named_parameters())
         with torch.no_grad():
             for name, value in state["module"].items():

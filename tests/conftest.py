@@ -25,6 +25,32 @@ TEMPLATE = (
 )
 
 
+def pytest_configure(config):
+    """Hide GPUs from a suite whose numbers are those of a CPU, but with `-m gpu`."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if not needing:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needing:
+            item.add_marker(pytest.mark.skip(reason="no CUDA device (make test-gpu)"))
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """The device that a test runs on: it runs on each."""
+    import torch
+
+    return torch.device(request.param)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_cache_of_the_user(tmp_path_factory):
     """Runs of fixtures that tests share keep nothing in the user's own cache."""

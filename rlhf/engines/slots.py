@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from rlhf.logprobs import decoder_and_head
 from rlhf.text import say_once
 from rlhf.weights import first_line
+
+# a recorded pass reads so many positions, or twice, four times, ... as many
+SHORTEST_RECORDED = 256
 
 
 class Places:
@@ -114,16 +117,18 @@ def call_hooks(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Non
 
 
 class RecordedPass:
-    """The pass over all slots and positions as a CUDA graph, which spares the launch of each
-    kernel.
+    """The pass over all slots, which reads their first `width` positions, as a CUDA graph, which
+    spares the launch of each kernel.
 
     Its inputs are the tensors of `Slots`, which are changed in place. Slots without a row are
     computed too: what they write is at their own last position, which nobody reads.
     """
 
-    def __init__(self, slots: Slots):
-        shape = (slots.places.slots, slots.places.length)
+    def __init__(self, slots: Slots, width: int):
+        shape = (slots.places.slots, width)
         device = slots.device
+        if slots.graph_memory is None:
+            slots.graph_memory = torch.cuda.graph_pool_handle()
         # kernels choose their workspaces in the first passes, which a graph cannot record
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
@@ -133,16 +138,21 @@ class RecordedPass:
         torch.cuda.current_stream(device).wait_stream(side)
 
         self.graph = torch.cuda.CUDAGraph()
-        with hooked_passes(slots.model) as self.passes, torch.cuda.graph(self.graph):
+        # passes of all widths share their memory: what one leaves there is read before another runs.
+        # What other threads do on the GPU meanwhile is no fault of the pass
+        recording = torch.cuda.graph(
+            self.graph, pool=slots.graph_memory, capture_error_mode="thread_local"
+        )
+        with hooked_passes(slots.model) as self.passes, recording:
             self.logits = slots.plain_pass(*shape)
 
     @classmethod
-    def of(cls, slots: Slots) -> RecordedPass | None:
+    def of(cls, slots: Slots, width: int) -> RecordedPass | None:
         """Return the recorded pass, or None, which is said once, for a model that cannot be
         recorded.
         """
         try:
-            return cls(slots)
+            return cls(slots, width)
         # whatever a model's own code raises when it may not wait for the GPU
         except Exception as error:
             say_once(f"sampling without CUDA graphs, which is slower ({first_line(error)})")
@@ -176,8 +186,10 @@ class Slots:
         self.columns = torch.arange(length, device=self.device)
         self.tokens = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.positions = torch.zeros(slots, dtype=torch.long, device=self.device)
-        # the pass over all slots as a CUDA graph; False where it cannot be recorded
-        self.recorded: RecordedPass | Literal[False] | None = None
+        # the pass over all slots as a CUDA graph, by the positions that it reads; None where it
+        # cannot be recorded
+        self.recorded: dict[int, RecordedPass | None] = {}
+        self.graph_memory: Any = None
         # the prompt whose keys and values stand in each slot
         self.resident: list[tuple[int, ...]] = [()] * slots
 
@@ -267,11 +279,21 @@ class Slots:
 
         On a GPU they hold until the next call.
         """
-        if self.device.type == "cuda" and self.recorded is None:
-            self.recorded = RecordedPass.of(self) or False
-        if self.recorded:
-            return self.recorded.replay()[:count]
+        if self.device.type == "cuda":
+            longer = self.recorded_width(width)
+            if longer not in self.recorded:
+                self.recorded[longer] = RecordedPass.of(self, longer)
+            recorded = self.recorded[longer]
+            if recorded is not None:
+                return recorded.replay()[:count]
         return self.plain_pass(count, width)
+
+    def recorded_width(self, width: int) -> int:
+        """Return how many positions a recorded pass reads that has to read `width`: attention takes
+        time for each of them, and each recording takes as long as a few passes.
+        """
+        power_of_two = 1 << (width - 1).bit_length()
+        return min(self.places.length, max(SHORTEST_RECORDED, power_of_two))
 
     def plain_pass(self, count: int, width: int) -> Tensor:
         """Compute `logits`. Passes may be repeated: each slot writes the same at its position."""

@@ -266,9 +266,10 @@ def test_logits_that_are_no_numbers_give_a_token_and_say_so():
     assert 0 <= tokens[0] < 40 and logprobs[0].isnan() and not logprobs[1].isnan()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_gpu_draws_the_same_tokens():
-    logits, keys = torch.randn(64, 32_000), torch.tensor(keys_of(64))
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocabulary", [320, 151_936])
+def test_a_gpu_draws_the_same_tokens(vocabulary):
+    logits, keys = torch.randn(64, vocabulary), torch.tensor(keys_of(64))
     tokens, logprobs = draw(logits, keys, 5, Sampling())
     there, found = draw(logits.cuda(), keys.cuda(), 5, Sampling())
     assert torch.equal(there.cpu(), tokens)

@@ -238,7 +238,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(
 
 
 def test_a_run_goes_on_from_the_checkpoint_it_is_told(
-    runs, files, whole, tmp_path, monkeypatch, capsys
+    device, runs, files, whole, tmp_path, monkeypatch, capsys
 ):
     interrupted(monkeypatch, runs, files, tmp_path)
     first = tmp_path / "checkpoints" / "step-000001"

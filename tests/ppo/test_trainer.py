@@ -55,7 +55,14 @@ def by_length(samples):
 
 
 def trainer(
-    path, options=None, scorer=by_length, prompts=PROMPTS, reward=None, dtype="float32", ptx=None
+    path,
+    options=None,
+    scorer=by_length,
+    prompts=PROMPTS,
+    reward=None,
+    dtype="float32",
+    ptx=None,
+    device="cpu",
 ):
     options = options or config()
     torch.manual_seed(options.seed)
@@ -70,7 +77,8 @@ def trainer(
         ema_reference=options.reference_ema is not None,
     )
     data = TrainingData(prompts, initial.tokenizer, [initial.tokenizer.eos_token_id], ptx or [])
-    return PPOTrainer(options, roles, scorer, data, DistributedContext())
+    world = DistributedContext(device=torch.device(device))
+    return PPOTrainer(options, roles, scorer, data, world)
 
 
 def test_before_the_first_update_kl_is_zero_and_the_ratio_is_one(sft_path, reward_path):
@@ -494,9 +502,10 @@ def test_the_tokens_of_a_step_by_hand(sft_path, reward_path):
 
 
 def test_in_bfloat16_a_run_begins_at_its_reference_and_resumes_to_the_last_bit(
-    sft_path, reward_path, tmp_path
+    sft_path, reward_path, tmp_path, device
 ):
-    learner = trainer(sft_path, reward=reward_path, dtype="bfloat16")
+    given = {"reward": reward_path, "dtype": "bfloat16", "device": device}
+    learner = trainer(sft_path, **given)
     assert {p.dtype for p in learner.roles.parameters_of("policy")} == {torch.float32}
     metrics, rollout = learner.step(0)
     assert metrics["kl/sequence"] == 0.0 and torch.equal(rollout.logprobs, rollout.ref_logprobs)
@@ -507,7 +516,7 @@ def test_in_bfloat16_a_run_begins_at_its_reference_and_resumes_to_the_last_bit(
 
     learner.save(tmp_path)
     expected = [learner.step(step)[0] for step in (1, 2)]
-    again = trainer(sft_path, reward=reward_path, dtype="bfloat16")
+    again = trainer(sft_path, **given)
     again.load(tmp_path)
     found = [again.step(step)[0] for step in (1, 2)]
     for ours, theirs in zip(found, expected, strict=True):
@@ -515,3 +524,18 @@ def test_in_bfloat16_a_run_begins_at_its_reference_and_resumes_to_the_last_bit(
         assert {name: ours[name] for name in same} == {name: theirs[name] for name in same}
     state, other = learner.learner.state_dict(), again.learner.state_dict()
     assert all(torch.equal(state[name], other[name]) for name in state)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("trunk", ["own", "reward", "policy"])
+def test_a_step_on_a_gpu_is_that_on_a_cpu(sft_path, reward_path, trunk):
+    steps = []
+    for device in ("cpu", "cuda"):
+        learner = trainer(sft_path, config(critic_trunk=trunk), reward=reward_path, device=device)
+        steps.append(learner.step(0))
+    (expected, ours), (found, theirs) = steps
+    assert theirs.samples.response_ids == ours.samples.response_ids
+    torch.testing.assert_close(theirs.logprobs.cpu(), ours.logprobs, atol=1e-4, rtol=0)
+    for name in ("loss/policy", "loss/value", "grad/norm", "score/raw", "ppo/ratio"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+    assert found["kl/sequence"] == 0.0 and abs(found["ppo/ratio_first"] - 1) < 1e-5
