@@ -18,7 +18,7 @@ from speed.ours import trainer_of
 from speed.shapes import PAD, Job
 
 
-def by_engine(trainer: Any, job: Job, step: int) -> list[int]:
+def by_engine(trainer: Any, step: int) -> list[int]:
     """Sample one response to each prompt as a rollout does; return their lengths."""
     from rlhf.ppo.rollout import sample_keys
 
@@ -38,7 +38,7 @@ def by_engine(trainer: Any, job: Job, step: int) -> list[int]:
     return [len(ids) for ids in completions.response_ids]
 
 
-def by_transformers(trainer: Any, job: Job, step: int) -> list[int]:
+def by_transformers(trainer: Any, step: int) -> list[int]:
     """Sample the same with `generate`: prompts padded on the left, rows that ended stay."""
     import torch
     from transformers import GenerationConfig
@@ -46,12 +46,12 @@ def by_transformers(trainer: Any, job: Job, step: int) -> list[int]:
     torch.manual_seed(1000 * job.seed + step)
     prompts = [row["prompt_ids"] for row in trainer.data.prompts]
     longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), PAD)
+    ids = torch.full((len(prompts), longest), PAD, device=trainer.world.device)
     for row, prompt in zip(ids, prompts, strict=True):
-        row[longest - len(prompt) :] = torch.tensor(prompt)
+        row[longest - len(prompt) :] = torch.tensor(prompt, device=ids.device)
     stops = trainer.collector.stop_ids
     config = GenerationConfig(
-        max_new_tokens=job.workload.response,
+        max_new_tokens=trainer.config.max_response_length,
         do_sample=True,
         top_k=0,
         pad_token_id=PAD,
@@ -64,7 +64,7 @@ def by_transformers(trainer: Any, job: Job, step: int) -> list[int]:
     responses = whole[:, longest:]
     if not stops:
         return [responses.shape[1]] * len(responses)
-    is_stop = torch.isin(responses, torch.tensor(stops))
+    is_stop = torch.isin(responses, torch.tensor(stops, device=ids.device))
     is_after = (is_stop.cumsum(-1) - is_stop.long()) > 0
     return (~is_after).sum(-1).tolist()
 
@@ -80,10 +80,10 @@ def measure(job: Job) -> dict[str, Any]:
         trainer = trainer_of(job, Path(folder))
     trainer.roles.eval()
     sample = by_engine if job.side == "engine" else by_transformers
-    sample(trainer, job, 0)
+    sample(trainer, 0)
     for number in range(1, job.updates + 1):
         updates.begin()
-        lengths = sample(trainer, job, number)
+        lengths = sample(trainer, number)
         updates.end({}, lengths)
     memory = peak_memory()
     rates.append(matmul_rate())

@@ -38,13 +38,14 @@ class Products:
     @classmethod
     def of(cls, shape: ModelShape, rank: int) -> Products:
         matrices = shape.layer_matrices
+        qkv = matrices[:3]
         return cls(
             trunk=shape.layers * sum(inputs * outputs for inputs, outputs in matrices),
             adapter=shape.layers * rank * sum(inputs + outputs for inputs, outputs in matrices),
-            first=3 * shape.width * shape.width,
-            first_adapter=3 * rank * shape.width,
+            first=sum(inputs * outputs for inputs, outputs in qkv),
+            first_adapter=rank * sum(inputs for inputs, _ in qkv),
             head=shape.vocabulary * shape.width,
-            pair=shape.layers * 2 * shape.width,
+            pair=shape.layers * 2 * shape.heads * shape.head_width,
         )
 
     def forward(self, positions: int, pairs: int, heads: int, *, adapted: bool) -> float:
