@@ -43,7 +43,7 @@ def by_transformers(trainer: Any, step: int) -> list[int]:
     import torch
     from transformers import GenerationConfig
 
-    torch.manual_seed(1000 * job.seed + step)
+    torch.manual_seed(1000 * trainer.config.seed + step)
     prompts = [row["prompt_ids"] for row in trainer.data.prompts]
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), PAD, device=trainer.world.device)
