@@ -15,9 +15,8 @@ from rlhf.compare.results import Point, Results
 from rlhf.compare.sentences import report_sentences, verdict_sentence
 from rlhf.compare.tables import equal_kl
 from rlhf.experiment.config import ExperimentConfig
-from rlhf.experiment.measure import load_experiment
 from rlhf.experiment.results import read_results
-from rlhf.experiment.state import read_json
+from rlhf.experiment.state import load_experiment, read_json
 from rlhf.files import dumps, write_atomic
 from rlhf.runs.tracking import read_metrics
 

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 
 from reward.model import trainable_reward
 from rlhf.adapters import lora_config
-from rlhf.compare.measure import load_policies
+from rlhf.compare.runs import load_policies
 from rlhf.critic import CriticStart, critic_start, find_reward_role
 from rlhf.errors import UserError
 from rlhf.logprobs import completion_batch, decoder_and_head

@@ -8,23 +8,28 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf.compare.results import Point, Results, key, measured_values, prompt_key, response_texts
+from rlhf.compare.runs import (
+    check_judges,
+    identities,
+    load_policies,
+    run_config,
+    run_result,
+    trained_scorers,
+    unseen,
+    world_seed,
+)
 from rlhf.compare.text_metrics import variety
 from rlhf.config import SEED, option
-from rlhf.data.records import Prompt, Scorer, prompt_group
+from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import first_by_hash
 from rlhf.errors import UserError, near_file
-from rlhf.runs.checkpoint import FOLDER
-from rlhf.runs.rows import TRAINED_ON
-from rlhf.values import read_yaml
 
 # options that are the runs' own, and what holds where no run says
 FOLLOWED = {
@@ -112,7 +117,8 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     # what to sample, and what to score it by
     shared = shared_options(config)
     fractions = {name: shared[name] for name in ("validation_fraction", "test_fraction")}
-    records = unseen(config, load(config.prompts, Prompt, split="test", **fractions))
+    records = load(config.prompts, Prompt, split="test", **fractions)
+    records = unseen(config.runs, records, config.prompts)
     specs, kinds, judge = scores_of(config)
     tokenizer = load_tokenizer(config.runs[0])
     encoded, dropped = encode(records, tokenizer, shared["max_prompt_length"])
@@ -281,27 +287,6 @@ def run_names(paths: list[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(paths)
 
 
-def run_config(path: str | Path) -> dict[str, Any]:
-    """Return the resolved options of a run, or of the run that a checkpoint is of; empty where
-    there are none.
-    """
-    file = run_folder(path) / "config.yaml"
-    return read_yaml(file) if file.is_file() else {}
-
-
-def run_result(path: str | Path) -> dict[str, Any]:
-    """Return result.json of a run; empty where there is none."""
-    file = Path(path) / "result.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def run_folder(path: str | Path) -> Path:
-    """Return the run's folder, of which `path` may be a checkpoint."""
-    path = Path(path)
-    is_checkpoint = path.parent.name == FOLDER and not (path / "config.yaml").is_file()
-    return path.parent.parent if is_checkpoint else path
-
-
 def shared_options(config: CompareConfig) -> dict[str, Any]:
     """Return the options that follow the runs: as given, else as all runs had them. UserError if
     those differ.
@@ -328,100 +313,16 @@ def shared_options(config: CompareConfig) -> dict[str, Any]:
     return result
 
 
-def unseen(config: CompareConfig, records: list[Prompt]) -> list[Prompt]:
-    """Return the prompts that no run, and no reward model a run learnt from, was trained on; print
-    what is dropped.
-    """
-    # what a reward model learnt from, the policy learnt from too
-    trained = set().union(*map(hashes, config.runs))
-    for spec in trained_scorers(config):
-        trained |= set().union(*map(hashes, folders(spec)))
-    kept = [record for record in records if prompt_group(record.prompt) not in trained]
-    if len(kept) < len(records):
-        print(
-            f"{len(records) - len(kept)} of {len(records)} test prompts left out: a run was trained on them"
-        )
-    if not kept:
-        raise UserError(
-            f"{', '.join(config.prompts)}: no test prompts that the runs have not been trained on. Give prompts of "
-            "groups they held out (the same file and fractions), or new ones with a split column"
-        )
-    return kept
-
-
-def hashes(path: str) -> set[str]:
-    """Return the groups of prompts that the run in this folder was trained on (see
-    rlhf/runs/rows.py).
-    """
-    file = run_folder(path) / TRAINED_ON
-    return set(file.read_text().split()) if file.is_file() else set()
-
-
-def trained_scorers(config: CompareConfig) -> list[dict]:
-    """Return every scorer that a run learnt from, from its config.yaml; those of weight 0 were only
-    evaluated.
-    """
-    proxies: list[dict] = []
-    for path in config.runs:
-        for spec in run_config(path).get("reward") or []:
-            if spec.get("weight", 1.0) and spec not in proxies:
-                proxies.append(spec)
-    return proxies
-
-
-def identities(spec: dict) -> set[tuple[str, str]]:
-    """Return (kind, what) of a scorer and of each member of an ensemble: specifications that share
-    one share one.
-    """
-    # the first key that names a kind of scorer
-    kind = next(
-        (k for k in ("model", "ensemble", "voice", "function", "rule", "http") if k in spec), ""
-    )
-    if kind in ("model", "ensemble"):
-        from rlhf.weights import folder_fingerprint
-
-        return {("model", folder_fingerprint(f) if Path(f).is_dir() else f) for f in folders(spec)}
-    what = str(spec.get(kind, ""))
-    return {(kind, str(Path(what).resolve()) if kind == "voice" else what)}
-
-
-def folders(spec: dict) -> list[str]:
-    """Return the folders of the reward models that a scorer reads."""
-    return [spec["model"]] if "model" in spec else list(spec.get("ensemble", []))
-
-
-def check_judges(config: CompareConfig) -> None:
-    """Raise UserError if what is to decide is something that a run learnt from, or learnt from the
-    same pairs.
-    """
-    trained = set().union(*map(identities, trained_scorers(config)))
-    for option_name, specs in (("gold", config.gold), ("referee", config.referee)):
-        for spec in specs:
-            if identities(spec) & trained:
-                raise UserError(
-                    f"{option_name} {spec}: a run was trained on it, so it cannot decide; show it as 'others'"
-                )
-    # SFT's own prompts are not preferences
-    learnt = set().union(*map(hashes, config.runs[1:]))
-    for folder in itertools.chain.from_iterable(map(folders, config.referee)):
-        common = hashes(folder) & learnt
-        if common:
-            raise UserError(
-                f"referee {folder}: {len(common)} of its training prompts are also those of a run. Train it on "
-                "the other half of the groups: --half b for the referee, --half a for the rest"
-            )
-
-
 def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | None]:
     """Return the scorer specifications, the kind of each named score, and the score that decides.
 
     Every scorer that a run trained on is found in its config.yaml and marked `proxy`.
     """
-    check_judges(config)
+    check_judges(config.runs, config.gold, config.referee)
     groups = {
         "gold": config.gold,
         "referee": config.referee,
-        "proxy": trained_scorers(config),
+        "proxy": trained_scorers(config.runs),
         "other": config.others,
     }
     specs, kinds = [], {}
@@ -443,47 +344,6 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
         )
     judge = next((n for n, k in kinds.items() if k in ("gold", "referee")), None)
     return specs, kinds, judge
-
-
-def load_policies(
-    paths: list[str], device, max_prompt_length: int, max_response_length: int
-) -> list[tuple[Any, Callable]]:
-    """Return (model, context in which it is the policy) for each run; adapters of one base share
-    it.
-
-    On a GPU in bfloat16. Raises UserError where the longest prompt and response exceed a model's
-    positions.
-    """
-    from rlhf.adapters import adapter_base, load_adapter, require_policy, use_adapter
-    from rlhf.models import check_context, check_same_base, load_model
-    from rlhf.startup import model_loaded
-
-    # as the runs were trained
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
-    # base -> the model as it was loaded, and with its adapters
-    shared: dict[str, tuple[Any, Any]] = {}
-    policies = []
-    for number, path in enumerate(paths):
-        context: Callable = nullcontext
-        if (Path(path) / "adapter_config.json").is_file():
-            require_policy(path)
-            base, name = str(Path(adapter_base(path)).resolve()), f"run{number}"
-            initial, model = shared.get(base, (None, None))
-            if initial is None:
-                initial = load_model(path, dtype)
-                model = initial.model
-            else:
-                check_same_base(path, initial)
-            model = load_adapter(model, path, name=name)
-            shared.setdefault(base, (initial, model))
-            context = partial(use_adapter, model, name)
-        else:
-            model = load_model(path, dtype).model
-        check_context(model, path, max_prompt_length, max_response_length)
-        model.to(device).eval()
-        policies.append((model, context))
-    model_loaded(policies[0][0])
-    return policies
 
 
 def meta_of(config: CompareConfig, names: list[str]) -> dict[str, Any]:
@@ -516,14 +376,3 @@ def meta_of(config: CompareConfig, names: list[str]) -> dict[str, Any]:
 
 def _known(seeds: Iterable[int | None]) -> list[int]:
     return [seed for seed in seeds if seed is not None]
-
-
-def world_seed(path: str) -> int | None:
-    """Return the seed of the sandbox world that a run's base comes from; None of other bases."""
-    from rlhf.weights import read_identity
-
-    base = read_identity(path).get("base_model_name_or_path")
-    file = Path(base).parent / "world.json" if base else None
-    if file is None or not file.is_file():
-        return None
-    return json.loads(file.read_text()).get("settings", {}).get("world_seed")

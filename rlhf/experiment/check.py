@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf.adapters import adapter_base, adapter_settings, add_adapter
 from rlhf.collect.sample import SampleConfig
 from rlhf.compare.judge import load_judge
-from rlhf.compare.measure import hashes, identities
+from rlhf.compare.runs import hashes, identities
 from rlhf.config import parse
 from rlhf.data.encode import encode
 from rlhf.data.records import Instruction, Preference, Prompt, prompt_group
@@ -30,8 +30,9 @@ from rlhf.deepspeed_config import read_deepspeed_config
 from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError, near_file
 from rlhf.experiment.config import ExperimentConfig
+from rlhf.experiment.job import Job
 from rlhf.experiment.measure import load_test_split
-from rlhf.experiment.plan import Job, plan
+from rlhf.experiment.plan import plan
 from rlhf.files import check_weights
 from rlhf.from_gguf import as_folder
 from rlhf.models import InitialModel

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlhf.experiment.plan import Job
+from rlhf.experiment.job import Job
 from rlhf.experiment.processes import JOB, MARK, free_port
 
 # launchers of one process, and the variables that they set for it

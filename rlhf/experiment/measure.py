@@ -1,40 +1,44 @@
 """Measure the policies of one trial of an experiment on the test prompts, all by the same code.
 
 Every method's policies get the same prompts, the same sampling noise, the same scorers and the same
-estimator of KL. What is measured is written response by response to OUT/measures/NAME/step-N.jsonl,
-so that anyone can read it again:
-
-    {"step", "numbers", "budget"}                                          the first line
-    {"prompt", "sample", "response", "length", "ended", "kl", "scores"}    one for each response
+estimator of KL.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.compare.measure import CompareConfig, check_judges, load_policies, run_config, unseen
+from rlhf.compare.runs import check_judges, load_policies, run_config, unseen
 from rlhf.compare.text_metrics import encode_texts, perplexity, text_losses
-from rlhf.config import option, parse
+from rlhf.config import option
 from rlhf.data.load import load
 from rlhf.data.records import Instruction, Prompt, Record, Samples, Scorer
 from rlhf.data.split import first_by_hash
 from rlhf.errors import UserError, did_you_mean
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.cost import cost_until
-from rlhf.experiment.plan import INITIAL, Measurement
-from rlhf.experiment.state import load_state
+from rlhf.experiment.job import Measurement
+from rlhf.experiment.plan import INITIAL
+from rlhf.experiment.responses import (
+    INITIAL_FILE,
+    best_of,
+    check_same_prompts,
+    measures_of,
+    read_rows,
+    rows_to_write,
+    summary,
+    write_prompts,
+    write_rows,
+)
+from rlhf.experiment.state import load_experiment, load_state
 from rlhf.files import dumps, write_atomic
 from rlhf.runs.checkpoint import FOLDER
 from rlhf.runs.tracking import read_metrics
-
-# the responses of the initial policy
-INITIAL_FILE = "step-000000.jsonl"
 
 
 @dataclass(kw_only=True)
@@ -45,25 +49,6 @@ class MeasureConfig:
     trial: str = option(
         help="a trial in it, such as seed-0/dpo-beta-0.1; foundation is the initial policy"
     )
-
-
-def load_experiment(folder: str | Path) -> ExperimentConfig:
-    """Return the options that an experiment in this folder was run with. UserError if there is
-    none.
-    """
-    file = Path(folder) / "experiment.yaml"
-    if not file.is_file():
-        raise UserError(
-            f"{folder}: no experiment here (experiment.yaml is missing); make one with rlhf experiment run FILE"
-        )
-    config = parse(ExperimentConfig, ["--config", str(file)], "rlhf experiment run")
-    # its paths are relative to where it was run, so from elsewhere they name other files
-    if Path(config.output_dir).resolve() != Path(folder).resolve():
-        raise UserError(
-            f"{folder}: its options say output_dir {config.output_dir}, which is another folder from here. Call from "
-            "the directory in which the experiment was run"
-        )
-    return config
 
 
 def measure(asked: MeasureConfig, build_scorer: Callable[..., Scorer]) -> None:
@@ -108,10 +93,6 @@ def find_measurement(config: ExperimentConfig, trial: str) -> Measurement:
             f"{', '.join(planned)}"
         )
     return planned[trial]
-
-
-def measures_of(config: ExperimentConfig, trial: str) -> Path:
-    return Path(config.output_dir) / "measures" / trial
 
 
 def sample_policies(
@@ -177,14 +158,10 @@ def test_prompts(config: ExperimentConfig, paths: list[str]) -> list[Prompt]:
     """Return the test prompts that none of these policies was trained on. UserError if a judge was
     learnt from.
     """
-    policies = paths[1:]
-    runs = CompareConfig(
-        runs=[paths[0], *(policies or paths)], prompts=config.prompts, **judges(config)
-    )
     # the initial policy itself has learnt from no scorer and no pairs
-    if policies:
-        check_judges(runs)
-    return unseen(runs, load_test_split(config, config.prompts, Prompt))
+    if len(paths) > 1:
+        check_judges(paths, **judges(config))
+    return unseen(paths, load_test_split(config, config.prompts, Prompt), config.prompts)
 
 
 def load_test_split(config: ExperimentConfig, data: list[str], kind: type[Record]) -> list[Any]:
@@ -288,30 +265,6 @@ def score_again(
     return files
 
 
-def best_of(rows: list[dict], n: int, samples: int) -> list[dict]:
-    """Return the response with the highest proxy of each block of n responses to a prompt.
-
-    Each prompt has `samples` blocks, after the first `samples` responses, which are the initial
-    policy's own. The sequence KL to the initial policy is log n - (n - 1)/n (an upper bound where
-    scores tie, Beirami et al. 2024), the same for every response.
-    """
-    by_prompt: dict[int, list[dict]] = {}
-    for row in sorted(rows, key=lambda row: (row["prompt"], row["sample"])):
-        by_prompt.setdefault(row["prompt"], []).append(row)
-    kl = math.log(n) - (n - 1) / n
-    chosen = []
-    for own in by_prompt.values():
-        for number, block in enumerate(blocks(n, samples)):
-            best = max((own[sample] for sample in block), key=lambda row: row["scores"]["proxy"])
-            chosen.append({**best, "sample": number, "kl": kl})
-    return chosen
-
-
-def blocks(n: int, samples: int) -> list[range]:
-    """Return the initial policy's samples among which each of the `samples` best of n is chosen."""
-    return [range(samples + block * n, samples + (block + 1) * n) for block in range(samples)]
-
-
 def scores_of(
     config: ExperimentConfig, seed: int | None
 ) -> tuple[list[dict], dict[str, str], str | None]:
@@ -380,76 +333,9 @@ def policies_of(folder: Path) -> dict[int, str]:
     return dict(sorted(found.items())) | {last: str(folder)}
 
 
-def rows_to_write(rows: list, samples: int, *, with_ids: bool) -> list[dict]:
-    """Return the rows of an evaluation, which come prompt by prompt, as they are written."""
-    names = ["sample", "response", "length", "ended", "kl", "scores"]
-    if with_ids:
-        names.append("ids")
-    written = []
-    for number, row in enumerate(rows):
-        own = {name: getattr(row, name) for name in names}
-        written.append({"prompt": number // samples, **own})
-    return written
-
-
-def write_rows(file: Path, step: int, rows: list[dict], numbers: dict, budget: dict) -> None:
-    head = {"step": step, "numbers": numbers, "budget": budget}
-    write_atomic(file, "".join(f"{dumps(row)}\n" for row in [head, *rows]))
-
-
-def read_rows(file: Path) -> tuple[dict, list[dict]]:
-    """Return header and rows of a file of measured responses."""
-    # not splitlines, which also breaks at other separators inside a response
-    lines = file.read_text(encoding="utf-8").split("\n")
-    head, *rows = [json.loads(line) for line in lines if line]
-    # a part of a score that does not apply is written as "NaN"
-    for row in rows:
-        row["scores"] = {name: float(value) for name, value in row["scores"].items()}
-    return head, rows
-
-
-def write_prompts(folder: Path, encoded: list[dict]) -> None:
-    """Write what was measured on; the same for every trial."""
-    prompts = []
-    for row in encoded:
-        record = row["record"]
-        metadata = {**record.metadata, "group": record.group}
-        if record.voice:
-            metadata["voice"] = record.voice
-        prompts.append(
-            {
-                "prompt": record.prompt,
-                "group": record.group,
-                "ids": row["prompt_ids"],
-                "metadata": metadata,
-            }
-        )
-    write_atomic(
-        folder / "prompts.json", json.dumps({"prompts": prompts}, ensure_ascii=False) + "\n"
-    )
-
-
-def check_same_prompts(config: ExperimentConfig, folder: Path) -> None:
-    """Raise UserError if a trial was measured on other prompts than the initial policy."""
-    first = measures_of(config, INITIAL) / "prompts.json"
-    # byte for byte: both files are written by the same code
-    if first.read_text() != (folder / "prompts.json").read_text():
-        raise UserError(
-            f"{folder}: not the test prompts that the initial policy was measured on ({first}). A run was trained on "
-            "some of them, or the data has changed since: start the experiment in another --output_dir"
-        )
-
-
 def peak_memory(folder: Path) -> dict[str, float]:
     """Return the highest memory a run has used, GiB."""
     found = [
         row["memory/peak"] for row in read_metrics(folder / "metrics.jsonl") if "memory/peak" in row
     ]
     return {"memory_peak": max(found)} if found else {}
-
-
-def summary(file: Path, judge: str | None) -> dict[str, float | None]:
-    """Return judge and KL of one measured policy, for the live table."""
-    _, rows = read_rows(file)
-    mean = None if judge is None else sum(row["scores"][judge] for row in rows) / len(rows)
-    return {"judge": mean, "kl": sum(row["kl"] for row in rows) / len(rows)}

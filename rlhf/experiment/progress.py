@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.table import Table
 
 from rlhf.experiment.config import ExperimentConfig
-from rlhf.experiment.plan import Job
+from rlhf.experiment.job import Job
 from rlhf.experiment.processes import JOB, environment_of, programs_of
 from rlhf.experiment.state import ExperimentState, load_state, read_json
 from rlhf.runs.tracking import read_metrics

@@ -13,8 +13,8 @@ from rlhf.compare.results import Results
 from rlhf.config import option, parse
 from rlhf.errors import UserError
 from rlhf.experiment.config import ExperimentConfig
-from rlhf.experiment.measure import load_experiment
 from rlhf.experiment.results import read_results
+from rlhf.experiment.state import load_experiment
 from rlhf.runs.tracking import Tracker
 
 

@@ -16,8 +16,8 @@ from rlhf.compare.text_metrics import variety
 from rlhf.errors import UserError
 from rlhf.experiment.config import BEST_OF_N, ExperimentConfig
 from rlhf.experiment.cost import shared_cost
-from rlhf.experiment.measure import blocks, read_rows
-from rlhf.experiment.plan import Job
+from rlhf.experiment.job import Job
+from rlhf.experiment.responses import blocks, read_rows
 from rlhf.experiment.state import ExperimentState, load_state, read_json
 
 

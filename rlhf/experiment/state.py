@@ -11,9 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rlhf.config import parse
+from rlhf.errors import UserError
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.cost import known_lengths
-from rlhf.experiment.plan import Job, fingerprints, plan
+from rlhf.experiment.job import Job, fingerprints
+from rlhf.experiment.plan import plan
 from rlhf.files import dumps, write_atomic
 
 PACKAGES = ("rlhf", "reward", "launch")
@@ -137,3 +140,22 @@ def code_version() -> dict[str, str | None]:
 
 def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def load_experiment(folder: str | Path) -> ExperimentConfig:
+    """Return the options that an experiment in this folder was run with. UserError if there is
+    none.
+    """
+    file = Path(folder) / "experiment.yaml"
+    if not file.is_file():
+        raise UserError(
+            f"{folder}: no experiment here (experiment.yaml is missing); make one with rlhf experiment run FILE"
+        )
+    config = parse(ExperimentConfig, ["--config", str(file)], "rlhf experiment run")
+    # its paths are relative to where it was run, so from elsewhere they name other files
+    if Path(config.output_dir).resolve() != Path(folder).resolve():
+        raise UserError(
+            f"{folder}: its options say output_dir {config.output_dir}, which is another folder from here. Call from "
+            "the directory in which the experiment was run"
+        )
+    return config

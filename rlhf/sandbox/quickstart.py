@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
-from rlhf.experiment.plan import Job
+from rlhf.experiment.job import Job
 from rlhf.experiment.runner import RunOptions, claim, ended, run_jobs, set_jobs
 from rlhf.experiment.state import ExperimentState, code_files
 from rlhf.sandbox import CONFIGS, shown_path

@@ -16,7 +16,7 @@ PLAN = """
 import sys
 from pathlib import Path
 from rlhf.experiment import runner
-from rlhf.experiment.plan import Job
+from rlhf.experiment.job import Job
 from rlhf.experiment.runner import RunOptions, claim, run_jobs, set_jobs
 from rlhf.experiment.state import ExperimentState
 

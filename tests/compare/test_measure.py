@@ -4,14 +4,8 @@ import pytest
 import yaml
 
 from rlhf.cli import main
-from rlhf.compare.measure import (
-    CompareConfig,
-    check_judges,
-    run_names,
-    scores_of,
-    shared_options,
-    unseen,
-)
+from rlhf.compare.measure import CompareConfig, run_names, scores_of, shared_options
+from rlhf.compare.runs import check_judges, unseen
 from rlhf.data.records import Prompt, prompt_group
 from rlhf.errors import UserError
 
@@ -79,11 +73,11 @@ def test_prompts_that_a_run_or_its_reward_model_was_trained_on_are_left_out(tmp_
         run(tmp_path / "sft", trained=["a"]),
         run(tmp_path / "ppo", trained=["b"], reward=[{"model": reward}]),
     ]
-    kept = unseen(config(runs), prompts("A ", "b", "c", "d"))  # groups are of normalised text
+    kept = unseen(runs, prompts("A ", "b", "c", "d"), ["x"])  # groups are of normalised text
     assert [p.prompt[0]["content"] for p in kept] == ["d"]
     assert "3 of 4 test prompts left out" in capsys.readouterr().out
     with pytest.raises(UserError, match="no test prompts that the runs have not been trained on"):
-        unseen(config(runs), prompts("a", "b"))
+        unseen(runs, prompts("a", "b"), ["x"])
 
 
 def test_what_a_run_learnt_from_cannot_decide(tmp_path):
@@ -94,9 +88,9 @@ def test_what_a_run_learnt_from_cannot_decide(tmp_path):
     ]
     for gold in ({"voice": "./configs/voices/shop.yaml", "name": "gold"}, {"rule": "length"}):
         with pytest.raises(UserError, match="a run was trained on it"):
-            check_judges(config(runs, gold=[gold]))
-    check_judges(config(runs, gold=[{"voice": "configs/voices/outdoor.yaml"}]))
-    check_judges(config(runs, referee=[{"function": "m:f"}]))
+            check_judges(runs, gold=[gold])
+    check_judges(runs, gold=[{"voice": "configs/voices/outdoor.yaml"}])
+    check_judges(runs, referee=[{"function": "m:f"}])
 
 
 def test_a_copy_of_the_trained_reward_model_cannot_decide(tmp_path):
@@ -112,8 +106,8 @@ def test_a_copy_of_the_trained_reward_model_cannot_decide(tmp_path):
         run(tmp_path / "ppo", reward=[{"model": str(tmp_path / "reward")}]),
     ]
     with pytest.raises(UserError, match="a run was trained on it"):
-        check_judges(config(runs, referee=[{"model": str(tmp_path / "copy")}]))
-    check_judges(config(runs, referee=[{"model": str(tmp_path / "other")}]))
+        check_judges(runs, referee=[{"model": str(tmp_path / "copy")}])
+    check_judges(runs, referee=[{"model": str(tmp_path / "other")}])
 
 
 def test_a_score_that_was_only_watched_can_decide_and_a_member_of_an_ensemble_cannot(tmp_path):
@@ -129,22 +123,22 @@ def test_a_score_that_was_only_watched_can_decide_and_a_member_of_an_ensemble_ca
         {"http": "http://localhost:1/a"},
     ]
     runs = [run(tmp_path / "sft"), run(tmp_path / "ppo", reward=reward)]
-    check_judges(config(runs, referee=[{"model": gold}]))
-    check_judges(config(runs, gold=[{"http": "http://localhost:1/b"}]))
+    check_judges(runs, referee=[{"model": gold}])
+    check_judges(runs, gold=[{"http": "http://localhost:1/b"}])
     for judge in ({"model": two}, {"ensemble": [gold, one]}):
         with pytest.raises(UserError, match="a run was trained on it"):
-            check_judges(config(runs, referee=[judge]))
+            check_judges(runs, referee=[judge])
     with pytest.raises(UserError, match="a run was trained on it"):
-        check_judges(config(runs, gold=[{"http": "http://localhost:1/a"}]))
+        check_judges(runs, gold=[{"http": "http://localhost:1/a"}])
 
 
 def test_a_referee_of_the_same_half_cannot_decide(tmp_path):
     referee = run(tmp_path / "referee", trained=["a", "b"])
     runs = [run(tmp_path / "sft", trained=["a", "b"]), run(tmp_path / "dpo", trained=["b", "c"])]
     with pytest.raises(UserError, match="1 of its training prompts are also those of a run"):
-        check_judges(config(runs, referee=[{"model": referee}]))
+        check_judges(runs, referee=[{"model": referee}])
     apart = run(tmp_path / "apart", trained=["a", "d"])  # SFT's own prompts are no preferences
-    check_judges(config(runs, referee=[{"model": apart}]))
+    check_judges(runs, referee=[{"model": apart}])
 
 
 def test_trained_scores_are_proxies_and_names_are_unique(tmp_path):
@@ -199,8 +193,9 @@ def test_trained_on_is_written_as_compare_reads_it(tmp_path, tokenizer):
     (tmp_path / "run").mkdir()
     made.data.write_trained_on(tmp_path / "run")
     kept = unseen(
-        config([str(tmp_path / "run"), str(tmp_path / "run")]),
+        [str(tmp_path / "run")],
         prompts(*(f"q{i}" for i in range(5))),
+        ["x"],
     )
     assert [p.prompt[0]["content"] for p in kept] == ["q3", "q4"]
 

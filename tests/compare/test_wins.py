@@ -8,7 +8,7 @@ from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.judge import Verdicts
 from rlhf.compare.results import Point, Results, independent_pairs
 from rlhf.compare.wins import LengthFit, logistic_fit, separable, win_rate
-from rlhf.experiment.measure import blocks
+from rlhf.experiment.responses import blocks
 
 
 def point(seed=0, method="ppo", **values):

@@ -14,12 +14,11 @@ import pytest
 from rlhf.config import parse
 from rlhf.errors import UserError
 from rlhf.experiment.config import ExperimentConfig
-from rlhf.experiment.measure import load_experiment
 from rlhf.experiment.plan import plan
 from rlhf.experiment.progress import experiment_status
 from rlhf.experiment.results import read_results
 from rlhf.experiment.runner import RunOptions, set_jobs
-from rlhf.experiment.state import ExperimentState, load_state
+from rlhf.experiment.state import ExperimentState, load_experiment, load_state
 from rlhf.options.shared import NOISE_VERSION
 
 DPO = "seed-0/dpo-beta-0.1"

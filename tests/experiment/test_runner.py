@@ -18,7 +18,8 @@ from rlhf.distributed import Ranks, read_ranks
 from rlhf.errors import EarlyExit, UserError
 from rlhf.experiment import commands, runner
 from rlhf.experiment.commands import environment, full_command
-from rlhf.experiment.plan import Job, plan
+from rlhf.experiment.job import Job
+from rlhf.experiment.plan import plan
 from rlhf.experiment.processes import MARK, programs_of
 from rlhf.experiment.runner import run_experiment
 from tests.experiment import fake

@@ -321,7 +321,7 @@ def test_a_run_that_begins_anew_leaves_nothing_of_the_old_one(runs, files, tmp_p
 
 
 def test_a_checkpoint_is_compared_as_its_run(whole):
-    from rlhf.compare.measure import hashes, run_config
+    from rlhf.compare.runs import hashes, run_config
 
     folder = whole("ppo") / "checkpoints" / "step-000004"
     assert run_config(folder) == run_config(whole("ppo")) and run_config(folder)["reward"]

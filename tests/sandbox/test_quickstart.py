@@ -11,7 +11,7 @@ import pytest
 
 from rlhf.errors import UserError
 from rlhf.experiment import commands, runner
-from rlhf.experiment.plan import fingerprints
+from rlhf.experiment.job import fingerprints
 from rlhf.sandbox import quickstart as module
 from rlhf.sandbox.quickstart import QuickstartConfig, jobs
 
