@@ -7,11 +7,18 @@ A row is a dict of columns as JSON gives them; a column that is absent or None i
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.columns import FIELDS, TRUTH, boolean, lowered, other_fields
+from rlhf.data.columns import (
+    FIELDS,
+    OPENAI_SIDES,
+    TRUTH,
+    boolean,
+    lowered,
+    other_fields,
+    with_usual_names,
+)
 from rlhf.data.conversation import (
     PASSED,
     THOUGHTS,
@@ -45,19 +52,8 @@ SIDES = ("chosen", "rejected")
 RESPONSES = ("response", "completion", "output")
 # Columns that hold answers: never part of the metadata, since scorers see it
 ANSWERS = ("messages", *SIDES, *RESPONSES)
-CONVERSATIONS = ("messages", "conversations", "conversation")
-# Columns of other media, and the tag that marks one in a text
-MEDIA = {
-    "image": "<image>",
-    "images": "<image>",
-    "audio": "<audio>",
-    "audios": "<audio>",
-    "video": "<video>",
-    "videos": "<video>",
-}
 # Fields of messages that are read, or say something that needs no reading
 READ_FIELDS = {"role", "content", "from", "value", "weight", *PASSED}
-OPENAI_SIDES = {"preferred_output": "chosen", "non_preferred_output": "rejected"}
 
 
 class UnknownSchema(RecordError):
@@ -96,7 +92,7 @@ def read_row(row: dict[str, Any], kind: type[Record], source: str | None = None)
     """Return one row as a record of `kind` (Prompt, Instruction, Preference or Labelled). Raises
     RecordError.
     """
-    row = _with_usual_names(row)
+    row = with_usual_names(row)
     content = _READERS[kind](row)
     prompt = _with_system(row, content.prompt)
     fields = content.fields | other_fields(row, source, kind)
@@ -119,7 +115,7 @@ def read_row(row: dict[str, Any], kind: type[Record], source: str | None = None)
 def guess_kind(row: dict[str, Any]) -> type[Record]:
     """Return the kind that a row's columns suggest, the most telling first."""
     with contextlib.suppress(RecordError):
-        row = _with_usual_names(row)
+        row = with_usual_names(row)
     has = {name for name, value in row.items() if value is not None}
     if has.issuperset(SIDES) or has.issuperset(OPENAI_SIDES):
         return Preference
@@ -293,83 +289,6 @@ def _answer(name: str, row: dict[str, Any], prompt: list[Message]) -> str:
             name, "its conversation before the last answer is not the one in 'prompt'"
         )
     return answer
-
-
-def _with_usual_names(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the row without empty columns, with messages, tools and OpenAI's pairs under their
-    usual names.
-
-    Raises RecordError for columns that nothing here can read.
-    """
-    row = _from_openai({name: value for name, value in row.items() if value is not None})
-    present = [name for name in CONVERSATIONS if name in row]
-    turns = as_list(present[0], row[present[0]]) if len(present) == 1 else None
-    if turns is not None and (
-        present == ["messages"] or not {"prompt", "instruction"} & row.keys()
-    ):
-        del row[present[0]]
-        is_prompt = present != ["messages"] and "chosen" in row
-        row["prompt" if is_prompt else "messages"] = turns
-
-    for name, tag in MEDIA.items():
-        value = row.get(name)
-        # a column of that name with plain text may be anything, such as a file name
-        if value and (
-            isinstance(value, (list, dict, bytes)) or any(tag in str(text) for text in row.values())
-        ):
-            raise RecordError(name, "cannot be read here: prompts and answers are text")
-    if isinstance(row.get("functions"), list) and row["functions"]:
-        raise RecordError("functions", "is not read; give them as 'tools'")
-    if "tools" in row:
-        row["tools"] = _tools(row["tools"])
-        if row["tools"] in ([], ""):
-            del row["tools"]
-    return row
-
-
-def _from_openai(row: dict[str, Any]) -> dict[str, Any]:
-    """Return OpenAI's preference schema as {prompt, chosen, rejected}; other rows as they are.
-
-    {"input": {"messages", "tools", "parallel_tool_calls"}, "preferred_output",
-    "non_preferred_output"}.
-    """
-    given = row.get("input")
-    if not isinstance(given, dict) or "messages" not in given:
-        return row
-    found = {"prompt": given["messages"]}
-    if given.get("tools"):
-        found["tools"] = given["tools"]
-    for name, value in row.items():
-        if name != "input":
-            found[OPENAI_SIDES.get(name, name)] = value
-    return found
-
-
-def _tools(given: Any) -> Any:
-    """Return tools as OpenAI has them, also from JSON text; a column that only has the name stays
-    as it is.
-    """
-    # "tools" may also be what a row calls something else: a text, a number
-    tools = given
-    if isinstance(given, str) and given.lstrip().startswith("["):
-        try:
-            tools = json.loads(given)
-        except (ValueError, RecursionError):
-            raise RecordError("tools", "is a list that is not whole JSON") from None
-    # not what a template reads: it stays in the metadata
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        return given
-
-    found = []
-    for tool in tools:
-        # a function alone, as some data sets have it
-        tool = tool if "function" in tool else {"type": "function", "function": tool}
-        if not isinstance(tool["function"], dict) or not isinstance(
-            tool["function"].get("name"), str
-        ):
-            raise RecordError("tools", "has an entry without a function's name")
-        found.append(tool)
-    return found
 
 
 def _unread_columns(metadata: dict[str, Any]) -> list[str]:

@@ -7,16 +7,8 @@ from pathlib import Path
 import pytest
 
 from reward.phrases import inflections, phrase_pattern
-from reward.voice import (
-    AVOID_FACTOR,
-    FLOOR,
-    MISSING_FACT,
-    geometric_mean,
-    load_voice,
-    voice_guide,
-    voice_scorer,
-    within,
-)
+from reward.voice import FLOOR, geometric_mean, load_voice, voice_guide, voice_scorer
+from reward.voice_parts import AVOID_FACTOR, MISSING_FACT, within
 from rlhf.data.records import Samples
 from rlhf.errors import UserError
 
