@@ -18,18 +18,26 @@ from speed.ours import trainer_of
 from speed.shapes import PAD, Job
 
 
+def prompts_of(trainer: Any) -> list[list[int]]:
+    """Return the prompt of each response of the batch."""
+    found = []
+    for row in trainer.data.prompts:
+        found += [row["prompt_ids"]] * trainer.config.samples_per_prompt
+    return found
+
+
 def by_engine(trainer: Any, step: int) -> list[int]:
     """Sample one response to each prompt as a rollout does; return their lengths."""
     from rlhf.ppo.rollout import sample_keys
 
     collector = trainer.collector
     settings = collector.settings
-    prompts = [row["prompt_ids"] for row in trainer.data.prompts]
+    count = trainer.config.samples_per_prompt
     with trainer.roles.use("policy"):
         completions = collector.generate(
             trainer.roles.trunk,
-            prompts,
-            sample_keys(trainer.data.prompts, 1, settings.seed, step),
+            prompts_of(trainer),
+            sample_keys(trainer.data.prompts, count, settings.seed, step),
             settings.sampling,
             collector.stop_ids,
             PAD,
@@ -39,12 +47,22 @@ def by_engine(trainer: Any, step: int) -> list[int]:
 
 
 def by_transformers(trainer: Any, step: int) -> list[int]:
-    """Sample the same with `generate`: prompts padded on the left, rows that ended stay."""
+    """Sample the same with `generate`, `generation_batch_size` rows at a time."""
+    import torch
+
+    torch.manual_seed(1000 * trainer.config.seed + step)
+    count = trainer.config.generation_batch_size
+    prompts, lengths = prompts_of(trainer), []
+    for start in range(0, len(prompts), count):
+        lengths += batch_by_transformers(trainer, prompts[start : start + count])
+    return lengths
+
+
+def batch_by_transformers(trainer: Any, prompts: list[list[int]]) -> list[int]:
+    """Sample a batch: prompts padded on the left, and rows that ended stay in it."""
     import torch
     from transformers import GenerationConfig
 
-    torch.manual_seed(1000 * trainer.config.seed + step)
-    prompts = [row["prompt_ids"] for row in trainer.data.prompts]
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), PAD, device=trainer.world.device)
     for row, prompt in zip(ids, prompts, strict=True):

@@ -56,6 +56,7 @@ def trainer_of(job: Job, folder: Path) -> Any:
         "test_fraction": 0,
         "eval_prompts": 0,
         "rollout_batch_size": workload.batch,
+        "samples_per_prompt": workload.samples_per_prompt,
         "total_episodes": 1000 * workload.batch,
         "num_ppo_epochs": workload.epochs,
         "max_response_length": workload.response,

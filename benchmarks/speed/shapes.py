@@ -60,6 +60,8 @@ class Workload:
     """One rollout of PPO and its updates: the whole batch is learnt from `epochs` times."""
 
     batch: int = 64
+    # of the batch, this many to each prompt
+    samples_per_prompt: int = 1
     # prompts are of all lengths between these
     shortest_prompt: int = 32
     longest_prompt: int = 64
@@ -70,11 +72,10 @@ class Workload:
     lora_rank: int = 16
 
     def prompts(self, vocabulary: int, seed: int = 0) -> list[list[int]]:
-        """Return `batch` prompts of random ids."""
+        """Return the prompts of the batch, each once, of random ids."""
         draw = random.Random(seed)
-        lengths = [
-            draw.randint(self.shortest_prompt, self.longest_prompt) for _ in range(self.batch)
-        ]
+        count = self.batch // self.samples_per_prompt
+        lengths = [draw.randint(self.shortest_prompt, self.longest_prompt) for _ in range(count)]
         return [[draw.randrange(FIRST_WORD, vocabulary) for _ in range(n)] for n in lengths]
 
     def stop_ids(self, vocabulary: int) -> list[int]:
@@ -106,7 +107,14 @@ SHAPES = {
     "42M": ModelShape("42M", width=512, layers=8, vocabulary=32_000),
     "0.6B": ModelShape("0.6B", width=1024, layers=34, vocabulary=151_936, head_width=128),
 }
-WORKLOADS = {"fixed": Workload(), "ragged": Workload(mean_share=0.4)}
+WORKLOADS = {
+    "fixed": Workload(),
+    "ragged": Workload(mean_share=0.4),
+    # four responses to each of 16 prompts
+    "samples": Workload(mean_share=0.4, samples_per_prompt=4),
+    # four times as many prompts as are computed together
+    "queue": Workload(mean_share=0.4, batch=256),
+}
 
 
 @dataclass(frozen=True)
