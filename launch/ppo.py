@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
         run.log(
             f"the critic starts as {role} times {critic.weight:g}; it has yet to learn {missing}"
         )
-    evaluation = stages.evaluation(run, initial, None)
+    engine = stages.sampling_engine(run, initial)
+    evaluation = stages.evaluation(run, initial, None, engine)
     roles = Roles(
         initial,
         stages.new_lora(run, initial),
@@ -109,6 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         run.world,
         budget=budget,
         deepspeed_config=read_deepspeed_config(config.deepspeed, run.world, config),
+        engine=engine,
         monitored=[spec.name for spec in scorers if not spec.weight],
     )
 

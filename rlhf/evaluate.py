@@ -20,7 +20,7 @@ from rlhf.data.encode import decode_response
 from rlhf.data.records import Message, Samples, Scorer
 from rlhf.distributed import DistributedContext
 from rlhf.engines.batched import generate
-from rlhf.engines.sampling import Completions, Sampling, sample_key
+from rlhf.engines.sampling import Completions, Generate, Sampling, sample_key
 from rlhf.logprobs import completion_batch, response_logprobs
 from rlhf.stats import clustered_se
 
@@ -56,6 +56,7 @@ class Evaluation:
     seed: int = 0
     batch_size: int = 64
     plain_head: bool = True
+    generate: Generate = generate
 
     def run(
         self,
@@ -73,16 +74,11 @@ class Evaluation:
         """
         wanted = [(row, s) for row in self.prompts for s in range(self.samples_per_prompt)]
         mine = [wanted[i] for i in world.shard(len(wanted))]
-        rows = world.raise_on_all_ranks(
-            lambda: self._rows(model, policy, reference, mine, progress) if mine else []
-        )
-        return world.gather(rows)
-
-    def _rows(self, model, policy, reference, wanted, progress) -> list[EvalRow]:
-        prompt_ids = [row["prompt_ids"] for row, _ in wanted]
-        keys = [sample_key(self.seed, "evaluate", row["prompt_ids"], s) for row, s in wanted]
+        prompt_ids = [row["prompt_ids"] for row, _ in mine]
+        keys = [sample_key(self.seed, "evaluate", row["prompt_ids"], s) for row, s in mine]
         with policy():
-            done = generate(
+            # on a rank without rows too: an engine may need all ranks
+            done = self.generate(
                 model,
                 prompt_ids,
                 keys,
@@ -92,6 +88,13 @@ class Evaluation:
                 self.batch_size,
                 progress,
             )
+        rows = world.raise_on_all_ranks(
+            lambda: self._rows(model, policy, reference, mine, done) if mine else []
+        )
+        return world.gather(rows)
+
+    def _rows(self, model, policy, reference, wanted, done: Completions) -> list[EvalRow]:
+        prompt_ids = [row["prompt_ids"] for row, _ in wanted]
         kl = self._sequence_kl(model, policy, reference, prompt_ids, done.response_ids)
         samples = to_samples([row for row, _ in wanted], done, self.tokenizer)
         scores = self.scorer(samples) if self.scorer else None

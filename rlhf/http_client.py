@@ -37,7 +37,8 @@ class Service:
     """The address of a service, the seconds for a whole answer, and the retries after the first
     attempt.
 
-    `name` is how messages call it, such as "scorer 'tone'".
+    `name` is how messages call it, such as "scorer 'tone'"; `remedy` is what helps where it is too
+    slow.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Service:
     timeout: float
     retries: int
     token: str | None = field(default=None, repr=False)
+    remedy: str = "raise `timeout` or `retries`, or lower `batch_size`"
 
     def __str__(self) -> str:
         """Return name and address for messages, without the query, which may hold a key."""
@@ -101,7 +103,7 @@ def check_url(url: Any, where: str) -> None:
         right = False
     if not right:
         raise UserError(
-            f"{where}: 'http' is {text.partition('?')[0]!r}, expected http://HOST:PORT/PATH or https://..."
+            f"{where}: the URL is {text.partition('?')[0]!r}, expected http://HOST:PORT/PATH or https://..."
         )
     for name, value in parse_qsl(parts.query):
         if _KEY.search(name.lower()) and not _VARIABLE.fullmatch(value):
@@ -128,9 +130,9 @@ def _from_environment(variable: str, where: str) -> str:
     return value
 
 
-def post(url: str, content: Any, timeout: float, token: str | None = None) -> Answer:
-    """Send `content` as JSON and read the whole answer within `timeout` seconds. Redirects are not
-    followed.
+def send(url: str, content: Any, timeout: float, token: str | None = None) -> Answer:
+    """Post `content` as JSON (None: get the URL) and read the whole answer within `timeout`
+    seconds. Redirects are not followed.
 
     Raises requests.Timeout, requests.ConnectionError or another requests.RequestException, and
     AnswerTooLong.
@@ -142,9 +144,11 @@ def post(url: str, content: Any, timeout: float, token: str | None = None) -> An
     if token:
         headers["Authorization"] = f"Bearer {token}"
     deadline = time.monotonic() + timeout
-    response = requests.post(
+    is_get = content is None
+    response = requests.request(
+        "GET" if is_get else "POST",
         url,
-        data=json.dumps(content, allow_nan=False).encode(),
+        data=None if is_get else json.dumps(content, allow_nan=False).encode(),
         headers=headers,
         timeout=timeout,
         # without an `auth`, requests looks for credentials in ~/.netrc
@@ -172,7 +176,8 @@ def post(url: str, content: Any, timeout: float, token: str | None = None) -> An
 
 
 def ask(service: Service, content: Any, work: str, stop: threading.Event | None = None) -> Answer:
-    """Return the answer to one request; retry after connection errors, timeouts, HTTP 429 and 5xx.
+    """Return the answer to one request, see `send`; retry after connection errors, timeouts, HTTP
+    429 and 5xx.
 
     `stop`, when it is set, ends the waiting between two attempts. Raises UserError when the request
     is refused or no attempt is left; `work` says what was asked: "score 4 samples".
@@ -185,7 +190,7 @@ def ask(service: Service, content: Any, work: str, stop: threading.Event | None 
         # seconds that the service asks for
         requested = 0.0
         try:
-            answer = post(url, content, service.timeout, service.token)
+            answer = send(url, content, service.timeout, service.token)
         except requests.Timeout:
             reason = f"no whole answer within {service.timeout:g} s"
         except (requests.ConnectionError, requests.exceptions.ChunkedEncodingError) as error:
@@ -220,7 +225,7 @@ def ask(service: Service, content: Any, work: str, stop: threading.Event | None 
         f"{service} did not respond after {attempt} {'attempt' if attempt == 1 else 'attempts'} "
         f"in {time.monotonic() - began:.0f} s. Last: {reason}\n"
         f"  Check that the service runs, that this machine reaches it and that it can {work} within "
-        f"{service.timeout:g} s (else raise `timeout` or lower `batch_size`), or raise `retries` ({service.retries})."
+        f"{service.timeout:g} s; else {service.remedy}."
     )
 
 

@@ -16,7 +16,8 @@ from rlhf.adapters import (
 )
 from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import first_by_hash
-from rlhf.engines.sampling import Sampling
+from rlhf.engines.batched import generate
+from rlhf.engines.sampling import Generate, Sampling
 from rlhf.errors import UserError
 from rlhf.evaluate import Evaluation, eos_probability
 from rlhf.files import files_fingerprint, model_files
@@ -123,9 +124,27 @@ def new_dropout(config: AdapterConfig, initial: InitialModel) -> float:
     return 0.0 if initial.adapter_path else config.lora_dropout
 
 
-def evaluation(run: Run, initial: InitialModel, scorer: Scorer | None) -> Evaluation | None:
+def sampling_engine(run: Run, initial: InitialModel) -> Generate:
+    """Return what samples: the engine of this process, or a vLLM server that serves the base.
+
+    Raises UserError where the server cannot be reached or serves another base.
+    """
+    url = run.config.vllm_url
+    if url is None:
+        return generate
+    from rlhf.engines.vllm import VllmEngine
+
+    engine = VllmEngine(url, run.folder / "vllm", initial.base_path, run.world)
+    engine.check_base()
+    run.log(f"sampling from the vLLM server at {url}, which is experimental")
+    return engine
+
+
+def evaluation(
+    run: Run, initial: InitialModel, scorer: Scorer | None, engine: Generate | None = None
+) -> Evaluation | None:
     """Return the evaluation by sampling on the run's validation prompts; None where it is off or
-    has no prompts.
+    has no prompts. Without an `engine` it makes its own.
     """
     config, tokenizer = run.config, initial.tokenizer
     if config.eval_prompts < 1:
@@ -147,6 +166,7 @@ def evaluation(run: Run, initial: InitialModel, scorer: Scorer | None) -> Evalua
         seed=config.seed,
         batch_size=config.generation_batch_size,
         plain_head=head_is_plain(initial.model),
+        generate=engine or sampling_engine(run, initial),
     )
 
 

@@ -58,17 +58,14 @@ def reference(roles):
     return lambda: roles.use("reference")
 
 
-def test_sequence_kl_is_the_sum_of_log_ratios_at_the_sampling_temperature(
-    roles, tokenizer, monkeypatch
-):
+def test_sequence_kl_is_the_sum_of_log_ratios_at_the_sampling_temperature(roles, tokenizer):
     seen = {}
 
     def spy(*args, **more):
         seen["done"] = generate(*args, **more)
         return seen["done"]
 
-    monkeypatch.setattr("rlhf.evaluate.generate", spy)
-    task = evaluation(tokenizer)
+    task = evaluation(tokenizer, generate=spy)
     rows = task.run(roles.trunk, policy(roles), reference(roles), DistributedContext())
     wanted = [p["prompt_ids"] for p in task.prompts for _ in range(2)]
     for row, prompt, response in zip(rows, wanted, seen["done"].response_ids, strict=True):

@@ -19,6 +19,7 @@ often as the softmax says, to 1 in 1,000 of it; no E is below 3e-18, no Gumbel n
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,10 @@ class Completions:
     response_ids: list[list[int]]
     ended: list[bool]
     logprobs: list[list[float]]
+
+
+# an engine that samples: any function with the signature of rlhf.engines.hf.generate
+Generate = Callable[..., Completions]
 
 
 def sample_key(seed: int, purpose: str, prompt_ids: list[int], sample: int) -> int:

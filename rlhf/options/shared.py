@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
+from rlhf.http_client import check_url
 
 
 @dataclass(kw_only=True)
@@ -208,6 +209,23 @@ class SamplingConfig(RunConfig):
     generation_batch_size: int = option(
         64, "responses generated together on each device", resume="free", low=1
     )
+    vllm_url: str | None = option(
+        None,
+        "sample from a vLLM server, e.g. http://localhost:8000 (experimental, see docs/operations.md); "
+        "default: in this process",
+        resume="free",
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        if self.vllm_url is None:
+            return
+        check_url(self.vllm_url, "'vllm_url'")
+        if not getattr(self, "use_peft", True):
+            raise UserError(
+                "'vllm_url': adapters are handed over to the server, not whole weights. Set use_peft: true, or sample "
+                "in this process"
+            )
 
 
 @dataclass(kw_only=True)

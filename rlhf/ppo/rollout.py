@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf.data.records import BadScore, Samples, Scorer, Scores
 from rlhf.distributed import DistributedContext
 from rlhf.engines.batched import generate
-from rlhf.engines.sampling import Completions, Sampling, sample_key
+from rlhf.engines.sampling import Generate, Sampling, sample_key
 from rlhf.evaluate import to_samples
 from rlhf.logprobs import completion_batch, group_rows, tokens_per_pass
 from rlhf.ppo.advantages import kl_k1, kl_k3
@@ -30,8 +30,6 @@ from rlhf.tensors import masked_mean, masked_sum_rows, pad_right
 LOGPROBS_OF = {"logprobs": "policy", "ref_logprobs": "reference", "penalty_logprobs": EMA_REFERENCE}
 # what a critic on the reward model's trunk reads
 OWN_STATES = "own_states"
-# an engine that samples: any function with the signature of rlhf.engines.hf.generate
-Generate = Callable[..., Completions]
 
 
 @dataclass

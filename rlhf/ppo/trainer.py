@@ -26,7 +26,7 @@ from rlhf.critic import LeastSquaresCritic
 from rlhf.data.records import BadScore, Scorer
 from rlhf.distributed import DistributedContext, peak_memory
 from rlhf.engines.batched import generate, prepare
-from rlhf.engines.sampling import Sampling
+from rlhf.engines.sampling import Generate, Sampling
 from rlhf.logprobs import packs
 from rlhf.optimizer_engine import make_engine
 from rlhf.options.ppo import PPOConfig
@@ -35,7 +35,7 @@ from rlhf.ppo.batches import Batches, MicroBatch, TrainingData
 from rlhf.ppo.experience import Estimator, Experience
 from rlhf.ppo.guards import Decision, Guards
 from rlhf.ppo.losses import kl_loss, policy_loss, ptx_loss, value_loss
-from rlhf.ppo.rollout import Generate, Rollout, RolloutCollector, RolloutSettings
+from rlhf.ppo.rollout import Rollout, RolloutCollector, RolloutSettings
 from rlhf.roles import Roles
 from rlhf.runs.budget import Budget
 from rlhf.tensors import masked_mean
@@ -197,7 +197,8 @@ class PPOTrainer:
         prompts = self.batches.prompts_of(step)
         with self.learner.gathered():
             # tried once for each model, by passes that belong to no step
-            prepare(self.roles.trunk)
+            if self.collector.generate is generate:
+                prepare(self.roles.trunk)
             packs(self.roles.trunk, 1)
             with self.budget.counting():
                 rollout = self.collector.collect(prompts, step)
@@ -233,6 +234,8 @@ class PPOTrainer:
             metrics["rollout/logprob_gap"] = rollout.logprob_gap
         gap = metrics["rollout/logprob_gap"]
         is_wanted = self.config.old_logprobs == "auto"
+        # what a server computes with is out of sight: its numbers are logged, never learnt from
+        is_wanted = is_wanted and self.config.vllm_url is None
         # engines sample in float32, which a base in float64 is there to be better than
         is_wanted = is_wanted and self.roles.precision == torch.float32
         self.collector.trusts_engine = is_wanted and gap <= ENGINE_GAP

@@ -241,7 +241,7 @@ def test_judges_are_loaded_by_what_the_file_says(tmp_path, monkeypatch):
         ({"function": "my_judges:prefers"}, "has no function 'prefers'. Did you mean 'prefer'"),
         ({"function": "my_judge_s:prefer"}, "there is no module 'my_judge_s'"),
         ({"function": "prefer"}, "should be written module:function"),
-        ({"http": "judge.example.com"}, "'http' is"),
+        ({"http": "judge.example.com"}, "the URL is"),
         ({"http": "https://me:secret@judge.example.com"}, "holds a user name or a password"),
         (
             {"http": "https://judge.example.com", "timout": 3},
