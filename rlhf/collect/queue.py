@@ -233,9 +233,8 @@ class Queue:
         with self.store.transaction():
             self._read()
         votes = self._annotator(annotator).votes
-        recent = [
-            duration for _, (_, duration) in sorted(votes.items())[-RECENT:] if duration is not None
-        ]
+        durations = [duration for _, (_, duration) in sorted(votes.items())[-RECENT:]]
+        recent = [duration for duration in durations if duration is not None]
         seconds = statistics.median(recent) / 1000 if recent else None
 
         answered_controls = 0
@@ -275,12 +274,11 @@ class Queue:
             if most < taken < self.rules.overlap:
                 best, most = comparison, taken
         if best is None:
-            new = (
-                comparison
-                for comparison in self._untouched
-                if self._pairs[comparison].responses not in answered
-            )
-            best = next(new, None)
+            # in random order, as they were read
+            for comparison in self._untouched:
+                if self._pairs[comparison].responses not in answered:
+                    best = comparison
+                    break
         if best is None or self.draw.random() >= self.rules.control_share:
             return best
         controls = self._controls_for(answered | {self._pairs[best].responses})
@@ -397,7 +395,5 @@ def _is_same(done: dict[str, Any], answer: Answer) -> bool:
     """Return whether the recorded event is this very answer."""
     if done["kind"] != "vote":
         return False
-    return (done["choice"], done["strength"]) == (
-        answer.store_choice(done["left"]),
-        answer.given_strength,
-    )
+    given = answer.store_choice(done["left"]), answer.given_strength
+    return (done["choice"], done["strength"]) == given

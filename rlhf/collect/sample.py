@@ -8,7 +8,6 @@ sources one answer of each. Control pairs, whose better answer is known, come fr
 from __future__ import annotations
 
 import itertools
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,23 +15,18 @@ from typing import Any, Literal
 
 import numpy as np
 
+from rlhf.collect.pairs import (
+    Answers,
+    add_budget,
+    pair_up,
+    prompt_digest,
+    store_controls,
+    store_pairs,
+)
 from rlhf.config import SEED, option
-from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, digest
+from rlhf.data.records import Instruction, Labelled, Preference, Prompt
 from rlhf.data.store import Store
 from rlhf.errors import UserError
-
-# index of the prompt -> arguments of Store.add_response
-Answers = dict[int, list[dict[str, Any]]]
-
-
-@dataclass
-class Paired:
-    """A prompt and its answers, one list for each source; an answer is the arguments of
-    Store.add_response.
-    """
-
-    prompt: Prompt
-    sides: list[list[dict[str, Any]]]
 
 
 @dataclass(kw_only=True)
@@ -314,7 +308,7 @@ def answers_of_file(
     name = Path(source).name
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for record in load(source, kind, on_error=on_error):
-        own = by_prompt.setdefault(_key(record.prompt), [])
+        own = by_prompt.setdefault(prompt_digest(record.prompt), [])
         if isinstance(record, Preference):
             both = [(record.chosen, record.chosen_ended), (record.rejected, record.rejected_ended)]
             # sorted by text: with the better one first, whoever reads the store would know it
@@ -322,7 +316,7 @@ def answers_of_file(
         else:
             own.append({"text": record.response, "ended": None, "model": name})
 
-    keys = {i: _key(record.prompt) for i, record in enumerate(records)}
+    keys = {i: prompt_digest(record.prompt) for i, record in enumerate(records)}
     answers = {i: by_prompt[key] for i, key in keys.items() if key in by_prompt}
     if not answers:
         raise UserError(
@@ -331,117 +325,7 @@ def answers_of_file(
     return answers
 
 
-def pair_up(records: list[Prompt], answers: list[Answers]) -> tuple[list[Paired], dict[str, int]]:
-    """Return each prompt that every source answers, with the answers to store, of one source or of
-    two; and counts.
-    """
-    counts = {"prompts": 0, "responses": 0, "comparisons": 0, "equal": 0, "empty": 0}
-    pairs: list[Paired] = []
-    for i, record in enumerate(records):
-        # too long for one policy, or not in one file
-        if not all(i in own for own in answers):
-            continue
-        known: set[str] = set()
-        sides = []
-        # The response stored first is called a. In a fixed order of two sources, a would reveal the
-        # source, and bend the agreement beyond chance: let the prompt's hash decide.
-        swapped = len(answers) == 2 and int(digest(record.group + _key(record.prompt)), 16) % 2
-        for own in reversed(answers) if swapped else answers:
-            sides.append(_new_answers(own[i], known, counts))
-        pairs.append(Paired(record, sides))
-        counts["prompts"] += 1
-        counts["responses"] += len(known)
-        counts["comparisons"] += len(_pairs(sides))
-    return pairs, counts
-
-
-def _new_answers(
-    answers: list[dict[str, Any]], known: set[str], counts: dict[str, int]
-) -> list[dict[str, Any]]:
-    """Return the answers with text that is not among `known` yet, to which they are added; count
-    the others.
-    """
-    new = []
-    for answer in answers:
-        text = answer["text"].strip()
-        if not text:
-            counts["empty"] += 1
-        elif text in known:
-            counts["equal"] += 1
-        else:
-            known.add(text)
-            new.append(answer)
-    return new
-
-
-def store_pairs(store: Store, pairs: list[Paired], named: set[str]) -> None:
-    """Store prompts, answers and comparisons. A group not in `named` stays one that prompts may be
-    joined over.
-    """
-    for paired in pairs:
-        prompt = _store_prompt(store, paired.prompt, named, split=paired.prompt.split)
-        responses = []
-        for side in paired.sides:
-            responses.append([store.add_response(prompt, **answer) for answer in side])
-        for one, other in _pairs(responses):
-            store.add_comparison(one, other)
-
-
-def add_budget(store: Store, budget: dict[str, float]) -> None:
-    """Add what the responses have cost to the store, so that a comparison of methods can count it."""
-    # answers that were read cost nothing
-    if not budget:
-        return
-    # a store may be filled by several calls
-    total = json.loads(store.setting("budget", "{}"))
-    for name, value in budget.items():
-        total[name] = total.get(name, 0.0) + value
-    store.set_setting("budget", json.dumps(total))
-
-
-def store_controls(store: Store, records: list[Preference], named: set[str]) -> int:
-    """Store pairs whose better answer is known as control comparisons, which are never trained on;
-    returns how many.
-    """
-    for record in records:
-        prompt = _store_prompt(store, record, named)
-        # sorted by text below: with the better one first, its letter would give it away
-        ended = {record.chosen: record.chosen_ended, record.rejected: record.rejected_ended}
-        responses = {
-            text: store.add_response(prompt, text, ended=ended[text]) for text in sorted(ended)
-        }
-        store.add_comparison(*responses.values(), kind="control", expected=responses[record.chosen])
-    return len(records)
-
-
-def _store_prompt(
-    store: Store, record: Prompt | Preference, named: set[str], split: str | None = None
-) -> int:
-    is_named = record.group in named
-    return store.add_prompt(
-        record.prompt,
-        group=record.group if is_named else None,
-        default_group=None if is_named else record.group,
-        voice=record.voice,
-        split=split,
-        metadata=record.metadata,
-    )
-
-
-def _pairs(sides: list[list[Any]]) -> list[tuple[Any, Any]]:
-    """Return every two of one side, or one of each of two sides."""
-    # of two sources, answers of one are not compared with each other
-    if len(sides) == 1:
-        return list(itertools.combinations(sides[0], 2))
-    return list(itertools.product(*sides))
-
-
 def _is_file(source: str) -> bool:
     from rlhf.data.sources import READABLE, is_store
 
     return source.lower().endswith(READABLE) and not is_store(source)
-
-
-def _key(prompt: list[Message]) -> str:
-    turns = [f"{message['role']}: {message['content'].strip()}" for message in prompt]
-    return digest("\n".join(turns))

@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -34,27 +35,31 @@ def read_results(config: ExperimentConfig) -> Results:
         raise UserError(
             f"{out}: nothing is measured yet; rlhf experiment run begins with the initial policy"
         )
-    trials = [job for job in state.jobs if job.kind == "trial"]
-    files = list(policy_files(config, names, trials))
-    about = [read_json(out / "measures" / name / "done.json") for name in sorted(names)]
-    kinds: dict[str, str] = {}
-    for one in about:
-        kinds |= one["kinds"]
-    prompts = json.loads((out / "measures" / "foundation" / "prompts.json").read_text())["prompts"]
-    rows = [read_rows(file) for _, file in files]
+    root = out / "measures"
+    initial = read_json(root / "foundation" / "done.json")
+    kinds: dict[str, str] = dict(initial["kinds"])
+    for name in sorted(names):
+        kinds |= read_json(root / name / "done.json")["kinds"]
+    prompts = json.loads((root / "foundation" / "prompts.json").read_text())["prompts"]
+
+    measured = []
+    for about, file in policy_files(config, names, state.jobs):
+        measured.append((about, *read_rows(file)))
     # parts of a score that do not apply everywhere have no mean that could be compared
-    for name in rows[0][1][0]["scores"]:
-        if all(finite(own, name) for _, own in rows):
+    every_row = list(chain.from_iterable(own for *_, own in measured))
+    for name in every_row[0]["scores"]:
+        if finite(every_row, name):
             kinds.setdefault(name, "other")
+
     points, responses = [], {}
-    for (about_point, _), (head, own) in zip(files, rows, strict=True):
+    for about, head, own in measured:
         own = [row for row in own if row["sample"] < config.samples_per_prompt]
         known = [name for name in kinds if name in own[0]["scores"]]
         # of equally many responses of each policy: the foundation has a pool of them, and
         # distinct-n falls with more
         numbers = head["numbers"] | variety([row["response"] for row in own])
         values = measured_values(own, known, len(prompts))
-        point = Point(**about_point, values=values, numbers=numbers, budget=head["budget"])
+        point = Point(**about, values=values, numbers=numbers, budget=head["budget"])
         points.append(point)
         responses[key(point)] = response_texts(own, len(prompts))
     measured_seeds = [seed for seed in config.seeds if f"seed-{seed}/foundation" in names]
@@ -64,7 +69,7 @@ def read_results(config: ExperimentConfig) -> Results:
         prompts=[prompt["prompt"] for prompt in prompts],
         responses=responses,
         score_kinds=kinds,
-        judge=about[0]["judge"],
+        judge=initial["judge"],
         methods={name: method_of(config, name) for name in config.methods},
         shared_budget=mean_cost([shared_cost(config, seed) for seed in measured_seeds]),
         meta=meta_of(config, state),
@@ -72,7 +77,7 @@ def read_results(config: ExperimentConfig) -> Results:
 
 
 def policy_files(
-    config: ExperimentConfig, names: set[str], trials: list[Job]
+    config: ExperimentConfig, names: set[str], jobs: list[Job]
 ) -> Iterable[tuple[dict[str, Any], Path]]:
     """Yield what each measured policy is, and its file."""
     root = Path(config.output_dir) / "measures"
@@ -88,9 +93,9 @@ def policy_files(
             about = {"method": BEST_OF_N, "swept": float(n), "step": n, "last": True, "seed": seed}
             about |= {"noise": blocks(n, config.samples_per_prompt)}
             yield about, own / f"best-of-{n:06d}.jsonl"
-    for job in trials:
+    for job in jobs:
         # measured with other options, or not yet
-        if job.name not in names:
+        if job.kind != "trial" or job.name not in names:
             continue
         steps = read_json(root / job.name / "done.json")["files"]
         for file in steps:

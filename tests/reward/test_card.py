@@ -16,8 +16,8 @@ from reward.card import (
     doubts_of,
     pair_accuracy,
     report_card,
-    write_card,
 )
+from reward.card_page import write_card
 from rlhf.data.records import Preference
 
 
