@@ -33,16 +33,20 @@ def main(argv: list[str] | None = None) -> None:
     from reward.compose import build_scorer
     from rlhf import stages
     from rlhf.adapters import frozen_copy
-    from rlhf.data.encode import sft_rows
+    from rlhf.data.turns import turn_rows
     from rlhf.models import trainable_policy
     from rlhf.offline import trainers
     from rlhf.offline.callbacks import RunCallback
+    from rlhf.offline.learnt import report_learnt
     from rlhf.runs.budget import Budget
 
     initial = stages.load_initial_model(run)
     train_rows = run.data.rows(Instruction, "train", initial.tokenizer)
     held_out_rows = run.data.rows(Instruction, "validation", initial.tokenizer)
     run.log(f"{len(train_rows)} training rows, {len(held_out_rows)} held out")
+    limits = (config.max_prompt_length, config.max_response_length)
+    train_turns = turn_rows(train_rows, initial.tokenizer, *limits, config.train_on)
+    held_out_turns = turn_rows(held_out_rows, initial.tokenizer, *limits, config.train_on)
 
     scorer = build_scorer(config.eval_scorers, initial.tokenizer) if config.eval_scorers else None
     evaluation = stages.evaluation(run, initial, scorer)
@@ -64,16 +68,17 @@ def main(argv: list[str] | None = None) -> None:
         trainer = SFTTrainer(
             model=model,
             args=trainers.trl_arguments(SFTConfig, run, has_held_out=bool(held_out_rows)),
-            train_dataset=Dataset.from_list(sft_rows(train_rows)),
-            eval_dataset=Dataset.from_list(sft_rows(held_out_rows)) if held_out_rows else None,
+            train_dataset=Dataset.from_list(train_turns.rows),
+            eval_dataset=Dataset.from_list(held_out_turns.rows) if held_out_rows else None,
             processing_class=initial.tokenizer,
             callbacks=[callback],
         )
+    learnt = report_learnt(run, train_turns, trainer.train_dataset, trainer.args)
     trainers.train(trainer, callback)
     held_out = trainers.held_out_loss(trainer, run) if held_out_rows else {}
 
     trainers.save_policy(run, trainer.model, initial, merge=config.merge)
-    run.finish(held_out | callback.metrics, budget.total(run.world))
+    run.finish(held_out | callback.metrics, budget.total(run.world), learnt=learnt)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def option(
     high: float | None = None,
     below: float | None = None,
     old_name: str | None = None,
+    before: Any = None,
 ) -> Any:
     """Return a dataclass field with its help text; `resume` says whether a resumed run may change
     it.
@@ -53,10 +54,12 @@ def option(
     Without a default the option is required. Lists and dicts are copied for each instance. A
     number, also one in a list, must be at least `low`, more than `above`, at most `high`, less than
     `below`, and finite in any case. `old_name` is the option's name in files written before it was
-    renamed; it is still read, also as a flag.
+    renamed; it is still read, also as a flag. `before` is what runs did that began before the option
+    existed, where that is not the default.
     """
     bounds = {"low": low, "above": above, "high": high, "below": below}
     metadata = {"help": help, "resume": resume, "old_name": old_name, "bounds": bounds}
+    metadata["before"] = before
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

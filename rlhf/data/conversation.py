@@ -38,6 +38,8 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 # nothing here can read
 PASSED = ("tool_calls", "tool_call_id", *THOUGHTS)
 UNREADABLE = ("function_call", "refusal", "image", "images", "audio", "audios", "video", "videos")
+# Fields of a message that is text alone; a weight says whether it is imitated
+PLAIN = {"role", "content", "weight"}
 # Labels before colons that are parts of worked examples, not speakers
 EXAMPLES = {"input", "output", "q", "a", "question", "answer"}
 
@@ -170,6 +172,9 @@ def _plain(name: str, number: int, message: Any) -> Any:
     plain |= {key: given[key] for key in PASSED if key in given}
     if "tool_calls" in plain:
         plain["tool_calls"] = [_tool_call(name, number, call) for call in plain["tool_calls"]]
+    # as OpenAI has it: an answer that is not to be imitated
+    if plain["role"] == "assistant" and given.get("weight") == 0:
+        plain["weight"] = 0
     # templates show which tool a result is of
     if plain["role"] == "tool" and "name" in given:
         plain["name"] = given["name"]
@@ -197,7 +202,7 @@ def _tool_call(name: str, number: int, call: Any) -> dict[str, Any]:
 
 def message_text(message: Message) -> str:
     """Return a message's text and, as JSON, its other fields: tool calls, reasoning."""
-    more = {name: value for name, value in message.items() if name not in ("role", "content")}
+    more = {name: value for name, value in message.items() if name not in PLAIN}
     # a message of text alone, as nearly all are, is that text
     if not more:
         return message["content"]
@@ -218,6 +223,23 @@ def user_text(record: Record) -> str:
 def turns_of(record: Record, role: str) -> list[str]:
     """Return the contents of the prompt's messages of one role, in order."""
     return [message["content"] for message in record.prompt if message["role"] == role]
+
+
+def assistant_turns(prompt: list[Message]) -> list[int]:
+    """Return which messages are turns of the assistant that can be learnt: not empty, and not of
+    weight 0.
+    """
+    found = []
+    for number, message in enumerate(prompt):
+        says_something = message["content"].strip() or "tool_calls" in message
+        if message["role"] == "assistant" and says_something and message.get("weight") != 0:
+            found.append(number)
+    return found
+
+
+def is_text(message: Message) -> bool:
+    """Return whether the content is all that a message says: no tool calls, no separate reasoning."""
+    return message.keys() <= PLAIN
 
 
 def dialogue_text(record: Record) -> str:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import jinja2
 
+from rlhf.data.conversation import assistant_turns, is_text
 from rlhf.data.records import (
     Instruction,
     Message,
@@ -43,10 +45,14 @@ PLAIN_TEMPLATE = (
 
 
 def encode_prompt(
-    tokenizer: Any, prompt: list[Message], tools: list[dict] | None = None
+    tokenizer: Any,
+    prompt: list[Message],
+    tools: list[dict] | None = None,
+    *,
+    generation_prompt: bool = True,
 ) -> list[int]:
     """Return the ids of the prompt up to where the assistant begins; special tokens typed by a user
-    stay plain text.
+    stay plain text. Without `generation_prompt` they end with the last message.
 
     Raises RecordError where the chat template refuses the prompt (a system turn, two turns of one
     role), or leaves out what it holds beside text: tools, calls, results.
@@ -56,7 +62,7 @@ def encode_prompt(
         ids = tokenizer.apply_chat_template(
             prompt,
             tools=tools,
-            add_generation_prompt=True,
+            add_generation_prompt=generation_prompt,
             return_dict=False,
             tokenize=True,
             sanitize_control_tokens=True,
@@ -141,18 +147,29 @@ def encode(
     max_prompt_length: int,
     max_response_length: int | None = None,
     on_error: Literal["stop", "skip"] = "stop",
+    train_on: Literal["all", "last"] = "last",
 ) -> tuple[list[dict[str, Any]], Counter]:
     """Encode records of one kind; return their rows and, of the records that have none, how many by
     reason.
 
     Rows hold "record" and "prompt_ids"; an Instruction's also "response_ids", a Preference's
     "chosen_ids" and "rejected_ids", responses with EOS. A record that the chat template has no
-    place for is dropped, or with `on_error` "stop" raises UserError.
+    place for is dropped, or with `on_error` "stop" raises UserError. With `train_on` "all" an
+    Instruction that is too long ends with the last turn of the assistant up to which it fits.
     """
     rows, dropped = [], Counter()
     for record in records:
+        is_cut = train_on == "all" and isinstance(record, Instruction)
+        reasons = []
         try:
-            row = {"prompt_ids": encode_prompt(tokenizer, record.prompt, tools_of(record))}
+            for part in (record, *(beginnings(record) if is_cut else ())):
+                row = encode_record(part, tokenizer)
+                reasons.append(too_long(row, max_prompt_length, max_response_length))
+                if not reasons[-1]:
+                    rows.append(row)
+                    break
+            else:
+                dropped[reasons[0]] += 1
         except RecordError as error:
             if on_error == "skip":
                 dropped[str(error)] += 1
@@ -166,21 +183,42 @@ def encode(
             raise UserError(
                 f"{where}: {error}. Drop it and its like with: --on_error skip"
             ) from None
-        if isinstance(record, Instruction):
-            row["response_ids"] = encode_response(tokenizer, record.response)
-        elif isinstance(record, Preference):
-            row["chosen_ids"] = encode_response(tokenizer, record.chosen, record.chosen_ended)
-            row["rejected_ids"] = encode_response(tokenizer, record.rejected, record.rejected_ended)
-        # both answers of a pair have to fit, or neither is used
-        responses = [len(ids) for name, ids in row.items() if name != "prompt_ids"]
-        if len(row["prompt_ids"]) > max_prompt_length:
-            dropped[f"prompt longer than max_prompt_length {max_prompt_length} tokens"] += 1
-        elif max_response_length is not None and max(responses, default=0) > max_response_length:
-            dropped[f"response longer than max_response_length {max_response_length} tokens"] += 1
-        else:
-            rows.append({**row, "record": record})
     warn_of_unknown_tokens(rows, tokenizer)
     return rows, dropped
+
+
+def encode_record(record: Record, tokenizer: Any) -> dict[str, Any]:
+    """Return the row of one record, as `encode` has it. Raises RecordError."""
+    row: dict[str, Any] = {
+        "prompt_ids": encode_prompt(tokenizer, record.prompt, tools_of(record)),
+        "record": record,
+    }
+    if isinstance(record, Instruction):
+        row["response_ids"] = encode_response(tokenizer, record.response)
+    elif isinstance(record, Preference):
+        row["chosen_ids"] = encode_response(tokenizer, record.chosen, record.chosen_ended)
+        row["rejected_ids"] = encode_response(tokenizer, record.rejected, record.rejected_ended)
+    return row
+
+
+def too_long(
+    row: dict[str, Any], max_prompt_length: int, max_response_length: int | None
+) -> str | None:
+    """Return what of a row is longer than it may be; both answers of a pair have to fit."""
+    responses = [len(ids) for name, ids in row.items() if name not in ("prompt_ids", "record")]
+    if len(row["prompt_ids"]) > max_prompt_length:
+        return f"prompt longer than max_prompt_length {max_prompt_length} tokens"
+    if max_response_length is not None and max(responses, default=0) > max_response_length:
+        return f"response longer than max_response_length {max_response_length} tokens"
+    return None
+
+
+def beginnings(record: Instruction) -> Iterator[Instruction]:
+    """Yield the conversation up to each earlier answer of the assistant, the longest first."""
+    for number in reversed(assistant_turns(record.prompt)):
+        before, message = record.prompt[:number], record.prompt[number]
+        if is_text(message) and before and before[-1]["role"] in ("user", "tool"):
+            yield replace(record, prompt=before, response=message["content"])
 
 
 def warn_of_unknown_tokens(rows: list[dict[str, Any]], tokenizer: Any) -> None:

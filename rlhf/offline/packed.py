@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf.errors import UserError
@@ -28,8 +29,11 @@ from rlhf.logprobs import (
 from rlhf.offline.pair_rows import PairRows, is_right_padded
 from rlhf.runs.budget import fused_head_positions
 
-# what a trainer passes where rows can be packed: no router logits, no packing of TRL's own
+# what a trainer passes where rows can be packed: no router logits
 PACKED_ARGUMENTS = {"input_ids", "attention_mask", "labels", "use_cache"}
+# and where TRL has packed them itself (`packing`, `padding_free`), in one row
+BOUNDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+TRL_PACKED_ARGUMENTS = {"input_ids", "position_ids", "labels", "use_cache"} | BOUNDS
 
 
 def pack_forward(model: nn.Module, *, paired: bool = False, own_head: bool = True) -> None:
@@ -46,6 +50,9 @@ def pack_forward(model: nn.Module, *, paired: bool = False, own_head: bool = Tru
     def forward(self, *args, fused_lm_head=False, **kwargs):
         # PEFT passes on all arguments by name
         given = {name for name, value in kwargs.items() if value is not None}
+        if given == TRL_PACKED_ARGUMENTS and packs(causal, int(kwargs["max_length_q"])):
+            # attention then sees each row alone, instead of a pack with all but its rows masked
+            kwargs, given = taken_apart(kwargs), PACKED_ARGUMENTS
         if not fused_lm_head or args or given != PACKED_ARGUMENTS:
             return trl_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
         ids, attention, labels = (kwargs[n] for n in ("input_ids", "attention_mask", "labels"))
@@ -56,6 +63,23 @@ def pack_forward(model: nn.Module, *, paired: bool = False, own_head: bool = Tru
         return spread_out(trl_forward, PairRows.of(ids, attention), labels)
 
     causal.forward = types.MethodType(forward, causal)
+
+
+def taken_apart(packed: dict[str, Any]) -> dict[str, Any]:
+    """Return right-padded rows (B, L) of what TRL has packed into one row (1, N)."""
+    lengths = packed["cu_seq_lens_q"].diff().tolist()
+
+    def rows(values: Tensor, padding: int) -> Tensor:
+        parts = values[0].split(lengths)
+        return pad_sequence(parts, batch_first=True, padding_value=padding)
+
+    ids = packed["input_ids"]
+    return {
+        "input_ids": rows(ids, 0),
+        "attention_mask": rows(torch.ones_like(ids), 0),
+        "labels": rows(packed["labels"], -100),
+        "use_cache": packed["use_cache"],
+    }
 
 
 def check_apart(model: nn.Module) -> None:

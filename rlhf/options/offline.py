@@ -19,8 +19,13 @@ SMOOTHED = {"robust", "exo_pair", "aot", "aot_unpaired"}
 
 @dataclass(kw_only=True)
 class SFTRunConfig(TrainerConfig, SamplingConfig):
-    """Supervised fine-tuning on instructions; the loss is on the response and its EOS."""
+    """Supervised fine-tuning on instructions; the loss is on the assistant's turns and their EOS."""
 
+    train_on: Literal["all", "last"] = option(
+        "all",
+        "learn all turns of the assistant in a conversation, or the last alone; messages of weight 0 are never learnt",
+        before="last",
+    )
     learning_rate: float = option(2e-4, "peak step size of AdamW", above=0, high=1)
     merge: bool = option(
         False, "save full weights with the adapter merged in, instead of the adapter"

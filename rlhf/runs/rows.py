@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf.data.records import Prompt, Record, digest, prompt_group
+from rlhf.data.conversation import assistant_turns
+from rlhf.data.records import Instruction, Prompt, Record, digest, prompt_group
 from rlhf.errors import UserError
 from rlhf.options.shared import RunConfig
 from rlhf.runs.checkpoint import Checkpoint
@@ -42,6 +43,8 @@ class RunData:
         self.fingerprints: dict[str, str] = {}
         self.row_counts: dict[str, dict[str, Any]] = {}
         self.trained_on: set[str] = set()
+        # turns of the assistant in the training rows that were read, dropped ones included
+        self.assistant_turns = 0
         self._frozen_files: dict[str, Path] = {}
 
     def rows(
@@ -75,10 +78,17 @@ class RunData:
         # a prompt has no response yet
         max_response_length = None if kind is Prompt else config.max_response_length
         rows, dropped = encode(
-            records, tokenizer, config.max_prompt_length, max_response_length, config.on_error
+            records,
+            tokenizer,
+            config.max_prompt_length,
+            max_response_length,
+            config.on_error,
+            getattr(config, "train_on", "last"),
         )
         self._count(name, where, len(records), dropped, may_stop=is_training)
 
+        if is_training and kind is Instruction:
+            self.assistant_turns = sum(1 + len(assistant_turns(r.prompt)) for r in records)
         kept = [row["record"] for row in rows]
         self.fingerprints[name] = fingerprint(kept)
         if is_training:

@@ -55,9 +55,16 @@ def start_run(program: str, config: RunConfig) -> Run:
 
     # only the main rank reads the folder; what it finds, or raises, is the same on all ranks
     found = world.raise_on_all_ranks(claim_folder)
-    run = Run(program, config, world, resumed=world.gather([found])[0])
+    found = world.gather([found])[0]
+    kept = keep_older(config, found.metadata["options"]) if found else []
+    run = Run(program, config, world, resumed=found)
     if run.resumed:
         run.log(f"resuming from {run.resumed.folder}, after step {run.resumed.step}")
+    for name in kept:
+        run.log(
+            f"the run began before '{name}' existed, and goes on with {getattr(config, name)}. For another value, "
+            f"{START_OVER}"
+        )
 
     random.seed(config.seed)
     numpy.random.seed(config.seed % 2**32)
@@ -191,6 +198,18 @@ def check_fixed(config: Any, before: dict[str, Any], message: str) -> None:
             changed.append(f"  {name}: was {before[name]!r}, now {now!r}")
     if changed:
         raise UserError("\n".join([f"{message}. Fixed options that differ:", *changed]))
+
+
+def keep_older(config: Any, before: dict[str, Any]) -> list[str]:
+    """Set the options that did not exist when a run began to what it did then; return their names."""
+    before = options.current_names(config, before)
+    kept = []
+    for field in fields(config):
+        then = field.metadata.get("before")
+        if then is not None and field.name not in before and getattr(config, field.name) != then:
+            setattr(config, field.name, then)
+            kept.append(field.name)
+    return kept
 
 
 def read_result(folder: Path) -> dict[str, Any]:

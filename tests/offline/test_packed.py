@@ -194,6 +194,23 @@ def test_trls_packing_keeps_rows_apart(tmp_path):
     assert tokens == [sum(len(p) + len(a) for p, a, _ in PAIRS)]
 
 
+@pytest.mark.parametrize("options", [{"padding_free": True}, {"packing": True, "max_length": 64}])
+@pytest.mark.parametrize("kind", ["llama", "cohere"])
+def test_trls_packing_costs_what_its_rows_cost(tmp_path, kind, options):
+    """A mask over the whole pack, (9 + 8 + 7)^2 scores for three rows of 9, would cost more."""
+
+    def budget_of(**options):
+        trainer, budget = trainer_of("sft", kind, tmp_path, max_steps=1, **options), Budget()
+        budget.watch(trainer.model)
+        prepare_trainer(trainer, budget)
+        trainer.train()
+        return budget.tokens_trained, budget.flops
+
+    apart = budget_of()
+    assert apart[0] == sum(len(p) + len(a) for p, a, _ in PAIRS) and apart[1] > 0
+    assert budget_of(**options) == apart
+
+
 def test_trls_packing_is_refused_where_rows_would_be_mixed(tmp_path):
     trainer = trainer_of("sft", "mamba", tmp_path, packing=True, max_length=64)
     with pytest.raises(UserError, match="mix the rows of a mamba model"):
