@@ -20,7 +20,7 @@ from rlhf.errors import UserError
 from rlhf.text import clip
 
 # {"role": "system" | "user" | "assistant" | "tool", "content": text}, and fields that only the chat
-# template reads
+# template reads; an answer of "weight" 0 is not learnt
 Message = dict[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
 SPLITS = ("train", "validation", "test")

@@ -106,7 +106,7 @@ class Budget:
             if adapters not in shapes:
                 shapes[adapters] = decoder_shape(module, adapters)
             shape = shapes[adapters]
-            positions, pairs = pass_size(args, kwargs)
+            positions, pairs = pass_size(args, kwargs, module.config._attn_implementation)
             self.flops += shape.forward(positions, pairs)
             if output[0].requires_grad:
                 self.flops += shape.backward(
@@ -177,7 +177,7 @@ def fused_head_positions(labels: Tensor) -> int:
     return int((labels != -100).sum()) if on_gpu else labels.numel()
 
 
-def pass_size(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
+def pass_size(args: tuple, kwargs: dict[str, Any], attention: str = "sdpa") -> tuple[int, int]:
     """Return the positions of a decoder's pass, and the pairs of query and key in its attention."""
     inputs = kwargs.get("input_ids", args[0] if args else None)
     inputs = kwargs["inputs_embeds"] if inputs is None else inputs
@@ -186,6 +186,10 @@ def pass_size(args: tuple, kwargs: dict[str, Any]) -> tuple[int, int]:
     if packed is not None:
         # each row attends to itself, padded to the longest
         return positions, packed.batch * packed.length**2
+    bounds = kwargs.get("cu_seq_lens_q")
+    if bounds is not None and "flash" in attention:
+        # rows that TRL has packed; other kernels mask what is not of a token's own row
+        return positions, int((bounds.diff().long() ** 2).sum())
     mask = kwargs.get("attention_mask")
     # those in the cache too
     keys = inputs.shape[1] if mask is None else mask.shape[-1]

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from rlhf.adapters import lora_config
 from rlhf.logprobs import decoder_and_head
 from rlhf.models import load_model
-from rlhf.runs.budget import Budget, decoder_shape
+from rlhf.runs.budget import Budget, decoder_shape, pass_size
 from tests.kinds import build
 
 FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "flops.py"
@@ -184,3 +184,10 @@ def test_heads_may_be_of_another_size_in_each_layer():
         "gemma4_text", layer_types=["sliding_attention", "full_attention"], global_head_dim=16
     )
     assert decoder_shape(model.base_model).pair == 192
+
+
+def test_rows_that_trl_has_packed_attend_apart_in_flash_attention_alone():
+    # rows of 3, 1 and 2 tokens: 9 + 1 + 4 pairs; a masked kernel makes all 36
+    given = {"input_ids": torch.ones(1, 6), "cu_seq_lens_q": torch.tensor([0, 3, 4, 6]).int()}
+    assert pass_size((), given, "flash_attention_2") == (6, 14)
+    assert pass_size((), given, "sdpa") == (6, 36)
