@@ -142,6 +142,13 @@ COMMANDS = {
         words="runs",
         loads_models=True,
     ),
+    "export": Command(
+        "write a policy as safetensors, GGUF, for Ollama or vLLM: RUN --to FORM",
+        "rlhf.export.run:ExportConfig",
+        lazily("rlhf.export.run:export"),
+        words="run",
+        loads_models=True,
+    ),
     "experiment run": Command(
         "train and measure methods, swept values and seeds at one budget: FILE",
         "rlhf.experiment.config:ExperimentConfig",

@@ -1,0 +1,227 @@
+"""Write a causal language model and its tokenizer as a GGUF file of llama.cpp.
+
+Names of tensors and fields are those of the `gguf` package. What a file of each architecture holds
+beyond names: rows of q and k of Llama are interleaved, those of Qwen are not; norms stay float32.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlhf.errors import UserError
+from rlhf.from_gguf import llama3_divisors
+
+# transformers' model_type, which is llama.cpp's name too
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+# GGML's type: weights in one block, bytes of a block
+BLOCKS = {"F32": (1, 4), "F16": (1, 2), "Q8_0": (32, 34)}
+
+
+def check_writable(config: Any, tokenizer: Any) -> None:
+    """Raise UserError unless a model of this config, and this tokenizer, can be written as GGUF."""
+    kind = config.model_type
+    if kind not in ARCHITECTURES:
+        raise UserError(
+            f"a model of type '{kind}' is not written as GGUF, only: {', '.join(ARCHITECTURES)}. "
+            "Take --to merged, and llama.cpp's convert_hf_to_gguf.py"
+        )
+    rope = config.rope_parameters
+    faults = {
+        f"rotary positions '{rope['rope_type']}'": rope["rope_type"] not in ("default", "llama3"),
+        "positions in a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        "biases in attention": getattr(config, "attention_bias", False),
+        "biases in the MLP": getattr(config, "mlp_bias", False),
+        "a sliding window": "sliding_attention" in (getattr(config, "layer_types", None) or ()),
+        f"activation '{config.hidden_act}'": config.hidden_act != "silu",
+    }
+    found = [fault for fault, is_there in faults.items() if is_there]
+    if found:
+        raise UserError(f"a {kind} with {found[0]} is not written as GGUF. Take --to merged")
+    splitting(tokenizer)
+
+
+def write_gguf(path: Path, model: Any, tokenizer: Any, kind: str, name: str) -> None:
+    """Write `model` to `path`, one tensor at a time; `kind` is f16 or q8_0, of the weights that are
+    matrices.
+
+    Raises UserError for numbers that float16 cannot hold, and see `check_writable`.
+    """
+    import gguf
+
+    config = model.config
+    check_writable(config, tokenizer)
+    writer = gguf.GGUFWriter(path, config.model_type)
+    _add_settings(writer, config, kind, name)
+    _add_tokenizer(writer, tokenizer, config.vocab_size)
+
+    names = gguf.get_tensor_name_map(
+        getattr(gguf.MODEL_ARCH, config.model_type.upper()), config.num_hidden_layers
+    )
+    # tied embeddings come once; llama.cpp takes them where the output head is missing
+    weights: dict[str, Tensor] = {}
+    for own, weight in model.named_parameters():
+        weights[names.get_name(own, try_suffixes=(".weight", ".bias"))] = weight
+    if config.rope_parameters["rope_type"] == "llama3":
+        weights["rope_freqs.weight"] = llama3_divisors(config)
+
+    types = {given: _storage(weight, kind) for given, weight in weights.items()}
+    for given, weight in weights.items():
+        per_block, size = BLOCKS[types[given].name]
+        count = weight.numel() // per_block * size
+        writer.add_tensor_info(given, weight.shape, np.float32, count, raw_dtype=types[given])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for given, weight in weights.items():
+        values = _layout(given, weight.detach().float().cpu(), config)
+        if values.abs().max() > torch.finfo(torch.float16).max:
+            raise UserError(f"{given}: numbers beyond float16, which GGUF stores. Take --to merged")
+        writer.write_tensor_data(gguf.quants.quantize(values.numpy(), types[given]))
+    writer.close()
+
+
+def _storage(weight: Tensor, kind: str) -> Any:
+    """Return GGML's type for a tensor: float32 for vectors, float16 for rows that are no whole
+    number of blocks.
+    """
+    from gguf import GGMLQuantizationType
+
+    if weight.dim() == 1:
+        return GGMLQuantizationType.F32
+    blocks, _ = BLOCKS["Q8_0"]
+    is_whole = weight.shape[-1] % blocks == 0
+    return GGMLQuantizationType["Q8_0" if kind == "q8_0" and is_whole else "F16"]
+
+
+def _layout(name: str, weight: Tensor, config: Any) -> Tensor:
+    """Return a tensor with its rows in llama.cpp's order.
+
+    Its rotation of Llama turns neighbouring rows of a head together, transformers' row i and row
+    i + size / 2.
+    """
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    part = name.split(".")[-2]
+    if config.model_type != "llama" or part not in heads:
+        return weight
+    halves = weight.reshape(heads[part], 2, -1, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
+
+
+def _add_settings(writer: Any, config: Any, kind: str, name: str) -> None:
+    import gguf
+
+    head_size = getattr(config, "head_dim", None)
+    head_size = head_size or config.hidden_size // config.num_attention_heads
+    file_types = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
+    writer.add_rope_dimension_count(head_size)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
+    """Add vocabulary, merges, special tokens and chat template; the model has `rows` embeddings."""
+    from gguf import TokenType
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    words = {token: number for token, number in state["model"]["vocab"].items()}
+    types = dict.fromkeys(words.values(), TokenType.NORMAL)
+    for token in state["added_tokens"]:
+        words[token["content"]] = token["id"]
+        types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+    by_id = {number: word for word, number in words.items()}
+    # models round their vocabulary up
+    listed = [by_id.get(number, f"[PAD{number}]") for number in range(rows)]
+
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splitting(tokenizer))
+    writer.add_token_list(listed)
+    writer.add_token_types([types.get(number, TokenType.UNUSED) for number in range(rows)])
+    merges = state["model"]["merges"]
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    for role in ("bos", "eos", "unk", "pad"):
+        number = getattr(tokenizer, f"{role}_token_id")
+        if number is not None:
+            getattr(writer, f"add_{role}_token_id")(number)
+    writer.add_add_space_prefix(False)
+    writer.add_add_bos_token(adds_bos(tokenizer))
+    writer.add_chat_template(plain_template(tokenizer))
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Return whether the tokenizer puts a BOS token before every text."""
+    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+
+
+def plain_template(tokenizer: Any) -> str:
+    """Return the chat template without the marks of what the assistant says, which transformers
+    alone knows; white space around them is cut as before.
+    """
+    text = re.sub(r"(\{%[-+]?\s*)generation(\s*[-+]?%\})", r"\1if true\2", tokenizer.chat_template)
+    return re.sub(r"(\{%[-+]?\s*)endgeneration(\s*[-+]?%\})", r"\1endif\2", text)
+
+
+def splitting(tokenizer: Any) -> str:
+    """Return llama.cpp's name for how a byte-level BPE tokenizer splits text before it merges bytes.
+
+    Raises UserError for other tokenizers: with a wrong name llama.cpp would read other tokens.
+    """
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    step = state["pre_tokenizer"] or {"type": "none"}
+    steps = [_step(part) for part in step.get("pretokenizers", [step])]
+    whole_words = state["model"].get("ignore_merges")
+    # patterns that end where bytes begin
+    by_pattern = {
+        GGUF_PRE_TOKENIZER_SPLITS["qwen2"]: "qwen2",
+        GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"]: "llama-bpe" if whole_words else "smaug-bpe",
+    }
+    found = None
+    if steps == ["bytes of words"]:
+        found = "gpt-2"
+    elif steps == ["single digits", "bytes of words"]:
+        found = "smollm"
+    elif len(steps) == 2 and steps[1] == "bytes":
+        found = by_pattern.get(steps[0])
+    normalizer = (state["normalizer"] or {"type": "NFC"})["type"]
+    # only llama-bpe takes whole words
+    if whole_words and found != "llama-bpe":
+        found = None
+    if state["model"]["type"] != "BPE" or normalizer != "NFC" or found is None:
+        steps_text = ", then ".join(steps)
+        raise UserError(
+            f"its tokenizer ({state['model']['type']}, split by {steps_text}, normalised by {normalizer}) cannot be "
+            "written as GGUF. That takes byte-level BPE split as GPT-2, SmolLM, Qwen2 or Llama 3 do. Take --to merged"
+        )
+    return found
+
+
+def _step(part: dict[str, Any]) -> str:
+    """Return a name for one step of a pre-tokenizer: for a split its pattern."""
+    if part["type"] == "ByteLevel" and not part["add_prefix_space"]:
+        return "bytes of words" if part["use_regex"] else "bytes"
+    if part["type"] == "Digits" and part["individual_digits"]:
+        return "single digits"
+    if part["type"] == "Split" and part["behavior"] == "Isolated" and not part["invert"]:
+        return part["pattern"].get("Regex", "a text")
+    return part["type"]

@@ -1,0 +1,110 @@
+"""`rlhf export RUN --to FORM`: write a trained policy for other programs, and check what was written.
+
+merged: safetensors with the adapter added to the base. gguf: one file for llama.cpp. ollama: that
+file and a Modelfile. vllm: the adapter as vLLM serves it beside others on one base.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlhf.config import option
+from rlhf.errors import UserError
+from rlhf.export.card import card
+from rlhf.files import dumps
+from rlhf.runs.tracking import versions
+from rlhf.values import read_yaml
+
+# mean KL per token, nats, from which an export computes something else than the run. A wrong order
+# of rows gives several nats, float16 and bfloat16 1e-6 to 1e-3, blocks of 8 bits up to 1e-1
+MOST_KL = {"merged": 0.05, "f16": 0.01, "q8_0": 0.5, "vllm": 0.001}
+
+
+@dataclass
+class ExportConfig:
+    """Write the policy of a run for programs that serve models."""
+
+    run: str = option(help="the run: a folder of SFT, DPO or PPO, or any model or adapter")
+    to: Literal["merged", "gguf", "ollama", "vllm"] = option(
+        help="merged: whole safetensors; gguf: for llama.cpp; ollama: GGUF and Modelfile; vllm: a LoRA folder"
+    )
+    out: str | None = option(
+        None, "the folder to write; default: RUN/export/TO, GGUF with its type"
+    )
+    type: Literal["f16", "q8_0"] = option("f16", "of the weights in GGUF: 16 bits, or blocks of 8")
+    check: int = option(8, "prompts on which it is compared with the run; 0: no check", low=0)
+
+    def validate(self) -> None:
+        if self.out is None and not Path(self.run).is_dir():
+            raise UserError(f"{self.run}: no folder. Say where to write with --out")
+
+
+def export(config: ExportConfig) -> dict[str, Any]:
+    """Write the export, whole or not at all, and return what its export.json says.
+
+    Raises UserError where the folder exists, the model has no such form, or the check fails; what
+    was written is then left beside for inspection.
+    """
+    from rlhf.export.forms import write_form
+
+    is_gguf = config.to in ("gguf", "ollama")
+    name = f"{config.to}-{config.type}" if is_gguf else config.to
+    out = Path(config.out or Path(config.run) / "export" / name)
+    if out.exists():
+        raise UserError(f"{out}: exists already. Remove it, or choose another --out")
+    temporary = out.with_name(f"{out.name}.partial")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        facts = write_form(config.to, config.type, config.run, temporary, config.check)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+    config_file, result_file = (Path(config.run) / n for n in ("config.yaml", "result.json"))
+    run_options = read_yaml(config_file) if config_file.is_file() else {}
+    result = json.loads(result_file.read_text()) if result_file.is_file() else {}
+    facts["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+    facts["versions"] = versions()
+    (temporary / "README.md").write_text(card(facts, run_options, result), encoding="utf-8")
+    (temporary / "export.json").write_text(dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if "check" in facts:
+        check(facts["check"], MOST_KL[config.type if is_gguf else config.to], temporary)
+    os.replace(temporary, out)
+    print(report(facts, out))
+    return facts
+
+
+def check(found: dict[str, Any], most_kl: float, folder: Path) -> None:
+    """Raise UserError where the export reads other ids, or gives another distribution, than the run."""
+    if not found["same_ids"]:
+        raise UserError(f"{folder}: its tokenizer gives other ids than the run's. Not to be used")
+    # NaN is not below
+    if not found["kl_per_token"] <= most_kl:
+        raise UserError(
+            f"{folder}: KL to the run is {found['kl_per_token']:.3g} nats a token, above {most_kl}. Not to be used; "
+            "this is an error of the export, please report it"
+        )
+
+
+def report(facts: dict[str, Any], out: Path) -> str:
+    """Return what the command prints: files, check, how to load it."""
+    size = sum(facts["files"].values()) / 2**20
+    lines = [f"{out}: {facts['form']}, {size:.1f} MiB"]
+    check = facts.get("check")
+    if check:
+        lines.append(
+            f"beside the run: {check['answers_equal']} of {check['prompts']} greedy answers equal, "
+            f"{check['tokens_equal']:.2%} of {check['tokens']} tokens, KL {check['kl_per_token']:.2g} nats a token"
+        )
+        lines += [
+            f"  prompt {place['prompt']} differs from token {place['token']} on; the run preferred its own by "
+            f"{place['logit_gap']:.2g} (logits)"
+            for place in check["differing"]
+        ]
+    return "\n".join([*lines, f"in that folder: {facts['load']}"])
