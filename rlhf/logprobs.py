@@ -383,10 +383,11 @@ def token_logprobs(
 
 def head_is_frozen(head: nn.Module) -> bool:
     """Return whether a head is a linear layer whose weight does not learn and is whole here."""
-    weight = getattr(head, "weight", None)
-    is_frozen = type(head) is nn.Linear and not weight.requires_grad
+    # first of all: a head whose rows are trained would make its weight, from parts that ZeRO-3 keeps
+    if type(head) is not nn.Linear:
+        return False
     # ZeRO-3 brings weights together when their own module is called, which is bypassed here
-    return is_frozen and not hasattr(weight, "ds_id")
+    return not head.weight.requires_grad and not hasattr(head.weight, "ds_id")
 
 
 def frozen_head_logprobs(
