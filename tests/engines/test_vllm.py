@@ -401,6 +401,18 @@ def test_responses_of_another_distribution_end_the_run(engine, model, server):
     assert "--logprobs-mode processed_logprobs" in message
 
 
+def test_log_probabilities_that_are_a_little_off_are_mentioned_once(engine, model, server, capfd):
+    def off(status, content):
+        logprobs = content["choices"][0]["logprobs"]
+        logprobs["token_logprobs"] = [value - 0.3 for value in logprobs["token_logprobs"]]
+        return status, content
+
+    server.faults["/v1/completions"] = [off] * 12
+    sample(engine, model)
+    sample(engine, model)
+    assert capfd.readouterr().err.count("more than 0.1 nats a token from those of the model") == 1
+
+
 def negate_all(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
