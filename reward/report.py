@@ -20,7 +20,7 @@ from rlhf.runs.run import Run
 def score_rows(run: Run, trainer: Any, *parts: list[list[int]]) -> list[list[float]]:
     """Return the raw scores of each part's rows of ids; each rank scores its share, and gets all."""
     rows = list(chain.from_iterable(parts))
-    own = [rows[i] for i in run.world.shard(len(rows))]
+    own = run.world.share_of(rows)
     batch_size = 2 * run.config.per_device_train_batch_size
     with gathered(trainer.model):
         scores = run.world.gather(

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,6 +144,11 @@ class DistributedContext:
         most one item.
         """
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def share_of(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Return the items that this rank handles (`shard`)."""
+        part = self.shard(len(items))
+        return items[part.start : part.stop]
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -73,7 +73,7 @@ class Evaluation:
         sample only, so that two policies or two steps share sampling noise.
         """
         wanted = [(row, s) for row in self.prompts for s in range(self.samples_per_prompt)]
-        mine = [wanted[i] for i in world.shard(len(wanted))]
+        mine = world.share_of(wanted)
         prompt_ids = [row["prompt_ids"] for row, _ in mine]
         keys = [sample_key(self.seed, "evaluate", row["prompt_ids"], s) for row, s in mine]
         with policy():
@@ -164,7 +164,7 @@ def eos_probability(
     bounds the share of responses that end in the right place; token accuracy is a mean over all
     tokens and hardly shows it.
     """
-    mine, device = [rows[i] for i in world.shard(len(rows))], next(model.parameters()).device
+    mine, device = world.share_of(rows), next(model.parameters()).device
     training, total = model.training, 0.0
     model.eval()
     for start in range(0, len(mine), 8):

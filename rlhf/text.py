@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -12,6 +12,11 @@ def clip(value: Any, width: int = 100) -> str:
     """Return `value` as one line of at most `width` characters, ending in "..." where it was cut."""
     line = " ".join(str(value).split())
     return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def reasons_of(counts: Mapping[str, int]) -> str:
+    """Return counts by reason on one line: "3: too long; 1: empty"."""
+    return "; ".join(f"{count}: {reason}" for reason, count in counts.items())
 
 
 def escape_cell(value: Any) -> str:

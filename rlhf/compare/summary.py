@@ -317,7 +317,9 @@ def budget(results: Results) -> dict[str, Any]:
     deciding = [row for row in rows if not row["baseline"]]
     matched = None
     if match and deciding:
-        ratios = [row["ratio"] for row in deciding] + [row["furthest"] for row in deciding]
+        ratios = []
+        for row in deciding:
+            ratios += [row["ratio"], row["furthest"]]
         matched = None not in ratios and (
             max(abs(ratio - 1) for ratio in ratios) <= match["tolerance"]
             and max(ratios) <= (1 + match["tolerance"]) * min(ratios)

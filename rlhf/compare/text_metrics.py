@@ -97,7 +97,7 @@ def text_losses(
     At temperature 1, whatever responses are sampled with. Every rank takes its share and gets all
     back, in order.
     """
-    mine = [rows[i] for i in world.shard(len(rows))]
+    mine = world.share_of(rows)
     own = partial(_losses, model, policy, mine, pad_id, batch_size, plain_head)
     return world.gather(world.raise_on_all_ranks(own))
 

@@ -28,7 +28,7 @@ from rlhf.data.records import (
     tools_of,
 )
 from rlhf.errors import UserError
-from rlhf.text import clip
+from rlhf.text import clip, reasons_of
 
 # "User: ...\nAssistant:" with the tokenizer's own bos and eos; saved with the tokenizer, so later
 # stages find it there.
@@ -276,7 +276,7 @@ def kept(encoded: tuple[list[dict], Counter], what: str) -> list[dict[str, Any]]
     were.
     """
     rows, dropped = encoded
-    reasons = "; ".join(f"{count}: {reason}" for reason, count in dropped.items())
+    reasons = reasons_of(dropped)
     if dropped and not rows:
         raise UserError(f"all {dropped.total()} {what} are dropped ({reasons}): raise the limit")
     if dropped:

@@ -84,17 +84,14 @@ def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]
 
     judge = load_judge(config.judge)
     cache = Path(config.output_dir) / "judge.jsonl"
-    values = {method: swept_to_ask(report, method) for method in config.methods}
-    methods = [method for method, swept in values.items() if swept is not None]
-    initial = results.initial.method
-    pairs = [*itertools.combinations(methods, 2), *((method, initial) for method in methods)]
-
-    # Seed -> the policy; the initial one is the same for all seeds
+    # Method -> seed -> the policy
     ends = {}
-    for method in methods:
-        ends[method] = {
-            point.seed: point for point in results.of(method, values[method]) if point.last
-        }
+    for method in config.methods:
+        swept = swept_to_ask(report, method)
+        if swept is not None:
+            ends[method] = {point.seed: point for point in results.ends(method, swept)}
+    initial = results.initial.method
+    pairs = [*itertools.combinations(ends, 2), *itertools.product(ends, [initial])]
     # it has no seed: it is compared with the policies of each
     ends[initial] = dict.fromkeys(report["unit"]["seeds"], results.initial)
 

@@ -12,6 +12,7 @@ from rlhf.data.turns import TurnRows
 from rlhf.errors import UserError
 from rlhf.runs.rows import WARN_ABOVE
 from rlhf.runs.run import Run
+from rlhf.text import reasons_of
 
 
 def report_learnt(run: Run, turns: TurnRows, dataset: Dataset, args: SFTConfig) -> dict[str, Any]:
@@ -32,8 +33,7 @@ def report_learnt(run: Run, turns: TurnRows, dataset: Dataset, args: SFTConfig) 
     share = learnt / tokens
     run.log(f"{turns.learnt} of {read} assistant turns are learnt, {share:.1%} of {tokens} tokens")
     if left_out:
-        reasons = "; ".join(f"{count}: {reason}" for reason, count in left_out.items())
-        run.log(f"{sum(left_out.values())} turns are not learnt ({reasons})")
+        run.log(f"{sum(left_out.values())} turns are not learnt ({reasons_of(left_out)})")
     if turns.apart:
         run.log(
             f"{turns.apart} turns are in rows of their own, since the chat template shows them otherwise "

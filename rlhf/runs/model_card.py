@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.files import write_atomic
 from rlhf.runs.tracking import versions
-from rlhf.text import markdown_table
+from rlhf.text import markdown_table, reasons_of
 
 
 def write_card(
@@ -66,9 +66,10 @@ def _data_sets(result: dict[str, Any], provenance: dict[str, Any]) -> dict[str, 
     """Return what is known about each data set: its provenance, row counts and fingerprint."""
     data_sets = {name: dict(facts) for name, facts in provenance.items() if isinstance(facts, dict)}
     for name, counts in result.get("rows", {}).items():
-        reasons = [f"{count}: {reason}" for reason, count in counts["dropped"].items()]
         facts = data_sets.setdefault(name, {})
-        facts.update(read=counts["read"], used=counts["used"], dropped="; ".join(reasons))
+        facts.update(
+            read=counts["read"], used=counts["used"], dropped=reasons_of(counts["dropped"])
+        )
     for name, fingerprint in result.get("data", {}).items():
         data_sets.setdefault(name, {}).setdefault("fingerprint", fingerprint)
     return data_sets

@@ -12,6 +12,7 @@ from rlhf.data.records import Instruction, Prompt, Record, digest, prompt_group
 from rlhf.errors import UserError
 from rlhf.options.shared import RunConfig
 from rlhf.runs.checkpoint import Checkpoint
+from rlhf.text import reasons_of
 
 if TYPE_CHECKING:
     from rlhf.distributed import DistributedContext
@@ -144,9 +145,10 @@ class RunData:
             return
 
         # told in full: a silent drop would look like less data
-        reasons = "; ".join(f"{number}: {reason}" for reason, number in dropped.items())
         what, split = name.split("/")
-        found = f"{where}: {count} of {read} {what} rows of {split} are dropped ({reasons})"
+        found = (
+            f"{where}: {count} of {read} {what} rows of {split} are dropped ({reasons_of(dropped)})"
+        )
         if may_stop and count == read:
             raise UserError(
                 f"{found}. Nothing is left to train on: raise the limits, or correct the rows"
