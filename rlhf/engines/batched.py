@@ -7,7 +7,8 @@ for models whose cache is more than keys and values at positions.
     continuous batching   a row that ended is replaced by a waiting prompt, and the batch shrinks
                           when none waits (`rlhf.engines.slots`)
     one prefix            samples of one prompt share the pass over it
-    CUDA graphs           on a GPU the step of all slots is recorded once and replayed
+    CUDA graphs           on a GPU the step of all slots, the drawing of tokens included, is recorded
+                          once and replayed
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from rlhf.engines import hf
 from rlhf.engines.merged import merged
-from rlhf.engines.sampling import Completions, Sampling, draw
+from rlhf.engines.sampling import Completions, Sampling, draw, draw_recorded
 from rlhf.engines.slots import Slots
 from rlhf.logprobs import smallest_window, why_inexact
 from rlhf.text import say_once
@@ -87,7 +88,10 @@ class _Run:
             return
         count = min(batch_size, len(order))
         # the last token of a response is not read, but its place is where a slot stands that ended
-        self.slots = Slots(model, count, len(prompt_ids[order[0]]) + sampling.max_new_tokens)
+        longest = len(prompt_ids[order[0]]) + sampling.max_new_tokens
+        is_plain = sampling.top_k == 0 and sampling.top_p >= 1.0
+        recorded = (self._draw_recorded,) if is_plain else ()
+        self.slots = Slots(model, count, longest, *recorded)
         # so many slots have to be free before prompts are read into them, since passes over few
         # tokens are slow
         self.portion = max(1, count // 16)
@@ -121,11 +125,18 @@ class _Run:
     def _length(self, row: int) -> int:
         return len(self.prompt_ids[row]) + len(self.responses[row])
 
+    def _draw_recorded(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return draw_recorded(logits, self.row_keys, self.steps, self.sampling)
+
     def _step(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the next token of each of the first `count` slots, and its log-probability."""
         width = max(map(self._length, self.alive))
-        logits = self.slots.logits(count, width)
-        tokens, logprobs = draw(logits, self.row_keys[:count], self.steps[:count], self.sampling)
+        logits, drawn = self.slots.step(count, width)
+        tokens, logprobs = drawn or (None, None)
+        # NaN: not certain, or of logits that are no numbers
+        if tokens is None or bool(logprobs.isnan().any()):
+            keys, steps = self.row_keys[:count], self.steps[:count]
+            tokens, logprobs = draw(logits, keys, steps, self.sampling)
         self.slots.advance(tokens)
         self.steps[:count] += 1
         return tokens, logprobs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -117,8 +117,8 @@ def call_hooks(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Non
 
 
 class RecordedPass:
-    """The pass over all slots, which reads their first `width` positions, as a CUDA graph, which
-    spares the launch of each kernel.
+    """The pass over all slots, which reads their first `width` positions, and what is drawn from its
+    logits, as a CUDA graph, which spares the launch of each kernel.
 
     Its inputs are the tensors of `Slots`, which are changed in place. Slots without a row are
     computed too: what they write is at their own last position, which nobody reads.
@@ -134,7 +134,7 @@ class RecordedPass:
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(2):
-                slots.plain_pass(*shape)
+                slots.draw(slots.plain_pass(*shape))
         torch.cuda.current_stream(device).wait_stream(side)
 
         self.graph = torch.cuda.CUDAGraph()
@@ -145,6 +145,7 @@ class RecordedPass:
         )
         with hooked_passes(slots.model) as self.passes, recording:
             self.logits = slots.plain_pass(*shape)
+            self.drawn = slots.draw(self.logits)
 
     @classmethod
     def of(cls, slots: Slots, width: int) -> RecordedPass | None:
@@ -158,22 +159,28 @@ class RecordedPass:
             say_once(f"sampling without CUDA graphs, which is slower ({first_line(error)})")
             return None
 
-    def replay(self) -> Tensor:
-        """Return the logits (slots, V) that follow on what the slots hold now."""
+    def replay(self) -> None:
+        """Compute the logits (slots, V) that follow on what the slots hold now, and what is drawn."""
         self.graph.replay()
         for made in self.passes:
             call_hooks(*made)
-        return self.logits
 
 
 class Slots:
     """A model, the cache of its slots, and what each slot reads next.
 
     tokens, positions: (slots,) the token that a slot reads next and its position, on the model's
-    device.
+    device. draw: what is made of the logits (slots, V) of a recorded pass, in the same graph.
     """
 
-    def __init__(self, model: nn.Module, slots: int, length: int):
+    def __init__(
+        self,
+        model: nn.Module,
+        slots: int,
+        length: int,
+        draw: Callable[[Tensor], tuple[Tensor, ...]] = lambda logits: (),
+    ):
+        self.draw = draw
         parameter = next(model.parameters())
         self.model = model
         self.decoder = decoder_and_head(model)[0]
@@ -279,14 +286,24 @@ class Slots:
 
         On a GPU they hold until the next call.
         """
-        if self.device.type == "cuda":
+        return self.step(count, width)[0]
+
+    def step(self, count: int, width: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return `logits`, and what was drawn from them where the pass is recorded, else ()."""
+        if self.records:
             longer = self.recorded_width(width)
             if longer not in self.recorded:
                 self.recorded[longer] = RecordedPass.of(self, longer)
             recorded = self.recorded[longer]
             if recorded is not None:
-                return recorded.replay()[:count]
-        return self.plain_pass(count, width)
+                recorded.replay()
+                return recorded.logits[:count], tuple(found[:count] for found in recorded.drawn)
+        return self.plain_pass(count, width), ()
+
+    @property
+    def records(self) -> bool:
+        """Return whether passes are recorded as CUDA graphs."""
+        return self.device.type == "cuda"
 
     def recorded_width(self, width: int) -> int:
         """Return how many positions a recorded pass reads that has to read `width`: attention takes

@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from rlhf.engines import hf, merged
+from rlhf.engines import batched, hf, merged
 from rlhf.engines.batched import generate, slots_are_exact
-from rlhf.engines.sampling import Sampling
+from rlhf.engines.sampling import Sampling, draw
 from rlhf.engines.slots import Slots, call_hooks, hooked_passes
 from rlhf.runs.budget import Budget
 from tests.engines.test_contract import KEYS, PROMPTS, STOPS, adapted, assert_same, sample
@@ -146,15 +146,27 @@ def test_no_slots_beyond_a_window(capsys):
         assert ("window of 18" in capsys.readouterr().err) == (new_tokens == 11)
 
 
-def test_a_pass_over_all_slots_gives_the_same(monkeypatch):
-    """What a CUDA graph replays: every slot, also those whose rows have ended, and every position."""
+@pytest.fixture()
+def short_recordings(monkeypatch):
+    """Recorded passes over 8 positions, 16, or all."""
+    monkeypatch.setattr("rlhf.engines.slots.SHORTEST_RECORDED", 8)
+
+
+@pytest.mark.parametrize("blocks", [256, 1])
+def test_what_a_graph_replays_gives_the_same(monkeypatch, short_recordings, blocks):
+    """Every slot, also those whose rows have ended, more positions than are filled, and a drawing
+    that is not certain of all tokens where it looks at one block of ten.
+    """
+    widths = set()
 
     class Recorded:
-        def __init__(self, slots):
-            self.slots = slots
+        def __init__(self, slots, width):
+            self.slots, self.width = slots, width
+            widths.add(width)
 
         def replay(self):
-            return self.slots.plain_pass(self.slots.places.slots, self.slots.places.length)
+            self.logits = self.slots.plain_pass(self.slots.places.slots, self.width)
+            self.drawn = self.slots.draw(self.logits)
 
     model = build("llama")[0]
     alike = [[5, 6, 7, n] for n in range(6)]
@@ -165,15 +177,16 @@ def test_a_pass_over_all_slots_gives_the_same(monkeypatch):
         return generate(model, prompts, KEYS, Sampling(10), stops, 0, batch_size)
 
     expected = [run(*case) for case in cases]
-    logits = Slots.logits
-
-    def recorded(slots, count, width):
-        slots.recorded = Recorded(slots)
-        return logits(slots, count, width)
-
-    monkeypatch.setattr(Slots, "logits", recorded)
+    monkeypatch.setattr("rlhf.engines.sampling.RECORDED_BLOCKS", blocks)
+    monkeypatch.setattr(Slots, "records", True)
+    monkeypatch.setattr("rlhf.engines.slots.RecordedPass.of", Recorded)
+    drawn = []
+    monkeypatch.setattr(batched, "draw", lambda *given: drawn.append(given) or draw(*given))
     for case, done in zip(cases, expected, strict=True):
         assert_same(run(*case), done)
+    assert widths == {8, 14, 16}
+    # what is not certain is drawn again
+    assert bool(drawn) == (blocks == 1)
 
 
 def test_what_a_graph_repeats_is_counted():
@@ -197,12 +210,6 @@ def test_a_recorded_pass_reads_a_power_of_two_or_all_positions():
     widths = (1, 256, 257, 512, 513, 700)
     assert [slots.recorded_width(width) for width in widths] == [256, 256, 512, 512, 700, 700]
     assert Slots(build("llama")[0], 2, 100).recorded_width(3) == 100
-
-
-@pytest.fixture()
-def short_recordings(monkeypatch):
-    """Recorded passes over 8, 16 and 18 positions, where prompt and response have 18."""
-    monkeypatch.setattr("rlhf.engines.slots.SHORTEST_RECORDED", 8)
 
 
 SAMPLINGS = [Sampling(10), Sampling(10, temperature=0), Sampling(10, top_k=5, top_p=0.8)]

@@ -276,6 +276,38 @@ def test_a_gpu_draws_the_same_tokens(vocabulary):
     torch.testing.assert_close(found.cpu(), logprobs, atol=1e-5, rtol=0)
 
 
+class _NothingWaits(TorchDispatchMode):
+    """Refuses operations that wait for a GPU, which a CUDA graph cannot hold."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh"), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("deviation", [0.01, 3.0])
+def test_what_a_graph_draws_is_the_same_wherever_it_is_certain(monkeypatch, deviation, temperature):
+    generator = torch.Generator().manual_seed(3)
+    logits = deviation * torch.randn(64, 4001, generator=generator)
+    keys, position = torch.tensor(keys_of(64)), torch.arange(64)
+    given = (logits, keys, position, Sampling(temperature=temperature))
+    expected, logprobs = draw(*given)
+    with _NothingWaits():
+        tokens, found = sampling.draw_recorded(*given)
+    assert torch.equal(tokens, expected) and torch.equal(found, logprobs)
+
+    # among too few blocks some are not certain, and all that are certain are right
+    monkeypatch.setattr(sampling, "RECORDED_BLOCKS", 4)
+    tokens, found = sampling.draw_recorded(*given)
+    is_certain = ~found.isnan()
+    assert torch.equal(tokens[is_certain], expected[is_certain])
+    if temperature and deviation > 1:
+        assert 0 < is_certain.sum() < 64 and not torch.equal(tokens, expected)
+    else:
+        assert is_certain.sum() > 60
+
+
 def test_top_k_and_top_p():
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
     assert torch.isfinite(restrict(logits, 2, 1.0)).tolist() == [[True, True, False, False]]
