@@ -21,6 +21,8 @@ PROMPTS = (
     "List three things to check\n\n  1) before a long trip\n  2) after it",
     "Why is the sky blue?",
     "I'd like to return the blue jacket. It doesn't fit, what's next?",
+    "Do you ship to Norway?",
+    "Who wrote Hamlet, and in which century?",
 )
 NEW_TOKENS = 32
 

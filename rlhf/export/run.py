@@ -37,7 +37,13 @@ class ExportConfig:
         None, "the folder to write; default: RUN/export/TO, GGUF with its type"
     )
     type: Literal["f16", "q8_0"] = option("f16", "of the weights in GGUF: 16 bits, or blocks of 8")
-    check: int = option(8, "prompts on which it is compared with the run; 0: no check", low=0)
+    check: int = option(
+        8, "prompts on which it is compared with the run; 0: no check", low=0, high=10
+    )
+    push_to_hub: str | None = option(
+        None,
+        "also upload it to this repository of the Hub, USER/NAME; made private where it is missing",
+    )
 
     def validate(self) -> None:
         if self.out is None and not Path(self.run).is_dir():
@@ -77,6 +83,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
         check(facts["check"], MOST_KL[config.type if is_gguf else config.to], temporary)
     os.replace(temporary, out)
     print(report(facts, out))
+    if config.push_to_hub:
+        print(f"pushed: {push(out, config.push_to_hub)}")
     return facts
 
 
@@ -90,6 +98,26 @@ def check(found: dict[str, Any], most_kl: float, folder: Path) -> None:
             f"{folder}: KL to the run is {found['kl_per_token']:.3g} nats a token, above {most_kl}. Not to be used; "
             "this is an error of the export, please report it"
         )
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload an export to a repository of the Hub and return the address of the commit.
+
+    Raises UserError where the Hub cannot be reached or refuses; the export stays.
+    """
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    try:
+        repository = hub.create_repo(name, private=True, exist_ok=True).repo_id
+        return str(hub.upload_folder(repo_id=repository, folder_path=folder).commit_url)
+    # of the network, of the Hub, of its names
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"{folder} is written, but not pushed to {name} ({reason}). Log in with: hf auth login; then: "
+            f"hf upload {name} {folder}"
+        ) from None
 
 
 def report(facts: dict[str, Any], out: Path) -> str:
