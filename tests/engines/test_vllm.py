@@ -25,7 +25,7 @@ from rlhf.options.ppo import PPOConfig
 from tests.conftest import random_adapter
 from tests.engines.test_contract import PROMPTS, STOPS, assert_same, sample
 from tests.engines.vllm_server import Server
-from tests.launch.conftest import door, flags_of
+from tests.launch.conftest import SMALL, door, flags_of, write_data
 from tests.ppo.test_trainer import config as ppo_config
 from tests.ppo.test_trainer import trainer
 
@@ -49,6 +49,11 @@ def server(base_path, monkeypatch):
 @pytest.fixture
 def engine(server, base_path, tmp_path):
     return VllmEngine(server.url, tmp_path / "vllm", base_path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    return write_data(tmp_path)
 
 
 @pytest.fixture
@@ -479,6 +484,16 @@ def test_the_program_samples_and_evaluates_through_the_server(
     assert not server.adapters and not (folder / "vllm").exists()
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(row["rollout/logprob_gap"] < 1e-5 for row in metrics if "ppo/ratio" in row)
+
+
+def test_the_other_programs_evaluate_through_the_server(server, base_path, files, tmp_path):
+    flags = flags_of("sft", base_path, files["instructions"], tmp_path / "sft")
+    # a trained row of the output head cannot be handed over
+    more = ["--train_eos", "never", "--learning_rate", "1e-2", "--vllm_url", server.url]
+    door("sft")([*flags, *SMALL, *more])
+    models = [body["model"] for body in server.bodies("/v1/completions")]
+    before, after = (len(list(group)) for _, group in itertools.groupby(models))
+    assert before == after > 1
 
 
 def test_a_server_that_is_not_there_ends_the_program_with_code_2(
