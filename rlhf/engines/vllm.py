@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
+import contextlib
 import copy
 import hashlib
 import os
@@ -124,10 +125,9 @@ class VllmEngine:
         return self.world.gather([result])[0]
 
     def _ask(
-        self, path: str, content: Any, work: str, stop=None, retries: int = RETRIES
+        self, path: str, content: Any, work: str, stop: threading.Event | None = None, **limits: Any
     ) -> tuple[Service, Answer]:
-        url = f"{self.service.url}/{path}"
-        service = replace(self.service, url=url, retries=retries)
+        service = replace(self.service, url=f"{self.service.url}/{path}", **limits)
         return service, ask(service, content, work, stop)
 
     def _find_base(self) -> str:
@@ -168,7 +168,8 @@ class VllmEngine:
         (folder / "adapter_model.safetensors").write_bytes(content)
         self._load(name, folder, config.r)
         self.adapter, self.digest, self.count = name, digest, self.count + 1
-        self._unload(before)
+        if before:
+            self._forget(before)
         return name
 
     def _load(self, name: str, folder: Path, rank: int) -> None:
@@ -184,19 +185,24 @@ class VllmEngine:
                 f"--max-lora-rank {enough} --logprobs-mode processed_logprobs"
             ) from None
 
-    def _unload(self, name: str) -> None:
-        if not name:
-            return
+    def _forget(self, name: str) -> None:
         try:
-            self._ask("unload_lora_adapter", {"lora_name": name}, "unload an adapter", retries=0)
+            self._unload(name)
         except UserError as error:
             # it takes memory there, and nothing asks for it again
             say_once(str(error))
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
+    def _unload(self, name: str) -> None:
+        asked = {"lora_name": name}
+        self._ask("unload_lora_adapter", asked, "unload an adapter", timeout=30.0, retries=0)
+
     def close(self) -> None:
-        """Take the last adapter off the server, and remove its files."""
-        self._unload(self.adapter)
+        """Take the last adapter off the server if that is there, and remove its files."""
+        if self.adapter:
+            # the run may end because the server has
+            with contextlib.suppress(UserError):
+                self._unload(self.adapter)
         self.adapter = self.digest = ""
         shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -303,6 +303,10 @@ def test_an_adapter_that_cannot_be_unloaded_is_mentioned_and_left(engine, model,
     expected = sample(hf.generate, model, sampling=GREEDY)
     assert_same(sample(engine, model, sampling=GREEDY), expected)
     assert "cannot be found" in capfd.readouterr().err
+    # at the end of a run no more is said of a server that is not there
+    server.stop()
+    engine.close()
+    assert not capfd.readouterr().err and not engine.folder.exists()
 
 
 def choice_with(**changes):
