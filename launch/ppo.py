@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
 
     for entry, spec in zip(config.reward, scorers, strict=True):
         run.record_dependency(f"reward {json.dumps(entry)}", files_fingerprint(scorer_files(entry)))
+        run.read_models += spec.model_folders
         for folder in spec.model_folders:
             for doubt in doubts_of(folder):
                 run.log(f"WARNING: {folder}: {doubt}")

@@ -30,6 +30,13 @@ def score_rows(run: Run, trainer: Any, *parts: list[list[int]]) -> list[list[flo
     return [list(islice(remaining, len(part))) for part in parts]
 
 
+def as_html(markdown: str) -> str:
+    """Return Markdown as HTML without what it may hold of it."""
+    from markdown_it import MarkdownIt
+
+    return MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown)
+
+
 def report(
     run: Run,
     held_out: list[dict[str, Any]],
@@ -59,7 +66,10 @@ def report(
     run.tracker.log(logged, step)
 
     if run.world.is_main:
-        run.log(f"report card: {write_card(card, config.output_dir)}")
+        path = write_card(card, config.output_dir)
+        run.log(f"report card: {path}")
+        run.tracker.images({"reliability": path.with_name("reliability.png")}, step)
+        run.tracker.page("card", as_html(path.read_text(encoding="utf-8")))
         for doubt in doubts(card):
             run.log(f"WARNING: {doubt}")
 

@@ -53,8 +53,11 @@ def environment(
     CPU (default: its share of the cores where there are several).
     """
     result = {**os.environ, "PYTHONUNBUFFERED": "1", MARK: str(folder.resolve()), JOB: job.name}
-    for name in ("WANDB_RUN_ID", "WANDB_NAME"):  # meant for one run, and these are many
-        result.pop(name, None)
+    # meant for one run, and these are many
+    result.pop("WANDB_RUN_ID", None)
+    result["WANDB_NAME"] = job.name
+    # the trials of an experiment stand together in W&B
+    result.setdefault("WANDB_RUN_GROUP", folder.resolve().name)
     if not has_accelerator():
         # DeepSpeed finds this out too, with a warning each time
         result.setdefault("DS_ACCELERATOR", "cpu")

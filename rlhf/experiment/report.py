@@ -62,10 +62,18 @@ def write_report(
     if config.judge:
         report["judge_of_pairs"] = ask_judge(config, results, report)
     figures = write_files(report, folder)
+    trials = sorted(file.parent for file in Path(config.output_dir).glob("seed-*/*/result.json"))
     with Tracker(
-        folder, report_to=report_to, project=project, run_name=report["name"], config=report["meta"]
+        folder,
+        report_to=report_to,
+        project=project,
+        run_name=report["name"],
+        job_type="report",
+        config=report["meta"],
     ) as tracker:
         log_report(report, tracker, figures)
+        tracker.page("report", (folder / "report.html").read_text(encoding="utf-8"))
+        tracker.artifacts([config.initial_policy, *config.prompts, *trials], "report")
     for name in report["meta"]["left_out"]:
         print(f"left out, made with other options: {name}")
     print_report(report, folder)

@@ -131,7 +131,7 @@ class LoggingOptions:
         None, "W&B project; default: WANDB_PROJECT, else rlhf", resume="free"
     )
     run_name: str | None = option(
-        None, "W&B name; default: WANDB_NAME, else the output_dir", resume="free"
+        None, "W&B name; default: WANDB_NAME, else the last part of output_dir", resume="free"
     )
 
 

@@ -60,6 +60,8 @@ class Run:
         self.data = RunData(config, world, self.log, resumed)
         # fingerprints of what the run starts from and is scored by
         self.weights: dict[str, str] = {}
+        # folders of models that it reads beside the one that it starts from
+        self.read_models: list[str] = []
         self.tracker: Tracker | None = None
         self.signals = StopSignals(program, announce=world.is_main)
 
@@ -120,11 +122,21 @@ class Run:
             report_to=config.report_to,
             project=config.project,
             run_name=config.run_name,
+            job_type=self.program,
+            tags=self._tags(),
             config={"program": self.program, **options_dict(config)},
             is_main=self.world.is_main,
             resume_step=resumed.step if resumed else None,
             position=resumed.metadata["position"] if is_from_here else None,
         )
+
+    def _tags(self) -> list[str]:
+        """Return the words to find this run by: program, kind of advantages or losses, and model."""
+        kinds = getattr(self.config, "advantage_estimator", None) or getattr(
+            self.config, "loss_type", []
+        )
+        kinds = [kinds] if isinstance(kinds, str) else kinds
+        return [self.program, *kinds, Path(self.config.model_name_or_path).name]
 
     def _clear_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -255,6 +267,8 @@ class Run:
             write_card(self.folder, self.program, options_dict(self.config), result, provenance)
             # last: a folder with result.json holds a finished run
             self.tracker.result(result)
+            read = [self.config.model_name_or_path, *self.config.data, *self.read_models]
+            self.tracker.artifacts(read)
         self.close()
         self.log(f"done: {format_metrics(headline)} -> {self.config.output_dir}")
 

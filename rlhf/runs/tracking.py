@@ -46,6 +46,8 @@ class Tracker:
         report_to: Literal["none", "wandb"] = "none",
         project: str | None = None,
         run_name: str | None = None,
+        job_type: str | None = None,
+        tags: Iterable[str] = (),
         config: dict[str, Any] | None = None,
         is_main: bool = True,
         resume_step: int | None = None,
@@ -61,7 +63,7 @@ class Tracker:
         self._open(resume_step, position)
         self.wandb = WandbLog(self.output_dir, resumed=resume_step is not None)
         if report_to == "wandb":
-            self.wandb.start(project, run_name, config or {})
+            self.wandb.start(project, run_name, config or {}, job_type, tags)
 
     def _open(self, step: int | None, position: dict[str, int] | None) -> None:
         for path in self._files():
@@ -81,6 +83,8 @@ class Tracker:
         """Flush the files to disk and return their sizes, for a checkpoint; empty on other ranks."""
         if not self.is_main:
             return {}
+        # a step that is in the checkpoint is not made again
+        self.wandb.flush()
         sizes = {}
         for path in self._files():
             with open(path, "rb") as file:
@@ -127,6 +131,18 @@ class Tracker:
         """
         if self.is_main:
             self.wandb.images(files, int(step))
+
+    def page(self, name: str, html: str) -> None:
+        """Show a page of HTML in W&B; without it do nothing."""
+        if self.is_main:
+            self.wandb.page(name, html)
+
+    def artifacts(self, inputs: Iterable[str | Path], kind: str = "model") -> None:
+        """Send what is in `output_dir` to W&B as an artifact made from `inputs`: folders of models
+        and files of data.
+        """
+        if self.is_main:
+            self.wandb.artifacts(inputs, self.output_dir, kind)
 
     def console(
         self, step: int, total: int, metrics: dict[str, float], names: Iterable[str]

@@ -5,9 +5,10 @@ login.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,10 @@ from rlhf.files import dumps, json_safe
 
 # after which a server that does not answer is given up
 INIT_SECONDS = 15
+# what is uploaded of a folder; of other files W&B is told where they are and their hashes
+UPLOADED = ("adapter_model.safetensors", "adapter_config.json", "rlhf.json", "README.md")
+ONLY_NAMED = ("model.safetensors", "config.json")
+LONGEST_TAG = 64
 
 
 class WandbLog:
@@ -34,13 +39,24 @@ class WandbLog:
         if not resumed:
             self._sent_file.unlink(missing_ok=True)
         self._skip_through = self._last_sent()
+        # what is known of the step that is being made: one row of W&B's history, so that any two
+        # numbers of a step can be plotted against each other
+        self._row: dict[str, Any] = {}
 
-    def start(self, project: str | None, run_name: str | None, config: dict[str, Any]) -> None:
+    def start(
+        self,
+        project: str | None,
+        run_name: str | None,
+        config: dict[str, Any],
+        job_type: str | None = None,
+        tags: Iterable[str] = (),
+    ) -> None:
         """Start the run online if WANDB_MODE says so or a key is configured, else or if that fails
         offline.
 
         What is not given here is left to W&B's own variables: WANDB_PROJECT, WANDB_NAME,
-        WANDB_RUN_ID, WANDB_DIR, ...
+        WANDB_RUN_GROUP, WANDB_RUN_ID, WANDB_DIR, ...; WANDB_JOB_TYPE and WANDB_TAGS come before what
+        is given.
         """
         given = os.environ
         if given.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes", "on"):
@@ -71,12 +87,17 @@ class WandbLog:
             try:
                 self.run = wandb.init(
                     project=project or given.get("WANDB_PROJECT") or "rlhf",
-                    name=run_name or given.get("WANDB_NAME") or str(self.output_dir),
+                    name=run_name or given.get("WANDB_NAME") or self.output_dir.resolve().name,
+                    group=given.get("WANDB_RUN_GROUP"),
+                    job_type=given.get("WANDB_JOB_TYPE") or job_type,
+                    tags=None if given.get("WANDB_TAGS") else [tag[:LONGEST_TAG] for tag in tags],
                     id=run_id,
                     resume="allow" if self.resumed and is_known and mode == "online" else None,
                     dir=given.get("WANDB_DIR") or str(self.output_dir),
                     config=json_safe(config),
                     mode=mode,
+                    # one that failed before is not taken up again
+                    reinit="finish_previous",
                     settings=wandb.Settings(**settings),
                 )
                 # the id a resumed run takes up again
@@ -92,14 +113,24 @@ class WandbLog:
                 )
                 _warn(f"W&B {mode} failed ({_first_line(error)}); {then}")
 
-    def log(self, numbers: Mapping[str, Any], step: int) -> None:
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Add values to the row of a step, which is sent when the next one begins."""
         if self.run is None or step <= self._skip_through:
             return
+        if self._row and self._row["step"] != step:
+            self.flush()
+        self._row = self._row | {"step": step, **values}
+
+    def flush(self) -> None:
+        """Send the row of the step that is being made."""
+        row, self._row = self._row, {}
+        if self.run is None or not row:
+            return
         with self._failing_quietly("log"):
-            self.run.log({"step": step, **numbers})
+            self.run.log(row)
         # written after sending: a crash between sends a step twice, never not at all
-        if self.run is not None and step > self._last_sent():
-            self._sent_file.write_text(str(step))
+        if self.run is not None and row["step"] > self._last_sent():
+            self._sent_file.write_text(str(row["step"]))
 
     def table(self, name: str, rows: list[dict[str, Any]], step: int) -> None:
         if self.run is None or step <= self._skip_through:
@@ -111,7 +142,7 @@ class WandbLog:
             table = wandb.Table(columns=columns)
             for row in rows:
                 table.add_data(*[_cell(row.get(column)) for column in columns])
-            self.run.log({"step": step, f"tables/{name}": table})
+            self.log({f"tables/{name}": table}, step)
 
     def images(self, files: Mapping[str, str | Path], step: int) -> None:
         if self.run is None or step <= self._skip_through:
@@ -120,7 +151,41 @@ class WandbLog:
             import wandb
 
             images = {f"figures/{name}": wandb.Image(str(file)) for name, file in files.items()}
-            self.run.log({"step": step, **images})
+            self.log(images, step)
+
+    def page(self, name: str, html: str) -> None:
+        """Show a page of HTML beside the last step's numbers."""
+        if self.run is None:
+            return
+        with self._failing_quietly("page"):
+            import wandb
+
+            step = self._row.get("step", max(self._last_sent(), 0))
+            self._row = self._row | {"step": step, f"pages/{name}": wandb.Html(html)}
+
+    def artifacts(self, inputs: Iterable[str | Path], output: Path, kind: str) -> None:
+        """Name the local files and folders that were read as the run's inputs, and send what it
+        made.
+
+        W&B joins artifacts of the same name and content: the adapter that one run makes and
+        another reads is one, and so its history can be followed. Names that are no local path, such
+        as those of a hub, are left out; the run's config has them.
+        """
+        if self.run is None:
+            return
+        with self._failing_quietly("artifacts"):
+            for path in dict.fromkeys(map(Path, inputs)):
+                if path.exists():
+                    self._use(_artifact(path, "model" if path.is_dir() else "data"))
+            self.run.log_artifact(_artifact(output, kind))
+
+    def _use(self, artifact: Any) -> None:
+        if not self.run.settings._offline:
+            self.run.use_artifact(artifact)
+            return
+        # use_artifact refuses offline, where it cannot wait for the server; this is what it does
+        # before it waits
+        self.run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
 
     def result(self, result: dict[str, Any]) -> None:
         """Send the data fingerprints and the headline of a result."""
@@ -135,12 +200,14 @@ class WandbLog:
     def finish(self, *, failed: bool = False) -> None:
         if self.run is None:
             return
+        self.flush()
         with self._failing_quietly("finish"):
             self.run.finish(exit_code=1 if failed else None)
         self.run = None
 
     def rewind(self) -> None:
         """Skip the steps that were sent already: after a rollback they are made again."""
+        self.flush()
         self._skip_through = max(self._skip_through, self._last_sent())
 
     def _last_sent(self) -> int:
@@ -179,6 +246,26 @@ def has_key() -> bool:
     from requests.utils import get_netrc_auth
 
     return get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is not None
+
+
+def _artifact(path: Path, kind: str) -> Any:
+    """Return a file, or the model or report in a folder, as an artifact named by the end of its path."""
+    import wandb
+
+    path = path.resolve()
+    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{path.parent.name}-{path.name}"), type=kind)
+    if not path.is_dir():
+        # data stay where they are
+        artifact.add_reference(path.as_uri())
+        return artifact
+    sent = [path / name for name in UPLOADED] + sorted(path.glob("report.*"))
+    for file in sent:
+        if file.is_file():
+            artifact.add_file(str(file))
+    for name in ONLY_NAMED:
+        if (path / name).is_file():
+            artifact.add_reference((path / name).as_uri())
+    return artifact
 
 
 def _cell(value: Any) -> Any:

@@ -285,6 +285,80 @@ def test_wandb_is_offline_without_a_key_and_asks_nothing(tmp_path, no_key, monke
         assert tracker.wandb.run.id == first_id
 
 
+def records_of(folder):
+    """Yield the records of an offline run: a LevelDB log of protocol buffers behind 7 bytes."""
+    import struct
+
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    [file] = (folder / "wandb").glob("offline-run-*/*.wandb")
+    content, place, whole = file.read_bytes(), 7, b""
+    while place + 7 <= len(content):
+        # blocks of 32 kB, whose last bytes hold no header
+        if 32768 - place % 32768 < 7:
+            place += 32768 - place % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        whole += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        # 1: a whole record; 2, 3, 4: its first, middle and last parts
+        if kind in (1, 4):
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def test_an_offline_run_of_wandb_decoded(tmp_path, no_key, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_GROUP", "grid")
+    sft, data, run = tmp_path / "runs" / "sft", tmp_path / "pairs.jsonl", tmp_path / "runs" / "ppo"
+    for folder in (sft, run):
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text(f'{{"of": "{folder.name}"}}')
+    data.write_text("{}\n")
+    with Tracker(run, report_to="wandb", job_type="ppo", tags=["ppo", "gae"]) as tracker:
+        tracker.log({"budget/flops": 5e9, "kl/sequence": 1.0}, 1)
+        tracker.log({"eval/score/gold": 0.25}, 1)
+        tracker.table("samples", [{"response": "r"}], 1)
+        tracker.log({"budget/flops": 6e9}, 2)
+        tracker.page("card", "<h1>Card</h1>")
+        tracker.artifacts([sft, data, "org/on-a-hub", sft])
+        assert tracker.wandb.run is not None  # no call failed
+
+    import wandb
+
+    # its process writes the end of the file when it ends
+    wandb.teardown()
+    records = list(records_of(run))
+    [begun] = [record.run for record in records if record.HasField("run")][:1]
+    assert (begun.display_name, begun.run_group, begun.job_type) == ("ppo", "grid", "ppo")
+    assert list(begun.tags) == ["ppo", "gae"]
+
+    rows = []
+    for record in records:
+        if record.HasField("history"):
+            items = record.history.item
+            rows.append({".".join(item.nested_key): item.value_json for item in items})
+    first, second = rows
+    # score and FLOPs of a step stand in one row, and so can be plotted against each other
+    assert float(first["budget/flops"]) == 5e9 and float(first["eval/score/gold"]) == 0.25
+    assert (first["step"], second["step"]) == ("1", "2")
+    assert first["tables/samples._type"] == '"table-file"'
+    assert second["pages/card._type"] == '"html-file"'
+
+    artifacts = [record.artifact for record in records if record.HasField("artifact")]
+    # W&B makes one of each table by itself
+    artifacts = [artifact for artifact in artifacts if artifact.type != "run_table"]
+    found = [(a.name, a.type, a.use_after_commit) for a in artifacts]
+    parent = tmp_path.name
+    assert found == [
+        ("runs-sft", "model", True),
+        (f"{parent}-pairs.jsonl", "data", True),
+        ("runs-ppo", "model", False),
+    ]
+    assert [content.path for content in artifacts[0].manifest.contents] == ["adapter_config.json"]
+    # data are named with their hash, and stay where they are
+    assert artifacts[1].manifest.contents[0].ref == data.as_uri()
+
+
 def test_what_was_not_chosen_is_left_to_the_variables_of_wandb(tmp_path, no_key, monkeypatch):
     for name, value in {
         "PROJECT": "mine",
@@ -308,7 +382,7 @@ def test_what_was_not_chosen_is_left_to_the_variables_of_wandb(tmp_path, no_key,
     with Tracker(tmp_path / "three", report_to="wandb") as tracker:
         assert (tracker.wandb.run.project, tracker.wandb.run.name) == (
             "rlhf",
-            str(tmp_path / "three"),
+            "three",
         )
 
 
@@ -447,7 +521,8 @@ def test_wandb_is_not_sent_a_step_twice(tmp_path, no_key, monkeypatch):
             tracker.log({"loss/total": 1.0}, step)
             tracker.log({"eval/loss/total": 1.0}, step)
             tracker.table("samples", [{"response": "r"}], step)
-    assert sent == [1, 2, 3, 4, 4, 4]
+    # the rows of a step are one
+    assert sent == [1, 2, 3, 4]
     with Tracker(tmp_path, report_to="wandb", resume_step=4) as tracker:
         position = tracker.position()
         for step in (5, 6):
@@ -455,7 +530,7 @@ def test_wandb_is_not_sent_a_step_twice(tmp_path, no_key, monkeypatch):
         tracker.rewind(4, position)  # after a rollback the steps are made again
         for step in (5, 6, 7):
             tracker.log({"loss/total": 2.0}, step)
-    assert sent == [1, 2, 3, 4, 4, 4, 5, 6, 7]
+    assert sent == [1, 2, 3, 4, 5, 6, 7]
     assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [
         1,
         2,
