@@ -50,7 +50,8 @@ def pack_forward(model: nn.Module, *, paired: bool = False, own_head: bool = Tru
     def forward(self, *args, fused_lm_head=False, **kwargs):
         # PEFT passes on all arguments by name
         given = {name for name, value in kwargs.items() if value is not None}
-        if given == TRL_PACKED_ARGUMENTS and packs(causal, int(kwargs["max_length_q"])):
+        is_packed = fused_lm_head and given == TRL_PACKED_ARGUMENTS
+        if is_packed and packs(causal, int(kwargs["max_length_q"])):
             # attention then sees each row alone, instead of a pack with all but its rows masked
             kwargs, given = taken_apart(kwargs), PACKED_ARGUMENTS
         if not fused_lm_head or args or given != PACKED_ARGUMENTS:
