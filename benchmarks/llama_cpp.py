@@ -56,7 +56,11 @@ class LlamaCpp:
         """Return the ids of a question by the file's own template and tokenizer."""
         question = [{"role": "user", "content": text}]
         prompt = self.ask("/apply-template", messages=question)["prompt"]
-        return self.ask("/tokenize", content=prompt, add_special=True, parse_special=True)["tokens"]
+        return self.ids(prompt)
+
+    def ids(self, text: str) -> list[int]:
+        """Return the ids of a text in which special tokens are tokens."""
+        return self.ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"]
 
     def greedy(self, ids: list[int], count: int) -> list[int]:
         """Return up to `count` greedy tokens after these ids."""

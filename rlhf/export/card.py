@@ -15,7 +15,7 @@ def card(facts: dict[str, Any], config: dict[str, Any], result: dict[str, Any]) 
     libraries = {"model.safetensors": "transformers", "adapter_model.safetensors": "peft"}
     lines += [f"library_name: {libraries[name]}" for name in libraries if name in facts["files"]]
     # the Hub refuses a card whose base is a folder
-    if not Path(facts["base"]).exists():
+    if not Path(facts["base"]).exists() and not facts["base"].endswith(".gguf"):
         lines.append(f"base_model: {facts['base']}")
     program = result.get("program", "policy")
     lines += ["tags:", "- rlhf", f"- {program}", "---", ""]
@@ -23,8 +23,8 @@ def card(facts: dict[str, Any], config: dict[str, Any], result: dict[str, Any]) 
     base = Path(facts["base"]).name
     lines += [f"# {facts['name']}: {program} of {base}", ""]
     started = config.get("model_name_or_path")
-    origin = f"Trained by `launch/{program}.py` from `{started}`" if started else "An adapter"
-    lines.append(f"{origin} on the base `{base}`, exported as {facts['form']}.")
+    origin = f"Trained by `launch/{program}.py` from `{started}`" if started else "A policy"
+    lines.append(f"{origin} on the base model `{base}`, exported as {facts['form']}.")
     lines += ["", "```bash", facts["load"], "```"]
 
     headline = result.get("headline", {})

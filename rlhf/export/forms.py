@@ -19,11 +19,12 @@ from rlhf.export.check import compare, greedy_answers
 from rlhf.export.gguf_file import check_writable, write_gguf
 from rlhf.export.modelfile import modelfile
 from rlhf.from_gguf import as_folder, read_gguf
-from rlhf.models import load_model, trainable_policy
+from rlhf.models import InitialModel, load_model, trainable_policy
 from rlhf.startup import model_loaded
 from rlhf.tokenizer import stop_ids
-from rlhf.weights import IDENTITY_FILE, read_json
+from rlhf.weights import IDENTITY_FILE, read_identity, read_json
 
+GGUF_FORMS = ("gguf", "ollama")
 # of vLLM's --max-lora-rank
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # settings of LoRA that vLLM refuses or passes over
@@ -39,48 +40,34 @@ def write_form(to: str, kind: str, run: str, folder: Path, prompts: int) -> dict
     """
     initial = load_model(run)
     model_loaded(initial.model)
-    tokenizer, name = initial.tokenizer, Path(run).resolve().name
-    if to in ("gguf", "ollama"):
-        check_writable(initial.model.config, tokenizer)
+    if to in GGUF_FORMS:
+        check_writable(initial.model.config, initial.tokenizer)
     if to == "vllm":
-        if not initial.adapter_path:
-            raise UserError(f"{run}: whole weights, no adapter. Take --to merged")
-        check_lora(initial.adapter_path)
-    stops = stop_ids(tokenizer, initial.model)
+        check_lora(run, initial.adapter_path)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = trainable_policy(initial, None).to(device).eval()
     if prompts:
         _say(f"{run}: {prompts} greedy answers")
-    answers = greedy_answers(policy, tokenizer, prompts)
+    answers = greedy_answers(policy, initial.tokenizer, prompts)
 
     _say(f"{folder}: writing")
-    # commands are given in the folder, which may be moved
-    facts: dict[str, Any] = {"name": name, "run": run, "base": initial.base_path}
+    name = Path(run).resolve().name
+    # a GGUF file, not the folder that it was converted to
+    named = read_identity(initial.adapter_path or run).get("base_model_name_or_path")
+    facts: dict[str, Any] = {"name": name, "run": run, "base": named or initial.base_path}
     file = folder / f"{name}-{kind}.gguf"
     if to == "vllm":
-        # what a GGUF file was converted to
-        base = initial.model.config.name_or_path
-        base = str(Path(base).resolve()) if Path(base).exists() else base
-        settings = write_lora(initial.adapter_path, base, folder)
-        tokenizer.save_pretrained(folder)
-        rank = next(allowed for allowed in RANKS if allowed >= settings["r"])
-        facts["form"] = f"LoRA of rank {settings['r']} for vLLM"
-        facts["load"] = (
-            f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules {name}=."
-        )
+        facts |= _write_lora(initial, name, folder)
     elif to == "merged":
-        dtype = AutoConfig.from_pretrained(as_folder(initial.base_path)).dtype or torch.float32
-        merged(policy).to(dtype).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        facts["form"] = f"safetensors in {str(dtype).removeprefix('torch.')}"
-        facts["load"] = "vllm serve ."
+        facts |= _write_merged(initial, policy, folder)
     else:
-        write_gguf(file, merged(policy), tokenizer, kind, name)
-        facts["form"] = f"GGUF in {kind}"
-        facts["load"] = f"llama-cli -m {file.name} -cnv"
+        write_gguf(file, _merged(policy), initial.tokenizer, kind, name)
+        facts |= {"form": f"GGUF in {kind}", "load": f"llama-cli -m {file.name} -cnv"}
     if to == "ollama":
-        (folder / "Modelfile").write_text(modelfile(file.name, tokenizer, stops), encoding="utf-8")
+        stops = stop_ids(initial.tokenizer, initial.model)
+        text = modelfile(file.name, initial.tokenizer, stops)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
         facts["load"] = f"ollama create {name} -f Modelfile && ollama run {name}"
 
     # before the second model is loaded
@@ -96,7 +83,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def merged(policy: nn.Module) -> nn.Module:
+def _merged(policy: nn.Module) -> nn.Module:
     """Return a policy with its adapter added to the base's weights; changes it in place."""
     if not hasattr(policy, "merge_and_unload"):
         return policy
@@ -104,32 +91,61 @@ def merged(policy: nn.Module) -> nn.Module:
     return policy.merge_and_unload()
 
 
+def _write_merged(initial: InitialModel, policy: nn.Module, folder: Path) -> dict[str, str]:
+    """Write whole weights in the dtype of the base's files. The commands to load an export are
+    given in its folder, which may be moved.
+    """
+    dtype = AutoConfig.from_pretrained(as_folder(initial.base_path)).dtype or torch.float32
+    _merged(policy).to(dtype).save_pretrained(folder)
+    initial.tokenizer.save_pretrained(folder)
+    return {
+        "form": f"safetensors in {str(dtype).removeprefix('torch.')}",
+        "load": "vllm serve .",
+    }
+
+
+def check_lora(run: str, adapter: str | None) -> None:
+    """Raise UserError unless vLLM serves the adapter of a run as the run computes it."""
+    if adapter is None:
+        raise UserError(f"{run}: whole weights, no adapter. Take --to merged")
+    settings = read_json(Path(adapter) / "adapter_config.json")
+    found = [f"'{name}'" for name in NOT_VLLM if settings.get(name)]
+    if settings.get("peft_type") != "LORA":
+        found.append(f"'peft_type' {settings.get('peft_type')}")
+    elif settings["r"] > RANKS[-1]:
+        found.append(f"rank {settings['r']}")
+    found += [name for name in adapter_weights(adapter) if ".lora_" not in name]
+    if found:
+        raise UserError(f"{run}: vLLM does not serve an adapter with {found[0]}. Take --to merged")
+
+
+def _write_lora(initial: InitialModel, name: str, folder: Path) -> dict[str, str]:
+    """Copy an adapter with its base named in full, which for a GGUF file is what it was converted
+    to.
+    """
+    adapter, base = Path(initial.adapter_path), initial.model.config.name_or_path
+    base = str(Path(base).resolve()) if Path(base).exists() else base
+    settings = read_json(adapter / "adapter_config.json")
+    settings |= {"base_model_name_or_path": base, "inference_mode": True}
+    text = json.dumps(settings, indent=2) + "\n"
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
+    weights = adapter_weights(adapter)
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    initial.tokenizer.save_pretrained(folder)
+    if (adapter / IDENTITY_FILE).is_file():
+        shutil.copy(adapter / IDENTITY_FILE, folder)
+
+    rank = next(allowed for allowed in RANKS if allowed >= settings["r"])
+    served = f"--enable-lora --max-lora-rank {rank} --lora-modules {name}=."
+    return {
+        "form": f"LoRA of rank {settings['r']} for vLLM",
+        "load": f"vllm serve {base} {served}",
+    }
+
+
 def _read_back(folder: Path, file: Path) -> tuple[nn.Module, Any]:
+    """Return the model and the tokenizer of an export, as other programs would load them."""
     if file.is_file():
         return read_gguf(file)
     initial = load_model(str(folder))
     return trainable_policy(initial, None), initial.tokenizer
-
-
-def check_lora(adapter: str) -> None:
-    """Raise UserError unless vLLM serves this adapter as the run computes it."""
-    settings = read_json(Path(adapter) / "adapter_config.json")
-    found = [name for name in NOT_VLLM if settings.get(name)]
-    if settings.get("peft_type") != "LORA":
-        found.append("peft_type")
-    others = [name for name in adapter_weights(adapter) if ".lora_" not in name]
-    if found or others or settings["r"] > RANKS[-1]:
-        what = f"'{found[0]}'" if found else others[0] if others else f"rank {settings['r']}"
-        raise UserError(f"{adapter}: vLLM does not serve an adapter with {what}. Take --to merged")
-
-
-def write_lora(adapter: str, base: str, folder: Path) -> dict[str, Any]:
-    """Copy an adapter with its base named in full; return its settings."""
-    settings = read_json(Path(adapter) / "adapter_config.json")
-    settings |= {"base_model_name_or_path": base, "inference_mode": True}
-    text = json.dumps(settings, indent=2) + "\n"
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-    save_file(adapter_weights(adapter), folder / "adapter_model.safetensors", {"format": "pt"})
-    if (Path(adapter) / IDENTITY_FILE).is_file():
-        shutil.copy(Path(adapter) / IDENTITY_FILE, folder)
-    return settings

@@ -13,7 +13,9 @@ from tests.launch.conftest import SMALL, door, flags_of
 pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
 
 
-def test_sft_dpo_and_sampling_start_from_a_gguf_file(files, tokenizer, tmp_path, monkeypatch):
+def test_sft_dpo_sampling_and_export_start_from_a_gguf_file(
+    files, tokenizer, tmp_path, monkeypatch
+):
     from tests.test_from_gguf import llama_model, write_gguf
 
     (tmp_path / "models").mkdir()
@@ -37,3 +39,8 @@ def test_sft_dpo_and_sampling_start_from_a_gguf_file(files, tokenizer, tmp_path,
     policies = ["--model_name_or_path", str(tmp_path / path), "--other", run]
     rlhf(["collect", "sample", *policies, "--data", files["pairs"], "--store", store, *few])
     assert (tmp_path / "pairs.db").is_file()
+
+    # and back; the card names the file, not what it was converted to
+    rlhf(["export", run, "--to", "gguf", "--check", "2"])
+    card = (tmp_path / "runs/sft/export/gguf-f16/README.md").read_text()
+    assert "# sft: sft of tiny.gguf" in card and "base_model:" not in card
