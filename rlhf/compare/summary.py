@@ -74,7 +74,7 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
         report |= judged(results, means, trained, level)
         report["outliers"] = _outliers(report, trained, 1 - level)
 
-    report["samples"] = _samples(results, report["tuned"]["methods"])
+    report["samples"] = samples(results, report["tuned"]["methods"])
     # records for the sentences; they read the finished numbers
     report["verdicts"] = list(map(asdict, verdicts(report)))
     report["notes"] = notes(report)
@@ -249,9 +249,9 @@ def _outliers(report: dict[str, Any], trained: Sequence[str], alpha: float) -> l
     return found
 
 
-def _samples(results: Results, chosen: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the prompts whose hash comes first with their first responses, of the initial policy
-    and of each method.
+def samples(results: Results, chosen: dict[str, Any], count: int = SAMPLES) -> list[dict[str, Any]]:
+    """Return the `count` prompts whose hash comes first with their first responses, of the initial
+    policy and of each method.
 
     A method answers at its chosen swept value (where none was chosen, at the first one) and first
     seed.
@@ -268,11 +268,11 @@ def _samples(results: Results, chosen: dict[str, Any]) -> list[dict[str, Any]]:
     digests = [
         hashlib.sha256(prompt_key(prompt).encode()).hexdigest() for prompt in results.prompts
     ]
-    samples = []
-    for i in np.argsort(digests, kind="stable")[:SAMPLES].tolist():
+    found = []
+    for i in np.argsort(digests, kind="stable")[:count].tolist():
         responses = {name: _response(results, point, i) for name, point in shown.items()}
-        samples.append({"prompt": results.prompts[i], "responses": responses})
-    return samples
+        found.append({"prompt": results.prompts[i], "responses": responses})
+    return found
 
 
 def _response(results: Results, point: Point, prompt: int) -> dict[str, Any]:

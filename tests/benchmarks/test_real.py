@@ -1,0 +1,150 @@
+"""The driver of `make real`: its plan by hand, its rows, and the whole of it on a tiny model."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import real
+import real_page
+import real_plan
+
+from rlhf.sandbox import packaged
+
+
+def test_weights_of_the_model_are_those_of_its_matrices():
+    # a layer: q and o 576 x 576, k and v 576 x 192, gate, up and down 576 x 1536
+    layer = 2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536
+    assert real_plan.base_weights() == 30 * layer
+    # rank 16: 16 (inputs + outputs) of each
+    adapter = 16 * (2 * 1152 + 2 * 768 + 3 * 2112)
+    assert real_plan.adapter_weights(16) == 30 * adapter
+
+
+def test_flops_of_the_plan_are_those_that_the_programs_count():
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf.runs.budget import active_adapters, decoder_shape
+
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+        model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
+    decoder = model.get_base_model().model
+    shape = decoder_shape(decoder, active_adapters(decoder))
+    assert real_plan.forward(10, 0, rank=16) == shape.forward(10, 0)
+    back = shape.backward(10, 0, to_embeddings=True, fused=True, recomputed=False)
+    assert real_plan.learning(10, 0, rank=16) == shape.forward(10, 0) + back
+
+
+def test_the_plan_keeps_within_eight_hours_with_forty_updates_of_ppo():
+    stages = {stage.name: stage for stage in real_plan.planned()}
+    assert sum(real_plan.hours(stage.flops) for stage in stages.values()) <= 8
+    updates, pairs = (int(stages[name].what.split()[0]) for name in ("PPO", "DPO"))
+    assert updates >= 40
+    assert pairs >= 1000
+    # what a run of either method spends on training, pairs and reward model is the budget, 4e14
+    shared = stages["pairs"].flops + stages["reward model"].flops
+    per_seed = (stages["PPO"].flops + shared) / 3
+    assert per_seed == pytest.approx(4e14, rel=0.02)
+    assert (stages["DPO"].flops + stages["pairs"].flops) / 3 == pytest.approx(4e14)
+
+
+def test_an_update_of_ppo_by_hand(monkeypatch):
+    monkeypatch.setattr(real_plan, "forward", lambda positions, head, rank: positions + head)
+    monkeypatch.setattr(real_plan, "learning", lambda positions, head, rank: 100 * positions)
+    monkeypatch.setattr(real_plan, "QUESTION", 3)
+    monkeypatch.setattr(real_plan, "ANSWER", 2)
+    # 4 answers of 5 positions: sampling and reference 20 + 8 each, reward 20, two epochs 2000 each
+    options = {"rollout_batch_size": 4, "num_ppo_epochs": 2}
+    assert real_plan.ppo_update_flops(options, rank=1) == 28 + 28 + 20 + 4000
+
+
+@pytest.mark.parametrize(
+    "value, bound, holds",
+    [(40, ">= 40", True), (39, ">= 40", False), (0.5, "> 0.5", False), (8.1, "<= 8", False)],
+)
+def test_whether_a_row_holds_follows_from_value_and_bound(value, bound, holds):
+    assert real_page.row("x", "what", value, bound, "make real", "abc")["holds"] is holds
+
+
+def test_rows_replace_those_of_their_ids_and_leave_the_others(tmp_path):
+    file = tmp_path / "real.json"
+    file.write_text(json.dumps({"rows": [{"id": "export", "value": 1}, {"id": "a", "value": 1}]}))
+    real_page.put_rows([{"id": "a", "value": 2}, {"id": "b", "value": 3}], file)
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["id"], row["value"]) for row in rows] == [("export", 1), ("a", 2), ("b", 3)]
+
+
+def small_experiment(folder: Path) -> Path:
+    """Write the experiment of make real-quick with a few steps of few tokens; return its file."""
+    options = yaml.safe_load(real.QUICK_EXPERIMENT.read_text())
+    sample = {"prompts": 12, "samples_per_prompt": 2}
+    # every annotator's habit is to call answers of this model bad: the noise alone makes votes
+    annotate = {"voice": "configs/voices/outdoor.yaml", "habits": False, "noise": 0.1}
+    for name, content in (("sample", sample), ("annotate", annotate)):
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(content))
+        options["pairs"][name] = str(file)
+    few = {"lora_r": 4, "max_dropped": 1.0}
+    options["reward"]["options"] = few | {"max_steps": 2, "per_device_train_batch_size": 4}
+    options["methods"]["dpo"]["options"] = few | {"max_steps": 2, "per_device_train_batch_size": 4}
+    options["methods"]["ppo"]["options"] = few | {"rollout_batch_size": 8, "total_episodes": 16}
+    options["methods"]["best_of_n"]["sweep"] = {"n": [2]}
+    options |= {
+        "output_dir": str(folder / "real"),
+        "initial_policy": str(folder / "sft"),
+        "n_prompts": 20,
+        "max_prompt_length": 128,
+        "max_response_length": 64,
+    }
+    options["perplexity"] = {"neutral": ["rlhf/brand_data/outdoor/neutral.jsonl"]}
+    file = folder / "experiment.yaml"
+    file.write_text(yaml.safe_dump(options))
+    return file
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_whole_driver_on_a_tiny_model(tmp_path, monkeypatch):
+    # the sandbox's base: half a million parameters, and its answers end, so that they can be learnt
+    base = tmp_path / "base"
+    packaged.copy_to(base)
+    monkeypatch.setattr(real_page, "PAGE", tmp_path / "real.md")
+    monkeypatch.setattr(real_page, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(real_page, "RESULTS", tmp_path / "real.json")
+    sft = ["--model_name_or_path", str(base), "--data", "rlhf/brand_data/outdoor/answers.jsonl"]
+    sft += ["--max_prompt_length", "128", "--max_response_length", "256"]
+    sft += ["--max_steps", "2", "--eval_prompts", "2"]
+    experiment = small_experiment(tmp_path)
+    assert real.run_all(experiment, sft) == 0
+    real_page.write(tmp_path / "real")
+
+    text = (tmp_path / "real.md").read_text()
+    assert text.startswith("# A real model in a brand's voice")
+    # ten questions, each answered by four policies
+    assert text.count(", gold ") == 10 * 4
+    rows = {row["id"]: row for row in json.loads((tmp_path / "real.json").read_text())["rows"]}
+    assert rows["real-ppo-updates"]["value"] == 2 and not rows["real-ppo-updates"]["holds"]
+    assert rows["real-ppo-seeds"]["value"] == 1
+    assert rows["real-hours"]["holds"] and "real-dpo-forgetting" in rows
+
+    # all is done: nothing is made again
+    before = (tmp_path / "real" / "seed-0" / "ppo-kl_coef-0.05" / "result.json").stat().st_mtime_ns
+    assert real.run_all(experiment, sft) == 0
+    after = (tmp_path / "real" / "seed-0" / "ppo-kl_coef-0.05" / "result.json").stat().st_mtime_ns
+    assert after == before
