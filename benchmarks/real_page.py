@@ -59,7 +59,7 @@ def write(folder: Path) -> None:
     if picture.is_file():
         IMAGES.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, IMAGES / "real-frontier.png")
-    put_rows(result_rows(config, report))
+    put_rows(result_rows(config, report), RESULTS)
     print(f"{PAGE}: {headline(report)}")
 
 
@@ -294,7 +294,7 @@ def row(
     }  # fmt: skip
 
 
-def put_rows(rows: list[dict[str, Any]], file: Path = RESULTS) -> None:
+def put_rows(rows: list[dict[str, Any]], file: Path) -> None:
     """Write rows into the file in the place of those with their ids; the others stay."""
     before = read_json(file).get("rows", [])
     by_id = {entry["id"]: entry for entry in [*before, *rows]}

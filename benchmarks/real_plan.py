@@ -140,7 +140,8 @@ def dpo_stage(left: float, count: int, seeds: int, rank: int) -> Stage:
 
 
 def dpo_pilot(options: dict, rank: int) -> Stage:
-    pairs = PILOT_STEPS["dpo"] * options["per_device_train_batch_size"]
+    batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+    pairs = PILOT_STEPS["dpo"] * batch
     flops = pairs * dpo_pair_flops(rank)
     return Stage("DPO's pilot", f"{pairs} pairs", pairs * 2 * (QUESTION + ANSWER), flops)
 
