@@ -25,7 +25,6 @@ from rlhf.runs.start import start_run
 @program
 def main(argv: list[str] | None = None) -> None:
     config = parse(PPOConfig, argv)
-    from reward.card import doubts_of
     from reward.compose import build_scorer
     from reward.specs import ModelSpec, parse_specs
     from rlhf.ppo.guards import check_watched
@@ -43,7 +42,6 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf import stages
     from rlhf.critic import critic_start, find_reward_role
     from rlhf.deepspeed_config import read_deepspeed_config
-    from rlhf.files import files_fingerprint, scorer_files
     from rlhf.ppo.batches import TrainingData
     from rlhf.ppo.loop import TrainingLoop
     from rlhf.ppo.trainer import PPOTrainer
@@ -62,12 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = f"{config.total_steps} steps of {config.rollout_batch_size} responses"
     run.log(f"{len(data.prompts)} training prompts, {plan}")
 
-    for entry, spec in zip(config.reward, scorers, strict=True):
-        run.record_dependency(f"reward {json.dumps(entry)}", files_fingerprint(scorer_files(entry)))
-        run.read_models += spec.model_folders
-        for folder in spec.model_folders:
-            for doubt in doubts_of(folder):
-                run.log(f"WARNING: {folder}: {doubt}")
+    record_scorers(run, config.reward, scorers)
 
     # policy, reference, critic and reward model as roles on one base
     models = model_weights(scorers)
@@ -117,6 +110,19 @@ def main(argv: list[str] | None = None) -> None:
 
     loop = TrainingLoop(run, trainer, initial, evaluation, weights)
     loop.finish(stopped=loop.train())
+
+
+def record_scorers(run, entries: list[dict], scorers) -> None:
+    """Record the files that the run is scored by, and say what their cards doubt."""
+    from reward.card import doubts_of
+    from rlhf.files import files_fingerprint, scorer_files
+
+    for entry, spec in zip(entries, scorers, strict=True):
+        run.record_dependency(f"reward {json.dumps(entry)}", files_fingerprint(scorer_files(entry)))
+        run.read_models += spec.model_folders
+        for folder in spec.model_folders:
+            for doubt in doubts_of(folder):
+                run.log(f"WARNING: {folder}: {doubt}")
 
 
 def model_weights(scorers) -> dict[str, float]:
