@@ -73,6 +73,19 @@ def test_merged_safetensors_are_the_policy(sft_path, tmp_path):
     assert tokenizer.chat_template == initial.tokenizer.chat_template
 
 
+def test_merged_weights_have_the_dtype_of_the_base(base_path, tmp_path):
+    """A base in bfloat16 stays one; what is rounded away shows as KL."""
+    model = load_model(base_path).model.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(base_path).save_pretrained(tmp_path / "base")
+    run = random_adapter(str(tmp_path / "base"), tmp_path / "run", seed=1)
+    found = export(ExportConfig(run=run, to="merged"))
+    assert found["form"] == "safetensors in bfloat16"
+    weights = load_file(tmp_path / "run/export/merged/model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert 1e-7 < found["check"]["kl_per_token"] < 0.05
+
+
 @pytest.mark.parametrize(("to", "kind"), [("gguf", "f16"), ("gguf", "q8_0"), ("ollama", "f16")])
 def test_gguf_is_the_policy(to, kind, sft_path, tmp_path, capsys):
     run = shutil.copytree(sft_path, tmp_path / "sft")
