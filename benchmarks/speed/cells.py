@@ -25,13 +25,11 @@ class Task:
     measure: Callable[[Path], Found]
 
 
-def ppo_task(
-    model: str, workload: str, rounds: int, *, warm_up: bool = True, threads: int = 1
-) -> Task:
+def ppo_task(model: str, workload: str, rounds: int, threads: int = 1) -> Task:
     """Return the task that measures PPO on both sides."""
     name = f"ppo/{model}/{workload}" + (f"_{threads}_threads" if threads > 1 else "")
     sides = (PEER, BEST) if BEST.options == OWN_CRITIC.options else (PEER, OWN_CRITIC, BEST)
-    cell = Cell(SHAPES[model], WORKLOADS[workload], sides, rounds, warm_up, threads)
+    cell = Cell(SHAPES[model], WORKLOADS[workload], sides, rounds, threads=threads)
 
     def run(models: Path) -> Found:
         numbers = summary(cell, list(measure(cell, models)))
@@ -166,7 +164,7 @@ def exponents(points: list[dict[str, float]]) -> dict[str, float]:
 def quick_tasks() -> list[Task]:
     """Return what `make bench` measures."""
     return [
-        ppo_task("42M", "fixed", 1, warm_up=False),
+        ppo_task("42M", "fixed", 1),
         ppo_task("4M", "fixed", 3),
         ppo_task("4M", "ragged", 3),
     ]
