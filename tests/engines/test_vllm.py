@@ -353,7 +353,6 @@ def slowly(status, content):
         (without_the_last_logprob, "tokens and 9 log-probabilities, expected as many"),
         (not_stopping, "none after a stop token"),
     ],
-    ids=str,
 )
 def test_an_answer_that_cannot_be_used_ends_with_one_message(engine, model, server, fault, message):
     if fault is slowly:
