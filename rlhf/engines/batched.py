@@ -13,6 +13,7 @@ for models whose cache is more than keys and values at positions.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -89,14 +90,18 @@ class _Run:
         count = min(batch_size, len(order))
         # the last token of a response is not read, but its place is where a slot stands that ended
         longest = len(prompt_ids[order[0]]) + sampling.max_new_tokens
+        device = next(model.parameters()).device
+        self.row_keys = torch.zeros(count, dtype=torch.long, device=device)
+        self.steps = torch.zeros(count, dtype=torch.long, device=device)
         is_plain = sampling.top_k == 0 and sampling.top_p >= 1.0
-        recorded = (self._draw_recorded,) if is_plain else ()
-        self.slots = Slots(model, count, longest, *recorded)
+        # no method of this object: in a circle the slots' memory would outlive the call
+        drawing = functools.partial(
+            draw_recorded, keys=self.row_keys, position=self.steps, sampling=sampling
+        )
+        self.slots = Slots(model, count, longest, *((drawing,) if is_plain else ()))
         # so many slots have to be free before prompts are read into them, since passes over few
         # tokens are slow
         self.portion = max(1, count // 16)
-        self.row_keys = torch.zeros(count, dtype=torch.long, device=self.slots.device)
-        self.steps = torch.zeros(count, dtype=torch.long, device=self.slots.device)
 
     def finish(self) -> Completions:
         """Sample all responses."""
@@ -124,9 +129,6 @@ class _Run:
 
     def _length(self, row: int) -> int:
         return len(self.prompt_ids[row]) + len(self.responses[row])
-
-    def _draw_recorded(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return draw_recorded(logits, self.row_keys, self.steps, self.sampling)
 
     def _step(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the next token of each of the first `count` slots, and its log-probability."""

@@ -1,5 +1,8 @@
 """What only the fast engine does: fold adapters, share prompts, refill slots, fall back."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -110,6 +113,26 @@ def test_no_pass_computes_rows_that_have_ended():
     steps = [rows for rows, tokens in passes_of(model, prompts, 3, Sampling(10)) if tokens == 1]
     # each token of a response is one row of one pass
     assert sum(steps) == sum(map(len, done.response_ids)) and max(steps) == 3
+
+
+def test_the_memory_of_a_call_ends_with_it(monkeypatch):
+    made = []
+
+    class Noted(Slots):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.extend([weakref.ref(self), weakref.ref(self.model)])
+
+    model = adapted()
+    sample(generate, model)
+    monkeypatch.setattr(batched, "Slots", Noted)
+    # keys, values and folded weights would wait for the collector of circles while learning goes on
+    gc.disable()
+    try:
+        sample(generate, model)
+        assert len(made) == 2 and [reference() for reference in made] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
