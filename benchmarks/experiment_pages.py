@@ -167,14 +167,14 @@ def write_polite(folder: Path) -> None:
     """polite.md: the real model, by the referee."""
     config, _, report = read(folder)
     copy_figures(folder, "polite")
-    headline = read_json(folder / "referee" / "result.json")["headline"]
-    accuracy = [headline[f"eval/reward/accuracy{end}"] for end in ("", "_low", "_high")]
+    referee = read_json(folder / "referee" / "result.json")["headline"]
+    accuracy = [referee[f"eval/reward/accuracy{end}"] for end in ("", "_low", "_high")]
     page(
         "polite",
         "PPO and DPO on a real model",
         "No published result: stories260K (260,032 parameters) on `pref_rasbt_polite`, judged by a referee that learnt "
         "from the other half of the groups.",
-        headline(report),
+        sentences_of(report)[0].removeprefix("- "),
         [
             *sentences_of(report),
             *[f"- {sentence}" for sentence in report_sentences(report)],
@@ -189,7 +189,7 @@ def write_polite(folder: Path) -> None:
         ],
         method_lines(config, report),
     )
-    save("polite", report, {"referee": headline})
+    save("polite", report, {"referee": referee})
 
 
 def read(folder: Path) -> tuple[ExperimentConfig, Results, dict]:
