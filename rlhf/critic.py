@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 from rlhf.models import InitialModel
 from rlhf.options.ppo import PPOConfig
 from rlhf.values import coerce
-from rlhf.weights import read_identity, read_json
+from rlhf.weights import is_finite, read_identity, read_json
 
 # the scalar head of a reward model, which stands beside the trunk of roles
 SCORE = "score"
@@ -141,7 +141,8 @@ class LeastSquaresCritic:
     ) -> None:
         """Take in states (n, H) and returns (n,), and write the new weights into the head.
 
-        total: the sum of a tensor over ranks, each of which brings states of its own.
+        total: the sum of a tensor over ranks, each of which brings states of its own. A rollout with
+        a number that is not finite, on any rank, is left out.
         """
         width = states.shape[1] + 1
         moments = torch.zeros(width, width, dtype=torch.float64, device=states.device)
@@ -151,8 +152,12 @@ class LeastSquaresCritic:
             features = torch.cat([part.double(), part.new_ones(len(part), 1).double()], 1)
             moments += features.T @ features
             products += features.T @ own.double()
-        self.moments = self.DECAY * self.moments + total(moments).cpu()
-        self.products = self.DECAY * self.products + total(products).cpu()
+        moments, products = total(moments).cpu(), total(products).cpu()
+        # sums that are NaN once stay so
+        if not (is_finite(moments) and is_finite(products)):
+            return
+        self.moments = self.DECAY * self.moments + moments
+        self.products = self.DECAY * self.products + products
         # the last feature is 1, so its sum of squares is the number of tokens
         scale = self.moments.diagonal() / self.moments[-1, -1]
         # a feature that is always 0 would make the system singular

@@ -102,7 +102,8 @@ class Results:
         yield "Seconds are CPU seconds of one update on one thread, medians over processes. The"
         yield "ratio is the peer's seconds over ours, by round, with smallest and largest. `share` is"
         yield "the FLOPs that the mathematics needs, per CPU second, over the rate of a large matrix"
-        yield "product in the same process."
+        yield "product in the same process. Rounds have seeds of their own; the luck of lengths in a"
+        yield "ragged workload moves our seconds by about 3 % a round."
         yield ""
         if "ppo" in content:
             yield from self.ppo_tables()

@@ -177,22 +177,29 @@ def _read_preference(row: dict[str, Any]) -> Content:
 def _read_instruction(row: dict[str, Any]) -> Content:
     response = next((name for name in RESPONSES if name in row), None)
     if "chosen" in row and response is None and "messages" not in row:
+        _refuse_unweighted("chosen", row["chosen"])
         pair = _read_preference(row)
         return Content(pair.prompt, {"response": pair.fields["chosen"]}, pair.schema)
+    answered = response or "messages"
+    if answered in row:
+        _refuse_unweighted(answered, row[answered])
     # rows of unpaired feedback may be given to SFT by mistake
     if TRUTH.get(lowered(row.get("label"))) is False:
         raise RecordError("label", "is false, and an answer marked as bad is not one to imitate")
 
     if "messages" in row and response is None:
         prompt, answer = _split_last("messages", messages("messages", row["messages"]))
-        if row["messages"][-1].get("weight") == 0:
-            raise RecordError(
-                "messages", "ends with an answer of weight 0, which is not to be imitated"
-            )
         return Content(prompt, {"response": answer}, "messages")
     if response is None:
         raise UnknownSchema(row)
     return _one_answer(row, response)
+
+
+def _refuse_unweighted(name: str, given: Any) -> None:
+    """Raise RecordError if a conversation ends with an answer that is not to be imitated."""
+    last = given[-1] if isinstance(given, list) and given else None
+    if isinstance(last, dict) and last.get("weight") == 0:
+        raise RecordError(name, "ends with an answer of weight 0, which is not to be imitated")
 
 
 def _read_labelled(row: dict[str, Any]) -> Content:

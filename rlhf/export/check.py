@@ -91,13 +91,16 @@ def differences(answer: Answer, own_tokens: Tensor, logits: Tensor) -> dict[str,
     own_tokens: what the other answers by itself, (S,). logits: its own on the policy's answer, (T, V).
     Returns equal (tokens at which it would choose the same), kl (sum of KL(policy || other) over the
     tokens, nats), first (the first token at which the answers differ, or None), and logit_gap: by how
-    much the policy preferred its own token there.
+    much the policy preferred its own token there, None where one of the answers has ended.
     """
     length = min(len(answer.tokens), len(own_tokens))
     differs = (answer.tokens[:length] != own_tokens[:length]).nonzero()
     first = int(differs[0]) if len(differs) else None
     gap = None
-    if first is not None:
+    # one goes on where the other has ended
+    if first is None and len(answer.tokens) != len(own_tokens):
+        first = length
+    elif first is not None:
         row = answer.logits[first]
         gap = float(row[answer.tokens[first]] - row[own_tokens[first]])
     logprobs, others = answer.logits.log_softmax(-1), logits.log_softmax(-1)

@@ -130,9 +130,14 @@ def report(facts: dict[str, Any], out: Path) -> str:
             f"beside the run: {check['answers_equal']} of {check['prompts']} greedy answers equal, "
             f"{check['tokens_equal']:.2%} of {check['tokens']} tokens, KL {check['kl_per_token']:.2g} nats a token"
         )
-        lines += [
-            f"  prompt {place['prompt']} differs from token {place['token']} on; the run preferred its own by "
-            f"{place['logit_gap']:.2g} (logits)"
-            for place in check["differing"]
-        ]
+        for place in check["differing"]:
+            gap = place["logit_gap"]
+            why = (
+                "one has ended"
+                if gap is None
+                else f"the run preferred its own by {gap:.2g} (logits)"
+            )
+            lines.append(
+                f"  prompt {place['prompt']} differs from token {place['token']} on; {why}"
+            )
     return "\n".join([*lines, f"in that folder: {facts['load']}"])

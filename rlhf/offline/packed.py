@@ -33,6 +33,8 @@ from rlhf.runs.budget import fused_head_positions
 PACKED_ARGUMENTS = {"input_ids", "attention_mask", "labels", "use_cache"}
 # and where TRL has packed them itself (`packing`, `padding_free`), in one row
 BOUNDS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+# times as many positions as tokens, where rows of a pack are padded
+MOST_POSITIONS = 4
 TRL_PACKED_ARGUMENTS = {"input_ids", "position_ids", "labels", "use_cache"} | BOUNDS
 
 
@@ -51,7 +53,7 @@ def pack_forward(model: nn.Module, *, paired: bool = False, own_head: bool = Tru
         # PEFT passes on all arguments by name
         given = {name for name, value in kwargs.items() if value is not None}
         is_packed = fused_lm_head and given == TRL_PACKED_ARGUMENTS
-        if is_packed and packs(causal, int(kwargs["max_length_q"])):
+        if is_packed and pays(kwargs) and packs(causal, int(kwargs["max_length_q"])):
             # attention then sees each row alone, instead of a pack with all but its rows masked
             kwargs, given = taken_apart(kwargs), PACKED_ARGUMENTS
         if not fused_lm_head or args or given != PACKED_ARGUMENTS:
@@ -64,6 +66,17 @@ def pack_forward(model: nn.Module, *, paired: bool = False, own_head: bool = Tru
         return spread_out(trl_forward, PairRows.of(ids, attention), labels)
 
     causal.forward = types.MethodType(forward, causal)
+
+
+def pays(packed: dict[str, Any]) -> bool:
+    """Return whether rows (B of at most L tokens) cost less padded than as one pack of N tokens.
+
+    Attention computes B L^2 pairs instead of N^2, and keeps B L positions instead of N.
+    """
+    lengths = packed["cu_seq_lens_q"].diff()
+    tokens, longest = int(lengths.sum()), int(lengths.max())
+    positions = len(lengths) * longest
+    return positions <= MOST_POSITIONS * tokens and positions * longest <= tokens**2
 
 
 def taken_apart(packed: dict[str, Any]) -> dict[str, Any]:

@@ -151,6 +151,7 @@ class CriticOptions:
         "then learns from both losses; reward: the frozen reward model's, which scoring has computed anyway, by "
         "ridge regression after each rollout; auto: reward where the reward model is a role on the base and no option "
         "of the critic's learning is set, else own",
+        before="own",
     )
     critic_warmup_steps: int = option(0, "first steps, in which only the critic learns", low=0)
     value_clip_range: float | None = option(

@@ -317,9 +317,11 @@ def sample_keys(
 
 
 def check_totals(scores: Scores, samples: Samples) -> Scores:
-    """Return the scores. Raises BadScore, with its prompt, for a total that is NaN or infinite."""
+    """Return the scores. Raises BadScore, with its prompt, for a total that is not finite in float32."""
+    largest = torch.finfo(torch.float32).max
     for i, value in enumerate(scores.total):
-        if not math.isfinite(value):
+        # NaN fails too
+        if not abs(value) <= largest:
             prompt = samples.prompts[i][-1]["content"]
             raise BadScore(
                 f"the score of a response is {value}: prompt {prompt!r}", "total", i, value

@@ -70,6 +70,22 @@ class PPOTrainer:
         """
         self.config, self.roles, self.data, self.world = config, roles, data, world
         self.budget = budget or Budget()
+        roles.train()
+        self.budget.watch(roles.trunk)
+        groups = [{"params": roles.parameters_of("policy"), "lr": config.learning_rate}]
+        if roles.critic_learns:
+            groups.append({"params": roles.parameters_of("value"), "lr": config.critic_rate})
+        self.learner = make_engine(
+            roles,
+            groups,
+            world,
+            deepspeed_config,
+            config.max_grad_norm,
+            config.adam_epsilon,
+            config.per_device_train_batch_size,
+        )
+
+        # asked of the wrapped roles: under ZeRO-3 the head is not whole from here on
         vocabulary = roles.kept_vocabulary(entropy_learns=config.entropy_coef > 0)
         self.batches = Batches(config, data, world, vocabulary)
         settings = RolloutSettings(
@@ -104,21 +120,6 @@ class PPOTrainer:
         self.fitted_critic: LeastSquaresCritic | None = None
         if roles.has_critic and not roles.critic_learns:
             self.fitted_critic = LeastSquaresCritic(roles.heads["value"])
-
-        roles.train()
-        self.budget.watch(roles.trunk)
-        groups = [{"params": roles.parameters_of("policy"), "lr": config.learning_rate}]
-        if roles.critic_learns:
-            groups.append({"params": roles.parameters_of("value"), "lr": config.critic_rate})
-        self.learner = make_engine(
-            roles,
-            groups,
-            world,
-            deepspeed_config,
-            config.max_grad_norm,
-            config.adam_epsilon,
-            config.per_device_train_batch_size,
-        )
 
     # the run
 

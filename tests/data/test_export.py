@@ -178,9 +178,15 @@ def test_openai_chat_as_it_comes(tmp_path):
 def test_an_answer_of_weight_zero_is_not_imitated():
     from rlhf.data.schemas import read_row
 
-    row = {"messages": [TURNS[0], {"role": "assistant", "content": "x", "weight": 0}]}
-    with pytest.raises(RecordError, match="weight 0"):
-        read_row(row, Instruction)
+    answer = [{"role": "assistant", "content": "x", "weight": 0}]
+    for row in (
+        {"messages": TURNS[:1] + answer},
+        {"completion": TURNS[:1] + answer},
+        {"prompt": TURNS[:1], "completion": answer},
+        {"prompt": TURNS[:1], "chosen": answer, "rejected": [{**answer[0], "content": "y"}]},
+    ):
+        with pytest.raises(RecordError, match="weight 0"):
+            read_row(row, Instruction)
 
 
 def test_the_command_and_what_it_refuses(tmp_path, capsys):

@@ -37,6 +37,11 @@ def test_differences_of_an_answer_worked_by_hand():
 
     same = differences(answer, torch.tensor([0, 1]), logits)
     assert same == {"tokens": 2, "equal": 2, "kl": 0.0, "first": None, "logit_gap": None}
+    # a stop token that was lost: the other goes on where the policy has ended, or the other way round
+    for own_tokens in ([0, 1, 1], [0]):
+        longer = differences(answer, torch.tensor(own_tokens), logits)
+        assert (longer["first"], longer["logit_gap"]) == (min(2, len(own_tokens)), None)
+
     total = summary([found, same, {**same, "tokens": 1, "equal": 0, "kl": 0.2}])
     assert total["tokens_equal"] == 4 / 5
     assert total["kl_per_token"] == pytest.approx((0.130812 + 0.2) / 5, abs=1e-6)

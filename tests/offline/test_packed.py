@@ -11,6 +11,7 @@ from rlhf.adapters import frozen_copy, lora_config
 from rlhf.errors import UserError
 from rlhf.logprobs import decoder_and_head
 from rlhf.models import InitialModel, trainable_policy
+from rlhf.offline.packed import pays
 from rlhf.offline.pair_rows import PairRows, is_right_padded
 from rlhf.offline.soft_dpo import EncodedDPOTrainer
 from rlhf.offline.trainers import prepare_trainer
@@ -215,3 +216,20 @@ def test_trls_packing_is_refused_where_rows_would_be_mixed(tmp_path):
     trainer = trainer_of("sft", "mamba", tmp_path, packing=True, max_length=64)
     with pytest.raises(UserError, match="mix the rows of a mamba model"):
         prepare_trainer(trainer, Budget())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "is_cheaper"),
+    [
+        # 4 rows of 8 padded to 8: 4 * 64 pairs of 32 * 32
+        ([8, 8, 8, 8], True),
+        # 9 rows padded to 16: 144 positions of 32 tokens
+        ([16, 2, 2, 2, 2, 2, 2, 2, 2], False),
+        # 3 rows padded to 30: 90 positions of 34 tokens, but 3 * 900 pairs of 34 * 34
+        ([30, 2, 2], False),
+        ([7], True),
+    ],
+)
+def test_packs_are_taken_apart_where_padding_costs_less(lengths, is_cheaper):
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    assert pays({"cu_seq_lens_q": bounds}) is is_cheaper

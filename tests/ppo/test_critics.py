@@ -74,6 +74,21 @@ def test_a_feature_that_is_always_zero_has_no_weight():
     assert head.weight[0, 1] == 0 and head.weight[0, 0] > 0.4
 
 
+def test_a_rollout_that_is_not_finite_is_left_out_of_the_fit():
+    states, returns = torch.randn(9, 2), torch.randn(9)
+    critic, other = (LeastSquaresCritic(torch.nn.Linear(2, 1)) for _ in range(2))
+    critic.fit(states, returns)
+    before = critic.head.weight.clone()
+    for bad in (float("nan"), float("inf")):
+        critic.fit(states, returns.index_fill(0, torch.tensor([3]), bad))
+        assert torch.equal(critic.head.weight, before)
+    # it neither counts nor ages what was seen
+    critic.fit(states, returns)
+    for _ in range(2):
+        other.fit(states, returns)
+    assert torch.equal(critic.moments, other.moments)
+
+
 def test_ranks_that_bring_their_own_tokens_fit_what_one_rank_does(monkeypatch):
     torch.manual_seed(1)
     states, returns = torch.randn(60, 4), torch.randn(60)

@@ -13,7 +13,7 @@ from rlhf.errors import UserError
 from rlhf.models import load_model
 from rlhf.options.ppo import PPOConfig
 from rlhf.ppo.batches import Batches, TrainingData, cycle_shuffled, permutation
-from rlhf.ppo.trainer import PPOTrainer
+from rlhf.ppo.trainer import PPOTrainer, make_engine
 from rlhf.roles import Roles
 from rlhf.values import check_ranges
 
@@ -254,6 +254,21 @@ def test_score_nan_is_stopped_with_its_prompt(sft_path):
     options = config(guards={"not_finite": "stop"})
     with pytest.raises(BadScore, match=r"nan: prompt '"):
         trainer(sft_path, options, nan_scorer).step(0)
+    # finite as a Python number, infinite in float32
+    with pytest.raises(BadScore, match=r"1e\+39: prompt '"):
+        trainer(sft_path, options, lambda samples: Scores([1e39] * len(samples))).step(0)
+
+
+def test_passes_are_bounded_where_the_engine_takes_the_head_apart(sft_path, monkeypatch):
+    def partition(roles, *args):
+        # as ZeRO-3 marks what is not whole
+        roles.trunk.get_output_embeddings().weight.ds_id = 1
+        return make_engine(roles, *args)
+
+    assert trainer(sft_path).batches.vocabulary == 0
+    monkeypatch.setattr("rlhf.ppo.trainer.make_engine", partition)
+    learner = trainer(sft_path)
+    assert learner.batches.vocabulary == learner.roles.trunk.config.vocab_size
 
 
 def test_a_rollout_with_a_score_nan_is_passed_over_once(sft_path):
