@@ -63,7 +63,9 @@ def measure(command: list[str], folder: Path, beside: bool = False) -> Cost:
     options = ["--run", str(folder / "run"), "--world", str(folder / "world")]
     with busy_core(beside):
         before, began = children_cpu_seconds(), time.monotonic()
-        subprocess.run([*command, *options], check=True)
+        # a cache of its own: what an earlier run has left there would make DPO cheaper
+        own = os.environ | {"RLHF_CACHE": str(folder / "cache")}
+        subprocess.run([*command, *options], check=True, env=own)
         # the busy loop is not among the children that have ended by now
         total = (children_cpu_seconds() - before, time.monotonic() - began)
     return Cost(read_jobs(folder / "run"), total)

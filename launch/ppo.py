@@ -25,7 +25,7 @@ from rlhf.runs.start import start_run
 @program
 def main(argv: list[str] | None = None) -> None:
     config = parse(PPOConfig, argv)
-    from reward.compose import build_scorer
+    from reward.compose import build_scorer, check_scorers
     from reward.specs import ModelSpec, parse_specs
     from rlhf.ppo.guards import check_watched
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     evaluated = [
         entry for entry in config.eval_scorers if entry not in config.reward
     ] + config.reward
-    parse_specs(evaluated, "eval_scorers and reward")
+    check_scorers(evaluated, where="eval_scorers and reward")
     weights = {spec.name: spec.weight for spec in scorers}
     check_watched(config.guards, weights)
     run = start_run("ppo", config)
@@ -71,13 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         if not (isinstance(spec, ModelSpec) and spec.model == role)
     }
     critic = critic_start(config, role, models.get(role, 0.0), others)
-    if critic.trunk == "reward":
-        run.log(f"the critic is fitted to the hidden states of {role} (critic_trunk)")
-    if critic.left_out:
-        missing = ", ".join(critic.left_out)
-        run.log(
-            f"the critic starts as {role} times {critic.weight:g}; it has yet to learn {missing}"
-        )
+    run.log(critic.describe(role))
     engine = stages.sampling_engine(run, initial)
     evaluation = stages.evaluation(run, initial, None, engine)
     roles = Roles(

@@ -106,13 +106,15 @@ def build_scorer(
     return score
 
 
-def check_scorers(entries: list[dict[str, Any]], made_later: Collection[str] = ()) -> None:
+def check_scorers(
+    entries: list[dict[str, Any]], made_later: Collection[str] = (), where: str = "scorers"
+) -> None:
     """Raise UserError for a scorer that cannot be built, as far as its specification and its files
     tell.
 
     made_later: folders of reward models that need not be there yet.
     """
-    for spec in parse_specs(entries):
+    for spec in parse_specs(entries, where):
         # its file is read and checked, which takes no model
         if isinstance(spec, VoiceSpec):
             load_voice(spec.voice)

@@ -36,6 +36,20 @@ class CriticStart:
     # as the parameter `critic_trunk` of Roles
     trunk: str = "own"
 
+    def describe(self, role: str | None) -> str:
+        """Return what the critic is, in words. role: the folder of the reward role."""
+        if self.source is None:
+            return "no critic (advantage_estimator)"
+        if self.trunk == "reward":
+            return f"the critic is fitted to the hidden states of {role} (critic_trunk)"
+        if self.trunk == "policy":
+            return "the critic is a head on the policy's hidden states (critic_trunk)"
+        text = f"the critic has an adapter of its own, from {self.source} (critic_from)"
+        if self.left_out:
+            missing = ", ".join(self.left_out)
+            text += f", and starts as {role} times {self.weight:g}; it has yet to learn {missing}"
+        return text
+
 
 def find_reward_role(models: dict[str, float], initial: InitialModel) -> str | None:
     """Return the reward model that becomes a role: the first that is an adapter on the initial

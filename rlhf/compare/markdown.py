@@ -92,7 +92,7 @@ SECTIONS = (
     Section(
         "Cost",
         "What a trial cost from {initial} on: alone, and with the reward model and pairs that it shares with others "
-        "counted in full.",
+        "counted in full where their costs are known; those of single runs are not.",
         "cost",
         (tables.cost,),
     ),

@@ -135,7 +135,7 @@ METRICS: dict[str, Metric] = {
     "ppo/advantage_mean": Metric(
         "mean advantage over the rollout's response tokens, before whitening",
         "near 0 once the critic follows",
-        "far from 0 for long: raise value_learning_rate",
+        "far from 0 for long: use critic_trunk own, or raise value_learning_rate there",
     ),
     "ppo/advantage_std": Metric(
         "standard deviation of the same", "above 0", "near 0: no signal; see score/std"
@@ -176,13 +176,14 @@ METRICS: dict[str, Metric] = {
     # critic
     "value/explained_variance": Metric(
         "1 - var(return - value) / var(return) over the rollout's response tokens",
-        "rises to 0.3-0.9",
-        "below 0 after 20 steps: raise value_learning_rate; near 1 from the start: suspect label leakage",
+        "rises to 0.1-0.3 (fitted critic) or 0.3-0.9 (critic_trunk own)",
+        "below 0 after 20 steps: use critic_trunk own, or raise value_learning_rate there; near 1 from the start: "
+        "suspect label leakage",
     ),
     "value/mean": Metric(
         "mean value over response tokens",
         "near value/return",
-        "far away: raise value_learning_rate",
+        "far away: use critic_trunk own, or raise value_learning_rate there",
     ),
     "value/return": Metric(
         "mean return over response tokens", "rises with the score", "see score/total"

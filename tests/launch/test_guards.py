@@ -382,6 +382,17 @@ def test_a_run_that_could_learn_from_no_rollout_is_not_done(
     assert not (tmp_path / "other" / "checkpoints").exists()  # the same command begins anew
 
 
+@pytest.mark.parametrize("name", ["reward", "eval_scorers"])
+def test_scorers_are_checked_before_anything_is_loaded(runs, files, tmp_path, name, capsys):
+    voice = tmp_path / "voice.yaml"
+    for content, message in ((None, "no such file"), ("name: x\nguid: y\n", "guid")):
+        if content:
+            voice.write_text(content)
+        out = tmp_path / "run"
+        assert start(flags(runs, files, out, f"--{name}", f"[{{voice: {voice}}}]")) == 2
+        assert message in capsys.readouterr().err and not out.exists()
+
+
 def test_pretraining_data_reaches_the_updates(runs, files, tmp_path):
     pretraining = [
         "--ptx_coef",
