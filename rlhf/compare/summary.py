@@ -21,11 +21,14 @@ from rlhf.compare.crossed import MIN_SEEDS, crossed_mean, outlying
 from rlhf.compare.judged import judged, label
 from rlhf.compare.results import Point, Results, key, mean_of, prompt_key, seeds_of
 from rlhf.compare.selection import Means, ended, rectangle, stack, tabulate
+from rlhf.compare.wins import share
 from rlhf.errors import UserError, did_you_mean
 
 JUDGES = ("gold", "referee")
 # measures of a response beside its scores and KL
 SHAPES = ("length", "words", "ended", "repetition")
+# of these, those between 0 and 1
+SHARES = ("ended", "repetition")
 # prompts whose responses are shown
 SAMPLES = 3
 # programs that learn from, or choose by, a reward model
@@ -192,7 +195,9 @@ def _measures(
         values = stack(means, measure, [map(key, points)])[0]
         if starts:
             values = values - stack(means, measure, [map(key, starts)])[0]
-        return crossed_mean(values, level=level).to_dict()
+        found = crossed_mean(values, level=level)
+        # an interval of a share ends at 100 %
+        return (share(found, level) if measure in SHARES else found).to_dict()
 
     # a proxy is compared with the initial policy as the same seed's reward model scores it
     starts = []

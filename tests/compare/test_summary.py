@@ -53,6 +53,17 @@ def test_numbers_of_a_point_without_noise_are_those_put_in():
     }  # fmt: skip
 
 
+def test_the_interval_of_a_share_ends_at_one():
+    results = make({"ppo": rising, "dpo": flat})
+    for point in results.points:
+        # one of 48 responses was cut off: 0.979 with a standard error of 0.021
+        point.values["ended"] = np.ones_like(point.values["kl"])
+        point.values["ended"][0, 0] = 0.0
+    found = entry(summarise(results), "ppo", 0.02)["ended"]
+    assert found["estimate"] == pytest.approx(47 / 48)
+    assert 0.85 < found["low"] < found["estimate"] < found["high"] < 1
+
+
 def test_a_curve_runs_over_the_foundation_within_its_points():
     report = summarise(make({"ppo": rising, "dpo": flat}, noise=0.0))
     curve = report["curves"]["ppo"]
