@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from speed.gpu_shapes import QwenShape
+from speed.required_flops import Products
 
 from rlhf.config import parse
 from rlhf.experiment.config import ExperimentConfig
@@ -21,8 +23,10 @@ from rlhf.text import markdown_table
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "rlhf" / "brand_data" / "outdoor"
 
-# SmolLM2-135M: hidden, key-value and inner size, layers, vocabulary; the head is the embedding
-HIDDEN, KEY_VALUE, INNER, LAYERS, VOCABULARY = 576, 192, 1536, 30, 49152
+# a Llama with the head of its embeddings, as Qwen3 is but for norms
+MODEL = QwenShape(
+    "SmolLM2-135M", 576, 30, 1536, heads=9, kv_heads=3, head_width=64, vocabulary=49_152
+)
 # tokens by its tokenizer, with its chat template: of a question, of an answer, of a dialogue
 QUESTION, ANSWER, DIALOGUE = 55, 50, 230
 # products of 32-bit numbers that a core makes in a second, over whole programs of this experiment
@@ -42,32 +46,15 @@ class Stage:
     flops: float
 
 
-def matrix_sizes() -> list[tuple[int, int]]:
-    """Return (inputs, outputs) of the matrices of one layer."""
-    attention = [(HIDDEN, HIDDEN), (HIDDEN, KEY_VALUE), (HIDDEN, KEY_VALUE), (HIDDEN, HIDDEN)]
-    return [*attention, (HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN)]
-
-
-def base_weights() -> int:
-    """Return the weights of all layers, without embedding and norms."""
-    return LAYERS * sum(inputs * outputs for inputs, outputs in matrix_sizes())
-
-
-def adapter_weights(rank: int) -> int:
-    """Return the weights of a LoRA adapter on every matrix of the layers."""
-    return LAYERS * sum(rank * (inputs + outputs) for inputs, outputs in matrix_sizes())
-
-
 def forward(positions: float, head: float, rank: int) -> float:
     """Return the FLOPs of a pass over `positions`, of which `head` get logits."""
-    weights = base_weights() + adapter_weights(rank)
-    return 2 * (weights * positions + HIDDEN * VOCABULARY * head)
+    return Products.of(MODEL, rank).forward(positions, 0, head, adapted=True)
 
 
 def learning(positions: float, head: float, rank: int) -> float:
     """Return the FLOPs of a pass forth and back; of the weights the adapter alone has gradients."""
-    back = 2 * adapter_weights(rank) * positions
-    return 2 * forward(positions, head, rank) + back
+    back = Products.of(MODEL, rank).backward_lora(positions, 0, head)
+    return forward(positions, head, rank) + back
 
 
 def plan(config: ExperimentConfig, sft: dict) -> list[Stage]:

@@ -33,9 +33,10 @@ def main(argv: list[str] | None = None) -> None:
     evaluated = [
         entry for entry in config.eval_scorers if entry not in config.reward
     ] + config.reward
-    check_scorers(evaluated, where="eval_scorers and reward")
     weights = {spec.name: spec.weight for spec in scorers}
     check_watched(config.guards, weights)
+    # last: where a reward model is named, it reads its settings with torch
+    check_scorers(evaluated, where="eval_scorers and reward")
     run = start_run("ppo", config)
 
     # torch takes seconds to import, and wrong options are reported before

@@ -21,9 +21,9 @@ from rlhf.runs.start import start_run
 def main(argv: list[str] | None = None) -> None:
     config = parse(SFTRunConfig, argv)
     if config.eval_scorers:
-        from reward.specs import parse_specs
+        from reward.compose import check_scorers
 
-        parse_specs(config.eval_scorers, "eval_scorers")
+        check_scorers(config.eval_scorers, where="eval_scorers")
     run = start_run("sft", config)
 
     # these take seconds to import: not before the options are checked

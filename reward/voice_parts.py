@@ -45,9 +45,9 @@ def _refuse_empty(phrases: list[str]) -> list[str]:
 
 def _text_keys(value: Any) -> Any:
     # YAML reads the keys 1 and yes as a number and a truth value
-    return (
-        {str(key): content for key, content in value.items()} if isinstance(value, dict) else value
-    )
+    if not isinstance(value, dict):
+        return value
+    return {str(key): content for key, content in value.items()}
 
 
 Phrases = Annotated[list[str], BeforeValidator(_as_list), AfterValidator(check_phrases)]

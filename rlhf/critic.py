@@ -97,7 +97,7 @@ def critic_start(
 
 
 def reward_head(path: str, width: int) -> nn.Linear:
-    """The score head that was trained with a reward adapter. Raises UserError when it is missing."""
+    """Return the score head that was trained with a reward adapter. Raises UserError when it is missing."""
     found = [v for k, v in adapter_weights(path).items() if k.endswith(f"{SCORE}.weight")]
     if len(found) != 1:
         raise UserError(
@@ -114,7 +114,7 @@ def reward_head(path: str, width: int) -> nn.Linear:
 
 
 def reward_shift(path: str) -> tuple[float, float]:
-    """(scale, bias) from reward.json: score = raw * scale + bias; (1, 0) without the file.
+    """Return (scale, bias) from reward.json: score = raw * scale + bias; (1, 0) without the file.
 
     Raises UserError unless both are finite numbers, and the scale is not 0.
     """

@@ -148,7 +148,7 @@ def read_gguf(file: Path) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(**place)
     if metadata["tokenizer.ggml.model"].contents() == "gpt2":
         tokenizer = _byte_level(file, tokenizer, metadata)
-    # such files name EOS, for want of a better one; padding is found anew when it is loaded
+    # such files name EOS, for want of a better one; a pad token is chosen when it is loaded
     if tokenizer.pad_token_id == tokenizer.eos_token_id:
         tokenizer.pad_token = None
         for settings in (model.config, model.generation_config):

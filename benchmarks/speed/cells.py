@@ -172,6 +172,7 @@ def quick_tasks() -> list[Task]:
 
 def full_tasks() -> list[Task]:
     """Return what `make bench-full` measures."""
+    sampling = [(model, kind) for model in ("4M", "42M") for kind in WORKLOADS]
     return [
         ppo_task("4M", "fixed", 5),
         ppo_task("4M", "ragged", 5),
@@ -179,7 +180,7 @@ def full_tasks() -> list[Task]:
         ppo_task("42M", "ragged", 3),
         ppo_task("4M", "fixed", 3, threads=2),
         ppo_task("42M", "fixed", 1, threads=2),
-        *(generation_task(model, kind, 3) for model in ("4M", "42M") for kind in WORKLOADS),
+        *(generation_task(model, kind, 3) for model, kind in sampling),
         memory_task("0.6B"),
         *(offline_task(program, 3) for program in ("sft", "dpo")),
         *map(scaling_task, SCALING),

@@ -30,9 +30,11 @@ NOMINAL_PEAKS = {
     "B200": 2250e12,
     "H200": 989e12,
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "RTX 4090": 165e12,
     "L4": 121e12,
 }
@@ -57,7 +59,7 @@ def wait(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def clean_memory(device: torch.device) -> Iterator[None]:
-    """Leave nothing of what was there before or inside on the device, and count its peak anew."""
+    """Leave nothing of what was there before or inside on the device, and start counting its peak."""
 
     def collect() -> None:
         gc.collect()
@@ -73,7 +75,7 @@ def clean_memory(device: torch.device) -> Iterator[None]:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the most memory that tensors have taken since it was last counted anew, GiB."""
+    """Return the most memory that tensors have taken since counting started, GiB."""
     from rlhf.distributed import peak_memory
 
     return round(peak_memory(device), 2)
@@ -243,7 +245,9 @@ def random_engine(response: int) -> Callable[..., Any]:
 
     def generate(model: Any, prompt_ids: list[list[int]], keys: list[int], *others: Any) -> Any:
         draw, vocabulary = random.Random(0), model.config.vocab_size
-        ids = [[draw.randrange(FIRST_WORD, vocabulary) for _ in range(response)] for _ in keys]
+        ids = []
+        for _ in keys:
+            ids.append([draw.randrange(FIRST_WORD, vocabulary) for _ in range(response)])
         return Completions(ids, [False] * len(keys), [[0.0] * response for _ in keys])
 
     return generate

@@ -147,6 +147,7 @@ def side_summary(cell: Cell, side: Side, results: list[dict[str, Any]]) -> dict[
         required.append(flops)
         shares.append(flops / mean(result["cpu"]) / mean(result["matmul_rates"]))
     episodes = cell.workload.batch
+    batches = [lengths for result in results for lengths in result["lengths"]]
     return {
         "cpu_seconds": [round(mean(result["cpu"]), 2) for result in results],
         "wall_seconds": [round(mean(result["wall"]), 2) for result in results],
@@ -160,9 +161,7 @@ def side_summary(cell: Cell, side: Side, results: list[dict[str, Any]]) -> dict[
             statistics.median(mean(result["matmul_rates"]) for result in results) / 1e9, 1
         ),
         "machine_share": round(statistics.median(shares), 3),
-        "mean_response": round(
-            mean([mean(lengths) for result in results for lengths in result["lengths"]]), 1
-        ),
+        "mean_response": round(mean([mean(lengths) for lengths in batches]), 1),
         "options": dict(side.options),
         "critic": side.critic,
     }

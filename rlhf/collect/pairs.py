@@ -41,7 +41,8 @@ def pair_up(records: list[Prompt], answers: list[Answers]) -> tuple[list[Paired]
         swapped = (
             len(answers) == 2 and int(digest(record.group + prompt_digest(record.prompt)), 16) % 2
         )
-        for own in reversed(answers) if swapped else answers:
+        shown = reversed(answers) if swapped else answers
+        for own in shown:
             sides.append(_new_answers(own[i], known, counts))
         pairs.append(Paired(record, sides))
         counts["prompts"] += 1

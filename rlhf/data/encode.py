@@ -162,7 +162,8 @@ def encode(
         is_cut = train_on == "all" and isinstance(record, Instruction)
         reasons = []
         try:
-            for part in (record, *(beginnings(record) if is_cut else ())):
+            shorter = beginnings(record) if is_cut else ()
+            for part in (record, *shorter):
                 row = encode_record(part, tokenizer)
                 reasons.append(too_long(row, max_prompt_length, max_response_length))
                 if not reasons[-1]:

@@ -201,8 +201,8 @@ class Slots:
         self.resident: list[tuple[int, ...]] = [()] * slots
 
     def _mask(self, allowed: Tensor) -> Tensor:
-        """Return a mask to add to scores: right for every attention, and made once, where sdpa makes one of a
-        boolean mask in each layer.
+        """Return a mask to add to scores: right for every attention, and made once, where sdpa makes
+        one of a boolean mask in each layer.
         """
         return torch.where(allowed, self.nothing, self.lowest)
 

@@ -40,6 +40,7 @@ from rlhf.engines.vllm_protocol import (
     check_settings,
     fault_of,
     is_same_model,
+    rank_option,
     read_list,
     request_body,
 )
@@ -54,8 +55,6 @@ CHECKED_ROWS = 4
 # mean |server's - learner's| log-probability of a token, nats: above the first, which rounding to
 # bfloat16 rarely reaches, it is said; above the second the server has another model
 ROUNDING, LARGEST_GAP = 0.1, 1.0
-# what --max-lora-rank can be
-RANKS = (8, 16, 32, 64, 128, 256, 512)
 
 
 class VllmEngine:
@@ -178,11 +177,10 @@ class VllmEngine:
         try:
             self._ask("load_lora_adapter", asked, "load an adapter")
         except UserError as error:
-            enough = next((allowed for allowed in RANKS if allowed >= rank), rank)
             raise UserError(
                 f"{error}\n  The server has to see {folder} under this path and to be started with\n"
                 f"    VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve {self.base} --enable-lora "
-                f"--max-lora-rank {enough} --logprobs-mode processed_logprobs"
+                f"--max-lora-rank {rank_option(rank)} --logprobs-mode processed_logprobs"
             ) from None
 
     def _forget(self, name: str) -> None:

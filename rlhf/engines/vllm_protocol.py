@@ -18,6 +18,8 @@ NOT_LOADED = (
     *("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias"),
     *("rank_pattern", "alpha_pattern"),
 )
+# what --max-lora-rank can be
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 # sent, since a model's generation_config.json may set them on the server
 NEUTRAL = dict(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, min_p=0.0)
 EXPECTED = "choices[0] with token_ids, prompt_token_ids and logprobs.token_logprobs (vLLM 0.10.2)"
@@ -35,6 +37,11 @@ def check_settings(config: Any) -> None:
         raise UserError(
             f"'vllm_url': the adapter has '{name}: {value}', which vLLM cannot load. {remedy}"
         )
+
+
+def rank_option(rank: int) -> int:
+    """Return the --max-lora-rank that an adapter of this rank needs; the rank itself where none is enough."""
+    return next((allowed for allowed in RANKS if allowed >= rank), rank)
 
 
 def request_body(

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from rlhf.adapters import adapter_weights
+from rlhf.engines.vllm_protocol import NOT_LOADED, RANKS, rank_option
 from rlhf.errors import UserError
 from rlhf.export.check import compare, greedy_answers
 from rlhf.export.gguf_file import check_writable, write_gguf
@@ -25,10 +26,6 @@ from rlhf.tokenizer import stop_ids
 from rlhf.weights import IDENTITY_FILE, read_identity, read_json
 
 GGUF_FORMS = ("gguf", "ollama")
-# of vLLM's --max-lora-rank
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-# settings of LoRA that vLLM refuses or passes over
-NOT_VLLM = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
 
 
 def write_form(to: str, kind: str, run: str, folder: Path, prompts: int) -> dict[str, Any]:
@@ -109,7 +106,7 @@ def check_lora(run: str, adapter: str | None) -> None:
     if adapter is None:
         raise UserError(f"{run}: whole weights, no adapter. Take --to merged")
     settings = read_json(Path(adapter) / "adapter_config.json")
-    found = [f"'{name}'" for name in NOT_VLLM if settings.get(name)]
+    found = [f"'{name}'" for name in NOT_LOADED if settings.get(name)]
     if settings.get("peft_type") != "LORA":
         found.append(f"'peft_type' {settings.get('peft_type')}")
     elif settings["r"] > RANKS[-1]:
@@ -135,8 +132,7 @@ def _write_lora(initial: InitialModel, name: str, folder: Path) -> dict[str, str
     if (adapter / IDENTITY_FILE).is_file():
         shutil.copy(adapter / IDENTITY_FILE, folder)
 
-    rank = next(allowed for allowed in RANKS if allowed >= settings["r"])
-    served = f"--enable-lora --max-lora-rank {rank} --lora-modules {name}=."
+    served = f"--enable-lora --max-lora-rank {rank_option(settings['r'])} --lora-modules {name}=."
     return {
         "form": f"LoRA of rank {settings['r']} for vLLM",
         "load": f"vllm serve {base} {served}",

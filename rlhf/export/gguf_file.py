@@ -143,7 +143,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     from gguf import TokenType
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    words = {token: number for token, number in state["model"]["vocab"].items()}
+    words = dict(state["model"]["vocab"])
     types = dict.fromkeys(words.values(), TokenType.NORMAL)
     for token in state["added_tokens"]:
         words[token["content"]] = token["id"]

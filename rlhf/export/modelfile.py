@@ -65,8 +65,12 @@ def go_template(tokenizer: Any) -> str | None:
     each = "{{ " + "else ".join(cases) + "end }}"
     head = '{{ if ne (index .Messages 0).Role "system" }}' + parts["head"] + "{{ end }}"
     template = head + "{{ range .Messages }}" + each + "{{ end }}" + parts["end"]
-    texts = [parts["head"], parts["end"], *(text for role in ROLES for text in parts[role])]
-    return None if any("{{" in text or '"""' in text for text in texts) else template
+    texts = [parts["head"], parts["end"]]
+    for role in ROLES:
+        texts += parts[role]
+    # what would end the template, or begin an action in it
+    is_plain = not any("{{" in text or '"""' in text for text in texts)
+    return template if is_plain else None
 
 
 def _dialogue(roles: list[str]) -> list[dict[str, str]]:

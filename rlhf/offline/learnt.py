@@ -18,8 +18,8 @@ from rlhf.text import reasons_of
 def report_learnt(run: Run, turns: TurnRows, dataset: Dataset, args: SFTConfig) -> dict[str, Any]:
     """Log how much is learnt of the training data, and return it for result.json.
 
-    `dataset`: TRL's with "labels", after it has cut off rows and packed them; `args`: its options. Raises UserError if
-    nothing is left to learn.
+    `dataset`: TRL's with "labels", after it has cut off rows and packed them; `args`: its options.
+    Raises UserError if nothing is left to learn.
     """
     read = run.data.assistant_turns
     left_out = dict(turns.left_out)

@@ -230,7 +230,7 @@ def measure(
     found = {name: torch.zeros(mask.shape, dtype=dtype, device=mask.device) for name in names}
     if OWN_STATES in found:
         found[OWN_STATES] = mask.new_zeros(int(mask.sum()), roles.width, dtype=dtype)
-        ends = mask.sum(-1).cumsum(-1)
+        ends = mask.sum(-1).cumsum(-1).tolist()
 
     lengths = batch["attention"].sum(-1).tolist()
     for group in group_rows(lengths, *pass_limits):

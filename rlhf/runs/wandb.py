@@ -20,8 +20,9 @@ from rlhf.files import dumps, json_safe
 INIT_SECONDS = 15
 # what is uploaded of a folder; of other files W&B is told where they are and their hashes
 UPLOADED = ("adapter_model.safetensors", "adapter_config.json", "rlhf.json", "README.md")
-ONLY_NAMED = ("model.safetensors", "config.json")
-LONGEST_TAG = 64
+ONLY_NAMED = ("model*.safetensors", "config.json")
+# what W&B takes of a tag, and of an artifact's name
+LONGEST_TAG, LONGEST_NAME = 64, 128
 
 
 class WandbLog:
@@ -90,7 +91,7 @@ class WandbLog:
                     name=run_name or given.get("WANDB_NAME") or self.output_dir.resolve().name,
                     group=given.get("WANDB_RUN_GROUP"),
                     job_type=given.get("WANDB_JOB_TYPE") or job_type,
-                    tags=None if given.get("WANDB_TAGS") else [tag[:LONGEST_TAG] for tag in tags],
+                    tags=None if given.get("WANDB_TAGS") else _short(tags),
                     id=run_id,
                     resume="allow" if self.resumed and is_known and mode == "online" else None,
                     dir=given.get("WANDB_DIR") or str(self.output_dir),
@@ -253,7 +254,8 @@ def _artifact(path: Path, kind: str) -> Any:
     import wandb
 
     path = path.resolve()
-    artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{path.parent.name}-{path.name}"), type=kind)
+    name = re.sub(r"[^\w.-]", "-", f"{path.parent.name}-{path.name}")
+    artifact = wandb.Artifact(name[-LONGEST_NAME:], type=kind)
     if not path.is_dir():
         # data stay where they are
         artifact.add_reference(path.as_uri())
@@ -262,10 +264,15 @@ def _artifact(path: Path, kind: str) -> Any:
     for file in sent:
         if file.is_file():
             artifact.add_file(str(file))
-    for name in ONLY_NAMED:
-        if (path / name).is_file():
-            artifact.add_reference((path / name).as_uri())
+    for pattern in ONLY_NAMED:
+        for file in sorted(path.glob(pattern)):
+            artifact.add_reference(file.as_uri())
     return artifact
+
+
+def _short(tags: Iterable[str]) -> list[str]:
+    """Return tags as W&B takes them: none twice, none too long."""
+    return list(dict.fromkeys(tag[:LONGEST_TAG] for tag in tags))
 
 
 def _cell(value: Any) -> Any:

@@ -140,7 +140,7 @@ def test_a_lora_folder_for_vllm_is_the_adapter(sft_path, base_path, tmp_path):
     [
         ({"use_dora": True}, "'use_dora'"),
         ({"rank_pattern": {"q_proj": 2}}, "'rank_pattern'"),
-        ({"trainable_token_indices": [2]}, "trainable_tokens_delta"),
+        ({"trainable_token_indices": [2]}, "trainable_token_indices"),
     ],
 )
 def test_what_vllm_would_pass_over_is_refused(settings, what, base_path, tmp_path):

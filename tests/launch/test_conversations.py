@@ -137,7 +137,9 @@ def test_two_ranks_learn_what_one_learns(sft, dialogues, tmp_path):
     done = launch(2, "sft", [*flags, "--per_device_train_batch_size", "2"])
     assert done.returncode == 0, done.stderr[-3000:]
     ours, theirs = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("two", "alone"))
-    losses = [[row["loss/total"] for row in rows if "loss/total" in row] for rows in (ours, theirs)]
+    losses = []
+    for rows in (ours, theirs):
+        losses.append([row["loss/total"] for row in rows if "loss/total" in row])
     assert len(losses[0]) == 4 and losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert ours[-1]["budget/tokens_trained"] == theirs[-1]["budget/tokens_trained"]
     assert learnt(tmp_path / "two") == learnt(alone)

@@ -11,7 +11,7 @@ import pytest
 from rlhf.errors import EXIT_USER_ERROR
 from rlhf.runs.tracking import read_metrics
 from tests.conftest import ROOT
-from tests.launch.conftest import door, untimed
+from tests.launch.conftest import door, flags_of, untimed
 
 
 def test_every_run_leaves_what_the_design_says(runs):
@@ -104,6 +104,16 @@ def test_a_finished_run_is_not_overwritten(runs, files, capsys):
     assert stop.value.code == EXIT_USER_ERROR
     assert "holds a finished run" in capsys.readouterr().err
     assert (runs / "sft" / "adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "data"), [("sft", "instructions"), ("dpo", "pairs")])
+def test_scorers_are_checked_before_anything_is_loaded(runs, files, tmp_path, name, data, capsys):
+    voice, out = tmp_path / "voice.yaml", tmp_path / "run"
+    arguments = [*flags_of(name, runs / "sft", files[data], out), "--eval_scorers"]
+    with pytest.raises(SystemExit) as end:
+        door(name)([*arguments, f"[{{voice: {voice}}}]"])
+    assert end.value.code == EXIT_USER_ERROR and not out.exists()
+    assert f"{voice}: no such file" in capsys.readouterr().err
 
 
 def test_the_resolved_options_repeat_the_run(runs, tmp_path):
