@@ -1,0 +1,42 @@
+"""Rows of measured results in benchmarks/results/*.json, each with the bound that it was measured for."""
+
+from __future__ import annotations
+
+import json
+import operator
+import subprocess
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlhf.files import dumps, write_atomic
+
+COMPARISONS = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "==": operator.eq,
+}
+
+
+def holds(value: float | bool, bound: str) -> bool:
+    """Say whether a value keeps a bound such as ">= 0.9" or "== True"."""
+    symbol, limit = bound.split(maxsplit=1)
+    return bool(COMPARISONS[symbol](value, json.loads(limit.lower())))
+
+
+def add_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows into a results file, each in place of the one with its id.
+
+    A row names `id`, `what`, `value` (a number or a truth value), `bound` (text: a comparison and
+    a number) and `command`; `holds` and `commit` are filled in here.
+    """
+    path = Path(path)
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    by_id = {row["id"]: row for row in old}
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
+    for row in rows:
+        kept = holds(row["value"], row["bound"])
+        by_id[row["id"]] = {**row, "holds": kept, "commit": commit}
+    write_atomic(path, dumps({"rows": list(by_id.values())}, indent=1) + "\n")
