@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from reward.card import doubts, report_card
-from reward.card_page import write_card
+from reward.cards.card import doubts, report_card
+from reward.cards.page import write_card
 from reward.model import raw_scores
 from reward.objective import reward_loss
 from reward.trainer import pair_rows

@@ -135,6 +135,13 @@ COMMANDS = {
         lazily("rlhf.collect.status:status"),
         words="store",
     ),
+    "reward card": Command(
+        "the report card of a reward model, before RL starts: RUN",
+        "reward.cards.command:CardConfig",
+        lazily("reward.cards.command:make_card"),
+        words="run",
+        loads_models=True,
+    ),
     "compare": Command(
         "compare trained policies on test prompts: RUN RUN ... --prompts FILE",
         "rlhf.compare.measure:CompareConfig",

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from reward.card import (
+from reward.cards.card import (
     accuracy_with_interval,
     binomial_deviation,
     calibration,
@@ -17,7 +17,7 @@ from reward.card import (
     pair_accuracy,
     report_card,
 )
-from reward.card_page import write_card
+from reward.cards.page import write_card
 from rlhf.data.records import Preference
 
 
