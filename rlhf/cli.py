@@ -63,6 +63,13 @@ def run_compare(config: Any) -> None:
     compare(config, build_scorer)
 
 
+def run_best_of_n(config: Any) -> None:
+    from reward.compose import build_scorer, check_scorers
+    from rlhf.best_of_n.command import best_of_n
+
+    best_of_n(config, build_scorer, check_scorers)
+
+
 def start_experiment(config: Any) -> None:
     from reward.compose import check_scorers
     from rlhf.experiment.runner import run_experiment
@@ -139,6 +146,13 @@ COMMANDS = {
         "the report card of a reward model, before RL starts: RUN",
         "reward.cards.command:CardConfig",
         lazily("reward.cards.command:make_card"),
+        words="run",
+        loads_models=True,
+    ),
+    "reward best-of-n": Command(
+        "where the best of n turns down in what counts: RUN --prompts FILE --gold SPEC",
+        "rlhf.best_of_n.command:BestOfNConfig",
+        run_best_of_n,
         words="run",
         loads_models=True,
     ),

@@ -15,7 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 # Imports go down: a module may import modules of its own layer and of those after it.
 LAYERS = [
     ["rlhf.cli", "launch"],
-    ["rlhf.sandbox.quickstart", "rlhf.compare.measure", "rlhf.experiment", "rlhf.export"],
+    [
+        "rlhf.sandbox.quickstart",
+        "rlhf.compare.measure",
+        "rlhf.experiment",
+        "rlhf.export",
+        "rlhf.best_of_n",
+    ],
     ["reward"],
     [
         "rlhf.ppo.trainer",

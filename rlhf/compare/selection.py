@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.compare.best_of_n import best_of_n_kl
 from rlhf.compare.crossed import MIN_SEEDS, Estimate, crossed_mean, side
 from rlhf.compare.format import proxies_of
 from rlhf.compare.power import minimum_detectable_effect, needed_seeds
@@ -38,16 +39,13 @@ Means = dict[Key, dict[str, np.ndarray]]
 def tabulate(results: Results) -> Means:
     """Return the group means of all measures of all points.
 
-    The KL of the best of n is log n - (n - 1) / n (Stiennon et al. 2020, appendix G.3), which
-    bounds it from above; it has no log-probabilities of its own.
+    The KL of the best of n is `best_of_n_kl`; it has no log-probabilities of its own.
     """
     means: Means = {}
     for point in results.points:
         own = {name: results.group_means(values) for name, values in point.values.items()}
         if results.program(point.method) == "best_of_n" and point.swept is not None:
-            own["kl"] = np.full_like(
-                own["kl"], np.log(point.swept) - (point.swept - 1) / point.swept
-            )
+            own["kl"] = np.full_like(own["kl"], best_of_n_kl(point.swept))
         means[key(point)] = own
     return means
 

@@ -9,9 +9,9 @@ OUT/measures/NAME/step-N.jsonl, so that anyone can read what was measured again:
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
+from rlhf.compare.best_of_n import best_of_n_kl
 from rlhf.errors import UserError
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.plan import INITIAL
@@ -96,13 +96,13 @@ def best_of(rows: list[dict], n: int, samples: int) -> list[dict]:
     """Return the response with the highest proxy of each block of n responses to a prompt.
 
     Each prompt has `samples` blocks, after the first `samples` responses, which are the initial
-    policy's own. The sequence KL to the initial policy is log n - (n - 1)/n (an upper bound where
-    scores tie, Beirami et al. 2024), the same for every response.
+    policy's own. The sequence KL to the initial policy is `best_of_n_kl`, the same for every
+    response.
     """
     by_prompt: dict[int, list[dict]] = {}
     for row in sorted(rows, key=lambda row: (row["prompt"], row["sample"])):
         by_prompt.setdefault(row["prompt"], []).append(row)
-    kl = math.log(n) - (n - 1) / n
+    kl = best_of_n_kl(n)
     chosen = []
     for own in by_prompt.values():
         for number, block in enumerate(blocks(n, samples)):

@@ -1,0 +1,148 @@
+"""The curve of the best of n: every score against n and KL, and where the scores that count turn
+down.
+
+The unit is the group of prompts: samples and subsets are averaged within the prompt, prompts within
+the group, and each group counts once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf.best_of_n.laws import fit_with_intervals
+from rlhf.compare.best_of_n import best_of_n_kl, best_of_n_means
+from rlhf.compare.crossed import crossed_mean, side
+from rlhf.compare.selection import choose, chosen_mean, halves, take
+from rlhf.stats import MIN_CLUSTERS
+
+# resamples of the groups for the interval of the turning point
+RESAMPLES = 2000
+# sizes of n between n and 2 n at which the turning point is looked for
+STEPS_PER_DOUBLING = 8
+
+
+def table_sizes(total: int) -> list[int]:
+    """Return 1, 2, 4, ... up to `total`, and `total` itself."""
+    doublings = [2**power for power in range(total.bit_length()) if 2**power < total]
+    return [*doublings, total]
+
+
+def fine_sizes(total: int) -> list[int]:
+    """Return the sizes at which the turning point is looked for: those of the table among them."""
+    count = STEPS_PER_DOUBLING * math.ceil(math.log2(total)) + 1
+    spaced = np.rint(np.geomspace(1, total, count)).astype(int)
+    return sorted({*spaced.tolist(), *table_sizes(total)})
+
+
+def group_curves(
+    proxy: np.ndarray, scores: Mapping[str, np.ndarray], groups: Sequence[str], sizes: list[int]
+) -> dict[str, np.ndarray]:
+    """Return score -> (G, M) expected score of the best of n by the proxy, of each group and size.
+
+    proxy and each of the scores: (P, N); groups: of each prompt. Groups are sorted by name.
+    """
+    names, index = np.unique(np.asarray(groups), return_inverse=True)
+    counts = np.bincount(index, minlength=len(names))[:, None]
+    curves = {}
+    for name, values in scores.items():
+        sums = np.zeros((len(names), len(sizes)))
+        np.add.at(sums, index, best_of_n_means(proxy, values, sizes))
+        curves[name] = sums / counts
+    return curves
+
+
+def summarise(
+    proxy: np.ndarray,
+    scores: Mapping[str, np.ndarray],
+    groups: Sequence[str],
+    level: float = 0.95,
+) -> dict[str, Any]:
+    """Return the table of the curve, and for each score where it turns down and the law of best of
+    n.
+
+    proxy: (P, N). scores: the scores that count, by name, each (P, N). groups: of each prompt.
+    """
+    total = proxy.shape[1]
+    sizes, table = fine_sizes(total), table_sizes(total)
+    curves = group_curves(proxy, {"proxy": proxy, **scores}, groups, sizes)
+    places = [sizes.index(n) for n in table]
+    kl = np.array([best_of_n_kl(n) for n in sizes])
+    half = halves(groups)
+
+    rows = []
+    for n, place in zip(table, places, strict=True):
+        row: dict[str, Any] = {"n": n, "kl": float(kl[place]), "scores": {}}
+        for name, curve in curves.items():
+            gain = curve[:, place] - curve[:, 0]
+            row["scores"][name] = {
+                "mean": crossed_mean(curve[None, :, place], level=level).to_dict(),
+                "gain": crossed_mean(gain[None, :], level=level).to_dict(),
+            }
+        rows.append(row)
+
+    turning, laws = {}, {}
+    for name in scores:
+        curve = curves[name]
+        turning[name] = turning_point(sizes, kl, curve, half, level)
+        # the points of the table, which lie evenly in log n; at n = 1 there is no gain to fit
+        gains = curve[:, places[1:]] - curve[:, :1]
+        d = np.sqrt(kl[places[1:]])
+        laws[name] = fit_with_intervals("best_of_n", d, gains, level) if len(d) > 1 else None
+    return {"curve": rows, "turning": turning, "laws": laws}
+
+
+def turning_point(
+    sizes: list[int], kl: np.ndarray, curve: np.ndarray, half: np.ndarray, level: float = 0.95
+) -> dict[str, Any]:
+    """Return the n at which the mean of `curve` (G, M) is highest, its interval, and the fall from
+    there to the largest n.
+
+    half: 0 or 1 for each group. The interval is the percentile bootstrap over groups: the place of
+    a maximum is no smooth statistic, for which a jackknife would hold. The fall is measured on
+    other groups than those that chose the peak (`selection.choose`), because the highest of several
+    noisy means would fall by chance. `outcome`: "turns down" where the fall's interval lies below 0,
+    "not within n" where it does not, "undecided" with fewer than MIN_CLUSTERS groups.
+    """
+    groups, last = curve.shape[0], len(sizes) - 1
+    peak = int(np.argmax(curve.mean(axis=0)))
+    draws = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), RESAMPLES)
+    peaks = np.argmax(draws @ curve, axis=1)
+    outside = [(1 - level) / 2, (1 + level) / 2]
+    low, high = (int(i) for i in np.quantile(peaks, outside, method="inverted_cdf"))
+
+    cells = curve.T[None]
+    chosen = choose(cells, half) if groups > 1 else np.full((1, 1), peak)
+    fall = chosen_mean(cells[:, last] - take(cells, chosen), len(sizes), level).to_dict()
+    outcome = "not within n"
+    if groups < MIN_CLUSTERS:
+        outcome = "undecided"
+    elif side(fall) < 0:
+        outcome = "turns down"
+    return {
+        "outcome": outcome,
+        "n": {"estimate": sizes[peak], "low": sizes[low], "high": sizes[high]},
+        "kl": {"estimate": float(kl[peak]), "low": float(kl[low]), "high": float(kl[high])},
+        # share of the resamples that are highest at the largest n
+        "highest_at_last": float(np.mean(peaks == last)),
+        "last": sizes[last],
+        "gain": float(np.mean(curve[:, peak] - curve[:, 0])),
+        "fall": fall,
+    }
+
+
+def repeated_share(responses: Sequence[Sequence[str]]) -> float:
+    """Return the share of responses that another response to their prompt equals; with many the KL
+    is well below its bound.
+    """
+    repeated = total = 0
+    for own in responses:
+        counts: dict[str, int] = {}
+        for text in own:
+            counts[text] = counts.get(text, 0) + 1
+        repeated += sum(count for count in counts.values() if count > 1)
+        total += len(own)
+    return repeated / total

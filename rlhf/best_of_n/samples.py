@@ -1,0 +1,200 @@
+"""N answers of a policy to each prompt, and their scores: both kept in files, and made once."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.best_of_n.rows import add_rows, read_rows, start_rows
+from rlhf.compare.runs import load_policies
+from rlhf.data.records import Samples, Scorer, digest
+from rlhf.engines.sampling import Sampling
+from rlhf.errors import UserError
+from rlhf.files import files_fingerprint, model_files, scorer_files
+from rlhf.options.shared import NOISE_VERSION
+
+# answers that are made, or scored, between two writes are this many batches
+BATCHES = 8
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How answers are drawn: from which policy, how many to each prompt, and the limits of each."""
+
+    policy: str
+    sampling: Sampling
+    samples: int
+    seed: int
+    max_prompt_length: int
+    batch_size: int
+
+
+def sample_answers(
+    file: Path, drawing: Drawing, prompts: list[dict[str, Any]], tokenizer: Any
+) -> list[dict]:
+    """Return a row for each prompt with its answers; those in the file are not made again.
+
+    prompts: encoded, see `encode_prompts`. Raises UserError where the file holds answers of another
+    policy, to other prompts or drawn otherwise.
+    """
+    made_from = {
+        "policy": fingerprint_of(drawing.policy),
+        "prompts": digest(json.dumps([row["prompt_ids"] for row in prompts])),
+        "samples": drawing.samples,
+        "temperature": drawing.sampling.temperature,
+        "max_response_length": drawing.sampling.max_new_tokens,
+        "seed": drawing.seed,
+        "noise": NOISE_VERSION,
+    }
+    done = read_rows(file, made_from)
+    if done is None and file.is_file():
+        raise UserError(
+            f"{file}: holds answers of another policy, to other prompts, or drawn with other options. "
+            "Choose another --output_dir, or remove the file"
+        )
+    if done is None:
+        start_rows(file, made_from)
+        done = []
+    missing = prompts[len(done) :]
+    if missing:
+        answer = answering(drawing, tokenizer)
+        done += in_parts(file, missing, drawing.samples, drawing.batch_size, "sampling", answer)
+    return done
+
+
+def answering(drawing: Drawing, tokenizer: Any) -> Callable[[list[dict], Callable], list[dict]]:
+    """Return a function that draws the answers to some prompts; it holds the policy."""
+    import torch
+
+    from rlhf.distributed import DistributedContext
+    from rlhf.evaluate import Evaluation
+    from rlhf.logprobs import head_is_plain
+    from rlhf.tokenizer import stop_ids
+
+    world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    limits = (drawing.max_prompt_length, drawing.sampling.max_new_tokens)
+    ((model, context),) = load_policies([drawing.policy], world.device, *limits)
+
+    def answer(part: list[dict], progress: Callable[[int], Any]) -> list[dict]:
+        evaluation = Evaluation(
+            prompts=part,
+            tokenizer=tokenizer,
+            stop_ids=stop_ids(tokenizer, model),
+            sampling=drawing.sampling,
+            samples_per_prompt=drawing.samples,
+            seed=drawing.seed,
+            batch_size=drawing.batch_size,
+            plain_head=head_is_plain(model),
+        )
+        answers = evaluation.run(model, context, None, world, progress)
+        rows = []
+        for number, row in enumerate(part):
+            own = answers[number * drawing.samples : (number + 1) * drawing.samples]
+            rows.append(
+                {
+                    "prompt": row["record"].prompt,
+                    "prompt_ids": row["prompt_ids"],
+                    "metadata": own[0].metadata,
+                    "group": row["record"].group,
+                    "responses": [answer.response for answer in own],
+                    "ids": [answer.ids for answer in own],
+                    "ended": [answer.ended for answer in own],
+                }
+            )
+        return rows
+
+    return answer
+
+
+def score_answers(
+    file: Path,
+    answers: list[dict],
+    specs: list[dict[str, Any]],
+    build: Callable[[], Scorer],
+    batch_size: int,
+) -> dict[str, np.ndarray]:
+    """Return score -> (prompts, samples) of each of `specs`; what is in the file is not scored
+    again.
+
+    build: makes the scorer of `specs`; not called where nothing is left to score.
+    """
+    samples = len(answers[0]["responses"])
+    made_from = {
+        "answers": digest(json.dumps([row["ids"] for row in answers])),
+        "scorers": specs,
+        "files": files_fingerprint(itertools.chain.from_iterable(map(scorer_files, specs))),
+    }
+    done = read_rows(file, made_from)
+    if done is None:
+        if file.is_file():
+            print(f"{file}: of other answers or scorers; all answers are scored again")
+        start_rows(file, made_from)
+        done = []
+    missing = answers[len(done) :]
+    names = [spec["name"] for spec in specs]
+    if missing:
+        scorer = build()
+
+        def score(part: list[dict], progress: Callable[[int], Any]) -> list[dict]:
+            scores = scorer(samples_of(part))
+            progress(len(part) * samples)
+            rows = []
+            for number in range(len(part)):
+                own = slice(number * samples, (number + 1) * samples)
+                rows.append(
+                    {name: [float(x) for x in scores.breakdown[name][own]] for name in names}
+                )
+            return rows
+
+        done += in_parts(file, missing, samples, batch_size, "scoring", score)
+    return {name: np.array([row[name] for row in done], dtype=float) for name in names}
+
+
+def samples_of(answers: list[dict]) -> Samples:
+    """Return all answers to these prompts as scorers read them, prompt by prompt."""
+    flat = Samples([], [], [], [], [], [])
+    for row in answers:
+        count = len(row["responses"])
+        flat.prompts.extend([row["prompt"]] * count)
+        flat.prompt_ids.extend([row["prompt_ids"]] * count)
+        flat.metadata.extend([row["metadata"]] * count)
+        flat.responses.extend(row["responses"])
+        flat.response_ids.extend(row["ids"])
+        flat.ended.extend(row["ended"])
+    return flat
+
+
+def in_parts(
+    file: Path,
+    rows: list[dict],
+    samples: int,
+    batch_size: int,
+    title: str,
+    make: Callable[[list[dict], Callable[[int], Any]], list[dict]],
+) -> list[dict]:
+    """Return what `make` makes of the rows, some prompts at a time, each part added to the file as
+    soon as it is made.
+    """
+    from tqdm import tqdm
+
+    size = max(1, BATCHES * batch_size // samples)
+    made = []
+    with tqdm(total=len(rows) * samples, desc=title, unit="answer", mininterval=5) as bar:
+        for start in range(0, len(rows), size):
+            part = make(rows[start : start + size], bar.update)
+            add_rows(file, part)
+            made += part
+    return made
+
+
+def fingerprint_of(policy: str) -> str:
+    """Return what identifies a policy: its name on the Hub, or the fingerprint of its files, which
+    may be moved.
+    """
+    return files_fingerprint(model_files(policy)) if Path(policy).exists() else policy
