@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from rlhf.engines import hf
 from rlhf.engines.merged import merged
-from rlhf.engines.sampling import Completions, Sampling, draw, draw_recorded
+from rlhf.engines.sampling import Completions, EachToken, Sampling, draw, draw_recorded
 from rlhf.engines.slots import Slots
 from rlhf.logprobs import smallest_window, why_inexact
 from rlhf.text import say_once
@@ -41,17 +41,19 @@ def generate(
     pad_id: int,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
+    each_token: EachToken | None = None,
 ) -> Completions:
     """Sample one response per prompt with the adapter that is active now.
 
-    At most `batch_size` rows are computed together. `progress(n)` is called when n more are done.
+    At most `batch_size` rows are computed together. `progress(n)` is called when n more are done,
+    `each_token` for each token that is drawn.
     Peak memory beside the model: the adapted weights once more, and keys and values of `batch_size`
     rows of the longest prompt and max_new_tokens.
     """
     longest = max(map(len, prompt_ids), default=0) + sampling.max_new_tokens
     if not slots_are_exact(model) or not within_windows(model, longest):
         return hf.generate(
-            model, prompt_ids, keys, sampling, stop_ids, pad_id, batch_size, progress
+            model, prompt_ids, keys, sampling, stop_ids, pad_id, batch_size, progress, each_token
         )
     was_training = model.training
     model.eval()
@@ -60,7 +62,8 @@ def generate(
             runner, reason = merged(model)
             if reason:
                 say_once(f"sampling with the adapter beside the weights, which is slower: {reason}")
-            run = _Run(runner, prompt_ids, keys, sampling, set(stop_ids), batch_size, progress)
+            run = _Run(runner, prompt_ids, keys, sampling, set(stop_ids), batch_size)
+            run.progress, run.each_token = progress, each_token
             return run.finish()
     finally:
         model.train(was_training)
@@ -75,9 +78,12 @@ def prepare(model: nn.Module) -> None:
 class _Run:
     """The responses of one call: which wait, which row stands in which slot, and what they hold."""
 
-    def __init__(self, model, prompt_ids, keys, sampling, stops, batch_size, progress):
+    progress: Callable[[int], None] | None = None
+    each_token: EachToken | None = None
+
+    def __init__(self, model, prompt_ids, keys, sampling, stops, batch_size):
         self.prompt_ids, self.keys, self.sampling = prompt_ids, keys, sampling
-        self.stops, self.progress = stops, progress
+        self.stops = stops
         self.responses: list[list[int]] = [[] for _ in prompt_ids]
         self.logprobs: list[list[float]] = [[] for _ in prompt_ids]
         # the longest first, so that prompts of one pass are alike; equal prompts stand together
@@ -151,8 +157,10 @@ class _Run:
         for slot, row in enumerate(self.alive):
             self.responses[row].append(tokens[slot])
             self.logprobs[row].append(logprobs[slot])
-            full = len(self.responses[row]) == self.sampling.max_new_tokens
-            if full or tokens[slot] in self.stops:
+            is_last = len(self.responses[row]) == self.sampling.max_new_tokens
+            if self.each_token is not None and self.each_token(row, tokens[slot], logprobs[slot]):
+                is_last = True
+            if is_last or tokens[slot] in self.stops:
                 done.append(slot)
         if not done:
             return

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from rlhf.engines.sampling import Completions, Sampling, draw
+from rlhf.engines.sampling import Completions, EachToken, Sampling, draw
 from rlhf.logprobs import why_inexact
 from rlhf.text import say_once
 
@@ -26,13 +26,14 @@ def generate(
     pad_id: int,
     batch_size: int = 64,
     progress: Callable[[int], None] | None = None,
+    each_token: EachToken | None = None,
 ) -> Completions:
     """Sample one response per prompt with the adapter that is active now.
 
     Prompts of similar length share a batch, rows that ended leave it. `progress(n)` is called when
-    n more are done. A model whose cache does not give its own logits back samples without it, in
-    batches of equal length, which need no
-    padding: slower, and said once.
+    n more are done, `each_token` for each token that is drawn. A model whose cache does not give its
+    own logits back samples without it, in batches of equal length, which need no padding: slower,
+    and said once.
     """
     # a stable sort: prompts of one length keep their order
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
@@ -52,7 +53,8 @@ def generate(
             batch[i : i + batch_size] for batch in batches for i in range(0, len(batch), batch_size)
         ):
             _generate_batch(
-                model, rows, prompt_ids, keys, sampling, stops, pad_id, responses, logprobs, cached
+                *(model, rows, prompt_ids, keys, sampling, stops, pad_id),
+                *(responses, logprobs, cached, each_token),
             )
             if progress is not None:
                 progress(len(rows))
@@ -184,7 +186,17 @@ class _Batch:
 
 @torch.no_grad()
 def _generate_batch(
-    model, rows, prompt_ids, keys, sampling, stops, pad_id, responses, logprobs, cached
+    model,
+    rows,
+    prompt_ids,
+    keys,
+    sampling,
+    stops,
+    pad_id,
+    responses,
+    logprobs,
+    cached,
+    each_token,
 ) -> None:
     batch = _Batch(model, [prompt_ids[r] for r in rows], pad_id, cached)
     row_keys = torch.tensor([keys[r] for r in rows], dtype=torch.int64, device=batch.ids.device)
@@ -197,7 +209,8 @@ def _generate_batch(
         ):
             responses[row].append(token)
             logprobs[row].append(logprob)
-            if token not in stops:
+            is_ended = each_token is not None and each_token(row, token, logprob)
+            if token not in stops and not is_ended:
                 going.append(place)
         if not going or step + 1 == sampling.max_new_tokens:
             return

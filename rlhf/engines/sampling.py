@@ -61,6 +61,9 @@ class Completions:
     logprobs: list[list[float]]
 
 
+# called with the row, the id and the log-probability of a token when it is drawn; the response ends
+# with it where the call returns True
+EachToken = Callable[[int, int, float], bool | None]
 # an engine that samples: any function with the signature of rlhf.engines.hf.generate
 Generate = Callable[..., Completions]
 

@@ -110,6 +110,26 @@ def test_progress_counts_every_response_once(engine):
     assert sum(counted) == 6 and 0 not in counted
 
 
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_each_token_is_told_when_it_is_drawn_and_can_end_its_response(engine, batch_size):
+    model = build("llama")[0]
+    expected = sample(engine, model)
+    told = {row: [] for row in range(6)}
+
+    def each_token(row, token, logprob):
+        told[row].append((token, logprob))
+        # the first row ends with its second token
+        return row == 0 and len(told[0]) == 2
+
+    found = sample(engine, model, batch_size=batch_size, each_token=each_token)
+    assert len(expected.response_ids[0]) > 2
+    assert found.response_ids[0] == expected.response_ids[0][:2] and not found.ended[0]
+    assert found.response_ids[1:] == expected.response_ids[1:]
+    assert found.ended[1:] == expected.ended[1:]
+    for row, (ids, logprobs) in enumerate(zip(found.response_ids, found.logprobs, strict=True)):
+        assert told[row] == list(zip(ids, logprobs, strict=True))
+
+
 def test_the_mode_of_the_model_stays(engine):
     model = build("llama")[0].train()
     sample(engine, model)
