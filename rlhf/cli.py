@@ -56,6 +56,13 @@ def run_serve(config: Any) -> None:
     serve(config, voice_guide(load_voice(config.voice)) if config.voice else None)
 
 
+def run_chat(config: Any) -> None:
+    from reward.compose import build_scorer
+    from rlhf.serve.chat import chat
+
+    chat(config, build_scorer([{"voice": config.voice}]) if config.voice else None)
+
+
 def run_compare(config: Any) -> None:
     from reward.compose import build_scorer
     from rlhf.compare.measure import compare
@@ -168,6 +175,20 @@ COMMANDS = {
         "rlhf.export.run:ExportConfig",
         lazily("rlhf.export.run:export"),
         words="run",
+        loads_models=True,
+    ),
+    "chat": Command(
+        "talk to policies in the terminal: RUN RUN ... --voice FILE",
+        "rlhf.serve.chat:ChatConfig",
+        run_chat,
+        words="runs",
+        loads_models=True,
+    ),
+    "serve": Command(
+        "an OpenAI-compatible endpoint, adapters of one base by name: RUN RUN ...",
+        "rlhf.serve.run:ServeConfig",
+        lazily("rlhf.serve.run:serve"),
+        words="runs",
         loads_models=True,
     ),
     "experiment run": Command(

@@ -21,6 +21,7 @@ LAYERS = [
         "rlhf.experiment",
         "rlhf.export",
         "rlhf.best_of_n",
+        "rlhf.serve",
     ],
     ["reward"],
     [
@@ -43,7 +44,7 @@ LAYERS = [
     ["rlhf.distributed"],
     ["rlhf.tensors", "rlhf.deepspeed_backend"],
     ["rlhf.options", "rlhf.data"],
-    ["rlhf.files", "rlhf.http_client", "rlhf.validation", "rlhf.program"],
+    ["rlhf.files", "rlhf.http_client", "rlhf.http_server", "rlhf.validation", "rlhf.program"],
     ["rlhf.config", "rlhf.plugins"],
     ["rlhf.errors", "rlhf.values", "rlhf.stats", "rlhf.text", "rlhf.startup"],
 ]

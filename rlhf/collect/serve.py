@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import socket
 import ssl
 import sys
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from rlhf.config import option
 from rlhf.data.records import one_name
 from rlhf.data.store import Store
 from rlhf.errors import UserError
+from rlhf.http_server import is_loopback, listen, local_url
 
 TAGS = ["wrong", "off tone", "too long", "too short", "unsafe"]
 
@@ -124,10 +124,10 @@ def serve(config: ServeConfig, guide: Guide | None = None) -> None:
     from rlhf.collect.app import TimedProtocol, create_app
     from rlhf.collect.session import Site
 
-    local_url = _local_url(config)
-    url = (config.url or local_url).rstrip("/")
+    own_url = _local_url(config)
+    url = (config.url or own_url).rstrip("/")
     # listening before the store is touched: a port that is taken must not cost anybody their link
-    with contextlib.closing(_listen(config.host, config.port)) as listener:
+    with contextlib.closing(listen(config.host, config.port)) as listener:
         with Store.open(config.store) as store:
             _set_up(store, config, url)
         for warning in _warnings(config, url):
@@ -153,7 +153,7 @@ def serve(config: ServeConfig, guide: Guide | None = None) -> None:
             ssl_certfile=config.certificate,
             ssl_keyfile=config.certificate_key,
         )
-        listening = "" if url == local_url else f", listening on {local_url}"
+        listening = "" if url == own_url else f", listening on {own_url}"
         print(f"serving {config.store} on {url}{listening} (Ctrl-C ends)", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(settings).run(sockets=[listener])
@@ -228,9 +228,7 @@ def _set_up(store: Store, config: ServeConfig, url: str) -> None:
 
 
 def _local_url(config: ServeConfig) -> str:
-    scheme = "https" if config.certificate else "http"
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"{scheme}://{host}:{config.port}"
+    return local_url(config.host, config.port, "https" if config.certificate else "http")
 
 
 def _warnings(config: ServeConfig, url: str) -> list[str]:
@@ -238,12 +236,12 @@ def _warnings(config: ServeConfig, url: str) -> list[str]:
     itself.
     """
     found = []
-    if url.startswith("http://") and not _is_loopback(urlsplit(url).hostname or ""):
+    if url.startswith("http://") and not is_loopback(urlsplit(url).hostname or ""):
         found.append(
             f"people reach {url} without https: links and votes can be read on the way. Give --certificate and "
             "--certificate_key, or put a proxy with https before it and give --url https://..."
         )
-    if not (_is_loopback(config.host) or config.certificate):
+    if not (is_loopback(config.host) or config.certificate):
         found.append(
             f"others can reach {config.host} port {config.port} and there is no https on it. Give --certificate and "
             "--certificate_key, or let only the proxy reach it"
@@ -255,26 +253,3 @@ def _is_wildcard(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_unspecified
     return not host
-
-
-def _is_loopback(host: str) -> bool:
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        # a restart must not wait for the old connections to time out
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(256)
-    except OSError as error:
-        raise UserError(
-            f"{host} port {port}: cannot listen there ({error.strerror}); choose another --port"
-        ) from None
-    return listener

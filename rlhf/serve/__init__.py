@@ -1,0 +1,1 @@
+"""`rlhf chat` and `rlhf serve`: answers of trained policies. The core does not import it."""

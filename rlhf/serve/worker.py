@@ -1,0 +1,175 @@
+"""The one thread that samples: requests wait in line, and those of one policy share a batch."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from rlhf.engines.sampling import Sampling
+from rlhf.serve.policies import Policy
+from rlhf.serve.streamed import StreamedText
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of one answer of a job.
+
+    text: what is new. tokens: (id, log-probability in nats, text) of each new one. finish: why the
+    answer ended, "stop" or "length", None while it goes on. error: why there is none.
+    """
+
+    answer: int = 0
+    text: str = ""
+    tokens: tuple[tuple[int, float, str], ...] = ()
+    finish: str | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """What one request asks of one policy: a row for each answer.
+
+    prompts, keys: of each answer. sampling: its `max_new_tokens` is the limit of each answer. stops:
+    texts that end one. streams: events come with each piece of text, otherwise one an answer. notify:
+    receives the events, from the worker's thread.
+    """
+
+    policy: Policy
+    prompts: list[list[int]]
+    keys: list[int]
+    sampling: Sampling
+    notify: Callable[[Event], None]
+    stops: list[str] = field(default_factory=list)
+    streams: bool = False
+    is_cancelled: bool = False
+
+
+class _Answer:
+    """One answer of a job while it is sampled."""
+
+    def __init__(self, job: Job, number: int):
+        self.job, self.number = job, number
+        self.text = StreamedText(job.policy.decoder, job.stops)
+        self.tokens: list[tuple[int, float, str]] = []
+        self.count = 0
+
+    def add(self, token: int, logprob: float) -> bool:
+        """Take a token, and return whether the answer ends with it."""
+        job = self.job
+        if job.is_cancelled:
+            return True
+        self.count += 1
+        self.tokens.append((token, logprob, job.policy.decoder.decode([token])))
+        # the text is needed as it grows for streams and stop texts alone
+        if job.streams or job.stops:
+            new = self.text.add(token)
+        else:
+            self.text.ids.append(token)
+            new = ""
+        is_ended = token in job.policy.stop_ids or self.text.is_stopped
+        is_last = is_ended or self.count == job.sampling.max_new_tokens
+        if is_last:
+            finish = "stop" if is_ended else "length"
+            # what came before was not handed out where the job does not stream
+            rest = new + self.text.end()
+            self._tell(rest if job.streams else self.text.text, finish)
+        elif job.streams and new:
+            self._tell(new, None)
+        return is_last
+
+    def _tell(self, text: str, finish: str | None) -> None:
+        self.job.notify(Event(self.number, text, tuple(self.tokens), finish))
+        self.tokens = []
+
+
+class Worker:
+    """Samples jobs in the order in which they came; jobs of the same policy and sampling that wait
+    together share a batch. An answer does not depend on what it shares the batch with.
+    """
+
+    def __init__(self, batch_size: int = 64):
+        self.batch_size = batch_size
+        self.waiting: deque[Job] = deque()
+        self.running: list[Job] = []
+        self.is_closed = False
+        self.changed = threading.Condition()
+        self.thread = threading.Thread(target=self._work, name="sampling", daemon=True)
+        self.thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Put a job in line."""
+        with self.changed:
+            if not self.is_closed:
+                self.waiting.append(job)
+                self.changed.notify()
+                return
+        job.notify(Event(error="the server is shutting down"))
+
+    def close(self) -> None:
+        """End all jobs at their next token, and the thread."""
+        with self.changed:
+            self.is_closed = True
+            left = [*self.running, *self.waiting]
+            self.waiting.clear()
+            self.changed.notify()
+        for job in left:
+            job.is_cancelled = True
+            job.notify(Event(error="the server is shutting down"))
+        self.thread.join()
+
+    def _work(self) -> None:
+        while True:
+            with self.changed:
+                self.changed.wait_for(lambda: self.waiting or self.is_closed)
+                if self.is_closed:
+                    return
+                self.running = self._next_batch()
+            try:
+                self._sample(self.running)
+            except Exception:
+                # the next requests may well succeed
+                traceback.print_exc()
+                for job in self.running:
+                    job.notify(Event(error="sampling failed, see the server's standard error"))
+            self.running = []
+
+    def _next_batch(self) -> list[Job]:
+        """Take the first job and, as long as they fit in a batch, the waiting ones like it."""
+        batch: list[Job] = []
+        staying: deque[Job] = deque()
+        rows = 0
+        while self.waiting:
+            job = self.waiting.popleft()
+            is_like = not batch or (
+                job.policy is batch[0].policy and _kind(job.sampling) == _kind(batch[0].sampling)
+            )
+            if job.is_cancelled:
+                continue
+            if is_like and (not batch or rows + len(job.keys) <= self.batch_size):
+                batch.append(job)
+                rows += len(job.keys)
+            else:
+                staying.append(job)
+        self.waiting = staying
+        return batch
+
+    def _sample(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        answers = [_Answer(job, number) for job in jobs for number in range(len(job.keys))]
+        longest = max(job.sampling.max_new_tokens for job in jobs)
+        jobs[0].policy.generate(
+            [answer.job.prompts[answer.number] for answer in answers],
+            [answer.job.keys[answer.number] for answer in answers],
+            replace(jobs[0].sampling, max_new_tokens=longest),
+            lambda row, token, logprob: answers[row].add(token, logprob),
+            self.batch_size,
+        )
+
+
+def _kind(sampling: Sampling) -> Sampling:
+    """Return what rows of one batch have in common."""
+    return replace(sampling, max_new_tokens=0)
