@@ -21,7 +21,8 @@ from collections.abc import Callable
 import numpy as np
 from scipy.special import ndtr, stdtrit
 
-from reward.cards.card import accuracy_with_interval, calibration
+from reward.cards.accuracy import accuracy_with_interval
+from reward.cards.calibration import calibration
 from rlhf.compare import frontier
 from rlhf.compare.crossed import crossed_mean, crossed_statistic
 from rlhf.compare.frontier import Track, equal_kl

@@ -109,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def record_scorers(run, entries: list[dict], scorers) -> None:
     """Record the files that the run is scored by, and say what their cards doubt."""
-    from reward.cards.card import doubts_of
+    from reward.cards.verdict import doubts_of
     from rlhf.files import files_fingerprint, scorer_files
 
     for entry, spec in zip(entries, scorers, strict=True):

@@ -103,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
             scale,
             base_fingerprint=initial.fingerprint,
             normalise=config.normalise,
+            temperature=headline.get("eval/reward/temperature"),
             mean_0_on="reference_data" if references else f"{pairs_scored} chosen responses",
         )
     run.finish(headline, budget.total(run.world), normalisation={"bias": bias, "scale": scale})

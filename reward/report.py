@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 
-from reward.cards.card import doubts, report_card
+from reward.cards.card import report_card
+from reward.cards.on_policy import same_policy
 from reward.cards.page import write_card
+from reward.cards.pairs import ScoredPairs
+from reward.cards.verdict import doubts
 from reward.model import raw_scores
 from reward.objective import reward_loss
 from reward.trainer import pair_rows
+from rlhf.data.records import Preference
 from rlhf.deepspeed_backend import gathered
 from rlhf.offline.pair_columns import column_tensors
 from rlhf.runs.run import Run
@@ -46,13 +50,16 @@ def report(
 ) -> dict[str, float]:
     """Write the report card of the held-out pairs, log its numbers, and return the headline."""
     config = run.config
-    pairs = [row["record"] for row in held_out]
-    chosen_lengths = [len(row["chosen_ids"]) for row in held_out]
-    rejected_lengths = [len(row["rejected_ids"]) for row in held_out]
-    card = report_card(
-        pairs, chosen, rejected, chosen_lengths, rejected_lengths, title=run.folder.name
+    scored = ScoredPairs(
+        [row["record"] for row in held_out],
+        chosen,
+        rejected,
+        [len(row["chosen_ids"]) for row in held_out],
+        [len(row["rejected_ids"]) for row in held_out],
     )
+    card = report_card(scored, title=run.folder.name, training=run.data.load(Preference, "train"))
     card["rows"] = run.data.row_counts
+    card["on_policy"] = same_policy(config.data, config.model_name_or_path, card["accuracy"])
 
     loss, metrics = reward_loss(
         torch.tensor(chosen),
@@ -70,6 +77,7 @@ def report(
         run.log(f"report card: {path}")
         run.tracker.images({"reliability": path.with_name("reliability.png")}, step)
         run.tracker.page("card", as_html(path.read_text(encoding="utf-8")))
+        run.log(f"verdict: {card['verdict']}")
         for doubt in doubts(card):
             run.log(f"WARNING: {doubt}")
 
@@ -81,6 +89,8 @@ def report(
         "eval/reward/ece": calibration["ece"],
         "eval/reward/ece_expected": calibration["ece_expected"],
         "eval/reward/brier": calibration["brier"],
+        "eval/reward/log_loss": calibration["log_loss"],
+        "eval/reward/temperature": calibration["temperature"],
         "eval/reward/length_baseline": card["length"]["baseline"]["accuracy"],
     }
     # too few groups have no interval

@@ -163,6 +163,13 @@ COMMANDS = {
         words="run",
         loads_models=True,
     ),
+    "reward learning-curve": Command(
+        "its accuracy by the number of training pairs: RUN",
+        "reward.cards.learning_curve:CurveConfig",
+        lazily("reward.cards.learning_curve:learning_curve"),
+        words="run",
+        loads_models=True,
+    ),
     "compare": Command(
         "compare trained policies on test prompts: RUN RUN ... --prompts FILE",
         "rlhf.compare.measure:CompareConfig",

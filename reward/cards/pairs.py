@@ -66,7 +66,7 @@ def run_config(run: str | Path) -> RewardRunConfig | None:
 
 
 def pairs_of_run(
-    config: RewardRunConfig, split: Literal["train", "validation"]
+    config: RewardRunConfig, split: Literal["train", "validation", "test"]
 ) -> list[Preference]:
     """Return the pairs of one split as the run has read them; of a store, those that it froze."""
     from rlhf.data.load import load

@@ -63,6 +63,9 @@ def each(votes: list[Vote]) -> list[Verdict]:
             "reason": vote.reason,
             "tags": vote.tags,
         }
+        if vote.left:
+            # whether people prefer a side is judged by it
+            details["shown"] = "left" if vote.left == vote.choice else "right"
         given = {name: value for name, value in details.items() if value}
         verdicts.append(
             Verdict(vote.comparison, vote.choice, annotator=vote.annotator, metadata=given)

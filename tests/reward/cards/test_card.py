@@ -6,18 +6,13 @@ import math
 import numpy as np
 import pytest
 
-from reward.cards.card import (
-    accuracy_with_interval,
-    binomial_deviation,
-    calibration,
-    correlation,
-    distribution,
-    doubts,
-    doubts_of,
-    pair_accuracy,
-    report_card,
-)
+from reward.cards.accuracy import accuracy_with_interval, pair_accuracy
+from reward.cards.bias import correlation
+from reward.cards.calibration import binomial_deviation, calibration
+from reward.cards.card import distribution, report_card
 from reward.cards.page import write_card
+from reward.cards.pairs import ScoredPairs
+from reward.cards.verdict import doubts, doubts_of
 from rlhf.data.records import Preference
 
 
@@ -26,6 +21,10 @@ def pair(i, group=None, **more):
     return Preference(
         prompt=prompt, chosen=f"good {i}", rejected=f"bad {i}", group=group or f"g{i}", **more
     )
+
+
+def card_of(pairs, *columns, **more):
+    return report_card(ScoredPairs(pairs, *columns), **more)
 
 
 def test_a_tie_counts_half():
@@ -153,7 +152,7 @@ def four_pairs():
         pair(3, group="g2", source="b"),
     ]
     # gaps 1, -2, 0, 3; lengths: longer, longer, shorter, same
-    return report_card(pairs, [1.0, 0, 1, 3], [0.0, 2, 1, 0], [5, 5, 2, 4], [2, 3, 6, 4])
+    return card_of(pairs, [1.0, 0, 1, 3], [0.0, 2, 1, 0], [5, 5, 2, 4], [2, 3, 6, 4])
 
 
 def test_report_card_by_hand():
@@ -182,7 +181,7 @@ def test_report_card_by_hand():
 
 
 def test_the_shorter_may_be_the_better_baseline():
-    card = report_card([pair(0), pair(1)], [1.0, 1], [0.0, 0], [1, 1], [3, 3])
+    card = card_of([pair(0), pair(1)], [1.0, 1], [0.0, 0], [1, 1], [3, 3])
     assert card["length"]["baseline"] == {"accuracy": 1.0, "rule": "shorter"}
 
 
@@ -193,21 +192,21 @@ def test_doubts_of_a_model_at_chance_and_of_a_length_detector(tmp_path):
     # 90 %, 50 %, 10 % right
     right = [np.arange(60) % 10 != 0, np.arange(60) % 2 == 0, np.arange(60) % 10 == 0]
     cards = [
-        report_card(pairs, np.where(r, 2.0, 0.0) + 0.1 * noise[0], np.ones(60), *lengths)
-        for r in right
+        card_of(pairs, np.where(r, 2.0, 0.0) + 0.1 * noise[0], np.ones(60), *lengths) for r in right
     ]
     assert doubts(cards[0]) == []
-    (guessing,), (worse,) = doubts(cards[1]), doubts(cards[2])
+    (guessing,), (worse, beaten) = doubts(cards[1]), doubts(cards[2])
+    assert "the better judge" in beaten
     assert (
         "is 0.500 (" in guessing
         and "cannot be told from guessing" in guessing
         and "is worse than" in worse
     )
     (detector,) = doubts(
-        report_card(pairs, lengths[0] + noise[0], lengths[1] + noise[1] - 30, *lengths)
+        card_of(pairs, lengths[0] + noise[0], lengths[1] + noise[1] - 30, *lengths)
     )
     assert "its score gaps go with length (correlation +1.00" in detector
-    assert "too few" in doubts(report_card(pairs[:1], [1.0], [0.0], [3], [2]))[0]
+    assert "too few" in doubts(card_of(pairs[:1], [1.0], [0.0], [3], [2]))[0]
     assert "no report card" in doubts_of(tmp_path)[0] and doubts_of("org/model-of-the-hub") == []
     write_card(cards[1], tmp_path)
     assert doubts_of(tmp_path) == [guessing]
@@ -225,9 +224,8 @@ def test_card_is_written_and_reads_back(tmp_path):
     assert json.loads((tmp_path / "card.json").read_text()) == json.loads(json.dumps(card))
     text = path.read_text()
     assert "| **all pairs** | 0.625 |" in text
-    assert (
-        f"a calibrated model with as many pairs: {card['calibration']['ece_expected']:.4f}" in text
-    )
+    assert f"{card['calibration']['ece_expected']:.4f} |" in text
+    assert "**Verdict: do not use it.**" in text
     assert '("the longer is better"' in text
     assert "question 1" in text
     assert (tmp_path / "reliability.png").read_bytes()[:4] == b"\x89PNG"
@@ -235,8 +233,8 @@ def test_card_is_written_and_reads_back(tmp_path):
 
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="scores"):
-        report_card([pair(0)], [1.0, 2.0], [0.0], [1], [1])
+        card_of([pair(0)], [1.0, 2.0], [0.0], [1], [1])
     with pytest.raises(ValueError, match="finite"):
-        report_card([pair(0)], [math.nan], [0.0], [1], [1])
+        card_of([pair(0)], [math.nan], [0.0], [1], [1])
     with pytest.raises(ValueError, match="0 pairs"):
-        report_card([], [], [], [], [])
+        card_of([], [], [], [], [])
