@@ -16,6 +16,7 @@ from reward.specs import (
     EnsembleSpec,
     FunctionSpec,
     HttpSpec,
+    JudgeSpec,
     ModelSpec,
     RuleSpec,
     ScorerSpec,
@@ -47,6 +48,12 @@ def _build_rule(spec: RuleSpec, tokenizer: Any = None) -> Scorer:
     return lambda samples: Scores(list(map(rule, samples.responses, samples.metadata)))
 
 
+def _build_judge(spec: JudgeSpec) -> Scorer:
+    from reward.judge import judge_scorer
+
+    return judge_scorer(spec)
+
+
 BUILDERS: dict[type[ScorerSpec], Build] = {
     ModelSpec: build_model,
     VoiceSpec: lambda spec, _: voice_scorer(spec.voice, spec.name),
@@ -55,6 +62,7 @@ BUILDERS: dict[type[ScorerSpec], Build] = {
     ),
     RuleSpec: _build_rule,
     HttpSpec: lambda spec, _: http_scorer(spec),
+    JudgeSpec: lambda spec, _: _build_judge(spec),
 }
 
 

@@ -8,6 +8,7 @@ typed records.
       - {function: my_package.scores:politeness, name: polite}
       - {rule: length, low: 5, high: 60, weight: 0}         # weight 0: monitored, not learnt from
       - {http: "http://localhost:8000/tone", weight: 0.2}
+      - {openai: "http://localhost:8000/v1", model: judge, guide: configs/voices/shop.yaml}
 
 docs/rewards.md describes the kinds.
 """
@@ -25,6 +26,7 @@ from reward.ensemble import PENALTY, member_names
 from reward.rules import RULES, check_rule_options
 from rlhf.errors import UserError, did_you_mean
 from rlhf.http_client import check_url, read_token
+from rlhf.judge.spec import ScoreSpec
 from rlhf.plugins import import_function
 from rlhf.validation import Count, Number, Spec, validate
 
@@ -133,6 +135,17 @@ class HttpSpec(ScorerSpec):
         read_token(self.token_env, where)
 
 
+class JudgeSpec(ScorerSpec, ScoreSpec):
+    """A language model behind OpenAI's protocol that scores each answer, see reward/judge.py."""
+
+    unreadable: Number | None = Field(
+        None, description="score of an answer that the judge gave none for; default: an error"
+    )
+
+    def check(self, where: str) -> None:
+        ScoreSpec.check(self, where)
+
+
 class _KeywordSpec(ScorerSpec):
     """A scorer whose other keys are keyword arguments of a function."""
 
@@ -201,6 +214,7 @@ KINDS: dict[str, type[ScorerSpec]] = {
     "function": FunctionSpec,
     "rule": RuleSpec,
     "http": HttpSpec,
+    "openai": JudgeSpec,
 }
 
 # the name of an entry that gives none, from the value of its kind
@@ -211,6 +225,7 @@ DEFAULT_NAMES: dict[str, Callable[[Any], str]] = {
     "function": lambda path: path.rpartition(":")[2],
     "rule": str,
     "http": lambda url: url.partition("?")[0].rstrip("/").rpartition("/")[2],
+    "openai": lambda _: "judge",
 }
 
 
@@ -252,6 +267,9 @@ def _kind_of(entry: Any, where: str) -> str:
             f"{where}: found {entry!r}, expected a mapping such as {{model: runs/reward}}"
         )
     kinds = [kind for kind in KINDS if kind in entry]
+    # there 'model' is the name of the model behind the address
+    if "openai" in kinds and "model" in kinds:
+        kinds.remove("model")
     if len(kinds) == 1:
         return kinds[0]
 

@@ -177,6 +177,24 @@ COMMANDS = {
         words="runs",
         loads_models=True,
     ),
+    "judge pairs": Command(
+        "a judge of pairs, and how far it can be believed: STORE or FILE --judge SPEC",
+        "rlhf.judge.commands:PairsConfig",
+        lazily("rlhf.judge.commands:judge_pairs"),
+        words="source",
+    ),
+    "judge export": Command(
+        "answers or judged pairs as files of AlpacaEval or Arena-Hard: FILE --to FORM",
+        "rlhf.judge.commands:ExportConfig",
+        lazily("rlhf.judge.commands:export"),
+        words="source",
+    ),
+    "judge import": Command(
+        "files of AlpacaEval or Arena-Hard as answers or judged pairs: FILE ...",
+        "rlhf.judge.commands:ImportConfig",
+        lazily("rlhf.judge.commands:import_"),
+        words="source",
+    ),
     "export": Command(
         "write a policy as safetensors, GGUF, for Ollama or vLLM: RUN --to FORM",
         "rlhf.export.run:ExportConfig",

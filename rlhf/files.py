@@ -130,6 +130,8 @@ def scorer_files(spec: dict[str, Any]) -> list[Path]:
     if "function" in spec:
         module = import_module(str(spec["function"]).partition(":")[0], "scorers")
         return [Path(module.__file__)] if getattr(module, "__file__", None) else []
+    if "openai" in spec:
+        return [Path(spec[name]) for name in ("template", "guide") if spec.get(name)]
     folders = [spec["model"]] if "model" in spec else spec.get("ensemble", [])
     return [file for folder in folders for file in model_files(folder)]
 

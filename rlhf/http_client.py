@@ -50,12 +50,29 @@ class Service:
 
     def __str__(self) -> str:
         """Return name and address for messages, without the query, which may hold a key."""
+        return f"{self.name} ({self.address})"
+
+    @property
+    def address(self) -> str:
+        """The address without the query, which may hold a key."""
         parts = urlsplit(self.url)
-        return f"{self.name} ({parts.scheme}://{parts.netloc}{parts.path})"
+        return f"{parts.scheme}://{parts.netloc}{parts.path}"
+
+    def without_token(self, text: str) -> str:
+        """Return a text of the service without the token, which it may repeat in a message."""
+        return text.replace(self.token, "***") if self.token else text
 
 
 class AnswerTooLong(Exception):
     """The service sent more than LONGEST_ANSWER bytes."""
+
+
+class Refused(UserError):
+    """The service refused a request with the HTTP status `status`: a repeat will not help."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True)
@@ -77,9 +94,7 @@ class Answer:
 
     def excerpt(self, service: Service) -> str:
         """Return the text on one line, cut to 300 characters."""
-        # a service may repeat the token in its message
-        text = self.text.replace(service.token, "***") if service.token else self.text
-        return clip(text, 300) or "(nothing)"
+        return clip(service.without_token(self.text), 300) or "(nothing)"
 
 
 def check_url(url: Any, where: str) -> None:
@@ -106,12 +121,17 @@ def check_url(url: Any, where: str) -> None:
             f"{where}: the URL is {text.partition('?')[0]!r}, expected http://HOST:PORT/PATH or https://..."
         )
     for name, value in parse_qsl(parts.query):
-        if _KEY.search(name.lower()) and not _VARIABLE.fullmatch(value):
+        if looks_like_key(name) and not _VARIABLE.fullmatch(value):
             raise UserError(
                 f"{where}: '{name}' in the URL's query looks like a key (not shown), which would be written into the "
                 f"run's files. Put it into an environment variable and name that: ?{name}=${{SCORER_KEY}}"
             )
     full_url(text, where)
+
+
+def looks_like_key(name: str) -> bool:
+    """Return whether something of this name, such as api_key or access-token, is a secret."""
+    return bool(_KEY.search(name.lower()))
 
 
 def full_url(url: str, where: str) -> str:
@@ -211,7 +231,7 @@ def ask(service: Service, content: Any, work: str, stop: threading.Event | None 
                     f"{service} sends elsewhere (HTTP {answer.status}). Give the final URL"
                 )
             if answer.status != 429 and answer.status < 500:
-                raise UserError(f"{service} refused the request. {reason}")
+                raise Refused(f"{service} refused the request. {reason}", answer.status)
             requested = retry_after(answer.headers.get("Retry-After"))
 
         if attempt <= service.retries:

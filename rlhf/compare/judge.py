@@ -3,10 +3,11 @@ one.
 
     {function: my_package.judges:prefer}      prefer(prompts, first, second) -> probabilities
     {http: https://judge.example.com/pairs, timeout: 60, retries: 5, batch_size: 16, token_env: JUDGE_TOKEN}
+    {openai: https://api.openai.com/v1, model: gpt-5-mini, token_env: OPENAI_API_KEY}     see rlhf/judge/spec.py
 
 Three lists of equal length go in (a prompt is a list of messages); a probability that `first` is
-better comes back for each. A service gets POST {"prompts": [...], "first": [...], "second": [...]}
-and answers {"probabilities": [...]}.
+better comes back for each, or None (null) for no verdict. A service gets
+POST {"prompts": [...], "first": [...], "second": [...]} and answers {"probabilities": [...]}.
 
 Judges favour a position (Zheng et al. 2023, arXiv 2306.05685, section 3.3), so each pair is asked
 about in both orders.
@@ -29,12 +30,15 @@ from pydantic import Field
 
 from rlhf.compare.results import Point, Results, independent_pairs, key
 from rlhf.errors import UserError
+from rlhf.files import dumps
 from rlhf.http_client import Service, ask, check_url, read_token
 from rlhf.plugins import import_function
 from rlhf.validation import Count, Number, Spec, validate
 
 # requests to a service at a time
 IN_FLIGHT = 4
+
+FORMS = "{function: module:function}, {http: URL} or {openai: URL, model: NAME}"
 
 # prompt, the answer shown first, the one shown second
 Pair = tuple[Any, str, str]
@@ -61,20 +65,25 @@ class ServiceSpec(Spec):
 class Judge:
     """`ask(prompts, first, second)` gives what the judge answered; `name` tells its answers from
     another's.
+
+    client: what a language model is asked through; it keeps its answers itself, counts tokens and
+    knows how many questions to ask at a time.
     """
 
     name: str
     ask: Callable[[list, list[str], list[str]], Any]
     batch_size: int = 64
     in_flight: int = 1
+    client: Any = None
 
 
 @dataclass(frozen=True)
 class Verdicts:
     """What a judge said about two policies' answers, asked in both orders.
 
-    wins: (prompts, pairs) share that A's answer wins. pairs: (sample of A, sample of B), the same
-    at each prompt.
+    wins: (prompts, pairs) share that A's answer wins; nan where the judge gave no verdict in one of
+    the orders. pairs: (sample of A, sample of B), the same at each prompt.
+    orders: (prompts, pairs, 2) P(first better) with A's answer first and with B's.
     consistency: share of the pairs with the same winner, or a tie, in both orders; nan where none
     was asked.
     prefers_first: mean probability given to the answer shown first; 0.5 without a favourite
@@ -87,6 +96,7 @@ class Verdicts:
     consistency: float
     prefers_first: float
     asked: int
+    orders: np.ndarray | None = None
 
 
 def judge_wins(judge: Judge, results: Results, a: Point, b: Point, cache: str | Path) -> Verdicts:
@@ -112,15 +122,16 @@ def judge_wins(judge: Judge, results: Results, a: Point, b: Point, cache: str | 
     p1, p2 = np.array(ask_all(judge, both_orders, cache), dtype=np.float64).reshape(-1, 2).T
 
     # equal answers are a tie
-    wins = np.full(len(rows), 0.5)
-    wins[[x != y for _, x, y in rows]] = share_of_both_orders(p1, p2)
-    wins = wins.reshape(len(results.prompts), -1)
-    if not asked:
-        return Verdicts(wins, pairs, math.nan, math.nan, 0)
-    same_winner = np.sign(p1 - 0.5) == -np.sign(p2 - 0.5)
-    return Verdicts(
-        wins, pairs, float(same_winner.mean()), float(np.stack([p1, p2]).mean()), len(asked)
-    )
+    orders = np.full((len(rows), 2), 0.5)
+    orders[[x != y for _, x, y in rows]] = np.stack([p1, p2], axis=1)
+    wins = share_of_both_orders(*orders.T).reshape(len(results.prompts), -1)
+    orders = orders.reshape(*wins.shape, 2)
+    told = np.isfinite(p1) & np.isfinite(p2)
+    if not told.any():
+        return Verdicts(wins, pairs, math.nan, math.nan, len(asked), orders)
+    same_winner = np.sign(p1[told] - 0.5) == -np.sign(p2[told] - 0.5)
+    prefers_first = float(np.stack([p1, p2])[:, told].mean())
+    return Verdicts(wins, pairs, float(same_winner.mean()), prefers_first, len(asked), orders)
 
 
 def one_partner_each(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -146,9 +157,12 @@ def share_of_both_orders(p1: np.ndarray, p2: np.ndarray) -> np.ndarray:
 
 
 def ask_all(judge: Judge, pairs: Sequence[Pair], cache: str | Path) -> list[float]:
-    """Return the judge's probability for each pair as it is ordered; what the cache lacks is asked
-    for and added.
+    """Return the judge's probability for each pair as it is ordered, nan where it gave no verdict;
+    what the cache lacks is asked for and added.
     """
+    # it keeps its answers with their texts and tokens
+    if judge.client is not None:
+        return _ask(judge, list(pairs)) if pairs else []
     keys = [_key(judge, pair) for pair in pairs]
     known = _read(Path(cache))
     missing = {name: pair for name, pair in zip(keys, pairs, strict=True) if name not in known}
@@ -168,7 +182,7 @@ def ask_all(judge: Judge, pairs: Sequence[Pair], cache: str | Path) -> list[floa
             for batch, found in zip(batches, answers, strict=True):
                 for name, p in zip(batch, found, strict=True):
                     known[name] = p
-                    file.write(json.dumps({"key": name, "p": p}) + "\n")
+                    file.write(dumps({"key": name, "p": None if math.isnan(p) else p}) + "\n")
                 file.flush()
     finally:
         # a batch that failed ends the rest
@@ -194,12 +208,15 @@ def _ask(judge: Judge, pairs: list[Pair]) -> list[float]:
             f"judge {judge.name}: {found} for {len(pairs)} pairs, expected a list with a probability each"
         )
     for p, prompt in zip(answer, prompts, strict=True):
+        # no verdict
+        if p is None:
+            continue
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p <= 1:
             raise UserError(
                 f"judge {judge.name}: answered {p!r}, expected the probability (0 to 1) that the first answer is the "
                 f"better one; prompt: {str(prompt)[:200]}"
             )
-    return list(map(float, answer))
+    return [math.nan if p is None else float(p) for p in answer]
 
 
 def _key(judge: Judge, pair: Pair) -> str:
@@ -217,24 +234,32 @@ def _read(path: Path) -> dict[str, float]:
         os.truncate(path, whole)
     try:
         rows = map(json.loads, content[:whole].splitlines())
-        return {row["key"]: float(row["p"]) for row in rows}
+        return {row["key"]: math.nan if row["p"] is None else float(row["p"]) for row in rows}
     except (ValueError, KeyError, TypeError):
         raise UserError(
             f"{path}: not a cache of a judge's answers; delete it and they are asked for again"
         ) from None
 
 
-def load_judge(spec: dict[str, Any]) -> Judge:
-    """Return the judge that `{function: ...}` or `{http: ...}` describes. Raises UserError on
-    anything else.
+def load_judge(spec: dict[str, Any], answers: Path | None = None) -> Judge:
+    """Return the judge that `{function: ...}`, `{http: ...}` or `{openai: ...}` describes. Raises
+    UserError on anything else.
+
+    answers: the file of a language model's answers where its specification names none.
     """
     if "function" in spec:
         given = validate(FunctionSpec, spec, "judge")
         return Judge(given.function, import_function(given.function, "judge"), given.batch_size)
+    if "openai" in spec:
+        from rlhf.judge.judges import pair_judge
+        from rlhf.judge.spec import EndpointSpec
+
+        endpoint = validate(EndpointSpec, spec, "judge")
+        endpoint.check("judge")
+        prefer, client = pair_judge(endpoint, "judge", answers)
+        return Judge(client.name, prefer, client=client)
     if "http" not in spec:
-        raise UserError(
-            f"judge: found {spec}, expected {{function: module:function}} or {{http: URL}}"
-        )
+        raise UserError(f"judge: found {spec}, expected {FORMS}")
     asked = validate(ServiceSpec, spec, "judge")
     return Judge(asked.http.partition("?")[0], _service(asked), asked.batch_size, IN_FLIGHT)
 

@@ -78,7 +78,7 @@ SECTIONS = (
         "The share of comparisons that the first policy wins by the judge, ties half, raw and as if both answers were "
         "equally long; nothing is claimed of them.",
         "wins",
-        (tables.win_rates, tables.judge_of_pairs),
+        (tables.win_rates, tables.judge_of_pairs, tables.judge_itself),
     ),
     Section(
         "Scores during training", "Every score over {initial}; only the judge decides.", "time"

@@ -60,8 +60,15 @@ class CompareConfig:
         [], "a reward model that no run has seen, e.g. [{model: runs/referee}]; decides"
     )
     others: list[dict] = option([], "further scorers to show")
+    judge: dict = option(
+        {},
+        "a judge of pairs, asked in both orders: {openai: URL, model: NAME}, {http: URL} or "
+        "{function: module:function}",
+    )
     votes: str | None = option(
-        None, "a preference store: the report shows how far its annotators agree"
+        None,
+        "a preference store: the report shows how far its annotators agree, and its votes on the "
+        "same answers correct the judge",
     )
     n_prompts: int | None = option(
         None, "number of test prompts, chosen by the hash of their group; default: all", low=1
@@ -120,6 +127,11 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     records = load(config.prompts, Prompt, split="test", **fractions)
     records = unseen(config.runs, records, config.prompts)
     specs, kinds, judge = scores_of(config)
+    if config.judge:
+        from rlhf.compare.judge import load_judge
+
+        # a bad one is found before anything is sampled
+        load_judge(config.judge)
     tokenizer = load_tokenizer(config.runs[0])
     encoded, dropped = encode(records, tokenizer, shared["max_prompt_length"])
     prompts = first_by_hash(kept((encoded, dropped), "prompts"), config.n_prompts)
@@ -147,7 +159,14 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
         "max_new_tokens": sampling.max_new_tokens,
     }
     meta["rows"]["prompts"] = {"read": len(records), "used": len(prompts), "dropped": dict(dropped)}
-    report = summarise(results_of_runs(config.runs, rows, kinds, judge, meta))
+    results = results_of_runs(config.runs, rows, kinds, judge, meta)
+    report = summarise(results)
+    if config.judge:
+        from rlhf.judge.policies import judge_policies
+
+        report["judge_of_pairs"] = judge_policies(
+            config.judge, results.methods, results, report, Path(config.output_dir), config.votes
+        )
     write_files(report, Path(config.output_dir))
     write_samples(Path(config.output_dir) / "samples.jsonl", rows)
     print_report(report, Path(config.output_dir))

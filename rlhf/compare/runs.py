@@ -75,18 +75,29 @@ def identities(spec: dict) -> set[tuple[str, str]]:
     """
     # the first key that names a kind of scorer
     kind = next(
-        (k for k in ("model", "ensemble", "voice", "function", "rule", "http") if k in spec), ""
+        (
+            k
+            for k in ("openai", "model", "ensemble", "voice", "function", "rule", "http")
+            if k in spec
+        ),
+        "",
     )
     if kind in ("model", "ensemble"):
         from rlhf.weights import folder_fingerprint
 
         return {("model", folder_fingerprint(f) if Path(f).is_dir() else f) for f in folders(spec)}
     what = str(spec.get(kind, ""))
+    # one address may serve many models
+    if kind == "openai":
+        what += f" {spec.get('model')}"
     return {(kind, str(Path(what).resolve()) if kind == "voice" else what)}
 
 
 def folders(spec: dict) -> list[str]:
     """Return the folders of the reward models that a scorer reads."""
+    # there it is the name of a model behind an address
+    if "openai" in spec:
+        return []
     return [spec["model"]] if "model" in spec else list(spec.get("ensemble", []))
 
 

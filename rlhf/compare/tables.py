@@ -222,7 +222,11 @@ def judge_of_pairs(report: Report) -> Table:
         "at equal length [95 %]",
         "ties",
         "consistent",
+        "no verdict",
     ]
+    corrects = any(row.get("corrected") for row in asked["rows"])
+    if corrects:
+        header.append("corrected by votes [95 %]")
     rows = []
     for row in asked["rows"]:
         cells = [
@@ -231,9 +235,25 @@ def judge_of_pairs(report: Report) -> Table:
             share(row["controlled"]),
             _percent(row["ties"]),
             _percent(row["consistency"]),
+            str(row.get("no_verdict", 0)),
         ]
+        if corrects:
+            cells.append(share(row["corrected"]))
         rows.append(cells)
     return Table(header, rows)
+
+
+def judge_itself(report: Report) -> Table:
+    """Return how far a judge of pairs agrees with people, and what it follows, where that was
+    asked.
+    """
+    found = (report.get("judge_of_pairs") or {}).get("judge")
+    header = ["what the judge of pairs follows", "judge", "people", "judge less people"]
+    if not found:
+        return Table(header, [])
+    from rlhf.judge.report import belief
+
+    return Table(header, belief(found))
 
 
 def _percent(value: float | None) -> str:

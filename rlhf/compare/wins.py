@@ -8,6 +8,7 @@ share (rlhf/stats.py).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,7 @@ class WinRate:
     ridge: the length decides all, so that the controlled fit needed a ridge; read it as a
     direction.
     consistency: of a judge asked in both orders, the share of pairs with one winner in both.
+    no_verdict: of such a judge, the meetings that it could not decide; they are left out.
     """
 
     raw: Estimate
@@ -41,6 +43,7 @@ class WinRate:
     length_difference: float
     ridge: bool
     consistency: float | None = None
+    no_verdict: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -62,7 +65,10 @@ def win_rate(
     judge: the name of a score, which decides all `independent_pairs` (a difference of at most
     `tie_margin` is a tie, which counts half); or for each i what a judge of pairs said about a[i]
     and b[i] (`judge_wins`). None where no two samples have independent noise, as with one sample a
-    prompt.
+    prompt, or where nothing was decided.
+
+    A meeting without a verdict is left out of its prompt's mean, a prompt without any in one of the
+    seeds out of all.
     """
     if isinstance(judge, str):
         judge = [_by_score(x, y, judge, tie_margin) for x, y in zip(a, b, strict=True)]
@@ -76,17 +82,36 @@ def win_rate(
         if not math.isnan(verdicts.consistency):
             consistencies.append(verdicts.consistency)
 
-    per_seed = np.array(list(map(results.group_means, outcomes)))
-    fit = LengthFit(np.array(outcomes), np.array(lengths), results.groups)
+    wins, gaps = np.array(outcomes), np.array(lengths, dtype=np.float64)
+    undecided = np.isnan(wins)
+    decided = ~undecided.all(axis=2).any(axis=0)
+    if not decided.any():
+        return None
+    results = replace(results, groups=list(itertools.compress(results.groups, decided)))
+    wins, gaps = (_filled(table[:, decided], undecided[:, decided]) for table in (wins, gaps))
+
+    per_seed = np.array(list(map(results.group_means, wins)))
+    fit = LengthFit(wins, gaps, results.groups)
     controlled = crossed_statistic(fit, *per_seed.shape, null=0.5, level=level)
     return WinRate(
         raw=share(crossed_mean(per_seed, null=0.5, level=level), level),
         controlled=share(controlled, level),
-        ties=float(np.mean([results.group_means(outcome == 0.5) for outcome in outcomes])),
-        length_difference=float(np.mean(list(map(results.group_means, lengths)))),
+        ties=float(np.mean([results.group_means(own == 0.5) for own in wins])),
+        length_difference=float(np.mean(list(map(results.group_means, gaps)))),
         ridge=fit.ridge,
         consistency=float(np.mean(consistencies)) if consistencies else None,
+        no_verdict=int(undecided.sum()),
     )
+
+
+def _filled(table: np.ndarray, undecided: np.ndarray) -> np.ndarray:
+    """Return (seeds, prompts, meetings) with the mean of the prompt's decided meetings in place of
+    the undecided ones, which leaves them out of the prompt's mean.
+    """
+    if not undecided.any():
+        return table
+    means = np.nanmean(np.where(undecided, np.nan, table), axis=2, keepdims=True)
+    return np.where(undecided, means, table)
 
 
 def _by_score(a: Point, b: Point, score: str, tie_margin: float) -> Verdicts:

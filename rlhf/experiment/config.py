@@ -212,7 +212,9 @@ class ExperimentConfig:
     )
     others: list[dict] = option([], "further scorers to show")
     judge: dict = option(
-        {}, "a judge of pairs, asked in both orders: {function: module:function} or {http: URL}"
+        {},
+        "a judge of pairs, asked in both orders: {function: module:function}, {http: URL} or "
+        "{openai: URL, model: NAME}",
     )
     perplexity: dict[str, list[str]] = option(
         {},
@@ -293,9 +295,10 @@ class ExperimentConfig:
             raise UserError(
                 "'referee' names a referee and 'train_referee' trains one: give one of them"
             )
-        if self.judge and len({"function", "http"} & set(self.judge)) != 1:
+        if self.judge and len({"function", "http", "openai"} & set(self.judge)) != 1:
             raise UserError(
-                f"'judge' is {self.judge}, expected {{function: module:function}} or {{http: URL}}"
+                f"'judge' is {self.judge}, expected {{function: module:function}}, {{http: URL}} or "
+                "{openai: URL, model: NAME}"
             )
         # a reward model is trained for each seed: every method has one to learn from
         if self.reward:

@@ -4,12 +4,10 @@ far.
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.compare.results import Results
 from rlhf.config import option, parse
 from rlhf.errors import UserError
 from rlhf.experiment.config import ExperimentConfig
@@ -60,7 +58,11 @@ def write_report(
         )
     report = summarise(results)
     if config.judge:
-        report["judge_of_pairs"] = ask_judge(config, results, report)
+        from rlhf.judge.policies import judge_policies
+
+        report["judge_of_pairs"] = judge_policies(
+            config.judge, config.methods, results, report, Path(config.output_dir)
+        )
     figures = write_files(report, folder)
     trials = sorted(file.parent for file in Path(config.output_dir).glob("seed-*/*/result.json"))
     with Tracker(
@@ -78,53 +80,3 @@ def write_report(
         print(f"left out, made with other options: {name}")
     print_report(report, folder)
     return report
-
-
-def ask_judge(config: ExperimentConfig, results: Results, report: dict[str, Any]) -> dict[str, Any]:
-    """Ask a judge of pairs about the tuned ends of all methods, against each other and against the
-    initial policy.
-
-    Answers are kept in OUT/judge.jsonl, so that a report that was cut off asks only for what it
-    lacks.
-    """
-    from rlhf.compare.judge import judge_wins, load_judge
-    from rlhf.compare.wins import win_rate
-
-    judge = load_judge(config.judge)
-    cache = Path(config.output_dir) / "judge.jsonl"
-    # Method -> seed -> the policy
-    ends = {}
-    for method in config.methods:
-        swept = swept_to_ask(report, method)
-        if swept is not None:
-            ends[method] = {point.seed: point for point in results.ends(method, swept)}
-    initial = results.initial.method
-    pairs = [*itertools.combinations(ends, 2), *itertools.product(ends, [initial])]
-    # it has no seed: it is compared with the policies of each
-    ends[initial] = dict.fromkeys(report["unit"]["seeds"], results.initial)
-
-    rows = []
-    for a, b in pairs:
-        seeds = sorted(set(ends[a]) & set(ends[b]))
-        if not seeds:
-            continue
-        first, second = [ends[a][seed] for seed in seeds], [ends[b][seed] for seed in seeds]
-        answers = []
-        for one, other in zip(first, second, strict=True):
-            answers.append(judge_wins(judge, results, one, other, cache))
-        found = win_rate(first, second, results, answers)
-        # With one sample a prompt no two answers have independent noise
-        if found is not None:
-            rows.append({"a": a, "b": b, "seeds": seeds, **found.to_dict()})
-    return {"name": judge.name, "rows": rows}
-
-
-def swept_to_ask(report: dict[str, Any], method: str) -> float | None:
-    """Return the swept value that a score has chosen, else the middle one; None where none is
-    measured.
-    """
-    if method in report["tuned"]["methods"]:
-        return report["tuned"]["methods"][method]["usual"]
-    # no score has chosen a value: ask about the middle one
-    values = report["methods"][method]["swept_values"]
-    return values[len(values) // 2] if values else None

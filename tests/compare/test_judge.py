@@ -252,7 +252,10 @@ def test_judges_are_loaded_by_what_the_file_says(tmp_path, monkeypatch):
             {"http": "https://judge.example.com", "token_env": "NO_SUCH_TOKEN"},
             "NO_SUCH_TOKEN is not set",
         ),
-        ({"model": "runs/x"}, "expected {function: module:function} or {http: URL}"),
+        (
+            {"model": "runs/x"},
+            "expected {function: module:function}, {http: URL} or {openai: URL, model: NAME}",
+        ),
     ):
         with pytest.raises(UserError) as error:
             load_judge(spec)

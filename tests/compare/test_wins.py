@@ -251,3 +251,14 @@ def test_consistency_is_handed_on_and_ties_are_counted():
     a, b = (point(0, length=np.ones((2, 1))) for _ in range(2))
     found = win_rate([a], [b], results_of("xy"), [verdicts([[0.5], [1.0]], 0.75)])
     assert (found.consistency, found.ties) == (0.75, 0.5)
+
+
+def test_meetings_without_a_verdict_are_left_out_of_their_prompt_alone():
+    # prompt 0: 1 and none -> 1; prompt 1: 0 and 1 -> 1/2; prompt 2: none, left out -> mean 3/4
+    a, b = (point(length=np.full((3, 2), 9)) for _ in range(2))
+    wins = np.array([[1.0, np.nan], [0.0, 1.0], [np.nan, np.nan]])
+    found = win_rate([a], [b], results_of("xyz"), [verdicts(wins)])
+    assert found.raw.estimate == pytest.approx(0.75) and found.raw.groups == 2
+    assert found.no_verdict == 3 and found.ties == 0.0
+    nothing = verdicts(np.full((3, 2), np.nan), math.nan)
+    assert win_rate([a], [b], results_of("xyz"), [nothing]) is None

@@ -32,7 +32,7 @@ def swept(values, name="beta"):
         ),
         (
             {"judge": {"url": "x"}},
-            r"'judge' is .*expected \{function: module:function\} or \{http: URL\}",
+            r"'judge' is .*expected \{function: module:function\}, \{http: URL\} or \{openai: URL, model: NAME\}",
         ),
         ({"reward": {"confg": "x"}}, r"reward: unknown key 'confg'. Did you mean 'config'\?"),
         (
@@ -182,11 +182,11 @@ def swept(values, name="beta"):
         ),
         (
             {"judge": {"timeout": 3}},
-            r"'judge' is .*expected \{function: module:function\} or \{http: URL\}",
+            r"'judge' is .*expected \{function: module:function\}, \{http: URL\} or \{openai: URL, model: NAME\}",
         ),
         (
             {"judge": {"function": "m:f", "http": "x"}},
-            r"'judge' is .*expected \{function: module:function\} or",
+            r"'judge' is .*expected \{function: module:function\}, ",
         ),
     ],
 )
