@@ -84,6 +84,13 @@ def start_experiment(config: Any) -> None:
     run_experiment(config, check_scorers)
 
 
+def run_cross_validate(config: Any) -> None:
+    from reward.model import load_reward
+    from rlhf.experiment.cross_validate import cross_validate
+
+    cross_validate(config, load_reward)
+
+
 def run_measure(config: Any) -> None:
     from reward.compose import build_scorer
     from rlhf.experiment.measure import measure
@@ -168,6 +175,13 @@ COMMANDS = {
         "reward.cards.learning_curve:CurveConfig",
         lazily("reward.cards.learning_curve:learning_curve"),
         words="run",
+        loads_models=True,
+    ),
+    "reward cross-validate": Command(
+        "train a reward model without each fold, score what it has not seen: CONFIG",
+        "rlhf.experiment.cross_validate:CrossValidateConfig",
+        run_cross_validate,
+        words="reward_config",
         loads_models=True,
     ),
     "compare": Command(

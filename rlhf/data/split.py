@@ -41,6 +41,21 @@ def half_of(group: str) -> Literal["a", "b"]:
     return "a" if _uniform("half", group) < 0.5 else "b"
 
 
+def deal_folds(groups: Iterable[str], folds: int) -> dict[str, int]:
+    """Return the fold of each group, 0 to folds - 1: groups in the order of a hash are dealt in turn.
+
+    Folds differ by at most one group. The hash is independent of `split_of`. Raises UserError for
+    fewer groups than folds.
+    """
+    ordered = sorted(set(groups), key=lambda group: (_uniform("fold", group), group))
+    if len(ordered) < folds:
+        raise UserError(
+            f"{len(ordered)} groups cannot make {folds} folds: rows of one group stay together. Lower --folds, or "
+            "give more data"
+        )
+    return {group: place % folds for place, group in enumerate(ordered)}
+
+
 def first_by_hash(rows: Sequence[R], count: int | None) -> list[R]:
     """Return the first `count` rows (None: all) by a hash of the group that is independent of its
     split.

@@ -12,6 +12,7 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.experiment import commands, runner
 from rlhf.experiment.job import fingerprints
+from rlhf.experiment.steps import last_states
 from rlhf.sandbox import quickstart as module
 from rlhf.sandbox.quickstart import QuickstartConfig, jobs
 
@@ -142,7 +143,7 @@ def test_dpo_runs_beside_reward_and_ppo_where_there_are_two_cores(pipeline, monk
 
 def test_lines_of_jobs_side_by_side_begin_with_their_names():
     text = b"\n$ deepspeed\n  0%| | 1/4\r 50%| | 2/4\r\ndone\n"
-    assert module.last_states(text) == [b"$ deepspeed", b" 50%| | 2/4", b"done"]
+    assert last_states(text) == [b"$ deepspeed", b" 50%| | 2/4", b"done"]
 
 
 def test_seed_and_folder_reach_every_job():
