@@ -2,8 +2,9 @@
 
     deepspeed launch/reward.py --config configs/reward.yaml [--option value ...]
 
-Starts from the SFT adapter with a fresh score head; ends with a report card on the held-out pairs,
-and scores shifted so that reference answers score 0 on average.
+Starts from the SFT adapter with a fresh score head; ends with the last model or the best on the
+held-out pairs, its report card on them, and scores shifted so that reference answers score 0 on
+average.
 """
 
 import math
@@ -34,11 +35,14 @@ def main(argv: list[str] | None = None) -> None:
     from datasets import Dataset
     from trl import RewardConfig
 
+    from reward.length import add_offsets, fit_length
     from reward.model import normalisation, trainable_reward, write_reward
     from reward.report import report, score_rows
+    from reward.ties import TieParameter, tie_share
     from reward.trainer import PairCollator, RewardTrainer, pair_rows
     from rlhf import stages
     from rlhf.offline import trainers
+    from rlhf.offline.best import load_best, require_held_out
     from rlhf.offline.callbacks import RunCallback, not_finite
     from rlhf.runs.budget import Budget
 
@@ -46,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = initial.tokenizer
     train_pairs = run.data.rows(Preference, "train", tokenizer)
     held_out = run.data.rows(Preference, "validation", tokenizer)
+    require_held_out(run, held_out)
     answers = []
     if config.reference_data:
         answers = run.data.rows(Instruction, "validation", tokenizer, config.reference_data)
@@ -55,10 +60,22 @@ def main(argv: list[str] | None = None) -> None:
             )
     run.log(f"{len(train_pairs)} training pairs, {len(held_out)} held out")
 
-    model = trainable_reward(initial, stages.new_lora(run, initial, "SEQ_CLS"), config.seed)
+    train_rows, held_out_rows = pair_rows(train_pairs), pair_rows(held_out)
+    ties = None
+    if config.ties == "davidson":
+        ties = TieParameter(tie_share(train_rows), run.world.sum)
+    if config.length_correction:
+        slope = fit_length(train_rows, config.label_smoothing)
+        run.log(f"by length alone, ten tokens more are worth {10 * slope:+.3f} logits")
+        add_offsets([*train_rows, *held_out_rows], slope)
+
+    lora = stages.new_lora(run, initial, "SEQ_CLS")
+    model = trainable_reward(initial, lora, config.seed, config.lora_dropout)
     budget = Budget()
     budget.watch(model)
-    callback = RunCallback(run, initial, budget)
+    callback = RunCallback(
+        run, initial, budget, learnt=ties, patience=config.early_stopping_patience
+    )
     with trainers.refused_by_trl():
         trainer = RewardTrainer(
             model=model,
@@ -69,15 +86,19 @@ def main(argv: list[str] | None = None) -> None:
                 center_rewards_coefficient=config.center_rewards_coefficient,
             ),
             data_collator=PairCollator(tokenizer.pad_token_id),
-            train_dataset=Dataset.from_list(pair_rows(train_pairs)),
-            eval_dataset=Dataset.from_list(pair_rows(held_out)) if held_out else None,
+            train_dataset=Dataset.from_list(train_rows),
+            eval_dataset=Dataset.from_list(held_out_rows) if held_out else None,
             processing_class=tokenizer,
             callbacks=[callback],
             label_smoothing=config.label_smoothing,
+            ties=ties,
         )
-    trainers.train(trainer, callback, stages.new_dropout(config, initial))
+    trainers.train(trainer, callback, config.lora_dropout)
+    saved_step = trainer.state.global_step
+    if config.keeps_best:
+        saved_step = load_best(trainer, callback.held_out, run, ties)
 
-    pairs = pair_rows(held_out or first_by_hash(train_pairs, NORMALISATION_PAIRS))
+    pairs = held_out_rows or pair_rows(first_by_hash(train_pairs, NORMALISATION_PAIRS))
     chosen, rejected, references = score_rows(
         run,
         trainer,
@@ -92,9 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     bias, scale = normalisation(references or chosen, config.normalise)
 
     trainers.save_policy(run, trainer.model, initial)
-    headline = (
-        report(run, held_out, chosen, rejected, trainer.state.global_step) if held_out else {}
-    )
+    headline = report(run, trainer, held_out, pairs, chosen, rejected) if held_out else {}
     if run.world.is_main:
         pairs_scored = "held-out" if held_out else "training"
         write_reward(
@@ -106,7 +125,14 @@ def main(argv: list[str] | None = None) -> None:
             temperature=headline.get("eval/reward/temperature"),
             mean_0_on="reference_data" if references else f"{pairs_scored} chosen responses",
         )
-    run.finish(headline, budget.total(run.world), normalisation={"bias": bias, "scale": scale})
+    run.finish(
+        headline,
+        budget.total(run.world),
+        normalisation={"bias": bias, "scale": scale},
+        saved_step=saved_step,
+        held_out_losses=callback.held_out.evaluations,
+        tie_parameter=math.exp(ties.log_tie) if ties else None,
+    )
 
 
 if __name__ == "__main__":

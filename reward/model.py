@@ -132,21 +132,24 @@ def score_model(causal: nn.Module, seed: int = 0) -> nn.Module:
     return read_by_mask(model.train(causal.training))
 
 
-def trainable_reward(initial: InitialModel, lora: Any | None, seed: int = 0) -> nn.Module:
+def trainable_reward(
+    initial: InitialModel, lora: Any | None, seed: int = 0, dropout: float = 0.0
+) -> nn.Module:
     """Return the model that reward training starts from, with a fresh score head.
 
     The adapter of the initial model (SFT's) is the start of the reward adapter, under its LoRA
     settings; without one a new adapter is put on by `lora` (task type SEQ_CLS); with `lora` None
-    the whole model is trained.
+    the whole model is trained. `dropout` is on the input of an adapter that is continued; a new one
+    has that of `lora`.
     """
     model = score_model(initial.model, seed)
     # what SFT has learnt is a better start than fresh factors
     if initial.adapter_path:
-        return _with_adapter(model, initial)
+        return _with_adapter(model, initial, dropout)
     return model if lora is None else add_adapter(model, lora)
 
 
-def _with_adapter(model: nn.Module, initial: InitialModel) -> nn.Module:
+def _with_adapter(model: nn.Module, initial: InitialModel, dropout: float = 0.0) -> nn.Module:
     """Return `model` with a trainable copy of the initial model's adapter, and its head where it
     has one.
 
@@ -159,6 +162,7 @@ def _with_adapter(model: nn.Module, initial: InitialModel) -> nn.Module:
     config.task_type = "SEQ_CLS"
     modules = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
     config.modules_to_save = [*modules, "score"]
+    config.lora_dropout = dropout
     leave = [head_name(initial.model)]
     # SFT's adapter has no head: the fresh one stays
     if f"base_model.model.{HEAD}" not in adapter_weights(path):

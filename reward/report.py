@@ -13,8 +13,7 @@ from reward.cards.page import write_card
 from reward.cards.pairs import ScoredPairs
 from reward.cards.verdict import doubts
 from reward.model import raw_scores
-from reward.objective import reward_loss
-from reward.trainer import pair_rows
+from reward.trainer import RewardTrainer
 from rlhf.data.records import Preference
 from rlhf.deepspeed_backend import gathered
 from rlhf.offline.pair_columns import column_tensors
@@ -43,35 +42,40 @@ def as_html(markdown: str) -> str:
 
 def report(
     run: Run,
+    trainer: RewardTrainer,
     held_out: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
     chosen: list[float],
     rejected: list[float],
-    step: int,
 ) -> dict[str, float]:
-    """Write the report card of the held-out pairs, log its numbers, and return the headline."""
-    config = run.config
-    scored = ScoredPairs(
-        [row["record"] for row in held_out],
-        chosen,
-        rejected,
-        [len(row["chosen_ids"]) for row in held_out],
-        [len(row["rejected_ids"]) for row in held_out],
-    )
-    card = report_card(scored, title=run.folder.name, training=run.data.load(Preference, "train"))
-    card["rows"] = run.data.row_counts
-    card["on_policy"] = same_policy(config.data, config.model_name_or_path, card["accuracy"])
+    """Write the report card of the held-out pairs, log its numbers, and return the headline.
 
-    loss, metrics = reward_loss(
-        torch.tensor(chosen),
-        torch.tensor(rejected),
-        **column_tensors(pair_rows(held_out)),
-        label_smoothing=config.label_smoothing,
-        center_coefficient=config.center_rewards_coefficient,
+    `rows` are those of `pair_rows` for the pairs. The card is of the pairs with a winner.
+    """
+    step = trainer.state.global_step
+    loss, metrics = trainer.loss_of(
+        torch.tensor(chosen), torch.tensor(rejected), column_tensors(rows)
     )
     logged = {"eval/loss/total": loss.item(), "eval/reward/mean": metrics.pop("reward").item()}
-    logged |= {f"eval/reward/{name}": value.item() for name, value in metrics.items()}
+    logged |= {f"eval/reward/{name}": value.mean().item() for name, value in metrics.items()}
+    decided = [i for i, row in enumerate(held_out) if row["record"].label_prob != 0.5]
+    if not decided:
+        run.log("WARNING: no held-out pair has a winner: no report card")
+        return {"eval/reward/log_loss": logged["eval/reward/log_loss"]}
     run.tracker.log(logged, step)
 
+    scored = ScoredPairs(
+        [held_out[i]["record"] for i in decided],
+        [chosen[i] for i in decided],
+        [rejected[i] for i in decided],
+        [len(held_out[i]["chosen_ids"]) for i in decided],
+        [len(held_out[i]["rejected_ids"]) for i in decided],
+    )
+    config = run.config
+    training = [pair for pair in run.data.load(Preference, "train") if pair.label_prob != 0.5]
+    card = report_card(scored, title=run.folder.name, training=training)
+    card["rows"] = run.data.row_counts
+    card["on_policy"] = same_policy(config.data, config.model_name_or_path, card["accuracy"])
     if run.world.is_main:
         path = write_card(card, config.output_dir)
         run.log(f"report card: {path}")
@@ -89,7 +93,6 @@ def report(
         "eval/reward/ece": calibration["ece"],
         "eval/reward/ece_expected": calibration["ece_expected"],
         "eval/reward/brier": calibration["brier"],
-        "eval/reward/log_loss": calibration["log_loss"],
         "eval/reward/temperature": calibration["temperature"],
         "eval/reward/length_baseline": card["length"]["baseline"]["accuracy"],
     }

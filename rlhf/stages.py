@@ -120,7 +120,7 @@ def eos_rows(
 
 
 def new_dropout(config: AdapterConfig, initial: InitialModel) -> float:
-    """Return the dropout of a new adapter in DPO and reward models; 0 for one that is continued."""
+    """Return the dropout of a new adapter in DPO; 0 for one that is continued."""
     return 0.0 if initial.adapter_path else config.lora_dropout
 
 

@@ -68,10 +68,12 @@ def run_config(run: str | Path) -> RewardRunConfig | None:
 def pairs_of_run(
     config: RewardRunConfig, split: Literal["train", "validation", "test"]
 ) -> list[Preference]:
-    """Return the pairs of one split as the run has read them; of a store, those that it froze."""
+    """Return the pairs of one split as the run has read them, without those that have no winner; of
+    a store, those that it froze.
+    """
     from rlhf.data.load import load
 
-    return load(
+    pairs = load(
         readable_sources(config),
         Preference,
         split=split,
@@ -82,6 +84,7 @@ def pairs_of_run(
         on_error=config.on_error,
         aggregate=config.aggregate,
     )
+    return [pair for pair in pairs if pair.label_prob != 0.5]
 
 
 def readable_sources(config: RewardRunConfig) -> list[str]:

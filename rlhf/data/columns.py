@@ -42,7 +42,25 @@ def other_fields(row: dict[str, Any], source: str | None, kind: type[Record]) ->
         applies = kind is Preference or name not in PREFERENCE_FIELDS
         if applies and value is not None and value != "":
             fields[name.removeprefix("default_")] = read(name, value)
+    if kind is Preference and "label_prob" not in fields and "tie_prob" not in fields:
+        fields |= _vote_shares(row.get("votes"))
     return fields
+
+
+def _vote_shares(votes: Any) -> dict[str, float]:
+    """Return label_prob and tie_prob of a column {"chosen": 2, "rejected": 1, "tie": 0}; any other
+    `votes` is no part of the record.
+    """
+    sides = ("chosen", "rejected", "tie")
+    if not isinstance(votes, dict) or not votes or not votes.keys() <= set(sides):
+        return {}
+    counts = [votes.get(side) or 0 for side in sides]
+    if not all(is_number(count) and count >= 0 for count in counts) or not sum(counts):
+        raise RecordError(
+            "votes", f"found {votes!r}, expected numbers of votes from 0 up, not all 0"
+        )
+    chosen, _, ties = counts
+    return {"label_prob": (chosen + ties / 2) / sum(counts), "tie_prob": ties / sum(counts)}
 
 
 def _name(name: str, value: Any) -> str:
@@ -90,10 +108,11 @@ FIELDS = {
     "weight": _number,
     "margin": _number,
     "label_prob": _number,
+    "tie_prob": _number,
     "chosen_ended": boolean,
     "rejected_ended": boolean,
 }
-PREFERENCE_FIELDS = {"margin", "label_prob", "chosen_ended", "rejected_ended"}
+PREFERENCE_FIELDS = {"margin", "label_prob", "tie_prob", "chosen_ended", "rejected_ended"}
 
 
 def with_usual_names(row: dict[str, Any]) -> dict[str, Any]:

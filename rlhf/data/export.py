@@ -194,7 +194,7 @@ def _plain_rows(record: Record) -> list[dict[str, Any]]:
     row: dict[str, Any] = {"prompt": record.prompt}
     if isinstance(record, Preference):
         row |= {"chosen": _assistant(record.chosen), "rejected": _assistant(record.rejected)}
-        row |= _given(record, ("margin", "label_prob"), None)
+        row |= _given(record, ("margin", "label_prob", "tie_prob"), None)
         row |= _given(record, ("chosen_ended", "rejected_ended"), True)
     elif not isinstance(record, Prompt):
         row["completion"] = _assistant(record.response)

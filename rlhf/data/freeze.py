@@ -16,18 +16,23 @@ from rlhf.files import write_atomic
 
 
 def freeze(
-    store: str | Path, out: str | Path, upto_event: int | None = None, aggregate: Aggregate = "each"
+    store: str | Path,
+    out: str | Path,
+    upto_event: int | None = None,
+    aggregate: Aggregate = "each",
+    *,
+    keep_ties: bool = False,
 ) -> int:
     """Write the store's preferences after event `upto_event` (default: the newest) as JSONL;
     returns that event's id.
 
     The first line is a header {"frozen": {"store", "event", "fingerprint", "aggregate", "votes",
     "rows"}}, which `load` checks and skips; `frozen` reads it. The file appears whole or not at
-    all.
+    all. `keep_ties`: what has no winner is in it too (votes.py).
     """
     with Store.open(store, readonly=True) as opened:
         view = opened.at(upto_event)
-        rows = view.rows(aggregate)
+        rows = view.rows(aggregate, keep_ties=keep_ties)
         # the count of rows tells a whole file from one that was cut off while it was copied
         header = {
             "store": opened.path.name,

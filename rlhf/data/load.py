@@ -114,6 +114,9 @@ def fingerprint(records: list[Record]) -> str:
         fields = {
             name: value for name, value in vars(record).items() if name not in ("source", "place")
         }
+        # a field that came later: the same rows keep their fingerprint
+        if fields.get("tie_prob", 0) is None:
+            del fields["tie_prob"]
         rows.append(
             digest(json.dumps([type(record).__name__, fields], sort_keys=True, default=str))
         )

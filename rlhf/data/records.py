@@ -99,6 +99,8 @@ class Preference(Record):
 
     margin: by how much, in score units (the reward loss asks for at least that distance).
     label_prob: the probability that `chosen` really is the better one, 0.5 to 1 (soft labels).
+    tie_prob: the share of votes, or the probability, that both are equally good; half of it is in
+    label_prob, whose default is then 1 - tie_prob / 2.
     chosen_ended, rejected_ended: false for a response that was cut off at its length limit, which
     gets no EOS.
     """
@@ -107,6 +109,7 @@ class Preference(Record):
     rejected: str
     margin: float | None = None
     label_prob: float | None = None
+    tie_prob: float | None = None
     chosen_ended: bool = True
     rejected_ended: bool = True
 
@@ -119,13 +122,32 @@ class Preference(Record):
         _expect(
             self.margin is None or is_number(self.margin), "margin", self.margin, "a finite number"
         )
-        is_probability = is_number(self.label_prob) and 0.0 <= self.label_prob <= 1.0
-        _expect(
-            self.label_prob is None or is_probability,
-            "label_prob",
-            self.label_prob,
-            "a probability",
-        )
+        for name in ("label_prob", "tie_prob"):
+            value = getattr(self, name)
+            is_probability = is_number(value) and 0.0 <= value <= 1.0
+            _expect(value is None or is_probability, name, value, "a probability")
+        if self.tie_prob is not None:
+            self._share_ties()
+
+    def _share_ties(self) -> None:
+        """Fill in label_prob. Raise RecordError where it leaves no room for half of the ties on
+        either side.
+        """
+        half = self.tie_prob / 2
+        if self.label_prob is None:
+            self.label_prob = 1.0 - half
+        # shares of votes are rounded
+        if not half - 1e-6 <= self.label_prob <= 1.0 - half + 1e-6:
+            raise RecordError(
+                "tie_prob",
+                f"found {self.tie_prob} with label_prob {self.label_prob}, expected label_prob from "
+                "tie_prob / 2 to 1 - tie_prob / 2, since it counts half of the ties",
+            )
+
+    @property
+    def has_winner(self) -> bool:
+        """Return False for a pair on which as many votes went one way as the other."""
+        return self.tie_prob is None or self.label_prob != 0.5
 
 
 @dataclass(kw_only=True)

@@ -63,27 +63,33 @@ class StoreView:
             standing.append(vote)
         return standing
 
-    def preferences(self, aggregate: Aggregate = "each") -> list[Preference]:
+    def preferences(
+        self, aggregate: Aggregate = "each", *, keep_ties: bool = False
+    ) -> list[Preference]:
         """Return the pairs to train on. Control pairs are left out; `split` is None unless the
         prompt has one.
 
         "each": one record for each standing vote for a or b, with its annotator; ties, both_bad and
         skips give none. "majority", "skill": one record for each comparison with a winner, with
-        label_prob and, where votes gave their strength, margin (votes.py).
+        label_prob and, where votes gave their strength, margin (votes.py). `keep_ties`: what has no
+        winner too, with tie_prob.
         """
-        return [_record(Preference, row) for row in self.rows(aggregate)]
+        return [_record(Preference, row) for row in self.rows(aggregate, keep_ties=keep_ties)]
 
     def prompts(self) -> list[Prompt]:
         """Return every prompt, with the same groups as in `preferences`."""
         return [_record(Prompt, row) for row in self.prompt_rows()]
 
-    def rows(self, aggregate: Aggregate = "each") -> list[dict[str, Any]]:
+    def rows(
+        self, aggregate: Aggregate = "each", *, keep_ties: bool = False
+    ) -> list[dict[str, Any]]:
         """Return `preferences` as rows for a JSONL file that `load` reads."""
         pairs = self.pairs()
         # with groups joined over all votes, whatever `aggregate` is
         prompts = {row.pop("id"): row for row in self._prompts_with_id()}
         rows = []
-        for verdict in verdicts(self.votes(), aggregate, self.controls()):
+        found = verdicts(self.votes(), aggregate, self.controls(), keep_ties=keep_ties)
+        for verdict in found:
             pair = pairs[verdict.comparison]
             winner, loser = ("a", "b") if verdict.winner == "a" else ("b", "a")
             row = dict(prompts[pair["prompt"]])
@@ -96,6 +102,7 @@ class StoreView:
                 row["rejected_ended"] = False
             row["annotator"] = verdict.annotator
             row["label_prob"] = verdict.label_prob
+            row["tie_prob"] = verdict.tie_prob
             row["margin"] = verdict.margin
             row["metadata"] = row["metadata"] | {
                 "vote": {"comparison": verdict.comparison} | verdict.metadata

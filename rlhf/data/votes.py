@@ -47,14 +47,23 @@ class Verdict:
     winner: str
     annotator: str | None = None
     label_prob: float | None = None
+    # the share of ties; None where the votes for a side say all
+    tie_prob: float | None = None
     margin: float | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def each(votes: list[Vote]) -> list[Verdict]:
-    """Return one verdict for each vote for a or b; ties, both_bad and skips give none."""
+def each(votes: list[Vote], *, keep_ties: bool = False) -> list[Verdict]:
+    """Return one verdict for each vote for a or b; both_bad and skips give none.
+
+    A tie gives one with `keep_ties`: a is named as the winner, with label_prob 1/2 and tie_prob 1.
+    """
     verdicts = []
     for vote in votes:
+        if vote.choice == "tie" and keep_ties:
+            verdicts.append(
+                Verdict(vote.comparison, "a", vote.annotator, label_prob=0.5, tie_prob=1.0)
+            )
         if vote.choice not in ("a", "b"):
             continue
         details = {
@@ -73,35 +82,41 @@ def each(votes: list[Vote]) -> list[Verdict]:
     return verdicts
 
 
-def majority(votes: list[Vote]) -> list[Verdict]:
+def majority(votes: list[Vote], *, keep_ties: bool = False) -> list[Verdict]:
     """Return one verdict for each comparison with a winner, by comparison id.
 
         label_prob = (votes for the winner + ties / 2) / (votes for a + votes for b + ties)
+        tie_prob = ties / (votes for a + votes for b + ties)             with `keep_ties`
 
     both_bad and skip do not say who is better and do not count. As many for a as for b: no winner,
-    no verdict.
+    and no verdict unless `keep_ties`, which names a as the winner with label_prob 1/2.
     """
     verdicts = []
     for comparison, own in by_comparison(votes).items():
         count = Counter(vote.choice for vote in own)
-        # no winner: a random one would be a label without information
-        if count["a"] == count["b"]:
+        total = count["a"] + count["b"] + count["tie"]
+        # no winner: as a certain label a random one would say what nobody has said
+        if not total or (count["a"] == count["b"] and not keep_ties):
             continue
-        winner = "a" if count["a"] > count["b"] else "b"
-        share = (count[winner] + count["tie"] / 2) / (count["a"] + count["b"] + count["tie"])
-        verdicts.append(_joint_verdict(comparison, winner, share, own))
+        winner = "a" if count["a"] >= count["b"] else "b"
+        share = (count[winner] + count["tie"] / 2) / total
+        tie_share = count["tie"] / total if keep_ties else None
+        verdicts.append(_joint_verdict(comparison, winner, share, own, tie_share))
     return verdicts
 
 
-def by_skill(votes: list[Vote], controls: dict[int, str] | None = None) -> list[Verdict]:
+def by_skill(
+    votes: list[Vote], controls: dict[int, str] | None = None, *, keep_ties: bool = False
+) -> list[Verdict]:
     """Return one verdict for each comparison that is more likely one way than the other, votes
     weighted by skill.
 
         label_prob = p(winner is better | all votes) + p(tie | all votes) / 2
+        tie_prob = p(tie | all votes)                                        with `keep_ties`
 
     by Dawid and Skene's model (`skills`). controls: comparison -> right answer; they tell the
     annotators' skill and give no verdict. Votes for a pair that cancel out exactly give none
-    either.
+    either, unless `keep_ties`, which names a as the winner with label_prob 1/2.
     """
     controls = controls or {}
     posterior = skills(votes, controls).posterior
@@ -113,9 +128,13 @@ def by_skill(votes: list[Vote], controls: dict[int, str] | None = None) -> list[
         tie = chances[2] if len(chances) > 2 else 0.0
         p_a = chances[0] + tie / 2
         # votes that cancel out leave rounding
-        if abs(p_a - 0.5) > 1e-9:
-            winner = "a" if p_a > 0.5 else "b"
-            verdicts.append(_joint_verdict(comparison, winner, max(p_a, 1 - p_a), own))
+        cancel_out = abs(p_a - 0.5) <= 1e-9
+        if cancel_out and not keep_ties:
+            continue
+        p_a = 0.5 if cancel_out else p_a
+        winner = "a" if p_a >= 0.5 else "b"
+        tie_prob = tie if keep_ties else None
+        verdicts.append(_joint_verdict(comparison, winner, max(p_a, 1 - p_a), own, tie_prob))
     return verdicts
 
 
@@ -142,21 +161,26 @@ def skills(votes: list[Vote], controls: dict[int, str] | None = None) -> Skills:
 
 
 def verdicts(
-    votes: list[Vote], aggregate: Aggregate, controls: dict[int, str] | None = None
+    votes: list[Vote],
+    aggregate: Aggregate,
+    controls: dict[int, str] | None = None,
+    *,
+    keep_ties: bool = False,
 ) -> list[Verdict]:
     """Return what the votes become: "each" (one verdict a vote), "majority" or "skill" (one a
     pair).
 
-    Controls give none. Raises UserError for any other name.
+    `keep_ties`: also for votes and pairs without a winner, with tie_prob. Controls give none. Raises
+    UserError for any other name.
     """
     if aggregate == "skill":
-        return by_skill(votes, controls)
+        return by_skill(votes, controls, keep_ties=keep_ties)
     controls = controls or {}
     normal = [vote for vote in votes if vote.comparison not in controls]
     if aggregate == "each":
-        return each(normal)
+        return each(normal, keep_ties=keep_ties)
     if aggregate == "majority":
-        return majority(normal)
+        return majority(normal, keep_ties=keep_ties)
     raise UserError(f"aggregate: found {aggregate!r}, expected each, majority or skill")
 
 
@@ -190,13 +214,20 @@ def by_comparison(votes: list[Vote]) -> dict[int, list[Vote]]:
     return dict(sorted(found.items()))
 
 
-def _joint_verdict(comparison: int, winner: str, label_prob: float, votes: list[Vote]) -> Verdict:
+def _joint_verdict(
+    comparison: int,
+    winner: str,
+    label_prob: float,
+    votes: list[Vote],
+    tie_prob: float | None = None,
+) -> Verdict:
     count = Counter(vote.choice for vote in votes)
     cast = {choice: count[choice] for choice in CHOICES if count[choice]}
     return Verdict(
         comparison,
         winner,
         label_prob=label_prob,
+        tie_prob=tie_prob,
         margin=margin_of(votes, winner),
         metadata={"votes": cast},
     )

@@ -18,6 +18,7 @@ from rlhf.distributed import peak_memory
 from rlhf.errors import EXIT_GUARD, EarlyExit
 from rlhf.evaluate import Evaluation, sample_table, summarise
 from rlhf.models import InitialModel, write_identity
+from rlhf.offline.best import HeldOutLosses, memory_file, read_memory
 from rlhf.offline.trl_names import rename_trl
 from rlhf.runs import checkpoint
 from rlhf.runs.budget import Budget
@@ -39,7 +40,9 @@ class RunCallback(TrainerCallback):
     It evaluates by sampling at step 0, every eval_steps and at the end, and adds `measure(model)`
     to those metrics, which `metrics` holds afterwards. It sends the trainer's logs to the tracker
     with `budget/*` added. It makes the Trainer's checkpoints whole: what the Trainer leaves out,
-    then the manifest, last of all and on all ranks.
+    the state of `learnt` (with state_dict and load_state_dict), then the manifest, last of all and
+    on all ranks. It ends training after `patience` evaluations on held-out rows without a lower
+    loss; 0: never. `held_out` has those evaluations.
     """
 
     trainer: Any = None
@@ -52,6 +55,8 @@ class RunCallback(TrainerCallback):
         evaluation: Evaluation | None = None,
         reference: Any = None,
         measure: Callable[[Any], dict[str, float]] | None = None,
+        learnt: Any = None,
+        patience: int = 0,
     ):
         self.run = run
         self.initial = initial
@@ -59,10 +64,12 @@ class RunCallback(TrainerCallback):
         self.evaluation = evaluation
         self.reference = reference
         self.measure = measure
+        self.learnt = learnt
+        self.patience = patience
         self.metrics: dict[str, float] = {}
         self.evaluated_step = -1
         self.stopped = False
-        self.held_out_loss: tuple[int, float | None] = (-1, None)  # step and loss
+        self.held_out = HeldOutLosses()
         accuracy = ACCURACY[run.program]
         self.shown = (
             "loss/total",
@@ -77,7 +84,7 @@ class RunCallback(TrainerCallback):
             self._evaluate(model, state.global_step)
             return
         self._restore()
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or self._is_patience_at_end():
             raise AlreadyFinished
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
@@ -108,7 +115,16 @@ class RunCallback(TrainerCallback):
         return control
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        self.held_out_loss = (state.global_step, (metrics or {}).get("eval_loss"))
+        metrics = metrics or {}
+        # the log-loss where the trainer has it: the loss may have other terms
+        self.held_out.add(state.global_step, metrics.get("eval_log_loss", metrics.get("eval_loss")))
+        is_training = self.trainer is not None and self.trainer.is_in_train
+        if is_training and self._is_patience_at_end():
+            self.run.log(
+                f"step {state.global_step}: {self.held_out.without_gain} evaluations without a lower held-out loss "
+                "than before: training ends here"
+            )
+            control.should_training_stop = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         logs.update(self.budget.total(self.run.world))
@@ -125,12 +141,15 @@ class RunCallback(TrainerCallback):
         # the manifest covers the files of all ranks
         run.world.barrier()
 
-        loss_step, loss = self.held_out_loss
-        is_scored = loss_step == step and loss is not None and math.isfinite(loss)
+        loss = self.held_out.loss_at(step)
         metadata = run.metadata(
             step,
-            score=-loss if is_scored else None,
-            state={"last": self.metrics, "evaluated": self.evaluated_step},
+            score=None if loss is None else -loss,
+            state={
+                "last": self.metrics,
+                "evaluated": self.evaluated_step,
+                "held_out": self.held_out.evaluations,
+            },
         )
         if run.world.is_main:
             if (folder / "adapter_config.json").is_file():
@@ -139,6 +158,9 @@ class RunCallback(TrainerCallback):
             checkpoint.crash_point("sealed")
             checkpoint.prune(run.checkpoints, run.config.save_total_limit)
         run.world.barrier()
+
+    def _is_patience_at_end(self) -> bool:
+        return bool(self.patience) and self.held_out.without_gain >= self.patience
 
     def _evaluate(self, model, step: int) -> None:
         if (self.evaluation is None and self.measure is None) or step == self.evaluated_step:
@@ -166,13 +188,14 @@ class RunCallback(TrainerCallback):
             "tokens": self.trainer._total_train_tokens,
             "metrics": self.trainer._metrics["train"],
             "budget": self.budget.state_dict(),
+            "learnt": self.learnt.state_dict() if self.learnt is not None else {},
         }
-        (folder / f"memory-{self.run.world.rank}.json").write_text(json.dumps(kept))
+        memory_file(folder, self.run.world.rank).write_text(json.dumps(kept))
 
     def _restore(self) -> None:
         """Restore what `on_save` wrote beside the Trainer's own files."""
         resumed = self.run.resumed
-        kept = json.loads((resumed.folder / f"memory-{self.run.world.rank}.json").read_text())
+        kept = read_memory(resumed.folder, self.run.world.rank)
         self.trainer._tr_loss += kept["tr_loss"]
         self.trainer._total_loss_scalar = kept["total_loss"]
         self.trainer._globalstep_last_logged = kept["last_logged"]
@@ -180,6 +203,10 @@ class RunCallback(TrainerCallback):
         self.trainer._total_train_tokens = kept["tokens"]
         self.trainer._metrics["train"] = defaultdict(list, kept["metrics"])
         self.budget.load_state_dict(kept["budget"])
+        if self.learnt is not None:
+            self.learnt.load_state_dict(kept["learnt"])
+        # a checkpoint of an earlier version has none
+        self.held_out = HeldOutLosses(resumed.metadata["state"].get("held_out", []))
         self.metrics = resumed.metadata["state"]["last"]
         self.evaluated_step = resumed.metadata["state"]["evaluated"]
 

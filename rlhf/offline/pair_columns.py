@@ -1,4 +1,6 @@
-"""The columns that a preference pair may have beside its ids: margin, label_prob and weight."""
+"""The columns that a preference pair may have beside its ids: those of its record, and what its
+length alone says.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from torch import Tensor
 from rlhf.data.records import Preference
 
 # of a row without a value of its own
-DEFAULTS = {"margin": 0.0, "label_prob": math.nan, "weight": 1.0}
+DEFAULTS = {
+    "margin": 0.0,
+    "label_prob": math.nan,
+    "tie_prob": 0.0,
+    "weight": 1.0,
+    # added to the score gap in training alone (reward/length.py)
+    "offset": 0.0,
+}
+# those that a record has
+OF_RECORDS = ("margin", "label_prob", "tie_prob", "weight")
 
 
 def add_columns(

@@ -23,6 +23,8 @@ TRL_NAMES: dict[str, dict[str, str]] = {
         **COMMON,
         "accuracy": "reward/accuracy",
         "margin": "reward/margin",
+        "log_loss": "reward/log_loss",
+        "tie_parameter": "reward/tie_parameter",
         "min_reward": "reward/min",
         "mean_reward": "reward/mean",
         "max_reward": "reward/max",

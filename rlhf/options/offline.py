@@ -58,6 +58,36 @@ class RewardRunConfig(TrainerConfig, RunConfig):
         None,
         "instructions whose answers score 0 on average; default: the chosen answers of the held-out pairs",
     )
+    ties: Literal["drop", "soft", "davidson"] = option(
+        "drop",
+        "pairs and votes without a winner: left out; soft: learnt as a chance of one half; davidson: a third outcome",
+    )
+    length_correction: bool = option(
+        False,
+        "learn what the difference in length does not explain, so that the scores leave it out",
+    )
+    load_best_model_at_end: bool = option(
+        False, "save the model of the evaluation with the lowest held-out log-loss", resume="free"
+    )
+    early_stopping_patience: int = option(
+        0,
+        "stop after this many evaluations in a row without a lower held-out log-loss, and save the best; 0: never",
+        resume="free",
+        low=0,
+    )
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.load_best_model_at_end or bool(self.early_stopping_patience)
+
+    def validate(self) -> None:
+        super().validate()
+        if self.keeps_best and not self.eval_steps:
+            name = "early_stopping_patience" if self.early_stopping_patience else ""
+            raise UserError(
+                f"'{name or 'load_best_model_at_end'}' needs evaluations on held-out pairs, but 'eval_steps' is 0. "
+                "Set it to the steps between two of them: --eval_steps 50"
+            )
 
 
 @dataclass(kw_only=True)

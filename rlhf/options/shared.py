@@ -238,7 +238,7 @@ class AdapterConfig:
     lora_alpha: int = option(32, "the adapter is scaled by alpha / r", low=1)
     lora_dropout: float = option(
         0.0,
-        "dropout on the adapter's input in SFT, reward model and DPO; PPO has none",
+        "dropout on the adapter's input in SFT and reward model, and on a new adapter in DPO; PPO has none",
         low=0,
         below=1,
     )

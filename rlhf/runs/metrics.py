@@ -266,6 +266,17 @@ METRICS: dict[str, Metric] = {
         "0.5-3",
         "grows while accuracy does not: over-confident, fewer epochs or label smoothing",
     ),
+    "reward/log_loss": Metric(
+        "-log of the probability of the labels, mean over pairs, nats: the loss without margin, weights, smoothing "
+        "and centring; of three outcomes with ties: davidson, of score and length with length_correction",
+        "falls below 0.693; on held-out pairs it falls, then rises",
+        "rises on held-out pairs: set early_stopping_patience; above 0.693 there: over-confident, or wrong labels",
+    ),
+    "reward/tie_parameter": Metric(
+        "v of Davidson's model: equal scores tie with probability v / (2 + v) (ties: davidson)",
+        "settles within some tens of steps",
+        "grows on: the scores fit the training pairs ever more surely; fewer epochs",
+    ),
     "reward/mean": Metric(
         "score of all responses of the pairs, mean",
         "near 0 with centring",

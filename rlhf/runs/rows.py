@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.data.conversation import assistant_turns
-from rlhf.data.records import Instruction, Prompt, Record, digest, prompt_group
+from rlhf.data.records import Instruction, Preference, Prompt, Record, digest, prompt_group
 from rlhf.errors import UserError
 from rlhf.options.shared import RunConfig
 from rlhf.runs.checkpoint import Checkpoint
@@ -86,6 +86,8 @@ class RunData:
             config.on_error,
             getattr(config, "train_on", "last"),
         )
+        if kind is Preference and not self._keeps_ties:
+            rows = self._without_ties(rows, dropped)
         self._count(name, where, len(records), dropped, may_stop=is_training)
 
         if is_training and kind is Instruction:
@@ -120,6 +122,18 @@ class RunData:
             on_error=config.on_error,
             bad=bad,
         )
+
+    @property
+    def _keeps_ties(self) -> bool:
+        """Return whether the program learns from pairs that have no winner."""
+        return getattr(self.config, "ties", "drop") != "drop"
+
+    def _without_ties(self, rows: list[dict[str, Any]], dropped: Counter) -> list[dict[str, Any]]:
+        """Return the rows of pairs with a winner; the others are counted in `dropped`."""
+        kept = [row for row in rows if row["record"].has_winner]
+        if len(kept) < len(rows):
+            dropped["a tie: as many votes for one answer as for the other"] += len(rows) - len(kept)
+        return kept
 
     def write_trained_on(self, folder: Path) -> None:
         """Write the groups that `rlhf compare` must not measure on."""
@@ -205,7 +219,7 @@ class RunData:
         def write() -> None:
             is_kept = self.resumed is not None and file.is_file()
             if self.world.is_main and not is_kept:
-                freeze(path, file, event, self.config.aggregate)
+                freeze(path, file, event, self.config.aggregate, keep_ties=self._keeps_ties)
 
         self.world.raise_on_all_ranks(write)
         return file

@@ -111,3 +111,60 @@ def test_a_store_gives_skill_weighted_pairs_at_an_event(tmp_path):
     assert found[1].margin == pytest.approx(2 / 3) and found[0].margin == pytest.approx(2 / 9)
     freeze(path, tmp_path / "pairs.jsonl", event, "skill")
     assert '"aggregate": "skill"' in (tmp_path / "pairs.jsonl").read_text().splitlines()[0]
+
+
+def test_ties_are_kept_on_request_with_half_a_vote_for_either_side():
+    votes = votes_of(
+        *((1, "x", "a"), (1, "y", "tie"), (1, "z", "tie"), (1, "w", "b")),
+        *((2, "x", "tie"), (2, "y", "skip")),
+        *((3, "x", "b"), (3, "y", "b"), (3, "z", "tie")),
+        *((4, "x", "both_bad"), (4, "y", "skip")),
+    )
+    found = [(v.comparison, v.winner, v.label_prob, v.tie_prob) for v in majority(votes)]
+    assert found == [(3, "b", pytest.approx(5 / 6), None)]
+    found = [
+        (v.comparison, v.winner, v.label_prob, v.tie_prob) for v in majority(votes, keep_ties=True)
+    ]
+    assert found == [
+        (1, "a", 0.5, 0.5),
+        (2, "a", 0.5, 1.0),
+        (3, "b", pytest.approx(5 / 6), pytest.approx(1 / 3)),
+    ]
+    # one verdict a vote
+    single = verdicts(votes, "each", keep_ties=True)
+    assert [(v.winner, v.label_prob, v.tie_prob) for v in single if v.comparison == 1] == [
+        ("a", None, None),
+        ("a", 0.5, 1.0),
+        ("a", 0.5, 1.0),
+        ("b", None, None),
+    ]
+    assert len(single) == 8 and len(verdicts(votes, "each")) == 4
+    assert single[1].annotator == "y"
+
+
+def test_skill_keeps_what_cancels_out_and_says_the_chance_of_a_tie():
+    votes = votes_of((1, "x", "tie"), (2, "x", "a"))
+    assert [v.comparison for v in by_skill(votes)] == [2]
+    kept = by_skill(votes, keep_ties=True)
+    assert [v.label_prob for v in kept] == [0.5, by_skill(votes)[0].label_prob]
+    assert kept[0].tie_prob > kept[1].tie_prob > 0
+    # label_prob holds half of it, and some chance is left for the other side
+    assert 1 - kept[1].label_prob > kept[1].tie_prob / 2
+
+
+def test_a_store_freezes_ties_on_request(tmp_path):
+    from rlhf.data.load import load
+    from rlhf.data.records import Preference
+
+    with Store.open(tmp_path / "v.db", create=True) as store:
+        prompt = store.add_prompt([{"role": "user", "content": "Hi"}])
+        pair = store.add_comparison(
+            store.add_response(prompt, "Hello!"), store.add_response(prompt, "What?")
+        )
+        store.vote(pair, store.add_annotator("ann"), "tie")
+    freeze(tmp_path / "v.db", tmp_path / "without.jsonl")
+    freeze(tmp_path / "v.db", tmp_path / "with.jsonl", keep_ties=True)
+    assert len((tmp_path / "without.jsonl").read_text().splitlines()) == 1
+    (record,) = load(str(tmp_path / "with.jsonl"), Preference)
+    assert (record.label_prob, record.tie_prob, record.has_winner) == (0.5, 1.0, False)
+    assert record.annotator == "ann"

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from reward.objective import reward_loss
+from reward.objective import reward_loss, tie_probability
 
 NAN = math.nan
 
@@ -109,3 +109,82 @@ def test_bf16_scores_are_compared_in_fp32():
 def test_shapes_that_differ_are_refused():
     with pytest.raises(ValueError, match="rejected has shape"):
         reward_loss(torch.zeros(2, 1), torch.zeros(2))
+
+
+# Davidson with v = 1.5 at d = 2 ln 2: exp(d/2) = 2, exp(-d/2) = 1/2, Z = 2 + 1.5 + 0.5 = 4, so that
+# P(chosen) = 1/2, P(tie) = 3/8, P(rejected) = 1/8
+TIE, GAP = math.log(1.5), 2 * math.log(2)
+
+
+@pytest.mark.parametrize(
+    ("label_prob", "tie_prob", "expected"),
+    [(1.0, 0.0, math.log(2)), (0.5, 1.0, math.log(8 / 3)), (0.0, 0.0, math.log(8))],
+)
+def test_davidson_gives_three_outcomes_their_probabilities(label_prob, tie_prob, expected):
+    loss, _ = loss_of([GAP], [0.0], label_prob=[label_prob], tie_prob=[tie_prob], log_tie=TIE)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert tie_probability(torch.tensor([GAP]), TIE).item() == pytest.approx(3 / 8, abs=1e-6)
+
+
+def test_davidson_takes_shares_of_votes():
+    # of eight votes 5 for chosen, 2 ties, 1 for rejected: label_prob 6/8, tie_prob 2/8
+    # (5 ln 2 + 2 ln(8/3) + 1 ln 8) / 8 = 0.9383545
+    loss, _ = loss_of([GAP], [0.0], label_prob=[0.75], tie_prob=[0.25], log_tie=TIE)
+    expected = (5 * math.log(2) + 2 * math.log(8 / 3) + math.log(8)) / 8
+    assert expected == pytest.approx(0.9383545, abs=1e-6)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_gradient_of_davidson_is_the_expected_lean_less_the_label_s():
+    # dL/dd = ((P(chosen) - P(rejected)) - (a - b)) / 2: a win (3/8 - 1) / 2, a tie (3/8 - 0) / 2
+    for label_prob, tie_prob, expected in ((1.0, 0.0, -0.3125), (0.5, 1.0, 0.1875)):
+        c, r = torch.tensor([GAP], requires_grad=True), torch.zeros(1, requires_grad=True)
+        more = {"label_prob": torch.tensor([label_prob]), "tie_prob": torch.tensor([tie_prob])}
+        reward_loss(c, r, **more, log_tie=TIE)[0].backward()
+        assert c.grad.item() == pytest.approx(expected, abs=1e-6)
+        assert r.grad.item() == pytest.approx(-expected, abs=1e-6)
+
+
+def test_davidson_without_ties_is_bradley_terry():
+    plain, _ = loss_of([3.0, 0.0], [1.0, 1.0], label_prob=[0.8, NAN], label_smoothing=0.1)
+    davidson, _ = loss_of(
+        [3.0, 0.0], [1.0, 1.0], label_prob=[0.8, NAN], label_smoothing=0.1, log_tie=-60.0
+    )
+    assert davidson.item() == pytest.approx(plain.item(), abs=1e-6)
+
+
+def test_a_tie_is_least_at_equal_scores_and_as_a_soft_label_too():
+    for log_tie in (None, TIE):
+        c = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        half, one = torch.full_like(c, 0.5), torch.ones_like(c)
+        reward_loss(c, torch.zeros_like(c), label_prob=half, tie_prob=one, log_tie=log_tie)[
+            0
+        ].backward()
+        assert c.grad.item() == pytest.approx(0.0, abs=1e-12)
+
+
+def test_offset_is_added_to_the_gap_and_to_nothing_else():
+    # 2 - 1 - 1 + 2 = 2 -> 0.1269280; log_loss without the margin: 1 + 2 = 3 -> 0.0485874
+    loss, metrics = loss_of([2.0], [1.0], margin=[1.0], offset=[2.0])
+    assert loss.item() == pytest.approx(0.1269280, abs=1e-6)
+    assert metrics["log_loss"].tolist() == pytest.approx([0.0485874], abs=1e-6)
+    assert metrics["margin"].item() == 1.0
+
+
+def test_log_loss_is_the_likelihood_alone():
+    # d = 1: labels certain 0.3132617, p = 0.75 0.5632617; no weight, centring or smoothing
+    _, metrics = loss_of(
+        [2.0, 2.0],
+        [1.0, 1.0],
+        label_prob=[NAN, 0.75],
+        weight=[2.0, 0.0],
+        label_smoothing=0.2,
+        center_coefficient=0.5,
+    )
+    assert metrics["log_loss"].tolist() == pytest.approx([0.3132617, 0.5632617], abs=1e-6)
+
+
+def test_accuracy_is_that_of_the_pairs_with_a_winner():
+    # right, no winner (and scored the wrong way round): 1 of 1
+    _, metrics = loss_of([2.0, 0.0], [1.0, 5.0], label_prob=[NAN, 0.5])
+    assert metrics["accuracy"].item() == 1.0

@@ -78,7 +78,7 @@ def balance(records: Sequence[Record]) -> dict[str, Any]:
             found[name] = ", ".join(
                 f"{value} {count / len(records):.0%}" for value, count in counts[:12]
             )
-    for name in ("margin", "label_prob", "weight"):
+    for name in ("margin", "label_prob", "tie_prob", "weight"):
         values = sorted(_values(records, name))
         # equal weights say nothing
         if values and (name != "weight" or values[0] != values[-1]):

@@ -1,0 +1,98 @@
+"""The best of a run's evaluations on held-out rows: when to stop, and which model to save."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import UserError
+from rlhf.runs import checkpoint
+from rlhf.runs.run import Run
+
+
+class HeldOutLosses:
+    """The evaluations on held-out rows so far, (step, loss) in their order.
+
+    All that early stopping knows follows from them, so that a checkpoint which holds them is
+    resumed in the same state.
+    """
+
+    def __init__(self, evaluations: list[tuple[int, float]] = ()):
+        self.evaluations = [(int(step), float(loss)) for step, loss in evaluations]
+
+    def add(self, step: int, loss: float | None) -> None:
+        """Add an evaluation; one without a finite loss, or of a step that is known, is left out."""
+        is_known = any(step == known for known, _ in self.evaluations)
+        if loss is not None and math.isfinite(loss) and not is_known:
+            self.evaluations.append((step, loss))
+
+    def loss_at(self, step: int) -> float | None:
+        """Return the loss after a step, None where it was not evaluated."""
+        return dict(self.evaluations).get(step)
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """Return step and loss of the best evaluation; of equals the last, which `prune` keeps."""
+        return min(reversed(self.evaluations), key=lambda evaluation: evaluation[1])
+
+    @property
+    def without_gain(self) -> int:
+        """Return how many evaluations there were since the last one below all before it."""
+        losses = [loss for _, loss in self.evaluations]
+        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+
+
+def require_held_out(run: Run, rows: list[Any]) -> None:
+    """Raise UserError where the run is to keep its best model and no rows are held out to tell it."""
+    if run.config.keeps_best and not rows:
+        name = "early_stopping_patience" if run.config.early_stopping_patience else ""
+        raise UserError(
+            f"'{name or 'load_best_model_at_end'}' needs held-out rows, and no group is in validation. Raise "
+            "--validation_fraction, or train without it"
+        )
+
+
+def load_best(trainer: Any, losses: HeldOutLosses, run: Run, learnt: Any = None) -> int:
+    """Put the weights of the best evaluation into the trainer's model, and the state that `learnt`
+    had then into that; return its step.
+
+    Call it on all ranks. Raises UserError where its checkpoint is not whole any more.
+    """
+    step, loss = losses.best
+    last = trainer.state.global_step
+    run.log(f"the model of step {step} of {last} is saved: held-out loss {loss:.4f}, the lowest")
+    if step != last:
+        folder = run.world.raise_on_all_ranks(lambda: _checkpoint_of(run, step))
+        # the trainer's own way of loading, which knows DeepSpeed
+        trainer.state.best_model_checkpoint = str(folder)
+        trainer._load_best_model()
+        if learnt is not None:
+            learnt.load_state_dict(read_memory(folder, run.world.rank)["learnt"])
+    return step
+
+
+def memory_file(folder: Path, rank: int) -> Path:
+    """Return the file in a checkpoint with what the Trainer of a rank leaves out of it."""
+    return folder / f"memory-{rank}.json"
+
+
+def read_memory(folder: Path, rank: int) -> dict[str, Any]:
+    return json.loads(memory_file(folder, rank).read_text())
+
+
+def _checkpoint_of(run: Run, step: int) -> Path:
+    """Return the checkpoint of a step: the run's, or one beside that which it was resumed from."""
+    roots = [run.checkpoints, *([run.resumed.folder.parent] if run.resumed else [])]
+    reasons = []
+    for root in dict.fromkeys(roots):
+        folder = root / f"checkpoint-{step}"
+        try:
+            return checkpoint.check(folder).folder
+        except checkpoint.CorruptCheckpoint as reason:
+            reasons.append(f"{folder}: {reason}")
+    raise UserError(
+        f"the best model of the run is that of step {step}, which cannot be loaded. {'; '.join(reasons)}. Put it "
+        "back, or start over with --overwrite_output_dir true"
+    )
