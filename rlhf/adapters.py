@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.errors import UserError, did_you_mean
+from rlhf.quantized import is_quantized
 from rlhf.weights import (
     base_weights,
     check_finite,
@@ -71,7 +72,7 @@ def check_targets(model: nn.Module, targets: list[str]) -> None:
     layers = [f".{name}" for name, module in model.named_modules() if isinstance(module, kinds)]
 
     # TRL refuses an adapter on the output head
-    refused = {f".{head_name(model)}".rpartition(".")[2], *(_not_adaptable(model) or [])}
+    refused = {f".{head_name(model)}".rpartition(".")[2], *(not_adaptable(model) or [])}
     known = sorted({layer.rpartition(".")[2] for layer in layers} - refused)
     expected = f"Layers of this model: {', '.join(known)}; or all-linear alone"
     if not targets:
@@ -179,11 +180,16 @@ def add_adapter(
 
     from rlhf.lora import fuse
 
+    if getattr(config, "use_dora", False) and is_quantized(model):
+        raise UserError(
+            f"{where}: DoRA reads the weights of the base, which load_in_4bit and load_in_8bit keep packed. Leave "
+            "them out"
+        )
     # PEFT writes into it what it finds in this model
     config = copy.deepcopy(config)
     config.base_model_name_or_path = model.config.name_or_path
     if getattr(config, "target_modules", None) == "all-linear":
-        config.exclude_modules = config.exclude_modules or _not_adaptable(model)
+        config.exclude_modules = config.exclude_modules or not_adaptable(model)
     try:
         if isinstance(model, PeftModel):
             model.add_adapter(name, config)
@@ -207,7 +213,7 @@ def add_adapter(
     return model
 
 
-def _not_adaptable(model: nn.Module) -> list[str] | None:
+def not_adaptable(model: nn.Module) -> list[str] | None:
     """Return the names of linear layers that LoRA cannot adapt, or None.
 
     They are routers that return more than a tensor (Llama 4, PhiMoE), and layers whose weights

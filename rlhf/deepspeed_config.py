@@ -116,7 +116,11 @@ def check_deepspeed_config(
                 f'{where} contradicts the options; write "auto" there, or change the option:\n{lines}'
             )
     kept = {key: value for key, value in config.items() if key not in SECTIONS}
-    return kept | dict.fromkeys(DECIDED, "auto") | {"bf16": {"enabled": "auto"}}
+    kept |= dict.fromkeys(DECIDED, "auto") | {"bf16": {"enabled": "auto"}}
+    # DeepSpeed takes optimizers of other libraries only when told to
+    if getattr(options, "optim", "adamw") != "adamw":
+        kept["zero_allow_untested_optimizer"] = True
+    return kept
 
 
 def _check_zero(zero: Any, where: str) -> None:
@@ -151,6 +155,7 @@ def _decided_by(options: Any, world: DistributedContext) -> dict[str, Decided]:
         options.dtype == "auto" and world.device.type == "cuda"
     )
     schedule = options.lr_scheduler_type
+    optimizer = _optimizer_type(getattr(options, "optim", "adamw"))
     return {
         "train_micro_batch_size_per_gpu": Decided(size, "per_device_train_batch_size"),
         "gradient_accumulation_steps": Decided(passes, "gradient_accumulation_steps (1 in PPO)"),
@@ -161,7 +166,7 @@ def _decided_by(options: Any, world: DistributedContext) -> dict[str, Decided]:
         "gradient_clipping": Decided(options.max_grad_norm, "max_grad_norm"),
         "bf16.enabled": Decided(uses_bfloat16, "dtype bfloat16"),
         "fp16.enabled": Decided(False, "dtype float16"),
-        "optimizer.type": Decided("AdamW", "the optimizer"),
+        "optimizer.type": Decided(optimizer, "the optimizer"),
         "optimizer.params.lr": Decided(rate, "learning_rate"),
         "optimizer.params.betas": Decided(betas, "trl: {adam_beta1, adam_beta2}"),
         "optimizer.params.eps": Decided(epsilon, "adam_epsilon (outside PPO under trl:)"),
@@ -177,6 +182,11 @@ def _decided_by(options: Any, world: DistributedContext) -> dict[str, Decided]:
     }
 
 
+def _optimizer_type(optim: str) -> str:
+    """Return the name that a DeepSpeed JSON may give to the program's optimizer."""
+    return "AdamW" if optim == "adamw" else optim
+
+
 def _contradictions(config: dict[str, Any], decided: dict[str, Decided]) -> list[str]:
     """Return a line for each value in the file that the options do not have."""
     lines = []
@@ -186,6 +196,7 @@ def _contradictions(config: dict[str, Any], decided: dict[str, Decided]) -> list
         is_precision_detail = key.startswith(("bf16.", "fp16.")) and key not in decided
         # DeepSpeed's Adam decays weights as AdamW does
         is_adam = key == "optimizer.type" and str(value).lower() in ("adam", "adamw")
+        is_adam = is_adam and decided[key].value == "AdamW"
         if value == "auto" or is_precision_detail or is_adam:
             continue
         if key not in decided:

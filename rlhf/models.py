@@ -8,6 +8,7 @@ with an adapter (its base is read from it); a finished run of ours.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import warnings
@@ -25,16 +26,29 @@ from rlhf.adapters import (
     adapter_weights,
     add_adapter,
     load_adapter,
+    not_adaptable,
     require_policy,
 )
 from rlhf.data.encode import tokenizer_fingerprint
 from rlhf.errors import UserError
 from rlhf.from_gguf import as_folder
+from rlhf.options.shared import require_bitsandbytes
+from rlhf.quantized import METHODS, quantize
+from rlhf.text import say_once
 from rlhf.tokenizer import load_tokenizer
 from rlhf.values import read_yaml
-from rlhf.weights import IDENTITY_FILE, check_finite, fingerprint, first_line, read_identity
+from rlhf.weights import (
+    IDENTITY_FILE,
+    check_finite,
+    fingerprint,
+    first_line,
+    read_identity,
+    read_json,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+# keep the base as the adapter at hand was trained on it
+AS_TRAINED = "as trained"
 
 
 @dataclass
@@ -49,14 +63,24 @@ class InitialModel:
     path: str
     base_path: str
     adapter_path: str | None
+    # of the whole weights, also where they are packed
     fingerprint: str
+    # "nf4" or "int8" where the base is packed (`rlhf/quantized.py`)
+    quantization: str | None = None
 
 
 def load_model(
-    path: str, dtype: str = "float32", attn_implementation: str | None = None
+    path: str,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    quantization: str | None = AS_TRAINED,
 ) -> InitialModel:
     """Load what stands at `path`; an adapter's base is checked against the fingerprint the adapter
     carries.
+
+    quantization: "nf4" or "int8" packs the base, None keeps it whole, and AS_TRAINED follows the
+    adapter. A base has one fingerprint in all of them: an adapter that was trained on a packed one
+    loads on the whole one and the other way round, which is said.
 
     Raises UserError when there is nothing to load, the tokenizer is missing or unusable, or the
     base is another one.
@@ -79,7 +103,8 @@ def load_model(
 
     # adapters of other programs carry no fingerprint
     found = fingerprint(model)
-    expected = read_identity(adapter_path).get("base_fingerprint") if adapter_path else None
+    identity = read_identity(adapter_path) if adapter_path else {}
+    expected = identity.get("base_fingerprint")
     if expected not in (None, "", found):
         raise UserError(
             f"{adapter_path}: this adapter was trained on a base with fingerprint {expected}, but {base_path} has "
@@ -93,6 +118,13 @@ def load_model(
             f"{path}: the tokenizer has {len(tokenizer)} tokens, the model only {embeddings} embeddings; "
             "they do not belong together"
         )
+    if quantization == AS_TRAINED:
+        quantization = trained_on(identity, path)
+        require_bitsandbytes(quantization == "nf4", f"{path}: its base in 4 bits")
+    elif adapter_path:
+        _compare_quantization(identity, adapter_path, quantization)
+    if quantization:
+        quantize(model, quantization, not_adaptable(model) or ())
     return InitialModel(
         model,
         tokenizer,
@@ -100,7 +132,29 @@ def load_model(
         base_path,
         adapter_path,
         fingerprint=found,
+        quantization=quantization,
     )
+
+
+def trained_on(identity: dict[str, Any], where: str) -> str | None:
+    """Return how the base was kept that an adapter with this rlhf.json was trained on."""
+    method = identity.get("quantization")
+    if method not in (None, *METHODS):
+        raise UserError(
+            f"{where}/{IDENTITY_FILE}: 'quantization' is {method!r}, expected one of {', '.join(METHODS)}"
+        )
+    return method
+
+
+def _compare_quantization(identity: dict[str, Any], path: str, now: str | None) -> None:
+    """Say where an adapter was trained on a base that is kept in another way."""
+    then = trained_on(identity, path)
+    if "base_fingerprint" in identity and then != now:
+        kinds = {None: "whole", "nf4": "in 4 bits", "int8": "in 8 bits"}
+        say_once(
+            f"{path}: trained on a base that was kept {kinds[then]}, which is kept {kinds[now]} here. Its outputs "
+            "differ by the rounding of the weights (load_in_4bit, load_in_8bit)"
+        )
 
 
 def load_weights(
@@ -125,6 +179,7 @@ def load_weights(
     logging.disable_progress_bar()
     wanted = attn_implementation or (attention_of(run) if run else None)
     path = as_folder(path)
+    check_not_quantized(path)
     try:
         model, info = cls.from_pretrained(
             path,
@@ -168,6 +223,18 @@ def load_weights(
     if model.base_model is model:
         model.base_model_prefix = "model"
     return model.eval()
+
+
+def check_not_quantized(path: str) -> None:
+    """Raise UserError for a folder of weights that another program has quantised."""
+    file = Path(path) / "config.json"
+    settings = read_json(file).get("quantization_config") if file.is_file() else None
+    if settings:
+        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
+        raise UserError(
+            f"{path}: its weights are quantised already ({method}), which is not read here. Start from the weights "
+            "that it was made from, with load_in_4bit or load_in_8bit"
+        )
 
 
 def _some(names: Iterable[str], count: int = 3) -> str:
@@ -232,6 +299,7 @@ def write_identity(path: str | Path, initial: InitialModel, **more: Any) -> None
         "base_fingerprint": initial.fingerprint,
         "base_model_name_or_path": initial.base_path,
         "tokenizer_fingerprint": tokenizer_fingerprint(initial.tokenizer),
+        **({"quantization": initial.quantization} if initial.quantization else {}),
         **more,
     }
     (Path(path) / IDENTITY_FILE).write_text(json.dumps(identity, indent=2) + "\n")
@@ -254,6 +322,7 @@ def check_same_base(path: str, initial: InitialModel) -> None:
         raise UserError(
             f"{path}: its tokenizer or chat template is another than that of {initial.path}"
         )
+    _compare_quantization(identity, path, initial.quantization)
 
 
 def trainable_policy(initial: InitialModel, lora: Any | None):
@@ -277,5 +346,6 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # the libraries give these to one another; nobody who runs a program can act on them
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

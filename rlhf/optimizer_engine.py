@@ -25,11 +25,19 @@ def make_engine(
     max_grad_norm: float = 1.0,
     adam_eps: float = 1e-5,
     micro_batch_size: int = 1,
+    optim: str = "adamw",
 ) -> OptimizerEngine:
     """Return the engine for AdamW's parameter groups: DeepSpeed's with a DeepSpeed JSON, else the
     plain one.
+
+    optim: "adamw", or "adamw_8bit" for moments in 8 bits by blocks of 256 (Dettmers et al. 2022,
+    arXiv 2110.02861); tensors of less than 4096 numbers keep theirs in 32 bits.
     """
-    optimizer = torch.optim.AdamW(groups, eps=adam_eps, weight_decay=0.0)
+    if optim == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        AdamW = torch.optim.AdamW
+    optimizer = AdamW(groups, eps=adam_eps, weight_decay=0.0)
     if deepspeed_config is None:
         return OptimizerEngine(module, optimizer, world, max_grad_norm)
     config = fill_auto(deepspeed_config, micro_batch_size, max_grad_norm)
@@ -153,12 +161,13 @@ class OptimizerEngine:
         """
         for number in sorted(self._untouched):
             states = self._adam_states(number)
-            own = sum(state["exp_avg_sq"].sum() for state in states)
+            own = sum(_second_moment(state) for state in states)
             if float(self.world.sum(float(own))) > 0:
                 self._untouched.discard(number)
             else:
                 for state in states:
-                    state["step"].zero_()
+                    # a number in bitsandbytes
+                    state["step"] = state["step"] * 0
 
     def _adam_states(self, number: int) -> list[dict[str, Tensor]]:
         """Return Adam's state for each parameter of a group, this rank's part; none before the
@@ -172,6 +181,14 @@ class OptimizerEngine:
         return [
             optimizer.state[parameter] for parameter in parameters if optimizer.state.get(parameter)
         ]
+
+
+def _second_moment(state: dict[str, Any]) -> Tensor:
+    """Return the sum of Adam's second moments of a parameter, or one that is 0 where they are: with
+    8 bits, of the blocks' scales.
+    """
+    names = ("exp_avg_sq", "absmax2", "state2")
+    return next(state[name] for name in names if name in state).sum()
 
 
 class DeepSpeedEngine(OptimizerEngine):

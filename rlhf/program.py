@@ -31,6 +31,7 @@ EXTRAS = {
     **dict.fromkeys(("rensa", "phonenumbers"), "prepare"),
     "wandb": "wandb",
     "gguf": "gguf",
+    "bitsandbytes": "quant",
 }
 
 # What only a bug raises, also while an error of the disk is handled

@@ -16,6 +16,8 @@ from rlhf.adapters import (
 )
 from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import first_by_hash
+from rlhf.deepspeed_config import read_deepspeed_config
+from rlhf.distributed import DistributedContext
 from rlhf.engines.batched import generate
 from rlhf.engines.sampling import Generate, Sampling
 from rlhf.errors import UserError
@@ -23,7 +25,8 @@ from rlhf.evaluate import Evaluation, eos_probability
 from rlhf.files import files_fingerprint, model_files
 from rlhf.logprobs import head_is_plain
 from rlhf.models import InitialModel, check_context, load_model
-from rlhf.options.shared import AdapterConfig, RunConfig
+from rlhf.options.shared import EIGHT_BIT, AdapterConfig, RunConfig, quantization_of
+from rlhf.quantized import weight_memory
 from rlhf.runs.run import Run
 from rlhf.startup import model_loaded
 from rlhf.tokenizer import stop_ids
@@ -41,13 +44,40 @@ def load_initial_model(run: Run) -> InitialModel:
     fit.
     """
     config = run.config
-    initial = load_model(config.model_name_or_path, run.torch_dtype, config.attn_implementation)
+    quantization = quantization_of(config)
+    check_zero(config, run.world)
+    initial = load_model(
+        config.model_name_or_path, run.torch_dtype, config.attn_implementation, quantization
+    )
+    if quantization:
+        now, whole = weight_memory(initial.model)
+        run.log(
+            f"the base is kept in {quantization}: {now / 2**20:.1f} MiB instead of {whole / 2**20:.1f}"
+        )
     model_loaded(initial.model)
     check_start(run.program, config, initial.model, initial.adapter_path)
     run.record_dependency("base", initial.fingerprint)
     if initial.adapter_path:
         run.record_dependency("start", files_fingerprint(model_files(initial.adapter_path)))
     return initial
+
+
+def zero_stage(config: RunConfig, world: DistributedContext) -> int:
+    """Return the stage of ZeRO under which a run trains; 0 without DeepSpeed."""
+    settings = read_deepspeed_config(config.deepspeed, world) or {}
+    return settings.get("zero_optimization", {}).get("stage", 0)
+
+
+def check_zero(config: RunConfig, world: DistributedContext) -> None:
+    """Raise UserError for what ZeRO-3 cannot train: it divides weights and moments that are packed."""
+    asked = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(config, name)]
+    if config.optim in EIGHT_BIT:
+        asked.append(f"optim {config.optim}")
+    if asked and zero_stage(config, world) == 3:
+        raise UserError(
+            f"{asked[0]} does not go with ZeRO-3 ({config.deepspeed}), which divides among the ranks what is packed "
+            "here. Take --deepspeed zero2"
+        )
 
 
 def check_start(program: str, config: RunConfig, model: Any, adapter_path: str | None) -> None:
@@ -137,6 +167,11 @@ def sampling_engine(run: Run, initial: InitialModel) -> Generate:
     engine = VllmEngine(url, run.folder / "vllm", initial.base_path, run.world)
     engine.check_base()
     run.log(f"sampling from the vLLM server at {url}, which is experimental")
+    if initial.quantization:
+        run.log(
+            "WARNING: the server samples from the base as it keeps it, and this run learns on one in "
+            f"{initial.quantization}; rollout/logprob_gap shows the difference"
+        )
     return engine
 
 

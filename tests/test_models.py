@@ -166,10 +166,15 @@ def test_lengths_beyond_the_positions_are_refused_with_both_numbers(base_path):
         attn_implementation=None,
         max_prompt_length=512,
         max_response_length=512,
+        load_in_4bit=False,
+        load_in_8bit=False,
+        optim="adamw",
+        deepspeed="zero2",
     )
+    world = DistributedContext()
     with pytest.raises(UserError, match="1024 tokens"):  # the programs' defaults
         stages.load_initial_model(
-            types.SimpleNamespace(program="sft", config=config, torch_dtype="float32")
+            types.SimpleNamespace(program="sft", config=config, torch_dtype="float32", world=world)
         )
 
 

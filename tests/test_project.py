@@ -41,6 +41,7 @@ LAYERS = [
     ["rlhf.adapters", "rlhf.tokenizer", "rlhf.logprobs"],
     ["rlhf.from_gguf"],
     ["rlhf.weights", "rlhf.lora", "rlhf.dropout"],
+    ["rlhf.quantized"],
     ["rlhf.ppo", "rlhf.runs", "rlhf.deepspeed_config", "rlhf.optimizer_engine"],
     ["rlhf.distributed"],
     ["rlhf.tensors", "rlhf.deepspeed_backend"],

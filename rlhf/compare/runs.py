@@ -156,19 +156,21 @@ def load_policies(
     positions.
     """
     from rlhf.adapters import adapter_base, load_adapter, require_policy, use_adapter
-    from rlhf.models import check_context, check_same_base, load_model
+    from rlhf.models import check_context, check_same_base, load_model, trained_on
     from rlhf.startup import model_loaded
+    from rlhf.weights import read_identity
 
     # as the runs were trained
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    # base -> the model as it was loaded, and with its adapters
-    shared: dict[str, tuple[Any, Any]] = {}
+    # base, and how it is kept -> the model as it was loaded, and with its adapters
+    shared: dict[tuple[str, str | None], tuple[Any, Any]] = {}
     policies = []
     for number, path in enumerate(paths):
         context: Callable = nullcontext
         if (Path(path) / "adapter_config.json").is_file():
             require_policy(path)
-            base, name = str(Path(adapter_base(path)).resolve()), f"run{number}"
+            kept, name = trained_on(read_identity(path), path), f"run{number}"
+            base = (str(Path(adapter_base(path)).resolve()), kept)
             initial, model = shared.get(base, (None, None))
             if initial is None:
                 initial = load_model(path, dtype)

@@ -20,6 +20,8 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf.quantized import QuantizedLinear
+
 # the copy may take so much of the memory that is free; keys and values need some as well
 SHARE_OF_FREE_MEMORY = 0.5
 
@@ -76,6 +78,8 @@ def _obstacle_of_layer(layer: BaseTunerLayer) -> str:
     if not isinstance(layer, LoraLayer):
         return f"{type(layer).__name__} is not LoRA"
     base = layer.base_layer
+    if isinstance(base, QuantizedLinear):
+        return "the base is quantised, and a merged copy would be whole"
     if type(base) not in (nn.Linear, Conv1D) or not base.weight.is_floating_point():
         return f"{type(base).__name__} is no plain linear layer"
     for name in _active(layer):

@@ -21,6 +21,7 @@ from rlhf.export.gguf_file import check_writable, write_gguf
 from rlhf.export.modelfile import modelfile
 from rlhf.from_gguf import as_folder, read_gguf
 from rlhf.models import InitialModel, load_model, trainable_policy
+from rlhf.quantized import dequantize
 from rlhf.startup import model_loaded
 from rlhf.tokenizer import stop_ids
 from rlhf.weights import IDENTITY_FILE, read_identity, read_json
@@ -82,6 +83,8 @@ def _say(text: str) -> None:
 
 def _merged(policy: nn.Module) -> nn.Module:
     """Return a policy with its adapter added to the base's weights; changes it in place."""
+    # the numbers that the run computed with, rounding included
+    dequantize(policy)
     if not hasattr(policy, "merge_and_unload"):
         return policy
     # PEFT unties an output head that the adapter holds whole

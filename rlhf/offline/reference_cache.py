@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rlhf.adapters import adapter_parameters
 from rlhf.distributed import DistributedContext
 from rlhf.files import cache_folder
+from rlhf.quantized import QuantizedLinear
 from rlhf.weights import base_weights
 
 # a row's digest and its log-probability, nats
@@ -41,6 +42,9 @@ def reference_key(model: nn.Module, adapter: str | None, **settings: Any) -> str
     config = model.config.to_dict() | {"attention": model.config._attn_implementation}
     base = base_weights(model).items()
     weights, lora = {name.removeprefix("base_model.model."): weight for name, weight in base}, {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weights[f"{name} scales"] = module.scales()
     held = adapter_parameters(model, adapter) if adapter else {}
     if not _changes_nothing(held):
         weights |= {f"adapter {name}": weight for name, weight in held.items()}

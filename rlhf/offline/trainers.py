@@ -22,6 +22,7 @@ from rlhf.models import InitialModel, write_identity
 from rlhf.offline.callbacks import AlreadyFinished, RunCallback, not_finite
 from rlhf.offline.packed import check_apart, pack_forward
 from rlhf.offline.trl_names import rename_trl
+from rlhf.quantized import dequantize
 from rlhf.runs.budget import Budget
 from rlhf.runs.run import Run
 from rlhf.values import coerce
@@ -77,6 +78,9 @@ def trl_arguments(cls: type, run: Run, *, has_held_out: bool, **fixed: Any) -> A
         "max_length": None,
     }
     values |= {name: getattr(config, name) for name in SHARED}
+    # otherwise TRL's own choice of AdamW
+    if config.optim != "adamw":
+        values["optim"] = config.optim
     values |= fixed | trl_overrides(cls, config)
     if values.get("packing") and values["max_length"] is None:
         # of a pack, then: room for the longest row
@@ -243,6 +247,8 @@ def _write_policy(run: Run, model: Any, initial: InitialModel, merge: bool) -> N
     is_adapter = hasattr(model, "peft_config")
     if is_adapter and merge:
         model.set_adapter("default")
+        # what the adapter was trained on, rounding included
+        dequantize(model)
         model = model.merge_and_unload(adapter_names=["default"])
         is_adapter = False
     check_finite(model.named_parameters(), f"{run.folder}: not saved")

@@ -196,6 +196,9 @@ class PPOConfig(
         above=0,
         high=1,
     )
+    optim: Literal["adamw", "adamw_8bit"] = option(
+        "adamw", "adamw_8bit: moments in 8 bits (bitsandbytes)"
+    )
     guards: dict = option(
         {},
         "changes to the guards of docs/guards.md, e.g. {max_kl: {threshold: 30}, length: off}",

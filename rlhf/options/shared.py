@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
 from rlhf.http_client import check_url
+
+# optimizers of bitsandbytes with moments in 8 bits, by transformers' names
+EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit")
 
 
 @dataclass(kw_only=True)
@@ -27,6 +31,13 @@ class ModelOptions:
     attn_implementation: str | None = option(
         None,
         "sdpa, eager, flash_attention_2, ...; default: that of the initial model, else sdpa where the model has it",
+    )
+    load_in_4bit: bool = option(
+        False,
+        "keep the frozen base in 4 bits (NF4) under the adapter: about a quarter of the memory of bfloat16, and slower",
+    )
+    load_in_8bit: bool = option(
+        False, "keep the frozen base in 8 bits under the adapter: half the memory of bfloat16"
     )
     gradient_checkpointing: bool = option(
         False, "recompute activations: less memory, about a third more time"
@@ -84,6 +95,10 @@ class OptimizerOptions:
 
     seed: int = option(0, "run seed: data order, initial adapters, sampling", **SEED)
     learning_rate: float = option(1e-4, "peak step size of AdamW", above=0, high=1)
+    optim: str = option(
+        "adamw",
+        "adamw, or adamw_8bit: moments in 8 bits (bitsandbytes); through TRL also any of transformers' optimizers",
+    )
     max_grad_norm: float = option(1.0, "gradients are clipped to this joint norm", above=0)
     per_device_train_batch_size: int = option(
         8, "rows in one forward and backward pass on each device", low=1
@@ -143,9 +158,46 @@ class RunConfig(ModelOptions, DataOptions, OptimizerOptions, OutputOptions, Logg
         if self.validation_fraction + self.test_fraction >= 1:
             raise UserError("validation_fraction and test_fraction leave nothing to train on")
         check_output_dir(self.output_dir)
+        check_quantization(self)
+        require_bitsandbytes(self.optim in EIGHT_BIT, f"optim {self.optim}")
+        if self.optim in EIGHT_BIT and self.dtype == "float64":
+            raise UserError(f"'optim' {self.optim} does not go with dtype float64. Take float32")
         for name, value in vars(self).items():
             if name not in ("output_dir", "resume", "run_name", "project"):
                 check_apart(name, value, self.output_dir)
+
+
+def quantization_of(config: Any) -> str | None:
+    """Return how a program's options keep the base: "nf4", "int8", or None for whole weights."""
+    if config.load_in_4bit:
+        return "nf4"
+    return "int8" if config.load_in_8bit else None
+
+
+def check_quantization(config: Any) -> None:
+    """Raise UserError where options ask for a quantised base and for what it cannot be."""
+    if config.load_in_4bit and config.load_in_8bit:
+        raise UserError("'load_in_4bit' and 'load_in_8bit' are both true. Set one of them")
+    method = quantization_of(config)
+    if method is None:
+        return
+    name = "load_in_4bit" if config.load_in_4bit else "load_in_8bit"
+    if not getattr(config, "use_peft", True):
+        raise UserError(
+            f"'{name}' is true and 'use_peft' false: a quantised base is frozen, so its whole weights cannot be "
+            "trained. Set one of them otherwise"
+        )
+    if config.dtype == "float64":
+        raise UserError(f"'{name}' does not go with dtype float64. Take float32 or bfloat16")
+    require_bitsandbytes(method == "nf4", name)
+
+
+def require_bitsandbytes(is_needed: bool, option: str) -> None:
+    """Raise UserError where an option needs bitsandbytes and it is not installed."""
+    if is_needed and find_spec("bitsandbytes") is None:
+        raise UserError(
+            f"'{option}' needs bitsandbytes, which is not installed. Install it with: pip install 'rlhf[quant]'"
+        )
 
 
 def check_output_dir(path: str) -> None:

@@ -83,6 +83,7 @@ class PPOTrainer:
             config.max_grad_norm,
             config.adam_epsilon,
             config.per_device_train_batch_size,
+            config.optim,
         )
 
         # asked of the wrapped roles: under ZeRO-3 the head is not whole from here on

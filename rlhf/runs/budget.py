@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rlhf.distributed import DistributedContext
 from rlhf.logprobs import decoder_and_head, watch_portions
+from rlhf.quantized import QuantizedLinear
 
 COUNTERS = ("episodes", "tokens_generated", "tokens_trained", "flops")
 
@@ -262,6 +263,11 @@ def weights_of(
         if isinstance(m, nn.Embedding)
         for p in m.parameters(recurse=False)
     }
+    packed = {
+        id(m.weight): m.in_features * m.out_features
+        for m in module.modules()
+        if isinstance(m, QuantizedLinear)
+    }
     linear = trained = 0.0
     for name, parameter in module.named_parameters():
         owner = re.search(r"(?:lora_A|lora_B|lora_embedding_B|modules_to_save)\.([^.]+)", name)
@@ -270,7 +276,7 @@ def weights_of(
         )
         if is_idle or id(parameter) in lookups or not (owner or _is_matrix(name, parameter)):
             continue
-        size = _size(name, parameter, expert_share)
+        size = packed.get(id(parameter)) or _size(name, parameter, expert_share)
         linear += size
         trained += size * parameter.requires_grad
     return linear, trained

@@ -1,7 +1,7 @@
 """A few rollouts of PPO in a tiny run, alone or as one of several ranks; what each saw goes to a
 file.
 
-deepspeed --num_accelerators 2 --no_local_rank tests/launch/ranks.py BASE SFT REWARD OUT STAGE
+deepspeed --num_accelerators 2 --no_local_rank tests/launch/ranks.py BASE SFT REWARD OUT STAGE [packed]
 """
 
 import json
@@ -13,9 +13,11 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 STEPS = 4
 
 
-def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict:
+def rollouts(
+    base: str, sft: str, reward: str, world, stage: str | None, *, packed: bool = False
+) -> dict:
     """Responses and metrics of each step, how often the parameters were gathered, and the saved
-    files' tensors.
+    files' tensors. packed: on a base in 4 bits, with moments in 8.
     """
     import tempfile
 
@@ -35,6 +37,7 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
         model_name_or_path="x", data=["x"], output_dir="x", reward=[{"model": "x"}], rollout_batch_size=7,
         total_episodes=7 * STEPS, per_device_train_batch_size=3, num_ppo_epochs=2, num_mini_batches=2,
         max_response_length=6, learning_rate=1e-2, missing_eos_score=None,
+        optim="adamw_8bit" if packed else "adamw",
     )  # fmt: skip
     texts = ("one", "three", "seventeen", "a", "of it", "many things", "yes", "no")
     prompts = [
@@ -45,9 +48,9 @@ def rollouts(base: str, sft: str, reward: str, world, stage: str | None) -> dict
         for t in texts
     ]
     torch.manual_seed(0)
-    initial = load_model(sft)
+    initial = load_model(sft, quantization="nf4" if packed else None)
     roles = Roles(initial, lora_config(r=4), reward)
-    config = read_deepspeed_config(stage, world)
+    config = read_deepspeed_config(stage, world, options if packed else None)
     # a tiny model would not be cut into parts at all
     if config and config["zero_optimization"]["stage"] == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
@@ -100,7 +103,7 @@ if __name__ == "__main__":
     silence_libraries()
     here = start()
     base, sft, reward, out, stage = sys.argv[1:6]
-    result = rollouts(base, sft, reward, here, stage)
+    result = rollouts(base, sft, reward, here, stage, packed=sys.argv[6:] == ["packed"])
     if here.is_main:
         Path(out).write_text(json.dumps(result))
     here.barrier()

@@ -59,7 +59,24 @@ def test_two_ranks_mean_what_one_means(stage, alone, base_path, start_path, rewa
         ROOT / "tests/launch/ranks.py", [base_path, start_path, reward_path, str(out), stage]
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    both = json.loads(out.read_text())
+    means_the_same(json.loads(out.read_text()), alone, stage)
+
+
+@pytest.mark.slow
+def test_two_ranks_on_a_packed_base_mean_what_one_means(
+    base_path, start_path, reward_path, tmp_path
+):
+    """In 4 bits, with moments in 8: those of two ranks are of other blocks, in later steps."""
+    pytest.importorskip("bitsandbytes")
+    out = tmp_path / "seen.json"
+    given = [base_path, start_path, reward_path]
+    done = launch(ROOT / "tests/launch/ranks.py", [*given, str(out), "zero2", "packed"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone = rollouts(*given, DistributedContext(), None, packed=True)
+    means_the_same(json.loads(out.read_text()), alone, "zero2, packed")
+
+
+def means_the_same(both: dict, alone: dict, stage: str) -> None:
     first, plain = both["steps"][0], alone["steps"][0]
     assert first["responses"] == plain["responses"]
     for name, value in plain["metrics"].items():

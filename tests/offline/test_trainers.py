@@ -59,7 +59,7 @@ def test_values_under_trl_that_cannot_be_used_are_refused(trl, said):
     [
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "One of min_lr or min_lr_rate should be set"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
-        ({"optim": "adamw_bnb_8bit"}, "bitsandbytes"),
+        ({"optim": "lomo"}, "lomo"),
         ({"adam_beta1": 1.5}, "Invalid beta parameter"),
     ],
 )
