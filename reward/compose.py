@@ -23,7 +23,7 @@ from reward.specs import (
     VoiceSpec,
     parse_specs,
 )
-from reward.voice import load_voice, voice_scorer
+from reward.voice import choose_channel, load_voice, voice_scorer
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError
 from rlhf.plugins import import_function
@@ -54,9 +54,14 @@ def _build_judge(spec: JudgeSpec) -> Scorer:
     return judge_scorer(spec)
 
 
+def _build_voice(spec: VoiceSpec, tokenizer: Any = None) -> Scorer:
+    judge = build_scorer([{**spec.judge, "name": "judge"}], tokenizer) if spec.judge else None
+    return voice_scorer(spec.voice, spec.name, spec.channel, judge)
+
+
 BUILDERS: dict[type[ScorerSpec], Build] = {
     ModelSpec: build_model,
-    VoiceSpec: lambda spec, _: voice_scorer(spec.voice, spec.name),
+    VoiceSpec: _build_voice,
     FunctionSpec: lambda spec, _: functools.partial(
         import_function(spec.function, spec.name), **spec.options
     ),
@@ -125,7 +130,7 @@ def check_scorers(
     for spec in parse_specs(entries, where):
         # its file is read and checked, which takes no model
         if isinstance(spec, VoiceSpec):
-            load_voice(spec.voice)
+            choose_channel(load_voice(spec.voice), spec.channel, spec.voice)
         models = spec.members().values() if isinstance(spec, EnsembleSpec) else [spec]
         for model in models:
             if isinstance(model, ModelSpec) and model.model not in made_later:

@@ -9,21 +9,62 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
-SENTENCE_END = re.compile(r"[.!?:;]+(?=\s|$)|\n+")
+# not within a run of these: a long run that ends no sentence would be tried from each of its signs
+SENTENCE_END = re.compile(r"(?<![.!?:;])[.!?:;]+(?=\s|$)|\n+")
 Span = tuple[int, int]
+
+
+def _combining_marks() -> str:
+    """Return the ranges of a character class: marks that belong to the letter before them, which \\w
+    leaves out (vowel signs of Hindi and Thai, points of Hebrew). Variation selectors of emoji are none.
+    """
+    codes = [c for c in range(0x300, 0xFE00) if unicodedata.category(chr(c)) in ("Mn", "Mc")]
+    ranges = []
+    for code in codes:
+        if ranges and code == ranges[-1][1] + 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return "".join(f"{chr(low)}-{chr(high)}" for low, high in ranges)
+
+
+MARKS = _combining_marks()
+MARK = re.compile(f"[{MARKS}]")
+WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
+MARKED_WORD = re.compile(rf"(?:[^\W_]|[{MARKS}])+(?:['-](?:[^\W_]|[{MARKS}])+)*")
+# thirty marks on one letter are more than any language has (Unicode annex 15, stream-safe text);
+# sorting a longer run takes quadratic time
+MANY_MARKS = re.compile(rf"([{MARKS}]{{30}})[{MARKS}]+")
 
 # patterns that are kept: forms and facts may name the customers of a whole data set
 PATTERNS = 10_000
 
 
 class Text:
-    """A cleaned text, its words in lower case, and its runs of word characters for a fast search."""
+    """A cleaned text, its words in lower case with their places, and its runs of word characters for
+    a fast search.
+    """
 
     def __init__(self, text: str):
         self.text = clean(text)
-        self.words = WORD.findall(self.text.lower())
+        self.has_marks = bool(MARK.search(self.text))
+        matches = list((MARKED_WORD if self.has_marks else WORD).finditer(self.text))
+        self.words = [match[0].lower() for match in matches]
+        self.word_spans = [match.span() for match in matches]
         self.pieces = set(re.findall(r"\w+", self.text.lower()))
+
+    @functools.cached_property
+    def sentences(self) -> list[tuple[int, int, int]]:
+        """Return (start, end, words) of each sentence that has a word, as places in `text`."""
+        ends = [match.span() for match in SENTENCE_END.finditer(self.text)]
+        starts = [0, *(end for _, end in ends)]
+        stops = [*(start for start, _ in ends), len(self.text)]
+        found = []
+        for start, stop in zip(starts, stops, strict=True):
+            count = count_words(self.text[start:stop])
+            if count:
+                found.append((start, stop, count))
+        return found
 
     def find(self, phrase: str, inflect: bool) -> list[Span]:
         """Return where the phrase occurs, as (start, end) in `text`."""
@@ -31,7 +72,8 @@ class Text:
         starts = first_pieces(phrase, inflect)
         if starts and self.pieces.isdisjoint(starts):
             return []
-        return [match.span() for match in phrase_pattern(phrase, inflect).finditer(self.text)]
+        spans = [match.span() for match in phrase_pattern(phrase, inflect).finditer(self.text)]
+        return [span for span in spans if not self._cuts_a_letter(span)]
 
     def find_any(self, phrases: Iterable[str], inflect: bool) -> list[Span]:
         """Return where any of the phrases occurs."""
@@ -40,15 +82,26 @@ class Text:
             spans += self.find(phrase, inflect)
         return spans
 
+    def _cuts_a_letter(self, span: Span) -> bool:
+        """Return whether a combining mark continues the word after the span."""
+        following = self.text[span[1] : span[1] + 1]
+        return self.has_marks and bool(MARK.match(following))
+
+
+def count_words(text: str) -> int:
+    """Return the number of words of a cleaned text."""
+    return len((MARKED_WORD if MARK.search(text) else WORD).findall(text))
+
 
 def longest_sentence(text: str) -> int:
     """Return the number of words of the longest sentence in a cleaned text."""
-    return max(len(WORD.findall(sentence)) for sentence in SENTENCE_END.split(text))
+    return max(map(count_words, SENTENCE_END.split(text)))
 
 
 def clean(text: str) -> str:
     """Return the text in NFKC with straight apostrophes and single blanks; line ends stay."""
-    text = unicodedata.normalize("NFKC", text).replace("’", "'").replace("‘", "'")
+    text = unicodedata.normalize("NFKC", MANY_MARKS.sub(r"\1", text))
+    text = text.replace("’", "'").replace("‘", "'")
     return re.sub(r"[^\S\n]+", " ", text).strip()
 
 
@@ -152,7 +205,15 @@ def edge_pattern(
     Punctuation at the edges of its words is free. `values` are those of its {placeholders}; None is
     any word.
     """
-    # values come as pairs, since the cache needs something hashable
+    body = form_body(form, values)
+    return re.compile(rf"^\W*(?:{body})\b" if at_start else rf"\b(?:{body})\W*$", re.IGNORECASE)
+
+
+def form_body(form: str, values: tuple[tuple[str, str | None], ...]) -> str:
+    """Return the pattern of a form without its place in the text; `values` as in `edge_pattern`."""
+    if is_regex(form):
+        return form[1:-1]
+    # values come as pairs, since a cache needs something hashable
     known = dict(values)
     words = []
     for word in form.split():
@@ -164,8 +225,46 @@ def edge_pattern(
         else:
             words.append(re.escape(clean(known[placeholder[1]])))
     # punctuation between words is free, as customers and models differ in it
-    body = form[1:-1] if is_regex(form) else r"\W+".join(words)
-    return re.compile(rf"^\W*(?:{body})\b" if at_start else rf"\b(?:{body})\W*$", re.IGNORECASE)
+    return r"\W+".join(words)
+
+
+@functools.lru_cache(maxsize=PATTERNS)
+def words_of(phrase: str) -> tuple[str, ...]:
+    """Return the words of a phrase in lower case."""
+    return tuple(Text(phrase).words)
+
+
+# words before a claim among which a negation is looked for
+NEGATION_REACH = 4
+# "not only strong but unbreakable" and "no doubt unbreakable" claim it
+NO_NEGATION = {"only", "just", "merely", "simply", "doubt", "question", "wonder"}
+CLAUSE_END = re.compile(r"[.,;:!?\n]|\bbut\b", re.IGNORECASE)
+
+
+def is_negated(text: str, start: int, negations: Iterable[str]) -> bool:
+    """Return whether one of `negations` stands among the four words before `start`, in its clause.
+
+    A word in n't is one where "not" is. What negates after the word ("unbreakable it is not") is not
+    seen.
+    """
+    known = set(negations)
+    before = text[max(0, start - 100) : start]
+    words = WORD.findall(CLAUSE_END.split(before)[-1].lower())[-NEGATION_REACH:]
+    for place, word in enumerate(words):
+        negates = word in known or ("not" in known and word.endswith("n't"))
+        follows = words[place + 1] if place + 1 < len(words) else ""
+        if negates and follows not in NO_NEGATION:
+            return True
+    return False
+
+
+def quoted(phrases: list[str], last: str = "and", most: int = 8) -> str:
+    """Return phrases as people write them: "a", "b" and "c"; of more than `most` the first."""
+    shown = [f'"{plain_phrase(phrase)}"' for phrase in phrases[:most]]
+    more = len(phrases) - len(shown)
+    if more:
+        shown.append(f"{more} more")
+    return f" {last} ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 
 def plain_phrase(phrase: str) -> str:

@@ -116,6 +116,20 @@ class VoiceSpec(ScorerSpec):
     """A brand voice, see reward/voice.py."""
 
     voice: Text
+    # the variant for prompts whose metadata names none
+    channel: str | None = None
+    # the scorer that measures the sliders of its tone
+    judge: dict[str, Any] | None = None
+
+    def check(self, where: str) -> None:
+        if self.judge is None:
+            return
+        spec = parse_specs([{**self.judge, "name": "judge"}], f"{where}, judge")[0]
+        if isinstance(spec, ModelSpec | EnsembleSpec | RuleSpec | VoiceSpec):
+            raise UserError(
+                f"{where}, judge: gives one number for a text, and tone needs one for each slider; "
+                "use a service or a function: {http: URL} or {function: module:name}"
+            )
 
 
 class HttpSpec(ScorerSpec):

@@ -3,10 +3,11 @@
 Each part of the specification scores a text between 0 and 1, and the total is their weighted
 geometric mean,
 
-    total = prod_k max(s_k, FLOOR) ^ (w_k / sum_j w_j),
+    total = prod_k f(s_k) ^ (w_k / sum_j w_j),     f(s) = FLOOR + (1 - FLOOR) s
 
-so that a part that fails cannot be compensated by the others, and log total is additive in the
-parts. docs/rewards.md describes the file; nothing in here knows any brand.
+so that a part that fails cannot be compensated by the others, log total is additive in the parts,
+and a part that is nearly right is better than one that is not. With `credit: exact`, the form of
+before, f(s) = max(s, FLOOR). docs/brand-voice.md describes the file; nothing in here knows any brand.
 """
 
 from __future__ import annotations
@@ -15,38 +16,35 @@ import functools
 import itertools
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     AliasChoices,
     Field,
     StringConstraints,
+    ValidationInfo,
     model_validator,
 )
 
-from reward.phrases import (
-    Text,
-    clean,
-    distinct,
-    is_regex,
-    phrase_pattern,
-    plain_phrase,
-)
-from reward.voice_parts import (
-    Avoid,
-    Claims,
-    Closing,
-    Fact,
-    Greeting,
+from reward.phrases import Text
+from reward.voice_contradictions import contradictions
+from reward.voice_form import (
+    Contractions,
+    Emoji,
     Length,
-    Section,
+    Person,
+    Punctuation,
+    Reading,
     Sentences,
-    Task,
-    Use,
+    Tone,
     Variety,
 )
-from rlhf.collect.guide import Guide
+from reward.voice_language import check_language, without_english
+from reward.voice_parts import Avoid, Claims, Closing, Fact, Greeting, Mark, Section, Task, Use
 from rlhf.data.records import Samples, Scorer, Scores
+from rlhf.errors import UserError, did_you_mean
+from rlhf.text import say_once
 from rlhf.validation import Number, Spec, validate
 from rlhf.values import read_yaml
 
@@ -54,14 +52,62 @@ from rlhf.values import read_yaml
 FLOOR = 0.01
 
 
+class Example(Spec):
+    """A text as the brand writes it (`do`), one as it does not (`dont`), or both for one prompt."""
+
+    do: str | None = None
+    dont: str | None = None
+    why: str | None = None
+    # facts of the prompt that the texts answer
+    metadata: dict[str, Any] = Field({})
+    channel: str | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Example:
+        if not (self.do or self.dont):
+            raise ValueError("has no text; give 'do', 'dont' or both")
+        return self
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """The metadata that its texts are scored with."""
+        return self.metadata | ({"channel": self.channel} if self.channel else {})
+
+
+def _merge_channel(base: dict[str, Any], changes: Any) -> Any:
+    """Return the specification of a channel: sections of `changes` change keys of the base's."""
+    if not isinstance(changes, dict):
+        return changes
+    # `credit` is one for all, so that the channels of one file are on one scale
+    for key in ("channels", "examples", "credit"):
+        if key in changes:
+            raise ValueError(f"'{key}' belongs to the whole file, not to a channel")
+    merged = {key: value for key, value in base.items() if key not in ("channels", "examples")}
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merged[key] | value
+        elif value is None:
+            # nothing after the key: the channel has no such part
+            merged.pop(key, None)
+        else:
+            merged[key] = value
+    if changes.get("variety", merged) is None:
+        # the one part that is on where the file does not name it
+        merged["variety"] = {"weight": 0}
+    return merged
+
+
 class Voice(Spec):
-    """A brand voice. Its parts are the sections that the file names, `variety`, and the facts of
-    its `task`.
+    """A brand voice. Its parts are the sections that the file names, `variety`, the facts of its
+    `task`, and the sliders of its `tone` where a judge measures them.
     """
 
     name: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
     # for the people who write and judge; not scored
     guide: str | None = None
+    language: Annotated[str, AfterValidator(check_language)] = "en"
+    # exact: the scores of before partial credit
+    credit: Literal["partial", "exact"] = "partial"
 
     # None: not in the file, and so no part of the score
     greeting: Greeting = None
@@ -71,13 +117,21 @@ class Voice(Spec):
     claims: Claims = None
     sentences: Sentences = None
     length: Length = None
+    reading: Reading = None
+    person: Person = None
+    contractions: Contractions = None
+    emoji: Emoji = None
+    punctuation: Punctuation = None
     variety: Variety = Variety()
+    tone: Tone = None
     task: Task | None = None
 
     # the share of the total that a response keeps which was cut off
     truncated: Number = Field(
         1.0, ge=0, le=1, validation_alias=AliasChoices("truncated", "unended")
     )
+    examples: list[Example] = Field([])
+    channels: dict[str, Voice] = Field({})
 
     @functools.cached_property
     def sections(self) -> dict[str, Section]:
@@ -90,70 +144,180 @@ class Voice(Spec):
         """The facts of the task by their key in the metadata."""
         return self.task.facts if self.task else {}
 
+    @property
+    def sliders(self) -> list[str]:
+        """Every slider of the tone, also of a channel's."""
+        voices = [self, *self.channels.values()]
+        names = [name for voice in voices if voice.tone for name in voice.tone.sliders]
+        return list(dict.fromkeys(names))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, value: Any) -> Any:
+        """Give each channel the whole specification, and take English out of other languages."""
+        if not isinstance(value, dict):
+            return value
+        value = without_english(value)
+        channels = value.get("channels")
+        if isinstance(channels, dict):
+            whole = {str(name): _merge_channel(value, own) for name, own in channels.items()}
+            value = value | {"channels": whole}
+        return value
+
     @model_validator(mode="after")
-    def _check(self) -> Voice:
-        if set(self.sections) == {"variety"} and not self.facts:
+    def _check(self, info: ValidationInfo) -> Voice:
+        if set(self.sections) == {"variety"} and not self.facts and not self.tone:
             raise ValueError(
                 "no part to score; add a section such as greeting, use, claims, length or task"
             )
         # a mean needs a weight
-        if sum(part.weight for part in (*self.sections.values(), *self.facts.values())) <= 0:
+        parts = [*self.sections.values(), *self.facts.values(), *([self.tone] if self.tone else [])]
+        if sum(part.weight for part in parts) <= 0:
             raise ValueError("all weights are 0; give at least one part a 'weight' above 0")
-        _check_bounds(self)
-        _check_contradictions(self)
+        for number, example in enumerate(self.examples, 1):
+            if example.channel and example.channel not in self.channels:
+                hint = did_you_mean(example.channel, self.channels)
+                raise ValueError(f"examples, item {number}: no channel '{example.channel}'.{hint}")
+        # `rlhf voice check` lists them all
+        keep = info.context and info.context.get("keep_contradictions")
+        found = contradictions(self.sections, self.facts)
+        if found and not keep:
+            raise ValueError(found[0])
         return self
 
-    def score(
-        self, text: str, metadata: dict[str, Any] | None = None, ended: bool = True
-    ) -> dict[str, float]:
-        """Return the parts of the score and their "total", all in [0, 1].
+    def on_channel(self, metadata: dict[str, Any]) -> Voice:
+        """Return the voice of the channel that the metadata names, or this one."""
+        return self.channels.get(str(metadata.get("channel")), self)
 
-        A fact whose key the metadata lacks is left out, and the other weights count for more. A
-        text without a word scores 0 in every part. A response that did not end keeps `truncated` of
-        its total.
+    def marks(
+        self,
+        text: str | Text,
+        metadata: dict[str, Any] | None = None,
+        tone: dict[str, float] | None = None,
+    ) -> dict[str, Mark]:
+        """Return the mark of every part by its name.
+
+        A fact whose key the metadata lacks is left out, and so is a slider that `tone`, what a
+        judge measured (0 to 1), lacks. A text without a word scores 0 in every part.
         """
-        metadata = metadata or {}
+        metadata, tone = metadata or {}, tone or {}
         # words and pieces are found once for all parts
-        read = Text(text)
+        read = text if isinstance(text, Text) else Text(text)
+        exact = self.credit == "exact"
         facts = {
             key: fact for key, fact in self.facts.items() if metadata.get(key) not in (None, "")
         }
-        rules = self.sections | {f"task/{key}": fact for key, fact in facts.items()}
+        sliders = [name for name in (self.tone.sliders if self.tone else {}) if name in tone]
         # every part about words would divide by none of them
         if not read.words:
-            return {**dict.fromkeys(rules, 0.0), "total": 0.0}
+            names = [*self.sections, *(f"task/{key}" for key in facts)]
+            names += [f"tone/{name}" for name in sliders]
+            return {name: Mark(0.0) for name in names}
 
-        parts = {name: section.score(read, metadata) for name, section in self.sections.items()}
+        marks = {
+            name: section.mark(read, metadata, exact=exact)
+            for name, section in self.sections.items()
+        }
         for key, fact in facts.items():
-            parts[f"task/{key}"] = fact.score_value(read, str(metadata[key]))
-        total = geometric_mean(parts, {name: rule.weight for name, rule in rules.items()})
-        return {**parts, "total": total if ended else total * self.truncated}
+            marks[f"task/{key}"] = fact.mark_value(read, str(metadata[key]), exact=exact)
+        for name in sliders:
+            marks[f"tone/{name}"] = self.tone.mark(name, tone[name])
+        return marks
+
+    def weights(self) -> dict[str, float]:
+        """Return the weight of every part that a text may have."""
+        weights = {name: section.weight for name, section in self.sections.items()}
+        weights |= {f"task/{key}": fact.weight for key, fact in self.facts.items()}
+        for name in self.tone.sliders if self.tone else {}:
+            weights[f"tone/{name}"] = self.tone.weight / len(self.tone.sliders)
+        return weights
+
+    def total(self, scores: dict[str, float]) -> float:
+        """Return the score of parts by name, in [0, 1]."""
+        if self.credit == "partial":
+            scores = {name: FLOOR + (1 - FLOOR) * score for name, score in scores.items()}
+        return geometric_mean(scores, self.weights())
+
+    def score(
+        self,
+        text: str,
+        metadata: dict[str, Any] | None = None,
+        ended: bool = True,
+        tone: dict[str, float] | None = None,
+    ) -> dict[str, float]:
+        """Return the parts of the score and their "total", all in [0, 1].
+
+        What is left out is as in `marks`, and the other weights count for more. A response that did
+        not end keeps `truncated` of its total. The metadata's "channel" chooses the variant.
+        """
+        voice = self.on_channel(metadata or {})
+        read = Text(text)
+        parts = {name: mark.score for name, mark in voice.marks(read, metadata, tone).items()}
+        if not read.words:
+            return {**parts, "total": 0.0}
+        total = voice.total(parts)
+        return {**parts, "total": total if ended else total * voice.truncated}
 
 
 def geometric_mean(parts: dict[str, float], weights: dict[str, float]) -> float:
-    """Return prod_k max(s_k, FLOOR)^(w_k / sum w), in [FLOOR, 1]. Raises ValueError without weight."""
-    total = sum(weights.values())
+    """Return prod_k max(s_k, FLOOR)^(w_k / sum w) over the parts, in [FLOOR, 1].
+
+    Raises ValueError without weight.
+    """
+    total = sum(weights[name] for name in parts)
     if total <= 0:
         raise ValueError("no part of the voice has a weight")
     return math.exp(sum(weights[k] * math.log(max(parts[k], FLOOR)) for k in parts) / total)
 
 
-def load_voice(path: str | Path) -> Voice:
+def load_voice(path: str | Path, *, keep_contradictions: bool = False) -> Voice:
     """Read and check a specification. Raises UserError with the file, the key and the nearest right
-    one.
+    one; for contradictions too, unless they are kept.
     """
-    return validate(Voice, read_yaml(path), f"{path}, voice")
+    context = {"keep_contradictions": keep_contradictions}
+    return validate(Voice, read_yaml(path), f"{path}, voice", context)
 
 
-def voice_scorer(path: str | Path, name: str = "voice") -> Scorer:
+def choose_channel(voice: Voice, channel: str | None, where: str) -> None:
+    """Raise UserError, naming `where`, unless the voice has this channel."""
+    if channel and channel not in voice.channels:
+        known = ", ".join(voice.channels) or "it has none"
+        raise UserError(
+            f"{where}: no channel '{channel}'.{did_you_mean(channel, voice.channels)} Channels: {known}"
+        )
+
+
+def voice_scorer(
+    path: str | Path,
+    name: str = "voice",
+    channel: str | None = None,
+    judge: Scorer | None = None,
+) -> Scorer:
     """Return a scorer of the voice at `path`.
 
+    channel: of prompts whose metadata names none. judge: measures the sliders of `tone`, each in
+    [0, 1], under its name in the breakdown; it finds them in the metadata under "tone".
     Breakdown keys are "<name>/<part>", with NaN where a part was left out for a sample.
     """
     voice = load_voice(path)
+    choose_channel(voice, channel, str(path))
+    if voice.sliders and judge is None:
+        say_once(f"{path}: 'tone' is left out of the score, because no judge is given")
 
     def score(samples: Samples) -> Scores:
-        rows = list(map(voice.score, samples.responses, samples.metadata, samples.ended))
+        metadata = samples.metadata
+        if channel:
+            metadata = [{"channel": channel} | own for own in metadata]
+        tones = measure_tone(voice, judge, samples) if judge and voice.sliders else None
+        rows = list(
+            map(
+                voice.score,
+                samples.responses,
+                metadata,
+                samples.ended,
+                tones or itertools.repeat(None),
+            )
+        )
         # prompts differ in the facts that their metadata gives
         parts = dict.fromkeys(itertools.chain.from_iterable(rows))
         breakdown = {}
@@ -165,90 +329,38 @@ def voice_scorer(path: str | Path, name: str = "voice") -> Scorer:
     return score
 
 
-def voice_guide(voice: Voice) -> Guide:
-    """Return the guide of a voice for those who judge by it: its prose, its phrases and its rules
-    in sentences.
+def measure_tone(voice: Voice, judge: Scorer, samples: Samples) -> list[dict[str, float]]:
+    """Return what the judge measured of each sample, by slider; what it gave as NaN is left out.
+
+    Raises UserError where it lacks a slider or leaves [0, 1].
     """
-    lists = {
-        "Begins with": voice.greeting and voice.greeting.phrases,
-        "Ends with": voice.closing and voice.closing.phrases,
-        "Words we like": voice.use and voice.use.phrases,
-        "Words we never use": voice.avoid and voice.avoid.words,
-        "Claims we never make": voice.claims and voice.claims.words,
-    }
-    rules = []
-    if voice.sentences:
-        rules.append(f"Sentences have at most {voice.sentences.max_words} words.")
-    if voice.length:
-        given = voice.length.model_dump(include={"min_words", "max_words"}, exclude_unset=True)
-        bounds = {"min_words": "at least {}", "max_words": "at most {}"}
-        ranges = " and ".join(bounds[name].format(words) for name, words in given.items())
-        rules += [f"The text has {ranges} words."] if ranges else []
-    return Guide(
-        name=voice.name,
-        text=" ".join((voice.guide or "").split()),
-        lists=[
-            (title, list(map(plain_phrase, phrases))) for title, phrases in lists.items() if phrases
-        ],
-        rules=rules,
-    )
-
-
-def _check_bounds(voice: Voice) -> None:
-    """Raise ValueError where no text can earn the full score, because two numbers contradict each
-    other.
-    """
-    # a policy would be trained towards what no text can reach
-    use, length, sentences = voice.use, voice.length, voice.sentences
-    if length and length.min_words > length.max_words:
-        raise ValueError(
-            f"'length': min_words {length.min_words} is above max_words {length.max_words}"
+    asked = [own | {"tone": voice.sliders} for own in samples.metadata]
+    breakdown = judge(
+        Samples(
+            samples.prompts,
+            samples.responses,
+            samples.prompt_ids,
+            samples.response_ids,
+            samples.ended,
+            asked,
         )
-    if use:
-        count = len(distinct(use.phrases))
-        if use.enough > count:
-            raise ValueError(f"'use': at_least {use.enough} is above its {count} different words")
-        if use.max_share > 1:
-            raise ValueError(f"'use': max_share {use.max_share:g} is above 1, all words of a text")
-        if length and use.enough > use.max_share * length.max_words:
-            raise ValueError(
-                f"'use': at_least {use.enough} is above max_share {use.max_share:g} of 'length' max_words "
-                f"{length.max_words}, so a text with enough of them has too many"
+    ).breakdown
+    # a scorer puts its own name before its parts
+    by_slider = {part.rpartition("/")[2]: values for part, values in breakdown.items()}
+    found: list[dict[str, float]] = [{} for _ in samples.responses]
+    for slider in voice.sliders:
+        if slider not in by_slider:
+            raise UserError(
+                f"the judge of the tone gave {', '.join(by_slider) or 'no parts'}, and not the "
+                f"slider '{slider}'; its breakdown needs a number from 0 to 1 for each slider"
             )
-
-    edges = {
-        name: part.least_words()
-        for name, part in voice.sections.items()
-        if isinstance(part, Greeting)
-    }
-    if length and sum(edges.values()) > length.max_words:
-        raise ValueError(
-            f"'length': max_words {length.max_words} is too few for {' and '.join(edges)}"
-        )
-    for name, words in edges.items():
-        if sentences and words > sentences.max_words:
-            raise ValueError(
-                f"'sentences': max_words {sentences.max_words} is too few for every form of '{name}'"
-            )
-
-
-def _check_contradictions(voice: Voice) -> None:
-    """Raise ValueError where what one part asks for is what another punishes."""
-    asked = {
-        name: part.phrases
-        for name, part in voice.sections.items()
-        if isinstance(part, Greeting | Use)
-    }
-    for key, fact in voice.facts.items():
-        asked[f"task/{key}"] = [*fact.choices, *itertools.chain(*fact.phrasings.values())]
-
-    for punished, part in (("avoid", voice.avoid), ("claims", voice.claims)):
-        for phrase in part.words if part else []:
-            pattern = phrase_pattern(phrase, part.inflect)
-            for name, phrases in asked.items():
-                for text in phrases:
-                    # what a regular expression matches cannot be listed
-                    if not is_regex(text) and pattern.search(clean(text)):
-                        raise ValueError(
-                            f"'{name}' asks for {text!r}, which '{punished}' punishes as {phrase!r}"
-                        )
+        for own, value in zip(found, by_slider[slider], strict=True):
+            if math.isnan(value):
+                continue
+            if not 0 <= value <= 1:
+                raise UserError(
+                    f"the judge of the tone gave {value:g} for the slider '{slider}', expected a "
+                    "number from 0 to 1"
+                )
+            own[slider] = value
+    return found

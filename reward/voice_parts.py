@@ -1,9 +1,14 @@
-"""The parts of a brand voice: each section of its file scores a text between 0 and 1."""
+"""The parts of a brand voice that look for phrases: greeting, closing, words, claims and facts.
+
+Each scores a text between 0 and 1 and says which of its words it looked at. With `exact`, a part
+counts as it did before partial credit. docs/brand-voice.md has the table of credits.
+"""
 
 from __future__ import annotations
 
-import itertools
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 from pydantic import (
@@ -15,14 +20,20 @@ from pydantic import (
     model_validator,
 )
 
+from reward.nearness import LOOKED_AT, phrase_likeness, word_likeness
 from reward.phrases import (
+    Span,
     Text,
     check_phrases,
     clean,
     distinct,
     edge_pattern,
+    form_body,
+    is_negated,
     is_regex,
     longest_sentence,
+    quoted,
+    words_of,
 )
 from rlhf.validation import Count, Number, Spec
 
@@ -31,6 +42,34 @@ MISSING_FACT = 0.1
 
 # what each use of a word to avoid leaves of its part
 AVOID_FACTOR = 0.25
+
+# Partial credit, all below that of the exact phrase.
+# the whole form, right beside its place
+NEAR_FORM = 0.8
+# a word that is nearly one of those to use
+NEAR_WORD = 0.5
+# a fact that is nearly said; a right one beside a wrong one has 0.5
+NEAR_FACT = 0.4
+# one forbidden claim; n of them leave this / n
+ONE_CLAIM = 0.05
+
+# words that make a claim none when one of them stands up to four words before it
+ENGLISH_NEGATIONS = (
+    "not", "no", "never", "nothing", "none", "neither", "nor", "without", "cannot", "hardly",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What one part says of a text: its score in [0, 1], the spans that earn it, cost it, or nearly
+    earn it, and what was measured.
+    """
+
+    score: float
+    good: list[Span] = field(default_factory=list)
+    bad: list[Span] = field(default_factory=list)
+    near: list[Span] = field(default_factory=list)
+    note: str = ""
 
 
 def _as_list(value: Any) -> Any:
@@ -58,12 +97,21 @@ SomePhrases = Annotated[Phrases, AfterValidator(_refuse_empty)]
 class Section(Spec):
     """A part of the voice. Phrases may be numbers in YAML.
 
-    A part that is scored has `score(text, metadata)`, which returns a number between 0 and 1.
+    A part that is scored has `mark(text, metadata, exact=...)`, which returns a Mark, and
+    `explain()`, which returns its rule as half a sentence.
     """
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
+    # False: the part counts syllables, pronouns or contractions of English
+    any_language: ClassVar[bool] = True
+
     weight: Number = Field(1.0, ge=0)
+
+    @property
+    def asked(self) -> list[str]:
+        """The phrases that the part wants in the text."""
+        return []
 
 
 class Greeting(Section):
@@ -72,16 +120,67 @@ class Greeting(Section):
     at_start: ClassVar[bool] = True
     phrases: SomePhrases = Field(alias="forms")
 
-    def score(self, text: Text, metadata: dict[str, Any]) -> float:
+    @property
+    def asked(self) -> list[str]:
+        return self.phrases
+
+    def explain(self) -> str:
+        return f"the text {'begins' if self.at_start else 'ends'} with {quoted(self.phrases, 'or')}"
+
+    def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
+        """Return 1 for a form in its place; with partial credit, what `near_form` gives else."""
+        best = Mark(0.0)
         for form in self.phrases:
-            values = []
-            for name in re.findall(r"\{(\w+)\}", form):
-                value = metadata.get(name)
-                # a placeholder without a value stands for any word
-                values.append((name, None if value in (None, "") else str(value)))
-            if edge_pattern(form, self.at_start, tuple(values)).search(text.text):
-                return 1.0
-        return 0.0
+            values = _values(form, metadata)
+            found = edge_pattern(form, self.at_start, values).search(text.text)
+            if found:
+                return Mark(1.0, good=[found.span()])
+            if not exact:
+                best = max(best, self.near_form(text, form, values), key=lambda mark: mark.score)
+        return best
+
+    def near_form(self, text: Text, form: str, values: tuple[tuple[str, str | None], ...]) -> Mark:
+        """Return the partial credit of one form, the best over all stretches of the text.
+
+            NEAR_FORM * likeness^3 * (1/2 + 1 / (2 + 2 away))
+
+        likeness: that of the stretch (nearness.py), 1 for the whole form; away: the words between
+        the stretch and the form's place. Cubed, so that a stray word of a form is worth next to
+        nothing.
+        """
+        if is_regex(form):
+            pattern = re.compile(form_body(form, values), re.IGNORECASE)
+            spans = [match.span() for match in pattern.finditer(text.text)]
+            span = (spans[0] if self.at_start else spans[-1]) if spans else None
+            return (
+                Mark(NEAR_FORM * _place(self._away(text, span)), near=[span]) if span else Mark(0)
+            )
+
+        wanted = _wanted_words(form, values)
+        if not wanted:
+            return Mark(0.0)
+        # read from the form's place: backwards at the start, so that a stretch ends beside it
+        count = min(len(text.words), LOOKED_AT)
+        read = text.words[:count][::-1] if self.at_start else text.words[-count:]
+        likeness = phrase_likeness(wanted[::-1] if self.at_start else wanted, read)
+        credits = [like**3 * _place(count - end) for end, like in enumerate(likeness)]
+        end = max(range(count + 1), key=credits.__getitem__)
+        if not credits[end]:
+            return Mark(0.0)
+        places = range(max(0, end - 2 * len(wanted)), end)
+        spans = text.word_spans[:count][::-1] if self.at_start else text.word_spans[-count:]
+        near = [
+            spans[place]
+            for place in places
+            if any(word_likeness(word, read[place]) for word in wanted)
+        ]
+        return Mark(NEAR_FORM * credits[end], near=near)
+
+    def _away(self, text: Text, span: Span) -> int:
+        """Return the words between a span and the form's place."""
+        if self.at_start:
+            return sum(end <= span[0] for _, end in text.word_spans)
+        return sum(start >= span[1] for start, _ in text.word_spans)
 
     def least_words(self) -> int:
         """Return the words of the shortest form's longest sentence; a regular expression may be of
@@ -109,16 +208,41 @@ class Use(Section):
     inflect: bool = True
 
     @property
+    def asked(self) -> list[str]:
+        return self.phrases
+
+    @property
     def enough(self) -> int:
         """How many distinct words earn the full score."""
         return min(2, len(distinct(self.phrases))) if self.at_least is None else self.at_least
 
-    def score(self, text: Text, metadata: dict[str, Any]) -> float:
-        counts = [len(text.find(word, self.inflect)) for word in self.phrases]
-        share = sum(counts) / len(text.words)
-        used = min(1.0, sum(count > 0 for count in counts) / self.enough)
+    def explain(self) -> str:
+        return (
+            f"at least {self.enough} of {quoted(self.phrases)} are used, and not in more than "
+            f"{self.max_share:.0%} of all words"
+        )
+
+    def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
+        """Return used / enough, and with partial credit NEAR_WORD * likeness^3 for each word still
+        missing that the text nearly has.
+        """
+        found = {word: text.find(word, self.inflect) for word in self.phrases}
+        spans = [span for own in found.values() for span in own]
+        share = len(spans) / len(text.words)
+        used: float = sum(bool(own) for own in found.values())
+        missing = self.enough - used
+        nearly: dict[str, float] = {}
+        if missing > 0 and not exact:
+            nearly = {word: likeness(word, text) for word, own in found.items() if not own}
+            used += sum(NEAR_WORD * like**3 for like in sorted(nearly.values())[-int(missing) :])
         # a list of the words is not an answer
-        return used * max(0.0, min(1.0, 2 - share / self.max_share))
+        stuffed = max(0.0, min(1.0, 2 - share / self.max_share))
+        near = near_words([word for word, like in nearly.items() if like], text)
+        note = f"{sum(bool(own) for own in found.values())} of {self.enough}"
+        good, bad = (spans, []) if stuffed == 1 else ([], spans)
+        return Mark(
+            min(1.0, used / self.enough) * stuffed, good=good, bad=bad, near=near, note=note
+        )
 
 
 class Avoid(Section):
@@ -127,47 +251,34 @@ class Avoid(Section):
     words: SomePhrases
     inflect: bool = True
 
-    def score(self, text: Text, metadata: dict[str, Any]) -> float:
-        return AVOID_FACTOR ** len(text.find_any(self.words, self.inflect))
+    def explain(self) -> str:
+        return f"none of {quoted(self.words)} is used; each use leaves a quarter"
+
+    def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
+        bad = text.find_any(self.words, self.inflect)
+        return Mark(AVOID_FACTOR ** len(bad), bad=bad)
 
 
 class Claims(Avoid):
-    """Claims that the brand must not make: with one of them the part is 0."""
-
-    words: SomePhrases = Field(alias="forbidden")
-
-    def score(self, text: Text, metadata: dict[str, Any]) -> float:
-        return float(not text.find_any(self.words, self.inflect))
-
-
-class Sentences(Section):
-    """Longest sentence allowed, in words; the part reaches 0 at one and a half times that."""
-
-    max_words: Count = Field(gt=0)
-
-    def score(self, text: Text, metadata: dict[str, Any]) -> float:
-        return within(longest_sentence(text.text), 0, self.max_words)
-
-
-class Length(Section):
-    """Words of the whole text; the part falls to 0 at half of `min_words` and at one and a half
-    times `max_words`.
+    """Claims that the brand must not make. With `exact` one of them makes the part 0; else n leave
+    ONE_CLAIM / n.
     """
 
-    min_words: Count = Field(1, ge=0)
-    max_words: Count = Field(1000, gt=0)
+    words: SomePhrases = Field(alias="forbidden")
+    # words that make a claim none; None (not given): the English ones, and none with `exact`
+    negations: list[str] | None = None
 
-    def score(self, text: Text, metadata: dict[str, Any]) -> float:
-        return within(len(text.words), self.min_words, self.max_words)
+    def explain(self) -> str:
+        return f'none of {quoted(self.words)} is claimed; "not ..." is no claim'
 
-
-class Variety(Section):
-    """No repetition: full score up to a tenth of repeated word pairs, 0 at half of them."""
-
-    def score(self, text: Text, metadata: dict[str, Any]) -> float:
-        pairs = list(itertools.pairwise(text.words))
-        repeated = 1 - len(set(pairs)) / len(pairs) if pairs else 0.0
-        return min(1.0, max(0.0, 1 - (repeated - 0.1) / 0.4))
+    def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
+        negations = self.denials(exact=exact)
+        claims = text.find_any(self.words, self.inflect)
+        bad = [span for span in claims if not is_negated(text.text, span[0], negations)]
+        denied = [span for span in claims if span not in bad]
+        least = 0.0 if exact else ONE_CLAIM / max(1, len(bad))
+        note = f"{len(denied)} negated" if denied else ""
+        return Mark(least if bad else 1.0, good=denied, bad=bad, note=note)
 
 
 class Fact(Section):
@@ -184,6 +295,11 @@ class Fact(Section):
         {}, validation_alias=AliasChoices("phrasings", "said_as")
     )
     inflect: bool = True
+
+    @property
+    def asked(self) -> list[str]:
+        said = [phrase for phrases in self.phrasings.values() for phrase in phrases]
+        return [*self.choices, *said]
 
     @model_validator(mode="after")
     def _check(self) -> Fact:
@@ -202,21 +318,32 @@ class Fact(Section):
                     raise ValueError(f"{phrase!r} says both {other!r} and {value!r}")
         return self
 
-    def score_value(self, text: Text, value: str) -> float:
-        """Return 1 for the right value, 1 / (1 + n) beside n wrong ones, 0 for wrong ones alone,
-        else MISSING_FACT.
+    def mark_value(self, text: Text, value: str, *, exact: bool) -> Mark:
+        """Return 1 for the right value, 1 / (1 + n) beside n wrong ones, 0 for wrong ones alone.
+
+        Else MISSING_FACT; with partial credit up to NEAR_FACT where the value is nearly there:
+
+            MISSING_FACT + (NEAR_FACT - MISSING_FACT) * likeness^3
         """
         ways = self.phrasings or {choice: [choice] for choice in self.choices}
-        right = text.find_any(ways.get(value, [value]), self.inflect)
-        wrong = 0
+        saying = ways.get(value, [value])
+        right = text.find_any(saying, self.inflect)
+        wrong, bad = 0, []
         for other, phrases in ways.items():
             if other != value:
-                spans = text.find_any(phrases, self.inflect)
                 # "gift card" is not also the wrong answer "card"
-                wrong += any(not _inside(span, right) for span in spans)
+                spans = text.find_any(phrases, self.inflect)
+                outside = [span for span in spans if not _inside(span, right)]
+                wrong += bool(outside)
+                bad += outside
         if right:
-            return 1 / (1 + wrong)
-        return 0.0 if wrong else MISSING_FACT
+            return Mark(1 / (1 + wrong), good=right, bad=bad)
+        if wrong or exact:
+            return Mark(0.0 if wrong else MISSING_FACT, bad=bad, note=f"needs {value!r}")
+        like = max(likeness(phrase, text) for phrase in saying)
+        score = MISSING_FACT + (NEAR_FACT - MISSING_FACT) * like**3
+        near = near_words(saying, text) if like else []
+        return Mark(score, near=near, note=f"needs {value!r}")
 
 
 class Task(Spec):
@@ -229,12 +356,39 @@ class Task(Spec):
     ] = Field(min_length=1)
 
 
-def within(n: float, low: float, high: float) -> float:
-    """Return 1 for low <= n <= high, falling linearly to 0 at low / 2 and at 1.5 high."""
-    if n < low:
-        return max(0.0, 2 * n / low - 1)
-    return max(0.0, min(1.0, 3 - 2 * n / high))
+def likeness(phrase: str, text: Text) -> float:
+    """Return how like the phrase the most similar stretch among the text's first words is, in [0, 1]."""
+    wanted = () if is_regex(phrase) else words_of(phrase)
+    return max(phrase_likeness(wanted, text.words[:LOOKED_AT])) if wanted else 0.0
 
 
-def _inside(span: tuple[int, int], others: list[tuple[int, int]]) -> bool:
+def near_words(phrases: list[str], text: Text) -> list[Span]:
+    """Return where the text has a word that is like one of the phrases' words."""
+    wanted = {word for phrase in phrases if not is_regex(phrase) for word in words_of(phrase)}
+    read = list(zip(text.words, text.word_spans, strict=True))[:LOOKED_AT]
+    return [span for word, span in read if any(word_likeness(own, word) for own in wanted)]
+
+
+def _values(form: str, metadata: dict[str, Any]) -> tuple[tuple[str, str | None], ...]:
+    """Return the value of each {placeholder} of a form; one without a value stands for any word."""
+    values = []
+    for name in re.findall(r"\{(\w+)\}", form):
+        value = metadata.get(name)
+        values.append((name, None if value in (None, "") else str(value)))
+    return tuple(values)
+
+
+def _wanted_words(form: str, values: tuple[tuple[str, str | None], ...]) -> tuple[str, ...]:
+    """Return the words of a form; a placeholder that stands for any word is none."""
+    for name, value in values:
+        form = form.replace("{" + name + "}", value or "")
+    return words_of(form)
+
+
+def _place(away: int) -> float:
+    """Return what a distance of so many words from its place leaves of a form: 1, 3/4, 2/3, ... 1/2."""
+    return 0.5 + 0.5 / (1 + away)
+
+
+def _inside(span: Span, others: list[Span]) -> bool:
     return any(start <= span[0] and span[1] <= end for start, end in others)

@@ -30,6 +30,8 @@ class Command:
     options: str
     run: Callable[[Any], Any]
     words: str | None = None
+    # between words that were not quoted
+    joiner: str = ","
     loads_models: bool = False
 
 
@@ -49,7 +51,8 @@ def run_annotate(config: Any) -> None:
 
 
 def run_serve(config: Any) -> None:
-    from reward.voice import load_voice, voice_guide
+    from reward.voice import load_voice
+    from reward.voice_words import voice_guide
     from rlhf.collect.serve import serve
 
     # a misspelt key is found before anyone is asked to judge by it
@@ -96,6 +99,24 @@ def run_measure(config: Any) -> None:
     from rlhf.experiment.measure import measure
 
     measure(config, build_scorer)
+
+
+def run_voice_check(config: Any) -> None:
+    from reward.compose import build_scorer
+    from reward.voice_check import check
+
+    if config.model_name_or_path:
+        from rlhf.models import silence_libraries
+
+        silence_libraries()
+    check(config, build_scorer)
+
+
+def run_voice_score(config: Any) -> None:
+    from reward.compose import build_scorer
+    from reward.voice_score import score
+
+    score(config, build_scorer)
 
 
 COMMANDS = {
@@ -183,6 +204,19 @@ COMMANDS = {
         run_cross_validate,
         words="reward_config",
         loads_models=True,
+    ),
+    "voice check": Command(
+        "a brand voice in plain words: its contradictions, examples, spread: FILE",
+        "reward.voice_check:CheckConfig",
+        run_voice_check,
+        words="voice",
+    ),
+    "voice score": Command(
+        "the score of a text, rule by rule: FILE, TEXT or - --voice FILE",
+        "reward.voice_score:ScoreConfig",
+        run_voice_score,
+        words="text",
+        joiner=" ",
     ),
     "compare": Command(
         "compare trained policies on test prompts: RUN RUN ... --prompts FILE",
@@ -301,10 +335,13 @@ def run_command(name: str, argv: list[str]) -> None:
     """Parse the options of a command and run it."""
     command = COMMANDS[name]
     # words before the first flag: `rlhf compare a b --seed 1` -> --runs a,b --seed 1
-    flags = [i for i, word in enumerate(argv) if word.startswith("-")]
+    # a lone dash is standard input, and what has blanks is a text
+    flags = [
+        i for i, word in enumerate(argv) if word.startswith("-") and word != "-" and " " not in word
+    ]
     first_flag = flags[0] if flags else len(argv)
     if first_flag and command.words:
-        argv = [f"--{command.words}", ",".join(argv[:first_flag]), *argv[first_flag:]]
+        argv = [f"--{command.words}", command.joiner.join(argv[:first_flag]), *argv[first_flag:]]
 
     if command.words and not argv:
         raise UserError(

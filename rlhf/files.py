@@ -126,7 +126,7 @@ def scorer_files(spec: dict[str, Any]) -> list[Path]:
     Of a Python function it is the file that defines it: what that imports is not followed.
     """
     if "voice" in spec:
-        return [Path(spec["voice"])]
+        return [Path(spec["voice"]), *(scorer_files(spec["judge"]) if spec.get("judge") else [])]
     if "function" in spec:
         module = import_module(str(spec["function"]).partition(":")[0], "scorers")
         return [Path(module.__file__)] if getattr(module, "__file__", None) else []

@@ -81,8 +81,8 @@ class Spec(BaseModel):
 S = TypeVar("S", bound=Spec)
 
 
-def validate(model: type[S], value: Any, where: str) -> S:
-    """Return `value` as a `model`.
+def validate(model: type[S], value: Any, where: str, context: dict[str, Any] | None = None) -> S:
+    """Return `value` as a `model`; its validators are given the `context`.
 
     Raises UserError for the first thing that is wrong: its place below `where`, what was found,
     what was expected, and the nearest known name.
@@ -90,7 +90,7 @@ def validate(model: type[S], value: Any, where: str) -> S:
     if not isinstance(value, dict):
         raise UserError(f"{where}: found {value!r}, expected a mapping such as {{name: value}}")
     try:
-        return model.model_validate(value)
+        return model.model_validate(value, context=context)
     except ValidationError as error:
         raise UserError(_message(error.errors()[0], where)) from None
 

@@ -11,8 +11,9 @@ from typing import Any
 from rlhf.collect.queue import Queue, Rules
 from rlhf.config import option
 from rlhf.data.annotator_report import annotators_markdown, view_summary
+from rlhf.data.sources import ALL_TIES_HELP
 from rlhf.data.store import Store
-from rlhf.data.votes import Vote, by_comparison
+from rlhf.data.votes import Vote, by_comparison, no_preference
 from rlhf.errors import UserError
 
 # pairs of annotators shown
@@ -40,7 +41,8 @@ def summary(store: Store) -> dict[str, Any]:
     """Return how far the collection is and how far its annotators agree.
 
     {"progress": {complete, begun, untouched, all}, "controls", "overlap", "slots": {given, needed},
-    "undone", "event", "choices", "normal" (votes on pairs that are not controls), "disputed"} and
+    "undone", "event", "choices", "no_preference" (in words, where no vote prefers an answer), "normal"
+    (votes on pairs that are not controls), "disputed"} and
     all of `agreement_summary`; kappa is that of the two annotators each with most pairs in common,
     and "kappa_of" how many there are.
     """
@@ -61,6 +63,7 @@ def summary(store: Store) -> dict[str, Any]:
         "undone": stats["undone"],
         "event": stats["last_event"],
         "choices": stats["choices"],
+        "no_preference": no_preference(stats["normal_choices"]),
         "normal": sum(pairs[vote.comparison]["kind"] == "normal" for vote in votes),
         "disputed": len(disputed(votes, pairs)),
     }
@@ -102,6 +105,8 @@ def status(config: StatusConfig) -> dict[str, Any]:
         f"complete, {pairs['begun']} begun, {pairs['untouched']} untouched; {found['undone']} votes were undone\n"
         f"newest event {found['event']}: train on exactly this with {config.store}@{found['event']}"
     )
+    if found["no_preference"]:
+        print(f"WARNING: {found['no_preference']}. {ALL_TIES_HELP}")
     if not found["annotators"]:
         return found
 

@@ -199,6 +199,10 @@ class Table:
         if os.environ.get("RANK", "0") == "0":
             for line in self.bad_summary():
                 print(f"skipped {line}", file=sys.stderr, flush=True)
+            for source in self.sources:
+                # among others that have rows, it would be missed
+                if sources.is_store(source) and not self.good[source]:
+                    print(f"WARNING: {source}: {sources.why_empty(source)}", file=sys.stderr)
             for line in self.note_summary():
                 print(f"{self.name}: {line}", file=sys.stderr, flush=True)
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.columns import SPLIT_NAMES
-from rlhf.data.votes import Aggregate
+from rlhf.data.votes import Aggregate, no_preference
 from rlhf.errors import UserError, near_file
 
 Item = tuple[str, dict[str, Any], str | None]
@@ -45,6 +45,12 @@ FILES = (
 )
 LOCAL = ("/", "./", "../", "~", ".\\", "..\\")
 GZIP = b"\x1f\x8b"
+
+# what helps where no vote prefers an answer
+ALL_TIES_HELP = (
+    "Sample answers that differ more (--temperature, another policy); whether a brand voice tells them "
+    "apart: rlhf voice check VOICE --answers STORE"
+)
 
 # "name" or "org/name", then ":config" and "@split", where a split may be "train[:10%]" or
 # "train+test"
@@ -101,12 +107,15 @@ def why_empty(source: str) -> str:
     if is_store(source):
         name, event = split_event(source)
         with Store.open(name, readonly=True) as store:
-            choices = store.at(event).stats()["choices"]
+            choices = store.at(event).stats()["normal_choices"]
     elif source.lower().endswith(".jsonl"):
         choices = (frozen(Path(source).expanduser()) or {}).get("votes")
     if choices is None:
         return "there is none"
     votes = ", ".join(f"{choice} {count}" for choice, count in choices.items() if count)
+    nothing = no_preference(choices)
+    if nothing:
+        return f"{nothing}. {ALL_TIES_HELP}"
     if not votes:
         return "nobody has voted; its prompts can be read (--kind prompt)"
     return f"its votes ({votes}) make no pair with a winner"

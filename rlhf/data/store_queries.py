@@ -164,6 +164,8 @@ class StoreView:
             "votes": len(standing),
             "undone": cast - len(standing),
             "choices": dict.fromkeys(CHOICES, 0) | Counter(vote.choice for vote in standing),
+            # without those on control pairs
+            "normal_choices": dict.fromkeys(CHOICES, 0) | Counter(vote.choice for vote in normal),
             "by_annotator": dict(Counter(vote.annotator for vote in standing)),
             "comparisons_with_votes": len({vote.comparison for vote in normal}),
             "comparisons_with_winner": len(majority(normal)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -182,6 +183,20 @@ def verdicts(
     if aggregate == "majority":
         return majority(normal, keep_ties=keep_ties)
     raise UserError(f"aggregate: found {aggregate!r}, expected each, majority or skill")
+
+
+def no_preference(choices: Mapping[str, int]) -> str | None:
+    """Return in words that no vote of a store prefers an answer, from its votes by choice; None where
+    one does, or nobody has voted.
+    """
+    cast = {choice: count for choice, count in choices.items() if count}
+    if not cast or cast.get("a") or cast.get("b"):
+        return None
+    total = sum(cast.values())
+    if set(cast) == {"tie"}:
+        return f"all {total} votes are ties, so no pair has a better answer"
+    votes = ", ".join(f"{choice} {count}" for choice, count in cast.items())
+    return f"none of its {total} votes prefers an answer ({votes}), so no pair has a better one"
 
 
 def margin_of(votes: list[Vote], winner: str) -> float | None:

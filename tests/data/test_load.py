@@ -608,7 +608,7 @@ def test_a_group_in_two_splits_is_shown_and_not_loaded(tmp_path, capsys):
     assert "Ho" in capsys.readouterr().out
 
 
-def test_a_store_whose_votes_make_no_pair_says_what_they_were(tmp_path):
+def test_a_store_whose_votes_make_no_pair_says_what_they_were(tmp_path, capsys):
     path = tmp_path / "votes.db"
     with Store.open(path, create=True) as store:
         prompt = store.add_prompt([ASK])
@@ -619,8 +619,12 @@ def test_a_store_whose_votes_make_no_pair_says_what_they_were(tmp_path):
             load(str(path), Preference)
         for name, choice in (("ann", "tie"), ("bob", "tie"), ("cem", "skip")):
             store.vote(pair, store.add_annotator(name), choice)
-    reason = r"no row to read[\s\S]*its votes \(tie 2, skip 1\) make no pair with a winner"
+    reason = r"no row to read[\s\S]*none of its 3 votes prefers an answer \(tie 2, skip 1\)"
     freeze(path, tmp_path / "frozen.jsonl")
+    # beside data with pairs it is a warning
+    other = write(tmp_path / "pairs.jsonl", [PAIR])
+    assert len(load([str(path), other], Preference)) == 1
+    assert f"WARNING: {path}: none of its 3 votes prefers an answer" in capsys.readouterr().err
     for source in (path, tmp_path / "frozen.jsonl"):
         for read in (show, lambda path: load(str(path), Preference)):
             with pytest.raises(UserError, match=reason):

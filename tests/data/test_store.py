@@ -251,6 +251,7 @@ def test_stats(store):
         "votes": 3,
         "undone": 1,
         "choices": {"a": 0, "b": 2, "tie": 0, "both_bad": 0, "skip": 1},
+        "normal_choices": {"a": 0, "b": 2, "tie": 0, "both_bad": 0, "skip": 1},
         "by_annotator": {"ann": 2, "bob": 1},
         "comparisons_with_votes": 2,
         "comparisons_with_winner": 1,

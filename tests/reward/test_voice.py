@@ -7,10 +7,13 @@ from pathlib import Path
 import pytest
 
 from reward.phrases import inflections, phrase_pattern
-from reward.voice import FLOOR, geometric_mean, load_voice, voice_guide, voice_scorer
-from reward.voice_parts import AVOID_FACTOR, MISSING_FACT, within
+from reward.voice import FLOOR, geometric_mean, load_voice, voice_scorer
+from reward.voice_form import within
+from reward.voice_parts import AVOID_FACTOR, MISSING_FACT
+from reward.voice_words import voice_guide
 from rlhf.data.records import Samples
 from rlhf.errors import UserError
+from rlhf.sandbox import SHOP_VOICE
 
 VOICES = Path(__file__).parents[2] / "configs" / "voices"
 GOOD = "Hello there, we are sorry about your kettle. We will gladly send a new one today. Warmly, Fernhill."
@@ -19,7 +22,7 @@ FACTS = {"item": "kettle", "remedy": "replace"}
 
 @pytest.fixture
 def shop():
-    return load_voice(VOICES / "shop.yaml")
+    return load_voice(SHOP_VOICE)
 
 
 def write(tmp_path, text):
@@ -205,7 +208,8 @@ def test_scores_are_bounded_on_any_text(shop):
 def test_placeholder_is_the_metadata_value_or_any_word():
     voice = load_voice(VOICES / "outdoor.yaml")
     assert voice.score("Hi Ada, it rained.", {"name": "Ada"})["greeting"] == 1.0
-    assert voice.score("Hi Bob, it rained.", {"name": "Ada"})["greeting"] == 0.0
+    # one of two words in its place: 0.8 * 0.5^3
+    assert voice.score("Hi Bob, it rained.", {"name": "Ada"})["greeting"] == pytest.approx(0.1)
     assert voice.score("Hi Bob, it rained.", {})["greeting"] == 1.0
 
 
