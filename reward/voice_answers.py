@@ -67,10 +67,13 @@ def sample_answers(
     *,
     prompts: int,
     samples_per_prompt: int,
+    max_prompt_length: int,
     max_response_length: int,
     seed: int,
 ) -> list[Answer]:
-    """Return answers of a model or a trained policy to prompts drawn by the seed, test split left out."""
+    """Return answers of a model or a trained policy to prompts drawn by the seed; those that the data
+    calls test are left out.
+    """
     from rlhf.collect.sample import SampleConfig, answers_of_policy, fitting, prompts_of
 
     config = SampleConfig(
@@ -78,8 +81,12 @@ def sample_answers(
         data=data,
         store="",
         samples_per_prompt=samples_per_prompt,
+        max_prompt_length=max_prompt_length,
         max_response_length=max_response_length,
         seed=seed,
+        # nothing is trained here, so nothing is held out but what the data itself calls test
+        validation_fraction=0.0,
+        test_fraction=0.0,
     )
     records, _ = prompts_of(config)
     random.Random(seed).shuffle(records)

@@ -98,7 +98,8 @@ class Reading(Section):
         return 0.39 * len(words) / sentences + 11.8 * syllables / len(words) - 15.59
 
     def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
-        level = self.level(text)
+        # the formula of a text of short words may be below 0
+        level = max(0.0, self.level(text))
         score = (within if exact else softly_within)(level, 0, self.max_level)
         return Mark(score, note=f"level {level:.1f}")
 

@@ -269,7 +269,13 @@ class Claims(Avoid):
     negations: list[str] | None = None
 
     def explain(self) -> str:
-        return f'none of {quoted(self.words)} is claimed; "not ..." is no claim'
+        return f"none of {quoted(self.words)} is claimed"
+
+    def denials(self, *, exact: bool) -> Iterable[str]:
+        """Return the words after which a claim is none."""
+        if self.negations is None:
+            return () if exact else ENGLISH_NEGATIONS
+        return self.negations
 
     def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
         negations = self.denials(exact=exact)
@@ -365,7 +371,7 @@ def likeness(phrase: str, text: Text) -> float:
 def near_words(phrases: list[str], text: Text) -> list[Span]:
     """Return where the text has a word that is like one of the phrases' words."""
     wanted = {word for phrase in phrases if not is_regex(phrase) for word in words_of(phrase)}
-    read = list(zip(text.words, text.word_spans, strict=True))[:LOOKED_AT]
+    read = zip(text.words[:LOOKED_AT], text.word_spans[:LOOKED_AT], strict=True)
     return [span for word, span in read if any(word_likeness(own, word) for own in wanted)]
 
 

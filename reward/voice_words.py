@@ -71,7 +71,7 @@ def remarks(voice: Voice) -> list[str]:
     denials = voice.claims.denials(exact=voice.credit == "exact") if voice.claims else ()
     if denials:
         words = quoted(list(denials), "or", most=3)
-        found.append(f"a claim is none up to four words after {words}, as in \"not unbreakable\"")
+        found.append(f'a claim is none up to four words after {words}, as in "not unbreakable"')
     if voice.facts:
         keys = ", ".join(voice.facts)
         found.append(f"facts ({keys}) count only for prompts whose metadata has them")

@@ -117,7 +117,8 @@ def status(config: StatusConfig) -> dict[str, Any]:
         )
     print("\n".join(annotators_markdown(found)))
     ordinal = found["alpha"]["ordinal"]
-    if ordinal["estimate"] is not None:
+    # a single pair has no interval
+    if ordinal["estimate"] is not None and ordinal["low"] is not None:
         print(
             f"Ordinal alpha, with strength: {ordinal['estimate']:.2f} [{ordinal['low']:.2f}, {ordinal['high']:.2f}]"
         )

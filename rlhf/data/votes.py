@@ -194,7 +194,7 @@ def no_preference(choices: Mapping[str, int]) -> str | None:
         return None
     total = sum(cast.values())
     if set(cast) == {"tie"}:
-        return f"all {total} votes are ties, so no pair has a better answer"
+        return f"all its votes ({total}) are ties, so no pair has a better answer"
     votes = ", ".join(f"{choice} {count}" for choice, count in cast.items())
     return f"none of its {total} votes prefers an answer ({votes}), so no pair has a better one"
 

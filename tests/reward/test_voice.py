@@ -365,11 +365,3 @@ def test_a_bad_file_is_refused_with_file_key_and_nearest_name(tmp_path, text, sa
     with pytest.raises(UserError, match=re.escape(said)) as caught:
         load_voice(path)
     assert str(path) in str(caught.value)
-
-
-def test_the_example_of_the_docs_loads(tmp_path):
-    page = (VOICES.parents[1] / "docs" / "rewards.md").read_text()
-    example = next(
-        block for block in re.findall(r"```yaml\n(.*?)```", page, re.S) if block.startswith("name:")
-    )
-    assert load_voice(write(tmp_path, example)).name == "Larch & Cairn"
