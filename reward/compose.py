@@ -21,9 +21,11 @@ from reward.specs import (
     RuleSpec,
     ScorerSpec,
     VoiceSpec,
+    check_tone_judge,
     parse_specs,
 )
 from reward.voice import choose_channel, load_voice, voice_scorer
+from reward.voice_tone import language_model_tone
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError
 from rlhf.plugins import import_function
@@ -55,8 +57,20 @@ def _build_judge(spec: JudgeSpec) -> Scorer:
 
 
 def _build_voice(spec: VoiceSpec, tokenizer: Any = None) -> Scorer:
-    judge = build_scorer([{**spec.judge, "name": "judge"}], tokenizer) if spec.judge else None
+    judge = build_tone_judge(spec.judge) if spec.judge else None
     return voice_scorer(spec.voice, spec.name, spec.channel, judge)
+
+
+def build_tone_judge(entry: dict[str, Any]) -> Scorer:
+    """Return the scorer that measures the sliders of a voice's tone; a language model is asked for
+    each of them. Raises UserError.
+    """
+    named = {**entry, "name": "judge"}
+    check_tone_judge(named, "judge")
+    spec = parse_specs([named], "judge")[0]
+    if isinstance(spec, JudgeSpec):
+        return language_model_tone(spec)
+    return build_scorer([named])
 
 
 BUILDERS: dict[type[ScorerSpec], Build] = {

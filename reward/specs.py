@@ -124,12 +124,7 @@ class VoiceSpec(ScorerSpec):
     def check(self, where: str) -> None:
         if self.judge is None:
             return
-        spec = parse_specs([{**self.judge, "name": "judge"}], f"{where}, judge")[0]
-        if isinstance(spec, ModelSpec | EnsembleSpec | RuleSpec | VoiceSpec):
-            raise UserError(
-                f"{where}, judge: gives one number for a text, and tone needs one for each slider; "
-                "use a service or a function: {http: URL} or {function: module:name}"
-            )
+        check_tone_judge({**self.judge, "name": "judge"}, f"{where}, judge")
 
 
 class HttpSpec(ScorerSpec):
@@ -241,6 +236,17 @@ DEFAULT_NAMES: dict[str, Callable[[Any], str]] = {
     "http": lambda url: url.partition("?")[0].rstrip("/").rpartition("/")[2],
     "openai": lambda _: "judge",
 }
+
+
+def check_tone_judge(entry: dict[str, Any], where: str) -> None:
+    """Raise UserError for a scorer that cannot measure each slider of a tone."""
+    spec = parse_specs([entry], where)[0]
+    if isinstance(spec, ModelSpec | EnsembleSpec | RuleSpec | VoiceSpec):
+        raise UserError(
+            f"{where}: gives one number for a text, and tone needs one for each slider; use a "
+            "language model, a service or a function: {openai: URL, model: NAME}, {http: URL}, "
+            "{function: module:name}"
+        )
 
 
 def parse_specs(entries: Any, option: str = "scorers") -> list[ScorerSpec]:

@@ -42,6 +42,7 @@ from reward.voice_form import (
 )
 from reward.voice_language import check_language, without_english
 from reward.voice_parts import Avoid, Claims, Closing, Fact, Greeting, Mark, Section, Task, Use
+from reward.voice_tone import measure_tone
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError, did_you_mean
 from rlhf.text import say_once
@@ -308,7 +309,7 @@ def voice_scorer(
         metadata = samples.metadata
         if channel:
             metadata = [{"channel": channel} | own for own in metadata]
-        tones = measure_tone(voice, judge, samples) if judge and voice.sliders else None
+        tones = measure_tone(voice.sliders, judge, samples) if judge else None
         rows = list(
             map(
                 voice.score,
@@ -327,40 +328,3 @@ def voice_scorer(
         return Scores([row["total"] for row in rows], breakdown)
 
     return score
-
-
-def measure_tone(voice: Voice, judge: Scorer, samples: Samples) -> list[dict[str, float]]:
-    """Return what the judge measured of each sample, by slider; what it gave as NaN is left out.
-
-    Raises UserError where it lacks a slider or leaves [0, 1].
-    """
-    asked = [own | {"tone": voice.sliders} for own in samples.metadata]
-    breakdown = judge(
-        Samples(
-            samples.prompts,
-            samples.responses,
-            samples.prompt_ids,
-            samples.response_ids,
-            samples.ended,
-            asked,
-        )
-    ).breakdown
-    # a scorer puts its own name before its parts
-    by_slider = {part.rpartition("/")[2]: values for part, values in breakdown.items()}
-    found: list[dict[str, float]] = [{} for _ in samples.responses]
-    for slider in voice.sliders:
-        if slider not in by_slider:
-            raise UserError(
-                f"the judge of the tone gave {', '.join(by_slider) or 'no parts'}, and not the "
-                f"slider '{slider}'; its breakdown needs a number from 0 to 1 for each slider"
-            )
-        for own, value in zip(found, by_slider[slider], strict=True):
-            if math.isnan(value):
-                continue
-            if not 0 <= value <= 1:
-                raise UserError(
-                    f"the judge of the tone gave {value:g} for the slider '{slider}', expected a "
-                    "number from 0 to 1"
-                )
-            own[slider] = value
-    return found

@@ -8,10 +8,12 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from reward.voice import Voice, load_voice, measure_tone
+from reward.compose import build_tone_judge
+from reward.voice import Voice, load_voice
 from reward.voice_answers import Answer, read_answers, same_prompt, sample_answers, to_samples
 from reward.voice_contradictions import contradictions
-from reward.voice_score import Part, judge_of, score_text
+from reward.voice_score import Part, score_text
+from reward.voice_tone import measure_tone
 from reward.voice_words import explain, remarks
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
@@ -43,7 +45,8 @@ class CheckConfig:
     max_response_length: int = option(128, "tokens with EOS", low=1)
     seed: int = option(0, "of the choice of prompts and of sampling", **SEED)
     judge: dict | None = option(
-        None, "the scorer that measures the tone, e.g. {http: URL}; without it tone is left out"
+        None,
+        "measures the tone, e.g. {openai: URL, model: NAME} or {http: URL}; without it tone is left out",
     )
     json: bool = option(False, "print JSON")
 
@@ -54,10 +57,10 @@ class CheckConfig:
             raise UserError("'model_name_or_path' and 'data' belong together; give both or none")
 
 
-def check(config: CheckConfig, build_scorer: Any) -> dict[str, Any]:
+def check(config: CheckConfig) -> dict[str, Any]:
     """Print the report and return it. Raises UserError at its end where the file contradicts itself."""
     voice = load_voice(config.voice, keep_contradictions=True)
-    judge = judge_of(config.judge, build_scorer)
+    judge = build_tone_judge(config.judge) if config.judge else None
     rows, wrong = check_examples(voice, judge)
     report: dict[str, Any] = {
         "voice": voice.name,
@@ -120,7 +123,7 @@ def check_examples(voice: Voice, judge: Any = None) -> tuple[list[dict[str, Any]
             answer = Answer(text, metadata=example.facts)
             tone = None
             if judge and voice.sliders:
-                tone = measure_tone(voice, judge, to_samples([answer]))[0]
+                tone = measure_tone(voice.sliders, judge, to_samples([answer]))[0]
             total, parts, _ = score_text(voice, answer, tone)
             row[kind] = {"text": text, "score": total, "weak": _weak(parts)}
         do, dont = row.get("do"), row.get("dont")
@@ -156,7 +159,7 @@ def spread(voice: Voice, answers: list[Answer], judge: Any = None) -> dict[str, 
     "distinct", "ties" (pairs that score alike), "low", "mean", "high"}, "parts": {name: {"mean",
     "distinct"}}}
     """
-    tones = measure_tone(voice, judge, to_samples(answers)) if judge and voice.sliders else None
+    tones = measure_tone(voice.sliders, judge, to_samples(answers)) if judge else None
     pairs = same_prompt(answers)
     found: dict[str, Any] = {
         "answers": len(answers),

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from reward.compose import build_tone_judge
 from reward.phrases import Span, Text
-from reward.voice import FLOOR, Voice, choose_channel, load_voice, measure_tone
+from reward.voice import FLOOR, Voice, choose_channel, load_voice
 from reward.voice_answers import Answer, read_answers, to_samples
 from reward.voice_parts import Mark
+from reward.voice_tone import measure_tone
 from rlhf.config import option
-from rlhf.data.records import Scorer
 from rlhf.data.sources import READABLE
 from rlhf.errors import UserError
 from rlhf.files import dumps
@@ -36,7 +37,8 @@ class ScoreConfig:
     channel: str | None = option(None, "the variant of the voice, such as email")
     metadata: dict = option({}, "of the prompt: the facts, e.g. {item: kettle}")
     judge: dict | None = option(
-        None, "the scorer that measures the tone, e.g. {http: URL}; without it tone is left out"
+        None,
+        "measures the tone, e.g. {openai: URL, model: NAME} or {http: URL}; without it tone is left out",
     )
     colour: Literal["auto", "always", "never"] = option(
         "auto", "auto: where the output is a terminal and NO_COLOR is not set"
@@ -78,18 +80,18 @@ def score_text(
     return scores["total"], parts, text
 
 
-def score(config: ScoreConfig, build_scorer: Any) -> list[dict[str, Any]]:
+def score(config: ScoreConfig) -> list[dict[str, Any]]:
     """Print and return the score of each text."""
     voice = load_voice(config.voice)
     choose_channel(voice, config.channel, config.voice)
-    judge = judge_of(config.judge, build_scorer)
+    judge = build_tone_judge(config.judge) if config.judge else None
     given = dict(config.metadata)
     if config.channel:
         given["channel"] = config.channel
     answers = [
         Answer(own.text, own.prompt, own.metadata | given, own.ended) for own in _texts(config.text)
     ]
-    tones = measure_tone(voice, judge, to_samples(answers)) if judge and voice.sliders else None
+    tones = measure_tone(voice.sliders, judge, to_samples(answers)) if judge else None
     coloured = config.colour == "always" or (
         config.colour == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     )
@@ -109,11 +111,6 @@ def score(config: ScoreConfig, build_scorer: Any) -> list[dict[str, Any]]:
     if config.json:
         print(dumps(found if len(answers) > 1 else found[0], indent=1))
     return found
-
-
-def judge_of(spec: dict[str, Any] | None, build_scorer: Any) -> Scorer | None:
-    """Return the scorer that measures the tone. Raises UserError."""
-    return build_scorer([{**spec, "name": "judge"}]) if spec else None
 
 
 def _texts(source: str) -> list[Answer]:

@@ -102,21 +102,13 @@ def run_measure(config: Any) -> None:
 
 
 def run_voice_check(config: Any) -> None:
-    from reward.compose import build_scorer
     from reward.voice_check import check
 
     if config.model_name_or_path:
         from rlhf.models import silence_libraries
 
         silence_libraries()
-    check(config, build_scorer)
-
-
-def run_voice_score(config: Any) -> None:
-    from reward.compose import build_scorer
-    from reward.voice_score import score
-
-    score(config, build_scorer)
+    check(config)
 
 
 COMMANDS = {
@@ -214,7 +206,7 @@ COMMANDS = {
     "voice score": Command(
         "the score of a text, rule by rule: FILE, TEXT or - --voice FILE",
         "reward.voice_score:ScoreConfig",
-        run_voice_score,
+        lazily("reward.voice_score:score"),
         words="text",
         joiner=" ",
     ),
