@@ -66,8 +66,8 @@ def test_without_gold_a_score_that_overuses_length_is_found():
     for _ in range(50):
         gaps, tokens, side, groups, _ = world(rng, 300, score_length=1.5)
         (overuse, _) = bias_tests(gaps, tokens, side, groups)
-        found += overuse["found"] and overuse["effect"] > 0
-        assert 0 < overuse["low"] < overuse["effect"] < overuse["high"]
+        # at p < 0.01 the interval at 95 % lies above 0
+        found += overuse["found"] and 0 < overuse["low"] < overuse["effect"] < overuse["high"]
         gaps, tokens, side, groups, _ = world(rng, 300)
         clean += bias_tests(gaps, tokens, side, groups)[0]["found"]
     assert found >= 48 and clean <= 2
