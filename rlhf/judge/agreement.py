@@ -120,7 +120,7 @@ def _estimate(
     bounds: tuple[float, float] | None,
 ) -> dict[str, float | None]:
     """Return a statistic of sums over pairs with its jackknife interval over groups."""
-    table = np.array(counts, dtype=np.float64).reshape(len(groups), -1)
+    table = np.array(counts, dtype=np.float64)
     if not len(table) or not np.all(table[:, 1::2].sum(axis=0)):
         return {"estimate": None, "low": None, "high": None, "pairs": 0}
     names, group = np.unique(np.asarray(groups), return_inverse=True)

@@ -149,3 +149,10 @@ def test_the_report_counts_what_was_asked_and_reads_as_a_table():
     text = "\n".join(markdown(found))
     assert "| sft over ppo | 0.0 %" in text and "13 of 13 pairs asked about" in text
     assert choice_of(0.5) == "tie"
+    # a judge that nobody could read has no share of anything
+    nothing = judge_report([pair(math.nan, "a", "1", (3, 1))], "m")
+    assert nothing["no_verdict"] == 1 and nothing["agreement"] is None
+    assert nothing["length"]["judge"] == {
+        "longer": {"estimate": None, "low": None, "high": None, "pairs": 0}, "slope": None,
+    }  # fmt: skip
+    assert "1 without a verdict" in "\n".join(markdown(nothing))
