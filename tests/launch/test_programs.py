@@ -123,6 +123,13 @@ def test_the_resolved_options_repeat_the_run(runs, tmp_path):
     ]
 
 
+def prefer_longer(prompts, first, second):
+    return [
+        0.5 + 0.5 * (len(a) > len(b)) - 0.5 * (len(a) < len(b))
+        for a, b in zip(first, second, strict=True)
+    ]
+
+
 def test_compare_reports_on_test_prompts(runs, files, tmp_path):
     from reward.compose import build_scorer
     from rlhf.compare.measure import CompareConfig, compare
@@ -132,9 +139,15 @@ def test_compare_reports_on_test_prompts(runs, files, tmp_path):
         prompts=[files["pairs"]],
         output_dir=str(tmp_path),
         gold=[{"rule": "length", "low": 2, "high": 9}],
+        judge={"function": "tests.launch.test_programs:prefer_longer"},
         test_fraction=0.3,
     )
     report = compare(config, build_scorer)
+    judged = report["judge_of_pairs"]
+    pairs = [(row["a"], row["b"]) for row in judged["rows"]]
+    assert pairs == [("dpo", "ppo"), ("dpo", "sft"), ("ppo", "sft")]
+    assert judged["judge"]["consistency"] == 1.0 and judged["judge"]["agreement"] is None
+    assert "what the judge of pairs follows" in (tmp_path / "report.md").read_text()
     assert report["meta"]["sampling"] == {"temperature": 1.0, "max_new_tokens": 12}  # as the runs
     assert report["meta"]["rows"]["dpo"]["preference/train"]["used"] > 0  # as in its result.json
     assert report["meta"]["rows"]["prompts"]["dropped"] == {}
@@ -154,7 +167,7 @@ def test_compare_reports_on_test_prompts(runs, files, tmp_path):
         (verdict["a"], verdict["b"]) for verdict in report["verdicts"] if verdict["kind"] == "tuned"
     ]
     assert pairs == [("dpo", "ppo"), ("dpo", "sft"), ("ppo", "sft")]
-    for file in ("report.md", "report.json", "frontier.png", "samples.jsonl"):
+    for file in ("report.md", "report.json", "frontier.png", "samples.jsonl", "judged.jsonl"):
         assert (tmp_path / file).stat().st_size > 0
 
 
