@@ -155,6 +155,7 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     )  # fmt: skip
     roles._add("reward", roles.trunk.peft_config["policy"], None)
     roles.heads["reward"] = torch.nn.Linear(shape.width, 1)
+    roles.score_shifts["reward"] = (1.0, 0.0)
     record = Prompt(prompt=[{"role": "user", "content": "x"}])
     rows = rows_of(shape)
     data = TrainingData(

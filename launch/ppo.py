@@ -2,7 +2,7 @@
 
     deepspeed launch/ppo.py --config configs/ppo.yaml [--option value ...]
 
-The trainer is rlhf/ppo/trainer.py, the loop around it rlhf/ppo/loop.py. The first reward model of
+The trainer is rlhf/ppo/trainer.py, the loop around it rlhf/ppo/loop.py. Each reward model of
 `reward` that is an adapter on the policy's base becomes a role on it; every other scorer is a model
 or function of its own.
 """
@@ -26,7 +26,9 @@ from rlhf.runs.start import start_run
 def main(argv: list[str] | None = None) -> None:
     config = parse(PPOConfig, argv)
     from reward.compose import build_scorer, check_scorers
-    from reward.specs import ModelSpec, parse_specs
+    from reward.ensemble import SPREAD
+    from reward.loaded import RewardModels
+    from reward.specs import EnsembleSpec, ModelSpec, parse_specs
     from rlhf.ppo.guards import check_watched
 
     scorers = parse_specs(config.reward, "reward")
@@ -41,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # torch takes seconds to import, and wrong options are reported before
     from rlhf import stages
-    from rlhf.critic import critic_start, find_reward_role
+    from rlhf.critic import critic_start, find_reward_roles
     from rlhf.deepspeed_config import read_deepspeed_config
     from rlhf.ppo.batches import TrainingData
     from rlhf.ppo.loop import TrainingLoop
@@ -65,13 +67,11 @@ def main(argv: list[str] | None = None) -> None:
 
     # policy, reference, critic and reward model as roles on one base
     models = model_weights(scorers)
-    role = find_reward_role(models, initial)
-    others = {
-        spec.name: spec.weight
-        for spec in scorers
-        if not (isinstance(spec, ModelSpec) and spec.model == role)
-    }
-    critic = critic_start(config, role, models.get(role, 0.0), others)
+    on_base = find_reward_roles(models, initial)
+    role = on_base[0] if on_base else None
+    critic = critic_start(config, role, models.get(role, 0.0), other_scorers(scorers, role))
+    if len(on_base) > 1:
+        run.log(f"{len(on_base)} reward models share the policy's base: {', '.join(on_base)}")
     run.log(critic.describe(role))
     engine = stages.sampling_engine(run, initial)
     evaluation = stages.evaluation(run, initial, None, engine)
@@ -84,10 +84,12 @@ def main(argv: list[str] | None = None) -> None:
         ema_reference=config.reference_ema is not None,
         reward_weight=critic.weight,
         critic_trunk=critic.trunk,
+        more_rewards=on_base[1:],
     )
 
     budget = Budget()
-    builders = {ModelSpec: model_builder(roles, role, budget, config.micro_batch_tokens)}
+    loaded = RewardModels(on_base=budget.watch)
+    builders = {ModelSpec: model_builder(roles, loaded, config.micro_batch_tokens)}
     scorer = build_scorer(config.reward, tokenizer, builders)
     if evaluation is not None:
         evaluation.scorer = build_scorer(evaluated, tokenizer, builders)
@@ -101,6 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         deepspeed_config=read_deepspeed_config(config.deepspeed, run.world, config),
         engine=engine,
         monitored=[spec.name for spec in scorers if not spec.weight],
+        spreads=[f"{spec.name}/{SPREAD}" for spec in scorers if isinstance(spec, EnsembleSpec)],
     )
 
     loop = TrainingLoop(run, trainer, initial, evaluation, weights)
@@ -121,32 +124,45 @@ def record_scorers(run, entries: list[dict], scorers) -> None:
 
 
 def model_weights(scorers) -> dict[str, float]:
-    """Return the weight of each reward model among the scorers in the total score, by its folder."""
-    from reward.specs import ModelSpec
+    """Return the weight of each reward model among the scorers in the total score, by its folder.
 
+    A member of an ensemble counts as much as the ensemble.
+    """
     weights: dict[str, float] = {}
     for spec in scorers:
-        if isinstance(spec, ModelSpec):
-            weights[spec.model] = weights.get(spec.model, 0.0) + spec.weight
+        for folder in spec.model_folders:
+            weights[folder] = weights.get(folder, 0.0) + spec.weight
     return weights
 
 
-def model_builder(roles, role: str | None, budget, tokens: int = 0):
-    """Return how `build_scorer` builds a reward model: the role reads ids on the shared base,
-    others have own weights.
+def other_scorers(scorers, role: str | None) -> dict[str, float]:
+    """Return name -> weight of what the reward model `role` does not know of the total score."""
+    from reward.specs import ModelSpec
 
-    `budget` counts the passes of all of them; `tokens` bounds those of the role.
+    others: dict[str, float] = {}
+    for spec in scorers:
+        if role not in spec.model_folders:
+            others[spec.name] = spec.weight
+        elif not isinstance(spec, ModelSpec):
+            others[f"the other members of {spec.name}"] = spec.weight
+    return others
+
+
+def model_builder(roles, loaded, tokens: int = 0):
+    """Return how `build_scorer` builds a reward model: a role reads ids on the shared base, others
+    are loaded by `loaded`, a `RewardModels`.
+
+    `tokens` bounds the passes of roles.
     """
     from reward.compose import build_model
     from rlhf.ppo.rollout import role_scorer
 
     def build(spec, tokenizer):
-        if spec.model == role:
-            pad_id = tokenizer.pad_token_id
-            return role_scorer(roles, pad_id, spec.batch_size, spec.name, tokens)
-        scorer = build_model(spec, tokenizer)
-        budget.watch(scorer.model)
-        return scorer
+        role = roles.reward_roles.get(spec.model)
+        if role is None:
+            return build_model(spec, tokenizer, models=loaded)
+        pad_id = tokenizer.pad_token_id
+        return role_scorer(roles, pad_id, spec.batch_size, spec.name, tokens, role)
 
     return build
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from reward.checks import checked_scores
-from reward.ensemble import ensemble_scorer
+from reward.ensemble import ensemble_scorer, pair_spread
 from reward.http import http_scorer
+from reward.loaded import RewardModels, reward_scorer
 from reward.rules import RULES
 from reward.specs import (
     EnsembleSpec,
@@ -34,14 +35,15 @@ from rlhf.plugins import import_function
 Build = Callable[[Any, Any], Scorer]
 
 
-def build_model(spec: ModelSpec, tokenizer: Any = None) -> Scorer:
-    """Load a reward model with weights of its own; it reads the samples' ids where it has their
-    tokenizer.
-    """
-    from reward.model import reward_scorer
-
+def build_model(spec: ModelSpec, tokenizer: Any = None, *, models: RewardModels) -> Scorer:
+    """Load a reward model beside `models`; it reads the samples' ids where it has their tokenizer."""
     return reward_scorer(
-        spec.model, spec.name, tokenizer=tokenizer, batch_size=spec.batch_size, dtype=spec.dtype
+        spec.model,
+        spec.name,
+        tokenizer=tokenizer,
+        batch_size=spec.batch_size,
+        dtype=spec.dtype,
+        models=models,
     )
 
 
@@ -74,7 +76,6 @@ def build_tone_judge(entry: dict[str, Any]) -> Scorer:
 
 
 BUILDERS: dict[type[ScorerSpec], Build] = {
-    ModelSpec: build_model,
     VoiceSpec: _build_voice,
     FunctionSpec: lambda spec, _: functools.partial(
         import_function(spec.function, spec.name), **spec.options
@@ -95,14 +96,16 @@ def build_scorer(
     tokenizer: the one that the samples' ids come from; a reward model with the same one reads the
     ids as they are.
     builders: replace some of BUILDERS, for example `ModelSpec` by a role on the policy's base; an
-    ensemble builds its members with it too.
+    ensemble builds its members with it too. Without one for `ModelSpec` the reward models of this
+    list that are adapters on one base share it.
 
     The scorer returns total = sum of weight * score, and a breakdown with each scorer's own total
     under its name and its parts under `name/part`, unweighted. A scorer of weight 0 is monitored:
     it is in the breakdown alone. Everything is checked by `checked_scores`. Raises UserError for a
     bad specification.
     """
-    builders = BUILDERS | (builders or {})
+    build_models = functools.partial(build_model, models=RewardModels())
+    builders = BUILDERS | {ModelSpec: build_models} | (builders or {})
 
     def build(spec: ScorerSpec) -> Scorer:
         if not isinstance(spec, EnsembleSpec):
@@ -131,6 +134,22 @@ def build_scorer(
         return Scores(total, breakdown)
 
     return score
+
+
+def pair_disagreement(
+    folders: list[str],
+) -> Callable[[Samples, list[tuple[int, int]]], list[float]]:
+    """Return a function (samples, pairs of their numbers) -> how far these reward models disagree
+    about each pair (see `pair_spread`). Raises UserError for fewer than two.
+    """
+    [spec] = parse_specs([{"ensemble": folders}], "select_by")
+    members = [{"model": model.model, "name": name} for name, model in spec.members().items()]
+    scorer = build_scorer(members)
+
+    def disagreement(samples: Samples, pairs: list[tuple[int, int]]) -> list[float]:
+        return pair_spread([*scorer(samples).breakdown.values()], pairs)
+
+    return disagreement
 
 
 def check_scorers(

@@ -7,7 +7,7 @@ the tokenizer, and reward.json:
 
     {"bias": b, "scale": s, "base_fingerprint": ...}        score = s * raw + b
 
-Whoever scores with it (the scorer here, PPO's reward role) applies the same bias and scale.
+Whoever scores with it (reward/loaded.py, PPO's reward roles) applies the same bias and scale.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import math
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,9 @@ from rlhf.adapters import (
     add_adapter,
     head_name,
     load_adapter,
+    use_adapter,
     without_head,
 )
-from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerprint
-from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError
 from rlhf.files import check_weights
 from rlhf.logprobs import packed_inputs, packs
@@ -41,7 +41,7 @@ from rlhf.models import InitialModel, context_length, load_model, load_weights
 from rlhf.offline.pair_rows import PairRows, is_right_padded
 from rlhf.tensors import pad_right
 from rlhf.tokenizer import load_tokenizer
-from rlhf.weights import read_json
+from rlhf.weights import read_identity, read_json
 
 REWARD_FILE = "reward.json"
 HEAD = "score.weight"
@@ -145,29 +145,29 @@ def trainable_reward(
     model = score_model(initial.model, seed)
     # what SFT has learnt is a better start than fresh factors
     if initial.adapter_path:
-        return _with_adapter(model, initial, dropout)
+        return _with_adapter(model, initial.adapter_path, head_name(initial.model), dropout=dropout)
     return model if lora is None else add_adapter(model, lora)
 
 
-def _with_adapter(model: nn.Module, initial: InitialModel, dropout: float = 0.0) -> nn.Module:
-    """Return `model` with a trainable copy of the initial model's adapter, and its head where it
-    has one.
+def _with_adapter(
+    model: nn.Module, path: str, output_head: str, name: str = "default", dropout: float = 0.0
+) -> nn.Module:
+    """Return `model` with the adapter in a folder, trainable, and its score head where it has one.
 
-    What the adapter holds for the output head is left out, since there is none here. Refuses
-    weights that do not fit.
+    What the adapter holds for the output head, the base's module of that name, is left out, since
+    there is none here. Refuses weights that do not fit.
     """
-    path = initial.adapter_path
-    config = without_head(adapter_settings(path), initial.model)
+    config = without_head(adapter_settings(path), output_head)
     # PEFT saves the head along with an adapter of this type
     config.task_type = "SEQ_CLS"
     modules = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
     config.modules_to_save = [*modules, "score"]
     config.lora_dropout = dropout
-    leave = [head_name(initial.model)]
+    leave = [output_head]
     # SFT's adapter has no head: the fresh one stays
     if f"base_model.model.{HEAD}" not in adapter_weights(path):
         leave.append("score")
-    return load_adapter(model, path, config, leave=tuple(leave))
+    return load_adapter(model, path, config, name, tuple(leave))
 
 
 @dataclass
@@ -178,6 +178,10 @@ class RewardModel:
     tokenizer: Any
     bias: float = 0.0
     scale: float = 1.0
+    # its adapter's name on `model`, where others may stand beside it; None: whole weights
+    adapter: str | None = None
+    # of an adapter's base: its fingerprint, and the name of the output head that it came with
+    base: tuple[str, str] | None = None
 
     def score_ids(
         self,
@@ -197,7 +201,9 @@ class RewardModel:
                 f"{self.model.config.name_or_path}: a prompt and response of {longest} tokens, but this reward model "
                 f"has positions for {limit}. Lower max_prompt_length or max_response_length"
             )
-        raw = raw_scores(self.model, rows, self.tokenizer.pad_token_id, batch_size, progress)
+        active = use_adapter(self.model, self.adapter) if self.adapter else nullcontext()
+        with active:
+            raw = raw_scores(self.model, rows, self.tokenizer.pad_token_id, batch_size, progress)
         return [self.scale * value + self.bias for value in raw]
 
 
@@ -239,35 +245,49 @@ def raw_scores(
     return scores
 
 
-def load_reward(path: str, device: Any = None, dtype: str = "float32") -> RewardModel:
+def load_reward(
+    path: str, device: Any = None, dtype: str = "float32", beside: RewardModel | None = None
+) -> RewardModel:
     """Return the reward model in a folder (adapter and head on their base, or whole weights) or on
     the Hub.
 
-    Raises UserError when the head is missing, the base is another one than it was trained on, or
-    nothing is there.
+    beside: an adapter on the same base, which the new one joins there (see `RewardModels`). Raises
+    UserError when the head is missing, the base is another one than it was trained on, or nothing
+    is there.
     """
     from rlhf.critic import reward_shift
 
-    adapter = Path(path) / "adapter_config.json"
-    if adapter.is_file():
+    adapter = base = None
+    if (Path(path) / "adapter_config.json").is_file():
         _require_head(path)
-        initial = load_model(path, dtype)
-        model = _with_adapter(score_model(initial.model), initial)
-        tokenizer, base = initial.tokenizer, initial.fingerprint
+        if beside is None:
+            initial = load_model(path, dtype)
+            model, adapter = score_model(initial.model), "default"
+            tokenizer = initial.tokenizer
+            base = (initial.fingerprint, head_name(initial.model))
+        else:
+            model, adapter = beside.model, f"reward{len(beside.model.peft_config) + 1}"
+            tokenizer, base = load_tokenizer(path), beside.base
+        # scores of an adapter on another base would be noise
+        _require_base(path, base[0])
+        model = _with_adapter(model, path, base[1], adapter)
     else:
         model, tokenizer = _load_whole(path, dtype)
-        base = None
 
-    # scores of an adapter on another base would be noise
-    kept = read_reward(path)
-    if base and kept.get("base_fingerprint") not in (None, base):
-        raise UserError(
-            f"{path}: trained on base {kept['base_fingerprint']}, but its base now has fingerprint {base}"
-        )
     model.eval().requires_grad_(False)
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     scale, bias = reward_shift(path)
-    return RewardModel(model, tokenizer, bias, scale)
+    return RewardModel(model, tokenizer, bias, scale, adapter, base)
+
+
+def _require_base(path: str, found: str) -> None:
+    """Raise UserError unless an adapter was trained on the base with the fingerprint `found`."""
+    # adapters of other programs carry no fingerprint
+    for record in (read_identity(path), read_reward(path)):
+        if record.get("base_fingerprint") not in (None, "", found):
+            raise UserError(
+                f"{path}: trained on base {record['base_fingerprint']}, but its base now has fingerprint {found}"
+            )
 
 
 def check_reward(path: str) -> None:
@@ -348,45 +368,3 @@ def normalisation(reference_scores: list[float], kind: str) -> tuple[float, floa
     spread = float(values.std(correction=0))
     scale = 1.0 / spread if kind == "mean_std" and spread > 0 else 1.0
     return -scale * float(values.mean()), scale
-
-
-def reward_scorer(
-    path: str,
-    name: str = "reward",
-    *,
-    tokenizer: Any = None,
-    batch_size: int = 32,
-    device: Any = None,
-    dtype: str = "float32",
-) -> Scorer:
-    """Return a reward model as a scorer, with weights of its own.
-
-    `tokenizer` is the one the samples' ids come from. Where it is the reward model's too
-    (vocabulary, special tokens and chat template), ids are read as they are; otherwise prompts and
-    responses are encoded again by the reward model's tokenizer and template, with its EOS where the
-    response ended.
-    """
-    reward = load_reward(path, device, dtype)
-    own = reward.tokenizer
-    # ids of another vocabulary are other words
-    same_ids = tokenizer is not None and tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(
-        own
-    )
-
-    def score(samples: Samples) -> Scores:
-        if same_ids:
-            rows = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
-        else:
-            tools = [metadata.get("tools") for metadata in samples.metadata]
-            rows = []
-            columns = zip(samples.prompts, tools, samples.responses, samples.ended, strict=True)
-            for prompt, available, response, ended in columns:
-                rows.append(
-                    encode_prompt(own, prompt, available) + encode_response(own, response, ended)
-                )
-        total = reward.score_ids(rows, batch_size)
-        return Scores(total, {name: total})
-
-    # the counter of a run's FLOPs has to see the passes of this model
-    score.model = reward.model
-    return score

@@ -373,11 +373,11 @@ def use_adapter(model: nn.Module, name: str | None):
             parameter.requires_grad_(parameter_name in trainable)
 
 
-def without_head(config: Any, causal: nn.Module) -> Any:
+def without_head(config: Any, head: str) -> Any:
     """Return the settings of a LoRA adapter for a role without an output head: less what changes
-    the head.
+    the head, the module of that name.
     """
-    config, head = copy.deepcopy(config), head_name(causal)
+    config = copy.deepcopy(config)
     if config.modules_to_save:
         config.modules_to_save = [m for m in config.modules_to_save if not head.endswith(m)] or None
     if isinstance(config.trainable_token_indices, dict):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.adapters import adapter_weights
+from rlhf.data.encode import tokenizer_fingerprint
 from rlhf.errors import UserError
 from rlhf.models import InitialModel
 from rlhf.options.ppo import PPOConfig
@@ -51,18 +52,29 @@ class CriticStart:
         return text
 
 
-def find_reward_role(models: dict[str, float], initial: InitialModel) -> str | None:
-    """Return the reward model that becomes a role: the first that is an adapter on the initial
-    model's base, or None.
+def find_reward_roles(models: dict[str, float], initial: InitialModel) -> list[str]:
+    """Return the reward models that become roles: those that are adapters on the initial model's
+    base and read its ids. The critic may start from the first.
 
     models: folder -> weight in the total score. One of weight 0, which is only monitored, comes
     after the others.
     """
-    for folder in sorted(models, key=lambda folder: models[folder] == 0):
-        is_adapter = (Path(folder) / "adapter_config.json").is_file()
-        if is_adapter and read_identity(folder).get("base_fingerprint") == initial.fingerprint:
-            return folder
-    return None
+    in_order = sorted(models, key=lambda folder: models[folder] == 0)
+    return [folder for folder in in_order if _shares_base(folder, initial)]
+
+
+def _shares_base(folder: str, initial: InitialModel) -> bool:
+    """Return whether a reward model is a LoRA adapter on this base with this tokenizer."""
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file() or read_json(file).get("peft_type") != "LORA":
+        return False
+    identity = read_identity(folder)
+    # one with another tokenizer reads the texts, with weights of its own
+    same_ids = identity.get("tokenizer_fingerprint") in (
+        None,
+        tokenizer_fingerprint(initial.tokenizer),
+    )
+    return same_ids and identity.get("base_fingerprint") == initial.fingerprint
 
 
 def critic_start(

@@ -1,5 +1,5 @@
 """One frozen base, four roles: policy, reference, value and reward as LoRA adapters, two of them
-with a scalar head.
+with a scalar head. Further reward models, such as the members of an ensemble, are roles too.
 
     roles = Roles(foundation, reward_path="runs/reward", ...)
     with roles.use("policy"):
@@ -12,7 +12,7 @@ checkpointing, and says nothing; so a role is only ever a context.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -53,6 +53,7 @@ from rlhf.weights import check_finite
 # what a forward pass reads of `Rollout.batch`
 COLUMNS = ("ids", "attention", "positions", "responses", "mask")
 EMA_REFERENCE = "ema_reference"  # an exponential moving average of the policy
+REWARD = "reward"  # the first reward model, which a critic may start from or read
 
 
 class Roles(nn.Module):
@@ -73,11 +74,14 @@ class Roles(nn.Module):
         ema_reference: bool = False,
         reward_weight: float = 1.0,
         critic_trunk: str = "own",
+        more_rewards: Sequence[str] = (),
     ):
         """Put the adapters on the initial model's base.
 
         lora: the settings of new adapters.
         reward_path: the folder of the reward model; None leaves the reward role out.
+        more_rewards: folders of further reward models on this base, each a role of its own that
+        only scores (see `reward_roles`).
         critic: what the value role starts from: "reward" (adapter and head of the reward role,
         2403.17031), "policy" (the policy's adapter, a head of zeros), "fresh" (a new adapter, a
         head of zeros) or "auto" (reward where there is one, else policy); None leaves it out.
@@ -100,7 +104,9 @@ class Roles(nn.Module):
         self.critic_trunk = critic_trunk
         # hidden states of responses under the reward role, by the row's ids; None: not kept
         self._kept_states: dict[tuple[int, ...], Tensor] | None = None
-        self.score_scale, self.score_bias = 1.0, 0.0
+        # folder of a reward model -> its role; role -> (scale, bias) of its scores
+        self.reward_roles: dict[str, str] = {}
+        self.score_shifts: dict[str, tuple[float, float]] = {}
         self.trunk = initial.model
         self.heads = nn.ModuleDict()
 
@@ -114,10 +120,12 @@ class Roles(nn.Module):
                 "fresh": (plain_config(lora), None),
             }
             if critic_trunk == "own":
-                self._add_critic_adapter(initial, *starts[critic])
+                self._add_critic_adapter(*starts[critic])
             self._add_critic_head()
         if reward_path:
-            self._add_reward(initial, reward_config, reward_path)
+            self._add_reward(initial, reward_config, reward_path, REWARD)
+        for number, path in enumerate(more_rewards, 2):
+            self._add_reward(initial, adapter_config(path), path, f"{REWARD}{number}")
         if critic == "reward" and critic_trunk == "own":
             self._start_critic_as_reward(reward_weight)
 
@@ -200,10 +208,8 @@ class Roles(nn.Module):
             frozen_copy(self.trunk, "policy", EMA_REFERENCE)
         return config
 
-    def _add_critic_adapter(
-        self, initial: InitialModel, config: LoraConfig, path: str | None
-    ) -> None:
-        self._add("value", without_head(config, initial.model), path, (self.output_head, SCORE))
+    def _add_critic_adapter(self, config: LoraConfig, path: str | None) -> None:
+        self._add("value", without_head(config, self.output_head), path, (self.output_head, SCORE))
 
     def _add_critic_head(self) -> None:
         """Add the head of the critic, of zeros."""
@@ -212,21 +218,23 @@ class Roles(nn.Module):
         nn.init.zeros_(head.bias)
         self.heads["value"] = head
 
-    def _add_reward(self, initial: InitialModel, config: LoraConfig, path: str) -> None:
-        """Add the reward role with its head, scale and bias."""
+    def _add_reward(self, initial: InitialModel, config: LoraConfig, path: str, role: str) -> None:
+        """Add the role of a reward model with its head, scale and bias."""
         check_same_base(path, initial)
-        self._add("reward", without_head(config, initial.model), path, (self.output_head, SCORE))
-        self.heads["reward"] = reward_head(path, self.width)
-        self.score_scale, self.score_bias = reward_shift(path)
+        self._add(role, without_head(config, self.output_head), path, (self.output_head, SCORE))
+        self.heads[role] = reward_head(path, self.width)
+        self.score_shifts[role] = reward_shift(path)
+        self.reward_roles[path] = role
 
     @torch.no_grad()
     def _start_critic_as_reward(self, weight: float) -> None:
         """Let the critic predict what the reward role adds to the total score, scale and bias
         included.
         """
-        value, reward = self.heads["value"], self.heads["reward"]
-        value.weight.copy_(reward.weight * self.score_scale * weight)
-        value.bias.fill_(self.score_bias * weight)
+        value, reward = self.heads["value"], self.heads[REWARD]
+        scale, bias = self.score_shifts[REWARD]
+        value.weight.copy_(reward.weight * scale * weight)
+        value.bias.fill_(bias * weight)
 
     @property
     def precision(self) -> torch.dtype:
@@ -288,8 +296,8 @@ class Roles(nn.Module):
 
     @contextlib.contextmanager
     def use(self, role: str):
-        """Make the trunk `role` inside the context: policy, reference, ema_reference, value or
-        reward. Do not nest.
+        """Make the trunk `role` inside the context: policy, reference, ema_reference, value or one
+        of `reward_roles`. Do not nest.
         """
         self._activate(role)
         try:
@@ -365,19 +373,21 @@ class Roles(nn.Module):
         """Return the context in which the trunk is the one that the critic's head reads."""
         return self.use("value" if self.critic_trunk == "own" else self.critic_trunk)
 
-    def scores(self, batch: dict[str, Tensor]) -> Tensor:
-        """Return the reward model's score at each row's last token, (B,); inside `use("reward")`."""
+    def scores(self, batch: dict[str, Tensor], role: str = REWARD) -> Tensor:
+        """Return a reward model's score at each row's last token, (B,); inside `use(role)`."""
         attention, mask = batch["attention"], batch["mask"]
         places = response_places(attention, batch["positions"], mask)
         lengths = attention.sum(-1)
         last = torch.arange(attention.shape[1], device=lengths.device) == lengths[:, None] - 1
         states = response_states(self.trunk, batch["ids"], attention, places | last)
         is_last = last[places | last]
-        if self._kept_states is not None:
+        # the critic reads the first reward model's alone
+        if self._kept_states is not None and role == REWARD:
             before = states[~is_last].split(mask.sum(-1).tolist())
             for row, own in zip(rows_of(batch), before, strict=True):
                 self._kept_states[row] = own
-        return _apply(self.heads["reward"], states[is_last]) * self.score_scale + self.score_bias
+        scale, bias = self.score_shifts[role]
+        return _apply(self.heads[role], states[is_last]) * scale + bias
 
     @contextlib.contextmanager
     def keeping_states(self) -> Iterator[None]:
@@ -396,7 +406,7 @@ class Roles(nn.Module):
         """
         rows = rows_of(batch)
         if self._kept_states is None or any(row not in self._kept_states for row in rows):
-            with self.use("reward"):
+            with self.use(REWARD):
                 return self.states(batch)
         return torch.cat([self._kept_states[row] for row in rows])
 

@@ -175,23 +175,39 @@ def sft_path(base_path, tmp_path_factory) -> str:
     return random_adapter(base_path, tmp_path_factory.mktemp("sft"), seed=1)
 
 
-@pytest.fixture(scope="session")
-def reward_path(base_path, tmp_path_factory) -> str:
-    """A reward model: adapter, score head and reward.json on the same base, random weights."""
+def random_reward(
+    base_path: str, folder, seed: int, scale: float = 0.5, bias: float = -0.25, **settings
+) -> str:
+    """Write a reward model: adapter, score head and reward.json on the base, random weights."""
     import json
 
     import torch
     from safetensors.torch import load_file, save_file
 
-    folder = tmp_path_factory.mktemp("reward")
-    random_adapter(base_path, folder, seed=2, r=2, alpha=4)
-    file = folder / "adapter_model.safetensors"
+    random_adapter(base_path, folder, seed=seed, **{"r": 2, "alpha": 4, **settings})
+    file = Path(folder) / "adapter_model.safetensors"
     weights = load_file(file)
-    torch.manual_seed(3)
+    torch.manual_seed(seed + 1)
     weights["base_model.model.score.weight"] = torch.randn(1, 32)
     save_file(weights, file)
-    (folder / "reward.json").write_text(json.dumps({"scale": 0.5, "bias": -0.25}))
+    (Path(folder) / "reward.json").write_text(json.dumps({"scale": scale, "bias": bias}))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def reward_path(base_path, tmp_path_factory) -> str:
+    """A reward model on the base: scale 0.5, bias -0.25."""
+    return random_reward(base_path, tmp_path_factory.mktemp("reward"), seed=2)
+
+
+@pytest.fixture(scope="session")
+def member_paths(base_path, reward_path, tmp_path_factory) -> list[str]:
+    """Three reward models on one base, of unlike ranks, scales and kinds of adapted weights."""
+    folder = tmp_path_factory.mktemp("members")
+    more = {"modules_to_save": ["norm"], "trainable_token_indices": [2]}
+    second = random_reward(base_path, folder / "second", seed=4, scale=2.0, bias=1.0, **more)
+    third = random_reward(base_path, folder / "third", seed=6, r=3, target_modules=["q_proj"])
+    return [reward_path, second, third]
 
 
 @pytest.fixture(autouse=True)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import shutil
 
@@ -5,14 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from reward.model import trainable_reward
+from reward.model import load_reward, trainable_reward
 from rlhf.adapters import lora_config
 from rlhf.compare.runs import load_policies
-from rlhf.critic import CriticStart, critic_start, find_reward_role
+from rlhf.critic import CriticStart, critic_start, find_reward_roles
+from rlhf.data.records import Samples
 from rlhf.errors import UserError
 from rlhf.logprobs import completion_batch, decoder_and_head
 from rlhf.models import load_model, trainable_policy
 from rlhf.options.ppo import PPOConfig
+from rlhf.ppo.rollout import role_scorer
 from rlhf.roles import Roles
 from tests.conftest import random_adapter
 
@@ -155,6 +158,54 @@ def test_the_critic_starts_as_the_reward_model(roles):
     assert abs(values[0, 3] - scores[0]) < 1e-5 and abs(values[1, 1] - scores[1]) < 1e-5
 
 
+def test_further_reward_models_score_as_each_does_alone(sft_path, member_paths):
+    roles = Roles(
+        load_model(sft_path), lora_config(), member_paths[0], more_rewards=member_paths[1:]
+    )
+    assert list(roles.reward_roles.values()) == ["reward", "reward2", "reward3"]
+    samples = Samples([[]] * 2, [""] * 2, PROMPTS, RESPONSES, [True] * 2, [{}] * 2)
+    found = []
+    for path, role in roles.reward_roles.items():
+        [*scores] = role_scorer(roles, 0, name="x", role=role)(samples).total
+        rows = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+        assert scores == pytest.approx(load_reward(path, "cpu").score_ids(rows), abs=1e-5)
+        found.append(scores)
+    # they are three models
+    assert min(abs(a - b) for a, b in itertools.pairwise(column[0] for column in found)) > 0.1
+    # none of them learns, and the policy is what it would be without them but for rounding: what
+    # the second holds beside LoRA wraps modules of the base
+    learnable = {n for n, p in roles.named_parameters() if p.requires_grad}
+    assert not any("reward" in name for name in learnable)
+    alone = Roles(load_model(sft_path), lora_config(), member_paths[0])
+    with torch.no_grad():
+        for role in ("policy", "reference"):
+            with roles.use(role), alone.use(role):
+                pair = [each.logprobs(batch_of())[0] for each in (roles, alone)]
+            torch.testing.assert_close(*pair, atol=1e-5, rtol=0)
+
+
+def test_the_critic_is_that_of_the_first_reward_model(sft_path, member_paths):
+    settings = {"lora": lora_config(), "reward_path": member_paths[0]}
+    own = Roles(load_model(sft_path), **settings, more_rewards=member_paths[1:])
+    alone = Roles(load_model(sft_path), **settings)
+    pairs = zip(own.parameters_of("value"), alone.parameters_of("value"), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in pairs)
+
+    fixed = {**settings, "critic_trunk": "reward", "more_rewards": member_paths[1:]}
+    roles, batch = Roles(load_model(sft_path), **fixed), batch_of()
+    with torch.no_grad(), roles.keeping_states():
+        for role in roles.reward_roles.values():
+            with roles.use(role):
+                roles.scores(batch, role)
+        kept = roles.kept_states(batch)
+        with roles.use("reward"):
+            expected = roles.states(batch)
+        with roles.use("reward3"):
+            other = roles.states(batch)
+    torch.testing.assert_close(kept, expected, atol=1e-6, rtol=0)
+    assert (kept - other).abs().max() > 0.01
+
+
 def adapter(roles, name):
     return {
         n.replace(f".{name}.", "."): p
@@ -207,9 +258,21 @@ def test_the_critic_starts_by_the_weights_of_the_scorers():
 def test_a_reward_model_that_is_learnt_from_becomes_the_role(sft_path, reward_path, tmp_path):
     initial, other = load_model(sft_path), str(tmp_path / "other")
     shutil.copytree(reward_path, other)
-    assert find_reward_role({other: 0.0, reward_path: 1.0}, initial) == reward_path
-    assert find_reward_role({other: 0.0}, initial) == other
-    assert find_reward_role({sft_path + "/nowhere": 1.0}, initial) is None
+    assert find_reward_roles({other: 0.0, reward_path: 1.0}, initial) == [reward_path, other]
+    assert find_reward_roles({other: 0.0}, initial) == [other]
+    assert find_reward_roles({sft_path + "/nowhere": 1.0}, initial) == []
+
+
+def test_a_reward_model_that_reads_other_ids_or_is_no_lora_becomes_no_role(
+    sft_path, reward_path, tmp_path
+):
+    initial, other = load_model(sft_path), tmp_path / "other"
+    for file, key in (("rlhf.json", "tokenizer_fingerprint"), ("adapter_config.json", "peft_type")):
+        shutil.copytree(reward_path, other)
+        content = json.loads((other / file).read_text())
+        (other / file).write_text(json.dumps({**content, key: "IA3"}))
+        assert find_reward_roles({str(other): 1.0, reward_path: 1.0}, initial) == [reward_path]
+        shutil.rmtree(other)
 
 
 def test_a_critic_from_the_policy_is_its_adapter_and_knows_nothing(sft_path, reward_path):

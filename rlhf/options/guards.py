@@ -114,6 +114,12 @@ GUARDS: dict[str, Guard] = {
         help="the scorer no longer tells the responses apart, so there is nothing more to learn from it",
         remedy="stop here, or check whether the scorer or the policy has collapsed", **_STEP,
     ),
+    "disagreement": Guard(
+        threshold=2.0, action="warn", window=5, limit=3, lower=1.0,
+        help="the policy has gone where the members of the ensemble contradict each other, so that their score "
+             "means little",
+        remedy="take an earlier checkpoint, raise kl_coef, or set how: worst or uncertainty", **_STEP,
+    ),
     "hacking": Guard(
         threshold=5.0, action="stop", window=20, limit=None, shortest=8, watch=(),
         help="the policy exploits what it is rewarded for",

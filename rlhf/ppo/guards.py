@@ -83,13 +83,19 @@ class Guards:
     the decision.
     """
 
-    def __init__(self, overrides: dict[str, Any] | None = None, monitored: Iterable[str] = ()):
+    def __init__(
+        self,
+        overrides: dict[str, Any] | None = None,
+        monitored: Iterable[str] = (),
+        spreads: Iterable[str] = (),
+    ):
         """`monitored`: scores that should not fall while score/raw rises, unless hacking's `watch`
-        names some.
+        names some. `spreads`: the scores that say how far the members of an ensemble differ.
         """
         self.guards = check_guards(overrides or {})
         names = self.guards["hacking"].watch or tuple(monitored)
         self.monitored = [watched_metric(name) for name in names]
+        self.spreads = [watched_metric(name) for name in spreads]
         self.events: list[dict[str, Any]] = []
         self.rollbacks, self.rate_scale = 0, 1.0
         self.counts = {
@@ -174,6 +180,8 @@ class Guards:
             self._check_value("truncation", step, TRUNCATED, values),
             self._check_against_baseline("score_collapse", step, "score/std", values),
         ]
+        for name in self.spreads:
+            found.append(self._check_against_baseline("disagreement", step, name, values, name))
         if self.guards["hacking"].action != "off":
             # a skipped rollout has no scores
             known = [name for name in metrics if name.startswith("score/")]
@@ -304,23 +312,17 @@ class Guards:
         return self._sustained("negative_kl", step, most < -ROUNDING, most, 0.0, what)
 
     def _check_against_baseline(
-        self, name: str, step: int, metric: str, values: dict[str, float]
+        self, name: str, step: int, metric: str, values: dict[str, float], key: str | None = None
     ) -> Decision | None:
         """Check a metric against its mean over the run's first healthy steps.
 
-        It must not fall below a share of the mean; `length` must not leave it by a factor in either
-        direction.
+        It must stay in `_healthy_range`. `key` tells apart the metrics that one guard looks at.
         """
         if metric not in values:
             return None
-        value, first = values[metric], self.baselines.setdefault(name, [])
+        value, first = values[metric], self.baselines.setdefault(_keyed(name, key), [])
         mean = sum(first) / len(first) if first else value
-        factor = self.guards[name].threshold
-        low, high = (
-            (mean / factor, mean * factor)
-            if name == "length"
-            else (max(factor * mean, NOTHING), math.inf)
-        )
+        low, high = _healthy_range(name, mean, self.guards[name].threshold)
         bad = value > high or value <= low
         # a value beyond the threshold does not become part of the baseline
         if not bad and len(first) < BASELINE:
@@ -328,7 +330,7 @@ class Guards:
         bound = high if value > high else low
         side = "above" if value > high else "below"
         what = f"{metric} is {value:.3g}, {side} {bound:.3g} (it began at {mean:.3g})"
-        return self._sustained(name, step, bad, value, bound, what)
+        return self._sustained(name, step, bad, value, bound, what, key)
 
     def _check_hacking(self, step: int, name: str, values: dict[str, float]) -> Decision | None:
         """Check that score/raw does not rise while the monitored score falls, between the halves of
@@ -353,7 +355,7 @@ class Guards:
         """Decide about a fault that has to last `window` steps; a warning is given once, when it
         gets there.
         """
-        guard, key = self.guards[name], name if key is None else f"{name}/{key}"
+        guard, key = self.guards[name], _keyed(name, key)
         window = guard.window if window is None else window
         streak = self.streaks[key] = self.streaks.get(key, 0) + 1 if bad else 0
         if guard.action == "off" or streak < window or (guard.action == "warn" and streak > window):
@@ -394,6 +396,22 @@ class Guards:
             self.events.append(event)
             self._unread.append(decision)
         return decision
+
+
+def _keyed(name: str, key: str | None) -> str:
+    """Return what a guard's state is kept under, where it looks at several metrics."""
+    return name if key is None else f"{name}/{key}"
+
+
+def _healthy_range(name: str, mean: float, factor: float) -> tuple[float, float]:
+    """Return the bounds (low, high) of a metric whose baseline is `mean`: not below a share of it;
+    for `length` not off by a factor in either direction, for `disagreement` not above a multiple.
+    """
+    if name == "length":
+        return mean / factor, mean * factor
+    if name == "disagreement":
+        return -math.inf, max(mean * factor, NOTHING)
+    return max(factor * mean, NOTHING), math.inf
 
 
 def _current_names(by_guard: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from rlhf.evaluate import to_samples
 from rlhf.logprobs import completion_batch, group_rows, tokens_per_pass
 from rlhf.ppo.advantages import kl_k1, kl_k3
 from rlhf.ppo.guards import repetition
-from rlhf.roles import COLUMNS, EMA_REFERENCE, Roles
+from rlhf.roles import COLUMNS, EMA_REFERENCE, REWARD, Roles
 from rlhf.stats import clustered_se
 from rlhf.tensors import masked_mean, masked_sum_rows, pad_right
 
@@ -341,10 +341,15 @@ def padded_batch(
 
 
 def role_scorer(
-    roles: Roles, pad_id: int, batch_size: int = 32, name: str = "reward", tokens: int = 0
+    roles: Roles,
+    pad_id: int,
+    batch_size: int = 32,
+    name: str = "reward",
+    tokens: int = 0,
+    role: str = REWARD,
 ) -> Scorer:
-    """Return the reward role as a scorer; it reads the sampled ids, as the reward model read them
-    in training.
+    """Return a reward role as a scorer; it reads the sampled ids, as the reward model read them in
+    training.
 
     batch_size, tokens: rows and tokens of one pass; 0 tokens are what suits the device.
     """
@@ -357,8 +362,9 @@ def role_scorer(
         totals = [0.0] * len(samples)
         for group in group_rows(lengths, tokens or tokens_per_pass(device), batch_size):
             prompts, responses = zip(*(pairs[row] for row in group), strict=True)
-            with roles.use("reward"):
-                found = roles.scores(padded_batch(prompts, responses, pad_id, device))
+            batch = padded_batch(prompts, responses, pad_id, device)
+            with roles.use(role):
+                found = roles.scores(batch, role)
             for row, score in zip(group, found.tolist(), strict=True):
                 totals[row] = score
         return Scores(totals, {name: totals})

@@ -64,9 +64,10 @@ class PPOTrainer:
         deepspeed_config: dict[str, Any] | None = None,
         engine: Generate = generate,
         monitored: Sequence[str] = (),
+        spreads: Sequence[str] = (),
     ):
         """`monitored` names scores that should not fall while the optimised score rises (guard
-        `hacking`).
+        `hacking`), `spreads` those that say how far an ensemble disagrees (guard `disagreement`).
         """
         self.config, self.roles, self.data, self.world = config, roles, data, world
         self.budget = budget or Budget()
@@ -103,7 +104,7 @@ class PPOTrainer:
         # state of the run, all of it in checkpoints
         self.steps_done = 0
         self.estimator = Estimator(config)
-        self.guards = Guards(config.guards, monitored)
+        self.guards = Guards(config.guards, monitored, spreads)
         # the stop or rollback that a guard has decided on in this step
         self.pending_decision: Decision | None = None
 

@@ -1,7 +1,9 @@
 """A few rollouts of PPO in a tiny run, alone or as one of several ranks; what each saw goes to a
 file.
 
-deepspeed --num_accelerators 2 --no_local_rank tests/launch/ranks.py BASE SFT REWARD OUT STAGE [packed]
+deepspeed --num_accelerators 2 --no_local_rank tests/launch/ranks.py BASE SFT REWARDS OUT STAGE [packed]
+
+REWARDS are the folders of an ensemble, with commas between them.
 """
 
 import json
@@ -14,7 +16,7 @@ STEPS = 4
 
 
 def rollouts(
-    base: str, sft: str, reward: str, world, stage: str | None, *, packed: bool = False
+    base: str, sft: str, rewards: list[str], world, stage: str | None, *, packed: bool = False
 ) -> dict:
     """Responses and metrics of each step, how often the parameters were gathered, and the saved
     files' tensors. packed: on a base in 4 bits, with moments in 8.
@@ -23,6 +25,7 @@ def rollouts(
 
     import torch
 
+    from reward.ensemble import ensemble_scorer
     from rlhf.adapters import lora_config
     from rlhf.data.records import Prompt
     from rlhf.deepspeed_config import read_deepspeed_config
@@ -49,13 +52,18 @@ def rollouts(
     ]
     torch.manual_seed(0)
     initial = load_model(sft, quantization="nf4" if packed else None)
-    roles = Roles(initial, lora_config(r=4), reward)
+    roles = Roles(initial, lora_config(r=4), rewards[0], more_rewards=rewards[1:])
     config = read_deepspeed_config(stage, world, options if packed else None)
     # a tiny model would not be cut into parts at all
     if config and config["zero_optimization"]["stage"] == 3:
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
-    scorer = role_scorer(roles, initial.tokenizer.pad_token_id, 3)  # ranks make one pass, and two
+    # ranks make one pass of each member, and two
+    pad_id = initial.tokenizer.pad_token_id
+    members = {
+        role: role_scorer(roles, pad_id, 3, role=role) for role in roles.reward_roles.values()
+    }
+    scorer = ensemble_scorer(members, "uncertainty")
     stops = [initial.tokenizer.eos_token_id, *range(3, 320, 9)]
     data = TrainingData(prompts, initial.tokenizer, stops)
     trainer = PPOTrainer(options, roles, scorer, data, world, deepspeed_config=config)
@@ -102,8 +110,9 @@ if __name__ == "__main__":
 
     silence_libraries()
     here = start()
-    base, sft, reward, out, stage = sys.argv[1:6]
-    result = rollouts(base, sft, reward, here, stage, packed=sys.argv[6:] == ["packed"])
+    base, sft, rewards, out, stage = sys.argv[1:6]
+    packed = sys.argv[6:] == ["packed"]
+    result = rollouts(base, sft, rewards.split(","), here, stage, packed=packed)
     if here.is_main:
         Path(out).write_text(json.dumps(result))
     here.barrier()

@@ -43,20 +43,21 @@ def start_path(base_path, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def alone(base_path, start_path, reward_path):
-    return rollouts(base_path, start_path, reward_path, DistributedContext(), None)
+def alone(base_path, start_path, member_paths):
+    return rollouts(base_path, start_path, member_paths, DistributedContext(), None)
 
 
 @pytest.mark.parametrize(
     "stage", ["zero2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero0", "zero3"))]
 )
-def test_two_ranks_mean_what_one_means(stage, alone, base_path, start_path, reward_path, tmp_path):
+def test_two_ranks_mean_what_one_means(stage, alone, base_path, start_path, member_paths, tmp_path):
     """Seven responses in minibatches of four and three: ranks have uneven shares, and one of them
     sometimes none.
     """
     out = tmp_path / "seen.json"
     done = launch(
-        ROOT / "tests/launch/ranks.py", [base_path, start_path, reward_path, str(out), stage]
+        ROOT / "tests/launch/ranks.py",
+        [base_path, start_path, ",".join(member_paths), str(out), stage],
     )
     assert done.returncode == 0, done.stderr[-3000:]
     means_the_same(json.loads(out.read_text()), alone, stage)
@@ -69,10 +70,12 @@ def test_two_ranks_on_a_packed_base_mean_what_one_means(
     """In 4 bits, with moments in 8: those of two ranks are of other blocks, in later steps."""
     pytest.importorskip("bitsandbytes")
     out = tmp_path / "seen.json"
-    given = [base_path, start_path, reward_path]
-    done = launch(ROOT / "tests/launch/ranks.py", [*given, str(out), "zero2", "packed"])
+    given = [base_path, start_path]
+    done = launch(
+        ROOT / "tests/launch/ranks.py", [*given, reward_path, str(out), "zero2", "packed"]
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = rollouts(*given, DistributedContext(), None, packed=True)
+    alone = rollouts(*given, [reward_path], DistributedContext(), None, packed=True)
     means_the_same(json.loads(out.read_text()), alone, "zero2, packed")
 
 

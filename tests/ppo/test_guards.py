@@ -158,6 +158,40 @@ def test_score_collapse_gone_to_nothing():
     assert run(Guards({}), [{"score/std": 0.0}] * 5) == [(5, "score_collapse", "warn")]
 
 
+def test_members_of_an_ensemble_that_disagree_more_and_more():
+    # both begin at their own baseline: 0.1 and 3; twice that is the threshold
+    def steps(first, second, count):
+        return [{"score/e/spread": first, "score/f/spread": second}] * count
+
+    def watching(**overrides):
+        return Guards(overrides, spreads=["e/spread", "f/spread"])
+
+    assert run(watching(), steps(0.1, 3.0, 5) + steps(0.19, 5.9, 9)) == []
+    # nor is agreement a fault
+    assert run(watching(), steps(0.1, 3.0, 5) + steps(0.0, 0.01, 9)) == []
+    assert run(watching(), steps(0.1, 3.0, 5) + steps(0.21, 3.0, 5)) == [
+        (10, "disagreement", "warn")
+    ]
+    one_after_the_other = steps(0.1, 3.0, 5) + steps(0.1, 6.1, 3) + steps(0.21, 6.1, 3)
+    assert run(watching(disagreement="stop"), one_after_the_other) == [
+        (10, "disagreement", "stop"),
+        (11, "disagreement", "stop"),
+    ]
+    assert run(watching(disagreement="off"), steps(0.1, 3.0, 5) + steps(9.0, 9.0, 9)) == []
+    # without an ensemble there is nothing to watch
+    assert run(Guards({}), steps(0.1, 3.0, 5) + steps(9.0, 9.0, 9)) == []
+
+
+def test_disagreement_is_remembered_by_a_checkpoint():
+    rows = [{"score/e/spread": 0.1}] * 5 + [{"score/e/spread": 0.5}] * 3
+    first, whole = (Guards(spreads=["e/spread"]) for _ in range(2))
+    run(first, rows)
+    resumed = Guards(spreads=["e/spread"])
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    run(whole, rows)
+    assert run(resumed, rows[-2:], 9) == run(whole, rows[-2:], 9) == [(10, "disagreement", "warn")]
+
+
 def test_a_warning_comes_again_only_after_health():
     bad = {"response/repetition": 0.5}
     guards = Guards({"repetition": {"window": 2}})

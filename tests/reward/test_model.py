@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from reward.loaded import reward_scorer
 from reward.model import (
     last_token_scores,
     load_reward,
     normalisation,
     raw_scores,
-    reward_scorer,
     score_model,
     trainable_reward,
     write_reward,

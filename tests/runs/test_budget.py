@@ -1,6 +1,7 @@
 """What a run has cost: by hand on a small decoder, and against the products that torch makes."""
 
 import importlib.util
+import shutil
 import sys
 from pathlib import Path
 
@@ -146,23 +147,27 @@ def test_packed_rows_are_counted():
     assert counted.tokens_trained == 4 * 20  # four rows of 8 + 12, two in a pack
 
 
-def test_scorers_with_weights_of_their_own_are_counted(reward_path, sft_path):
+def test_scorers_with_weights_of_their_own_are_counted(reward_path, sft_path, tmp_path):
+    from reward.compose import build_model
+    from reward.loaded import RewardModels
     from reward.specs import ModelSpec
     from rlhf.data.records import Samples
-    from tests.launch.conftest import door
 
     budget = Budget()
-    door("ppo")
-    build = sys.modules["door_ppo"].model_builder(None, None, budget)
+    models = RewardModels(on_base=budget.watch)
     tokenizer = load_model(sft_path).tokenizer
-    scorer = build(ModelSpec(model=reward_path), tokenizer)
+    # two on one base: each makes a pass, and each pass counts once
+    copied = shutil.copytree(reward_path, tmp_path / "copied")
+    specs = [ModelSpec(model=reward_path), ModelSpec(model=str(copied))]
+    scorers = [build_model(spec, tokenizer, models=models) for spec in specs]
     samples = Samples(
         [[{"role": "user", "content": "x"}]], ["y"], [[5, 6, 7]], [[8, 2]], [True], [{}]
     )
 
     def score():
         with budget.counting():
-            scorer(samples)
+            for scorer in scorers:
+                scorer(samples)
 
     measured = flops.measured(score)
     assert close(budget, measured)
