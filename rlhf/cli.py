@@ -66,6 +66,17 @@ def run_chat(config: Any) -> None:
     chat(config, build_scorer([{"voice": config.voice}]) if config.voice else None)
 
 
+def run_sample(config: Any) -> None:
+    from rlhf.collect.sample import sample
+
+    if not config.select_by:
+        sample(config)
+        return
+    from reward.compose import pair_disagreement
+
+    sample(config, pair_disagreement(config.select_by))
+
+
 def run_compare(config: Any) -> None:
     from reward.compose import build_scorer
     from rlhf.compare.measure import compare
@@ -148,7 +159,7 @@ COMMANDS = {
     "collect sample": Command(
         "sample pairs from a policy into a preference store",
         "rlhf.collect.sample:SampleConfig",
-        lazily("rlhf.collect.sample:sample"),
+        run_sample,
         loads_models=True,
     ),
     "collect serve": Command(

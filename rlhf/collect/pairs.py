@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.data.records import Message, Preference, Prompt, digest
+from rlhf.data.records import Message, Preference, Prompt, Samples, digest
 from rlhf.data.store import Store
 
 # index of the prompt -> arguments of Store.add_response
 Answers = dict[int, list[dict[str, Any]]]
+# (samples, pairs of their numbers) -> how far reward models disagree about each pair
+Disagreement = Callable[[Samples, list[tuple[int, int]]], list[float]]
 
 
 @dataclass
@@ -68,6 +71,50 @@ def _new_answers(
             known.add(text)
             new.append(answer)
     return new
+
+
+def most_disputed(
+    pairs: list[Paired], disagreement: Disagreement
+) -> tuple[list[Paired], dict[str, int]]:
+    """Return each prompt with the two of its answers that reward models disagree about most; and
+    counts. A prompt without a pair is left out.
+    """
+    samples, answers = Samples([], [], [], [], [], []), []
+    owners: list[Paired] = []
+    candidates: list[tuple[int, int]] = []
+    for paired in pairs:
+        numbered = []
+        for side in paired.sides:
+            numbered.append(list(range(len(answers), len(answers) + len(side))))
+            answers += side
+            for answer in side:
+                _add_sample(samples, paired.prompt, answer)
+        found = _pairs(numbered)
+        candidates += found
+        owners += [paired] * len(found)
+
+    best: dict[int, tuple[float, int]] = {}
+    for number, value in enumerate(disagreement(samples, candidates)):
+        prompt = id(owners[number])
+        # of equal ones the first
+        if prompt not in best or value > best[prompt][0]:
+            best[prompt] = value, number
+    kept = []
+    for _, number in best.values():
+        one, other = candidates[number]
+        kept.append(Paired(owners[number].prompt, [[answers[one]], [answers[other]]]))
+    return kept, {"prompts": len(kept), "responses": 2 * len(kept), "comparisons": len(kept)}
+
+
+def _add_sample(samples: Samples, prompt: Prompt, answer: dict[str, Any]) -> None:
+    samples.prompts.append(prompt.prompt)
+    samples.responses.append(answer["text"])
+    # ids of the policy's tokenizer need not be the reward models'
+    samples.prompt_ids.append([])
+    samples.response_ids.append([])
+    # None: not known, which counts as ended
+    samples.ended.append(answer["ended"] is not False)
+    samples.metadata.append(prompt.metadata)
 
 
 def store_pairs(store: Store, pairs: list[Paired], named: set[str]) -> None:

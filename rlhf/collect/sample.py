@@ -17,7 +17,9 @@ import numpy as np
 
 from rlhf.collect.pairs import (
     Answers,
+    Disagreement,
     add_budget,
+    most_disputed,
     pair_up,
     prompt_digest,
     store_controls,
@@ -41,6 +43,10 @@ class SampleConfig:
     store: str = option(help="the preference store (SQLite) to write to; made when missing")
     controls: str | None = option(
         None, "a file of pairs whose better answer is known: judged among the rest as a check"
+    )
+    select_by: list[str] = option(
+        [],
+        "reward models: of each prompt's pairs the one is stored that they disagree about most. Default: all pairs",
     )
     prompts: int | None = option(None, "number of prompts, drawn by the seed; default: all", low=1)
     samples_per_prompt: int = option(2, "responses to each with each sampling setting", low=1)
@@ -86,9 +92,11 @@ class SampleConfig:
         return list(zip(temperatures, top_ps, strict=True))
 
 
-def sample(config: SampleConfig) -> dict[str, int]:
+def sample(config: SampleConfig, disagreement: Disagreement | None = None) -> dict[str, int]:
     """Write prompts, responses and comparisons; returns their counts. Repeating the call adds
     nothing new.
+
+    disagreement: that of the reward models of `select_by`.
     """
     records, named = prompts_of(config)
     # so that the first `prompts` of them are a random choice
@@ -117,6 +125,10 @@ def sample(config: SampleConfig) -> dict[str, int]:
         raise UserError(
             f"{config.store}: no prompt got two answers that differ, so there is nothing to judge"
         )
+
+    if disagreement is not None:
+        pairs, kept = most_disputed(pairs, disagreement)
+        counts |= kept
 
     Path(config.store).parent.mkdir(parents=True, exist_ok=True)
     # all or nothing: half a sample would be completed by no later call

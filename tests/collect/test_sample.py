@@ -1,13 +1,15 @@
 import json
+import statistics
 import subprocess
 
 import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
+from reward.loaded import reward_scorer
 from rlhf.collect.sample import SampleConfig, sample
 from rlhf.config import parse
 from rlhf.data.load import load
-from rlhf.data.records import Preference, Prompt, prompt_group
+from rlhf.data.records import Preference, Prompt, Samples, prompt_group
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 
@@ -69,6 +71,44 @@ def test_one_policy_with_two_settings(tmp_path, prompts, sft_path):
         config(tmp_path, prompts, sft_path, temperature=[0.7, 1.3], samples_per_prompt=2)
     )
     assert again == counts and len(pairs(tmp_path)) == counts["comparisons"]
+
+
+def test_of_each_prompt_the_most_disputed_pair_is_stored(tmp_path, prompts, sft_path, member_paths):
+    from rlhf.cli import run_sample
+
+    asked = config(tmp_path, prompts, sft_path, samples_per_prompt=4)
+    every = sample(asked)
+    wanted = {}
+    scorers = [reward_scorer(path) for path in member_paths]
+    for pair in pairs(tmp_path):
+        both = [pair["messages"]] * 2, [pair["text_a"], pair["text_b"]], [[]] * 2, [[]] * 2
+        ended = [pair["ended_a"] != 0, pair["ended_b"] != 0]
+        gaps = []
+        for score in scorers:
+            one, other = score(Samples(*both, ended, [{}, {}])).total
+            gaps.append(one - other)
+        prompt = pair["messages"][0]["content"]
+        found = (statistics.pstdev(gaps), {pair["text_a"], pair["text_b"]})
+        wanted[prompt] = max(wanted.get(prompt, found), found, key=lambda pair: pair[0])
+    assert every["comparisons"] > len(wanted) == 6
+
+    asked = config(
+        tmp_path,
+        prompts,
+        sft_path,
+        samples_per_prompt=4,
+        select_by=member_paths,
+        store=str(tmp_path / "chosen.db"),
+    )
+    run_sample(asked)
+    with Store.open(tmp_path / "chosen.db") as store:
+        chosen = list(store.at().pairs().values())
+    found = {pair["messages"][0]["content"]: {pair["text_a"], pair["text_b"]} for pair in chosen}
+    assert found == {prompt: texts for prompt, (_, texts) in wanted.items()}
+    assert len(chosen) == 6
+    asked.select_by = member_paths[:1]
+    with pytest.raises(UserError, match="expected two or more reward models"):
+        run_sample(asked)
 
 
 def test_a_second_setting_changes_nothing_of_the_first(tmp_path, prompts, sft_path):
