@@ -123,9 +123,11 @@ def write_fold(
     for pair in pairs:
         records.append(replace(pair, split="test") if fold_of[pair.group] == fold else pair)
     write_rows(rows_of(records), data)
-    # what chooses among rows has been done
-    chosen = {"data": [str(data)], "half": "all", "limit": None, "aggregate": "each"}
-    options.save(replace(reward, output_dir=str(output), run_name=None, **chosen), file)
+    # what chooses among rows has been done, and a fold that was cut off resumes
+    given = {"data": [str(data)], "half": "all", "limit": None, "aggregate": "each"}
+    given |= {"output_dir": str(output), "run_name": None}
+    given |= {"overwrite_output_dir": False, "resume": "auto"}
+    options.save(replace(reward, **given), file)
     return Job(
         name=name,
         program="launch.reward",

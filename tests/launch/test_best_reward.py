@@ -7,6 +7,7 @@ import random
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from rlhf.errors import EXIT_USER_ERROR
@@ -173,3 +174,27 @@ def test_davidson_without_a_tie_is_refused(runs, files, tmp_path, capsys):
         door("reward")(flags(runs, files["pairs"], tmp_path / "run"))
     assert stop.value.code == EXIT_USER_ERROR
     assert "the training pairs hold no ties" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_two_ranks_stop_where_one_does_and_save_the_same_model(stage, runs, pairs, tmp_path):
+    """Losses, tie parameter and the best step are those of the whole batch and of all pairs."""
+    from tests.launch.test_ranks import ROOT, launch
+
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    # each rank would drop other inputs
+    door("reward")(flags(runs, pairs, alone, lora_dropout=0))
+    more = {"lora_dropout": 0, "per_device_train_batch_size": 2, "deepspeed": stage}
+    done = launch(ROOT / "launch" / "reward.py", flags(runs, pairs, both, **more))
+    assert done.returncode == 0, done.stderr[-3000:]
+    ours, theirs = (json.loads((folder / "result.json").read_text()) for folder in (alone, both))
+    assert theirs["saved_step"] == ours["saved_step"] < ours["held_out_losses"][-1][0]
+    for (step, loss), (other, value) in zip(
+        ours["held_out_losses"], theirs["held_out_losses"], strict=True
+    ):
+        assert step == other and value == pytest.approx(loss, abs=1e-4)
+    assert theirs["tie_parameter"] == pytest.approx(ours["tie_parameter"], abs=1e-4)
+    for name, weight in load_file(alone / "adapter_model.safetensors").items():
+        found = load_file(both / "adapter_model.safetensors")[name]
+        assert torch.allclose(weight, found, atol=2e-3), name

@@ -9,12 +9,16 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig
 
+from reward.length import add_offsets
 from reward.model import raw_scores, trainable_reward
-from reward.objective import reward_loss
+from reward.objective import pair_log_loss, reward_loss, tie_probability
+from reward.ties import TieParameter
 from reward.trainer import PairCollator, RewardTrainer, pair_rows
 from rlhf.adapters import lora_config
 from rlhf.data.records import Preference
 from rlhf.models import load_model
+
+SIDES = ("chosen_ids", "rejected_ids")
 
 
 def encoded(prompt, chosen, rejected, **more):
@@ -91,3 +95,46 @@ def test_the_trainer_minimises_our_objective(base_path, tmp_path):
     assert found == pytest.approx(expected.item(), abs=1e-5)
     mode = "train" if model.training else "eval"
     assert trainer._metrics[mode]["accuracy"][-1] == metrics["accuracy"].item()
+
+
+def test_an_evaluation_has_the_log_loss_of_all_pairs_with_their_ties(base_path, tmp_path):
+    """Three pairs in batches of two: the mean is over pairs, not over batches."""
+    initial = load_model(base_path)
+    model = trainable_reward(initial, lora_config("SEQ_CLS", r=2))
+    rows = pair_rows(
+        [
+            encoded([5, 6], [7, 2], [8, 9, 2], label_prob=0.5, tie_prob=1.0),
+            encoded([5], [4, 4, 4, 2], [0], margin=0.25),
+            encoded([5, 7], [4, 2], [9, 8, 2]),
+        ]
+    )
+    add_offsets(rows, 0.3)
+    ties = TieParameter(0.25, torch.as_tensor)
+    arguments = RewardConfig(
+        str(tmp_path), use_cpu=True, bf16=False, per_device_eval_batch_size=2, report_to="none"
+    )
+    trainer = RewardTrainer(
+        model=model,
+        args=arguments,
+        data_collator=PairCollator(0),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
+        processing_class=initial.tokenizer,
+        ties=ties,
+    )
+    found = trainer.evaluate()["eval_log_loss"]
+    scores = [torch.tensor(raw_scores(model, [r[side] for r in rows], 0)) for side in SIDES]
+    # offsets: 0.3 a token; margins are no part of the likelihood
+    d = scores[0] - scores[1] + torch.tensor([-0.3, 0.9, -0.3])
+    p, tie = torch.tensor([0.5, 1.0, 1.0]), torch.tensor([1.0, 0.0, 0.0])
+    expected = pair_log_loss(d, p, tie, ties.log_tie)
+    assert found == pytest.approx(expected.mean().item(), abs=1e-5)
+
+    # in training the tie parameter sees what the loss sees, margin and all, and an evaluation nothing
+    assert ties.sums == [0.0, 0.0, 0.0]
+    model.train()
+    trainer.compute_loss(model, dict(next(iter(trainer.get_eval_dataloader()))))
+    seen = d[:2] - torch.tensor([0.0, 0.25])
+    assert ties.sums[:2] == pytest.approx(
+        [2.0, tie_probability(seen, ties.log_tie).sum().item()], abs=1e-5
+    )
