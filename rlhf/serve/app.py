@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -21,6 +22,7 @@ from starlette.routing import Route
 
 from rlhf.engines.sampling import Sampling, sample_key
 from rlhf.errors import UserError, did_you_mean
+from rlhf.http_server import is_loopback
 from rlhf.serve import protocol
 from rlhf.serve.policies import Policy
 from rlhf.serve.protocol import Answers, ApiError, ChatRequest, CompletionRequest
@@ -28,6 +30,10 @@ from rlhf.serve.worker import Event, Job, Worker
 
 # bytes of a request
 LONGEST_BODY = 8 * 2**20
+# that answers have to end by themselves when the server is told to end
+GRACE_SECONDS = 5
+# temperatures below it are 0: the quotients of logits would overflow
+LEAST_TEMPERATURE = 1e-5
 
 
 @dataclass
@@ -42,9 +48,14 @@ class Service:
     max_response_length: int = 512
     created: int = field(default_factory=lambda: int(time.time()))
 
-    def check_key(self, request: Request) -> None:
-        """Raise ApiError unless the request brings the key."""
+    def check_access(self, request: Request) -> None:
+        """Raise ApiError unless the request brings the key, or, where there is none, comes to a name
+        of this machine: a page of the web may give its own name this machine's address.
+        """
         if self.key is None:
+            host = request.url.hostname or ""
+            if not is_loopback(host):
+                raise ApiError(403, f"without a key no requests to '{host}'; see --api_key_env")
             return
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         # in the same time for every wrong key
@@ -90,6 +101,28 @@ def create_app(service: Service) -> Starlette:
     return app
 
 
+class Server(uvicorn.Server):
+    """A server that tells the clients that still wait when it ends."""
+
+    def __init__(self, service: Service):
+        self.service = service
+        settings = uvicorn.Config(
+            create_app(service),
+            timeout_graceful_shutdown=2 * GRACE_SECONDS,
+            # neither prompts nor keys are logged; `end` tells of each request
+            access_log=False,
+            log_level="error",
+            server_header=False,
+            ws="none",
+        )
+        super().__init__(settings)
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(GRACE_SECONDS, self.service.worker.stop)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+
 async def told(request: Request, error: ApiError) -> Response:
     return JSONResponse(error.body, error.status)
 
@@ -114,13 +147,13 @@ async def health(request: Request) -> Response:
 
 async def list_models(request: Request) -> Response:
     service = request.app.state.service
-    service.check_key(request)
+    service.check_access(request)
     return JSONResponse(protocol.models(service.policies, service.created))
 
 
 async def one_model(request: Request) -> Response:
     service = request.app.state.service
-    service.check_key(request)
+    service.check_access(request)
     policy = service.policy(request.path_params["name"])
     return JSONResponse(protocol.models({policy.name: policy}, service.created)["data"][0])
 
@@ -136,7 +169,7 @@ async def completions(request: Request) -> Response:
 async def answer(request: Request, kind: type[protocol.Request]) -> Response:
     """Answer a request of either endpoint: check it, put it in line, and stream or collect."""
     service: Service = request.app.state.service
-    service.check_key(request)
+    service.check_access(request)
     # a page of another site can send other types without being asked
     if not request.headers.get("content-type", "").startswith("application/json"):
         raise ApiError(415, "the Content-Type has to be application/json")
@@ -174,12 +207,13 @@ def job_of(
         where = "messages" if isinstance(asked, ChatRequest) else "prompt"
         raise ApiError(400, str(error), where, "context_length_exceeded") from None
     seed = asked.seed if asked.seed is not None else secrets.randbits(63)
+    temperature = asked.temperature if asked.temperature >= LEAST_TEMPERATURE else 0.0
     keys = [sample_key(seed, "serve", prompt, i) for prompt in prompts for i in range(asked.n)]
     return Job(
         policy=policy,
         prompts=[prompt for prompt in prompts for _ in range(asked.n)],
         keys=keys,
-        sampling=Sampling(limit, asked.temperature, asked.top_k, asked.top_p),
+        sampling=Sampling(limit, temperature, asked.top_k, asked.top_p),
         notify=notify,
         stops=asked.stops,
         streams=asked.stream,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from rlhf.config import SEED, option
 from rlhf.data.records import Message, RecordError, Samples, Scorer
 from rlhf.errors import UserError
 
+LEAVE = ("/exit", "/quit")
+CONTROL_CODES = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 HELP = """\
 /system TEXT  begin again under this system prompt; without TEXT, under none
 /again        answer the last message once more, with other random numbers
@@ -130,13 +133,18 @@ class Chat:
             raise UserError(f"{policy.name}: {error}. /reset begins again") from None
         text = StreamedText(policy.decoder, [])
 
+        def show(piece: str, end: str = "") -> None:
+            # codes that would move the cursor or ring the bell
+            shown = piece.translate(CONTROL_CODES) if sys.stdout.isatty() else piece
+            print(shown, end=end, flush=True)
+
         def each_token(row: int, token: int, logprob: float) -> None:
-            print(text.add(token), end="", flush=True)
+            show(text.add(token))
 
         key = sample_key(self.config.seed, "chat", prompt, self.sample)
         sampling = replace(self.sampling, max_new_tokens=limit)
         done = policy.generate([prompt], [key], sampling, each_token)
-        print(text.end(), flush=True)
+        show(text.end(), end="\n")
         if not done.ended[0]:
             print(f"(cut off after {limit} tokens)", file=sys.stderr)
         return prompt, done.response_ids[0], text.text
@@ -167,7 +175,7 @@ def chat(config: ChatConfig, scorer: Scorer | None = None) -> None:
         question = sys.stdin.read().strip() if config.prompt == "-" else config.prompt
         if not question:
             raise UserError("'prompt' is empty: there is nothing to answer")
-        Chat(config, scorer).say(question)
+        attempt(Chat(config, scorer).say, question, is_terminal=False)
         return
     talk = Chat(config, scorer)
     is_terminal = sys.stdin.isatty()
@@ -175,16 +183,26 @@ def chat(config: ChatConfig, scorer: Scorer | None = None) -> None:
         names = ", ".join(speaker.policy.name for speaker in talk.speakers)
         print(f"{names}: write a message, or /help")
     for line in lines(is_terminal):
-        try:
-            if not obey(talk, line):
-                return
-        except KeyboardInterrupt:
-            print("\n(interrupted; this message is forgotten)", file=sys.stderr)
-        except UserError as error:
-            # a script has to notice, a person can go on
-            if not is_terminal:
-                raise
-            print(f"error: {error}", file=sys.stderr)
+        if line.split()[0] in LEAVE:
+            return
+        attempt(functools.partial(obey, talk), line, is_terminal=is_terminal)
+
+
+def attempt(act: Callable[[str], None], line: str, *, is_terminal: bool) -> None:
+    """Do something with a line. A person may interrupt it, and goes on after an error; a script
+    ends.
+    """
+    try:
+        act(line)
+    except KeyboardInterrupt:
+        if not is_terminal:
+            # as shells give it for Ctrl-C
+            sys.exit(130)
+        print("\n(interrupted; this message is forgotten)", file=sys.stderr)
+    except UserError as error:
+        if not is_terminal:
+            raise
+        print(f"error: {error}", file=sys.stderr)
 
 
 def lines(is_terminal: bool) -> Iterator[str]:
@@ -202,12 +220,12 @@ def lines(is_terminal: bool) -> Iterator[str]:
             yield line.strip()
 
 
-def obey(talk: Chat, line: str) -> bool:
-    """Do what a line says, and return whether to go on. Raises UserError for an unknown command."""
+def obey(talk: Chat, line: str) -> None:
+    """Do what a line says. Raises UserError for an unknown command."""
     word, _, rest = line.partition(" ")
     if not word.startswith("/"):
         talk.say(line)
-        return True
+        return
 
     def new_system() -> None:
         talk.system = rest.strip() or None
@@ -219,9 +237,6 @@ def obey(talk: Chat, line: str) -> bool:
         "/again": talk.again,
         "/system": new_system,
     }
-    if word in ("/exit", "/quit"):
-        return False
     if word not in commands:
         raise UserError(f"unknown command '{word}'. Commands:\n{HELP}")
     commands[word]()
-    return True

@@ -145,8 +145,10 @@ def parse(kind: type[Request], body: bytes) -> Request:
     """Return a request. Raises ApiError with the parameter that is wrong or not supported."""
     try:
         given = json.loads(body)
+        # half of a surrogate pair can be written in JSON, and is no text
+        json.dumps(given, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON ({error})") from None
+        raise ApiError(400, f"the body is not JSON of text ({error})") from None
     if not isinstance(given, dict):
         raise ApiError(400, "the body has to be an object")
     # null is what was not given

@@ -45,9 +45,7 @@ class ServeConfig:
 
 def serve(config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM, which end the answers that are under way."""
-    import uvicorn
-
-    from rlhf.serve.app import Service, create_app
+    from rlhf.serve.app import Server, Service
     from rlhf.serve.policies import load
     from rlhf.serve.worker import Worker
 
@@ -59,18 +57,9 @@ def serve(config: ServeConfig) -> None:
             read_token(config.api_key_env, "'api_key_env'"),
             config.max_response_length,
         )
-        settings = uvicorn.Config(
-            create_app(service),
-            timeout_graceful_shutdown=5,
-            # neither prompts nor keys are logged; `end` of rlhf/serve/app.py tells of each request
-            access_log=False,
-            log_level="error",
-            server_header=False,
-            ws="none",
-        )
         url = local_url(config.host, config.port)
         print(f"serving {', '.join(policies)} on {url}/v1 (Ctrl-C ends)", flush=True)
         # uvicorn raises what it caught once more at its end; a clean one has exit code 0
         signal.signal(signal.SIGTERM, lambda *_: None)
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(settings).run(sockets=[listener])
+            Server(service).run(sockets=[listener])

@@ -108,8 +108,8 @@ class Worker:
                 return
         job.notify(Event(error="the server is shutting down"))
 
-    def close(self) -> None:
-        """End all jobs at their next token, and the thread."""
+    def stop(self) -> None:
+        """End all jobs at their next token; what comes later is refused."""
         with self.changed:
             self.is_closed = True
             left = [*self.running, *self.waiting]
@@ -118,6 +118,10 @@ class Worker:
         for job in left:
             job.is_cancelled = True
             job.notify(Event(error="the server is shutting down"))
+
+    def close(self) -> None:
+        """End all jobs, and wait for the thread."""
+        self.stop()
         self.thread.join()
 
     def _work(self) -> None:
@@ -143,12 +147,10 @@ class Worker:
         rows = 0
         while self.waiting:
             job = self.waiting.popleft()
-            is_like = not batch or (
-                job.policy is batch[0].policy and _kind(job.sampling) == _kind(batch[0].sampling)
-            )
             if job.is_cancelled:
                 continue
-            if is_like and (not batch or rows + len(job.keys) <= self.batch_size):
+            fits = not batch or rows + len(job.keys) <= self.batch_size
+            if fits and all(_are_alike(job, other) for other in batch[:1]):
                 batch.append(job)
                 rows += len(job.keys)
             else:
@@ -170,6 +172,7 @@ class Worker:
         )
 
 
-def _kind(sampling: Sampling) -> Sampling:
-    """Return what rows of one batch have in common."""
-    return replace(sampling, max_new_tokens=0)
+def _are_alike(job: Job, other: Job) -> bool:
+    """Return whether the rows of two jobs may share a batch: limits alone may differ."""
+    sampling = replace(job.sampling, max_new_tokens=other.sampling.max_new_tokens)
+    return job.policy is other.policy and sampling == other.sampling

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import json
+import re
 
 import pytest
 import requests
@@ -193,8 +194,6 @@ def test_many_clients_at_once_get_their_own_answers(client, policies, runs, base
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(url, fields, status, param, message):
-    import re
-
     found = post(url, **fields)
     error = found.json()["error"]
     assert (found.status_code, error["param"]) == (status, param), error
@@ -228,6 +227,28 @@ def test_bodies_that_are_no_json_and_other_places(url):
     assert "from 0 to 319" in above.json()["error"]["message"]
 
 
+def test_without_a_key_other_names_than_this_machines_are_refused(url):
+    """A page of the web may have given its own name the address 127.0.0.1."""
+    for host, status in (("evil.example:8000", 403), ("localhost:8000", 200), ("[::1]", 200)):
+        found = requests.get(f"{url}/models", headers={"Host": host}, timeout=60)
+        assert found.status_code == status, host
+
+
+def test_numbers_and_letters_at_the_edge(url):
+    cold = post(url, temperature=1e-300, logprobs=True).json()["choices"][0]
+    greedy = post(url, temperature=0, logprobs=True).json()["choices"][0]
+    assert cold == greedy
+    # half of a surrogate pair, which UTF-8 cannot carry
+    for fields in (
+        {"model": "\ud800"},
+        {"messages": [{"role": "user", "content": "\ud800"}]},
+        {"messages": [{"role": "\ud800", "content": "a"}]},
+        {"\ud800": 1},
+    ):
+        refused = post(url, **fields)
+        assert refused.status_code in (400, 404) and refused.json()["error"]["message"]
+
+
 def test_a_key_is_asked_for_and_never_shown(url, service, monkeypatch, capsys):
     monkeypatch.setattr(service, "key", "right")
     for key in (None, "wrong", "righ", "right2"):
@@ -241,13 +262,22 @@ def test_a_key_is_asked_for_and_never_shown(url, service, monkeypatch, capsys):
     assert "sft: " in told and "right" not in told and "parcel" not in told
 
 
-def test_a_client_that_leaves_ends_its_answer(url, service, policies):
-    body = {"model": "sft", "messages": QUESTION, "max_tokens": 400, "stream": True}
-    with requests.post(f"{url}/chat/completions", json=body, stream=True, timeout=60) as stream:
-        next(stream.iter_lines())
-    # the next request does not wait for 400 tokens of another
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_ends_its_answer(stream, url, service, capsys):
+    # more than a minute of work
+    body = {"model": "sft", "messages": QUESTION, "max_tokens": 400, "n": 128, "stream": stream}
+    address = f"{url}/chat/completions"
+    if stream:
+        with requests.post(address, json=body, stream=True, timeout=60) as answer:
+            next(answer.iter_lines())
+    else:
+        with pytest.raises(requests.ReadTimeout):
+            requests.post(address, json=body, timeout=0.5)
+    # the next request does not wait for it
     assert post(url, model="ppo").status_code == 200
-    assert not service.worker.waiting
+    told = capsys.readouterr().err
+    tokens = int(re.search(r"sft: \d+ \+ (\d+) tokens, .* cut off", told)[1])
+    assert tokens < 128 * 400 / 2
 
 
 def test_an_error_after_the_first_piece_is_told_in_the_stream(url, policies, monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """`rlhf chat` and `rlhf serve` as programs."""
 
+import concurrent.futures
 import re
 import signal
 import subprocess
@@ -64,7 +65,8 @@ def test_commands_of_a_chat(runs, sampler, capsys, monkeypatch):
     talk = Chat(ChatConfig(runs=[runs[0]], temperature=1.0, max_response_length=8), None)
     with pytest.raises(UserError, match="no message to answer"):
         obey(talk, "/again")
-    assert obey(talk, "/system  be kind") and obey(talk, "where is my parcel?")
+    obey(talk, "/system  be kind")
+    obey(talk, "where is my parcel?")
     first = talk.speakers[0].messages
     assert [m["role"] for m in first] == ["system", "user", "assistant"]
     assert first[0]["content"] == "be kind"
@@ -78,7 +80,6 @@ def test_commands_of_a_chat(runs, sampler, capsys, monkeypatch):
     assert talk.speakers[0].messages[-1]["content"] == before
     obey(talk, "/help")
     assert "/system TEXT" in capsys.readouterr().out
-    assert not obey(talk, "/exit")
     with pytest.raises(UserError, match="unknown command '/sytem'"):
         obey(talk, "/sytem")
 
@@ -105,13 +106,39 @@ def test_other_machines_need_a_key(monkeypatch):
     parse(ServeConfig, ["--runs", "a", "--host", "0.0.0.0", "--api_key_env", "SERVE_KEY"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_server_ends_on_a_signal(runs, number):
+def test_an_interrupted_answer_is_forgotten_and_ends_a_script(runs, monkeypatch, capsys):
+    from rlhf.serve.chat import Chat, ChatConfig, attempt, obey
+
+    talk = Chat(ChatConfig(runs=runs, max_response_length=4), None)
+    talk.say("hello")
+    kept = [list(speaker.messages) for speaker in talk.speakers]
+    second = talk.speakers[1].policy
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    # the first has answered when the second is interrupted
+    monkeypatch.setattr(second, "generate", interrupted)
+    attempt(lambda line: obey(talk, line), "and now?", is_terminal=True)
+    assert "this message is forgotten" in capsys.readouterr().err
+    assert [speaker.messages for speaker in talk.speakers] == kept
+    with pytest.raises(SystemExit) as stop:
+        attempt(talk.say, "and now?", is_terminal=False)
+    assert stop.value.code == 130
+    # a person goes on after an error, a script does not
+    attempt(lambda line: obey(talk, line), "/what", is_terminal=True)
+    assert "unknown command '/what'" in capsys.readouterr().err
+    with pytest.raises(UserError):
+        attempt(lambda line: obey(talk, line), "/what", is_terminal=False)
+
+
+def serving(runs, *arguments):
+    """Start a server on a free port; return its process and its address."""
     pytest.importorskip("uvicorn", reason="the extra 'collect' is not installed")
     with listen("127.0.0.1", 0) as free:
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [*COMMAND, "serve", *runs, "--port", str(port)],
+        [*COMMAND, "serve", *runs, "--port", str(port), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -119,16 +146,40 @@ def test_a_server_ends_on_a_signal(runs, number):
     )
     first = process.stdout.readline()
     assert first.startswith("serving sft, ppo, base") and f"http://127.0.0.1:{port}/v1" in first
+    return process, f"http://127.0.0.1:{port}/v1/chat/completions"
+
+
+def test_a_server_ends_on_a_signal(runs):
+    process, address = serving(runs)
     body = {"model": "ppo", "messages": QUESTION, "max_tokens": 3, "temperature": 0}
-    address = f"http://127.0.0.1:{port}/v1/chat/completions"
     # printed before the server answers; the socket listens already
-    answer = requests.post(address, json=body, timeout=60)
-    assert answer.status_code == 200
-    process.send_signal(number)
-    began = time.monotonic()
+    assert requests.post(address, json=body, timeout=60).status_code == 200
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0, err
-    assert time.monotonic() - began < 30
     # a line for the request, without its words, and no traceback
     assert re.fullmatch(r"\d\d:\d\d:\d\d ppo: \d+ \+ 3 tokens, \d+\.\d s\n", err), err
     assert out == ""
+
+
+def test_requests_that_wait_are_told_when_a_server_ends(runs):
+    process, address = serving(runs, "--batch_size", "1")
+    # minutes of work
+    body = {"model": "sft", "messages": QUESTION, "max_tokens": 400, "n": 128}
+
+    def ask(stream):
+        return requests.post(address, json={**body, "stream": stream}, timeout=120)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        answers = [pool.submit(ask, stream) for stream in (True, True, False)]
+        time.sleep(3)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        streamed, queued, whole = (answer.result() for answer in answers)
+    assert process.returncode == 0 and "Traceback" not in err, err
+    for answer in (streamed, queued):
+        last = [line for line in answer.text.splitlines() if line][-1]
+        assert "the server is shutting down" in last
+    assert whole.status_code == 503
+    assert whole.json()["error"]["message"] == "the server is shutting down"
+    assert len(re.findall("cut off", err)) == 3
