@@ -10,7 +10,7 @@ import torch
 from reward.cards.card import report_card
 from reward.cards.on_policy import same_policy
 from reward.cards.page import write_card
-from reward.cards.pairs import ScoredPairs
+from reward.cards.pairs import ScoredPairs, with_a_winner
 from reward.cards.verdict import doubts
 from reward.model import raw_scores
 from reward.trainer import RewardTrainer
@@ -72,7 +72,7 @@ def report(
         [len(held_out[i]["rejected_ids"]) for i in decided],
     )
     config = run.config
-    training = [pair for pair in run.data.load(Preference, "train") if pair.label_prob != 0.5]
+    training = with_a_winner(run.data.load(Preference, "train"))
     card = report_card(scored, title=run.folder.name, training=training)
     card["rows"] = run.data.row_counts
     card["on_policy"] = same_policy(config.data, config.model_name_or_path, card["accuracy"])

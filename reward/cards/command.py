@@ -98,13 +98,13 @@ def make_card(config: CardConfig) -> dict[str, Any]:
 
 def judged_pairs(config: CardConfig, trained: Any) -> list[Any]:
     """Return the pairs that the card is about. Raises UserError where there are none."""
-    from reward.cards.pairs import pairs_of_run
+    from reward.cards.pairs import pairs_of_run, with_a_winner
     from rlhf.data.load import load
     from rlhf.data.records import Preference
 
     if config.pairs:
         split = None if config.split in (None, "all") else config.split
-        pairs = load(config.pairs, Preference, split=split)
+        pairs = with_a_winner(load(config.pairs, Preference, split=split))
     elif trained is None:
         raise UserError(
             f"{config.run}: has no config.yaml that says which pairs were held out; give them: --pairs FILE"

@@ -22,7 +22,7 @@ from reward.cards.accuracy import (
 from reward.cards.bias import correlation
 from reward.cards.calibration import with_temperature
 from reward.cards.card import distribution
-from reward.cards.pairs import ScoredPairs
+from reward.cards.pairs import ScoredPairs, with_a_winner
 from rlhf.data.records import Preference, Samples, Scorer, prompt_group
 from rlhf.errors import UserError
 
@@ -48,7 +48,7 @@ def on_policy_pairs(
             )
         pairs, labels = _labelled_by(gold, source), "gold"
     else:
-        pairs = load(source, Preference)
+        pairs = with_a_winner(load(source, Preference))
 
     known = set(trained_on)
     kept = [pair for pair in pairs if prompt_group(pair.prompt) not in known]

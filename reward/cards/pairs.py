@@ -84,6 +84,14 @@ def pairs_of_run(
         on_error=config.on_error,
         aggregate=config.aggregate,
     )
+    return with_a_winner(pairs)
+
+
+def with_a_winner(pairs: Sequence[Preference]) -> list[Preference]:
+    """Return the pairs without those on which votes are split evenly: no answer of theirs is the
+    right one.
+    """
+    return [pair for pair in pairs if pair.label_prob != 0.5]
     return [pair for pair in pairs if pair.label_prob != 0.5]
 
 

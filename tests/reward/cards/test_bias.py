@@ -13,6 +13,7 @@ from reward.cards.bias import (
     two_sided_p,
 )
 from rlhf.data.records import Preference
+from rlhf.data.store import Store
 
 
 def world(rng, groups=150, *, length=0.0, first=0.0, score_length=0.0):
@@ -147,3 +148,14 @@ def test_where_the_chosen_answer_was_shown(metadata, side):
     prompt = [{"role": "user", "content": "hi"}]
     pair = Preference(prompt=prompt, chosen="a", rejected="b", metadata=metadata)
     assert chosen_first(pair) == side
+
+
+def test_a_store_tells_on_which_side_the_chosen_answer_was_shown(tmp_path):
+    with Store.open(tmp_path / "votes.db", create=True) as store:
+        ann = store.add_annotator("ann")
+        for i, (choice, left) in enumerate([("a", "a"), ("a", "b"), ("b", "b"), ("b", None)]):
+            prompt = store.add_prompt([{"role": "user", "content": f"question {i}"}])
+            answers = [store.add_response(prompt, text) for text in ("one", "two")]
+            store.vote(store.add_comparison(*answers), ann, choice, left=left)
+        sides = [chosen_first(pair) for pair in store.at().preferences()]
+    assert sides == [1, -1, 1, 0]

@@ -1,0 +1,450 @@
+"""Report cards of reward models whose truth is known, and of three sets of real pairs.
+
+    RLHF_DATA=FOLDER nice -n 10 python benchmarks/reward_cards.py            # runs/reward-cards, all steps
+    RLHF_DATA=FOLDER nice -n 10 python benchmarks/reward_cards.py --only voice
+    nice -n 10 python benchmarks/reward_cards.py --only simulation rows
+
+A step whose result is there is not done again. The sandbox is judged three times on the answers of
+one SFT policy: by annotators without habits, by some who like length, by some who favour the left.
+The real sets start from stories260K. `pages` copies the cards to benchmarks/results/reward-cards/,
+`rows` writes benchmarks/results/reward.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from result_rows import add_rows
+
+from reward.cards.bias import bias_tests
+from rlhf.data.store import Store
+from rlhf.sandbox import CONFIGS, SHOP_VOICE
+from rlhf.sandbox.annotators import Annotator, choose
+
+RUNS = Path("runs/reward-cards")
+RESULTS = Path("benchmarks/results")
+PAGES = RESULTS / "reward-cards"
+COMMAND = "python benchmarks/reward_cards.py"
+# of the gold score (0 to 1) for one logit
+NOISE = 0.2
+CLEAN = Annotator("sim", ties=0.0, skips=0.0, strict=-1.0)
+PLANTED = {
+    "sandbox-clean": CLEAN,
+    "sandbox-length": replace(CLEAN, length_bias=0.8),
+    "sandbox-position": replace(CLEAN, side_bias=0.6),
+}
+REAL = ["--use_peft", "false", "--learning_rate", "1e-3", "--lr_scheduler_type", "linear"]
+REAL += ["--per_device_train_batch_size", "16", "--seed", "0"]
+CARDS = [*PLANTED, "polite", "voice", "pandalm"]
+
+
+def run(*words: str) -> None:
+    """Run a program of the project on one thread; prints its CPU seconds."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print("$", *words, flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", *words], check=True, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"CPU seconds: {spent:.0f}", flush=True)
+
+
+def rlhf(*words: str) -> None:
+    run("rlhf.cli", *words)
+
+
+def done(folder: Path, name: str = "result.json") -> bool:
+    return (folder / name).is_file()
+
+
+def sandbox() -> None:
+    """The world, its SFT policy, and pairs of its answers: for training, and new ones."""
+    world, sft = RUNS / "world", RUNS / "sft"
+    if not done(world, "world.json"):
+        settings = ["--config", str(CONFIGS / "sandbox.yaml"), "--output_dir", str(world)]
+        rlhf("sandbox", "build", *settings)
+    if not done(sft):
+        data = ["--data", f"{world}/instructions.jsonl", "--output_dir", str(sft)]
+        start = ["--model_name_or_path", f"{world}/base"]
+        run("launch.sft", "--config", str(CONFIGS / "sft.yaml"), *start, *data)
+    for name, prompts, seed in (("pairs", 1200, 0), ("policy", 400, 1)):
+        if not done(RUNS, f"{name}.db"):
+            source = ["--model_name_or_path", str(sft), "--data", f"{world}/prompts.jsonl"]
+            how = ["--config", str(CONFIGS / "sample.yaml"), "--prompts", str(prompts)]
+            target = ["--store", str(RUNS / f"{name}.db"), "--seed", str(seed)]
+            rlhf("collect", "sample", *source, *how, *target)
+
+
+def plant(name: str) -> Path:
+    """Return a copy of the sampled pairs in which this annotator has judged all."""
+    from reward.compose import build_scorer
+    from rlhf.sandbox.annotators import _gold_scores
+
+    path = RUNS / f"{name}.db"
+    if path.is_file():
+        return path
+    partial = path.with_suffix(".partial.db")
+    shutil.copyfile(RUNS / "pairs.db", partial)
+    gold = build_scorer([{"voice": str(SHOP_VOICE)}])
+    with Store.open(partial) as store, store.transaction():
+        pairs = list(store.at().pairs().values())
+        scores = _gold_scores(pairs, gold)
+        annotator = store.add_annotator("sim", kind="model")
+        for pair in pairs:
+            rng = random.Random(f"card {pair['id']}")
+            left = rng.choice("ab")
+            words = (len(pair["text_a"].split()), len(pair["text_b"].split()))
+            answer = choose(PLANTED[name], scores[pair["id"]], words, left, NOISE, rng)
+            store.vote(pair["id"], annotator, answer.choice, left=left)
+    partial.rename(path)
+    return path
+
+
+def card_of_sandbox(name: str) -> None:
+    sandbox()
+    folder = RUNS / name
+    if not done(folder):
+        data = ["--data", str(plant(name)), "--validation_fraction", "0.25"]
+        start = ["--model_name_or_path", str(RUNS / "sft"), "--output_dir", str(folder)]
+        run("launch.reward", "--config", str(CONFIGS / "reward.yaml"), *start, *data)
+    if name == "sandbox-clean" and not done(folder, "learning_curve.json"):
+        rlhf("reward", "learning-curve", str(folder))
+    gold = json.dumps([{"voice": str(SHOP_VOICE)}])
+    policy = ["--on_policy", str(RUNS / "policy.db"), "--category", "intent"]
+    rlhf("reward", "card", str(folder), "--gold", gold, *policy)
+
+
+def real_data(name: str) -> str:
+    """Return a copy of a file of RLHF_DATA below RUNS, so that cards name no folder of a machine."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    target = RUNS / name
+    if not target.is_file():
+        shutil.copyfile(Path(os.environ["RLHF_DATA"]) / name, target)
+    return str(target)
+
+
+def train_real(name: str, *options: str) -> Path:
+    """Train a reward model from stories260K with all its weights."""
+    folder = RUNS / name
+    base = Path(os.environ["RLHF_DATA"]) / "models" / "stories260K"
+    if not done(folder):
+        start = ["--model_name_or_path", str(base), "--output_dir", str(folder)]
+        run("launch.reward", *start, *REAL, *options)
+    return folder
+
+
+def card_of_polite() -> None:
+    data = ["--data", real_data("pref_rasbt_polite.jsonl"), "--on_error", "skip"]
+    held_out = ["--validation_fraction", "0.2", "--test_fraction", "0"]
+    folder = train_real("polite", *data, *held_out, "--num_train_epochs", "5")
+    if not done(folder, "learning_curve.json"):
+        rlhf("reward", "learning-curve", str(folder))
+    rlhf("reward", "card", str(folder))
+
+
+def card_of_voice() -> None:
+    data = ["--data", real_data("pref_voice_professional_over_witty.jsonl")]
+    # the data's own split: 18 answer pairs for testing, and all others for training
+    data += ["--validation_fraction", "0"]
+    folder = train_real("voice", *data, "--num_train_epochs", "5")
+    rlhf("reward", "card", str(folder), "--split", "test")
+
+
+def card_of_pandalm() -> None:
+    store = RUNS / "pandalm.db"
+    if not store.is_file():
+        print("rows:", dict(import_votes(Path(real_data("pref_pandalm_human.jsonl")), store)))
+    data = ["--data", str(store), "--validation_fraction", "0.3", "--test_fraction", "0"]
+    lengths = ["--max_prompt_length", "192", "--max_response_length", "320"]
+    folder = train_real("pandalm", *data, *lengths, "--num_train_epochs", "2")
+    rlhf("reward", "card", str(folder), "--category", "app")
+
+
+def import_votes(source: Path, path: Path) -> Counter:
+    """Put PandaLM's pairs and the votes of its three people into a store; the raw pair's first
+    answer counts as shown left.
+    """
+    counts: Counter = Counter()
+    partial = path.with_suffix(".partial.db")
+    partial.unlink(missing_ok=True)
+    with Store.open(partial, create=True) as store, store.transaction():
+        people = [store.add_annotator(f"person {i}") for i in (1, 2, 3)]
+        for line in source.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            said = Counter(row["votes"])
+            sides = ["chosen", "rejected"] if said[1] > said[2] else ["rejected", "chosen"]
+            one, two = (row[side].strip() for side in sides)
+            if not one or not two or one == two:
+                counts["without two different answers"] += 1
+                continue
+            prompt = store.add_prompt(
+                [{"role": "user", "content": row["prompt"]}], metadata={"app": row["app"]}
+            )
+            # two models may have said the same, and a pair is voted on once
+            a = store.add_response(prompt, one, model=f"row {row['id']} 1")
+            b = store.add_response(prompt, two, model=f"row {row['id']} 2")
+            pair = store.add_comparison(a, b)
+            for person, choice in zip(people, row["votes"], strict=True):
+                store.vote(pair, person, ("tie", "a", "b")[choice], left="a")
+            counts["imported"] += 1
+    partial.rename(path)
+    return counts
+
+
+def simulation(repeats: int = 2000) -> None:
+    """How often a clean card shows a bias, and how often a planted one is found."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for groups in (30, 100, 300):
+        for name, planted in (("clean", 0.0), ("planted", 0.8)):
+            count = Counter()
+            for _ in range(repeats if name == "clean" else repeats // 10):
+                tests = bias_tests(*simulated(rng, groups, planted))
+                count["any"] += any(test["found"] for test in tests)
+                count.update(test["kind"] for test in tests if test["found"])
+            total = repeats if name == "clean" else repeats // 10
+            shares = {kind: number / total for kind, number in sorted(count.items())}
+            found[f"{name}, {groups} groups"] = shares
+            print(f"{name}, {groups} groups: {shares}")
+    (RUNS / "simulation.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def simulated(rng: np.random.Generator, groups: int, planted: float) -> tuple:
+    """Return what `bias_tests` reads of pairs whose longer answers are truly better (r = 0.45), and
+    whose labels and scores prefer length and the first side by `planted`.
+    """
+    sizes = rng.integers(1, 4, groups)
+    names = np.repeat(np.arange(groups), sizes).astype(str)
+    gold = np.repeat(rng.normal(size=groups), sizes) + rng.normal(size=len(names))
+    tokens = 10 * (0.5 * gold + rng.normal(size=len(names)))
+    side = rng.choice([-1.0, 1.0], len(names))
+    logit = gold + planted * (tokens / 10 + side)
+    chosen = np.where(rng.random(len(names)) < 1 / (1 + np.exp(-logit)), 1.0, -1.0)
+    score = 1.5 * gold + planted * tokens / 10 + rng.normal(size=len(names))
+    return chosen * score, chosen * tokens, chosen * side, names, chosen * gold
+
+
+def pages() -> None:
+    """Copy the cards and their figures beside the other results."""
+    for name in CARDS:
+        source, target = RUNS / name, PAGES / name
+        if not done(source, "card.md"):
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        for file in ("card.md", "card.json", "reliability.png", "learning_curve.png"):
+            if (source / file).is_file():
+                shutil.copyfile(source / file, target / file)
+    lines = [head()]
+    for name in CARDS:
+        if done(PAGES / name, "card.json"):
+            lines.append(line_of(name, read_card(name)))
+    (PAGES / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def read_card(name: str) -> dict:
+    return json.loads((PAGES / name / "card.json").read_text(encoding="utf-8"))
+
+
+def head() -> str:
+    options = " ".join(REAL)
+    return f"""\
+# Report cards of reward models
+
+Made by `{COMMAND}`. The sandbox's three reward models are of the same 1,200 answer pairs of one SFT policy, judged by
+annotators without habits, by annotators who like length (0.8 log-odds for each ten words) and by annotators who favour
+the left side (0.6 log-odds); a quarter of the groups is held out. The real sets start from stories260K with
+`{options}`.
+
+| card | verdict | reasons | accuracy | best rule | on the policy | log-loss, before and after the temperature |
+|---|---|---|---|---|---|---|"""
+
+
+def line_of(name: str, card: dict) -> str:
+    accuracy = shown(card["accuracy"])
+    rules = card["baselines"].values()
+    best = max(rules, key=lambda part: part["accuracy"]["accuracy"] or 0.0)
+    policy = card.get("on_policy")
+    cells = [f"[{name}]({name}/card.md)", card["verdict"]]
+    cells.append(", ".join(reason["kind"] for reason in card["reasons"]) or "none")
+    cells += [accuracy, f"{best['rule']}: {best['accuracy']['accuracy']:.3f}"]
+    cells.append(shown(policy["accuracy"]) if policy else "not measured")
+    before, after = card["calibration"], card["calibration"]["after"]
+    cells.append(f"{before['log_loss']:.3f}, {after['log_loss']:.3f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def shown(part: dict) -> str:
+    if part["low"] is None:
+        return f"{part['accuracy']:.3f}"
+    return f"{part['accuracy']:.3f} ({part['low']:.3f} to {part['high']:.3f}, n = {part['n']})"
+
+
+def kinds(card: dict) -> set[str]:
+    return {test["kind"] for test in card["bias"] if test["found"]}
+
+
+def rows() -> None:
+    """Write the measured numbers with their bounds."""
+    found = []
+
+    def add(id: str, what: str, value: float | bool, bound: str, only: str) -> None:
+        value = value if isinstance(value, bool) else round(float(value), 4)
+        command = f"{COMMAND} --only {only} pages rows"
+        row = {"id": id, "what": what, "value": value, "bound": bound, "command": command}
+        found.append({**row})
+
+    cards = {name: read_card(name) for name in CARDS if done(PAGES / name, "card.json")}
+    simulated_shares = json.loads((RUNS / "simulation.json").read_text())
+    false_alarms = max(
+        shares.get("any", 0.0) for name, shares in simulated_shares.items() if "clean" in name
+    )
+    what = "simulated cards without a bias that show one (largest share of 30, 100, 300 groups)"
+    add("card-false-alarms", what, false_alarms, "<= 0.03", "simulation")
+    power = min(
+        simulated_shares["planted, 300 groups"].get(kind, 0.0)
+        for kind in ("labels_length", "labels_position", "score_length")
+    )
+    add(
+        "card-power",
+        "simulated planted biases of 300 groups that are found, the least of three kinds",
+        power,
+        ">= 0.95",
+        "simulation",
+    )
+    if "sandbox-clean" in cards:
+        clean = cards["sandbox-clean"]
+        add(
+            "card-sandbox-clean",
+            "biases found on the sandbox's clean labels",
+            len(kinds(clean)),
+            "== 0",
+            "sandbox-clean",
+        )
+        add(
+            "card-on-policy",
+            "sandbox, clean: accuracy on new pairs of the policy, its interval above one half",
+            clean["on_policy"]["accuracy"]["low"],
+            "> 0.5",
+            "sandbox-clean",
+        )
+        curve = clean["learning_curve"]
+        add(
+            "card-learning-curve",
+            "sandbox, clean: accuracy with all pairs less that with an eighth",
+            curve[-1]["accuracy"]["accuracy"] - curve[0]["accuracy"]["accuracy"],
+            "> 0",
+            "sandbox-clean",
+        )
+    if "sandbox-length" in cards:
+        wanted = {"labels_length", "score_length"}
+        add(
+            "card-planted-length",
+            "planted length bias found in labels and score, and no position bias",
+            kinds(cards["sandbox-length"]) == wanted,
+            "== True",
+            "sandbox-length",
+        )
+    if "sandbox-position" in cards:
+        add(
+            "card-planted-position",
+            "planted position bias found in the labels, and no length bias",
+            kinds(cards["sandbox-position"]) == {"labels_position"},
+            "== True",
+            "sandbox-position",
+        )
+    if "polite" in cards:
+        polite = cards["polite"]
+        add(
+            "card-polite",
+            "polite: held-out accuracy from stories260K",
+            polite["accuracy"]["accuracy"],
+            ">= 0.88",
+            "polite",
+        )
+        add(
+            "card-temperature",
+            "polite: log-loss with a cross-fitted temperature less that without",
+            polite["calibration"]["after"]["log_loss"] - polite["calibration"]["log_loss"],
+            "< 0",
+            "polite",
+        )
+    if "voice" in cards:
+        voice = cards["voice"]
+        bag = voice["baselines"]["bag_of_words"]
+        add(
+            "card-voice-bag-of-words",
+            "voice: accuracy of the bag of words",
+            bag["accuracy"]["accuracy"],
+            ">= 0.8",
+            "voice",
+        )
+        add(
+            "card-voice-beaten",
+            "voice: accuracy less that of the bag of words",
+            bag["difference"]["mean"],
+            "> 0",
+            "voice",
+        )
+        add(
+            "card-voice-verdict",
+            "voice: a model that does not beat the bag of words is not called 'use it'",
+            voice["verdict"] != "use it" or bag["difference"]["low"] > 0,
+            "== True",
+            "voice",
+        )
+        add(
+            "card-voice-groups",
+            "voice: answer pairs that intervals count (of 360 rows)",
+            voice["accuracy"]["n"],
+            "== 18",
+            "voice",
+        )
+    if "pandalm" in cards:
+        people = cards["pandalm"]["ceiling"]
+        add(
+            "card-pandalm-people",
+            "pandalm: how often two people agree on a side",
+            people["agreement"]["accuracy"],
+            "> 0.5",
+            "pandalm",
+        )
+        add(
+            "card-pandalm-verdict",
+            "pandalm: a model of 260 thousand parameters that knows nothing is not called 'use it'",
+            cards["pandalm"]["verdict"] != "use it",
+            "== True",
+            "pandalm",
+        )
+    add_rows(RESULTS / "reward.json", found)
+
+
+STEPS: dict[str, Callable[[], None]] = {
+    "simulation": simulation,
+    "sandbox-clean": lambda: card_of_sandbox("sandbox-clean"),
+    "sandbox-length": lambda: card_of_sandbox("sandbox-length"),
+    "sandbox-position": lambda: card_of_sandbox("sandbox-position"),
+    "voice": card_of_voice,
+    "polite": card_of_polite,
+    "pandalm": card_of_pandalm,
+    "pages": pages,
+    "rows": rows,
+}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="+", choices=STEPS, default=list(STEPS))
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for step in parser.parse_args().only:
+        STEPS[step]()
