@@ -58,8 +58,13 @@ def load_best(trainer: Any, losses: HeldOutLosses, run: Run, learnt: Any = None)
     """Put the weights of the best evaluation into the trainer's model, and the state that `learnt`
     had then into that; return its step.
 
-    Call it on all ranks. Raises UserError where its checkpoint is not whole any more.
+    Call it on all ranks. Raises UserError where there was no evaluation, or its checkpoint is not
+    whole any more.
     """
+    if not losses.evaluations:
+        raise UserError(
+            f"{run.folder}: no evaluation on held-out pairs had a finite loss: no best model to save"
+        )
     step, loss = losses.best
     last = trainer.state.global_step
     run.log(f"the model of step {step} of {last} is saved: held-out loss {loss:.4f}, the lowest")

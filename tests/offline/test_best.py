@@ -33,3 +33,13 @@ def test_what_is_no_number_or_known_is_left_out():
     for step, loss in ((1, 0.5), (2, math.nan), (3, None), (1, 0.1), (4, math.inf)):
         losses.add(step, loss)
     assert losses.evaluations == [(1, 0.5)]
+
+
+def test_a_run_without_a_finite_loss_has_no_best_model():
+    from types import SimpleNamespace
+
+    from rlhf.errors import UserError
+    from rlhf.offline.best import load_best
+
+    with pytest.raises(UserError, match="no evaluation on held-out pairs had a finite loss"):
+        load_best(None, HeldOutLosses(), SimpleNamespace(folder="runs/reward"))
