@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from rlhf.data.encode import encode_prompt
 from rlhf.data.records import Message, Prompt, RecordError
+from rlhf.errors import did_you_mean
 from rlhf.serve.policies import Policy
 from rlhf.serve.streamed import INCOMPLETE
 from rlhf.serve.worker import Event
@@ -162,14 +163,11 @@ def parse(kind: type[Request], body: bytes) -> Request:
         problem = error.errors()[0]
     name = str(problem["loc"][0])
     if problem["type"] in ("extra_forbidden", "none_required"):
-        known = ", ".join(kind.model_fields)
         nested = ".".join(map(str, problem["loc"]))
-        raise ApiError(
-            400,
-            f"'{nested}' is not supported here. Supported: {known}",
-            name,
-            "unsupported_parameter",
-        )
+        hint = did_you_mean(name, kind.model_fields)
+        # no list of what is: clients look for names of parameters in messages, to leave those out
+        message = f"'{nested}' is not supported here.{hint}"
+        raise ApiError(400, message, name, "unsupported_parameter")
     if problem["type"] == "missing":
         raise ApiError(400, f"'{name}' is missing", name)
     raise ApiError(400, f"'{name}': {problem['msg']}", name)
