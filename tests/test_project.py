@@ -34,7 +34,7 @@ LAYERS = [
         "rlhf.collect",
     ],
     ["rlhf.judge.commands"],
-    ["rlhf.ppo.rollout", "rlhf.compare", "rlhf.judge"],
+    ["rlhf.ppo.rollout", "rlhf.compare", "rlhf.judge", "rlhf.voting"],
     ["rlhf.roles", "rlhf.critic", "rlhf.evaluate", "rlhf.stages"],
     ["rlhf.runs.start"],
     ["rlhf.engines", "rlhf.models", "rlhf.runs.budget"],

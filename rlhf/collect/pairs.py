@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,9 +28,14 @@ class Paired:
     sides: list[list[dict[str, Any]]]
 
 
-def pair_up(records: list[Prompt], answers: list[Answers]) -> tuple[list[Paired], dict[str, int]]:
-    """Return each prompt that every source answers, with the answers to store, of one source or of
-    two; and counts.
+def pair_up(
+    records: list[Prompt], answers: list[Answers], *, keep_equal: bool = False
+) -> tuple[list[Paired], dict[str, int]]:
+    """Return each prompt that every source answers, with the answers to store of each source; and
+    counts.
+
+    keep_equal: an answer that another source gives too is stored all the same. It makes no
+    comparison, and is counted as "equal".
     """
     counts = {"prompts": 0, "responses": 0, "comparisons": 0, "equal": 0, "empty": 0}
     pairs: list[Paired] = []
@@ -39,18 +45,19 @@ def pair_up(records: list[Prompt], answers: list[Answers]) -> tuple[list[Paired]
             continue
         known: set[str] = set()
         sides = []
-        # The response stored first is called a. In a fixed order of two sources, a would reveal the
+        # The response stored first is called a. In a fixed order of sources, a would reveal the
         # source, and bend the agreement beyond chance: let the prompt's hash decide.
-        swapped = (
-            len(answers) == 2 and int(digest(record.group + prompt_digest(record.prompt)), 16) % 2
-        )
-        shown = reversed(answers) if swapped else answers
+        shown = list(answers)
+        random.Random(digest(record.group + prompt_digest(record.prompt))).shuffle(shown)
         for own in shown:
-            sides.append(_new_answers(own[i], known, counts))
+            sides.append(_new_answers(own[i], set() if keep_equal else known, counts))
         pairs.append(Paired(record, sides))
         counts["prompts"] += 1
-        counts["responses"] += len(known)
-        counts["comparisons"] += len(_pairs(sides))
+        counts["responses"] += sum(map(len, sides))
+        compared = _pairs(sides)
+        different = [pair for pair in compared if _is_different(*pair)]
+        counts["comparisons"] += len(different)
+        counts["equal"] += len(compared) - len(different)
     return pairs, counts
 
 
@@ -123,11 +130,13 @@ def store_pairs(store: Store, pairs: list[Paired], named: set[str]) -> None:
     """
     for paired in pairs:
         prompt = _store_prompt(store, paired.prompt, named, split=paired.prompt.split)
-        responses = []
-        for side in paired.sides:
-            responses.append([store.add_response(prompt, **answer) for answer in side])
-        for one, other in _pairs(responses):
-            store.add_comparison(one, other)
+        # stored side by side, since the response that is stored first is called a
+        ids = {}
+        for answer in itertools.chain.from_iterable(paired.sides):
+            ids[id(answer)] = store.add_response(prompt, **answer)
+        for one, other in _pairs(paired.sides):
+            if _is_different(one, other):
+                store.add_comparison(ids[id(one)], ids[id(other)])
 
 
 def add_budget(store: Store, budget: dict[str, float]) -> None:
@@ -171,12 +180,19 @@ def _store_prompt(
     )
 
 
-def _pairs(sides: list[list[Any]]) -> list[tuple[Any, Any]]:
-    """Return every two of one side, or one of each of two sides."""
-    # of two sources, answers of one are not compared with each other
+def _pairs(sides: list[list[dict[str, Any]]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Return every two answers of one side, or one of each of every two sides."""
     if len(sides) == 1:
         return list(itertools.combinations(sides[0], 2))
-    return list(itertools.product(*sides))
+    # of several sources, answers of one are not compared with each other
+    pairs = []
+    for one, other in itertools.combinations(sides, 2):
+        pairs += itertools.product(one, other)
+    return pairs
+
+
+def _is_different(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return one["text"].strip() != other["text"].strip()
 
 
 def prompt_digest(prompt: list[Message]) -> str:

@@ -2,7 +2,9 @@
 be judged.
 
 With one source every two of its answers to a prompt that differ become a comparison; with two
-sources one answer of each. Control pairs, whose better answer is known, come from a file.
+sources one answer of each. `runs` are policies that votes are to decide between: every two of them
+meet at each prompt, and equal answers are kept, as they count as ties. Control pairs, whose better
+answer is known, come from a file.
 """
 
 from __future__ import annotations
@@ -33,13 +35,22 @@ from rlhf.errors import UserError
 
 @dataclass(kw_only=True)
 class SampleConfig:
-    """Answers to prompts of the training and validation splits, paired and stored to be judged."""
+    """Answers to prompts, paired and stored to be judged: of one policy to train on, or of several
+    runs to decide between.
+    """
 
-    model_name_or_path: str = option(
-        help="the policy: a Hub name, a folder of weights, a GGUF file, or an adapter; or a file with answers or pairs"
+    model_name_or_path: str | None = option(
+        None,
+        "the policy: a Hub name, a folder of weights, a GGUF file, or an adapter; or a file with answers or pairs",
     )
     other: str | None = option(None, "a second policy or file; pairs then have one answer of each")
-    data: list[str] = option(help="prompts: files or Hub names; the test split is left out")
+    runs: list[str] = option(
+        [], "instead: policies (or files) that votes are to decide between; every two are compared"
+    )
+    data: list[str] = option(help="prompts: files or Hub names")
+    split: Literal["train", "test"] = option(
+        "train", "whose prompts: train (and validation), or test, to decide between runs"
+    )
     store: str = option(help="the preference store (SQLite) to write to; made when missing")
     controls: str | None = option(
         None, "a file of pairs whose better answer is known: judged among the rest as a check"
@@ -49,7 +60,9 @@ class SampleConfig:
         "reward models: of each prompt's pairs the one is stored that they disagree about most. Default: all pairs",
     )
     prompts: int | None = option(None, "number of prompts, drawn by the seed; default: all", low=1)
-    samples_per_prompt: int = option(2, "responses to each with each sampling setting", low=1)
+    samples_per_prompt: int | None = option(
+        None, "responses to each with each sampling setting; default: 2, of each of `runs` 1", low=1
+    )
     temperature: list[float] = option(
         [1.0], "of sampling; several values make several settings: 0.7,1.0", above=0
     )
@@ -70,17 +83,41 @@ class SampleConfig:
     )
 
     def validate(self) -> None:
+        if self.runs and (len(set(self.runs)) < 2 or self.other):
+            raise UserError(
+                f"'runs' is {', '.join(self.runs)}: expected at least two different policies, and no 'other'"
+            )
+        if self.split == "test" and not self.runs:
+            raise UserError(
+                "'split' is test, and pairs of one policy are trained on; give 'runs' to decide between"
+            )
         counts = {len(self.temperature), len(self.top_p)}
         if len(counts - {1}) > 1:
             raise UserError(
                 f"'temperature' has {len(self.temperature)} values and 'top_p' {len(self.top_p)}; a setting is one of "
                 "each: give as many, or one for all"
             )
-        alone = self.other is None and not _is_file(self.model_name_or_path)
-        if alone and self.samples_per_prompt * len(self.settings()) < 2:
+        from_file = self.model_name_or_path is not None and _is_file(self.model_name_or_path)
+        alone = not self.runs and self.other is None and not from_file
+        if alone and self.samples() * len(self.settings()) < 2:
             raise UserError(
                 f"'samples_per_prompt' is {self.samples_per_prompt}, a comparison needs at least 2"
             )
+
+    def samples(self) -> int:
+        """Return the responses of a policy to each prompt with each sampling setting."""
+        return self.samples_per_prompt or (1 if self.runs else 2)
+
+    def sources(self) -> list[str]:
+        """Return the policies and files that answers come from."""
+        # not checked by `validate`: a file of options may leave the policy to the command line
+        if bool(self.runs) == (self.model_name_or_path is not None):
+            raise UserError(
+                "give either 'model_name_or_path' (pairs to train on) or 'runs' (policies to decide between)"
+            )
+        if self.runs:
+            return self.runs
+        return [source for source in (self.model_name_or_path, self.other) if source]
 
     def settings(self) -> list[tuple[float, float]]:
         """Return (temperature, top_p) of each setting."""
@@ -98,13 +135,11 @@ def sample(config: SampleConfig, disagreement: Disagreement | None = None) -> di
 
     disagreement: that of the reward models of `select_by`.
     """
+    sources = config.sources()
     records, named = prompts_of(config)
     # so that the first `prompts` of them are a random choice
     random.Random(config.seed).shuffle(records)
     controls, control_names = controls_of(config)
-    sources = [config.model_name_or_path]
-    if config.other:
-        sources.append(config.other)
     if config.prompts is not None:
         # prompts that are too long for a policy do not count among the wanted ones
         for source in sources:
@@ -119,7 +154,7 @@ def sample(config: SampleConfig, disagreement: Disagreement | None = None) -> di
             answers.append(answers_of_file(source, records, config.on_error))
         else:
             answers.append(answers_of_policy(source, records, config, budget, number))
-    pairs, counts = pair_up(records, answers)
+    pairs, counts = pair_up(records, answers, keep_equal=bool(config.runs))
     # before the store is touched: an empty one would look like a collection
     if not counts["comparisons"]:
         raise UserError(
@@ -150,9 +185,10 @@ def _report(config: SampleConfig, counts: dict[str, int], answers: list[Answers]
     ]
     ended = f" ({sum(ends) / len(ends):.0%} ended)" if ends else ""
     controls = f"; {counts['controls']} control pairs" if config.controls else ""
+    equal = "answers of two runs, which count as ties, " if config.runs else ""
     print(
         f"{config.store}: {counts['prompts']} prompts, {counts['responses']} responses{ended}, {counts['comparisons']} "
-        f"comparisons; {counts['equal']} equal and {counts['empty']} empty responses left out{controls}"
+        f"comparisons; {counts['equal']} equal {equal}and {counts['empty']} empty responses left out{controls}"
     )
 
 
@@ -167,8 +203,8 @@ def fitting(records: list[Prompt], policy: str, max_prompt_length: int) -> list[
 
 
 def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
-    """Return the prompts of the training and validation splits, and the groups that the data names
-    itself.
+    """Return the prompts of the split asked for (training with validation, or test), and the groups
+    that the data names itself.
 
     `split` stays only where the data gives it: a store that wrote down what a hash has decided
     could not join prompts later, over answers that they share.
@@ -182,13 +218,14 @@ def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
     given = {record.group: record.split for record in table.records if record.split}
     assign(table.records, config.validation_fraction, config.test_fraction, table.places)
     unique = unique_prompts(table.records)
-    training = [record for record in unique if record.split == "train"]
-    validation = [record for record in unique if record.split == "validation"]
-    if not training:
+    records = [record for record in unique if record.split == config.split]
+    if not records:
+        purpose = "training" if config.split == "train" else "testing"
         raise UserError(
-            f"{table.name}: none of the {len(unique)} prompts is for training; give more data"
+            f"{table.name}: none of the {len(unique)} prompts is for {purpose}; give more data"
         )
-    records = training + validation
+    if config.split == "train":
+        records += [record for record in unique if record.split == "validation"]
     for record in records:
         record.split = given.get(record.group)
     return records, table.named_groups()
@@ -237,7 +274,7 @@ def answers_of_policy(
     prompt_index = [index[id(row["record"])] for row in rows]
     answers: Answers = {i: [] for i in prompt_index}
     purpose = "collect" if number == 0 else f"collect/{number}"
-    samples = config.samples_per_prompt
+    samples = config.samples()
     total = len(rows) * samples * len(config.settings())
     with tqdm(total=total, desc="sampling", unit="response", mininterval=5) as bar:
         for setting, (temperature, top_p) in enumerate(config.settings()):

@@ -23,6 +23,7 @@ from rlhf.collect.queue import Queue
 from rlhf.collect.safe_markdown import render, visible
 from rlhf.collect.status import fraction, number, percent, rules_of
 from rlhf.data.store import Store
+from rlhf.voting.page import LEGEND, interval, sentences, stop_text
 
 HERE = Path(__file__).parent
 COOKIE_SECONDS = 90 * 24 * 3600
@@ -142,8 +143,12 @@ TEMPLATES = Environment(
     lstrip_blocks=True,
     finalize=shown,
 )
+TEMPLATES.globals["vote_legend"] = LEGEND
 TEMPLATES.filters |= {
     "signed": _signed,
+    "vote_sentences": sentences,
+    "rate": interval,
+    "stop_text": stop_text,
     "render": render,
     "percent": percent,
     "fraction": fraction,

@@ -15,6 +15,9 @@ from rlhf.data.sources import ALL_TIES_HELP
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote, by_comparison, no_preference
 from rlhf.errors import UserError
+from rlhf.voting.ballots import read_ballots
+from rlhf.voting.page import votes_markdown
+from rlhf.voting.rates import MARGIN, summarise_votes
 
 # pairs of annotators shown
 KAPPAS = 15
@@ -25,6 +28,12 @@ class StatusConfig:
     """Progress, agreement and annotators of a preference store."""
 
     store: str = option(help="the preference store (SQLite)")
+    margin: float = option(
+        MARGIN,
+        "of two policies: votes are enough once their win rate is known to be within one half +- this",
+        above=0,
+        high=0.5,
+    )
 
 
 def rules_of(store: Store) -> Rules:
@@ -37,14 +46,14 @@ def rules_of(store: Store) -> Rules:
     )
 
 
-def summary(store: Store) -> dict[str, Any]:
+def summary(store: Store, margin: float = MARGIN) -> dict[str, Any]:
     """Return how far the collection is and how far its annotators agree.
 
     {"progress": {complete, begun, untouched, all}, "controls", "overlap", "slots": {given, needed},
-    "undone", "event", "choices", "no_preference" (in words, where no vote prefers an answer), "normal"
-    (votes on pairs that are not controls), "disputed"} and
-    all of `agreement_summary`; kappa is that of the two annotators each with most pairs in common,
-    and "kappa_of" how many there are.
+    "undone", "event", "choices", "no_preference" (in words, where no vote prefers an answer),
+    "normal" (votes on pairs that are not controls), "disputed", "votes": `summarise_votes`, None
+    where no two policies were compared} and all of `agreement_summary`; kappa is that of the two
+    annotators each with most pairs in common, and "kappa_of" how many there are.
     """
     rules, view = rules_of(store), store.at()
     pairs, votes, stats = view.pairs(), view.votes(), view.stats()
@@ -66,6 +75,7 @@ def summary(store: Store) -> dict[str, Any]:
         "no_preference": no_preference(stats["normal_choices"]),
         "normal": sum(pairs[vote.comparison]["kind"] == "normal" for vote in votes),
         "disputed": len(disputed(votes, pairs)),
+        "votes": summarise_votes(read_ballots(view), overlap=rules.overlap, margin=margin),
     }
 
 
@@ -96,7 +106,7 @@ def status(config: StatusConfig) -> dict[str, Any]:
             raise UserError(
                 f"{config.store}: has no pairs to judge; make some with: rlhf collect sample"
             )
-        found = summary(store)
+        found = summary(store, config.margin)
     pairs, slots = found["progress"], found["slots"]
     filled = slots["given"] / slots["needed"] if slots["needed"] else 1.0
     print(
@@ -116,6 +126,8 @@ def status(config: StatusConfig) -> dict[str, Any]:
             f"of {found['kappa_of']} kappas, those of the {KAPPAS} with most pairs in common are shown"
         )
     print("\n".join(annotators_markdown(found)))
+    if found["votes"]:
+        print("\n".join(["", "Which policy is preferred:", *votes_markdown(found["votes"])]))
     ordinal = found["alpha"]["ordinal"]
     # a single pair has no interval
     if ordinal["estimate"] is not None and ordinal["low"] is not None:

@@ -25,6 +25,7 @@ from rlhf.compare.format import (
 from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
 from rlhf.compare.tables import Table, escape
 from rlhf.data.annotator_report import annotators_markdown
+from rlhf.voting.page import votes_markdown
 
 TERMS = Path(__file__).parent / "templates" / "terms.md"
 # What each figure shows, as its alternative text
@@ -105,7 +106,16 @@ SECTIONS = (
     ),
 )
 # Long, or shown elsewhere: these are in report.json alone
-HIDDEN = ("configs", "missing", "stopped", "annotators", "budgets", "seconds", "left_out")
+HIDDEN = (
+    "configs",
+    "missing",
+    "stopped",
+    "annotators",
+    "votes",
+    "budgets",
+    "seconds",
+    "left_out",
+)
 
 
 def markdown(report: Report, figures: Iterable[str] = ()) -> str:
@@ -134,6 +144,8 @@ def markdown(report: Report, figures: Iterable[str] = ()) -> str:
             explanation = section.explanation.format(initial=escape(initial_name(report)))
             lines += [f"## {section.heading}", "", explanation, "", *_picture(report, shown), *body]
 
+    if report.get("votes"):
+        lines += ["## Votes", "", *votes_markdown(report["votes"], escape), ""]
     if report["annotators"]:
         lines += ["## Annotators", "", *annotators_markdown(report["annotators"]), ""]
     return (

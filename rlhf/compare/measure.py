@@ -67,7 +67,7 @@ class CompareConfig:
     )
     votes: str | None = option(
         None,
-        "a preference store: the report shows how far its annotators agree, and its votes on the "
+        "a preference store: which policy its votes prefer and how far annotators agree; votes on the "
         "same answers correct the judge",
     )
     n_prompts: int | None = option(
@@ -387,9 +387,9 @@ def meta_of(config: CompareConfig, names: list[str]) -> dict[str, Any]:
     }
     # how far people agree bounds how far any judge can
     if config.votes:
-        from rlhf.data.annotator_report import store_summary
+        from rlhf.voting.rates import votes_of_store
 
-        meta["annotators"] = store_summary(config.votes)
+        meta |= votes_of_store(config.votes)
     return meta
 
 

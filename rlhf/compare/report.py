@@ -12,6 +12,7 @@ from rlhf.compare.format import Report
 from rlhf.compare.sentences import all_sentences
 from rlhf.data.annotator_report import describe_alpha
 from rlhf.files import dumps, write_atomic
+from rlhf.voting.page import sentences as vote_sentences
 
 # Characters in a line of the terminal's table where the output is a log
 LOG_WIDTH = 170
@@ -66,6 +67,8 @@ def print_report(report: Report, folder: Path) -> None:
     console.print(table)
 
     sentences = all_sentences(report)
+    if report.get("votes"):
+        sentences += vote_sentences(report["votes"])
     if report["annotators"]:
         sentences.append(f"Annotators: {describe_alpha(report['annotators'])}.")
     for sentence in sentences:

@@ -70,6 +70,7 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
         "budget": budget(results),
         "power": None,
         "annotators": results.meta.get("annotators"),
+        "votes": results.meta.get("votes"),
         "meta": results.meta,
     }
     # without a judge these parts stay empty: no other score may decide

@@ -41,6 +41,8 @@ from rlhf.data.votes import CHOICES
 from rlhf.errors import UserError
 from rlhf.text import clip
 
+# how the names of simulated annotators begin
+SIMULATED = "sim-"
 STANDING_VOTE = """
     SELECT id FROM events e WHERE comparison = ? AND annotator = ? AND kind = 'vote'
         AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id)"""
@@ -252,9 +254,13 @@ class Store:
     ) -> int:
         """Return the id of the annotator of this name (see `one_name`), who is added if new.
 
-        Of a sign-in token only the hash is kept.
+        Of a sign-in token only the hash is kept. A name that begins with "sim-" is that of a
+        program which stands for a person: no table can then show its votes as a person's.
         """
         name = one_name(name)
+        source = "human" if kind == "person" else "judge"
+        if name.startswith(SIMULATED):
+            source = "simulated"
         for known in self.annotators():
             if one_name(known["name"]) != name:
                 continue
@@ -263,12 +269,17 @@ class Store:
                     f"{self.path}: annotator '{known['name']}' is a {known['kind']}, not a {kind}; choose another name"
                 )
             return known["id"]
-        row = {"name": name, "kind": kind, "token_hash": token and token_hash(token)}
+        row = {
+            "name": name,
+            "kind": kind,
+            "token_hash": token and token_hash(token),
+            "source": source,
+        }
         return self._add("annotators", name, row, key_column="name")
 
     def annotators(self) -> list[dict[str, Any]]:
-        """Return every annotator by id: {id, name, kind, token_hash (None: cannot sign in)}."""
-        sql = "SELECT id, name, kind, token_hash FROM annotators ORDER BY id"
+        """Return every annotator by id: {id, name, kind, source, token_hash (None: cannot sign in)}."""
+        sql = "SELECT id, name, kind, source, token_hash FROM annotators ORDER BY id"
         return list(map(dict, self._db.execute(sql)))
 
     def set_token(self, annotator: int, token: str | None) -> None:

@@ -5,6 +5,7 @@ counts.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import sqlite3
 from collections import Counter
@@ -15,7 +16,7 @@ from rlhf.data.split import answer_pair, join_groups
 from rlhf.data.votes import CHOICES, Aggregate, Vote, majority, verdicts
 
 STANDING_VOTES = """
-    SELECT e.*, n.name FROM events e JOIN annotators n ON n.id = e.annotator
+    SELECT e.*, n.name, n.source FROM events e JOIN annotators n ON n.id = e.annotator
     WHERE e.kind = 'vote' AND e.id <= :upto
         AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id AND u.id <= :upto)
     ORDER BY e.id"""
@@ -26,6 +27,10 @@ COMPARISONS = """
         a.model AS model_a, b.model AS model_b
     FROM comparisons c
         JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b"""
+
+ANSWERS = """
+    SELECT r.prompt, r.text, r.model, coalesce(p.own_group, p.default_group) AS group_name
+    FROM responses r JOIN prompts p ON p.id = r.prompt WHERE r.model IS NOT NULL"""
 
 EVENTS_WITH_CONTENT = """
     SELECT e.*, n.name, c.kind, c.expected, p.key AS prompt_key, a.key AS key_a, b.key AS key_b
@@ -59,6 +64,7 @@ class StoreView:
                 tags=json.loads(row["tags"]),
                 duration_ms=row["duration_ms"],
                 created=row["created"],
+                source=row["source"],
             )
             standing.append(vote)
         return standing
@@ -134,6 +140,18 @@ class StoreView:
     def pair(self, comparison: int) -> dict[str, Any]:
         """Return one comparison, as in `pairs`."""
         return _pair(self._db.execute(f"{COMPARISONS} WHERE c.id = ?", (comparison,)).fetchone())
+
+    def equal_answers(self) -> list[tuple[str, str, str]]:
+        """Return (model, other model, group of the prompt) of every two equal answers of two models."""
+        by_text: dict[tuple[int, str], list[sqlite3.Row]] = {}
+        for row in self._db.execute(f"{ANSWERS} ORDER BY r.id"):
+            by_text.setdefault((row["prompt"], row["text"].strip()), []).append(row)
+        found = []
+        for same in by_text.values():
+            for one, other in itertools.combinations(same, 2):
+                if one["model"] != other["model"]:
+                    found.append((one["model"], other["model"], one["group_name"]))
+        return found
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of the events up to this one and all they refer to."""

@@ -84,7 +84,15 @@ _SECOND = [
     "CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL, changed TEXT NOT NULL)",
 ]
 
-MIGRATIONS: list[list[str]] = [_FIRST, _SECOND]
+_THIRD = [
+    # who stands behind a name: a person, a program that stands for one, or a judge (model or rule)
+    """ALTER TABLE annotators ADD COLUMN source TEXT NOT NULL DEFAULT 'human'
+        CHECK (source IN ('human', 'simulated', 'judge'))""",
+    "UPDATE annotators SET source = 'judge' WHERE kind <> 'person'",
+    "UPDATE annotators SET source = 'simulated' WHERE name LIKE 'sim-%'",
+]
+
+MIGRATIONS: list[list[str]] = [_FIRST, _SECOND, _THIRD]
 VERSION = len(MIGRATIONS)
 
 

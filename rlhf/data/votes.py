@@ -37,6 +37,8 @@ class Vote:
     tags: list[str] = field(default_factory=list)
     duration_ms: int | None = None
     created: str = ""
+    # "human", "simulated" or "judge"
+    source: str = "human"
 
 
 @dataclass

@@ -14,6 +14,7 @@ from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.results import read_results
 from rlhf.experiment.state import load_experiment
 from rlhf.runs.tracking import Tracker
+from rlhf.voting.rates import votes_of_store
 
 
 @dataclass(kw_only=True)
@@ -23,6 +24,9 @@ class ReportConfig:
     experiment: str = option(help="its file (configs/experiments/x.yaml) or its folder")
     output_dir: str | None = option(
         None, "where the report goes; default: report/ in the experiment's folder"
+    )
+    votes: str | None = option(
+        None, "a preference store with pairs of trained policies: which one its votes prefer"
     )
     report_to: Literal["none", "wandb"] = option(
         "none", "wandb: the same as tables, offline when no key is set"
@@ -39,11 +43,15 @@ def report_of(asked: ReportConfig) -> dict[str, Any]:
     else:
         config = load_experiment(asked.experiment)
     folder = Path(asked.output_dir or f"{config.output_dir}/report")
-    return write_report(config, folder, asked.report_to, asked.project)
+    return write_report(config, folder, asked.report_to, asked.project, asked.votes)
 
 
 def write_report(
-    config: ExperimentConfig, folder: Path, report_to: str, project: str | None
+    config: ExperimentConfig,
+    folder: Path,
+    report_to: str,
+    project: str | None,
+    votes: str | None = None,
 ) -> dict[str, Any]:
     """Write all files of the report to `folder`; returns report.json's content."""
     from rlhf.compare.report import print_report, write_files
@@ -56,6 +64,8 @@ def write_report(
         raise UserError(
             f"{config.output_dir}: only the initial policy is measured yet; there is nothing to compare"
         )
+    if votes:
+        results.meta |= votes_of_store(votes)
     report = summarise(results)
     if config.judge:
         from rlhf.judge.policies import judge_policies

@@ -305,6 +305,21 @@ def test_kappa_skill_and_ordinal_alpha_are_shown(tmp_path, serve, capsys):
     )
 
 
+def test_the_owner_sees_which_policy_simulated_votes_prefer(tmp_path, serve, capsys):
+    path = fill(tmp_path / "votes.db", pairs=12)
+    with Store.open(path) as store:
+        for name in ("sim-ann", "sim-bob", "sim-cem"):
+            annotator = store.add_annotator(name)
+            for id, pair in store.at().pairs().items():
+                store.vote(id, annotator, "a" if pair["model_a"] == "runs/sft-two" else "b")
+    page = client(serve(path), "owner").get("/owner")[1]
+    assert "Simulated votes: sft-two is preferred to sft-one: it wins 100.0 % [" in page
+    assert re.search(r'id="policies".*sft-one over sft-two</th>\s*<td class="n">0\.0 %', page, re.S)
+    main(["collect", "status", str(path)])
+    text = capsys.readouterr().out
+    assert "Simulated votes: sft-two is preferred" in text and "enough votes?" in text
+
+
 def test_the_owner_sees_adds_and_exports(tmp_path, serve):
     path = fill(tmp_path / "votes.db", pairs=3, controls=1)
     running = serve(path, "--annotators", "ann,bob", "--overlap", "2", "--control_share", "1")

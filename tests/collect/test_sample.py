@@ -164,6 +164,50 @@ def test_two_policies_give_one_answer_each(tmp_path, prompts, base_path, sft_pat
         assert len(prints) == 1 and None not in prints
 
 
+def test_three_policies_meet_on_test_prompts_and_equal_answers_are_kept(tmp_path):
+    rows = [{"prompt": q, "split": "test" if i < 4 else "train"} for i, q in enumerate(QUESTIONS)]
+    data = write(tmp_path / "p.jsonl", rows)
+    files = []
+    for name in ("one", "two", "three"):
+        answers = []
+        for i, question in enumerate(QUESTIONS):
+            text = "the same" if i == 0 and name != "three" else f"{name} {i}"
+            answers.append({"prompt": question, "response": text})
+        files.append(write(tmp_path / f"{name}.jsonl", answers))
+    counts = sample(config(tmp_path, data, None, runs=files, split="test"))
+    # 4 prompts, 3 pairs of policies at each, of which one pair gave the same answer
+    assert (counts["prompts"], counts["responses"], counts["comparisons"]) == (4, 12, 11)
+    assert counts["equal"] == 1
+    assert sample(config(tmp_path, data, None, runs=files, split="test")) == counts
+    with Store.open(tmp_path / "s.db") as store:
+        view = store.at()
+        assert {pair["messages"][0]["content"] for pair in view.pairs().values()} == set(
+            QUESTIONS[:4]
+        )
+        ((*models, group),) = view.equal_answers()
+        assert sorted(models) == ["one.jsonl", "two.jsonl"]
+        assert group == prompt_group([{"role": "user", "content": QUESTIONS[0]}])
+        # no letter is always the same policy's
+        assert len({pair["model_a"] for pair in view.pairs().values()}) > 1
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"runs": ["a"]}, "at least two different policies"),
+        ({"runs": ["a", "b"], "other": "c"}, "and no 'other'"),
+        ({"model_name_or_path": "a", "split": "test"}, "give 'runs' to decide between"),
+        ({"model_name_or_path": "a", "runs": ["b", "c"]}, "give either"),
+        ({}, "give either"),
+    ],
+)
+def test_what_runs_cannot_be_combined_with(options, message):
+    asked = SampleConfig(data=["p.jsonl"], store="s.db", **options)
+    with pytest.raises(UserError, match=message):
+        asked.validate()
+        asked.sources()
+
+
 def test_answers_from_files_need_no_model(tmp_path, prompts):
     one = write(
         tmp_path / "one.jsonl",

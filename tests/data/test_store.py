@@ -327,7 +327,11 @@ def test_an_older_file_is_brought_up_whole_or_not_at_all(tmp_path, monkeypatch):
             comparison = store.add_comparison(
                 store.add_response(1, "A"), store.add_response(1, "B")
             )
-            store.vote(comparison, store.add_annotator("ann"), "b")
+            for name, kind in (("ann", "person"), ("rule", "rule"), ("sim-bob", "model")):
+                store._db.execute(
+                    "INSERT INTO annotators (name, kind, created) VALUES (?, ?, '')", (name, kind)
+                )
+            store.vote(comparison, 1, "b")
     with monkeypatch.context() as broken:
         broken.setattr(
             store_schema,
@@ -340,9 +344,20 @@ def test_an_older_file_is_brought_up_whole_or_not_at_all(tmp_path, monkeypatch):
         assert raw.execute("PRAGMA user_version").fetchone()[0] == 1
         assert "split" not in [row[1] for row in raw.execute("PRAGMA table_info(prompts)")]
     with Store.open(path) as store:
-        assert store._db.execute("PRAGMA user_version").fetchone()[0] == store_schema.VERSION == 2
+        assert store._db.execute("PRAGMA user_version").fetchone()[0] == store_schema.VERSION == 3
         assert [(r.chosen, r.split) for r in store.at().preferences()] == [("B", None)]
         store.add_prompt(user("new"), split="test")
+        sources = [row["source"] for row in store.annotators()]
+        assert sources == ["human", "judge", "simulated"]
+
+
+def test_a_name_says_that_votes_are_simulated(store):
+    store.add_annotator("ann")
+    store.add_annotator("judge", kind="model")
+    simulated = store.add_annotator("sim-ann")
+    assert [row["source"] for row in store.annotators()] == ["human", "judge", "simulated"]
+    store.vote(pair(store), simulated, "a")
+    assert [vote.source for vote in store.at().votes()] == ["simulated"]
 
 
 def made_store(path):
@@ -411,7 +426,7 @@ def test_other_files_and_newer_versions_are_refused(tmp_path):
         Store.open(tmp_path / "vote.db")
     with sqlite3.connect(path) as raw:
         raw.execute("PRAGMA user_version = 9")
-    with pytest.raises(UserError, match="of version 9, and this program knows versions up to 2"):
+    with pytest.raises(UserError, match="of version 9, and this program knows versions up to 3"):
         Store.open(path)
     other = tmp_path / "other.db"
     with sqlite3.connect(other) as raw:

@@ -1,0 +1,154 @@
+"""Votes between policies: which votes of a preference store compare answers of two policies."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rlhf.data.store_queries import StoreView
+from rlhf.data.votes import Vote, by_comparison
+
+# what a vote counts for the first of two; a skip says nothing
+SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
+
+
+@dataclass
+class Item:
+    """One prompt on which two policies meet: the share of the first in each annotator's vote.
+
+    equal: both gave the same answer, so that nobody need be asked, and everybody would call it a
+    tie. order: the event of the last vote, by which pairs are complete one after the other.
+    """
+
+    group: str
+    shares: dict[str, float] = field(default_factory=dict)
+    equal: bool = False
+    order: int = 0
+
+
+@dataclass
+class Ballots:
+    """All items of every two policies, the policies in the order in which the store met them.
+
+    items: {(one, other): items}, shares being those of `one`. sources: what each annotator is,
+    `Vote.source`.
+    """
+
+    policies: list[str]
+    annotators: list[str]
+    items: dict[tuple[str, str], list[Item]]
+    sources: dict[str, str]
+    event: int
+
+    @property
+    def source(self) -> str:
+        """Return who voted: "human", "simulated", "judge" or "mixed"."""
+        found = {self.sources[name] for name in self.annotators}
+        return found.pop() if len(found) == 1 else "mixed"
+
+
+def read_ballots(view: StoreView) -> Ballots:
+    """Return the votes on pairs of two policies; without items where the store has no such pair.
+
+    Pairs of one policy's own answers, made to train on, and control pairs do not count.
+    """
+    pairs = {}
+    for id, pair in view.pairs().items():
+        if pair["kind"] == "normal" and _is_between_policies(pair):
+            pairs[id] = pair
+    models = dict.fromkeys(
+        itertools.chain.from_iterable((pair["model_a"], pair["model_b"]) for pair in pairs.values())
+    )
+    names = dict(zip(models, short_names(list(models)), strict=True))
+    votes = [vote for vote in view.votes() if vote.comparison in pairs]
+
+    items: dict[tuple[str, str], list[Item]] = {}
+    cast = by_comparison(votes)
+    order = {name: number for number, name in enumerate(names.values())}
+    for id, pair in pairs.items():
+        one, other = names[pair["model_a"]], names[pair["model_b"]]
+        swapped = order[one] > order[other]
+        item = _item(pair["metadata"]["group"], cast.get(id, []), swapped=swapped)
+        items.setdefault((other, one) if swapped else (one, other), []).append(item)
+    for model_a, model_b, group in view.equal_answers():
+        if model_a in names and model_b in names:
+            one, other = sorted((names[model_a], names[model_b]), key=order.__getitem__)
+            items.setdefault((one, other), []).append(Item(group, equal=True))
+
+    annotators = list(dict.fromkeys(vote.annotator for vote in votes if vote.choice != "skip"))
+    return Ballots(
+        policies=list(names.values()),
+        annotators=annotators,
+        items=items,
+        sources={vote.annotator: vote.source for vote in votes},
+        event=view.event,
+    )
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return as few folders of each path as tell the paths apart: a/dpo, a/ppo -> dpo, ppo."""
+    parts = [Path(path).parts for path in paths]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The items of one pair of policies as arrays, for weights of annotators and of groups.
+
+    shares, counts (A, N): each annotator's share for the first policy, 0 and a count of 0 where
+    there is no vote. group (N,): the number of each item's group, of `groups`.
+    """
+
+    shares: np.ndarray
+    counts: np.ndarray
+    group: np.ndarray
+    groups: int
+
+    def by_group(self, annotator_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the mean share of each group (G,), each item counting once, and which have any."""
+        counts = annotator_weights @ self.counts
+        seen = counts > 0
+        means = (annotator_weights @ self.shares)[seen] / counts[seen]
+        size = np.bincount(self.group[seen], minlength=self.groups)
+        total = np.bincount(self.group[seen], weights=means, minlength=self.groups)
+        return total / np.maximum(size, 1), size > 0
+
+
+def table_of(items: Sequence[Item], annotators: Sequence[str], groups: Sequence[str]) -> Table:
+    """Return the items as arrays; `groups` are all groups, in the order of their weights."""
+    row = {name: number for number, name in enumerate(annotators)}
+    column = {name: number for number, name in enumerate(groups)}
+    shares = np.zeros((len(annotators), len(items)))
+    counts = np.zeros((len(annotators), len(items)))
+    for number, item in enumerate(items):
+        if item.equal:
+            shares[:, number], counts[:, number] = 0.5, 1.0
+        for name, share in item.shares.items():
+            shares[row[name], number], counts[row[name], number] = share, 1.0
+    group = np.array([column[item.group] for item in items], dtype=int)
+    return Table(shares, counts, group, len(groups))
+
+
+def _is_between_policies(pair: dict[str, Any]) -> bool:
+    known = pair["model_a"] is not None and pair["model_b"] is not None
+    return known and pair["model_a"] != pair["model_b"]
+
+
+def _item(group: str, votes: Sequence[Vote], *, swapped: bool) -> Item:
+    item = Item(group)
+    for vote in votes:
+        share = SHARES.get(vote.choice)
+        if share is None:
+            continue
+        item.shares[vote.annotator] = 1.0 - share if swapped else share
+        item.order = max(item.order, vote.event)
+    return item

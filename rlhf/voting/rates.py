@@ -1,0 +1,202 @@
+"""Win rates of policies by people's votes, with intervals over prompts and annotators.
+
+A vote counts 1 for the answer it prefers and one half for each where it calls both equally good or
+equally bad; skips do not count. A prompt's share is the mean of its votes, a group's the mean of its
+prompts, and the win rate the mean of the groups. Annotators and groups are both drawn at random and
+crossed, like seeds and groups elsewhere (rlhf/compare/crossed.py): with fewer than three annotators
+the interval is over prompts alone, and the result holds for these annotators.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+
+from rlhf.compare.crossed import MIN_SEEDS, Estimate, crossed_statistic, holm
+from rlhf.compare.wins import share
+from rlhf.data.annotator_report import view_summary
+from rlhf.data.sources import split_event
+from rlhf.data.store import Store
+from rlhf.voting.ballots import Ballots, Item, Table, read_ballots, table_of
+from rlhf.voting.stopping import Progress, follow
+
+# Half a tied vote for every two policies keeps the strengths finite where one of them wins all
+PRIOR_TIE = 0.5
+LEVEL = 0.95
+# win rates this near to one half are called equal
+MARGIN = 0.1
+
+
+def summarise_votes(
+    ballots: Ballots, *, overlap: int = 1, margin: float = MARGIN, level: float = LEVEL
+) -> dict[str, Any] | None:
+    """Return the win rates of all policies and of every two, as plain numbers; None without a vote.
+
+    {"source", "event", "annotators", "votes", "prompts", "policies": [{policy, rate}], "pairs":
+    [{one, other, rate, p_adjusted, votes, prompts, ties, equal, stop}]}. `rate` is
+    `Estimate.to_dict()`: of two policies the share of the first; of more, each policy's mean chance
+    over the others by Bradley and Terry's model. overlap: votes that make a pair complete; stop:
+    `stopping.Progress` over complete pairs, which may be read after every vote.
+    """
+    if not ballots.annotators:
+        return None
+    groups = sorted({item.group for items in ballots.items.values() for item in items})
+    tables = {
+        pair: table_of(items, ballots.annotators, groups) for pair, items in ballots.items.items()
+    }
+    voted = [pair for pair in tables if any(item.shares for item in ballots.items[pair])]
+
+    size = len(ballots.annotators), len(groups)
+    rates = {pair: _estimate(_rate(tables[pair]), *size, level) for pair in voted}
+    adjusted = holm([rates[pair].p for pair in voted])
+    rows = []
+    for pair, p in zip(voted, adjusted, strict=True):
+        progress = follow(
+            _complete(ballots.items[pair], overlap),
+            equal_share=_equal_share(ballots.items[pair]),
+            # all pairs of policies together keep the error
+            alpha=(1 - level) / len(voted),
+            margin=margin,
+        )
+        rows.append(_pair_row(pair, ballots.items[pair], rates[pair], p, progress))
+
+    return {
+        "source": ballots.source,
+        "event": ballots.event,
+        "annotators": len(ballots.annotators),
+        "scope": "annotators" if len(ballots.annotators) >= MIN_SEEDS else "these annotators",
+        "votes": sum(row["votes"] for row in rows),
+        "prompts": sum(row["prompts"] for row in rows),
+        "policies": _policies(ballots.policies, {p: tables[p] for p in voted}, rates, size, level),
+        "pairs": rows,
+    }
+
+
+def votes_of_store(name: str) -> dict[str, Any]:
+    """Return what a report shows of a store ("votes.db", "votes.db@118"): how far its annotators
+    agree, and `summarise_votes`, None where it compares no policies.
+    """
+    path, event = split_event(name)
+    with Store.open(path, readonly=True) as store:
+        view, overlap = store.at(event), int(store.setting("overlap", "1"))
+        votes = summarise_votes(read_ballots(view), overlap=overlap)
+        return {"annotators": view_summary(view), "votes": votes}
+
+
+def _policies(
+    names: Sequence[str],
+    tables: dict[tuple[str, str], Table],
+    rates: dict[tuple[str, str], Estimate],
+    size: tuple[int, int],
+    level: float,
+) -> list[dict[str, Any]]:
+    """Return each policy's win rate, the best first."""
+    rows = []
+    if len(names) == 2 and rates:
+        (pair, rate), *_ = rates.items()
+        mirrored = replace(rate, estimate=1 - rate.estimate, low=1 - rate.high, high=1 - rate.low)
+        rows = [(pair[0], rate), (pair[1], mirrored)]
+    else:
+        for number, name in enumerate(names):
+            rows.append((name, _estimate(_mean_chance(names, tables, number), *size, level)))
+    rows.sort(key=lambda row: -row[1].estimate)
+    return [{"policy": name, "rate": rate.to_dict()} for name, rate in rows]
+
+
+def _estimate(
+    statistic: Callable[[np.ndarray, np.ndarray], float], annotators: int, groups: int, level: float
+) -> Estimate:
+    found = crossed_statistic(statistic, annotators, groups, null=0.5, level=level)
+    # `share` leaves the p out, since a report claims nothing of its win rates; here they decide
+    return replace(share(found, level), p=found.p)
+
+
+def _rate(table: Table) -> Callable[[np.ndarray, np.ndarray], float]:
+    def rate(annotator_weights: np.ndarray, group_weights: np.ndarray) -> float:
+        means, seen = table.by_group(annotator_weights)
+        weights = group_weights * seen
+        return float(weights @ means / weights.sum()) if weights.sum() > 0 else np.nan
+
+    return rate
+
+
+def _mean_chance(
+    names: Sequence[str], tables: dict[tuple[str, str], Table], policy: int
+) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Return the statistic "mean chance of this policy over each other one" of the weights."""
+    number = {name: i for i, name in enumerate(names)}
+
+    def mean_chance(annotator_weights: np.ndarray, group_weights: np.ndarray) -> float:
+        wins = np.zeros((len(names), len(names)))
+        for (one, other), table in tables.items():
+            means, seen = table.by_group(annotator_weights)
+            weights = group_weights * seen
+            wins[number[one], number[other]] += weights @ means
+            wins[number[other], number[one]] += weights @ (1 - means)
+        strengths = bradley_terry(wins)
+        rest = np.delete(strengths, policy)
+        return float(np.mean(strengths[policy] / (strengths[policy] + rest)))
+
+    return mean_chance
+
+
+def bradley_terry(wins: np.ndarray, prior_tie: float = PRIOR_TIE) -> np.ndarray:
+    """Return strengths (K,), with geometric mean 1, such that i beats j with p_i / (p_i + p_j).
+
+    wins: (K, K), how often the row's policy wins over the column's, ties counting one half for
+    each (Bradley and Terry 1952). Hunter's minorisation (2004, Annals of Statistics 32, eq. 3):
+    p_i <- (wins of i) / sum_j n_ij / (p_i + p_j), n_ij the meetings. prior_tie: tied votes added to
+    every two.
+    """
+    wins = wins + prior_tie / 2 * (1 - np.eye(len(wins)))
+    meetings = wins + wins.T
+    strengths = np.ones(len(wins))
+    for _ in range(10_000):
+        new = wins.sum(axis=1) / np.sum(
+            meetings / (strengths[:, None] + strengths[None, :]), axis=1
+        )
+        new /= np.exp(np.mean(np.log(new)))
+        done = np.max(np.abs(np.log(new / strengths))) < 1e-10
+        strengths = new
+        if done:
+            break
+    return strengths
+
+
+def _complete(items: Sequence[Item], overlap: int) -> list[float]:
+    """Return the mean share of each group all of whose pairs are complete, in that order."""
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        if not item.equal:
+            groups.setdefault(item.group, []).append(item)
+    complete = []
+    for own in groups.values():
+        if all(len(item.shares) >= overlap for item in own):
+            means = [sum(item.shares.values()) / len(item.shares) for item in own]
+            complete.append((max(item.order for item in own), sum(means) / len(means)))
+    return [mean for _, mean in sorted(complete)]
+
+
+def _equal_share(items: Sequence[Item]) -> float:
+    return sum(item.equal for item in items) / len(items)
+
+
+def _pair_row(
+    pair: tuple[str, str], items: Sequence[Item], rate: Estimate, p: float, progress: Progress
+) -> dict[str, Any]:
+    shares = list(itertools.chain.from_iterable(item.shares.values() for item in items))
+    return {
+        "one": pair[0],
+        "other": pair[1],
+        "rate": rate.to_dict(),
+        "p_adjusted": p if np.isfinite(p) else None,
+        "votes": len(shares),
+        "prompts": sum(bool(item.shares) for item in items),
+        "ties": shares.count(0.5) / len(shares),
+        "equal": sum(item.equal for item in items),
+        "stop": asdict(progress),
+    }
