@@ -186,7 +186,7 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
             raise UserError(
                 f"{config.store}: has no comparisons to judge; make some with: rlhf collect sample"
             )
-        scores = _gold_scores(pairs, gold)
+        scores = gold_scores(pairs, gold)
         names = [annotator.name for annotator in ANNOTATORS]
         known = [vote for vote in store.at().votes() if vote.annotator in names]
         done: dict[int, set[str]] = {}
@@ -315,7 +315,7 @@ def _vote(
     )
 
 
-def _gold_scores(pairs: list[dict], gold: Scorer) -> dict[int, tuple[float, float]]:
+def gold_scores(pairs: list[dict], gold: Scorer) -> dict[int, tuple[float, float]]:
     """Return the gold scores of (a, b) by comparison."""
     samples = Samples([], [], [], [], [], [])
     for pair in pairs:

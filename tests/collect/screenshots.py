@@ -16,10 +16,10 @@ from tests.collect.conftest import ROOT, Server, fill
 
 # name: (share that is judged with care, habit of the left side, seconds a pair)
 PEOPLE = {
-    "Ann": (0.95, 0.0, 21),
-    "Bela": (0.92, 0.0, 26),
-    "Cem": (0.35, 0.0, 1.4),
-    "Dora": (0.85, 0.6, 17),
+    "sim-Ann": (0.95, 0.0, 21),
+    "sim-Bela": (0.92, 0.0, 26),
+    "sim-Cem": (0.35, 0.0, 1.4),
+    "sim-Dora": (0.85, 0.6, 17),
 }
 
 
@@ -64,7 +64,9 @@ def shoot(folder: Path) -> None:
     path = fill(work / "fernhill.db", pairs=60, controls=10)
     judge(path)
     voice = ("--voice", str(ROOT / "configs" / "voices" / "shop.yaml"))
-    server = Server(path, "--annotators", "Ann,Bela,Cem,Dora,Eve", "--overlap", "3", *voice).start()
+    server = Server(
+        path, "--annotators", "sim-Ann,sim-Bela,sim-Cem,sim-Dora,sim-Eve", "--overlap", "3", *voice
+    ).start()
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(
@@ -90,10 +92,11 @@ def shoot(folder: Path) -> None:
                 )
                 context.close()
 
-            picture("collect-pair.png", "Ann", "/", "14")
-            picture("collect-dark.png", "Bela", "/", "2", scheme="dark")
-            picture("collect-phone.png", "Ann", "/", "14", width=390, height=844)
+            picture("collect-pair.png", "sim-Ann", "/", "14")
+            picture("collect-dark.png", "sim-Bela", "/", "2", scheme="dark")
+            picture("collect-phone.png", "sim-Ann", "/", "14", width=390, height=844)
             picture("collect-owner.png", "owner", "/owner", full=True)
+            picture("collect-owner-phone.png", "owner", "/owner", width=390, height=844, full=True)
             picture("collect-disputed.png", "owner", "/owner/disputed")
             browser.close()
     finally:

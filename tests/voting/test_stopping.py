@@ -1,28 +1,25 @@
+import itertools
 import math
 
 import numpy as np
 import pytest
 
-from rlhf.voting.stopping import GRID, confidence_sequence, follow
+from rlhf.voting.stopping import FRACTIONS, GRID, confidence_sequence, follow
 
 
 def sequence_in_loops(shares, alpha):
     """The same by the definition, one candidate and one share at a time."""
     kept = []
     for m in GRID:
-        up = down = 0.5
-        total, squares, alive = 0.5, 0.25, True
-        for t, x in enumerate(shares, start=1):
-            variance = squares / t
-            stake = math.sqrt(2 * math.log(2 / alpha) / (variance * t * math.log(1 + t)))
-            up *= 1 + (stake if m == 0 else min(stake, 0.5 / m)) * (x - m)
-            down *= 1 - (stake if m == 1 else min(stake, 0.5 / (1 - m))) * (x - m)
-            alive = alive and max(up, down) < 1 / alpha
-            total += x
-            squares += (x - total / (t + 1)) ** 2
+        capitals, alive = dict.fromkeys(itertools.product(FRACTIONS, (1, -1)), 1.0), True
+        for x in shares:
+            for fraction, sign in capitals:
+                odds = (m if sign > 0 else 1 - m) or 1e-6
+                capitals[fraction, sign] *= 1 + sign * fraction * (x - m) / odds
+            alive = alive and sum(capitals.values()) / len(capitals) < 1 / alpha
         if alive:
             kept.append(m)
-    return max(0.0, kept[0] - 0.001), min(1.0, kept[-1] + 0.001)
+    return max(0.0, kept[0] - 0.002), min(1.0, kept[-1] + 0.002)
 
 
 @pytest.mark.parametrize("alpha", [0.05, 0.2])

@@ -1,0 +1,131 @@
+"""Simulated annotators decide between two policies in a real browser, until enough votes are in.
+
+    rlhf collect sample --runs runs/sft,runs/ppo --split test --data prompts.jsonl --store ab.db
+    python benchmarks/votes_browser.py ab.db [--voice FILE] [--annotators 5]
+
+Needs Chromium and playwright. Every annotator is a browser context of its own that signs in by its
+link and judges the pair on its page by keyboard: by the brand voice (the gold score), with noise and
+habits of its own (rlhf/sandbox/annotators.py). After each vote the rule of
+`rlhf collect status` is asked, and the collection ends as soon as it says that votes are enough. A
+second call goes on where the first was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+from pathlib import Path
+
+from playwright.sync_api import sync_playwright
+
+from benchmarks.collect_load import Server
+from benchmarks.result_rows import add_rows
+from reward.compose import build_scorer
+from rlhf.data.store import Store
+from rlhf.sandbox import SHOP_VOICE
+from rlhf.sandbox.annotators import ANNOTATORS, Annotator, choose, gold_scores
+from rlhf.voting.page import votes_markdown
+from rlhf.voting.rates import votes_of_store
+
+ROWS = Path(__file__).parent / "results" / "votes.json"
+# a difference in gold that is worth one logit
+NOISE = 0.1
+KEYS = {"tie": "t", "both_bad": "b", "skip": "s"}
+
+
+class Person:
+    """A simulated annotator at a browser."""
+
+    def __init__(self, context, server: Server, habits: Annotator, scorer, store: str):
+        self.page = context.new_page()
+        self.habits, self.scorer, self.store = habits, scorer, store
+        self.rng = random.Random(habits.name)
+        self.page.goto(server.links[habits.name])
+        if self.page.query_selector("#start"):
+            self.page.click("#start")
+
+    def judge(self) -> bool:
+        """Judge the pair on the page by keyboard; returns whether there was one."""
+        form = self.page.query_selector("#judge input[name=assignment]")
+        if form is None:
+            return False
+        pair, left = self._assigned(int(form.get_attribute("value")))
+        gold = gold_scores([pair], self.scorer)[pair["id"]]
+        words = len(pair["text_a"].split()), len(pair["text_b"].split())
+        answer = choose(self.habits, gold, words, left, NOISE, self.rng)
+        keys = [KEYS.get(answer.choice) or ("1" if answer.choice == left else "2")]
+        if answer.strength:
+            keys.append(str(2 + answer.strength))
+        for key in [*keys, "Enter"]:
+            self.page.keyboard.press(key)
+        self.page.wait_for_load_state()
+        return True
+
+    def _assigned(self, event: int) -> tuple[dict, str]:
+        """Return the pair of an assignment, and the answer on the left of the page."""
+        with Store.open(self.store) as store:
+            assigned = next(store.events(event - 1))
+            pair = store.at().pair(assigned["comparison"])
+        # formatting apart, the page shows the same answer
+        shown = self.page.inner_text("#answer-1 ~ *")
+        assert pair[f"text_{assigned['left']}"].split()[0] in shown, shown
+        return pair, assigned["left"]
+
+
+def collect(store: str, voice: str, count: int) -> int:
+    """Let `count` annotators judge in turn until the rule ends it; returns the votes cast."""
+    habits = ANNOTATORS[:count]
+    scorer = build_scorer([{"voice": voice}])
+    names = ",".join(own.name for own in habits)
+    with Store.open(store) as opened:
+        for own in habits:
+            # a link is printed for those alone who have none yet
+            opened.set_token(opened.add_annotator(own.name), None)
+    server = Server(store, "--annotators", names, "--overlap", "1").start()
+    votes = 0
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+            )
+            people = [Person(browser.new_context(), server, own, scorer, store) for own in habits]
+            while people:
+                people = [person for person in people if person.judge()]
+                votes += len(people)
+                found = votes_of_store(store)["votes"]
+                state = found["pairs"][0]["stop"]["state"] if found else "open"
+                print(f"\r{votes} votes, {state}", end="", flush=True)
+                if state != "open":
+                    break
+            browser.close()
+    finally:
+        server.stop()
+    print()
+    return votes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("store")
+    parser.add_argument("--voice", default=str(SHOP_VOICE))
+    parser.add_argument("--annotators", type=int, default=len(ANNOTATORS))
+    asked = parser.parse_args()
+    collect(asked.store, asked.voice, asked.annotators)
+
+    found = votes_of_store(asked.store)["votes"]
+    print("\n".join(votes_markdown(found)))
+    pair = found["pairs"][0]
+    row = {
+        "id": "votes-browser",
+        "what": "simulated annotators in a real browser: the sequential stop said that votes were enough "
+        f"after {pair['votes']} votes; source stored as {found['source']}",
+        "value": pair["stop"]["state"] != "open" and found["source"] == "simulated",
+        "bound": "== true",
+        "command": "python benchmarks/votes_browser.py ab.db",
+    }
+    add_rows(ROWS, [row])
+
+
+if __name__ == "__main__":
+    main()
