@@ -53,6 +53,17 @@ def test_by_hand():
     assert (estimate, weight, se) == (0.5, 0.0, pytest.approx(np.sqrt(1 / 12)))
 
 
+def test_with_whole_groups_it_is_the_estimate_of_the_paper():
+    # 2311.01453, example 6.1: mean(y) + l (mean(rest) - mean(f)), l = cov(y, f) / ((1 + n / m) var(f)), with
+    # the variance of f measured in each of the two parts
+    rng = np.random.default_rng(3)
+    y, f, rest = rng.random(15), rng.random(15), rng.random(40)
+    y = (y + f) / 2
+    lam = np.cov(y, f)[0, 1] / (np.var(f, ddof=1) + 15 / 40 * np.var(rest, ddof=1))
+    expected = y.mean() + lam * (rest.mean() - f.mean())
+    assert prediction_powered(y, f, f, rest)[0] == pytest.approx(expected, abs=1e-12)
+
+
 def test_all_labelled_is_the_mean_of_the_votes_with_students_interval():
     rng = np.random.default_rng(1)
     y, f = rng.random(30), rng.random(30)
