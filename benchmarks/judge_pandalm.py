@@ -3,8 +3,9 @@
     RLHF_DATA=FOLDER python benchmarks/judge_pandalm.py [OUT]       # OUT/judge_pandalm.json; default runs/judge
 
 The pairs are of five models' answers (`pref_pandalm_human.jsonl`), each judged by the same three people.
-Judges: the longer answer; one of the people, the other two being the people; and a stand-in that turns
-the majority's word in a quarter of the pairs and follows length where people tie. Corrected win rates
+Judges: the longer answer; one of the people, the other two being the people; a stand-in that turns
+the majority's word in a quarter of the pairs and follows length where people tie; and one that gives
+its own kind, llama-7b, half of the pairs that it loses. Corrected win rates
 see the votes on half of the prompts. Their coverage: prompts are drawn again with replacement, so that
 the people's mean over all prompts is the truth.
 """
@@ -29,6 +30,8 @@ CHOICES = {0: "tie", 1: "a", 2: "b"}
 REPEATS = 4000
 # of the stand-in's verdicts, those turned
 ERRORS = 0.25
+# the family that the last judge is of
+OWN = "llama-7b"
 
 
 def read_pairs(source: Path) -> list[JudgedPair]:
@@ -76,7 +79,20 @@ def stand_in(pair: JudgedPair, rng: random.Random) -> float:
     return 1 - right if rng.random() < ERRORS else right
 
 
-JUDGES = {"longer answer": longer, "person 1": person, "stand-in, 25 % wrong": stand_in}
+def partial(pair: JudgedPair, rng: random.Random) -> float:
+    share = pair.votes
+    own = {pair.a: 1.0, pair.b: 0.0}.get(OWN)
+    if own is None or rng.random() < 0.5:
+        return 0.5 + 0.5 * float(np.sign(share - 0.5))
+    return own
+
+
+JUDGES = {
+    "longer answer": longer,
+    "person 1": person,
+    "stand-in, 25 % wrong": stand_in,
+    "likes llama-7b": partial,
+}
 
 
 def judged(pairs: list[JudgedPair], judge) -> list[JudgedPair]:
@@ -152,7 +168,7 @@ def main(out: Path) -> dict:
     results = {}
     for name, judge in JUDGES.items():
         pairs = judged(read_pairs(source), judge)
-        report = judge_report(pairs, name)
+        report = judge_report(pairs, name, own=[OWN] if judge is partial else [])
         rows = calibration(pairs, np.random.default_rng(0))
         results[name] = {"report": report, "rows": rows}
         show(name, report, rows)

@@ -85,6 +85,16 @@ def people_rows(results: dict) -> list[dict]:
         rows.append(
             row_of(f"judge-people-{key}-most", f"greatest {what}", max(values), "<= 0.97", PEOPLE)
         )
+    # half of the pairs that it would lose: the bias is half of the people's share of losses
+    own = results["likes llama-7b"]["report"]["self_preference"]["difference"]
+    what = "lower end of the self-preference found in a judge that has it"
+    rows.append(row_of("judge-self-preference", what, own["low"], "> 0", PEOPLE))
+    length = results["longer answer"]["report"]["length"]["excess"]
+    what = "lower end of the length bias, beyond the people's, of a judge of length alone"
+    rows.append(row_of("judge-length-bias", what, length["low"], "> 0", PEOPLE))
+    own = results["person 1"]["report"]["length"]["excess"]
+    what = "lower end of the same for a person: none is found"
+    rows.append(row_of("judge-length-bias-of-a-person", what, own["low"], "<= 0", PEOPLE))
     return rows
 
 
