@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     if any(row["record"].margin is not None for row in train_pairs):
         run.log("the pairs carry a margin, which the reward model reads and DPO does not")
 
-    model = trainable_policy(initial, stages.new_lora(run, initial))
+    chosen = [{**row, "response_ids": row["chosen_ids"]} for row in train_pairs]
+    model = trainable_policy(initial, stages.new_lora(run, initial, answers=chosen))
     budget = Budget()
     reference = None
     if hasattr(model, "peft_config"):

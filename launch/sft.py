@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
 
     scorer = build_scorer(config.eval_scorers, initial.tokenizer) if config.eval_scorers else None
     evaluation = stages.evaluation(run, initial, scorer)
-    model = trainable_policy(initial, stages.new_lora(run, initial))
+    model = trainable_policy(initial, stages.new_lora(run, initial, answers=train_rows))
     if initial.adapter_path:
         # the evaluation measures the KL to where training starts
         frozen_copy(model, "default", "reference")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.adapters import (
     adapter_settings,
     changes_head,
     check_targets,
-    like_rows,
     lora_config,
+    never_trained,
     require_policy,
     token_rows,
 )
@@ -21,7 +23,7 @@ from rlhf.distributed import DistributedContext
 from rlhf.engines.batched import generate
 from rlhf.engines.sampling import Generate, Sampling
 from rlhf.errors import UserError
-from rlhf.evaluate import Evaluation, eos_probability
+from rlhf.evaluate import Evaluation, eos_probability, knowledge_of_ends
 from rlhf.files import files_fingerprint, model_files
 from rlhf.logprobs import head_is_plain
 from rlhf.models import InitialModel, check_context, load_model
@@ -30,12 +32,16 @@ from rlhf.quantized import weight_memory
 from rlhf.runs.run import Run
 from rlhf.startup import model_loaded
 from rlhf.tokenizer import stop_ids
+from rlhf.weights import read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-# rows of an output head this close to that of a token; one that was trained has none or a few
-UNTRAINED_ALIKE = 10
+# given answers whose ends show whether a base knows its EOS token
+ENDS_READ = 16
+# nats above chance: of the answers' words, for a base that can be judged, and of an EOS token that was
+# trained. It has 8.5 in SmolLM2, and with its row drawn at random, or any untrained one, less than 0
+KNOWN, LEARNT = 1.0, math.log(10)
 MEASURED_ROWS = 64
 
 
@@ -96,11 +102,17 @@ def check_start(program: str, config: RunConfig, model: Any, adapter_path: str |
         )
 
 
-def new_lora(run: Run, initial: InitialModel, task_type: str = "CAUSAL_LM") -> LoraConfig | None:
+def new_lora(
+    run: Run,
+    initial: InitialModel,
+    task_type: str = "CAUSAL_LM",
+    answers: list[dict] | None = None,
+) -> LoraConfig | None:
     """Return the LoRA settings of a new adapter on the initial model, or None when the whole model
     is trained.
 
-    Raises UserError for a target module that the model does not have.
+    answers: rows with "prompt_ids" and "response_ids", whose ends show whether the EOS token was
+    ever trained. Raises UserError for a target module that the model does not have.
     """
     config = run.config
     if not getattr(config, "use_peft", True):
@@ -109,13 +121,17 @@ def new_lora(run: Run, initial: InitialModel, task_type: str = "CAUSAL_LM") -> L
     lora = lora_config(
         task_type, config.lora_r, config.lora_alpha, config.lora_dropout, config.lora_target_modules
     )
-    if task_type == "CAUSAL_LM":
-        lora.trainable_token_indices = eos_rows(run, initial, lora)
+    begun = run.resumed and Path(run.resumed.folder) / "adapter_config.json"
+    if begun and begun.is_file():
+        # a run goes on as it began, also where this version would decide otherwise
+        lora.trainable_token_indices = read_json(begun).get("trainable_token_indices")
+    elif task_type == "CAUSAL_LM":
+        lora.trainable_token_indices = eos_rows(run, initial, lora, answers)
     return lora
 
 
 def eos_rows(
-    run: Run, initial: InitialModel, lora: LoraConfig
+    run: Run, initial: InitialModel, lora: LoraConfig, answers: list[dict] | None = None
 ) -> list[int] | dict[str, list[int]] | None:
     """Return PEFT's `trainable_token_indices` for the EOS token where its row has to be trained, or
     None.
@@ -126,16 +142,18 @@ def eos_rows(
     wanted, token = run.config.train_eos, initial.tokenizer.eos_token_id
     if wanted == "never":
         return None
-    alike = like_rows(initial.model.get_output_embeddings().weight, token)
-    if wanted == "auto" and alike < UNTRAINED_ALIKE:
+    reason = never_trained(initial.model.get_output_embeddings().weight, token)
+    start = initial.adapter_path
+    if not reason and wanted == "auto" and not start and answers:
+        reason = _improbable_ends(run, initial, answers)
+    if wanted == "auto" and not reason:
         return None
 
-    start = initial.adapter_path
     if changes_head(adapter_settings(start) if start else lora, initial.model):
         return None
     name = f"the row of the EOS token {initial.tokenizer.eos_token!r} in the output head"
-    if alike >= UNTRAINED_ALIKE:
-        name += f", which has a cosine above 0.9 to {alike} others and was probably never trained,"
+    if reason:
+        name += f", which was probably never trained ({reason}),"
     if start:
         run.log(
             f"warning: {name} is not trained by the adapter {start}: its responses may never end. Train it again"
@@ -147,6 +165,29 @@ def eos_rows(
     else:
         run.log(f"warning: {name} cannot be trained: PEFT leaves out its bias")
     return rows
+
+
+def _improbable_ends(run: Run, initial: InitialModel, answers: list[dict]) -> str:
+    """Return what shows that a model expects its EOS token nowhere, not even where answers end, or
+    "".
+
+    It is compared with chance, 1/V, if the model knows the answers' other words better than chance.
+    """
+    # divided among the ranks only later, and until then on the CPU
+    if zero_stage(run.config, run.world) == 3:
+        return ""
+    eos = initial.tokenizer.eos_token_id
+    ending = [row for row in answers if row["response_ids"][-1:] == [eos]]
+    measured = first_by_hash(ending, ENDS_READ)
+    if not measured:
+        return ""
+    model = initial.model.to(run.world.device)
+    chance = -math.log(len(model.get_output_embeddings().weight))
+    given = (model, measured, initial.tokenizer.pad_token_id, head_is_plain(model), run.world)
+    ends, others = knowledge_of_ends(*given)
+    if others < chance + KNOWN or ends >= chance + LEARNT:
+        return ""
+    return f"median P(EOS) where {len(measured)} given answers end: {math.exp(ends):.1e}"
 
 
 def new_dropout(config: AdapterConfig, initial: InitialModel) -> float:

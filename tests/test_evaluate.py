@@ -11,7 +11,14 @@ from rlhf.data.records import Prompt, Scores
 from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import generate
 from rlhf.engines.sampling import Sampling
-from rlhf.evaluate import EvalRow, Evaluation, eos_probability, sample_table, summarise
+from rlhf.evaluate import (
+    EvalRow,
+    Evaluation,
+    eos_probability,
+    knowledge_of_ends,
+    sample_table,
+    summarise,
+)
 from rlhf.models import load_model
 from rlhf.options.shared import SamplingConfig
 from rlhf.roles import Roles
@@ -199,4 +206,25 @@ def test_the_probability_of_eos_is_read_where_answers_end(base_path):
     )
     assert eos_probability(model, rows, 0, False, DistributedContext()) == pytest.approx(
         expected, rel=1e-5
+    )
+
+
+def test_what_a_model_knows_of_ends_is_a_median_and_of_other_tokens_a_mean(base_path):
+    model = load_model(base_path).model
+    rows = [
+        {"prompt_ids": [5, 6, 7], "response_ids": [20, 2]},
+        {"prompt_ids": [8], "response_ids": [9, 10, 11, 2]},
+        {"prompt_ids": [8, 9], "response_ids": [2]},
+    ]
+    ends, others = [], []
+    for row in rows:
+        ids = row["prompt_ids"] + row["response_ids"]
+        with torch.no_grad():
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found = [float(logprobs[i - 1, ids[i]]) for i in range(len(row["prompt_ids"]), len(ids))]
+        ends.append(found[-1])
+        others += found[:-1]
+    assert len(others) == 4
+    assert knowledge_of_ends(model, rows, 0, True, DistributedContext()) == pytest.approx(
+        (sorted(ends)[1], sum(others) / 4), rel=1e-5
     )

@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 import types
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,9 @@ from transformers import (
 
 from reward.model import RewardModel, load_reward, write_reward
 from rlhf import stages
-from rlhf.adapters import check_targets, like_rows, lora_config, token_rows
+from rlhf.adapters import check_targets, lora_config, never_trained, token_rows
 from rlhf.critic import reward_shift
+from rlhf.data.records import Prompt
 from rlhf.distributed import DistributedContext
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError
@@ -490,7 +492,7 @@ def stuck_base(base_path, folder, tied=True):
     return str(folder)
 
 
-def rows_of_a_new_adapter(path, said, **options):
+def rows_of_a_new_adapter(path, said, answers=None, resumed=None, **options):
     settings = {
         "use_peft": True,
         "lora_r": 4,
@@ -498,15 +500,43 @@ def rows_of_a_new_adapter(path, said, **options):
         "lora_dropout": 0.0,
         "lora_target_modules": ["all-linear"],
     }
-    config = types.SimpleNamespace(**settings | {"train_eos": "auto"} | options)
-    run = types.SimpleNamespace(config=config, log=said.append)
-    return stages.new_lora(run, load_model(path)).trainable_token_indices
+    config = types.SimpleNamespace(
+        **settings | {"train_eos": "auto", "deepspeed": "zero2"} | options
+    )
+    run = types.SimpleNamespace(
+        config=config, log=said.append, world=DistributedContext(), resumed=resumed
+    )
+    return stages.new_lora(run, load_model(path), answers=answers).trainable_token_indices
 
 
-def test_rows_alike_are_counted_by_their_cosine():
-    rows = torch.tensor([[2.0, 0.0], [1.0, 0.1], [0.0, 3.0], [-1.0, 0.0], [0.0, 0.0]])
-    # cosines to row 0: 1/sqrt(1.01) = 0.995, 0, -1 and 0; a row of zeros was never moved
-    assert [like_rows(rows, token) for token in (0, 1, 2, 4)] == [1, 1, 0, 4]
+def test_a_row_that_was_never_trained_is_zero_the_mean_or_that_of_ten_others():
+    torch.manual_seed(0)
+    rows = torch.randn(40, 8)
+    assert never_trained(rows, 0) == ""
+    rows[1] = 0
+    assert never_trained(rows, 1) == "its row is zero"
+    # ten others at a hundredth of its norm, then one of them further off
+    rows[10:21] = rows[10] * (1 + 0.01 * (torch.arange(11) % 2)[:, None])
+    assert never_trained(rows, 10) == "its row is that of 10 others"
+    rows[20] *= 1.05
+    assert never_trained(rows, 10) == ""
+    # a cosine of 0.99 to a cluster of 11 rows, 0.14 of its norm away, as SmolLM2's: trained a little
+    aside = torch.linalg.vector_norm(rows[10]) * nn_orthogonal(rows[10]) * 0.14
+    rows[20] = rows[10]
+    rows[30] = rows[10] + aside
+    assert torch.cosine_similarity(rows[30], rows[10], dim=0) > 0.99
+    assert never_trained(rows, 30) == "" and never_trained(rows, 10)
+    rows = torch.randn(40, 8)
+    rows[5] = (rows.sum(0) - rows[5]) / 39
+    assert never_trained(rows, 5) == "its row is the mean of all"
+    assert never_trained(rows.bfloat16(), 5) == "its row is the mean of all"
+
+
+def nn_orthogonal(vector):
+    """Return a unit vector at a right angle to this one."""
+    other = torch.ones_like(vector)
+    other -= vector * (other @ vector) / (vector @ vector)
+    return other / other.norm()
 
 
 def test_the_row_of_an_eos_token_that_was_never_trained_is_trained(base_path, tmp_path):
@@ -515,7 +545,7 @@ def test_the_row_of_an_eos_token_that_was_never_trained_is_trained(base_path, tm
     assert rows_of_a_new_adapter(base_path, said, train_eos="always") == [2]
     stuck = stuck_base(base_path, tmp_path / "tied")
     assert rows_of_a_new_adapter(stuck, said) == [2]
-    assert "a cosine above 0.9 to 18 others" in said[-1] and "is trained beside LoRA" in said[-1]
+    assert "its row is that of 18 others" in said[-1] and "is trained beside LoRA" in said[-1]
     assert rows_of_a_new_adapter(stuck, said, train_eos="never") is None
     assert (
         rows_of_a_new_adapter(stuck, said, lora_target_modules=["q_proj", "embed_tokens"]) is None
@@ -530,6 +560,69 @@ def test_the_row_of_an_eos_token_that_was_never_trained_is_trained(base_path, tm
     count = len(said)
     learns = random_adapter(stuck, tmp_path / "sft2", seed=1, trainable_token_indices=[2])
     assert rows_of_a_new_adapter(learns, said) is None and len(said) == count
+
+
+# fmt: off
+ANSWERS = [
+    {"prompt_ids": [40 + i, 41, 42], "response_ids": [50 + i % 3, 60 + i % 3, 70, 2],
+     "record": Prompt(prompt=[{"role": "user", "content": str(i)}])}
+    for i in range(12)
+]
+# fmt: on
+
+
+@pytest.fixture(scope="module")
+def knowing_base(base_path):
+    """The tiny base after some training on ANSWERS, whose words and ends it knows."""
+    initial = load_model(base_path)
+    model = initial.model
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(40):
+        ids = torch.tensor([row["prompt_ids"] + row["response_ids"] for row in ANSWERS])
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return initial
+
+
+@pytest.mark.parametrize(
+    ("row", "said_of_it"),
+    [
+        (None, None),
+        # drawn at random, as small as at the start of a training and as long as the others are
+        (0.02, "median P(EOS) where 12 given answers end"),
+        (0.3, "median P(EOS) where 12 given answers end"),
+        ("mean", "its row is the mean of all"),
+        ("twin", "median P(EOS) where 12 given answers end"),
+    ],
+)
+def test_the_ends_of_given_answers_show_whether_the_eos_row_was_trained(
+    knowing_base, base_path, tmp_path, row, said_of_it
+):
+    model = deepcopy(knowing_base.model)
+    rows = model.lm_head.weight.data
+    if row == "mean":
+        rows[2] = rows.mean(0)
+    elif row == "twin":
+        # of one token that is in no text; ten of them would show by themselves
+        rows[2] = rows[300]
+    elif row:
+        rows[2] = row * torch.randn(32, generator=torch.Generator().manual_seed(0))
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(base_path).save_pretrained(tmp_path)
+    said = []
+    found = rows_of_a_new_adapter(str(tmp_path), said, ANSWERS)
+    assert found == (None if said_of_it is None else [2])
+    assert not said if said_of_it is None else said_of_it in said[-1]
+
+
+def test_a_base_that_knows_nothing_of_the_answers_is_not_judged_by_them(base_path, tmp_path):
+    said = []
+    assert rows_of_a_new_adapter(base_path, said, ANSWERS) is None and not said
+    # nor one that goes on: its adapter is what it was
+    (tmp_path / "adapter_config.json").write_text('{"trainable_token_indices": [2]}')
+    resumed = types.SimpleNamespace(folder=tmp_path)
+    assert rows_of_a_new_adapter(base_path, said, ANSWERS, resumed) == [2]
 
 
 @pytest.mark.parametrize(("trained", "tied"), [(False, True), (True, True), (True, False)])

@@ -297,7 +297,8 @@ class AdapterConfig:
     lora_target_modules: list[str] = option(["all-linear"], "modules that get an adapter")
     train_eos: Literal["auto", "always", "never"] = option(
         "auto",
-        "train the EOS token's row of the output head beside LoRA; auto: where it was never trained",
+        "train the EOS token's row of the output head beside LoRA; auto: where it was never trained, by the row itself "
+        "and, in SFT and DPO, by P(EOS) where given answers end",
     )
 
 

@@ -110,3 +110,36 @@ def test_pretraining_it_anew_gives_one_as_good(default_world, texts, tmp_path):
         f"{apart:+.4f} nats, perplexity {math.exp(kept):.4f} and {math.exp(measured['loss/held_out']):.4f}"
     )
     assert abs(apart) < 0.01, ANEW
+
+
+def test_its_eos_token_was_trained_and_one_drawn_at_random_was_not(default_world):
+    import types
+
+    import torch
+
+    from rlhf import stages
+    from rlhf.data.encode import encode
+    from rlhf.data.load import load
+    from rlhf.data.records import Instruction
+    from rlhf.distributed import DistributedContext
+    from rlhf.models import load_model
+
+    folder, _ = default_world
+    initial = load_model(str(folder / "base"))
+    records = load([str(folder / "instructions.jsonl")], Instruction)[:64]
+    rows, _ = encode(records, initial.tokenizer, 256, 256)
+    settings = {"lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "use_peft": True}
+    settings |= {"lora_target_modules": ["all-linear"], "train_eos": "auto", "deepspeed": "zero2"}
+    said = []
+    run = types.SimpleNamespace(
+        config=types.SimpleNamespace(**settings),
+        log=said.append,
+        world=DistributedContext(),
+        resumed=None,
+    )
+    assert stages.new_lora(run, initial, answers=rows).trainable_token_indices is None and not said
+    head, eos = initial.model.get_output_embeddings(), initial.tokenizer.eos_token_id
+    with torch.no_grad():
+        head.weight[eos] = 0.02 * torch.randn(96, generator=torch.Generator().manual_seed(0))
+    assert stages.new_lora(run, initial, answers=rows).trainable_token_indices == [eos]
+    assert "median P(EOS) where 16 given answers end" in said[-1]
