@@ -41,6 +41,7 @@ class CheckConfig:
     data: list[str] = option([], "prompts to sample answers to: files or Hub names")
     prompts: int = option(16, "prompts, drawn by the seed", low=1)
     samples_per_prompt: int = option(2, "answers to each", low=1)
+    temperature: float = option(1.0, "of sampling", above=0)
     max_prompt_length: int = option(512, "tokens; longer prompts are left out", low=1)
     max_response_length: int = option(128, "tokens with EOS", low=1)
     seed: int = option(0, "of the choice of prompts and of sampling", **SEED)
@@ -93,6 +94,7 @@ def answers_of(config: CheckConfig) -> list[Answer]:
         config.data,
         prompts=config.prompts,
         samples_per_prompt=config.samples_per_prompt,
+        temperature=config.temperature,
         max_prompt_length=config.max_prompt_length,
         max_response_length=config.max_response_length,
         seed=config.seed,

@@ -49,7 +49,7 @@ def test_the_page_prints_what_its_commands_print(tmp_path, monkeypatch):
     voice_docs.write_files(page, tmp_path)
     monkeypatch.chdir(tmp_path)
     runs = voice_docs.commands(page)
-    assert len(runs) == 7
+    assert len(runs) == 8
     for command, output in runs:
         assert voice_docs.output_of(command) == output, "run: python -m tests.reward.voice_docs"
 

@@ -22,12 +22,13 @@ def commands(page: str) -> list[tuple[str, str]]:
 
 
 def write_files(page: str, folder: Path) -> None:
-    """Write the page's YAML files whose first line names them, and a link to configs/."""
+    """Write the page's YAML files whose first line names them, and links to what it names besides."""
     for block in re.findall(r"```yaml\n(.*?)```", page, re.S):
         named = re.match(r"# (\S+\.yaml)\n", block)
         if named:
             (folder / named[1]).write_text(block, encoding="utf-8")
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "benchmarks"):
+        (folder / name).symlink_to(ROOT / name)
 
 
 def output_of(command: str) -> str:
