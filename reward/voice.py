@@ -181,7 +181,7 @@ class Voice(Spec):
                 raise ValueError(f"examples, item {number}: no channel '{example.channel}'.{hint}")
         # `rlhf voice check` lists them all
         keep = info.context and info.context.get("keep_contradictions")
-        found = contradictions(self.sections, self.facts)
+        found = contradictions(self.sections, self.facts, exact=self.credit == "exact")
         if found and not keep:
             raise ValueError(found[0])
         return self

@@ -103,9 +103,10 @@ def answers_of(config: CheckConfig) -> list[Answer]:
 
 def all_contradictions(voice: Voice) -> list[str]:
     """Return the contradictions of the file, and those that only a channel has."""
-    found = contradictions(voice.sections, voice.facts)
+    exact = voice.credit == "exact"
+    found = contradictions(voice.sections, voice.facts, exact=exact)
     for name, own in voice.channels.items():
-        for line in contradictions(own.sections, own.facts):
+        for line in contradictions(own.sections, own.facts, exact=exact):
             if line not in found:
                 found.append(f"channel '{name}': {line}")
     return found
@@ -245,7 +246,7 @@ def spread_lines(found: dict[str, Any], credit: str) -> list[str]:
     if credit != "exact":
         lines.append(
             f"With credit: exact: {exact['low']:.3f} to {exact['high']:.3f}, {exact['distinct']} "
-            f"distinct scores, {exact['ties']} ties."
+            f"distinct scores, {exact['ties']} of {pairs} tie."
         )
     for name, part in found["parts"].items():
         lines.append(f"{name:<14} mean {part['mean']:.3f}, {part['distinct']} distinct")

@@ -15,9 +15,11 @@ from reward.voice_parts import Avoid, Fact, Greeting, Section
 FORMAL = ("person", "contractions", "emoji", "punctuation")
 
 
-def contradictions(sections: Mapping[str, Section], facts: Mapping[str, Fact]) -> list[str]:
+def contradictions(
+    sections: Mapping[str, Section], facts: Mapping[str, Fact], *, exact: bool
+) -> list[str]:
     """Return every contradiction between the parts of a voice, each as one line that names them."""
-    return [*_impossible_bounds(sections), *_punished_phrases(sections, facts)]
+    return [*_impossible_bounds(sections), *_punished_phrases(sections, facts, exact=exact)]
 
 
 def _impossible_bounds(sections: Mapping[str, Any]) -> list[str]:
@@ -61,7 +63,9 @@ def _bounds_of_use(use: Any, length: Any) -> list[str]:
     return found
 
 
-def _punished_phrases(sections: Mapping[str, Any], facts: Mapping[str, Fact]) -> list[str]:
+def _punished_phrases(
+    sections: Mapping[str, Any], facts: Mapping[str, Fact], *, exact: bool
+) -> list[str]:
     asked = {name: part.asked for name, part in sections.items()}
     asked |= {f"task/{key}": fact.asked for key, fact in facts.items()}
     # what a regular expression matches cannot be listed
@@ -69,14 +73,16 @@ def _punished_phrases(sections: Mapping[str, Any], facts: Mapping[str, Fact]) ->
     found = []
     for name, text in wanted:
         for punished in ("avoid", "claims"):
-            phrase = _matching(sections.get(punished), text)
-            if phrase is not None:
+            part = sections.get(punished)
+            phrase = _matching(part, text)
+            # "no promises" may be asked for where a promise is a claim
+            if phrase is not None and part.mark(Text(text), {}, exact=exact).bad:
                 found.append(
                     f"'{name}' asks for {text!r}, which '{punished}' punishes as {phrase!r}"
                 )
         for punished in FORMAL:
             part = sections.get(punished)
-            if part and part.mark(Text(text), {}, exact=False).bad:
+            if part and part.mark(Text(text), {}, exact=exact).bad:
                 found.append(
                     f"'{name}' asks for {text!r}, which '{punished}' punishes: {part.explain()}"
                 )

@@ -106,7 +106,8 @@ class Reading(Section):
 
 FIRST_PERSON = {
     "i": re.compile(r"\b(?:I|me|my|mine|myself)\b(?!\.)", re.IGNORECASE),
-    "we": re.compile(r"\b(?:we|us|our|ours|ourselves)\b", re.IGNORECASE),
+    # but not the country
+    "we": re.compile(r"\b(?!(?-i:US)\b)(?:we|us|our|ours|ourselves)\b", re.IGNORECASE),
 }
 READER = re.compile(r"\b(?:you|your|yours|yourself|yourselves)\b", re.IGNORECASE)
 
@@ -258,10 +259,13 @@ class Punctuation(Section):
         return self
 
     def explain(self) -> str:
-        names = {"capitals": "words in capitals"}
+        one = {"ellipses": "ellipsis", "dashes": "dash", "capitals": "word in capitals"}
+        many = {"capitals": "words in capitals"}
         rules = []
         for name, most in self.most.items():
-            said = names.get(name, name.replace("_", " "))
+            said = many.get(name, name.replace("_", " "))
+            if most == 1:
+                said = one.get(name, said.removesuffix("s"))
             rules.append(f"at most {most} {said}" if most else f"no {said}")
         return f"the text has {', '.join(rules)}"
 

@@ -260,7 +260,7 @@ def test_status_warns_where_every_vote_is_a_tie(tmp_path, capsys):
     said = "WARNING: all its votes (1) are ties, so no pair has a better answer"
     assert said in run("collect", "status", str(path), capsys=capsys)
     with Store.open(path) as store:
-        store.vote(pair, bob, "a")
+        store.vote(pair, bob, "b")
     assert "WARNING" not in run("collect", "status", str(path), capsys=capsys)
 
 

@@ -56,19 +56,31 @@ def test_flesch_kincaid_grade_by_hand():
 
 
 def test_lix_by_hand():
-    # 8 words, 2 sentences, 2 of more than six letters: 4 + 25
+    # 8 words, 2 sentences, "flicken" and "wasserdicht" of more than six letters: 4 + 25
     part = voice(reading={"formula": "lix", "max_level": 30}, language="de").reading
-    assert part.level(Text("Wir reparieren das Zelt. Es ist bald wasserdicht.")) == pytest.approx(
-        29
-    )
+    assert part.level(Text("Wir flicken das Zelt. Es ist bald wasserdicht.")) == pytest.approx(29)
 
 
 def test_each_wrong_pronoun_leaves_half():
     assert mark("person", "We mend our tents", speaks_as="we").score == 1.0
     assert mark("person", "I think my tents are yours", speaks_as="we").score == 0.25
     assert mark("person", "We mend tents", speaks_as="nobody").score == 0.5
-    # "i.e." and "US" as a word are not spoken by anyone but "us" is
-    assert mark("person", "Tents, i.e. shelters", speaks_as="nobody").score == 1.0
+    # nobody speaks in "i.e." and "the US", but somebody does in "us"
+    assert mark("person", "Tents, i.e. shelters, of the US", speaks_as="nobody").score == 1.0
+    assert mark("person", "They sell us tents", speaks_as="nobody").score == 0.5
+
+
+def test_a_phrase_that_denies_a_claim_may_be_asked_for():
+    rules = {"closing": {"forms": ["no promises"]}, "claims": {"forbidden": ["promise"]}}
+    assert voice(**rules).score("It is dry. No promises")["total"] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="'closing' asks for 'no promises', which 'claims'"):
+        voice(**rules, credit="exact")
+
+
+def test_rules_are_said_in_words():
+    rules = {"exclamation_marks": 1, "ellipses": 1, "dashes": 2, "capitals": 0}
+    said = "at most 1 exclamation mark, at most 2 dashes, at most 1 ellipsis, no words in capitals"
+    assert voice(punctuation=rules).punctuation.explain() == f"the text has {said}"
 
 
 def test_the_reader_is_addressed_or_not():

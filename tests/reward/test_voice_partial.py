@@ -55,6 +55,8 @@ def test_a_phrase_is_compared_with_every_stretch_as_by_the_slow_recursion():
         phrase = draw.choices("abcd", k=draw.randint(1, 4))
         words = draw.choices("abcde", k=draw.randint(0, 6))
         assert phrase_likeness(phrase, words) == pytest.approx(plain_edits(phrase, words))
+    # a word too many in its middle is one edit of four words
+    assert phrase_likeness("abcd", "abxcd")[-1] == plain_edits("abcd", "abxcd")[-1] == 0.75
 
 
 def test_a_greeting_in_the_wrong_place_earns_by_its_distance():
