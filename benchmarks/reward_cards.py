@@ -79,7 +79,7 @@ def sandbox() -> None:
         data = ["--data", f"{world}/instructions.jsonl", "--output_dir", str(sft)]
         start = ["--model_name_or_path", f"{world}/base"]
         run("launch.sft", "--config", str(CONFIGS / "sft.yaml"), *start, *data)
-    for name, prompts, seed in (("pairs", 1200, 0), ("policy", 400, 1)):
+    for name, prompts, seed in (("pairs", 3000, 0), ("policy", 700, 1)):
         if not done(RUNS, f"{name}.db"):
             source = ["--model_name_or_path", str(sft), "--data", f"{world}/prompts.jsonl"]
             how = ["--config", str(CONFIGS / "sample.yaml"), "--prompts", str(prompts)]
@@ -116,7 +116,7 @@ def card_of_sandbox(name: str) -> None:
     sandbox()
     folder = RUNS / name
     if not done(folder):
-        data = ["--data", str(plant(name)), "--validation_fraction", "0.25"]
+        data = ["--data", str(plant(name)), "--validation_fraction", "0.3"]
         start = ["--model_name_or_path", str(RUNS / "sft"), "--output_dir", str(folder)]
         run("launch.reward", "--config", str(CONFIGS / "reward.yaml"), *start, *data)
     if name == "sandbox-clean" and not done(folder, "learning_curve.json"):
@@ -262,9 +262,9 @@ def head() -> str:
     return f"""\
 # Report cards of reward models
 
-Made by `{COMMAND}`. The sandbox's three reward models are of the same 1,200 answer pairs of one SFT policy, judged by
+Made by `{COMMAND}`. The sandbox's three reward models are of the same 3,000 answer pairs of one SFT policy, judged by
 annotators without habits, by annotators who like length (0.8 log-odds for each ten words) and by annotators who favour
-the left side (0.6 log-odds); a quarter of the groups is held out. The real sets start from stories260K with
+the left side (0.6 log-odds); three tenths of the groups are held out. The real sets start from stories260K with
 `{options}`.
 
 | card | verdict | reasons | accuracy | best rule | on the policy | log-loss, before and after the temperature |

@@ -158,7 +158,12 @@ class Measured:
         if config.on_policy:
             part, labels = self._on_policy_pairs()
             card["on_policy"] = on_policy_card(
-                part, held_out, card["calibration"]["temperature"], config.on_policy, labels
+                part,
+                held_out,
+                card["calibration"]["temperature"],
+                config.on_policy,
+                labels,
+                self.gold_gaps(held_out.pairs),
             )
         elif self.trained is not None and config.pairs is None:
             card["on_policy"] = same_policy(

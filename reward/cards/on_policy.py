@@ -165,23 +165,30 @@ def on_policy_card(
     temperature: float | None,
     source: str,
     labels: str,
+    held_out_gold: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return the part of a card about pairs of the policy, beside the held-out ones.
 
-    {"accuracy", "difference": less that on the held-out pairs, over the groups of both,
-    "calibration": at the temperature of the held-out pairs, "scores": of all its answers,
-    "length_correlation"}.
+    held_out_gold: (n,) true score of the chosen held-out answer less that of the rejected one.
+    Where gold labels the policy's pairs it labels the held-out ones too, as people err: against
+    their votes any model is less often right.
+    {"accuracy", "held_out": the accuracy there, "difference": the former less the latter, over the
+    groups of both, "calibration": at the temperature of the held-out pairs, "scores": of all its
+    answers, "length_correlation"}.
     """
-    gaps = scored.gaps
-    right, held_out_right = pair_accuracy(gaps), pair_accuracy(held_out.gaps)
+    gaps, there = scored.gaps, held_out.gaps
+    groups = held_out.groups
+    if labels == "gold":
+        there = (np.sign(held_out_gold) * there)[held_out_gold != 0]
+        groups = groups[held_out_gold != 0]
+    right, held_out_right = pair_accuracy(gaps), pair_accuracy(there)
     return {
         "source": Path(source).name,
         "labels": labels,
         "pairs": len(gaps),
         "accuracy": accuracy_with_interval(right, scored.groups),
-        "difference": difference_with_interval(
-            right, scored.groups, held_out_right, held_out.groups
-        ),
+        "held_out": accuracy_with_interval(held_out_right, groups),
+        "difference": difference_with_interval(right, scored.groups, held_out_right, groups),
         "calibration": with_temperature(gaps, scored.groups, temperature or math.inf),
         "scores": distribution(np.concatenate([scored.chosen, scored.rejected])),
         "length_correlation": correlation(gaps, scored.length_gaps),

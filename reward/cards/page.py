@@ -67,7 +67,9 @@ def _accuracy(card: dict[str, Any]) -> str:
         "same length": length["same_length"],
     }
     for key, field in SLICES.items():
-        for name, part in card[key].items():
+        # one part of all pairs says nothing more
+        shown = card[key] if len(card[key]) > 1 else {}
+        for name, part in shown.items():
             parts[f"{field} {name}"] = part
     table = _table(
         ("", "accuracy", "95 % interval", "n", "pairs"),
@@ -127,7 +129,7 @@ def _on_policy(card: dict[str, Any]) -> str:
 
 The held-out pairs are answers of the policy that RL starts from ({part["source"]})."""
     rows = [
-        _accuracy_cells("held-out pairs", card["accuracy"]),
+        _accuracy_cells("held-out pairs", part["held_out"]),
         _accuracy_cells("**answers of the policy**", part["accuracy"]),
     ]
     difference = part["difference"]
@@ -135,7 +137,7 @@ The held-out pairs are answers of the policy that RL starts from ({part["source"
     return f"""\
 ## On the policy's answers
 
-Pairs of {part["source"]}, labelled by {part["labels"]}, on prompts that the model was not trained on.
+Pairs of {part["source"]} on prompts that the model was not trained on; both are labelled by {part["labels"]}.
 
 {_table(("", "accuracy", "95 % interval", "n", "pairs"), rows)}
 

@@ -85,6 +85,8 @@ def test_pairs_of_the_policy_are_labelled_by_gold_and_free_of_training_prompts(
     assert part["difference"]["mean"] == pytest.approx(
         part["accuracy"]["accuracy"] - card["accuracy"]["accuracy"]
     )
+    # gold labels the held-out pairs too, here as their own labels do
+    assert part["held_out"] == card["accuracy"]
     assert "labelled by gold" in (tmp_path / "card.md").read_text()
 
 
