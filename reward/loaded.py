@@ -103,7 +103,9 @@ def _base_of(path: str) -> tuple | None:
     # whole weights; PEFT holds adapters of one kind alone on a model
     if not file.is_file() or read_json(file).get("peft_type") != "LORA":
         return None
-    tokenizer = read_identity(path).get("tokenizer_fingerprint")
+    identity = read_identity(path)
+    tokenizer = identity.get("tokenizer_fingerprint")
     # adapters of other programs carry none
     tokenizer = tokenizer or tokenizer_fingerprint(load_tokenizer(path))
-    return str(Path(adapter_base(path)).resolve()), attention_of(path), tokenizer
+    base = str(Path(adapter_base(path)).resolve())
+    return base, attention_of(path), tokenizer, identity.get("quantization")

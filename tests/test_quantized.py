@@ -1,6 +1,8 @@
 """A base in 4 or 8 bits: its numbers, its products, and all that reads it."""
 
 import copy
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +22,17 @@ from rlhf.lora import FusedLinear, fuse
 from rlhf.models import load_model
 from rlhf.offline.reference_cache import reference_key
 from rlhf.optimizer_engine import make_engine
-from rlhf.quantized import QuantizedLinear, dequantize, quantize, weight_memory
+from rlhf.quantized import (
+    QuantizedLinear,
+    dequantize,
+    is_quantized,
+    quantize,
+    weight_memory,
+)
 from rlhf.roles import Roles
 from rlhf.runs.budget import decoder_shape
 from rlhf.stages import check_zero
+from rlhf.weights import IDENTITY_FILE, read_identity
 from tests.kinds import build
 from tests.test_roles import batch_of
 
@@ -287,3 +296,16 @@ def test_deepspeed_is_told_to_take_8_bit_adamw():
         UserError, match=r'optimizer.type: "AdamW", but the optimizer is "adamw_8bit"'
     ):
         check_deepspeed_config(given | {"optimizer": {"type": "AdamW"}}, "x", world, eight)
+
+
+def test_reward_models_of_bases_kept_in_two_ways_share_none(reward_path, tmp_path):
+    from reward.loaded import RewardModels
+
+    for folder, method in (("one", None), ("two", "nf4"), ("three", "nf4")):
+        shutil.copytree(reward_path, tmp_path / folder)
+        identity = read_identity(reward_path) | ({"quantization": method} if method else {})
+        (tmp_path / folder / IDENTITY_FILE).write_text(json.dumps(identity))
+    models = RewardModels()
+    one, two, three = (models.load(str(tmp_path / name)) for name in ("one", "two", "three"))
+    assert two.model is three.model and one.model is not two.model
+    assert [is_quantized(reward.model) for reward in (one, two)] == [False, True]
