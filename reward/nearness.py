@@ -8,7 +8,9 @@ distances: pattern recognition").
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+from reward.phrases import Span, Text, is_regex, words_of
 
 # words that differ more than this are different words: "hallo" is like "hello" (0.8), "help" is not (0.6)
 ALIKE = 2 / 3
@@ -70,3 +72,23 @@ def phrase_likeness(phrase: Sequence[str], words: Sequence[str]) -> list[float]:
             diagonal = row[j]
             row[j] = min(replaced, row[j] + 1, row[j - 1] + 1)
     return [max(0.0, 1 - edits / len(phrase)) for edits in row]
+
+
+def likeness(phrase: str, text: Text) -> float:
+    """Return how like the phrase the most similar stretch among the text's first words is, in [0, 1]."""
+    wanted = () if is_regex(phrase) else words_of(phrase)
+    return max(phrase_likeness(wanted, text.words[:LOOKED_AT])) if wanted else 0.0
+
+
+def is_like_any(word: str, wanted: Iterable[str]) -> bool:
+    """Return whether a word is like one of the wanted words."""
+    return any(word_likeness(own, word) for own in wanted)
+
+
+def near_words(phrases: Iterable[str], text: Text) -> list[Span]:
+    """Return where the text has a word that is like one of the phrases' words."""
+    wanted: set[str] = set()
+    for phrase in phrases:
+        wanted.update(() if is_regex(phrase) else words_of(phrase))
+    read = zip(text.words[:LOOKED_AT], text.word_spans[:LOOKED_AT], strict=True)
+    return [span for word, span in read if is_like_any(word, wanted)]

@@ -146,11 +146,17 @@ class Voice(Spec):
         return self.task.facts if self.task else {}
 
     @property
+    def wanted_tone(self) -> dict[str, float]:
+        """The sliders of the tone with their targets."""
+        return self.tone.sliders if self.tone else {}
+
+    @property
     def sliders(self) -> list[str]:
         """Every slider of the tone, also of a channel's."""
-        voices = [self, *self.channels.values()]
-        names = [name for voice in voices if voice.tone for name in voice.tone.sliders]
-        return list(dict.fromkeys(names))
+        names = dict(self.wanted_tone)
+        for voice in self.channels.values():
+            names |= voice.wanted_tone
+        return list(names)
 
     @model_validator(mode="before")
     @classmethod
@@ -208,7 +214,7 @@ class Voice(Spec):
         facts = {
             key: fact for key, fact in self.facts.items() if metadata.get(key) not in (None, "")
         }
-        sliders = [name for name in (self.tone.sliders if self.tone else {}) if name in tone]
+        sliders = [name for name in self.wanted_tone if name in tone]
         # every part about words would divide by none of them
         if not read.words:
             names = [*self.sections, *(f"task/{key}" for key in facts)]
@@ -229,7 +235,7 @@ class Voice(Spec):
         """Return the weight of every part that a text may have."""
         weights = {name: section.weight for name, section in self.sections.items()}
         weights |= {f"task/{key}": fact.weight for key, fact in self.facts.items()}
-        for name in self.tone.sliders if self.tone else {}:
+        for name in self.wanted_tone:
             weights[f"tone/{name}"] = self.tone.weight / len(self.tone.sliders)
         return weights
 

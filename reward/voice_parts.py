@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from reward.nearness import LOOKED_AT, phrase_likeness, word_likeness
+from reward.nearness import LOOKED_AT, is_like_any, likeness, near_words, phrase_likeness
 from reward.phrases import (
     Span,
     Text,
@@ -151,10 +151,10 @@ class Greeting(Section):
         if is_regex(form):
             pattern = re.compile(form_body(form, values), re.IGNORECASE)
             spans = [match.span() for match in pattern.finditer(text.text)]
-            span = (spans[0] if self.at_start else spans[-1]) if spans else None
-            return (
-                Mark(NEAR_FORM * _place(self._away(text, span)), near=[span]) if span else Mark(0)
-            )
+            if not spans:
+                return Mark(0.0)
+            span = spans[0] if self.at_start else spans[-1]
+            return Mark(NEAR_FORM * _place(self._away(text, span)), near=[span])
 
         wanted = _wanted_words(form, values)
         if not wanted:
@@ -169,11 +169,7 @@ class Greeting(Section):
             return Mark(0.0)
         places = range(max(0, end - 2 * len(wanted)), end)
         spans = text.word_spans[:count][::-1] if self.at_start else text.word_spans[-count:]
-        near = [
-            spans[place]
-            for place in places
-            if any(word_likeness(word, read[place]) for word in wanted)
-        ]
+        near = [spans[place] for place in places if is_like_any(read[place], wanted)]
         return Mark(NEAR_FORM * credits[end], near=near)
 
     def _away(self, text: Text, span: Span) -> int:
@@ -360,19 +356,6 @@ class Task(Spec):
         dict[str, Annotated[Fact, BeforeValidator(lambda fact: fact or {})]],
         BeforeValidator(_text_keys),
     ] = Field(min_length=1)
-
-
-def likeness(phrase: str, text: Text) -> float:
-    """Return how like the phrase the most similar stretch among the text's first words is, in [0, 1]."""
-    wanted = () if is_regex(phrase) else words_of(phrase)
-    return max(phrase_likeness(wanted, text.words[:LOOKED_AT])) if wanted else 0.0
-
-
-def near_words(phrases: list[str], text: Text) -> list[Span]:
-    """Return where the text has a word that is like one of the phrases' words."""
-    wanted = {word for phrase in phrases if not is_regex(phrase) for word in words_of(phrase)}
-    read = zip(text.words[:LOOKED_AT], text.word_spans[:LOOKED_AT], strict=True)
-    return [span for word, span in read if any(word_likeness(own, word) for own in wanted)]
 
 
 def _values(form: str, metadata: dict[str, Any]) -> tuple[tuple[str, str | None], ...]:

@@ -56,7 +56,7 @@ def explain(voice: Voice) -> list[dict[str, Any]]:
         values = [*fact.choices, *fact.phrasings]
         which = f", and none of its other {len(values) - 1} values" if len(values) > 1 else ""
         rules[f"task/{key}"] = f"the text says the {key} of the prompt's metadata{which}"
-    for name, wanted in voice.tone.sliders.items() if voice.tone else ():
+    for name, wanted in voice.wanted_tone.items():
         rules[f"tone/{name}"] = f"a judge measures {wanted:g}, between 0 and 1"
 
     return [
