@@ -152,7 +152,11 @@ class JudgeSpec(ScorerSpec, ScoreSpec):
     )
 
     def check(self, where: str) -> None:
+        from rlhf.judge.prompts import question
+
         ScoreSpec.check(self, where)
+        # its template and guide are read, so that what is wrong with them is found at the start
+        question(self)
 
 
 class _KeywordSpec(ScorerSpec):

@@ -3,7 +3,7 @@ one.
 
     {function: my_package.judges:prefer}      prefer(prompts, first, second) -> probabilities
     {http: https://judge.example.com/pairs, timeout: 60, retries: 5, batch_size: 16, token_env: JUDGE_TOKEN}
-    {openai: https://api.openai.com/v1, model: gpt-5-mini, token_env: OPENAI_API_KEY}     see rlhf/judge/spec.py
+    {openai: http://localhost:8000/v1, model: qwen}                           see rlhf/judge/spec.py
 
 Three lists of equal length go in (a prompt is a list of messages); a probability that `first` is
 better comes back for each, or None (null) for no verdict. A service gets

@@ -175,6 +175,20 @@ def test_answers_that_are_no_probabilities_are_refused(tmp_path, answer, message
         judge_wins(Judge("j", lambda *_: answer), RESULTS, A, B, tmp_path / "judge.jsonl")
 
 
+def test_null_is_no_verdict_and_is_not_asked_for_again(tmp_path):
+    def unsure(prompts, first, second):
+        return [None if "bad b" in (x, y) else 1.0 for x, y in zip(first, second, strict=True)]
+
+    seen = []
+    for _ in range(2):
+        judge = Judge("j", recording(unsure, seen))
+        found = judge_wins(judge, RESULTS, A, B, tmp_path / "judge.jsonl")
+        # the rest prefer the first in both orders: ties
+        np.testing.assert_array_equal(found.wins, [[np.nan, 0.5], [0.5, 0.5]])
+        assert found.consistency == 0.0 and found.prefers_first == 1.0
+    assert len(seen) == 8
+
+
 def test_numpy_answers_are_answers(tmp_path):
     found = judge_wins(
         Judge("j", lambda p, *_: np.full(len(p), 0.25)), RESULTS, A, B, tmp_path / "judge.jsonl"

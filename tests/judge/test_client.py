@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from reward.compose import build_scorer
+from reward.compose import build_scorer, check_scorers
 from rlhf.compare.judge import judge_wins, load_judge
 from rlhf.data.records import BadScore, Samples
 from rlhf.errors import UserError
@@ -257,6 +257,14 @@ def test_a_judge_scores_single_answers(serve):
     named = {**spec, "unreadable": 1, "name": "tone"}
     found = build_scorer([named])(samples("one two", "one two three four"))
     assert found.total == [4.0, 2.0] and found.breakdown["tone/unreadable"] == [0.0, 1.0]
+
+
+def test_a_bad_template_of_a_scorer_is_found_before_anything_is_built(tmp_path):
+    file = tmp_path / "score.txt"
+    file.write_text("{prompt}")
+    spec = {"openai": "http://localhost:1/v1", "model": "m", "template": str(file)}
+    with pytest.raises(UserError, match=r"the place \{response\} is missing"):
+        check_scorers([spec])
 
 
 def test_the_official_client_reads_the_stand_in(serve):

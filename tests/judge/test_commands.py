@@ -22,6 +22,11 @@ def make_store(path, *, votes):
             pair = store.add_comparison(new, old)
             for person in people if votes else ():
                 store.vote(pair, person, "b" if i % 4 == 0 else "a")
+        # a control pair is no measure of a policy, and nobody needs to be asked about it
+        prompt = store.add_prompt([{"role": "user", "content": "control"}])
+        right = store.add_response(prompt, "good", model="new")
+        wrong = store.add_response(prompt, "bad", model="old")
+        store.add_comparison(right, wrong, kind="control", expected=right)
     return str(path)
 
 
