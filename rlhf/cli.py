@@ -66,6 +66,15 @@ def run_chat(config: Any) -> None:
     chat(config, build_scorer([{"voice": config.voice}]) if config.voice else None)
 
 
+def run_data_export(config: Any) -> None:
+    if config.form in ("argilla", "label_studio"):
+        from rlhf.exchange.commands import export
+    else:
+        from rlhf.data.export import export
+
+    export(config)
+
+
 def run_sample(config: Any) -> None:
     from rlhf.collect.sample import sample
 
@@ -136,9 +145,9 @@ COMMANDS = {
         words="source",
     ),
     "data export": Command(
-        "write a source as rows, unpaired (KTO), hh or openai",
+        "write a source as rows, unpaired (KTO), hh, openai, argilla or label_studio",
         "rlhf.data.export:ExportConfig",
-        lazily("rlhf.data.export:export"),
+        run_data_export,
         words="source",
     ),
     "sandbox build": Command(
@@ -173,6 +182,12 @@ COMMANDS = {
         "rlhf.collect.serve:LinksConfig",
         lazily("rlhf.collect.serve:links"),
         words="store",
+    ),
+    "collect import": Command(
+        "votes of Argilla or Label Studio, or labelled pairs, into a store: FILE --store STORE",
+        "rlhf.exchange.commands:ImportConfig",
+        lazily("rlhf.exchange.commands:import_votes"),
+        words="source",
     ),
     "collect status": Command(
         "progress, agreement and annotators of a store: STORE",

@@ -32,6 +32,7 @@ LAYERS = [
         "rlhf.offline",
         "rlhf.sandbox",
         "rlhf.collect",
+        "rlhf.exchange",
     ],
     ["rlhf.judge.commands"],
     ["rlhf.ppo.rollout", "rlhf.compare", "rlhf.judge", "rlhf.voting"],

@@ -6,6 +6,7 @@ unpaired: prompt, completion and label as TRL's KTO reads them; a pair becomes t
 margin, label_prob and what was cut off (chosen_ended, rejected_ended), for which the form has no
 place.
 hh: pairs as chosen and rejected, "\\n\\nHuman: ...\\n\\nAssistant: ...", and nothing else.
+argilla, label_studio: a store's pairs with everybody's votes (rlhf/exchange).
 openai: pairs as input, preferred_output and non_preferred_output; instructions as messages; nothing
 else.
 """
@@ -31,7 +32,7 @@ from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt
 from rlhf.data.votes import Aggregate
 from rlhf.errors import UserError
 
-Form = Literal["rows", "unpaired", "hh", "openai"]
+Form = Literal["rows", "unpaired", "hh", "openai", "argilla", "label_studio"]
 SUFFIXES = (".jsonl", ".parquet")
 
 
@@ -44,7 +45,12 @@ class ExportConfig:
     )
     output: str = option(help="the file to write, .jsonl or .parquet")
     form: Form = option(
-        "rows", "rows: TRL's conversational columns and all others; unpaired (KTO), hh, openai"
+        "rows",
+        "rows: TRL's conversational columns and all others; unpaired (KTO), hh, openai; argilla, "
+        "label_studio: pairs with everybody's votes, .json",
+    )
+    users: str | None = option(
+        None, "argilla, label_studio: JSON file {name here: id or e-mail address there}"
     )
     kind: Literal["auto", "prompt", "instruction", "preference", "labelled"] = option(
         "auto", "read the rows as this kind of record; auto goes by the columns of the first row"
@@ -73,14 +79,14 @@ def export(config: ExportConfig) -> None:
     )
 
 
-def check_output(output: str, inputs: Sequence[str]) -> Path:
+def check_output(output: str, inputs: Sequence[str], suffixes: Sequence[str] = SUFFIXES) -> Path:
     """Return the output's path. Raises UserError on an unknown ending, a missing folder, or one of
     the inputs.
     """
     path = Path(output)
-    if path.suffix not in SUFFIXES:
+    if path.suffix not in suffixes:
         raise UserError(
-            f"output: found '{output}', expected a file that ends in {' or '.join(SUFFIXES)}"
+            f"output: found '{output}', expected a file that ends in {' or '.join(suffixes)}"
         )
     if path.exists() and not path.is_file():
         raise UserError(

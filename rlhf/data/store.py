@@ -331,14 +331,16 @@ class Store:
         tags: list[str] | None = None,
         duration_ms: int | None = None,
         request: str | None = None,
+        created: str | None = None,
     ) -> int:
         """Record a vote and return its event's id.
 
         choice: "a", "b", "tie", "both_bad", "skip", or the id of the better response.
         left: which response was shown on the left (first). strength: 1 slightly, 2 clearly, 3 by
         far.
-        request: a name the caller gives to this one click; sent twice, it is recorded once. Raises
-        UserError if this annotator has voted on this comparison already (undo that first).
+        request: a name the caller gives to this one click; sent twice, it is recorded once.
+        created: when it was cast elsewhere (ISO 8601). Raises UserError if this annotator has voted
+        on this comparison already (undo that first).
         """
         with self.transaction():
             done = self.request(request)
@@ -353,11 +355,11 @@ class Store:
                 raise UserError(
                     f"choice: found {choice!r}, expected {', '.join(CHOICES)} or one of the pair's responses"
                 )
-            standing = self._one(STANDING_VOTE, comparison, annotator)
+            standing = self.standing_vote(comparison, annotator)
             if standing:
                 raise UserError(
                     f"{self.path}: annotator {annotator} has voted on comparison {comparison} already (event "
-                    f"{standing['id']}); undo that vote first"
+                    f"{standing}); undo that vote first"
                 )
             return self._event(
                 comparison=comparison,
@@ -370,7 +372,13 @@ class Store:
                 tags=_json(tags or []),
                 duration_ms=duration_ms,
                 request=request,
+                created=created or self._now(),
             )
+
+    def standing_vote(self, comparison: int, annotator: int) -> int | None:
+        """Return the event of the annotator's vote that stands on a comparison, if there is one."""
+        found = self._one(STANDING_VOTE, comparison, annotator)
+        return found and found["id"]
 
     def undo(self, event: int, *, request: str | None = None) -> int:
         """Undo a vote by a new event, whose id is returned. Raises UserError unless it is a vote
@@ -436,7 +444,7 @@ class Store:
             return self._insert(table, {key_column: key} | row | {"created": self._now()})
 
     def _event(self, **row: Any) -> int:
-        return self._insert("events", {"tags": "[]"} | row | {"created": self._now()})
+        return self._insert("events", {"tags": "[]", "created": self._now()} | row)
 
     def _now(self) -> str:
         return datetime.fromtimestamp(self.clock(), UTC).isoformat(timespec="milliseconds")

@@ -92,7 +92,7 @@ class StoreView:
         """Return `preferences` as rows for a JSONL file that `load` reads."""
         pairs = self.pairs()
         # with groups joined over all votes, whatever `aggregate` is
-        prompts = {row.pop("id"): row for row in self._prompts_with_id()}
+        prompts = self.prompts_by_id()
         rows = []
         found = verdicts(self.votes(), aggregate, self.controls(), keep_ties=keep_ties)
         for verdict in found:
@@ -122,6 +122,14 @@ class StoreView:
         for row in rows:
             del row["id"]
         return rows
+
+    def prompts_by_id(self) -> dict[int, dict[str, Any]]:
+        """Return `prompt_rows` by the prompts' ids."""
+        return {row.pop("id"): row for row in self._prompts_with_id()}
+
+    def annotator_kinds(self) -> dict[str, str]:
+        """Return what each annotator is: person, model or rule."""
+        return dict(map(tuple, self._db.execute("SELECT name, kind FROM annotators")))
 
     def controls(self) -> dict[int, str]:
         """Return {control comparison: the side known to be better, "a" or "b"}."""

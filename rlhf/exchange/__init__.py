@@ -1,0 +1,1 @@
+"""Votes of other annotation programs in and out of a preference store: Argilla, Label Studio, pairs."""

@@ -1,0 +1,255 @@
+"""Records of Argilla 2 (`dataset.records.to_json`, `rg.Record.from_dict`).
+
+{"id", "fields": {"prompt": messages, "answer_a", "answer_b"}, "metadata", "suggestions",
+"responses": {question: [{"value", "user_id"}]}, "vectors"}. Questions: preference (label: a, b,
+tie, both_bad, skip), strength (rating, 1 to 3), tags (labels), reason (text). Argilla keeps no
+names, times, sides or several models' votes: these are in the metadata under `rlhf`, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rlhf.data.records import digest
+from rlhf.data.votes import CHOICES
+from rlhf.errors import UserError
+from rlhf.exchange.fields import choice_of, read_fields
+from rlhf.exchange.pairs import CHANGEABLE, Answer, CastVote, JudgedPair, extras_of, with_extras
+
+FIELDS = {"a": "answer_a", "b": "answer_b"}
+CHOICE_TEXTS = {
+    "a": "Answer A",
+    "b": "Answer B",
+    "tie": "Equally good",
+    "both_bad": "Both bad",
+    "skip": "Skip",
+}
+# fields of a vote, and the question of each
+QUESTIONS = {"choice": "preference", "strength": "strength", "tags": "tags", "reason": "reason"}
+SHOWN = ("group", "split", "voice")
+
+
+def to_records(pairs: Sequence[JudgedPair], users: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return one record for each pair; users: {name here: user_id there}, made up where missing."""
+    return [_record(pair, users) for pair in pairs]
+
+
+def _record(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
+    extras = extras_of(pair)
+    # a chat field keeps role and content alone
+    chat = _chat(pair.prompt)
+    if chat != pair.prompt:
+        extras["messages"] = pair.prompt
+    responses: dict[str, list[dict[str, Any]]] = {}
+    suggestions: dict[str, dict[str, Any]] = {}
+    extras["users"] = {}
+    for vote in pair.votes:
+        given = {question: getattr(vote, name) for name, question in QUESTIONS.items()}
+        given = {question: value for question, value in given.items() if value not in (None, [])}
+        if vote.kind != "person":
+            # Argilla shows one suggestion a question
+            for question, value in given.items():
+                shown = {"value": value, "score": None, "agent": vote.annotator}
+                suggestions.setdefault(question, shown)
+            continue
+        user = users.get(vote.annotator) or str(uuid.uuid5(uuid.NAMESPACE_URL, vote.annotator))
+        extras["users"][user] = vote.annotator
+        for question, value in given.items():
+            responses.setdefault(question, []).append({"value": value, "user_id": user})
+    shown = {name: getattr(pair, name) for name in SHOWN}
+    shown |= {"model_a": pair.a.model, "model_b": pair.b.model}
+    metadata = {name: value for name, value in shown.items() if value is not None}
+    content = json.dumps([pair.prompt, pair.a.text, pair.b.text, pair.expected, metadata])
+    metadata["rlhf"] = json.dumps(extras, ensure_ascii=False, sort_keys=True)
+    return {
+        "id": digest(content),
+        "fields": {"prompt": chat, "answer_a": pair.a.text, "answer_b": pair.b.text},
+        "metadata": metadata,
+        "suggestions": suggestions,
+        "responses": responses,
+        "vectors": {},
+    }
+
+
+def settings(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
+    """Return the settings of a dataset for these records (`rg.Settings.from_json`)."""
+    tags = dict.fromkeys(tag for pair in pairs for vote in pair.votes for tag in vote.tags)
+    choices = [{"value": choice, "text": CHOICE_TEXTS[choice]} for choice in CHOICES]
+    questions = [
+        _question(
+            "preference",
+            "Which answer is better?",
+            {"type": "label_selection", "options": choices, "visible_options": len(choices)},
+        ),
+        _question(
+            "strength",
+            "How much better? 1 slightly, 2 clearly, 3 by far",
+            {"type": "rating", "options": [{"value": value} for value in (1, 2, 3)]},
+        ),
+        _question("reason", "Why?", {"type": "text", "use_markdown": False}),
+    ]
+    if tags:
+        # a choice of one label is refused
+        options = [{"value": tag, "text": tag} for tag in [*tags, "other"][: max(2, len(tags))]]
+        kind = {"type": "multi_label_selection", "options": options, "options_order": "natural"}
+        questions.append(
+            _question("tags", "What decided it?", kind | {"visible_options": len(options)})
+        )
+    fields = [_field("prompt", "Conversation", "chat")]
+    fields += [_field(name, CHOICE_TEXTS[side], "text") for side, name in FIELDS.items()]
+    names = (*SHOWN, "model_a", "model_b")
+    metadata = [
+        {"name": n, "title": n, "settings": {"type": "terms"}, "visible_for_annotators": False}
+        for n in names
+    ]
+    return {
+        "guidelines": None,
+        "fields": fields,
+        "questions": questions,
+        "metadata": metadata,
+        "vectors": [],
+        "allow_extra_metadata": True,
+        "distribution": {"strategy": "overlap", "min_submitted": 1},
+        "mapping": None,
+    }
+
+
+def _question(name: str, title: str, kind: dict[str, Any]) -> dict[str, Any]:
+    required = name == "preference"
+    return {"name": name, "title": title, "required": required, "settings": kind}
+
+
+def _field(name: str, title: str, kind: str) -> dict[str, Any]:
+    settings = {"type": kind, "use_markdown": True}
+    return {"name": name, "title": title, "required": True, "settings": settings}
+
+
+def from_records(
+    rows: Sequence[Any],
+    source: str,
+    users: Mapping[str, str],
+    answers: tuple[str, str] | None = None,
+) -> list[JudgedPair]:
+    """Return the pairs of records; also of datasets that were set up in Argilla.
+
+    users: {name here: user_id there}; unknown ids become names. Raises UserError, with the place.
+    """
+    names = {id: name for name, id in users.items()}
+    return [
+        _pair(row, f"{source} row {number}", names, answers) for number, row in enumerate(rows, 1)
+    ]
+
+
+def _pair(
+    row: Any, place: str, names: Mapping[str, str], answers: tuple[str, str] | None
+) -> JudgedPair:
+    if not isinstance(row, dict) or not isinstance(row.get("fields"), dict):
+        raise UserError(f"{place}: is no record of Argilla, which has fields and responses")
+    fields, metadata = row["fields"], dict(row.get("metadata") or {})
+    prompt, _, sides = read_fields(fields, place, answers)
+    extras = _extras(metadata, place)
+    full = extras.get("messages")
+    if full is not None and _chat(full) == prompt:
+        prompt = full
+    a, b = (Answer(fields[name]) for name in sides)
+    names = extras.get("users", {}) | dict(names)
+    votes = []
+    for user, given in _by_user(row.get("responses") or {}).items():
+        vote = _vote(given, names.get(user, user), "person", sides, place)
+        if vote is not None:
+            votes.append(vote)
+    pair = JudgedPair(prompt, a, b, votes)
+    judges = [vote for vote in extras.get("votes", ()) if vote["kind"] != "person"]
+    if extras:
+        pair = with_extras(pair, extras, CHANGEABLE)
+        pair.votes += [CastVote(**vote) for vote in judges]
+    else:
+        for name in SHOWN:
+            if isinstance(metadata.get(name), str):
+                setattr(pair, name, metadata.pop(name))
+        pair.a.model, pair.b.model = metadata.pop("model_a", None), metadata.pop("model_b", None)
+        pair.metadata = metadata
+        pair.votes += _suggested(row.get("suggestions") or {}, sides, place)
+    return pair
+
+
+def _extras(metadata: dict[str, Any], place: str) -> dict[str, Any]:
+    text = metadata.pop("rlhf", None)
+    if text is None:
+        return {}
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError):
+        raise UserError(f"{place}: metadata 'rlhf' is not the JSON that was exported") from None
+
+
+def _by_user(responses: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return {user: {question: value}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for question, given in responses.items():
+        for response in given:
+            found.setdefault(str(response["user_id"]), {})[question] = response["value"]
+    return found
+
+
+def _suggested(
+    suggestions: Mapping[str, Any], sides: tuple[str, str], place: str
+) -> list[CastVote]:
+    given: dict[str, dict[str, Any]] = {}
+    for question, suggestion in suggestions.items():
+        agent = suggestion.get("agent") or "suggestions"
+        given.setdefault(agent, {})[question] = suggestion["value"]
+    votes = [_vote(values, agent, "model", sides, place) for agent, values in given.items()]
+    return [vote for vote in votes if vote is not None]
+
+
+def _vote(
+    given: Mapping[str, Any], annotator: str, kind: Any, sides: tuple[str, str], place: str
+) -> CastVote | None:
+    """Return one annotator's answers to the questions as a vote; None where none is a choice."""
+    choice = None
+    for question, value in given.items():
+        if question in ("reason", "tags", "strength"):
+            continue
+        choice = choice or (
+            _ranked(value, sides) if isinstance(value, list) else choice_of(value, sides)
+        )
+        if choice is None and question == "preference":
+            raise UserError(
+                f"{place}: 'preference' is {value!r}, expected one of {', '.join(CHOICES)} or the name of a field"
+            )
+    if choice is None:
+        return None
+    strength = given.get("strength")
+    return CastVote(
+        annotator,
+        choice,
+        kind,
+        strength=strength if strength in (1, 2, 3) else None,
+        reason=given.get("reason"),
+        tags=list(given.get("tags") or []),
+    )
+
+
+def _ranked(value: list[Any], sides: tuple[str, str]) -> str | None:
+    """Return the choice of a ranking of both answers: names, the best first, or {value, rank}."""
+    ranks: dict[str, int] = {}
+    for place, item in enumerate(value):
+        name, rank = item, place
+        if isinstance(item, dict):
+            name, rank = item.get("value"), item.get("rank", place)
+        side = choice_of(name, sides)
+        if side in ("a", "b"):
+            ranks[side] = rank
+    if len(ranks) != 2:
+        return None
+    if ranks["a"] == ranks["b"]:
+        return "tie"
+    return "a" if ranks["a"] < ranks["b"] else "b"
+
+
+def _chat(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+    return [{"role": message["role"], "content": message["content"]} for message in messages]

@@ -1,0 +1,262 @@
+"""Pairs with everybody's votes, as they pass between a preference store and other programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from rlhf.data.records import Message, Preference, RecordError, normalise
+from rlhf.data.store import Store
+from rlhf.data.store_queries import StoreView
+from rlhf.data.votes import MARGINS
+from rlhf.errors import UserError
+
+Kind = Literal["person", "model", "rule"]
+# fields of a vote that say the same in every program
+CHANGEABLE = ("choice", "strength", "reason", "tags")
+
+
+@dataclass
+class Answer:
+    """One of the two answers; ended is False where it was cut off, None where that is not known."""
+
+    text: str
+    model: str | None = None
+    ended: bool | None = None
+
+
+@dataclass
+class CastVote:
+    """One annotator's vote on a pair; the fields are those of `Store.vote`."""
+
+    annotator: str
+    choice: str
+    kind: Kind = "person"
+    left: str | None = None
+    strength: int | None = None
+    reason: str | None = None
+    tags: list[str] = field(default_factory=list)
+    duration_ms: int | None = None
+    created: str | None = None
+
+
+@dataclass
+class JudgedPair:
+    """Two answers to a prompt and the votes on them; expected: the right answer of a control pair."""
+
+    prompt: list[Message]
+    a: Answer
+    b: Answer
+    votes: list[CastVote] = field(default_factory=list)
+    # as the data names it; default_group may still be joined with others
+    group: str | None = None
+    default_group: str | None = None
+    split: str | None = None
+    voice: str | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    expected: str | None = None
+
+
+def pairs_of_view(view: StoreView) -> list[JudgedPair]:
+    """Return every pair of a store after an event, with the votes that stand."""
+    prompts = view.prompts_by_id()
+    kinds = view.annotator_kinds()
+    found = {}
+    for id, row in view.pairs().items():
+        prompt = prompts[row["prompt"]]
+        about = {name: prompt.get(name) for name in ("group", "default_group", "split", "voice")}
+        found[id] = JudgedPair(
+            row["messages"],
+            _answer(row, "a"),
+            _answer(row, "b"),
+            metadata=prompt["metadata"],
+            expected=row["expected"],
+            **about,
+        )
+    for vote in view.votes():
+        cast = CastVote(
+            vote.annotator,
+            vote.choice,
+            kinds[vote.annotator],
+            vote.left,
+            vote.strength,
+            vote.reason,
+            vote.tags,
+            vote.duration_ms,
+            vote.created,
+        )
+        found[vote.comparison].votes.append(cast)
+    return list(found.values())
+
+
+def pairs_of_preferences(
+    records: Sequence[Preference], own_groups: Sequence[bool], annotator: str, kind: Kind | None
+) -> list[JudgedPair]:
+    """Return labelled pairs as pairs with a vote each; rows of one pair are joined.
+
+    Which answer is called a does not depend on the label. own_groups: whether the data names each
+    record's group. annotator: whose vote the label is where the row names nobody, a rule's then.
+    kind: what all annotators are; default: people where a row names one. The strength is the one
+    whose margin the row has.
+    """
+    found: dict[tuple, JudgedPair] = {}
+    for record, own in zip(records, own_groups, strict=True):
+        chosen = Answer(record.chosen, ended=None if record.chosen_ended else False)
+        rejected = Answer(record.rejected, ended=None if record.rejected_ended else False)
+        is_a = (normalise(record.chosen), record.chosen) < (
+            normalise(record.rejected),
+            record.rejected,
+        )
+        a, b = (chosen, rejected) if is_a else (rejected, chosen)
+        metadata = dict(record.metadata)
+        vote = _vote_of(record, metadata, "a" if is_a else "b", annotator, kind)
+        key = (repr(record.prompt), record.voice, a.text, b.text)
+        pair = JudgedPair(record.prompt, a, b, split=record.split, voice=record.voice)
+        if own:
+            pair.group = record.group
+        else:
+            pair.default_group = record.group
+        pair.metadata = metadata
+        found.setdefault(key, pair).votes.append(vote)
+    return list(found.values())
+
+
+def fault_of(pair: JudgedPair) -> str | None:
+    """Return why nobody can compare the answers of a pair, None if they can be."""
+    if not pair.a.text.strip() or not pair.b.text.strip():
+        return "an answer is empty"
+    if pair.a.text.strip() == pair.b.text.strip():
+        return "both answers are the same text"
+    return None
+
+
+@dataclass
+class Added:
+    """What an import has added to a store, and what was left out."""
+
+    pairs: int = 0
+    votes: int = 0
+    # of an annotator who has voted on the pair already
+    known_votes: int = 0
+    annotators: set[str] = field(default_factory=set)
+
+
+def add_pairs(store: Store, pairs: Iterable[JudgedPair]) -> Added:
+    """Add pairs and votes to a store in one transaction; the same again adds nothing.
+
+    An annotator's vote that stands on a pair stays, and theirs from `pairs` is left out. Raises
+    UserError, naming the pair, where the store refuses it.
+    """
+    added = Added()
+    with store.transaction():
+        before = store.last_comparison()
+        for number, pair in enumerate(pairs, 1):
+            try:
+                _add_pair(store, pair, added)
+            except (UserError, RecordError) as error:
+                raise UserError(f"pair {number}: {error}") from None
+        added.pairs = len(store.comparisons_after(before))
+    return added
+
+
+def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
+    prompt = store.add_prompt(
+        pair.prompt,
+        group=pair.group,
+        default_group=pair.default_group,
+        voice=pair.voice,
+        split=pair.split,
+        metadata=pair.metadata,
+    )
+    ids = {}
+    for side in ("a", "b"):
+        answer = getattr(pair, side)
+        ids[side] = store.add_response(prompt, answer.text, model=answer.model, ended=answer.ended)
+    comparison = store.add_comparison(
+        ids["a"],
+        ids["b"],
+        kind="control" if pair.expected else "normal",
+        expected=ids[pair.expected] if pair.expected else None,
+    )
+    # the store may know the answers already, the other one first
+    is_swapped = ids["a"] > ids["b"]
+    for vote in pair.votes:
+        annotator = store.add_annotator(vote.annotator, vote.kind)
+        if store.standing_vote(comparison, annotator):
+            added.known_votes += 1
+            continue
+        store.vote(
+            comparison,
+            annotator,
+            ids.get(vote.choice, vote.choice),
+            left={"a": "b", "b": "a"}.get(vote.left) if is_swapped else vote.left,
+            strength=vote.strength,
+            reason=vote.reason,
+            tags=vote.tags,
+            duration_ms=vote.duration_ms,
+            created=vote.created,
+        )
+        added.votes += 1
+        added.annotators.add(vote.annotator)
+
+
+def extras_of(pair: JudgedPair) -> dict[str, Any]:
+    """Return all of a pair but its texts, for a place that another program keeps and does not show."""
+    extras = asdict(pair)
+    del extras["prompt"]
+    for side in ("a", "b"):
+        del extras[side]["text"]
+    return extras
+
+
+def with_extras(pair: JudgedPair, extras: dict[str, Any], known: Sequence[str]) -> JudgedPair:
+    """Return a pair that another program gave back, with what only `extras` (from `extras_of`) has.
+
+    known: the fields of a vote that the other program keeps itself. A vote that it has changed gets
+    nothing of the earlier one, since time and side were those of another answer.
+    """
+    cast = {vote["annotator"]: vote for vote in extras.get("votes", ())}
+    votes = []
+    for vote in pair.votes:
+        earlier = cast.get(vote.annotator)
+        is_same = earlier is not None
+        for name in CHANGEABLE:
+            is_same = is_same and earlier[name] == getattr(vote, name)
+        if is_same:
+            given = {name: getattr(vote, name) for name in known}
+            given = {name: value for name, value in given.items() if value is not None}
+            vote = CastVote(**(earlier | given))
+        votes.append(vote)
+    answers = {}
+    for side in ("a", "b"):
+        answers[side] = Answer(getattr(pair, side).text, **extras.get(side, {}))
+    names = ("group", "default_group", "split", "voice", "metadata", "expected")
+    about = {name: extras[name] for name in names if name in extras}
+    return JudgedPair(pair.prompt, **answers, votes=votes, **about)
+
+
+def _answer(row: dict[str, Any], side: str) -> Answer:
+    ended = row[f"ended_{side}"]
+    return Answer(row[f"text_{side}"], row[f"model_{side}"], None if ended is None else bool(ended))
+
+
+def _vote_of(
+    record: Preference, metadata: dict[str, Any], choice: str, annotator: str, kind: Kind | None
+) -> CastVote:
+    """Return the label of a row as a vote; what rows of a store say of it is taken out of `metadata`."""
+    details = metadata.pop("vote", {}) if isinstance(metadata.get("vote"), dict) else {}
+    vote = CastVote(record.annotator or annotator, choice)
+    vote.kind = kind or ("person" if record.annotator else "rule")
+    if record.label_prob == 0.5 and record.tie_prob:
+        vote.choice = "tie"
+    other = "b" if choice == "a" else "a"
+    vote.left = {"left": choice, "right": other}.get(details.get("shown"))
+    vote.strength = details.get("strength")
+    if vote.strength is None and record.margin is not None:
+        for strength, margin in MARGINS.items():
+            if abs(record.margin - margin) < 1e-6:
+                vote.strength = strength
+    vote.reason = details.get("reason")
+    vote.tags = details.get("tags", [])
+    return vote
