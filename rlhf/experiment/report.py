@@ -26,7 +26,9 @@ class ReportConfig:
         None, "where the report goes; default: report/ in the experiment's folder"
     )
     votes: str | None = option(
-        None, "a preference store with pairs of trained policies: which one its votes prefer"
+        None,
+        "a preference store with pairs of trained policies: which one its votes prefer; votes "
+        "on the answers that were measured correct a judge of pairs",
     )
     report_to: Literal["none", "wandb"] = option(
         "none", "wandb: the same as tables, offline when no key is set"
@@ -71,7 +73,7 @@ def write_report(
         from rlhf.judge.policies import judge_policies
 
         report["judge_of_pairs"] = judge_policies(
-            config.judge, config.methods, results, report, Path(config.output_dir)
+            config.judge, config.methods, results, report, Path(config.output_dir), votes
         )
     figures = write_files(report, folder)
     trials = sorted(file.parent for file in Path(config.output_dir).glob("seed-*/*/result.json"))
