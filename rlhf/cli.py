@@ -335,11 +335,11 @@ def main(argv: list[str] | None = None) -> None:
 
     wants_help = {*argv} <= {"-h", "--help"} or {*argv[1:]} <= {"-h", "--help"}
     group = "" if name in ("", "-h", "--help") else f"{name} "
-    listed = [
-        f"  {known:<20} {command.help}"
-        for known, command in COMMANDS.items()
-        if known.startswith(group)
-    ]
+    width = max(map(len, COMMANDS))
+    listed = []
+    for known, command in COMMANDS.items():
+        if known.startswith(group):
+            listed.append(f"  {known:<{width}}  {command.help}")
     if not listed or not wants_help:
         raise UserError(
             f"unknown command '{words}'.{did_you_mean(words, COMMANDS)} All commands: rlhf --help"
