@@ -46,7 +46,8 @@ PLANTED = {
     "sandbox-position": replace(CLEAN, side_bias=0.6),
 }
 REAL = ["--use_peft", "false", "--learning_rate", "1e-3", "--lr_scheduler_type", "linear"]
-REAL += ["--per_device_train_batch_size", "16", "--seed", "0"]
+REAL += ["--per_device_train_batch_size", "8", "--center_rewards_coefficient", "0"]
+REAL += ["--max_prompt_length", "192", "--max_response_length", "320"]
 CARDS = [*PLANTED, "polite", "voice", "pandalm"]
 
 
@@ -149,8 +150,6 @@ def card_of_polite() -> None:
     data = ["--data", real_data("pref_rasbt_polite.jsonl"), "--on_error", "skip"]
     held_out = ["--validation_fraction", "0.2", "--test_fraction", "0"]
     folder = train_real("polite", *data, *held_out, "--num_train_epochs", "5")
-    if not done(folder, "learning_curve.json"):
-        rlhf("reward", "learning-curve", str(folder))
     rlhf("reward", "card", str(folder))
 
 
@@ -167,8 +166,7 @@ def card_of_pandalm() -> None:
     if not store.is_file():
         print("rows:", dict(import_votes(Path(real_data("pref_pandalm_human.jsonl")), store)))
     data = ["--data", str(store), "--validation_fraction", "0.3", "--test_fraction", "0"]
-    lengths = ["--max_prompt_length", "192", "--max_response_length", "320"]
-    folder = train_real("pandalm", *data, *lengths, "--num_train_epochs", "2")
+    folder = train_real("pandalm", *data, "--num_train_epochs", "2")
     rlhf("reward", "card", str(folder), "--category", "app")
 
 

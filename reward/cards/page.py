@@ -222,8 +222,8 @@ def _calibration(card: dict[str, Any]) -> str:
     return f"""\
 ## Calibration
 
-Temperature {shown} ({fitted}). It turns score gaps into probabilities and is kept in reward.json; the score that PPO
-learns from does not contain it. Always one half: log-loss 0.693, Brier score 0.25.
+Temperature {shown} ({fitted}). It turns score gaps into probabilities; `reward.json` keeps that of the run's held-out
+pairs. The score that PPO learns from does not contain it. Always one half: log-loss 0.693, Brier score 0.25.
 
 {_table(header, rows)}
 
