@@ -183,6 +183,12 @@ COMMANDS = {
         lazily("rlhf.collect.serve:links"),
         words="store",
     ),
+    "collect exclude": Command(
+        "votes of an annotator that count no more, or again: STORE --annotators NAME",
+        "rlhf.collect.serve:ExcludeConfig",
+        lazily("rlhf.collect.serve:exclude"),
+        words="store",
+    ),
     "collect import": Command(
         "votes of Argilla or Label Studio, or labelled pairs, into a store: FILE --store STORE",
         "rlhf.exchange.commands:ImportConfig",

@@ -20,19 +20,19 @@ from rlhf.errors import UserError
 OWNER = "owner_token_hash"
 
 
-def new_link(store: Store, name: str | None) -> str:
+def new_link(store: Store, name: str | None, role: str | None = None) -> str:
     """Return a fresh token for the person of this name, who is added if new, or for the owner
     (None).
 
-    An earlier link of theirs stops working. Raises UserError if the name is taken by a model or a
-    rule.
+    role: of a new person, "adjudicator" for one who ends disputes. An earlier link of theirs stops
+    working. Raises UserError if the name is taken by a model, a rule, or for another role.
     """
     # 192 random bits: nobody guesses one
     token = secrets.token_urlsafe(24)
     if name is None:
         store.set_setting(OWNER, token_hash(token))
     else:
-        store.set_token(store.add_annotator(checked_name(name)), token)
+        store.set_token(store.add_annotator(checked_name(name), role=role), token)
     return token
 
 

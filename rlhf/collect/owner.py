@@ -7,12 +7,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from rlhf.collect import auth
@@ -39,8 +40,12 @@ async def overview(request: Request) -> Response:
         if site.summary is None or site.summary[0] != newest:
             site.summary = (newest, await run_in_threadpool(_read, site.path, summary))
     annotators = await site.do(site.store.annotators)
-    links = {row["name"]: bool(row["token_hash"]) for row in annotators if row["kind"] == "person"}
-    return page("owner.html", site, found=site.summary[1], links=links, form=auth.form_name(token))
+    found = site.summary[1]
+    people = [row for row in annotators if row["kind"] == "person"]
+    judged = {person["annotator"] for person in found["annotators"]} | set(found["excluded"])
+    voters = [row["name"] for row in annotators if row["name"] in judged]
+    values = {"found": found, "people": people, "voters": voters}
+    return page("owner.html", site, **values, form=auth.form_name(token))
 
 
 async def split_pairs(request: Request) -> Response:
@@ -77,13 +82,28 @@ async def new_link(request: Request) -> Response:
     site, token = await owner(request)
     form = await read_form(request, token)
     name = " ".join(form.get("name", [""])[0].split())
+    role = "adjudicator" if form.get("adjudicator") else None
     try:
-        link = f"{site.url}/enter/{await site.do(auth.new_link, site.store, name)}"
+        link = f"{site.url}/enter/{await site.do(auth.new_link, site.store, name, role)}"
     except UserError as error:
         return page(
             "message.html", site, 400, title="No link was made", text=str(error), back="/owner"
         )
     return page("link.html", site, name=name, link=link)
+
+
+async def exclude(request: Request) -> Response:
+    """Let an annotator's answers count no more, or again."""
+    site, token = await owner(request)
+    form = await read_form(request, token)
+    name, back = form.get("name", [""])[0], form.get("back", [""])[0] == "yes"
+    try:
+        await site.do(partial(site.store.exclude, name, back=back))
+    except UserError as error:
+        return page(
+            "message.html", site, 400, title="Nothing was changed", text=str(error), back="/owner"
+        )
+    return RedirectResponse("/owner", 303)
 
 
 def _read(path: Path, function: Any, *arguments: Any) -> Any:
@@ -121,5 +141,6 @@ ROUTES = [
     Route("/owner", overview),
     Route("/owner/disputed", split_pairs),
     Route("/owner/export", export),
+    Route("/owner/exclude", exclude, methods=["POST"]),
     Route("/owner/links", new_link, methods=["POST"]),
 ]

@@ -5,6 +5,10 @@ events that others have committed since, and only then decides. Two servers on o
 never give away the same slot, and a server that was killed knows everything after reading the file
 again.
 
+Adjudicators get disputed pairs alone, once all slots are filled: those of which some prefer one
+answer and some the other, and on which no adjudicator has spoken. An excluded annotator gets
+nothing, and takes no slot.
+
 A pair has `overlap` slots. A slot is taken by a person's standing vote other than a skip, or by an
 assignment until its lease times out. Nobody gets a pair again that they have answered. Control
 pairs are for everybody and have no slots.
@@ -14,6 +18,7 @@ from __future__ import annotations
 
 import random
 import statistics
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -109,6 +114,8 @@ class _Annotator:
     """The state of one annotator."""
 
     is_person: bool
+    is_adjudicator: bool = False
+    is_excluded: bool = False
     # comparison -> assignment without an answer
     held: dict[int, Assignment] = field(default_factory=dict)
     # event -> (comparison, duration_ms)
@@ -143,12 +150,16 @@ class Queue:
         """
         with self.store.transaction():
             self._read()
+            if self._annotator(annotator).is_excluded:
+                return None
             active = [
                 held for held in self._annotator(annotator).held.values() if self._is_active(held)
             ]
             if active:
                 return max(active, key=lambda held: held.event)
-            chosen = self._pick(annotator)
+            is_adjudicator = self._annotator(annotator).is_adjudicator
+            pick = self._pick_disputed if is_adjudicator else self._pick
+            chosen = pick(annotator)
             if chosen is None:
                 return None
             return self._assign(chosen, annotator, self.draw.choice("ab"))
@@ -173,6 +184,8 @@ class Queue:
                 return "again" if _is_same(done, answer) else "differs"
 
             held = next((a for a in person.held.values() if a.event == assignment), None)
+            if person.is_excluded:
+                return "gone"
             if held is None:
                 return "answered" if self._was_answered(annotator, assignment) else "gone"
             # late answers are welcome as long as a slot is free
@@ -232,11 +245,15 @@ class Queue:
         """Return how far the annotator and all together have come."""
         with self.store.transaction():
             self._read()
-        votes = self._annotator(annotator).votes
+        person = self._annotator(annotator)
+        votes = person.votes
         durations = [duration for _, (_, duration) in sorted(votes.items())[-RECENT:]]
         recent = [duration for duration in durations if duration is not None]
         seconds = statistics.median(recent) / 1000 if recent else None
 
+        if person.is_adjudicator:
+            open_, ended = self._disputes()
+            return Progress(len(votes), seconds, len(ended), len(open_) + len(ended))
         answered_controls = 0
         for comparison, _ in votes.values():
             pair = self._pairs[comparison]
@@ -284,6 +301,44 @@ class Queue:
         controls = self._controls_for(answered | {self._pairs[best].responses})
         return self.draw.choice(controls) if controls else best
 
+    def _pick_disputed(self, annotator: int) -> int | None:
+        """Return the disputed pair on which people are most evenly split, for an adjudicator."""
+        answered = self._annotator(annotator).answered
+        best = None
+        for comparison, minority in self._disputes()[0].items():
+            pair = self._pairs[comparison]
+            is_held = any(
+                self._annotators[holder].is_adjudicator and self._is_active(held)
+                for holder, held in pair.held.items()
+                if holder != annotator
+            )
+            if pair.responses in answered or is_held:
+                continue
+            if best is None or minority > best[0]:
+                best = minority, comparison
+        return best and best[1]
+
+    def _disputes(self) -> tuple[dict[int, float], list[int]]:
+        """Return the complete pairs in dispute, with the smaller side's share, and those decided."""
+        open_, ended = {}, []
+        for comparison, pair in self._pairs.items():
+            if pair.is_control:
+                continue
+            sides, is_ended = Counter(), False
+            for voter, choice in pair.votes.items():
+                person = self._annotators[voter]
+                if person.is_excluded:
+                    continue
+                if person.is_adjudicator:
+                    is_ended = is_ended or choice != "skip"
+                else:
+                    sides[choice] += 1
+            if is_ended:
+                ended.append(comparison)
+            elif sides["a"] and sides["b"] and pair.filled >= self.rules.overlap:
+                open_[comparison] = min(sides["a"], sides["b"]) / (sides["a"] + sides["b"])
+        return open_, ended
+
     def _controls_for(self, excluded: set[tuple[int, int]]) -> list[int]:
         """Return the control pairs of other responses than these."""
         return [
@@ -299,11 +354,11 @@ class Queue:
         return self._taken(comparison, annotator) >= self.rules.overlap
 
     def _taken(self, comparison: int, annotator: int) -> int:
-        """Return the slots of a pair that people other than the annotator have taken; of a control
-        none.
+        """Return the slots of a pair that people other than the annotator have taken; of a control,
+        and for an adjudicator, none.
         """
         pair = self._pairs[comparison]
-        if pair.is_control:
+        if pair.is_control or self._annotator(annotator).is_adjudicator:
             return 0
         others = set()
         for voter, choice in pair.votes.items():
@@ -313,7 +368,11 @@ class Queue:
             if self._is_active(held):
                 others.add(holder)
         others.discard(annotator)
-        return sum(self._annotators[other].is_person for other in others)
+        return sum(map(self._takes_slots, others))
+
+    def _takes_slots(self, annotator: int) -> bool:
+        person = self._annotators[annotator]
+        return person.is_person and not person.is_adjudicator and not person.is_excluded
 
     def _is_active(self, assignment: Assignment) -> bool:
         return self.store.clock() - assignment.since < self.rules.lease_seconds
@@ -332,9 +391,8 @@ class Queue:
         """Return the state of this annotator; of one the store does not know, that of nobody."""
         if id not in self._annotators:
             for row in self.store.annotators():
-                self._annotators.setdefault(
-                    row["id"], _Annotator(is_person=row["kind"] == "person")
-                )
+                person = _Annotator(row["kind"] == "person", row["role"] == "adjudicator")
+                self._annotators.setdefault(row["id"], person)
         return self._annotators.setdefault(id, _Annotator(is_person=False))
 
     def _read(self) -> None:
@@ -356,7 +414,14 @@ class Queue:
 
     def _apply(self, event: Any) -> None:
         id, comparison = event["annotator"], event["comparison"]
-        pair, annotator = self._pairs[comparison], self._annotator(id)
+        annotator = self._annotator(id)
+        if event["kind"] in ("exclude", "include"):
+            annotator.is_excluded = event["kind"] == "exclude"
+            for voted in {comparison for comparison, _ in annotator.votes.values()}:
+                if not self._pairs[voted].is_control:
+                    self._count_slots(voted, self._pairs[voted])
+            return
+        pair = self._pairs[comparison]
         # read back from the file, so that a restarted server measures the same times
         annotator.last_event = datetime.fromisoformat(event["created"]).timestamp()
         # of one pair to one person the newest assignment holds
@@ -382,7 +447,7 @@ class Queue:
     def _count_slots(self, comparison: int, pair: _Pair) -> None:
         before = min(pair.filled, self.rules.overlap)
         votes = [id for id, choice in pair.votes.items() if choice != "skip"]
-        pair.filled = sum(self._annotators[id].is_person for id in votes)
+        pair.filled = sum(map(self._takes_slots, votes))
         self._filled_slots += min(pair.filled, self.rules.overlap) - before
         self._untouched.pop(comparison, None)
         if pair.filled < self.rules.overlap:

@@ -33,6 +33,9 @@ class ServeConfig:
     annotators: list[str] = option(
         [], "names of people who may judge; the link of each new one is printed"
     )
+    adjudicators: list[str] = option(
+        [], "names of people who take a second look at disputed pairs, and whose vote ends it"
+    )
     overlap: int | None = option(
         None, "people who judge each pair; default: as last time, at first 3", low=1
     )
@@ -83,6 +86,12 @@ class ServeConfig:
                 "where people reach it with --url https://HOST"
             )
         self.annotators = list(dict.fromkeys(map(auth.checked_name, self.annotators)))
+        self.adjudicators = list(dict.fromkeys(map(auth.checked_name, self.adjudicators)))
+        both = set(self.annotators) & set(self.adjudicators)
+        if both:
+            raise UserError(
+                f"{', '.join(sorted(both))}: is named as annotator and as adjudicator, who must be another person"
+            )
 
 
 def check_certificate(certificate: str, key: str) -> None:
@@ -159,6 +168,30 @@ def serve(config: ServeConfig, guide: Guide | None = None) -> None:
             uvicorn.Server(settings).run(sockets=[listener])
 
 
+@dataclass
+class ExcludeConfig:
+    """Let the votes of annotators count no more, from now on: they stay in the store, and an earlier
+    state (STORE@EVENT) is what it was. --back true takes it back."""
+
+    store: str = option(help="the preference store (SQLite)")
+    annotators: list[str] = option([], "names of those whose votes are not to count")
+    back: bool = option(False, "their votes count again")
+
+    def validate(self) -> None:
+        if not self.annotators:
+            raise UserError("whose votes? Give --annotators NAME,NAME")
+
+
+def exclude(config: ExcludeConfig) -> None:
+    """Exclude annotators, or take it back; all of them or none."""
+    with Store.open(config.store) as store:
+        with store.transaction():
+            events = [store.exclude(name, back=config.back) for name in config.annotators]
+        counted = "count again" if config.back else "do not count"
+        for name, event in zip(config.annotators, events, strict=True):
+            print(f"{name}: votes {counted} from event {event} on")
+
+
 def links(config: LinksConfig) -> dict[str, str]:
     """Print new links; returns them by name, the owner's under ''."""
     if not (config.annotators or config.owner or config.revoke):
@@ -210,8 +243,11 @@ def _set_up(store: Store, config: ServeConfig, url: str) -> None:
             store.set_setting(name, str(value))
 
     with_link = {one_name(row["name"]) for row in store.annotators() if row["token_hash"]}
-    for name in config.annotators:
-        # a new link would end the one that the person has
+    roles = dict.fromkeys(config.annotators, "annotator")
+    roles |= dict.fromkeys(config.adjudicators, "adjudicator")
+    for name, role in roles.items():
+        # a new link would end the one that the person has; this one only checks the role
+        store.add_annotator(name, role=role)
         if name not in with_link:
             print(f"{name}: {url}/enter/{auth.new_link(store, name)}")
             with_link.add(name)

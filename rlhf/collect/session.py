@@ -22,6 +22,7 @@ from rlhf.collect.guide import Guide
 from rlhf.collect.queue import Queue
 from rlhf.collect.safe_markdown import render, visible
 from rlhf.collect.status import fraction, number, percent, rules_of
+from rlhf.data.annotator_report import remarks
 from rlhf.data.store import Store
 from rlhf.voting.page import LEGEND, interval, sentences, stop_text
 
@@ -153,4 +154,5 @@ TEMPLATES.filters |= {
     "percent": percent,
     "fraction": fraction,
     "number": number,
+    "remarks": remarks,
 }

@@ -13,7 +13,7 @@ from rlhf.config import option
 from rlhf.data.annotator_report import annotators_markdown, view_summary
 from rlhf.data.sources import ALL_TIES_HELP
 from rlhf.data.store import Store
-from rlhf.data.votes import Vote, by_comparison, no_preference
+from rlhf.data.votes import Vote, by_comparison, final_votes, no_preference
 from rlhf.errors import UserError
 from rlhf.voting.ballots import read_ballots
 from rlhf.voting.page import votes_markdown
@@ -50,7 +50,8 @@ def summary(store: Store, margin: float = MARGIN) -> dict[str, Any]:
     """Return how far the collection is and how far its annotators agree.
 
     {"progress": {complete, begun, untouched, all}, "controls", "overlap", "slots": {given, needed},
-    "undone", "event", "choices", "no_preference" (in words, where no vote prefers an answer),
+    "undone", "event", "excluded" ({name: event}), "adjudicated" (pairs that an adjudicator has
+    decided), "choices", "no_preference" (in words, where no vote prefers an answer),
     "normal" (votes on pairs that are not controls), "disputed", "votes": `summarise_votes`, None
     where no two policies were compared} and all of `agreement_summary`; kappa is that of the two
     annotators each with most pairs in common, and "kappa_of" how many there are.
@@ -69,6 +70,8 @@ def summary(store: Store, margin: float = MARGIN) -> dict[str, Any]:
         "controls": stats["controls"],
         "overlap": rules.overlap,
         "slots": {"given": progress.given, "needed": progress.needed},
+        "excluded": view.excluded(),
+        "adjudicated": len(final_votes(votes)),
         "undone": stats["undone"],
         "event": stats["last_event"],
         "choices": stats["choices"],
@@ -81,13 +84,14 @@ def summary(store: Store, margin: float = MARGIN) -> dict[str, Any]:
 
 def disputed(votes: list[Vote], pairs: dict[int, dict[str, Any]]) -> list[tuple[int, list[Vote]]]:
     """Return the normal pairs of which some prefer a and some b, with their votes: the most evenly
-    split first.
+    split first. What an adjudicator has decided is no longer disputed.
     """
-    relevant = [
-        vote
-        for vote in votes
-        if pairs[vote.comparison]["kind"] == "normal" and vote.choice != "skip"
-    ]
+    decided = final_votes(votes)
+    relevant = []
+    for vote in votes:
+        is_open = pairs[vote.comparison]["kind"] == "normal" and vote.comparison not in decided
+        if is_open and vote.choice != "skip":
+            relevant.append(vote)
     split = []
     for id, own in by_comparison(relevant).items():
         count = Counter(vote.choice for vote in own)
@@ -117,10 +121,14 @@ def status(config: StatusConfig) -> dict[str, Any]:
     )
     if found["no_preference"]:
         print(f"WARNING: {found['no_preference']}. {ALL_TIES_HELP}")
-    if not found["annotators"]:
+    if not found["annotators"] and not found["excluded"]:
         return found
 
-    print(f"{found['disputed']} pairs are disputed")
+    print(
+        f"{found['disputed']} pairs are disputed, {found['adjudicated']} decided by an adjudicator"
+    )
+    for name, event in found["excluded"].items():
+        print(f"{name} is excluded from event {event} on: their votes count nowhere here")
     if found["kappa_of"] > len(found["kappa"]):
         print(
             f"of {found['kappa_of']} kappas, those of the {KAPPAS} with most pairs in common are shown"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data import sources
-from rlhf.data.agreement import agreement_summary
+from rlhf.data.agreement import FEWEST, agreement_summary
 from rlhf.data.conversation import dialogue_text
 from rlhf.data.records import Preference, Record, normalise
 from rlhf.data.split import answer_pair
@@ -32,7 +32,8 @@ HEADER = (
 LEGEND = (
     "Agrees with the rest: of the others' choices on the same pairs, the share that was the same. Skill: of the votes "
     "for a side where one is better, the share for that side (Dawid and Skene 1979). Left: of the votes for a side, "
-    "the share for the answer shown left. Intervals are 95 % (Wilson); a remark stands where p < 0.01."
+    "the share for the answer shown left. Intervals are 95 % (Wilson); a remark stands where p < 0.01, "
+    f"from {FEWEST} votes on."
 )
 UNKNOWN = "–"
 
@@ -114,7 +115,7 @@ def annotators_markdown(summary: dict[str, Any]) -> list[str]:
                 _share(person["controls"]),
                 _number(person["seconds"], ".1f"),
                 _share(person["fast"]),
-                "; ".join(person["flags"]),
+                remarks(person),
             ]
         )
     lines = [
@@ -129,6 +130,13 @@ def annotators_markdown(summary: dict[str, Any]) -> list[str]:
     if kappas:
         lines += ["", f"Cohen's kappa (95 % interval) of every two: {'; '.join(kappas)}."]
     return lines
+
+
+def remarks(person: dict[str, Any]) -> str:
+    """Return what stands out about an annotator, or that there are too few votes to say."""
+    if person["votes"] < FEWEST:
+        return f"too few votes to say ({person['votes']} of {FEWEST})"
+    return "; ".join(person["flags"])
 
 
 def describe_alpha(summary: dict[str, Any]) -> str:

@@ -251,11 +251,14 @@ class Store:
         name: str,
         kind: Literal["person", "model", "rule"] = "person",
         token: str | None = None,
+        role: Literal["annotator", "adjudicator"] | None = None,
     ) -> int:
         """Return the id of the annotator of this name (see `one_name`), who is added if new.
 
         Of a sign-in token only the hash is kept. A name that begins with "sim-" is that of a
-        program which stands for a person: no table can then show its votes as a person's.
+        program which stands for a person: no table can then show its votes as a person's. role: an
+        adjudicator's vote ends a dispute; it stays what it was at first (default: annotator).
+        Raises UserError if the name has another kind or role.
         """
         name = one_name(name)
         source = "human" if kind == "person" else "judge"
@@ -268,18 +271,25 @@ class Store:
                 raise UserError(
                     f"{self.path}: annotator '{known['name']}' is a {known['kind']}, not a {kind}; choose another name"
                 )
+            if role not in (None, known["role"]):
+                raise UserError(
+                    f"{self.path}: '{known['name']}' is an {known['role']} already; choose another name"
+                )
             return known["id"]
         row = {
             "name": name,
             "kind": kind,
             "token_hash": token and token_hash(token),
             "source": source,
+            "role": role or "annotator",
         }
         return self._add("annotators", name, row, key_column="name")
 
     def annotators(self) -> list[dict[str, Any]]:
-        """Return every annotator by id: {id, name, kind, source, token_hash (None: cannot sign in)}."""
-        sql = "SELECT id, name, kind, source, token_hash FROM annotators ORDER BY id"
+        """Return every annotator by id: {id, name, kind, source, role, token_hash (None: cannot sign
+        in)}.
+        """
+        sql = "SELECT id, name, kind, source, role, token_hash FROM annotators ORDER BY id"
         return list(map(dict, self._db.execute(sql)))
 
     def set_token(self, annotator: int, token: str | None) -> None:
@@ -402,6 +412,24 @@ class Store:
                 undoes=event,
                 request=request,
             )
+
+    def exclude(self, name: str, *, back: bool = False) -> int:
+        """Let an annotator's votes count no more, or again, from a new event on; return its id.
+
+        The votes stay in the store, and every state before that event stays what it was. Raises
+        UserError if there is no such annotator, or nothing would change.
+        """
+        with self.transaction():
+            ids = {one_name(row["name"]): row["id"] for row in self.annotators()}
+            if one_name(name) not in ids:
+                known = ", ".join(ids) or "none"
+                raise UserError(f"{self.path}: has no annotator {name!r}; found {known}")
+            is_excluded = one_name(name) in map(one_name, self.at().excluded())
+            if is_excluded != back:
+                state = "excluded" if is_excluded else "not excluded"
+                raise UserError(f"{self.path}: '{name}' is {state} already")
+            kind = "include" if back else "exclude"
+            return self._event(annotator=ids[one_name(name)], kind=kind)
 
     def request(self, name: str | None) -> dict[str, Any] | None:
         """Return the event that this request made, if it made one."""

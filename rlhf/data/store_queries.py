@@ -13,13 +13,18 @@ from typing import Any
 
 from rlhf.data.records import Preference, Prompt, Record
 from rlhf.data.split import answer_pair, join_groups
-from rlhf.data.votes import CHOICES, Aggregate, Vote, majority, verdicts
+from rlhf.data.votes import CHOICES, Aggregate, Vote, verdicts
 
 STANDING_VOTES = """
-    SELECT e.*, n.name, n.source FROM events e JOIN annotators n ON n.id = e.annotator
+    SELECT e.*, n.name, n.source, n.role FROM events e JOIN annotators n ON n.id = e.annotator
     WHERE e.kind = 'vote' AND e.id <= :upto
         AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id AND u.id <= :upto)
     ORDER BY e.id"""
+
+# the newest word on each annotator who was ever excluded
+EXCLUSIONS = """
+    SELECT n.name, e.kind, max(e.id) AS event FROM events e JOIN annotators n ON n.id = e.annotator
+    WHERE e.kind IN ('exclude', 'include') AND e.id <= ? GROUP BY n.id"""
 
 COMPARISONS = """
     SELECT c.id, c.kind, c.expected, c.prompt, p.messages, p.metadata, p.own_group, p.default_group, p.voice,
@@ -32,12 +37,17 @@ ANSWERS = """
     SELECT r.prompt, r.text, r.model, coalesce(p.own_group, p.default_group) AS group_name
     FROM responses r JOIN prompts p ON p.id = r.prompt WHERE r.model IS NOT NULL"""
 
+# columns that came later stand at the end: where they are empty, a fingerprint stays what it was
 EVENTS_WITH_CONTENT = """
-    SELECT e.*, n.name, c.kind, c.expected, p.key AS prompt_key, a.key AS key_a, b.key AS key_b
+    SELECT e.id, e.comparison, e.annotator, e.kind, e.choice, e."left", e.strength, e.reason, e.tags,
+        e.duration_ms, e.undoes, e.request, e.created, n.name, c.kind, c.expected, p.key, a.key, b.key,
+        r.key, e.criteria
     FROM events e
-        JOIN annotators n ON n.id = e.annotator JOIN comparisons c ON c.id = e.comparison
-        JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b
+        JOIN annotators n ON n.id = e.annotator LEFT JOIN comparisons c ON c.id = e.comparison
+        LEFT JOIN prompts p ON p.id = c.prompt LEFT JOIN responses a ON a.id = c.a
+        LEFT JOIN responses b ON b.id = c.b LEFT JOIN responses r ON r.id = e.corrected
     WHERE e.id <= ? ORDER BY e.id"""
+OLD_COLUMNS = 19
 
 
 class StoreView:
@@ -50,7 +60,18 @@ class StoreView:
         self.name = name
 
     def votes(self) -> list[Vote]:
-        """Return the votes that stand, by event id; those on control pairs included."""
+        """Return the votes that stand, by event id; those on control pairs included, those of
+        excluded annotators not.
+        """
+        excluded = self.excluded()
+        return [vote for vote in self._standing() if vote.annotator not in excluded]
+
+    def excluded(self) -> dict[str, int]:
+        """Return the annotators whose votes do not count, and the event from which on."""
+        found = self._db.execute(EXCLUSIONS, (self.event,))
+        return {row["name"]: row["event"] for row in found if row["kind"] == "exclude"}
+
+    def _standing(self) -> list[Vote]:
         standing = []
         for row in self._db.execute(STANDING_VOTES, {"upto": self.event}):
             vote = Vote(
@@ -65,6 +86,7 @@ class StoreView:
                 duration_ms=row["duration_ms"],
                 created=row["created"],
                 source=row["source"],
+                is_final=row["role"] == "adjudicator",
             )
             standing.append(vote)
         return standing
@@ -165,9 +187,10 @@ class StoreView:
         """Return 16 hex digits of the events up to this one and all they refer to."""
         digest = hashlib.sha256()
         for event in self._db.execute(EVENTS_WITH_CONTENT, (self.event,)):
-            digest.update(
-                json.dumps(list(event), sort_keys=True, ensure_ascii=False).encode() + b"\n"
-            )
+            values = list(event)
+            if values[OLD_COLUMNS:] == [None, None]:
+                del values[OLD_COLUMNS:]
+            digest.update(json.dumps(values, ensure_ascii=False).encode() + b"\n")
         return digest.hexdigest()[:16]
 
     def stats(self) -> dict[str, Any]:
@@ -188,13 +211,13 @@ class StoreView:
             "controls": of_kind["control"],
             "last_event": self.event,
             "votes": len(standing),
-            "undone": cast - len(standing),
+            "undone": cast - len(self._standing()),
             "choices": dict.fromkeys(CHOICES, 0) | Counter(vote.choice for vote in standing),
             # without those on control pairs
             "normal_choices": dict.fromkeys(CHOICES, 0) | Counter(vote.choice for vote in normal),
             "by_annotator": dict(Counter(vote.annotator for vote in standing)),
             "comparisons_with_votes": len({vote.comparison for vote in normal}),
-            "comparisons_with_winner": len(majority(normal)),
+            "comparisons_with_winner": len(verdicts(normal, "majority")),
         }
 
     def _count(self, table: str, *values: Any) -> int:

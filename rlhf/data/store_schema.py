@@ -39,6 +39,13 @@ def _unchangeable(table: str) -> list[str]:
     ]
 
 
+# INSERT OR REPLACE deletes without asking the triggers of DELETE, and an id between others would
+# rewrite the past
+_ONLY_AT_THE_END = """CREATE TRIGGER events_only_at_the_end BEFORE INSERT ON events
+    WHEN (NEW.id > 0 AND NEW.id <= (SELECT coalesce(max(id), 0) FROM events))
+        OR EXISTS (SELECT 1 FROM events WHERE request = NEW.request OR undoes = NEW.undoes)
+    BEGIN SELECT RAISE(ABORT, 'events are only added at the end, once each'); END"""
+
 _FIRST = [
     """CREATE TABLE prompts (
         id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, messages TEXT NOT NULL, own_group TEXT,
@@ -70,12 +77,7 @@ _FIRST = [
         for table in ("prompts", "responses", "comparisons", "events")
         for sql in _unchangeable(table)
     ),
-    # INSERT OR REPLACE deletes without asking the trigger above, and an id between others would
-    # rewrite the past
-    """CREATE TRIGGER events_only_at_the_end BEFORE INSERT ON events
-        WHEN (NEW.id > 0 AND NEW.id <= (SELECT coalesce(max(id), 0) FROM events))
-            OR EXISTS (SELECT 1 FROM events WHERE request = NEW.request OR undoes = NEW.undoes)
-        BEGIN SELECT RAISE(ABORT, 'events are only added at the end, once each'); END""",
+    _ONLY_AT_THE_END,
 ]
 
 _SECOND = [
@@ -92,7 +94,38 @@ _THIRD = [
     "UPDATE annotators SET source = 'simulated' WHERE name LIKE 'sim-%'",
 ]
 
-MIGRATIONS: list[list[str]] = [_FIRST, _SECOND, _THIRD]
+_OLD_EVENTS = """id, comparison, annotator, kind, choice, "left", strength, reason, tags, duration_ms,
+    undoes, request, created"""
+_FOURTH = [
+    # whose vote ends a dispute; fixed from the start, so that no past changes
+    """ALTER TABLE annotators ADD COLUMN role TEXT NOT NULL DEFAULT 'annotator'
+        CHECK (role IN ('annotator', 'adjudicator'))""",
+    # Checks cannot be changed in place. exclude, include: of an annotator, so without a comparison.
+    # corrected: the response that the annotator wrote; criteria: {name: 1 to 5} as JSON
+    """CREATE TABLE events_new (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, comparison INTEGER REFERENCES comparisons (id),
+        annotator INTEGER NOT NULL REFERENCES annotators (id), kind TEXT NOT NULL, choice TEXT, "left" TEXT,
+        strength INTEGER, reason TEXT, tags TEXT NOT NULL DEFAULT '[]', duration_ms INTEGER,
+        undoes INTEGER UNIQUE REFERENCES events_new (id), request TEXT UNIQUE, created TEXT NOT NULL,
+        corrected INTEGER REFERENCES responses (id), criteria TEXT,
+        CHECK (kind IN ('assign', 'release', 'vote', 'undo', 'exclude', 'include')),
+        CHECK ((kind IN ('exclude', 'include')) = (comparison IS NULL)),
+        CHECK ((kind = 'vote') = (choice IS NOT NULL)),
+        CHECK ((kind = 'undo') = (undoes IS NOT NULL)),
+        CHECK (choice IS NULL OR choice IN ('a', 'b', 'tie', 'both_bad', 'skip')),
+        CHECK ("left" IS NULL OR "left" IN ('a', 'b')),
+        CHECK (strength IS NULL OR strength IN (1, 2, 3)),
+        CHECK (kind = 'vote' OR (corrected IS NULL AND criteria IS NULL)))""",
+    f"INSERT INTO events_new ({_OLD_EVENTS}) SELECT {_OLD_EVENTS} FROM events ORDER BY id",
+    "DROP TABLE events",
+    "ALTER TABLE events_new RENAME TO events",
+    "CREATE INDEX events_of_pair ON events (comparison, annotator)",
+    "CREATE INDEX events_of_annotator ON events (annotator, kind)",
+    *_unchangeable("events"),
+    _ONLY_AT_THE_END,
+]
+
+MIGRATIONS: list[list[str]] = [_FIRST, _SECOND, _THIRD, _FOURTH]
 VERSION = len(MIGRATIONS)
 
 

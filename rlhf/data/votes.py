@@ -39,6 +39,8 @@ class Vote:
     created: str = ""
     # "human", "simulated" or "judge"
     source: str = "human"
+    # of an adjudicator: it ends the dispute
+    is_final: bool = False
 
 
 @dataclass
@@ -54,6 +56,20 @@ class Verdict:
     tie_prob: float | None = None
     margin: float | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def final_votes(votes: list[Vote]) -> dict[int, Vote]:
+    """Return the vote that ends the dispute, of each comparison that has one; the newest counts.
+
+    A skip ends nothing.
+    """
+    return {vote.comparison: vote for vote in votes if vote.is_final and vote.choice != "skip"}
+
+
+def after_adjudication(votes: list[Vote]) -> list[Vote]:
+    """Return the votes that still count: where an adjudicator has decided, that vote alone."""
+    final = final_votes(votes)
+    return [vote for vote in votes if final.get(vote.comparison, vote) is vote]
 
 
 def each(votes: list[Vote], *, keep_ties: bool = False) -> list[Verdict]:
@@ -119,12 +135,17 @@ def by_skill(
 
     by Dawid and Skene's model (`skills`). controls: comparison -> right answer; they tell the
     annotators' skill and give no verdict. Votes for a pair that cancel out exactly give none
-    either, unless `keep_ties`, which names a as the winner with label_prob 1/2.
+    either, unless `keep_ties`, which names a as the winner with label_prob 1/2. An adjudicator's
+    vote is certain.
     """
     controls = controls or {}
     posterior = skills(votes, controls).posterior
+    final = final_votes(votes)
     verdicts = []
     for comparison, own in by_comparison(votes).items():
+        if comparison in final and comparison not in controls:
+            verdicts += majority([final[comparison]], keep_ties=keep_ties)
+            continue
         if comparison in controls or comparison not in posterior:
             continue
         chances = posterior[comparison].tolist()
@@ -147,20 +168,23 @@ def skills(votes: list[Vote], controls: dict[int, str] | None = None) -> Skills:
 
     Which response is called a means nothing, so a and b are mirrored. Six earlier votes of an
     unknown annotator come before everybody's own: with one vote for each pair there is nothing to
-    learn skill from, and label_prob stays at that annotator's.
+    learn skill from, and label_prob stays at that annotator's. What an adjudicator has decided is
+    known, like a control pair.
     """
     from rlhf.data.dawid_skene import dawid_skene
 
     ratings: dict = {}
     for vote in votes:
-        ratings.setdefault(vote.comparison, {})[vote.annotator] = vote.choice
+        if not vote.is_final:
+            ratings.setdefault(vote.comparison, {})[vote.annotator] = vote.choice
     # a class that nobody uses would take probability from the others
     has_ties = any(vote.choice == "tie" for vote in votes)
     K = 3 if has_ties else 2
+    classes = ("a", "b", "tie")[:K]
+    final = {id: vote.choice for id, vote in final_votes(votes).items() if vote.choice in classes}
     pseudo = [row[:K] for row in UNKNOWN_ANNOTATOR[:K]]
-    return dawid_skene(
-        ratings, ("a", "b", "tie")[:K], known=controls, pseudo=pseudo, mirror=(1, 0, 2)[:K]
-    )
+    known = final | (controls or {})
+    return dawid_skene(ratings, classes, known=known, pseudo=pseudo, mirror=(1, 0, 2)[:K])
 
 
 def verdicts(
@@ -173,13 +197,14 @@ def verdicts(
     """Return what the votes become: "each" (one verdict a vote), "majority" or "skill" (one a
     pair).
 
-    `keep_ties`: also for votes and pairs without a winner, with tie_prob. Controls give none. Raises
-    UserError for any other name.
+    `keep_ties`: also for votes and pairs without a winner, with tie_prob. Controls give none. Where
+    an adjudicator has decided, no other vote counts. Raises UserError for any other name.
     """
     if aggregate == "skill":
         return by_skill(votes, controls, keep_ties=keep_ties)
     controls = controls or {}
-    normal = [vote for vote in votes if vote.comparison not in controls]
+    counting = after_adjudication(votes)
+    normal = [vote for vote in counting if vote.comparison not in controls]
     if aggregate == "each":
         return each(normal, keep_ties=keep_ties)
     if aggregate == "majority":

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.data.store_queries import StoreView
-from rlhf.data.votes import Vote, by_comparison
+from rlhf.data.votes import Vote, by_comparison, final_votes
 
 # what a vote counts for the first of two; a skip says nothing
 SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
@@ -66,6 +66,7 @@ def read_ballots(view: StoreView) -> Ballots:
     )
     names = dict(zip(models, short_names(list(models)), strict=True))
     votes = [vote for vote in view.votes() if vote.comparison in pairs]
+    others = [vote for vote in votes if not vote.is_final]
 
     items: dict[tuple[str, str], list[Item]] = {}
     cast = by_comparison(votes)
@@ -80,7 +81,7 @@ def read_ballots(view: StoreView) -> Ballots:
             one, other = sorted((names[model_a], names[model_b]), key=order.__getitem__)
             items.setdefault((one, other), []).append(Item(group, equal=True))
 
-    annotators = list(dict.fromkeys(vote.annotator for vote in votes if vote.choice != "skip"))
+    annotators = list(dict.fromkeys(vote.annotator for vote in others if vote.choice != "skip"))
     return Ballots(
         policies=list(names.values()),
         annotators=annotators,
@@ -144,11 +145,14 @@ def _is_between_policies(pair: dict[str, Any]) -> bool:
 
 
 def _item(group: str, votes: Sequence[Vote], *, swapped: bool) -> Item:
+    """Return an item; an adjudicator's word takes the place of what the others said."""
     item = Item(group)
+    final = next(iter(final_votes(votes).values()), None)
     for vote in votes:
         share = SHARES.get(vote.choice)
-        if share is None:
+        if share is None or vote.is_final:
             continue
+        share = SHARES[final.choice] if final else share
         item.shares[vote.annotator] = 1.0 - share if swapped else share
         item.order = max(item.order, vote.event)
     return item

@@ -105,7 +105,7 @@ def test_who_has_no_link_sees_nothing(server):
     for path in ("/", "/welcome", "/owner", "/owner/disputed", "/owner/export?aggregate=each"):
         answer, page = stranger.get(path)
         assert answer.status == 401 and "kettle" not in page
-    for path in ("/vote", "/undo", "/leave", "/owner/links"):
+    for path in ("/vote", "/undo", "/leave", "/owner/links", "/owner/exclude"):
         assert stranger.post(path, {"choice": "left"})[0].status == 401
     assert client(server, "ann").get("/owner")[0].status == 401  # an annotator is not the owner
     assert client(server, "owner").get("/")[0].status == 401
@@ -359,6 +359,44 @@ def test_the_owner_sees_adds_and_exports(tmp_path, serve):
     assert newcomer.enter(link)[0].headers["Location"] == "/welcome"
     assert "Hello, New Person" in newcomer.get("/welcome")[1]
     assert owner.post("/owner/links", form | {"name": "\x1b"})[0].status == 400
+
+
+def test_the_owner_excludes_and_a_second_look_decides(tmp_path, serve, capsys):
+    path = fill(tmp_path / "votes.db", pairs=2)
+    running = serve(path, "--annotators", "ann,bob", "--adjudicators", "dora", "--overlap", "2")
+    with Store.open(path) as store:
+        ids = {row["name"]: row["id"] for row in store.annotators()}
+        for name, choices in (("ann", "aa"), ("bob", "ab")):
+            for pair, choice in enumerate(choices, 1):
+                store.vote(pair, ids[name], choice)
+    owner, dora = client(running, "owner"), client(running, "dora")
+    assert "Your answer decides" in dora.get("/welcome")[1]
+    assert "disagree" not in client(running, "ann").get("/welcome")[1]
+    page = dora.get("/")[1]
+    dora.post("/vote", fields_of(page) | {"choice": "both_bad"})
+    assert 'id="judge"' not in dora.get("/")[1]
+    assert "No pair is disputed" in owner.get("/owner/disputed")[1]
+    page = owner.get("/owner")[1]
+    assert "second look" in page and "too few votes to say (2 of 20)" in page
+    form = fields_of(page, "/owner/exclude")
+    assert owner.post("/owner/exclude", form | {"name": "nobody"})[0].status == 400
+    assert owner.post("/owner/exclude", {"name": "ann"})[0].status == 403
+    assert owner.post("/owner/exclude", form | {"name": "ann"})[0].status == 303
+    assert "ann (excluded)" in owner.get("/owner")[1]
+    assert {vote.annotator for vote in votes(running)} == {"bob", "dora"}
+    assert 'id="judge"' not in client(running, "ann").get("/")[1]
+    main(["collect", "status", str(path)])
+    text = capsys.readouterr().out
+    assert "0 pairs are disputed, 1 decided by an adjudicator" in text
+    assert "ann is excluded from event" in text
+    owner.post("/owner/exclude", form | {"name": "ann", "back": "yes"})
+    assert {vote.annotator for vote in votes(running)} == {"ann", "bob", "dora"}
+    main(["collect", "exclude", str(path), "--annotators", "ann,bob"])
+    assert {vote.annotator for vote in votes(running)} == {"dora"}
+    with pytest.raises(SystemExit):
+        # all of them or none
+        main(["collect", "exclude", str(path), "--annotators", "dora,ann"])
+    assert {vote.annotator for vote in votes(running)} == {"dora"}
 
 
 def test_links_can_be_replaced_and_revoked_while_serving(tmp_path, serve, capsys):

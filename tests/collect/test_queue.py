@@ -262,3 +262,46 @@ def test_two_servers_and_restarts_agree_and_overlap_holds_whatever_happens(tmp_p
                 assert queue.progress(person) == fresh.progress(person)
         assert {"saved", "undone", "answered", "full", "gone"} <= set(outcomes), outcomes
         assert fresh.progress(0).given == sum(counted.values())
+
+
+def test_an_adjudicator_gets_disputed_pairs_alone_and_ends_them(store):
+    ann, bob = people(store, 2)
+    dora, eve = (store.add_annotator(name, role="adjudicator") for name in ("dora", "eve"))
+    queue = Queue(store, Rules(overlap=2))
+    # 1 and 2 are disputed, 3 is not, and 4 is not complete
+    for comparison, choices in {1: "ab", 2: "ba", 3: "aa", 4: "a"}.items():
+        for person, choice in zip((ann, bob), choices, strict=False):
+            store.vote(comparison, person, choice)
+    assert queue.progress(dora).needed == 2
+    first = queue.next(dora)
+    assert first.comparison in (1, 2) and queue.next(dora).event == first.event
+    # what one looks at, another need not
+    second = queue.next(eve)
+    assert {first.comparison, second.comparison} == {1, 2}
+    # and neither of them takes a slot of pair 4
+    assert queue.next(bob).comparison == 4
+    assert queue.vote(dora, first.event, SKIP, "s") == "saved"
+    assert queue.next(dora) is None and queue.progress(dora).given == 0
+    assert queue.vote(eve, second.event, LEFT, "v") == "saved"
+    assert queue.next(eve).comparison == first.comparison
+    progress = queue.progress(eve)
+    assert (progress.mine, progress.given, progress.needed) == (1, 1, 2)
+    # another process that reads the file sees the same
+    assert Queue(store, Rules(overlap=2)).next(eve).comparison == first.comparison
+    assert queue.undo(eve, "u") == "undone" and queue.progress(eve).given == 0
+
+
+def test_an_excluded_annotator_frees_slots_and_gets_nothing(store):
+    ann, bob = people(store, 2)
+    queue = Queue(store, Rules(overlap=1))
+    judged = vote(queue, ann)
+    held = queue.next(ann)
+    assert queue.progress(bob).given == 1
+    store.exclude("p0")
+    assert queue.progress(bob).given == 0 and queue.open_pairs()["complete"] == 0
+    assert queue.next(ann) is None and queue.vote(ann, held.event, LEFT, "late") == "gone"
+    mine = {vote(queue, bob) for _ in range(4)}
+    assert mine == {1, 2, 3, 4} and judged in mine
+    store.exclude("p0", back=True)
+    # the slot is taken twice, which counts once
+    assert queue.progress(bob).given == 4 and queue.open_pairs()["complete"] == 4

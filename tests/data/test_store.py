@@ -344,7 +344,7 @@ def test_an_older_file_is_brought_up_whole_or_not_at_all(tmp_path, monkeypatch):
         assert raw.execute("PRAGMA user_version").fetchone()[0] == 1
         assert "split" not in [row[1] for row in raw.execute("PRAGMA table_info(prompts)")]
     with Store.open(path) as store:
-        assert store._db.execute("PRAGMA user_version").fetchone()[0] == store_schema.VERSION == 3
+        assert store._db.execute("PRAGMA user_version").fetchone()[0] == store_schema.VERSION == 4
         assert [(r.chosen, r.split) for r in store.at().preferences()] == [("B", None)]
         store.add_prompt(user("new"), split="test")
         sources = [row["source"] for row in store.annotators()]
@@ -426,7 +426,7 @@ def test_other_files_and_newer_versions_are_refused(tmp_path):
         Store.open(tmp_path / "vote.db")
     with sqlite3.connect(path) as raw:
         raw.execute("PRAGMA user_version = 9")
-    with pytest.raises(UserError, match="of version 9, and this program knows versions up to 3"):
+    with pytest.raises(UserError, match="of version 9, and this program knows versions up to 4"):
         Store.open(path)
     other = tmp_path / "other.db"
     with sqlite3.connect(other) as raw:
