@@ -44,25 +44,22 @@ def summarise_votes(
     """
     if not ballots.annotators:
         return None
-    groups = sorted({item.group for items in ballots.items.values() for item in items})
-    tables = {
-        pair: table_of(items, ballots.annotators, groups) for pair, items in ballots.items.items()
-    }
-    voted = [pair for pair in tables if any(item.shares for item in ballots.items[pair])]
+    items = ballots.items
+    voted = [pair for pair in items if any(item.shares for item in items[pair])]
+    counted = {pair: [item for item in items[pair] if item.shares or item.equal] for pair in voted}
 
-    size = len(ballots.annotators), len(groups)
-    rates = {pair: _estimate(_rate(tables[pair]), *size, level) for pair in voted}
+    rates = {pair: _pair_rate(own, level) for pair, own in counted.items()}
     adjusted = holm([rates[pair].p for pair in voted])
     rows = []
     for pair, p in zip(voted, adjusted, strict=True):
         progress = follow(
-            _complete(ballots.items[pair], overlap),
-            equal_share=_equal_share(ballots.items[pair]),
-            # all pairs of policies together keep the error
-            alpha=(1 - level) / len(voted),
+            _complete(items[pair], overlap),
+            equal_share=_equal_share(items[pair]),
+            # all pairs of policies together keep the error, also those that nobody has voted on yet
+            alpha=(1 - level) / len(items),
             margin=margin,
         )
-        rows.append(_pair_row(pair, ballots.items[pair], rates[pair], p, progress))
+        rows.append(_pair_row(pair, items[pair], rates[pair], p, progress))
 
     return {
         "source": ballots.source,
@@ -71,7 +68,7 @@ def summarise_votes(
         "scope": "annotators" if len(ballots.annotators) >= MIN_SEEDS else "these annotators",
         "votes": sum(row["votes"] for row in rows),
         "prompts": sum(row["prompts"] for row in rows),
-        "policies": _policies(ballots.policies, {p: tables[p] for p in voted}, rates, size, level),
+        "policies": _policies(ballots, counted, rates, level),
         "pairs": rows,
     }
 
@@ -88,23 +85,37 @@ def votes_of_store(name: str) -> dict[str, Any]:
 
 
 def _policies(
-    names: Sequence[str],
-    tables: dict[tuple[str, str], Table],
+    ballots: Ballots,
+    counted: dict[tuple[str, str], list[Item]],
     rates: dict[tuple[str, str], Estimate],
-    size: tuple[int, int],
     level: float,
 ) -> list[dict[str, Any]]:
     """Return each policy's win rate, the best first."""
-    rows = []
-    if len(names) == 2 and rates:
+    names, rows = ballots.policies, []
+    if len(names) == 2:
         (pair, rate), *_ = rates.items()
         mirrored = replace(rate, estimate=1 - rate.estimate, low=1 - rate.high, high=1 - rate.low)
         rows = [(pair[0], rate), (pair[1], mirrored)]
     else:
+        groups = sorted({item.group for own in counted.values() for item in own})
+        tables = {p: table_of(own, ballots.annotators, groups) for p, own in counted.items()}
+        size = len(ballots.annotators), len(groups)
         for number, name in enumerate(names):
             rows.append((name, _estimate(_mean_chance(names, tables, number), *size, level)))
     rows.sort(key=lambda row: -row[1].estimate)
     return [{"policy": name, "rate": rate.to_dict()} for name, rate in rows]
+
+
+def _pair_rate(items: Sequence[Item], level: float) -> Estimate:
+    """Return the win rate over items that are voted on or equal.
+
+    Its interval is over the annotators and the groups of these items alone: those of which nothing
+    is known would make it too narrow.
+    """
+    annotators = list(dict.fromkeys(name for item in items for name in item.shares))
+    groups = sorted({item.group for item in items})
+    table = table_of(items, annotators, groups)
+    return _estimate(_rate(table), len(annotators), len(groups), level)
 
 
 def _estimate(
@@ -168,21 +179,30 @@ def bradley_terry(wins: np.ndarray, prior_tie: float = PRIOR_TIE) -> np.ndarray:
 
 
 def _complete(items: Sequence[Item], overlap: int) -> list[float]:
-    """Return the mean share of each group all of whose pairs are complete, in that order."""
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        if not item.equal:
-            groups.setdefault(item.group, []).append(item)
+    """Return the mean share of each group all of whose pairs are complete, in that order; a group of
+    equal answers alone is none.
+    """
     complete = []
-    for own in groups.values():
-        if all(len(item.shares) >= overlap for item in own):
-            means = [sum(item.shares.values()) / len(item.shares) for item in own]
-            complete.append((max(item.order for item in own), sum(means) / len(means)))
+    for own in _by_group(items):
+        asked = [item for item in own if not item.equal]
+        if asked and all(len(item.shares) >= overlap for item in asked):
+            means = [sum(item.shares.values()) / len(item.shares) for item in asked]
+            means += [0.5] * (len(own) - len(asked))
+            complete.append((max(item.order for item in asked), sum(means) / len(means)))
     return [mean for _, mean in sorted(complete)]
 
 
 def _equal_share(items: Sequence[Item]) -> float:
-    return sum(item.equal for item in items) / len(items)
+    """Return the share of groups in which all answers are equal."""
+    groups = _by_group(items)
+    return sum(all(item.equal for item in own) for own in groups) / len(groups)
+
+
+def _by_group(items: Sequence[Item]) -> list[list[Item]]:
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.group, []).append(item)
+    return list(groups.values())
 
 
 def _pair_row(

@@ -52,9 +52,9 @@ def follow(
 ) -> Progress:
     """Return where the collection stands after groups with these shares, in the order of their end.
 
-    shares: in [0, 1], each group's share for the first policy. equal_share: share of prompts to
-    which both gave the same answer; they are known before anybody votes, so the sequence is of the
-    other prompts, and its ends are moved towards one half.
+    shares: in [0, 1], each group's share for the first policy. equal_share: share of groups to
+    which both gave the same answers; they are known before anybody votes, so the sequence is of the
+    other groups, and its ends are moved towards one half.
     """
     low, high = confidence_sequence(shares, alpha)
     low, high = (0.5 + (1 - equal_share) * (end - 0.5) for end in (low, high))

@@ -5,7 +5,7 @@ import pytest
 
 from rlhf.data.store import Store
 from rlhf.voting.ballots import Ballots, Item, read_ballots, short_names, table_of
-from rlhf.voting.rates import bradley_terry, summarise_votes
+from rlhf.voting.rates import _complete, _equal_share, bradley_terry, summarise_votes
 
 
 def user(text):
@@ -111,6 +111,47 @@ def test_two_annotators_are_these_annotators():
     # Student's t over the nine group means, as the annotators are fixed: 2/3 and 1 are 6 and 3
     means = np.array([0.5 + 0.5 * (i % 3 > 0) for i in range(9)])
     assert found["pairs"][0]["rate"]["se"] == pytest.approx(means.std(ddof=1) / 3)
+
+
+def test_an_interval_is_over_what_was_voted_on_alone():
+    """Prompts without a vote and annotators of other pairs say nothing of a win rate."""
+    won = [Item(f"g{i}", {"ann": 1.0}) for i in range(3)]
+    waiting = [Item(f"w{i}") for i in range(300)]
+    found = summarise_votes(ballots_of({("dpo", "ppo"): won + waiting}, annotators=["ann"]))
+    rate = found["pairs"][0]["rate"]
+    # Wilson's interval of 3 of 3 with t(2) = 4.3027: 1 / (1 + 4.3027^2 / 3)
+    assert rate["groups"] == 3 and rate["high"] == 1
+    assert rate["low"] == pytest.approx(1 / (1 + 4.302653**2 / 3), abs=1e-6)
+
+    mixed = [Item(f"g{i}", {"ann": float(i > 0)}) for i in range(4)]
+    others = [Item(f"h{i}", {"bob": 1.0, "cem": float(i % 2)}) for i in range(6)]
+    alone = ballots_of({("dpo", "ppo"): mixed}, annotators=["ann"])
+    among = ballots_of({("dpo", "ppo"): mixed, ("dpo", "sft"): others})
+    first, second = (summarise_votes(b)["pairs"][0]["rate"] for b in (alone, among))
+    assert second == first and first["seeds"] == 1
+
+
+def test_equal_answers_count_in_the_sequence_as_in_the_rate():
+    items = [
+        Item("g", {"ann": 1.0}, order=1),
+        Item("g", equal=True),  # (1 + 1/2) / 2
+        Item("h", {"ann": 1.0}, order=2),
+        Item("e", equal=True),
+        Item("e", equal=True),
+        Item("f", equal=True),
+    ]
+    # two of four groups are all equal; by items it would be four of six
+    assert _complete(items, 1) == [0.75, 1.0] and _equal_share(items) == 0.5
+    # so that their mean is the win rate: 0.5 + 0.5 (0.875 - 0.5)
+    rate = summarise_votes(ballots_of({("dpo", "ppo"): items}, annotators=["ann"]))["pairs"][0]
+    assert rate["rate"]["estimate"] == pytest.approx(0.5 + 0.5 * 0.375)
+
+
+def test_the_error_is_shared_with_pairs_of_policies_that_wait_for_votes():
+    voted = [Item(f"g{i}", {"ann": 1.0}, order=i) for i in range(5)]
+    items = {("x", "y"): voted, ("x", "z"): [Item("g0")], ("y", "z"): [Item("g0")]}
+    stop = summarise_votes(ballots_of(items, annotators=["ann"]))["pairs"][0]["stop"]
+    assert stop["alpha"] == pytest.approx(0.05 / 3)
 
 
 def test_strengths_are_those_that_make_the_wins():
