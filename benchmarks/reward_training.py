@@ -95,7 +95,9 @@ def folds_here(out: Path, name: str, options: dict[str, Any], folds: int) -> dic
     losses = {}
     for row in rows:
         gap = row["chosen_score"] - row["rejected_score"]
-        p = row.get("label_prob", 1.0)
+        # the share of the votes for a side, whether ties were used or not
+        p, half = row.get("label_prob", 1.0), row.get("tie_prob", 0.0) / 2
+        p = (p - half) / (1 - 2 * half)
         losses[row["metadata"]["id"]] = p * np.logaddexp(0, -gap) + (1 - p) * np.logaddexp(0, gap)
     groups = {row["metadata"]["id"]: row["group"] for row in rows}
     return summary | {
@@ -111,6 +113,11 @@ def difference(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     values = np.array([one["losses"][i] - other["losses"][i] for i in shared])
     groups = np.array([one["group_of"][i] for i in shared])
     return cv.mean_over_groups(values, groups)
+
+
+def mean_loss(one: dict[str, Any]) -> dict[str, Any]:
+    """Return the mean log-loss over pairs, with its interval over groups."""
+    return difference(one, one | {"losses": dict.fromkeys(one["losses"], 0.0)})
 
 
 def polite(out: Path) -> None:
@@ -148,7 +155,7 @@ def pandalm(out: Path) -> None:
         (out / f"pandalm-{kind}.jsonl").write_text(text)
     options = STORIES | {
         "model_name_or_path": f"{os.environ['RLHF_DATA']}/models/stories260K",
-        "max_prompt_length": 128, "max_response_length": 128, "num_train_epochs": 3,
+        "max_prompt_length": 192, "max_response_length": 192, "num_train_epochs": 2,
         "eval_steps": 10, "load_best_model_at_end": True,
     }  # fmt: skip
     for name, kind, ties in (
@@ -380,8 +387,8 @@ def polite_rows(found: Rows) -> None:
 
 def pandalm_rows(found: Rows) -> None:
     dropped, last = found.read("pandalm-dropped"), found.read("pandalm-last")
-    print("pandalm dropped", dropped["log_loss"], dropped["accuracy"], dropped["folds"])
-    print("pandalm last", last["log_loss"], last["accuracy"], last["last_step"])
+    for name, part in (("dropped", dropped), ("last", last)):
+        print("pandalm", name, mean_loss(part), part["accuracy"])
     gain = difference(dropped, last)
     print("pandalm, best less last", gain)
     text = "PandaLM, 3 folds, out of fold: log-loss, best model less last, upper end of 95 %"
@@ -389,7 +396,7 @@ def pandalm_rows(found: Rows) -> None:
     for ties in ("soft", "davidson"):
         used = found.read(f"pandalm-{ties}")
         change = difference(used, dropped)
-        print("pandalm", ties, used["log_loss"], used["accuracy"], change)
+        print("pandalm", ties, mean_loss(used), used["accuracy"], change)
         text = f"PandaLM, out-of-fold log-loss, ties {ties} less dropped, upper end of 95 %"
         found.add(f"ties-pandalm-{ties}", text, change["high"], "< 0")
 
@@ -397,7 +404,7 @@ def pandalm_rows(found: Rows) -> None:
 def sandbox_rows(found: Rows) -> None:
     kinds = [f"{data}-{how}" for data in ("clean", "planted") for how in ("plain", "corrected")]
     for kind in (*kinds, "ties-soft", "ties-davidson"):
-        print(kind, {key: np.round(found.over_seeds(kind, key), 4).tolist() for key in MEASURED})
+        print(kind, {key: found.over_seeds(kind, key).tolist() for key in MEASURED})
     given = "length_correlation_given_gold"
     sizes = [
         abs(found.over_seeds(f"planted-{how}", given).mean()) for how in ("corrected", "plain")
