@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,37 +107,67 @@ class Table:
     """The items of one pair of policies as arrays, for weights of annotators and of groups.
 
     shares, counts (A, N): each annotator's share for the first policy, 0 and a count of 0 where
-    there is no vote. group (N,): the number of each item's group, of `groups`.
+    there is no vote. group (N,): the number of each item's group, of `groups`. item_weight (N,) and
+    group_weight (G,): what each counts, see `table_of`.
     """
 
     shares: np.ndarray
     counts: np.ndarray
     group: np.ndarray
-    groups: int
+    item_weight: np.ndarray
+    group_weight: np.ndarray
 
     def by_group(self, annotator_weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the mean share of each group (G,), each item counting once, and which have any."""
+        """Return the mean share of each group (G,) and what it counts, 0 without a vote."""
         counts = annotator_weights @ self.counts
         seen = counts > 0
         means = (annotator_weights @ self.shares)[seen] / counts[seen]
-        size = np.bincount(self.group[seen], minlength=self.groups)
-        total = np.bincount(self.group[seen], weights=means, minlength=self.groups)
-        return total / np.maximum(size, 1), size > 0
+        weight, group = self.item_weight[seen], self.group[seen]
+        size = np.bincount(group, weights=weight, minlength=len(self.group_weight))
+        total = np.bincount(group, weights=weight * means, minlength=len(self.group_weight))
+        is_seen = size > 0
+        return total / np.where(is_seen, size, 1.0), is_seen * self.group_weight
+
+
+def known_groups(items: Sequence[Item]) -> set[str]:
+    """Return the groups that have a vote, or in which all answers are equal."""
+    asked = {item.group for item in items if not item.equal}
+    voted = {item.group for item in items if item.shares}
+    return voted | ({item.group for item in items} - asked)
 
 
 def table_of(items: Sequence[Item], annotators: Sequence[str], groups: Sequence[str]) -> Table:
-    """Return the items as arrays; `groups` are all groups, in the order of their weights."""
+    """Return the items as arrays; `groups` are all groups, in the order of their weights.
+
+    Equal answers are known before anybody votes. So that they do not draw a win rate to one half
+    while votes are still coming, items that wait for votes are represented by the voted ones: of
+    their group, and where it has none, groups by the groups that are voted on.
+    """
+    known = known_groups(items)
+    asked = Counter(item.group for item in items if not item.equal)
+    voted = Counter(item.group for item in items if item.shares)
+    items = [item for item in items if item.group in known and (item.shares or item.equal)]
+
     row = {name: number for number, name in enumerate(annotators)}
     column = {name: number for number, name in enumerate(groups)}
     shares = np.zeros((len(annotators), len(items)))
     counts = np.zeros((len(annotators), len(items)))
+    item_weight = np.ones(len(items))
     for number, item in enumerate(items):
         if item.equal:
             shares[:, number], counts[:, number] = 0.5, 1.0
+        else:
+            item_weight[number] = asked[item.group] / voted[item.group]
         for name, share in item.shares.items():
             shares[row[name], number], counts[row[name], number] = share, 1.0
+
+    group_weight = np.zeros(len(groups))
+    for name in known:
+        group_weight[column[name]] = len(asked) / len(voted) if voted[name] else 1.0
+    # their sum stays the number of groups that are known
+    group_weight *= len(known) / max(1e-300, group_weight.sum())
     group = np.array([column[item.group] for item in items], dtype=int)
-    return Table(shares, counts, group, len(groups))
+    return Table(shares, counts, group, item_weight, group_weight)
 
 
 def _is_between_policies(pair: dict[str, Any]) -> bool:

@@ -2,7 +2,8 @@
 
 A vote counts 1 for the answer it prefers and one half for each where it calls both equally good or
 equally bad; skips do not count. A prompt's share is the mean of its votes, a group's the mean of its
-prompts, and the win rate the mean of the groups. Annotators and groups are both drawn at random and
+prompts, and the win rate the mean of the groups; what waits for votes is represented by what has
+them. Annotators and groups are both drawn at random and
 crossed, like seeds and groups elsewhere (rlhf/compare/crossed.py): with fewer than three annotators
 the interval is over prompts alone, and the result holds for these annotators.
 """
@@ -21,7 +22,7 @@ from rlhf.compare.wins import share
 from rlhf.data.annotator_report import view_summary
 from rlhf.data.sources import split_event
 from rlhf.data.store import Store
-from rlhf.voting.ballots import Ballots, Item, Table, read_ballots, table_of
+from rlhf.voting.ballots import Ballots, Item, Table, known_groups, read_ballots, table_of
 from rlhf.voting.stopping import Progress, follow
 
 # Half a tied vote for every two policies keeps the strengths finite where one of them wins all
@@ -46,9 +47,7 @@ def summarise_votes(
         return None
     items = ballots.items
     voted = [pair for pair in items if any(item.shares for item in items[pair])]
-    counted = {pair: [item for item in items[pair] if item.shares or item.equal] for pair in voted}
-
-    rates = {pair: _pair_rate(own, level) for pair, own in counted.items()}
+    rates = {pair: _pair_rate(items[pair], level) for pair in voted}
     adjusted = holm([rates[pair].p for pair in voted])
     rows = []
     for pair, p in zip(voted, adjusted, strict=True):
@@ -68,7 +67,7 @@ def summarise_votes(
         "scope": "annotators" if len(ballots.annotators) >= MIN_SEEDS else "these annotators",
         "votes": sum(row["votes"] for row in rows),
         "prompts": sum(row["prompts"] for row in rows),
-        "policies": _policies(ballots, counted, rates, level),
+        "policies": _policies(ballots, rates, level),
         "pairs": rows,
     }
 
@@ -85,20 +84,18 @@ def votes_of_store(name: str) -> dict[str, Any]:
 
 
 def _policies(
-    ballots: Ballots,
-    counted: dict[tuple[str, str], list[Item]],
-    rates: dict[tuple[str, str], Estimate],
-    level: float,
+    ballots: Ballots, rates: dict[tuple[str, str], Estimate], level: float
 ) -> list[dict[str, Any]]:
-    """Return each policy's win rate, the best first."""
+    """Return each policy's win rate, the best first. rates: of each two that are voted on."""
     names, rows = ballots.policies, []
     if len(names) == 2:
         (pair, rate), *_ = rates.items()
         mirrored = replace(rate, estimate=1 - rate.estimate, low=1 - rate.high, high=1 - rate.low)
         rows = [(pair[0], rate), (pair[1], mirrored)]
     else:
-        groups = sorted({item.group for own in counted.values() for item in own})
-        tables = {p: table_of(own, ballots.annotators, groups) for p, own in counted.items()}
+        items = {pair: ballots.items[pair] for pair in rates}
+        groups = sorted(set().union(*map(known_groups, items.values())))
+        tables = {pair: table_of(own, ballots.annotators, groups) for pair, own in items.items()}
         size = len(ballots.annotators), len(groups)
         for number, name in enumerate(names):
             rows.append((name, _estimate(_mean_chance(names, tables, number), *size, level)))
@@ -107,13 +104,13 @@ def _policies(
 
 
 def _pair_rate(items: Sequence[Item], level: float) -> Estimate:
-    """Return the win rate over items that are voted on or equal.
+    """Return the win rate by these items.
 
-    Its interval is over the annotators and the groups of these items alone: those of which nothing
-    is known would make it too narrow.
+    Its interval is over their annotators and known groups alone: others, of which nothing is known,
+    would make it too narrow.
     """
     annotators = list(dict.fromkeys(name for item in items for name in item.shares))
-    groups = sorted({item.group for item in items})
+    groups = sorted(known_groups(items))
     table = table_of(items, annotators, groups)
     return _estimate(_rate(table), len(annotators), len(groups), level)
 
@@ -128,8 +125,8 @@ def _estimate(
 
 def _rate(table: Table) -> Callable[[np.ndarray, np.ndarray], float]:
     def rate(annotator_weights: np.ndarray, group_weights: np.ndarray) -> float:
-        means, seen = table.by_group(annotator_weights)
-        weights = group_weights * seen
+        means, counted = table.by_group(annotator_weights)
+        weights = group_weights * counted
         return float(weights @ means / weights.sum()) if weights.sum() > 0 else np.nan
 
     return rate
@@ -144,8 +141,8 @@ def _mean_chance(
     def mean_chance(annotator_weights: np.ndarray, group_weights: np.ndarray) -> float:
         wins = np.zeros((len(names), len(names)))
         for (one, other), table in tables.items():
-            means, seen = table.by_group(annotator_weights)
-            weights = group_weights * seen
+            means, counted = table.by_group(annotator_weights)
+            weights = group_weights * counted
             wins[number[one], number[other]] += weights @ means
             wins[number[other], number[one]] += weights @ (1 - means)
         strengths = bradley_terry(wins)

@@ -131,6 +131,21 @@ def test_an_interval_is_over_what_was_voted_on_alone():
     assert second == first and first["seeds"] == 1
 
 
+def test_equal_answers_do_not_draw_a_rate_to_one_half_while_votes_are_coming():
+    equal = [Item(f"e{i}", equal=True) for i in range(10)]
+    won = [Item(f"g{i}", {"ann": 1.0}) for i in range(2)]
+    waiting = [Item(f"w{i}") for i in range(18)]
+    found = summarise_votes(ballots_of({("dpo", "ppo"): equal + won + waiting}, ["ann"]))
+    # a third of the 30 prompts is equal: 1/3 * 1/2 + 2/3 * 1
+    assert found["pairs"][0]["rate"]["estimate"] == pytest.approx(5 / 6)
+    # the same with the waiting prompts in groups that have a vote, and an equal prompt beside each
+    items = [*won, *[Item(f"g{i % 2}") for i in range(18)], Item("g0", equal=True)]
+    items += [Item("g1", equal=True), Item("w", equal=True), Item("w")]
+    found = summarise_votes(ballots_of({("dpo", "ppo"): items}, ["ann"]))
+    # (10 * 1 + 1/2) / 11 in each of the two groups, which stand for the third too
+    assert found["pairs"][0]["rate"]["estimate"] == pytest.approx(10.5 / 11)
+
+
 def test_equal_answers_count_in_the_sequence_as_in_the_rate():
     items = [
         Item("g", {"ann": 1.0}, order=1),
