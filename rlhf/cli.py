@@ -121,6 +121,33 @@ def run_measure(config: Any) -> None:
     measure(config, build_scorer)
 
 
+def run_brand(config: Any) -> None:
+    from reward.voice import load_voice
+    from rlhf.brand.run import run_brand
+
+    # a contradiction is found before anything is sampled
+    load_voice(config.voice)
+    run_brand(config)
+
+
+def run_brand_pairs(config: Any) -> None:
+    from reward.compose import build_scorer
+    from reward.voice import load_voice
+    from reward.voice_rewrite import rewrite
+    from rlhf.brand.pairs import pairs
+
+    voice = load_voice(config.voice)
+    scorer = build_scorer([{"voice": config.voice}])
+    pairs(config, scorer, lambda text, metadata: rewrite(voice, text, metadata))
+
+
+def run_brand_verdict(config: Any) -> None:
+    from reward.compose import build_scorer
+    from rlhf.brand.verdict import verdict
+
+    verdict(config, build_scorer([{"voice": config.voice}]))
+
+
 def run_voice_check(config: Any) -> None:
     from reward.voice_check import check
 
@@ -241,6 +268,38 @@ COMMANDS = {
         lazily("reward.voice_score:score"),
         words="text",
         joiner=" ",
+    ),
+    "brand run": Command(
+        "from a brand voice to an adapter with a ship verdict: FILE",
+        "rlhf.brand.config:BrandConfig",
+        run_brand,
+        words="config",
+    ),
+    "brand prompts": Command(
+        "prompts from templates, with their facts",
+        "rlhf.brand.prompts:PromptsConfig",
+        lazily("rlhf.brand.prompts:prompts"),
+    ),
+    "brand pairs": Command(
+        "pairs by a brand voice from sampled answers, also rewritten by rule",
+        "rlhf.brand.pairs:PairsConfig",
+        run_brand_pairs,
+    ),
+    "brand checked": Command(
+        "the pairs as votes on some of them leave them",
+        "rlhf.brand.pairs:CheckedConfig",
+        lazily("rlhf.brand.pairs:checked"),
+    ),
+    "brand measure": Command(
+        "what an adapter forgets: perplexity of other text, a small task",
+        "rlhf.brand.measure:MeasureConfig",
+        lazily("rlhf.brand.measure:measure"),
+        loads_models=True,
+    ),
+    "brand verdict": Command(
+        "SHIP or DO NOT SHIP, by named gates with their intervals",
+        "rlhf.brand.verdict:VerdictConfig",
+        run_brand_verdict,
     ),
     "compare": Command(
         "compare trained policies on test prompts: RUN RUN ... --prompts FILE",

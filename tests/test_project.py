@@ -22,6 +22,7 @@ LAYERS = [
         "rlhf.export",
         "rlhf.best_of_n",
         "rlhf.serve",
+        "rlhf.brand",
     ],
     ["reward"],
     [

@@ -34,7 +34,8 @@ COMPARISONS = """
         JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b"""
 
 ANSWERS = """
-    SELECT r.prompt, r.text, r.model, coalesce(p.own_group, p.default_group) AS group_name
+    SELECT r.prompt, r.text, r.model, r.ended, p.messages, p.metadata, p.voice,
+        coalesce(p.own_group, p.default_group) AS group_name
     FROM responses r JOIN prompts p ON p.id = r.prompt WHERE r.model IS NOT NULL"""
 
 # columns that came later stand at the end: where they are empty, a fingerprint stays what it was
@@ -181,6 +182,21 @@ class StoreView:
             for one, other in itertools.combinations(same, 2):
                 if one["model"] != other["model"]:
                     found.append((one["model"], other["model"], one["group_name"]))
+        return found
+
+    def answers(self) -> list[dict[str, Any]]:
+        """Return every answer of a known model: {prompt (its id), messages, metadata, text, model,
+        ended}; `ended` and metadata are as in `pairs`.
+        """
+        found = []
+        for row in self._db.execute(f"{ANSWERS} ORDER BY r.id"):
+            answer = dict(row)
+            group, voice = answer.pop("group_name"), answer.pop("voice")
+            answer["messages"] = json.loads(answer["messages"])
+            answer["metadata"] = json.loads(answer["metadata"]) | {"group": group}
+            if voice is not None:
+                answer["metadata"]["voice"] = voice
+            found.append(answer)
         return found
 
     def fingerprint(self) -> str:

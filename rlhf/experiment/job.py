@@ -38,7 +38,8 @@ class Job:
     program: str
     arguments: list[str]
     kind: Literal[
-        "sandbox", "sample", "annotate", "reward", "referee", "pilot", "trial", "measure", "compare"
+        *("sandbox", "sample", "annotate", "reward", "referee", "pilot", "trial", "measure"),
+        *("compare", "brand"),
     ]
     description: str = ""
     needs: list[str] = field(default_factory=list)

@@ -1,0 +1,186 @@
+"""What two policies' answers to the same prompts say for the gates: score, facts, refusals, words,
+copies of training answers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.brand.gates import Measured, mean_of_groups, ratio_of_groups
+from rlhf.compare.text_metrics import word_ngrams
+from rlhf.data.records import Samples, Scorer
+from rlhf.data.store_queries import StoreView
+
+# words of a run that counts as copied
+COPIED_WORDS = 8
+# openings and phrases by which a model declines; English
+REFUSALS = (
+    r"\bi(?:'m| am) (?:sorry,? (?:but )?i |unable to|not able to)",
+    r"\b(?:i|we) (?:can't|cannot|can not|won't|will not) "
+    r"(?:help|assist|answer|provide|do that|discuss|comply)",
+    r"\bas an? (?:ai|artificial|language model)\b",
+    r"\bi (?:do not|don't) have (?:access|information|the ability)",
+)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One answer with its score, and whether all facts are right (None where the prompt has none)."""
+
+    group: str
+    prompt: int
+    text: str
+    score: float
+    facts: bool | None
+    messages: list[dict[str, Any]]
+
+    @property
+    def words(self) -> int:
+        """Words between white space."""
+        return len(self.text.split())
+
+
+def scored_answers(view: StoreView, scorer: Scorer) -> dict[str, list[Scored]]:
+    """Return model -> its answers in a store, scored; models in the order of the store."""
+    answers = view.answers()
+    samples = samples_of(answers)
+    scores = scorer(samples)
+    facts = {name: own for name, own in scores.breakdown.items() if "/task/" in name}
+    found: dict[str, list[Scored]] = {}
+    for place, answer in enumerate(answers):
+        parts = [own[place] for own in facts.values() if not math.isnan(own[place])]
+        scored = Scored(
+            group=answer["metadata"]["group"],
+            prompt=answer["prompt"],
+            text=answer["text"],
+            score=scores.total[place],
+            facts=all(part == 1 for part in parts) if parts else None,
+            messages=answer["messages"],
+        )
+        found.setdefault(answer["model"], []).append(scored)
+    return found
+
+
+def samples_of(answers: Sequence[Mapping[str, Any]]) -> Samples:
+    """Return answers of a store as a scorer that reads texts receives them; they have no ids."""
+    return Samples(
+        prompts=[answer["messages"] for answer in answers],
+        responses=[answer["text"] for answer in answers],
+        prompt_ids=[[] for _ in answers],
+        response_ids=[[] for _ in answers],
+        # None: not known, which counts as ended
+        ended=[answer["ended"] != 0 for answer in answers],
+        metadata=[answer["metadata"] for answer in answers],
+    )
+
+
+def measure_answers(
+    base: Sequence[Scored], run: Sequence[Scored], phrases: Iterable[str] = ()
+) -> dict[str, Measured]:
+    """Return what answers to the same prompts measure: score_gain, facts, refusals, length.
+
+    phrases: regular expressions of refusals beside REFUSALS.
+    """
+    score = by_group(base, run, lambda answer: answer.score)
+    facts = by_group(base, run, lambda answer: answer.facts)
+    words = by_group(base, run, lambda answer: answer.words)
+    pattern = refusal_pattern(phrases)
+    refused = [(own.group, float(bool(pattern.search(own.text)))) for own in run]
+    no_facts = Measured(why="the voice names no facts that these prompts have")
+    return {
+        "score_gain": difference(score),
+        "facts": difference(facts) if facts else no_facts,
+        "refusals": mean_of_groups(refused, bounds=(0.0, 1.0)),
+        "length": ratio_of_groups(
+            [own for _, own in words.values()], [base for base, _ in words.values()]
+        ),
+    }
+
+
+def by_group(base: Sequence[Scored], run: Sequence[Scored], value) -> dict[str, tuple]:
+    """Return group -> (mean of the base's values, mean of the run's), of groups that both have.
+
+    value: of an answer; None leaves it out.
+    """
+    sums: list[dict[str, list[float]]] = [{}, {}]
+    for own, answers in zip(sums, (base, run), strict=True):
+        for answer in answers:
+            found = value(answer)
+            if found is not None:
+                own.setdefault(answer.group, []).append(float(found))
+    return {
+        group: (sum(sums[0][group]) / len(sums[0][group]), sum(own) / len(own))
+        for group, own in sums[1].items()
+        if group in sums[0]
+    }
+
+
+def difference(means: Mapping[str, tuple[float, float]]) -> Measured:
+    """Return the mean over groups of (run - base)."""
+    return mean_of_groups([(group, run - base) for group, (base, run) in means.items()])
+
+
+def refusal_pattern(phrases: Iterable[str]) -> re.Pattern[str]:
+    """Return the pattern of a refusal."""
+    return re.compile("|".join(f"(?:{phrase})" for phrase in (*REFUSALS, *phrases)), re.IGNORECASE)
+
+
+def memorised(run: Sequence[Scored], trained: Sequence[str], held_out: Sequence[str]) -> Measured:
+    """Return by how much answers repeat training answers more than answers that were held out.
+
+    An answer's overlap with a set is the largest share of its runs of COPIED_WORDS words that stand
+    in one answer of the set. What is in the brand's style repeats both sets; what was memorised
+    repeats the trained one more. A larger set has larger overlaps, so of the trained answers the
+    expectation over random subsets of the other's size counts.
+    """
+    if not trained or not held_out:
+        return Measured(why="no pairs were held out from training to compare with")
+    indexes = [ngram_index(texts) for texts in (trained, held_out)]
+    size = min(len(trained), len(held_out))
+    values = []
+    for answer in run:
+        grams = word_ngrams(answer.text.lower(), COPIED_WORDS)
+        if not grams:
+            continue
+        overlaps = []
+        for texts, index in zip((trained, held_out), indexes, strict=True):
+            counts = Counter(text for gram in set(grams) for text in index.get(gram, ()))
+            shares = [count / len(set(grams)) for count in counts.values()]
+            overlaps.append(expected_largest(shares, len(texts), size))
+        values.append((answer.group, overlaps[0] - overlaps[1]))
+    if not values:
+        return Measured(why=f"no answer has {COPIED_WORDS} words")
+    return mean_of_groups(values)
+
+
+def ngram_index(texts: Sequence[str]) -> dict[tuple[str, ...], set[int]]:
+    """Return the places of the texts in which each run of words stands."""
+    index: dict[tuple[str, ...], set[int]] = {}
+    for place, text in enumerate(texts):
+        for gram in word_ngrams(text.lower(), COPIED_WORDS):
+            index.setdefault(gram, set()).add(place)
+    return index
+
+
+def expected_largest(values: Sequence[float], count: int, size: int) -> float:
+    """Return the expected largest of `size` draws without replacement from `count` values, those not
+    listed being 0.
+
+        E = sum_j v_(j) C(count - j, size - 1) / C(count, size)    over the values, largest first
+
+    v_(j) is the largest drawn where it is drawn and the j - 1 larger ones are not.
+    """
+    total, chance = 0.0, size / count
+    for place, value in enumerate(sorted(values, reverse=True), 1):
+        total += value * chance
+        # C(n - j - 1, k - 1) / C(n - j, k - 1)
+        left = count - place
+        if left < size:
+            break
+        chance *= (left - size + 1) / left
+    return total

@@ -1,0 +1,205 @@
+"""Gates: a number with its interval, the bound that it has to keep, and whether that is shown.
+
+A gate passes only where its whole interval keeps the bound. An adapter ships where every gate
+passes, so that the chance of shipping one that breaks some bound is at most that of its gate's
+interval missing it, and needs no correction for the number of gates (an intersection-union test,
+Berger 1982, Technometrics 24).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from rlhf.files import json_safe
+from rlhf.stats import MIN_CLUSTERS, jackknife_interval
+from rlhf.validation import Number, Spec, validate
+
+Direction = Literal["above", "at least", "at most", "within"]
+PASSED, FAILED, NOT_SHOWN, OFF, NONE = "passed", "failed", "not shown", "off", "not applicable"
+
+
+class Gates(Spec):
+    """The bound of each gate; null takes the gate out of the verdict."""
+
+    score_gain: Number | None = 0.05
+    preference: Number | None = Field(0.5, ge=0, le=1)
+    facts: Number | None = -0.05
+    perplexity: Number | None = Field(1.1, gt=0)
+    task: Number | None = -0.05
+    memorised: Number | None = 0.05
+    refusals: Number | None = Field(0.05, ge=0, le=1)
+    length: Number | None = Field(1.5, ge=1)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a gate measures, and on which side of its bound it passes."""
+
+    what: str
+    direction: Direction
+
+
+KINDS = {
+    "score_gain": Kind("gain in the voice's score over the base", "above"),
+    "preference": Kind("share of votes for the adapter against the base", "above"),
+    "facts": Kind("change in the share of answers with all facts right", "at least"),
+    "perplexity": Kind("perplexity of other text, as a multiple of the base's", "at most"),
+    "task": Kind("change in the share of other tasks solved", "at least"),
+    "memorised": Kind("overlap with training answers beyond that with answers held out", "at most"),
+    "refusals": Kind("share of answers that refuse", "at most"),
+    "length": Kind("words, as a multiple of the base's", "within"),
+}
+
+SENTENCES = {
+    PASSED: "{what}: {value}; {bound} is shown.",
+    FAILED: "{what}: {value}; {bound} does not hold.",
+    NOT_SHOWN: "{what}: {value}; {bound} is not shown.",
+    OFF: "{what}: not asked for.",
+    NONE: "{what}: does not apply, since {why}.",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """An estimate with its 95 % interval over `groups` groups of prompts; nan where there is none.
+
+    why: the reason for which the gate does not apply.
+    """
+
+    estimate: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    groups: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One row of a verdict."""
+
+    name: str
+    status: str
+    estimate: float
+    low: float
+    high: float
+    groups: int
+    direction: Direction
+    threshold: float | None
+    sentence: str
+
+    @property
+    def blocks(self) -> bool:
+        """Whether the adapter does not ship because of it."""
+        return self.status in (FAILED, NOT_SHOWN)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it for JSON: what is not a finite number becomes None."""
+        return json_safe(asdict(self), nan_as_null=True)
+
+
+def read_gates(given: Mapping[str, Any]) -> Gates:
+    """Return the bounds, the defaults where none are given. Raises UserError on a wrong one."""
+    return validate(Gates, dict(given), "gates")
+
+
+def judge(measured: Mapping[str, Measured], bounds: Gates) -> list[Gate]:
+    """Return every gate with its status, in the order of `KINDS`."""
+    return [gate(name, measured.get(name), getattr(bounds, name)) for name in KINDS]
+
+
+def gate(name: str, found: Measured | None, threshold: float | None) -> Gate:
+    """Return one gate. `found` is None where nothing was measured: then nothing is shown."""
+    kind = KINDS[name]
+    found = found or Measured()
+    if threshold is None:
+        status = OFF
+    elif found.why:
+        status = NONE
+    else:
+        status = status_of(found, kind.direction, threshold)
+    sentence = SENTENCES[status].format(
+        what=kind.what,
+        value=shown(found),
+        bound=bound_text(kind.direction, threshold),
+        why=found.why,
+    )
+    values = (found.estimate, found.low, found.high, found.groups)
+    sentence = sentence[0].upper() + sentence[1:]
+    return Gate(name, status, *values, kind.direction, threshold, sentence)
+
+
+def status_of(found: Measured, direction: Direction, threshold: float) -> str:
+    """Return passed where the whole interval keeps the bound, failed where none of it does, else
+    not shown. With fewer than MIN_CLUSTERS groups nothing is shown.
+    """
+    low, high = found.low, found.high
+    if not (math.isfinite(low) and math.isfinite(high)) or found.groups < MIN_CLUSTERS:
+        return NOT_SHOWN
+    if direction == "above":
+        keeps, breaks = low > threshold, high <= threshold
+    elif direction == "at least":
+        keeps, breaks = low >= threshold, high < threshold
+    elif direction == "at most":
+        keeps, breaks = high <= threshold, low > threshold
+    else:
+        least = 1 / threshold
+        keeps, breaks = least <= low and high <= threshold, high < least or low > threshold
+    if keeps:
+        return PASSED
+    return FAILED if breaks else NOT_SHOWN
+
+
+def shown(found: Measured) -> str:
+    """Return "0.12 [0.08, 0.16]"."""
+    if not math.isfinite(found.estimate):
+        return "not measured"
+    if not math.isfinite(found.low):
+        return f"{found.estimate:.3g} without an interval"
+    return f"{found.estimate:.3g} [{found.low:.3g}, {found.high:.3g}]"
+
+
+def bound_text(direction: Direction, threshold: float | None) -> str:
+    """Return "above 0.05", or "within 0.667 and 1.5"; an en dash without a bound."""
+    if threshold is None:
+        return "–"
+    if direction == "within":
+        return f"within {1 / threshold:.3g} and {threshold:g}"
+    return f"{direction} {threshold:g}"
+
+
+def mean_of_groups(
+    values: Sequence[tuple[str, float]], bounds: tuple[float, float] | None = None
+) -> Measured:
+    """Return the mean over groups of their means, with the jackknife interval over groups.
+
+    values: (group, value). bounds: what the mean cannot leave (rlhf/stats.py).
+    """
+    by_group: dict[str, list[float]] = {}
+    for group, value in values:
+        by_group.setdefault(group, []).append(value)
+    if not by_group:
+        return Measured()
+    means = np.array([sum(own) / len(own) for own in by_group.values()])
+    return ratio_of_groups(means, np.ones(len(means)), bounds)
+
+
+def ratio_of_groups(
+    top: Sequence[float], bottom: Sequence[float], bounds: tuple[float, float] | None = None
+) -> Measured:
+    """Return sum(top) / sum(bottom), one number of each for every group, with the jackknife
+    interval over groups.
+    """
+    top, bottom = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
+    if not len(top) or not bottom.sum():
+        return Measured()
+    estimate = float(top.sum() / bottom.sum())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        without = (top.sum() - top) / (bottom.sum() - bottom)
+    low, high, _ = jackknife_interval(estimate, without, bounds=bounds)
+    return Measured(estimate, low, high, len(top))

@@ -1,0 +1,243 @@
+"""`rlhf brand verdict`: SHIP or DO NOT SHIP, by named gates, each with its interval and bound."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf.brand.answers import Scored, measure_answers, memorised, scored_answers
+from rlhf.brand.gates import NONE, OFF, PASSED, Gate, Measured, bound_text, judge, read_gates
+from rlhf.brand.measure import forgotten, read_measures
+from rlhf.config import option
+from rlhf.data.load import load
+from rlhf.data.records import Preference, Scorer
+from rlhf.data.sources import split_event
+from rlhf.data.store import Store
+from rlhf.errors import UserError
+from rlhf.files import dumps, write_atomic
+from rlhf.text import clip, markdown_table
+from rlhf.voting.ballots import read_ballots, short_names
+from rlhf.voting.page import SOURCES
+from rlhf.voting.rates import summarise_votes
+
+# the first line of a verdict, by who voted; None: nobody was asked
+FIRST_LINES = {
+    "human": "{word}, by votes of people.",
+    "simulated": "{word}, by simulated votes: no person has judged these answers.",
+    "judge": "{word}, by votes of a judge: no person has judged these answers.",
+    "mixed": "{word}, by votes of people and of programs, mixed.",
+    None: "{word}, without votes.",
+}
+CHECK_LINE = (
+    "Training pairs were checked by {who}: of {judged} judged pairs {agreed} were kept as the voice has them, {turned} "
+    "turned, {left} left out; {not_judged} were not judged."
+)
+# answers shown side by side
+EXAMPLES = 3
+
+
+@dataclass(kw_only=True)
+class VerdictConfig:
+    """Whether an adapter ships: its gates, by answers that were voted on beside its base's."""
+
+    votes: str = option(
+        help="the store with both policies' answers to test prompts and votes on them, STORE or STORE@EVENT"
+    )
+    model_name_or_path: str = option(help="the base, as the store names it")
+    run: str = option(help="the adapter, as the store names it")
+    voice: str = option(help="the brand voice (YAML)")
+    measures: str | None = option(None, "what rlhf brand measure has written")
+    training: str | None = option(
+        None, "the pairs it was trained on, for what it may have memorised"
+    )
+    gates: dict = option(
+        {}, "bounds that differ from the defaults, {facts: -0.02}; null turns a gate off"
+    )
+    refusal_phrases: list[str] = option(
+        [], "regular expressions of refusals, beside the English ones"
+    )
+    validation_fraction: float = option(0.05, "as in training", low=0, high=1)
+    test_fraction: float = option(0.1, "as in training", low=0, high=1)
+    output_dir: str = option(help="where report.md and verdict.json are written")
+
+    def validate(self) -> None:
+        read_gates(self.gates)
+
+
+def verdict(config: VerdictConfig, scorer: Scorer) -> dict[str, Any]:
+    """Write report.md and verdict.json, print the gates; return the latter. Raises UserError."""
+    path, event = split_event(config.votes)
+    with Store.open(path, readonly=True) as store:
+        view = store.at(event)
+        answers = scored_answers(view, scorer)
+        votes = summarise_votes(read_ballots(view))
+        at = view.event
+    for model in (config.model_name_or_path, config.run):
+        if model not in answers:
+            known = ", ".join(answers) or "none"
+            raise UserError(f"{path}: has no answers of '{model}'; it has those of: {known}")
+    base, run = answers[config.model_name_or_path], answers[config.run]
+    measured = measure_answers(base, run, config.refusal_phrases)
+    measured["preference"] = preference(votes, config.model_name_or_path, config.run)
+    measured["memorised"] = memorised_pairs(config, run)
+    if config.measures:
+        measured |= forgotten(read_measures(config.measures))
+    bounds = read_gates(config.gates)
+    source = votes["source"] if votes and bounds.preference is not None else None
+    found = decide(judge(measured, bounds), source)
+    found |= {"run": config.run, "base": config.model_name_or_path, "votes": {"event": at}}
+    found["votes"] |= {"source": votes["source"], "count": votes["votes"]} if votes else {}
+    found["check"] = check_of(config.training)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "verdict.json", dumps(found, indent=1) + "\n")
+    lines = report(found, examples(base, run))
+    write_atomic(folder / "report.md", "\n".join(lines) + "\n")
+    print("\n".join(text_lines(found)))
+    print(f"{folder / 'report.md'}, {folder / 'verdict.json'}")
+    return found
+
+
+def decide(gates: Sequence[Gate], source: str | None) -> dict[str, Any]:
+    """Return the verdict: an adapter ships where no gate blocks it, and some gate has passed.
+
+    source: who voted, "human", "simulated", "judge" or "mixed"; None where the preference is no gate
+    or nobody has voted.
+    """
+    has_passed = any(gate.status == PASSED for gate in gates)
+    ships = has_passed and not any(gate.blocks for gate in gates)
+    word = "SHIP" if ships else "DO NOT SHIP"
+    return {
+        "ship": ships,
+        "verdict": FIRST_LINES[source].format(word=word),
+        "gates": [gate.to_dict() for gate in gates],
+    }
+
+
+def preference(votes: Mapping[str, Any] | None, base: str, run: str) -> Measured:
+    """Return the share of votes for the run against the base with its interval; nothing without a
+    vote.
+
+    votes: `summarise_votes`, of these two policies alone. base, run: their names in the store.
+    """
+    if not votes or len(votes["pairs"]) != 1:
+        return Measured()
+    pair = votes["pairs"][0]
+    rate = pair["rate"]
+    ends = [math.nan if rate[end] is None else rate[end] for end in ("low", "high")]
+    found = Measured(rate["estimate"], *ends, rate["groups"])
+    run_name = short_names([base, run])[1]
+    if pair["one"] == run_name:
+        return found
+    # the store met the base first
+    return Measured(1 - found.estimate, 1 - found.high, 1 - found.low, found.groups)
+
+
+def memorised_pairs(config: VerdictConfig, run: Sequence[Scored]) -> Measured:
+    """Return how far answers repeat training answers, beyond those of pairs that were held out."""
+    if config.training is None:
+        return Measured(why="there are no training answers")
+    texts = []
+    for split in ("train", "validation"):
+        fractions = config.validation_fraction, config.test_fraction
+        records = load(
+            config.training,
+            Preference,
+            split=split,
+            validation_fraction=fractions[0],
+            test_fraction=fractions[1],
+        )
+        texts.append([record.chosen for record in records])
+    return memorised(run, *texts)
+
+
+def check_of(training: str | None) -> dict[str, Any] | None:
+    """Return how far votes agreed with the training pairs, where they were checked."""
+    file = Path(f"{training}.check.json")
+    return json.loads(file.read_text(encoding="utf-8")) if training and file.is_file() else None
+
+
+def check_line(check: Mapping[str, Any]) -> str:
+    """Return one sentence about the check of the training pairs."""
+    counts = {
+        name: check.get(name, 0) for name in ("agreed", "turned", "without a winner", "not judged")
+    }
+    judged = counts["agreed"] + counts["turned"] + counts["without a winner"]
+    return CHECK_LINE.format(
+        who=SOURCES.get(check["source"], "nobody"),
+        judged=judged,
+        agreed=counts["agreed"],
+        turned=counts["turned"],
+        left=counts["without a winner"],
+        not_judged=counts["not judged"],
+    )
+
+
+def text_lines(found: Mapping[str, Any]) -> list[str]:
+    """Return the verdict as lines for a terminal."""
+    lines = [found["verdict"], ""]
+    for gate in found["gates"]:
+        lines.append(f"{gate['status']:<14}  {gate['name']:<10}  {gate['sentence']}")
+    return [*lines, ""]
+
+
+def report(found: Mapping[str, Any], shown: Sequence[tuple[Scored, Scored]]) -> list[str]:
+    """Return the lines of report.md."""
+    header = ["gate", "", "estimate [95 %]", "bound", "groups", "what"]
+    rows = []
+    for gate in found["gates"]:
+        rows.append(
+            [
+                gate["name"],
+                gate["status"],
+                interval_text(gate),
+                bound_text(gate["direction"], gate["threshold"]),
+                gate["groups"] or None,
+                what_of(gate),
+            ]
+        )
+    lines = [f"**{found['verdict']}**", "", *markdown_table(header, rows, right=[4]), ""]
+    lines.append(
+        "A gate passes where its whole interval keeps the bound; where the interval holds the bound, it is not shown. "
+        "Every gate has to pass."
+    )
+    if found["check"]:
+        lines += ["", check_line(found["check"])]
+    lines += ["", f"Base: `{found['base']}`. Adapter: `{found['run']}`."]
+    table = []
+    for before, after in shown:
+        prompt = clip(after.messages[-1]["content"], 100)
+        table.append([prompt, f"{before.score:.2f}", before.text, f"{after.score:.2f}", after.text])
+    lines += ["", "The first answers beside each other:", ""]
+    return lines + markdown_table(["prompt", "score", "base", "score", "adapter"], table, [1, 3])
+
+
+def what_of(gate: Mapping[str, Any]) -> str:
+    """Return what a gate measures, with the reason where it does not apply."""
+    is_measured = gate["status"] not in (OFF, NONE)
+    return gate["sentence"].partition(":")[0] if is_measured else gate["sentence"]
+
+
+def interval_text(gate: Mapping[str, Any]) -> str | None:
+    """Return "0.12 [0.08, 0.16]"; None where nothing was measured."""
+    if gate["estimate"] is None:
+        return None
+    if gate["low"] is None:
+        return f"{gate['estimate']:.3g}"
+    return f"{gate['estimate']:.3g} [{gate['low']:.3g}, {gate['high']:.3g}]"
+
+
+def examples(base: Sequence[Scored], run: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
+    """Return the first answers of both policies to the same prompts."""
+    first = {answer.prompt: answer for answer in reversed(base)}
+    both = [(first[answer.prompt], answer) for answer in run if answer.prompt in first]
+    return both[:EXAMPLES]
+
+
+def read_verdict(folder: str | Path) -> dict[str, Any]:
+    """Return what verdict.json in a folder says."""
+    return json.loads((Path(folder) / "verdict.json").read_text(encoding="utf-8"))
