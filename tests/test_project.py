@@ -173,8 +173,10 @@ def config_class(path: Path):
 SANDBOX = ROOT / "rlhf" / "sandbox" / "configs"
 REAL = ROOT / "configs" / "real"
 FOLDERS = (ROOT / "configs", ROOT / "configs" / "experiments", REAL, SANDBOX)
+# of the sandbox's shop; no options
+VOICES = ("voice.yaml", "street.yaml")
 CONFIGS = sorted(
-    path for folder in FOLDERS for path in folder.glob("*.yaml") if path.name != "voice.yaml"
+    path for folder in FOLDERS for path in folder.glob("*.yaml") if path.name not in VOICES
 )
 
 
