@@ -116,8 +116,9 @@ class RewardTrainer(TRLRewardTrainer):
             self._total_train_tokens += int(gather(attention_mask.sum()).sum())
         log = self._metrics[mode]
         log["num_tokens"] = [self._total_train_tokens]
-        # over all ranks, as TRL does with its own metrics
-        scores = gather(scores)
+        # over all ranks, as TRL does with its own metrics; a row for each pair, since what is added
+        # to the last batch is dropped by rows
+        scores = gather(scores.reshape(2, -1).T.contiguous())
         log["min_reward"].append(scores.min().item())
         log["mean_reward"].append(scores.mean().item())
         log["max_reward"].append(scores.max().item())

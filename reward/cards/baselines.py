@@ -40,7 +40,7 @@ def baselines(
     first = np.array(list(map(chosen_first, pairs)))
     learnt = training or pairs
     learnt_first = np.array(list(map(chosen_first, learnt)))
-    learnt_longer = length_gaps if training is None else _words_more(training)
+    learnt_longer = _words_more(training) if training else length_gaps
     votes = {}
     longer = 1 if pair_accuracy(learnt_longer).mean() >= 0.5 else -1
     votes["length"] = ("the longer" if longer > 0 else "the shorter", longer * length_gaps)

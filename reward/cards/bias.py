@@ -73,6 +73,9 @@ def bias_tests(
     """
     if len(set(groups)) < MIN_GROUPS:
         return []
+    # a gold that tells no two answers apart measures no quality
+    if gold_gaps is not None and not np.any(gold_gaps):
+        gold_gaps = None
     quality = gaps if gold_gaps is None else gold_gaps
     beyond = "the model's score" if gold_gaps is None else "gold"
     columns = {"quality": quality, "length": length_gaps / TOKENS, "first": first}

@@ -22,9 +22,16 @@ def ceiling(pairs: Sequence[Preference], gaps: np.ndarray) -> dict[str, Any] | N
       difference  model - agreement: a model as good as one person has 0
     Votes are several records of one pair, or the counts that the data gives (`votes`). Ties are no
     votes. None where no pair has two.
+
+    A record of counts has a winner, since one that is split evenly makes no pair. Those of an even
+    number of votes are therefore left out: two votes of one record always agree.
     """
     votes = votes_of(pairs, gaps)
-    judged = {key: count for key, count in votes.items() if sum(count["votes"]) > 1}
+    judged = {}
+    for key, count in votes.items():
+        number = sum(count["votes"])
+        if number > 1 and (number % 2 or not count["counted"]):
+            judged[key] = count
     if not judged:
         return None
     agreement, model, groups = [], [], []
@@ -43,9 +50,10 @@ def ceiling(pairs: Sequence[Preference], gaps: np.ndarray) -> dict[str, Any] | N
 
 
 def votes_of(pairs: Sequence[Preference], gaps: np.ndarray) -> dict[tuple, dict[str, Any]]:
-    """Return {pair of answers: {"votes": [for one, for the other], "right", "group"}}.
+    """Return {pair of answers: {"votes": [for one, for the other], "right", "group", "counted"}}.
 
-    right: 1 where the model scores the first of the two higher, one half at a tie.
+    right: 1 where the model scores the first of the two higher, one half at a tie. counted: whether
+    a record holds counts.
     """
     found: dict[tuple, dict[str, Any]] = {}
     for pair, right in zip(pairs, pair_accuracy(gaps), strict=True):
@@ -54,7 +62,9 @@ def votes_of(pairs: Sequence[Preference], gaps: np.ndarray) -> dict[tuple, dict[
             key,
             {"votes": [0, 0], "right": right, "group": pair.group, "one": normalise(pair.chosen)},
         )
-        more, fewer = counted_votes(pair) or (1, 0)
+        counts = counted_votes(pair)
+        entry["counted"] = entry.get("counted", False) or counts is not None
+        more, fewer = counts or (1, 0)
         is_first = normalise(pair.chosen) == entry["one"]
         entry["votes"][0 if is_first else 1] += more
         entry["votes"][1 if is_first else 0] += fewer

@@ -191,8 +191,11 @@ def _of_the_policy(on_policy: dict[str, Any] | None) -> list[dict[str, Any]]:
     if on_policy is None:
         return [_reason("on_policy_unknown", CARE)]
     accuracy, difference = on_policy["accuracy"], on_policy.get("difference")
-    if accuracy["low"] is None or accuracy["low"] <= 0.5:
-        return [] if accuracy["low"] is None else [_reason("on_policy_guessing", NOT, **accuracy)]
+    # one group of prompts has no interval
+    if accuracy["low"] is None:
+        return [_reason("on_policy_unknown", CARE)]
+    if accuracy["low"] <= 0.5:
+        return [_reason("on_policy_guessing", NOT, **accuracy)]
     if difference and difference["high"] is not None and difference["high"] < 0:
         return [_reason("on_policy_lower", CARE, **accuracy, **_less(difference))]
     return []

@@ -124,6 +124,10 @@ def test_an_evaluation_has_the_log_loss_of_all_pairs_with_their_ties(base_path, 
     )
     found = trainer.evaluate()["eval_log_loss"]
     scores = [torch.tensor(raw_scores(model, [r[side] for r in rows], 0)) for side in SIDES]
+    # the mean over batches is of both answers, in the last batch of one pair too
+    both = torch.stack(scores)
+    mean = (both[:, :2].mean() + both[:, 2].mean()) / 2
+    assert trainer.state.log_history[-1]["eval_mean_reward"] == pytest.approx(mean.item(), abs=1e-5)
     # offsets: 0.3 a token; margins are no part of the likelihood
     d = scores[0] - scores[1] + torch.tensor([-0.3, 0.9, -0.3])
     p, tie = torch.tensor([0.5, 1.0, 1.0]), torch.tensor([1.0, 0.0, 0.0])

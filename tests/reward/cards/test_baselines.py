@@ -23,12 +23,12 @@ def test_a_bag_of_words_learns_words_and_marks_and_nothing_of_new_ones():
 
 
 def test_one_word_by_hand():
-    # x = 1 in 3 pairs, -1 in one: minimise 3 log(1 + e^-w) + log(1 + e^w) + w^2 / 2
-    # -> 3 sigmoid(-w) - sigmoid(w) = w, which w = 0.5143 solves: 3 * .37419 - .62581 = .49675...
+    # two words that only come together have weights v and -v: minimise 3 log(1 + e^-2v) + log(1 + e^2v)
+    # + 2 v^2 / 2 -> 3 sigmoid(-2v) - sigmoid(2v) = v; at v = .3417: 3 * .33549 - .66451 = .3420
     training = [pair(i, "ja", "z") for i in range(3)] + [pair(3, "z", "ja")]
-    # two words that only come together share the weight: w = v each, 2 v in the logit
     (logit,) = bag_of_words(training, [pair(9, "ja", "z")])
     v = logit / 2
+    assert v == pytest.approx(0.3418, abs=2e-4)
     assert 3 / (1 + np.exp(2 * v)) - 1 / (1 + np.exp(-2 * v)) == pytest.approx(v, abs=1e-4)
 
 
@@ -62,6 +62,12 @@ def test_training_pairs_decide_which_way_round_a_rule_works():
     assert found["bag_of_words"]["rule"].endswith("3 training pairs")
 
 
+def test_without_training_pairs_these_pairs_decide():
+    # of an empty list the mean would be nan, and the rule "the shorter"
+    found = baselines([pair(0)], np.array([1.0]), np.array([5.0]), [])
+    assert found["length"]["rule"] == "the longer" and "bag_of_words" not in found
+
+
 def test_agreement_of_people_by_hand():
     prompt = [{"role": "user", "content": "q"}]
     three = [
@@ -70,10 +76,12 @@ def test_agreement_of_people_by_hand():
         Preference(prompt=prompt, chosen="B", rejected="A", annotator="z"),
     ]
     counted = pair(1, metadata={"votes": [1, 1, 1, 0]})
+    # of records with two votes only those that agree are pairs, so they say nothing
+    two = pair(3, metadata={"vote": {"votes": {"a": 2}}})
     alone = pair(2)
     # 2 : 1 -> (2 + 0) / 6 = 1/3; 3 : 0 -> 1; the single vote does not count
     # the model prefers A: 2/3 of the first, and the other answer of the second: 0
-    found = ceiling([*three, counted, alone], np.array([1.0, 1, -1, -2, 1]))
+    found = ceiling([*three, counted, alone, two], np.array([1.0, 1, -1, -2, 1, 1]))
     assert found["agreement"]["accuracy"] == pytest.approx((1 / 3 + 1) / 2)
     assert found["model"]["accuracy"] == pytest.approx((2 / 3 + 0) / 2)
     assert found["difference"]["mean"] == pytest.approx(1 / 3 - 2 / 3)

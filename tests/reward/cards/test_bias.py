@@ -51,6 +51,13 @@ def test_clean_cards_show_no_bias_more_often_than_they_may():
         assert 0.02 < count / 400 < 0.08, kind
 
 
+def test_a_gold_that_tells_nothing_apart_is_as_none():
+    gaps, tokens, side, groups, gold = world(np.random.default_rng(0), 60)
+    assert bias_tests(gaps, tokens, side, groups, 0 * gold) == bias_tests(
+        gaps, tokens, side, groups
+    )
+
+
 def test_planted_biases_are_found():
     rng = np.random.default_rng(1)
     counts = {"labels_length": 0, "labels_position": 0, "score_length": 0}

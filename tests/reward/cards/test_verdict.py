@@ -50,6 +50,8 @@ CASES = [
     (("on_policy", "accuracy"), interval(0.48, 0.6), "on_policy_guessing", NOT),
     (("on_policy", "difference"), interval(-0.2, -0.05, "mean"), "on_policy_lower", CARE),
     (("on_policy",), None, "on_policy_unknown", CARE),
+    (("on_policy", "accuracy"), {"accuracy": 1.0, "low": None, "high": None, "n": 1, "pairs": 9},
+     "on_policy_unknown", CARE),
     (("bias",), [{"kind": "labels_length", "found": True, **BIAS}], "labels_length", CARE),
     (("bias",), [{"kind": "labels_position", "found": True, **BIAS}], "labels_position", CARE),
     (("bias",), [{"kind": "score_length", "found": True, **BIAS}], "score_length", CARE),
