@@ -64,7 +64,9 @@ trains its own reward model, imperfect on purpose. PPO (`kl_coef` 0, 28 steps of
 reward best-of-n` scores 128 answers of the SFT policy to each of the same prompts, drawn once, by
 each seed's reward model. Gold is the true score. The KL of the best of n is log n - (n - 1)/n, an
 upper bound; {found["repeated"]:.1%} of the answers repeat another one. Intervals are 95 % t intervals
-over the seeds. All seeds share the test prompts, whose luck the intervals do not hold."""
+over the seeds. All seeds share the test prompts, whose luck the intervals do not hold. PPO's and
+DPO's peaks are the highest of several measured means: gold there is a little too high, and what is
+lost after or beside them a little too large, also where nothing falls."""
     return textwrap.fill(" ".join(text.split()), 130).splitlines()
 
 
