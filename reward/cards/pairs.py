@@ -92,7 +92,6 @@ def with_a_winner(pairs: Sequence[Preference]) -> list[Preference]:
     right one.
     """
     return [pair for pair in pairs if pair.label_prob != 0.5]
-    return [pair for pair in pairs if pair.label_prob != 0.5]
 
 
 def readable_sources(config: RewardRunConfig) -> list[str]:
