@@ -54,20 +54,64 @@ class Corrected:
         return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
 
 
+@dataclass(frozen=True)
+class EqualAnswers:
+    """Pairs of equal answers: a tie that everybody would see, and that nobody is asked about.
+
+    They are known of all prompts, those without votes too, so that what the votes say holds of the
+    other pairs alone: as a part of a win rate it is that rate which is drawn to one half.
+    """
+
+    # of all groups: (groups,) the share of their pairs that is equal
+    shares: np.ndarray
+
+    @property
+    def asked(self) -> np.ndarray:
+        """(groups,) whether a group has a pair that somebody can be asked about."""
+        return self.shares < 1
+
+    def within(self, means: np.ndarray) -> np.ndarray:
+        """Return the means of the groups over all their pairs, from those over the asked ones."""
+        return (1 - self.shares) * means + self.shares / 2
+
+    def all_groups(self, mean: float, se: float) -> tuple[float, float]:
+        """Return mean and standard error over all groups, from those over the groups with a pair to
+        ask about. Which groups these are is random too.
+        """
+        kept = float(self.asked.mean())
+        of_kept = (mean - 0.5) ** 2 * kept * (1 - kept) / len(self.shares)
+        return 0.5 + kept * (mean - 0.5), math.sqrt((kept * se) ** 2 + of_kept)
+
+
+def equal_answers(equal: np.ndarray, groups: Sequence[str]) -> EqualAnswers:
+    """Return what pairs that are equal (pairs,) are of their groups, in the order of the names."""
+    _, group = np.unique(np.asarray(groups), return_inverse=True)
+    return EqualAnswers(np.bincount(group, weights=equal) / np.bincount(group))
+
+
 def corrected_win_rate(
-    people: np.ndarray, judge: np.ndarray, groups: Sequence[str], level: float = 0.95
+    people: np.ndarray,
+    judge: np.ndarray,
+    groups: Sequence[str],
+    level: float = 0.95,
+    *,
+    equal: np.ndarray | None = None,
 ) -> Corrected | None:
     """Return the win rate that people would give, from votes on some pairs and a judge on all.
 
     people, judge: (pairs,) in [0, 1], the share that A's answer wins; nan where nobody voted, or
     where the judge gave no verdict. groups: of the prompts; each counts once, and those with votes
-    must be drawn at random from all. None with fewer than MIN_LABELLED of them.
+    must be drawn at random from all that have a pair to vote on. equal: (pairs,) where both answers
+    are the same, a tie. None with fewer than MIN_LABELLED groups with votes.
     """
     people = np.asarray(people, dtype=np.float64)
+    equal = np.zeros(len(people), bool) if equal is None else np.asarray(equal, bool)
     # f may be anything that is known of each pair: what it misses the votes correct
     judge = np.nan_to_num(np.asarray(judge, dtype=np.float64), nan=0.5)
+    judge = np.where(equal, 0.5, judge)
     names, group = np.unique(np.asarray(groups), return_inverse=True)
-    has_vote = np.isfinite(people)
+    has_vote = np.isfinite(people) & ~equal
+    ties = equal_answers(equal, groups)
 
     def mean_by_group(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
         sums = np.bincount(group[kept], weights=values[kept], minlength=len(names))
@@ -75,31 +119,34 @@ def corrected_win_rate(
             return sums / np.bincount(group[kept], minlength=len(names))
 
     of_all = mean_by_group(judge, np.ones_like(has_vote))
-    y, x = mean_by_group(people, has_vote), mean_by_group(judge, has_vote)
+    y, x = (ties.within(mean_by_group(values, has_vote)) for values in (people, judge))
     labelled = np.isfinite(y)
     n = int(labelled.sum())
     if n < MIN_LABELLED:
         return None
 
     estimate, se, weight = prediction_powered(
-        y[labelled], x[labelled], of_all[labelled], of_all[~labelled]
+        y[labelled], x[labelled], of_all[labelled], of_all[~labelled & ties.asked]
     )
-    alone, alone_se = float(y[labelled].mean()), float(y[labelled].std(ddof=1)) / math.sqrt(n)
+    estimate, se = ties.all_groups(float(estimate), float(se))
+    alone, alone_se = ties.all_groups(
+        float(y[labelled].mean()), float(y[labelled].std(ddof=1)) / math.sqrt(n)
+    )
     t = student_quantile(0.5 + level / 2, n - 1)
-    low, high = bounded_interval(float(estimate), float(se), t, n)
+    low, high = bounded_interval(estimate, se, t, n)
     people_low, people_high = bounded_interval(alone, alone_se, t, n)
     return Corrected(
-        estimate=min(1.0, max(0.0, float(estimate))),
+        estimate=min(1.0, max(0.0, estimate)),
         low=low,
         high=high,
-        se=float(se),
+        se=se,
         labelled=n,
         groups=len(names),
         weight=float(weight),
         people=alone,
         people_low=people_low,
         people_high=people_high,
-        worth=(alone_se / float(se)) ** 2 if se > 0 else math.nan,
+        worth=(alone_se / se) ** 2 if se > 0 else math.nan,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +17,9 @@ from rlhf.compare.format import UNKNOWN
 from rlhf.compare.format import share as share_text
 from rlhf.compare.wins import share
 from rlhf.judge.agreement import agreement, length_bias, same_family, self_preference
-from rlhf.judge.correct import MIN_LABELLED, corrected_win_rate
+from rlhf.judge.correct import MIN_LABELLED, corrected_win_rate, equal_answers
 from rlhf.judge.pairs import JudgedPair, ordered
+from rlhf.stats import student_quantile
 from rlhf.text import markdown_table
 
 LEVEL = 0.95
@@ -74,7 +76,8 @@ def win_rates(pairs: Sequence[JudgedPair]) -> list[dict[str, Any]]:
         shares = np.array([pair.share for pair in found])
         votes = np.array([pair.votes for pair in found])
         groups = [pair.group for pair in found]
-        corrected = corrected_win_rate(votes, shares, groups, LEVEL)
+        equal = np.array([pair.answer_a == pair.answer_b for pair in found])
+        corrected = corrected_win_rate(votes, shares, groups, LEVEL, equal=equal)
         row = {
             "a": a,
             "b": b,
@@ -82,11 +85,31 @@ def win_rates(pairs: Sequence[JudgedPair]) -> list[dict[str, Any]]:
             "groups": len(set(groups)),
             "voted": int(np.isfinite(votes).sum()),
             "judge": _mean(shares, groups),
-            "people": _mean(votes, groups),
+            "people": _by_people(votes, equal, groups),
             "corrected": None if corrected is None else corrected.to_dict(),
         }
         rows.append(row)
     return rows
+
+
+def _by_people(
+    votes: np.ndarray, equal: np.ndarray, groups: Sequence[str]
+) -> dict[str, Any] | None:
+    """Return the win rate by people's votes, equal answers being ties that nobody is asked about."""
+    ties = equal_answers(equal, groups)
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    voted = np.isfinite(votes) & ~equal
+    if not voted.any():
+        return None
+    counts = np.bincount(group[voted], minlength=len(names))
+    sums = np.bincount(group[voted], weights=votes[voted], minlength=len(names))
+    means = ties.within(sums / np.maximum(counts, 1))[counts > 0]
+    found = crossed_mean(means[None], null=0.5, level=LEVEL)
+    estimate, se = ties.all_groups(found.estimate, found.se)
+    half = student_quantile(0.5 + LEVEL / 2, len(means) - 1) * se if len(means) > 1 else math.nan
+    found = replace(found, estimate=estimate, se=se, low=estimate - half, high=estimate + half)
+    row = share(found, LEVEL).to_dict()
+    return {name: row[name] for name in ("estimate", "low", "high", "groups")}
 
 
 def _mean(values: np.ndarray, groups: Sequence[str]) -> dict[str, Any] | None:

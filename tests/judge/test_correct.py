@@ -5,6 +5,8 @@ import pytest
 
 from benchmarks.judge_coverage import JUDGES, intervals, simulate, truth
 from rlhf.judge.correct import MIN_LABELLED, corrected_win_rate, prediction_powered
+from rlhf.judge.pairs import JudgedPair
+from rlhf.judge.report import win_rates
 from rlhf.stats import bounded_interval, student_quantile
 
 
@@ -72,6 +74,40 @@ def test_all_labelled_is_the_mean_of_the_votes_with_students_interval():
     expected = bounded_interval(y.mean(), se, student_quantile(0.975, 29), 30)
     assert (found.estimate, found.low, found.high) == pytest.approx((y.mean(), *expected))
     assert found.worth == pytest.approx(1.0)
+
+
+def test_equal_answers_are_ties_that_nobody_is_asked_about():
+    # 20 groups, all voted on, A wins 8 of 10; a pair of equal answers in ten more groups, and beside
+    # the first ten: (3/4, ..., 1/4) in these, so that it is 1/3 0.5 + 1/3 (0.5 + 0.3/2) + 1/3 0.8
+    wins = np.array([1.0] * 8 + [0.0] * 2)
+    people = np.concatenate([wins, wins, np.full(20, np.nan)])
+    groups = [*map(str, range(20)), *map(str, range(20, 30)), *map(str, range(10))]
+    equal = np.arange(40) >= 20
+    found = corrected_win_rate(people, np.full(40, np.nan), groups, equal=equal)
+    assert found.estimate == pytest.approx((0.5 + 0.65 + 0.8) / 3)
+    assert found.people == pytest.approx(found.estimate) and found.weight == 0
+    # with the share of groups that have a pair to ask about p = 2/3:
+    # p^2 var(y) / 20 + (mean(y) - 1/2)^2 p (1 - p) / 30
+    y = np.concatenate([0.25 + wins / 2, wins])
+    variance = 4 / 9 * y.var(ddof=1) / 20 + (y.mean() - 0.5) ** 2 * 2 / 9 / 30
+    assert found.se == pytest.approx(np.sqrt(variance))
+
+    # in the report, a judge that is right on what it is asked, with votes on half of that: everybody
+    # would say 3/4 of 1/2 and 1/4 of 3/4
+    rows = []
+    for i in range(80):
+        a = "same" if i % 4 else f"a {i}"
+        one = JudgedPair("q", str(i), "x", "y", a, "same", p_ab=0.5, p_ba=0.5)
+        if not i % 4:
+            one.p_ab, one.p_ba = (1.0, 0.0) if i % 16 else (0.0, 1.0)
+            one.people = {"ann": "a" if i % 16 else "b"} if i < 56 else {}
+        rows.append(one)
+    (rate,) = win_rates(rows)
+    expected = 0.75 * 0.5 + 0.25 * 0.75
+    assert rate["judge"]["estimate"] == pytest.approx(expected)
+    assert rate["corrected"]["estimate"] == pytest.approx(expected, abs=0.01)
+    # of the 14 votes 10 are for A
+    assert rate["people"]["estimate"] == pytest.approx(0.75 * 0.5 + 0.25 * 10 / 14)
 
 
 def test_groups_count_once_and_few_labelled_ones_give_nothing():
