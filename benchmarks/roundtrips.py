@@ -77,6 +77,8 @@ def _add_pair(store: Store, rng: random.Random, number: int, people: list[int]) 
             reason=rng.choice((None, "Says what\nhappens next.")),
             tags=rng.choice(([], ["wrong"], ["off tone", "too long"])),
             duration_ms=rng.choice((None, rng.randrange(100_000))),
+            corrected=rng.choice((None, None, f"A better answer {number}.")),
+            criteria=rng.choice((None, {"clear": {"a": 4, "b": 2}})),
         )
 
 

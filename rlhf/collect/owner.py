@@ -134,6 +134,7 @@ def _described(vote: Vote) -> dict[str, Any]:
         "verdict": verdict,
         "reason": vote.reason,
         "tags": vote.tags,
+        "corrected": vote.corrected,
     }
 
 

@@ -10,11 +10,12 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from rlhf.collect import auth
-from rlhf.collect.queue import ANSWERS, Answer, Assignment, Progress
+from rlhf.collect.queue import ANSWERS, SIDES, Answer, Assignment, Progress
 from rlhf.collect.session import Refused, Site, annotator, page, read_form
 
 # characters
 LONGEST_REASON = 2000
+LONGEST_CORRECTION = 4000
 # characters of the name that a form gives to one click
 LONGEST_CLICK = 64
 NOTES = {
@@ -119,6 +120,10 @@ async def vote(request: Request) -> Response:
         strength=int(strength) if strength in ("1", "2", "3") else None,
         reason=_first(form, "reason").strip()[:LONGEST_REASON] or None,
         tags=tuple(tag for tag in site.tags if tag in ticked),
+        # browsers send line ends as CR LF
+        corrected=_first(form, "corrected").replace("\r\n", "\n").strip()[:LONGEST_CORRECTION]
+        or None,
+        ratings=_ratings(form, site.criteria),
     )
     outcome = await site.do(site.queue.vote, person["id"], int(assignment), answer, click)
     return RedirectResponse(f"/?note={outcome}", 303)
@@ -143,6 +148,17 @@ async def leave(request: Request) -> Response:
     await site.do(site.queue.release, person["id"])
     text = "You are signed out of this browser. Your personal link signs you in again."
     return site.sign_out(page("message.html", site, title="Goodbye", text=text), "annotator")
+
+
+def _ratings(form: dict[str, list[str]], criteria: list[str]) -> tuple[tuple[str, str, int], ...]:
+    """Return (criterion, side, 1 to 5) of what was rated; anything else in the form is not read."""
+    found = []
+    for number, criterion in enumerate(criteria):
+        for side in SIDES:
+            given = _first(form, f"rate-{number}-{side}")
+            if given in ("1", "2", "3", "4", "5"):
+                found.append((criterion, side, int(given)))
+    return tuple(found)
 
 
 def _first(form: dict[str, list[str]], name: str) -> str:

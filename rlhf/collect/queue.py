@@ -58,13 +58,23 @@ class Assignment:
 @dataclass(frozen=True)
 class Answer:
     """An annotator's answer: left, right, tie, both_bad or skip; strength 1 to 3 for a side; a
-    reason if given.
+    reason if given, and a better answer. ratings: (criterion, side, 1 to 5).
     """
 
     choice: str
     strength: int | None = None
     reason: str | None = None
     tags: tuple[str, ...] = ()
+    corrected: str | None = None
+    ratings: tuple[tuple[str, str, int], ...] = ()
+
+    def criteria(self, left: str) -> dict[str, dict[str, int]]:
+        """Return the ratings in the store's words, {criterion: {"a": 4}}, whichever side a was on."""
+        names = {"left": left, "right": "b" if left == "a" else "a"}
+        found: dict[str, dict[str, int]] = {}
+        for criterion, side, rating in self.ratings:
+            found.setdefault(criterion, {})[names[side]] = rating
+        return found
 
     def store_choice(self, left: str) -> str:
         """Return the choice in the store's words: a or b, whichever side it was shown on, or the
@@ -203,6 +213,8 @@ class Queue:
                 reason=answer.reason,
                 tags=list(answer.tags),
                 duration_ms=max(0, round(1000 * (self.store.clock() - since))),
+                corrected=answer.corrected,
+                criteria=answer.criteria(held.left),
                 request=key,
             )
             return "saved"

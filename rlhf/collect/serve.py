@@ -18,6 +18,7 @@ from rlhf.data.store import Store
 from rlhf.errors import UserError
 from rlhf.http_server import is_loopback, listen, local_url
 
+MOST_CRITERIA = 8
 TAGS = ["wrong", "off tone", "too long", "too short", "unsafe"]
 
 
@@ -52,6 +53,9 @@ class ServeConfig:
     )
     voice: str | None = option(None, "a brand voice (YAML) whose guide is shown beside the answers")
     tags: list[str] = option(TAGS, "reasons to tick, as short words")
+    criteria: list[str] = option(
+        [], "what each answer may be rated on from 1 to 5 beside the choice, such as clear,on brand"
+    )
     host: str = option(
         "127.0.0.1", "the address to listen on; any but this machine's own needs https"
     )
@@ -84,6 +88,12 @@ class ServeConfig:
             raise UserError(
                 f"'host' is {self.host}, which means every address of this machine and cannot be used in a link; say "
                 "where people reach it with --url https://HOST"
+            )
+        self.criteria = list(dict.fromkeys(one_name(name) for name in self.criteria))
+        if len(self.criteria) > MOST_CRITERIA:
+            raise UserError(
+                f"'criteria' has {len(self.criteria)} names, expected {MOST_CRITERIA} at most: people rate two "
+                "answers by each"
             )
         self.annotators = list(dict.fromkeys(map(auth.checked_name, self.annotators)))
         self.adjudicators = list(dict.fromkeys(map(auth.checked_name, self.adjudicators)))
@@ -146,6 +156,7 @@ def serve(config: ServeConfig, guide: Guide | None = None) -> None:
             url=url,
             guide=guide,
             tags=config.tags,
+            criteria=config.criteria,
             secure=url.startswith("https://"),
             cookie=f"rlhf_{config.port}",
         )

@@ -48,6 +48,8 @@ class Site:
     url: str = ""
     guide: Guide | None = None
     tags: list[str] = field(default_factory=list)
+    # names of what each answer is rated on, 1 to 5
+    criteria: list[str] = field(default_factory=list)
     # send cookies over https only
     secure: bool = False
     # prefix of the cookies' names, since browsers share cookies between ports

@@ -10,12 +10,14 @@ from typing import Any
 
 from rlhf.collect.queue import Queue, Rules
 from rlhf.config import option
-from rlhf.data.annotator_report import annotators_markdown, view_summary
+from rlhf.data.annotator_report import UNKNOWN, annotators_markdown, view_summary
 from rlhf.data.sources import ALL_TIES_HELP
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote, by_comparison, final_votes, no_preference
 from rlhf.errors import UserError
-from rlhf.voting.ballots import read_ballots
+from rlhf.stats import clustered_se
+from rlhf.text import markdown_table
+from rlhf.voting.ballots import read_ballots, short_names
 from rlhf.voting.page import votes_markdown
 from rlhf.voting.rates import MARGIN, summarise_votes
 
@@ -52,9 +54,10 @@ def summary(store: Store, margin: float = MARGIN) -> dict[str, Any]:
     {"progress": {complete, begun, untouched, all}, "controls", "overlap", "slots": {given, needed},
     "undone", "event", "excluded" ({name: event}), "adjudicated" (pairs that an adjudicator has
     decided), "choices", "no_preference" (in words, where no vote prefers an answer),
-    "normal" (votes on pairs that are not controls), "disputed", "votes": `summarise_votes`, None
-    where no two policies were compared} and all of `agreement_summary`; kappa is that of the two
-    annotators each with most pairs in common, and "kappa_of" how many there are.
+    "criteria": `criteria_means`, "normal" (votes on pairs that are not controls), "disputed",
+    "votes": `summarise_votes`, None where no two policies were compared} and all of
+    `agreement_summary`; kappa is that of the two annotators each with most pairs in common, and
+    "kappa_of" how many there are.
     """
     rules, view = rules_of(store), store.at()
     pairs, votes, stats = view.pairs(), view.votes(), view.stats()
@@ -78,6 +81,7 @@ def summary(store: Store, margin: float = MARGIN) -> dict[str, Any]:
         "no_preference": no_preference(stats["normal_choices"]),
         "normal": sum(pairs[vote.comparison]["kind"] == "normal" for vote in votes),
         "disputed": len(disputed(votes, pairs)),
+        "criteria": criteria_means(votes, pairs),
         "votes": summarise_votes(read_ballots(view), overlap=rules.overlap, margin=margin),
     }
 
@@ -101,6 +105,43 @@ def disputed(votes: list[Vote], pairs: dict[int, dict[str, Any]]) -> list[tuple[
             split.append((-minority, -len(own), id, own))
     split.sort(key=lambda row: row[:3])
     return [(id, own) for *_, id, own in split]
+
+
+def criteria_means(votes: list[Vote], pairs: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the mean rating of each policy by each criterion, control pairs left out.
+
+    [{criterion, policy ("" if unknown), mean, se (None with one group), ratings}], with the standard
+    error over groups of prompts.
+    """
+    ratings: dict[tuple[str, str], list[tuple[float, str]]] = {}
+    for vote in votes:
+        pair = pairs[vote.comparison]
+        if pair["kind"] != "normal":
+            continue
+        for criterion, given in vote.criteria.items():
+            for side, rating in given.items():
+                key = criterion, pair[f"model_{side}"] or ""
+                ratings.setdefault(key, []).append((rating, pair["metadata"]["group"]))
+    models = sorted({model for _, model in ratings if model})
+    names = {"": ""} | dict(zip(models, short_names(models), strict=True))
+    rows = []
+    for (criterion, model), given in sorted(ratings.items()):
+        values, groups = zip(*given, strict=True)
+        row = {"criterion": criterion, "policy": names[model], "ratings": len(values)}
+        mean = sum(values) / len(values)
+        rows.append(row | {"mean": mean, "se": clustered_se(values, groups)})
+    return rows
+
+
+def criteria_markdown(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of a table of mean ratings."""
+    cells = []
+    for row in rows:
+        shown = f"{row['mean']:.2f}"
+        shown += "" if row["se"] is None else f" ± {row['se']:.2f}"
+        cells.append([row["criterion"], row["policy"] or UNKNOWN, shown, str(row["ratings"])])
+    header = ["criterion", "policy", "mean rating ± standard error", "ratings"]
+    return markdown_table(header, cells, right=[2, 3])
 
 
 def status(config: StatusConfig) -> dict[str, Any]:
@@ -136,6 +177,8 @@ def status(config: StatusConfig) -> dict[str, Any]:
     print("\n".join(annotators_markdown(found)))
     if found["votes"]:
         print("\n".join(["", "Which policy is preferred:", *votes_markdown(found["votes"])]))
+    if found["criteria"]:
+        print("\n".join(["", *criteria_markdown(found["criteria"])]))
     ordinal = found["alpha"]["ordinal"]
     # a single pair has no interval
     if ordinal["estimate"] is not None and ordinal["low"] is not None:

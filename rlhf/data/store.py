@@ -340,6 +340,8 @@ class Store:
         reason: str | None = None,
         tags: list[str] | None = None,
         duration_ms: int | None = None,
+        corrected: str | None = None,
+        criteria: dict[str, dict[str, int]] | None = None,
         request: str | None = None,
         created: str | None = None,
     ) -> int:
@@ -347,7 +349,8 @@ class Store:
 
         choice: "a", "b", "tie", "both_bad", "skip", or the id of the better response.
         left: which response was shown on the left (first). strength: 1 slightly, 2 clearly, 3 by
-        far.
+        far. corrected: a better answer that the annotator wrote. criteria: ratings from 1 to 5 of
+        the responses, {name: {"a": 4, "b": 2}}.
         request: a name the caller gives to this one click; sent twice, it is recorded once.
         created: when it was cast elsewhere (ISO 8601). Raises UserError if this annotator has voted
         on this comparison already (undo that first).
@@ -356,7 +359,7 @@ class Store:
             done = self.request(request)
             if done:
                 return done["id"]
-            pair = self._one("SELECT a, b FROM comparisons WHERE id = ?", comparison)
+            pair = self._one("SELECT prompt, a, b FROM comparisons WHERE id = ?", comparison)
             if pair is None:
                 raise UserError(f"{self.path}: there is no comparison {comparison}")
             # callers may name the response instead of its letter
@@ -371,6 +374,10 @@ class Store:
                     f"{self.path}: annotator {annotator} has voted on comparison {comparison} already (event "
                     f"{standing}); undo that vote first"
                 )
+            _check_criteria(criteria or {})
+            written = None
+            if corrected is not None and corrected.strip():
+                written = self.add_response(pair["prompt"], corrected)
             return self._event(
                 comparison=comparison,
                 annotator=annotator,
@@ -381,6 +388,8 @@ class Store:
                 reason=reason,
                 tags=_json(tags or []),
                 duration_ms=duration_ms,
+                corrected=written,
+                criteria=_json(criteria) if criteria else None,
                 request=request,
                 created=created or self._now(),
             )
@@ -472,7 +481,8 @@ class Store:
             return self._insert(table, {key_column: key} | row | {"created": self._now()})
 
     def _event(self, **row: Any) -> int:
-        return self._insert("events", {"tags": "[]", "created": self._now()} | row)
+        given = {name: value for name, value in row.items() if value is not None}
+        return self._insert("events", {"tags": "[]", "created": self._now()} | given)
 
     def _now(self) -> str:
         return datetime.fromtimestamp(self.clock(), UTC).isoformat(timespec="milliseconds")
@@ -498,6 +508,15 @@ def token_hash(token: str) -> str:
     reversed.
     """
     return hashlib.sha256(token.encode()).hexdigest()
+
+
+def _check_criteria(criteria: dict[str, dict[str, int]]) -> None:
+    for name, ratings in criteria.items():
+        for side, rating in ratings.items():
+            if side not in ("a", "b") or rating not in (1, 2, 3, 4, 5):
+                raise UserError(
+                    f"criterion {name!r}: found {side!r}: {rating!r}, expected a or b from 1 to 5"
+                )
 
 
 def _json(value: Any) -> str:

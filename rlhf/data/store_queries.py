@@ -13,10 +13,11 @@ from typing import Any
 
 from rlhf.data.records import Preference, Prompt, Record
 from rlhf.data.split import answer_pair, join_groups
-from rlhf.data.votes import CHOICES, Aggregate, Vote, verdicts
+from rlhf.data.votes import CHOICES, Aggregate, Vote, after_adjudication, verdicts
 
 STANDING_VOTES = """
-    SELECT e.*, n.name, n.source, n.role FROM events e JOIN annotators n ON n.id = e.annotator
+    SELECT e.*, n.name, n.source, n.role, r.text AS corrected_text
+    FROM events e JOIN annotators n ON n.id = e.annotator LEFT JOIN responses r ON r.id = e.corrected
     WHERE e.kind = 'vote' AND e.id <= :upto
         AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id AND u.id <= :upto)
     ORDER BY e.id"""
@@ -88,6 +89,8 @@ class StoreView:
                 created=row["created"],
                 source=row["source"],
                 is_final=row["role"] == "adjudicator",
+                corrected=row["corrected_text"],
+                criteria=json.loads(row["criteria"] or "{}"),
             )
             standing.append(vote)
         return standing
@@ -102,6 +105,9 @@ class StoreView:
         skips give none. "majority", "skill": one record for each comparison with a winner, with
         label_prob and, where votes gave their strength, margin (votes.py). `keep_ties`: what has no
         winner too, with tie_prob.
+
+        Where an annotator wrote a better answer, a record has it as `chosen`, over the answer they
+        preferred, or over each of the two; `metadata["vote"]["corrected"]` is then true.
         """
         return [_record(Preference, row) for row in self.rows(aggregate, keep_ties=keep_ties)]
 
@@ -117,27 +123,21 @@ class StoreView:
         # with groups joined over all votes, whatever `aggregate` is
         prompts = self.prompts_by_id()
         rows = []
-        found = verdicts(self.votes(), aggregate, self.controls(), keep_ties=keep_ties)
-        for verdict in found:
+        votes, controls = self.votes(), self.controls()
+        for verdict in verdicts(votes, aggregate, controls, keep_ties=keep_ties):
             pair = pairs[verdict.comparison]
             winner, loser = ("a", "b") if verdict.winner == "a" else ("b", "a")
-            row = dict(prompts[pair["prompt"]])
-            row["chosen"] = pair[f"text_{winner}"]
-            row["rejected"] = pair[f"text_{loser}"]
+            row = _row(prompts[pair["prompt"]], pair, pair[f"text_{winner}"], loser)
             # 0: the response was cut off; NULL: not known, which counts as ended
             if pair[f"ended_{winner}"] == 0:
                 row["chosen_ended"] = False
-            if pair[f"ended_{loser}"] == 0:
-                row["rejected_ended"] = False
             row["annotator"] = verdict.annotator
             row["label_prob"] = verdict.label_prob
             row["tie_prob"] = verdict.tie_prob
             row["margin"] = verdict.margin
-            row["metadata"] = row["metadata"] | {
-                "vote": {"comparison": verdict.comparison} | verdict.metadata
-            }
+            row["metadata"]["vote"] |= verdict.metadata
             rows.append({name: value for name, value in row.items() if value is not None})
-        return rows
+        return rows + _corrections(after_adjudication(votes), pairs, prompts, controls)
 
     def prompt_rows(self) -> list[dict[str, Any]]:
         """Return `prompts` as rows."""
@@ -281,6 +281,41 @@ class StoreView:
         free = {row["id"]: row["default_group"] for row in prompts if row["own_group"] is None}
         joined = join_groups(list(free.values()), [links[prompt] for prompt in free])
         return dict(zip(free, joined, strict=True))
+
+
+def _row(prompt: dict[str, Any], pair: dict[str, Any], chosen: str, loser: str) -> dict[str, Any]:
+    """Return the row of a pair in which `chosen` is better than the response "a" or "b"."""
+    row = prompt | {"chosen": chosen, "rejected": pair[f"text_{loser}"]}
+    if pair[f"ended_{loser}"] == 0:
+        row["rejected_ended"] = False
+    row["metadata"] = prompt["metadata"] | {"vote": {"comparison": pair["id"]}}
+    return row
+
+
+def _corrections(
+    votes: list[Vote],
+    pairs: dict[int, dict[str, Any]],
+    prompts: dict[int, dict[str, Any]],
+    controls: dict[int, str],
+) -> list[dict[str, Any]]:
+    """Return a row for each answer that an annotator wrote over one that they were shown."""
+    rows = []
+    for vote in votes:
+        if vote.corrected is None or vote.comparison in controls:
+            continue
+        pair = pairs[vote.comparison]
+        # better than the preferred answer says more than better than the other
+        for loser in vote.choice if vote.choice in ("a", "b") else "ab":
+            # written without a change
+            if pair[f"text_{loser}"].strip() == vote.corrected.strip():
+                continue
+            row = _row(prompts[pair["prompt"]], pair, vote.corrected, loser)
+            row["annotator"] = vote.annotator
+            about = {"event": vote.event, "corrected": True}
+            about |= {"reason": vote.reason} if vote.reason else {}
+            row["metadata"]["vote"] |= about
+            rows.append(row)
+    return rows
 
 
 def _pair(row: sqlite3.Row) -> dict[str, Any]:

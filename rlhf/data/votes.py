@@ -41,6 +41,10 @@ class Vote:
     source: str = "human"
     # of an adjudicator: it ends the dispute
     is_final: bool = False
+    # a better answer that the annotator wrote
+    corrected: str | None = None
+    # ratings from 1 to 5 by criterion and response: {"clear": {"a": 4, "b": 2}}
+    criteria: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,20 +89,36 @@ def each(votes: list[Vote], *, keep_ties: bool = False) -> list[Verdict]:
             )
         if vote.choice not in ("a", "b"):
             continue
-        details = {
-            "event": vote.event,
-            "strength": vote.strength,
-            "reason": vote.reason,
-            "tags": vote.tags,
-        }
-        if vote.left:
-            # whether people prefer a side is judged by it
-            details["shown"] = "left" if vote.left == vote.choice else "right"
-        given = {name: value for name, value in details.items() if value}
+        given = details_of(vote)
         verdicts.append(
             Verdict(vote.comparison, vote.choice, annotator=vote.annotator, metadata=given)
         )
     return verdicts
+
+
+def details_of(vote: Vote) -> dict[str, Any]:
+    """Return what a vote for a or b says beside its choice, as far as it says it."""
+    details = {
+        "event": vote.event,
+        "strength": vote.strength,
+        "reason": vote.reason,
+        "tags": vote.tags,
+        "criteria": _of_sides(vote),
+    }
+    if vote.left and vote.choice in ("a", "b"):
+        # whether people prefer a side is judged by it
+        details["shown"] = "left" if vote.left == vote.choice else "right"
+    return {name: value for name, value in details.items() if value}
+
+
+def _of_sides(vote: Vote) -> dict[str, dict[str, int]]:
+    """Return the ratings by the row's names, since a reader of the row knows no a and b."""
+    worse = "b" if vote.choice == "a" else "a"
+    sides = {vote.choice: "chosen", worse: "rejected"}
+    found = {}
+    for name, ratings in vote.criteria.items():
+        found[name] = {sides[side]: rating for side, rating in ratings.items()}
+    return found
 
 
 def majority(votes: list[Vote], *, keep_ties: bool = False) -> list[Verdict]:

@@ -2,8 +2,9 @@
 
 {"id", "fields": {"prompt": messages, "answer_a", "answer_b"}, "metadata", "suggestions",
 "responses": {question: [{"value", "user_id"}]}, "vectors"}. Questions: preference (label: a, b,
-tie, both_bad, skip), strength (rating, 1 to 3), tags (labels), reason (text). Argilla keeps no
-names, times, sides or several models' votes: these are in the metadata under `rlhf`, as JSON.
+tie, both_bad, skip), strength (rating, 1 to 3), tags (labels), reason and corrected (text: why, and
+a better answer). Argilla keeps no names, times, sides, criteria of each answer or several models'
+votes: these are in the metadata under `rlhf`, as JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +29,13 @@ CHOICE_TEXTS = {
     "skip": "Skip",
 }
 # fields of a vote, and the question of each
-QUESTIONS = {"choice": "preference", "strength": "strength", "tags": "tags", "reason": "reason"}
+QUESTIONS = {
+    "choice": "preference",
+    "strength": "strength",
+    "tags": "tags",
+    "reason": "reason",
+    "corrected": "corrected",
+}
 SHOWN = ("group", "split", "voice")
 
 
@@ -90,6 +97,7 @@ def settings(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
             {"type": "rating", "options": [{"value": value} for value in (1, 2, 3)]},
         ),
         _question("reason", "Why?", {"type": "text", "use_markdown": False}),
+        _question("corrected", "A better answer", {"type": "text", "use_markdown": True}),
     ]
     if tags:
         # a choice of one label is refused
@@ -212,7 +220,7 @@ def _vote(
     """Return one annotator's answers to the questions as a vote; None where none is a choice."""
     choice = None
     for question, value in given.items():
-        if question in ("reason", "tags", "strength"):
+        if question in ("reason", "tags", "strength", "corrected"):
             continue
         choice = choice or (
             _ranked(value, sides) if isinstance(value, list) else choice_of(value, sides)
@@ -231,6 +239,7 @@ def _vote(
         strength=strength if strength in (1, 2, 3) else None,
         reason=given.get("reason"),
         tags=list(given.get("tags") or []),
+        corrected=given.get("corrected"),
     )
 
 

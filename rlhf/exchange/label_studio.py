@@ -71,8 +71,10 @@ def _result(vote: CastVote) -> list[dict[str, Any]]:
         found.append(("strength", "answer1", "rating", {"rating": vote.strength}))
     if vote.tags:
         found.append(("tags", "answer1", "choices", {"choices": vote.tags}))
-    if vote.reason is not None:
-        found.append(("reason", "answer1", "textarea", {"text": [vote.reason]}))
+    for name in ("reason", "corrected"):
+        text = getattr(vote, name)
+        if text is not None:
+            found.append((name, "answer1", "textarea", {"text": [text]}))
     result = []
     for name, to_name, kind, value in found:
         id = digest(f"{vote.annotator} {name} {value}")[:10]
@@ -104,8 +106,11 @@ def labelling(pairs: Sequence[JudgedPair]) -> str:
         lines.append('  <Choices name="tags" toName="answer1" choice="multiple">')
         lines += [f"    <Choice value={quoteattr(tag)}/>" for tag in tags]
         lines.append("  </Choices>")
-    reason = '  <TextArea name="reason" toName="answer1" placeholder="Why?" maxSubmissions="1"/>'
-    return "\n".join([*lines, reason, "</View>", ""])
+    for name, asked in (("reason", "Why?"), ("corrected", "A better answer")):
+        lines.append(
+            f'  <TextArea name="{name}" toName="answer1" placeholder="{asked}" maxSubmissions="1"/>'
+        )
+    return "\n".join([*lines, "</View>", ""])
 
 
 def from_tasks(
@@ -184,7 +189,8 @@ def _vote(annotation: dict[str, Any], name: str, sides: tuple[str, str], place: 
         elif kind == "rating" and value.get("rating") in (1, 2, 3):
             vote.strength = value["rating"]
         elif kind == "textarea":
-            vote.reason = "\n".join(value.get("text", ())) or None
+            name = "corrected" if region.get("from_name") == "corrected" else "reason"
+            setattr(vote, name, "\n".join(value.get("text", ())) or None)
     # a prediction cannot be cancelled: one without a choice is a skip
     is_skip = annotation.get("was_cancelled") or ("model_version" in annotation and not choices)
     if not is_skip:

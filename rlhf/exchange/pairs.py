@@ -14,7 +14,7 @@ from rlhf.errors import UserError
 
 Kind = Literal["person", "model", "rule"]
 # fields of a vote that say the same in every program
-CHANGEABLE = ("choice", "strength", "reason", "tags")
+CHANGEABLE = ("choice", "strength", "reason", "tags", "corrected")
 
 
 @dataclass
@@ -39,6 +39,8 @@ class CastVote:
     tags: list[str] = field(default_factory=list)
     duration_ms: int | None = None
     created: str | None = None
+    corrected: str | None = None
+    criteria: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass
@@ -85,6 +87,8 @@ def pairs_of_view(view: StoreView) -> list[JudgedPair]:
             vote.tags,
             vote.duration_ms,
             vote.created,
+            vote.corrected,
+            vote.criteria,
         )
         found[vote.comparison].votes.append(cast)
     return list(found.values())
@@ -181,6 +185,7 @@ def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
     )
     # the store may know the answers already, the other one first
     is_swapped = ids["a"] > ids["b"]
+    names = {"a": "b", "b": "a"} if is_swapped else {"a": "a", "b": "b"}
     for vote in pair.votes:
         annotator = store.add_annotator(vote.annotator, vote.kind)
         if store.standing_vote(comparison, annotator):
@@ -190,15 +195,26 @@ def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
             comparison,
             annotator,
             ids.get(vote.choice, vote.choice),
-            left={"a": "b", "b": "a"}.get(vote.left) if is_swapped else vote.left,
+            left=names.get(vote.left),
             strength=vote.strength,
             reason=vote.reason,
             tags=vote.tags,
             duration_ms=vote.duration_ms,
+            corrected=vote.corrected,
+            criteria=_renamed(vote.criteria, names),
             created=vote.created,
         )
         added.votes += 1
         added.annotators.add(vote.annotator)
+
+
+def _renamed(
+    criteria: dict[str, dict[str, int]], names: dict[str, str]
+) -> dict[str, dict[str, int]]:
+    found = {}
+    for name, ratings in criteria.items():
+        found[name] = {names[side]: rating for side, rating in ratings.items()}
+    return found
 
 
 def extras_of(pair: JudgedPair) -> dict[str, Any]:
@@ -259,4 +275,5 @@ def _vote_of(
                 vote.strength = strength
     vote.reason = details.get("reason")
     vote.tags = details.get("tags", [])
+    vote.criteria = _renamed(details.get("criteria", {}), {"chosen": choice, "rejected": other})
     return vote

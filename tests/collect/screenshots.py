@@ -50,7 +50,9 @@ def judge(path: Path) -> None:
                     )
                 )
                 took = round(1000 * seconds * rng.uniform(0.5, 1.6))
+                ratings = {side: rng.randint(3, 4) + (side == good) for side in "ab"}
                 about = {
+                    "criteria": {"clear": ratings} if rng.random() < 0.5 else None,
                     "left": left,
                     "strength": rng.randint(1, 3),
                     "tags": tags,
@@ -64,9 +66,9 @@ def shoot(folder: Path) -> None:
     path = fill(work / "fernhill.db", pairs=60, controls=10)
     judge(path)
     voice = ("--voice", str(ROOT / "configs" / "voices" / "shop.yaml"))
-    server = Server(
-        path, "--annotators", "sim-Ann,sim-Bela,sim-Cem,sim-Dora,sim-Eve", "--overlap", "3", *voice
-    ).start()
+    people = ("--annotators", "sim-Ann,sim-Bela,sim-Cem,sim-Dora,sim-Eve", "--overlap", "3")
+    more = ("--adjudicators", "sim-Fay", "--criteria", "clear,sounds like us")
+    server = Server(path, *people, *more, *voice).start()
     try:
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(

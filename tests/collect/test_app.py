@@ -399,6 +399,44 @@ def test_the_owner_excludes_and_a_second_look_decides(tmp_path, serve, capsys):
     assert {vote.annotator for vote in votes(running)} == {"dora"}
 
 
+def test_a_better_answer_and_ratings_are_kept_and_shown(tmp_path, serve, capsys):
+    path = fill(tmp_path / "votes.db", pairs=1, controls=1)
+    running = serve(
+        path, "--annotators", "ann,bob", "--criteria", "clear,on <brand>", "--control_share", "0"
+    )
+    written = "A better one <b>\r\n\r\nand more. "
+    rated = {"rate-0-left": "5", "rate-0-right": "2", "rate-1-right": "1", "rate-1-left": "6"}
+    ann = client(running, "ann")
+    page = ann.get("/")[1]
+    assert page.count("on &lt;brand&gt;") == 2 and "A better answer" in page
+    # a criterion that is not asked about is not read
+    form = fields_of(page) | rated | {"rate-2-left": "3", "choice": "left", "corrected": written}
+    assert ann.post("/vote", form)[0].headers["Location"] == "/?note=saved"
+    (vote,) = votes(running)
+    assert vote.corrected == "A better one <b>\n\nand more."
+    right = "b" if vote.left == "a" else "a"
+    assert vote.criteria == {"clear": {vote.left: 5, right: 2}, "on <brand>": {right: 1}}
+    owner = client(running, "owner")
+    shown = {f"{p}-{s}" for p in ("clear", "on &lt;brand&gt;") for s in ("sft-one", "sft-two")}
+    found = re.findall(
+        r'<th scope="row">([^<]*)</th>\s*<td data-label="Policy">([^<]*)</td>',
+        owner.get("/owner")[1],
+    )
+    assert {"-".join(row) for row in found} < shown and len(found) == 3
+    with Store.open(path) as store:
+        bob = store.add_annotator("bob")
+        store.vote(1, bob, right, corrected="Mine <i>")
+    assert 'wrote: <q dir="auto">Mine &lt;i&gt;</q>' in owner.get("/owner/disputed")[1]
+    text = owner.get("/owner/export?aggregate=majority")[1]
+    rows = [json.loads(line) for line in text.splitlines()]
+    assert {row["chosen"] for row in rows} == {"A better one <b>\n\nand more.", "Mine <i>"}
+    capsys.readouterr()
+    main(["collect", "status", str(path)])
+    assert "| clear " in capsys.readouterr().out
+    with pytest.raises(UserError, match="has 9 names, expected 8 at most"):
+        ServeConfig(store=str(path), criteria=list("abcdefghi")).validate()
+
+
 def test_links_can_be_replaced_and_revoked_while_serving(tmp_path, serve, capsys):
     running = serve(fill(tmp_path / "votes.db"), "--annotators", "ann,bob")
     ann, bob = client(running, "ann"), client(running, "bob")

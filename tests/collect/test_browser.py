@@ -40,7 +40,8 @@ def browse(chromium):
 @pytest.fixture
 def server(tmp_path, serve):
     path = fill(tmp_path / "votes.db", pairs=4)
-    return serve(path, "--annotators", "ann,bob", "--overlap", "2", *VOICE)
+    criteria = ("--criteria", "clear,sounds like the brand")
+    return serve(path, "--annotators", "ann,bob", "--overlap", "2", *criteria, *VOICE)
 
 
 def votes(server, name="ann"):
@@ -177,6 +178,39 @@ def test_without_scripts(browse, server):
     assert "Undone" in page.inner_text("#note") and votes(server) == []
 
 
+def test_answers_are_rated_and_written_by_keyboard(browse, server):
+    page = browse(server, "ann")
+    page.click("#start")
+    page.focus("#rate-0-left")
+    page.keyboard.press("4")  # of the list, not "clearly"
+    assert page.input_value("#rate-0-left") == "4" and not page.is_checked("#strength-2")
+    page.select_option("#rate-1-right", "2")
+    assert not page.is_checked("#pick-1")  # a rating is no choice
+    page.keyboard.press("Escape")
+    page.keyboard.press("1")
+    page.keyboard.press("w")
+    page.keyboard.press("Tab")
+    page.keyboard.type("Better: 1 2 t.")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Enter")
+    saved(page, 1)
+    [vote] = votes(server)
+    right = "b" if vote.left == "a" else "a"
+    assert vote.choice == vote.left and vote.corrected == "Better: 1 2 t."
+    assert vote.criteria == {"clear": {vote.left: 4}, "sounds like the brand": {right: 2}}
+
+
+def zoe_is_excluded_after_her_vote(server):
+    with Store.open(server.store) as store:
+        zoe, yan = store.add_annotator("zoe"), store.add_annotator("yan")
+        ratings = {"sounds like the brand": {"a": 1, "b": 5}}
+        store.vote(1, yan, "a", criteria=ratings, corrected="Mine. " * 30)
+        store.vote(1, zoe, "b", criteria=ratings)
+        store.vote(2, zoe, "b")
+        store.vote(1, store.add_annotator("xia"), "b")
+        store.exclude("zoe")
+
+
 def test_an_impatient_finger_is_one_vote(browse, server):
     page = browse(server, "ann")
     page.goto(server.url)
@@ -245,6 +279,7 @@ def test_the_owner_looks_and_exports(browse, server):
 
 @pytest.mark.parametrize("width", [320, 390, 820, 1360])
 def test_nothing_sticks_out(browse, server, width):
+    zoe_is_excluded_after_her_vote(server)
     page = browse(server, "ann", viewport={"width": width, "height": 780})
     owner = browse(server, "owner", viewport={"width": width, "height": 780})
     for there, path in (
@@ -268,6 +303,7 @@ def test_pages_pass_the_accessibility_rules(browse, server, scheme):
     axe = pytest.importorskip(
         "axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed"
     )
+    zoe_is_excluded_after_her_vote(server)
     page = browse(server, "ann", color_scheme=scheme)
     owner = browse(server, "owner", color_scheme=scheme)
 

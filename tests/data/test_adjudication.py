@@ -212,3 +212,46 @@ def test_random_stores_agree_with_a_plain_count(store):
     found = {v.comparison: v.winner for v in verdicts(view.votes(), "majority")}
     assert found == expected
     assert view.stats()["comparisons_with_winner"] == len(expected)
+
+
+def test_a_corrected_answer_becomes_the_chosen_one_and_is_marked(store):
+    first, second, third, fourth = (pair(store, f"q{i}", "Good.", "Bad.") for i in range(4))
+    ann, bob = store.add_annotator("ann"), store.add_annotator("bob")
+    store.vote(first, ann, "b", corrected="Better.", reason="longer")
+    store.vote(second, bob, "both_bad", corrected="Better.")
+    # sent as it was shown, or empty, it says nothing
+    store.vote(third, ann, "a", corrected=" Good.\n")
+    store.vote(fourth, ann, "a", corrected="  ")
+
+    def rows(aggregate):
+        return [(r.chosen, r.rejected, r.annotator) for r in store.at().preferences(aggregate)]
+
+    added = [("Better.", "Bad.", "ann"), ("Better.", "Good.", "bob"), ("Better.", "Bad.", "bob")]
+    usual = [("Bad.", "Good.", "ann"), ("Good.", "Bad.", "ann"), ("Good.", "Bad.", "ann")]
+    assert rows("each") == usual + added
+    assert rows("majority") == [(*row[:2], None) for row in usual] + added
+    marked = [r for r in store.at().preferences() if r.metadata["vote"].get("corrected")]
+    assert [r.chosen for r in marked] == 3 * ["Better."]
+    assert marked[0].metadata["vote"] == {
+        "comparison": first,
+        "event": 1,
+        "corrected": True,
+        "reason": "longer",
+    }
+    # the vote itself is about what was shown
+    assert {v.corrected for v in store.at().votes()} == {"Better.", " Good.\n", None}
+    store.exclude("bob")
+    assert rows("each") == usual + added[:1]
+
+
+def test_criteria_are_of_the_answers_and_come_with_the_row(store):
+    number, ann = pair(store), store.add_annotator("ann")
+    with pytest.raises(UserError, match="criterion 'clear': found 'a': 6, expected a or b"):
+        store.vote(number, ann, "b", criteria={"clear": {"a": 6}})
+    store.vote(number, ann, "b", criteria={"clear": {"a": 2, "b": 5}, "on brand": {"a": 1}})
+    (row,) = store.at().rows()
+    assert row["metadata"]["vote"]["criteria"] == {
+        "clear": {"rejected": 2, "chosen": 5},
+        "on brand": {"rejected": 1},
+    }
+    assert store.at().votes()[0].criteria["clear"] == {"a": 2, "b": 5}

@@ -45,6 +45,8 @@ def store(tmp_path):
             reason="Says\nit.",
             tags=["tone", "a & b"],
             duration_ms=12345,
+            corrected="Zwei\n\nand more",
+            criteria={"clear": {"a": 1, "b": 5}, "on brand": {"b": 3}},
         )
         opened.vote(pair, cem, "tie", left="a", duration_ms=1)
         opened.vote(pair, judge, "a", strength=1)
@@ -106,6 +108,7 @@ def test_label_studio_sees_the_votes_in_its_own_form(store):
         "strength": ("rating", {"rating": 3}),
         "tags": ("choices", {"choices": ["tone", "a & b"]}),
         "reason": ("textarea", {"text": ["Says\nit."]}),
+        "corrected": ("textarea", {"text": ["Zwei\n\nand more"]}),
     }
     assert cem["result"][0]["value"] == {"choices": ["tie"]}
     assert [p["model_version"] for p in task["predictions"]] == ["gpt", "longer"]
@@ -296,3 +299,4 @@ def test_answers_that_the_store_has_in_the_other_order_keep_their_votes(store, t
         vote = next(v for v in other.at().votes() if v.annotator == "Ann Öz")
         assert other.at().pair(vote.comparison)["text_a"] == "Zwei ☂"
         assert (vote.choice, vote.left) == ("a", "a")
+        assert vote.criteria == {"clear": {"b": 1, "a": 5}, "on brand": {"a": 3}}

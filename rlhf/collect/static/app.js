@@ -58,7 +58,12 @@ document.addEventListener("keydown", (event) => {
   }
   const start = document.getElementById("start");
   if (event.key === "Enter" && start && !event.target.closest("a, button, input, summary")) { start.click(); return; }
-  if (event.key === "Enter" && form && !event.target.closest("a, button, summary, .why")) { event.preventDefault(); save(); return; }
+  if (event.key === "Enter" && form && !event.target.closest("a, button, summary, select, .why")) { event.preventDefault(); save(); return; }
+  // a digit in a list chooses its entry
+  if (event.target.closest("select")) {
+    if (event.key === "Escape") event.target.blur();
+    if (/^[0-9]$/.test(event.key)) return;
+  }
   if (!keysOn()) return;
   const key = event.key.toLowerCase();
   if (key === "u" && undo && !undo.disabled) { event.preventDefault(); undo.click(); return; }
@@ -81,7 +86,7 @@ document.addEventListener("keydown", (event) => {
 // A click on an answer chooses it, unless text was being selected or a link followed.
 for (const answer of document.querySelectorAll("[data-picks]")) {
   answer.addEventListener("click", (event) => {
-    if (event.target.closest("a, summary, button") || String(getSelection())) return;
+    if (event.target.closest("a, summary, button, .rubric") || String(getSelection())) return;
     document.getElementById(answer.dataset.picks).checked = true;
   });
 }
