@@ -220,17 +220,20 @@ class Use(Section):
 
     def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
         """Return used / enough, and with partial credit NEAR_WORD * likeness^3 for each word still
-        missing that the text nearly has.
+        missing that the text nearly has. These count in the share of all words too, so that no text
+        gains by misspelling them.
         """
         found = {word: text.find(word, self.inflect) for word in self.phrases}
         spans = [span for own in found.values() for span in own]
-        share = len(spans) / len(text.words)
         used: float = sum(bool(own) for own in found.values())
         missing = self.enough - used
         nearly: dict[str, float] = {}
+        credited: list[float] = []
         if missing > 0 and not exact:
             nearly = {word: likeness(word, text) for word, own in found.items() if not own}
-            used += sum(NEAR_WORD * like**3 for like in sorted(nearly.values())[-int(missing) :])
+            credited = [like for like in sorted(nearly.values())[-int(missing) :] if like]
+            used += sum(NEAR_WORD * like**3 for like in credited)
+        share = (len(spans) + len(credited)) / len(text.words)
         # a list of the words is not an answer
         stuffed = max(0.0, min(1.0, 2 - share / self.max_share))
         near = near_words([word for word, like in nearly.items() if like], text)

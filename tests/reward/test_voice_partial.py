@@ -93,6 +93,15 @@ def test_a_word_that_is_nearly_used_earns_less_than_half_of_one():
     assert part("use", "we repare it on the trail", **rules) == pytest.approx(0.5 + 8 / 27 / 4)
 
 
+def test_a_text_that_is_stuffed_gains_nothing_by_misspelling():
+    rule = {"use": {"words": ["jacket", "repair"], "at_least": 2, "max_share": 0.3}}
+    # two of five words are 0.4, a third above 0.3: 2 - 0.4 / 0.3 = 2/3 are left, of whatever was used
+    assert part("use", "we jacket repair good day", **rule) == pytest.approx(2 / 3)
+    near = 0.5 * (5 / 6) ** 3
+    assert part("use", "we jacket repeir good day", **rule) == pytest.approx((1 + near) / 2 * 2 / 3)
+    assert part("use", "we jackat repeir good day", **rule) == pytest.approx(near * 2 / 3)
+
+
 def test_every_sentence_counts_by_its_words():
     # 4 words and 8 words, at most 4: (4 * 1 + 8 * (4/8)^3) / 12 = 5/12
     rules = {"sentences": {"max_words": 4}}
