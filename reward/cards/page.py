@@ -274,7 +274,7 @@ def _benchmark(card: dict[str, Any]) -> str:
 ## RewardBench 2
 
 Mean over subsets {part["score"]:.3f} ({part["source"]}{left_out}). A subset is the share of prompts whose best answer
-of four scores highest (by chance 0.25); Ties is the benchmark's own sum (arXiv 2506.01937, sec. 3).
+of four scores highest (by chance 0.25); Ties is the benchmark's own sum (arXiv 2506.01937).
 
 {_table(("subset", "score", "95 % interval", "prompts"), rows)}"""
 
