@@ -14,6 +14,8 @@ SOURCES = {
     "judge": "votes of a judge, not of people",
     "mixed": "votes of people and of programs, mixed",
 }
+# of a sentence that says that a policy is preferred, over all pairs of policies together
+ALPHA = 0.05
 LEGEND = (
     "A tie or both bad counts one half for each; skips do not count. The interval is over prompts and annotators. "
     "Enough votes: a rule that may be looked at after every vote and errs in 5 % of collections at most, for these "
@@ -95,6 +97,14 @@ def _verdict(pair: Mapping[str, Any]) -> str:
     shown = interval(rate)
     if rate["low"] is None:
         return f"{pair['one']} wins {shown} over {pair['other']}; too few prompts for an interval."
+    p = pair["p_adjusted"]
+    is_beyond = rate["low"] > 0.5 or rate["high"] < 0.5
+    # an interval is that of one pair of policies; of several one is beyond 0.5 by chance more often
+    if is_beyond and p is not None and p >= ALPHA:
+        return (
+            f"no difference between {pair['one']} and {pair['other']} is shown among all pairs of policies "
+            f"(p adjusted {_p(p)}): {pair['one']} wins {shown}."
+        )
     if rate["low"] > 0.5:
         return f"{pair['one']} is preferred to {pair['other']}: it wins {shown} of comparisons."
     if rate["high"] < 0.5:

@@ -39,6 +39,19 @@ def test_a_policy_that_loses_is_named_second(votes):
     assert sentence.startswith("Simulated votes: ppo is preferred to <b>dpo: it wins 100.0 % [")
 
 
+def test_of_several_pairs_of_policies_the_adjusted_p_decides():
+    rate = {"estimate": 0.6, "low": 0.51, "high": 0.69}
+    pair = {"one": "dpo", "other": "ppo", "rate": rate, "p_adjusted": 0.031}
+    (sentence,) = sentences({"source": "human", "pairs": [pair]})
+    assert "dpo is preferred to ppo" in sentence
+    pair["p_adjusted"] = 0.093
+    (sentence,) = sentences({"source": "human", "pairs": [pair]})
+    assert (
+        "no difference" in sentence
+        and "(p adjusted 0.093): dpo wins 60.0 % [51.0, 69.0]" in sentence
+    )
+
+
 def test_the_report_shows_the_votes_and_no_html_of_a_name(votes):
     report = {**example(), **votes_of_store(votes)}
     text = markdown(report)
