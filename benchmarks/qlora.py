@@ -281,8 +281,8 @@ def write_page() -> None:
                 f"{statistics.median(seconds_of(own)):.2f}",
                 f"{ratio[0]:.2f} ({ratio[1]:.2f} to {ratio[2]:.2f})",
                 f"{own[0]['weights'] / 2**20:.0f}",
-                f"{max(s['loading'] for s in own) / 2**20:.0f}",
-                f"{max(s['training'] for s in own) / 2**20:.0f}",
+                f"{own[-1]['loading'] / 2**20:.0f}",
+                f"{own[-1]['training'] / 2**20:.0f}",
                 f"{own[-1]['moments'] / 2**20:.1f}",
                 f"{own[-1]['checkpoint'] / 2**20:.1f}",
             ]

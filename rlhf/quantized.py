@@ -129,6 +129,10 @@ def quantize(model: nn.Module, method: str, leave: Collection[str] = ()) -> None
             f"{model.config.model_type}: none of its layers is a plain linear one, which load_in_4bit and "
             "load_in_8bit keep in fewer bits. Leave them out"
         )
+    # files stay mapped into memory, with all that was packed, while one of their tensors is in use
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.clone()
 
 
 def dequantize(model: nn.Module) -> bool:

@@ -1,8 +1,10 @@
 """A base in 4 or 8 bits: its numbers, its products, and all that reads it."""
 
 import copy
+import gc
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -169,6 +171,22 @@ def test_all_but_head_and_embeddings_is_packed(base_path, method):
     assert decoder_shape(decoder_and_head(model)[0]) == decoder_shape(
         decoder_and_head(whole)[0]
     ).__class__(**vars(decoder_shape(decoder_and_head(whole)[0])) | {"trained": 0, "last": 0})
+
+
+def test_files_of_a_packed_model_are_let_go(base_path, tmp_path):
+    shutil.copytree(base_path, tmp_path / "base")
+    maps = Path("/proc/self/maps")
+    if not maps.is_file():
+        pytest.skip("no /proc")
+    for method, is_mapped in ((None, True), ("int8", False)):
+        initial = load_model(str(tmp_path / "base"), quantization=method)
+        gc.collect()
+        assert (str(tmp_path / "base" / "model.safetensors") in maps.read_text()) == is_mapped
+        head = initial.model.get_output_embeddings()
+        # still tied
+        assert head.weight is initial.model.get_input_embeddings().weight
+        del initial, head
+        gc.collect()
 
 
 @pytest.mark.parametrize("method", METHODS)
