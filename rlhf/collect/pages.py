@@ -20,6 +20,11 @@ LONGEST_CORRECTION = 4000
 LONGEST_CLICK = 64
 NOTES = {
     "saved": "Saved.",
+    "judge-same": "Saved. The judge says the same.",
+    "judge-left": "Saved. The judge differs: it preferred answer 1.",
+    "judge-right": "Saved. The judge differs: it preferred answer 2.",
+    "judge-tie": "Saved. The judge differs: it called them equally good.",
+    "judge-both_bad": "Saved. The judge differs: it called both bad.",
     "undone": "Undone. Here is the pair again.",
     "again": "That was saved already.",
     "withdrawn": "That answer was undone and does not count. Here is where you are.",
@@ -126,6 +131,8 @@ async def vote(request: Request) -> Response:
         ratings=_ratings(form, site.criteria),
     )
     outcome = await site.do(site.queue.vote, person["id"], int(assignment), answer, click)
+    if outcome == "saved" and site.show_judge:
+        outcome = await site.do(_beside_the_judge, site, int(assignment), choice)
     return RedirectResponse(f"/?note={outcome}", 303)
 
 
@@ -148,6 +155,18 @@ async def leave(request: Request) -> Response:
     await site.do(site.queue.release, person["id"])
     text = "You are signed out of this browser. Your personal link signs you in again."
     return site.sign_out(page("message.html", site, title="Goodbye", text=text), "annotator")
+
+
+def _beside_the_judge(site: Site, assignment: int, choice: str) -> str:
+    """Return the note on what the judge said of a pair that was just answered."""
+    # after the answer is on disk: nobody is led by it
+    given = next(site.store.events(assignment - 1))
+    said = site.store.at().model_choice(given["comparison"])
+    if said in ("a", "b"):
+        said = "left" if said == given["left"] else "right"
+    if said is None or "skip" in (said, choice):
+        return "saved"
+    return "judge-same" if said == choice else f"judge-{said}"
 
 
 def _ratings(form: dict[str, list[str]], criteria: list[str]) -> tuple[tuple[str, str, int], ...]:

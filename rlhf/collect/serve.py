@@ -56,6 +56,9 @@ class ServeConfig:
     criteria: list[str] = option(
         [], "what each answer may be rated on from 1 to 5 beside the choice, such as clear,on brand"
     )
+    show_judge: bool = option(
+        False, "after each answer, say what a model whose votes are in the store chose"
+    )
     host: str = option(
         "127.0.0.1", "the address to listen on; any but this machine's own needs https"
     )
@@ -157,6 +160,7 @@ def serve(config: ServeConfig, guide: Guide | None = None) -> None:
             guide=guide,
             tags=config.tags,
             criteria=config.criteria,
+            show_judge=config.show_judge,
             secure=url.startswith("https://"),
             cookie=f"rlhf_{config.port}",
         )

@@ -50,6 +50,8 @@ class Site:
     tags: list[str] = field(default_factory=list)
     # names of what each answer is rated on, 1 to 5
     criteria: list[str] = field(default_factory=list)
+    # say after each answer what a model's vote on the pair was
+    show_judge: bool = False
     # send cookies over https only
     secure: bool = False
     # prefix of the cookies' names, since browsers share cookies between ports

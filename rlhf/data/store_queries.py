@@ -27,6 +27,11 @@ EXCLUSIONS = """
     SELECT n.name, e.kind, max(e.id) AS event FROM events e JOIN annotators n ON n.id = e.annotator
     WHERE e.kind IN ('exclude', 'include') AND e.id <= ? GROUP BY n.id"""
 
+MODEL_VOTES = """
+    SELECT e.choice, n.name FROM events e JOIN annotators n ON n.id = e.annotator
+    WHERE e.comparison = ? AND e.kind = 'vote' AND n.kind = 'model' AND e.id <= ?
+        AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id) ORDER BY e.id DESC"""
+
 COMPARISONS = """
     SELECT c.id, c.kind, c.expected, c.prompt, p.messages, p.metadata, p.own_group, p.default_group, p.voice,
         a.text AS text_a, b.text AS text_b, a.ended AS ended_a, b.ended AS ended_b,
@@ -72,6 +77,14 @@ class StoreView:
         """Return the annotators whose votes do not count, and the event from which on."""
         found = self._db.execute(EXCLUSIONS, (self.event,))
         return {row["name"]: row["event"] for row in found if row["kind"] == "exclude"}
+
+    def model_choice(self, comparison: int) -> str | None:
+        """Return the choice of the model that judged a comparison last; None without one."""
+        excluded = self.excluded()
+        for row in self._db.execute(MODEL_VOTES, (comparison, self.event)):
+            if row["name"] not in excluded:
+                return row["choice"]
+        return None
 
     def _standing(self) -> list[Vote]:
         standing = []

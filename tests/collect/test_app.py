@@ -437,6 +437,41 @@ def test_a_better_answer_and_ratings_are_kept_and_shown(tmp_path, serve, capsys)
         ServeConfig(store=str(path), criteria=list("abcdefghi")).validate()
 
 
+def test_the_judge_is_heard_after_the_own_answer_alone(tmp_path, serve):
+    path = fill(tmp_path / "votes.db", pairs=5)
+    with Store.open(path) as store:
+        judge, rule = store.add_annotator("judge", "model"), store.add_annotator("rule", "rule")
+        for pair, choice in {1: "a", 2: "a", 3: "tie", 4: "skip"}.items():
+            store.vote(pair, judge, choice)
+            store.vote(pair, rule, "both_bad")
+    running = serve(path, "--annotators", "ann,bob", "--overlap", "2", "--show_judge", "true")
+    ann, heard = client(running, "ann"), {}
+    while 'id="judge"' in (page := ann.get("/")[1]):
+        assert "judge says" not in page and "judge differs" not in page
+        form = fields_of(page) | {"choice": "left"}
+        note = ann.post("/vote", form)[0].headers["Location"].removeprefix("/?note=")
+        vote = votes(running)[-1]
+        heard[vote.comparison] = note
+        if note != "saved":
+            assert "judge" in ann.get(f"/?note={note}")[1]
+        # a form that is sent twice says no more
+        again = ann.post("/vote", form)[0].headers["Location"]
+        assert again == "/?note=again"
+        if vote.comparison < 3:
+            assert note == ("judge-same" if vote.left == "a" else "judge-right")
+    assert heard[3] == "judge-tie" and heard[4] == heard[5] == "saved"
+    with Store.open(path) as store:
+        store.exclude("judge")
+        assert store.at().model_choice(1) is None
+    # without the option nobody hears of it
+    quiet = serve(fill(tmp_path / "other.db", pairs=1), "--annotators", "ann")
+    with Store.open(quiet.store) as store:
+        store.vote(1, store.add_annotator("judge", "model"), "a")
+    person = client(quiet, "ann")
+    form = fields_of(person.get("/")[1]) | {"choice": "left"}
+    assert person.post("/vote", form)[0].headers["Location"] == "/?note=saved"
+
+
 def test_links_can_be_replaced_and_revoked_while_serving(tmp_path, serve, capsys):
     running = serve(fill(tmp_path / "votes.db"), "--annotators", "ann,bob")
     ann, bob = client(running, "ann"), client(running, "bob")

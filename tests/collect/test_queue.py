@@ -273,6 +273,8 @@ def test_an_adjudicator_gets_disputed_pairs_alone_and_ends_them(store):
         for person, choice in zip((ann, bob), choices, strict=False):
             store.vote(comparison, person, choice)
     assert queue.progress(dora).needed == 2
+    # with three people wanted for each pair, none is complete and none is looked at twice
+    assert Queue(store, Rules(overlap=3)).next(eve) is None
     first = queue.next(dora)
     assert first.comparison in (1, 2) and queue.next(dora).event == first.event
     # what one looks at, another need not
@@ -288,6 +290,11 @@ def test_an_adjudicator_gets_disputed_pairs_alone_and_ends_them(store):
     assert (progress.mine, progress.given, progress.needed) == (1, 1, 2)
     # another process that reads the file sees the same
     assert Queue(store, Rules(overlap=2)).next(eve).comparison == first.comparison
+    # without bob four slots are filled, by ann: eve's vote fills none
+    store.exclude("p1")
+    assert queue.progress(ann).given == 4
+    store.exclude("p1", back=True)
+    assert queue.progress(ann).given == 7
     assert queue.undo(eve, "u") == "undone" and queue.progress(eve).given == 0
 
 

@@ -127,6 +127,7 @@ def test_the_adjudicators_word_is_the_label():
     assert (tie.label_prob, tie.tie_prob) == (0.5, 1.0)
     # a control's answer is known from the start, whoever says otherwise
     assert {v.comparison for v in verdicts(votes, "skill", {1: "a"})} == {3}
+    assert skills(votes, {1: "a"}).posterior[1].tolist() == [1, 0, 0]
 
 
 def test_skill_is_measured_by_what_was_decided():
