@@ -3,8 +3,9 @@
     python benchmarks/ensembles.py FOLDER [--seeds 5]   # resumes; writes benchmarks/results/ensembles.json
 
 One SFT policy of the sandbox and its answers, judged by the true (gold) score. Each seed turns
-a quarter of the labels round, trains MEMBERS reward models on them, and then PPO against the first
-of them, and against all in each way that is compared. Everything but the scorer is equal: prompts,
+a quarter of the labels round, trains MEMBERS reward models on them that differ in their seed, and
+MEMBERS that each learn from a bootstrap sample of the pairs; then PPO against the first one, and
+against the members in each way that is compared. Everything but the scorer is equal: prompts,
 seed, episodes. Gold at the end is that of test prompts which no stage has seen. Differences are
 paired by seed, with Student's interval over seeds.
 """
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +40,12 @@ PAIRS = 800
 # steps from whose mean gold is read, since single rollouts are noisy
 WINDOW = 4
 ONE = "one"
-WAYS = {"worst": "how: worst", "uncertainty": "how: uncertainty, penalty: 1.0"}
+# way -> the reward models it takes, and how
+WAYS = {
+    "worst": ("reward", "how: worst"),
+    "uncertainty": ("reward", "how: uncertainty, penalty: 1.0"),
+    "worst of resampled": ("resampled", "how: worst"),
+}
 # no KL penalty and a large step size: with them PPO exploits a single reward model within 26 steps
 PPO = {
     "total_episodes": "1664",
@@ -59,11 +66,12 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.chdir(folder):
-        make_answers()
-        for seed in range(arguments.seeds):
+    seeds = {}
+    for seed in range(arguments.seeds):
+        with contextlib.chdir(folder):
+            make_answers()
             make_seed(seed)
-        seeds = {str(seed): read_seed(seed) for seed in range(arguments.seeds)}
+            seeds[str(seed)] = read_seed(seed)
     result = summarise(seeds)
     (RESULTS / "ensembles.json").write_text(json.dumps(result | {"seeds": seeds}, indent=1) + "\n")
     print(json.dumps(result, indent=1))
@@ -106,14 +114,20 @@ def run_program(name: str, *flags: str) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def write_pairs(path: Path, seed: int) -> None:
-    """Write the pairs with a quarter of the labels turned round, drawn by the seed."""
+def write_pairs(path: Path, seed: int, sample: str = "") -> None:
+    """Write the pairs with a quarter of the labels turned round, drawn by the seed.
+
+    sample: names a draw of as many pairs with replacement; how often one was drawn is its weight.
+    """
     from rlhf.data.load import load
     from rlhf.data.records import Preference
 
     draw = random.Random(f"labels {seed}")
+    resample = random.Random(f"{sample} {seed}")
+    records = load(["answers.db"], Preference)
+    counts = Counter(resample.choices(range(len(records)), k=len(records)))
     lines = []
-    for record in load(["answers.db"], Preference):
+    for number, record in enumerate(records):
         sides = [(record.chosen, record.chosen_ended), (record.rejected, record.rejected_ended)]
         if draw.random() < NOISE:
             sides.reverse()
@@ -126,42 +140,57 @@ def write_pairs(path: Path, seed: int) -> None:
             "rejected_ended": rejected_ended,
             "metadata": record.metadata,
         }
+        if sample and not counts[number]:
+            continue
+        if sample:
+            # with a mean of 1 over those that were drawn
+            row["weight"] = counts[number] * len(counts) / len(records)
         lines.append(json.dumps(row) + "\n")
     path.write_text("".join(lines))
 
 
 def make_seed(seed: int) -> None:
-    """Train the reward models of a seed, and PPO in each way; what is there is not made again."""
+    """Train the reward models of a seed, then PPO in each way; what is there is not made again."""
     place = Path(f"seed-{seed}")
     place.mkdir(exist_ok=True)
     pairs = place / "pairs.jsonl"
     if not pairs.is_file():
         write_pairs(pairs, seed)
-    common = ["--model_name_or_path", "sft", "--data", str(pairs)]
-    members = [f"{place}/reward-{number}" for number in range(MEMBERS)]
-    for number, member in enumerate(members):
-        if finished(member):
-            continue
-        scale = ["--normalise", "mean_std", "--reference_data", "world/instructions.jsonl"]
-        run_program(
-            *("reward", "--config", str(CONFIGS / "reward.yaml"), *common, *scale),
-            *("--output_dir", member, "--seed", str(MEMBERS * seed + number)),
-        )
-    for way in (ONE, *WAYS):
-        if finished(f"{place}/{way}"):
-            continue
-        scorer = f"ensemble: [{', '.join(members)}], {WAYS[way]}" if way != ONE else ""
-        scorer = scorer or f"model: {members[0]}"
-        gold = "{voice: world/voice.yaml, name: gold, weight: 0}"
-        flags = []
-        for option, value in PPO.items():
-            flags += [f"--{option}", value]
-        run_program(
-            *("ppo", "--config", str(CONFIGS / "ppo.yaml"), *common, *flags),
-            *("--reward", f"[{{{scorer}, name: proxy}}, {gold}]"),
-            *("--eval_data", "world/prompts.jsonl", "--seed", str(seed)),
-            *("--output_dir", f"{place}/{way}"),
-        )
+    for number in range(MEMBERS):
+        own = place / f"pairs-{number}.jsonl"
+        if not own.is_file():
+            write_pairs(own, seed, sample=f"member {number}")
+        train_member(f"{place}/reward-{number}", pairs, MEMBERS * seed + number)
+        train_member(f"{place}/resampled-{number}", own, MEMBERS * seed + number)
+    run_ppo(place, ONE, f"model: {place}/reward-0", seed)
+    for way, (kind, how) in WAYS.items():
+        members = ", ".join(f"{place}/{kind}-{number}" for number in range(MEMBERS))
+        run_ppo(place, way, f"ensemble: [{members}], {how}", seed)
+
+
+def train_member(folder: str, pairs: Path, seed: int) -> None:
+    if finished(folder):
+        return
+    run_program(
+        *("reward", "--config", str(CONFIGS / "reward.yaml"), "--model_name_or_path", "sft"),
+        *("--normalise", "mean_std", "--reference_data", "world/instructions.jsonl"),
+        *("--data", str(pairs), "--output_dir", folder, "--seed", str(seed)),
+    )
+
+
+def run_ppo(place: Path, way: str, scorer: str, seed: int) -> None:
+    folder = place / way.replace(" ", "-")
+    if finished(str(folder)):
+        return
+    gold = "{voice: world/voice.yaml, name: gold, weight: 0}"
+    flags = []
+    for option, value in PPO.items():
+        flags += [f"--{option}", value]
+    run_program(
+        *("ppo", "--config", str(CONFIGS / "ppo.yaml"), "--model_name_or_path", "sft", *flags),
+        *("--reward", f"[{{{scorer}, name: proxy}}, {gold}]", "--data", f"{place}/pairs.jsonl"),
+        *("--eval_data", "world/prompts.jsonl", "--seed", str(seed), "--output_dir", str(folder)),
+    )
 
 
 def finished(folder: str) -> bool:
@@ -171,10 +200,13 @@ def finished(folder: str) -> bool:
 
 
 def read_seed(seed: int) -> dict[str, dict[str, float]]:
-    """Return what each way's PPO run measured."""
+    """Return what the PPO run of each way measured, as far as it has ended."""
     found = {}
     for way in (ONE, *WAYS):
-        lines = Path(f"seed-{seed}/{way}/metrics.jsonl").read_text().splitlines()
+        folder = Path(f"seed-{seed}") / way.replace(" ", "-")
+        if not finished(str(folder)):
+            continue
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
         steps = [row for row in rows if "score/gold" in row]
         curve = [row["score/gold"] for row in steps]
@@ -183,6 +215,7 @@ def read_seed(seed: int) -> dict[str, dict[str, float]]:
         found[way] = {
             "gold_start": evaluated[0],
             "gold_end": evaluated[-1],
+            "rollout_gold_late": statistics.fmean(curve[len(curve) // 2 :]),
             "rollout_gold_end": means[-1],
             "rollout_gold_peak": max(means),
             "peak_step": means.index(max(means)) + WINDOW,
@@ -192,6 +225,7 @@ def read_seed(seed: int) -> dict[str, dict[str, float]]:
         }
         if way != ONE:
             spreads = [row["score/proxy/spread"] for row in steps]
+            found[way]["spread_largest"] = max(spreads) / statistics.fmean(spreads[:WINDOW])
             found[way]["spread_start"] = statistics.fmean(spreads[:WINDOW])
             found[way]["spread_end"] = statistics.fmean(spreads[-WINDOW:])
     return found
@@ -206,35 +240,42 @@ def paired(values: list[float]) -> dict[str, float | list[float]]:
 
 
 def summarise(seeds: dict[str, dict[str, dict[str, float]]]) -> dict:
-    """Return means over seeds; gold of each way less that of one reward model, paired by seed; and
-    how far gold has fallen from the peak of its curve.
+    """Return means over seeds; gold of each way less that of one reward model, paired by seed, at
+    the end and in the rollouts of the second half; and how far gold has fallen from its peak.
     """
     means: dict[str, dict[str, float]] = {}
-    falls, differences = {}, {}
+    falls: dict[str, dict] = {}
+    differences: dict[str, dict] = {"gold_end": {}, "rollout_gold_late": {}}
     for way in (ONE, *WAYS):
-        runs = [found[way] for found in seeds.values()]
+        pairs = [(found[way], found[ONE]) for found in seeds.values() if way in found]
+        if len(pairs) < 2:
+            continue
+        runs = [run for run, _ in pairs]
         means[way] = {key: statistics.fmean(run[key] for run in runs) for key in runs[0]}
         falls[way] = paired([run["rollout_gold_peak"] - run["rollout_gold_end"] for run in runs])
-        if way != ONE:
-            differences[way] = paired(
-                [found[way]["gold_end"] - found[ONE]["gold_end"] for found in seeds.values()]
-            )
-    return {"means": means, "fall_from_peak": falls, "gold_end_less_one": differences}
+        if way == ONE:
+            continue
+        for key, by_way in differences.items():
+            by_way[way] = paired([run[key] - one[key] for run, one in pairs])
+    return {"means": means, "fall_from_peak": falls, "less_one": differences}
 
 
 def write_rows(result: dict) -> None:
+    """Write the lower ends of the intervals: above 0, an ensemble keeps more gold than one model."""
     rows = []
-    for way in WAYS:
-        rows.append(
-            {
-                "id": f"ensemble/gold/{way}",
-                "what": f"gold at the end of PPO, {way} of {MEMBERS} less one reward model, mean over seeds, "
-                "paired; 25 % of labels turned round",
-                "value": round(result["gold_end_less_one"][way]["mean"], 4),
-                "bound": "> 0",
-                "command": "python benchmarks/ensembles.py FOLDER",
-            }
-        )
+    places = {"gold_end": "at the end of PPO", "rollout_gold_late": "in the second half of PPO"}
+    for key, place in places.items():
+        for way, found in result["less_one"][key].items():
+            rows.append(
+                {
+                    "id": f"ensemble/{key}/{way}",
+                    "what": f"gold {place}, {way} of {MEMBERS} less one reward model, 25 % of labels turned "
+                    f"round: lower end of the interval over {len(found['values'])} seeds (mean {found['mean']:+.3f})",
+                    "value": round(found["low"], 4),
+                    "bound": "> 0",
+                    "command": "python benchmarks/ensembles.py FOLDER",
+                }
+            )
     add_rows(RESULTS / "reward.json", rows)
 
 
