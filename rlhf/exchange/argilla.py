@@ -9,6 +9,7 @@ votes: these are in the metadata under `rlhf`, as JSON.
 
 from __future__ import annotations
 
+import itertools
 import json
 import uuid
 from collections.abc import Mapping, Sequence
@@ -139,16 +140,21 @@ def from_records(
     rows: Sequence[Any],
     source: str,
     users: Mapping[str, str],
-    answers: tuple[str, str] | None = None,
+    answers: tuple[str, ...] | None = None,
 ) -> list[JudgedPair]:
     """Return the pairs of records; also of datasets that were set up in Argilla.
 
-    users: {name here: user_id there}; unknown ids become names. Raises UserError, with the place.
+    users: {name here: user_id there}; unknown ids become names. answers: names of the fields with
+    the answers; of more than two, every two become a pair, with what rankings say of them. Raises
+    UserError, with the place.
     """
     names = {id: name for name, id in users.items()}
-    return [
-        _pair(row, f"{source} row {number}", names, answers) for number, row in enumerate(rows, 1)
-    ]
+    every_two = [None] if answers is None else list(itertools.combinations(answers, 2))
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        for two in every_two:
+            pairs.append(_pair(row, f"{source} row {number}", names, two))
+    return pairs
 
 
 def _pair(
@@ -165,7 +171,9 @@ def _pair(
     a, b = (Answer(fields[name]) for name in sides)
     names = extras.get("users", {}) | dict(names)
     votes = []
-    for user, given in _by_user(row.get("responses") or {}).items():
+    for user, answered in _by_user(row.get("responses") or {}).items():
+        # the name of a third answer says nothing about these two
+        given = {q: v for q, v in answered.items() if v in sides or not _is_field(v, fields)}
         vote = _vote(given, names.get(user, user), "person", sides, place)
         if vote is not None:
             votes.append(vote)
@@ -182,6 +190,10 @@ def _pair(
         pair.metadata = metadata
         pair.votes += _suggested(row.get("suggestions") or {}, sides, place)
     return pair
+
+
+def _is_field(value: Any, fields: Mapping[str, Any]) -> bool:
+    return isinstance(value, str) and value in fields
 
 
 def _extras(metadata: dict[str, Any], place: str) -> dict[str, Any]:

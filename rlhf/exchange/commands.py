@@ -40,7 +40,9 @@ class ImportConfig:
         None, "argilla, label_studio: JSON file {name here: id or e-mail address there}"
     )
     answers: list[str] = option(
-        [], "argilla, label_studio: names of the two fields with the answers; default: told by name"
+        [],
+        "argilla, label_studio: names of the two fields with the answers, of argilla also of more, which "
+        "a ranking orders; default: told by name",
     )
     annotator: str | None = option(
         None,
@@ -54,7 +56,8 @@ class ImportConfig:
     )
 
     def validate(self) -> None:
-        if len(self.answers) not in (0, 2):
+        most = 2 if self.form == "label_studio" else len(self.answers)
+        if self.answers and not 2 <= len(self.answers) <= most:
             raise UserError(
                 f"'answers' has {len(self.answers)} names, expected two: --answers ONE,TWO"
             )

@@ -124,6 +124,10 @@ def from_tasks(
     users: {name here: e-mail address or id there}. Drafts are not read. Raises UserError, with the
     place.
     """
+    if answers is not None and len(answers) != 2:
+        raise UserError(
+            f"{source}: a task of Label Studio has two answers, {len(answers)} are named"
+        )
     names = {id: name for name, id in users.items()}
     return [
         _pair(row, f"{source} row {number}", names, answers) for number, row in enumerate(rows, 1)

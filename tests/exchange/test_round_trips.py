@@ -169,6 +169,36 @@ def test_datasets_that_were_set_up_in_argilla_are_read():
     assert pair.metadata == {"source": "web"}
 
 
+def test_a_ranking_of_more_than_two_answers_becomes_every_two(tmp_path):
+    row = {
+        "fields": {"prompt": "Say hi", "r1": "Hi", "r2": "No", "r3": "Hello"},
+        "responses": {
+            "ranking": [{"value": ["r3", "r1", "r2"], "user_id": "ann"}],
+            "preference": [{"value": "r2", "user_id": "bob"}],
+        },
+    }
+    path = tmp_path / "f.json"
+    path.write_text(json.dumps([row]))
+    import_votes(
+        ImportConfig(source=str(path), store=str(tmp_path / "s.db"), answers=["r1", "r2", "r3"])
+    )
+    with Store.open(tmp_path / "s.db") as store:
+        assert store.at().stats()["prompts"] == 1 and store.at().stats()["responses"] == 3
+        found = [(r.chosen, r.rejected, r.annotator) for r in store.at().preferences()]
+    # ann: Hello, Hi, No; bob only says that No is the best
+    assert sorted(found) == [
+        ("Hello", "Hi", "ann"),
+        ("Hello", "No", "ann"),
+        ("Hi", "No", "ann"),
+        ("No", "Hello", "bob"),
+        ("No", "Hi", "bob"),
+    ]
+    with pytest.raises(UserError, match="two answers, 3 are named"):
+        label_studio.from_tasks([], "f", {}, ("a", "b", "c"))
+    with pytest.raises(UserError, match="'answers' has 1 names"):
+        ImportConfig(source="x", store="y", answers=["one"]).validate()
+
+
 def test_projects_that_were_set_up_in_label_studio_are_read():
     def annotation(selected, **about):
         region = {"from_name": "pw", "to_name": "pw", "type": "pairwise"}
