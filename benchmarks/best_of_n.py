@@ -26,7 +26,7 @@ from experiments import RUNS, compare, run, shop
 
 from rlhf.best_of_n.laws import fit_law, fit_with_intervals
 from rlhf.compare.results import Results, key
-from rlhf.compare.selection import Means, tabulate
+from rlhf.compare.selection import Means, halves, overoptimisation, tabulate
 from rlhf.experiment.results import read_results
 from rlhf.experiment.state import load_experiment
 
@@ -67,13 +67,19 @@ class Curve:
         return float(np.interp(d, self.d[part], self.gold[part]))
 
 
-def curve_of_run(results: Results, means: Means, method: str, seed: int) -> Curve:
-    """Return the curve of a method's run with this seed."""
+def curve_of_run(
+    results: Results, means: Means, method: str, seed: int, groups: np.ndarray | None = None
+) -> Curve:
+    """Return the curve of a method's run with this seed, by all prompts or by these groups; its KL
+    is that of all.
+    """
     policies = [results.initial_of(seed), *results.of(method, seed=seed)]
+    mine = slice(None) if groups is None else groups
     rows = []
     for policy in policies:
         own = means[key(policy)]
-        rows.append([own[name].mean() for name in ("kl", "score/gold", "score/proxy")])
+        scores = [own[name][mine].mean() for name in ("score/gold", "score/proxy")]
+        rows.append([own["kl"].mean(), *scores])
     kl, gold, proxy = np.array(rows).T
     # an estimate of a small KL may lie below 0
     return Curve(np.sqrt(np.maximum(kl, 0.0)), gold - gold[0], proxy - proxy[0])
@@ -109,9 +115,27 @@ def score_best_of_n(seed: int) -> dict[str, Any]:
     return json.loads((folder / "best_of_n.json").read_text())
 
 
-def measure_seed(chosen: Curve, result: dict[str, Any], curves: dict[str, Curve]) -> dict[str, Any]:
+def lost_at(d: float, halves_of_run: list[Curve]) -> float:
+    """Return a run's gold at d less that at its peak, which the other half of the prompts chose:
+    the highest of several noisy means is too high where it chose itself.
+    """
+    first, second = halves_of_run
+    lost = []
+    for own, other in ((first, second), (second, first)):
+        lost.append(own.gold_at(d) - own.gold[other.peak])
+    return float(np.mean(lost))
+
+
+def measure_seed(
+    chosen: Curve,
+    result: dict[str, Any],
+    curves: dict[str, Curve],
+    by_half: dict[str, list[Curve]],
+) -> dict[str, Any]:
     """Return where gold is highest in the best of n and in each method, and what a method's gold is
     at the KL of the best of n.
+
+    curves: of all prompts; by_half: of each half of them.
     """
     turning, law = result["turning"]["gold"], result["laws"]["gold"]
     d = float(np.sqrt(turning["kl"]["estimate"]))
@@ -141,7 +165,7 @@ def measure_seed(chosen: Curve, result: dict[str, Any], curves: dict[str, Curve]
             "beta": fits["rl"].beta,
             "rmse": {form: fit.rmse for form, fit in fits.items()},
             # what is lost by stopping at the KL at which the best of n turns down
-            "lost": float(curve.gold_at(d) - curve.gold[peak]),
+            "lost": lost_at(d, by_half[name]),
         }
     return seed
 
@@ -167,8 +191,19 @@ def compare_peaks(seeds: list[dict[str, Any]]) -> dict[str, Any]:
             "law_d": over_seeds([law_gap(own, other) for own, other in pairs]),
             "proxy": over_seeds([own["proxy"] - other["proxy"] for own, other in pairs]),
             "lost": over_seeds([own["lost"] for own, _ in pairs]),
-            "fall": over_seeds([own["last_gold"] - own["gold"] for own, _ in pairs]),
         }
+    return found
+
+
+def falls_of(results: Results, means: Means) -> dict[str, dict[str, float | None]]:
+    """Return each method's gold at the largest KL less that at its peak, the peak chosen on other
+    prompts and seeds; prompts and seeds are both random (`selection.overoptimisation`).
+    """
+    entries = {entry["method"]: entry for entry in overoptimisation(results, means, 0.95)}
+    found = {}
+    for name in METHODS:
+        judge = entries[name]["judge"]
+        found[name] = {"mean": judge["estimate"], "low": judge["low"], "high": judge["high"]}
     return found
 
 
@@ -201,19 +236,25 @@ def main() -> None:
     shop()
     compare(CONFIG, "--seeds", ",".join(map(str, asked)))
     results = read_results(load_experiment(str(FOLDER)))
-    means = tabulate(results)
+    means, half = tabulate(results), halves(results.groups)
     seeds: list[dict[str, Any]] = []
     curves: dict[str, list[Curve]] = {name: [] for name in ("best_of_n", *METHODS)}
     for seed in asked:
         result = score_best_of_n(seed)
         chosen = curve_of_best_of_n(result)
-        own = {name: curve_of_run(results, means, name, seed) for name in METHODS}
-        seeds.append(measure_seed(chosen, result, own))
+        own, by_half = {}, {}
+        for name in METHODS:
+            own[name] = curve_of_run(results, means, name, seed)
+            by_half[name] = [
+                curve_of_run(results, means, name, seed, half == number) for number in (0, 1)
+            ]
+        seeds.append(measure_seed(chosen, result, own, by_half))
         for name, curve in {"best_of_n": chosen, **own}.items():
             curves[name].append(curve)
     found = {
         "seeds": seeds,
         "peaks": compare_peaks(seeds),
+        "falls": falls_of(results, means),
         "laws": fit_laws(curves, seeds),
         "repeated": result["repeated"],
     }

@@ -53,13 +53,21 @@ def test_the_peaks_of_a_seed_by_hand():
     # R(d) = d (0.6 - 0.2 log d) at d = 1, e, e^2: highest at exp(3 - 1) = e^2
     d = np.array([0.0, 1.0, np.e, np.e**2])
     run = curve(d, d * (0.6 - 0.2 * np.log(np.maximum(d, 1))))
-    seed = best_of_n.measure_seed(chosen, given, {"ppo": run})
+    seed = best_of_n.measure_seed(chosen, given, {"ppo": run}, {"ppo": [run, run]})
     assert seed["best_of_n"]["d"] == 1 and seed["best_of_n"]["proxy"] == pytest.approx(0.9)
     own = seed["ppo"]
     assert own["d"] == pytest.approx(np.e**2) and own["law_d"] == pytest.approx(np.e**2)
     assert own["peak_is_last"] and own["rmse"]["rl"] == pytest.approx(0, abs=1e-9)
     # stopped at d = 1 gold is 0.6 of 0.2 e^2
     assert own["lost"] == pytest.approx(0.6 - 0.2 * np.e**2)
+
+
+def test_what_is_lost_is_measured_on_the_half_that_did_not_choose():
+    first = curve([0.0, 1.0, 2.0], [0.0, 0.5, 0.4])
+    second = curve([0.0, 1.0, 2.0], [0.0, 0.1, 0.3])
+    # the first half at the second's peak, d = 2, and the second at the first's, d = 1; stopped at 1
+    lost = [0.5 - 0.4, 0.1 - 0.1]
+    assert best_of_n.lost_at(1.0, [first, second]) == pytest.approx(sum(lost) / 2)
 
 
 def seeds_and_curves():
@@ -72,7 +80,8 @@ def seeds_and_curves():
             "ppo": curve([0.0, 2.0 + shift, 4.0 + shift], [0.0, 0.4, 0.1]),
             "dpo": curve([0.0, 1.0, 2.0], [0.0, 0.3, 0.2]),
         }
-        seeds.append(best_of_n.measure_seed(chosen, given, own))
+        by_half = {name: [run, run] for name, run in own.items()}
+        seeds.append(best_of_n.measure_seed(chosen, given, own, by_half))
         for name, one in {"best_of_n": chosen, **own}.items():
             curves[name].append(one)
     return seeds, curves
@@ -85,7 +94,8 @@ def test_peaks_are_compared_seed_by_seed():
     assert found["ppo"]["d"]["mean"] == pytest.approx(1.5)
     assert found["ppo"]["d"]["high"] == pytest.approx(1.5 + 12.706204736 * 0.5)
     assert found["ppo"]["kl"]["mean"] == pytest.approx((3 + 8) / 2)
-    assert found["ppo"]["fall"]["mean"] == pytest.approx(-0.3)
+    # gold at √KL 1 is half the way to 0.4 at 2, and a third of it at 3
+    assert found["ppo"]["lost"]["mean"] == pytest.approx((0.2 + 0.4 / 3) / 2 - 0.4)
     assert found["dpo"]["ratio"] == pytest.approx({"mean": 1, "low": 1, "high": 1})
 
 
@@ -102,6 +112,7 @@ def test_the_page_says_what_was_found(tmp_path, monkeypatch, capsys):
     found = {
         "seeds": seeds,
         "peaks": best_of_n.compare_peaks(seeds),
+        "falls": {name: {"mean": -0.3, "low": -0.4, "high": -0.2} for name in ("ppo", "dpo")},
         "laws": best_of_n.fit_laws(curves, seeds),
         "repeated": 0.02,
     }
