@@ -190,6 +190,7 @@ def compare_peaks(seeds: list[dict[str, Any]]) -> dict[str, Any]:
             "ratio": over_seeds([own["d"] / other["d"] for own, other in pairs]),
             "law_d": over_seeds([law_gap(own, other) for own, other in pairs]),
             "proxy": over_seeds([own["proxy"] - other["proxy"] for own, other in pairs]),
+            "proxy_ratio": over_seeds([own["proxy"] / other["proxy"] for own, other in pairs]),
             "lost": over_seeds([own["lost"] for own, _ in pairs]),
         }
     return found

@@ -90,7 +90,8 @@ def peak_tables(found: dict[str, Any]) -> list[str]:
         "√KL at the peak, less best of n's": "d",
         "√KL at the peak over best of n's": "ratio",
         "√KL at the peak by the fitted laws, less best of n's": "law_d",
-        "proxy at the peak, less best of n's": "proxy",
+        "gain of the proxy at the peak, less best of n's": "proxy",
+        "gain of the proxy at the peak over best of n's": "proxy_ratio",
         "gold lost by stopping at best of n's KL": "lost",
     }
     table = []
@@ -194,7 +195,11 @@ def draw(curves: dict[str, list], seeds: list[dict[str, Any]]) -> None:
                     continue
                 by_proxy.plot(curve.proxy, curve.gold, **look)
                 by_proxy.plot(peak["proxy"], peak["gold"], style.marker, color=style.color, ms=6)
-        reach = max(float(curve.d.max()) for own in curves.values() for curve in own)
+        # DPO goes on far beyond, which would leave no room for the peaks
+        near = [*curves["best_of_n"], *curves["ppo"]]
+        reach = 1.3 * max(float(curve.d.max()) for curve in near)
+        by_kl.set_xlim(-0.05 * reach, reach)
+        by_kl.set_ylim(min(float(curve.gold.min()) for curve in near) - 0.05, None)
         draw_laws(by_kl, seeds)
         ticks = [
             kl for kl in NATS if math.sqrt(kl) <= reach and kl in (0, 0.25, 1, 2, 4, 9, 16, 25)
@@ -217,4 +222,5 @@ def draw_laws(axis, seeds: list[dict[str, Any]]) -> None:
             float(np.mean([seed[name][part] for seed in seeds])) for part in ("alpha", "beta")
         )
         d = np.linspace(0, min(seed[name]["last_d"] for seed in seeds), 100)
-        axis.plot(d, Fit("rl", alpha, beta, 0.0)(d), "--", color=NEUTRAL, lw=1)
+        color = STYLES[list(NAMES).index(name)].color
+        axis.plot(d, Fit("rl", alpha, beta, 0.0)(d), "--", color=color, lw=1.6)
