@@ -106,6 +106,9 @@ def best_and_worst(
         }
         row = {"prompt": better["messages"], "group": group}
         row |= {"chosen": better["text"], "rejected": worse["text"]}
+        # where the data says whether a prompt is trained on, no hash decides it
+        if better["split"]:
+            row["split"] = better["split"]
         if better["ended"] == 0:
             row["chosen_ended"] = False
         if worse["ended"] == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from rlhf.data.store import Store
 from rlhf.errors import UserError
 from rlhf.files import dumps, write_atomic
 from rlhf.text import clip, markdown_table
-from rlhf.voting.ballots import read_ballots, short_names
+from rlhf.voting.ballots import Ballots, read_ballots, short_names
 from rlhf.voting.page import SOURCES
 from rlhf.voting.rates import summarise_votes
 
@@ -74,7 +75,9 @@ def verdict(config: VerdictConfig, scorer: Scorer) -> dict[str, Any]:
     with Store.open(path, readonly=True) as store:
         view = store.at(event)
         answers = scored_answers(view, scorer)
-        votes = summarise_votes(read_ballots(view))
+        overlap, ballots = int(store.setting("overlap", "1")), read_ballots(view)
+        votes = summarise_votes(ballots, overlap=overlap)
+        stopped_early = is_stopped_early(ballots, overlap)
         at = view.event
     for model in (config.model_name_or_path, config.run):
         if model not in answers:
@@ -82,7 +85,9 @@ def verdict(config: VerdictConfig, scorer: Scorer) -> dict[str, Any]:
             raise UserError(f"{path}: has no answers of '{model}'; it has those of: {known}")
     base, run = answers[config.model_name_or_path], answers[config.run]
     measured = measure_answers(base, run, config.refusal_phrases)
-    measured["preference"] = preference(votes, config.model_name_or_path, config.run)
+    measured["preference"] = preference(
+        votes, config.model_name_or_path, config.run, stopped_early=stopped_early
+    )
     measured["memorised"] = memorised_pairs(config, run)
     if config.measures:
         measured |= forgotten(read_measures(config.measures))
@@ -118,23 +123,39 @@ def decide(gates: Sequence[Gate], source: str | None) -> dict[str, Any]:
     }
 
 
-def preference(votes: Mapping[str, Any] | None, base: str, run: str) -> Measured:
+def is_stopped_early(ballots: Ballots, overlap: int) -> bool:
+    """Return whether people's votes were read before every pair had all of them.
+
+    Programs vote once for all, and skips of theirs are not asked for again.
+    """
+    if ballots.source == "simulated":
+        return False
+    items = itertools.chain.from_iterable(ballots.items.values())
+    return any(not item.equal and len(item.shares) < overlap for item in items)
+
+
+def preference(
+    votes: Mapping[str, Any] | None, base: str, run: str, *, stopped_early: bool = False
+) -> Measured:
     """Return the share of votes for the run against the base with its interval; nothing without a
     vote.
 
     votes: `summarise_votes`, of these two policies alone. base, run: their names in the store.
+    stopped_early: the interval is that of the rule that may be read at any time, since an ordinary
+    one would err too often where votes are read until they decide.
     """
     if not votes or len(votes["pairs"]) != 1:
         return Measured()
     pair = votes["pairs"][0]
-    rate = pair["rate"]
-    ends = [math.nan if rate[end] is None else rate[end] for end in ("low", "high")]
-    found = Measured(rate["estimate"], *ends, rate["groups"])
+    rate, stop = pair["rate"], pair["stop"]
+    found = stop if stopped_early else rate
+    low, high = (math.nan if found[end] is None else found[end] for end in ("low", "high"))
+    estimate, groups = rate["estimate"], found["groups"]
     run_name = short_names([base, run])[1]
     if pair["one"] == run_name:
-        return found
+        return Measured(estimate, low, high, groups)
     # the store met the base first
-    return Measured(1 - found.estimate, 1 - found.high, 1 - found.low, found.groups)
+    return Measured(1 - estimate, 1 - high, 1 - low, groups)
 
 
 def memorised_pairs(config: VerdictConfig, run: Sequence[Scored]) -> Measured:

@@ -40,7 +40,7 @@ COMPARISONS = """
         JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b"""
 
 ANSWERS = """
-    SELECT r.prompt, r.text, r.model, r.ended, p.messages, p.metadata, p.voice,
+    SELECT r.prompt, r.text, r.model, r.ended, p.messages, p.metadata, p.voice, p.split,
         coalesce(p.own_group, p.default_group) AS group_name
     FROM responses r JOIN prompts p ON p.id = r.prompt WHERE r.model IS NOT NULL"""
 
@@ -198,8 +198,8 @@ class StoreView:
         return found
 
     def answers(self) -> list[dict[str, Any]]:
-        """Return every answer of a known model: {prompt (its id), messages, metadata, text, model,
-        ended}; `ended` and metadata are as in `pairs`.
+        """Return every answer of a known model: {prompt (its id), messages, metadata, split, text,
+        model, ended}; `ended` and metadata are as in `pairs`, split is None unless the prompt has one.
         """
         found = []
         for row in self._db.execute(f"{ANSWERS} ORDER BY r.id"):

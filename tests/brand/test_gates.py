@@ -24,9 +24,10 @@ from rlhf.brand.gates import (
     status_of,
 )
 from rlhf.brand.measure import CHOICES, choices_of, chosen_rightly, forgotten
-from rlhf.brand.verdict import check_line, decide, preference
+from rlhf.brand.verdict import check_line, decide, is_stopped_early, preference
 from rlhf.compare.text_metrics import TextLoss
 from rlhf.errors import UserError
+from rlhf.voting.ballots import Ballots, Item
 
 # an interval of each gate that keeps its default bound, one that breaks it, one that holds it
 PASS = {
@@ -274,7 +275,8 @@ def test_a_question_is_right_where_its_answer_is_the_likeliest_per_token():
 
 def votes(one, other, estimate=0.3, low=0.2, high=0.4):
     rate = {"estimate": estimate, "low": low, "high": high, "groups": 9}
-    return {"source": "human", "pairs": [{"one": one, "other": other, "rate": rate, "prompts": 9}]}
+    stop = {"low": 0.1, "high": 0.6, "groups": 4}
+    return {"source": "human", "pairs": [{"one": one, "other": other, "rate": rate, "stop": stop}]}
 
 
 def test_the_preference_is_the_adapters_whichever_the_store_met_first():
@@ -284,6 +286,29 @@ def test_the_preference_is_the_adapters_whichever_the_store_met_first():
     assert (found.estimate, found.low, found.high) == pytest.approx((0.7, 0.6, 0.8))
     assert math.isnan(preference(None, *names).estimate)
     assert math.isnan(preference(votes("base", "dpo", low=None, high=None), *names).low)
+
+
+def test_votes_that_were_read_early_have_the_interval_that_may_be_read_at_any_time():
+    found = preference(votes("dpo", "base"), "runs/base", "runs/dpo", stopped_early=True)
+    assert found == Measured(0.3, 0.1, 0.6, 4)
+    found = preference(votes("base", "dpo"), "runs/base", "runs/dpo", stopped_early=True)
+    assert (found.estimate, found.low, found.high) == pytest.approx((0.7, 0.4, 0.9))
+
+
+@pytest.mark.parametrize(
+    "source, shares, equal, early",
+    [
+        ("human", {"ann": 1.0}, False, True),
+        ("human", {"ann": 1.0, "bob": 0.0}, False, False),
+        ("human", {}, True, False),
+        ("simulated", {"ann": 1.0}, False, False),
+    ],
+)
+def test_votes_are_read_early_where_people_have_not_judged_all(source, shares, equal, early):
+    names = ["ann", "bob"]
+    item = Item("g", shares, equal=equal)
+    ballots = Ballots(["a", "b"], names, {("a", "b"): [item]}, dict.fromkeys(names, source), 1)
+    assert is_stopped_early(ballots, overlap=2) is early
 
 
 def test_a_check_says_who_checked():

@@ -53,6 +53,7 @@ def answer(prompt, text, **more):
         "messages": PROMPT,
         "metadata": {"group": f"g{prompt}"},
         "text": text,
+        "split": None,
     } | {
         "ended": 1,
         **more,
@@ -73,6 +74,12 @@ def test_of_each_prompt_the_best_and_the_worst_make_a_pair():
     assert rows[0]["rejected_ended"] is False and "chosen_ended" not in rows[0]
     assert rows[0]["group"] == "g1"
     assert rows[0]["metadata"] == {"pair": {"better": 0.9, "worse": 0.2, "by_rule": False}}
+
+
+def test_a_pair_has_the_split_that_its_prompt_was_given():
+    candidates = [answer(1, "good", split="validation"), answer(1, "bad", split="validation")]
+    rows, _ = best_and_worst(candidates, [0.9, 0.2], 0.1)
+    assert rows[0]["split"] == "validation"
 
 
 def test_pairs_of_a_store_with_answers_rewritten_by_rule(tmp_path, capsys):
