@@ -11,6 +11,7 @@ from rlhf.brand.answers import (
     measure_answers,
     memorised,
     refusal_pattern,
+    scored_answers,
 )
 from rlhf.brand.gates import (
     KINDS,
@@ -26,6 +27,8 @@ from rlhf.brand.gates import (
 from rlhf.brand.measure import CHOICES, choices_of, chosen_rightly, forgotten
 from rlhf.brand.verdict import check_line, decide, is_stopped_early, preference
 from rlhf.compare.text_metrics import TextLoss
+from rlhf.data.records import Scores
+from rlhf.data.store import Store
 from rlhf.errors import UserError
 from rlhf.voting.ballots import Ballots, Item
 
@@ -183,6 +186,30 @@ def test_answers_are_compared_by_group():
     assert found["length"].estimate == 2.0
     assert found["refusals"].estimate == 0.5
     assert 0 <= found["refusals"].low < 0.5 < found["refusals"].high <= 1
+
+
+def test_answers_of_a_store_are_scored_with_their_facts(tmp_path):
+    with Store.open(tmp_path / "ab.db", create=True) as store:
+        prompt = store.add_prompt([{"role": "user", "content": "?"}], metadata={"item": "mug"})
+        for model in ("base", "dpo"):
+            # both give the same answer: no pair, and yet an answer of each
+            store.add_response(prompt, "a mug", model=model, ended=False)
+        store.add_response(prompt, "a jug", model="dpo", ended=True)
+        view = store.at()
+
+        def scorer(samples):
+            assert samples.ended == [False, False, True]
+            assert [own["item"] for own in samples.metadata] == ["mug"] * 3
+            parts = {"voice/use": [0.0] * 3, "voice/task/item": [1.0, 1.0, 1.0]}
+            parts["voice/task/remedy"] = [1.0, math.nan, 0.5]
+            return Scores([0.1, 0.2, 0.3], parts)
+
+        found = scored_answers(view, scorer)
+    assert list(found) == ["base", "dpo"]
+    assert [(own.text, own.score, own.facts) for own in found["base"]] == [("a mug", 0.1, True)]
+    # a fact that the prompt does not have is left out; one of two that is wrong is not all right
+    assert [own.facts for own in found["dpo"]] == [True, False]
+    assert len({own.group for own in itertools.chain(*found.values())}) == 1
 
 
 def test_facts_do_not_apply_to_a_voice_without_them():
