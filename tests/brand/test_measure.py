@@ -1,0 +1,35 @@
+"""What an adapter forgets, measured on a model made in memory."""
+
+import json
+import math
+
+import pytest
+
+from rlhf.brand.measure import CHOICES, MeasureConfig, forgotten, measure
+
+
+def test_a_policy_has_forgotten_nothing_beside_itself(base_path, tmp_path):
+    file = tmp_path / "texts.jsonl"
+    rows = [
+        {"prompt": f"where is parcel {n}?", "completion": f"help of the red {text} thank you"}
+        for n, text in enumerate(("lamp", "chair", "order", "parcel", "team"))
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = MeasureConfig(
+        model_name_or_path=str(base_path),
+        run=str(base_path),
+        texts=[str(file)],
+        task=[str(file)],
+        output=str(tmp_path / "measures.json"),
+        max_prompt_length=64,
+        max_response_length=64,
+    )
+    found = measure(config)
+    assert len(found["texts"]) == 5 and len(found["task"]) == 5 >= CHOICES
+    for row in found["texts"]:
+        assert row["base"] == row["run"] > 0 and row["tokens"] > 5
+        # a model of 320 tokens that was not trained
+        assert row["base"] / row["tokens"] == pytest.approx(math.log(320), rel=0.2)
+    assert json.loads((tmp_path / "measures.json").read_text()) == found
+    gates = forgotten(found)
+    assert (gates["perplexity"].estimate, gates["task"].estimate) == (1.0, 0.0)
