@@ -1,9 +1,6 @@
 """What an adapter forgets, measured on a model made in memory."""
 
 import json
-import math
-
-import pytest
 
 from rlhf.brand.measure import CHOICES, MeasureConfig, forgotten, measure
 
@@ -28,8 +25,6 @@ def test_a_policy_has_forgotten_nothing_beside_itself(base_path, tmp_path):
     assert len(found["texts"]) == 5 and len(found["task"]) == 5 >= CHOICES
     for row in found["texts"]:
         assert row["base"] == row["run"] > 0 and row["tokens"] > 5
-        # a model of 320 tokens that was not trained
-        assert row["base"] / row["tokens"] == pytest.approx(math.log(320), rel=0.2)
     assert json.loads((tmp_path / "measures.json").read_text()) == found
     gates = forgotten(found)
     assert (gates["perplexity"].estimate, gates["task"].estimate) == (1.0, 0.0)
