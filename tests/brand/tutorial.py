@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.result_rows import add_rows
 from tests.reward.voice_docs import PAGE, ROOT, write_files
 
 # the commands, and the block with the verdict
@@ -40,9 +41,32 @@ def gates_of(verdict: str) -> list[tuple[str, str]]:
     return re.findall(r"^(.+?)  +(\w+) +[A-Z]", verdict, re.M)
 
 
+def rows_of(verdict: str) -> list[dict]:
+    """Return the rows of benchmarks/results/brand.json: the verdict, and its gates that passed."""
+    first = verdict.splitlines()[0]
+    gates = gates_of(verdict)
+    passed = sum(status == "passed" for status, _ in gates)
+    what = "the tutorial of docs/brand-voice.md on the sandbox"
+    values = [
+        ("ships", f"{what}: {first}", first.startswith("SHIP"), "== True"),
+        ("gates", f"{what}: gates passed, of {len(gates)}", passed, f">= {len(gates)}"),
+    ]
+    return [
+        {
+            "id": f"brand-tutorial-{name}",
+            "what": text,
+            "value": value,
+            "bound": bound,
+            "command": "python -m tests.brand.tutorial",
+        }
+        for name, text, value, bound in values
+    ]
+
+
 if __name__ == "__main__":
     page = PAGE.read_text(encoding="utf-8")
     commands, old = RUN.search(page).groups()
     with tempfile.TemporaryDirectory() as folder:
         new = verdict_of(commands, Path(folder))
     PAGE.write_text(page.replace(old, new), encoding="utf-8")
+    add_rows(ROOT / "benchmarks" / "results" / "brand.json", rows_of(new))
