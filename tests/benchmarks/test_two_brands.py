@@ -1,0 +1,46 @@
+"""The table of two brands on scores worked by hand."""
+
+import pytest
+
+from benchmarks.two_brands import VOICES, advantages, page, rows_of
+from reward.voice import load_voice
+from rlhf.brand.answers import Scored
+
+
+def answers(*scores):
+    return [
+        Scored(f"g{place}", place, "text", score, None, []) for place, score in enumerate(scores)
+    ]
+
+
+SCORES = {
+    "fernhill": {
+        "base": answers(0.5, 0.5),
+        "fernhill": answers(0.9, 0.7),
+        "street": answers(0.2, 0.4),
+    },
+    "street": {
+        "base": answers(0.2, 0.2),
+        "street": answers(0.4, 0.4),
+        "fernhill": answers(0.5, 0.5),
+    },
+}
+
+
+def test_each_adapter_is_compared_with_the_other_by_its_own_voice():
+    found = advantages(SCORES)
+    # (0.7 + 0.3) / 2, and 0.4 - 0.5 on both prompts
+    assert found["fernhill"].estimate == pytest.approx(0.5)
+    assert found["street"].estimate == pytest.approx(-0.1)
+    assert found["street"].low == pytest.approx(-0.1)
+    verdict = {"ship": False, "verdict": "DO NOT SHIP.", "gates": []}
+    rows = rows_of(found, dict.fromkeys(VOICES, verdict))
+    assert [row["value"] for row in rows[1:]] == [pytest.approx(-0.1), False, False]
+    text = "\n".join(page(SCORES, dict.fromkeys(VOICES, verdict)))
+    assert "| street | 0.3 " in text and "- street: DO NOT SHIP." in text
+
+
+def test_both_voices_load_and_differ_in_what_they_ask_for():
+    fernhill, street = map(load_voice, VOICES.values())
+    assert set(fernhill.avoid.words) & set(street.use.phrases)
+    assert set(street.avoid.words) & set(fernhill.use.phrases)
