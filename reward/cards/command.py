@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config import option
-from rlhf.errors import UserError
+from rlhf.errors import UserError, did_you_mean, near_file
+
+CATEGORY = "category"
 
 
 @dataclass(kw_only=True)
@@ -47,7 +49,7 @@ class CardConfig(Scoring):
     rewardbench: str | None = option(
         None, "rows of RewardBench 2: a file, or allenai/reward-bench-2@test"
     )
-    category: str = option("category", "field of the pairs' metadata to list the accuracy by")
+    category: str = option(CATEGORY, "field of the pairs' metadata to list the accuracy by")
     output_dir: str | None = option(
         None, "where card.json, card.md and the figures go; default: the run's folder"
     )
@@ -58,10 +60,24 @@ class CardConfig(Scoring):
             from reward.compose import check_scorers
 
             check_scorers(self.gold, where="gold")
+        for source in (self.on_policy, self.rewardbench):
+            check_exists(source)
         if self.output_dir is None and not Path(self.run).is_dir():
             raise UserError(
-                f"{self.run}: no folder here to write the card into; give one: --output_dir FOLDER"
+                f"{self.run}: no such folder{near_file(self.run)}. The card of a model on the Hub needs a folder of "
+                "its own: --output_dir FOLDER"
             )
+
+
+def check_exists(source: str | None) -> None:
+    """Raise UserError for a file that is missing: it would be read after the pairs were scored."""
+    from rlhf.data.sources import is_path, split_event
+
+    if source is None:
+        return
+    name, _ = split_event(source)
+    if is_path(name) and not Path(name).exists():
+        raise UserError(f"{source}: no such file{near_file(name)}")
 
 
 def make_card(config: CardConfig) -> dict[str, Any]:
@@ -116,7 +132,18 @@ def judged_pairs(config: CardConfig, trained: Any) -> list[Any]:
     if not pairs:
         where = ", ".join(config.pairs or trained.data)
         raise UserError(f"{where}: no pair is in its split; give some: --pairs FILE")
+    check_category(config.category, pairs)
     return pairs
+
+
+def check_category(category: str, pairs: list[Any]) -> None:
+    """Raise UserError where no pair has the field that was asked for."""
+    known = set().union(*(pair.metadata for pair in pairs))
+    if category != CATEGORY and category not in known:
+        raise UserError(
+            f"--category {category}: no pair has this field in its metadata.{did_you_mean(category, known)} "
+            f"Known: {', '.join(sorted(known)) or 'none'}"
+        )
 
 
 @dataclass

@@ -14,6 +14,7 @@ from rlhf.config import parse
 from rlhf.data.records import Preference
 from rlhf.errors import UserError
 from rlhf.options.offline import RewardRunConfig
+from rlhf.weights import read_identity
 
 
 @dataclass
@@ -55,10 +56,16 @@ class ScoredPairs:
 
 
 def run_config(run: str | Path) -> RewardRunConfig | None:
-    """Return the options that a reward model was trained with; None where its folder does not say."""
+    """Return the options that a reward model was trained with; None where its folder does not say.
+
+    Raises UserError for a run of another program.
+    """
     file = Path(run) / "config.yaml"
     if not file.is_file():
         return None
+    program = read_identity(run).get("program")
+    if program not in (None, "reward"):
+        raise UserError(f"{run}: a run of launch/{program}.py, expected one of launch/reward.py")
     config = parse(RewardRunConfig, ["--config", str(file)])
     # a folder may have been moved since
     config.output_dir = str(run)

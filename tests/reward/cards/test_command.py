@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from reward.cards.command import CardConfig, make_card
+from reward.cards.command import CardConfig, check_category, make_card
 from reward.cards.learning_curve import CurveConfig, learning_curve
+from reward.cards.pairs import run_config
+from rlhf.data.records import Preference
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 
@@ -107,9 +109,30 @@ def test_a_learning_curve_is_trained_once_and_enters_the_card(run, capfd):
 
 
 def test_what_cannot_be_judged_is_refused_at_once(tmp_path):
-    with pytest.raises(UserError, match="no folder here"):
+    with pytest.raises(UserError, match="no such folder"):
         CardConfig(run="org/model").validate()
     with pytest.raises(UserError, match="has no config"):
         learning_curve(CurveConfig(run=str(tmp_path)))
     with pytest.raises(UserError, match="rising"):
         CurveConfig(run="x", fractions=[0.5, 0.25]).validate()
+
+
+def test_a_run_of_another_program_and_an_unknown_category_are_refused(tmp_path):
+    (tmp_path / "config.yaml").write_text("eval_data: [x.jsonl]\n")
+    (tmp_path / "rlhf.json").write_text('{"program": "sft"}')
+    with pytest.raises(UserError, match="expected one of launch/reward"):
+        run_config(tmp_path)
+
+    pair = Preference(
+        prompt=[{"role": "user", "content": "q"}], chosen="a", rejected="b", metadata={"topic": "x"}
+    )
+    check_category("category", [pair])
+    check_category("topic", [pair])
+    with pytest.raises(UserError, match="Did you mean 'topic'"):
+        check_category("topics", [pair])
+
+
+def test_files_are_missed_before_anything_is_scored(tmp_path):
+    for option in ("on_policy", "rewardbench"):
+        with pytest.raises(UserError, match=r"nothing.jsonl: no such file"):
+            CardConfig(run=str(tmp_path), **{option: str(tmp_path / "nothing.jsonl")}).validate()
