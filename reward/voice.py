@@ -42,7 +42,7 @@ from reward.voice_form import (
 )
 from reward.voice_language import check_language, without_english
 from reward.voice_parts import Avoid, Claims, Closing, Fact, Greeting, Mark, Section, Task, Use
-from reward.voice_tone import measure_tone
+from reward.voice_tone import check_tone, measure_tone
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError, did_you_mean
 from rlhf.text import say_once
@@ -308,7 +308,9 @@ def voice_scorer(
     """
     voice = load_voice(path)
     choose_channel(voice, channel, str(path))
-    if voice.sliders and judge is None:
+    if judge is not None:
+        check_tone(voice.sliders, str(path))
+    elif voice.sliders:
         say_once(f"{path}: 'tone' is left out of the score, because no judge is given")
 
     def score(samples: Samples) -> Scores:

@@ -13,7 +13,7 @@ from reward.voice import Voice, load_voice
 from reward.voice_answers import Answer, read_answers, same_prompt, sample_answers, to_samples
 from reward.voice_contradictions import contradictions
 from reward.voice_score import Part, score_text
-from reward.voice_tone import measure_tone
+from reward.voice_tone import check_tone, measure_tone
 from reward.voice_words import explain, remarks
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
@@ -62,6 +62,8 @@ def check(config: CheckConfig) -> dict[str, Any]:
     """Print the report and return it. Raises UserError at its end where the file contradicts itself."""
     voice = load_voice(config.voice, keep_contradictions=True)
     judge = build_tone_judge(config.judge) if config.judge else None
+    if judge:
+        check_tone(voice.sliders, config.voice)
     rows, wrong = check_examples(voice, judge)
     report: dict[str, Any] = {
         "voice": voice.name,

@@ -13,7 +13,7 @@ from reward.phrases import Span, Text
 from reward.voice import FLOOR, Voice, choose_channel, load_voice
 from reward.voice_answers import Answer, read_answers, to_samples
 from reward.voice_parts import Mark
-from reward.voice_tone import measure_tone
+from reward.voice_tone import check_tone, measure_tone
 from rlhf.config import option
 from rlhf.data.sources import READABLE
 from rlhf.errors import UserError
@@ -85,6 +85,8 @@ def score(config: ScoreConfig) -> list[dict[str, Any]]:
     voice = load_voice(config.voice)
     choose_channel(voice, config.channel, config.voice)
     judge = build_tone_judge(config.judge) if config.judge else None
+    if judge:
+        check_tone(voice.sliders, config.voice)
     given = dict(config.metadata)
     if config.channel:
         given["channel"] = config.channel

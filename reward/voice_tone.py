@@ -55,6 +55,14 @@ def language_model_tone(spec: JudgeSpec) -> Scorer:
     return score
 
 
+def check_tone(sliders: list[str], where: str) -> None:
+    """Raise UserError, naming `where`, for a judge that would have nothing to measure."""
+    if not sliders:
+        raise UserError(
+            f"{where}: has no 'tone' for the judge to measure. Add sliders to the file, or leave 'judge' out"
+        )
+
+
 def measure_tone(
     sliders: list[str], judge: Scorer, samples: Samples
 ) -> list[dict[str, float]] | None:

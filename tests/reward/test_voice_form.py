@@ -271,6 +271,12 @@ def test_a_judge_that_measures_something_else_is_refused(tmp_path, breakdown, sa
         scorer(samples("hi"))
 
 
+def test_a_judge_without_a_tone_to_measure_is_refused(tmp_path):
+    path = write(tmp_path, "name: Plain\nlength: {max_words: 9}")
+    with pytest.raises(UserError, match="has no 'tone' for the judge to measure"):
+        voice_scorer(path, judge=lambda samples: Scores([0.0]))
+
+
 def test_the_judge_of_a_voice_is_a_scorer_with_parts(tmp_path, monkeypatch):
     (tmp_path / "my_tone.py").write_text(
         "from rlhf.data.records import Scores\n"
