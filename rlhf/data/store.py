@@ -185,6 +185,15 @@ class Store:
         }
         return self._add("responses", digest(_json(row)), row)
 
+    def find_response(self, prompt: int, text: str, model: str | None) -> int | None:
+        """Return the id of the first answer of this text to a prompt, however it was sampled; None
+        where there is none. A model that is None matches every one.
+        """
+        sql = """SELECT id FROM responses WHERE prompt = ? AND text = ? AND (? IS NULL OR model IS ?)
+            ORDER BY id LIMIT 1"""
+        found = self._one(sql, prompt, text, model, model)
+        return found["id"] if found else None
+
     def add_comparison(
         self,
         one: int,

@@ -176,7 +176,11 @@ def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
     ids = {}
     for side in ("a", "b"):
         answer = getattr(pair, side)
-        ids[side] = store.add_response(prompt, answer.text, model=answer.model, ended=answer.ended)
+        # one that was sampled into this store, judged elsewhere and comes back without its sampling
+        known = store.find_response(prompt, answer.text, answer.model)
+        ids[side] = known or store.add_response(
+            prompt, answer.text, model=answer.model, ended=answer.ended
+        )
     comparison = store.add_comparison(
         ids["a"],
         ids["b"],

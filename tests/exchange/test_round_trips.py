@@ -330,3 +330,24 @@ def test_answers_that_the_store_has_in_the_other_order_keep_their_votes(store, t
         assert other.at().pair(vote.comparison)["text_a"] == "Zwei ☂"
         assert (vote.choice, vote.left) == ("a", "a")
         assert vote.criteria == {"clear": {"b": 1, "a": 5}, "on brand": {"a": 3}}
+
+
+def test_pairs_that_were_sampled_here_come_back_as_themselves(tmp_path):
+    """A store is sampled, judged in the other program, and its file is imported into that store."""
+    name, output = tmp_path / "votes.db", tmp_path / "records.json"
+    with Store.open(name, create=True) as store:
+        prompt = store.add_prompt([{"role": "user", "content": "Hi?"}])
+        one = store.add_response(prompt, "One.", model="runs/dpo", sampling={"seed": 0}, ended=True)
+        two = store.add_response(prompt, "Two.", model="runs/ppo", sampling={"seed": 0}, ended=True)
+        store.add_comparison(one, two)
+    export(ExportConfig([str(name)], str(output), form="argilla"))
+    records = json.loads(output.read_text())
+    user = str(uuid.uuid4())
+    records[0]["responses"] = {"preference": [{"value": "b", "user_id": user}]}
+    output.write_text(json.dumps(records))
+
+    import_votes(ImportConfig(source=str(output), store=str(name)))
+
+    with Store.open(name) as store:
+        (pair,) = pairs_of_view(store.at())
+        assert [vote.choice for vote in pair.votes] == ["b"]
