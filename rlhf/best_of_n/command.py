@@ -166,7 +166,9 @@ def scorers_of(config: BestOfNConfig, check_scorers: Callable[..., None]) -> lis
     check_scorers(golds, where="gold")
     for spec in golds:
         if identities(spec) & identities(proxy):
-            raise UserError(f"gold {spec}: is the reward model itself, which cannot judge itself")
+            raise UserError(
+                f"gold, '{spec['name']}': is the reward model itself, which cannot judge itself"
+            )
         if spec["name"] == "proxy":
             raise UserError("gold: 'proxy' is the name of the reward model; give another 'name'")
     check_scorers([proxy], where="run")

@@ -136,6 +136,9 @@ def sample(config: SampleConfig, disagreement: Disagreement | None = None) -> di
     disagreement: that of the reward models of `select_by`.
     """
     sources = config.sources()
+    for source in sources:
+        if not _is_file(source):
+            check_policy(source)
     records, named = prompts_of(config)
     # so that the first `prompts` of them are a random choice
     random.Random(config.seed).shuffle(records)
@@ -240,6 +243,16 @@ def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
     table = collect(config.controls, Preference)
     table.check_usable(config.on_error)
     return table.records, table.named_groups()
+
+
+def check_policy(source: str) -> None:
+    """Raise UserError for a model that is missing or a reward model, before others are sampled."""
+    from rlhf.adapters import require_policy
+    from rlhf.tokenizer import load_tokenizer
+
+    if (Path(source) / "adapter_config.json").is_file():
+        require_policy(source)
+    load_tokenizer(source)
 
 
 def answers_of_policy(

@@ -132,6 +132,11 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
 
         # a bad one is found before anything is sampled
         load_judge(config.judge)
+    if config.votes:
+        from rlhf.data.sources import split_event
+        from rlhf.data.store import Store
+
+        Store.open(split_event(config.votes)[0], readonly=True).close()
     tokenizer = load_tokenizer(config.runs[0])
     encoded, dropped = encode(records, tokenizer, shared["max_prompt_length"])
     prompts = first_by_hash(kept((encoded, dropped), "prompts"), config.n_prompts)

@@ -208,6 +208,20 @@ def test_what_runs_cannot_be_combined_with(options, message):
         asked.sources()
 
 
+def test_a_missing_run_and_a_reward_model_are_refused_before_anything_is_sampled(
+    tmp_path, prompts, sft_path, member_paths, capfd
+):
+    wrong = {
+        str(tmp_path / "nothing"): "no such folder",
+        member_paths[0]: "a reward model, not a policy",
+    }
+    for path, message in wrong.items():
+        asked = config(tmp_path, prompts, None, runs=[sft_path, path], split="test")
+        with pytest.raises(UserError, match=message):
+            sample(asked)
+    assert "sampling" not in capfd.readouterr().err
+
+
 def test_answers_from_files_need_no_model(tmp_path, prompts):
     one = write(
         tmp_path / "one.jsonl",
