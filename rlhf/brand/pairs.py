@@ -14,7 +14,7 @@ from rlhf.brand.answers import samples_of
 from rlhf.config import option
 from rlhf.data.records import Scorer
 from rlhf.data.store import Store
-from rlhf.errors import UserError
+from rlhf.errors import UserError, near_file
 from rlhf.files import write_atomic
 
 # (text, metadata) -> the text as rules would have it
@@ -132,8 +132,7 @@ def checked(config: CheckedConfig) -> dict[str, Any]:
     """Write the pairs and OUTPUT.check.json with how far the votes agree; return the latter."""
     from rlhf.data.sources import split_event
 
-    lines = Path(config.pairs).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_rows(config.pairs)
     path, event = split_event(config.votes)
     with Store.open(path, readonly=True) as store:
         view = store.at(event)
@@ -195,6 +194,17 @@ def turned(row: dict[str, Any]) -> dict[str, Any]:
         if other in row:
             changed[name] = row[other]
     return changed
+
+
+def read_rows(file: str) -> list[dict[str, Any]]:
+    """Return the rows that `pairs` has written. Raises UserError."""
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        raise UserError(
+            f"{file}: no pairs can be read; make them with: rlhf brand pairs{near_file(file)}"
+        ) from None
 
 
 def write_rows(output: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -151,6 +151,16 @@ def test_votes_keep_turn_or_leave_out_pairs(tmp_path):
     }
 
 
+def test_pairs_that_cannot_be_read_are_one_message(tmp_path):
+    file = tmp_path / "pairs.jsonl"
+    config = CheckedConfig(pairs=str(file), votes="check.db", output=str(tmp_path / "out.jsonl"))
+    for text in (None, "no JSON"):
+        if text:
+            file.write_text(text)
+        with pytest.raises(UserError, match=r"pairs\.jsonl: no pairs can be read; make them with"):
+            checked(config)
+
+
 def test_a_turned_pair_takes_its_ends_with_it():
     row = {**row_of(PROMPT, "one", "two"), "rejected_ended": False}
     assert turned(row) == {**row_of(PROMPT, "two", "one"), "chosen_ended": False}
