@@ -43,7 +43,8 @@ def plot_reliability(calibration: dict[str, Any], path: str | Path) -> None:
         ylim=(-0.02, 1.02),
         title="Reliability",
     )
-    axes.legend(loc="lower right", fontsize=8)
+    # where it hides the fewest points
+    axes.legend(loc="best", fontsize=8)
     figure.savefig(path, dpi=120)
 
 
