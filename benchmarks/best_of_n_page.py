@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from result_rows import add_rows
+from result_rows import add_rows, made_with
 
 from rlhf.best_of_n.laws import Fit
 from rlhf.compare.figure_style import NATS, NEUTRAL, SETTINGS, STYLES, new_figure
@@ -66,7 +66,7 @@ each seed's reward model. Gold is the true score. The KL of the best of n is log
 upper bound; {found["repeated"]:.1%} of the answers repeat another one. Intervals are 95 % t intervals
 over the seeds. All seeds share the test prompts, whose luck the intervals do not hold. PPO's and
 DPO's peaks are the highest of several measured means, so that gold there is a little too high; what
-is lost beside and after them is measured on other prompts than chose the peak."""
+is lost beside and after them is measured on other prompts than chose the peak. {made_with("trl")}"""
     return textwrap.fill(" ".join(text.split()), 130).splitlines()
 
 

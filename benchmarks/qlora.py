@@ -263,7 +263,7 @@ def seconds_of(sittings: list[dict]) -> list[float]:
 
 def write_page() -> None:
     """Write the page and the rows of results from the pieces."""
-    from result_rows import add_rows
+    from result_rows import add_rows, made_with
 
     from rlhf.text import markdown_table
 
@@ -349,7 +349,7 @@ def write_page() -> None:
     ]
     text = [
         "# A base in 4 and 8 bits, and 8-bit AdamW, on SmolLM2-135M", "", __doc__.split("\n\n")[2].replace("\n", " "),
-        "", f"`{command}`", "", "## SFT, 16 steps of 8 rows", "",
+        "", f"`{command}`", "", made_with("transformers", "trl", "bitsandbytes"), "", "## SFT, 16 steps of 8 rows", "",
         *markdown_table(header, table, right=range(1, len(header))), "",
         f"Loss: mean over the response tokens of {HELD_OUT} held-out answers, nats. Seconds: of a step, the "
         "median over sittings; ratios sitting by sitting, with their range. Peaks: MiB of resident memory with "

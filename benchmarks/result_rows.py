@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import operator
+import os
+import platform
 import subprocess
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,22 @@ def holds(value: float | bool, bound: str) -> bool:
     """Say whether a value keeps a bound such as ">= 0.9" or "== True"."""
     symbol, limit = bound.split(maxsplit=1)
     return bool(COMPARISONS[symbol](value, json.loads(limit.lower())))
+
+
+def made_with(*packages: str) -> str:
+    """Return "2 cores of an AMD EPYC, no GPU; Python 3.11.7, torch 2.13.0+cpu." of this machine, with
+    the versions of torch and of further packages.
+    """
+    import torch
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    processor = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    found = [f"{name} {version(name)}" for name in ("torch", *packages)]
+    return (
+        f"{os.cpu_count()} cores ({processor}), {gpu}; Python {platform.python_version()}, "
+        f"{', '.join(found)}."
+    )
 
 
 def add_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:

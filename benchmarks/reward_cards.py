@@ -26,7 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from result_rows import add_rows
+from result_rows import add_rows, made_with
 
 from reward.cards.bias import bias_tests
 from reward.cards.page import write_card
@@ -265,6 +265,8 @@ voice 5 epochs and the test split of its data, pandalm 2 epochs of single votes 
 out, all with
 
     {options}
+
+{made_with("transformers", "trl")}
 
 Texts of the data are left out of these pages.
 

@@ -19,7 +19,7 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.result_rows import add_rows  # noqa: E402
+from benchmarks.result_rows import add_rows, made_with  # noqa: E402
 from reward.compose import build_scorer  # noqa: E402
 from rlhf.brand.answers import Scored, by_group, difference, scored_answers  # noqa: E402
 from rlhf.brand.gates import Measured, mean_of_groups, shown  # noqa: E402
@@ -107,7 +107,7 @@ def page(scores: dict[str, dict[str, list[Scored]]], verdicts: dict[str, dict]) 
         "",
         f"`{COMMAND}`: two adapters of the sandbox's base, trained by `rlhf brand run` with the same options. "
         "`fernhill` is the shop's own voice, `street` asks for much of what that avoids. Means over test prompts with "
-        "95 % intervals:",
+        "95 % intervals. " + made_with("transformers", "trl"),
         "",
         *markdown_table(header, rows, right=[1, 2]),
         "",
