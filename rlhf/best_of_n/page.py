@@ -85,6 +85,7 @@ def markdown(result: dict[str, Any]) -> list[str]:
         f"{KL_NOTE}; {result['repeated']:.1%} of the answers repeat another one to their prompt.",
         "",
     ]
+    lines += [scorer_line(result["scorers"]), ""]
     rows = []
     for row in result["curve"]:
         cells = [interval(row["scores"][name]["mean"]) for name in ["proxy", *names]]
@@ -92,6 +93,15 @@ def markdown(result: dict[str, Any]) -> list[str]:
     header = ["n", "KL, nats", "proxy", *names]
     lines += markdown_table(header, rows, right=range(len(header)))
     return [*lines, "", *law_lines(result)]
+
+
+def scorer_line(specs: list[dict[str, Any]]) -> str:
+    """Say which scorer each name stands for."""
+    said = []
+    for spec in specs:
+        given = {key: value for key, value in spec.items() if key != "name"}
+        said.append(f"{spec['name']}: `{dumps(given)}`")
+    return "; ".join(said) + "."
 
 
 def law_lines(result: dict[str, Any]) -> list[str]:
