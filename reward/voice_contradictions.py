@@ -23,6 +23,7 @@ def contradictions(
 
 
 def _impossible_bounds(sections: Mapping[str, Any]) -> list[str]:
+    """Return the bounds of one section, or of two together, that no text can keep."""
     use, length, sentences = (sections.get(name) for name in ("use", "length", "sentences"))
     found = []
     if length and length.min_words > length.max_words:
@@ -35,12 +36,15 @@ def _impossible_bounds(sections: Mapping[str, Any]) -> list[str]:
     if isinstance(emoji, Emoji) and emoji.min > emoji.max:
         found.append(f"'emoji': min {emoji.min} is above max {emoji.max}")
 
-    edges = {
+    # words of the shortest form of greeting and closing
+    least_words = {
         name: part.least_words() for name, part in sections.items() if isinstance(part, Greeting)
     }
-    if length and sum(edges.values()) > length.max_words:
-        found.append(f"'length': max_words {length.max_words} is too few for {' and '.join(edges)}")
-    for name, words in edges.items():
+    if length and sum(least_words.values()) > length.max_words:
+        found.append(
+            f"'length': max_words {length.max_words} is too few for {' and '.join(least_words)}"
+        )
+    for name, words in least_words.items():
         if sentences and words > sentences.max_words:
             found.append(
                 f"'sentences': max_words {sentences.max_words} is too few for every form of '{name}'"

@@ -65,7 +65,9 @@ def follow(
         state = "other"
     elif 0.5 - margin <= low and high <= 0.5 + margin:
         state = "equal"
-    more = None if state != "open" or not shares else _more(shares, equal_share, alpha, margin)
+    more = (
+        None if state != "open" or not shares else _groups_to_go(shares, equal_share, alpha, margin)
+    )
     return Progress(state, float(low), float(high), len(shares), alpha, margin, more)
 
 
@@ -98,7 +100,9 @@ def confidence_sequence(shares: Sequence[float], alpha: float) -> tuple[float, f
     return max(0.0, float(kept[0]) - step), min(1.0, float(kept[-1]) + step)
 
 
-def _more(shares: Sequence[float], equal_share: float, alpha: float, margin: float) -> int | None:
+def _groups_to_go(
+    shares: Sequence[float], equal_share: float, alpha: float, margin: float
+) -> int | None:
     """Return about how many further groups a decision takes if shares stay as they are.
 
     The width falls as sqrt(log t / t); the shortest way to a decision counts.
@@ -107,6 +111,8 @@ def _more(shares: Sequence[float], equal_share: float, alpha: float, margin: flo
     n, half = len(shares), (high - low) / 2
     centre = 0.5 + (1 - equal_share) * ((low + high) / 2 - 0.5)
     distance = abs(centre - 0.5)
+    # the half width that excludes one half, or that stays within it +- margin: whichever is wider
+    # comes first; of the groups that are voted on, like `half`
     needed = max(distance, margin - distance) / max(1 - equal_share, 1e-9)
     if needed <= 0:
         return None
