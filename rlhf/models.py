@@ -8,7 +8,6 @@ with an adapter (its base is read from it); a finished run of ours.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 import warnings
@@ -346,6 +345,5 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # the libraries give these to one another; nobody who runs a program can act on them
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import logging
 import os
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,11 @@ THREADS_ARE_CHOSEN = "OMP_NUM_THREADS" in os.environ
 
 
 def begin() -> None:
-    """Collect less garbage while a program imports its libraries, and none when Python ends."""
+    """Collect less garbage while a program imports its libraries, and none when Python ends; keep
+    bitsandbytes from speaking of kernels that are not used here.
+    """
+    # peft imports it where it is installed, long before `silence_libraries` in some programs
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # one call however many programs run in this process; the last look at all objects takes 1.5 s
     atexit.unregister(gc.freeze)
     atexit.register(gc.freeze)
