@@ -7,6 +7,7 @@ held-out pairs, its report card on them, and scores shifted so that reference an
 average.
 """
 
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -37,28 +38,19 @@ def main(argv: list[str] | None = None) -> None:
 
     from reward.length import add_offsets, fit_length
     from reward.model import normalisation, trainable_reward, write_reward
-    from reward.report import report, score_rows
+    from reward.report import report
     from reward.ties import TieParameter, tie_share
     from reward.trainer import PairCollator, RewardTrainer, pair_rows
     from rlhf import stages
     from rlhf.offline import trainers
     from rlhf.offline.best import load_best, require_held_out
-    from rlhf.offline.callbacks import RunCallback, not_finite
+    from rlhf.offline.callbacks import RunCallback
     from rlhf.runs.budget import Budget
 
     initial = stages.load_initial_model(run)
     tokenizer = initial.tokenizer
-    train_pairs = run.data.rows(Preference, "train", tokenizer)
-    held_out = run.data.rows(Preference, "validation", tokenizer)
+    train_pairs, held_out, answers = read_data(run, tokenizer)
     require_held_out(run, held_out)
-    answers = []
-    if config.reference_data:
-        answers = run.data.rows(Instruction, "validation", tokenizer, config.reference_data)
-        if not answers:
-            run.log(
-                "WARNING: no row of reference_data is in validation: scores are normalised on the chosen answers"
-            )
-    run.log(f"{len(train_pairs)} training pairs, {len(held_out)} held out")
 
     train_rows, held_out_rows = pair_rows(train_pairs), pair_rows(held_out)
     ties = None
@@ -99,17 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         saved_step = load_best(trainer, callback.held_out, run, ties)
 
     pairs = held_out_rows or pair_rows(first_by_hash(train_pairs, NORMALISATION_PAIRS))
-    chosen, rejected, references = score_rows(
-        run,
-        trainer,
-        [pair["chosen_ids"] for pair in pairs],
-        [pair["rejected_ids"] for pair in pairs],
-        [answer["prompt_ids"] + answer["response_ids"] for answer in answers],
-    )
-    if not all(map(math.isfinite, chosen + rejected + references)):
-        raise not_finite(
-            run, trainer.state.global_step, "a score of the trained model is not finite"
-        )
+    chosen, rejected, references = score(run, trainer, pairs, answers)
     bias, scale = normalisation(references or chosen, config.normalise)
 
     trainers.save_policy(run, trainer.model, initial)
@@ -133,6 +115,44 @@ def main(argv: list[str] | None = None) -> None:
         held_out_losses=callback.held_out.evaluations,
         tie_parameter=math.exp(ties.log_tie) if ties else None,
     )
+
+
+def read_data(run, tokenizer) -> tuple[list[dict], list[dict], list[dict]]:
+    """Return the encoded training pairs, held-out pairs and reference answers."""
+    train_pairs = run.data.rows(Preference, "train", tokenizer)
+    held_out = run.data.rows(Preference, "validation", tokenizer)
+    answers = []
+    source = run.config.reference_data
+    if source:
+        answers = run.data.rows(Instruction, "validation", tokenizer, source)
+        if not answers:
+            run.log(
+                "WARNING: no row of reference_data is in validation: scores are normalised on the chosen answers"
+            )
+    run.log(f"{len(train_pairs)} training pairs, {len(held_out)} held out")
+    return train_pairs, held_out, answers
+
+
+def score(run, trainer, pairs: list[dict], answers: list[dict]) -> list[list[float]]:
+    """Return the trained model's raw scores of the chosen, the rejected and the reference answers.
+
+    Ends the run where one is not finite.
+    """
+    from reward.report import score_rows
+    from rlhf.offline.callbacks import not_finite
+
+    scores = score_rows(
+        run,
+        trainer,
+        [pair["chosen_ids"] for pair in pairs],
+        [pair["rejected_ids"] for pair in pairs],
+        [answer["prompt_ids"] + answer["response_ids"] for answer in answers],
+    )
+    if not all(map(math.isfinite, itertools.chain.from_iterable(scores))):
+        raise not_finite(
+            run, trainer.state.global_step, "a score of the trained model is not finite"
+        )
+    return scores
 
 
 if __name__ == "__main__":
