@@ -194,7 +194,7 @@ def run_ppo(place: Path, way: str, scorer: str, seed: int) -> None:
 
 
 def finished(folder: str) -> bool:
-    """Return whether a run has ended; one that was cut off is made anew."""
+    """Return whether a run has ended; one that was cut off starts again."""
     file = Path(folder) / "result.json"
     return file.is_file() and json.loads(file.read_text()).get("finished", False)
 

@@ -28,12 +28,12 @@ from reward.compose import build_scorer
 from reward.model import load_reward
 from rlhf.data.encode import encode
 from rlhf.data.load import load
-from rlhf.data.records import Preference, Samples
+from rlhf.data.records import Preference
 from rlhf.data.store import Store
 from rlhf.experiment import cross_validate as cv
 from rlhf.experiment.state import ExperimentState
 from rlhf.sandbox import CONFIGS
-from rlhf.sandbox.annotators import Annotator, choose
+from rlhf.sandbox.annotators import Annotator, choose, gold_scores
 
 SEEDS = (0, 1, 2)
 # logits for each ten words more, and half the width of a tie in logits
@@ -245,19 +245,9 @@ def sandbox_pairs(out: Path) -> list[dict[str, Any]]:
         (out / "sampled").touch()
     with Store.open(store, readonly=True) as opened:
         pairs = list(opened.at().pairs().values())
-    gold = build_scorer([{"voice": str(world / "voice.yaml")}])
-    samples = Samples([], [], [], [], [], [])
+    gold = gold_scores(pairs, build_scorer([{"voice": str(world / "voice.yaml")}]))
     for pair in pairs:
-        for side in "ab":
-            samples.prompts.append(pair["messages"])
-            samples.responses.append(pair[f"text_{side}"])
-            samples.prompt_ids.append([])
-            samples.response_ids.append([])
-            samples.ended.append(pair[f"ended_{side}"] != 0)
-            samples.metadata.append(pair["metadata"])
-    total = gold(samples).total
-    for i, pair in enumerate(pairs):
-        pair["gold"] = (total[2 * i], total[2 * i + 1])
+        pair["gold"] = gold[pair["id"]]
     return [pair for pair in pairs if pair["text_a"].strip() and pair["text_b"].strip()]
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.result_rows import add_rows
 from rlhf.compare.crossed import MIN_SEEDS
 from rlhf.voting.ballots import Ballots, Item
-from rlhf.voting.rates import _estimate, _rate, table_of
+from rlhf.voting.rates import pair_rate
 from rlhf.voting.stopping import confidence_sequence
 
 ROWS = Path(__file__).parent / "results" / "votes.json"
@@ -37,6 +37,9 @@ class World:
     leaning: float
     difference: float = 1.0
     mean: float = 0.3
+    # shares of prompts that have votes already, and to which both policies gave the same answer
+    voted: float = 1.0
+    equal: float = 0.0
 
     def draw(self, rng: np.random.Generator) -> tuple[Ballots, float]:
         """Return votes, and the win rate of these annotators on all prompts."""
@@ -45,10 +48,13 @@ class World:
         items = []
         for number in range(self.prompts):
             own = self.mean + self.difference * rng.standard_normal()
-            item = Item(f"g{number}", order=number)
+            is_equal, is_voted = rng.random() < self.equal, rng.random() < self.voted
+            item = Item(f"g{number}", equal=is_equal, order=number)
+            items.append(item)
+            if is_equal or not is_voted:
+                continue
             for voter in rng.choice(self.annotators, size=self.overlap, replace=False):
                 item.shares[names[voter]] = _vote(own + leanings[voter], rng.random())
-            items.append(item)
         ballots = Ballots(["a", "b"], names, {("a", "b"): items}, {}, 0)
         return ballots, float(np.mean(self.truth(leanings)))
 
@@ -59,7 +65,8 @@ class World:
         expected = _chance(logits - TIES) + 0.5 * (
             1 - _chance(logits - TIES) - _chance(-logits - TIES)
         )
-        return weights @ expected / weights.sum()
+        voted = weights @ expected / weights.sum()
+        return 0.5 * self.equal + (1 - self.equal) * voted
 
     def win_rate(self) -> float:
         """Return the win rate of all annotators on all prompts."""
@@ -88,10 +95,7 @@ def coverage(world: World, worlds: int, seed: int) -> tuple[float, float]:
     for _ in range(worlds):
         ballots, of_these = world.draw(rng)
         truth = world.win_rate() if world.annotators >= MIN_SEEDS else of_these
-        items = ballots.items["a", "b"]
-        groups = [item.group for item in items]
-        table = table_of(items, ballots.annotators, groups)
-        found = _estimate(_rate(table), len(ballots.annotators), len(groups), 0.95)
+        found = pair_rate(ballots.items["a", "b"], 0.95)
         held += found.low <= truth <= found.high
         widths.append(found.high - found.low)
     return held / worlds, float(np.mean(widths))
@@ -115,22 +119,34 @@ def false_ends(world: World, worlds: int, seed: int) -> tuple[float, float]:
     return rule / worlds, naive / worlds
 
 
+def designs() -> list[World]:
+    """Return the worlds that coverage is simulated in."""
+    found = []
+    for annotators, overlap in ((2, 1), (3, 1), (3, 3), (5, 1), (5, 3), (10, 2)):
+        for prompts, leaning in ((60, 0.0), (60, 0.8), (150, 0.4)):
+            found.append(World(prompts, annotators, overlap, leaning))
+    # collections that are half done, and policies that often agree
+    for annotators, overlap in ((3, 1), (5, 1), (5, 3), (10, 2)):
+        for voted, equal in ((0.5, 0.0), (1.0, 0.2), (0.5, 0.2)):
+            found.append(World(150, annotators, overlap, 0.4, voted=voted, equal=equal))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--worlds", type=int, default=1000)
     worlds = parser.parse_args().worlds
 
-    print("| prompts | annotators | votes a prompt | spread of annotators | coverage | width |")
-    print("|---:|---:|---:|---:|---:|---:|")
+    header = ["prompts", "annotators", "votes a prompt", "spread", "voted on", "equal answers"]
+    print(f"| {' | '.join([*header, 'coverage', 'width'])} |")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     cells = []
-    for annotators, overlap in ((2, 1), (3, 1), (3, 3), (5, 1), (5, 3), (10, 2)):
-        for prompts, leaning in ((60, 0.0), (60, 0.8), (150, 0.4)):
-            world = World(prompts, annotators, overlap, leaning)
-            held, width = coverage(world, worlds, seed=len(cells))
-            cells.append(held)
-            print(
-                f"| {prompts} | {annotators} | {overlap} | {leaning} | {held:.1%} | {width:.3f} |"
-            )
+    for world in designs():
+        held, width = coverage(world, worlds, seed=len(cells))
+        cells.append(held)
+        votes = f"{world.prompts} | {world.annotators} | {world.overlap} | {world.leaning}"
+        shares = f"{world.voted:.0%} | {world.equal:.0%}"
+        print(f"| {votes} | {shares} | {held:.1%} | {width:.3f} |", flush=True)
     error = math.sqrt(0.05 * 0.95 / worlds)
     print(f"\n{worlds} worlds a cell: a coverage of 95 % is found as 95 +- {196 * error:.1f} %")
 

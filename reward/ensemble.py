@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from rlhf.data.records import Samples, Scorer, Scores
+from rlhf.text import short_names
 
 # of the authors' PPO runs (their configs/config_rl.yaml, and fig. 10)
 PENALTY = 0.1
@@ -73,12 +74,8 @@ def member_names(folders: list[str]) -> list[str]:
 
     Raises ValueError where two are the same reward model.
     """
-    parts = [Path(folder).parts for folder in folders]
-    # as few folders of the path as tell the members apart
-    for depth in range(1, max(map(len, parts)) + 1):
-        names = ["-".join(part[-depth:]).replace("/", "") for part in parts]
-        if len({*names, SPREAD}) == len(names) + 1:
-            return names
+    if len({*map(Path, folders)}) == len(folders):
+        return short_names(folders, taken={SPREAD}, joint="-")
     raise ValueError(
         f"{', '.join(folders)}: names a reward model twice, which would hide how far members differ"
     )

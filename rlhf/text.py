@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 
@@ -12,6 +13,21 @@ def clip(value: Any, width: int = 100) -> str:
     """Return `value` as one line of at most `width` characters, ending in "..." where it was cut."""
     line = " ".join(str(value).split())
     return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def short_names(paths: Sequence[str], taken: Iterable[str] = (), joint: str = "/") -> list[str]:
+    """Return as few folders of each path as tell the paths apart: a/dpo, a/ppo -> dpo, ppo; a/ppo,
+    b/ppo -> a/ppo, b/ppo.
+
+    taken: names that none may have. joint: what stands between folders. Paths of which two are the
+    same are returned as they are.
+    """
+    parts = [Path(path).parts for path in paths]
+    for depth in range(1, max(map(len, parts), default=0) + 1):
+        names = [str(Path(*part[-depth:])).replace("/", joint) for part in parts]
+        if len(set(names)) == len(names) and not set(names) & set(taken):
+            return names
+    return list(paths)
 
 
 def reasons_of(counts: Mapping[str, int]) -> str:

@@ -1,4 +1,4 @@
-from rlhf.text import clip, escape_cell, markdown_table
+from rlhf.text import clip, escape_cell, markdown_table, short_names
 
 
 def test_clip_makes_one_line_and_marks_a_cut():
@@ -18,3 +18,15 @@ def test_markdown_table():
         "| --- | ---: |",
         "| x | 1.5 |",
     ]
+
+
+def test_names_are_as_short_as_tells_the_paths_apart():
+    assert short_names(["runs/sft", "runs/ppo/"]) == ["sft", "ppo"]
+    assert short_names(["x/a/ppo", "x/b/ppo", "x/b/dpo"]) == ["a/ppo", "b/ppo", "b/dpo"]
+    assert short_names(["runs/a", "runs/spread"], taken=["spread"], joint="-") == [
+        "runs-a",
+        "runs-spread",
+    ]
+    # nothing tells them apart
+    assert short_names(["runs/a", "runs/a"]) == ["runs/a", "runs/a"]
+    assert short_names([]) == []

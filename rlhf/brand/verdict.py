@@ -20,8 +20,8 @@ from rlhf.data.sources import split_event
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 from rlhf.files import dumps, write_atomic
-from rlhf.text import clip, markdown_table
-from rlhf.voting.ballots import Ballots, read_ballots, short_names
+from rlhf.text import clip, markdown_table, short_names
+from rlhf.voting.ballots import Ballots, read_ballots
 from rlhf.voting.page import SOURCES
 from rlhf.voting.rates import summarise_votes
 

@@ -16,8 +16,8 @@ from rlhf.data.store import Store
 from rlhf.data.votes import Vote, by_comparison, final_votes, no_preference
 from rlhf.errors import UserError
 from rlhf.stats import clustered_se
-from rlhf.text import markdown_table
-from rlhf.voting.ballots import read_ballots, short_names
+from rlhf.text import markdown_table, short_names
+from rlhf.voting.ballots import read_ballots
 from rlhf.voting.page import votes_markdown
 from rlhf.voting.rates import MARGIN, summarise_votes
 

@@ -30,6 +30,7 @@ from rlhf.config import SEED, option
 from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import first_by_hash
 from rlhf.errors import UserError, near_file
+from rlhf.text import short_names
 
 # options that are the runs' own, and what holds where no run says
 FOLLOWED = {
@@ -215,7 +216,7 @@ def sample_runs(
     rows = {}
     total = len(policies) * len(prompts) * config.samples_per_prompt
     with tqdm(total=total, desc="comparing", unit="response", mininterval=5) as bar:
-        for name, (own_model, own_context) in zip(run_names(config.runs), policies, strict=True):
+        for name, (own_model, own_context) in zip(short_names(config.runs), policies, strict=True):
             # the first run is the reference of all, as a context of the same model or as another
             # model
             reference = context if own_model is model else model
@@ -303,12 +304,6 @@ def check_finite(rows: dict[str, list], kinds: dict[str, str]) -> None:
                 raise UserError(
                     f"compare: {bad} of {len(own)} responses of '{run}' have no finite {name}"
                 )
-
-
-def run_names(paths: list[str]) -> list[str]:
-    """Return the folders' own names, or the paths where those are not unique."""
-    names = [Path(path).name for path in paths]
-    return names if len(set(names)) == len(names) else list(paths)
 
 
 def shared_options(config: CompareConfig) -> dict[str, Any]:

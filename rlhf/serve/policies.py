@@ -20,7 +20,7 @@ from rlhf.engines.merged import merged
 from rlhf.engines.sampling import Completions, EachToken, Sampling
 from rlhf.errors import UserError, near_file
 from rlhf.models import context_length
-from rlhf.text import say_once
+from rlhf.text import say_once, short_names
 from rlhf.tokenizer import load_tokenizer, stop_ids
 from rlhf.weights import read_identity
 
@@ -80,8 +80,8 @@ def load(paths: list[str], *, with_bases: bool) -> list[Policy]:
     """Load the policies at `paths`, in that order, and with `with_bases` the bases of adapters behind
     them. Adapters of one base share its weights. Raises UserError where a path holds no policy.
 
-    A policy has the name of its folder, or its path where that is not unique; a base that of its
-    folder or its name on the Hub. A base answers with the tokenizer and the template of the first of
+    A policy has the name of its folder, with as many folders above it as tell it apart; a base that
+    of its folder or its name on the Hub. A base answers with the tokenizer and the template of the first of
     its adapters.
     """
     paths = list(dict.fromkeys(str(Path(path)) for path in paths))
@@ -144,12 +144,11 @@ def _place(path: str) -> str:
 
 
 def _names(paths: list[str]) -> list[str]:
-    """Return the names of folders, or the paths where those are not unique."""
-    names = []
-    for path in paths:
-        name = Path(path).name or Path(path).resolve().name
-        names.append(name if Path(path).exists() else path)
-    return names if len(set(names)) == len(names) else paths
+    """Return a short name of each folder; what is no folder here, such as a Hub name, stays whole."""
+    folders = [path for path in paths if Path(path).exists()]
+    resolved = [str(Path(path).resolve()) for path in folders]
+    short = dict(zip(folders, short_names(resolved), strict=True))
+    return [short.get(path, path) for path in paths]
 
 
 def _base_name(path: str, base: str, taken: set[str]) -> str:

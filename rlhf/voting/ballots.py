@@ -6,13 +6,13 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf.data.store_queries import StoreView
 from rlhf.data.votes import Vote, by_comparison, final_votes
+from rlhf.text import short_names
 
 # what a vote counts for the first of two; a skip says nothing
 SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
@@ -90,16 +90,6 @@ def read_ballots(view: StoreView) -> Ballots:
         sources={vote.annotator: vote.source for vote in votes},
         event=view.event,
     )
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """Return as few folders of each path as tell the paths apart: a/dpo, a/ppo -> dpo, ppo."""
-    parts = [Path(path).parts for path in paths]
-    for depth in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return list(paths)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def summarise_votes(
         return None
     items = ballots.items
     voted = [pair for pair in items if any(item.shares for item in items[pair])]
-    rates = {pair: _pair_rate(items[pair], level) for pair in voted}
+    rates = {pair: pair_rate(items[pair], level) for pair in voted}
     adjusted = holm([rates[pair].p for pair in voted])
     rows = []
     for pair, p in zip(voted, adjusted, strict=True):
@@ -103,7 +103,7 @@ def _policies(
     return [{"policy": name, "rate": rate.to_dict()} for name, rate in rows]
 
 
-def _pair_rate(items: Sequence[Item], level: float) -> Estimate:
+def pair_rate(items: Sequence[Item], level: float) -> Estimate:
     """Return the win rate by these items.
 
     Its interval is over their annotators and known groups alone: others, of which nothing is known,

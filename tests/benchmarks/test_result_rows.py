@@ -1,4 +1,6 @@
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -28,3 +30,25 @@ def test_a_row_takes_the_place_of_the_one_with_its_id(tmp_path):
     assert (first["id"], first["value"], first["holds"]) == ("a", 0.95, True)
     assert (second["id"], second["value"], second["holds"]) == ("b", 1.0, True)
     assert first["commit"] == second["commit"]
+
+
+ROOT = Path(__file__).parents[2]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+ROWS = [path for path in RESULTS if "rows" in json.loads(path.read_text())]
+
+
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: path.stem)
+def test_rows_hold_what_they_say_at_a_commit_of_this_history(path):
+    rows = json.loads(path.read_text())["rows"]
+    assert len({row["id"] for row in rows}) == len(rows)
+    for row in rows:
+        assert row["holds"] == holds(row["value"], row["bound"]), row["id"]
+        assert row["command"], row["id"]
+    shallow = subprocess.check_output(
+        ["git", "rev-parse", "--is-shallow-repository"], text=True, cwd=ROOT
+    )
+    if shallow.strip() == "true":
+        pytest.skip("a shallow clone does not have the commits of earlier measurements")
+    for commit in {row["commit"] for row in rows}:
+        found = subprocess.run(["git", "merge-base", "--is-ancestor", commit, "HEAD"], cwd=ROOT)
+        assert found.returncode == 0, f"{commit} is no commit of this history"

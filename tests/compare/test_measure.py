@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from rlhf.cli import main
-from rlhf.compare.measure import CompareConfig, run_names, scores_of, shared_options
+from rlhf.compare.measure import CompareConfig, scores_of, shared_options
 from rlhf.compare.runs import check_judges, unseen
 from rlhf.data.records import Prompt, prompt_group
 from rlhf.errors import UserError
@@ -159,11 +159,6 @@ def test_trained_scores_are_proxies_and_names_are_unique(tmp_path):
     assert scores_of(config(runs))[2] is None
     with pytest.raises(UserError, match="no score to compare by"):
         scores_of(config([runs[0], runs[0]]))
-
-
-def test_names_of_runs():
-    assert run_names(["runs/sft", "runs/ppo/"]) == ["sft", "ppo"]
-    assert run_names(["a/ppo", "b/ppo"]) == ["a/ppo", "b/ppo"]
 
 
 def test_gold_and_referee_together_are_refused():

@@ -1,5 +1,7 @@
 """Adapters of one base by name, and what an answer has room for."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -68,11 +70,12 @@ def test_a_base_that_is_given_is_loaded_once(runs, base_path):
     assert sft.base == base.name
 
 
-def test_names_that_are_not_unique_are_paths(runs, base_path, tmp_path):
+def test_names_that_are_not_unique_have_more_folders(runs, base_path, tmp_path):
     from tests.conftest import random_adapter
 
     other = random_adapter(base_path, tmp_path / "sft", seed=3)
-    assert [policy.name for policy in load([runs[0], other], with_bases=False)] == [runs[0], other]
+    expected = [f"{Path(runs[0]).parent.name}/sft", f"{tmp_path.name}/sft"]
+    assert [policy.name for policy in load([runs[0], other], with_bases=False)] == expected
 
 
 def test_what_is_no_policy_is_refused(runs, reward_path, tmp_path):

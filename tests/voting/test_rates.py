@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf.data.store import Store
-from rlhf.voting.ballots import Ballots, Item, read_ballots, short_names, table_of
+from rlhf.voting.ballots import Ballots, Item, read_ballots, table_of
 from rlhf.voting.rates import _complete, _equal_share, bradley_terry, summarise_votes
 
 
@@ -59,11 +59,6 @@ def test_simulated_votes_are_called_so(store):
     assert read_ballots(store.at()).source == "simulated"
     store.vote(pair, store.add_annotator("ann"), "a")
     assert read_ballots(store.at()).source == "mixed"
-
-
-def test_names_are_as_short_as_tells_them_apart():
-    assert short_names(["runs/dpo", "runs/ppo"]) == ["dpo", "ppo"]
-    assert short_names(["s0/ppo", "s1/ppo"]) == ["s0/ppo", "s1/ppo"]
 
 
 def ballots_of(items, annotators=("ann", "bob", "cem")):
