@@ -24,6 +24,7 @@ from transformers import (
 from reward.model import RewardModel, load_reward, write_reward
 from rlhf import stages
 from rlhf.adapters import check_targets, lora_config, never_trained, token_rows
+from rlhf.compare.runs import load_policies
 from rlhf.critic import reward_shift
 from rlhf.data.records import Prompt
 from rlhf.distributed import DistributedContext
@@ -37,6 +38,7 @@ from rlhf.models import (
     check_context,
     context_length,
     load_model,
+    sampling_dtype,
     trainable_policy,
 )
 from rlhf.offline import trainers
@@ -700,3 +702,15 @@ def test_policy_and_reference_are_equal_to_the_last_bit_where_layers_read_transp
             reference, _ = roles.logprobs(batch)
     assert torch.equal(policy, reference)
     assert not any(p.requires_grad for n, p in roles.named_parameters() if ".reference." in n)
+
+
+def test_what_samples_and_measures_takes_bfloat16_on_a_gpu_unless_told(sft_path):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert sampling_dtype("auto", cpu) == "float32"
+    assert sampling_dtype("auto", gpu) == "bfloat16"
+    assert sampling_dtype("float32", gpu) == "float32"
+
+    ((model, _),) = load_policies([sft_path], cpu, 8, 8, "bfloat16")
+    dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
+    assert {kind for name, kind in dtypes.items() if "lora_" not in name} == {torch.bfloat16}
+    assert {kind for name, kind in dtypes.items() if "lora_" in name} == {torch.float32}

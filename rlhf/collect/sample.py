@@ -75,6 +75,9 @@ class SampleConfig:
     max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted", low=1)
     max_response_length: int = option(512, "tokens with EOS", low=1)
     batch_size: int = option(64, "responses generated together", low=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "dtype of the base; auto is bfloat16 on a GPU and float32 elsewhere"
+    )
     seed: int = option(0, "of the choice of prompts and of sampling", **SEED)
     validation_fraction: float = option(0.05, "as in the stages", low=0, high=1)
     test_fraction: float = option(0.1, "as in the stages", low=0, high=1)
@@ -338,15 +341,15 @@ def _load_policy(source: str, config: SampleConfig) -> tuple[Any, Any, dict[str,
     """Return a policy as it was loaded, as it samples, and what the store records of it."""
     import torch
 
-    from rlhf.models import check_context, load_model, trainable_policy
+    from rlhf.models import check_context, load_model, sampling_dtype, trainable_policy
     from rlhf.startup import model_loaded
     from rlhf.weights import folder_fingerprint
 
-    cuda = torch.cuda.is_available()
-    initial = load_model(source, "bfloat16" if cuda else "float32")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    initial = load_model(source, sampling_dtype(config.dtype, device))
     model_loaded(initial.model)
     check_context(initial.model, source, config.max_prompt_length, config.max_response_length)
-    model = trainable_policy(initial, None).to("cuda" if cuda else "cpu")
+    model = trainable_policy(initial, None).to(device)
     adapter = folder_fingerprint(initial.adapter_path) if initial.adapter_path else None
     origin = {"model": source, "model_fingerprint": initial.fingerprint}
     return initial, model, origin | {"adapter_fingerprint": adapter}

@@ -147,21 +147,24 @@ def check_judges(
 
 
 def load_policies(
-    paths: list[str], device, max_prompt_length: int, max_response_length: int
+    paths: list[str],
+    device: Any,
+    max_prompt_length: int,
+    max_response_length: int,
+    dtype: str = "auto",
 ) -> list[tuple[Any, Callable]]:
     """Return (model, context in which it is the policy) for each run; adapters of one base share
     it.
 
-    On a GPU in bfloat16. Raises UserError where the longest prompt and response exceed a model's
-    positions.
+    dtype: of the base; "auto" is bfloat16 on a GPU. Raises UserError where the longest prompt and
+    response exceed a model's positions.
     """
     from rlhf.adapters import adapter_base, load_adapter, require_policy, use_adapter
-    from rlhf.models import check_context, check_same_base, load_model, trained_on
+    from rlhf.models import check_context, check_same_base, load_model, sampling_dtype, trained_on
     from rlhf.startup import model_loaded
     from rlhf.weights import read_identity
 
-    # as the runs were trained
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    dtype = sampling_dtype(dtype, device)
     # base, and how it is kept -> the model as it was loaded, and with its adapters
     shared: dict[tuple[str, str | None], tuple[Any, Any]] = {}
     policies = []

@@ -227,6 +227,9 @@ class ExperimentConfig:
     temperature: float = option(1.0, "of sampling, in training and measuring", above=0)
     max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted", low=1)
     max_response_length: int = option(512, "tokens with EOS", low=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "dtype of the base in measuring; auto is bfloat16 on a GPU and float32 elsewhere"
+    )
     batch_size: int = option(64, "responses generated together when measuring", low=1)
     validation_fraction: float = option(
         0.05, "share of groups held out for evaluation in training", low=0, high=1

@@ -125,7 +125,7 @@ def sample_policies(
     records = test_prompts(config, paths)
     world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     policies = load_policies(
-        paths, world.device, config.max_prompt_length, config.max_response_length
+        paths, world.device, config.max_prompt_length, config.max_response_length, config.dtype
     )
     model, reference = policies[0]
     evaluation = make_evaluation(config, records, model, specs, build_scorer, is_initial=is_initial)

@@ -245,6 +245,8 @@ def measuring(
     settings = {option: getattr(config, option) for option in MEASURED_BY}
     learnt = config.learnt_scorers() if seed is not None else []
     # left out where there is none, as in fingerprints of earlier versions
+    if config.dtype != "auto":
+        settings["dtype"] = config.dtype
     if learnt:
         settings["rewards"] = learnt
     if kind == "initial":
