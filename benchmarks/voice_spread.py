@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from result_rows import add_rows
 
-from reward.voice import Voice, load_voice
-from reward.voice_answers import Answer, sample_answers
-from reward.voice_check import spread
+from reward.voice.answers import Answer, sample_answers
+from reward.voice.check import spread
+from reward.voice.scorer import Voice, load_voice
 from rlhf.files import write_atomic
 from rlhf.sandbox import SHOP_VOICE
 from rlhf.sandbox.corpus import FAULTS, answer, draw_case, make_world

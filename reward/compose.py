@@ -25,8 +25,8 @@ from reward.specs import (
     check_tone_judge,
     parse_specs,
 )
-from reward.voice import choose_channel, load_voice, voice_scorer
-from reward.voice_tone import language_model_tone
+from reward.voice.scorer import choose_channel, load_voice, voice_scorer
+from reward.voice.tone import language_model_tone
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError
 from rlhf.plugins import import_function

@@ -113,7 +113,7 @@ class EnsembleSpec(_LoadedSpec):
 
 
 class VoiceSpec(ScorerSpec):
-    """A brand voice, see reward/voice.py."""
+    """A brand voice, see reward/voice/scorer.py."""
 
     voice: Text
     # the variant for prompts whose metadata names none

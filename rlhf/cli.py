@@ -51,8 +51,8 @@ def run_annotate(config: Any) -> None:
 
 
 def run_serve(config: Any) -> None:
-    from reward.voice import load_voice
-    from reward.voice_words import voice_guide
+    from reward.voice.scorer import load_voice
+    from reward.voice.words import voice_guide
     from rlhf.collect.serve import serve
 
     # a misspelt key is found before anyone is asked to judge by it
@@ -122,7 +122,7 @@ def run_measure(config: Any) -> None:
 
 
 def run_brand(config: Any) -> None:
-    from reward.voice import load_voice
+    from reward.voice.scorer import load_voice
     from rlhf.brand.run import run_brand
 
     # a contradiction is found before anything is sampled
@@ -132,8 +132,8 @@ def run_brand(config: Any) -> None:
 
 def run_brand_pairs(config: Any) -> None:
     from reward.compose import build_scorer
-    from reward.voice import load_voice
-    from reward.voice_rewrite import rewrite
+    from reward.voice.rewrite import rewrite
+    from reward.voice.scorer import load_voice
     from rlhf.brand.pairs import pairs
 
     voice = load_voice(config.voice)
@@ -149,7 +149,7 @@ def run_brand_verdict(config: Any) -> None:
 
 
 def run_voice_check(config: Any) -> None:
-    from reward.voice_check import check
+    from reward.voice.check import check
 
     if config.model_name_or_path:
         from rlhf.models import silence_libraries
@@ -258,14 +258,14 @@ COMMANDS = {
     ),
     "voice check": Command(
         "a brand voice in plain words: its contradictions, examples, spread: FILE",
-        "reward.voice_check:CheckConfig",
+        "reward.voice.check:CheckConfig",
         run_voice_check,
         words="voice",
     ),
     "voice score": Command(
         "the score of a text, rule by rule: FILE, TEXT or - --voice FILE",
-        "reward.voice_score:ScoreConfig",
-        lazily("reward.voice_score:score"),
+        "reward.voice.score:ScoreConfig",
+        lazily("reward.voice.score:score"),
         words="text",
         joiner=" ",
     ),

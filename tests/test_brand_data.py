@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from reward.phrases import Text
-from reward.voice import load_voice
+from reward.voice.phrases import Text
+from reward.voice.scorer import load_voice
 from rlhf.data.load import load
 from rlhf.data.prepare.duplicates import contained_texts, similar_prompts
 from rlhf.data.prepare.pii import find

@@ -222,7 +222,7 @@ def test_reference_configs_say_how_they_are_run(path):
 
 
 def test_voices_parse():
-    from reward.voice import load_voice
+    from reward.voice.scorer import load_voice
 
     for path in sorted(ROOT.glob("configs/voices/*.yaml")):
         load_voice(str(path))

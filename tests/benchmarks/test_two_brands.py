@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.two_brands import VOICES, advantages, page, rows_of
-from reward.voice import load_voice
+from reward.voice.scorer import load_voice
 from rlhf.brand.answers import Scored
 
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.result_rows import add_rows
-from tests.reward.voice_docs import PAGE, ROOT, write_files
+from tests.reward.voice.docs import PAGE, ROOT, write_files
 
 # the commands, and the block with the verdict
 RUN = re.compile(

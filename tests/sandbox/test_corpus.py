@@ -5,7 +5,7 @@ import statistics
 
 import pytest
 
-from reward.voice import load_voice
+from reward.voice.scorer import load_voice
 from rlhf.data.records import prompt_group
 from rlhf.sandbox import SHOP_VOICE, phrases
 from rlhf.sandbox.corpus import (

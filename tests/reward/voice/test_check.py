@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from reward.voice import load_voice
-from reward.voice_answers import Answer, read_answers, same_prompt
-from reward.voice_check import check_examples, spread
-from reward.voice_score import score_text
-from reward.voice_words import explain, voice_guide
+from reward.voice.answers import Answer, read_answers, same_prompt
+from reward.voice.check import check_examples, spread
+from reward.voice.score import score_text
+from reward.voice.scorer import load_voice
+from reward.voice.words import explain, voice_guide
 from rlhf.cli import main
 from rlhf.data.store import Store
 from rlhf.sandbox import SHOP_VOICE
-from tests.reward import voice_docs
+from tests.reward.voice import docs as voice_docs
 
 SHOP = voice_docs.ROOT / "configs" / "voices" / "shop.yaml"
 
@@ -51,7 +51,7 @@ def test_the_page_prints_what_its_commands_print(tmp_path, monkeypatch):
     runs = voice_docs.commands(page)
     assert len(runs) == 8
     for command, output in runs:
-        assert voice_docs.output_of(command) == output, "run: python -m tests.reward.voice_docs"
+        assert voice_docs.output_of(command) == output, "run: python -m tests.reward.voice.docs"
 
 
 def test_the_example_of_the_page_names_every_key_and_keeps_its_own_examples(tmp_path):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from reward.compose import build_tone_judge
-from reward.phrases import Span, Text
-from reward.voice import FLOOR, Voice, choose_channel, load_voice
-from reward.voice_answers import Answer, read_answers, to_samples
-from reward.voice_parts import Mark
-from reward.voice_tone import check_tone, measure_tone
+from reward.voice.answers import Answer, read_answers, to_samples
+from reward.voice.parts import Mark
+from reward.voice.phrases import Span, Text
+from reward.voice.scorer import FLOOR, Voice, choose_channel, load_voice
+from reward.voice.tone import check_tone, measure_tone
 from rlhf.config import option
 from rlhf.data.sources import READABLE
 from rlhf.errors import UserError

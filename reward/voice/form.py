@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from reward.phrases import Span, Text, quoted
-from reward.voice_parts import Mark, Section, SomePhrases
+from reward.voice.parts import Mark, Section, SomePhrases
+from reward.voice.phrases import Span, Text, quoted
 from rlhf.validation import Count, Number, Spec
 
 # what each sign, emoji or pronoun too many leaves of its part

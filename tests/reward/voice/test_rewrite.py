@@ -2,8 +2,8 @@
 
 import pytest
 
-from reward.voice import Voice
-from reward.voice_rewrite import rewrite
+from reward.voice.rewrite import rewrite
+from reward.voice.scorer import Voice
 
 VOICE = Voice.model_validate(
     {

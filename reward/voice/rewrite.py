@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from reward.phrases import Span, Text, is_regex
-from reward.voice import Voice
+from reward.voice.phrases import Span, Text, is_regex
+from reward.voice.scorer import Voice
 from rlhf.data.records import digest
 
 # between a greeting and what follows it

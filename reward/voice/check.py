@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from reward.compose import build_tone_judge
-from reward.voice import Voice, load_voice
-from reward.voice_answers import Answer, read_answers, same_prompt, sample_answers, to_samples
-from reward.voice_contradictions import contradictions
-from reward.voice_score import Part, score_text
-from reward.voice_tone import check_tone, measure_tone
-from reward.voice_words import explain, remarks
+from reward.voice.answers import Answer, read_answers, same_prompt, sample_answers, to_samples
+from reward.voice.contradictions import contradictions
+from reward.voice.score import Part, score_text
+from reward.voice.scorer import Voice, load_voice
+from reward.voice.tone import check_tone, measure_tone
+from reward.voice.words import explain, remarks
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
 from rlhf.files import dumps

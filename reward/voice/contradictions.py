@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from reward.phrases import Text, clean, distinct, is_regex, phrase_pattern
-from reward.voice_form import Emoji
-from reward.voice_parts import Avoid, Fact, Greeting, Section
+from reward.voice.form import Emoji
+from reward.voice.parts import Avoid, Fact, Greeting, Section
+from reward.voice.phrases import Text, clean, distinct, is_regex, phrase_pattern
 
 # parts that can punish a phrase by itself, besides `avoid` and `claims`
 FORMAL = ("person", "contractions", "emoji", "punctuation")

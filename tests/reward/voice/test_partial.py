@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from reward.nearness import LOOKED_AT, phrase_likeness, word_likeness
-from reward.phrases import Text, is_negated
-from reward.voice import FLOOR, Voice, load_voice
-from reward.voice_form import softly_within
-from reward.voice_parts import ENGLISH_NEGATIONS, MISSING_FACT, NEAR_FACT, NEAR_FORM, ONE_CLAIM
+from reward.voice.form import softly_within
+from reward.voice.nearness import LOOKED_AT, phrase_likeness, word_likeness
+from reward.voice.parts import ENGLISH_NEGATIONS, MISSING_FACT, NEAR_FACT, NEAR_FORM, ONE_CLAIM
+from reward.voice.phrases import Text, is_negated
+from reward.voice.scorer import FLOOR, Voice, load_voice
 from rlhf.sandbox import SHOP_VOICE
 from rlhf.sandbox.corpus import FAULTS, answer, draw_case, make_world
 

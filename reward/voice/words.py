@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from reward.phrases import plain_phrase, quoted
-from reward.voice import FLOOR, Voice
+from reward.voice.phrases import plain_phrase, quoted
+from reward.voice.scorer import FLOOR, Voice
 from rlhf.collect.guide import Guide
 
 # examples that the guide shows

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from reward.phrases import inflections, phrase_pattern
-from reward.voice import FLOOR, geometric_mean, load_voice, voice_scorer
-from reward.voice_form import within
-from reward.voice_parts import AVOID_FACTOR, MISSING_FACT
-from reward.voice_words import voice_guide
+from reward.voice.form import within
+from reward.voice.parts import AVOID_FACTOR, MISSING_FACT
+from reward.voice.phrases import inflections, phrase_pattern
+from reward.voice.scorer import FLOOR, geometric_mean, load_voice, voice_scorer
+from reward.voice.words import voice_guide
 from rlhf.data.records import Samples
 from rlhf.errors import UserError
 from rlhf.sandbox import SHOP_VOICE
 
-VOICES = Path(__file__).parents[2] / "configs" / "voices"
+VOICES = Path(__file__).parents[3] / "configs" / "voices"
 GOOD = "Hello there, we are sorry about your kettle. We will gladly send a new one today. Warmly, Fernhill."
 FACTS = {"item": "kettle", "remedy": "replace"}
 

@@ -20,8 +20,8 @@ from pydantic import (
     model_validator,
 )
 
-from reward.nearness import LOOKED_AT, is_like_any, likeness, near_words, phrase_likeness
-from reward.phrases import (
+from reward.voice.nearness import LOOKED_AT, is_like_any, likeness, near_words, phrase_likeness
+from reward.voice.phrases import (
     Span,
     Text,
     check_phrases,

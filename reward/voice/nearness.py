@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Sequence
 
-from reward.phrases import Span, Text, is_regex, words_of
+from reward.voice.phrases import Span, Text, is_regex, words_of
 
 # words that differ more than this are different words: "hallo" is like "hello" (0.8), "help" is not (0.6)
 ALIKE = 2 / 3

@@ -6,10 +6,10 @@ import re
 import pytest
 
 from reward.compose import build_scorer
-from reward.phrases import Text
 from reward.specs import parse_specs
-from reward.voice import Voice, load_voice, voice_scorer
-from reward.voice_form import EMOJI, count_syllables
+from reward.voice.form import EMOJI, count_syllables
+from reward.voice.phrases import Text
+from reward.voice.scorer import Voice, load_voice, voice_scorer
 from rlhf.data.records import Samples, Scores
 from rlhf.errors import UserError
 

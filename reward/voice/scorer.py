@@ -27,9 +27,8 @@ from pydantic import (
     model_validator,
 )
 
-from reward.phrases import Text
-from reward.voice_contradictions import contradictions
-from reward.voice_form import (
+from reward.voice.contradictions import contradictions
+from reward.voice.form import (
     Contractions,
     Emoji,
     Length,
@@ -40,9 +39,10 @@ from reward.voice_form import (
     Tone,
     Variety,
 )
-from reward.voice_language import check_language, without_english
-from reward.voice_parts import Avoid, Claims, Closing, Fact, Greeting, Mark, Section, Task, Use
-from reward.voice_tone import check_tone, measure_tone
+from reward.voice.language import check_language, without_english
+from reward.voice.parts import Avoid, Claims, Closing, Fact, Greeting, Mark, Section, Task, Use
+from reward.voice.phrases import Text
+from reward.voice.tone import check_tone, measure_tone
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError, did_you_mean
 from rlhf.text import say_once

@@ -1,4 +1,4 @@
-"""The commands of docs/brand-voice.md with what they print: python -m tests.reward.voice_docs writes it."""
+"""The commands of docs/brand-voice.md with what they print: python -m tests.reward.voice.docs writes it."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rlhf.cli import main
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "brand-voice.md"
 # a command and the block with its output
 RUN = re.compile(r"```bash\n(rlhf voice [^\n]*)\n```\n\n```text\n(.*?)```", re.S)
