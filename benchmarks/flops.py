@@ -133,9 +133,9 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     from rlhf.data.records import Prompt
     from rlhf.distributed import DistributedContext
     from rlhf.engines.batched import prepare
-    from rlhf.logprobs import packs
     from rlhf.models import InitialModel
     from rlhf.options.ppo import PPOConfig
+    from rlhf.packing import packs
     from rlhf.ppo.rollout import role_scorer
     from rlhf.ppo.trainer import PPOTrainer, TrainingData
     from rlhf.roles import Roles

@@ -36,9 +36,9 @@ from rlhf.adapters import (
 )
 from rlhf.errors import UserError
 from rlhf.files import check_weights
-from rlhf.logprobs import packed_inputs, packs
 from rlhf.models import InitialModel, context_length, load_model, load_weights
 from rlhf.offline.pair_rows import PairRows, is_right_padded
+from rlhf.packing import packed_inputs, packs
 from rlhf.tensors import pad_right
 from rlhf.tokenizer import load_tokenizer
 from rlhf.weights import read_identity, read_json

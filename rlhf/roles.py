@@ -37,10 +37,7 @@ from rlhf.critic import SCORE, reward_head, reward_shift
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError
 from rlhf.logprobs import (
-    decoder_and_head,
     head_is_frozen,
-    head_is_plain,
-    hidden_width,
     response_logprobs,
     response_places,
     response_states,
@@ -48,6 +45,7 @@ from rlhf.logprobs import (
     token_logprobs,
 )
 from rlhf.models import InitialModel, check_same_base, write_identity
+from rlhf.packing import decoder_and_head, head_is_plain, hidden_width
 from rlhf.weights import check_finite
 
 # what a forward pass reads of `Rollout.batch`

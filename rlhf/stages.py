@@ -25,9 +25,9 @@ from rlhf.engines.sampling import Generate, Sampling
 from rlhf.errors import UserError
 from rlhf.evaluate import Evaluation, eos_probability, knowledge_of_ends
 from rlhf.files import files_fingerprint, model_files
-from rlhf.logprobs import head_is_plain
 from rlhf.models import InitialModel, check_context, load_model
 from rlhf.options.shared import EIGHT_BIT, AdapterConfig, RunConfig, quantization_of
+from rlhf.packing import head_is_plain
 from rlhf.quantized import weight_memory
 from rlhf.runs.run import Run
 from rlhf.startup import model_loaded

@@ -6,16 +6,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from rlhf import logprobs
-from rlhf.logprobs import (
-    PackedRows,
-    completion_batch,
-    group_rows,
-    packed_inputs,
-    packs,
-    response_logprobs,
-    token_logprobs,
-    tokens_per_pass,
-)
+from rlhf.logprobs import completion_batch, response_logprobs, token_logprobs
+from rlhf.packing import PackedRows, group_rows, packed_inputs, packs, tokens_per_pass
 from rlhf.tensors import selected_logprobs
 
 SHAPE = dict(
@@ -228,7 +220,7 @@ def test_the_gradient_of_a_confident_token_does_not_cancel_in_bfloat16():
 def test_a_capped_head_is_not_plain_however_small_its_logits_are():
     from transformers import Gemma2Config
 
-    from rlhf.logprobs import head_is_plain
+    from rlhf.packing import head_is_plain
 
     shape = {**SHAPE, "head_dim": 4}
     assert not head_is_plain(build(Gemma2Config(**shape, final_logit_softcapping=30.0)))

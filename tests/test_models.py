@@ -31,7 +31,7 @@ from rlhf.distributed import DistributedContext
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError
 from rlhf.evaluate import eos_probability
-from rlhf.logprobs import completion_batch, hidden_width, response_logprobs
+from rlhf.logprobs import completion_batch, response_logprobs
 from rlhf.models import (
     InitialModel,
     attention_of,
@@ -42,6 +42,7 @@ from rlhf.models import (
     trainable_policy,
 )
 from rlhf.offline import trainers
+from rlhf.packing import hidden_width
 from rlhf.roles import Roles
 from rlhf.tokenizer import load_tokenizer
 from rlhf.weights import check_finite

@@ -27,6 +27,7 @@ LAYERS = [
     ["reward"],
     [
         "rlhf.ppo.trainer",
+        "rlhf.ppo.passes",
         "rlhf.ppo.experience",
         "rlhf.ppo.batches",
         "rlhf.ppo.loop",
@@ -41,6 +42,7 @@ LAYERS = [
     ["rlhf.runs.start"],
     ["rlhf.engines", "rlhf.models", "rlhf.runs.budget"],
     ["rlhf.adapters", "rlhf.tokenizer", "rlhf.logprobs"],
+    ["rlhf.packing"],
     ["rlhf.from_gguf"],
     ["rlhf.weights", "rlhf.lora", "rlhf.dropout"],
     ["rlhf.quantized"],

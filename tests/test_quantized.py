@@ -19,11 +19,11 @@ from rlhf.engines.batched import generate, slots_are_exact
 from rlhf.engines.hf import generate as plain_generate
 from rlhf.engines.sampling import Sampling
 from rlhf.errors import UserError
-from rlhf.logprobs import decoder_and_head, packs
 from rlhf.lora import FusedLinear, fuse
 from rlhf.models import load_model
 from rlhf.offline.reference_cache import reference_key
 from rlhf.optimizer_engine import make_engine
+from rlhf.packing import decoder_and_head, packs
 from rlhf.quantized import (
     QuantizedLinear,
     dequantize,

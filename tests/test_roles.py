@@ -12,9 +12,10 @@ from rlhf.compare.runs import load_policies
 from rlhf.critic import CriticStart, critic_start, find_reward_roles
 from rlhf.data.records import Samples
 from rlhf.errors import UserError
-from rlhf.logprobs import completion_batch, decoder_and_head
+from rlhf.logprobs import completion_batch
 from rlhf.models import load_model, trainable_policy
 from rlhf.options.ppo import PPOConfig
+from rlhf.packing import decoder_and_head
 from rlhf.ppo.rollout import role_scorer
 from rlhf.roles import Roles
 from tests.conftest import random_adapter

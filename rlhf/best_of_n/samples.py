@@ -74,7 +74,7 @@ def answering(drawing: Drawing, tokenizer: Any) -> Callable[[list[dict], Callabl
 
     from rlhf.distributed import DistributedContext
     from rlhf.evaluate import Evaluation
-    from rlhf.logprobs import head_is_plain
+    from rlhf.packing import head_is_plain
     from rlhf.tokenizer import stop_ids
 
     world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))

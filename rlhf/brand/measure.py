@@ -49,7 +49,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     from rlhf.compare.runs import load_policies
     from rlhf.compare.text_metrics import text_losses
     from rlhf.distributed import DistributedContext
-    from rlhf.logprobs import head_is_plain
+    from rlhf.packing import head_is_plain
     from rlhf.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model_name_or_path)

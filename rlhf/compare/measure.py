@@ -195,7 +195,7 @@ def sample_runs(
 
     from rlhf.distributed import DistributedContext
     from rlhf.evaluate import Evaluation
-    from rlhf.logprobs import head_is_plain
+    from rlhf.packing import head_is_plain
     from rlhf.tokenizer import stop_ids
 
     # one process: the policies of a comparison are sampled in turn

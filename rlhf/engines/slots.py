@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rlhf.logprobs import decoder_and_head
+from rlhf.packing import decoder_and_head
 from rlhf.text import say_once
 from rlhf.weights import first_line
 

@@ -190,7 +190,7 @@ def make_evaluation(
     from rlhf.data.encode import encode_prompts
     from rlhf.engines.sampling import Sampling
     from rlhf.evaluate import Evaluation
-    from rlhf.logprobs import head_is_plain
+    from rlhf.packing import head_is_plain
     from rlhf.tokenizer import load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(config.initial_policy)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.logprobs import PackedRows
+from rlhf.packing import PackedRows
 
 
 @dataclass

@@ -17,11 +17,11 @@ from rlhf.deepspeed_backend import gathered, register_foreign_reads
 from rlhf.deepspeed_config import read_deepspeed_config
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError, did_you_mean
-from rlhf.logprobs import packs
 from rlhf.models import InitialModel, write_identity
 from rlhf.offline.callbacks import AlreadyFinished, RunCallback, not_finite
 from rlhf.offline.packed import check_apart, pack_forward
 from rlhf.offline.trl_names import rename_trl
+from rlhf.packing import packs
 from rlhf.quantized import dequantize
 from rlhf.runs.budget import Budget
 from rlhf.runs.run import Run

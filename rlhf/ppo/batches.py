@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from rlhf.distributed import DistributedContext
-from rlhf.logprobs import group_rows, tokens_per_pass
 from rlhf.options.ppo import PPOConfig
+from rlhf.packing import group_rows, tokens_per_pass
 from rlhf.ppo.rollout import Rollout, padded_batch
 
 

@@ -19,7 +19,8 @@ from rlhf.distributed import DistributedContext
 from rlhf.engines.batched import generate
 from rlhf.engines.sampling import Generate, Sampling, sample_key
 from rlhf.evaluate import to_samples
-from rlhf.logprobs import completion_batch, group_rows, tokens_per_pass
+from rlhf.logprobs import completion_batch
+from rlhf.packing import group_rows, tokens_per_pass
 from rlhf.ppo.advantages import kl_k1, kl_k3
 from rlhf.ppo.guards import repetition
 from rlhf.roles import COLUMNS, EMA_REFERENCE, REWARD, Roles

@@ -27,14 +27,13 @@ from rlhf.data.records import BadScore, Scorer
 from rlhf.distributed import DistributedContext, peak_memory
 from rlhf.engines.batched import generate, prepare
 from rlhf.engines.sampling import Generate, Sampling
-from rlhf.logprobs import packs
 from rlhf.optimizer_engine import make_engine
 from rlhf.options.ppo import PPOConfig
-from rlhf.ppo.advantages import KL_ESTIMATORS
-from rlhf.ppo.batches import Batches, MicroBatch, TrainingData
+from rlhf.packing import packs
+from rlhf.ppo.batches import Batches, TrainingData
 from rlhf.ppo.experience import Estimator, Experience
 from rlhf.ppo.guards import Decision, Guards
-from rlhf.ppo.losses import kl_loss, policy_loss, ptx_loss, value_loss
+from rlhf.ppo.passes import LossPasses
 from rlhf.ppo.rollout import Rollout, RolloutCollector, RolloutSettings
 from rlhf.roles import Roles
 from rlhf.runs.budget import Budget
@@ -108,16 +107,7 @@ class PPOTrainer:
         # the stop or rollback that a guard has decided on in this step
         self.pending_decision: Decision | None = None
 
-        # the losses of an update, in the order of their passes
-        self.passes: dict[
-            str, Callable[[Experience, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
-        ] = {"policy": self.policy_pass}
-        if config.ptx_coef:
-            self.passes["ptx"] = self.ptx_pass
-        if roles.has_critic and roles.critic_trunk == "policy":
-            self.passes["policy"] = self.policy_and_value_pass
-        elif roles.critic_learns:
-            self.passes["value"] = self.value_pass
+        self.passes = LossPasses(config, roles, self.estimator)
         # a critic on fixed states has no pass
         self.fitted_critic: LeastSquaresCritic | None = None
         if roles.has_critic and not roles.critic_learns:
@@ -311,7 +301,7 @@ class PPOTrainer:
         moments as they were.
         """
         parts = self.batches.micro_batches(experience.rollout, rows, number)
-        passes = list(itertools.product(parts, self.passes))
+        passes = list(itertools.product(parts, self.passes.by_name))
         sums: dict[str, Tensor] = {}
         for position, (part, name) in enumerate(passes, 1):
             is_last = position == len(passes)
@@ -319,7 +309,7 @@ class PPOTrainer:
             role = self.roles.use_critic() if name == "value" else self.roles.use("policy")
             # the role is held through forward and backward pass
             with role, torch.set_grad_enabled(learns):
-                loss, metrics = self.passes[name](experience, part)
+                loss, metrics = self.passes.by_name[name](experience, part)
                 if learns:
                     metrics["loss/total"] = loss
                     self.learner.backward(loss, last=is_last)
@@ -341,82 +331,6 @@ class PPOTrainer:
                 ("grad/norm_policy", "grad/norm_value"), self.learner.group_norms, strict=False
             )
         return result, decision
-
-    def policy_pass(
-        self, experience: Experience, part: MicroBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return L_policy, with the KL and the entropy where they count in the loss, and metrics."""
-        learns = bool(self.config.entropy_coef)
-        found = self.roles.logprobs(part.batch, self.config.temperature, entropy_learns=learns)
-        return self.policy_loss(experience, part, *found)
-
-    def policy_and_value_pass(
-        self, experience: Experience, part: MicroBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the losses of `policy_pass` and `value_pass` from one pass through the policy."""
-        logprobs, entropy, values = self.roles.logprobs_and_values(
-            part.batch, self.config.temperature, entropy_learns=bool(self.config.entropy_coef)
-        )
-        policy, metrics = self.policy_loss(experience, part, logprobs, entropy)
-        value, of_value = self.value_loss(experience, part, values)
-        return policy + value, metrics | of_value
-
-    def policy_loss(
-        self, experience: Experience, part: MicroBatch, logprobs: Tensor, entropy: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return L_policy of log-probabilities and entropies (B, T), with what else counts."""
-        config, rollout, rows = self.config, experience.rollout, part.rows
-        loss, metrics = policy_loss(
-            logprobs,
-            rollout.logprobs[rows],
-            experience.advantages[rows],
-            part.mask,
-            config.clip_range,
-            part.count,
-            config.clip_range_high,
-        )
-        mean_entropy = masked_mean(entropy, part.mask, part.count)
-        gap = (logprobs.detach() - rollout.logprobs[rows]).abs()
-        metrics |= {
-            "loss/policy": loss,
-            "response/entropy": mean_entropy,
-            "rollout/logprob_gap": masked_mean(gap, part.mask, part.count),
-        }
-        if config.kl_in == "loss":
-            estimator = KL_ESTIMATORS[config.kl_estimator]
-            kl = kl_loss(logprobs, rollout.penalty_logprobs[rows], part.mask, estimator, part.count)
-            metrics["loss/kl"] = self.estimator.kl.coef * kl
-            loss = loss + metrics["loss/kl"]
-        if config.entropy_coef:
-            metrics["loss/entropy"] = -config.entropy_coef * mean_entropy
-            loss = loss + metrics["loss/entropy"]
-        return loss, metrics
-
-    def value_pass(
-        self, experience: Experience, part: MicroBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return vf_coef L_value, and metrics."""
-        return self.value_loss(experience, part, self.roles.values(part.batch))
-
-    def value_loss(
-        self, experience: Experience, part: MicroBatch, values: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return vf_coef L_value of values (B, T), and metrics."""
-        old_values, returns = experience.rollout.values[part.rows], experience.returns[part.rows]
-        loss, metrics = value_loss(
-            values, old_values, returns, part.mask, self.config.value_clip_range, part.count
-        )
-        return self.config.vf_coef * loss, metrics | {"loss/value": loss}
-
-    def ptx_pass(
-        self, experience: Experience, part: MicroBatch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return ptx_coef L_ptx on pretraining data, at temperature 1, and metrics."""
-        batch = part.pretraining
-        mask = batch["mask"] & (not part.is_idle)
-        logprobs, _ = self.roles.logprobs(batch)
-        loss = self.config.ptx_coef * ptx_loss(logprobs, mask, part.pretraining_count)
-        return loss, {"loss/ptx": loss}
 
     def sum_over_ranks(self, sums: dict[str, Tensor]) -> dict[str, float]:
         """Return each number's sum over ranks, in one collective operation."""

@@ -22,7 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rlhf.distributed import DistributedContext
-from rlhf.logprobs import decoder_and_head, watch_portions
+from rlhf.logprobs import watch_portions
+from rlhf.packing import decoder_and_head
 from rlhf.quantized import QuantizedLinear
 
 COUNTERS = ("episodes", "tokens_generated", "tokens_trained", "flops")

@@ -16,6 +16,7 @@ from rlhf.data.records import Scores
 from rlhf.distributed import DistributedContext
 from rlhf.errors import EXIT_GUARD, EXIT_USER_ERROR, EarlyExit, UserError
 from rlhf.offline import trainers
+from rlhf.ppo.passes import LossPasses
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.runs import checkpoint
 from rlhf.runs.run import Run
@@ -325,7 +326,7 @@ def test_a_scorer_that_gives_nan_for_ever_ends_the_run_by_name(runs, files, tmp_
 
 
 def test_an_update_with_a_nan_loss_changes_nothing(runs, files, tmp_path, monkeypatch):
-    policy_pass, update, seen = PPOTrainer.policy_pass, PPOTrainer.update, []
+    policy_pass, update, seen = LossPasses.policy_pass, PPOTrainer.update, []
 
     def poisoned(self, *rest):
         loss, metrics = policy_pass(self, *rest)
@@ -343,7 +344,7 @@ def test_an_update_with_a_nan_loss_changes_nothing(runs, files, tmp_path, monkey
         seen.append(len(before) == len(after) and all(map(torch.equal, before, after)))
         return result
 
-    monkeypatch.setattr(PPOTrainer, "policy_pass", poisoned)
+    monkeypatch.setattr(LossPasses, "policy_pass", poisoned)
     monkeypatch.setattr(PPOTrainer, "update", monitored)
     assert (
         start(

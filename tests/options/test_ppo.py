@@ -162,7 +162,7 @@ def test_ptx_makes_the_given_answers_likelier(base_path):
     own = {name: column[rows] for name, column in batch.items()}
     part = MicroBatch(rows, own, own["mask"], None, own, batch["mask"].sum(), is_idle=False)
     with torch.no_grad(), learner.roles.use("policy"):
-        loss, _ = learner.ptx_pass(None, part)
+        loss, _ = learner.passes.ptx_pass(None, part)
     # of 15 tokens in the step
     expected = 2.0 * sum(float(nats[order[i]].sum()) for i in (1, 3)) / 15
     assert math.isclose(float(loss), expected, rel_tol=1e-5)
@@ -225,13 +225,13 @@ def test_while_the_critic_warms_up_the_policy_stays_to_the_last_bit(sft_path, re
 
 def test_a_policy_loss_that_does_not_count_spoils_no_step_of_the_critic(sft_path, reward_path):
     learner = trainer(sft_path, config(critic_warmup_steps=1), reward=reward_path)
-    look = learner.policy_pass
+    look = learner.passes.policy_pass
 
     def infinite(*arguments):
         loss, metrics = look(*arguments)
         return loss * math.inf, metrics
 
-    learner.policy_pass = infinite
+    learner.passes.by_name["policy"] = infinite
     critic = [p.detach().clone() for p in learner.roles.parameters_of("value")]
     metrics, _ = learner.step(0)
     assert metrics["ppo/updates"] == 4 and math.isfinite(metrics["grad/norm"])
@@ -316,7 +316,7 @@ def test_what_a_guard_takes_back_is_not_made_where_all_that_was_last_is_clipped(
     learner.collector.stop_ids = STOPS
     changed, clipped, step = {True: [], False: []}, [], learner.learner.step
     last = {"gae": "value", "rloo": "policy"}[estimator]
-    make = learner.passes[last]
+    make = learner.passes.by_name[last]
 
     def spy_pass(*arguments):
         loss, metrics = make(*arguments)
@@ -332,7 +332,7 @@ def test_what_a_guard_takes_back_is_not_made_where_all_that_was_last_is_clipped(
         return norm
 
     learner.learner.step = spy_step
-    learner.passes[last] = spy_pass
+    learner.passes.by_name[last] = spy_pass
     for number in range(10):
         learner.step(number)
     assert changed == {True: [False] * 10, False: [True] * 10}

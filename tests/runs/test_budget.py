@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rlhf.adapters import lora_config
-from rlhf.logprobs import decoder_and_head
 from rlhf.models import load_model
+from rlhf.packing import decoder_and_head
 from rlhf.runs.budget import Budget, decoder_shape, pass_size
 from tests.kinds import build
 
