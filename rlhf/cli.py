@@ -30,6 +30,7 @@ class Command:
     options: str
     run: Callable[[Any], Any]
     words: str | None = None
+    needs_words: bool = True
     # between words that were not quoted
     joiner: str = ","
     loads_models: bool = False
@@ -333,6 +334,13 @@ COMMANDS = {
         words="run",
         loads_models=True,
     ),
+    "doctor": Command(
+        "whether this machine, and what a run reads, are as they should be: [CONFIG]",
+        "rlhf.doctor.run:DoctorConfig",
+        lazily("rlhf.doctor.run:doctor"),
+        words="run_config",
+        needs_words=False,
+    ),
     "chat": Command(
         "talk to policies in the terminal: RUN RUN ... --voice FILE",
         "rlhf.serve.chat:ChatConfig",
@@ -426,7 +434,7 @@ def run_command(name: str, argv: list[str]) -> None:
     if first_flag and command.words:
         argv = [f"--{command.words}", command.joiner.join(argv[:first_flag]), *argv[first_flag:]]
 
-    if command.words and not argv:
+    if command.words and command.needs_words and not argv:
         raise UserError(
             f"'rlhf {name}' needs its '{command.words}': rlhf {name} ... All options: rlhf {name} --help"
         )

@@ -23,6 +23,7 @@ LAYERS = [
         "rlhf.best_of_n",
         "rlhf.serve",
         "rlhf.brand",
+        "rlhf.doctor",
     ],
     ["reward"],
     [

@@ -1,0 +1,185 @@
+"""What a run's configuration names: models, data, a vLLM server, W&B. Nothing large is loaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rlhf.data.sources import is_path, split_event
+from rlhf.doctor.findings import Finding
+from rlhf.doctor.machine import is_installed
+from rlhf.errors import UserError, near_file
+from rlhf.files import check_weights
+
+SECONDS = 10
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def extras_of(options: dict[str, Any]) -> tuple[str, ...]:
+    """Return the extras of this package that a configuration needs."""
+    models = [*model_names(options)]
+    needed = {
+        "wandb": options.get("report_to") == "wandb",
+        "quant": bool(options.get("load_in_4bit")) or "8bit" in str(options.get("optim", "")),
+        "gguf": any(name.endswith(".gguf") for name in models),
+    }
+    return tuple(extra for extra, is_needed in needed.items() if is_needed)
+
+
+def model_names(options: dict[str, Any]) -> Iterator[str]:
+    """Yield the models that a configuration loads: where training starts, and reward models."""
+    if options.get("model_name_or_path"):
+        yield str(options["model_name_or_path"])
+    entries = [*(options.get("reward") or []), *(options.get("eval_scorers") or [])]
+    for entry in entries:
+        if isinstance(entry, dict) and "model" in entry:
+            yield str(entry["model"])
+        if isinstance(entry, dict) and isinstance(entry.get("ensemble"), list):
+            yield from map(str, entry["ensemble"])
+
+
+def models(options: dict[str, Any]) -> Iterator[Finding]:
+    """Look at each model, and at the base of each adapter."""
+    names = list(dict.fromkeys(model_names(options)))
+    # grows by the bases that adapters name
+    for name in names:
+        yield from check_model(name)
+        file = Path(name) / "adapter_config.json"
+        if file.is_file():
+            base = json.loads(file.read_text()).get("base_model_name_or_path")
+            if base and base not in names:
+                names.append(base)
+
+
+def check_model(name: str) -> Iterator[Finding]:
+    """Look at one model: a folder, a GGUF file, or a name on the Hub."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        yield Finding("model", f"{name}: {path.stat().st_size / 2**30:.2f} GiB")
+        return
+    if not path.is_dir():
+        if path.is_absolute() or not HUB_NAME.fullmatch(name) or near_file(path):
+            yield Finding("model", f"{name}: not there", f"check the path{near_file(path)}")
+        else:
+            yield hub_finding("model", name)
+        return
+
+    weights = [file for pattern in WEIGHTS for file in path.glob(pattern)]
+    try:
+        check_weights(path)
+    except UserError as error:
+        yield Finding("model", str(error), "copy or make it again: the file is not whole")
+        return
+    missing = []
+    if not weights:
+        missing.append("weights")
+    if not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        missing.append("config.json")
+    if not any((path / file).is_file() for file in TOKENIZER):
+        missing.append("a tokenizer")
+    size = sum(file.stat().st_size for file in weights)
+    if missing:
+        remedy = "the run that makes it has not ended, or files were left behind when it was copied"
+        yield Finding("model", f"{name}: {' and '.join(missing)} missing", remedy)
+    else:
+        yield Finding("model", f"{name}: {size / 2**30:.2f} GiB")
+
+
+def data(options: dict[str, Any]) -> Iterator[Finding]:
+    """Look whether each source is there; `rlhf data show` reads it."""
+    sources = [*_listed(options.get("data")), *_listed(options.get("ptx_data"))]
+    for source in sources:
+        name = split_event(source)[0]
+        path = Path(name).expanduser()
+        if not is_path(source) and not path.exists():
+            yield hub_finding("data", name.partition("@")[0].partition(":")[0], "dataset")
+        elif not path.exists():
+            yield Finding("data", f"{source}: not there", f"check the path{near_file(path)}")
+        elif path.is_file() and not path.stat().st_size:
+            yield Finding("data", f"{source}: empty", "make it again: nothing was written to it")
+        elif not os.access(path, os.R_OK):
+            yield Finding("data", f"{source}: cannot be read", "change its permissions")
+        else:
+            yield Finding("data", f"{source}: there")
+
+
+def hub_finding(kind: str, name: str, repo_type: str = "model") -> Finding:
+    """Look for a model or data set in the local cache, else on the Hub."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    file = "config.json" if repo_type == "model" else "README.md"
+    if isinstance(huggingface_hub.try_to_load_from_cache(name, file, repo_type=repo_type), str):
+        return Finding(kind, f"{name}: in the Hub's local cache")
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        of_type = "" if repo_type == "model" else f" --repo-type {repo_type}"
+        remedy = f"unset HF_HUB_OFFLINE, or where there is a network: hf download {name}{of_type}"
+        found = f"{name}: neither here nor in the Hub's cache, and HF_HUB_OFFLINE is set"
+        return Finding(kind, found, remedy)
+    try:
+        api = huggingface_hub.HfApi()
+        api.repo_info(name, repo_type=repo_type, timeout=SECONDS)
+    except GatedRepoError:
+        return Finding(kind, f"{name}: asks for an agreement", "accept it there; hf auth login")
+    except RepositoryNotFoundError:
+        remedy = "check the name; where it is private: hf auth login"
+        return Finding(kind, f"{name}: neither here nor on the Hub", remedy)
+    except Exception as error:
+        remedy = "check the network and HF_ENDPOINT, or download it elsewhere and give its folder"
+        return Finding(kind, f"{name}: the Hub does not answer ({type(error).__name__})", remedy)
+    return Finding(kind, f"{name}: on the Hub")
+
+
+def vllm(options: dict[str, Any]) -> Iterator[Finding]:
+    """Ask a vLLM server whether it is there."""
+    url = options.get("vllm_url")
+    if url:
+        yield _answers("vLLM", f"{str(url).rstrip('/')}/v1/models", "start it (docs/operations.md)")
+
+
+def wandb(options: dict[str, Any]) -> Iterator[Finding]:
+    """Look at W&B's package, key and server, where a run reports to it."""
+    if options.get("report_to") != "wandb":
+        return
+    if not is_installed("wandb"):
+        yield Finding("W&B", "wandb is not installed", "pip install 'rlhf[wandb]'")
+        return
+    mode = os.environ.get("WANDB_MODE")
+    if mode in ("offline", "disabled", "dryrun"):
+        yield Finding("W&B", f"WANDB_MODE is {mode}: nothing is sent")
+        return
+    from requests.utils import get_netrc_auth
+
+    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if not os.environ.get("WANDB_API_KEY") and get_netrc_auth(server) is None:
+        remedy = "wandb login, or WANDB_MODE=offline to keep it here"
+        yield Finding("W&B", "no key in WANDB_API_KEY or netrc: runs are kept offline", remedy)
+        return
+    yield _answers("W&B", server, "check the network and WANDB_BASE_URL, or WANDB_MODE=offline")
+
+
+def _answers(name: str, url: str, remedy: str) -> Finding:
+    """Ask for a page; any answer shows that there is a server."""
+    import requests
+
+    host = urlsplit(url).netloc
+    try:
+        status = requests.get(url, timeout=SECONDS).status_code
+    except requests.RequestException as error:
+        return Finding(name, f"{host} does not answer ({type(error).__name__})", remedy)
+    if status >= 500:
+        return Finding(name, f"{host} answers {status}", remedy)
+    return Finding(name, f"{host} answers")
+
+
+def _listed(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else str(value).split(",")

@@ -1,0 +1,247 @@
+"""What the programs need of a machine: versions, accelerator, compiler, room, ports, addresses.
+
+Each check yields its findings. torch is imported by the one for GPUs alone, and only where there
+are some.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tomllib
+from collections.abc import Iterator
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from rlhf.doctor.findings import Finding
+
+# The room below which a start is likely to fail. DeepSpeed takes 67 MB of shared memory for each
+# rank of a CPU run, and NCCL about as much for each pair of GPUs.
+LEAST_DISK = 2 * 2**30
+LEAST_SHARED = 2**30
+SHARED_MEMORY = Path("/dev/shm")
+PORT = 29500
+# numbers of machines, as launchers set them
+MACHINES = ("PET_NNODES", "CROSS_SIZE", "SLURM_JOB_NUM_NODES")
+COMPILERS = {"remedy": "install g++ and Python's headers (Debian: apt install g++ python3-dev)"}
+
+
+def requirements() -> list[str]:
+    """Return the requirement lines of this package, extras included, as installed or as in a clone."""
+    try:
+        return metadata.requires("rlhf") or []
+    except metadata.PackageNotFoundError:
+        project = Path(__file__).parents[2] / "pyproject.toml"
+    if not project.is_file():
+        return []
+    content = tomllib.loads(project.read_text())["project"]
+    lines = list(content["dependencies"])
+    for extra, more in content["optional-dependencies"].items():
+        lines += [f"{line}; extra == '{extra}'" for line in more if not line.startswith("rlhf[")]
+    return lines
+
+
+def versions(extras: tuple[str, ...] = ()) -> Iterator[Finding]:
+    """Compare each package that is needed, with `extras`, to the versions that were tested."""
+    from packaging.requirements import Requirement
+
+    count = 0
+    for line in requirements():
+        needed = Requirement(line)
+        environments = [{"extra": extra} for extra in ("", *extras)]
+        if needed.marker and not any(needed.marker.evaluate(each) for each in environments):
+            continue
+        count += 1
+        remedy = f"pip install '{needed.name}{needed.specifier}'"
+        try:
+            found = metadata.version(needed.name)
+        except metadata.PackageNotFoundError:
+            yield Finding("versions", f"{needed.name} is not installed", remedy)
+            continue
+        # a build such as 2.13.0+cpu counts as 2.13.0, and a pre-release as what it will be
+        if not needed.specifier.contains(found.partition("+")[0], prereleases=True):
+            asked = f"{needed.name} {found}, and {needed.specifier} is needed"
+            yield Finding("versions", asked, remedy)
+    yield Finding("versions", f"Python {platform.python_version()}; {count} packages looked at")
+
+
+def has_driver() -> bool:
+    """Return whether NVIDIA's driver is here, without torch."""
+    return Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+
+
+def accelerator() -> Iterator[Finding]:
+    """Look for GPUs, and for a torch that can use them."""
+    cores = len(os.sched_getaffinity(0))
+    if not has_driver():
+        yield Finding("accelerator", f"no NVIDIA GPU; programs use {cores} CPU cores")
+        return
+
+    import torch
+
+    if not torch.cuda.is_available():
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if hidden == "":
+            remedy = "CUDA_VISIBLE_DEVICES is empty: unset it to use the GPUs"
+        elif torch.version.cuda is None:
+            remedy = "install torch with CUDA: pip install torch, from the package index itself"
+        else:
+            remedy = f"a driver for CUDA {torch.version.cuda} or newer (nvidia-smi shows which)"
+        found = f"there is a GPU, and torch {torch.__version__} cannot use it"
+        yield Finding("accelerator", found, remedy)
+        return
+
+    for number in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(number)
+        name = torch.cuda.get_device_name(number)
+        found = f"GPU {number}: {name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
+        remedy = ""
+        if free < 0.8 * total:
+            remedy = "another process uses it (nvidia-smi): wait, or choose others in CUDA_VISIBLE_DEVICES"
+        elif torch.cuda.get_device_capability(number) < (8, 0):
+            remedy = "it has no bfloat16: dtype float32 works, slowly"
+        yield Finding("accelerator", found, remedy)
+
+
+def compiler() -> Iterator[Finding]:
+    """Compile nothing, but with Python's headers: DeepSpeed's operators need both."""
+    program = os.environ.get("CXX", "g++")
+    if shutil.which(program) is None:
+        yield Finding("compiler", f"{program} is not there", **COMPILERS)
+    else:
+        command = [program, "-x", "c++", "-fsyntax-only", "-I", sysconfig.get_path("include"), "-"]
+        done = subprocess.run(
+            command, input="#include <Python.h>\n", capture_output=True, text=True
+        )
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["no reason given"]
+            yield Finding("compiler", f"{program}: {lines[0]}", **COMPILERS)
+        else:
+            yield Finding("compiler", f"{program} finds Python's headers")
+    # beside python, in an environment that may not be activated
+    if shutil.which("ninja") is None and not (Path(sys.executable).parent / "ninja").exists():
+        yield Finding("compiler", "ninja is not there", "pip install ninja")
+
+
+def operators() -> Iterator[Finding]:
+    """Look for DeepSpeed's compiled operators, in the folder that the programs use."""
+    # the same choice as in rlhf.distributed, which imports torch
+    default = Path(sys.prefix) / "torch_extensions"
+    if not os.access(sys.prefix, os.W_OK):
+        default = Path.home() / ".cache" / "torch_extensions"
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or default)
+    parent = _nearest(folder)
+    if not os.access(parent, os.W_OK):
+        remedy = "set TORCH_EXTENSIONS_DIR to a folder that can be written"
+        yield Finding("operators", f"{folder} cannot be written", remedy)
+        return
+    built = sorted({path.parent.name for path in folder.rglob("*.so")})
+    locked = sorted(path.parent.name for path in folder.rglob("lock"))
+    if locked:
+        found = f"{', '.join(locked)} in {folder} is being compiled, or whoever did was killed"
+        yield Finding("operators", f"{found}; a start waits, or removes the lock after a minute")
+    elif built:
+        yield Finding("operators", f"compiled: {', '.join(built)}")
+    else:
+        yield Finding(
+            "operators", "none compiled yet: the first launched CPU run takes a minute more"
+        )
+
+
+def room(folders: tuple[str, ...] = (".",)) -> Iterator[Finding]:
+    """Look at the space in folders that are written to, and in shared memory."""
+    for name in dict.fromkeys(folders):
+        folder = _nearest(Path(name).expanduser().absolute())
+        free = shutil.disk_usage(folder).free
+        remedy = ""
+        if not os.access(folder, os.W_OK):
+            remedy = "choose a place that can be written, or change its permissions"
+        elif free < LEAST_DISK:
+            remedy = f"free some space: at least {LEAST_DISK / 2**30:.0f} GiB for checkpoints"
+        yield Finding("disk", f"{name}: {free / 2**30:.1f} GiB free", remedy)
+
+    if not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    remedy = ""
+    if free < LEAST_SHARED:
+        remedy = (
+            "ranks meet there: docker run --shm-size=16g; in Kubernetes an emptyDir of medium Memory "
+            "(launch/cluster/job.yaml)"
+        )
+    yield Finding("shared memory", f"{SHARED_MEMORY}: {free / 2**30:.1f} GiB free", remedy)
+
+
+def ports() -> Iterator[Finding]:
+    """Look whether the port at which the ranks meet is free on this machine."""
+    text = os.environ.get("PET_MASTER_PORT") or os.environ.get("MASTER_PORT") or str(PORT)
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        yield Finding("ports", f"MASTER_PORT is {text!r}", "a number from 1 to 65535")
+        return
+    with socket.socket() as probe:
+        # what is left over from a run that ended a moment ago is no hindrance
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(text)))
+        except OSError as error:
+            remedy = f"another run uses it: deepspeed --master_port {int(text) % 65000 + 1} ..."
+            yield Finding("ports", f"port {text}: {error.strerror}", remedy)
+            return
+    yield Finding("ports", f"port {text} is free")
+
+
+def addresses() -> Iterator[Finding]:
+    """Look how other machines would find this one: by its name, its interface, and the first rank's
+    address.
+    """
+    machines = [os.environ[name] for name in MACHINES if os.environ.get(name, "").isdecimal()]
+    has_several = any(int(count) > 1 for count in machines)
+    interfaces = {name for _, name in socket.if_nameindex()}
+    chosen = []
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        # NCCL takes lists, prefixes and exclusions
+        wanted = os.environ.get(variable, "")
+        if not wanted:
+            continue
+        chosen.append(variable)
+        if variable.startswith("GLOO") and not set(wanted.split(",")) <= interfaces:
+            remedy = f"one of {', '.join(sorted(interfaces))} (ip address)"
+            yield Finding("addresses", f"{variable} is {wanted}: no such interface", remedy)
+
+    name = socket.gethostname()
+    try:
+        address = socket.gethostbyname(name)
+    except OSError:
+        address = None
+    is_local = address is None or ipaddress.ip_address(address).is_loopback
+    told = f"{name} is {address}" if address else f"{name} resolves to no address"
+    if is_local and has_several and not chosen:
+        remedy = "GLOO_SOCKET_IFNAME (GPUs: NCCL_SOCKET_IFNAME) names the interface to the others"
+        yield Finding("addresses", f"{told}, where other machines do not reach it", remedy)
+    else:
+        yield Finding("addresses", told)
+
+    first = os.environ.get("PET_MASTER_ADDR") or os.environ.get("MASTER_ADDR")
+    if first:
+        try:
+            yield Finding("addresses", f"the first rank, {first}, is {socket.gethostbyname(first)}")
+        except OSError as error:
+            remedy = "MASTER_ADDR is a name or address that every machine resolves"
+            yield Finding("addresses", f"the first rank, {first}: {error.strerror}", remedy)
+
+
+def is_installed(module: str) -> bool:
+    """Return whether a module can be imported, without doing so."""
+    return find_spec(module) is not None
+
+
+def _nearest(folder: Path) -> Path:
+    """Return the folder itself, or the nearest one above it that is there."""
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
