@@ -1,9 +1,11 @@
 """Two brands on one base: each adapter is to be best at its own voice, by held-out prompts.
 
-    python benchmarks/two_brands.py --out runs/two-brands        # resumes; writes rows and the page
+    python benchmarks/two_brands.py            # on the sandbox; resumes; writes rows and the page
+    python benchmarks/two_brands.py --real     # on SmolLM2-135M-Instruct, about half an hour of a core
 
-Both are trained by `rlhf brand run` with the same options on the sandbox; only the voice differs.
-Each adapter's answers to the test prompts, and the base's, are scored by both voices.
+Both are trained by `rlhf brand run` with the same options of training. Each adapter's answers, and
+the base's, to the test prompts of a brand are scored by its voice. On the sandbox the brands share
+their prompts; on the real model each has its own.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -19,18 +22,18 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks import real_model  # noqa: E402
 from benchmarks.result_rows import add_rows, made_with  # noqa: E402
 from reward.compose import build_scorer  # noqa: E402
 from rlhf.brand.answers import Scored, by_group, difference, scored_answers  # noqa: E402
 from rlhf.brand.gates import Measured, mean_of_groups, shown  # noqa: E402
 from rlhf.data.store import Store  # noqa: E402
+from rlhf.experiment.plan import flags  # noqa: E402
 from rlhf.text import markdown_table  # noqa: E402
 
 CONFIGS = ROOT / "rlhf" / "sandbox" / "configs"
-VOICES = {"fernhill": CONFIGS / "voice.yaml", "street": CONFIGS / "street.yaml"}
+OUTDOOR, BAKERY = ROOT / "rlhf" / "brand_data" / "outdoor", ROOT / "benchmarks" / "bakery"
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = RESULTS / "2026-11-29-two-brands.md"
-COMMAND = "python benchmarks/two_brands.py"
 TRAIN = {
     "beta": 0.2,
     "num_train_epochs": 2,
@@ -39,17 +42,66 @@ TRAIN = {
     "warmup_steps": 5,
     "deepspeed": "zero0",
 }
+# the loss of the chosen answer beside DPO's: the base has never seen a greeting of the brand
+TRAIN_REAL = {
+    "loss_type": ["sigmoid", "sft"],
+    "trl": {"loss_weights": [1.0, 0.5]},
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 3e-4,
+    "lora_r": 16,
+    "lora_alpha": 32,
+    "train_eos": "never",
+    "warmup_steps": 5,
+    "deepspeed": "zero0",
+}
 
 
-def run_brands(out: Path) -> None:
+@dataclass(frozen=True)
+class Setting:
+    """What the brands are tried on: the base, their voices, and what the results are called."""
+
+    # before the ids of rows and the page: "" of the sandbox
+    name: str
+    base: str
+    voices: dict[str, Path]
+    command: str
+    # how the page calls base and brands
+    about: str
+
+    @property
+    def page(self) -> Path:
+        return RESULTS / f"2026-11-29-two-brands{self.name}.md"
+
+
+SANDBOX = Setting(
+    "",
+    "the sandbox's base",
+    {"fernhill": CONFIGS / "voice.yaml", "street": CONFIGS / "street.yaml"},
+    "python benchmarks/two_brands.py",
+    "`fernhill` is the shop's own voice, `street` asks for much of what that avoids",
+)
+REAL = Setting(
+    "-real",
+    "SmolLM2-135M-Instruct",
+    {"outdoor": ROOT / "configs" / "voices" / "outdoor.yaml", "bakery": BAKERY / "voice.yaml"},
+    "python benchmarks/two_brands.py --real",
+    "`outdoor` answers questions of its own help desk, `bakery` those of its templates",
+)
+
+
+def rlhf(*words: str) -> None:
+    subprocess.run([sys.executable, "-m", "rlhf.cli", *words], check=True, cwd=ROOT)
+
+
+def run_sandbox(out: Path) -> None:
     """Build the world and run both brands; what is done is not done again."""
     world = out / "world"
-    command = [sys.executable, "-m", "rlhf.cli"]
     build = ["sandbox", "build", "--output_dir", str(world), "--n_prompts", "1000"]
-    subprocess.run([*command, *build, "--n_instructions", "50"], check=True, cwd=ROOT)
+    rlhf(*build, "--n_instructions", "50")
     train = out / "train.yaml"
     train.write_text(yaml.safe_dump(TRAIN))
-    for name, voice in VOICES.items():
+    for name, voice in SANDBOX.voices.items():
         options = {
             "voice": str(voice),
             "model_name_or_path": str(world / "base"),
@@ -67,20 +119,78 @@ def run_brands(out: Path) -> None:
         }
         file = out / f"{name}.yaml"
         file.write_text(yaml.safe_dump(options, sort_keys=False))
-        subprocess.run([*command, "brand", "run", str(file)], check=True, cwd=ROOT)
+        rlhf("brand", "run", str(file))
 
 
-def answers_by_voice(out: Path) -> dict[str, dict[str, list[Scored]]]:
+def run_real(out: Path) -> None:
+    """Fetch the model, run both brands, and let all policies answer the test prompts of each."""
+    if not real_model.FILE.is_file():
+        real_model.fetch()
+    train = out / "train.yaml"
+    train.write_text(yaml.safe_dump(TRAIN_REAL))
+    prompts = {
+        "outdoor": {"prompts": [str(OUTDOOR / "questions.jsonl")], "n_prompts": 120},
+        "bakery": {"templates": yaml.safe_load((BAKERY / "templates.yaml").read_text())},
+    }
+    sampling = {
+        "temperature": 0.7,
+        "max_prompt_length": 96,
+        "max_response_length": 80,
+        "batch_size": 32,
+        "dtype": "bfloat16",
+    }
+    for name, voice in REAL.voices.items():
+        options = {
+            "voice": str(voice),
+            "model_name_or_path": str(real_model.FILE),
+            "output_dir": str(out / name),
+            **prompts[name],
+            "samples_per_prompt": 2,
+            "train": {"config": str(train)},
+            "votes": "simulated",
+            "votes_per_pair": 3,
+            "test_prompts": 40,
+            "texts": [str(OUTDOOR / "neutral.jsonl")],
+            "task": [str(OUTDOOR / "neutral.jsonl")],
+            **sampling,
+            "launcher": "python",
+        }
+        file = out / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(options, sort_keys=False))
+        rlhf("brand", "run", str(file))
+
+    runs = [str(real_model.FILE), *(str(out / name / "dpo") for name in REAL.voices)]
+    for name in REAL.voices:
+        store = out / f"{name}-prompts.db"
+        if not store.exists():
+            data = prompts[name].get("prompts", [str(out / name / "prompts.jsonl")])
+            options = {"runs": runs, "data": data, "store": str(store), "split": "test"}
+            options |= {"prompts": 40, "test_fraction": 0.2, **sampling}
+            rlhf("collect", "sample", *flags(options))
+
+
+def sandbox_answers(out: Path) -> dict[str, dict[str, list[Scored]]]:
     """Return voice -> policy ("base" and each adapter) -> its answers, scored by the voice."""
     found = {}
-    for voice, file in VOICES.items():
+    for voice, file in SANDBOX.voices.items():
         scorer = build_scorer([{"voice": str(file)}])
         own = found[voice] = {}
-        for name in VOICES:
+        for name in SANDBOX.voices:
             with Store.open(out / name / "ab.db", readonly=True) as store:
                 scored = scored_answers(store.at(), scorer)
             own["base"] = scored[str(out / "world" / "base")]
             own[name] = scored[str(out / name / "dpo")]
+    return found
+
+
+def real_answers(out: Path) -> dict[str, dict[str, list[Scored]]]:
+    """Return the same of the real model: a voice scores answers to its own brand's prompts."""
+    found = {}
+    for voice, file in REAL.voices.items():
+        with Store.open(out / f"{voice}-prompts.db", readonly=True) as store:
+            scored = scored_answers(store.at(), build_scorer([{"voice": str(file)}]))
+        found[voice] = {"base": scored[str(real_model.FILE)]}
+        found[voice] |= {name: scored[str(out / name / "dpo")] for name in REAL.voices}
     return found
 
 
@@ -93,11 +203,13 @@ def advantages(scores: dict[str, dict[str, list[Scored]]]) -> dict[str, Measured
     return found
 
 
-def page(scores: dict[str, dict[str, list[Scored]]], verdicts: dict[str, dict]) -> list[str]:
+def page(
+    setting: Setting, scores: dict[str, dict[str, list[Scored]]], verdicts: dict[str, dict]
+) -> list[str]:
     """Return the lines of the results page."""
     header = ["answers of", *(f"score by {voice}" for voice in scores)]
     rows = []
-    for policy in ("base", *VOICES):
+    for policy in ("base", *setting.voices):
         cells = []
         for own in scores.values():
             cells.append(shown(mean_of_groups([(a.group, a.score) for a in own[policy]])))
@@ -105,9 +217,9 @@ def page(scores: dict[str, dict[str, list[Scored]]], verdicts: dict[str, dict]) 
     lines = [
         "# Two brands on one base",
         "",
-        f"`{COMMAND}`: two adapters of the sandbox's base, trained by `rlhf brand run` with the same options. "
-        "`fernhill` is the shop's own voice, `street` asks for much of what that avoids. Means over test prompts with "
-        "95 % intervals. " + made_with("transformers", "trl"),
+        f"`{setting.command}`: two adapters of {setting.base}, trained by `rlhf brand run` with the same options. "
+        f"{setting.about}. Means over test prompts with 95 % intervals. Votes are simulated. "
+        + made_with("transformers", "trl"),
         "",
         *markdown_table(header, rows, right=[1, 2]),
         "",
@@ -127,29 +239,31 @@ def page(scores: dict[str, dict[str, list[Scored]]], verdicts: dict[str, dict]) 
     return lines
 
 
-def rows_of(advantage: dict[str, Measured], verdicts: dict[str, dict]) -> list[dict]:
+def rows_of(
+    setting: Setting, advantage: dict[str, Measured], verdicts: dict[str, dict]
+) -> list[dict]:
     """Return the rows of benchmarks/results/brand.json."""
     rows = []
     for voice, found in advantage.items():
         rows.append(
             {
-                "id": f"two-brands-{voice}",
-                "what": f"two adapters on the sandbox's base: score by the voice {voice} of its own adapter minus the "
+                "id": f"two-brands{setting.name}-{voice}",
+                "what": f"two adapters on {setting.base}: score by the voice {voice} of its own adapter minus the "
                 f"other's, lower end of the 95 % interval over {found.groups} held-out prompts (estimate "
                 f"{found.estimate:.3f})",
                 "value": round(found.low, 4),
                 "bound": "> 0",
-                "command": COMMAND,
+                "command": setting.command,
             }
         )
     for name, verdict in verdicts.items():
         rows.append(
             {
-                "id": f"two-brands-ships-{name}",
-                "what": f"the verdict of rlhf brand run for the voice {name} on the sandbox: {verdict['verdict']}",
+                "id": f"two-brands{setting.name}-ships-{name}",
+                "what": f"the verdict of rlhf brand run for the voice {name} on {setting.base}: {verdict['verdict']}",
                 "value": verdict["ship"],
                 "bound": "== True",
-                "command": COMMAND,
+                "command": setting.command,
             }
         )
     return rows
@@ -157,15 +271,24 @@ def rows_of(advantage: dict[str, Measured], verdicts: dict[str, dict]) -> list[d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", default="runs/two-brands")
-    out = Path(parser.parse_args().out).resolve()
+    parser.add_argument("--out", help="default: runs/two-brands, runs/two-brands-real")
+    parser.add_argument("--real", action="store_true", help="on SmolLM2-135M-Instruct")
+    given = parser.parse_args()
+    setting = REAL if given.real else SANDBOX
+    out = Path(given.out or f"runs/two-brands{setting.name}").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    run_brands(out)
-    scores = answers_by_voice(out)
-    verdicts = {name: json.loads((out / name / "verdict.json").read_text()) for name in VOICES}
-    lines = page(scores, verdicts)
-    PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    add_rows(RESULTS / "brand.json", rows_of(advantages(scores), verdicts))
+    if given.real:
+        run_real(out)
+        scores = real_answers(out)
+    else:
+        run_sandbox(out)
+        scores = sandbox_answers(out)
+    verdicts = {
+        name: json.loads((out / name / "verdict.json").read_text()) for name in setting.voices
+    }
+    lines = page(setting, scores, verdicts)
+    setting.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    add_rows(RESULTS / "brand.json", rows_of(setting, advantages(scores), verdicts))
     print("\n".join(lines))
 
 

@@ -123,11 +123,11 @@ def run_measure(config: Any) -> None:
 
 
 def run_brand(config: Any) -> None:
-    from reward.voice.scorer import load_voice
+    from reward.compose import check_scorers
     from rlhf.brand.run import run_brand
 
-    # a contradiction is found before anything is sampled
-    load_voice(config.voice)
+    # a contradiction, or a judge that cannot be one, is found before anything is sampled
+    check_scorers([voice_entry(config)], where="voice and judge")
     run_brand(config)
 
 
@@ -138,7 +138,7 @@ def run_brand_pairs(config: Any) -> None:
     from rlhf.brand.pairs import pairs
 
     voice = load_voice(config.voice)
-    scorer = build_scorer([{"voice": config.voice}])
+    scorer = build_scorer([voice_entry(config)])
     pairs(config, scorer, lambda text, metadata: rewrite(voice, text, metadata))
 
 
@@ -146,7 +146,12 @@ def run_brand_verdict(config: Any) -> None:
     from reward.compose import build_scorer
     from rlhf.brand.verdict import verdict
 
-    verdict(config, build_scorer([{"voice": config.voice}]))
+    verdict(config, build_scorer([voice_entry(config)]))
+
+
+def voice_entry(config: Any) -> dict[str, Any]:
+    """Return the scorer's entry of a brand voice, with the judge of its tone where one is given."""
+    return {"voice": config.voice, **({"judge": config.judge} if config.judge else {})}
 
 
 def run_voice_check(config: Any) -> None:

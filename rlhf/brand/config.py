@@ -17,6 +17,10 @@ class BrandConfig:
     """
 
     voice: str = option(help="the brand voice (YAML); rlhf voice check explains it")
+    judge: dict = option(
+        {},
+        "what measures the tone of the voice: {openai: URL, model: NAME}, {http: URL}, {function: ...}",
+    )
     model_name_or_path: str = option(
         help="the base: where training starts and what the adapter has to beat"
     )
@@ -69,6 +73,9 @@ class BrandConfig:
     max_prompt_length: int = option(512, "tokens; longer prompts are dropped", low=1)
     max_response_length: int = option(512, "tokens with EOS", low=1)
     batch_size: int = option(64, "responses generated together", low=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "dtype of the base; auto is bfloat16 on a GPU and float32 elsewhere"
+    )
     validation_fraction: float = option(
         0.1, "of the prompts: not trained on, to see what was memorised", low=0, high=1
     )

@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.brand.gates import Measured, mean_of_groups, ratio_of_groups
 from rlhf.config import SEED, option
@@ -37,6 +37,9 @@ class MeasureConfig:
     max_prompt_length: int = option(512, "tokens; longer prompts are left out", low=1)
     max_response_length: int = option(512, "tokens with EOS; longer answers are left out", low=1)
     batch_size: int = option(64, "answers read together", low=1)
+    dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "dtype of the base; auto is bfloat16 on a GPU and float32 elsewhere"
+    )
     seed: int = option(0, "of the wrong answers", **SEED)
 
 
@@ -63,6 +66,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         device,
         config.max_prompt_length,
         config.max_response_length,
+        config.dtype,
     )
     losses: list[dict[str, list]] = []
     for name, (model, context) in zip(("base", "run"), policies, strict=True):

@@ -29,6 +29,7 @@ class PairsConfig:
         help="a preference store with several answers to each prompt (rlhf collect sample)"
     )
     voice: str = option(help="the brand voice (YAML)")
+    judge: dict = option({}, "what measures the tone of the voice, as for rlhf brand run")
     output: str = option(help="the file to write, .jsonl")
     margin: float = option(
         0.1, "the least difference in score of a pair; closer ones are left out", above=0, high=1

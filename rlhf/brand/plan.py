@@ -86,6 +86,7 @@ def pair_jobs(config: BrandConfig, events: dict[str, int]) -> list[Job]:
     pairs = {
         "answers": store,
         "voice": config.voice,
+        "judge": config.judge,
         "margin": config.margin,
         "rewrite": config.rewrite,
         "output": output,
@@ -154,8 +155,10 @@ def train_job(config: BrandConfig) -> Job:
         "temperature": config.temperature,
         **{name: getattr(config, name) for name in (*SPLITS, *LENGTHS)},
     }
+    options |= dtype_of(config)
     if config.method == "ppo":
-        options["reward"] = [{"voice": config.voice}]
+        judge = {"judge": config.judge} if config.judge else {}
+        options["reward"] = [{"voice": config.voice, **judge}]
     needs = before_training(config)
     reads = [file] if file else []
     reads += weights_of(config.model_name_or_path)
@@ -203,6 +206,7 @@ def measure_job(config: BrandConfig) -> Job:
         "task": config.task,
         "output": output,
         "batch_size": config.batch_size,
+        **dtype_of(config),
         **{name: getattr(config, name) for name in LENGTHS},
     }
     return rlhf_job(
@@ -223,6 +227,7 @@ def verdict_job(config: BrandConfig, events: dict[str, int]) -> Job:
         "model_name_or_path": config.model_name_or_path,
         "run": run_folder(config),
         "voice": config.voice,
+        "judge": config.judge,
         "measures": f"{out}/measures.json",
         "gates": config.gates,
         "refusal_phrases": config.refusal_phrases,
@@ -335,7 +340,13 @@ def before_training(config: BrandConfig) -> list[str]:
 
 def sampling(config: BrandConfig, prompts: int | None) -> dict[str, Any]:
     names = (*LENGTHS, *SPLITS, "batch_size", "seed")
-    return {"prompts": prompts, **{name: getattr(config, name) for name in names}}
+    own = {name: getattr(config, name) for name in names}
+    return {"prompts": prompts, **own, **dtype_of(config)}
+
+
+def dtype_of(config: BrandConfig) -> dict[str, str]:
+    """Return the option dtype where it is set: commands without it keep the fingerprints they had."""
+    return {} if config.dtype == "auto" else {"dtype": config.dtype}
 
 
 def prompts_of(config: BrandConfig) -> list[str]:

@@ -51,6 +51,7 @@ class VerdictConfig:
     model_name_or_path: str = option(help="the base, as the store names it")
     run: str = option(help="the adapter, as the store names it")
     voice: str = option(help="the brand voice (YAML)")
+    judge: dict = option({}, "what measures the tone of the voice, as for rlhf brand run")
     measures: str | None = option(None, "what rlhf brand measure has written")
     training: str | None = option(
         None, "the pairs it was trained on, for what it may have memorised"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.two_brands import VOICES, advantages, page, rows_of
+from benchmarks.two_brands import REAL, SANDBOX, advantages, page, rows_of
 from reward.voice.scorer import load_voice
 from rlhf.brand.answers import Scored
 
@@ -34,13 +34,18 @@ def test_each_adapter_is_compared_with_the_other_by_its_own_voice():
     assert found["street"].estimate == pytest.approx(-0.1)
     assert found["street"].low == pytest.approx(-0.1)
     verdict = {"ship": False, "verdict": "DO NOT SHIP.", "gates": []}
-    rows = rows_of(found, dict.fromkeys(VOICES, verdict))
+    rows = rows_of(SANDBOX, found, dict.fromkeys(SANDBOX.voices, verdict))
     assert [row["value"] for row in rows[1:]] == [pytest.approx(-0.1), False, False]
-    text = "\n".join(page(SCORES, dict.fromkeys(VOICES, verdict)))
+    text = "\n".join(page(SANDBOX, SCORES, dict.fromkeys(SANDBOX.voices, verdict)))
     assert "| street | 0.3 " in text and "- street: DO NOT SHIP." in text
 
 
 def test_both_voices_load_and_differ_in_what_they_ask_for():
-    fernhill, street = map(load_voice, VOICES.values())
+    fernhill, street = map(load_voice, SANDBOX.voices.values())
     assert set(fernhill.avoid.words) & set(street.use.phrases)
     assert set(street.avoid.words) & set(fernhill.use.phrases)
+
+
+def test_the_brands_of_the_real_model_keep_each_other_out():
+    outdoor, bakery = map(load_voice, REAL.voices.values())
+    assert not set(outdoor.use.phrases) & set(bakery.use.phrases)

@@ -15,7 +15,7 @@ from rlhf.brand import run as module
 from rlhf.brand.config import BrandConfig
 from rlhf.brand.plan import plan
 from rlhf.brand.run import run_brand
-from rlhf.cli import COMMANDS
+from rlhf.cli import COMMANDS, main
 from rlhf.config import parse
 from rlhf.data.store import Store
 from rlhf.errors import EXIT_INTERRUPTED, EarlyExit, UserError
@@ -295,3 +295,37 @@ def test_every_option_is_used():
         if f"config.{field.name}" not in text and f'"{field.name}"' not in text:
             unused.append(field.name)
     assert unused == []
+
+
+def test_the_judge_of_the_tone_and_the_dtype_reach_every_command_that_needs_them(tmp_path):
+    judge = {"function": "my.tone:measure"}
+    jobs = plan(config_of(judge=judge, dtype="bfloat16"), {})
+    judged, cast = [], []
+    for job in jobs:
+        words = " ".join(job.arguments)
+        judged += [job.name] if "--judge" in words and "my.tone:measure" in words else []
+        cast += [job.name] if "--dtype bfloat16" in words else []
+    assert judged == ["pairs", "verdict"]
+    assert cast == ["answers", "dpo", "ab", "measure"]
+
+    reward = plan(config_of(judge=judge, method="ppo"), {})[0].arguments
+    assert json.loads(reward[reward.index("--reward") + 1]) == [
+        {"voice": "voice.yaml", "judge": judge}
+    ]
+    # without them commands, and so the fingerprints of finished jobs, are as they were
+    assert not any(
+        "--judge" in job.arguments or "--dtype" in job.arguments for job in plan(config_of(), {})
+    )
+
+
+def test_a_judge_that_cannot_be_one_is_refused_before_anything_is_sampled(tmp_path, capsys):
+    file = tmp_path / "brand.yaml"
+    lines = ["voice: configs/voices/shop.yaml", "model_name_or_path: base", "votes: simulated"]
+    lines += [f"output_dir: {tmp_path}/out", "gates: {perplexity: null, task: null}"]
+    lines += ["prompts: [x.jsonl]", "judge: {openai: not-an-address}"]
+    file.write_text("\n".join(lines))
+    with pytest.raises(SystemExit) as end:
+        main(["brand", "run", str(file)])
+    assert end.value.code == 2
+    assert "judge" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
