@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from rlhf.compare.format import (
     score_name,
 )
 from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
-from rlhf.compare.tables import Table, escape
+from rlhf.compare.tables import Table, a_table, escape
 from rlhf.data.annotator_report import annotators_markdown
 from rlhf.voting.page import votes_markdown
 
@@ -252,17 +252,21 @@ def _terms(report: Report) -> list[str]:
 
 def _metadata(meta: Mapping[str, Any]) -> list[str]:
     """Return what repeats the comparison; the long parts are in report.json alone."""
-    rows = []
-    for name, value in meta.items():
-        if name not in HIDDEN and value not in (None, [], {}, ""):
-            rows.append([name.replace("_", " "), _flat(value)])
-    lines = [
+    return [
         "## How to repeat it",
         "",
         "All digits and the resolved options of every run are in `report.json`.",
         "",
+        *_shown(meta).markdown(),
     ]
-    return [*lines, *Table(["what", "value"], rows).markdown()]
+
+
+@a_table
+def _shown(meta: Mapping[str, Any]) -> Iterator[list[str]]:
+    yield ["what", "value"]
+    for name, value in meta.items():
+        if name not in HIDDEN and value not in (None, [], {}, ""):
+            yield [name.replace("_", " "), _flat(value)]
 
 
 def _flat(value: Any) -> str:

@@ -129,7 +129,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     records = unseen(config.runs, records, config.prompts)
     specs, kinds, judge = scores_of(config)
     if config.judge:
-        from rlhf.compare.judge import load_judge
+        from rlhf.judge.judges import load_judge
 
         # a bad one is found before anything is sampled
         load_judge(config.judge)

@@ -1,10 +1,13 @@
-"""The tables of a report: each function takes report.json's dict and returns its rows as raw text."""
+"""The tables of a report: each function takes report.json's dict and yields header and rows as raw
+text.
+"""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +53,17 @@ class Table:
         return [*markdown_table(header, self.rows, right=range(1, len(header)), escape=escape), ""]
 
 
+def a_table(lines: Callable[[Report], Iterator[list[str]]]) -> Callable[[Report], Table]:
+    """Return a function that makes a table of what `lines` yields: the header, then the rows."""
+
+    @functools.wraps(lines)
+    def table(report: Report) -> Table:
+        header, *rows = lines(report)
+        return Table(header, rows)
+
+    return table
+
+
 def escape(text: str) -> str:
     """Return `text` on one line such that Markdown shows it as it is: no HTML, links, pictures or
     emphasis.
@@ -57,8 +71,9 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>&|~#$])", r"\\\1", " ".join(text.split()))
 
 
-def opening(report: Report) -> Table:
-    """Return one row a policy at the end of its training: main score, win rate over the initial
+@a_table
+def opening(report: Report) -> Iterator[list[str]]:
+    """Yield one row a policy at the end of its training: main score, win rate over the initial
     policy, KL, shape.
 
     A method has the row of its tuned swept value; where nothing was tuned, one for each of its
@@ -73,7 +88,7 @@ def opening(report: Report) -> Table:
         if point["last"] and point["swept"] == tuned_values.get(point["method"], point["swept"]):
             points.append(point)
 
-    header = [
+    yield [
         "policy",
         f"{title} [95 %]",
         f"over {initial} [95 %]",
@@ -84,10 +99,9 @@ def opening(report: Report) -> Table:
         "seeds",
     ]
     first = (report["initial_policy"]["method"], None)
-    rows = []
     for point in points:
         found = point["scores"].get(score) or {}
-        cells = [
+        yield [
             policy_name(point["method"], point.get("swept"), report),
             interval(found.get("mean")),
             interval(found.get("difference"), signed=True),
@@ -97,8 +111,6 @@ def opening(report: Report) -> Table:
             share(point["ended"]),
             _seeds(point),
         ]
-        rows.append(cells)
-    return Table(header, rows)
 
 
 def _with_error(estimate: Number | None) -> str:
@@ -112,39 +124,35 @@ def _seeds(point: Mapping[str, Any]) -> str:
     return str(len(point["seeds"])) if "seeds" in point else UNKNOWN
 
 
-def equal_kl(report: Report) -> Table:
-    """Return a row a pair and KL, with the same read from straight lines instead of the fitted
+@a_table
+def equal_kl(report: Report) -> Iterator[list[str]]:
+    """Yield a row a pair and KL, with the same read from straight lines instead of the fitted
     curve.
     """
-    header = ["comparison", "KL, nats", "lines instead of the curve", *DIFFERENCE]
-    rows = []
+    yield ["comparison", "KL, nats", "lines instead of the curve", *DIFFERENCE]
     for pair in report["frontier"]:
         lines = {row["kl"]: row["difference"] for row in pair.get("sensitivity") or []}
         for row in pair["rows"]:
             other = interval(lines.get(row["kl"]), signed=True)
-            rows.append([_over(pair), nats(row["kl"]), other, *_difference(row)])
-    return Table(header, rows)
+            yield [_over(pair), nats(row["kl"]), other, *_difference(row)]
 
 
-def equal_kl_on_the_way(report: Report) -> Table:
-    """Return the rows at equal KL over all checkpoints on the way, which have not spent the same."""
-    rows = []
+@a_table
+def equal_kl_on_the_way(report: Report) -> Iterator[list[str]]:
+    """Yield the rows at equal KL over all checkpoints on the way, which have not spent the same."""
+    yield ["over all checkpoints, which have not spent the same", "KL, nats", "difference [95 %]"]
     for pair in report["frontier"]:
         for row in (pair.get("path") or {"rows": []})["rows"]:
-            rows.append([_over(pair), nats(row["kl"]), interval(row["difference"], signed=True)])
-    return Table(
-        ["over all checkpoints, which have not spent the same", "KL, nats", "difference [95 %]"],
-        rows,
-    )
+            yield [_over(pair), nats(row["kl"]), interval(row["difference"], signed=True)]
 
 
-def tuned(report: Report) -> Table:
-    """Return a row a comparison of two methods, each at its tuned swept value."""
-    rows = []
+@a_table
+def tuned(report: Report) -> Iterator[list[str]]:
+    """Yield a row a comparison of two methods, each at its tuned swept value."""
+    yield ["comparison", "values chosen", *DIFFERENCE]
     for row in report["tuned"]["rows"]:
-        values = " against ".join(_values_chosen(report, row[side]) for side in ("a", "b"))
-        rows.append([_over(row), values, *_difference(row)])
-    return Table(["comparison", "values chosen", *DIFFERENCE], rows)
+        values = f"{_values_chosen(report, row['a'])} against {_values_chosen(report, row['b'])}"
+        yield [_over(row), values, *_difference(row)]
 
 
 def _values_chosen(report: Report, method: str) -> str:
@@ -165,11 +173,12 @@ def _over(pair: Mapping[str, Any]) -> str:
     return f"{method_name(pair['a'])} over {method_name(pair['b'])}"
 
 
-def over_optimisation(report: Report) -> Table:
-    """Return a row a method and swept value: how judge and proxy change from the judge's peak to
+@a_table
+def over_optimisation(report: Report) -> Iterator[list[str]]:
+    """Yield a row a method and swept value: how judge and proxy change from the judge's peak to
     the largest KL.
     """
-    header = [
+    yield [
         "method",
         "peak, KL",
         "largest KL",
@@ -178,10 +187,9 @@ def over_optimisation(report: Report) -> Table:
         "p adjusted",
         "outcome",
     ]
-    rows = []
     for entry in report["overoptimisation"]:
         proxy = entry["proxy"]
-        cells = [
+        yield [
             policy_name(entry["method"], entry["swept"], report),
             nats(entry["peak"]["kl"]),
             nats(entry["end"]["kl"]),
@@ -190,17 +198,15 @@ def over_optimisation(report: Report) -> Table:
             p_value(entry["p_adjusted"]),
             UNKNOWN if entry["sign"] is None else OUTCOMES[entry["sign"]],
         ]
-        rows.append(cells)
-    return Table(header, rows)
 
 
-def win_rates(report: Report) -> Table:
-    """Return each pair of policies once, the later one over the earlier one."""
-    rows = []
+@a_table
+def win_rates(report: Report) -> Iterator[list[str]]:
+    """Yield each pair of policies once, the later one over the earlier one."""
+    yield ["comparison", "wins [95 %]", "at equal length [95 %]"]
     for *policies, raw, controlled in pairs_of_policies(report):
         names = [policy_name(policy["method"], policy["swept"], report) for policy in policies]
-        rows.append([" over ".join(names), share(raw), share(controlled)])
-    return Table(["comparison", "wins [95 %]", "at equal length [95 %]"], rows)
+        yield [" over ".join(names), share(raw), share(controlled)]
 
 
 def pairs_of_policies(report: Report) -> Iterator[tuple[dict, dict, Number, Number | None]]:
@@ -213,61 +219,60 @@ def pairs_of_policies(report: Report) -> Iterator[tuple[dict, dict, Number, Numb
             yield later, earlier, wins["raw"][i][j], wins["controlled"][i][j]
 
 
-def judge_of_pairs(report: Report) -> Table:
-    """Return what a judge of pairs said, where one was asked in both orders."""
+@a_table
+def judge_of_pairs(report: Report) -> Iterator[list[str]]:
+    """Yield what a judge of pairs said, where one was asked in both orders."""
     asked = report.get("judge_of_pairs") or {"rows": [], "name": ""}
-    header = [
+    corrects = any(row.get("corrected") for row in asked["rows"])
+    yield [
         f"by the judge of pairs {asked['name']}",
         "wins [95 %]",
         "at equal length [95 %]",
         "ties",
         "consistent",
         "no verdict",
+        *(["corrected by votes [95 %]"] if corrects else []),
     ]
-    corrects = any(row.get("corrected") for row in asked["rows"])
-    if corrects:
-        header.append("corrected by votes [95 %]")
-    rows = []
     for row in asked["rows"]:
-        cells = [
+        yield [
             _over(row),
             share(row["raw"]),
             share(row["controlled"]),
             _percent(row["ties"]),
             _percent(row["consistency"]),
             str(row.get("no_verdict", 0)),
+            *([share(row["corrected"])] if corrects else []),
         ]
-        if corrects:
-            cells.append(share(row["corrected"]))
-        rows.append(cells)
-    return Table(header, rows)
 
 
-def judge_itself(report: Report) -> Table:
-    """Return how far a judge of pairs agrees with people, and what it follows, where that was
-    asked.
-    """
+@a_table
+def judge_itself(report: Report) -> Iterator[list[str]]:
+    """Yield how far a judge of pairs agrees with people, and what it follows, where that was asked."""
     found = (report.get("judge_of_pairs") or {}).get("judge")
-    header = ["what the judge of pairs follows", "judge", "people", "judge less people"]
-    if not found:
-        return Table(header, [])
-    from rlhf.judge.report import belief
+    yield ["what the judge of pairs follows", "judge", "people", "judge less people"]
+    if found:
+        from rlhf.judge.report import belief
 
-    return Table(header, belief(found))
+        yield from belief(found)
 
 
 def _percent(value: float | None) -> str:
     return UNKNOWN if value is None else f"{100 * value:.1f} %"
 
 
-def cost(report: Report) -> Table:
-    """Return each counter of a trial, alone and in all, and the share of the matched budget that it
+@a_table
+def cost(report: Report) -> Iterator[list[str]]:
+    """Yield each counter of a trial, alone and in all, and the share of the matched budget that it
     used.
     """
     rows = report["budget"]["rows"]
     counters = list(dict.fromkeys(itertools.chain.from_iterable(row["total"] for row in rows)))
     names = [f"{counter.replace('_', ' ')}: own / in all" for counter in counters]
-    cells = []
+    yield ["trial", *names, "of the matched budget"]
+    # The first of the runs compared has a cost too; an initial policy of an experiment has none
+    if report["initial_policy"]["budget"] and rows:
+        spent = [amount(report["initial_policy"]["budget"].get(counter)) for counter in counters]
+        yield [initial_name(report), *spent, UNKNOWN]
     for row in rows:
         spent = [
             f"{amount(row['own'].get(c, 0))} / {amount(row['total'].get(c))}" for c in counters
@@ -275,40 +280,30 @@ def cost(report: Report) -> Table:
         ratio = UNKNOWN
         if row["ratio"] is not None:
             ratio = f"{100 * row['ratio']:.0f} % ({100 * row['ratio_own']:.0f} % own)"
-        cells.append([policy_name(row["method"], row["swept"], report), *spent, ratio])
-    # The first of the runs compared has a cost too; an initial policy of an experiment has none
-    if report["initial_policy"]["budget"] and cells:
-        spent = [amount(report["initial_policy"]["budget"].get(counter)) for counter in counters]
-        cells.insert(0, [initial_name(report), *spent, UNKNOWN])
-    return Table(["trial", *names, "of the matched budget"], cells)
+        yield [policy_name(row["method"], row["swept"], report), *spent, ratio]
 
 
-def policies(report: Report) -> Table:
-    """Return every checkpoint: KL, each score, shape of the responses, variety and perplexities."""
+@a_table
+def policies(report: Report) -> Iterator[list[str]]:
+    """Yield every checkpoint: KL, each score, shape of the responses, variety and perplexities."""
     points = [report["initial_policy"], *report["points"]]
     scores = list(report["score_kinds"])
     numbers = dict.fromkeys(itertools.chain.from_iterable(point["numbers"] for point in points))
-    header = [
-        "policy",
-        "step",
-        "seeds",
-        "KL, nats [95 %]",
-        *(score_name(report, score) for score in scores),
-    ]
-    header += ["tokens", "ended", "repetition", *(name.replace("_", "-") for name in numbers)]
-    rows = []
+    named = [score_name(report, score) for score in scores]
+    shapes = ("length", "ended", "repetition")
+    more = [name.replace("_", "-") for name in numbers]
+    first = ["policy", "step", "seeds", "KL, nats [95 %]"]
+    yield [*first, *named, "tokens", "ended", "repetition", *more]
     for point in points:
-        cells = [
+        yield [
             policy_name(point["method"], point.get("swept"), report),
             str(point.get("step", 0)),
             _seeds(point),
             interval(point["kl"]),
+            *(_score(point, score) for score in scores),
+            *(interval(point[name]) for name in shapes),
+            *(number(point["numbers"].get(name)) for name in numbers),
         ]
-        cells += [_score(point, score) for score in scores]
-        cells += [interval(point[name]) for name in ("length", "ended", "repetition")]
-        cells += [number(point["numbers"].get(name)) for name in numbers]
-        rows.append(cells)
-    return Table(header, rows)
 
 
 def _score(point: Mapping[str, Any], score: str) -> str:

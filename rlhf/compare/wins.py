@@ -17,12 +17,31 @@ from typing import Any
 import numpy as np
 
 from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic
-from rlhf.compare.judge import Verdicts
 from rlhf.compare.results import Point, Results, independent_pairs
 from rlhf.stats import bounded_interval, student_quantile
 
 # on the slope, in units of the mean log-likelihood: the least that keeps a separable fit finite
 RIDGE = 0.01
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """What decides between two policies' answers: a score, or a judge asked in both orders.
+
+    wins: (prompts, pairs) share that A's answer wins; nan where the judge gave no verdict in one of
+    the orders. pairs: (sample of A, sample of B), the same at each prompt.
+    consistency: share of the pairs with the same winner, or a tie, in both orders; nan where none
+    was asked, as by a score.
+    prefers_first: mean probability given to the answer shown first; 0.5 without a favourite
+    position.
+    asked: pairs whose two answers differ.
+    """
+
+    wins: np.ndarray
+    pairs: list[tuple[int, int]]
+    consistency: float = math.nan
+    prefers_first: float = math.nan
+    asked: int = 0
 
 
 @dataclass(frozen=True)
@@ -64,7 +83,7 @@ def win_rate(
 
     judge: the name of a score, which decides all `independent_pairs` (a difference of at most
     `tie_margin` is a tie, which counts half); or for each i what a judge of pairs said about a[i]
-    and b[i] (`judge_wins`). None where no two samples have independent noise, as with one sample a
+    and b[i] (rlhf/judge/policies.py). None where no two samples have independent noise, as with one sample a
     prompt, or where nothing was decided.
 
     A meeting without a verdict is left out of its prompt's mean, a prompt without any in one of the
@@ -123,7 +142,7 @@ def _by_score(a: Point, b: Point, score: str, tie_margin: float) -> Verdicts:
     if pairs:
         difference = _differences(a, b, f"score/{score}", pairs)
         wins = (difference > tie_margin) + 0.5 * (np.abs(difference) <= tie_margin)
-    return Verdicts(wins, pairs, consistency=math.nan, prefers_first=math.nan, asked=0)
+    return Verdicts(wins, pairs)
 
 
 def _differences(a: Point, b: Point, measure: str, pairs: Sequence[tuple[int, int]]) -> np.ndarray:

@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.adapters import adapter_base, adapter_settings, add_adapter
 from rlhf.collect.sample import SampleConfig
-from rlhf.compare.judge import load_judge
 from rlhf.compare.runs import hashes, identities
 from rlhf.config import parse
 from rlhf.data.encode import encode
@@ -35,6 +34,7 @@ from rlhf.experiment.measure import load_test_split
 from rlhf.experiment.plan import plan
 from rlhf.files import check_weights
 from rlhf.from_gguf import as_folder
+from rlhf.judge.judges import load_judge
 from rlhf.models import InitialModel
 from rlhf.offline.trainers import trl_arguments
 from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,39 +63,38 @@ class Usage:
 
 
 class AnswerFile:
-    """Answers by key, one JSON object a line, that several processes may add to."""
+    """Answers by key, one JSON object a line, that several processes may add to.
 
-    def __init__(self, path: Path):
+    read: makes what is known under a key from its row, in which the key itself is left out.
+    """
+
+    def __init__(self, path: Path, read: Callable[[dict[str, Any]], Any]):
         self.path = path
-        self.known: dict[str, Reply] = {}
+        self.known: dict[str, Any] = {}
         self._lock = threading.Lock()
-        self._read()
-
-    def _read(self) -> None:
-        if not self.path.is_file():
-            return
-        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
+        lines = path.read_bytes().splitlines() if path.is_file() else []
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
             except ValueError:
                 # half a line, left by a kill; nothing but such a line is another kind of file
-                row = {} if number == 1 else None
-            if row is None:
-                continue
+                if number > 1:
+                    continue
+                row = {}
             try:
                 key = row.pop("key")
-                self.known[key] = Reply(**row)
-            except (KeyError, TypeError, AttributeError):
+                self.known[key] = read(row)
+            except (KeyError, TypeError, ValueError, AttributeError):
                 raise UserError(
-                    f"{self.path}, line {number}: not an answer of a judge. Delete the line, or the "
+                    f"{path}, line {number}: not an answer of a judge. Delete the line, or the "
                     "file, and it is asked for again"
                 ) from None
 
-    def add(self, key: str, reply: Reply) -> None:
-        """Keep an answer. A half line left by a kill is ended first."""
-        line = json.dumps({"key": key, **asdict(reply)}, ensure_ascii=False).encode() + b"\n"
+    def add(self, key: str, answer: Any, row: dict[str, Any]) -> None:
+        """Keep an answer, in the file as `row`. A half line left by a kill is ended first."""
+        line = json.dumps({"key": key, **row}, ensure_ascii=False).encode() + b"\n"
         with self._lock:
-            self.known[key] = reply
+            self.known[key] = answer
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab+") as file:
                 if file.tell():
@@ -129,7 +128,7 @@ class Client:
             remedy="raise `timeout` or `retries`, or lower `in_flight`",
         )
         cache = spec.cache or self.default_cache or cache_folder() / "judge" / self._file_name()
-        self.answers = AnswerFile(Path(cache))
+        self.answers = AnswerFile(Path(cache), lambda row: Reply(**row))
         # what the server has refused is not sent again
         self.sends_schema = True
         self.limit_name = "max_tokens"
@@ -193,7 +192,7 @@ class Client:
                     requests[pool.submit(self._reply, text, stop)] = key
                 for request in concurrent.futures.as_completed(requests):
                     reply = request.result()
-                    self.answers.add(requests[request], reply)
+                    self.answers.add(requests[request], reply, asdict(reply))
                     self._count(reply)
                     if self.usage.cost is not None:
                         bar.set_postfix_str(f"cost {self.usage.cost:.4g}", refresh=False)

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.compare.judge import load_judge
 from rlhf.config import option
+from rlhf.data import sources
 from rlhf.data.records import prompt_group
 from rlhf.data.split import first_by_hash
 from rlhf.errors import UserError, near_file
 from rlhf.files import dumps, write_atomic
 from rlhf.judge import alpaca_eval, arena_hard
+from rlhf.judge.judges import load_judge
 from rlhf.judge.pairs import (
     JudgedPair,
     add_votes,
     ask,
-    is_store,
     read_pairs,
     store_pairs,
     write_pairs,
@@ -94,7 +94,7 @@ def judge_pairs(config: PairsConfig) -> dict[str, Any]:
 
 def read_source(source: str) -> list[JudgedPair]:
     """Return the pairs of a store, of judged.jsonl, or of the policies in samples.jsonl."""
-    if is_store(source):
+    if sources.is_store(source):
         return store_pairs(source)
     if source.endswith(JUDGED):
         return read_pairs(source)

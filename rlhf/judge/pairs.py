@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.judge import Judge, ask_all, share_of_both_orders
 from rlhf.data import sources
 from rlhf.data.records import prompt_group
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
 from rlhf.errors import UserError, near_file
 from rlhf.files import dumps
+from rlhf.judge.judges import Judge, ask_all
 from rlhf.judge.prompts import conversation_text
 
 # of a person's choice, the share that answer a wins; a skip says nothing
@@ -92,9 +92,24 @@ def ordered(pairs: Iterable[JudgedPair], policies: Sequence[str] = ()) -> list[J
     return [pair.turned() if rank(pair.a) < rank(pair.b) else pair for pair in pairs]
 
 
+def share_of_both_orders(p1: np.ndarray, p2: np.ndarray) -> np.ndarray:
+    """Return (n,) A's share from P(first better) with A first (p1) and with B first (p2); see
+    `ask`.
+    """
+    # both orders prefer the same position
+    contradiction = (p1 - 0.5) * (p2 - 0.5) > 0
+    return np.where(contradiction, 0.5, (p1 + 1 - p2) / 2)
+
+
 def ask(judge: Judge, pairs: Sequence[JudgedPair], cache: str | Path) -> None:
-    """Ask the judge about each pair in both orders, and keep what it says in the pairs. Equal
-    answers are a tie and not asked about. `cache` as in `ask_all`.
+    """Ask the judge about each pair in both orders, and keep what it says in the pairs.
+
+        p_ab = P(first better) with A's answer first,    p_ba = P(first better) with B's answer first
+        share of A = (p_ab + 1 - p_ba) / 2,    or 1/2 where both orders prefer the same position
+
+    Judges favour a position (Zheng et al. 2023, arXiv 2306.05685, section 3.3). Equal answers are a
+    tie and not asked about. `cache`: a JSONL file with every answer, so that nothing is asked
+    twice; delete it when the judge behind a name has changed.
     """
     questions = []
     for pair in pairs:
@@ -108,9 +123,24 @@ def ask(judge: Judge, pairs: Sequence[JudgedPair], cache: str | Path) -> None:
             pair.p_ab, pair.p_ba = next(answers), next(answers)
 
 
-def is_store(name: str) -> bool:
-    """Return whether a source is a preference store."""
-    return sources.is_store(name)
+def orders(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
+    """Return what the two orders of judged pairs say of the judge.
+
+    asked: pairs whose two answers differ. no_verdict: of these, pairs without one. consistency:
+    share of the rest with the same winner, or a tie, in both orders. prefers_first: mean
+    probability given to the answer shown first. Both None where nothing was told.
+    """
+    asked = [pair for pair in pairs if pair.answer_a != pair.answer_b]
+    told = [pair for pair in asked if not math.isnan(pair.share)]
+    same = [np.sign(p.p_ab - 0.5) == -np.sign(p.p_ba - 0.5) for p in told]
+    first = [(p.p_ab + p.p_ba) / 2 for p in told]
+    return {
+        "asked": len(asked),
+        "no_verdict": len(asked) - len(told),
+        "ties": sum(pair.share == 0.5 for pair in told),
+        "consistency": float(np.mean(same)) if told else None,
+        "prefers_first": float(np.mean(first)) if told else None,
+    }
 
 
 def store_pairs(name: str) -> list[JudgedPair]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.compare.judge import Judge, Verdicts, judge_wins, load_judge
-from rlhf.compare.results import Point, Results, key
-from rlhf.compare.wins import win_rate
-from rlhf.judge.pairs import JudgedPair, add_votes, store_pairs, write_pairs
+import numpy as np
+
+from rlhf.compare.results import Point, Results, independent_pairs, key
+from rlhf.compare.wins import Verdicts, win_rate
+from rlhf.judge.judges import Judge, load_judge
+from rlhf.judge.pairs import JudgedPair, add_votes, ask, orders, store_pairs, write_pairs
 from rlhf.judge.report import judge_report
 
 # what the judge said, pair by pair, for `rlhf judge`
@@ -51,9 +53,9 @@ def judge_policies(
         first, second = [ends[a][seed] for seed in seeds], [ends[b][seed] for seed in seeds]
         answers = []
         for one, other in zip(first, second, strict=True):
-            verdicts = judge_wins(judge, results, one, other, folder / CACHE)
+            verdicts, asked = judge_wins(judge, results, one, other, folder / CACHE)
             answers.append(verdicts)
-            judged += judged_pairs(results, one, other, verdicts)
+            judged += asked
         found = win_rate(first, second, results, answers)
         # with one sample a prompt no two answers have independent noise
         if found is not None:
@@ -112,22 +114,36 @@ def swept_to_ask(report: dict[str, Any], method: str) -> float | None:
     return values[len(values) // 2] if values else None
 
 
-def judged_pairs(results: Results, a: Point, b: Point, verdicts: Verdicts) -> list[JudgedPair]:
-    """Return what a judge said of two policies, pair by pair."""
-    pairs = []
+def judge_wins(
+    judge: Judge, results: Results, a: Point, b: Point, cache: str | Path
+) -> tuple[Verdicts, list[JudgedPair]]:
+    """Ask about each sample of `a` against one of `b` that does not share its sampling noise, at
+    every prompt; return what decides between them, and what the judge said pair by pair.
+    """
+    partners = one_partner_each(independent_pairs(a, b))
+    judged = []
     of_a, of_b = results.responses[key(a)], results.responses[key(b)]
     for i, prompt in enumerate(results.prompts):
-        for j, (k, m) in enumerate(verdicts.pairs):
-            p_ab, p_ba = map(float, verdicts.orders[i, j])
-            pair = JudgedPair(
-                prompt=prompt,
-                group=results.groups[i],
-                a=a.method,
-                b=b.method,
-                answer_a=of_a[i][k],
-                answer_b=of_b[i][m],
-                p_ab=p_ab,
-                p_ba=p_ba,
-            )
-            pairs.append(pair)
-    return pairs
+        for k, m in partners:
+            sides = {"a": a.method, "b": b.method, "answer_a": of_a[i][k], "answer_b": of_b[i][m]}
+            judged.append(JudgedPair(prompt=prompt, group=results.groups[i], **sides))
+    ask(judge, judged, cache)
+    found = orders(judged)
+    shares = np.array([pair.share for pair in judged]).reshape(len(results.prompts), len(partners))
+    if found["consistency"] is None:
+        return Verdicts(shares, partners, asked=found["asked"]), judged
+    said = (found[name] for name in ("consistency", "prefers_first", "asked"))
+    return Verdicts(shares, partners, *said), judged
+
+
+def one_partner_each(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return one of the pairs (sample of a, sample of b) for each sample of a.
+
+    Sample k of a is paired with the next sample of b after k, cyclically, so that no sample is asked about
+    more often than it must be.
+    """
+    size = 1 + max((m for _, m in pairs), default=0)
+    found: dict[int, int] = {}
+    for k, m in sorted(pairs, key=lambda pair: (pair[0], (pair[1] - pair[0] - 1) % size)):
+        found.setdefault(k, m)
+    return list(found.items())

@@ -18,7 +18,7 @@ from rlhf.compare.format import share as share_text
 from rlhf.compare.wins import share
 from rlhf.judge.agreement import agreement, length_bias, same_family, self_preference
 from rlhf.judge.correct import MIN_LABELLED, corrected_win_rate, equal_answers
-from rlhf.judge.pairs import JudgedPair, ordered
+from rlhf.judge.pairs import JudgedPair, ordered, orders
 from rlhf.stats import student_quantile
 from rlhf.text import markdown_table
 
@@ -42,18 +42,10 @@ def judge_report(
     pairs = ordered(pairs, policies)
     named = list(dict.fromkeys(itertools.chain.from_iterable((p.a, p.b) for p in pairs)))
     own = list(own) or same_family(model, named)
-    asked = [pair for pair in pairs if pair.answer_a != pair.answer_b]
-    told = [pair for pair in asked if not math.isnan(pair.share)]
-    same = [np.sign(p.p_ab - 0.5) == -np.sign(p.p_ba - 0.5) for p in told]
-    first = [(p.p_ab + p.p_ba) / 2 for p in told]
     return {
         "name": name,
         "pairs": len(pairs),
-        "asked": len(asked),
-        "no_verdict": len(asked) - len(told),
-        "ties": sum(pair.share == 0.5 for pair in told),
-        "consistency": float(np.mean(same)) if told else None,
-        "prefers_first": float(np.mean(first)) if told else None,
+        **orders(pairs),
         "agreement": agreement(pairs),
         "length": length_bias(pairs),
         "self_preference": self_preference(pairs, own),

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from rlhf.compare.crossed import crossed_mean
-from rlhf.compare.judge import Verdicts
 from rlhf.compare.results import Point, Results, independent_pairs
-from rlhf.compare.wins import LengthFit, logistic_fit, separable, win_rate
+from rlhf.compare.wins import LengthFit, Verdicts, logistic_fit, separable, win_rate
 from rlhf.experiment.responses import blocks
 
 

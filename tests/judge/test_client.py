@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from reward.compose import build_scorer, check_scorers
-from rlhf.compare.judge import judge_wins, load_judge
 from rlhf.data.records import BadScore, Samples
 from rlhf.errors import UserError
+from rlhf.judge.judges import load_judge
+from rlhf.judge.policies import judge_wins as judged
 from rlhf.judge.prompts import json_object, question
 from rlhf.judge.spec import EndpointSpec, ScoreSpec
-from tests.compare.test_judge import RESULTS, A, B
 from tests.judge.chat_server import completion, refusal
+from tests.judge.test_judges import RESULTS, A, B, judge_wins
 
 SECRET = "sk-verysecret"
 
@@ -32,10 +33,10 @@ def good_wins(body):
 def test_pairs_are_asked_in_both_orders_with_a_schema(serve, tmp_path):
     server = serve(good_wins)
     judge = load_judge({"openai": server.url, "model": "m"}, tmp_path / "answers.jsonl")
-    found = judge_wins(judge, RESULTS, A, B, tmp_path / "unused.jsonl")
+    found, pairs = judged(judge, RESULTS, A, B, tmp_path / "unused.jsonl")
     # A is good at (0,0), (1,0), (1,1), and bad at (0,1) against a good one
     assert found.wins.tolist() == [[1.0, 0.0], [1.0, 1.0]] and found.consistency == 1.0
-    assert found.orders.tolist() == [[[1, 0], [0, 1]], [[1, 0], [1, 0]]]
+    assert [(pair.p_ab, pair.p_ba) for pair in pairs] == [(1, 0), (0, 1), (1, 0), (1, 0)]
     assert len(server.asked) == 8 and not (tmp_path / "unused.jsonl").exists()
     body = server.asked[0][0]
     assert body["response_format"]["type"] == "json_schema"

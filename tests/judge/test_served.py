@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.real_model import FILE
 from reward.compose import build_scorer
-from rlhf.compare.judge import load_judge
+from rlhf.judge.judges import load_judge
 from rlhf.judge.pairs import JudgedPair, ask
 from rlhf.judge.report import judge_report
 from tests.conftest import ROOT

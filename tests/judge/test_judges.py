@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 
 import rlhf.http_client
-from rlhf.compare.judge import Judge, judge_wins, load_judge, one_partner_each, share_of_both_orders
 from rlhf.compare.results import Point, Results
 from rlhf.compare.wins import win_rate
 from rlhf.errors import UserError
+from rlhf.judge import policies
+from rlhf.judge.judges import Judge, load_judge
+from rlhf.judge.pairs import share_of_both_orders
+from rlhf.judge.policies import one_partner_each
 from rlhf.sandbox.annotators import ANNOTATORS, preference_logit, sigmoid
 
 
@@ -26,6 +29,11 @@ def point(method):
 
 
 A, B = point("ppo"), point("dpo")
+
+
+def judge_wins(judge, results, a, b, cache):
+    verdicts, _ = policies.judge_wins(judge, results, a, b, cache)
+    return verdicts
 
 
 def results_of(own, other):
@@ -153,7 +161,10 @@ def test_a_killed_judge_goes_on_where_it_was(tmp_path):
     found = judge_wins(Judge("j", recording(good_wins, again)), RESULTS, A, B, cache)
     np.testing.assert_allclose(found.wins, [[0.9, 0.1], [0.9, 0.9]], atol=1e-12)
     assert len(again) == 4 and not set(again) & set(seen)
-    assert len([json.loads(line) for line in cache.read_text().splitlines()]) == 8
+    # the half line was ended, and not taken for an answer
+    lines = cache.read_text().splitlines()
+    assert lines[4] == '{"key": "half a li' and all(map(json.loads, lines[:4] + lines[5:]))
+    assert len(lines) == 9
     judge_wins(Judge("j", recording(good_wins, again)), RESULTS, A, B, cache)
     assert len(again) == 4  # nothing is asked twice
     judge_wins(Judge("another", recording(good_wins, again)), RESULTS, A, B, cache)
@@ -235,7 +246,7 @@ def test_with_one_sample_a_prompt_nothing_is_asked(tmp_path):
 
 def test_a_spoilt_cache_is_refused(tmp_path):
     (tmp_path / "judge.jsonl").write_text("not json\n")
-    with pytest.raises(UserError, match="not a cache of a judge's answers"):
+    with pytest.raises(UserError, match="line 1: not an answer of a judge"):
         judge_wins(Judge("j", good_wins), RESULTS, A, B, tmp_path / "judge.jsonl")
 
 
