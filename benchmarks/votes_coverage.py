@@ -20,8 +20,7 @@ import numpy as np
 from benchmarks.result_rows import add_rows
 from rlhf.compare.crossed import MIN_SEEDS
 from rlhf.voting.ballots import Ballots, Item
-from rlhf.voting.rates import pair_rate
-from rlhf.voting.stopping import confidence_sequence
+from rlhf.voting.rates import confidence_sequence, pair_rate
 
 ROWS = Path(__file__).parent / "results" / "votes.json"
 COMMAND = "python benchmarks/votes_coverage.py"

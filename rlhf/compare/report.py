@@ -1,11 +1,22 @@
 """Write the report of a comparison, of single runs or of an experiment, from the dict that
 `summarise` makes.
+
+report.html is made from report.md: one self-contained page without scripts, for a phone and for
+dark mode too. What models wrote stays text: report.md escapes it, Markdown's HTML is off, and the
+page's own policy forbids scripts and requests.
 """
 
 from __future__ import annotations
 
+import base64
+import html
+import itertools
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from string import Template
+from typing import Any
 
 from rlhf.compare import tables
 from rlhf.compare.format import Report
@@ -24,7 +35,6 @@ def write_files(report: Report, folder: Path) -> dict[str, Path]:
     """
     from rlhf.compare.figures import draw
     from rlhf.compare.markdown import markdown
-    from rlhf.compare.page import html_page
 
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "report.json", dumps(report, indent=2) + "\n")
@@ -76,3 +86,83 @@ def print_report(report: Report, folder: Path) -> None:
     console.print(
         f"\nReport: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True
     )
+
+
+TEMPLATE = Path(__file__).parent / "templates" / "report.html"
+SCROLL = '<div class="scroll" role="region" tabindex="0" aria-label="Table {number}: {heading}">\n<table>\n'
+PICTURE = (
+    '<span class="figure" role="region" tabindex="0" aria-label="Figure: {name}">'
+    '<img src="{source}" alt="{alt}"></span>'
+)
+
+
+def html_page(markdown: str, figures: Mapping[str, Path]) -> str:
+    """Return the page; figures: name in the Markdown ("frontier.svg") -> file, of which the page
+    holds a copy.
+    """
+    from markdown_it import MarkdownIt
+
+    parser = MarkdownIt("commonmark", {"html": False}).enable("table")
+    tokens = parser.parse(markdown)
+
+    # Links to the sections, labels for screen readers, figures inside the page
+    headings = _name_headings(tokens)
+    _label_tables(tokens)
+
+    def image(tokens: Any, index: int, *_: Any) -> str:
+        source = figures.get(tokens[index].attrs["src"])
+        alt = html.escape(tokens[index].content.replace("\\", ""))
+        # Only the report's own figures are pictures; of any other one its text is shown
+        if source is None:
+            return alt
+        name = source.stem.replace("_", " ")
+        return PICTURE.format(name=name, source=_data_uri(source), alt=alt)
+
+    parser.renderer.rules["image"] = image
+    parser.renderer.rules["table_open"] = lambda tokens, index, *_: SCROLL.format(
+        **tokens[index].meta
+    )
+    parser.renderer.rules["table_close"] = lambda *_: "</table>\n</div>\n"
+
+    # The navigation comes below what the report opens with
+    opening, mark, details = parser.renderer.render(tokens, parser.options, {}).partition("<h2")
+    links = [f'<a href="#{name}">{html.escape(text)}</a>' for name, text in headings.items()]
+    # escaped for Markdown, which the title of a page is not
+    title = tokens[1].content.replace("\\", "")
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=html.escape(title),
+        navigation="\n".join(links),
+        opening=opening,
+        details=mark + details,
+    )
+
+
+def _name_headings(tokens: list) -> dict[str, str]:
+    """Give the second-level headings ids to link to; returns id -> text."""
+    names = {}
+    for heading, text in itertools.pairwise(tokens):
+        if heading.type == "heading_open" and heading.tag == "h2":
+            name = re.sub(r"\W+", "-", text.content.lower())
+            heading.attrSet("id", name)
+            names[name] = text.content
+    return names
+
+
+def _label_tables(tokens: list) -> None:
+    """Number the tables and say which section each is in, for screen readers; columns get their
+    scope.
+    """
+    number, heading = 0, ""
+    for token, following in itertools.pairwise(tokens):
+        if token.type == "heading_open":
+            heading = html.escape(following.content.replace("\\", ""))
+        elif token.type == "table_open":
+            number += 1
+            token.meta = {"number": number, "heading": heading}
+        elif token.type == "th_open":
+            token.attrSet("scope", "col")
+
+
+def _data_uri(path: Path) -> str:
+    kind = {"svg": "image/svg+xml", "png": "image/png"}[path.suffix[1:]]
+    return f"data:{kind};base64," + base64.b64encode(path.read_bytes()).decode()

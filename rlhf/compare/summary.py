@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.claims import notes, verdicts
 from rlhf.compare.crossed import MIN_SEEDS, crossed_mean, outlying
 from rlhf.compare.judged import judged, label
 from rlhf.compare.results import Point, Results, key, mean_of, prompt_key, seeds_of
 from rlhf.compare.selection import Means, ended, rectangle, stack, tabulate
+from rlhf.compare.verdict import notes, verdicts
 from rlhf.compare.wins import share
 from rlhf.errors import UserError, did_you_mean
 

@@ -18,8 +18,16 @@ from typing import Any
 from rlhf.data.records import digest
 from rlhf.data.votes import CHOICES
 from rlhf.errors import UserError
-from rlhf.exchange.fields import choice_of, read_fields
-from rlhf.exchange.pairs import CHANGEABLE, Answer, CastVote, JudgedPair, extras_of, with_extras
+from rlhf.exchange.pairs import (
+    CHANGEABLE,
+    Answer,
+    CastVote,
+    JudgedPair,
+    choice_of,
+    extras_of,
+    read_fields,
+    with_extras,
+)
 
 FIELDS = {"a": "answer_a", "b": "answer_b"}
 CHOICE_TEXTS = {

@@ -14,8 +14,14 @@ from rlhf.data.records import Preference, one_name
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 from rlhf.exchange import argilla, label_studio
-from rlhf.exchange.fields import read_users
-from rlhf.exchange.pairs import JudgedPair, add_pairs, fault_of, pairs_of_preferences, pairs_of_view
+from rlhf.exchange.pairs import (
+    JudgedPair,
+    add_pairs,
+    fault_of,
+    pairs_of_preferences,
+    pairs_of_view,
+    read_users,
+)
 from rlhf.files import dumps
 
 READERS: dict[str, Callable[..., list[JudgedPair]]] = {

@@ -15,8 +15,16 @@ from xml.sax.saxutils import quoteattr
 
 from rlhf.data.records import digest
 from rlhf.errors import UserError
-from rlhf.exchange.fields import choice_of, read_fields
-from rlhf.exchange.pairs import CHANGEABLE, Answer, CastVote, JudgedPair, extras_of, with_extras
+from rlhf.exchange.pairs import (
+    CHANGEABLE,
+    Answer,
+    CastVote,
+    JudgedPair,
+    choice_of,
+    extras_of,
+    read_fields,
+    with_extras,
+)
 
 SELECTED = {"a": "left", "b": "right"}
 # data of a task that is shown beside the answers, and not part of the prompt's metadata

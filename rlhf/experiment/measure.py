@@ -24,7 +24,7 @@ from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.cost import cost_until
 from rlhf.experiment.job import Measurement
 from rlhf.experiment.plan import INITIAL
-from rlhf.experiment.responses import (
+from rlhf.experiment.results import (
     INITIAL_FILE,
     best_of,
     check_same_prompts,

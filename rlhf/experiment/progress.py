@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from rlhf.experiment.commands import JOB, environment_of, programs_of
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.job import Job
-from rlhf.experiment.processes import JOB, environment_of, programs_of
 from rlhf.experiment.state import ExperimentState, load_state, read_json
 from rlhf.runs.tracking import read_metrics
 from rlhf.text import markdown_table

@@ -22,12 +22,17 @@ from typing import Any, Literal
 
 from rlhf import config as options
 from rlhf.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, EarlyExit, UserError
-from rlhf.experiment.commands import environment, full_command, shown_command
+from rlhf.experiment.commands import (
+    end_programs,
+    environment,
+    full_command,
+    programs_of,
+    shown_command,
+)
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.cost import known_lengths, planned_lengths
 from rlhf.experiment.job import Job, draws_tokens, record_of, recorded_options
 from rlhf.experiment.plan import plan
-from rlhf.experiment.processes import end_programs, programs_of
 from rlhf.experiment.state import (
     ExperimentState,
     RunningJob,

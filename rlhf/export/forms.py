@@ -17,8 +17,7 @@ from rlhf.adapters import adapter_weights
 from rlhf.engines.vllm_protocol import NOT_LOADED, RANKS, rank_option
 from rlhf.errors import UserError
 from rlhf.export.check import compare, greedy_answers
-from rlhf.export.gguf_file import check_writable, write_gguf
-from rlhf.export.modelfile import modelfile
+from rlhf.export.gguf_file import check_writable, modelfile, write_gguf
 from rlhf.from_gguf import as_folder, read_gguf
 from rlhf.models import InitialModel, load_model, trainable_policy
 from rlhf.quantized import dequantize

@@ -123,7 +123,7 @@ class Chat:
 
         from rlhf.data.encode import encode_prompt
         from rlhf.engines.sampling import sample_key
-        from rlhf.serve.streamed import StreamedText
+        from rlhf.serve.worker import StreamedText
 
         policy = speaker.policy
         try:

@@ -11,8 +11,7 @@ from rlhf.data.encode import encode_prompt
 from rlhf.data.records import Message, Prompt, RecordError
 from rlhf.errors import did_you_mean
 from rlhf.serve.policies import Policy
-from rlhf.serve.streamed import INCOMPLETE
-from rlhf.serve.worker import Event
+from rlhf.serve.worker import INCOMPLETE, Event
 
 # parameters that are accepted with these values, with which they change nothing
 NEUTRAL: dict[str, tuple] = {

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.compare.figures import draw
 from rlhf.compare.markdown import fence, markdown
-from rlhf.compare.page import html_page
+from rlhf.compare.report import html_page
 from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
 from rlhf.compare.summary import summarise
 from tests.compare.report_example import HOSTILE, example, interval, judged_pairs

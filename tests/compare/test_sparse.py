@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.compare.figures import draw
 from rlhf.compare.markdown import markdown
-from rlhf.compare.page import html_page
+from rlhf.compare.report import html_page
 from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
 from rlhf.compare.summary import summarise
 from rlhf.compare.wandb_tables import rows_of

@@ -7,7 +7,7 @@ import pytest
 from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.results import Point, Results, independent_pairs
 from rlhf.compare.wins import LengthFit, Verdicts, logistic_fit, separable, win_rate
-from rlhf.experiment.responses import blocks
+from rlhf.experiment.results import blocks
 
 
 def point(seed=0, method="ppo", **values):

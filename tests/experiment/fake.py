@@ -114,7 +114,7 @@ def install(folder: Path, put=setattr) -> None:
     import types
 
     import rlhf.experiment.check
-    import rlhf.experiment.processes
+    import rlhf.experiment.commands
     import rlhf.experiment.report
     import rlhf.experiment.runner
 
@@ -135,7 +135,7 @@ def install(folder: Path, put=setattr) -> None:
     )
     put(rlhf.experiment.runner, "full_command", command)
     put(rlhf.experiment.runner, "time", quick)
-    put(rlhf.experiment.processes, "time", quick)
+    put(rlhf.experiment.commands, "time", quick)
     put(rlhf.experiment.runner, "code_version", lambda: {})
     put(rlhf.experiment.check, "check_starts", lambda *_: None)
     put(rlhf.experiment.report, "write_report", lambda config, out, *more: say(folder, "report"))

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.experiment.processes import programs_of
-from rlhf.experiment.responses import read_rows
+from rlhf.experiment.commands import programs_of
+from rlhf.experiment.results import read_rows
 from tests.conftest import ROOT
 from tests.launch.conftest import write_data
 

@@ -14,8 +14,7 @@ from rlhf.errors import UserError
 from rlhf.experiment.job import fingerprints
 from rlhf.experiment.measure import policies_of, scores_of
 from rlhf.experiment.plan import plan
-from rlhf.experiment.responses import best_of, check_same_prompts, read_rows
-from rlhf.experiment.results import read_results
+from rlhf.experiment.results import best_of, check_same_prompts, read_results, read_rows
 from rlhf.experiment.state import load_experiment
 from rlhf.files import dumps
 from tests.experiment.example import experiment, method

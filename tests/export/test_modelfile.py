@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from rlhf.export.modelfile import go_template, modelfile
+from rlhf.export.gguf_file import go_template, modelfile
 
 QUEER = "{% for m in messages %}{{ loop.index ~ m['content'] }}{% endfor %}"
 WITH_DEFAULT = (

@@ -3,7 +3,7 @@
 import pytest
 
 from rlhf.data.encode import decode_response
-from rlhf.serve.streamed import StreamedText
+from rlhf.serve.worker import StreamedText
 
 
 class Bytes:

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.voting.stopping import FRACTIONS, GRID, confidence_sequence, follow
+from rlhf.voting.rates import FRACTIONS, GRID, confidence_sequence, follow
 
 
 def sequence_in_loops(shares, alpha):

@@ -5,7 +5,7 @@ import pytest
 
 from reward.cards.accuracy import cut, difference_with_interval, slices
 from reward.cards.baselines import bag_of_words, baselines
-from reward.cards.ceiling import ceiling, counted_votes
+from reward.cards.card import ceiling, counted_votes
 from rlhf.data.records import Preference
 
 
