@@ -2,7 +2,7 @@
 
     python benchmarks/vllm_server.py --url http://localhost:8000 --model runs/sft
 
-docs/operations.md has the flags of the server, which serves the base of the adapter `--model`. The
+docs/models.md has the flags of the server, which serves the base of the adapter `--model`. The
 adapter is handed over through the folder `--folder`, which both have to see. Rates are of wall
 clock, and of client and server together where they share a machine.
 """

@@ -8,7 +8,7 @@
 #
 # torchrun alone ends with 1 whatever its ranks ended with, and kills them 30 seconds after SIGTERM. A scheduler has to
 # know a run that saved and wants to be started again (75) from one that cannot work (2) and one that a guard stopped (3).
-#   RETRY_CODE        what to end with in place of 75
+#   RETRY_CODE        what to end with in place of 75, and of 4 (a rank hung)
 #   SHUTDOWN_SECONDS  how long a step and its checkpoint may take after SIGTERM (600)
 set -u
 
@@ -34,7 +34,5 @@ done
 # the first to fail says why; the others end because of it
 first=$(head -n 1 "$codes")
 code=${first:-$code}
-if [ "$code" = 75 ]; then
-  code=${RETRY_CODE:-75}
-fi
+case $code in 4 | 75) code=${RETRY_CODE:-$code} ;; esac
 exit "$code"

@@ -141,7 +141,7 @@ def vllm(options: dict[str, Any]) -> Iterator[Finding]:
     """Ask a vLLM server whether it is there."""
     url = options.get("vllm_url")
     if url:
-        yield _answers("vLLM", f"{str(url).rstrip('/')}/v1/models", "start it (docs/operations.md)")
+        yield _answers("vLLM", f"{str(url).rstrip('/')}/v1/models", "start it (docs/models.md)")
 
 
 def wandb(options: dict[str, Any]) -> Iterator[Finding]:

@@ -263,7 +263,7 @@ class SamplingConfig(RunConfig):
     )
     vllm_url: str | None = option(
         None,
-        "sample from a vLLM server, e.g. http://localhost:8000 (experimental, see docs/operations.md); "
+        "sample from a vLLM server, e.g. http://localhost:8000 (experimental, see docs/models.md); "
         "default: in this process",
         resume="free",
     )
