@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from reward.checks import checked_scores
-from reward.ensemble import ensemble_scorer, pair_spread
+from reward.ensemble import ensemble_scorer, member_names
 from reward.http import http_scorer
 from reward.loaded import RewardModels, reward_scorer
 from reward.rules import RULES
@@ -136,20 +136,16 @@ def build_scorer(
     return score
 
 
-def pair_disagreement(
-    folders: list[str],
-) -> Callable[[Samples, list[tuple[int, int]]], list[float]]:
-    """Return a function (samples, pairs of their numbers) -> how far these reward models disagree
-    about each pair (see `pair_spread`). Raises UserError for fewer than two.
+def member_scorer(folders: list[str]) -> Scorer:
+    """Return a scorer whose breakdown holds the score of each of these reward models. Raises
+    UserError.
     """
-    [spec] = parse_specs([{"ensemble": folders}], "select_by")
-    members = [{"model": model.model, "name": name} for name, model in spec.members().items()]
-    scorer = build_scorer(members)
-
-    def disagreement(samples: Samples, pairs: list[tuple[int, int]]) -> list[float]:
-        return pair_spread([*scorer(samples).breakdown.values()], pairs)
-
-    return disagreement
+    try:
+        names = member_names(folders)
+    except ValueError as error:
+        raise UserError(f"select_by: {error}") from None
+    pairs = zip(names, folders, strict=True)
+    return build_scorer([{"model": folder, "name": name} for name, folder in pairs])
 
 
 def check_scorers(

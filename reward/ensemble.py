@@ -44,15 +44,6 @@ def spread(scores: list[list[float]]) -> list[float]:
     return [math.sqrt(_variance(row)) for row in zip(*scores, strict=True)]
 
 
-def pair_spread(scores: list[list[float]], pairs: list[tuple[int, int]]) -> list[float]:
-    """Return how far K members disagree about each pair of samples: the standard deviation over
-    members of R_i(a) - R_i(b), which orders pairs as Christiano et al. (2017, section 2.2.4) choose
-    what people judge. scores: K lists of B; pairs: numbers of samples.
-    """
-    differences = [[own[a] - own[b] for a, b in pairs] for own in scores]
-    return spread(differences)
-
-
 def ensemble_scorer(
     members: dict[str, Scorer], how: str = "mean", penalty: float = PENALTY
 ) -> Scorer:

@@ -81,10 +81,16 @@ def run_sample(config: Any) -> None:
 
     if not config.select_by:
         sample(config)
-        return
-    from reward.compose import pair_disagreement
+    elif config.select_reference:
+        from reward.implicit import implicit_reward
 
-    sample(config, pair_disagreement(config.select_by))
+        limits = (config.max_prompt_length, config.max_response_length)
+        scorer = implicit_reward(config.select_by[0], config.select_reference, *limits)
+        sample(config, scorer)
+    else:
+        from reward.compose import member_scorer
+
+        sample(config, member_scorer(config.select_by))
 
 
 def run_compare(config: Any) -> None:

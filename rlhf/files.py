@@ -153,6 +153,13 @@ def files_fingerprint(files: Iterable[str | Path]) -> str:
     return digest.hexdigest()[:16]
 
 
+def model_fingerprint(model: str) -> str:
+    """Return what identifies a model: its name on the Hub, or the fingerprint of its files, which
+    may be moved.
+    """
+    return files_fingerprint(model_files(model)) if Path(model).exists() else model
+
+
 def cache_folder() -> Path:
     """Return RLHF_CACHE, else `rlhf` in XDG_CACHE_HOME, else in ~/.cache."""
     if chosen := os.environ.get("RLHF_CACHE"):

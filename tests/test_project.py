@@ -51,7 +51,14 @@ LAYERS = [
     ["rlhf.distributed"],
     ["rlhf.tensors", "rlhf.deepspeed_backend"],
     ["rlhf.options", "rlhf.data"],
-    ["rlhf.files", "rlhf.http_client", "rlhf.http_server", "rlhf.validation", "rlhf.program"],
+    [
+        "rlhf.row_file",
+        "rlhf.files",
+        "rlhf.http_client",
+        "rlhf.http_server",
+        "rlhf.validation",
+        "rlhf.program",
+    ],
     ["rlhf.config", "rlhf.plugins"],
     ["rlhf.errors", "rlhf.values", "rlhf.stats", "rlhf.text", "rlhf.startup"],
 ]

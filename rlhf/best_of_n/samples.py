@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.best_of_n.rows import add_rows, read_rows, start_rows
 from rlhf.compare.runs import load_policies
 from rlhf.data.records import Samples, Scorer, digest
 from rlhf.engines.sampling import Sampling
 from rlhf.errors import UserError
-from rlhf.files import files_fingerprint, model_files, scorer_files
+from rlhf.files import files_fingerprint, model_fingerprint, scorer_files
 from rlhf.options.shared import NOISE_VERSION
+from rlhf.row_file import add_rows, read_rows, start_rows
 
 # answers that are made, or scored, between two writes are this many batches
 BATCHES = 8
@@ -44,7 +44,7 @@ def sample_answers(
     policy, to other prompts or drawn otherwise.
     """
     made_from = {
-        "policy": fingerprint_of(drawing.policy),
+        "policy": model_fingerprint(drawing.policy),
         "prompts": digest(json.dumps([row["prompt_ids"] for row in prompts])),
         "samples": drawing.samples,
         "temperature": drawing.sampling.temperature,
@@ -191,10 +191,3 @@ def in_parts(
             add_rows(file, part)
             made += part
     return made
-
-
-def fingerprint_of(policy: str) -> str:
-    """Return what identifies a policy: its name on the Hub, or the fingerprint of its files, which
-    may be moved.
-    """
-    return files_fingerprint(model_files(policy)) if Path(policy).exists() else policy

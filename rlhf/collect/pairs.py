@@ -5,17 +5,16 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
-from rlhf.data.records import Message, Preference, Prompt, Samples, digest
+from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, digest
 from rlhf.data.store import Store
+from rlhf.errors import UserError
 
 # index of the prompt -> arguments of Store.add_response
 Answers = dict[int, list[dict[str, Any]]]
-# (samples, pairs of their numbers) -> how far reward models disagree about each pair
-Disagreement = Callable[[Samples, list[tuple[int, int]]], list[float]]
 
 
 @dataclass
@@ -54,8 +53,8 @@ def pair_up(
         pairs.append(Paired(record, sides))
         counts["prompts"] += 1
         counts["responses"] += sum(map(len, sides))
-        compared = _pairs(sides)
-        different = [pair for pair in compared if _is_different(*pair)]
+        compared = all_pairs(sides)
+        different = [pair for pair in compared if is_different(*pair)]
         counts["comparisons"] += len(different)
         counts["equal"] += len(compared) - len(different)
     return pairs, counts
@@ -80,50 +79,6 @@ def _new_answers(
     return new
 
 
-def most_disputed(
-    pairs: list[Paired], disagreement: Disagreement
-) -> tuple[list[Paired], dict[str, int]]:
-    """Return each prompt with the two of its answers that reward models disagree about most; and
-    counts. A prompt without a pair is left out.
-    """
-    samples, answers = Samples([], [], [], [], [], []), []
-    owners: list[Paired] = []
-    candidates: list[tuple[int, int]] = []
-    for paired in pairs:
-        numbered = []
-        for side in paired.sides:
-            numbered.append(list(range(len(answers), len(answers) + len(side))))
-            answers += side
-            for answer in side:
-                _add_sample(samples, paired.prompt, answer)
-        found = _pairs(numbered)
-        candidates += found
-        owners += [paired] * len(found)
-
-    best: dict[int, tuple[float, int]] = {}
-    for number, value in enumerate(disagreement(samples, candidates)):
-        prompt = id(owners[number])
-        # of equal ones the first
-        if prompt not in best or value > best[prompt][0]:
-            best[prompt] = value, number
-    kept = []
-    for _, number in best.values():
-        one, other = candidates[number]
-        kept.append(Paired(owners[number].prompt, [[answers[one]], [answers[other]]]))
-    return kept, {"prompts": len(kept), "responses": 2 * len(kept), "comparisons": len(kept)}
-
-
-def _add_sample(samples: Samples, prompt: Prompt, answer: dict[str, Any]) -> None:
-    samples.prompts.append(prompt.prompt)
-    samples.responses.append(answer["text"])
-    # ids of the policy's tokenizer need not be the reward models'
-    samples.prompt_ids.append([])
-    samples.response_ids.append([])
-    # None: not known, which counts as ended
-    samples.ended.append(answer["ended"] is not False)
-    samples.metadata.append(prompt.metadata)
-
-
 def store_pairs(store: Store, pairs: list[Paired], named: set[str]) -> None:
     """Store prompts, answers and comparisons. A group not in `named` stays one that prompts may be
     joined over.
@@ -134,8 +89,8 @@ def store_pairs(store: Store, pairs: list[Paired], named: set[str]) -> None:
         ids = {}
         for answer in itertools.chain.from_iterable(paired.sides):
             ids[id(answer)] = store.add_response(prompt, **answer)
-        for one, other in _pairs(paired.sides):
-            if _is_different(one, other):
+        for one, other in all_pairs(paired.sides):
+            if is_different(one, other):
                 store.add_comparison(ids[id(one)], ids[id(other)])
 
 
@@ -180,7 +135,7 @@ def _store_prompt(
     )
 
 
-def _pairs(sides: list[list[dict[str, Any]]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+def all_pairs(sides: list[list[dict[str, Any]]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
     """Return every two answers of one side, or one of each of every two sides."""
     if len(sides) == 1:
         return list(itertools.combinations(sides[0], 2))
@@ -191,10 +146,51 @@ def _pairs(sides: list[list[dict[str, Any]]]) -> list[tuple[dict[str, Any], dict
     return pairs
 
 
-def _is_different(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def is_different(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one["text"].strip() != other["text"].strip()
 
 
 def prompt_digest(prompt: list[Message]) -> str:
     turns = [f"{message['role']}: {message['content'].strip()}" for message in prompt]
     return digest("\n".join(turns))
+
+
+def answers_of_file(
+    source: str, records: list[Prompt], on_error: Literal["stop", "skip"] = "stop"
+) -> Answers:
+    """Return the file's answers to these prompts: one a row, or both of a pair, whose verdict is
+    not kept.
+    """
+    from rlhf.data.load import load
+    from rlhf.data.schemas import guess_kind
+    from rlhf.data.sources import first_rows
+
+    rows = first_rows(source, 1)
+    kind = guess_kind(rows[0]) if rows else Instruction
+    if kind not in (Preference, Labelled):
+        kind = Instruction
+
+    name = Path(source).name
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for record in load(source, kind, on_error=on_error):
+        own = by_prompt.setdefault(prompt_digest(record.prompt), [])
+        if isinstance(record, Preference):
+            both = [(record.chosen, record.chosen_ended), (record.rejected, record.rejected_ended)]
+            # sorted by text: with the better one first, whoever reads the store would know it
+            own += [{"text": text, "ended": ended, "model": name} for text, ended in sorted(both)]
+        else:
+            own.append({"text": record.response, "ended": None, "model": name})
+
+    keys = {i: prompt_digest(record.prompt) for i, record in enumerate(records)}
+    answers = {i: by_prompt[key] for i, key in keys.items() if key in by_prompt}
+    if not answers:
+        raise UserError(
+            f"{source}: answers none of the {len(records)} prompts; a row's prompt must be the same text"
+        )
+    return answers
+
+
+def is_file(source: str) -> bool:
+    from rlhf.data.sources import READABLE, is_store
+
+    return source.lower().endswith(READABLE) and not is_store(source)

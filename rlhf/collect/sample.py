@@ -19,16 +19,16 @@ import numpy as np
 
 from rlhf.collect.pairs import (
     Answers,
-    Disagreement,
     add_budget,
-    most_disputed,
+    answers_of_file,
+    is_file,
     pair_up,
-    prompt_digest,
     store_controls,
     store_pairs,
 )
+from rlhf.collect.select import Rule, check_selection, select_pairs
 from rlhf.config import SEED, option
-from rlhf.data.records import Instruction, Labelled, Preference, Prompt
+from rlhf.data.records import Preference, Prompt, Scorer
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 
@@ -55,9 +55,17 @@ class SampleConfig:
     controls: str | None = option(
         None, "a file of pairs whose better answer is known: judged among the rest as a check"
     )
+    select: Rule | None = option(
+        None, "which pairs to store: those that a vote on teaches most, by this rule. Default: all"
+    )
     select_by: list[str] = option(
-        [],
-        "reward models: of each prompt's pairs the one is stored that they disagree about most. Default: all pairs",
+        [], "the reward models that `select` asks; or one policy, with `select_reference`"
+    )
+    select_reference: str | None = option(
+        None, "the policy that the one of `select_by` was trained from, by DPO or PPO"
+    )
+    pairs: int | None = option(
+        None, "pairs to put to a vote by `select`; default: one of each prompt", low=1
     )
     prompts: int | None = option(None, "number of prompts, drawn by the seed; default: all", low=1)
     samples_per_prompt: int | None = option(
@@ -94,13 +102,14 @@ class SampleConfig:
             raise UserError(
                 "'split' is test, and pairs of one policy are trained on; give 'runs' to decide between"
             )
+        check_selection(self)
         counts = {len(self.temperature), len(self.top_p)}
         if len(counts - {1}) > 1:
             raise UserError(
                 f"'temperature' has {len(self.temperature)} values and 'top_p' {len(self.top_p)}; a setting is one of "
                 "each: give as many, or one for all"
             )
-        from_file = self.model_name_or_path is not None and _is_file(self.model_name_or_path)
+        from_file = self.model_name_or_path is not None and is_file(self.model_name_or_path)
         alone = not self.runs and self.other is None and not from_file
         if alone and self.samples() * len(self.settings()) < 2:
             raise UserError(
@@ -132,15 +141,15 @@ class SampleConfig:
         return list(zip(temperatures, top_ps, strict=True))
 
 
-def sample(config: SampleConfig, disagreement: Disagreement | None = None) -> dict[str, int]:
+def sample(config: SampleConfig, scorer: Scorer | None = None) -> dict[str, int]:
     """Write prompts, responses and comparisons; returns their counts. Repeating the call adds
-    nothing new.
+    nothing new, unless `select` finds pairs with votes, which it leaves out.
 
-    disagreement: that of the reward models of `select_by`.
+    scorer: that of `select_by`, with the scores of each member in its breakdown.
     """
     sources = config.sources()
     for source in sources:
-        if not _is_file(source):
+        if not is_file(source):
             check_policy(source)
     records, named = prompts_of(config)
     # so that the first `prompts` of them are a random choice
@@ -149,14 +158,14 @@ def sample(config: SampleConfig, disagreement: Disagreement | None = None) -> di
     if config.prompts is not None:
         # prompts that are too long for a policy do not count among the wanted ones
         for source in sources:
-            if not _is_file(source):
+            if not is_file(source):
                 records = fitting(records, source, config.max_prompt_length)
     records = records[: config.prompts]
 
     budget: dict[str, float] = {}
     answers = []
     for number, source in enumerate(sources):
-        if _is_file(source):
+        if is_file(source):
             answers.append(answers_of_file(source, records, config.on_error))
         else:
             answers.append(answers_of_policy(source, records, config, budget, number))
@@ -167,11 +176,11 @@ def sample(config: SampleConfig, disagreement: Disagreement | None = None) -> di
             f"{config.store}: no prompt got two answers that differ, so there is nothing to judge"
         )
 
-    if disagreement is not None:
-        pairs, kept = most_disputed(pairs, disagreement)
+    Path(config.store).parent.mkdir(parents=True, exist_ok=True)
+    if config.select:
+        pairs, kept = select_pairs(pairs, config, scorer)
         counts |= kept
 
-    Path(config.store).parent.mkdir(parents=True, exist_ok=True)
     # all or nothing: half a sample would be completed by no later call
     with Store.open(config.store, create=True) as store, store.transaction():
         store_pairs(store, pairs, named)
@@ -191,10 +200,11 @@ def _report(config: SampleConfig, counts: dict[str, int], answers: list[Answers]
     ]
     ended = f" ({sum(ends) / len(ends):.0%} ended)" if ends else ""
     controls = f"; {counts['controls']} control pairs" if config.controls else ""
+    of = f" of {counts['candidates']} by {config.select}" if config.select else ""
     equal = "answers of two runs, which count as ties, " if config.runs else ""
     print(
         f"{config.store}: {counts['prompts']} prompts, {counts['responses']} responses{ended}, {counts['comparisons']} "
-        f"comparisons; {counts['equal']} equal {equal}and {counts['empty']} empty responses left out{controls}"
+        f"comparisons{of}; {counts['equal']} equal {equal}and {counts['empty']} empty responses left out{controls}"
     )
 
 
@@ -353,44 +363,3 @@ def _load_policy(source: str, config: SampleConfig) -> tuple[Any, Any, dict[str,
     adapter = folder_fingerprint(initial.adapter_path) if initial.adapter_path else None
     origin = {"model": source, "model_fingerprint": initial.fingerprint}
     return initial, model, origin | {"adapter_fingerprint": adapter}
-
-
-def answers_of_file(
-    source: str, records: list[Prompt], on_error: Literal["stop", "skip"] = "stop"
-) -> Answers:
-    """Return the file's answers to these prompts: one a row, or both of a pair, whose verdict is
-    not kept.
-    """
-    from rlhf.data.load import load
-    from rlhf.data.schemas import guess_kind
-    from rlhf.data.sources import first_rows
-
-    rows = first_rows(source, 1)
-    kind = guess_kind(rows[0]) if rows else Instruction
-    if kind not in (Preference, Labelled):
-        kind = Instruction
-
-    name = Path(source).name
-    by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for record in load(source, kind, on_error=on_error):
-        own = by_prompt.setdefault(prompt_digest(record.prompt), [])
-        if isinstance(record, Preference):
-            both = [(record.chosen, record.chosen_ended), (record.rejected, record.rejected_ended)]
-            # sorted by text: with the better one first, whoever reads the store would know it
-            own += [{"text": text, "ended": ended, "model": name} for text, ended in sorted(both)]
-        else:
-            own.append({"text": record.response, "ended": None, "model": name})
-
-    keys = {i: prompt_digest(record.prompt) for i, record in enumerate(records)}
-    answers = {i: by_prompt[key] for i, key in keys.items() if key in by_prompt}
-    if not answers:
-        raise UserError(
-            f"{source}: answers none of the {len(records)} prompts; a row's prompt must be the same text"
-        )
-    return answers
-
-
-def _is_file(source: str) -> bool:
-    from rlhf.data.sources import READABLE, is_store
-
-    return source.lower().endswith(READABLE) and not is_store(source)

@@ -7,9 +7,9 @@ import yaml
 
 import rlhf.best_of_n.samples as samples
 from rlhf.best_of_n.command import BestOfNConfig, best_of_n
-from rlhf.best_of_n.rows import add_rows, read_rows, start_rows
 from rlhf.data.records import Scores, prompt_group
 from rlhf.errors import UserError
+from rlhf.row_file import add_rows, read_rows, start_rows
 
 GOLD = [{"rule": "length", "low": 2, "high": 6}]
 

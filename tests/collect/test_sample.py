@@ -73,7 +73,9 @@ def test_one_policy_with_two_settings(tmp_path, prompts, sft_path):
     assert again == counts and len(pairs(tmp_path)) == counts["comparisons"]
 
 
-def test_of_each_prompt_the_most_disputed_pair_is_stored(tmp_path, prompts, sft_path, member_paths):
+def test_of_each_prompt_the_most_disputed_pair_is_stored(
+    tmp_path, prompts, base_path, sft_path, member_paths
+):
     from rlhf.cli import run_sample
 
     asked = config(tmp_path, prompts, sft_path, samples_per_prompt=4)
@@ -97,6 +99,7 @@ def test_of_each_prompt_the_most_disputed_pair_is_stored(tmp_path, prompts, sft_
         prompts,
         sft_path,
         samples_per_prompt=4,
+        select="disagreement",
         select_by=member_paths,
         store=str(tmp_path / "chosen.db"),
     )
@@ -106,8 +109,13 @@ def test_of_each_prompt_the_most_disputed_pair_is_stored(tmp_path, prompts, sft_
     found = {pair["messages"][0]["content"]: {pair["text_a"], pair["text_b"]} for pair in chosen}
     assert found == {prompt: texts for prompt, (_, texts) in wanted.items()}
     assert len(chosen) == 6
-    asked.select_by = member_paths[:1]
-    with pytest.raises(UserError, match="expected two or more reward models"):
+    # one model alone has no spread, and a mean
+    asked.select, asked.select_by, asked.pairs = "margin", member_paths[:1], 2
+    assert run_sample(asked) is None
+    asked.select_by, asked.select_reference = [sft_path], base_path
+    assert run_sample(asked) is None
+    asked.select_by, asked.select_reference = member_paths[:1] * 2, None
+    with pytest.raises(UserError, match=r"select_by: .*names a reward model twice"):
         run_sample(asked)
 
 

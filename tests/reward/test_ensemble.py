@@ -3,7 +3,7 @@ import math
 import pytest
 
 from reward.compose import build_scorer
-from reward.ensemble import combine, ensemble_scorer, member_names, pair_spread, spread
+from reward.ensemble import combine, ensemble_scorer, member_names, spread
 from reward.specs import ModelSpec
 from rlhf.data.records import BadScore, Samples, Scores
 
@@ -36,15 +36,6 @@ def test_uncertainty_takes_the_variance_off_the_mean():
 
 def test_spread_is_the_standard_deviation_over_k():
     assert spread(MEMBERS) == pytest.approx([math.sqrt(14 / 3), 0.0], abs=1e-6)
-
-
-def test_disagreement_about_a_pair_is_about_their_difference():
-    # sample 0 less 1: -1, 0, 4 -> mean 1, variance (4 + 1 + 9) / 3; less itself 0 for all
-    assert pair_spread(MEMBERS, [(0, 1), (1, 0), (0, 0)]) == pytest.approx(
-        [math.sqrt(14 / 3), math.sqrt(14 / 3), 0.0], abs=1e-6
-    )
-    # members who are far apart and order two samples alike do not disagree
-    assert pair_spread([[1.0, 2.0], [101.0, 102.0]], [(0, 1)]) == [0.0]
 
 
 def test_members_of_unequal_length_are_refused():
