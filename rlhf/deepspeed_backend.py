@@ -2,19 +2,75 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from rlhf.errors import UserError
 
-def init_process_group() -> None:
-    """Connect the ranks that the launcher has started."""
+# What is used of DeepSpeed beside its documented calls, as in this version: functions and classes, which
+# `check_version` looks for at the start of a program; attributes of ZeRO's optimizer by stage; and those
+# that it gives to parameters. No other version's are known.
+MADE_FOR = "0.19.8"
+ZERO_2 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
+ZERO_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
+NAMES = (
+    "deepspeed.constants:default_pg_timeout",
+    "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
+    "deepspeed.runtime.zero:register_external_parameter",
+    # TRL asks for this mark on weights
+    "deepspeed.runtime.zero.partition_parameters:ZeroParamStatus.AVAILABLE",
+    # norms by group, and a norm of NaN for a step that is discarded
+    f"{ZERO_2}.get_grad_norm_direct",
+    f"{ZERO_2}.complete_grad_norm_calculation_for_cpu_offload",
+    f"{ZERO_2}.scaled_global_norm",
+    f"{ZERO_3}.get_grad_norm_direct",
+    f"{ZERO_3}.complete_grad_norm_calculation_for_cpu_offload",
+    f"{ZERO_3}._get_norm_groups",
+)
+OF_ZERO_2 = (
+    # a state written by another number of ranks
+    *("optimizer", "bit16_groups", "single_partition_of_fp32_groups"),
+    # float64
+    *("parallel_partitioned_bit16_groups", "ipg_buckets", "communication_data_type"),
+    *("gradient_accumulation_dtype", "master_weights_and_grads_dtype", "averaged_gradients"),
+    *("use_separate_grad_accum", "use_grad_accum_attribute"),
+)
+OF_ZERO_3 = (
+    # a state written by another number of ranks
+    *("optimizer", "fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id"),
+    # passes of a step that do not go through engine.forward
+    *("micro_step_id", "grad_partitions_flat_buffer"),
+)
+OF_PARAMETERS = {
+    1: ("_hp_mapping",),
+    2: ("_hp_mapping",),
+    # the last one: parameters that stay gathered over several passes
+    3: ("ds_id", "ds_numel", "ds_shape", "ds_tensor", "ds_active_sub_modules"),
+}
+
+# between the time after which a rank counts as hanging and that of a collective operation
+MARGIN_SECONDS = 600.0
+
+
+def init_process_group(hang_timeout: float = 0.0) -> None:
+    """Connect the ranks that the launcher has started.
+
+    Their collective operations wait longer than `hang_timeout` seconds, after which a rank that hangs
+    is named; they would only end.
+    """
     import deepspeed
 
-    deepspeed.init_distributed(verbose=False)
+    check_version()
+    from deepspeed.constants import default_pg_timeout
+
+    longer = timedelta(seconds=hang_timeout + MARGIN_SECONDS)
+    deepspeed.init_distributed(verbose=False, timeout=max(default_pg_timeout, longer))
 
 
 def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
@@ -22,7 +78,40 @@ def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+    check_engine(engine)
     return engine
+
+
+def check_version() -> None:
+    """Raise UserError unless DeepSpeed has all functions and classes of `NAMES`."""
+    for name in NAMES:
+        try:
+            pkgutil.resolve_name(name)
+        except (ImportError, AttributeError):
+            raise unknown_version(name) from None
+
+
+def check_engine(engine: Any) -> None:
+    """Raise UserError unless the engine's optimizer and parameters are of the form that is used here."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return
+    for name in OF_ZERO_3 if stage == 3 else OF_ZERO_2:
+        if not hasattr(engine.optimizer, name):
+            raise unknown_version(f"{type(engine.optimizer).__name__}.{name} in ZeRO {stage}")
+    trained = next(parameter for parameter in engine.module.parameters() if parameter.requires_grad)
+    for name in OF_PARAMETERS[stage]:
+        if not hasattr(trained, name):
+            raise unknown_version(f"'{name}' on the parameters of ZeRO {stage}")
+
+
+def unknown_version(name: str) -> UserError:
+    import deepspeed
+
+    return UserError(
+        f"DeepSpeed {deepspeed.__version__} has no {name}, which is used here as in {MADE_FOR}. Install that version: "
+        f"pip install deepspeed=={MADE_FOR}"
+    )
 
 
 def zero_config_class() -> type:

@@ -117,6 +117,9 @@ def check_deepspeed_config(
             )
     kept = {key: value for key, value in config.items() if key not in SECTIONS}
     kept |= dict.fromkeys(DECIDED, "auto") | {"bf16": {"enabled": "auto"}}
+    if _offloads(config[ZERO], "optimizer"):
+        # PyTorch's AdamW updates what is offloaded too; DeepSpeed would insist on its own
+        kept["zero_force_ds_cpu_optimizer"] = False
     # DeepSpeed takes optimizers of other libraries only when told to
     if getattr(options, "optim", "adamw") != "adamw":
         kept["zero_allow_untested_optimizer"] = True
@@ -130,6 +133,12 @@ def _check_zero(zero: Any, where: str) -> None:
         raise UserError(
             f"{where}: {ZERO}.stage is {stage!r}, expected 0 to 3; without ZeRO write {without}"
         )
+    for what, least in (("optimizer", 1), ("param", 3)):
+        if stage < least and _offloads(zero, what):
+            raise UserError(
+                f"{where}: {ZERO}.offload_{what} has no effect in stage {stage}, which divides none of it. Take stage "
+                f"{least}{' to 3' * (least < 3)}, or leave it out"
+            )
     cls = zero_config_class()
     try:
         cls(**{key: value for key, value in zero.items() if value != "auto"})
@@ -141,6 +150,12 @@ def _check_zero(zero: Any, where: str) -> None:
         if first["type"] == "extra_forbidden":
             near = did_you_mean(str(first["loc"][-1]), cls.model_fields)
         raise UserError(f"{where}: {place}: {first['msg']}.{near}") from None
+
+
+def _offloads(zero: dict[str, Any], what: str) -> bool:
+    """Return whether optimizer state or parameters ("optimizer", "param") are kept off the device."""
+    settings = zero.get(f"offload_{what}")
+    return isinstance(settings, dict) and settings.get("device", "none") != "none"
 
 
 def _decided_by(options: Any, world: DistributedContext) -> dict[str, Decided]:

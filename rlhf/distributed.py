@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import UserError
+from rlhf.hang import HangWatch
 from rlhf.program import on_failure
 
 # after which a compile lock that no process of this machine holds is taken for abandoned
@@ -104,6 +105,7 @@ class DistributedContext:
     device: torch.device = torch.device("cpu")
     launched: bool = False
     failure_watch: FailureWatch | None = None
+    hang_watch: HangWatch | None = None
 
     @property
     def is_main(self) -> bool:
@@ -154,15 +156,23 @@ class DistributedContext:
         if self.size > 1:
             torch.distributed.barrier()
 
+    def note_step(self, step: int) -> None:
+        """Remember the step that this rank is in, counted from 1, for what is said if it hangs."""
+        if self.hang_watch is not None:
+            self.hang_watch.step = step
+
     def stop_watching(self) -> None:
         """Ignore the failures of other ranks from here on; every rank calls it when it is done."""
-        if self.failure_watch is not None:
-            self.failure_watch.stop()
+        for watch in (self.failure_watch, self.hang_watch):
+            if watch is not None:
+                watch.stop()
 
 
-def start() -> DistributedContext:
+def start(hang_timeout: float = 0.0) -> DistributedContext:
     """Join the other ranks, or start alone without a launcher; set the device and the number of
     threads.
+
+    hang_timeout: seconds at one place after which a rank among several counts as hanging; 0: never.
     """
     uses_gpu = torch.cuda.is_available()
     if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
@@ -191,7 +201,7 @@ def start() -> DistributedContext:
 
     try:
         # before any TrainingArguments: ZeRO-3 would take the world for one rank
-        init_process_group()
+        init_process_group(hang_timeout)
     except torch.distributed.DistNetworkError as error:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise UserError(
@@ -202,8 +212,14 @@ def start() -> DistributedContext:
         # all ranks have opened each other's by now
         torch.distributed.barrier()
         shared_buffer(ranks.rank).unlink(missing_ok=True)
-    watch = FailureWatch(ranks.rank) if ranks.size > 1 else None
-    return DistributedContext(ranks.rank, ranks.size, device, launched=True, failure_watch=watch)
+    world = DistributedContext(ranks.rank, ranks.size, device, launched=True)
+    if ranks.size > 1:
+        world.failure_watch = watch = FailureWatch(ranks.rank)
+        if hang_timeout:
+            world.hang_watch = HangWatch(
+                ranks.rank, ranks.size, watch.store, hang_timeout, before_end=watch.stopped.set
+            )
+    return world
 
 
 def shared_buffer(rank: int) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf import deepspeed_backend
+from rlhf import deepspeed_backend, deepspeed_state
 from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError
 
@@ -115,7 +115,9 @@ class OptimizerEngine:
         )
 
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote with as many ranks and under the same ZeRO stage."""
+        """Restore what `save` wrote under the same ZeRO stage; behind DeepSpeed, with any number of
+        ranks.
+        """
         self._reset_untouched_groups()
         # not on a GPU, where Adam would wait for the count of steps of each parameter
         state = torch.load(folder / "plain.pt", map_location="cpu", weights_only=True)
@@ -299,9 +301,7 @@ class DeepSpeedEngine(OptimizerEngine):
 
     def load(self, folder: Path) -> None:
         self._reset_untouched_groups()
-        found, _ = self.engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-        if found is None:
-            raise UserError(f"{folder}: DeepSpeed found no state of its engine there")
+        deepspeed_state.load(self.engine, folder, "engine")
 
     def _adam_states(self, number: int) -> list[dict[str, Tensor]]:
         if self.stage != 3:

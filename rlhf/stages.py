@@ -75,7 +75,14 @@ def zero_stage(config: RunConfig, world: DistributedContext) -> int:
 
 
 def check_zero(config: RunConfig, world: DistributedContext) -> None:
-    """Raise UserError for what ZeRO-3 cannot train: it divides weights and moments that are packed."""
+    """Raise UserError for what DeepSpeed cannot train: ZeRO-3 divides weights and moments that are
+    packed, and TRL's programs have float32 in ZeRO.
+    """
+    if config.dtype == "float64" and world.launched and hasattr(config, "trl"):
+        raise UserError(
+            "dtype float64 does not go with a launcher in SFT, reward model and DPO: DeepSpeed would keep gradients "
+            "and weights in float32. Start it with plain python, or take float32"
+        )
     asked = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(config, name)]
     if config.optim in EIGHT_BIT:
         asked.append(f"optim {config.optim}")

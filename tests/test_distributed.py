@@ -1,13 +1,15 @@
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from rlhf import distributed
+from rlhf import deepspeed_backend, distributed
 from rlhf.deepspeed_config import DECIDED, check_deepspeed_config, read_deepspeed_config
 from rlhf.distributed import DistributedContext, Ranks, is_abandoned, read_ranks, wait_for_compilers
 from rlhf.errors import UserError
+from rlhf.stages import check_zero
 
 
 def aged(path, seconds):
@@ -191,6 +193,14 @@ def test_a_deepspeed_json_that_agrees_is_taken_and_our_options_fill_it(program, 
             "Did you mean 'reduce_bucket_size'",
         ),
         (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            "offload_optimizer has no effect in stage 0, .* Take stage 1 to 3",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "offload_param has no effect in stage 2, .* Take stage 3, or",
+        ),
+        (
             {"zero_optimization": {"stage": 2, "reduce_bucket_size": "big"}},
             "reduce_bucket_size: .* valid integer",
         ),
@@ -216,6 +226,55 @@ def test_the_shipped_deepspeed_jsons_are_taken_and_a_file_that_is_none_is_refuse
     (tmp_path / "list.json").write_text("[]")
     with pytest.raises(UserError, match=r"list\.json: expected a JSON object, found list"):
         read_deepspeed_config(str(tmp_path / "list.json"), launched)
+
+
+def test_an_offloaded_optimizer_is_pytorchs_too():
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert checked({"zero_optimization": zero})["zero_force_ds_cpu_optimizer"] is False
+    zero["offload_optimizer"]["device"] = "none"
+    assert "zero_force_ds_cpu_optimizer" not in checked({"zero_optimization": zero})
+
+
+def test_deepspeeds_insides_are_as_expected_or_refused_by_name(monkeypatch):
+    deepspeed_backend.check_version()
+    pinned = Path("requirements.txt").read_text()
+    assert f"deepspeed=={deepspeed_backend.MADE_FOR}\n" in pinned
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    monkeypatch.delattr(DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups")
+    with pytest.raises(
+        UserError, match=r"has no deepspeed.*Stage3\._get_norm_groups.* pip install deepspeed=="
+    ):
+        deepspeed_backend.check_version()
+
+
+@pytest.mark.parametrize(
+    ("stage", "lacking"), [(2, "ipg_buckets"), (3, "micro_step_id"), (3, "ds_numel")]
+)
+def test_an_engine_of_another_form_is_refused_by_name(stage, lacking):
+    names = deepspeed_backend.OF_ZERO_3 if stage == 3 else deepspeed_backend.OF_ZERO_2
+    names = dict.fromkeys(set(names) - {lacking})
+    marks = dict.fromkeys(set(deepspeed_backend.OF_PARAMETERS[stage]) - {lacking})
+    weight = SimpleNamespace(requires_grad=True, **marks)
+    engine = SimpleNamespace(
+        zero_optimization_stage=lambda: stage,
+        optimizer=SimpleNamespace(**names),
+        module=SimpleNamespace(parameters=lambda: iter([weight])),
+    )
+    with pytest.raises(UserError, match=f"has no .*{lacking}.* ZeRO {stage}, which is used"):
+        deepspeed_backend.check_engine(engine)
+    setattr(weight, lacking, None)
+    setattr(engine.optimizer, lacking, None)
+    deepspeed_backend.check_engine(engine)
+
+
+def test_float64_under_a_launcher_is_for_ppo_alone():
+    options = SimpleNamespace(
+        dtype="float64", trl={}, load_in_4bit=False, load_in_8bit=False, optim="adamw"
+    )
+    check_zero(options, DistributedContext())
+    with pytest.raises(UserError, match="DeepSpeed would keep gradients and weights in float32"):
+        check_zero(options, DistributedContext(launched=True))
 
 
 def test_ranks_are_read_from_the_launchers_variables():

@@ -49,7 +49,7 @@ LAYERS = [
     ["rlhf.quantized"],
     ["rlhf.ppo", "rlhf.runs", "rlhf.deepspeed_config", "rlhf.optimizer_engine"],
     ["rlhf.distributed"],
-    ["rlhf.tensors", "rlhf.deepspeed_backend"],
+    ["rlhf.tensors", "rlhf.deepspeed_backend", "rlhf.deepspeed_state", "rlhf.hang"],
     ["rlhf.options", "rlhf.data"],
     [
         "rlhf.row_file",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -74,17 +75,35 @@ def load_best(trainer: Any, losses: HeldOutLosses, run: Run, learnt: Any = None)
         trainer.state.best_model_checkpoint = str(folder)
         trainer._load_best_model()
         if learnt is not None:
-            learnt.load_state_dict(read_memory(folder, run.world.rank)["learnt"])
+            learnt.load_state_dict(read_memories(folder)[0]["learnt"])
     return step
 
 
-def memory_file(folder: Path, rank: int) -> Path:
+def memory_file(folder: Path, rank: int | str) -> Path:
     """Return the file in a checkpoint with what the Trainer of a rank leaves out of it."""
     return folder / f"memory-{rank}.json"
 
 
-def read_memory(folder: Path, rank: int) -> dict[str, Any]:
-    return json.loads(memory_file(folder, rank).read_text())
+def read_memories(folder: Path) -> list[dict[str, Any]]:
+    """Return what the callback of each rank wrote beside the Trainer's files, in rank order."""
+    count = len(list(folder.glob(memory_file(folder, "*").name)))
+    return [json.loads(memory_file(folder, rank).read_text()) for rank in range(count)]
+
+
+def own_memory(memories: list[dict[str, Any]], rank: int, ranks: int) -> dict[str, Any]:
+    """Return what a rank goes on with: its own, or of another number of ranks what stands for all.
+
+    Losses and metrics are averaged over ranks when they are logged.
+    """
+    if len(memories) == ranks:
+        return memories[rank]
+    merged = dict(memories[0])
+    merged["tr_loss"] = sum(memory["tr_loss"] for memory in memories) / len(memories)
+    merged["metrics"] = {
+        name: list(itertools.chain.from_iterable(memory["metrics"][name] for memory in memories))
+        for name in memories[0]["metrics"]
+    }
+    return merged
 
 
 def _checkpoint_of(run: Run, step: int) -> Path:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from rlhf.deepspeed_backend import gathered
+from rlhf.deepspeed_backend import check_engine, gathered
 from rlhf.distributed import peak_memory
 from rlhf.errors import EXIT_GUARD, EarlyExit
 from rlhf.evaluate import Evaluation, sample_table, summarise
 from rlhf.models import InitialModel, write_identity
-from rlhf.offline.best import HeldOutLosses, memory_file, read_memory
+from rlhf.offline.best import HeldOutLosses, memory_file, own_memory, read_memories
 from rlhf.offline.trl_names import rename_trl
 from rlhf.runs import checkpoint
 from rlhf.runs.budget import Budget
@@ -80,12 +80,17 @@ class RunCallback(TrainerCallback):
         )
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if args.deepspeed:
+            check_engine(self.trainer.model_wrapped)
         if self.run.resumed is None:
             self._evaluate(model, state.global_step)
             return
         self._restore()
         if state.global_step >= state.max_steps or self._is_patience_at_end():
             raise AlreadyFinished
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.run.world.note_step(state.global_step + 1)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         # none under DeepSpeed, whose engine keeps the gradients and has made its step by now
@@ -195,14 +200,15 @@ class RunCallback(TrainerCallback):
     def _restore(self) -> None:
         """Restore what `on_save` wrote beside the Trainer's own files."""
         resumed = self.run.resumed
-        kept = read_memory(resumed.folder, self.run.world.rank)
+        memories, world = read_memories(resumed.folder), self.run.world
+        kept = own_memory(memories, world.rank, world.size)
         self.trainer._tr_loss += kept["tr_loss"]
         self.trainer._total_loss_scalar = kept["total_loss"]
         self.trainer._globalstep_last_logged = kept["last_logged"]
         self.trainer._initial_global_step = 0
         self.trainer._total_train_tokens = kept["tokens"]
         self.trainer._metrics["train"] = defaultdict(list, kept["metrics"])
-        self.budget.load_state_dict(kept["budget"])
+        self.budget.load_shares([memory["budget"] for memory in memories], world)
         if self.learnt is not None:
             self.learnt.load_state_dict(kept["learnt"])
         # a checkpoint of an earlier version has none

@@ -9,9 +9,11 @@ from contextlib import contextmanager
 from typing import Any, get_type_hints
 
 import torch
+import transformers
 from transformers import PrinterCallback, Trainer, get_scheduler
 from trl import DPOTrainer, SFTTrainer
 
+from rlhf import deepspeed_state
 from rlhf.adapters import use_adapter
 from rlhf.deepspeed_backend import gathered, register_foreign_reads
 from rlhf.deepspeed_config import read_deepspeed_config
@@ -157,6 +159,9 @@ def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float
             pack_forward(model, paired=isinstance(trainer, DPOTrainer), own_head=own_head)
     if getattr(trainer, "padding_free", False):
         check_apart(trainer.model)
+    if trainer.args.deepspeed:
+        # in place of the Trainer's own, which loads what as many ranks have written
+        transformers.trainer.deepspeed_load_checkpoint = load_trained
     if (trainer.args.deepspeed or {}).get("zero_optimization", {}).get("stage") == 3:
         register_foreign_reads(trainer.model)
     # the tracker's console line replaces it
@@ -171,6 +176,11 @@ def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float
             return training_step(model, inputs, *args, **kwargs)
 
     trainer.training_step = counted
+
+
+def load_trained(engine: Any, folder: str, load_module_strict: bool = True) -> None:
+    """Restore a checkpoint of the Trainer, written by any number of ranks."""
+    deepspeed_state.load(engine, folder, strict=load_module_strict)
 
 
 def train(trainer: Trainer, callback: RunCallback, lora_dropout: float = 0.0) -> None:

@@ -199,6 +199,7 @@ class PPOConfig(
     optim: Literal["adamw", "adamw_8bit"] = option(
         "adamw", "adamw_8bit: moments in 8 bits (bitsandbytes)"
     )
+    use_peft: bool = option(True, "PPO trains LoRA adapters on one frozen base; false is refused")
     guards: dict = option(
         {},
         "changes to the guards of docs/guards.md, e.g. {max_kl: {threshold: 30}, length: off}",
@@ -217,6 +218,12 @@ class PPOConfig(
     def validate(self) -> None:
         super().validate()
         check_guards(self.guards)
+        if not self.use_peft:
+            raise UserError(
+                "'use_peft' is false, but PPO trains adapters: policy, reference, critic and reward model share one "
+                "frozen base. Train whole weights with SFT or DPO; near to it in PPO is an adapter of a high rank on "
+                "them, such as --lora_r 256"
+            )
         size = self.rollout_batch_size
         if size % self.samples_per_prompt:
             raise UserError(

@@ -46,6 +46,13 @@ class ModelOptions:
         "zero2",
         "DeepSpeed JSON, or zero0, zero2, zero3, zero3_offload; used under the `deepspeed` launcher",
     )
+    hang_timeout: float = option(
+        1200.0,
+        "of several ranks: seconds at one place after which a rank counts as hanging, is named, and all end with exit "
+        "code 4; 0: never",
+        resume="free",
+        low=0,
+    )
 
 
 @dataclass(kw_only=True)

@@ -152,6 +152,7 @@ class PPOTrainer:
         not finite and the guard `not_finite` does not skip the rollout.
         """
         began = time.monotonic()
+        self.world.note_step(step + 1)
         try:
             rollout = self.collect(step)
         except BadScore as error:
@@ -391,6 +392,6 @@ class PPOTrainer:
         self.collector.trusts_engine = state.get("trusts_engine", False)
         if after is None:
             self.guards.load_state_dict(state["guards"])
-            self.budget.load_state_dict(state["budgets"][self.world.rank])
+            self.budget.load_shares(state["budgets"], self.world)
         else:
             self.guards.rolled_back(after, state["guards"])

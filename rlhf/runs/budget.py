@@ -160,6 +160,19 @@ class Budget:
             setattr(self, name, state[name])
         self.began = time.monotonic() - state["seconds"]
 
+    def load_shares(self, states: list[dict[str, float]], world: DistributedContext) -> None:
+        """Restore this rank's part of what `state_dict` returned on each rank of a run.
+
+        Of another number of ranks, the first takes over what all have counted.
+        """
+        if len(states) == world.size:
+            return self.load_state_dict(states[world.rank])
+        seconds = max(state["seconds"] for state in states)
+        counted = dict.fromkeys(COUNTERS, 0)
+        if world.is_main:
+            counted = {name: sum(state[name] for state in states) for name in COUNTERS}
+        self.load_state_dict(counted | {"seconds": seconds})
+
     def metrics(self) -> dict[str, float]:
         return {f"budget/{name}": value for name, value in self.state_dict().items()}
 

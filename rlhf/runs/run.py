@@ -217,7 +217,10 @@ class Run:
         """Restore this rank's random generators as they were at the checkpoint that the run
         continues from.
         """
-        checkpoint.read_random_state(self.resumed.folder / f"random-{self.world.rank}.pt")
+        file = self.resumed.folder / f"random-{self.world.rank}.pt"
+        # a rank that is new has been seeded as at the start of a run
+        if file.is_file():
+            checkpoint.read_random_state(file)
 
     def interrupted(self) -> bool:
         """Return whether any rank was asked to stop; all ranks call it after each step and get the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf import config as options
 from rlhf.errors import EXIT_GUARD, EarlyExit, UserError, near_file
 from rlhf.files import lock_folder
-from rlhf.options.shared import NOISE_VERSION, RunConfig, SamplingConfig
+from rlhf.options.shared import EIGHT_BIT, NOISE_VERSION, RunConfig, SamplingConfig
 from rlhf.runs import checkpoint
 from rlhf.runs.checkpoint import Checkpoint
 from rlhf.runs.run import START_OVER, Run
@@ -20,6 +21,8 @@ from rlhf.runs.run import START_OVER, Run
 if TYPE_CHECKING:
     from rlhf.distributed import DistributedContext
 
+# with the number of ranks they make the rows of a step
+BATCH_OPTIONS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # raising one makes a finished run longer
 LENGTH_OPTIONS = ("total_episodes", "num_train_epochs", "max_steps")
 
@@ -45,7 +48,7 @@ def start_run(program: str, config: RunConfig) -> Run:
 
     from rlhf.distributed import start
 
-    world = start()
+    world = start(config.hang_timeout)
 
     def claim_folder() -> Checkpoint | None:
         if not world.is_main:
@@ -60,6 +63,12 @@ def start_run(program: str, config: RunConfig) -> Run:
     run = Run(program, config, world, resumed=found)
     if run.resumed:
         run.log(f"resuming from {run.resumed.folder}, after step {run.resumed.step}")
+        then = run.resumed.metadata["ranks"]
+        if then != world.size:
+            run.log(
+                f"{then} rank(s) made it and {world.size} go on, with the same weights, moments, order of data and "
+                "sampling noise; the sums over ranks are rounded otherwise, and dropout is drawn anew"
+            )
     for name in kept:
         run.log(
             f"the run began before '{name}' existed, and goes on with {getattr(config, name)}. For another value, "
@@ -160,12 +169,7 @@ def check_resumable(
         raise UserError(
             f"{found.folder}: is a checkpoint of '{metadata.get('program')}', not of '{program}'"
         )
-    if (metadata["ranks"], metadata["launched"]) != (world.size, world.launched):
-        how = "under a launcher" if metadata["launched"] else "without a launcher"
-        raise UserError(
-            f"{found.folder}: made by {metadata['ranks']} rank(s) {how}, and now there are {world.size}. Its optimizer "
-            "state is divided among ranks: start as many, in the same way"
-        )
+    adapted = check_ranks(found, config, world)
     # the first version recorded none
     noise = metadata.get("noise", 1)
     if isinstance(config, SamplingConfig) and noise != NOISE_VERSION:
@@ -178,19 +182,82 @@ def check_resumable(
         config,
         metadata["options"],
         f"{found.folder} cannot be resumed with these options; restore them, or {START_OVER}",
+        adapted,
     )
 
 
-def check_fixed(config: Any, before: dict[str, Any], message: str) -> None:
+def check_ranks(found: Checkpoint, config: RunConfig, world: DistributedContext) -> tuple[str, ...]:
+    """Return the options that may differ from those of the checkpoint because the number of ranks
+    does.
+
+    Raises UserError where the run cannot go on with this number, or would take other steps.
+    """
+    before, then = found.metadata["options"], found.metadata["ranks"]
+    if found.metadata["launched"] != world.launched:
+        how = "without a launcher"
+        remedy = "without one"
+        if not world.launched:
+            how = "under a launcher"
+            remedy = "under one, where a single process is enough: deepspeed --num_gpus 1 ..."
+        raise UserError(
+            f"{found.folder}: made by {then} rank(s) {how}, and now there are {world.size} {started(world)}. The "
+            f"optimizer's state has another form there: start it {remedy}"
+        )
+    if then == world.size:
+        return ()
+    if config.optim in EIGHT_BIT:
+        raise UserError(
+            f"{found.folder}: made by {then} rank(s), and now there are {world.size}. Moments in 8 bits (optim "
+            f"{config.optim}) share scales in blocks of a rank's part, and cannot be divided otherwise: start {then}"
+        )
+    if not hasattr(config, "gradient_accumulation_steps"):
+        return ()
+    rows, now = rows_of_step(before, then), rows_of_step(vars(config), world.size)
+    if rows != now:
+        raise UserError(
+            f"{found.folder}: a step of {then} rank(s) learnt from {rows} rows, and one of {world.size} would learn "
+            f"from {now} with these options. {same_rows(rows, before[BATCH_OPTIONS[0]], world.size)}"
+        )
+    return BATCH_OPTIONS
+
+
+def started(world: DistributedContext) -> str:
+    """Return in words how this process was started."""
+    return "under one" if world.launched else "without one"
+
+
+def rows_of_step(options: dict[str, Any], ranks: int) -> int:
+    """Return from how many rows all ranks learn in one step of SFT, reward model or DPO."""
+    return math.prod(options[name] for name in BATCH_OPTIONS) * ranks
+
+
+def same_rows(rows: int, batch_size: int, ranks: int) -> str:
+    """Return the advice that gives a step so many rows on so many ranks, with batches of at most
+    `batch_size`.
+    """
+    if rows % ranks:
+        return f"{rows} rows cannot be divided among {ranks}: start another number of ranks"
+    own = rows // ranks
+    batch = max(size for size in range(1, batch_size + 1) if own % size == 0)
+    values = " ".join(
+        f"--{name} {value}"
+        for name, value in zip(BATCH_OPTIONS, (batch, own // batch), strict=True)
+    )
+    return f"Keep the rows of a step: {values}"
+
+
+def check_fixed(
+    config: Any, before: dict[str, Any], message: str, free: Sequence[str] = ()
+) -> None:
     """Raise UserError, beginning with `message`, that lists each fixed option whose value differs
-    from `before`.
+    from `before`; those named in `free` may.
     """
     before = options.current_names(config, before)
     changed = []
     for field in fields(config):
         name = field.name
         # an option that is new in this version was at its default
-        if field.metadata.get("resume") == "free" or name not in before:
+        if field.metadata.get("resume") == "free" or name not in before or name in free:
             continue
         # as JSON has it: tuples are lists, and keys are strings
         now = json.loads(json.dumps(getattr(config, name)))

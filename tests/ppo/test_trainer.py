@@ -361,6 +361,7 @@ def test_permutation_depends_on_its_key_alone():
         ({"ptx_coef": 0.5}, "belong together"),
         ({"ptx_data": ["x"]}, "belong together"),
         ({"guards": {"max_lk": 3}}, "max_kl"),
+        ({"use_peft": False}, "PPO trains adapters: .* such as --lora_r 256"),
     ],
 )
 def test_impossible_combinations_are_refused(wrong, word):

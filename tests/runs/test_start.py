@@ -9,7 +9,7 @@ from rlhf.errors import EarlyExit, UserError
 from rlhf.options.offline import RewardRunConfig, SFTRunConfig
 from rlhf.options.shared import NOISE_VERSION
 from rlhf.runs import checkpoint
-from rlhf.runs.start import check_finished, find_checkpoint, read_result
+from rlhf.runs.start import check_finished, check_resumable, find_checkpoint, read_result
 
 # on_error was called on_bad
 OLD = {"data": ["d.jsonl"], "on_bad": "skip", "max_steps": 3, "seed": 0}
@@ -91,3 +91,46 @@ def test_an_old_option_that_differs_is_named_as_it_is_called_today(old_folder):
         find_checkpoint(
             "sft", config(old_folder, on_error="stop"), DistributedContext(), is_finished=True
         )
+
+
+def of_ranks(folder, ranks, **options):
+    """A checkpoint of SFT that so many ranks have written, 4 rows each."""
+    about = {
+        "program": "sft",
+        "ranks": ranks,
+        "launched": True,
+        "noise": NOISE_VERSION,
+        "options": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1} | options,
+    }
+    return checkpoint.Checkpoint(folder, 3, about)
+
+
+def resumable(folder, ranks_then, ranks_now, *, launched=True, **options):
+    world = DistributedContext(size=ranks_now, launched=launched)
+    given = {"per_device_train_batch_size": 4} | options
+    check_resumable(of_ranks(folder, ranks_then), "sft", config(folder, **given), world)
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_rows_of_a_step(tmp_path):
+    # 2 ranks x 4 rows: 8 a step
+    resumable(tmp_path, 2, 1, gradient_accumulation_steps=2)
+    resumable(tmp_path, 2, 4, per_device_train_batch_size=2)
+    resumable(tmp_path, 2, 2)
+    with pytest.raises(
+        UserError, match="learnt from 8 rows, and one of 1 would learn from 4"
+    ) as told:
+        resumable(tmp_path, 2, 1)
+    advice = "--per_device_train_batch_size 4 --gradient_accumulation_steps 2"
+    assert str(told.value).endswith(advice)
+    with pytest.raises(UserError, match="8 rows cannot be divided among 3"):
+        resumable(tmp_path, 2, 3)
+    # only where the number of ranks is another one
+    with pytest.raises(UserError, match="Fixed options that differ"):
+        resumable(tmp_path, 2, 2, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+
+
+def test_what_other_ranks_cannot_go_on_with_is_refused(tmp_path):
+    with pytest.raises(UserError, match="a single process is enough: deepspeed --num_gpus 1"):
+        resumable(tmp_path, 2, 1, launched=False, gradient_accumulation_steps=2)
+    with pytest.raises(UserError, match=r"optim adamw_8bit.* cannot be divided otherwise: start 2"):
+        resumable(tmp_path, 2, 1, gradient_accumulation_steps=2, optim="adamw_8bit")

@@ -1,0 +1,249 @@
+"""Combinations of program, ZeRO stage and options on tiny models: which there are, and how they are run.
+
+    python -m tests.launch.combinations FOLDER [--strength 3]
+
+Every pair of values of two factors (or every triple) stands in one of the runs at least. Each is held
+against the same run in one plain process: same rows a step, same order of data, same sampling noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from rlhf.distributed import free_port
+from rlhf.runs.tracking import read_metrics
+from tests.conftest import ROOT, make_model, make_tokenizer, random_adapter, random_reward
+from tests.launch.conftest import flags_of, write_data
+
+FACTORS: dict[str, list[Any]] = {
+    "program": ["sft", "reward", "dpo", "ppo"],
+    "zero": ["0", "1", "2", "3", "1 offload", "2 offload", "3 offload"],
+    "weights": ["lora", "whole"],
+    "accumulation": [1, 2],
+    "checkpointing": [False, True],
+    "dtype": ["float32", "bfloat16"],
+}
+ROWS, STEPS = 8, 3  # rows of a step over all ranks
+PLAIN = "plain"
+
+
+def allowed(run: dict[str, Any]) -> bool:
+    """Return whether the programs have a combination: PPO trains adapters alone."""
+    return not (run["program"] == "ppo" and run["weights"] == "whole")
+
+
+def covering(strength: int = 2) -> list[dict[str, Any]]:
+    """Return runs in which all values of any `strength` factors meet, where they may.
+
+    Each run is the one with the most combinations that are new; of equals that with the rarest values, and
+    then the first one in the order of the product.
+    """
+    product = itertools.product(*FACTORS.values())
+    candidates = [
+        run for values in product if allowed(run := dict(zip(FACTORS, values, strict=True)))
+    ]
+    met = {id(run): set(combinations_of(run, strength)) for run in candidates}
+    left = set().union(*met.values())
+    chosen: list[dict[str, Any]] = []
+    uses: Counter = Counter()
+
+    def worth(run: dict[str, Any]) -> tuple[int, int]:
+        return len(met[id(run)] & left), -sum(uses[value] for value in run.items())
+
+    while left:
+        best = max(candidates, key=worth)
+        chosen.append(best)
+        uses.update(best.items())
+        left -= met[id(best)]
+    return chosen
+
+
+def combinations_of(run: dict[str, Any], strength: int) -> Iterable[tuple]:
+    """Yield the values that meet in a run, `strength` factors at a time."""
+    return itertools.combinations(run.items(), strength)
+
+
+def prepare(folder: Path) -> None:
+    """Write base, SFT adapter, reward model, data and DeepSpeed JSONs."""
+    tokenizer = make_tokenizer()
+    base = make_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    base.save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    random_adapter(str(folder / "base"), folder / "sft", seed=1)
+    random_reward(str(folder / "base"), folder / "reward", seed=2)
+    write_data(folder)
+    for zero in FACTORS["zero"]:
+        settings = {"zero_optimization": zero_settings(zero)}
+        json_file(folder, zero).write_text(json.dumps(settings))
+
+
+def zero_settings(zero: str) -> dict[str, Any]:
+    """Return the section `zero_optimization` for "2" or "2 offload"."""
+    stage, *offload = zero.split()
+    settings: dict[str, Any] = {"stage": int(stage)}
+    if offload:
+        settings["offload_optimizer"] = {"device": "cpu"}
+    if stage == "3":
+        # a tiny model would not be cut into parts at all
+        settings["stage3_param_persistence_threshold"] = 0
+        if offload:
+            settings["offload_param"] = {"device": "cpu"}
+    return settings
+
+
+def json_file(folder: Path, zero: str) -> Path:
+    return folder / f"zero{zero.replace(' ', '-')}.json"
+
+
+def name_of(run: dict[str, Any]) -> str:
+    return "-".join(str(value).replace(" ", "-") for value in run.values())
+
+
+def plain_of(run: dict[str, Any]) -> dict[str, Any]:
+    """Return the run that one has to equal: in a plain process, whole batches, nothing recomputed."""
+    return run | {"zero": PLAIN, "accumulation": 1, "checkpointing": False}
+
+
+def arguments(folder: Path, output: Path, run: dict[str, Any], ranks: int, *more: Any) -> list[str]:
+    """Return the flags of a run on so many ranks; ROWS rows make a step on any number."""
+    program, is_whole = run["program"], run["weights"] == "whole"
+    start = folder / ("base" if program == "sft" or is_whole else "sft")
+    data = folder / ("i.jsonl" if program == "sft" else "p.jsonl")
+    given: dict[str, Any] = {
+        "learning_rate": 1e-2,
+        "dtype": run["dtype"],
+        "gradient_checkpointing": run["checkpointing"],
+        "per_device_train_batch_size": ROWS // ranks // run["accumulation"],
+    }
+    if run["zero"] != PLAIN:
+        given["deepspeed"] = json_file(folder, run["zero"])
+    if program == "ppo":
+        given |= {"reward": f"[{{model: {folder}/reward}}]", "critic_trunk": "own"}
+        given |= {"rollout_batch_size": ROWS, "total_episodes": ROWS * STEPS, "num_mini_batches": 2}
+    else:
+        given |= {"max_steps": STEPS, "gradient_accumulation_steps": run["accumulation"]}
+        given |= {"use_peft": not is_whole, "lora_r": 4}
+    flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    return [*flags_of(program, start, str(data), output), *flags, *map(str, more)]
+
+
+def start(folder: Path, name: str, jobs: list[tuple[str, list[str]]], ranks: int) -> list[dict]:
+    """Run programs one after the other in the same `ranks` ranks; 0: in one plain process.
+
+    Returns what `many.py` has seen of each.
+    """
+    runs, seen = folder / f"{name}.json", folder / f"{name}.seen.json"
+    runs.write_text(json.dumps([{"program": p, "arguments": flags} for p, flags in jobs]))
+    command = [sys.executable]
+    if ranks:
+        launcher = str(Path(sys.executable).parent / "deepspeed")
+        count = ["--num_accelerators", str(ranks), "--no_local_rank"]
+        command = [launcher, *count, "--master_port", str(free_port())]
+    command += [str(ROOT / "tests/launch/many.py"), str(runs), str(seen)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["RLHF_CACHE"] = str(folder / "cache")
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
+    (folder / f"{name}.log").write_text(done.stdout + done.stderr)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    return json.loads(seen.read_text())
+
+
+def weights_of(output: Path) -> dict[str, torch.Tensor]:
+    """Return all that a run has trained, its critic included, by file and name."""
+    found = {}
+    for file in sorted(output.glob("*.safetensors")) + sorted(output.glob("value/*.safetensors")):
+        for name, tensor in load_file(file).items():
+            found[f"{file.relative_to(output)} {name}"] = tensor.double()
+    return found
+
+
+def compare(ours: Path, theirs: Path) -> dict[str, float]:
+    """Return how far two results are apart.
+
+    weights: the Euclidean norm of the difference of all weights, over that of the weights. largest: the
+    largest difference of a weight. loss: the largest relative difference of a loss in the log. tokens:
+    the share of characters of the last evaluation that differ.
+    """
+    one, other = weights_of(ours), weights_of(theirs)
+    assert one.keys() == other.keys() and all(one[k].shape == other[k].shape for k in one)
+    apart = math.sqrt(sum(float(((one[k] - other[k]) ** 2).sum()) for k in one))
+    size = math.sqrt(sum(float((other[k] ** 2).sum()) for k in one))
+    return {
+        "weights": apart / size,
+        "largest": max(float((one[k] - other[k]).abs().max()) for k in one),
+        "loss": largest_difference(losses(ours), losses(theirs)),
+        "tokens": differing_tokens(ours, theirs),
+    }
+
+
+def losses(output: Path) -> list[float]:
+    rows = read_metrics(output / "metrics.jsonl")
+    return [row["loss/total"] for row in rows if "loss/total" in row]
+
+
+def largest_difference(ours: list[float], theirs: list[float]) -> float:
+    """Return the largest relative difference; a run that was resumed has the last steps alone."""
+    pairs = zip(reversed(ours), reversed(theirs), strict=False)
+    return max(abs(one - other) / max(abs(other), 1e-3) for one, other in pairs)
+
+
+def differing_tokens(ours: Path, theirs: Path) -> float:
+    """Return the share of characters of the last samples that differ; NaN where none were drawn."""
+    texts = []
+    for output in (ours, theirs):
+        file = output / "tables" / "samples.jsonl"
+        rows = read_metrics(file) if file.is_file() else []
+        last = max((row["step"] for row in rows), default=0)
+        texts.append([row["response"] for row in rows if row["step"] == last])
+    if not any(map(len, texts[0])):
+        return math.nan
+    pairs = [
+        a != b
+        for one, other in zip(*texts, strict=True)
+        for a, b in itertools.zip_longest(one, other)
+    ]
+    return sum(pairs) / max(1, len(pairs))
+
+
+def run_table(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Run combinations on two ranks and their plain counterparts; return what `compare` finds of each,
+    with its CPU seconds a rank.
+    """
+    prepare(folder)
+    plains = list({name_of(plain_of(run)): plain_of(run) for run in runs}.values())
+    jobs = [(p["program"], arguments(folder, folder / name_of(p), p, 1)) for p in plains]
+    start(folder, PLAIN, jobs, 0)
+    jobs = [(r["program"], arguments(folder, folder / name_of(r), r, 2)) for r in runs]
+    rows = []
+    for run, seen in zip(runs, start(folder, "two", jobs, 2), strict=True):
+        assert seen["code"] == 0, f"{name_of(run)}: {seen['said'][-3000:]}"
+        apart = compare(folder / name_of(run), folder / name_of(plain_of(run)))
+        rows.append(run | apart | {"cpu": seen["cpu"]})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--strength", type=int, default=2)
+    given = parser.parse_args()
+    given.folder.mkdir(parents=True, exist_ok=True)
+    rows = run_table(given.folder.resolve(), covering(given.strength))
+    (given.folder / "table.json").write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
