@@ -214,12 +214,17 @@ def start(hang_timeout: float = 0.0) -> DistributedContext:
         shared_buffer(ranks.rank).unlink(missing_ok=True)
     world = DistributedContext(ranks.rank, ranks.size, device, launched=True)
     if ranks.size > 1:
-        world.failure_watch = watch = FailureWatch(ranks.rank)
-        if hang_timeout:
-            world.hang_watch = HangWatch(
-                ranks.rank, ranks.size, watch.store, hang_timeout, before_end=watch.stopped.set
-            )
+        watch_ranks(world, hang_timeout)
     return world
+
+
+def watch_ranks(world: DistributedContext, hang_timeout: float) -> None:
+    """Let a rank that fails, or stays `hang_timeout` seconds at one place (0: for ever), end all."""
+    world.failure_watch = watch = FailureWatch(world.rank)
+    if hang_timeout:
+        world.hang_watch = HangWatch(
+            world.rank, world.size, watch.store, hang_timeout, before_end=watch.stopped.set
+        )
 
 
 def shared_buffer(rank: int) -> Path:

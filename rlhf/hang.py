@@ -15,6 +15,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 from rlhf.errors import EXIT_HANG
+from rlhf.program import on_failure
 
 POLL_SECONDS = 0.5
 # for all ranks to say where they are, once one has asked
@@ -62,6 +63,7 @@ class HangWatch:
             threading.Thread(target=task, daemon=True) for task in (self._watch, self._answer)
         ]
         atexit.register(self.stop)
+        on_failure.insert(0, self.await_end)
         for thread in self._threads:
             thread.start()
 
@@ -69,6 +71,14 @@ class HangWatch:
         """Watch no more: this rank is done."""
         self.stopped.set()
         faulthandler.cancel_dump_traceback_later()
+
+    def await_end(self, exit_code: int) -> bool:
+        """Let this rank fail no more where all are about to end, as the connection to one that has ended
+        first makes it: all end with the same code.
+        """
+        if self._ends.locked():
+            time.sleep(2 * GRACE_SECONDS)
+        return False
 
     def _watch(self) -> None:
         before = None

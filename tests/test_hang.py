@@ -79,6 +79,7 @@ def test_a_place_is_the_line_outside_of_libraries():
 def quick(monkeypatch):
     monkeypatch.setattr(hang, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(hang, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(hang, "on_failure", [])
     # nothing of the test run's own is dumped, or switched off
     monkeypatch.setattr(hang.faulthandler, "dump_traceback", lambda *a, **k: None)
     monkeypatch.setattr(hang.faulthandler, "dump_traceback_later", lambda *a, **k: None)
