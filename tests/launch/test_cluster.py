@@ -44,7 +44,7 @@ STUB = """#!/usr/bin/env bash
 { printf '%s\\n' "$(basename "$0")" "$@"; env | grep -E '^(PET_|SHUTDOWN|RETRY)' | sort; echo; } >> "$CALLS"
 exit "${CODE:-0}"
 """
-# Runs the rest of its arguments on "each machine": here, or in the network namespace of that name
+# Runs the rest of its arguments on "each machine", which gets no variables but those given: here, or as $ON_HOST says
 PDSH = """#!/usr/bin/env bash
 while [ "${1:0:1}" = - ]; do
   case $1 in -w) hosts=$2; shift 2 ;; -f) shift 2 ;; *) shift ;; esac
@@ -52,7 +52,7 @@ done
 number=0
 for host in ${hosts//,/ }; do
   command="$*"
-  $ON_HOST bash -c "${command//%n/$number}" &
+  ${ON_HOST:+$ON_HOST $host} env -i HOME="$HOME" PATH="$PATH" bash -c "${command//%n/$number}" &
   pids+=($!)
   number=$((number + 1))
 done
@@ -408,7 +408,11 @@ def hostfile_run(tmp_path: Path, stubs: Path, **more: str) -> tuple[subprocess.P
     log = tmp_path / "log"
     port = 20000 + os.getpid() % 20000
     flags = f"--master_addr 127.0.0.1 --master_port {port} --force_multi"
-    more = {"LAUNCHER_FLAGS": flags, "ON_HOST": "", "PAUSE_SECONDS": "0", **more}
+    # what the ranks are to have in their environment
+    variables = {"DS_ACCELERATOR": "cpu", **more}
+    lines = [f"{name}={value}\n" for name, value in variables.items()]
+    (tmp_path / ".deepspeed_env").write_text("".join(lines))
+    more = {"LAUNCHER_FLAGS": flags, "PAUSE_SECONDS": "0", **more}
     command = [CLUSTER / "hostfile.sh", tmp_path / "hosts", str(program), "--seed", "1"]
     return start(command, log, **more), log
 

@@ -16,6 +16,7 @@ import pytest
 from rlhf.errors import EXIT_INTERRUPTED
 from tests.conftest import ROOT
 from tests.launch.conftest import SMALL, differences, flags_of
+from tests.launch.test_cluster import PDSH, executable
 
 ADDRESS = "10.77.0.{}"
 CABLE = "cable0"
@@ -45,29 +46,50 @@ def machines():
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
-def start(machines: list[str], flags: list[str], logs: Path, **more: str) -> list[subprocess.Popen]:
+def environment(**more: str) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "DS_ACCELERATOR": "cpu", **more}
+
+
+def start(machines: list[str], flags: list[str], logs: Path) -> list[subprocess.Popen]:
     """Start a rank on each machine, as launch/cluster/torchrun.sh does there."""
     processes = []
     for number, name in enumerate(machines):
-        environment = {
-            **os.environ,
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "DS_ACCELERATOR": "cpu",
-            "PET_NNODES": str(len(machines)),
-            "PET_NODE_RANK": str(number),
-            "PET_NPROC_PER_NODE": "1",
-            "PET_MASTER_ADDR": ADDRESS.format(1),
+        own = environment(
+            PET_NNODES=str(len(machines)),
+            PET_NODE_RANK=str(number),
+            PET_NPROC_PER_NODE="1",
+            PET_MASTER_ADDR=ADDRESS.format(1),
             # the name of this host is its loopback's, which the other machine does not reach
-            "GLOO_SOCKET_IFNAME": CABLE,
-            **more,
-        }
+            GLOO_SOCKET_IFNAME=CABLE,
+        )
         command = ["ip", "netns", "exec", name, str(ROOT / "launch/cluster/torchrun.sh")]
         command += [str(ROOT / "launch/sft.py"), *flags]
         with (logs / f"machine{number}.log").open("w") as log:
             processes.append(
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=own)
             )
     return processes
+
+
+def start_over_ssh(machines: list[str], flags: list[str], folder: Path) -> subprocess.Popen:
+    """The same by launch/cluster/hostfile.sh and DeepSpeed's launcher; pdsh enters the namespaces."""
+    (folder / "bin").mkdir()
+    executable(folder / "bin" / "pdsh", PDSH)
+    executable(folder / "bin" / "ssh", "#!/bin/sh\n")
+    (folder / "hosts").write_text("".join(f"{name} slots=1\n" for name in machines))
+    lines = [f"GLOO_SOCKET_IFNAME={CABLE}\n", "DS_ACCELERATOR=cpu\n", "OMP_NUM_THREADS=1\n"]
+    (folder / ".deepspeed_env").write_text("".join(lines))
+    own = environment(
+        ON_HOST="ip netns exec",
+        LAUNCHER_FLAGS=f"--master_addr {ADDRESS.format(1)} --master_port 29500",
+        ATTEMPTS="1",
+    )
+    own["PATH"] = f"{folder / 'bin'}:{own['PATH']}"
+    command = [str(ROOT / "launch/cluster/hostfile.sh"), str(folder / "hosts")]
+    command += [str(ROOT / "launch/sft.py"), *flags]
+    with (folder / "ssh.log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=own, cwd=folder)
 
 
 def end_codes(processes: list[subprocess.Popen]) -> list[int]:
@@ -80,13 +102,12 @@ def end_codes(processes: list[subprocess.Popen]) -> list[int]:
 
 def two_ranks_here(flags: list[str], logs: Path) -> None:
     """The same two ranks on one machine."""
-    environment = {**os.environ, "PET_NPROC_PER_NODE": "2", "DS_ACCELERATOR": "cpu"}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment["PET_MASTER_PORT"] = str(20000 + os.getpid() % 20000)
+    port = str(20000 + os.getpid() % 20000)
+    own = environment(PET_NPROC_PER_NODE="2", PET_MASTER_PORT=port)
     command = [str(ROOT / "launch/cluster/torchrun.sh"), str(ROOT / "launch/sft.py"), *flags]
     with (logs / "one.log").open("w") as log:
         subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=True, timeout=300
+            command, stdout=log, stderr=subprocess.STDOUT, env=own, check=True, timeout=300
         )
 
 
@@ -94,7 +115,7 @@ def two_ranks_here(flags: list[str], logs: Path) -> None:
 def test_two_machines_stop_together_and_end_as_one_machine_does(
     machines, base_path, files, tmp_path
 ):
-    """SIGTERM on one machine: both save and ask to be started again; the same command goes on."""
+    """SIGTERM on one machine: both save and ask to be started again; another launcher goes on."""
     short = ["--max_steps", "8", *SMALL[:2], *SMALL[4:], "--eval_steps", "1"]
 
     def flags(output: Path) -> list[str]:
@@ -112,7 +133,8 @@ def test_two_machines_stop_together_and_end_as_one_machine_does(
     assert "stopped by SIGTERM after step" in (tmp_path / "machine0.log").read_text()
     assert not (tmp_path / "run" / "result.json").exists()
 
-    assert end_codes(start(machines, flags(tmp_path / "run"), tmp_path)) == [0, 0]
-    assert "resuming from" in (tmp_path / "machine0.log").read_text()
+    again = start_over_ssh(machines, flags(tmp_path / "run"), tmp_path)
+    assert end_codes([again]) == [0], (tmp_path / "ssh.log").read_text()[-3000:]
+    assert "resuming from" in (tmp_path / "ssh.log").read_text()
     two_ranks_here(flags(tmp_path / "one"), tmp_path)
     assert differences(tmp_path / "one", tmp_path / "run") == []
