@@ -33,6 +33,9 @@ STAGES = {
     "3": {"stage": 3, "stage3_param_persistence_threshold": 0, **NOTHING_KEPT},
     "3, all kept": {"stage": 3, "stage3_param_persistence_threshold": 0},
 }
+# of the tiny model: tokens, and the width of its states
+VOCABULARY, WIDTH = 320, 128
+EMBEDDINGS = VOCABULARY * WIDTH
 # the step after this one is counted: by then nothing is set up any more
 SETTLED = 3
 # smaller messages carry counts and losses
@@ -191,8 +194,8 @@ def main() -> None:
         folder = Path(name)
         base = str(folder / "base")
         tokenizer = make_tokenizer()
-        sizes = (len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
-        make_model(*sizes, hidden=128, layers=4).save_pretrained(base)
+        sizes = (VOCABULARY, tokenizer.pad_token_id, tokenizer.eos_token_id)
+        make_model(*sizes, hidden=WIDTH, layers=4).save_pretrained(base)
         tokenizer.save_pretrained(base)
         files = write_data(folder)
         Path(files["instructions"]).rename(folder / "instructions.jsonl")
