@@ -4,8 +4,6 @@
 {...}                    one row a line
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

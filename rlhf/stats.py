@@ -47,6 +47,39 @@ def jackknife_interval(
     return estimate - half, estimate + half, se
 
 
+def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    """Return (G,) means of `values` (n,) over the members of each group, in the order of the names."""
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    # a weighted count is a sum by group
+    return np.bincount(index, weights=values) / np.bincount(index)
+
+
+def mean_over_groups(
+    values: np.ndarray,
+    groups: Sequence[str],
+    *,
+    bounds: tuple[float, float] | None = None,
+    level: float = 0.95,
+) -> dict[str, float | int | None]:
+    """Return the mean of `values` (n,), each counting once, and its interval over groups, which are
+    left out as a whole (`jackknife_interval`).
+
+    {"mean", "low", "high", "se", "n" (groups), "pairs"}; low, high and se are None with fewer than
+    two groups, the mean too where there is no value.
+    """
+    found = dict.fromkeys(("mean", "low", "high", "se")) | {"n": 0, "pairs": len(values)}
+    if not len(values):
+        return found
+    _, index = np.unique(np.asarray(groups), return_inverse=True)
+    sums, counts = np.bincount(index, values), np.bincount(index)
+    found |= {"mean": float(np.mean(values)), "n": len(counts)}
+    if len(counts) > 1:
+        without = (sums.sum() - sums) / (counts.sum() - counts)
+        interval = jackknife_interval(found["mean"], without, bounds=bounds, level=level)
+        found |= dict(zip(("low", "high", "se"), interval, strict=True))
+    return found
+
+
 def bounded_interval(
     estimate: float, se: float, t: float, n: int, *, bounds: tuple[float, float] = (0.0, 1.0)
 ) -> tuple[float, float]:

@@ -4,8 +4,6 @@ Pairs of one group are not independent (paraphrases share their answers), so a g
 a whole, and the `n` of an interval is the number of groups.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.data.records import Preference
-from rlhf.stats import jackknife_interval
+from rlhf.stats import jackknife_interval, mean_over_groups
 
 # slices of one kind that are listed, the largest first
 MAX_SLICES = 20
@@ -40,30 +38,11 @@ def accuracy_with_interval(
     return {"accuracy": found.pop("mean"), **found}
 
 
-def mean_with_interval(
-    values: np.ndarray,
-    groups: Sequence[str],
-    *,
-    bounds: tuple[float, float] | None = None,
-    level: float = 0.95,
-) -> dict[str, Any]:
-    """Return the mean of `values` over pairs and its interval over groups (`jackknife_interval`).
-
-    {"mean", "low", "high", "n" (groups), "pairs"}; low and high are None with fewer than two
-    groups, the mean too where there is no pair.
-    """
-    if not len(values):
-        return {"mean": None, "low": None, "high": None, "n": 0, "pairs": 0}
-    # each group counts by its pairs, but is left out as a whole
-    _, index = np.unique(np.asarray(groups), return_inverse=True)
-    sums, counts = np.bincount(index, values), np.bincount(index)
-    n, mean = len(counts), float(np.mean(values))
-
-    low = high = None
-    if n > 1:
-        without = (sums.sum() - sums) / (counts.sum() - counts)
-        low, high, _ = jackknife_interval(mean, without, bounds=bounds, level=level)
-    return {"mean": mean, "low": low, "high": high, "n": n, "pairs": len(values)}
+def mean_with_interval(values: np.ndarray, groups: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Return {"mean", "low", "high", "n" (groups), "pairs"} of `rlhf.stats.mean_over_groups`."""
+    found = mean_over_groups(values, groups, **options)
+    del found["se"]
+    return found
 
 
 def difference_with_interval(

@@ -3,8 +3,6 @@
 A model that does not beat them has learnt nothing from its pairs that could not be had without it.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Sequence

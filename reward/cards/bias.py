@@ -13,8 +13,6 @@ comes first. The score of an answer does not depend on where it was shown, so po
 in the labels. Standard errors leave out one group at a time.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -4,8 +4,6 @@ P(chosen is better) = sigmoid(raw score gap / temperature). The temperature is f
 alone: it changes no order of answers, no accuracy, and no score that PPO learns from.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -50,14 +48,15 @@ def calibration(gaps: np.ndarray, bins: int = 10) -> dict[str, Any]:
         decided = confidence[rows & (gaps != 0)]
         if len(decided):
             by_chance += binomial_deviation(len(decided), float(decided.mean()))
-        row = {
-            "from": round(float(edges[b]), 6),
-            "to": round(float(edges[b + 1]), 6),
-            "pairs": int(rows.sum()),
-            "confidence": float(confidence[rows].mean()),
-            "accuracy": float(right[rows].mean()),
-        }
-        table.append(row)
+        table.append(
+            {
+                "from": round(float(edges[b]), 6),
+                "to": round(float(edges[b + 1]), 6),
+                "pairs": int(rows.sum()),
+                "confidence": float(confidence[rows].mean()),
+                "accuracy": float(right[rows].mean()),
+            }
+        )
 
     ece = sum(row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(gaps)
     return {

@@ -5,10 +5,8 @@ groups, and the `n` of an interval is the number of groups. Scores are raw: P(ch
 sigmoid(score gap / temperature).
 """
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,7 +60,7 @@ def report_card(
             "rejected": distribution(scored.rejected),
             "gap": distribution(gaps),
         },
-        "mistakes": worst_mistakes(scored.pairs, gaps),
+        "mistakes": list(worst_mistakes(scored.pairs, gaps)),
     }
 
 
@@ -75,18 +73,14 @@ def distribution(values: np.ndarray) -> dict[str, float]:
 
 def worst_mistakes(
     pairs: Sequence[Preference], gaps: np.ndarray, count: int = 5
-) -> list[dict[str, Any]]:
-    """Return the pairs that the model was most sure of and wrong about: bad labels or blind spots."""
-    mistakes = []
+) -> Iterator[dict[str, Any]]:
+    """Yield the pairs that the model was most sure of and wrong about: bad labels or blind spots."""
     # the most negative gaps are the surest mistakes
     for i in np.argsort(gaps, kind="stable")[:count]:
         if gaps[i] < 0:
             pair, gap = pairs[int(i)], float(gaps[i])
             prompt = pair.prompt[-1]["content"]
-            mistakes.append(
-                {"gap": gap, "prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-            )
-    return mistakes
+            yield {"gap": gap, "prompt": prompt, "chosen": pair.chosen, "rejected": pair.rejected}
 
 
 def ceiling(pairs: Sequence[Preference], gaps: np.ndarray) -> dict[str, Any] | None:

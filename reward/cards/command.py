@@ -1,7 +1,5 @@
 """`rlhf reward card`: the report card of a trained reward model, on its held-out pairs and others."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

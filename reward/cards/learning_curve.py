@@ -4,8 +4,6 @@ Each point is a training of its own with the run's options on a part of its pair
 run itself. All are judged on the pairs that the run held out.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -4,8 +4,6 @@ A reward model is trained on some answers and then scores others: those of the p
 there is what RL can build on.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Collection, Sequence

@@ -1,7 +1,5 @@
 """The pairs that a report card is made of: read as the reward model's run reads them, and scored."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

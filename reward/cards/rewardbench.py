@@ -8,8 +8,6 @@ A row has an `id`, a `prompt`, lists of `chosen` and `rejected` answers, and its
 Scores are those of the benchmark's own program (github.com/allenai/reward-bench, rewardbench/utils.py).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

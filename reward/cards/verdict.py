@@ -20,10 +20,9 @@ With care:
 PPO reads scores, not probabilities.
 """
 
-from __future__ import annotations
-
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,22 +132,18 @@ def _reason(kind: str, severity: str, **numbers: Any) -> dict[str, Any]:
     return {"kind": kind, "severity": severity, **numbers}
 
 
-def _of_accuracy(card: dict[str, Any]) -> list[dict[str, Any]]:
+def _of_accuracy(card: dict[str, Any]) -> Iterator[dict[str, Any]]:
     accuracy, length = card["accuracy"], card["length"]
-    found = []
     if accuracy["low"] is None:
-        found.append(_reason("accuracy_unknown", NOT, n=accuracy["n"]))
+        yield _reason("accuracy_unknown", NOT, n=accuracy["n"])
     elif accuracy["low"] <= 0.5:
         below = accuracy["high"] < 0.5
         finding = "is worse than guessing" if below else "cannot be told from guessing"
-        found.append(_reason("guessing", NOT, **accuracy, finding=finding))
+        yield _reason("guessing", NOT, **accuracy, finding=finding)
 
     what, r = _stronger_correlation(length)
     if abs(r) >= LENGTH_DETECTOR:
-        found.append(
-            _reason("length_detector", NOT, what=what, correlation=r, **length["baseline"])
-        )
-    return found
+        yield _reason("length_detector", NOT, what=what, correlation=r, **length["baseline"])
 
 
 def _stronger_correlation(length: dict[str, Any]) -> tuple[str, float]:
@@ -205,15 +200,13 @@ def _of_bias(tests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [_reason(severity=CARE, **test) for test in tests if test["found"]]
 
 
-def _of_slices(card: dict[str, Any]) -> list[dict[str, Any]]:
-    found = []
+def _of_slices(card: dict[str, Any]) -> Iterator[dict[str, Any]]:
     # a model that guesses is wrong by chance everywhere
     parts = SLICES if _is_better_than_chance(card) else {}
     for key, field in parts.items():
         for name, part in card.get(key, {}).items():
             if part.get("surely_wrong"):
-                found.append(_reason("slice_wrong", CARE, field=field, name=name, **part))
-    return found
+                yield _reason("slice_wrong", CARE, field=field, name=name, **part)
 
 
 def _of_people(people: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -1,7 +1,5 @@
 """`rlhf reward best-of-n RUN`: does the score that counts still rise where the reward model's does?"""
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable
@@ -94,7 +92,7 @@ def measure(
     """Return what the page says, from answers and scores that are kept in `folder`, which it locks."""
     from rlhf.best_of_n.curve import repeated_share, summarise
     from rlhf.best_of_n.samples import Drawing, sample_answers, score_answers
-    from rlhf.compare.measure import shared_options
+    from rlhf.compare.measure import shared_options, test_prompts
     from rlhf.engines.sampling import Sampling
     from rlhf.files import lock_folder
     from rlhf.tokenizer import load_tokenizer
@@ -103,7 +101,7 @@ def measure(
     specs = scorers_of(config, check_scorers)
     shared = shared_options(config)
     tokenizer = load_tokenizer(config.policy)
-    prompts = test_prompts(config, shared, tokenizer)
+    prompts, _ = test_prompts(config, shared, tokenizer)
     drawing = Drawing(
         policy=config.policy,
         sampling=Sampling(shared["max_response_length"], shared["temperature"]),
@@ -174,18 +172,3 @@ def scorers_of(config: BestOfNConfig, check_scorers: Callable[..., None]) -> lis
     check_scorers([proxy], where="run")
     check_judges(config.runs, referee=config.gold)
     return [proxy, *golds]
-
-
-def test_prompts(config: BestOfNConfig, shared: dict[str, Any], tokenizer: Any) -> list[dict]:
-    """Return the encoded test prompts that neither the policy nor the reward model has learnt from."""
-    from rlhf.compare.runs import unseen
-    from rlhf.data.encode import encode_prompts
-    from rlhf.data.load import load
-    from rlhf.data.records import Prompt
-    from rlhf.data.split import first_by_hash
-
-    fractions = {name: shared[name] for name in ("validation_fraction", "test_fraction")}
-    records = load(config.prompts, Prompt, split="test", **fractions)
-    records = unseen(config.runs, records, config.prompts)
-    encoded = encode_prompts(records, tokenizer, shared["max_prompt_length"])
-    return first_by_hash(encoded, config.n_prompts)

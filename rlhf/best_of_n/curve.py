@@ -5,8 +5,6 @@ The unit is the group of prompts: samples and subsets are averaged within the pr
 the group, and each group counts once.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

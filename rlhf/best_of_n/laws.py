@@ -8,8 +8,6 @@ With d = sqrt(KL to the initial policy), the gold score over that of the initial
 Both are linear in alpha and beta, so that least squares has a closed form.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal

@@ -2,8 +2,6 @@
 screen.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -11,8 +9,16 @@ from typing import Any
 import numpy as np
 
 from rlhf.best_of_n.laws import Fit
-from rlhf.compare.figure_style import NATS, NEUTRAL, SETTINGS, STYLES, new_figure, save_svg
-from rlhf.compare.format import number
+from rlhf.compare.figure_style import (
+    NATS,
+    NEUTRAL,
+    SETTINGS,
+    STYLES,
+    new_figure,
+    save_svg,
+    spans,
+)
+from rlhf.compare.format import bounded, number
 from rlhf.files import dumps, write_atomic
 from rlhf.text import markdown_table
 
@@ -50,8 +56,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 def interval(estimate: dict[str, float | None]) -> str:
     """Return "0.612 [0.590, 0.634]"."""
-    low, high = number(estimate["low"]), number(estimate["high"])
-    return f"{number(estimate['estimate'])} [{low}, {high}]"
+    return bounded(estimate, number)
 
 
 def sentence(name: str, turning: dict[str, Any]) -> str:
@@ -148,12 +153,9 @@ def draw_score(axis, result: dict[str, Any], name: str, color: str) -> None:
     """Draw one score with its interval, its turning point and its law."""
     rows = result["curve"]
     d = np.sqrt([row["kl"] for row in rows])
-    parts = {}
-    for part in ("estimate", "low", "high"):
-        values = [row["scores"][name]["gain"][part] for row in rows]
-        parts[part] = np.array([math.nan if value is None else value for value in values])
-    axis.fill_between(d, parts["low"], parts["high"], color=color, alpha=0.2, lw=0)
-    axis.plot(d, parts["estimate"], "o-", color=color, ms=4)
+    gain, (below, above) = spans([row["scores"][name]["gain"] for row in rows])
+    axis.fill_between(d, gain - below, gain + above, color=color, alpha=0.2, lw=0)
+    axis.plot(d, gain, "o-", color=color, ms=4)
     axis.axhline(0, color=NEUTRAL, lw=1, zorder=1)
 
     turning = result["turning"].get(name)

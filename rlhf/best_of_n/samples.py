@@ -1,7 +1,5 @@
 """N answers of a policy to each prompt, and their scores: both kept in files, and made once."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable

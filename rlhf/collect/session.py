@@ -22,9 +22,10 @@ from rlhf.collect.guide import Guide
 from rlhf.collect.queue import Queue
 from rlhf.collect.safe_markdown import render, visible
 from rlhf.collect.status import fraction, number, percent, rules_of
+from rlhf.compare.format import share
 from rlhf.data.annotator_report import remarks
 from rlhf.data.store import Store
-from rlhf.voting.page import LEGEND, interval, sentences, stop_text
+from rlhf.voting.page import LEGEND, sentences, stop_text
 
 HERE = Path(__file__).parent
 COOKIE_SECONDS = 90 * 24 * 3600
@@ -152,7 +153,7 @@ TEMPLATES.globals["vote_legend"] = LEGEND
 TEMPLATES.filters |= {
     "signed": _signed,
     "vote_sentences": sentences,
-    "rate": interval,
+    "rate": share,
     "stop_text": stop_text,
     "render": render,
     "percent": percent,

@@ -1,7 +1,5 @@
 """The best of n responses by a proxy score: its KL, and what it scores, from N responses a prompt."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable
 

@@ -11,8 +11,6 @@ leave out b, prompts alone leave out a. docs/statistics.md has the derivation, a
 coverage of the intervals.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass

@@ -6,8 +6,6 @@ method has one colour, marker and line in all figures; its swept values are tone
 the one furthest from the initial policy darkest.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -426,15 +424,16 @@ def _legend(figure, report: Report, ncols: int) -> None:
         style, option = style_of(report, method), report["methods"][method]["swept"]
         values = report["methods"][method]["swept_values"]
         swept = f" ({option} {min(values):g} to {max(values):g})" if len(values) > 1 else ""
-        handle = Line2D(
-            [],
-            [],
-            color=style.color,
-            marker=style.marker,
-            linestyle="none",
-            label=_name(method) + swept,
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color=style.color,
+                marker=style.marker,
+                linestyle="none",
+                label=_name(method) + swept,
+            )
         )
-        handles.append(handle)
     handles.append(Line2D([], [], color=NEUTRAL, marker="o", label=initial_name(report)))
     figure.legend(handles=handles, loc="outside upper left", ncols=ncols)
 

@@ -2,9 +2,7 @@
 values.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 # The dict of report.json (summary.py) and that of one of its estimates (`Estimate.to_dict`)
@@ -98,15 +96,22 @@ def digits(value: float, estimate: Number) -> str:
     return zero if text == f"-{zero}" else text
 
 
-def interval(estimate: Number | None, *, signed: bool = False) -> str:
-    """Return "0.12 [0.03, 0.21]"; `signed` puts a plus before differences that are not negative."""
+def bounded(estimate: Number | None, write: Callable[[float], str], unit: str = "") -> str:
+    """Return "0.12 [0.03, 0.21]", each number as `write` gives it; without bounds the number alone."""
     if estimate is None or estimate["estimate"] is None:
         return UNKNOWN
-    plus = "+" if signed and estimate["estimate"] >= 0 else ""
-    text = plus + digits(estimate["estimate"], estimate)
+    text = write(estimate["estimate"]) + unit
     if estimate["low"] is None:
         return text
-    return f"{text} [{digits(estimate['low'], estimate)}, {digits(estimate['high'], estimate)}]"
+    return f"{text} [{write(estimate['low'])}, {write(estimate['high'])}]"
+
+
+def interval(estimate: Number | None, *, signed: bool = False) -> str:
+    """Return "0.12 [0.03, 0.21]"; `signed` puts a plus before differences that are not negative."""
+    text = bounded(estimate, lambda value: digits(value, estimate))
+    # an unknown one has no sign
+    has_plus = signed and text != UNKNOWN and estimate["estimate"] >= 0
+    return f"+{text}" if has_plus else text
 
 
 def mirrored(estimate: Number) -> dict[str, Any]:
@@ -125,12 +130,7 @@ def bound(estimate: Number) -> str:
 
 def share(estimate: Number | None) -> str:
     """Return a share, such as a win rate, in percent: "60.0 % [50.0, 70.0]"."""
-    if estimate is None or estimate["estimate"] is None:
-        return UNKNOWN
-    text = f"{100 * estimate['estimate']:.1f} %"
-    if estimate["low"] is None:
-        return text
-    return f"{text} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"
+    return bounded(estimate, lambda value: f"{100 * value:.1f}", " %")
 
 
 def p_value(p: float | None) -> str:

@@ -12,8 +12,7 @@ the initial policy, and both forms of Gao, Schulman and Hilton (2210.10760, eq. 
 (benchmarks/coverage.py). The sensitivity is a line from point to point.
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,11 +115,11 @@ def equal_kl(a: Track, b: Track, kls=None, *, level: float = 0.95) -> EqualKL:
 
     a, b = near(a, high), near(b, high)
     kls = round_kls(*overlap) if kls is None else [float(kl) for kl in kls if inside(kl, low, high)]
-    lines = _rows(a, b, kls, _lines, level)
+    lines = list(_rows(a, b, kls, _lines, level))
     if min(map(len, (*a.kl, *b.kl))) < ENOUGH:
         # nothing to fit: the differences are read between the points
         return EqualKL(overlap, lines, LINES, lines, {"a": 0.0, "b": 0.0}, 0.0)
-    rows = _rows(a, b, kls, _fitted, level)
+    rows = list(_rows(a, b, kls, _fitted, level))
     # how much depends on the form of the curve
     apart = []
     for row, by_lines in zip(rows, lines, strict=True):
@@ -170,15 +169,13 @@ def inside(kls, low: float, high: float):
     return (low * (1 - EDGE) <= np.asarray(kls)) & (np.asarray(kls) <= high * (1 + EDGE))
 
 
-def _rows(a: Track, b: Track, kls: list[float], fit, level: float) -> list[dict]:
-    """Return the rows of `EqualKL`, read from the curves that `fit` makes."""
+def _rows(a: Track, b: Track, kls: list[float], fit, level: float) -> Iterator[dict]:
+    """Yield the rows of `EqualKL`, read from the curves that `fit` makes."""
     weights = block_weights(a.groups)
     at = np.asarray(kls, dtype=np.float64)
     apart = _all_seeds(a, at, weights, fit) - _all_seeds(b, at, weights, fit)
-    rows = []
     for kl, at_one_kl in zip(kls, np.moveaxis(apart, 2, 0), strict=True):
-        rows.append({"kl": kl, "difference": mean_over_seeds(at_one_kl, weights, level=level)})
-    return rows
+        yield {"kl": kl, "difference": mean_over_seeds(at_one_kl, weights, level=level)}
 
 
 def _all_seeds(track: Track, kls: np.ndarray, weights: np.ndarray, fit) -> np.ndarray:

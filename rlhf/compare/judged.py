@@ -2,8 +2,6 @@
 over-optimisation, win rates.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence
@@ -38,7 +36,7 @@ def judged(results: Results, means: Means, trained: list[str], level: float) -> 
         ],
         "wins": _wins(results, level),
         "tuned": tuned(results, means, level),
-        "overoptimisation": overoptimisation(results, means, level),
+        "overoptimisation": list(overoptimisation(results, means, level)),
         "power": {
             "win_rate": WIN_RATE,
             "pairs_needed": pairs_needed(WIN_RATE, level=level),

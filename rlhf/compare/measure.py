@@ -2,8 +2,6 @@
 trained policies.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -113,8 +111,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     """
     from rlhf.compare.report import print_report, write_files
     from rlhf.compare.summary import summarise
-    from rlhf.data.encode import encode, kept
-    from rlhf.data.load import fingerprint, load
+    from rlhf.data.load import fingerprint
     from rlhf.engines.sampling import Sampling
     from rlhf.tokenizer import load_tokenizer
 
@@ -124,9 +121,6 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
 
     # what to sample, and what to score it by
     shared = shared_options(config)
-    fractions = {name: shared[name] for name in ("validation_fraction", "test_fraction")}
-    records = load(config.prompts, Prompt, split="test", **fractions)
-    records = unseen(config.runs, records, config.prompts)
     specs, kinds, judge = scores_of(config)
     if config.judge:
         from rlhf.judge.judges import load_judge
@@ -139,8 +133,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
 
         Store.open(split_event(config.votes)[0], readonly=True).close()
     tokenizer = load_tokenizer(config.runs[0])
-    encoded, dropped = encode(records, tokenizer, shared["max_prompt_length"])
-    prompts = first_by_hash(kept((encoded, dropped), "prompts"), config.n_prompts)
+    prompts, counts = test_prompts(config, shared, tokenizer)
     sampling = Sampling(shared["max_response_length"], shared["temperature"])
 
     rows = sample_runs(
@@ -164,7 +157,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
         "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,
     }
-    meta["rows"]["prompts"] = {"read": len(records), "used": len(prompts), "dropped": dict(dropped)}
+    meta["rows"]["prompts"] = counts
     results = results_of_runs(config.runs, rows, kinds, judge, meta)
     report = summarise(results)
     if config.judge:
@@ -177,6 +170,24 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     write_samples(Path(config.output_dir) / "samples.jsonl", rows)
     print_report(report, Path(config.output_dir))
     return report
+
+
+def test_prompts(
+    config: Any, shared: dict[str, Any], tokenizer: Any
+) -> tuple[list[dict], dict[str, Any]]:
+    """Return the encoded test prompts that no run has learnt from, chosen by hash, and their counts.
+
+    config: has `runs`, `prompts` and `n_prompts`. shared: `shared_options`.
+    """
+    from rlhf.data.encode import encode, kept
+    from rlhf.data.load import load
+
+    fractions = {name: shared[name] for name in ("validation_fraction", "test_fraction")}
+    records = load(config.prompts, Prompt, split="test", **fractions)
+    records = unseen(config.runs, records, config.prompts)
+    encoded = encode(records, tokenizer, shared["max_prompt_length"])
+    prompts = first_by_hash(kept(encoded, "prompts"), config.n_prompts)
+    return prompts, {"read": len(records), "used": len(prompts), "dropped": dict(encoded[1])}
 
 
 def sample_runs(

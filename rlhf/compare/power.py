@@ -4,8 +4,6 @@ show.
 Power is the share of repeats of an experiment in which the interval leaves out the null.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from typing import Any

@@ -6,8 +6,6 @@ dark mode too. What models wrote stays text: report.md escapes it, Markdown's HT
 page's own policy forbids scripts and requests.
 """
 
-from __future__ import annotations
-
 import base64
 import html
 import itertools

@@ -2,8 +2,6 @@
 same prompts.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -14,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf.compare.text_metrics import repetition
+from rlhf.stats import group_means
 
 # what identifies a policy: method, swept value, seed, step
 Key = tuple[str, float | None, int | None, int]
@@ -141,11 +140,8 @@ class Results:
 
         Groups are sorted by name, so that the order is the same for all points.
         """
-        names, index = np.unique(np.asarray(self.groups), return_inverse=True)
         per_prompt = np.asarray(values, dtype=np.float64).mean(axis=1)
-        # a weighted count is a sum by group
-        sums = np.bincount(index, weights=per_prompt, minlength=len(names))
-        return sums / np.bincount(index, minlength=len(names))
+        return group_means(per_prompt, self.groups)
 
 
 def seeds_of(points: Iterable[Point]) -> list[int]:

@@ -1,7 +1,5 @@
 """The runs of a comparison: their options and results, what they learnt from, their policies."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Callable, Sequence

@@ -8,12 +8,10 @@ other half of the seeds. Two questions need it: how good a method is at its best
 (`overoptimisation`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,7 +245,7 @@ def _difference(a: str, b: str, first: Chosen, second: Chosen, level: float) -> 
     return row
 
 
-def overoptimisation(results: Results, means: Means, level: float) -> list[dict[str, Any]]:
+def overoptimisation(results: Results, means: Means, level: float) -> Iterator[dict[str, Any]]:
     """Ask whether the proxy goes on rising where the judge falls (Gao et al. 2022, arXiv
     2210.10760; for DPO Rafailov et al. 2024, arXiv 2406.02900).
 
@@ -258,21 +256,19 @@ def overoptimisation(results: Results, means: Means, level: float) -> list[dict[
     to fall even where it is flat, in 12 to 16 % of simulated experiments (3 to 10 seeds, 13
     points), against 4 % with the halves and 2.5 % that a 95 % interval promises.
 
-    Returns one entry for each method along all its points (swept None) and for each swept value
+    Yields one entry for each method along all its points (swept None) and for each swept value
     along its checkpoints, with one p for both differences together: the larger one, since both have
     to be shown. `add_outcomes` says what follows for the methods; single swept values are shown
     without a verdict.
     """
     proxies = proxies_of(results.score_kinds)
-    entries = []
     for method in results.measured_methods():
         swept_values = results.swept_values(method)
         curves = [None, *swept_values] if len(swept_values) > 1 else [None]
         for swept, proxy in itertools.product(curves, proxies or [None]):
             entry = _curve(results, means, method, swept, proxy, level)
             if entry is not None:
-                entries.append(entry)
-    return entries
+                yield entry
 
 
 def _curve(

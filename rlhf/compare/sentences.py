@@ -1,7 +1,5 @@
 """Fill the templates of verdict.py with the numbers of report.json."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -6,11 +6,9 @@ Every estimate is a mean over seeds and groups of prompts, both drawn at random
 and says which; a comparison uses those that both sides have.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -53,13 +51,13 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
         "scope": "method" if trained and min(seeds) >= MIN_SEEDS else "models",
         "unit": _unit(results, level),
         "methods": {name: _method(results, name) for name in results.methods},
-        "missing": _missing(results),
+        "missing": list(_missing(results)),
         "initial_policy": {
             "method": initial.method,
             **_measures(results, means, [initial], level),
             "budget": initial.budget,
         },
-        "points": _points(results, means, level),
+        "points": list(_points(results, means, level)),
         "outliers": [],
         "claims": {"count": 0, "method": "Holm 1979", "alpha": 1 - level},
         "curves": {},
@@ -76,12 +74,12 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
     # without a judge these parts stay empty: no other score may decide
     if results.judge is not None:
         report |= judged(results, means, trained, level)
-        report["outliers"] = _outliers(report, trained, 1 - level)
+        report["outliers"] = list(_outliers(report, trained, 1 - level))
 
     report["samples"] = samples(results, report["tuned"]["methods"])
     # records for the sentences; they read the finished numbers
     report["verdicts"] = list(map(asdict, verdicts(report)))
-    report["notes"] = notes(report)
+    report["notes"] = list(notes(report))
     return report
 
 
@@ -140,11 +138,10 @@ def _method(results: Results, name: str) -> dict[str, Any]:
     }
 
 
-def _missing(results: Results) -> list[dict[str, Any]]:
-    """Return the trials that have not ended, of those swept values and seeds that the experiment
+def _missing(results: Results) -> Iterator[dict[str, Any]]:
+    """Yield the trials that have not ended, of those swept values and seeds that the experiment
     has anywhere.
     """
-    missing = []
     for method, given in results.methods.items():
         # baselines have no trials of their own
         if given.get("baseline") or method == results.initial.method:
@@ -154,21 +151,18 @@ def _missing(results: Results) -> list[dict[str, Any]]:
             results.swept_values(method) or [None], seeds_of(results.points)
         ):
             if (swept, seed) not in done:
-                missing.append({"method": method, "swept": swept, "seed": seed})
-    return missing
+                yield {"method": method, "swept": swept, "seed": seed}
 
 
-def _points(results: Results, means: Means, level: float) -> list[dict[str, Any]]:
-    """Return one entry for each method, swept value and step, over the seeds that have it."""
-
-    entries = []
+def _points(results: Results, means: Means, level: float) -> Iterator[dict[str, Any]]:
+    """Yield one entry for each method, swept value and step, over the seeds that have it."""
     for method in results.measured_methods():
         # the sort is stable, so that the seeds of an entry stay in order
         points = sorted(results.of(method), key=lambda point: (point.swept or 0.0, point.step))
         same_policy = itertools.groupby(points, key=lambda point: (point.swept, point.step))
         for (swept, step), group in same_policy:
             own = list(group)
-            entry = {
+            yield {
                 "method": method,
                 "swept": swept,
                 "step": step,
@@ -178,8 +172,6 @@ def _points(results: Results, means: Means, level: float) -> list[dict[str, Any]
                 "budget": mean_of(point.budget for point in own),
                 "per_seed": [_seed(results, means, point) for point in own],
             }
-            entries.append(entry)
-    return entries
 
 
 def _measures(
@@ -228,31 +220,29 @@ def _seed(results: Results, means: Means, point: Point) -> dict[str, Any]:
     return {"seed": point.seed, "kl": float(found["kl"].mean()), "scores": scores}
 
 
-def _outliers(report: dict[str, Any], trained: Sequence[str], alpha: float) -> list[dict[str, Any]]:
-    """Return the runs whose end the judge scores far from the other seeds of its swept value, at
+def _outliers(
+    report: dict[str, Any], trained: Sequence[str], alpha: float
+) -> Iterator[dict[str, Any]]:
+    """Yield the runs whose end the judge scores far from the other seeds of its swept value, at
     alpha over all runs (Bonferroni).
     """
     trials = [point for point in report["points"] if point["last"] and point["method"] in trained]
     trials = [point for point in trials if len(point["seeds"]) >= MIN_SEEDS]
     # Bonferroni: each run is one test
     runs = sum(len(point["seeds"]) for point in trials)
-    found = []
     for point in trials:
         scores = [seed["scores"][report["judge"]] for seed in point["per_seed"]]
         for i, p in enumerate(outlying(scores)):
             if p * runs < alpha:
                 others = scores[:i] + scores[i + 1 :]
-                found.append(
-                    {
-                        "method": point["method"],
-                        "swept": point["swept"],
-                        "seed": point["seeds"][i],
-                        "score": scores[i],
-                        "others": [min(others), max(others)],
-                        "p_adjusted": p * runs,
-                    }
-                )
-    return found
+                yield {
+                    "method": point["method"],
+                    "swept": point["swept"],
+                    "seed": point["seeds"][i],
+                    "score": scores[i],
+                    "others": [min(others), max(others)],
+                    "p_adjusted": p * runs,
+                }
 
 
 def samples(results: Results, chosen: dict[str, Any], count: int = SAMPLES) -> list[dict[str, Any]]:

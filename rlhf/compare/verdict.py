@@ -7,8 +7,6 @@ claims something about those runs alone and needs the groups only. Everything el
 and `sign` None: it is shown without a verdict.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -185,22 +183,29 @@ def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]], min_seeds: i
     return len(made)
 
 
-def verdicts(report: Report) -> list[Verdict]:
-    """Return all that the report says of pairs and of over-optimisation, in the order of its
+def verdicts(report: Report) -> Iterator[Verdict]:
+    """Yield all that the report says of pairs and of over-optimisation, in the order of its
     sections.
     """
-    found = []
     for pair in report["frontier"]:
-        found += [_at_equal_kl(pair, row, report) for row in pair["rows"]]
-    found += [_tuned(row, report) for row in report["tuned"]["rows"]]
+        for row in pair["rows"]:
+            yield _at_equal_kl(pair, row, report)
+    for row in report["tuned"]["rows"]:
+        yield _tuned(row, report)
     if report["kind"] == "runs" and report["judge"] is not None:
-        found += _exploited(report)
-    found += [
-        _overoptimised(entry, report)
-        for entry in report["overoptimisation"]
-        if entry["swept"] is None
-    ]
-    return found
+        yield from _exploited(report)
+    # single swept values are shown without a verdict
+    for entry in report["overoptimisation"]:
+        if entry["swept"] is None:
+            yield Verdict(
+                kind="over_optimisation",
+                a=entry["method"],
+                b=report["initial_policy"]["method"],
+                difference=entry["judge"],
+                sign=entry["sign"],
+                p_adjusted=entry["p_adjusted"],
+                evidence=entry,
+            )
 
 
 def _at_equal_kl(pair: dict[str, Any], row: dict[str, Any], report: Report) -> Verdict:
@@ -275,38 +280,27 @@ def _exploited(report: Report) -> Iterator[Verdict]:
             )
 
 
-def _overoptimised(entry: dict[str, Any], report: Report) -> Verdict:
-    return Verdict(
-        kind="over_optimisation",
-        a=entry["method"],
-        b=report["initial_policy"]["method"],
-        difference=entry["judge"],
-        sign=entry["sign"],
-        p_adjusted=entry["p_adjusted"],
-        evidence=entry,
-    )
-
-
-def notes(report: Report) -> list[dict[str, Any]]:
-    """Return all limits of a report, the most important first."""
+def notes(report: Report) -> Iterator[dict[str, Any]]:
+    """Yield all limits of a report, the most important first."""
     judge, kinds = report["judge"], report["score_kinds"]
     proxies = proxies_of(kinds)
-    found = [note("no_judge", proxies=proxies)]
-    if judge is not None:
-        found = [note("judge", score=judge, score_kind=kinds[judge], proxies=proxies)]
-    found += _missing(report)
-    found += [note("outlier", **outlier) for outlier in report["outliers"]]
+    if judge is None:
+        yield note("no_judge", proxies=proxies)
+    else:
+        yield note("judge", score=judge, score_kind=kinds[judge], proxies=proxies)
+    yield from _missing(report)
+    for outlier in report["outliers"]:
+        yield note("outlier", **outlier)
     if judge is not None and report["unit"]["groups"] < MIN_CLUSTERS:
-        found.append(note("few_groups", groups=report["unit"]["groups"], needed=MIN_CLUSTERS))
+        yield note("few_groups", groups=report["unit"]["groups"], needed=MIN_CLUSTERS)
     # Single runs have one point each, and so no curve: their KLs are in the first table
     for pair in report["frontier"] if report["kind"] == "experiment" else []:
         if not pair["seeds"]:
-            found.append(note("no_common_seed", a=pair["a"], b=pair["b"]))
+            yield note("no_common_seed", a=pair["a"], b=pair["b"])
         elif not pair["rows"]:
-            found.append(note("no_overlap", a=pair["a"], b=pair["b"], ranges=pair["ranges"]))
+            yield note("no_overlap", a=pair["a"], b=pair["b"], ranges=pair["ranges"])
     if report["unit"]["samples_per_prompt"] < 2:
-        found.append(note("no_win_rate"))
-    return found
+        yield note("no_win_rate")
 
 
 def _missing(report: Report) -> Iterator[dict[str, Any]]:

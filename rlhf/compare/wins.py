@@ -6,8 +6,6 @@ seeds and groups crossed (rlhf/compare/crossed.py), each group counting once, an
 share (rlhf/stats.py).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -7,8 +7,6 @@ a better answer). Argilla keeps no names, times, sides, criteria of each answer 
 votes: these are in the metadata under `rlhf`, as JSON.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import uuid

@@ -1,7 +1,5 @@
 """`rlhf collect import` and `rlhf data export --form argilla | label_studio`."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

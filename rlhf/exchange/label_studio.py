@@ -7,8 +7,6 @@ bad are choices beside the Pairwise tag, strength a rating of 1 to 3. Label Stud
 left to everybody: sides drawn here, and all that is known of the prompt, are in `data.rlhf`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
@@ -86,8 +84,9 @@ def _result(vote: CastVote) -> list[dict[str, Any]]:
     result = []
     for name, to_name, kind, value in found:
         id = digest(f"{vote.annotator} {name} {value}")[:10]
-        region = {"id": id, "from_name": name, "to_name": to_name, "type": kind, "value": value}
-        result.append(region)
+        result.append(
+            {"id": id, "from_name": name, "to_name": to_name, "type": kind, "value": value}
+        )
     return result
 
 
@@ -153,8 +152,7 @@ def _pair(
     names = extras.get("users", {}) | dict(names)
     votes = []
     for annotation in row.get("annotations") or ():
-        vote = _vote(annotation, _who(annotation.get("completed_by"), names), sides, place)
-        votes.append(vote)
+        votes.append(_vote(annotation, _who(annotation.get("completed_by"), names), sides, place))
     for prediction in row.get("predictions") or ():
         name = prediction.get("model_version") or "predictions"
         vote = _vote(prediction, name, sides, place)

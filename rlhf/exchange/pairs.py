@@ -2,8 +2,6 @@
 those leave to whoever sets a project up: names of fields, and words for a choice.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -82,20 +80,21 @@ def pairs_of_view(view: StoreView) -> list[JudgedPair]:
             **about,
         )
     for vote in view.votes():
-        cast = CastVote(
-            vote.annotator,
-            vote.choice,
-            kinds[vote.annotator],
-            vote.left,
-            vote.strength,
-            vote.reason,
-            vote.tags,
-            vote.duration_ms,
-            vote.created,
-            vote.corrected,
-            vote.criteria,
+        found[vote.comparison].votes.append(
+            CastVote(
+                vote.annotator,
+                vote.choice,
+                kinds[vote.annotator],
+                vote.left,
+                vote.strength,
+                vote.reason,
+                vote.tags,
+                vote.duration_ms,
+                vote.created,
+                vote.corrected,
+                vote.criteria,
+            )
         )
-        found[vote.comparison].votes.append(cast)
     return list(found.values())
 
 

@@ -2,8 +2,6 @@
 models, rows, judges.
 """
 
-from __future__ import annotations
-
 import shlex
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """The programs of jobs: how each is started, which are running, and how they are ended with care."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -2,13 +2,11 @@
 measured.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AliasChoices,
@@ -53,7 +51,7 @@ class Pairs(Spec):
     annotate: str | None = None
 
     @model_validator(mode="after")
-    def check_source(self) -> Pairs:
+    def check_source(self) -> Self:
         # pairs are either given or made: half of either cannot run
         made = (self.prompts, self.sample, self.annotate)
         is_wrong = None in made if self.data is None else any(made)
@@ -157,7 +155,7 @@ class Budget(Spec):
     tolerance: Number = Field(0.1, gt=0)
 
     @model_validator(mode="after")
-    def check_total(self) -> Budget:
+    def check_total(self) -> Self:
         if self.match != "none" and self.total is None:
             raise ValueError("'total' is missing, expected a number above 0")
         return self

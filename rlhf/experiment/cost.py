@@ -1,7 +1,5 @@
 """What runs have cost, and how long they may be so that all cost the same in the end."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ The folds are programs like any other: one that was cut off is started again and
 is done is not done again.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlhf import config as options
+from rlhf.compare.format import bounded
 from rlhf.config import option, parse
 from rlhf.data.export import rows_of, write_rows
 from rlhf.data.records import Preference
@@ -28,7 +27,7 @@ from rlhf.experiment.state import ExperimentState, read_json
 from rlhf.experiment.steps import StepDisplay
 from rlhf.files import dumps, write_atomic
 from rlhf.options.offline import RewardRunConfig
-from rlhf.stats import jackknife_interval
+from rlhf.stats import mean_over_groups
 from rlhf.text import markdown_table
 
 
@@ -220,11 +219,11 @@ def summarise(
         by_fold.append(entry | {"saved_step": result.get("saved_step")})
     for name, values in measures.items():
         bounds = (0.0, 1.0) if name == "accuracy" else None
-        summary[name] = mean_over_groups(values, groups, bounds)
+        summary[name] = _mean(values, groups, bounds)
         parts = []
         for entry in by_fold:
             mine = folds == entry["fold"]
-            parts.append(mean_over_groups(values[mine], groups[mine], bounds))
+            parts.append(_mean(values[mine], groups[mine], bounds))
             entry[name] = parts[-1]["mean"]
         means = [part["mean"] for part in parts]
         errors = [part["se"] for part in parts if part["se"] is not None]
@@ -236,20 +235,11 @@ def summarise(
     return summary | {"folds": by_fold}
 
 
-def mean_over_groups(
-    values: np.ndarray, groups: np.ndarray, bounds: tuple[float, float] | None = None
+def _mean(
+    values: np.ndarray, groups: np.ndarray, bounds: tuple[float, float] | None
 ) -> dict[str, float | None]:
-    """Return the mean over pairs, its 95 % interval by the jackknife over groups, and its standard
-    error; None where there is one group only.
-    """
-    _, index = np.unique(groups, return_inverse=True)
-    sums, counts = np.bincount(index, values), np.bincount(index)
-    mean = float(np.mean(values))
-    if len(counts) < 2:
-        return {"mean": mean, "low": None, "high": None, "se": None}
-    without = (sums.sum() - sums) / (counts.sum() - counts)
-    low, high, se = jackknife_interval(mean, without, bounds=bounds)
-    return {"mean": mean, "low": low, "high": high, "se": se}
+    found = mean_over_groups(values, groups, bounds=bounds)
+    return {name: found[name] for name in ("mean", "low", "high", "se")}
 
 
 def page_of(result: dict[str, Any], title: str) -> str:
@@ -264,7 +254,7 @@ def page_of(result: dict[str, Any], title: str) -> str:
     expected = ["expected by their pairs alone", "", ""]
     for name, digits in (("accuracy", 3), ("log_loss", 4)):
         part = result[name]
-        whole.append(_interval(part, digits))
+        whole.append(bounded({**part, "estimate": part["mean"]}, f"{{:.{digits}f}}".format))
         spreads.append(_number(part["spread"], digits))
         expected.append(_number(part["expected_spread"], digits))
     rows += [(*whole, ""), (*spreads, ""), (*expected, "")]
@@ -285,11 +275,6 @@ def page_of(result: dict[str, Any], title: str) -> str:
             "",
         ]
     return "\n".join(lines)
-
-
-def _interval(part: dict[str, Any], digits: int) -> str:
-    low, high = _number(part["low"], digits), _number(part["high"], digits)
-    return f"{part['mean']:.{digits}f} [{low}, {high}]"
 
 
 def _number(value: float | None, digits: int) -> str:

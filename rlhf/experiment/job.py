@@ -2,8 +2,6 @@
 recognised.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass, field

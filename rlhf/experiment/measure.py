@@ -4,8 +4,6 @@ Every method's policies get the same prompts, the same sampling noise, the same 
 estimator of KL.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable

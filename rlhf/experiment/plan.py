@@ -10,10 +10,9 @@ OUT/measures/...                the responses of every policy with their measure
 OUT/jobs/NAME.json, OUT/logs/   what is done, and the output of each program
 """
 
-from __future__ import annotations
-
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import fields
 from itertools import chain
 from typing import Any, Literal
@@ -338,9 +337,8 @@ def given_options(part: Part) -> dict[str, Any]:
     return (read_yaml(part.config) if part.config else {}) | part.options
 
 
-def flags(options: dict[str, Any]) -> list[str]:
-    """Return options as words of a command line that rlhf.config.parse reads back as they were."""
-    words = []
+def flags(options: dict[str, Any]) -> Iterator[str]:
+    """Yield options as words of a command line that rlhf.config.parse reads back as they were."""
     for name, value in options.items():
         if isinstance(value, (dict, list)):
             text = json.dumps(value, ensure_ascii=False)
@@ -349,5 +347,4 @@ def flags(options: dict[str, Any]) -> list[str]:
             text = str(value).lower()
         else:
             text = str(value)
-        words += [f"--{name}", text]
-    return words
+        yield from [f"--{name}", text]

@@ -2,12 +2,10 @@
 and its status.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.live import Live
@@ -38,7 +36,7 @@ class LiveTable:
         self.done_before = len(state.done)
         self.live = Live(console=console, refresh_per_second=1, get_renderable=self.table)
 
-    def __enter__(self) -> LiveTable:
+    def __enter__(self) -> Self:
         self.live.start()
         self.log(f"{len(self.state.done)} of {len(self.state.jobs)} jobs are done already")
         return self

@@ -7,13 +7,11 @@ OUT/measures/NAME/step-N.jsonl, so that anyone can read what was measured again:
     {"prompt", "sample", "response", "length", "ended", "kl", "scores"}    one for each response
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -38,16 +36,14 @@ def measures_of(config: ExperimentConfig, trial: str) -> Path:
     return Path(config.output_dir) / "measures" / trial
 
 
-def rows_to_write(rows: list, samples: int, *, with_ids: bool) -> list[dict]:
-    """Return the rows of an evaluation, which come prompt by prompt, as they are written."""
+def rows_to_write(rows: list, samples: int, *, with_ids: bool) -> Iterator[dict]:
+    """Yield the rows of an evaluation, which come prompt by prompt, as they are written."""
     names = ["sample", "response", "length", "ended", "kl", "scores"]
     if with_ids:
         names.append("ids")
-    written = []
     for number, row in enumerate(rows):
         own = {name: getattr(row, name) for name in names}
-        written.append({"prompt": number // samples, **own})
-    return written
+        yield {"prompt": number // samples, **own}
 
 
 def write_rows(file: Path, step: int, rows: list[dict], numbers: dict, budget: dict) -> None:
@@ -105,8 +101,8 @@ def summary(file: Path, judge: str | None) -> dict[str, float | None]:
     return {"judge": mean, "kl": sum(row["kl"] for row in rows) / len(rows)}
 
 
-def best_of(rows: list[dict], n: int, samples: int) -> list[dict]:
-    """Return the response with the highest proxy of each block of n responses to a prompt.
+def best_of(rows: list[dict], n: int, samples: int) -> Iterator[dict]:
+    """Yield the response with the highest proxy of each block of n responses to a prompt.
 
     Each prompt has `samples` blocks, after the first `samples` responses, which are the initial
     policy's own. The sequence KL to the initial policy is `best_of_n_kl`, the same for every
@@ -116,12 +112,10 @@ def best_of(rows: list[dict], n: int, samples: int) -> list[dict]:
     for row in sorted(rows, key=lambda row: (row["prompt"], row["sample"])):
         by_prompt.setdefault(row["prompt"], []).append(row)
     kl = best_of_n_kl(n)
-    chosen = []
     for own in by_prompt.values():
         for number, block in enumerate(blocks(n, samples)):
             best = max((own[sample] for sample in block), key=lambda row: row["scores"]["proxy"])
-            chosen.append({**best, "sample": number, "kl": kl})
-    return chosen
+            yield {**best, "sample": number, "kl": kl}
 
 
 def blocks(n: int, samples: int) -> list[range]:

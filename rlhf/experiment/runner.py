@@ -5,8 +5,6 @@ was made with other options is never mixed with the rest: it is named, and set a
 sandbox's quickstart is run by the same functions.
 """
 
-from __future__ import annotations
-
 import contextlib
 import resource
 import shlex

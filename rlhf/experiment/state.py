@@ -1,11 +1,10 @@
 """The jobs in one folder, and what has become of each."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -112,13 +111,11 @@ def write_record(state: ExperimentState, job: Job, record: dict[str, Any]) -> No
     write_atomic(file, dumps(record, indent=2) + "\n")
 
 
-def code_files() -> list[Path]:
-    """Return the Python files of the packages, in a fixed order."""
+def code_files() -> Iterator[Path]:
+    """Yield the Python files of the packages, in a fixed order."""
     root = Path(__file__).resolve().parents[2]
-    files: list[Path] = []
     for package in PACKAGES:
-        files += sorted((root / package).rglob("*.py"))
-    return files
+        yield from sorted((root / package).rglob("*.py"))
 
 
 def code_version() -> dict[str, str | None]:

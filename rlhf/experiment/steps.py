@@ -1,7 +1,5 @@
 """The jobs of a short plan as they run: each with its command and its output."""
 
-from __future__ import annotations
-
 import sys
 import time
 

@@ -1,7 +1,5 @@
 """What an exported model computes, beside the policy that it was made from."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The forms that a policy is exported in: each is written, read back and compared with the run."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -5,8 +5,6 @@ Names of tensors and fields are those of the `gguf` package. What a file of each
 beyond names: rows of q and k of Llama are interleaved, those of Qwen are not; norms stay float32.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -122,22 +120,31 @@ def _add_settings(writer: Any, config: Any, kind: str, name: str) -> None:
     head_size = getattr(config, "head_dim", None)
     head_size = head_size or config.hidden_size // config.num_attention_heads
     file_types = {"f16": "MOSTLY_F16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_type("model")
-    writer.add_name(name)
-    writer.add_file_type(gguf.LlamaFileType[file_types[kind]])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_size)
-    writer.add_value_length(head_size)
-    writer.add_rope_dimension_count(head_size)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
+    settings = {
+        "type": "model",
+        "name": name,
+        "file_type": gguf.LlamaFileType[file_types[kind]],
+        "quantization_version": gguf.GGML_QUANT_VERSION,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "key_length": head_size,
+        "value_length": head_size,
+        "rope_dimension_count": head_size,
+        "rope_freq_base": config.rope_parameters["rope_theta"],
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "vocab_size": config.vocab_size,
+    }
+    _add(writer, settings)
+
+
+def _add(writer: Any, fields: dict[str, Any]) -> None:
+    """Write fields of the head of a file by their names in the `gguf` package, in order."""
+    for name, value in fields.items():
+        getattr(writer, f"add_{name}")(value)
 
 
 def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
@@ -154,19 +161,22 @@ def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     # models round their vocabulary up
     listed = [by_id.get(number, f"[PAD{number}]") for number in range(rows)]
 
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(splitting(tokenizer))
-    writer.add_token_list(listed)
-    writer.add_token_types([types.get(number, TokenType.UNUSED) for number in range(rows)])
     merges = state["model"]["merges"]
-    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
+    special = {}
     for role in ("bos", "eos", "unk", "pad"):
-        number = getattr(tokenizer, f"{role}_token_id")
-        if number is not None:
-            getattr(writer, f"add_{role}_token_id")(number)
-    writer.add_add_space_prefix(False)
-    writer.add_add_bos_token(adds_bos(tokenizer))
-    writer.add_chat_template(plain_template(tokenizer))
+        special[f"{role}_token_id"] = getattr(tokenizer, f"{role}_token_id")
+    fields = {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": splitting(tokenizer),
+        "token_list": listed,
+        "token_types": [types.get(number, TokenType.UNUSED) for number in range(rows)],
+        "token_merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
+        **{name: number for name, number in special.items() if number is not None},
+        "add_space_prefix": False,
+        "add_bos_token": adds_bos(tokenizer),
+        "chat_template": plain_template(tokenizer),
+    }
+    _add(writer, fields)
 
 
 def adds_bos(tokenizer: Any) -> bool:

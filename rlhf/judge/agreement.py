@@ -5,8 +5,6 @@ Shares are means over pairs with the delete-one-group jackknife (rlhf/stats.py):
 prompts depend on each other.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence

@@ -6,11 +6,9 @@ outputs: [{"instruction", "output", "generator", "dataset", "datasplit"}]. annot
 is the reference's.
 """
 
-from __future__ import annotations
-
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +34,10 @@ def write_outputs(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     _write(path, outputs)
 
 
-def read_outputs(path: str | Path) -> list[dict[str, Any]]:
-    """Return the outputs in a file as rows of samples.jsonl. Raises UserError with the row that is
+def read_outputs(path: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the outputs in a file as rows of samples.jsonl. Raises UserError with the row that is
     none.
     """
-    rows = []
     for number, row in enumerate(read_rows(path), 1):
         own = dict(row)
         # AlpacaFarm's instructions had a second part
@@ -55,8 +52,7 @@ def read_outputs(path: str | Path) -> list[dict[str, Any]]:
             ) from None
         if more:
             named["prompt"] = f"{named['prompt']}\n\n{more}"
-        rows.append({**named, **own})
-    return rows
+        yield {**named, **own}
 
 
 def write_annotations(path: Path, pairs: Sequence[JudgedPair], annotator: str) -> None:
@@ -66,29 +62,29 @@ def write_annotations(path: Path, pairs: Sequence[JudgedPair], annotator: str) -
     rows = []
     for pair in pairs:
         both = {"p_ab": _number(pair.p_ab), "p_ba": _number(pair.p_ba), "group": pair.group}
-        row = {
-            "instruction": conversation_text(pair.prompt),
-            "output_1": pair.answer_b,
-            "generator_1": pair.b,
-            "dataset": DATASET,
-            "output_2": pair.answer_a,
-            "generator_2": pair.a,
-            "datasplit": "eval",
-            "annotator": annotator,
-            "preference": None if math.isnan(pair.share) else 1 + pair.share,
-            "price_per_example": None,
-            "time_per_example": None,
-            "raw_completion": both,
-        }
-        rows.append(row)
+        rows.append(
+            {
+                "instruction": conversation_text(pair.prompt),
+                "output_1": pair.answer_b,
+                "generator_1": pair.b,
+                "dataset": DATASET,
+                "output_2": pair.answer_a,
+                "generator_2": pair.a,
+                "datasplit": "eval",
+                "annotator": annotator,
+                "preference": None if math.isnan(pair.share) else 1 + pair.share,
+                "price_per_example": None,
+                "time_per_example": None,
+                "raw_completion": both,
+            }
+        )
     _write(path, rows)
 
 
-def read_annotations(path: str | Path) -> list[JudgedPair]:
-    """Return the pairs of an annotations file. An annotation of AlpacaEval is of one order, drawn at
+def read_annotations(path: str | Path) -> Iterator[JudgedPair]:
+    """Yield the pairs of an annotations file. An annotation of AlpacaEval is of one order, drawn at
     random; it counts for both.
     """
-    pairs = []
     for number, row in enumerate(read_rows(path), 1):
         try:
             preference = row["preference"]
@@ -117,8 +113,7 @@ def read_annotations(path: str | Path) -> list[JudgedPair]:
                 math.nan if raw[name] is None else raw[name] for name in ("p_ab", "p_ba")
             )
             pair.group = raw["group"]
-        pairs.append(pair)
-    return pairs
+        yield pair
 
 
 def _number(value: float) -> float | None:

@@ -6,12 +6,10 @@ the first game the baseline is A, in the second the model. Version 0.1 ("questio
 "choices") is read too. A strong verdict (A>>B) is read as a verdict.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,11 +119,10 @@ def write_judgments(folder: Path, pairs: Sequence[JudgedPair], judge: str) -> No
         _write(file, own.values())
 
 
-def read_judgments(folder: str | Path) -> list[JudgedPair]:
-    """Return the pairs of all judgments in a folder, with their questions and answers."""
+def read_judgments(folder: str | Path) -> Iterator[JudgedPair]:
+    """Yield the pairs of all judgments in a folder, with their questions and answers."""
     folder = Path(folder)
     answers = {(row["policy"], row["uid"]): row for row in read_answers(folder)}
-    pairs = []
     for file in sorted((folder / "model_judgment").glob("**/*.jsonl")):
         for number, row in enumerate(_read(file), 1):
             model, baseline = row.get("model"), row.get("baseline") or FIRST_BASELINE
@@ -139,7 +136,7 @@ def read_judgments(folder: str | Path) -> list[JudgedPair]:
             p_ba, p_ab = (_first_better(game) for game in row["games"])
             prompt = of_model["prompt"]
             default = prompt_group([{"role": "user", "content": prompt}])
-            pair = JudgedPair(
+            yield JudgedPair(
                 prompt=prompt,
                 group=row.get("group") or default,
                 a=model,
@@ -149,8 +146,6 @@ def read_judgments(folder: str | Path) -> list[JudgedPair]:
                 p_ab=p_ab,
                 p_ba=p_ba,
             )
-            pairs.append(pair)
-    return pairs
 
 
 def file_name(name: str) -> str:
@@ -207,10 +202,9 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read(path: Path) -> Iterator[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a folder as Arena-Hard has it")
-    rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
@@ -218,5 +212,4 @@ def _read(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             raise UserError(f"{path}, line {number}: not JSON") from None
-        rows.append(row)
-    return rows
+        yield row

@@ -2,8 +2,6 @@
 time, with tokens and cost counted.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import hashlib
 import json
@@ -119,9 +117,11 @@ class Client:
     def __post_init__(self):
         spec = self.spec
         self.question: Question = question(spec)
+        address, mark, query = spec.openai.partition("?")
         self.service = Service(
             self.where,
-            spec.openai.partition("?")[0].rstrip("/") + "/chat/completions" + _query(spec.openai),
+            # the path that is added comes before the query
+            f"{address.rstrip('/')}/chat/completions{mark}{query}",
             spec.timeout,
             spec.retries,
             read_token(spec.token_env, self.where),
@@ -278,9 +278,3 @@ class Client:
                 f"{self.service} answered {answer.excerpt(self.service)}, expected a chat completion "
                 "with choices[0].message.content. Does the address end in /v1?"
             ) from None
-
-
-def _query(url: str) -> str:
-    """Return the query of a URL with its question mark, which goes after the path that is added."""
-    query = url.partition("?")[2]
-    return f"?{query}" if query else ""

@@ -1,10 +1,8 @@
 """`rlhf judge pairs`, `rlhf judge export` and `rlhf judge import`."""
 
-from __future__ import annotations
-
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -101,14 +99,13 @@ def read_source(source: str) -> list[JudgedPair]:
     return pairs_of_samples(read_samples(source), source)
 
 
-def read_samples(source: str | Path) -> list[dict[str, Any]]:
-    """Return the rows {"policy", "prompt", "response", ...} of samples.jsonl. Raises UserError with
+def read_samples(source: str | Path) -> Iterator[dict[str, Any]]:
+    """Yield the rows {"policy", "prompt", "response", ...} of samples.jsonl. Raises UserError with
     the line that is none.
     """
     source = Path(source)
     if not source.is_file():
         raise UserError(f"{source}: no such file{near_file(source)}")
-    rows = []
     with open(source, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -120,11 +117,10 @@ def read_samples(source: str | Path) -> list[dict[str, Any]]:
                     f'{source}, line {number}: expected {{"policy", "prompt", "response"}}, as '
                     "`rlhf compare` writes samples.jsonl"
                 )
-            rows.append(row)
-    return rows
+            yield row
 
 
-def pairs_of_samples(rows: Sequence[dict[str, Any]], where: str) -> list[JudgedPair]:
+def pairs_of_samples(rows: Iterable[dict[str, Any]], where: str) -> list[JudgedPair]:
     """Return pairs of each policy (a) and the first one (b) on the prompts that both answered.
 
     Sample k meets sample k + 1 of the first policy, cyclically: the k-th ones of `rlhf compare` share
@@ -145,15 +141,16 @@ def pairs_of_samples(rows: Sequence[dict[str, Any]], where: str) -> list[JudgedP
         for k, answer in enumerate(answers[policy].get(prompt, [])):
             asked = json.loads(prompt)
             messages = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-            pair = JudgedPair(
-                prompt=asked,
-                group=prompt_group(messages),
-                a=policy,
-                b=reference,
-                answer_a=answer,
-                answer_b=of_b[(k + 1) % len(of_b)],
+            pairs.append(
+                JudgedPair(
+                    prompt=asked,
+                    group=prompt_group(messages),
+                    a=policy,
+                    b=reference,
+                    answer_a=answer,
+                    answer_b=of_b[(k + 1) % len(of_b)],
+                )
             )
-            pairs.append(pair)
     if not pairs:
         raise UserError(f"{where}: {reference} and {', '.join(others)} have no prompt in common")
     return pairs
@@ -191,7 +188,7 @@ def export(config: ExportConfig) -> None:
                 of_pair = folder / f"{arena_hard.file_name(a)}-over-{arena_hard.file_name(b)}"
                 alpaca_eval.write_annotations(of_pair / "annotations.json", own, config.name)
     else:
-        rows = read_samples(config.source)
+        rows = list(read_samples(config.source))
         first = list({(r["policy"], dumps(r["prompt"])): r for r in reversed(rows)}.values())[::-1]
         _say_left_out(len(rows) - len(first))
         if config.to == "arena_hard":

@@ -13,8 +13,6 @@ and needs errors that do not depend on the pair. Here a useless judge gets the w
 is the mean of the people's votes.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.stats import bounded_interval, student_quantile
+from rlhf.stats import bounded_interval, group_means, student_quantile
 
 # with fewer labelled prompts the weight of the judge and its error are too uncertain to be shown
 MIN_LABELLED = 10
@@ -85,8 +83,7 @@ class EqualAnswers:
 
 def equal_answers(equal: np.ndarray, groups: Sequence[str]) -> EqualAnswers:
     """Return what pairs that are equal (pairs,) are of their groups, in the order of the names."""
-    _, group = np.unique(np.asarray(groups), return_inverse=True)
-    return EqualAnswers(np.bincount(group, weights=equal) / np.bincount(group))
+    return EqualAnswers(group_means(equal, groups))
 
 
 def corrected_win_rate(

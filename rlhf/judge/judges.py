@@ -10,8 +10,6 @@ better comes back for each, or None (null) for no verdict. A service gets
 POST {"prompts": [...], "first": [...], "second": [...]} and answers {"probabilities": [...]}.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

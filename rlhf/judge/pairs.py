@@ -4,14 +4,12 @@ judged.jsonl has one a line: {"prompt", "group", "a", "b", "answer_a", "answer_b
 "people"}.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -64,7 +62,7 @@ class JudgedPair:
         """Words of A's answer less those of B's."""
         return len(self.answer_a.split()) - len(self.answer_b.split())
 
-    def turned(self) -> JudgedPair:
+    def turned(self) -> Self:
         """Return the same pair with a and b exchanged."""
         people = {name: OTHER_SIDE.get(choice, choice) for name, choice in self.people.items()}
         return JudgedPair(
@@ -156,16 +154,17 @@ def store_pairs(name: str) -> list[JudgedPair]:
     for id, row in rows.items():
         if row["kind"] == "control":
             continue
-        pair = JudgedPair(
-            prompt=row["messages"],
-            group=row["metadata"].get("group") or prompt_group(row["messages"]),
-            a=row["model_a"] or "a",
-            b=row["model_b"] or "b",
-            answer_a=row["text_a"],
-            answer_b=row["text_b"],
-            people=people.get(id, {}),
+        pairs.append(
+            JudgedPair(
+                prompt=row["messages"],
+                group=row["metadata"].get("group") or prompt_group(row["messages"]),
+                a=row["model_a"] or "a",
+                b=row["model_b"] or "b",
+                answer_a=row["text_a"],
+                answer_b=row["text_b"],
+                people=people.get(id, {}),
+            )
         )
-        pairs.append(pair)
     if not pairs:
         raise UserError(f"{name}: holds no pairs. Sample some: rlhf collect sample --help")
     return pairs

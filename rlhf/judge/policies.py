@@ -1,7 +1,5 @@
 """A judge's word on the policies of a comparison or an experiment."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path

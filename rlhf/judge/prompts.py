@@ -4,8 +4,6 @@ A template is text with the places {prompt}, {guide}, {mark} and {format}, and {
 of a pair or {response} and {highest} of a score. rlhf/judge/templates has the shipped ones.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -2,24 +2,22 @@
 Markdown.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from rlhf.compare.crossed import crossed_mean
-from rlhf.compare.format import UNKNOWN
+from rlhf.compare.format import UNKNOWN, bounded
 from rlhf.compare.format import share as share_text
 from rlhf.compare.wins import share
 from rlhf.judge.agreement import agreement, length_bias, same_family, self_preference
 from rlhf.judge.correct import MIN_LABELLED, corrected_win_rate, equal_answers
 from rlhf.judge.pairs import JudgedPair, ordered, orders
-from rlhf.stats import student_quantile
+from rlhf.stats import group_means, student_quantile
 from rlhf.text import markdown_table
 
 LEVEL = 0.95
@@ -49,13 +47,13 @@ def judge_report(
         "agreement": agreement(pairs),
         "length": length_bias(pairs),
         "self_preference": self_preference(pairs, own),
-        "win_rates": win_rates(pairs),
+        "win_rates": list(win_rates(pairs)),
         "usage": usage,
     }
 
 
-def win_rates(pairs: Sequence[JudgedPair]) -> list[dict[str, Any]]:
-    """Return, for each two policies, how often the first wins by the judge, by the judge corrected
+def win_rates(pairs: Sequence[JudgedPair]) -> Iterator[dict[str, Any]]:
+    """Yield, for each two policies, how often the first wins by the judge, by the judge corrected
     by people's votes, and by those votes alone; each group of prompts counts once.
     """
     by_policies: dict[tuple[str, str], list[JudgedPair]] = {}
@@ -63,14 +61,13 @@ def win_rates(pairs: Sequence[JudgedPair]) -> list[dict[str, Any]]:
         # two answers of one policy say nothing about it
         if pair.a != pair.b:
             by_policies.setdefault((pair.a, pair.b), []).append(pair)
-    rows = []
     for (a, b), found in by_policies.items():
         shares = np.array([pair.share for pair in found])
         votes = np.array([pair.votes for pair in found])
         groups = [pair.group for pair in found]
         equal = np.array([pair.answer_a == pair.answer_b for pair in found])
         corrected = corrected_win_rate(votes, shares, groups, LEVEL, equal=equal)
-        row = {
+        yield {
             "a": a,
             "b": b,
             "pairs": len(found),
@@ -80,8 +77,6 @@ def win_rates(pairs: Sequence[JudgedPair]) -> list[dict[str, Any]]:
             "people": _by_people(votes, equal, groups),
             "corrected": None if corrected is None else corrected.to_dict(),
         }
-        rows.append(row)
-    return rows
 
 
 def _by_people(
@@ -106,14 +101,11 @@ def _by_people(
 
 def _mean(values: np.ndarray, groups: Sequence[str]) -> dict[str, Any] | None:
     """Return the mean over groups of the values that are there, with the interval of a share."""
-    of_groups: dict[str, list[float]] = {}
-    for value, group in zip(values, groups, strict=True):
-        if not math.isnan(value):
-            of_groups.setdefault(group, []).append(float(value))
-    if not of_groups:
+    known = np.isfinite(values)
+    if not known.any():
         return None
-    means = np.array([[np.mean(own) for own in of_groups.values()]])
-    found = share(crossed_mean(means, null=0.5, level=LEVEL), LEVEL).to_dict()
+    means = group_means(values[known], np.asarray(groups)[known])
+    found = share(crossed_mean(means[None], null=0.5, level=LEVEL), LEVEL).to_dict()
     return {name: found[name] for name in ("estimate", "low", "high", "groups")}
 
 
@@ -200,16 +192,8 @@ def _annotator_table(annotators: dict[str, Any]) -> list[str]:
 
 def percent(value: dict[str, Any] | None, *, signed: bool = False) -> str:
     """Return a share with its interval, or with a sign a difference of shares."""
-    if not signed or value is None or value["estimate"] is None:
-        return share_text(value)
-    text = f"{100 * value['estimate']:+.1f}"
-    if value["low"] is None:
-        return text
-    return f"{text} [{100 * value['low']:+.1f}, {100 * value['high']:+.1f}]"
+    return bounded(value, lambda share: f"{100 * share:+.1f}") if signed else share_text(value)
 
 
 def _number(value: dict[str, Any] | None) -> str:
-    if value is None or value["estimate"] is None:
-        return UNKNOWN
-    text = f"{value['estimate']:+.2f}"
-    return text if value["low"] is None else f"{text} [{value['low']:+.2f}, {value['high']:+.2f}]"
+    return bounded(value, "{:+.2f}".format)

@@ -4,8 +4,6 @@
 {openai: http://localhost:8000/v1, model: qwen, guide: configs/voices/shop.yaml, explain: true}
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

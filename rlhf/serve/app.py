@@ -1,7 +1,5 @@
 """The web application: OpenAI's endpoints over the policies of one process."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import hmac
@@ -11,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -84,8 +83,8 @@ def create_app(service: Service) -> Starlette:
         routes=[
             Route("/v1/models", list_models),
             Route("/v1/models/{name:path}", one_model),
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", partial(answer, kind=ChatRequest), methods=["POST"]),
+            Route("/v1/completions", partial(answer, kind=CompletionRequest), methods=["POST"]),
             Route("/health", health),
         ],
         lifespan=lifespan,
@@ -158,15 +157,7 @@ async def one_model(request: Request) -> Response:
     return JSONResponse(protocol.models({policy.name: policy}, service.created)["data"][0])
 
 
-async def chat_completions(request: Request) -> Response:
-    return await answer(request, ChatRequest)
-
-
-async def completions(request: Request) -> Response:
-    return await answer(request, CompletionRequest)
-
-
-async def answer(request: Request, kind: type[protocol.Request]) -> Response:
+async def answer(request: Request, *, kind: type[protocol.Request]) -> Response:
     """Answer a request of either endpoint: check it, put it in line, and stream or collect."""
     service: Service = request.app.state.service
     service.check_access(request)

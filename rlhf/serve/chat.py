@@ -1,7 +1,5 @@
 """`rlhf chat RUN [RUN ...]`: talk to policies in the terminal, or from a script."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -1,7 +1,5 @@
 """The policies that are served: adapters of one base by name, and the base itself."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext

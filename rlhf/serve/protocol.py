@@ -1,8 +1,7 @@
 """Requests and answers in OpenAI's form; what is not supported is refused by name."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -224,16 +223,14 @@ class Answers:
         delta = {"role": "assistant", "content": ""}
         return [self._chunk(Event(answer), delta) for answer in range(self.unfinished)]
 
-    def next(self, event: Event) -> list[dict[str, Any]]:
-        """Return the chunks of an event: its text, then the end of its choice without any."""
+    def next(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Yield the chunks of an event: its text, then the end of its choice without any."""
         delta = {"content": event.text} if event.text or event.tokens else {}
-        chunks = []
         if delta:
             news = Event(event.answer, event.text, event.tokens)
-            chunks.append(self._chunk(news, delta))
+            yield self._chunk(news, delta)
         if event.finish:
-            chunks.append(self._chunk(Event(event.answer, finish=event.finish), {}))
-        return chunks
+            yield self._chunk(Event(event.answer, finish=event.finish), {})
 
     def last(self) -> list[dict[str, Any]]:
         """Return the chunk with the usage, if it was asked for."""
@@ -264,6 +261,5 @@ class Answers:
             if token in self.policy.stop_ids:
                 continue
             spelt = None if INCOMPLETE in text else list(text.encode())
-            entry = {"token": text, "logprob": logprob, "bytes": spelt, "top_logprobs": []}
-            entries.append(entry)
+            entries.append({"token": text, "logprob": logprob, "bytes": spelt, "top_logprobs": []})
         return {"content": entries, "refusal": None}

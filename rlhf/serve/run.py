@@ -1,7 +1,5 @@
 """`rlhf serve RUN [RUN ...]`: policies on a port of this machine, in OpenAI's protocol."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 an answer is told while its tokens are drawn.
 """
 
-from __future__ import annotations
-
 import threading
 import traceback
 from collections import deque

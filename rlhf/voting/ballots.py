@@ -1,7 +1,5 @@
 """Votes between policies: which votes of a preference store compare answers of two policies."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from collections.abc import Sequence

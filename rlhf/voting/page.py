@@ -1,10 +1,9 @@
 """Win rates by votes as text: one sentence for every two policies, and tables."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf.compare.format import p_value, share
 from rlhf.text import escape_cell, markdown_table
 
 # how each source of votes is named, in tables and sentences alike
@@ -47,7 +46,7 @@ def votes_markdown(
         "",
     ]
     if len(summary["policies"]) > 2:
-        rows = [[row["policy"], interval(row["rate"])] for row in summary["policies"]]
+        rows = [[row["policy"], share(row["rate"])] for row in summary["policies"]]
         header = ["policy", "mean chance over the others [95 %]"]
         lines += [*markdown_table(header, rows, right=[1], escape=escape), ""]
     rows = []
@@ -55,8 +54,8 @@ def votes_markdown(
         rows.append(
             [
                 f"{pair['one']} over {pair['other']}",
-                interval(pair["rate"]),
-                _p(pair["p_adjusted"]),
+                share(pair["rate"]),
+                p_value(pair["p_adjusted"]),
                 str(pair["votes"]),
                 str(pair["prompts"]),
                 f"{pair['ties']:.0%}",
@@ -65,17 +64,8 @@ def votes_markdown(
             ]
         )
     header = ["pair", "wins [95 %]", "p adjusted", "votes", "prompts", "ties", "equal answers"]
-    header.append("enough votes?")
-    lines += markdown_table(header, rows, right=range(1, 7), escape=escape)
+    lines += markdown_table([*header, "enough votes?"], rows, right=range(1, 7), escape=escape)
     return [*lines, "", LEGEND]
-
-
-def interval(rate: Mapping[str, Any]) -> str:
-    """Return "58.0 % [52.1, 63.7]"; without an interval where there is none."""
-    text = f"{100 * rate['estimate']:.1f} %"
-    if rate["low"] is None:
-        return text
-    return f"{text} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
 
 
 def stop_text(pair: Mapping[str, Any]) -> str:
@@ -94,7 +84,7 @@ def stop_text(pair: Mapping[str, Any]) -> str:
 
 def _verdict(pair: Mapping[str, Any]) -> str:
     rate = pair["rate"]
-    shown = interval(rate)
+    shown = share(rate)
     if rate["low"] is None:
         return f"{pair['one']} wins {shown} over {pair['other']}; too few prompts for an interval."
     p = pair["p_adjusted"]
@@ -103,7 +93,7 @@ def _verdict(pair: Mapping[str, Any]) -> str:
     if is_beyond and p is not None and p >= ALPHA:
         return (
             f"no difference between {pair['one']} and {pair['other']} is shown among all pairs of policies "
-            f"(p adjusted {_p(p)}): {pair['one']} wins {shown}."
+            f"(p adjusted {p_value(p)}): {pair['one']} wins {shown}."
         )
     if rate["low"] > 0.5:
         return f"{pair['one']} is preferred to {pair['other']}: it wins {shown} of comparisons."
@@ -113,11 +103,5 @@ def _verdict(pair: Mapping[str, Any]) -> str:
             "low": 1 - rate["high"],
             "high": 1 - rate["low"],
         }
-        return f"{pair['other']} is preferred to {pair['one']}: it wins {interval(mirrored)} of comparisons."
+        return f"{pair['other']} is preferred to {pair['one']}: it wins {share(mirrored)} of comparisons."
     return f"no difference between {pair['one']} and {pair['other']} is shown: {pair['one']} wins {shown}."
-
-
-def _p(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -394,8 +394,7 @@ def test_steps_of_a_method_that_is_not_matched(tmp_path):
 
 
 def test_flags_read_back():
-    words = flags(
-        {"a": 1e-05, "b": True, "c": None, "d": ["x y", "z,w"], "e": {"k": "😀"}, "f": "text"}
-    )
+    given = {"a": 1e-05, "b": True, "c": None, "d": ["x y", "z,w"], "e": {"k": "😀"}, "f": "text"}
+    words = list(flags(given))
     assert words == ["--a", "1e-05", "--b", "true", "--c", "none", "--d", '["x y", "z,w"]', "--e", '{"k": "😀"}', "--f",
                      "text"]  # fmt: skip

@@ -70,13 +70,13 @@ def same(one, other):
 def test_outputs_of_alpaca_eval_both_ways(tmp_path):
     file = tmp_path / "example.json"
     file.write_text(json.dumps([OUTPUT]))
-    rows = alpaca_eval.read_outputs(file)
+    rows = list(alpaca_eval.read_outputs(file))
     assert rows[0]["policy"] == "example" and rows[0]["prompt"] == "Who is Larry Page?"
     alpaca_eval.write_outputs(tmp_path / "back.json", rows)
     assert json.loads((tmp_path / "back.json").read_text()) == [OUTPUT]
     # without a generator it is the file's name, with a second part it belongs to the prompt
     file.write_text(json.dumps([{"instruction": "Sum:", "input": "1 2", "output": "3"}]))
-    assert alpaca_eval.read_outputs(file)[0] == {
+    assert next(alpaca_eval.read_outputs(file)) == {
         "prompt": "Sum:\n\n1 2", "response": "3", "policy": "example",
     }  # fmt: skip
 
@@ -89,7 +89,7 @@ def test_annotations_of_alpaca_eval_both_ways(tmp_path):
     assert [row["preference"] for row in rows] == [pytest.approx(1.85), 1.5, None]
     assert (rows[0]["generator_1"], rows[0]["output_2"]) == ("sft", "x? ppo")
     assert set(rows[0]) == set(ANNOTATION)
-    assert same(alpaca_eval.read_annotations(file), judged())
+    assert same(list(alpaca_eval.read_annotations(file)), judged())
     # theirs: one order of a weighted annotator
     file.write_text(json.dumps([ANNOTATION, {**ANNOTATION, "preference": 0}]))
     theirs, tie = alpaca_eval.read_annotations(file)
@@ -98,7 +98,7 @@ def test_annotations_of_alpaca_eval_both_ways(tmp_path):
     for wrong in ({"instruction": "x"}, {**ANNOTATION, "preference": 3}):
         file.write_text(json.dumps([wrong]))
         with pytest.raises(Exception, match="row 1: "):
-            alpaca_eval.read_annotations(file)
+            list(alpaca_eval.read_annotations(file))
 
 
 def test_answers_of_arena_hard_both_ways(tmp_path):
@@ -127,7 +127,7 @@ def test_judgments_of_arena_hard_both_ways(tmp_path):
     assert {key: rows[0][key] for key in ("uid", "model", "baseline", "judge")} == {
         "uid": digest("x?"), "model": "ppo", "baseline": "sft", "judge": "org/me",
     }  # fmt: skip
-    assert same(arena_hard.read_judgments(tmp_path), judged())
+    assert same(list(arena_hard.read_judgments(tmp_path)), judged())
 
 
 def test_labels_of_arena_hard_are_read_as_its_leaderboard_reads_them(tmp_path):
