@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic, holm
 from rlhf.compare.results import Point, Results
 from rlhf.compare.sentences import report_sentences, verdict_sentence
 from rlhf.compare.tables import equal_kl
@@ -19,6 +18,7 @@ from rlhf.experiment.results import read_results
 from rlhf.experiment.state import load_experiment, read_json
 from rlhf.files import dumps, write_atomic
 from rlhf.runs.tracking import read_metrics
+from rlhf.stats.crossed import Estimate, crossed_mean, crossed_statistic, holm
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES, IMAGES, RESULTS = (

@@ -19,13 +19,13 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from reward.model import load_reward
-from rlhf.compare.crossed import crossed_mean
 from rlhf.data.agreement import agreement_summary
 from rlhf.data.encode import encode_preferences
 from rlhf.data.load import load
 from rlhf.data.prepare.run import PrepareConfig, prepare
 from rlhf.data.records import Preference
 from rlhf.data.store import Store
+from rlhf.stats.crossed import crossed_mean
 
 PEOPLE = ("person 1", "person 2", "person 3")
 CHOICES = {0: "tie", 1: "a", 2: "b"}

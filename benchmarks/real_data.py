@@ -16,11 +16,10 @@ import torch
 from torch.nn.functional import softplus
 
 from reward.model import load_reward
-from rlhf.compare.crossed import crossed_mean
-from rlhf.compare.wins import share
 from rlhf.data.encode import encode_preferences
 from rlhf.data.load import load
 from rlhf.data.records import Preference
+from rlhf.stats.crossed import crossed_mean, share
 
 PAIRS = {"polite": "pref_rasbt_polite.jsonl", "voice": "pref_voice_professional_over_witty.jsonl"}
 YARDSTICK = {

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.collect.safe_markdown import _render
-from rlhf.compare.crossed import crossed_statistic
 from rlhf.data.agreement import agreement_summary
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
+from rlhf.stats.crossed import crossed_statistic
 
 RUNS = 5
 

@@ -21,11 +21,11 @@ from coverage import head, row, world
 from scipy.special import stdtrit
 
 from rlhf.compare import wins
-from rlhf.compare.crossed import Variances, crossed_mean, half_width, outlying
-from rlhf.compare.power import detectable, needed_seeds
 from rlhf.compare.results import Point, Results
 from rlhf.compare.selection import choose, chosen_mean, halves, take
 from rlhf.compare.summary import summarise
+from rlhf.stats.crossed import Variances, crossed_mean, half_width, outlying
+from rlhf.stats.power import detectable, needed_seeds
 
 LEVELS = (0.05, 0.0125, 0.005, 0.05 / 36)
 

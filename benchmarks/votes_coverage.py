@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.result_rows import add_rows
-from rlhf.compare.crossed import MIN_SEEDS
+from rlhf.stats.crossed import MIN_SEEDS
 from rlhf.voting.ballots import Ballots, Item
 from rlhf.voting.rates import confidence_sequence, pair_rate
 

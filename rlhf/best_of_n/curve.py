@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from rlhf.best_of_n.laws import fit_with_intervals
-from rlhf.compare.best_of_n import best_of_n_kl, best_of_n_means
-from rlhf.compare.crossed import crossed_mean, side
 from rlhf.compare.selection import choose, chosen_mean, halves, take
 from rlhf.stats import MIN_CLUSTERS
+from rlhf.stats.best_of_n import best_of_n_kl, best_of_n_means
+from rlhf.stats.crossed import crossed_mean, side
 
 # resamples of the groups for the interval of the turning point
 RESAMPLES = 2000

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlhf.compare.crossed import Estimate, block_weights, mean_over_seeds
+from rlhf.stats.crossed import Estimate, block_weights, mean_over_seeds
 
 FORM = "d (a + b log d + c d), d = sqrt(KL)"
 LINES = "lines from point to point, d = sqrt(KL)"

@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.best_of_n import best_of_n_kl
-from rlhf.compare.crossed import MIN_SEEDS, Estimate, crossed_mean, side
 from rlhf.compare.format import proxies_of
-from rlhf.compare.power import minimum_detectable_effect, needed_seeds
 from rlhf.compare.results import Key, Point, Results, key
+from rlhf.stats.best_of_n import best_of_n_kl
+from rlhf.stats.crossed import MIN_SEEDS, Estimate, crossed_mean, side
+from rlhf.stats.power import minimum_detectable_effect, needed_seeds
 
 # what a choice adds to the variance of the mean at most, as a share of it: `chosen_mean`
 CHOICE = 0.36

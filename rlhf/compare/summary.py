@@ -2,7 +2,7 @@
 from it elsewhere.
 
 Every estimate is a mean over seeds and groups of prompts, both drawn at random
-(rlhf/compare/crossed.py). An experiment may have been cut short: each entry uses the seeds it has
+(rlhf/stats/crossed.py). An experiment may have been cut short: each entry uses the seeds it has
 and says which; a comparison uses those that both sides have.
 """
 
@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.crossed import MIN_SEEDS, crossed_mean, outlying
 from rlhf.compare.judged import judged, label
 from rlhf.compare.results import Point, Results, key, mean_of, prompt_key, seeds_of
 from rlhf.compare.selection import Means, ended, rectangle, stack, tabulate
 from rlhf.compare.verdict import notes, verdicts
-from rlhf.compare.wins import share
 from rlhf.errors import UserError, did_you_mean
+from rlhf.stats.crossed import MIN_SEEDS, crossed_mean, outlying, share
 
 JUDGES = ("gold", "referee")
 # measures of a response beside its scores and KL

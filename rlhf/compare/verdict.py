@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.compare.crossed import holm, side
 from rlhf.compare.format import Report, proxies_of, usual_values, win_rate_of
 from rlhf.stats import MIN_CLUSTERS
+from rlhf.stats.crossed import holm, side
 
 VerdictKind = Literal["equal_kl", "tuned", "over_optimisation", "exploited_proxy"]
 Reservation = Literal["form", "contradicted", "correction", "win_rate"]

@@ -2,7 +2,7 @@
 
 At each prompt the samples of A are compared with those samples of B whose sampling noise is
 independent of theirs; a share of 0.5 is a draw. Both numbers have the standard error and the degrees of freedom of
-seeds and groups crossed (rlhf/compare/crossed.py), each group counting once, and the interval of a
+seeds and groups crossed (rlhf/stats/crossed.py), each group counting once, and the interval of a
 share (rlhf/stats.py).
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.crossed import Estimate, crossed_mean, crossed_statistic
 from rlhf.compare.results import Point, Results, independent_pairs
-from rlhf.stats import bounded_interval, student_quantile
+from rlhf.stats.crossed import Estimate, crossed_mean, crossed_statistic, share
+from rlhf.stats.logistic import logistic_fit, separable, sigmoid
 
 # on the slope, in units of the mean log-likelihood: the least that keeps a separable fit finite
 RIDGE = 0.01
@@ -151,20 +151,6 @@ def _differences(a: Point, b: Point, measure: str, pairs: Sequence[tuple[int, in
     return a.values[measure][:, of_a] - b.values[measure][:, of_b]
 
 
-def share(estimate: Estimate, level: float) -> Estimate:
-    """Return the estimate with the interval of a share, and without a p: nothing is claimed of it.
-
-    Where nothing varies the interval is that of as many groups.
-    """
-    if not math.isfinite(estimate.estimate) or not math.isfinite(estimate.se):
-        return estimate
-    t = student_quantile(0.5 + level / 2, estimate.groups - 1)
-    if estimate.se > 0:
-        t = (estimate.high - estimate.low) / 2 / estimate.se
-    low, high = bounded_interval(estimate.estimate, estimate.se, t, estimate.groups)
-    return replace(estimate, low=low, high=high, p=math.nan)
-
-
 class LengthFit:
     """The win rate at equal length, as a function of the weights of seeds and groups.
 
@@ -219,45 +205,7 @@ class LengthFit:
         x = np.tanh(d / sd)
         if separable(x, y):
             self.ridge = True
-            return float(_sigmoid(logistic_fit(x, y, w, RIDGE, np.zeros(2))[0]))
+            return float(sigmoid(logistic_fit(x, y, w, RIDGE, np.zeros(2))[0]))
         # the next fit starts near this one: left-out groups change little
         self.start = logistic_fit(x, y, w, 0.0, self.start)
-        return float(_sigmoid(self.start[0]))
-
-
-def separable(x: np.ndarray, y: np.ndarray) -> bool:
-    """Return whether a threshold on x parts all wins from all losses (y in [0, 1]), so that the
-    steepest slope fits.
-    """
-    wins, losses = x[y > 0], x[y < 1]
-    return bool(wins.min() >= losses.max() or losses.min() >= wins.max())
-
-
-def logistic_fit(
-    x: np.ndarray, y: np.ndarray, w: np.ndarray, ridge: float, start: np.ndarray
-) -> np.ndarray:
-    """Return (theta, phi) that maximise sum w [y log p + (1 - y) log(1 - p)] - ridge phi^2 / 2 by
-    Newton's method.
-
-    p = sigmoid(theta + phi x). x, y, w (n,), w sums to 1, y in [0, 1].
-    """
-    theta, phi = start
-    for _ in range(200):
-        p = _sigmoid(theta + phi * x)
-        rest, curve = w * (y - p), w * p * (1 - p)
-        first, second = rest.sum(), rest @ x - ridge * phi
-        h11, h12, h22 = curve.sum(), curve @ x, curve @ x**2 + ridge
-        determinant = h11 * h22 - h12**2
-        step = np.array([h22 * first - h12 * second, h11 * second - h12 * first]) / max(
-            determinant, 1e-300
-        )
-        # far off, a full step can overshoot
-        step /= max(1.0, np.abs(step).max())
-        theta, phi = theta + step[0], phi + step[1]
-        if np.abs(step).max() < 1e-11:
-            break
-    return np.array([theta, phi])
-
-
-def _sigmoid(x):
-    return 0.5 * (1 + np.tanh(0.5 * x))
+        return float(sigmoid(self.start[0]))

@@ -17,7 +17,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rlhf.compare.best_of_n import best_of_n_kl
 from rlhf.compare.results import Point, Results, key, mean_of, measured_values, response_texts
 from rlhf.compare.text_metrics import variety
 from rlhf.errors import UserError
@@ -27,6 +26,7 @@ from rlhf.experiment.job import Job
 from rlhf.experiment.plan import INITIAL
 from rlhf.experiment.state import ExperimentState, load_state, read_json
 from rlhf.files import dumps, write_atomic
+from rlhf.stats.best_of_n import best_of_n_kl
 
 # the responses of the initial policy
 INITIAL_FILE = "step-000000.jsonl"

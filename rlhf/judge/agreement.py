@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.crossed import crossed_statistic
-from rlhf.compare.wins import logistic_fit, separable
 from rlhf.judge.pairs import JudgedPair
 from rlhf.stats import jackknife_interval
+from rlhf.stats.crossed import crossed_statistic
+from rlhf.stats.logistic import logistic_fit, separable
 
 # on the slope of a fit in which the length decides all
 RIDGE = 0.01

@@ -4,7 +4,7 @@ A vote counts 1 for the answer it prefers and one half for each where it calls b
 equally bad; skips do not count. A prompt's share is the mean of its votes, a group's the mean of its
 prompts, and the win rate the mean of the groups; what waits for votes is represented by what has
 them. Annotators and groups are both drawn at random and
-crossed, like seeds and groups elsewhere (rlhf/compare/crossed.py): with fewer than three annotators
+crossed, like seeds and groups elsewhere (rlhf/stats/crossed.py): with fewer than three annotators
 the interval is over prompts alone, and the result holds for these annotators.
 """
 
@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf.compare.crossed import MIN_SEEDS, Estimate, crossed_statistic, holm
-from rlhf.compare.wins import share
 from rlhf.data.annotator_report import view_summary
 from rlhf.data.sources import split_event
 from rlhf.data.store import Store
+from rlhf.stats.crossed import MIN_SEEDS, Estimate, crossed_statistic, holm, share
 from rlhf.voting.ballots import Ballots, Item, Table, known_groups, read_ballots, table_of
 
 # win rates that are bet against

@@ -3,7 +3,6 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.compare.crossed import block_weights
 from rlhf.compare.frontier import (
     FORM,
     LINES,
@@ -15,6 +14,7 @@ from rlhf.compare.frontier import (
     near,
     round_kls,
 )
+from rlhf.stats.crossed import block_weights
 
 KL = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
 

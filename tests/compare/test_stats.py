@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.results import Results
-from rlhf.compare.wins import share
 from rlhf.errors import UserError
 from rlhf.stats import bounded_interval, jackknife_interval, student_quantile, wilson
+from rlhf.stats.crossed import crossed_mean, share
 
 
 def mean_of(values):

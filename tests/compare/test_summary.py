@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.results import Point
 from rlhf.compare.selection import CHOICE, choose, chosen_mean, halves, rectangle, take
 from rlhf.compare.summary import summarise
 from rlhf.compare.verdict import OUTCOMES
 from rlhf.errors import UserError
+from rlhf.stats.crossed import crossed_mean
 from tests.compare.results_example import STRENGTHS, apart_at_six, flat, make
 
 

@@ -4,10 +4,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rlhf.compare.crossed import crossed_mean
 from rlhf.compare.results import Point, Results, independent_pairs
-from rlhf.compare.wins import LengthFit, Verdicts, logistic_fit, separable, win_rate
+from rlhf.compare.wins import LengthFit, Verdicts, win_rate
 from rlhf.experiment.results import blocks
+from rlhf.stats.crossed import crossed_mean
+from rlhf.stats.logistic import logistic_fit, separable
 
 
 def point(seed=0, method="ppo", **values):

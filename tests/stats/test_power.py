@@ -5,9 +5,9 @@ import pytest
 from scipy.stats import binom, chi2, nct
 from scipy.stats import t as student
 
-from rlhf.compare.crossed import Estimate, Variances, crossed_mean
-from rlhf.compare.power import components, detectable, needed_seeds, pairs_needed, power_of
 from rlhf.errors import UserError
+from rlhf.stats.crossed import Estimate, Variances, crossed_mean
+from rlhf.stats.power import components, detectable, needed_seeds, pairs_needed, power_of
 
 
 def test_pairs_for_a_win_rate_of_55_percent():

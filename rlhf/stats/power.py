@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.crossed import MIN_SEEDS, Estimate, Variances, checked, mean_squares
 from rlhf.errors import UserError
+from rlhf.stats.crossed import MIN_SEEDS, Estimate, Variances, checked, mean_squares
 
 # no experiment has more
 MOST_SEEDS = 1000

@@ -13,12 +13,12 @@ coverage of the intervals.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 
 import numpy as np
 
 from rlhf.errors import UserError
-from rlhf.stats import ROUNDING
+from rlhf.stats import ROUNDING, bounded_interval, student_quantile
 
 # with fewer seeds their spread cannot be measured and they count as fixed: "these trained models"
 MIN_SEEDS = 3
@@ -303,6 +303,20 @@ def interval(
     half = float(half_width(v, seeds, blocks or groups, 1 - level))
     p = p_value(abs(estimate - null), v, seeds, blocks or groups)
     return Estimate(estimate, estimate - half, estimate + half, se, p, seeds, groups, *parts)
+
+
+def share(estimate: Estimate, level: float) -> Estimate:
+    """Return the estimate with the interval of a share, and without a p: nothing is claimed of it.
+
+    Where nothing varies the interval is that of as many groups.
+    """
+    if not math.isfinite(estimate.estimate) or not math.isfinite(estimate.se):
+        return estimate
+    t = student_quantile(0.5 + level / 2, estimate.groups - 1)
+    if estimate.se > 0:
+        t = (estimate.high - estimate.low) / 2 / estimate.se
+    low, high = bounded_interval(estimate.estimate, estimate.se, t, estimate.groups)
+    return replace(estimate, low=low, high=high, p=math.nan)
 
 
 def block_weights(groups: int, blocks: int = BLOCKS) -> np.ndarray:

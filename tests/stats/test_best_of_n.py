@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.compare.best_of_n import best_of_n_kl, best_of_n_means, best_of_n_weights
+from rlhf.stats.best_of_n import best_of_n_kl, best_of_n_means, best_of_n_weights
 
 
 def test_the_kl_of_the_best_of_n_by_hand():

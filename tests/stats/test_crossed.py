@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.compare.crossed import (
+from rlhf.errors import UserError
+from rlhf.stats.crossed import (
     LEAST_P,
     Variances,
     block_weights,
@@ -15,7 +16,6 @@ from rlhf.compare.crossed import (
     outlying,
     p_value,
 )
-from rlhf.errors import UserError
 
 BY_HAND = np.array([[1.0, 2.0, 6.0], [2.0, 6.0, 7.0], [6.0, 7.0, 8.0]])
 
