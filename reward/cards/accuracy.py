@@ -60,6 +60,7 @@ def difference_with_interval(
         sides.append((sums, np.bincount(own, minlength=len(names))))
     mean = float(np.mean(one) - np.mean(other))
 
+    # a group in both sets is left out of both at once
     without = np.zeros(len(names))
     with np.errstate(invalid="ignore", divide="ignore"):
         for sign, (sums, counts) in zip((1, -1), sides, strict=True):
@@ -98,6 +99,7 @@ def slices(
         "by_category": [pair.metadata.get(category) for pair in pairs],
     }
     scales = {"by_margin": cut(margins), "by_length_difference": cut(length_gaps, " tokens")}
+    # names by size, scales in their order
     rows = {name: _largest(values) for name, values in names.items()}
     for name, (values, order) in scales.items():
         parts = _largest(values)

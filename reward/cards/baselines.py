@@ -36,6 +36,7 @@ def baselines(
     favours the rule. The bag of words needs training pairs.
     """
     first = np.array(list(map(chosen_first, pairs)))
+    # which way round a rule works is learnt where the model learnt
     learnt = training or pairs
     learnt_first = np.array(list(map(chosen_first, learnt)))
     learnt_longer = _words_more(training) if training else length_gaps
@@ -82,6 +83,7 @@ def bag_of_words(training: Sequence[Preference], pairs: Sequence[Preference]) ->
     for pair in training:
         for word in _counts(pair):
             places.setdefault(word, len(places))
+    # most words are in few pairs
     seen = _matrix(training, places)
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:

@@ -81,6 +81,7 @@ def bias_tests(
     columns = {name: column for name, column in columns.items() if np.any(column)}
 
     found = []
+    # what people prefer, beyond quality
     logistic = logistic_coefficients(columns, groups)
     if gold_gaps is not None:
         if "length" in logistic:
@@ -114,6 +115,7 @@ def _score_length(
     # a cubic, as the score need not be linear in gold
     controls = {"quality": quality, "cubed": quality**3}
     test = linear_coefficients(gaps, controls | {"length": columns["length"]}, groups)["length"]
+    # partial correlation: what both leave open beyond gold
     rest = _residual(gaps, controls)
     length = _residual(columns["length"], controls)
     product = float(rest @ length) ** 2
@@ -187,6 +189,7 @@ def _tests(
     information = np.zeros((len(names), len(b), len(b)))
     outer = design[:, :, None] * design[:, None, :] * weights[:, None, None]
     np.add.at(information, index, outer)
+    # all left-out fits in one step each, from the sums of their groups
     whole = _information(design, weights)
     without = b - np.linalg.solve(whole - information, slopes[:, :, None])[:, :, 0]
 

@@ -104,6 +104,7 @@ def fit_sharpness(gaps: np.ndarray) -> float:
     # the slope falls in s
     if slope(0.0) <= 0:
         return 0.0
+    # a bracket for the root
     high = 1 / float(np.abs(gaps).mean())
     while slope(high) > 0:
         high *= 2
@@ -121,6 +122,7 @@ def cross_fitted(gaps: np.ndarray, groups: np.ndarray, folds: int = FOLDS) -> np
     Groups are dealt to folds by a hash of their names, so that paraphrases stay together and a
     repeated call gives the same. None with fewer than two groups.
     """
+    # by hash: the order of names may tell the kind
     names = sorted(set(map(str, groups)), key=lambda name: digest(f"fold {name}"))
     if len(names) < 2:
         return None

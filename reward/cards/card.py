@@ -96,6 +96,7 @@ def ceiling(pairs: Sequence[Preference], gaps: np.ndarray) -> dict[str, Any] | N
     A record of counts has a winner, since one that is split evenly makes no pair. Those of an even
     number of votes are therefore left out: two votes of one record always agree.
     """
+    # a pair may come as many records, or as one with counts
     votes = votes_of(pairs, gaps)
     judged = {}
     for key, count in votes.items():

@@ -105,6 +105,7 @@ def make_card(config: CardConfig) -> dict[str, Any]:
     )
     if is_fitted_here:
         keep_temperature(config.run, card["calibration"]["temperature"])
+    # what takes further scoring comes last, so that a mistake there costs least
     measure.add_sections(card, scored)
     show(card, config)
     return card

@@ -49,6 +49,7 @@ def learning_curve(config: CurveConfig) -> list[dict[str, Any]]:
     if not held_out:
         raise UserError(f"{config.run}: its run held out no pairs to judge the curve by")
 
+    # the run itself is the last point
     count = len(pairs_of_run(trained, "train"))
     scored = []
     for fraction in config.fractions:
@@ -90,6 +91,7 @@ def train(trained: Any, folder: Path, limit: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     options = folder.with_name(f"{folder.name}.yaml")
     save(wanted, options)
+    # a program of its own, as it would be typed: it can be interrupted and resumed
     command = [sys.executable, "-m", "launch.reward", "--config", str(options)]
     if result.is_file() and not is_same:
         # of a run that was trained otherwise before

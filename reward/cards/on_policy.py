@@ -44,10 +44,12 @@ def on_policy_pairs(
                 f"{source}: nobody has judged its pairs. Collect votes (rlhf collect serve), or give the true score "
                 "that labels them: --gold '[{voice: voice.yaml}]'"
             )
+        # votes count before gold: they are what RL is to please
         pairs, labels = _labelled_by(gold, source), "gold"
     else:
         pairs = with_a_winner(load(source, Preference))
 
+    # on prompts it was trained on the model would look better than it is
     known = set(trained_on)
     kept = [pair for pair in pairs if prompt_group(pair.prompt) not in known]
     if not kept:

@@ -107,6 +107,7 @@ def summary(rows: list[Row]) -> dict[str, Any]:
     """Return {"score": the mean over subsets, "subsets": {name: {"score", "low", "high",
     "prompts"}}} of scored rows.
     """
+    # subsets count equally, whatever their size
     by_subset: dict[str, list[Row]] = {}
     for row in rows:
         by_subset.setdefault(row.subset, []).append(row)
@@ -172,6 +173,7 @@ def ties_score(questions: list[dict[str, Row]]) -> float:
         kind: [margin(asked[kind]) > 0 for asked in questions if kind in asked]
         for kind in ("tied", "ref")
     }
+    # a question whose long answers were left out has one row
     both = [asked for asked in questions if len(asked) == 2]
     score = sum(0.3 * float(np.mean(found)) for found in right.values() if found)
     if not both:

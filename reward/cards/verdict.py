@@ -116,6 +116,7 @@ def verdict(card: dict[str, Any]) -> dict[str, Any]:
     for reason in reasons:
         reason["sentence"] = SENTENCES[reason["kind"]].format(**reason)
     reasons.sort(key=lambda reason: reason["severity"] != NOT)
+    # the gravest stands first
     worst = reasons[0]["severity"] if reasons else USE
     return {"verdict": worst, "reasons": reasons}
 

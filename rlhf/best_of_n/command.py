@@ -111,6 +111,7 @@ def measure(
         batch_size=config.batch_size,
     )
 
+    # two calls would add their rows to one file
     lock_folder(folder)
     answers = sample_answers(folder / "answers.jsonl", drawing, prompts, tokenizer)
     scores = score_answers(
@@ -157,6 +158,7 @@ def scorers_of(config: BestOfNConfig, check_scorers: Callable[..., None]) -> lis
 
     if not config.gold:
         raise UserError("'gold' is empty, expected at least one score that counts")
+    # what chooses among the answers
     proxy = {"model": config.run, "name": "proxy"}
     golds = []
     for number, spec in enumerate(config.gold, 1):

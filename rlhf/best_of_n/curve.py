@@ -65,6 +65,7 @@ def summarise(
     proxy: (P, N). scores: the scores that count, by name, each (P, N). groups: of each prompt.
     """
     total = proxy.shape[1]
+    # the turn is looked for between the sizes of the table too
     sizes, table = fine_sizes(total), table_sizes(total)
     curves = group_curves(proxy, {"proxy": proxy, **scores}, groups, sizes)
     places = [sizes.index(n) for n in table]
@@ -106,12 +107,14 @@ def turning_point(
     "not within n" where it does not, "undecided" with fewer than MIN_CLUSTERS groups.
     """
     groups, last = curve.shape[0], len(sizes) - 1
+    # groups are resampled whole: their prompts depend on each other
     peak = int(np.argmax(curve.mean(axis=0)))
     draws = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), RESAMPLES)
     peaks = np.argmax(draws @ curve, axis=1)
     outside = [(1 - level) / 2, (1 + level) / 2]
     low, high = (int(i) for i in np.quantile(peaks, outside, method="inverted_cdf"))
 
+    # one "seed": the policy and the samples are given
     cells = curve.T[None]
     chosen = choose(cells, half) if groups > 1 else np.full((1, 1), peak)
     fall = chosen_mean(cells[:, last] - take(cells, chosen), len(sizes), level).to_dict()
@@ -138,6 +141,7 @@ def repeated_share(responses: Sequence[Sequence[str]]) -> float:
     """
     repeated = total = 0
     for own in responses:
+        # equal texts are equal to the scorer, whatever their ids
         counts: dict[str, int] = {}
         for text in own:
             counts[text] = counts.get(text, 0) + 1

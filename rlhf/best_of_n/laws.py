@@ -62,6 +62,7 @@ def fit_law(law: Law, d: np.ndarray, score: np.ndarray) -> Fit:
     d, score = np.asarray(d, dtype=float), np.asarray(score, dtype=float)
     if len(np.unique(d[d > 0])) < 2:
         raise ValueError(f"a law needs points at two different KL above 0, found d = {d.tolist()}")
+    # linear in alpha and beta
     columns = design(law, d)
     (alpha, beta), *_ = np.linalg.lstsq(columns, score, rcond=None)
     residual = score - columns @ np.array([alpha, beta])
@@ -97,6 +98,7 @@ def peak_interval(fit: Fit, without: list[Fit], level: float) -> dict[str, float
     """Return the d of the peak with the jackknife interval of its logarithm; None where it is not a
     positive number.
     """
+    # the peak is a ratio, whose logarithm is nearer to a normal
     logs = []
     for own in [fit, *without]:
         logs.append(math.log(own.peak) if 0 < own.peak < math.inf else math.nan)

@@ -116,6 +116,7 @@ def law_lines(result: dict[str, Any]) -> list[str]:
         if law is None:
             continue
         peak = law["peak"]
+        # the law is in d = √KL, the page in KL
         squares = {key: value and value**2 for key, value in peak.items()}
         rows.append(
             [
@@ -168,6 +169,7 @@ def draw_score(axis, result: dict[str, Any], name: str, color: str) -> None:
         fit = Fit("best_of_n", law["alpha"]["estimate"], law["beta"]["estimate"], law["rmse"])
         fine = np.linspace(0, d[-1], 100)
         axis.plot(fine, fit(fine), "--", color=NEUTRAL, lw=1)
+    # the small ones would lie on each other
     ticks = [kl for kl in NATS if math.sqrt(kl) <= d[-1] and kl not in (0.05, 0.5)]
     axis.set_xticks(np.sqrt(ticks), [f"{kl:g}" for kl in ticks])
     axis.set_xlabel("KL, nats (drawn in √KL)", fontsize=8.5)

@@ -160,6 +160,7 @@ def title(report: Report) -> str:
 
 def fence(text: str) -> list[str]:
     """Return `text` as a code block, behind a fence that no line of it can close."""
+    # a fence is ended by as many backticks alone
     longest = max(map(len, re.findall("`+", text)), default=0)
     marks = "`" * max(3, longest + 1)
     return [f"{marks}text", *text.splitlines(), marks, ""]

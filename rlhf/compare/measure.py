@@ -121,6 +121,7 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
 
     # what to sample, and what to score it by
     shared = shared_options(config)
+    # refused before anything is loaded
     specs, kinds, judge = scores_of(config)
     if config.judge:
         from rlhf.judge.judges import load_judge

@@ -18,6 +18,7 @@ from rlhf.values import read_yaml
 def run_folder(path: str | Path) -> Path:
     """Return the run's folder, of which `path` may be a checkpoint."""
     path = Path(path)
+    # a checkpoint has no options of its own
     is_checkpoint = path.parent.name == FOLDER and not (path / "config.yaml").is_file()
     return path.parent.parent if is_checkpoint else path
 

@@ -109,6 +109,7 @@ def rectangle(table: dict[int, dict[Any, Any]]) -> tuple[list[int], list[Any]]:
     table: seed -> what it has. An experiment that was cut short has seeds that lack most of the
     others' points.
     """
+    # seeds with most entries first: those of a block are among the first
     ranked = sorted(table, key=lambda seed: (-len(table[seed]), seed))
     best: tuple[list[int], list[Any]] = ([], [])
     for count in range(1, len(ranked) + 1):

@@ -57,6 +57,7 @@ def _record(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
     chat = _chat(pair.prompt)
     if chat != pair.prompt:
         extras["messages"] = pair.prompt
+    # people answer questions; what models say stands beside them as a suggestion
     responses: dict[str, list[dict[str, Any]]] = {}
     suggestions: dict[str, dict[str, Any]] = {}
     extras["users"] = {}
@@ -76,6 +77,7 @@ def _record(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
     shown = {name: getattr(pair, name) for name in SHOWN}
     shown |= {"model_a": pair.a.model, "model_b": pair.b.model}
     metadata = {name: value for name, value in shown.items() if value is not None}
+    # the same pair gets the same id, so that a second upload replaces it
     content = json.dumps([pair.prompt, pair.a.text, pair.b.text, pair.expected, metadata])
     metadata["rlhf"] = json.dumps(extras, ensure_ascii=False, sort_keys=True)
     return {
@@ -170,6 +172,7 @@ def _pair(
         raise UserError(f"{place}: is no record of Argilla, which has fields and responses")
     fields, metadata = row["fields"], dict(row.get("metadata") or {})
     prompt, _, sides = read_fields(fields, place, answers)
+    # what Argilla cannot hold came along as JSON
     extras = _extras(metadata, place)
     full = extras.get("messages")
     if full is not None and _chat(full) == prompt:
@@ -184,6 +187,7 @@ def _pair(
         if vote is not None:
             votes.append(vote)
     pair = JudgedPair(prompt, a, b, votes)
+    # models' votes went as suggestions, of which Argilla keeps one a question
     judges = [vote for vote in extras.get("votes", ()) if vote["kind"] != "person"]
     if extras:
         pair = with_extras(pair, extras, CHANGEABLE)
@@ -236,6 +240,7 @@ def _vote(
     given: Mapping[str, Any], annotator: str, kind: Any, sides: tuple[str, str], place: str
 ) -> CastVote | None:
     """Return one annotator's answers to the questions as a vote; None where none is a choice."""
+    # a dataset that was set up there may ask for the choice under any name
     choice = None
     for question, value in given.items():
         if question in ("reason", "tags", "strength", "corrected"):
@@ -271,6 +276,7 @@ def _ranked(value: list[Any], sides: tuple[str, str]) -> str | None:
         side = choice_of(name, sides)
         if side in ("a", "b"):
             ranks[side] = rank
+    # a ranking that leaves one of the two out says nothing
     if len(ranks) != 2:
         return None
     if ranks["a"] == ranks["b"]:

@@ -69,6 +69,7 @@ class ImportConfig:
 
 def import_votes(config: ImportConfig) -> None:
     """Add what the source holds to the store, all of it or nothing, and print how much it was."""
+    # before the store is opened: a source that cannot be read leaves it as it is
     pairs = _comparable(_read(config), config.on_error)
     with Store.open(config.store, create=True) as store:
         added = add_pairs(store, pairs)
@@ -89,6 +90,7 @@ def export(config: ExportConfig) -> None:
     for source in config.source:
         pairs += _pairs_of(source, config.on_error)
     users = read_users(config.users)
+    # beside the rows goes what sets up a project that can show them
     if config.form == "argilla":
         rows, beside = argilla.to_records(pairs, users), path.with_suffix(".settings.json")
         settings = dumps(argilla.settings(pairs), indent=1) + "\n"
@@ -149,6 +151,7 @@ def _pairs_of(
         path, event = sources.split_event(source)
         with Store.open(path, readonly=True) as store:
             return pairs_of_view(store.at(event))
+    # a labelled row is a pair with one vote
     table = load.collect(source, Preference)
     table.check_usable(on_error)
     name = one_name(annotator or Path(source.split("@")[0]).name.split(".")[0])

@@ -43,6 +43,7 @@ def _task(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
         if vote.kind != "person":
             predictions.append({"model_version": vote.annotator, "result": result})
             continue
+        # people go by their address there, and come back under their name
         user = users.get(vote.annotator, vote.annotator)
         extras["users"][user] = vote.annotator
         annotation = {
@@ -51,6 +52,7 @@ def _task(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
             "was_cancelled": vote.choice == "skip",
             "ground_truth": False,
         }
+        # Label Studio counts seconds
         if vote.duration_ms is not None:
             annotation["lead_time"] = vote.duration_ms / 1000
         if vote.created:
@@ -160,8 +162,10 @@ def _pair(
         votes.append(vote)
     a, b = (Answer(data[name]) for name in sides)
     if extras:
+        # times it measures itself; sides it knows nothing of
         kept = (*CHANGEABLE, "duration_ms", "created")
         return with_extras(JudgedPair(prompt, a, b, votes), extras, kept)
+    # it shows answer1 on the left to everybody
     for vote in votes:
         if vote.kind == "person" and vote.choice != "skip":
             vote.left = "a"
@@ -179,6 +183,7 @@ def _who(user: Any, names: Mapping[str, str]) -> str:
         full = " ".join(filter(None, (user.get("first_name"), user.get("last_name"))))
         ids = [str(user[key]) for key in ("email", "id", "username") if user.get(key)]
         ids = [*ids, full] if full else ids
+    # a given name comes first, whichever of the ids it was given for
     known = next((names[id] for id in ids if id in names), None)
     if known is not None:
         return known
@@ -205,6 +210,7 @@ def _vote(annotation: dict[str, Any], name: str, sides: tuple[str, str], place: 
     is_skip = annotation.get("was_cancelled") or ("model_version" in annotation and not choices)
     if not is_skip:
         read = [choice_of(choice, sides) for choice in choices]
+        # a comparison and a tie ticked beside it contradict each other
         if not read or None in read or len(set(read)) > 1:
             raise UserError(
                 f"{place}: the annotation of {name} chooses {choices}, expected left, right, tie, both_bad or skip"

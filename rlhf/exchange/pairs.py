@@ -112,6 +112,7 @@ def pairs_of_preferences(
     for record, own in zip(records, own_groups, strict=True):
         chosen = Answer(record.chosen, ended=None if record.chosen_ended else False)
         rejected = Answer(record.rejected, ended=None if record.rejected_ended else False)
+        # by the texts, so that the side tells nothing about the label
         is_a = (normalise(record.chosen), record.chosen) < (
             normalise(record.rejected),
             record.rejected,
@@ -119,6 +120,7 @@ def pairs_of_preferences(
         a, b = (chosen, rejected) if is_a else (rejected, chosen)
         metadata = dict(record.metadata)
         vote = _vote_of(record, metadata, "a" if is_a else "b", annotator, kind)
+        # rows of one pair are its votes
         key = (repr(record.prompt), record.voice, a.text, b.text)
         pair = JudgedPair(record.prompt, a, b, split=record.split, voice=record.voice)
         if own:
@@ -196,6 +198,7 @@ def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
     names = {"a": "b", "b": "a"} if is_swapped else {"a": "a", "b": "b"}
     for vote in pair.votes:
         annotator = store.add_annotator(vote.annotator, vote.kind)
+        # nobody votes twice; theirs from here may be older than the one that stands
         if store.standing_vote(comparison, annotator):
             added.known_votes += 1
             continue
@@ -240,6 +243,7 @@ def with_extras(pair: JudgedPair, extras: dict[str, Any], known: Sequence[str]) 
     known: the fields of a vote that the other program keeps itself. A vote that it has changed gets
     nothing of the earlier one, since time and side were those of another answer.
     """
+    # what was exported, to tell whether the other program has changed it
     cast = {vote["annotator"]: vote for vote in extras.get("votes", ())}
     votes = []
     for vote in pair.votes:
@@ -354,6 +358,7 @@ def read_users(path: str | None) -> dict[str, str]:
     if not isinstance(users, dict):
         raise UserError(f'{path}: expected {{"name here": "id there", ...}}')
     found = {str(name): str(id) for name, id in users.items()}
+    # their votes would come back as one person's
     if len(set(found.values())) < len(found):
         raise UserError(f"{path}: two names have one id")
     return found

@@ -135,6 +135,7 @@ def check_starts(
         specs = [{"name": f"{name}{i}", **spec} for i, spec in enumerate(getattr(config, name))]
         if specs:
             check_scorers(specs)
+    # the reward models of the seeds are there only later
     made_later = {f"{config.output_dir}/seed-{seed}/reward" for seed in config.seeds}
     # the rows that were read, and the prompts among them
     trained_on: dict[str, set[str]] = {}

@@ -63,6 +63,7 @@ def shared_cost(
     """Return the counters of what a seed's methods share, by part; a part that was given costs
     nothing.
     """
+    # given pairs and rewards cost nothing
     folder, costs = Path(config.output_dir) / f"seed-{seed}", {}
     if "pairs" in parts and "sample" in config.pairs:
         costs["pairs"] = store_cost(folder / "preferences.db")

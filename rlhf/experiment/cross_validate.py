@@ -197,6 +197,7 @@ def summarise(
     pairs alone: the root of the mean of their squared standard errors. results: each fold's
     result.json.
     """
+    # a tie has no side that could be right
     decided = [row for row in rows if row.get("label_prob") != 0.5]
     if not decided:
         raise UserError("no pair has a winner: there is nothing to measure")

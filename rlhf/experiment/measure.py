@@ -69,6 +69,7 @@ def measure(asked: MeasureConfig, build_scorer: Callable[..., Scorer]) -> None:
     # intervals pair the answers by prompt, so that another set would be compared row by row
     check_same_prompts(config, folder)
 
+    # for the live table
     end = summary(files[-1], judge)
     result = {
         "finished": True,

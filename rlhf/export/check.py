@@ -101,6 +101,7 @@ def differences(answer: Answer, own_tokens: Tensor, logits: Tensor) -> dict[str,
     elif first is not None:
         row = answer.logits[first]
         gap = float(row[answer.tokens[first]] - row[own_tokens[first]])
+    # on the policy's own answer, so that one early difference is not counted to the end
     logprobs, others = answer.logits.log_softmax(-1), logits.log_softmax(-1)
     kl = (logprobs.exp() * (logprobs - others)).sum(-1)
     return {

@@ -105,6 +105,7 @@ def check_lora(run: str, adapter: str | None) -> None:
     """Raise UserError unless vLLM serves the adapter of a run as the run computes it."""
     if adapter is None:
         raise UserError(f"{run}: whole weights, no adapter. Take --to merged")
+    # what vLLM would ignore, or refuse hours later
     settings = read_json(Path(adapter) / "adapter_config.json")
     found = [f"'{name}'" for name in NOT_LOADED if settings.get(name)]
     if settings.get("peft_type") != "LORA":

@@ -151,6 +151,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     """Add vocabulary, merges, special tokens and chat template; the model has `rows` embeddings."""
     from gguf import TokenType
 
+    # as the tokenizers library writes it: no public interface tells all of it
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     words = dict(state["model"]["vocab"])
     types = dict.fromkeys(words.values(), TokenType.NORMAL)
@@ -319,6 +320,7 @@ def _parts(tokenizer: Any) -> dict[str, Any]:
     """
     user, answer = {"role": "user", "content": "USER"}, {"role": "assistant", "content": "ANSWER"}
     system = {"role": "system", "content": "SYSTEM"}
+    # what a further message adds is what stands around it
     once = _rendered(tokenizer, [user])
     answered = _rendered(tokenizer, [user, answer])
     twice = _rendered(tokenizer, [user, answer, user])

@@ -61,6 +61,7 @@ def export(config: ExportConfig) -> dict[str, Any]:
     out = Path(config.out or Path(config.run) / "export" / name)
     if out.exists():
         raise UserError(f"{out}: exists already. Remove it, or choose another --out")
+    # whole or not at all: a half export could be served
     temporary = out.with_name(f"{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

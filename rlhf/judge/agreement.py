@@ -37,6 +37,7 @@ def agreement(pairs: Sequence[JudgedPair]) -> dict[str, Any] | None:
         return None
     groups = [pair.group for pair in voted]
     found: dict[str, Any] = {"pairs": len(voted), "groups": len(set(groups))}
+    # setup S1 counts ties, S2 leaves them out
     for name, decided in (("all", False), ("decided", True)):
         by_judge = [_with_judge(pair, decided) for pair in voted]
         by_people = [_among_people(pair, decided) for pair in voted]
@@ -73,6 +74,7 @@ def _among_people(pair: JudgedPair, decided: bool) -> Count:
     said = _said(pair, decided)
     if len(said) < 2:
         return 0.0, 0.0
+    # each against the others, themselves left out
     same = sum(said.count(choice) - 1 for choice in said)
     return same / (len(said) * (len(said) - 1)), 1.0
 
@@ -121,6 +123,7 @@ def _estimate(
     table = np.array(counts, dtype=np.float64)
     if not len(table) or not np.all(table[:, 1::2].sum(axis=0)):
         return {"estimate": None, "low": None, "high": None, "pairs": 0}
+    # pairs of one group depend on each other, so it is left out whole
     names, group = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.zeros((len(names), table.shape[1]))
     np.add.at(sums, group, table)
@@ -128,6 +131,7 @@ def _estimate(
     sums = sums[sums[:, 1] > 0]
     total = sums.sum(axis=0)
     estimate = float(statistic(total))
+    # without its only group a share is not defined: then there is no interval
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high, _ = jackknife_interval(estimate, statistic(total - sums), bounds=bounds)
     row = {"estimate": estimate, "low": low, "high": high}
@@ -150,6 +154,7 @@ def length_bias(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     found = {"judge": _length(told, [pair.share for pair in told]), "people": None, "excess": None}
     if voted:
         found["people"] = _length(voted, [pair.votes for pair in voted])
+        # on the same pairs, so that what length is worth there cancels
         shares = [[pair.share for pair in voted], [pair.votes for pair in voted]]
         found["excess"] = _slope(voted, shares)
     return found
@@ -175,6 +180,7 @@ def _slope(pairs: Sequence[JudgedPair], shares: Sequence[Sequence[float]]) -> di
     outcomes = [np.asarray(own, dtype=np.float64) for own in shares]
 
     def statistic(_: np.ndarray, group_weights: np.ndarray) -> float:
+        # left-out groups leave the fit and the scale of the lengths
         weight = group_weights[group]
         kept = weight > 0
         x, w = gap[kept], weight[kept] / weight.sum()
@@ -208,6 +214,7 @@ def self_preference(pairs: Sequence[JudgedPair], own: Sequence[str]) -> dict[str
     for pair in pairs:
         if math.isnan(pair.share) or (pair.a in own) == (pair.b in own):
             continue
+        # seen from the judge's own kind
         mine = pair if pair.a in own else pair.turned()
         by_judge.append((mine.share, 1.0))
         by_people.append((mine.votes, 1.0) if pair.people else (0.0, 0.0))

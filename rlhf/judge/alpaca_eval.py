@@ -28,6 +28,7 @@ def write_outputs(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write rows of samples.jsonl of one policy; keys that AlpacaEval does not know are kept."""
     outputs = []
     for row in rows:
+        # keys of the row come last, so that its own data set wins
         own = {"dataset": DATASET, "datasplit": "eval", **row}
         named = {theirs: own.pop(ours) for theirs, ours in NAMES.items()}
         outputs.append({**named, "instruction": conversation_text(named["instruction"]), **own})
@@ -107,6 +108,7 @@ def read_annotations(path: str | Path) -> Iterator[JudgedPair]:
             ) from None
         if not (math.isnan(share) or 0 <= share <= 1):
             raise UserError(f"{path}, row {number}: preference {preference!r}, expected 1 to 2")
+        # both orders, where these annotations were written here
         raw = row.get("raw_completion")
         if isinstance(raw, dict) and "p_ab" in raw:
             pair.p_ab, pair.p_ba = (

@@ -38,6 +38,7 @@ def write_answers(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     answers: dict[str, dict[str, dict]] = {}
     for row in rows:
         prompt, policy = conversation_text(row["prompt"]), row["policy"]
+        # a question of theirs keeps its name; another is named by its text
         uid = row.get("uid") or digest(prompt)
         question = {"uid": uid, "category": row.get("category") or CATEGORY, "prompt": prompt}
         questions.setdefault(uid, question)
@@ -133,6 +134,7 @@ def read_judgments(folder: str | Path) -> Iterator[JudgedPair]:
                     f"{file}, line {number}: model_answer/ has no answer of {model} and of "
                     f"{baseline} to {_uid(row)!r}"
                 )
+            # the baseline is shown first in the first game
             p_ba, p_ab = (_first_better(game) for game in row["games"])
             prompt = of_model["prompt"]
             default = prompt_group([{"role": "user", "content": prompt}])
@@ -170,6 +172,7 @@ def _first_better(game: dict[str, Any] | None) -> float:
     judgment = game.get("judgment")
     if isinstance(judgment, dict) and "p" in judgment:
         return float(judgment["p"])
+    # how sure a verdict is does not count: A>>B is A>B
     left, sign, _ = re.fullmatch(r"([AB])([<>=]+)([AB])", score).groups()
     if "=" in sign:
         return 0.5

@@ -161,6 +161,7 @@ class Client:
         """Return the reply to each prompt, in order; equal ones are asked once, known ones not at
         all. Raises UserError when the service refuses or does not answer.
         """
+        # what decides an answer is in its key: another temperature is another question
         head = [self.service.address, self._settings(), self.question.schema]
         keys = []
         for text in texts:
@@ -183,6 +184,7 @@ class Client:
         from tqdm import tqdm
 
         stop = threading.Event()
+        # threads: the time goes into waiting for the server
         pool = concurrent.futures.ThreadPoolExecutor(self.spec.in_flight)
         hidden = progress is None or len(missing) < PROGRESS_FROM
         try:
@@ -208,6 +210,7 @@ class Client:
         usage.prompt_tokens += reply.prompt_tokens
         usage.completion_tokens += reply.completion_tokens
         if spec.input_price is not None or spec.output_price is not None:
+            # prices are of a million tokens
             spent = usage.prompt_tokens * (spec.input_price or 0)
             spent += usage.completion_tokens * (spec.output_price or 0)
             usage.cost = spent / 1e6
@@ -252,6 +255,7 @@ class Client:
 
     def _leaves_out(self, error: Refused, sends_schema: bool, limit_name: str) -> bool:
         """Say whether a refusal is about a field that can be left out or renamed; remember it."""
+        # servers say which field they do not know in words alone
         words = str(error).lower()
         if error.status not in UNKNOWN_FIELD:
             return False

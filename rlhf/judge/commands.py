@@ -71,6 +71,7 @@ def judge_pairs(config: PairsConfig) -> dict[str, Any]:
             f"{config.source}: nobody has judged these pairs: give --judge "
             "'{openai: URL, model: NAME}', or a judged.jsonl"
         )
+    # votes that came later need no question to be asked again
     if config.votes:
         add_votes(pairs, store_pairs(config.votes))
     policies = dict.fromkeys(itertools.chain.from_iterable((p.b, p.a) for p in pairs))
@@ -134,6 +135,7 @@ def pairs_of_samples(rows: Iterable[dict[str, Any]], where: str) -> list[JudgedP
         raise UserError(
             f"{where}: has answers of {', '.join(answers) or 'nobody'}, expected two policies"
         )
+    # as `rlhf compare` writes them: the SFT policy comes first
     reference, *others = answers
     pairs = []
     for policy, prompt in itertools.product(others, answers[reference]):
@@ -178,6 +180,7 @@ def export(config: ExportConfig) -> None:
     folder = Path(config.output_dir)
     if config.source.endswith(JUDGED):
         pairs = read_pairs(config.source)
+        # these files hold one answer to a prompt: the first one stays
         kept = list({(p.a, p.b, dumps(p.prompt)): p for p in reversed(pairs)}.values())[::-1]
         _say_left_out(len(pairs) - len(kept))
         if config.to == "arena_hard":

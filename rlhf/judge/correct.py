@@ -115,6 +115,7 @@ def corrected_win_rate(
         with np.errstate(invalid="ignore"):
             return sums / np.bincount(group[kept], minlength=len(names))
 
+    # of each group: the judge on all its pairs, and votes and judge on those with votes
     of_all = mean_by_group(judge, np.ones_like(has_vote))
     y, x = (ties.within(mean_by_group(values, has_vote)) for values in (people, judge))
     labelled = np.isfinite(y)
@@ -170,6 +171,7 @@ def prediction_powered(
     estimate, weight = _from_sums(first, second, w)
 
     wide = [np.asarray(total)[..., None] for total in (*first, *second)]
+    # from the sums each group is left out without a loop
     without = [n - 1, wide[1] - y, wide[2] - h, wide[3] - y * h, wide[4] - h * h]
     variance = _jackknife(_from_sums(tuple(without), (m, *wide[6:]), w)[0])
     if m > 1:

@@ -47,6 +47,7 @@ class Question:
         """
         given = {"prompt": conversation_text(prompt), **answers}
         content = json.dumps(given, ensure_ascii=False, sort_keys=True)
+        # who writes an answer cannot know the hash of the whole
         mark = hashlib.sha256(content.encode()).hexdigest()[:8]
         values = {"guide": self.guide or NO_GUIDE, "mark": mark, "highest": str(self.highest)}
         values |= {"format": self.wanted(), **given}
@@ -108,6 +109,7 @@ def question(spec: EndpointSpec) -> Question:
     kind = "score" if isinstance(spec, ScoreSpec) else "pair"
     file = Path(spec.template or TEMPLATES / f"{kind}.txt")
     template = file.read_text(encoding="utf-8")
+    # a misspelt place would stand in the prompt as it is
     known = (*NEEDED[kind], *OPTIONAL[kind])
     places = set(_PLACE.findall(template))
     for place in sorted(places - set(known)):
@@ -119,6 +121,7 @@ def question(spec: EndpointSpec) -> Question:
         if place not in places:
             raise UserError(f"{file}: the place {{{place}}} is missing")
 
+    # reasons come before the verdict, which then follows from them
     properties: dict[str, Any] = {"explanation": {"type": "string"}} if spec.explain else {}
     highest = None
     if isinstance(spec, ScoreSpec):

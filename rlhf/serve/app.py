@@ -168,6 +168,7 @@ async def answer(request: Request, *, kind: type[protocol.Request]) -> Response:
     policy = service.policy(asked.model)
     prompts = asked.prompts_for(policy)
 
+    # the worker is a thread, the endpoints are a loop
     events: asyncio.Queue[Event] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -215,6 +216,7 @@ async def collect(
     request: Request, answers: Answers, job: Job, events: asyncio.Queue[Event]
 ) -> dict[str, Any]:
     """Wait for all answers, and end the job where the client leaves before."""
+    # nobody waits any more for what a closed connection asked
     gone = asyncio.create_task(left(request))
     found: list[Event] = []
     began = time.monotonic()

@@ -139,6 +139,7 @@ class Chat:
         def each_token(row: int, token: int, logprob: float) -> None:
             show(text.add(token))
 
+        # the same conversation draws the same numbers
         key = sample_key(self.config.seed, "chat", prompt, self.sample)
         sampling = replace(self.sampling, max_new_tokens=limit)
         done = policy.generate([prompt], [key], sampling, each_token)
@@ -149,6 +150,7 @@ class Chat:
 
     def _score(self, speaker: Speaker, prompt: list[int], ids: list[int], text: str) -> str:
         """Return the score of an answer and its parts, on one line."""
+        # a scorer may punish an answer that was cut off
         has_ended = bool(ids) and ids[-1] in speaker.policy.stop_ids
         samples = Samples(
             prompts=[list(speaker.messages)],

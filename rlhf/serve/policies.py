@@ -87,6 +87,7 @@ def load(paths: list[str], *, with_bases: bool) -> list[Policy]:
         # what is in no folder here may be a name of the Hub
         if "/" in path and Path(path).parent.is_dir() and not Path(path).exists():
             raise UserError(f"{path}: no such run{near_file(path)}")
+    # requests name a policy by these
     names = dict(zip(paths, _names(paths), strict=True))
     bases = {path: _base_of(path) for path in paths}
     # the place of a base -> the adapters on it

@@ -116,6 +116,7 @@ class CompletionRequest(Request):
         if not prompts or not all(prompts):
             raise ApiError(400, "'prompt' has no tokens", "prompt")
         vocabulary = policy.model.get_input_embeddings().num_embeddings
+        # on a GPU an id beyond the embeddings would end the process
         if any(not 0 <= token < vocabulary for ids in prompts for token in ids):
             raise ApiError(400, f"'prompt': token ids are from 0 to {vocabulary - 1}", "prompt")
         return prompts
@@ -199,6 +200,7 @@ class Answers:
         if event.error:
             raise ApiError(503, event.error)
         self.completion_tokens += len(event.tokens)
+        # each choice ends once
         self.unfinished -= event.finish is not None
 
     @property

@@ -212,6 +212,7 @@ class Worker:
     def _sample(self, jobs: list[Job]) -> None:
         if not jobs:
             return
+        # one row an answer, in the order of the jobs
         answers = [_Answer(job, number) for job in jobs for number in range(len(job.keys))]
         longest = max(job.sampling.max_new_tokens for job in jobs)
         jobs[0].policy.generate(

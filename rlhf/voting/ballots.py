@@ -64,6 +64,7 @@ def read_ballots(view: StoreView) -> Ballots:
         itertools.chain.from_iterable((pair["model_a"], pair["model_b"]) for pair in pairs.values())
     )
     names = dict(zip(models, short_names(list(models)), strict=True))
+    # an adjudicator decides a pair and is no annotator whose taste is measured
     votes = [vote for vote in view.votes() if vote.comparison in pairs]
     others = [vote for vote in votes if not vote.is_final]
 

@@ -152,6 +152,7 @@ def summarise_votes(
     items = ballots.items
     voted = [pair for pair in items if any(item.shares for item in items[pair])]
     rates = {pair: pair_rate(items[pair], level) for pair in voted}
+    # several pairs of policies: one of them is beyond 1/2 by chance more often
     adjusted = holm([rates[pair].p for pair in voted])
     rows = []
     for pair, p in zip(voted, adjusted, strict=True):
