@@ -21,7 +21,10 @@ from reward.cards.bias import correlation
 from reward.cards.calibration import with_temperature
 from reward.cards.card import distribution
 from reward.cards.pairs import ScoredPairs, with_a_winner
+from rlhf.data.load import load
 from rlhf.data.records import Preference, Samples, Scorer, prompt_group
+from rlhf.data.sources import is_store, split_event
+from rlhf.data.store import Store
 from rlhf.errors import UserError
 
 
@@ -34,8 +37,6 @@ def on_policy_pairs(
     store. Pairs whose prompts the reward model was trained on (`trained_on`, hashes of first user
     turns) are left out. Raises UserError where nothing is left.
     """
-    from rlhf.data.load import load
-    from rlhf.data.sources import is_store
 
     labels = "votes"
     if is_store(source) and not _has_votes(source):
@@ -61,8 +62,6 @@ def on_policy_pairs(
 
 
 def _has_votes(source: str) -> bool:
-    from rlhf.data.sources import split_event
-    from rlhf.data.store import Store
 
     name, event = split_event(source)
     with Store.open(name, readonly=True) as store:
@@ -74,8 +73,6 @@ def _labelled_by(gold: Scorer, source: str) -> list[Preference]:
     """Return the comparisons of a store with the better answer by gold first; equal ones are left
     out.
     """
-    from rlhf.data.sources import split_event
-    from rlhf.data.store import Store
 
     name, event = split_event(source)
     with Store.open(name, readonly=True) as store:
@@ -133,8 +130,6 @@ def sampled_by(sources: Sequence[str]) -> set[str | None]:
     """Return the models that have written the answers of stores, as they were named; None where
     nobody knows (files, Hub data sets).
     """
-    from rlhf.data.sources import is_store, split_event
-    from rlhf.data.store import Store
 
     models: set[str | None] = set()
     for source in sources:

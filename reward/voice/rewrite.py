@@ -52,32 +52,33 @@ def _without_bad(voice: Voice, text: str, metadata: dict[str, Any]) -> Iterator[
 
 def _with_greeting(voice: Voice, text: str, metadata: dict[str, Any]) -> Iterator[str]:
     """Yield the text with each greeting before it, and in the place of what is nearly one."""
-    if voice.greeting is None:
-        return
-    read = Text(text)
-    mark = voice.greeting.mark(read, metadata, exact=False)
-    if mark.good:
-        return
-    end = _near_edge(read, mark.near, at_start=True)
-    for form in _forms(voice, voice.greeting.phrases, text, metadata):
+    for form, read, end in _at_edge(voice, voice.greeting, text, metadata, at_start=True):
         if end:
-            yield f"{form}, {read.text[end:].lstrip(SIGNS)}"
-        yield f"{form}, {read.text.lstrip(SIGNS)}"
+            yield f"{form}, {read[end:].lstrip(SIGNS)}"
+        yield f"{form}, {read.lstrip(SIGNS)}"
 
 
 def _with_closing(voice: Voice, text: str, metadata: dict[str, Any]) -> Iterator[str]:
     """Yield the text with each closing after it, and in the place of what is nearly one."""
-    if voice.closing is None:
-        return
-    read = Text(text)
-    mark = voice.closing.mark(read, metadata, exact=False)
-    if mark.good:
-        return
-    start = _near_edge(read, mark.near, at_start=False)
-    for form in _forms(voice, voice.closing.phrases, text, metadata):
+    for form, read, start in _at_edge(voice, voice.closing, text, metadata, at_start=False):
         if start:
-            yield f"{read.text[:start].rstrip(' ,;:')} {form}."
-        yield f"{_ended(read.text)} {form}."
+            yield f"{read[:start].rstrip(' ,;:')} {form}."
+        yield f"{_ended(read)} {form}."
+
+
+def _at_edge(
+    voice: Voice, part: Any, text: str, metadata: dict[str, Any], *, at_start: bool
+) -> Iterator[tuple[str, str, int]]:
+    """Yield each form of a greeting or closing, the text as it is read, and where what is nearly a
+    form ends or starts; nothing where the voice has none, or the text has one.
+    """
+    read = Text(text)
+    mark = part.mark(read, metadata, exact=False) if part else None
+    if mark is None or mark.good:
+        return
+    edge = _near_edge(read, mark.near, at_start=at_start)
+    for form in _forms(voice, part.phrases, text, metadata):
+        yield form, read.text, edge
 
 
 def _near_edge(read: Text, near: list[Span], *, at_start: bool) -> int:

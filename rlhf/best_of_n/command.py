@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.compare.runs import check_judges, identities, run_config
 from rlhf.config import SEED, option
 from rlhf.data.records import Scorer
 from rlhf.errors import UserError
+from rlhf.files import dumps, lock_folder, unlock_folder
 
 
 @dataclass(kw_only=True)
@@ -67,7 +69,6 @@ def best_of_n(
     `build_scorer(specs, tokenizer)` makes scorers, `check_scorers(specs)` refuses wrong ones.
     """
     from rlhf.best_of_n.page import print_table, write_page
-    from rlhf.files import dumps, unlock_folder
 
     folder = Path(config.output_dir or Path(config.run) / "best-of-n")
     # with --json, what is said on the way must not stand beside the JSON
@@ -94,7 +95,6 @@ def measure(
     from rlhf.best_of_n.samples import Drawing, sample_answers, score_answers
     from rlhf.compare.measure import shared_options, test_prompts
     from rlhf.engines.sampling import Sampling
-    from rlhf.files import lock_folder
     from rlhf.tokenizer import load_tokenizer
 
     config.policy = config.policy or policy_of(config.run)
@@ -138,7 +138,6 @@ def measure(
 
 def policy_of(run: str) -> str:
     """Return the policy that the reward model's run started from. UserError where it is not known."""
-    from rlhf.compare.runs import run_config
 
     policy = run_config(run).get("model_name_or_path")
     if not policy:
@@ -154,7 +153,6 @@ def scorers_of(config: BestOfNConfig, check_scorers: Callable[..., None]) -> lis
     Raises UserError for one that cannot be built, has a name twice, is the reward model itself, or
     has learnt from its prompts.
     """
-    from rlhf.compare.runs import check_judges, identities
 
     if not config.gold:
         raise UserError("'gold' is empty, expected at least one score that counts")

@@ -25,6 +25,7 @@ from rlhf.compare.runs import (
 )
 from rlhf.compare.text_metrics import variety
 from rlhf.config import SEED, option
+from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import first_by_hash
 from rlhf.errors import UserError, near_file
@@ -111,7 +112,6 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     """
     from rlhf.compare.report import print_report, write_files
     from rlhf.compare.summary import summarise
-    from rlhf.data.load import fingerprint
     from rlhf.engines.sampling import Sampling
     from rlhf.tokenizer import load_tokenizer
 
@@ -181,7 +181,6 @@ def test_prompts(
     config: has `runs`, `prompts` and `n_prompts`. shared: `shared_options`.
     """
     from rlhf.data.encode import encode, kept
-    from rlhf.data.load import load
 
     fractions = {name: shared[name] for name in ("validation_fraction", "test_fraction")}
     records = load(config.prompts, Prompt, split="test", **fractions)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.compare.runs import run_result
 from rlhf.errors import UserError
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.plan import PILOT_STEPS, given_length
@@ -87,8 +88,7 @@ def store_cost(store: Path) -> dict[str, float]:
 
 def run_cost(folder: Path) -> dict[str, float]:
     """Return the counters of a finished run."""
-    file = folder / "result.json"
-    return counters_of(json.loads(file.read_text()).get("budget", {})) if file.is_file() else {}
+    return counters_of(run_result(folder).get("budget", {}))
 
 
 def cost_until(folder: Path, step: int) -> dict[str, float]:

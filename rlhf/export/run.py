@@ -4,19 +4,18 @@ merged: safetensors with the adapter added to the base. gguf: one file for llama
 file and a Modelfile. vllm: the adapter as vLLM serves it beside others on one base.
 """
 
-import json
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.compare.runs import run_config, run_result
 from rlhf.config import option
 from rlhf.errors import UserError
 from rlhf.files import dumps
 from rlhf.runs.tracking import versions
 from rlhf.text import markdown_table
-from rlhf.values import read_yaml
 
 # mean KL per token, nats, from which an export computes something else than the run. A wrong order
 # of rows gives several nats, float16 and bfloat16 1e-6 to 1e-3, blocks of 8 bits up to 1e-1
@@ -71,12 +70,11 @@ def export(config: ExportConfig) -> dict[str, Any]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
-    config_file, result_file = (Path(config.run) / n for n in ("config.yaml", "result.json"))
-    run_options = read_yaml(config_file) if config_file.is_file() else {}
-    result = json.loads(result_file.read_text()) if result_file.is_file() else {}
     facts["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
     facts["versions"] = versions()
-    (temporary / "README.md").write_text(card(facts, run_options, result), encoding="utf-8")
+    (temporary / "README.md").write_text(
+        card(facts, run_config(config.run), run_result(config.run)), encoding="utf-8"
+    )
     (temporary / "export.json").write_text(dumps(facts, indent=2) + "\n", encoding="utf-8")
     if "check" in facts:
         check(facts["check"], MOST_KL[config.type if is_gguf else config.to], temporary)

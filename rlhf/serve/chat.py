@@ -5,7 +5,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rlhf.config import SEED, option
@@ -117,7 +117,6 @@ class Chat:
 
     def _stream(self, speaker: Speaker) -> tuple[list[int], list[int], str]:
         """Print an answer as it is sampled; return the ids of the prompt and its own, and its text."""
-        from dataclasses import replace
 
         from rlhf.data.encode import encode_prompt
         from rlhf.engines.sampling import sample_key

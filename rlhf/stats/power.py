@@ -9,6 +9,8 @@ from bisect import bisect_left
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
+from scipy.special import chdtri, ndtr, ndtri, stdtrit
 
 from rlhf.errors import UserError
 from rlhf.stats.crossed import MIN_SEEDS, Estimate, Variances, checked, mean_squares
@@ -32,7 +34,6 @@ def pairs_needed(win_rate: float, power: float = 0.8, level: float = 0.95) -> in
         raise UserError(
             f"pairs for a win rate of {win_rate}: expected a share above 0 and below 1 that is not 0.5"
         )
-    from scipy.special import ndtri
 
     root = ndtri(0.5 + level / 2) / 2 + ndtri(power) * math.sqrt(win_rate * (1 - win_rate))
     return math.ceil((root / (win_rate - 0.5)) ** 2)
@@ -55,7 +56,6 @@ def power_of(
     known. share (...): powers where MS_seeds is multiplied by this, not below MS_error; returns
     the same shape.
     """
-    from scipy.special import ndtr, stdtrit
 
     of_groups = float(stdtrit(groups - 1, 0.5 + level / 2)) ** 2
     rest = max(v.groups - v.error, 0.0)
@@ -84,7 +84,6 @@ def detectable(
     seeds that alone matter, where 5.6 would do if the standard error were right. The range ends
     where the mean squares are at their 10th and 90th percentile.
     """
-    from scipy.optimize import brentq
 
     if not math.isfinite(estimate.se) or estimate.se == 0:
         return estimate.se, estimate.se, estimate.se
@@ -182,13 +181,11 @@ def components(values: np.ndarray) -> tuple[float, float, float]:
 
 def _quantile(df: int, q: float) -> float:
     """Return the q-quantile of chi^2_df / df."""
-    from scipy.special import chdtri
 
     return float(chdtri(df, 1 - q)) / df
 
 
 def _quantiles(df: int, count: int = 60) -> np.ndarray:
     """Return (count,) equally likely values of chi^2_df / df."""
-    from scipy.special import chdtri
 
     return chdtri(df, (np.arange(count) + 0.5) / count) / df
