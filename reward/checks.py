@@ -1,7 +1,5 @@
 """Check what a scorer returns: one finite number a sample, and parts that are numbers or NaN."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Callable

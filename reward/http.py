@@ -8,8 +8,6 @@ docs/rewards.md describes the protocol. The token is read from the environment a
 message.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import math
 import threading

@@ -5,8 +5,6 @@
 rlhf/judge has the client, the prompt and how an answer is read.
 """
 
-from __future__ import annotations
-
 import math
 
 from reward.specs import JudgeSpec

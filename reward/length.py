@@ -1,7 +1,5 @@
 """What the lengths of two answers alone say about which is preferred, to be taken out of the scores."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -7,8 +7,6 @@ Scores lie in [0, 1], 1 is right. RULES gives the names that a scorer specificat
     - {rule: must_not_match, pattern: "(?i)as an ai"}
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """The tie parameter of Davidson's model, learnt along with the scores."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

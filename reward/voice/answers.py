@@ -1,7 +1,5 @@
 """Answers to score by a brand voice: read from a file or a preference store, or sampled from a model."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from dataclasses import dataclass, field

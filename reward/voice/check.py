@@ -2,8 +2,6 @@
 model's answers spread under it.
 """
 
-from __future__ import annotations
-
 import statistics
 from dataclasses import dataclass
 from typing import Any

@@ -2,8 +2,6 @@
 another punishes. A policy would be trained towards what cannot be reached.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a brand voice can score in languages other than English."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -5,8 +5,6 @@ the edits between their words (P. H. Sellers 1980, "The theory and computation o
 distances: pattern recognition").
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Iterable, Sequence
 

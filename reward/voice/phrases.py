@@ -2,8 +2,6 @@
 between slashes.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import unicodedata

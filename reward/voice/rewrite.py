@@ -3,8 +3,6 @@
 A change is kept only where it raises the score and costs no fact.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """`rlhf voice score`: the score of a text by a brand voice, rule by rule, with the words it touched."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The tone of a text as a judge measures it: a number from 0 to 1 for each slider of a brand voice."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

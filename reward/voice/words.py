@@ -1,7 +1,5 @@
 """A brand voice in plain words: for those who judge by it, and for the one who wrote its file."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from reward.voice.phrases import plain_phrase, quoted

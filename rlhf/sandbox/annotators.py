@@ -10,8 +10,6 @@ width is `ties`. Votes go into the preference store that people use, under names
 simulated.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

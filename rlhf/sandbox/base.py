@@ -4,8 +4,6 @@ pretrained Qwen3.
 It is saved as any Hub model is, so that every stage reads it by its folder.
 """
 
-from __future__ import annotations
-
 import math
 import random
 import time

@@ -12,8 +12,6 @@ The world seed decides all of it. No prompt of the test split stands in the inst
 pretraining text.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

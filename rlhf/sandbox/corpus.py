@@ -5,8 +5,6 @@ one to three named `FAULTS`. Everything is drawn from a `random.Random`, so the 
 same exchanges on every machine.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

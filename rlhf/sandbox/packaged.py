@@ -10,8 +10,6 @@ the files again, after a change of the corpus, the tokenizer or the pretraining:
     python -m rlhf.sandbox.packaged runs/new/base
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

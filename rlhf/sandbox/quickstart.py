@@ -6,8 +6,6 @@ printed). A job that was done with the same command, configuration and code is n
 that changed is, and so are those that depend on it.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What `rlhf data prepare` prints, and data_card.md."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import statistics

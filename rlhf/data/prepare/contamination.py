@@ -12,8 +12,6 @@ five words up to n is one n-gram. A prompt also counts where it is a near duplic
 duplicates.py.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ the same numbers. A pair whose own two answers are that similar tests a finer di
 identical pair is its duplicate.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 import unicodedata

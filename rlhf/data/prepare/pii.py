@@ -6,8 +6,6 @@ addresses only the written forms below are (number and street word in English, s
 German, P.O. boxes), so what this leaves is not proven free of personal data.
 """
 
-from __future__ import annotations
-
 import functools
 import ipaddress
 import re

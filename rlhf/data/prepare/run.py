@@ -5,8 +5,6 @@ Every step reports its findings and parameters. Nothing is random, so the same i
 file.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 what it found.
 """
 
-from __future__ import annotations
-
 import functools
 import re
 from collections import Counter
