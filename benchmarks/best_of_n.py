@@ -24,7 +24,7 @@ from best_of_n_page import write_all
 from critics import paired
 from experiments import RUNS, compare, run, shop
 
-from rlhf.best_of_n.laws import fit_law, fit_with_intervals
+from rlhf.best_of_n.curve import fit_law, fit_with_intervals
 from rlhf.compare.results import Results, key
 from rlhf.compare.selection import Means, halves, overoptimisation, tabulate
 from rlhf.experiment.results import read_results

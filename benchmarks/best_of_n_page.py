@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from result_rows import add_rows, made_with
 
-from rlhf.best_of_n.laws import Fit
+from rlhf.best_of_n.curve import Fit
 from rlhf.compare.figure_style import NATS, NEUTRAL, SETTINGS, STYLES, new_figure
 from rlhf.files import dumps, write_atomic
 from rlhf.text import markdown_table

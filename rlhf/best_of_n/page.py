@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.best_of_n.laws import Fit
+from rlhf.best_of_n.curve import Fit
 from rlhf.compare.figure_style import (
     NATS,
     NEUTRAL,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.best_of_n.laws import Fit, fit_law, fit_with_intervals
+from rlhf.best_of_n.curve import Fit, fit_law, fit_with_intervals
 
 
 def test_the_law_of_best_of_n_by_hand():
