@@ -13,7 +13,8 @@ import secrets
 from typing import Any
 
 from rlhf.data.records import one_name
-from rlhf.data.store import Store, token_hash
+from rlhf.data.store import Store
+from rlhf.data.store_contents import token_hash
 from rlhf.errors import UserError
 
 # name of the store's setting

@@ -15,7 +15,8 @@ from rlhf.collect import app
 from rlhf.collect.app import create_app
 from rlhf.collect.serve import LinksConfig, ServeConfig, links
 from rlhf.collect.session import TEMPLATES, Site
-from rlhf.data.store import Store, token_hash
+from rlhf.data.store import Store
+from rlhf.data.store_contents import token_hash
 from rlhf.errors import UserError
 from tests.collect.conftest import ROOT, Client, Server, fields_of, fill
 
