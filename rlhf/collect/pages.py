@@ -10,7 +10,8 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from rlhf.collect import auth
-from rlhf.collect.queue import ANSWERS, SIDES, Answer, Assignment, Progress
+from rlhf.collect.queue import ANSWERS, SIDES, Answer, Progress
+from rlhf.collect.queue_state import Assignment
 from rlhf.collect.session import Refused, Site, annotator, page, read_form
 
 # characters

@@ -8,7 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.collect.queue import Queue, Rules
+from rlhf.collect.queue import Queue
+from rlhf.collect.queue_state import Rules
 from rlhf.config import option
 from rlhf.data.annotator_report import UNKNOWN, annotators_markdown, view_summary
 from rlhf.data.sources import ALL_TIES_HELP

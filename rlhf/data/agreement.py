@@ -21,11 +21,14 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf.data.dawid_skene import Ratings
+from rlhf.data.rankings import tau_summary
 from rlhf.data.votes import Vote, skills
 from rlhf.files import json_safe
 from rlhf.stats import fair_coin_p, jackknife_interval, wilson
 
 Level = Literal["nominal", "ordinal"]
+# item -> what its values depend on beside it: the ranking that it is a pair of
+Clusters = dict[Hashable, Hashable]
 
 # P-value below which an annotator gets a flag
 SURE = 0.01
@@ -101,7 +104,14 @@ def ratings_of(votes: list[Vote], level: Level = "nominal") -> Ratings:
     return ratings
 
 
-def alpha_interval(ratings: Ratings, level: Level = "nominal") -> tuple[float, float, float]:
+def clusters_of(votes: list[Vote]) -> Clusters:
+    """Return {comparison: the ranking that it is a pair of}, of those comparisons alone."""
+    return {vote.comparison: vote.ranking for vote in votes if vote.ranking is not None}
+
+
+def alpha_interval(
+    ratings: Ratings, level: Level = "nominal", clusters: Clusters | None = None
+) -> tuple[float, float, float]:
     """Return Krippendorff's alpha (1 perfect, 0 as by chance) and its 95 % interval (low, high).
 
         alpha = 1 - (n - 1) sum_ck o_ck d_ck / sum_ck n_c n_k d_ck
@@ -111,26 +121,31 @@ def alpha_interval(ratings: Ratings, level: Level = "nominal") -> tuple[float, f
     2)^2, of numbers.
     ratings: {item: {annotator: value}}; items with one value count nowhere. nan if all values are
     the same or no item has two. The interval is over items that have two values or more
-    (`jackknife_interval`). Source: Krippendorff 2011, "Computing Krippendorff's alpha-reliability".
+    (`jackknife_interval`), those of one cluster together. Source: Krippendorff 2011, "Computing
+    Krippendorff's alpha-reliability".
     """
-    return _interval(_coincidences(ratings), lambda sums: _alpha(sums, level))
+    names = [item for item, values in ratings.items() if len(values) > 1]
+    return _interval(_coincidences(ratings), lambda sums: _alpha(sums, level), names, clusters)
 
 
 def kappa_interval(
-    one: dict[Hashable, Hashable], other: dict[Hashable, Hashable]
+    one: dict[Hashable, Hashable],
+    other: dict[Hashable, Hashable],
+    clusters: Clusters | None = None,
 ) -> tuple[float, float, float]:
     """Return Cohen's kappa (1960) of two annotators' values by item and its 95 % interval (low,
     high).
 
         kappa = (p_o - p_e) / (1 - p_e),   p_e = sum_k p_one(k) p_other(k)
 
-    Both are over the items that both judged (`jackknife_interval`). nan if no item is common, or
-    both said one and the same value throughout.
+    Both are over the items that both judged (`jackknife_interval`), those of one cluster together.
+    nan if no item is common, or both said one and the same value throughout.
     """
-    return _interval(_crossed(one, other), _kappa)
+    names = [item for item in one if item in other]
+    return _interval(_crossed(one, other), _kappa, names, clusters)
 
 
-def pairwise_kappas(ratings: Ratings) -> list[dict[str, Any]]:
+def pairwise_kappas(ratings: Ratings, clusters: Clusters | None = None) -> list[dict[str, Any]]:
     """Return Cohen's kappa of every two annotators who have judged an item in common, by name.
 
     [{"one", "other", "kappa", "low", "high" (its 95 % interval), "pairs" (judged by both)}].
@@ -144,7 +159,7 @@ def pairwise_kappas(ratings: Ratings) -> list[dict[str, Any]]:
         common = len(by_name[one].keys() & by_name[other].keys())
         # of two who share no pair nothing can be said
         if common:
-            interval = kappa_interval(by_name[one], by_name[other])
+            interval = kappa_interval(by_name[one], by_name[other], clusters)
             row = dict(zip(("kappa", "low", "high"), interval, strict=True))
             found.append({"one": one, "other": other, **row, "pairs": common})
     return found
@@ -158,23 +173,25 @@ def agreement_summary(
 
     What adjudicators say does not count here: they see disputed pairs alone.
     {"votes", "pairs", "pairs_judged_twice", "alpha": {"nominal": {"estimate", "low", "high"},
-    "ordinal": ...}, "kappa": [{"one", "other", "kappa", "low", "high", "pairs"}], "annotators":
-    [Reliability as a dict]}. Alpha and kappa are over the pairs that are not controls. controls,
-    words: as in `annotator_reliability`.
+    "ordinal": ...}, "kappa": [{"one", "other", "kappa", "low", "high", "pairs"}], "tau":
+    `tau_summary`, "annotators": [Reliability as a dict]}. Alpha and kappa are over the pairs that are
+    not controls, those of rankings included; their intervals leave out a whole ranking at a time, and
+    "votes" counts it once. controls, words: as in `annotator_reliability`.
     """
     controls = controls or {}
     normal = [v for v in votes if v.comparison not in controls and not v.is_final]
-    nominal = ratings_of(normal)
+    nominal, clusters = ratings_of(normal), clusters_of(normal)
     alphas = {}
     for level in ("nominal", "ordinal"):
-        found = alpha_interval(ratings_of(normal, level), level)
+        found = alpha_interval(ratings_of(normal, level), level, clusters)
         alphas[level] = dict(zip(("estimate", "low", "high"), found, strict=True))
     summary = {
-        "votes": len(normal),
+        "votes": len({vote.event for vote in normal}),
         "pairs": len(nominal),
         "pairs_judged_twice": sum(len(values) > 1 for values in nominal.values()),
         "alpha": alphas,
-        "kappa": pairwise_kappas(nominal),
+        "kappa": pairwise_kappas(nominal, clusters),
+        "tau": tau_summary(normal),
         "annotators": list(map(asdict, annotator_reliability(votes, controls, words))),
     }
     return json_safe(summary, nan_as_null=True)
@@ -210,7 +227,7 @@ def annotator_reliability(
         left = _left_share(own)
         person = Reliability(
             annotator=name,
-            votes=len(own),
+            votes=len({vote.event for vote in own}),
             choices=dict(Counter(vote.choice for vote in own)),
             rest=agreement.get(name, Share(0, 0)),
             controls=_controls_right(own, controls),
@@ -250,30 +267,47 @@ def _left_share(votes: list[Vote]) -> Share:
 
 
 def _median_seconds(votes: list[Vote]) -> float:
-    durations = [vote.duration_ms for vote in votes if vote.duration_ms is not None]
-    return statistics.median(durations) / 1000 if durations else math.nan
+    # all votes of a ranking have its time
+    durations = {vote.event: vote.duration_ms for vote in votes if vote.duration_ms is not None}
+    return statistics.median(durations.values()) / 1000 if durations else math.nan
 
 
 def _too_fast(votes: list[Vote], words: dict[int, int]) -> Share:
-    timed = [vote for vote in votes if vote.duration_ms is not None]
-    fast = 0
-    for vote in timed:
+    fast: dict[int, bool] = {}
+    for vote in votes:
+        if vote.duration_ms is None:
+            continue
         shortest = max(FASTEST, words.get(vote.comparison, 0) / SKIM)
-        fast += vote.duration_ms < 1000 * shortest
-    return Share(fast, len(timed))
+        # who orders more answers has read the two longest at least
+        fast[vote.event] = fast.get(vote.event, False) or vote.duration_ms < 1000 * shortest
+    return Share(sum(fast.values()), len(fast))
 
 
 def _agreement_with_the_rest(votes: list[Vote]) -> dict[str, Share]:
-    """Return the mean over an annotator's pairs of the share of the others who said the same."""
-    totals: dict[str, list[float]] = {}
-    for values in ratings_of(votes).values():
+    """Return the mean over an annotator's pairs of the share of the others who said the same; a
+    ranking counts as one pair, with the mean over its own.
+    """
+    clusters = clusters_of(votes)
+    totals: dict[str, dict[Hashable, list[float]]] = {}
+    for comparison, values in ratings_of(votes).items():
         # alone on a pair, there is nobody to agree with
         if len(values) == 1:
             continue
         counts = Counter(values.values())
         for name, value in values.items():
-            totals.setdefault(name, []).append((counts[value] - 1) / (len(values) - 1))
-    return {name: Share(math.fsum(shares), len(shares)) for name, shares in totals.items()}
+            share = (counts[value] - 1) / (len(values) - 1)
+            cluster = _cluster(comparison, clusters)
+            totals.setdefault(name, {}).setdefault(cluster, []).append(share)
+    found = {}
+    for name, shares in totals.items():
+        means = [math.fsum(own) / len(own) for own in shares.values()]
+        found[name] = Share(math.fsum(means), len(means))
+    return found
+
+
+def _cluster(item: Hashable, clusters: Clusters) -> Hashable:
+    """Return what an item is dependent on: its ranking, else itself."""
+    return ("ranking", clusters[item]) if item in clusters else item
 
 
 def _flags(person: Reliability, others: list[Reliability]) -> list[str]:
@@ -366,14 +400,22 @@ def _kappa(sums: np.ndarray) -> np.ndarray:
 
 
 def _interval(
-    cells: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]
+    cells: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    items: list[Hashable],
+    clusters: Clusters | None,
 ) -> tuple[float, float, float]:
-    """Return the statistic of the sum of (N, K, K) cells, one an item, and its 95 % interval; nan
-    where undefined.
+    """Return the statistic of the sum of (N, K, K) cells, one an item, and its 95 % interval over
+    clusters of items; nan where undefined.
     """
     if not len(cells):
         return math.nan, math.nan, math.nan
     total = cells.sum(axis=0)
     estimate = float(statistic(total[None])[0])
-    low, high, _ = jackknife_interval(estimate, statistic(total - cells), bounds=(-1.0, 1.0))
+    numbers: dict[Hashable, int] = {}
+    for item in items:
+        numbers.setdefault(_cluster(item, clusters or {}), len(numbers))
+    sums = np.zeros((len(numbers), *total.shape))
+    np.add.at(sums, [numbers[_cluster(item, clusters or {})] for item in items], cells)
+    low, high, _ = jackknife_interval(estimate, statistic(total - sums), bounds=(-1.0, 1.0))
     return estimate, low, high

@@ -126,6 +126,8 @@ def annotators_markdown(summary: dict[str, Any]) -> list[str]:
         LEGEND,
     ]
 
+    tau = describe_tau(summary)
+    lines += ["", f"{tau}."] if tau else []
     kappas = list(map(escape_cell, describe_kappas(summary)))
     if kappas:
         lines += ["", f"Cohen's kappa (95 % interval) of every two: {'; '.join(kappas)}."]
@@ -148,6 +150,17 @@ def describe_alpha(summary: dict[str, Any]) -> str:
     if alpha["estimate"] is None:
         return f"Krippendorff's alpha cannot be computed: {basis}"
     return f"Krippendorff's alpha {alpha['estimate']:.2f}{_interval(alpha)}; {basis}"
+
+
+def describe_tau(summary: dict[str, Any]) -> str | None:
+    """Return how far annotators order answers alike, in words; None without two orders of the same."""
+    tau = summary["tau"]
+    if not tau["rankings"]:
+        return None
+    return (
+        f"Kendall's tau-b {tau['estimate']:.2f}{_interval(tau)} over {tau['rankings']} rankings by two annotators or "
+        "more: 1 is the same order, -1 the opposite"
+    )
 
 
 def describe_kappas(summary: dict[str, Any]) -> list[str]:

@@ -9,25 +9,37 @@ said about them.
         event = store.vote(pair, store.add_annotator("ann"), "a")
         store.at(event).preferences()
 
-Votes and undos are events, numbered in the order in which they were committed. The state after
+Three to eight responses are ordered at once by `store.rank(store.add_ranking(ids), annotator, order)`.
+Votes, orders and undos are events, numbered in the order in which they were committed. The state after
 event n never changes, so a run records the event it read up to. The tables are explained in
 docs/collect.md.
 """
 
 from __future__ import annotations
 
+import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from rlhf.data.rankings import check_order
 from rlhf.data.records import one_name
+from rlhf.data.spans import checked
 from rlhf.data.store_contents import StoreContents, as_json
 from rlhf.data.store_queries import StoreView
 from rlhf.data.votes import CHOICES
 from rlhf.errors import UserError
 
+# on a comparison, or by the ranking that it is a pair of
 STANDING_VOTE = """
-    SELECT id FROM events e WHERE comparison = ? AND annotator = ? AND kind = 'vote'
+    SELECT id FROM events e WHERE annotator = :annotator AND kind = 'vote'
+        AND (comparison = :comparison
+            OR choice = 'rank' AND ranking = (SELECT ranking FROM comparisons WHERE id = :comparison))
+        AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id)"""
+# of a ranking itself, or on one of its pairs
+STANDING_RANK = """
+    SELECT id FROM events e WHERE annotator = :annotator AND kind = 'vote'
+        AND (ranking = :ranking OR comparison IN (SELECT id FROM comparisons WHERE ranking = :ranking))
         AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id)"""
 
 
@@ -37,18 +49,28 @@ class Store(StoreContents):
     """
 
     def assign(
-        self, comparison: int, annotator: int, *, left: Literal["a", "b"] | None = None
+        self,
+        comparison: int | None,
+        annotator: int,
+        *,
+        left: Literal["a", "b"] | None = None,
+        ranking: int | None = None,
+        shown: Sequence[int] = (),
     ) -> int:
-        """Record that the comparison was handed to the annotator, and what was on the left; returns
+        """Record that the comparison, or the ranking, was handed to the annotator, and what was on
+        the left, or the order of the responses on the page; returns the event's id.
+        """
+        row = {"comparison": comparison, "annotator": annotator, "left": left, "ranking": ranking}
+        with self.transaction():
+            return self._event(kind="assign", shown=as_json(shown) if shown else None, **row)
+
+    def release(self, comparison: int | None, annotator: int, *, ranking: int | None = None) -> int:
+        """Record that the annotator gave the comparison, or the ranking, back unanswered; returns
         the event's id.
         """
+        row = {"comparison": comparison, "annotator": annotator, "ranking": ranking}
         with self.transaction():
-            return self._event(comparison=comparison, annotator=annotator, kind="assign", left=left)
-
-    def release(self, comparison: int, annotator: int) -> int:
-        """Record that the annotator gave the comparison back unanswered; returns the event's id."""
-        with self.transaction():
-            return self._event(comparison=comparison, annotator=annotator, kind="release")
+            return self._event(kind="release", **row)
 
     def vote(
         self,
@@ -63,6 +85,7 @@ class Store(StoreContents):
         duration_ms: int | None = None,
         corrected: str | None = None,
         criteria: dict[str, dict[str, int]] | None = None,
+        spans: Sequence[dict[str, Any]] = (),
         request: str | None = None,
         created: str | None = None,
     ) -> int:
@@ -71,10 +94,11 @@ class Store(StoreContents):
         choice: "a", "b", "tie", "both_bad", "skip", or the id of the better response.
         left: which response was shown on the left (first). strength: 1 slightly, 2 clearly, 3 by
         far. corrected: a better answer that the annotator wrote. criteria: ratings from 1 to 5 of
-        the responses, {name: {"a": 4, "b": 2}}.
+        the responses, {name: {"a": 4, "b": 2}}. spans: passages of answers a and b
+        (rlhf/data/spans.py).
         request: a name the caller gives to this one click; sent twice, it is recorded once.
         created: when it was cast elsewhere (ISO 8601). Raises UserError if this annotator has voted
-        on this comparison already (undo that first).
+        on this comparison already (undo that first), or a span is not in its answer.
         """
         with self.transaction():
             done = self.request(request)
@@ -96,6 +120,7 @@ class Store(StoreContents):
                     f"{standing}); undo that vote first"
                 )
             _check_criteria(criteria or {})
+            texts = self._texts({"a": pair["a"], "b": pair["b"]}) if spans else {}
             written = None
             if corrected is not None and corrected.strip():
                 written = self.add_response(pair["prompt"], corrected)
@@ -111,13 +136,83 @@ class Store(StoreContents):
                 duration_ms=duration_ms,
                 corrected=written,
                 criteria=as_json(criteria) if criteria else None,
+                spans=as_json(checked(spans, texts)) if spans else None,
                 request=request,
                 created=created or self._now(),
             )
 
+    def rank(
+        self,
+        ranking: int,
+        annotator: int,
+        order: Sequence[Sequence[int]],
+        *,
+        shown: Sequence[int] = (),
+        reason: str | None = None,
+        tags: list[str] | None = None,
+        duration_ms: int | None = None,
+        spans: Sequence[dict[str, Any]] = (),
+        request: str | None = None,
+        created: str | None = None,
+    ) -> int:
+        """Record in which order an annotator puts the responses of a ranking; returns the event's
+        id.
+
+        order: ids of responses, equally good ones together, the best first; empty: a skip. shown:
+        the ids as they stood on the page. spans: their "answer" is a response's id. All else is as
+        in `vote`, with the same errors.
+        """
+        with self.transaction():
+            done = self.request(request)
+            if done:
+                return done["id"]
+            found = self._one("SELECT responses FROM rankings WHERE id = ?", ranking)
+            if found is None:
+                raise UserError(f"{self.path}: there is no ranking {ranking}")
+            responses = json.loads(found["responses"])
+            if order:
+                check_order(order, responses)
+            standing = self.standing_rank(ranking, annotator)
+            if standing:
+                raise UserError(
+                    f"{self.path}: annotator {annotator} has judged ranking {ranking}, or a pair of it, already (event "
+                    f"{standing}); undo that first"
+                )
+            texts = self._texts({id: id for id in responses}) if spans else {}
+            return self._event(
+                ranking=ranking,
+                annotator=annotator,
+                kind="vote",
+                choice="rank" if order else "skip",
+                placed=as_json([sorted(equal) for equal in order]) if order else None,
+                shown=as_json(shown) if shown else None,
+                reason=reason,
+                tags=as_json(tags or []),
+                duration_ms=duration_ms,
+                spans=as_json(checked(spans, texts)) if spans else None,
+                request=request,
+                created=created or self._now(),
+            )
+
+    def _texts(self, responses: dict[Any, int]) -> dict[Any, str]:
+        """Return the text of each named response."""
+        found = {}
+        for name, id in responses.items():
+            found[name] = self._one("SELECT text FROM responses WHERE id = ?", id)["text"]
+        return found
+
     def standing_vote(self, comparison: int, annotator: int) -> int | None:
-        """Return the event of the annotator's vote that stands on a comparison, if there is one."""
-        found = self._one(STANDING_VOTE, comparison, annotator)
+        """Return the event of the annotator's vote that stands on a comparison, if there is one; that
+        of a ranking which has ordered its responses too.
+        """
+        return self._standing(STANDING_VOTE, annotator=annotator, comparison=comparison)
+
+    def standing_rank(self, ranking: int, annotator: int) -> int | None:
+        """Return the event by which the annotator has judged a ranking, or a pair of it."""
+        return self._standing(STANDING_RANK, annotator=annotator, ranking=ranking)
+
+    def _standing(self, sql: str, **values: int) -> int | None:
+        found = self._db.execute(sql, values).fetchone()
         return found and found["id"]
 
     def undo(self, event: int, *, request: str | None = None) -> int:
@@ -137,6 +232,7 @@ class Store(StoreContents):
                 raise UserError(f"{self.path}: the vote of event {event} is undone already")
             return self._event(
                 comparison=vote["comparison"],
+                ranking=vote["ranking"],
                 annotator=vote["annotator"],
                 kind="undo",
                 undoes=event,
@@ -171,9 +267,11 @@ class Store(StoreContents):
     def events(self, after: int = 0) -> Iterator[sqlite3.Row]:
         """Return the events newer than `after`, in order.
 
-        Columns: id, comparison, annotator, kind, choice, left, duration_ms, undoes, created.
+        Columns: id, comparison, ranking, annotator, kind, choice, left, placed, shown, duration_ms,
+        undoes, created; placed and shown are JSON.
         """
-        names = 'id, comparison, annotator, kind, choice, "left", duration_ms, undoes, created'
+        names = """id, comparison, ranking, annotator, kind, choice, "left", placed, shown, duration_ms,
+            undoes, created"""
         return self._db.execute(f"SELECT {names} FROM events WHERE id > ? ORDER BY id", (after,))
 
     def last_event(self) -> int:

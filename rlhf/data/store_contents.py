@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -29,6 +30,8 @@ from rlhf.text import clip
 
 # how the names of simulated annotators begin
 SIMULATED = "sim-"
+# responses that are ordered at once
+FEWEST, MOST = 3, 8
 
 
 class StoreContents:
@@ -232,9 +235,46 @@ class StoreContents:
         return first["prompt"]
 
     def comparisons_after(self, id: int) -> list[dict[str, Any]]:
-        """Return the comparisons newer than this one: {id, a, b, kind}."""
-        sql = "SELECT id, a, b, kind FROM comparisons WHERE id > ?"
+        """Return the comparisons newer than this one: {id, a, b, kind, ranking (whose pair it is)}."""
+        sql = "SELECT id, a, b, kind, ranking FROM comparisons WHERE id > ?"
         return list(map(dict, self._db.execute(sql, (id,))))
+
+    def add_ranking(self, responses: Sequence[int]) -> int:
+        """Return the id of the question to annotators: in which order are these responses to one
+        prompt, from `FEWEST` to `MOST`? The same ones again give the same id.
+
+        Every two of them become a comparison of this ranking. Raises UserError where two cannot be
+        compared, or are compared already: a pair is asked about once.
+        """
+        ids = sorted(set(responses))
+        if not FEWEST <= len(ids) <= MOST:
+            raise UserError(
+                f"{self.path}: a ranking of {len(ids)} responses; expected {FEWEST} to {MOST}"
+            )
+        pairs = list(itertools.combinations(ids, 2))
+        (prompt,) = {self._comparable_prompt(*pair) for pair in pairs}
+        keys = [self._one("SELECT key FROM responses WHERE id = ?", id)["key"] for id in ids]
+        key = digest(as_json(keys))
+        with self.transaction():
+            found = self._one("SELECT id FROM rankings WHERE key = ?", key)
+            if found:
+                return found["id"]
+            ranking = self._add("rankings", key, {"prompt": prompt, "responses": as_json(ids)})
+            for a, b in pairs:
+                if self._one("SELECT id FROM comparisons WHERE key = ?", f"{a}-{b}-normal"):
+                    raise UserError(
+                        f"{self.path}: responses {a} and {b} are compared already, as a pair or in another ranking; "
+                        "rank new answers in a store of their own"
+                    )
+                row = {"prompt": prompt, "a": a, "b": b, "kind": "normal", "ranking": ranking}
+                self._add("comparisons", f"{a}-{b}-normal", row)
+        return ranking
+
+    def rankings_after(self, id: int) -> list[dict[str, Any]]:
+        """Return the rankings newer than this one: {id, responses (their ids)}."""
+        sql = "SELECT id, responses FROM rankings WHERE id > ?"
+        rows = map(dict, self._db.execute(sql, (id,)))
+        return [row | {"responses": json.loads(row["responses"])} for row in rows]
 
     # Annotators and settings
 

@@ -11,6 +11,7 @@ import sqlite3
 from collections import Counter
 from typing import Any
 
+from rlhf.data.rankings import Ranked, pair_weight, votes_of
 from rlhf.data.records import Preference, Prompt, Record
 from rlhf.data.split import answer_pair, join_groups
 from rlhf.data.votes import CHOICES, Aggregate, Vote, after_adjudication, verdicts
@@ -35,7 +36,7 @@ MODEL_VOTES = """
 COMPARISONS = """
     SELECT c.id, c.kind, c.expected, c.prompt, p.messages, p.metadata, p.own_group, p.default_group, p.voice,
         a.text AS text_a, b.text AS text_b, a.ended AS ended_a, b.ended AS ended_b,
-        a.model AS model_a, b.model AS model_b
+        a.model AS model_a, b.model AS model_b, c.ranking, c.a, c.b
     FROM comparisons c
         JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b"""
 
@@ -44,17 +45,30 @@ ANSWERS = """
         coalesce(p.own_group, p.default_group) AS group_name
     FROM responses r JOIN prompts p ON p.id = r.prompt WHERE r.model IS NOT NULL"""
 
+# rankings, with the texts of their responses
+RANKINGS = """
+    SELECT k.id AS ranking, k.prompt, r.id, r.text, r.model, r.ended
+    FROM rankings k JOIN json_each(k.responses) j JOIN responses r ON r.id = j.value ORDER BY k.id, r.id"""
+
+# comparisons on which somebody has voted, whether it stands or not
+VOTED = """
+    SELECT comparison FROM events WHERE kind = 'vote' AND comparison IS NOT NULL AND id <= :upto
+    UNION SELECT id FROM comparisons WHERE ranking IN
+        (SELECT ranking FROM events WHERE kind = 'vote' AND id <= :upto)"""
+
 # columns that came later stand at the end: where they are empty, a fingerprint stays what it was
 EVENTS_WITH_CONTENT = """
     SELECT e.id, e.comparison, e.annotator, e.kind, e.choice, e."left", e.strength, e.reason, e.tags,
         e.duration_ms, e.undoes, e.request, e.created, n.name, c.kind, c.expected, p.key, a.key, b.key,
-        r.key, e.criteria
+        r.key, e.criteria, k.key, e.placed, e.shown, e.spans
     FROM events e
         JOIN annotators n ON n.id = e.annotator LEFT JOIN comparisons c ON c.id = e.comparison
         LEFT JOIN prompts p ON p.id = c.prompt LEFT JOIN responses a ON a.id = c.a
         LEFT JOIN responses b ON b.id = c.b LEFT JOIN responses r ON r.id = e.corrected
+        LEFT JOIN rankings k ON k.id = e.ranking
     WHERE e.id <= ? ORDER BY e.id"""
-OLD_COLUMNS = 19
+# of each earlier version of these columns, the newest first
+OLD_COLUMNS = (21, 19)
 
 
 class StoreView:
@@ -68,10 +82,33 @@ class StoreView:
 
     def votes(self) -> list[Vote]:
         """Return the votes that stand, by event id; those on control pairs included, those of
-        excluded annotators not.
+        excluded annotators not. A ranking gives one for each of its pairs.
         """
-        excluded = self.excluded()
-        return [vote for vote in self._standing() if vote.annotator not in excluded]
+        pairs: dict[int, list[tuple[int, int, int]]] = {}
+        sql = "SELECT id, a, b, ranking FROM comparisons WHERE ranking IS NOT NULL ORDER BY id"
+        for id, a, b, ranking in self._db.execute(sql):
+            pairs.setdefault(ranking, []).append((id, a, b))
+        votes = []
+        for row in self._standing():
+            if row["ranking"] is None:
+                votes.append(_vote(row))
+            else:
+                votes += votes_of(_ranked(row), pairs[row["ranking"]])
+        return votes
+
+    def ranked(self) -> list[Ranked]:
+        """Return the rankings that stand, by event id, skipped ones included, without those of
+        excluded annotators.
+        """
+        return [_ranked(row) for row in self._standing() if row["ranking"] is not None]
+
+    def rankings(self) -> dict[int, dict[str, Any]]:
+        """Return every ranking by id: {prompt (its id), responses: [{id, text, model, ended}]}."""
+        found: dict[int, dict[str, Any]] = {}
+        for row in map(dict, self._db.execute(RANKINGS)):
+            own = {"prompt": row.pop("prompt"), "responses": []}
+            found.setdefault(row.pop("ranking"), own)["responses"].append(row)
+        return found
 
     def excluded(self) -> dict[str, int]:
         """Return the annotators whose votes do not count, and the event from which on."""
@@ -86,27 +123,11 @@ class StoreView:
                 return row["choice"]
         return None
 
-    def _standing(self) -> list[Vote]:
-        standing = []
-        for row in self._db.execute(STANDING_VOTES, {"upto": self.event}):
-            vote = Vote(
-                event=row["id"],
-                comparison=row["comparison"],
-                annotator=row["name"],
-                choice=row["choice"],
-                left=row["left"],
-                strength=row["strength"],
-                reason=row["reason"],
-                tags=json.loads(row["tags"]),
-                duration_ms=row["duration_ms"],
-                created=row["created"],
-                source=row["source"],
-                is_final=row["role"] == "adjudicator",
-                corrected=row["corrected_text"],
-                criteria=json.loads(row["criteria"] or "{}"),
-            )
-            standing.append(vote)
-        return standing
+    def _standing(self) -> list[sqlite3.Row]:
+        """Return the events of `votes`, of a ranking one."""
+        excluded = self.excluded()
+        rows = self._db.execute(STANDING_VOTES, {"upto": self.event})
+        return [row for row in rows if row["name"] not in excluded]
 
     def preferences(
         self, aggregate: Aggregate = "each", *, keep_ties: bool = False
@@ -150,7 +171,24 @@ class StoreView:
             row["margin"] = verdict.margin
             row["metadata"]["vote"] |= verdict.metadata
             rows.append({name: value for name, value in row.items() if value is not None})
-        return rows + _corrections(after_adjudication(votes), pairs, prompts, controls)
+        rows += _corrections(after_adjudication(votes), pairs, prompts, controls)
+        return self._weighted(rows)
+
+    def _weighted(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the rows, with the weights of pairs that come from rankings: on average 1, as
+        losses want it (rlhf/data/rankings.py).
+        """
+        sizes = {id: len(found["responses"]) for id, found in self.rankings().items()}
+        weights = []
+        for row in rows:
+            ranking = row["metadata"]["vote"].get("ranking")
+            weights.append(pair_weight(sizes[ranking]) if ranking else 1.0)
+        # where all are alike, nothing has to be said
+        if len(set(weights)) > 1:
+            mean = sum(weights) / len(weights)
+            for row, weight in zip(rows, weights, strict=True):
+                row["weight"] = weight / mean
+        return rows
 
     def prompt_rows(self) -> list[dict[str, Any]]:
         """Return `prompts` as rows."""
@@ -217,8 +255,9 @@ class StoreView:
         digest = hashlib.sha256()
         for event in self._db.execute(EVENTS_WITH_CONTENT, (self.event,)):
             values = list(event)
-            if values[OLD_COLUMNS:] == [None, None]:
-                del values[OLD_COLUMNS:]
+            for count in OLD_COLUMNS:
+                if not any(value is not None for value in values[count:]):
+                    del values[count:]
             digest.update(json.dumps(values, ensure_ascii=False).encode() + b"\n")
         return digest.hexdigest()[:16]
 
@@ -228,23 +267,33 @@ class StoreView:
         """
         kinds = dict(map(tuple, self._db.execute("SELECT id, kind FROM comparisons")))
         of_kind = Counter(kinds.values())
-        standing = self.votes()
+        standing, answers = self.votes(), self._standing()
         # control pairs are never trained on, so they count nowhere here
         normal = [vote for vote in standing if kinds[vote.comparison] == "normal"]
+        single = [vote for vote in standing if vote.ranking is None]
+        ranked = [row for row in answers if row["choice"] == "rank"]
         cast = self._count("events WHERE kind = 'vote' AND id <= ?", self.event)
+        kept = sum(1 for _ in self._db.execute(STANDING_VOTES, {"upto": self.event}))
+        rankings = self._count("rankings")
+        of_rankings = self._count("comparisons WHERE ranking IS NOT NULL")
         return {
             "prompts": self._count("prompts"),
             "responses": self._count("responses"),
             "annotators": self._count("annotators"),
-            "comparisons": of_kind["normal"],
+            # asked about one by one
+            "comparisons": of_kind["normal"] - of_rankings,
+            "rankings": rankings,
             "controls": of_kind["control"],
             "last_event": self.event,
-            "votes": len(standing),
-            "undone": cast - len(self._standing()),
-            "choices": dict.fromkeys(CHOICES, 0) | Counter(vote.choice for vote in standing),
-            # without those on control pairs
+            # a ranking is one answer
+            "votes": len(answers),
+            "ranked": len(ranked),
+            "undone": cast - kept,
+            # without those that rankings stand for
+            "choices": dict.fromkeys(CHOICES, 0) | Counter(vote.choice for vote in single),
+            # without those on control pairs, with those of rankings
             "normal_choices": dict.fromkeys(CHOICES, 0) | Counter(vote.choice for vote in normal),
-            "by_annotator": dict(Counter(vote.annotator for vote in standing)),
+            "by_annotator": dict(Counter(row["name"] for row in answers)),
             "comparisons_with_votes": len({vote.comparison for vote in normal}),
             "comparisons_with_winner": len(verdicts(normal, "majority")),
         }
@@ -282,9 +331,7 @@ class StoreView:
         """Return groups for the prompts without one of their own, joined where they share voted
         answers.
         """
-        voted = self._db.execute(
-            "SELECT DISTINCT comparison FROM events WHERE kind = 'vote' AND id <= ?", (self.event,)
-        )
+        voted = self._db.execute(VOTED, {"upto": self.event})
         pairs = self.pairs()
         links: dict[int, list] = {prompt["id"]: [] for prompt in prompts}
         for (comparison,) in voted:
@@ -301,8 +348,47 @@ def _row(prompt: dict[str, Any], pair: dict[str, Any], chosen: str, loser: str) 
     row = prompt | {"chosen": chosen, "rejected": pair[f"text_{loser}"]}
     if pair[f"ended_{loser}"] == 0:
         row["rejected_ended"] = False
-    row["metadata"] = prompt["metadata"] | {"vote": {"comparison": pair["id"]}}
+    about = {"comparison": pair["id"]}
+    if pair["ranking"] is not None:
+        about["ranking"] = pair["ranking"]
+    row["metadata"] = prompt["metadata"] | {"vote": about}
     return row
+
+
+def _vote(row: sqlite3.Row) -> Vote:
+    return Vote(
+        event=row["id"],
+        comparison=row["comparison"],
+        annotator=row["name"],
+        choice=row["choice"],
+        left=row["left"],
+        strength=row["strength"],
+        reason=row["reason"],
+        tags=json.loads(row["tags"]),
+        duration_ms=row["duration_ms"],
+        created=row["created"],
+        source=row["source"],
+        is_final=row["role"] == "adjudicator",
+        corrected=row["corrected_text"],
+        criteria=json.loads(row["criteria"] or "{}"),
+        spans=json.loads(row["spans"] or "[]"),
+    )
+
+
+def _ranked(row: sqlite3.Row) -> Ranked:
+    return Ranked(
+        event=row["id"],
+        ranking=row["ranking"],
+        annotator=row["name"],
+        order=json.loads(row["placed"] or "[]"),
+        shown=json.loads(row["shown"] or "null"),
+        reason=row["reason"],
+        tags=json.loads(row["tags"]),
+        duration_ms=row["duration_ms"],
+        created=row["created"],
+        source=row["source"],
+        spans=json.loads(row["spans"] or "[]"),
+    )
 
 
 def _corrections(

@@ -125,7 +125,48 @@ _FOURTH = [
     _ONLY_AT_THE_END,
 ]
 
-MIGRATIONS: list[list[str]] = [_FIRST, _SECOND, _THIRD, _FOURTH]
+_EVENTS_OF_FOURTH = f"{_OLD_EVENTS}, corrected, criteria"
+_FIFTH = [
+    # a question with more than two answers, which are ordered; responses: their ids as JSON
+    """CREATE TABLE rankings (
+        id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, prompt INTEGER NOT NULL REFERENCES prompts (id),
+        responses TEXT NOT NULL, created TEXT NOT NULL)""",
+    *_unchangeable("rankings"),
+    # whose pairs it is that this is one of
+    "ALTER TABLE comparisons ADD COLUMN ranking INTEGER REFERENCES rankings (id)",
+    "CREATE INDEX comparisons_of_ranking ON comparisons (ranking)",
+    # ranking: asked about instead of a comparison. placed: the order as [[id, id], [id]], equally good
+    # ones together, the best first; shown: the ids as they stood on the page; spans: marked passages
+    """CREATE TABLE events_new (
+        id INTEGER PRIMARY KEY AUTOINCREMENT, comparison INTEGER REFERENCES comparisons (id),
+        annotator INTEGER NOT NULL REFERENCES annotators (id), kind TEXT NOT NULL, choice TEXT, "left" TEXT,
+        strength INTEGER, reason TEXT, tags TEXT NOT NULL DEFAULT '[]', duration_ms INTEGER,
+        undoes INTEGER UNIQUE REFERENCES events_new (id), request TEXT UNIQUE, created TEXT NOT NULL,
+        corrected INTEGER REFERENCES responses (id), criteria TEXT,
+        ranking INTEGER REFERENCES rankings (id), placed TEXT, shown TEXT, spans TEXT,
+        CHECK (kind IN ('assign', 'release', 'vote', 'undo', 'exclude', 'include')),
+        CHECK ((kind IN ('exclude', 'include')) = (comparison IS NULL AND ranking IS NULL)),
+        CHECK (comparison IS NULL OR ranking IS NULL),
+        CHECK ((kind = 'vote') = (choice IS NOT NULL)),
+        CHECK ((kind = 'undo') = (undoes IS NOT NULL)),
+        CHECK (choice IS NULL OR choice IN ('a', 'b', 'tie', 'both_bad', 'skip', 'rank')),
+        CHECK (choice IS NULL OR choice = 'skip' OR (choice = 'rank') = (ranking IS NOT NULL)),
+        CHECK (coalesce(choice = 'rank', 0) = (placed IS NOT NULL)),
+        CHECK ("left" IS NULL OR "left" IN ('a', 'b')),
+        CHECK (strength IS NULL OR strength IN (1, 2, 3)),
+        CHECK (ranking IS NOT NULL OR shown IS NULL),
+        CHECK (kind = 'vote' OR (corrected IS NULL AND criteria IS NULL AND spans IS NULL)))""",
+    f"INSERT INTO events_new ({_EVENTS_OF_FOURTH}) SELECT {_EVENTS_OF_FOURTH} FROM events ORDER BY id",
+    "DROP TABLE events",
+    "ALTER TABLE events_new RENAME TO events",
+    "CREATE INDEX events_of_pair ON events (comparison, annotator)",
+    "CREATE INDEX events_of_ranking ON events (ranking, annotator)",
+    "CREATE INDEX events_of_annotator ON events (annotator, kind)",
+    *_unchangeable("events"),
+    _ONLY_AT_THE_END,
+]
+
+MIGRATIONS: list[list[str]] = [_FIRST, _SECOND, _THIRD, _FOURTH, _FIFTH]
 VERSION = len(MIGRATIONS)
 
 

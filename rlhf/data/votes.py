@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf.data.spans import renamed
 from rlhf.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,10 @@ class Vote:
     corrected: str | None = None
     # ratings from 1 to 5 by criterion and response: {"clear": {"a": 4, "b": 2}}
     criteria: dict[str, dict[str, int]] = field(default_factory=dict)
+    # marked passages (rlhf/data/spans.py); their "answer" is a or b
+    spans: list[dict[str, Any]] = field(default_factory=list)
+    # the ranking whose order says it; all its votes have one event
+    ranking: int | None = None
 
 
 @dataclass
@@ -104,6 +109,7 @@ def details_of(vote: Vote) -> dict[str, Any]:
         "reason": vote.reason,
         "tags": vote.tags,
         "criteria": _of_sides(vote),
+        "spans": renamed(vote.spans, _names_in_row(vote)),
     }
     if vote.left and vote.choice in ("a", "b"):
         # whether people prefer a side is judged by it
@@ -113,12 +119,15 @@ def details_of(vote: Vote) -> dict[str, Any]:
 
 def _of_sides(vote: Vote) -> dict[str, dict[str, int]]:
     """Return the ratings by the row's names, since a reader of the row knows no a and b."""
-    worse = "b" if vote.choice == "a" else "a"
-    sides = {vote.choice: "chosen", worse: "rejected"}
+    sides = _names_in_row(vote)
     found = {}
     for name, ratings in vote.criteria.items():
         found[name] = {sides[side]: rating for side, rating in ratings.items()}
     return found
+
+
+def _names_in_row(vote: Vote) -> dict[str, str]:
+    return {vote.choice: "chosen", "b" if vote.choice == "a" else "a": "rejected"}
 
 
 def majority(votes: list[Vote], *, keep_ties: bool = False) -> list[Verdict]:

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from rlhf.collect.queue import Answer, Queue, Rules
+from rlhf.collect.queue import Answer, Queue
+from rlhf.collect.queue_state import Rules
 from rlhf.data.store import Store
 from tests.collect.conftest import fill
 

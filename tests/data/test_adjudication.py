@@ -71,26 +71,42 @@ def test_a_state_keeps_its_fingerprint_over_versions(store):
     assert store.at().fingerprint() != store.at(last).fingerprint() == "09216451bd4a6b6d"
 
 
-def test_events_of_an_older_file_come_over_with_their_numbers(tmp_path, monkeypatch):
+# an assignment, a vote and its undo, as every version has written them
+OLD_EVENTS = [
+    ("assign", None, "a", None, "[]", None, None),
+    ("vote", "a", None, 3, '["x"]', None, "r"),
+    ("undo", None, None, None, "[]", 2, None),
+]
+
+
+@pytest.mark.parametrize("version", [3, 4])
+def test_events_of_an_older_file_come_over_with_their_numbers(tmp_path, monkeypatch, version):
     path = tmp_path / "old.db"
     with monkeypatch.context() as older:
-        older.setattr(store_schema, "MIGRATIONS", store_schema.MIGRATIONS[:3])
-        older.setattr(store_schema, "VERSION", 3)
+        older.setattr(store_schema, "MIGRATIONS", store_schema.MIGRATIONS[:version])
+        older.setattr(store_schema, "VERSION", version)
         Store.open(path, create=True).close()
         with Store.open(path) as store, store.transaction():
             db = store._db
             db.execute("INSERT INTO annotators (name, kind, created) VALUES ('ann', 'person', '')")
             number = pair(store)
-            store.assign(number, 1, left="a")
-            vote = store.vote(number, 1, "a", tags=["x"], strength=3, request="r")
-            undo = store.undo(vote)
+            for event in OLD_EVENTS:
+                db.execute(
+                    """INSERT INTO events (comparison, annotator, kind, choice, "left", strength, tags, undoes,
+                        request, created) VALUES (?, 1, ?, ?, ?, ?, ?, ?, ?, '2026-11-29')""",
+                    (number, *event),
+                )
             kept = [tuple(row) for row in db.execute("SELECT * FROM events ORDER BY id")]
+    _, vote, undo = 1, 2, 3
     with Store.open(path, readonly=True) as store:
         assert not store.at().votes() and len(store.at(vote).votes()) == 1
+        before = store.at(vote).fingerprint()
     with Store.open(path) as store:
         rows = [tuple(row) for row in store._db.execute("SELECT * FROM events ORDER BY id")]
-        # two columns more, empty
-        assert rows == [(*row, None, None) for row in kept]
+        # the columns that came later are empty
+        later = (None,) * (len(rows[0]) - len(kept[0]))
+        assert rows == [(*row, *later) for row in kept] and len(later) == {3: 6, 4: 4}[version]
+        assert store.at(vote).fingerprint() == before
         assert not list(store._db.execute("PRAGMA foreign_key_check"))
         assert store.vote(number, 1, "b") == undo + 1
         assert [row["role"] for row in store.annotators()] == ["annotator"]
@@ -101,6 +117,11 @@ def test_events_of_an_older_file_come_over_with_their_numbers(tmp_path, monkeypa
             store._db.execute(
                 "INSERT INTO events (id, annotator, kind, created) VALUES (1, 1, 'exclude', '')"
             )
+        # and what is new works in the file that was old
+        prompt = store.add_prompt(user("Rank"))
+        ids = [store.add_response(prompt, text) for text in "xyz"]
+        ranked = store.rank(store.add_ranking(ids), 1, [[ids[2]], [ids[0], ids[1]]])
+        assert len(store.at(ranked).votes()) == 4
 
 
 def test_a_role_stays_what_it_was(store):

@@ -246,9 +246,11 @@ def test_stats(store):
         "responses": 4,
         "annotators": 2,
         "comparisons": 2,
+        "rankings": 0,
         "controls": 0,
         "last_event": 6,
         "votes": 3,
+        "ranked": 0,
         "undone": 1,
         "choices": {"a": 0, "b": 2, "tie": 0, "both_bad": 0, "skip": 1},
         "normal_choices": {"a": 0, "b": 2, "tie": 0, "both_bad": 0, "skip": 1},
@@ -331,7 +333,10 @@ def test_an_older_file_is_brought_up_whole_or_not_at_all(tmp_path, monkeypatch):
                 store._db.execute(
                     "INSERT INTO annotators (name, kind, created) VALUES (?, ?, '')", (name, kind)
                 )
-            store.vote(comparison, 1, "b")
+            store._db.execute(
+                "INSERT INTO events (comparison, annotator, kind, choice, created) VALUES (?, 1, 'vote', 'b', '')",
+                (comparison,),
+            )
     with monkeypatch.context() as broken:
         broken.setattr(
             store_schema,
@@ -344,7 +349,7 @@ def test_an_older_file_is_brought_up_whole_or_not_at_all(tmp_path, monkeypatch):
         assert raw.execute("PRAGMA user_version").fetchone()[0] == 1
         assert "split" not in [row[1] for row in raw.execute("PRAGMA table_info(prompts)")]
     with Store.open(path) as store:
-        assert store._db.execute("PRAGMA user_version").fetchone()[0] == store_schema.VERSION == 4
+        assert store._db.execute("PRAGMA user_version").fetchone()[0] == store_schema.VERSION == 5
         assert [(r.chosen, r.split) for r in store.at().preferences()] == [("B", None)]
         store.add_prompt(user("new"), split="test")
         sources = [row["source"] for row in store.annotators()]
@@ -426,7 +431,7 @@ def test_other_files_and_newer_versions_are_refused(tmp_path):
         Store.open(tmp_path / "vote.db")
     with sqlite3.connect(path) as raw:
         raw.execute("PRAGMA user_version = 9")
-    with pytest.raises(UserError, match="of version 9, and this program knows versions up to 4"):
+    with pytest.raises(UserError, match="of version 9, and this program knows versions up to 5"):
         Store.open(path)
     other = tmp_path / "other.db"
     with sqlite3.connect(other) as raw:
