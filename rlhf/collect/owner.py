@@ -18,13 +18,16 @@ from starlette.routing import Route
 
 from rlhf.collect import auth
 from rlhf.collect.session import Refused, owner, page, read_form
-from rlhf.collect.status import disputed, summary
+from rlhf.collect.status import disputed, marked_passages, summary
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
 from rlhf.errors import UserError
 
 # disputed pairs
 ON_A_PAGE = 10
+PASSAGES_ON_A_PAGE = 50
+# characters of an answer before and after a marked passage
+AROUND = 200
 CHOICE_TEXTS = {"a": "prefers A", "b": "prefers B", "tie": "equally good", "both_bad": "both bad"}
 STRENGTH_TEXTS = {1: ", slightly", 2: ", clearly", 3: ", by far"}
 
@@ -51,13 +54,20 @@ async def overview(request: Request) -> Response:
 async def split_pairs(request: Request) -> Response:
     """Show the pairs on which people differ, the most evenly split first, with each vote."""
     site, _ = await owner(request)
-    asked = request.query_params.get("page", "1")
-    # the address bar may hold anything
-    number = max(1, int(asked)) if asked.isdecimal() and len(asked) < 7 else 1
+    number = _page_number(request)
     pairs, total = await run_in_threadpool(_read, site.path, _disputed, number)
     return page(
         "disputed.html", site, pairs=pairs, number=number, total=total, pages=-(-total // ON_A_PAGE)
     )
+
+
+async def passages(request: Request) -> Response:
+    """Show marked passages in their answers, the newest first, with remarks."""
+    site, _ = await owner(request)
+    number = _page_number(request)
+    found, total = await run_in_threadpool(_read, site.path, _passages, number)
+    pages = -(-total // PASSAGES_ON_A_PAGE)
+    return page("passages.html", site, passages=found, number=number, total=total, pages=pages)
 
 
 async def export(request: Request) -> Response:
@@ -106,6 +116,12 @@ async def exclude(request: Request) -> Response:
     return RedirectResponse("/owner", 303)
 
 
+def _page_number(request: Request) -> int:
+    asked = request.query_params.get("page", "1")
+    # the address bar may hold anything
+    return max(1, int(asked)) if asked.isdecimal() and len(asked) < 7 else 1
+
+
 def _read(path: Path, function: Any, *arguments: Any) -> Any:
     with Store.open(path) as store:
         return function(store, *arguments)
@@ -127,6 +143,24 @@ def _disputed(store: Store, number: int) -> tuple[list[dict[str, Any]], int]:
     return shown, len(found)
 
 
+def _passages(store: Store, number: int) -> tuple[list[dict[str, Any]], int]:
+    """Return one page of the marked passages with the text around them, and how many there are."""
+    view = store.at()
+    found = marked_passages(view)
+    shown = []
+    for given, span in found[(number - 1) * PASSAGES_ON_A_PAGE : number * PASSAGES_ON_A_PAGE]:
+        response = view.response(span["answer"])
+        text = response["text"]
+        before, after = text[: span["start"]], text[span["end"] :]
+        around = {
+            "before": ("…" if len(before) > AROUND else "") + before[-AROUND:],
+            "after": after[:AROUND] + ("…" if len(after) > AROUND else ""),
+        }
+        about = {"annotator": given.annotator, "model": response["model"]}
+        shown.append(span | around | about)
+    return shown, len(found)
+
+
 def _described(vote: Vote) -> dict[str, Any]:
     verdict = CHOICE_TEXTS[vote.choice] + STRENGTH_TEXTS.get(vote.strength, "")
     return {
@@ -135,12 +169,14 @@ def _described(vote: Vote) -> dict[str, Any]:
         "reason": vote.reason,
         "tags": vote.tags,
         "corrected": vote.corrected,
+        "spans": vote.spans,
     }
 
 
 ROUTES = [
     Route("/owner", overview),
     Route("/owner/disputed", split_pairs),
+    Route("/owner/passages", passages),
     Route("/owner/export", export),
     Route("/owner/exclude", exclude, methods=["POST"]),
     Route("/owner/links", new_link, methods=["POST"]),

@@ -1,7 +1,8 @@
-"""The annotators' pages: sign in, judge a pair, undo, the end."""
+"""The annotators' pages: sign in, judge a pair or a ranking, undo, the end."""
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import Any
 
@@ -11,12 +12,17 @@ from starlette.routing import Route
 
 from rlhf.collect import auth
 from rlhf.collect.queue import ANSWERS, SIDES, Answer, Progress
-from rlhf.collect.queue_state import Assignment
+from rlhf.collect.queue_state import Assignment, assignment_of
+from rlhf.collect.safe_markdown import LONGEST, source_span, visible
 from rlhf.collect.session import Refused, Site, annotator, page, read_form
+from rlhf.data.spans import Span, checked
+from rlhf.data.store_queries import StoreView
+from rlhf.errors import UserError
 
 # characters
 LONGEST_REASON = 2000
 LONGEST_CORRECTION = 4000
+LONGEST_REMARK = 500
 # characters of the name that a form gives to one click
 LONGEST_CLICK = 64
 NOTES = {
@@ -26,15 +32,17 @@ NOTES = {
     "judge-right": "Saved. The judge differs: it preferred answer 2.",
     "judge-tie": "Saved. The judge differs: it called them equally good.",
     "judge-both_bad": "Saved. The judge differs: it called both bad.",
-    "undone": "Undone. Here is the pair again.",
+    "undone": "Undone. Here it is again.",
     "again": "That was saved already.",
     "withdrawn": "That answer was undone and does not count. Here is where you are.",
-    "differs": "This pair had your answer already, and that one stands. To change it, undo it.",
-    "answered": "This pair had your answer already, and that one stands. To change it, undo it.",
-    "full": "Others have judged that pair in the meantime; nothing more is needed there.",
+    "differs": "You had answered that already, and that answer stands. To change it, undo it.",
+    "answered": "You had answered that already, and that answer stands. To change it, undo it.",
+    "full": "Others have judged that in the meantime; nothing more is needed there.",
     "gone": "That page was out of date. Here is where you are.",
     "nothing": "There is nothing to undo.",
     "choose": "Choose an answer first.",
+    "order": "Give every answer a place first. The same place means equally good.",
+    "marks": "Nothing was saved: a marked passage is not in its answer. Mark it again.",
 }
 
 
@@ -73,7 +81,7 @@ async def enter(request: Request) -> Response:
 async def judge(request: Request) -> Response:
     """Show the pair to judge now, or the end."""
     site, token, person = await annotator(request)
-    assignment, progress, pair = await site.do(_next, site, person["id"])
+    assignment, progress, content = await site.do(_next, site, person["id"])
     note = request.query_params.get("note", "")
     values = {
         "person": person,
@@ -85,31 +93,24 @@ async def judge(request: Request) -> Response:
     }
     if assignment is None:
         return page("done.html", site, **values)
-    # as drawn when the pair was handed out, so that a reload shows the same
-    sides = "ab" if assignment.left == "a" else "ba"
-    answers = [{"text": pair[f"text_{side}"], "cut": pair[f"ended_{side}"] == 0} for side in sides]
-    return page(
-        "pair.html",
-        site,
-        **values,
-        assignment=assignment,
-        messages=pair["messages"],
-        answers=answers,
-    )
+    template = "pair.html" if assignment.ranking is None else "rank.html"
+    return page(template, site, **values, assignment=assignment, **content)
 
 
 async def welcome(request: Request) -> Response:
     """Show what this is about, and the keys."""
     site, token, person = await annotator(request)
-    return page("welcome.html", site, person=person, form=auth.form_name(token))
+    has_rankings = bool(await site.do(site.store.rankings_after, 0))
+    values = {"person": person, "has_rankings": has_rankings}
+    return page("welcome.html", site, form=auth.form_name(token), **values)
 
 
 async def vote(request: Request) -> Response:
     """Record one answer; it is on disk before the browser is sent on to the next pair."""
     site, token, person = await annotator(request)
     form = await read_form(request, token)
-    choice = _first(form, "choice")
-    if choice not in ANSWERS:
+    choice = "skip" if _first(form, "skip") else _first(form, "choice")
+    if choice not in (*ANSWERS, "rank"):
         return RedirectResponse("/?note=choose", 303)
 
     # a browser sends these as the page had them; anything else is a stale or made-up form
@@ -117,6 +118,14 @@ async def vote(request: Request) -> Response:
     is_number = assignment.isascii() and assignment.isdecimal() and len(assignment) < 16
     if not is_number or not 0 < len(click) <= LONGEST_CLICK:
         return RedirectResponse("/?note=gone", 303)
+    shown = await site.do(_shown, site, person["id"], int(assignment))
+    try:
+        spans = _marks(_first(form, "marks"), shown)
+    except (UserError, ValueError, TypeError, LookupError, RecursionError):
+        return RedirectResponse("/?note=marks", 303)
+    places = _places(form, len(shown)) if choice == "rank" else ()
+    if None in places:
+        return RedirectResponse("/?note=order", 303)
 
     strength = _first(form, "strength")
     # only tags that this site offers: a form may hold anything
@@ -130,6 +139,8 @@ async def vote(request: Request) -> Response:
         corrected=_first(form, "corrected").replace("\r\n", "\n").strip()[:LONGEST_CORRECTION]
         or None,
         ratings=_ratings(form, site.criteria),
+        places=places,
+        spans=spans,
     )
     outcome = await site.do(site.queue.vote, person["id"], int(assignment), answer, click)
     if outcome == "saved" and site.show_judge:
@@ -162,6 +173,8 @@ def _beside_the_judge(site: Site, assignment: int, choice: str) -> str:
     """Return the note on what the judge said of a pair that was just answered."""
     # after the answer is on disk: nobody is led by it
     given = next(site.store.events(assignment - 1))
+    if given["comparison"] is None:
+        return "saved"
     said = site.store.at().model_choice(given["comparison"])
     if said in ("a", "b"):
         said = "left" if said == given["left"] else "right"
@@ -181,15 +194,84 @@ def _ratings(form: dict[str, list[str]], criteria: list[str]) -> tuple[tuple[str
     return tuple(found)
 
 
+def _places(form: dict[str, list[str]], count: int) -> tuple[int | None, ...]:
+    """Return the place of each answer, in the order of the page; None where it has none."""
+    found = []
+    for number in range(count):
+        given = _first(form, f"place-{number}")
+        is_place = given.isascii() and given.isdecimal() and 1 <= int(given[:3]) <= count
+        found.append(int(given) if is_place else None)
+    return tuple(found)
+
+
+def _marks(text: str, shown: list[str]) -> tuple[Span, ...]:
+    """Return marked passages, as the page has sent them in JSON, at their places in the stored texts.
+
+    shown: the answers of the page. Raises ValueError, TypeError, LookupError, RecursionError or
+    UserError for anything that no page sends.
+    """
+    found = []
+    for mark in json.loads(text) if text else ():
+        number, start, end = (mark[name] for name in ("answer", "start", "end"))
+        answer = shown[number]
+        seen = visible(answer)
+        # what was selected must be what is there, or the remark would be about something else
+        if not 0 <= start < end <= len(seen) or seen[start:end] != mark["text"]:
+            raise ValueError("a mark that is not in its answer")
+        start, end = source_span(answer, start, end)
+        remark = str(mark.get("remark", ""))[:LONGEST_REMARK]
+        span = {"answer": number, "start": start, "end": end, "label": mark["label"]}
+        found.append(span | {"remark": remark})
+    return tuple(checked(found, dict(enumerate(shown))))
+
+
 def _first(form: dict[str, list[str]], name: str) -> str:
     """Return the first value of a form's field, or an empty text."""
     return form.get(name, [""])[0]
 
 
-def _next(site: Site, person: int) -> tuple[Assignment | None, Progress, dict[str, Any] | None]:
+def _next(site: Site, person: int) -> tuple[Assignment | None, Progress, dict[str, Any]]:
+    """Return what to judge, the progress, and the conversation and answers as the page shows them."""
     assignment = site.queue.next(person)
-    pair = None if assignment is None else site.store.at().pair(assignment.comparison)
-    return assignment, site.queue.progress(person), pair
+    content = {}
+    if assignment is not None:
+        content = _content(site.store.at(), assignment)
+    return assignment, site.queue.progress(person), content
+
+
+def _content(view: StoreView, assignment: Assignment) -> dict[str, Any]:
+    """Return {messages, answers: [{text, cut, can_be_marked}]}, the answers as they were drawn when
+    they were handed out, so that a reload shows the same.
+    """
+    if assignment.ranking is None:
+        pair = view.pair(assignment.comparison)
+        messages = pair["messages"]
+        sides = "ab" if assignment.left == "a" else "ba"
+        found = [(pair[f"text_{side}"], pair[f"ended_{side}"]) for side in sides]
+    else:
+        ranking = view.rankings(assignment.ranking)[assignment.ranking]
+        messages = ranking["messages"]
+        by_id = {response["id"]: response for response in ranking["responses"]}
+        found = [(by_id[id]["text"], by_id[id]["ended"]) for id in assignment.shown]
+    answers = []
+    for text, ended in found:
+        # the plain text beside a huge one would be as huge again
+        can_be_marked = len(text) <= LONGEST
+        answers.append({"text": text, "cut": ended == 0, "can_be_marked": can_be_marked})
+    return {"messages": messages, "answers": answers}
+
+
+def _shown(site: Site, person: int, event: int) -> list[str]:
+    """Return the answers of a person's page by the event of its assignment; none of another's."""
+    found = next(site.store.events(event - 1), None)
+    if found is None or (found["id"], found["kind"], found["annotator"]) != (
+        event,
+        "assign",
+        person,
+    ):
+        return []
+    answers = _content(site.store.at(), assignment_of(found))["answers"]
+    return [answer["text"] for answer in answers]
 
 
 ROUTES = [

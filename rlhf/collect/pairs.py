@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, digest
 from rlhf.data.store import Store
+from rlhf.data.store_contents import FEWEST
 from rlhf.errors import UserError
 
 # index of the prompt -> arguments of Store.add_response
@@ -79,19 +80,29 @@ def _new_answers(
     return new
 
 
-def store_pairs(store: Store, pairs: list[Paired], named: set[str]) -> None:
-    """Store prompts, answers and comparisons. A group not in `named` stays one that prompts may be
-    joined over.
+def store_pairs(
+    store: Store, pairs: list[Paired], named: set[str], *, rank: bool = False
+) -> dict[str, int]:
+    """Store prompts, answers and comparisons; with `rank`, rankings where there are answers enough.
+    Returns how many. A group not in `named` stays one that prompts may be joined over.
     """
+    counts = {"comparisons": 0, "rankings": 0}
     for paired in pairs:
         prompt = _store_prompt(store, paired.prompt, named, split=paired.prompt.split)
         # stored side by side, since the response that is stored first is called a
-        ids = {}
-        for answer in itertools.chain.from_iterable(paired.sides):
-            ids[id(answer)] = store.add_response(prompt, **answer)
+        answers = list(itertools.chain.from_iterable(paired.sides))
+        ids = {id(answer): store.add_response(prompt, **answer) for answer in answers}
+        texts = {answer["text"].strip() for answer in answers}
+        # where two runs gave the same answer, each of them is compared with the others
+        if rank and FEWEST <= len(answers) == len(texts):
+            store.add_ranking(list(ids.values()))
+            counts["rankings"] += 1
+            continue
         for one, other in all_pairs(paired.sides):
             if is_different(one, other):
                 store.add_comparison(ids[id(one)], ids[id(other)])
+                counts["comparisons"] += 1
+    return counts
 
 
 def add_budget(store: Store, budget: dict[str, float]) -> None:

@@ -61,6 +61,15 @@ class Assignment:
         return self.question.ranking
 
 
+def assignment_of(event: Any) -> Assignment:
+    """Return the assignment that an event of this kind has recorded."""
+    question = Question(event["comparison"], event["ranking"])
+    since = datetime.fromisoformat(event["created"]).timestamp()
+    shown = tuple(json.loads(event["shown"] or "[]"))
+    left = None if shown else event["left"] or "a"
+    return Assignment(event["id"], question, event["annotator"], since, left=left, shown=shown)
+
+
 @dataclass
 class Item:
     """The state of one question."""
@@ -221,12 +230,7 @@ class State:
         annotator.last_event = datetime.fromisoformat(event["created"]).timestamp()
         # of one question to one person the newest assignment holds
         if event["kind"] == "assign":
-            shown = tuple(json.loads(event["shown"] or "[]"))
-            left = None if shown else event["left"] or "a"
-            assignment = Assignment(
-                event["id"], question, id, annotator.last_event, left=left, shown=shown
-            )
-            item.held[id] = annotator.held[question] = assignment
+            item.held[id] = annotator.held[question] = assignment_of(event)
         else:
             item.held.pop(id, None)
             annotator.held.pop(question, None)

@@ -53,6 +53,24 @@ def visible(text: str) -> str:
     return _SHOWN_CONTROLS.sub(_named, _HIDDEN.sub(_named, text))
 
 
+def source_span(text: str, start: int, end: int) -> tuple[int, int]:
+    """Return where in the text a part of `visible(text)` comes from; what is written out is whole.
+
+    start < end: places in the visible text.
+    """
+    # true of nearly all texts, and much faster
+    if visible(text) == text:
+        return start, end
+    # for each visible character, where what it stands for begins and ends
+    places: list[tuple[int, int]] = []
+    at = 0
+    while at < len(text):
+        size = 2 if text.startswith("\r\n", at) else 1
+        places += [(at, at + size)] * len(visible(text[at : at + size]))
+        at += size
+    return places[start][0], places[end - 1][1]
+
+
 def _named(found: re.Match) -> str:
     return f"⟦U+{ord(found.group()):04X}⟧"
 

@@ -30,6 +30,7 @@ from rlhf.collect.select import Rule, check_selection, select_pairs
 from rlhf.config import SEED, option
 from rlhf.data.records import Preference, Prompt, Scorer
 from rlhf.data.store import Store
+from rlhf.data.store_contents import FEWEST, MOST
 from rlhf.errors import UserError
 
 
@@ -66,6 +67,10 @@ class SampleConfig:
     )
     pairs: int | None = option(
         None, "pairs to put to a vote by `select`; default: one of each prompt", low=1
+    )
+    rank: bool = option(
+        False,
+        f"order the answers of each prompt at once, {FEWEST} to {MOST}, instead of two by two",
     )
     prompts: int | None = option(None, "number of prompts, drawn by the seed; default: all", low=1)
     samples_per_prompt: int | None = option(
@@ -114,6 +119,13 @@ class SampleConfig:
         if alone and self.samples() * len(self.settings()) < 2:
             raise UserError(
                 f"'samples_per_prompt' is {self.samples_per_prompt}, a comparison needs at least 2"
+            )
+        answers = self.samples() * len(self.settings()) * max(1, len(self.runs))
+        is_known = alone or self.runs
+        if self.rank and (self.select or (is_known and not FEWEST <= answers <= MOST)):
+            raise UserError(
+                f"'rank' orders {FEWEST} to {MOST} answers of each prompt, found {answers}: give 'samples_per_prompt', "
+                "and no 'select', which keeps pairs"
             )
 
     def samples(self) -> int:
@@ -183,7 +195,7 @@ def sample(config: SampleConfig, scorer: Scorer | None = None) -> dict[str, int]
 
     # all or nothing: half a sample would be completed by no later call
     with Store.open(config.store, create=True) as store, store.transaction():
-        store_pairs(store, pairs, named)
+        counts |= store_pairs(store, pairs, named, rank=config.rank)
         add_budget(store, budget)
         counts["controls"] = store_controls(store, controls, control_names)
     _report(config, counts, answers)
@@ -201,10 +213,12 @@ def _report(config: SampleConfig, counts: dict[str, int], answers: list[Answers]
     ended = f" ({sum(ends) / len(ends):.0%} ended)" if ends else ""
     controls = f"; {counts['controls']} control pairs" if config.controls else ""
     of = f" of {counts['candidates']} by {config.select}" if config.select else ""
+    rankings = f"{counts['rankings']} rankings and " if config.rank else ""
     equal = "answers of two runs, which count as ties, " if config.runs else ""
     print(
-        f"{config.store}: {counts['prompts']} prompts, {counts['responses']} responses{ended}, {counts['comparisons']} "
-        f"comparisons{of}; {counts['equal']} equal {equal}and {counts['empty']} empty responses left out{controls}"
+        f"{config.store}: {counts['prompts']} prompts, {counts['responses']} responses{ended}, {rankings}"
+        f"{counts['comparisons']} comparisons{of}; {counts['equal']} equal {equal}and {counts['empty']} empty responses "
+        f"left out{controls}"
     )
 
 

@@ -24,8 +24,8 @@ TAGS = ["wrong", "off tone", "too long", "too short", "unsafe"]
 
 @dataclass
 class ServeConfig:
-    """Let people compare the pairs of a preference store in their browser, on this machine or
-    behind https.
+    """Let people compare the pairs of a preference store, and order the answers of its rankings, in
+    their browser, on this machine or behind https.
     """
 
     store: str = option(
@@ -241,7 +241,8 @@ def _revoke(store: Store, names: list[str]) -> None:
 def _set_up(store: Store, config: ServeConfig, url: str) -> None:
     """Keep the rules in the store, add annotators, and print new links."""
     # without pairs the site could only show its last page
-    if not store.at().stats()["comparisons"]:
+    stats = store.at().stats()
+    if not stats["comparisons"] + stats["rankings"]:
         raise UserError(
             f"{config.store}: has no pairs to judge; make some with: rlhf collect sample"
         )

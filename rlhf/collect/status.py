@@ -13,7 +13,9 @@ from rlhf.collect.queue_state import Rules
 from rlhf.config import option
 from rlhf.data.annotator_report import UNKNOWN, annotators_markdown, view_summary
 from rlhf.data.sources import ALL_TIES_HELP
+from rlhf.data.spans import renamed
 from rlhf.data.store import Store
+from rlhf.data.store_queries import StoreView
 from rlhf.data.votes import Vote, by_comparison, final_votes, no_preference
 from rlhf.errors import UserError
 from rlhf.stats import clustered_se
@@ -52,10 +54,11 @@ def rules_of(store: Store) -> Rules:
 def summary(store: Store, margin: float = MARGIN) -> dict[str, Any]:
     """Return how far the collection is and how far its annotators agree.
 
-    {"progress": {complete, begun, untouched, all}, "controls", "overlap", "slots": {given, needed},
+    {"progress": {complete, begun, untouched, all} of pairs and rankings, "rankings", "ranked" (orders
+    given), "passages" (marked), "controls", "overlap", "slots": {given, needed},
     "undone", "event", "excluded" ({name: event}), "adjudicated" (pairs that an adjudicator has
     decided), "choices", "no_preference" (in words, where no vote prefers an answer),
-    "criteria": `criteria_means`, "normal" (votes on pairs that are not controls), "disputed",
+    "criteria": `criteria_means`, "answers" (all that stand; a ranking is one), "on_controls", "disputed",
     "votes": `summarise_votes`, None where no two policies were compared} and all of
     `agreement_summary`; kappa is that of the two annotators each with most pairs in common, and
     "kappa_of" how many there are.
@@ -70,7 +73,10 @@ def summary(store: Store, margin: float = MARGIN) -> dict[str, Any]:
     return found | {
         "kappa": kappas[:KAPPAS],
         "kappa_of": len(kappas),
-        "progress": queue.open_pairs() | {"all": stats["comparisons"]},
+        "progress": queue.open_pairs() | {"all": stats["comparisons"] + stats["rankings"]},
+        "rankings": stats["rankings"],
+        "ranked": stats["ranked"],
+        "passages": len(marked_passages(view)),
         "controls": stats["controls"],
         "overlap": rules.overlap,
         "slots": {"given": progress.given, "needed": progress.needed},
@@ -80,7 +86,8 @@ def summary(store: Store, margin: float = MARGIN) -> dict[str, Any]:
         "event": stats["last_event"],
         "choices": stats["choices"],
         "no_preference": no_preference(stats["normal_choices"]),
-        "normal": sum(pairs[vote.comparison]["kind"] == "normal" for vote in votes),
+        "answers": stats["votes"],
+        "on_controls": sum(pairs[vote.comparison]["kind"] == "control" for vote in votes),
         "disputed": len(disputed(votes, pairs)),
         "criteria": criteria_means(votes, pairs),
         "votes": summarise_votes(read_ballots(view), overlap=rules.overlap, margin=margin),
@@ -106,6 +113,21 @@ def disputed(votes: list[Vote], pairs: dict[int, dict[str, Any]]) -> list[tuple[
             split.append((-minority, -len(own), id, own))
     split.sort(key=lambda row: row[:3])
     return [(id, own) for *_, id, own in split]
+
+
+def marked_passages(view: StoreView) -> list[tuple[Any, dict[str, Any]]]:
+    """Return every marked passage as (vote or ranking, span), the newest first; the "answer" of a span
+    is the id of its response.
+    """
+    pairs, found = view.pairs(), []
+    for vote in view.votes():
+        # what was marked in a ranking stands at each of its pairs
+        if vote.ranking is None:
+            ids = {side: pairs[vote.comparison][side] for side in "ab"}
+            found += [(vote, span) for span in renamed(vote.spans, ids)]
+    for ranked in view.ranked():
+        found += [(ranked, span) for span in ranked.spans]
+    return sorted(found, key=lambda each: -each[0].event)
 
 
 def criteria_means(votes: list[Vote], pairs: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -155,10 +177,12 @@ def status(config: StatusConfig) -> dict[str, Any]:
         found = summary(store, config.margin)
     pairs, slots = found["progress"], found["slots"]
     filled = slots["given"] / slots["needed"] if slots["needed"] else 1.0
+    rankings = f" and {found['rankings']} rankings" if found["rankings"] else ""
     print(
-        f"{config.store}: {pairs['all']} pairs, {found['overlap']} people for each, and {found['controls']} control "
-        f"pairs\n{slots['given']} of {slots['needed']} slots filled ({filled:.0%}): {pairs['complete']} pairs "
-        f"complete, {pairs['begun']} begun, {pairs['untouched']} untouched; {found['undone']} votes were undone\n"
+        f"{config.store}: {pairs['all'] - found['rankings']} pairs{rankings}, {found['overlap']} people for each, and "
+        f"{found['controls']} control pairs\n{slots['given']} of {slots['needed']} slots filled ({filled:.0%}): "
+        f"{pairs['complete']} complete, {pairs['begun']} begun, {pairs['untouched']} untouched; "
+        f"{found['undone']} votes were undone\n"
         f"newest event {found['event']}: train on exactly this with {config.store}@{found['event']}"
     )
     if found["no_preference"]:

@@ -47,8 +47,9 @@ ANSWERS = """
 
 # rankings, with the texts of their responses
 RANKINGS = """
-    SELECT k.id AS ranking, k.prompt, r.id, r.text, r.model, r.ended
-    FROM rankings k JOIN json_each(k.responses) j JOIN responses r ON r.id = j.value ORDER BY k.id, r.id"""
+    SELECT k.id AS ranking, k.prompt, p.messages, r.id, r.text, r.model, r.ended
+    FROM rankings k JOIN prompts p ON p.id = k.prompt JOIN json_each(k.responses) j JOIN responses r ON r.id = j.value
+    WHERE :ranking IS NULL OR k.id = :ranking ORDER BY k.id, r.id"""
 
 # comparisons on which somebody has voted, whether it stands or not
 VOTED = """
@@ -102,12 +103,18 @@ class StoreView:
         """
         return [_ranked(row) for row in self._standing() if row["ranking"] is not None]
 
-    def rankings(self) -> dict[int, dict[str, Any]]:
-        """Return every ranking by id: {prompt (its id), responses: [{id, text, model, ended}]}."""
+    def rankings(self, id: int | None = None) -> dict[int, dict[str, Any]]:
+        """Return every ranking, or one, by id: {prompt (its id), messages, responses: [{id, text, model,
+        ended}]}, the responses by id.
+        """
         found: dict[int, dict[str, Any]] = {}
-        for row in map(dict, self._db.execute(RANKINGS)):
-            own = {"prompt": row.pop("prompt"), "responses": []}
-            found.setdefault(row.pop("ranking"), own)["responses"].append(row)
+        for row in map(dict, self._db.execute(RANKINGS, {"ranking": id})):
+            about = {name: row.pop(name) for name in ("ranking", "prompt", "messages")}
+            if about["ranking"] not in found:
+                messages = json.loads(about["messages"])
+                own = {"prompt": about["prompt"], "messages": messages, "responses": []}
+                found[about["ranking"]] = own
+            found[about["ranking"]]["responses"].append(row)
         return found
 
     def excluded(self) -> dict[str, int]:
@@ -218,6 +225,11 @@ class StoreView:
         the prompt's group and, where known, its voice.
         """
         return {row["id"]: _pair(row) for row in self._db.execute(f"{COMPARISONS} ORDER BY c.id")}
+
+    def response(self, id: int) -> dict[str, Any]:
+        """Return one response: {text, model, ended}."""
+        sql = "SELECT text, model, ended FROM responses WHERE id = ?"
+        return dict(self._db.execute(sql, (id,)).fetchone())
 
     def pair(self, comparison: int) -> dict[str, Any]:
         """Return one comparison, as in `pairs`."""

@@ -75,6 +75,31 @@ def fill(path, pairs=6, controls=0, hostile=()):
     return path
 
 
+ANSWERS = [
+    "Good day, and thank you for telling us. We are sorry about the dented kettle.\n\n"
+    "- We send a new kettle **today**.\n- You keep the old one or give it to a friend.\n\nWarmly, Fernhill",
+    "Dents happen. You can return it if you pay the parcel, but honestly it still boils water.",
+    "We are sorry about the dent. Send us a picture of the lid and we refund half of the price. Kind regards, Fernhill",
+    "Hello! A new lid leaves our shop tomorrow and is free of charge. \u2615 Warmly, Fernhill",
+]
+
+
+def fill_rankings(path, rankings=2, pairs=0, answers=ANSWERS):
+    """A store with rankings of the same answers, and pairs of two of them, to questions of their own."""
+    with Store.open(path, create=True) as store, store.transaction():
+        for i in range(rankings + pairs):
+            question = f"Hi, my copper kettle arrived with a dent in the lid. What can you do? (order {4700 + i})"
+            prompt = store.add_prompt([{"role": "user", "content": question}])
+            ids = []
+            for number, text in enumerate(answers):
+                ids.append(store.add_response(prompt, text, model=f"runs/policy-{number}"))
+            if i < rankings:
+                store.add_ranking(ids)
+            else:
+                store.add_comparison(*ids[:2])
+    return path
+
+
 def _pair(store, question, one, other, compare=True):
     prompt = store.add_prompt([{"role": "user", "content": question}])
     a = store.add_response(prompt, one, model="runs/sft-one")

@@ -199,9 +199,41 @@ def test_three_policies_meet_on_test_prompts_and_equal_answers_are_kept(tmp_path
         assert len({pair["model_a"] for pair in view.pairs().values()}) > 1
 
 
+def test_answers_are_ordered_at_once_where_all_differ(tmp_path, capsys):
+    data = write(tmp_path / "p.jsonl", [{"prompt": question} for question in QUESTIONS])
+    files = []
+    for name in ("one", "two", "three"):
+        answers = []
+        for i, question in enumerate(QUESTIONS):
+            text = "the same" if i == 0 and name != "three" else f"{name} {i}"
+            answers.append({"prompt": question, "response": text})
+        files.append(write(tmp_path / f"{name}.jsonl", answers))
+    counts = sample(config(tmp_path, data, None, runs=files, rank=True))
+    # where two runs gave the same answer, each is compared with the third one
+    assert (counts["rankings"], counts["comparisons"]) == (len(QUESTIONS) - 1, 2)
+    assert f"{len(QUESTIONS) - 1} rankings and 2 comparisons; 1 equal" in capsys.readouterr().out
+    assert sample(config(tmp_path, data, None, runs=files, rank=True)) == counts
+    with Store.open(tmp_path / "s.db") as store:
+        stats, rankings = store.at().stats(), store.at().rankings()
+        assert (stats["rankings"], stats["comparisons"]) == (counts["rankings"], 2)
+        for ranking in rankings.values():
+            models = {response["model"] for response in ranking["responses"]}
+            assert models == {"one.jsonl", "two.jsonl", "three.jsonl"}
+    # the other way round would ask about pairs of the rankings one by one
+    with pytest.raises(UserError, match="compared already"):
+        sample(config(tmp_path, data, None, runs=files[:2], store=str(tmp_path / "t.db")))
+        sample(config(tmp_path, data, None, runs=files, rank=True, store=str(tmp_path / "t.db")))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        (
+            {"model_name_or_path": "a", "rank": True},
+            "orders 3 to 8 answers of each prompt, found 2",
+        ),
+        ({"runs": ["a", "b"], "samples_per_prompt": 5, "rank": True}, "found 10"),
+        ({"model_name_or_path": "a.jsonl", "select": "random", "rank": True}, "and no 'select'"),
         ({"runs": ["a"]}, "at least two different policies"),
         ({"runs": ["a", "b"], "other": "c"}, "and no 'other'"),
         ({"model_name_or_path": "a", "split": "test"}, "give 'runs' to decide between"),

@@ -86,7 +86,7 @@ document.addEventListener("keydown", (event) => {
 // A click on an answer chooses it, unless text was being selected or a link followed.
 for (const answer of document.querySelectorAll("[data-picks]")) {
   answer.addEventListener("click", (event) => {
-    if (event.target.closest("a, summary, button, .rubric") || String(getSelection())) return;
+    if (event.target.closest("a, summary, button, .rubric, .marks") || String(getSelection())) return;
     document.getElementById(answer.dataset.picks).checked = true;
   });
 }
