@@ -12,7 +12,7 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from rlhf.data.store import Store
-from tests.collect.conftest import ROOT, Server, fill
+from tests.collect.conftest import ROOT, Server, fill, fill_rankings
 
 # name: (share that is judged with care, habit of the left side, seconds a pair)
 PEOPLE = {
@@ -21,6 +21,9 @@ PEOPLE = {
     "sim-Cem": (0.35, 0.0, 1.4),
     "sim-Dora": (0.85, 0.6, 17),
 }
+
+# the first words of the first answer
+MARKS = ["m", *["Shift+Control+ArrowRight"] * 4, "x", *"not how we speak"]
 
 
 def judge(path: Path) -> None:
@@ -100,6 +103,12 @@ def shoot(folder: Path) -> None:
             picture("collect-owner.png", "owner", "/owner", full=True)
             picture("collect-owner-phone.png", "owner", "/owner", width=390, height=844, full=True)
             picture("collect-disputed.png", "owner", "/owner/disputed")
+            server = (
+                server.stop() or Server(fill_rankings(work / "kettles.db"), *people, *voice).start()
+            )
+            picture("collect-rank.png", "sim-Ann", "/", "31t4", height=860)
+            picture("collect-rank-phone.png", "sim-Bela", "/", "31t4", width=390, height=844)
+            picture("collect-marks.png", "sim-Cem", "/", MARKS, height=900)
             browser.close()
     finally:
         server.stop()
