@@ -217,8 +217,8 @@ def _report(config: SampleConfig, counts: dict[str, int], answers: list[Answers]
     equal = "answers of two runs, which count as ties, " if config.runs else ""
     print(
         f"{config.store}: {counts['prompts']} prompts, {counts['responses']} responses{ended}, {rankings}"
-        f"{counts['comparisons']} comparisons{of}; {counts['equal']} equal {equal}and {counts['empty']} empty responses "
-        f"left out{controls}"
+        f"{counts['comparisons']} comparisons{of}; {counts['equal']} equal {equal}and {counts['empty']} empty "
+        f"responses left out{controls}"
     )
 
 
