@@ -12,6 +12,11 @@
 #   SHUTDOWN_SECONDS  how long a step and its checkpoint may take after SIGTERM (600)
 set -u
 
+# a name that the Training Operator gives to the first machine
+if [ -n "${MASTER_ADDR:-}" ]; then
+  export PET_MASTER_ADDR=${PET_MASTER_ADDR:-$MASTER_ADDR} PET_MASTER_PORT=${PET_MASTER_PORT:-${MASTER_PORT:-29500}}
+fi
+
 codes=$(mktemp)
 export codes
 trap 'rm -f "$codes"' EXIT

@@ -12,7 +12,6 @@ from urllib.parse import urlsplit
 
 from rlhf.data.sources import is_path, split_event
 from rlhf.doctor.findings import Finding
-from rlhf.doctor.machine import is_installed
 from rlhf.errors import UserError, near_file
 from rlhf.files import check_weights
 
@@ -71,6 +70,7 @@ def check_model(name: str) -> Iterator[Finding]:
             yield hub_finding("model", name)
         return
 
+    # heads of files alone are read
     weights = [file for pattern in WEIGHTS for file in path.glob(pattern)]
     try:
         check_weights(path)
@@ -98,6 +98,7 @@ def data(options: dict[str, Any]) -> Iterator[Finding]:
     for source in sources:
         name = split_event(source)[0]
         path = Path(name).expanduser()
+        # as the programs decide between a file and a name on the Hub
         if not is_path(source) and not path.exists():
             yield hub_finding("data", name.partition("@")[0].partition(":")[0], "dataset")
         elif not path.exists():
@@ -115,6 +116,7 @@ def hub_finding(kind: str, name: str, repo_type: str = "model") -> Finding:
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+    # one file stands for all: downloads are whole or none
     file = "config.json" if repo_type == "model" else "README.md"
     if isinstance(huggingface_hub.try_to_load_from_cache(name, file, repo_type=repo_type), str):
         return Finding(kind, f"{name}: in the Hub's local cache")
@@ -148,9 +150,7 @@ def wandb(options: dict[str, Any]) -> Iterator[Finding]:
     """Look at W&B's package, key and server, where a run reports to it."""
     if options.get("report_to") != "wandb":
         return
-    if not is_installed("wandb"):
-        yield Finding("W&B", "wandb is not installed", "pip install 'rlhf[wandb]'")
-        return
+    # whether its package is there is among the versions
     mode = os.environ.get("WANDB_MODE")
     if mode in ("offline", "disabled", "dryrun"):
         yield Finding("W&B", f"WANDB_MODE is {mode}: nothing is sent")

@@ -14,10 +14,8 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from collections.abc import Iterator
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 from rlhf.doctor.findings import Finding
@@ -33,28 +31,20 @@ MACHINES = ("PET_NNODES", "CROSS_SIZE", "SLURM_JOB_NUM_NODES")
 COMPILERS = {"remedy": "install g++ and Python's headers (Debian: apt install g++ python3-dev)"}
 
 
-def requirements() -> list[str]:
-    """Return the requirement lines of this package, extras included, as installed or as in a clone."""
-    try:
-        return metadata.requires("rlhf") or []
-    except metadata.PackageNotFoundError:
-        project = Path(__file__).parents[2] / "pyproject.toml"
-    if not project.is_file():
-        return []
-    content = tomllib.loads(project.read_text())["project"]
-    lines = list(content["dependencies"])
-    for extra, more in content["optional-dependencies"].items():
-        lines += [f"{line}; extra == '{extra}'" for line in more if not line.startswith("rlhf[")]
-    return lines
-
-
 def versions(extras: tuple[str, ...] = ()) -> Iterator[Finding]:
     """Compare each package that is needed, with `extras`, to the versions that were tested."""
     from packaging.requirements import Requirement
 
+    try:
+        lines = metadata.requires("rlhf") or []
+    except metadata.PackageNotFoundError:
+        yield Finding("versions", "rlhf itself is not installed", "pip install --no-deps -e .")
+        return
+
     count = 0
-    for line in requirements():
+    for line in lines:
         needed = Requirement(line)
+        # a marker such as "extra == 'wandb'" is about what the run needs
         environments = [{"extra": extra} for extra in ("", *extras)]
         if needed.marker and not any(needed.marker.evaluate(each) for each in environments):
             continue
@@ -84,6 +74,7 @@ def accelerator() -> Iterator[Finding]:
         yield Finding("accelerator", f"no NVIDIA GPU; programs use {cores} CPU cores")
         return
 
+    # the seconds that this takes are spent only where there may be a fault
     import torch
 
     if not torch.cuda.is_available():
@@ -103,6 +94,7 @@ def accelerator() -> Iterator[Finding]:
         name = torch.cuda.get_device_name(number)
         found = f"GPU {number}: {name}, {free / 2**30:.0f} of {total / 2**30:.0f} GiB free"
         remedy = ""
+        # CUDA itself takes less than that
         if free < 0.8 * total:
             remedy = "another process uses it (nvidia-smi): wait, or choose others in CUDA_VISIBLE_DEVICES"
         elif torch.cuda.get_device_capability(number) < (8, 0):
@@ -116,6 +108,7 @@ def compiler() -> Iterator[Finding]:
     if shutil.which(program) is None:
         yield Finding("compiler", f"{program} is not there", **COMPILERS)
     else:
+        # the headers are in a package of their own, so a compiler alone is no proof
         command = [program, "-x", "c++", "-fsyntax-only", "-I", sysconfig.get_path("include"), "-"]
         done = subprocess.run(
             command, input="#include <Python.h>\n", capture_output=True, text=True
@@ -143,11 +136,7 @@ def operators() -> Iterator[Finding]:
         yield Finding("operators", f"{folder} cannot be written", remedy)
         return
     built = sorted({path.parent.name for path in folder.rglob("*.so")})
-    locked = sorted(path.parent.name for path in folder.rglob("lock"))
-    if locked:
-        found = f"{', '.join(locked)} in {folder} is being compiled, or whoever did was killed"
-        yield Finding("operators", f"{found}; a start waits, or removes the lock after a minute")
-    elif built:
+    if built:
         yield Finding("operators", f"compiled: {', '.join(built)}")
     else:
         yield Finding(
@@ -157,6 +146,7 @@ def operators() -> Iterator[Finding]:
 
 def room(folders: tuple[str, ...] = (".",)) -> Iterator[Finding]:
     """Look at the space in folders that are written to, and in shared memory."""
+    # the same place twice is one line
     for name in dict.fromkeys(folders):
         folder = _nearest(Path(name).expanduser().absolute())
         free = shutil.disk_usage(folder).free
@@ -167,6 +157,7 @@ def room(folders: tuple[str, ...] = (".",)) -> Iterator[Finding]:
             remedy = f"free some space: at least {LEAST_DISK / 2**30:.0f} GiB for checkpoints"
         yield Finding("disk", f"{name}: {free / 2**30:.1f} GiB free", remedy)
 
+    # not every system has it
     if not SHARED_MEMORY.is_dir():
         return
     free = shutil.disk_usage(SHARED_MEMORY).free
@@ -220,6 +211,7 @@ def addresses() -> Iterator[Finding]:
         address = socket.gethostbyname(name)
     except OSError:
         address = None
+    # that is enough on one machine, and an interface that was chosen counts before the name
     is_local = address is None or ipaddress.ip_address(address).is_loopback
     told = f"{name} is {address}" if address else f"{name} resolves to no address"
     if is_local and has_several and not chosen:
@@ -228,6 +220,7 @@ def addresses() -> Iterator[Finding]:
     else:
         yield Finding("addresses", told)
 
+    # of a run that is being set up here
     first = os.environ.get("PET_MASTER_ADDR") or os.environ.get("MASTER_ADDR")
     if first:
         try:
@@ -235,11 +228,6 @@ def addresses() -> Iterator[Finding]:
         except OSError as error:
             remedy = "MASTER_ADDR is a name or address that every machine resolves"
             yield Finding("addresses", f"the first rank, {first}: {error.strerror}", remedy)
-
-
-def is_installed(module: str) -> bool:
-    """Return whether a module can be imported, without doing so."""
-    return find_spec(module) is not None
 
 
 def _nearest(folder: Path) -> Path:

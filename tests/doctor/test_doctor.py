@@ -99,24 +99,20 @@ def test_versions(monkeypatch):
 
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr(
-        machine,
-        "requirements",
-        lambda: ["torch>=2.13,<2.15", "peft>=0.21.2,<0.22", "wandb<1; extra == 'wandb'"],
+        metadata,
+        "requires",
+        lambda name: ["torch>=2.13,<2.15", "peft>=0.21.2,<0.22", "wandb<1; extra == 'wandb'"],
     )
     assert the_fault(machine.versions()) == (
         "peft 0.19.0, and <0.22,>=0.21.2 is needed -> pip install 'peft<0.22,>=0.21.2'"
     )
     assert "wandb is not installed" in faults(machine.versions(("wandb",)))[1]
 
-
-def test_requirements_are_those_of_pyproject_in_a_clone_too(monkeypatch):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", absent)
-    lines = machine.requirements()
-    assert any(line.startswith("torch>=") for line in lines)
-    assert any("extra == 'wandb'" in line for line in lines)
+    assert "pip install --no-deps -e ." in the_fault(machine.versions())
 
 
 @pytest.mark.parametrize(
@@ -176,8 +172,6 @@ def test_operators(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     (folder / "deepspeed_shm_comm.so").touch()
     assert next(machine.operators()).found == "compiled: deepspeed_shm_comm"
-    (folder / "lock").touch()
-    assert "is being compiled" in next(machine.operators()).found
     monkeypatch.setattr(machine.os, "access", lambda *_: False)
     assert "set TORCH_EXTENSIONS_DIR" in the_fault(machine.operators())
 
@@ -335,9 +329,6 @@ def test_services(monkeypatch):
     assert "127.0.0.1:9 does not answer" in the_fault(inputs.wandb(report))
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert faults(inputs.wandb(report)) == []
-    monkeypatch.setattr(inputs, "is_installed", lambda name: False)
-    assert "pip install 'rlhf[wandb]'" in the_fault(inputs.wandb(report))
-
     server = {"vllm_url": "http://127.0.0.1:9/"}
     assert "127.0.0.1:9 does not answer" in the_fault(inputs.vllm(server))
     answer = namedtuple("answer", "status_code")

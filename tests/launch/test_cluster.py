@@ -270,6 +270,23 @@ def test_pods_would_start_the_program(name, stubs, tmp_path):
     assert output.startswith(f"{mounts['data']}/")
 
 
+def test_the_first_machine_may_have_the_name_that_programs_know(stubs, tmp_path):
+    executable(stubs / "torchrun", STUB)
+    for own in ({"MASTER_ADDR": "a", "MASTER_PORT": "1"}, {"MASTER_ADDR": "a"}, {}):
+        subprocess.run([CLUSTER / "torchrun.sh", "x.py"], env={**os.environ, **own}, check=True)
+    subprocess.run(
+        [CLUSTER / "torchrun.sh", "x.py"],
+        env={**os.environ, "MASTER_ADDR": "a", "PET_MASTER_ADDR": "b", "PET_MASTER_PORT": "2"},
+        check=True,
+    )
+    assert [call[call.index("x.py") + 1 :] for call in calls(tmp_path)] == [
+        ["PET_MASTER_ADDR=a", "PET_MASTER_PORT=1"],
+        ["PET_MASTER_ADDR=a", "PET_MASTER_PORT=29500"],
+        [],
+        ["PET_MASTER_ADDR=b", "PET_MASTER_PORT=2"],
+    ]
+
+
 def test_the_job_knows_its_machines():
     service, job = documents("job.yaml")
     spec = job["spec"]
