@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: quickstart test test-slow test-gpu test-kill check bench bench-full bench-gpu bench-data real-model real real-quick experiments format docs clean
+.PHONY: quickstart test test-slow test-gpu test-kill test-ranks check bench bench-full bench-gpu bench-data real-model real real-quick experiments format docs clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
@@ -41,6 +41,10 @@ test-gpu: $(VENV)/.installed  ## what needs a CUDA device (skipped, with the rea
 
 test-kill: $(VENV)/.installed  ## kill every program ten times, resume, compare to the last bit (half an hour)
 	$(BIN)/python -m tests.launch.kill9 --kills 10
+
+test-ranks: $(VENV)/.installed  ## programs x ZeRO x options on two ranks, one against two, other numbers of ranks, ranks that hang
+	$(BIN)/python -m pytest -m slow tests/launch/test_combinations.py tests/launch/test_ranks.py \
+	  tests/launch/test_other_ranks.py tests/launch/test_hang.py
 
 check: $(VENV)/.installed  ## lint, format, import order of the layers, configs, README and generated pages
 	$(BIN)/ruff check .

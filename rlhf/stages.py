@@ -83,10 +83,18 @@ def check_zero(config: RunConfig, world: DistributedContext) -> None:
             "dtype float64 does not go with a launcher in SFT, reward model and DPO: DeepSpeed would keep gradients "
             "and weights in float32. Start it with plain python, or take float32"
         )
+    stage = zero_stage(config, world)
+    is_whole_reward = hasattr(config, "ties") and not config.use_peft
+    on_cpu = world.device.type == "cpu"
+    if is_whole_reward and config.dtype == "bfloat16" and on_cpu and stage == 3:
+        raise UserError(
+            "ZeRO-3 divides weights of one dtype, and a reward model that is trained whole in bfloat16 has its score "
+            "head in float32 on a CPU. Take --deepspeed zero2, or --dtype float32"
+        )
     asked = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(config, name)]
     if config.optim in EIGHT_BIT:
         asked.append(f"optim {config.optim}")
-    if asked and zero_stage(config, world) == 3:
+    if asked and stage == 3:
         raise UserError(
             f"{asked[0]} does not go with ZeRO-3 ({config.deepspeed}), which divides among the ranks what is packed "
             "here. Take --deepspeed zero2"

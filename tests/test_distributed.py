@@ -270,10 +270,24 @@ def test_an_engine_of_another_form_is_refused_by_name(stage, lacking):
 
 def test_float64_under_a_launcher_is_for_ppo_alone():
     options = SimpleNamespace(
-        dtype="float64", trl={}, load_in_4bit=False, load_in_8bit=False, optim="adamw"
+        dtype="float64",
+        trl={},
+        load_in_4bit=False,
+        load_in_8bit=False,
+        optim="adamw",
+        deepspeed="zero2",
     )
     check_zero(options, DistributedContext())
     with pytest.raises(UserError, match="DeepSpeed would keep gradients and weights in float32"):
+        check_zero(options, DistributedContext(launched=True))
+
+
+def test_a_whole_reward_model_in_bfloat16_is_not_for_zero3_on_a_cpu():
+    given = {"dtype": "bfloat16", "use_peft": False, "ties": "drop", "trl": {}, "optim": "adamw"}
+    options = SimpleNamespace(**given, load_in_4bit=False, load_in_8bit=False, deepspeed="zero2")
+    check_zero(options, DistributedContext(launched=True))
+    options.deepspeed = "zero3"
+    with pytest.raises(UserError, match=r"score head in float32 on a CPU\. Take --deepspeed zero2"):
         check_zero(options, DistributedContext(launched=True))
 
 

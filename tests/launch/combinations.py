@@ -37,12 +37,31 @@ FACTORS: dict[str, list[Any]] = {
     "dtype": ["float32", "bfloat16"],
 }
 ROWS, STEPS = 8, 3  # rows of a step over all ranks
+# program, ZeRO and weights of the runs that go on with another number of ranks
+RESUMED = [
+    ("sft", "1", "whole"),
+    ("sft", "2", "lora"),
+    ("sft", "3", "whole"),
+    ("reward", "2", "lora"),
+    ("dpo", "2 offload", "lora"),
+    ("dpo", "3", "whole"),
+    ("ppo", "0", "lora"),
+    ("ppo", "2", "lora"),
+    ("ppo", "3", "lora"),
+    ("ppo", "3 offload", "lora"),
+]
 PLAIN = "plain"
 
 
 def allowed(run: dict[str, Any]) -> bool:
-    """Return whether the programs have a combination: PPO trains adapters alone."""
-    return not (run["program"] == "ppo" and run["weights"] == "whole")
+    """Return whether a combination works: PPO trains adapters alone, and the rest is refused by
+    `stages.check_zero`.
+    """
+    is_whole = run["weights"] == "whole"
+    head_differs = run["program"] == "reward" and run["dtype"] == "bfloat16"
+    if is_whole and head_differs and run["zero"].startswith("3"):
+        return False
+    return not (run["program"] == "ppo" and is_whole)
 
 
 def covering(strength: int = 2) -> list[dict[str, Any]]:
@@ -117,7 +136,15 @@ def plain_of(run: dict[str, Any]) -> dict[str, Any]:
     return run | {"zero": PLAIN, "accumulation": 1, "checkpointing": False}
 
 
-def arguments(folder: Path, output: Path, run: dict[str, Any], ranks: int, *more: Any) -> list[str]:
+def plainest(program: str, zero: str, weights: str = "lora") -> dict[str, Any]:
+    """Return a run with the other factors at their simplest."""
+    rest = {"accumulation": 1, "checkpointing": False, "dtype": "float32"}
+    return {"program": program, "zero": zero, "weights": weights} | rest
+
+
+def arguments(
+    folder: Path, output: Path, run: dict[str, Any], ranks: int, *more: Any, steps: int = STEPS
+) -> list[str]:
     """Return the flags of a run on so many ranks; ROWS rows make a step on any number."""
     program, is_whole = run["program"], run["weights"] == "whole"
     start = folder / ("base" if program == "sft" or is_whole else "sft")
@@ -132,9 +159,9 @@ def arguments(folder: Path, output: Path, run: dict[str, Any], ranks: int, *more
         given["deepspeed"] = json_file(folder, run["zero"])
     if program == "ppo":
         given |= {"reward": f"[{{model: {folder}/reward}}]", "critic_trunk": "own"}
-        given |= {"rollout_batch_size": ROWS, "total_episodes": ROWS * STEPS, "num_mini_batches": 2}
+        given |= {"rollout_batch_size": ROWS, "total_episodes": ROWS * steps, "num_mini_batches": 2}
     else:
-        given |= {"max_steps": STEPS, "gradient_accumulation_steps": run["accumulation"]}
+        given |= {"max_steps": steps, "gradient_accumulation_steps": run["accumulation"]}
         given |= {"use_peft": not is_whole, "lora_r": 4}
     flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
     return [*flags_of(program, start, str(data), output), *flags, *map(str, more)]
@@ -173,7 +200,7 @@ def weights_of(output: Path) -> dict[str, torch.Tensor]:
 def compare(ours: Path, theirs: Path) -> dict[str, float]:
     """Return how far two results are apart.
 
-    weights: the Euclidean norm of the difference of all weights, over that of the weights. largest: the
+    norm: the Euclidean norm of the difference of all weights, over that of the weights. largest: the
     largest difference of a weight. loss: the largest relative difference of a loss in the log. tokens:
     the share of characters of the last evaluation that differ.
     """
@@ -182,7 +209,7 @@ def compare(ours: Path, theirs: Path) -> dict[str, float]:
     apart = math.sqrt(sum(float(((one[k] - other[k]) ** 2).sum()) for k in one))
     size = math.sqrt(sum(float((other[k] ** 2).sum()) for k in one))
     return {
-        "weights": apart / size,
+        "norm": apart / size,
         "largest": max(float((one[k] - other[k]).abs().max()) for k in one),
         "loss": largest_difference(losses(ours), losses(theirs)),
         "tokens": differing_tokens(ours, theirs),
@@ -233,6 +260,36 @@ def run_table(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         apart = compare(folder / name_of(run), folder / name_of(plain_of(run)))
         rows.append(run | apart | {"cpu": seen["cpu"]})
     return rows
+
+
+def run_begun(folder: Path) -> None:
+    """Run what is in RESUMED on two ranks, with a checkpoint after the second step."""
+    jobs = []
+    for case in RESUMED:
+        run = plainest(*case)
+        more = ("--save_steps", 2, "--save_total_limit", 9)
+        jobs.append((case[0], arguments(folder, folder / name_of(run), run, 2, *more)))
+    start(folder, "begun", jobs, 2)
+
+
+def run_resumed(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """Let those checkpoints go on with so many ranks; return how far each is from the run that went
+    on with two.
+    """
+    jobs, pairs = [], []
+    for case in RESUMED:
+        run = plainest(*case)
+        begun, output = folder / name_of(run), folder / f"on-{ranks}" / name_of(run)
+        step = "step-000002" if run["program"] == "ppo" else "checkpoint-2"
+        more = ("--resume", begun / "checkpoints" / step)
+        jobs.append((case[0], arguments(folder, output, run, ranks, *more)))
+        pairs.append((output, begun))
+    start(folder, f"on {ranks}", jobs, ranks)
+    found = [compare(*pair) for pair in pairs]
+    return [
+        plainest(*case) | {"ranks": ranks} | apart
+        for case, apart in zip(RESUMED, found, strict=True)
+    ]
 
 
 def main() -> None:

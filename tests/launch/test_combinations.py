@@ -33,5 +33,5 @@ def test_every_combination_on_two_ranks_means_what_one_process_means(tmp_path):
     for row in rows:
         print(json.dumps(row))
     for row in rows:
-        assert row["weights"] < APART[row["dtype"]], row
+        assert row["norm"] < APART[row["dtype"]], row
         assert math.isfinite(row["loss"]), row
