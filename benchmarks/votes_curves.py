@@ -1,6 +1,6 @@
 """Which pairs to put to a vote: gold of the policy against simulated votes spent, by rule.
 
-    python benchmarks/votes_curves.py FOLDER [--seeds 5]     # resumes; about 8 CPU minutes
+    python benchmarks/votes_curves.py FOLDER [--seeds 5]     # resumes; about 10 CPU minutes
 
 The sandbox, its smallest base and one SFT policy. Each seed samples a pool of answers of its own, and
 has every pair of the pool judged once by the simulated annotators: a pair gets the same vote by
@@ -15,8 +15,8 @@ votes (Christiano et al. 2017). Heads on a frozen trunk are those of Dwaracherla
 all votes. Its gold is the true score of the answers chosen, on PROMPTS test prompts that nothing
 learns from. A seed's curve is the mean of REPEATS that differ in first votes, draws and bootstrap.
 
-Do the votes teach the project's own reward models as much? Those that a rule has chosen in a seed's
-first repeat, CHECKED of them, also train an adapter with its head (reward.model).
+Do the votes teach the project's own reward models as much? CHECKED votes that a rule has chosen, in a
+seed's first CHECKS repeats, also train an adapter with its head (reward.model).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ POOL = {"prompts": 600, "samples_per_prompt": 3}
 PROMPTS, SAMPLES = 128, 8
 # found, as the layer was, with random votes on a seed that is not measured
 RIDGE = 100.0
-# votes on which an adapter is trained, and how: about the sandbox's reward.yaml
-CHECKED = 250
+# votes and repeats in which an adapter is trained, and how: about the sandbox's reward.yaml
+CHECKED, CHECKS = 250, 3
 STEPS, BATCH, LEARNING_RATE, WARMUP = 40, 16, 2e-3, 5
 MAX_PROMPT, MAX_RESPONSE = 64, 48
 
@@ -96,9 +96,12 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.chdir(folder):
         make_world()
-        seeds = [measure_seed(seed) for seed in range(arguments.seeds)]
-        for seed, found in enumerate(seeds):
-            check_adapters(seed, found)
+        seeds = [{"curves": measure_seed(seed)} for seed in range(arguments.seeds)]
+        # a repeat of all seeds before the next, so that a call that was cut off has whole ones
+        for number in range(CHECKS):
+            for seed in range(arguments.seeds):
+                golds = check_adapters(seed, number)
+                seeds[seed]["adapters"] = {rule: statistics.fmean(golds[rule]) for rule in RULES}
         gold = test_answers().gold
 
     from votes_curves_page import write_all
@@ -116,8 +119,8 @@ def make_world() -> None:
         run_program("sft", *options, *base, "--output_dir", "sft")
 
 
-def measure_seed(seed: int) -> dict[str, Any]:
-    """Return rule -> its curve, and what it chose in the first repeat; measured once.
+def measure_seed(seed: int) -> dict[str, list[dict[str, float]]]:
+    """Return rule -> its curve, measured once.
 
     A curve has points {votes, gold, without_winner, gold_gap}, means over repeats; the latter two
     are of the votes that the round added.
@@ -125,7 +128,7 @@ def measure_seed(seed: int) -> dict[str, Any]:
     file = Path(f"seed-{seed}") / "curves.json"
     if not file.is_file():
         pool, test = read_pool(seed), test_answers()
-        found: dict[str, Any] = {"curves": {}, "chosen": {}}
+        found = {}
         for rule in RULES:
             runs = [grow(pool, rule, f"{seed} {number}", test) for number in range(REPEATS)]
             points = [
@@ -251,6 +254,7 @@ def test_answers() -> Answers:
     return Answers(ids, states / spread, spread, np.reshape(gold, (-1, SAMPLES)))
 
 
+@functools.lru_cache(maxsize=1)
 def read_pool(seed: int) -> Pool:
     """Return the seed's pairs with one simulated vote on each; they are sampled and judged once."""
     from reward.compose import build_scorer
@@ -329,16 +333,21 @@ def sft_policy() -> Any:
     return trainable_policy(load_model("sft", "float32"), None).eval()
 
 
-def check_adapters(seed: int, found: dict[str, Any]) -> None:
-    """Add to `found` the gold of each rule's policy by an adapter that learnt from its votes."""
+def check_adapters(seed: int, number: int) -> dict[str, list[float]]:
+    """Return rule -> gold of the policy by an adapter that learnt from its votes, of each repeat up
+    to this one; measured once.
+    """
     file = Path(f"seed-{seed}") / "adapters.json"
-    golds = json.loads(file.read_text()) if file.is_file() else {}
+    golds = json.loads(file.read_text()) if file.is_file() else {rule: [] for rule in RULES}
     for rule in RULES:
-        if rule not in golds:
-            golds[rule] = adapter_gold(read_pool(seed), found["chosen"][rule][:CHECKED], seed)
-            write_atomic(file, json.dumps(golds) + "\n")
-            print(f"seed {seed}, {rule}: gold by an adapter {golds[rule]:.3f}", flush=True)
-    found["adapters"] = golds
+        if len(golds[rule]) > number:
+            continue
+        pool = read_pool(seed)
+        chosen, _ = grow(pool, rule, f"{seed} {number}", test_answers())
+        golds[rule].append(adapter_gold(pool, chosen[:CHECKED], seed + 100 * number))
+        write_atomic(file, json.dumps(golds) + "\n")
+        print(f"seed {seed}, {number}, {rule}: adapter {golds[rule][-1]:.3f}", flush=True)
+    return golds
 
 
 def adapter_gold(pool: Pool, chosen: list[int], seed: int) -> float:

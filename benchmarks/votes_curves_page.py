@@ -127,9 +127,11 @@ too. {made_with()}"""
     method = """Ratio: votes for the highest gold that the rule and random both reach, over random's; below 1
 the rule needs fewer. Curves are made to rise by isotonic regression, and points joined by straight
 lines in log votes. Each seed gives one ratio; mean and 95 % t interval are those of its logarithm over
-the seeds, which are paired. Neither can fail to reach that gold; where one stays below the other, the
-ratio is at the lower one's end."""
+the seeds, which are paired. Both reach that gold by its choice: where one curve stays below the
+other, it is the lower one's end. The adapter is the project's reward model (LoRA and head) on the
+CHECKED votes of each of the first REPEATS repeats."""
     found = []
+    method = method.replace("CHECKED", str(setting.CHECKED)).replace("REPEATS", str(setting.CHECKS))
     for part in (text, "", method):
         found += textwrap.fill(" ".join(part.split()), 130).splitlines() or [""]
     return found
@@ -150,7 +152,7 @@ def ratio_table(found: dict[str, Any]) -> list[str]:
         cells.append(interval(own["adapter_gap"]) if rule != CONTROL else "-")
         rows.append(cells)
     header = ["rule", "votes for the same gold, of random's [95 %]", "by seed"]
-    header += [f"gold at {last} votes less random's [95 %]", "votes without a winner"]
+    header += [f"gold at {last:g} votes less random's [95 %]", "votes without a winner"]
     header += ["difference in gold of its pairs", "gold with an adapter", "less random's [95 %]"]
     return markdown_table(header, rows, range(1, len(header)), escape=str)
 
@@ -159,7 +161,8 @@ def curve_table(found: dict[str, Any]) -> list[str]:
     rows = []
     for rule, own in found["rules"].items():
         rows.append([rule, *(f"{value:.3f}" for value in own["mean"])])
-    return markdown_table(["rule", *found["votes"]], rows, range(1, 12), escape=str)
+    header = ["rule", *(f"{votes:g}" for votes in found["votes"])]
+    return markdown_table(header, rows, range(1, len(header)), escape=str)
 
 
 def interval(value: dict[str, Any]) -> str:
