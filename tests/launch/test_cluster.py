@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -393,14 +394,20 @@ def start(command, log: Path, **more: str) -> subprocess.Popen:
         )
 
 
-@pytest.mark.parametrize("retry,ends_with", [({}, 75), ({"RETRY_CODE": "143"}, 143)])
-def test_torchrun_saves_on_sigterm_and_asks_to_be_started_again(retry, ends_with, stubs, tmp_path):
+@pytest.mark.parametrize("retry,told,ends_with", [(None, "all", 75), ("143", "first", 143)])
+def test_torchrun_saves_on_sigterm_and_asks_to_be_started_again(
+    retry, told, ends_with, stubs, tmp_path
+):
+    """Kubernetes tells the first process of a container, SLURM all of them."""
     program = executable(tmp_path / "program.py", PROGRAM)
     log = tmp_path / "log"
+    more = {"RETRY_CODE": retry} if retry else {}
     command = [CLUSTER / "torchrun.sh", program, "--kl_coef", "0.1"]
-    process = start(command, log, PET_NPROC_PER_NODE="2", **retry)
+    process = start(command, log, PET_NPROC_PER_NODE="2", **more)
     wait_for("up", log, 2)
-    process.send_signal(signal.SIGTERM)
+    started = psutil.Process(process.pid)
+    for each in [started, *(started.children(recursive=True) if told == "all" else [])]:
+        each.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == ends_with
     said = log.read_text()
     assert "up 1 2 1 --kl_coef 0.1" in said and said.count("saved") == 2
@@ -432,6 +439,42 @@ def hostfile_run(tmp_path: Path, stubs: Path, **more: str) -> tuple[subprocess.P
     more = {"LAUNCHER_FLAGS": flags, "PAUSE_SECONDS": "0", **more}
     command = [CLUSTER / "hostfile.sh", tmp_path / "hosts", str(program), "--seed", "1"]
     return start(command, log, **more), log
+
+
+@pytest.mark.slow
+def test_torchrun_alone_saves_and_ends_with_1(stubs, tmp_path):
+    """As docs/operations.md says."""
+    program = executable(tmp_path / "program.py", PROGRAM)
+    log = tmp_path / "log"
+    process = start(["torchrun", program], log, PET_NPROC_PER_NODE="2")
+    wait_for("up", log, 2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 1
+    assert log.read_text().count("saved") == 2
+
+
+@pytest.mark.slow
+def test_deepspeed_alone_leaves_its_ranks(stubs, tmp_path):
+    """As docs/operations.md says."""
+    program = executable(tmp_path / "program.py", PROGRAM)
+    log = tmp_path / "log"
+    port = str(20000 + os.getpid() % 20000)
+    command = ["deepspeed", "--num_accelerators", "2", "--no_local_rank", "--master_port", port]
+    process = start([*command, program], log)
+    wait_for("up", log, 2)
+    ranks = [
+        each
+        for each in psutil.Process(process.pid).children(recursive=True)
+        if each.cmdline()[1:] == ["-u", str(program)]
+    ]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == -signal.SIGTERM
+    time.sleep(1)
+    assert [each.is_running() for each in ranks] == [True, True]
+    assert "saved" not in log.read_text()
+    for each in ranks:
+        each.terminate()
+    wait_for("saved", log, 2)
 
 
 @pytest.mark.slow
