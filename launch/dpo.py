@@ -60,7 +60,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         # TRL would load it by name, which need not be what is in memory
         reference = load_model(
-            config.model_name_or_path, run.torch_dtype, config.attn_implementation
+            config.model_name_or_path,
+            run.torch_dtype,
+            config.attn_implementation,
+            zero=stages.zero_settings(config, run.world),
         ).model
         budget.watch(reference)
     budget.watch(model)

@@ -15,7 +15,7 @@ from reward.cards.verdict import doubts
 from reward.model import raw_scores
 from reward.trainer import RewardTrainer
 from rlhf.data.records import Preference
-from rlhf.deepspeed_backend import gathered
+from rlhf.divided import readable
 from rlhf.offline.pair_columns import column_tensors
 from rlhf.runs.run import Run
 
@@ -25,7 +25,7 @@ def score_rows(run: Run, trainer: Any, *parts: list[list[int]]) -> list[list[flo
     rows = list(chain.from_iterable(parts))
     own = run.world.share_of(rows)
     batch_size = 2 * run.config.per_device_train_batch_size
-    with gathered(trainer.model):
+    with readable(trainer.model, world=run.world):
         scores = run.world.gather(
             raw_scores(trainer.model, own, trainer.processing_class.pad_token_id, batch_size)
         )

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.deepspeed_backend import known_to_peft
+from rlhf.divided import is_divided, shape_of, whole
 from rlhf.errors import UserError, did_you_mean
 from rlhf.quantized import is_quantized
 from rlhf.weights import (
@@ -196,10 +198,11 @@ def add_adapter(
     if getattr(config, "target_modules", None) == "all-linear":
         config.exclude_modules = config.exclude_modules or not_adaptable(model)
     try:
-        if isinstance(model, PeftModel):
-            model.add_adapter(name, config)
-        else:
-            model = get_peft_model(model, config, adapter_name=name)
+        with _whole_for_peft(model, config):
+            if isinstance(model, PeftModel):
+                model.add_adapter(name, config)
+            else:
+                model = get_peft_model(model, config, adapter_name=name)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"{where}: PEFT cannot put this adapter on the model ({first_line(error)})"
@@ -216,6 +219,19 @@ def add_adapter(
         if isinstance(module, TrainableTokensWrapper):
             module.bias = None
     return model
+
+
+def _whole_for_peft(model: nn.Module, config: Any) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which PEFT can read the base's weights that a new adapter starts from."""
+    if not any(map(is_divided, model.parameters())):
+        return contextlib.nullcontext()
+    if getattr(config, "use_dora", False):
+        return known_to_peft()
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # of which it copies rows; PEFT gathers what it copies whole (modules_to_save) by itself
+    rows = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    is_copied = getattr(config, "trainable_token_indices", None)
+    return whole({weight for module in rows for weight in module.parameters() if is_copied})
 
 
 def not_adaptable(model: nn.Module) -> list[str] | None:
@@ -297,9 +313,12 @@ def _misfits(
         if name in expected:
             continue
         copied = base.get(plain_name(name))
-        if copied is None or copied.shape != weight.shape:
+        if copied is None or shape_of(copied) != weight.shape:
             faults.append(f"no place for {name}")
-        elif not torch.equal(copied.to("cpu", torch.bfloat16), weight.to(torch.bfloat16)):
+            continue
+        with whole([copied]):
+            is_same = torch.equal(copied.to("cpu", torch.bfloat16), weight.to(torch.bfloat16))
+        if not is_same:
             faults.append(
                 f"{name} differs from the base's, without being among its modules_to_save"
             )

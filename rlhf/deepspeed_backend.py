@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -50,8 +50,11 @@ OF_ZERO_3 = (
 OF_PARAMETERS = {
     1: ("_hp_mapping",),
     2: ("_hp_mapping",),
-    # the last one: parameters that stay gathered over several passes
-    3: ("ds_id", "ds_numel", "ds_shape", "ds_tensor", "ds_active_sub_modules"),
+    3: (
+        *("ds_id", "ds_numel", "ds_shape", "ds_tensor", "ds_persist", "ds_zero_partition_rank"),
+        # as they are loaded, and layer by layer
+        *("convert_to_zero_parameters", "all_gather", "partition"),
+    ),
 }
 
 # between the time after which a rank counts as hanging and that of a collective operation
@@ -122,35 +125,84 @@ def zero_config_class() -> type:
 
 
 @contextmanager
-def gathered(
-    module: nn.Module,
-    parameters: list[nn.Parameter] | None = None,
-    modify: bool = False,
-) -> Iterator[None]:
-    """Make the parameters of a module whole that ZeRO-3 has divided among ranks; otherwise do
-    nothing.
+def gathered(parameters: Iterable[Any], modify: bool = False) -> Iterator[None]:
+    """Make those of the parameters whole that ZeRO-3 has divided among ranks; otherwise do nothing.
 
-    With `modify`, what rank 0 changes in them is kept on all ranks. Ranks may make different
-    numbers of forward passes
-    inside: without a claim on the parameters the first pass would release them, and each later one
-    would gather them again, which all ranks have to do together.
+    All ranks enter it together. With `modify`, what rank 0 changes in them is kept on all ranks.
+    Forward passes inside need `without_hooks`.
     """
-    divided = [
-        parameter for parameter in parameters or module.parameters() if hasattr(parameter, "ds_id")
-    ]
+    divided = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not divided:
         yield
         return
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(divided, modifier_rank=0 if modify else None):
-        for parameter in divided:
-            parameter.ds_active_sub_modules.add(gathered)
-        try:
-            yield
-        finally:
-            for parameter in divided:
-                parameter.ds_active_sub_modules.discard(gathered)
+        yield
+
+
+def divider(settings: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """Return a function that divides a parameter as the engine of ZeRO-3 with these settings would.
+
+    All ranks divide the same parameters in the same order; the main rank's numbers count.
+    """
+    import deepspeed
+
+    zero = {k: v for k, v in settings["zero_optimization"].items() if v != "auto"}
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    # one that is divided already divides others, as DeepSpeed's engine does with new ones
+    first = nn.Linear(1, 1, bias=False)
+    deepspeed.zero.Init(module=first, config_dict_or_path=config)
+
+    def divide(parameter: nn.Parameter) -> None:
+        # what the file holds need not be read by a rank whose numbers are not taken, nor written to
+        is_main = torch.distributed.get_rank() == 0
+        values = parameter.data.contiguous() if is_main else torch.empty_like(parameter.data)
+        parameter.data = values.contiguous()
+        first.weight.convert_to_zero_parameters(param_list=[parameter])
+
+    return divide
+
+
+@contextmanager
+def without_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Make passes inside without ZeRO-3's hooks, by which ranks gather parameters together."""
+    removed: list[tuple[dict, dict]] = []
+    for module in {part for root in modules for part in root.modules()}:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            ours = {key: hook for key, hook in hooks.items() if not _is_deepspeeds(hook)}
+            if len(ours) < len(hooks):
+                removed.append((hooks, dict(hooks)))
+                _refill(hooks, ours)
+    try:
+        yield
+    finally:
+        for hooks, before in removed:
+            _refill(hooks, before | hooks)
+
+
+def _is_deepspeeds(hook: Callable[..., Any]) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("deepspeed.")
+
+
+def _refill(hooks: dict, content: dict) -> None:
+    # in place: whoever registered a hook removes it from this dict
+    hooks.clear()
+    hooks.update(content)
+
+
+@contextmanager
+def known_to_peft() -> Iterator[None]:
+    """Let PEFT know inside that weights are divided, so that it gathers those that it reads."""
+    from transformers.integrations import deepspeed as known
+
+    before = known._hf_deepspeed_config_weak_ref
+    config = known.HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        yield
+    finally:
+        del config
+        known._hf_deepspeed_config_weak_ref = before
 
 
 def register_foreign_reads(module: nn.Module) -> None:

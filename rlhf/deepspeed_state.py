@@ -167,7 +167,7 @@ def load_divided(engine: Any, saved: SavedParts) -> None:
             continue
         weights = saved.whole(name)
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        with gathered(engine.module, [parameter], modify=True), torch.no_grad():
+        with gathered([parameter], modify=True), torch.no_grad():
             parameter.copy_(weights.view(shape))
         part = own.get(parameter)
         if part is None:

@@ -106,6 +106,8 @@ class DistributedContext:
     launched: bool = False
     failure_watch: FailureWatch | None = None
     hang_watch: HangWatch | None = None
+    # what this rank does for those that are not yet at an exchange (`divided.LayerStream`)
+    before_waiting: Callable[[], None] | None = None
 
     @property
     def is_main(self) -> bool:
@@ -116,6 +118,7 @@ class DistributedContext:
         dtype = None if isinstance(value, Tensor) else torch.float64
         tensor = torch.as_tensor(value, dtype=dtype).to(self.device).clone()
         if self.size > 1:
+            self._serve_others()
             torch.distributed.all_reduce(tensor)
         return tensor
 
@@ -123,6 +126,7 @@ class DistributedContext:
         """Return the lists of all ranks, one after the other in rank order, on every rank."""
         if self.size == 1:
             return list(items)
+        self._serve_others()
         parts: list[Any] = [None] * self.size
         torch.distributed.all_gather_object(parts, items)
         return list(itertools.chain.from_iterable(parts))
@@ -154,7 +158,12 @@ class DistributedContext:
 
     def barrier(self) -> None:
         if self.size > 1:
+            self._serve_others()
             torch.distributed.barrier()
+
+    def _serve_others(self) -> None:
+        if self.before_waiting is not None:
+            self.before_waiting()
 
     def note_step(self, step: int) -> None:
         """Remember the step that this rank is in, counted from 1, for what is said if it hangs."""

@@ -46,9 +46,7 @@ def as_folder(path: str) -> str:
     file = _gguf_file(path)
     if file is None:
         return path
-    status = file.stat()
-    content = _hash(file.resolve(), status.st_size, status.st_mtime_ns)
-    folder = cache_folder() / "gguf" / f"{content}-{CONVERSION}"
+    folder = _folder_of(file)
     if folder.is_dir():
         return str(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +57,19 @@ def as_folder(path: str) -> str:
             print(f"{file}: converted once, into {folder}", file=sys.stderr, flush=True)
             _convert(file, folder)
     return str(folder)
+
+
+def is_unconverted(path: str) -> bool:
+    """Return whether `as_folder` would convert a file first, all of it in memory."""
+    file = _gguf_file(path)
+    return file is not None and not _folder_of(file).is_dir()
+
+
+def _folder_of(file: Path) -> Path:
+    """Return where a file is converted to."""
+    status = file.stat()
+    content = _hash(file.resolve(), status.st_size, status.st_mtime_ns)
+    return cache_folder() / "gguf" / f"{content}-{CONVERSION}"
 
 
 # a start asks for tokenizer and weights; the file is read for it once

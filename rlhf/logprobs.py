@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from rlhf.divided import is_divided
 from rlhf.packing import (
     LOGITS_ON_CPU,
     LOGITS_ON_GPU,
@@ -154,7 +155,7 @@ def head_is_frozen(head: nn.Module) -> bool:
     if type(head) is not nn.Linear:
         return False
     # ZeRO-3 brings weights together when their own module is called, which is bypassed here
-    return not head.weight.requires_grad and not hasattr(head.weight, "ds_id")
+    return not head.weight.requires_grad and not is_divided(head.weight)
 
 
 def frozen_head_logprobs(

@@ -10,6 +10,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from rlhf.divided import is_divided
 from rlhf.quantized import QuantizedLinear
 
 
@@ -57,7 +58,7 @@ class FusedLinear(lora.Linear):
         # it would cast some of the products and not others
         is_cast = torch.is_autocast_enabled(x.device.type)
         # ZeRO-3 brings weights together when their own module is called, which is bypassed here
-        is_whole = not hasattr(weight, "ds_id")
+        is_whole = not is_divided(weight)
         if (
             not is_plain
             or draws

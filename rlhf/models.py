@@ -29,6 +29,7 @@ from rlhf.adapters import (
     require_policy,
 )
 from rlhf.data.encode import tokenizer_fingerprint
+from rlhf.divided import dividing
 from rlhf.errors import UserError
 from rlhf.from_gguf import as_folder
 from rlhf.options.shared import require_bitsandbytes
@@ -56,7 +57,7 @@ class InitialModel:
     it.
     """
 
-    # a causal language model, on the CPU, in eval mode
+    # a causal language model in eval mode: on the CPU, or divided among the ranks
     model: nn.Module
     tokenizer: Any
     path: str
@@ -80,6 +81,7 @@ def load_model(
     dtype: str = "float32",
     attn_implementation: str | None = None,
     quantization: str | None = AS_TRAINED,
+    zero: dict[str, Any] | None = None,
 ) -> InitialModel:
     """Load what stands at `path`; an adapter's base is checked against the fingerprint the adapter
     carries.
@@ -87,6 +89,8 @@ def load_model(
     quantization: "nf4" or "int8" packs the base, None keeps it whole, and AS_TRAINED follows the
     adapter. A base has one fingerprint in all of them: an adapter that was trained on a packed one
     loads on the whole one and the other way round, which is said.
+    zero: the DeepSpeed JSON of ZeRO-3, under which each rank keeps a part of the base alone, from
+    the first weight on; all ranks load it together.
 
     Raises UserError when there is nothing to load, the tokenizer is missing or unusable, or the
     base is another one.
@@ -105,7 +109,8 @@ def load_model(
         if adapter_path
         else ""
     )
-    model = load_weights(AutoModelForCausalLM, base_path, dtype, attn_implementation, path, named)
+    given = (dtype, attn_implementation, path, named, zero)
+    model = load_weights(AutoModelForCausalLM, base_path, *given)
 
     # adapters of other programs carry no fingerprint
     found = fingerprint(model)
@@ -170,8 +175,10 @@ def load_weights(
     attn_implementation: str | None,
     run: str | None = None,
     more: str = "",
+    zero: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Load a whole model by one of transformers' Auto classes, on the CPU and in eval mode.
+    """Load a model by one of transformers' Auto classes, in eval mode: whole and on the CPU, or
+    divided among the ranks (`zero`, see `load_model`).
 
     attn_implementation: None takes what the run in the folder `run` was given, where this machine
     has it, else transformers' own choice: sdpa where the model has it, eager elsewhere.
@@ -187,16 +194,17 @@ def load_weights(
     path = as_folder(path)
     check_not_quantized(path)
     try:
-        model, info = cls.from_pretrained(
-            path,
-            dtype=DTYPES[dtype],
-            attn_implementation=wanted,
-            output_loading_info=True,
-            # they are refused below, by name
-            ignore_mismatched_sizes=True,
-            # otherwise transformers asks on the terminal whether to run the code
-            trust_remote_code=False,
-        )
+        with dividing(zero):
+            model, info = cls.from_pretrained(
+                path,
+                dtype=DTYPES[dtype],
+                attn_implementation=wanted,
+                output_loading_info=True,
+                # they are refused below, by name
+                ignore_mismatched_sizes=True,
+                # otherwise transformers asks on the terminal whether to run the code
+                trust_remote_code=False,
+            )
     except ImportError as error:
         found = f"attn_implementation {wanted} cannot be used here ({first_line(error)})"
         if attn_implementation or not wanted:
@@ -204,7 +212,7 @@ def load_weights(
                 f"{path}: {found}. Choose another, for example: --attn_implementation sdpa"
             ) from None
         print(f"{run}: {found}; taking transformers' own choice", file=sys.stderr)
-        return load_weights(cls, path, dtype, None, more=more)
+        return load_weights(cls, path, dtype, None, more=more, zero=zero)
     # every library has errors of its own for files that are cut off
     except Exception as error:
         raise UserError(f"{path}: no model could be loaded ({first_line(error)}).{more}") from None
@@ -224,11 +232,20 @@ def load_weights(
             f"config.json or kind of model, or were saved through a wrapper (torch.compile, DDP).{more}"
         )
     check_finite(model.named_parameters(), path)
+    if zero is not None:
+        # weights are on the device that they are gathered on
+        move_buffers(model, next(model.parameters()).device)
 
     # Llama 4's text model gives another prefix, under which there is nothing
     if model.base_model is model:
         model.base_model_prefix = "model"
     return model.eval()
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move what a model keeps beside its weights, such as the frequencies of positions."""
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def check_not_quantized(path: str) -> None:

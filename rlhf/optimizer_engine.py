@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf import deepspeed_backend, deepspeed_state
+from rlhf import deepspeed_backend, deepspeed_state, divided
 from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError
 
@@ -96,11 +96,15 @@ class OptimizerEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def gathered(self, parameters: list[nn.Parameter] | None = None, modify: bool = False):
-        """Return a context in which parameters are whole, for generation and saving (see
-        `deepspeed_backend`).
+    def gathered(self, parameters: list[nn.Parameter], modify: bool = False):
+        """Return a context in which parameters are whole (see `deepspeed_backend.gathered`)."""
+        return deepspeed_backend.gathered(parameters, modify)
+
+    def readable(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context for passes without gradients, as many as each rank likes (see
+        `divided.readable`).
         """
-        return deepspeed_backend.gathered(self.module, parameters, modify)
+        return divided.readable(self.module, world=self.world)
 
     def save(self, folder: Path) -> None:
         """Write trained weights and optimizer state exactly; call it on all ranks: under ZeRO each
@@ -129,8 +133,8 @@ class OptimizerEngine:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the whole trainable parameters by name, on every rank; call it on all ranks."""
-        with self.gathered():
-            trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        with self.gathered(list(trained.values())):
             return {name: p.detach().cpu().clone() for name, p in trained.items()}
 
     def _norms_of_groups(self) -> tuple[float, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.divided import readable
 from rlhf.text import say_once
 
 # elements of the logits that exist at a time
@@ -48,7 +49,7 @@ def head_is_plain(model: nn.Module) -> bool:
     # any ids do: what is compared are two ways to compute the same logits
     device = next(model.parameters()).device
     ids = torch.arange(1, 9, device=device).reshape(2, 4)
-    with torch.no_grad():
+    with torch.no_grad(), readable(model):
         full = model(input_ids=ids, use_cache=False).logits
         plain = head(decoder(input_ids=ids, use_cache=False).last_hidden_state)
     return torch.allclose(full, plain, rtol=1e-4, atol=1e-4)

@@ -135,8 +135,9 @@ class Roles(nn.Module):
         # looked up once: names are matched against patterns, and roles change at every pass
         self._role_parameters: dict[str, list[nn.Parameter]] = {}
         names = list(self.trunk.peft_config)
-        self._adapted = [p for role in names for p in adapter_parameters(self.trunk, role).values()]
-        self._adapted += self.heads.parameters()
+        # all that is not the base's
+        self.adapted = [p for role in names for p in adapter_parameters(self.trunk, role).values()]
+        self.adapted += self.heads.parameters()
         self._trained = self.parameters_of("policy")
         if self.critic_learns:
             self._trained += self.parameters_of("value")
@@ -318,7 +319,7 @@ class Roles(nn.Module):
                 layer.set_adapter([])
             elif not bare:
                 layer.set_adapter(role)
-        for parameter in self._adapted:
+        for parameter in self.adapted:
             parameter.requires_grad_(False)
         for parameter in self._trained:
             parameter.requires_grad_(True)

@@ -20,11 +20,13 @@ from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import first_by_hash
 from rlhf.deepspeed_config import read_deepspeed_config
 from rlhf.distributed import DistributedContext
+from rlhf.divided import readable, shape_of, whole
 from rlhf.engines.batched import generate
 from rlhf.engines.sampling import Generate, Sampling
 from rlhf.errors import UserError
 from rlhf.evaluate import Evaluation, eos_probability, knowledge_of_ends
 from rlhf.files import files_fingerprint, model_files
+from rlhf.from_gguf import is_unconverted
 from rlhf.models import InitialModel, check_context, load_model
 from rlhf.options.shared import EIGHT_BIT, AdapterConfig, RunConfig, quantization_of
 from rlhf.packing import head_is_plain
@@ -52,8 +54,13 @@ def load_initial_model(run: Run) -> InitialModel:
     config = run.config
     quantization = quantization_of(config)
     check_zero(config, run.world)
+    check_converted(config, run.world)
     initial = load_model(
-        config.model_name_or_path, run.torch_dtype, config.attn_implementation, quantization
+        config.model_name_or_path,
+        run.torch_dtype,
+        config.attn_implementation,
+        quantization,
+        zero_settings(config, run.world),
     )
     if quantization:
         now, whole = weight_memory(initial.model)
@@ -72,6 +79,12 @@ def zero_stage(config: RunConfig, world: DistributedContext) -> int:
     """Return the stage of ZeRO under which a run trains; 0 without DeepSpeed."""
     settings = read_deepspeed_config(config.deepspeed, world) or {}
     return settings.get("zero_optimization", {}).get("stage", 0)
+
+
+def zero_settings(config: RunConfig, world: DistributedContext) -> dict[str, Any] | None:
+    """Return the DeepSpeed JSON of a run that divides its base among the ranks, else None."""
+    settings = read_deepspeed_config(config.deepspeed, world)
+    return settings if zero_stage(config, world) == 3 else None
 
 
 def check_zero(config: RunConfig, world: DistributedContext) -> None:
@@ -98,6 +111,16 @@ def check_zero(config: RunConfig, world: DistributedContext) -> None:
         raise UserError(
             f"{asked[0]} does not go with ZeRO-3 ({config.deepspeed}), which divides among the ranks what is packed "
             "here. Take --deepspeed zero2"
+        )
+
+
+def check_converted(config: RunConfig, world: DistributedContext) -> None:
+    """Raise UserError for a GGUF file that ZeRO-3 would have to convert: in memory, and whole."""
+    path = config.model_name_or_path
+    if zero_stage(config, world) == 3 and is_unconverted(path):
+        raise UserError(
+            f"{path}: a GGUF file is converted in the memory of one process, whole, which ZeRO-3 is there to avoid. "
+            "Convert it first, where there is room: rlhf collect sample, or any start without --deepspeed zero3"
         )
 
 
@@ -157,7 +180,9 @@ def eos_rows(
     wanted, token = run.config.train_eos, initial.tokenizer.eos_token_id
     if wanted == "never":
         return None
-    reason = never_trained(initial.model.get_output_embeddings().weight, token)
+    head = initial.model.get_output_embeddings()
+    with whole([head.weight]):
+        reason = never_trained(head.weight, token)
     start = initial.adapter_path
     if not reason and wanted == "auto" and not start and answers:
         reason = _improbable_ends(run, initial, answers)
@@ -188,18 +213,16 @@ def _improbable_ends(run: Run, initial: InitialModel, answers: list[dict]) -> st
 
     It is compared with chance, 1/V, if the model knows the answers' other words better than chance.
     """
-    # divided among the ranks only later, and until then on the CPU
-    if zero_stage(run.config, run.world) == 3:
-        return ""
     eos = initial.tokenizer.eos_token_id
     ending = [row for row in answers if row["response_ids"][-1:] == [eos]]
     measured = first_by_hash(ending, ENDS_READ)
     if not measured:
         return ""
     model = initial.model.to(run.world.device)
-    chance = -math.log(len(model.get_output_embeddings().weight))
+    chance = -math.log(shape_of(model.get_output_embeddings().weight)[0])
     given = (model, measured, initial.tokenizer.pad_token_id, head_is_plain(model), run.world)
-    ends, others = knowledge_of_ends(*given)
+    with readable(model, world=run.world):
+        ends, others = knowledge_of_ends(*given)
     if others < chance + KNOWN or ends >= chance + LEARNT:
         return ""
     return f"median P(EOS) where {len(measured)} given answers end: {math.exp(ends):.1e}"

@@ -48,7 +48,9 @@ def model_loaded(model: nn.Module) -> None:
     """
     import torch
 
-    is_small = sum(weight.numel() for weight in model.parameters()) < SMALL_MODEL_PARAMETERS
+    # of what ZeRO-3 has divided nothing is here
+    sizes = [getattr(weight, "ds_numel", weight.numel()) for weight in model.parameters()]
+    is_small = sum(sizes) < SMALL_MODEL_PARAMETERS
     if is_small and not THREADS_ARE_CHOSEN and not torch.cuda.is_available():
         torch.set_num_threads(1)
         # for libraries that would choose again

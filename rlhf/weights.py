@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf.divided import is_adapter, own_part, shape_of, whole
 from rlhf.errors import UserError
 
 # beside every adapter: what it was trained on, checked when it is loaded
@@ -49,10 +50,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     """Raise UserError for the first (name, tensor) that holds NaN or infinity: nothing learns from
-    it.
+    it. Of what ZeRO-3 divides, each rank reads its part.
     """
     for name, tensor in tensors:
-        if not is_finite(tensor):
+        if not is_finite(own_part(tensor)):
             raise UserError(
                 f"{where}: '{name}' holds numbers that are not finite (NaN or infinity), so it cannot be used. "
                 "Take an earlier checkpoint or another start; for a run of one's own, a lower learning_rate"
@@ -71,17 +72,20 @@ def fingerprint(model: nn.Module, sample: int = 4096) -> str:
     """Return 16 hex digits that name a model's weights, whatever dtype they were loaded in.
 
     Hashes names, shapes and an even sample of each tensor, read as bfloat16, in sorted order:
-    seconds for billions of parameters. Adapter weights that PEFT injected are left out.
+    seconds for billions of parameters. Adapter weights that PEFT injected are left out. Of a
+    divided model all ranks ask together.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(base_weights(model).items()):
         name = name.removeprefix("base_model.model.")
-        flat = tensor.detach().reshape(-1)
-        # read as bfloat16, weights have the same fingerprint whether loaded as float32 or as
-        # bfloat16
-        step = max(1, flat.numel() // sample)
-        values = flat[::step][:sample].to("cpu", torch.bfloat16).view(torch.int16)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        # one at a time: under ZeRO-3 all of them may be more than a device holds
+        with whole([tensor]):
+            flat = tensor.detach().reshape(-1)
+            # read as bfloat16, weights have the same fingerprint whether loaded as float32 or as
+            # bfloat16
+            step = max(1, flat.numel() // sample)
+            values = flat[::step][:sample].to("cpu", torch.bfloat16).view(torch.int16)
+        digest.update(f"{name}{shape_of(tensor)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -104,13 +108,11 @@ def read_identity(path: str | Path) -> dict[str, Any]:
 
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return the base's own weights by their names without PEFT's wrapping."""
-    ours = ("lora_", "modules_to_save", "trainable_tokens_")
-    return {
-        plain_name(n): w
-        for n, w in model.state_dict().items()
-        if not any(part in n for part in ours)
-    }
+    """Return the base's own weights by their names without PEFT's wrapping, as they are kept: under
+    ZeRO-3 in parts.
+    """
+    weights = model.state_dict(keep_vars=True).items()
+    return {plain_name(name): weight for name, weight in weights if not is_adapter(name)}
 
 
 def plain_name(name: str) -> str:

@@ -47,7 +47,7 @@ LAYERS = [
     ["rlhf.from_gguf"],
     ["rlhf.weights", "rlhf.lora", "rlhf.dropout"],
     ["rlhf.quantized"],
-    ["rlhf.ppo", "rlhf.runs", "rlhf.deepspeed_config", "rlhf.optimizer_engine"],
+    ["rlhf.ppo", "rlhf.runs", "rlhf.deepspeed_config", "rlhf.optimizer_engine", "rlhf.divided"],
     ["rlhf.distributed"],
     ["rlhf.tensors", "rlhf.deepspeed_backend", "rlhf.deepspeed_state", "rlhf.hang"],
     ["rlhf.options", "rlhf.data"],

@@ -110,7 +110,7 @@ def run(given: dict, world: DistributedContext | None = None) -> dict:
         config, roles, by_content, data, world, deepspeed_config=given.get("deepspeed")
     )
     steps = record(trainer, given.get("skipped", []), given.get("steps", 1))
-    with gathered(trainer.learner.module):
+    with gathered(trainer.learner.module.parameters()):
         after = {name: p.detach().clone() for name, p in trainer.roles.named_parameters()}
     scale = initial.model.peft_config["policy"] if hasattr(initial.model, "peft_config") else None
     scale = roles.trunk.peft_config["policy"] if scale is None else scale
@@ -209,7 +209,7 @@ def state(trainer: PPOTrainer) -> list[torch.Tensor]:
         for v in entry.values()
         if isinstance(v, torch.Tensor)
     ]
-    with gathered(trainer.learner.module):
+    with gathered(trainer.learner.module.parameters()):
         weights = [
             p.detach().clone() for p in trainer.learner.module.parameters() if p.requires_grad
         ]

@@ -9,9 +9,7 @@ base, and the base itself is never written to.
 from __future__ import annotations
 
 import copy
-import os
 
-import psutil
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -20,10 +18,8 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rlhf.divided import SHARE_OF_FREE_MEMORY, free_memory, is_divided
 from rlhf.quantized import QuantizedLinear
-
-# the copy may take so much of the memory that is free; keys and values need some as well
-SHARE_OF_FREE_MEMORY = 0.5
 
 
 @torch.no_grad()
@@ -59,7 +55,7 @@ def _rows_active(layer: TrainableTokensLayer) -> list[str]:
 
 def _obstacle(causal: nn.Module) -> str:
     """Return what of the active adapter is not plain LoRA on a plain linear layer, or ""."""
-    if any(hasattr(parameter, "ds_id") for parameter in causal.parameters()):
+    if any(map(is_divided, causal.parameters())):
         return "ZeRO-3 partitions the weights"
     for name, module in causal.named_modules():
         # rows of embeddings are replaced by their wrapper, which is seen as well
@@ -105,15 +101,6 @@ def _too_large(causal: nn.Module) -> str:
         f"a copy of the adapted weights takes {needed / 2**30:.1f} GiB, more than "
         f"{SHARE_OF_FREE_MEMORY:.0%} of the {free / 2**30:.1f} GiB that are free"
     )
-
-
-def free_memory(device: torch.device) -> float:
-    """Return the bytes that this process can still take on a device."""
-    if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
-    # the ranks on a machine share its memory
-    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _without_adapters(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:

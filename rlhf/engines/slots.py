@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from rlhf.divided import is_streamed
 from rlhf.packing import decoder_and_head
 from rlhf.text import say_once
 from rlhf.weights import first_line
@@ -184,6 +185,7 @@ class Slots:
         parameter = next(model.parameters())
         self.model = model
         self.decoder = decoder_and_head(model)[0]
+        self.is_streamed = is_streamed(model)
         self.device = parameter.device
         self.nothing = torch.zeros((), dtype=parameter.dtype, device=self.device)
         self.lowest = torch.full_like(self.nothing, torch.finfo(parameter.dtype).min)
@@ -303,7 +305,7 @@ class Slots:
     @property
     def records(self) -> bool:
         """Return whether passes are recorded as CUDA graphs."""
-        return self.device.type == "cuda"
+        return self.device.type == "cuda" and not self.is_streamed
 
     def recorded_width(self, width: int) -> int:
         """Return how many positions a recorded pass reads that has to read `width`: attention takes

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 
-from rlhf.deepspeed_backend import check_engine, gathered
+from rlhf.deepspeed_backend import check_engine
 from rlhf.distributed import peak_memory
+from rlhf.divided import own_part, readable
 from rlhf.errors import EXIT_GUARD, EarlyExit
 from rlhf.evaluate import Evaluation, sample_table, summarise
 from rlhf.models import InitialModel, write_identity
@@ -112,8 +114,7 @@ class RunCallback(TrainerCallback):
 
         is_whole = math.isfinite(float(self.trainer._tr_loss))
         if control.should_save and is_whole:
-            # ZeRO-3 keeps this rank's part of a parameter apart
-            trained = [getattr(p, "ds_tensor", p) for p in model.parameters() if p.requires_grad]
+            trained = [own_part(p) for p in model.parameters() if p.requires_grad]
             is_whole = all(map(is_finite, trained))
         if run.world.sum(float(not is_whole)):
             raise not_finite(run, step, "the loss or a weight is not finite")
@@ -172,7 +173,8 @@ class RunCallback(TrainerCallback):
             return
         self.evaluated_step = step
         rows = []
-        with gathered(model):
+        read = [model, *([self.reference] if isinstance(self.reference, nn.Module) else [])]
+        with readable(*read, world=self.run.world):
             if self.evaluation is not None:
                 rows = self.evaluation.run(model, nullcontext, self.reference, self.run.world)
             self.metrics = summarise(rows)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from rlhf.adapters import adapter_parameters
 from rlhf.distributed import DistributedContext
+from rlhf.divided import shape_of, whole
 from rlhf.files import cache_folder
 from rlhf.quantized import QuantizedLinear
 from rlhf.weights import base_weights
@@ -37,7 +38,7 @@ def reference_key(model: nn.Module, adapter: str | None, **settings: Any) -> str
     These are the bytes of the base's weights and of the adapter's (None: the bare base), with their
     dtypes; the settings of both; the kind of attention; the versions of torch and transformers; and
     `settings`, of the caller. An adapter that changes nothing yet, such as a new one, is left out,
-    so that its random half does not count. Call it before weights are partitioned over ranks.
+    so that its random half does not count. Of a model that ZeRO-3 divides, all ranks ask together.
     """
     config = model.config.to_dict() | {"attention": model.config._attn_implementation}
     base = base_weights(model).items()
@@ -58,9 +59,10 @@ def reference_key(model: nn.Module, adapter: str | None, **settings: Any) -> str
     digest = hashlib.sha256()
     digest.update(_text([config, lora, versions, settings]).encode())
     for name, weight in sorted(weights.items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        flat = weight.detach().to("cpu").contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(f"{name} {weight.dtype} {shape_of(weight)}".encode())
+        with whole([weight]):
+            flat = weight.detach().to("cpu").contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 

@@ -15,8 +15,9 @@ from trl import DPOTrainer, SFTTrainer
 
 from rlhf import deepspeed_state
 from rlhf.adapters import use_adapter
-from rlhf.deepspeed_backend import gathered, register_foreign_reads
+from rlhf.deepspeed_backend import register_foreign_reads
 from rlhf.deepspeed_config import read_deepspeed_config
+from rlhf.divided import is_adapter, is_divided, readable, whole, whole_state
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError, did_you_mean
 from rlhf.models import InitialModel, write_identity
@@ -153,12 +154,14 @@ def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float
     for model in filter(None, (trainer.model, getattr(trainer, "ref_model", None))):
         model = trainer.accelerator.unwrap_model(model)
         # tried before training, where ZeRO-3 records which weights a pass reads
-        packs(model, 1)
+        with readable(model):
+            packs(model, 1)
         if isinstance(trainer, (SFTTrainer, DPOTrainer)):
             own_head = not getattr(trainer, "use_weighting", False)
             pack_forward(model, paired=isinstance(trainer, DPOTrainer), own_head=own_head)
     if getattr(trainer, "padding_free", False):
-        check_apart(trainer.model)
+        with readable(trainer.model):
+            check_apart(trainer.model)
     if trainer.args.deepspeed:
         # in place of the Trainer's own, which loads what as many ranks have written
         transformers.trainer.deepspeed_load_checkpoint = load_trained
@@ -247,22 +250,47 @@ def save_policy(run: Run, model: Any, initial: InitialModel, *, merge: bool = Fa
 
     Raises UserError, and writes nothing, if weights are not finite.
     """
-    with gathered(model):
+    state = None
+    if not hasattr(model, "peft_config") and any(map(is_divided, model.parameters())):
+        state = whole_state(model, kept=run.world.is_main)
+    with whole(_saved(model, merge=merge)):
         if run.world.is_main:
-            _write_policy(run, model, initial, merge)
+            _write_policy(run, model, initial, merge, state)
     run.world.barrier()
 
 
-def _write_policy(run: Run, model: Any, initial: InitialModel, merge: bool) -> None:
-    is_adapter = hasattr(model, "peft_config")
-    if is_adapter and merge:
+def _saved(model: Any, *, merge: bool) -> list[torch.nn.Parameter]:
+    """Return the parameters that have to be whole to be written: with adapters, these."""
+    if not hasattr(model, "peft_config"):
+        return []
+    if merge:
+        return list(model.parameters())
+    saved = [parameter for name, parameter in model.named_parameters() if is_adapter(name)]
+    # PEFT saves embeddings beside an adapter of theirs
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        saved += [] if module is None else module.parameters()
+    return saved
+
+
+def _write_policy(
+    run: Run,
+    model: Any,
+    initial: InitialModel,
+    merge: bool,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a policy on the main rank; `state` are its weights, where they are not the model's own."""
+    has_adapter = hasattr(model, "peft_config")
+    if has_adapter and merge:
         model.set_adapter("default")
         # what the adapter was trained on, rounding included
         dequantize(model)
         model = model.merge_and_unload(adapter_names=["default"])
-        is_adapter = False
-    check_finite(model.named_parameters(), f"{run.folder}: not saved")
-    model.save_pretrained(run.folder, **({"selected_adapters": ["default"]} if is_adapter else {}))
+        has_adapter = False
+    weights = model.named_parameters() if state is None else state.items()
+    check_finite(weights, f"{run.folder}: not saved")
+    how = {"selected_adapters": ["default"]} if has_adapter else {"state_dict": state}
+    model.save_pretrained(run.folder, **how)
     initial.tokenizer.save_pretrained(run.folder)
-    if is_adapter:
+    if has_adapter:
         write_identity(run.folder, initial, program=run.program)

@@ -99,7 +99,7 @@ class TrainingLoop:
             return False
         roles, run = self.trainer.roles, self.run
         try:
-            with self.trainer.learner.gathered():
+            with self.trainer.learner.readable():
                 rows = self.evaluation.run(
                     roles.trunk,
                     lambda: roles.use("policy"),
@@ -150,9 +150,10 @@ class TrainingLoop:
 
     def save_adapters(self, folder: Path) -> None:
         """Write the policy's adapter and the critic; on all ranks."""
-        with self.trainer.learner.gathered():
+        roles = self.trainer.roles
+        with self.trainer.learner.gathered(roles.adapted):
             if self.run.world.is_main:
-                self.trainer.roles.save(folder, self.initial)
+                roles.save(folder, self.initial)
 
     def finish(self, stopped: Decision | None) -> None:
         """Write adapters and result.json. Raises EarlyExit where a guard stopped the run or nothing was

@@ -189,7 +189,7 @@ class PPOTrainer:
     def collect(self, step: int) -> Rollout:
         """Return the rollout of `step`, the same on every rank."""
         prompts = self.batches.prompts_of(step)
-        with self.learner.gathered():
+        with self.learner.readable():
             # tried once for each model, by passes that belong to no step
             if self.collector.generate is generate:
                 prepare(self.roles.trunk)
@@ -347,15 +347,15 @@ class PPOTrainer:
         """
         self.learner.save(folder / "learner")
         if self.fitted_critic is not None:
-            with self.learner.gathered():
+            with self.learner.gathered(self.roles.parameters_of("value")):
                 state = self.fitted_critic.state_dict()
             if self.world.is_main:
                 torch.save(state, folder / "critic.pt")
-        with self.learner.gathered():
-            if self.world.is_main and self.roles.has_ema_reference:
-                torch.save(
-                    [p.detach().cpu() for p in self.roles.ema_parameters()], folder / "moving.pt"
-                )
+        if self.roles.has_ema_reference:
+            moving = self.roles.ema_parameters()
+            with self.learner.gathered(moving):
+                if self.world.is_main:
+                    torch.save([p.detach().cpu() for p in moving], folder / "moving.pt")
         state = {
             "step": self.steps_done,
             **self.estimator.state_dict(),

@@ -1,9 +1,10 @@
 """A few rollouts of PPO in a tiny run, alone or as one of several ranks; what each saw goes to a
 file.
 
-deepspeed --num_accelerators 2 --no_local_rank tests/launch/ranks.py BASE SFT REWARDS OUT STAGE [packed]
+deepspeed --num_accelerators 2 --no_local_rank tests/launch/ranks.py BASE SFT REWARDS OUT STAGE [HOW]
 
-REWARDS are the folders of an ensemble, with commas between them.
+REWARDS are the folders of an ensemble, with commas between them. HOW is "packed", or "layers" where
+ZeRO-3 is to fetch layer by layer what would fit as a whole.
 """
 
 import json
@@ -16,16 +17,17 @@ STEPS = 4
 
 
 def rollouts(
-    base: str, sft: str, rewards: list[str], world, stage: str | None, *, packed: bool = False
+    base: str, sft: str, rewards: list[str], world, stage: str | None, how: str | None = None
 ) -> dict:
     """Responses and metrics of each step, how often the parameters were gathered, and the saved
-    files' tensors. packed: on a base in 4 bits, with moments in 8.
+    files' tensors. how: "packed" is on a base in 4 bits, with moments in 8.
     """
     import tempfile
 
     import torch
 
     from reward.ensemble import ensemble_scorer
+    from rlhf import divided
     from rlhf.adapters import lora_config
     from rlhf.data.records import Prompt
     from rlhf.deepspeed_config import read_deepspeed_config
@@ -36,6 +38,9 @@ def rollouts(
     from rlhf.ppo.trainer import PPOTrainer
     from rlhf.roles import Roles
 
+    packed = how == "packed"
+    if how == "layers":
+        divided.SHARE_OF_FREE_MEMORY = 0.0
     options = PPOConfig(
         model_name_or_path="x", data=["x"], output_dir="x", reward=[{"model": "x"}], rollout_batch_size=7,
         total_episodes=7 * STEPS, per_device_train_batch_size=3, num_ppo_epochs=2, num_mini_batches=2,
@@ -51,12 +56,13 @@ def rollouts(
         for t in texts
     ]
     torch.manual_seed(0)
-    initial = load_model(sft, quantization="nf4" if packed else None)
-    roles = Roles(initial, lora_config(r=4), rewards[0], more_rewards=rewards[1:])
     config = read_deepspeed_config(stage, world, options if packed else None)
+    zero = config if config and config["zero_optimization"]["stage"] == 3 else None
     # a tiny model would not be cut into parts at all
-    if config and config["zero_optimization"]["stage"] == 3:
-        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if zero:
+        zero["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    initial = load_model(sft, quantization="nf4" if packed else None, zero=zero)
+    roles = Roles(initial, lora_config(r=4), rewards[0], more_rewards=rewards[1:])
 
     # ranks make one pass of each member, and two
     pad_id = initial.tokenizer.pad_token_id
@@ -68,8 +74,8 @@ def rollouts(
     data = TrainingData(prompts, initial.tokenizer, stops)
     trainer = PPOTrainer(options, roles, scorer, data, world, deepspeed_config=config)
     gathers = []
-    gather = trainer.learner.gathered
-    trainer.learner.gathered = lambda *a, **k: (gathers.append(1), gather(*a, **k))[1]
+    readable = trainer.learner.readable
+    trainer.learner.readable = lambda: (gathers.append(1), readable())[1]
     seen = []
     for step in range(STEPS):
         metrics, rollout = trainer.step(step)
@@ -78,7 +84,7 @@ def rollouts(
             {"metrics": kept, "responses": rollout.samples.response_ids, "gathers": len(gathers)}
         )
     episodes = int(world.sum(trainer.budget.episodes))
-    with gather(), tempfile.TemporaryDirectory() as folder:
+    with trainer.learner.gathered(roles.adapted), tempfile.TemporaryDirectory() as folder:
         if world.is_main:
             roles.save(folder, initial)
         shapes = {
@@ -111,8 +117,7 @@ if __name__ == "__main__":
     silence_libraries()
     here = start()
     base, sft, rewards, out, stage = sys.argv[1:6]
-    packed = sys.argv[6:] == ["packed"]
-    result = rollouts(base, sft, rewards.split(","), here, stage, packed=packed)
+    result = rollouts(base, sft, rewards.split(","), here, stage, *sys.argv[6:])
     if here.is_main:
         Path(out).write_text(json.dumps(result))
     here.barrier()

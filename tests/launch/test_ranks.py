@@ -48,7 +48,12 @@ def alone(base_path, start_path, member_paths):
 
 
 @pytest.mark.parametrize(
-    "stage", ["zero2", *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero0", "zero3"))]
+    "stage",
+    [
+        "zero2",
+        "zero3 layers",
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero0", "zero3")),
+    ],
 )
 def test_two_ranks_mean_what_one_means(stage, alone, base_path, start_path, member_paths, tmp_path):
     """Seven responses in minibatches of four and three: ranks have uneven shares, and one of them
@@ -57,7 +62,7 @@ def test_two_ranks_mean_what_one_means(stage, alone, base_path, start_path, memb
     out = tmp_path / "seen.json"
     done = launch(
         ROOT / "tests/launch/ranks.py",
-        [base_path, start_path, ",".join(member_paths), str(out), stage],
+        [base_path, start_path, ",".join(member_paths), str(out), *stage.split()],
     )
     assert done.returncode == 0, done.stderr[-3000:]
     means_the_same(json.loads(out.read_text()), alone, stage)
@@ -75,7 +80,7 @@ def test_two_ranks_on_a_packed_base_mean_what_one_means(
         ROOT / "tests/launch/ranks.py", [*given, reward_path, str(out), "zero2", "packed"]
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    alone = rollouts(*given, [reward_path], DistributedContext(), None, packed=True)
+    alone = rollouts(*given, [reward_path], DistributedContext(), None, "packed")
     means_the_same(json.loads(out.read_text()), alone, "zero2, packed")
 
 
