@@ -14,6 +14,7 @@ import contextlib
 import json
 import random
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ from rlhf.data.store import Store
 from rlhf.data.votes import CHOICES
 from rlhf.exchange.commands import ImportConfig, export, import_votes
 from rlhf.exchange.pairs import pairs_of_view
+from rlhf.exchange.rankings import rankings_of_view
 
 RESULTS = Path(__file__).parent / "results" / "votes.json"
 COMMAND = "python benchmarks/roundtrips.py"
-PAIRS = 300
+PAIRS, RANKINGS = 300, 100
+ENDS = {"pairs": "-pairs", "votes": "", "rankings": "-rankings", "marks": "-marks"}
+TEXTS = {name: name for name in ENDS}
+TEXTS |= {"rankings": "orders of three to eight answers", "marks": "marked passages"}
 ANNOTATORS = {
     "sim-ann": "person",
     "sim-bob": "person",
@@ -43,6 +48,8 @@ def fill(path: Path, seed: int = 0) -> None:
         people = [store.add_annotator(name, kind) for name, kind in ANNOTATORS.items()]
         for number in range(PAIRS):
             _add_pair(store, rng, number, people)
+        for number in range(RANKINGS):
+            _add_ranking(store, rng, PAIRS + number, people)
 
 
 def _add_pair(store: Store, rng: random.Random, number: int, people: list[int]) -> None:
@@ -56,9 +63,10 @@ def _add_pair(store: Store, rng: random.Random, number: int, people: list[int]) 
         split=rng.choice((None, "test", "train")),
         metadata={"n": number, "deep": {"x": [1, None]}},
     )
-    ids = []
+    ids, texts = [], []
     for run in ("runs/dpo", "runs/ppo"):
-        text = f"{run} answers {number}.\n\n- *one*\n- two"
+        text = f"{run} ☂ answers {number}.\n\n- *one*\n- two"
+        texts.append(text)
         ended = rng.choice((None, True, False))
         ids.append(store.add_response(prompt, text, model=rng.choice((None, run)), ended=ended))
     control = rng.random() < 0.1
@@ -79,25 +87,82 @@ def _add_pair(store: Store, rng: random.Random, number: int, people: list[int]) 
             duration_ms=rng.choice((None, rng.randrange(100_000))),
             corrected=rng.choice((None, None, f"A better answer {number}.")),
             criteria=rng.choice((None, {"clear": {"a": 4, "b": 2}})),
+            spans=_spans(rng, dict(zip("ab", texts, strict=True))),
         )
 
 
-def share_that_came_back(store: Path, back: Path) -> tuple[float, float]:
-    """Return the shares of pairs and of votes that are in both stores with equal fields."""
+def _spans(rng: random.Random, texts: dict[Any, str]) -> list[dict[str, Any]]:
+    """Return none to three passages, drawn at random, some with a remark."""
+    spans = []
+    for _ in range(rng.choice((0, 0, 1, 3))):
+        answer = rng.choice(list(texts))
+        start, end = sorted(rng.sample(range(len(texts[answer]) + 1), 2))
+        span = {"answer": answer, "start": start, "end": end, "label": rng.choice(("good", "bad"))}
+        spans.append(span | {"remark": rng.choice((None, "Says\nmore.", "<b>☂</b>"))})
+    return spans
+
+
+def _add_ranking(store: Store, rng: random.Random, number: int, people: list[int]) -> None:
+    prompt = store.add_prompt([{"role": "user", "content": f"Frage {number}"}], voice="shop")
+    texts = {}
+    for i in range(rng.randint(3, 8)):
+        text = f"\nAnswer {number}.{i} 👍\n\n- *one*"
+        texts[store.add_response(prompt, text, model=rng.choice((None, f"runs/{i}")))] = text
+    ranking = store.add_ranking(list(texts))
+    for person in people:
+        if rng.random() < 0.3:
+            continue
+        order: list[list[int]] = []
+        for id in rng.sample(list(texts), len(texts)):
+            # a third of them as good as the one before
+            if order and rng.random() < 1 / 3:
+                order[-1].append(id)
+            else:
+                order.append([id])
+        store.rank(
+            ranking,
+            person,
+            order if rng.random() < 0.9 else [],
+            shown=rng.sample(list(texts), len(texts)),
+            reason=rng.choice((None, "Says what\nhappens next.")),
+            tags=rng.choice(([], ["wrong"], ["off tone", "too long"])),
+            duration_ms=rng.choice((None, rng.randrange(100_000))),
+            spans=_spans(rng, texts),
+        )
+
+
+def shares_that_came_back(store: Path, back: Path) -> dict[str, float]:
+    """Return the shares of pairs, votes, orders of rankings and marked passages that are in both
+    stores with equal fields.
+    """
     with Store.open(store, readonly=True) as one, Store.open(back, readonly=True) as other:
         expected, found = pairs_of_view(one.at()), pairs_of_view(other.at())
+        ranked, found_ranked = rankings_of_view(one.at()), rankings_of_view(other.at())
+    counts = {name: [0, 0] for name in ("pairs", "votes", "rankings", "marks")}
+
+    def count(name: str, is_equal: bool, times: int = 1) -> None:
+        counts[name][0] += is_equal * times
+        counts[name][1] += times
+
     by_text = {(pair.a.text, pair.b.text): pair for pair in found}
-    pairs = votes = cast = 0
     for pair in expected:
         twin = by_text.get((pair.a.text, pair.b.text))
         theirs = {vote.annotator: vote for vote in twin.votes} if twin else {}
-        cast += len(pair.votes)
-        votes += sum(theirs.get(vote.annotator) == vote for vote in pair.votes)
-        if twin:
-            own, pair.votes, twin.votes = pair.votes, [], []
-            pairs += pair == twin
-            pair.votes = own
-    return pairs / len(expected), votes / cast
+        for vote in pair.votes:
+            count("votes", theirs.get(vote.annotator) == vote)
+            kept = theirs.get(vote.annotator)
+            count("marks", kept is not None and kept.spans == vote.spans, len(vote.spans))
+        count("pairs", twin is not None and replace(pair, votes=[]) == replace(twin, votes=[]))
+    twins = {ranking.answers[0].text: ranking for ranking in found_ranked}
+    for ranking in ranked:
+        twin = twins.get(ranking.answers[0].text)
+        is_equal = twin is not None and replace(ranking, orders=[]) == replace(twin, orders=[])
+        theirs = {cast.annotator: cast for cast in twin.orders} if twin else {}
+        for cast in ranking.orders:
+            kept = theirs.get(cast.annotator)
+            count("rankings", is_equal and kept == cast)
+            count("marks", kept is not None and kept.spans == cast.spans, len(cast.spans))
+    return {name: equal / of for name, (equal, of) in counts.items()}
 
 
 def through_argilla(path: Path) -> bool:
@@ -142,25 +207,36 @@ def main() -> None:
         fill(store)
         for form in ("argilla", "label_studio"):
             file, back = Path(folder) / f"{form}.json", Path(folder) / f"{form}.db"
+            files = [file.with_suffix(".rankings.json"), file]
             export(ExportConfig(source=[str(store)], output=str(file), form=form))
             through = "its file"
-            if form == "argilla" and through_argilla(file):
-                through = "its file and argilla's Record"
-            import_votes(ImportConfig(source=str(file), store=str(back)))
-            for what, share in zip(
-                ("pairs", "votes"), share_that_came_back(store, back), strict=True
-            ):
-                id = f"roundtrip-{form.replace('_', '-')}" + ("-pairs" if what == "pairs" else "")
-                text = f"share of {what} that came back equal in every field through {through}, {form}, simulated votes"
+            for one in files:
+                if form == "argilla" and through_argilla(one):
+                    through = "its file and argilla's Record"
+                import_votes(ImportConfig(source=str(one), store=str(back)))
+            for what, share in shares_that_came_back(store, back).items():
+                id = f"roundtrip-{form.replace('_', '-')}" + ENDS[what]
+                text = (
+                    f"share of {TEXTS[what]} that came back equal in every field through {through}, {form}, "
+                    "simulated votes"
+                )
                 rows.append(
                     {"id": id, "what": text, "value": share, "bound": "== 1", "command": COMMAND}
                 )
-            accepted = through_label_studio(file) if form == "label_studio" else None
-            if accepted is not None:
+            if form == "argilla":
+                continue
+            accepted = [through_label_studio(one) for one in files]
+            if None not in accepted:
                 text = "share of exported annotations that label_studio_sdk accepts for the exported project"
                 id = "roundtrip-label-studio-accepted"
                 rows.append(
-                    {"id": id, "what": text, "value": accepted, "bound": "== 1", "command": COMMAND}
+                    {
+                        "id": id,
+                        "what": text,
+                        "value": min(accepted),
+                        "bound": "== 1",
+                        "command": COMMAND,
+                    }
                 )
     for row in rows:
         print(row["id"], row["value"])

@@ -3,21 +3,22 @@
 {"id", "fields": {"prompt": messages, "answer_a", "answer_b"}, "metadata", "suggestions",
 "responses": {question: [{"value", "user_id"}]}, "vectors"}. Questions: preference (label: a, b,
 tie, both_bad, skip), strength (rating, 1 to 3), tags (labels), reason and corrected (text: why, and
-a better answer). Argilla keeps no names, times, sides, criteria of each answer or several models'
-votes: these are in the metadata under `rlhf`, as JSON.
+a better answer), marks_a and marks_b (spans: good, bad). Argilla keeps no names, times, sides,
+criteria of each answer, remarks on spans or several models' votes: these are in the metadata under
+`rlhf`, as JSON.
 """
 
 import itertools
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf.data.records import digest
+from rlhf.data.spans import LABELS, Span, checked
 from rlhf.data.votes import CHOICES
 from rlhf.errors import UserError
 from rlhf.exchange.pairs import (
-    CHANGEABLE,
     Answer,
     CastVote,
     JudgedPair,
@@ -54,8 +55,8 @@ def to_records(pairs: Sequence[JudgedPair], users: Mapping[str, str]) -> list[di
 def _record(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
     extras = extras_of(pair)
     # a chat field keeps role and content alone
-    chat = _chat(pair.prompt)
-    if chat != pair.prompt:
+    shown_prompt = chat(pair.prompt)
+    if shown_prompt != pair.prompt:
         extras["messages"] = pair.prompt
     # people answer questions; what models say stands beside them as a suggestion
     responses: dict[str, list[dict[str, Any]]] = {}
@@ -63,6 +64,8 @@ def _record(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
     extras["users"] = {}
     for vote in pair.votes:
         given = {question: getattr(vote, name) for name, question in QUESTIONS.items()}
+        for side in FIELDS:
+            given[f"marks_{side}"] = [_mark(span) for span in vote.spans if span["answer"] == side]
         given = {question: value for question, value in given.items() if value not in (None, [])}
         if vote.kind != "person":
             # Argilla shows one suggestion a question
@@ -82,7 +85,7 @@ def _record(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
     metadata["rlhf"] = json.dumps(extras, ensure_ascii=False, sort_keys=True)
     return {
         "id": digest(content),
-        "fields": {"prompt": chat, "answer_a": pair.a.text, "answer_b": pair.b.text},
+        "fields": {"prompt": shown_prompt, "answer_a": pair.a.text, "answer_b": pair.b.text},
         "metadata": metadata,
         "suggestions": suggestions,
         "responses": responses,
@@ -94,39 +97,58 @@ def settings(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     """Return the settings of a dataset for these records (`rg.Settings.from_json`)."""
     tags = dict.fromkeys(tag for pair in pairs for vote in pair.votes for tag in vote.tags)
     choices = [{"value": choice, "text": CHOICE_TEXTS[choice]} for choice in CHOICES]
+    kind = {"type": "label_selection", "options": choices, "visible_options": len(choices)}
+    strengths = {"type": "rating", "options": [{"value": value} for value in (1, 2, 3)]}
     questions = [
-        _question(
-            "preference",
-            "Which answer is better?",
-            {"type": "label_selection", "options": choices, "visible_options": len(choices)},
-        ),
-        _question(
-            "strength",
-            "How much better? 1 slightly, 2 clearly, 3 by far",
-            {"type": "rating", "options": [{"value": value} for value in (1, 2, 3)]},
-        ),
-        _question("reason", "Why?", {"type": "text", "use_markdown": False}),
-        _question("corrected", "A better answer", {"type": "text", "use_markdown": True}),
+        question("preference", "Which answer is better?", kind, required=True),
+        question("strength", "How much better? 1 slightly, 2 clearly, 3 by far", strengths),
+        question("corrected", "A better answer", {"type": "text", "use_markdown": True}),
+        *common_questions(tags),
+        *mark_questions(FIELDS.values()),
     ]
+    fields = [field("prompt", "Conversation", "chat")]
+    for side, name in FIELDS.items():
+        fields.append(field(name, CHOICE_TEXTS[side], "text"))
+    return dataset(fields, questions, (*SHOWN, "model_a", "model_b"))
+
+
+def common_questions(tags: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the questions of pairs and rankings alike: why?"""
+    questions = [question("reason", "Why?", {"type": "text", "use_markdown": False})]
+    tags = list(tags)
     if tags:
         # a choice of one label is refused
         options = [{"value": tag, "text": tag} for tag in [*tags, "other"][: max(2, len(tags))]]
         kind = {"type": "multi_label_selection", "options": options, "options_order": "natural"}
-        questions.append(
-            _question("tags", "What decided it?", kind | {"visible_options": len(options)})
-        )
-    fields = [_field("prompt", "Conversation", "chat")]
-    fields += [_field(name, CHOICE_TEXTS[side], "text") for side, name in FIELDS.items()]
-    names = (*SHOWN, "model_a", "model_b")
-    metadata = [
+        kind["visible_options"] = len(options)
+        questions.append(question("tags", "What decided it?", kind))
+    return questions
+
+
+def mark_questions(fields: Iterable[str]) -> list[dict[str, Any]]:
+    """Return a question for passages of each field with an answer: marks_a for answer_a."""
+    options = [{"value": label, "text": label} for label in LABELS]
+    questions = []
+    for name in fields:
+        kind = {"type": "span", "field": name, "options": options, "allow_overlapping": True}
+        end = name.removeprefix("answer_")
+        questions.append(question(f"marks_{end}", f"Passages of answer {end.upper()}", kind))
+    return questions
+
+
+def dataset(
+    fields: list[dict[str, Any]], questions: list[dict[str, Any]], metadata: Iterable[str]
+) -> dict[str, Any]:
+    """Return the settings of a dataset; metadata: names of terms."""
+    terms = [
         {"name": n, "title": n, "settings": {"type": "terms"}, "visible_for_annotators": False}
-        for n in names
+        for n in metadata
     ]
     return {
         "guidelines": None,
         "fields": fields,
         "questions": questions,
-        "metadata": metadata,
+        "metadata": terms,
         "vectors": [],
         "allow_extra_metadata": True,
         "distribution": {"strategy": "overlap", "min_submitted": 1},
@@ -134,13 +156,15 @@ def settings(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     }
 
 
-def _question(name: str, title: str, kind: dict[str, Any]) -> dict[str, Any]:
-    required = name == "preference"
+def question(
+    name: str, title: str, kind: dict[str, Any], *, required: bool = False
+) -> dict[str, Any]:
     return {"name": name, "title": title, "required": required, "settings": kind}
 
 
-def _field(name: str, title: str, kind: str) -> dict[str, Any]:
-    settings = {"type": kind, "use_markdown": True}
+def field(name: str, title: str, kind: str) -> dict[str, Any]:
+    # offsets of marks are places in a text as it is, not as Markdown shows it
+    settings = {"type": kind, "use_markdown": kind == "chat"}
     return {"name": name, "title": title, "required": True, "settings": settings}
 
 
@@ -153,14 +177,14 @@ def from_records(
     """Return the pairs of records; also of datasets that were set up in Argilla.
 
     users: {name here: user_id there}; unknown ids become names. answers: names of the fields with
-    the answers; of more than two, every two become a pair, with what rankings say of them. Raises
-    UserError, with the place.
+    the answers; of more than two, every two become a pair, with what rankings say of them. A row that is None
+    was read otherwise. Raises UserError, with the place.
     """
     names = {id: name for name, id in users.items()}
     every_two = [None] if answers is None else list(itertools.combinations(answers, 2))
     pairs = []
     for number, row in enumerate(rows, 1):
-        for two in every_two:
+        for two in every_two if row is not None else ():
             pairs.append(_pair(row, f"{source} row {number}", names, two))
     return pairs
 
@@ -173,24 +197,25 @@ def _pair(
     fields, metadata = row["fields"], dict(row.get("metadata") or {})
     prompt, _, sides = read_fields(fields, place, answers)
     # what Argilla cannot hold came along as JSON
-    extras = _extras(metadata, place)
+    extras = extras_in(metadata, place)
     full = extras.get("messages")
-    if full is not None and _chat(full) == prompt:
+    if full is not None and chat(full) == prompt:
         prompt = full
     a, b = (Answer(fields[name]) for name in sides)
     names = extras.get("users", {}) | dict(names)
     votes = []
-    for user, answered in _by_user(row.get("responses") or {}).items():
+    for user, answered in by_user(row.get("responses") or {}).items():
         # the name of a third answer says nothing about these two
         given = {q: v for q, v in answered.items() if v in sides or not _is_field(v, fields)}
         vote = _vote(given, names.get(user, user), "person", sides, place)
         if vote is not None:
+            vote.spans = marks_in(given, {"a": a.text, "b": b.text}, place)
             votes.append(vote)
     pair = JudgedPair(prompt, a, b, votes)
     # models' votes went as suggestions, of which Argilla keeps one a question
     judges = [vote for vote in extras.get("votes", ()) if vote["kind"] != "person"]
     if extras:
-        pair = with_extras(pair, extras, CHANGEABLE)
+        pair = with_extras(pair, extras, tuple(QUESTIONS))
         pair.votes += [CastVote(**vote) for vote in judges]
     else:
         for name in SHOWN:
@@ -206,7 +231,7 @@ def _is_field(value: Any, fields: Mapping[str, Any]) -> bool:
     return isinstance(value, str) and value in fields
 
 
-def _extras(metadata: dict[str, Any], place: str) -> dict[str, Any]:
+def extras_in(metadata: dict[str, Any], place: str) -> dict[str, Any]:
     text = metadata.pop("rlhf", None)
     if text is None:
         return {}
@@ -216,7 +241,7 @@ def _extras(metadata: dict[str, Any], place: str) -> dict[str, Any]:
         raise UserError(f"{place}: metadata 'rlhf' is not the JSON that was exported") from None
 
 
-def _by_user(responses: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def by_user(responses: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return {user: {question: value}}."""
     found: dict[str, dict[str, Any]] = {}
     for question, given in responses.items():
@@ -243,7 +268,8 @@ def _vote(
     # a dataset that was set up there may ask for the choice under any name
     choice = None
     for question, value in given.items():
-        if question in ("reason", "tags", "strength", "corrected"):
+        is_choice = question not in ("reason", "tags", "strength", "corrected")
+        if not is_choice or question.startswith("marks_"):
             continue
         choice = choice or (
             _ranked(value, sides) if isinstance(value, list) else choice_of(value, sides)
@@ -284,5 +310,25 @@ def _ranked(value: list[Any], sides: tuple[str, str]) -> str | None:
     return "a" if ranks["a"] < ranks["b"] else "b"
 
 
-def _chat(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _mark(span: Span) -> dict[str, Any]:
+    return {name: span[name] for name in ("start", "end", "label")}
+
+
+def marks_in(given: Mapping[str, Any], texts: Mapping[Any, str], place: str) -> list[Span]:
+    """Return the spans of questions marks_a, marks_b, or marks_1, marks_2, ... texts: of each answer,
+    by a and b, or by its number from 0. Raises UserError, with the place.
+    """
+    spans = []
+    for answer in texts:
+        name = answer + 1 if isinstance(answer, int) else answer
+        for mark in given.get(f"marks_{name}") or ():
+            if mark.get("label") in LABELS:
+                spans.append(_mark(mark) | {"answer": answer})
+    try:
+        return checked(spans, texts)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def chat(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]

@@ -11,8 +11,9 @@ from rlhf.data.export import ExportConfig, check_output, write_text
 from rlhf.data.records import Preference, one_name
 from rlhf.data.store import Store
 from rlhf.errors import UserError
-from rlhf.exchange import argilla, label_studio
+from rlhf.exchange import argilla, argilla_rankings, label_studio, label_studio_rankings
 from rlhf.exchange.pairs import (
+    Added,
     JudgedPair,
     add_pairs,
     fault_of,
@@ -20,11 +21,25 @@ from rlhf.exchange.pairs import (
     pairs_of_view,
     read_users,
 )
+from rlhf.exchange.rankings import JudgedRanking, add_rankings, rankings_of_view
+from rlhf.exchange.rankings import fault_of as fault_of_ranking
 from rlhf.files import dumps
 
-READERS: dict[str, Callable[..., list[JudgedPair]]] = {
-    "argilla": argilla.from_records,
-    "label_studio": label_studio.from_tasks,
+# readers of pairs and of rankings
+READERS = {
+    "argilla": (argilla.from_records, argilla_rankings.from_records),
+    "label_studio": (label_studio.from_tasks, label_studio_rankings.from_tasks),
+}
+# writers of the same: rows, and what sets up a project that can show them, with its file's ending
+WRITERS = {
+    "argilla": (
+        (argilla.to_records, argilla.settings, ".settings.json"),
+        (argilla_rankings.to_records, argilla_rankings.settings, ".settings.json"),
+    ),
+    "label_studio": (
+        (label_studio.to_tasks, label_studio.labelling, ".xml"),
+        (label_studio_rankings.to_tasks, label_studio_rankings.labelling, ".xml"),
+    ),
 }
 
 
@@ -70,12 +85,19 @@ class ImportConfig:
 def import_votes(config: ImportConfig) -> None:
     """Add what the source holds to the store, all of it or nothing, and print how much it was."""
     # before the store is opened: a source that cannot be read leaves it as it is
-    pairs = _comparable(_read(config), config.on_error)
-    with Store.open(config.store, create=True) as store:
-        added = add_pairs(store, pairs)
+    pairs, rankings = _read(config)
+    pairs = _comparable(pairs, config.on_error, "pair", fault_of)
+    rankings = _comparable(rankings, config.on_error, "ranking", fault_of_ranking)
+    with Store.open(config.store, create=True) as store, store.transaction():
+        added = Added()
+        # first, since they make the pairs that somebody may have voted on by itself
+        add_rankings(store, rankings, added)
+        add_pairs(store, pairs, added)
     people = f" of {', '.join(sorted(added.annotators))}" if added.annotators else ""
+    also = f", {added.rankings} rankings" if rankings else ""
     print(
-        f"{config.store}: {added.pairs} pairs and {added.votes} votes added{people}, from {len(pairs)} pairs"
+        f"{config.store}: {added.pairs} pairs{also} and {added.votes} votes added{people}, from {len(pairs)} pairs"
+        + (f" and {len(rankings)} rankings" if rankings else "")
     )
     if added.known_votes:
         print(
@@ -84,50 +106,72 @@ def import_votes(config: ImportConfig) -> None:
 
 
 def export(config: ExportConfig) -> None:
-    """Write a store's pairs and votes for another program, and beside them its project's settings."""
+    """Write a store's pairs and votes for another program, and beside them its project's settings;
+    rankings, which need a project of their own, in a file beside.
+    """
     path = check_output(config.output, config.source, (".json",))
-    pairs = []
+    pairs, rankings = [], []
     for source in config.source:
-        pairs += _pairs_of(source, config.on_error)
+        more_pairs, more_rankings = _judged(source, config.on_error)
+        pairs += more_pairs
+        rankings += more_rankings
     users = read_users(config.users)
-    # beside the rows goes what sets up a project that can show them
-    if config.form == "argilla":
-        rows, beside = argilla.to_records(pairs, users), path.with_suffix(".settings.json")
-        settings = dumps(argilla.settings(pairs), indent=1) + "\n"
-    else:
-        rows, beside = label_studio.to_tasks(pairs, users), path.with_suffix(".xml")
-        settings = label_studio.labelling(pairs)
-    write_text(path, dumps(rows, indent=1) + "\n")
-    write_text(beside, settings)
-    votes = sum(len(pair.votes) for pair in pairs)
-    print(f"{path}: {len(pairs)} pairs with {votes} votes ({config.form}); {beside}: the settings")
+    pair_writer, ranking_writer = WRITERS[config.form]
+    if pairs or not rankings:
+        votes = sum(len(pair.votes) for pair in pairs)
+        _write(path, pair_writer, pairs, users, f"{len(pairs)} pairs with {votes} votes")
+    if rankings:
+        orders = sum(len(ranking.orders) for ranking in rankings)
+        beside = path.with_suffix(".rankings.json")
+        what = f"{len(rankings)} rankings with {orders} orders"
+        _write(beside, ranking_writer, rankings, users, what)
 
 
-def _read(config: ImportConfig) -> list[JudgedPair]:
+def _write(
+    path: Path, writer: tuple[Any, Any, str], judged: list[Any], users: dict[str, str], what: str
+) -> None:
+    to_rows, settings_of, suffix = writer
+    settings = settings_of(judged)
+    write_text(path, dumps(to_rows(judged, users), indent=1) + "\n")
+    beside = path.with_suffix(suffix)
+    write_text(beside, settings if isinstance(settings, str) else dumps(settings, indent=1) + "\n")
+    print(f"{path}: {what}; {beside}: the settings")
+
+
+def _read(config: ImportConfig) -> tuple[list[JudgedPair], list[JudgedRanking]]:
     form = config.form
     if form == "auto":
         form = _form_of(config.source)
     if form == "pairs":
-        return _pairs_of(config.source, config.on_error, config.annotator, config.kind)
+        return _judged(config.source, config.on_error, config.annotator, config.kind)
     rows = []
     for place, row, problem in sources.rows(config.source):
         if problem is not None:
             raise UserError(f"{place}: {problem}")
         rows.append(row)
-    answers = tuple(config.answers) or None
-    return READERS[form](rows, config.source, read_users(config.users), answers)
+    about = (config.source, read_users(config.users), tuple(config.answers) or None)
+    read_pairs, read_rankings = READERS[form]
+    rankings, rest = read_rankings(rows, *about)
+    return read_pairs(rest, *about), rankings
 
 
-def _comparable(pairs: list[JudgedPair], on_error: Literal["stop", "skip"]) -> list[JudgedPair]:
+def _comparable(
+    judged: list[Any],
+    on_error: Literal["stop", "skip"],
+    what: str,
+    fault_of: Callable[[Any], str | None],
+) -> list[Any]:
     kept = []
-    for number, pair in enumerate(pairs, 1):
-        fault = fault_of(pair)
+    for number, one in enumerate(judged, 1):
+        fault = fault_of(one)
         if fault is None:
-            kept.append(pair)
+            kept.append(one)
         elif on_error == "stop":
-            raise UserError(f"pair {number}: {fault}. Leave such pairs out with: --on_error skip")
-    if len(kept) < len(pairs):
-        print(f"skipped {len(pairs) - len(kept)} pairs with equal or empty answers")
+            raise UserError(
+                f"{what} {number}: {fault}. Leave such {what}s out with: --on_error skip"
+            )
+    if len(kept) < len(judged):
+        print(f"skipped {len(judged) - len(kept)} {what}s with equal or empty answers")
     return kept
 
 
@@ -140,20 +184,21 @@ def _form_of(source: str) -> str:
     return "label_studio" if isinstance(row.get("data"), dict) else "pairs"
 
 
-def _pairs_of(
+def _judged(
     source: str,
     on_error: Literal["stop", "skip"],
     annotator: str | None = None,
     kind: Any = "auto",
-) -> list[JudgedPair]:
-    """Return the pairs of a store with all votes, or labelled pairs with a vote each."""
+) -> tuple[list[JudgedPair], list[JudgedRanking]]:
+    """Return the pairs and rankings of a store with all votes, or labelled pairs with a vote each."""
     if sources.is_store(source):
         path, event = sources.split_event(source)
         with Store.open(path, readonly=True) as store:
-            return pairs_of_view(store.at(event))
+            view = store.at(event)
+            return pairs_of_view(view), rankings_of_view(view)
     # a labelled row is a pair with one vote
     table = load.collect(source, Preference)
     table.check_usable(on_error)
     name = one_name(annotator or Path(source.split("@")[0]).name.split(".")[0])
     given = None if kind == "auto" else kind
-    return pairs_of_preferences(table.records, table.own_group, name, given)
+    return pairs_of_preferences(table.records, table.own_group, name, given), []

@@ -3,15 +3,16 @@
 {"data": {"prompt": messages, "answer1", "answer2", ...}, "annotations": [{"completed_by",
 "lead_time" (s), "was_cancelled", "created_at", "result": [{"from_name", "to_name", "type",
 "value"}]}], "predictions": [{"model_version", "result"}]}. A skip is `was_cancelled`; tie and both
-bad are choices beside the Pairwise tag, strength a rating of 1 to 3. Label Studio shows answer1
+bad are choices beside the Pairwise tag, strength a rating of 1 to 3, marked passages labels. Label Studio shows answer1
 left to everybody: sides drawn here, and all that is known of the prompt, are in `data.rlhf`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from xml.sax.saxutils import quoteattr
 
 from rlhf.data.records import digest
+from rlhf.data.spans import LABELS, Span, checked
 from rlhf.errors import UserError
 from rlhf.exchange.pairs import (
     CHANGEABLE,
@@ -24,6 +25,9 @@ from rlhf.exchange.pairs import (
     with_extras,
 )
 
+CONVERSATION = '  <Paragraphs name="prompt" value="$prompt" layout="dialogue" nameKey="role" textKey="content"/>'
+MARKS = {"marks1": "a", "marks2": "b"}
+REMARKS = ("remark1", "remark2")
 SELECTED = {"a": "left", "b": "right"}
 # data of a task that is shown beside the answers, and not part of the prompt's metadata
 SHOWN = ("group", "split", "voice")
@@ -46,18 +50,7 @@ def _task(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
         # people go by their address there, and come back under their name
         user = users.get(vote.annotator, vote.annotator)
         extras["users"][user] = vote.annotator
-        annotation = {
-            "completed_by": {"email": user, "first_name": vote.annotator},
-            "result": result,
-            "was_cancelled": vote.choice == "skip",
-            "ground_truth": False,
-        }
-        # Label Studio counts seconds
-        if vote.duration_ms is not None:
-            annotation["lead_time"] = vote.duration_ms / 1000
-        if vote.created:
-            annotation["created_at"] = vote.created
-        annotations.append(annotation)
+        annotations.append(annotation(vote, user, result, is_skip=vote.choice == "skip"))
     data = {"prompt": pair.prompt, "answer1": pair.a.text, "answer2": pair.b.text}
     shown = {name: getattr(pair, name) for name in SHOWN}
     shown |= {"model1": pair.a.model, "model2": pair.b.model}
@@ -83,13 +76,51 @@ def _result(vote: CastVote) -> list[dict[str, Any]]:
         text = getattr(vote, name)
         if text is not None:
             found.append((name, "answer1", "textarea", {"text": [text]}))
+    return regions(vote.annotator, found) + _marked(vote)
+
+
+def _marked(vote: CastVote) -> list[dict[str, Any]]:
+    """Return the regions of marked passages; a remark has the id of its passage."""
+    result = []
+    for span in vote.spans:
+        number = "ab".index(span["answer"]) + 1
+        place = {name: span[name] for name in ("start", "end")}
+        labels = place | {"text": span["text"], "labels": [span["label"]]}
+        found = [(f"marks{number}", f"answer{number}", "labels", labels)]
+        if "remark" in span:
+            value = place | {"text": [span["remark"]]}
+            found.append((f"remark{number}", f"answer{number}", "textarea", value))
+        both = regions(vote.annotator, found)
+        result += [region | {"id": both[0]["id"]} for region in both]
+    return result
+
+
+def regions(annotator: str, found: Sequence[tuple[str, str, str, Any]]) -> list[dict[str, Any]]:
+    """Return the result of an annotation; found: (from_name, to_name, type, value)."""
     result = []
     for name, to_name, kind, value in found:
-        id = digest(f"{vote.annotator} {name} {value}")[:10]
-        result.append(
-            {"id": id, "from_name": name, "to_name": to_name, "type": kind, "value": value}
-        )
+        id = digest(f"{annotator} {name} {value}")[:10]
+        region = {"id": id, "from_name": name, "to_name": to_name, "type": kind, "value": value}
+        result.append(region)
     return result
+
+
+def annotation(
+    cast: Any, user: str, result: list[dict[str, Any]], *, is_skip: bool
+) -> dict[str, Any]:
+    """Return an annotation of a vote or an order, with time and seconds where they are known."""
+    given = {
+        "completed_by": {"email": user, "first_name": cast.annotator},
+        "result": result,
+        "was_cancelled": is_skip,
+        "ground_truth": False,
+    }
+    # Label Studio counts seconds
+    if cast.duration_ms is not None:
+        given["lead_time"] = cast.duration_ms / 1000
+    if cast.created:
+        given["created_at"] = cast.created
+    return given
 
 
 def labelling(pairs: Sequence[JudgedPair]) -> str:
@@ -97,13 +128,14 @@ def labelling(pairs: Sequence[JudgedPair]) -> str:
     tags = dict.fromkeys(tag for pair in pairs for vote in pair.votes for tag in vote.tags)
     lines = [
         "<View>",
-        '  <Paragraphs name="prompt" value="$prompt" layout="dialogue" nameKey="role" textKey="content"/>',
+        CONVERSATION,
         '  <Header value="Which answer is better?"/>',
         '  <Pairwise name="comparison" toName="answer1,answer2"/>',
         '  <View style="display: flex; gap: 1em">',
         '    <View style="flex: 1"><Text name="answer1" value="$answer1"/></View>',
         '    <View style="flex: 1"><Text name="answer2" value="$answer2"/></View>',
         "  </View>",
+        *_passages(),
         '  <Choices name="equal" toName="answer1" choice="single">',
         '    <Choice value="tie" alias="tie"/>',
         '    <Choice value="both_bad" alias="both_bad"/>',
@@ -111,15 +143,39 @@ def labelling(pairs: Sequence[JudgedPair]) -> str:
         '  <Header value="How much better? 1 slightly, 2 clearly, 3 by far"/>',
         '  <Rating name="strength" toName="answer1" maxRating="3"/>',
     ]
-    if tags:
-        lines.append('  <Choices name="tags" toName="answer1" choice="multiple">')
-        lines += [f"    <Choice value={quoteattr(tag)}/>" for tag in tags]
-        lines.append("  </Choices>")
+    lines += tag_choices(tags, "answer1")
     for name, asked in (("reason", "Why?"), ("corrected", "A better answer")):
-        lines.append(
-            f'  <TextArea name="{name}" toName="answer1" placeholder="{asked}" maxSubmissions="1"/>'
-        )
+        lines.append(text_area(name, asked, "answer1"))
     return "\n".join([*lines, "</View>", ""])
+
+
+def _passages() -> list[str]:
+    lines = []
+    for number in (1, 2):
+        lines.append(f'  <Labels name="marks{number}" toName="answer{number}">')
+        lines += [f'    <Label value="{label}"/>' for label in LABELS]
+        lines += ["  </Labels>"]
+        area = text_area(f"remark{number}", "Remark", f"answer{number}")
+        lines.append(area.replace("/>", ' perRegion="true"/>'))
+    return lines
+
+
+def tag_choices(tags: Iterable[str], to_name: str) -> list[str]:
+    """Return the lines of a choice of tags; none without tags."""
+    options = [f"    <Choice value={quoteattr(tag)}/>" for tag in tags]
+    if not options:
+        return []
+    return [
+        f'  <Choices name="tags" toName="{to_name}" choice="multiple">',
+        *options,
+        "  </Choices>",
+    ]
+
+
+def text_area(name: str, asked: str, to_name: str) -> str:
+    return (
+        f'  <TextArea name="{name}" toName="{to_name}" placeholder="{asked}" maxSubmissions="1"/>'
+    )
 
 
 def from_tasks(
@@ -130,17 +186,19 @@ def from_tasks(
 ) -> list[JudgedPair]:
     """Return the pairs of tasks; also of projects that were set up in Label Studio.
 
-    users: {name here: e-mail address or id there}. Drafts are not read. Raises UserError, with the
-    place.
+    users: {name here: e-mail address or id there}. Drafts are not read, nor is a row that is None.
+    Raises UserError, with the place.
     """
     if answers is not None and len(answers) != 2:
         raise UserError(
             f"{source}: a task of Label Studio has two answers, {len(answers)} are named"
         )
     names = {id: name for name, id in users.items()}
-    return [
-        _pair(row, f"{source} row {number}", names, answers) for number, row in enumerate(rows, 1)
-    ]
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        if row is not None:
+            pairs.append(_pair(row, f"{source} row {number}", names, answers))
+    return pairs
 
 
 def _pair(
@@ -152,13 +210,16 @@ def _pair(
     extras = data.pop("rlhf", None) or {}
     prompt, prompt_name, sides = read_fields(data, place, answers)
     names = extras.get("users", {}) | dict(names)
-    votes = []
-    for annotation in row.get("annotations") or ():
-        votes.append(_vote(annotation, _who(annotation.get("completed_by"), names), sides, place))
+    texts, votes = {"a": data[sides[0]], "b": data[sides[1]]}, []
+    for given in row.get("annotations") or ():
+        vote = _vote(given, who(given.get("completed_by"), names), sides, place)
+        vote.spans = _spans(given, texts, place)
+        votes.append(vote)
     for prediction in row.get("predictions") or ():
         name = prediction.get("model_version") or "predictions"
         vote = _vote(prediction, name, sides, place)
         vote.kind = "model"
+        vote.spans = _spans(prediction, texts, place)
         votes.append(vote)
     a, b = (Answer(data[name]) for name in sides)
     if extras:
@@ -176,7 +237,27 @@ def _pair(
     return JudgedPair(prompt, a, b, votes, metadata=rest, **about)
 
 
-def _who(user: Any, names: Mapping[str, str]) -> str:
+def _spans(annotation: Mapping[str, Any], texts: Mapping[str, str], place: str) -> list[Span]:
+    """Return marked passages with their remarks, which share an id. Raises UserError."""
+    remarks = {}
+    for region in annotation.get("result") or ():
+        if region.get("from_name") in REMARKS:
+            remarks[region.get("id")] = "\n".join(region["value"].get("text", ()))
+    spans = []
+    for region in annotation.get("result") or ():
+        side = MARKS.get(region.get("from_name"))
+        value = region.get("value", {})
+        for label in value.get("labels", ()) if side else ():
+            span = {name: value.get(name) for name in ("start", "end", "text")}
+            span |= {"answer": side, "label": label, "remark": remarks.get(region.get("id"))}
+            spans.append(span)
+    try:
+        return checked(spans, texts)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
+
+
+def who(user: Any, names: Mapping[str, str]) -> str:
     """Return the name of who completed an annotation: a number, or {id, email, first_name, ...}."""
     ids = [str(user)]
     if isinstance(user, dict):
@@ -203,7 +284,7 @@ def _vote(annotation: dict[str, Any], name: str, sides: tuple[str, str], place: 
             choices += value.get("choices", ())
         elif kind == "rating" and value.get("rating") in (1, 2, 3):
             vote.strength = value["rating"]
-        elif kind == "textarea":
+        elif kind == "textarea" and region.get("from_name") not in REMARKS:
             name = "corrected" if region.get("from_name") == "corrected" else "reason"
             setattr(vote, name, "\n".join(value.get("text", ())) or None)
     # a prediction cannot be cancelled: one without a choice is a skip

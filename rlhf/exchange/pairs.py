@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.data.records import Message, Preference, RecordError, check_messages, normalise
+from rlhf.data.spans import Span, renamed
 from rlhf.data.store import Store
 from rlhf.data.store_queries import StoreView
 from rlhf.data.votes import MARGINS
@@ -17,7 +18,7 @@ from rlhf.errors import UserError
 
 Kind = Literal["person", "model", "rule"]
 # fields of a vote that say the same in every program
-CHANGEABLE = ("choice", "strength", "reason", "tags", "corrected")
+CHANGEABLE = ("choice", "strength", "reason", "tags", "corrected", "spans")
 
 
 @dataclass
@@ -44,6 +45,8 @@ class CastVote:
     created: str | None = None
     corrected: str | None = None
     criteria: dict[str, dict[str, int]] = field(default_factory=dict)
+    # marked passages (rlhf/data/spans.py); their "answer" is a or b
+    spans: list[Span] = field(default_factory=list)
 
 
 @dataclass
@@ -64,10 +67,13 @@ class JudgedPair:
 
 
 def pairs_of_view(view: StoreView) -> list[JudgedPair]:
-    """Return every pair of a store after an event, with the votes that stand."""
+    """Return every pair of a store after an event, with the votes that stand; pairs of rankings only
+    where somebody has voted on one by itself (`rankings_of_view`).
+    """
     prompts = view.prompts_by_id()
     kinds = view.annotator_kinds()
     found = {}
+    parts = set()
     for id, row in view.pairs().items():
         prompt = prompts[row["prompt"]]
         about = {name: prompt.get(name) for name in ("group", "default_group", "split", "voice")}
@@ -79,7 +85,12 @@ def pairs_of_view(view: StoreView) -> list[JudgedPair]:
             expected=row["expected"],
             **about,
         )
+        if row["ranking"] is not None:
+            parts.add(id)
     for vote in view.votes():
+        # the order that says it goes out as a whole
+        if vote.ranking is not None:
+            continue
         found[vote.comparison].votes.append(
             CastVote(
                 vote.annotator,
@@ -93,9 +104,10 @@ def pairs_of_view(view: StoreView) -> list[JudgedPair]:
                 vote.created,
                 vote.corrected,
                 vote.criteria,
+                vote.spans,
             )
         )
-    return list(found.values())
+    return [pair for id, pair in found.items() if pair.votes or id not in parts]
 
 
 def pairs_of_preferences(
@@ -146,19 +158,20 @@ class Added:
     """What an import has added to a store, and what was left out."""
 
     pairs: int = 0
+    rankings: int = 0
     votes: int = 0
     # of an annotator who has voted on the pair already
     known_votes: int = 0
     annotators: set[str] = field(default_factory=set)
 
 
-def add_pairs(store: Store, pairs: Iterable[JudgedPair]) -> Added:
+def add_pairs(store: Store, pairs: Iterable[JudgedPair], added: Added | None = None) -> Added:
     """Add pairs and votes to a store in one transaction; the same again adds nothing.
 
-    An annotator's vote that stands on a pair stays, and theirs from `pairs` is left out. Raises
-    UserError, naming the pair, where the store refuses it.
+    An annotator's vote that stands on a pair stays, and theirs from `pairs` is left out. Counts in
+    `added`, and returns it. Raises UserError, naming the pair, where the store refuses it.
     """
-    added = Added()
+    added = added or Added()
     with store.transaction():
         before = store.last_comparison()
         for number, pair in enumerate(pairs, 1):
@@ -213,6 +226,7 @@ def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
             duration_ms=vote.duration_ms,
             corrected=vote.corrected,
             criteria=_renamed(vote.criteria, names),
+            spans=renamed(vote.spans, names),
             created=vote.created,
         )
         added.votes += 1
@@ -249,8 +263,12 @@ def with_extras(pair: JudgedPair, extras: dict[str, Any], known: Sequence[str]) 
     for vote in pair.votes:
         earlier = cast.get(vote.annotator)
         is_same = earlier is not None
-        for name in CHANGEABLE:
-            is_same = is_same and earlier[name] == getattr(vote, name)
+        for name in CHANGEABLE if is_same else ():
+            one, other = earlier[name], getattr(vote, name)
+            if name == "spans" and name not in known:
+                # it has no place for remarks
+                one, other = without_remarks(one), without_remarks(other)
+            is_same = is_same and one == other
         if is_same:
             given = {name: getattr(vote, name) for name in known}
             given = {name: value for name, value in given.items() if value is not None}
@@ -262,6 +280,11 @@ def with_extras(pair: JudgedPair, extras: dict[str, Any], known: Sequence[str]) 
     names = ("group", "default_group", "split", "voice", "metadata", "expected")
     about = {name: extras[name] for name in names if name in extras}
     return JudgedPair(pair.prompt, **answers, votes=votes, **about)
+
+
+def without_remarks(spans: Sequence[Span]) -> list[Span]:
+    """Return marked passages without their remarks."""
+    return [{name: value for name, value in span.items() if name != "remark"} for span in spans]
 
 
 def _answer(row: dict[str, Any], side: str) -> Answer:
@@ -287,7 +310,9 @@ def _vote_of(
                 vote.strength = strength
     vote.reason = details.get("reason")
     vote.tags = details.get("tags", [])
-    vote.criteria = _renamed(details.get("criteria", {}), {"chosen": choice, "rejected": other})
+    sides = {"chosen": choice, "rejected": other}
+    vote.criteria = _renamed(details.get("criteria", {}), sides)
+    vote.spans = renamed(details.get("spans", []), sides)
     return vote
 
 
