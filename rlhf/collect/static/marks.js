@@ -11,8 +11,10 @@ for (const marks of passages) {
 
   // What was selected in the answer as it is shown is selected in its plain text too, if it is there once.
   let before = "";
-  marks.querySelector("summary").addEventListener("pointerdown", () => { before = String(getSelection()); });
-  marks.addEventListener("toggle", () => { if (marks.open) take(text, before); before = ""; });
+  const summary = marks.querySelector("summary");
+  summary.addEventListener("pointerdown", () => { before = String(getSelection()); });
+  // not "toggle", which comes late and would take the focus from what was opened since
+  summary.addEventListener("click", () => setTimeout(() => { if (marks.open) take(text, before); before = ""; }));
   // Nobody changes the text, but `readonly` would take the cursor away from the keyboard.
   text.addEventListener("beforeinput", (event) => event.preventDefault());
   text.addEventListener("input", () => { text.value = text.defaultValue; });
