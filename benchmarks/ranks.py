@@ -26,7 +26,11 @@ EPOCH_ENDS = 8
 MEANINGS = {
     "six steps": (6, ()),
     "past the end of an epoch": (EPOCH_ENDS, ()),
-    "the same, with dataloader_drop_last": (EPOCH_ENDS, ("--trl", "{dataloader_drop_last: true}")),
+    "the same, with dataloader_drop_last": (
+        EPOCH_ENDS,
+        # three held-out rows would be dropped too
+        ("--trl", "{dataloader_drop_last: true}", "--validation_fraction", 0),
+    ),
 }
 
 
@@ -102,6 +106,7 @@ APART = {
     "loss": "loss, relative",
     "largest": "weights, largest",
     "norm": "weights, of their norm",
+    "gradient": "first gradient, relative",
     "tokens": "text that differs",
 }
 FACTORS = {name: name for name in combinations.FACTORS}
@@ -171,8 +176,13 @@ def rows_of(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     begun = "a checkpoint of two ranks goes on with"
     values = [
         ("combinations", "combinations on two ranks with a result", len(combined), ">= 28"),
-        ("combinations-float32", f"they and one process, {loss}", worst(exact, "loss"), "<= 1e-4"),
-        ("combinations-bfloat16", f"in bfloat16, {loss}", worst(rounded, "loss"), "<= 0.05"),
+        ("combinations-float32", f"they and one process, {loss}", worst(exact, "loss"), "<= 1e-3"),
+        (
+            "combinations-bfloat16",
+            "in bfloat16, largest relative difference of a first gradient norm",
+            worst(rounded, "gradient"),
+            "<= 0.2",
+        ),
         ("same-loss", f"one process and two ranks, {loss}", worst(same, "loss"), "<= 1e-4"),
         ("same-weights", f"the same, {weight}", worst(same, "largest"), "<= 1e-4"),
         ("same-text", "the same, share of text that differs", worst(same, "tokens"), "<= 0.01"),

@@ -209,6 +209,8 @@ class DeepSpeedEngine(OptimizerEngine):
     ):
         self.world = world
         self.stage = config["zero_optimization"].get("stage", 0)
+        offload = config["zero_optimization"].get("offload_optimizer") or {}
+        self.offloads = offload.get("device", "none") != "none"
         dtypes = {
             parameter.dtype for group in optimizer.param_groups for parameter in group["params"]
         }
@@ -239,6 +241,11 @@ class DeepSpeedEngine(OptimizerEngine):
         if self.stage == 3:
             # it counts passes in engine.forward, which roles do not go through; at 0 it overwrites
             self.optimizer.micro_step_id = 1
+        if last and self.stage == 2 and self.offloads:
+            # it hands over, at the boundary, what the parameters of that pass have summed up, and
+            # would leave out the policy's where the last pass is the critic's
+            trained = filter(lambda parameter: parameter.requires_grad, self.module.parameters())
+            loss = loss + sum(0.0 * parameter.sum() for parameter in trained)
         # DeepSpeed averages over ranks; ours are parts to be summed
         self.engine.backward(loss * self.world.size)
 

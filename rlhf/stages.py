@@ -99,10 +99,10 @@ def check_zero(config: RunConfig, world: DistributedContext) -> None:
     stage = zero_stage(config, world)
     is_whole_reward = hasattr(config, "ties") and not config.use_peft
     on_cpu = world.device.type == "cpu"
-    if is_whole_reward and config.dtype == "bfloat16" and on_cpu and stage == 3:
+    if is_whole_reward and config.dtype == "bfloat16" and on_cpu and stage > 0:
         raise UserError(
-            "ZeRO-3 divides weights of one dtype, and a reward model that is trained whole in bfloat16 has its score "
-            "head in float32 on a CPU. Take --deepspeed zero2, or --dtype float32"
+            "ZeRO 1 to 3 keep trained weights in one dtype, and a reward model that is trained whole in bfloat16 has "
+            "its score head in float32 on a CPU. Take --deepspeed zero0, or --dtype float32"
         )
     asked = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(config, name)]
     if config.optim in EIGHT_BIT:

@@ -282,12 +282,12 @@ def test_float64_under_a_launcher_is_for_ppo_alone():
         check_zero(options, DistributedContext(launched=True))
 
 
-def test_a_whole_reward_model_in_bfloat16_is_not_for_zero3_on_a_cpu():
+def test_a_whole_reward_model_in_bfloat16_is_not_for_zero_on_a_cpu():
     given = {"dtype": "bfloat16", "use_peft": False, "ties": "drop", "trl": {}, "optim": "adamw"}
-    options = SimpleNamespace(**given, load_in_4bit=False, load_in_8bit=False, deepspeed="zero2")
+    options = SimpleNamespace(**given, load_in_4bit=False, load_in_8bit=False, deepspeed="zero0")
     check_zero(options, DistributedContext(launched=True))
-    options.deepspeed = "zero3"
-    with pytest.raises(UserError, match=r"score head in float32 on a CPU\. Take --deepspeed zero2"):
+    options.deepspeed = "zero2"
+    with pytest.raises(UserError, match=r"score head in float32 on a CPU\. Take --deepspeed zero0"):
         check_zero(options, DistributedContext(launched=True))
 
 

@@ -193,11 +193,13 @@ def train(trainer: Trainer, callback: RunCallback, lora_dropout: float = 0.0) ->
     gradient or weight is not finite any more, and UserError when no step was made.
     """
     run = callback.run
-    rows, batch = len(trainer.train_dataset), trainer.args.train_batch_size * run.world.size
-    if trainer.args.dataloader_drop_last and rows < batch:
-        raise UserError(
-            f"trl: 'dataloader_drop_last' drops all {rows} rows, since a batch is {batch}: no step is left"
-        )
+    sets = {"rows": trainer.train_dataset, "held-out rows": trainer.eval_dataset}
+    batch = trainer.args.train_batch_size * run.world.size
+    for name, dataset in sets.items():
+        if trainer.args.dataloader_drop_last and dataset is not None and len(dataset) < batch:
+            raise UserError(
+                f"trl: 'dataloader_drop_last' drops all {len(dataset)} {name}, since a batch is {batch}: none is left"
+            )
 
     prepare_trainer(trainer, callback.budget, lora_dropout)
     callback.trainer = trainer

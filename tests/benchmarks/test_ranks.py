@@ -8,7 +8,13 @@ from tests.launch.combinations import plainest
 
 
 def apart(loss, largest, tokens=0.0):
-    return {"loss": loss, "largest": largest, "norm": largest / 2, "tokens": tokens}
+    return {
+        "loss": loss,
+        "largest": largest,
+        "norm": largest / 2,
+        "gradient": loss,
+        "tokens": tokens,
+    }
 
 
 FOUND = {
@@ -44,7 +50,8 @@ def test_rows_take_the_worst_of_what_they_are_about():
 def test_the_page_has_each_run():
     page = page_of(FOUND)
     assert (
-        "| reward | 3 offload | lora | 1 | no | bfloat16 | 0.01 | 0.001 | 0.0005 | - | 2 |" in page
+        "| reward | 3 offload | lora | 1 | no | bfloat16 | 0.01 | 0.001 | 0.0005 | 0.01 | - | 2 |"
+        in page
     )
     assert "| ppo | 2 | lora | 4 | 2e-07 | 0 |" in page
     assert [text_of(value) for value in (True, 0.12345, 3, math.nan)] == ["yes", "0.12", "3", "-"]

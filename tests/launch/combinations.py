@@ -59,7 +59,7 @@ def allowed(run: dict[str, Any]) -> bool:
     """
     is_whole = run["weights"] == "whole"
     head_differs = run["program"] == "reward" and run["dtype"] == "bfloat16"
-    if is_whole and head_differs and run["zero"].startswith("3"):
+    if is_whole and head_differs and run["zero"] != "0":
         return False
     return not (run["program"] == "ppo" and is_whole)
 
@@ -201,8 +201,8 @@ def compare(ours: Path, theirs: Path) -> dict[str, float]:
     """Return how far two results are apart.
 
     norm: the Euclidean norm of the difference of all weights, over that of the weights. largest: the
-    largest difference of a weight. loss: the largest relative difference of a loss in the log. tokens:
-    the share of characters of the last evaluation that differ.
+    largest difference of a weight. loss: the largest relative difference of a loss in the log. gradient:
+    that of the first gradient norms. tokens: the share of characters of the last evaluation that differ.
     """
     one, other = weights_of(ours), weights_of(theirs)
     assert one.keys() == other.keys() and all(one[k].shape == other[k].shape for k in one)
@@ -211,14 +211,28 @@ def compare(ours: Path, theirs: Path) -> dict[str, float]:
     return {
         "norm": apart / size,
         "largest": max(float((one[k] - other[k]).abs().max()) for k in one),
-        "loss": largest_difference(losses(ours), losses(theirs)),
+        "loss": largest_difference(logged(ours, "loss/total"), logged(theirs, "loss/total")),
+        "gradient": first_gradients(ours, theirs),
         "tokens": differing_tokens(ours, theirs),
     }
 
 
-def losses(output: Path) -> list[float]:
+def logged(output: Path, name: str) -> list[float]:
+    """Return the values of a metric in the order of steps."""
     rows = read_metrics(output / "metrics.jsonl")
-    return [row["loss/total"] for row in rows if "loss/total" in row]
+    return [row[name] for row in rows if name in row]
+
+
+def first_gradients(ours: Path, theirs: Path) -> float:
+    """Return the largest relative difference of the gradient norms of a run's first step, before
+    anything was learnt; PPO's by role. NaN where there are none, as under ZeRO 0.
+    """
+    apart = []
+    for name in ("grad/norm", "grad/norm_policy", "grad/norm_value"):
+        one, other = logged(ours, name)[:1], logged(theirs, name)[:1]
+        if one and other:
+            apart.append(largest_difference(one, other))
+    return max(apart, default=math.nan)
 
 
 def largest_difference(ours: list[float], theirs: list[float]) -> float:

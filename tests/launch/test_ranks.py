@@ -52,17 +52,21 @@ def alone(base_path, start_path, member_paths):
     [
         "zero2",
         "zero3 layers",
-        *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero0", "zero3")),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero0", "zero3", "offload")),
     ],
 )
 def test_two_ranks_mean_what_one_means(stage, alone, base_path, start_path, member_paths, tmp_path):
     """Seven responses in minibatches of four and three: ranks have uneven shares, and one of them
     sometimes none.
     """
-    out = tmp_path / "seen.json"
+    out, settings = tmp_path / "seen.json", stage
+    if stage == "offload":
+        zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+        settings = str(tmp_path / "offload.json")
+        Path(settings).write_text(json.dumps({"zero_optimization": zero}))
     done = launch(
         ROOT / "tests/launch/ranks.py",
-        [base_path, start_path, ",".join(member_paths), str(out), *stage.split()],
+        [base_path, start_path, ",".join(member_paths), str(out), *settings.split()],
     )
     assert done.returncode == 0, done.stderr[-3000:]
     means_the_same(json.loads(out.read_text()), alone, stage)
