@@ -44,7 +44,7 @@ def card_text(card: dict[str, Any]) -> str:
         _scores,
         _mistakes,
     )
-    parts = [part for part in (section(card) for section in sections) if part]
+    parts = filter(None, (section(card) for section in sections))
     return "\n\n".join(parts) + "\n"
 
 

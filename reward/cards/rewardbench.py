@@ -116,7 +116,7 @@ def summary(rows: list[Row]) -> dict[str, Any]:
         if name.casefold() == TIES:
             subsets[name] = ties(own)
             continue
-        right = np.array([best_is_right(row) for row in own])
+        right = np.array(list(map(best_is_right, own)))
         part = accuracy_with_interval(right, [row.id for row in own])
         subsets[name] = {
             "score": part["accuracy"],

@@ -75,8 +75,8 @@ def summarise(
     # the turn is looked for between the sizes of the table too
     sizes, table = fine_sizes(total), table_sizes(total)
     curves = group_curves(proxy, {"proxy": proxy, **scores}, groups, sizes)
-    places = [sizes.index(n) for n in table]
-    kl = np.array([best_of_n_kl(n) for n in sizes])
+    places = list(map(sizes.index, table))
+    kl = np.array(list(map(best_of_n_kl, sizes)))
     half = halves(groups)
 
     rows = []
@@ -119,7 +119,7 @@ def turning_point(
     draws = np.random.default_rng(0).multinomial(groups, np.full(groups, 1 / groups), RESAMPLES)
     peaks = np.argmax(draws @ curve, axis=1)
     outside = [(1 - level) / 2, (1 + level) / 2]
-    low, high = (int(i) for i in np.quantile(peaks, outside, method="inverted_cdf"))
+    low, high = map(int, np.quantile(peaks, outside, method="inverted_cdf"))
 
     # one "seed": the policy and the samples are given
     cells = curve.T[None]

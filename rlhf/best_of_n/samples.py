@@ -145,9 +145,7 @@ def score_answers(
             rows = []
             for number in range(len(part)):
                 own = slice(number * samples, (number + 1) * samples)
-                rows.append(
-                    {name: [float(x) for x in scores.breakdown[name][own]] for name in names}
-                )
+                rows.append({name: list(map(float, scores.breakdown[name][own])) for name in names})
             return rows
 
         done += in_parts(file, missing, samples, batch_size, "scoring", score)

@@ -192,7 +192,7 @@ def _wins(results: Results, level: float) -> dict[str, Any]:
         seeds = sorted(set(ends[i]) & set(other))
         if not seeds:
             continue
-        first, second = [ends[i][seed] for seed in seeds], [other[seed] for seed in seeds]
+        first, second = list(map(ends[i].get, seeds)), list(map(other.get, seeds))
         found = win_rate(first, second, results, results.judge, level=level)
         if found is None:
             continue

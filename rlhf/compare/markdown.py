@@ -273,6 +273,4 @@ def _flat(value: Any) -> str:
         return "; ".join(
             f"{key} {_flat(item)}" for key, item in value.items() if item not in (None, [], {})
         )
-    return (
-        ", ".join(_flat(item) for item in value) if isinstance(value, (list, tuple)) else str(value)
-    )
+    return ", ".join(map(_flat, value)) if isinstance(value, (list, tuple)) else str(value)

@@ -163,7 +163,7 @@ def at_best(
     if not seeds:
         return None
     # the judge chooses; score and KL are read at its choice
-    rows = [[table[seed][swept] for swept in swept_values] for seed in seeds]
+    rows = [list(map(table[seed].get, swept_values)) for seed in seeds]
     scores = stack(means, f"score/{results.judge}", rows)
     choice = choose(scores, halves(results.groups))
     return Chosen(

@@ -202,7 +202,7 @@ def splitting(tokenizer: Any) -> str:
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     step = state["pre_tokenizer"] or {"type": "none"}
-    steps = [_step(part) for part in step.get("pretokenizers", [step])]
+    steps = list(map(_step, step.get("pretokenizers", [step])))
     whole_words = state["model"].get("ignore_merges")
     # patterns that end where bytes begin
     by_pattern = {

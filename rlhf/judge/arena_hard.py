@@ -135,7 +135,7 @@ def read_judgments(folder: str | Path) -> Iterator[JudgedPair]:
                     f"{baseline} to {_uid(row)!r}"
                 )
             # the baseline is shown first in the first game
-            p_ba, p_ab = (_first_better(game) for game in row["games"])
+            p_ba, p_ab = map(_first_better, row["games"])
             prompt = of_model["prompt"]
             default = prompt_group([{"role": "user", "content": prompt}])
             yield JudgedPair(

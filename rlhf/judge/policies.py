@@ -48,7 +48,7 @@ def judge_policies(
         seeds = sorted(set(ends[a]) & set(ends[b]))
         if not seeds:
             continue
-        first, second = [ends[a][seed] for seed in seeds], [ends[b][seed] for seed in seeds]
+        first, second = (list(map(ends[name].get, seeds)) for name in (a, b))
         answers = []
         for one, other in zip(first, second, strict=True):
             verdicts, asked = judge_wins(judge, results, one, other, folder / CACHE)

@@ -162,7 +162,7 @@ def language_loss(model, batch: list[Row], pad_id: int, prompt_weight: float):
     """
     import torch
 
-    width = max(len(r) for r in batch)
+    width = max(map(len, batch))
     ids = torch.tensor([r.ids + [pad_id] * (width - len(r)) for r in batch])
     weights = torch.tensor(
         [
@@ -233,7 +233,7 @@ def pretrain(
         for optimizer in optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        tokens += sum(len(r) for r in batch)
+        tokens += sum(map(len, batch))
         if step % 50 == 0 or step == config.steps - 1:
             loss = value.item()
             progress.set_postfix(loss=f"{loss:.3f}")

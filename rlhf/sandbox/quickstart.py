@@ -71,7 +71,7 @@ def jobs(config: QuickstartConfig) -> list[Job]:
     """
     paths = Paths(config.run, config.world)
     planned = [*data_jobs(config, paths), *training_jobs(config, paths), compare_job(config, paths)]
-    code = [str(file) for file in (CONFIGS / "voice.yaml", *code_files())]
+    code = list(map(str, (CONFIGS / "voice.yaml", *code_files())))
     for job in planned:
         job.reads = [str(CONFIGS / f"{job.name}.yaml"), *code]
     return planned

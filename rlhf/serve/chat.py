@@ -60,7 +60,7 @@ class Chat:
 
         self.config, self.scorer = config, scorer
         self.sampling = Sampling(config.max_response_length, config.temperature, top_p=config.top_p)
-        self.speakers = [Speaker(policy) for policy in load(config.runs, with_bases=False)]
+        self.speakers = list(map(Speaker, load(config.runs, with_bases=False)))
         self.system = config.system
         # how many answers to the last message there have been before
         self.sample = 0

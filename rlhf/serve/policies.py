@@ -117,7 +117,7 @@ def load(paths: list[str], *, with_bases: bool) -> list[Policy]:
             policies[path] = base
         elif with_bases:
             more.append(base)
-    return [_folded(policy) for policy in (*map(policies.get, paths), *more)]
+    return list(map(_folded, (*map(policies.get, paths), *more)))
 
 
 def _policy(name: str, path: str, model: nn.Module, context: Callable) -> Policy:
