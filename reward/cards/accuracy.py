@@ -92,6 +92,7 @@ def slices(
     and "surely_wrong", whether it lies below one half by an interval for all slices together},
     empty where the pairs do not have it.
     """
+    # a pair without a margin is in no part of that scale
     margins = np.array([math.nan if pair.margin is None else pair.margin for pair in pairs])
     names = {
         "by_source": [pair.source for pair in pairs],
@@ -143,6 +144,7 @@ def cut(values: np.ndarray, unit: str = "") -> tuple[list[str | None], list[str]
         order += [f"above {texts[-1]}{unit}"]
     else:
         order = [f"{end:.4g}{unit}" for end in ends]
+    # the first end that is not below: a part holds its upper end
     places = np.searchsorted(ends, values)
     names = []
     for value, place in zip(values, places, strict=True):

@@ -35,6 +35,7 @@ def baselines(
     "the shorter") is decided on the training pairs, or on these very pairs without them, which
     favours the rule. The bag of words needs training pairs.
     """
+    # 0 where nobody knows what was shown first
     first = np.array(list(map(chosen_first, pairs)))
     # which way round a rule works is learnt where the model learnt
     learnt = training or pairs
@@ -86,11 +87,13 @@ def bag_of_words(training: Sequence[Preference], pairs: Sequence[Preference]) ->
     # most words are in few pairs
     seen = _matrix(training, places)
 
+    # with its gradient, which the optimizer needs
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
         logits = seen @ weights
         value = np.logaddexp(0, -logits).sum() + RIDGE / 2 * weights @ weights
         return value, RIDGE * weights - seen.T @ expit(-logits)
 
+    # convex: it has one minimum, wherever it starts
     weights = minimize(loss, np.zeros(len(places)), jac=True, method="L-BFGS-B").x
     logits = _matrix(pairs, places) @ weights
     return np.where(np.abs(logits) > ROUNDING, logits, 0.0)

@@ -137,6 +137,7 @@ def logistic_coefficients(
     Newton's method on standardised columns with a ridge of `RIDGE`; without a group by one Newton
     step from the whole estimate.
     """
+    # standardised, so that one ridge suits tokens and scores
     design, sizes = _standardised(columns)
     b = np.zeros(design.shape[1])
     for _ in range(50):
@@ -183,6 +184,7 @@ def _tests(
     groups: np.ndarray,
 ) -> dict[str, dict[str, Any]]:
     """Return effect, interval and p of each coefficient by leaving out one group at a time."""
+    # of each group: its part of gradient and curvature
     names, index = np.unique(groups, return_inverse=True)
     slopes = np.zeros((len(names), len(b)))
     np.add.at(slopes, index, design * residuals[:, None])
@@ -230,6 +232,7 @@ def length_bias(
     "the longer is better" (or "the shorter", whichever wins on these very pairs).
     """
     right = pair_accuracy(gaps)
+    # a model that goes by length is right in one part and wrong in the other
     parts = {
         "chosen_longer": length_gaps > 0,
         "chosen_shorter": length_gaps < 0,

@@ -96,6 +96,7 @@ def fit_sharpness(gaps: np.ndarray) -> float:
     """
     from scipy.optimize import brentq
 
+    # a little below 1, so that the likelihood has a maximum
     target = (len(gaps) + 1) / (len(gaps) + 2)
 
     def slope(s: float) -> float:
@@ -152,6 +153,7 @@ def with_temperature(
             "temperature_from": "other pairs",
             "after": calibration(gaps / kept),
         }
+    # no pair is judged by a temperature that has seen it
     scaled = cross_fitted(gaps, groups)
     return found | {
         "temperature": as_temperature(fit_sharpness(gaps)),

@@ -133,6 +133,7 @@ def votes_of(pairs: Sequence[Preference], gaps: np.ndarray) -> dict[tuple, dict[
             key,
             {"votes": [0, 0], "right": right, "group": pair.group, "one": normalise(pair.chosen)},
         )
+        # a record without counts is one vote for its chosen answer
         counts = counted_votes(pair)
         entry["counted"] = entry.get("counted", False) or counts is not None
         more, fewer = counts or (1, 0)

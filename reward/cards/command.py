@@ -85,9 +85,11 @@ def make_card(config: CardConfig) -> dict[str, Any]:
     from reward.compose import build_scorer
     from reward.model import load_reward, read_reward
 
+    # None for a model of the Hub
     trained = run_config(config.run)
     pairs = judged_pairs(config, trained)
     measure = Measured(config, trained, load_reward(config.run))
+    # built once, for bias and for the policy's pairs
     if config.gold:
         measure.gold = build_scorer(config.gold)
 

@@ -85,6 +85,7 @@ def train(trained: Any, folder: Path, limit: int) -> None:
         trained, data=sources, limit=limit, output_dir=str(folder), report_to="none", resume="auto"
     )
     result = folder / "result.json"
+    # a part that was trained with other options is trained again
     is_same = run_config(folder) == wanted
     if is_same and result.is_file() and read_json(result).get("finished"):
         return
@@ -125,6 +126,7 @@ def curve(scored: list[tuple[int, Any]]) -> list[dict[str, Any]]:
     points: list[dict[str, Any]] = []
     before = None
     for count, pairs in scored:
+        # the same held-out pairs at each point, so that the gain is a paired difference
         right, groups = pair_accuracy(pairs.gaps), pairs.groups
         scaled = cross_fitted(pairs.gaps, groups)
         gain = None

@@ -110,6 +110,7 @@ def gold_gaps(gold: Scorer, pairs: Sequence[Preference]) -> np.ndarray:
     """Return (n,) true score of the chosen answer less that of the rejected one; it reads texts and
     metadata.
     """
+    # a voice may need the facts of the prompt, and its channel
     metadata = []
     for pair in pairs:
         voice = {"voice": pair.voice} if pair.voice else {}
@@ -131,6 +132,7 @@ def sampled_by(sources: Sequence[str]) -> set[str | None]:
     nobody knows (files, Hub data sets).
     """
 
+    # answers of one other policy are enough to say no
     models: set[str | None] = set()
     for source in sources:
         if not is_store(source):

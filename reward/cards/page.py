@@ -206,6 +206,7 @@ def _calibration(card: dict[str, Any]) -> str:
     before = card["calibration"]
     after, temperature = before["after"], before["temperature"]
     rows = []
+    # before and after its temperature
     for name, part in (("sigmoid(gap)", before), ("sigmoid(gap / temperature)", after)):
         if part is not None:
             numbers = (part[key] for key in ("log_loss", "brier", "ece", "ece_expected"))

@@ -86,6 +86,7 @@ def benchmark(
     for row in rows:
         prompt = encode_prompt(reward.tokenizer, [{"role": "user", "content": row.prompt}])
         answers = [encode_response(reward.tokenizer, answer) for answer in row.answers]
+        # a row is asked whole or not at all
         if len(prompt) > max_prompt_length or max(map(len, answers)) > max_response_length:
             continue
         kept.append(row)
@@ -175,6 +176,7 @@ def ties_score(questions: list[dict[str, Row]]) -> float:
     }
     # a question whose long answers were left out has one row
     both = [asked for asked in questions if len(asked) == 2]
+    # either kind alone counts by its own part
     score = sum(0.3 * float(np.mean(found)) for found in right.values() if found)
     if not both:
         return score

@@ -142,6 +142,7 @@ def _of_accuracy(card: dict[str, Any]) -> Iterator[dict[str, Any]]:
         finding = "is worse than guessing" if below else "cannot be told from guessing"
         yield _reason("guessing", NOT, **accuracy, finding=finding)
 
+    # one reason for length, whichever of the two shows it
     what, r = _stronger_correlation(length)
     if abs(r) >= LENGTH_DETECTOR:
         yield _reason("length_detector", NOT, what=what, correlation=r, **length["baseline"])

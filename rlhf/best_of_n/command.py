@@ -98,6 +98,7 @@ def measure(
     from rlhf.tokenizer import load_tokenizer
 
     config.policy = config.policy or policy_of(config.run)
+    # what cannot work is refused before anything is sampled
     specs = scorers_of(config, check_scorers)
     shared = shared_options(config)
     tokenizer = load_tokenizer(config.policy)

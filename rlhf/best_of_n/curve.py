@@ -77,6 +77,7 @@ def summarise(
     curves = group_curves(proxy, {"proxy": proxy, **scores}, groups, sizes)
     places = list(map(sizes.index, table))
     kl = np.array(list(map(best_of_n_kl, sizes)))
+    # one half chooses the peak that the other is measured at
     half = halves(groups)
 
     rows = []

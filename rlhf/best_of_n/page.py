@@ -62,6 +62,7 @@ def interval(estimate: dict[str, float | None]) -> str:
 def sentence(name: str, turning: dict[str, Any]) -> str:
     """Say where a score turns down, or that it does not."""
     n, kl, last = turning["n"], turning["kl"], turning["last"]
+    # n for people, KL for comparing it with a run of PPO
     place = (
         f"n = {n['estimate']} [{n['low']}, {n['high']}], "
         f"KL {kl['estimate']:.2f} [{kl['low']:.2f}, {kl['high']:.2f}] nats"

@@ -59,6 +59,7 @@ def sample_answers(
     if done is None:
         start_rows(file, made_from)
         done = []
+    # rows are in the order of the prompts
     missing = prompts[len(done) :]
     if missing:
         answer = answering(drawing, tokenizer)
@@ -179,6 +180,7 @@ def in_parts(
     """
     from tqdm import tqdm
 
+    # so that a kill loses minutes, not hours
     size = max(1, BATCHES * batch_size // samples)
     made = []
     with tqdm(total=len(rows) * samples, desc=title, unit="answer", mininterval=5) as bar:

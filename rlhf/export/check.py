@@ -75,6 +75,7 @@ def compare(model: nn.Module, tokenizer: Any, answers: list[Answer]) -> dict[str
     """
     stops = set(stop_ids(tokenizer, model))
     rows, same_ids = [], True
+    # fewer answers than prompts where fewer were asked for
     for text, answer in zip(PROMPTS, answers, strict=False):
         ids = encode_prompt(tokenizer, [{"role": "user", "content": text}])
         same_ids = same_ids and ids == answer.prompt

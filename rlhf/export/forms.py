@@ -40,6 +40,7 @@ def write_form(to: str, kind: str, run: str, folder: Path, prompts: int) -> dict
     if to == "vllm":
         check_lora(run, initial.adapter_path)
 
+    # greedy answers of the run, before its adapter is merged away
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = trainable_policy(initial, None).to(device).eval()
     if prompts:

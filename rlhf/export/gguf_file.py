@@ -71,6 +71,7 @@ def write_gguf(path: Path, model: Any, tokenizer: Any, kind: str, name: str) -> 
     if config.rope_parameters["rope_type"] == "llama3":
         weights["rope_freqs.weight"] = llama3_divisors(config)
 
+    # sizes are written before the numbers, so that one tensor at a time is held
     types = {given: _storage(weight, kind) for given, weight in weights.items()}
     for given, weight in weights.items():
         per_block, size = BLOCKS[types[given].name]

@@ -150,6 +150,7 @@ def length_bias(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     length is worth to people. Intervals over groups.
     """
     told = [pair for pair in pairs if not math.isnan(pair.share)]
+    # the people's own bias is what the judge's is read against
     voted = [pair for pair in told if pair.people]
     found = {"judge": _length(told, [pair.share for pair in told]), "people": None, "excess": None}
     if voted:

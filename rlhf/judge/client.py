@@ -127,6 +127,7 @@ class Client:
             read_token(spec.token_env, self.where),
             remedy="raise `timeout` or `retries`, or lower `in_flight`",
         )
+        # by all that decides the answers: two judges share no file by chance
         cache = spec.cache or self.default_cache or cache_folder() / "judge" / self._file_name()
         self.answers = AnswerFile(Path(cache), lambda row: Reply(**row))
         # what the server has refused is not sent again

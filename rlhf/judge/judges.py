@@ -78,6 +78,7 @@ def ask_all(judge: Judge, pairs: Sequence[Pair], cache: str | Path) -> list[floa
     if judge.client is not None:
         return _ask(judge, list(pairs)) if pairs else []
     answers = AnswerFile(Path(cache), lambda row: math.nan if row["p"] is None else float(row["p"]))
+    # equal questions have one key, and are asked once
     keys = [_key(judge, pair) for pair in pairs]
     missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in answers.known}
     names = list(missing)

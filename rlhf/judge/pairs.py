@@ -82,6 +82,7 @@ def ordered(pairs: Iterable[JudgedPair], policies: Sequence[str] = ()) -> list[J
     """Return the pairs so that the policies of each two stand in one order: the later one of
     `policies` (or of the alphabet) is a.
     """
+    # so that all pairs of two policies count for one side of them
     place = {name: number for number, name in enumerate(policies)}
 
     def rank(name: str) -> tuple[int, str]:
@@ -183,6 +184,7 @@ def add_votes(pairs: Sequence[JudgedPair], voted: Iterable[JudgedPair]) -> int:
     """Give pairs the votes that `voted` has on the same prompt and the same two answers, in
     whichever order; return how many pairs have votes then.
     """
+    # whichever of the two answers the store calls a
     known = {}
     for pair in voted:
         if pair.people:

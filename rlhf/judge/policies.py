@@ -82,6 +82,7 @@ def _believed(
         policies=policies[::-1],
         usage=client.usage.to_dict() if client else None,
     )
+    # the report on the judge has them by pairs of policies
     corrected = {(row["a"], row["b"]): row["corrected"] for row in report["win_rates"]}
     for row in rows:
         row["corrected"] = corrected.get((row["a"], row["b"]))

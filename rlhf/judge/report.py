@@ -36,6 +36,7 @@ def judge_report(
     name: the judge's. model: its model, to find policies of its family; `own` names them instead.
     policies: in the order in which the first of two is the one compared with.
     """
+    # the first of two names is the policy whose wins are counted
     pairs = ordered(pairs, policies)
     named = list(dict.fromkeys(itertools.chain.from_iterable((p.a, p.b) for p in pairs)))
     own = list(own) or same_family(model, named)
@@ -82,6 +83,7 @@ def _by_people(
     votes: np.ndarray, equal: np.ndarray, groups: Sequence[str]
 ) -> dict[str, Any] | None:
     """Return the win rate by people's votes, equal answers being ties that nobody is asked about."""
+    # equal answers are known of prompts without votes too
     ties = equal_answers(equal, groups)
     names, group = np.unique(np.asarray(groups), return_inverse=True)
     voted = np.isfinite(votes) & ~equal

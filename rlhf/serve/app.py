@@ -177,6 +177,7 @@ async def answer(request: Request, *, kind: type[protocol.Request]) -> Response:
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(events.put_nowait, event)
 
+    # refused before it waits in line
     job = job_of(asked, policy, prompts, service.max_response_length, notify)
     answers = Answers(asked, policy, prompts, secrets.token_hex(12), int(time.time()))
     service.worker.submit(job)
@@ -200,6 +201,7 @@ def job_of(
         raise ApiError(400, str(error), where, "context_length_exceeded") from None
     seed = asked.seed if asked.seed is not None else secrets.randbits(63)
     temperature = asked.temperature if asked.temperature >= LEAST_TEMPERATURE else 0.0
+    # the same request with a seed gets the same answers, whatever else is asked
     keys = [sample_key(seed, "serve", prompt, i) for prompt in prompts for i in range(asked.n)]
     return Job(
         policy=policy,

@@ -78,6 +78,7 @@ class Chat:
         policy cannot take it, and the message is forgotten.
         """
         self.sample = 0
+        # a message that one policy cannot take is forgotten by all
         with self._restoring():
             for speaker in self.speakers:
                 speaker.messages.append({"role": "user", "content": text})
@@ -181,6 +182,7 @@ def chat(config: ChatConfig, scorer: Scorer | None = None) -> None:
     if is_terminal:
         names = ", ".join(speaker.policy.name for speaker in talk.speakers)
         print(f"{names}: write a message, or /help")
+    # a script ends with its input, a person with /exit
     for line in lines(is_terminal):
         if line.split()[0] in LEAVE:
             return

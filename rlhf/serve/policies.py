@@ -99,6 +99,7 @@ def load(paths: list[str], *, with_bases: bool) -> list[Policy]:
     # a base that is given beside its adapters is loaded once, with them
     given = {_place(path): path for path in paths if not bases[path]}
     loaded = [path for path in paths if bases[path] or _place(path) not in adapters]
+    # adapters with their base behind them: load_policies shares its weights
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     policies: dict[str, Policy] = {}
     for path, made in zip(loaded, load_policies(loaded, device, 1, 1), strict=True):
@@ -109,6 +110,7 @@ def load(paths: list[str], *, with_bases: bool) -> list[Policy]:
         first = policies[own[0]]
         path = given.get(place)
         name = names[path] if path else _base_name(own[0], bases[own[0]], {*names.values()})
+        # the first adapter's model without an adapter
         base = replace(first, name=name, context=partial(use_adapter, first.model, None))
         base.decoder = copy.deepcopy(first.tokenizer)
         for adapter in own:

@@ -38,6 +38,7 @@ class ApiError(Exception):
     ):
         super().__init__(message)
         self.status = status
+        # clients retry after errors of the server alone
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.body = {
             "error": {"message": message, "type": kind, "param": param, "code": code},

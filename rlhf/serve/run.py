@@ -47,6 +47,7 @@ def serve(config: ServeConfig) -> None:
     from rlhf.serve.policies import load
     from rlhf.serve.worker import Worker
 
+    # the port is taken before the weights are loaded, which takes minutes
     with contextlib.closing(listen(config.host, config.port)) as listener:
         policies = {policy.name: policy for policy in load(config.runs, with_bases=True)}
         service = Service(

@@ -214,6 +214,7 @@ class Worker:
             return
         # one row an answer, in the order of the jobs
         answers = [_Answer(job, number) for job in jobs for number in range(len(job.keys))]
+        # shorter limits are kept by each answer itself
         longest = max(job.sampling.max_new_tokens for job in jobs)
         jobs[0].policy.generate(
             [answer.job.prompts[answer.number] for answer in answers],

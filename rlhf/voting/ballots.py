@@ -76,6 +76,7 @@ def read_ballots(view: StoreView) -> Ballots:
         swapped = order[one] > order[other]
         item = _item(pair["metadata"]["group"], cast.get(id, []), swapped=swapped)
         items.setdefault((other, one) if swapped else (one, other), []).append(item)
+    # pairs that nobody is asked about, and everybody would call a tie
     for model_a, model_b, group in view.equal_answers():
         if model_a in names and model_b in names:
             one, other = sorted((names[model_a], names[model_b]), key=order.__getitem__)

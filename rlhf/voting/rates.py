@@ -156,6 +156,7 @@ def summarise_votes(
     adjusted = holm([rates[pair].p for pair in voted])
     rows = []
     for pair, p in zip(voted, adjusted, strict=True):
+        # may be read after every vote, unlike the interval
         progress = follow(
             _complete(items[pair], overlap),
             equal_share=_equal_share(items[pair]),
