@@ -8,8 +8,6 @@ normalised on the same reference answers (`normalise: mean_std` and one `referen
 launch/reward.py). Nothing is shifted here.
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from statistics import fmean

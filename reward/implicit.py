@@ -1,7 +1,5 @@
 """The reward that a policy implies beside its reference."""
 
-from __future__ import annotations
-
 from rlhf.data.records import Samples, Scorer, Scores
 
 

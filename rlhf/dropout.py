@@ -1,7 +1,5 @@
 """Switching off what a model draws at random in training."""
 
-from __future__ import annotations
-
 import copy
 import re
 from typing import Any

@@ -5,8 +5,6 @@ The reference is where the stage started; for DPO and PPO that is the SFT policy
 compared.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Callable

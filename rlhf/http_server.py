@@ -2,8 +2,6 @@
 machine's own.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import socket

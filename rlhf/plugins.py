@@ -1,7 +1,5 @@
 """Functions of the user's own that options name: scorers and judges."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Callable

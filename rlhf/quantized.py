@@ -8,8 +8,6 @@ on CPUs with AVX512-BF16 its 4-bit layer computes in bfloat16 in eval mode alone
 rounds what it reads, with outliers that depend on the other rows of the batch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection
 from typing import Any
 

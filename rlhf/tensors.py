@@ -2,8 +2,6 @@
 and counts.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """Text for people: one line of a long text, tables in Markdown, and notices."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -11,8 +11,6 @@ Import it where options are read and nowhere else: pydantic takes as long to loa
 takes in all.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any, TypeVar

@@ -2,21 +2,15 @@
 texts.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from rlhf.data.records import Instruction
-    from rlhf.distributed import DistributedContext
+from rlhf.data.records import Instruction
 
 # words of a repeated run: shorter ones recur in good prose
 REPEATED = 4
@@ -86,7 +80,7 @@ def text_losses(
     policy: Callable[[], AbstractContextManager],
     rows: list[dict[str, Any]],
     pad_id: int,
-    world: DistributedContext,
+    world: Any,
     *,
     batch_size: int = 64,
     plain_head: bool = True,

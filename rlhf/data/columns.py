@@ -2,8 +2,6 @@
 ...) as fields of a record.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

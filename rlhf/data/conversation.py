@@ -5,8 +5,6 @@ A transcript is text in which two speakers of known names take turns, each turn 
 own: "User: Hi\\nAssistant: Hello!", or HH-RLHF's "\\n\\nHuman: Hi\\n\\nAssistant: Hello!".
 """
 
-from __future__ import annotations
-
 import ast
 import itertools
 import json

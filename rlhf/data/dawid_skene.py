@@ -4,8 +4,6 @@ by EM.
 Numbers only: `votes.py` makes pairs of the result, `agreement.py` a report on the annotators.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`rlhf data show FILE`: what is in a data source, before anything is trained on it."""
 
-from __future__ import annotations
-
 import statistics
 from collections import Counter
 from dataclasses import dataclass

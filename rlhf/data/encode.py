@@ -6,8 +6,6 @@ form in which the policy samples; scorers of a running policy read its ids as th
 without a chat template gets `PLAIN_TEMPLATE`.
 """
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence

@@ -11,8 +11,6 @@ openai: pairs as input, preferred_output and non_preferred_output; instructions 
 else.
 """
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import functools

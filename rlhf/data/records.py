@@ -6,8 +6,6 @@ the assistant speaks, a response is the text of the one assistant message that f
 turns files into these.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -4,8 +4,6 @@ A row is a dict of columns as JSON gives them; a column that is absent or None i
 `load.py` adds the place to the errors raised here. docs/data.md shows all schemas with examples.
 """
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@
 `problem` is None, or says why there is no row at this place.
 """
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import gzip

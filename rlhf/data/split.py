@@ -4,8 +4,6 @@ The split of a group is a hash of its name, so every stage holds out the same gr
 no seed.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Literal, TypeVar

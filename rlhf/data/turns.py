@@ -10,8 +10,6 @@ This is the mask of a template's `{% generation %}` marks where they hold a turn
 marks are not read: transformers does not give them where special tokens typed by a user stay text.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field

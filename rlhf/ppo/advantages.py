@@ -6,8 +6,6 @@ state before it, its reward, its advantage. The mask is True exactly where the p
 token, EOS included.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, dataclass
 from typing import Any

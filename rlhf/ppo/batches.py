@@ -3,8 +3,6 @@
 All of it is a function of seed, step and place alone: the same on every rank and after a resume.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any

@@ -3,8 +3,6 @@
 r_t = -kl_coef kl_t + [t is the last token] score,    A = estimator(r),    R = A + V
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

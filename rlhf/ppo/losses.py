@@ -4,8 +4,6 @@
 part brings its own sum divided by it, so that the parts add up to the mean.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

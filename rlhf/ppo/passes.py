@@ -4,8 +4,6 @@ A pass takes the rollout with its advantages and a micro-batch of it. It returns
 the micro-batch's tokens divided by the count of all tokens of the update, and metrics of that form.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from torch import Tensor

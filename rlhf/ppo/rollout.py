@@ -2,8 +2,6 @@
 every rank.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import time

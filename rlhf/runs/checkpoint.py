@@ -6,8 +6,6 @@ skipped by name. TRL's trainers write under their own folder names; there the ma
 written last, does what the rename does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -7,8 +7,6 @@ generated from here.
 over each other.
 """
 
-from __future__ import annotations
-
 import difflib
 from typing import NamedTuple
 

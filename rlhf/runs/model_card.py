@@ -1,7 +1,5 @@
 """The model card of a run: README.md in its folder."""
 
-from __future__ import annotations
-
 from itertools import chain
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """SIGTERM and SIGINT as a request to stop after the current step."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

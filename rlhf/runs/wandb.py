@@ -2,8 +2,6 @@
 login.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

@@ -6,8 +6,6 @@ What belongs to one cluster may depend on each other in any way.
 benchmarks/results/2026-11-29-compare.md has the simulated coverage.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
