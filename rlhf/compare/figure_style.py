@@ -12,6 +12,7 @@ import numpy as np
 
 from rlhf.compare.format import Number, Report, initial_name, method_name, score_name
 from rlhf.files import write_atomic
+from rlhf.text import clip
 
 # Text and lines that are not data. The SVG turns this colour into a variable, which is light on a
 # dark page.
@@ -252,3 +253,57 @@ def axis_label(report: Report, measure: str) -> str:
     if measure == "step":
         return "training step"
     return f"{score_name(report, measure)}\nover {initial_name(report)}"
+
+
+def draw_shares(axes, matrix: list, labels: list[str]) -> None:
+    """Draw a matrix of win rates as a heat map with its numbers, %."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    # Orange: the row loses, white: a draw, blue: it wins; the lightness keeps its order for the
+    # colour-blind
+    colours = LinearSegmentedColormap.from_list(
+        "wins", ["#B34700", "#E9A877", "#FFFFFF", "#86B8DB", "#00568A"]
+    )
+    shares = 100 * np.array([list(map(value_of, row)) for row in matrix])
+    axes.imshow(shares, cmap=colours, vmin=0, vmax=100)
+    for (row, column), share in np.ndenumerate(shares):
+        if not math.isnan(share):
+            colour = "#ffffff" if abs(share - 50) > 36 else "#111111"
+            axes.text(
+                column, row, f"{share:.0f}", ha="center", va="center", fontsize=8.5, color=colour
+            )
+    axes.set_xticks(range(len(labels)), labels, rotation=40, ha="left", rotation_mode="anchor")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.tick_params(length=0, labelsize=8.5, labeltop=True, labelbottom=False)
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)
+
+
+def draw_legend(figure, report: Report, ncols: int) -> None:
+    """Name the methods with the range of their swept values, and the initial policy, above the
+    figure.
+    """
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for method in methods_of(report):
+        style, option = style_of(report, method), report["methods"][method]["swept"]
+        values = report["methods"][method]["swept_values"]
+        swept = f" ({option} {min(values):g} to {max(values):g})" if len(values) > 1 else ""
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color=style.color,
+                marker=style.marker,
+                linestyle="none",
+                label=short_name(method) + swept,
+            )
+        )
+    handles.append(Line2D([], [], color=NEUTRAL, marker="o", label=initial_name(report)))
+    figure.legend(handles=handles, loc="outside upper left", ncols=ncols)
+
+
+def short_name(method: str) -> str:
+    """Return the name of a method, cut where a legend has no room."""
+    return clip(method_name(method), 24)

@@ -17,13 +17,16 @@ from rlhf.compare.figure_style import (
     SETTINGS,
     axis_label,
     difference,
+    draw_legend,
     draw_paths,
+    draw_shares,
     label_x,
     methods_of,
     new_figure,
     paths_of,
     root,
     save_svg,
+    short_name,
     spans,
     style_of,
     tint,
@@ -105,7 +108,7 @@ def frontier(report: Report):
     top.axhline(0, color=NEUTRAL, lw=1, zorder=1)
     top.set_ylabel(axis_label(report, score))
     top.margins(x=0.06, y=0.1)
-    _legend(figure, report, ncols=2)
+    draw_legend(figure, report, ncols=2)
 
     for panel, pair in zip(axes[1:, 0], pairs, strict=True):
         _draw_equal_kl(panel, report, pair)
@@ -157,14 +160,7 @@ def _draw_equal_kl(axes, report: Report, pair: dict) -> None:
         shown = row["p_adjusted"] is not None and row["p_adjusted"] < alpha
         face = style.color if shown else "none"
         axes.errorbar(
-            root(row["kl"]),
-            y,
-            bars,
-            fmt=style.marker,
-            color=style.color,
-            mfc=face,
-            ms=7,
-            zorder=3,
+            root(row["kl"]), y, bars, fmt=style.marker, color=style.color, mfc=face, ms=7, zorder=3
         )
         largest = max(largest, abs(y[0]) + np.nan_to_num(bars).max())
 
@@ -172,7 +168,9 @@ def _draw_equal_kl(axes, report: Report, pair: dict) -> None:
     axes.set_ylim(-1.5 * largest, 1.5 * largest)
     axes.set_ylabel("at equal KL")
     for name, y, side in ((pair["a"], 0.95, "top"), (pair["b"], 0.05, "bottom")):
-        axes.text(0.01, y, f"{_name(name)} ahead", transform=axes.transAxes, va=side, fontsize=8.5)
+        axes.text(
+            0.01, y, f"{short_name(name)} ahead", transform=axes.transAxes, va=side, fontsize=8.5
+        )
 
 
 def scores(report: Report):
@@ -201,7 +199,7 @@ def scores(report: Report):
             xerr=bars / scale,
             fmt=style.marker,
             color=style.color,
-            label=_name(point["method"]),
+            label=short_name(point["method"]),
         )
     panel.axvline(0, color=NEUTRAL, lw=1.2, zorder=1)
     panel.set_yticks(range(len(names)), [score_name(report, score) for score in names])
@@ -296,32 +294,9 @@ def wins(report: Report):
     rows, columns = (1, len(kinds)) if len(labels) < 8 else (len(kinds), 1)
     figure, axes = new_figure(size * columns, size * rows, rows, columns)
     for panel, kind in zip(axes.flat, kinds, strict=True):
-        _draw_shares(panel, found[kind], labels)
+        draw_shares(panel, found[kind], labels)
         panel.set_title(titles[kind], pad=10)
     return figure
-
-
-def _draw_shares(axes, matrix: list, labels: list[str]) -> None:
-    from matplotlib.colors import LinearSegmentedColormap
-
-    # Orange: the row loses, white: a draw, blue: it wins; the lightness keeps its order for the
-    # colour-blind
-    colours = LinearSegmentedColormap.from_list(
-        "wins", ["#B34700", "#E9A877", "#FFFFFF", "#86B8DB", "#00568A"]
-    )
-    shares = 100 * np.array([list(map(value_of, row)) for row in matrix])
-    axes.imshow(shares, cmap=colours, vmin=0, vmax=100)
-    for (row, column), share in np.ndenumerate(shares):
-        if not math.isnan(share):
-            colour = "#ffffff" if abs(share - 50) > 36 else "#111111"
-            axes.text(
-                column, row, f"{share:.0f}", ha="center", va="center", fontsize=8.5, color=colour
-            )
-    axes.set_xticks(range(len(labels)), labels, rotation=40, ha="left", rotation_mode="anchor")
-    axes.set_yticks(range(len(labels)), labels)
-    axes.tick_params(length=0, labelsize=8.5, labeltop=True, labelbottom=False)
-    axes.grid(visible=False)
-    axes.spines[:].set_visible(False)
 
 
 def lengths(report: Report):
@@ -343,7 +318,7 @@ def lengths(report: Report):
     # No share is above 1, whatever margin the axis has
     if panels[-1][0] == "ended":
         axes[0, -1].set_ylim(top=min(axes[0, -1].get_ylim()[1], 1.01))
-    _legend(figure, report, ncols=4)
+    draw_legend(figure, report, ncols=4)
     return figure
 
 
@@ -398,48 +373,14 @@ def _draw_cost(axes, report: Report, rows: Mapping[str, list[dict]], counter: st
         left += widths
     for y, total in enumerate(left):
         axes.annotate(
-            amount(total),
-            (total, y),
-            (4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8.5,
+            amount(total), (total, y), (4, 0), textcoords="offset points", va="center", fontsize=8.5
         )
     axes.set_title(counter.replace("_", " ").replace("flops", "FLOPs"))
-    axes.set_yticks(range(len(rows)), list(map(_name, rows)))
+    axes.set_yticks(range(len(rows)), list(map(short_name, rows)))
     axes.set_xlim(0, 1.2 * max(left.max(), 1e-9))
     axes.locator_params(axis="x", nbins=4)
     axes.xaxis.set_major_formatter(lambda value, _: amount(value))
     axes.grid(axis="y", visible=False)
-
-
-def _legend(figure, report: Report, ncols: int) -> None:
-    """Name the methods with the range of their swept values, and the initial policy, above the
-    figure.
-    """
-    from matplotlib.lines import Line2D
-
-    handles = []
-    for method in methods_of(report):
-        style, option = style_of(report, method), report["methods"][method]["swept"]
-        values = report["methods"][method]["swept_values"]
-        swept = f" ({option} {min(values):g} to {max(values):g})" if len(values) > 1 else ""
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color=style.color,
-                marker=style.marker,
-                linestyle="none",
-                label=_name(method) + swept,
-            )
-        )
-    handles.append(Line2D([], [], color=NEUTRAL, marker="o", label=initial_name(report)))
-    figure.legend(handles=handles, loc="outside upper left", ncols=ncols)
-
-
-def _name(method: str) -> str:
-    return clip(method_name(method), 24)
 
 
 FIGURES = {

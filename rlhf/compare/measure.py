@@ -10,9 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from rlhf.compare.results import Point, Results, key, measured_values, prompt_key, response_texts
+from rlhf.compare.results import (
+    Point,
+    Results,
+    check_finite,
+    key,
+    measured_values,
+    prompt_key,
+    response_texts,
+)
 from rlhf.compare.runs import (
     check_judges,
     identities,
@@ -301,20 +307,6 @@ def results_of_runs(
         shared_budget={},
         meta={"name": f"{', '.join(names[1:])} against {names[0]}", **meta},
     )
-
-
-def check_finite(rows: dict[str, list], kinds: dict[str, str]) -> None:
-    """Raise UserError where a response has a score or a KL that is not a finite number."""
-    for run, own in rows.items():
-        found = {"KL": [row.kl for row in own]}
-        for name in kinds:
-            found[f"score '{name}'"] = [row.scores.get(name, math.nan) for row in own]
-        for name, values in found.items():
-            bad = np.count_nonzero(~np.isfinite(values))
-            if bad:
-                raise UserError(
-                    f"compare: {bad} of {len(own)} responses of '{run}' have no finite {name}"
-                )
 
 
 def shared_options(config: CompareConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from rlhf.compare.text_metrics import repetition
+from rlhf.errors import UserError
 from rlhf.stats import group_means
 
 # what identifies a policy: method, swept value, seed, step
@@ -220,3 +221,17 @@ def prompt_key(prompt: Any) -> str:
         if isinstance(prompt, str)
         else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
     )
+
+
+def check_finite(rows: dict[str, list], kinds: dict[str, str]) -> None:
+    """Raise UserError where a response has a score or a KL that is not a finite number."""
+    for run, own in rows.items():
+        found = {"KL": [row.kl for row in own]}
+        for name in kinds:
+            found[f"score '{name}'"] = [row.scores.get(name, math.nan) for row in own]
+        for name, values in found.items():
+            bad = np.count_nonzero(~np.isfinite(values))
+            if bad:
+                raise UserError(
+                    f"compare: {bad} of {len(own)} responses of '{run}' have no finite {name}"
+                )
