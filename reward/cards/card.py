@@ -84,7 +84,8 @@ def worst_mistakes(
 
 
 def ceiling(pairs: Sequence[Preference], gaps: np.ndarray) -> dict[str, Any] | None:
-    """Return how often two people choose the same answer, and how often the model chooses it.
+    """Return how often two people choose the same answer, and how often the model chooses it: no
+    model can foresee a choice better than people agree about it.
 
     Of the pairs that several people judged, each counting once, with intervals over groups:
       agreement   P(two of its votes are for the same answer) = sum_k n_k (n_k - 1) / (n (n - 1))

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from reward.cards.verdict import SLICES, verdict
-from rlhf.compare.figure_style import new_figure, spans
 from rlhf.text import clip, markdown_table
 
 
@@ -299,11 +298,21 @@ def _table(header: tuple, rows: list[tuple]) -> str:
     return "\n".join(markdown_table(header, rows))
 
 
+def _axes(width: float, height: float) -> tuple[Any, Any]:
+    # the objects: pyplot would keep global state
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="tight")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
 def plot_reliability(calibration: dict[str, Any], path: str | Path) -> None:
     """Draw accuracy against confidence, the area of a point by its pairs, before and after the
     temperature; a calibrated model lies on the diagonal.
     """
-    figure, ((axes,),) = new_figure(4.2, 4.2)
+    figure, axes = _axes(4.2, 4.2)
     axes.plot([0.5, 1.0], [0.5, 1.0], color="0.6", linestyle="--", linewidth=1, label="perfect")
     curves = [("as it is (area: pairs)", calibration, "C0"), ("with its temperature", None, "C1")]
     for label, part, colour in curves:
@@ -331,11 +340,15 @@ def plot_reliability(calibration: dict[str, Any], path: str | Path) -> None:
 
 def plot_curve(points: list[dict[str, Any]], path: str | Path) -> None:
     """Draw accuracy with its interval against the number of training pairs, in doublings."""
-    figure, ((axes,),) = new_figure(5.0, 3.6)
+    figure, axes = _axes(5.0, 3.6)
     pairs = np.array([point["training_pairs"] for point in points], float)
     accuracy = [point["accuracy"] for point in points]
-    middle, bars = spans([{**part, "estimate": part["accuracy"]} for part in accuracy])
-    axes.errorbar(pairs, middle, yerr=np.nan_to_num(bars), fmt="o-", capsize=3)
+    middle = np.array([part["accuracy"] for part in accuracy])
+    low = np.array([part["accuracy"] if part["low"] is None else part["low"] for part in accuracy])
+    high = np.array(
+        [part["accuracy"] if part["high"] is None else part["high"] for part in accuracy]
+    )
+    axes.errorbar(pairs, middle, yerr=[middle - low, high - middle], fmt="o-", capsize=3)
     axes.axhline(0.5, color="0.6", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
     axes.set_xticks(pairs, [f"{count:.0f}" for count in pairs])

@@ -107,7 +107,7 @@ def event_of_people(config: BrandConfig, name: str) -> int:
     says how to go on, where they have not.
 
     Enough: every pair has its votes; between policies also where the rule that may be read at any
-    time has decided (rlhf/voting/stopping.py).
+    time has decided (rlhf/voting/rates.py).
     """
     path = f"{config.output_dir}/{name}.db"
     with Store.open(path) as store:

@@ -1,4 +1,6 @@
-"""The programs of jobs: how each is started, which are running, and how they are ended with care."""
+"""The programs of jobs: how each is started, which are running (found by a mark in their
+environment), and how they are ended with care.
+"""
 
 import contextlib
 import functools
