@@ -313,6 +313,13 @@ COMMANDS = {
         "rlhf.brand.verdict:VerdictConfig",
         run_brand_verdict,
     ),
+    "plan": Command(
+        "what a run will take before it starts, memory, time and cost: FILE --gpu H100 --gpus 8",
+        "rlhf.plan.command:PlanConfig",
+        lazily("rlhf.plan.command:plan"),
+        words="file",
+        loads_models=True,
+    ),
     "compare": Command(
         "compare trained policies on test prompts: RUN RUN ... --prompts FILE",
         "rlhf.compare.measure:CompareConfig",

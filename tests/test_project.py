@@ -24,6 +24,7 @@ LAYERS = [
         "rlhf.serve",
         "rlhf.brand",
         "rlhf.doctor",
+        "rlhf.plan",
     ],
     ["reward"],
     [
@@ -161,8 +162,8 @@ def config_class(path: Path):
         from rlhf.experiment.config import ExperimentConfig
 
         return ExperimentConfig
-    # sample_quick is a smaller sample
-    name = name.removesuffix("_quick")
+    # sample_quick is a smaller sample, sft_8gpus another recipe
+    name = name.partition("_")[0]
     if path.parent in (SANDBOX, REAL) and name in ("sandbox", "annotate", "sample", "compare"):
         from rlhf.collect.sample import SampleConfig
         from rlhf.compare.measure import CompareConfig
@@ -182,7 +183,13 @@ def config_class(path: Path):
 
 SANDBOX = ROOT / "rlhf" / "sandbox" / "configs"
 REAL = ROOT / "configs" / "real"
-FOLDERS = (ROOT / "configs", ROOT / "configs" / "experiments", REAL, SANDBOX)
+FOLDERS = (
+    ROOT / "configs",
+    ROOT / "configs" / "8b",
+    ROOT / "configs" / "experiments",
+    REAL,
+    SANDBOX,
+)
 # of the sandbox's shop; no options
 VOICES = ("voice.yaml", "street.yaml")
 CONFIGS = sorted(

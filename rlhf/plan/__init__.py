@@ -1,0 +1,1 @@
+"""`rlhf plan`: memory, FLOPs, time and cost of a run, before weights are loaded."""

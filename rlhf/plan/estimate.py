@@ -1,0 +1,294 @@
+"""From the options of a program to the memory of its phases."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rlhf.deepspeed_config import SHIPPED
+from rlhf.dropout import disable_dropout
+from rlhf.errors import UserError
+from rlhf.logprobs import LOGITS_ON_GPU, TOKENS_ON_CPU, TOKENS_ON_GPU, group_rows
+from rlhf.models import DTYPES, sampling_dtype
+from rlhf.options.shared import EIGHT_BIT, quantization_of
+from rlhf.plan.ledger import size_of
+from rlhf.plan.memory import (
+    Phase,
+    Setup,
+    Weights,
+    learning_phase,
+    passing_phase,
+    sampling_phase,
+    step_phase,
+)
+from rlhf.plan.passes import (
+    Rows,
+    as_on,
+    learning_peak,
+    measuring_peak,
+    sampling_peak,
+)
+from rlhf.plan.roles import Start, critic_trunk, roles_of
+from rlhf.plan.shape import adapted, empty_model, lora_of, pack, to_fake
+from rlhf.plan.work import Costs
+
+TRL = ("sft", "reward", "dpo")
+
+
+@dataclass
+class Estimate:
+    """What a run will take on each rank."""
+
+    weights: Weights
+    setup: Setup
+    phases: list[Phase] = field(default_factory=list)
+    # numbers that learn, and that do not
+    numbers: dict[str, int] = field(default_factory=dict)
+    costs: Costs | None = None
+    # what a step of sampling reads: the weights, and keys and values of one token
+    sampled_bytes: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+
+def setup_of(config: Any, ranks: int, device: str, *, launched: bool) -> Setup:
+    """Return how ZeRO divides a run. Raises UserError for a DeepSpeed JSON that cannot be read."""
+    path = Path(config.deepspeed)
+    file = path if path.is_file() else SHIPPED / f"{path.stem}.json"
+    try:
+        zero = json.loads(file.read_text())["zero_optimization"]
+        stage = int(zero["stage"])
+    except (OSError, KeyError, TypeError, ValueError):
+        raise UserError(
+            f"deepspeed: {config.deepspeed} is no DeepSpeed JSON with zero_optimization.stage"
+        ) from None
+
+    def is_off(name: str) -> bool:
+        return (zero.get(name) or {}).get("device", "none") != "none"
+
+    offload = (is_off("offload_optimizer"), is_off("offload_param"))
+    return Setup(ranks, device, launched, stage, *offload)
+
+
+def estimate(program: str, config: Any, start: Start, setup: Setup) -> Estimate:
+    """Return the memory of a program's phases on each rank."""
+    dtype = sampling_dtype(config.dtype, torch.device(setup.device))
+    trains_whole = program in TRL and not config.use_peft
+    base = empty_model(start.shape, dtype, config.attn_implementation)
+    scales = pack(base, quantization_of(config)) if quantization_of(config) else 0
+    frozen = size_of(base.parameters()) + size_of(base.buffers()) + scales
+
+    model = base
+    adapter = 0
+    if not trains_whole:
+        # in bfloat16 where DeepSpeed keeps all of the model so
+        is_whole_bf16 = program in TRL and setup.launched and dtype == "bfloat16"
+        own = empty_model(start.shape, dtype, config.attn_implementation)
+        if quantization_of(config):
+            pack(own, quantization_of(config))
+        task = "SEQ_CLS" if program == "reward" else "CAUSAL_LM"
+        model = adapted(own, lora_of(config, start.adapter, task), is_whole_bf16)
+        adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    weights = weights_of(program, config, start, setup, base, frozen, adapter, dtype)
+    found = Estimate(weights, setup)
+    copies = 0 if trains_whole else roles_of(program, config, start)[1]
+    frozen_numbers = (program == "dpo" or not trains_whole) * count(base) + copies * adapter
+    found.numbers = {"trainable": weights.trained, "frozen": frozen_numbers}
+    with FakeTensorMode(), as_on(setup.device):
+        if getattr(config, "eval_prompts", 0) or program == "ppo":
+            found.phases += sampling_phases(program, config, setup, weights, to_fake(base))
+            found.sampled_bytes = read_by_a_step(config, setup, frozen, found.phases)
+        prepare(program, config, start, to_fake(model))
+        found.costs = Costs.of(model, recomputed=config.gradient_checkpointing)
+        with autocast(program, setup, dtype):
+            found.phases += pass_phases(program, config, setup, weights, model)
+    return found
+
+
+def count(model: nn.Module) -> int:
+    """Return the numbers of a model, those of packed weights one by one."""
+    packed = {
+        id(m.weight): m.in_features * m.out_features
+        for m in model.modules()
+        if hasattr(m, "method")
+    }
+    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+
+
+def weights_of(
+    program: str,
+    config: Any,
+    start: Start,
+    setup: Setup,
+    base: nn.Module,
+    frozen: int,
+    adapter: int,
+    dtype: str,
+) -> Weights:
+    """Return what the roles of a program hold: bytes that stay, numbers that learn."""
+    own = DTYPES[dtype].itemsize
+    width = base.get_output_embeddings().in_features
+    by_trl, is_mixed = program in TRL, dtype == "bfloat16"
+    masters = by_trl and is_mixed and setup.launched
+    moments = 2 if config.optim in EIGHT_BIT else 8
+    if by_trl and not config.use_peft:
+        # TRL's own AdamW keeps the moments in the dtype of the weights
+        moments = moments if masters or not is_mixed else 2 * own
+        others = frozen if program == "dpo" else 0
+        # all but buffers learns
+        buffers = size_of(base.buffers())
+        largest = max(p.numel() for p in base.parameters())
+        return Weights(buffers, 0, others, count(base), own, moments, masters, largest, fused=True)
+    size = own if masters else 4
+    learning, copies = roles_of(program, config, start)
+    numbers = learning * adapter + (width + 1 if program == "reward" or learning > 1 else 0)
+    return Weights(
+        frozen,
+        copies * adapter * size,
+        0,
+        numbers,
+        size,
+        moments,
+        masters,
+        largest=max((p.numel() for p in base.parameters()), default=0) if not adapter else 0,
+        foreach=not by_trl and setup.device == "cuda",
+        fused=by_trl,
+    )
+
+
+def sampling_phases(
+    program: str, config: Any, setup: Setup, weights: Weights, base: nn.Module
+) -> list[Phase]:
+    """Return the phase of sampling in this process: PPO's rollouts, evaluations of all programs."""
+    if config.vllm_url:
+        return []
+    wanted = config.rollout_batch_size if program == "ppo" else 0
+    wanted = max(wanted, config.eval_prompts)
+    slots = min(config.generation_batch_size, -(-wanted // setup.ranks))
+    limits = (config.max_prompt_length, config.max_response_length)
+    cache, peak = sampling_peak(base, slots, *limits, setup.device)
+    merged = largest = 0
+    # whole weights have no adapter, and packed ones keep theirs beside them
+    if not (program in TRL and not config.use_peft) and not quantization_of(config):
+        linear = [m.weight for m in base.modules() if type(m) is nn.Linear]
+        linear = [w for w in linear if w is not base.get_output_embeddings().weight]
+        merged, largest = size_of(linear), max(w.numel() for w in linear)
+    return [sampling_phase(weights, setup, merged, largest, cache, peak)]
+
+
+def read_by_a_step(
+    config: Any, setup: Setup, frozen: int, phases: list[Phase]
+) -> tuple[float, float]:
+    """Return the bytes of weights, and of one token's keys and values, that sampling reads."""
+    if not phases:
+        return float(frozen), 0.0
+    wanted = max(getattr(config, "rollout_batch_size", 0), config.eval_prompts)
+    slots = min(config.generation_batch_size, -(-wanted // setup.ranks))
+    tokens = slots * (config.max_prompt_length + config.max_response_length)
+    return float(frozen), phases[0].parts["KV cache"] / tokens
+
+
+def prepare(program: str, config: Any, start: Start, model: nn.Module) -> None:
+    """Put a model into the state in which a program makes its passes."""
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if causal is model:
+        model.requires_grad_(True)
+    model.train()
+    dropout = 0.0 if program == "ppo" or start.has_adapter else config.lora_dropout
+    if program == "reward":
+        dropout = config.lora_dropout
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and ".lora_dropout." in name:
+            module.p = dropout
+    if program != "sft":
+        disable_dropout(model, dropout)
+    if config.gradient_checkpointing:
+        causal.activation_checkpointing_enable()
+        if causal is not model:
+            model.enable_input_require_grads()
+
+
+def autocast(program: str, setup: Setup, dtype: str) -> contextlib.AbstractContextManager:
+    """Return the context of TRL's passes: bf16 on a GPU casts float32 adapters, but under
+    DeepSpeed, which holds none.
+    """
+    is_cast = program in TRL and setup.device == "cuda" and not setup.launched
+    if is_cast and dtype == "bfloat16":
+        return torch.autocast("cpu", torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def pass_phases(
+    program: str, config: Any, setup: Setup, weights: Weights, model: nn.Module
+) -> list[Phase]:
+    """Return the phases of passes: measuring, learning and the optimizer's step."""
+    prompt, response = config.max_prompt_length, config.max_response_length
+    phases, kinds, repeated = [], [program], True
+    if program == "ppo":
+        rows, groups = ppo_rows(config, setup, model)
+        entropy = "entropy" if config.entropy_coef else "policy"
+        kinds = [entropy, "value"] if critic_trunk(config) == "own" else [entropy]
+        repeated = groups * len(kinds) > 1
+        phases.append(
+            passing_phase("measure", weights, setup, measuring_peak(model, rows, "policy"))
+        )
+    else:
+        pairs = 2 if program in ("reward", "dpo") else 1
+        size = pairs * config.per_device_train_batch_size
+        rows = Rows(size, prompt, response, paired=pairs == 2)
+        repeated = config.gradient_accumulation_steps > 1
+        if program == "dpo":
+            peak = measuring_peak(model, rows, "dpo")
+            phases.append(passing_phase("reference", weights, setup, peak))
+    if getattr(config, "eval_prompts", 0) and (program != "sft" or config.use_peft):
+        evaluated = min(config.generation_batch_size, -(-config.eval_prompts // setup.ranks))
+        model.eval()
+        peak = measuring_peak(model, Rows(evaluated, prompt, response), "policy")
+        phases.append(passing_phase("evaluate", weights, setup, peak))
+        model.train()
+    handed_over = setup.sharding >= 2
+    peak = learning_peak(model, rows, kinds, repeated=repeated, handed_over=handed_over)
+    phases.append(learning_phase(weights, setup, peak))
+    phases.append(step_phase(weights, setup))
+    if program == "ppo":
+        for phase in phases[:1] + phases[-2:]:
+            phase.parts["rollout"] = rollout_bytes(config, setup, model)
+    return phases
+
+
+def ppo_rows(config: Any, setup: Setup, model: nn.Module) -> tuple[Rows, int]:
+    """Return the rows of PPO's largest pass, and how many passes of a kind make an update."""
+    length = config.max_prompt_length + config.max_response_length
+    tokens = TOKENS_ON_GPU if setup.device == "cuda" else TOKENS_ON_CPU
+    if config.entropy_coef:
+        # such passes keep their logits
+        vocabulary = model.config.get_text_config().vocab_size
+        tokens = min(tokens, max(1, LOGITS_ON_GPU // vocabulary))
+    tokens = config.micro_batch_tokens or tokens
+    own = -(-config.rollout_batch_size // config.num_mini_batches // setup.ranks)
+    groups = group_rows([length] * own, tokens, config.per_device_train_batch_size)
+    rows = Rows(len(groups[0]), config.max_prompt_length, config.max_response_length)
+    return rows, len(groups)
+
+
+def rollout_bytes(config: Any, setup: Setup, model: nn.Module) -> int:
+    """Return the bytes of a rollout's tensors: ids and masks of all ranks, what was measured, and
+    the states that a critic on the reward model's trunk reads of this rank's rows.
+    """
+    rows, response = config.rollout_batch_size, config.max_response_length
+    length = config.max_prompt_length + response
+    # ids and attention, positions and responses: 8 bytes; six measured columns: 4; a mask: 1
+    numbers = rows * (8 * 2 * length + (8 * 2 + 6 * 4 + 1) * response)
+    if critic_trunk(config) == "reward":
+        width = model.get_base_model().get_output_embeddings().in_features
+        numbers += 4 * width * response * -(-rows // setup.ranks)
+    return numbers

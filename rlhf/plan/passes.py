@@ -1,0 +1,169 @@
+"""The passes of the programs on a model of fake tensors: the code that a run executes, without
+weights and without numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+from rlhf import logprobs
+from rlhf.engines.batched import CHUNK
+from rlhf.engines.sampling import Sampling, draw_recorded
+from rlhf.engines.slots import Slots
+from rlhf.offline.pair_rows import PairRows
+from rlhf.plan.ledger import Ledger, Peak, peak_of, size_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one pass, all of the greatest length; paired ones share their prompts two and two."""
+
+    count: int
+    prompt: int
+    response: int
+    paired: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens go through the trunk."""
+        shared = self.count // 2 * self.prompt if self.paired else 0
+        return self.count * self.length - shared
+
+    @property
+    def pairs(self) -> int:
+        """Return the pairs of query and key that attention computes: each row for itself."""
+        return self.count * self.length**2
+
+    @property
+    def labels(self) -> int:
+        return self.count * self.response
+
+    def packed(self, *, gathered: bool) -> logprobs.PackedRows:
+        """Return the rows as a pass reads them; `gathered`: by TRL's trainers, which look each place
+        of the padded rows up.
+        """
+        ids = torch.zeros(1, self.tokens, dtype=torch.long)
+        if not gathered:
+            return logprobs.PackedRows(ids, ids, None, self.count, self.length)
+        sources = torch.zeros(self.count * self.length, dtype=torch.long)
+        return PairRows(ids, ids, ids[0], self.count, self.length, sources)
+
+
+def learn(model: nn.Module, rows: Rows, kind: str, ledger: Ledger) -> None:
+    """Make the forward and the backward pass of a loss on `rows`; see `forward` for its kinds."""
+    forward(model, rows, kind, ledger).sum().backward()
+
+
+def forward(model: nn.Module, rows: Rows, kind: str, ledger: Ledger) -> Tensor:
+    """Return something that stands for the loss of each token or row.
+
+    kind: "sft", "dpo" or "reward" by TRL's trainers; "policy", "entropy" (a policy whose entropy
+    learns too) or "value" in PPO and evaluations.
+    """
+    by_trl = kind in ("sft", "dpo", "reward")
+    decoder, head = logprobs.decoder_and_head(model)
+    packed = rows.packed(gathered=by_trl)
+    hidden = decoder(**logprobs.packed_inputs(packed)).last_hidden_state
+    if kind == "reward":
+        return _scalar(packed.at_places(hidden)[:, -1])
+
+    ids = torch.zeros(rows.labels, dtype=torch.long)
+    if by_trl and not logprobs.head_is_frozen(head):
+        with ledger.in_head():
+            return _by_trls_head(head, hidden)
+    states = packed.at_places(hidden)[:, :-1] if by_trl else hidden
+    # boolean masks of fake tensors have no known size
+    states = states.reshape(-1, states.shape[-1])[ids]
+    if kind == "value":
+        return _scalar(states)
+    with ledger.in_head():
+        found = logprobs.token_logprobs(states, head, ids, 0.7, kind == "entropy")
+        if by_trl:
+            # TRL logs the mean logit, the product with the mean row of the head
+            with torch.no_grad():
+                states.float() @ head.weight.float().mean(0)
+    return torch.stack(found) if kind == "entropy" else found[0]
+
+
+def _scalar(states: Tensor) -> Tensor:
+    """Return (n,) of states (n, H) by a head in float32."""
+    return states.float() @ states.new_zeros(states.shape[-1], dtype=torch.float32)
+
+
+def _by_trls_head(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Return the log-probabilities of all positions by the head that TRL uses where it is trained."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    states = hidden.reshape(-1, hidden.shape[-1])
+    ids = torch.zeros(len(states), dtype=torch.long)
+    inputs = (states, head.weight, head.bias, ids, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE)
+    return ChunkedLogProbFunction.apply(*inputs)[0]
+
+
+@contextlib.contextmanager
+def as_on(device: str) -> Iterator[None]:
+    """Let what depends on the device be as on that one: fake tensors are on a CPU."""
+    if device == "cpu":
+        yield
+        return
+    from trl.kernels import chunked_logprob
+
+    # on a GPU a kernel takes the place of these, which makes no tensor of its own
+    tiles = ("_forward_tile", "_backward_tile")
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(patch.object(logprobs, "LOGITS_ON_CPU", logprobs.LOGITS_ON_GPU))
+        for name in tiles:
+            stack.enter_context(patch.object(chunked_logprob, name, lambda *a, **k: None))
+        yield
+
+
+def learning_peak(
+    model: nn.Module, rows: Rows, kinds: list[str], *, repeated: bool, handed_over: bool
+) -> Peak:
+    """Return the peak of the passes `kinds` after each other; see `peak_of` for the rest."""
+
+    def passes(ledger: Ledger) -> None:
+        for kind in kinds:
+            learn(model, rows, kind, ledger)
+
+    return peak_of(model, passes, repeated=repeated, handed_over=handed_over)
+
+
+@torch.no_grad()
+def measuring_peak(model: nn.Module, rows: Rows, kind: str) -> Peak:
+    """Return the peak of a pass without gradients."""
+    return peak_of(model, lambda ledger: forward(model, rows, kind, ledger))
+
+
+@torch.no_grad()
+def sampling_peak(
+    model: nn.Module, slots: int, prompt: int, response: int, device: str
+) -> tuple[int, Peak]:
+    """Return the bytes of keys and values of `slots` responses, and the peak of sampling them."""
+    caches: list[int] = []
+
+    def passes(ledger: Ledger) -> None:
+        cache = Slots(model, slots, prompt + response)
+        # prompts that differ: equal ones would share a pass
+        prompts = [[row, *[0] * (prompt - 1)] for row in range(slots)]
+        cache.admit(prompts, list(range(slots)), CHUNK[device])
+        logits = cache.plain_pass(slots, prompt + response)
+        keys = torch.zeros(slots, dtype=torch.long)
+        with ledger.in_head():
+            draw_recorded(logits, keys, keys, Sampling(response, 0.7))
+        layers = cache.cache.layers
+        caches.append(size_of(t for layer in layers for t in (layer.keys, layer.values)))
+
+    peak = peak_of(model, passes)
+    return caches[0], peak

@@ -1,0 +1,45 @@
+"""Which models and adapters a program holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from: transformers' config, and the folder of an adapter on it.
+
+    has_adapter: the start is an adapter, whose folder may not be there yet.
+    """
+
+    shape: Any
+    adapter: str | None = None
+    has_adapter: bool = False
+
+
+def roles_of(program: str, config: Any, start: Start) -> tuple[int, int]:
+    """Return how many adapters learn, and how many are frozen beside them."""
+    if program == "dpo":
+        return 1, 1
+    if program != "ppo":
+        return 1, int(program == "sft" and start.has_adapter)
+    models = reward_models(config)
+    frozen = models + start.has_adapter + (config.reference_ema is not None)
+    return 1 + (critic_trunk(config) == "own"), frozen
+
+
+def reward_models(config: Any) -> int:
+    """Return the reward models among PPO's scorers, each taken for an adapter on the base."""
+    members = [entry.get("ensemble", []) for entry in config.reward]
+    return sum("model" in entry for entry in config.reward) + sum(map(len, members))
+
+
+def critic_trunk(config: Any) -> str | None:
+    """Return whose hidden states PPO's critic reads, as `rlhf.critic.critic_start` decides it."""
+    if not config.has_critic:
+        return None
+    if config.critic_trunk != "auto":
+        return config.critic_trunk
+    weighted = [e for e in config.reward if {"model", "ensemble"} & e.keys() and e.get("weight", 1)]
+    return "reward" if weighted and not config.set_critic_options() else "own"

@@ -1,0 +1,124 @@
+"""The plan of one run: its memory, its work, and whether it fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.data.sources import is_path, is_store, rows
+from rlhf.errors import UserError
+from rlhf.plan.devices import Device, usable
+from rlhf.plan.estimate import estimate, setup_of
+from rlhf.plan.memory import Phase, state_table
+from rlhf.plan.roles import Start
+from rlhf.plan.shape import read_shape, start_of
+from rlhf.plan.work import Work, work_of
+
+
+@dataclass
+class Plan:
+    """What a run will take; bytes on each rank, work over all of them."""
+
+    program: str
+    model: str
+    device: Device
+    ranks: int
+    # the ZeRO stage that is at work; None without a launcher
+    stage: int | None
+    numbers: dict[str, int]
+    phases: list[Phase]
+    stages: list[dict[str, Any]]
+    usable: float
+    steps: int
+    # whether `work` is that of one step, because the rows of the data are not known
+    is_one_step: bool
+    work: list[Work]
+    price: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.total)
+
+    @property
+    def fits(self) -> bool:
+        return self.peak.total <= self.usable
+
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.work)
+
+    @property
+    def cost(self) -> float | None:
+        """Return the price of all devices for the run's hours."""
+        return None if self.price is None else self.price * self.ranks * self.seconds / 3600
+
+
+def plan_run(program: str, options: Any, config: Any, device: Device) -> Plan:
+    """Return the plan of a program with these options; `config` says on what, see `PlanConfig`."""
+    start, notes = read_start(options.model_name_or_path, config.model)
+    is_gpu = config.gpu != "cpu"
+    # on one CPU the programs are started without a launcher
+    launched = config.launched and (is_gpu or config.gpus > 1)
+    setup = setup_of(options, config.gpus, "cuda" if is_gpu else "cpu", launched=launched)
+    check_quantized_stage(options, setup)
+    count = config.rows or rows_of(options.data)
+    lengths = (
+        config.prompt_tokens or options.max_prompt_length,
+        config.response_tokens or options.max_response_length,
+    )
+    found = estimate(program, options, start, setup)
+    costs, read = found.costs, found.sampled_bytes
+    steps, work = work_of(program, options, costs, setup, device, lengths, count, read)
+    if config.prompt_tokens is None or config.response_tokens is None:
+        notes.append(
+            "time is for rows of the greatest length: give --prompt_tokens, --response_tokens"
+        )
+    is_one_step = program != "ppo" and options.max_steps <= 0 and count is None
+    if is_one_step:
+        notes.append(
+            "the rows of the data are not known: give --rows for the time of the whole run"
+        )
+    if program == "ppo" and any("http" in e or "openai" in e for e in options.reward):
+        notes.append("scorers behind a server are not counted")
+    return Plan(
+        program,
+        config.model or options.model_name_or_path,
+        device,
+        config.gpus,
+        setup.stage if launched else None,
+        found.numbers,
+        found.phases,
+        state_table(found.weights, setup),
+        usable(device, is_gpu),
+        steps,
+        is_one_step,
+        work,
+        config.price,
+        notes,
+    )
+
+
+def read_start(path: str, model: str | None) -> tuple[Start, list[str]]:
+    """Return what a run starts from, and what was assumed of it."""
+    base, adapter = start_of(path)
+    if adapter is None and model and model != path and not (Path(path) / "config.json").is_file():
+        note = f"{path} is not there: taken for an adapter on {model}, with the options' lora_r"
+        return Start(read_shape(model), None, has_adapter=True), [note]
+    return Start(read_shape(model or base), adapter, has_adapter=adapter is not None), []
+
+
+def check_quantized_stage(options: Any, setup: Any) -> None:
+    """Raise UserError for a packed base under ZeRO-3, which programs refuse."""
+    if setup.sharding == 3 and (options.load_in_4bit or options.load_in_8bit):
+        raise UserError(
+            f"load_in_4bit and load_in_8bit do not go with ZeRO-3 ({options.deepspeed}). Take deepspeed: zero2"
+        )
+
+
+def rows_of(sources: list[str]) -> int | None:
+    """Return the rows of the data, or None where they are not all in files here."""
+    if not all(is_path(s) and Path(s).is_file() and not is_store(s) for s in sources):
+        return None
+    return sum(1 for source in sources for _ in rows(source))
