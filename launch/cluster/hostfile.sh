@@ -11,9 +11,17 @@
 # and saves, however long that takes, and this script ends with their 75.
 set -u
 
-hostfile=$1
+hostfile=${1:-} program=${2:-}
+hosts=
+if [ -r "$hostfile" ]; then
+  hosts=$(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$hostfile" | paste -sd,)
+fi
+# without a hostfile DeepSpeed would train on this machine alone
+if [ -z "$hosts" ] || [ ! -f "$program" ]; then
+  echo "error: hostfile.sh HOSTFILE PROGRAM [--option value ...]: found no hosts in '$hostfile', or no file '$program'" >&2
+  exit 2
+fi
 shift
-hosts=$(awk '!/^[[:space:]]*(#|$)/ { print $1 }' "$hostfile" | paste -sd,)
 
 stopped=
 # shellcheck disable=SC2329
@@ -22,7 +30,6 @@ pass_on() {
   # ranks are `python -u PROGRAM`, and the launchers `python -u -m deepspeed...`
   pdsh -S -w "$hosts" pkill -TERM -f -- "-u[[:space:]]$program"
 }
-program=$1
 trap pass_on TERM INT USR1
 
 for attempt in $(seq "${ATTEMPTS:-20}"); do

@@ -12,6 +12,12 @@
 #   SHUTDOWN_SECONDS  how long a step and its checkpoint may take after SIGTERM (600)
 set -u
 
+# without a program each rank would read one from its standard input, and end well where that is empty
+if [ $# = 0 ]; then
+  echo "error: torchrun.sh PROGRAM [--option value ...]: no program given" >&2
+  exit 2
+fi
+
 # a name that the Training Operator gives to the first machine
 if [ -n "${MASTER_ADDR:-}" ]; then
   export PET_MASTER_ADDR=${PET_MASTER_ADDR:-$MASTER_ADDR} PET_MASTER_PORT=${PET_MASTER_PORT:-${MASTER_PORT:-29500}}

@@ -123,6 +123,7 @@ POD = {
         "restartPolicy": str,
         "subdomain": str,
         "terminationGracePeriodSeconds": int,
+        "securityContext": {"fsGroup": int},
         "containers!": [CONTAINER],
         "volumes": [
             {
@@ -262,6 +263,9 @@ def test_pods_would_start_the_program(name, stubs, tmp_path):
     assert call[program + 1 : program + 3] == ["--config", str(ROOT / "configs/ppo.yaml")]
     # the ranks are to end before the pod is killed
     assert int(given["SHUTDOWN_SECONDS"]) < pod["terminationGracePeriodSeconds"]
+    # the image's user can write to the volume, which belongs to root at first
+    uid = re.search(r"--uid (\d+)", (CLUSTER / "Dockerfile").read_text())
+    assert pod["securityContext"] == {"fsGroup": int(uid[1])}
     # as many ranks as the pod has GPUs, and a place in shared memory
     assert container["resources"]["limits"]["nvidia.com/gpu"] == 8
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
@@ -373,6 +377,35 @@ def test_slurm_queues_again_what_can_go_on(code, restarts, requeued, stubs, tmp_
     made = [call[:3] for call in calls(tmp_path) if call[0] == "scontrol"]
     assert made == ([["scontrol", "requeue", "123456"]] if requeued else [])
     assert done.returncode == (0 if requeued else code)
+
+
+# --- calls that cannot work
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["hostfile.sh"], "found no hosts in ''"),
+        (["hostfile.sh", "hosts"], "no file ''"),
+        # DeepSpeed would warn and train on this machine alone
+        (["hostfile.sh", "hostz", "program.py"], "found no hosts in 'hostz'"),
+        (["hostfile.sh", "none", "program.py"], "found no hosts in 'none'"),
+        # the hostfile was forgotten
+        (["hostfile.sh", "program.py", "--config", "x.yaml"], "no file '--config'"),
+        # its ranks would read a program from an empty standard input
+        (["torchrun.sh"], "no program given"),
+    ],
+)
+def test_scripts_refuse_to_start_less_than_was_meant(words, said, stubs, tmp_path):
+    for launcher in ("deepspeed", "torchrun"):
+        executable(stubs / launcher, STUB)
+    (tmp_path / "hosts").write_text("10.0.0.1 slots=8\n")
+    (tmp_path / "none").write_text("# nobody\n")
+    (tmp_path / "program.py").write_text("pass\n")
+    command = [CLUSTER / words[0], *words[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == EXIT_USER_ERROR and said in done.stderr
+    assert not (tmp_path / "calls").exists()
 
 
 # --- torchrun and DeepSpeed themselves
