@@ -4,7 +4,7 @@ import pytest
 from trl import DPOConfig, SFTConfig
 
 from rlhf.errors import UserError
-from rlhf.offline.trainers import check_schedule, refused_by_trl, trl_overrides
+from rlhf.offline.trainers import check_schedule, refused_by_trl, train, trl_overrides
 
 
 def overrides(cls=SFTConfig, **trl):
@@ -70,3 +70,17 @@ def test_a_schedule_or_optimizer_that_lacks_something_is_refused_before_training
     check_schedule(SFTConfig(**plain, lr_scheduler_type="cosine", warmup_steps=0.1))
     with pytest.raises(UserError, match=f"TRL refuses these options: .*{said}"), refused_by_trl():
         check_schedule(SFTConfig(**plain, **options))
+
+
+@pytest.mark.parametrize(
+    ("rows", "held_out", "said"), [(7, 9, "all 7 rows"), (9, 3, "all 3 held-out rows")]
+)
+def test_dropping_the_last_batch_must_leave_one(rows, held_out, said):
+    # 4 rows on each of 2 ranks
+    arguments = SimpleNamespace(train_batch_size=4, dataloader_drop_last=True)
+    trainer = SimpleNamespace(
+        train_dataset=range(rows), eval_dataset=range(held_out), args=arguments
+    )
+    callback = SimpleNamespace(run=SimpleNamespace(world=SimpleNamespace(size=2)))
+    with pytest.raises(UserError, match=f"drops {said}, since a batch is 8: none is left"):
+        train(trainer, callback)
