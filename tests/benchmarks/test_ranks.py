@@ -27,6 +27,7 @@ FOUND = {
     "meaning": [
         {"program": "sft", "what": "six steps"} | apart(2e-6, 3e-5),
         {"program": "reward", "what": "six steps"} | apart(1e-6, 1e-5, math.nan),
+        {"program": "ppo", "what": "six steps"} | apart(4e-3, 2e-3),
         {"program": "sft", "what": "past the end of an epoch"} | apart(0.5, 0.1),
     ],
     "resume": [
@@ -44,7 +45,7 @@ def test_rows_take_the_worst_of_what_they_are_about():
     assert rows["same-loss"]["value"] == 2e-6 and rows["same-weights"]["value"] == 3e-5
     assert rows["resume-2"]["value"] == 0.0 and rows["resume-1-4"]["value"] == 2e-7
     kept = {name for name, row in rows.items() if holds(row["value"], row["bound"])}
-    assert set(rows) - kept == {"combinations"}
+    assert set(rows) - kept == {"combinations", "same-loss-ppo", "same-weights-ppo"}
 
 
 def test_the_page_has_each_run():

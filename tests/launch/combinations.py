@@ -64,17 +64,20 @@ def allowed(run: dict[str, Any]) -> bool:
     return not (run["program"] == "ppo" and is_whole)
 
 
+def candidates() -> list[dict[str, Any]]:
+    """Return all combinations that work."""
+    product = itertools.product(*FACTORS.values())
+    return list(filter(allowed, (dict(zip(FACTORS, values, strict=True)) for values in product)))
+
+
 def covering(strength: int = 2) -> list[dict[str, Any]]:
     """Return runs in which all values of any `strength` factors meet, where they may.
 
     Each run is the one with the most combinations that are new; of equals that with the rarest values, and
     then the first one in the order of the product.
     """
-    product = itertools.product(*FACTORS.values())
-    candidates = [
-        run for values in product if allowed(run := dict(zip(FACTORS, values, strict=True)))
-    ]
-    met = {id(run): set(combinations_of(run, strength)) for run in candidates}
+    possible = candidates()
+    met = {id(run): set(combinations_of(run, strength)) for run in possible}
     left = set().union(*met.values())
     chosen: list[dict[str, Any]] = []
     uses: Counter = Counter()
@@ -83,7 +86,7 @@ def covering(strength: int = 2) -> list[dict[str, Any]]:
         return len(met[id(run)] & left), -sum(uses[value] for value in run.items())
 
     while left:
-        best = max(candidates, key=worth)
+        best = max(possible, key=worth)
         chosen.append(best)
         uses.update(best.items())
         left -= met[id(best)]
