@@ -61,6 +61,23 @@ def own_part(tensor: Tensor) -> Tensor:
     return part[: max(0, tensor.ds_numel - before)]
 
 
+def sampled(tensor: Tensor, step: int, count: int) -> Tensor:
+    """Return the numbers at 0, step, 2 step, ... of a tensor in rows, `count` of them, as the 16 bits
+    of bfloat16 each. All ranks ask together for a tensor in parts.
+    """
+    flat = own_part(tensor).detach().reshape(-1)
+    if not is_part(tensor):
+        return flat[::step][:count].to("cpu", torch.bfloat16).view(torch.int16)
+    before = tensor.ds_zero_partition_rank * tensor.ds_tensor.numel()
+    first = -(-before // step)
+    here = flat[first * step - before :: step][: max(0, count - first)].to(torch.bfloat16)
+    bits = torch.zeros(count, dtype=torch.int32, device=tensor.device)
+    bits[first : first + len(here)] = here.view(torch.int16).to(bits)
+    # each number is on one rank, and 0 on the others
+    torch.distributed.all_reduce(bits)
+    return bits.to("cpu", torch.int16)
+
+
 def whole(tensors: Iterable[Any]) -> contextlib.AbstractContextManager[None]:
     """Return a context in which these are whole; all ranks enter it together."""
     return deepspeed_backend.gathered(list(tensors))

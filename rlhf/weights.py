@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.divided import is_adapter, own_part, shape_of, whole
+from rlhf.divided import is_adapter, own_part, sampled, shape_of
 from rlhf.errors import UserError
 
 # beside every adapter: what it was trained on, checked when it is loaded
@@ -78,13 +78,11 @@ def fingerprint(model: nn.Module, sample: int = 4096) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(base_weights(model).items()):
         name = name.removeprefix("base_model.model.")
-        # one at a time: under ZeRO-3 all of them may be more than a device holds
-        with whole([tensor]):
-            flat = tensor.detach().reshape(-1)
-            # read as bfloat16, weights have the same fingerprint whether loaded as float32 or as
-            # bfloat16
-            step = max(1, flat.numel() // sample)
-            values = flat[::step][:sample].to("cpu", torch.bfloat16).view(torch.int16)
+        # read as bfloat16, weights have the same fingerprint whether loaded as float32 or as
+        # bfloat16
+        size = math.prod(shape_of(tensor))
+        step = max(1, size // sample)
+        values = sampled(tensor, step, min(sample, -(-size // step)))
         digest.update(f"{name}{shape_of(tensor)}".encode())
         digest.update(values.numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -33,6 +33,23 @@ def test_the_padding_of_a_part_is_not_read():
     assert divided.own_part(torch.ones(2)).tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(("step", "count"), [(1, 10), (3, 4), (2, 4), (7, 2)])
+def test_numbers_of_parts_are_those_of_the_whole(monkeypatch, step, count):
+    """10 numbers over 4 ranks are parts of 3, 3, 3 and 1: some hold none of the sample."""
+    numbers = torch.randn(10)
+    expected = divided.sampled(numbers, step, count)
+    assert expected.tolist() == numbers[::step][:count].bfloat16().view(torch.int16).tolist()
+    parts: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda bits: parts.append(bits.clone()))
+    padded = torch.cat([numbers, torch.full((2,), torch.nan)])
+    for rank, part in enumerate(padded.split(3)):
+        parameter = nn.Parameter(numbers.clone())
+        as_divided(parameter)
+        parameter.ds_tensor, parameter.ds_zero_partition_rank = part, rank
+        divided.sampled(parameter, step, count)
+    assert sum(parts).tolist() == expected.tolist()
+
+
 def test_layers_outside_of_lists_and_in_them():
     settings = {"trainable_token_indices": [2], "task_type": "CAUSAL_LM"}
     model = get_peft_model(
