@@ -51,8 +51,10 @@ def alone(base_path, start_path, member_paths):
     "stage",
     [
         "zero2",
-        "zero3 layers",
-        *(pytest.param(s, marks=pytest.mark.slow) for s in ("zero0", "zero3", "offload")),
+        *(
+            pytest.param(s, marks=pytest.mark.slow)
+            for s in ("zero0", "zero3", "zero3 layers", "offload")
+        ),
     ],
 )
 def test_two_ranks_mean_what_one_means(stage, alone, base_path, start_path, member_paths, tmp_path):
