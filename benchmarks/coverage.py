@@ -25,7 +25,7 @@ from reward.cards.accuracy import accuracy_with_interval
 from reward.cards.calibration import calibration
 from rlhf.compare import frontier
 from rlhf.compare.frontier import Track, equal_kl
-from rlhf.data.agreement import alpha_interval
+from rlhf.data.alpha import alpha_interval
 from rlhf.stats import MIN_CLUSTERS
 from rlhf.stats.crossed import crossed_mean, crossed_statistic, share
 

@@ -20,7 +20,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from rlhf.data.agreement import alpha_interval, annotator_reliability, ratings_of
+from rlhf.data.agreement import annotator_reliability
+from rlhf.data.alpha import alpha_interval, ratings_of
 from rlhf.data.load import load
 from rlhf.data.prepare import steps
 from rlhf.data.prepare.run import PrepareConfig, prepare

@@ -154,8 +154,9 @@ def describe_alpha(summary: dict[str, Any]) -> str:
 
 def describe_tau(summary: dict[str, Any]) -> str | None:
     """Return how far annotators order answers alike, in words; None without two orders of the same."""
-    tau = summary["tau"]
-    if not tau["rankings"]:
+    # summaries that were saved before there were rankings have none
+    tau = summary.get("tau")
+    if not tau or not tau["rankings"]:
         return None
     return (
         f"Kendall's tau-b {tau['estimate']:.2f}{_interval(tau)} over {tau['rankings']} rankings by two annotators or "

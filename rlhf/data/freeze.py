@@ -31,13 +31,14 @@ def freeze(
     with Store.open(store, readonly=True) as opened:
         view = opened.at(upto_event)
         rows = view.rows(aggregate, keep_ties=keep_ties)
+        stats = view.stats()
         # the count of rows tells a whole file from one that was cut off while it was copied
         header = {
             "store": opened.path.name,
             "event": view.event,
             "fingerprint": view.fingerprint(),
             "aggregate": aggregate,
-            "votes": view.stats()["choices"],
+            "votes": stats["choices"] | ({"rank": stats["ranked"]} if stats["ranked"] else {}),
             "rows": len(rows),
         }
     lines = [json.dumps(row, ensure_ascii=False) for row in ({"frozen": header}, *rows)]

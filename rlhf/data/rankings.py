@@ -102,13 +102,14 @@ def votes_of(ranked: Ranked, pairs: Iterable[tuple[int, int, int]]) -> list[Vote
     return votes
 
 
-def pair_weight(k: int) -> float:
-    """Return what each pair of a ranking of k answers counts, so that all count k - 1 together.
+def pair_weight(pairs: int) -> float:
+    """Return what each of the k (k - 1) / 2 pairs of a ranking counts, so that all count k - 1.
 
     That lies between InstructGPT's 1 (Ouyang et al. 2022, eq. 1: one batch element a ranking) and
     2 (k - H_k), the information of a ranking of equals in that of a pair (k = 4: 3.83).
     """
-    return 2 / k
+    k = (1 + math.isqrt(1 + 8 * pairs)) // 2
+    return (k - 1) / pairs
 
 
 def kendall_tau(one: dict[int, str], other: dict[int, str]) -> float:

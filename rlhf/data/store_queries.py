@@ -11,10 +11,11 @@ import sqlite3
 from collections import Counter
 from typing import Any
 
-from rlhf.data.rankings import Ranked, pair_weight, votes_of
+from rlhf.data.rankings import Ranked, votes_of
 from rlhf.data.records import Preference, Prompt, Record
 from rlhf.data.split import answer_pair, join_groups
-from rlhf.data.votes import CHOICES, Aggregate, Vote, after_adjudication, verdicts
+from rlhf.data.store_rows import training_rows
+from rlhf.data.votes import CHOICES, Aggregate, Vote, verdicts
 
 STANDING_VOTES = """
     SELECT e.*, n.name, n.source, n.role, r.text AS corrected_text
@@ -160,42 +161,15 @@ class StoreView:
         self, aggregate: Aggregate = "each", *, keep_ties: bool = False
     ) -> list[dict[str, Any]]:
         """Return `preferences` as rows for a JSONL file that `load` reads."""
-        pairs = self.pairs()
-        # with groups joined over all votes, whatever `aggregate` is
-        prompts = self.prompts_by_id()
-        rows = []
-        votes, controls = self.votes(), self.controls()
-        for verdict in verdicts(votes, aggregate, controls, keep_ties=keep_ties):
-            pair = pairs[verdict.comparison]
-            winner, loser = ("a", "b") if verdict.winner == "a" else ("b", "a")
-            row = _row(prompts[pair["prompt"]], pair, pair[f"text_{winner}"], loser)
-            # 0: the response was cut off; NULL: not known, which counts as ended
-            if pair[f"ended_{winner}"] == 0:
-                row["chosen_ended"] = False
-            row["annotator"] = verdict.annotator
-            row["label_prob"] = verdict.label_prob
-            row["tie_prob"] = verdict.tie_prob
-            row["margin"] = verdict.margin
-            row["metadata"]["vote"] |= verdict.metadata
-            rows.append({name: value for name, value in row.items() if value is not None})
-        rows += _corrections(after_adjudication(votes), pairs, prompts, controls)
-        return self._weighted(rows)
-
-    def _weighted(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Return the rows, with the weights of pairs that come from rankings: on average 1, as
-        losses want it (rlhf/data/rankings.py).
-        """
-        sizes = {id: len(found["responses"]) for id, found in self.rankings().items()}
-        weights = []
-        for row in rows:
-            ranking = row["metadata"]["vote"].get("ranking")
-            weights.append(pair_weight(sizes[ranking]) if ranking else 1.0)
-        # where all are alike, nothing has to be said
-        if len(set(weights)) > 1:
-            mean = sum(weights) / len(weights)
-            for row, weight in zip(rows, weights, strict=True):
-                row["weight"] = weight / mean
-        return rows
+        return training_rows(
+            self.votes(),
+            self.pairs(),
+            # with groups joined over all votes, whatever `aggregate` is
+            self.prompts_by_id(),
+            self.controls(),
+            aggregate,
+            keep_ties=keep_ties,
+        )
 
     def prompt_rows(self) -> list[dict[str, Any]]:
         """Return `prompts` as rows."""
@@ -355,18 +329,6 @@ class StoreView:
         return dict(zip(free, joined, strict=True))
 
 
-def _row(prompt: dict[str, Any], pair: dict[str, Any], chosen: str, loser: str) -> dict[str, Any]:
-    """Return the row of a pair in which `chosen` is better than the response "a" or "b"."""
-    row = prompt | {"chosen": chosen, "rejected": pair[f"text_{loser}"]}
-    if pair[f"ended_{loser}"] == 0:
-        row["rejected_ended"] = False
-    about = {"comparison": pair["id"]}
-    if pair["ranking"] is not None:
-        about["ranking"] = pair["ranking"]
-    row["metadata"] = prompt["metadata"] | {"vote": about}
-    return row
-
-
 def _vote(row: sqlite3.Row) -> Vote:
     return Vote(
         event=row["id"],
@@ -401,32 +363,6 @@ def _ranked(row: sqlite3.Row) -> Ranked:
         source=row["source"],
         spans=json.loads(row["spans"] or "[]"),
     )
-
-
-def _corrections(
-    votes: list[Vote],
-    pairs: dict[int, dict[str, Any]],
-    prompts: dict[int, dict[str, Any]],
-    controls: dict[int, str],
-) -> list[dict[str, Any]]:
-    """Return a row for each answer that an annotator wrote over one that they were shown."""
-    rows = []
-    for vote in votes:
-        if vote.corrected is None or vote.comparison in controls:
-            continue
-        pair = pairs[vote.comparison]
-        # better than the preferred answer says more than better than the other
-        for loser in vote.choice if vote.choice in ("a", "b") else "ab":
-            # written without a change
-            if pair[f"text_{loser}"].strip() == vote.corrected.strip():
-                continue
-            row = _row(prompts[pair["prompt"]], pair, vote.corrected, loser)
-            row["annotator"] = vote.annotator
-            about = {"event": vote.event, "corrected": True}
-            about |= {"reason": vote.reason} if vote.reason else {}
-            row["metadata"]["vote"] |= about
-            rows.append(row)
-    return rows
 
 
 def _pair(row: sqlite3.Row) -> dict[str, Any]:

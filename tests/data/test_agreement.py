@@ -8,15 +8,8 @@ import pytest
 from scipy.stats import binomtest
 from sklearn.metrics import cohen_kappa_score
 
-from rlhf.data.agreement import (
-    Share,
-    agreement_summary,
-    alpha_interval,
-    annotator_reliability,
-    kappa_interval,
-    pairwise_kappas,
-    ratings_of,
-)
+from rlhf.data.agreement import Share, agreement_summary, annotator_reliability
+from rlhf.data.alpha import alpha_interval, kappa_interval, pairwise_kappas, ratings_of
 from rlhf.data.votes import Vote
 from rlhf.stats import fair_coin_p, wilson
 

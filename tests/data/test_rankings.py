@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from rlhf.data.agreement import FEWEST as FEWEST_VOTES
-from rlhf.data.agreement import agreement_summary, alpha_interval, clusters_of, ratings_of
+from rlhf.data.agreement import agreement_summary
+from rlhf.data.alpha import alpha_interval, clusters_of, ratings_of
 from rlhf.data.annotator_report import annotators_markdown, view_summary
 from rlhf.data.load import load
 from rlhf.data.rankings import kendall_tau, order_of_places, pair_weight, tau_summary
@@ -220,7 +221,8 @@ def test_pairs_of_a_ranking_have_the_weight_of_its_choices(store, tmp_path):
     # six pairs of weight 2/4 and one of weight 1: on average 4/7
     assert weights == {ranking: pytest.approx(0.5 / (4 / 7)), None: pytest.approx(7 / 4)}
     assert sum(row["weight"] for row in rows) == pytest.approx(7)
-    assert [pair_weight(k) * k * (k - 1) / 2 for k in (3, 4, 8)] == pytest.approx([2, 3, 7])
+    # of 3, 6 and 28 pairs: rankings of 3, 4 and 8
+    assert [pairs * pair_weight(pairs) for pairs in (3, 6, 28)] == pytest.approx([2, 3, 7])
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in store.at().rows("majority")))
     found = load([str(path)], Preference)
