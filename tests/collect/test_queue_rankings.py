@@ -141,6 +141,11 @@ def test_an_adjudicator_ends_disputes_over_pairs_of_rankings(tmp_path):
         assert queue.next(dora) is None
         # 1 2 3 and 2 1 3: one pair of the three is in dispute
         rank(queue, bob, order={1: 2, 2: 1, 3: 3}.get)
+        assert queue.next(dora) is not None
+        queue.release(dora)
+        # an undone order says nothing of the pairs
+        assert queue.undo(bob, "u") == "undone" and queue.next(dora) is None
+        rank(queue, bob, order={1: 2, 2: 1, 3: 3}.get, request="again")
         held = queue.next(dora)
         pair = store.at().pair(held.comparison)
         assert (pair["text_a"], pair["text_b"]) == ("Answer 0 0", "Answer 0 1")

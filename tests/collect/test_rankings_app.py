@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from rlhf.cli import main
 from rlhf.collect.safe_markdown import source_span, visible
 from rlhf.data.store import Store
 from tests.collect.conftest import Client, fields_of, fill, fill_rankings
@@ -69,16 +70,17 @@ def mark(text, answer, words, label="good", **more):
     return about | {"label": label, **more}
 
 
-def test_marked_passages_of_pairs_and_rankings_are_kept_and_shown(tmp_path, serve):
+def test_marked_passages_of_pairs_and_rankings_are_kept_and_shown(tmp_path, serve, capsys):
     path = fill_rankings(tmp_path / "votes.db", 1, pairs=1)
     running = serve(path, "--annotators", "ann", "--overlap", "1")
     ann = client(running, "ann")
     for _ in range(2):
         _, form, texts = page_of(ann)
         number = next(i for i, text in enumerate(texts) if "kettle" in text)
+        other = (number + 1) % len(texts)
         marks = [
             mark(texts[number], number, "new kettle **today**.\n-", remark="<i>when</i>"),
-            mark(texts[1 - number], 1 - number, texts[1 - number][:5], "bad"),
+            mark(texts[other], other, texts[other][:5], "bad"),
         ]
         places = {f"place-{i}": str(i + 1) for i in range(len(texts))}
         choice = {"choice": "left"} if len(texts) == 2 else places
@@ -107,6 +109,9 @@ def test_marked_passages_of_pairs_and_rankings_are_kept_and_shown(tmp_path, serv
     rows = [json.loads(line) for line in text.splitlines()]
     assert any("spans" in row["metadata"]["vote"] for row in rows)
     assert ann.get("/owner/passages")[0].status == 401
+    capsys.readouterr()
+    main(["collect", "status", str(path)])
+    assert "1 pairs and 1 rankings, 1 people for each" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,7 @@ def test_marked_passages_of_pairs_and_rankings_are_kept_and_shown(tmp_path, serv
         "first two letters with another label",
     ],
 )
-def test_a_mark_that_no_page_sends_saves_nothing(tmp_path, serve_marks, marks):
+def test_a_mark_that_no_page_sends_saves_nothing(serve_marks, marks):
     ann, running = serve_marks
     _, form, texts = page_of(ann)
     if marks == "first two letters with another label":
@@ -157,6 +162,7 @@ def test_places_in_what_is_shown_are_places_in_what_is_stored():
     seen = visible(text)
     for words, expected in (
         ("a\nb", "a\r\nb"),
+        ("a\n", "a\r\n"),
         # written out, a character is whole or not there
         ("evil", "evil"),
         ("202E⟧ev", "\u202eev"),
