@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -100,15 +102,16 @@ def plan(config: PlanConfig) -> None:
     from rlhf.plan.remedies import what_fits
     from rlhf.plan.run import plan_run
 
-    if config.gpu == "cpu":
-        dtype = "float32" if options.dtype == "auto" else options.dtype
-        device = this_cpu(dtype)
-    else:
-        device = find_gpu(config.gpu)
-    if config.gpu_memory:
-        device = replace(device, memory=read_bytes(config.gpu_memory))
-    found = plan_run(program, options, config, device)
-    remedy = "" if found.fits else what_fits(program, options, config, device, found)
+    # libraries print when they are imported, and JSON is to be read by programs
+    with contextlib.redirect_stdout(sys.stderr):
+        if config.gpu == "cpu":
+            device = this_cpu("float32" if options.dtype == "auto" else options.dtype)
+        else:
+            device = find_gpu(config.gpu)
+        if config.gpu_memory:
+            device = replace(device, memory=read_bytes(config.gpu_memory))
+        found = plan_run(program, options, config, device)
+        remedy = "" if found.fits else what_fits(program, options, config, device, found)
     if config.json:
         print(json.dumps(asdict(found) | {"remedy": remedy}, indent=2))
     else:

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.pytorch_utils import Conv1D
 
 from rlhf.deepspeed_config import SHIPPED
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError
-from rlhf.logprobs import LOGITS_ON_GPU, TOKENS_ON_CPU, TOKENS_ON_GPU, group_rows
 from rlhf.models import DTYPES, sampling_dtype
 from rlhf.options.shared import EIGHT_BIT, quantization_of
+from rlhf.packing import group_rows, tokens_per_pass
 from rlhf.plan.ledger import size_of
 from rlhf.plan.memory import (
     Phase,
@@ -179,7 +180,7 @@ def sampling_phases(
     merged = largest = 0
     # whole weights have no adapter, and packed ones keep theirs beside them
     if not (program in TRL and not config.use_peft) and not quantization_of(config):
-        linear = [m.weight for m in base.modules() if type(m) is nn.Linear]
+        linear = [m.weight for m in base.modules() if type(m) in (nn.Linear, Conv1D)]
         linear = [w for w in linear if w is not base.get_output_embeddings().weight]
         merged, largest = size_of(linear), max(w.numel() for w in linear)
     return [sampling_phase(weights, setup, merged, largest, cache, peak)]
@@ -268,12 +269,10 @@ def pass_phases(
 def ppo_rows(config: Any, setup: Setup, model: nn.Module) -> tuple[Rows, int]:
     """Return the rows of PPO's largest pass, and how many passes of a kind make an update."""
     length = config.max_prompt_length + config.max_response_length
-    tokens = TOKENS_ON_GPU if setup.device == "cuda" else TOKENS_ON_CPU
-    if config.entropy_coef:
-        # such passes keep their logits
-        vocabulary = model.config.get_text_config().vocab_size
-        tokens = min(tokens, max(1, LOGITS_ON_GPU // vocabulary))
-    tokens = config.micro_batch_tokens or tokens
+    # passes whose entropy learns keep their logits
+    vocabulary = model.config.get_text_config().vocab_size if config.entropy_coef else 0
+    suits = tokens_per_pass(torch.device(setup.device), vocabulary)
+    tokens = config.micro_batch_tokens or suits
     own = -(-config.rollout_batch_size // config.num_mini_batches // setup.ranks)
     groups = group_rows([length] * own, tokens, config.per_device_train_batch_size)
     rows = Rows(len(groups[0]), config.max_prompt_length, config.max_response_length)

@@ -7,12 +7,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface
 
-from rlhf import logprobs
+from rlhf import logprobs, packing
 from rlhf.engines.batched import CHUNK
 from rlhf.engines.sampling import Sampling, draw_recorded
 from rlhf.engines.slots import Slots
@@ -48,13 +50,13 @@ class Rows:
     def labels(self) -> int:
         return self.count * self.response
 
-    def packed(self, *, gathered: bool) -> logprobs.PackedRows:
+    def packed(self, *, gathered: bool) -> packing.PackedRows:
         """Return the rows as a pass reads them; `gathered`: by TRL's trainers, which look each place
         of the padded rows up.
         """
         ids = torch.zeros(1, self.tokens, dtype=torch.long)
         if not gathered:
-            return logprobs.PackedRows(ids, ids, None, self.count, self.length)
+            return packing.PackedRows(ids, ids, None, self.count, self.length)
         sources = torch.zeros(self.count * self.length, dtype=torch.long)
         return PairRows(ids, ids, ids[0], self.count, self.length, sources)
 
@@ -71,17 +73,20 @@ def forward(model: nn.Module, rows: Rows, kind: str, ledger: Ledger) -> Tensor:
     learns too) or "value" in PPO and evaluations.
     """
     by_trl = kind in ("sft", "dpo", "reward")
-    decoder, head = logprobs.decoder_and_head(model)
+    decoder, head = packing.decoder_and_head(model)
     packed = rows.packed(gathered=by_trl)
-    hidden = decoder(**logprobs.packed_inputs(packed)).last_hidden_state
+    is_packed = decoder.config.get_text_config()._attn_implementation == "sdpa"
+    inputs = packing.packed_inputs(packed) if is_packed else _padded_inputs(rows, model)
+    hidden = decoder(**inputs).last_hidden_state
+    gathers = by_trl and is_packed
     if kind == "reward":
-        return _scalar(packed.at_places(hidden)[:, -1])
+        return _scalar((packed.at_places(hidden) if gathers else hidden)[:, -1])
 
     ids = torch.zeros(rows.labels, dtype=torch.long)
-    if by_trl and not logprobs.head_is_frozen(head):
+    if by_trl and not (is_packed and logprobs.head_is_frozen(head)):
         with ledger.in_head():
             return _by_trls_head(head, hidden)
-    states = packed.at_places(hidden)[:, :-1] if by_trl else hidden
+    states = packed.at_places(hidden)[:, :-1] if gathers else hidden
     # boolean masks of fake tensors have no known size
     states = states.reshape(-1, states.shape[-1])[ids]
     if kind == "value":
@@ -93,6 +98,19 @@ def forward(model: nn.Module, rows: Rows, kind: str, ledger: Ledger) -> Tensor:
             with torch.no_grad():
                 states.float() @ head.weight.float().mean(0)
     return torch.stack(found) if kind == "entropy" else found[0]
+
+
+def _padded_inputs(rows: Rows, model: nn.Module) -> dict[str, Any]:
+    """Return the arguments of a pass on padded rows, for attention that cannot keep packed ones
+    apart.
+    """
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    shape = (rows.count, rows.length)
+    return {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "attention_mask": torch.zeros(rows.count, 1, rows.length, rows.length, dtype=dtype),
+        "use_cache": False,
+    }
 
 
 def _scalar(states: Tensor) -> Tensor:
@@ -113,7 +131,10 @@ def _by_trls_head(head: nn.Module, hidden: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def as_on(device: str) -> Iterator[None]:
-    """Let what depends on the device be as on that one: fake tensors are on a CPU."""
+    """Let passes keep packed rows apart as runs do, and what depends on the device be as on that one:
+    fake tensors are on a CPU.
+    """
+    AttentionInterface.register("sdpa", packing.attend)
     if device == "cpu":
         yield
         return

@@ -57,7 +57,7 @@ class Plan:
 
 def plan_run(program: str, options: Any, config: Any, device: Device) -> Plan:
     """Return the plan of a program with these options; `config` says on what, see `PlanConfig`."""
-    start, notes = read_start(options.model_name_or_path, config.model)
+    start, notes = read_start(program, options, config.model)
     is_gpu = config.gpu != "cpu"
     # on one CPU the programs are started without a launcher
     launched = config.launched and (is_gpu or config.gpus > 1)
@@ -100,13 +100,15 @@ def plan_run(program: str, options: Any, config: Any, device: Device) -> Plan:
     )
 
 
-def read_start(path: str, model: str | None) -> tuple[Start, list[str]]:
+def read_start(program: str, options: Any, model: str | None) -> tuple[Start, list[str]]:
     """Return what a run starts from, and what was assumed of it."""
+    path = options.model_name_or_path
     base, adapter = start_of(path)
-    if adapter is None and model and model != path and not (Path(path) / "config.json").is_file():
-        note = f"{path} is not there: taken for an adapter on {model}, with the options' lora_r"
-        return Start(read_shape(model), None, has_adapter=True), [note]
-    return Start(read_shape(model or base), adapter, has_adapter=adapter is not None), []
+    is_there = adapter or (Path(path) / "config.json").is_file()
+    if is_there or not model or program == "sft" or not getattr(options, "use_peft", True):
+        return Start(read_shape(model or base), adapter, has_adapter=adapter is not None), []
+    note = f"{path} is not there: taken for an adapter on {model}, with the options' lora_r"
+    return Start(read_shape(model), None, has_adapter=True), [note]
 
 
 def check_quantized_stage(options: Any, setup: Any) -> None:

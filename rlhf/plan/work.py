@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from rlhf.logprobs import decoder_and_head
+from rlhf.packing import decoder_and_head
 from rlhf.plan.devices import (
     CPU_SAMPLING_SHARE,
     CPU_SHARE,
