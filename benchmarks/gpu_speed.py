@@ -143,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     device = find_device(options.device, options.tiny)
     from speed import gpu
 
-    from rlhf.models import silence_libraries
+    from rlhf.startup import silence_libraries
 
     silence_libraries()
     # what a trial on tiny shapes finds is no result

@@ -32,8 +32,9 @@ from rlhf.adapters import lora_config
 from rlhf.data.records import BadScore, Prompt, Samples, Scores
 from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError
+from rlhf.guards import Decision
 from rlhf.models import load_model
-from rlhf.ppo.guards import Decision, Guards
+from rlhf.ppo.guards import Guards
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer, TrainingData
 from rlhf.roles import Roles
 from rlhf.stats import clustered_se, student_quantile
@@ -201,7 +202,9 @@ def play(fault: Fault, make: Callable[[Fault, Callable], PPOTrainer]) -> Seen:
         )(samples)
 
     def note() -> None:
-        seen.found += [(decision, seen.updates) for decision in trainer.guards.drain_events()]
+        seen.found += [
+            (decision, seen.updates) for decision in trainer.guards.decided.drain_events()
+        ]
 
     trainer = make(fault, score)
     spoil(trainer, fault, seen, note)
@@ -228,7 +231,7 @@ def play(fault: Fault, make: Callable[[Fault, Callable], PPOTrainer]) -> Seen:
         except BadScore:
             seen.end = f"stopped at step {trainer.steps_done + 1} by the scorer's message"
     note()
-    seen.events = trainer.guards.events
+    seen.events = trainer.guards.decided.events
     return seen
 
 
@@ -252,7 +255,7 @@ def spoil(trainer: PPOTrainer, fault: Fault, seen: Seen, note: Callable[[], None
 
     def spoiled_rates(step: int) -> list[float]:
         # what happened once does not come again
-        over = fault.last is not None and trainer.guards.rollbacks
+        over = fault.last is not None and trainer.guards.decided.rollbacks
         absurd = fault.rate if fault.rate and fault.strikes(step + 1) and not over else None
         return [absurd or rates(step)[0], *rates(step)[1:]]
 

@@ -18,7 +18,7 @@ from tokenizers import normalizers, pre_tokenizers
 from benchmarks import llama_cpp
 from rlhf.export.check import PROMPTS, greedy_answers
 from rlhf.export.gguf_file import splitting, write_gguf
-from rlhf.models import silence_libraries
+from rlhf.startup import silence_libraries
 from tests.conftest import make_tokenizer
 from tests.export.test_gguf_file import KINDS, patterns, split_by
 from tests.test_from_gguf import LLAMA3

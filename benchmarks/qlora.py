@@ -78,8 +78,9 @@ def loaded(base: str, model: str | None):
     import torch
 
     from rlhf.from_gguf import as_folder
-    from rlhf.models import load_model, silence_libraries
+    from rlhf.models import load_model
     from rlhf.quantized import weight_memory
+    from rlhf.startup import silence_libraries
 
     silence_libraries()
     torch.set_num_threads(1)

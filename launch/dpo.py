@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.eval_scorers:
         from reward.compose import check_scorers
 
-        check_scorers(config.eval_scorers, where="eval_scorers")
+        check_scorers(config.eval_scorers, where="eval_scorers", without_torch=True)
     run = start_run("dpo", config)
 
     # these take seconds to import: not before the options are checked
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     # before the trainer: DeepSpeed may divide the weights among the ranks
     references = open_references(run, arguments, reference or model)
     # with TRL's `precompute_ref_log_probs` the reference is read here
-    with trainers.refused_by_trl(), budget.counting():
+    with trainers.refused_by_trl(config.trl), budget.counting():
         trainer = trainer_class(
             model=model,
             ref_model=reference,
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out = trainers.held_out_loss(trainer, run) if held_out_pairs else {}
 
     trainers.save_policy(run, trainer.model, initial)
-    run.finish(held_out | callback.metrics, budget.total(run.world))
+    callback.finish(held_out | callback.metrics, budget.total(run.world))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     ] + config.reward
     weights = {spec.name: spec.weight for spec in scorers}
     check_watched(config.guards, weights)
-    # last: where a reward model is named, it reads its settings with torch
-    check_scorers(evaluated, where="eval_scorers and reward")
+    check_scorers(evaluated, where="eval_scorers and reward", without_torch=True)
     run = start_run("ppo", config)
 
     # torch takes seconds to import, and wrong options are reported before

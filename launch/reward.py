@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     callback = RunCallback(
         run, initial, budget, learnt=ties, patience=config.early_stopping_patience
     )
-    with trainers.refused_by_trl():
+    with trainers.refused_by_trl(config.trl):
         trainer = RewardTrainer(
             model=model,
             args=trainers.trl_arguments(
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             temperature=headline.get("eval/reward/temperature"),
             mean_0_on="reference_data" if references else f"{pairs_scored} chosen responses",
         )
-    run.finish(
+    callback.finish(
         headline,
         budget.total(run.world),
         normalisation={"bias": bias, "scale": scale},

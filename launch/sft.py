@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.eval_scorers:
         from reward.compose import check_scorers
 
-        check_scorers(config.eval_scorers, where="eval_scorers")
+        check_scorers(config.eval_scorers, where="eval_scorers", without_torch=True)
     run = start_run("sft", config)
 
     # these take seconds to import: not before the options are checked
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         reference=trainers.reference_context(model),
         measure=stages.eos_measurement(run, initial, held_out_rows or train_rows),
     )
-    with trainers.refused_by_trl():
+    with trainers.refused_by_trl(config.trl):
         trainer = SFTTrainer(
             model=model,
             args=trainers.trl_arguments(SFTConfig, run, has_held_out=bool(held_out_rows)),
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     held_out = trainers.held_out_loss(trainer, run) if held_out_rows else {}
 
     trainers.save_policy(run, trainer.model, initial, merge=config.merge)
-    run.finish(held_out | callback.metrics, budget.total(run.world), learnt=learnt)
+    callback.finish(held_out | callback.metrics, budget.total(run.world), learnt=learnt)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from reward.checks import checked_scores
 from reward.ensemble import ensemble_scorer, member_names
+from reward.files import check_reward_files
 from reward.http import http_scorer
 from reward.loaded import RewardModels, reward_scorer
 from reward.rules import RULES
@@ -149,12 +150,17 @@ def member_scorer(folders: list[str]) -> Scorer:
 
 
 def check_scorers(
-    entries: list[dict[str, Any]], made_later: Collection[str] = (), where: str = "scorers"
+    entries: list[dict[str, Any]],
+    made_later: Collection[str] = (),
+    where: str = "scorers",
+    *,
+    without_torch: bool = False,
 ) -> None:
     """Raise UserError for a scorer that cannot be built, as far as its specification and its files
     tell.
 
-    made_later: folders of reward models that need not be there yet.
+    made_later: folders of reward models that need not be there yet. without_torch: only what is seen
+    within a moment, by a program that builds the scorers soon.
     """
     for spec in parse_specs(entries, where):
         # its file is read and checked, which takes no model
@@ -163,13 +169,15 @@ def check_scorers(
         models = spec.members().values() if isinstance(spec, EnsembleSpec) else [spec]
         for model in models:
             if isinstance(model, ModelSpec) and model.model not in made_later:
-                _check_model(model.model, spec.name)
+                _check_model(model.model, spec.name, without_torch)
 
 
-def _check_model(folder: str, name: str) -> None:
-    from reward.model import check_reward
-
+def _check_model(folder: str, name: str, without_torch: bool) -> None:
     try:
-        check_reward(folder)
+        check_reward_files(folder)
+        if not without_torch:
+            from reward.model import check_reward
+
+            check_reward(folder)
     except UserError as error:
         raise UserError(f"scorers ({name}): {error}") from None

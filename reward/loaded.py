@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.data.records import Samples, Scorer, Scores
+from rlhf.model_files import adapter_base, read_identity, read_json
 
 if TYPE_CHECKING:
     from reward.model import RewardModel
@@ -93,11 +94,9 @@ def reward_scorer(
 
 def _base_of(path: str) -> tuple | None:
     """Return what tells the base of an adapter from others, None where it cannot be shared."""
-    from rlhf.adapters import adapter_base
     from rlhf.data.encode import tokenizer_fingerprint
     from rlhf.models import attention_of
     from rlhf.tokenizer import load_tokenizer
-    from rlhf.weights import read_identity, read_json
 
     file = Path(path) / "adapter_config.json"
     # whole weights; PEFT holds adapters of one kind alone on a model

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from reward.files import HEAD, check_reward_files
 from rlhf.adapters import (
     adapter_settings,
     adapter_weights,
@@ -35,16 +36,14 @@ from rlhf.adapters import (
     without_head,
 )
 from rlhf.errors import UserError
-from rlhf.files import check_weights
+from rlhf.model_files import is_adapter, read_identity, read_json
 from rlhf.models import InitialModel, context_length, load_model, load_weights
 from rlhf.offline.pair_rows import PairRows, is_right_padded
 from rlhf.packing import packed_inputs, packs
 from rlhf.tensors import pad_right
 from rlhf.tokenizer import load_tokenizer
-from rlhf.weights import read_identity, read_json
 
 REWARD_FILE = "reward.json"
-HEAD = "score.weight"
 
 
 def last_token_scores(hidden: Tensor, attention_mask: Tensor, head: nn.Module) -> Tensor:
@@ -259,7 +258,7 @@ def load_reward(
 
     adapter = base = None
     if (Path(path) / "adapter_config.json").is_file():
-        _require_head(path)
+        check_reward_files(path)
         if beside is None:
             initial = load_model(path, dtype)
             model, adapter = score_model(initial.model), "default"
@@ -294,29 +293,10 @@ def check_reward(path: str) -> None:
     """Raise UserError where `load_reward` would, as far as files tell that are read without loading
     a model.
     """
+    check_reward_files(path)
     load_tokenizer(path)
-    # a name on the Hub
-    if not Path(path).is_dir():
-        return
-    check_weights(path)
-    if (Path(path) / "adapter_config.json").is_file():
+    if is_adapter(path):
         adapter_settings(path)
-        _require_head(path)
-        return
-    file = Path(path) / "config.json"
-    kinds = (json.loads(file.read_text()).get("architectures") if file.is_file() else None) or [""]
-    if not kinds[0].endswith("ForSequenceClassification"):
-        raise UserError(
-            f"{path}: {kinds[0] or 'nothing there'} is not a reward model: it has no score head"
-        )
-
-
-def _require_head(path: str) -> None:
-    if not any(name.endswith(HEAD) for name in adapter_weights(path)):
-        raise UserError(
-            f"{path}: this adapter has no score head ({HEAD}), so it is a policy, not a reward model. "
-            "Train one with: deepspeed launch/reward.py --config configs/reward.yaml"
-        )
 
 
 def _load_whole(path: str, dtype: str) -> tuple[nn.Module, Any]:

@@ -17,19 +17,10 @@ from torch import Tensor, nn
 from rlhf.deepspeed_backend import known_to_peft
 from rlhf.divided import is_divided, shape_of, whole
 from rlhf.errors import UserError, did_you_mean
+from rlhf.model_files import check_adapter, first_line, loading
 from rlhf.quantized import is_quantized
-from rlhf.weights import (
-    base_weights,
-    check_finite,
-    first_line,
-    loading,
-    plain_name,
-    read_identity,
-    read_json,
-)
+from rlhf.weights import base_weights, check_finite, plain_name
 
-# beside the adapter of a critic
-VALUE_HEAD_FILE = "value_head.safetensors"
 # LoRA settings that change the base itself, or that depend on the prompt: such an adapter cannot
 # share a base
 NOT_SHARED = ("layer_replication", "kasa_config", "arrow_config", "alora_invocation_tokens")
@@ -92,27 +83,6 @@ def check_targets(model: nn.Module, targets: list[str]) -> None:
             )
 
 
-def adapter_base(adapter_path: str) -> str:
-    """Return the base that an adapter folder names.
-
-    A relative path is tried from here, from the folder and from those above it, so that a run loads
-    from any working directory. Where nothing is at the path in adapter_config.json, the one in
-    rlhf.json is tried: the folder that a GGUF file was converted to may be deleted, and is made
-    again from the file.
-    """
-    base = read_json(Path(adapter_path) / "adapter_config.json").get("base_model_name_or_path")
-    if not base:
-        raise UserError(f"{adapter_path}/adapter_config.json names no 'base_model_name_or_path'")
-    folder = Path(adapter_path).resolve()
-    for named in (base, read_identity(adapter_path).get("base_model_name_or_path")):
-        if named and Path(named).exists():
-            return named
-        for above in (folder, *folder.parents):
-            if named and (above / named).exists():
-                return str(above / named)
-    return base
-
-
 def adapter_settings(path: str) -> Any:
     """Return the PEFT settings of the adapter in a folder, ready to be put on a base beside others.
 
@@ -124,10 +94,7 @@ def adapter_settings(path: str) -> Any:
     file = Path(path) / "adapter_config.json"
     if not file.is_file():
         raise UserError(f"{path}: no adapter (adapter_config.json) there")
-    if (Path(path) / VALUE_HEAD_FILE).is_file():
-        raise UserError(
-            f"{path}: the critic of a PPO run, not a policy or reward model; the policy is in {file.parent.parent}"
-        )
+    check_adapter(path)
     with loading(str(file), "settings of an adapter"):
         config = PeftConfig.from_pretrained(path)
     config.inference_mode = False
@@ -151,16 +118,6 @@ def adapter_settings(path: str) -> Any:
     return config
 
 
-def require_policy(path: str) -> None:
-    """Raise UserError if the adapter in a folder is a reward model's."""
-    config = adapter_settings(path)
-    if config.task_type == "SEQ_CLS" or (Path(path) / "reward.json").is_file():
-        raise UserError(
-            f"{path}: a reward model, not a policy. Start from a base model, or from a run of launch/sft.py, "
-            "launch/dpo.py or launch/ppo.py"
-        )
-
-
 def adapter_weights(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of the adapter in a folder by the names they were saved under.
 
@@ -168,8 +125,7 @@ def adapter_weights(path: str | Path) -> dict[str, Tensor]:
     """
     from peft.utils import load_peft_weights
 
-    if not any((Path(path) / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
-        raise UserError(f"{path}: adapter_config.json is there, adapter_model.safetensors is not")
+    check_adapter(path)
     with loading(str(path), "adapter weights"):
         weights = load_peft_weights(str(path), device="cpu")
     check_finite(weights.items(), str(path))

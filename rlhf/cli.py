@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf import __version__
+from rlhf import __version__, startup
 from rlhf.config import parse
 from rlhf.errors import UserError, did_you_mean
 from rlhf.program import program
@@ -23,7 +23,7 @@ class Command:
     what `run` does.
 
     `words` is the option that words without a flag fill; libraries that load models are silenced
-    for `loads_models`.
+    for `loads_models`, and `models` are the options that name them.
     """
 
     help: str
@@ -34,6 +34,7 @@ class Command:
     # between words that were not quoted
     joiner: str = ","
     loads_models: bool = False
+    models: tuple[str, ...] = ()
 
 
 def lazily(target: str) -> Callable[[Any], Any]:
@@ -164,9 +165,7 @@ def run_voice_check(config: Any) -> None:
     from reward.voice.check import check
 
     if config.model_name_or_path:
-        from rlhf.models import silence_libraries
-
-        silence_libraries()
+        startup.silence_libraries()
     check(config)
 
 
@@ -209,6 +208,7 @@ COMMANDS = {
         "rlhf.collect.sample:SampleConfig",
         run_sample,
         loads_models=True,
+        models=("model_name_or_path", "other", "runs", "select_by"),
     ),
     "collect serve": Command(
         "the web app in which people compare two answers: STORE",
@@ -246,6 +246,7 @@ COMMANDS = {
         lazily("reward.cards.command:make_card"),
         words="run",
         loads_models=True,
+        models=("run",),
     ),
     "reward best-of-n": Command(
         "where the best of n turns down in what counts: RUN --prompts FILE --gold SPEC",
@@ -253,6 +254,7 @@ COMMANDS = {
         run_best_of_n,
         words="run",
         loads_models=True,
+        models=("run", "policy"),
     ),
     "reward learning-curve": Command(
         "its accuracy by the number of training pairs: RUN",
@@ -260,6 +262,7 @@ COMMANDS = {
         lazily("reward.cards.learning_curve:learning_curve"),
         words="run",
         loads_models=True,
+        models=("run",),
     ),
     "reward cross-validate": Command(
         "train a reward model without each fold, score what it has not seen: CONFIG",
@@ -307,6 +310,7 @@ COMMANDS = {
         "rlhf.brand.measure:MeasureConfig",
         lazily("rlhf.brand.measure:measure"),
         loads_models=True,
+        models=("model_name_or_path", "run"),
     ),
     "brand verdict": Command(
         "SHIP or DO NOT SHIP, by named gates with their intervals",
@@ -351,6 +355,7 @@ COMMANDS = {
         lazily("rlhf.export.run:export"),
         words="run",
         loads_models=True,
+        models=("run",),
     ),
     "doctor": Command(
         "whether this machine, and what a run reads, are as they should be: [CONFIG]",
@@ -365,6 +370,7 @@ COMMANDS = {
         run_chat,
         words="runs",
         loads_models=True,
+        models=("runs",),
     ),
     "serve": Command(
         "an OpenAI-compatible endpoint, adapters of one base by name: RUN RUN ...",
@@ -372,6 +378,7 @@ COMMANDS = {
         lazily("rlhf.serve.run:serve"),
         words="runs",
         loads_models=True,
+        models=("runs",),
     ),
     "experiment run": Command(
         "train and measure methods, swept values and seeds at one budget: FILE",
@@ -458,10 +465,24 @@ def run_command(name: str, argv: list[str]) -> None:
         )
     config = parse(pkgutil.resolve_name(command.options), argv, f"rlhf {name}")
     if command.loads_models:
-        from rlhf.models import silence_libraries
-
-        silence_libraries()
+        startup.silence_libraries()
+        check_models(config, command.models)
     command.run(config)
+
+
+def check_models(config: Any, names: tuple[str, ...]) -> None:
+    """Raise UserError where a model that one of these options names cannot be loaded, before torch is
+    imported for it.
+    """
+    from rlhf.data.sources import FILES
+    from rlhf.model_files import check_model
+
+    for name in names:
+        given = getattr(config, name)
+        for path in given if isinstance(given, list) else [given]:
+            # answers may come from a file instead
+            if path and not path.lower().endswith(FILES):
+                check_model(path)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,10 @@ def _parser(cls: type, prog: str) -> argparse.ArgumentParser:
         "--config", action="append", metavar="FILE", help="YAML file of options; a later one wins"
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    # read by rlhf.program
+    parser.add_argument(
+        "--debug", action="store_true", help="print the traceback of an error beside its message"
+    )
 
     hints = typing.get_type_hints(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -224,7 +228,9 @@ def _read_flags(cls: type, argv: list[str], prog: str) -> tuple[dict[str, str], 
         )
     # the launcher passes --local_rank; ranks are read from the environment
     flags = {
-        name: text for name, text in vars(found).items() if name not in ("config", "local_rank")
+        name: text
+        for name, text in vars(found).items()
+        if name not in ("config", "local_rank", "debug")
     }
     return flags, getattr(found, "config", [])
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from rlhf.adapters import adapter_weights
 from rlhf.data.encode import tokenizer_fingerprint
 from rlhf.errors import UserError
+from rlhf.model_files import read_identity, read_json
 from rlhf.models import InitialModel
 from rlhf.options.ppo import PPOConfig
 from rlhf.values import coerce
-from rlhf.weights import is_finite, read_identity, read_json
+from rlhf.weights import is_finite
 
 # the scalar head of a reward model, which stands beside the trunk of roles
 SCORE = "score"

@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from torch import Tensor
 from rlhf.errors import UserError
 from rlhf.hang import HangWatch
 from rlhf.program import on_failure
+from rlhf.startup import read_ranks
 
 # after which a compile lock that no process of this machine holds is taken for abandoned
 ABANDONED_SECONDS = 60.0
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 3.0  # for a rank to fail with an error of its own once another has failed
-LAUNCHERS = "These variables are the launcher's: start with `deepspeed` or `torchrun`, or unset them for one process"
 
 
 class FailureWatch:
@@ -184,18 +184,20 @@ def start(hang_timeout: float = 0.0) -> DistributedContext:
     hang_timeout: seconds at one place after which a rank among several counts as hanging; 0: never.
     """
     uses_gpu = torch.cuda.is_available()
-    if "WORLD_SIZE" not in os.environ or "RANK" not in os.environ:
+    ranks = read_ranks(os.environ)
+    if not uses_gpu:
+        # otherwise DeepSpeed says that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if not ranks.launched:
         return DistributedContext(
             device=torch.device("cuda", 0) if uses_gpu else torch.device("cpu")
         )
 
-    ranks = read_ranks(os.environ)
     if uses_gpu:
         device = torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _divide_cores(ranks.local_size)
     _prepare_compiling()
     wait_for_compilers(ranks.local_rank)
@@ -312,43 +314,6 @@ def is_abandoned(lock: Path) -> bool:
         # the compilation has ended at this moment
         return False
     return time.time() - last_change > ABANDONED_SECONDS
-
-
-@dataclass(frozen=True)
-class Ranks:
-    """This process's number among all ranks and among those of this machine."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-
-
-def read_ranks(environment: Mapping[str, str]) -> Ranks:
-    """Return the ranks as a launcher has set them.
-
-    Raises UserError where they are not numbers, contradict each other, or lack a place for the
-    ranks to meet.
-    """
-
-    def number(name: str, default: int) -> int:
-        text = environment.get(name, str(default))
-        if not text.isdecimal():
-            raise UserError(f"{name} is {text!r}, expected a whole number. {LAUNCHERS}")
-        return int(text)
-
-    size = number("WORLD_SIZE", 1)
-    ranks = Ranks(number("RANK", 0), size, number("LOCAL_RANK", 0), number("LOCAL_SIZE", size))
-    if ranks.rank >= size:
-        raise UserError(
-            f"RANK is {ranks.rank}, but WORLD_SIZE is {size}: ranks count from 0. {LAUNCHERS}"
-        )
-    absent = [
-        name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in environment
-    ]
-    if size > 1 and absent:
-        raise UserError(f"WORLD_SIZE is {size}, but {' and '.join(absent)} not set. {LAUNCHERS}")
-    return ranks
 
 
 def free_port() -> int:

@@ -41,5 +41,7 @@ def near_file(path: str | Path) -> str:
     path = Path(path)
     if not path.parent.is_dir():
         return ""
-    near = difflib.get_close_matches(path.name, os.listdir(path.parent), 1)
+    # a file that is there, but not what was expected, is no hint
+    others = [name for name in os.listdir(path.parent) if name != path.name]
+    near = difflib.get_close_matches(path.name, others, 1)
     return f". Did you mean {path.parent / near[0]}?" if near else ""

@@ -49,7 +49,9 @@ def lock_folder(folder: str | Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         file = _locked(folder / LOCK)
     except OSError as error:
-        raise UserError(f"{folder}: nothing can be written there ({error.strerror})") from None
+        raise UserError(
+            f"{folder}: nothing can be written there ({error.strerror}). Choose another place"
+        ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()
@@ -106,17 +108,6 @@ def model_files(folder: str | Path) -> list[Path]:
         return [Path(folder)]
     found = {path for pattern in MODEL_FILES for path in Path(folder).glob(pattern)}
     return sorted(path for path in found if path.name not in RECORD_FILES)
-
-
-def check_weights(folder: str | Path) -> None:
-    """Raise UserError for a safetensors file that is cut short or is none; its head alone is read."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            safe_open(str(file), "pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: the weights cannot be read ({error})") from None
 
 
 def scorer_files(spec: dict[str, Any]) -> list[Path]:

@@ -22,14 +22,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.errors import UserError, near_file
+from rlhf.errors import UserError
 from rlhf.files import cache_folder
-from rlhf.weights import loading
+from rlhf.model_files import gguf_file, loading
 
 # counted up when a file is converted in another way than before
 CONVERSION = 1
-# a folder with one of these is a model already
-MODEL_SETTINGS = ("config.json", "adapter_config.json")
 # vocabularies whose digits are cut apart before GPT-2's pattern (llama.cpp, llama-vocab.cpp)
 SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
 PLAIN_GPT2 = ("gpt-2", "gpt2", "phi-2", "jais", "mpt", "olmo", "trillion")
@@ -43,7 +41,7 @@ def as_folder(path: str) -> str:
 
     Converts it at the first call. Raises UserError where the file is missing or cannot be read.
     """
-    file = _gguf_file(path)
+    file = gguf_file(path)
     if file is None:
         return path
     folder = _folder_of(file)
@@ -61,7 +59,7 @@ def as_folder(path: str) -> str:
 
 def is_unconverted(path: str) -> bool:
     """Return whether `as_folder` would convert a file first, all of it in memory."""
-    file = _gguf_file(path)
+    file = gguf_file(path)
     return file is not None and not _folder_of(file).is_dir()
 
 
@@ -77,21 +75,6 @@ def _folder_of(file: Path) -> Path:
 def _hash(file: Path, size: int, changed: int) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:32]
-
-
-def _gguf_file(path: str) -> Path | None:
-    local = Path(path)
-    if local.suffix == ".gguf":
-        if not local.is_file():
-            raise UserError(f"{path}: no such file{near_file(path)}")
-        return local
-    if not local.is_dir() or any((local / name).is_file() for name in MODEL_SETTINGS):
-        return None
-    files = sorted(local.glob("*.gguf"))
-    if len(files) > 1:
-        names = ", ".join(file.name for file in files)
-        raise UserError(f"{path}: {len(files)} GGUF files ({names}). Name one: {files[0]}")
-    return files[0] if files else None
 
 
 def _convert(file: Path, folder: Path) -> None:

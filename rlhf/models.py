@@ -8,9 +8,7 @@ with an adapter (its base is read from it); a finished run of ours.
 from __future__ import annotations
 
 import json
-import os
 import sys
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,31 +18,30 @@ import torch
 from torch import nn
 
 from rlhf.adapters import (
-    adapter_base,
     adapter_settings,
     adapter_weights,
     add_adapter,
     load_adapter,
     not_adaptable,
-    require_policy,
 )
 from rlhf.data.encode import tokenizer_fingerprint
 from rlhf.divided import dividing
 from rlhf.errors import UserError
 from rlhf.from_gguf import as_folder
+from rlhf.model_files import (
+    IDENTITY_FILE,
+    adapter_base,
+    check_not_quantized,
+    first_line,
+    read_identity,
+    require_policy,
+)
 from rlhf.options.shared import require_bitsandbytes
 from rlhf.quantized import METHODS, quantize
 from rlhf.text import say_once
 from rlhf.tokenizer import load_tokenizer
 from rlhf.values import read_yaml
-from rlhf.weights import (
-    IDENTITY_FILE,
-    check_finite,
-    fingerprint,
-    first_line,
-    read_identity,
-    read_json,
-)
+from rlhf.weights import check_finite, fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 # keep the base as the adapter at hand was trained on it
@@ -248,18 +245,6 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
         buffer.data = buffer.data.to(device)
 
 
-def check_not_quantized(path: str) -> None:
-    """Raise UserError for a folder of weights that another program has quantised."""
-    file = Path(path) / "config.json"
-    settings = read_json(file).get("quantization_config") if file.is_file() else None
-    if settings:
-        method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else settings
-        raise UserError(
-            f"{path}: its weights are quantised already ({method}), which is not read here. Start from the weights "
-            "that it was made from, with load_in_4bit or load_in_8bit"
-        )
-
-
 def _some(names: Iterable[str], count: int = 3) -> str:
     names = sorted(names)
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
@@ -360,14 +345,3 @@ def trainable_policy(initial: InitialModel, lora: Any | None):
     if lora is None:
         return initial.model
     return add_adapter(initial.model, lora)
-
-
-def silence_libraries() -> None:
-    """Keep library chatter, telemetry and tokenizer warnings out of a program's output."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # the libraries give these to one another; nobody who runs a program can act on them
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")

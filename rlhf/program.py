@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -47,8 +48,8 @@ def program(main: Callable[..., T]) -> Callable[..., T]:
     """Decorate a program's `main` so that it ends with a message and an exit code.
 
     A UserError, or an error that `user_error` turns into one, is printed to stderr with exit code
-    2; an EarlyExit is printed to stdout with its own code. Of several ranks only the first to fail
-    prints.
+    2, with `--debug` after its traceback; an EarlyExit is printed to stdout with its own code. Of
+    several ranks only the first to fail prints.
     """
 
     @functools.wraps(main)
@@ -73,6 +74,9 @@ def program(main: Callable[..., T]) -> Callable[..., T]:
             if problem is None and not is_consequence:
                 raise
             if not is_consequence:
+                given = args[0] if args and args[0] is not None else sys.argv
+                if "--debug" in given:
+                    traceback.print_exception(error)
                 rank = os.environ.get("RANK", "0")
                 of_rank = "" if rank == "0" else f" on rank {rank}"
                 print(f"error{of_rank}: {problem}", file=sys.stderr, flush=True)

@@ -23,14 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf.adapters import (
-    VALUE_HEAD_FILE,
     adapter_parameters,
     adapter_settings,
     add_adapter,
     frozen_copy,
     head_name,
     load_adapter,
-    require_policy,
     without_head,
 )
 from rlhf.critic import SCORE, reward_head, reward_shift
@@ -44,6 +42,7 @@ from rlhf.logprobs import (
     spread,
     token_logprobs,
 )
+from rlhf.model_files import VALUE_HEAD_FILE, require_policy
 from rlhf.models import InitialModel, check_same_base, write_identity
 from rlhf.packing import decoder_and_head, head_is_plain, hidden_width
 from rlhf.weights import check_finite

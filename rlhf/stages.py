@@ -13,7 +13,6 @@ from rlhf.adapters import (
     check_targets,
     lora_config,
     never_trained,
-    require_policy,
     token_rows,
 )
 from rlhf.data.records import Prompt, Scorer
@@ -27,14 +26,15 @@ from rlhf.errors import UserError
 from rlhf.evaluate import Evaluation, eos_probability, knowledge_of_ends
 from rlhf.files import files_fingerprint, model_files
 from rlhf.from_gguf import is_unconverted
+from rlhf.model_files import read_json
 from rlhf.models import InitialModel, check_context, load_model
 from rlhf.options.shared import EIGHT_BIT, AdapterConfig, RunConfig, quantization_of
 from rlhf.packing import head_is_plain
 from rlhf.quantized import weight_memory
+from rlhf.runs.inputs import check_adapter_start
 from rlhf.runs.run import Run
 from rlhf.startup import model_loaded
 from rlhf.tokenizer import stop_ids
-from rlhf.weights import read_json
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -131,13 +131,8 @@ def check_start(program: str, config: RunConfig, model: Any, adapter_path: str |
     check_context(
         model, config.model_name_or_path, config.max_prompt_length, config.max_response_length
     )
-    if adapter_path and program != "reward":
-        require_policy(adapter_path)
-    if adapter_path and not getattr(config, "use_peft", True):
-        raise UserError(
-            f"use_peft is false, but {config.model_name_or_path} is an adapter. Train its whole weights from a merged "
-            "run: launch/sft.py --merge true"
-        )
+    if adapter_path:
+        check_adapter_start(program, config)
 
 
 def new_lora(

@@ -1,4 +1,6 @@
-"""How a program starts: imports without collecting garbage, and threads that fit its model."""
+"""How a program starts, without torch: ranks, imports without collecting garbage, libraries that keep
+quiet, and threads that fit its model.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,12 @@ import atexit
 import gc
 import logging
 import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from rlhf.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,6 +26,7 @@ USUAL_ALLOCATIONS = gc.get_threshold()[0]
 # A model with fewer parameters computes with one thread: a second one waits more than it computes
 # (docs/LOG.md, "Threads that spin").
 SMALL_MODEL_PARAMETERS = 2_000_000
+LAUNCHERS = "These variables are the launcher's: start with `deepspeed` or `torchrun`, or unset them for one process"
 # by the user or by whoever started this program
 THREADS_ARE_CHOSEN = "OMP_NUM_THREADS" in os.environ
 
@@ -59,3 +67,55 @@ def model_loaded(model: nn.Module) -> None:
         # what the imports have made is never looked through again
         gc.freeze()
         end()
+
+
+def silence_libraries() -> None:
+    """Keep library chatter, telemetry and tokenizer warnings out of a program's output."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # the libraries give these to one another; nobody who runs a program can act on them
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's number among all ranks and among those of this machine; `launched` is false for
+    plain python.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    launched: bool = True
+
+
+def read_ranks(environment: Mapping[str, str]) -> Ranks:
+    """Return the ranks as a launcher has set them, or those of one process without a launcher.
+
+    Raises UserError where they are not numbers, contradict each other, or lack a place for the
+    ranks to meet.
+    """
+
+    if "WORLD_SIZE" not in environment or "RANK" not in environment:
+        return Ranks(0, 1, 0, 1, launched=False)
+
+    def number(name: str, default: int) -> int:
+        text = environment.get(name, str(default))
+        if not text.isdecimal():
+            raise UserError(f"{name} is {text!r}, expected a whole number. {LAUNCHERS}")
+        return int(text)
+
+    size = number("WORLD_SIZE", 1)
+    ranks = Ranks(number("RANK", 0), size, number("LOCAL_RANK", 0), number("LOCAL_SIZE", size))
+    if ranks.rank >= size:
+        raise UserError(
+            f"RANK is {ranks.rank}, but WORLD_SIZE is {size}: ranks count from 0. {LAUNCHERS}"
+        )
+    absent = [
+        name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in environment
+    ]
+    if size > 1 and absent:
+        raise UserError(f"WORLD_SIZE is {size}, but {' and '.join(absent)} not set. {LAUNCHERS}")
+    return ranks

@@ -10,15 +10,7 @@ from torch import nn
 from rlhf.data.encode import PLAIN_TEMPLATE
 from rlhf.errors import UserError, near_file
 from rlhf.from_gguf import as_folder
-from rlhf.weights import loading
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-    "tokenizer.model",
-)
+from rlhf.model_files import TOKENIZER_FILES, loading
 
 
 def load_tokenizer(path: str) -> Any:

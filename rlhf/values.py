@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+import re
 import types
 import typing
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import Any, Literal
 import yaml
 
 from rlhf.errors import UserError, did_you_mean, near_file
+
+# brackets one in another
+NESTED_TOO_DEEPLY = re.compile(r"(?:[\[{]\s*){100}")
 
 
 class _Loader(yaml.SafeLoader):
@@ -34,6 +38,10 @@ def parse_yaml(text: str | typing.TextIO, where: str) -> Any:
     """Return what a YAML text holds. Raises UserError, naming `where` and the line, on bad YAML or
     a repeated key.
     """
+    text = text if isinstance(text, str) else text.read()
+    # yaml reads them in a time that grows with the square of their number
+    if NESTED_TOO_DEEPLY.search(text):
+        raise UserError(f"{where}: not usable YAML: nested too deeply")
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:

@@ -4,48 +4,17 @@ weights.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import math
-import pickle
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.divided import is_adapter, own_part, sampled, shape_of
 from rlhf.errors import UserError
-
-# beside every adapter: what it was trained on, checked when it is loaded
-IDENTITY_FILE = "rlhf.json"
-
-
-@contextlib.contextmanager
-def loading(path: str, what: str, more: str = ""):
-    """Turn whatever a library raises inside into a UserError that names the files at `path`."""
-    try:
-        yield
-    except Exception as error:
-        raise UserError(f"{path}: no {what} could be loaded ({first_line(error)}).{more}") from None
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file. Raises UserError if the file holds anything else, or only a
-    part of one.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file}: cannot be read as JSON ({first_line(error)}). Save or copy it again"
-        ) from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
@@ -99,12 +68,6 @@ def folder_fingerprint(path: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_identity(path: str | Path) -> dict[str, Any]:
-    """Return the content of rlhf.json in a folder; empty where there is none."""
-    file = Path(path) / IDENTITY_FILE
-    return read_json(file) if file.is_file() else {}
-
-
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return the base's own weights by their names without PEFT's wrapping, as they are kept: under
     ZeRO-3 in parts.
@@ -116,11 +79,3 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
 def plain_name(name: str) -> str:
     """Return the name that a weight of the base has without PEFT's wrapping."""
     return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its type where it has none."""
-    # torch's own message recommends running whatever the file holds
-    if isinstance(error, pickle.UnpicklingError):
-        return "a pickle that holds more than weights, and could run code; save the weights as safetensors"
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -7,9 +7,10 @@ import pytest
 
 from rlhf import deepspeed_backend, distributed
 from rlhf.deepspeed_config import DECIDED, check_deepspeed_config, read_deepspeed_config
-from rlhf.distributed import DistributedContext, Ranks, is_abandoned, read_ranks, wait_for_compilers
+from rlhf.distributed import DistributedContext, is_abandoned, wait_for_compilers
 from rlhf.errors import UserError
 from rlhf.stages import check_zero
+from rlhf.startup import Ranks, read_ranks
 
 
 def aged(path, seconds):

@@ -9,9 +9,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from rlhf import from_gguf
-from rlhf.adapters import adapter_base, load_adapter
+from rlhf.adapters import load_adapter
 from rlhf.errors import UserError
 from rlhf.files import cache_folder
+from rlhf.model_files import adapter_base
 from rlhf.models import load_model, write_identity
 from tests.conftest import random_adapter
 

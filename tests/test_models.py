@@ -399,10 +399,14 @@ def with_infinity(content: bytes) -> bytes:
 @pytest.mark.parametrize(
     ("file", "change", "said"),
     [
-        ("adapter_config.json", truncated, "adapter_config.json: no settings of an adapter"),
+        ("adapter_config.json", truncated, "adapter_config.json: cannot be read as JSON"),
         ("rlhf.json", truncated, "rlhf.json: cannot be read as JSON"),
         ("rlhf.json", lambda _: b"[]", "rlhf.json: expected a JSON object, found list"),
-        ("adapter_model.safetensors", truncated, "no adapter weights could be loaded"),
+        (
+            "adapter_model.safetensors",
+            truncated,
+            "adapter_model.safetensors: the weights cannot be read",
+        ),
         ("adapter_model.safetensors", None, "adapter_model.safetensors is not"),
         (
             "adapter_model.safetensors",

@@ -20,6 +20,7 @@ from rlhf.engines.hf import generate as plain_generate
 from rlhf.engines.sampling import Sampling
 from rlhf.errors import UserError
 from rlhf.lora import FusedLinear, fuse
+from rlhf.model_files import IDENTITY_FILE, read_identity
 from rlhf.models import load_model
 from rlhf.offline.reference_cache import reference_key
 from rlhf.optimizer_engine import make_engine
@@ -34,7 +35,6 @@ from rlhf.quantized import (
 from rlhf.roles import Roles
 from rlhf.runs.budget import decoder_shape
 from rlhf.stages import check_zero
-from rlhf.weights import IDENTITY_FILE, read_identity
 from tests.kinds import build
 from tests.test_roles import batch_of
 

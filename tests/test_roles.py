@@ -585,8 +585,8 @@ def test_reward_models_and_critics_are_no_policies(roles, sft_path, reward_path,
 @pytest.mark.parametrize(
     ("file", "content", "words"),
     [
-        ("adapter_config.json", "{", "no settings of an adapter"),
-        ("adapter_model.safetensors", "xx", "no adapter weights could be loaded"),
+        ("adapter_config.json", "{", "cannot be read as JSON"),
+        ("adapter_model.safetensors", "xx", "the weights cannot be read"),
         ("adapter_model.safetensors", None, "adapter_model.safetensors is not"),
     ],
 )
@@ -601,7 +601,7 @@ def test_an_adapter_that_is_not_whole_is_refused_by_every_program(
 def test_a_run_loads_from_whatever_directory(base_path, tmp_path, monkeypatch):
     import shutil
 
-    from rlhf.adapters import adapter_base
+    from rlhf.model_files import adapter_base
 
     shutil.copytree(base_path, tmp_path / "runs" / "world" / "base")
     path = random_adapter(base_path, tmp_path / "runs" / "sft", seed=5)

@@ -16,10 +16,10 @@ from rlhf.adapters import lora_config
 from rlhf.data.records import Prompt, Scores
 from rlhf.deepspeed_backend import gathered
 from rlhf.distributed import DistributedContext, start
+from rlhf.guards import Decision
 from rlhf.models import load_model
 from rlhf.options.ppo import PPOConfig
 from rlhf.ppo.batches import TrainingData, cycle_shuffled
-from rlhf.ppo.guards import Decision
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.roles import Roles
 

@@ -274,7 +274,7 @@ def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
 
 def check_policy(source: str) -> None:
     """Raise UserError for a model that is missing or a reward model, before others are sampled."""
-    from rlhf.adapters import require_policy
+    from rlhf.model_files import require_policy
     from rlhf.tokenizer import load_tokenizer
 
     if (Path(source) / "adapter_config.json").is_file():

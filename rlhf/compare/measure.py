@@ -35,6 +35,7 @@ from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import first_by_hash
 from rlhf.errors import UserError, near_file
+from rlhf.model_files import check_model
 from rlhf.text import short_names
 
 # options that are the runs' own, and what holds where no run says
@@ -116,14 +117,16 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     """Sample, score and report; return report.json's content. `build_scorer(specs, tokenizer)`
     makes scorers.
     """
+    # before torch is imported
+    for path in config.runs:
+        if not Path(path).is_dir():
+            raise UserError(f"{path}: no such run{near_file(path)}")
+        check_model(path)
+
     from rlhf.compare.report import print_report, write_files
     from rlhf.compare.summary import summarise
     from rlhf.engines.sampling import Sampling
     from rlhf.tokenizer import load_tokenizer
-
-    for path in config.runs:
-        if not Path(path).is_dir():
-            raise UserError(f"{path}: no such run{near_file(path)}")
 
     # what to sample, and what to score it by
     shared = shared_options(config)

@@ -39,7 +39,7 @@ def run_result(path: str | Path) -> dict[str, Any]:
 
 def world_seed(path: str) -> int | None:
     """Return the seed of the sandbox world that a run's base comes from; None of other bases."""
-    from rlhf.weights import read_identity
+    from rlhf.model_files import read_identity
 
     base = read_identity(path).get("base_model_name_or_path")
     file = Path(base).parent / "world.json" if base else None
@@ -158,10 +158,10 @@ def load_policies(
     dtype: of the base; "auto" is bfloat16 on a GPU. Raises UserError where the longest prompt and
     response exceed a model's positions.
     """
-    from rlhf.adapters import adapter_base, load_adapter, require_policy, use_adapter
+    from rlhf.adapters import load_adapter, use_adapter
+    from rlhf.model_files import adapter_base, read_identity, require_policy
     from rlhf.models import check_context, check_same_base, load_model, sampling_dtype, trained_on
     from rlhf.startup import model_loaded
-    from rlhf.weights import read_identity
 
     dtype = sampling_dtype(dtype, device)
     # base, and how it is kept -> the model as it was loaded, and with its adapters

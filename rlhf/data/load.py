@@ -49,6 +49,7 @@ def load(
     on_error: Literal["stop", "skip"] = "stop",
     aggregate: Aggregate = "each",
     bad: Counter | None = None,
+    quiet: bool = False,
 ) -> list[R]:
     """Return the records of one or several sources, in their order, each with its group and split.
 
@@ -65,6 +66,7 @@ def load(
     aggregate: how a store's votes become pairs (store.py); nothing else reads it.
     bad: where rows are skipped, this gets their number by reason, and under "read" that of all
     rows.
+    quiet: nothing is said of rows that are skipped.
 
     Raises UserError: nothing to read, no schema of `kind`, bad rows, a group with two splits, or no
     record left for `split` None or "train". A small data set may have no validation or test group:
@@ -81,6 +83,8 @@ def load(
 
     table = collect(source, kind, aggregate)
     table.check_usable(on_error)
+    if not quiet:
+        table.say_notes()
     if bad is not None and table.bad:
         bad.update({"read": len(table.records) + len(table.bad)} | table.bad_reasons())
     assign(table.records, validation_fraction, test_fraction, table.places)
@@ -179,8 +183,6 @@ class Table:
     def check_usable(self, on_error: Literal["stop", "skip"]) -> None:
         """Raise UserError on a source without any row of the kind, on bad rows unless they are
         skipped, on no rows.
-
-        Prints what was skipped and what may be meant otherwise on stderr (rank 0).
         """
         for source in self.sources:
             if not self.good[source] and any(
@@ -195,6 +197,9 @@ class Table:
             if not reasons:
                 found = "; ".join(map(sources.why_empty, self.sources))
             raise UserError(f"{self.name}: no row to read ({found})")
+
+    def say_notes(self) -> None:
+        """Print what was skipped and what may be meant otherwise on stderr (rank 0)."""
         # every rank reads the data, and one message is enough
         if os.environ.get("RANK", "0") == "0":
             for line in self.bad_summary():

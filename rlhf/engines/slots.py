@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from rlhf.divided import is_streamed
+from rlhf.model_files import first_line
 from rlhf.packing import decoder_and_head
 from rlhf.text import say_once
-from rlhf.weights import first_line
 
 # a recorded pass reads so many positions, or twice, four times, ... as many
 SHORTEST_RECORDED = 256

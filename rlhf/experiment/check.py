@@ -16,7 +16,7 @@ import torch
 import trl
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.adapters import adapter_base, adapter_settings, add_adapter
+from rlhf.adapters import adapter_settings, add_adapter
 from rlhf.collect.sample import SampleConfig
 from rlhf.compare.runs import hashes, identities
 from rlhf.config import parse
@@ -30,9 +30,9 @@ from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.job import Job
 from rlhf.experiment.measure import load_test_split
 from rlhf.experiment.plan import plan
-from rlhf.files import check_weights
 from rlhf.from_gguf import as_folder
 from rlhf.judge.judges import load_judge
+from rlhf.model_files import adapter_base, check_weights
 from rlhf.models import InitialModel
 from rlhf.offline.trainers import trl_arguments
 from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig

@@ -53,7 +53,7 @@ def measure(asked: MeasureConfig, build_scorer: Callable[..., Scorer]) -> None:
     """Measure what is not measured yet and write done.json. `build_scorer(specs, tokenizer)` makes
     scorers.
     """
-    from rlhf.models import silence_libraries
+    from rlhf.startup import silence_libraries
 
     silence_libraries()
     config = load_experiment(asked.experiment)

@@ -17,11 +17,11 @@ from rlhf.errors import UserError
 from rlhf.export.check import compare, greedy_answers
 from rlhf.export.gguf_file import check_writable, modelfile, write_gguf
 from rlhf.from_gguf import as_folder, read_gguf
+from rlhf.model_files import IDENTITY_FILE, read_identity, read_json
 from rlhf.models import InitialModel, load_model, trainable_policy
 from rlhf.quantized import dequantize
 from rlhf.startup import model_loaded
 from rlhf.tokenizer import stop_ids
-from rlhf.weights import IDENTITY_FILE, read_identity, read_json
 
 GGUF_FORMS = ("gguf", "ollama")
 

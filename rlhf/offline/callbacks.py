@@ -7,6 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from rlhf.distributed import peak_memory
 from rlhf.divided import own_part, readable
 from rlhf.errors import EXIT_GUARD, EarlyExit
 from rlhf.evaluate import Evaluation, sample_table, summarise
+from rlhf.guards import Decision
 from rlhf.models import InitialModel, write_identity
 from rlhf.offline.best import HeldOutLosses, memory_file, own_memory, read_memories
+from rlhf.offline.guards import OfflineGuards
 from rlhf.offline.trl_names import rename_trl
 from rlhf.runs import checkpoint
 from rlhf.runs.budget import Budget
@@ -72,6 +75,11 @@ class RunCallback(TrainerCallback):
         self.evaluated_step = -1
         self.stopped = False
         self.held_out = HeldOutLosses()
+        self.guards = OfflineGuards(run.program, run.config.guards)
+        # of a guard that has ended the run
+        self.stop_reason = ""
+        # the Trainer's sum of losses since its last log, after the step before
+        self._loss_sum = 0.0
         accuracy = ACCURACY[run.program]
         self.shown = (
             "loss/total",
@@ -105,19 +113,27 @@ class RunCallback(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         run, step = self.run, state.global_step
         every = run.config.eval_steps
+        found = []
         if step >= state.max_steps or (every and step % every == 0):
             self._evaluate(model, step)
+            found = self.guards.logged(step, self.metrics)
 
         self.stopped = run.interrupted()
         control.should_training_stop = control.should_training_stop or self.stopped
         control.should_save = self.stopped or run.should_checkpoint(step, state.max_steps)
 
-        is_whole = math.isfinite(float(self.trainer._tr_loss))
+        loss = self._step_loss(step)
+        is_whole = math.isfinite(loss)
         if control.should_save and is_whole:
             trained = [own_part(p) for p in model.parameters() if p.requires_grad]
             is_whole = all(map(is_finite, trained))
-        if run.world.sum(float(not is_whole)):
+        # one exchange for both; NaN on any rank is NaN in the sum
+        broken, total = run.world.sum(
+            torch.tensor([float(not is_whole), loss], dtype=torch.float64)
+        )
+        if broken:
             raise not_finite(run, step, "the loss or a weight is not finite")
+        self._act(found + self.guards.loss(step, float(total) / run.world.size), control)
         return control
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -136,6 +152,7 @@ class RunCallback(TrainerCallback):
         logs.update(self.budget.total(self.run.world))
         logs["memory/peak"] = peak_memory(self.run.world.device)
         metrics = rename_trl(logs, self.run.program)
+        self._act(self.guards.logged(state.global_step, metrics), control)
         self.run.tracker.log(metrics, state.global_step)
         if metrics.keys() & set(self.shown):
             self.run.tracker.console(state.global_step, state.max_steps, metrics, self.shown)
@@ -164,6 +181,41 @@ class RunCallback(TrainerCallback):
             checkpoint.crash_point("sealed")
             checkpoint.prune(run.checkpoints, run.config.save_total_limit)
         run.world.barrier()
+
+    def _step_loss(self, step: int) -> float:
+        """Return this rank's loss of the step that was just made, by what the Trainer has summed up."""
+        total = float(self.trainer._tr_loss)
+        # the sum began again where the step before was logged
+        before = 0.0 if self.trainer._globalstep_last_logged == step - 1 else self._loss_sum
+        self._loss_sum = total
+        return total - before
+
+    def _act(self, decisions: list[Decision], control: Any) -> None:
+        """Say what the guards have decided, and end training where one stops the run."""
+        for decision in decisions:
+            if decision.action == "stop" and not self.stop_reason:
+                self.stop_reason = (
+                    f"guard {decision.guard} at step {decision.step}: {decision.reason}"
+                )
+                control.should_training_stop = True
+                # it would take the place of one from before the fault
+                control.should_save = False
+        for event in self.guards.decided.drain_events():
+            self.run.tracker.table("guards", [asdict(event)], event.step)
+            self.run.log(
+                f"guard {event.guard} at step {event.step}: {event.action}: {event.reason}"
+            )
+
+    def finish(self, headline: dict[str, Any], budget: dict[str, float], **more: Any) -> None:
+        """Write result.json with what the guards have decided, and close the run.
+
+        Raises EarlyExit where one of them has stopped it.
+        """
+        if self.stop_reason:
+            more["stopped"] = self.stop_reason
+        self.run.finish(headline, budget, guards=self.guards.decided.events, **more)
+        if self.stop_reason:
+            raise EarlyExit(f"{self.run.program}: stopped by {self.stop_reason}", EXIT_GUARD)
 
     def _is_patience_at_end(self) -> bool:
         return bool(self.patience) and self.held_out.without_gain >= self.patience
@@ -196,6 +248,7 @@ class RunCallback(TrainerCallback):
             "metrics": self.trainer._metrics["train"],
             "budget": self.budget.state_dict(),
             "learnt": self.learnt.state_dict() if self.learnt is not None else {},
+            "guards": self.guards.state_dict(),
         }
         memory_file(folder, self.run.world.rank).write_text(json.dumps(kept))
 
@@ -213,7 +266,10 @@ class RunCallback(TrainerCallback):
         self.budget.load_shares([memory["budget"] for memory in memories], world)
         if self.learnt is not None:
             self.learnt.load_state_dict(kept["learnt"])
-        # a checkpoint of an earlier version has none
+        self._loss_sum = kept["tr_loss"]
+        # a checkpoint of an earlier version has none of either
+        if "guards" in kept:
+            self.guards.load_state_dict(kept["guards"])
         self.held_out = HeldOutLosses(resumed.metadata["state"].get("held_out", []))
         self.metrics = resumed.metadata["state"]["last"]
         self.evaluated_step = resumed.metadata["state"]["evaluated"]

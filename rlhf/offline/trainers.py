@@ -19,12 +19,14 @@ from rlhf.deepspeed_backend import register_foreign_reads
 from rlhf.deepspeed_config import read_deepspeed_config
 from rlhf.divided import is_adapter, is_divided, readable, whole, whole_state
 from rlhf.dropout import disable_dropout
-from rlhf.errors import UserError, did_you_mean
+from rlhf.errors import EarlyExit, UserError, did_you_mean
+from rlhf.model_files import first_line
 from rlhf.models import InitialModel, write_identity
 from rlhf.offline.callbacks import AlreadyFinished, RunCallback, not_finite
 from rlhf.offline.packed import check_apart, pack_forward
 from rlhf.offline.trl_names import rename_trl
 from rlhf.packing import packs
+from rlhf.program import user_error
 from rlhf.quantized import dequantize
 from rlhf.runs.budget import Budget
 from rlhf.runs.run import Run
@@ -88,7 +90,7 @@ def trl_arguments(cls: type, run: Run, *, has_held_out: bool, **fixed: Any) -> A
     if values.get("packing") and values["max_length"] is None:
         # of a pack, then: room for the longest row
         values["max_length"] = config.max_prompt_length + config.max_response_length
-    with refused_by_trl():
+    with refused_by_trl(config.trl):
         arguments = cls(**values)
         check_schedule(arguments)
     return arguments
@@ -97,7 +99,7 @@ def trl_arguments(cls: type, run: Run, *, has_held_out: bool, **fixed: Any) -> A
 def trl_overrides(cls: type, config: Any) -> dict[str, Any]:
     """Return the values under `trl:`, each of its field's type.
 
-    Raises UserError for a name that TRL does not have, or that is an option of the program.
+    Raises UserError for a name that TRL does not have.
     """
     hints = get_type_hints(cls)
     result = {}
@@ -106,8 +108,6 @@ def trl_overrides(cls: type, config: Any) -> dict[str, Any]:
             raise UserError(
                 f"trl: '{name}' is no option of {cls.__name__}.{did_you_mean(name, hints)}"
             )
-        if hasattr(config, name):
-            raise UserError(f"trl: '{name}' is an option of this program: --{name} {value}")
         try:
             result[name] = coerce(value, hints[name], f"trl: '{name}'")
         except TypeError:
@@ -117,12 +117,25 @@ def trl_overrides(cls: type, config: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def refused_by_trl() -> Iterator[None]:
-    """Raise as a UserError what TRL and the libraries under it refuse of the options."""
+def refused_by_trl(trl: dict[str, Any]) -> Iterator[None]:
+    """Raise as a UserError what TRL and the libraries under it refuse of the options.
+
+    With options of their own, `trl`, whatever they raise is taken for a refusal of these.
+    """
     try:
         yield
-    except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"TRL refuses these options: {error}") from None
+    except Exception as error:
+        is_refusal = bool(trl) or isinstance(error, (ValueError, TypeError, ImportError))
+        if is_no_refusal(error) or not is_refusal:
+            raise
+        named = f" (trl: {', '.join(trl)})" if trl else ""
+        raise UserError(f"TRL refuses these options{named}: {first_line(error)}") from error
+
+
+def is_no_refusal(error: Exception) -> bool:
+    """Return whether an error says something else than that a library refuses options."""
+    own = (UserError, EarlyExit, torch.OutOfMemoryError)
+    return isinstance(error, own) or user_error(error) is not None
 
 
 def check_schedule(arguments: Any) -> None:
@@ -204,16 +217,20 @@ def train(trainer: Trainer, callback: RunCallback, lora_dropout: float = 0.0) ->
     prepare_trainer(trainer, callback.budget, lora_dropout)
     callback.trainer = trainer
     run.open_tracker()
+    begun = run.resumed.step if run.resumed else 0
     try:
         trainer.train(resume_from_checkpoint=str(run.resumed.folder) if run.resumed else None)
     except AlreadyFinished:
         trainer._finalize_training(None, 0, time.time())
-    except ImportError as error:
-        if not run.config.trl:
+    except Exception as error:
+        # some values under `trl:` are read in the first step only
+        is_first = trainer.state.global_step <= begun + 1
+        if not (run.config.trl and is_first) or is_no_refusal(error):
             raise
         raise UserError(
-            f"trl: {', '.join(run.config.trl)}: a package is missing: {error}"
-        ) from None
+            f"trl: {', '.join(run.config.trl)}: TRL fails with these options in the first step "
+            f"({type(error).__name__}: {first_line(error)}). Leave them out, or see where with --debug"
+        ) from error
     if callback.stopped:
         raise run.interrupted_error(trainer.state.global_step)
 

@@ -1,6 +1,6 @@
 """The table of guards (thresholds, actions, windows) and the option `guards` that changes it.
 
-rlhf/ppo/guards.py applies it, docs/guards.md explains it.
+rlhf/ppo/guards.py and rlhf/offline/guards.py apply it, docs/guards.md explains it.
 """
 
 from __future__ import annotations
@@ -128,6 +128,42 @@ GUARDS: dict[str, Guard] = {
     ),
 }  # fmt: skip
 
+_LOGGED = {
+    "actions": ("off", "warn", "stop"),
+    "refused": "TRL's trainers make each update before it can be judged, and cannot go back",
+}
+_LOSS_GUARDS: dict[str, Guard] = {
+    "divergence": Guard(
+        threshold=2.0, action="stop", window=5, limit=None, lower=1.0,
+        help="the run has diverged",
+        remedy="lower learning_rate, add warmup_steps, or take a checkpoint from before", **_LOGGED,
+    ),
+    "loss_spike": Guard(
+        threshold=2.0, action="warn", window=20, limit=None, lower=1.0, shortest=5,
+        help="one batch has much to learn, or the step size is near its limit",
+        remedy="look at the rows of that step; lower learning_rate or max_grad_norm where it happens again",
+        **_LOGGED,
+    ),
+}  # fmt: skip
+# of the programs that train through TRL
+OFFLINE_GUARDS: dict[str, dict[str, Guard]] = {
+    "sft": _LOSS_GUARDS,
+    "reward": _LOSS_GUARDS,
+    "dpo": {
+        **_LOSS_GUARDS,
+        "max_kl": Guard(
+            threshold=100.0, action="stop", window=1, limit=None,
+            help="the policy has left the reference",
+            remedy="raise beta or lower learning_rate", **_LOGGED,
+        ),
+        "chosen_logprob": Guard(
+            threshold=2.0, action="warn", window=3, limit=None, lower=1.0,
+            help="the chosen responses lose their probability with the rejected ones",
+            remedy="raise beta, lower learning_rate, or add the loss sft to loss_type", **_LOGGED,
+        ),
+    },
+}  # fmt: skip
+
 # Names from before a renaming, which files and checkpoints may still hold.
 OLD_NAMES = {"no_end": "truncation", "score_spread": "score_collapse"}
 
@@ -137,8 +173,8 @@ def current_name(name: str) -> str:
     return OLD_NAMES.get(name, name)
 
 
-def check_guards(overrides: dict[str, Any]) -> dict[str, Guard]:
-    """Return GUARDS with the user's settings.
+def check_guards(overrides: dict[str, Any], table: dict[str, Guard] = GUARDS) -> dict[str, Guard]:
+    """Return the table with the user's settings.
 
     A value is a mapping of settings, or short for one: `off`, an action, or a number for the
     threshold. Raises UserError for what is unknown, out of range or makes no sense.
@@ -146,16 +182,16 @@ def check_guards(overrides: dict[str, Any]) -> dict[str, Guard]:
     # pydantic takes as long to import as a program's --help takes in all
     from rlhf.validation import validate
 
-    guards = dict(GUARDS)
+    guards = dict(table)
     for given, value in overrides.items():
         name = current_name(given)
-        if name not in GUARDS:
-            hint = did_you_mean(name, GUARDS)
-            raise UserError(f"guards: unknown guard '{name}'.{hint} There are: {', '.join(GUARDS)}")
+        if name not in table:
+            hint = did_you_mean(name, table)
+            raise UserError(f"guards: unknown guard '{name}'.{hint} There are: {', '.join(table)}")
 
         where = f"guards.{name}"
-        settings = validate(_settings_model(GUARDS[name]), _as_mapping(value, where), where)
-        guards[name] = replace(GUARDS[name], **settings.model_dump(exclude_unset=True))
+        settings = validate(_settings_model(table[name]), _as_mapping(value, where), where)
+        guards[name] = replace(table[name], **settings.model_dump(exclude_unset=True))
     return guards
 
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from rlhf.config import option
 from rlhf.errors import UserError
+from rlhf.options.guards import OFFLINE_GUARDS, check_guards
 from rlhf.options.shared import RunConfig, SamplingConfig, TrainerConfig
 
 Loss = Literal[
@@ -33,6 +34,7 @@ class SFTRunConfig(TrainerConfig, SamplingConfig):
 
     def validate(self) -> None:
         super().validate()
+        check_guards(self.guards, OFFLINE_GUARDS["sft"])
         if self.merge and not self.use_peft:
             raise UserError("'merge' is true but 'use_peft' is false: there is no adapter to merge")
 
@@ -82,6 +84,7 @@ class RewardRunConfig(TrainerConfig, RunConfig):
 
     def validate(self) -> None:
         super().validate()
+        check_guards(self.guards, OFFLINE_GUARDS["reward"])
         if self.keeps_best and not self.eval_steps:
             name = "early_stopping_patience" if self.early_stopping_patience else ""
             raise UserError(
@@ -112,6 +115,7 @@ class DPORunConfig(TrainerConfig, SamplingConfig):
 
     def validate(self) -> None:
         super().validate()
+        check_guards(self.guards, OFFLINE_GUARDS["dpo"])
         if (
             self.label_smoothing
             and self.loss_type != ["sigmoid"]

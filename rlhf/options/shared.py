@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config import SEED, option
-from rlhf.errors import UserError
+from rlhf.errors import UserError, did_you_mean
 from rlhf.http_client import check_url
 
 # optimizers of bitsandbytes with moments in 8 bits, by transformers' names
@@ -166,6 +166,7 @@ class RunConfig(ModelOptions, DataOptions, OptimizerOptions, OutputOptions, Logg
             raise UserError("validation_fraction and test_fraction leave nothing to train on")
         check_output_dir(self.output_dir)
         check_quantization(self)
+        check_attention(self.attn_implementation)
         require_bitsandbytes(self.optim in EIGHT_BIT, f"optim {self.optim}")
         if self.optim in EIGHT_BIT and self.dtype == "float64":
             raise UserError(f"'optim' {self.optim} does not go with dtype float64. Take float32")
@@ -204,6 +205,36 @@ def require_bitsandbytes(is_needed: bool, option: str) -> None:
     if is_needed and find_spec("bitsandbytes") is None:
         raise UserError(
             f"'{option}' needs bitsandbytes, which is not installed. Install it with: pip install 'rlhf[quant]'"
+        )
+
+
+# transformers' own kinds of attention, and the packages that one needs
+ATTENTION = {
+    **dict.fromkeys(("sdpa", "eager", "flex_attention")),
+    "flash_attention_2": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn",
+}
+
+
+def check_attention(name: str | None) -> None:
+    """Raise UserError for a kind of attention that transformers does not have, or lacks a package for.
+
+    A name with a slash is a kernel on the Hub.
+    """
+    if name is None or "/" in name:
+        return
+    if name not in ATTENTION:
+        near = did_you_mean(name, ATTENTION)
+        raise UserError(
+            f"'attn_implementation' is '{name}', expected one of {', '.join(ATTENTION)}.{near}"
+        )
+    package = ATTENTION[name]
+    # transformers takes its kernels from the Hub instead
+    if package and not any(map(find_spec, (package, "kernels"))):
+        raise UserError(
+            f"'attn_implementation' {name} cannot be used here: the package {package} is not installed. Choose "
+            "another, for example: --attn_implementation sdpa"
         )
 
 
@@ -309,6 +340,40 @@ class AdapterConfig:
     )
 
 
+# transformers' schedules by name
+Schedule = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt",
+    "reduce_lr_on_plateau", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay", "greedy",
+]  # fmt: skip
+# options of TRL that a program of this package cannot follow, by what takes their place
+REPLACED = {
+    "upload the finished run: rlhf export RUN --to merged --push_to_hub USER/NAME": (
+        *("push_to_hub", "hub_model_id", "hub_token", "hub_private_repo", "hub_strategy"),
+        *("hub_always_push", "hub_revision"),
+    ),
+    "checkpoints are written by save_steps and save_total_limit, and resumed from by resume": (
+        *("save_strategy", "save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
+        *("resume_from_checkpoint", "restore_callback_states_from_checkpoint", "ignore_data_skip"),
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+    ),
+    "evaluation follows eval_steps": (
+        *("eval_strategy", "eval_delay", "eval_on_start", "batch_eval_metrics"),
+        *("include_for_metrics", "prediction_loss_only", "do_train", "do_eval", "do_predict"),
+    ),
+    "set dtype, which decides in what numbers is computed": (
+        *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"),
+    ),
+    "devices are those of the launcher (deepspeed, torchrun), and weights are divided by --deepspeed": (
+        *("use_cpu", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config"),
+        *("auto_find_batch_size", "local_rank", "ddp_backend", "debug"),
+    ),
+    "model, tokenizer and template are those of model_name_or_path": (
+        *("model_init_kwargs", "trust_remote_code", "chat_template_path", "eos_token", "pad_token"),
+    ),
+    "give the rows in a form of docs/data.md": ("dataset_text_field", "dataset_kwargs"),
+}
+
+
 @dataclass(kw_only=True)
 class TrainerConfig(AdapterConfig):
     """Training through TRL, under TRL's names."""
@@ -319,11 +384,16 @@ class TrainerConfig(AdapterConfig):
     gradient_accumulation_steps: int = option(
         1, "forward and backward passes before each step", low=1
     )
-    lr_scheduler_type: str = option("linear", "linear, cosine, constant, ... as in transformers")
+    lr_scheduler_type: Schedule = option("linear", "course of the step size, as in transformers")
     warmup_steps: float = option(
         0.0, "warm-up steps of the learning rate; below 1: a share of all steps", low=0
     )
     weight_decay: float = option(0.0, "weight decay of AdamW", low=0)
+    guards: dict = option(
+        {},
+        "guards by name: a threshold, an action or a mapping, or off; see docs/guards.md",
+        resume="free",
+    )
     trl: dict = option({}, "any further option of TRL's config for this stage, by its name")
 
     def validate(self) -> None:
@@ -332,3 +402,9 @@ class TrainerConfig(AdapterConfig):
             raise UserError(
                 "'max_steps' is 0, expected -1 (by epochs) or at least 1: a run needs at least one step"
             )
+        for name, value in self.trl.items():
+            if hasattr(self, name):
+                raise UserError(f"trl: '{name}' is an option of this program: --{name} {value}")
+            for instead, names in REPLACED.items():
+                if name in names:
+                    raise UserError(f"trl: '{name}' is not handed on to TRL: {instead}")

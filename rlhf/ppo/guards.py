@@ -10,11 +10,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from rlhf.errors import UserError, did_you_mean
-from rlhf.options.guards import check_guards, current_name
+from rlhf.guards import Decision, Decisions, current_names, keyed
+from rlhf.options.guards import check_guards
 from rlhf.runs.metrics import METRICS, is_known
 
 BASELINE = 5  # healthy steps whose mean is a run's own measure of entropy, length and spread
@@ -23,28 +23,6 @@ ENOUGH = 32  # responses, for a correlation
 TRUNCATED = "the share of responses without end"  # 1 - response/ended
 NOTHING = 1e-8  # an entropy or a spread of scores that is none at all, whatever it began with
 ROUNDING = 0.01  # nats: a KL nearer to 0 is not called negative
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What is to be done, and why.
-
-    action: `warn` goes on; `skip` leaves out this update (or, after scoring, this rollout); `end`
-    leaves out this update and the later ones of this rollout; `stop` ends the run; `rollback`
-    returns to the last good checkpoint, one made before step `since`.
-    """
-
-    guard: str
-    action: str
-    step: int
-    value: float
-    threshold: float | None
-    reason: str
-    since: int  # checkpoints of this step and later may hold the fault
-
-    @property
-    def interrupts_run(self) -> bool:
-        return self.action in ("stop", "rollback")
 
 
 def check_watched(overrides: dict[str, Any], scorers: Iterable[str]) -> None:
@@ -78,9 +56,8 @@ class Guards:
     """The guards of one run with their state: baselines, streaks, events.
 
     They are asked at four points: `scores` after scoring, `first` before the run's first update,
-    `update` before each optimizer step, `step` after each PPO step. A check ends in `_sustained` (a
-    fault must last some steps) or `_fault` (it acts at once), and both in `_decide`, which records
-    the decision.
+    `update` before each optimizer step, `step` after each PPO step. A check ends in `Decisions.sustained` (a
+    fault must last some steps) or `_fault` (it acts at once).
     """
 
     def __init__(
@@ -96,15 +73,8 @@ class Guards:
         names = self.guards["hacking"].watch or tuple(monitored)
         self.monitored = [watched_metric(name) for name in names]
         self.spreads = [watched_metric(name) for name in spreads]
-        self.events: list[dict[str, Any]] = []
-        self.rollbacks, self.rate_scale = 0, 1.0
-        self.counts = {
-            "skipped_updates": 0,
-            "skipped_rollouts": 0,
-            "shortened_rollouts": 0,
-            "warnings": 0,
-        }
-        self._unread: list[Decision] = []
+        counts = ("skipped_updates", "skipped_rollouts", "shortened_rollouts")
+        self.decided = Decisions(self.guards, counts)
         self._remember({})
 
     def update(self, step: int, numbers: dict[str, float]) -> Decision | None:
@@ -148,19 +118,23 @@ class Guards:
         if ended == 0 and self.guards["truncation"].action != "off":
             what = "before the first update no response has ended"
             found.append(
-                self._decide(
+                self.decided.decide(
                     "truncation", "warn", step, 1.0, self.guards["truncation"].threshold, what, step
                 )
             )
         action = self.guards["no_signal"].action
         if spread <= NOTHING and responses > 1 and action != "off":
             what = f"before the first update the scores that are compared are all alike, {metrics['score/total']:.3g}"
-            found.append(self._decide("no_signal", action, step, spread, NOTHING, what, step))
+            found.append(
+                self.decided.decide("no_signal", action, step, spread, NOTHING, what, step)
+            )
         guard, r = self.guards["length_detector"], metrics.get("score/length_correlation", 0.0)
         if abs(r) > guard.threshold and responses >= ENOUGH and guard.action != "off":
             what = f"the correlation of score/raw with length over the first {responses} responses is {r:+.2f}"
             found.append(
-                self._decide("length_detector", guard.action, step, r, guard.threshold, what, step)
+                self.decided.decide(
+                    "length_detector", guard.action, step, r, guard.threshold, what, step
+                )
             )
         return _most_severe(found)
 
@@ -196,27 +170,13 @@ class Guards:
             found += [self._check_hacking(step, name, values) for name in self.monitored]
         return _most_severe(found)
 
-    def drain_events(self) -> list[Decision]:
-        """Return the decisions since the last call; a series of equal ones at consecutive steps
-        appears once.
-        """
-        events, self._unread = self._unread, []
-        return events
-
-    def metrics(self) -> dict[str, float]:
-        """Return what was done so far as guard/* metrics."""
-        done = self.counts | {"rollbacks": self.rollbacks, "rate_scale": self.rate_scale}
-        return {f"guard/{name}": float(number) for name, number in done.items()}
-
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state, for JSON."""
-        return copy.deepcopy({name: getattr(self, name) for name in (*_KEPT, *_MEMORY)})
+        memory = {name: getattr(self, name) for name in _MEMORY}
+        return self.decided.state_dict() | copy.deepcopy(memory)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in _KEPT:
-            setattr(self, name, copy.deepcopy(state[name]))
-        for event in self.events:
-            event["guard"] = current_name(event["guard"])
+        self.decided.load_state_dict(state)
         self._remember(state)
 
     def rolled_back(self, decision: Decision, state: dict[str, Any] | None) -> None:
@@ -226,17 +186,17 @@ class Guards:
         """
         if decision.action != "rollback":
             raise ValueError(f"{decision.guard} asked to {decision.action}, not to roll back")
+        self.decided.restore_streaks(state or {})
         self._remember(state or {})
-        self.rollbacks += 1
-        self.rate_scale /= 2
+        self.decided.rollbacks += 1
+        self.decided.rate_scale /= 2
 
     def _remember(self, state: dict[str, Any]) -> None:
         state = copy.deepcopy(state)
         self.updates: int = state.get("updates", 0)  # optimizer steps asked about
         # when it struck lately: updates or steps
         self.faults: dict[str, list[int]] = state.get("faults", {})
-        self.streaks: dict[str, int] = _current_names(state.get("streaks", {}))  # steps in a row
-        self.baselines: dict[str, list[float]] = _current_names(state.get("baselines", {}))
+        self.baselines: dict[str, list[float]] = current_names(state.get("baselines", {}))
         # (score/raw, watched score)
         self.series: dict[str, list[list[float]]] = state.get("series", {})
 
@@ -285,10 +245,12 @@ class Guards:
             action, of = "stop", "updates" if kind == "updates" else "rollouts"
             what += f", and {len(self.faults[kind])} of the last {window} {of} had to be skipped"
         if action == "skip":
-            self.counts["skipped_rollouts" if kind == "rollouts" else "skipped_updates"] += 1
+            self.decided.counts[
+                "skipped_rollouts" if kind == "rollouts" else "skipped_updates"
+            ] += 1
         if action == "end":
-            self.counts["shortened_rollouts"] += 1
-        return self._decide(name, action, step, value, bound, what, step)
+            self.decided.counts["shortened_rollouts"] += 1
+        return self.decided.decide(name, action, step, value, bound, what, step)
 
     # whole steps
 
@@ -300,7 +262,7 @@ class Guards:
             return None
         value, bound = values[metric], self.guards[name].threshold
         what = f"{metric} is {value:.3g}, above {bound:g}"
-        return self._sustained(name, step, value > bound, value, bound, what)
+        return self.decided.sustained(name, step, value > bound, value, bound, what)
 
     def _check_negative_kl(self, step: int, values: dict[str, float]) -> Decision | None:
         """Check that kl/sequence + threshold * its standard error is not below 0."""
@@ -309,7 +271,7 @@ class Guards:
         mean, error = values["kl/sequence"], values["kl/sequence_se"]
         most = mean + self.guards["negative_kl"].threshold * error
         what = f"kl/sequence is {mean:.3g} with a standard error of {error:.2g}"
-        return self._sustained("negative_kl", step, most < -ROUNDING, most, 0.0, what)
+        return self.decided.sustained("negative_kl", step, most < -ROUNDING, most, 0.0, what)
 
     def _check_against_baseline(
         self, name: str, step: int, metric: str, values: dict[str, float], key: str | None = None
@@ -320,7 +282,7 @@ class Guards:
         """
         if metric not in values:
             return None
-        value, first = values[metric], self.baselines.setdefault(_keyed(name, key), [])
+        value, first = values[metric], self.baselines.setdefault(keyed(name, key), [])
         mean = sum(first) / len(first) if first else value
         low, high = _healthy_range(name, mean, self.guards[name].threshold)
         bad = value > high or value <= low
@@ -330,7 +292,7 @@ class Guards:
         bound = high if value > high else low
         side = "above" if value > high else "below"
         what = f"{metric} is {value:.3g}, {side} {bound:.3g} (it began at {mean:.3g})"
-        return self._sustained(name, step, bad, value, bound, what, key)
+        return self.decided.sustained(name, step, bad, value, bound, what, key)
 
     def _check_hacking(self, step: int, name: str, values: dict[str, float]) -> Decision | None:
         """Check that score/raw does not rise while the monitored score falls, between the halves of
@@ -347,60 +309,9 @@ class Guards:
         rise, fall = trend([a for a, _ in series]), -trend([b for _, b in series])
         bad = fall > guard.threshold and rise > guard.threshold / 2
         what = f"over {guard.window} steps {name} fell by {fall:.1f} standard errors while score/raw rose by {rise:.1f}"
-        return self._sustained("hacking", step, bad, fall, guard.threshold, what, name, IN_A_ROW)
-
-    def _sustained(
-        self, name, step, bad, value, bound, what, key=None, window=None
-    ) -> Decision | None:
-        """Decide about a fault that has to last `window` steps; a warning is given once, when it
-        gets there.
-        """
-        guard, key = self.guards[name], _keyed(name, key)
-        window = guard.window if window is None else window
-        streak = self.streaks[key] = self.streaks.get(key, 0) + 1 if bad else 0
-        if guard.action == "off" or streak < window or (guard.action == "warn" and streak > window):
-            return None
-        return self._decide(
-            name,
-            guard.action,
-            step,
-            value,
-            bound,
-            f"{what}, {streak} steps in a row",
-            step - streak,
+        return self.decided.sustained(
+            "hacking", step, bad, fall, guard.threshold, what, name, IN_A_ROW
         )
-
-    def _decide(self, name, action, step, value, bound, what, since) -> Decision:
-        """Record and return a decision.
-
-        `since` is, for a bad rollout, the step before it: its updates made the policy that sampled
-        the rollout.
-        """
-        guard = self.guards[name]
-        if action == "rollback" and self.rollbacks >= guard.limit:
-            action = "stop"
-            what += f", after {self.rollbacks} rollbacks"
-        self.counts["warnings"] += action == "warn"
-        reason = f"{what}: {guard.help}; {guard.remedy} (or change guards.{name})"
-        decision = Decision(name, action, step, value, bound, reason, since)
-        same = [e for e in self.events if (e["guard"], e["action"]) == (name, action)]
-        if (
-            action not in ("stop", "rollback")
-            and same
-            and same[-1]["last_step"] in (step - 1, step)
-        ):
-            same[-1].update(times=same[-1]["times"] + 1, last_step=step)
-        else:
-            event = asdict(decision) | {"times": 1, "last_step": step}
-            event["value"] = value if math.isfinite(value) else str(value)  # JSON knows no NaN
-            self.events.append(event)
-            self._unread.append(decision)
-        return decision
-
-
-def _keyed(name: str, key: str | None) -> str:
-    """Return what a guard's state is kept under, where it looks at several metrics."""
-    return name if key is None else f"{name}/{key}"
 
 
 def _healthy_range(name: str, mean: float, factor: float) -> tuple[float, float]:
@@ -414,15 +325,7 @@ def _healthy_range(name: str, mean: float, factor: float) -> tuple[float, float]
     return max(factor * mean, NOTHING), math.inf
 
 
-def _current_names(by_guard: dict[str, Any]) -> dict[str, Any]:
-    """Return a mapping by guard, as a checkpoint holds it, under the names that the guards have
-    today.
-    """
-    return {current_name(name): value for name, value in by_guard.items()}
-
-
-_KEPT = ("events", "rollbacks", "rate_scale", "counts")
-_MEMORY = ("updates", "faults", "streaks", "baselines", "series")
+_MEMORY = ("updates", "faults", "baselines", "series")
 
 
 def trend(values: list[float]) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 from rlhf.data.records import BadScore
 from rlhf.errors import EXIT_GUARD, EarlyExit
 from rlhf.evaluate import Evaluation, sample_table, summarise
+from rlhf.guards import Decision
 from rlhf.models import InitialModel
-from rlhf.ppo.guards import Decision
 from rlhf.ppo.rollout import Rollout
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.runs.run import Run, format_metrics
@@ -66,7 +66,7 @@ class TrainingLoop:
         """Log a step; then evaluate and write a checkpoint where one belongs."""
         run, config = self.run, self.run.config
         is_last = step == config.total_steps
-        events = self.trainer.guards.drain_events()
+        events = self.trainer.guards.decided.drain_events()
         is_pending = self.trainer.pending_decision is not None
 
         # skipped rollouts and steps that a guard ends are always logged
@@ -133,7 +133,7 @@ class TrainingLoop:
         # resumed
         self.save_checkpoint(kept.step, kept.metadata["score"])
         self.run.log(
-            f"back to {kept.folder}, with step sizes times {self.trainer.guards.rate_scale:g}"
+            f"back to {kept.folder}, with step sizes times {self.trainer.guards.decided.rate_scale:g}"
         )
         return True
 
@@ -169,7 +169,10 @@ class TrainingLoop:
             raise EarlyExit(f"ppo: nothing was learnt: {reason}", EXIT_GUARD)
 
         self.save_adapters(run.folder)
-        result: dict[str, Any] = {"guards": trainer.guards.events, "steps": trainer.steps_done}
+        result: dict[str, Any] = {
+            "guards": trainer.guards.decided.events,
+            "steps": trainer.steps_done,
+        }
         if stopped:
             result["stopped"] = stopped.reason
         run.finish(self.headline, spent, **result)

@@ -27,12 +27,13 @@ from rlhf.data.records import BadScore, Scorer
 from rlhf.distributed import DistributedContext, peak_memory
 from rlhf.engines.batched import generate, prepare
 from rlhf.engines.sampling import Generate, Sampling
+from rlhf.guards import Decision
 from rlhf.optimizer_engine import make_engine
 from rlhf.options.ppo import PPOConfig
 from rlhf.packing import packs
 from rlhf.ppo.batches import Batches, TrainingData
 from rlhf.ppo.experience import Estimator, Experience
-from rlhf.ppo.guards import Decision, Guards
+from rlhf.ppo.guards import Guards
 from rlhf.ppo.passes import LossPasses
 from rlhf.ppo.rollout import Rollout, RolloutCollector, RolloutSettings
 from rlhf.roles import Roles
@@ -134,7 +135,7 @@ class PPOTrainer:
                 decision = self.guards.step(self.steps_done, metrics)
                 if decision is not None and decision.interrupts_run:
                     self.pending_decision = decision
-            metrics |= self.guards.metrics() | self.budget.total(self.world)
+            metrics |= self.guards.decided.metrics() | self.budget.total(self.world)
             metrics["memory/peak"] = peak_memory(self.world.device)
             on_step(self.steps_done, metrics, rollout)
 
@@ -282,7 +283,7 @@ class PPOTrainer:
         rates = [config.learning_rate]
         if self.roles.critic_learns:
             rates.append(config.critic_rate)
-        return [left * self.guards.rate_scale * rate for rate in rates]
+        return [left * self.guards.decided.rate_scale * rate for rate in rates]
 
     def update(
         self,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlhf import config as options
 from rlhf.errors import EXIT_GUARD, EarlyExit, UserError, near_file
@@ -16,10 +17,9 @@ from rlhf.files import lock_folder
 from rlhf.options.shared import EIGHT_BIT, NOISE_VERSION, RunConfig, SamplingConfig
 from rlhf.runs import checkpoint
 from rlhf.runs.checkpoint import Checkpoint
+from rlhf.runs.inputs import check_inputs
 from rlhf.runs.run import START_OVER, Run
-
-if TYPE_CHECKING:
-    from rlhf.distributed import DistributedContext
+from rlhf.startup import Ranks, read_ranks, silence_libraries
 
 # with the number of ranks they make the rows of a step
 BATCH_OPTIONS = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -34,31 +34,31 @@ def start_run(program: str, config: RunConfig) -> Run:
     Raises UserError where fixed options differ from those of the folder's run or a requested
     checkpoint cannot be used, and EarlyExit where the run is finished already.
     """
-    from rlhf.models import silence_libraries
-
     silence_libraries()
     folder = Path(config.output_dir)
     finished = {} if config.overwrite_output_dir else read_result(folder)
     if finished:
         check_finished(folder, config, finished)
+    ranks = read_ranks(os.environ)
 
-    # torch takes seconds to import: a finished run is reported before
+    def claim_folder() -> Checkpoint | None:
+        lock_folder(folder)
+        found = find_checkpoint(program, config, ranks, is_finished=bool(finished))
+        check_inputs(program, config, is_resumed=found is not None)
+        return found
+
+    # torch takes seconds to import: what is wrong without it is reported before
+    found = claim_folder() if ranks.size == 1 else None
     import numpy
     import torch
 
     from rlhf.distributed import start
 
     world = start(config.hang_timeout)
-
-    def claim_folder() -> Checkpoint | None:
-        if not world.is_main:
-            return None
-        lock_folder(folder)
-        return find_checkpoint(program, config, world, is_finished=bool(finished))
-
-    # only the main rank reads the folder; what it finds, or raises, is the same on all ranks
-    found = world.raise_on_all_ranks(claim_folder)
-    found = world.gather([found])[0]
+    if world.size > 1:
+        # only the main rank reads the folder; what it finds, or raises, is the same on all ranks
+        found = world.raise_on_all_ranks(lambda: claim_folder() if world.is_main else None)
+        found = world.gather([found])[0]
     kept = keep_older(config, found.metadata["options"]) if found else []
     run = Run(program, config, world, resumed=found)
     if run.resumed:
@@ -97,7 +97,7 @@ def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> N
     if result.get("stopped"):
         raise EarlyExit(
             f"{folder} holds a run that was stopped: {result['stopped']}. To continue anyway, pass "
-            f"--resume {folder / checkpoint.FOLDER}/step-...; or {START_OVER}",
+            f"--resume {folder / checkpoint.FOLDER}/NAME with a checkpoint's name; or {START_OVER}",
             EXIT_GUARD,
         )
 
@@ -123,7 +123,7 @@ def _lengths(values: dict[str, Any]) -> dict[str, float]:
 def find_checkpoint(
     program: str,
     config: RunConfig,
-    world: DistributedContext,
+    ranks: Ranks,
     *,
     is_finished: bool,
 ) -> Checkpoint | None:
@@ -154,13 +154,11 @@ def find_checkpoint(
             raise UserError(
                 f"{config.resume}: no checkpoint to resume from: {reason}{near}"
             ) from None
-    check_resumable(found, program, config, world)
+    check_resumable(found, program, config, ranks)
     return found
 
 
-def check_resumable(
-    found: Checkpoint, program: str, config: RunConfig, world: DistributedContext
-) -> None:
+def check_resumable(found: Checkpoint, program: str, config: RunConfig, ranks: Ranks) -> None:
     """Raise UserError where a checkpoint is of another program, number of ranks, sampling noise or
     fixed options.
     """
@@ -169,7 +167,7 @@ def check_resumable(
         raise UserError(
             f"{found.folder}: is a checkpoint of '{metadata.get('program')}', not of '{program}'"
         )
-    adapted = check_ranks(found, config, world)
+    adapted = check_ranks(found, config, ranks)
     # the first version recorded none
     noise = metadata.get("noise", 1)
     if isinstance(config, SamplingConfig) and noise != NOISE_VERSION:
@@ -186,44 +184,44 @@ def check_resumable(
     )
 
 
-def check_ranks(found: Checkpoint, config: RunConfig, world: DistributedContext) -> tuple[str, ...]:
+def check_ranks(found: Checkpoint, config: RunConfig, ranks: Ranks) -> tuple[str, ...]:
     """Return the options that may differ from those of the checkpoint because the number of ranks
     does.
 
     Raises UserError where the run cannot go on with this number, or would take other steps.
     """
     before, then = found.metadata["options"], found.metadata["ranks"]
-    if found.metadata["launched"] != world.launched:
+    if found.metadata["launched"] != ranks.launched:
         how = "without a launcher"
         remedy = "without one"
-        if not world.launched:
+        if not ranks.launched:
             how = "under a launcher"
             remedy = "under one, where a single process is enough: deepspeed --num_gpus 1 ..."
         raise UserError(
-            f"{found.folder}: made by {then} rank(s) {how}, and now there are {world.size} {started(world)}. The "
+            f"{found.folder}: made by {then} rank(s) {how}, and now there are {ranks.size} {started(ranks)}. The "
             f"optimizer's state has another form there: start it {remedy}"
         )
-    if then == world.size:
+    if then == ranks.size:
         return ()
     if config.optim in EIGHT_BIT:
         raise UserError(
-            f"{found.folder}: made by {then} rank(s), and now there are {world.size}. Moments in 8 bits (optim "
+            f"{found.folder}: made by {then} rank(s), and now there are {ranks.size}. Moments in 8 bits (optim "
             f"{config.optim}) share scales in blocks of a rank's part, and cannot be divided otherwise: start {then}"
         )
     if not hasattr(config, "gradient_accumulation_steps"):
         return ()
-    rows, now = rows_of_step(before, then), rows_of_step(vars(config), world.size)
+    rows, now = rows_of_step(before, then), rows_of_step(vars(config), ranks.size)
     if rows != now:
         raise UserError(
-            f"{found.folder}: a step of {then} rank(s) learnt from {rows} rows, and one of {world.size} would learn "
-            f"from {now} with these options. {same_rows(rows, before[BATCH_OPTIONS[0]], world.size)}"
+            f"{found.folder}: a step of {then} rank(s) learnt from {rows} rows, and one of {ranks.size} would learn "
+            f"from {now} with these options. {same_rows(rows, before[BATCH_OPTIONS[0]], ranks.size)}"
         )
     return BATCH_OPTIONS
 
 
-def started(world: DistributedContext) -> str:
+def started(ranks: Ranks) -> str:
     """Return in words how this process was started."""
-    return "under one" if world.launched else "without one"
+    return "under one" if ranks.launched else "without one"
 
 
 def rows_of_step(options: dict[str, Any], ranks: int) -> int:

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.adapters import adapter_base, use_adapter
+from rlhf.adapters import use_adapter
 from rlhf.compare.runs import load_policies
 from rlhf.engines import batched
 from rlhf.engines.merged import merged
 from rlhf.engines.sampling import Completions, EachToken, Sampling
 from rlhf.errors import UserError, near_file
+from rlhf.model_files import adapter_base, read_identity
 from rlhf.models import context_length
 from rlhf.text import say_once, short_names
 from rlhf.tokenizer import load_tokenizer, stop_ids
-from rlhf.weights import read_identity
 
 
 @dataclass

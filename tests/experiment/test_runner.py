@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.distributed import Ranks, read_ranks
 from rlhf.errors import EarlyExit, UserError
 from rlhf.experiment import commands, runner
 from rlhf.experiment.commands import MARK, environment, full_command, programs_of
 from rlhf.experiment.job import Job
 from rlhf.experiment.plan import plan
 from rlhf.experiment.runner import run_experiment
+from rlhf.startup import Ranks, read_ranks
 from tests.experiment import fake
 from tests.experiment.example import experiment, method, options, write_files
 

@@ -112,7 +112,7 @@ def equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> float:
 
 if __name__ == "__main__":
     from rlhf.distributed import start
-    from rlhf.models import silence_libraries
+    from rlhf.startup import silence_libraries
 
     silence_libraries()
     here = start()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.model_files import read_identity
 from rlhf.models import load_model
 from rlhf.runs.tracking import read_metrics
-from rlhf.weights import read_identity
 from tests.launch.conftest import SMALL, differences, door, flags_of, ppo_flags
 
 pytest.importorskip("bitsandbytes")

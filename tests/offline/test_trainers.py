@@ -41,12 +41,6 @@ def test_values_under_trl_have_the_type_of_their_field():
         ),
         ({"packing": 3}, "trl: 'packing': expected true or false, found 3"),
         ({"adam_beta3": 1}, "trl: 'adam_beta3' is no option of SFTConfig. Did you mean 'adam_beta"),
-        (
-            {"learning_rate": 1.0},
-            "trl: 'learning_rate' is an option of this program: --learning_rate 1.0",
-        ),
-        ({"max_steps": 0}, "trl: 'max_steps' is an option of this program"),
-        ({"output_dir": "y"}, "trl: 'output_dir' is an option of this program"),
     ],
 )
 def test_values_under_trl_that_cannot_be_used_are_refused(trl, said):
@@ -68,7 +62,7 @@ def test_a_schedule_or_optimizer_that_lacks_something_is_refused_before_training
 ):
     plain = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"}
     check_schedule(SFTConfig(**plain, lr_scheduler_type="cosine", warmup_steps=0.1))
-    with pytest.raises(UserError, match=f"TRL refuses these options: .*{said}"), refused_by_trl():
+    with pytest.raises(UserError, match=f"TRL refuses these options: .*{said}"), refused_by_trl({}):
         check_schedule(SFTConfig(**plain, **options))
 
 

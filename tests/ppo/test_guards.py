@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
+from rlhf.guards import Decision
 from rlhf.options.guards import GUARDS, check_guards
-from rlhf.ppo.guards import Decision, Guards, check_watched, repetition, trend
+from rlhf.ppo.guards import Guards, check_watched, repetition, trend
 from rlhf.runs.metrics import check_names
 
 HEALTHY = {
@@ -74,8 +75,8 @@ def test_clean_noisy_runs_raise_no_alarm():
                 )
                 is None
             )
-        assert guards.events == [] and guards.drain_events() == []
-        assert guards.metrics() == {f"guard/{n}": 0.0 for n in guards.counts} | {
+        assert guards.decided.events == [] and guards.decided.drain_events() == []
+        assert guards.decided.metrics() == {f"guard/{n}": 0.0 for n in guards.decided.counts} | {
             "guard/rollbacks": 0.0,
             "guard/rate_scale": 1.0,
         }
@@ -96,7 +97,7 @@ def test_a_rollback_goes_behind_the_update_that_did_it():
     guards = Guards({"max_kl": "rollback", "ratio": "rollback"})
     rows = [{}] * 3 + [{"kl/sequence": 200.0}] * 3
     run(guards, rows)
-    assert guards.drain_events()[-1].since == 3
+    assert guards.decided.drain_events()[-1].since == 3
     assert guards.update(7, {"ppo/ratio": 50.0}).since == 7  # the checkpoint after step 6 is good
 
 
@@ -196,7 +197,7 @@ def test_a_warning_comes_again_only_after_health():
     bad = {"response/repetition": 0.5}
     guards = Guards({"repetition": {"window": 2}})
     assert [step for step, *_ in run(guards, [bad] * 6 + [{}] + [bad] * 6)] == [2, 9]
-    assert guards.metrics()["guard/warnings"] == 2
+    assert guards.decided.metrics()["guard/warnings"] == 2
 
 
 def test_missing_and_nan_metrics_are_not_judged():
@@ -212,11 +213,11 @@ def test_the_gravest_decision_is_returned_and_all_are_recorded():
     assert run(guards, [{"kl/sequence": 500.0, "response/repetition": 0.9}]) == [
         (1, "max_kl", "stop")
     ]
-    assert [e["guard"] for e in guards.events] == ["max_kl", "repetition"]
-    assert [d.guard for d in guards.drain_events()] == [
+    assert [e["guard"] for e in guards.decided.events] == ["max_kl", "repetition"]
+    assert [d.guard for d in guards.decided.drain_events()] == [
         "max_kl",
         "repetition",
-    ] and guards.drain_events() == []
+    ] and guards.decided.drain_events() == []
 
 
 # before the first update
@@ -229,7 +230,7 @@ def test_the_first_rollout_is_looked_at_before_anything_is_learnt():
     decision = guards.first(1, healthy | {"response/ended": 0.0, "score/total": -1.0}, 0.0, 64)
     assert (decision.guard, decision.action) == ("no_signal", "stop")
     assert "are all alike, -1" in decision.reason and "max_response_length" in decision.reason
-    assert [(e["guard"], e["action"]) for e in guards.events] == [
+    assert [(e["guard"], e["action"]) for e in guards.decided.events] == [
         ("truncation", "warn"),
         ("no_signal", "stop"),
     ]
@@ -272,7 +273,7 @@ def test_a_number_that_is_not_finite_is_skipped_and_the_fifth_in_twenty_stops():
         None,
         "skip",
     }
-    assert guards.metrics()["guard/skipped_updates"] == 5
+    assert guards.decided.metrics()["guard/skipped_updates"] == 5
     guards = Guards({})
     row = [guards.update(1, GOOD | {"grad/norm": math.inf}).action for _ in range(5)]
     assert row == ["skip"] * 4 + ["stop"]
@@ -289,7 +290,7 @@ def test_scores_that_are_not_finite_skip_the_rollout():
     assert guards.scores(5, None) is None
     assert guards.scores(7, message).action == "skip"  # step 4 is three back
     assert guards.scores(8, message).action == "stop"
-    assert guards.metrics()["guard/skipped_rollouts"] == 2
+    assert guards.decided.metrics()["guard/skipped_rollouts"] == 2
 
 
 def test_ratio_is_caught_at_once_upwards_and_downwards():
@@ -331,10 +332,10 @@ def test_target_kl_ends_a_rollout_and_never_the_run():
     guards = Guards({"target_kl": 0.05})
     assert guards.update(1, GOOD | {"ppo/approx_kl": 0.05}) is None
     actions = [guards.update(step, GOOD | {"ppo/approx_kl": 0.06}).action for step in range(1, 50)]
-    assert set(actions) == {"end"} and guards.metrics()["guard/shortened_rollouts"] == 49
-    (event,) = guards.events  # one series, one event, one line in the log
+    assert set(actions) == {"end"} and guards.decided.metrics()["guard/shortened_rollouts"] == 49
+    (event,) = guards.decided.events  # one series, one event, one line in the log
     assert (event["step"], event["last_step"], event["times"]) == (1, 49, 49) and len(
-        guards.drain_events()
+        guards.decided.drain_events()
     ) == 1
 
 
@@ -468,7 +469,10 @@ def test_state_in_the_middle_gives_the_same_later_decisions(cut):
         "hacking",
         "length",
     }
-    assert second.state_dict() == whole.state_dict() and second.metrics() == whole.metrics()
+    assert (
+        second.state_dict() == whole.state_dict()
+        and second.decided.metrics() == whole.decided.metrics()
+    )
 
 
 def test_a_state_is_a_copy():
@@ -491,11 +495,14 @@ def test_rollbacks_are_counted_over_checkpoints_and_become_a_stop():
     for number in (1, 2):
         decisions = run(guards, [{"kl/sequence": 200.0}] * 3, 4)
         assert decisions == [(6, "max_kl", "rollback")]
-        guards.rolled_back(guards.drain_events()[-1], checkpoint)
-        assert guards.metrics()["guard/rollbacks"] == number and guards.rate_scale == 0.5**number
-        assert guards.streaks["max_kl"] == 0 and len(guards.events) == number
+        guards.rolled_back(guards.decided.drain_events()[-1], checkpoint)
+        assert (
+            guards.decided.metrics()["guard/rollbacks"] == number
+            and guards.decided.rate_scale == 0.5**number
+        )
+        assert guards.decided.streaks["max_kl"] == 0 and len(guards.decided.events) == number
     assert run(guards, [{"kl/sequence": 200.0}] * 3, 4) == [(6, "max_kl", "stop")]
-    assert "after 2 rollbacks" in guards.events[-1]["reason"]
+    assert "after 2 rollbacks" in guards.decided.events[-1]["reason"]
     assert checkpoint["rollbacks"] == 0  # a checkpoint taken now holds the count
     assert guards.state_dict()["rollbacks"] == 2
 
@@ -505,10 +512,10 @@ def test_a_rollback_to_the_start_forgets_the_windows():
     decision = guards.update(1, {"ppo/ratio": 99.0})
     assert decision.action == "rollback"
     guards.rolled_back(decision, None)
-    assert (guards.updates, guards.faults, guards.rate_scale) == (0, {}, 0.5)
+    assert (guards.updates, guards.faults, guards.decided.rate_scale) == (0, {}, 0.5)
     assert guards.update(1, {"ppo/ratio": 99.0}).action == "stop"
     with pytest.raises(ValueError):
-        guards.rolled_back(guards.drain_events()[-1], None)
+        guards.rolled_back(guards.decided.drain_events()[-1], None)
 
 
 # options
@@ -588,11 +595,12 @@ def test_every_default_is_allowed_and_every_reason_is_written():
 
 
 def test_metric_names_are_in_the_vocabulary():
-    check_names(Guards({}).metrics())
+    check_names(Guards({}).decided.metrics())
 
 
 def test_the_page_shows_the_defaults():
     page = (Path(__file__).parents[2] / "docs" / "guards.md").read_text()
+    page = page.partition("## SFT, reward models and DPO")[0]
     rows = {
         m[1]: [c.strip() for c in m[0].strip("|").split("|")]
         for m in re.finditer(r"^\| `(\w+)` \|.*\|$", page, re.M)
@@ -639,4 +647,4 @@ def test_old_names_of_guards_are_still_read():
     resumed.load_state_dict(state)
     assert resumed.state_dict() == whole.state_dict()
     resumed.rolled_back(Decision("truncation", "rollback", 5, 1.0, 0.5, "", 1), state)
-    assert resumed.streaks["truncation"] == 5
+    assert resumed.decided.streaks["truncation"] == 5

@@ -223,7 +223,8 @@ def test_a_run_whose_first_scores_are_all_the_same_stops_before_it_learns(sft_pa
     guards = {"no_signal": "warn", "truncation": "off"}
     allowed = trainer(sft_path, config(missing_eos_score=None, guards=guards), equal_scores)
     assert (
-        allowed.step(0)[0]["ppo/updates"] == 4 and allowed.guards.events[0]["guard"] == "no_signal"
+        allowed.step(0)[0]["ppo/updates"] == 4
+        and allowed.guards.decided.events[0]["guard"] == "no_signal"
     )
     assert "score/length_correlation" not in metrics
 

@@ -1,0 +1,126 @@
+"""The guards of SFT, reward models and DPO on numbers, and on runs that diverge."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import parse
+from rlhf.errors import UserError
+from rlhf.offline.guards import OfflineGuards
+from rlhf.options.guards import OFFLINE_GUARDS
+from rlhf.options.offline import SFTRunConfig
+
+PROGRAMS = tuple(OFFLINE_GUARDS)
+
+
+def feed(guards: OfflineGuards, losses: list[float], start: int = 1) -> list[tuple]:
+    """Return (step, guard, action) of each decision on these losses of steps."""
+    return [
+        (step, decision.guard, decision.action)
+        for step, loss in enumerate(losses, start)
+        for decision in guards.loss(step, loss)
+    ]
+
+
+def test_a_loss_twice_its_least_mean_for_five_steps_stops_the_run():
+    guards = OfflineGuards("sft", {"loss_spike": "off"})
+    # least mean of five steps: 2.0; the bound is 4.0
+    assert feed(guards, [3.0] * 10 + [2.0] * 10) == []
+    # 4.0 is not above it; four steps are too few
+    assert feed(guards, [4.0] + [4.1] * 4 + [2.0], 21) == []
+    assert feed(guards, [4.1] * 5, 41) == [(45, "divergence", "stop")]
+    [event] = guards.decided.events
+    assert (
+        "loss/total of a step is 4.1, above 4 (its least was 2), 5 steps in a row"
+        in event["reason"]
+    )
+
+
+def test_a_run_that_diverges_at_its_second_step_is_compared_with_the_first():
+    guards = OfflineGuards("sft")
+    # those above twice the first are no part of what is compared with
+    assert feed(guards, [2.5] + [9.0] * 5) == [(6, "divergence", "stop")]
+
+
+def test_a_loss_of_pairs_may_vary_far_above_its_mean_and_not_above_twice_chance():
+    near_nothing = [0.69] * 5 + [0.01] * 40 + [0.9] * 12
+    assert feed(OfflineGuards("dpo"), near_nothing) == []
+    found = feed(OfflineGuards("dpo"), near_nothing[:45] + [1.5] * 5)
+    assert (50, "divergence", "stop") in found
+
+
+def test_a_spike_is_a_step_twice_and_eight_deviations_above_the_twenty_before():
+    # mean 2.0, deviation 0.205 (ten of 1.8, ten of 2.2): bounds 4.0 and 3.64
+    before = [1.8, 2.2] * 10
+    assert feed(OfflineGuards("sft"), [*before, 3.9]) == []
+    guards = OfflineGuards("sft")
+    assert feed(guards, [*before, 4.1]) == [(21, "loss_spike", "warn")]
+    # mean 2.0, deviation 1.026: the bound is 10.21
+    wide = [3.0, 1.0] * 10
+    assert feed(OfflineGuards("sft"), [*wide, 10.1]) == []
+    assert feed(OfflineGuards("sft"), [*wide, 10.3]) == [(21, "loss_spike", "warn")]
+
+
+def test_dpo_looks_at_kl_and_at_the_chosen_responses():
+    guards = OfflineGuards("dpo")
+    assert guards.logged(1, {"dpo/logprob_chosen": -20.0, "eval/kl/sequence": 100.0}) == []
+    found = guards.logged(2, {"eval/kl/sequence": 101.0})
+    assert [(d.guard, d.action) for d in found] == [("max_kl", "stop")]
+    # three log lines below twice -20
+    falling = [guards.logged(step, {"dpo/logprob_chosen": -41.0}) for step in (3, 4, 5)]
+    assert [len(decisions) for decisions in falling] == [0, 0, 1]
+    assert falling[2][0].guard == "chosen_logprob" and falling[2][0].action == "warn"
+    # neither is a fault of the others
+    assert OfflineGuards("sft").logged(1, {"eval/kl/sequence": 1e6}) == []
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_noisy_runs_that_learn_raise_no_alarm(program):
+    for seed in range(30):
+        noise = random.Random(seed)
+        if program == "sft":
+            losses = [(1 + 2 * 0.99**i) * noise.lognormvariate(0, 0.2) for i in range(600)]
+        else:
+            # small batches of pairs, a quarter of them labelled wrongly
+            losses = [
+                sum(noise.choice((0.3, 0.3, 0.3, 1.4)) for _ in range(4)) / 4 for i in range(600)
+            ]
+            losses[0] = 0.6931
+        assert feed(OfflineGuards(program), losses) == []
+
+
+def test_a_restored_state_decides_as_the_run_would_have():
+    losses = [2.0 + 0.1 * (i % 3) for i in range(25)] + [5.0] * 12
+    whole, first = OfflineGuards("sft"), OfflineGuards("sft")
+    expected = feed(whole, losses)
+    begun = feed(first, losses[:28])
+    resumed = OfflineGuards("sft")
+    resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert begun + feed(resumed, losses[28:], 29) == expected
+    assert (30, "divergence", "stop") in expected
+    assert resumed.state_dict() == whole.state_dict()
+
+
+def test_the_page_shows_the_defaults():
+    page = (Path(__file__).parents[2] / "docs" / "guards.md").read_text()
+    lines = page.partition("## SFT, reward models and DPO")[2].splitlines()
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in lines if "| `" in line]
+    for program, guards in OFFLINE_GUARDS.items():
+        shown = {row[0]: row[3:6] for row in rows[: len(OFFLINE_GUARDS["dpo"])]}
+        for name, guard in guards.items():
+            threshold, action, window = shown[name]
+            assert (threshold, action) == (f"{guard.threshold:g}", guard.action), (program, name)
+            assert window.split()[0] == str(guard.window)
+
+
+def test_guards_are_set_by_name():
+    start = ["--model_name_or_path", "m", "--data", "d", "--output_dir", "o"]
+    guards = parse(SFTRunConfig, [*start, "--guards", "{divergence: 3, loss_spike: off}"]).guards
+    set_ = OfflineGuards("sft", guards).guards
+    assert set_["divergence"].threshold == 3 and set_["loss_spike"].action == "off"
+    with pytest.raises(UserError, match="unknown guard 'max_kl'"):
+        parse(SFTRunConfig, [*start, "--guards", "{max_kl: 3}"])
+    with pytest.raises(UserError, match="cannot be skip: TRL's trainers make each update before"):
+        parse(SFTRunConfig, [*start, "--guards", "{divergence: skip}"])
