@@ -19,8 +19,9 @@ from benchmarks.llama_cpp import fetch, measure  # noqa: E402
 from benchmarks.result_rows import add_rows, made_with  # noqa: E402
 from rlhf.export.check import PROMPTS, greedy_answers  # noqa: E402
 from rlhf.export.run import ExportConfig, export  # noqa: E402
-from rlhf.models import load_model, silence_libraries, trainable_policy  # noqa: E402
+from rlhf.models import load_model, trainable_policy  # noqa: E402
 from rlhf.program import program  # noqa: E402
+from rlhf.startup import silence_libraries  # noqa: E402
 from rlhf.text import markdown_table  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -116,8 +116,11 @@ def start_experiment(config: Any) -> None:
 
 
 def run_cross_validate(config: Any) -> None:
-    from reward.model import load_reward
     from rlhf.experiment.cross_validate import cross_validate
+
+    # torch comes with it, and the experiment is read before
+    def load_reward(*given: Any, **named: Any) -> Any:
+        return pkgutil.resolve_name("reward.model:load_reward")(*given, **named)
 
     cross_validate(config, load_reward)
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from rlhf.data.sources import is_path, split_event
 from rlhf.doctor.findings import Finding
 from rlhf.errors import UserError, near_file
-from rlhf.files import check_weights
+from rlhf.model_files import check_weights
 
 SECONDS = 10
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
