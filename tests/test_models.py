@@ -175,6 +175,7 @@ def test_lengths_beyond_the_positions_are_refused_with_both_numbers(base_path):
         load_in_8bit=False,
         optim="adamw",
         deepspeed="zero2",
+        dtype="auto",
     )
     world = DistributedContext()
     with pytest.raises(UserError, match="1024 tokens"):  # the programs' defaults

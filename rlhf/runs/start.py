@@ -95,9 +95,11 @@ def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> N
         return
     # a guard stopped it for a reason: continuing needs an explicit choice
     if result.get("stopped"):
+        # checkpoints are named by PPO, or by TRL's trainers
+        name = "step" if hasattr(config, "total_episodes") else "checkpoint"
         raise EarlyExit(
             f"{folder} holds a run that was stopped: {result['stopped']}. To continue anyway, pass "
-            f"--resume {folder / checkpoint.FOLDER}/NAME with a checkpoint's name; or {START_OVER}",
+            f"--resume {folder / checkpoint.FOLDER}/{name}-...; or {START_OVER}",
             EXIT_GUARD,
         )
 
