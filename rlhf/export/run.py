@@ -53,13 +53,14 @@ def export(config: ExportConfig) -> dict[str, Any]:
     Raises UserError where the folder exists, the model has no such form, or the check fails; what
     was written is then left beside for inspection.
     """
-    from rlhf.export.forms import write_form
-
     is_gguf = config.to in ("gguf", "ollama")
     name = f"{config.to}-{config.type}" if is_gguf else config.to
     out = Path(config.out or Path(config.run) / "export" / name)
     if out.exists():
         raise UserError(f"{out}: exists already. Remove it, or choose another --out")
+    # torch comes with it
+    from rlhf.export.forms import write_form
+
     # whole or not at all: a half export could be served
     temporary = out.with_name(f"{out.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
