@@ -181,11 +181,12 @@ def measure_rank(how: str, folder: Path) -> None:
     from rlhf.data.records import Prompt, Scores
     from rlhf.engines import batched
     from rlhf.engines.sampling import sample_key
-    from rlhf.models import load_model, silence_libraries
+    from rlhf.models import load_model
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.batches import TrainingData
     from rlhf.ppo.trainer import PPOTrainer
     from rlhf.roles import Roles
+    from rlhf.startup import silence_libraries
 
     silence_libraries()
     world = distributed.start()

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from rlhf.adapters import add_adapter, lora_config, not_adaptable
 from rlhf.errors import UserError
+from rlhf.model_files import first_line, read_json
 from rlhf.models import DTYPES
 from rlhf.quantized import QuantizedLinear
-from rlhf.weights import first_line, read_json
 
 
 def read_shape(path: str) -> Any:
