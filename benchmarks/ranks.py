@@ -160,7 +160,7 @@ differs.
 
 ## A checkpoint of two ranks that goes on
 
-After step 2 of 3, against the run that went on with two ranks.
+After step 2, against the run that went on with two ranks.
 
 {resume}
 """

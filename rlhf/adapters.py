@@ -185,7 +185,9 @@ def _whole_for_peft(model: nn.Module, config: Any) -> contextlib.AbstractContext
         return known_to_peft()
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     # of which it copies rows; PEFT gathers what it copies whole (modules_to_save) by itself
-    rows = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    embeddings = (causal.get_input_embeddings(), causal.get_output_embeddings())
+    # a model that scores has no output embeddings
+    rows = filter(None, embeddings)
     is_copied = getattr(config, "trainable_token_indices", None)
     return whole({weight for module in rows for weight in module.parameters() if is_copied})
 
