@@ -9,12 +9,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from rlhf import __version__, startup
 from rlhf.config import parse
 from rlhf.errors import UserError, did_you_mean
 from rlhf.program import program
+from rlhf.values import type_name
 
 
 @dataclass(frozen=True)
@@ -410,6 +411,8 @@ COMMANDS = {
     ),
 }
 
+# words that are the file of a program's options
+OF_PROGRAMS = ("run_config", "reward_config", "file")
 RENAMED = {f"compare {name}": f"experiment {name}" for name in ("run", "report", "measure")}
 
 
@@ -453,20 +456,37 @@ def main(argv: list[str] | None = None) -> None:
 def run_command(name: str, argv: list[str]) -> None:
     """Parse the options of a command and run it."""
     command = COMMANDS[name]
+    options = pkgutil.resolve_name(command.options)
     # words before the first flag: `rlhf compare a b --seed 1` -> --runs a,b --seed 1
     # a lone dash is standard input, and what has blanks is a text
     flags = [
         i for i, word in enumerate(argv) if word.startswith("-") and word != "-" and " " not in word
     ]
     first_flag = flags[0] if flags else len(argv)
-    if first_flag and command.words:
-        argv = [f"--{command.words}", command.joiner.join(argv[:first_flag]), *argv[first_flag:]]
-
-    if command.words and command.needs_words and not argv:
+    words, argv = argv[:first_flag], argv[first_flag:]
+    hint = get_type_hints(options).get(command.words, str)
+    takes_several = command.joiner == " " or "list of" in type_name(hint)
+    if len(words) > 1 and command.words and not takes_several:
+        raise UserError(
+            f"'rlhf {name}' takes one '{command.words}', found {len(words)}: {', '.join(words)}"
+        )
+    if command.words and command.needs_words and not words and not argv:
         raise UserError(
             f"'rlhf {name}' needs its '{command.words}': rlhf {name} ... All options: rlhf {name} --help"
         )
-    config = parse(pkgutil.resolve_name(command.options), argv, f"rlhf {name}")
+    if command.words and words:
+        words = [f"--{command.words}", command.joiner.join(words)]
+
+    shown = (command.words or "").upper() + (" ..." if takes_several else "")
+    if not command.needs_words:
+        shown = f"[{shown}]"
+    try:
+        config = parse(options, [*words, *argv], f"rlhf {name}", shown)
+    except UserError as error:
+        # the programs take their files by this flag
+        if command.words in OF_PROGRAMS and "--config" in argv:
+            raise UserError(f"{error}. For a program's file: rlhf {name} FILE") from None
+        raise
     if command.loads_models:
         startup.silence_libraries()
         check_models(config, command.models)

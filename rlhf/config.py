@@ -80,25 +80,38 @@ def current_names(cls: Any, options: dict[str, Any], where: str = "options") -> 
     return {renamed.get(name, name): value for name, value in options.items()}
 
 
-def parse(cls: type[T], argv: list[str] | None = None, prog: str | None = None) -> T:
+def read_file(cls: type, path: str, prog: str) -> dict[str, Any]:
+    """Return the options of `cls` that a YAML file gives, each as its type. Raises UserError for other
+    names and values.
+    """
+    hints = typing.get_type_hints(cls)
+    values = {}
+    for name, value in current_names(cls, read_yaml(path), path).items():
+        _check_known(name, cls, path, prog)
+        values[name] = coerce(value, hints[name], f"{path}: option '{name}'")
+    return values
+
+
+def parse(
+    cls: type[T], argv: list[str] | None = None, prog: str | None = None, before: str = ""
+) -> T:
     """Build `cls` from `--config FILE` and `--option value` flags; flags win wherever they stand.
 
     Raises UserError with the place, the option and the nearest known name; `--help` prints every
-    option and exits. A dataclass may define `validate()`, which raises UserError on combinations
-    that cannot work.
+    option and exits; its usage shows `before` in front of the flags. A dataclass may define
+    `validate()`, which raises UserError on combinations that cannot work.
     """
     prog = prog or _program_name()
     hints = typing.get_type_hints(cls)
-    flags, files = _read_flags(cls, sys.argv[1:] if argv is None else argv, prog)
+    flags, files = _read_flags(cls, sys.argv[1:] if argv is None else argv, prog, before)
 
     values: dict[str, Any] = {}
     # the file or flag that gave each option, for the message where its value is refused
     places: dict[str, str] = {}
     for path in files:
-        for name, value in current_names(cls, read_yaml(path), path).items():
-            _check_known(name, cls, path, prog)
-            values[name] = coerce(value, hints[name], f"{path}: option '{name}'")
-            places[name] = path
+        given = read_file(cls, path, prog)
+        values |= given
+        places |= dict.fromkeys(given, path)
     for name, text in flags.items():
         values[name] = coerce(text, hints[name], f"option '--{name}'", from_text=True)
         places[name] = f"--{name}"
@@ -135,14 +148,14 @@ def save(config: Any, path: str | Path) -> None:
     Path(path).write_text(text, encoding="utf-8")
 
 
-def _parser(cls: type, prog: str) -> argparse.ArgumentParser:
+def _parser(cls: type, prog: str, before: str) -> argparse.ArgumentParser:
     """Return the parser of the flags of `cls`, as text; its help has a section for each class that
     declares options.
     """
     parser = argparse.ArgumentParser(
         prog,
         exit_on_error=False,
-        usage="%(prog)s [--config FILE] [--option VALUE ...]",
+        usage=" ".join(["%(prog)s", *before.split(), "[--config FILE] [--option VALUE ...]"]),
         description=inspect.cleandoc(cls.__doc__ or ""),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -204,7 +217,9 @@ def _help(field: dataclasses.Field) -> str:
     return text.replace("%", "%%")
 
 
-def _read_flags(cls: type, argv: list[str], prog: str) -> tuple[dict[str, str], list[str]]:
+def _read_flags(
+    cls: type, argv: list[str], prog: str, before: str
+) -> tuple[dict[str, str], list[str]]:
     """Return the text of each flag, and the files given as `--config`."""
     words = []
     for word in argv:
@@ -215,7 +230,7 @@ def _read_flags(cls: type, argv: list[str], prog: str) -> tuple[dict[str, str], 
         words.append(word)
 
     try:
-        found, rest = _parser(cls, prog).parse_known_args(words)
+        found, rest = _parser(cls, prog, before).parse_known_args(words)
     except argparse.ArgumentError as error:
         raise UserError(
             f"option '{error.argument_name}' needs a value. All options: {prog} --help"

@@ -80,6 +80,27 @@ def test_a_run_may_be_called_as_an_old_command(capsys, tmp_path, monkeypatch):
     assert "'prompts' not given" in refused(capsys, "compare", "run", "other")
 
 
+@pytest.mark.parametrize(
+    "name,before",
+    [("collect serve", "STORE "), ("compare", "RUNS ... "), ("doctor", "[RUN_CONFIG] ")],
+)
+def test_help_shows_the_words_before_the_flags(name, before, capsys):
+    with pytest.raises(SystemExit):
+        main([*name.split(), "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: rlhf {name} {before}[--config FILE]")
+
+
+def test_one_word_is_wanted_where_one_is_taken(capsys):
+    said = refused(capsys, "collect", "serve", "a.db", "b.db", "--port", "80")
+    assert said == "error: 'rlhf collect serve' takes one 'store', found 2: a.db, b.db\n"
+
+
+def test_a_programs_file_after_config_says_where_it_belongs(capsys):
+    said = refused(capsys, "doctor", "--config", "configs/ppo.yaml")
+    assert "unknown option 'model_name_or_path'" in said
+    assert said.endswith("For a program's file: rlhf doctor FILE\n")
+
+
 def test_a_command_without_what_it_works_on_says_so(capsys):
     assert "'rlhf experiment run' needs its 'config'" in refused(capsys, "experiment", "run")
 
