@@ -65,7 +65,8 @@ def check_model(name: str) -> Iterator[Finding]:
         return
     if not path.is_dir():
         if path.is_absolute() or not HUB_NAME.fullmatch(name) or near_file(path):
-            yield Finding("model", f"{name}: not there", f"check the path{near_file(path)}")
+            remedy = f"make it first, or check the path{near_file(path)}"
+            yield Finding("model", f"{name}: not there", remedy)
         else:
             yield hub_finding("model", name)
         return
@@ -122,7 +123,10 @@ def hub_finding(kind: str, name: str, repo_type: str = "model") -> Finding:
         return Finding(kind, f"{name}: in the Hub's local cache")
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         of_type = "" if repo_type == "model" else f" --repo-type {repo_type}"
-        remedy = f"unset HF_HUB_OFFLINE, or where there is a network: hf download {name}{of_type}"
+        remedy = (
+            f"a path: make it first; a name on the Hub: unset HF_HUB_OFFLINE, or where there is a network: "
+            f"hf download {name}{of_type}"
+        )
         found = f"{name}: neither here nor in the Hub's cache, and HF_HUB_OFFLINE is set"
         return Finding(kind, found, remedy)
     try:
@@ -131,7 +135,7 @@ def hub_finding(kind: str, name: str, repo_type: str = "model") -> Finding:
     except GatedRepoError:
         return Finding(kind, f"{name}: asks for an agreement", "accept it there; hf auth login")
     except RepositoryNotFoundError:
-        remedy = "check the name; where it is private: hf auth login"
+        remedy = "a path: make it first; a name: check it; where it is private: hf auth login"
         return Finding(kind, f"{name}: neither here nor on the Hub", remedy)
     except Exception as error:
         remedy = "check the network and HF_ENDPOINT, or download it elsewhere and give its folder"

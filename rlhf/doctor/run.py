@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import asdict, dataclass
 from functools import partial, update_wrapper
 from typing import Any
 
-from rlhf.config import option
+from rlhf.config import current_names, option, parse, read_file
 from rlhf.doctor import inputs, machine
 from rlhf.doctor.findings import Check, Finding, run_check
-from rlhf.errors import EarlyExit
+from rlhf.errors import EarlyExit, UserError
 from rlhf.files import cache_folder
-from rlhf.values import read_yaml
+from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
+from rlhf.options.ppo import PPOConfig
+from rlhf.values import is_required, read_yaml
+
+PROGRAMS = {"sft": SFTRunConfig, "reward": RewardRunConfig, "dpo": DPORunConfig, "ppo": PPOConfig}
 
 
 @dataclass
@@ -25,6 +30,31 @@ class DoctorConfig:
         None, "a program's YAML file; also look at the models, data and services that it names"
     )
     json: bool = option(False, "print JSON instead of lines")
+
+
+def read_program(path: str) -> dict[str, Any]:
+    """Return the options that a program's YAML file gives. Raises UserError, as the program would, for
+    what it would refuse; options that are missing may come from its command line.
+    """
+    given = read_yaml(path)
+    unknown = {}
+    # a file does not say whose it is: the program that knows most of its names
+    for program, options in PROGRAMS.items():
+        known = {field.name for field in dataclasses.fields(options)}
+        unknown[program] = len(current_names(options, given, path).keys() - known)
+    program = min(unknown, key=unknown.__getitem__)
+    if 2 * unknown[program] > len(given):
+        raise UserError(
+            f"{path}: is no file of a program's options (launch/: {', '.join(PROGRAMS)})"
+        )
+
+    options, command = PROGRAMS[program], f"deepspeed launch/{program}.py"
+    values = read_file(options, path, command)
+    required = {field.name for field in dataclasses.fields(options) if is_required(field)}
+    if required <= values.keys():
+        # ranges, and what does not go together
+        parse(options, ["--config", path], command)
+    return values
 
 
 def checks_of(options: dict[str, Any]) -> list[Check]:
@@ -50,7 +80,7 @@ def _with(check: Any, argument: Any) -> Check:
 
 def doctor(config: DoctorConfig) -> None:
     """Print a line for each finding; raise EarlyExit with code 1 where one is no good."""
-    options = read_yaml(config.run_config) if config.run_config else {}
+    options = read_program(config.run_config) if config.run_config else {}
     findings: list[Finding] = []
     for check in checks_of(options):
         for finding in run_check(check):

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,7 +16,8 @@ import pytest
 from rlhf.cli import main
 from rlhf.doctor import inputs, machine
 from rlhf.doctor.findings import Finding, run_check
-from rlhf.doctor.run import checks_of
+from rlhf.doctor.run import checks_of, read_program
+from rlhf.errors import UserError
 from tests.conftest import ROOT
 
 
@@ -70,6 +72,35 @@ def test_a_config_that_is_not_there_is_an_error_of_its_own(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["doctor", "configs/sfd.yaml"])
     assert stop.value.code == 2 and "Did you mean configs/sft.yaml?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text,said",
+    [
+        # options of PPO, with one that it does not know
+        (
+            "reward: [{length: 1}]\nkl_coeff: 0.1\ndata: x",
+            "option 'kl_coeff'. Did you mean 'kl_coef'?",
+        ),
+        ("data: x\nreward: 5", "option 'reward', item 1: expected a mapping"),
+        # whole, and refused by what the program checks
+        ("model_name_or_path: a\ndata: x\noutput_dir: y\nlora_r: 0", "'lora_r' is 0"),
+        ("methods: {}\nseeds: [0]\noutput_dir: y", "no file of a program's options"),
+    ],
+)
+def test_options_that_a_program_would_refuse_are_refused(text, said, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(file))) as error:
+        read_program(str(file))
+    assert said in str(error.value)
+
+
+def test_options_are_read_as_the_program_reads_them(tmp_path):
+    file = tmp_path / "run.yaml"
+    # what is missing may come from the command line
+    file.write_text("data: a,b\nreport_to: wandb\nbeta: 1e-1")
+    assert read_program(str(file)) == {"data": ["a,b"], "report_to": "wandb", "beta": 0.1}
 
 
 def test_an_error_inside_a_check_is_a_fault_and_keeps_what_came_before():
