@@ -241,9 +241,9 @@ class DeepSpeedEngine(OptimizerEngine):
         if self.stage == 3:
             # it counts passes in engine.forward, which roles do not go through; at 0 it overwrites
             self.optimizer.micro_step_id = 1
-        if last and self.stage == 2 and self.offloads:
-            # it hands over, at the boundary, what the parameters of that pass have summed up, and
-            # would leave out the policy's where the last pass is the critic's
+        if self.stage == 2 and self.offloads:
+            # it takes the parameters of a pass for all of them: those of the first pass overwrite what
+            # the last step has left, and those of the boundary alone are handed over
             trained = filter(lambda parameter: parameter.requires_grad, self.module.parameters())
             loss = loss + sum(0.0 * parameter.sum() for parameter in trained)
         # DeepSpeed averages over ranks; ours are parts to be summed

@@ -11,7 +11,8 @@ from tests.launch.combinations import FACTORS, allowed, combinations_of, coverin
 # bfloat16 rounds activations to 8 bits, and after a few updates PPO's responses are others: there the
 # first gradients alone are held to those of one process
 WEIGHTS = {"float32": 1e-4, "bfloat16": 0.05}
-GRADIENTS = {"float32": 1e-3, "bfloat16": 0.2}
+# (of PPO a mean over the updates of a rollout, 0.21 apart at most: a gradient that is lost is 1 apart)
+GRADIENTS = {"float32": 1e-3, "bfloat16": 0.5}
 
 
 @pytest.mark.parametrize("strength", [2, 3])
