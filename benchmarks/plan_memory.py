@@ -71,10 +71,10 @@ CELLS: dict[str, tuple[str, int, str, dict[str, Any]]] = {
         "sft", 1, "gpt2", {"per_device_train_batch_size": 4, "attn_implementation": "eager"}
     ),
     "sft whole two ranks ZeRO 2": (
-        "sft", 2, "llama", {"per_device_train_batch_size": 4, "deepspeed": "zero2", **WHOLE}
+        "sft", 2, "llama", {"per_device_train_batch_size": 4, "deepspeed": "FOLDER/zero2.json", **WHOLE}
     ),
     "sft lora two ranks ZeRO 3": (
-        "sft", 2, "llama", {"per_device_train_batch_size": 4, "deepspeed": "zero3"}
+        "sft", 2, "llama", {"per_device_train_batch_size": 4, "deepspeed": "FOLDER/zero3.json"}
     ),
     "reward lora": ("reward", 1, "llama", {"per_device_train_batch_size": 4}),
     "reward whole checkpointing": (
@@ -91,7 +91,7 @@ CELLS: dict[str, tuple[str, int, str, dict[str, Any]]] = {
         "ppo", 1, "llama", {**PPO, **RULE, "micro_batch_tokens": 3200, **CHECKPOINTED}
     ),
     "ppo two ranks ZeRO 2": (
-        "ppo", 2, "llama", {**PPO, **RULE, "deepspeed": "zero2"}
+        "ppo", 2, "llama", {**PPO, **RULE, "deepspeed": "FOLDER/zero2.json"}
     ),
 }  # fmt: skip
 LENGTHS = {"max_prompt_length": 96, "max_response_length": 32}
@@ -206,6 +206,11 @@ def write_inputs(folder: Path) -> None:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder / kind)
         tokenizer.save_pretrained(folder / kind)
 
+    # buckets that do not hide everything else
+    for stage in (2, 3):
+        zero = {"stage": stage, "reduce_bucket_size": 1_000_000}
+        (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
+
     draw = random.Random(0)
     empty = tokenizer.apply_chat_template(
         [{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=True
@@ -244,7 +249,9 @@ def options_of(name: str, folder: Path) -> dict[str, Any]:
         "train_eos": "never",
         "max_dropped": 1.0,
     }
-    return json.loads(json.dumps(given).replace("RUNS", str(folder / "runs")))
+    return json.loads(
+        json.dumps(given).replace("RUNS", str(folder / "runs")).replace("FOLDER", str(folder))
+    )
 
 
 # measuring

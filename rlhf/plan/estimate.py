@@ -36,7 +36,7 @@ from rlhf.plan.passes import (
     measuring_peak,
     sampling_peak,
 )
-from rlhf.plan.roles import Start, critic_trunk, roles_of
+from rlhf.plan.roles import Start, critic_trunk, roles_of, shares_prompts
 from rlhf.plan.shape import adapted, empty_model, lora_of, pack, to_fake
 from rlhf.plan.work import Costs
 
@@ -68,6 +68,7 @@ def setup_of(config: Any, ranks: int, device: str, *, launched: bool) -> Setup:
     try:
         zero = json.loads(file.read_text())["zero_optimization"]
         stage = int(zero["stage"])
+        bucket = int(zero.get("reduce_bucket_size", Setup.bucket))
     except (OSError, KeyError, TypeError, ValueError):
         raise UserError(
             f"deepspeed: {config.deepspeed} is no DeepSpeed JSON with zero_optimization.stage"
@@ -77,7 +78,7 @@ def setup_of(config: Any, ranks: int, device: str, *, launched: bool) -> Setup:
         return (zero.get(name) or {}).get("device", "none") != "none"
 
     offload = (is_off("offload_optimizer"), is_off("offload_param"))
-    return Setup(ranks, device, launched, stage, *offload)
+    return Setup(ranks, device, launched, stage, *offload, bucket)
 
 
 def estimate(program: str, config: Any, start: Start, setup: Setup) -> Estimate:
@@ -108,7 +109,7 @@ def estimate(program: str, config: Any, start: Start, setup: Setup) -> Estimate:
         if getattr(config, "eval_prompts", 0) or program == "ppo":
             found.phases += sampling_phases(program, config, setup, weights, to_fake(base))
             found.sampled_bytes = read_by_a_step(config, setup, frozen, found.phases)
-        prepare(program, config, start, to_fake(model))
+        prepare(program, config, start, setup, to_fake(model))
         found.costs = Costs.of(model, recomputed=config.gradient_checkpointing)
         with autocast(program, setup, dtype):
             found.phases += pass_phases(program, config, setup, weights, model)
@@ -178,8 +179,9 @@ def sampling_phases(
     limits = (config.max_prompt_length, config.max_response_length)
     cache, peak = sampling_peak(base, slots, *limits, setup.device)
     merged = largest = 0
-    # whole weights have no adapter, and packed ones keep theirs beside them
-    if not (program in TRL and not config.use_peft) and not quantization_of(config):
+    # packed weights and divided ones keep their adapter beside them
+    has_adapter = program not in TRL or config.use_peft
+    if has_adapter and not quantization_of(config) and setup.sharding != 3:
         linear = [m.weight for m in base.modules() if type(m) in (nn.Linear, Conv1D)]
         linear = [w for w in linear if w is not base.get_output_embeddings().weight]
         merged, largest = size_of(linear), max(w.numel() for w in linear)
@@ -198,11 +200,15 @@ def read_by_a_step(
     return float(frozen), phases[0].parts["KV cache"] / tokens
 
 
-def prepare(program: str, config: Any, start: Start, model: nn.Module) -> None:
+def prepare(program: str, config: Any, start: Start, setup: Setup, model: nn.Module) -> None:
     """Put a model into the state in which a program makes its passes."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     if causal is model:
         model.requires_grad_(True)
+    if setup.sharding == 3:
+        # the mark by which passes know divided weights, and read them in other ways
+        for parameter in model.parameters():
+            parameter.ds_id = -1
     model.train()
     dropout = 0.0 if program == "ppo" or start.has_adapter else config.lora_dropout
     if program == "reward":
@@ -245,7 +251,7 @@ def pass_phases(
     else:
         pairs = 2 if program in ("reward", "dpo") else 1
         size = pairs * config.per_device_train_batch_size
-        rows = Rows(size, prompt, response, paired=pairs == 2)
+        rows = Rows(size, prompt, response, shares_prompts(program, config))
         repeated = config.gradient_accumulation_steps > 1
         if program == "dpo":
             peak = measuring_peak(model, rows, "dpo")

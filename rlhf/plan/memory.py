@@ -7,8 +7,6 @@ from typing import Any
 
 from rlhf.plan.ledger import Peak
 
-# numbers in a bucket of gradients on their way between ranks, DeepSpeed's default
-REDUCE_BUCKET = 500_000_000
 # numbers of parameters that ZeRO-3 keeps gathered at most, and fetches ahead; those of a tensor that
 # it does not divide
 MAX_LIVE, PREFETCH = 1_000_000_000, 50_000_000
@@ -25,6 +23,8 @@ class Setup:
     stage: int = 2
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    # numbers in a bucket of gradients on their way between ranks; this is DeepSpeed's default
+    bucket: int = 500_000_000
 
     @property
     def sharding(self) -> int:
@@ -107,20 +107,17 @@ def gathered(weights: Weights, setup: Setup, *, whole: bool) -> int:
 
 def reduced(weights: Weights, setup: Setup) -> tuple[int, int]:
     """Return the bytes of the gradients that a rank keeps under DeepSpeed between passes, and of the
-    buffer in which they travel.
-
-    A GPU takes the whole bucket; a CPU the pages of it that are written.
+    buffer in which they travel, which is as large as the bucket whatever is in it.
     """
     size, stage = weights.trained_size, setup.sharding
     if not stage:
         # all of them flat once more while they are summed
-        travelling = min(weights.trained, REDUCE_BUCKET) * size
+        travelling = min(weights.trained, setup.bucket) * size
         return 0, travelling if setup.launched and setup.ranks > 1 else 0
-    bucket = REDUCE_BUCKET if setup.device == "cuda" else min(weights.trained, REDUCE_BUCKET)
     kept = weights.trained * size
     if stage > 1:
         kept = -(-kept // setup.ranks)
-    return 0 if setup.offload_optimizer else kept, bucket * size
+    return 0 if setup.offload_optimizer else kept, setup.bucket * size
 
 
 def learning_phase(weights: Weights, setup: Setup, peak: Peak) -> Phase:

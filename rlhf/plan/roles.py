@@ -43,3 +43,10 @@ def critic_trunk(config: Any) -> str | None:
         return config.critic_trunk
     weighted = [e for e in config.reward if {"model", "ensemble"} & e.keys() and e.get("weight", 1)]
     return "reward" if weighted and not config.set_critic_options() else "own"
+
+
+def shares_prompts(program: str, config: Any) -> bool:
+    """Return whether a pair's prompt goes through the trunk once, which DPO does under adapters
+    alone.
+    """
+    return program == "reward" or (program == "dpo" and config.use_peft)

@@ -17,7 +17,7 @@ from rlhf.plan.devices import (
 )
 from rlhf.plan.memory import Setup
 from rlhf.plan.passes import Rows
-from rlhf.plan.roles import critic_trunk, reward_models
+from rlhf.plan.roles import critic_trunk, reward_models, shares_prompts
 from rlhf.runs.budget import DecoderShape, active_adapters, decoder_shape
 
 
@@ -153,8 +153,8 @@ def offline_work(
     """Return the work of SFT, a reward model or DPO."""
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps
     batch *= clock.setup.ranks
-    paired = program != "sft"
-    step = Rows(2 * batch if paired else batch, *lengths, paired)
+    count = batch if program == "sft" else 2 * batch
+    step = Rows(count, *lengths, shares_prompts(program, config))
     heads = 0 if program == "reward" else step.labels
     found = [clock.passes("learn", steps * step.tokens, steps * costs.learning(step, heads))]
     if program == "dpo":
