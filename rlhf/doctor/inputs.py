@@ -18,6 +18,8 @@ from rlhf.model_files import check_weights
 SECONDS = 10
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
+# options that name rows
+DATA = ("data", "eval_data", "ptx_data", "reference_data")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -36,12 +38,16 @@ def model_names(options: dict[str, Any]) -> Iterator[str]:
     """Yield the models that a configuration loads: where training starts, and reward models."""
     if options.get("model_name_or_path"):
         yield str(options["model_name_or_path"])
-    entries = [*(options.get("reward") or []), *(options.get("eval_scorers") or [])]
-    for entry in entries:
-        if isinstance(entry, dict) and "model" in entry:
+    for entry in _scorers(options):
+        # of a judge it is the name at its address
+        if "model" in entry and "openai" not in entry:
             yield str(entry["model"])
-        if isinstance(entry, dict) and isinstance(entry.get("ensemble"), list):
+        if isinstance(entry.get("ensemble"), list):
             yield from map(str, entry["ensemble"])
+
+
+def _scorers(options: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*(options.get("reward") or []), *(options.get("eval_scorers") or [])]
 
 
 def models(options: dict[str, Any]) -> Iterator[Finding]:
@@ -93,10 +99,25 @@ def check_model(name: str) -> Iterator[Finding]:
         yield Finding("model", f"{name}: {size / 2**30:.2f} GiB")
 
 
+def scorers(options: dict[str, Any]) -> Iterator[Finding]:
+    """Look whether the voice of each scorer is there, and the template and guide of a judge."""
+    for entry in _scorers(options):
+        judge = entry.get("judge") or entry
+        files = [entry.get("voice")]
+        # functions have options of any name
+        if "openai" in judge:
+            files += [judge.get("template"), judge.get("guide")]
+        for name in filter(None, files):
+            if Path(name).is_file():
+                yield Finding("scorers", f"{name}: there")
+            else:
+                yield Finding("scorers", f"{name}: not there", f"check the path{near_file(name)}")
+
+
 def data(options: dict[str, Any]) -> Iterator[Finding]:
     """Look whether each source is there; `rlhf data show` reads it."""
-    sources = [*_listed(options.get("data")), *_listed(options.get("ptx_data"))]
-    for source in sources:
+    sources = [source for name in DATA for source in _listed(options.get(name))]
+    for source in dict.fromkeys(sources):
         name = split_event(source)[0]
         path = Path(name).expanduser()
         # as the programs decide between a file and a name on the Hub

@@ -69,7 +69,7 @@ def checks_of(options: dict[str, Any]) -> list[Check]:
         machine.ports,
         machine.addresses,
     ]
-    for check in (inputs.models, inputs.data, inputs.vllm, inputs.wandb):
+    for check in (inputs.models, inputs.scorers, inputs.data, inputs.vllm, inputs.wandb):
         checks.append(_with(check, options))
     return checks
 

@@ -114,7 +114,7 @@ def test_an_error_inside_a_check_is_a_fault_and_keeps_what_came_before():
 
 
 def test_each_check_has_a_name():
-    assert len({check.__name__ for check in checks_of({})}) == 11
+    assert len({check.__name__ for check in checks_of({})}) == 12
 
 
 # --- the machine
@@ -295,6 +295,27 @@ def test_models(base_path, tmp_path):
         str(cut),
         "/nowhere/base",
     ]
+
+
+def test_scorers(tmp_path):
+    voice, guide = tmp_path / "voice.yaml", tmp_path / "guide.md"
+    voice.touch()
+    # a judge's model is at its address, and a function's options are its own
+    judge = {"openai": "http://127.0.0.1:9/v1", "model": "gpt", "guide": str(guide)}
+    options = {
+        "reward": [{"voice": str(voice), "judge": judge}, {"function": "mine:f", "guide": "short"}],
+        "eval_scorers": [judge],
+    }
+    assert list(inputs.models(options)) == []
+    assert [f.good for f in inputs.scorers(options)] == [True, False, False]
+    assert f"{guide}: not there" in faults(inputs.scorers(options))[0]
+    guide.touch()
+    assert faults(inputs.scorers(options)) == []
+
+
+def test_every_option_that_names_rows_is_looked_at():
+    for name in ("data", "eval_data", "ptx_data", "reference_data"):
+        assert "rows.jsonl: not there" in the_fault(inputs.data({name: ["/nowhere/rows.jsonl"]}))
 
 
 def test_data(tmp_path):
