@@ -230,8 +230,8 @@ def to_samples(rows: list[dict[str, Any]], completions: Completions, tokenizer: 
 
 
 def summarise(rows: list[EvalRow], prefix: str = "eval/") -> dict[str, float]:
-    """Means over responses under the names that all stages share; a standard error for the sequence
-    KL.
+    """Return means over responses under the names that all stages share, and the standard error of
+    the sequence KL.
     """
     if not rows:
         return {}
@@ -245,6 +245,7 @@ def summarise(rows: list[EvalRow], prefix: str = "eval/") -> dict[str, float]:
         applies = [r.scores[name] for r in rows if not math.isnan(r.scores[name])]
         metrics[f"{prefix}score/{name}"] = sum(applies) / len(applies) if applies else math.nan
     kl = [r.kl for r in rows]
+    # without a reference policy no row has one
     if not math.isnan(kl[0]):
         metrics[f"{prefix}kl/sequence"] = sum(kl) / n
         metrics[f"{prefix}kl/token"] = sum(kl) / sum(r.length for r in rows)

@@ -121,7 +121,7 @@ def mirrored(estimate: Number) -> dict[str, Any]:
     return {**estimate, "estimate": -estimate["estimate"], **bounds}
 
 
-def bound(estimate: Number) -> str:
+def largest_difference(estimate: Number) -> str:
     """Return the largest difference, to either side, that the interval holds."""
     if estimate["low"] is None:
         return "any difference"

@@ -7,10 +7,10 @@ from rlhf.compare import verdict as templates
 from rlhf.compare.format import (
     Report,
     basis,
-    bound,
     counted,
     digits,
     interval,
+    largest_difference,
     listed,
     method_name,
     mirrored,
@@ -60,7 +60,7 @@ def verdict_sentence(verdict: Mapping[str, Any], report: Report) -> str:
         "size": interval(estimate, signed=True),
         "gain": interval(estimate),
         "loss": interval(mirrored(estimate)),
-        "bound": bound(estimate),
+        "bound": largest_difference(estimate),
         "basis": _basis(verdict, report),
     }
     if verdict["kind"] == "over_optimisation":
