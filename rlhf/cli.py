@@ -466,20 +466,20 @@ def run_command(name: str, argv: list[str]) -> None:
     words, argv = argv[:first_flag], argv[first_flag:]
     hint = get_type_hints(options).get(command.words, str)
     takes_several = command.joiner == " " or "list of" in type_name(hint)
+    shown = (command.words or "").upper() + (" ..." if takes_several else "")
+    if not command.needs_words:
+        shown = f"[{shown}]"
     if len(words) > 1 and command.words and not takes_several:
         raise UserError(
             f"'rlhf {name}' takes one '{command.words}', found {len(words)}: {', '.join(words)}"
         )
     if command.words and command.needs_words and not words and not argv:
         raise UserError(
-            f"'rlhf {name}' needs its '{command.words}': rlhf {name} ... All options: rlhf {name} --help"
+            f"'rlhf {name}' needs its '{command.words}': rlhf {name} {shown} (all options: rlhf {name} --help)"
         )
     if command.words and words:
         words = [f"--{command.words}", command.joiner.join(words)]
 
-    shown = (command.words or "").upper() + (" ..." if takes_several else "")
-    if not command.needs_words:
-        shown = f"[{shown}]"
     try:
         config = parse(options, [*words, *argv], f"rlhf {name}", shown)
     except UserError as error:

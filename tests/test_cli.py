@@ -102,7 +102,9 @@ def test_a_programs_file_after_config_says_where_it_belongs(capsys):
 
 
 def test_a_command_without_what_it_works_on_says_so(capsys):
-    assert "'rlhf experiment run' needs its 'config'" in refused(capsys, "experiment", "run")
+    assert "'rlhf experiment run' needs its 'config': rlhf experiment run CONFIG (" in refused(
+        capsys, "experiment", "run"
+    )
 
 
 def test_unknown_commands_name_the_nearest(capsys):
