@@ -90,6 +90,11 @@ CELLS: dict[str, tuple[str, int, str, dict[str, Any]]] = {
     "ppo own critic checkpointing": (
         "ppo", 1, "llama", {**PPO, **RULE, "micro_batch_tokens": 3200, **CHECKPOINTED}
     ),
+    "ppo sampling": (
+        "ppo", 1, "llama",
+        {**PPO, **RULE, "micro_batch_tokens": 128, "rollout_batch_size": 64,
+         "total_episodes": 128, "generation_batch_size": 64},
+    ),
     "ppo two ranks ZeRO 2": (
         "ppo", 2, "llama", {**PPO, **RULE, "deepspeed": "FOLDER/zero2.json"}
     ),
