@@ -7,14 +7,17 @@ loss over all ranks and the metrics that TRL has gathered.
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 from typing import Any
 
 from rlhf.guards import Decision, Decisions
 from rlhf.options.guards import OFFLINE_GUARDS, check_guards
 
-# standard deviations of a step's loss above the mean of those before it
-SPIKE_DEVIATIONS = 8.0
+# of the losses of single steps: so many above the mean are no chance, however small the batches
+DEVIATIONS = 8.0
+# standard deviation of a normal over the median distance of two draws: 1 / (sqrt(2) 0.6745)
+NORMAL = 1.0483
 # programs whose loss is that of pairs, which begin at chance
 ON_PAIRS = ("reward", "dpo")
 _MEMORY = ("recent", "least", "start", "first_logprob")
@@ -23,7 +26,8 @@ _MEMORY = ("recent", "least", "start", "first_logprob")
 class OfflineGuards:
     """The guards of one run with their state, asked after each step and with each logged metric.
 
-    A loss is compared with the least that the run has had, as the mean of `window` steps. Pairs whose
+    A loss is compared with the least that the run has had, as the mean of `window` steps, and with the
+    scatter of steps. Pairs whose
     loss has come near 0 vary by much more than that mean, so a loss of pairs is also compared with
     that of the first step, which is chance.
     """
@@ -83,13 +87,24 @@ class OfflineGuards:
         least = so_far if self.least is None else self.least
         return max(least, self.start) if self.is_on_pairs else least
 
+    def _bound(self) -> float:
+        """Return the loss above which a step is far: by a share, and by the scatter of steps, which with
+        a row or two for each is nearly as large as the loss.
+        """
+        reference = self._reference()
+        # by differences, which a loss that falls, or one odd step, makes no larger
+        changes = [abs(b - a) for a, b in itertools.pairwise(self.recent)]
+        deviation = NORMAL * statistics.median(changes) if changes else 0.0
+        share = self.guards["divergence"].threshold * reference
+        return max(share, reference + DEVIATIONS * deviation)
+
     def _is_far(self, loss: float) -> bool:
-        return loss > self.guards["divergence"].threshold * self._reference()
+        return loss > self._bound()
 
     def _divergence(self, step: int, loss: float) -> Decision | None:
-        bound = self.guards["divergence"].threshold * self._reference()
+        bound = self._bound()
         what = f"loss/total of a step is {loss:.3g}, above {bound:.3g} (its least was {self._reference():.3g})"
-        return self.decided.sustained("divergence", step, self._is_far(loss), loss, bound, what)
+        return self.decided.sustained("divergence", step, loss > bound, loss, bound, what)
 
     def _spike(self, step: int, loss: float) -> Decision | None:
         """Check one step against those before it: by a share and by their scatter, since a share alone
@@ -101,7 +116,7 @@ class OfflineGuards:
             return None
         mean, deviation = statistics.fmean(before), statistics.stdev(before)
         level = max(mean, self.start) if self.is_on_pairs else mean
-        bound = max(guard.threshold * level, mean + SPIKE_DEVIATIONS * deviation)
+        bound = max(guard.threshold * level, mean + DEVIATIONS * deviation)
         what = f"loss/total of a step is {loss:.3g}, above {bound:.3g} (the {guard.window} before had {mean:.3g})"
         return self.decided.sustained("loss_spike", step, loss > bound, loss, bound, what, window=1)
 

@@ -91,6 +91,22 @@ def test_noisy_runs_that_learn_raise_no_alarm(program):
         assert feed(OfflineGuards(program), losses) == []
 
 
+def test_rows_one_by_one_scatter_without_diverging():
+    for seed in range(5):
+        noise = random.Random(seed)
+        losses = [noise.lognormvariate(0, 0.6) for _ in range(800)]
+        found = feed(OfflineGuards("sft"), losses + [15.0] * 5)
+        assert [step for step, guard, _ in found if guard == "divergence"] == [805]
+
+
+def test_a_step_is_far_by_eight_deviations_of_what_changes_from_step_to_step():
+    # least mean of five 1.4, all changes 1, so a deviation of 1.0483: the bound is 1.4 + 8.3864
+    before = [1.0, 2.0] * 10
+    assert feed(OfflineGuards("sft", {"loss_spike": "off"}), before + [9.78] * 5) == []
+    guards = OfflineGuards("sft", {"loss_spike": "off"})
+    assert feed(guards, before + [9.80] * 5) == [(25, "divergence", "stop")]
+
+
 def test_a_restored_state_decides_as_the_run_would_have():
     losses = [2.0 + 0.1 * (i % 3) for i in range(25)] + [5.0] * 12
     whole, first = OfflineGuards("sft"), OfflineGuards("sft")
