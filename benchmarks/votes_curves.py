@@ -134,7 +134,7 @@ def measure_seed(seed: int) -> dict[str, list[dict[str, float]]]:
             points = [
                 mean_point(same) for same in zip(*(points for _, points in runs), strict=True)
             ]
-            found["curves"][rule], found["chosen"][rule] = points, runs[0][0]
+            found[rule] = points
             print(f"seed {seed}, {rule}: gold {points[-1]['gold']:.3f}", flush=True)
         write_atomic(file, json.dumps(found) + "\n")
     return json.loads(file.read_text())

@@ -79,3 +79,21 @@ def test_rules_share_the_first_votes_and_no_pair_is_asked_twice(monkeypatch):
         again, same = votes_curves.grow(pool, rule, "0 0", test)
         assert (again, same) == (chosen, points)
     assert len(firsts) == 1
+
+
+def test_curves_are_measured_once_and_kept(tmp_path, monkeypatch):
+    (tmp_path / "seed-0").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for name in ("read_pool", "test_answers"):
+        monkeypatch.setattr(votes_curves, name, lambda *_: None)
+    # repeats "0 0", "0 1", ... have gold 0, 1, ...: the mean of 20 is 9.5
+    points = [{"votes": 50, "gold": 0.0}]
+    monkeypatch.setattr(
+        votes_curves,
+        "grow",
+        lambda pool, rule, name, test: ([], [points[0] | {"gold": float(name.split()[1])}]),
+    )
+    found = votes_curves.measure_seed(0)
+    assert found == {rule: [{"votes": 50, "gold": 9.5}] for rule in votes_curves.RULES}
+    monkeypatch.delattr(votes_curves, "grow")
+    assert votes_curves.measure_seed(0) == found
