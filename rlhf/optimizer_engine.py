@@ -208,9 +208,11 @@ class DeepSpeedEngine(OptimizerEngine):
         config: dict[str, Any],
     ):
         self.world = world
-        self.stage = config["zero_optimization"].get("stage", 0)
-        offload = config["zero_optimization"].get("offload_optimizer") or {}
-        self.offloads = offload.get("device", "none") != "none"
+        zero = config["zero_optimization"]
+        self.stage = zero.get("stage", 0)
+        offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        # where it takes the parameters of a pass for all of them
+        self.wants_all = {1: zero.get("overlap_comm"), 2: offloads}.get(self.stage)
         dtypes = {
             parameter.dtype for group in optimizer.param_groups for parameter in group["params"]
         }
@@ -241,9 +243,9 @@ class DeepSpeedEngine(OptimizerEngine):
         if self.stage == 3:
             # it counts passes in engine.forward, which roles do not go through; at 0 it overwrites
             self.optimizer.micro_step_id = 1
-        if self.stage == 2 and self.offloads:
-            # it takes the parameters of a pass for all of them: those of the first pass overwrite what
-            # the last step has left, and those of the boundary alone are handed over
+        if self.wants_all:
+            # ZeRO-2 offloaded: those of the first pass overwrite what the last step has left, and those
+            # of the boundary alone are handed over. ZeRO-1 overlapped: the others keep this rank's sum
             trained = filter(lambda parameter: parameter.requires_grad, self.module.parameters())
             loss = loss + sum(0.0 * parameter.sum() for parameter in trained)
         # DeepSpeed averages over ranks; ours are parts to be summed
