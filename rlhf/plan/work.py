@@ -113,8 +113,8 @@ class Clock:
     def sampling(self, name: str, costs: Costs, rows: Rows, config: Any) -> Work:
         """Return the work of sampling the responses of `rows`.
 
-        On a GPU each step reads the weights once, and keys and values of all that went before; on a
-        CPU products take the time.
+        On a GPU prompts are a pass like others, and then each step reads the weights once, and keys and
+        values of all that went before; on a CPU products take the time.
         """
         flops = costs.forward(rows, rows.labels)
         if self.setup.device == "cpu":
@@ -125,9 +125,9 @@ class Clock:
         slots = min(config.generation_batch_size, own)
         steps = own * rows.response / max(slots, 1)
         read = weights + slots * (rows.prompt + rows.response / 2) * kept
-        return Work(
-            name, rows.tokens, flops, steps * read / (SAMPLING_SHARE * self.device.bandwidth)
-        )
+        reading = steps * read / (SAMPLING_SHARE * self.device.bandwidth)
+        prompts = self.passes(name, 0, costs.forward(Rows(rows.count, rows.prompt, 0), 0))
+        return Work(name, rows.tokens, flops, prompts.seconds + reading)
 
 
 def steps_of(config: Any, setup: Setup, rows: int | None) -> int:
