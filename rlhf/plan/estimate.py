@@ -144,7 +144,8 @@ def weights_of(
     moments = 2 if config.optim in EIGHT_BIT else 8
     if by_trl and not config.use_peft:
         # TRL's own AdamW keeps the moments in the dtype of the weights
-        moments = moments if masters or not is_mixed else 2 * own
+        if is_mixed and not masters and config.optim not in EIGHT_BIT:
+            moments = 2 * own
         others = frozen if program == "dpo" else 0
         # all but buffers learns
         buffers = size_of(base.buffers())

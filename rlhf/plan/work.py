@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,7 +139,9 @@ def steps_of(config: Any, setup: Setup, rows: int | None) -> int:
         return 1
     held_out = config.validation_fraction + config.test_fraction
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * setup.ranks
-    return max(1, round(rows * (1 - held_out) * config.num_train_epochs / batch))
+    # as the trainer counts: the last batch of an epoch is a step too
+    an_epoch = math.ceil(round(rows * (1 - held_out)) / batch)
+    return max(1, math.ceil(an_epoch * config.num_train_epochs))
 
 
 def offline_work(

@@ -7,7 +7,7 @@ import pytest
 from rlhf.plan.devices import Device
 from rlhf.plan.memory import Setup
 from rlhf.plan.passes import Rows
-from rlhf.plan.work import Clock
+from rlhf.plan.work import Clock, steps_of
 
 
 def test_sampling_on_a_gpu_passes_the_prompts_and_then_reads_weights_and_cache():
@@ -23,3 +23,13 @@ def test_sampling_on_a_gpu_passes_the_prompts_and_then_reads_weights_and_cache()
     reading = 40 * 180 / 500
     assert work.seconds == pytest.approx(prompts + reading)
     assert work.flops == 1000.0 * 8 * 30
+
+
+def test_the_last_batch_of_each_epoch_is_a_step():
+    options = {"max_steps": -1, "validation_fraction": 0.1, "test_fraction": 0.1}
+    options |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    # 8 of 10 rows in batches of 8 are one step an epoch, 9 of 11.25 two
+    config = SimpleNamespace(**options, num_train_epochs=3)
+    assert steps_of(config, Setup(ranks=1), 10) == 3
+    assert steps_of(config, Setup(ranks=1), 12) == 6
+    assert steps_of(config, Setup(ranks=2), 12) == 3
