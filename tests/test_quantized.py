@@ -237,7 +237,8 @@ def test_what_cannot_stand_on_a_packed_base_is_refused(base_path):
 
 
 def options(**changes):
-    usual = {"load_in_4bit": False, "load_in_8bit": False, "optim": "adamw", "deepspeed": "zero3"}
+    usual = {"load_in_4bit": False, "load_in_8bit": False, "optim": "adamw"}
+    usual |= {"deepspeed": "zero3", "dtype": "float32"}
     return SimpleNamespace(**usual | changes)
 
 

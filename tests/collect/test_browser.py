@@ -13,9 +13,9 @@ VOICE = ("--voice", str(ROOT / "configs" / "voices" / "shop.yaml"))
 
 
 @pytest.fixture
-def browse(chromium):
+def browse(chromium, serve):
     """browse(server, name, **context) -> a page signed in; errors and requests elsewhere fail the
-    test at its end.
+    test at its end. Pages close before the servers, which they still ask.
     """
     contexts, wrong = [], []
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhf.compare.format import amount, bound, digits, interval, listed, mirrored
+from rlhf.compare.format import amount, digits, interval, largest_difference, listed, mirrored
 from rlhf.compare.report import print_report, read_report, write_files
 from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
 from tests.compare.report_example import example
@@ -146,7 +146,7 @@ def test_intervals_have_the_decimals_that_their_width_calls_for():
     assert interval(number(0.2, 0.004, 0.396)) == "0.200 [0.004, 0.396]"
     assert digits(-0.0001, number(0.0, -0.5, 0.5)) == "0.00"
     assert interval(mirrored(number(0.12, 0.03, 0.21))) == "-0.12 [-0.21, -0.03]"
-    assert bound(number(0.1, -0.3, 0.2)) == "0.30"
+    assert largest_difference(number(0.1, -0.3, 0.2)) == "0.30"
     assert interval(None) == "–"
 
 

@@ -251,6 +251,7 @@ def test_the_callback_logs_through_the_tracker(tmp_path, capsys):
 
     with Tracker(tmp_path, console_seconds=0) as tracker:
         run = SimpleNamespace(program="reward", tracker=tracker, world=DistributedContext())
+        run.config = SimpleNamespace(guards={})
         callback = RunCallback(run, None, Budget(tokens_trained=70))
         state = TrainerState(global_step=5, max_steps=10)
         arguments = TrainingArguments(output_dir=str(tmp_path / "t"), use_cpu=True)
