@@ -232,6 +232,8 @@ def test_passages_are_marked_by_keyboard_and_seen_by_the_owner(tmp_path, serve, 
 
 
 def test_passages_are_marked_by_mouse_in_a_ranking(server, browse):
+    from playwright.sync_api import expect
+
     page = browse(server, "ann")
     page.goto(server.url)
     texts = [page.input_value(f"#passage-{i}") for i in (1, 2, 3, 4)]
@@ -240,6 +242,8 @@ def test_passages_are_marked_by_mouse_in_a_ranking(server, browse):
     # what is selected in the answer as it is shown is selected in its plain text
     card.locator("strong").dblclick()
     card.locator(".marks summary").click()
+    # the panel takes the selection after the click
+    expect(page.locator(f"#passage-{number}")).to_be_focused()
     selected = f"document.getElementById('passage-{number}')"
     found = page.evaluate(
         f"{selected}.value.slice({selected}.selectionStart, {selected}.selectionEnd)"
