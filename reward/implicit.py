@@ -22,11 +22,12 @@ def implicit_reward(
 
     from rlhf.compare.runs import load_policies
     from rlhf.data.encode import encode_prompt, encode_response
+    from rlhf.distributed import own_device
     from rlhf.logprobs import completion_batch, response_logprobs
     from rlhf.packing import head_is_plain
     from rlhf.tokenizer import load_tokenizer
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     tokenizer = load_tokenizer(policy)
     models = load_policies([policy, reference], device, max_prompt_length, max_response_length)
 

@@ -323,6 +323,21 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def own_device() -> torch.device:
+    """Return the device of a program that runs in one process: the GPU, or the CPU without one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def base_dtype(dtype: str, device: torch.device, *, trains_whole: bool = False) -> str:
+    """Return the dtype to load a base in. "auto" is bfloat16 on a GPU, else float32.
+
+    A model that is trained whole is loaded in float32; the trainer computes in bfloat16 on a GPU.
+    """
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if device.type == "cuda" and not trains_whole else "float32"
+
+
 def peak_memory(device: torch.device) -> float:
     """Return the most memory used so far, GiB: the device's on a GPU, the process's resident set
     elsewhere.

@@ -66,13 +66,6 @@ class InitialModel:
     quantization: str | None = None
 
 
-def sampling_dtype(dtype: str, device: torch.device) -> str:
-    """Return the dtype to sample and measure in: where it is "auto", as runs on that device are trained."""
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device.type == "cuda" else "float32"
-
-
 def load_model(
     path: str,
     dtype: str = "float32",

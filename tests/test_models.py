@@ -27,7 +27,7 @@ from rlhf.adapters import check_targets, lora_config, never_trained, token_rows
 from rlhf.compare.runs import load_policies
 from rlhf.critic import reward_shift
 from rlhf.data.records import Prompt
-from rlhf.distributed import DistributedContext
+from rlhf.distributed import DistributedContext, base_dtype
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError
 from rlhf.evaluate import eos_probability
@@ -38,7 +38,6 @@ from rlhf.models import (
     check_context,
     context_length,
     load_model,
-    sampling_dtype,
     trainable_policy,
 )
 from rlhf.offline import trainers
@@ -712,9 +711,12 @@ def test_policy_and_reference_are_equal_to_the_last_bit_where_layers_read_transp
 
 def test_what_samples_and_measures_takes_bfloat16_on_a_gpu_unless_told(sft_path):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert sampling_dtype("auto", cpu) == "float32"
-    assert sampling_dtype("auto", gpu) == "bfloat16"
-    assert sampling_dtype("float32", gpu) == "float32"
+    assert base_dtype("auto", cpu) == "float32"
+    assert base_dtype("auto", gpu) == "bfloat16"
+    assert base_dtype("float32", gpu) == "float32"
+    # whole weights learn in float32, unless told otherwise
+    assert base_dtype("auto", gpu, trains_whole=True) == "float32"
+    assert base_dtype("bfloat16", gpu, trains_whole=True) == "bfloat16"
 
     ((model, _),) = load_policies([sft_path], cpu, 8, 8, "bfloat16")
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}

@@ -69,14 +69,12 @@ def sample_answers(
 
 def answering(drawing: Drawing, tokenizer: Any) -> Callable[[list[dict], Callable], list[dict]]:
     """Return a function that draws the answers to some prompts; it holds the policy."""
-    import torch
-
-    from rlhf.distributed import DistributedContext
+    from rlhf.distributed import DistributedContext, own_device
     from rlhf.evaluate import Evaluation
     from rlhf.packing import head_is_plain
     from rlhf.tokenizer import stop_ids
 
-    world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = DistributedContext(device=own_device())
     limits = (drawing.max_prompt_length, drawing.sampling.max_new_tokens)
     ((model, context),) = load_policies([drawing.policy], world.device, *limits)
 

@@ -47,11 +47,9 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     """Write and return {"texts": [{group, tokens, base, run}], "task": [{group, base, run}]}: nats of
     each answer, and whether each question was answered rightly.
     """
-    import torch
-
     from rlhf.compare.runs import load_policies
     from rlhf.compare.text_metrics import text_losses
-    from rlhf.distributed import DistributedContext
+    from rlhf.distributed import DistributedContext, own_device
     from rlhf.packing import head_is_plain
     from rlhf.tokenizer import load_tokenizer
 
@@ -59,7 +57,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     texts = held_out_rows(config, config.texts, tokenizer)
     task = held_out_rows(config, config.task, tokenizer)
     questions = choices_of(task, config.seed)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     world = DistributedContext(device=device)
     policies = load_policies(
         [config.model_name_or_path, config.run],

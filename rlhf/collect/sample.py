@@ -363,14 +363,13 @@ def answers_of_policy(
 
 def _load_policy(source: str, config: SampleConfig) -> tuple[Any, Any, dict[str, str | None]]:
     """Return a policy as it was loaded, as it samples, and what the store records of it."""
-    import torch
-
-    from rlhf.models import check_context, load_model, sampling_dtype, trainable_policy
+    from rlhf.distributed import base_dtype, own_device
+    from rlhf.models import check_context, load_model, trainable_policy
     from rlhf.startup import model_loaded
     from rlhf.weights import folder_fingerprint
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    initial = load_model(source, sampling_dtype(config.dtype, device))
+    device = own_device()
+    initial = load_model(source, base_dtype(config.dtype, device))
     model_loaded(initial.model)
     check_context(initial.model, source, config.max_prompt_length, config.max_response_length)
     model = trainable_policy(initial, None).to(device)

@@ -210,16 +210,15 @@ def sample_runs(
     """Return run -> evaluation rows, all on the same prompts with the same sampling noise, KL to
     the first run.
     """
-    import torch
     from tqdm import tqdm
 
-    from rlhf.distributed import DistributedContext
+    from rlhf.distributed import DistributedContext, own_device
     from rlhf.evaluate import Evaluation
     from rlhf.packing import head_is_plain
     from rlhf.tokenizer import stop_ids
 
     # one process: the policies of a comparison are sampled in turn
-    world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = DistributedContext(device=own_device())
     policies = load_policies(config.runs, world.device, max_prompt_length, sampling.max_new_tokens)
     model, context = policies[0]
     evaluation = Evaluation(

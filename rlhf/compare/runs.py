@@ -159,11 +159,12 @@ def load_policies(
     response exceed a model's positions.
     """
     from rlhf.adapters import load_adapter, use_adapter
+    from rlhf.distributed import base_dtype
     from rlhf.model_files import adapter_base, read_identity, require_policy
-    from rlhf.models import check_context, check_same_base, load_model, sampling_dtype, trained_on
+    from rlhf.models import check_context, check_same_base, load_model, trained_on
     from rlhf.startup import model_loaded
 
-    dtype = sampling_dtype(dtype, device)
+    dtype = base_dtype(dtype, device)
     # base, and how it is kept -> the model as it was loaded, and with its adapters
     shared: dict[tuple[str, str | None], tuple[Any, Any]] = {}
     policies = []

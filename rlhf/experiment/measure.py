@@ -103,10 +103,9 @@ def sample_policies(
     """Sample from every policy of a trial (checkpoints and end), score, and write one file for
     each.
     """
-    import torch
     from tqdm import tqdm
 
-    from rlhf.distributed import DistributedContext
+    from rlhf.distributed import DistributedContext, own_device
 
     is_initial = wanted.kind == "initial"
     run_folder, folder = Path(config.output_dir) / wanted.trial, measures_of(config, wanted.trial)
@@ -122,7 +121,7 @@ def sample_policies(
     if not is_initial:
         paths += [steps[step] for step in missing]
     records = test_prompts(config, paths)
-    world = DistributedContext(device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    world = DistributedContext(device=own_device())
     policies = load_policies(
         paths, world.device, config.max_prompt_length, config.max_response_length, config.dtype
     )

@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.deepspeed_config import SHIPPED
+from rlhf.distributed import base_dtype
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError
-from rlhf.models import DTYPES, sampling_dtype
+from rlhf.models import DTYPES
 from rlhf.options.shared import EIGHT_BIT, quantization_of
 from rlhf.packing import group_rows, tokens_per_pass
 from rlhf.plan.ledger import size_of
@@ -83,8 +84,10 @@ def setup_of(config: Any, ranks: int, device: str, *, launched: bool) -> Setup:
 
 def estimate(program: str, config: Any, start: Start, setup: Setup) -> Estimate:
     """Return the memory of a program's phases on each rank."""
-    dtype = sampling_dtype(config.dtype, torch.device(setup.device))
     trains_whole = program in TRL and not config.use_peft
+    # DeepSpeed casts whole weights, and keeps float32 ones beside them
+    in_float32 = trains_whole and not setup.launched
+    dtype = base_dtype(config.dtype, torch.device(setup.device), trains_whole=in_float32)
     base = empty_model(start.shape, dtype, config.attn_implementation)
     scales = pack(base, quantization_of(config)) if quantization_of(config) else 0
     frozen = size_of(base.parameters()) + size_of(base.buffers()) + scales

@@ -73,13 +73,10 @@ class Run:
     @property
     def torch_dtype(self) -> str:
         """Return the dtype to load the base model in."""
-        if self.config.dtype != "auto":
-            return self.config.dtype
-        # a model that is trained whole is kept in float32; the trainer computes in bfloat16 on a
-        # GPU
-        if self.world.device.type == "cuda" and getattr(self.config, "use_peft", True):
-            return "bfloat16"
-        return "float32"
+        from rlhf.distributed import base_dtype
+
+        trains_whole = not getattr(self.config, "use_peft", True)
+        return base_dtype(self.config.dtype, self.world.device, trains_whole=trains_whole)
 
     def record_dependency(self, name: str, fingerprint: str) -> None:
         """Record what this run starts from or learns from. Raise UserError if the resumed run had

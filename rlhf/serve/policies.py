@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rlhf.adapters import use_adapter
 from rlhf.compare.runs import load_policies
+from rlhf.distributed import own_device
 from rlhf.engines import batched
 from rlhf.engines.merged import merged
 from rlhf.engines.sampling import Completions, EachToken, Sampling
@@ -100,7 +100,7 @@ def load(paths: list[str], *, with_bases: bool) -> list[Policy]:
     given = {_place(path): path for path in paths if not bases[path]}
     loaded = [path for path in paths if bases[path] or _place(path) not in adapters]
     # adapters with their base behind them: load_policies shares its weights
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     policies: dict[str, Policy] = {}
     for path, made in zip(loaded, load_policies(loaded, device, 1, 1), strict=True):
         policies[path] = _policy(names[path], path, *made)
