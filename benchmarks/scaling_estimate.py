@@ -65,6 +65,8 @@ SMALL = ("control", "all_gather")
 # how often learning goes through the base for a micro-batch: forward and backward; in PPO policy and critic,
 # with an adapter for each
 PASSES = {"sft": 2, "dpo": 2, "ppo": 4}
+# of PPO, with one optimizer step each
+EPOCHS = 4
 
 
 def messages(
@@ -74,20 +76,25 @@ def messages(
     *,
     number_bytes: int = 2,
     micro_batches: int = 1,
+    steps: int = 1,
 ) -> dict[str, float]:
-    """Return the bytes of a step's messages by collective, by formula.
+    """Return the bytes of the messages of `steps` optimizer steps by collective, by formula; in PPO, of
+    those of one rollout.
 
-    Gradients and weights of adapters travel in float32, for each micro-batch. number_bytes: of a number
-    of the base.
+    Gradients and weights of adapters travel in float32. number_bytes: of a number of the base.
+    micro_batches: of all steps together.
     """
     gradients = 4 * model.trainable
     everything = number_bytes * model.base + gradients
-    if stage == "0":
-        sent = {"all_reduce": gradients}
-    elif stage in ("1", "2"):
-        # the second: the parts of the updated weights
-        sent = {"all_reduce": gradients, "all_gather_into_tensor": gradients}
-    elif stage == "3, all kept":
+    if stage in ("0", "1", "2"):
+        # ZeRO 2 keeps a part of the gradients, so that it sums them after each backward pass
+        sums = micro_batches if stage == "2" else steps
+        sent = {"all_reduce": sums * gradients}
+        if stage != "0":
+            # the parts of the updated weights
+            sent["all_gather_into_tensor"] = steps * gradients
+        return sent
+    if stage == "3, all kept":
         sent = {"all_gather_into_tensor": everything, "reduce_scatter_tensor": gradients}
     else:
         gathered = PASSES[program] * number_bytes * model.base + 2 * gradients
@@ -119,14 +126,15 @@ def seconds(sent: dict[str, float], calls: float, ranks: int, network: float) ->
     return link_bytes(sent, ranks) / rate + calls * hops
 
 
-def calls_of(program: str, stage: str, micro_batches: int = 1) -> int:
-    """Return how many collectives a step makes.
+def calls_of(program: str, stage: str, micro_batches: int = 1, steps: int = 1) -> int:
+    """Return how many collectives `steps` optimizer steps make; in PPO, of policy and critic.
 
     Without prefetching ZeRO-3 gathers 12 times a layer and pass, as measured (98 calls for two passes over
     4 layers), and each of 37 parameters of a layer before sampling.
     """
     if stage != "3":
-        return 2 * micro_batches
+        sums = micro_batches if stage == "2" else steps
+        return (2 if program == "ppo" else 1) * (sums + steps)
     before_sampling = 37 if program == "ppo" else 0
     return LAYERS * (before_sampling + 12 * PASSES[program] * micro_batches)
 
@@ -150,17 +158,17 @@ def sampling_seconds(rows: float, prompt: int = 512, response: int = 512) -> flo
 def ppo_seconds(rows: float, ranks: int, stage: str, network: float) -> tuple[float, float]:
     """Return the time of a PPO step of `rows` responses on each GPU: computing, and communicating.
 
-    configs/ppo.yaml: 4 epochs of one minibatch, 512 + 512 tokens, a reference and a reward model on the base; policy
-    and critic have an adapter each.
+    4 epochs of one minibatch, in micro-batches of 8 rows of 512 + 512 tokens; a reference and a reward model on
+    the base; policy and critic have an adapter each.
     """
     tokens = 1024 * rows
-    scored = learning_seconds(tokens, passes=3 * 2)
-    learnt = 4 * 2 * learning_seconds(tokens)
-    # four epochs of micro-batches of 8 rows
-    micro_batches = 4 * math.ceil(rows / 8)
+    # forward passes of 2 FLOPs a weight: reward model, policy, reference and critic
+    scored = learning_seconds(tokens, passes=4 * 2)
+    learnt = EPOCHS * 2 * learning_seconds(tokens)
+    micro_batches = EPOCHS * math.ceil(rows / 8)
     model = replace(MODEL, trainable=2 * MODEL.trainable)
-    sent = messages("ppo", stage, model, micro_batches=micro_batches)
-    spoken = seconds(sent, calls_of("ppo", stage, micro_batches), ranks, network)
+    sent = messages("ppo", stage, model, micro_batches=micro_batches, steps=EPOCHS)
+    spoken = seconds(sent, calls_of("ppo", stage, micro_batches, EPOCHS), ranks, network)
     return sampling_seconds(rows) + scored + learnt, spoken
 
 
@@ -220,17 +228,20 @@ def measured_table(found: list[dict[str, Any]]) -> list[str]:
         expected = expected_messages(cell)
         seen = cell["step"]
         names = [name for name in seen if name not in SMALL]
+        collectives = [f"{seen[name]['calls']} {name.removesuffix('_tensor')}" for name in names]
+        sent = sum(seen[name]["bytes"] for name in names)
+
         small = [seen[name] for name in SMALL if name in seen]
+        small_calls = sum(part["calls"] for part in small)
+        small_bytes = sum(part["bytes"] for part in small)
         rows.append(
             [
                 cell["program"],
                 cell["stage"],
-                ", ".join(
-                    f"{seen[name]['calls']} {name.removesuffix('_tensor')}" for name in names
-                ),
-                f"{sum(seen[name]['bytes'] for name in names):,}",
+                ", ".join(collectives),
+                f"{sent:,}",
                 f"{sum(expected.values()):,.0f}",
-                f"{sum(part['calls'] for part in small)}, {sum(part['bytes'] for part in small):,}",
+                f"{small_calls}, {small_bytes:,}",
             ]
         )
     header = ("program", "ZeRO", "collectives", "bytes", "by formula", "small ones: calls, bytes")
@@ -268,7 +279,8 @@ def page(found: list[dict[str, Any]]) -> str:
         f"The formula's largest error is {percent(largest_difference(found))}. With T trained numbers and F frozen",
         "ones of b bytes:",
         "",
-        "- **ZeRO 0**: one all-reduce of 4T. **1 and 2**: also an all-gather of 4T. F is sent at the start alone.",
+        "- **ZeRO 0**: an all-reduce of 4T each optimizer step. **1**: also an all-gather of 4T. **2**: the all-reduce",
+        "  comes with each micro-batch. F is sent at the start alone.",
         "- **ZeRO 3**: a reduce-scatter of 4T, and an all-gather of bF and of the adapter in use for each pass over",
         "  the base: forward and backward; in PPO of policy and critic, less the embeddings backward, and of all once",
         "  a rollout, to sample and measure. DeepSpeed keeps up to 10^9 gathered numbers between passes",
@@ -292,7 +304,8 @@ def page(found: list[dict[str, Any]]) -> str:
         "## The same work for each GPU",
         "",
         "Share of the time that is spent computing. SFT and DPO: 8 rows (pairs) of 1024 tokens a GPU and step. PPO:",
-        "64 responses of 512 + 512 tokens a GPU, 4 epochs, micro-batches of 8, policy and critic.",
+        "64 responses of 512 + 512 tokens a GPU; reward model, policy, reference and critic measure them; 4 epochs of",
+        "one optimizer step, micro-batches of 8, policy and critic.",
         "",
         *markdown_table(
             ("network", "program", "ZeRO", "8 GPUs", "64", "512"), weak, right=(3, 4, 5)

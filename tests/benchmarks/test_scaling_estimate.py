@@ -13,9 +13,16 @@ TINY = Model(base=100, embeddings=10, trainable=3)
 
 def test_messages_by_hand():
     assert messages("sft", "0", TINY) == {"all_reduce": 12}
-    assert messages("dpo", "2", TINY, micro_batches=2) == {
-        "all_reduce": 24,
-        "all_gather_into_tensor": 24,
+    # three micro-batches in two steps: ZeRO 2 sums with each micro-batch, ZeRO 1 with each step, and
+    # updated weights travel with each step
+    several = {"micro_batches": 3, "steps": 2}
+    assert messages("dpo", "2", TINY, **several) == {
+        "all_reduce": 3 * 12,
+        "all_gather_into_tensor": 2 * 12,
+    }
+    assert messages("dpo", "1", TINY, **several) == {
+        "all_reduce": 2 * 12,
+        "all_gather_into_tensor": 2 * 12,
     }
     # forward and backward: 2 x (2 x 100 + 4 x 3)
     sent = messages("sft", "3", TINY)
@@ -24,6 +31,19 @@ def test_messages_by_hand():
     sent = messages("ppo", "3", TINY, micro_batches=2)
     assert sent["all_gather_into_tensor"] == 2 * 784 + 212
     assert sent["reduce_scatter_tensor"] == 24
+
+
+def test_a_ppo_step_by_hand(monkeypatch):
+    monkeypatch.setattr(scaling_estimate, "MODEL", TINY)
+    # 16 rows of 1024 tokens, 100 weights
+    work, spoken = scaling_estimate.ppo_seconds(16, 8, "2", network=1.0)
+    flops = scaling_estimate.MACHINE.flops
+    # 4 passes forward of 2 FLOPs a weight; 4 epochs of policy and critic of 6
+    passes = 100 * 16 * 1024 * (4 * 2 + 4 * 2 * 6) / flops
+    assert work == pytest.approx(scaling_estimate.sampling_seconds(16) + passes)
+    # 8 micro-batches in 4 steps: gradients of 2 x 3 numbers 8 times, weights 4 times; 2 x (8 + 4) calls
+    sent = {"all_reduce": 8 * 24, "all_gather_into_tensor": 4 * 24}
+    assert spoken == pytest.approx(seconds(sent, 24, 8, network=1.0))
 
 
 def test_rings_and_links_by_hand():
