@@ -114,6 +114,7 @@ CONTAINER = {
     "workingDir": str,
     "command": [str],
     "args": [str],
+    "envFrom": [{"secretRef": {"name!": str, "optional": bool}}],
     "env": [{"name!": str, "value": str, "valueFrom": {"fieldRef": {"fieldPath!": str}}}],
     "resources": {"limits": dict},
     "volumeMounts": [{"name!": str, "mountPath!": str}],
@@ -272,7 +273,14 @@ def test_pods_would_start_the_program(name, stubs, tmp_path):
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
     assert "/dev/shm" in mounts.values()
     output = call[call.index("--output_dir") + 1]
-    assert output.startswith(f"{mounts['data']}/")
+    # and what comes from the Hub is there for the next start
+    for path in (output, given["HF_HOME"]):
+        assert path.startswith(f"{mounts['data']}/")
+    # the command at the head of the file makes the Secret that the pod reads, which may be left out
+    (secret,) = container["envFrom"]
+    made = f"kubectl create secret generic {secret['secretRef']['name']} --from-literal=HF_TOKEN="
+    assert made in (CLUSTER / name).read_text()
+    assert secret["secretRef"]["optional"] is True
 
 
 def test_the_first_machine_may_have_the_name_that_programs_know(stubs, tmp_path):
