@@ -155,7 +155,8 @@ def _parser(cls: type, prog: str, before: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog,
         exit_on_error=False,
-        usage=" ".join(["%(prog)s", *before.split(), "[--config FILE] [--option VALUE ...]"]),
+        # the word in front of the flags may be the file itself
+        usage=f"%(prog)s {before or '[--config FILE]'} [--option VALUE ...]",
         description=inspect.cleandoc(cls.__doc__ or ""),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -82,12 +82,18 @@ def test_a_run_may_be_called_as_an_old_command(capsys, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name,before",
-    [("collect serve", "STORE "), ("compare", "RUNS ... "), ("doctor", "[RUN_CONFIG] ")],
+    [
+        ("collect serve", "STORE"),
+        ("compare", "RUNS ..."),
+        ("doctor", "[RUN_CONFIG]"),
+        ("experiment run", "CONFIG"),
+        ("sandbox build", "[--config FILE]"),
+    ],
 )
-def test_help_shows_the_words_before_the_flags(name, before, capsys):
+def test_help_shows_the_words_before_the_flags_or_the_file(name, before, capsys):
     with pytest.raises(SystemExit):
         main([*name.split(), "--help"])
-    assert capsys.readouterr().out.startswith(f"usage: rlhf {name} {before}[--config FILE]")
+    assert capsys.readouterr().out.startswith(f"usage: rlhf {name} {before} [--option VALUE ...]")
 
 
 def test_one_word_is_wanted_where_one_is_taken(capsys):
