@@ -8,16 +8,13 @@ from dataclasses import asdict, dataclass
 from functools import partial, update_wrapper
 from typing import Any
 
-from rlhf.config import current_names, option, parse, read_file
+from rlhf.config import option, parse, read_file
 from rlhf.doctor import inputs, machine
 from rlhf.doctor.findings import Check, Finding, run_check
-from rlhf.errors import EarlyExit, UserError
+from rlhf.errors import EarlyExit
 from rlhf.files import cache_folder
-from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
-from rlhf.options.ppo import PPOConfig
-from rlhf.values import is_required, read_yaml
-
-PROGRAMS = {"sft": SFTRunConfig, "reward": RewardRunConfig, "dpo": DPORunConfig, "ppo": PPOConfig}
+from rlhf.options.programs import PROGRAMS, command_of, programs_of
+from rlhf.values import is_required
 
 
 @dataclass
@@ -36,19 +33,9 @@ def read_program(path: str) -> dict[str, Any]:
     """Return the options that a program's YAML file gives. Raises UserError, as the program would, for
     what it would refuse; options that are missing may come from its command line.
     """
-    given = read_yaml(path)
-    unknown = {}
-    # a file does not say whose it is: the program that knows most of its names
-    for program, options in PROGRAMS.items():
-        known = {field.name for field in dataclasses.fields(options)}
-        unknown[program] = len(current_names(options, given, path).keys() - known)
-    program = min(unknown, key=unknown.__getitem__)
-    if 2 * unknown[program] > len(given):
-        raise UserError(
-            f"{path}: is no file of a program's options (launch/: {', '.join(PROGRAMS)})"
-        )
-
-    options, command = PROGRAMS[program], f"deepspeed launch/{program}.py"
+    # what several programs know is the same option in each of them
+    program = programs_of(path)[0]
+    options, command = PROGRAMS[program], command_of(program)
     values = read_file(options, path, command)
     required = {field.name for field in dataclasses.fields(options) if is_required(field)}
     if required <= values.keys():

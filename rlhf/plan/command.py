@@ -11,14 +11,7 @@ from typing import Any, Literal
 
 from rlhf.config import option, parse
 from rlhf.errors import UserError, near_file
-from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
-from rlhf.options.ppo import PPOConfig
-from rlhf.values import read_yaml
-
-PROGRAMS = {"sft": SFTRunConfig, "reward": RewardRunConfig, "dpo": DPORunConfig, "ppo": PPOConfig}
-# options that one program alone has
-SIGNS = {"reward": "ppo", "total_episodes": "ppo", "beta": "dpo", "normalise": "reward"}
-SIGNS |= {"center_rewards_coefficient": "reward", "train_on": "sft", "merge": "sft"}
+from rlhf.options.programs import PROGRAMS, command_of, programs_of
 
 
 @dataclass(kw_only=True)
@@ -32,7 +25,7 @@ class PlanConfig:
     file: str = option(help="the options of a program, as for launch/: configs/sft.yaml")
     program: Literal["auto", "sft", "reward", "dpo", "ppo"] = option(
         "auto",
-        "the program that the options are for; auto: by the options that only one has, or the name",
+        "the program that the options are for; auto: the one that knows them, or that the file is named after",
     )
     options: dict = option(
         {}, "options to plan with instead, e.g. {lora_r: 64, load_in_4bit: true}"
@@ -67,29 +60,17 @@ class PlanConfig:
             raise UserError("several ranks need a launcher: leave --launched out, or take --gpus 1")
 
 
-def program_of(config: PlanConfig, given: dict[str, Any]) -> str:
-    """Return the program that the options are for. Raises UserError where nothing tells."""
-    if config.program != "auto":
-        return config.program
-    for name, program in SIGNS.items():
-        if name in given:
-            return program
-    stem = Path(config.file).stem
-    named = [program for program in PROGRAMS if stem.startswith(program)]
-    if not named:
-        raise UserError(
-            f"{config.file}: which program is it for? --program sft, reward, dpo or ppo"
-        )
-    return named[0]
-
-
 def read_program(config: PlanConfig) -> tuple[str, Any]:
-    """Return the program and its options."""
-    given = read_yaml(config.file)
-    program = program_of(config, given)
+    """Return the program and its options. Raises UserError where the file does not tell the program."""
+    program = config.program
+    if program == "auto":
+        program, *others = programs_of(config.file)
+        if others:
+            choices = " or ".join([program, *others])
+            raise UserError(f"{config.file}: which program is it for? --program {choices}")
     flags = [f"--{name}={json.dumps(value)}" for name, value in config.options.items()]
-    where = f"rlhf plan {config.file}"
-    return program, parse(PROGRAMS[program], ["--config", config.file, *flags], where)
+    given = ["--config", config.file, *flags]
+    return program, parse(PROGRAMS[program], given, command_of(program))
 
 
 def plan(config: PlanConfig) -> None:

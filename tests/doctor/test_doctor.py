@@ -85,7 +85,10 @@ def test_a_config_that_is_not_there_is_an_error_of_its_own(capsys):
         ("data: x\nreward: 5", "option 'reward', item 1: expected a mapping"),
         # whole, and refused by what the program checks
         ("model_name_or_path: a\ndata: x\noutput_dir: y\nlora_r: 0", "'lora_r' is 0"),
-        ("methods: {}\nseeds: [0]\noutput_dir: y", "no file of a program's options"),
+        (
+            "methods: {}\nseeds: [0]\noutput_dir: y",
+            "found the file of an experiment (rlhf experiment run)",
+        ),
     ],
 )
 def test_options_that_a_program_would_refuse_are_refused(text, said, tmp_path):

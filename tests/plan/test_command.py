@@ -99,7 +99,15 @@ def test_the_tables_say_whether_it_fits_and_what_it_costs(tmp_path, capsys):
         (["configs/sft.yaml", "--gpu", "H1000"], "Did you mean 'h100'?"),
         (["configs/sft.yaml", "--gpu_memory", "lots"], "is no size of memory"),
         (["configs/sft.yaml"], "no config.json could be read there or on the Hub"),
-        (["configs/sft.yaml", "--options", "{lora_q: 3}"], "lora_q"),
+        (
+            ["configs/sft.yaml", "--options", "{lora_q: 3}"],
+            "unknown option 'lora_q'. Did you mean 'lora_r'? All options: deepspeed launch/sft.py --help",
+        ),
+        (
+            ["configs/experiments/real.yaml"],
+            "found the file of an experiment (rlhf experiment run)",
+        ),
+        (["configs/voices/shop.yaml"], "found the file of a voice (rlhf voice check)"),
     ],
 )
 def test_what_is_wrong_is_said(words, said, capsys, monkeypatch):
@@ -108,3 +116,14 @@ def test_what_is_wrong_is_said(words, said, capsys, monkeypatch):
         main(["plan", *words])
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_plan_is_not_made_for_some_program(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model_name_or_path: m\ndata: x\noutput_dir: y\nhalf: a\nnum_train_epochs: 1\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(file)])
+    assert ended.value.code == 2
+    assert f"{file}: which program is it for? --program sft or reward or dpo" in (
+        capsys.readouterr().err
+    )
