@@ -347,7 +347,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 def planned(name: str, folder: Path) -> dict[str, Any]:
     """Return what the plan says of a cell."""
     from rlhf.config import parse
-    from rlhf.experiment.check import options_class
+    from rlhf.options.programs import PROGRAMS
     from rlhf.plan.estimate import estimate, setup_of
     from rlhf.plan.roles import Start
     from rlhf.plan.shape import read_shape
@@ -355,7 +355,7 @@ def planned(name: str, folder: Path) -> dict[str, Any]:
     program, ranks, kind, _ = CELLS[name]
     file = folder / f"{name}.yaml"
     file.write_text(json.dumps(options_of(name, folder) | {"overwrite_output_dir": True}))
-    config = parse(options_class(program), ["--config", str(file)])
+    config = parse(PROGRAMS[program], ["--config", str(file)])
     shape = read_shape(str(folder / kind))
     found = estimate(
         program, config, Start(shape), setup_of(config, ranks, "cpu", launched=ranks > 1)

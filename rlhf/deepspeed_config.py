@@ -117,7 +117,7 @@ def check_deepspeed_config(
             )
     kept = {key: value for key, value in config.items() if key not in SECTIONS}
     kept |= dict.fromkeys(DECIDED, "auto") | {"bf16": {"enabled": "auto"}}
-    if _offloads(config[ZERO], "optimizer"):
+    if offloads(config[ZERO], "optimizer"):
         # PyTorch's AdamW updates what is offloaded too; DeepSpeed would insist on its own
         kept["zero_force_ds_cpu_optimizer"] = False
     # DeepSpeed takes optimizers of other libraries only when told to
@@ -134,7 +134,7 @@ def _check_zero(zero: Any, where: str) -> None:
             f"{where}: {ZERO}.stage is {stage!r}, expected 0 to 3; without ZeRO write {without}"
         )
     for what, least in (("optimizer", 1), ("param", 3)):
-        if stage < least and _offloads(zero, what):
+        if stage < least and offloads(zero, what):
             raise UserError(
                 f"{where}: {ZERO}.offload_{what} has no effect in stage {stage}, which divides none of it. Take stage "
                 f"{least}{' to 3' * (least < 3)}, or leave it out"
@@ -152,7 +152,7 @@ def _check_zero(zero: Any, where: str) -> None:
         raise UserError(f"{where}: {place}: {first['msg']}.{near}") from None
 
 
-def _offloads(zero: dict[str, Any], what: str) -> bool:
+def offloads(zero: dict[str, Any], what: str) -> bool:
     """Return whether optimizer state or parameters ("optimizer", "param") are kept off the device."""
     settings = zero.get(f"offload_{what}")
     return isinstance(settings, dict) and settings.get("device", "none") != "none"

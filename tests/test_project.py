@@ -177,9 +177,9 @@ def config_class(path: Path):
             "sample": SampleConfig,
             "compare": CompareConfig,
         }[name]
-    from rlhf.experiment.check import options_class
+    from rlhf.options.programs import PROGRAMS
 
-    return options_class(name)
+    return PROGRAMS[name]
 
 
 SANDBOX = ROOT / "rlhf" / "sandbox" / "configs"

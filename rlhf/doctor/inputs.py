@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from urllib.parse import urlsplit
 from rlhf.data.sources import is_path, split_event
 from rlhf.doctor.findings import Finding
 from rlhf.errors import UserError, near_file
-from rlhf.model_files import check_weights
+from rlhf.model_files import adapter_base, check_weights, is_adapter
 
 SECONDS = 10
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -56,11 +55,16 @@ def models(options: dict[str, Any]) -> Iterator[Finding]:
     # grows by the bases that adapters name
     for name in names:
         yield from check_model(name)
-        file = Path(name) / "adapter_config.json"
-        if file.is_file():
-            base = json.loads(file.read_text()).get("base_model_name_or_path")
-            if base and base not in names:
-                names.append(base)
+        if not is_adapter(name):
+            continue
+        # as the programs look for it
+        try:
+            base = adapter_base(name)
+        except UserError as error:
+            yield Finding("model", str(error), "make it again, or name its base there")
+            continue
+        if base not in names:
+            names.append(base)
 
 
 def check_model(name: str) -> Iterator[Finding]:

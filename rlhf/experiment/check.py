@@ -35,8 +35,7 @@ from rlhf.judge.judges import load_judge
 from rlhf.model_files import adapter_base, check_weights
 from rlhf.models import InitialModel
 from rlhf.offline.trainers import trl_arguments
-from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
-from rlhf.options.ppo import PPOConfig
+from rlhf.options.programs import PROGRAMS
 from rlhf.runs.rows import RunData
 from rlhf.runs.run import Run
 from rlhf.sandbox.annotators import AnnotateConfig
@@ -102,9 +101,7 @@ def check_programs(config: ExperimentConfig) -> list[PlannedProgram]:
         try:
             if trains:
                 program = job.program.removeprefix("launch.")
-                options = parse(
-                    options_class(program), job.arguments, f"deepspeed launch/{program}.py"
-                )
+                options = parse(PROGRAMS[program], job.arguments, f"deepspeed launch/{program}.py")
                 programs.setdefault(part, PlannedProgram(part, program, options))
             elif job.kind in by_kind:
                 group, command, *flags = job.arguments
@@ -279,10 +276,3 @@ def check_decisions(config: ExperimentConfig) -> None:
         raise UserError(
             f"launcher: there is no program '{first}' here; for example: deepspeed --num_accelerators 1"
         )
-
-
-def options_class(program: str) -> type:
-    """Return the options class of the program launch/PROGRAM.py."""
-    return {"sft": SFTRunConfig, "reward": RewardRunConfig, "dpo": DPORunConfig, "ppo": PPOConfig}[
-        program
-    ]

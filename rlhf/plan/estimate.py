@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +11,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.deepspeed_config import SHIPPED
-from rlhf.distributed import base_dtype
+from rlhf.deepspeed_config import offloads, read_deepspeed_config
+from rlhf.distributed import DistributedContext, base_dtype
 from rlhf.dropout import disable_dropout
-from rlhf.errors import UserError
 from rlhf.models import DTYPES
 from rlhf.options.shared import EIGHT_BIT, quantization_of
 from rlhf.packing import group_rows, tokens_per_pass
@@ -40,6 +37,7 @@ from rlhf.plan.passes import (
 from rlhf.plan.roles import Start, critic_trunk, roles_of, shares_prompts
 from rlhf.plan.shape import adapted, empty_model, lora_of, pack, to_fake
 from rlhf.plan.work import Costs
+from rlhf.stages import check_zero
 
 TRL = ("sft", "reward", "dpo")
 
@@ -49,7 +47,6 @@ class Estimate:
     """What a run will take on each rank."""
 
     weights: Weights
-    setup: Setup
     phases: list[Phase] = field(default_factory=list)
     # numbers that learn, and that do not
     numbers: dict[str, int] = field(default_factory=dict)
@@ -63,23 +60,17 @@ class Estimate:
 
 
 def setup_of(config: Any, ranks: int, device: str, *, launched: bool) -> Setup:
-    """Return how ZeRO divides a run. Raises UserError for a DeepSpeed JSON that cannot be read."""
-    path = Path(config.deepspeed)
-    file = path if path.is_file() else SHIPPED / f"{path.stem}.json"
-    try:
-        zero = json.loads(file.read_text())["zero_optimization"]
-        stage = int(zero["stage"])
-        bucket = int(zero.get("reduce_bucket_size", Setup.bucket))
-    except (OSError, KeyError, TypeError, ValueError):
-        raise UserError(
-            f"deepspeed: {config.deepspeed} is no DeepSpeed JSON with zero_optimization.stage"
-        ) from None
-
-    def is_off(name: str) -> bool:
-        return (zero.get(name) or {}).get("device", "none") != "none"
-
-    offload = (is_off("offload_optimizer"), is_off("offload_param"))
-    return Setup(ranks, device, launched, stage, *offload, bucket)
+    """Return how ZeRO divides a run. Raises UserError for what the program would refuse."""
+    world = DistributedContext(size=ranks, device=torch.device(device), launched=launched)
+    check_zero(config, world)
+    settings = read_deepspeed_config(config.deepspeed, world, config)
+    if settings is None:
+        return Setup(ranks, device, launched=False)
+    zero = settings["zero_optimization"]
+    offload = (offloads(zero, "optimizer"), offloads(zero, "param"))
+    given = zero.get("reduce_bucket_size", "auto")
+    bucket = Setup.bucket if given == "auto" else int(given)
+    return Setup(ranks, device, True, zero["stage"], *offload, bucket)
 
 
 def estimate(program: str, config: Any, start: Start, setup: Setup) -> Estimate:
@@ -104,14 +95,14 @@ def estimate(program: str, config: Any, start: Start, setup: Setup) -> Estimate:
         model = adapted(own, lora_of(config, start.adapter, task), is_whole_bf16)
         adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = weights_of(program, config, start, setup, base, frozen, adapter, dtype)
-    found = Estimate(weights, setup)
+    found = Estimate(weights)
     copies = 0 if trains_whole else roles_of(program, config, start)[1]
     frozen_numbers = (program == "dpo" or not trains_whole) * count(base) + copies * adapter
     found.numbers = {"trainable": weights.trained, "frozen": frozen_numbers}
     with FakeTensorMode(), as_on(setup.device):
         if getattr(config, "eval_prompts", 0) or program == "ppo":
-            found.phases += sampling_phases(program, config, setup, weights, to_fake(base))
-            found.sampled_bytes = read_by_a_step(config, setup, frozen, found.phases)
+            found.phases, kept = sampling_phases(program, config, setup, weights, to_fake(base))
+            found.sampled_bytes = (float(frozen), kept)
         prepare(program, config, start, setup, to_fake(model))
         found.costs = Costs.of(model, recomputed=config.gradient_checkpointing)
         with autocast(program, setup, dtype):
@@ -165,7 +156,6 @@ def weights_of(
         size,
         moments,
         masters,
-        largest=max((p.numel() for p in base.parameters()), default=0) if not adapter else 0,
         foreach=not by_trl and setup.device == "cuda",
         fused=by_trl,
     )
@@ -173,10 +163,12 @@ def weights_of(
 
 def sampling_phases(
     program: str, config: Any, setup: Setup, weights: Weights, base: nn.Module
-) -> list[Phase]:
-    """Return the phase of sampling in this process: PPO's rollouts, evaluations of all programs."""
+) -> tuple[list[Phase], float]:
+    """Return the phase of sampling in this process (PPO's rollouts, evaluations of all programs), and
+    the bytes of one token's keys and values.
+    """
     if config.vllm_url:
-        return []
+        return [], 0.0
     wanted = config.rollout_batch_size if program == "ppo" else 0
     wanted = max(wanted, config.eval_prompts)
     slots = min(config.generation_batch_size, -(-wanted // setup.ranks))
@@ -189,19 +181,8 @@ def sampling_phases(
         linear = [m.weight for m in base.modules() if type(m) in (nn.Linear, Conv1D)]
         linear = [w for w in linear if w is not base.get_output_embeddings().weight]
         merged, largest = size_of(linear), max(w.numel() for w in linear)
-    return [sampling_phase(weights, setup, merged, largest, cache, peak)]
-
-
-def read_by_a_step(
-    config: Any, setup: Setup, frozen: int, phases: list[Phase]
-) -> tuple[float, float]:
-    """Return the bytes of weights, and of one token's keys and values, that sampling reads."""
-    if not phases:
-        return float(frozen), 0.0
-    wanted = max(getattr(config, "rollout_batch_size", 0), config.eval_prompts)
-    slots = min(config.generation_batch_size, -(-wanted // setup.ranks))
-    tokens = slots * (config.max_prompt_length + config.max_response_length)
-    return float(frozen), phases[0].parts["KV cache"] / tokens
+    phase = sampling_phase(weights, setup, merged, largest, cache, peak)
+    return [phase], cache / (slots * sum(limits))
 
 
 def prepare(program: str, config: Any, start: Start, setup: Setup, model: nn.Module) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.sources import is_path, is_store, rows
-from rlhf.errors import UserError
+from rlhf.model_files import adapter_base, is_adapter
 from rlhf.plan.devices import Device, usable
 from rlhf.plan.estimate import estimate, setup_of
 from rlhf.plan.memory import Phase, state_table
 from rlhf.plan.roles import Start
-from rlhf.plan.shape import read_shape, start_of
+from rlhf.plan.shape import read_shape
 from rlhf.plan.work import Work, work_of
 
 
@@ -62,7 +62,6 @@ def plan_run(program: str, options: Any, config: Any, device: Device) -> Plan:
     # on one CPU the programs are started without a launcher
     launched = config.launched and (is_gpu or config.gpus > 1)
     setup = setup_of(options, config.gpus, "cuda" if is_gpu else "cpu", launched=launched)
-    check_quantized_stage(options, setup)
     count = config.rows or rows_of(options.data)
     lengths = (
         config.prompt_tokens or options.max_prompt_length,
@@ -103,20 +102,13 @@ def plan_run(program: str, options: Any, config: Any, device: Device) -> Plan:
 def read_start(program: str, options: Any, model: str | None) -> tuple[Start, list[str]]:
     """Return what a run starts from, and what was assumed of it."""
     path = options.model_name_or_path
-    base, adapter = start_of(path)
-    is_there = adapter or (Path(path) / "config.json").is_file()
+    if is_adapter(path):
+        return Start(read_shape(model or adapter_base(path)), path, has_adapter=True), []
+    is_there = (Path(path) / "config.json").is_file()
     if is_there or not model or program == "sft" or not getattr(options, "use_peft", True):
-        return Start(read_shape(model or base), adapter, has_adapter=adapter is not None), []
+        return Start(read_shape(model or path)), []
     note = f"{path} is not there: taken for an adapter on {model}, with the options' lora_r"
     return Start(read_shape(model), None, has_adapter=True), [note]
-
-
-def check_quantized_stage(options: Any, setup: Any) -> None:
-    """Raise UserError for a packed base under ZeRO-3, which programs refuse."""
-    if setup.sharding == 3 and (options.load_in_4bit or options.load_in_8bit):
-        raise UserError(
-            f"load_in_4bit and load_in_8bit do not go with ZeRO-3 ({options.deepspeed}). Take deepspeed: zero2"
-        )
 
 
 def rows_of(sources: list[str]) -> int | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from rlhf.adapters import add_adapter, lora_config, not_adaptable
 from rlhf.errors import UserError
-from rlhf.model_files import first_line, read_json
+from rlhf.model_files import first_line
 from rlhf.models import DTYPES
 from rlhf.quantized import QuantizedLinear
 
@@ -132,17 +131,3 @@ def adapted(model: nn.Module, lora: Any, keeps_dtype: bool) -> nn.Module:
         if "lora_" in name:
             parameter.data = parameter.data.to(dtype if keeps_dtype else torch.float32)
     return model
-
-
-def start_of(path: str) -> tuple[str, str | None]:
-    """Return the base and the adapter (or None) that a `model_name_or_path` names."""
-    folder = Path(path)
-    if not (folder / "adapter_config.json").is_file():
-        return path, None
-    try:
-        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
-    except json.JSONDecodeError:
-        base = None
-    if not base:
-        raise UserError(f"{path}/adapter_config.json names no 'base_model_name_or_path'")
-    return base, path

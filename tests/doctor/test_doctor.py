@@ -298,6 +298,12 @@ def test_models(base_path, tmp_path):
         str(cut),
         "/nowhere/base",
     ]
+    # one that moved together with its adapter is found, as the programs find it
+    shutil.copytree(base_path, tmp_path / "base")
+    (cut / "adapter_config.json").write_text('{"base_model_name_or_path": "base"}')
+    assert [fault.partition(":")[0] for fault in faults(inputs.models(options))] == [str(cut)]
+    (cut / "adapter_config.json").write_text("{}")
+    assert "names no 'base_model_name_or_path'" in faults(inputs.models(options))[1]
 
 
 def test_scorers(tmp_path):

@@ -6,6 +6,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from rlhf.errors import UserError
 from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
 from rlhf.options.ppo import PPOConfig
 from rlhf.plan.estimate import estimate, setup_of
@@ -52,6 +53,26 @@ def test_parameters_are_those_of_the_model():
     assert whole.numbers == {"trainable": NUMBERS, "frozen": 0}
     # two moments in float32
     assert whole.peak.parts["optimizer"] == 8 * NUMBERS
+
+
+def test_a_setup_is_read_and_refused_as_the_program_does(tmp_path):
+    launched = {"ranks": 2, "launched": True}
+
+    def bucket(deepspeed):
+        found = planned("sft", SFTRunConfig, deepspeed=deepspeed, **launched)
+        return {phase.name: phase.parts for phase in found.phases}["learn"]["buckets"]
+
+    own = tmp_path / "own.json"
+    own.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}')
+    # allocated whole, in float32
+    assert bucket(str(own)) == 4 * 1000
+    assert bucket("zero2") == bucket("zero3") == 4 * 50_000_000
+    for packed in ({"load_in_4bit": True}, {"optim": "adamw_8bit"}):
+        with pytest.raises(UserError, match="does not go with ZeRO-3"):
+            planned("sft", SFTRunConfig, deepspeed="zero3", **packed, **launched)
+    own.write_text('{"zero_optimization": {"stage": 7}}')
+    with pytest.raises(UserError, match=r"own\.json: zero_optimization.stage is 7"):
+        planned("sft", SFTRunConfig, deepspeed=str(own), **launched)
 
 
 def test_roles_are_adapters_on_one_base():
