@@ -2,8 +2,6 @@
 its breakdown.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Collection, Mapping
 from typing import Any

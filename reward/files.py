@@ -1,7 +1,5 @@
 """What the files of a reward model say without torch, which takes seconds to import."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rlhf.errors import UserError

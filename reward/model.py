@@ -10,8 +10,6 @@ the tokenizer, and reward.json:
 Whoever scores with it (reward/loaded.py, PPO's reward roles) applies the same bias and scale.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import math

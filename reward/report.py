@@ -1,7 +1,5 @@
 """What the reward program reports about the model it has trained."""
 
-from __future__ import annotations
-
 from itertools import chain, islice
 from typing import Any
 

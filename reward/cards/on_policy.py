@@ -37,7 +37,6 @@ def on_policy_pairs(
     store. Pairs whose prompts the reward model was trained on (`trained_on`, hashes of first user
     turns) are left out. Raises UserError where nothing is left.
     """
-
     labels = "votes"
     if is_store(source) and not _has_votes(source):
         if gold is None:
@@ -62,7 +61,6 @@ def on_policy_pairs(
 
 
 def _has_votes(source: str) -> bool:
-
     name, event = split_event(source)
     with Store.open(name, readonly=True) as store:
         choices = store.at(event).stats()["choices"]
@@ -73,7 +71,6 @@ def _labelled_by(gold: Scorer, source: str) -> list[Preference]:
     """Return the comparisons of a store with the better answer by gold first; equal ones are left
     out.
     """
-
     name, event = split_event(source)
     with Store.open(name, readonly=True) as store:
         view = store.at(event)
@@ -131,7 +128,6 @@ def sampled_by(sources: Sequence[str]) -> set[str | None]:
     """Return the models that have written the answers of stores, as they were named; None where
     nobody knows (files, Hub data sets).
     """
-
     # answers of one other policy are enough to say no
     models: set[str | None] = set()
     for source in sources:

@@ -139,7 +139,6 @@ def measure(
 
 def policy_of(run: str) -> str:
     """Return the policy that the reward model's run started from. UserError where it is not known."""
-
     policy = run_config(run).get("model_name_or_path")
     if not policy:
         raise UserError(
@@ -154,7 +153,6 @@ def scorers_of(config: BestOfNConfig, check_scorers: Callable[..., None]) -> lis
     Raises UserError for one that cannot be built, has a name twice, is the reward model itself, or
     has learnt from its prompts.
     """
-
     if not config.gold:
         raise UserError("'gold' is empty, expected at least one score that counts")
     # what chooses among the answers

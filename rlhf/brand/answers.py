@@ -2,8 +2,6 @@
 copies of training answers.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

@@ -1,7 +1,5 @@
 """The options of `rlhf brand run`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

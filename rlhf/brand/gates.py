@@ -6,8 +6,6 @@ interval missing it, and needs no correction for the number of gates (an interse
 Berger 1982, Technometrics 24).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -2,8 +2,6 @@
 small task.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random

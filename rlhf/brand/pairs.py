@@ -1,7 +1,5 @@
 """`rlhf brand pairs`: pairs by a brand voice, from sampled answers and their rewriting by rule."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections import Counter

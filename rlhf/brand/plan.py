@@ -11,8 +11,6 @@ OUT/export/FORM/       where it ships
 OUT/check.people.json, OUT/ab.people.json      the state of the store (its event) at which people had judged enough
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

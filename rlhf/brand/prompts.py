@@ -1,7 +1,5 @@
 """`rlhf brand prompts`: prompts from templates, each with the facts that its answer must keep."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

@@ -5,8 +5,6 @@ when the same command is given, and results of other options are refused, or set
 `--redo true`. Where people are to judge, the run stops and says how; the same command goes on.
 """
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

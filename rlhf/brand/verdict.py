@@ -1,7 +1,5 @@
 """`rlhf brand verdict`: SHIP or DO NOT SHIP, by named gates, each with its interval and bound."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -118,7 +118,6 @@ class Chat:
 
     def _stream(self, speaker: Speaker) -> tuple[list[int], list[int], str]:
         """Print an answer as it is sampled; return the ids of the prompt and its own, and its text."""
-
         from rlhf.data.encode import encode_prompt
         from rlhf.engines.sampling import sample_key
         from rlhf.serve.worker import StreamedText

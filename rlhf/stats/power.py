@@ -56,7 +56,6 @@ def power_of(
     known. share (...): powers where MS_seeds is multiplied by this, not below MS_error; returns
     the same shape.
     """
-
     of_groups = float(stdtrit(groups - 1, 0.5 + level / 2)) ** 2
     rest = max(v.groups - v.error, 0.0)
     # with the seeds fixed their part is 0 and known
@@ -84,7 +83,6 @@ def detectable(
     seeds that alone matter, where 5.6 would do if the standard error were right. The range ends
     where the mean squares are at their 10th and 90th percentile.
     """
-
     if not math.isfinite(estimate.se) or estimate.se == 0:
         return estimate.se, estimate.se, estimate.se
     seeds, groups, random_seeds = estimate.seeds, estimate.groups, estimate.seeds >= MIN_SEEDS
@@ -181,11 +179,9 @@ def components(values: np.ndarray) -> tuple[float, float, float]:
 
 def _quantile(df: int, q: float) -> float:
     """Return the q-quantile of chi^2_df / df."""
-
     return float(chdtri(df, 1 - q)) / df
 
 
 def _quantiles(df: int, count: int = 60) -> np.ndarray:
     """Return (count,) equally likely values of chi^2_df / df."""
-
     return chdtri(df, (np.arange(count) + 0.5) / count) / df
