@@ -15,11 +15,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.llama_cpp import fetch, measure  # noqa: E402
+from benchmarks.llama_cpp import exports, measured  # noqa: E402
 from benchmarks.result_rows import add_rows, made_with  # noqa: E402
-from rlhf.export.check import PROMPTS, greedy_answers  # noqa: E402
+from rlhf.export.check import PROMPTS  # noqa: E402
 from rlhf.export.run import ExportConfig, export  # noqa: E402
-from rlhf.models import load_model, trainable_policy  # noqa: E402
 from rlhf.program import program  # noqa: E402
 from rlhf.startup import silence_libraries  # noqa: E402
 from rlhf.text import markdown_table  # noqa: E402
@@ -42,17 +41,6 @@ def exported(run: Path, name: str) -> dict[str, Any]:
         return json.loads(file.read_text())
     form, kind, _, _ = FORMS[name]
     return export(ExportConfig(run=str(run), to=form, type=kind, check=len(PROMPTS)))
-
-
-def in_llama_cpp(run: Path) -> dict[str, dict]:
-    """Return what llama.cpp computes from each GGUF file, by the name of its export."""
-    fetch()
-    initial = load_model(str(run))
-    policy = trainable_policy(initial, None).eval()
-    answers = greedy_answers(policy, initial.tokenizer, len(PROMPTS))
-    del policy
-    files = {file.parent.name: file for file in sorted(run.glob("export/*/*.gguf"))}
-    return {name: measure(file, answers) for name, file in files.items()}
 
 
 def rows_of(facts: dict[str, dict], llama: dict[str, dict], command: str) -> list[dict[str, Any]]:
@@ -133,7 +121,7 @@ def main() -> None:
     run = Path(sys.argv[1])
     command = f"python benchmarks/export_rows.py {run}"
     facts = {name: exported(run, name) for name in FORMS}
-    llama = in_llama_cpp(run)
+    llama = {file.parent.name: found for file, found in measured(str(run), exports(run))}
     lines = page(run, facts, llama, command)
     PAGE.write_text("\n".join(lines) + "\n", encoding="utf-8")
     add_rows(RESULTS / "real.json", rows_of(facts, llama, command))

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,18 +99,29 @@ def measure(file: Path, answers: list) -> dict:
     }
 
 
-@program
-def main() -> None:
-    """Print one line of JSON for each file."""
-    silence_libraries()
+def measured(run: str, files: list[Path]) -> Iterator[tuple[Path, dict]]:
+    """Yield each file with how llama.cpp answers from it, beside the run that it was exported from."""
     fetch()
-    run, *files = sys.argv[1:]
     initial = load_model(run)
     policy = trainable_policy(initial, None).eval()
     answers = greedy_answers(policy, initial.tokenizer, len(PROMPTS))
     del policy
-    for file in map(Path, files or sorted(Path(run).glob("export/*/*.gguf"))):
-        print(json.dumps(measure(file, answers)), flush=True)
+    for file in files:
+        yield file, measure(file, answers)
+
+
+def exports(run: str | Path) -> list[Path]:
+    """Return the GGUF files that a run was exported to."""
+    return sorted(Path(run).glob("export/*/*.gguf"))
+
+
+@program
+def main() -> None:
+    """Print one line of JSON for each file."""
+    silence_libraries()
+    run, *files = sys.argv[1:]
+    for _, found in measured(run, list(map(Path, files)) or exports(run)):
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

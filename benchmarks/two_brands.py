@@ -16,6 +16,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -94,40 +95,66 @@ def rlhf(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "rlhf.cli", *words], check=True, cwd=ROOT)
 
 
-def run_sandbox(out: Path) -> None:
-    """Build the world and run both brands; what is done is not done again."""
-    world = out / "world"
-    build = ["sandbox", "build", "--output_dir", str(world), "--n_prompts", "1000"]
-    rlhf(*build, "--n_instructions", "50")
-    train = out / "train.yaml"
-    train.write_text(yaml.safe_dump(TRAIN))
-    for name, voice in SANDBOX.voices.items():
-        options = {
+def run_brands(
+    setting: Setting,
+    out: Path,
+    base: str,
+    train: dict[str, Any],
+    prompts: dict[str, dict[str, Any]],
+    options: dict[str, Any],
+) -> None:
+    """Run both brands with the same options but voice and prompts; what is done is not done again.
+
+    prompts: brand -> the options that say what is asked. train: of `rlhf brand run`, options: its
+    others.
+    """
+    train_file = out / "train.yaml"
+    train_file.write_text(yaml.safe_dump(train))
+    for name, voice in setting.voices.items():
+        own = {
             "voice": str(voice),
-            "model_name_or_path": str(world / "base"),
+            "model_name_or_path": base,
             "output_dir": str(out / name),
-            "prompts": [str(world / "prompts.jsonl")],
-            "n_prompts": 800,
-            "train": {"config": str(train)},
+            **prompts[name],
+            "train": {"config": str(train_file)},
             "votes": "simulated",
             "votes_per_pair": 3,
-            "texts": [str(world / "held_out.jsonl")],
-            "task": [str(world / "short.jsonl")],
-            "max_prompt_length": 64,
-            "max_response_length": 48,
-            "batch_size": 256,
+            **options,
         }
         file = out / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(options, sort_keys=False))
+        file.write_text(yaml.safe_dump(own, sort_keys=False))
         rlhf("brand", "run", str(file))
 
 
-def run_real(out: Path) -> None:
-    """Fetch the model, run both brands, and let all policies answer the test prompts of each."""
+def run_sandbox(out: Path) -> tuple[str, dict[str, list[Path]]]:
+    """Build the world and run both brands on its prompts; return the base, and voice -> the stores
+    with the answers that it scores.
+    """
+    world = out / "world"
+    build = ["sandbox", "build", "--output_dir", str(world), "--n_prompts", "1000"]
+    rlhf(*build, "--n_instructions", "50")
+    base = str(world / "base")
+    shared = {"prompts": [str(world / "prompts.jsonl")], "n_prompts": 800}
+    options = {
+        "texts": [str(world / "held_out.jsonl")],
+        "task": [str(world / "short.jsonl")],
+        "max_prompt_length": 64,
+        "max_response_length": 48,
+        "batch_size": 256,
+    }
+    run_brands(SANDBOX, out, base, TRAIN, dict.fromkeys(SANDBOX.voices, shared), options)
+    # both were judged on the same prompts
+    stores = [out / name / "ab.db" for name in SANDBOX.voices]
+    return base, dict.fromkeys(SANDBOX.voices, stores)
+
+
+def run_real(out: Path) -> tuple[str, dict[str, list[Path]]]:
+    """Fetch the model, run both brands, and let all policies answer the test prompts of each;
+    return the same.
+    """
     if not real_model.FILE.is_file():
         real_model.fetch()
-    train = out / "train.yaml"
-    train.write_text(yaml.safe_dump(TRAIN_REAL))
+    base = str(real_model.FILE)
     prompts = {
         "outdoor": {"prompts": [str(OUTDOOR / "questions.jsonl")], "n_prompts": 120},
         "bakery": {"templates": yaml.safe_load((BAKERY / "templates.yaml").read_text())},
@@ -140,58 +167,42 @@ def run_real(out: Path) -> None:
         "batch_size": 32,
         "dtype": "bfloat16",
     }
-    for name, voice in REAL.voices.items():
-        options = {
-            "voice": str(voice),
-            "model_name_or_path": str(real_model.FILE),
-            "output_dir": str(out / name),
-            **prompts[name],
-            "samples_per_prompt": 2,
-            "train": {"config": str(train)},
-            "votes": "simulated",
-            "votes_per_pair": 3,
-            "test_prompts": 40,
-            "texts": [str(OUTDOOR / "neutral.jsonl")],
-            "task": [str(OUTDOOR / "neutral.jsonl")],
-            **sampling,
-            "launcher": "python",
-        }
-        file = out / f"{name}.yaml"
-        file.write_text(yaml.safe_dump(options, sort_keys=False))
-        rlhf("brand", "run", str(file))
+    options = {
+        "samples_per_prompt": 2,
+        "test_prompts": 40,
+        "texts": [str(OUTDOOR / "neutral.jsonl")],
+        "task": [str(OUTDOOR / "neutral.jsonl")],
+        **sampling,
+        "launcher": "python",
+    }
+    run_brands(REAL, out, base, TRAIN_REAL, prompts, options)
 
-    runs = [str(real_model.FILE), *(str(out / name / "dpo") for name in REAL.voices)]
-    for name in REAL.voices:
-        store = out / f"{name}-prompts.db"
+    runs = [base, *(str(out / name / "dpo") for name in REAL.voices)]
+    stores = {name: out / f"{name}-prompts.db" for name in REAL.voices}
+    for name, store in stores.items():
         if not store.exists():
             data = prompts[name].get("prompts", [str(out / name / "prompts.jsonl")])
-            options = {"runs": runs, "data": data, "store": str(store), "split": "test"}
-            options |= {"prompts": 40, "test_fraction": 0.2, **sampling}
-            rlhf("collect", "sample", *flags(options))
+            sample = {"runs": runs, "data": data, "store": str(store), "split": "test"}
+            sample |= {"prompts": 40, "test_fraction": 0.2, **sampling}
+            rlhf("collect", "sample", *flags(sample))
+    return base, {name: [store] for name, store in stores.items()}
 
 
-def sandbox_answers(out: Path) -> dict[str, dict[str, list[Scored]]]:
+def answers_of(
+    setting: Setting, out: Path, base: str, stores: dict[str, list[Path]]
+) -> dict[str, dict[str, list[Scored]]]:
     """Return voice -> policy ("base" and each adapter) -> its answers, scored by the voice."""
-    found = {}
-    for voice, file in SANDBOX.voices.items():
+    policies = {"base": base} | {name: str(out / name / "dpo") for name in setting.voices}
+    found: dict[str, dict[str, list[Scored]]] = {}
+    for voice, file in setting.voices.items():
         scorer = build_scorer([{"voice": str(file)}])
-        own = found[voice] = {}
-        for name in SANDBOX.voices:
-            with Store.open(out / name / "ab.db", readonly=True) as store:
+        found[voice] = {}
+        for path in stores[voice]:
+            with Store.open(path, readonly=True) as store:
                 scored = scored_answers(store.at(), scorer)
-            own["base"] = scored[str(out / "world" / "base")]
-            own[name] = scored[str(out / name / "dpo")]
-    return found
-
-
-def real_answers(out: Path) -> dict[str, dict[str, list[Scored]]]:
-    """Return the same of the real model: a voice scores answers to its own brand's prompts."""
-    found = {}
-    for voice, file in REAL.voices.items():
-        with Store.open(out / f"{voice}-prompts.db", readonly=True) as store:
-            scored = scored_answers(store.at(), build_scorer([{"voice": str(file)}]))
-        found[voice] = {"base": scored[str(real_model.FILE)]}
-        found[voice] |= {name: scored[str(out / name / "dpo")] for name in REAL.voices}
+            found[voice] |= {
+                name: scored[policy] for name, policy in policies.items() if policy in scored
+            }
     return found
 
 
@@ -278,12 +289,8 @@ def main() -> None:
     setting = REAL if given.real else SANDBOX
     out = Path(given.out or f"runs/two-brands{setting.name}").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    if given.real:
-        run_real(out)
-        scores = real_answers(out)
-    else:
-        run_sandbox(out)
-        scores = sandbox_answers(out)
+    base, stores = run_real(out) if given.real else run_sandbox(out)
+    scores = answers_of(setting, out, base, stores)
     verdicts = {
         name: json.loads((out / name / "verdict.json").read_text()) for name in setting.voices
     }
