@@ -28,6 +28,7 @@ from rlhf.stats.crossed import crossed_mean, side
 RESAMPLES = 2000
 # sizes of n between n and 2 n at which the turning point is looked for
 STEPS_PER_DOUBLING = 8
+Law = Literal["best_of_n", "rl"]
 
 
 def table_sizes(total: int) -> list[int]:
@@ -156,9 +157,6 @@ def repeated_share(responses: Sequence[Sequence[str]]) -> float:
         repeated += sum(count for count in counts.values() if count > 1)
         total += len(own)
     return repeated / total
-
-
-Law = Literal["best_of_n", "rl"]
 
 
 @dataclass(frozen=True)

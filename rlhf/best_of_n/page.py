@@ -18,7 +18,7 @@ from rlhf.compare.figure_style import (
     save_svg,
     spans,
 )
-from rlhf.compare.format import bounded, number
+from rlhf.compare.format import number, with_interval
 from rlhf.files import dumps, write_atomic
 from rlhf.text import markdown_table
 
@@ -56,7 +56,7 @@ def print_table(result: dict[str, Any]) -> None:
 
 def interval(estimate: dict[str, float | None]) -> str:
     """Return "0.612 [0.590, 0.634]"."""
-    return bounded(estimate, number)
+    return with_interval(estimate, number)
 
 
 def sentence(name: str, turning: dict[str, Any]) -> str:

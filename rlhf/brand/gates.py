@@ -176,7 +176,7 @@ def mean_of_groups(
 ) -> Measured:
     """Return the mean over groups of their means, with the jackknife interval over groups.
 
-    values: (group, value). bounds: what the mean cannot leave (rlhf/stats.py).
+    values: (group, value). bounds: what the mean cannot leave (rlhf/stats).
     """
     by_group: dict[str, list[float]] = {}
     for group, value in values:

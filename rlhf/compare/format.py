@@ -96,7 +96,7 @@ def digits(value: float, estimate: Number) -> str:
     return zero if text == f"-{zero}" else text
 
 
-def bounded(estimate: Number | None, write: Callable[[float], str], unit: str = "") -> str:
+def with_interval(estimate: Number | None, write: Callable[[float], str], unit: str = "") -> str:
     """Return "0.12 [0.03, 0.21]", each number as `write` gives it; without bounds the number alone."""
     if estimate is None or estimate["estimate"] is None:
         return UNKNOWN
@@ -108,7 +108,7 @@ def bounded(estimate: Number | None, write: Callable[[float], str], unit: str = 
 
 def interval(estimate: Number | None, *, signed: bool = False) -> str:
     """Return "0.12 [0.03, 0.21]"; `signed` puts a plus before differences that are not negative."""
-    text = bounded(estimate, lambda value: digits(value, estimate))
+    text = with_interval(estimate, lambda value: digits(value, estimate))
     # an unknown one has no sign
     has_plus = signed and text != UNKNOWN and estimate["estimate"] >= 0
     return f"+{text}" if has_plus else text
@@ -130,7 +130,7 @@ def largest_difference(estimate: Number) -> str:
 
 def share(estimate: Number | None) -> str:
     """Return a share, such as a win rate, in percent: "60.0 % [50.0, 70.0]"."""
-    return bounded(estimate, lambda value: f"{100 * value:.1f}", " %")
+    return with_interval(estimate, lambda value: f"{100 * value:.1f}", " %")
 
 
 def p_value(p: float | None) -> str:

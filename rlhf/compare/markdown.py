@@ -21,7 +21,7 @@ from rlhf.compare.format import (
     score_name,
 )
 from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
-from rlhf.compare.tables import Table, a_table, escape
+from rlhf.compare.tables import Table, as_table, escape
 from rlhf.data.annotator_report import annotators_markdown
 from rlhf.voting.page import votes_markdown
 
@@ -260,7 +260,7 @@ def _metadata(meta: Mapping[str, Any]) -> list[str]:
     ]
 
 
-@a_table
+@as_table
 def _shown(meta: Mapping[str, Any]) -> Iterator[list[str]]:
     yield ["what", "value"]
     for name, value in meta.items():

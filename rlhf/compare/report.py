@@ -25,6 +25,12 @@ from rlhf.voting.page import sentences as vote_sentences
 
 # Characters in a line of the terminal's table where the output is a log
 LOG_WIDTH = 170
+TEMPLATE = Path(__file__).parent / "templates" / "report.html"
+SCROLL = '<div class="scroll" role="region" tabindex="0" aria-label="Table {number}: {heading}">\n<table>\n'
+PICTURE = (
+    '<span class="figure" role="region" tabindex="0" aria-label="Figure: {name}">'
+    '<img src="{source}" alt="{alt}"></span>'
+)
 
 
 def write_files(report: Report, folder: Path) -> dict[str, Path]:
@@ -84,14 +90,6 @@ def print_report(report: Report, folder: Path) -> None:
     console.print(
         f"\nReport: {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True
     )
-
-
-TEMPLATE = Path(__file__).parent / "templates" / "report.html"
-SCROLL = '<div class="scroll" role="region" tabindex="0" aria-label="Table {number}: {heading}">\n<table>\n'
-PICTURE = (
-    '<span class="figure" role="region" tabindex="0" aria-label="Figure: {name}">'
-    '<img src="{source}" alt="{alt}"></span>'
-)
 
 
 def html_page(markdown: str, figures: Mapping[str, Path]) -> str:

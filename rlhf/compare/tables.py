@@ -51,7 +51,7 @@ class Table:
         return [*markdown_table(header, self.rows, right=range(1, len(header)), escape=escape), ""]
 
 
-def a_table(lines: Callable[[Report], Iterator[list[str]]]) -> Callable[[Report], Table]:
+def as_table(lines: Callable[[Report], Iterator[list[str]]]) -> Callable[[Report], Table]:
     """Return a function that makes a table of what `lines` yields: the header, then the rows."""
 
     @functools.wraps(lines)
@@ -69,7 +69,7 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_\[\]<>&|~#$])", r"\\\1", " ".join(text.split()))
 
 
-@a_table
+@as_table
 def opening(report: Report) -> Iterator[list[str]]:
     """Yield one row a policy at the end of its training: main score, win rate over the initial
     policy, KL, shape.
@@ -122,7 +122,7 @@ def _seeds(point: Mapping[str, Any]) -> str:
     return str(len(point["seeds"])) if "seeds" in point else UNKNOWN
 
 
-@a_table
+@as_table
 def equal_kl(report: Report) -> Iterator[list[str]]:
     """Yield a row a pair and KL, with the same read from straight lines instead of the fitted
     curve.
@@ -135,7 +135,7 @@ def equal_kl(report: Report) -> Iterator[list[str]]:
             yield [_over(pair), nats(row["kl"]), other, *_difference(row)]
 
 
-@a_table
+@as_table
 def equal_kl_on_the_way(report: Report) -> Iterator[list[str]]:
     """Yield the rows at equal KL over all checkpoints on the way, which have not spent the same."""
     yield ["over all checkpoints, which have not spent the same", "KL, nats", "difference [95 %]"]
@@ -144,7 +144,7 @@ def equal_kl_on_the_way(report: Report) -> Iterator[list[str]]:
             yield [_over(pair), nats(row["kl"]), interval(row["difference"], signed=True)]
 
 
-@a_table
+@as_table
 def tuned(report: Report) -> Iterator[list[str]]:
     """Yield a row a comparison of two methods, each at its tuned swept value."""
     yield ["comparison", "values chosen", *DIFFERENCE]
@@ -171,7 +171,7 @@ def _over(pair: Mapping[str, Any]) -> str:
     return f"{method_name(pair['a'])} over {method_name(pair['b'])}"
 
 
-@a_table
+@as_table
 def over_optimisation(report: Report) -> Iterator[list[str]]:
     """Yield a row a method and swept value: how judge and proxy change from the judge's peak to
     the largest KL.
@@ -198,7 +198,7 @@ def over_optimisation(report: Report) -> Iterator[list[str]]:
         ]
 
 
-@a_table
+@as_table
 def win_rates(report: Report) -> Iterator[list[str]]:
     """Yield each pair of policies once, the later one over the earlier one."""
     yield ["comparison", "wins [95 %]", "at equal length [95 %]"]
@@ -217,7 +217,7 @@ def pairs_of_policies(report: Report) -> Iterator[tuple[dict, dict, Number, Numb
             yield later, earlier, wins["raw"][i][j], wins["controlled"][i][j]
 
 
-@a_table
+@as_table
 def judge_of_pairs(report: Report) -> Iterator[list[str]]:
     """Yield what a judge of pairs said, where one was asked in both orders."""
     asked = report.get("judge_of_pairs") or {"rows": [], "name": ""}
@@ -243,7 +243,7 @@ def judge_of_pairs(report: Report) -> Iterator[list[str]]:
         ]
 
 
-@a_table
+@as_table
 def judge_itself(report: Report) -> Iterator[list[str]]:
     """Yield how far a judge of pairs agrees with people, and what it follows, where that was asked."""
     found = (report.get("judge_of_pairs") or {}).get("judge")
@@ -258,7 +258,7 @@ def _percent(value: float | None) -> str:
     return UNKNOWN if value is None else f"{100 * value:.1f} %"
 
 
-@a_table
+@as_table
 def cost(report: Report) -> Iterator[list[str]]:
     """Yield each counter of a trial, alone and in all, and the share of the matched budget that it
     used.
@@ -281,7 +281,7 @@ def cost(report: Report) -> Iterator[list[str]]:
         yield [policy_name(row["method"], row["swept"], report), *spent, ratio]
 
 
-@a_table
+@as_table
 def policies(report: Report) -> Iterator[list[str]]:
     """Yield every checkpoint: KL, each score, shape of the responses, variety and perplexities."""
     points = [report["initial_policy"], *report["points"]]

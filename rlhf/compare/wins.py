@@ -3,7 +3,7 @@
 At each prompt the samples of A are compared with those samples of B whose sampling noise is
 independent of theirs; a share of 0.5 is a draw. Both numbers have the standard error and the degrees of freedom of
 seeds and groups crossed (rlhf/stats/crossed.py), each group counting once, and the interval of a
-share (rlhf/stats.py).
+share (rlhf/stats).
 """
 
 import itertools

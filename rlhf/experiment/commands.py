@@ -19,6 +19,12 @@ from rlhf.experiment.job import Job
 # launchers of one process, and the variables that they set for it
 ONE_PROCESS = (["deepspeed", "--num_accelerators", "1"], ["deepspeed", "--num_gpus", "1"])
 ONE_RANK = ("RANK=0", "LOCAL_RANK=0", "WORLD_SIZE=1", "LOCAL_SIZE=1")
+# in the environment of every program that an experiment has started: its folder
+MARK = "RLHF_EXPERIMENT"
+# which of its jobs
+JOB = "RLHF_EXPERIMENT_JOB"
+# seconds that programs get to save and end
+PATIENCE = 120.0
 
 
 def shown_command(launcher: str, job: Job) -> list[str]:
@@ -80,14 +86,6 @@ def has_accelerator() -> bool:
     """
     question = "import sys, torch; sys.exit(not torch.accelerator.is_available())"
     return subprocess.run([sys.executable, "-c", question], capture_output=True).returncode == 0
-
-
-# in the environment of every program that an experiment has started: its folder
-MARK = "RLHF_EXPERIMENT"
-# which of its jobs
-JOB = "RLHF_EXPERIMENT_JOB"
-# seconds that programs get to save and end
-PATIENCE = 120.0
 
 
 def programs_of(folder: Path, job: str | None = None) -> list[psutil.Process]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rlhf import config as options
-from rlhf.compare.format import bounded
+from rlhf.compare.format import with_interval
 from rlhf.config import option, parse
 from rlhf.data.export import rows_of, write_rows
 from rlhf.data.records import Preference
@@ -255,7 +255,7 @@ def page_of(result: dict[str, Any], title: str) -> str:
     expected = ["expected by their pairs alone", "", ""]
     for name, digits in (("accuracy", 3), ("log_loss", 4)):
         part = result[name]
-        whole.append(bounded({**part, "estimate": part["mean"]}, f"{{:.{digits}f}}".format))
+        whole.append(with_interval({**part, "estimate": part["mean"]}, f"{{:.{digits}f}}".format))
         spreads.append(_number(part["spread"], digits))
         expected.append(_number(part["expected_spread"], digits))
     rows += [(*whole, ""), (*spreads, ""), (*expected, "")]

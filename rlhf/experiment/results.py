@@ -46,7 +46,7 @@ def rows_to_write(rows: list, samples: int, *, with_ids: bool) -> Iterator[dict]
         yield {"prompt": number // samples, **own}
 
 
-def write_rows(file: Path, step: int, rows: list[dict], numbers: dict, budget: dict) -> None:
+def write_rows(file: Path, step: int, rows: Iterable[dict], numbers: dict, budget: dict) -> None:
     head = {"step": step, "numbers": numbers, "budget": budget}
     write_atomic(file, "".join(f"{dumps(row)}\n" for row in [head, *rows]))
 
@@ -130,18 +130,17 @@ def read_results(config: ExperimentConfig) -> Results:
     Raises UserError if not even the initial policy is measured.
     """
     state = load_state(config)
-    out = Path(config.output_dir)
     names = {job.measures.trial for job in state.jobs if job.measures and job.name in state.done}
-    if "foundation" not in names:
+    if INITIAL not in names:
         raise UserError(
-            f"{out}: nothing is measured yet; rlhf experiment run begins with the initial policy"
+            f"{config.output_dir}: nothing is measured yet; rlhf experiment run begins with the "
+            "initial policy"
         )
-    root = out / "measures"
-    initial = read_json(root / "foundation" / "done.json")
+    initial = read_json(measures_of(config, INITIAL) / "done.json")
     kinds: dict[str, str] = dict(initial["kinds"])
     for name in sorted(names):
-        kinds |= read_json(root / name / "done.json")["kinds"]
-    prompts = json.loads((root / "foundation" / "prompts.json").read_text())["prompts"]
+        kinds |= read_json(measures_of(config, name) / "done.json")["kinds"]
+    prompts = json.loads((measures_of(config, INITIAL) / "prompts.json").read_text())["prompts"]
 
     measured = []
     for about, file in policy_files(config, names, state.jobs):
@@ -156,14 +155,14 @@ def read_results(config: ExperimentConfig) -> Results:
     for about, head, own in measured:
         own = [row for row in own if row["sample"] < config.samples_per_prompt]
         known = [name for name in kinds if name in own[0]["scores"]]
-        # of equally many responses of each policy: the foundation has a pool of them, and
+        # of equally many responses of each policy: the initial policy has a pool of them, and
         # distinct-n falls with more
         numbers = head["numbers"] | variety([row["response"] for row in own])
         values = measured_values(own, known, len(prompts))
         point = Point(**about, values=values, numbers=numbers, budget=head["budget"])
         points.append(point)
         responses[key(point)] = response_texts(own, len(prompts))
-    measured_seeds = [seed for seed in config.seeds if f"seed-{seed}/foundation" in names]
+    measured_seeds = [seed for seed in config.seeds if f"seed-{seed}/{INITIAL}" in names]
     return Results(
         points=points,
         groups=[prompt["group"] for prompt in prompts],
@@ -181,15 +180,15 @@ def policy_files(
     config: ExperimentConfig, names: set[str], jobs: list[Job]
 ) -> Iterable[tuple[dict[str, Any], Path]]:
     """Yield what each measured policy is, and its file."""
-    root = Path(config.output_dir) / "measures"
     sft = {"method": "sft", "swept": None, "step": 0, "last": True}
-    yield {**sft, "seed": None}, root / "foundation" / "step-000000.jsonl"
+    yield {**sft, "seed": None}, measures_of(config, INITIAL) / INITIAL_FILE
     for seed in config.seeds:
-        own = root / f"seed-{seed}" / "foundation"
+        trial = f"seed-{seed}/{INITIAL}"
         # without its initial policy a seed's proxies have nothing to be compared with
-        if f"seed-{seed}/foundation" not in names:
+        if trial not in names:
             continue
-        yield {**sft, "seed": seed}, own / "step-000000.jsonl"
+        own = measures_of(config, trial)
+        yield {**sft, "seed": seed}, own / INITIAL_FILE
         for n in config.best_of_n_sizes:
             about = {"method": BEST_OF_N, "swept": float(n), "step": n, "last": True, "seed": seed}
             about |= {"noise": blocks(n, config.samples_per_prompt)}
@@ -198,7 +197,8 @@ def policy_files(
         # measured with other options, or not yet
         if job.kind != "trial" or job.name not in names:
             continue
-        steps = read_json(root / job.name / "done.json")["files"]
+        own = measures_of(config, job.name)
+        steps = read_json(own / "done.json")["files"]
         for file in steps:
             about = {
                 "method": job.method,
@@ -208,7 +208,7 @@ def policy_files(
             }
             yield (
                 {**about, "step": int(file.removesuffix(".jsonl").rpartition("-")[2])},
-                root / job.name / file,
+                own / file,
             )
 
 

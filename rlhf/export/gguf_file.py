@@ -22,6 +22,14 @@ from rlhf.from_gguf import llama3_divisors
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 # GGML's type: weights in one block, bytes of a block
 BLOCKS = {"F32": (1, 4), "F16": (1, 2), "Q8_0": (32, 34)}
+ROLES = ("system", "user", "assistant")
+# dialogues on which both templates have to give the same text
+DIALOGUES = [
+    ["user"],
+    ["system", "user"],
+    ["user", "assistant", "user"],
+    [*ROLES, *ROLES[1:], "user"],
+]
 
 
 def check_writable(config: Any, tokenizer: Any) -> None:
@@ -239,16 +247,6 @@ def _step(part: dict[str, Any]) -> str:
     if part["type"] == "Split" and part["behavior"] == "Isolated" and not part["invert"]:
         return part["pattern"].get("Regex", "a text")
     return part["type"]
-
-
-ROLES = ("system", "user", "assistant")
-# dialogues on which both templates have to give the same text
-DIALOGUES = [
-    ["user"],
-    ["system", "user"],
-    ["user", "assistant", "user"],
-    [*ROLES, *ROLES[1:], "user"],
-]
 
 
 def modelfile(file_name: str, tokenizer: Any, stops: list[int]) -> str:

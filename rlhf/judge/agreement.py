@@ -1,7 +1,7 @@
 """How far a judge agrees with people, beside how far people agree with each other, and what it favours:
 length, and answers of its own kind.
 
-Shares are means over pairs with the delete-one-group jackknife (rlhf/stats.py): pairs of one group of
+Shares are means over pairs with the delete-one-group jackknife (rlhf/stats): pairs of one group of
 prompts depend on each other.
 """
 

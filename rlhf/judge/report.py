@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.format import UNKNOWN, bounded
+from rlhf.compare.format import UNKNOWN, with_interval
 from rlhf.compare.format import share as share_text
 from rlhf.judge.agreement import agreement, length_bias, same_family, self_preference
 from rlhf.judge.correct import MIN_LABELLED, corrected_win_rate, equal_answers
@@ -193,8 +193,10 @@ def _annotator_table(annotators: dict[str, Any]) -> list[str]:
 
 def percent(value: dict[str, Any] | None, *, signed: bool = False) -> str:
     """Return a share with its interval, or with a sign a difference of shares."""
-    return bounded(value, lambda share: f"{100 * share:+.1f}") if signed else share_text(value)
+    if not signed:
+        return share_text(value)
+    return with_interval(value, lambda share: f"{100 * share:+.1f}")
 
 
 def _number(value: dict[str, Any] | None) -> str:
-    return bounded(value, "{:+.2f}".format)
+    return with_interval(value, "{:+.2f}".format)

@@ -201,7 +201,7 @@ class Worker:
             if job.is_cancelled:
                 continue
             fits = not batch or rows + len(job.keys) <= self.batch_size
-            if fits and all(_are_alike(job, other) for other in batch[:1]):
+            if fits and all(_may_share_batch(job, other) for other in batch[:1]):
                 batch.append(job)
                 rows += len(job.keys)
             else:
@@ -225,7 +225,7 @@ class Worker:
         )
 
 
-def _are_alike(job: Job, other: Job) -> bool:
+def _may_share_batch(job: Job, other: Job) -> bool:
     """Return whether the rows of two jobs may share a batch: limits alone may differ."""
     sampling = replace(job.sampling, max_new_tokens=other.sampling.max_new_tokens)
     return job.policy is other.policy and sampling == other.sampling
