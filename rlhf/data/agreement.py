@@ -65,8 +65,9 @@ class Reliability:
     """One annotator. `flags` says in words what is wrong; empty is good."""
 
     annotator: str
-    # standing votes, skips and control pairs included
+    # standing votes, skips and control pairs included; a ranking is one
     votes: int
+    # of the same: a, b, tie, both_bad, skip, and rank for an order
     choices: dict[str, int]
     # of the other annotators' choices on the same pairs, those that were the same
     rest: Share
@@ -145,10 +146,11 @@ def annotator_reliability(
     for name, own in sorted(by_name.items()):
         # its share and its p are of the same votes
         left = _left_share(own)
+        answers = {vote.event: _choice_of(vote) for vote in own}
         person = Reliability(
             annotator=name,
-            votes=len({vote.event for vote in own}),
-            choices=dict(Counter(vote.choice for vote in own)),
+            votes=len(answers),
+            choices=dict(Counter(answers.values())),
             rest=agreement.get(name, Share(0, 0)),
             controls=_controls_right(own, controls),
             skill=_skill(confusion.get(name)),
@@ -169,6 +171,12 @@ def annotator_reliability(
 def _controls_right(votes: list[Vote], controls: dict[int, str]) -> Share:
     judged = [vote for vote in votes if vote.comparison in controls and vote.choice != "skip"]
     return Share(sum(vote.choice == controls[vote.comparison] for vote in judged), len(judged))
+
+
+def _choice_of(vote: Vote) -> str:
+    """Return what an answer was: of an order not what it says of a pair, where a and b are only names."""
+    is_order = vote.ranking is not None and vote.choice != "skip"
+    return "rank" if is_order else vote.choice
 
 
 def _skill(confusion: np.ndarray | None) -> float:

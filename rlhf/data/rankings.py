@@ -81,15 +81,17 @@ def pair_choices(order: Order) -> dict[tuple[int, int], str]:
 
 
 def votes_of(ranked: Ranked, pairs: Iterable[tuple[int, int, int]]) -> list[Vote]:
-    """Return what a ranking says of its pairs (comparison, a, b); nothing where it was skipped."""
+    """Return what a ranking says of its pairs (comparison, a, b): of each a skip where it was
+    skipped.
+    """
     choices = pair_choices(ranked.order)
     votes = []
-    for comparison, a, b in pairs if choices else ():
+    for comparison, a, b in pairs:
         vote = Vote(
             ranked.event,
             comparison,
             ranked.annotator,
-            choices[a, b],
+            choices.get((a, b), "skip"),
             reason=ranked.reason,
             tags=ranked.tags,
             duration_ms=ranked.duration_ms,
@@ -102,14 +104,13 @@ def votes_of(ranked: Ranked, pairs: Iterable[tuple[int, int, int]]) -> list[Vote
     return votes
 
 
-def pair_weight(pairs: int) -> float:
-    """Return what each of the k (k - 1) / 2 pairs of a ranking counts, so that all count k - 1.
+def pair_weight(answers: int) -> float:
+    """Return what each pair of a ranking of k answers counts, 2 / k, so that all count k - 1.
 
     That lies between InstructGPT's 1 (Ouyang et al. 2022, eq. 1: one batch element a ranking) and
     2 (k - H_k), the information of a ranking of equals in that of a pair (k = 4: 3.83).
     """
-    k = (1 + math.isqrt(1 + 8 * pairs)) // 2
-    return (k - 1) / pairs
+    return 2 / answers
 
 
 def kendall_tau(one: dict[int, str], other: dict[int, str]) -> float:
@@ -138,7 +139,7 @@ def tau_summary(votes: Iterable[Vote]) -> dict[str, Any]:
     """
     choices: dict[int, dict[str, dict[int, str]]] = {}
     for vote in votes:
-        if vote.ranking is not None:
+        if vote.ranking is not None and vote.choice != "skip":
             own = choices.setdefault(vote.ranking, {}).setdefault(vote.annotator, {})
             own[vote.comparison] = vote.choice
     means = []

@@ -37,9 +37,10 @@ MODEL_VOTES = """
 COMPARISONS = """
     SELECT c.id, c.kind, c.expected, c.prompt, p.messages, p.metadata, p.own_group, p.default_group, p.voice,
         a.text AS text_a, b.text AS text_b, a.ended AS ended_a, b.ended AS ended_b,
-        a.model AS model_a, b.model AS model_b, c.ranking, c.a, c.b
+        a.model AS model_a, b.model AS model_b, c.ranking, json_array_length(k.responses) AS ranked, c.a, c.b
     FROM comparisons c
-        JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b"""
+        JOIN prompts p ON p.id = c.prompt JOIN responses a ON a.id = c.a JOIN responses b ON b.id = c.b
+        LEFT JOIN rankings k ON k.id = c.ranking"""
 
 ANSWERS = """
     SELECT r.prompt, r.text, r.model, r.ended, p.messages, p.metadata, p.voice, p.split,
@@ -194,9 +195,10 @@ class StoreView:
     def pairs(self) -> dict[int, dict[str, Any]]:
         """Return every comparison by id, in their order.
 
-        {id, kind, expected, prompt (its id), messages, metadata} and, of each side, {text, ended,
-        model} as text_a, text_b, ... `ended` is 1, 0 (cut off) or None (not known); metadata holds
-        the prompt's group and, where known, its voice.
+        {id, kind, expected, prompt (its id), messages, metadata, ranking (whose pair it is, or None),
+        ranked (its answers)} and, of each side, {text, ended, model} as text_a, text_b, ... `ended`
+        is 1, 0 (cut off) or None (not known); metadata holds the prompt's group and, where known,
+        its voice.
         """
         return {row["id"]: _pair(row) for row in self._db.execute(f"{COMPARISONS} ORDER BY c.id")}
 
@@ -256,8 +258,8 @@ class StoreView:
         standing, answers = self.votes(), self._standing()
         # control pairs are never trained on, so they count nowhere here
         normal = [vote for vote in standing if kinds[vote.comparison] == "normal"]
-        single = [vote for vote in standing if vote.ranking is None]
-        ranked = [row for row in answers if row["choice"] == "rank"]
+        choices = Counter(row["choice"] for row in answers)
+        ranked = choices.pop("rank", 0)
         cast = self._count("events WHERE kind = 'vote' AND id <= ?", self.event)
         kept = sum(1 for _ in self._db.execute(STANDING_VOTES, {"upto": self.event}))
         rankings = self._count("rankings")
@@ -273,10 +275,10 @@ class StoreView:
             "last_event": self.event,
             # a ranking is one answer
             "votes": len(answers),
-            "ranked": len(ranked),
+            "ranked": ranked,
             "undone": cast - kept,
-            # without those that rankings stand for
-            "choices": dict.fromkeys(CHOICES, 0) | Counter(vote.choice for vote in single),
+            # of all answers but orders
+            "choices": dict.fromkeys(CHOICES, 0) | choices,
             # without those on control pairs, with those of rankings
             "normal_choices": dict.fromkeys(CHOICES, 0) | Counter(vote.choice for vote in normal),
             "by_annotator": dict(Counter(row["name"] for row in answers)),

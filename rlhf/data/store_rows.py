@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 from rlhf.data.rankings import pair_weight
@@ -33,26 +32,7 @@ def training_rows(
         row["margin"] = verdict.margin
         row["metadata"]["vote"] |= verdict.metadata
         rows.append({name: value for name, value in row.items() if value is not None})
-    rows += _corrections(after_adjudication(votes), pairs, prompts, controls)
-    return _weighted(rows, pairs)
-
-
-def _weighted(rows: list[dict[str, Any]], pairs: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows, with the weights of pairs that come from rankings: on average 1, as losses
-    want it (rlhf/data/rankings.py).
-    """
-    # of each ranking, how many pairs it has: k (k - 1) / 2
-    sizes = Counter(pair["ranking"] for pair in pairs.values())
-    weights = []
-    for row in rows:
-        ranking = row["metadata"]["vote"].get("ranking")
-        weights.append(pair_weight(sizes[ranking]) if ranking else 1.0)
-    # where all are alike, nothing has to be said
-    if len(set(weights)) > 1:
-        mean = sum(weights) / len(weights)
-        for row, weight in zip(rows, weights, strict=True):
-            row["weight"] = weight / mean
-    return rows
+    return rows + _corrections(after_adjudication(votes), pairs, prompts, controls)
 
 
 def _row(prompt: dict[str, Any], pair: dict[str, Any], chosen: str, loser: str) -> dict[str, Any]:
@@ -63,6 +43,7 @@ def _row(prompt: dict[str, Any], pair: dict[str, Any], chosen: str, loser: str) 
     about = {"comparison": pair["id"]}
     if pair["ranking"] is not None:
         about["ranking"] = pair["ranking"]
+        row["weight"] = pair_weight(pair["ranked"])
     row["metadata"] = prompt["metadata"] | {"vote": about}
     return row
 

@@ -198,7 +198,8 @@ def skills(votes: list[Vote], controls: dict[int, str] | None = None) -> Skills:
     Which response is called a means nothing, so a and b are mirrored. Six earlier votes of an
     unknown annotator come before everybody's own: with one vote for each pair there is nothing to
     learn skill from, and label_prob stays at that annotator's. What an adjudicator has decided is
-    known, like a control pair.
+    known, like a control pair. The pairs of a ranking are taken as independent votes, which
+    they are not: of few rankings the skills are surer than they should be.
     """
     from rlhf.data.dawid_skene import dawid_skene
 

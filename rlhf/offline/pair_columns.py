@@ -31,12 +31,13 @@ def add_columns(
 ) -> None:
     """Add to the rows the columns that any of the records has a value for.
 
-    Weights are divided by their mean, so that they do not change the step size.
+    Weights are divided by their mean, so that they do not change the step size; where all are equal
+    they say nothing.
     """
     values = {name: [getattr(record, name) for record in records] for name in names}
     weights = values.pop("weight")
     total = sum(weights)
-    if total > 0 and any(weight != 1.0 for weight in weights):
+    if total > 0 and len(set(weights)) > 1:
         values["weight"] = [weight * len(weights) / total for weight in weights]
     for name, column in values.items():
         if any(value is not None for value in column):

@@ -18,6 +18,7 @@ from rlhf.data.records import Preference
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
 from rlhf.errors import UserError
+from rlhf.offline.pair_columns import add_columns
 from rlhf.voting.ballots import read_ballots
 from rlhf.voting.rates import summarise_votes
 from tests.data.test_store import pair, user
@@ -90,8 +91,12 @@ def test_an_order_is_undone_as_a_whole_and_stands_once(store):
     store.exclude("bob")
     assert store.at().votes() == []
     skipped = store.rank(ranking, ann, [])
-    assert store.at().votes() == [] and store.at().ranked()[0].order == []
-    assert store.at(skipped).stats()["votes"] == 1
+    assert store.at().ranked()[0].order == []
+    # of every pair, as who skips them one by one
+    assert [vote.choice for vote in store.at().votes()] == ["skip"] * 6
+    assert store.at().rows(keep_ties=True) == store.at().rows("majority", keep_ties=True) == []
+    stats = store.at(skipped).stats()
+    assert (stats["votes"], stats["ranked"], stats["choices"]["skip"]) == (1, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +210,23 @@ def test_statistics_take_a_ranking_for_one_answer(store):
     assert "Kendall" not in "\n".join(annotators_markdown(agreement_summary([])))
 
 
+def test_annotators_are_told_by_answers_and_skips_change_no_agreement(store):
+    ranked_store(store)
+    before = view_summary(store.at())
+    ids, ranking = four(store, "more", texts=["a", "b", "c"])
+    single = pair(store, "other", "one", "two")
+    ann, bob = store.add_annotator("ann"), store.add_annotator("bob")
+    store.rank(ranking, ann, [])
+    store.rank(ranking, bob, [[id] for id in ids])
+    store.vote(single, ann, "b")
+    after = view_summary(store.at())
+    # which of two answers is called a, as most pairs of an order would have it, tells nothing
+    choices = {person["annotator"]: person["choices"] for person in after["annotators"]}
+    assert choices == {"ann": {"rank": 12, "skip": 1, "b": 1}, "bob": {"rank": 13}}
+    assert [person["votes"] for person in after["annotators"]] == [14, 13]
+    assert after["alpha"] == before["alpha"] and after["tau"] == before["tau"]
+
+
 def test_flags_wait_for_so_many_rankings(store):
     ranked_store(store, FEWEST_VOTES - 1)
     assert not any(person["flags"] for person in view_summary(store.at())["annotators"])
@@ -217,24 +239,35 @@ def test_pairs_of_a_ranking_have_the_weight_of_its_choices(store, tmp_path):
     store.rank(ranking, ann, [[w], [x], [y], [z]])
     store.vote(single, ann, "a")
     rows = store.at().rows()
-    weights = {row["metadata"]["vote"].get("ranking"): row["weight"] for row in rows}
-    # six pairs of weight 2/4 and one of weight 1: on average 4/7
-    assert weights == {ranking: pytest.approx(0.5 / (4 / 7)), None: pytest.approx(7 / 4)}
-    assert sum(row["weight"] for row in rows) == pytest.approx(7)
-    # of 3, 6 and 28 pairs: rankings of 3, 4 and 8
-    assert [pairs * pair_weight(pairs) for pairs in (3, 6, 28)] == pytest.approx([2, 3, 7])
+    weights = {row["metadata"]["vote"].get("ranking"): row.get("weight") for row in rows}
+    # four answers: 2 / 4
+    assert weights == {ranking: 0.5, None: None}
+    # 3, 6 and 28 pairs count 2, 3 and 7
+    for answers, pairs in ((3, 3), (4, 6), (8, 28)):
+        assert pairs * pair_weight(answers) == pytest.approx(answers - 1)
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in store.at().rows("majority")))
     found = load([str(path)], Preference)
-    assert sorted({record.weight for record in found}) == pytest.approx([0.875, 1.75])
+    assert sorted({record.weight for record in found}) == [0.5, 1.0]
     # one group, so that no pair of the ranking is held out where another is learnt
     assert len({record.group for record in found}) == 2
 
 
-def test_rankings_alone_need_no_weights(store):
+def test_weights_of_rankings_hold_beside_other_data(store, tmp_path):
     _, ranking = four(store)
-    store.rank(ranking, store.add_annotator("ann"), [[1], [2, 3], [4]])
-    assert not any("weight" in row for row in store.at().rows())
+    store.rank(ranking, store.add_annotator("ann"), [[1], [2], [3], [4]])
+    alone = load([str(store.path)], Preference)
+    rows = [{} for _ in alone]
+    add_columns(rows, alone, ["weight"])
+    # equal weights say nothing
+    assert rows == [{}] * 6
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "Q", "chosen": "yes", "rejected": "no"}))
+    mixed = load([str(store.path), str(path)], Preference)
+    rows = [{} for _ in mixed]
+    add_columns(rows, mixed, ["weight"])
+    # six pairs that count three, and one: on average 4/7
+    assert [row["weight"] for row in rows] == pytest.approx([7 / 8] * 6 + [7 / 4])
 
 
 def test_rankings_of_policies_become_win_rates(store):
