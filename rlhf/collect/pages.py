@@ -196,12 +196,8 @@ def _ratings(form: dict[str, list[str]], criteria: list[str]) -> tuple[tuple[str
 
 def _places(form: dict[str, list[str]], count: int) -> tuple[int | None, ...]:
     """Return the place of each answer, in the order of the page; None where it has none."""
-    found = []
-    for number in range(count):
-        given = _first(form, f"place-{number}")
-        is_place = given.isascii() and given.isdecimal() and 1 <= int(given[:3]) <= count
-        found.append(int(given) if is_place else None)
-    return tuple(found)
+    places = {str(place): place for place in range(1, count + 1)}
+    return tuple(places.get(_first(form, f"place-{number}")) for number in range(count))
 
 
 def _marks(text: str, shown: list[str]) -> tuple[Span, ...]:

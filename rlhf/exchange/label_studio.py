@@ -3,8 +3,9 @@
 {"data": {"prompt": messages, "answer1", "answer2", ...}, "annotations": [{"completed_by",
 "lead_time" (s), "was_cancelled", "created_at", "result": [{"from_name", "to_name", "type",
 "value"}]}], "predictions": [{"model_version", "result"}]}. A skip is `was_cancelled`; tie and both
-bad are choices beside the Pairwise tag, strength a rating of 1 to 3, marked passages labels. Label Studio shows answer1
-left to everybody: sides drawn here, and all that is known of the prompt, are in `data.rlhf`.
+bad are choices beside the Pairwise tag, strength a rating of 1 to 3, marked passages labels.
+Label Studio shows answer1 left to everybody: sides drawn here, and all that is known of the prompt,
+are in `data.rlhf`.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -285,8 +286,8 @@ def _vote(annotation: dict[str, Any], name: str, sides: tuple[str, str], place: 
         elif kind == "rating" and value.get("rating") in (1, 2, 3):
             vote.strength = value["rating"]
         elif kind == "textarea" and region.get("from_name") not in REMARKS:
-            name = "corrected" if region.get("from_name") == "corrected" else "reason"
-            setattr(vote, name, "\n".join(value.get("text", ())) or None)
+            field = "corrected" if region.get("from_name") == "corrected" else "reason"
+            setattr(vote, field, "\n".join(value.get("text", ())) or None)
     # a prediction cannot be cancelled: one without a choice is a skip
     is_skip = annotation.get("was_cancelled") or ("model_version" in annotation and not choices)
     if not is_skip:

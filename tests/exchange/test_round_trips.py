@@ -17,6 +17,9 @@ TOOLS = [
     {"role": "tool", "content": "rain", "tool_call_id": "1"},
 ]
 
+# of Label Studio
+REASON = {"from_name": "reason", "type": "textarea", "value": {"text": ["so"]}}
+
 
 @pytest.fixture
 def store(tmp_path):
@@ -233,7 +236,7 @@ def test_projects_that_were_set_up_in_label_studio_are_read():
         (
             {
                 "data": {"prompt": "x", "answer1": "y", "answer2": "z"},
-                "annotations": [{"completed_by": 1, "result": []}],
+                "annotations": [{"completed_by": 1, "result": [REASON]}],
             },
             r"row 1: the annotation of user 1 chooses \[\]",
         ),
