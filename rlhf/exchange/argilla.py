@@ -53,39 +53,62 @@ def to_records(pairs: Sequence[JudgedPair], users: Mapping[str, str]) -> list[di
 
 
 def _record(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
-    extras = extras_of(pair)
+    given = []
+    for vote in pair.votes:
+        answered = {question: getattr(vote, name) for name, question in QUESTIONS.items()}
+        for side in FIELDS:
+            answered[f"marks_{side}"] = [mark(one) for one in vote.spans if one["answer"] == side]
+        given.append((vote, answered))
+    answers = {"answer_a": pair.a, "answer_b": pair.b}
+    identity = [pair.prompt, pair.a.text, pair.b.text, pair.expected]
+    return record(pair, extras_of(pair), answers, given, identity, users)
+
+
+def record(
+    judged: Any,
+    extras: dict[str, Any],
+    answers: Mapping[str, Answer],
+    given: Iterable[tuple[Any, dict[str, Any]]],
+    identity: list[Any],
+    users: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the record of a pair or ranking.
+
+    extras: what Argilla has no place for, to which more is added. answers: by their fields. given: each
+    vote or order, with its answers to the questions. identity: what the id is made of, beside what
+    is shown of the prompt and the models.
+    """
     # a chat field keeps role and content alone
-    shown_prompt = chat(pair.prompt)
-    if shown_prompt != pair.prompt:
-        extras["messages"] = pair.prompt
+    shown_prompt = chat(judged.prompt)
+    if shown_prompt != judged.prompt:
+        extras["messages"] = judged.prompt
     # people answer questions; what models say stands beside them as a suggestion
     responses: dict[str, list[dict[str, Any]]] = {}
     suggestions: dict[str, dict[str, Any]] = {}
     extras["users"] = {}
-    for vote in pair.votes:
-        given = {question: getattr(vote, name) for name, question in QUESTIONS.items()}
-        for side in FIELDS:
-            given[f"marks_{side}"] = [_mark(span) for span in vote.spans if span["answer"] == side]
-        given = {question: value for question, value in given.items() if value not in (None, [])}
-        if vote.kind != "person":
+    for cast, answered in given:
+        said = {question: value for question, value in answered.items() if value not in (None, [])}
+        if cast.kind != "person":
             # Argilla shows one suggestion a question
-            for question, value in given.items():
-                shown = {"value": value, "score": None, "agent": vote.annotator}
+            for question, value in said.items():
+                shown = {"value": value, "score": None, "agent": cast.annotator}
                 suggestions.setdefault(question, shown)
             continue
-        user = users.get(vote.annotator) or str(uuid.uuid5(uuid.NAMESPACE_URL, vote.annotator))
-        extras["users"][user] = vote.annotator
-        for question, value in given.items():
+        user = users.get(cast.annotator) or str(uuid.uuid5(uuid.NAMESPACE_URL, cast.annotator))
+        extras["users"][user] = cast.annotator
+        for question, value in said.items():
             responses.setdefault(question, []).append({"value": value, "user_id": user})
-    shown = {name: getattr(pair, name) for name in SHOWN}
-    shown |= {"model_a": pair.a.model, "model_b": pair.b.model}
+    shown = {name: getattr(judged, name) for name in SHOWN}
+    for name, answer in answers.items():
+        shown[name.replace("answer", "model")] = answer.model
     metadata = {name: value for name, value in shown.items() if value is not None}
-    # the same pair gets the same id, so that a second upload replaces it
-    content = json.dumps([pair.prompt, pair.a.text, pair.b.text, pair.expected, metadata])
+    # the same gets the same id, so that a second upload replaces it
+    content = json.dumps([*identity, metadata])
     metadata["rlhf"] = json.dumps(extras, ensure_ascii=False, sort_keys=True)
+    texts = {name: answer.text for name, answer in answers.items()}
     return {
         "id": digest(content),
-        "fields": {"prompt": shown_prompt, "answer_a": pair.a.text, "answer_b": pair.b.text},
+        "fields": {"prompt": shown_prompt} | texts,
         "metadata": metadata,
         "suggestions": suggestions,
         "responses": responses,
@@ -198,9 +221,7 @@ def _pair(
     prompt, _, sides = read_fields(fields, place, answers)
     # what Argilla cannot hold came along as JSON
     extras = extras_in(metadata, place)
-    full = extras.get("messages")
-    if full is not None and chat(full) == prompt:
-        prompt = full
+    prompt = whole_prompt(prompt, extras)
     a, b = (Answer(fields[name]) for name in sides)
     names = extras.get("users", {}) | dict(names)
     votes = []
@@ -241,6 +262,12 @@ def extras_in(metadata: dict[str, Any], place: str) -> dict[str, Any]:
         raise UserError(f"{place}: metadata 'rlhf' is not the JSON that was exported") from None
 
 
+def whole_prompt(prompt: list[dict[str, Any]], extras: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages as they were exported, with what a chat field has no place for."""
+    full = extras.get("messages")
+    return full if full is not None and chat(full) == prompt else prompt
+
+
 def by_user(responses: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Return {user: {question: value}}."""
     found: dict[str, dict[str, Any]] = {}
@@ -250,13 +277,19 @@ def by_user(responses: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def by_agent(suggestions: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return {model: {question: value}}."""
+    found: dict[str, dict[str, Any]] = {}
+    for question, suggestion in suggestions.items():
+        agent = suggestion.get("agent") or "suggestions"
+        found.setdefault(agent, {})[question] = suggestion["value"]
+    return found
+
+
 def _suggested(
     suggestions: Mapping[str, Any], sides: tuple[str, str], place: str
 ) -> list[CastVote]:
-    given: dict[str, dict[str, Any]] = {}
-    for question, suggestion in suggestions.items():
-        agent = suggestion.get("agent") or "suggestions"
-        given.setdefault(agent, {})[question] = suggestion["value"]
+    given = by_agent(suggestions)
     votes = [_vote(values, agent, "model", sides, place) for agent, values in given.items()]
     return [vote for vote in votes if vote is not None]
 
@@ -310,7 +343,8 @@ def _ranked(value: list[Any], sides: tuple[str, str]) -> str | None:
     return "a" if ranks["a"] < ranks["b"] else "b"
 
 
-def _mark(span: Span) -> dict[str, Any]:
+def mark(span: Span) -> dict[str, Any]:
+    """Return a marked passage as Argilla keeps it."""
     return {name: span[name] for name in ("start", "end", "label")}
 
 
@@ -321,9 +355,9 @@ def marks_in(given: Mapping[str, Any], texts: Mapping[Any, str], place: str) -> 
     spans = []
     for answer in texts:
         name = answer + 1 if isinstance(answer, int) else answer
-        for mark in given.get(f"marks_{name}") or ():
-            if mark.get("label") in LABELS:
-                spans.append(_mark(mark) | {"answer": answer})
+        for found in given.get(f"marks_{name}") or ():
+            if found.get("label") in LABELS:
+                spans.append(mark(found) | {"answer": answer})
     try:
         return checked(spans, texts)
     except UserError as error:

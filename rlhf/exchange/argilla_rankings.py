@@ -8,13 +8,10 @@ an order without ties, so ties, skips, remarks and times are in the metadata und
 from __future__ import annotations
 
 import itertools
-import json
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.data.rankings import Order
-from rlhf.data.records import digest
 from rlhf.errors import UserError
 from rlhf.exchange import argilla
 from rlhf.exchange.pairs import Answer, read_fields
@@ -27,39 +24,11 @@ def to_records(rankings: Sequence[JudgedRanking], users: Mapping[str, str]) -> l
 
 
 def _record(ranking: JudgedRanking, users: Mapping[str, str]) -> dict[str, Any]:
-    extras = extras_of(ranking)
-    chat = argilla.chat(ranking.prompt)
-    if chat != ranking.prompt:
-        extras["messages"] = ranking.prompt
-    responses: dict[str, list[dict[str, Any]]] = {}
-    suggestions: dict[str, dict[str, Any]] = {}
-    extras["users"] = {}
-    for cast in ranking.orders:
-        given = _given(cast)
-        if cast.kind != "person":
-            # Argilla shows one suggestion a question
-            for question, value in given.items():
-                shown = {"value": value, "score": None, "agent": cast.annotator}
-                suggestions.setdefault(question, shown)
-            continue
-        user = users.get(cast.annotator) or str(uuid.uuid5(uuid.NAMESPACE_URL, cast.annotator))
-        extras["users"][user] = cast.annotator
-        for question, value in given.items():
-            responses.setdefault(question, []).append({"value": value, "user_id": user})
-    texts = {f"answer_{i}": answer.text for i, answer in enumerate(ranking.answers, 1)}
-    shown = {name: getattr(ranking, name) for name in argilla.SHOWN}
-    shown |= {f"model_{i}": answer.model for i, answer in enumerate(ranking.answers, 1)}
-    metadata = {name: value for name, value in shown.items() if value is not None}
-    content = json.dumps([ranking.prompt, texts, metadata])
-    metadata["rlhf"] = json.dumps(extras, ensure_ascii=False, sort_keys=True)
-    return {
-        "id": digest(content),
-        "fields": {"prompt": chat} | texts,
-        "metadata": metadata,
-        "suggestions": suggestions,
-        "responses": responses,
-        "vectors": {},
-    }
+    answers = {f"answer_{i}": answer for i, answer in enumerate(ranking.answers, 1)}
+    texts = {name: answer.text for name, answer in answers.items()}
+    given = [(cast, _given(cast)) for cast in ranking.orders]
+    identity = [ranking.prompt, texts]
+    return argilla.record(ranking, extras_of(ranking), answers, given, identity, users)
 
 
 def _given(cast: CastOrder) -> dict[str, Any]:
@@ -68,9 +37,8 @@ def _given(cast: CastOrder) -> dict[str, Any]:
     given: dict[str, Any] = {"ranking": [f"answer_{number + 1}" for number in flat]}
     given |= {"reason": cast.reason, "tags": cast.tags}
     for span in cast.spans:
-        marks = given.setdefault(f"marks_{span['answer'] + 1}", [])
-        marks.append({name: span[name] for name in ("start", "end", "label")})
-    return {question: value for question, value in given.items() if value}
+        given.setdefault(f"marks_{span['answer'] + 1}", []).append(argilla.mark(span))
+    return given
 
 
 def settings(rankings: Sequence[JudgedRanking]) -> dict[str, Any]:
@@ -149,9 +117,7 @@ def _from_record(
     if not all(isinstance(fields.get(name), str) for name in answers):
         raise UserError(f"{place}: found fields {', '.join(fields)}, expected {', '.join(answers)}")
     prompt = read_fields(fields, place, answers[:2])[0]
-    full = extras.get("messages")
-    if full is not None and argilla.chat(full) == prompt:
-        prompt = full
+    prompt = argilla.whole_prompt(prompt, extras)
     texts = [fields[name] for name in answers]
     names = extras.get("users", {}) | dict(users)
     orders = []
@@ -159,11 +125,7 @@ def _from_record(
         orders += _orders(given, names.get(user, user), "person", answers, texts, place)
     if extras:
         return with_extras(prompt, texts, orders, extras, keeps_marks=True)
-    by_agent: dict[str, dict[str, Any]] = {}
-    for question, suggestion in (row.get("suggestions") or {}).items():
-        agent = suggestion.get("agent") or "suggestions"
-        by_agent.setdefault(agent, {})[question] = suggestion["value"]
-    for agent, given in by_agent.items():
+    for agent, given in argilla.by_agent(row.get("suggestions") or {}).items():
         orders += _orders(given, agent, "model", answers, texts, place)
     if not orders:
         return None

@@ -40,24 +40,38 @@ def to_tasks(pairs: Sequence[JudgedPair], users: Mapping[str, str]) -> list[dict
 
 
 def _task(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
-    extras = extras_of(pair)
+    data = {"answer1": pair.a.text, "answer2": pair.b.text}
+    data |= {"model1": pair.a.model, "model2": pair.b.model}
+    given = [(vote, _result(vote), vote.choice == "skip") for vote in pair.votes]
+    return task(pair, extras_of(pair), data, given, users)
+
+
+def task(
+    judged: Any,
+    extras: dict[str, Any],
+    data: dict[str, Any],
+    given: Iterable[tuple[Any, list[dict[str, Any]], bool]],
+    users: Mapping[str, str],
+) -> dict[str, Any]:
+    """Return the task of a pair or ranking.
+
+    extras: what Label Studio has no place for. data: the answers, and what is shown of them. given:
+    each vote or order, its result, and whether it is a skip.
+    """
     extras["users"] = {}
     annotations, predictions = [], []
-    for vote in pair.votes:
-        result = _result(vote)
-        if vote.kind != "person":
-            predictions.append({"model_version": vote.annotator, "result": result})
+    for cast, result, is_skip in given:
+        if cast.kind != "person":
+            predictions.append({"model_version": cast.annotator, "result": result})
             continue
         # people go by their address there, and come back under their name
-        user = users.get(vote.annotator, vote.annotator)
-        extras["users"][user] = vote.annotator
-        annotations.append(annotation(vote, user, result, is_skip=vote.choice == "skip"))
-    data = {"prompt": pair.prompt, "answer1": pair.a.text, "answer2": pair.b.text}
-    shown = {name: getattr(pair, name) for name in SHOWN}
-    shown |= {"model1": pair.a.model, "model2": pair.b.model}
-    data |= {name: value for name, value in shown.items() if value is not None}
+        user = users.get(cast.annotator, cast.annotator)
+        extras["users"][user] = cast.annotator
+        annotations.append(_annotation(cast, user, result, is_skip=is_skip))
+    shown = data | {name: getattr(judged, name) for name in SHOWN}
+    known = {name: value for name, value in shown.items() if value is not None}
     return {
-        "data": data | {"rlhf": extras},
+        "data": {"prompt": judged.prompt} | known | {"rlhf": extras},
         "annotations": annotations,
         "predictions": predictions,
     }
@@ -106,7 +120,7 @@ def regions(annotator: str, found: Sequence[tuple[str, str, str, Any]]) -> list[
     return result
 
 
-def annotation(
+def _annotation(
     cast: Any, user: str, result: list[dict[str, Any]], *, is_skip: bool
 ) -> dict[str, Any]:
     """Return an annotation of a vote or an order, with time and seconds where they are known."""
@@ -298,7 +312,12 @@ def _vote(annotation: dict[str, Any], name: str, sides: tuple[str, str], place: 
                 f"{place}: the annotation of {name} chooses {choices}, expected left, right, tie, both_bad or skip"
             )
         vote.choice = read[0]
-    seconds = annotation.get("lead_time")
-    vote.duration_ms = None if seconds is None else round(1000 * seconds)
-    vote.created = annotation.get("created_at")
+    read_times(vote, annotation)
     return vote
+
+
+def read_times(cast: Any, annotation: Mapping[str, Any]) -> None:
+    """Give a vote or an order the times of its annotation."""
+    seconds = annotation.get("lead_time")
+    cast.duration_ms = None if seconds is None else round(1000 * seconds)
+    cast.created = annotation.get("created_at")

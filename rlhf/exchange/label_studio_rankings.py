@@ -23,29 +23,11 @@ def to_tasks(rankings: Sequence[JudgedRanking], users: Mapping[str, str]) -> lis
 
 
 def _task(ranking: JudgedRanking, users: Mapping[str, str]) -> dict[str, Any]:
-    extras = extras_of(ranking)
-    extras["users"] = {}
-    annotations, predictions = [], []
-    for cast in ranking.orders:
-        result = _result(cast)
-        if cast.kind != "person":
-            predictions.append({"model_version": cast.annotator, "result": result})
-            continue
-        user = users.get(cast.annotator, cast.annotator)
-        extras["users"][user] = cast.annotator
-        given = label_studio.annotation(cast, user, result, is_skip=not cast.order)
-        annotations.append(given)
     answers = []
     for number, answer in enumerate(ranking.answers, 1):
         answers.append({"id": f"answer{number}", "title": f"Answer {number}", "body": answer.text})
-    shown = {name: getattr(ranking, name) for name in label_studio.SHOWN}
-    data = {"prompt": ranking.prompt, "answers": answers}
-    data |= {name: value for name, value in shown.items() if value is not None}
-    return {
-        "data": data | {"rlhf": extras},
-        "annotations": annotations,
-        "predictions": predictions,
-    }
+    given = [(cast, _result(cast), not cast.order) for cast in ranking.orders]
+    return label_studio.task(ranking, extras_of(ranking), {"answers": answers}, given, users)
 
 
 def _result(cast: CastOrder) -> list[dict[str, Any]]:
@@ -132,9 +114,7 @@ def _order(annotation: Mapping[str, Any], name: str, ids: Sequence[str], place: 
             cast.reason = "\n".join(value.get("text", ())) or None
     if not cast.order and not annotation.get("was_cancelled"):
         raise UserError(f"{place}: the annotation of {name} does not place every answer")
-    seconds = annotation.get("lead_time")
-    cast.duration_ms = None if seconds is None else round(1000 * seconds)
-    cast.created = annotation.get("created_at")
+    label_studio.read_times(cast, annotation)
     return cast
 
 

@@ -19,6 +19,8 @@ from rlhf.errors import UserError
 Kind = Literal["person", "model", "rule"]
 # fields of a vote that say the same in every program
 CHANGEABLE = ("choice", "strength", "reason", "tags", "corrected", "spans")
+# what is known of a prompt, of pairs and rankings alike
+ABOUT = ("group", "default_group", "split", "voice", "metadata")
 
 
 @dataclass
@@ -75,16 +77,9 @@ def pairs_of_view(view: StoreView) -> list[JudgedPair]:
     found = {}
     parts = set()
     for id, row in view.pairs().items():
-        prompt = prompts[row["prompt"]]
-        about = {name: prompt.get(name) for name in ("group", "default_group", "split", "voice")}
-        found[id] = JudgedPair(
-            row["messages"],
-            _answer(row, "a"),
-            _answer(row, "b"),
-            metadata=prompt["metadata"],
-            expected=row["expected"],
-            **about,
-        )
+        about = {name: prompts[row["prompt"]].get(name) for name in ABOUT}
+        a, b = _answer(row, "a"), _answer(row, "b")
+        found[id] = JudgedPair(row["messages"], a, b, expected=row["expected"], **about)
         if row["ranking"] is not None:
             parts.add(id)
     for vote in view.votes():
@@ -184,22 +179,7 @@ def add_pairs(store: Store, pairs: Iterable[JudgedPair], added: Added | None = N
 
 
 def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
-    prompt = store.add_prompt(
-        pair.prompt,
-        group=pair.group,
-        default_group=pair.default_group,
-        voice=pair.voice,
-        split=pair.split,
-        metadata=pair.metadata,
-    )
-    ids = {}
-    for side in ("a", "b"):
-        answer = getattr(pair, side)
-        # one that was sampled into this store, judged elsewhere and comes back without its sampling
-        known = store.find_response(prompt, answer.text, answer.model)
-        ids[side] = known or store.add_response(
-            prompt, answer.text, model=answer.model, ended=answer.ended
-        )
+    ids = dict(zip("ab", add_answers(store, pair, (pair.a, pair.b)), strict=True))
     comparison = store.add_comparison(
         ids["a"],
         ids["b"],
@@ -231,6 +211,19 @@ def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
         )
         added.votes += 1
         added.annotators.add(vote.annotator)
+
+
+def add_answers(store: Store, judged: Any, answers: Iterable[Answer]) -> list[int]:
+    """Add the prompt of a pair or ranking, and its answers, to a store; return the answers' ids."""
+    prompt = store.add_prompt(judged.prompt, **{name: getattr(judged, name) for name in ABOUT})
+    ids = []
+    for answer in answers:
+        # one that was sampled into this store, judged elsewhere and comes back without its sampling
+        known = store.find_response(prompt, answer.text, answer.model)
+        ids.append(
+            known or store.add_response(prompt, answer.text, model=answer.model, ended=answer.ended)
+        )
+    return ids
 
 
 def _renamed(
@@ -277,8 +270,7 @@ def with_extras(pair: JudgedPair, extras: dict[str, Any], known: Sequence[str]) 
     answers = {}
     for side in ("a", "b"):
         answers[side] = Answer(getattr(pair, side).text, **extras.get(side, {}))
-    names = ("group", "default_group", "split", "voice", "metadata", "expected")
-    about = {name: extras[name] for name in names if name in extras}
+    about = {name: extras[name] for name in (*ABOUT, "expected") if name in extras}
     return JudgedPair(pair.prompt, **answers, votes=votes, **about)
 
 

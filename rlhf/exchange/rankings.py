@@ -13,7 +13,7 @@ from rlhf.data.spans import Span, renamed
 from rlhf.data.store import Store
 from rlhf.data.store_queries import StoreView
 from rlhf.errors import UserError
-from rlhf.exchange.pairs import Added, Answer, Kind, without_remarks
+from rlhf.exchange.pairs import ABOUT, Added, Answer, Kind, add_answers, without_remarks
 
 
 @dataclass
@@ -51,13 +51,12 @@ def rankings_of_view(view: StoreView) -> list[JudgedRanking]:
     prompts, kinds = view.prompts_by_id(), view.annotator_kinds()
     found, numbers = {}, {}
     for id, row in view.rankings().items():
-        prompt = prompts[row["prompt"]]
-        about = {name: prompt.get(name) for name in ("group", "default_group", "split", "voice")}
+        about = {name: prompts[row["prompt"]].get(name) for name in ABOUT}
         answers = []
         for response in row["responses"]:
             ended = None if response["ended"] is None else bool(response["ended"])
             answers.append(Answer(response["text"], response["model"], ended))
-        found[id] = JudgedRanking(row["messages"], answers, metadata=prompt["metadata"], **about)
+        found[id] = JudgedRanking(row["messages"], answers, **about)
         numbers[id] = {response["id"]: i for i, response in enumerate(row["responses"])}
     for ranked in view.ranked():
         names = numbers[ranked.ranking]
@@ -98,15 +97,7 @@ def add_rankings(store: Store, rankings: Iterable[JudgedRanking], added: Added) 
 
 
 def _add_ranking(store: Store, ranking: JudgedRanking, added: Added) -> None:
-    about = {name: getattr(ranking, name) for name in ("group", "default_group", "split", "voice")}
-    prompt = store.add_prompt(ranking.prompt, metadata=ranking.metadata, **about)
-    ids = []
-    for answer in ranking.answers:
-        # one that was sampled into this store, judged elsewhere and comes back without its sampling
-        known = store.find_response(prompt, answer.text, answer.model)
-        ids.append(
-            known or store.add_response(prompt, answer.text, model=answer.model, ended=answer.ended)
-        )
+    ids = add_answers(store, ranking, ranking.answers)
     id = store.add_ranking(ids)
     for cast in ranking.orders:
         annotator = store.add_annotator(cast.annotator, cast.kind)
@@ -161,10 +152,8 @@ def with_extras(
     answers = []
     for text, about in itertools.zip_longest(texts, extras.get("answers", ()), fillvalue={}):
         answers.append(Answer(text, **about))
-    names = ("group", "default_group", "split", "voice", "metadata")
-    return JudgedRanking(
-        prompt, answers, kept, **{name: extras[name] for name in names if name in extras}
-    )
+    about = {name: extras[name] for name in ABOUT if name in extras}
+    return JudgedRanking(prompt, answers, kept, **about)
 
 
 def _is_same(cast: CastOrder, earlier: CastOrder, keeps_marks: bool) -> bool:
