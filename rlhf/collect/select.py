@@ -207,7 +207,7 @@ def kept_scores(
 ) -> list[list[float]]:
     """Return the scores of each member, a list of B each; those in the file are not made again.
 
-    A file of other models or answers is written anew.
+    A file of other models or answers is rewritten.
     """
     from tqdm import tqdm
 

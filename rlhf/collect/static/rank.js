@@ -134,7 +134,7 @@ function drag(event, button, answer) {
     if (!moved) return;
     // a click may follow, which is none
     button.addEventListener("click", (click) => click.stopImmediatePropagation(), { once: true, capture: true });
-    // a finger whose chip is drawn anew under it would make no more clicks
+    // a finger whose chip is drawn again under it would make no more clicks
     setTimeout(() => { if (target) put(answer, target); else draw(); });
   }
 }
