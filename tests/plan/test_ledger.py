@@ -6,7 +6,16 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rlhf.plan.ledger import Ledger, peak_of, size_of
-from rlhf.plan.memory import Peak, Setup, Weights, held, reduced, sampling_phase, step_phase
+from rlhf.plan.memory import (
+    Peak,
+    Setup,
+    Weights,
+    held,
+    reduced,
+    sampling_phase,
+    state_table,
+    step_phase,
+)
 
 FLOAT = 4
 
@@ -67,6 +76,19 @@ def test_zero_divides_the_optimizer_and_then_the_weights(setup, optimizer, learn
     assert parts["optimizer"] == optimizer
     assert parts["learning weights"] == learning
     assert parts["base"] == (200 if setup.stage == 3 else 800)
+
+
+def test_what_each_stage_holds_between_passes():
+    # 1000 numbers in float32, gradients too, and 800 bytes of a base, on four ranks; the state is 8 bytes
+    # a number, and 12 with ZeRO's copy
+    weights = Weights(frozen=800, adapters=0, other_models=0, trained=1000, trained_size=4)
+    totals = [row["total"] for row in state_table(weights, Setup(4, "cpu", stage=2))]
+    assert totals == [
+        800 + 4000 + 8000 + 4000,
+        800 + 4000 + 3000 + 4000,
+        800 + 4000 + 3000 + 1000,
+        200 + 1000 + 3000 + 1000,
+    ]
 
 
 def test_mixed_precision_has_sixteen_bytes_for_each_number_that_learns():
