@@ -78,6 +78,8 @@ def test_what_it_writes(reward, prompts, sft_path, capsys):
     assert json.loads((folder / "best_of_n.json").read_text())["prompts"] == 12
     page = (folder / "best_of_n.md").read_text()
     assert "upper bound" in page and "best_of_n.png" in page
+    # which scorer each name stands for
+    assert f'proxy: `{{"model": "{reward}"}}`; gold: `{{"rule": "length", "low": 2' in page
     assert (folder / "best_of_n.png").is_file() and (folder / "best_of_n.svg").is_file()
     assert "gold:" in capsys.readouterr().out
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from rlhf.cli import main
-from rlhf.compare.measure import CompareConfig, scores_of, shared_options
+from rlhf.compare.measure import CompareConfig, compare, scores_of, shared_options
 from rlhf.compare.runs import check_judges, unseen
 from rlhf.data.records import Prompt, prompt_group
 from rlhf.errors import UserError
@@ -159,6 +159,17 @@ def test_trained_scores_are_proxies_and_names_are_unique(tmp_path):
     assert scores_of(config(runs))[2] is None
     with pytest.raises(UserError, match="no score to compare by"):
         scores_of(config([runs[0], runs[0]]))
+
+
+def test_a_store_of_votes_that_is_not_there_is_refused_before_anything_is_loaded(
+    base_path, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("rlhf.tokenizer.load_tokenizer", pytest.fail)
+    asked = config(
+        [str(base_path)] * 2, others=[{"rule": "length"}], votes=str(tmp_path / "votes.db")
+    )
+    with pytest.raises(UserError, match=r"votes\.db: no such"):
+        compare(asked, pytest.fail)
 
 
 def test_gold_and_referee_together_are_refused():

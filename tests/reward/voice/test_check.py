@@ -19,6 +19,7 @@ from rlhf.sandbox import SHOP_VOICE
 from tests.reward.voice import docs as voice_docs
 
 SHOP = voice_docs.ROOT / "configs" / "voices" / "shop.yaml"
+JUDGE = "{http: 'http://localhost:1/tone'}"
 
 
 def write(tmp_path, text, name="brand.yaml"):
@@ -230,10 +231,16 @@ def test_score_of_a_file_of_answers_is_a_line_each(tmp_path, capsys):
         (["hello"], "'voice' not given"),
         (["hello", "--voice", "nowhere.yaml"], "nowhere.yaml: no such file"),
         (["hello", "--voice", str(SHOP), "--judge", "{htpp: x}"], "Did you mean 'http'?"),
+        (["hello", "--voice", str(SHOP), "--judge", JUDGE], "has no 'tone' for the judge to measure"),
     ],
 )  # fmt: skip
 def test_score_refuses_what_it_cannot_use(argv, said, capsys):
     assert said in stopped("voice", "score", *argv, capsys=capsys).err
+
+
+def test_check_refuses_a_judge_that_has_nothing_to_measure(capsys):
+    error = stopped("voice", "check", str(SHOP), "--judge", JUDGE, capsys=capsys).err
+    assert "has no 'tone' for the judge to measure" in error
 
 
 def test_the_guide_of_those_who_vote_shows_the_new_rules_and_examples(tmp_path):
