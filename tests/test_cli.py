@@ -6,8 +6,8 @@ import pkgutil
 import pytest
 
 import rlhf
-from rlhf import cli
-from rlhf.cli import COMMANDS, RENAMED, main
+from rlhf.cli import RENAMED, main
+from rlhf.commands import COMMANDS
 
 
 def printed(capsys, *argv: str) -> str:
@@ -54,7 +54,7 @@ def test_what_is_run_lazily_is_there(monkeypatch):
     """Every target of `lazily` can be imported, and is called with the options."""
     targets = []
     monkeypatch.setattr(
-        cli.pkgutil, "resolve_name", lambda target: lambda config: targets.append((target, config))
+        pkgutil, "resolve_name", lambda target: lambda config: targets.append((target, config))
     )
     lazy = {
         name: command for name, command in COMMANDS.items() if command.run.__name__ == "<lambda>"

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Imports go down: a module may import modules of its own layer and of those after it.
 LAYERS = [
     ["rlhf.cli", "launch"],
+    ["rlhf.commands"],
     [
         "rlhf.sandbox.quickstart",
         "rlhf.compare.measure",
@@ -129,9 +130,9 @@ def test_imports_make_no_circle():
         pytest.fail("circle of imports: " + " <- ".join(error.args[1]))
 
 
-def test_rlhf_never_imports_reward_but_in_its_cli():
+def test_rlhf_never_imports_reward_but_in_its_commands():
     for module, path in modules().items():
-        if module.startswith("rlhf") and module != "rlhf.cli":
+        if module.startswith("rlhf") and module != "rlhf.commands":
             assert not any(name.split(".")[0] == "reward" for name in imports_of(path)), module
 
 
@@ -264,7 +265,7 @@ def test_readme_commands_exist():
     """Each command of the README names a make target, a program with its config, or an `rlhf`
     command.
     """
-    from rlhf.cli import COMMANDS
+    from rlhf.commands import COMMANDS
 
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     commands = commands_in((ROOT / "README.md").read_text())

@@ -15,7 +15,8 @@ from rlhf.brand import run as module
 from rlhf.brand.config import BrandConfig
 from rlhf.brand.plan import plan
 from rlhf.brand.run import run_brand
-from rlhf.cli import COMMANDS, main
+from rlhf.cli import main
+from rlhf.commands import COMMANDS
 from rlhf.config import parse
 from rlhf.data.store import Store
 from rlhf.errors import EXIT_INTERRUPTED, EarlyExit, UserError

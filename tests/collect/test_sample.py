@@ -76,7 +76,7 @@ def test_one_policy_with_two_settings(tmp_path, prompts, sft_path):
 def test_of_each_prompt_the_most_disputed_pair_is_stored(
     tmp_path, prompts, base_path, sft_path, member_paths
 ):
-    from rlhf.cli import run_sample
+    from rlhf.commands import run_sample
 
     asked = config(tmp_path, prompts, sft_path, samples_per_prompt=4)
     every = sample(asked)

@@ -566,6 +566,6 @@ def test_the_dockerfile_names_what_is_there():
     # the manifests and the image agree on the folder
     assert ["WORKDIR", "/rlhf"] in steps
     started = json.loads(dict(steps)["CMD"])
-    from rlhf.cli import COMMANDS
+    from rlhf.commands import COMMANDS
 
     assert started[0] == "rlhf" and " ".join(started[1:]) in COMMANDS
