@@ -66,15 +66,10 @@ class Decisions:
         streak = self.streaks[key] = self.streaks.get(key, 0) + 1 if bad else 0
         if guard.action == "off" or streak < window or (guard.action == "warn" and streak > window):
             return None
-        return self.decide(
-            name,
-            guard.action,
-            step,
-            value,
-            bound,
-            f"{what}, {streak} steps in a row",
-            step - streak,
-        )
+        # of steps, of log lines or of evaluations
+        if window > 1:
+            what += f", {streak} times in a row"
+        return self.decide(name, guard.action, step, value, bound, what, step - streak)
 
     def decide(self, name, action, step, value, bound, what, since) -> Decision:
         """Record and return a decision.

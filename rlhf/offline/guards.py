@@ -20,16 +20,15 @@ DEVIATIONS = 8.0
 NORMAL = 1.0483
 # programs whose loss is that of pairs, which begin at chance
 ON_PAIRS = ("reward", "dpo")
-_MEMORY = ("recent", "least", "start", "first_logprob")
+_MEMORY = ("recent", "least", "start", "first_logprobs")
 
 
 class OfflineGuards:
     """The guards of one run with their state, asked after each step and with each logged metric.
 
-    A loss is compared with the least that the run has had, as the mean of `window` steps, and with the
-    scatter of steps. Pairs whose
-    loss has come near 0 vary by much more than that mean, so a loss of pairs is also compared with
-    that of the first step, which is chance.
+    A loss is compared with the least that the run has had, as the mean of `window` steps, and with
+    the scatter of steps. Pairs whose loss has come near 0 vary by much more than that mean, so a
+    loss of pairs is also compared with that of the first step, which is chance.
     """
 
     def __init__(self, program: str, overrides: dict[str, Any] | None = None):
@@ -40,14 +39,15 @@ class OfflineGuards:
         self.recent: list[float] = []
         self.least: float | None = None
         self.start: float | None = None
-        self.first_logprob: float | None = None
+        # of the first log lines that were no fault
+        self.first_logprobs: list[float] = []
 
     def loss(self, step: int, loss: float) -> list[Decision]:
         """Check the loss of a step, the mean over its rows; return what is to be done."""
         if self.start is None:
             self.start = loss
         found = [self._divergence(step, loss), self._spike(step, loss)]
-        if not self._is_far(loss):
+        if loss <= self._bound():
             self.recent.append(loss)
             del self.recent[: -self._longest]
         window = self.guards["divergence"].window
@@ -75,7 +75,8 @@ class OfflineGuards:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.decided.load_state_dict(state)
         for name in _MEMORY:
-            setattr(self, name, copy.deepcopy(state[name]))
+            # an earlier version kept other numbers
+            setattr(self, name, copy.deepcopy(state.get(name, getattr(self, name))))
 
     @property
     def _longest(self) -> int:
@@ -98,9 +99,6 @@ class OfflineGuards:
         share = self.guards["divergence"].threshold * reference
         return max(share, reference + DEVIATIONS * deviation)
 
-    def _is_far(self, loss: float) -> bool:
-        return loss > self._bound()
-
     def _divergence(self, step: int, loss: float) -> Decision | None:
         bound = self._bound()
         what = f"loss/total of a step is {loss:.3g}, above {bound:.3g} (its least was {self._reference():.3g})"
@@ -121,9 +119,14 @@ class OfflineGuards:
         return self.decided.sustained("loss_spike", step, loss > bound, loss, bound, what, window=1)
 
     def _chosen_logprob(self, step: int, logprob: float) -> Decision | None:
-        """Check that the chosen responses have not lost much of their probability."""
-        if self.first_logprob is None:
-            self.first_logprob = logprob
-        bound = self.guards["chosen_logprob"].threshold * self.first_logprob
-        what = f"dpo/logprob_chosen is {logprob:.3g}, below {bound:.3g} (it began at {self.first_logprob:.3g})"
-        return self.decided.sustained("chosen_logprob", step, logprob < bound, logprob, bound, what)
+        """Check that the chosen responses have not lost much of their probability since the first
+        log lines, whose mean over `window` of them a few short or long rows hardly move.
+        """
+        guard = self.guards["chosen_logprob"]
+        begun = statistics.fmean(self.first_logprobs or [logprob])
+        bound = guard.threshold * begun
+        is_far = logprob < bound
+        if not is_far and len(self.first_logprobs) < guard.window:
+            self.first_logprobs.append(logprob)
+        what = f"dpo/logprob_chosen is {logprob:.3g}, below {bound:.3g} (it began at {begun:.3g})"
+        return self.decided.sustained("chosen_logprob", step, is_far, logprob, bound, what)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.launch.combinations import start as start_ranks
 from tests.launch.conftest import door, flags_of
 
 MORE = ["--per_device_train_batch_size", "4", "--lora_r", "4", "--learning_rate", "1e-2"]
@@ -78,3 +79,32 @@ def test_the_losses_of_steps_do_not_depend_on_when_they_are_logged(
     rows = [json.loads(line) for line in (tmp_path / "1/metrics.jsonl").read_text().splitlines()]
     logged = [row["loss/total"] for row in rows if "loss/total" in row]
     assert told["1"] == pytest.approx(logged, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_decide_alike_by_the_mean_of_their_losses(base_path, files, tmp_path):
+    jobs = []
+    for name in DATA:
+        flags = [*flags_of(name, base_path, files[DATA[name]], tmp_path / name), *MORE]
+        # the Trainer's sum of losses begins again when it is logged
+        steps = ["--max_steps", "4", "--save_steps", "4", "--logging_steps", "100"]
+        jobs.append((name, [*flags, *steps]))
+    # all weights are moved by 1 in its first step
+    flags = [*flags_of("sft", base_path, files["instructions"], tmp_path / "far"), *MORE]
+    bound = "{divergence: {threshold: 1.01, window: 1}}"
+    far = ["--learning_rate", "1", "--max_steps", "20", "--guards", bound]
+    jobs.append(("sft", [*flags, *far]))
+    seen = start_ranks(tmp_path, "runs", jobs, ranks=2)
+
+    assert [run["code"] for run in seen] == [0, 0, 0, 3]
+    for name in DATA:
+        folder = tmp_path / name / "checkpoints/checkpoint-4"
+        one, other = (json.loads((folder / f"memory-{rank}.json").read_text()) for rank in (0, 1))
+        # each has rows of its own, and both have been told the same
+        assert one["tr_loss"] != other["tr_loss"]
+        told = one["guards"]["recent"]
+        assert one["guards"] == other["guards"] and len(told) == 4
+        assert sum(told) == pytest.approx((one["tr_loss"] + other["tr_loss"]) / 2, rel=1e-5)
+    stopped = json.loads((tmp_path / "far/result.json").read_text())["stopped"]
+    assert stopped.startswith("guard divergence at step ")

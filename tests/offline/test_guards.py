@@ -33,7 +33,7 @@ def test_a_loss_twice_its_least_mean_for_five_steps_stops_the_run():
     assert feed(guards, [4.1] * 5, 41) == [(45, "divergence", "stop")]
     [event] = guards.decided.events
     assert (
-        "loss/total of a step is 4.1, above 4 (its least was 2), 5 steps in a row"
+        "loss/total of a step is 4.1, above 4 (its least was 2), 5 times in a row"
         in event["reason"]
     )
 
@@ -68,12 +68,24 @@ def test_dpo_looks_at_kl_and_at_the_chosen_responses():
     assert guards.logged(1, {"dpo/logprob_chosen": -20.0, "eval/kl/sequence": 100.0}) == []
     found = guards.logged(2, {"eval/kl/sequence": 101.0})
     assert [(d.guard, d.action) for d in found] == [("max_kl", "stop")]
+    assert found[0].reason.startswith("eval/kl/sequence is 101, above 100: ")
     # three log lines below twice -20
     falling = [guards.logged(step, {"dpo/logprob_chosen": -41.0}) for step in (3, 4, 5)]
     assert [len(decisions) for decisions in falling] == [0, 0, 1]
     assert falling[2][0].guard == "chosen_logprob" and falling[2][0].action == "warn"
     # neither is a fault of the others
     assert OfflineGuards("sft").logged(1, {"eval/kl/sequence": 1e6}) == []
+
+
+def test_chosen_responses_are_compared_with_the_mean_of_the_first_log_lines():
+    guards = OfflineGuards("dpo")
+
+    def warned(*logprobs):
+        return [len(guards.logged(1, {"dpo/logprob_chosen": logprob})) for logprob in logprobs]
+
+    # -50 is below twice -20: no part of the mean of -20, -30 and -34, whose double is -56
+    assert warned(-20.0, -50.0, -30.0, -34.0) == [0] * 4
+    assert warned(*[-55.9] * 4, *[-56.1] * 3) == [0] * 6 + [1]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
