@@ -279,6 +279,14 @@ def read_token(variable: str | None, where: str) -> str | None:
     return token
 
 
+def vllm_service(url: str, timeout: float, retries: int) -> Service:
+    """Return the API of the vLLM server at `url`, which may end in its /v1."""
+    address = url.rstrip("/").removesuffix("/v1") + "/v1"
+    variable = "VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None
+    token = read_token(variable, "vllm_url")
+    return Service("vllm_url", address, timeout, retries, token, "lower `generation_batch_size`")
+
+
 def _cause(error: BaseException) -> str:
     """Return the innermost reason ('Connection refused')."""
     # the outer errors repeat the URL, whose query may hold a key

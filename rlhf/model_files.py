@@ -129,9 +129,9 @@ def check_model(path: str) -> None:
     if folder.is_file():
         raise UserError(f"{path}: is a file; a model is a folder, or a .gguf file")
     if not folder.is_dir():
-        _check_hub_name(path)
+        check_hub_name(path)
         return
-    _check_tokenizer(path)
+    check_tokenizer(path)
     if not is_adapter(path):
         _check_whole(path)
         return
@@ -140,9 +140,7 @@ def check_model(path: str) -> None:
     if Path(base).is_dir():
         _check_whole(base)
     elif not gguf_file(base):
-        _check_hub_name(
-            base, f". It is the 'base_model_name_or_path' of {path}/adapter_config.json"
-        )
+        check_hub_name(base, f". It is the 'base_model_name_or_path' of {path}/adapter_config.json")
 
 
 def check_adapter(path: str | Path) -> None:
@@ -228,7 +226,8 @@ def _check_whole(path: str) -> None:
     check_weights(path)
 
 
-def _check_tokenizer(path: str) -> None:
+def check_tokenizer(path: str) -> None:
+    """Raise UserError for a folder without a tokenizer, or with a damaged one."""
     files = [Path(path) / name for name in TOKENIZER_FILES if (Path(path) / name).is_file()]
     # transformers would return an empty tokenizer without a word
     if not files:
@@ -238,7 +237,7 @@ def _check_tokenizer(path: str) -> None:
             read_json(file)
 
 
-def _check_hub_name(name: str, more: str = "") -> None:
+def check_hub_name(name: str, more: str = "") -> None:
     """Raise UserError for what is no folder here and no model on the Hub, or in the cache of its
     files where the Hub is not asked.
     """

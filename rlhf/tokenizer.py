@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from rlhf.data.encode import PLAIN_TEMPLATE
-from rlhf.errors import UserError, near_file
+from rlhf.errors import UserError
 from rlhf.from_gguf import as_folder
-from rlhf.model_files import TOKENIZER_FILES, loading
+from rlhf.model_files import check_hub_name, check_tokenizer, loading
 
 
 def load_tokenizer(path: str) -> Any:
@@ -22,12 +22,10 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     path = as_folder(path)
-    local = Path(path)
-    if not local.exists() and (local.is_absolute() or path.startswith(("./", "../", "runs/"))):
-        raise UserError(f"{path}: no such folder{near_file(path)}")
-    # transformers would return an empty tokenizer without a word
-    if local.is_dir() and not any((local / name).is_file() for name in TOKENIZER_FILES):
-        raise UserError(f"{path}: no tokenizer files; save the tokenizer beside the weights")
+    if Path(path).is_dir():
+        check_tokenizer(path)
+    else:
+        check_hub_name(path)
     with loading(path, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if len(tokenizer) <= 1:

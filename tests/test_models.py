@@ -344,7 +344,7 @@ def test_a_base_that_holds_nan_is_refused_by_name(copy):
             r"model: no model could be loaded \(Error while deserializing header",
         ),
         ("config.json", b'{"model_type": "lla', "model: no tokenizer could be loaded"),
-        ("tokenizer.json", b'{"version"', "model: no tokenizer could be loaded"),
+        ("tokenizer.json", b'{"version"', "tokenizer.json: cannot be read as JSON"),
         (
             "chat_template.jinja",
             b"{{ messages",

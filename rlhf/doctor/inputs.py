@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from urllib.parse import urlsplit
 from rlhf.data.sources import is_path, split_event
 from rlhf.doctor.findings import Finding
 from rlhf.errors import UserError, near_file
-from rlhf.model_files import adapter_base, check_weights, is_adapter
+from rlhf.model_files import HUB_NAME, WEIGHTS, adapter_base, check_weights, is_adapter
 
 SECONDS = 10
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 # options that name rows
 DATA = ("data", "eval_data", "ptx_data", "reference_data")
+# settings alone are a tokenizer of bytes, or what is left of a copy that was cut off
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
@@ -82,7 +80,7 @@ def check_model(name: str) -> Iterator[Finding]:
         return
 
     # heads of files alone are read
-    weights = [file for pattern in WEIGHTS for file in path.glob(pattern)]
+    weights = [file for pattern in (*WEIGHTS, "*.gguf") for file in path.glob(pattern)]
     try:
         check_weights(path)
     except UserError as error:

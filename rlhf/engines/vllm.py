@@ -19,7 +19,6 @@ import concurrent.futures
 import contextlib
 import copy
 import hashlib
-import os
 import secrets
 import shutil
 import threading
@@ -45,7 +44,7 @@ from rlhf.engines.vllm_protocol import (
     request_body,
 )
 from rlhf.errors import UserError
-from rlhf.http_client import Answer, Service, ask, read_token
+from rlhf.http_client import Answer, Service, ask, vllm_service
 from rlhf.text import say_once
 
 # seconds for one answer, of which a busy server needs many, and attempts after the first
@@ -68,11 +67,7 @@ class VllmEngine:
         the name or folder of the base model.
         """
         self.folder, self.base, self.world = folder, base, world or DistributedContext()
-        address = url.rstrip("/").removesuffix("/v1") + "/v1"
-        variable = "VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None
-        remedy = "lower `generation_batch_size`"
-        token = read_token(variable, "vllm_url")
-        self.service = Service("vllm_url", address, TIMEOUT, RETRIES, token, remedy)
+        self.service = vllm_service(url, TIMEOUT, RETRIES)
         # the server's name of the base
         self.served = ""
         # the adapter that the server has: a name that tells runs apart, a hash of the weights

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -11,7 +11,7 @@ from rlhf.data.load import load
 from rlhf.data.records import Instruction, Preference, Prompt, Record
 from rlhf.data.store import Store
 from rlhf.errors import UserError
-from rlhf.http_client import Service, ask, read_token
+from rlhf.http_client import ask, vllm_service
 from rlhf.model_files import check_model, is_adapter, require_policy
 from rlhf.options.shared import RunConfig
 
@@ -101,10 +101,8 @@ def check_data(
 
 def list_models(url: str) -> None:
     """Raise UserError unless a vLLM server answers at `url`."""
-    variable = "VLLM_API_KEY" if os.environ.get("VLLM_API_KEY") else None
-    address = url.rstrip("/").removesuffix("/v1") + "/v1/models"
-    token = read_token(variable, "vllm_url")
-    ask(Service("vllm_url", address, TIMEOUT, RETRIES, token), None, "list its models")
+    service = vllm_service(url, TIMEOUT, RETRIES)
+    ask(replace(service, url=f"{service.url}/models"), None, "list its models")
 
 
 def _size(name: str) -> int:
