@@ -74,7 +74,8 @@ def main() -> None:
         shutil.copy(folder / "rows.jsonl", folder / "earlier")
         rows = []
         light = [given for given in FAULTS if not given.loads]
-        for given in [*light, *[given for given in FAULTS if given.loads][: options.heavy]]:
+        heavy = [given for given in FAULTS if given.loads]
+        for given in light + heavy[: options.heavy]:
             now = measure(given, folder, ROOT)
             has_before = options.before and given.name in BEFORE
             before = measure(given, folder, options.before) if has_before else None

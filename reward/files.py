@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from rlhf.errors import UserError
-from rlhf.model_files import check_model, is_adapter, read_json, tensor_names
+from rlhf.model_files import check_model, is_adapter, read_json, reward_shift, tensor_names
 
 # how the head's tensor is called in the adapter of a reward model
 HEAD = "score.weight"
@@ -14,6 +14,7 @@ def check_reward_files(path: str) -> None:
     torch.
     """
     check_model(path)
+    reward_shift(path)
     folder = Path(path)
     if is_adapter(path):
         names = tensor_names(folder / "adapter_model.safetensors")

@@ -34,14 +34,12 @@ from rlhf.adapters import (
     without_head,
 )
 from rlhf.errors import UserError
-from rlhf.model_files import is_adapter, read_identity, read_json
+from rlhf.model_files import REWARD_FILE, is_adapter, read_identity, read_reward, reward_shift
 from rlhf.models import InitialModel, context_length, load_model, load_weights
 from rlhf.offline.pair_rows import PairRows, is_right_padded
 from rlhf.packing import packed_inputs, packs
 from rlhf.tensors import pad_right
 from rlhf.tokenizer import load_tokenizer
-
-REWARD_FILE = "reward.json"
 
 
 def last_token_scores(hidden: Tensor, attention_mask: Tensor, head: nn.Module) -> Tensor:
@@ -252,8 +250,6 @@ def load_reward(
     UserError when the head is missing, the base is another one than it was trained on, or nothing
     is there.
     """
-    from rlhf.critic import reward_shift
-
     adapter = base = None
     if (Path(path) / "adapter_config.json").is_file():
         check_reward_files(path)
@@ -288,10 +284,9 @@ def _require_base(path: str, found: str) -> None:
 
 
 def check_reward(path: str) -> None:
-    """Raise UserError where `load_reward` would, as far as files tell that are read without loading
-    a model.
+    """Raise UserError where `load_reward` would, as far as tokenizer and adapter tell after
+    `check_reward_files`, without loading a model.
     """
-    check_reward_files(path)
     load_tokenizer(path)
     if is_adapter(path):
         adapter_settings(path)
@@ -309,14 +304,6 @@ def _load_whole(path: str, dtype: str) -> tuple[nn.Module, Any]:
     # neighbouring bfloat16 numbers are too far apart for scores
     model.score.float()
     return read_by_mask(model), tokenizer
-
-
-def read_reward(path: str | Path) -> dict[str, Any]:
-    """Return the content of reward.json; empty where there is none (of another program: bias 0,
-    scale 1).
-    """
-    file = Path(path) / REWARD_FILE
-    return read_json(file) if file.is_file() else {}
 
 
 def write_reward(path: str | Path, bias: float, scale: float, **more: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from rlhf.errors import UserError
 from rlhf.model_files import read_identity, read_json
 from rlhf.models import InitialModel
 from rlhf.options.ppo import PPOConfig
-from rlhf.values import coerce
 from rlhf.weights import is_finite
 
 # the scalar head of a reward model, which stands beside the trunk of roles
@@ -124,24 +122,6 @@ def reward_head(path: str, width: int) -> nn.Linear:
     with torch.no_grad():
         head.weight.copy_(found[0].float())
     return head
-
-
-def reward_shift(path: str) -> tuple[float, float]:
-    """Return (scale, bias) from reward.json: score = raw * scale + bias; (1, 0) without the file.
-
-    Raises UserError unless both are finite numbers, and the scale is not 0.
-    """
-    file = Path(path) / "reward.json"
-    content = read_json(file) if file.is_file() else {}
-    scale, bias = (
-        coerce(content.get(n, usual), float, f"{file}: '{n}'")
-        for n, usual in (("scale", 1), ("bias", 0))
-    )
-    if not math.isfinite(scale * bias) or scale == 0:
-        raise UserError(
-            f"{file}: scale {scale} and bias {bias}, expected finite numbers and a scale other than 0"
-        )
-    return scale, bias
 
 
 class LeastSquaresCritic:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pickle
 import re
@@ -13,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import UserError, near_file
+from rlhf.values import coerce
 
 # beside every adapter: what it was trained on, checked when it is loaded
 IDENTITY_FILE = "rlhf.json"
+# beside a reward model: what its scores are shifted by
+REWARD_FILE = "reward.json"
 # beside the adapter of a critic
 VALUE_HEAD_FILE = "value_head.safetensors"
 TOKENIZER_FILES = (
@@ -65,6 +69,29 @@ def read_identity(path: str | Path) -> dict[str, Any]:
     """Return the content of rlhf.json in a folder; empty where there is none."""
     file = Path(path) / IDENTITY_FILE
     return read_json(file) if file.is_file() else {}
+
+
+def read_reward(path: str | Path) -> dict[str, Any]:
+    """Return the content of reward.json; empty where there is none (of another program: bias 0,
+    scale 1).
+    """
+    file = Path(path) / REWARD_FILE
+    return read_json(file) if file.is_file() else {}
+
+
+def reward_shift(path: str | Path) -> tuple[float, float]:
+    """Return (scale, bias) from reward.json: score = raw * scale + bias; (1, 0) without the file.
+
+    Raises UserError unless both are finite numbers, and the scale is not 0.
+    """
+    file, content = Path(path) / REWARD_FILE, read_reward(path)
+    scale = coerce(content.get("scale", 1), float, f"{file}: 'scale'")
+    bias = coerce(content.get("bias", 0), float, f"{file}: 'bias'")
+    if not math.isfinite(scale * bias) or scale == 0:
+        raise UserError(
+            f"{file}: scale {scale} and bias {bias}, expected finite numbers and a scale other than 0"
+        )
+    return scale, bias
 
 
 def first_line(error: Exception) -> str:
@@ -167,7 +194,7 @@ def check_adapter(path: str | Path) -> None:
 def require_policy(path: str) -> None:
     """Raise UserError if the adapter in a folder is a reward model's."""
     task = read_json(Path(path) / "adapter_config.json").get("task_type")
-    if task == "SEQ_CLS" or (Path(path) / "reward.json").is_file():
+    if task == "SEQ_CLS" or (Path(path) / REWARD_FILE).is_file():
         raise UserError(
             f"{path}: a reward model, not a policy. Start from a base model, or from a run of launch/sft.py, "
             "launch/dpo.py or launch/ppo.py"

@@ -31,7 +31,7 @@ from rlhf.adapters import (
     load_adapter,
     without_head,
 )
-from rlhf.critic import SCORE, reward_head, reward_shift
+from rlhf.critic import SCORE, reward_head
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError
 from rlhf.logprobs import (
@@ -42,7 +42,7 @@ from rlhf.logprobs import (
     spread,
     token_logprobs,
 )
-from rlhf.model_files import VALUE_HEAD_FILE, require_policy
+from rlhf.model_files import VALUE_HEAD_FILE, require_policy, reward_shift
 from rlhf.models import InitialModel, check_same_base, write_identity
 from rlhf.packing import decoder_and_head, head_is_plain, hidden_width
 from rlhf.weights import check_finite

@@ -25,13 +25,13 @@ from reward.model import RewardModel, load_reward, write_reward
 from rlhf import stages
 from rlhf.adapters import check_targets, lora_config, never_trained, token_rows
 from rlhf.compare.runs import load_policies
-from rlhf.critic import reward_shift
 from rlhf.data.records import Prompt
 from rlhf.distributed import DistributedContext, base_dtype
 from rlhf.dropout import disable_dropout
 from rlhf.errors import UserError
 from rlhf.evaluate import eos_probability
 from rlhf.logprobs import completion_batch, response_logprobs
+from rlhf.model_files import reward_shift
 from rlhf.models import (
     InitialModel,
     attention_of,

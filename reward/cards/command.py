@@ -83,7 +83,8 @@ def make_card(config: CardConfig) -> dict[str, Any]:
     from reward.cards.card import report_card
     from reward.cards.pairs import pairs_of_run, run_config
     from reward.compose import build_scorer
-    from reward.model import load_reward, read_reward
+    from reward.model import load_reward
+    from rlhf.model_files import read_reward
 
     # None for a model of the Hub
     trained = run_config(config.run)
@@ -221,7 +222,8 @@ def keep_temperature(run: str, temperature: float | None) -> None:
     One that is there stays: another machine's rounding would make it another file, and a PPO run
     that learns from the model could not be resumed.
     """
-    from reward.model import read_reward, write_reward
+    from reward.model import write_reward
+    from rlhf.model_files import read_reward
 
     kept = read_reward(run)
     if kept and "temperature" not in kept:

@@ -194,8 +194,8 @@ ADAPTERS = [
     fault("ppo", "--reward [{model: sft}]", "sft: this adapter has no score head", "deepspeed launch/reward.py"),
     fault("ppo", "--reward [{model: model}]", "LlamaForCausalLM is not a reward model"),
     fault("ppo", "--reward [{model: rewrd}]", "rewrd: neither a folder here", "Did you mean reward?"),
-    fault("ppo", "--reward [{model: r-settings}]", "r-settings/reward.json: cannot be read as JSON", loads=True),
-    fault("ppo", "--reward [{model: r-scale}]", "reward.json: scale 0", loads=True),
+    fault("ppo", "--reward [{model: r-settings}]", "r-settings/reward.json: cannot be read as JSON"),
+    fault("ppo", "--reward [{model: r-scale}]", "reward.json: scale 0"),
 ]  # fmt: skip
 PLACES = [
     fault("sft", "", "WORLD_SIZE is 'abc', expected a whole number", "deepspeed", RANK="0", WORLD_SIZE="abc"),
@@ -246,6 +246,8 @@ COMMANDS = [
     fault("rlhf", "serve m-config", "m-config/config.json: cannot be read as JSON"),
     fault("rlhf", "serve sft --host 0.0.0.0", "'host' is 0.0.0.0", "--api_key_env"),
     fault("rlhf", "voice check voice.yaml", "voice.yaml"),
+    fault("rlhf", "voice check voice.yaml --model_name_or_path ./modl --data rows.jsonl", "./modl: no such folder",
+          "Did you mean model"),
     fault("rlhf", "voice score hello --voice nope.yaml", "nope.yaml: no such file"),
     fault("rlhf", "brand run brand.yaml", "brand.yaml"),
     fault("rlhf", "experiment run nope.yaml", "nope.yaml: no such file"),
