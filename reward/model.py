@@ -33,6 +33,7 @@ from rlhf.adapters import (
     use_adapter,
     without_head,
 )
+from rlhf.distributed import own_device
 from rlhf.errors import UserError
 from rlhf.model_files import REWARD_FILE, is_adapter, read_identity, read_reward, reward_shift
 from rlhf.models import InitialModel, context_length, load_model, load_weights
@@ -268,7 +269,7 @@ def load_reward(
         model, tokenizer = _load_whole(path, dtype)
 
     model.eval().requires_grad_(False)
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model.to(device or own_device())
     scale, bias = reward_shift(path)
     return RewardModel(model, tokenizer, bias, scale, adapter, base)
 

@@ -9,7 +9,6 @@ import contextlib
 import itertools
 import os
 import resource
-import socket
 import sys
 import threading
 import time
@@ -24,7 +23,7 @@ from torch import Tensor
 from rlhf.errors import UserError
 from rlhf.hang import HangWatch
 from rlhf.program import on_failure
-from rlhf.startup import read_ranks
+from rlhf.startup import free_port, read_ranks
 
 # after which a compile lock that no process of this machine holds is taken for abandoned
 ABANDONED_SECONDS = 60.0
@@ -314,13 +313,6 @@ def is_abandoned(lock: Path) -> bool:
         # the compilation has ended at this moment
         return False
     return time.time() - last_change > ABANDONED_SECONDS
-
-
-def free_port() -> int:
-    """Return a TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def own_device() -> torch.device:

@@ -1,5 +1,5 @@
 """How a program starts, without torch: ranks, imports without collecting garbage, libraries that keep
-quiet, and threads that fit its model.
+quiet, threads that fit its model, and a port.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import atexit
 import gc
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -119,3 +120,10 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
     if size > 1 and absent:
         raise UserError(f"WORLD_SIZE is {size}, but {' and '.join(absent)} not set. {LAUNCHERS}")
     return ranks
+
+
+def free_port() -> int:
+    """Return a TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 import psutil
 
 from rlhf.experiment.job import Job
+from rlhf.startup import free_port
 
 # launchers of one process, and the variables that they set for it
 ONE_PROCESS = (["deepspeed", "--num_accelerators", "1"], ["deepspeed", "--num_gpus", "1"])
@@ -149,9 +149,3 @@ def parent_of(process: psutil.Process) -> psutil.Process | None:
     with contextlib.suppress(psutil.Error):
         return process.parent()
     return None
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from rlhf.adapters import adapter_weights
+from rlhf.distributed import own_device
 from rlhf.engines.vllm_protocol import NOT_LOADED, RANKS, rank_option
 from rlhf.errors import UserError
 from rlhf.export.check import compare, greedy_answers
@@ -41,7 +42,7 @@ def write_form(to: str, kind: str, run: str, folder: Path, prompts: int) -> dict
         check_lora(run, initial.adapter_path)
 
     # greedy answers of the run, before its adapter is merged away
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     policy = trainable_policy(initial, None).to(device).eval()
     if prompts:
         _say(f"{run}: {prompts} greedy answers")

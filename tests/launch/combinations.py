@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from rlhf.distributed import free_port
 from rlhf.runs.tracking import read_metrics
+from rlhf.startup import free_port
 from tests.conftest import ROOT, make_model, make_tokenizer, random_adapter, random_reward
 from tests.launch.conftest import flags_of, write_data
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from rlhf.distributed import free_port
 from rlhf.errors import EXIT_HANG
+from rlhf.startup import free_port
 from tests.conftest import ROOT
 
 
