@@ -58,6 +58,12 @@ def saved(page, count):
     page.wait_for_load_state()  # the script is there
 
 
+def judging(page):
+    """Wait for the first page of work: keys pressed before its script is there go nowhere."""
+    page.wait_for_selector("#judge")
+    page.wait_for_load_state()
+
+
 def has_text(page, where, text):
     """Wait for it (the page's own policy forbids `wait_for_function`)."""
     from playwright.sync_api import expect
@@ -113,7 +119,7 @@ def test_by_mouse_from_the_link_to_the_end(browse, server):
 def test_by_keyboard_alone(browse, server):
     page = browse(server, "ann")
     page.keyboard.press("Enter")  # Start
-    page.wait_for_selector("#judge")
+    judging(page)
     page.keyboard.press("1")
     page.keyboard.press("5")
     page.keyboard.press("Enter")
@@ -181,6 +187,7 @@ def test_without_scripts(browse, server):
 def test_answers_are_rated_and_written_by_keyboard(browse, server):
     page = browse(server, "ann")
     page.click("#start")
+    judging(page)
     page.focus("#rate-0-left")
     page.keyboard.press("4")  # of the list, not "clearly"
     assert page.input_value("#rate-0-left") == "4" and not page.is_checked("#strength-2")

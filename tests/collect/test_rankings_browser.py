@@ -4,7 +4,7 @@ import pytest
 
 from rlhf.data.store import Store
 from tests.collect.conftest import ANSWERS, fill, fill_rankings
-from tests.collect.test_browser import browse, has_text, question, saved
+from tests.collect.test_browser import browse, has_text, judging, question, saved
 
 __all__ = ["browse"]
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -33,7 +33,7 @@ def tiers(page):
 def test_answers_are_ordered_by_keyboard(server, browse):
     page = browse(server, "ann")
     page.keyboard.press("Enter")  # Start
-    page.wait_for_selector("#judge")
+    judging(page)
     first = question(page)
     page.keyboard.press("Enter")  # answers without a place are asked for
     assert page.evaluate("document.activeElement.id") == "place-1" and ranked(server)[0] == []

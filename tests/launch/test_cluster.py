@@ -25,9 +25,11 @@ FINAL = [EXIT_USER_ERROR, EXIT_GUARD]
 PROGRAM = """
 import os, signal, sys, time
 stopped = []
+def say(*words):  # in one write: print makes several where Python does not buffer, and ranks would mix
+    os.write(1, (" ".join(words) + "\\n").encode())
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: stopped.append(1))
-print("up", os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], *sys.argv[1:], flush=True)
+say("up", os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"], *sys.argv[1:])
 bad = os.environ.get("BAD")
 if bad == os.environ["RANK"]:
     sys.exit(int(os.environ["CODE"]))
@@ -37,7 +39,7 @@ while time.time() < end and not stopped:
 if bad:
     sys.exit(1)
 time.sleep(1)
-print("saved", os.environ["RANK"], flush=True)
+say("saved", os.environ["RANK"])
 sys.exit(75)
 """
 # Stands for a launcher or scheduler: writes down its arguments and variables, ends with $CODE
