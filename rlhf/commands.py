@@ -189,14 +189,14 @@ COMMANDS = {
         lazily("rlhf.sandbox.quickstart:quickstart"),
     ),
     "collect sample": Command(
-        "sample pairs from a policy into a preference store",
+        "sample pairs, or answers to order, from policies into a preference store",
         "rlhf.collect.sample:SampleConfig",
         run_sample,
         loads_models=True,
         models=("model_name_or_path", "other", "runs", "select_by"),
     ),
     "collect serve": Command(
-        "the web app in which people compare two answers: STORE",
+        "the web app in which people compare or order answers: STORE",
         "rlhf.collect.serve:ServeConfig",
         run_serve,
         words="store",

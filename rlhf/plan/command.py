@@ -32,7 +32,7 @@ class PlanConfig:
     )
     model: str | None = option(
         None,
-        "a folder with the base's config.json, or a Hub name; default: model_name_or_path. Where that is a run of ours "
+        "a folder with the base's config.json, or a Hub name; default: model_name_or_path. Where that is a run "
         "that is not there yet, the plan takes it for an adapter on this model",
     )
     gpus: int = option(1, "ranks, each with a device of its own", low=1)

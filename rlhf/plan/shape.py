@@ -31,7 +31,7 @@ def read_shape(path: str) -> Any:
     except Exception as error:
         raise UserError(
             f"{path}: no config.json could be read there or on the Hub ({first_line(error)}). "
-            "Put the model's config.json into a folder and give that: --model FOLDER"
+            "Give the base, a Hub name or a folder with its config.json: --model NAME"
         ) from None
 
 
