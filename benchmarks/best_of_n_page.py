@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from result_rows import add_rows, made_with
+from result_rows import add_rows, made_with, write_page
 
 from rlhf.best_of_n.curve import Fit
 from rlhf.compare.figure_style import NATS, NEUTRAL, SETTINGS, STYLES, new_figure
@@ -47,10 +47,7 @@ def write_all(found: dict[str, Any], curves: dict[str, list]) -> None:
         "",
         *law_table(found),
     ]
-    # what is written by hand below this line stays
-    mark = "\n## What follows\n"
-    rest = PAGE.read_text().partition(mark)[2] if PAGE.is_file() else ""
-    write_atomic(PAGE, "\n".join(lines) + "\n" + (mark + rest if rest else ""))
+    write_page(PAGE, lines)
     add_rows(RESULTS / "reward.json", rows_of(found))
     print(PAGE.read_text())
 

@@ -24,6 +24,7 @@ from reward.compose import build_scorer
 from rlhf.data.agreement import agreement_summary
 from rlhf.data.records import Samples
 from rlhf.data.store import Store
+from rlhf.exchange.rankings import named
 from rlhf.sandbox import SHOP_VOICE
 
 ROWS = Path(__file__).parent / "results" / "votes.json"
@@ -128,7 +129,7 @@ def share_kept(
     for ranking in rankings.values():
         texts |= {response["id"]: response["text"] for response in ranking["responses"]}
     for ranked in cast:
-        order = [sorted(texts[id] for id in equal) for equal in ranked.order]
+        order = list(map(sorted, named(ranked.order, texts)))
         (mark,) = ranked.spans
         expected = [(list(map(sorted, own)), line) for own, line in given[ranked.annotator]]
         is_marked = mark["answer"] in ranked.order[0] and mark["remark"] == "a good beginning"

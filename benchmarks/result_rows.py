@@ -59,3 +59,10 @@ def add_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
         kept = holds(row["value"], row["bound"])
         by_id[row["id"]] = {**row, "holds": kept, "commit": commit}
     write_atomic(path, dumps({"rows": list(by_id.values())}, indent=1) + "\n")
+
+
+def write_page(path: Path, lines: Iterable[str]) -> None:
+    """Write a page of results; what was written by hand below its heading "What follows" stays."""
+    mark = "\n## What follows\n"
+    rest = path.read_text().partition(mark)[2] if path.is_file() else ""
+    write_atomic(path, "\n".join(lines) + "\n" + (mark + rest if rest else ""))

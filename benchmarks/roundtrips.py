@@ -147,7 +147,7 @@ def shares_that_came_back(store: Path, back: Path) -> dict[str, float]:
     by_text = {(pair.a.text, pair.b.text): pair for pair in found}
     for pair in expected:
         twin = by_text.get((pair.a.text, pair.b.text))
-        theirs = {vote.annotator: vote for vote in twin.votes} if twin else {}
+        theirs = by_annotator(twin.votes if twin else [])
         for vote in pair.votes:
             count("votes", theirs.get(vote.annotator) == vote)
             kept = theirs.get(vote.annotator)
@@ -157,12 +157,16 @@ def shares_that_came_back(store: Path, back: Path) -> dict[str, float]:
     for ranking in ranked:
         twin = twins.get(ranking.answers[0].text)
         is_equal = twin is not None and replace(ranking, orders=[]) == replace(twin, orders=[])
-        theirs = {cast.annotator: cast for cast in twin.orders} if twin else {}
+        theirs = by_annotator(twin.orders if twin else [])
         for cast in ranking.orders:
             kept = theirs.get(cast.annotator)
             count("rankings", is_equal and kept == cast)
             count("marks", kept is not None and kept.spans == cast.spans, len(cast.spans))
     return {name: equal / of for name, (equal, of) in counts.items()}
+
+
+def by_annotator(given: list[Any]) -> dict[str, Any]:
+    return {cast.annotator: cast for cast in given}
 
 
 def through_argilla(path: Path) -> bool:

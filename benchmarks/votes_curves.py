@@ -130,10 +130,8 @@ def measure_seed(seed: int) -> dict[str, list[dict[str, float]]]:
         pool, test = read_pool(seed), test_answers()
         found = {}
         for rule in RULES:
-            runs = [grow(pool, rule, f"{seed} {number}", test) for number in range(REPEATS)]
-            points = [
-                mean_point(same) for same in zip(*(points for _, points in runs), strict=True)
-            ]
+            curves = [grow(pool, rule, f"{seed} {number}", test)[1] for number in range(REPEATS)]
+            points = list(map(mean_point, zip(*curves, strict=True)))
             found[rule] = points
             print(f"seed {seed}, {rule}: gold {points[-1]['gold']:.3f}", flush=True)
         write_atomic(file, json.dumps(found) + "\n")
@@ -141,7 +139,11 @@ def measure_seed(seed: int) -> dict[str, list[dict[str, float]]]:
 
 
 def mean_point(points: tuple[dict[str, float], ...]) -> dict[str, float]:
-    return {name: statistics.fmean(point[name] for point in points) for name in points[0]}
+    """Return the mean over repeats of points of as many votes."""
+    means = {}
+    for name in points[0]:
+        means[name] = statistics.fmean(point[name] for point in points)
+    return means
 
 
 def grow(
@@ -375,7 +377,7 @@ def train_adapter(rows: list[dict[str, list[int]]], seed: int) -> tuple[Any, int
     from reward.trainer import PairCollator
     from rlhf.models import load_model
 
-    # loaded anew, since a reward model grows on the very object
+    # loaded again, since a reward model grows on the very object
     initial = load_model("sft", "float32")
     model, draw = trainable_reward(initial, None, seed), random.Random(f"batches {seed}")
     trained = [weights for weights in model.parameters() if weights.requires_grad]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from ensembles import RESULTS, ROOT, paired
-from result_rows import add_rows, made_with
+from result_rows import add_rows, made_with, write_page
 from scipy.optimize import isotonic_regression
 
 from rlhf.compare.figure_style import NEUTRAL, SETTINGS, STYLES, new_figure
@@ -101,10 +101,7 @@ def write_all(seeds: list[dict[str, Any]], levels: dict[str, float]) -> None:
         "",
         *curve_table(found),
     ]
-    # what is written by hand below this line stays
-    mark = "\n## What follows\n"
-    rest = PAGE.read_text().partition(mark)[2] if PAGE.is_file() else ""
-    write_atomic(PAGE, "\n".join(lines) + "\n" + (mark + rest if rest else ""))
+    write_page(PAGE, lines)
     add_rows(RESULTS / "votes.json", rows_of(found))
     print(PAGE.read_text())
 

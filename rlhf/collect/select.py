@@ -19,6 +19,7 @@ common factor of the scores.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections import Counter
@@ -189,7 +190,7 @@ def samples_of(paired: list[Paired]) -> tuple[Samples, dict[int, int]]:
     """Return every answer as scorers read it, and {id of the answer: its number}."""
     samples, places = Samples([], [], [], [], [], []), {}
     for own in paired:
-        for answer in (answer for side in own.sides for answer in side):
+        for answer in itertools.chain.from_iterable(own.sides):
             places[id(answer)] = len(samples)
             samples.prompts.append(own.prompt.prompt)
             samples.responses.append(answer["text"])

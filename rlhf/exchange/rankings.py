@@ -77,7 +77,10 @@ def rankings_of_view(view: StoreView) -> list[JudgedRanking]:
 
 def named(order: Order, names: Mapping[int, Any] | Sequence[Any]) -> list[list[Any]]:
     """Return an order with other names of the answers."""
-    return [[names[answer] for answer in equal] for equal in order]
+    found = []
+    for equal in order:
+        found.append([names[answer] for answer in equal])
+    return found
 
 
 def add_rankings(store: Store, rankings: Iterable[JudgedRanking], added: Added) -> None:

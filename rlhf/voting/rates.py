@@ -29,6 +29,11 @@ from rlhf.data.store import Store
 from rlhf.stats.crossed import MIN_SEEDS, Estimate, crossed_statistic, holm, share
 from rlhf.voting.ballots import Ballots, Item, Table, known_groups, read_ballots, table_of
 
+# Half a tied vote for every two policies keeps the strengths finite where one of them wins all
+PRIOR_TIE = 0.5
+LEVEL = 0.95
+# win rates this near to one half are called equal
+MARGIN = 0.1
 # win rates that are bet against
 GRID = np.linspace(0.0, 1.0, 501)
 # Shares of its capital that a gambler risks at each step. Narrower in trials than stakes that are
@@ -61,7 +66,11 @@ class Progress:
 
 
 def follow(
-    shares: Sequence[float], *, equal_share: float = 0.0, alpha: float = 0.05, margin: float = 0.1
+    shares: Sequence[float],
+    *,
+    equal_share: float = 0.0,
+    alpha: float = 0.05,
+    margin: float = MARGIN,
 ) -> Progress:
     """Return where the collection stands after groups with these shares, in the order of their end.
 
@@ -134,13 +143,6 @@ def _groups_to_go(
         if shrunk <= needed:
             return int(total - n)
     return None
-
-
-# Half a tied vote for every two policies keeps the strengths finite where one of them wins all
-PRIOR_TIE = 0.5
-LEVEL = 0.95
-# win rates this near to one half are called equal
-MARGIN = 0.1
 
 
 def summarise_votes(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.result_rows import add_rows, holds
+from benchmarks.result_rows import add_rows, holds, write_page
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,12 @@ def test_rows_hold_what_they_say_at_a_commit_of_this_history(path):
     for commit in {row["commit"] for row in rows}:
         found = subprocess.run(["git", "merge-base", "--is-ancestor", commit, "HEAD"], cwd=ROOT)
         assert found.returncode == 0, f"{commit} is no commit of this history"
+
+
+def test_a_page_keeps_what_was_written_by_hand(tmp_path):
+    page = tmp_path / "page.md"
+    write_page(page, ["# One"])
+    assert page.read_text() == "# One\n"
+    page.write_text("# One\n\n## What follows\n\nMuch.\n")
+    write_page(page, ["# Two"])
+    assert page.read_text() == "# Two\n\n## What follows\n\nMuch.\n"
