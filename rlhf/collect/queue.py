@@ -118,7 +118,12 @@ class Queue:
             person = self._state.person(annotator)
             if person.is_excluded:
                 return None
-            active = [held for held in person.held.values() if self._state.is_active(held)]
+            active = []
+            for held in person.held.values():
+                # a vote on a pair of it may have come from elsewhere since
+                is_open = not self._state.has_judged(annotator, held.question)
+                if is_open and self._state.is_active(held):
+                    active.append(held)
             if active:
                 return max(active, key=lambda held: held.event)
             pick = self._pick_disputed if person.is_adjudicator else self._pick
@@ -155,6 +160,8 @@ class Queue:
                 return "gone"
             if held is None:
                 return "answered" if self._was_answered(annotator, assignment) else "gone"
+            if self._state.has_judged(annotator, held.question):
+                return "answered"
             if not answer.fits(held):
                 return "gone"
             # late answers are welcome as long as a slot is free
@@ -275,11 +282,10 @@ class Queue:
         """Return an unanswered question with a free slot, the nearest to complete first, else a
         random one.
         """
-        state, answered = self._state, self._state.person(annotator).answered
+        state = self._state
         best, most = None, -1
         for question in state.begun:
-            # two comparisons, one of them a control, may show the same two responses
-            if state.items[question].responses in answered:
+            if state.has_judged(annotator, question):
                 continue
             taken = state.taken(question, annotator)
             if most < taken < self.rules.overlap:
@@ -287,18 +293,19 @@ class Queue:
         if best is None:
             # in random order, as they were read
             for question in state.untouched:
-                if state.items[question].responses not in answered:
+                if not state.has_judged(annotator, question):
                     best = question
                     break
         if best is None or self.draw.random() >= self.rules.control_share:
             return best
+        # two comparisons, one of them a control, may show the same two responses
+        answered = state.person(annotator).answered
         controls = self._controls_for(answered | {state.items[best].responses})
         return self.draw.choice(controls) if controls else best
 
     def _pick_disputed(self, annotator: int) -> Question | None:
         """Return the disputed pair on which people are most evenly split, for an adjudicator."""
-        state, answered = self._state, self._state.person(annotator).answered
-        best = None
+        state, best = self._state, None
         for question, minority in state.disputes()[0].items():
             item = state.items[question]
             is_held = any(
@@ -306,7 +313,7 @@ class Queue:
                 for holder, held in item.held.items()
                 if holder != annotator
             )
-            if item.responses in answered or is_held:
+            if is_held or state.has_judged(annotator, question):
                 continue
             if best is None or minority > best[0]:
                 best = minority, question

@@ -189,6 +189,12 @@ class State:
         others.discard(annotator)
         return sum(map(self._takes_slots, others))
 
+    def has_judged(self, annotator: int, question: Question) -> bool:
+        """Return whether the annotator has judged these responses, or a pair of a ranking by itself."""
+        if self.items[question].responses in self.person(annotator).answered:
+            return True
+        return any(annotator in part.votes for part in self._parts(question))
+
     def disputes(self) -> tuple[dict[Question, float], list[Question]]:
         """Return the complete pairs in dispute, with the smaller side's share, and those decided;
         pairs of rankings too.

@@ -93,6 +93,26 @@ def test_pairs_and_rankings_are_shared_out_together(tmp_path):
         assert kinds == {"ranking": 2, "pair": 3} and queue.progress(ann).mine == 5
 
 
+def test_a_vote_on_one_pair_of_a_ranking_answers_the_ranking(store):
+    ann, bob = people(store, 2)
+    queue = Queue(store, Rules(overlap=2))
+    held = queue.next(ann)
+    # as it comes from elsewhere, of an order that places two answers
+    pairs = store.at().pairs().items()
+    part = next(id for id, pair in pairs if pair["ranking"] == held.ranking)
+    event = store.vote(part, ann, "a")
+    places = Answer("rank", places=(1, 2, 3, 4))
+    assert queue.vote(ann, held.event, places, "k") == "answered"
+    other = rank(queue, ann)
+    assert other.ranking != held.ranking and queue.next(ann) is None
+    # nobody is asked about the pair by itself, and it takes no slot
+    for _ in range(2):
+        rank(queue, bob)
+    assert queue.next(bob) is None and queue.progress(bob).given == 3
+    store.undo(event)
+    assert rank(queue, ann).ranking == held.ranking
+
+
 def test_a_click_counts_once_and_undo_brings_the_same_page_back(store):
     (ann,) = people(store, 1)
     queue = Queue(store, Rules(overlap=1))
@@ -101,6 +121,7 @@ def test_a_click_counts_once_and_undo_brings_the_same_page_back(store):
     assert queue.vote(ann, held.event, answer, "k") == "saved"
     assert queue.vote(ann, held.event, Answer("rank", places=(1, 1, 4, 9)), "k") == "again"
     assert queue.vote(ann, held.event, Answer("rank", places=(2, 1, 3, 4)), "k") == "differs"
+    assert queue.vote(ann, held.event, Answer("rank", places=(1, 1)), "k") == "differs"
     assert queue.vote(ann, held.event, SKIP, "k") == "differs"
     assert queue.vote(ann, held.event, answer, "other") == "answered"
     assert queue.undo(ann, "u") == "undone" and queue.undo(ann, "u") == "again"

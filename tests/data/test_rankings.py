@@ -270,6 +270,16 @@ def test_weights_of_rankings_hold_beside_other_data(store, tmp_path):
     assert [row["weight"] for row in rows] == pytest.approx([7 / 8] * 6 + [7 / 4])
 
 
+def test_prompts_whose_rankings_share_answers_are_one_group(store):
+    rankings = [four(store, prompt)[1] for prompt in ("one", "two")]
+    ann = store.add_annotator("ann")
+    for number, ranking in enumerate(rankings):
+        assert len({prompt.group for prompt in store.at().prompts()}) == 2
+        first = 4 * number + 1
+        store.rank(ranking, ann, [[id] for id in range(first, first + 4)])
+    assert len({prompt.group for prompt in store.at().prompts()}) == 1
+
+
 def test_rankings_of_policies_become_win_rates(store):
     models = ["runs/sft", "runs/dpo", "runs/ppo"]
     for i in range(6):

@@ -148,6 +148,12 @@ def test_what_was_changed_there_keeps_nothing_of_the_old_one(store):
     ann = next(cast for cast in found.orders if cast.annotator == "Ann Öz")
     assert (ann.order, ann.shown, ann.duration_ms) == ([[1], [2], [0], [3]], None, None)
     assert ann.reason == "Says\nit." and len(ann.spans) == 3
+    # so does a passage
+    rows = argilla_rankings.to_records(rankings_of_view(store.at()), {})
+    rows[0]["responses"]["marks_3"][0]["value"][0]["label"] = "bad"
+    found = argilla_rankings.from_records(rows, "f", {})[0][0]
+    ann = next(cast for cast in found.orders if cast.annotator == "Ann Öz")
+    assert (ann.spans[0]["answer"], ann.spans[0]["label"], ann.shown) == (2, "bad", None)
     rows = label_studio_rankings.to_tasks(rankings_of_view(store.at()), {})
     buckets = rows[0]["annotations"][0]["result"][0]["value"]["ranker"]
     buckets["place1"], buckets["place3"] = buckets["place3"], buckets["place1"]
