@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from tests.conftest import make_model, make_tokenizer, random_adapter, random_reward  # noqa: E402
 from tests.faults.broken import build  # noqa: E402
-from tests.faults.test_faults import FAULTS, Fault, command  # noqa: E402
+from tests.faults.table import FAULTS, Fault, command  # noqa: E402
 
 # measured at an earlier commit too
 BEFORE = (

@@ -7,6 +7,7 @@ from rlhf.model_files import check_model, is_adapter, read_json, reward_shift, t
 
 # how the head's tensor is called in the adapter of a reward model
 HEAD = "score.weight"
+TRAIN = "Train one with: deepspeed launch/reward.py --config configs/reward.yaml"
 
 
 def check_reward_files(path: str) -> None:
@@ -22,11 +23,11 @@ def check_reward_files(path: str) -> None:
         if names is not None and not any(name.endswith(HEAD) for name in names):
             raise UserError(
                 f"{path}: this adapter has no score head ({HEAD}), so it is a policy, not a reward model. "
-                "Train one with: deepspeed launch/reward.py --config configs/reward.yaml"
+                f"{TRAIN}"
             )
     elif (folder / "config.json").is_file():
         kind = (read_json(folder / "config.json").get("architectures") or [""])[0]
         if not kind.endswith("ForSequenceClassification"):
             raise UserError(
-                f"{path}: {kind or 'nothing there'} is not a reward model: it has no score head"
+                f"{path}: {kind or 'nothing there'} is not a reward model: it has no score head. {TRAIN}"
             )

@@ -186,7 +186,9 @@ def check_adapter(path: str | Path) -> None:
             "weights: roles on one base cannot hold it. Train a LoRA adapter instead (launch/sft.py)"
         )
     if not any((folder / f"adapter_model.{ending}").is_file() for ending in ("safetensors", "bin")):
-        raise UserError(f"{path}: adapter_config.json is there, adapter_model.safetensors is not")
+        raise UserError(
+            f"{path}: adapter_config.json is there, adapter_model.safetensors is not. Copy it again"
+        )
     check_weights(path)
     read_identity(path)
 

@@ -66,7 +66,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from None
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -91,7 +91,7 @@ def check_output(output: str, inputs: Sequence[str], suffixes: Sequence[str] = S
             f"{output}: is {'a folder' if path.is_dir() else 'no file'}; expected a file to write"
         )
     if not path.parent.is_dir():
-        raise UserError(f"{output}: its folder {path.parent} does not exist")
+        raise UserError(f"{output}: its folder {path.parent} does not exist; make it first")
     for name in inputs:
         given = Path(name).expanduser()
         # the same file by another name, too

@@ -199,7 +199,7 @@ def _check_path(path: Path, *, create: bool) -> None:
     if not path.exists() and not create:
         raise UserError(f"{path}: no such preference store{near_file(path)}")
     if not path.parent.is_dir():
-        raise UserError(f"{path}: its folder {path.parent} does not exist")
+        raise UserError(f"{path}: its folder {path.parent} does not exist; make it first")
     if path.exists() and not path.is_file():
         raise UserError(f"{path}: is not a file, so it cannot be a preference store")
     if not create and path.stat().st_size == 0:

@@ -14,7 +14,7 @@ PAIR = '{"prompt": "where is my lamp %d?", "chosen": "happy to help %d", "reject
 
 
 def build(folder: Path, base: str, sft: str, reward: str) -> None:
-    """Write everything that tests/faults/test_faults.py names. `base`, `sft` and `reward` are whole."""
+    """Write everything that tests/faults/table.py names. `base`, `sft` and `reward` are whole."""
     for name, source in {"model": base, "sft": sft, "reward": reward}.items():
         shutil.copytree(source, folder / name)
     write_rows(folder)
