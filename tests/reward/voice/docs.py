@@ -1,8 +1,7 @@
-"""The commands of docs/brand-voice.md with what they print: python -m tests.reward.voice.docs writes it."""
+"""The commands of the pages about voices with what they print: python -m tests.reward.voice.docs writes it."""
 
 import contextlib
 import io
-import os
 import re
 import shlex
 import tempfile
@@ -12,6 +11,7 @@ from rlhf.cli import main
 
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "brand-voice.md"
+OUTPUTS = ROOT / "benchmarks" / "results" / "2026-11-29-voices.md"
 # a command and the block with its output
 RUN = re.compile(r"```bash\n(rlhf voice [^\n]*)\n```\n\n```text\n(.*?)```", re.S)
 
@@ -42,12 +42,17 @@ def output_of(command: str) -> str:
     return out.getvalue()
 
 
-if __name__ == "__main__":
-    page = PAGE.read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory() as folder:
+def write_outputs(path: Path) -> None:
+    """Write what the commands of a page print beside them; its files go to a folder of their own."""
+    page = path.read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         write_files(page, Path(folder))
-        os.chdir(folder)
         page = RUN.sub(
             lambda run: f"```bash\n{run[1]}\n```\n\n```text\n{output_of(run[1])}```", page
         )
-    PAGE.write_text(page, encoding="utf-8")
+    path.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for path in (PAGE, OUTPUTS):
+        write_outputs(path)

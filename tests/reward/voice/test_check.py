@@ -44,13 +44,14 @@ def stopped(*argv, capsys):
     return capsys.readouterr()
 
 
-def test_the_page_prints_what_its_commands_print(tmp_path, monkeypatch):
-    """And shows the shipped voices, a contradictory one, and scores."""
-    page = voice_docs.PAGE.read_text(encoding="utf-8")
+@pytest.mark.parametrize(("path", "count"), [(voice_docs.PAGE, 2), (voice_docs.OUTPUTS, 7)])
+def test_the_pages_print_what_their_commands_print(path, count, tmp_path, monkeypatch):
+    """And show the shipped voices, contradictory ones, and scores."""
+    page = path.read_text(encoding="utf-8")
     voice_docs.write_files(page, tmp_path)
     monkeypatch.chdir(tmp_path)
     runs = voice_docs.commands(page)
-    assert len(runs) == 8
+    assert len(runs) == count
     for command, output in runs:
         assert voice_docs.output_of(command) == output, "run: python -m tests.reward.voice.docs"
 
