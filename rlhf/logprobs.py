@@ -209,13 +209,15 @@ class HeadLogprobs(Function):
             total = p.sum(-1)
             normaliser = total.log() + largest.squeeze(-1)
             logprobs[part] = chosen - normaliser
-            entropy[part] = normaliser - torch.linalg.vecdot(p, logits) / total
+            entropy[part] = normaliser - logits.mul_(p).sum(-1) / total
             if slope is not None:
                 # p - 1 before rounding to the weights' dtype, in which W_y - q would cancel for a
                 # token of high probability
                 p.scatter_add_(-1, ids[part, None], -total[:, None])
-                rest = (p / total[:, None]).to(weight.dtype)
-                slope[part] = (rest @ weight) / -temperature
+                p.div_(total[:, None])
+                slope[part] = (p.to(weight.dtype) @ weight) / -temperature
+            # or the next portion's would be made beside them
+            del logits, p
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(entropy, is_top)
         return logprobs, entropy, is_top

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 from rlhf import logprobs
 from rlhf.logprobs import completion_batch, response_logprobs, token_logprobs
 from rlhf.packing import PackedRows, group_rows, packed_inputs, packs, tokens_per_pass
+from rlhf.plan.ledger import Ledger
 from rlhf.tensors import selected_logprobs
 
 SHAPE = dict(
@@ -100,6 +101,20 @@ def test_on_a_gpu_a_frozen_head_keeps_no_logits(monkeypatch, dtype):
     token_logprobs(states, head, ids)[0].sum().backward()
     # (tokens, vocabulary) in float32 are 0.5 GB; a portion of 131 tokens takes 17 MB a few times
     assert torch.cuda.max_memory_allocated() - before < count * vocabulary * 4 / 4
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 8), (torch.bfloat16, 10)])
+def test_portions_of_logits_stand_one_at_a_time(monkeypatch, dtype, most):
+    # float32 logits and probabilities of a portion, and these in the dtype of the weights
+    tokens, vocabulary = 16, 1000
+    monkeypatch.setattr(logprobs, "LOGITS_ON_CPU", tokens * vocabulary)
+    head = nn.Linear(2, vocabulary, bias=False, dtype=dtype).requires_grad_(False)
+    states = torch.randn(4 * tokens, 2, dtype=dtype, requires_grad=True)
+    ids = torch.randint(0, vocabulary, (4 * tokens,))
+    ledger = Ledger([head.weight, states, ids])
+    with ledger:
+        token_logprobs(states, head, ids)
+    assert most <= ledger.peak.total / (tokens * vocabulary) < most + 0.5
 
 
 def test_a_head_that_learns_or_whose_entropy_does_keeps_its_logits():
