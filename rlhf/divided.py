@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from rlhf import deepspeed_backend
 from rlhf.distributed import DistributedContext
+from rlhf.startup import read_ranks
 from rlhf.text import say_once
 
 # a whole model may take so much of the memory that is free; keys and values need some as well
@@ -103,9 +104,8 @@ def free_memory(device: torch.device) -> float:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
-    # the ranks on a machine share its memory: torchrun and deepspeed have a name each for their number
-    ranks = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or "1"
-    return psutil.virtual_memory().available / int(ranks)
+    # the ranks on a machine share its memory
+    return psutil.virtual_memory().available / read_ranks(os.environ).local_size
 
 
 @contextlib.contextmanager

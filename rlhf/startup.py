@@ -109,7 +109,9 @@ def read_ranks(environment: Mapping[str, str]) -> Ranks:
         return int(text)
 
     size = number("WORLD_SIZE", 1)
-    ranks = Ranks(number("RANK", 0), size, number("LOCAL_RANK", 0), number("LOCAL_SIZE", size))
+    # torchrun's name, and deepspeed's
+    local_size = number("LOCAL_WORLD_SIZE", number("LOCAL_SIZE", size))
+    ranks = Ranks(number("RANK", 0), size, number("LOCAL_RANK", 0), local_size)
     if ranks.rank >= size:
         raise UserError(
             f"RANK is {ranks.rank}, but WORLD_SIZE is {size}: ranks count from 0. {LAUNCHERS}"

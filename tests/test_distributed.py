@@ -292,9 +292,11 @@ def test_a_whole_reward_model_in_bfloat16_is_not_for_zero_on_a_cpu():
         check_zero(options, DistributedContext(launched=True))
 
 
-def test_ranks_are_read_from_the_launchers_variables():
+# deepspeed's name, and torchrun's
+@pytest.mark.parametrize("local_size", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
+def test_ranks_are_read_from_the_launchers_variables(local_size):
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    given = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"} | meeting
+    given = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", local_size: "2"} | meeting
     assert read_ranks(given) == Ranks(rank=1, size=4, local_rank=1, local_size=2)
     assert read_ranks({"RANK": "0", "WORLD_SIZE": "1"}) == Ranks(
         rank=0, size=1, local_rank=0, local_size=1

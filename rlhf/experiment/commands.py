@@ -18,7 +18,7 @@ from rlhf.startup import free_port
 
 # launchers of one process, and the variables that they set for it
 ONE_PROCESS = (["deepspeed", "--num_accelerators", "1"], ["deepspeed", "--num_gpus", "1"])
-ONE_RANK = ("RANK=0", "LOCAL_RANK=0", "WORLD_SIZE=1", "LOCAL_SIZE=1")
+ONE_RANK = ("RANK=0", "LOCAL_RANK=0", "WORLD_SIZE=1", "LOCAL_WORLD_SIZE=1")
 # in the environment of every program that an experiment has started: its folder
 MARK = "RLHF_EXPERIMENT"
 # which of its jobs
