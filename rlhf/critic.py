@@ -107,6 +107,27 @@ def critic_start(
     return CriticStart(source, weight, tuple(left_out))
 
 
+def check_critic(
+    initial: InitialModel, reward_path: str | None, start: str, trunk: str, *, plain_head: bool
+) -> None:
+    """Raise UserError where the critic cannot start, or read, as it is to (see `Roles`)."""
+    if start == "reward" and not reward_path:
+        raise UserError(
+            "the critic cannot start from the reward model: none of the scorers is an adapter on "
+            "this base"
+        )
+    if trunk == "reward" and not reward_path:
+        raise UserError(
+            "critic_trunk is reward, but none of the scorers is an adapter on this base. Use "
+            "--critic_trunk own"
+        )
+    if trunk == "policy" and not plain_head:
+        raise UserError(
+            f"critic_trunk is policy, but a {initial.model.config.model_type} model transforms "
+            "its logits, so that its hidden states are not at hand. Use --critic_trunk own"
+        )
+
+
 def reward_head(path: str, width: int) -> nn.Linear:
     """Return the score head that was trained with a reward adapter. Raises UserError when it is missing."""
     found = [v for k, v in adapter_weights(path).items() if k.endswith(f"{SCORE}.weight")]

@@ -18,22 +18,20 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf.adapters import (
     adapter_parameters,
-    adapter_settings,
     add_adapter,
     frozen_copy,
     head_name,
     load_adapter,
     without_head,
 )
-from rlhf.critic import SCORE, reward_head
+from rlhf.critic import SCORE, check_critic, reward_head
 from rlhf.dropout import disable_dropout
-from rlhf.errors import UserError
 from rlhf.logprobs import (
     head_is_frozen,
     response_logprobs,
@@ -45,6 +43,7 @@ from rlhf.logprobs import (
 from rlhf.model_files import VALUE_HEAD_FILE, require_policy, reward_shift
 from rlhf.models import InitialModel, check_same_base, write_identity
 from rlhf.packing import decoder_and_head, head_is_plain, hidden_width
+from rlhf.role_adapters import adapter_config, keep_in_float32, plain_config
 from rlhf.weights import check_finite
 
 # what a forward pass reads of `Rollout.batch`
@@ -97,7 +96,7 @@ class Roles(nn.Module):
         self.output_head = head_name(initial.model)
         self.width = hidden_width(initial.model)
         if critic:
-            self._check_critic(initial, reward_path, critic, critic_trunk)
+            check_critic(initial, reward_path, critic, critic_trunk, plain_head=self.plain_head)
         self.critic_trunk = critic_trunk
         # hidden states of responses under the reward role, by the row's ids; None: not kept
         self._kept_states: dict[tuple[int, ...], Tensor] | None = None
@@ -150,26 +149,6 @@ class Roles(nn.Module):
             initial.model.activation_checkpointing_enable()
             self.trunk.enable_input_require_grads()
         self._activate("policy")
-
-    def _check_critic(
-        self, initial: InitialModel, reward_path: str | None, start: str, trunk: str
-    ) -> None:
-        """Raise UserError where the critic cannot start, or read, as it is to."""
-        if start == "reward" and not reward_path:
-            raise UserError(
-                "the critic cannot start from the reward model: none of the scorers is an adapter on "
-                "this base"
-            )
-        if trunk == "reward" and not reward_path:
-            raise UserError(
-                "critic_trunk is reward, but none of the scorers is an adapter on this base. Use "
-                "--critic_trunk own"
-            )
-        if trunk == "policy" and not self.plain_head:
-            raise UserError(
-                f"critic_trunk is policy, but a {initial.model.config.model_type} model transforms "
-                "its logits, so that its hidden states are not at hand. Use --critic_trunk own"
-            )
 
     def _set_precision(self, dtype: torch.dtype) -> None:
         """Keep what learns in float32 at least, on a base in `dtype`."""
@@ -450,45 +429,6 @@ def rows_of(batch: dict[str, Tensor]) -> list[tuple[int, ...]]:
     counts = batch["mask"].sum(-1).tolist()
     columns = zip(counts, batch["ids"].tolist(), lengths, strict=True)
     return [(count, *ids[:length]) for count, ids, length in columns]
-
-
-def keep_in_float32(layer: nn.Module, dtype: torch.dtype) -> None:
-    """Keep in float32, as LoRA is, what an adapter trains of a base in `dtype` beside LoRA: small
-    steps would be lost.
-
-    What a module in modules_to_save reads is widened, and what it gives is in `dtype` again.
-    """
-    if isinstance(layer, TrainableTokensWrapper):
-        layer.token_adapter.trainable_tokens_delta.float()
-    if isinstance(layer, ModulesToSaveWrapper):
-        for module in layer.modules_to_save.float().values():
-            module.register_forward_pre_hook(
-                lambda _, given: tuple(x.float() if x.is_floating_point() else x for x in given)
-            )
-            module.register_forward_hook(lambda _, given, output: output.to(dtype))
-
-
-def plain_config(lora: LoraConfig) -> LoraConfig:
-    """A LoRA config for the trunk: no dropout, no scalar head of its own (heads stand beside the
-    trunk, in fp32).
-    """
-    config = LoraConfig(
-        **{**lora.to_dict(), "lora_dropout": 0.0, "inference_mode": False, "task_type": "CAUSAL_LM"}
-    )
-    # PEFT adds both to SEQ_CLS
-    modules = [m for m in config.modules_to_save or [] if m not in (SCORE, "classifier")]
-    config.modules_to_save = modules or None
-    return config
-
-
-def adapter_config(path: str) -> LoraConfig:
-    """The LoRA settings of the adapter in a folder. Raises UserError if it holds none, or one that
-    is not LoRA.
-    """
-    config = adapter_settings(path)
-    if not isinstance(config, LoraConfig):
-        raise UserError(f"{path}: a {config.peft_type} adapter; roles are LoRA adapters")
-    return plain_config(config)
 
 
 def _apply(head: nn.Linear, states: Tensor) -> Tensor:

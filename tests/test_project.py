@@ -41,7 +41,7 @@ LAYERS = [
     ],
     ["rlhf.judge.commands"],
     ["rlhf.ppo.rollout", "rlhf.compare", "rlhf.judge", "rlhf.voting"],
-    ["rlhf.roles", "rlhf.critic", "rlhf.evaluate", "rlhf.stages"],
+    ["rlhf.roles", "rlhf.role_adapters", "rlhf.critic", "rlhf.evaluate", "rlhf.stages"],
     ["rlhf.runs.start"],
     ["rlhf.engines", "rlhf.models", "rlhf.runs.budget"],
     ["rlhf.adapters", "rlhf.tokenizer", "rlhf.logprobs"],
