@@ -37,6 +37,9 @@ FACTORS: dict[str, list[Any]] = {
     "dtype": ["float32", "bfloat16"],
 }
 ROWS, STEPS = 8, 3  # rows of a step over all ranks
+# of PPO: what a rollout logs is a mean over its updates, and the first gradient is then that of the
+# start; micro-batches of all rows are cut by `accumulation`, those of half would be whole
+ONE_UPDATE = ("--num_ppo_epochs", 1, "--num_mini_batches", 1)
 # program, ZeRO and weights of the runs that go on with another number of ranks
 RESUMED = [
     ("sft", "1", "whole"),
@@ -268,14 +271,39 @@ def run_table(folder: Path, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     prepare(folder)
     plains = list({name_of(plain_of(run)): plain_of(run) for run in runs}.values())
-    jobs = [(p["program"], arguments(folder, folder / name_of(p), p, 1)) for p in plains]
-    start(folder, PLAIN, jobs, 0)
-    jobs = [(r["program"], arguments(folder, folder / name_of(r), r, 2)) for r in runs]
+    start(folder, PLAIN, [table_job(folder, run, 1) for run in plains], 0)
+    jobs = [table_job(folder, run, 2) for run in runs]
     rows = []
     for run, seen in zip(runs, start(folder, "two", jobs, 2), strict=True):
         assert seen["code"] == 0, f"{name_of(run)}: {seen['said'][-3000:]}"
         apart = compare(folder / name_of(run), folder / name_of(plain_of(run)))
         rows.append(run | apart | {"cpu": seen["cpu"]})
+    return rows
+
+
+def table_job(folder: Path, run: dict[str, Any], ranks: int) -> tuple[str, list[str]]:
+    """Return program and flags of a run of the table."""
+    more = ONE_UPDATE if run["program"] == "ppo" else ()
+    return run["program"], arguments(folder, folder / name_of(run), run, ranks, *more)
+
+
+def run_one_and_two(
+    folder: Path, cases: list[tuple[str, str, int, tuple[Any, ...]]]
+) -> list[dict[str, Any]]:
+    """Run cases (program, name, steps, further flags) in one plain process and on two ranks under
+    ZeRO-2; return what `compare` finds of each.
+    """
+    prepare(folder)
+    for zero, ranks, count in ((PLAIN, 1, 0), ("2", 2, 2)):
+        jobs = []
+        for program, what, steps, more in cases:
+            run, output = plainest(program, zero), folder / f"{ranks} {program} {what}"
+            jobs.append((program, arguments(folder, output, run, ranks, *more, steps=steps)))
+        start(folder, f"meaning {ranks}", jobs, count)
+    rows = []
+    for program, what, *_ in cases:
+        apart = compare(folder / f"2 {program} {what}", folder / f"1 {program} {what}")
+        rows.append({"program": program, "what": what} | apart)
     return rows
 
 

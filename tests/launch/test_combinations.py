@@ -6,13 +6,19 @@ import math
 
 import pytest
 
-from tests.launch.combinations import FACTORS, allowed, combinations_of, covering, run_table
+from tests.launch.combinations import (
+    FACTORS,
+    allowed,
+    combinations_of,
+    covering,
+    run_one_and_two,
+    run_table,
+)
 
-# bfloat16 rounds activations to 8 bits, and after a few updates PPO's responses are others: there the
-# first gradients alone are held to those of one process
-WEIGHTS = {"float32": 1e-4, "bfloat16": 0.05}
-# (of PPO a mean over the updates of a rollout, 0.21 apart at most: a gradient that is lost is 1 apart)
-GRADIENTS = {"float32": 1e-3, "bfloat16": 0.5}
+# of the weights' norm; a run moves it by 0.04 at least, and bfloat16 rounds activations to 8 bits
+WEIGHTS = {"float32": 1e-4, "bfloat16": 0.02}
+# relative, of the norms in the first step
+GRADIENTS = {"float32": 1e-3, "bfloat16": 0.05}
 
 
 @pytest.mark.parametrize("strength", [2, 3])
@@ -36,6 +42,13 @@ def test_every_combination_on_two_ranks_means_what_one_process_means(tmp_path):
     for row in rows:
         print(json.dumps(row))
     for row in rows:
-        is_chaotic = row["program"] == "ppo" and row["dtype"] == "bfloat16"
-        assert is_chaotic or row["norm"] < WEIGHTS[row["dtype"]], row
+        assert row["norm"] < WEIGHTS[row["dtype"]], row
         assert math.isfinite(row["loss"]) and not row["gradient"] > GRADIENTS[row["dtype"]], row
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ppo_on_two_ranks_is_the_run_of_one_process_but_for_rounding(tmp_path):
+    """Which grows from update to update: here 1e-16 in 48 of them, and in float32 to 5e-3 of a loss."""
+    (row,) = run_one_and_two(tmp_path, [("ppo", "float64", 6, ("--dtype", "float64"))])
+    assert row["largest"] < 1e-10 and row["loss"] < 1e-10 and row["tokens"] == 0, row
