@@ -1,6 +1,6 @@
 """The options of PPO. Defaults are those of *The N+ implementation details of RLHF with PPO* (arXiv
 2403.17031) but for sizes that have to fit the machine (batch, episodes, lengths), the temperature,
-and LoRA's step sizes; docs/algorithms.md lists each with its source.
+and LoRA's step sizes; docs/algorithms.md gives the reasons.
 """
 
 from __future__ import annotations
