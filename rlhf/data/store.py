@@ -11,8 +11,7 @@ said about them.
 
 Three to eight responses are ordered at once by `store.rank(store.add_ranking(ids), annotator, order)`.
 Votes, orders and undos are events, numbered in the order in which they were committed. The state after
-event n never changes, so a run records the event it read up to. The tables are explained in
-docs/collect.md.
+event n never changes, so a run records the event it read up to. The tables are in store_schema.py.
 """
 
 from __future__ import annotations
