@@ -24,11 +24,11 @@ _MEMORY = ("recent", "least", "start", "first_logprobs")
 
 
 class OfflineGuards:
-    """The guards of one run with their state, asked after each step and with each logged metric.
+    """Decide, by the loss of each step and by logged metrics, whether a run has diverged.
 
-    A loss is compared with the least that the run has had, as the mean of `window` steps, and with
-    the scatter of steps. Pairs whose loss has come near 0 vary by much more than that mean, so a
-    loss of pairs is also compared with that of the first step, which is chance.
+    A loss is compared with the least mean of `window` steps that the run has had, and with the
+    scatter of its steps. Pairs whose loss has come near 0 vary by more than that mean, so a loss of
+    pairs is also compared with that of the first step, which is chance.
     """
 
     def __init__(self, program: str, overrides: dict[str, Any] | None = None):
@@ -73,6 +73,7 @@ class OfflineGuards:
         return self.decided.state_dict() | copy.deepcopy(memory)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
         self.decided.load_state_dict(state)
         for name in _MEMORY:
             # an earlier version kept other numbers

@@ -18,6 +18,7 @@ from rlhf.doctor import inputs, machine
 from rlhf.doctor.findings import Finding, run_check
 from rlhf.doctor.run import checks_of, read_program
 from rlhf.errors import UserError
+from rlhf.startup import free_port
 from tests.conftest import ROOT
 
 
@@ -41,7 +42,7 @@ def test_a_good_machine_ends_with_0_without_torch():
         "rlhf.cli.main(['doctor'])\n"
         "assert 'torch' not in sys.modules\n"
     )
-    environment = {**os.environ, "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    environment = {**os.environ, "MASTER_PORT": str(free_port())}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
     )

@@ -22,6 +22,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from rlhf.startup import free_port
 from tests.conftest import ROOT, make_model, make_tokenizer, random_adapter
 from tests.launch.conftest import SMALL, differences, flags_of, ppo_flags, write_data
 
@@ -90,7 +91,7 @@ def command_of(program: str, made: dict[str, str], folder: Path, output: Path) -
     return [
         *launcher,
         "--master_port",
-        str(20000 + os.getpid() % 20000),
+        str(free_port()),
         program_file,
         *flags,
         "--deepspeed",

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import EXIT_INTERRUPTED
+from rlhf.startup import free_port
 from tests.conftest import ROOT
 from tests.launch.conftest import SMALL, differences, flags_of
 from tests.launch.test_cluster import PDSH, executable
@@ -102,8 +103,7 @@ def end_codes(processes: list[subprocess.Popen]) -> list[int]:
 
 def two_ranks_here(flags: list[str], logs: Path) -> None:
     """The same two ranks on one machine."""
-    port = str(20000 + os.getpid() % 20000)
-    own = environment(PET_NPROC_PER_NODE="2", PET_MASTER_PORT=port)
+    own = environment(PET_NPROC_PER_NODE="2", PET_MASTER_PORT=str(free_port()))
     command = [str(ROOT / "launch/cluster/torchrun.sh"), str(ROOT / "launch/sft.py"), *flags]
     with (logs / "one.log").open("w") as log:
         subprocess.run(

@@ -10,6 +10,7 @@ import pytest
 
 from rlhf.errors import EXIT_USER_ERROR
 from rlhf.runs.tracking import read_metrics
+from rlhf.startup import free_port
 from tests.conftest import ROOT
 from tests.launch.conftest import door, flags_of, untimed
 
@@ -191,13 +192,12 @@ def launch(ranks: int, name: str, flags: list[str]) -> subprocess.CompletedProce
     """`deepspeed` with its own port, from another directory, so that launch/ cannot shadow a
     package.
     """
-    port = str(20000 + os.getpid() % 20000)
     command = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_accelerators",
         str(ranks),
         "--master_port",
-        port,
+        str(free_port()),
     ]
     command += [str(ROOT / "launch" / f"{name}.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

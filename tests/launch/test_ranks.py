@@ -9,19 +9,15 @@ from pathlib import Path
 import pytest
 
 from rlhf.distributed import DistributedContext
+from rlhf.startup import free_port
 from tests.conftest import ROOT, random_adapter
-from tests.launch.conftest import flags_of, ppo_flags
+from tests.launch.conftest import SMALL, flags_of, ppo_flags
 from tests.launch.ranks import equal_tokens, rollouts
-
-
-def master_port() -> str:
-    return str(20000 + os.getpid() % 20000)
 
 
 def launch(
     program: Path, arguments: list[str], ranks: int = 2, cwd: str = "/"
 ) -> subprocess.CompletedProcess:
-    port = master_port()
     command = [
         str(Path(sys.executable).parent / "deepspeed"),
         "--num_accelerators",
@@ -29,7 +25,7 @@ def launch(
         "--no_local_rank",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command += ["--master_port", port, str(program), *arguments]
+    command += ["--master_port", str(free_port()), str(program), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=280
     )
@@ -118,6 +114,27 @@ def means_the_same(both: dict, alone: dict, stage: str) -> None:
     )
 
 
+# a hundred times the usual step size, of losses over both ranks; and what the policy samples then
+PLANTED = {
+    "sft": ["--learning_rate", "0.5", "--max_steps", "30"],
+    "reward": ["--learning_rate", "0.5", "--max_steps", "30"],
+    "dpo": ["--learning_rate", "0.05", "--eval_steps", "1", "--guards", "{max_kl: 0.001}"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_guard_of_trls_programs_stops_both_ranks(name, base_path, files, tmp_path):
+    """A rank that went on alone would wait for the other, and end as one that hangs."""
+    data = files["instructions" if name == "sft" else "pairs"]
+    flags = [*flags_of(name, base_path, data, tmp_path / "run"), *SMALL, "--hang_timeout", "60"]
+    done = launch(ROOT / "launch" / f"{name}.py", [*flags, *PLANTED[name]])
+    said = done.stdout + done.stderr
+    assert f"{name}: stopped by guard" in said and "hangs" not in said, said[-3000:]
+    stopped = json.loads((tmp_path / "run" / "result.json").read_text())["stopped"]
+    assert stopped.startswith("guard max_kl" if name == "dpo" else "guard divergence"), stopped
+
+
 def test_a_rank_that_fails_ends_the_run_with_its_own_error_on_top(runs, files, tmp_path):
     (tmp_path / "mine.py").write_text(
         "import os\n"
@@ -137,7 +154,8 @@ def test_a_rank_that_fails_ends_the_run_with_its_own_error_on_top(runs, files, t
     )
     assert done.returncode != 0
     # nor is memory left behind where ranks are ended
-    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{master_port()}_*"))
+    port = done.args[done.args.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
     said = done.stderr + done.stdout
     assert (
         said.index("the scorer has lost its mind") >= 0 and "raised inside scorer 'score'" in said

@@ -1,13 +1,20 @@
 """The guards of SFT, reward models and DPO on numbers, and on runs that diverge."""
 
 import json
+import math
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from rlhf.config import parse
-from rlhf.errors import UserError
+from rlhf.distributed import DistributedContext
+from rlhf.errors import EarlyExit, UserError
+from rlhf.offline.callbacks import RunCallback
 from rlhf.offline.guards import OfflineGuards
 from rlhf.options.guards import OFFLINE_GUARDS
 from rlhf.options.offline import SFTRunConfig
@@ -129,6 +136,84 @@ def test_a_restored_state_decides_as_the_run_would_have():
     assert begun + feed(resumed, losses[28:], 29) == expected
     assert (30, "divergence", "stop") in expected
     assert resumed.state_dict() == whole.state_dict()
+
+
+class Ranks:
+    """Threads in the place of ranks, whose numbers are added up."""
+
+    def __init__(self, count: int):
+        self.barrier = threading.Barrier(count, timeout=60)
+        self.parts: list[torch.Tensor] = []
+
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        self.parts.append(tensor.clone())
+        self.barrier.wait()
+        total = sum(self.parts)
+        if self.barrier.wait() == 0:
+            self.parts.clear()
+        self.barrier.wait()
+        tensor.copy_(total)
+
+
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """A function of the losses of two ranks at each step, and of KLs where evaluations find them;
+    returns what ended each rank, the state of its guards and whether it would save.
+    """
+    monkeypatch.setattr(torch.distributed, "all_reduce", Ranks(2).all_reduce)
+
+    def rank(number: int, losses: list[tuple[float, float]], kl: dict[int, float]) -> tuple:
+        run = SimpleNamespace(
+            program="dpo", world=DistributedContext(number, 2), checkpoints=Path("nowhere")
+        )
+        run.config = SimpleNamespace(guards={"loss_spike": "off"}, eval_steps=1)
+        run.interrupted, run.should_checkpoint = lambda: False, lambda step, last: True
+        run.close, run.log = lambda: None, lambda text: None
+        run.tracker = SimpleNamespace(table=lambda *_: None)
+        callback = RunCallback(run, None, None)
+        callback._evaluate = lambda model, step: setattr(
+            callback, "metrics", {"eval/kl/sequence": kl.get(step, 0.0)}
+        )
+        callback.trainer = SimpleNamespace(_tr_loss=0.0, _globalstep_last_logged=0)
+        control = SimpleNamespace(should_training_stop=False, should_save=False)
+        for step, both in enumerate(losses, 1):
+            callback.trainer._tr_loss += both[number]
+            state = SimpleNamespace(global_step=step, max_steps=100)
+            try:
+                callback.on_step_end(None, state, control, torch.nn.Linear(1, 1))
+            except EarlyExit as ended:
+                return str(ended), None, None
+            if control.should_training_stop:
+                break
+        return callback.stop_reason, callback.guards.state_dict(), control.should_save
+
+    def run_both(losses: list[tuple[float, float]], kl: dict[int, float] | None = None) -> list:
+        with ThreadPoolExecutor(2) as pool:
+            ranks = [pool.submit(rank, number, losses, kl or {}) for number in (0, 1)]
+            return [made.result() for made in ranks]
+
+    return run_both
+
+
+def test_two_ranks_decide_alike_by_the_mean_of_their_losses(two_ranks):
+    # 1 on both ranks, then 2 on the mean with 3 on one: not above twice the first, on either rank
+    healthy = [(1.0, 1.0)] * 5
+    first, second = two_ranks(healthy + [(1.0, 3.0)] * 5)
+    assert first == second and first[0] == "" and first[2]
+    # 2.25 on the mean, with one rank at 1 all the time
+    first, second = two_ranks(healthy + [(1.0, 3.5)] * 6)
+    assert first == second and not first[2]
+    assert first[0].startswith("guard divergence at step 10: loss/total of a step is 2.25, above 2")
+
+
+def test_two_ranks_stop_together_by_kl_and_by_a_number_that_is_not_finite_on_one(two_ranks):
+    losses = [(0.7, 0.7)] * 6
+    first, second = two_ranks(losses, {4: 101.0})
+    assert first == second and first[0].startswith(
+        "guard max_kl at step 4: eval/kl/sequence is 101"
+    )
+    first, second = two_ranks([*losses[:2], (0.7, math.nan)])
+    assert first == second and "stopped at step 3: the loss or a weight is not finite" in first[0]
 
 
 def test_the_page_shows_the_defaults():

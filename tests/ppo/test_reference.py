@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlhf.startup import free_port
 from tests import trial
 from tests.conftest import ROOT
 from tests.ppo.reference import Reference, Step
@@ -195,7 +196,7 @@ def launched(folder: Path, cases: list[dict], stage: str | list[str], ranks: int
     command += [
         "-q",
         "--master_port",
-        str(29600 + os.getpid() % 300),
+        str(free_port()),
         str(ROOT / "tests" / "trial.py"),
         str(folder),
     ]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import requests
 
@@ -155,11 +156,21 @@ def test_a_server_ends_on_a_signal(runs):
     # printed before the server answers; the socket listens already
     assert requests.post(address, json=body, timeout=60).status_code == 200
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     # a line for the request, without its words, and no traceback
     assert re.fullmatch(r"\d\d:\d\d:\d\d ppo: \d+ \+ 3 tokens, \d+\.\d s\n", err), err
     assert out == ""
+
+
+def wait_for_connections(process: subprocess.Popen, count: int) -> None:
+    """Wait until a server has taken so many connections, and read what was asked."""
+    server, end = psutil.Process(process.pid), time.monotonic() + 120
+    while sum(c.status == "ESTABLISHED" for c in server.net_connections("tcp")) < count:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    # it reads right after it has taken one
+    time.sleep(1)
 
 
 def test_requests_that_wait_are_told_when_a_server_ends(runs):
@@ -172,9 +183,9 @@ def test_requests_that_wait_are_told_when_a_server_ends(runs):
 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         answers = [pool.submit(ask, stream) for stream in (True, True, False)]
-        time.sleep(3)
+        wait_for_connections(process, 3)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
         streamed, queued, whole = (answer.result() for answer in answers)
     assert process.returncode == 0 and "Traceback" not in err, err
     for answer in (streamed, queued):
