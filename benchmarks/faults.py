@@ -68,7 +68,7 @@ def main() -> None:
         sft = random_adapter(str(folder / "base"), folder / "sft0", seed=1)
         reward = random_reward(str(folder / "base"), folder / "reward0", seed=2)
         build(folder, str(folder / "base"), sft, reward)
-        made = next(given for given in FAULTS if given.name == "sft --optim nope")
+        made = next(given for given in FAULTS if given.name == "sft --trl {loss_type: nope}")
         earlier = [*command(made)[:-2], "--output_dir", "earlier"]
         subprocess.run(earlier, cwd=folder, env=environment(ROOT), capture_output=True, check=True)
         shutil.copy(folder / "rows.jsonl", folder / "earlier")

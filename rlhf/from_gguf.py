@@ -25,6 +25,7 @@ from torch import Tensor
 from rlhf.errors import UserError
 from rlhf.files import cache_folder
 from rlhf.model_files import gguf_file, loading
+from rlhf.weight_files import check_gguf
 
 # counted up when a file is converted in another way than before
 CONVERSION = 1
@@ -105,6 +106,7 @@ def read_gguf(file: Path) -> tuple[Any, Any]:
     import gguf
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+    check_gguf(file)
     with loading(str(file), "GGUF file"):
         reader = gguf.GGUFReader(file)
         metadata = {name: field for name, field in reader.fields.items() if "." in name}

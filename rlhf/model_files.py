@@ -13,8 +13,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import UserError, near_file
+from rlhf.errors import UserError, did_you_mean, near_file
+from rlhf.library_names import adapter_kinds, is_model_type
 from rlhf.values import coerce
+from rlhf.weight_files import check_factors, check_gguf, check_weights
 
 # beside every adapter: what it was trained on, checked when it is loaded
 IDENTITY_FILE = "rlhf.json"
@@ -150,7 +152,8 @@ def check_model(path: str) -> None:
     """Raise UserError where the model at `path` cannot be loaded, as far as its files tell: an
     adapter with its base, whole weights, a GGUF file, or a name on the Hub.
     """
-    if gguf_file(path):
+    if file := gguf_file(path):
+        check_gguf(file)
         return
     folder = Path(path)
     if folder.is_file():
@@ -163,6 +166,7 @@ def check_model(path: str) -> None:
         _check_whole(path)
         return
     check_adapter(path)
+    check_factors(path)
     base = adapter_base(path)
     if Path(base).is_dir():
         _check_whole(base)
@@ -180,6 +184,12 @@ def check_adapter(path: str | Path) -> None:
             f"{path}: the critic of a PPO run, not a policy or reward model; the policy is in {folder.parent}"
         )
     kind = read_json(folder / "adapter_config.json").get("peft_type")
+    kinds = adapter_kinds()
+    if kinds and kind not in kinds:
+        raise UserError(
+            f"{path}/adapter_config.json: 'peft_type' is {kind}, a kind of adapter that PEFT does not have."
+            f"{did_you_mean(str(kind), kinds)} If a newer version has it: pip install --upgrade peft"
+        )
     if kind in NOT_USABLE:
         raise UserError(
             f"{path}/adapter_config.json: 'peft_type' is {kind}, which changes what a model reads and not its "
@@ -215,26 +225,6 @@ def check_not_quantized(path: str) -> None:
         )
 
 
-def check_weights(folder: str | Path) -> None:
-    """Raise UserError for a safetensors file that is cut short or is none; its head alone is read."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            safe_open(str(file), "numpy")
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{file}: the weights cannot be read ({error}). Copy or save them again"
-            ) from None
-
-
-def tensor_names(file: Path) -> list[str] | None:
-    """Return the names of the tensors in a safetensors file; None where there is none."""
-    from safetensors import safe_open
-
-    return list(safe_open(str(file), "numpy").keys()) if file.is_file() else None
-
-
 def _check_whole(path: str) -> None:
     """Raise UserError for a folder without settings or weights, or with damaged ones."""
     folder = Path(path)
@@ -242,8 +232,16 @@ def _check_whole(path: str) -> None:
         raise UserError(
             f"{path}: no model there: neither config.json nor adapter_config.json. Name the folder that holds one"
         )
-    if not read_json(folder / "config.json").get("model_type"):
+    settings = read_json(folder / "config.json")
+    kind = settings.get("model_type")
+    if not kind:
         raise UserError(f"{folder / 'config.json'}: names no 'model_type'. Save the model again")
+    # transformers itself says that code which comes with a model is not run
+    if "auto_map" not in settings and not is_model_type(kind):
+        raise UserError(
+            f"{folder / 'config.json'}: 'model_type' is {kind}, which transformers does not have. If a newer version "
+            "has it: pip install --upgrade transformers"
+        )
     check_not_quantized(path)
     for index in sorted(folder.glob("*.index.json")):
         parts = read_json(index).get("weight_map", {})
@@ -264,6 +262,57 @@ def check_tokenizer(path: str) -> None:
     for file in files:
         if file.suffix == ".json":
             read_json(file)
+    check_template(path)
+
+
+def check_template(path: str) -> None:
+    """Raise UserError for a chat template that is no Jinja, as far as Jinja alone can tell."""
+    import jinja2
+
+    beside, settings = Path(path) / "chat_template.jinja", Path(path) / "tokenizer_config.json"
+    with loading(path, "chat template"):
+        if beside.is_file():
+            template = beside.read_text(encoding="utf-8")
+        else:
+            template = read_json(settings).get("chat_template") if settings.is_file() else None
+        if not isinstance(template, str):
+            return
+        try:
+            jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        except jinja2.TemplateSyntaxError as error:
+            # transformers adds tags
+            if "unknown tag" not in str(error):
+                raise
+
+
+def stated_positions(path: str) -> int | None:
+    """Return the tokens that the positions of a model reach, as its config.json says; None where it
+    does not, or scales them, which transformers works out.
+    """
+    base = adapter_base(path) if is_adapter(path) else path
+    file = Path(base) / "config.json"
+    if not file.is_file():
+        return None
+    settings = read_json(file)
+    settings = settings.get("text_config") or settings
+    scalings = [settings.get(name) for name in ("rope_scaling", "rope_parameters", "alibi")]
+    limit = settings.get("max_position_embeddings")
+    is_scaled = any(scaling is True or "factor" in str(scaling) for scaling in scalings)
+    return limit if isinstance(limit, int) and not is_scaled else None
+
+
+def check_positions(
+    path: str, limit: int | None, max_prompt_length: int, max_response_length: int
+) -> None:
+    """Raise UserError where a prompt and a response of the greatest lengths go beyond the positions
+    of a model; None: nothing limits them.
+    """
+    asked = max_prompt_length + max_response_length
+    if limit is not None and asked > limit:
+        raise UserError(
+            f"max_prompt_length {max_prompt_length} + max_response_length {max_response_length} = {asked} tokens, but "
+            f"{path} has positions for {limit}. Lower one of them"
+        )
 
 
 def check_hub_name(name: str, more: str = "") -> None:

@@ -32,6 +32,7 @@ from rlhf.model_files import (
     IDENTITY_FILE,
     adapter_base,
     check_not_quantized,
+    check_positions,
     first_line,
     read_identity,
     require_policy,
@@ -286,12 +287,7 @@ def check_context(
     """Raise UserError where a prompt and a response of the greatest lengths go beyond the model's
     positions.
     """
-    limit, asked = context_length(model.config), max_prompt_length + max_response_length
-    if limit is not None and asked > limit:
-        raise UserError(
-            f"max_prompt_length {max_prompt_length} + max_response_length {max_response_length} = {asked} tokens, but "
-            f"{path} has positions for {limit}. Lower one of them"
-        )
+    check_positions(path, context_length(model.config), max_prompt_length, max_response_length)
 
 
 def write_identity(path: str | Path, initial: InitialModel, **more: Any) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.divided import is_adapter, own_part, sampled, shape_of
-from rlhf.errors import UserError
+from rlhf.weight_files import not_finite
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
@@ -23,10 +23,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
     """
     for name, tensor in tensors:
         if not is_finite(own_part(tensor)):
-            raise UserError(
-                f"{where}: '{name}' holds numbers that are not finite (NaN or infinity), so it cannot be used. "
-                "Take an earlier checkpoint or another start; for a run of one's own, a lower learning_rate"
-            )
+            raise not_finite(where, name)
 
 
 def is_finite(tensor: Tensor) -> bool:

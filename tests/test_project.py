@@ -63,7 +63,15 @@ LAYERS = [
         "rlhf.program",
     ],
     ["rlhf.config", "rlhf.plugins"],
-    ["rlhf.errors", "rlhf.values", "rlhf.stats", "rlhf.text", "rlhf.startup"],
+    [
+        "rlhf.errors",
+        "rlhf.values",
+        "rlhf.stats",
+        "rlhf.text",
+        "rlhf.startup",
+        "rlhf.library_names",
+        "rlhf.weight_files",
+    ],
 ]
 
 

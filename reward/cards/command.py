@@ -80,6 +80,10 @@ def check_exists(source: str | None) -> None:
 
 def make_card(config: CardConfig) -> dict[str, Any]:
     """Score the pairs, write the card and print its verdict; returns the card."""
+    from reward.files import check_reward_files
+
+    # before torch is imported, which takes seconds
+    check_reward_files(config.run)
     from reward.cards.card import report_card
     from reward.cards.pairs import pairs_of_run, run_config
     from reward.compose import build_scorer

@@ -274,11 +274,13 @@ def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
 
 def check_policy(source: str) -> None:
     """Raise UserError for a model that is missing or a reward model, before others are sampled."""
-    from rlhf.model_files import require_policy
+    from rlhf.model_files import is_adapter, require_policy
+
+    if is_adapter(source):
+        require_policy(source)
+    # with torch, which takes seconds to import
     from rlhf.tokenizer import load_tokenizer
 
-    if (Path(source) / "adapter_config.json").is_file():
-        require_policy(source)
     load_tokenizer(source)
 
 

@@ -11,7 +11,8 @@ from urllib.parse import urlsplit
 from rlhf.data.sources import is_path, split_event
 from rlhf.doctor.findings import Finding
 from rlhf.errors import UserError, near_file
-from rlhf.model_files import HUB_NAME, WEIGHTS, adapter_base, check_weights, is_adapter
+from rlhf.model_files import HUB_NAME, WEIGHTS, adapter_base, is_adapter
+from rlhf.weight_files import check_weights
 
 SECONDS = 10
 # options that name rows

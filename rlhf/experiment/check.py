@@ -32,7 +32,7 @@ from rlhf.experiment.measure import load_test_split
 from rlhf.experiment.plan import plan
 from rlhf.from_gguf import as_folder
 from rlhf.judge.judges import load_judge
-from rlhf.model_files import adapter_base, check_weights
+from rlhf.model_files import adapter_base
 from rlhf.models import InitialModel
 from rlhf.offline.trainers import trl_arguments
 from rlhf.options.programs import PROGRAMS
@@ -41,6 +41,7 @@ from rlhf.runs.run import Run
 from rlhf.sandbox.annotators import AnnotateConfig
 from rlhf.stages import check_start, new_lora
 from rlhf.tokenizer import load_tokenizer
+from rlhf.weight_files import check_weights
 
 # steps: a length that every program accepts, where the real one is not known yet
 LONG = 10_000

@@ -19,12 +19,13 @@ from rlhf.deepspeed_backend import register_foreign_reads
 from rlhf.deepspeed_config import read_deepspeed_config
 from rlhf.divided import is_adapter, is_divided, readable, whole, whole_state
 from rlhf.dropout import disable_dropout
-from rlhf.errors import EarlyExit, UserError, did_you_mean
+from rlhf.errors import EarlyExit, UserError
 from rlhf.model_files import first_line
 from rlhf.models import InitialModel, write_identity
 from rlhf.offline.callbacks import AlreadyFinished, RunCallback, not_finite
 from rlhf.offline.packed import check_apart, pack_forward
 from rlhf.offline.trl_names import rename_trl
+from rlhf.options.offline import check_trl
 from rlhf.packing import packs
 from rlhf.program import user_error
 from rlhf.quantized import dequantize
@@ -102,12 +103,9 @@ def trl_overrides(cls: type, config: Any) -> dict[str, Any]:
     Raises UserError for a name that TRL does not have.
     """
     hints = get_type_hints(cls)
+    check_trl(config.trl, cls.__name__, hints)
     result = {}
     for name, value in config.trl.items():
-        if name not in hints:
-            raise UserError(
-                f"trl: '{name}' is no option of {cls.__name__}.{did_you_mean(name, hints)}"
-            )
         try:
             result[name] = coerce(value, hints[name], f"trl: '{name}'")
         except TypeError:

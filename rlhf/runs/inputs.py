@@ -12,7 +12,13 @@ from rlhf.data.records import Instruction, Preference, Prompt, Record
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 from rlhf.http_client import ask, vllm_service
-from rlhf.model_files import check_model, is_adapter, require_policy
+from rlhf.model_files import (
+    check_model,
+    check_positions,
+    is_adapter,
+    require_policy,
+    stated_positions,
+)
 from rlhf.options.shared import RunConfig
 
 Split = Literal["train", "validation"]
@@ -42,6 +48,8 @@ def check_inputs(program: str, config: RunConfig, *, is_resumed: bool = False) -
     """
     path = config.model_name_or_path
     check_model(path)
+    limit = stated_positions(path)
+    check_positions(path, limit, config.max_prompt_length, config.max_response_length)
     if is_adapter(path):
         check_adapter_start(program, config)
     check_data(config.data, KINDS[program], "train", config, is_resumed=is_resumed)

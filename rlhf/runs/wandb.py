@@ -89,7 +89,7 @@ class WandbLog:
                     name=run_name or given.get("WANDB_NAME") or self.output_dir.resolve().name,
                     group=given.get("WANDB_RUN_GROUP"),
                     job_type=given.get("WANDB_JOB_TYPE") or job_type,
-                    tags=None if given.get("WANDB_TAGS") else _short(tags),
+                    tags=None if given.get("WANDB_TAGS") else _allowed(tags),
                     id=run_id,
                     resume="allow" if self.resumed and is_known and mode == "online" else None,
                     dir=given.get("WANDB_DIR") or str(self.output_dir),
@@ -268,7 +268,7 @@ def _artifact(path: Path, kind: str) -> Any:
     return artifact
 
 
-def _short(tags: Iterable[str]) -> list[str]:
+def _allowed(tags: Iterable[str]) -> list[str]:
     """Return tags as W&B takes them: none twice, none too long."""
     return list(dict.fromkeys(tag[:LONGEST_TAG] for tag in tags))
 

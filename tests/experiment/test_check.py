@@ -119,7 +119,7 @@ def test_starts_that_a_program_would_refuse_are_refused_before_anything_starts(
     refused(
         tmp_path,
         sft_path,
-        "^reward: trl: 'epochs' is no option",
+        "^reward: --trl: trl: 'epochs' is no option",
         reward={"options": {"trl": {"epochs": 1}}},
     )
     refused(
