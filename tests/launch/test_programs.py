@@ -202,7 +202,7 @@ def launch(ranks: int, name: str, flags: list[str]) -> subprocess.CompletedProce
     command += [str(ROOT / "launch" / f"{name}.py"), *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     return subprocess.run(
-        command, capture_output=True, text=True, cwd="/", env=environment, timeout=280
+        command, capture_output=True, text=True, cwd="/", env=environment, timeout=900
     )
 
 

@@ -27,7 +27,7 @@ def launch(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command += ["--master_port", str(free_port()), str(program), *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=280
+        command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=900
     )
 
 

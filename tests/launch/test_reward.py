@@ -92,7 +92,7 @@ def test_adapter_from_sft_started_in_another_folder(sft_path, pairs, tmp_path):
     output = tmp_path / "runs" / "reward"
     command = [sys.executable, str(PROGRAM), *options(sft_path, pairs, output)]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "report card:" in done.stdout

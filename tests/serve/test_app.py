@@ -273,7 +273,8 @@ def test_a_client_that_leaves_ends_its_answer(stream, url, service, capsys):
             next(answer.iter_lines())
     else:
         with pytest.raises(requests.ReadTimeout):
-            requests.post(address, json=body, timeout=0.5)
+            # long enough for a busy server to have begun
+            requests.post(address, json=body, timeout=5)
     # the next request does not wait for it
     assert post(url, model="ppo").status_code == 200
     told = capsys.readouterr().err
