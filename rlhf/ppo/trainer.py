@@ -320,6 +320,8 @@ class PPOTrainer:
                 self.budget.tokens_trained += int(read["attention"].sum())
             for key, value in metrics.items():
                 sums[key] = sums.get(key, 0.0) + value.detach()
+            # with them go the embeddings and their gradient, which checkpointing asks for
+            del loss, metrics, value
 
         # the guards judge the sums over all ranks before the weights change
         result = self.sum_over_ranks(sums)
