@@ -69,6 +69,15 @@ def test_measured_traffic_is_the_formulas(tmp_path):
     assert scaling_estimate.largest_difference(found) > 0.9
 
 
+def test_gathers_of_a_step_are_as_many_as_measured(monkeypatch):
+    monkeypatch.setattr(scaling_estimate, "LAYERS", 4)
+    found = json.loads((ROOT / "benchmarks/results/communication.json").read_text())
+    seen = {(cell["program"], cell["stage"]): cell["step"] for cell in found}
+    for program in ("sft", "dpo", "ppo"):
+        calls = seen[program, "3"]["all_gather_into_tensor"]["calls"]
+        assert scaling_estimate.calls_of(program, "3") == pytest.approx(calls, rel=0.03)
+
+
 def test_the_page_is_that_of_the_numbers():
     found = json.loads((ROOT / "benchmarks/results/communication.json").read_text())
     assert scaling_estimate.PAGE.read_text() == scaling_estimate.page(found)
