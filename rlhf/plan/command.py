@@ -86,7 +86,8 @@ def plan(config: PlanConfig) -> None:
     # libraries print when they are imported, and JSON is to be read by programs
     with contextlib.redirect_stdout(sys.stderr):
         if config.gpu == "cpu":
-            device = this_cpu("float32" if options.dtype == "auto" else options.dtype)
+            dtype = "float32" if options.dtype == "auto" else options.dtype
+            device = this_cpu(dtype, config.gpus)
         else:
             device = find_gpu(config.gpu)
         if config.gpu_memory:

@@ -74,8 +74,10 @@ def read_bytes(text: str) -> float:
     return number * (1024**power if unit.endswith("ib") else 1000**power)
 
 
-def this_cpu(dtype: str, seconds: float = 0.3) -> Device:
-    """Measure how fast this CPU multiplies matrices, for a moment; its memory is what is free."""
+def this_cpu(dtype: str, ranks: int, seconds: float = 0.3) -> Device:
+    """Measure how fast this CPU multiplies matrices, for a moment; return what each of its ranks has
+    of its speed and memory.
+    """
     import psutil
     import torch
 
@@ -87,9 +89,10 @@ def this_cpu(dtype: str, seconds: float = 0.3) -> Device:
         first @ second
         made += 1
     # by one thread's clock: others may use the cores meanwhile
-    rate = made * 2 * size**3 / (time.process_time() - began) * torch.get_num_threads()
-    memory = psutil.virtual_memory().total
-    return Device("this CPU", memory, rate, 20e9 * torch.get_num_threads())
+    threads = torch.get_num_threads() / ranks
+    rate = made * 2 * size**3 / (time.process_time() - began) * threads
+    memory = psutil.virtual_memory().total / ranks
+    return Device("this CPU", memory, rate, 20e9 * threads)
 
 
 def usable(device: Device, is_gpu: bool) -> float:

@@ -24,6 +24,7 @@ from rlhf.plan.memory import (
     Weights,
     learning_phase,
     passing_phase,
+    reduction_of,
     sampling_phase,
     step_phase,
 )
@@ -229,7 +230,7 @@ def pass_phases(
         rows, groups = ppo_rows(config, setup, model)
         entropy = "entropy" if config.entropy_coef else "policy"
         kinds = [entropy, "value"] if critic_trunk(config) == "own" else [entropy]
-        repeated = groups * len(kinds) > 1
+        repeated = groups > 1
         phases.append(
             passing_phase("measure", weights, setup, measuring_peak(model, rows, "policy"))
         )
@@ -247,8 +248,7 @@ def pass_phases(
         peak = measuring_peak(model, Rows(evaluated, prompt, response), "policy")
         phases.append(passing_phase("evaluate", weights, setup, peak))
         model.train()
-    handed_over = setup.sharding >= 2
-    peak = learning_peak(model, rows, kinds, repeated=repeated, handed_over=handed_over)
+    peak = learning_peak(model, rows, kinds, reduction_of(weights, setup), repeated=repeated)
     phases.append(learning_phase(weights, setup, peak))
     phases.append(step_phase(weights, setup))
     if program == "ppo":

@@ -19,9 +19,23 @@ class Peak:
     """The moment at which a pass has most bytes alive, without what stood there before it."""
 
     total: int = 0
-    # of these, in the `grad` of parameters, and made while logits were counted
+    # of these, gradients of parameters, made while logits were counted, and in a bucket
     gradients: int = 0
     logits: int = 0
+    bucket: int = 0
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What becomes of a gradient as soon as it is there, see `rlhf.plan.memory.reduction_of`.
+
+    bucket: bytes of the buffer in which gradients travel, taken when a pass has its first one. kept:
+    bytes that a rank keeps of all gradients, taken with the first one of all, while `grad` is freed
+    at once and the bucket after each pass. None: they stay in `grad`, and the bucket stands.
+    """
+
+    bucket: int = 0
+    kept: int | None = None
 
 
 class Ledger(TorchDispatchMode):
@@ -37,6 +51,7 @@ class Ledger(TorchDispatchMode):
         self.alive = 0
         self.gradients = 0
         self.logits = 0
+        self.bucket = 0
         self.is_in_head = False
         self.peak = Peak()
         self._seen: Any = WeakIdKeyDictionary()
@@ -58,10 +73,13 @@ class Ledger(TorchDispatchMode):
         size = storage.nbytes()
         logits = size if self.is_in_head else 0
         weakref.finalize(storage, self._remove, size, logits)
-        self.alive += size
         self.logits += logits
+        self._take(size)
+
+    def _take(self, size: int) -> None:
+        self.alive += size
         if self.alive > self.peak.total:
-            self.peak = Peak(self.alive, self.gradients, self.logits)
+            self.start_again()
 
     def _remove(self, size: int, logits: int) -> None:
         self.alive -= size
@@ -76,25 +94,35 @@ class Ledger(TorchDispatchMode):
         finally:
             self.is_in_head = False
 
-    def watch_gradients(self, parameters: Iterable[nn.Parameter], *, handed_over: bool) -> list:
-        """Count what becomes the `grad` of these parameters; return the handles of the hooks.
-
-        handed_over: it is freed as soon as it is there, as ZeRO-2 and 3 do, which keep their own.
-        """
+    def watch_gradients(self, parameters: Iterable[nn.Parameter], reduction: Reduction) -> list:
+        """Count the gradients of these parameters and their bucket; return the handles of the hooks."""
         held: set[int] = set()
 
         def after(parameter: Tensor) -> None:
-            if handed_over:
-                parameter.grad = None
-            elif id(parameter) not in held:
-                held.add(id(parameter))
-                self.gradients += parameter.grad.untyped_storage().nbytes()
+            if not self.bucket:
+                self.bucket = reduction.bucket
+                self._take(reduction.bucket)
+            if reduction.kept is None:
+                if id(parameter) not in held:
+                    held.add(id(parameter))
+                    self.gradients += parameter.grad.untyped_storage().nbytes()
+                return
+            if not self.gradients:
+                self.gradients = reduction.kept
+                self._take(reduction.kept)
+            parameter.grad = None
 
         return [p.register_post_accumulate_grad_hook(after) for p in parameters]
 
+    def end_pass(self, reduction: Reduction) -> None:
+        """Free the bucket where it does not stand until the optimizer's step."""
+        if reduction.kept is not None:
+            self.alive -= self.bucket
+            self.bucket = 0
+
     def start_again(self) -> None:
         """Forget the peak so far: the next one starts from what is alive now."""
-        self.peak = Peak(self.alive, self.gradients, self.logits)
+        self.peak = Peak(self.alive, self.gradients, self.logits, self.bucket)
 
 
 def peak_of(
@@ -102,17 +130,16 @@ def peak_of(
     passes: Callable[[Ledger], Any],
     *,
     repeated: bool = False,
-    handed_over: bool = False,
+    reduction: Reduction = Reduction(),
 ) -> Peak:
     """Return the peak of `passes(ledger)` on a model of fake tensors; gradients are freed
     afterwards.
 
-    repeated: of a second call, which finds the gradients of the first. handed_over: see
-    `Ledger.watch_gradients`.
+    repeated: of a second call, which finds the gradients of the first.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with Ledger([*model.parameters(), *model.buffers()]) as ledger:
-        handles = ledger.watch_gradients(trained, handed_over=handed_over)
+        handles = ledger.watch_gradients(trained, reduction)
         passes(ledger)
         if repeated:
             ledger.start_again()

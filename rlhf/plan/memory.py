@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf.plan.ledger import Peak
+from rlhf.plan.ledger import Peak, Reduction
 
 # numbers of parameters that ZeRO-3 keeps gathered at most, and fetches ahead; those of a tensor that
 # it does not divide
@@ -120,15 +120,26 @@ def reduced(weights: Weights, setup: Setup) -> tuple[int, int]:
     return 0 if setup.offload_optimizer else kept, setup.bucket * size
 
 
+def reduction_of(weights: Weights, setup: Setup) -> Reduction:
+    """Return what DeepSpeed makes of gradients in a backward pass.
+
+    ZeRO 1 sums them before the optimizer's step, ZeRO 2 as they come. What ZeRO 3 needs stands from
+    the start, and is no part of the pass.
+    """
+    kept, bucket = reduced(weights, setup)
+    per_stage = {1: Reduction(bucket), 2: Reduction(bucket, kept), 3: Reduction(0, 0)}
+    return per_stage.get(setup.sharding, Reduction())
+
+
 def learning_phase(weights: Weights, setup: Setup, peak: Peak) -> Phase:
     """Return the phase of forward and backward passes, whose tensors `peak` counts."""
-    kept, bucket = reduced(weights, setup)
+    kept, bucket = reduced(weights, setup) if setup.sharding == 3 else (0, 0)
     parts = held(weights, setup)
     parts["gathered"] = gathered(weights, setup, whole=False)
     parts["gradients"] = peak.gradients + kept
-    parts["buckets"] = bucket
+    parts["buckets"] = peak.bucket + bucket
     parts["logits"] = peak.logits
-    parts["activations"] = peak.total - peak.gradients - peak.logits
+    parts["activations"] = peak.total - peak.gradients - peak.bucket - peak.logits
     return Phase("learn", parts)
 
 
@@ -137,7 +148,8 @@ def step_phase(weights: Weights, setup: Setup) -> Phase:
     kept, bucket = reduced(weights, setup)
     parts = held(weights, setup)
     parts["gradients"] = kept if setup.sharding else weights.trained * weights.trained_size
-    parts["buckets"] = bucket
+    # ZeRO 1 and 2 have freed theirs
+    parts["buckets"] = 0 if setup.sharding in (1, 2) else bucket
     if setup.sharding and not setup.offload_optimizer:
         # the part's gradients flat, in float32
         parts["gradients"] += 4 * -(-weights.trained // setup.ranks)
@@ -178,7 +190,8 @@ def state_table(weights: Weights, setup: Setup) -> list[dict[str, Any]]:
     """Return, for each ZeRO stage, what a rank holds between passes, gradients included."""
     rows = []
     for stage in (0, 1, 2, 3):
-        other = Setup(setup.ranks, setup.device, True, stage)
+        offloads = setup.offload_optimizer and stage > 0
+        other = replace(setup, launched=True, stage=stage, offload_optimizer=offloads)
         parts = held(weights, other)
         kept, _ = reduced(weights, other)
         parts["gradients"] = kept if stage else weights.trained * weights.trained_size

@@ -10,7 +10,7 @@ from rlhf.errors import UserError
 from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
 from rlhf.options.ppo import PPOConfig
 from rlhf.plan.estimate import estimate, setup_of
-from rlhf.plan.ledger import Ledger, size_of
+from rlhf.plan.ledger import Ledger, Reduction, size_of
 from rlhf.plan.passes import (
     Rows,
     as_on,
@@ -99,6 +99,17 @@ def test_keys_and_values_are_two_for_each_layer_head_and_token():
     assert peak.total > cache
 
 
+def test_a_cpu_draws_from_a_few_blocks_of_the_vocabulary():
+    # 16 rows of 4,096 logits, 128 blocks of 32: the fullest moment has the logits over the
+    # temperature and their logarithms of probabilities in float32, and of each block the least
+    # noise and its place in 64 bits
+    shape = LlamaConfig(**SHAPE.to_dict() | {"vocab_size": 4096})
+    with FakeTensorMode(), as_on("cpu"):
+        model = to_fake(empty_model(shape, "float32", None))
+        _, peak = sampling_peak(model, slots=16, prompt=8, response=4, device="cpu")
+    assert peak.logits == pytest.approx(2 * 4 * 16 * 4096 + 2 * 8 * 16 * 128, rel=0.01)
+
+
 # kernels take some kilobytes of their own, which are little beside tensors of this size
 LARGER = SHAPE.to_dict() | {
     "hidden_size": 128, "intermediate_size": 512, "vocab_size": 2000, "head_dim": 32
@@ -128,7 +139,7 @@ def test_passes_on_fake_tensors_take_what_torch_allocates_for_real_ones():
     with FakeTensorMode(), as_on("cpu"):
         measuring = measuring_peak(to_fake(empty_model(shape, "float32", None)), rows, "policy")
         fake = learning(to_fake(empty_model(shape, "float32", None)))
-        both = learning_peak(fake, rows, ["policy"], repeated=False, handed_over=False)
+        both = learning_peak(fake, rows, ["policy"], Reduction(), repeated=False)
 
     real = AutoModelForCausalLM.from_config(shape).eval().requires_grad_(False)
     ledger = Ledger()

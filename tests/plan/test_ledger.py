@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rlhf.plan.ledger import Ledger, peak_of, size_of
+from rlhf.plan.ledger import Ledger, Reduction, peak_of, size_of
 from rlhf.plan.memory import (
     Peak,
     Setup,
@@ -47,7 +47,7 @@ def test_a_pass_keeps_what_its_backward_pass_reads():
 
         peak = peak_of(layer, passes)
         again = peak_of(layer, passes, repeated=True)
-        freed = peak_of(layer, passes, repeated=True, handed_over=True)
+        freed = peak_of(layer, passes, repeated=True, reduction=Reduction(0, 0))
     # forward: y and its square; backward: y, the square's gradient and what becomes y's
     assert peak.total >= 2 * 40 * FLOAT
     assert peak.gradients == 0
@@ -55,6 +55,38 @@ def test_a_pass_keeps_what_its_backward_pass_reads():
     assert again.total - peak.total == 15 * FLOAT
     assert again.gradients == 15 * FLOAT
     assert freed.total == peak.total
+
+
+def test_a_bucket_stands_from_the_gradient_of_a_pass_to_its_end():
+    # 8 rows of 3 numbers to 100 to 1, float32. The first gradient is that of the last layer's 100
+    # weights. The fullest moment behind it has those of the 8 x 100 between and of 3 x 100 weights
+    middle, first, last = 8 * 100 * FLOAT, 100 * 3 * FLOAT, 100 * FLOAT
+
+    def peak_with(reduction, *, repeated=False, forward_only=0):
+        with FakeTensorMode():
+            model = nn.Sequential(nn.Linear(3, 100, bias=False), nn.Linear(100, 1, bias=False))
+            x = torch.zeros(8, 3)
+
+            def passes(ledger):
+                torch.zeros(forward_only)
+                model(x).sum().backward()
+                ledger.end_pass(reduction)
+
+            return peak_of(model, passes, repeated=repeated, reduction=reduction)
+
+    zero2 = Reduction(bucket=5000, kept=700)
+    both = peak_with(zero2)
+    assert (both.bucket, both.gradients) == (5000, 700)
+    # and two sums
+    assert both.total == middle + first + 5700 + 2 * FLOAT
+    # a forward pass that is fuller than all of this finds no bucket, and what the first pass kept
+    fuller = {"forward_only": 10_000}
+    assert peak_with(zero2, **fuller).total == peak_with(Reduction(), **fuller).total
+    again = peak_with(zero2, repeated=True, **fuller)
+    assert (again.bucket, again.gradients) == (0, 700)
+    # ZeRO 1 holds gradients and bucket until the optimizer's step
+    again = peak_with(Reduction(5000), repeated=True, **fuller)
+    assert (again.bucket, again.gradients) == (5000, first + last)
 
 
 @pytest.mark.parametrize(
@@ -89,6 +121,10 @@ def test_what_each_stage_holds_between_passes():
         800 + 4000 + 3000 + 1000,
         200 + 1000 + 3000 + 1000,
     ]
+    # the optimizer's state, and the gradients that are kept, on the CPU: there is no such ZeRO 0
+    offloaded = Setup(4, "cpu", stage=2, offload_optimizer=True)
+    totals = [row["total"] for row in state_table(weights, offloaded)]
+    assert totals == [800 + 4000 + 8000 + 4000, 800 + 4000, 800 + 4000, 200 + 1000]
 
 
 def test_mixed_precision_has_sixteen_bytes_for_each_number_that_learns():
