@@ -5,7 +5,7 @@ Numbers only: `votes.py` makes pairs of the result, `agreement.py` a report on t
 """
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,7 @@ def dawid_skene(
     known: dict[Hashable, Hashable] | None = None,
     pseudo: np.ndarray | None = None,
     mirror: Sequence[int] | None = None,
+    weights: Mapping[Hashable, float] | None = None,
     rounds: int = 500,
     tolerance: float = 1e-6,
 ) -> Skills:
@@ -48,7 +49,9 @@ def dawid_skene(
     decide little; with it, EM starts from that common skill, and c is 1 for each class. Without it
     (maximum likelihood as in the paper) c is 0, and EM starts from the shares of the votes.
     mirror: a permutation of the classes that must change nothing ("a" and "b" are only names): the
-    counts of the M step are added to their image. Values of `ratings` that are not among `classes`
+    counts of the M step are added to their image. weights: what an item's log-likelihood counts, 1
+    where none is given, for items that are not independent: EM of sum_i w_i log L_i has w_i T_ik in
+    the place of T_ik in the M step, and the same E step. Values of `ratings` that are not among `classes`
     are ignored, and so are items that have no other value, unless known. Ends when no T changes by more
     than `tolerance`.
     """
@@ -59,6 +62,7 @@ def dawid_skene(
     fixed = np.array(
         [number[known[item]] if item in known else -1 for item in items], dtype=np.int64
     )
+    weight = np.array([(weights or {}).get(item, 1.0) for item in items])[:, None]
     # the prior of every annotator, as votes
     start = np.zeros((K, K)) if pseudo is None else np.asarray(pseudo, dtype=np.float64)
     class_pseudo = 0.0 if pseudo is None else 1.0
@@ -72,10 +76,10 @@ def dawid_skene(
 
     for _ in range(rounds):
         # M step
-        counts = _counts(votes, truth, len(annotators)) + start
+        counts = _counts(votes, weight * truth, len(annotators)) + start
         # a and b are names: what holds of one holds of the other
         confusion = _normalised(counts + counts[:, image][:, :, image])
-        shares = truth.sum(axis=0) + class_pseudo
+        shares = (weight * truth).sum(axis=0) + class_pseudo
         prior = _normalised(shares + shares[image])
         # E step
         before = truth

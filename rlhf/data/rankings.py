@@ -3,7 +3,7 @@
 An order of k answers says something of each of its k (k - 1) / 2 pairs, but these are not so many
 independent votes: k - 1 choices made it (the best of k, the best of the rest, ...: Plackett 1975,
 "The analysis of permutations"). So a ranking counts as one answer in counts, shares and intervals,
-and its pairs are trained on with the weight of k - 1. Bradley and Terry's model on all pairs of
+and its pairs are trained on, and tell annotators' skill, with the weight of k - 1. Bradley and Terry's model on all pairs of
 Plackett's is consistent with whatever weight (Azari Soufiani et al. 2013, "Generalized
 method-of-moments for rank aggregation": full breaking).
 """
@@ -85,6 +85,7 @@ def votes_of(ranked: Ranked, pairs: Iterable[tuple[int, int, int]]) -> list[Vote
     skipped.
     """
     choices = pair_choices(ranked.order)
+    answers = sum(map(len, ranked.order))
     votes = []
     for comparison, a, b in pairs:
         vote = Vote(
@@ -98,6 +99,8 @@ def votes_of(ranked: Ranked, pairs: Iterable[tuple[int, int, int]]) -> list[Vote
             created=ranked.created,
             source=ranked.source,
             ranking=ranked.ranking,
+            # a skip says nothing, whatever it counts
+            weight=pair_weight(answers) if answers else 1.0,
             spans=renamed(ranked.spans, {a: "a", b: "b"}),
         )
         votes.append(vote)

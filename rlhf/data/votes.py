@@ -50,6 +50,8 @@ class Vote:
     spans: list[dict[str, Any]] = field(default_factory=list)
     # the ranking whose order says it; all its votes have one event
     ranking: int | None = None
+    # of a ranking's votes, which are not independent: less than 1 (rankings.py, `pair_weight`)
+    weight: float = 1.0
 
 
 @dataclass
@@ -198,15 +200,17 @@ def skills(votes: list[Vote], controls: dict[int, str] | None = None) -> Skills:
     Which response is called a means nothing, so a and b are mirrored. Six earlier votes of an
     unknown annotator come before everybody's own: with one vote for each pair there is nothing to
     learn skill from, and label_prob stays at that annotator's. What an adjudicator has decided is
-    known, like a control pair. The pairs of a ranking are taken as independent votes, which
-    they are not: of few rankings the skills are surer than they should be.
+    known, like a control pair. Each pair of a ranking of k answers counts 2 / k in what is learnt of
+    annotators, since k - 1 choices made them all.
     """
     from rlhf.data.dawid_skene import dawid_skene
 
     ratings: dict = {}
+    weights: dict = {}
     for vote in votes:
         if not vote.is_final:
             ratings.setdefault(vote.comparison, {})[vote.annotator] = vote.choice
+            weights[vote.comparison] = min(vote.weight, weights.get(vote.comparison, 1.0))
     # a class that nobody uses would take probability from the others
     has_ties = any(vote.choice == "tie" for vote in votes)
     K = 3 if has_ties else 2
@@ -214,7 +218,8 @@ def skills(votes: list[Vote], controls: dict[int, str] | None = None) -> Skills:
     final = {id: vote.choice for id, vote in final_votes(votes).items() if vote.choice in classes}
     pseudo = [row[:K] for row in UNKNOWN_ANNOTATOR[:K]]
     known = final | (controls or {})
-    return dawid_skene(ratings, classes, known=known, pseudo=pseudo, mirror=(1, 0, 2)[:K])
+    mirror = (1, 0, 2)[:K]
+    return dawid_skene(ratings, classes, known=known, pseudo=pseudo, mirror=mirror, weights=weights)
 
 
 def verdicts(

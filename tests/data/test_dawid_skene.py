@@ -29,6 +29,21 @@ def test_pseudo_votes_by_hand():
     assert found.posterior[1].tolist() == pytest.approx([a / (a + b), b / (a + b)], abs=1e-12)
 
 
+def test_items_of_a_weight_by_hand():
+    # the same with a weight of 1/2. M: x on class a: (3 + 3/8, 1) of 4 3/8; on class b: says a
+    # 1 + 1/8, b 3, of 4 1/8.  p = (1 + 3/8, 1 + 1/8) / 2.5.  E: as of any item
+    found = dawid_skene({1: {"x": "a"}}, "ab", pseudo=[[3, 1], [1, 3]], weights={1: 0.5}, rounds=1)
+    a, b = 1.375 / 2.5 * 3.375 / 4.375, 1.125 / 2.5 * 1.125 / 4.125
+    assert found.posterior[1].tolist() == pytest.approx([a / (a + b), b / (a + b)], abs=1e-12)
+    assert found.prior.tolist() == pytest.approx([0.55, 0.45], abs=1e-12)
+    # twice the same item of weight 1/2 teaches what one item does
+    twice = {1: {"x": "a", "y": "b"}, 2: {"x": "a", "y": "b"}, 3: {"x": "b", "y": "b"}}
+    once = {1: twice[1], 3: twice[3]}
+    halves = dawid_skene(twice, "ab", pseudo=[[3, 1], [1, 3]], weights={1: 0.5, 2: 0.5})
+    whole = dawid_skene(once, "ab", pseudo=[[3, 1], [1, 3]])
+    np.testing.assert_allclose(halves.confusion["x"], whole.confusion["x"], atol=1e-6)
+
+
 def test_a_mirror_makes_the_names_of_the_classes_mean_nothing():
     rng = random.Random(0)
     ratings = {i: {n: rng.choice("ab") for n in "xyz"} for i in range(30)}

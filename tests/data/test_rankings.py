@@ -16,7 +16,7 @@ from rlhf.data.load import load
 from rlhf.data.rankings import kendall_tau, order_of_places, pair_weight, tau_summary
 from rlhf.data.records import Preference
 from rlhf.data.store import Store
-from rlhf.data.votes import Vote
+from rlhf.data.votes import Vote, by_skill, skills
 from rlhf.errors import UserError
 from rlhf.offline.pair_columns import add_columns
 from rlhf.voting.ballots import read_ballots
@@ -251,6 +251,24 @@ def test_pairs_of_a_ranking_have_the_weight_of_its_choices(store, tmp_path):
     assert sorted({record.weight for record in found}) == [0.5, 1.0]
     # one group, so that no pair of the ranking is held out where another is learnt
     assert len({record.group for record in found}) == 2
+
+
+def test_an_order_of_four_tells_skill_as_three_votes_do(store):
+    _, ranking = four(store)
+    ann, judge = store.add_annotator("ann"), store.add_annotator("judge", role="adjudicator")
+    store.rank(ranking, ann, [[1], [2], [3], [4]])
+    # the first of two is the better one each time
+    for comparison in store.at().pairs():
+        store.vote(comparison, judge, "a")
+    # six pairs of weight 1/2, all right, and six earlier votes of which five were: 8 of 9
+    confusion = skills(store.at().votes()).confusion["ann"]
+    assert confusion[0].tolist() == pytest.approx([8 / 9, 1 / 9], abs=1e-12)
+    # what one order says of a pair by itself is as likely as a vote on it, five in six
+    other, _ = four(store, "more", "rst")
+    bob = store.add_annotator("bob")
+    store.rank(2, bob, [[id] for id in other])
+    found = [v.label_prob for v in by_skill(store.at().votes()) if v.label_prob < 1]
+    assert found == pytest.approx([5 / 6] * 3, abs=1e-6)
 
 
 def test_weights_of_rankings_hold_beside_other_data(store, tmp_path):
