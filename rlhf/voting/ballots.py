@@ -1,6 +1,5 @@
 """Votes between policies: which votes of a preference store compare answers of two policies."""
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.data.store_queries import StoreView
-from rlhf.data.votes import Vote, by_comparison, final_votes
+from rlhf.data.votes import Vote, final_votes
 from rlhf.text import short_names
 
 # what a vote counts for the first of two; a skip says nothing
@@ -56,40 +55,39 @@ def read_ballots(view: StoreView) -> Ballots:
 
     Pairs of one policy's own answers, made to train on, and control pairs do not count.
     """
-    pairs = {}
+    pairs: dict[int, dict[str, Any]] = {}
+    models: dict[str, None] = {}
     for id, pair in view.pairs().items():
         if pair["kind"] == "normal" and _is_between_policies(pair):
             pairs[id] = pair
-    models = dict.fromkeys(
-        itertools.chain.from_iterable((pair["model_a"], pair["model_b"]) for pair in pairs.values())
-    )
+            models |= dict.fromkeys((pair["model_a"], pair["model_b"]))
     names = dict(zip(models, short_names(list(models)), strict=True))
-    # an adjudicator decides a pair and is no annotator whose taste is measured
-    votes = [vote for vote in view.votes() if vote.comparison in pairs]
-    others = [vote for vote in votes if not vote.is_final]
+    policies = list(names.values())
+
+    cast: dict[int, list[Vote]] = {}
+    annotators: dict[str, None] = {}
+    sources = {}
+    for vote in view.votes():
+        if vote.comparison not in pairs:
+            continue
+        cast.setdefault(vote.comparison, []).append(vote)
+        sources[vote.annotator] = vote.source
+        # an adjudicator decides a pair and is no annotator whose taste is measured
+        if not vote.is_final and vote.choice != "skip":
+            annotators[vote.annotator] = None
 
     items: dict[tuple[str, str], list[Item]] = {}
-    cast = by_comparison(votes)
-    order = {name: number for number, name in enumerate(names.values())}
     for id, pair in pairs.items():
         one, other = names[pair["model_a"]], names[pair["model_b"]]
-        swapped = order[one] > order[other]
+        swapped = policies.index(one) > policies.index(other)
         item = _item(pair["metadata"]["group"], cast.get(id, []), swapped=swapped)
         items.setdefault((other, one) if swapped else (one, other), []).append(item)
     # pairs that nobody is asked about, and everybody would call a tie
     for model_a, model_b, group in view.equal_answers():
         if model_a in names and model_b in names:
-            one, other = sorted((names[model_a], names[model_b]), key=order.__getitem__)
+            one, other = sorted((names[model_a], names[model_b]), key=policies.index)
             items.setdefault((one, other), []).append(Item(group, equal=True))
-
-    annotators = list(dict.fromkeys(vote.annotator for vote in others if vote.choice != "skip"))
-    return Ballots(
-        policies=list(names.values()),
-        annotators=annotators,
-        items=items,
-        sources={vote.annotator: vote.source for vote in votes},
-        event=view.event,
-    )
+    return Ballots(policies, list(annotators), items, sources, view.event)
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,21 @@ class Table:
 
 def known_groups(items: Sequence[Item]) -> set[str]:
     """Return the groups that have a vote, or in which all answers are equal."""
-    asked = {item.group for item in items if not item.equal}
-    voted = {item.group for item in items if item.shares}
-    return voted | ({item.group for item in items} - asked)
+    asked, voted = counted(items)
+    equal = {item.group for item in items if item.group not in asked}
+    return equal | voted.keys()
+
+
+def counted(items: Sequence[Item]) -> tuple[Counter[str], Counter[str]]:
+    """Return how many items of each group people are asked about, and how many have a vote."""
+    asked: Counter[str] = Counter()
+    voted: Counter[str] = Counter()
+    for item in items:
+        if not item.equal:
+            asked[item.group] += 1
+        if item.shares:
+            voted[item.group] += 1
+    return asked, voted
 
 
 def table_of(items: Sequence[Item], annotators: Sequence[str], groups: Sequence[str]) -> Table:
@@ -134,8 +144,7 @@ def table_of(items: Sequence[Item], annotators: Sequence[str], groups: Sequence[
     their group, and where it has none, groups by the groups that are voted on.
     """
     known = known_groups(items)
-    asked = Counter(item.group for item in items if not item.equal)
-    voted = Counter(item.group for item in items if item.shares)
+    asked, voted = counted(items)
     items = [item for item in items if item.group in known and (item.shares or item.equal)]
 
     row = {name: number for number, name in enumerate(annotators)}

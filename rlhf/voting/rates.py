@@ -15,7 +15,6 @@ however often and whenever it is read. This one is by betting (Waudby-Smith and 
 capital has grown 1/alpha times, which in fair bets has a chance of at most alpha (Ville 1939).
 """
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,15 @@ from rlhf.data.annotator_report import view_summary
 from rlhf.data.sources import split_event
 from rlhf.data.store import Store
 from rlhf.stats.crossed import MIN_SEEDS, Estimate, crossed_statistic, holm, share
-from rlhf.voting.ballots import Ballots, Item, Table, known_groups, read_ballots, table_of
+from rlhf.voting.ballots import (
+    Ballots,
+    Item,
+    Table,
+    counted,
+    known_groups,
+    read_ballots,
+    table_of,
+)
 
 # Half a tied vote for every two policies keeps the strengths finite where one of them wins all
 PRIOR_TIE = 0.5
@@ -79,7 +86,7 @@ def follow(
     other groups, and its ends are moved towards one half.
     """
     low, high = confidence_sequence(shares, alpha)
-    low, high = (0.5 + (1 - equal_share) * (end - 0.5) for end in (low, high))
+    low, high = 0.5 + (1 - equal_share) * (np.array((low, high)) - 0.5)
     state: State = "open"
     if low > 0.5:
         state = "one"
@@ -87,9 +94,9 @@ def follow(
         state = "other"
     elif 0.5 - margin <= low and high <= 0.5 + margin:
         state = "equal"
-    more = (
-        None if state != "open" or not shares else _groups_to_go(shares, equal_share, alpha, margin)
-    )
+    more = None
+    if state == "open" and shares:
+        more = _groups_to_go(shares, equal_share, alpha, margin)
     return Progress(state, float(low), float(high), len(shares), alpha, margin, more)
 
 
@@ -159,12 +166,15 @@ def summarise_votes(
     if not ballots.annotators:
         return None
     items = ballots.items
-    voted = [pair for pair in items if any(item.shares for item in items[pair])]
-    rates = {pair: pair_rate(items[pair], level) for pair in voted}
+    rates = {}
+    for pair, own in items.items():
+        # of what nobody has voted on, nothing is known
+        if any(item.shares for item in own):
+            rates[pair] = pair_rate(own, level)
     # several pairs of policies: one of them is beyond 1/2 by chance more often
-    adjusted = holm([rates[pair].p for pair in voted])
+    adjusted = holm([rate.p for rate in rates.values()])
     rows = []
-    for pair, p in zip(voted, adjusted, strict=True):
+    for (pair, rate), p in zip(rates.items(), adjusted, strict=True):
         # may be read after every vote, unlike the interval
         progress = follow(
             _complete(items[pair], overlap),
@@ -173,7 +183,7 @@ def summarise_votes(
             alpha=(1 - level) / len(items),
             margin=margin,
         )
-        rows.append(_pair_row(pair, items[pair], rates[pair], p, progress))
+        rows.append(_pair_row(pair, items[pair], rate, p, progress))
 
     return {
         "source": ballots.source,
@@ -208,9 +218,13 @@ def _policies(
         mirrored = replace(rate, estimate=1 - rate.estimate, low=1 - rate.high, high=1 - rate.low)
         rows = [(pair[0], rate), (pair[1], mirrored)]
     else:
-        items = {pair: ballots.items[pair] for pair in rates}
-        groups = sorted(set().union(*map(known_groups, items.values())))
-        tables = {pair: table_of(own, ballots.annotators, groups) for pair, own in items.items()}
+        known: set[str] = set()
+        for pair in rates:
+            known |= known_groups(ballots.items[pair])
+        groups = sorted(known)
+        tables = {}
+        for pair in rates:
+            tables[pair] = table_of(ballots.items[pair], ballots.annotators, groups)
         size = len(ballots.annotators), len(groups)
         for number, name in enumerate(names):
             rows.append((name, _estimate(_mean_chance(names, tables, number), *size, level)))
@@ -296,18 +310,24 @@ def _complete(items: Sequence[Item], overlap: int) -> list[float]:
     """
     complete = []
     for own in _by_group(items):
-        asked = [item for item in own if not item.equal]
-        if asked and all(len(item.shares) >= overlap for item in asked):
-            means = [sum(item.shares.values()) / len(item.shares) for item in asked]
-            means += [0.5] * (len(own) - len(asked))
-            complete.append((max(item.order for item in asked), sum(means) / len(means)))
+        means, order = [], -1
+        for item in own:
+            if item.equal:
+                means.append(0.5)
+            elif len(item.shares) >= overlap:
+                means.append(sum(item.shares.values()) / len(item.shares))
+                order = max(order, item.order)
+        # nobody was asked about equal answers
+        if order >= 0 and len(means) == len(own):
+            complete.append((order, sum(means) / len(means)))
     return [mean for _, mean in sorted(complete)]
 
 
 def _equal_share(items: Sequence[Item]) -> float:
     """Return the share of groups in which all answers are equal."""
-    groups = _by_group(items)
-    return sum(all(item.equal for item in own) for own in groups) / len(groups)
+    groups = {item.group for item in items}
+    asked, _ = counted(items)
+    return len(groups - asked.keys()) / len(groups)
 
 
 def _by_group(items: Sequence[Item]) -> list[list[Item]]:
@@ -320,15 +340,20 @@ def _by_group(items: Sequence[Item]) -> list[list[Item]]:
 def _pair_row(
     pair: tuple[str, str], items: Sequence[Item], rate: Estimate, p: float, progress: Progress
 ) -> dict[str, Any]:
-    shares = list(itertools.chain.from_iterable(item.shares.values() for item in items))
+    shares: list[float] = []
+    voted = equal = 0
+    for item in items:
+        shares += item.shares.values()
+        voted += bool(item.shares)
+        equal += item.equal
     return {
         "one": pair[0],
         "other": pair[1],
         "rate": rate.to_dict(),
         "p_adjusted": p if np.isfinite(p) else None,
         "votes": len(shares),
-        "prompts": sum(bool(item.shares) for item in items),
+        "prompts": voted,
         "ties": shares.count(0.5) / len(shares),
-        "equal": sum(item.equal for item in items),
+        "equal": equal,
         "stop": asdict(progress),
     }
