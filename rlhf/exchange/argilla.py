@@ -15,16 +15,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf.data.records import digest
-from rlhf.data.spans import LABELS, Span, checked
+from rlhf.data.spans import LABELS, Span
 from rlhf.data.votes import CHOICES
 from rlhf.errors import UserError
 from rlhf.exchange.pairs import (
+    SHOWN,
     Answer,
     CastVote,
     JudgedPair,
+    checked_at,
     choice_of,
     extras_of,
     read_fields,
+    shown_of,
+    tags_of,
+    take_shown,
     with_extras,
 )
 
@@ -44,15 +49,10 @@ QUESTIONS = {
     "reason": "reason",
     "corrected": "corrected",
 }
-SHOWN = ("group", "split", "voice")
 
 
-def to_records(pairs: Sequence[JudgedPair], users: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return one record for each pair; users: {name here: user_id there}, made up where missing."""
-    return [_record(pair, users) for pair in pairs]
-
-
-def _record(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
+def to_record(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
+    """Return the record of a pair; users: {name here: user_id there}, made up where missing."""
     given = []
     for vote in pair.votes:
         answered = {question: getattr(vote, name) for name, question in QUESTIONS.items()}
@@ -61,10 +61,10 @@ def _record(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
         given.append((vote, answered))
     answers = {"answer_a": pair.a, "answer_b": pair.b}
     identity = [pair.prompt, pair.a.text, pair.b.text, pair.expected]
-    return record(pair, extras_of(pair), answers, given, identity, users)
+    return record_of(pair, extras_of(pair), answers, given, identity, users)
 
 
-def record(
+def record_of(
     judged: Any,
     extras: dict[str, Any],
     answers: Mapping[str, Answer],
@@ -87,29 +87,31 @@ def record(
     suggestions: dict[str, dict[str, Any]] = {}
     extras["users"] = {}
     for cast, answered in given:
-        said = {question: value for question, value in answered.items() if value not in (None, [])}
-        if cast.kind != "person":
-            # Argilla shows one suggestion a question
-            for question, value in said.items():
-                shown = {"value": value, "score": None, "agent": cast.annotator}
-                suggestions.setdefault(question, shown)
-            continue
         user = users.get(cast.annotator) or str(uuid.uuid5(uuid.NAMESPACE_URL, cast.annotator))
-        extras["users"][user] = cast.annotator
-        for question, value in said.items():
-            responses.setdefault(question, []).append({"value": value, "user_id": user})
-    shown = {name: getattr(judged, name) for name in SHOWN}
+        if cast.kind == "person":
+            extras["users"][user] = cast.annotator
+        for question, value in answered.items():
+            # a question that was not answered
+            if value in (None, []):
+                continue
+            if cast.kind == "person":
+                responses.setdefault(question, []).append({"value": value, "user_id": user})
+            else:
+                # Argilla shows one suggestion a question
+                suggestion = {"value": value, "score": None, "agent": cast.annotator}
+                suggestions.setdefault(question, suggestion)
+
+    fields: dict[str, Any] = {"prompt": shown_prompt}
+    shown = shown_of(judged)
     for name, answer in answers.items():
-        shown[name.replace("answer", "model")] = answer.model
-    metadata = {name: value for name, value in shown.items() if value is not None}
-    # the same gets the same id, so that a second upload replaces it
-    content = json.dumps([*identity, metadata])
-    metadata["rlhf"] = json.dumps(extras, ensure_ascii=False, sort_keys=True)
-    texts = {name: answer.text for name, answer in answers.items()}
+        fields[name] = answer.text
+        if answer.model is not None:
+            shown[name.replace("answer", "model")] = answer.model
     return {
-        "id": digest(content),
-        "fields": {"prompt": shown_prompt} | texts,
-        "metadata": metadata,
+        # the same gets the same id, so that a second upload replaces it
+        "id": digest(json.dumps([*identity, shown])),
+        "fields": fields,
+        "metadata": shown | {"rlhf": json.dumps(extras, ensure_ascii=False, sort_keys=True)},
         "suggestions": suggestions,
         "responses": responses,
         "vectors": {},
@@ -118,15 +120,14 @@ def record(
 
 def settings(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     """Return the settings of a dataset for these records (`rg.Settings.from_json`)."""
-    tags = dict.fromkeys(tag for pair in pairs for vote in pair.votes for tag in vote.tags)
-    choices = [{"value": choice, "text": CHOICE_TEXTS[choice]} for choice in CHOICES]
+    choices = options(CHOICE_TEXTS)
     kind = {"type": "label_selection", "options": choices, "visible_options": len(choices)}
     strengths = {"type": "rating", "options": [{"value": value} for value in (1, 2, 3)]}
     questions = [
         question("preference", "Which answer is better?", kind, required=True),
         question("strength", "How much better? 1 slightly, 2 clearly, 3 by far", strengths),
         question("corrected", "A better answer", {"type": "text", "use_markdown": True}),
-        *common_questions(tags),
+        *common_questions(tags_of(pairs)),
         *mark_questions(FIELDS.values()),
     ]
     fields = [field("prompt", "Conversation", "chat")]
@@ -135,38 +136,43 @@ def settings(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     return dataset(fields, questions, (*SHOWN, "model_a", "model_b"))
 
 
-def common_questions(tags: Iterable[str]) -> list[dict[str, Any]]:
+def common_questions(tags: Sequence[str]) -> list[dict[str, Any]]:
     """Return the questions of pairs and rankings alike: why?"""
     questions = [question("reason", "Why?", {"type": "text", "use_markdown": False})]
-    tags = list(tags)
     if tags:
         # a choice of one label is refused
-        options = [{"value": tag, "text": tag} for tag in [*tags, "other"][: max(2, len(tags))]]
-        kind = {"type": "multi_label_selection", "options": options, "options_order": "natural"}
-        kind["visible_options"] = len(options)
+        labels = [*tags, "other"] if len(tags) == 1 else tags
+        offered = options(dict(zip(labels, labels, strict=True)))
+        kind = {"type": "multi_label_selection", "options": offered, "options_order": "natural"}
+        kind["visible_options"] = len(offered)
         questions.append(question("tags", "What decided it?", kind))
     return questions
 
 
 def mark_questions(fields: Iterable[str]) -> list[dict[str, Any]]:
     """Return a question for passages of each field with an answer: marks_a for answer_a."""
-    options = [{"value": label, "text": label} for label in LABELS]
+    labels = options(dict(zip(LABELS, LABELS, strict=True)))
     questions = []
     for name in fields:
-        kind = {"type": "span", "field": name, "options": options, "allow_overlapping": True}
+        kind = {"type": "span", "field": name, "options": labels, "allow_overlapping": True}
         end = name.removeprefix("answer_")
         questions.append(question(f"marks_{end}", f"Passages of answer {end.upper()}", kind))
     return questions
+
+
+def options(texts: Mapping[str, str]) -> list[dict[str, str]]:
+    """Return what a question offers; texts: of each value."""
+    return [{"value": value, "text": text} for value, text in texts.items()]
 
 
 def dataset(
     fields: list[dict[str, Any]], questions: list[dict[str, Any]], metadata: Iterable[str]
 ) -> dict[str, Any]:
     """Return the settings of a dataset; metadata: names of terms."""
-    terms = [
-        {"name": n, "title": n, "settings": {"type": "terms"}, "visible_for_annotators": False}
-        for n in metadata
-    ]
+    terms = []
+    for name in metadata:
+        term = {"name": name, "title": name, "settings": {"type": "terms"}}
+        terms.append(term | {"visible_for_annotators": False})
     return {
         "guidelines": None,
         "fields": fields,
@@ -191,31 +197,29 @@ def field(name: str, title: str, kind: str) -> dict[str, Any]:
     return {"name": name, "title": title, "required": True, "settings": settings}
 
 
-def from_records(
-    rows: Sequence[Any],
-    source: str,
-    users: Mapping[str, str],
+def from_record(
+    row: Mapping[str, Any],
+    place: str,
+    names: Mapping[str, str],
     answers: tuple[str, ...] | None = None,
 ) -> list[JudgedPair]:
-    """Return the pairs of records; also of datasets that were set up in Argilla.
+    """Return the pair of a record; also of a dataset that was set up in Argilla.
 
-    users: {name here: user_id there}; unknown ids become names. answers: names of the fields with
-    the answers; of more than two, every two become a pair, with what rankings say of them. A row that is None
-    was read otherwise. Raises UserError, with the place.
+    names: {user_id there: name here}; other ids become names. answers: names of the fields with the
+    answers; of more than two, every two become a pair, with what rankings say of them. Raises
+    UserError, with the place.
     """
-    names = {id: name for name, id in users.items()}
-    every_two = [None] if answers is None else list(itertools.combinations(answers, 2))
-    pairs = []
-    for number, row in enumerate(rows, 1):
-        for two in every_two if row is not None else ():
-            pairs.append(_pair(row, f"{source} row {number}", names, two))
-    return pairs
+    every_two = [None] if answers is None else itertools.combinations(answers, 2)
+    return [_pair(row, place, names, two) for two in every_two]
 
 
 def _pair(
-    row: Any, place: str, names: Mapping[str, str], answers: tuple[str, str] | None
+    row: Mapping[str, Any],
+    place: str,
+    names: Mapping[str, str],
+    answers: tuple[str, str] | None,
 ) -> JudgedPair:
-    if not isinstance(row, dict) or not isinstance(row.get("fields"), dict):
+    if not isinstance(row.get("fields"), dict):
         raise UserError(f"{place}: is no record of Argilla, which has fields and responses")
     fields, metadata = row["fields"], dict(row.get("metadata") or {})
     prompt, _, sides = read_fields(fields, place, answers)
@@ -226,25 +230,30 @@ def _pair(
     names = extras.get("users", {}) | dict(names)
     votes = []
     for user, answered in by_user(row.get("responses") or {}).items():
-        # the name of a third answer says nothing about these two
-        given = {q: v for q, v in answered.items() if v in sides or not _is_field(v, fields)}
+        given = {}
+        for question, value in answered.items():
+            # the name of a third answer says nothing about these two
+            if value in sides or not _is_field(value, fields):
+                given[question] = value
         vote = _vote(given, names.get(user, user), "person", sides, place)
         if vote is not None:
             vote.spans = marks_in(given, {"a": a.text, "b": b.text}, place)
             votes.append(vote)
     pair = JudgedPair(prompt, a, b, votes)
-    # models' votes went as suggestions, of which Argilla keeps one a question
-    judges = [vote for vote in extras.get("votes", ()) if vote["kind"] != "person"]
     if extras:
         pair = with_extras(pair, extras, tuple(QUESTIONS))
-        pair.votes += [CastVote(**vote) for vote in judges]
-    else:
-        for name in SHOWN:
-            if isinstance(metadata.get(name), str):
-                setattr(pair, name, metadata.pop(name))
-        pair.a.model, pair.b.model = metadata.pop("model_a", None), metadata.pop("model_b", None)
-        pair.metadata = metadata
-        pair.votes += _suggested(row.get("suggestions") or {}, sides, place)
+        # models' votes went as suggestions, of which Argilla keeps one a question
+        for cast in extras.get("votes", ()):
+            if cast["kind"] != "person":
+                pair.votes.append(CastVote(**cast))
+        return pair
+    take_shown(pair, metadata)
+    a.model, b.model = metadata.pop("model_a", None), metadata.pop("model_b", None)
+    pair.metadata = metadata
+    for agent, given in by_agent(row.get("suggestions") or {}).items():
+        vote = _vote(given, agent, "model", sides, place)
+        if vote is not None:
+            pair.votes.append(vote)
     return pair
 
 
@@ -286,14 +295,6 @@ def by_agent(suggestions: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _suggested(
-    suggestions: Mapping[str, Any], sides: tuple[str, str], place: str
-) -> list[CastVote]:
-    given = by_agent(suggestions)
-    votes = [_vote(values, agent, "model", sides, place) for agent, values in given.items()]
-    return [vote for vote in votes if vote is not None]
-
-
 def _vote(
     given: Mapping[str, Any], annotator: str, kind: Any, sides: tuple[str, str], place: str
 ) -> CastVote | None:
@@ -302,11 +303,9 @@ def _vote(
     choice = None
     for question, value in given.items():
         is_choice = question not in ("reason", "tags", "strength", "corrected")
-        if not is_choice or question.startswith("marks_"):
+        if choice is not None or not is_choice or question.startswith("marks_"):
             continue
-        choice = choice or (
-            _ranked(value, sides) if isinstance(value, list) else choice_of(value, sides)
-        )
+        choice = _ranked(value, sides) if isinstance(value, list) else choice_of(value, sides)
         if choice is None and question == "preference":
             raise UserError(
                 f"{place}: 'preference' is {value!r}, expected one of {', '.join(CHOICES)} or the name of a field"
@@ -317,7 +316,7 @@ def _vote(
     return CastVote(
         annotator,
         choice,
-        kind,
+        kind=kind,
         strength=strength if strength in (1, 2, 3) else None,
         reason=given.get("reason"),
         tags=list(given.get("tags") or []),
@@ -326,21 +325,28 @@ def _vote(
 
 
 def _ranked(value: list[Any], sides: tuple[str, str]) -> str | None:
-    """Return the choice of a ranking of both answers: names, the best first, or {value, rank}."""
+    """Return the choice of a ranking of both answers; one that leaves one of them out says nothing."""
     ranks: dict[str, int] = {}
-    for place, item in enumerate(value):
-        name, rank = item, place
-        if isinstance(item, dict):
-            name, rank = item.get("value"), item.get("rank", place)
+    for name, rank in ranks_in(value):
         side = choice_of(name, sides)
         if side in ("a", "b"):
             ranks[side] = rank
-    # a ranking that leaves one of the two out says nothing
     if len(ranks) != 2:
         return None
     if ranks["a"] == ranks["b"]:
         return "tie"
     return "a" if ranks["a"] < ranks["b"] else "b"
+
+
+def ranks_in(value: list[Any]) -> list[tuple[Any, int]]:
+    """Return (name, rank) of each item of a ranking: names, the best first, or {value, rank}."""
+    found = []
+    for place, item in enumerate(value):
+        name, rank = item, place
+        if isinstance(item, dict):
+            name, rank = item.get("value"), item.get("rank", place)
+        found.append((name, rank))
+    return found
 
 
 def mark(span: Span) -> dict[str, Any]:
@@ -358,10 +364,7 @@ def marks_in(given: Mapping[str, Any], texts: Mapping[Any, str], place: str) -> 
         for found in given.get(f"marks_{name}") or ():
             if found.get("label") in LABELS:
                 spans.append(mark(found) | {"answer": answer})
-    try:
-        return checked(spans, texts)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+    return checked_at(spans, texts, place)
 
 
 def chat(messages: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -14,21 +14,17 @@ from typing import Any
 from rlhf.data.rankings import Order
 from rlhf.errors import UserError
 from rlhf.exchange import argilla
-from rlhf.exchange.pairs import Answer, read_fields
-from rlhf.exchange.rankings import CastOrder, JudgedRanking, extras_of, with_extras
+from rlhf.exchange.pairs import SHOWN, Answer, read_fields, tags_of, take_shown
+from rlhf.exchange.rankings import CastOrder, JudgedRanking, extras_of, places_all, with_extras
 
 
-def to_records(rankings: Sequence[JudgedRanking], users: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return one record for each ranking; users: {name here: user_id there}, made up where missing."""
-    return [_record(ranking, users) for ranking in rankings]
-
-
-def _record(ranking: JudgedRanking, users: Mapping[str, str]) -> dict[str, Any]:
+def to_record(ranking: JudgedRanking, users: Mapping[str, str]) -> dict[str, Any]:
+    """Return the record of a ranking; users: {name here: user_id there}, made up where missing."""
     answers = {f"answer_{i}": answer for i, answer in enumerate(ranking.answers, 1)}
     texts = {name: answer.text for name, answer in answers.items()}
     given = [(cast, _given(cast)) for cast in ranking.orders]
     identity = [ranking.prompt, texts]
-    return argilla.record(ranking, extras_of(ranking), answers, given, identity, users)
+    return argilla.record_of(ranking, extras_of(ranking), answers, given, identity, users)
 
 
 def _given(cast: CastOrder) -> dict[str, Any]:
@@ -43,44 +39,40 @@ def _given(cast: CastOrder) -> dict[str, Any]:
 
 def settings(rankings: Sequence[JudgedRanking]) -> dict[str, Any]:
     """Return the settings of a dataset for these records (`rg.Settings.from_json`)."""
-    most = max(len(ranking.answers) for ranking in rankings)
-    fewest = min(len(ranking.answers) for ranking in rankings)
-    names = {f"answer_{i}": f"Answer {i}" for i in range(1, most + 1)}
-    options = [{"value": name, "text": text} for name, text in names.items()]
-    kind = {"type": "ranking", "options": options}
-    first = argilla.question("ranking", "Which order, the best first?", kind, required=True)
-    tags = dict.fromkeys(tag for one in rankings for cast in one.orders for tag in cast.tags)
+    sizes = [len(ranking.answers) for ranking in rankings]
     fields = [argilla.field("prompt", "Conversation", "chat")]
-    for number, (name, text) in enumerate(names.items(), 1):
-        fields.append(argilla.field(name, text, "text") | {"required": number <= fewest})
-    questions = [first, *argilla.common_questions(tags), *argilla.mark_questions(names)]
-    shown = (*argilla.SHOWN, *(f"model_{i}" for i in range(1, most + 1)))
-    return argilla.dataset(fields, questions, shown)
+    names, shown = {}, list(SHOWN)
+    for number in range(1, max(sizes) + 1):
+        name, text = f"answer_{number}", f"Answer {number}"
+        # a record of fewer answers lacks the last ones
+        is_always_there = number <= min(sizes)
+        fields.append(argilla.field(name, text, "text") | {"required": is_always_there})
+        names[name] = text
+        shown.append(f"model_{number}")
+    kind = {"type": "ranking", "options": argilla.options(names)}
+    first = argilla.question("ranking", "Which order, the best first?", kind, required=True)
+    common = argilla.common_questions(tags_of(rankings))
+    return argilla.dataset(fields, [first, *common, *argilla.mark_questions(names)], shown)
 
 
-def from_records(
-    rows: Sequence[Any],
-    source: str,
-    users: Mapping[str, str],
+def from_record(
+    row: Mapping[str, Any],
+    place: str,
+    names: Mapping[str, str],
     answers: tuple[str, ...] | None = None,
-) -> tuple[list[JudgedRanking], list[Any]]:
-    """Return the rankings of records, and the rows with what is left to be read as pairs, None where
-    nothing is.
+) -> tuple[JudgedRanking | None, Mapping[str, Any] | None]:
+    """Return the ranking of a record, None where it is none, and what is left to be read as pairs,
+    None where nothing is.
 
-    users: {name here: user_id there}. answers: names of more than two fields; without, only records
-    that were exported here are rankings. Raises UserError, with the place.
+    names: {user_id there: name here}. answers: names of more than two fields; without, only a record
+    that was exported here is a ranking. Raises UserError, with the place.
     """
-    names = {id: name for name, id in users.items()}
-    rankings, rest = [], []
-    for number, row in enumerate(rows, 1):
-        is_record = isinstance(row, dict) and isinstance(row.get("fields"), dict)
-        found = _from_record(row, f"{source} row {number}", names, answers) if is_record else None
-        left = row
-        if found is not None:
-            rankings.append(found)
-            left = _without_orders(row, answers) if answers else None
-        rest.append(left)
-    return rankings, rest
+    found = None
+    if isinstance(row.get("fields"), dict):
+        found = _ranking(row, place, names, answers)
+    if found is None:
+        return None, row
+    return found, _without_orders(row, answers) if answers else None
 
 
 def _without_orders(row: dict[str, Any], answers: Sequence[str]) -> dict[str, Any] | None:
@@ -95,23 +87,23 @@ def _without_orders(row: dict[str, Any], answers: Sequence[str]) -> dict[str, An
     left = {}
     for question, responses in row["responses"].items():
         left[question] = [one for one in responses if str(one["user_id"]) not in ordered]
+    # what models suggest was read with the ranking
     return {**row, "responses": left, "suggestions": {}}
 
 
-def _from_record(
-    row: Any, place: str, users: Mapping[str, str], answers: tuple[str, ...] | None = None
+def _ranking(
+    row: Mapping[str, Any], place: str, names: Mapping[str, str], answers: tuple[str, ...] | None
 ) -> JudgedRanking | None:
     """Return the ranking of a record, with the orders that place every answer; None where it has
     none and was not exported here.
-
-    users: {id there: name here}. answers: names of the fields with the answers; by default those of
-    a record that was exported here. Raises UserError, with the place.
     """
     metadata = dict(row.get("metadata") or {})
     extras = argilla.extras_in(metadata, place)
     fields = row["fields"]
+    # one that was exported here tells its answers by their names
     if "orders" in extras:
         answers = tuple(name for name in fields if name.startswith("answer_"))
+    # of two answers an order is a choice
     elif answers is None or len(answers) < 3:
         return None
     if not all(isinstance(fields.get(name), str) for name in answers):
@@ -119,18 +111,20 @@ def _from_record(
     prompt = read_fields(fields, place, answers[:2])[0]
     prompt = argilla.whole_prompt(prompt, extras)
     texts = [fields[name] for name in answers]
-    names = extras.get("users", {}) | dict(users)
+    names = extras.get("users", {}) | dict(names)
     orders = []
     for user, given in argilla.by_user(row.get("responses") or {}).items():
         orders += _orders(given, names.get(user, user), "person", answers, texts, place)
+    # what models said stands there too, with what Argilla cannot hold
     if extras:
         return with_extras(prompt, texts, orders, extras, keeps_marks=True)
     for agent, given in argilla.by_agent(row.get("suggestions") or {}).items():
         orders += _orders(given, agent, "model", answers, texts, place)
     if not orders:
         return None
-    about = {name: metadata.pop(name, None) for name in argilla.SHOWN}
-    return JudgedRanking(prompt, list(map(Answer, texts)), orders, metadata=metadata, **about)
+    ranking = JudgedRanking(prompt, list(map(Answer, texts)), orders, metadata=metadata)
+    take_shown(ranking, metadata)
+    return ranking
 
 
 def _orders(
@@ -145,7 +139,7 @@ def _orders(
     for value in given.values():
         order = order_in(value, answers)
         if order is not None:
-            cast = CastOrder(annotator, order, kind, reason=given.get("reason"))
+            cast = CastOrder(annotator, order, kind=kind, reason=given.get("reason"))
             cast.tags = list(given.get("tags") or [])
             cast.spans = argilla.marks_in(given, dict(enumerate(texts)), place)
             return [cast]
@@ -159,13 +153,8 @@ def order_in(value: Any, answers: Sequence[str]) -> Order | None:
     if not isinstance(value, list):
         return None
     groups: dict[Any, list[int]] = {}
-    for number, item in enumerate(value):
-        name, rank = item, number
-        if isinstance(item, dict):
-            name, rank = item.get("value"), item.get("rank", number)
+    for name, rank in argilla.ranks_in(value):
         if name in answers:
             groups.setdefault(rank, []).append(answers.index(name))
-    placed = sorted(itertools.chain.from_iterable(groups.values()))
-    if placed != list(range(len(answers))):
-        return None
-    return [sorted(groups[rank]) for rank in sorted(groups)]
+    order = [sorted(groups[rank]) for rank in sorted(groups)]
+    return order if places_all(order, answers) else None

@@ -1,6 +1,5 @@
 """`rlhf collect import` and `rlhf data export --form argilla | label_studio`."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,23 +21,23 @@ from rlhf.exchange.pairs import (
     read_users,
 )
 from rlhf.exchange.rankings import JudgedRanking, add_rankings, rankings_of_view
-from rlhf.exchange.rankings import fault_of as fault_of_ranking
 from rlhf.files import dumps
 
-# readers of pairs and of rankings
+# of one row: the reader of a ranking, and that of what is left, as pairs
 READERS = {
-    "argilla": (argilla.from_records, argilla_rankings.from_records),
-    "label_studio": (label_studio.from_tasks, label_studio_rankings.from_tasks),
+    "argilla": (argilla_rankings.from_record, argilla.from_record),
+    "label_studio": (label_studio_rankings.from_task, label_studio.from_task),
 }
-# writers of the same: rows, and what sets up a project that can show them, with its file's ending
+# writers of pairs and of rankings: of one, and of what sets up a project that can show them, with
+# its file's ending
 WRITERS = {
     "argilla": (
-        (argilla.to_records, argilla.settings, ".settings.json"),
-        (argilla_rankings.to_records, argilla_rankings.settings, ".settings.json"),
+        (argilla.to_record, argilla.settings, ".settings.json"),
+        (argilla_rankings.to_record, argilla_rankings.settings, ".settings.json"),
     ),
     "label_studio": (
-        (label_studio.to_tasks, label_studio.labelling, ".xml"),
-        (label_studio_rankings.to_tasks, label_studio_rankings.labelling, ".xml"),
+        (label_studio.to_task, label_studio.labelling, ".xml"),
+        (label_studio_rankings.to_task, label_studio_rankings.labelling, ".xml"),
     ),
 }
 
@@ -86,8 +85,8 @@ def import_votes(config: ImportConfig) -> None:
     """Add what the source holds to the store, all of it or nothing, and print how much it was."""
     # before the store is opened: a source that cannot be read leaves it as it is
     pairs, rankings = _read(config)
-    pairs = _comparable(pairs, config.on_error, "pair", fault_of)
-    rankings = _comparable(rankings, config.on_error, "ranking", fault_of_ranking)
+    pairs = _comparable(pairs, config.on_error, "pair")
+    rankings = _comparable(rankings, config.on_error, "ranking")
     with Store.open(config.store, create=True) as store, store.transaction():
         added = Added()
         # first, since they make the pairs that somebody may have voted on by itself
@@ -118,24 +117,23 @@ def export(config: ExportConfig) -> None:
     users = read_users(config.users)
     pair_writer, ranking_writer = WRITERS[config.form]
     if pairs or not rankings:
-        votes = sum(len(pair.votes) for pair in pairs)
-        _write(path, pair_writer, pairs, users, f"{len(pairs)} pairs with {votes} votes")
+        _write(path, pair_writer, pairs, users, "pairs with {} votes")
     if rankings:
-        orders = sum(len(ranking.orders) for ranking in rankings)
         beside = path.with_suffix(".rankings.json")
-        what = f"{len(rankings)} rankings with {orders} orders"
-        _write(beside, ranking_writer, rankings, users, what)
+        _write(beside, ranking_writer, rankings, users, "rankings with {} orders")
 
 
 def _write(
     path: Path, writer: tuple[Any, Any, str], judged: list[Any], users: dict[str, str], what: str
 ) -> None:
-    to_rows, settings_of, suffix = writer
+    to_row, settings_of, suffix = writer
     settings = settings_of(judged)
-    write_text(path, dumps(to_rows(judged, users), indent=1) + "\n")
+    rows = [to_row(one, users) for one in judged]
+    write_text(path, dumps(rows, indent=1) + "\n")
     beside = path.with_suffix(suffix)
     write_text(beside, settings if isinstance(settings, str) else dumps(settings, indent=1) + "\n")
-    print(f"{path}: {what}; {beside}: the settings")
+    casts = sum(len(one.casts) for one in judged)
+    print(f"{path}: {len(judged)} {what.format(casts)}; {beside}: the settings")
 
 
 def _read(config: ImportConfig) -> tuple[list[JudgedPair], list[JudgedRanking]]:
@@ -144,26 +142,44 @@ def _read(config: ImportConfig) -> tuple[list[JudgedPair], list[JudgedRanking]]:
         form = _form_of(config.source)
     if form == "pairs":
         return _judged(config.source, config.on_error, config.annotator, config.kind)
-    rows = []
+    # who the other program's ids are here
+    names = {id: name for name, id in read_users(config.users).items()}
+    answers = tuple(config.answers) or None
+    pairs, rankings = [], []
     for place, row, problem in sources.rows(config.source):
         if problem is not None:
             raise UserError(f"{place}: {problem}")
-        rows.append(row)
-    about = (config.source, read_users(config.users), tuple(config.answers) or None)
-    read_pairs, read_rankings = READERS[form]
-    rankings, rest = read_rankings(rows, *about)
-    return read_pairs(rest, *about), rankings
+        # anybody may have written the file
+        try:
+            _read_row(form, row, (place, names, answers), pairs, rankings)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{place}: is not as {form} writes it ({type(error).__name__}: {error})"
+            ) from None
+    return pairs, rankings
 
 
-def _comparable(
-    judged: list[Any],
-    on_error: Literal["stop", "skip"],
-    what: str,
-    fault_of: Callable[[Any], str | None],
-) -> list[Any]:
+def _read_row(
+    form: str,
+    row: Any,
+    about: tuple[Any, ...],
+    pairs: list[JudgedPair],
+    rankings: list[JudgedRanking],
+) -> None:
+    """Add what a row holds to the pairs and rankings."""
+    read_ranking, read_pairs = READERS[form]
+    ranking, left = read_ranking(row, *about)
+    if ranking is not None:
+        rankings.append(ranking)
+    # no ranking, or one of which some have placed a part
+    if left is not None:
+        pairs += read_pairs(left, *about)
+
+
+def _comparable(judged: list[Any], on_error: Literal["stop", "skip"], what: str) -> list[Any]:
     kept = []
     for number, one in enumerate(judged, 1):
-        fault = fault_of(one)
+        fault = fault_of(one.answers)
         if fault is None:
             kept.append(one)
         elif on_error == "stop":

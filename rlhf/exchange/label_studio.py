@@ -13,16 +13,20 @@ from typing import Any
 from xml.sax.saxutils import quoteattr
 
 from rlhf.data.records import digest
-from rlhf.data.spans import LABELS, Span, checked
+from rlhf.data.spans import LABELS, Span
 from rlhf.errors import UserError
 from rlhf.exchange.pairs import (
     CHANGEABLE,
     Answer,
     CastVote,
     JudgedPair,
+    checked_at,
     choice_of,
     extras_of,
     read_fields,
+    shown_of,
+    tags_of,
+    take_shown,
     with_extras,
 )
 
@@ -30,23 +34,19 @@ CONVERSATION = '  <Paragraphs name="prompt" value="$prompt" layout="dialogue" na
 MARKS = {"marks1": "a", "marks2": "b"}
 REMARKS = ("remark1", "remark2")
 SELECTED = {"a": "left", "b": "right"}
-# data of a task that is shown beside the answers, and not part of the prompt's metadata
-SHOWN = ("group", "split", "voice")
 
 
-def to_tasks(pairs: Sequence[JudgedPair], users: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return one task for each pair; users: {name here: e-mail address there}, the name if missing."""
-    return [_task(pair, users) for pair in pairs]
-
-
-def _task(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
+def to_task(pair: JudgedPair, users: Mapping[str, str]) -> dict[str, Any]:
+    """Return the task of a pair; users: {name here: e-mail address there}, the name if missing."""
     data = {"answer1": pair.a.text, "answer2": pair.b.text}
-    data |= {"model1": pair.a.model, "model2": pair.b.model}
+    for number, answer in enumerate(pair.answers, 1):
+        if answer.model is not None:
+            data[f"model{number}"] = answer.model
     given = [(vote, _result(vote), vote.choice == "skip") for vote in pair.votes]
-    return task(pair, extras_of(pair), data, given, users)
+    return task_of(pair, extras_of(pair), data, given, users)
 
 
-def task(
+def task_of(
     judged: Any,
     extras: dict[str, Any],
     data: dict[str, Any],
@@ -61,6 +61,7 @@ def task(
     extras["users"] = {}
     annotations, predictions = [], []
     for cast, result, is_skip in given:
+        # of programs it takes predictions, which have no time and cannot be cancelled
         if cast.kind != "person":
             predictions.append({"model_version": cast.annotator, "result": result})
             continue
@@ -68,10 +69,8 @@ def task(
         user = users.get(cast.annotator, cast.annotator)
         extras["users"][user] = cast.annotator
         annotations.append(_annotation(cast, user, result, is_skip=is_skip))
-    shown = data | {name: getattr(judged, name) for name in SHOWN}
-    known = {name: value for name, value in shown.items() if value is not None}
     return {
-        "data": {"prompt": judged.prompt} | known | {"rlhf": extras},
+        "data": {"prompt": judged.prompt} | data | shown_of(judged) | {"rlhf": extras},
         "annotations": annotations,
         "predictions": predictions,
     }
@@ -99,7 +98,7 @@ def _marked(vote: CastVote) -> list[dict[str, Any]]:
     result = []
     for span in vote.spans:
         number = "ab".index(span["answer"]) + 1
-        place = {name: span[name] for name in ("start", "end")}
+        place = {"start": span["start"], "end": span["end"]}
         labels = place | {"text": span["text"], "labels": [span["label"]]}
         found = [(f"marks{number}", f"answer{number}", "labels", labels)]
         if "remark" in span:
@@ -114,6 +113,7 @@ def regions(annotator: str, found: Sequence[tuple[str, str, str, Any]]) -> list[
     """Return the result of an annotation; found: (from_name, to_name, type, value)."""
     result = []
     for name, to_name, kind, value in found:
+        # the same again is the same region
         id = digest(f"{annotator} {name} {value}")[:10]
         region = {"id": id, "from_name": name, "to_name": to_name, "type": kind, "value": value}
         result.append(region)
@@ -140,7 +140,6 @@ def _annotation(
 
 def labelling(pairs: Sequence[JudgedPair]) -> str:
     """Return the labelling configuration (XML) of a project for these tasks."""
-    tags = dict.fromkeys(tag for pair in pairs for vote in pair.votes for tag in vote.tags)
     lines = [
         "<View>",
         CONVERSATION,
@@ -158,7 +157,7 @@ def labelling(pairs: Sequence[JudgedPair]) -> str:
         '  <Header value="How much better? 1 slightly, 2 clearly, 3 by far"/>',
         '  <Rating name="strength" toName="answer1" maxRating="3"/>',
     ]
-    lines += tag_choices(tags, "answer1")
+    lines += tag_choices(tags_of(pairs), "answer1")
     for name, asked in (("reason", "Why?"), ("corrected", "A better answer")):
         lines.append(text_area(name, asked, "answer1"))
     return "\n".join([*lines, "</View>", ""])
@@ -193,97 +192,94 @@ def text_area(name: str, asked: str, to_name: str) -> str:
     )
 
 
-def from_tasks(
-    rows: Sequence[Any],
-    source: str,
-    users: Mapping[str, str],
-    answers: tuple[str, str] | None = None,
+def from_task(
+    row: Mapping[str, Any],
+    place: str,
+    names: Mapping[str, str],
+    answers: tuple[str, ...] | None = None,
 ) -> list[JudgedPair]:
-    """Return the pairs of tasks; also of projects that were set up in Label Studio.
+    """Return the pair of a task; also of a project that was set up in Label Studio.
 
-    users: {name here: e-mail address or id there}. Drafts are not read, nor is a row that is None.
-    Raises UserError, with the place.
+    names: {e-mail address or id there: name here}. answers: names of the two fields with the
+    answers. Drafts are not read. Raises UserError, with the place.
     """
     if answers is not None and len(answers) != 2:
         raise UserError(
-            f"{source}: a task of Label Studio has two answers, {len(answers)} are named"
+            f"{place}: a task of Label Studio has two answers, {len(answers)} are named"
         )
-    names = {id: name for name, id in users.items()}
-    pairs = []
-    for number, row in enumerate(rows, 1):
-        if row is not None:
-            pairs.append(_pair(row, f"{source} row {number}", names, answers))
-    return pairs
-
-
-def _pair(
-    row: Any, place: str, names: Mapping[str, str], answers: tuple[str, str] | None
-) -> JudgedPair:
-    if not isinstance(row, dict) or not isinstance(row.get("data"), dict):
+    if not isinstance(row.get("data"), dict):
         raise UserError(f"{place}: is no task of Label Studio, which has data and annotations")
     data = dict(row["data"])
     extras = data.pop("rlhf", None) or {}
     prompt, prompt_name, sides = read_fields(data, place, answers)
     names = extras.get("users", {}) | dict(names)
-    texts, votes = {"a": data[sides[0]], "b": data[sides[1]]}, []
-    for given in row.get("annotations") or ():
-        vote = _vote(given, who(given.get("completed_by"), names), sides, place)
-        vote.spans = _spans(given, texts, place)
-        votes.append(vote)
-    for prediction in row.get("predictions") or ():
-        name = prediction.get("model_version") or "predictions"
-        vote = _vote(prediction, name, sides, place)
-        vote.kind = "model"
-        vote.spans = _spans(prediction, texts, place)
-        votes.append(vote)
     a, b = (Answer(data[name]) for name in sides)
+    votes = []
+    for kind, found in (("person", row.get("annotations")), ("model", row.get("predictions"))):
+        for given in found or ():
+            name = given.get("model_version") or "predictions"
+            if kind == "person":
+                name = who(given.get("completed_by"), names)
+            vote = _vote(given, name, sides, place)
+            vote.kind = kind
+            vote.spans = _spans(given, {"a": a.text, "b": b.text}, place)
+            votes.append(vote)
+    pair = JudgedPair(prompt, a, b, votes)
     if extras:
         # times it measures itself; sides it knows nothing of
         kept = (*CHANGEABLE, "duration_ms", "created")
-        return with_extras(JudgedPair(prompt, a, b, votes), extras, kept)
+        return [with_extras(pair, extras, kept)]
     # it shows answer1 on the left to everybody
     for vote in votes:
         if vote.kind == "person" and vote.choice != "skip":
             vote.left = "a"
-    about = {name: data.pop(name, None) for name in SHOWN}
-    read = (prompt_name, *sides)
-    rest = {name: value for name, value in data.items() if name not in read}
-    a.model, b.model = rest.pop("model1", None), rest.pop("model2", None)
-    return JudgedPair(prompt, a, b, votes, metadata=rest, **about)
+    take_shown(pair, data)
+    a.model, b.model = data.pop("model1", None), data.pop("model2", None)
+    for name in (prompt_name, *sides):
+        del data[name]
+    pair.metadata = data
+    return [pair]
 
 
 def _spans(annotation: Mapping[str, Any], texts: Mapping[str, str], place: str) -> list[Span]:
     """Return marked passages with their remarks, which share an id. Raises UserError."""
+    regions = annotation.get("result") or ()
+    # they may stand before their passages
     remarks = {}
-    for region in annotation.get("result") or ():
+    for region in regions:
         if region.get("from_name") in REMARKS:
-            remarks[region.get("id")] = "\n".join(region["value"].get("text", ()))
+            remarks[region.get("id")] = text_in(region)
     spans = []
-    for region in annotation.get("result") or ():
+    for region in regions:
         side = MARKS.get(region.get("from_name"))
+        if side is None:
+            continue
         value = region.get("value", {})
-        for label in value.get("labels", ()) if side else ():
-            span = {name: value.get(name) for name in ("start", "end", "text")}
-            span |= {"answer": side, "label": label, "remark": remarks.get(region.get("id"))}
-            spans.append(span)
-    try:
-        return checked(spans, texts)
-    except UserError as error:
-        raise UserError(f"{place}: {error}") from None
+        span = {name: value.get(name) for name in ("start", "end", "text")}
+        span |= {"answer": side, "remark": remarks.get(region.get("id"))}
+        # one passage may be ticked as both
+        for label in value.get("labels", ()):
+            spans.append(span | {"label": label})
+    return checked_at(spans, texts, place)
+
+
+def text_in(region: Mapping[str, Any]) -> str | None:
+    """Return what was written into a text area; None for nothing."""
+    return "\n".join(region.get("value", {}).get("text", ())) or None
 
 
 def who(user: Any, names: Mapping[str, str]) -> str:
     """Return the name of who completed an annotation: a number, or {id, email, first_name, ...}."""
-    ids = [str(user)]
+    ids = []
     if isinstance(user, dict):
         full = " ".join(filter(None, (user.get("first_name"), user.get("last_name"))))
-        ids = [str(user[key]) for key in ("email", "id", "username") if user.get(key)]
-        ids = [*ids, full] if full else ids
+        known = (user.get("email"), user.get("id"), user.get("username"), full)
+        ids = list(map(str, filter(None, known)))
     # a given name comes first, whichever of the ids it was given for
-    known = next((names[id] for id in ids if id in names), None)
-    if known is not None:
-        return known
-    return ids[0] if isinstance(user, dict) and ids else f"user {user}"
+    for id in ids or [str(user)]:
+        if id in names:
+            return names[id]
+    return ids[0] if ids else f"user {user}"
 
 
 def _vote(annotation: dict[str, Any], name: str, sides: tuple[str, str], place: str) -> CastVote:
@@ -301,7 +297,7 @@ def _vote(annotation: dict[str, Any], name: str, sides: tuple[str, str], place: 
             vote.strength = value["rating"]
         elif kind == "textarea" and region.get("from_name") not in REMARKS:
             field = "corrected" if region.get("from_name") == "corrected" else "reason"
-            setattr(vote, field, "\n".join(value.get("text", ())) or None)
+            setattr(vote, field, text_in(region))
     # a prediction cannot be cancelled: one without a choice is a skip
     is_skip = annotation.get("was_cancelled") or ("model_version" in annotation and not choices)
     if not is_skip:

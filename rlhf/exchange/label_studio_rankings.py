@@ -7,27 +7,23 @@ one. A list has no place for marked passages, which are in `data.rlhf` with all 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf.data.rankings import Order
 from rlhf.errors import UserError
 from rlhf.exchange import label_studio
-from rlhf.exchange.rankings import CastOrder, JudgedRanking, extras_of, with_extras
+from rlhf.exchange.pairs import tags_of
+from rlhf.exchange.rankings import CastOrder, JudgedRanking, extras_of, places_all, with_extras
 
 
-def to_tasks(rankings: Sequence[JudgedRanking], users: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return one task for each ranking; users: {name here: e-mail address there}, the name if missing."""
-    return [_task(ranking, users) for ranking in rankings]
-
-
-def _task(ranking: JudgedRanking, users: Mapping[str, str]) -> dict[str, Any]:
+def to_task(ranking: JudgedRanking, users: Mapping[str, str]) -> dict[str, Any]:
+    """Return the task of a ranking; users: {name here: e-mail address there}, the name if missing."""
     answers = []
     for number, answer in enumerate(ranking.answers, 1):
         answers.append({"id": f"answer{number}", "title": f"Answer {number}", "body": answer.text})
     given = [(cast, _result(cast), not cast.order) for cast in ranking.orders]
-    return label_studio.task(ranking, extras_of(ranking), {"answers": answers}, given, users)
+    return label_studio.task_of(ranking, extras_of(ranking), {"answers": answers}, given, users)
 
 
 def _result(cast: CastOrder) -> list[dict[str, Any]]:
@@ -47,10 +43,9 @@ def _result(cast: CastOrder) -> list[dict[str, Any]]:
 def labelling(rankings: Sequence[JudgedRanking]) -> str:
     """Return the labelling configuration (XML) of a project for these tasks."""
     most = max(len(ranking.answers) for ranking in rankings)
-    tags = dict.fromkeys(tag for one in rankings for cast in one.orders for tag in cast.tags)
-    places = [
-        f'    <Bucket name="place{place}" title="Place {place}"/>' for place in range(1, most + 1)
-    ]
+    places = []
+    for place in range(1, most + 1):
+        places.append(f'    <Bucket name="place{place}" title="Place {place}"/>')
     lines = [
         "<View>",
         label_studio.CONVERSATION,
@@ -59,47 +54,33 @@ def labelling(rankings: Sequence[JudgedRanking]) -> str:
         '  <Ranker name="order" toName="answers">',
         *places,
         "  </Ranker>",
-        *label_studio.tag_choices(tags, "answers"),
+        *label_studio.tag_choices(tags_of(rankings), "answers"),
         label_studio.text_area("reason", "Why?", "answers"),
     ]
     return "\n".join([*lines, "</View>", ""])
 
 
-def from_tasks(
-    rows: Sequence[Any], source: str, users: Mapping[str, str], answers: Any = None
-) -> tuple[list[JudgedRanking], list[Any]]:
-    """Return the rankings of tasks that were exported here, and the other rows, None for a ranking.
+def from_task(
+    row: Mapping[str, Any], place: str, names: Mapping[str, str], answers: Any = None
+) -> tuple[JudgedRanking | None, Mapping[str, Any] | None]:
+    """Return the ranking of a task that was exported here, or None and the task.
 
-    users: {name here: e-mail address there}. answers: not used. Raises UserError, with the place.
+    names: {e-mail address or id there: name here}. answers: not used. Raises UserError, with the
+    place.
     """
-    names = {id: name for name, id in users.items()}
-    rankings, rest = [], []
-    for number, row in enumerate(rows, 1):
-        is_task = isinstance(row, dict) and isinstance(row.get("data"), dict)
-        found = _from_task(row, f"{source} row {number}", names) if is_task else None
-        if found is not None:
-            rankings.append(found)
-        rest.append(row if found is None else None)
-    return rankings, rest
-
-
-def _from_task(row: Any, place: str, users: Mapping[str, str]) -> JudgedRanking | None:
-    """Return the ranking of a task that was exported here; None for any other.
-
-    users: {e-mail address or id there: name here}. Raises UserError, with the place.
-    """
-    data = row["data"]
-    extras = data.get("rlhf") or {}
+    data = row.get("data")
+    extras = (isinstance(data, dict) and data.get("rlhf")) or {}
     if "orders" not in extras:
-        return None
-    ids = [answer["id"] for answer in data["answers"]]
-    texts = [answer["body"] for answer in data["answers"]]
-    names = extras.get("users", {}) | dict(users)
+        return None, row
+    # by id, as the buckets name them
+    texts = {answer["id"]: answer["body"] for answer in data["answers"]}
+    names = extras.get("users", {}) | dict(names)
     orders = []
     for annotation in row.get("annotations") or ():
         who = label_studio.who(annotation.get("completed_by"), names)
-        orders.append(_order(annotation, who, ids, place))
-    return with_extras(data["prompt"], texts, orders, extras, keeps_marks=False)
+        orders.append(_order(annotation, who, list(texts), place))
+    bodies = list(texts.values())
+    return with_extras(data["prompt"], bodies, orders, extras, keeps_marks=False), None
 
 
 def _order(annotation: Mapping[str, Any], name: str, ids: Sequence[str], place: str) -> CastOrder:
@@ -111,7 +92,8 @@ def _order(annotation: Mapping[str, Any], name: str, ids: Sequence[str], place: 
         elif kind == "choices" and region.get("from_name") == "tags":
             cast.tags = list(value.get("choices", ()))
         elif kind == "textarea":
-            cast.reason = "\n".join(value.get("text", ())) or None
+            cast.reason = label_studio.text_in(region)
+    # a skip is cancelled
     if not cast.order and not annotation.get("was_cancelled"):
         raise UserError(f"{place}: the annotation of {name} does not place every answer")
     label_studio.read_times(cast, annotation)
@@ -120,10 +102,12 @@ def _order(annotation: Mapping[str, Any], name: str, ids: Sequence[str], place: 
 
 def _order_in(buckets: Mapping[str, Any], ids: Sequence[str]) -> Order:
     """Return the order of buckets place1, place2, ...; empty unless they hold every answer once."""
-    places = [name for name in buckets if name.removeprefix("place").isdecimal()]
-    order = []
-    for name in sorted(places, key=lambda name: int(name.removeprefix("place"))):
-        equal = sorted(ids.index(id) for id in buckets[name] if id in ids)
-        order += [equal] if equal else []
-    placed = sorted(itertools.chain.from_iterable(order))
-    return order if placed == list(range(len(ids))) else []
+    by_place = {}
+    for name, equal in buckets.items():
+        place = name.removeprefix("place")
+        # what has no place yet is in a bucket of another name
+        known = sorted(ids.index(id) for id in equal if id in ids)
+        if place.isdecimal() and known:
+            by_place[int(place)] = known
+    order = [by_place[place] for place in sorted(by_place)]
+    return order if places_all(order, ids) else []

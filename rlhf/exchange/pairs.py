@@ -4,13 +4,13 @@ those leave to whoever sets a project up: names of fields, and words for a choic
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from rlhf.data.records import Message, Preference, RecordError, check_messages, normalise
-from rlhf.data.spans import Span, renamed
+from rlhf.data.spans import Span, checked, renamed
 from rlhf.data.store import Store
 from rlhf.data.store_queries import StoreView
 from rlhf.data.votes import MARGINS
@@ -19,90 +19,130 @@ from rlhf.errors import UserError
 Kind = Literal["person", "model", "rule"]
 # fields of a vote that say the same in every program
 CHANGEABLE = ("choice", "strength", "reason", "tags", "corrected", "spans")
-# what is known of a prompt, of pairs and rankings alike
-ABOUT = ("group", "default_group", "split", "voice", "metadata")
+# of what is known of a prompt, what other programs show beside it
+SHOWN = ("group", "split", "voice")
+# names of the field with the prompt
+PROMPTS = ("prompt", "conversation", "messages", "chat", "instruction", "question", "input")
+# words for a choice, without blanks and punctuation
+WORDS = {
+    "a": ("a", "1", "left", "first", "answera", "answer1", "responsea", "response1"),
+    "b": ("b", "2", "right", "second", "answerb", "answer2", "responseb", "response2"),
+    "tie": ("tie", "equal", "same", "draw", "equallygood", "bothgood"),
+    "both_bad": ("bothbad", "equallybad"),
+    "skip": ("skip", "unsure", "cannottell", "idontknow"),
+}
+CHOICE_OF = {word: choice for choice, words in WORDS.items() for word in words}
 
 
 @dataclass
 class Answer:
-    """One of the two answers; ended is False where it was cut off, None where that is not known."""
+    """An answer to a prompt; ended is False where it was cut off, None where that is not known."""
 
     text: str
     model: str | None = None
     ended: bool | None = None
 
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any], end: str = "") -> Self:
+        """Return an answer of the store's view; end: that of the columns, "_a" or "_b" in a pair."""
+        # SQLite has numbers for it
+        ended = row[f"ended{end}"]
+        return cls(row[f"text{end}"], row[f"model{end}"], None if ended is None else bool(ended))
 
-@dataclass
-class CastVote:
-    """One annotator's vote on a pair; the fields are those of `Store.vote`."""
 
-    annotator: str
-    choice: str
+@dataclass(kw_only=True)
+class Cast:
+    """What a vote on a pair and an order of more answers have in common."""
+
     kind: Kind = "person"
-    left: str | None = None
-    strength: int | None = None
     reason: str | None = None
     tags: list[str] = field(default_factory=list)
     duration_ms: int | None = None
     created: str | None = None
-    corrected: str | None = None
-    criteria: dict[str, dict[str, int]] = field(default_factory=dict)
-    # marked passages (rlhf/data/spans.py); their "answer" is a or b
+    # marked passages (rlhf/data/spans.py)
     spans: list[Span] = field(default_factory=list)
 
 
 @dataclass
-class JudgedPair:
-    """Two answers to a prompt and the votes on them; expected: the right answer of a control pair."""
+class CastVote(Cast):
+    """One annotator's vote on a pair; the fields are those of `Store.vote`."""
 
-    prompt: list[Message]
-    a: Answer
-    b: Answer
-    votes: list[CastVote] = field(default_factory=list)
+    annotator: str
+    choice: str
+    left: str | None = None
+    strength: int | None = None
+    corrected: str | None = None
+    criteria: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class About:
+    """What is known of a prompt, of pairs and rankings alike."""
+
     # as the data names it; default_group may still be joined with others
     group: str | None = None
     default_group: str | None = None
     split: str | None = None
     voice: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class JudgedPair(About):
+    """Two answers to a prompt and the votes on them; expected: the right answer of a control pair."""
+
+    prompt: list[Message]
+    a: Answer
+    b: Answer
+    votes: list[CastVote] = field(default_factory=list)
     expected: str | None = None
+
+    @property
+    def answers(self) -> list[Answer]:
+        return [self.a, self.b]
+
+    @property
+    def casts(self) -> list[CastVote]:
+        return self.votes
 
 
 def pairs_of_view(view: StoreView) -> list[JudgedPair]:
     """Return every pair of a store after an event, with the votes that stand; pairs of rankings only
     where somebody has voted on one by itself (`rankings_of_view`).
     """
-    prompts = view.prompts_by_id()
-    kinds = view.annotator_kinds()
-    found = {}
-    parts = set()
-    for id, row in view.pairs().items():
-        about = {name: prompts[row["prompt"]].get(name) for name in ABOUT}
-        a, b = _answer(row, "a"), _answer(row, "b")
-        found[id] = JudgedPair(row["messages"], a, b, expected=row["expected"], **about)
-        if row["ranking"] is not None:
-            parts.add(id)
+    prompts, kinds = view.prompts_by_id(), view.annotator_kinds()
+    votes: dict[int, list[CastVote]] = {}
     for vote in view.votes():
         # the order that says it goes out as a whole
-        if vote.ranking is not None:
+        if vote.ranking is None:
+            given = fields_of(vote, CastVote)
+            cast = CastVote(kind=kinds[vote.annotator], **given)
+            votes.setdefault(vote.comparison, []).append(cast)
+    found = []
+    for id, row in view.pairs().items():
+        cast = votes.get(id, [])
+        if row["ranking"] is not None and not cast:
             continue
-        found[vote.comparison].votes.append(
-            CastVote(
-                vote.annotator,
-                vote.choice,
-                kinds[vote.annotator],
-                vote.left,
-                vote.strength,
-                vote.reason,
-                vote.tags,
-                vote.duration_ms,
-                vote.created,
-                vote.corrected,
-                vote.criteria,
-                vote.spans,
-            )
+        pair = JudgedPair(
+            row["messages"],
+            Answer.of_row(row, "_a"),
+            Answer.of_row(row, "_b"),
+            cast,
+            expected=row["expected"],
+            **about_of(prompts[row["prompt"]]),
         )
-    return [pair for id, pair in found.items() if pair.votes or id not in parts]
+        found.append(pair)
+    return found
+
+
+def fields_of(given: Any, kind: type[Cast]) -> dict[str, Any]:
+    """Return what a vote or an order of the store says, as arguments of `kind`."""
+    return {name: getattr(given, name) for name in kind.__dataclass_fields__ if name != "kind"}
+
+
+def about_of(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what is known of a prompt, as arguments of a pair or ranking."""
+    return {name: known[name] for name in About.__dataclass_fields__ if name in known}
 
 
 def pairs_of_preferences(
@@ -120,11 +160,8 @@ def pairs_of_preferences(
         chosen = Answer(record.chosen, ended=None if record.chosen_ended else False)
         rejected = Answer(record.rejected, ended=None if record.rejected_ended else False)
         # by the texts, so that the side tells nothing about the label
-        is_a = (normalise(record.chosen), record.chosen) < (
-            normalise(record.rejected),
-            record.rejected,
-        )
-        a, b = (chosen, rejected) if is_a else (rejected, chosen)
+        a, b = sorted((chosen, rejected), key=lambda answer: (normalise(answer.text), answer.text))
+        is_a = a is chosen
         metadata = dict(record.metadata)
         vote = _vote_of(record, metadata, "a" if is_a else "b", annotator, kind)
         # rows of one pair are its votes
@@ -139,13 +176,12 @@ def pairs_of_preferences(
     return list(found.values())
 
 
-def fault_of(pair: JudgedPair) -> str | None:
-    """Return why nobody can compare the answers of a pair, None if they can be."""
-    if not pair.a.text.strip() or not pair.b.text.strip():
+def fault_of(answers: Iterable[Answer]) -> str | None:
+    """Return why nobody can compare these answers, None if they can be."""
+    texts = [answer.text.strip() for answer in answers]
+    if not all(texts):
         return "an answer is empty"
-    if pair.a.text.strip() == pair.b.text.strip():
-        return "both answers are the same text"
-    return None
+    return "two answers are the same text" if len(set(texts)) < len(texts) else None
 
 
 @dataclass
@@ -167,28 +203,35 @@ def add_pairs(store: Store, pairs: Iterable[JudgedPair], added: Added | None = N
     `added`, and returns it. Raises UserError, naming the pair, where the store refuses it.
     """
     added = added or Added()
-    with store.transaction():
-        before = store.last_comparison()
-        for number, pair in enumerate(pairs, 1):
-            try:
-                _add_pair(store, pair, added)
-            except (UserError, RecordError) as error:
-                raise UserError(f"pair {number}: {error}") from None
-        added.pairs = len(store.comparisons_after(before))
+    before = store.last_comparison()
+    add_each(store, pairs, added, _add_pair, "pair")
+    added.pairs = len(store.comparisons_after(before))
     return added
 
 
+def add_each(
+    store: Store,
+    judged: Iterable[Any],
+    added: Added,
+    add: Callable[[Store, Any, Added], None],
+    what: str,
+) -> None:
+    """Add pairs or rankings to a store, all or none. Raises UserError, naming the one it refuses."""
+    with store.transaction():
+        for number, one in enumerate(judged, 1):
+            try:
+                add(store, one, added)
+            except (UserError, RecordError) as error:
+                raise UserError(f"{what} {number}: {error}") from None
+
+
 def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
-    ids = dict(zip("ab", add_answers(store, pair, (pair.a, pair.b)), strict=True))
-    comparison = store.add_comparison(
-        ids["a"],
-        ids["b"],
-        kind="control" if pair.expected else "normal",
-        expected=ids[pair.expected] if pair.expected else None,
-    )
+    a, b = add_answers(store, pair)
+    ids = {"a": a, "b": b}
+    kind = "control" if pair.expected else "normal"
+    comparison = store.add_comparison(a, b, kind=kind, expected=ids.get(pair.expected))
     # the store may know the answers already, the other one first
-    is_swapped = ids["a"] > ids["b"]
-    names = {"a": "b", "b": "a"} if is_swapped else {"a": "a", "b": "b"}
+    names = {"a": "b", "b": "a"} if a > b else {"a": "a", "b": "b"}
     for vote in pair.votes:
         annotator = store.add_annotator(vote.annotator, vote.kind)
         # nobody votes twice; theirs from here may be older than the one that stands
@@ -213,16 +256,17 @@ def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
         added.annotators.add(vote.annotator)
 
 
-def add_answers(store: Store, judged: Any, answers: Iterable[Answer]) -> list[int]:
+def add_answers(store: Store, judged: Any) -> list[int]:
     """Add the prompt of a pair or ranking, and its answers, to a store; return the answers' ids."""
-    prompt = store.add_prompt(judged.prompt, **{name: getattr(judged, name) for name in ABOUT})
+    prompt = store.add_prompt(judged.prompt, **about_of(vars(judged)))
     ids = []
-    for answer in answers:
+    for answer in judged.answers:
         # one that was sampled into this store, judged elsewhere and comes back without its sampling
-        known = store.find_response(prompt, answer.text, answer.model)
-        ids.append(
-            known or store.add_response(prompt, answer.text, model=answer.model, ended=answer.ended)
-        )
+        id = store.find_response(prompt, answer.text, answer.model)
+        if id is None:
+            about = {"model": answer.model, "ended": answer.ended}
+            id = store.add_response(prompt, answer.text, **about)
+        ids.append(id)
     return ids
 
 
@@ -233,6 +277,28 @@ def _renamed(
     for name, ratings in criteria.items():
         found[name] = {names[side]: rating for side, rating in ratings.items()}
     return found
+
+
+def tags_of(judged: Iterable[Any]) -> list[str]:
+    """Return the tags of all votes, or orders, of some pairs or rankings, each once."""
+    found: dict[str, None] = {}
+    for one in judged:
+        for cast in one.casts:
+            found |= dict.fromkeys(cast.tags)
+    return list(found)
+
+
+def shown_of(judged: About) -> dict[str, Any]:
+    """Return what other programs show beside a pair or ranking, as far as it is known."""
+    shown = {name: getattr(judged, name) for name in SHOWN}
+    return {name: value for name, value in shown.items() if value is not None}
+
+
+def take_shown(judged: About, data: dict[str, Any]) -> None:
+    """Move what is shown beside a pair or ranking out of `data`; what is no text is data like any."""
+    for name in SHOWN:
+        if isinstance(data.get(name), str):
+            setattr(judged, name, data.pop(name))
 
 
 def extras_of(pair: JudgedPair) -> dict[str, Any]:
@@ -251,37 +317,41 @@ def with_extras(pair: JudgedPair, extras: dict[str, Any], known: Sequence[str]) 
     nothing of the earlier one, since time and side were those of another answer.
     """
     # what was exported, to tell whether the other program has changed it
-    cast = {vote["annotator"]: vote for vote in extras.get("votes", ())}
+    exported = {cast["annotator"]: CastVote(**cast) for cast in extras.get("votes", ())}
     votes = []
     for vote in pair.votes:
-        earlier = cast.get(vote.annotator)
-        is_same = earlier is not None
-        for name in CHANGEABLE if is_same else ():
-            one, other = earlier[name], getattr(vote, name)
-            if name == "spans" and name not in known:
-                # it has no place for remarks
-                one, other = without_remarks(one), without_remarks(other)
-            is_same = is_same and one == other
-        if is_same:
-            given = {name: getattr(vote, name) for name in known}
-            given = {name: value for name, value in given.items() if value is not None}
-            vote = CastVote(**(earlier | given))
+        earlier = exported.get(vote.annotator)
+        if earlier is not None and _is_same(vote, earlier, known):
+            for name in known:
+                given = getattr(vote, name)
+                # nothing there is no word on it
+                if given is not None:
+                    setattr(earlier, name, given)
+            vote = earlier
         votes.append(vote)
-    answers = {}
-    for side in ("a", "b"):
-        answers[side] = Answer(getattr(pair, side).text, **extras.get(side, {}))
-    about = {name: extras[name] for name in (*ABOUT, "expected") if name in extras}
-    return JudgedPair(pair.prompt, **answers, votes=votes, **about)
+    a = Answer(pair.a.text, **extras.get("a", {}))
+    b = Answer(pair.b.text, **extras.get("b", {}))
+    expected = extras.get("expected")
+    return JudgedPair(pair.prompt, a, b, votes, expected=expected, **about_of(extras))
+
+
+def _is_same(vote: CastVote, earlier: CastVote, known: Sequence[str]) -> bool:
+    for name in CHANGEABLE:
+        one, other = getattr(earlier, name), getattr(vote, name)
+        if name == "spans" and name not in known:
+            # it has no place for remarks
+            one, other = without_remarks(one), without_remarks(other)
+        if one != other:
+            return False
+    return True
 
 
 def without_remarks(spans: Sequence[Span]) -> list[Span]:
     """Return marked passages without their remarks."""
-    return [{name: value for name, value in span.items() if name != "remark"} for span in spans]
-
-
-def _answer(row: dict[str, Any], side: str) -> Answer:
-    ended = row[f"ended_{side}"]
-    return Answer(row[f"text_{side}"], row[f"model_{side}"], None if ended is None else bool(ended))
+    found = []
+    for span in spans:
+        found.append({name: value for name, value in span.items() if name != "remark"})
+    return found
 
 
 def _vote_of(
@@ -308,18 +378,6 @@ def _vote_of(
     return vote
 
 
-PROMPTS = ("prompt", "conversation", "messages", "chat", "instruction", "question", "input")
-# words for a choice, without blanks and punctuation
-WORDS = {
-    "a": ("a", "1", "left", "first", "answera", "answer1", "responsea", "response1"),
-    "b": ("b", "2", "right", "second", "answerb", "answer2", "responseb", "response2"),
-    "tie": ("tie", "equal", "same", "draw", "equallygood", "bothgood"),
-    "both_bad": ("bothbad", "equallybad"),
-    "skip": ("skip", "unsure", "cannottell", "idontknow"),
-}
-CHOICE_OF = {word: choice for choice, words in WORDS.items() for word in words}
-
-
 def read_fields(
     fields: Mapping[str, Any], place: str, answers: tuple[str, str] | None
 ) -> tuple[list[Message], str, tuple[str, str]]:
@@ -333,12 +391,7 @@ def read_fields(
         raise UserError(
             f"{place}: found fields {', '.join(fields)}, expected one with the prompt ({', '.join(PROMPTS)})"
         )
-    names = answers
-    if names is None:
-        texts = [n for n, value in fields.items() if n not in PROMPTS and isinstance(value, str)]
-        # as exported here, with others beside them
-        usual = [n for n in texts if word_of(n) in (*WORDS["a"], *WORDS["b"])]
-        names = tuple(usual if len(usual) == 2 else texts)
+    names = answers or _answer_fields(fields)
     if len(names) != 2 or not all(isinstance(fields.get(name), str) for name in names):
         raise UserError(
             f"{place}: which fields hold the two answers? Found {', '.join(fields)}; name them: --answers ONE,TWO"
@@ -352,6 +405,21 @@ def read_fields(
     return messages, prompt, names
 
 
+def _answer_fields(fields: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the fields with text beside the prompt, those of two answers if they are
+    among them.
+    """
+    texts, usual = [], []
+    for name, value in fields.items():
+        if name in PROMPTS or not isinstance(value, str):
+            continue
+        texts.append(name)
+        # as exported here, with others beside them
+        if CHOICE_OF.get(word_of(name)) in ("a", "b"):
+            usual.append(name)
+    return tuple(usual if len(usual) == 2 else texts)
+
+
 def choice_of(value: Any, answers: tuple[str, str]) -> str | None:
     """Return the choice that a value stands for: a word, or the name of an answer's field; None if
     it is neither."""
@@ -362,6 +430,14 @@ def choice_of(value: Any, answers: tuple[str, str]) -> str | None:
 
 def word_of(value: Any) -> str:
     return re.sub(r"[\W_]+", "", str(value)).casefold()
+
+
+def checked_at(spans: Sequence[Span], texts: Mapping[Any, str], place: str) -> list[Span]:
+    """Return `checked` spans; its UserError tells the place."""
+    try:
+        return checked(spans, texts)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def read_users(path: str | None) -> dict[str, str]:

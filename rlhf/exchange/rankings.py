@@ -8,42 +8,43 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from rlhf.data.rankings import Order
-from rlhf.data.records import Message, RecordError
-from rlhf.data.spans import Span, renamed
+from rlhf.data.records import Message
+from rlhf.data.spans import renamed
 from rlhf.data.store import Store
 from rlhf.data.store_queries import StoreView
-from rlhf.errors import UserError
-from rlhf.exchange.pairs import ABOUT, Added, Answer, Kind, add_answers, without_remarks
+from rlhf.exchange.pairs import (
+    About,
+    Added,
+    Answer,
+    Cast,
+    about_of,
+    add_answers,
+    add_each,
+    fields_of,
+    without_remarks,
+)
 
 
 @dataclass
-class CastOrder:
+class CastOrder(Cast):
     """One annotator's order of answers, by their numbers from 0; the fields are those of `Store.rank`."""
 
     annotator: str
     order: Order
-    kind: Kind = "person"
     shown: list[int] | None = None
-    reason: str | None = None
-    tags: list[str] = field(default_factory=list)
-    duration_ms: int | None = None
-    created: str | None = None
-    spans: list[Span] = field(default_factory=list)
 
 
 @dataclass
-class JudgedRanking:
+class JudgedRanking(About):
     """Answers to a prompt and the orders that people have put them in."""
 
     prompt: list[Message]
     answers: list[Answer]
     orders: list[CastOrder] = field(default_factory=list)
-    # as the data names it; default_group may still be joined with others
-    group: str | None = None
-    default_group: str | None = None
-    split: str | None = None
-    voice: str | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def casts(self) -> list[CastOrder]:
+        return self.orders
 
 
 def rankings_of_view(view: StoreView) -> list[JudgedRanking]:
@@ -51,26 +52,18 @@ def rankings_of_view(view: StoreView) -> list[JudgedRanking]:
     prompts, kinds = view.prompts_by_id(), view.annotator_kinds()
     found, numbers = {}, {}
     for id, row in view.rankings().items():
-        about = {name: prompts[row["prompt"]].get(name) for name in ABOUT}
-        answers = []
-        for response in row["responses"]:
-            ended = None if response["ended"] is None else bool(response["ended"])
-            answers.append(Answer(response["text"], response["model"], ended))
-        found[id] = JudgedRanking(row["messages"], answers, **about)
+        answers = list(map(Answer.of_row, row["responses"]))
+        found[id] = JudgedRanking(row["messages"], answers, **about_of(prompts[row["prompt"]]))
         numbers[id] = {response["id"]: i for i, response in enumerate(row["responses"])}
     for ranked in view.ranked():
         names = numbers[ranked.ranking]
-        cast = CastOrder(
-            ranked.annotator,
-            named(ranked.order, names),
-            kinds[ranked.annotator],
-            ranked.shown and [names[id] for id in ranked.shown],
-            ranked.reason,
-            ranked.tags,
-            ranked.duration_ms,
-            ranked.created,
-            renamed(ranked.spans, names),
-        )
+        # the store's ids mean nothing elsewhere
+        given = fields_of(ranked, CastOrder) | {
+            "order": named(ranked.order, names),
+            "shown": ranked.shown and [names[id] for id in ranked.shown],
+            "spans": renamed(ranked.spans, names),
+        }
+        cast = CastOrder(kind=kinds[ranked.annotator], **given)
         found[ranked.ranking].orders.append(cast)
     return list(found.values())
 
@@ -83,24 +76,25 @@ def named(order: Order, names: Mapping[int, Any] | Sequence[Any]) -> list[list[A
     return found
 
 
+def places_all(order: Order, answers: Sequence[Any]) -> bool:
+    """Return whether an order, of numbers from 0, has each of these answers once."""
+    placed = sorted(itertools.chain.from_iterable(order))
+    return placed == list(range(len(answers)))
+
+
 def add_rankings(store: Store, rankings: Iterable[JudgedRanking], added: Added) -> None:
     """Add rankings and orders to a store in one transaction; the same again adds nothing.
 
     An annotator's order that stands stays, and theirs from `rankings` is left out. Counts in
     `added`. Raises UserError, naming the ranking, where the store refuses it.
     """
-    with store.transaction():
-        before = len(store.rankings_after(0))
-        for number, ranking in enumerate(rankings, 1):
-            try:
-                _add_ranking(store, ranking, added)
-            except (UserError, RecordError) as error:
-                raise UserError(f"ranking {number}: {error}") from None
-        added.rankings = len(store.rankings_after(0)) - before
+    before = len(store.rankings_after(0))
+    add_each(store, rankings, added, _add_ranking, "ranking")
+    added.rankings = len(store.rankings_after(0)) - before
 
 
 def _add_ranking(store: Store, ranking: JudgedRanking, added: Added) -> None:
-    ids = add_answers(store, ranking, ranking.answers)
+    ids = add_answers(store, ranking)
     id = store.add_ranking(ids)
     for cast in ranking.orders:
         annotator = store.add_annotator(cast.annotator, cast.kind)
@@ -151,12 +145,14 @@ def with_extras(
         earlier = known.pop(cast.annotator, None)
         is_same = earlier is not None and _is_same(cast, earlier, keeps_marks)
         kept.append(earlier if is_same else cast)
-    kept += [cast for cast in known.values() if not cast.order or cast.kind != "person"]
+    for cast in known.values():
+        # what the other program shows no order for
+        if not cast.order or cast.kind != "person":
+            kept.append(cast)
     answers = []
     for text, about in itertools.zip_longest(texts, extras.get("answers", ()), fillvalue={}):
         answers.append(Answer(text, **about))
-    about = {name: extras[name] for name in ABOUT if name in extras}
-    return JudgedRanking(prompt, answers, kept, **about)
+    return JudgedRanking(prompt, answers, kept, **about_of(extras))
 
 
 def _is_same(cast: CastOrder, earlier: CastOrder, keeps_marks: bool) -> bool:
@@ -167,11 +163,3 @@ def _is_same(cast: CastOrder, earlier: CastOrder, keeps_marks: bool) -> bool:
     same_marks = not keeps_marks or cast.spans == without_remarks(earlier.spans)
     given = cast.order, cast.reason, cast.tags
     return given == (order, earlier.reason, earlier.tags) and same_marks
-
-
-def fault_of(ranking: JudgedRanking) -> str | None:
-    """Return why nobody can order the answers of a ranking, None if they can be."""
-    texts = [answer.text.strip() for answer in ranking.answers]
-    if not all(texts):
-        return "an answer is empty"
-    return "two answers are the same text" if len(set(texts)) < len(texts) else None

@@ -11,6 +11,7 @@ from rlhf.exchange import argilla, argilla_rankings, label_studio, label_studio_
 from rlhf.exchange.commands import ImportConfig, export, import_votes
 from rlhf.exchange.pairs import pairs_of_view
 from rlhf.exchange.rankings import rankings_of_view
+from tests.exchange.test_round_trips import written
 
 TEXTS = ["One.\n\n*Two.*", "Zwei ☂", "\nDrei <b>", "Vier 👍 Fünf"]
 
@@ -102,7 +103,7 @@ def test_a_store_is_copied_with_its_rankings(store, tmp_path, capsys):
 
 
 def test_argilla_sees_orders_and_marks_in_its_own_form(store):
-    records = argilla_rankings.to_records(rankings_of_view(store.at()), {"Ann Öz": "u1"})
+    records = written(argilla_rankings.to_record, rankings_of_view(store.at()), {"Ann Öz": "u1"})
     first = records[0]
     given = {name: answers[0] for name, answers in first["responses"].items()}
     order = ["answer_4", "answer_1", "answer_3", "answer_2"]
@@ -121,12 +122,12 @@ def test_argilla_sees_orders_and_marks_in_its_own_form(store):
     # a record of three answers has no fourth
     required = {field["name"]: field["required"] for field in settings["fields"]}
     assert required["answer_3"] and not required["answer_4"]
-    pair = argilla.to_records(pairs_of_view(store.at()), {})[-1]
+    pair = written(argilla.to_record, pairs_of_view(store.at()), {})[-1]
     assert pair["responses"]["marks_a"][0]["value"] == [{"start": 6, "end": 7, "label": "good"}]
 
 
 def test_label_studio_sees_orders_and_marks_in_its_own_form(store):
-    task = label_studio_rankings.to_tasks(rankings_of_view(store.at()), {})[0]
+    task = written(label_studio_rankings.to_task, rankings_of_view(store.at()), {})[0]
     ann, cem = task["annotations"]
     values = {region["from_name"]: region["value"] for region in ann["result"]}
     assert values["order"] == {
@@ -134,7 +135,7 @@ def test_label_studio_sees_orders_and_marks_in_its_own_form(store):
     }
     assert cem["was_cancelled"] and cem["result"] == []
     assert '<Bucket name="place4"' in label_studio_rankings.labelling(rankings_of_view(store.at()))
-    task = label_studio.to_tasks(pairs_of_view(store.at()), {})[-1]
+    task = written(label_studio.to_task, pairs_of_view(store.at()), {})[-1]
     regions = task["annotations"][0]["result"]
     good, remark = (r for r in regions if r["from_name"] in ("marks1", "remark1"))
     assert good["value"] == {"start": 6, "end": 7, "text": "☂", "labels": ["good"]}
@@ -142,38 +143,39 @@ def test_label_studio_sees_orders_and_marks_in_its_own_form(store):
 
 
 def test_what_was_changed_there_keeps_nothing_of_the_old_one(store):
-    rows = argilla_rankings.to_records(rankings_of_view(store.at()), {})
+    rows = written(argilla_rankings.to_record, rankings_of_view(store.at()), {})
     rows[0]["responses"]["ranking"][0]["value"].reverse()
-    found = argilla_rankings.from_records(rows, "f", {})[0][0]
+    found, _ = argilla_rankings.from_record(rows[0], "row 1", {})
     ann = next(cast for cast in found.orders if cast.annotator == "Ann Öz")
     assert (ann.order, ann.shown, ann.duration_ms) == ([[1], [2], [0], [3]], None, None)
     assert ann.reason == "Says\nit." and len(ann.spans) == 3
     # so does a passage
-    rows = argilla_rankings.to_records(rankings_of_view(store.at()), {})
+    rows = written(argilla_rankings.to_record, rankings_of_view(store.at()), {})
     rows[0]["responses"]["marks_3"][0]["value"][0]["label"] = "bad"
-    found = argilla_rankings.from_records(rows, "f", {})[0][0]
+    found, _ = argilla_rankings.from_record(rows[0], "row 1", {})
     ann = next(cast for cast in found.orders if cast.annotator == "Ann Öz")
     assert (ann.spans[0]["answer"], ann.spans[0]["label"], ann.shown) == (2, "bad", None)
-    rows = label_studio_rankings.to_tasks(rankings_of_view(store.at()), {})
+    rows = written(label_studio_rankings.to_task, rankings_of_view(store.at()), {})
     buckets = rows[0]["annotations"][0]["result"][0]["value"]["ranker"]
     buckets["place1"], buckets["place3"] = buckets["place3"], buckets["place1"]
-    found = label_studio_rankings.from_tasks(rows, "f", {})[0][0]
+    found, _ = label_studio_rankings.from_task(rows[0], "row 1", {})
     ann = next(cast for cast in found.orders if cast.annotator == "Ann Öz")
     assert ann.order == [[1], [0, 2], [3]] and ann.shown is None
     del buckets["place1"]
     with pytest.raises(UserError, match="row 1: the annotation of Ann Öz does not place every"):
-        label_studio_rankings.from_tasks(rows, "f", {})
+        label_studio_rankings.from_task(rows[0], "row 1", {})
     # a remark that was changed there is the new one
-    rows = label_studio.to_tasks(pairs_of_view(store.at()), {})
+    rows = written(label_studio.to_task, pairs_of_view(store.at()), {})
     for region in rows[-1]["annotations"][0]["result"]:
         if region["from_name"] == "remark1":
             region["value"]["text"] = ["wet"]
-    assert label_studio.from_tasks(rows, "f", {})[-1].votes[0].spans[0]["remark"] == "wet"
+    (found,) = label_studio.from_task(rows[-1], "row 2", {})
+    assert found.votes[0].spans[0]["remark"] == "wet"
     for region in rows[-1]["annotations"][0]["result"]:
         if region["from_name"] == "marks1":
             region["value"]["text"] = "?"
     with pytest.raises(UserError, match=r"row 2: span from 6 to 7: the answer says '☂' there, not"):
-        label_studio.from_tasks(rows, "f", {})
+        label_studio.from_task(rows[-1], "row 2", {})
 
 
 def test_a_ranking_that_was_set_up_in_argilla_is_one_event(tmp_path):

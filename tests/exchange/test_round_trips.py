@@ -21,6 +21,11 @@ TOOLS = [
 REASON = {"from_name": "reason", "type": "textarea", "value": {"text": ["so"]}}
 
 
+def written(to_row, judged, users):
+    """The rows of pairs or rankings in another program."""
+    return [to_row(one, users) for one in judged]
+
+
 @pytest.fixture
 def store(tmp_path):
     """Three pairs, one of them a control, with a vote of every kind."""
@@ -85,7 +90,7 @@ def test_a_store_comes_back_whole_from_another_program(store, tmp_path, form):
 
 def test_argilla_sees_the_votes_in_its_own_form(store):
     ann = str(uuid.uuid4())
-    records = argilla.to_records(pairs_of_view(store.at()), {"Ann Öz": ann})
+    records = written(argilla.to_record, pairs_of_view(store.at()), {"Ann Öz": ann})
     first = records[0]
     assert first["fields"]["prompt"] == SYSTEM and first["fields"]["answer_b"] == "Zwei ☂"
     cem = str(uuid.uuid5(uuid.NAMESPACE_URL, "sim-cem"))
@@ -102,7 +107,9 @@ def test_argilla_sees_the_votes_in_its_own_form(store):
 
 
 def test_label_studio_sees_the_votes_in_its_own_form(store):
-    task = label_studio.to_tasks(pairs_of_view(store.at()), {"Ann Öz": "ann@example.org"})[0]
+    task = written(label_studio.to_task, pairs_of_view(store.at()), {"Ann Öz": "ann@example.org"})[
+        0
+    ]
     ann, cem = task["annotations"]
     assert ann["completed_by"]["email"] == "ann@example.org" and ann["lead_time"] == 12.345
     values = {region["from_name"]: (region["type"], region["value"]) for region in ann["result"]}
@@ -115,21 +122,21 @@ def test_label_studio_sees_the_votes_in_its_own_form(store):
     }
     assert cem["result"][0]["value"] == {"choices": ["tie"]}
     assert [p["model_version"] for p in task["predictions"]] == ["gpt", "longer"]
-    skipped = label_studio.to_tasks(pairs_of_view(store.at()), {})[1]["annotations"][1]
+    skipped = written(label_studio.to_task, pairs_of_view(store.at()), {})[1]["annotations"][1]
     assert skipped["was_cancelled"]
 
 
 @pytest.mark.parametrize(
-    ("module", "write"), [(argilla, argilla.to_records), (label_studio, label_studio.to_tasks)]
+    ("module", "write"), [(argilla, argilla.to_record), (label_studio, label_studio.to_task)]
 )
 def test_a_vote_that_was_changed_there_keeps_nothing_of_the_old_one(store, module, write):
-    rows = write(pairs_of_view(store.at()), {})
+    rows = written(write, pairs_of_view(store.at()), {})
     if module is argilla:
         rows[0]["responses"]["preference"][0]["value"] = "a"
-        (first, *_) = argilla.from_records(rows, "f", {})
+        (first,) = argilla.from_record(rows[0], "row 1", {})
     else:
         rows[0]["annotations"][0]["result"][0]["value"]["selected"] = "left"
-        (first, *_) = label_studio.from_tasks(rows, "f", {})
+        (first,) = label_studio.from_task(rows[0], "row 1", {})
     vote = next(vote for vote in first.votes if vote.annotator == "Ann Öz")
     # shown left was b: of this vote nobody knows it
     assert (vote.choice, vote.left) == ("a", None)
@@ -138,11 +145,12 @@ def test_a_vote_that_was_changed_there_keeps_nothing_of_the_old_one(store, modul
     if module is argilla:
         for given in rows[0]["responses"].values():
             given[:] = [answer for answer in given if "Ann" not in str(answer)][1:]
-        assert len(argilla.from_records(rows, "f", {})[0].votes) == 3
+        (first,) = argilla.from_record(rows[0], "row 1", {})
+        assert len(first.votes) == 3
 
 
 def test_datasets_that_were_set_up_in_argilla_are_read():
-    users = {"ann": "11111111-1111-1111-1111-111111111111"}
+    ann = "11111111-1111-1111-1111-111111111111"
     row = {
         "id": "1",
         "fields": {"instruction": "Say hi", "response-1": "Hi", "response-2": "No"},
@@ -150,7 +158,7 @@ def test_datasets_that_were_set_up_in_argilla_are_read():
         "suggestions": {"ranking": {"value": ["response-1", "response-2"], "agent": "ultra"}},
         "responses": {
             "ranking": [
-                {"value": ["response-2", "response-1"], "user_id": users["ann"]},
+                {"value": ["response-2", "response-1"], "user_id": ann},
                 {
                     "value": [
                         {"value": "response-1", "rank": 1},
@@ -162,7 +170,7 @@ def test_datasets_that_were_set_up_in_argilla_are_read():
             "quality": [{"value": 4, "user_id": "2"}],
         },
     }
-    (pair,) = argilla.from_records([row], "f", users)
+    (pair,) = argilla.from_record(row, "row 1", {ann: "ann"})
     assert pair.prompt == [{"role": "user", "content": "Say hi"}] and pair.a.text == "Hi"
     assert [(v.annotator, v.choice, v.kind) for v in pair.votes] == [
         ("ann", "b", "person"),
@@ -197,7 +205,7 @@ def test_a_ranking_of_more_than_two_answers_becomes_every_two(tmp_path):
         ("No", "Hi", "bob"),
     ]
     with pytest.raises(UserError, match="two answers, 3 are named"):
-        label_studio.from_tasks([], "f", {}, ("a", "b", "c"))
+        label_studio.from_task({}, "row 1", {}, ("a", "b", "c"))
     with pytest.raises(UserError, match="'answers' has 1 names"):
         ImportConfig(source="x", store="y", answers=["one"]).validate()
 
@@ -217,7 +225,7 @@ def test_projects_that_were_set_up_in_label_studio_are_read():
         ],
         "predictions": [annotation("left", model_version="m1")],
     }
-    (pair,) = label_studio.from_tasks([row], "f", {"ann": "3"})
+    (pair,) = label_studio.from_task(row, "row 1", {"3": "ann"})
     assert (pair.a.text, pair.b.text, pair.metadata) == ("Hi", "No", {"page": 3})
     # the first text stands left for everybody
     assert [(v.annotator, v.choice, v.left, v.duration_ms, v.kind) for v in pair.votes] == [
@@ -249,8 +257,19 @@ def test_projects_that_were_set_up_in_label_studio_are_read():
             "row 1: 'preference' is 'dunno', expected one of a, b, tie",
         ),
         (
+            {
+                "fields": {"prompt": "x", "answer_a": "y", "answer_b": "z"},
+                "responses": {"preference": [{"value": "a"}]},
+            },
+            "row 1: is not as argilla writes it .KeyError: 'user_id'",
+        ),
+        (
+            {"data": {"prompt": "x", "answer1": "y", "answer2": "z"}, "annotations": [7]},
+            "row 1: is not as label_studio writes it .AttributeError",
+        ),
+        (
             {"fields": {"prompt": "x", "answer_a": "y", "answer_b": "y"}},
-            "pair 1: both answers are the same text. Leave such pairs out",
+            "pair 1: two answers are the same text. Leave such pairs out",
         ),
     ],
 )
