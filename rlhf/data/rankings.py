@@ -3,9 +3,9 @@
 An order of k answers says something of each of its k (k - 1) / 2 pairs, but these are not so many
 independent votes: k - 1 choices made it (the best of k, the best of the rest, ...: Plackett 1975,
 "The analysis of permutations"). So a ranking counts as one answer in counts, shares and intervals,
-and its pairs are trained on, and tell annotators' skill, with the weight of k - 1. Bradley and Terry's model on all pairs of
-Plackett's is consistent with whatever weight (Azari Soufiani et al. 2013, "Generalized
-method-of-moments for rank aggregation": full breaking).
+and its pairs are trained on, and tell annotators' skill, with the weight of k - 1. Bradley and
+Terry's model on all pairs of Plackett's is consistent with whatever weight (Azari Soufiani et al.
+2013, "Generalized method-of-moments for rank aggregation": full breaking).
 """
 
 from __future__ import annotations

@@ -27,7 +27,10 @@ def checked(spans: Sequence[Mapping[str, Any]], texts: Mapping[Any, str]) -> lis
     """
     if len(spans) > MOST:
         raise UserError(f"spans: found {len(spans)}, expected {MOST} at most")
-    return sorted((_checked(span, texts) for span in spans), key=_place)
+    # the answers as they are given: ids differ from store to store
+    number = {answer: i for i, answer in enumerate(texts)}
+    found = [_checked(span, texts) for span in spans]
+    return sorted(found, key=lambda span: (number[span["answer"]], *_place(span)))
 
 
 def _checked(span: Mapping[str, Any], texts: Mapping[Any, str]) -> Span:
@@ -53,7 +56,7 @@ def _checked(span: Mapping[str, Any], texts: Mapping[Any, str]) -> Span:
 
 
 def _place(span: Span) -> tuple:
-    return str(span["answer"]), span["start"], span["end"], span["label"], span.get("remark", "")
+    return span["start"], span["end"], span["label"], span.get("remark", "")
 
 
 def renamed(spans: Sequence[Span], names: Mapping[Any, Any]) -> list[Span]:

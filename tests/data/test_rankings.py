@@ -15,6 +15,7 @@ from rlhf.data.annotator_report import annotators_markdown, view_summary
 from rlhf.data.load import load
 from rlhf.data.rankings import kendall_tau, order_of_places, pair_weight, tau_summary
 from rlhf.data.records import Preference
+from rlhf.data.spans import checked
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote, by_skill, skills
 from rlhf.errors import UserError
@@ -327,6 +328,12 @@ def test_passages_are_kept_with_their_text(store):
     (row,) = store.at().rows()
     assert [span["answer"] for span in row["metadata"]["vote"]["spans"]] == ["chosen", "rejected"]
     assert row["chosen"][6:8] == "☂️"
+
+
+def test_passages_stand_in_the_order_of_their_answers_whatever_ids_those_have():
+    texts = {9: "nine", 10: "ten", 11: "eleven"}
+    spans = [{"answer": id, "start": 0, "end": 1, "label": "good"} for id in (10, 11, 9)]
+    assert [span["answer"] for span in checked(spans, texts)] == [9, 10, 11]
 
 
 @pytest.mark.parametrize(
