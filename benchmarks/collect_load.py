@@ -19,7 +19,6 @@ import random
 import re
 import select
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -31,15 +30,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf.data.store import Store
+from rlhf.startup import free_port
 
 
 class Server:
     """`rlhf collect serve` on a free port; `links` maps the names it printed to their addresses."""
 
     def __init__(self, store, *options, log=None, https=False):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         self.store, self.options, self.log, self.links, self.process = store, options, log, {}, None
         self.https, self.url = https, f"http{'s' if https else ''}://127.0.0.1:{self.port}"
         self.printed = ""

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 import tempfile
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
-
-from benchmarks.collect_load import Server
+from benchmarks.browsers import press, signed_in
 from benchmarks.result_rows import add_rows
 from reward.compose import build_scorer
 from rlhf.data.agreement import agreement_summary
@@ -56,12 +53,10 @@ def fill(path: Path, rankings: int) -> None:
 class Person:
     """A simulated annotator at a browser; `given` holds what it did, by the texts of the answers."""
 
-    def __init__(self, context, server: Server, name: str, scorer):
-        self.page, self.scorer = context.new_page(), scorer
+    def __init__(self, page, name: str, scorer):
+        self.page, self.scorer = page, scorer
         self.rng = random.Random(name)
         self.given: list[tuple[list[list[str]], str]] = []
-        self.page.goto(server.links[name])
-        self.page.click("#start")
 
     def judge(self) -> bool:
         """Order the answers on the page by keyboard; returns whether there were any."""
@@ -91,8 +86,7 @@ class Person:
         self.page.keyboard.press("Enter")
         assert passage.input_value() == texts[best]
         self.page.keyboard.press("Escape")
-        with self.page.expect_navigation():
-            self.page.keyboard.press("Enter")
+        press(self.page, "Enter")
         self.given.append((order, line))
         return True
 
@@ -100,20 +94,13 @@ class Person:
 def collect(path: Path, names: list[str]) -> dict[str, list[tuple[list[list[str]], str]]]:
     """Let the annotators judge in turn until nothing is left; returns what each has done."""
     scorer = build_scorer([{"voice": str(SHOP_VOICE)}])
-    overlap = ("--annotators", ",".join(names), "--overlap", str(len(names)))
-    server = Server(path, *overlap).start()
-    try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-            )
-            people = [Person(browser.new_context(), server, name, scorer) for name in names]
-            waiting = people
-            while waiting:
-                waiting = [person for person in waiting if person.judge()]
-            browser.close()
-    finally:
-        server.stop()
+    with signed_in(path, names, overlap=len(names)) as pages:
+        people = []
+        for page, name in zip(pages, names, strict=True):
+            people.append(Person(page, name, scorer))
+        waiting = people
+        while waiting:
+            waiting = [person for person in waiting if person.judge()]
     return {name: person.given for name, person in zip(names, people, strict=True)}
 
 

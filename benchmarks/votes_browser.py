@@ -14,12 +14,9 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 from pathlib import Path
 
-from playwright.sync_api import sync_playwright
-
-from benchmarks.collect_load import Server
+from benchmarks.browsers import press, signed_in
 from benchmarks.result_rows import add_rows
 from reward.compose import build_scorer
 from rlhf.data.store import Store
@@ -37,13 +34,9 @@ KEYS = {"tie": "t", "both_bad": "b", "skip": "s"}
 class Person:
     """A simulated annotator at a browser."""
 
-    def __init__(self, context, server: Server, habits: Annotator, scorer, store: str):
-        self.page = context.new_page()
-        self.habits, self.scorer, self.store = habits, scorer, store
+    def __init__(self, page, habits: Annotator, scorer, store: str):
+        self.page, self.habits, self.scorer, self.store = page, habits, scorer, store
         self.rng = random.Random(habits.name)
-        self.page.goto(server.links[habits.name])
-        if self.page.query_selector("#start"):
-            self.page.click("#start")
 
     def judge(self) -> bool:
         """Judge the pair on the page by keyboard; returns whether there was one."""
@@ -57,9 +50,9 @@ class Person:
         keys = [KEYS.get(answer.choice) or ("1" if answer.choice == left else "2")]
         if answer.strength:
             keys.append(str(2 + answer.strength))
-        for key in [*keys, "Enter"]:
+        for key in keys:
             self.page.keyboard.press(key)
-        self.page.wait_for_load_state()
+        press(self.page, "Enter")
         return True
 
     def _assigned(self, event: int) -> tuple[dict, str]:
@@ -77,30 +70,24 @@ def collect(store: str, voice: str, count: int) -> int:
     """Let `count` annotators judge in turn until the rule ends it; returns the votes cast."""
     habits = ANNOTATORS[:count]
     scorer = build_scorer([{"voice": voice}])
-    names = ",".join(own.name for own in habits)
+    names = [own.name for own in habits]
     with Store.open(store) as opened:
-        for own in habits:
+        for name in names:
             # a link is printed for those alone who have none yet
-            opened.set_token(opened.add_annotator(own.name), None)
-    server = Server(store, "--annotators", names, "--overlap", "1").start()
+            opened.set_token(opened.add_annotator(name), None)
     votes = 0
-    try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-            )
-            people = [Person(browser.new_context(), server, own, scorer, store) for own in habits]
-            while people:
-                people = [person for person in people if person.judge()]
-                votes += len(people)
-                found = votes_of_store(store)["votes"]
-                state = found["pairs"][0]["stop"]["state"] if found else "open"
-                print(f"\r{votes} votes, {state}", end="", flush=True)
-                if state != "open":
-                    break
-            browser.close()
-    finally:
-        server.stop()
+    with signed_in(store, names, overlap=1) as pages:
+        people = []
+        for page, own in zip(pages, habits, strict=True):
+            people.append(Person(page, own, scorer, store))
+        while people:
+            people = [person for person in people if person.judge()]
+            votes += len(people)
+            found = votes_of_store(store)["votes"]
+            state = found["pairs"][0]["stop"]["state"] if found else "open"
+            print(f"\r{votes} votes, {state}", end="", flush=True)
+            if state != "open":
+                break
     print()
     return votes
 

@@ -2,22 +2,15 @@
 browser.
 """
 
-import importlib.util
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
+from benchmarks.collect_load import Server
 from rlhf.data.store import Store
 
 ROOT = Path(__file__).parents[2]
-spec = importlib.util.spec_from_file_location(
-    "collect_load", ROOT / "benchmarks" / "collect_load.py"
-)
-collect_load = sys.modules["collect_load"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(collect_load)
-Client, Server, fields_of = collect_load.Client, collect_load.Server, collect_load.fields_of
 
 QUESTIONS = [
     (

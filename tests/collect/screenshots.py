@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image
-from playwright.sync_api import sync_playwright
 
+from benchmarks.browsers import chromium
+from benchmarks.collect_load import Server
 from rlhf.data.store import Store
-from tests.collect.conftest import ROOT, Server, fill, fill_rankings
+from tests.collect.conftest import ROOT, fill, fill_rankings
 
 # name: (share that is judged with care, habit of the left side, seconds a pair)
 PEOPLE = {
@@ -73,10 +74,7 @@ def shoot(folder: Path) -> None:
     more = ("--adjudicators", "sim-Fay", "--criteria", "clear,sounds like us")
     server = Server(path, *people, *more, *voice).start()
     try:
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-            )
+        with chromium() as browser:
 
             def picture(
                 name, who, path, keys=(), width=1280, height=800, scheme="light", full=False
@@ -109,7 +107,6 @@ def shoot(folder: Path) -> None:
             picture("collect-rank.png", "sim-Ann", "/", "31t4", height=860)
             picture("collect-rank-phone.png", "sim-Bela", "/", "31t4", width=390, height=844)
             picture("collect-marks.png", "sim-Cem", "/", MARKS, height=900)
-            browser.close()
     finally:
         server.stop()
         shutil.rmtree(work)

@@ -10,6 +10,7 @@ import threading
 import pytest
 from markupsafe import Markup
 
+from benchmarks.collect_load import Client, Server, fields_of
 from rlhf.cli import main
 from rlhf.collect import app
 from rlhf.collect.app import create_app
@@ -18,7 +19,7 @@ from rlhf.collect.session import TEMPLATES, Site
 from rlhf.data.store import Store
 from rlhf.data.store_contents import token_hash
 from rlhf.errors import UserError
-from tests.collect.conftest import ROOT, Client, Server, fields_of, fill
+from tests.collect.conftest import ROOT, fill
 
 PAGES = ROOT / "rlhf" / "collect"
 

@@ -64,6 +64,12 @@ def judging(page):
     page.wait_for_load_state()
 
 
+def follow(page, where):
+    """Click on what leads to another page, and wait until all of it is there, its script too."""
+    with page.expect_navigation():
+        page.click(where)
+
+
 def has_text(page, where, text):
     """Wait for it (the page's own policy forbids `wait_for_function`)."""
     from playwright.sync_api import expect
@@ -76,7 +82,7 @@ def test_by_mouse_from_the_link_to_the_end(browse, server):
     token = server.links["ann"].rsplit("/", 1)[1]
     assert page.url == f"{server.url}/welcome" and "Hello, ann" in page.inner_text("h1")
     assert token not in page.evaluate("document.cookie + document.documentElement.outerHTML")
-    page.click("#start")
+    follow(page, "#start")
     assert "The voice of Fernhill" in page.inner_text("aside") and "guarantee" in page.inner_text(
         "aside"
     )
@@ -107,8 +113,7 @@ def test_by_mouse_from_the_link_to_the_end(browse, server):
         before = len(votes(server))
         page.click(label)
         assert page.is_visible("text=By far") == (label == "label[for=pick-1]")
-        page.click("#save")
-        page.wait_for_load_state()
+        follow(page, "#save")
         assert len(votes(server)) == before + 1
     assert "Thank you, ann" in page.inner_text("h1") and "judged 4 pairs" in page.inner_text(
         ".lead"
@@ -175,19 +180,16 @@ def test_without_scripts(browse, server):
     page.click("#start")
     page.check("#pick-2")
     page.check("#strength-3")
-    page.click("#save")
-    page.wait_for_load_state()
+    follow(page, "#save")
     assert "Saved." in page.inner_text("#note")
     assert [(v.strength, v.choice != v.left) for v in votes(server)] == [(3, True)]
-    page.click("#undo")
-    page.wait_for_load_state()
+    follow(page, "#undo")
     assert "Undone" in page.inner_text("#note") and votes(server) == []
 
 
 def test_answers_are_rated_and_written_by_keyboard(browse, server):
     page = browse(server, "ann")
-    page.click("#start")
-    judging(page)
+    follow(page, "#start")
     page.focus("#rate-0-left")
     page.keyboard.press("4")  # of the list, not "clearly"
     assert page.input_value("#rate-0-left") == "4" and not page.is_checked("#strength-2")
@@ -248,10 +250,8 @@ def test_hostile_answers_do_nothing(browse, tmp_path, serve):
             assert re.match(r"https?:|mailto:", link.get_attribute("href"))
         page.keyboard.press("s")
         page.keyboard.press("s")
-        page.wait_for_load_state()
-        if done + 1 < len(HOSTILE) + 2:
-            saved(page, done + 1)
-    page.wait_for_selector(".tick")
+        saved(page, done + 1)
+    assert page.is_visible(".tick")
     assert len(votes(server)) == len(HOSTILE) + 2
 
 
@@ -264,13 +264,12 @@ def test_the_owner_looks_and_exports(browse, server):
             page.keyboard.press(better if name == "ann" else {"1": "2", "2": "1"}[better])
             page.keyboard.press("4")
             page.keyboard.press("Enter")
-            if done < 3:
-                saved(page, done + 1)
-        page.wait_for_selector(".tick")
+            saved(page, done + 1)
+        assert page.is_visible(".tick")
     owner = browse(server, "owner")
     assert owner.url == f"{server.url}/owner" and "100%" in owner.inner_text("main")
     assert owner.locator("#people tbody tr").count() == 2
-    owner.click("nav >> text=Disputed")
+    follow(owner, "nav >> text=Disputed")
     assert owner.locator(".dispute").count() >= 3 and owner.locator(".dispute .answer").count() >= 6
     owner.go_back()
     with owner.expect_download() as download:
@@ -278,9 +277,8 @@ def test_the_owner_looks_and_exports(browse, server):
     lines = download.value.path().read_text().splitlines()
     assert len(lines) == 8 and {"prompt", "chosen", "rejected"} <= set(json.loads(lines[0]))
     owner.fill("#name", "cem")
-    owner.click("text=Make a link")
-    link = owner.inner_text("#link")
-    server.links["cem"] = link
+    follow(owner, "text=Make a link")
+    server.links["cem"] = owner.inner_text("#link")
     assert "Hello, cem" in browse(server, "cem").inner_text("h1")
 
 

@@ -6,10 +6,11 @@ import re
 
 import pytest
 
+from benchmarks.collect_load import Client, fields_of
 from rlhf.cli import main
 from rlhf.collect.safe_markdown import source_span, visible
 from rlhf.data.store import Store
-from tests.collect.conftest import Client, fields_of, fill, fill_rankings
+from tests.collect.conftest import fill, fill_rankings
 from tests.collect.test_app import client
 from tests.collect.test_safe_markdown import HOSTILE
 

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf.data.store import Store
 from tests.collect.conftest import ANSWERS, fill, fill_rankings
-from tests.collect.test_browser import browse, has_text, judging, question, saved
+from tests.collect.test_browser import browse, follow, has_text, judging, question, saved
 
 __all__ = ["browse"]
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
@@ -91,15 +91,13 @@ def test_answers_are_ordered_by_buttons_and_lists(server, browse):
 
 def test_answers_are_ordered_without_scripts(server, browse):
     page = browse(server, "ann", script=False)
-    page.click("#start")
+    follow(page, "#start")
     assert not page.is_visible("#ordering") and not page.is_visible(".marks >> nth=0")
     for number, place in ((1, "2"), (2, "1"), (3, "2"), (4, "4")):
         page.select_option(f"#place-{number}", place)
-    page.click("#save")
-    page.wait_for_load_state()
+    follow(page, "#save")
     assert ranked(server)[0] == [[[2], [1, 3], [4]]]
-    page.click("#skip")
-    page.wait_for_load_state()
+    follow(page, "#skip")
     assert ranked(server)[0][1] == []
 
 
@@ -217,7 +215,7 @@ def test_passages_are_marked_by_keyboard_and_seen_by_the_owner(tmp_path, serve, 
     assert page.locator(".marked li").count() == 2
     page.keyboard.press(str(number))
     page.keyboard.press("Enter")
-    page.wait_for_selector(".tick")
+    saved(page, 1)
     with Store.open(server.store) as store:
         (vote,) = store.at().votes()
     assert [(span["text"], span["label"], span.get("remark")) for span in vote.spans] == [
@@ -226,7 +224,7 @@ def test_passages_are_marked_by_keyboard_and_seen_by_the_owner(tmp_path, serve, 
     ]
     assert {span["answer"] for span in vote.spans} == {vote.choice}
     owner = browse(server, "owner")
-    owner.click("nav >> text=Passages")
+    follow(owner, "nav >> text=Passages")
     assert [each.inner_text() for each in owner.locator("mark").all()] == ["Hello", "friend"]
     assert "Friendly, says m and x" in owner.inner_text("main")
 
