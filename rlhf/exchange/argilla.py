@@ -18,20 +18,16 @@ from rlhf.data.records import digest
 from rlhf.data.spans import LABELS, Span
 from rlhf.data.votes import CHOICES
 from rlhf.errors import UserError
-from rlhf.exchange.pairs import (
+from rlhf.exchange.fields import (
     SHOWN,
-    Answer,
-    CastVote,
-    JudgedPair,
     checked_at,
     choice_of,
-    extras_of,
     read_fields,
     shown_of,
     tags_of,
     take_shown,
-    with_extras,
 )
+from rlhf.exchange.pairs import Answer, CastVote, JudgedPair, extras_of, with_extras
 
 FIELDS = {"a": "answer_a", "b": "answer_b"}
 CHOICE_TEXTS = {

@@ -14,7 +14,8 @@ from typing import Any
 from rlhf.data.rankings import Order
 from rlhf.errors import UserError
 from rlhf.exchange import argilla
-from rlhf.exchange.pairs import SHOWN, Answer, read_fields, tags_of, take_shown
+from rlhf.exchange.fields import SHOWN, read_fields, tags_of, take_shown
+from rlhf.exchange.pairs import Answer
 from rlhf.exchange.rankings import CastOrder, JudgedRanking, extras_of, places_all, with_extras
 
 

@@ -11,6 +11,7 @@ from rlhf.data.records import Preference, one_name
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 from rlhf.exchange import argilla, argilla_rankings, label_studio, label_studio_rankings
+from rlhf.exchange.fields import read_users
 from rlhf.exchange.pairs import (
     Added,
     JudgedPair,
@@ -18,7 +19,6 @@ from rlhf.exchange.pairs import (
     fault_of,
     pairs_of_preferences,
     pairs_of_view,
-    read_users,
 )
 from rlhf.exchange.rankings import JudgedRanking, add_rankings, rankings_of_view
 from rlhf.files import dumps

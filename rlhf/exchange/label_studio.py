@@ -15,18 +15,20 @@ from xml.sax.saxutils import quoteattr
 from rlhf.data.records import digest
 from rlhf.data.spans import LABELS, Span
 from rlhf.errors import UserError
+from rlhf.exchange.fields import (
+    checked_at,
+    choice_of,
+    read_fields,
+    shown_of,
+    tags_of,
+    take_shown,
+)
 from rlhf.exchange.pairs import (
     CHANGEABLE,
     Answer,
     CastVote,
     JudgedPair,
-    checked_at,
-    choice_of,
     extras_of,
-    read_fields,
-    shown_of,
-    tags_of,
-    take_shown,
     with_extras,
 )
 

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf.data.rankings import Order
 from rlhf.errors import UserError
 from rlhf.exchange import label_studio
-from rlhf.exchange.pairs import tags_of
+from rlhf.exchange.fields import tags_of
 from rlhf.exchange.rankings import CastOrder, JudgedRanking, extras_of, places_all, with_extras
 
 
