@@ -229,9 +229,7 @@ def _first(form: dict[str, list[str]], name: str) -> str:
 def _next(site: Site, person: int) -> tuple[Assignment | None, Progress, dict[str, Any]]:
     """Return what to judge, the progress, and the conversation and answers as the page shows them."""
     assignment = site.queue.next(person)
-    content = {}
-    if assignment is not None:
-        content = _content(site.store.at(), assignment)
+    content = _content(site.store.at(), assignment) if assignment else {}
     return assignment, site.queue.progress(person), content
 
 

@@ -117,6 +117,14 @@ def add_budget(store: Store, budget: dict[str, float]) -> None:
     store.set_setting("budget", json.dumps(total))
 
 
+def check_pairs(store: Store) -> None:
+    """Raise UserError for a store without anything to judge; the pairs of a ranking are something."""
+    rows = store.comparisons_after(0)
+    # without normal pairs the site could only show its last page
+    if not any(row["kind"] == "normal" for row in rows):
+        raise UserError(f"{store.path}: has no pairs to judge; make some with: rlhf collect sample")
+
+
 def store_controls(store: Store, records: list[Preference], named: set[str]) -> int:
     """Store pairs whose better answer is known as control comparisons, which are never trained on;
     returns how many.

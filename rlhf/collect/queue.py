@@ -292,10 +292,8 @@ class Queue:
                 best, most = question, taken
         if best is None:
             # in random order, as they were read
-            for question in state.untouched:
-                if not state.has_judged(annotator, question):
-                    best = question
-                    break
+            new = (one for one in state.untouched if not state.has_judged(annotator, one))
+            best = next(new, None)
         if best is None or self.draw.random() >= self.rules.control_share:
             return best
         # two comparisons, one of them a control, may show the same two responses

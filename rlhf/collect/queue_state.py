@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf.data.rankings import pair_choices
 from rlhf.data.store import Store
+from rlhf.data.votes import minority
 
 
 @dataclass(frozen=True)
@@ -179,15 +180,9 @@ class State:
         item = self.items[question]
         if item.is_control or self.person(annotator).is_adjudicator:
             return 0
-        others = set()
-        for voter, choice in item.votes.items():
-            if choice != "skip":
-                others.add(voter)
-        for holder, held in item.held.items():
-            if self.is_active(held):
-                others.add(holder)
-        others.discard(annotator)
-        return sum(map(self._takes_slots, others))
+        others = {voter for voter, choice in item.votes.items() if choice != "skip"}
+        others |= {holder for holder, held in item.held.items() if self.is_active(held)}
+        return sum(map(self._takes_slots, others - {annotator}))
 
     def has_judged(self, annotator: int, question: Question) -> bool:
         """Return whether the annotator has judged these responses, or a pair of a ranking by itself."""
@@ -214,8 +209,8 @@ class State:
                     sides[choice] += 1
             if is_ended:
                 ended.append(question)
-            elif sides["a"] and sides["b"] and item.filled >= self.rules.overlap:
-                open_[question] = min(sides["a"], sides["b"]) / (sides["a"] + sides["b"])
+            elif minority(sides) and item.filled >= self.rules.overlap:
+                open_[question] = minority(sides)
         return open_, ended
 
     def _takes_slots(self, annotator: int) -> bool:

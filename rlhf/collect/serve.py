@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from rlhf.collect import auth
 from rlhf.collect.guide import Guide
+from rlhf.collect.pairs import check_pairs
 from rlhf.config import option
 from rlhf.data.records import one_name
 from rlhf.data.store import Store
@@ -146,7 +147,7 @@ def serve(config: ServeConfig, guide: Guide | None = None) -> None:
     from rlhf.collect.app import TimedProtocol, create_app
     from rlhf.collect.session import Site
 
-    own_url = _local_url(config)
+    own_url = local_url(config.host, config.port, "https" if config.certificate else "http")
     url = (config.url or own_url).rstrip("/")
     # listening before the store is touched: a port that is taken must not cost anybody their link
     with contextlib.closing(listen(config.host, config.port)) as listener:
@@ -229,23 +230,14 @@ def links(config: LinksConfig) -> dict[str, str]:
 
 
 def _revoke(store: Store, names: list[str]) -> None:
-    annotators = {one_name(row["name"]): row["id"] for row in store.annotators()}
     for name in map(one_name, names):
-        if name not in annotators:
-            known = ", ".join(annotators) or "none"
-            raise UserError(f"{store.path}: has no annotator {name!r}; found {known}")
-        store.set_token(annotators[name], None)
+        store.set_token(store.annotator_id(name), None)
         print(f"{name}: link revoked")
 
 
 def _set_up(store: Store, config: ServeConfig, url: str) -> None:
     """Keep the rules in the store, add annotators, and print new links."""
-    # without pairs the site could only show its last page
-    stats = store.at().stats()
-    if not stats["comparisons"] + stats["rankings"]:
-        raise UserError(
-            f"{config.store}: has no pairs to judge; make some with: rlhf collect sample"
-        )
+    check_pairs(store)
     store.set_setting("url", url)
     lease_seconds = None if config.lease_minutes is None else 60 * config.lease_minutes
     rules = {
@@ -277,10 +269,6 @@ def _set_up(store: Store, config: ServeConfig, url: str) -> None:
     print(
         f"a lost link is replaced with: rlhf collect links {config.store} --annotators NAME (or --owner true)"
     )
-
-
-def _local_url(config: ServeConfig) -> str:
-    return local_url(config.host, config.port, "https" if config.certificate else "http")
 
 
 def _warnings(config: ServeConfig, url: str) -> list[str]:

@@ -8,6 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.collect.pairs import check_pairs
 from rlhf.collect.queue import Queue
 from rlhf.collect.queue_state import Rules
 from rlhf.config import option
@@ -16,8 +17,7 @@ from rlhf.data.sources import ALL_TIES_HELP
 from rlhf.data.spans import renamed
 from rlhf.data.store import Store
 from rlhf.data.store_queries import StoreView
-from rlhf.data.votes import Vote, by_comparison, final_votes, no_preference
-from rlhf.errors import UserError
+from rlhf.data.votes import Vote, by_comparison, final_votes, minority, no_preference
 from rlhf.stats import clustered_se
 from rlhf.text import markdown_table, short_names
 from rlhf.voting.ballots import read_ballots
@@ -106,11 +106,9 @@ def disputed(votes: list[Vote], pairs: dict[int, dict[str, Any]]) -> list[tuple[
             relevant.append(vote)
     split = []
     for id, own in by_comparison(relevant).items():
-        count = Counter(vote.choice for vote in own)
-        if count["a"] and count["b"]:
-            # ties and skips take no side
-            minority = min(count["a"], count["b"]) / (count["a"] + count["b"])
-            split.append((-minority, -len(own), id, own))
+        share = minority(Counter(vote.choice for vote in own))
+        if share:
+            split.append((-share, -len(own), id, own))
     split.sort(key=lambda row: row[:3])
     return [(id, own) for *_, id, own in split]
 
@@ -170,10 +168,7 @@ def criteria_markdown(rows: list[dict[str, Any]]) -> list[str]:
 def status(config: StatusConfig) -> dict[str, Any]:
     """Print the summary as text, and return it."""
     with Store.open(config.store, readonly=True) as store:
-        if not store.at().pairs():
-            raise UserError(
-                f"{config.store}: has no pairs to judge; make some with: rlhf collect sample"
-            )
+        check_pairs(store)
         found = summary(store, config.margin)
     pairs, slots = found["progress"], found["slots"]
     filled = slots["given"] / slots["needed"] if slots["needed"] else 1.0

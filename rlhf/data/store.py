@@ -245,16 +245,13 @@ class Store(StoreContents):
         UserError if there is no such annotator, or nothing would change.
         """
         with self.transaction():
-            ids = {one_name(row["name"]): row["id"] for row in self.annotators()}
-            if one_name(name) not in ids:
-                known = ", ".join(ids) or "none"
-                raise UserError(f"{self.path}: has no annotator {name!r}; found {known}")
+            annotator = self.annotator_id(name)
             is_excluded = one_name(name) in map(one_name, self.at().excluded())
             if is_excluded != back:
                 state = "excluded" if is_excluded else "not excluded"
                 raise UserError(f"{self.path}: '{name}' is {state} already")
             kind = "include" if back else "exclude"
-            return self._event(annotator=ids[one_name(name)], kind=kind)
+            return self._event(annotator=annotator, kind=kind)
 
     def request(self, name: str | None) -> dict[str, Any] | None:
         """Return the event that this request made, if it made one."""

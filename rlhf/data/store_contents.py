@@ -324,6 +324,14 @@ class StoreContents:
         sql = "SELECT id, name, kind, source, role, token_hash FROM annotators ORDER BY id"
         return list(map(dict, self._db.execute(sql)))
 
+    def annotator_id(self, name: str) -> int:
+        """Return the id of the annotator of this name. Raises UserError, with those there are."""
+        ids = {one_name(row["name"]): row["id"] for row in self.annotators()}
+        if one_name(name) not in ids:
+            known = ", ".join(ids) or "none"
+            raise UserError(f"{self.path}: has no annotator {name!r}; found {known}")
+        return ids[one_name(name)]
+
     def set_token(self, annotator: int, token: str | None) -> None:
         """Let the annotator sign in with this token and no other; None: with none. Only its hash is
         kept.

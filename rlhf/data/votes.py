@@ -291,6 +291,12 @@ def by_comparison(votes: list[Vote]) -> dict[int, list[Vote]]:
     return dict(sorted(found.items()))
 
 
+def minority(count: Mapping[str, int]) -> float:
+    """Return the smaller side's share of the votes for a or b; 0 where nobody differs."""
+    sides = count["a"], count["b"]
+    return min(sides) / sum(sides) if all(sides) else 0.0
+
+
 def _joint_verdict(
     comparison: int,
     winner: str,
