@@ -24,6 +24,8 @@ from rlhf.voting.rates import confidence_sequence, pair_rate
 
 ROWS = Path(__file__).parent / "results" / "votes.json"
 COMMAND = "python benchmarks/votes_coverage.py"
+# half the width, in logits, of "equally good"
+TIES = 0.3
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,6 @@ class World:
         """Return the win rate of all annotators on all prompts."""
         nodes, weights = np.polynomial.hermite_e.hermegauss(60)
         return float(weights @ self.truth(self.leaning * nodes) / weights.sum())
-
-
-# half the width, in logits, of "equally good"
-TIES = 0.3
 
 
 def _chance(x: np.ndarray) -> np.ndarray:

@@ -35,7 +35,8 @@ MODEL_VOTES = """
         AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id) ORDER BY e.id DESC"""
 
 COMPARISONS = """
-    SELECT c.id, c.kind, c.expected, c.prompt, p.messages, p.metadata, p.own_group, p.default_group, p.voice,
+    SELECT c.id, c.kind, c.expected, c.prompt, p.messages, p.metadata,
+        coalesce(p.own_group, p.default_group) AS group_name, p.voice,
         a.text AS text_a, b.text AS text_b, a.ended AS ended_a, b.ended AS ended_b,
         a.model AS model_a, b.model AS model_b, c.ranking, json_array_length(k.responses) AS ranked, c.a, c.b
     FROM comparisons c
@@ -174,14 +175,30 @@ class StoreView:
 
     def prompt_rows(self) -> list[dict[str, Any]]:
         """Return `prompts` as rows."""
-        rows = self._prompts_with_id()
-        for row in rows:
-            del row["id"]
-        return rows
+        return list(self.prompts_by_id().values())
 
     def prompts_by_id(self) -> dict[int, dict[str, Any]]:
-        """Return `prompt_rows` by the prompts' ids."""
-        return {row.pop("id"): row for row in self._prompts_with_id()}
+        """Return `prompt_rows` by the prompts' ids, default groups joined over the answer pairs that
+        were voted on.
+
+        Votes count here even if undone or a tie, so that groups do not depend on `aggregate` and
+        only ever grow.
+        """
+        prompts = self._db.execute("SELECT * FROM prompts ORDER BY id").fetchall()
+        groups = self._default_groups(prompts)
+        rows = {}
+        for prompt in prompts:
+            row = {"prompt": json.loads(prompt["messages"]), "source": self.name}
+            if prompt["own_group"] is not None:
+                row["group"] = prompt["own_group"]
+            else:
+                row["default_group"] = groups[prompt["id"]]
+            for name in ("voice", "split"):
+                if prompt[name] is not None:
+                    row[name] = prompt[name]
+            row["metadata"] = json.loads(prompt["metadata"])
+            rows[prompt["id"]] = row
+        return rows
 
     def annotator_kinds(self) -> dict[str, str]:
         """Return what each annotator is: person, model or rule."""
@@ -200,7 +217,8 @@ class StoreView:
         is 1, 0 (cut off) or None (not known); metadata holds the prompt's group and, where known,
         its voice.
         """
-        return {row["id"]: _pair(row) for row in self._db.execute(f"{COMPARISONS} ORDER BY c.id")}
+        rows = self._db.execute(f"{COMPARISONS} ORDER BY c.id")
+        return {row["id"]: _with_prompt(row) for row in rows}
 
     def response(self, id: int) -> dict[str, Any]:
         """Return one response: {text, model, ended}."""
@@ -209,7 +227,8 @@ class StoreView:
 
     def pair(self, comparison: int) -> dict[str, Any]:
         """Return one comparison, as in `pairs`."""
-        return _pair(self._db.execute(f"{COMPARISONS} WHERE c.id = ?", (comparison,)).fetchone())
+        found = self._db.execute(f"{COMPARISONS} WHERE c.id = ?", (comparison,))
+        return _with_prompt(found.fetchone())
 
     def equal_answers(self) -> list[tuple[str, str, str]]:
         """Return (model, other model, group of the prompt) of every two equal answers of two models."""
@@ -227,16 +246,7 @@ class StoreView:
         """Return every answer of a known model: {prompt (its id), messages, metadata, split, text,
         model, ended}; `ended` and metadata are as in `pairs`, split is None unless the prompt has one.
         """
-        found = []
-        for row in self._db.execute(f"{ANSWERS} ORDER BY r.id"):
-            answer = dict(row)
-            group, voice = answer.pop("group_name"), answer.pop("voice")
-            answer["messages"] = json.loads(answer["messages"])
-            answer["metadata"] = json.loads(answer["metadata"]) | {"group": group}
-            if voice is not None:
-                answer["metadata"]["voice"] = voice
-            found.append(answer)
-        return found
+        return list(map(_with_prompt, self._db.execute(f"{ANSWERS} ORDER BY r.id")))
 
     def fingerprint(self) -> str:
         """Return 16 hex digits of the events up to this one and all they refer to."""
@@ -289,32 +299,6 @@ class StoreView:
     def _count(self, table: str, *values: Any) -> int:
         return self._db.execute(f"SELECT count(*) FROM {table}", values).fetchone()[0]
 
-    def _prompts_with_id(self) -> list[dict[str, Any]]:
-        """Return all prompts, their default groups joined over the answer pairs that were voted on.
-
-        Votes count here even if undone or a tie, so that groups do not depend on `aggregate` and
-        only ever grow.
-        """
-        prompts = self._db.execute("SELECT * FROM prompts ORDER BY id").fetchall()
-        groups = self._default_groups(prompts)
-        rows = []
-        for prompt in prompts:
-            row = {
-                "id": prompt["id"],
-                "prompt": json.loads(prompt["messages"]),
-                "source": self.name,
-            }
-            if prompt["own_group"] is not None:
-                row["group"] = prompt["own_group"]
-            else:
-                row["default_group"] = groups[prompt["id"]]
-            for name in ("voice", "split"):
-                if prompt[name] is not None:
-                    row[name] = prompt[name]
-            row["metadata"] = json.loads(prompt["metadata"])
-            rows.append(row)
-        return rows
-
     def _default_groups(self, prompts: list[sqlite3.Row]) -> dict[int, str]:
         """Return groups for the prompts without one of their own, joined where they share voted
         answers.
@@ -333,49 +317,49 @@ class StoreView:
 
 def _vote(row: sqlite3.Row) -> Vote:
     return Vote(
-        event=row["id"],
         comparison=row["comparison"],
-        annotator=row["name"],
         choice=row["choice"],
         left=row["left"],
         strength=row["strength"],
-        reason=row["reason"],
-        tags=json.loads(row["tags"]),
-        duration_ms=row["duration_ms"],
-        created=row["created"],
-        source=row["source"],
         is_final=row["role"] == "adjudicator",
         corrected=row["corrected_text"],
         criteria=json.loads(row["criteria"] or "{}"),
-        spans=json.loads(row["spans"] or "[]"),
+        **_said(row),
     )
 
 
 def _ranked(row: sqlite3.Row) -> Ranked:
     return Ranked(
-        event=row["id"],
         ranking=row["ranking"],
-        annotator=row["name"],
         order=json.loads(row["placed"] or "[]"),
         shown=json.loads(row["shown"] or "null"),
-        reason=row["reason"],
-        tags=json.loads(row["tags"]),
-        duration_ms=row["duration_ms"],
-        created=row["created"],
-        source=row["source"],
-        spans=json.loads(row["spans"] or "[]"),
+        **_said(row),
     )
 
 
-def _pair(row: sqlite3.Row) -> dict[str, Any]:
-    pair = dict(row)
-    own_group, default_group = pair.pop("own_group"), pair.pop("default_group")
-    voice = pair.pop("voice")
-    pair["messages"] = json.loads(pair["messages"])
-    pair["metadata"] = json.loads(pair["metadata"]) | {"group": own_group or default_group}
+def _said(row: sqlite3.Row) -> dict[str, Any]:
+    """Return what a vote and a ranking have in common."""
+    return {
+        "event": row["id"],
+        "annotator": row["name"],
+        "reason": row["reason"],
+        "tags": json.loads(row["tags"]),
+        "duration_ms": row["duration_ms"],
+        "created": row["created"],
+        "source": row["source"],
+        "spans": json.loads(row["spans"] or "[]"),
+    }
+
+
+def _with_prompt(row: sqlite3.Row) -> dict[str, Any]:
+    """Return a row of COMPARISONS or ANSWERS, with the prompt's group and voice in its metadata."""
+    found = dict(row)
+    group, voice = found.pop("group_name"), found.pop("voice")
+    found["messages"] = json.loads(found["messages"])
+    found["metadata"] = json.loads(found["metadata"]) | {"group": group}
     if voice is not None:
-        pair["metadata"]["voice"] = voice
-    return pair
+        found["metadata"]["voice"] = voice
+    return found
 
 
 def _record(kind: type[Record], row: dict[str, Any]) -> Any:
