@@ -87,6 +87,10 @@ class Client:
 
     def request(self, method, path, fields=None, headers=None):
         """(response, text); raises OSError or HTTPException where no whole answer came."""
+        sock = self.connection.sock if self.connection else None
+        # the server ends a connection that was idle for seconds: there is an end to read
+        if sock is not None and select.select([sock], [], [], 0)[0]:
+            self.close()
         if self.connection is None:
             self.connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
         headers, body = dict(headers or {}), None

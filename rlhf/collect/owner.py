@@ -53,21 +53,22 @@ async def overview(request: Request) -> Response:
 
 async def split_pairs(request: Request) -> Response:
     """Show the pairs on which people differ, the most evenly split first, with each vote."""
-    site, _ = await owner(request)
-    number = _page_number(request)
-    pairs, total = await run_in_threadpool(_read, site.path, _disputed, number)
-    return page(
-        "disputed.html", site, pairs=pairs, number=number, total=total, pages=-(-total // ON_A_PAGE)
-    )
+    return await _listing(request, "disputed.html", _disputed, ON_A_PAGE)
 
 
 async def passages(request: Request) -> Response:
     """Show marked passages in their answers, the newest first, with remarks."""
+    return await _listing(request, "passages.html", _passages, PASSAGES_ON_A_PAGE)
+
+
+async def _listing(request: Request, template: str, read: Any, size: int) -> Response:
+    """Show one page of a list; read: returns what a part of it holds, and how long it is."""
     site, _ = await owner(request)
     number = _page_number(request)
-    found, total = await run_in_threadpool(_read, site.path, _passages, number)
-    pages = -(-total // PASSAGES_ON_A_PAGE)
-    return page("passages.html", site, passages=found, number=number, total=total, pages=pages)
+    part = slice((number - 1) * size, number * size)
+    found, total = await run_in_threadpool(_read, site.path, read, part)
+    pages = -(-total // size)
+    return page(template, site, found=found, number=number, total=total, pages=pages)
 
 
 async def export(request: Request) -> Response:
@@ -132,23 +133,23 @@ def _rows(store: Store, aggregate: str) -> tuple[int, list[dict[str, Any]]]:
     return view.event, view.rows(aggregate)
 
 
-def _disputed(store: Store, number: int) -> tuple[list[dict[str, Any]], int]:
+def _disputed(store: Store, part: slice) -> tuple[list[dict[str, Any]], int]:
     """Return one page of the disputed pairs with their votes, and how many there are in all."""
     view = store.at()
     pairs = view.pairs()
     found = disputed(view.votes(), pairs)
     shown = []
-    for id, votes in found[(number - 1) * ON_A_PAGE : number * ON_A_PAGE]:
+    for id, votes in found[part]:
         shown.append(pairs[id] | {"votes": list(map(_described, votes))})
     return shown, len(found)
 
 
-def _passages(store: Store, number: int) -> tuple[list[dict[str, Any]], int]:
+def _passages(store: Store, part: slice) -> tuple[list[dict[str, Any]], int]:
     """Return one page of the marked passages with the text around them, and how many there are."""
     view = store.at()
     found = marked_passages(view)
     shown = []
-    for given, span in found[(number - 1) * PASSAGES_ON_A_PAGE : number * PASSAGES_ON_A_PAGE]:
+    for given, span in found[part]:
         response = view.response(span["answer"])
         text = response["text"]
         before, after = text[: span["start"]], text[span["end"] :]

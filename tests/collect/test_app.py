@@ -581,6 +581,14 @@ def test_status_in_the_terminal(server, capsys):
     assert "41 pairs, 3 people for each" in text and "slots filled" in text
 
 
+def test_an_idle_connection_that_the_server_ended_is_opened_again(server):
+    ann = client(server, "ann")
+    assert ann.get("/")[0].status == 200
+    # as uvicorn does after five seconds
+    ann.connection.sock.shutdown(socket.SHUT_RDWR)
+    assert ann.get("/")[0].status == 200
+
+
 def test_what_cannot_be_served_is_said(tmp_path):
     empty = tmp_path / "empty.db"
     Store.open(empty, create=True).close()

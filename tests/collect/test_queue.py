@@ -4,9 +4,11 @@ from collections import Counter
 
 import pytest
 
+from rlhf.collect.pairs import check_pairs
 from rlhf.collect.queue import Answer, Queue
 from rlhf.collect.queue_state import Rules
 from rlhf.data.store import Store
+from rlhf.errors import UserError
 from tests.collect.conftest import fill
 
 LEFT, TIE, SKIP = Answer("left"), Answer("tie"), Answer("skip")
@@ -16,6 +18,15 @@ LEFT, TIE, SKIP = Answer("left"), Answer("tie"), Answer("skip")
 def store(tmp_path):
     with Store.open(fill(tmp_path / "votes.db", pairs=4)) as opened:
         yield opened
+
+
+def test_control_pairs_alone_are_nothing_to_judge(tmp_path):
+    alone = fill(tmp_path / "controls.db", pairs=0, controls=1)
+    told = "has no pairs to judge; make some with: rlhf collect sample"
+    with Store.open(alone) as store, pytest.raises(UserError, match=told):
+        check_pairs(store)
+    with Store.open(fill(tmp_path / "both.db", pairs=1, controls=1)) as store:
+        check_pairs(store)
 
 
 def people(store, count):
