@@ -1,7 +1,8 @@
 """Two brands on one base: each adapter is to be best at its own voice, by held-out prompts.
 
     python benchmarks/two_brands.py            # on the sandbox; resumes; writes rows and the page
-    python benchmarks/two_brands.py --real     # on SmolLM2-135M-Instruct, about half an hour of a core
+    python benchmarks/two_brands.py --real     # on SmolLM2-135M-Instruct, about half an hour of a core,
+                                               # and asked by name of one server; needs the openai client
 
 Both are trained by `rlhf brand run` with the same options of training. Each adapter's answers, and
 the base's, to the test prompts of a brand are scored by its voice. On the sandbox the brands share
@@ -24,18 +25,21 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import real_model  # noqa: E402
+from benchmarks.brands_served import served_answers  # noqa: E402
 from benchmarks.result_rows import add_rows, made_with  # noqa: E402
 from reward.compose import build_scorer  # noqa: E402
 from rlhf.brand.answers import Scored, by_group, difference, scored_answers  # noqa: E402
-from rlhf.brand.gates import Measured, mean_of_groups, shown  # noqa: E402
+from rlhf.brand.gates import Measured, bound_text, mean_of_groups, shown  # noqa: E402
+from rlhf.brand.verdict import interval_text  # noqa: E402
 from rlhf.data.store import Store  # noqa: E402
 from rlhf.experiment.plan import flags  # noqa: E402
-from rlhf.text import markdown_table  # noqa: E402
+from rlhf.text import clip, markdown_table  # noqa: E402
 
 CONFIGS = ROOT / "rlhf" / "sandbox" / "configs"
-OUTDOOR, BAKERY = ROOT / "rlhf" / "brand_data" / "outdoor", ROOT / "benchmarks" / "bakery"
+OUTDOOR = ROOT / "rlhf" / "brand_data" / "outdoor"
 RESULTS = ROOT / "benchmarks" / "results"
 TRAIN = {
+    "loss_type": ["sigmoid"],
     "beta": 0.2,
     "num_train_epochs": 2,
     "per_device_train_batch_size": 32,
@@ -43,18 +47,21 @@ TRAIN = {
     "warmup_steps": 5,
     "deepspeed": "zero0",
 }
-# the loss of the chosen answer beside DPO's: the base has never seen a greeting of the brand
-TRAIN_REAL = {
-    "loss_type": ["sigmoid", "sft"],
-    "trl": {"loss_weights": [1.0, 0.5]},
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 3e-4,
-    "lora_r": 16,
-    "lora_alpha": 32,
-    "train_eos": "never",
-    "warmup_steps": 5,
-    "deepspeed": "zero0",
+# of one server, on the real model
+SERVED = RESULTS / "2026-11-29-two-brands-served.jsonl"
+# answers of each brand that the page shows, and the characters of each
+SAMPLES, SAMPLE_WIDTH = 5, 300
+# voice -> policy ("base" and each adapter) -> its answers, scored by the voice
+Scores = dict[str, dict[str, list[Scored]]]
+# all else as `rlhf brand run` has it
+TRAIN_REAL = {"train_eos": "never"}
+SAMPLING = {
+    "temperature": 0.7,
+    "max_prompt_length": 96,
+    # at 80 tokens 73 of 100 answers of the base are cut off, and none of those is rewritten
+    "max_response_length": 160,
+    "batch_size": 32,
+    "dtype": "bfloat16",
 }
 
 
@@ -85,14 +92,23 @@ SANDBOX = Setting(
 REAL = Setting(
     "-real",
     "SmolLM2-135M-Instruct",
-    {"outdoor": ROOT / "configs" / "voices" / "outdoor.yaml", "bakery": BAKERY / "voice.yaml"},
+    {
+        "outdoor": ROOT / "configs" / "voices" / "outdoor.yaml",
+        "bakery": ROOT / "benchmarks" / "bakery" / "voice.yaml",
+    },
     "python benchmarks/two_brands.py --real",
-    "`outdoor` answers questions of its own help desk, `bakery` those of its templates",
+    "`outdoor` answers questions of its help desk and of templates, `bakery` those of its templates",
 )
 
 
 def rlhf(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "rlhf.cli", *words], check=True, cwd=ROOT)
+
+
+def templates_of(name: str) -> dict[str, Any]:
+    """Return the templates of a brand's questions."""
+    file = ROOT / "benchmarks" / name / "templates.yaml"
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
 
 
 def run_brands(
@@ -155,24 +171,19 @@ def run_real(out: Path) -> tuple[str, dict[str, list[Path]]]:
     if not real_model.FILE.is_file():
         real_model.fetch()
     base = str(real_model.FILE)
+    # the help desk's test questions are of 15 groups, too few to show how seldom an adapter refuses
+    more = out / "outdoor-templates.jsonl"
+    filled = {"templates": templates_of("outdoor"), "output": str(more)}
+    rlhf("brand", "prompts", *flags(filled))
     prompts = {
-        "outdoor": {"prompts": [str(OUTDOOR / "questions.jsonl")], "n_prompts": 120},
-        "bakery": {"templates": yaml.safe_load((BAKERY / "templates.yaml").read_text())},
-    }
-    sampling = {
-        "temperature": 0.7,
-        "max_prompt_length": 96,
-        # at 80 tokens 73 of 100 answers of the base are cut off, and none of those is rewritten
-        "max_response_length": 160,
-        "batch_size": 32,
-        "dtype": "bfloat16",
+        "outdoor": {"prompts": [str(OUTDOOR / "questions.jsonl"), str(more)]},
+        "bakery": {"templates": templates_of("bakery")},
     }
     options = {
-        "samples_per_prompt": 2,
-        "test_prompts": 40,
+        "n_prompts": 72,
         "texts": [str(OUTDOOR / "neutral.jsonl")],
         "task": [str(OUTDOOR / "neutral.jsonl")],
-        **sampling,
+        **SAMPLING,
         "launcher": "python",
     }
     run_brands(REAL, out, base, TRAIN_REAL, prompts, options)
@@ -183,30 +194,42 @@ def run_real(out: Path) -> tuple[str, dict[str, list[Path]]]:
         if not store.exists():
             data = prompts[name].get("prompts", [str(out / name / "prompts.jsonl")])
             sample = {"runs": runs, "data": data, "store": str(store), "split": "test"}
-            sample |= {"prompts": 40, "test_fraction": 0.2, **sampling}
+            sample |= {"prompts": 40, "test_fraction": 0.2, **SAMPLING}
             rlhf("collect", "sample", *flags(sample))
     return base, {name: [store] for name, store in stores.items()}
 
 
-def answers_of(
-    setting: Setting, out: Path, base: str, stores: dict[str, list[Path]]
-) -> dict[str, dict[str, list[Scored]]]:
-    """Return voice -> policy ("base" and each adapter) -> its answers, scored by the voice."""
+def answers_of(setting: Setting, out: Path, base: str, stores: dict[str, list[Path]]) -> Scores:
+    """Return the answers of all policies to the test prompts of each voice."""
     policies = {"base": base} | {name: str(out / name / "dpo") for name in setting.voices}
-    found: dict[str, dict[str, list[Scored]]] = {}
+    found: Scores = {}
     for voice, file in setting.voices.items():
         scorer = build_scorer([{"voice": str(file)}])
         found[voice] = {}
         for path in stores[voice]:
             with Store.open(path, readonly=True) as store:
-                scored = scored_answers(store.at(), scorer)
+                scored = scored_answers(store.at().answers(), scorer)
             found[voice] |= {
                 name: scored[policy] for name, policy in policies.items() if policy in scored
             }
     return found
 
 
-def advantages(scores: dict[str, dict[str, list[Scored]]]) -> dict[str, Measured]:
+def served_of(setting: Setting, answers: list[dict[str, Any]]) -> Scores:
+    """Return the answers that were given by name, under the policy's: outdoor/dpo is outdoor."""
+    found: Scores = {}
+    for voice, file in setting.voices.items():
+        own = [answer for answer in answers if answer["voice"] == voice]
+        scored = scored_answers(own, build_scorer([{"voice": str(file)}]))
+        names = {name: name.split("/")[0] for name in scored}
+        found[voice] = {
+            folder if folder in setting.voices else "base": scored[name]
+            for name, folder in names.items()
+        }
+    return found
+
+
+def advantages(scores: Scores) -> dict[str, Measured]:
     """Return voice -> its own adapter's score minus the other's, by the voice, on the same prompts."""
     found = {}
     for voice, own in scores.items():
@@ -216,16 +239,9 @@ def advantages(scores: dict[str, dict[str, list[Scored]]]) -> dict[str, Measured
 
 
 def page(
-    setting: Setting, scores: dict[str, dict[str, list[Scored]]], verdicts: dict[str, dict]
+    setting: Setting, scores: Scores, verdicts: dict[str, dict], served: Scores | None = None
 ) -> list[str]:
-    """Return the lines of the results page."""
-    header = ["answers of", *(f"score by {voice}" for voice in scores)]
-    rows = []
-    for policy in ("base", *setting.voices):
-        cells = []
-        for own in scores.values():
-            cells.append(shown(mean_of_groups([(a.group, a.score) for a in own[policy]])))
-        rows.append([policy, *cells])
+    """Return the lines of the results page. served: the answers that were given by name."""
     lines = [
         "# Two brands on one base",
         "",
@@ -233,41 +249,90 @@ def page(
         f"{setting.about}. Means over test prompts with 95 % intervals. Votes are simulated. "
         + made_with("transformers", "trl"),
         "",
-        *markdown_table(header, rows, right=[1, 2]),
+        *score_lines(setting, scores),
         "",
-        "On the same prompts, the own adapter's score minus the other's:",
+        "## Verdicts",
         "",
     ]
+    for name, verdict in verdicts.items():
+        lines.append(f"- {name}: {verdict['verdict']}")
+    rows = []
+    for gates in zip(*(verdict["gates"] for verdict in verdicts.values()), strict=True):
+        cells = [f"{gate['status']}: {interval_text(gate) or '-'}" for gate in gates]
+        bound = bound_text(gates[0]["direction"], gates[0]["threshold"])
+        rows.append([gates[0]["name"], bound, *cells])
+    lines += ["", *markdown_table(["gate", "bound", *verdicts], rows)]
+    if served:
+        lines += ["", "## Switched by name", ""]
+        lines += [
+            "`rlhf serve RUN RUN`, asked by the openai client: the same test prompts, with the same seeds, of each "
+            f"name ([answers]({SERVED.name})).",
+            "",
+            *score_lines(setting, served),
+        ]
+    return [*lines, "", *sample_lines(scores)]
+
+
+def score_lines(setting: Setting, scores: Scores) -> list[str]:
+    """Return the scores of all policies by each voice, and the own adapter's minus the other's."""
+    rows = []
+    for policy in ("base", *setting.voices):
+        cells = []
+        for own in scores.values():
+            cells.append(shown(mean_of_groups([(a.group, a.score) for a in own[policy]])))
+        rows.append([policy, *cells])
+    header = ["answers of", *(f"score by {voice}" for voice in scores)]
+    lines = markdown_table(header, rows, right=[1, 2])
+    lines += ["", "On the same prompts, the own adapter's score minus the other's:", ""]
     for voice, found in advantages(scores).items():
         lines.append(f"- by {voice}: {shown(found)}, {found.groups} prompts")
-    lines += ["", "The verdicts:", ""]
-    for name, verdict in verdicts.items():
-        blocking = [
-            gate["sentence"]
-            for gate in verdict["gates"]
-            if gate["status"] in ("failed", "not shown")
-        ]
-        lines.append(f"- {name}: {' '.join([verdict['verdict'], *blocking])}")
     return lines
 
 
-def rows_of(
-    setting: Setting, advantage: dict[str, Measured], verdicts: dict[str, dict]
-) -> list[dict]:
-    """Return the rows of benchmarks/results/brand.json."""
+def sample_lines(scores: Scores) -> list[str]:
+    """Return the first answers of base and own adapter to each brand's prompts, not chosen."""
     rows = []
-    for voice, found in advantage.items():
-        rows.append(
-            {
-                "id": f"two-brands{setting.name}-{voice}",
-                "what": f"two adapters on {setting.base}: score by the voice {voice} of its own adapter minus the "
-                f"other's, lower end of the 95 % interval over {found.groups} held-out prompts (estimate "
-                f"{found.estimate:.3f})",
-                "value": round(found.low, 4),
-                "bound": "> 0",
-                "command": setting.command,
-            }
-        )
+    for voice, own in scores.items():
+        adapted = {answer.prompt: answer for answer in own[voice]}
+        both = [(answer, adapted[answer.prompt]) for answer in own["base"]]
+        for before, after in both[:SAMPLES]:
+            question = clip(before.messages[-1]["content"], SAMPLE_WIDTH)
+            cells = [
+                f"{answer.score:.2f}: {clip(answer.text, SAMPLE_WIDTH)}"
+                for answer in (before, after)
+            ]
+            rows.append([voice, question, *cells])
+    table = markdown_table(["voice", "prompt", "base", "own adapter"], rows)
+    return ["## Samples", "", "The first answers, with their score; long ones are cut.", "", *table]
+
+
+def rows_of(
+    setting: Setting,
+    advantage: dict[str, Measured],
+    verdicts: dict[str, dict],
+    served: dict[str, Measured] | None = None,
+) -> list[dict]:
+    """Return the rows of benchmarks/results/brand.json.
+
+    advantage: of the answers to test prompts; served: the same of those that were given by name.
+    """
+    measured = [("", "", advantage)]
+    if served:
+        measured.append(("served-", ", switched by name when served", served))
+    rows = []
+    for part, how, differences in measured:
+        for voice, found in differences.items():
+            rows.append(
+                {
+                    "id": f"two-brands{setting.name}-{part}{voice}",
+                    "what": f"two adapters on {setting.base}{how}: score by the voice {voice} of its own adapter "
+                    f"minus the other's, lower end of the 95 % interval over {found.groups} held-out prompts "
+                    f"(estimate {found.estimate:.3f})",
+                    "value": round(found.low, 4),
+                    "bound": "> 0",
+                    "command": setting.command,
+                }
+            )
     for name, verdict in verdicts.items():
         rows.append(
             {
@@ -294,9 +359,17 @@ def main() -> None:
     verdicts = {
         name: json.loads((out / name / "verdict.json").read_text()) for name in setting.voices
     }
-    lines = page(setting, scores, verdicts)
+    served = None
+    if given.real:
+        runs = [str(out / name / "dpo") for name in setting.voices]
+        prompts = {voice: own[0] for voice, own in stores.items()}
+        answers = out / "served.jsonl"
+        served = served_of(setting, served_answers(runs, prompts, answers, SAMPLING))
+        SERVED.write_bytes(answers.read_bytes())
+    lines = page(setting, scores, verdicts, served)
     setting.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    add_rows(RESULTS / "brand.json", rows_of(setting, advantages(scores), verdicts))
+    by_name = advantages(served) if served else None
+    add_rows(RESULTS / "brand.json", rows_of(setting, advantages(scores), verdicts, by_name))
     print("\n".join(lines))
 
 

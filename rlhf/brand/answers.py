@@ -9,12 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.brand.gates import Measured, mean_of_groups, ratio_of_groups
+from rlhf.brand.gates import Measured, difference_of_shares, mean_of_groups, ratio_of_groups
 from rlhf.compare.text_metrics import word_ngrams
 from rlhf.data.records import Samples, Scorer
-from rlhf.data.store_queries import StoreView
 
-# words of a run that counts as copied
+# words of a run that counts as copied: shorter ones recur in any two texts of one voice
 COPIED_WORDS = 8
 # openings and phrases by which a model declines; English
 REFUSALS = (
@@ -43,14 +42,19 @@ class Scored:
         return len(self.text.split())
 
 
-def scored_answers(view: StoreView, scorer: Scorer) -> dict[str, list[Scored]]:
-    """Return model -> its answers in a store, scored; models in the order of the store."""
-    answers = view.answers()
+def scored_answers(answers: Sequence[Mapping[str, Any]], scorer: Scorer) -> dict[str, list[Scored]]:
+    """Return model -> its answers, scored; models in the order in which they come.
+
+    answers: rows as `StoreView.answers` returns them.
+    """
     samples = samples_of(answers)
+    # all at once: a judge of the tone is asked in parallel
     scores = scorer(samples)
+    # of facts alone it matters whether they are right; how nearly is in the score
     facts = {name: own for name, own in scores.breakdown.items() if "/task/" in name}
     found: dict[str, list[Scored]] = {}
     for place, answer in enumerate(answers):
+        # nan: a fact that this prompt does not have
         parts = [own[place] for own in facts.values() if not math.isnan(own[place])]
         scored = Scored(
             group=answer["metadata"]["group"],
@@ -88,12 +92,14 @@ def measure_answers(
     facts = by_group(base, run, lambda answer: answer.facts)
     words = by_group(base, run, lambda answer: answer.words)
     pattern = refusal_pattern(phrases)
-    refused = [(own.group, float(bool(pattern.search(own.text)))) for own in run]
+    refused = by_group(base, run, lambda answer: bool(pattern.search(answer.text)))
     no_facts = Measured(why="the voice names no facts that these prompts have")
     return {
+        # the same prompts were put to both, so differences are taken within a group
         "score_gain": difference(score),
         "facts": difference(facts) if facts else no_facts,
-        "refusals": mean_of_groups(refused, bounds=(0.0, 1.0)),
+        "refusals": difference_of_shares(refused),
+        # a ratio of sums: one terse answer of the base would rule a mean of ratios
         "length": ratio_of_groups(
             [own for _, own in words.values()], [base for base, _ in words.values()]
         ),
@@ -109,6 +115,7 @@ def by_group(base: Sequence[Scored], run: Sequence[Scored], value) -> dict[str, 
     for own, answers in zip(sums, (base, run), strict=True):
         for answer in answers:
             found = value(answer)
+            # a prompt without facts says nothing about them
             if found is not None:
                 own.setdefault(answer.group, []).append(float(found))
     return {
@@ -143,10 +150,12 @@ def memorised(run: Sequence[Scored], trained: Sequence[str], held_out: Sequence[
     values = []
     for answer in run:
         grams = word_ngrams(answer.text.lower(), COPIED_WORDS)
+        # too short to copy anything that counts
         if not grams:
             continue
         overlaps = []
         for texts, index in zip((trained, held_out), indexes, strict=True):
+            # per training answer: runs from many different ones are style, not a copy
             counts = Counter(text for gram in set(grams) for text in index.get(gram, ()))
             shares = [count / len(set(grams)) for count in counts.values()]
             overlaps.append(expected_largest(shares, len(texts), size))

@@ -1,11 +1,18 @@
 """The options of `rlhf brand run`."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rlhf.brand.gates import read_gates
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
+
+# What `train` leaves open. A base hardly ever writes a brand's greeting (e^-24 in one measured case),
+# so that a few dozen pairs need several passes, at the rate of an adapter, and the loss of the better
+# answer itself: DPO alone is content with moving the worse one down.
+DPO_PASSES = {"num_train_epochs": 5, "learning_rate": 3e-4, "warmup_steps": 0.1}
+DPO_LOSS = {"loss_type": ["sigmoid", "sft"], "trl": {"loss_weights": [1.0, 0.5]}}
 
 
 @dataclass(kw_only=True)
@@ -46,7 +53,8 @@ class BrandConfig:
     )
     train: dict = option(
         {},
-        "options of the training program; 'config' is a file of them: {config: configs/dpo.yaml}",
+        "options of the training program; 'config' is a file of them: {config: configs/dpo.yaml}. DPO has other "
+        "defaults here, made for few pairs",
     )
     votes: Literal["simulated", "people"] = option(
         "people", "who compares the adapter with the base on test prompts"
@@ -88,16 +96,26 @@ class BrandConfig:
         if bool(self.prompts) == bool(self.templates):
             raise UserError("give either 'prompts' (files) or 'templates'")
         bounds = read_gates(self.gates)
+        # a gate without its data would never pass, which is better known before training
         for gate, source in (("perplexity", "texts"), ("task", "task")):
             if getattr(bounds, gate) is not None and not getattr(self, source):
                 raise UserError(
                     f"'{source}' is not given, and the gate '{gate}' needs it: name a file, or turn the gate off with "
                     f"gates: {{{gate}: null}}"
                 )
+        # checks that need no file: they also run where nothing has been made yet
         if self.method == "ppo" and self.check != "none":
             raise UserError("'check' is for pairs, and method ppo has none: check: none")
         if self.method == "dpo" and not self.rewrite and self.samples_per_prompt < 2:
             raise UserError("'samples_per_prompt' is 1, and without 'rewrite' a pair needs two")
+        # given twice they could differ, and the report would name the wrong one
         for name in ("model_name_or_path", "output_dir", "data", "reward", "seed"):
             if name in self.train:
                 raise UserError(f"'train' has '{name}', which the run itself gives; leave it out")
+
+
+def dpo_defaults(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of DPO for a brand's few pairs, where `given` leaves them open."""
+    found = {name: value for name, value in DPO_PASSES.items() if name not in given}
+    # weights without their losses, or losses with other weights, would be a loss nobody asked for
+    return found if DPO_LOSS.keys() & given.keys() else found | DPO_LOSS

@@ -19,6 +19,8 @@ from rlhf.stats import MIN_CLUSTERS, jackknife_interval
 from rlhf.validation import Number, Spec, validate
 
 Direction = Literal["above", "at least", "at most", "within"]
+# of 95 %, two-sided
+NORMAL_QUANTILE = 1.96
 PASSED, FAILED, NOT_SHOWN, OFF, NONE = "passed", "failed", "not shown", "off", "not applicable"
 
 
@@ -50,7 +52,7 @@ KINDS = {
     "perplexity": Kind("perplexity of other text, as a multiple of the base's", "at most"),
     "task": Kind("change in the share of other tasks solved", "at least"),
     "memorised": Kind("overlap with training answers beyond that with answers held out", "at most"),
-    "refusals": Kind("share of answers that refuse", "at most"),
+    "refusals": Kind("change in the share of answers that refuse", "at most"),
     "length": Kind("words, as a multiple of the base's", "within"),
 }
 
@@ -115,6 +117,7 @@ def gate(name: str, found: Measured | None, threshold: float | None) -> Gate:
     """Return one gate. `found` is None where nothing was measured: then nothing is shown."""
     kind = KINDS[name]
     found = found or Measured()
+    # off goes first: who turned a gate off need not hear that it does not apply
     if threshold is None:
         status = OFF
     elif found.why:
@@ -137,6 +140,7 @@ def status_of(found: Measured, direction: Direction, threshold: float) -> str:
     not shown. With fewer than MIN_CLUSTERS groups nothing is shown.
     """
     low, high = found.low, found.high
+    # of so few groups the spread itself is hardly known
     if not (math.isfinite(low) and math.isfinite(high)) or found.groups < MIN_CLUSTERS:
         return NOT_SHOWN
     if direction == "above":
@@ -146,6 +150,7 @@ def status_of(found: Measured, direction: Direction, threshold: float) -> str:
     elif direction == "at most":
         keeps, breaks = high <= threshold, low > threshold
     else:
+        # half as long is as far off as twice as long
         least = 1 / threshold
         keeps, breaks = least <= low and high <= threshold, high < least or low > threshold
     if keeps:
@@ -183,6 +188,7 @@ def mean_of_groups(
         by_group.setdefault(group, []).append(value)
     if not by_group:
         return Measured()
+    # a group with many prompts counts once, as it is one observation
     means = np.array([sum(own) / len(own) for own in by_group.values()])
     return ratio_of_groups(means, np.ones(len(means)), bounds)
 
@@ -197,7 +203,52 @@ def ratio_of_groups(
     if not len(top) or not bottom.sum():
         return Measured()
     estimate = float(top.sum() / bottom.sum())
+    # where all of the bottom is in one group, the ratio without it is not defined: no interval
     with np.errstate(divide="ignore", invalid="ignore"):
         without = (top.sum() - top) / (bottom.sum() - bottom)
     low, high, _ = jackknife_interval(estimate, without, bounds=bounds)
     return Measured(estimate, low, high, len(top))
+
+
+def difference_of_shares(means: Mapping[str, tuple[float, float]]) -> Measured:
+    """Return the mean over groups of (run - base) of two shares, with square-and-add limits (Newcombe
+    1998, Statistics in Medicine 17, method 8), each share's own ends being `bounded_interval`.
+
+        low = d - sqrt((r - r_low)^2 + (b_high - b)^2),    high = d + sqrt((r_high - r)^2 + (b - b_low)^2)
+
+    means: group -> (base's share b, run's share r). Unlike the interval of the mean difference it has
+    a width where neither ever does it. The two are taken as independent: where both do it on the
+    same prompts it is too wide, never too narrow.
+    """
+    # of base and run, each within 0 and 1
+    ends = []
+    for which in (0, 1):
+        shares = [(group, pair[which]) for group, pair in means.items()]
+        ends.append(mean_of_groups(shares, bounds=(0.0, 1.0)))
+    base, run = ends
+    change = run.estimate - base.estimate
+    low = change - math.hypot(run.estimate - run.low, base.high - base.estimate)
+    high = change + math.hypot(run.high - run.estimate, base.estimate - base.low)
+    return Measured(change, low, high, run.groups)
+
+
+def least_increase_shown(groups: int) -> float:
+    """Return the smallest bound on an increase of a share that an adapter can keep whose share is 0,
+    as its base's: the upper end of `difference_of_shares`; inf with fewer than MIN_CLUSTERS groups.
+    """
+    if groups < MIN_CLUSTERS:
+        return math.inf
+    return difference_of_shares({str(group): (0.0, 0.0) for group in range(groups)}).high
+
+
+def groups_needed(bound: float) -> int | None:
+    """Return the fewest groups with which an increase above `bound` can be excluded; None where no
+    number can. 76 for 0.05.
+    """
+    if bound <= 0:
+        return None
+    # Student's quantile is above the normal's: never enough, so that counting up from it finds the first
+    groups = max(MIN_CLUSTERS, math.floor(NORMAL_QUANTILE**2 * (1 - bound) / bound))
+    while least_increase_shown(groups) > bound:
+        groups += 1
+    return groups

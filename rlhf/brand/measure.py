@@ -25,7 +25,9 @@ class MeasureConfig:
 
     model_name_or_path: str = option(help="the policy that training started from")
     run: str = option(help="the trained policy")
-    texts: list[str] = option([], "exchanges whose answers are predicted, of another kind")
+    texts: list[str] = option(
+        [], "exchanges of another kind, whose answers are predicted after their first token"
+    )
     task: list[str] = option(
         [],
         "exchanges that are questions: the right answer is to be likelier, per token, than three of other rows",
@@ -45,6 +47,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     """Write and return {"texts": [{group, tokens, base, run}], "task": [{group, base, run}]}: nats of
     each answer, and whether each question was answered rightly.
     """
+    # torch comes with these, and the options are read before
     from rlhf.compare.runs import load_policies
     from rlhf.compare.text_metrics import text_losses
     from rlhf.distributed import DistributedContext, own_device
@@ -52,8 +55,9 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     from rlhf.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model_name_or_path)
-    texts = held_out_rows(config, config.texts, tokenizer)
+    texts = begun(held_out_rows(config, config.texts, tokenizer))
     task = held_out_rows(config, config.task, tokenizer)
+    # before the models are loaded: too few answers to choose among ends it here
     questions = choices_of(task, config.seed)
     device = own_device()
     world = DistributedContext(device=device)
@@ -64,6 +68,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         config.max_response_length,
         config.dtype,
     )
+    # one base in memory, with the adapter and without
     losses: list[dict[str, list]] = []
     for name, (model, context) in zip(("base", "run"), policies, strict=True):
         print(f"{name}: {len(texts)} texts, {len(task)} questions", flush=True)
@@ -81,6 +86,7 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
         losses.append(own)
     base, run = losses
     found = {"texts": [], "task": []}
+    # both read the same rows in the same order, which joins them
     for one, other in zip(base["texts"], run["texts"], strict=True):
         row = {"group": one.group, "tokens": one.tokens, "base": one.nll, "run": other.nll}
         found["texts"].append(row)
@@ -108,6 +114,21 @@ def held_out_rows(config: MeasureConfig, sources: list[str], tokenizer: Any) -> 
     return encode_texts(records, tokenizer, *limits)
 
 
+def begun(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with the first token of the answer given, as the end of the prompt.
+
+    An adapter that greets begins other answers with the greeting too. That alone is several nats at
+    the first token, which is the brand's style and not what it forgot.
+    """
+    found = []
+    for row in rows:
+        first, rest = row["response_ids"][:1], row["response_ids"][1:]
+        # with EOS there are two or more, unless the answer is empty
+        if rest:
+            found.append({**row, "prompt_ids": [*row["prompt_ids"], *first], "response_ids": rest})
+    return found
+
+
 def choices_of(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """Return for each row CHOICES rows: it, then the same prompt with answers of other rows.
 
@@ -121,6 +142,7 @@ def choices_of(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]
     found = []
     for place, row in enumerate(rows):
         wrong = [ids for ids in different if ids != row["response_ids"]]
+        # by the place: a row keeps its wrong answers where others are added
         drawn = random.Random(f"choices {seed} {place}").sample(wrong, CHOICES - 1)
         found.append(row)
         found += [{**row, "response_ids": ids} for ids in drawn]
@@ -131,6 +153,7 @@ def chosen_rightly(losses: Sequence[Any]) -> list[bool]:
     """Return for each CHOICES losses whether the first is the smallest per token; a tie is wrong."""
     right = []
     for start in range(0, len(losses), CHOICES):
+        # per token, or the shortest answer would win
         per_token = [loss.nll / loss.tokens for loss in losses[start : start + CHOICES]]
         right.append(per_token[0] < min(per_token[1:]))
     return right
@@ -149,6 +172,7 @@ def forgotten(found: dict[str, Any]) -> dict[str, Measured]:
             own = sums.setdefault(row["group"], [0.0, 0.0])
             own[0] += row["run"] - row["base"]
             own[1] += row["tokens"]
+        # in logs the interval is symmetric; its ends are taken to ratios afterwards
         log = ratio_of_groups(*zip(*sums.values(), strict=True))
         result["perplexity"] = Measured(
             *map(math.exp, (log.estimate, log.low, log.high)), log.groups

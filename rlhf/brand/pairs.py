@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.brand.answers import samples_of
+from rlhf.brand.answers import refusal_pattern, samples_of
 from rlhf.config import option
 from rlhf.data.records import Scorer
 from rlhf.data.store import Store
@@ -35,6 +35,10 @@ class PairsConfig:
     rewrite: bool = option(
         True, "answers are also rewritten by rule: greeting, closing, words to avoid, claims"
     )
+    refusal_phrases: list[str] = option(
+        [],
+        "regular expressions of refusals, beside the English ones; an answer that refuses is never the better one",
+    )
 
 
 def pairs(config: PairsConfig, scorer: Scorer, rewrite: Rewrite) -> list[dict[str, Any]]:
@@ -45,9 +49,13 @@ def pairs(config: PairsConfig, scorer: Scorer, rewrite: Rewrite) -> list[dict[st
         raise UserError(f"{config.answers}: has no answers; sample some: rlhf collect sample")
     sampled = scorer(samples_of(answers)).total
     rewritten = rewritten_answers(answers, rewrite) if config.rewrite else []
+    # rewritten ones last: of equal scores the model's own words win
     candidates = [*answers, *rewritten]
     scores = [*sampled, *(scorer(samples_of(rewritten)).total if rewritten else [])]
-    rows, close = best_and_worst(candidates, scores, config.margin)
+    declines = refusal_pattern(config.refusal_phrases)
+    # a voice hears tone, not whether the question was answered; the verdict asks for both
+    refused = [bool(declines.search(candidate["text"])) for candidate in candidates]
+    rows, close = best_and_worst(candidates, scores, refused, config.margin)
     if not rows:
         raise UserError(
             f"{config.answers}: no prompt has two answers that differ by {config.margin} in score. Lower 'margin', "
@@ -58,9 +66,9 @@ def pairs(config: PairsConfig, scorer: Scorer, rewrite: Rewrite) -> list[dict[st
     by_rule = sum(pair["by_rule"] for pair in how)
     print(
         f"{config.output}: {len(rows)} pairs, of {by_rule} the better answer is rewritten by rule; {close} prompts "
-        f"left out, whose answers differ by less than {config.margin:g}. Mean score of the sampled answers "
-        f"{statistics.fmean(sampled):.3f}, of the better ones "
-        f"{statistics.fmean(pair['better'] for pair in how):.3f}"
+        f"left out, whose answers differ by less than {config.margin:g}. {sum(refused)} of {len(candidates)} answers "
+        f"refuse and are never the better one. Mean score of the sampled answers {statistics.fmean(sampled):.3f}, of "
+        f"the better ones {statistics.fmean(pair['better'] for pair in how):.3f}"
     )
     return rows
 
@@ -74,28 +82,36 @@ def rewritten_answers(answers: Sequence[dict[str, Any]], rewrite: Rewrite) -> li
         if answer["ended"] == 0:
             continue
         text = rewrite(answer["text"], answer["metadata"])
+        # a rule that only moves blanks would make a pair of two equal answers
         if text.strip() != answer["text"].strip():
             changed.append({**answer, "text": text, "by_rule": True})
     return changed
 
 
 def best_and_worst(
-    candidates: Sequence[dict[str, Any]], scores: Sequence[float], margin: float
+    candidates: Sequence[dict[str, Any]],
+    scores: Sequence[float],
+    refused: Sequence[bool],
+    margin: float,
 ) -> tuple[list[dict[str, Any]], int]:
     """Return each prompt's pair as a row, and the number of prompts without one.
 
     Of equal scores the first counts, so that an answer as it was sampled goes before one by rule.
+    refused: whether each candidate refuses; such an answer is never the better one.
     """
     places: dict[int, list[int]] = {}
     for place, candidate in enumerate(candidates):
         places.setdefault(candidate["prompt"], []).append(place)
     rows, close = [], 0
     for own in places.values():
-        best, worst = max(own, key=scores.__getitem__), min(own, key=scores.__getitem__)
+        worst = min(own, key=scores.__getitem__)
+        answering = [place for place in own if not refused[place]]
+        best = max(answering, key=scores.__getitem__, default=worst)
         if scores[best] - scores[worst] < margin:
             close += 1
             continue
         better, worse = candidates[best], candidates[worst]
+        # the group decides the split of the pair, as it did that of the prompt
         metadata = dict(better["metadata"])
         group = metadata.pop("group")
         how = {
@@ -108,6 +124,7 @@ def best_and_worst(
         # where the data says whether a prompt is trained on, no hash decides it
         if better["split"]:
             row["split"] = better["split"]
+        # said only where it is so: a pair without it ended, and learns its EOS
         if better["ended"] == 0:
             row["chosen_ended"] = False
         if worse["ended"] == 0:
@@ -140,6 +157,7 @@ def checked(config: CheckedConfig) -> dict[str, Any]:
     kept, counts = [], Counter()
     for row in rows:
         key = pair_key(row["prompt"], row["chosen"], row["rejected"])
+        # a check is a sample: pairs that nobody saw stay as the voice has them
         if key not in found:
             counts["not judged"] += 1
             kept.append(row)
@@ -154,6 +172,7 @@ def checked(config: CheckedConfig) -> dict[str, Any]:
     if not kept:
         raise UserError(f"{config.votes}: its votes leave none of the {len(rows)} pairs")
     write_rows(config.output, kept)
+    # the verdict says whose votes it rests on, and so does the check
     source = sources.pop() if len(sources) == 1 else "mixed" if sources else "none"
     report = {"source": source, "event": at, "pairs": len(rows), **counts}
     write_atomic(Path(f"{config.output}.check.json"), json.dumps(report, indent=1) + "\n")
@@ -168,12 +187,14 @@ def preferred_texts(view: Any) -> tuple[dict[tuple, str | None], set[str]]:
     """Return the text that most votes prefer of each judged pair (None: neither), and who voted."""
     pairs, sides, sources = view.pairs(), {}, set()
     for vote in view.votes():
+        # control pairs test the annotator, not the pair
         if vote.choice != "skip" and pairs[vote.comparison]["kind"] == "normal":
             sides.setdefault(vote.comparison, Counter())[vote.choice] += 1
             sources.add(vote.source)
     found = {}
     for id, count in sides.items():
         pair = pairs[id]
+        # as many for each side is no verdict
         side = "a" if count["a"] > count["b"] else "b" if count["b"] > count["a"] else None
         key = pair_key(pair["messages"], pair["text_a"], pair["text_b"])
         found[key] = pair[f"text_{side}"].strip() if side else None
@@ -182,6 +203,7 @@ def preferred_texts(view: Any) -> tuple[dict[tuple, str | None], set[str]]:
 
 def pair_key(prompt: list[dict[str, Any]], one: str, other: str) -> tuple:
     """Return what is the same of a pair in a file and in a store."""
+    # a store shows the sides in either order, and strips texts
     return json.dumps(prompt, sort_keys=True), *sorted((one.strip(), other.strip()))
 
 

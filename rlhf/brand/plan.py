@@ -15,9 +15,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rlhf.brand.config import BrandConfig
+from rlhf.brand.config import BrandConfig, dpo_defaults
 from rlhf.experiment.job import Job
 from rlhf.experiment.plan import flags, weights_of
+from rlhf.values import read_yaml
 
 # options that several commands share
 SPLITS = ("validation_fraction", "test_fraction")
@@ -32,6 +33,7 @@ def plan(config: BrandConfig, events: dict[str, int], *, ships: bool = False) ->
     plan ends before what needs their votes. ships: the export follows.
     """
     jobs = prompt_jobs(config)
+    # PPO samples its own answers while it trains
     if config.method == "dpo":
         jobs += pair_jobs(config, events)
         if config.check == "people" and "check" not in events:
@@ -87,6 +89,7 @@ def pair_jobs(config: BrandConfig, events: dict[str, int]) -> list[Job]:
         "judge": config.judge,
         "margin": config.margin,
         "rewrite": config.rewrite,
+        "refusal_phrases": config.refusal_phrases,
         "output": output,
     }
     jobs = [
@@ -111,6 +114,7 @@ def check_jobs(config: BrandConfig, events: dict[str, int]) -> list[Job]:
     out = config.output_dir
     store, output = f"{out}/check.db", f"{out}/checked.jsonl"
     options = {
+        # the answers of the pairs themselves, not new ones of the base
         "model_name_or_path": f"{out}/pairs.jsonl",
         "data": [f"{out}/pairs.jsonl"],
         "store": store,
@@ -149,17 +153,21 @@ def train_job(config: BrandConfig) -> Job:
         "data": [training_file(config)] if config.method == "dpo" else prompts_of(config),
         "output_dir": folder,
         "seed": config.seed,
+        # the A/B samples from the adapter anyway
         "eval_prompts": 0,
         "temperature": config.temperature,
         **{name: getattr(config, name) for name in (*SPLITS, *LENGTHS)},
     }
     options |= dtype_of(config)
-    if config.method == "ppo":
+    if config.method == "dpo":
+        options |= dpo_defaults({**(read_yaml(file) if file else {}), **given})
+    else:
         judge = {"judge": config.judge} if config.judge else {}
         options["reward"] = [{"voice": config.voice, **judge}]
     needs = before_training(config)
     reads = [file] if file else []
     reads += weights_of(config.model_name_or_path)
+    # DPO sees the voice and the prompts through the pairs, whose job reads them
     if config.method == "ppo":
         reads += [config.voice, *config.prompts]
     return Job(
@@ -182,6 +190,7 @@ def ab_jobs(config: BrandConfig) -> list[Job]:
     """
     store = f"{config.output_dir}/ab.db"
     options = {
+        # base first, as reports show them
         "runs": [config.model_name_or_path, run_folder(config)],
         "split": "test",
         "data": prompts_of(config),
@@ -271,6 +280,7 @@ def rlhf_job(
     reads: list[str] | None = None,
 ) -> Job:
     """Return the job of a command of `rlhf`, which owns what it writes."""
+    # what is not set is not said, so that commands read as one would type them
     given = {name: value for name, value in options.items() if value not in (None, [], {})}
     return Job(
         name=name,
@@ -363,6 +373,7 @@ def training_file(config: BrandConfig) -> str:
 
 
 def store_files(store: str) -> list[str]:
+    # SQLite's own files beside it hold what is not yet in it
     return [store, f"{store}-wal", f"{store}-shm"]
 
 

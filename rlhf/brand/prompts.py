@@ -19,6 +19,7 @@ PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 def _as_mapping(value: Any) -> Any:
+    # most templates have no metadata of their own
     return {"prompt": value} if isinstance(value, str) else value
 
 
@@ -52,6 +53,7 @@ class PromptsConfig:
 def prompts(config: PromptsConfig) -> list[dict[str, Any]]:
     """Write and return the rows {"prompt", "metadata"}. Raises UserError."""
     rows = fill(config.templates)
+    # shuffled, so that a limit takes from every template
     random.Random(config.seed).shuffle(rows)
     rows = rows[: config.limit]
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +68,7 @@ def fill(given: dict[str, Any]) -> list[dict[str, Any]]:
     templates = validate(Templates, given, "templates")
     rows = {}
     for template in templates.prompts:
+        # once each, in the order of the text
         names = list(dict.fromkeys(PLACEHOLDER.findall(template.prompt)))
         for name in names:
             if not templates.values.get(name):
@@ -77,5 +80,6 @@ def fill(given: dict[str, Any]) -> list[dict[str, Any]]:
             values = dict(zip(names, chosen, strict=True))
             text = PLACEHOLDER.sub(lambda match, own=values: own[match[1]], template.prompt)
             messages = [{"role": "user", "content": text}]
+            # two templates may give the same text: the first one's metadata counts
             rows.setdefault(text, {"prompt": messages, "metadata": {**template.metadata, **values}})
     return list(rows.values())

@@ -5,12 +5,17 @@ when the same command is given, and results of other options are refused, or set
 `--redo true`. Where people are to judge, the run stops and says how; the same command goes on.
 """
 
+import math
 import shlex
+import tempfile
 from pathlib import Path
 
 from rlhf import config as options
 from rlhf.brand.config import BrandConfig
+from rlhf.brand.gates import groups_needed, least_increase_shown, read_gates
+from rlhf.brand.pairs import write_rows
 from rlhf.brand.plan import (
+    SPLITS,
     VERDICT_FILES,
     people_file,
     plan,
@@ -18,8 +23,11 @@ from rlhf.brand.plan import (
     run_folder,
     waits_for,
 )
+from rlhf.brand.prompts import fill
 from rlhf.brand.verdict import read_verdict, text_lines
 from rlhf.collect.status import summary
+from rlhf.data.load import load
+from rlhf.data.records import Prompt
 from rlhf.data.store import Store
 from rlhf.errors import EXIT_INTERRUPTED, EarlyExit, UserError, near_file
 from rlhf.experiment.runner import RunOptions, claim, ended, last_error, run_jobs, set_jobs
@@ -28,6 +36,12 @@ from rlhf.experiment.steps import StepDisplay
 from rlhf.files import dumps, write_atomic
 
 EXPORTED = "To ship it: {command}"
+TOO_FEW = (
+    "the gate 'refusals' asks that at most {bound:g} more of the answers refuse than the base's, and with {groups} "
+    "groups of test prompts not even an adapter that never refuses can show it: {needed}. Give more prompts (values of "
+    "a template cost nothing) or a larger test_fraction, ask for less with gates: {{refusals: {least:.2g}}}, or turn "
+    "the gate off with gates: {{refusals: null}}"
+)
 NOT_EXPORTED = "It is not exported. What blocks it is in {report}."
 WAITING = (
     "{store}: {complete} of {pairs} pairs are judged{decided}. Let people judge the rest:\n"
@@ -43,6 +57,7 @@ def run_brand(config: BrandConfig) -> dict:
     judge first.
     """
     check_files(config)
+    check_test_prompts(config)
     state = ExperimentState(Path(config.output_dir))
     how = RunOptions(
         launcher=config.launcher,
@@ -83,6 +98,45 @@ def check_files(config: BrandConfig) -> None:
         # a name on the Hub has no ending
         if Path(file).suffix and not Path(file).is_file():
             raise UserError(f"{file}: no such file{near_file(file)}")
+
+
+def check_test_prompts(config: BrandConfig) -> None:
+    """Raise UserError where the test prompts are too few for the gate `refusals` of an adapter that
+    never refuses: training would end in a verdict that nothing could change.
+
+    A base that refuses itself leaves more room, but how often it does is not known before it is asked.
+    """
+    bound = read_gates(config.gates).refusals
+    if bound is None:
+        return
+    groups = test_groups(config)
+    least = least_increase_shown(groups)
+    if least <= bound:
+        return
+    needed = groups_needed(bound)
+    raise UserError(
+        TOO_FEW.format(
+            bound=bound,
+            groups=groups,
+            needed=f"it takes {needed}" if needed else "no number can",
+            # a bound that is rounded up can be kept
+            least=math.ceil(100 * least) / 100 if math.isfinite(least) else 1,
+        )
+    )
+
+
+def test_groups(config: BrandConfig) -> int:
+    """Return how many groups of test prompts the A/B has at most."""
+    with tempfile.TemporaryDirectory() as folder:
+        sources = config.prompts
+        if config.templates:
+            file = f"{folder}/prompts.jsonl"
+            write_rows(file, fill(config.templates))
+            sources = [file]
+        fractions = {name: getattr(config, name) for name in SPLITS}
+        found = load(sources, Prompt, split="test", quiet=True, **fractions)
+    groups = len({record.group for record in found})
+    return groups if config.test_prompts is None else min(groups, config.test_prompts)
 
 
 def show_reused(state: ExperimentState, display: StepDisplay) -> None:

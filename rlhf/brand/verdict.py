@@ -73,7 +73,7 @@ def verdict(config: VerdictConfig, scorer: Scorer) -> dict[str, Any]:
     path, event = split_event(config.votes)
     with Store.open(path, readonly=True) as store:
         view = store.at(event)
-        answers = scored_answers(view, scorer)
+        answers = scored_answers(view.answers(), scorer)
         overlap, ballots = int(store.setting("overlap", "1")), read_ballots(view)
         votes = summarise_votes(ballots, overlap=overlap)
         stopped_early = is_stopped_early(ballots, overlap)
@@ -83,6 +83,7 @@ def verdict(config: VerdictConfig, scorer: Scorer) -> dict[str, Any]:
             known = ", ".join(answers) or "none"
             raise UserError(f"{path}: has no answers of '{model}'; it has those of: {known}")
     base, run = answers[config.model_name_or_path], answers[config.run]
+    # what is measured on the answers themselves, then what needs votes, pairs or other text
     measured = measure_answers(base, run, config.refusal_phrases)
     measured["preference"] = preference(
         votes, config.model_name_or_path, config.run, stopped_early=stopped_early
@@ -91,6 +92,7 @@ def verdict(config: VerdictConfig, scorer: Scorer) -> dict[str, Any]:
     if config.measures:
         measured |= forgotten(read_measures(config.measures))
     bounds = read_gates(config.gates)
+    # with the gate off the verdict rests on nobody's votes, and must not name any
     source = votes["source"] if votes and bounds.preference is not None else None
     found = decide(judge(measured, bounds), source)
     found |= {"run": config.run, "base": config.model_name_or_path, "votes": {"event": at}}
@@ -112,6 +114,7 @@ def decide(gates: Sequence[Gate], source: str | None) -> dict[str, Any]:
     source: who voted, "human", "simulated", "judge" or "mixed"; None where the preference is no gate
     or nobody has voted.
     """
+    # with every gate off nothing blocks, and nothing has been shown either
     has_passed = any(gate.status == PASSED for gate in gates)
     ships = has_passed and not any(gate.blocks for gate in gates)
     word = "SHIP" if ships else "DO NOT SHIP"
@@ -145,6 +148,7 @@ def preference(
     """
     if not votes or len(votes["pairs"]) != 1:
         return Measured()
+    # of two policies there is one pair
     pair = votes["pairs"][0]
     rate, stop = pair["rate"], pair["stop"]
     found = stop if stopped_early else rate
@@ -163,6 +167,7 @@ def memorised_pairs(config: VerdictConfig, run: Sequence[Scored]) -> Measured:
         return Measured(why="there are no training answers")
     texts = []
     for split in ("train", "validation"):
+        # the same fractions as in training, so that the same pairs were held out
         fractions = config.validation_fraction, config.test_fraction
         records = load(
             config.training,
@@ -253,6 +258,7 @@ def interval_text(gate: Mapping[str, Any]) -> str | None:
 
 def examples(base: Sequence[Scored], run: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
     """Return the first answers of both policies to the same prompts."""
+    # reversed, so that of several answers to a prompt the first stays
     first = {answer.prompt: answer for answer in reversed(base)}
     both = [(first[answer.prompt], answer) for answer in run if answer.prompt in first]
     return both[:EXAMPLES]

@@ -1,16 +1,30 @@
 """The table of two brands on scores worked by hand."""
 
+import json
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 
-from benchmarks.two_brands import REAL, SANDBOX, advantages, answers_of, page, rows_of
+from benchmarks import brands_served
+from benchmarks.two_brands import (
+    REAL,
+    SANDBOX,
+    advantages,
+    answers_of,
+    page,
+    rows_of,
+    served_of,
+)
 from reward.voice.scorer import load_voice
 from rlhf.brand.answers import Scored
 from rlhf.data.store import Store
 
 
 def answers(*scores):
+    asked = [{"role": "user", "content": "?"}]
     return [
-        Scored(f"g{place}", place, "text", score, None, []) for place, score in enumerate(scores)
+        Scored(f"g{place}", place, "text", score, None, asked) for place, score in enumerate(scores)
     ]
 
 
@@ -40,6 +54,18 @@ def test_each_adapter_is_compared_with_the_other_by_its_own_voice():
     text = "\n".join(page(SANDBOX, SCORES, dict.fromkeys(SANDBOX.voices, verdict)))
     assert "| street | 0.3 " in text and "- street: DO NOT SHIP." in text
 
+    # what was given by name has rows and a table of its own
+    rows = rows_of(SANDBOX, found, {}, served=found)
+    assert [row["id"] for row in rows[2:]] == [
+        "two-brands-served-fernhill",
+        "two-brands-served-street",
+    ]
+    verdicts = dict.fromkeys(SANDBOX.voices, verdict)
+    text = "\n".join(page(SANDBOX, SCORES, verdicts, served=SCORES))
+    assert text.count("| street | 0.3 ") == 2 and "## Switched by name" in text
+    # the first answers of base and own adapter, with their scores
+    assert "| fernhill | ? | 0.50: text | 0.90: text |" in text
+
 
 def test_each_voice_scores_the_answers_of_all_policies(tmp_path):
     stores = [tmp_path / f"{name}.db" for name in SANDBOX.voices]
@@ -68,3 +94,52 @@ def test_both_voices_load_and_differ_in_what_they_ask_for():
 def test_the_brands_of_the_real_model_keep_each_other_out():
     outdoor, bakery = map(load_voice, REAL.voices.values())
     assert not set(outdoor.use.phrases) & set(bakery.use.phrases)
+
+
+SAID = {
+    "fernhill/dpo": "Hello there, thank you. Warmly, Fernhill.",
+    "street/dpo": "yo mate",
+    "base": "I",
+}
+
+
+class Client:
+    """Answers as OpenAI's client does, each name in its own words."""
+
+    def __init__(self):
+        self.asked = []
+        cards = [SimpleNamespace(id=name) for name in SAID]
+        self.models = SimpleNamespace(list=lambda: cards)
+        self.chat = SimpleNamespace(completions=SimpleNamespace(create=self.create))
+
+    def create(self, *, model, messages, max_tokens, temperature, seed):
+        self.asked.append((model, seed, max_tokens, temperature))
+        message = SimpleNamespace(content=SAID[model])
+        return SimpleNamespace(choices=[SimpleNamespace(message=message, finish_reason="length")])
+
+
+def test_each_name_answers_every_prompt_and_is_asked_once(tmp_path, monkeypatch):
+    stores = {}
+    for voice in SANDBOX.voices:
+        stores[voice] = tmp_path / f"{voice}.db"
+        with Store.open(stores[voice], create=True) as store:
+            for number in range(2):
+                prompt = store.add_prompt([{"role": "user", "content": f"{number}?"}])
+                store.add_response(prompt, "an answer", model="runs/base", ended=True)
+    client = Client()
+    monkeypatch.setattr(brands_served, "serving", lambda runs: nullcontext(client))
+    file = tmp_path / "served.jsonl"
+    sampling = {"max_response_length": 9, "temperature": 0.5}
+    found = brands_served.served_answers(["a", "b"], stores, file, sampling)
+    # two voices, two prompts, three names; the seed is the prompt's, whoever is asked
+    assert len(found) == len(client.asked) == 12
+    assert {own[2:] for own in client.asked} == {(9, 0.5)}
+    assert {own[1] for own in client.asked if own[0] == "base"} == {1, 2}
+    assert not found[0]["ended"]
+    assert brands_served.served_answers(["a", "b"], stores, file, sampling) == found
+    assert len(client.asked) == 12
+    assert json.loads(file.read_text().splitlines()[0])["model"] == "fernhill/dpo"
+
+    scores = served_of(SANDBOX, found)
+    assert set(scores["street"]) == {"base", "fernhill", "street"}
+    assert advantages(scores)["fernhill"].estimate > 0

@@ -17,8 +17,11 @@ from rlhf.brand.gates import (
     KINDS,
     Gates,
     Measured,
+    difference_of_shares,
     gate,
+    groups_needed,
     judge,
+    least_increase_shown,
     mean_of_groups,
     ratio_of_groups,
     read_gates,
@@ -180,12 +183,11 @@ def test_answers_are_compared_by_group():
         scored("b", "I can't help with that", 0.4, True),
     ]
     found = measure_answers(base, run)
-    # (0.3 + 0) / 2, (1 + 0) / 2, (3 + 5) / (2 + 2), one of two
+    # (0.3 + 0) / 2, (1 + 0) / 2, (3 + 5) / (2 + 2), one of two where the base has none
     assert found["score_gain"].estimate == pytest.approx(0.15)
     assert found["facts"].estimate == 0.5
     assert found["length"].estimate == 2.0
     assert found["refusals"].estimate == 0.5
-    assert 0 <= found["refusals"].low < 0.5 < found["refusals"].high <= 1
 
 
 def test_answers_of_a_store_are_scored_with_their_facts(tmp_path):
@@ -204,7 +206,7 @@ def test_answers_of_a_store_are_scored_with_their_facts(tmp_path):
             parts["voice/task/remedy"] = [1.0, math.nan, 0.5]
             return Scores([0.1, 0.2, 0.3], parts)
 
-        found = scored_answers(view, scorer)
+        found = scored_answers(view.answers(), scorer)
     assert list(found) == ["base", "dpo"]
     assert [(own.text, own.score, own.facts) for own in found["base"]] == [("a mug", 0.1, True)]
     # a fact that the prompt does not have is left out; one of two that is wrong is not all right
@@ -218,10 +220,35 @@ def test_facts_do_not_apply_to_a_voice_without_them():
 
 
 def test_no_refusal_among_some_answers_leaves_room_for_one():
-    # Wilson's upper end of 0 of 20: t^2 / (20 + t^2) with t(19) = 2.093
+    # neither refuses: d = 0, and the ends are Wilson's upper ones of 0 of 20, t^2 / (20 + t^2), t(19) = 2.093
     answers = [scored(str(number), "we send it") for number in range(20)]
     found = measure_answers(answers, answers)["refusals"]
-    assert found.high == pytest.approx(2.093024**2 / (20 + 2.093024**2), abs=1e-5)
+    end = 2.093024**2 / (20 + 2.093024**2)
+    assert (found.low, found.estimate, found.high) == pytest.approx((-end, 0, end), abs=1e-5)
+
+
+def test_an_adapter_refuses_more_or_less_than_its_base():
+    # base 2 of 20, adapter 1 of 20. The jackknife's se^2 is p (1 - p) / 19, so N = 19 and s = t^2 / 19 = 0.230564.
+    # Wilson: (p + s/2 -+ sqrt(s p (1 - p) + s^2/4)) / (1 + s):
+    # 0.1:  (0.215282 -+ 0.184503) / 1.230564 = 0.025012, 0.324880
+    # 0.05: (0.165282 -+ 0.155697) / 1.230564 = 0.007789, 0.260838
+    means = {str(number): (float(number < 2), float(number == 0)) for number in range(20)}
+    found = difference_of_shares(means)
+    low = -0.05 - math.hypot(0.05 - 0.007789, 0.324880 - 0.1)
+    high = -0.05 + math.hypot(0.260838 - 0.05, 0.1 - 0.025012)
+    assert (found.low, found.estimate, found.high) == pytest.approx((low, -0.05, high), abs=1e-5)
+    assert found.groups == 20
+
+
+def test_the_refusals_gate_needs_76_groups():
+    # t^2 / (n + t^2) <= 0.05, so n >= 19 t^2: t(75) = 1.992102 gives 75.40, and 76 is enough;
+    # t(74) = 1.992543 gives 75.44, and 75 is not
+    assert groups_needed(0.05) == 76
+    assert least_increase_shown(76) == pytest.approx(1.992102**2 / (76 + 1.992102**2), abs=1e-6)
+    assert least_increase_shown(75) > 0.05
+    # with 22 test prompts 0.164 is the least: no adapter could pass
+    assert least_increase_shown(22) == pytest.approx(0.164, abs=5e-4)
+    assert math.isinf(least_increase_shown(4)) and groups_needed(0) is None
 
 
 @pytest.mark.parametrize(

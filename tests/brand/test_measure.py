@@ -2,7 +2,7 @@
 
 import json
 
-from rlhf.brand.measure import CHOICES, MeasureConfig, forgotten, measure
+from rlhf.brand.measure import CHOICES, MeasureConfig, begun, forgotten, measure
 
 
 def test_a_policy_has_forgotten_nothing_beside_itself(base_path, tmp_path):
@@ -28,3 +28,11 @@ def test_a_policy_has_forgotten_nothing_beside_itself(base_path, tmp_path):
     assert json.loads((tmp_path / "measures.json").read_text()) == found
     gates = forgotten(found)
     assert (gates["perplexity"].estimate, gates["task"].estimate) == (1.0, 0.0)
+
+
+def test_the_first_token_of_an_answer_is_given_since_a_greeting_would_take_its_place():
+    rows = [{"group": "a", "prompt_ids": [1, 2], "response_ids": [3, 4, 5]}]
+    empty = [{"group": "b", "prompt_ids": [1], "response_ids": [5]}]
+    assert begun([*rows, *empty]) == [
+        {"group": "a", "prompt_ids": [1, 2, 3], "response_ids": [4, 5]}
+    ]

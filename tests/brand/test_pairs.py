@@ -68,7 +68,7 @@ def test_of_each_prompt_the_best_and_the_worst_make_a_pair():
         answer(2, "close"),
         answer(2, "closer"),
     ]
-    rows, close = best_and_worst(candidates, [0.9, 0.2, 0.9, 0.5, 0.45], 0.1)
+    rows, close = best_and_worst(candidates, [0.9, 0.2, 0.9, 0.5, 0.45], [False] * 5, 0.1)
     assert close == 1 and len(rows) == 1
     assert rows[0]["chosen"] == "good" and rows[0]["rejected"] == "bad"
     assert rows[0]["rejected_ended"] is False and "chosen_ended" not in rows[0]
@@ -76,9 +76,19 @@ def test_of_each_prompt_the_best_and_the_worst_make_a_pair():
     assert rows[0]["metadata"] == {"pair": {"better": 0.9, "worse": 0.2, "by_rule": False}}
 
 
+def test_an_answer_that_refuses_is_never_the_better_one():
+    candidates = [answer(1, "I'm unable to say"), answer(1, "good"), answer(1, "bad")]
+    rows, close = best_and_worst(candidates, [0.9, 0.7, 0.2], [True, False, False], 0.1)
+    assert (rows[0]["chosen"], rows[0]["rejected"], close) == ("good", "bad", 0)
+    # it may be the worse one, and without another answer there is no pair
+    rows, _ = best_and_worst(candidates, [0.1, 0.7, 0.2], [True, False, False], 0.1)
+    assert rows[0]["rejected"] == "I'm unable to say"
+    assert best_and_worst(candidates, [0.9, 0.7, 0.2], [True, True, True], 0.1) == ([], 1)
+
+
 def test_a_pair_has_the_split_that_its_prompt_was_given():
     candidates = [answer(1, "good", split="validation"), answer(1, "bad", split="validation")]
-    rows, _ = best_and_worst(candidates, [0.9, 0.2], 0.1)
+    rows, _ = best_and_worst(candidates, [0.9, 0.2], [False, False], 0.1)
     assert rows[0]["split"] == "validation"
 
 

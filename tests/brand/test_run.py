@@ -59,8 +59,7 @@ def brand(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "code_version", dict)
     monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(commands, "has_accelerator", lambda: False)
-    for name in ("voice.yaml", "prompts.jsonl", "texts.jsonl"):
-        Path(name).write_text(name)
+    write_inputs(tmp_path)
 
     def run(**more):
         Path("ran").write_text("")
@@ -68,6 +67,14 @@ def brand(tmp_path, monkeypatch):
         return Path("ran").read_text().split()
 
     return run
+
+
+def write_inputs(folder, prompts=500):
+    """Write what a brand names, with enough prompts for its gates: a fifth of 500 is above 76."""
+    for name in ("voice.yaml", "texts.jsonl"):
+        (folder / name).write_text(name)
+    rows = [json.dumps({"prompt": f"Where is mug {number}?"}) for number in range(prompts)]
+    (folder / "prompts.jsonl").write_text("\n".join(rows) + "\n")
 
 
 def config_of(**more):
@@ -250,6 +257,51 @@ def test_files_that_are_missing_are_named_before_anything_is_made(brand, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_too_few_test_prompts_for_a_gate_are_refused_before_anything_is_made(brand, tmp_path):
+    write_inputs(tmp_path, prompts=100)
+    with pytest.raises(
+        UserError, match=r"gate 'refusals' .* with 2\d groups .*: it takes 76\."
+    ) as end:
+        brand()
+    assert not (tmp_path / "out").exists()
+    # the bound that it names can be kept
+    offered = float(str(end.value).partition("{refusals: ")[2].partition("}")[0])
+    assert brand(gates={"refusals": offered}) == STEPS
+    assert brand(gates={"refusals": None}, redo=True) == ["verdict"]
+
+
+def test_few_test_prompts_are_counted_where_templates_make_them_or_a_limit_is_set():
+    template = {
+        "prompts": ["Where is my {item}?"],
+        "values": {"item": [f"mug {n}" for n in range(500)]},
+    }
+    config = config_of(prompts=[], templates=template)
+    groups = module.test_groups(config)
+    assert 76 < groups < 130
+    config.test_prompts = 60
+    assert module.test_groups(config) == 60
+    with pytest.raises(UserError, match="with 60 groups of test prompts"):
+        module.check_test_prompts(config)
+
+
+def test_dpo_of_few_pairs_has_its_own_defaults_where_none_are_given(tmp_path):
+    from rlhf.options.offline import DPORunConfig
+
+    def options_of(**train):
+        job = next(job for job in plan(config_of(train=train), {}) if job.name == "dpo")
+        return parse(DPORunConfig, job.arguments)
+
+    found = options_of()
+    assert (found.learning_rate, found.num_train_epochs) == (3e-4, 5)
+    assert found.loss_type == ["sigmoid", "sft"] and found.trl == {"loss_weights": [1.0, 0.5]}
+    file = tmp_path / "train.yaml"
+    file.write_text("learning_rate: 1.0e-5\nloss_type: [ipo]\n")
+    # flags win over a file, so what the file says is not given
+    found = options_of(config=str(file), num_train_epochs=2)
+    assert (found.learning_rate, found.num_train_epochs) == (1e-5, 2)
+    assert found.loss_type == ["ipo"] and found.trl == {}
+
+
 def test_a_kill_is_gone_on_from(tmp_path):
     """Killed with the first job at work, the same command does the rest."""
     program = """
@@ -264,8 +316,7 @@ commands.has_accelerator = lambda: False
 test.run_brand(test.config_of())
 """
     root = Path(__file__).parents[2]
-    for name in ("voice.yaml", "prompts.jsonl", "texts.jsonl"):
-        (tmp_path / name).write_text(name)
+    write_inputs(tmp_path)
     (tmp_path / "ran").write_text("")
     environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", program]
