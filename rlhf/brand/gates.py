@@ -212,7 +212,7 @@ def ratio_of_groups(
 
 def difference_of_shares(means: Mapping[str, tuple[float, float]]) -> Measured:
     """Return the mean over groups of (run - base) of two shares, with square-and-add limits (Newcombe
-    1998, Statistics in Medicine 17, method 8), each share's own ends being `bounded_interval`.
+    1998, Statistics in Medicine 17:873, method 10), each share's own ends being `bounded_interval`.
 
         low = d - sqrt((r - r_low)^2 + (b_high - b)^2),    high = d + sqrt((r_high - r)^2 + (b - b_low)^2)
 
