@@ -114,10 +114,11 @@ def means_the_same(both: dict, alone: dict, stage: str) -> None:
     )
 
 
-# a hundred times the usual step size, of losses over both ranks; and what the policy samples then
+# a loss that rises at once; and what the policy samples after one step
+RISES = ["--learning_rate", "0.5", "--guards", "{divergence: {window: 1, threshold: 1.01}}"]
 PLANTED = {
-    "sft": ["--learning_rate", "0.5", "--max_steps", "30"],
-    "reward": ["--learning_rate", "0.5", "--max_steps", "30"],
+    "sft": RISES,
+    "reward": RISES,
     "dpo": ["--learning_rate", "0.05", "--eval_steps", "1", "--guards", "{max_kl: 0.001}"],
 }
 
