@@ -32,6 +32,8 @@ FORMS = {
     "gguf-f16": ("gguf", "f16", "transformers", 1e-3),
     "gguf-q8_0": ("gguf", "q8_0", "transformers", 1e-2),
 }
+# the same for the logit by which a run may prefer its own token where another is chosen
+GAP = 0.1
 
 
 def exported(run: Path, name: str) -> dict[str, Any]:
@@ -59,6 +61,16 @@ def rows_of(facts: dict[str, dict], llama: dict[str, dict], command: str) -> lis
                 command,
             )
         )
+        if largest_gap(own) is not None:
+            rows.append(
+                row(
+                    f"export-{name}-gap",
+                    f"{what}: where a greedy token first differs, by how much the run preferred its own, in logits",
+                    largest_gap(own),
+                    f"<= {GAP}",
+                    command,
+                )
+            )
         least = 1.0 if most <= 1e-3 else 0.95
         rows.append(
             row(
@@ -75,6 +87,13 @@ def rows_of(facts: dict[str, dict], llama: dict[str, dict], command: str) -> lis
             row(f"export-{name}-llama.cpp", what, found["tokens_equal"], ">= 0.95", command)
         )
     return rows
+
+
+def largest_gap(facts: dict[str, Any]) -> float | None:
+    """Return the largest logit gap at the first difference of an answer, None where there is none."""
+    gaps = [place["logit_gap"] for place in facts["check"]["differing"]]
+    # one answer may only be longer than the other
+    return max((gap for gap in gaps if gap is not None), default=None)
 
 
 def row(name: str, what: str, value: float, bound: str, command: str) -> dict[str, Any]:
@@ -95,14 +114,31 @@ def page(run: Path, facts: dict[str, dict], llama: dict[str, dict], command: str
                 answers,
                 f"{found['tokens_equal']:.1%}",
                 f"{found['kl_per_token']:.2g}",
+                "–" if largest_gap(own) is None else f"{largest_gap(own):.2g}",
             ]
         )
     for name, found in llama.items():
         answers = f"{found['answers_equal']} of {found['prompts']}"
         cells.append(
-            [name, f"{found['MiB']:.1f}", "llama.cpp", answers, f"{found['tokens_equal']:.1%}", "–"]
+            [
+                name,
+                f"{found['MiB']:.1f}",
+                "llama.cpp",
+                answers,
+                f"{found['tokens_equal']:.1%}",
+                "–",
+                f"{max(found['logit_gaps']):.2g}" if found["logit_gaps"] else "–",
+            ]
         )
-    header = ["form", "MiB", "loaded by", "answers equal", "tokens equal", "KL, nats a token"]
+    header = [
+        "form",
+        "MiB",
+        "loaded by",
+        "answers equal",
+        "tokens equal",
+        "KL, nats a token",
+        "largest logit gap",
+    ]
     return [
         "# Exports of a trained policy beside its run",
         "",
@@ -110,7 +146,11 @@ def page(run: Path, facts: dict[str, dict], llama: dict[str, dict], command: str
         f"{len(PROMPTS)} questions, compared with those of base and adapter in float32. "
         + made_with("transformers", "peft"),
         "",
-        *markdown_table(header, cells, right=[1, 3, 4, 5]),
+        *markdown_table(header, cells, right=[1, 3, 4, 5, 6]),
+        "",
+        "Tokens are compared one by one after the run's own tokens, so that a difference is counted once; answers are "
+        "greedy from the question on. The gap is the one by which the run preferred its own token, where an answer "
+        "first differs.",
     ]
 
 
