@@ -139,6 +139,7 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     from rlhf.ppo.rollout import role_scorer
     from rlhf.ppo.trainer import PPOTrainer, TrainingData
     from rlhf.roles import Roles
+    from rlhf.whole_roles import WholeRoles
 
     values = {
         "model_name_or_path": "x", "data": ["x"], "output_dir": "x", "reward": [{"model": "x"}],
@@ -148,12 +149,15 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
         "missing_eos_score": None,
     }  # fmt: skip
     config = PPOConfig(**values | options)
-    initial = InitialModel(model_of(shape), None, "x", "x", None, "x")
-    roles = Roles(
-        initial, lora_config(r=shape.rank), critic="fresh" if config.has_critic else None,
+    initial = InitialModel(
+        model_of(shape), None, "x", "x", None, "x", another=lambda: model_of(shape)
+    )
+    kind, lora = Roles if config.use_peft else WholeRoles, lora_config(r=shape.rank)
+    roles = kind(
+        initial, lora, critic="fresh" if config.has_critic else None,
         gradient_checkpointing=config.gradient_checkpointing, ema_reference=config.reference_ema is not None,
     )  # fmt: skip
-    roles._add("reward", roles.trunk.peft_config["policy"], None)
+    roles._add("reward", lora, None)
     roles.heads["reward"] = torch.nn.Linear(shape.width, 1)
     roles.score_shifts["reward"] = (1.0, 0.0)
     record = Prompt(prompt=[{"role": "user", "content": "x"}])
@@ -168,8 +172,9 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
         config, roles, role_scorer(roles, PAD, shape.rows // 2), data, DistributedContext()
     )
     # tried once for each model, not counted
-    prepare(roles.trunk)
-    packs(roles.trunk, 1)
+    prepare(roles.model)
+    for model in roles.models:
+        packs(model, 1)
     flops = measured(lambda: trainer.step(0))
     return trainer.budget, flops
 

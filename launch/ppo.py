@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.roles import Roles
     from rlhf.runs.budget import Budget
     from rlhf.tokenizer import stop_ids
+    from rlhf.whole_roles import WholeRoles
 
     # the initial policy and the data
     initial = stages.load_initial_model(run)
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
     record_scorers(run, config.reward, scorers)
 
-    # policy, reference, critic and reward model as roles on one base
+    # policy, reference, critic and reward model as roles
     models = model_weights(scorers)
     on_base = find_reward_roles(models, initial)
     role = on_base[0] if on_base else None
@@ -74,7 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     run.log(critic.describe(role))
     engine = stages.sampling_engine(run, initial)
     evaluation = stages.evaluation(run, initial, None, engine)
-    roles = Roles(
+    kind = Roles if config.use_peft else WholeRoles
+    roles = kind(
         initial,
         stages.new_lora(run, initial),
         role,

@@ -44,7 +44,7 @@ class CriticStart:
             return f"the critic is fitted to the hidden states of {role} (critic_trunk)"
         if self.trunk == "policy":
             return "the critic is a head on the policy's hidden states (critic_trunk)"
-        text = f"the critic has an adapter of its own, from {self.source} (critic_from)"
+        text = f"the critic learns weights of its own, from {self.source} (critic_from)"
         if self.left_out:
             missing = ", ".join(self.left_out)
             text += f", and starts as {role} times {self.weight:g}; it has yet to learn {missing}"
@@ -126,6 +126,14 @@ def check_critic(
             f"critic_trunk is policy, but a {initial.model.config.model_type} model transforms "
             "its logits, so that its hidden states are not at hand. Use --critic_trunk own"
         )
+
+
+class ValueHead(nn.Linear):
+    """A scalar head that computes in float32 at least, whatever it is kept in."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        return nn.functional.linear(states.to(wide), self.weight.to(wide), self.bias.to(wide))
 
 
 def reward_head(path: str, width: int) -> nn.Linear:

@@ -34,6 +34,8 @@ NAMES = (
     f"{ZERO_3}._get_norm_groups",
 )
 OF_ZERO_2 = (
+    # steps that are dropped, of weights in bfloat16
+    "check_grad_overflow",
     # a state written by another number of ranks
     *("optimizer", "bit16_groups", "single_partition_of_fp32_groups"),
     # float64

@@ -67,9 +67,9 @@ class Evaluation:
     ) -> list[EvalRow]:
         """Sample, score and measure; every rank takes its share and gets all rows back, in order.
 
-        `policy()` and `reference()` are contexts in which `model` is that policy (the reference may
-        be a model of its own); without a reference KL is NaN. The noise depends on prompt and
-        sample only, so that two policies or two steps share sampling noise.
+        `policy()` and `reference()` are contexts in which `model` is that policy; the reference may
+        be a model of its own, or a context that gives one. Without a reference KL is NaN. The noise
+        depends on prompt and sample only, so that two policies or two steps share it.
         """
         wanted = [(row, s) for row in self.prompts for s in range(self.samples_per_prompt)]
         mine = world.share_of(wanted)
@@ -139,8 +139,9 @@ class Evaluation:
             inputs = (*columns, temperature, self.plain_head)
             with policy():
                 logprobs, _ = response_logprobs(model, *inputs)
-            with nullcontext() if isinstance(reference, nn.Module) else reference():
-                other = reference if isinstance(reference, nn.Module) else model
+            is_model = isinstance(reference, nn.Module)
+            with nullcontext(reference) if is_model else reference() as own:
+                other = model if own is None else own
                 reference_logprobs, _ = response_logprobs(other, *inputs)
             # both are 0 where there is no token
             result += (logprobs - reference_logprobs).sum(-1).tolist()

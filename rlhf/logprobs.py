@@ -150,12 +150,13 @@ def token_logprobs(
 
 
 def head_is_frozen(head: nn.Module) -> bool:
-    """Return whether a head is a linear layer whose weight does not learn and is whole here."""
+    """Return whether a head is a linear layer whose weight does not learn now and is whole here."""
     # first of all: a head whose rows are trained would make its weight, from parts that ZeRO-3 keeps
     if type(head) is not nn.Linear:
         return False
     # ZeRO-3 brings weights together when their own module is called, which is bypassed here
-    return not head.weight.requires_grad and not is_divided(head.weight)
+    learns = head.weight.requires_grad and torch.is_grad_enabled()
+    return not learns and not is_divided(head.weight)
 
 
 def frozen_head_logprobs(

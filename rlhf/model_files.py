@@ -162,6 +162,7 @@ def check_model(path: str) -> None:
         check_hub_name(path)
         return
     check_tokenizer(path)
+    refuse_critic(path)
     if not is_adapter(path):
         _check_whole(path)
         return
@@ -179,10 +180,7 @@ def check_adapter(path: str | Path) -> None:
     kind which no program can use.
     """
     folder = Path(path)
-    if (folder / VALUE_HEAD_FILE).is_file():
-        raise UserError(
-            f"{path}: the critic of a PPO run, not a policy or reward model; the policy is in {folder.parent}"
-        )
+    refuse_critic(path)
     kind = read_json(folder / "adapter_config.json").get("peft_type")
     kinds = adapter_kinds()
     if kinds and kind not in kinds:
@@ -201,6 +199,14 @@ def check_adapter(path: str | Path) -> None:
         )
     check_weights(path)
     read_identity(path)
+
+
+def refuse_critic(path: str | Path) -> None:
+    """Raise UserError for a folder with the critic of a PPO run, an adapter or a decoder."""
+    if (Path(path) / VALUE_HEAD_FILE).is_file():
+        raise UserError(
+            f"{path}: the critic of a PPO run, not a policy or reward model; the policy is in {Path(path).parent}"
+        )
 
 
 def require_policy(path: str) -> None:

@@ -7,9 +7,10 @@ with an adapter (its base is read from it); a finished run of ours.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class InitialModel:
     fingerprint: str
     # "nf4" or "int8" where the base is packed (`rlhf/quantized.py`)
     quantization: str | None = None
+    # loads the whole base once more
+    another: Callable[[], nn.Module] | None = None
 
 
 def load_model(
@@ -101,7 +104,8 @@ def load_model(
         else ""
     )
     given = (dtype, attn_implementation, path, named, zero)
-    model = load_weights(AutoModelForCausalLM, base_path, *given)
+    load_base = functools.partial(load_weights, AutoModelForCausalLM, base_path, *given)
+    model = load_base()
 
     # adapters of other programs carry no fingerprint
     found = fingerprint(model)
@@ -135,6 +139,7 @@ def load_model(
         adapter_path,
         fingerprint=found,
         quantization=quantization,
+        another=load_base,
     )
 
 

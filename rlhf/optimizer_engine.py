@@ -37,11 +37,53 @@ def make_engine(
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
         AdamW = torch.optim.AdamW
-    optimizer = AdamW(groups, eps=adam_eps, weight_decay=0.0)
     if deepspeed_config is None:
-        return OptimizerEngine(module, optimizer, world, max_grad_norm)
+        module.to(world.device)
+        masters = MasterWeights(groups)
+        optimizer = AdamW(masters.groups, eps=adam_eps, weight_decay=0.0)
+        return OptimizerEngine(module, optimizer, world, max_grad_norm, masters)
+    optimizer = AdamW(groups, eps=adam_eps, weight_decay=0.0)
     config = fill_auto(deepspeed_config, micro_batch_size, max_grad_norm)
     return DeepSpeedEngine(module, optimizer, world, config)
+
+
+class MasterWeights:
+    """Copies in float32 of what learns in bfloat16, which the optimizer steps in its place: most steps
+    are smaller than the rounding of a weight (Micikevicius et al. 2018, arXiv 1710.03740, sec. 3.1).
+
+    Gradients are summed up in the copies. ZeRO 1 to 3 do the same by themselves.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]):
+        self.copies: dict[nn.Parameter, nn.Parameter] = {}
+        # as `groups`, with the copies in the place of their weights
+        self.groups = []
+        for group in groups:
+            stepped = [self._copy_of(parameter) for parameter in group["params"]]
+            self.groups.append(group | {"params": stepped})
+
+    def _copy_of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Return what the optimizer steps: a copy of a weight in bfloat16, any other itself."""
+        if parameter.dtype != torch.bfloat16:
+            return parameter
+        self.copies[parameter] = nn.Parameter(parameter.detach().float())
+        parameter.register_post_accumulate_grad_hook(self._take_gradient)
+        return self.copies[parameter]
+
+    def _take_gradient(self, parameter: nn.Parameter) -> None:
+        gradient, master = parameter.grad.float(), self.copies[parameter]
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+    def of(self, parameter: nn.Parameter) -> nn.Parameter:
+        """Return the most exact form of a weight."""
+        return self.copies.get(parameter, parameter)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the copies into their weights."""
+        for parameter, master in self.copies.items():
+            parameter.copy_(master)
 
 
 class OptimizerEngine:
@@ -61,9 +103,11 @@ class OptimizerEngine:
         optimizer: torch.optim.Optimizer,
         world: DistributedContext,
         max_grad_norm: float,
+        masters: MasterWeights,
     ):
-        self.module = module.to(world.device)
+        self.module = module
         self.optimizer = optimizer
+        self.masters = masters
         self.world = world
         self.max_grad_norm = max_grad_norm
         self._reset_untouched_groups()
@@ -92,6 +136,7 @@ class OptimizerEngine:
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm))
         if math.isfinite(norm):
             self.optimizer.step()
+            self.masters.write_back()
             self._restart_untouched_counts()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -112,7 +157,9 @@ class OptimizerEngine:
         """
         folder.mkdir(parents=True, exist_ok=True)
         trained = {
-            name: p.detach() for name, p in self.module.named_parameters() if p.requires_grad
+            name: self.masters.of(p).detach()
+            for name, p in self.module.named_parameters()
+            if p.requires_grad
         }
         torch.save(
             {"module": trained, "optimizer": self.optimizer.state_dict()}, folder / "plain.pt"
@@ -128,7 +175,8 @@ class OptimizerEngine:
         parameters = dict(self.module.named_parameters())
         with torch.no_grad():
             for name, value in state["module"].items():
-                parameters[name].copy_(value)
+                self.masters.of(parameters[name]).copy_(value)
+        self.masters.write_back()
         self.optimizer.load_state_dict(state["optimizer"])
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -227,6 +275,9 @@ class DeepSpeedEngine(OptimizerEngine):
         self.module = self.engine.module
         self.optimizer = self.engine.optimizer
         self._measured_norms: list[Tensor] = []
+        if torch.bfloat16 in dtypes and self.stage in (1, 2):
+            # else a norm that is not finite drops no step of weights in bfloat16
+            self.optimizer.check_grad_overflow = True
         if torch.float64 in dtypes:
             deepspeed_backend.keep_float64(
                 self.optimizer, world.rank, world.sum, self._measured_norms
@@ -338,7 +389,7 @@ def fill_auto(
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "steps_per_print": 10**9,
-        # the frozen base keeps its dtype; adapters and heads stay in fp32
+        # what is frozen or trained whole keeps its dtype; adapters and heads on them stay in fp32
         "bf16": {"enabled": False},
         "zero_optimization": {key: value for key, value in zero.items() if value != "auto"},
     }

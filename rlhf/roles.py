@@ -30,7 +30,8 @@ from rlhf.adapters import (
     load_adapter,
     without_head,
 )
-from rlhf.critic import SCORE, check_critic, reward_head
+from rlhf.critic import SCORE, ValueHead, check_critic, reward_head
+from rlhf.divided import whole
 from rlhf.dropout import disable_dropout
 from rlhf.logprobs import (
     head_is_frozen,
@@ -107,21 +108,15 @@ class Roles(nn.Module):
         self.heads = nn.ModuleDict()
 
         # in this order: a new adapter or head draws its weights from the global random state
-        policy_config = self._add_policy(initial, lora, ema_reference=ema_reference)
-        reward_config = adapter_config(reward_path) if reward_path else None
+        self._add_policy(initial, lora, ema_reference=ema_reference)
         if critic:
-            starts = {
-                "reward": (reward_config, reward_path),
-                "policy": (policy_config, initial.adapter_path),
-                "fresh": (plain_config(lora), None),
-            }
             if critic_trunk == "own":
-                self._add_critic_adapter(*starts[critic])
+                self._add_critic(initial, lora, critic, reward_path)
             self._add_critic_head()
         if reward_path:
-            self._add_reward(initial, reward_config, reward_path, REWARD)
+            self._add_reward(initial, reward_path, REWARD)
         for number, path in enumerate(more_rewards, 2):
-            self._add_reward(initial, adapter_config(path), path, f"{REWARD}{number}")
+            self._add_reward(initial, path, f"{REWARD}{number}")
         if critic == "reward" and critic_trunk == "own":
             self._start_critic_as_reward(reward_weight)
 
@@ -132,7 +127,7 @@ class Roles(nn.Module):
 
         # looked up once: names are matched against patterns, and roles change at every pass
         self._role_parameters: dict[str, list[nn.Parameter]] = {}
-        names = list(self.trunk.peft_config)
+        names = list(self._adapters)
         # all that is not the base's
         self.adapted = [p for role in names for p in adapter_parameters(self.trunk, role).values()]
         self.adapted += self.heads.parameters()
@@ -144,10 +139,8 @@ class Roles(nn.Module):
 
         # dropout would make the first probability ratio differ from 1
         disable_dropout(self)
-        # safe because a role is held through backward: what is recomputed is the same role
         if gradient_checkpointing:
-            initial.model.activation_checkpointing_enable()
-            self.trunk.enable_input_require_grads()
+            self._recompute_activations(initial)
         self._activate("policy")
 
     def _set_precision(self, dtype: torch.dtype) -> None:
@@ -158,6 +151,14 @@ class Roles(nn.Module):
         elif dtype == torch.bfloat16:
             for layer in self._layers:
                 keep_in_float32(layer, dtype)
+
+    def _recompute_activations(self, initial: InitialModel) -> None:
+        """Let passes keep no activations, which the backward pass makes again.
+
+        Safe because a role is held through backward: what is recomputed is the same role.
+        """
+        initial.model.activation_checkpointing_enable()
+        self.trunk.enable_input_require_grads()
 
     def _add(
         self, name: str, config: LoraConfig, path: str | None, leave: tuple[str, ...] = ()
@@ -170,10 +171,8 @@ class Roles(nn.Module):
         else:
             self.trunk = add_adapter(self.trunk, config, name)
 
-    def _add_policy(
-        self, initial: InitialModel, lora: LoraConfig, *, ema_reference: bool
-    ) -> LoraConfig:
-        """Add the policy and the references that start as it does; return their LoRA settings."""
+    def _add_policy(self, initial: InitialModel, lora: LoraConfig, *, ema_reference: bool) -> None:
+        """Add the policy and the references that start as it does."""
         path = initial.adapter_path
         if path:
             require_policy(path)
@@ -183,21 +182,27 @@ class Roles(nn.Module):
             self._add("reference", config, path)
         if ema_reference:
             frozen_copy(self.trunk, "policy", EMA_REFERENCE)
-        return config
 
-    def _add_critic_adapter(self, config: LoraConfig, path: str | None) -> None:
+    def _add_critic(
+        self, initial: InitialModel, lora: LoraConfig, start: str, reward_path: str | None
+    ) -> None:
+        """Add the adapter of a critic that has a trunk of its own."""
+        paths = {"reward": reward_path, "policy": initial.adapter_path, "fresh": None}
+        path = paths[start]
+        config = adapter_config(path) if path else plain_config(lora)
         self._add("value", without_head(config, self.output_head), path, (self.output_head, SCORE))
 
     def _add_critic_head(self) -> None:
         """Add the head of the critic, of zeros."""
-        head = nn.Linear(self.width, 1)
+        head = ValueHead(self.width, 1)
         nn.init.zeros_(head.weight)
         nn.init.zeros_(head.bias)
         self.heads["value"] = head
 
-    def _add_reward(self, initial: InitialModel, config: LoraConfig, path: str, role: str) -> None:
+    def _add_reward(self, initial: InitialModel, path: str, role: str) -> None:
         """Add the role of a reward model with its head, scale and bias."""
         check_same_base(path, initial)
+        config = adapter_config(path)
         self._add(role, without_head(config, self.output_head), path, (self.output_head, SCORE))
         self.heads[role] = reward_head(path, self.width)
         self.score_shifts[role] = reward_shift(path)
@@ -214,22 +219,37 @@ class Roles(nn.Module):
         value.bias.fill_(bias * weight)
 
     @property
+    def model(self) -> nn.Module:
+        """Return the model that computes the role in use."""
+        return self.trunk
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """Return the models of all roles, each once."""
+        return [self.trunk]
+
+    @property
     def precision(self) -> torch.dtype:
-        """Return the dtype of what learns: float32, or float64 on a base in float64."""
-        return self._trained[0].dtype
+        """Return the dtype of what is measured: float32, or float64 on a base in float64."""
+        return torch.promote_types(self._trained[0].dtype, torch.float32)
+
+    @property
+    def _adapters(self) -> dict[str, LoraConfig]:
+        """Return the settings of the adapters on the trunk by role."""
+        return getattr(self.trunk, "peft_config", {})
 
     def kept_vocabulary(self, *, entropy_learns: bool) -> int:
         """Return the size of the vocabulary where the policy's passes keep the logits of all their
         tokens, 0 where they make a portion at a time.
         """
-        head = decoder_and_head(self.trunk)[1]
+        head = decoder_and_head(self.model)[1]
         if self.plain_head and head_is_frozen(head) and not entropy_learns:
             return 0
-        return self.trunk.config.get_text_config().vocab_size
+        return self.model.config.get_text_config().vocab_size
 
     @property
     def has_reference_adapter(self) -> bool:
-        return "reference" in self.trunk.peft_config
+        return "reference" in self._adapters
 
     @property
     def has_critic(self) -> bool:
@@ -242,7 +262,7 @@ class Roles(nn.Module):
 
     @property
     def has_ema_reference(self) -> bool:
-        return EMA_REFERENCE in self.trunk.peft_config
+        return EMA_REFERENCE in self._adapters
 
     @torch.no_grad()
     def update_ema(self, decay: float) -> None:
@@ -273,12 +293,12 @@ class Roles(nn.Module):
 
     @contextlib.contextmanager
     def use(self, role: str):
-        """Make the trunk `role` inside the context: policy, reference, ema_reference, value or one
-        of `reward_roles`. Do not nest.
+        """Make `model` the role inside the context, which gives it: policy, reference,
+        ema_reference, value or one of `reward_roles`. Do not nest.
         """
         self._activate(role)
         try:
-            yield self
+            yield self.model
         finally:
             self._activate("policy")
 
@@ -318,14 +338,14 @@ class Roles(nn.Module):
         batch: see `Rollout.batch`. Gradients flow through the entropy only if `entropy_learns`.
         """
         columns = [batch[name] for name in COLUMNS]
-        return response_logprobs(self.trunk, *columns, temperature, self.plain_head, entropy_learns)
+        return response_logprobs(self.model, *columns, temperature, self.plain_head, entropy_learns)
 
     def logprobs_and_values(
         self, batch: dict[str, Tensor], temperature: float, *, entropy_learns: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return `logprobs` and the values (B, T) of a critic on the policy's trunk, in one pass."""
         mask, states = batch["mask"], self.states(batch)
-        head = decoder_and_head(self.trunk)[1]
+        head = decoder_and_head(self.model)[1]
         chosen = batch["responses"][mask]
         found = token_logprobs(states, head, chosen, temperature, entropy_learns)
         logprobs, entropy = (spread(numbers, mask) for numbers in found)
@@ -334,7 +354,7 @@ class Roles(nn.Module):
     def states(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the hidden states (n, H) before each of the batch's n response tokens."""
         places = response_places(batch["attention"], batch["positions"], batch["mask"])
-        return response_states(self.trunk, batch["ids"], batch["attention"], places)
+        return response_states(self.model, batch["ids"], batch["attention"], places)
 
     def values_of(self, states: Tensor, mask: Tensor) -> Tensor:
         """Return the critic's values of states (n, H), spread over the mask (B, T)."""
@@ -387,22 +407,26 @@ class Roles(nn.Module):
                 return self.states(batch)
         return torch.cat([self._kept_states[row] for row in rows])
 
-    def save(self, folder: str | Path, initial: InitialModel) -> None:
-        """The policy's adapter in `folder`, the value adapter and its head in `folder`/value. Main
-        rank, gathered.
+    def save(self, folder: str | Path, initial: InitialModel, *, writes: bool = True) -> None:
+        """Write the policy in `folder`, the critic and its head in `folder`/value; on all ranks, of
+        which one `writes`.
 
         Raises UserError, and writes nothing, if they are not finite.
         """
-        folder = Path(folder)
+        with whole(self.adapted):
+            if writes:
+                self._write(Path(folder), initial)
+
+    def _write(self, folder: Path, initial: InitialModel) -> None:
         check_finite(
             ((n, p) for n, p in self.named_parameters() if p.requires_grad), f"{folder}: not saved"
         )
         places = {"policy": folder}
-        if "value" in self.trunk.peft_config:
+        if "value" in self._adapters:
             places["value"] = folder / "value"
         for role, place in places.items():
             place.mkdir(parents=True, exist_ok=True)
-            config = self.trunk.peft_config[role]
+            config = self._adapters[role]
             config.inference_mode = True
             config.save_pretrained(place)
             weights = get_peft_model_state_dict(
@@ -414,13 +438,16 @@ class Roles(nn.Module):
             )
             initial.tokenizer.save_pretrained(place)
             write_identity(place, initial, program="ppo", role=role)
-        if self.has_critic:
-            head = {
-                k: v.detach().cpu().contiguous()
-                for k, v in self.heads["value"].state_dict().items()
-            }
-            (folder / "value").mkdir(exist_ok=True)
-            save_file(head, folder / "value" / VALUE_HEAD_FILE)
+        self._write_head(folder)
+
+    def _write_head(self, folder: Path) -> None:
+        """Write the head of the critic, where there is one, into `folder`/value."""
+        if not self.has_critic:
+            return
+        state = self.heads["value"].state_dict()
+        (folder / "value").mkdir(exist_ok=True)
+        head = {name: weight.detach().cpu().contiguous() for name, weight in state.items()}
+        save_file(head, folder / "value" / VALUE_HEAD_FILE)
 
 
 def rows_of(batch: dict[str, Tensor]) -> list[tuple[int, ...]]:

@@ -18,7 +18,7 @@ from rlhf.adapters import (
 from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import first_by_hash
 from rlhf.deepspeed_config import read_deepspeed_config
-from rlhf.distributed import DistributedContext
+from rlhf.distributed import DistributedContext, base_dtype
 from rlhf.divided import readable, shape_of, whole
 from rlhf.engines.batched import generate
 from rlhf.engines.sampling import Generate, Sampling
@@ -89,7 +89,7 @@ def zero_settings(config: RunConfig, world: DistributedContext) -> dict[str, Any
 
 def check_zero(config: RunConfig, world: DistributedContext) -> None:
     """Raise UserError for what DeepSpeed cannot train: ZeRO-3 divides weights and moments that are
-    packed, and TRL's programs have float32 in ZeRO.
+    packed, TRL's programs have float32 in ZeRO, and ZeRO 0 no copies in float32.
     """
     if config.dtype == "float64" and world.launched and hasattr(config, "trl"):
         raise UserError(
@@ -103,6 +103,13 @@ def check_zero(config: RunConfig, world: DistributedContext) -> None:
         raise UserError(
             "ZeRO 1 to 3 keep trained weights in one dtype, and a reward model that is trained whole in bfloat16 has "
             "its score head in float32 on a CPU. Take --deepspeed zero0, or --dtype float32"
+        )
+    learns_bfloat16 = hasattr(config, "num_ppo_epochs") and not config.use_peft
+    learns_bfloat16 &= base_dtype(config.dtype, world.device) == "bfloat16"
+    if learns_bfloat16 and world.launched and stage == 0:
+        raise UserError(
+            "PPO on whole weights in bfloat16 makes its steps on copies in float32, which ZeRO 0 does not keep: small "
+            "steps would be lost. Take --deepspeed zero2, or --dtype float32"
         )
     asked = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(config, name)]
     if config.optim in EIGHT_BIT:

@@ -292,6 +292,16 @@ def test_a_whole_reward_model_in_bfloat16_is_not_for_zero_on_a_cpu():
         check_zero(options, DistributedContext(launched=True))
 
 
+def test_whole_weights_learn_in_bfloat16_where_float32_copies_are_kept():
+    given = {"dtype": "bfloat16", "use_peft": False, "num_ppo_epochs": 4, "optim": "adamw"}
+    options = SimpleNamespace(**given, load_in_4bit=False, load_in_8bit=False, deepspeed="zero0")
+    check_zero(options, DistributedContext())
+    with pytest.raises(UserError, match=r"which ZeRO 0 does not keep: .* Take --deepspeed zero2"):
+        check_zero(options, DistributedContext(launched=True))
+    for changed in ({"deepspeed": "zero2"}, {"dtype": "float32"}, {"use_peft": True}):
+        check_zero(SimpleNamespace(**vars(options) | changed), DistributedContext(launched=True))
+
+
 # deepspeed's name, and torchrun's
 @pytest.mark.parametrize("local_size", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])
 def test_ranks_are_read_from_the_launchers_variables(local_size):

@@ -22,6 +22,7 @@ from rlhf.options.ppo import PPOConfig
 from rlhf.ppo.batches import TrainingData, cycle_shuffled
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.roles import Roles
+from rlhf.whole_roles import WholeRoles
 
 STOPS = [2, *range(3, 320, 9)]  # one token in nine, so that some responses end and some do not
 
@@ -97,7 +98,8 @@ def run(given: dict, world: DistributedContext | None = None) -> dict:
     world, config = world or DistributedContext(), options(**given["options"])
     torch.manual_seed(config.seed)
     initial = load_model(given["model"], given["dtype"])
-    roles = Roles(
+    kind = WholeRoles if given.get("whole") else Roles
+    roles = kind(
         initial,
         lora_config(r=4),
         given.get("reward"),
@@ -112,8 +114,7 @@ def run(given: dict, world: DistributedContext | None = None) -> dict:
     steps = record(trainer, given.get("skipped", []), given.get("steps", 1))
     with gathered(trainer.learner.module.parameters()):
         after = {name: p.detach().clone() for name, p in trainer.roles.named_parameters()}
-    scale = initial.model.peft_config["policy"] if hasattr(initial.model, "peft_config") else None
-    scale = roles.trunk.peft_config["policy"] if scale is None else scale
+    scale = getattr(roles.trunk, "peft_config", {}).get("policy", lora_config())
     return {
         "before": before, "after": after, "steps": steps, "lora_scale": scale.lora_alpha / scale.r,
         "shape": initial.model.config.to_dict(), "kl_coef": trainer.estimator.kl.coef,

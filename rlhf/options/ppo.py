@@ -147,7 +147,7 @@ class CriticOptions:
     )
     critic_trunk: Literal["auto", "own", "reward", "policy"] = option(
         "auto",
-        "whose hidden states the critic's head reads; own: an adapter of its own; policy: the policy's, which "
+        "whose hidden states the critic's head reads; own: weights of its own; policy: the policy's, which "
         "then learns from both losses; reward: the frozen reward model's, which scoring has computed anyway, by "
         "ridge regression after each rollout; auto: reward where the reward model is a role on the base and no option "
         "of the critic's learning is set, else own",
@@ -187,7 +187,7 @@ class PPOConfig(
     AdapterConfig,
 ):
     """PPO with a KL penalty to the SFT policy; policy, value, reference and reward are adapters on
-    one base.
+    one base, or policy and value whole models beside it.
     """
 
     learning_rate: float = option(
@@ -199,7 +199,11 @@ class PPOConfig(
     optim: Literal["adamw", "adamw_8bit"] = option(
         "adamw", "adamw_8bit: moments in 8 bits (bitsandbytes)"
     )
-    use_peft: bool = option(True, "PPO trains LoRA adapters on one frozen base; false is refused")
+    use_peft: bool = option(
+        True,
+        "train LoRA adapters on one frozen base; false: whole weights, the critic's too, which want a smaller "
+        "learning_rate (3e-6 in 2403.17031)",
+    )
     guards: dict = option(
         {},
         "changes to the guards of docs/guards.md, e.g. {max_kl: {threshold: 30}, length: off}",
@@ -219,11 +223,7 @@ class PPOConfig(
         super().validate()
         check_guards(self.guards)
         if not self.use_peft:
-            raise UserError(
-                "'use_peft' is false, but PPO trains adapters: policy, reference, critic and reward model share one "
-                "frozen base. Train whole weights with SFT or DPO; near to it in PPO is an adapter of a high rank on "
-                "them, such as --lora_r 256"
-            )
+            self._check_whole()
         size = self.rollout_batch_size
         if size % self.samples_per_prompt:
             raise UserError(
@@ -264,6 +264,21 @@ class PPOConfig(
         if bool(self.ptx_coef) != bool(self.ptx_data):
             raise UserError(
                 "'ptx_coef' and 'ptx_data' belong together: a weight and the data that it applies to"
+            )
+
+    def _check_whole(self) -> None:
+        """Raise UserError for options that whole weights do not read."""
+        defaults = vars(AdapterConfig())
+        adapters = [name for name, value in defaults.items() if getattr(self, name) != value]
+        if adapters:
+            raise UserError(
+                f"'use_peft' is false, and nothing reads '{adapters[0]}': no adapter is trained. Leave it out, or "
+                "use --use_peft true"
+            )
+        if self.reference_ema is not None:
+            raise UserError(
+                "'reference_ema' averages an adapter, and 'use_peft' is false: of whole weights it would be one more "
+                "model in float32. Leave it out, or use --use_peft true"
             )
 
     @property

@@ -101,7 +101,7 @@ class TrainingLoop:
         try:
             with self.trainer.learner.readable():
                 rows = self.evaluation.run(
-                    roles.trunk,
+                    roles.model,
                     lambda: roles.use("policy"),
                     lambda: roles.use("reference"),
                     run.world,
@@ -142,21 +142,18 @@ class TrainingLoop:
         self.run.save_checkpoint(step, self.write_files, score, {"last": self.headline})
 
     def write_files(self, folder: Path) -> None:
-        """Write the trainer's state, and the adapters so that a checkpoint can be sampled from and
+        """Write the trainer's state, and the policy so that a checkpoint can be sampled from and
         compared.
         """
         self.trainer.save(folder)
-        self.save_adapters(folder)
+        self.save_policy(folder)
 
-    def save_adapters(self, folder: Path) -> None:
-        """Write the policy's adapter and the critic; on all ranks."""
-        roles = self.trainer.roles
-        with self.trainer.learner.gathered(roles.adapted):
-            if self.run.world.is_main:
-                roles.save(folder, self.initial)
+    def save_policy(self, folder: Path) -> None:
+        """Write the policy and the critic; on all ranks."""
+        self.trainer.roles.save(folder, self.initial, writes=self.run.world.is_main)
 
     def finish(self, stopped: Decision | None) -> None:
-        """Write adapters and result.json. Raises EarlyExit where a guard stopped the run or nothing was
+        """Write the policy and result.json. Raises EarlyExit where a guard stopped the run or nothing was
         learnt.
         """
         run, trainer = self.run, self.trainer
@@ -168,7 +165,7 @@ class TrainingLoop:
             )
             raise EarlyExit(f"ppo: nothing was learnt: {reason}", EXIT_GUARD)
 
-        self.save_adapters(run.folder)
+        self.save_policy(run.folder)
         result: dict[str, Any] = {
             "guards": trainer.guards.decided.events,
             "steps": trainer.steps_done,

@@ -120,7 +120,7 @@ class RolloutCollector:
 
         with timed(seconds, "time/generate"), self.roles.use("policy"):
             completions = self.generate(
-                self.roles.trunk,
+                self.roles.model,
                 [row["prompt_ids"] for row in own_prompts],
                 keys[shard.start : shard.stop],
                 self.settings.sampling,

@@ -72,7 +72,8 @@ class PPOTrainer:
         self.config, self.roles, self.data, self.world = config, roles, data, world
         self.budget = budget or Budget()
         roles.train()
-        self.budget.watch(roles.trunk)
+        for model in roles.models:
+            self.budget.watch(model)
         groups = [{"params": roles.parameters_of("policy"), "lr": config.learning_rate}]
         if roles.critic_learns:
             groups.append({"params": roles.parameters_of("value"), "lr": config.critic_rate})
@@ -193,8 +194,9 @@ class PPOTrainer:
         with self.learner.readable():
             # tried once for each model, by passes that belong to no step
             if self.collector.generate is generate:
-                prepare(self.roles.trunk)
-            packs(self.roles.trunk, 1)
+                prepare(self.roles.model)
+            for model in self.roles.models:
+                packs(model, 1)
             with self.budget.counting():
                 rollout = self.collector.collect(prompts, step)
         shard = self.world.shard(len(rollout))

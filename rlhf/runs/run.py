@@ -75,7 +75,9 @@ class Run:
         """Return the dtype to load the base model in."""
         from rlhf.distributed import base_dtype
 
-        trains_whole = not getattr(self.config, "use_peft", True)
+        # PPO computes in the dtype that it loads
+        by_trl = self.program != "ppo"
+        trains_whole = by_trl and not getattr(self.config, "use_peft", True)
         return base_dtype(self.config.dtype, self.world.device, trains_whole=trains_whole)
 
     def record_dependency(self, name: str, fingerprint: str) -> None:

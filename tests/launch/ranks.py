@@ -84,9 +84,8 @@ def rollouts(
             {"metrics": kept, "responses": rollout.samples.response_ids, "gathers": len(gathers)}
         )
     episodes = int(world.sum(trainer.budget.episodes))
-    with trainer.learner.gathered(roles.adapted), tempfile.TemporaryDirectory() as folder:
-        if world.is_main:
-            roles.save(folder, initial)
+    with tempfile.TemporaryDirectory() as folder:
+        roles.save(folder, initial, writes=world.is_main)
         shapes = {
             str(p.relative_to(folder)): shapes_in(p)
             for p in sorted(Path(folder).rglob("*.safetensors"))

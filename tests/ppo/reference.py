@@ -347,6 +347,9 @@ class Reference:
             else [policy]
         )
 
+    def is_critics(self, name: str) -> bool:
+        return ".value." in name
+
     def rates(self) -> list[float]:
         o = self.o
         left = (

@@ -90,10 +90,12 @@ def paths(case, base_path, sft_path, reward_path):
     }
 
 
-def disagreements(case: dict, found: dict, tolerance: float) -> list[str]:
+def disagreements(
+    case: dict, found: dict, tolerance: float, reference_of: type[Reference] = Reference
+) -> list[str]:
     """What of a run differs from the reference by more than the tolerance."""
     config, wrong = trial.options(**case["options"]), []
-    reference = Reference(
+    reference = reference_of(
         found["before"], config, SimpleNamespace(**found["shape"]), found["lora_scale"]
     )
 
@@ -126,7 +128,7 @@ def disagreements(case: dict, found: dict, tolerance: float) -> list[str]:
                 assert not math.isfinite(got["metrics"]["grad/norm"])
                 continue
             check(f"{where} grad/norm", got["metrics"]["grad/norm"], want["norm"])
-            is_critic = {name: ".value." in name for name in want["grads"]}
+            is_critic = {name: reference.is_critics(name) for name in want["grads"]}
             for group, of_critic in (("policy", False), ("value", True)):
                 squares = [
                     float((g**2).sum())

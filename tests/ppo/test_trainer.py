@@ -362,7 +362,11 @@ def test_permutation_depends_on_its_key_alone():
         ({"ptx_coef": 0.5}, "belong together"),
         ({"ptx_data": ["x"]}, "belong together"),
         ({"guards": {"max_lk": 3}}, "max_kl"),
-        ({"use_peft": False}, "PPO trains adapters: .* such as --lora_r 256"),
+        ({"use_peft": False, "lora_r": 8}, "nothing reads 'lora_r'.* use --use_peft true"),
+        ({"use_peft": False, "train_eos": "never"}, "nothing reads 'train_eos'"),
+        ({"use_peft": False, "reference_ema": 0.9}, "'reference_ema' averages an adapter"),
+        ({"use_peft": False, "load_in_8bit": True}, "its whole weights cannot be trained"),
+        ({"use_peft": False, "vllm_url": "http://x"}, "not whole weights"),
     ],
 )
 def test_impossible_combinations_are_refused(wrong, word):

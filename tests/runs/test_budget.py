@@ -111,6 +111,8 @@ def test_nothing_is_counted_outside(base_path):
     ("shape", "options"),
     [
         (SMALL, {"reference_ema": 0.9, "gradient_checkpointing": True}),
+        (RAGGED, {"use_peft": False}),
+        (SMALL, {"use_peft": False, "gradient_checkpointing": True}),
         (
             RAGGED,
             {
