@@ -16,7 +16,7 @@ from rlhf.distributed import DistributedContext, base_dtype
 from rlhf.dropout import disable_dropout
 from rlhf.models import DTYPES
 from rlhf.options.shared import EIGHT_BIT, quantization_of
-from rlhf.packing import group_rows, tokens_per_pass
+from rlhf.packing import decoder_and_head, group_rows, tokens_per_pass
 from rlhf.plan.ledger import size_of
 from rlhf.plan.memory import (
     Phase,
@@ -76,9 +76,9 @@ def setup_of(config: Any, ranks: int, device: str, *, launched: bool) -> Setup:
 
 def estimate(program: str, config: Any, start: Start, setup: Setup) -> Estimate:
     """Return the memory of a program's phases on each rank."""
-    trains_whole = program in TRL and not config.use_peft
-    # DeepSpeed casts whole weights, and keeps float32 ones beside them
-    in_float32 = trains_whole and not setup.launched
+    trains_whole = not config.use_peft
+    # DeepSpeed casts whole weights of TRL's programs, and keeps float32 ones beside them
+    in_float32 = trains_whole and program in TRL and not setup.launched
     dtype = base_dtype(config.dtype, torch.device(setup.device), trains_whole=in_float32)
     base = empty_model(start.shape, dtype, config.attn_implementation)
     scales = pack(base, quantization_of(config)) if quantization_of(config) else 0
@@ -86,19 +86,22 @@ def estimate(program: str, config: Any, start: Start, setup: Setup) -> Estimate:
 
     model = base
     adapter = 0
-    if not trains_whole:
+    # PPO's reward models are adapters beside whole weights too
+    if not trains_whole or program == "ppo":
         # in bfloat16 where DeepSpeed keeps all of the model so
         is_whole_bf16 = program in TRL and setup.launched and dtype == "bfloat16"
         own = empty_model(start.shape, dtype, config.attn_implementation)
         if quantization_of(config):
             pack(own, quantization_of(config))
         task = "SEQ_CLS" if program == "reward" else "CAUSAL_LM"
-        model = adapted(own, lora_of(config, start.adapter, task), is_whole_bf16)
-        adapter = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        own = adapted(own, lora_of(config, start.adapter, task), is_whole_bf16)
+        adapter = sum(p.numel() for p in own.parameters() if p.requires_grad)
+        model = base if trains_whole else own
     weights = weights_of(program, config, start, setup, base, frozen, adapter, dtype)
     found = Estimate(weights)
-    copies = 0 if trains_whole else roles_of(program, config, start)[1]
-    frozen_numbers = (program == "dpo" or not trains_whole) * count(base) + copies * adapter
+    copies = roles_of(program, config, start)[1]
+    has_frozen_base = program in ("dpo", "ppo") or not trains_whole
+    frozen_numbers = has_frozen_base * count(base) + copies * adapter
     found.numbers = {"trainable": weights.trained, "frozen": frozen_numbers}
     with FakeTensorMode(), as_on(setup.device):
         if getattr(config, "eval_prompts", 0) or program == "ppo":
@@ -137,6 +140,9 @@ def weights_of(
     by_trl, is_mixed = program in TRL, dtype == "bfloat16"
     masters = by_trl and is_mixed and setup.launched
     moments = 2 if config.optim in EIGHT_BIT else 8
+    learning, copies = roles_of(program, config, start)
+    foreach = not by_trl and setup.device == "cuda"
+    largest = max(p.numel() for p in base.parameters())
     if by_trl and not config.use_peft:
         # TRL's own AdamW keeps the moments in the dtype of the weights
         if is_mixed and not masters and config.optim not in EIGHT_BIT:
@@ -144,10 +150,13 @@ def weights_of(
         others = frozen if program == "dpo" else 0
         # all but buffers learns
         buffers = size_of(base.buffers())
-        largest = max(p.numel() for p in base.parameters())
         return Weights(buffers, 0, others, count(base), own, moments, masters, largest, fused=True)
+    if not config.use_peft:
+        # beside the frozen base: the policy, and a decoder with a head
+        numbers = count(base) + (learning > 1) * critic_size(base)
+        roles = copies * adapter * 4
+        return Weights(frozen, roles, 0, numbers, own, moments, is_mixed, largest, foreach)
     size = own if masters else 4
-    learning, copies = roles_of(program, config, start)
     numbers = learning * adapter + (width + 1 if program == "reward" or learning > 1 else 0)
     return Weights(
         frozen,
@@ -157,9 +166,15 @@ def weights_of(
         size,
         moments,
         masters,
-        foreach=not by_trl and setup.device == "cuda",
+        foreach=foreach,
         fused=by_trl,
     )
+
+
+def critic_size(base: nn.Module) -> int:
+    """Return the numbers of PPO's critic on whole weights: a model's decoder and a scalar head."""
+    decoder, head = decoder_and_head(base)
+    return count(decoder) + head.in_features + 1
 
 
 def sampling_phases(
@@ -177,8 +192,7 @@ def sampling_phases(
     cache, peak = sampling_peak(base, slots, *limits, setup.device)
     merged = largest = 0
     # packed weights and divided ones keep their adapter beside them
-    has_adapter = program not in TRL or config.use_peft
-    if has_adapter and not quantization_of(config) and setup.sharding != 3:
+    if config.use_peft and not quantization_of(config) and setup.sharding != 3:
         linear = [m.weight for m in base.modules() if type(m) in (nn.Linear, Conv1D)]
         linear = [w for w in linear if w is not base.get_output_embeddings().weight]
         merged, largest = size_of(linear), max(w.numel() for w in linear)
@@ -251,17 +265,35 @@ def pass_phases(
     peak = learning_peak(model, rows, kinds, reduction_of(weights, setup), repeated=repeated)
     phases.append(learning_phase(weights, setup, peak))
     phases.append(step_phase(weights, setup))
+    if program == "ppo" and not config.use_peft:
+        add_whole_gradients(phases[-2:], weights, setup, model)
     if program == "ppo":
         for phase in phases[:1] + phases[-2:]:
             phase.parts["rollout"] = rollout_bytes(config, setup, model)
     return phases
 
 
+def add_whole_gradients(
+    phases: list[Phase], weights: Weights, setup: Setup, model: nn.Module
+) -> None:
+    """Add to PPO's phases of learning and of the step what whole weights have more of gradients."""
+    learning, step = phases
+    # ZeRO 2 and 3 take them out of the passes
+    if setup.sharding < 2:
+        # passes of the critic, which were counted on the policy's model, find the policy's too
+        learning.parts["gradients"] += (weights.trained - count(model)) * weights.trained_size
+    if not setup.launched and weights.masters:
+        # a plain process keeps them in float32
+        for phase in (learning, step):
+            phase.parts["gradients"] += weights.trained * (4 - weights.trained_size)
+
+
 def ppo_rows(config: Any, setup: Setup, model: nn.Module) -> tuple[Rows, int]:
     """Return the rows of PPO's largest pass, and how many passes of a kind make an update."""
     length = config.max_prompt_length + config.max_response_length
-    # passes whose entropy learns keep their logits
-    vocabulary = model.config.get_text_config().vocab_size if config.entropy_coef else 0
+    # passes whose entropy or head learns keep their logits
+    keeps_logits = config.entropy_coef or not config.use_peft
+    vocabulary = model.config.get_text_config().vocab_size if keeps_logits else 0
     suits = tokens_per_pass(torch.device(setup.device), vocabulary)
     tokens = config.micro_batch_tokens or suits
     own = -(-config.rollout_batch_size // config.num_mini_batches // setup.ranks)
@@ -279,6 +311,6 @@ def rollout_bytes(config: Any, setup: Setup, model: nn.Module) -> int:
     # ids and attention, positions and responses: 8 bytes; six measured columns: 4; a mask: 1
     numbers = rows * (8 * 2 * length + (8 * 2 + 6 * 4 + 1) * response)
     if critic_trunk(config) == "reward":
-        width = model.get_base_model().get_output_embeddings().in_features
+        width = decoder_and_head(model)[1].in_features
         numbers += 4 * width * response * -(-rows // setup.ranks)
     return numbers

@@ -46,7 +46,7 @@ def candidates(
     yield from smaller_passes(program, options)
     for size in halves(getattr(options, "generation_batch_size", 1), 4):
         yield {"generation_batch_size": size}, SAMPLING
-    is_whole = program != "ppo" and not options.use_peft
+    is_whole = not options.use_peft
     if is_whole and options.optim == "adamw":
         yield {"optim": "adamw_8bit"}, set()
     is_packed = options.load_in_4bit or options.load_in_8bit

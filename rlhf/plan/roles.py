@@ -19,7 +19,11 @@ class Start:
 
 
 def roles_of(program: str, config: Any, start: Start) -> tuple[int, int]:
-    """Return how many adapters learn, and how many are frozen beside them."""
+    """Return how many adapters learn, and how many are frozen beside them; of PPO on whole weights, how
+    many models learn.
+    """
+    if program != "ppo" and not config.use_peft:
+        return 0, 0
     if program == "dpo":
         return 1, 1
     if program != "ppo":

@@ -55,6 +55,40 @@ def test_parameters_are_those_of_the_model():
     assert whole.peak.parts["optimizer"] == 8 * NUMBERS
 
 
+def test_ppo_on_whole_weights_holds_the_base_and_what_learns():
+    reward = [{"model": "runs/reward"}]
+    given = {
+        "use_peft": False,
+        "lora_r": 16,
+        "reward": reward,
+        "total_episodes": 64,
+        "device": "cpu",
+    }
+    fitted = planned("ppo", PPOConfig, **given)
+    # the critic is fitted to the reward model's states, whose adapter has the default rank of 16
+    assert fitted.numbers == {"trainable": NUMBERS, "frozen": NUMBERS + 4 * ADAPTER}
+    own = planned("ppo", PPOConfig, **given, critic_trunk="own")
+    critic = NUMBERS - 50 * 16 + 16 + 1
+    assert own.numbers["trainable"] == NUMBERS + critic
+    parts = {phase.name: phase.parts for phase in own.phases}
+    assert parts["learn"]["base"] == pytest.approx(4 * NUMBERS, abs=200)
+    assert parts["learn"]["learning weights"] == 4 * (NUMBERS + critic)
+    assert parts["learn"]["optimizer"] == 8 * (NUMBERS + critic)
+    # the critic's head is not among the model's numbers
+    assert parts["learn"]["gradients"] >= 4 * (NUMBERS + critic - 17)
+    assert parts["sample"]["merged copy"] == 0
+
+    # bfloat16 learns through copies in float32, in a plain process and under ZeRO
+    mixed = planned("ppo", PPOConfig, **given, dtype="bfloat16")
+    parts = {phase.name: phase.parts for phase in mixed.phases}
+    assert parts["step"]["optimizer"] == 12 * NUMBERS and parts["step"]["gradients"] == 4 * NUMBERS
+    divided = {"dtype": "bfloat16", "ranks": 2, "launched": True, "deepspeed": "zero3"}
+    parts = planned("ppo", PPOConfig, **given, **divided).phases[0].parts
+    assert parts["optimizer"] == 12 * NUMBERS / 2 and parts["learning weights"] == NUMBERS
+    with pytest.raises(UserError, match="which ZeRO 0 does not keep"):
+        planned("ppo", PPOConfig, **given, **divided | {"deepspeed": "zero0"})
+
+
 def test_a_setup_is_read_and_refused_as_the_program_does(tmp_path):
     launched = {"ranks": 2, "launched": True}
 
