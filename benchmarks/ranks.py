@@ -45,6 +45,10 @@ def run_combinations(folder: Path) -> list[dict[str, Any]]:
     return combinations.run_table(folder, combinations.covering(2))
 
 
+def run_whole_ppo(folder: Path) -> list[dict[str, Any]]:
+    return combinations.run_table(folder, combinations.whole_ppo())
+
+
 def run_meaning(folder: Path) -> list[dict[str, Any]]:
     """Run each program on one process and on two ranks, to the end of an epoch and beyond."""
     cases = []
@@ -65,6 +69,7 @@ def run_resume(folder: Path) -> list[dict[str, Any]]:
 
 PARTS: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
     "combinations": run_combinations,
+    "whole ppo": run_whole_ppo,
     "meaning": run_meaning,
     "resume": run_resume,
 }
@@ -118,6 +123,7 @@ def page_of(found: dict[str, list[dict[str, Any]]]) -> str:
         rows=ROWS,
         command=COMMAND,
         combinations=table(FACTORS | APART | {"cpu": "CPU s a rank"}, found["combinations"]),
+        whole_ppo=table(FACTORS | APART | {"cpu": "CPU s a rank"}, found["whole ppo"]),
         meaning=table({"program": "program", "what": "run"} | APART, found["meaning"]),
         resume=table({name: APART.get(name, name) for name in names}, found["resume"]),
     )
@@ -141,9 +147,14 @@ the base, rounds otherwise.
 
 {combinations}
 
-Refused at the start, with the reason and the nearest that works: PPO with `use_peft: false`; float64 under
-a launcher but in PPO with ZeRO 1 and 2; 4 or 8 bits, and 8-bit AdamW, with ZeRO-3; `offload_optimizer` with
-ZeRO 0; `offload_param` below ZeRO-3; on a CPU a whole reward model in bfloat16 with ZeRO 1 to 3.
+PPO on whole weights, policy and critic, in each dtype under each kind of ZeRO, with a learning rate of 1e-3:
+
+{whole_ppo}
+
+Refused at the start, with the reason and the nearest that works: PPO on whole weights in bfloat16 with ZeRO
+0; float64 under a launcher but in PPO with ZeRO 1 and 2; 4 or 8 bits, and 8-bit AdamW, with ZeRO-3;
+`offload_optimizer` with ZeRO 0; `offload_param` below ZeRO-3; on a CPU a whole reward model in bfloat16 with
+ZeRO 1 to 3.
 
 ## One process against two ranks
 
@@ -169,6 +180,7 @@ def rows_of(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     combined = found["combinations"]
     exact = [row for row in combined if row["dtype"] == "float32"]
     rounded = [row for row in combined if row["dtype"] == "bfloat16"]
+    whole = found["whole ppo"]
     given = [row for row in found["meaning"] if row["what"] == SIX and row["program"] != "ppo"]
     sampled = {row["what"]: row for row in found["meaning"] if row["program"] == "ppo"}
     again = [row for row in found["resume"] if row["ranks"] == 2]
@@ -186,6 +198,19 @@ def rows_of(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             "in bfloat16, largest relative difference of a first gradient norm",
             worst(rounded, "gradient"),
             "<= 0.05",
+        ),
+        ("whole-ppo", "PPO on whole weights on two ranks: combinations", len(whole), ">= 13"),
+        (
+            "whole-ppo-float32",
+            "they and one process, norm of the differences of weights over that of the weights",
+            worst([row for row in whole if row["dtype"] == "float32"], "norm"),
+            "<= 1e-4",
+        ),
+        (
+            "whole-ppo-bfloat16",
+            "in bfloat16, the same",
+            worst([row for row in whole if row["dtype"] == "bfloat16"], "norm"),
+            "<= 0.02",
         ),
         ("same-loss", f"{both} (SFT, reward model, DPO), {loss}", worst(given, "loss"), "<= 1e-4"),
         ("same-weights", f"the same, {weight}", worst(given, "largest"), "<= 1e-4"),

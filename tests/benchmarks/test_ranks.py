@@ -24,10 +24,16 @@ FOUND = {
         | apart(1e-2, 1e-3, math.nan)
         | {"cpu": 2.0, "dtype": "bfloat16"},
     ],
+    "whole ppo": [
+        plainest("ppo", "2", "whole") | apart(1e-6, 1e-5) | {"cpu": 1.5},
+        plainest("ppo", "2", "whole") | apart(1e-2, 1e-2) | {"cpu": 1.0, "dtype": "bfloat16"},
+    ],
     "meaning": [
         {"program": "sft", "what": "six steps"} | apart(2e-6, 3e-5),
         {"program": "reward", "what": "six steps"} | apart(1e-6, 1e-5, math.nan),
+        {"program": "ppo", "what": "one step"} | apart(1e-6, 1e-6),
         {"program": "ppo", "what": "six steps"} | apart(4e-3, 2e-3),
+        {"program": "ppo", "what": "six steps, float64"} | apart(1e-12, 1e-12),
         {"program": "sft", "what": "past the end of an epoch"} | apart(0.5, 0.1),
     ],
     "resume": [
@@ -41,11 +47,18 @@ def test_rows_take_the_worst_of_what_they_are_about():
     rows = {row["id"]: row for row in rows_of(FOUND)}
     assert rows["combinations-float32"]["value"] == 1e-6
     assert rows["combinations-bfloat16"]["value"] == 1e-2
+    assert rows["whole-ppo-float32"]["value"] == 5e-6
+    assert rows["whole-ppo-bfloat16"]["value"] == 5e-3
     # what happens at the end of an epoch is not among it
     assert rows["same-loss"]["value"] == 2e-6 and rows["same-weights"]["value"] == 3e-5
     assert rows["resume-2"]["value"] == 0.0 and rows["resume-1-4"]["value"] == 2e-7
     kept = {name for name, row in rows.items() if holds(row["value"], row["bound"])}
-    assert set(rows) - kept == {"combinations", "same-loss-ppo", "same-weights-ppo"}
+    assert set(rows) - kept == {
+        "combinations",
+        "whole-ppo",
+        "same-loss-ppo",
+        "same-weights-ppo",
+    }
 
 
 def test_the_page_has_each_run():

@@ -52,19 +52,19 @@ RESUMED = [
     ("ppo", "2", "lora"),
     ("ppo", "3", "lora"),
     ("ppo", "3 offload", "lora"),
+    ("ppo", "2", "whole"),
+    ("ppo", "3", "whole"),
 ]
 PLAIN = "plain"
 
 
 def allowed(run: dict[str, Any]) -> bool:
-    """Return whether a combination works: PPO trains adapters alone, and the rest is refused by
-    `stages.check_zero`.
-    """
-    is_whole = run["weights"] == "whole"
-    head_differs = run["program"] == "reward" and run["dtype"] == "bfloat16"
-    if is_whole and head_differs and run["zero"] != "0":
-        return False
-    return not (run["program"] == "ppo" and is_whole)
+    """Return whether a combination works: what does not is refused by `stages.check_zero`."""
+    if run["weights"] != "whole" or run["dtype"] != "bfloat16":
+        return True
+    # a score head in float32 goes with ZeRO 0 alone, and copies in float32 with all but that
+    refused = {"reward": run["zero"] != "0", "ppo": run["zero"] == "0"}
+    return not refused.get(run["program"], False)
 
 
 def candidates() -> list[dict[str, Any]]:
@@ -99,6 +99,15 @@ def covering(strength: int = 2) -> list[dict[str, Any]]:
 def combinations_of(run: dict[str, Any], strength: int) -> Iterable[tuple]:
     """Yield the values that meet in a run, `strength` factors at a time."""
     return itertools.combinations(run.items(), strength)
+
+
+def whole_ppo() -> list[dict[str, Any]]:
+    """Return PPO on whole weights in each dtype under each kind of ZeRO, the other factors by turns."""
+    turns, runs = itertools.cycle([(1, False), (2, True), (1, True)]), []
+    for zero, dtype in itertools.product(FACTORS["zero"], FACTORS["dtype"]):
+        values = ("ppo", zero, "whole", *next(turns), dtype)
+        runs.append(dict(zip(FACTORS, values, strict=True)))
+    return list(filter(allowed, runs))
 
 
 def prepare(folder: Path) -> None:
@@ -166,6 +175,9 @@ def arguments(
     if program == "ppo":
         given |= {"reward": f"[{{model: {folder}/reward}}]", "critic_trunk": "own"}
         given |= {"rollout_batch_size": ROWS, "total_episodes": ROWS * steps, "num_mini_batches": 2}
+        if is_whole:
+            # all of a whole model moves a policy farther
+            given |= {"use_peft": False, "learning_rate": 1e-3}
     else:
         given |= {"max_steps": steps, "gradient_accumulation_steps": run["accumulation"]}
         given |= {"use_peft": not is_whole, "lora_r": 4}
