@@ -25,8 +25,8 @@ FOUND = {
         | {"cpu": 2.0, "dtype": "bfloat16"},
     ],
     "whole ppo": [
-        plainest("ppo", "2", "whole") | apart(1e-6, 1e-5) | {"cpu": 1.5},
-        plainest("ppo", "2", "whole") | apart(1e-2, 1e-2) | {"cpu": 1.0, "dtype": "bfloat16"},
+        plainest("ppo", "2", "whole") | apart(1e-6, 1e-6) | {"cpu": 1.5},
+        plainest("ppo", "2", "whole") | apart(1e-2, 1e-3) | {"cpu": 1.0, "dtype": "bfloat16"},
     ],
     "meaning": [
         {"program": "sft", "what": "six steps"} | apart(2e-6, 3e-5),
@@ -47,8 +47,8 @@ def test_rows_take_the_worst_of_what_they_are_about():
     rows = {row["id"]: row for row in rows_of(FOUND)}
     assert rows["combinations-float32"]["value"] == 1e-6
     assert rows["combinations-bfloat16"]["value"] == 1e-2
-    assert rows["whole-ppo-float32"]["value"] == 5e-6
-    assert rows["whole-ppo-bfloat16"]["value"] == 5e-3
+    assert rows["whole-ppo-float32"]["value"] == 5e-7
+    assert rows["whole-ppo-bfloat16"]["value"] == 5e-4
     # what happens at the end of an epoch is not among it
     assert rows["same-loss"]["value"] == 2e-6 and rows["same-weights"]["value"] == 3e-5
     assert rows["resume-2"]["value"] == 0.0 and rows["resume-1-4"]["value"] == 2e-7

@@ -42,7 +42,9 @@ def test_every_combination_on_two_ranks_means_what_one_process_means(tmp_path):
     for row in rows:
         print(json.dumps(row))
     for row in rows:
-        assert row["norm"] < WEIGHTS[row["dtype"]], row
+        # its learning rate is a tenth
+        takes_less = (row["program"], row["weights"]) == ("ppo", "whole")
+        assert row["norm"] < WEIGHTS[row["dtype"]] * (0.1 if takes_less else 1), row
         assert math.isfinite(row["loss"]) and not row["gradient"] > GRADIENTS[row["dtype"]], row
 
 
