@@ -195,7 +195,8 @@ def rows_of(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         ("combinations-float32", f"they and one process, {loss}", worst(exact, "loss"), "<= 1e-3"),
         (
             "combinations-bfloat16",
-            "in bfloat16, largest relative difference of a first gradient norm",
+            "in bfloat16, PPO on responses drawn from noise alone, largest relative difference of a "
+            "first gradient norm",
             worst(rounded, "gradient"),
             "<= 0.05",
         ),
