@@ -32,7 +32,10 @@ def signed_in(store: str | Path, names: Sequence[str], overlap: int) -> Iterator
         with chromium() as browser:
             pages = []
             for name in names:
-                page = browser.new_context().new_page()
+                context = browser.new_context()
+                # milliseconds: a machine that is busy with other work is slow, not wrong
+                context.set_default_timeout(120_000)
+                page = context.new_page()
                 page.goto(server.links[name])
                 # who has judged before is led to the next question at once
                 if page.query_selector("#start"):
