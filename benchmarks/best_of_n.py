@@ -26,9 +26,10 @@ from experiments import RUNS, compare, run, shop
 
 from rlhf.best_of_n.curve import fit_law, fit_with_intervals
 from rlhf.compare.results import Results, key
-from rlhf.compare.selection import Means, halves, overoptimisation, tabulate
+from rlhf.compare.selection import Means, overoptimisation, tabulate
 from rlhf.experiment.results import read_results
 from rlhf.experiment.state import load_experiment
+from rlhf.stats.choice import halves
 
 CONFIG = "configs/experiments/best-of-n.yaml"
 FOLDER = RUNS / "best-of-n"

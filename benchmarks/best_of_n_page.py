@@ -12,8 +12,8 @@ import numpy as np
 from result_rows import add_rows, made_with, write_page
 
 from rlhf.best_of_n.curve import Fit
-from rlhf.compare.figure_style import NATS, NEUTRAL, SETTINGS, STYLES, new_figure
 from rlhf.files import dumps, write_atomic
+from rlhf.report.figure_style import NATS, NEUTRAL, SETTINGS, STYLES, new_figure
 from rlhf.text import markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent

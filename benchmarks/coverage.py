@@ -23,11 +23,10 @@ from scipy.special import ndtr, stdtrit
 
 from reward.cards.accuracy import accuracy_with_interval
 from reward.cards.calibration import calibration
-from rlhf.compare import frontier
-from rlhf.compare.frontier import Track, equal_kl
 from rlhf.data.alpha import alpha_interval
-from rlhf.stats import MIN_CLUSTERS
+from rlhf.stats import MIN_CLUSTERS, frontier
 from rlhf.stats.crossed import crossed_mean, crossed_statistic, share
+from rlhf.stats.frontier import Track, equal_kl
 
 SEEDS, GROUPS = (3, 5, 10), (40, 100, 300)
 Draw = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]

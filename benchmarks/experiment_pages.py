@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from rlhf.compare.results import Point, Results
-from rlhf.compare.sentences import report_sentences, verdict_sentence
-from rlhf.compare.tables import equal_kl
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.results import read_results
-from rlhf.experiment.state import load_experiment, read_json
+from rlhf.experiment.state import load_experiment
 from rlhf.files import dumps, write_atomic
+from rlhf.jobs.state import read_json
+from rlhf.report.sentences import report_sentences, verdict_sentence
+from rlhf.report.tables import equal_kl
 from rlhf.runs.tracking import read_metrics
 from rlhf.stats.crossed import Estimate, crossed_mean, crossed_statistic, holm
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from experiment_pages import write_ablations, write_polite, write_sandbox
 
-from rlhf.experiment.state import read_json
+from rlhf.jobs.state import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = Path("runs/compare")

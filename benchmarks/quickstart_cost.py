@@ -25,8 +25,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.experiment.runner import children_cpu_seconds
-from rlhf.experiment.state import code_version
+from rlhf.jobs.runner import children_cpu_seconds
+from rlhf.jobs.state import code_version
 from rlhf.text import markdown_table
 
 RESULTS = Path(__file__).parent / "results"

@@ -26,7 +26,7 @@ import real_page
 import real_plan
 import yaml
 
-from rlhf.experiment.state import read_json
+from rlhf.jobs.state import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENT = ROOT / "configs" / "experiments" / "real.yaml"

@@ -13,17 +13,18 @@ from typing import Any
 
 import real_plan
 
-from rlhf.compare.format import Report, number, policy_name
-from rlhf.compare.markdown import fence
-from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
 from rlhf.compare.summary import samples
-from rlhf.compare.tables import Table, cost, equal_kl, policies, win_rates
 from rlhf.errors import UserError
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.report import write_report
 from rlhf.experiment.results import read_results
-from rlhf.experiment.state import load_experiment, load_state, read_json
+from rlhf.experiment.state import load_experiment, load_state
 from rlhf.files import dumps, write_atomic
+from rlhf.jobs.state import read_json
+from rlhf.report.format import Report, number, policy_name
+from rlhf.report.markdown import fence
+from rlhf.report.sentences import headline, report_sentences, verdict_sentence
+from rlhf.report.tables import Table, cost, equal_kl, policies, win_rates
 from rlhf.runs.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent

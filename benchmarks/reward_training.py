@@ -31,7 +31,7 @@ from rlhf.data.load import load
 from rlhf.data.records import Preference
 from rlhf.data.store import Store
 from rlhf.experiment import cross_validate as cv
-from rlhf.experiment.state import ExperimentState
+from rlhf.jobs.state import PlanState
 from rlhf.sandbox import CONFIGS
 from rlhf.sandbox.annotators import Annotator, choose, gold_scores
 
@@ -80,7 +80,7 @@ def folds_here(out: Path, name: str, options: dict[str, Any], folds: int) -> dic
     reward, folder = cv.reward_options(config)
     pairs = cv.read_pairs(reward, folder)
     fold_of = cv.deal_folds([pair.group for pair in pairs], folds)
-    state = ExperimentState(folder)
+    state = PlanState(folder)
     jobs = [cv.write_fold(reward, folder, pairs, fold_of, fold) for fold in range(folds)]
     state.set_jobs(jobs)
     rows, results = [], []

@@ -22,8 +22,8 @@ from scipy.special import stdtrit
 
 from rlhf.compare import wins
 from rlhf.compare.results import Point, Results
-from rlhf.compare.selection import choose, chosen_mean, halves, take
 from rlhf.compare.summary import summarise
+from rlhf.stats.choice import choose, chosen_mean, halves, take
 from rlhf.stats.crossed import Variances, crossed_mean, half_width, outlying
 from rlhf.stats.power import detectable, needed_seeds
 

@@ -12,8 +12,8 @@ from ensembles import RESULTS, ROOT, paired
 from result_rows import add_rows, made_with, write_page
 from scipy.optimize import isotonic_regression
 
-from rlhf.compare.figure_style import NEUTRAL, SETTINGS, STYLES, new_figure
 from rlhf.files import dumps, write_atomic
+from rlhf.report.figure_style import NEUTRAL, SETTINGS, STYLES, new_figure
 from rlhf.text import markdown_table
 
 PAGE = RESULTS / "2026-11-29-votes-curves.md"

@@ -103,7 +103,7 @@ def run_best_of_n(config: Any) -> None:
 
 def start_experiment(config: Any) -> None:
     from reward.compose import check_scorers
-    from rlhf.experiment.runner import run_experiment
+    from rlhf.experiment.run import run_experiment
 
     run_experiment(config, check_scorers)
 

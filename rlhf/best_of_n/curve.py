@@ -19,9 +19,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from rlhf.compare.selection import choose, chosen_mean, halves, take
 from rlhf.stats import MIN_CLUSTERS, jackknife_interval
 from rlhf.stats.best_of_n import best_of_n_kl, best_of_n_means
+from rlhf.stats.choice import choose, chosen_mean, halves, take
 from rlhf.stats.crossed import crossed_mean, side
 
 # resamples of the groups for the interval of the turning point
@@ -111,7 +111,7 @@ def turning_point(
 
     half: 0 or 1 for each group. The interval is the percentile bootstrap over groups: the place of
     a maximum is no smooth statistic, for which a jackknife would hold. The fall is measured on
-    other groups than those that chose the peak (`selection.choose`), because the highest of several
+    other groups than those that chose the peak (`choice.choose`), because the highest of several
     noisy means would fall by chance. `outcome`: "turns down" where the fall's interval lies below 0,
     "not within n" where it does not, "undecided" with fewer than MIN_CLUSTERS groups.
     """

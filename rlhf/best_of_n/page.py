@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from rlhf.best_of_n.curve import Fit
-from rlhf.compare.figure_style import (
+from rlhf.files import dumps, write_atomic
+from rlhf.report.figure_style import (
     NATS,
     NEUTRAL,
     SETTINGS,
@@ -18,8 +19,7 @@ from rlhf.compare.figure_style import (
     save_svg,
     spans,
 )
-from rlhf.compare.format import number, with_interval
-from rlhf.files import dumps, write_atomic
+from rlhf.report.format import number, with_interval
 from rlhf.text import markdown_table
 
 # the figure's name, beside the page

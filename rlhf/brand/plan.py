@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.brand.config import BrandConfig, dpo_defaults
-from rlhf.experiment.job import Job
 from rlhf.experiment.plan import flags, weights_of
+from rlhf.jobs.job import Job
 from rlhf.values import read_yaml
 
 # options that several commands share

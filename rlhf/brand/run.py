@@ -30,10 +30,10 @@ from rlhf.data.load import load
 from rlhf.data.records import Prompt
 from rlhf.data.store import Store
 from rlhf.errors import EXIT_INTERRUPTED, EarlyExit, UserError, near_file
-from rlhf.experiment.runner import RunOptions, claim, ended, last_error, run_jobs, set_jobs
-from rlhf.experiment.state import ExperimentState
-from rlhf.experiment.steps import StepDisplay
 from rlhf.files import dumps, write_atomic
+from rlhf.jobs.runner import RunOptions, claim, ended, last_error, run_jobs, set_jobs
+from rlhf.jobs.state import PlanState
+from rlhf.jobs.steps import StepDisplay
 
 EXPORTED = "To ship it: {command}"
 TOO_FEW = (
@@ -58,7 +58,7 @@ def run_brand(config: BrandConfig) -> dict:
     """
     check_files(config)
     check_test_prompts(config)
-    state = ExperimentState(Path(config.output_dir))
+    state = PlanState(Path(config.output_dir))
     how = RunOptions(
         launcher=config.launcher,
         stop_at_failure=True,
@@ -139,14 +139,14 @@ def test_groups(config: BrandConfig) -> int:
     return groups if config.test_prompts is None else min(groups, config.test_prompts)
 
 
-def show_reused(state: ExperimentState, display: StepDisplay) -> None:
+def show_reused(state: PlanState, display: StepDisplay) -> None:
     for job in state.jobs:
         if job.name in state.done:
             saved = state.record(job.name)["seconds"]
             print(f"{display.title(job)} - done before, reused ({saved:.0f} s saved)", flush=True)
 
 
-def stop_at_failure(state: ExperimentState) -> None:
+def stop_at_failure(state: PlanState) -> None:
     for name, code in state.failed.items():
         log = state.log_file(name)
         raise UserError(
@@ -184,7 +184,7 @@ def event_of_people(config: BrandConfig, name: str) -> int:
     )
 
 
-def ships(config: BrandConfig, state: ExperimentState) -> bool:
+def ships(config: BrandConfig, state: PlanState) -> bool:
     """Return whether the verdict of this plan is there and says so."""
     verdicts = [job for job in state.jobs if job.name == "verdict"]
     return any(map(state.is_done, verdicts)) and read_verdict(config.output_dir)["ship"]

@@ -22,9 +22,9 @@ from rlhf.collect.guide import Guide
 from rlhf.collect.queue import Queue
 from rlhf.collect.safe_markdown import render, visible
 from rlhf.collect.status import fraction, number, percent, rules_of
-from rlhf.compare.format import share
 from rlhf.data.annotator_report import remarks
 from rlhf.data.store import Store
+from rlhf.report.format import share
 from rlhf.voting.page import LEGEND, sentences, stop_text
 
 HERE = Path(__file__).parent

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.frontier import Track, curve, equal_kl, kl_range
 from rlhf.compare.results import Point, Results, key
 from rlhf.compare.selection import Means, add_outcomes, ended, overoptimisation, rectangle, tuned
 from rlhf.compare.verdict import adjust
 from rlhf.compare.wins import win_rate
 from rlhf.stats.crossed import MIN_SEEDS
+from rlhf.stats.frontier import Track, curve, equal_kl, kl_range
 from rlhf.stats.power import minimum_detectable_effect, pairs_needed
 
 # KLs at which a curve is given

@@ -123,9 +123,9 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
             raise UserError(f"{path}: no such run{near_file(path)}")
         check_model(path)
 
-    from rlhf.compare.report import print_report, write_files
     from rlhf.compare.summary import summarise
     from rlhf.engines.sampling import Sampling
+    from rlhf.report.files import print_report, write_files
     from rlhf.tokenizer import load_tokenizer
 
     # what to sample, and what to score it by

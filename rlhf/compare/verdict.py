@@ -1,5 +1,5 @@
-"""The claims of a report and what limits it, as records made from the finished numbers of report.json,
-and a template for each kind.
+"""The claims of a report and what limits it, as records made from the finished numbers of
+report.json; rlhf/report/sentences.py has a template for each kind.
 
 A difference is claimed where its p, adjusted for all claims of the report (Holm 1979), is below 1 -
 level. A claim about methods needs MIN_SEEDS run seeds and MIN_CLUSTERS groups; a comparison of runs
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf.compare.format import Report, proxies_of, usual_values, win_rate_of
+from rlhf.report.format import Report, proxies_of, usual_values, win_rate_of
 from rlhf.stats import MIN_CLUSTERS
 from rlhf.stats.crossed import holm, side
 
@@ -84,80 +84,6 @@ class Verdict:
 def note(kind: NoteKind, **fields: Any) -> dict[str, Any]:
     """Return one limit of a report for report.json; the fields of each kind are listed at `NoteKind`."""
     return {"kind": kind, **fields}
-
-
-# Where a comparison was made, for each kind of verdict that has a sign, and what its sign says
-PLACES = {
-    "equal_kl": "at KL {kl}",
-    "tuned": "each at the swept value that did best on other prompts",
-    "end": "at the end of training",
-}
-SIGNS: dict[int | None, str] = {
-    1: "{a} is ahead of {b} by {gain} by {judge} ({basis}), {place}.",
-    -1: "{a} is behind {b} by {loss} by {judge} ({basis}), {place}.",
-    0: "No difference can be shown between {a} and {b} by {judge}, {place}: {size} ({basis}). "
-    "The interval leaves room for {bound}.",
-    None: "{a} differs from {b} by {size} by {judge} ({basis}), {place}. There are too few seeds or prompts for a "
-    "verdict.",
-}
-HEADLINE: dict[int | None, str] = {
-    1: "ahead of {b}",
-    -1: "behind {b}",
-    0: "not shown to differ from {b}",
-    None: "shown beside {b} without a verdict",
-}
-OVER_OPTIMISATION = (
-    "Over-optimisation of {a}: {outcome}. From the peak of {judge} (KL {peak}) to the largest KL ({end}) it "
-    "changes by {size} ({basis}){proxy}."
-)
-OUTCOMES = {1: "reproduced", -1: "not reproduced", 0: "undecided", None: "no verdict"}
-EXPLOITED_PROXY = (
-    "{a} raised {proxies} over {b} while {judge} fell by {loss}: the proxy was over-optimised."
-)
-RESERVATIONS = {
-    "form": "This rests on the form of the fitted curve: straight lines from point to point do not show it.",
-    "contradicted": "The fitted curve shows a difference that straight lines from point to point contradict.",
-    "correction": "The interval alone excludes 0, the p adjusted for all claims of this report does not.",
-    "win_rate": "Mean and win rate disagree: a few comparisons decide the mean.",
-}
-NOTES: dict[str, str] = {
-    "judge": "What decides is {judge}, which no method was trained on.{proxies}",
-    "no_judge": "No gold or referee score was given, so this report cannot judge which policy is better. A score that "
-    "a method was trained on shows what was optimised and decides nothing.{proxies}",
-    "not_measured": "Nothing of {method} has been measured yet.",
-    "missing_trials": "Trials that have not ended: {trials}. The report uses the seeds that are there.",
-    "stopped": "{run} was stopped by a guard ({reason}): its end is where it stopped.",
-    "missing_measurements": "The experiment is not finished; measurements missing: {names}.",
-    "left_out": "{method} at {swept_values} lacks seeds and cannot be chosen, so it had fewer tuning trials.",
-    "outlier": "Seed {seed} of {method} is an outlier by {judge}: {score:.3g}, the other seeds {others}. Intervals "
-    "assume that seeds are alike and hold less often than stated where single runs fail.",
-    "no_common_seed": "{a} and {b} have no run seed in common whose trials have ended, so they are not compared.",
-    "no_overlap": "The KL ranges of {a} and {b} do not overlap ({ranges}), so there is no comparison at equal KL.",
-    "few_groups": "{groups} groups are too few, a verdict needs {needed}: intervals are shown without one.",
-    "no_win_rate": "No win rate is given: it takes two answers of each policy to each prompt with independent "
-    "sampling noise (samples_per_prompt: 2).",
-}
-BUDGETS: dict[bool | None, str] = {
-    True: "Budgets are matched: {counter} within {tolerance:g} %.",
-    False: "Budgets are not matched in {counter} within {tolerance:g} %, so a difference may come from what was spent.",
-    None: "Budgets were to be matched in {counter}, but nothing is known of them yet.",
-}
-UNMATCHED = "Budgets were not matched, so a difference may come from what was spent."
-UNEQUAL_TRIALS = (
-    " The numbers of tuning trials differ ({trials}): more tries find a better value by luck."
-)
-POWER = "To show a win rate of {rate:g} % in 4 of 5 repeats takes {pairs} independent comparisons."
-DETECTABLE = (
-    " {a} over {b}: a difference of {least} would be shown that often before the correction for all "
-    "claims{more}."
-)
-SCOPES = {
-    "models": "All of this holds for these trained models, not for the methods. Intervals are {level:g} % over {over}; "
-    "they do not hold the spread between training runs.",
-    "method": "Intervals are {level:g} % over {seeds} and {over}, both drawn at random: they speak of the methods on "
-    "this initial policy, these data and prompts like these.",
-}
-FEW_SEEDS = " So few seeds can hardly show that one of them is an outlier."
 
 
 def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]], min_seeds: int) -> int:

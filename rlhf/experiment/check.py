@@ -27,10 +27,10 @@ from rlhf.deepspeed_config import read_deepspeed_config
 from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError, near_file
 from rlhf.experiment.config import ExperimentConfig
-from rlhf.experiment.job import Job
 from rlhf.experiment.measure import load_test_split
 from rlhf.experiment.plan import plan
 from rlhf.from_gguf import as_folder
+from rlhf.jobs.job import Job
 from rlhf.judge.judges import load_judge
 from rlhf.model_files import adapter_base
 from rlhf.models import InitialModel

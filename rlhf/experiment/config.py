@@ -19,9 +19,9 @@ from pydantic import (
 
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
+from rlhf.jobs.job import BEST_OF_N
 from rlhf.validation import Count, Number, Spec, validate
 
-BEST_OF_N = "best_of_n"
 # sets how long a program trains
 LENGTH_OPTION = {"dpo": "max_steps", "ppo": "total_episodes"}
 DECIDE_LENGTH = ("max_steps", "total_episodes", "rollout_batch_size")

@@ -15,18 +15,18 @@ from typing import Any
 import numpy as np
 
 from rlhf import config as options
-from rlhf.compare.format import with_interval
 from rlhf.config import option, parse
 from rlhf.data.export import rows_of, write_rows
 from rlhf.data.records import Preference
 from rlhf.data.split import deal_folds
 from rlhf.errors import EarlyExit, UserError
-from rlhf.experiment.job import Job
-from rlhf.experiment.runner import RunOptions, claim, failures, run_jobs, set_jobs
-from rlhf.experiment.state import ExperimentState, read_json
-from rlhf.experiment.steps import StepDisplay
 from rlhf.files import dumps, write_atomic
+from rlhf.jobs.job import Job
+from rlhf.jobs.runner import RunOptions, claim, failures, run_jobs, set_jobs
+from rlhf.jobs.state import PlanState, read_json
+from rlhf.jobs.steps import StepDisplay
 from rlhf.options.offline import RewardRunConfig
+from rlhf.report.format import with_interval
 from rlhf.stats import mean_over_groups
 from rlhf.text import markdown_table
 
@@ -54,7 +54,7 @@ def cross_validate(config: CrossValidateConfig, load_reward: Callable[[str], Any
     reward, folder = reward_options(config)
     pairs = read_pairs(reward, folder)
     fold_of = deal_folds([pair.group for pair in pairs], config.folds)
-    state = ExperimentState(folder)
+    state = PlanState(folder)
     how = RunOptions(
         launcher=config.launcher,
         processes=config.processes,
@@ -142,7 +142,7 @@ def write_fold(
 
 def fold_scores(
     reward: RewardRunConfig,
-    state: ExperimentState,
+    state: PlanState,
     job: Job,
     fold: int,
     pairs: list[Preference],

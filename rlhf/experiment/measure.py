@@ -20,7 +20,6 @@ from rlhf.data.split import first_by_hash
 from rlhf.errors import UserError, did_you_mean
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.cost import cost_until
-from rlhf.experiment.job import Measurement
 from rlhf.experiment.plan import INITIAL
 from rlhf.experiment.results import (
     INITIAL_FILE,
@@ -35,6 +34,7 @@ from rlhf.experiment.results import (
 )
 from rlhf.experiment.state import load_experiment, load_state
 from rlhf.files import dumps, write_atomic
+from rlhf.jobs.job import Measurement
 from rlhf.runs.checkpoint import FOLDER
 from rlhf.runs.tracking import read_metrics
 

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from rlhf.errors import UserError
 from rlhf.experiment.config import BEST_OF_N, LENGTH_OPTION, ExperimentConfig, Method, Part
-from rlhf.experiment.job import Job, Measurement
 from rlhf.files import model_files, scorer_files
+from rlhf.jobs.job import Job, Measurement
 from rlhf.values import read_yaml
 
 # the folder of the initial policy's measurements

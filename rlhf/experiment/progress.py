@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from rlhf.experiment.commands import JOB, environment_of, programs_of
 from rlhf.experiment.config import ExperimentConfig
-from rlhf.experiment.job import Job
-from rlhf.experiment.state import ExperimentState, load_state, read_json
+from rlhf.experiment.state import load_state
+from rlhf.jobs.commands import JOB, environment_of, programs_of
+from rlhf.jobs.job import Job
+from rlhf.jobs.state import PlanState, read_json
 from rlhf.runs.tracking import read_metrics
 from rlhf.text import markdown_table
 
@@ -27,7 +28,7 @@ SIGNS = {"waiting": "·", "blocked": "blocked", "failed": "failed", "done": "tra
 class LiveTable:
     """The state of all trials, drawn once a second on a terminal, logged in lines elsewhere."""
 
-    def __init__(self, config: ExperimentConfig, state: ExperimentState):
+    def __init__(self, config: ExperimentConfig, state: PlanState):
         self.config, self.state = config, state
         console = Console()
         if not console.is_terminal:
@@ -161,7 +162,7 @@ def experiment_status(config: ExperimentConfig) -> None:
         print("The trials follow once the pilots have shown what a step costs.")
 
 
-def status_from_record(state: ExperimentState, job: Job, record: dict[str, Any]) -> str:
+def status_from_record(state: PlanState, job: Job, record: dict[str, Any]) -> str:
     if job.name in state.done:
         return "done"
     if not record:

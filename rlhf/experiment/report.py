@@ -54,9 +54,9 @@ def write_report(
     votes: str | None = None,
 ) -> dict[str, Any]:
     """Write all files of the report to `folder`; returns report.json's content."""
-    from rlhf.compare.report import print_report, write_files
     from rlhf.compare.summary import summarise
-    from rlhf.compare.wandb_tables import log_report
+    from rlhf.report.files import print_report, write_files
+    from rlhf.report.wandb_tables import log_report
 
     results = read_results(config)
     # all differences are to the initial policy, so it alone says nothing

@@ -22,10 +22,11 @@ from rlhf.compare.text_metrics import variety
 from rlhf.errors import UserError
 from rlhf.experiment.config import BEST_OF_N, ExperimentConfig
 from rlhf.experiment.cost import shared_cost
-from rlhf.experiment.job import Job
 from rlhf.experiment.plan import INITIAL
-from rlhf.experiment.state import ExperimentState, load_state, read_json
+from rlhf.experiment.state import load_state
 from rlhf.files import dumps, write_atomic
+from rlhf.jobs.job import Job
+from rlhf.jobs.state import PlanState, read_json
 from rlhf.stats.best_of_n import best_of_n_kl
 
 # the responses of the initial policy
@@ -233,7 +234,7 @@ def mean_cost(costs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, f
     return {part: mean_of(cost.get(part, {}) for cost in costs) for part in parts}
 
 
-def meta_of(config: ExperimentConfig, state: ExperimentState) -> dict[str, Any]:
+def meta_of(config: ExperimentConfig, state: PlanState) -> dict[str, Any]:
     """Return all that is needed to repeat the experiment, and which of its jobs are missing."""
     done, missing, changed = {}, [], []
     data, rows, stopped, versions = {}, {}, {}, {}

@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.format import UNKNOWN, with_interval
-from rlhf.compare.format import share as share_text
 from rlhf.judge.agreement import agreement, length_bias, same_family, self_preference
 from rlhf.judge.correct import MIN_LABELLED, corrected_win_rate, equal_answers
 from rlhf.judge.pairs import JudgedPair, ordered, orders
+from rlhf.report.format import UNKNOWN, with_interval
+from rlhf.report.format import share as share_text
 from rlhf.stats import group_means, student_quantile
 from rlhf.stats.crossed import crossed_mean, share
 from rlhf.text import markdown_table

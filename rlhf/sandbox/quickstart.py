@@ -13,10 +13,10 @@ from pathlib import Path
 
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
-from rlhf.experiment.job import Job
-from rlhf.experiment.runner import RunOptions, claim, ended, run_jobs, set_jobs
-from rlhf.experiment.state import ExperimentState, code_files
-from rlhf.experiment.steps import StepDisplay
+from rlhf.jobs.job import Job
+from rlhf.jobs.runner import RunOptions, claim, ended, run_jobs, set_jobs
+from rlhf.jobs.state import PlanState, code_files
+from rlhf.jobs.steps import StepDisplay
 from rlhf.sandbox import CONFIGS, shown_path
 
 REPORT_FILES = ("report.md", "report.json", "frontier.png")
@@ -203,7 +203,7 @@ def quickstart(config: QuickstartConfig) -> None:
     """Do the jobs that are not done; raises UserError naming the log when one fails, EarlyExit on a
     signal.
     """
-    state = ExperimentState(Path(config.run))
+    state = PlanState(Path(config.run))
     how = RunOptions(
         # two small models side by side gain more than one of them does from a second thread
         processes=min(2, os.cpu_count() or 1),
@@ -244,6 +244,6 @@ def quickstart(config: QuickstartConfig) -> None:
 
 
 def show_report(report: Path) -> None:
-    from rlhf.compare.report import print_report, read_report
+    from rlhf.report.files import print_report, read_report
 
     print_report(read_report(report / "report.json"), report)

@@ -86,7 +86,7 @@ def crossed_mean(
     without replication, with MS_seeds and MS_groups not below MS_error (a component is not below
     0). The interval is that of `half_width`. With fewer than MIN_SEEDS seeds it is Student's
     interval of the group means over the given seeds. All mean squares are multiplied by
-    `variance_factor` (selection.chosen_mean).
+    `variance_factor` (choice.chosen_mean).
     """
     values = checked(values)
     squares = mean_squares(values)

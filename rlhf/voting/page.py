@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf.compare.format import p_value, share
+from rlhf.report.format import p_value, share
 from rlhf.text import escape_cell, markdown_table
 
 # how each source of votes is named, in tables and sentences alike

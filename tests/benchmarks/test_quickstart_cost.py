@@ -15,10 +15,10 @@ from quickstart_cost import Cost, measure, page, table
 PLAN = """
 import sys
 from pathlib import Path
-from rlhf.experiment import runner
-from rlhf.experiment.job import Job
-from rlhf.experiment.runner import RunOptions, claim, run_jobs, set_jobs
-from rlhf.experiment.state import ExperimentState
+from rlhf.jobs import runner
+from rlhf.jobs.job import Job
+from rlhf.jobs.runner import RunOptions, claim, run_jobs, set_jobs
+from rlhf.jobs.state import PlanState
 
 BUSY = "import time; [0 for _ in iter(lambda: time.process_time() < 0.5, False)]"
 IDLE = "import time; time.sleep(0.5)"
@@ -39,7 +39,7 @@ jobs = [
     Job("busy", "rlhf", [BUSY + WRITE], "sample", outputs=[str(run / "a")]),
     Job("idle", "rlhf", [IDLE + WRITE], "sample", outputs=[str(run / "b")], needs=["busy"]),
 ]
-state = ExperimentState(run)
+state = PlanState(run)
 how = RunOptions()
 with claim(state) as signals:
     set_jobs(state, jobs, how)

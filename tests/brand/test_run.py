@@ -20,8 +20,8 @@ from rlhf.commands import COMMANDS
 from rlhf.config import parse
 from rlhf.data.store import Store
 from rlhf.errors import EXIT_INTERRUPTED, EarlyExit, UserError
-from rlhf.experiment import commands, runner
-from rlhf.experiment.job import fingerprints
+from rlhf.jobs import commands, runner
+from rlhf.jobs.job import fingerprints
 
 STEPS = ["answers", "pairs", "dpo", "ab", "ab-votes", "measure", "verdict"]
 # leaves the outputs of a job and says so; stores are real ones, with one pair
@@ -306,7 +306,7 @@ def test_a_kill_is_gone_on_from(tmp_path):
     """Killed with the first job at work, the same command does the rest."""
     program = """
 import sys
-from rlhf.experiment import commands, runner
+from rlhf.jobs import commands, runner
 from tests.brand import test_run as test
 slow = "import time; time.sleep(float(__import__('os').environ['SLOW']))\\n" + test.PROGRAM
 runner.full_command = lambda _, job: [sys.executable, "-c", slow, job.name, *job.outputs]

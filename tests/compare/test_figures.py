@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from matplotlib import rc_context
 
-from rlhf.compare.figure_style import INK, SETTINGS, paths_of, root, spans, style_of
-from rlhf.compare.figures import FIGURES, cost, draw, frontier, lengths, scores, training, wins
-from rlhf.compare.format import amount
 from rlhf.compare.summary import summarise
+from rlhf.report.figure_style import INK, SETTINGS, paths_of, root, spans, style_of
+from rlhf.report.figures import FIGURES, cost, draw, frontier, lengths, scores, training, wins
+from rlhf.report.format import amount
 from tests.compare.report_example import example, interval
 from tests.compare.results_example import make
 

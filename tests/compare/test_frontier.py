@@ -3,7 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from rlhf.compare.frontier import (
+from rlhf.stats.crossed import block_weights
+from rlhf.stats.frontier import (
     FORM,
     LINES,
     Track,
@@ -14,7 +15,6 @@ from rlhf.compare.frontier import (
     near,
     round_kls,
 )
-from rlhf.stats.crossed import block_weights
 
 KL = np.array([0.5, 1.0, 2.0, 4.0, 8.0, 16.0])
 

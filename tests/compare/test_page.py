@@ -11,11 +11,11 @@ from html.parser import HTMLParser
 
 import pytest
 
-from rlhf.compare.figures import draw
-from rlhf.compare.markdown import fence, markdown
-from rlhf.compare.report import html_page
-from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
 from rlhf.compare.summary import summarise
+from rlhf.report.figures import draw
+from rlhf.report.files import html_page
+from rlhf.report.markdown import fence, markdown
+from rlhf.report.sentences import headline, report_sentences, verdict_sentence
 from tests.compare.report_example import HOSTILE, example, interval, judged_pairs
 from tests.compare.results_example import make
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from rlhf.compare.format import amount, digits, interval, largest_difference, listed, mirrored
-from rlhf.compare.report import print_report, read_report, write_files
-from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
+from rlhf.report.files import print_report, read_report, write_files
+from rlhf.report.format import amount, digits, interval, largest_difference, listed, mirrored
+from rlhf.report.sentences import headline, report_sentences, verdict_sentence
 from tests.compare.report_example import example
 from tests.compare.test_runs import report_of, three
 

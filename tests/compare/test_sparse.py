@@ -7,12 +7,12 @@ from functools import partial
 
 import pytest
 
-from rlhf.compare.figures import draw
-from rlhf.compare.markdown import markdown
-from rlhf.compare.report import html_page
-from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
 from rlhf.compare.summary import summarise
-from rlhf.compare.wandb_tables import rows_of
+from rlhf.report.figures import draw
+from rlhf.report.files import html_page
+from rlhf.report.markdown import markdown
+from rlhf.report.sentences import headline, report_sentences, verdict_sentence
+from rlhf.report.wandb_tables import rows_of
 from tests.compare import results_example
 from tests.compare.results_example import STRENGTHS, flat
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from rlhf.compare.results import Point
-from rlhf.compare.selection import CHOICE, choose, chosen_mean, halves, rectangle, take
+from rlhf.compare.selection import rectangle
 from rlhf.compare.summary import summarise
-from rlhf.compare.verdict import OUTCOMES
 from rlhf.errors import UserError
+from rlhf.report.sentences import OUTCOMES
+from rlhf.stats.choice import CHOICE, choose, chosen_mean, halves, take
 from rlhf.stats.crossed import crossed_mean
 from tests.compare.results_example import STRENGTHS, apart_at_six, flat, make
 

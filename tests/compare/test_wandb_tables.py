@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rlhf.compare.wandb_tables import log_report, rows_of
+from rlhf.report.wandb_tables import log_report, rows_of
 from rlhf.runs.tracking import Tracker
 from tests.compare.report_example import example, interval, judged_pairs
 

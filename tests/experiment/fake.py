@@ -114,9 +114,9 @@ def install(folder: Path, put=setattr) -> None:
     import types
 
     import rlhf.experiment.check
-    import rlhf.experiment.commands
     import rlhf.experiment.report
-    import rlhf.experiment.runner
+    import rlhf.jobs.commands
+    import rlhf.jobs.runner
 
     def command(launcher, job):
         return [
@@ -133,10 +133,10 @@ def install(folder: Path, put=setattr) -> None:
     quick = types.SimpleNamespace(
         monotonic=time.monotonic, sleep=lambda seconds: time.sleep(seconds / 25)
     )
-    put(rlhf.experiment.runner, "full_command", command)
-    put(rlhf.experiment.runner, "time", quick)
-    put(rlhf.experiment.commands, "time", quick)
-    put(rlhf.experiment.runner, "code_version", lambda: {})
+    put(rlhf.jobs.runner, "full_command", command)
+    put(rlhf.jobs.runner, "time", quick)
+    put(rlhf.jobs.commands, "time", quick)
+    put(rlhf.jobs.runner, "code_version", lambda: {})
     put(rlhf.experiment.check, "check_starts", lambda *_: None)
     put(rlhf.experiment.report, "write_report", lambda config, out, *more: say(folder, "report"))
 

@@ -10,7 +10,7 @@ from reward.compose import check_scorers
 from rlhf.data.split import half_of, split_of
 from rlhf.errors import UserError
 from rlhf.experiment.check import check_decisions, check_programs, check_starts
-from rlhf.experiment.runner import last_error
+from rlhf.jobs.runner import last_error
 from tests.experiment.example import experiment, method
 
 

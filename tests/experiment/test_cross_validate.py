@@ -13,13 +13,13 @@ from rlhf.data.load import load
 from rlhf.data.records import Preference
 from rlhf.data.split import deal_folds
 from rlhf.errors import EarlyExit, UserError
-from rlhf.experiment import runner
 from rlhf.experiment.cross_validate import (
     CrossValidateConfig,
     cross_validate,
     page_of,
     summarise,
 )
+from rlhf.jobs import runner
 
 # a program in the place of launch/reward.py: its model is the share of "good" in what it was trained on
 PROGRAM = """

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rlhf.experiment.commands import programs_of
 from rlhf.experiment.results import read_rows
+from rlhf.jobs.commands import programs_of
 from tests.conftest import ROOT
 from tests.launch.conftest import write_data
 

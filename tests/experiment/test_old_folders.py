@@ -17,8 +17,9 @@ from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.plan import plan
 from rlhf.experiment.progress import experiment_status
 from rlhf.experiment.results import read_results
-from rlhf.experiment.runner import RunOptions, set_jobs
-from rlhf.experiment.state import ExperimentState, load_experiment, load_state
+from rlhf.experiment.state import load_experiment, load_state
+from rlhf.jobs.runner import RunOptions, set_jobs
+from rlhf.jobs.state import PlanState
 from rlhf.options.shared import NOISE_VERSION
 
 DPO = "seed-0/dpo-beta-0.1"
@@ -68,7 +69,7 @@ def test_all_its_jobs_are_done_and_reported(config):
 
 def test_what_differs_from_an_old_record_is_named(config):
     config.n_prompts = 2
-    state = ExperimentState(Path("out"), lengths={"dpo": 4, "ppo": 6})
+    state = PlanState(Path("out"), lengths={"dpo": 4, "ppo": 6})
     with pytest.raises(UserError) as refused:
         set_jobs(state, plan(config, state.lengths), RunOptions())
     said = str(refused.value)
@@ -80,13 +81,13 @@ def test_what_differs_from_an_old_record_is_named(config):
 def test_nothing_is_added_to_what_was_drawn_with_another_noise(config, tmp_path):
     # all is done: nothing to add, nothing to refuse
     lengths = {"dpo": 4, "ppo": 5}
-    set_jobs(ExperimentState(Path("out"), lengths=lengths), plan(config, lengths), RunOptions())
+    set_jobs(PlanState(Path("out"), lengths=lengths), plan(config, lengths), RunOptions())
 
     # one more seed would be measured beside the first
     config.seeds = [0, 1]
     jobs = plan(config, lengths)
     with pytest.raises(UserError) as refused:
-        set_jobs(ExperimentState(Path("out"), lengths=lengths), jobs, RunOptions())
+        set_jobs(PlanState(Path("out"), lengths=lengths), jobs, RunOptions())
     lines = str(refused.value).splitlines()[1:]
     told = f"sampling noise was 1, now {NOISE_VERSION}"
     assert [line for line in lines if line.strip() == f"measure/foundation: {told}"]
@@ -94,7 +95,7 @@ def test_nothing_is_added_to_what_was_drawn_with_another_noise(config, tmp_path)
     # neither the reward model nor DPO samples anything, and no job of theirs is made anew
     assert not [line for line in lines if line.split(":")[0].strip() in ("seed-0/reward", DPO)]
 
-    state = ExperimentState(Path("out"), lengths=lengths)
+    state = PlanState(Path("out"), lengths=lengths)
     set_jobs(state, jobs, RunOptions(changed="set aside"))
     assert state.done == {"seed-0/reward", "seed-0/dpo-beta-0.1", "seed-0/dpo-beta-1"}
 

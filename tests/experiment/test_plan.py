@@ -9,8 +9,8 @@ from rlhf.collect.sample import SampleConfig
 from rlhf.config import parse
 from rlhf.errors import UserError
 from rlhf.experiment.config import Method
-from rlhf.experiment.job import fingerprints
 from rlhf.experiment.plan import flags, given_length, plan
+from rlhf.jobs.job import fingerprints
 from rlhf.sandbox.annotators import AnnotateConfig
 from tests.experiment.example import experiment, method
 from tests.launch.conftest import door

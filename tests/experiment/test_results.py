@@ -11,12 +11,12 @@ import pytest
 
 from rlhf.config import save
 from rlhf.errors import UserError
-from rlhf.experiment.job import fingerprints
 from rlhf.experiment.measure import policies_of, scores_of
 from rlhf.experiment.plan import plan
 from rlhf.experiment.results import best_of, check_same_prompts, read_results, read_rows
 from rlhf.experiment.state import load_experiment
 from rlhf.files import dumps
+from rlhf.jobs.job import fingerprints
 from tests.experiment.example import experiment, method
 from tests.experiment.test_cost import flops, write_metrics, write_result
 

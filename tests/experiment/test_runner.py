@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from rlhf.errors import EarlyExit, UserError
-from rlhf.experiment import commands, runner
-from rlhf.experiment.commands import MARK, environment, full_command, programs_of
-from rlhf.experiment.job import Job
 from rlhf.experiment.plan import plan
-from rlhf.experiment.runner import run_experiment
+from rlhf.experiment.run import run_experiment
+from rlhf.jobs import commands, runner
+from rlhf.jobs.commands import MARK, environment, full_command, programs_of
+from rlhf.jobs.job import Job
 from rlhf.startup import Ranks, read_ranks
 from tests.experiment import fake
 from tests.experiment.example import experiment, method, options, write_files

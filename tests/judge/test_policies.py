@@ -7,10 +7,10 @@ import json
 import pytest
 
 from rlhf.compare.summary import summarise
-from rlhf.compare.tables import judge_itself, judge_of_pairs
 from rlhf.data.store import Store
 from rlhf.judge.pairs import read_pairs
 from rlhf.judge.policies import judge_policies, swept_to_ask
+from rlhf.report.tables import judge_itself, judge_of_pairs
 from tests.compare.results_example import make
 
 SPEC = {"function": "tests.judge.test_policies:prefer_ppo"}

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import UserError
-from rlhf.experiment import commands, runner
-from rlhf.experiment.job import fingerprints
-from rlhf.experiment.steps import last_states
+from rlhf.jobs import commands, runner
+from rlhf.jobs.job import fingerprints
+from rlhf.jobs.steps import last_states
 from rlhf.sandbox import quickstart as module
 from rlhf.sandbox.quickstart import QuickstartConfig, jobs
 

@@ -1,7 +1,7 @@
 import pytest
 
-from rlhf.compare.markdown import markdown
 from rlhf.data.store import Store
+from rlhf.report.markdown import markdown
 from rlhf.voting.page import sentences, stop_text, votes_markdown
 from rlhf.voting.rates import votes_of_store
 from tests.compare.report_example import example

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.compare.format import (
+from rlhf.report.format import (
     UNKNOWN,
     Number,
     Report,
@@ -27,7 +27,7 @@ from rlhf.compare.format import (
     usual_values,
     win_rate_of,
 )
-from rlhf.compare.verdict import OUTCOMES
+from rlhf.report.sentences import OUTCOMES
 from rlhf.text import markdown_table
 
 # The columns that every comparison ends with

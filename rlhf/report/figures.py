@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf.compare.figure_style import (
+from rlhf.report.figure_style import (
     NEUTRAL,
     SETTINGS,
     axis_label,
@@ -33,7 +33,7 @@ from rlhf.compare.figure_style import (
     trained_methods,
     value_of,
 )
-from rlhf.compare.format import (
+from rlhf.report.format import (
     Report,
     amount,
     initial_name,

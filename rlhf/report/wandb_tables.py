@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rlhf.compare.format import Number, Report
-from rlhf.compare.sentences import all_sentences
-from rlhf.compare.tables import pairs_of_policies
+from rlhf.report.format import Number, Report
+from rlhf.report.sentences import all_sentences
+from rlhf.report.tables import pairs_of_policies
 from rlhf.runs.tracking import Tracker
 
 Row = dict[str, Any]
@@ -24,7 +24,7 @@ def log_report(
     """Write report.json's dict as tables/<name>.jsonl and, if the tracker has a W&B run, as its
     tables and images.
 
-    figures: name -> PNG, as `rlhf.compare.figures.draw` returns them; they go to W&B alone. The
+    figures: name -> PNG, as `rlhf.report.figures.draw` returns them; they go to W&B alone. The
     tracker starts its files afresh: give it a folder of its own.
     """
     for name, rows in rows_of(report).items():

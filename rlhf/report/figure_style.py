@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.format import Number, Report, initial_name, method_name, score_name
 from rlhf.files import write_atomic
+from rlhf.report.format import Number, Report, initial_name, method_name, score_name
 from rlhf.text import clip
 
 # Text and lines that are not data. The SVG turns this colour into a variable, which is light on a

@@ -9,8 +9,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.experiment.config import BEST_OF_N
 from rlhf.options.shared import NOISE_VERSION
+
+# a setting of measurements whose sweep had another name in the first version
+BEST_OF_N = "best_of_n"
 
 
 @dataclass(frozen=True)

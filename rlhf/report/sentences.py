@@ -1,10 +1,11 @@
-"""Fill the templates of verdict.py with the numbers of report.json."""
+"""The sentences of a report: a template for each kind of verdict and note (rlhf/compare/verdict.py),
+filled with the numbers of report.json.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.compare import verdict as templates
-from rlhf.compare.format import (
+from rlhf.report.format import (
     Report,
     basis,
     counted,
@@ -25,6 +26,79 @@ NAMED = 4
 # below which an outlier among them is hardly seen
 FEW_SEEDS = 5
 
+# Where a comparison was made, for each kind of verdict that has a sign, and what its sign says
+PLACES = {
+    "equal_kl": "at KL {kl}",
+    "tuned": "each at the swept value that did best on other prompts",
+    "end": "at the end of training",
+}
+SIGNS: dict[int | None, str] = {
+    1: "{a} is ahead of {b} by {gain} by {judge} ({basis}), {place}.",
+    -1: "{a} is behind {b} by {loss} by {judge} ({basis}), {place}.",
+    0: "No difference can be shown between {a} and {b} by {judge}, {place}: {size} ({basis}). "
+    "The interval leaves room for {bound}.",
+    None: "{a} differs from {b} by {size} by {judge} ({basis}), {place}. There are too few seeds or prompts for a "
+    "verdict.",
+}
+HEADLINE: dict[int | None, str] = {
+    1: "ahead of {b}",
+    -1: "behind {b}",
+    0: "not shown to differ from {b}",
+    None: "shown beside {b} without a verdict",
+}
+OVER_OPTIMISATION = (
+    "Over-optimisation of {a}: {outcome}. From the peak of {judge} (KL {peak}) to the largest KL ({end}) it "
+    "changes by {size} ({basis}){proxy}."
+)
+OUTCOMES = {1: "reproduced", -1: "not reproduced", 0: "undecided", None: "no verdict"}
+EXPLOITED_PROXY = (
+    "{a} raised {proxies} over {b} while {judge} fell by {loss}: the proxy was over-optimised."
+)
+RESERVATIONS = {
+    "form": "This rests on the form of the fitted curve: straight lines from point to point do not show it.",
+    "contradicted": "The fitted curve shows a difference that straight lines from point to point contradict.",
+    "correction": "The interval alone excludes 0, the p adjusted for all claims of this report does not.",
+    "win_rate": "Mean and win rate disagree: a few comparisons decide the mean.",
+}
+NOTES: dict[str, str] = {
+    "judge": "What decides is {judge}, which no method was trained on.{proxies}",
+    "no_judge": "No gold or referee score was given, so this report cannot judge which policy is better. A score that "
+    "a method was trained on shows what was optimised and decides nothing.{proxies}",
+    "not_measured": "Nothing of {method} has been measured yet.",
+    "missing_trials": "Trials that have not ended: {trials}. The report uses the seeds that are there.",
+    "stopped": "{run} was stopped by a guard ({reason}): its end is where it stopped.",
+    "missing_measurements": "The experiment is not finished; measurements missing: {names}.",
+    "left_out": "{method} at {swept_values} lacks seeds and cannot be chosen, so it had fewer tuning trials.",
+    "outlier": "Seed {seed} of {method} is an outlier by {judge}: {score:.3g}, the other seeds {others}. Intervals "
+    "assume that seeds are alike and hold less often than stated where single runs fail.",
+    "no_common_seed": "{a} and {b} have no run seed in common whose trials have ended, so they are not compared.",
+    "no_overlap": "The KL ranges of {a} and {b} do not overlap ({ranges}), so there is no comparison at equal KL.",
+    "few_groups": "{groups} groups are too few, a verdict needs {needed}: intervals are shown without one.",
+    "no_win_rate": "No win rate is given: it takes two answers of each policy to each prompt with independent "
+    "sampling noise (samples_per_prompt: 2).",
+}
+BUDGETS: dict[bool | None, str] = {
+    True: "Budgets are matched: {counter} within {tolerance:g} %.",
+    False: "Budgets are not matched in {counter} within {tolerance:g} %, so a difference may come from what was spent.",
+    None: "Budgets were to be matched in {counter}, but nothing is known of them yet.",
+}
+UNMATCHED = "Budgets were not matched, so a difference may come from what was spent."
+UNEQUAL_TRIALS = (
+    " The numbers of tuning trials differ ({trials}): more tries find a better value by luck."
+)
+POWER = "To show a win rate of {rate:g} % in 4 of 5 repeats takes {pairs} independent comparisons."
+DETECTABLE = (
+    " {a} over {b}: a difference of {least} would be shown that often before the correction for all "
+    "claims{more}."
+)
+SCOPES = {
+    "models": "All of this holds for these trained models, not for the methods. Intervals are {level:g} % over {over}; "
+    "they do not hold the spread between training runs.",
+    "method": "Intervals are {level:g} % over {seeds} and {over}, both drawn at random: they speak of the methods on "
+    "this initial policy, these data and prompts like these.",
+}
+NO_OUTLIER_SHOWN = " So few seeds can hardly show that one of them is an outlier."
+
 
 def headline(report: Report) -> str:
     """Return the first verdict in one sentence; at equal KL what holds at all KLs of its two
@@ -44,7 +118,7 @@ def headline(report: Report) -> str:
     b = method_name(first["b"])
     parts = [
         f"{text.format(b=b)} at KL {listed(kls[sign])}"
-        for sign, text in templates.HEADLINE.items()
+        for sign, text in HEADLINE.items()
         if sign in kls
     ]
     return f"By {judge_name(report)} {method_name(first['a'])} is {'; '.join(parts)}."
@@ -65,17 +139,17 @@ def verdict_sentence(verdict: Mapping[str, Any], report: Report) -> str:
     }
     if verdict["kind"] == "over_optimisation":
         fields |= {
-            "outcome": templates.OUTCOMES[verdict["sign"]],
+            "outcome": OUTCOMES[verdict["sign"]],
             "peak": nats(evidence["peak"]["kl"]),
             "end": nats(evidence["end"]["kl"]),
             "proxy": _proxy_change(evidence["proxy"]),
         }
-        text = templates.OVER_OPTIMISATION.format(**fields)
+        text = OVER_OPTIMISATION.format(**fields)
     elif verdict["kind"] == "exploited_proxy":
-        text = templates.EXPLOITED_PROXY.format(**fields, proxies=listed(list(evidence["proxies"])))
+        text = EXPLOITED_PROXY.format(**fields, proxies=listed(list(evidence["proxies"])))
     else:
-        text = templates.SIGNS[verdict["sign"]].format(**fields, place=_place(verdict, report))
-    reservation = templates.RESERVATIONS.get(verdict["reservation"])
+        text = SIGNS[verdict["sign"]].format(**fields, place=_place(verdict, report))
+    reservation = RESERVATIONS.get(verdict["reservation"])
     return f"{text} {reservation}" if reservation else text
 
 
@@ -88,7 +162,7 @@ def note_sentence(note: Mapping[str, Any], report: Report) -> str:
     for name, write in NOTE_FIELDS.items():
         if name in note:
             fields[name] = write(note[name], report)
-    return templates.NOTES[note["kind"]].format(**fields)
+    return NOTES[note["kind"]].format(**fields)
 
 
 def report_sentences(report: Report) -> list[str]:
@@ -132,10 +206,10 @@ def _side(verdict: Mapping[str, Any], side: str, report: Report) -> str:
 def _place(verdict: Mapping[str, Any], report: Report) -> str:
     # the other kinds of comparison are at the end of training, tuned or not
     if verdict["kind"] == "equal_kl":
-        return templates.PLACES["equal_kl"].format(kl=nats(verdict["kl"]))
+        return PLACES["equal_kl"].format(kl=nats(verdict["kl"]))
     sides = [report["methods"].get(verdict[side], {}) for side in ("a", "b")]
     was_tuned = any(len(method.get("swept_values", ())) > 1 for method in sides)
-    return templates.PLACES["tuned" if was_tuned else "end"]
+    return PLACES["tuned" if was_tuned else "end"]
 
 
 def _basis(verdict: Mapping[str, Any], report: Report) -> str:
@@ -152,13 +226,13 @@ def _proxy_change(proxy: Mapping[str, Any] | None) -> str:
 
 def _budget(report: Report) -> str:
     match = report["budget"]["match"]
-    text = templates.UNMATCHED
+    text = UNMATCHED
     if match is not None:
         fields = {
             "counter": match["match"].replace("_", " "),
             "tolerance": 100 * match["tolerance"],
         }
-        text = templates.BUDGETS[report["budget"]["matched"]].format(**fields)
+        text = BUDGETS[report["budget"]["matched"]].format(**fields)
 
     # a baseline has no trials to match
     trained = {name: method for name, method in report["methods"].items() if not method["baseline"]}
@@ -167,21 +241,19 @@ def _budget(report: Report) -> str:
     }
     if len(set(trials.values())) > 1:
         each = ", ".join(f"{name} {count}" for name, count in trials.items())
-        text += templates.UNEQUAL_TRIALS.format(trials=each)
+        text += UNEQUAL_TRIALS.format(trials=each)
     return text
 
 
 def _power(report: Report) -> str:
     power, initial = report["power"], report["initial_policy"]["method"]
-    text = templates.POWER.format(rate=100 * power["win_rate"], pairs=power["pairs_needed"])
+    text = POWER.format(rate=100 * power["win_rate"], pairs=power["pairs_needed"])
     for row in report["tuned"]["rows"]:
         least, seeds = row["minimum_detectable_effect"], row["seeds_for_half"]
         if least is not None and row["b"] != initial:
             more = f"; half of it takes about {counted(seeds, 'run seed')}" if seeds else ""
             sides = {"a": method_name(row["a"]), "b": method_name(row["b"])}
-            text += templates.DETECTABLE.format(
-                **sides, least=digits(least, row["difference"]), more=more
-            )
+            text += DETECTABLE.format(**sides, least=digits(least, row["difference"]), more=more)
     return text
 
 
@@ -194,8 +266,8 @@ def _scope(report: Report) -> str:
     over = f"{counted(unit['groups'], 'group')} of {prompts}, {answers} each"
     seeds = len(unit["seeds"])
     fields = {"level": 100 * unit["level"], "over": over, "seeds": counted(seeds, "run seed")}
-    text = templates.SCOPES[report["scope"]].format(**fields)
-    return text + templates.FEW_SEEDS if report["scope"] == "method" and seeds < FEW_SEEDS else text
+    text = SCOPES[report["scope"]].format(**fields)
+    return text + NO_OUTLIER_SHOWN if report["scope"] == "method" and seeds < FEW_SEEDS else text
 
 
 def _learnt_from(proxies: Sequence[str], _: Report) -> str:

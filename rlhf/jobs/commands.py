@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from rlhf.experiment.job import Job
+from rlhf.jobs.job import Job
 from rlhf.startup import free_port
 
 # launchers of one process, and the variables that they set for it

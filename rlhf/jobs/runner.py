@@ -1,8 +1,7 @@
-"""`rlhf experiment run FILE`: run the jobs that an experiment still needs, a few at a time.
+"""Run the jobs that a plan still needs, a few at a time.
 
 What is done is not done again. A run that was cut off is started again and resumes by itself. What
-was made with other options is never mixed with the rest: it is named, and set aside on request. The
-sandbox's quickstart is run by the same functions.
+was made with other options is never mixed with the rest: it is named, and set aside on request.
 """
 
 import contextlib
@@ -18,21 +17,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf import config as options
 from rlhf.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, EarlyExit, UserError
-from rlhf.experiment.commands import (
+from rlhf.files import lock_folder, unlock_folder
+from rlhf.jobs.commands import (
     end_programs,
     environment,
     full_command,
     programs_of,
     shown_command,
 )
-from rlhf.experiment.config import ExperimentConfig
-from rlhf.experiment.cost import known_lengths, planned_lengths
-from rlhf.experiment.job import Job, draws_tokens, record_of, recorded_options
-from rlhf.experiment.plan import plan
-from rlhf.experiment.state import (
-    ExperimentState,
+from rlhf.jobs.job import Job, draws_tokens, record_of, recorded_options
+from rlhf.jobs.state import (
+    PlanState,
     RunningJob,
     code_version,
     is_complete,
@@ -40,7 +36,6 @@ from rlhf.experiment.state import (
     read_json,
     write_record,
 )
-from rlhf.files import lock_folder, unlock_folder
 from rlhf.options.shared import NOISE_VERSION
 
 ATTEMPTS = 3  # of a program that was killed; each resumes where the one before was cut off
@@ -62,60 +57,7 @@ class RunOptions:
     changed: Literal["refuse", "set aside", "delete"] = "refuse"
 
 
-def run_experiment(
-    config: ExperimentConfig, check_scorers: Callable[..., None] = lambda *_: None
-) -> None:
-    """Do all jobs and write the report; `check_scorers(specs, made_later)` refuses scorers that
-    cannot be made.
-
-    Raises UserError on options that cannot work or do not fit what is there, EarlyExit when interrupted
-    or when programs failed; what is done stays.
-    """
-    # these import torch and rich, which the quickstart does without
-    from rlhf.experiment import check
-    from rlhf.experiment.progress import LiveTable
-    from rlhf.experiment.report import write_report
-
-    check.check_files(config)
-    check.check_decisions(config)
-    check.check_starts(config, check.check_programs(config), check_scorers)
-
-    state = ExperimentState(Path(config.output_dir))
-    how = RunOptions(
-        launcher=config.launcher,
-        processes=config.processes,
-        changed="set aside" if config.redo else "refuse",
-    )
-    with claim(state) as signals:
-        replan(config, state, how)
-        options.save(config, state.folder / "experiment.yaml")
-        with LiveTable(config, state) as display:
-            run_jobs(state, how, display, signals, lambda: replan(config, state, how))
-    if state.failed:
-        raise EarlyExit(failures(state), 1)
-    write_report(config, state.folder / "report", config.report_to, config.project)
-
-
-def replan(config: ExperimentConfig, state: ExperimentState, how: RunOptions) -> None:
-    """Plan the jobs; trials once all is done from which the lengths of the runs follow."""
-    if state.lengths is not None:
-        return
-    if config.matched is None:
-        state.lengths = known_lengths(config)
-    else:
-        if not state.jobs:
-            set_jobs(state, plan(config, None), how)
-        decisive = ("pilot", "reward", "sample")
-        wanted = {
-            job.name for job in state.jobs if job.kind in decisive and job.seed == config.seeds[0]
-        }
-        if not wanted <= state.done:
-            return
-        state.lengths = planned_lengths(config)
-    set_jobs(state, plan(config, state.lengths), how)
-
-
-def set_jobs(state: ExperimentState, jobs: list[Job], how: RunOptions) -> None:
+def set_jobs(state: PlanState, jobs: list[Job], how: RunOptions) -> None:
     """Make these the jobs. Results of other options under their names are refused, set aside or
     deleted.
     """
@@ -145,7 +87,7 @@ def set_jobs(state: ExperimentState, jobs: list[Job], how: RunOptions) -> None:
     state.done = {job.name for job in jobs if state.is_done(job)}
 
 
-def has_other_results(state: ExperimentState, job: Job, *, unknown_too: bool) -> bool:
+def has_other_results(state: PlanState, job: Job, *, unknown_too: bool) -> bool:
     """Return whether files are there that a job of this name with another fingerprint (or an
     unknown one) has made.
     """
@@ -160,7 +102,7 @@ def has_left_files(job: Job) -> bool:
     return any(path.is_file() or any(path.glob("*")) for path in map(Path, job.owned))
 
 
-def drawn_with_other_noise(state: ExperimentState) -> set[str]:
+def drawn_with_other_noise(state: PlanState) -> set[str]:
     """Return the jobs whose results come from another version of the sampling noise, with all that
     depend on them; none where everything is done, so that nothing new would be put beside them.
     """
@@ -174,13 +116,13 @@ def drawn_with_other_noise(state: ExperimentState) -> set[str]:
     return outdated
 
 
-def noise_of(state: ExperimentState, job: Job) -> int:
+def noise_of(state: PlanState, job: Job) -> int:
     """Return the version of the sampling noise of a job that was started; 1 was not recorded."""
     record = state.record(job.name)
     return record.get("noise", 1) if record else NOISE_VERSION
 
 
-def difference(state: ExperimentState, job: Job) -> str:
+def difference(state: PlanState, job: Job) -> str:
     """Say in which options a job differs from the one that was done under its name."""
     record = state.record(job.name)
     if draws_tokens(job):
@@ -196,7 +138,7 @@ def difference(state: ExperimentState, job: Job) -> str:
     )
 
 
-def clear(state: ExperimentState, job: Job, *, delete: bool = False) -> None:
+def clear(state: PlanState, job: Job, *, delete: bool = False) -> None:
     """Move what a job owns to OUT/aside/, where nothing reads it, or delete it."""
     aside = state.folder / "aside" / f"{job.name}-{datetime.now(UTC):%Y%m%dT%H%M%S}"
     for path in map(Path, job.owned):
@@ -213,7 +155,7 @@ def clear(state: ExperimentState, job: Job, *, delete: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def claim(state: ExperimentState) -> Iterator[list[int]]:
+def claim(state: PlanState) -> Iterator[list[int]]:
     """Hold the folder of an experiment, and yield the list that signals are added to.
 
     Programs that a killed experiment has left are ended first, and all that are running at the end.
@@ -242,7 +184,7 @@ def claim(state: ExperimentState) -> Iterator[list[int]]:
 
 
 def run_jobs(
-    state: ExperimentState,
+    state: PlanState,
     how: RunOptions,
     display: Any,
     signals: list[int],
@@ -265,7 +207,7 @@ def run_jobs(
         raise EarlyExit(f"stopped by {name}; the same command resumes", EXIT_INTERRUPTED)
 
 
-def start_ready(state: ExperimentState, how: RunOptions, display: Any) -> None:
+def start_ready(state: PlanState, how: RunOptions, display: Any) -> None:
     """Start jobs whose needs are done, as many as may run at a time."""
     if how.stop_at_failure and state.failed:
         return
@@ -277,7 +219,7 @@ def start_ready(state: ExperimentState, how: RunOptions, display: Any) -> None:
             start(state, how, job)
 
 
-def start(state: ExperimentState, how: RunOptions, job: Job) -> None:
+def start(state: PlanState, how: RunOptions, job: Job) -> None:
     """Start the job's program in a session of its own."""
     if job.fresh:
         clear(state, job, delete=how.changed == "delete")
@@ -305,7 +247,7 @@ def start(state: ExperimentState, how: RunOptions, job: Job) -> None:
     state.running[job.name] = RunningJob(process, time.monotonic())
 
 
-def collect_ended(state: ExperimentState, how: RunOptions, display: Any) -> None:
+def collect_ended(state: PlanState, how: RunOptions, display: Any) -> None:
     """See which programs have ended, and how; start again those that were killed."""
     for name, running in list(state.running.items()):
         # what a child and its own children have used is added to this process's when it is reaped
@@ -354,7 +296,7 @@ def has_result(job: Job, code: int) -> bool:
     return code in (0, EXIT_GUARD) or bool(is_stopped)
 
 
-def stop_all(state: ExperimentState) -> None:
+def stop_all(state: PlanState) -> None:
     """Ask every program to save and end, wait, then end what is left."""
     if state.running:
         end_programs(state.folder)
@@ -363,7 +305,7 @@ def stop_all(state: ExperimentState) -> None:
     state.running.clear()
 
 
-def failures(state: ExperimentState) -> str:
+def failures(state: PlanState) -> str:
     """Return which jobs have failed, how, and where their output is."""
     blocked = sum(state.status(job) == "blocked" for job in state.jobs)
     tail = f"; {blocked} that need them were not started" if blocked else ""

@@ -16,11 +16,11 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from rlhf.compare import tables
-from rlhf.compare.format import Report
-from rlhf.compare.sentences import all_sentences
 from rlhf.data.annotator_report import describe_alpha
 from rlhf.files import dumps, write_atomic
+from rlhf.report import tables
+from rlhf.report.format import Report
+from rlhf.report.sentences import all_sentences
 from rlhf.voting.page import sentences as vote_sentences
 
 # Characters in a line of the terminal's table where the output is a log
@@ -37,8 +37,8 @@ def write_files(report: Report, folder: Path) -> dict[str, Path]:
     """Write report.json, report.md, report.html and the figures; returns name -> PNG of the
     figures.
     """
-    from rlhf.compare.figures import draw
-    from rlhf.compare.markdown import markdown
+    from rlhf.report.figures import draw
+    from rlhf.report.markdown import markdown
 
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "report.json", dumps(report, indent=2) + "\n")

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.compare import tables
-from rlhf.compare.figure_style import difference, methods_of, paths_of, trained_methods
-from rlhf.compare.format import (
+from rlhf.data.annotator_report import annotators_markdown
+from rlhf.report import tables
+from rlhf.report.figure_style import difference, methods_of, paths_of, trained_methods
+from rlhf.report.format import (
     Report,
     initial_name,
     main_score,
@@ -20,9 +21,8 @@ from rlhf.compare.format import (
     number,
     score_name,
 )
-from rlhf.compare.sentences import headline, report_sentences, verdict_sentence
-from rlhf.compare.tables import Table, as_table, escape
-from rlhf.data.annotator_report import annotators_markdown
+from rlhf.report.sentences import headline, report_sentences, verdict_sentence
+from rlhf.report.tables import Table, as_table, escape
 from rlhf.voting.page import votes_markdown
 
 TERMS = Path(__file__).parent / "templates" / "terms.md"

@@ -3,8 +3,8 @@
 import sys
 import time
 
-from rlhf.experiment.job import Job
-from rlhf.experiment.state import ExperimentState
+from rlhf.jobs.job import Job
+from rlhf.jobs.state import PlanState
 
 
 class StepDisplay:
@@ -13,7 +13,7 @@ class StepDisplay:
     The lines of jobs that run side by side begin with the job's name.
     """
 
-    def __init__(self, state: ExperimentState):
+    def __init__(self, state: PlanState):
         self.state = state
         self.started_at = time.monotonic()
         # job -> bytes of its log that are on the screen, of those that run

@@ -1,0 +1,1 @@
+"""The report of a comparison or an experiment: report.json as sentences, tables, figures and pages."""
