@@ -26,7 +26,7 @@ from experiments import RUNS, compare, run, shop
 
 from rlhf.best_of_n.curve import fit_law, fit_with_intervals
 from rlhf.compare.results import Results, key
-from rlhf.compare.selection import Means, overoptimisation, tabulate
+from rlhf.compare.selection import overoptimisation
 from rlhf.experiment.results import read_results
 from rlhf.experiment.state import load_experiment
 from rlhf.stats.choice import halves
@@ -69,7 +69,7 @@ class Curve:
 
 
 def curve_of_run(
-    results: Results, means: Means, method: str, seed: int, groups: np.ndarray | None = None
+    results: Results, method: str, seed: int, groups: np.ndarray | None = None
 ) -> Curve:
     """Return the curve of a method's run with this seed, by all prompts or by these groups; its KL
     is that of all.
@@ -78,7 +78,7 @@ def curve_of_run(
     mine = slice(None) if groups is None else groups
     rows = []
     for policy in policies:
-        own = means[key(policy)]
+        own = results.means[key(policy)]
         scores = [own[name][mine].mean() for name in ("score/gold", "score/proxy")]
         rows.append([own["kl"].mean(), *scores])
     kl, gold, proxy = np.array(rows).T
@@ -197,11 +197,11 @@ def compare_peaks(seeds: list[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def falls_of(results: Results, means: Means) -> dict[str, dict[str, float | None]]:
+def falls_of(results: Results) -> dict[str, dict[str, float | None]]:
     """Return each method's gold at the largest KL less that at its peak, the peak chosen on other
     prompts and seeds; prompts and seeds are both random (`selection.overoptimisation`).
     """
-    entries = {entry["method"]: entry for entry in overoptimisation(results, means, 0.95)}
+    entries = {entry["method"]: entry for entry in overoptimisation(results, 0.95)}
     found = {}
     for name in METHODS:
         judge = entries[name]["judge"]
@@ -238,7 +238,7 @@ def main() -> None:
     shop()
     compare(CONFIG, "--seeds", ",".join(map(str, asked)))
     results = read_results(load_experiment(str(FOLDER)))
-    means, half = tabulate(results), halves(results.groups)
+    half = halves(results.groups)
     seeds: list[dict[str, Any]] = []
     curves: dict[str, list[Curve]] = {name: [] for name in ("best_of_n", *METHODS)}
     for seed in asked:
@@ -246,17 +246,15 @@ def main() -> None:
         chosen = curve_of_best_of_n(result)
         own, by_half = {}, {}
         for name in METHODS:
-            own[name] = curve_of_run(results, means, name, seed)
-            by_half[name] = [
-                curve_of_run(results, means, name, seed, half == number) for number in (0, 1)
-            ]
+            own[name] = curve_of_run(results, name, seed)
+            by_half[name] = [curve_of_run(results, name, seed, half == number) for number in (0, 1)]
         seeds.append(measure_seed(chosen, result, own, by_half))
         for name, curve in {"best_of_n": chosen, **own}.items():
             curves[name].append(curve)
     found = {
         "seeds": seeds,
         "peaks": compare_peaks(seeds),
-        "falls": falls_of(results, means),
+        "falls": falls_of(results),
         "laws": fit_laws(curves, seeds),
         "repeated": result["repeated"],
     }

@@ -323,14 +323,12 @@ def results(rng: np.random.Generator, given: World) -> Results:
                             step=step,
                             last=last,
                             values=values,
+                            responses=[["a"] * given.samples] * given.prompts,
                         )
                     )
     names = [f"g{i:03}" for i in range(given.prompts)]
-    texts = {
-        (p.method, p.swept, p.seed, p.step): [["a"] * given.samples] * given.prompts for p in points
-    }
     return Results(
-        points=points, groups=names, prompts=names, responses=texts, score_kinds={"gold": "gold", "reward": "proxy"},
+        points=points, groups=names, prompts=names, score_kinds={"gold": "gold", "reward": "proxy"},
         judge="gold", methods=METHODS, shared_budget={}, meta={},
     )  # fmt: skip
 

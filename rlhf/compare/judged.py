@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.compare.results import Point, Results, key
-from rlhf.compare.selection import Means, add_outcomes, ended, overoptimisation, rectangle, tuned
+from rlhf.compare.selection import add_outcomes, ended, overoptimisation, rectangle, tuned
 from rlhf.compare.verdict import adjust
 from rlhf.compare.wins import win_rate
 from rlhf.stats.crossed import MIN_SEEDS
@@ -25,18 +25,17 @@ ENDS = 3
 WIN_RATE = 0.55
 
 
-def judged(results: Results, means: Means, trained: list[str], level: float) -> dict[str, Any]:
+def judged(results: Results, trained: list[str], level: float) -> dict[str, Any]:
     """Return the parts of a report that need a judge; `trained` are the methods that are not
     baselines.
     """
+    pairs = itertools.combinations(trained, 2)
     report = {
-        "curves": _curves(results, means, level),
-        "frontier": [
-            _frontier(results, means, a, b, level) for a, b in itertools.combinations(trained, 2)
-        ],
+        "curves": _curves(results, level),
+        "frontier": [_frontier(results, a, b, level) for a, b in pairs],
         "wins": _wins(results, level),
-        "tuned": tuned(results, means, level),
-        "overoptimisation": list(overoptimisation(results, means, level)),
+        "tuned": tuned(results, level),
+        "overoptimisation": list(overoptimisation(results, level)),
         "power": {
             "win_rate": WIN_RATE,
             "pairs_needed": pairs_needed(WIN_RATE, level=level),
@@ -45,8 +44,10 @@ def judged(results: Results, means: Means, trained: list[str], level: float) -> 
     }
 
     # all that the report claims is one family; what single runs are compared by is about these runs
-    differences = list(itertools.chain.from_iterable(pair["rows"] for pair in report["frontier"]))
-    claims = [(row, row["difference"]) for row in differences + report["tuned"]["rows"]]
+    rows = []
+    for part in (*report["frontier"], report["tuned"]):
+        rows += part["rows"]
+    claims = [(row, row["difference"]) for row in rows]
     for entry in report["overoptimisation"]:
         if entry["swept"] is None:
             claims.append((entry, entry["judge"] | {"p": entry["p"]}))
@@ -55,7 +56,7 @@ def judged(results: Results, means: Means, trained: list[str], level: float) -> 
     return report | {"claims": {"count": count, "method": "Holm 1979", "alpha": 1 - level}}
 
 
-def _curves(results: Results, means: Means, level: float) -> dict[str, Any]:
+def _curves(results: Results, level: float) -> dict[str, Any]:
     """Return method -> its score over the initial policy at GRID KLs; none where its points have
     one KL.
     """
@@ -64,7 +65,7 @@ def _curves(results: Results, means: Means, level: float) -> dict[str, Any]:
         seeds, swept_values = rectangle(ended(results, method))
         if not seeds:
             continue
-        track = _track(results, means, method, seeds, swept_values)
+        track = _track(results, method, seeds, swept_values)
         low, high = kl_range(track)
         if low < high:
             kls = np.linspace(np.sqrt(max(low, 0.0)), np.sqrt(high), GRID) ** 2
@@ -77,7 +78,6 @@ def _curves(results: Results, means: Means, level: float) -> dict[str, Any]:
 
 def _track(
     results: Results,
-    means: Means,
     method: str,
     seeds: Sequence[int],
     swept_values: Sequence,
@@ -90,25 +90,27 @@ def _track(
     for all.
     """
     score = f"score/{results.judge}"
-    start = means[key(results.initial)][score]
+    start = results.means[key(results.initial)][score]
     kl, scores = [], []
     for seed in seeds:
-        points = [point for point in results.of(method, seed=seed) if point.swept in swept_values]
-        own = [means[key(point)] for point in points if point.last or not ends_only]
-        kl.append(np.array([mean["kl"] for mean in own]))
-        scores.append(np.array([mean[score] - start for mean in own]))
+        own = []
+        for point in results.of(method, seed=seed):
+            if point.swept in swept_values and (point.last or not ends_only):
+                own.append(point)
+        kl.append(results.stack("kl", [own])[0])
+        scores.append(results.stack(score, [own])[0] - start)
     return Track(kl=kl, score=scores)
 
 
-def _frontier(results: Results, means: Means, a: str, b: str, level: float) -> dict[str, Any]:
+def _frontier(results: Results, a: str, b: str, level: float) -> dict[str, Any]:
     """Return a over b at equal KL, by the seeds that both have.
 
     `rows` are over the ends of the trials, which have spent the same; `path` has the same over all
     checkpoints, which have not, but reach smaller KLs: it is shown without a verdict. With fewer
     than ENDS swept values the ends make no curve, and `rows` are over all.
     """
-    blocks = {method: rectangle(ended(results, method)) for method in (a, b)}
-    seeds = sorted(set(blocks[a][0]) & set(blocks[b][0]))
+    (seeds_a, values_a), (seeds_b, values_b) = (rectangle(ended(results, name)) for name in (a, b))
+    seeds = sorted(set(seeds_a) & set(seeds_b))
     entry: dict[str, Any] = {
         "a": a,
         "b": b,
@@ -122,13 +124,12 @@ def _frontier(results: Results, means: Means, a: str, b: str, level: float) -> d
         return entry
 
     def at_equal_kl(*, ends_only: bool) -> dict[str, Any]:
-        tracks = {
-            method: _track(results, means, method, seeds, swept_values, ends_only=ends_only)
-            for method, (_, swept_values) in blocks.items()
-        }
+        tracks = {}
+        for method, values in ((a, values_a), (b, values_b)):
+            tracks[method] = _track(results, method, seeds, values, ends_only=ends_only)
         return _at_equal_kl(tracks, level)
 
-    enough = min(len(swept_values) for _, swept_values in blocks.values()) >= ENDS
+    enough = min(len(values_a), len(values_b)) >= ENDS
     entry["over"] = "ends" if enough else "all checkpoints"
     entry |= at_equal_kl(ends_only=enough)
     if enough:

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.compare.results import (
-    Point,
     Results,
     check_finite,
-    key,
-    measured_values,
+    measured_point,
     prompt_key,
-    response_texts,
 )
 from rlhf.compare.runs import (
     check_judges,
@@ -29,7 +26,6 @@ from rlhf.compare.runs import (
     unseen,
     world_seed,
 )
-from rlhf.compare.text_metrics import variety
 from rlhf.config import SEED, option
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Prompt, Scorer
@@ -271,24 +267,18 @@ def results_of_runs(
     # a prompt that is given twice counts once
     prompts = {(row.group, prompt_key(row.prompt)): row.prompt for row in rows[names[0]]}
     number = {asked: i for i, asked in enumerate(prompts)}
-    points, responses, methods = [], {}, {}
+    points, methods = [], {}
     for name, path in zip(names, paths, strict=True):
         result = run_result(path)
         own = []
         for row in rows[name]:
             own.append(vars(row) | {"prompt": number[row.group, prompt_key(row.prompt)]})
-        point = Point(
-            method=name,
-            swept=None,
-            seed=None if name == names[0] else 0,
-            step=0 if name == names[0] else result.get("steps", 1),
-            last=True,
-            values=measured_values(own, list(kinds), len(prompts)),
-            numbers=variety([row["response"] for row in own]),
-            budget=meta["budgets"][name],
-        )
-        points.append(point)
-        responses[key(point)] = response_texts(own, len(prompts))
+        about = {"method": name, "swept": None, "last": True, "budget": meta["budgets"][name]}
+        about |= {"seed": 0, "step": result.get("steps", 1)}
+        # the first run is the initial policy
+        if not points:
+            about |= {"seed": None, "step": 0}
+        points.append(measured_point(own, list(kinds), len(prompts), {}, **about))
         methods[name] = {
             "program": result.get("program", name),
             "swept": None,
@@ -302,7 +292,6 @@ def results_of_runs(
         points=points,
         groups=[group for group, _ in prompts],
         prompts=list(prompts.values()),
-        responses=responses,
         score_kinds=dict(kinds),
         judge=judge,
         methods=methods,

@@ -7,13 +7,15 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
-from rlhf.compare.text_metrics import repetition
+from rlhf.compare.text_metrics import repetition, variety
 from rlhf.errors import UserError
 from rlhf.stats import group_means
+from rlhf.stats.best_of_n import best_of_n_kl
 
 # what identifies a policy: method, swept value, seed, step
 Key = tuple[str, float | None, int | None, int]
@@ -35,6 +37,7 @@ class Point:
     "perplexity/sft" and "perplexity/<domain>" of held-out texts.
     budget: counters of the trial alone, up to this step.
     noise: of each sample, the draws of sampling noise behind it; None: sample k has draw k.
+    responses: the texts by prompt and sample; None where they were not kept.
     """
 
     method: str
@@ -46,6 +49,7 @@ class Point:
     numbers: dict[str, float] = field(default_factory=dict)
     budget: dict[str, float] = field(default_factory=dict)
     noise: list[range] | None = None
+    responses: list[list[str]] | None = None
 
 
 def key(point: Point) -> Key:
@@ -58,8 +62,7 @@ class Results:
     """All points of an experiment, or of the runs of a comparison, and what they were measured on.
 
     kind: "runs" where each method is one run with one nominal seed.
-    groups: the group of each prompt. prompts: text or messages. responses: the texts by prompt and
-    sample.
+    groups: the group of each prompt. prompts: text or messages.
     score_kinds: score name -> gold, referee, proxy or other. judge: the score that decides.
     methods: name -> {"program", "swept" (name of the option), "swept_values", "baseline": bool,
     "options"}.
@@ -71,7 +74,6 @@ class Results:
     points: list[Point]
     groups: list[str]
     prompts: list[Any]
-    responses: dict[Key, list[list[str]]]
     score_kinds: dict[str, str]
     judge: str | None
     methods: dict[str, dict[str, Any]]
@@ -91,22 +93,18 @@ class Results:
 
         A proxy has another scale in each seed, so differences of a proxy are taken to this one.
         """
-        own = (
-            point
-            for point in self.points
-            if point.method == self.initial.method and point.seed == seed
-        )
-        return next(own, self.initial)
+        return next(iter(self.of(self.initial.method, seed=seed)), self.initial)
 
     def of(self, method: str, swept: float | None = None, seed: int | None = None) -> list[Point]:
         """Return the points of a method, by swept value, seed and step; of one swept value or seed
         where given.
         """
-        found = [point for point in self.points if point.method == method]
-        # None means all
-        found = [
-            point for point in found if swept in (None, point.swept) and seed in (None, point.seed)
-        ]
+        found = []
+        for point in self.points:
+            # None means all
+            is_wanted = swept in (None, point.swept) and seed in (None, point.seed)
+            if point.method == method and is_wanted:
+                found.append(point)
         return sorted(found, key=lambda point: (point.swept or 0.0, point.seed or 0, point.step))
 
     def ends(self, method: str, swept: float | None = None) -> list[Point]:
@@ -120,10 +118,8 @@ class Results:
         them.
         """
         # of the initial policy there may be a point for each seed, scored by its own proxy
-        found = {point.method for point in self.points if point.seed is not None} - {
-            self.initial.method
-        }
-        return [name for name in self.methods if name in found]
+        trained = {point.method for point in self.points if point.seed is not None}
+        return [name for name in self.methods if name in trained - {self.initial.method}]
 
     def swept_values(self, method: str) -> list[float | None]:
         """Return the swept values that a method has points of, in order; [None] where nothing is
@@ -134,6 +130,27 @@ class Results:
     def program(self, method: str) -> str:
         """Return the program that trained a method: "ppo", "dpo", "best_of_n"."""
         return self.methods.get(method, {}).get("program", method)
+
+    @cached_property
+    def means(self) -> dict[Key, dict[str, np.ndarray]]:
+        """The (groups,) means of all measures of all points.
+
+        The KL of the best of n is `best_of_n_kl`; it has no log-probabilities of its own.
+        """
+        means = {}
+        for point in self.points:
+            own = {name: self.group_means(values) for name, values in point.values.items()}
+            if self.program(point.method) == "best_of_n" and point.swept is not None:
+                own["kl"] = np.full_like(own["kl"], best_of_n_kl(point.swept))
+            means[key(point)] = own
+        return means
+
+    def stack(self, measure: str, rows: Iterable[Iterable[Point]]) -> np.ndarray:
+        """Return (S, M, G) group means of a measure; rows: for each seed its M points."""
+        stacked = []
+        for row in rows:
+            stacked.append([self.means[key(point)][measure] for point in row])
+        return np.array(stacked)
 
     def group_means(self, values: np.ndarray) -> np.ndarray:
         """Return (groups,) means of `values` (prompts, samples): over samples, then over the
@@ -175,25 +192,24 @@ def independent_pairs(a: Point, b: Point) -> list[tuple[int, int]]:
     return [(k, m) for (k, of_a), (m, of_b) in every if not set(of_a) & set(of_b)]
 
 
-def measured_values(
-    rows: Sequence[dict[str, Any]], scores: Sequence[str], prompts: int
-) -> dict[str, np.ndarray]:
-    """Return measure -> (prompts, samples) of responses; the measures are those of `Point.values`.
+def measured_point(
+    rows: Sequence[dict[str, Any]],
+    scores: Sequence[str],
+    prompts: int,
+    numbers: dict[str, float],
+    **about: Any,
+) -> Point:
+    """Return a policy from its responses, with these scores of each; `about` has the other fields.
 
     rows: {"prompt" (its number), "sample", "response", "length", "ended", "kl", "scores"}, one for
-    each response.
+    each response. numbers: those of the policy beside the variety of its responses.
     """
     samples = 1 + max(row["sample"] for row in rows)
-    measures = [
-        "kl",
-        "length",
-        "words",
-        "ended",
-        "repetition",
-        *(f"score/{name}" for name in scores),
-    ]
+    measures = ["kl", "length", "words", "ended", "repetition"]
+    measures += [f"score/{name}" for name in scores]
     # a response that is missing stays nan
     values = {name: np.full((prompts, samples), math.nan) for name in measures}
+    texts = [[""] * samples for _ in range(prompts)]
     for row in rows:
         cell = row["prompt"], row["sample"]
         for name in ("kl", "length", "ended"):
@@ -202,16 +218,9 @@ def measured_values(
         values["repetition"][cell] = repetition(row["response"])
         for name in scores:
             values[f"score/{name}"][cell] = row["scores"][name]
-    return values
-
-
-def response_texts(rows: Sequence[dict[str, Any]], prompts: int) -> list[list[str]]:
-    """Return the text of each response, by prompt and sample; rows as in `measured_values`."""
-    samples = 1 + max(row["sample"] for row in rows)
-    texts = [[""] * samples for _ in range(prompts)]
-    for row in rows:
         texts[row["prompt"]][row["sample"]] = row["response"]
-    return texts
+    numbers = numbers | variety([row["response"] for row in rows])
+    return Point(values=values, numbers=numbers, responses=texts, **about)
 
 
 def prompt_key(prompt: Any) -> str:

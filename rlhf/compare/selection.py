@@ -5,15 +5,14 @@ the proxy goes on rising (`overoptimisation`). What is chosen is not scored by t
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from rlhf.compare.results import Key, Point, Results, key
+from rlhf.compare.results import Point, Results, key
 from rlhf.report.format import proxies_of
-from rlhf.stats.best_of_n import best_of_n_kl
 from rlhf.stats.choice import choose, chosen_mean, halves, take
 from rlhf.stats.crossed import MIN_SEEDS, crossed_mean, side
 from rlhf.stats.power import minimum_detectable_effect, needed_seeds
@@ -21,23 +20,6 @@ from rlhf.stats.power import minimum_detectable_effect, needed_seeds
 # an over-optimisation curve needs points beside the initial policy: with one there is nothing
 # between start and end
 FEWEST = 2
-
-# policy -> measure -> (groups,)
-Means = dict[Key, dict[str, np.ndarray]]
-
-
-def tabulate(results: Results) -> Means:
-    """Return the group means of all measures of all points.
-
-    The KL of the best of n is `best_of_n_kl`; it has no log-probabilities of its own.
-    """
-    means: Means = {}
-    for point in results.points:
-        own = {name: results.group_means(values) for name, values in point.values.items()}
-        if results.program(point.method) == "best_of_n" and point.swept is not None:
-            own["kl"] = np.full_like(own["kl"], best_of_n_kl(point.swept))
-        means[key(point)] = own
-    return means
 
 
 def rectangle(table: dict[int, dict[Any, Any]]) -> tuple[list[int], list[Any]]:
@@ -59,20 +41,12 @@ def rectangle(table: dict[int, dict[Any, Any]]) -> tuple[list[int], list[Any]]:
     return best
 
 
-def ended(results: Results, method: str) -> dict[int, dict[float | None, Key]]:
+def ended(results: Results, method: str) -> dict[int, dict[float | None, Point]]:
     """Return seed -> swept value -> the policy at the end of its trial."""
-    table: dict[int, dict[float | None, Key]] = {}
+    table: dict[int, dict[float | None, Point]] = {}
     for point in results.ends(method):
-        table.setdefault(point.seed, {})[point.swept] = key(point)
+        table.setdefault(point.seed, {})[point.swept] = point
     return table
-
-
-def stack(means: Means, measure: str, rows: Sequence[Iterable[Key]]) -> np.ndarray:
-    """Return (S, M, G) group means of a measure; rows: for each seed the keys of its M points."""
-    stacked = []
-    for row in rows:
-        stacked.append([means[policy][measure] for policy in row])
-    return np.array(stacked)
 
 
 @dataclass(frozen=True)
@@ -89,9 +63,7 @@ class Chosen:
     swept_values: list[float | None]
 
 
-def at_best(
-    results: Results, means: Means, method: str, seeds: Sequence[int] | None = None
-) -> Chosen | None:
+def at_best(results: Results, method: str, seeds: Sequence[int] | None = None) -> Chosen | None:
     """Return a method at its best swept values, by all seeds that have the same trials or by these;
     None without seeds.
     """
@@ -102,30 +74,32 @@ def at_best(
         return None
     # the judge chooses; score and KL are read at its choice
     rows = [list(map(table[seed].get, swept_values)) for seed in seeds]
-    scores = stack(means, f"score/{results.judge}", rows)
+    scores = results.stack(f"score/{results.judge}", rows)
     choice = choose(scores, halves(results.groups))
-    return Chosen(
-        take(scores, choice), take(stack(means, "kl", rows), choice), choice, seeds, swept_values
-    )
+    kl = take(results.stack("kl", rows), choice)
+    return Chosen(take(scores, choice), kl, choice, seeds, swept_values)
 
 
-def tuned(results: Results, means: Means, level: float) -> dict[str, Any]:
+def tuned(results: Results, level: float) -> dict[str, Any]:
     """Compare the methods, each at its best swept value, with each other and with the initial
     policy.
 
     Each method has its own KL, so this is not a comparison at equal KL. `adjust` adds
     p_adjusted to the rows.
     """
-    found = {method: at_best(results, means, method) for method in results.measured_methods()}
-    found = {method: chosen for method, chosen in found.items() if chosen is not None}
+    found: dict[str, Chosen] = {}
+    for method in results.measured_methods():
+        chosen = at_best(results, method)
+        if chosen is not None:
+            found[method] = chosen
 
     rows = []
     for a, b in itertools.combinations(found, 2):
         seeds = sorted(set(found[a].seeds) & set(found[b].seeds))
         if seeds:
-            first, second = (at_best(results, means, method, seeds) for method in (a, b))
-            rows.append(_difference(a, b, first, second, level))
-    initial = means[key(results.initial)]
+            sides = at_best(results, a, seeds), at_best(results, b, seeds)
+            rows.append(_difference(a, b, *sides, level))
+    initial = results.means[key(results.initial)]
     for a, chosen in found.items():
         start = Chosen(
             initial[f"score/{results.judge}"], initial["kl"], chosen.choice, chosen.seeds, [None]
@@ -184,7 +158,7 @@ def _difference(a: str, b: str, first: Chosen, second: Chosen, level: float) -> 
     return row
 
 
-def overoptimisation(results: Results, means: Means, level: float) -> Iterator[dict[str, Any]]:
+def overoptimisation(results: Results, level: float) -> Iterator[dict[str, Any]]:
     """Ask whether the proxy goes on rising where the judge falls (Gao et al. 2022, arXiv
     2210.10760; for DPO Rafailov et al. 2024, arXiv 2406.02900).
 
@@ -205,27 +179,22 @@ def overoptimisation(results: Results, means: Means, level: float) -> Iterator[d
         swept_values = results.swept_values(method)
         curves = [None, *swept_values] if len(swept_values) > 1 else [None]
         for swept, proxy in itertools.product(curves, proxies or [None]):
-            entry = _curve(results, means, method, swept, proxy, level)
+            entry = _curve(results, method, swept, proxy, level)
             if entry is not None:
                 yield entry
 
 
 def _curve(
-    results: Results,
-    means: Means,
-    method: str,
-    swept: float | None,
-    proxy: str | None,
-    level: float,
+    results: Results, method: str, swept: float | None, proxy: str | None, level: float
 ) -> dict[str, Any] | None:
     """Return one entry of `overoptimisation`; None with fewer than FEWEST points that all seeds
     have.
     """
-    seeds, names, rows = _path(results, means, method, swept, proxy)
+    seeds, names, rows = _path(results, method, swept, proxy)
     if not seeds:
         return None
     judge = f"score/{results.judge}"
-    scores, kl = stack(means, judge, rows), stack(means, "kl", rows)
+    scores, kl = results.stack(judge, rows), results.stack("kl", rows)
     half = halves(results.groups)
     peak, end = choose(scores, half), choose(kl, half)
 
@@ -233,10 +202,10 @@ def _curve(
         return chosen_mean(values, len(names), level).to_dict()
 
     fall = mean(take(scores, end) - take(scores, peak))
-    rise = mean(take(scores, peak) - means[key(results.initial)][judge])
+    rise = mean(take(scores, peak) - results.means[key(results.initial)][judge])
     of_proxy, other = None, rise
     if proxy is not None:
-        proxies = stack(means, f"score/{proxy}", rows)
+        proxies = results.stack(f"score/{proxy}", rows)
         change = mean(take(proxies, end) - take(proxies, peak))
         # DPO learns from the pairs: what it exploits is its own loss
         optimised = results.program(method) != "dpo"
@@ -271,25 +240,24 @@ def _curve(
 
 
 def _path(
-    results: Results, means: Means, method: str, swept: float | None, proxy: str | None
-) -> tuple[list[int], list[tuple], list[list[Key]]]:
+    results: Results, method: str, swept: float | None, proxy: str | None
+) -> tuple[list[int], list[tuple], list[list[Point]]]:
     """Return the seeds, the points (swept value, step) that all of them have, the initial policy
-    first, and their keys for each seed; nothing with fewer than FEWEST points.
+    first, and the policies there for each seed; nothing with fewer than FEWEST points.
     """
+    needed = f"score/{proxy or results.judge}"
     table: dict[int, dict[tuple, Point]] = {}
     for point in results.of(method, swept):
-        if proxy is None or f"score/{proxy}" in point.values:
+        if needed in point.values:
             table.setdefault(point.seed, {})[point.swept, point.step] = point
     seeds, names = rectangle(table)
     if len(names) < FEWEST:
         return [], [], []
 
-    rows = []
-    for seed in seeds:
-        rows.append([key(table[seed][name]) for name in names])
+    rows = [list(map(table[seed].get, names)) for seed in seeds]
     # the initial policy opens the curve, unless its scores by the proxy are not known
-    starts = [key(results.initial_of(seed)) for seed in seeds]
-    if proxy is None or all(f"score/{proxy}" in means[start] for start in starts):
+    starts = list(map(results.initial_of, seeds))
+    if all(needed in start.values for start in starts):
         rows = [[start, *row] for start, row in zip(starts, rows, strict=True)]
         names = [(None, 0), *names]
     return seeds, names, rows

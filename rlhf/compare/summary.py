@@ -16,7 +16,7 @@ import numpy as np
 
 from rlhf.compare.judged import judged, label
 from rlhf.compare.results import Point, Results, key, mean_of, prompt_key, seeds_of
-from rlhf.compare.selection import Means, ended, rectangle, stack, tabulate
+from rlhf.compare.selection import ended, rectangle
 from rlhf.compare.verdict import notes, verdicts
 from rlhf.errors import UserError, did_you_mean
 from rlhf.stats.crossed import MIN_SEEDS, crossed_mean, outlying, share
@@ -39,7 +39,7 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
     over-optimisation. Raises UserError if there is nothing to compare or the judge cannot judge.
     """
     _check(results)
-    means, initial = tabulate(results), results.initial
+    initial = results.initial
     trained = [m for m in results.measured_methods() if not results.methods[m].get("baseline")]
     seeds = [len(rectangle(ended(results, method))[0]) for method in trained]
     report: dict[str, Any] = {
@@ -53,10 +53,10 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
         "missing": list(_missing(results)),
         "initial_policy": {
             "method": initial.method,
-            **_measures(results, means, [initial], level),
+            **_measures(results, [initial], level),
             "budget": initial.budget,
         },
-        "points": list(_points(results, means, level)),
+        "points": list(_points(results, level)),
         "outliers": [],
         "claims": {"count": 0, "method": "Holm 1979", "alpha": 1 - level},
         "curves": {},
@@ -72,7 +72,7 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
     }
     # without a judge these parts stay empty: no other score may decide
     if results.judge is not None:
-        report |= judged(results, means, trained, level)
+        report |= judged(results, trained, level)
         report["outliers"] = list(_outliers(report, trained, 1 - level))
 
     report["samples"] = samples(results, report["tuned"]["methods"])
@@ -153,7 +153,7 @@ def _missing(results: Results) -> Iterator[dict[str, Any]]:
                 yield {"method": method, "swept": swept, "seed": seed}
 
 
-def _points(results: Results, means: Means, level: float) -> Iterator[dict[str, Any]]:
+def _points(results: Results, level: float) -> Iterator[dict[str, Any]]:
     """Yield one entry for each method, swept value and step, over the seeds that have it."""
     for method in results.measured_methods():
         # the sort is stable, so that the seeds of an entry stay in order
@@ -167,26 +167,24 @@ def _points(results: Results, means: Means, level: float) -> Iterator[dict[str, 
                 "step": step,
                 "last": any(point.last for point in own),
                 "seeds": [point.seed for point in own],
-                **_measures(results, means, own, level),
+                **_measures(results, own, level),
                 "budget": mean_of(point.budget for point in own),
-                "per_seed": [_seed(results, means, point) for point in own],
+                "per_seed": [_seed(results, point) for point in own],
             }
 
 
-def _measures(
-    results: Results, means: Means, points: Sequence[Point], level: float
-) -> dict[str, Any]:
+def _measures(results: Results, points: Sequence[Point], level: float) -> dict[str, Any]:
     """Return the estimates of one policy over its seeds: `points` has one for each."""
 
     def estimate(measure: str, starts: Sequence[Point] = ()) -> dict[str, Any] | None:
         """Estimate over the seeds' initial policies where `starts` are given; None where a point
         lacks the measure.
         """
-        if any(measure not in means[key(point)] for point in (*points, *starts)):
+        if any(measure not in point.values for point in (*points, *starts)):
             return None
-        values = stack(means, measure, [map(key, points)])[0]
+        values = results.stack(measure, [points])[0]
         if starts:
-            values = values - stack(means, measure, [map(key, starts)])[0]
+            values = values - results.stack(measure, [starts])[0]
         found = crossed_mean(values, level=level)
         # an interval of a share ends at 100 %
         return (share(found, level) if measure in SHARES else found).to_dict()
@@ -199,24 +197,24 @@ def _measures(
     for name in results.score_kinds:
         mean = estimate(f"score/{name}")
         if mean is not None:
-            scores[name] = {
-                "mean": mean,
-                "difference": estimate(f"score/{name}", starts) if starts else None,
-            }
-    shapes = {name: estimate(name) for name in SHAPES}
+            difference = estimate(f"score/{name}", starts) if starts else None
+            scores[name] = {"mean": mean, "difference": difference}
     return {
         "kl": estimate("kl"),
         "scores": scores,
-        **shapes,
+        **dict(zip(SHAPES, map(estimate, SHAPES), strict=True)),
         "numbers": mean_of(point.numbers for point in points),
     }
 
 
-def _seed(results: Results, means: Means, point: Point) -> dict[str, Any]:
-    found = means[key(point)]
-    known = [name for name in results.score_kinds if f"score/{name}" in found]
-    scores = {name: float(found[f"score/{name}"].mean()) for name in known}
-    return {"seed": point.seed, "kl": float(found["kl"].mean()), "scores": scores}
+def _seed(results: Results, point: Point) -> dict[str, Any]:
+    """Return the means of one seed's policy."""
+    means = results.means[key(point)]
+    scores = {}
+    for name in results.score_kinds:
+        if f"score/{name}" in means:
+            scores[name] = float(means[f"score/{name}"].mean())
+    return {"seed": point.seed, "kl": float(means["kl"].mean()), "scores": scores}
 
 
 def _outliers(
@@ -251,38 +249,39 @@ def samples(results: Results, chosen: dict[str, Any], count: int = SAMPLES) -> l
     A method answers at its chosen swept value (where none was chosen, at the first one) and first
     seed.
     """
-    shown = {results.initial.method: results.initial}
+    policies = {results.initial.method: results.initial}
     for method in results.measured_methods():
         ends = results.ends(method, chosen.get(method, {}).get("usual"))
         if ends:
-            shown[label(results, method, ends[0].swept)] = ends[0]
-    # a policy may have been measured without its texts being kept
-    shown = {name: point for name, point in shown.items() if key(point) in results.responses}
+            policies[label(results, method, ends[0].swept)] = ends[0]
 
     # by hash, so that nobody picks them and every report shows the same
-    digests = [
-        hashlib.sha256(prompt_key(prompt).encode()).hexdigest() for prompt in results.prompts
-    ]
+    asked = map(str.encode, map(prompt_key, results.prompts))
+    digests = [hashlib.sha256(prompt).hexdigest() for prompt in asked]
     found = []
     for i in np.argsort(digests, kind="stable")[:count].tolist():
-        responses = {name: _response(results, point, i) for name, point in shown.items()}
+        responses = {}
+        for name, point in policies.items():
+            # a policy may have been measured without its texts being kept
+            if point.responses is not None:
+                responses[name] = _response(results, point, i)
         found.append({"prompt": results.prompts[i], "responses": responses})
     return found
 
 
 def _response(results: Results, point: Point, prompt: int) -> dict[str, Any]:
     values = {name: float(array[prompt, 0]) for name, array in point.values.items()}
-    return {
-        "response": results.responses[key(point)][prompt][0],
+    found = {
+        "response": point.responses[prompt][0],
         "ended": bool(values.get("ended", 1.0)),
         "kl": values.get("kl"),
         "length": values.get("length"),
-        "scores": {
-            name: values[f"score/{name}"]
-            for name in results.score_kinds
-            if f"score/{name}" in values
-        },
+        "scores": {},
     }
+    for name in results.score_kinds:
+        if f"score/{name}" in values:
+            found["scores"][name] = values[f"score/{name}"]
+    return found
 
 
 def budget(results: Results) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rlhf.compare.results import Point, Results, key, mean_of, measured_values, response_texts
-from rlhf.compare.text_metrics import variety
+from rlhf.compare.results import Results, mean_of, measured_point
 from rlhf.errors import UserError
 from rlhf.experiment.config import BEST_OF_N, ExperimentConfig
 from rlhf.experiment.cost import shared_cost
@@ -152,23 +151,19 @@ def read_results(config: ExperimentConfig) -> Results:
         if finite(every_row, name):
             kinds.setdefault(name, "other")
 
-    points, responses = [], {}
+    points = []
     for about, head, own in measured:
-        own = [row for row in own if row["sample"] < config.samples_per_prompt]
-        known = [name for name in kinds if name in own[0]["scores"]]
         # of equally many responses of each policy: the initial policy has a pool of them, and
         # distinct-n falls with more
-        numbers = head["numbers"] | variety([row["response"] for row in own])
-        values = measured_values(own, known, len(prompts))
-        point = Point(**about, values=values, numbers=numbers, budget=head["budget"])
-        points.append(point)
-        responses[key(point)] = response_texts(own, len(prompts))
+        own = [row for row in own if row["sample"] < config.samples_per_prompt]
+        known = [name for name in kinds if name in own[0]["scores"]]
+        about["budget"] = head["budget"]
+        points.append(measured_point(own, known, len(prompts), head["numbers"], **about))
     measured_seeds = [seed for seed in config.seeds if f"seed-{seed}/{INITIAL}" in names]
     return Results(
         points=points,
         groups=[prompt["group"] for prompt in prompts],
         prompts=[prompt["prompt"] for prompt in prompts],
-        responses=responses,
         score_kinds=kinds,
         judge=initial["judge"],
         methods={name: method_of(config, name) for name in config.methods},

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf.compare.results import Point, Results, independent_pairs, key
+from rlhf.compare.results import Point, Results, independent_pairs
 from rlhf.compare.wins import Verdicts, win_rate
 from rlhf.judge.judges import Judge, load_judge
 from rlhf.judge.pairs import JudgedPair, add_votes, ask, orders, store_pairs, write_pairs
@@ -121,10 +121,10 @@ def judge_wins(
     """
     partners = one_partner_each(independent_pairs(a, b))
     judged = []
-    of_a, of_b = results.responses[key(a)], results.responses[key(b)]
     for i, prompt in enumerate(results.prompts):
         for k, m in partners:
-            sides = {"a": a.method, "b": b.method, "answer_a": of_a[i][k], "answer_b": of_b[i][m]}
+            answers = {"answer_a": a.responses[i][k], "answer_b": b.responses[i][m]}
+            sides = {"a": a.method, "b": b.method, **answers}
             judged.append(JudgedPair(prompt=prompt, group=results.groups[i], **sides))
     ask(judge, judged, cache)
     found = orders(judged)

@@ -1,5 +1,7 @@
 """Results made by hand, whose answers are known beforehand."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from rlhf.compare.results import Point, Results
@@ -87,12 +89,9 @@ def make(
                     )
     names = [f"g{g:02}" for g in range(groups)]
     return Results(
-        points=points,
+        points=[replace(p, responses=[[f"{p.method} a", "b"]] * groups) for p in points],
         groups=names,
         prompts=[f"question {n}?" for n in names],
-        responses={
-            (p.method, p.swept, p.seed, p.step): [[f"{p.method} a", "b"]] * groups for p in points
-        },
         score_kinds=dict(KINDS),
         judge=judge,
         methods={m: dict(METHODS[m]) for m in ("sft", *gold)},

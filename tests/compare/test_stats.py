@@ -22,7 +22,7 @@ def share_of(values):
 
 def results_of(groups):
     return Results(
-        points=[], groups=groups, prompts=groups, responses={}, score_kinds={}, judge=None, methods={},
+        points=[], groups=groups, prompts=groups, score_kinds={}, judge=None, methods={},
         shared_budget={}, meta={},
     )  # fmt: skip
 

@@ -18,7 +18,7 @@ def point(seed=0, method="ppo", **values):
 
 def results_of(groups):
     return Results(
-        points=[], groups=list(groups), prompts=list(groups), responses={}, score_kinds={"gold": "gold"}, judge="gold",
+        points=[], groups=list(groups), prompts=list(groups), score_kinds={"gold": "gold"}, judge="gold",
         methods={}, shared_budget={}, meta={},
     )  # fmt: skip
 

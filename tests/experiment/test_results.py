@@ -123,7 +123,7 @@ def test_values_land_in_their_places(tmp_path):
     # "w x y z w x y z": five runs of four words, the last of which is the first again
     np.testing.assert_allclose(end.values["repetition"], [[0.2, 0], [0, 0]])
     assert end.numbers["perplexity/sft"] == 2.5 and end.budget == {"flops": 40.0}
-    assert results.responses["dpo", 0.1, 0, 4] == [
+    assert end.responses == [
         ["w x y z w x y z", "no\u2028end ..."],
         ["", "good"],
     ]

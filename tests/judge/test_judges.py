@@ -32,15 +32,17 @@ A, B = point("ppo"), point("dpo")
 
 
 def judge_wins(judge, results, a, b, cache):
+    texts = {point.method: point.responses for point in results.points}
+    a, b = (replace(point, responses=texts[point.method]) for point in (a, b))
     verdicts, _ = policies.judge_wins(judge, results, a, b, cache)
     return verdicts
 
 
 def results_of(own, other):
     prompts = [[{"role": "user", "content": f"prompt {i}"}] for i in range(len(own))]
-    responses = {("ppo", None, 0, 1): own, ("dpo", None, 0, 1): other}
     return Results(
-        points=[A, B], groups=[str(i) for i in range(len(own))], prompts=prompts, responses=responses, score_kinds={},
+        points=[replace(A, responses=own), replace(B, responses=other)],
+        groups=[str(i) for i in range(len(own))], prompts=prompts, score_kinds={},
         judge=None, methods={}, shared_budget={}, meta={},
     )  # fmt: skip
 
