@@ -119,7 +119,10 @@ def same_prompt(answers: list[Answer]) -> list[tuple[int, int]]:
     by_prompt: dict[str, list[int]] = {}
     for place, answer in enumerate(answers):
         by_prompt.setdefault(str(answer.prompt), []).append(place)
-    return [pair for own in by_prompt.values() for pair in itertools.combinations(own, 2)]
+    pairs = []
+    for own in by_prompt.values():
+        pairs += itertools.combinations(own, 2)
+    return pairs
 
 
 def _metadata(record: Record) -> dict[str, Any]:

@@ -6,12 +6,10 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from reward.compose import build_tone_judge
-from reward.voice.answers import Answer, read_answers, same_prompt, sample_answers, to_samples
+from reward.voice.answers import Answer, read_answers, same_prompt, sample_answers
 from reward.voice.contradictions import contradictions
-from reward.voice.score import Part, score_text
+from reward.voice.score import Part, score_text, tone_judge, tones_of, weakest
 from reward.voice.scorer import Voice, load_voice
-from reward.voice.tone import check_tone, measure_tone
 from reward.voice.words import explain, remarks
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
@@ -59,9 +57,7 @@ class CheckConfig:
 def check(config: CheckConfig) -> dict[str, Any]:
     """Print the report and return it. Raises UserError at its end where the file contradicts itself."""
     voice = load_voice(config.voice, keep_contradictions=True)
-    judge = build_tone_judge(config.judge) if config.judge else None
-    if judge:
-        check_tone(voice.sliders, config.voice)
+    judge = tone_judge(config.judge, voice, config.voice)
     rows, wrong = check_examples(voice, judge)
     report: dict[str, Any] = {
         "voice": voice.name,
@@ -124,9 +120,7 @@ def check_examples(voice: Voice, judge: Any = None) -> tuple[list[dict[str, Any]
             if text is None:
                 continue
             answer = Answer(text, metadata=example.facts)
-            tone = None
-            if judge and voice.sliders:
-                tone = measure_tone(voice.sliders, judge, to_samples([answer]))[0]
+            (tone,) = tones_of(voice, judge, [answer])
             total, parts, _ = score_text(voice, answer, tone)
             row[kind] = {"text": text, "score": total, "weak": _weak(parts)}
         do, dont = row.get("do"), row.get("dont")
@@ -145,11 +139,10 @@ def check_examples(voice: Voice, judge: Any = None) -> tuple[list[dict[str, Any]
     return rows, wrong
 
 
-def _weak(parts: list[Part], most: int = 4) -> str:
+def _weak(parts: list[Part]) -> str:
     """Return the parts that cost most, with their scores and what was measured."""
-    weak = sorted((part for part in parts if part.leaves < 0.995), key=lambda part: part.leaves)
     said = []
-    for part in weak[:most]:
+    for part in weakest(parts):
         note = f" ({part.mark.note})" if part.mark.note else ""
         said.append(f"{part.name} {part.score:.2f}{note}")
     return ", ".join(said)
@@ -162,7 +155,7 @@ def spread(voice: Voice, answers: list[Answer], judge: Any = None) -> dict[str, 
     "distinct", "ties" (pairs that score alike), "low", "mean", "high"}, "parts": {name: {"mean",
     "distinct"}}}
     """
-    tones = measure_tone(voice.sliders, judge, to_samples(answers)) if judge else None
+    tones = tones_of(voice, judge, answers)
     pairs = same_prompt(answers)
     found: dict[str, Any] = {
         "answers": len(answers),
@@ -175,7 +168,7 @@ def spread(voice: Voice, answers: list[Answer], judge: Any = None) -> dict[str, 
         by_part = {}
         for place, answer in enumerate(answers):
             own = voice.on_channel(answer.metadata).model_copy(update={"credit": credit})
-            scores = own.score(answer.text, answer.metadata, answer.ended, tones and tones[place])
+            scores = own.score(answer.text, answer.metadata, answer.ended, tones[place])
             totals.append(round(scores.pop("total"), DIGITS))
             for name, value in scores.items():
                 by_part.setdefault(name, []).append(round(value, DIGITS))
@@ -187,10 +180,9 @@ def spread(voice: Voice, answers: list[Answer], judge: Any = None) -> dict[str, 
             "mean": statistics.fmean(totals),
             "high": max(totals),
         }
-    found["parts"] = {
-        name: {"mean": statistics.fmean(values), "distinct": len(set(values))}
-        for name, values in by_part.items()
-    }
+    found["parts"] = {}
+    for name, values in by_part.items():
+        found["parts"][name] = {"mean": statistics.fmean(values), "distinct": len(set(values))}
     return found
 
 
@@ -205,9 +197,10 @@ def as_lines(path: str, report: dict[str, Any]) -> list[str]:
     ]
     rules = {part["part"]: part["rule"] for part in report["parts"]}
     for name, parts in report["channels"].items():
-        changed = [part for part in parts if part["rule"] != rules.get(part["part"])]
-        gone = rules.keys() - {part["part"] for part in parts}
-        without = ", without " + ", ".join(part for part in rules if part in gone) if gone else ""
+        own = {part["part"]: part for part in parts}
+        changed = [part for name, part in own.items() if part["rule"] != rules.get(name)]
+        gone = [name for name in rules if name not in own]
+        without = f", without {', '.join(gone)}" if gone else ""
         same = "" if changed or gone else ", the same"
         lines += ["", f"On the channel {name}{without}{same}" + ":" * bool(changed)]
         lines += map(_part_line, changed)

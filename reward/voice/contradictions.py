@@ -35,9 +35,10 @@ def _impossible_bounds(sections: Mapping[str, Any]) -> list[str]:
         found.append(f"'emoji': min {emoji.min} is above max {emoji.max}")
 
     # words of the shortest form of greeting and closing
-    least_words = {
-        name: part.least_words() for name, part in sections.items() if isinstance(part, Greeting)
-    }
+    least_words = {}
+    for name, part in sections.items():
+        if isinstance(part, Greeting):
+            least_words[name] = part.least_words()
     if length and sum(least_words.values()) > length.max_words:
         found.append(
             f"'length': max_words {length.max_words} is too few for {' and '.join(least_words)}"
@@ -70,8 +71,10 @@ def _punished_phrases(
 ) -> list[str]:
     asked = {name: part.asked for name, part in sections.items()}
     asked |= {f"task/{key}": fact.asked for key, fact in facts.items()}
-    # what a regular expression matches cannot be listed
-    wanted = [(name, text) for name, own in asked.items() for text in own if not is_regex(text)]
+    wanted = []
+    for name, own in asked.items():
+        # what a regular expression matches cannot be listed
+        wanted += [(name, text) for text in own if not is_regex(text)]
     found = []
     for name, text in wanted:
         for punished in ("avoid", "claims"):

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from reward.voice.parts import Mark, Section, SomePhrases
-from reward.voice.phrases import Span, Text, quoted
+from reward.voice.phrases import Text, quoted, spans_of
 from rlhf.validation import Count, Number, Spec
 
 # what each sign, emoji or pronoun too many leaves of its part
@@ -31,13 +31,16 @@ class Sentences(Section):
 
         With `exact` only the longest sentence counts: 0 at one and a half times `max_words`.
         """
-        bad = [(start, end) for start, end, words in text.sentences if words > self.max_words]
-        counts = [words for _, _, words in text.sentences]
-        note = f"the longest has {max(counts)} words"
-        if exact:
-            return Mark(within(max(counts), 0, self.max_words), bad=bad, note=note)
-        kept = sum(words * softly_within(words, 0, self.max_words) for words in counts)
-        return Mark(kept / sum(counts), bad=bad, note=note)
+        longest, kept, whole, bad = 0, 0.0, 0, []
+        for start, end, words in text.sentences:
+            if words > self.max_words:
+                bad.append((start, end))
+            longest = max(longest, words)
+            kept += words * softly_within(words, 0, self.max_words)
+            whole += words
+        note = f"the longest has {longest} words"
+        score = within(longest, 0, self.max_words) if exact else kept / whole
+        return Mark(score, bad=bad, note=note)
 
 
 class Length(Section):
@@ -47,10 +50,7 @@ class Length(Section):
     max_words: Count = Field(1000, gt=0)
 
     def explain(self) -> str:
-        given = self.model_dump(include={"min_words", "max_words"}, exclude_unset=True)
-        bounds = {"min_words": "at least {}", "max_words": "at most {}"}
-        words = " and ".join(bounds[name].format(value) for name, value in given.items())
-        return f"the text has {words or 'any number of'} words"
+        return f"the text has {_bounds(self, 'min_words', 'max_words')} words"
 
     def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
         """Return `softly_within`; with `exact` `within`."""
@@ -141,11 +141,11 @@ class Person(Section):
         good, bad = [], []
         for person, pattern in FIRST_PERSON.items():
             if self.speaks_as:
-                spans = _spans(pattern, text)
+                spans = spans_of(pattern, text.text)
                 (good if person == self.speaks_as else bad).extend(spans)
         faults = len(bad)
         if self.addresses_reader is not None:
-            spans = _spans(READER, text)
+            spans = spans_of(READER, text.text)
             (good if self.addresses_reader else bad).extend(spans)
             # one fault for the reader who is missing, one for each who should be
             faults += (not spans) if self.addresses_reader else len(spans)
@@ -179,7 +179,7 @@ class Contractions(Section):
 
     def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
         """Return right / (right + wrong); 1 where there is no such place."""
-        good, bad = _spans(CONTRACTED, text), _spans(EXPANDED, text)
+        good, bad = spans_of(CONTRACTED, text.text), spans_of(EXPANDED, text.text)
         if self.style == "avoid":
             good, bad = bad, good
         score = len(good) / (len(good) + len(bad)) if good or bad else 1.0
@@ -201,21 +201,16 @@ class Emoji(Section):
     allowed: SomePhrases | None = None
 
     def explain(self) -> str:
-        given = self.model_dump(include={"min", "max"}, exclude_unset=True)
-        bounds = {"min": "at least {}", "max": "at most {}"}
-        count = " and ".join(bounds[name].format(value) for name, value in given.items())
         only = f", only {quoted(self.allowed, 'or')}" if self.allowed else ""
-        return f"the text has {count or 'any number of'} emoji{only}"
+        return f"the text has {_bounds(self, 'min', 'max')} emoji{only}"
 
     def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
         """Return (found / min, at most 1) * FAULT_FACTOR^(too many + not allowed)."""
-        spans = _spans(EMOJI, text)
-        known = None if self.allowed is None else {_plain_emoji(sign) for sign in self.allowed}
-        bad = []
-        for span in spans:
-            if known is not None and _plain_emoji(text.text[slice(*span)]) not in known:
-                bad.append(span)
-        good = [span for span in spans if span not in bad]
+        known = None if self.allowed is None else set(map(_plain_emoji, self.allowed))
+        good, bad = [], []
+        for span in spans_of(EMOJI, text.text):
+            is_known = known is None or _plain_emoji(text.at(span)) in known
+            (good if is_known else bad).append(span)
         # those beyond the maximum count as faults, the last ones first
         bad += good[self.max :]
         good = good[: self.max]
@@ -249,8 +244,7 @@ class Punctuation(Section):
     @property
     def most(self) -> dict[str, int]:
         """The signs that are limited, with their most."""
-        given = {name: getattr(self, name) for name in SIGNS}
-        return {name: most for name, most in given.items() if most is not None}
+        return self.model_dump(include=set(SIGNS), exclude_none=True)
 
     @model_validator(mode="after")
     def _check(self) -> Punctuation:
@@ -272,9 +266,9 @@ class Punctuation(Section):
     def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
         bad = []
         for name, most in self.most.items():
-            spans = _spans(SIGNS[name], text)
+            spans = spans_of(SIGNS[name], text.text)
             if name == "capitals":
-                spans = [span for span in spans if text.text[slice(*span)].isupper()]
+                spans = [span for span in spans if text.at(span).isupper()]
             bad += spans[most:]
         return Mark(FAULT_FACTOR ** len(bad), bad=bad)
 
@@ -329,8 +323,14 @@ def count_syllables(word: str) -> int:
     return max(1, len(_VOWELS.findall(_SILENT_E.sub("", word.removesuffix("'s")))))
 
 
-def _spans(pattern: re.Pattern, text: Text) -> list[Span]:
-    return [match.span() for match in pattern.finditer(text.text)]
+def _bounds(section: Section, low: str, high: str) -> str:
+    """Return the bounds that the file gives, as "at least 2 and at most 9"."""
+    given = section.model_dump(include={low, high}, exclude_unset=True)
+    said = []
+    for name, words in ((low, "at least"), (high, "at most")):
+        if name in given:
+            said.append(f"{words} {given[name]}")
+    return " and ".join(said) or "any number of"
 
 
 def _plain_emoji(sign: str) -> str:

@@ -54,19 +54,16 @@ def phrase_likeness(phrase: Sequence[str], words: Sequence[str]) -> list[float]:
     word 1 - `word_likeness` of the two. `phrase` has at least one word.
     """
     distinct = set(words)
-    like = [
-        {word: like for word in distinct if (like := word_likeness(wanted, word))}
-        for wanted in phrase
-    ]
+    known = [{word: word_likeness(wanted, word) for word in distinct} for wanted in phrase]
     # a phrase of which no word is there has no near stretch
-    if not any(like):
+    if not any(any(like.values()) for like in known):
         return [0.0] * (len(words) + 1)
     # a stretch may begin anywhere
     row = [0.0] * (len(words) + 1)
-    for missing, known in enumerate(like, 1):
+    for missing, like in enumerate(known, 1):
         diagonal, row[0] = row[0], float(missing)
         for j, word in enumerate(words, 1):
-            replaced = diagonal + 1 - known.get(word, 0.0)
+            replaced = diagonal + 1 - like[word]
             diagonal = row[j]
             row[j] = min(replaced, row[j] + 1, row[j - 1] + 1)
     return [max(0.0, 1 - edits / len(phrase)) for edits in row]

@@ -6,6 +6,7 @@ counts as it did before partial credit. docs/brand-voice.md has the table of cre
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from reward.voice.phrases import (
     is_regex,
     longest_sentence,
     quoted,
+    spans_of,
     words_of,
 )
 from rlhf.validation import Count, Number, Spec
@@ -149,8 +151,7 @@ class Greeting(Section):
         nothing.
         """
         if is_regex(form):
-            pattern = re.compile(form_body(form, values), re.IGNORECASE)
-            spans = [match.span() for match in pattern.finditer(text.text)]
+            spans = spans_of(re.compile(form_body(form, values), re.IGNORECASE), text.text)
             if not spans:
                 return Mark(0.0)
             span = spans[0] if self.at_start else spans[-1]
@@ -164,13 +165,16 @@ class Greeting(Section):
         read = text.words[:count][::-1] if self.at_start else text.words[-count:]
         likeness = phrase_likeness(wanted[::-1] if self.at_start else wanted, read)
         credits = [like**3 * _place(count - end) for end, like in enumerate(likeness)]
-        end = max(range(count + 1), key=credits.__getitem__)
-        if not credits[end]:
+        best = max(credits)
+        if not best:
             return Mark(0.0)
-        places = range(max(0, end - 2 * len(wanted)), end)
+        end = credits.index(best)
         spans = text.word_spans[:count][::-1] if self.at_start else text.word_spans[-count:]
-        near = [spans[place] for place in places if is_like_any(read[place], wanted)]
-        return Mark(NEAR_FORM * credits[end], near=near)
+        near = []
+        for place in range(max(0, end - 2 * len(wanted)), end):
+            if is_like_any(read[place], wanted):
+                near.append(spans[place])
+        return Mark(NEAR_FORM * best, near=near)
 
     def _away(self, text: Text, span: Span) -> int:
         """Return the words between a span and the form's place."""
@@ -223,21 +227,28 @@ class Use(Section):
         missing that the text nearly has. These count in the share of all words too, so that no text
         gains by misspelling them.
         """
-        found = {word: text.find(word, self.inflect) for word in self.phrases}
-        spans = [span for own in found.values() for span in own]
-        used: float = sum(bool(own) for own in found.values())
-        missing = self.enough - used
-        nearly: dict[str, float] = {}
-        credited: list[float] = []
-        if missing > 0 and not exact:
-            nearly = {word: likeness(word, text) for word, own in found.items() if not own}
-            credited = [like for like in sorted(nearly.values())[-int(missing) :] if like]
-            used += sum(NEAR_WORD * like**3 for like in credited)
-        share = (len(spans) + len(credited)) / len(text.words)
+        spans: list[Span] = []
+        unused = []
+        # a phrase that is listed twice counts once
+        for word in dict.fromkeys(self.phrases):
+            own = text.find(word, self.inflect)
+            spans += own
+            if not own:
+                unused.append(word)
+        count = len(set(self.phrases)) - len(unused)
+        note = f"{count} of {self.enough}"
+        used, credited, near = float(count), 0, []
+        if count < self.enough and not exact:
+            nearly = [(likeness(word, text), word) for word in unused]
+            nearly = [(like, word) for like, word in nearly if like]
+            # the nearest ones stand for those that are missing
+            best = sorted(like for like, _ in nearly)[count - self.enough :]
+            credited = len(best)
+            used += sum(NEAR_WORD * like**3 for like in best)
+            near = near_words([word for _, word in nearly], text)
+        share = (len(spans) + credited) / len(text.words)
         # a list of the words is not an answer
         stuffed = max(0.0, min(1.0, 2 - share / self.max_share))
-        near = near_words([word for word, like in nearly.items() if like], text)
-        note = f"{sum(bool(own) for own in found.values())} of {self.enough}"
         good, bad = (spans, []) if stuffed == 1 else ([], spans)
         return Mark(
             min(1.0, used / self.enough) * stuffed, good=good, bad=bad, near=near, note=note
@@ -279,8 +290,9 @@ class Claims(Avoid):
     def mark(self, text: Text, metadata: dict[str, Any], *, exact: bool) -> Mark:
         negations = self.denials(exact=exact)
         claims = text.find_any(self.words, self.inflect)
-        bad = [span for span in claims if not is_negated(text.text, span[0], negations)]
-        denied = [span for span in claims if span not in bad]
+        denied, bad = [], []
+        for span in claims:
+            (denied if is_negated(text.text, span[0], negations) else bad).append(span)
         least = 0.0 if exact else ONE_CLAIM / max(1, len(bad))
         note = f"{len(denied)} negated" if denied else ""
         return Mark(least if bad else 1.0, good=denied, bad=bad, note=note)
@@ -303,18 +315,18 @@ class Fact(Section):
 
     @property
     def asked(self) -> list[str]:
-        said = [phrase for phrases in self.phrasings.values() for phrase in phrases]
-        return [*self.choices, *said]
+        return [*self.choices, *itertools.chain.from_iterable(self.phrasings.values())]
 
     @model_validator(mode="after")
     def _check(self) -> Fact:
         if self.choices and self.phrasings:
             raise ValueError("has both 'choices' and 'phrasings'; keep one")
-        ways = self.phrasings or {
-            f"{value} (entry {i})": [value] for i, value in enumerate(self.choices, 1)
-        }
+        ways = list(self.phrasings.items())
+        # two choices may be spelled alike
+        for number, value in enumerate(self.choices, 1):
+            ways.append((f"{value} (entry {number})", [value]))
         value_of: dict[str, str] = {}
-        for value, phrases in ways.items():
+        for value, phrases in ways:
             if not phrases:
                 raise ValueError(f"{value!r} has no phrase that says it")
             for phrase in distinct(phrases):

@@ -3,6 +3,7 @@ between slashes.
 """
 
 import functools
+import itertools
 import re
 import unicodedata
 from collections.abc import Iterable
@@ -13,17 +14,11 @@ Span = tuple[int, int]
 
 
 def _combining_marks() -> str:
-    """Return the ranges of a character class: marks that belong to the letter before them, which \\w
+    """Return the signs of a character class: marks that belong to the letter before them, which \\w
     leaves out (vowel signs of Hindi and Thai, points of Hebrew). Variation selectors of emoji are none.
     """
-    codes = [c for c in range(0x300, 0xFE00) if unicodedata.category(chr(c)) in ("Mn", "Mc")]
-    ranges = []
-    for code in codes:
-        if ranges and code == ranges[-1][1] + 1:
-            ranges[-1][1] = code
-        else:
-            ranges.append([code, code])
-    return "".join(f"{chr(low)}-{chr(high)}" for low, high in ranges)
+    marks = [c for c in map(chr, range(0x300, 0xFE00)) if unicodedata.category(c) in ("Mn", "Mc")]
+    return "".join(marks)
 
 
 MARKS = _combining_marks()
@@ -46,22 +41,23 @@ class Text:
     def __init__(self, text: str):
         self.text = clean(text)
         self.has_marks = bool(MARK.search(self.text))
-        matches = list((MARKED_WORD if self.has_marks else WORD).finditer(self.text))
-        self.words = [match[0].lower() for match in matches]
-        self.word_spans = [match.span() for match in matches]
+        self.word_spans = spans_of(MARKED_WORD if self.has_marks else WORD, self.text)
+        self.words = [self.at(span).lower() for span in self.word_spans]
         self.pieces = set(re.findall(r"\w+", self.text.lower()))
+
+    def at(self, span: Span) -> str:
+        """Return what stands at a place of `text`."""
+        return self.text[slice(*span)]
 
     @functools.cached_property
     def sentences(self) -> list[tuple[int, int, int]]:
         """Return (start, end, words) of each sentence that has a word, as places in `text`."""
-        ends = [match.span() for match in SENTENCE_END.finditer(self.text)]
-        starts = [0, *(end for _, end in ends)]
-        stops = [*(start for start, _ in ends), len(self.text)]
-        found = []
-        for start, stop in zip(starts, stops, strict=True):
+        found, start = [], 0
+        for stop, following in [*spans_of(SENTENCE_END, self.text), (len(self.text), 0)]:
             count = count_words(self.text[start:stop])
             if count:
                 found.append((start, stop, count))
+            start = following
         return found
 
     def find(self, phrase: str, inflect: bool) -> list[Span]:
@@ -70,8 +66,8 @@ class Text:
         starts = first_pieces(phrase, inflect)
         if starts and self.pieces.isdisjoint(starts):
             return []
-        spans = [match.span() for match in phrase_pattern(phrase, inflect).finditer(self.text)]
-        return [span for span in spans if not self._cuts_a_letter(span)]
+        spans = spans_of(phrase_pattern(phrase, inflect), self.text)
+        return list(itertools.filterfalse(self._cuts_a_letter, spans))
 
     def find_any(self, phrases: Iterable[str], inflect: bool) -> list[Span]:
         """Return where any of the phrases occurs."""
@@ -84,6 +80,11 @@ class Text:
         """Return whether a combining mark continues the word after the span."""
         following = self.text[span[1] : span[1] + 1]
         return self.has_marks and bool(MARK.match(following))
+
+
+def spans_of(pattern: re.Pattern, text: str) -> list[Span]:
+    """Return the places of all matches, as (start, end)."""
+    return [match.span() for match in pattern.finditer(text)]
 
 
 def count_words(text: str) -> int:
@@ -160,7 +161,7 @@ def inflections(word: str) -> set[str]:
         stems.add(word + word[-1])
 
     for ending in ("ed", "ing", "er", "est"):
-        forms |= {stem + ending for stem in stems}
+        forms.update(stem + ending for stem in stems)
     return forms
 
 
@@ -262,7 +263,9 @@ def quoted(phrases: list[str], last: str = "and", most: int = 8) -> str:
     more = len(phrases) - len(shown)
     if more:
         shown.append(f"{more} more")
-    return f" {last} ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+    if len(shown) > 1:
+        shown = [", ".join(shown[:-1]), shown[-1]]
+    return f" {last} ".join(shown)
 
 
 def plain_phrase(phrase: str) -> str:

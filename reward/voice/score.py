@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from reward.voice.phrases import Span, Text
 from reward.voice.scorer import FLOOR, Voice, choose_channel, load_voice
 from reward.voice.tone import check_tone, measure_tone
 from rlhf.config import option
+from rlhf.data.records import Scorer
 from rlhf.data.sources import READABLE
 from rlhf.errors import UserError
 from rlhf.files import dumps
@@ -78,33 +80,54 @@ def score_text(
     return scores["total"], parts, text
 
 
+def tone_judge(spec: dict[str, Any] | None, voice: Voice, where: str) -> Scorer | None:
+    """Return the judge of the voice's tone; None where none is named. Raises UserError where it would
+    have nothing to measure.
+    """
+    if not spec:
+        return None
+    judge = build_tone_judge(spec)
+    check_tone(voice.sliders, where)
+    return judge
+
+
+def tones_of(
+    voice: Voice, judge: Scorer | None, answers: list[Answer]
+) -> Sequence[dict[str, float] | None]:
+    """Return what the judge measured of each answer, by slider; None for each without a judge."""
+    measured = measure_tone(voice.sliders, judge, to_samples(answers)) if judge else None
+    return measured or [None] * len(answers)
+
+
+def weakest(parts: list[Part]) -> list[Part]:
+    """Return up to four parts that cost most, the worst first."""
+    weak = [part for part in parts if part.leaves < 0.995]
+    return sorted(weak, key=lambda part: part.leaves)[:4]
+
+
 def score(config: ScoreConfig) -> list[dict[str, Any]]:
     """Print and return the score of each text."""
     voice = load_voice(config.voice)
     choose_channel(voice, config.channel, config.voice)
-    judge = build_tone_judge(config.judge) if config.judge else None
-    if judge:
-        check_tone(voice.sliders, config.voice)
+    judge = tone_judge(config.judge, voice, config.voice)
     given = dict(config.metadata)
     if config.channel:
         given["channel"] = config.channel
     answers = [
         Answer(own.text, own.prompt, own.metadata | given, own.ended) for own in _texts(config.text)
     ]
-    tones = measure_tone(voice.sliders, judge, to_samples(answers)) if judge else None
+    tones = tones_of(voice, judge, answers)
     coloured = config.colour == "always" or (
         config.colour == "auto" and sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     )
     found = []
     for place, answer in enumerate(answers):
-        total, parts, text = score_text(voice, answer, tones[place] if tones else None)
+        total, parts, text = score_text(voice, answer, tones[place])
         found.append(as_json(total, parts, text))
         if config.json:
             continue
         if len(answers) > 1:
-            weak = [part for part in parts if part.leaves < 0.995]
-            weak.sort(key=lambda part: part.leaves)
-            said = ", ".join(f"{part.name} {part.score:.2f}" for part in weak[:4])
+            said = ", ".join(f"{part.name} {part.score:.2f}" for part in weakest(parts))
             print(f"{total:.3f}  {clip(answer.text, 60):<60}  {said}")
         else:
             print("\n".join(as_lines(voice, total, parts, text, coloured)))
@@ -143,7 +166,7 @@ def as_json(total: float, parts: list[Part], text: Text) -> dict[str, Any]:
         }
         for kind in SIGNS:
             spans = getattr(part.mark, kind)
-            row[kind] = [[*span, text.text[slice(*span)]] for span in spans]
+            row[kind] = [[*span, text.at(span)] for span in spans]
         rows.append(row | {"note": part.mark.note})
     return {"total": total, "text": text.text, "parts": rows}
 
@@ -157,7 +180,7 @@ def as_lines(
         saw = [] if not part.mark.note else [part.mark.note]
         for kind, sign in SIGNS.items():
             for span in getattr(part.mark, kind)[:6]:
-                words = f"{sign}{clip(text.text[slice(*span)], 40)!r}"
+                words = f"{sign}{clip(text.at(span), 40)!r}"
                 saw.append(f"{COLOURS[kind]}{words}{PLAIN}" if coloured else words)
         numbers = f"{part.share:5.0%}  {part.score:5.2f}   x{part.leaves:.2f}"
         lines.append(f"{part.name:<15} {numbers}  {'  '.join(saw)}".rstrip())

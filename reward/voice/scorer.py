@@ -83,7 +83,9 @@ def _merge_channel(base: dict[str, Any], changes: Any) -> Any:
     for key in ("channels", "examples", "credit"):
         if key in changes:
             raise ValueError(f"'{key}' belongs to the whole file, not to a channel")
-    merged = {key: value for key, value in base.items() if key not in ("channels", "examples")}
+    merged = dict(base)
+    for key in ("channels", "examples"):
+        merged.pop(key, None)
     for key, value in changes.items():
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = merged[key] | value
@@ -137,8 +139,7 @@ class Voice(Spec):
     @functools.cached_property
     def sections(self) -> dict[str, Section]:
         """The sections of the file by name, in the order in which they are declared here."""
-        found = {name: getattr(self, name) for name in type(self).model_fields}
-        return {name: section for name, section in found.items() if isinstance(section, Section)}
+        return {name: part for name, part in self if isinstance(part, Section)}
 
     @property
     def facts(self) -> dict[str, Fact]:
@@ -211,30 +212,26 @@ class Voice(Spec):
         # words and pieces are found once for all parts
         read = text if isinstance(text, Text) else Text(text)
         exact = self.credit == "exact"
-        facts = {
-            key: fact for key, fact in self.facts.items() if metadata.get(key) not in (None, "")
-        }
-        sliders = [name for name in self.wanted_tone if name in tone]
+        marks = dict.fromkeys(self.sections, Mark(0.0))
         # every part about words would divide by none of them
-        if not read.words:
-            names = [*self.sections, *(f"task/{key}" for key in facts)]
-            names += [f"tone/{name}" for name in sliders]
-            return {name: Mark(0.0) for name in names}
-
-        marks = {
-            name: section.mark(read, metadata, exact=exact)
-            for name, section in self.sections.items()
-        }
-        for key, fact in facts.items():
-            marks[f"task/{key}"] = fact.mark_value(read, str(metadata[key]), exact=exact)
-        for name in sliders:
-            marks[f"tone/{name}"] = self.tone.mark(name, tone[name])
-        return marks
+        if read.words:
+            for name, section in self.sections.items():
+                marks[name] = section.mark(read, metadata, exact=exact)
+        for key, fact in self.facts.items():
+            if metadata.get(key) not in (None, ""):
+                marks[f"task/{key}"] = fact.mark_value(read, str(metadata[key]), exact=exact)
+        for name in self.wanted_tone:
+            if name in tone:
+                marks[f"tone/{name}"] = self.tone.mark(name, tone[name])
+        return marks if read.words else dict.fromkeys(marks, Mark(0.0))
 
     def weights(self) -> dict[str, float]:
         """Return the weight of every part that a text may have."""
-        weights = {name: section.weight for name, section in self.sections.items()}
-        weights |= {f"task/{key}": fact.weight for key, fact in self.facts.items()}
+        weights = {}
+        for name, section in self.sections.items():
+            weights[name] = section.weight
+        for key, fact in self.facts.items():
+            weights[f"task/{key}"] = fact.weight
         for name in self.wanted_tone:
             weights[f"tone/{name}"] = self.tone.weight / len(self.tone.sliders)
         return weights
@@ -318,15 +315,8 @@ def voice_scorer(
         if channel:
             metadata = [{"channel": channel} | own for own in metadata]
         tones = measure_tone(voice.sliders, judge, samples) if judge else None
-        rows = list(
-            map(
-                voice.score,
-                samples.responses,
-                metadata,
-                samples.ended,
-                tones or itertools.repeat(None),
-            )
-        )
+        tones = tones or itertools.repeat(None)
+        rows = list(map(voice.score, samples.responses, metadata, samples.ended, tones))
         # prompts differ in the facts that their metadata gives
         parts = dict.fromkeys(itertools.chain.from_iterable(rows))
         breakdown = {}

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+import numpy as np
+
 from reward.specs import JudgeSpec
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.errors import UserError
@@ -45,9 +47,9 @@ def language_model_tone(spec: JudgeSpec) -> Scorer:
             template = QUESTION.replace("{slider}", slider)
             client.question = dataclasses.replace(question, template=template)
             grades = score_answers(client, samples.prompts, samples.responses)
-            breakdown[slider] = [
-                math.nan if grade is None else (grade - 1) / (spec.highest - 1) for grade in grades
-            ]
+            # None becomes NaN
+            grades = np.array(grades, dtype=float)
+            breakdown[slider] = ((grades - 1) / (spec.highest - 1)).tolist()
         return Scores([0.0] * len(samples), breakdown)
 
     return score

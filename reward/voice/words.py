@@ -33,14 +33,12 @@ def voice_guide(voice: Voice) -> Guide:
     for name in ("reading", "person", "contractions", "emoji", "punctuation"):
         if name in voice.sections:
             rules.append(_sentence(voice.sections[name].explain()))
-    return Guide(
-        name=voice.name,
-        text=" ".join((voice.guide or "").split()),
-        lists=[
-            (title, list(map(plain_phrase, phrases))) for title, phrases in lists.items() if phrases
-        ],
-        rules=rules,
-    )
+    shown = []
+    for title, phrases in lists.items():
+        if phrases:
+            shown.append((title, list(map(plain_phrase, phrases))))
+    text = " ".join((voice.guide or "").split())
+    return Guide(name=voice.name, text=text, lists=shown, rules=rules)
 
 
 def explain(voice: Voice) -> list[dict[str, Any]]:
@@ -57,10 +55,10 @@ def explain(voice: Voice) -> list[dict[str, Any]]:
     for name, wanted in voice.wanted_tone.items():
         rules[f"tone/{name}"] = f"a judge measures {wanted:g}, between 0 and 1"
 
-    return [
-        {"part": name, "rule": rule, "fails": FLOOR ** (weights[name] / whole)}
-        for name, rule in rules.items()
-    ]
+    parts = []
+    for name, rule in rules.items():
+        parts.append({"part": name, "rule": rule, "fails": FLOOR ** (weights[name] / whole)})
+    return parts
 
 
 def remarks(voice: Voice) -> list[str]:
