@@ -108,20 +108,14 @@ def gold_gaps(gold: Scorer, pairs: Sequence[Preference]) -> np.ndarray:
     metadata.
     """
     # a voice may need the facts of the prompt, and its channel
-    metadata = []
+    samples = Samples()
     for pair in pairs:
         voice = {"voice": pair.voice} if pair.voice else {}
-        metadata.append(pair.metadata | {"group": pair.group} | voice)
-    samples = Samples(
-        prompts=2 * [pair.prompt for pair in pairs],
-        responses=[pair.chosen for pair in pairs] + [pair.rejected for pair in pairs],
-        prompt_ids=[[] for _ in range(2 * len(pairs))],
-        response_ids=[[] for _ in range(2 * len(pairs))],
-        ended=[pair.chosen_ended for pair in pairs] + [pair.rejected_ended for pair in pairs],
-        metadata=2 * metadata,
-    )
+        metadata = pair.metadata | {"group": pair.group} | voice
+        samples.add(pair.prompt, pair.chosen, metadata, ended=pair.chosen_ended)
+        samples.add(pair.prompt, pair.rejected, metadata, ended=pair.rejected_ended)
     scores = np.array(gold(samples).total, float)
-    return scores[: len(pairs)] - scores[len(pairs) :]
+    return scores[::2] - scores[1::2]
 
 
 def sampled_by(sources: Sequence[str]) -> set[str | None]:

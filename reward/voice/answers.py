@@ -104,14 +104,10 @@ def sample_answers(
 
 def to_samples(answers: list[Answer]) -> Samples:
     """Return answers as a scorer that reads texts receives them; they have no ids."""
-    return Samples(
-        prompts=[answer.prompt for answer in answers],
-        responses=[answer.text for answer in answers],
-        prompt_ids=[[] for _ in answers],
-        response_ids=[[] for _ in answers],
-        ended=[answer.ended for answer in answers],
-        metadata=[answer.metadata for answer in answers],
-    )
+    samples = Samples()
+    for answer in answers:
+        samples.add(answer.prompt, answer.text, answer.metadata, ended=answer.ended)
+    return samples
 
 
 def same_prompt(answers: list[Answer]) -> list[tuple[int, int]]:

@@ -153,7 +153,7 @@ def score_answers(
 
 def samples_of(answers: list[dict]) -> Samples:
     """Return all answers to these prompts as scorers read them, prompt by prompt."""
-    flat = Samples([], [], [], [], [], [])
+    flat = Samples()
     for row in answers:
         count = len(row["responses"])
         flat.prompts.extend([row["prompt"]] * count)

@@ -209,7 +209,7 @@ def measured_point(
     measures += [f"score/{name}" for name in scores]
     # a response that is missing stays nan
     values = {name: np.full((prompts, samples), math.nan) for name in measures}
-    texts = [[""] * samples for _ in range(prompts)]
+    texts = np.full((prompts, samples), "", dtype=object)
     for row in rows:
         cell = row["prompt"], row["sample"]
         for name in ("kl", "length", "ended"):
@@ -218,9 +218,9 @@ def measured_point(
         values["repetition"][cell] = repetition(row["response"])
         for name in scores:
             values[f"score/{name}"][cell] = row["scores"][name]
-        texts[row["prompt"]][row["sample"]] = row["response"]
+        texts[cell] = row["response"]
     numbers = numbers | variety([row["response"] for row in rows])
-    return Point(values=values, numbers=numbers, responses=texts, **about)
+    return Point(values=values, numbers=numbers, responses=texts.tolist(), **about)
 
 
 def prompt_key(prompt: Any) -> str:

@@ -124,16 +124,14 @@ def _method(results: Results, name: str) -> dict[str, Any]:
     """Return what one method was; trials: swept values with a trial that has ended, the tries that
     its tuning had.
     """
-    given, points = results.methods[name], results.of(name)
-    values = {point.swept for point in points}
-    tried = {point.swept for point in results.ends(name)}
+    given = results.methods[name]
     return {
         "program": results.program(name),
         "swept": given.get("swept"),
-        "swept_values": sorted(values - {None}),
+        "swept_values": sorted(set(results.swept_values(name)) - {None}),
         "baseline": bool(given.get("baseline")),
-        "trials": len(tried),
-        "seeds": seeds_of(points),
+        "trials": len({point.swept for point in results.ends(name)}),
+        "seeds": seeds_of(results.of(name)),
     }
 
 
@@ -146,9 +144,8 @@ def _missing(results: Results) -> Iterator[dict[str, Any]]:
         if given.get("baseline") or method == results.initial.method:
             continue
         done = {(point.swept, point.seed) for point in results.ends(method)}
-        for swept, seed in itertools.product(
-            results.swept_values(method) or [None], seeds_of(results.points)
-        ):
+        swept_values = results.swept_values(method) or [None]
+        for swept, seed in itertools.product(swept_values, seeds_of(results.points)):
             if (swept, seed) not in done:
                 yield {"method": method, "swept": swept, "seed": seed}
 
@@ -223,8 +220,11 @@ def _outliers(
     """Yield the runs whose end the judge scores far from the other seeds of its swept value, at
     alpha over all runs (Bonferroni).
     """
-    trials = [point for point in report["points"] if point["last"] and point["method"] in trained]
-    trials = [point for point in trials if len(point["seeds"]) >= MIN_SEEDS]
+    trials = []
+    for point in report["points"]:
+        is_end = point["last"] and point["method"] in trained
+        if is_end and len(point["seeds"]) >= MIN_SEEDS:
+            trials.append(point)
     # Bonferroni: each run is one test
     runs = sum(len(point["seeds"]) for point in trials)
     for point in trials:
@@ -307,25 +307,28 @@ def budget(results: Results) -> dict[str, Any]:
         ended_values = dict.fromkeys(point.swept for point in results.ends(method))
         rows += [_cost(results, method, swept, match) for swept in ended_values]
 
-    # a baseline trains nothing and has no budget to match
-    deciding = [row for row in rows if not row["baseline"]]
-    matched = None
-    if match and deciding:
-        ratios = []
-        for row in deciding:
+    ratios = []
+    for row in rows:
+        # a baseline trains nothing and has no budget to match
+        if not row["baseline"]:
             ratios += [row["ratio"], row["furthest"]]
-        matched = None not in ratios and (
-            max(abs(ratio - 1) for ratio in ratios) <= match["tolerance"]
-            and max(ratios) <= (1 + match["tolerance"]) * min(ratios)
-        )
+    matched = None
+    if match and ratios:
+        matched = None not in ratios and _are_near(ratios, match["tolerance"])
     return {"match": match, "rows": rows, "matched": matched}
+
+
+def _are_near(ratios: Sequence[float], tolerance: float) -> bool:
+    """Return whether all ratios are near 1, and near each other."""
+    low, high = min(ratios), max(ratios)
+    return max(high - 1, 1 - low) <= tolerance and high <= (1 + tolerance) * low
 
 
 def _cost(
     results: Results, method: str, swept: float | None, match: dict[str, Any] | None
 ) -> dict[str, Any]:
     """Return one row of `budget`."""
-    budgets = [point.budget for point in results.ends(method) if point.swept == swept]
+    budgets = [point.budget for point in results.ends(method, swept)]
     own = mean_of(budgets)
     # shared parts count in full, as if the trial had been the only one
     uses_reward = results.program(method) in USES_REWARD

@@ -171,12 +171,30 @@ class Samples:
     tokenized again.
     """
 
-    prompts: list[list[Message]]
-    responses: list[str]
-    prompt_ids: list[list[int]]
-    response_ids: list[list[int]]
-    ended: list[bool]
-    metadata: list[dict[str, Any]]
+    prompts: list[list[Message]] = field(default_factory=list)
+    responses: list[str] = field(default_factory=list)
+    prompt_ids: list[list[int]] = field(default_factory=list)
+    response_ids: list[list[int]] = field(default_factory=list)
+    ended: list[bool] = field(default_factory=list)
+    metadata: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(
+        self,
+        prompt: list[Message],
+        response: str,
+        metadata: dict[str, Any],
+        *,
+        ended: bool = True,
+        prompt_ids: list[int] | None = None,
+        response_ids: list[int] | None = None,
+    ) -> None:
+        """Add one response; one that is known by its text alone has no ids."""
+        self.prompts.append(prompt)
+        self.responses.append(response)
+        self.prompt_ids.append(prompt_ids or [])
+        self.response_ids.append(response_ids or [])
+        self.ended.append(ended)
+        self.metadata.append(metadata)
 
     def __len__(self) -> int:
         return len(self.responses)

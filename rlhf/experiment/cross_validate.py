@@ -170,9 +170,9 @@ def fold_scores(
         reward.max_response_length,
         reward.on_error,
     )
-    ids = [
-        row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in encoded
-    ]
+    ids = []
+    for side in ("chosen_ids", "rejected_ids"):
+        ids += [row["prompt_ids"] + row[side] for row in encoded]
     with tqdm(total=len(ids), desc=f"{job.name}: scores", unit="answer", mininterval=5) as bar:
         scores = model.score_ids(ids, 2 * reward.per_device_train_batch_size, bar.update)
     raw = [(score - model.bias) / model.scale for score in scores]
@@ -197,20 +197,22 @@ def summarise(
     pairs alone: the root of the mean of their squared standard errors. results: each fold's
     result.json.
     """
-    # a tie has no side that could be right
-    decided = [row for row in rows if row.get("label_prob") != 0.5]
-    if not decided:
+    columns: list[tuple[float, float, str, int]] = []
+    for row in rows:
+        p = row.get("label_prob", 1.0)
+        # a tie has no side that could be right
+        if p != 0.5:
+            gap = row["chosen_score"] - row["rejected_score"]
+            columns.append((gap, p, row["group"], row["fold"]))
+    if not columns:
         raise UserError("no pair has a winner: there is nothing to measure")
-    gaps = np.array([row["chosen_score"] - row["rejected_score"] for row in decided])
-    p = np.array([row.get("label_prob", 1.0) for row in decided], float)
+    gaps, p, groups, folds = map(np.array, zip(*columns, strict=True))
     measures = {
         "accuracy": (gaps > 0) + 0.5 * (gaps == 0),
         "log_loss": p * np.logaddexp(0, -gaps) + (1 - p) * np.logaddexp(0, gaps),
     }
-    groups = np.array([row["group"] for row in decided])
-    folds = np.array([row["fold"] for row in decided])
 
-    summary: dict[str, Any] = {"pairs": len(decided), "without_winner": len(rows) - len(decided)}
+    summary: dict[str, Any] = {"pairs": len(gaps), "without_winner": len(rows) - len(gaps)}
     summary["groups"] = len(set(groups))
     by_fold: list[dict[str, Any]] = []
     for fold in sorted(set(folds.tolist())):
@@ -226,13 +228,12 @@ def summarise(
             mine = folds == entry["fold"]
             parts.append(_mean(values[mine], groups[mine], bounds))
             entry[name] = parts[-1]["mean"]
-        means = [part["mean"] for part in parts]
-        errors = [part["se"] for part in parts if part["se"] is not None]
-        summary[name]["spread"] = float(np.std(means, ddof=1)) if len(means) > 1 else None
-        is_known = len(errors) == len(parts)
-        summary[name]["expected_spread"] = (
-            math.sqrt(float(np.mean(np.square(errors)))) if is_known else None
-        )
+        means, errors = zip(*((part["mean"], part["se"]) for part in parts), strict=True)
+        summary[name] |= {"spread": None, "expected_spread": None}
+        if len(parts) > 1:
+            summary[name]["spread"] = float(np.std(means, ddof=1))
+        if None not in errors:
+            summary[name]["expected_spread"] = math.sqrt(float(np.mean(np.square(errors))))
     return summary | {"folds": by_fold}
 
 

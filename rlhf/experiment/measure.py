@@ -239,15 +239,11 @@ def score_again(
     source = measures_of(config, INITIAL)
     header, rows = read_rows(source / INITIAL_FILE)
     prompts = json.loads((source / "prompts.json").read_text())["prompts"]
-    prompt_rows = [prompts[row["prompt"]] for row in rows]
-    samples = Samples(
-        prompts=[prompt["prompt"] for prompt in prompt_rows],
-        responses=[row["response"] for row in rows],
-        prompt_ids=[prompt["ids"] for prompt in prompt_rows],
-        response_ids=[row["ids"] for row in rows],
-        ended=[row["ended"] for row in rows],
-        metadata=[prompt["metadata"] for prompt in prompt_rows],
-    )
+    samples = Samples()
+    for row in rows:
+        prompt = prompts[row["prompt"]]
+        about = {"ended": row["ended"], "prompt_ids": prompt["ids"], "response_ids": row["ids"]}
+        samples.add(prompt["prompt"], row["response"], prompt["metadata"], **about)
     scores = build_scorer(specs, load_tokenizer(config.initial_policy))(samples)
     for number, row in enumerate(rows):
         # the seed's reward model is one more scorer of the same responses

@@ -85,19 +85,17 @@ class LiveTable:
         table.add_column("method")
         for seed in seeds:
             table.add_column(f"seed {seed}", justify="right")
-        trials = {
-            (job.method, job.swept, job.seed): job for job in self.state.jobs if job.kind == "trial"
-        }
+        trials, others = {}, []
+        for job in self.state.jobs:
+            if job.kind == "trial":
+                trials[job.method, job.swept, job.seed] = job
+            elif job.name in self.state.running and not is_in_table(job):
+                others.append(job.name)
         for name in self.config.trained:
             method = self.config.method_specs[name]
             for swept in method.values:
                 cells = [self.cell(trials.get((name, swept, seed))) for seed in seeds]
                 table.add_row(f"{name} {method.swept_option} {swept:g}", *cells)
-        others = [
-            job.name
-            for job in self.state.jobs
-            if job.name in self.state.running and not is_in_table(job)
-        ]
         if others:
             table.add_row("running", ", ".join(others), *[""] * (len(seeds) - 1))
         return table

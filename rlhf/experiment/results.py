@@ -159,7 +159,10 @@ def read_results(config: ExperimentConfig) -> Results:
         known = [name for name in kinds if name in own[0]["scores"]]
         about["budget"] = head["budget"]
         points.append(measured_point(own, known, len(prompts), head["numbers"], **about))
-    measured_seeds = [seed for seed in config.seeds if f"seed-{seed}/{INITIAL}" in names]
+    costs = []
+    for seed in config.seeds:
+        if f"seed-{seed}/{INITIAL}" in names:
+            costs.append(shared_cost(config, seed))
     return Results(
         points=points,
         groups=[prompt["group"] for prompt in prompts],
@@ -167,7 +170,7 @@ def read_results(config: ExperimentConfig) -> Results:
         score_kinds=kinds,
         judge=initial["judge"],
         methods={name: method_of(config, name) for name in config.methods},
-        shared_budget=mean_cost([shared_cost(config, seed) for seed in measured_seeds]),
+        shared_budget=mean_cost(costs),
         meta=meta_of(config, state),
     )
 
@@ -196,16 +199,9 @@ def policy_files(
         own = measures_of(config, job.name)
         steps = read_json(own / "done.json")["files"]
         for file in steps:
-            about = {
-                "method": job.method,
-                "swept": float(job.swept),
-                "seed": job.seed,
-                "last": file == steps[-1],
-            }
-            yield (
-                {**about, "step": int(file.removesuffix(".jsonl").rpartition("-")[2])},
-                own / file,
-            )
+            step = int(file.removesuffix(".jsonl").rpartition("-")[2])
+            about = {"method": job.method, "swept": float(job.swept), "seed": job.seed}
+            yield about | {"last": file == steps[-1], "step": step}, own / file
 
 
 def finite(rows: list[dict], name: str) -> bool:
@@ -225,8 +221,10 @@ def method_of(config: ExperimentConfig, name: str) -> dict[str, Any]:
 
 def mean_cost(costs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
     """Return the mean over seeds of each counter of each part."""
-    parts = sorted(set().union(*costs))
-    return {part: mean_of(cost.get(part, {}) for cost in costs) for part in parts}
+    means = {}
+    for part in sorted(set().union(*costs)):
+        means[part] = mean_of(cost.get(part, {}) for cost in costs)
+    return means
 
 
 def meta_of(config: ExperimentConfig, state: PlanState) -> dict[str, Any]:

@@ -303,8 +303,11 @@ def lengths(report: Report):
     """Draw the length of the responses and the share that ends by itself against √KL, a point a
     checkpoint.
     """
-    panels = [("length", "tokens in a response"), ("ended", "share of responses that end")]
-    panels = [panel for panel in panels if any(point[panel[0]] for point in report["points"])]
+    titles = {"length": "tokens in a response", "ended": "share of responses that end"}
+    panels = []
+    for name, title in titles.items():
+        if any(point[name] for point in report["points"]):
+            panels.append((name, title))
     if not panels:
         return None
     figure, axes = new_figure(4.9 * len(panels), 3.7, 1, len(panels))

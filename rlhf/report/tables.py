@@ -293,15 +293,12 @@ def policies(report: Report) -> Iterator[list[str]]:
     first = ["policy", "step", "seeds", "KL, nats [95 %]"]
     yield [*first, *named, "tokens", "ended", "repetition", *more]
     for point in points:
-        yield [
-            policy_name(point["method"], point.get("swept"), report),
-            str(point.get("step", 0)),
-            _seeds(point),
-            interval(point["kl"]),
-            *(_score(point, score) for score in scores),
-            *(interval(point[name]) for name in shapes),
-            *(number(point["numbers"].get(name)) for name in numbers),
-        ]
+        name = policy_name(point["method"], point.get("swept"), report)
+        row = [name, str(point.get("step", 0)), _seeds(point), interval(point["kl"])]
+        row += [_score(point, score) for score in scores]
+        row += [interval(point[shape]) for shape in shapes]
+        row += map(number, map(point["numbers"].get, numbers))
+        yield row
 
 
 def _score(point: Mapping[str, Any], score: str) -> str:

@@ -315,15 +315,11 @@ def _vote(
 
 def gold_scores(pairs: list[dict], gold: Scorer) -> dict[int, tuple[float, float]]:
     """Return the gold scores of (a, b) by comparison."""
-    samples = Samples([], [], [], [], [], [])
+    samples = Samples()
     for pair in pairs:
         for side in "ab":
-            samples.prompts.append(pair["messages"])
-            samples.responses.append(pair[f"text_{side}"])
-            samples.prompt_ids.append([])
-            samples.response_ids.append([])
             # None: not known, which counts as ended
-            samples.ended.append(pair[f"ended_{side}"] != 0)
-            samples.metadata.append(pair["metadata"])
+            ended = pair[f"ended_{side}"] != 0
+            samples.add(pair["messages"], pair[f"text_{side}"], pair["metadata"], ended=ended)
     total = gold(samples).total
     return {pair["id"]: (total[2 * i], total[2 * i + 1]) for i, pair in enumerate(pairs)}

@@ -151,14 +151,9 @@ class Chat:
         """Return the score of an answer and its parts, on one line."""
         # a scorer may punish an answer that was cut off
         has_ended = bool(ids) and ids[-1] in speaker.policy.stop_ids
-        samples = Samples(
-            prompts=[list(speaker.messages)],
-            responses=[text],
-            prompt_ids=[prompt],
-            response_ids=[ids],
-            ended=[has_ended],
-            metadata=[{"group": ""}],
-        )
+        samples = Samples()
+        about = {"ended": has_ended, "prompt_ids": prompt, "response_ids": ids}
+        samples.add(list(speaker.messages), text, {"group": ""}, **about)
         scores = self.scorer(samples)
         parts = []
         for name, values in scores.breakdown.items():
