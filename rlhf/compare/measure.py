@@ -345,10 +345,10 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
             if not wanted:
                 wanted = min(identities(spec))[1].replace("/", "_") if kind == "other" else kind
             # gold, gold2, gold3
-            candidates = itertools.chain(
-                [wanted], (f"{wanted}{number}" for number in itertools.count(2))
-            )
-            name = next(candidate for candidate in candidates if candidate not in kinds)
+            name, number = wanted, 1
+            while name in kinds:
+                number += 1
+                name = f"{wanted}{number}"
             specs.append({**spec, "name": name})
             kinds[name] = kind
     if not specs:
