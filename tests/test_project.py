@@ -40,7 +40,7 @@ LAYERS = [
         "rlhf.exchange",
     ],
     ["rlhf.judge.commands"],
-    ["rlhf.ppo.rollout", "rlhf.compare", "rlhf.judge", "rlhf.voting"],
+    ["rlhf.ppo.rollout", "rlhf.compare", "rlhf.report", "rlhf.judge", "rlhf.voting"],
     [
         "rlhf.roles",
         "rlhf.role_adapters",
