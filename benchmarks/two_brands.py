@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import real_model  # noqa: E402
 from benchmarks.brands_served import served_answers  # noqa: E402
-from benchmarks.result_rows import add_rows, made_with  # noqa: E402
+from benchmarks.result_rows import add_rows, made_with, write_page  # noqa: E402
 from reward.compose import build_scorer  # noqa: E402
 from rlhf.brand.answers import Scored, by_group, difference, scored_answers  # noqa: E402
 from rlhf.brand.gates import Measured, bound_text, mean_of_groups, shown  # noqa: E402
@@ -367,7 +367,7 @@ def main() -> None:
         served = served_of(setting, served_answers(runs, prompts, answers, SAMPLING))
         SERVED.write_bytes(answers.read_bytes())
     lines = page(setting, scores, verdicts, served)
-    setting.page.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_page(setting.page, lines)
     by_name = advantages(served) if served else None
     add_rows(RESULTS / "brand.json", rows_of(setting, advantages(scores), verdicts, by_name))
     print("\n".join(lines))
