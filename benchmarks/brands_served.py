@@ -22,7 +22,7 @@ from rlhf.http_server import listen
 # of each brand, the first of its test prompts
 PROMPTS = 16
 # users at a time
-THREADS = 12
+THREADS = 96
 Rows = list[dict[str, Any]]
 
 
