@@ -179,7 +179,7 @@ COMMANDS = {
         lazily("rlhf.sandbox.build:build"),
     ),
     "sandbox annotate": Command(
-        "simulated annotators vote on a store's open comparisons",
+        "simulated annotators vote on a store's open comparisons: --store STORE",
         "rlhf.sandbox.annotators:AnnotateConfig",
         run_annotate,
     ),

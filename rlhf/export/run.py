@@ -44,7 +44,9 @@ class ExportConfig:
 
     def validate(self) -> None:
         if self.out is None and not Path(self.run).is_dir():
-            raise UserError(f"{self.run}: no folder. Say where to write with --out")
+            raise UserError(
+                f"{self.run}: no such folder. A model on the Hub? Say where to write with --out"
+            )
 
 
 def export(config: ExportConfig) -> dict[str, Any]:
