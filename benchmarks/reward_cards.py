@@ -92,7 +92,7 @@ def sandbox() -> None:
 def plant(name: str) -> Path:
     """Return a copy of the sampled pairs in which this annotator has judged all."""
     from reward.compose import build_scorer
-    from rlhf.sandbox.annotators import _gold_scores
+    from rlhf.sandbox.annotators import gold_scores
 
     path = RUNS / f"{name}.db"
     if path.is_file():
@@ -102,7 +102,7 @@ def plant(name: str) -> Path:
     gold = build_scorer([{"voice": str(SHOP_VOICE)}])
     with Store.open(partial) as store, store.transaction():
         pairs = list(store.at().pairs().values())
-        scores = _gold_scores(pairs, gold)
+        scores = gold_scores(pairs, gold)
         annotator = store.add_annotator("sim", kind="model")
         for pair in pairs:
             rng = random.Random(f"card {pair['id']}")

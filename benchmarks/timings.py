@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlhf.collect.safe_markdown import _render
+from rlhf.collect.safe_markdown import render
 from rlhf.data.agreement import agreement_summary
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
@@ -58,7 +58,7 @@ def hostile() -> None:
         "[a](" * 4_500,
         "x" * 2_000_000,
     ):
-        _render.__wrapped__(text)  # without its cache
+        render.__wrapped__(text)  # without its cache
 
 
 CASES = {

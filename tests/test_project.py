@@ -158,6 +158,32 @@ def test_rlhf_never_imports_reward_but_in_its_commands():
             assert not any(name.split(".")[0] == "reward" for name in imports_of(path)), module
 
 
+def defined_in(path: Path) -> set[str]:
+    """The names that a module defines or imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+    return found
+
+
+def test_benchmarks_import_what_is_there():
+    """No other test imports them all; ruff does not look into other modules."""
+    known = modules()
+    for path in (ROOT / "benchmarks").rglob("*.py"):
+        if ".cache" in path.parts:
+            continue
+        for name in imports_of(path) - set(known):
+            module, _, last = name.rpartition(".")
+            there = module in known and last in defined_in(known[module])
+            # a package without __init__.py
+            assert there or (ROOT / name.replace(".", "/")).is_dir(), f"{path}: {name}"
+
+
 def test_no_library_imports_a_program():
     """By name, or by executing its file."""
     for module, path in modules().items():
