@@ -51,8 +51,10 @@ def main(argv: list[str] | None = None) -> None:
         if known.startswith(group):
             listed.append(f"  {known:<{width}}  {command.help}")
     if not listed or not wants_help:
+        # `rlhf bogus --help`: the flag is no part of the name
+        named = words.partition(" -")[0]
         raise UserError(
-            f"unknown command '{words}'.{did_you_mean(words, COMMANDS)} All commands: rlhf --help"
+            f"unknown command '{named}'.{did_you_mean(named, COMMANDS)} All commands: rlhf --help"
         )
     usage = f"usage: rlhf {group}COMMAND [--option VALUE ...]      rlhf {group}COMMAND --help"
     training = "Training: deepspeed --module launch.{sft,reward,dpo,ppo} --help"

@@ -114,6 +114,7 @@ def test_a_command_without_what_it_works_on_says_so(capsys):
 
 
 def test_unknown_commands_name_the_nearest(capsys):
+    assert "unknown command 'bogus'. All" in refused(capsys, "bogus", "--help")
     assert "unknown command 'data shwo'. Did you mean 'data show'?" in refused(
         capsys, "data", "shwo"
     )
