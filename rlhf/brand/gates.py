@@ -211,14 +211,15 @@ def ratio_of_groups(
 
 
 def difference_of_shares(means: Mapping[str, tuple[float, float]]) -> Measured:
-    """Return the mean over groups of (run - base) of two shares, with square-and-add limits (Newcombe
-    1998, Statistics in Medicine 17:873, method 10), each share's own ends being `bounded_interval`.
+    """Return the mean over groups of (run - base) of two shares of the same groups, with square-and-add
+    limits (Newcombe 1998, Statistics in Medicine 17:2635, method 10), each share's own ends being
+    `bounded_interval` and c `correlation`:
 
-        low = d - sqrt((r - r_low)^2 + (b_high - b)^2),    high = d + sqrt((r_high - r)^2 + (b - b_low)^2)
+        low = d - sqrt(x^2 - 2 c x y + y^2),     x = r - r_low,    y = b_high - b
+        high = d + sqrt(x^2 - 2 c x y + y^2),    x = r_high - r,   y = b - b_low
 
     means: group -> (base's share b, run's share r). Unlike the interval of the mean difference it has
-    a width where neither ever does it. The two are taken as independent: where both do it on the
-    same prompts it is too wide, never too narrow.
+    a width where neither ever does it.
     """
     # of base and run, each within 0 and 1
     ends = []
@@ -227,9 +228,30 @@ def difference_of_shares(means: Mapping[str, tuple[float, float]]) -> Measured:
         ends.append(mean_of_groups(shares, bounds=(0.0, 1.0)))
     base, run = ends
     change = run.estimate - base.estimate
-    low = change - math.hypot(run.estimate - run.low, base.high - base.estimate)
-    high = change + math.hypot(run.high - run.estimate, base.estimate - base.low)
-    return Measured(change, low, high, run.groups)
+    alike = correlation(list(means.values()))
+    below = _add_squares(run.estimate - run.low, base.high - base.estimate, alike)
+    above = _add_squares(run.high - run.estimate, base.estimate - base.low, alike)
+    return Measured(change, change - below, change + above, run.groups)
+
+
+def correlation(pairs: Sequence[tuple[float, float]]) -> float:
+    """Return the correlation of n pairs of shares with Newcombe's correction, 0 where one is constant.
+
+    A covariance above 0 is taken 1 / (2 n) smaller, to 0 at most: few pairs alike may be chance.
+    """
+    if not pairs:
+        return 0.0
+    spread = np.cov(np.array(pairs), rowvar=False, ddof=0)
+    covariance = float(spread[0, 1])
+    if covariance > 0:
+        covariance = max(0.0, covariance - 1 / (2 * len(pairs)))
+    scale = math.sqrt(float(spread[0, 0] * spread[1, 1]))
+    return covariance / scale if scale else 0.0
+
+
+def _add_squares(x: float, y: float, alike: float) -> float:
+    # rounding may take it below 0
+    return math.sqrt(max(0.0, x**2 - 2 * alike * x * y + y**2))
 
 
 def least_increase_shown(groups: int) -> float:

@@ -232,12 +232,25 @@ def test_an_adapter_refuses_more_or_less_than_its_base():
     # Wilson: (p + s/2 -+ sqrt(s p (1 - p) + s^2/4)) / (1 + s):
     # 0.1:  (0.215282 -+ 0.184503) / 1.230564 = 0.025012, 0.324880
     # 0.05: (0.165282 -+ 0.155697) / 1.230564 = 0.007789, 0.260838
+    # the one group is among the two: covariance 1/20 - 0.1 x 0.05 - 1/40 = 0.02,
+    # c = 0.02 / sqrt(0.1 x 0.9 x 0.05 x 0.95) = 0.305888
     means = {str(number): (float(number < 2), float(number == 0)) for number in range(20)}
     found = difference_of_shares(means)
-    low = -0.05 - math.hypot(0.05 - 0.007789, 0.324880 - 0.1)
-    high = -0.05 + math.hypot(0.260838 - 0.05, 0.1 - 0.025012)
+    x, y, c = 0.05 - 0.007789, 0.324880 - 0.1, 0.305888
+    low = -0.05 - math.sqrt(x**2 - 2 * c * x * y + y**2)
+    x, y = 0.260838 - 0.05, 0.1 - 0.025012
+    high = -0.05 + math.sqrt(x**2 - 2 * c * x * y + y**2)
     assert (found.low, found.estimate, found.high) == pytest.approx((low, -0.05, high), abs=1e-5)
     assert found.groups == 20
+
+
+def test_who_refuses_on_other_prompts_than_the_base_has_the_wider_interval():
+    # 10 of 20 each. The same ten: covariance 1/4 - 1/40, c = 0.9; the other ten: c = -1, no correction.
+    # Wilson of 0.5 with s = 0.230564: 0.5 -+ 0.216429, so x = y and the width is x sqrt(2 - 2 c)
+    same = {str(number): (float(number < 10), float(number < 10)) for number in range(20)}
+    other = {str(number): (float(number < 10), float(number >= 10)) for number in range(20)}
+    assert difference_of_shares(same).high == pytest.approx(0.216429 * math.sqrt(0.2), abs=1e-5)
+    assert difference_of_shares(other).high == pytest.approx(0.216429 * 2, abs=1e-5)
 
 
 def test_the_refusals_gate_needs_76_groups():
