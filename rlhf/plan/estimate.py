@@ -24,6 +24,7 @@ from rlhf.plan.memory import (
     Weights,
     learning_phase,
     passing_phase,
+    reduced,
     reduction_of,
     sampling_phase,
     step_phase,
@@ -282,10 +283,18 @@ def add_whole_gradients(
     if setup.sharding < 2:
         # passes of the critic, which were counted on the policy's model, find the policy's too
         learning.parts["gradients"] += (weights.trained - count(model)) * weights.trained_size
-    if not setup.launched and weights.masters:
-        # a plain process keeps them in float32
-        for phase in (learning, step):
-            phase.parts["gradients"] += weights.trained * (4 - weights.trained_size)
+    if not weights.masters:
+        return
+    # summed up in float32, by a plain process and ZeRO 1 of all weights, by ZeRO 2 and 3 of a part
+    more = weights.trained * (4 - weights.trained_size)
+    if setup.sharding > 1:
+        more = 0 if setup.offload_optimizer else -(-more // setup.ranks)
+    learning.parts["gradients"] += more
+    if setup.sharding == 2:
+        # it steps on that sum itself, where others make a copy
+        step.parts["gradients"] -= reduced(weights, setup)[0]
+    elif not setup.offload_optimizer:
+        step.parts["gradients"] += more
 
 
 def ppo_rows(config: Any, setup: Setup, model: nn.Module) -> tuple[Rows, int]:

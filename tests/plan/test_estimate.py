@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from rlhf.errors import UserError
 from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
 from rlhf.options.ppo import PPOConfig
-from rlhf.plan.estimate import estimate, setup_of
+from rlhf.plan.estimate import add_whole_gradients, estimate, setup_of
 from rlhf.plan.ledger import Ledger, Reduction, size_of
+from rlhf.plan.memory import Phase, Setup, Weights, step_phase
 from rlhf.plan.passes import (
     Rows,
     as_on,
@@ -87,6 +88,27 @@ def test_ppo_on_whole_weights_holds_the_base_and_what_learns():
     assert parts["optimizer"] == 12 * NUMBERS / 2 and parts["learning weights"] == NUMBERS
     with pytest.raises(UserError, match="which ZeRO 0 does not keep"):
         planned("ppo", PPOConfig, **given, **divided | {"deepspeed": "zero0"})
+
+
+@pytest.mark.parametrize(
+    ("setup", "before", "learning", "step"),
+    [
+        # 100 numbers in bfloat16 on 4 ranks: sums of all in float32, and in the step a flat copy of a quarter
+        (Setup(4, "cpu", launched=False), 200, 400, 400),
+        (Setup(4, "cpu", stage=1), 200, 400, 400 + 100),
+        # a quarter of the sums, of which ZeRO 2 needs no copy
+        (Setup(4, "cpu", stage=2), 50, 100, 100),
+        (Setup(4, "cpu", stage=3), 50, 100, 100 + 100),
+        (Setup(4, "cpu", stage=2, offload_optimizer=True), 0, 0, 0),
+    ],
+)
+def test_gradients_of_whole_weights_in_bfloat16_are_summed_in_float32(
+    setup, before, learning, step
+):
+    weights = Weights(0, 0, 0, trained=100, trained_size=2, masters=True)
+    phases = [Phase("learn", {"gradients": before}), step_phase(weights, setup)]
+    add_whole_gradients(phases, weights, setup, torch.nn.Linear(10, 10, bias=False))
+    assert [phase.parts["gradients"] for phase in phases] == [learning, step]
 
 
 def test_a_setup_is_read_and_refused_as_the_program_does(tmp_path):
