@@ -129,7 +129,8 @@ def test_before_the_first_update_whole_policy_and_reference_agree(
     assert metrics["kl/sequence"] == 0.0 and torch.equal(rollout.logprobs, rollout.ref_logprobs)
     assert abs(metrics["ppo/ratio_first"] - 1) < (1e-6 if dtype == "float32" else 2**-8)
     assert rollout.logprobs.dtype == rollout.values.dtype == torch.float32
-    assert learner.step(1)[0]["kl/sequence"] != 0.0
+    # more than the rounding between what samples and what measures
+    assert abs(learner.step(1)[0]["kl/sequence"]) > 1e-3
 
     # nothing else than the policy and the critic
     after = weights_of(learner.roles)
