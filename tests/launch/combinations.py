@@ -339,6 +339,9 @@ def run_resumed(folder: Path, ranks: int) -> list[dict[str, Any]]:
         begun, output = folder / name_of(run), folder / f"on-{ranks}" / name_of(run)
         step = "step-000002" if run["program"] == "ppo" else "checkpoint-2"
         more = ("--resume", begun / "checkpoints" / step)
+        if run["program"] == "ppo":
+            # its rows of a step do not depend on it, and it may not change
+            more += ("--per_device_train_batch_size", ROWS // 2)
         jobs.append((case[0], arguments(folder, output, run, ranks, *more)))
         pairs.append((output, begun))
     start(folder, f"on {ranks}", jobs, ranks)
