@@ -262,6 +262,7 @@ def visit(path, folder):
         browser = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for width, scheme in ((1280, "light"), (400, "light"), (1280, "dark")):
             view = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+            view.set_default_timeout(120_000)
             found = {"width": width, "scheme": scheme, "requests": [], "console": []}
             view.on("request", lambda r, f=found: f["requests"].append(r.url.split(",")[0]))
             view.on("console", lambda m, f=found: f["console"].append(m.text))
