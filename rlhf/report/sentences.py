@@ -72,7 +72,7 @@ NOTES: dict[str, str] = {
     "outlier": "Seed {seed} of {method} is an outlier by {judge}: {score:.3g}, the other seeds {others}. Intervals "
     "assume that seeds are alike and hold less often than stated where single runs fail.",
     "no_common_seed": "{a} and {b} have no run seed in common whose trials have ended, so they are not compared.",
-    "no_overlap": "The KL ranges of {a} and {b} do not overlap ({ranges}), so there is no comparison at equal KL.",
+    "no_overlap": "No KL is reached by all runs of {a} and {b} ({ranges}), so there is no comparison at equal KL.",
     "few_groups": "{groups} groups are too few, a verdict needs {needed}: intervals are shown without one.",
     "no_win_rate": "No win rate is given: it takes two answers of each policy to each prompt with independent "
     "sampling noise (samples_per_prompt: 2).",
@@ -288,10 +288,11 @@ def _some(names: Sequence[str], _: Report) -> str:
 
 
 def _ranges(ranges: Mapping[str, Sequence[float]], _: Report) -> str:
-    parts = [
-        f"{method_name(method)}: {nats(low)} to {nats(high)} nats"
-        for method, (low, high) in ranges.items()
-    ]
+    parts = []
+    for method, (low, high) in ranges.items():
+        # the highest start and the lowest end of its seeds: they may miss each other
+        reached = f"{nats(low)} to {nats(high)} nats" if low <= high else "none by all its seeds"
+        parts.append(f"{method_name(method)}: {reached}")
     return ", ".join(parts)
 
 
