@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import real_plan
+from result_rows import write_page
 
 from rlhf.compare.summary import samples
 from rlhf.errors import UserError
@@ -55,7 +56,7 @@ def write(folder: Path) -> None:
         print(f"no page is written: {error}")
         return
     shown = samples(read_results(config), report["tuned"]["methods"], SHOWN)
-    write_atomic(PAGE, "\n".join(page(config, report, shown)))
+    write_page(PAGE, page(config, report, shown))
     picture = folder / "report" / "frontier.png"
     if picture.is_file():
         IMAGES.mkdir(parents=True, exist_ok=True)
@@ -299,4 +300,4 @@ def put_rows(rows: list[dict[str, Any]], file: Path) -> None:
     """Write rows into the file in the place of those with their ids; the others stay."""
     before = read_json(file).get("rows", [])
     by_id = {entry["id"]: entry for entry in [*before, *rows]}
-    write_atomic(file, dumps({"rows": list(by_id.values())}, indent=2) + "\n")
+    write_atomic(file, dumps({"rows": list(by_id.values())}, indent=1) + "\n")
