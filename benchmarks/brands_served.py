@@ -34,7 +34,9 @@ def served_answers(
     stores: voice -> a store with its test prompts. sampling: max_response_length and temperature.
     """
     if not file.is_file():
-        asked = [row for voice, path in stores.items() for row in first_prompts(voice, path)]
+        asked: Rows = []
+        for voice, path in stores.items():
+            asked += first_prompts(voice, path)
         with serving(runs) as client:
             found = ask(client, asked, sampling)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]

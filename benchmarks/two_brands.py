@@ -257,7 +257,9 @@ def page(
     for name, verdict in verdicts.items():
         lines.append(f"- {name}: {verdict['verdict']}")
     rows = []
-    for gates in zip(*(verdict["gates"] for verdict in verdicts.values()), strict=True):
+    # gate by gate, each of all brands
+    of_brands = [verdict["gates"] for verdict in verdicts.values()]
+    for gates in zip(*of_brands, strict=True):
         cells = [f"{gate['status']}: {interval_text(gate) or '-'}" for gate in gates]
         bound = bound_text(gates[0]["direction"], gates[0]["threshold"])
         rows.append([gates[0]["name"], bound, *cells])

@@ -54,7 +54,9 @@ def phrase_likeness(phrase: Sequence[str], words: Sequence[str]) -> list[float]:
     word 1 - `word_likeness` of the two. `phrase` has at least one word.
     """
     distinct = set(words)
-    known = [{word: word_likeness(wanted, word) for word in distinct} for wanted in phrase]
+    known = []
+    for wanted in phrase:
+        known.append({word: word_likeness(wanted, word) for word in distinct})
     # a phrase of which no word is there has no near stretch
     if not any(any(like.values()) for like in known):
         return [0.0] * (len(words) + 1)
