@@ -2,7 +2,15 @@
 
 import json
 
-from rlhf.brand.measure import CHOICES, MeasureConfig, begun, forgotten, measure
+from rlhf.brand.measure import (
+    CHOICES,
+    MeasureConfig,
+    begun,
+    forgotten,
+    held_out_rows,
+    measure,
+)
+from rlhf.tokenizer import load_tokenizer
 
 
 def test_a_policy_has_forgotten_nothing_beside_itself(base_path, tmp_path):
@@ -23,8 +31,11 @@ def test_a_policy_has_forgotten_nothing_beside_itself(base_path, tmp_path):
     )
     found = measure(config)
     assert len(found["texts"]) == 5 and len(found["task"]) == 5 >= CHOICES
-    for row in found["texts"]:
-        assert row["base"] == row["run"] > 0 and row["tokens"] > 5
+    whole = held_out_rows(config, config.texts, load_tokenizer(str(base_path)))
+    for row, answer in zip(found["texts"], whole, strict=True):
+        # the first token is given, EOS is predicted
+        assert row["tokens"] == len(answer["response_ids"]) - 1 > 5
+        assert row["base"] == row["run"] > 0
     assert json.loads((tmp_path / "measures.json").read_text()) == found
     gates = forgotten(found)
     assert (gates["perplexity"].estimate, gates["task"].estimate) == (1.0, 0.0)

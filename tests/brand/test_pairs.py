@@ -121,6 +121,12 @@ def test_pairs_of_a_store_with_answers_rewritten_by_rule(tmp_path, capsys):
     (record,) = load(config.output, Preference)
     assert record.metadata["item"] == "mug"
 
+    # "hello, somewhere" is now the best that does not refuse
+    config.refusal_phrases = ["here it is"]
+    (row,) = pairs(config, scorer, lambda text, metadata: f"hello, {text}")
+    assert (row["chosen"], row["rejected"]) == ("hello, somewhere", "somewhere")
+    assert "2 of 5 answers refuse" in capsys.readouterr().out
+
     config.margin = 0.8
     with pytest.raises(UserError, match=r"no prompt has two answers that differ by 0\.8"):
         pairs(config, scorer, lambda text, metadata: text)

@@ -214,6 +214,8 @@ def test_every_command_reads_its_options(tmp_path):
         parsed = parse(pkgutil.resolve_name(COMMANDS[name].options), words[len(name.split()) :])
         if job.name == "prompts":
             assert parsed.templates == template
+        if job.name in ("pairs", "verdict"):
+            assert parsed.refusal_phrases == ["geht nicht"]
         if job.name == "verdict":
             assert parsed.gates == {"facts": None}
 
