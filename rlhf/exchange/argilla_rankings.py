@@ -118,7 +118,7 @@ def _ranking(
         orders += _orders(given, names.get(user, user), "person", answers, texts, place)
     # what models said stands there too, with what Argilla cannot hold
     if extras:
-        return with_extras(prompt, texts, orders, extras, keeps_marks=True)
+        return with_extras(prompt, texts, orders, extras, keeps="marks")
     for agent, given in argilla.by_agent(row.get("suggestions") or {}).items():
         orders += _orders(given, agent, "model", answers, texts, place)
     if not orders:

@@ -152,7 +152,7 @@ def _read(config: ImportConfig) -> tuple[list[JudgedPair], list[JudgedRanking]]:
         # anybody may have written the file
         try:
             _read_row(form, row, (place, names, answers), pairs, rankings)
-        except (LookupError, TypeError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
                 f"{place}: is not as {form} writes it ({type(error).__name__}: {error})"
             ) from None

@@ -80,7 +80,7 @@ def from_task(
         who = label_studio.who(annotation.get("completed_by"), names)
         orders.append(_order(annotation, who, list(texts), place))
     bodies = list(texts.values())
-    return with_extras(data["prompt"], bodies, orders, extras, keeps_marks=False), None
+    return with_extras(data["prompt"], bodies, orders, extras, keeps="ties"), None
 
 
 def _order(annotation: Mapping[str, Any], name: str, ids: Sequence[str], place: str) -> CastOrder:

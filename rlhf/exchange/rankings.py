@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.data.rankings import Order
 from rlhf.data.records import Message
@@ -131,35 +131,39 @@ def with_extras(
     orders: list[CastOrder],
     extras: dict[str, Any],
     *,
-    keeps_marks: bool,
+    keeps: Literal["ties", "marks"],
 ) -> JudgedRanking:
     """Return a ranking that another program gave back, with what only `extras` (from `extras_of`) has.
 
     An order that is as it was gets back its ties and remarks, and all else of it; one that was
     changed gets nothing of the earlier one. Orders that the other program has no place for, skips
-    and those of models, are there again. keeps_marks: whether the program has a place for marks.
+    and those of models, are there again. keeps: what of an order the program has a place for.
+    Raises ValueError where a text is missing, or is none.
     """
+    exported = extras["answers"]
+    if [isinstance(text, str) for text in texts] != [True] * len(exported):
+        raise ValueError(f"expected the texts of {len(exported)} answers, as exported")
     known = {cast["annotator"]: CastOrder(**cast) for cast in extras.get("orders", ())}
     kept = []
     for cast in orders:
         earlier = known.pop(cast.annotator, None)
-        is_same = earlier is not None and _is_same(cast, earlier, keeps_marks)
+        is_same = earlier is not None and _is_same(cast, earlier, keeps)
         kept.append(earlier if is_same else cast)
     for cast in known.values():
         # what the other program shows no order for
         if not cast.order or cast.kind != "person":
             kept.append(cast)
     answers = []
-    for text, about in itertools.zip_longest(texts, extras.get("answers", ()), fillvalue={}):
+    for text, about in zip(texts, exported, strict=True):
         answers.append(Answer(text, **about))
     return JudgedRanking(prompt, answers, kept, **about_of(extras))
 
 
-def _is_same(cast: CastOrder, earlier: CastOrder, keeps_marks: bool) -> bool:
+def _is_same(cast: CastOrder, earlier: CastOrder, keeps: Literal["ties", "marks"]) -> bool:
     order = earlier.order
     # a program that knows no ties lists equally good ones one after the other
-    if all(len(equal) == 1 for equal in cast.order):
+    if keeps != "ties" and all(len(equal) == 1 for equal in cast.order):
         order = [[number] for number in itertools.chain.from_iterable(order)]
-    same_marks = not keeps_marks or cast.spans == without_remarks(earlier.spans)
+    same_marks = keeps != "marks" or cast.spans == without_remarks(earlier.spans)
     given = cast.order, cast.reason, cast.tags
     return given == (order, earlier.reason, earlier.tags) and same_marks

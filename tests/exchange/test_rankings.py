@@ -161,6 +161,11 @@ def test_what_was_changed_there_keeps_nothing_of_the_old_one(store):
     found, _ = label_studio_rankings.from_task(rows[0], "row 1", {})
     ann = next(cast for cast in found.orders if cast.annotator == "Ann Öz")
     assert ann.order == [[1], [0, 2], [3]] and ann.shown is None
+    # ties are its own: two answers that share no place any more do not come back equally good
+    buckets.update({f"place{i}": [f"answer{n}"] for i, n in enumerate((4, 1, 3, 2), 1)})
+    found, _ = label_studio_rankings.from_task(rows[0], "row 1", {})
+    ann = next(cast for cast in found.orders if cast.annotator == "Ann Öz")
+    assert ann.order == [[3], [0], [2], [1]] and ann.shown is None
     del buckets["place1"]
     with pytest.raises(UserError, match="row 1: the annotation of Ann Öz does not place every"):
         label_studio_rankings.from_task(rows[0], "row 1", {})
@@ -176,6 +181,23 @@ def test_what_was_changed_there_keeps_nothing_of_the_old_one(store):
             region["value"]["text"] = "?"
     with pytest.raises(UserError, match=r"row 2: span from 6 to 7: the answer says '☂' there, not"):
         label_studio.from_task(rows[-1], "row 2", {})
+
+
+def test_a_ranking_that_lost_an_answer_there_is_refused_with_its_place(store, tmp_path):
+    rankings = rankings_of_view(store.at())
+    record = argilla_rankings.to_record(rankings[0], {})
+    del record["fields"]["answer_4"]
+    less = label_studio_rankings.to_task(rankings[0], {})
+    less["data"]["answers"].pop()
+    number = label_studio_rankings.to_task(rankings[0], {})
+    number["data"]["answers"][0]["body"] = 7
+    path, back = tmp_path / "f.json", tmp_path / "back.db"
+    for form, row in (("argilla", record), ("label_studio", less), ("label_studio", number)):
+        path.write_text(json.dumps([row]))
+        told = f"row 1: is not as {form} writes it .*expected the texts of 4 answers"
+        with pytest.raises(UserError, match=told):
+            import_votes(ImportConfig(source=str(path), store=str(back)))
+    assert not back.exists()
 
 
 def test_a_ranking_that_was_set_up_in_argilla_is_one_event(tmp_path):
