@@ -174,7 +174,7 @@ def _controls_right(votes: list[Vote], controls: dict[int, str]) -> Share:
 
 
 def _choice_of(vote: Vote) -> str:
-    """Return what an answer was: of an order not what it says of a pair, where a and b are only names."""
+    """Return the choice of a vote; of one that an order implies, where a and b are only names: rank."""
     is_order = vote.ranking is not None and vote.choice != "skip"
     return "rank" if is_order else vote.choice
 

@@ -201,7 +201,7 @@ class Store(StoreContents):
         return found
 
     def standing_vote(self, comparison: int, annotator: int) -> int | None:
-        """Return the event of the annotator's vote that stands on a comparison, if there is one; that
+        """Return the event of the annotator's standing vote on a comparison, if there is one; that
         of a ranking which has ordered its responses too.
         """
         return self._standing(STANDING_VOTE, annotator=annotator, comparison=comparison)

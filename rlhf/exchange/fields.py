@@ -25,7 +25,9 @@ WORDS = {
     "both_bad": ("bothbad", "equallybad"),
     "skip": ("skip", "unsure", "cannottell", "idontknow"),
 }
-CHOICE_OF = {word: choice for choice, words in WORDS.items() for word in words}
+CHOICE_OF: dict[str, str] = {}
+for _choice, _words in WORDS.items():
+    CHOICE_OF |= dict.fromkeys(_words, _choice)
 
 
 def tags_of(judged: Iterable[Any]) -> list[str]:

@@ -181,8 +181,8 @@ class Added:
 def add_pairs(store: Store, pairs: Iterable[JudgedPair], added: Added | None = None) -> Added:
     """Add pairs and votes to a store in one transaction; the same again adds nothing.
 
-    An annotator's vote that stands on a pair stays, and theirs from `pairs` is left out. Counts in
-    `added`, and returns it. Raises UserError, naming the pair, where the store refuses it.
+    An annotator who has voted on a pair already keeps that vote, and theirs from `pairs` is left
+    out. Counts in `added`, and returns it. Raises UserError, naming the pair, where the store refuses it.
     """
     added = added or Added()
     before = store.last_comparison()
@@ -216,7 +216,7 @@ def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
     names = {"a": "b", "b": "a"} if a > b else {"a": "a", "b": "b"}
     for vote in pair.votes:
         annotator = store.add_annotator(vote.annotator, vote.kind)
-        # nobody votes twice; theirs from here may be older than the one that stands
+        # nobody votes twice, and which of both is the newer one is not known
         if store.standing_vote(comparison, annotator):
             added.known_votes += 1
             continue
@@ -284,7 +284,7 @@ def with_extras(pair: JudgedPair, extras: dict[str, Any], known: Sequence[str]) 
         if earlier is not None and _is_same(vote, earlier, known):
             for name in known:
                 given = getattr(vote, name)
-                # nothing there is no word on it
+                # a field that the other program left out says nothing of it
                 if given is not None:
                     setattr(earlier, name, given)
             vote = earlier

@@ -85,8 +85,8 @@ def places_all(order: Order, answers: Sequence[Any]) -> bool:
 def add_rankings(store: Store, rankings: Iterable[JudgedRanking], added: Added) -> None:
     """Add rankings and orders to a store in one transaction; the same again adds nothing.
 
-    An annotator's order that stands stays, and theirs from `rankings` is left out. Counts in
-    `added`. Raises UserError, naming the ranking, where the store refuses it.
+    An annotator who has ordered these answers already keeps that order, and theirs from `rankings`
+    is left out. Counts in `added`. Raises UserError, naming the ranking, where the store refuses it.
     """
     before = len(store.rankings_after(0))
     add_each(store, rankings, added, _add_ranking, "ranking")

@@ -363,6 +363,21 @@ def test_the_owner_sees_adds_and_exports(tmp_path, serve):
     assert owner.post("/owner/links", form | {"name": "\x1b"})[0].status == 400
 
 
+def test_disputed_pairs_come_ten_to_a_page(tmp_path, serve):
+    path = fill(tmp_path / "votes.db", pairs=11)
+    with Store.open(path) as store:
+        for name, choice in (("ann", "a"), ("bob", "b")):
+            annotator = store.add_annotator(name)
+            for pair in range(1, 12):
+                store.vote(pair, annotator, choice)
+    owner = client(serve(path, "--annotators", "ann,bob"), "owner")
+    first, second = (owner.get(f"/owner/disputed?page={number}")[1] for number in (1, 2))
+    # equally split: in the order of the store
+    assert re.findall(r'<h2 id="pair-(\d+)"', first) == list(map(str, range(1, 11)))
+    assert re.findall(r'<h2 id="pair-(\d+)"', second) == ["11"]
+    assert "Page 1 of 2" in first and "page=2" in first and "page=1" in second
+
+
 def test_the_owner_excludes_and_a_second_look_decides(tmp_path, serve, capsys):
     path = fill(tmp_path / "votes.db", pairs=2)
     running = serve(path, "--annotators", "ann,bob", "--adjudicators", "dora", "--overlap", "2")

@@ -15,7 +15,7 @@ def flags(base_path, reward_path, files, output, *more):
         "total_episodes": 16, "rollout_batch_size": 8, "per_device_train_batch_size": 4,
         "num_ppo_epochs": 1, "learning_rate": 1e-3, "save_steps": 1, "save_total_limit": 1,
     }  # fmt: skip
-    given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    given = [f"--{name}={value}" for name, value in options.items()]
     return [*flags_of("ppo", base_path, files["pairs"], output), *given, *more]
 
 
