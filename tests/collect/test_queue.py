@@ -64,6 +64,15 @@ def test_each_pair_gets_its_overlap_and_nobody_meets_one_twice(store):
     assert queue.open_pairs() == {"complete": 4, "begun": 0, "untouched": 0}
 
 
+def test_a_control_pair_of_the_answers_that_come_next_is_not_shown(tmp_path):
+    with Store.open(fill(tmp_path / "one.db", pairs=1)) as store:
+        normal = store.at().pair(1)
+        store.add_comparison(normal["a"], normal["b"], kind="control", expected=normal["a"])
+        (ann,) = people(store, 1)
+        queue = Queue(store, Rules(overlap=1, control_share=1.0))
+        assert vote(queue, ann) == 1 and queue.next(ann) is None
+
+
 def test_pairs_nearest_to_complete_come_first(store):
     ann, bob, cem, dee = people(store, 4)
     queue = Queue(store, Rules(overlap=3))

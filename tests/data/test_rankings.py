@@ -272,6 +272,16 @@ def test_an_order_of_four_tells_skill_as_three_votes_do(store):
     assert found == pytest.approx([5 / 6] * 3, abs=1e-6)
 
 
+def test_a_vote_on_one_pair_of_a_ranking_leaves_its_weight(store):
+    _, ranking = four(store)
+    store.rank(ranking, store.add_annotator("ann"), [[1], [2], [3], [4]])
+    store.vote(1, store.add_annotator("bob"), "a")
+    votes = store.at().votes()
+    found = [skills(given).confusion["bob"][0].tolist() for given in (votes, votes[::-1])]
+    # whoever has voted first
+    assert found[0] == pytest.approx(found[1], abs=1e-12)
+
+
 def test_weights_of_rankings_hold_beside_other_data(store, tmp_path):
     _, ranking = four(store)
     store.rank(ranking, store.add_annotator("ann"), [[1], [2], [3], [4]])

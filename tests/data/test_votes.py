@@ -1,10 +1,19 @@
 import random
+from collections import Counter
 
 import pytest
 
 from rlhf.data.freeze import freeze
 from rlhf.data.store import Store
-from rlhf.data.votes import UNKNOWN_ANNOTATOR, Vote, by_skill, majority, margin_of, verdicts
+from rlhf.data.votes import (
+    UNKNOWN_ANNOTATOR,
+    Vote,
+    by_skill,
+    majority,
+    margin_of,
+    minority,
+    verdicts,
+)
 from rlhf.errors import UserError
 
 
@@ -85,6 +94,12 @@ def test_controls_teach_and_are_no_pairs():
         verdicts(votes, "majority", controls) == [] and len(verdicts(votes, "each", controls)) == 20
     )
     assert by_skill(votes) == []  # without them nobody knows whom to believe
+
+
+def test_the_minority_is_of_those_who_take_a_side():
+    # ties and skips take none: 1 of 3
+    assert minority(Counter(a=2, b=1, tie=3, skip=1)) == pytest.approx(1 / 3)
+    assert minority(Counter(a=2, tie=3)) == 0
 
 
 def test_an_unknown_name_is_refused():

@@ -200,7 +200,7 @@ def test_a_ranking_that_lost_an_answer_there_is_refused_with_its_place(store, tm
     assert not back.exists()
 
 
-def test_a_ranking_that_was_set_up_in_argilla_is_one_event(tmp_path):
+def test_a_ranking_that_was_set_up_in_argilla_is_one_event(tmp_path, capsys):
     rank = [{"value": "r3", "rank": 1}, {"value": "r1", "rank": 2}, {"value": "r2", "rank": 2}]
     row = {
         "fields": {"prompt": "Say hi", "r1": "Hi", "r2": "No", "r3": "Hello"},
@@ -217,6 +217,8 @@ def test_a_ranking_that_was_set_up_in_argilla_is_one_event(tmp_path):
     path.write_text(json.dumps([row]))
     about = {"source": str(path), "store": str(tmp_path / "s.db"), "answers": ["r1", "r2", "r3"]}
     import_votes(ImportConfig(**about))
+    # the suggestion is read as an order alone
+    assert "left out" not in capsys.readouterr().out
     with Store.open(tmp_path / "s.db") as opened:
         names = {r["id"]: r["text"] for r in opened.at().rankings()[1]["responses"]}
         found = {}

@@ -19,6 +19,8 @@ TOOLS = [
 
 # of Label Studio
 REASON = {"from_name": "reason", "type": "textarea", "value": {"text": ["so"]}}
+LEFT = {"from_name": "comparison", "type": "pairwise", "value": {"selected": "left"}}
+TIE = {"from_name": "equal", "type": "choices", "value": {"choices": ["tie"]}}
 
 
 def written(to_row, judged, users):
@@ -247,6 +249,13 @@ def test_projects_that_were_set_up_in_label_studio_are_read():
                 "annotations": [{"completed_by": 1, "result": [REASON]}],
             },
             r"row 1: the annotation of user 1 chooses \[\]",
+        ),
+        (
+            {
+                "data": {"prompt": "x", "answer1": "y", "answer2": "z"},
+                "annotations": [{"completed_by": 1, "result": [LEFT, TIE]}],
+            },
+            r"row 1: the annotation of user 1 chooses \['left', 'tie'\]",
         ),
         ({"fields": {"prompt": "x", "answer_a": "y"}}, "name them"),
         (

@@ -30,7 +30,8 @@ def answers(store, question, texts):
 
 
 def test_votes_are_read_for_the_policy_whichever_answer_was_stored_first(store):
-    ann, bob = store.add_annotator("ann"), store.add_annotator("bob")
+    ann, bob, cem = (store.add_annotator(name) for name in ("ann", "bob", "cem"))
+    judge = store.add_annotator("judge", role="adjudicator")
     first = answers(store, "one", {"runs/dpo": "x", "runs/ppo": "y"})["runs/dpo", "runs/ppo"]
     second = answers(store, "two", {"runs/ppo": "x", "runs/dpo": "y"})["runs/ppo", "runs/dpo"]
     answers(store, "three", {"runs/dpo": "same", "runs/ppo": "same"})
@@ -44,6 +45,9 @@ def test_votes_are_read_for_the_policy_whichever_answer_was_stored_first(store):
     store.vote(first, bob, "both_bad")
     store.vote(second, bob, "skip")
     store.vote(trained_on, ann, "a")
+    # who only skips, or only decides, is nobody whose taste is measured
+    store.vote(first, cem, "skip")
+    store.vote(second, judge, "a")
     ballots = read_ballots(store.at())
 
     assert ballots.policies == ["dpo", "ppo"] and ballots.annotators == ["ann", "bob"]
@@ -51,6 +55,28 @@ def test_votes_are_read_for_the_policy_whichever_answer_was_stored_first(store):
     assert one.shares == {"ann": 1.0, "bob": 0.5} and two.shares == {"ann": 0.0}
     assert equal.equal and not equal.shares
     assert ballots.source == "human"
+
+
+def test_equal_answers_are_of_the_policies_in_their_order(store):
+    for question, text in (("one", "x"), ("two", "same")):
+        answers(store, question, {"z": text, "a": "same"})
+    items = read_ballots(store.at()).items
+    assert {pair: [item.equal for item in own] for pair, own in items.items()} == {
+        ("z", "a"): [False, True]
+    }
+
+
+def test_groups_are_complete_in_the_order_of_their_last_votes():
+    items = [
+        Item("late", {"ann": 1.0}, order=9),
+        Item("late", {"ann": 0.0, "bob": 1.0}, order=2),
+        Item("early", {"ann": 0.0}, order=5),
+        # one of its pairs waits for votes
+        Item("open", {"ann": 1.0}, order=1),
+        Item("open"),
+    ]
+    # the later one: (1 + 1/2) / 2
+    assert _complete(items, 1) == [0.0, 0.75]
 
 
 def test_simulated_votes_are_called_so(store):
