@@ -17,6 +17,8 @@ ABOVE = (
     ("transformers", "training_args.py", "TrainingArguments"),
 )
 MODEL_TYPES = ("models/auto/auto_mappings.py", "models/auto/configuration_auto.py")
+# files without this word are no longer the lists
+SURE_TYPE = '"llama"'
 
 
 def trl_options(config: str) -> list[str]:
@@ -47,9 +49,13 @@ def adapter_kinds() -> list[str]:
 
 
 def is_model_type(name: str) -> bool:
-    """Return whether transformers may have models of this type: its lists have the word."""
+    """Return whether transformers may have models of this type: its lists have the word, or are not
+    where they are looked for.
+    """
     texts = [_source("transformers", file) for file in MODEL_TYPES]
-    return not all(texts) or any(f'"{name}"' in text for text in texts)
+    names = "".join(texts)
+    are_found = all(texts) and SURE_TYPE in names
+    return not are_found or f'"{name}"' in names
 
 
 def _source(package: str, file: str) -> str:
@@ -67,7 +73,13 @@ def _class(package: str, file: str, name: str) -> ast.ClassDef | None:
 
 
 def _values(package: str, file: str, enum: str) -> list[str]:
-    """Return the texts that the members of an enum are."""
+    """Return the texts that the members of an enum are; none where one is anything else."""
     found = _class(package, file, enum)
-    members = [line for line in found.body if isinstance(line, ast.Assign)] if found else []
-    return [ast.literal_eval(member.value) for member in members]
+    values = []
+    for line in found.body if found else []:
+        match line:
+            case ast.Assign(value=ast.Constant(value=str(text))):
+                values.append(text)
+            case ast.Assign() | ast.AnnAssign():
+                return []
+    return values

@@ -1,6 +1,7 @@
 """What is known of models and libraries without torch, beyond the faults of tests/faults."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import get_type_hints
 
@@ -11,7 +12,8 @@ from safetensors.torch import save_file
 from rlhf import library_names
 from rlhf.errors import UserError
 from rlhf.library_names import adapter_kinds, is_model_type, optimizers, trl_options
-from rlhf.model_files import check_positions, check_template, stated_positions
+from rlhf.model_files import check_adapter, check_positions, check_template, stated_positions
+from rlhf.options.offline import SFTRunConfig
 from rlhf.weight_files import check_factors, check_gguf, check_weights
 
 
@@ -43,7 +45,43 @@ def test_a_source_that_is_not_as_expected_says_nothing(monkeypatch):
         assert trl_options("SFTConfig") == []
     monkeypatch.setattr(library_names, "MODEL_TYPES", ("moved.py",))
     assert is_model_type("lama")
+    # the files are there, the names have gone elsewhere
+    monkeypatch.setattr(library_names, "MODEL_TYPES", ("__init__.py", "file_utils.py"))
+    assert is_model_type("lama")
     assert library_names._values("no_such_package", "names.py", "Names") == []
+
+
+@pytest.mark.parametrize(
+    ("members", "values"),
+    [
+        ('"""Kinds."""\n A = "a"\n B = "b"\n def show(self): ...', ["a", "b"]),
+        # one that is not a plain text: nobody can say which there are
+        ('A = "a"\n B = auto()', []),
+        ('A = "a"\n B = 1', []),
+        ('A = "a"\n B: str = "b"', []),
+    ],
+)
+def test_an_enum_whose_members_are_not_texts_says_nothing(monkeypatch, members, values):
+    source = f"class Kinds(Enum):\n {members}\n"
+    monkeypatch.setattr(library_names, "_source", lambda package, file: source)
+    # sources are kept once they are read
+    monkeypatch.setattr(library_names, "_class", library_names._class.__wrapped__)
+    assert library_names._values("package", "kinds.py", "Kinds") == values
+
+
+def test_without_the_names_the_libraries_decide(monkeypatch, tmp_path, sft_path):
+    monkeypatch.setattr(library_names, "_class", lambda package, file, name: None)
+    SFTRunConfig(
+        model_name_or_path="m",
+        data=["d"],
+        output_dir=str(tmp_path),
+        optim="nope",
+        trl={"packin": 1},
+    ).validate()
+    folder = Path(shutil.copytree(sft_path, tmp_path / "sft"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "NOPE"}))
+    check_adapter(folder)
 
 
 @pytest.mark.parametrize(
