@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,7 +12,9 @@ from urllib.parse import urlsplit
 from rlhf.data.sources import is_path, split_event
 from rlhf.doctor.findings import Finding
 from rlhf.errors import UserError, near_file
+from rlhf.http_client import vllm_service
 from rlhf.model_files import HUB_NAME, WEIGHTS, adapter_base, is_adapter
+from rlhf.runs.wandb import has_key, server_url
 from rlhf.weight_files import check_weights
 
 SECONDS = 10
@@ -81,7 +84,9 @@ def check_model(name: str) -> Iterator[Finding]:
         return
 
     # heads of files alone are read
-    weights = [file for pattern in (*WEIGHTS, "*.gguf") for file in path.glob(pattern)]
+    weights: list[Path] = []
+    for pattern in (*WEIGHTS, "*.gguf"):
+        weights += path.glob(pattern)
     try:
         check_weights(path)
     except UserError as error:
@@ -119,7 +124,7 @@ def scorers(options: dict[str, Any]) -> Iterator[Finding]:
 
 def data(options: dict[str, Any]) -> Iterator[Finding]:
     """Look whether each source is there; `rlhf data show` reads it."""
-    sources = [source for name in DATA for source in _listed(options.get(name))]
+    sources = chain.from_iterable(_listed(options.get(name)) for name in DATA)
     for source in dict.fromkeys(sources):
         name = split_event(source)[0]
         path = Path(name).expanduser()
@@ -171,7 +176,8 @@ def vllm(options: dict[str, Any]) -> Iterator[Finding]:
     """Ask a vLLM server whether it is there."""
     url = options.get("vllm_url")
     if url:
-        yield _answers("vLLM", f"{str(url).rstrip('/')}/v1/models", "start it (docs/models.md)")
+        service = vllm_service(str(url), SECONDS, retries=0)
+        yield _answers("vLLM", f"{service.url}/models", "start it (docs/models.md)")
 
 
 def wandb(options: dict[str, Any]) -> Iterator[Finding]:
@@ -183,14 +189,12 @@ def wandb(options: dict[str, Any]) -> Iterator[Finding]:
     if mode in ("offline", "disabled", "dryrun"):
         yield Finding("W&B", f"WANDB_MODE is {mode}: nothing is sent")
         return
-    from requests.utils import get_netrc_auth
-
-    server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    if not os.environ.get("WANDB_API_KEY") and get_netrc_auth(server) is None:
+    if not has_key():
         remedy = "wandb login, or WANDB_MODE=offline to keep it here"
         yield Finding("W&B", "no key in WANDB_API_KEY or netrc: runs are kept offline", remedy)
         return
-    yield _answers("W&B", server, "check the network and WANDB_BASE_URL, or WANDB_MODE=offline")
+    remedy = "check the network and WANDB_BASE_URL, or WANDB_MODE=offline"
+    yield _answers("W&B", server_url(), remedy)
 
 
 def _answers(name: str, url: str, remedy: str) -> Finding:

@@ -244,7 +244,12 @@ def has_key() -> bool:
         return True
     from requests.utils import get_netrc_auth
 
-    return get_netrc_auth(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")) is not None
+    return get_netrc_auth(server_url()) is not None
+
+
+def server_url() -> str:
+    """Return the address of the W&B server."""
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
 
 
 def _artifact(path: Path, kind: str) -> Any:

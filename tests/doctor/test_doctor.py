@@ -387,8 +387,11 @@ def test_services(monkeypatch):
     assert list(inputs.wandb({})) == list(inputs.vllm({})) == []
     report = {"report_to": "wandb"}
     assert "wandb login" in the_fault(inputs.wandb(report))
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert "127.0.0.1:9 does not answer" in the_fault(inputs.wandb(report))
+    # the ways of a run to a key
+    for key in ("WANDB_IDENTITY_TOKEN_FILE", "WANDB_API_KEY"):
+        with monkeypatch.context() as set_:
+            set_.setenv(key, "x" * 40)
+            assert "127.0.0.1:9 does not answer" in the_fault(inputs.wandb(report))
     monkeypatch.setenv("WANDB_MODE", "offline")
     assert faults(inputs.wandb(report)) == []
     server = {"vllm_url": "http://127.0.0.1:9/"}
@@ -402,8 +405,8 @@ def test_services(monkeypatch):
 
     monkeypatch.setattr(requests, "get", get)
     assert "answers 502" in the_fault(inputs.vllm(server))
-    # a key is the run's matter: there is a server
-    assert faults(inputs.vllm(server)) == []
+    # a key is the run's matter: there is a server, whose address may have its /v1
+    assert faults(inputs.vllm({"vllm_url": "http://127.0.0.1:9/v1"})) == []
     assert asked == ["http://127.0.0.1:9/v1/models"] * 2
 
 
