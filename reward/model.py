@@ -252,7 +252,7 @@ def load_reward(
     is there.
     """
     adapter = base = None
-    if (Path(path) / "adapter_config.json").is_file():
+    if is_adapter(path):
         check_reward_files(path)
         if beside is None:
             initial = load_model(path, dtype)

@@ -21,6 +21,7 @@ from rlhf.divided import own_part, readable
 from rlhf.errors import EXIT_GUARD, EarlyExit
 from rlhf.evaluate import Evaluation, sample_table, summarise
 from rlhf.guards import Decision
+from rlhf.model_files import is_adapter
 from rlhf.models import InitialModel, write_identity
 from rlhf.offline.best import HeldOutLosses, memory_file, own_memory, read_memories
 from rlhf.offline.guards import OfflineGuards
@@ -166,7 +167,6 @@ class RunCallback(TrainerCallback):
 
         loss = self.held_out.loss_at(step)
         metadata = run.metadata(
-            step,
             score=None if loss is None else -loss,
             state={
                 "last": self.metrics,
@@ -175,7 +175,7 @@ class RunCallback(TrainerCallback):
             },
         )
         if run.world.is_main:
-            if (folder / "adapter_config.json").is_file():
+            if is_adapter(folder):
                 write_identity(folder, self.initial, program=run.program)
             checkpoint.seal(folder, step, metadata)
             checkpoint.crash_point("sealed")

@@ -9,11 +9,15 @@ from rlhf.config import current_names
 from rlhf.errors import UserError
 from rlhf.options.offline import DPORunConfig, RewardRunConfig, SFTRunConfig
 from rlhf.options.ppo import PPOConfig
+from rlhf.text import clip
 from rlhf.values import read_yaml
 
 PROGRAMS = {"sft": SFTRunConfig, "reward": RewardRunConfig, "dpo": DPORunConfig, "ppo": PPOConfig}
 # files of other commands, by a name that each of them has
-OTHERS = {"methods": "an experiment (rlhf experiment run)", "guide": "a voice (rlhf voice check)"}
+OTHERS = {
+    "methods": "the file of an experiment (rlhf experiment run)",
+    "guide": "the file of a voice (rlhf voice check)",
+}
 
 
 def programs_of(path: str) -> list[str]:
@@ -29,10 +33,10 @@ def programs_of(path: str) -> list[str]:
 
     fewest = min(unknown.values())
     if 2 * fewest > len(given):
-        found = next((text for name, text in OTHERS.items() if name in given), "something else")
+        kinds = [kind for name, kind in OTHERS.items() if name in given]
+        found = kinds[0] if kinds else clip(", ".join(given), 80)
         raise UserError(
-            f"{path}: expected the options of a program (launch/: {', '.join(PROGRAMS)}), "
-            f"found the file of {found}"
+            f"{path}: expected the options of a program (launch/: {', '.join(PROGRAMS)}), found {found}"
         )
     nearest = [program for program in PROGRAMS if unknown[program] == fewest]
     named = [program for program in nearest if Path(path).stem.startswith(program)]

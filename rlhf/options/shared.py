@@ -258,16 +258,16 @@ def check_apart(name: str, value: Any, output_dir: str) -> None:
 
     A run replaces what is in its output_dir, and inputs are never written.
     """
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for item in items:
-        check_apart(name, item, output_dir)
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            check_apart(name, item, output_dir)
+    if not isinstance(value, str):
+        return
     # a preference store may be named at one of its events: votes.db@118
-    file = re.sub(r"@\d+$", "", value) if isinstance(value, str) else ""
-    if (
-        file
-        and os.path.exists(file)
-        and Path(file).resolve().is_relative_to(Path(output_dir).resolve())
-    ):
+    file = re.sub(r"@\d+$", "", value)
+    if os.path.exists(file) and Path(file).resolve().is_relative_to(Path(output_dir).resolve()):
         raise UserError(
             f"'{name}' reads {value}, which is inside output_dir {output_dir}: the run would overwrite its own input. "
             "Choose another --output_dir"

@@ -156,7 +156,7 @@ class Run:
         return step == total or any(step % n == 0 for n in intervals)
 
     def metadata(
-        self, step: int, score: float | None = None, state: dict[str, Any] | None = None
+        self, score: float | None = None, state: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """Return what a checkpoint records about itself: what a resume compares, and what it
         restores.
@@ -191,7 +191,7 @@ class Run:
             step,
             self.world,
             write_files,
-            lambda: self.metadata(step, score, state),
+            lambda: self.metadata(score, state),
         )
         if self.world.is_main:
             checkpoint.prune(self.checkpoints, self.config.save_total_limit)

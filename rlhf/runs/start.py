@@ -67,7 +67,7 @@ def start_run(program: str, config: RunConfig) -> Run:
         if then != world.size:
             run.log(
                 f"{then} rank(s) made it and {world.size} go on, with the same weights, moments, order of data and "
-                "sampling noise; the sums over ranks are rounded otherwise, and dropout is drawn anew"
+                "sampling noise; the sums over ranks are rounded otherwise, and dropout leaves out other numbers"
             )
     for name in kept:
         run.log(

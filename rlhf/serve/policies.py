@@ -17,7 +17,7 @@ from rlhf.engines import batched
 from rlhf.engines.merged import merged
 from rlhf.engines.sampling import Completions, EachToken, Sampling
 from rlhf.errors import UserError, near_file
-from rlhf.model_files import adapter_base, read_identity
+from rlhf.model_files import adapter_base, is_adapter, read_identity
 from rlhf.models import context_length
 from rlhf.text import say_once, short_names
 from rlhf.tokenizer import load_tokenizer, stop_ids
@@ -136,8 +136,7 @@ def _policy(name: str, path: str, model: nn.Module, context: Callable) -> Policy
 
 
 def _base_of(path: str) -> str | None:
-    is_adapter = (Path(path) / "adapter_config.json").is_file()
-    return adapter_base(path) if is_adapter else None
+    return adapter_base(path) if is_adapter(path) else None
 
 
 def _place(path: str) -> str:

@@ -2,6 +2,9 @@
 
 import re
 
+import pytest
+
+from rlhf.errors import UserError
 from rlhf.options.programs import programs_of
 from tests.conftest import ROOT
 
@@ -17,3 +20,17 @@ def test_a_file_is_for_the_program_that_knows_its_options_or_that_it_is_named_af
     assert programs_of(str(file)) == ["ppo"]
     file.write_text("data: x\noutput_dir: y\n")
     assert programs_of(str(file)) == ["sft", "reward", "dpo", "ppo"]
+
+
+def test_a_file_of_another_kind_is_refused_with_what_it_holds(tmp_path):
+    file = tmp_path / "other.yaml"
+    for text, found in (
+        ("methods: {}\nseeds: [0]\nguide: x", "the file of an experiment (rlhf experiment run)"),
+        ("voice: a.yaml\nstore: b.db\nseed: 1", "voice, store, seed"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=f"sft, reward, dpo, ppo\\), found {re.escape(found)}$"):
+            programs_of(str(file))
+    # no more unknown names than known ones
+    file.write_text("voice: a.yaml\nseed: 1")
+    assert len(programs_of(str(file))) == 4
