@@ -169,9 +169,11 @@ def check_model(path: str) -> None:
     check_adapter(path)
     check_factors(path)
     base = adapter_base(path)
-    if Path(base).is_dir():
+    if file := gguf_file(base):
+        check_gguf(file)
+    elif Path(base).is_dir():
         _check_whole(base)
-    elif not gguf_file(base):
+    else:
         check_hub_name(base, f". It is the 'base_model_name_or_path' of {path}/adapter_config.json")
 
 

@@ -12,7 +12,13 @@ from safetensors.torch import save_file
 from rlhf import library_names
 from rlhf.errors import UserError
 from rlhf.library_names import adapter_kinds, is_model_type, optimizers, trl_options
-from rlhf.model_files import check_adapter, check_positions, check_template, stated_positions
+from rlhf.model_files import (
+    check_adapter,
+    check_model,
+    check_positions,
+    check_template,
+    stated_positions,
+)
 from rlhf.options.offline import SFTRunConfig
 from rlhf.weight_files import check_factors, check_gguf, check_weights
 
@@ -163,3 +169,18 @@ def test_a_gguf_file_begins_with_a_whole_head(tmp_path):
         file.write_bytes(content)
         with pytest.raises(UserError, match="does not begin as one"):
             check_gguf(file)
+
+
+def test_the_base_of_an_adapter_may_be_a_folder_with_a_gguf_file(tmp_path, sft_path):
+    folder = Path(shutil.copytree(sft_path, tmp_path / "sft"))
+    # the folder that it was converted to is gone, and is made again from the file
+    for name, base in (("adapter_config.json", "./gone"), ("rlhf.json", str(tmp_path / "base"))):
+        settings = json.loads((folder / name).read_text()) | {"base_model_name_or_path": base}
+        (folder / name).write_text(json.dumps(settings))
+    (tmp_path / "base").mkdir()
+    file = tmp_path / "base" / "m.gguf"
+    file.write_bytes(b"GGUF" + bytes(20))
+    check_model(str(folder))
+    file.write_bytes(b"GGUF")
+    with pytest.raises(UserError, match="does not begin as one"):
+        check_model(str(folder))

@@ -13,7 +13,7 @@ from rlhf.data.sources import is_path, split_event
 from rlhf.doctor.findings import Finding
 from rlhf.errors import UserError, near_file
 from rlhf.http_client import vllm_service
-from rlhf.model_files import HUB_NAME, WEIGHTS, adapter_base, is_adapter
+from rlhf.model_files import HUB_NAME, WEIGHTS, adapter_base, gguf_file, is_adapter
 from rlhf.runs.wandb import has_key, server_url
 from rlhf.weight_files import check_weights
 
@@ -26,11 +26,10 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 def extras_of(options: dict[str, Any]) -> tuple[str, ...]:
     """Return the extras of this package that a configuration needs."""
-    models = [*model_names(options)]
     needed = {
         "wandb": options.get("report_to") == "wandb",
         "quant": bool(options.get("load_in_4bit")) or "8bit" in str(options.get("optim", "")),
-        "gguf": any(name.endswith(".gguf") for name in models),
+        "gguf": any(map(_is_gguf, model_names(options))),
     }
     return tuple(extra for extra, is_needed in needed.items() if is_needed)
 
@@ -45,6 +44,14 @@ def model_names(options: dict[str, Any]) -> Iterator[str]:
             yield str(entry["model"])
         if isinstance(entry.get("ensemble"), list):
             yield from map(str, entry["ensemble"])
+
+
+def _is_gguf(name: str) -> bool:
+    try:
+        return gguf_file(name) is not None
+    # of a GGUF file that is missing, or one of several
+    except UserError:
+        return True
 
 
 def _scorers(options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -84,14 +91,16 @@ def check_model(name: str) -> Iterator[Finding]:
         return
 
     # heads of files alone are read
-    weights: list[Path] = []
-    for pattern in (*WEIGHTS, "*.gguf"):
-        weights += path.glob(pattern)
     try:
+        file = gguf_file(str(path))
         check_weights(path)
     except UserError as error:
-        yield Finding("model", str(error), "copy or make it again: the file is not whole")
+        yield Finding("model", str(error), "name another file, or copy or make it again")
         return
+    if file:
+        yield Finding("model", f"{name}: {file.stat().st_size / 2**30:.2f} GiB")
+        return
+    weights = list(chain.from_iterable(map(path.glob, WEIGHTS)))
     missing = []
     if not weights:
         missing.append("weights")

@@ -414,3 +414,11 @@ def test_extras_follow_the_configuration():
     options = {"report_to": "wandb", "optim": "adamw_8bit", "model_name_or_path": "a/b.gguf"}
     assert inputs.extras_of(options) == ("wandb", "quant", "gguf")
     assert inputs.extras_of({}) == ()
+
+
+def test_a_folder_with_one_gguf_file_is_a_model(tmp_path):
+    (tmp_path / "a.gguf").touch()
+    options = {"model_name_or_path": str(tmp_path)}
+    assert inputs.extras_of(options) == ("gguf",) and faults(inputs.models(options)) == []
+    (tmp_path / "b.gguf").touch()
+    assert "2 GGUF files (a.gguf, b.gguf)" in the_fault(inputs.models(options))

@@ -136,6 +136,10 @@ def test_a_restored_state_decides_as_the_run_would_have():
     assert begun + feed(resumed, losses[28:], 29) == expected
     assert (30, "divergence", "stop") in expected
     assert resumed.state_dict() == whole.state_dict()
+    # an earlier version kept one number in the place of the first log lines
+    older = {name: value for name, value in first.state_dict().items() if name != "first_logprobs"}
+    resumed.load_state_dict(older | {"first_logprob": -20.0})
+    assert resumed.first_logprobs == [] and resumed.recent == first.recent
 
 
 class Ranks:
