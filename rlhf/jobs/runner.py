@@ -275,6 +275,7 @@ def collect_ended(state: PlanState, how: RunOptions, display: Any) -> None:
             )
             # where a launcher was killed, what it launched lives on
             end_programs(state.folder, name)
+            display.started(job)
             start(state, how, job)
         else:
             state.failed[name] = code

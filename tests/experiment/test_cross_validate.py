@@ -23,13 +23,23 @@ from rlhf.jobs import runner
 
 # a program in the place of launch/reward.py: its model is the share of "good" in what it was trained on
 PROGRAM = """
-import json, pathlib, sys, yaml
+import json, pathlib, sys, time, yaml
 config = yaml.safe_load(open(sys.argv[sys.argv.index("--config") + 1]))
 rows = [json.loads(line) for line in open(config["data"][0])]
 folder = pathlib.Path(config["output_dir"])
 folder.mkdir(parents=True, exist_ok=True)
 if (folder.parent / f"cut-{folder.name}").exists():
     sys.exit(2)
+# killed once; the second start goes on until the last fold is there
+crash, last = folder.parent / f"crash-{folder.name}", folder.parent / "fold-2" / "result.json"
+if crash.exists() and not crash.read_text():
+    crash.write_text("once")
+    sys.exit(1)
+for _ in range(600 * crash.exists()):
+    if last.exists():
+        print("the second start goes on")
+        break
+    time.sleep(0.05)
 trained = sorted({row["group"] for row in rows if row["split"] in ("train", "validation")})
 (folder / "trained.json").write_text(json.dumps(trained))
 with open(folder.parent / "started.txt", "a") as file:
@@ -124,6 +134,20 @@ def test_it_resumes_fold_by_fold(config, load_model, tmp_path):
     cross_validate(config, lambda folder: pytest.fail("loaded again"))
     assert started(tmp_path) == ["fold-0", "fold-1", "fold-2"]
     assert (folder / "scores.jsonl").read_bytes() == first
+
+
+def test_a_fold_that_was_started_again_is_shown_beside_the_others(
+    config, load_model, tmp_path, capsys
+):
+    folder = tmp_path / "reward-folds"
+    folder.mkdir()
+    (folder / "crash-fold-0").touch()
+    config.processes = 2
+    cross_validate(config, load_model)
+    out = capsys.readouterr().out
+    assert "fold-0: ended with exit code 1" in out and "the second start goes on" in out
+    assert out.count("[1/3] fold-0") == 2 and out.count("[2/3] fold-1") == 1
+    assert started(tmp_path)[-1] == "fold-0"
 
 
 def test_other_options_are_not_mixed_in(config, load_model, tmp_path):
