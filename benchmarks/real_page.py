@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import real_plan
-from result_rows import write_page
+from result_rows import add_rows, write_page
 
 from rlhf.compare.summary import samples
 from rlhf.errors import UserError
@@ -20,7 +20,6 @@ from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.report import write_report
 from rlhf.experiment.results import read_results
 from rlhf.experiment.state import load_experiment, load_state
-from rlhf.files import dumps, write_atomic
 from rlhf.jobs.state import read_json
 from rlhf.report.format import Report, number, policy_name
 from rlhf.report.markdown import fence
@@ -61,7 +60,7 @@ def write(folder: Path) -> None:
     if picture.is_file():
         IMAGES.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, IMAGES / "real-frontier.png")
-    put_rows(result_rows(config, report), RESULTS)
+    add_rows(RESULTS, result_rows(config, report))
     print(f"{PAGE}: {headline(report)}")
 
 
@@ -119,8 +118,10 @@ def opening(report: Report) -> list[str]:
     missing = report["meta"]["missing"]
     if missing:
         lines += [f"Not finished: {len(missing)} jobs of the experiment are missing.", ""]
-    lines += [f"- {verdict_sentence(verdict, report)}" for verdict in report["verdicts"]]
-    return lines + [f"- {sentence}" for sentence in report_sentences(report)]
+    sentences = [verdict_sentence(verdict, report) for verdict in report["verdicts"]]
+    sentences += report_sentences(report)
+    # the headline may be one of them
+    return lines + [f"- {sentence}" for sentence in sentences if sentence != headline(report)]
 
 
 def ends(report: Report) -> Table:
@@ -239,7 +240,11 @@ def result_rows(config: ExperimentConfig, report: Report) -> list[dict[str, Any]
     hours = sum(filter(None, report["meta"]["seconds"].values())) / 3600 / config.processes
     measured.append(("real-hours", "hours of what is done of the experiment", hours, "<= 8"))
     commit = commits(report)
-    return [row(*found, COMMAND, commit) for found in measured]
+    rows = []
+    for name, what, value, bound in measured:
+        about = {"value": round(value, 4), "bound": bound, "command": COMMAND, "commit": commit}
+        rows.append({"id": name, "what": what, **about})
+    return rows
 
 
 def sft_rows(config: ExperimentConfig) -> list[Measured]:
@@ -277,27 +282,3 @@ def method_rows(point: dict[str, Any], report: Report) -> list[Measured]:
     if method == "ppo":
         rows.append(("real-ppo-updates", "updates in a run of PPO", point["step"], ">= 40"))
     return rows
-
-
-def row(
-    name: str, what: str, value: float, bound: str, command: str, commit: str
-) -> dict[str, Any]:
-    """Return a row of real.json; `holds` follows from value and bound, which is ">= 40" or alike."""
-    sign, limit = bound.split()
-    holds = {
-        ">": value > float(limit),
-        ">=": value >= float(limit),
-        "<": value < float(limit),
-        "<=": value <= float(limit),
-    }[sign]
-    return {
-        "id": name, "what": what, "value": round(value, 4), "bound": bound, "holds": holds,
-        "command": command, "commit": commit,
-    }  # fmt: skip
-
-
-def put_rows(rows: list[dict[str, Any]], file: Path) -> None:
-    """Write rows into the file in the place of those with their ids; the others stay."""
-    before = read_json(file).get("rows", [])
-    by_id = {entry["id"]: entry for entry in [*before, *rows]}
-    write_atomic(file, dumps({"rows": list(by_id.values())}, indent=1) + "\n")

@@ -49,16 +49,20 @@ def add_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows into a results file, each in place of the one with its id.
 
     A row names `id`, `what`, `value` (a number or a truth value), `bound` (text: a comparison and
-    a number) and `command`; `holds` and `commit` are filled in here.
+    a number) and `command`; `holds` is filled in here, and `commit` (that of HEAD) where it is not
+    given.
     """
     path = Path(path)
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     by_id = {row["id"]: row for row in old}
-    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
     for row in rows:
         kept = holds(row["value"], row["bound"])
-        by_id[row["id"]] = {**row, "holds": kept, "commit": commit}
+        by_id[row["id"]] = {**row, "holds": kept, "commit": row.get("commit") or head_commit()}
     write_atomic(path, dumps({"rows": list(by_id.values())}, indent=1) + "\n")
+
+
+def head_commit() -> str:
+    return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
 
 
 def write_page(path: Path, lines: Iterable[str]) -> None:

@@ -79,22 +79,6 @@ def test_an_update_of_ppo_by_hand(monkeypatch):
     assert real_plan.ppo_update_flops(options, rank=1) == 28 + 28 + 20 + 4000
 
 
-@pytest.mark.parametrize(
-    "value, bound, holds",
-    [(40, ">= 40", True), (39, ">= 40", False), (0.5, "> 0.5", False), (8.1, "<= 8", False)],
-)
-def test_whether_a_row_holds_follows_from_value_and_bound(value, bound, holds):
-    assert real_page.row("x", "what", value, bound, "make real", "abc")["holds"] is holds
-
-
-def test_rows_replace_those_of_their_ids_and_leave_the_others(tmp_path):
-    file = tmp_path / "real.json"
-    file.write_text(json.dumps({"rows": [{"id": "export", "value": 1}, {"id": "a", "value": 1}]}))
-    real_page.put_rows([{"id": "a", "value": 2}, {"id": "b", "value": 3}], file)
-    rows = json.loads(file.read_text())["rows"]
-    assert [(row["id"], row["value"]) for row in rows] == [("export", 1), ("a", 2), ("b", 3)]
-
-
 def small_experiment(folder: Path) -> Path:
     """Write the experiment of make real-quick with a few steps of few tokens; return its file."""
     options = yaml.safe_load(real.QUICK_EXPERIMENT.read_text())

@@ -30,6 +30,10 @@ def test_a_row_takes_the_place_of_the_one_with_its_id(tmp_path):
     assert (first["id"], first["value"], first["holds"]) == ("a", 0.95, True)
     assert (second["id"], second["value"], second["holds"]) == ("b", 1.0, True)
     assert first["commit"] == second["commit"]
+    # what was measured at another commit says so; the rows of other ids stay
+    add_rows(path, [{**row, "commit": "abc1234"}])
+    first, other = json.loads(path.read_text())["rows"]
+    assert first["commit"] == "abc1234" and other == second
 
 
 ROOT = Path(__file__).parents[2]
