@@ -29,7 +29,7 @@ FEW_SEEDS = 5
 # Where a comparison was made, for each kind of verdict that has a sign, and what its sign says
 PLACES = {
     "equal_kl": "at KL {kl}",
-    "tuned": "each at the swept value that did best on other prompts",
+    "tuned": "{tuned} at the swept value that did best on other prompts",
     "end": "at the end of training",
 }
 SIGNS: dict[int | None, str] = {
@@ -49,6 +49,10 @@ HEADLINE: dict[int | None, str] = {
 OVER_OPTIMISATION = (
     "Over-optimisation of {a}: {outcome}. From the peak of {judge} (KL {peak}) to the largest KL ({end}) it "
     "changes by {size} ({basis}){proxy}."
+)
+STILL_RISING = (
+    "Over-optimisation of {a}: {outcome}. At the largest KL ({end}) {judge} is highest, so there is no fall from a "
+    "peak to measure."
 )
 OUTCOMES = {1: "reproduced", -1: "not reproduced", 0: "undecided", None: "no verdict"}
 EXPLOITED_PROXY = (
@@ -144,7 +148,9 @@ def verdict_sentence(verdict: Mapping[str, Any], report: Report) -> str:
             "end": nats(evidence["end"]["kl"]),
             "proxy": _proxy_change(evidence["proxy"]),
         }
-        text = OVER_OPTIMISATION.format(**fields)
+        # the peak is the end wherever it was chosen
+        is_rising = evidence["ends_at_peak"] == 1
+        text = (STILL_RISING if is_rising else OVER_OPTIMISATION).format(**fields)
     elif verdict["kind"] == "exploited_proxy":
         text = EXPLOITED_PROXY.format(**fields, proxies=listed(list(evidence["proxies"])))
     else:
@@ -207,9 +213,13 @@ def _place(verdict: Mapping[str, Any], report: Report) -> str:
     # the other kinds of comparison are at the end of training, tuned or not
     if verdict["kind"] == "equal_kl":
         return PLACES["equal_kl"].format(kl=nats(verdict["kl"]))
-    sides = [report["methods"].get(verdict[side], {}) for side in ("a", "b")]
-    was_tuned = any(len(method.get("swept_values", ())) > 1 for method in sides)
-    return PLACES["tuned" if was_tuned else "end"]
+    tuned = []
+    for method in (verdict["a"], verdict["b"]):
+        if len(report["methods"].get(method, {}).get("swept_values", ())) > 1:
+            tuned.append(method_name(method))
+    if not tuned:
+        return PLACES["end"]
+    return PLACES["tuned"].format(tuned=tuned[0] if len(tuned) == 1 else "each")
 
 
 def _basis(verdict: Mapping[str, Any], report: Report) -> str:

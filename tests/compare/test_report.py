@@ -64,6 +64,38 @@ def test_a_tuned_verdict_names_the_values_and_their_kl():
     )
 
 
+@pytest.mark.parametrize(
+    ("swept", "place"),
+    [
+        ({"ppo": [0.1, 0.2], "dpo": [0.1, 0.3]}, "each at the swept value that did best"),
+        ({"ppo": [0.1], "dpo": [0.1, 0.3]}, "DPO at the swept value that did best"),
+        ({"ppo": [0.1, 0.2], "dpo": []}, "PPO at the swept value that did best"),
+        ({"ppo": [0.1], "dpo": []}, "at the end of training"),
+    ],
+)
+def test_a_tuned_verdict_says_which_side_had_values_to_choose_among(swept, place):
+    report = example()
+    for method, values in swept.items():
+        report["methods"][method]["swept_values"] = values
+    assert f", {place}" in verdict_sentence(verdict("tuned", kl=None), report)
+
+
+def test_a_judge_that_is_highest_at_the_largest_kl_has_no_fall_to_tell_of():
+    report = example()
+    entry = report["overoptimisation"][0]
+    of_curve = {"sign": 0, "difference": entry["judge"], "evidence": entry}
+    line = verdict_sentence(verdict("over_optimisation", **of_curve), report)
+    assert "From the peak of the gold score (KL 9.4) to the largest KL (21) it changes by" in line
+    # half of the cells have their peak before the end: there is a change to tell
+    entry["ends_at_peak"] = 0.5
+    assert verdict_sentence(verdict("over_optimisation", **of_curve), report) == line
+    entry["ends_at_peak"] = 1.0
+    assert verdict_sentence(verdict("over_optimisation", **of_curve), report) == (
+        "Over-optimisation of PPO: undecided. At the largest KL (21) the gold score is highest, so there is no fall "
+        "from a peak to measure."
+    )
+
+
 def test_notes_name_what_is_missing():
     report = example()
     report["notes"] += [
