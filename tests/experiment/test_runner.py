@@ -20,6 +20,7 @@ from rlhf.experiment.run import run_experiment
 from rlhf.jobs import commands, runner
 from rlhf.jobs.commands import MARK, environment, full_command, programs_of
 from rlhf.jobs.job import Job
+from rlhf.jobs.state import PlanState
 from rlhf.startup import Ranks, read_ranks
 from tests.experiment import fake
 from tests.experiment.example import experiment, method, options, write_files
@@ -193,6 +194,18 @@ def test_what_a_program_refuses_is_not_tried_again_and_holds_up_only_what_needs_
     behave(folder)
     run_experiment(experiment(folder, **BOTH))  # mended: only the rest is done
     assert len(log(folder, "end")) == len(set(log(folder, "end"))) == 7
+
+
+def test_what_needs_a_blocked_job_is_blocked_too(tmp_path):
+    def job(name, *needs):
+        return Job(name=name, program="rlhf", arguments=[], kind="trial", needs=list(needs))
+
+    # a has failed: b needs it and c needs b; d needs nothing
+    state = PlanState(tmp_path)
+    state.set_jobs([job("a"), job("b", "a"), job("c", "b"), job("d")])
+    state.failed, state.done = {"a": 1}, set()
+    found = [state.status(planned) for planned in state.jobs]
+    assert found == ["failed", "blocked", "blocked", "waiting"]
 
 
 def test_a_run_that_a_guard_has_stopped_is_a_result(folder):
