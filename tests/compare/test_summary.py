@@ -261,8 +261,8 @@ def test_a_budget_that_one_trial_misses_is_not_matched():
         ]
         is False
     )
-    # 115, 100: alone both are within 10 %
-    spent = {"ppo": {"flops": 105.0}, "dpo": {"flops": 97.0}}
+    # 97 + 7 + 3 = 107 and 92 + 3 = 95 are within 10 % of 100, and 107 / 95 = 1.126
+    spent = {"ppo": {"flops": 97.0}, "dpo": {"flops": 92.0}}
     assert (
         summarise(make({"ppo": rising, "dpo": flat}, budget=asked, spent=spent))["budget"][
             "matched"
@@ -270,6 +270,23 @@ def test_a_budget_that_one_trial_misses_is_not_matched():
         is False
     )
     assert usual()["budget"]["matched"] is None
+
+
+def test_a_budget_that_one_seed_misses_is_not_matched():
+    asked = {"match": "flops", "total": 100.0, "tolerance": 0.1}
+    spent = {"ppo": {"flops": 90.0}, "dpo": {"flops": 97.0}}
+    results = make({"ppo": rising, "dpo": flat}, budget=asked, spent=spent)
+    assert summarise(results)["budget"]["matched"] is True
+    # seed 0 of ppo alone: 110 + 7 + 3 = 120
+    points = []
+    for point in results.points:
+        is_dear = (point.method, point.seed) == ("ppo", 0)
+        points.append(replace(point, budget={"flops": 110.0}) if is_dear else point)
+    budget = summarise(replace(results, points=points))["budget"]
+    ppo = next(row for row in budget["rows"] if row["method"] == "ppo")
+    seeds = len(results.ends("ppo", ppo["swept"]))
+    assert ppo["ratio"] == pytest.approx(1 + 0.2 / seeds) and abs(ppo["ratio"] - 1) < 0.1
+    assert ppo["furthest"] == pytest.approx(1.2) and budget["matched"] is False
 
 
 def test_win_rates_of_both_sides_sum_to_one():
