@@ -280,7 +280,8 @@ def _require_base(path: str, found: str) -> None:
     for record in (read_identity(path), read_reward(path)):
         if record.get("base_fingerprint") not in (None, "", found):
             raise UserError(
-                f"{path}: trained on base {record['base_fingerprint']}, but its base now has fingerprint {found}"
+                f"{path}: trained on base {record['base_fingerprint']}, but its base now has fingerprint {found}. "
+                "Point 'base_model_name_or_path' in its adapter_config.json to the right base"
             )
 
 

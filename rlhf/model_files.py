@@ -119,7 +119,9 @@ def adapter_base(adapter_path: str) -> str:
     """
     base = read_json(Path(adapter_path) / "adapter_config.json").get("base_model_name_or_path")
     if not base:
-        raise UserError(f"{adapter_path}/adapter_config.json names no 'base_model_name_or_path'")
+        raise UserError(
+            f"{adapter_path}/adapter_config.json names no 'base_model_name_or_path'. Name the base there"
+        )
     folder = Path(adapter_path).resolve()
     for named in (base, read_identity(adapter_path).get("base_model_name_or_path")):
         if named and Path(named).exists():

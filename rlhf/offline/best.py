@@ -64,7 +64,8 @@ def load_best(trainer: Any, losses: HeldOutLosses, run: Run, learnt: Any = None)
     """
     if not losses.evaluations:
         raise UserError(
-            f"{run.folder}: no evaluation on held-out pairs had a finite loss: no best model to save"
+            f"{run.folder}: no evaluation on held-out pairs had a finite loss: no best model to save. Lower "
+            "learning_rate, or look at these pairs"
         )
     step, loss = losses.best
     last = trainer.state.global_step

@@ -209,7 +209,8 @@ def train(trainer: Trainer, callback: RunCallback, lora_dropout: float = 0.0) ->
     for name, dataset in sets.items():
         if trainer.args.dataloader_drop_last and dataset is not None and len(dataset) < batch:
             raise UserError(
-                f"trl: 'dataloader_drop_last' drops all {len(dataset)} {name}, since a batch is {batch}: none is left"
+                f"trl: 'dataloader_drop_last' drops all {len(dataset)} {name}, since a batch is {batch}. Leave it "
+                "out, or lower per_device_train_batch_size"
             )
 
     prepare_trainer(trainer, callback.budget, lora_dropout)

@@ -230,7 +230,10 @@ class PPOConfig(
                 f"rollout_batch_size {size} is not a multiple of samples_per_prompt {self.samples_per_prompt}"
             )
         if size < self.num_mini_batches:
-            raise UserError(f"{self.num_mini_batches} minibatches out of {size} responses")
+            raise UserError(
+                f"'num_mini_batches' is {self.num_mini_batches}, more than the {size} responses of a rollout "
+                "(rollout_batch_size). Lower it"
+            )
         if self.total_episodes < size:
             raise UserError(
                 f"total_episodes {self.total_episodes} is less than one rollout of {size}"
@@ -253,7 +256,7 @@ class PPOConfig(
             )
         if not self.has_critic and self.critic_warmup_steps:
             raise UserError(
-                f"'critic_warmup_steps' is set, but {self.advantage_estimator} has no critic"
+                f"'critic_warmup_steps' is set, but {self.advantage_estimator} has no critic. Leave it out"
             )
         unused = self.unused_critic_options()
         if unused:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.config import SEED, option
+from rlhf.data.split import check_fractions
 from rlhf.errors import UserError, did_you_mean
 from rlhf.http_client import check_url
 
@@ -162,8 +163,7 @@ class RunConfig(ModelOptions, DataOptions, OptimizerOptions, OutputOptions, Logg
     """Options of every program."""
 
     def validate(self) -> None:
-        if self.validation_fraction + self.test_fraction >= 1:
-            raise UserError("validation_fraction and test_fraction leave nothing to train on")
+        check_fractions(self.validation_fraction, self.test_fraction)
         check_output_dir(self.output_dir)
         check_quantization(self)
         check_attention(self.attn_implementation)

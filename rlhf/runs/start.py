@@ -167,7 +167,8 @@ def check_resumable(found: Checkpoint, program: str, config: RunConfig, ranks: R
     metadata = found.metadata
     if metadata.get("program") != program:
         raise UserError(
-            f"{found.folder}: is a checkpoint of '{metadata.get('program')}', not of '{program}'"
+            f"{found.folder}: is a checkpoint of '{metadata.get('program')}', not of '{program}'. Choose another "
+            "--output_dir or --resume"
         )
     adapted = check_ranks(found, config, ranks)
     # the first version recorded none

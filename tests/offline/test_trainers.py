@@ -76,5 +76,5 @@ def test_dropping_the_last_batch_must_leave_one(rows, held_out, said):
         train_dataset=range(rows), eval_dataset=range(held_out), args=arguments
     )
     callback = SimpleNamespace(run=SimpleNamespace(world=SimpleNamespace(size=2)))
-    with pytest.raises(UserError, match=f"drops {said}, since a batch is 8: none is left"):
+    with pytest.raises(UserError, match=f"drops {said}, since a batch is 8. Leave it out"):
         train(trainer, callback)

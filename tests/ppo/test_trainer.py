@@ -346,7 +346,7 @@ def test_permutation_depends_on_its_key_alone():
         ({"total_episodes": 4}, "less than one rollout"),
         ({"reward": []}, "'reward' is empty"),
         ({"kl_target": -1.0}, "kl_target"),
-        ({"num_mini_batches": 9}, "minibatches"),
+        ({"num_mini_batches": 9}, "'num_mini_batches' is 9, more than"),
         ({"num_ppo_epochs": 0}, "num_ppo_epochs"),
         ({"gamma": 1.5}, "gamma"),
         ({"clip_range": 0.0}, "clip_range"),
