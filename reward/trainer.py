@@ -19,10 +19,10 @@ def pair_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows of `encode_preferences` as this trainer reads them: whole sequences, and the
     columns of the data.
     """
-    rows = [
-        {side: row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids")}
-        for row in encoded
-    ]
+    rows = []
+    for row in encoded:
+        prompt = row["prompt_ids"]
+        rows.append({side: prompt + row[side] for side in ("chosen_ids", "rejected_ids")})
     add_columns(rows, [row["record"] for row in encoded], OF_RECORDS)
     return rows
 

@@ -137,7 +137,8 @@ def score_pairs(
     encoded = encode(pairs, reward.tokenizer, max_prompt_length, max_response_length)
     # chosen answers first, then the rejected ones, in one pass of the model
     rows = kept(encoded, what)
-    ids = [row["prompt_ids"] + row[side] for side in ("chosen_ids", "rejected_ids") for row in rows]
+    ids = [row["prompt_ids"] + row["chosen_ids"] for row in rows]
+    ids += [row["prompt_ids"] + row["rejected_ids"] for row in rows]
     with tqdm(total=len(ids), desc=f"scoring {what}", unit="answer", mininterval=5) as bar:
         scores = raw_scores(
             reward.model, ids, reward.tokenizer.pad_token_id, batch_size, bar.update

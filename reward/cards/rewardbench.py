@@ -170,14 +170,13 @@ def ties_score(questions: list[dict[str, Row]]) -> float:
     the spread of the right answers of the tied row. The last three are over questions with both
     rows; tanh counts 0 where 0 / 0.
     """
-    right = {
-        kind: [margin(asked[kind]) > 0 for asked in questions if kind in asked]
-        for kind in ("tied", "ref")
-    }
+    score = 0.0
+    # either kind alone counts by its own part
+    for kind in ("tied", "ref"):
+        right = [margin(asked[kind]) > 0 for asked in questions if kind in asked]
+        score += 0.3 * float(np.mean(right)) if right else 0.0
     # a question whose long answers were left out has one row
     both = [asked for asked in questions if len(asked) == 2]
-    # either kind alone counts by its own part
-    score = sum(0.3 * float(np.mean(found)) for found in right.values() if found)
     if not both:
         return score
     tied = np.array([margin(asked["tied"]) for asked in both])

@@ -100,10 +100,10 @@ def own_memory(memories: list[dict[str, Any]], rank: int, ranks: int) -> dict[st
         return memories[rank]
     merged = dict(memories[0])
     merged["tr_loss"] = sum(memory["tr_loss"] for memory in memories) / len(memories)
-    merged["metrics"] = {
-        name: list(itertools.chain.from_iterable(memory["metrics"][name] for memory in memories))
-        for name in memories[0]["metrics"]
-    }
+    merged["metrics"] = {}
+    for name in memories[0]["metrics"]:
+        of_ranks = [memory["metrics"][name] for memory in memories]
+        merged["metrics"][name] = list(itertools.chain.from_iterable(of_ranks))
     return merged
 
 

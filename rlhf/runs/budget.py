@@ -271,17 +271,13 @@ def weights_of(
     Embeddings are looked up, not multiplied with. Of what belongs to adapters, what belongs to
     `adapters` counts.
     """
-    lookups = {
-        id(p)
-        for m in module.modules()
-        if isinstance(m, nn.Embedding)
-        for p in m.parameters(recurse=False)
-    }
-    packed = {
-        id(m.weight): m.in_features * m.out_features
-        for m in module.modules()
-        if isinstance(m, QuantizedLinear)
-    }
+    lookups: set[int] = set()
+    packed: dict[int, int] = {}
+    for part in module.modules():
+        if isinstance(part, nn.Embedding):
+            lookups.update(map(id, part.parameters(recurse=False)))
+        elif isinstance(part, QuantizedLinear):
+            packed[id(part.weight)] = part.in_features * part.out_features
     linear = trained = 0.0
     for name, parameter in module.named_parameters():
         owner = re.search(r"(?:lora_A|lora_B|lora_embedding_B|modules_to_save)\.([^.]+)", name)

@@ -213,7 +213,9 @@ class Worker:
         if not jobs:
             return
         # one row an answer, in the order of the jobs
-        answers = [_Answer(job, number) for job in jobs for number in range(len(job.keys))]
+        answers: list[_Answer] = []
+        for job in jobs:
+            answers += [_Answer(job, number) for number in range(len(job.keys))]
         # shorter limits are kept by each answer itself
         longest = max(job.sampling.max_new_tokens for job in jobs)
         jobs[0].policy.generate(
