@@ -55,7 +55,8 @@ DROPPED = {
 
 
 def rename_trl(logs: dict[str, float], stage: Literal["sft", "reward", "dpo"]) -> dict[str, float]:
-    """TRL's (and transformers') log names in our vocabulary; `eval_x` becomes `eval/<x renamed>`.
+    """Return TRL's (and transformers') log names in our vocabulary; `eval_x` becomes
+    `eval/<x renamed>`.
 
     Names that are ours already pass and win over renamed ones (a callback may have counted
     `budget/tokens_trained`). What has no name here is kept as `trl/<name>`, so that no number of a

@@ -45,15 +45,15 @@ class DecoderShape:
     pair: float  # attention between one query and one key, in all layers and heads
 
     def forward(self, positions: int, pairs: int) -> float:
-        """FLOPs of a pass over `positions`, each of which attends to some: `pairs` in all, masked
-        ones included.
+        """Return the FLOPs of a pass over `positions`, each of which attends to some: `pairs` in all,
+        masked ones included.
         """
         return 2.0 * (self.linear * positions + self.pair * pairs)
 
     def backward(
         self, positions: int, pairs: int, *, to_embeddings: bool, fused: bool, recomputed: bool
     ) -> float:
-        """FLOPs of the backward pass.
+        """Return the FLOPs of the backward pass.
 
         A weight's output gradient is multiplied with the weight, and with its input where it is
         trained. Unless gradients go on `to_embeddings`, the first products need none. Attention
@@ -150,7 +150,7 @@ class Budget:
             watch_portions(head, after_portions)
 
     def state_dict(self) -> dict[str, float]:
-        """What a checkpoint keeps; seconds are those spent so far."""
+        """Return what a checkpoint keeps; seconds are those spent so far."""
         return {name: getattr(self, name) for name in COUNTERS} | {
             "seconds": time.monotonic() - self.began
         }
@@ -212,7 +212,7 @@ def pass_size(args: tuple, kwargs: dict[str, Any], attention: str = "sdpa") -> t
 
 
 def decoder_shape(decoder: nn.Module, adapters: tuple[str, ...] = ()) -> DecoderShape:
-    """The sizes of `decoder` with these LoRA adapters active.
+    """Return the sizes of `decoder` with these LoRA adapters active.
 
     Of experts, a position meets as many as the router sends it to. Attention is counted in the
     layers that have it, sliding windows as whole: kernels that skip masked pairs do less. The state
@@ -266,7 +266,8 @@ def decoder_shape(decoder: nn.Module, adapters: tuple[str, ...] = ()) -> Decoder
 def weights_of(
     module: nn.Module, adapters: tuple[str, ...] = (), expert_share: float = 1.0
 ) -> tuple[float, float]:
-    """(multiply-adds of one position with all weights below `module`, with those that are trained).
+    """Return (multiply-adds of one position with all weights below `module`, with those that are
+    trained).
 
     Embeddings are looked up, not multiplied with. Of what belongs to adapters, what belongs to
     `adapters` counts.
@@ -293,13 +294,13 @@ def weights_of(
 
 
 def active_adapters(decoder: nn.Module) -> tuple[str, ...]:
-    """The LoRA adapters that a pass through `decoder` would use now."""
+    """Return the LoRA adapters that a pass through `decoder` would use now."""
     layer = next((m for m in decoder.modules() if isinstance(m, BaseTunerLayer)), None)
     return () if layer is None or layer.disable_adapters else tuple(layer.active_adapters)
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix of the model itself: no bias or norm, and not of an adapter."""
+    """Return whether a parameter is a matrix of the model itself: no bias or norm, and not of an adapter."""
     # ZeRO-3 leaves an empty tensor on each rank
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return len(shape) > 1 and not re.search("lora_|modules_to_save|trainable_tokens", name)
