@@ -22,7 +22,7 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/python -m pip install --no-deps --no-build-isolation --quiet -e .
 	@echo "compiling DeepSpeed's CPU communication operator, once (about a minute)"
 	@RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29511 \
-	  $(BIN)/python -W ignore -c 'from rlhf.distributed import start; start()' > $(VENV)/deepspeed-build.log 2>&1 || \
+	  $(BIN)/python -W ignore -c 'from rlhf.ranks.distributed import start; start()' > $(VENV)/deepspeed-build.log 2>&1 || \
 	  { tail -n 20 $(VENV)/deepspeed-build.log >&2; \
 	    echo "error: DeepSpeed could not compile its operator; it needs g++ and Python's headers" >&2; exit 2; }
 	touch $@

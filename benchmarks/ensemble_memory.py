@@ -79,7 +79,7 @@ def measure_scoring(shape: str, count: int, folder: Path, *, is_shared: bool = T
 
     from reward.loaded import RewardModels, reward_scorer
     from rlhf.data.records import Samples
-    from rlhf.tokenizer import load_tokenizer
+    from rlhf.model.tokenizer import load_tokenizer
 
     torch.set_num_threads(1)
     tokenizer = load_tokenizer(str(folder / "base"))

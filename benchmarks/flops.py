@@ -129,17 +129,17 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     """(what is counted, FLOPs measured) of a PPO step: sampled, scored by the reward role, read by
     all, one epoch.
     """
-    from rlhf.adapters import lora_config
     from rlhf.data.records import Prompt
-    from rlhf.distributed import DistributedContext
     from rlhf.engines.batched import prepare
-    from rlhf.models import InitialModel
+    from rlhf.model.adapters import lora_config
+    from rlhf.model.loading import InitialModel
+    from rlhf.model.packing import packs
     from rlhf.options.ppo import PPOConfig
-    from rlhf.packing import packs
     from rlhf.ppo.rollout import role_scorer
     from rlhf.ppo.trainer import PPOTrainer, TrainingData
-    from rlhf.roles import Roles
-    from rlhf.whole_roles import WholeRoles
+    from rlhf.ranks.distributed import DistributedContext
+    from rlhf.roles.one_base import Roles
+    from rlhf.roles.whole_weights import WholeRoles
 
     values = {
         "model_name_or_path": "x", "data": ["x"], "output_dir": "x", "reward": [{"model": "x"}],
@@ -190,8 +190,8 @@ def trl_step(
 
     from reward.model import trainable_reward
     from reward.trainer import PairCollator, RewardTrainer
-    from rlhf.adapters import lora_config
-    from rlhf.models import InitialModel, trainable_policy
+    from rlhf.model.adapters import lora_config
+    from rlhf.model.loading import InitialModel, trainable_policy
     from rlhf.offline import trainers
     from rlhf.offline.soft_dpo import EncodedDPOTrainer
 

@@ -28,17 +28,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlhf.adapters import lora_config
 from rlhf.data.records import BadScore, Prompt, Samples, Scores
-from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError
 from rlhf.guards import Decision
-from rlhf.models import load_model
+from rlhf.model.adapters import lora_config
+from rlhf.model.loading import load_model
+from rlhf.model.tokenizer import stop_ids
 from rlhf.ppo.guards import Guards
 from rlhf.ppo.trainer import PPOConfig, PPOTrainer, TrainingData
-from rlhf.roles import Roles
+from rlhf.ranks.distributed import DistributedContext
+from rlhf.roles.one_base import Roles
 from rlhf.stats import clustered_se, student_quantile
-from rlhf.tokenizer import stop_ids
 
 FAULT = 10  # the first step that is faulty; steps count from 1
 HARD_LIMIT = 5  # updates within which NaN, ratio and KL explosions have to be caught

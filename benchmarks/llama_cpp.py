@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from rlhf.export.check import PROMPTS, greedy_answers  # noqa: E402
-from rlhf.models import load_model, trainable_policy  # noqa: E402
+from rlhf.model.loading import load_model, trainable_policy  # noqa: E402
 from rlhf.program import program  # noqa: E402
 from rlhf.startup import silence_libraries  # noqa: E402
 

@@ -21,7 +21,7 @@ from rlhf.export.gguf_file import splitting, write_gguf
 from rlhf.startup import silence_libraries
 from tests.conftest import make_tokenizer
 from tests.export.test_gguf_file import KINDS, patterns, split_by
-from tests.test_from_gguf import LLAMA3
+from tests.model.test_from_gguf import LLAMA3
 
 CASES = [
     ("llama", {}, "gpt-2"),

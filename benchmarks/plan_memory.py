@@ -112,9 +112,9 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from benchmarks.result_rows import add_rows  # noqa: E402
 from rlhf import stages  # noqa: E402
+from rlhf.model.quantized import weight_memory  # noqa: E402
 from rlhf.offline import trainers  # noqa: E402
 from rlhf.plan.ledger import size_of  # noqa: E402
-from rlhf.quantized import weight_memory  # noqa: E402
 from rlhf.text import markdown_table  # noqa: E402
 
 

@@ -77,9 +77,9 @@ def loaded(base: str, model: str | None):
     import real_model
     import torch
 
-    from rlhf.from_gguf import as_folder
-    from rlhf.models import load_model
-    from rlhf.quantized import weight_memory
+    from rlhf.model.from_gguf import as_folder
+    from rlhf.model.loading import load_model
+    from rlhf.model.quantized import weight_memory
     from rlhf.startup import silence_libraries
 
     silence_libraries()
@@ -116,7 +116,7 @@ def rows_of(tokenizer) -> tuple[list[dict], list[dict]]:
 
 def loss_of(model, rows, pad_id: int, count: int):
     """Return the negative log-likelihood of the rows' response tokens over a count of tokens."""
-    from rlhf.logprobs import completion_batch, response_logprobs
+    from rlhf.model.logprobs import completion_batch, response_logprobs
 
     columns = completion_batch(
         [row["prompt_ids"] for row in rows], [row["response_ids"] for row in rows], pad_id
@@ -139,10 +139,10 @@ def sft_sitting(base: str, optim: str, sitting: int, path: str | None) -> None:
     """Make eight steps of SFT, from where the last sitting ended."""
     import torch
 
-    from rlhf.adapters import lora_config
-    from rlhf.distributed import DistributedContext
-    from rlhf.models import trainable_policy
-    from rlhf.optimizer_engine import make_engine
+    from rlhf.model.adapters import lora_config
+    from rlhf.model.loading import trainable_policy
+    from rlhf.ranks.distributed import DistributedContext
+    from rlhf.ranks.optimizer_engine import make_engine
 
     initial, found = loaded(base, path)
     pad_id = initial.tokenizer.pad_token_id
@@ -189,14 +189,14 @@ def ppo_update(base: str, turn: int, path: str | None) -> None:
     """Make one PPO update of 8 responses, scored by their distinct tokens, with a critic of its own."""
     import torch
 
-    from rlhf.adapters import lora_config
     from rlhf.data.records import Prompt, Scores
-    from rlhf.distributed import DistributedContext
+    from rlhf.model.adapters import lora_config
+    from rlhf.model.tokenizer import stop_ids
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.batches import TrainingData
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.roles import Roles
-    from rlhf.tokenizer import stop_ids
+    from rlhf.ranks.distributed import DistributedContext
+    from rlhf.roles.one_base import Roles
 
     initial, found = loaded(base, path)
     rows, _ = rows_of(initial.tokenizer)

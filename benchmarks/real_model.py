@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # the checkout, whether or not it is installed
 sys.path.insert(0, str(ROOT))
 
-from rlhf.from_gguf import as_folder  # noqa: E402
+from rlhf.model.from_gguf import as_folder  # noqa: E402
 from rlhf.program import program  # noqa: E402
 from rlhf.startup import silence_libraries  # noqa: E402
 

@@ -25,10 +25,10 @@ from rlhf.engines import hf  # noqa: E402
 from rlhf.engines.sampling import Sampling  # noqa: E402
 from rlhf.export.check import NEW_TOKENS, PROMPTS  # noqa: E402
 from rlhf.http_server import listen  # noqa: E402
+from rlhf.model.tokenizer import load_tokenizer, stop_ids  # noqa: E402
 from rlhf.program import program  # noqa: E402
 from rlhf.serve.policies import load  # noqa: E402
 from rlhf.startup import silence_libraries  # noqa: E402
-from rlhf.tokenizer import load_tokenizer, stop_ids  # noqa: E402
 
 THREADS, ROUNDS = 12, 3
 

@@ -17,7 +17,7 @@ from rlhf.data.encode import encode, kept  # noqa: E402
 from rlhf.data.load import load  # noqa: E402
 from rlhf.data.records import Instruction  # noqa: E402
 from rlhf.data.turns import TurnRows, turn_rows  # noqa: E402
-from rlhf.tokenizer import load_tokenizer  # noqa: E402
+from rlhf.model.tokenizer import load_tokenizer  # noqa: E402
 
 DATA = ROOT / "rlhf" / "brand_data" / "outdoor" / "dialogues.jsonl"
 # as configs/real/sft.yaml

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from rlhf.adapters import load_adapter
 from rlhf.engines import hf
 from rlhf.engines.sampling import Completions, Sampling
 from rlhf.engines.vllm import VllmEngine, logprob_gap
-from rlhf.models import load_model
+from rlhf.model.adapters import load_adapter
+from rlhf.model.loading import load_model
 from rlhf.text import markdown_table
 
 ROWS, NEW_TOKENS, DRAWS = 32, 32, 4000

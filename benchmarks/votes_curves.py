@@ -241,7 +241,7 @@ def test_answers() -> Answers:
     from rlhf.data.load import load
     from rlhf.data.records import Prompt
     from rlhf.engines.sampling import Sampling
-    from rlhf.tokenizer import load_tokenizer
+    from rlhf.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer("sft")
     records = load(["world/prompts.jsonl"], Prompt, split="test")
@@ -262,8 +262,8 @@ def read_pool(seed: int) -> Pool:
     from reward.compose import build_scorer
     from rlhf.data.encode import encode_prompt, encode_response
     from rlhf.data.store import Store
+    from rlhf.model.tokenizer import load_tokenizer
     from rlhf.sandbox.annotators import gold_scores
-    from rlhf.tokenizer import load_tokenizer
 
     with Store.open(make_store(seed)) as store:
         pairs = store.at().pairs()
@@ -330,7 +330,7 @@ def mean_states(ids: list[list[int]], batch_size: int = 64) -> np.ndarray:
 
 @functools.cache
 def sft_policy() -> Any:
-    from rlhf.models import load_model, trainable_policy
+    from rlhf.model.loading import load_model, trainable_policy
 
     return trainable_policy(load_model("sft", "float32"), None).eval()
 
@@ -375,7 +375,7 @@ def train_adapter(rows: list[dict[str, list[int]]], seed: int) -> tuple[Any, int
     from reward.model import trainable_reward
     from reward.objective import reward_loss
     from reward.trainer import PairCollator
-    from rlhf.models import load_model
+    from rlhf.model.loading import load_model
 
     # loaded again, since a reward model grows on the very object
     initial = load_model("sft", "float32")

@@ -177,16 +177,16 @@ def measure_rank(how: str, folder: Path) -> None:
     """Load, sample and make a step as one of the ranks; write what it took, and what was sampled."""
     import torch
 
-    from rlhf import distributed, divided
-    from rlhf.adapters import lora_config
     from rlhf.data.records import Prompt, Scores
     from rlhf.engines import batched
     from rlhf.engines.sampling import sample_key
-    from rlhf.models import load_model
+    from rlhf.model.adapters import lora_config
+    from rlhf.model.loading import load_model
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.batches import TrainingData
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.roles import Roles
+    from rlhf.ranks import distributed, divided
+    from rlhf.roles.one_base import Roles
     from rlhf.startup import silence_libraries
 
     silence_libraries()

@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from reward.compose import build_scorer
     from rlhf import stages
-    from rlhf.adapters import frozen_copy
-    from rlhf.models import load_model, trainable_policy
+    from rlhf.model.adapters import frozen_copy
+    from rlhf.model.loading import load_model, trainable_policy
     from rlhf.offline import trainers
     from rlhf.offline.callbacks import RunCallback
     from rlhf.offline.reference_pass import ReferencePass, open_references

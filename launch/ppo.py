@@ -42,15 +42,15 @@ def main(argv: list[str] | None = None) -> None:
 
     # torch takes seconds to import, and wrong options are reported before
     from rlhf import stages
-    from rlhf.critic import critic_start, find_reward_roles
-    from rlhf.deepspeed_config import read_deepspeed_config
+    from rlhf.model.tokenizer import stop_ids
     from rlhf.ppo.batches import TrainingData
     from rlhf.ppo.loop import TrainingLoop
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.roles import Roles
+    from rlhf.ranks.deepspeed_config import read_deepspeed_config
+    from rlhf.roles.critic import critic_start, find_reward_roles
+    from rlhf.roles.one_base import Roles
+    from rlhf.roles.whole_weights import WholeRoles
     from rlhf.runs.budget import Budget
-    from rlhf.tokenizer import stop_ids
-    from rlhf.whole_roles import WholeRoles
 
     # the initial policy and the data
     initial = stages.load_initial_model(run)

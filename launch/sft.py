@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> None:
 
     from reward.compose import build_scorer
     from rlhf import stages
-    from rlhf.adapters import frozen_copy
     from rlhf.data.turns import turn_rows
-    from rlhf.models import trainable_policy
+    from rlhf.model.adapters import frozen_copy
+    from rlhf.model.loading import trainable_policy
     from rlhf.offline import trainers
     from rlhf.offline.callbacks import RunCallback
     from rlhf.offline.learnt import report_learnt

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from rlhf.errors import UserError
-from rlhf.model_files import check_model, is_adapter, read_json, reward_shift
-from rlhf.weight_files import tensor_names
+from rlhf.model.files import check_model, is_adapter, read_json, reward_shift
+from rlhf.model.weight_files import tensor_names
 
 # how the head's tensor is called in the adapter of a reward model
 HEAD = "score.weight"

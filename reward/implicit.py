@@ -22,10 +22,10 @@ def implicit_reward(
 
     from rlhf.compare.runs import load_policies
     from rlhf.data.encode import encode_prompt, encode_response
-    from rlhf.distributed import own_device
-    from rlhf.logprobs import completion_batch, response_logprobs
-    from rlhf.packing import head_is_plain
-    from rlhf.tokenizer import load_tokenizer
+    from rlhf.model.logprobs import completion_batch, response_logprobs
+    from rlhf.model.packing import head_is_plain
+    from rlhf.model.tokenizer import load_tokenizer
+    from rlhf.ranks.distributed import own_device
 
     device = own_device()
     tokenizer = load_tokenizer(policy)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.data.records import Samples, Scorer, Scores
-from rlhf.model_files import adapter_base, read_identity, read_json
+from rlhf.model.files import adapter_base, read_identity, read_json
 
 if TYPE_CHECKING:
     from reward.model import RewardModel
@@ -95,8 +95,8 @@ def reward_scorer(
 def _base_of(path: str) -> tuple | None:
     """Return what tells the base of an adapter from others, None where it cannot be shared."""
     from rlhf.data.encode import tokenizer_fingerprint
-    from rlhf.models import attention_of
-    from rlhf.tokenizer import load_tokenizer
+    from rlhf.model.loading import attention_of
+    from rlhf.model.tokenizer import load_tokenizer
 
     file = Path(path) / "adapter_config.json"
     # whole weights; PEFT holds adapters of one kind alone on a model

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from reward.files import HEAD, check_reward_files
-from rlhf.adapters import (
+from rlhf.errors import UserError
+from rlhf.model.adapters import (
     adapter_settings,
     adapter_weights,
     add_adapter,
@@ -33,14 +34,13 @@ from rlhf.adapters import (
     use_adapter,
     without_head,
 )
-from rlhf.distributed import own_device
-from rlhf.errors import UserError
-from rlhf.model_files import REWARD_FILE, is_adapter, read_identity, read_reward, reward_shift
-from rlhf.models import InitialModel, context_length, load_model, load_weights
+from rlhf.model.files import REWARD_FILE, is_adapter, read_identity, read_reward, reward_shift
+from rlhf.model.loading import InitialModel, context_length, load_model, load_weights
+from rlhf.model.packing import packed_inputs, packs
+from rlhf.model.tokenizer import load_tokenizer
 from rlhf.offline.pair_rows import PairRows, is_right_padded
-from rlhf.packing import packed_inputs, packs
+from rlhf.ranks.distributed import own_device
 from rlhf.tensors import pad_right
-from rlhf.tokenizer import load_tokenizer
 
 
 def last_token_scores(hidden: Tensor, attention_mask: Tensor, head: nn.Module) -> Tensor:

@@ -13,8 +13,8 @@ from reward.cards.verdict import doubts
 from reward.model import raw_scores
 from reward.trainer import RewardTrainer
 from rlhf.data.records import Preference
-from rlhf.divided import readable
 from rlhf.offline.pair_columns import column_tensors
+from rlhf.ranks.divided import readable
 from rlhf.runs.run import Run
 
 

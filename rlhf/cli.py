@@ -106,7 +106,7 @@ def check_models(config: Any, names: tuple[str, ...]) -> None:
     imported for it.
     """
     from rlhf.data.sources import FILES
-    from rlhf.model_files import check_model
+    from rlhf.model.files import check_model
 
     for name in names:
         given = getattr(config, name)

@@ -10,7 +10,7 @@ from pathlib import Path
 EXIT_USER_ERROR = 2
 # A guard stopped the run; result.json says why.
 EXIT_GUARD = 3
-# A rank hung, and all have ended (rlhf/hang.py).
+# A rank hung, and all have ended (rlhf/ranks/hang.py).
 EXIT_HANG = 4
 # Stopped by a signal and saved, to be started again (EX_TEMPFAIL of sysexits.h).
 EXIT_INTERRUPTED = 75

@@ -17,10 +17,10 @@ from torch import nn
 
 from rlhf.data.encode import decode_response
 from rlhf.data.records import Message, Samples, Scorer
-from rlhf.distributed import DistributedContext
 from rlhf.engines.batched import generate
 from rlhf.engines.sampling import Completions, Generate, Sampling, sample_key
-from rlhf.logprobs import completion_batch, response_logprobs
+from rlhf.model.logprobs import completion_batch, response_logprobs
+from rlhf.ranks.distributed import DistributedContext
 from rlhf.stats import clustered_se
 
 Context = Callable[[], AbstractContextManager]

@@ -7,7 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.adapters import (
+from rlhf.data.records import Prompt, Scorer
+from rlhf.data.split import first_by_hash
+from rlhf.engines.batched import generate
+from rlhf.engines.sampling import Generate, Sampling
+from rlhf.errors import UserError
+from rlhf.evaluate import Evaluation, eos_probability, knowledge_of_ends
+from rlhf.files import files_fingerprint, model_files
+from rlhf.model.adapters import (
     adapter_settings,
     changes_head,
     check_targets,
@@ -15,26 +22,19 @@ from rlhf.adapters import (
     never_trained,
     token_rows,
 )
-from rlhf.data.records import Prompt, Scorer
-from rlhf.data.split import first_by_hash
-from rlhf.deepspeed_config import read_deepspeed_config
-from rlhf.distributed import DistributedContext, base_dtype
-from rlhf.divided import readable, shape_of, whole
-from rlhf.engines.batched import generate
-from rlhf.engines.sampling import Generate, Sampling
-from rlhf.errors import UserError
-from rlhf.evaluate import Evaluation, eos_probability, knowledge_of_ends
-from rlhf.files import files_fingerprint, model_files
-from rlhf.from_gguf import is_unconverted
-from rlhf.model_files import read_json
-from rlhf.models import InitialModel, check_context, load_model
+from rlhf.model.files import read_json
+from rlhf.model.from_gguf import is_unconverted
+from rlhf.model.loading import InitialModel, check_context, load_model
+from rlhf.model.packing import head_is_plain
+from rlhf.model.quantized import weight_memory
+from rlhf.model.tokenizer import stop_ids
 from rlhf.options.shared import EIGHT_BIT, AdapterConfig, RunConfig, quantization_of
-from rlhf.packing import head_is_plain
-from rlhf.quantized import weight_memory
+from rlhf.ranks.deepspeed_config import read_deepspeed_config
+from rlhf.ranks.distributed import DistributedContext, base_dtype
+from rlhf.ranks.divided import readable, shape_of, whole
 from rlhf.runs.inputs import check_adapter_start
 from rlhf.runs.run import Run
 from rlhf.startup import model_loaded
-from rlhf.tokenizer import stop_ids
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -146,7 +146,7 @@ def random_adapter(
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from rlhf.models import load_model, write_identity
+    from rlhf.model.loading import load_model, write_identity
 
     initial = load_model(base_path)
     torch.manual_seed(seed)

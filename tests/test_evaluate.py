@@ -5,10 +5,8 @@ import pytest
 import torch
 
 from rlhf import stages
-from rlhf.adapters import lora_config
 from rlhf.data.encode import encode_prompts
 from rlhf.data.records import Prompt, Scores
-from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import generate
 from rlhf.engines.sampling import Sampling
 from rlhf.evaluate import (
@@ -19,9 +17,11 @@ from rlhf.evaluate import (
     sample_table,
     summarise,
 )
-from rlhf.models import load_model
+from rlhf.model.adapters import lora_config
+from rlhf.model.loading import load_model
 from rlhf.options.shared import SamplingConfig
-from rlhf.roles import Roles
+from rlhf.ranks.distributed import DistributedContext
+from rlhf.roles.one_base import Roles
 from rlhf.stats import clustered_se
 
 

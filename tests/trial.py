@@ -12,17 +12,17 @@ from pathlib import Path
 
 import torch
 
-from rlhf.adapters import lora_config
 from rlhf.data.records import Prompt, Scores
-from rlhf.deepspeed_backend import gathered
-from rlhf.distributed import DistributedContext, start
 from rlhf.guards import Decision
-from rlhf.models import load_model
+from rlhf.model.adapters import lora_config
+from rlhf.model.loading import load_model
 from rlhf.options.ppo import PPOConfig
 from rlhf.ppo.batches import TrainingData, cycle_shuffled
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.roles import Roles
-from rlhf.whole_roles import WholeRoles
+from rlhf.ranks.deepspeed_backend import gathered
+from rlhf.ranks.distributed import DistributedContext, start
+from rlhf.roles.one_base import Roles
+from rlhf.roles.whole_weights import WholeRoles
 
 STOPS = [2, *range(3, 320, 9)]  # one token in nine, so that some responses end and some do not
 

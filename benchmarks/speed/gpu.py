@@ -76,7 +76,7 @@ def clean_memory(device: torch.device) -> Iterator[None]:
 
 def peak_gib(device: torch.device) -> float:
     """Return the most memory that tensors have taken since counting started, GiB."""
-    from rlhf.distributed import peak_memory
+    from rlhf.ranks.distributed import peak_memory
 
     return round(peak_memory(device), 2)
 
@@ -108,7 +108,7 @@ def reward_adapter(model: torch.nn.Module, shape: QwenShape, folder: Path) -> No
     """Write a reward model on this base, an adapter with random weights and a head, to `folder`."""
     from safetensors.torch import load_file, save_file
 
-    from rlhf.adapters import add_adapter, lora_config
+    from rlhf.model.adapters import add_adapter, lora_config
 
     adapted = add_adapter(model, lora_config(r=LORA_RANK))
     with torch.no_grad():
@@ -146,16 +146,16 @@ def make_trainer(
 
     options: of PPOConfig, and `engine`, which samples in the place of the usual one.
     """
-    from rlhf.adapters import lora_config
     from rlhf.data.records import Scores
-    from rlhf.distributed import DistributedContext
     from rlhf.engines import batched
-    from rlhf.models import InitialModel
+    from rlhf.model.adapters import lora_config
+    from rlhf.model.loading import InitialModel
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.batches import TrainingData
     from rlhf.ppo.rollout import role_scorer
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.roles import Roles
+    from rlhf.ranks.distributed import DistributedContext
+    from rlhf.roles.one_base import Roles
 
     engine = options.pop("engine", batched.generate)
     estimator = {"advantage_estimator": "reinforce"} if critic_trunk is None else {}

@@ -38,8 +38,8 @@ def trainer_of(job: Job, folder: Path) -> Any:
 
     `folder` is where it writes. The stop ids are the workload's.
     """
+    import rlhf.model.tokenizer
     import rlhf.ppo.loop
-    import rlhf.tokenizer
     from launch import ppo
 
     models, workload = Path(job.models), job.workload
@@ -69,7 +69,7 @@ def trainer_of(job: Job, folder: Path) -> Any:
     def made(run: Any, trainer: Any, *others: Any) -> None:
         raise Made(trainer)
 
-    rlhf.tokenizer.stop_ids = lambda *_: workload.stop_ids(job.shape.vocabulary)
+    rlhf.model.tokenizer.stop_ids = lambda *_: workload.stop_ids(job.shape.vocabulary)
     rlhf.ppo.loop.TrainingLoop = made
     try:
         ppo.main([word for name, value in options.items() for word in (f"--{name}", str(value))])

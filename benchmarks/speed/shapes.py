@@ -175,7 +175,7 @@ def write_models(shape: ModelShape, folder: Path, rank: int) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rlhf.models import load_model, write_identity
+    from rlhf.model.loading import load_model, write_identity
 
     torch.manual_seed(0)
     config = LlamaConfig(

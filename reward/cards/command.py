@@ -88,7 +88,7 @@ def make_card(config: CardConfig) -> dict[str, Any]:
     from reward.cards.pairs import pairs_of_run, run_config
     from reward.compose import build_scorer
     from reward.model import load_reward
-    from rlhf.model_files import read_reward
+    from rlhf.model.files import read_reward
 
     # None for a model of the Hub
     trained = run_config(config.run)
@@ -227,7 +227,7 @@ def keep_temperature(run: str, temperature: float | None) -> None:
     that learns from the model could not be resumed.
     """
     from reward.model import write_reward
-    from rlhf.model_files import read_reward
+    from rlhf.model.files import read_reward
 
     kept = read_reward(run)
     if kept and "temperature" not in kept:

@@ -77,7 +77,7 @@ def train(trained: Any, folder: Path, limit: int) -> None:
     """Train on `limit` pairs with the run's other options, unless that has been done."""
     from reward.cards.pairs import readable_sources, run_config
     from rlhf.config import save
-    from rlhf.model_files import read_json
+    from rlhf.model.files import read_json
 
     sources = readable_sources(trained)
     # what differs from the run itself

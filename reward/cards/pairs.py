@@ -11,7 +11,7 @@ from tqdm import tqdm
 from rlhf.config import parse
 from rlhf.data.records import Preference
 from rlhf.errors import UserError
-from rlhf.model_files import read_identity
+from rlhf.model.files import read_identity
 from rlhf.options.offline import RewardRunConfig
 
 

@@ -95,7 +95,7 @@ def measure(
     from rlhf.best_of_n.samples import Drawing, sample_answers, score_answers
     from rlhf.compare.measure import shared_options, test_prompts
     from rlhf.engines.sampling import Sampling
-    from rlhf.tokenizer import load_tokenizer
+    from rlhf.model.tokenizer import load_tokenizer
 
     config.policy = config.policy or policy_of(config.run)
     # what cannot work is refused before anything is sampled

@@ -69,10 +69,10 @@ def sample_answers(
 
 def answering(drawing: Drawing, tokenizer: Any) -> Callable[[list[dict], Callable], list[dict]]:
     """Return a function that draws the answers to some prompts; it holds the policy."""
-    from rlhf.distributed import DistributedContext, own_device
     from rlhf.evaluate import Evaluation
-    from rlhf.packing import head_is_plain
-    from rlhf.tokenizer import stop_ids
+    from rlhf.model.packing import head_is_plain
+    from rlhf.model.tokenizer import stop_ids
+    from rlhf.ranks.distributed import DistributedContext, own_device
 
     world = DistributedContext(device=own_device())
     limits = (drawing.max_prompt_length, drawing.sampling.max_new_tokens)

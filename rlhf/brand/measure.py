@@ -50,9 +50,9 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     # torch comes with these, and the options are read before
     from rlhf.compare.runs import load_policies
     from rlhf.compare.text_metrics import text_losses
-    from rlhf.distributed import DistributedContext, own_device
-    from rlhf.packing import head_is_plain
-    from rlhf.tokenizer import load_tokenizer
+    from rlhf.model.packing import head_is_plain
+    from rlhf.model.tokenizer import load_tokenizer
+    from rlhf.ranks.distributed import DistributedContext, own_device
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     texts = begun(held_out_rows(config, config.texts, tokenizer))

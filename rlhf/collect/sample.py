@@ -225,7 +225,7 @@ def _report(config: SampleConfig, counts: dict[str, int], answers: list[Answers]
 def fitting(records: list[Prompt], policy: str, max_prompt_length: int) -> list[Prompt]:
     """Return the prompts that are not too long for this policy, in their order."""
     from rlhf.data.encode import encode_prompts
-    from rlhf.tokenizer import load_tokenizer
+    from rlhf.model.tokenizer import load_tokenizer
 
     return [
         row["record"] for row in encode_prompts(records, load_tokenizer(policy), max_prompt_length)
@@ -274,12 +274,12 @@ def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
 
 def check_policy(source: str) -> None:
     """Raise UserError for a model that is missing or a reward model, before others are sampled."""
-    from rlhf.model_files import is_adapter, require_policy
+    from rlhf.model.files import is_adapter, require_policy
 
     if is_adapter(source):
         require_policy(source)
     # with torch, which takes seconds to import
-    from rlhf.tokenizer import load_tokenizer
+    from rlhf.model.tokenizer import load_tokenizer
 
     load_tokenizer(source)
 
@@ -300,9 +300,9 @@ def answers_of_policy(
     from rlhf.data.encode import decode_response, encode_prompts
     from rlhf.engines.batched import generate, prepare
     from rlhf.engines.sampling import Sampling, sample_key
+    from rlhf.model.tokenizer import stop_ids
     from rlhf.options.shared import NOISE_VERSION
     from rlhf.runs.budget import Budget
-    from rlhf.tokenizer import stop_ids
 
     initial, model, origin = _load_policy(source, config)
     tokenizer = initial.tokenizer
@@ -365,10 +365,10 @@ def answers_of_policy(
 
 def _load_policy(source: str, config: SampleConfig) -> tuple[Any, Any, dict[str, str | None]]:
     """Return a policy as it was loaded, as it samples, and what the store records of it."""
-    from rlhf.distributed import base_dtype, own_device
-    from rlhf.models import check_context, load_model, trainable_policy
+    from rlhf.model.loading import check_context, load_model, trainable_policy
+    from rlhf.model.weights import folder_fingerprint
+    from rlhf.ranks.distributed import base_dtype, own_device
     from rlhf.startup import model_loaded
-    from rlhf.weights import folder_fingerprint
 
     device = own_device()
     initial = load_model(source, base_dtype(config.dtype, device))

@@ -31,7 +31,7 @@ from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Prompt, Scorer
 from rlhf.data.split import first_by_hash
 from rlhf.errors import UserError, near_file
-from rlhf.model_files import check_model
+from rlhf.model.files import check_model
 from rlhf.text import short_names
 
 # options that are the runs' own, and what holds where no run says
@@ -121,8 +121,8 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
 
     from rlhf.compare.summary import summarise
     from rlhf.engines.sampling import Sampling
+    from rlhf.model.tokenizer import load_tokenizer
     from rlhf.report.files import print_report, write_files
-    from rlhf.tokenizer import load_tokenizer
 
     # what to sample, and what to score it by
     shared = shared_options(config)
@@ -208,10 +208,10 @@ def sample_runs(
     """
     from tqdm import tqdm
 
-    from rlhf.distributed import DistributedContext, own_device
     from rlhf.evaluate import Evaluation
-    from rlhf.packing import head_is_plain
-    from rlhf.tokenizer import stop_ids
+    from rlhf.model.packing import head_is_plain
+    from rlhf.model.tokenizer import stop_ids
+    from rlhf.ranks.distributed import DistributedContext, own_device
 
     # one process: the policies of a comparison are sampled in turn
     world = DistributedContext(device=own_device())

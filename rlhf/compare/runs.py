@@ -39,7 +39,7 @@ def run_result(path: str | Path) -> dict[str, Any]:
 
 def world_seed(path: str) -> int | None:
     """Return the seed of the sandbox world that a run's base comes from; None of other bases."""
-    from rlhf.model_files import read_identity
+    from rlhf.model.files import read_identity
 
     base = read_identity(path).get("base_model_name_or_path")
     file = Path(base).parent / "world.json" if base else None
@@ -82,7 +82,7 @@ def identities(spec: dict) -> set[tuple[str, str]]:
         "",
     )
     if kind in ("model", "ensemble"):
-        from rlhf.weights import folder_fingerprint
+        from rlhf.model.weights import folder_fingerprint
 
         return {("model", folder_fingerprint(f) if Path(f).is_dir() else f) for f in folders(spec)}
     what = str(spec.get(kind, ""))
@@ -158,10 +158,10 @@ def load_policies(
     dtype: of the base; "auto" is bfloat16 on a GPU. Raises UserError where the longest prompt and
     response exceed a model's positions.
     """
-    from rlhf.adapters import load_adapter, use_adapter
-    from rlhf.distributed import base_dtype
-    from rlhf.model_files import adapter_base, read_identity, require_policy
-    from rlhf.models import check_context, check_same_base, load_model, trained_on
+    from rlhf.model.adapters import load_adapter, use_adapter
+    from rlhf.model.files import adapter_base, read_identity, require_policy
+    from rlhf.model.loading import check_context, check_same_base, load_model, trained_on
+    from rlhf.ranks.distributed import base_dtype
     from rlhf.startup import model_loaded
 
     dtype = base_dtype(dtype, device)

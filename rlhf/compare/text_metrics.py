@@ -100,7 +100,7 @@ def _losses(model, policy, rows, pad_id, batch_size, plain_head) -> list[TextLos
     """Return the losses of one rank's rows."""
     import torch
 
-    from rlhf.logprobs import completion_batch, response_logprobs
+    from rlhf.model.logprobs import completion_batch, response_logprobs
 
     device, was_training = next(model.parameters()).device, model.training
     result = []

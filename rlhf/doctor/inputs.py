@@ -13,9 +13,9 @@ from rlhf.data.sources import is_path, split_event
 from rlhf.doctor.findings import Finding
 from rlhf.errors import UserError, near_file
 from rlhf.http_client import vllm_service
-from rlhf.model_files import HUB_NAME, WEIGHTS, adapter_base, gguf_file, is_adapter
+from rlhf.model.files import HUB_NAME, WEIGHTS, adapter_base, gguf_file, is_adapter
+from rlhf.model.weight_files import check_weights
 from rlhf.runs.wandb import has_key, server_url
-from rlhf.weight_files import check_weights
 
 SECONDS = 10
 # options that name rows

@@ -125,7 +125,7 @@ def compiler() -> Iterator[Finding]:
 
 def operators() -> Iterator[Finding]:
     """Look for DeepSpeed's compiled operators, in the folder that the programs use."""
-    # the same choice as in rlhf.distributed, which imports torch
+    # the same choice as in rlhf.ranks.distributed, which imports torch
     default = Path(sys.prefix) / "torch_extensions"
     if not os.access(sys.prefix, os.W_OK):
         default = Path.home() / ".cache" / "torch_extensions"

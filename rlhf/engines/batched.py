@@ -25,7 +25,7 @@ from rlhf.engines import hf
 from rlhf.engines.merged import merged
 from rlhf.engines.sampling import Completions, EachToken, Sampling, draw, draw_recorded
 from rlhf.engines.slots import Slots
-from rlhf.packing import smallest_window, why_inexact
+from rlhf.model.packing import smallest_window, why_inexact
 from rlhf.text import say_once
 
 # tokens of prompts in one pass: caches of a CPU are small, launches of a GPU take their time

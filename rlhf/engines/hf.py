@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.engines.sampling import Completions, EachToken, Sampling, draw
-from rlhf.packing import why_inexact
+from rlhf.model.packing import why_inexact
 from rlhf.text import say_once
 
 

@@ -18,8 +18,8 @@ from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.divided import SHARE_OF_FREE_MEMORY, free_memory, is_divided
-from rlhf.quantized import QuantizedLinear
+from rlhf.model.quantized import QuantizedLinear
+from rlhf.ranks.divided import SHARE_OF_FREE_MEMORY, free_memory, is_divided
 
 
 @torch.no_grad()

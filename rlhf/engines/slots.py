@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from rlhf.divided import is_streamed
-from rlhf.model_files import first_line
-from rlhf.packing import decoder_and_head
+from rlhf.model.files import first_line
+from rlhf.model.packing import decoder_and_head
+from rlhf.ranks.divided import is_streamed
 from rlhf.text import say_once
 
 # a recorded pass reads so many positions, or twice, four times, ... as many

@@ -33,7 +33,6 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save
 from torch import nn
 
-from rlhf.distributed import DistributedContext
 from rlhf.engines.sampling import Completions, Sampling
 from rlhf.engines.vllm_protocol import (
     check_settings,
@@ -45,6 +44,7 @@ from rlhf.engines.vllm_protocol import (
 )
 from rlhf.errors import UserError
 from rlhf.http_client import Answer, Service, ask, vllm_service
+from rlhf.ranks.distributed import DistributedContext
 from rlhf.text import say_once
 
 # seconds for one answer, of which a busy server needs many, and attempts after the first
@@ -249,7 +249,7 @@ def active_adapter(model: nn.Module) -> str | None:
 
     Raises UserError for a model without one.
     """
-    # roles switch layers, not the model (`rlhf.roles`)
+    # roles switch layers, not the model (`rlhf.roles.one_base`)
     layer = next((m for m in model.modules() if isinstance(m, LoraLayer)), None)
     if layer is None:
         raise UserError("'vllm_url': LoRA adapters can be handed over, and this model has none")

@@ -16,32 +16,32 @@ import torch
 import trl
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.adapters import adapter_settings, add_adapter
 from rlhf.collect.sample import SampleConfig
 from rlhf.compare.runs import hashes, identities
 from rlhf.config import parse
 from rlhf.data.encode import encode
 from rlhf.data.records import Instruction, Preference, Prompt, prompt_group
 from rlhf.data.sources import is_path, split_event
-from rlhf.deepspeed_config import read_deepspeed_config
-from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError, near_file
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.measure import load_test_split
 from rlhf.experiment.plan import plan
-from rlhf.from_gguf import as_folder
 from rlhf.jobs.job import Job
 from rlhf.judge.judges import load_judge
-from rlhf.model_files import adapter_base
-from rlhf.models import InitialModel
+from rlhf.model.adapters import adapter_settings, add_adapter
+from rlhf.model.files import adapter_base
+from rlhf.model.from_gguf import as_folder
+from rlhf.model.loading import InitialModel
+from rlhf.model.tokenizer import load_tokenizer
+from rlhf.model.weight_files import check_weights
 from rlhf.offline.trainers import trl_arguments
 from rlhf.options.programs import PROGRAMS
+from rlhf.ranks.deepspeed_config import read_deepspeed_config
+from rlhf.ranks.distributed import DistributedContext
 from rlhf.runs.rows import RunData
 from rlhf.runs.run import Run
 from rlhf.sandbox.annotators import AnnotateConfig
 from rlhf.stages import check_start, new_lora
-from rlhf.tokenizer import load_tokenizer
-from rlhf.weight_files import check_weights
 
 # steps: a length that every program accepts, where the real one is not known yet
 LONG = 10_000

@@ -93,7 +93,7 @@ def reward_options(config: CrossValidateConfig) -> tuple[RewardRunConfig, Path]:
 
 def read_pairs(reward: RewardRunConfig, folder: Path) -> list[Preference]:
     """Return the pairs that the reward program may read: all but those of test groups."""
-    from rlhf.distributed import DistributedContext
+    from rlhf.ranks.distributed import DistributedContext
     from rlhf.runs.rows import RunData
 
     data = RunData(replace(reward, output_dir=str(folder)), DistributedContext(), print)

@@ -105,7 +105,7 @@ def sample_policies(
     """
     from tqdm import tqdm
 
-    from rlhf.distributed import DistributedContext, own_device
+    from rlhf.ranks.distributed import DistributedContext, own_device
 
     is_initial = wanted.kind == "initial"
     run_folder, folder = Path(config.output_dir) / wanted.trial, measures_of(config, wanted.trial)
@@ -188,8 +188,8 @@ def make_evaluation(
     from rlhf.data.encode import encode_prompts
     from rlhf.engines.sampling import Sampling
     from rlhf.evaluate import Evaluation
-    from rlhf.packing import head_is_plain
-    from rlhf.tokenizer import load_tokenizer, stop_ids
+    from rlhf.model.packing import head_is_plain
+    from rlhf.model.tokenizer import load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(config.initial_policy)
     return Evaluation(
@@ -234,7 +234,7 @@ def score_again(
     """Score the initial policy's responses by a seed's reward model too, and choose the best of n
     by it.
     """
-    from rlhf.tokenizer import load_tokenizer
+    from rlhf.model.tokenizer import load_tokenizer
 
     source = measures_of(config, INITIAL)
     header, rows = read_rows(source / INITIAL_FILE)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.data.encode import encode_prompt
-from rlhf.tokenizer import stop_ids
+from rlhf.model.tokenizer import stop_ids
 
 # plain questions; digits, white space and accents are where tokenizers differ
 PROMPTS = (

@@ -11,18 +11,18 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig
 
-from rlhf.adapters import adapter_weights
-from rlhf.distributed import own_device
 from rlhf.engines.vllm_protocol import NOT_LOADED, RANKS, rank_option
 from rlhf.errors import UserError
 from rlhf.export.check import compare, greedy_answers
 from rlhf.export.gguf_file import check_writable, modelfile, write_gguf
-from rlhf.from_gguf import as_folder, read_gguf
-from rlhf.model_files import IDENTITY_FILE, read_identity, read_json
-from rlhf.models import InitialModel, load_model, trainable_policy
-from rlhf.quantized import dequantize
+from rlhf.model.adapters import adapter_weights
+from rlhf.model.files import IDENTITY_FILE, read_identity, read_json
+from rlhf.model.from_gguf import as_folder, read_gguf
+from rlhf.model.loading import InitialModel, load_model, trainable_policy
+from rlhf.model.quantized import dequantize
+from rlhf.model.tokenizer import stop_ids
+from rlhf.ranks.distributed import own_device
 from rlhf.startup import model_loaded
-from rlhf.tokenizer import stop_ids
 
 GGUF_FORMS = ("gguf", "ollama")
 

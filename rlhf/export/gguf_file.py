@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlhf.errors import UserError
-from rlhf.from_gguf import llama3_divisors
+from rlhf.model.from_gguf import llama3_divisors
 
 # transformers' model_type, which is llama.cpp's name too
 ARCHITECTURES = ("llama", "qwen2", "qwen3")

@@ -15,21 +15,21 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from rlhf.deepspeed_backend import check_engine
-from rlhf.distributed import peak_memory
-from rlhf.divided import own_part, readable
 from rlhf.errors import EXIT_GUARD, EarlyExit
 from rlhf.evaluate import Evaluation, sample_table, summarise
 from rlhf.guards import Decision
-from rlhf.model_files import is_adapter
-from rlhf.models import InitialModel, write_identity
+from rlhf.model.files import is_adapter
+from rlhf.model.loading import InitialModel, write_identity
+from rlhf.model.weights import is_finite
 from rlhf.offline.best import HeldOutLosses, memory_file, own_memory, read_memories
 from rlhf.offline.guards import OfflineGuards
 from rlhf.offline.trl_names import rename_trl
+from rlhf.ranks.deepspeed_backend import check_engine
+from rlhf.ranks.distributed import peak_memory
+from rlhf.ranks.divided import own_part, readable
 from rlhf.runs import checkpoint
 from rlhf.runs.budget import Budget
 from rlhf.runs.run import Run, format_metrics
-from rlhf.weights import is_finite
 
 ACCURACY = {"sft": "token/accuracy", "reward": "reward/accuracy", "dpo": "dpo/reward_accuracy"}
 

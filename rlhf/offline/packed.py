@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf.errors import UserError
-from rlhf.logprobs import frozen_head_logprobs, head_is_frozen, spread
+from rlhf.model.logprobs import frozen_head_logprobs, head_is_frozen, spread
+from rlhf.model.packing import decoder_and_head, head_is_plain, packed_inputs, packs
 from rlhf.offline.pair_rows import PairRows, is_right_padded
-from rlhf.packing import decoder_and_head, head_is_plain, packed_inputs, packs
 from rlhf.runs.budget import fused_head_positions
 
 # what a trainer passes where rows can be packed: no router logits

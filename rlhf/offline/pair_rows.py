@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.packing import PackedRows
+from rlhf.model.packing import PackedRows
 
 
 @dataclass

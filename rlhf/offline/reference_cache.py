@@ -21,12 +21,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from rlhf.adapters import adapter_parameters
-from rlhf.distributed import DistributedContext
-from rlhf.divided import shape_of, whole
 from rlhf.files import cache_folder
-from rlhf.quantized import QuantizedLinear
-from rlhf.weights import base_weights
+from rlhf.model.adapters import adapter_parameters
+from rlhf.model.quantized import QuantizedLinear
+from rlhf.model.weights import base_weights
+from rlhf.ranks.distributed import DistributedContext
+from rlhf.ranks.divided import shape_of, whole
 
 # a row's digest and its log-probability, nats
 ROW = np.dtype([("key", "V16"), ("logprob", "<f8")])

@@ -16,8 +16,8 @@ from torch import Tensor
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from rlhf.adapters import frozen_copy
 from rlhf.errors import UserError
+from rlhf.model.adapters import frozen_copy
 from rlhf.offline.pair_columns import add_columns, column_tensors
 from rlhf.offline.reference_cache import ReferenceCache, row_keys
 

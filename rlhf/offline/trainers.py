@@ -13,26 +13,26 @@ import transformers
 from transformers import PrinterCallback, Trainer, get_scheduler
 from trl import DPOTrainer, SFTTrainer
 
-from rlhf import deepspeed_state
-from rlhf.adapters import use_adapter
-from rlhf.deepspeed_backend import register_foreign_reads
-from rlhf.deepspeed_config import read_deepspeed_config
-from rlhf.divided import is_adapter, is_divided, readable, whole, whole_state
-from rlhf.dropout import disable_dropout
 from rlhf.errors import EarlyExit, UserError
-from rlhf.model_files import first_line
-from rlhf.models import InitialModel, write_identity
+from rlhf.model.adapters import use_adapter
+from rlhf.model.dropout import disable_dropout
+from rlhf.model.files import first_line
+from rlhf.model.loading import InitialModel, write_identity
+from rlhf.model.packing import packs
+from rlhf.model.quantized import dequantize
+from rlhf.model.weights import check_finite
 from rlhf.offline.callbacks import AlreadyFinished, RunCallback, not_finite
 from rlhf.offline.packed import check_apart, pack_forward
 from rlhf.offline.trl_names import rename_trl
 from rlhf.options.offline import check_trl
-from rlhf.packing import packs
 from rlhf.program import user_error
-from rlhf.quantized import dequantize
+from rlhf.ranks import deepspeed_state
+from rlhf.ranks.deepspeed_backend import register_foreign_reads
+from rlhf.ranks.deepspeed_config import read_deepspeed_config
+from rlhf.ranks.divided import is_adapter, is_divided, readable, whole, whole_state
 from rlhf.runs.budget import Budget
 from rlhf.runs.run import Run
 from rlhf.values import coerce
-from rlhf.weights import check_finite
 
 # options that TRL has under the same names
 SHARED = (

@@ -11,12 +11,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.deepspeed_config import offloads, read_deepspeed_config
-from rlhf.distributed import DistributedContext, base_dtype
-from rlhf.dropout import disable_dropout
-from rlhf.models import DTYPES
+from rlhf.model.dropout import disable_dropout
+from rlhf.model.loading import DTYPES
+from rlhf.model.packing import decoder_and_head, group_rows, tokens_per_pass
 from rlhf.options.shared import EIGHT_BIT, quantization_of
-from rlhf.packing import decoder_and_head, group_rows, tokens_per_pass
 from rlhf.plan.ledger import size_of
 from rlhf.plan.memory import (
     Phase,
@@ -39,6 +37,8 @@ from rlhf.plan.passes import (
 from rlhf.plan.roles import Start, critic_trunk, roles_of, shares_prompts
 from rlhf.plan.shape import adapted, empty_model, lora_of, pack, to_fake
 from rlhf.plan.work import Costs
+from rlhf.ranks.deepspeed_config import offloads, read_deepspeed_config
+from rlhf.ranks.distributed import DistributedContext, base_dtype
 from rlhf.stages import check_zero
 
 TRL = ("sft", "reward", "dpo")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from rlhf import logprobs, packing
 from rlhf.engines import sampling
 from rlhf.engines.batched import CHUNK
 from rlhf.engines.slots import Slots
+from rlhf.model import logprobs, packing
 from rlhf.offline.pair_rows import PairRows
 from rlhf.plan.ledger import Ledger, Peak, Reduction, peak_of, size_of
 

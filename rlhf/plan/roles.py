@@ -40,7 +40,7 @@ def reward_models(config: Any) -> int:
 
 
 def critic_trunk(config: Any) -> str | None:
-    """Return whose hidden states PPO's critic reads, as `rlhf.critic.critic_start` decides it."""
+    """Return whose hidden states PPO's critic reads, as `rlhf.roles.critic.critic_start` decides it."""
     if not config.has_critic:
         return None
     if config.critic_trunk != "auto":

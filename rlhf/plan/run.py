@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.sources import is_path, is_store, rows
-from rlhf.model_files import adapter_base, is_adapter
+from rlhf.model.files import adapter_base, is_adapter
 from rlhf.plan.devices import Device, usable
 from rlhf.plan.estimate import estimate, setup_of
 from rlhf.plan.memory import Phase, state_table

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.adapters import add_adapter, lora_config, not_adaptable
 from rlhf.errors import UserError
-from rlhf.model_files import first_line
-from rlhf.models import DTYPES
-from rlhf.quantized import QuantizedLinear
+from rlhf.model.adapters import add_adapter, lora_config, not_adaptable
+from rlhf.model.files import first_line
+from rlhf.model.loading import DTYPES
+from rlhf.model.quantized import QuantizedLinear
 
 
 def read_shape(path: str) -> Any:
@@ -72,7 +72,7 @@ def to_fake(model: nn.Module) -> nn.Module:
 
 def pack(model: nn.Module, method: str) -> int:
     """Put layers in the place of the linear ones whose weights are kept in 4 or 8 bits, as
-    `rlhf.quantized.quantize` does; return the bytes of their scales.
+    `rlhf.model.quantized.quantize` does; return the bytes of their scales.
     """
     leave = not_adaptable(model) or ()
     head, scales = model.get_output_embeddings(), 0

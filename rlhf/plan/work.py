@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from rlhf.packing import decoder_and_head
+from rlhf.model.packing import decoder_and_head
 from rlhf.plan.devices import (
     CPU_SAMPLING_SHARE,
     CPU_SHARE,

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.distributed import DistributedContext
+from rlhf.model.packing import group_rows, tokens_per_pass
 from rlhf.options.ppo import PPOConfig
-from rlhf.packing import group_rows, tokens_per_pass
 from rlhf.ppo.rollout import Rollout, padded_batch
+from rlhf.ranks.distributed import DistributedContext
 
 
 @dataclass

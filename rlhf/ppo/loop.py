@@ -10,7 +10,7 @@ from rlhf.data.records import BadScore
 from rlhf.errors import EXIT_GUARD, EarlyExit
 from rlhf.evaluate import Evaluation, sample_table, summarise
 from rlhf.guards import Decision
-from rlhf.models import InitialModel
+from rlhf.model.loading import InitialModel
 from rlhf.ppo.rollout import Rollout
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.runs.run import Run, format_metrics

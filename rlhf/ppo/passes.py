@@ -13,7 +13,7 @@ from rlhf.ppo.advantages import KL_ESTIMATORS
 from rlhf.ppo.batches import MicroBatch
 from rlhf.ppo.experience import Estimator, Experience
 from rlhf.ppo.losses import kl_loss, policy_loss, ptx_loss, value_loss
-from rlhf.roles import Roles
+from rlhf.roles.one_base import Roles
 from rlhf.tensors import masked_mean
 
 Pass = Callable[[Experience, MicroBatch], tuple[Tensor, dict[str, Tensor]]]

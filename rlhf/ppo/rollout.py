@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from rlhf.data.records import BadScore, Samples, Scorer, Scores
-from rlhf.distributed import DistributedContext
 from rlhf.engines.batched import generate
 from rlhf.engines.sampling import Generate, Sampling, sample_key
 from rlhf.evaluate import to_samples
-from rlhf.logprobs import completion_batch
-from rlhf.packing import group_rows, tokens_per_pass
+from rlhf.model.logprobs import completion_batch
+from rlhf.model.packing import group_rows, tokens_per_pass
 from rlhf.ppo.advantages import kl_k1, kl_k3
 from rlhf.ppo.guards import repetition
-from rlhf.roles import COLUMNS, EMA_REFERENCE, REWARD, Roles
+from rlhf.ranks.distributed import DistributedContext
+from rlhf.roles.one_base import COLUMNS, EMA_REFERENCE, REWARD, Roles
 from rlhf.stats import clustered_se
 from rlhf.tensors import masked_mean, masked_sum_rows, pad_right
 

@@ -22,21 +22,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.critic import LeastSquaresCritic
 from rlhf.data.records import BadScore, Scorer
-from rlhf.distributed import DistributedContext, peak_memory
 from rlhf.engines.batched import generate, prepare
 from rlhf.engines.sampling import Generate, Sampling
 from rlhf.guards import Decision
-from rlhf.optimizer_engine import make_engine
+from rlhf.model.packing import packs
 from rlhf.options.ppo import PPOConfig
-from rlhf.packing import packs
 from rlhf.ppo.batches import Batches, TrainingData
 from rlhf.ppo.experience import Estimator, Experience
 from rlhf.ppo.guards import Guards
 from rlhf.ppo.passes import LossPasses
 from rlhf.ppo.rollout import Rollout, RolloutCollector, RolloutSettings
-from rlhf.roles import Roles
+from rlhf.ranks.distributed import DistributedContext, peak_memory
+from rlhf.ranks.optimizer_engine import make_engine
+from rlhf.roles.critic import LeastSquaresCritic
+from rlhf.roles.one_base import Roles
 from rlhf.runs.budget import Budget
 from rlhf.tensors import masked_mean
 

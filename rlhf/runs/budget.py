@@ -21,10 +21,10 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rlhf.distributed import DistributedContext
-from rlhf.logprobs import watch_portions
-from rlhf.packing import decoder_and_head
-from rlhf.quantized import QuantizedLinear
+from rlhf.model.logprobs import watch_portions
+from rlhf.model.packing import decoder_and_head
+from rlhf.model.quantized import QuantizedLinear
+from rlhf.ranks.distributed import DistributedContext
 
 COUNTERS = ("episodes", "tokens_generated", "tokens_trained", "flops")
 

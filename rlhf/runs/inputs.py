@@ -12,7 +12,7 @@ from rlhf.data.records import Instruction, Preference, Prompt, Record
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 from rlhf.http_client import ask, vllm_service
-from rlhf.model_files import (
+from rlhf.model.files import (
     check_model,
     check_positions,
     is_adapter,

@@ -15,7 +15,7 @@ from rlhf.runs.checkpoint import Checkpoint
 from rlhf.text import reasons_of
 
 if TYPE_CHECKING:
-    from rlhf.distributed import DistributedContext
+    from rlhf.ranks.distributed import DistributedContext
 
 # hashes of the first user turns that a run was trained on
 TRAINED_ON = "trained_on.txt"

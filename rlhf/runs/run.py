@@ -21,7 +21,7 @@ from rlhf.runs.rows import RunData
 from rlhf.runs.signals import StopSignals
 
 if TYPE_CHECKING:
-    from rlhf.distributed import DistributedContext
+    from rlhf.ranks.distributed import DistributedContext
     from rlhf.runs.tracking import Tracker
 
 OUTCOME = (
@@ -73,7 +73,7 @@ class Run:
     @property
     def torch_dtype(self) -> str:
         """Return the dtype to load the base model in."""
-        from rlhf.distributed import base_dtype
+        from rlhf.ranks.distributed import base_dtype
 
         # PPO computes in the dtype that it loads
         by_trl = self.program != "ppo"

@@ -52,7 +52,7 @@ def start_run(program: str, config: RunConfig) -> Run:
     import numpy
     import torch
 
-    from rlhf.distributed import start
+    from rlhf.ranks.distributed import start
 
     world = start(config.hang_timeout)
     if world.size > 1:

@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from rlhf.adapters import use_adapter
 from rlhf.compare.runs import load_policies
-from rlhf.distributed import own_device
 from rlhf.engines import batched
 from rlhf.engines.merged import merged
 from rlhf.engines.sampling import Completions, EachToken, Sampling
 from rlhf.errors import UserError, near_file
-from rlhf.model_files import adapter_base, is_adapter, read_identity
-from rlhf.models import context_length
+from rlhf.model.adapters import use_adapter
+from rlhf.model.files import adapter_base, is_adapter, read_identity
+from rlhf.model.loading import context_length
+from rlhf.model.tokenizer import load_tokenizer, stop_ids
+from rlhf.ranks.distributed import own_device
 from rlhf.text import say_once, short_names
-from rlhf.tokenizer import load_tokenizer, stop_ids
 
 
 @dataclass

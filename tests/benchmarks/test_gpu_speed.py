@@ -28,7 +28,7 @@ def test_the_shapes_have_as_many_weights_as_the_models():
 def test_a_pass_makes_as_many_products_as_the_formula_says():
     from peft import get_peft_model
 
-    from rlhf.adapters import lora_config
+    from rlhf.model.adapters import lora_config
 
     model = TINY_SHAPE.model(torch.device("cpu"))
     model.set_attn_implementation("eager")

@@ -10,7 +10,7 @@ from rlhf.brand.measure import (
     held_out_rows,
     measure,
 )
-from rlhf.tokenizer import load_tokenizer
+from rlhf.model.tokenizer import load_tokenizer
 
 
 def test_a_policy_has_forgotten_nothing_beside_itself(base_path, tmp_path):

@@ -194,7 +194,7 @@ def test_a_policy_and_its_reference_are_one_model(sft_path, base_path):
     from reward.implicit import implicit_reward
     from rlhf.data.encode import encode_prompt, encode_response
     from rlhf.data.records import Samples
-    from rlhf.models import load_model, trainable_policy
+    from rlhf.model.loading import load_model, trainable_policy
 
     prompts = [[{"role": "user", "content": text}] for text in QUESTIONS[:2]]
     answers, ended = ["on its way", "it is"], [True, False]

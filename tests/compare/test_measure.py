@@ -164,7 +164,7 @@ def test_trained_scores_are_proxies_and_names_are_unique(tmp_path):
 def test_a_store_of_votes_that_is_not_there_is_refused_before_anything_is_loaded(
     base_path, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("rlhf.tokenizer.load_tokenizer", pytest.fail)
+    monkeypatch.setattr("rlhf.model.tokenizer.load_tokenizer", pytest.fail)
     asked = config(
         [str(base_path)] * 2, others=[{"rule": "length"}], votes=str(tmp_path / "votes.db")
     )
@@ -181,8 +181,8 @@ def test_gold_and_referee_together_are_refused():
 
 def test_trained_on_is_written_as_compare_reads_it(tmp_path, tokenizer):
     from rlhf.data.records import Instruction
-    from rlhf.distributed import DistributedContext
     from rlhf.options.shared import RunConfig
+    from rlhf.ranks.distributed import DistributedContext
     from rlhf.runs.run import Run
 
     rows = [
@@ -209,8 +209,8 @@ def test_trained_on_is_written_as_compare_reads_it(tmp_path, tokenizer):
 def test_a_live_store_is_read_as_it_was_at_the_start(tmp_path):
     from rlhf.data.records import Preference
     from rlhf.data.store import Store
-    from rlhf.distributed import DistributedContext
     from rlhf.options.shared import RunConfig
+    from rlhf.ranks.distributed import DistributedContext
     from rlhf.runs.run import Run
 
     def vote(count):

@@ -4,7 +4,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from rlhf.adapters import lora_config
 from rlhf.compare.text_metrics import (
     TextLoss,
     distinct_n,
@@ -14,9 +13,10 @@ from rlhf.compare.text_metrics import (
     text_losses,
 )
 from rlhf.data.records import Instruction
-from rlhf.distributed import DistributedContext
-from rlhf.models import load_model
-from rlhf.roles import Roles
+from rlhf.model.adapters import lora_config
+from rlhf.model.loading import load_model
+from rlhf.ranks.distributed import DistributedContext
+from rlhf.roles.one_base import Roles
 
 
 def test_distinct_n_by_hand():

@@ -16,9 +16,9 @@ from rlhf.data.encode import (
 )
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Instruction, Preference, Prompt
-from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError
 from rlhf.options.shared import RunConfig
+from rlhf.ranks.distributed import DistributedContext
 from rlhf.runs.model_card import write_card
 from rlhf.runs.run import Run
 from tests.conftest import make_tokenizer

@@ -12,9 +12,9 @@ from rlhf.data.freeze import freeze
 from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Instruction, Labelled, Preference, Prompt, prompt_group
 from rlhf.data.store import Store
-from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError
 from rlhf.options.shared import RunConfig
+from rlhf.ranks.distributed import DistributedContext
 from rlhf.runs.run import Run
 
 DATA = os.environ.get("RLHF_DATA")

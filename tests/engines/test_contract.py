@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from rlhf.adapters import use_adapter
 from rlhf.engines import batched, hf
 from rlhf.engines.sampling import Sampling
+from rlhf.model.adapters import use_adapter
 from tests.kinds import build
 
 ENGINES = {"hf": hf.generate, "batched": batched.generate}

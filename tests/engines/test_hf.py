@@ -3,9 +3,9 @@ import torch
 
 from rlhf.engines.hf import cache_is_exact, generate
 from rlhf.engines.sampling import Sampling
-from rlhf.logprobs import completion_batch, response_logprobs
-from rlhf.models import load_model
-from rlhf.packing import head_is_plain
+from rlhf.model.loading import load_model
+from rlhf.model.logprobs import completion_batch, response_logprobs
+from rlhf.model.packing import head_is_plain
 from tests.kinds import build
 
 

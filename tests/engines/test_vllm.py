@@ -14,14 +14,14 @@ import pytest
 import torch
 
 import rlhf.http_client
-from rlhf.adapters import load_adapter, use_adapter
-from rlhf.distributed import DistributedContext
 from rlhf.engines import hf
 from rlhf.engines.sampling import Sampling, restrict
 from rlhf.engines.vllm import VllmEngine, logprob_gap
 from rlhf.errors import UserError
-from rlhf.models import load_model
+from rlhf.model.adapters import load_adapter, use_adapter
+from rlhf.model.loading import load_model
 from rlhf.options.ppo import PPOConfig
+from rlhf.ranks.distributed import DistributedContext
 from tests.conftest import random_adapter
 from tests.engines.test_contract import PROMPTS, STOPS, assert_same, sample
 from tests.engines.vllm_server import Server

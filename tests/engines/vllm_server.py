@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from rlhf.engines.sampling import restrict
-from rlhf.models import load_model
+from rlhf.model.loading import load_model
 
 
 class Handler(BaseHTTPRequestHandler):

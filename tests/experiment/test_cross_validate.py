@@ -84,7 +84,7 @@ def config(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def load_model(base_path):
-    from rlhf.tokenizer import load_tokenizer
+    from rlhf.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(base_path)
     return lambda folder: LongerIsBetter(tokenizer)

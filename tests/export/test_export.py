@@ -15,7 +15,7 @@ from rlhf.errors import UserError
 from rlhf.export import gguf_file
 from rlhf.export.check import Answer, compare, differences, greedy_answers, summary
 from rlhf.export.run import ExportConfig, check, export
-from rlhf.models import load_model, trainable_policy
+from rlhf.model.loading import load_model, trainable_policy
 from tests.conftest import random_adapter
 
 pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")

@@ -19,8 +19,8 @@ from transformers import (
 from rlhf.errors import UserError
 from rlhf.export import gguf_file
 from rlhf.export.gguf_file import check_writable, plain_template, splitting, write_gguf
-from rlhf.from_gguf import read_gguf
-from tests.test_from_gguf import LLAMA3, SIZES, interleaved
+from rlhf.model.from_gguf import read_gguf
+from tests.model.test_from_gguf import LLAMA3, SIZES, interleaved
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
 KINDS = {

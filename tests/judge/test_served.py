@@ -23,8 +23,8 @@ def address(monkeypatch, tmp_path):
     pytest.importorskip("uvicorn", reason="the extra 'collect' is not installed")
     if not FILE.is_file():
         pytest.skip(f"no {FILE}; python benchmarks/real_model.py fetches it")
-    from rlhf.from_gguf import as_folder
     from rlhf.http_server import listen
+    from rlhf.model.from_gguf import as_folder
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with listen("127.0.0.1", 0) as free:

@@ -26,7 +26,7 @@ def score(how: str) -> None:
 def main(rank: int, port: str, hanging: int, how: str) -> None:
     import torch
 
-    from rlhf.distributed import DistributedContext, watch_ranks
+    from rlhf.ranks.distributed import DistributedContext, watch_ranks
 
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2

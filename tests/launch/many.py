@@ -70,7 +70,7 @@ def run_one(program: str, arguments: list[str]) -> dict:
 
 
 def main(runs: str, seen: str) -> None:
-    from rlhf.distributed import start
+    from rlhf.ranks.distributed import start
 
     here = start()
     here.stop_watching()

@@ -27,16 +27,16 @@ def rollouts(
     import torch
 
     from reward.ensemble import ensemble_scorer
-    from rlhf import divided
-    from rlhf.adapters import lora_config
     from rlhf.data.records import Prompt
-    from rlhf.deepspeed_config import read_deepspeed_config
-    from rlhf.models import load_model
+    from rlhf.model.adapters import lora_config
+    from rlhf.model.loading import load_model
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.batches import TrainingData
     from rlhf.ppo.rollout import role_scorer
     from rlhf.ppo.trainer import PPOTrainer
-    from rlhf.roles import Roles
+    from rlhf.ranks import divided
+    from rlhf.ranks.deepspeed_config import read_deepspeed_config
+    from rlhf.roles.one_base import Roles
 
     packed = how == "packed"
     if how == "layers":
@@ -110,7 +110,7 @@ def equal_tokens(ours: list[list[int]], theirs: list[list[int]]) -> float:
 
 
 if __name__ == "__main__":
-    from rlhf.distributed import start
+    from rlhf.ranks.distributed import start
     from rlhf.startup import silence_libraries
 
     silence_libraries()

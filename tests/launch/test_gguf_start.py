@@ -16,7 +16,7 @@ pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
 def test_sft_dpo_sampling_and_export_start_from_a_gguf_file(
     files, tokenizer, tmp_path, monkeypatch
 ):
-    from tests.test_from_gguf import llama_model, write_gguf
+    from tests.model.test_from_gguf import llama_model, write_gguf
 
     (tmp_path / "models").mkdir()
     write_gguf(tmp_path / "models" / "tiny.gguf", llama_model(tokenizer), tokenizer)

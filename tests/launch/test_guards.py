@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from rlhf.data.records import Scores
-from rlhf.distributed import DistributedContext
 from rlhf.errors import EXIT_GUARD, EXIT_USER_ERROR, EarlyExit, UserError
 from rlhf.offline import trainers
 from rlhf.ppo.passes import LossPasses
 from rlhf.ppo.trainer import PPOTrainer
+from rlhf.ranks.distributed import DistributedContext
 from rlhf.runs import checkpoint
 from rlhf.runs.run import Run
 from rlhf.runs.tracking import read_metrics

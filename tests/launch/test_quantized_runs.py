@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.model_files import read_identity
-from rlhf.models import load_model
+from rlhf.model.files import read_identity
+from rlhf.model.loading import load_model
 from rlhf.runs.tracking import read_metrics
 from tests.launch.conftest import SMALL, differences, door, flags_of, ppo_flags
 
@@ -147,7 +147,7 @@ def test_a_merged_run_is_what_was_trained_rounding_included(
 ):
     import torch
 
-    from rlhf.models import trainable_policy
+    from rlhf.model.loading import trainable_policy
 
     start = flags_of("sft", base_path, files["instructions"], tmp_path / "merged")
     same = ["--load_in_4bit", "true", "--learning_rate", "1e-2", *SMALL]

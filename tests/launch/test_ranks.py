@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.distributed import DistributedContext
+from rlhf.ranks.distributed import DistributedContext
 from rlhf.startup import free_port
 from tests.conftest import ROOT, random_adapter
 from tests.launch.conftest import SMALL, flags_of, ppo_flags

@@ -275,7 +275,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(runs, files, tmp_path):
 
 
 def test_a_checkpoint_holds_adapters_that_can_be_used(runs, files, whole):
-    from rlhf.models import load_model
+    from rlhf.model.loading import load_model
 
     folder = whole("ppo") / "checkpoints" / "step-000004"
     assert load_model(str(folder)).adapter_path == str(folder)
@@ -305,7 +305,7 @@ def test_another_reward_model_is_refused(runs, files, tmp_path, monkeypatch, cap
 
 def test_a_run_that_begins_anew_leaves_nothing_of_the_old_one(runs, files, tmp_path):
     """An adapter beside whole weights would be taken for the run's result."""
-    from rlhf.models import load_model
+    from rlhf.model.loading import load_model
 
     small = ["--max_steps", "1", "--overwrite_output_dir", "true"]
     door("sft")(flags("sft", runs, files, tmp_path, *small))

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from rlhf.config import parse
-from rlhf.distributed import DistributedContext
 from rlhf.errors import EarlyExit, UserError
 from rlhf.offline.callbacks import RunCallback
 from rlhf.offline.guards import OfflineGuards
 from rlhf.options.guards import OFFLINE_GUARDS
 from rlhf.options.offline import SFTRunConfig
+from rlhf.ranks.distributed import DistributedContext
 
 PROGRAMS = tuple(OFFLINE_GUARDS)
 

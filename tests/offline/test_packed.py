@@ -7,14 +7,14 @@ from trl import DPOConfig, RewardConfig, SFTConfig, SFTTrainer
 
 from reward.model import trainable_reward
 from reward.trainer import PairCollator, RewardTrainer
-from rlhf.adapters import frozen_copy, lora_config
 from rlhf.errors import UserError
-from rlhf.models import InitialModel, trainable_policy
+from rlhf.model.adapters import frozen_copy, lora_config
+from rlhf.model.loading import InitialModel, trainable_policy
+from rlhf.model.packing import decoder_and_head
 from rlhf.offline.packed import pays
 from rlhf.offline.pair_rows import PairRows, is_right_padded
 from rlhf.offline.soft_dpo import EncodedDPOTrainer
 from rlhf.offline.trainers import prepare_trainer
-from rlhf.packing import decoder_and_head
 from rlhf.runs.budget import Budget
 from tests.kinds import build
 

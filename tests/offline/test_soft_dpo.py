@@ -7,10 +7,9 @@ import torch
 from datasets import Dataset
 from trl import DPOConfig
 
-from rlhf.adapters import lora_config
 from rlhf.data.records import Preference
-from rlhf.distributed import DistributedContext
-from rlhf.models import load_model, trainable_policy
+from rlhf.model.adapters import lora_config
+from rlhf.model.loading import load_model, trainable_policy
 from rlhf.offline.reference_cache import ReferenceCache
 from rlhf.offline.reference_pass import ReferencePass
 from rlhf.offline.soft_dpo import (
@@ -22,6 +21,7 @@ from rlhf.offline.soft_dpo import (
     unsupported_option,
 )
 from rlhf.offline.trainers import prepare_trainer
+from rlhf.ranks.distributed import DistributedContext
 from rlhf.runs.budget import Budget
 from tests.kinds import build
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from rlhf.data.records import Scores
-from rlhf.distributed import DistributedContext
-from rlhf.models import load_model
-from rlhf.optimizer_engine import make_engine
+from rlhf.model.loading import load_model
 from rlhf.ppo.batches import MicroBatch
+from rlhf.ranks.distributed import DistributedContext
+from rlhf.ranks.optimizer_engine import make_engine
 from tests.ppo.test_trainer import STOPS, config, trainer
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.adapters import lora_config
-from rlhf.critic import CriticStart, LeastSquaresCritic, critic_start
 from rlhf.errors import UserError
-from rlhf.models import load_model
+from rlhf.model.adapters import lora_config
+from rlhf.model.loading import load_model
 from rlhf.ppo.experience import Estimator
 from rlhf.ppo.rollout import padded_batch, role_scorer
-from rlhf.roles import Roles
+from rlhf.roles.critic import CriticStart, LeastSquaresCritic, critic_start
+from rlhf.roles.one_base import Roles
 from tests.ppo.test_trainer import config, trainer
 
 
@@ -95,7 +95,7 @@ def test_ranks_that_bring_their_own_tokens_fit_what_one_rank_does(monkeypatch):
     whole, parts = (LeastSquaresCritic(torch.nn.Linear(4, 1)) for _ in range(2))
     whole.fit(states, returns)
     # 17 tokens on this rank, in portions of 5, and 43 on the other
-    monkeypatch.setattr("rlhf.critic.PORTION", 5)
+    monkeypatch.setattr("rlhf.roles.critic.PORTION", 5)
     features = torch.cat([states[17:], torch.ones(43, 1)], 1).double()
     of_other = {2: features.T @ features, 1: features.T @ returns[17:].double()}
     parts.fit(states[:17], returns[:17], total=lambda own: own + of_other[own.dim()])

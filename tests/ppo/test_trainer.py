@@ -4,17 +4,17 @@ import math
 import pytest
 import torch
 
-from rlhf.adapters import lora_config
 from rlhf.data.records import BadScore, Prompt, Scores
-from rlhf.distributed import DistributedContext
 from rlhf.engines.hf import generate
 from rlhf.engines.sampling import Sampling
 from rlhf.errors import UserError
-from rlhf.models import load_model
+from rlhf.model.adapters import lora_config
+from rlhf.model.loading import load_model
 from rlhf.options.ppo import PPOConfig
 from rlhf.ppo.batches import Batches, TrainingData, cycle_shuffled, permutation
 from rlhf.ppo.trainer import PPOTrainer, make_engine
-from rlhf.roles import Roles
+from rlhf.ranks.distributed import DistributedContext
+from rlhf.roles.one_base import Roles
 from rlhf.values import check_ranges
 
 

@@ -7,15 +7,15 @@ import torch
 from torch import nn
 
 from rlhf.data.records import Samples
-from rlhf.distributed import DistributedContext
 from rlhf.errors import UserError
-from rlhf.model_files import check_model
-from rlhf.models import load_model
-from rlhf.optimizer_engine import make_engine
+from rlhf.model.files import check_model
+from rlhf.model.loading import load_model
 from rlhf.ppo.batches import TrainingData
 from rlhf.ppo.rollout import padded_batch, role_scorer
 from rlhf.ppo.trainer import PPOTrainer
-from rlhf.whole_roles import WholeRoles
+from rlhf.ranks.distributed import DistributedContext
+from rlhf.ranks.optimizer_engine import make_engine
+from rlhf.roles.whole_weights import WholeRoles
 from tests import trial
 from tests.ppo.reference import Reference
 from tests.ppo.test_reference import (

@@ -19,11 +19,11 @@ from reward.model import (
     trainable_reward,
     write_reward,
 )
-from rlhf.adapters import lora_config
 from rlhf.data.encode import encode_prompt, encode_response
 from rlhf.data.records import Samples
 from rlhf.errors import UserError
-from rlhf.models import load_model
+from rlhf.model.adapters import lora_config
+from rlhf.model.loading import load_model
 from rlhf.ppo.rollout import padded_batch
 from tests.conftest import random_adapter
 
@@ -134,7 +134,7 @@ def test_saved_and_loaded_adapter_scores_the_same(sft_path, tmp_path):
     ],
 )
 def test_all_that_an_sft_adapter_holds_is_trained_saved_and_a_role(base_path, tmp_path, settings):
-    from rlhf.roles import Roles
+    from rlhf.roles.one_base import Roles
 
     sft = random_adapter(base_path, tmp_path / "sft", seed=5, **settings)
     initial = load_model(sft)
@@ -164,7 +164,7 @@ def test_saved_and_loaded_whole_model_scores_the_same(base_path, tmp_path):
 
 
 def test_the_reward_role_of_ppo_scores_the_same(base_path, sft_path, reward_path):
-    from rlhf.roles import Roles
+    from rlhf.roles.one_base import Roles
 
     roles = Roles(load_model(sft_path), lora_config(r=2), reward_path)
     expected = load_reward(reward_path, "cpu").score_ids(ROWS)

@@ -14,9 +14,9 @@ from reward.model import raw_scores, trainable_reward
 from reward.objective import pair_log_loss, reward_loss, tie_probability
 from reward.ties import TieParameter
 from reward.trainer import PairCollator, RewardTrainer, pair_rows
-from rlhf.adapters import lora_config
 from rlhf.data.records import Preference
-from rlhf.models import load_model
+from rlhf.model.adapters import lora_config
+from rlhf.model.loading import load_model
 
 SIDES = ("chosen_ids", "rejected_ids")
 

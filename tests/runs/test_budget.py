@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rlhf.adapters import lora_config
-from rlhf.models import load_model
-from rlhf.packing import decoder_and_head
+from rlhf.model.adapters import lora_config
+from rlhf.model.loading import load_model
+from rlhf.model.packing import decoder_and_head
 from rlhf.runs.budget import Budget, decoder_shape, pass_size
 from tests.kinds import build
 

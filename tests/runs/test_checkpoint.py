@@ -5,7 +5,7 @@ import numpy
 import pytest
 import torch
 
-from rlhf.distributed import DistributedContext
+from rlhf.ranks.distributed import DistributedContext
 from rlhf.runs import checkpoint
 from rlhf.runs.checkpoint import CorruptCheckpoint, archive, check, newest, prune, seal, write
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from rlhf.distributed import DistributedContext
 from rlhf.errors import EarlyExit, UserError
 from rlhf.options.offline import RewardRunConfig, SFTRunConfig
 from rlhf.options.shared import NOISE_VERSION
+from rlhf.ranks.distributed import DistributedContext
 from rlhf.runs import checkpoint
 from rlhf.runs.start import check_finished, check_resumable, find_checkpoint, read_result
 

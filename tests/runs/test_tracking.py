@@ -245,8 +245,8 @@ def test_the_callback_logs_through_the_tracker(tmp_path, capsys):
 
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from rlhf.distributed import DistributedContext
     from rlhf.offline.callbacks import RunCallback
+    from rlhf.ranks.distributed import DistributedContext
     from rlhf.runs.budget import Budget
 
     with Tracker(tmp_path, console_seconds=0) as tracker:

@@ -121,8 +121,8 @@ def test_its_eos_token_was_trained_and_one_drawn_at_random_was_not(default_world
     from rlhf.data.encode import encode
     from rlhf.data.load import load
     from rlhf.data.records import Instruction
-    from rlhf.distributed import DistributedContext
-    from rlhf.models import load_model
+    from rlhf.model.loading import load_model
+    from rlhf.ranks.distributed import DistributedContext
 
     folder, _ = default_world
     initial = load_model(str(folder / "base"))

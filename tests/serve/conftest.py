@@ -25,8 +25,8 @@ def sampler(runs, base_path):
     from rlhf.data.encode import decode_response, encode_prompt
     from rlhf.engines import hf
     from rlhf.engines.sampling import Sampling
-    from rlhf.models import load_model, trainable_policy
-    from rlhf.tokenizer import stop_ids
+    from rlhf.model.loading import load_model, trainable_policy
+    from rlhf.model.tokenizer import stop_ids
 
     made = {}
 

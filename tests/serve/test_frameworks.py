@@ -67,8 +67,8 @@ def continued(path, text):
     from rlhf.data.encode import decode_response
     from rlhf.engines import hf
     from rlhf.engines.sampling import Sampling
-    from rlhf.models import load_model, trainable_policy
-    from rlhf.tokenizer import stop_ids
+    from rlhf.model.loading import load_model, trainable_policy
+    from rlhf.model.tokenizer import stop_ids
 
     initial = load_model(path)
     policy, tokenizer = trainable_policy(initial, None), initial.tokenizer

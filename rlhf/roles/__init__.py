@@ -1,0 +1,1 @@
+"""PPO's roles: policy, reference, value and reward, on one frozen base or on whole weights."""
