@@ -44,10 +44,10 @@ def judged(results: Results, trained: list[str], level: float) -> dict[str, Any]
     }
 
     # all that the report claims is one family; what single runs are compared by is about these runs
-    rows = []
+    claims = []
     for part in (*report["frontier"], report["tuned"]):
-        rows += part["rows"]
-    claims = [(row, row["difference"]) for row in rows]
+        for row in part["rows"]:
+            claims.append((row, row["difference"]))
     for entry in report["overoptimisation"]:
         if entry["swept"] is None:
             claims.append((entry, entry["judge"] | {"p": entry["p"]}))
@@ -109,7 +109,8 @@ def _frontier(results: Results, a: str, b: str, level: float) -> dict[str, Any]:
     checkpoints, which have not, but reach smaller KLs: it is shown without a verdict. With fewer
     than ENDS swept values the ends make no curve, and `rows` are over all.
     """
-    (seeds_a, values_a), (seeds_b, values_b) = (rectangle(ended(results, name)) for name in (a, b))
+    seeds_a, values_a = rectangle(ended(results, a))
+    seeds_b, values_b = rectangle(ended(results, b))
     seeds = sorted(set(seeds_a) & set(seeds_b))
     entry: dict[str, Any] = {
         "a": a,
@@ -148,9 +149,10 @@ def _at_equal_kl(tracks: dict[str, Track], level: float) -> dict[str, Any]:
     for row in found.rows:
         effect = minimum_detectable_effect(row["difference"], level)
         rows.append({"kl": float(row["kl"]), "difference": row["difference"].to_dict(), **effect})
-    sensitivity = [
-        {"kl": row["kl"], "difference": row["difference"].to_dict()} for row in found.sensitivity
-    ]
+    # the same by lines from point to point, which need no form of the curve
+    sensitivity = []
+    for row in found.sensitivity:
+        sensitivity.append({"kl": row["kl"], "difference": row["difference"].to_dict()})
     return {
         "overlap": list(map(float, found.overlap)),
         "ranges": ranges,
@@ -220,10 +222,10 @@ def label(results: Results, method: str, swept: float | None) -> str:
 
 def _both_sides(rate: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return a win rate and the other side's: ties count half, so the two sum to 1."""
-    low, high = rate["low"], rate["high"]
-    mirrored = {
-        "estimate": 1 - rate["estimate"],
-        "low": None if high is None else 1 - high,
-        "high": None if low is None else 1 - low,
-    }
-    return rate, rate | mirrored
+    mirrored = rate | {"estimate": 1 - rate["estimate"], "low": None, "high": None}
+    # what is above one side is below the other; an end that is not known stays unknown
+    if rate["high"] is not None:
+        mirrored["low"] = 1 - rate["high"]
+    if rate["low"] is not None:
+        mirrored["high"] = 1 - rate["low"]
+    return rate, mirrored

@@ -124,20 +124,10 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     from rlhf.model.tokenizer import load_tokenizer
     from rlhf.report.files import print_report, write_files
 
-    # what to sample, and what to score it by
+    # what to sample, and what to score it by; refused before anything is loaded
     shared = shared_options(config)
-    # refused before anything is loaded
     specs, kinds, judge = scores_of(config)
-    if config.judge:
-        from rlhf.judge.judges import load_judge
-
-        # a bad one is found before anything is sampled
-        load_judge(config.judge)
-    if config.votes:
-        from rlhf.data.sources import split_event
-        from rlhf.data.store import Store
-
-        Store.open(split_event(config.votes)[0], readonly=True).close()
+    _check_judge_and_votes(config)
     tokenizer = load_tokenizer(config.runs[0])
     prompts, counts = test_prompts(config, shared, tokenizer)
     sampling = Sampling(shared["max_response_length"], shared["temperature"])
@@ -150,11 +140,8 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
         build_scorer(specs, tokenizer),
         shared["max_prompt_length"],
     )
-    every_row = list(itertools.chain.from_iterable(rows.values()))
-    for name in every_row[0].scores:
-        # a part of a score, where it applies to every prompt
-        if not any(math.isnan(row.scores[name]) for row in every_row):
-            kinds.setdefault(name, "other")
+    for name in _parts_everywhere(rows):
+        kinds.setdefault(name, "other")
 
     # everything that the report needs to be repeated
     meta = meta_of(config, list(rows))
@@ -176,6 +163,33 @@ def compare(config: CompareConfig, build_scorer: Callable[..., Scorer]) -> dict[
     write_samples(Path(config.output_dir) / "samples.jsonl", rows)
     print_report(report, Path(config.output_dir))
     return report
+
+
+def _check_judge_and_votes(config: CompareConfig) -> None:
+    """Raise UserError if the judge of pairs or the store of votes cannot be used; otherwise that
+    would be found after hours of sampling.
+    """
+    if config.judge:
+        from rlhf.judge.judges import load_judge
+
+        load_judge(config.judge)
+    if config.votes:
+        from rlhf.data.sources import split_event
+        from rlhf.data.store import Store
+
+        Store.open(split_event(config.votes)[0], readonly=True).close()
+
+
+def _parts_everywhere(rows: dict[str, list]) -> list[str]:
+    """Return the scores, and the parts of scores, that apply to every response of every run."""
+    every_row = list(itertools.chain.from_iterable(rows.values()))
+    found = []
+    for name in every_row[0].scores:
+        values = [row.scores[name] for row in every_row]
+        # nan: a part, such as a rule about refunds, that does not apply to this prompt
+        if not any(map(math.isnan, values)):
+            found.append(name)
+    return found
 
 
 def test_prompts(
@@ -318,7 +332,8 @@ def shared_options(config: CompareConfig) -> dict[str, Any]:
             raise UserError(
                 f"the runs differ in '{name}' ({had}): {why}. Say which one holds: --{name}"
             )
-        result[name] = given if given is not None else next(iter(had.values()), default)
+        trained_with = next(iter(had.values()), default)
+        result[name] = trained_with if given is None else given
         # the shares of the splits are not part of sampling: no message for them
         others = {path: value for path, value in had.items() if value != result[name]}
         if others and "fraction" not in name:
@@ -341,9 +356,10 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
     specs, kinds = [], {}
     for kind, group in groups.items():
         for spec in group:
-            wanted = spec.get("name")
-            if not wanted:
-                wanted = min(identities(spec))[1].replace("/", "_") if kind == "other" else kind
+            wanted = spec.get("name") or kind
+            # several of them may be shown: each is called after what it reads
+            if kind == "other" and not spec.get("name"):
+                wanted = min(identities(spec))[1].replace("/", "_")
             # gold, gold2, gold3
             name, number = wanted, 1
             while name in kinds:
@@ -355,7 +371,7 @@ def scores_of(config: CompareConfig) -> tuple[list[dict], dict[str, str], str | 
         raise UserError(
             "no score to compare by: give --gold, --referee or --others, for example --others '[{rule: length}]'"
         )
-    judge = next((n for n, k in kinds.items() if k in ("gold", "referee")), None)
+    judge = next((name for name in kinds if kinds[name] in ("gold", "referee")), None)
     return specs, kinds, judge
 
 

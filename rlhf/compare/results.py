@@ -2,7 +2,6 @@
 same prompts.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -119,7 +118,8 @@ class Results:
         """
         # of the initial policy there may be a point for each seed, scored by its own proxy
         trained = {point.method for point in self.points if point.seed is not None}
-        return [name for name in self.methods if name in trained - {self.initial.method}]
+        trained.discard(self.initial.method)
+        return [name for name in self.methods if name in trained]
 
     def swept_values(self, method: str) -> list[float | None]:
         """Return the swept values that a method has points of, in order; [None] where nothing is
@@ -186,10 +186,15 @@ def independent_pairs(a: Point, b: Point) -> list[tuple[int, int]]:
     draws = []
     for point in (a, b):
         samples = next(iter(point.values.values())).shape[1]
+        # where none are listed, sample k has draw k
         draws.append(point.noise or [range(k, k + 1) for k in range(samples)])
-    # (number of the sample, its draws) of both policies
-    every = itertools.product(enumerate(draws[0]), enumerate(draws[1]))
-    return [(k, m) for (k, of_a), (m, of_b) in every if not set(of_a) & set(of_b)]
+
+    pairs = []
+    for k, of_a in enumerate(draws[0]):
+        for m, of_b in enumerate(draws[1]):
+            if set(of_a).isdisjoint(of_b):
+                pairs.append((k, m))
+    return pairs
 
 
 def measured_point(
@@ -225,11 +230,9 @@ def measured_point(
 
 def prompt_key(prompt: Any) -> str:
     """Return a prompt (text or messages) as one text, the same for equal prompts."""
-    return (
-        prompt
-        if isinstance(prompt, str)
-        else json.dumps(prompt, sort_keys=True, ensure_ascii=False)
-    )
+    if isinstance(prompt, str):
+        return prompt
+    return json.dumps(prompt, sort_keys=True, ensure_ascii=False)
 
 
 def check_finite(rows: dict[str, list], kinds: dict[str, str]) -> None:

@@ -14,6 +14,9 @@ from rlhf.runs.checkpoint import FOLDER
 from rlhf.runs.rows import TRAINED_ON
 from rlhf.values import read_yaml
 
+# the keys that say what a scorer is; "openai" first, since it has a "model" of its own
+SCORERS = ("openai", "model", "ensemble", "voice", "function", "rule", "http")
+
 
 def run_folder(path: str | Path) -> Path:
     """Return the run's folder, of which `path` may be a checkpoint."""
@@ -45,7 +48,8 @@ def world_seed(path: str) -> int | None:
     file = Path(base).parent / "world.json" if base else None
     if file is None or not file.is_file():
         return None
-    return json.loads(file.read_text()).get("settings", {}).get("world_seed")
+    world = json.loads(file.read_text())
+    return world.get("settings", {}).get("world_seed")
 
 
 def hashes(path: str) -> set[str]:
@@ -72,24 +76,24 @@ def identities(spec: dict) -> set[tuple[str, str]]:
     """Return (kind, what) of a scorer and of each member of an ensemble: specifications that share
     one share one.
     """
-    # the first key that names a kind of scorer
-    kind = next(
-        (
-            k
-            for k in ("openai", "model", "ensemble", "voice", "function", "rule", "http")
-            if k in spec
-        ),
-        "",
-    )
+    kind = next((name for name in SCORERS if name in spec), "")
     if kind in ("model", "ensemble"):
         from rlhf.model.weights import folder_fingerprint
 
-        return {("model", folder_fingerprint(f) if Path(f).is_dir() else f) for f in folders(spec)}
+        found = set()
+        for folder in folders(spec):
+            # by its weights: a copy elsewhere is the same model
+            what = folder_fingerprint(folder) if Path(folder).is_dir() else folder
+            found.add(("model", what))
+        return found
     what = str(spec.get(kind, ""))
     # one address may serve many models
     if kind == "openai":
         what += f" {spec.get('model')}"
-    return {(kind, str(Path(what).resolve()) if kind == "voice" else what)}
+    # one file may be written as several paths
+    if kind == "voice":
+        what = str(Path(what).resolve())
+    return {(kind, what)}
 
 
 def folders(spec: dict) -> list[str]:

@@ -176,8 +176,11 @@ def overoptimisation(results: Results, level: float) -> Iterator[dict[str, Any]]
     """
     proxies = proxies_of(results.score_kinds)
     for method in results.measured_methods():
+        # None: along all points, which are those of the swept value where there is but one
+        curves: list[float | None] = [None]
         swept_values = results.swept_values(method)
-        curves = [None, *swept_values] if len(swept_values) > 1 else [None]
+        if len(swept_values) > 1:
+            curves += swept_values
         for swept, proxy in itertools.product(curves, proxies or [None]):
             entry = _curve(results, method, swept, proxy, level)
             if entry is not None:
@@ -279,5 +282,6 @@ def add_outcomes(entries: list[dict[str, Any]], alpha: float) -> None:
         other = entry["proxy"]["change"] if optimised else entry["rise"]
         p = entry["p_adjusted"]
         shown = len(entry["seeds"]) >= MIN_SEEDS and p is not None and p < alpha
-        sign = side(other) if shown and side(entry["judge"]) < 0 else 0
+        falls = side(entry["judge"]) < 0
+        sign = side(other) if shown and falls else 0
         entry["sign"] = sign if entry["swept"] is None else None

@@ -40,14 +40,16 @@ def summarise(results: Results, *, level: float = 0.95) -> dict[str, Any]:
     """
     _check(results)
     initial = results.initial
-    trained = [m for m in results.measured_methods() if not results.methods[m].get("baseline")]
-    seeds = [len(rectangle(ended(results, method))[0]) for method in trained]
+    trained = []
+    for method in results.measured_methods():
+        if not results.methods[method].get("baseline"):
+            trained.append(method)
     report: dict[str, Any] = {
         "name": results.meta.get("name", "experiment"),
         "kind": results.kind,
         "judge": results.judge,
         "score_kinds": dict(results.score_kinds),
-        "scope": "method" if trained and min(seeds) >= MIN_SEEDS else "models",
+        "scope": _scope(results, trained),
         "unit": _unit(results, level),
         "methods": {name: _method(results, name) for name in results.methods},
         "missing": list(_missing(results)),
@@ -108,7 +110,16 @@ def _check(results: Results) -> None:
         )
 
 
+def _scope(results: Results, trained: Sequence[str]) -> str:
+    """Return "method" where every trained method has enough seeds to speak of the method, else
+    "models": of those that were trained.
+    """
+    seeds = [len(rectangle(ended(results, method))[0]) for method in trained]
+    return "method" if min(seeds, default=0) >= MIN_SEEDS else "models"
+
+
 def _unit(results: Results, level: float) -> dict[str, Any]:
+    """Return what an estimate is a mean over: seeds, groups, prompts and samples."""
     # all measures of all policies have this shape
     prompts, samples = next(iter(results.initial.values.values())).shape
     return {
@@ -184,7 +195,9 @@ def _measures(results: Results, points: Sequence[Point], level: float) -> dict[s
             values = values - results.stack(measure, [starts])[0]
         found = crossed_mean(values, level=level)
         # an interval of a share ends at 100 %
-        return (share(found, level) if measure in SHARES else found).to_dict()
+        if measure in SHARES:
+            found = share(found, level)
+        return found.to_dict()
 
     # a proxy is compared with the initial policy as the same seed's reward model scores it
     starts = []
@@ -270,6 +283,7 @@ def samples(results: Results, chosen: dict[str, Any], count: int = SAMPLES) -> l
 
 
 def _response(results: Results, point: Point, prompt: int) -> dict[str, Any]:
+    """Return a policy's first response to a prompt (its number) with all that was measured of it."""
     values = {name: float(array[prompt, 0]) for name, array in point.values.items()}
     found = {
         "response": point.responses[prompt][0],
@@ -304,8 +318,10 @@ def budget(results: Results) -> dict[str, Any]:
         }
     rows = []
     for method in results.measured_methods():
+        # each swept value once, in order
         ended_values = dict.fromkeys(point.swept for point in results.ends(method))
-        rows += [_cost(results, method, swept, match) for swept in ended_values]
+        for swept in ended_values:
+            rows.append(_cost(results, method, swept, match))
 
     ratios = []
     for row in rows:
@@ -362,5 +378,6 @@ def total_of(parts: Iterable[dict[str, float]]) -> dict[str, float]:
     for part in parts:
         for name, value in part.items():
             before = total.get(name, 0.0)
-            total[name] = float(max(before, value) if "memory" in name else before + value)
+            together = max(before, value) if "memory" in name else before + value
+            total[name] = float(together)
     return total

@@ -66,12 +66,16 @@ def encode_texts(
     """
     from rlhf.data.encode import encode, kept
 
+    encoded = encode(records, tokenizer, max_prompt_length, max_response_length)
     texts = []
-    for row in kept(
-        encode(records, tokenizer, max_prompt_length, max_response_length), "held-out answers"
-    ):
-        ids = {name: row[name] for name in ("prompt_ids", "response_ids")}
-        texts.append({"group": row["record"].group, **ids})
+    for row in kept(encoded, "held-out answers"):
+        texts.append(
+            {
+                "group": row["record"].group,
+                "prompt_ids": row["prompt_ids"],
+                "response_ids": row["response_ids"],
+            }
+        )
     return texts
 
 

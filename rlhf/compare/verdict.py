@@ -94,7 +94,7 @@ def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]], min_seeds: i
     fewer than `min_seeds` seeds or MIN_CLUSTERS groups, or has no interval, is no claim and gets
     None. Returns how many claims there are.
     """
-    made = []
+    entries, ps = [], []
     for entry, estimate in claims:
         entry["p_adjusted"] = None
         if (
@@ -102,11 +102,12 @@ def adjust(claims: Iterable[tuple[dict[str, Any], dict[str, Any]]], min_seeds: i
             and estimate["groups"] >= MIN_CLUSTERS
             and estimate["p"] is not None
         ):
-            made.append((entry, estimate["p"]))
+            entries.append(entry)
+            ps.append(estimate["p"])
     # all at once: adding a claim makes the others harder to show
-    for (entry, _), p in zip(made, holm([p for _, p in made]), strict=True):
+    for entry, p in zip(entries, holm(ps), strict=True):
         entry["p_adjusted"] = p
-    return len(made)
+    return len(entries)
 
 
 def verdicts(report: Report) -> Iterator[Verdict]:
@@ -149,8 +150,8 @@ def _at_equal_kl(pair: dict[str, Any], row: dict[str, Any], report: Report) -> V
 def _tuned(row: dict[str, Any], report: Report) -> Verdict:
     sign, reservation = _shown(row, report)
     chosen = usual_values(report)
-    a, b = ((method, chosen.get(method)) for method in (row["a"], row["b"]))
-    wins = win_rate_of(report, a, b)
+    a, b = row["a"], row["b"]
+    wins = win_rate_of(report, (a, chosen.get(a)), (b, chosen.get(b)))
     if sign and wins is not None and side(wins, 0.5) == -sign:
         reservation = "win_rate"
     return _of_pair("tuned", row, row, sign, reservation)
@@ -219,17 +220,24 @@ def notes(report: Report) -> Iterator[dict[str, Any]]:
         yield note("outlier", **outlier)
     if judge is not None and report["unit"]["groups"] < MIN_CLUSTERS:
         yield note("few_groups", groups=report["unit"]["groups"], needed=MIN_CLUSTERS)
-    # Single runs have one point each, and so no curve: their KLs are in the first table
-    for pair in report["frontier"] if report["kind"] == "experiment" else []:
-        if not pair["seeds"]:
-            yield note("no_common_seed", a=pair["a"], b=pair["b"])
-        elif not pair["rows"]:
-            yield note("no_overlap", a=pair["a"], b=pair["b"], ranges=pair["ranges"])
+    # single runs have one point each, and so no curve: their KLs are in the first table
+    if report["kind"] == "experiment":
+        yield from _not_at_equal_kl(report)
     if report["unit"]["samples_per_prompt"] < 2:
         yield note("no_win_rate")
 
 
+def _not_at_equal_kl(report: Report) -> Iterator[dict[str, Any]]:
+    """Yield the pairs of methods that were not compared at equal KL, and why."""
+    for pair in report["frontier"]:
+        if not pair["seeds"]:
+            yield note("no_common_seed", a=pair["a"], b=pair["b"])
+        elif not pair["rows"]:
+            yield note("no_overlap", a=pair["a"], b=pair["b"], ranges=pair["ranges"])
+
+
 def _missing(report: Report) -> Iterator[dict[str, Any]]:
+    """Yield what was to be trained or measured and is not in the report."""
     methods, meta = report["methods"], report["meta"]
     for method, entry in methods.items():
         if not entry["seeds"] and not entry["baseline"]:

@@ -105,16 +105,19 @@ def win_rate(
     if not decided.any():
         return None
     results = replace(results, groups=list(itertools.compress(results.groups, decided)))
-    wins, gaps = (_filled(table[:, decided], undecided[:, decided]) for table in (wins, gaps))
+    wins = _filled(wins[:, decided], undecided[:, decided])
+    gaps = _filled(gaps[:, decided], undecided[:, decided])
 
     per_seed = np.array(list(map(results.group_means, wins)))
+    ties = list(map(results.group_means, wins == 0.5))
+    length_differences = list(map(results.group_means, gaps))
     fit = LengthFit(wins, gaps, results.groups)
     controlled = crossed_statistic(fit, *per_seed.shape, null=0.5, level=level)
     return WinRate(
         raw=share(crossed_mean(per_seed, null=0.5, level=level), level),
         controlled=share(controlled, level),
-        ties=float(np.mean([results.group_means(own == 0.5) for own in wins])),
-        length_difference=float(np.mean(list(map(results.group_means, gaps)))),
+        ties=float(np.mean(ties)),
+        length_difference=float(np.mean(length_differences)),
         ridge=fit.ridge,
         consistency=float(np.mean(consistencies)) if consistencies else None,
         no_verdict=int(undecided.sum()),
@@ -195,7 +198,10 @@ class LengthFit:
         used = wins + losses > 0
         d, w = self.d[used], (wins + losses)[used]
         y, w = wins[used] / w, w / w.sum()
-        sd, mean = math.sqrt(max(0.0, float(w @ d**2 - (w @ d) ** 2))), float(w @ y)
+        mean = float(w @ y)
+        # a variance of 0 may come out negative by rounding
+        variance = float(w @ d**2 - (w @ d) ** 2)
+        sd = math.sqrt(max(0.0, variance))
 
         # no fit where the length never varies, or one side wins all
         if sd < 1e-9:
