@@ -121,6 +121,11 @@ def tint(colour: str, alpha: float) -> tuple[float, ...]:
     return tuple(1 - alpha * (1 - channel) for channel in to_rgb(colour))
 
 
+def is_baseline(report: Report, method: str) -> bool:
+    """Return whether a method trains nothing, as best of n does."""
+    return report["methods"][method]["baseline"]
+
+
 def paths_of(report: Report, method: str) -> list[tuple[float | None, list[dict]]]:
     """Return (swept value, its checkpoints by step), the one that stays nearest to the initial
     policy first.
@@ -130,7 +135,7 @@ def paths_of(report: Report, method: str) -> list[tuple[float | None, list[dict]
     paths: dict[float | None, list[dict]] = {}
     for point in report["points"]:
         if point["method"] == method:
-            swept = None if report["methods"][method]["baseline"] else point["swept"]
+            swept = None if is_baseline(report, method) else point["swept"]
             paths.setdefault(swept, []).append(point)
     for points in paths.values():
         points.sort(key=lambda point: point["step"])
@@ -139,18 +144,25 @@ def paths_of(report: Report, method: str) -> list[tuple[float | None, list[dict]
 
 def methods_of(report: Report) -> list[str]:
     """Return the methods that have points, without the initial policy."""
-    found = {point["method"] for point in report["points"]} - {report["initial_policy"]["method"]}
+    found = {point["method"] for point in report["points"]}
+    found.discard(report["initial_policy"]["method"])
+    # in the order of the experiment's file
     return [method for method in report["methods"] if method in found]
 
 
 def trained_methods(report: Report) -> list[str]:
     """Return the methods that have points and train something."""
-    return [method for method in methods_of(report) if not report["methods"][method]["baseline"]]
+    return [method for method in methods_of(report) if not is_baseline(report, method)]
 
 
 def difference(point: dict, score: str | None) -> dict | None:
     """Return the estimate of a point's score over the initial policy's, None where it is not known."""
     return (point["scores"].get(score) or {}).get("difference")
+
+
+def has_differences(report: Report, score: str | None) -> bool:
+    """Return whether any policy's score is known over the initial policy's."""
+    return any(difference(point, score) for point in report["points"])
 
 
 def value_of(estimate: Number | None, part: str = "estimate") -> float:
@@ -184,8 +196,10 @@ def series(points: Sequence[dict], measure: str) -> tuple[np.ndarray, np.ndarray
     """
     if measure == "step":
         return np.array([point["step"] for point in points]), None
-    if measure in ("kl", "length", "ended"):
-        return spans([point[measure] for point in points], root if measure == "kl" else float)
+    if measure == "kl":
+        return spans([point["kl"] for point in points], root)
+    if measure in ("length", "ended"):
+        return spans([point[measure] for point in points])
     return spans([difference(point, measure) for point in points])
 
 
@@ -208,19 +222,21 @@ def draw_paths(
     """
     style, paths = style_of(report, method), paths_of(report, method)
     for i, (swept, points) in enumerate(paths):
-        (a, a_bars), (b, b_bars) = series(points, x), series(points, y)
+        xs, x_bars = series(points, x)
+        ys, y_bars = series(points, y)
         # The furthest path has the full colour
         tone = color or tint(style.color, 0.5 + 0.5 * (i + 1) / len(paths))
         last = [point["last"] for point in points]
-        axes.plot(a[last], b[last], style.marker, color=tone, ms=7, zorder=5)
+        axes.plot(xs[last], ys[last], style.marker, color=tone, ms=7, zorder=5)
         if from_zero:
-            a, b, a_bars, b_bars = np.append(0.0, a), np.append(0.0, b), None, None
+            xs, ys = np.append(0.0, xs), np.append(0.0, ys)
+            x_bars = y_bars = None
         label = method_name(method) if swept is None else f"{swept:g}"
         axes.errorbar(
-            a,
-            b,
-            b_bars,
-            a_bars,
+            xs,
+            ys,
+            y_bars,
+            x_bars,
             color=tone,
             marker=style.marker,
             linestyle=linestyle,
@@ -238,11 +254,14 @@ def label_x(axes, report: Report, measure: str) -> None:
         axes.set_xlabel(axis_label(report, measure), fontsize=8.5)
         return
     low, high = axes.get_xlim()
-    axes.set_xlim(min(-0.03 * high, low) if low < 0 else -0.03 * high, high)
+    # A little room before 0, where the initial policy is; more where a bar reaches below it
+    left = -0.03 * high
+    axes.set_xlim(min(left, low) if low < 0 else left, high)
     # As many round KLs as have room beside each other
     ticks: list[float] = []
     for kl in NATS:
-        if root(kl) <= high and (not ticks or root(kl) - root(ticks[-1]) >= 0.075 * high):
+        has_room = not ticks or root(kl) - root(ticks[-1]) >= 0.075 * high
+        if has_room and root(kl) <= high:
             ticks.append(kl)
     axes.set_xticks(list(map(root, ticks)), list(map("{:g}".format, ticks)))
     axes.set_xlabel(f"KL to {initial_name(report)}, nats (drawn in √KL)")
@@ -267,11 +286,12 @@ def draw_shares(axes, matrix: list, labels: list[str]) -> None:
     shares = 100 * np.array([list(map(value_of, row)) for row in matrix])
     axes.imshow(shares, cmap=colours, vmin=0, vmax=100)
     for (row, column), share in np.ndenumerate(shares):
-        if not math.isnan(share):
-            colour = "#ffffff" if abs(share - 50) > 36 else "#111111"
-            axes.text(
-                column, row, f"{share:.0f}", ha="center", va="center", fontsize=8.5, color=colour
-            )
+        # A policy against itself has none
+        if math.isnan(share):
+            continue
+        # White text where the field is dark, at both ends of the scale
+        colour = "#ffffff" if abs(share - 50) > 36 else "#111111"
+        axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=8.5, color=colour)
     axes.set_xticks(range(len(labels)), labels, rotation=40, ha="left", rotation_mode="anchor")
     axes.set_yticks(range(len(labels)), labels)
     axes.tick_params(length=0, labelsize=8.5, labeltop=True, labelbottom=False)
@@ -287,18 +307,16 @@ def draw_legend(figure, report: Report, ncols: int) -> None:
 
     handles = []
     for method in methods_of(report):
-        style, option = style_of(report, method), report["methods"][method]["swept"]
-        values = report["methods"][method]["swept_values"]
-        swept = f" ({option} {min(values):g} to {max(values):g})" if len(values) > 1 else ""
+        style, label = style_of(report, method), short_name(method)
+        option, values = (
+            report["methods"][method]["swept"],
+            report["methods"][method]["swept_values"],
+        )
+        if len(values) > 1:
+            label += f" ({option} {min(values):g} to {max(values):g})"
+        # The lines of a method differ in tone, so its entry has the marker alone
         handles.append(
-            Line2D(
-                [],
-                [],
-                color=style.color,
-                marker=style.marker,
-                linestyle="none",
-                label=short_name(method) + swept,
-            )
+            Line2D([], [], color=style.color, marker=style.marker, linestyle="none", label=label)
         )
     handles.append(Line2D([], [], color=NEUTRAL, marker="o", label=initial_name(report)))
     figure.legend(handles=handles, loc="outside upper left", ncols=ncols)

@@ -20,6 +20,8 @@ from rlhf.report.figure_style import (
     draw_legend,
     draw_paths,
     draw_shares,
+    has_differences,
+    is_baseline,
     label_x,
     methods_of,
     new_figure,
@@ -83,7 +85,7 @@ def frontier(report: Report):
     at equal KL.
     """
     score = main_score(report)
-    if score is None or not any(difference(point, score) for point in report["points"]):
+    if score is None or not has_differences(report, score):
         return None
     pairs = [pair for pair in report["frontier"] if pair["rows"]][:PAIRS]
     figure, axes = new_figure(
@@ -98,7 +100,7 @@ def frontier(report: Report):
     for method in methods_of(report):
         style = style_of(report, method)
         # A baseline has a few points, which are joined, where a trained method has a fitted curve
-        joined = style.linestyle if report["methods"][method]["baseline"] else "none"
+        joined = style.linestyle if is_baseline(report, method) else "none"
         draw_paths(top, report, method, "kl", score, linestyle=joined)
         _draw_seeds(top, report, method, score)
     _draw_curves(top, report)
@@ -126,20 +128,19 @@ def _draw_seeds(axes, report: Report, method: str, score: str) -> None:
     initial = value_of(report["initial_policy"]["scores"].get(score, {}).get("mean"))
     for _, points in paths_of(report, method):
         for point in points:
-            seeds = [
-                (root(seed["kl"]), seed["scores"].get(score, math.nan) - initial)
-                for seed in point["per_seed"]
-            ]
-            if len(seeds) > 1:
-                axes.plot(
-                    *zip(*seeds, strict=True), ".", color=color, ms=3, alpha=0.35, zorder=2, mew=0
-                )
+            x, y = [], []
+            for seed in point["per_seed"]:
+                x.append(root(seed["kl"]))
+                y.append(seed["scores"].get(score, math.nan) - initial)
+            # One seed is the point itself
+            if len(x) > 1:
+                axes.plot(x, y, ".", color=color, ms=3, alpha=0.35, zorder=2, mew=0)
 
 
 def _draw_curves(axes, report: Report) -> None:
     """Draw the fitted curve of each trained method with its 95 % band, over its own range of KL."""
     for method, curve in report["curves"].items():
-        if report["methods"][method]["baseline"]:
+        if is_baseline(report, method):
             continue
         style = style_of(report, method)
         x = list(map(root, curve["kl"]))
@@ -239,15 +240,15 @@ def training(report: Report):
     methods = trained_methods(report)
     names = []
     for score in report["score_kinds"]:
-        if any(difference(point, score) for point in report["points"]):
+        if has_differences(report, score):
             names.append(score)
-    # The judge first, then what methods learnt from
-    names.sort(
-        key=lambda score: (score != report["judge"], report["score_kinds"][score] != "proxy")
-    )
+    # The judge first, then what methods learnt from; a sort keeps the order of equals
+    names.sort(key=lambda score: report["score_kinds"][score] != "proxy")
+    names.sort(key=lambda score: score != report["judge"])
     longest = 0
     for method in methods:
-        longest = max([longest, *(len(points) for _, points in paths_of(report, method))])
+        for _, points in paths_of(report, method):
+            longest = max(longest, len(points))
     # One checkpoint makes no line
     if not names or longest < 2:
         return None
@@ -260,11 +261,14 @@ def _grid(
     """Draw a row a view (measures of x and y) and a column a method, with a line a swept value."""
     size = (0.9 + 3.2 * len(methods), 0.6 + 2.1 * len(views))
     figure, axes = new_figure(*size, len(views), len(methods), sharey="row")
-    baselines = [method for method in methods_of(report) if report["methods"][method]["baseline"]]
+    # A baseline has no training steps to be drawn by
+    baselines = []
+    if from_zero:
+        baselines = [method for method in methods_of(report) if is_baseline(report, method)]
     for row, (x, y) in zip(axes, views, strict=True):
         for panel, method in zip(row, methods, strict=True):
             draw_paths(panel, report, method, x, y, from_zero=from_zero)
-            for baseline in baselines if from_zero else ():
+            for baseline in baselines:
                 draw_paths(
                     panel, report, baseline, x, y, from_zero=True, linestyle=":", color=NEUTRAL
                 )
@@ -288,10 +292,14 @@ def wins(report: Report):
     kinds = [kind for kind in titles if any(map(any, found[kind]))]
     if not kinds:
         return None
-    labels = [clip(policy_name(p["method"], p["swept"], report), 26) for p in found["policies"]]
+    labels = []
+    for policy in found["policies"]:
+        labels.append(clip(policy_name(policy["method"], policy["swept"], report), 26))
     size = 2.1 + 0.5 * len(labels)
-    # Large matrices below each other, small ones side by side
-    rows, columns = (1, len(kinds)) if len(labels) < 8 else (len(kinds), 1)
+    # Small matrices side by side, large ones below each other
+    rows, columns = 1, len(kinds)
+    if len(labels) >= 8:
+        rows, columns = len(kinds), 1
     figure, axes = new_figure(size * columns, size * rows, rows, columns)
     for panel, kind in zip(axes.flat, kinds, strict=True):
         draw_shares(panel, found[kind], labels)
@@ -332,7 +340,9 @@ def cost(report: Report):
     rows: dict[str, list[dict]] = {}
     for row in report["budget"]["rows"]:
         rows.setdefault(row["method"], []).append(row)
-    known = set().union(*(row["total"] for row in report["budget"]["rows"]))
+    known: set[str] = set()
+    for row in report["budget"]["rows"]:
+        known.update(row["total"])
     counters = [counter for counter in COUNTERS if counter in known]
     if not counters:
         return None

@@ -114,11 +114,14 @@ def html_page(markdown: str, figures: Mapping[str, Path]) -> str:
         name = source.stem.replace("_", " ")
         return PICTURE.format(name=name, source=_data_uri(source), alt=alt)
 
-    parser.renderer.rules["image"] = image
-    parser.renderer.rules["table_open"] = lambda tokens, index, *_: SCROLL.format(
-        **tokens[index].meta
-    )
-    parser.renderer.rules["table_close"] = lambda *_: "</table>\n</div>\n"
+    def table(tokens: Any, index: int, *_: Any) -> str:
+        return SCROLL.format(**tokens[index].meta)
+
+    # A table scrolls in a box of its own: on a phone the page would be as wide as the table
+    rules = parser.renderer.rules
+    rules["image"] = image
+    rules["table_open"] = table
+    rules["table_close"] = lambda *_: "</table>\n</div>\n"
 
     # The navigation comes below what the report opens with
     opening, mark, details = parser.renderer.render(tokens, parser.options, {}).partition("<h2")

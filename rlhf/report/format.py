@@ -2,6 +2,7 @@
 values.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -43,9 +44,11 @@ def main_score(report: Report) -> str | None:
     """Return the score that decides; without one a proxy, else the first score, None if there is no
     score.
     """
+    if report["judge"]:
+        return report["judge"]
     # a proxy shows at least what was optimised
     kinds = report["score_kinds"]
-    return report["judge"] or next(iter([*proxies_of(kinds), *kinds]), None)
+    return next(iter([*proxies_of(kinds), *kinds]), None)
 
 
 def proxies_of(score_kinds: Mapping[str, str]) -> list[str]:
@@ -73,7 +76,12 @@ def number(value: float | None) -> str:
     """Return about three significant digits, at most three decimals."""
     if value is None:
         return UNKNOWN
-    decimals = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    # a longer whole part leaves fewer digits for the decimals
+    decimals = 1
+    if abs(value) < 10:
+        decimals = 3
+    elif abs(value) < 100:
+        decimals = 2
     return f"{value:.{decimals}f}"
 
 
@@ -83,17 +91,27 @@ def digits(value: float, estimate: Number) -> str:
     """
     low, high = estimate["low"], estimate["high"]
     half = abs(value) / 4 if low is None else (high - low) / 2
-    places = 1 if half >= 2 else 2 if half >= 0.02 else 3 if half >= 0.002 else 4
+    places = _decimals(half)
 
     # More decimals where a bound would be rounded to 0, which would hide its sign
     bounds = [abs(bound) for bound in (low, high) if bound]
-    while places < 4 and any(round(bound, places) == 0 for bound in bounds):
+    nearest = min(bounds, default=math.inf)
+    while places < 4 and round(nearest, places) == 0:
         places += 1
 
     # Never "-0.00"
     text = f"{value + 0.0:.{places}f}"
     zero = f"{0:.{places}f}"
     return zero if text == f"-{zero}" else text
+
+
+def _decimals(half: float) -> int:
+    """Return how many decimals mean something where the interval is `half` wide to either side."""
+    if half >= 2:
+        return 1
+    if half >= 0.02:
+        return 2
+    return 3 if half >= 0.002 else 4
 
 
 def with_interval(estimate: Number | None, write: Callable[[float], str], unit: str = "") -> str:
@@ -171,6 +189,7 @@ def basis(estimate: Number, report: Report) -> str:
     unit = report["unit"]
     word = "prompt" if unit["groups"] == unit["prompts"] else "prompt group"
     groups = counted(estimate["groups"], word)
-    return (
-        groups if report["kind"] == "runs" else f"{counted(estimate['seeds'], 'seed')} x {groups}"
-    )
+    # single runs have one nominal seed
+    if report["kind"] == "runs":
+        return groups
+    return f"{counted(estimate['seeds'], 'seed')} x {groups}"

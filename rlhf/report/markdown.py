@@ -38,6 +38,10 @@ FIGURES = {
 }
 
 
+# what opens a report, whichever there is: of single runs the first
+OPENINGS = ("scores", "frontier")
+
+
 @dataclass(frozen=True)
 class Section:
     """A part of the details; it is left out where the report has neither its figure nor rows for
@@ -120,7 +124,7 @@ def markdown(report: Report, figures: Iterable[str] = ()) -> str:
     """Return report.md; figures: names of the SVG files beside it (without .svg)."""
     # What answers the question comes first: a picture, a sentence, a table
     figures = list(figures)
-    opening = next((name for name in ("scores", "frontier") if name in figures), None)
+    opening = next(filter(figures.__contains__, OPENINGS), None)
     lines = [
         f"# {escape(title(report))}",
         "",
@@ -133,23 +137,17 @@ def markdown(report: Report, figures: Iterable[str] = ()) -> str:
     lines += _basis(report)
 
     # The details; a figure that has opened the report is not shown again
+    if opening in figures:
+        figures.remove(opening)
     for section in SECTIONS:
-        shown = section.figure if section.figure in figures and section.figure != opening else None
-        body: list[str] = []
-        for table in section.tables:
-            body += table(report).markdown()
-        if shown or body:
-            explanation = section.explanation.format(initial=escape(initial_name(report)))
-            lines += [f"## {section.heading}", "", explanation, "", *_picture(report, shown), *body]
+        lines += _section(section, report, figures)
 
     if report.get("votes"):
         lines += ["## Votes", "", *votes_markdown(report["votes"], escape), ""]
     if report["annotators"]:
         lines += ["## Annotators", "", *annotators_markdown(report["annotators"]), ""]
-    return (
-        "\n".join([*lines, *_samples(report), *_terms(report), *_metadata(report["meta"])]).rstrip()
-        + "\n"
-    )
+    lines += [*_samples(report), *_terms(report), *_metadata(report["meta"])]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def title(report: Report) -> str:
@@ -166,7 +164,23 @@ def fence(text: str) -> list[str]:
     return [f"{marks}text", *text.splitlines(), marks, ""]
 
 
+def _section(section: Section, report: Report, figures: list[str]) -> list[str]:
+    """Return the lines of one section; none where neither its figure is among `figures` nor its
+    tables have rows.
+    """
+    body: list[str] = []
+    if section.figure in figures:
+        body += _picture(report, section.figure)
+    for table in section.tables:
+        body += table(report).markdown()
+    if not body:
+        return []
+    explanation = section.explanation.format(initial=escape(initial_name(report)))
+    return [f"## {section.heading}", "", explanation, "", *body]
+
+
 def _picture(report: Report, figure: str | None) -> list[str]:
+    """Return the line that shows a figure, with what it shows in words."""
     if figure is None:
         return []
     score = main_score(report)
@@ -188,10 +202,9 @@ def _best_of_each(report: Report) -> str:
         points = [point for point in every if difference(point, score)]
         if points:
             best = max(points, key=lambda point: difference(point, score)["estimate"])
-            value, kl = difference(best, score)["estimate"], best["kl"]["estimate"]
-            parts.append(
-                f"{method_name(method)} reaches at most {number(value)}, at KL {nats(kl)} nats"
-            )
+            value = number(difference(best, score)["estimate"])
+            kl = nats(best["kl"]["estimate"])
+            parts.append(f"{method_name(method)} reaches at most {value}, at KL {kl} nats")
     return "; ".join(parts) + "."
 
 
@@ -201,8 +214,12 @@ def _verdicts(report: Report) -> list[str]:
         f"What is claimed, at {level} for all claims together (p adjusted after Holm 1979); every other number of this "
         "report is shown with its interval and without a verdict."
     )
-    sentences = [f"- {escape(verdict_sentence(verdict, report))}" for verdict in report["verdicts"]]
-    return ["## Verdicts", "", explanation, "", *sentences, ""] if sentences else []
+    if not report["verdicts"]:
+        return []
+    lines = ["## Verdicts", "", explanation, ""]
+    for verdict in report["verdicts"]:
+        lines.append(f"- {escape(verdict_sentence(verdict, report))}")
+    return [*lines, ""]
 
 
 def _basis(report: Report) -> list[str]:
@@ -212,7 +229,9 @@ def _basis(report: Report) -> list[str]:
         "What decides, what is missing, and how far the conclusions go.",
         "",
     ]
-    return [*lines, *(f"- {escape(sentence)}" for sentence in report_sentences(report)), ""]
+    for sentence in report_sentences(report):
+        lines.append(f"- {escape(sentence)}")
+    return [*lines, ""]
 
 
 def _samples(report: Report) -> list[str]:
@@ -226,22 +245,26 @@ def _samples(report: Report) -> list[str]:
     ]
     for i, sample in enumerate(report["samples"], start=1):
         lines += [f"### Prompt {i}", ""]
+        # a prompt is one text or a conversation
         prompt = sample["prompt"]
         messages = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         for message in messages:
             lines += [f"**{escape(message['role'])}**", "", *fence(message["content"])]
         for policy, response in sample["responses"].items():
-            values = {**response["scores"], "KL": response["kl"], "tokens": response["length"]}
-            known = ", ".join(
-                f"{name} {number(value)}" for name, value in values.items() if value is not None
-            )
-            cut = "" if response["ended"] else "; cut off at the limit"
             lines += [
-                f"**{escape(policy)}** ({escape(known)}{cut})",
+                f"**{escape(policy)}** ({escape(_measured(response))})",
                 "",
                 *fence(response["response"]),
             ]
     return lines
+
+
+def _measured(response: Mapping[str, Any]) -> str:
+    """Return a response's scores, KL and tokens, those that are known, and whether it was cut off."""
+    values = {**response["scores"], "KL": response["kl"], "tokens": response["length"]}
+    known = [f"{name} {number(value)}" for name, value in values.items() if value is not None]
+    cut = "" if response["ended"] else "; cut off at the limit"
+    return ", ".join(known) + cut
 
 
 def _terms(report: Report) -> list[str]:
@@ -269,8 +292,13 @@ def _shown(meta: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _flat(value: Any) -> str:
+    """Return metadata in one cell: mappings as "name value; name value", lists with commas."""
     if isinstance(value, Mapping):
-        return "; ".join(
-            f"{key} {_flat(item)}" for key, item in value.items() if item not in (None, [], {})
-        )
-    return ", ".join(map(_flat, value)) if isinstance(value, (list, tuple)) else str(value)
+        parts = []
+        for key, item in value.items():
+            if item not in (None, [], {}):
+                parts.append(f"{key} {_flat(item)}")
+        return "; ".join(parts)
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_flat, value))
+    return str(value)

@@ -2,7 +2,7 @@
 filled with the numbers of report.json.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf.report.format import (
@@ -119,13 +119,12 @@ def headline(report: Report) -> str:
     for verdict in report["verdicts"]:
         if (verdict["kind"], verdict["a"], verdict["b"]) == ("equal_kl", first["a"], first["b"]):
             kls.setdefault(verdict["sign"], []).append(nats(verdict["kl"]))
-    b = method_name(first["b"])
-    parts = [
-        f"{text.format(b=b)} at KL {listed(kls[sign])}"
-        for sign, text in HEADLINE.items()
-        if sign in kls
-    ]
-    return f"By {judge_name(report)} {method_name(first['a'])} is {'; '.join(parts)}."
+    a, b = method_name(first["a"]), method_name(first["b"])
+    parts = []
+    for sign, text in HEADLINE.items():
+        if sign in kls:
+            parts.append(f"{text.format(b=b)} at KL {listed(kls[sign])}")
+    return f"By {judge_name(report)} {a} is {'; '.join(parts)}."
 
 
 def verdict_sentence(verdict: Mapping[str, Any], report: Report) -> str:
@@ -228,6 +227,7 @@ def _basis(verdict: Mapping[str, Any], report: Report) -> str:
 
 
 def _proxy_change(proxy: Mapping[str, Any] | None) -> str:
+    """Return how a proxy changes where the judge falls, as the end of a sentence."""
     if proxy is None:
         return ""
     whose = "" if proxy["optimised"] else ", from which it does not learn,"
@@ -235,6 +235,7 @@ def _proxy_change(proxy: Mapping[str, Any] | None) -> str:
 
 
 def _budget(report: Report) -> str:
+    """Return whether all trials spent the same, and whether all methods had as many tries."""
     match = report["budget"]["match"]
     text = UNMATCHED
     if match is not None:
@@ -244,22 +245,24 @@ def _budget(report: Report) -> str:
         }
         text = BUDGETS[report["budget"]["matched"]].format(**fields)
 
-    # a baseline has no trials to match
-    trained = {name: method for name, method in report["methods"].items() if not method["baseline"]}
-    trials = {
-        method_name(name): method["trials"] for name, method in trained.items() if method["trials"]
-    }
-    if len(set(trials.values())) > 1:
-        each = ", ".join(f"{name} {count}" for name, count in trials.items())
-        text += UNEQUAL_TRIALS.format(trials=each)
+    counts, each = set(), []
+    for name, method in report["methods"].items():
+        # a baseline has no trials to match
+        if method["trials"] and not method["baseline"]:
+            counts.add(method["trials"])
+            each.append(f"{method_name(name)} {method['trials']}")
+    if len(counts) > 1:
+        text += UNEQUAL_TRIALS.format(trials=", ".join(each))
     return text
 
 
 def _power(report: Report) -> str:
+    """Return what this report could have shown, and what it would take to show less."""
     power, initial = report["power"], report["initial_policy"]["method"]
     text = POWER.format(rate=100 * power["win_rate"], pairs=power["pairs_needed"])
     for row in report["tuned"]["rows"]:
         least, seeds = row["minimum_detectable_effect"], row["seeds_for_half"]
+        # nobody asks whether training changed the initial policy at all
         if least is not None and row["b"] != initial:
             more = f"; half of it takes about {counted(seeds, 'run seed')}" if seeds else ""
             sides = {"a": method_name(row["a"]), "b": method_name(row["b"])}
@@ -268,16 +271,21 @@ def _power(report: Report) -> str:
 
 
 def _scope(report: Report) -> str:
+    """Return what the conclusions hold for: these models or the methods, and which prompts."""
     unit = report["unit"]
-    prompts, answers = (
-        counted(unit["prompts"], "prompt"),
-        counted(unit["samples_per_prompt"], "answer"),
-    )
-    over = f"{counted(unit['groups'], 'group')} of {prompts}, {answers} each"
+    groups = counted(unit["groups"], "group")
+    prompts = counted(unit["prompts"], "prompt")
+    answers = counted(unit["samples_per_prompt"], "answer")
     seeds = len(unit["seeds"])
-    fields = {"level": 100 * unit["level"], "over": over, "seeds": counted(seeds, "run seed")}
+    fields = {
+        "level": 100 * unit["level"],
+        "over": f"{groups} of {prompts}, {answers} each",
+        "seeds": counted(seeds, "run seed"),
+    }
     text = SCOPES[report["scope"]].format(**fields)
-    return text + NO_OUTLIER_SHOWN if report["scope"] == "method" and seeds < FEW_SEEDS else text
+    if report["scope"] == "method" and seeds < FEW_SEEDS:
+        text += NO_OUTLIER_SHOWN
+    return text
 
 
 def _learnt_from(proxies: Sequence[str], _: Report) -> str:
@@ -285,16 +293,31 @@ def _learnt_from(proxies: Sequence[str], _: Report) -> str:
 
 
 def _trials(trials: Sequence[Mapping[str, Any]], report: Report) -> str:
-    names = [
-        f"{policy_name(trial['method'], trial['swept'], report)} seed {trial['seed']}"
-        for trial in trials
-    ]
+    names = []
+    for trial in trials:
+        policy = policy_name(trial["method"], trial["swept"], report)
+        names.append(f"{policy} seed {trial['seed']}")
     return _some(names, report)
 
 
 def _some(names: Sequence[str], _: Report) -> str:
-    more = [f"{len(names) - NAMED} more"] if len(names) > NAMED else []
-    return listed([*names[:NAMED], *more])
+    """Return the first names and how many more there are."""
+    shown = list(names[:NAMED])
+    if len(names) > NAMED:
+        shown.append(f"{len(names) - NAMED} more")
+    return listed(shown)
+
+
+def _swept_values(values: Sequence[float], _: Report) -> str:
+    return listed(list(map("{:g}".format, values)))
+
+
+def _others(scores: Sequence[float], _: Report) -> str:
+    return " to ".join(map(number, scores))
+
+
+def _method(method: str, _: Report) -> str:
+    return method_name(method)
 
 
 def _ranges(ranges: Mapping[str, Sequence[float]], _: Report) -> str:
@@ -306,13 +329,14 @@ def _ranges(ranges: Mapping[str, Sequence[float]], _: Report) -> str:
     return ", ".join(parts)
 
 
-NOTE_FIELDS = {
+# field of a note -> how it is written, given the report
+NOTE_FIELDS: dict[str, Callable[[Any, Report], str]] = {
     "proxies": _learnt_from,
     "trials": _trials,
     "names": _some,
     "ranges": _ranges,
-    "swept_values": lambda values, _: listed(list(map("{:g}".format, values))),
-    "others": lambda scores, _: " to ".join(map(number, scores)),
-    "a": lambda method, _: method_name(method),
-    "b": lambda method, _: method_name(method),
+    "swept_values": _swept_values,
+    "others": _others,
+    "a": _method,
+    "b": _method,
 }

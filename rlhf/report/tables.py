@@ -112,6 +112,7 @@ def opening(report: Report) -> Iterator[list[str]]:
 
 
 def _with_error(estimate: Number | None) -> str:
+    """Return "1.60 ± 0.06", which is shorter than the interval."""
     if estimate is None or estimate["se"] is None:
         return interval(estimate)
     return f"{number(estimate['estimate'])} ± {number(estimate['se'])}"
@@ -140,7 +141,9 @@ def equal_kl_on_the_way(report: Report) -> Iterator[list[str]]:
     """Yield the rows at equal KL over all checkpoints on the way, which have not spent the same."""
     yield ["over all checkpoints, which have not spent the same", "KL, nats", "difference [95 %]"]
     for pair in report["frontier"]:
-        for row in (pair.get("path") or {"rows": []})["rows"]:
+        # with few swept values, `rows` are over all checkpoints already
+        path = pair.get("path") or {"rows": []}
+        for row in path["rows"]:
             yield [_over(pair), nats(row["kl"]), interval(row["difference"], signed=True)]
 
 
@@ -186,13 +189,15 @@ def over_optimisation(report: Report) -> Iterator[list[str]]:
         "outcome",
     ]
     for entry in report["overoptimisation"]:
-        proxy = entry["proxy"]
+        proxy, change = entry["proxy"], UNKNOWN
+        if proxy:
+            change = f"{proxy['name']} {interval(proxy['change'], signed=True)}"
         yield [
             policy_name(entry["method"], entry["swept"], report),
             nats(entry["peak"]["kl"]),
             nats(entry["end"]["kl"]),
             interval(entry["judge"], signed=True),
-            f"{proxy['name']} {interval(proxy['change'], signed=True)}" if proxy else UNKNOWN,
+            change,
             p_value(entry["p_adjusted"]),
             UNKNOWN if entry["sign"] is None else OUTCOMES[entry["sign"]],
         ]
@@ -202,9 +207,10 @@ def over_optimisation(report: Report) -> Iterator[list[str]]:
 def win_rates(report: Report) -> Iterator[list[str]]:
     """Yield each pair of policies once, the later one over the earlier one."""
     yield ["comparison", "wins [95 %]", "at equal length [95 %]"]
-    for *policies, raw, controlled in pairs_of_policies(report):
-        names = [policy_name(policy["method"], policy["swept"], report) for policy in policies]
-        yield [" over ".join(names), share(raw), share(controlled)]
+    for later, earlier, raw, controlled in pairs_of_policies(report):
+        ahead = policy_name(later["method"], later["swept"], report)
+        behind = policy_name(earlier["method"], earlier["swept"], report)
+        yield [f"{ahead} over {behind}", share(raw), share(controlled)]
 
 
 def pairs_of_policies(report: Report) -> Iterator[tuple[dict, dict, Number, Number | None]]:
@@ -221,26 +227,31 @@ def pairs_of_policies(report: Report) -> Iterator[tuple[dict, dict, Number, Numb
 def judge_of_pairs(report: Report) -> Iterator[list[str]]:
     """Yield what a judge of pairs said, where one was asked in both orders."""
     asked = report.get("judge_of_pairs") or {"rows": [], "name": ""}
-    corrects = any(row.get("corrected") for row in asked["rows"])
-    yield [
+    header = [
         f"by the judge of pairs {asked['name']}",
         "wins [95 %]",
         "at equal length [95 %]",
         "ties",
         "consistent",
         "no verdict",
-        *(["corrected by votes [95 %]"] if corrects else []),
     ]
+    # a column of its own, where votes on the same answers were there to correct the judge
+    corrects = any(row.get("corrected") for row in asked["rows"])
+    if corrects:
+        header.append("corrected by votes [95 %]")
+    yield header
     for row in asked["rows"]:
-        yield [
+        cells = [
             _over(row),
             share(row["raw"]),
             share(row["controlled"]),
             _percent(row["ties"]),
             _percent(row["consistency"]),
             str(row.get("no_verdict", 0)),
-            *([share(row["corrected"])] if corrects else []),
         ]
+        if corrects:
+            cells.append(share(row["corrected"]))
+        yield cells
 
 
 @as_table
@@ -264,17 +275,22 @@ def cost(report: Report) -> Iterator[list[str]]:
     used.
     """
     rows = report["budget"]["rows"]
-    counters = list(dict.fromkeys(itertools.chain.from_iterable(row["total"] for row in rows)))
+    # every counter of any trial, in the order of the first one
+    counters: dict[str, None] = {}
+    for row in rows:
+        counters |= dict.fromkeys(row["total"])
     names = [f"{counter.replace('_', ' ')}: own / in all" for counter in counters]
     yield ["trial", *names, "of the matched budget"]
     # The first of the runs compared has a cost too; an initial policy of an experiment has none
-    if report["initial_policy"]["budget"] and rows:
-        spent = [amount(report["initial_policy"]["budget"].get(counter)) for counter in counters]
+    initial = report["initial_policy"]["budget"]
+    if initial and rows:
+        spent = map(amount, map(initial.get, counters))
         yield [initial_name(report), *spent, UNKNOWN]
     for row in rows:
-        spent = [
-            f"{amount(row['own'].get(c, 0))} / {amount(row['total'].get(c))}" for c in counters
-        ]
+        spent = []
+        for counter in counters:
+            own, in_all = row["own"].get(counter, 0), row["total"].get(counter)
+            spent.append(f"{amount(own)} / {amount(in_all)}")
         ratio = UNKNOWN
         if row["ratio"] is not None:
             ratio = f"{100 * row['ratio']:.0f} % ({100 * row['ratio_own']:.0f} % own)"
@@ -286,17 +302,20 @@ def policies(report: Report) -> Iterator[list[str]]:
     """Yield every checkpoint: KL, each score, shape of the responses, variety and perplexities."""
     points = [report["initial_policy"], *report["points"]]
     scores = list(report["score_kinds"])
-    numbers = dict.fromkeys(itertools.chain.from_iterable(point["numbers"] for point in points))
-    named = [score_name(report, score) for score in scores]
-    shapes = ("length", "ended", "repetition")
-    more = [name.replace("_", "-") for name in numbers]
-    first = ["policy", "step", "seeds", "KL, nats [95 %]"]
-    yield [*first, *named, "tokens", "ended", "repetition", *more]
+    # numbers that any policy has: its variety, and perplexities where texts were given
+    numbers: dict[str, None] = {}
+    for point in points:
+        numbers |= dict.fromkeys(point["numbers"])
+    header = ["policy", "step", "seeds", "KL, nats [95 %]"]
+    header += [score_name(report, score) for score in scores]
+    header += ["tokens", "ended", "repetition"]
+    header += [name.replace("_", "-") for name in numbers]
+    yield header
     for point in points:
         name = policy_name(point["method"], point.get("swept"), report)
         row = [name, str(point.get("step", 0)), _seeds(point), interval(point["kl"])]
         row += [_score(point, score) for score in scores]
-        row += [interval(point[shape]) for shape in shapes]
+        row += map(interval, (point["length"], point["ended"], point["repetition"]))
         row += map(number, map(point["numbers"].get, numbers))
         yield row
 

@@ -43,8 +43,13 @@ def rows_of(report: Report) -> dict[str, list[Row]]:
         wins.append(_wins(later["label"], earlier["label"], raw, controlled))
     for sample in report["samples"]:
         for policy, response in sample["responses"].items():
-            named = {"prompt": sample["prompt"], "policy": policy, "score": response["scores"]}
-            samples.append(_flat(named | {name: response[name] for name in SAMPLE}))
+            row = {"prompt": sample["prompt"], "policy": policy, "score": response["scores"]}
+            for name in SAMPLE:
+                row[name] = response[name]
+            samples.append(_flat(row))
+    cost = []
+    for row in report["budget"]["rows"]:
+        cost.append(_flat({name: row[name] for name in COST}))
     judged = []
     for row in asked["rows"]:
         shares = {"ties": row["ties"], "consistency": row["consistency"]}
@@ -55,7 +60,7 @@ def rows_of(report: Report) -> dict[str, list[Row]]:
         "tuned": [_difference(row, row) for row in report["tuned"]["rows"]],
         "wins": wins,
         "judge_of_pairs": judged,
-        "cost": [_flat({name: row[name] for name in COST}) for row in report["budget"]["rows"]],
+        "cost": cost,
         "samples": samples,
         "sentences": [{"sentence": sentence} for sentence in all_sentences(report)],
     }
@@ -80,15 +85,18 @@ def _point(point: dict[str, Any]) -> Row:
     """Return a checkpoint: KL, each score and its difference to the initial policy, shape of the
     responses, cost.
     """
-    scores = point["scores"]
+    scores, over_initial = {}, {}
+    for name, score in point["scores"].items():
+        scores[name] = score["mean"]
+        over_initial[name] = score["difference"] or ABSENT
     row = {
         "method": point["method"],
         "swept": point["swept"],
         "last": point["last"],
         "training_step": point["step"],
         "seeds": len(point["seeds"]),
-        "score": {name: score["mean"] for name, score in scores.items()},
-        "over_initial": {name: score["difference"] or ABSENT for name, score in scores.items()},
+        "score": scores,
+        "over_initial": over_initial,
         "budget": point["budget"],
     }
     for name in ("kl", "length", "words", "ended", "repetition"):
