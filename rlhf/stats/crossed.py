@@ -51,9 +51,10 @@ class Estimate:
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Return it for JSON: what is not a finite number becomes None."""
-        return {
-            name: value if math.isfinite(value) else None for name, value in asdict(self).items()
-        }
+        numbers = {}
+        for name, value in asdict(self).items():
+            numbers[name] = value if math.isfinite(value) else None
+        return numbers
 
 
 def side(estimate: dict[str, float | int | None], null: float = 0.0) -> int:

@@ -108,13 +108,17 @@ def equal_kl(a: Track, b: Track, kls=None, *, level: float = 0.95) -> EqualKL:
     Seed i of a is compared with seed i of b: they share annotators and prompts. Both have the same seeds and
     groups.
     """
-    low, high = np.max([kl_range(a)[0], kl_range(b)[0]]), np.min([kl_range(a)[1], kl_range(b)[1]])
-    overlap = (float(low), float(high))
+    low_a, high_a = kl_range(a)
+    low_b, high_b = kl_range(b)
+    overlap = low, high = max(low_a, low_b), min(high_a, high_b)
     if not low < high:
         return EqualKL(None, [], FORM, [], {"a": _residual(a), "b": _residual(b)}, float("nan"))
 
     a, b = near(a, high), near(b, high)
-    kls = round_kls(*overlap) if kls is None else [float(kl) for kl in kls if inside(kl, low, high)]
+    if kls is None:
+        kls = round_kls(low, high)
+    else:
+        kls = [float(kl) for kl in kls if inside(kl, low, high)]
     lines = list(_rows(a, b, kls, _lines, level))
     if min(map(len, (*a.kl, *b.kl))) < ENOUGH:
         # nothing to fit: the differences are read between the points
@@ -138,8 +142,11 @@ def near(track: Track, high: float) -> Track:
     kls, scores = [], []
     for kl, score in zip(track.kl, track.score, strict=True):
         means = kl.mean(axis=1)
+        furthest = REACH**2 * high
         beyond = means[means >= high * (1 - EDGE)]
-        kept = means <= max(REACH**2 * high, beyond.min() if beyond.size else 0.0)
+        if beyond.size:
+            furthest = max(furthest, beyond.min())
+        kept = means <= furthest
         kls.append(kl[kept])
         scores.append(score[kept])
     return Track(kls, scores)
@@ -160,8 +167,10 @@ def round_kls(low: float, high: float, count: int = ROWS) -> list[float]:
         digits = 1 - int(np.floor(np.log10(high - low)))
         numbers = {round(float(kl), digits) for kl in np.linspace(low, high, count + 2)[1:-1]}
         found = sorted(kl for kl in numbers if low <= kl <= high) or [(low + high) / 2]
+    # of these the one next to each of the evenly spaced roots; two may share one
+    roots = np.sqrt(found)
     targets = np.linspace(np.sqrt(low), np.sqrt(high), min(count, len(found)))
-    return sorted({min(found, key=lambda kl: abs(np.sqrt(kl) - target)) for target in targets})
+    return sorted({found[np.abs(roots - target).argmin()] for target in targets})
 
 
 def inside(kls, low: float, high: float):
@@ -208,7 +217,9 @@ def _lines(d: np.ndarray, score: np.ndarray, at: np.ndarray) -> np.ndarray:
     """
     order = np.argsort(d, axis=1)
     # the initial policy is at (0, 0)
-    d, score = (np.pad(np.take_along_axis(x, order, axis=1), ((0, 0), (1, 0))) for x in (d, score))
+    first = ((0, 0), (1, 0))
+    d = np.pad(np.take_along_axis(d, order, axis=1), first)
+    score = np.pad(np.take_along_axis(score, order, axis=1), first)
     return np.stack([np.interp(at, x, y) for x, y in zip(d, score, strict=True)])
 
 

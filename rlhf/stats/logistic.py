@@ -26,9 +26,9 @@ def logistic_fit(
         first, second = rest.sum(), rest @ x - ridge * phi
         h11, h12, h22 = curve.sum(), curve @ x, curve @ x**2 + ridge
         determinant = h11 * h22 - h12**2
-        step = np.array([h22 * first - h12 * second, h11 * second - h12 * first]) / max(
-            determinant, 1e-300
-        )
+        # the Hessian's inverse times the gradient, by Cramer's rule
+        step = np.array([h22 * first - h12 * second, h11 * second - h12 * first])
+        step /= max(determinant, 1e-300)
         # far off, a full step can overshoot
         step /= max(1.0, np.abs(step).max())
         theta, phi = theta + step[0], phi + step[1]

@@ -63,9 +63,10 @@ def power_of(
     if seeds >= MIN_SEEDS:
         seeds_part = np.maximum(np.asarray(share) * v.seeds, v.error)
         known = float(stdtrit(seeds - 1, 0.5 + level / 2)) ** 2 * _quantiles(seeds - 1)
-    half = np.sqrt(
-        np.maximum(of_groups * (rest + v.error), seeds_part[..., None] * known + of_groups * rest)
-    )
+    # the wider of the two intervals, as in `crossed.half_width`
+    by_groups = of_groups * (rest + v.error)
+    by_seeds = seeds_part[..., None] * known + of_groups * rest
+    half = np.sqrt(np.maximum(by_groups, by_seeds))
     sd = np.sqrt(seeds_part + rest)[..., None]
     return ndtr((difference - half) / sd).mean(axis=-1)
 
@@ -96,16 +97,14 @@ def detectable(
 
         return float(brentq(lacking, 0.0, 1e6 * estimate.se, rtol=1e-6))
 
+    def solve_at(quantile: float) -> float:
+        """Solve with both mean squares at this quantile of what they may be."""
+        of_seeds = 1 / _quantile(seeds - 1, quantile) if random_seeds else 1.0
+        return solve(np.array([of_seeds]), 1 / _quantile(groups - 1, quantile))
+
     # averaged over what the mean square of the seeds may be, then at both ends of its range
     middle = solve(1 / _quantiles(seeds - 1) if random_seeds else np.ones(1), 1.0)
-    low, high = (
-        solve(
-            np.array([1 / _quantile(seeds - 1, q) if random_seeds else 1.0]),
-            1 / _quantile(groups - 1, q),
-        )
-        for q in (1 - OPEN, OPEN)
-    )
-    return middle, low, high
+    return middle, solve_at(1 - OPEN), solve_at(OPEN)
 
 
 def minimum_detectable_effect(estimate: Estimate, level: float = 0.95) -> dict[str, Any]:
@@ -113,11 +112,9 @@ def minimum_detectable_effect(estimate: Estimate, level: float = 0.95) -> dict[s
     is no interval.
     """
     least, *ends = detectable(estimate, level=level)
-    known = math.isfinite(least)
-    return {
-        "minimum_detectable_effect": least if known else None,
-        "minimum_detectable_effect_range": ends if known else None,
-    }
+    if not math.isfinite(least):
+        least = ends = None
+    return {"minimum_detectable_effect": least, "minimum_detectable_effect_range": ends}
 
 
 def needed_seeds(
