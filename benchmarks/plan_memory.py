@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import os
@@ -97,6 +98,19 @@ CELLS: dict[str, tuple[str, int, str, dict[str, Any]]] = {
     ),
     "ppo two ranks ZeRO 2": (
         "ppo", 2, "llama", {**PPO, **RULE, "deepspeed": "FOLDER/zero2.json"}
+    ),
+    "ppo whole": ("ppo", 1, "llama", {**PPO, **RULE, **WHOLE, "micro_batch_tokens": 1600}),
+    "ppo whole bfloat16": (
+        "ppo", 1, "llama",
+        {**PPO, **RULE, **WHOLE, "micro_batch_tokens": 1600, "dtype": "bfloat16"},
+    ),
+    "ppo whole two ranks ZeRO 2": (
+        "ppo", 2, "llama",
+        {**PPO, **RULE, **WHOLE, "micro_batch_tokens": 1600, "deepspeed": "FOLDER/zero2.json"},
+    ),
+    "ppo whole two ranks ZeRO 3": (
+        "ppo", 2, "llama",
+        {**PPO, **RULE, **WHOLE, "micro_batch_tokens": 1600, "deepspeed": "FOLDER/zero3.json"},
     ),
 }  # fmt: skip
 LENGTHS = {"max_prompt_length": 96, "max_response_length": 32}
@@ -251,9 +265,11 @@ def options_of(name: str, folder: Path) -> dict[str, Any]:
         "model_name_or_path": str(folder / kind),
         "data": [str(folder / f"{data}.jsonl")],
         "output_dir": str(folder / "runs" / name),
-        "train_eos": "never",
         "max_dropped": 1.0,
     }
+    if program != "ppo" or given.get("use_peft", True):
+        # which PPO on whole weights has not
+        given["train_eos"] = "never"
     return json.loads(
         json.dumps(given).replace("RUNS", str(folder / "runs")).replace("FOLDER", str(folder))
     )
@@ -296,19 +312,33 @@ def run_program(name: str, folder: Path) -> None:
     assert (folder / "runs" / name / "result.json").is_file(), "the run has not finished"
 
 
+def own_size(model: Any) -> int:
+    """Return the bytes of a model's weights and buffers on this rank."""
+    tensors = [*model.parameters(), *model.buffers()]
+    # ZeRO-3 leaves an empty tensor in the place of a weight, beside this rank's part of it
+    return size_of(getattr(tensor, "ds_tensor", tensor) for tensor in tensors)
+
+
 class Allocated:
     """Counts what torch's allocator gives out from when a program has its model."""
 
-    def __init__(self) -> None:
+    def __init__(self, learning_models: int) -> None:
+        """learning_models: models that the program loads beside its base (PPO on whole weights)."""
         activities = [ProfilerActivity.CPU]
         self.profile = profile(activities=activities, profile_memory=True)
         self.base = 0
+        self.learning_models = learning_models
 
     def loaded(self, initial: Any) -> Any:
         # before TRL or Roles put anything on it
-        self.base = size_of([*initial.model.parameters(), *initial.model.buffers()])
+        self.base = own_size(initial.model)
         if initial.quantization:
             self.base = weight_memory(initial.model)[0]
+        if self.learning_models:
+            # now, and by their size: the profiler does not see the threads that read weights
+            ready = [initial.another() for _ in range(self.learning_models)]
+            self.base += sum(map(own_size, ready))
+            initial = dataclasses.replace(initial, another=ready.pop)
         self.profile.__enter__()
         return initial
 
@@ -324,7 +354,10 @@ class Allocated:
 
 def measure(name: str, folder: Path) -> dict[str, Any]:
     """Run the program of a cell in this process; return its peak."""
-    allocated, started = Allocated(), time.process_time()
+    program, _, _, options = CELLS[name]
+    # policy and critic
+    learning_models = 2 if program == "ppo" and not options.get("use_peft", True) else 0
+    allocated, started = Allocated(learning_models), time.process_time()
     load, save = stages.load_initial_model, trainers.save_policy
     found = {}
 
