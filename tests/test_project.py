@@ -71,15 +71,22 @@ LAYERS = [
 ]
 
 
-def modules() -> dict[str, Path]:
-    files = [p for top in ("rlhf", "reward", "launch") for p in (ROOT / top).rglob("*.py")]
-    return {
-        ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): p
-        for p in files
-    }
+PRODUCT = ("rlhf", "reward", "launch")
 
 
-def imports_of(path: Path) -> set[str]:
+def modules(*tops: str) -> dict[str, Path]:
+    """{dotted name: file} of the modules in these folders; the product's by default."""
+    found = {}
+    for top in tops or PRODUCT:
+        for path in (ROOT / top).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            # not what benchmarks have fetched
+            if ".cache" not in path.parts:
+                found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports_of(path: Path, tops: tuple[str, ...] = PRODUCT) -> set[str]:
     """The project's names that a file imports anywhere, in functions too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -88,7 +95,7 @@ def imports_of(path: Path) -> set[str]:
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-    return {name for name in found if name.split(".")[0] in ("rlhf", "reward", "launch")}
+    return {name for name in found if name.split(".")[0] in tops}
 
 
 def import_graph() -> dict[str, set[str]]:
@@ -155,15 +162,47 @@ def defined_in(path: Path) -> set[str]:
 
 def test_benchmarks_import_what_is_there():
     """No other test imports them all; ruff does not look into other modules."""
-    known = modules()
-    for path in (ROOT / "benchmarks").rglob("*.py"):
-        if ".cache" in path.parts:
-            continue
-        for name in imports_of(path) - set(known):
+    tops = (*PRODUCT, "benchmarks", "tests")
+    known = modules(*tops)
+    for path in modules("benchmarks").values():
+        for name in imports_of(path, tops) - set(known):
             module, _, last = name.rpartition(".")
             there = module in known and last in defined_in(known[module])
             # a package without __init__.py
             assert there or (ROOT / name.replace(".", "/")).is_dir(), f"{path}: {name}"
+
+
+def test_benchmarks_that_are_named_are_there():
+    """In programs, configs and pages; results and the log keep the commands of their day."""
+    known = modules("benchmarks")
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    for name in listed.stdout.split():
+        path = ROOT / name
+        is_past = name.startswith("benchmarks/results/") or name == "docs/LOG.md"
+        is_text = path.suffix in (".py", ".sh", ".md", ".yaml") or name == "Makefile"
+        if is_past or not is_text or not path.exists():
+            continue
+        text = path.read_text()
+        started = set(re.findall(r"-m (benchmarks[\w.]*\w)", text))
+        assert started <= set(known), f"{name}: {started - set(known)}"
+        for file in re.findall(r"\bbenchmarks/[\w/-]+\.(?:py|sh|yaml)\b", text):
+            assert (ROOT / file).exists(), f"{name}: {file}"
+
+
+# processes that benchmarks.speed.bench starts
+OF_BENCH = [
+    f"benchmarks.speed.{name}" for name in ("generation", "offline", "ours", "peer", "shapes")
+]
+
+
+def test_the_page_of_benchmarks_has_each_script():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    named = set(re.findall(r"`(\w+[./]\w+)(?:\.sh)?`", text))
+    for module, path in modules("benchmarks").items():
+        short = module.removeprefix("benchmarks.")
+        if "__main__" in path.read_text() and module not in OF_BENCH and "." in short:
+            # the other form is that of a shell script, which starts it
+            assert {short, short.replace(".", "/")} & named, f"benchmarks/README.md lacks {short}"
 
 
 def test_no_library_imports_a_program():

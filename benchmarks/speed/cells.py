@@ -9,8 +9,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from speed.run import BEST, OWN_CRITIC, PEER, Cell, Side, against_peer, mean, measure, summary
-from speed.shapes import SHAPES, WORKLOADS, Workload
+from benchmarks.speed.run import (
+    BEST,
+    OWN_CRITIC,
+    PEER,
+    Cell,
+    Side,
+    against_peer,
+    mean,
+    measure,
+    summary,
+)
+from benchmarks.speed.shapes import SHAPES, WORKLOADS, Workload
 
 # place in bench.json, as a path of keys -> what belongs there
 Found = dict[str, Any]
@@ -45,7 +55,9 @@ def ppo_task(model: str, workload: str, rounds: int, threads: int = 1) -> Task:
 def generation_task(model: str, workload: str, rounds: int) -> Task:
     """Return the task that measures sampling beside transformers' `generate`."""
     name = f"generation/{model}/{workload}"
-    sides = tuple(replace(BEST, name=side, module="speed.generation") for side in ("hf", "engine"))
+    sides = tuple(
+        replace(BEST, name=side, module="benchmarks.speed.generation") for side in ("hf", "engine")
+    )
     cell = Cell(SHAPES[model], WORKLOADS[workload], sides, rounds, updates=3)
 
     def run(models: Path) -> Found:
@@ -97,7 +109,7 @@ def offline_task(program: str, rounds: int) -> Task:
     # a second DPO run finds the reference's log-probabilities of the first
     names = ("trl", "ours", "again") if program == "dpo" else ("trl", "ours")
     options = (("program", program),)
-    sides = tuple(Side(side, "speed.offline", "adapter", options) for side in names)
+    sides = tuple(Side(side, "benchmarks.speed.offline", "adapter", options) for side in names)
     # 128 rows, prompts as in PPO, answers of 1 to 128 tokens
     cell = Cell(SHAPES["4M"], Workload(batch=128, response=128), sides, rounds)
 

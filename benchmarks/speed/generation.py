@@ -1,7 +1,7 @@
 """Measure sampling alone: this project's engine, or transformers' `generate` with the adapter
 unmerged.
 
-    python -m speed.generation JOB      # a Job with side engine or hf; prints measurements as JSON
+    python -m benchmarks.speed.generation JOB      # a Job with side engine or hf; prints measurements as JSON
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from speed.clocks import Updates, matmul_rate, peak_memory
-from speed.ours import trainer_of
-from speed.shapes import PAD, Job
+from benchmarks.speed.clocks import Updates, matmul_rate, peak_memory
+from benchmarks.speed.ours import trainer_of
+from benchmarks.speed.shapes import PAD, Job
 
 
 def prompts_of(trainer: Any) -> list[list[int]]:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from speed.generation import by_engine, by_transformers
-from speed.gpu_shapes import QwenShape, Sizes
-from speed.required_flops import Critic, Products, causal_pairs, update_flops
-from speed.shapes import FIRST_WORD, PAD, tokenizer_of
+from benchmarks.speed.generation import by_engine, by_transformers
+from benchmarks.speed.gpu_shapes import QwenShape, Sizes
+from benchmarks.speed.required_flops import Critic, Products, causal_pairs, update_flops
+from benchmarks.speed.shapes import FIRST_WORD, PAD, tokenizer_of
 
 LORA_RANK = 16
 # dense bfloat16 with sums in float32, FLOP/s, by what is in a device's name (the makers' data
@@ -336,7 +336,7 @@ def update_cell(
     checkpointing: bool,
 ) -> dict[str, Any]:
     """Return the seconds of one rollout of PPO and its updates, by phase."""
-    from speed.ours import PHASES
+    from benchmarks.speed.ours import PHASES
 
     trunk = "reward" if critic == "reward" else "own"
     prompts = prompts_of(shape, sizes.episodes, sizes.prompt)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from speed.shapes import PAD
+from benchmarks.speed.shapes import PAD
 
 
 @dataclass(frozen=True)

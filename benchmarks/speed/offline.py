@@ -1,6 +1,6 @@
 """Measure SFT or DPO: this project's program, or TRL's trainer as it is installed here.
 
-    python -m speed.offline JOB     # a Job with side ours, again or trl, options {"program": "sft"|"dpo"}
+    python -m benchmarks.speed.offline JOB     # a Job with side ours, again or trl, options {"program": "sft"|"dpo"}
 
 Both read the same file of conversations with the same template, and train the same adapter with
 the same batches' size, in float32 and without gradient checkpointing, once over `batch` rows. The
@@ -18,8 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from speed.clocks import Updates, matmul_rate, peak_memory
-from speed.shapes import FIRST_WORD, Job
+from benchmarks.speed.clocks import Updates, matmul_rate, peak_memory
+from benchmarks.speed.shapes import FIRST_WORD, Job
 
 # rows of a batch of training
 ROWS_AT_ONCE = 8

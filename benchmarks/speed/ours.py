@@ -1,6 +1,6 @@
 """Measure updates of this project's PPO in a process of its own.
 
-python -m speed.ours JOB        # a Job as JSON; prints the measurements as JSON
+python -m benchmarks.speed.ours JOB        # a Job as JSON; prints the measurements as JSON
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from speed.clocks import Updates, matmul_rate, peak_memory
-from speed.shapes import Job
+from benchmarks.speed.clocks import Updates, matmul_rate, peak_memory
+from benchmarks.speed.shapes import Job
 
 # the phases of an update, by the metric that times them
 PHASES = {

@@ -1,6 +1,6 @@
 """Measure updates of TRL 1.12's PPO, the last that TRL shipped, in a process of its own.
 
-    PYTHONPATH=...: python -m speed.peer JOB        # a Job as JSON; prints the measurements as JSON
+    PYTHONPATH=...: python -m benchmarks.speed.peer JOB        # a Job as JSON; prints the measurements as JSON
 
 TRL knows one stop token. A set of them is given to it where it reads that one: `generate` takes a
 list of ids, and the function that truncates responses is replaced by one that looks for any of
@@ -20,8 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from speed.clocks import Updates, matmul_rate, peak_memory
-from speed.shapes import PAD, Job
+from benchmarks.speed.clocks import Updates, matmul_rate, peak_memory
+from benchmarks.speed.shapes import PAD, Job
 
 VERSION = "1.12.0"
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from speed.shapes import ModelShape
+from benchmarks.speed.shapes import ModelShape
 
 # of its own: a LoRA adapter on the base; reward, policy: a scalar head on the trunk of that role;
 # whole: a model of its own that is trained whole

@@ -15,12 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from speed import peer
-from speed.cells import Task
+from benchmarks.paths import ROOT
+from benchmarks.speed import peer
+from benchmarks.speed.cells import Task
 
-ROOT = Path(__file__).resolve().parents[2]
 # what the numbers depend on
-CODE = ("rlhf", "reward", "benchmarks/speed", "benchmarks/ppo_speed.py")
+CODE = ("rlhf", "reward", "benchmarks/speed")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl")
 
 
@@ -97,7 +97,7 @@ class Results:
         if "note" in machine:
             yield f"{machine['note']}."
         yield ""
-        yield "What is measured, and how, is said in `benchmarks/ppo_speed.py`. `own critic` has a"
+        yield "What is measured, and how, is said in `benchmarks/speed/bench.py`. `own critic` has a"
         yield "critic adapter of its own; `best` fits the critic to the reward model's states."
         yield "Seconds are CPU seconds of one update on one thread, medians over processes. The"
         yield "ratio is the peer's seconds over ours, by round, with smallest and largest. `share` is"

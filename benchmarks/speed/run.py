@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from speed import peer
-from speed.required_flops import Critic, update_flops
-from speed.shapes import Job, ModelShape, Workload
+from benchmarks.paths import CACHE, ROOT
+from benchmarks.speed import peer
+from benchmarks.speed.required_flops import Critic, update_flops
+from benchmarks.speed.shapes import Job, ModelShape, Workload
 
-BENCHMARKS = Path(__file__).resolve().parent.parent
-CACHE = BENCHMARKS / ".cache"
 WRITING = threading.Lock()
 
 
@@ -35,9 +34,9 @@ class Side:
 
 
 # the order of a round; the peer's sizes are the fastest of those tried
-OWN_CRITIC = Side("own_critic", "speed.ours", "adapter", (("critic_trunk", "own"),))
-BEST = Side("best", "speed.ours", "reward", (("critic_trunk", "reward"),))
-PEER = Side("trl", "speed.peer", "whole")
+OWN_CRITIC = Side("own_critic", "benchmarks.speed.ours", "adapter", (("critic_trunk", "own"),))
+BEST = Side("best", "benchmarks.speed.ours", "reward", (("critic_trunk", "reward"),))
+PEER = Side("trl", "benchmarks.speed.peer", "whole")
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ class Cell:
 
 def environment(*folders: Path, threads: int) -> dict[str, str]:
     """Return the environment of a measuring process, which imports from these folders first."""
-    root = BENCHMARKS.parent
-    paths = [*map(str, folders), str(BENCHMARKS), str(root)]
+    paths = [*map(str, folders), str(ROOT)]
     settings = {
         "PYTHONPATH": os.pathsep.join(paths),
         "OMP_NUM_THREADS": str(threads),

@@ -1,6 +1,6 @@
 """Models, prompts and workloads of the speed benchmark, the same for both sides.
 
-python -m speed.shapes '{"name": "4M", ...}' FOLDER     # writes the model (see `write_models`)
+python -m benchmarks.speed.shapes '{"name": "4M", ...}' FOLDER     # writes the model (see `write_models`)
 """
 
 from __future__ import annotations

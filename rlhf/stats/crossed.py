@@ -243,7 +243,7 @@ def half_width(v: Variances, seeds: int, blocks: int, alpha: float) -> float:
     s_i^2 with n_i degrees of freedom, P(M^2 <= sum t_i^2 s_i^2) >= 1 - alpha whatever the v_i are,
     since the distribution of chi^2_1 is concave (Jensen). So it holds at every alpha, far out in
     the tail too, where Satterthwaite's single t is several times too short with a handful of seeds
-    (benchmarks/coverage.py).
+    (benchmarks/statistics/coverage.py).
     """
     from scipy.special import stdtrit
 

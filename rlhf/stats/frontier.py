@@ -9,7 +9,7 @@ of groups.
 With d = sqrt(KL) and the score over the initial policy's, a curve is d (a + b log d + c d): 0 at
 the initial policy, and both forms of Gao, Schulman and Hilton (2210.10760, eq. 1) in one, d (alpha
 - beta d) of best-of-n and d (alpha - beta log d) of RL. Either alone is far off under the other
-(benchmarks/coverage.py). The sensitivity is a line from point to point.
+(benchmarks/statistics/coverage.py). The sensitivity is a line from point to point.
 """
 
 from collections.abc import Iterator

@@ -1,15 +1,9 @@
-"""The analysis of benchmarks/best_of_n.py on curves worked by hand."""
-
-import sys
-from pathlib import Path
+"""The analysis of benchmarks/experiments/best_of_n.py on curves worked by hand."""
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import best_of_n
-import best_of_n_page
+from benchmarks.experiments import best_of_n, best_of_n_page
 
 
 def curve(d, gold):

@@ -1,19 +1,14 @@
 """The GPU benchmark: its sizes and FLOPs by hand, and the whole program on tiny shapes."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import gpu_speed
-from speed import gpu
-from speed.gpu_shapes import SHAPES, TINY_SHAPE, QwenShape
-from speed.required_flops import Products
+from benchmarks.speed import bench_gpu, gpu
+from benchmarks.speed.gpu_shapes import SHAPES, TINY_SHAPE, QwenShape
+from benchmarks.speed.required_flops import Products
 
 
 def test_the_shapes_have_as_many_weights_as_the_models():
@@ -75,19 +70,19 @@ def test_what_does_not_fit_is_measured_with_checkpointing():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
     with pytest.raises(SystemExit) as stop:
-        gpu_speed.main([])
+        bench_gpu.main([])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: no CUDA device") and "--tiny" in said
     assert said.count("\n") == 1
     with pytest.raises(SystemExit):
-        gpu_speed.main(["--device", "cpu"])
+        bench_gpu.main(["--device", "cpu"])
 
 
 def test_the_whole_program_on_tiny_shapes(tmp_path, monkeypatch, capsys, device):
     arguments = ["--device", device.type, "--tiny", "--results", str(tmp_path)]
-    gpu_speed.main([*arguments, "--minutes", "0"])
+    bench_gpu.main([*arguments, "--minutes", "0"])
     assert "not measured in 0 minutes: generation/tiny/3, learn/tiny/64" in capsys.readouterr().out
-    gpu_speed.main(arguments)
+    bench_gpu.main(arguments)
     cells = json.loads((tmp_path / "gpu.json").read_text())["cells"]
     assert list(cells) == [
         "generation/tiny/3", "learn/tiny/64", "update/tiny/reward", "update/tiny/adapter",
@@ -104,9 +99,9 @@ def test_the_whole_program_on_tiny_shapes(tmp_path, monkeypatch, capsys, device)
     content = json.loads((tmp_path / "gpu.json").read_text()) | {"cells": cells}
     (tmp_path / "gpu.json").write_text(json.dumps(content))
     monkeypatch.setattr(gpu, "learning_cell", lambda *_: {"tokens_per_second": 7})
-    monkeypatch.setattr(gpu_speed, "learning_row", lambda model, cell: "| again |")
+    monkeypatch.setattr(bench_gpu, "learning_row", lambda model, cell: "| again |")
     capsys.readouterr()
-    gpu_speed.main(arguments)
+    bench_gpu.main(arguments)
     said = capsys.readouterr().out
     assert said.count("measured before") == 3 and "learn/tiny/64: tokens_per_second 7" in said
 
@@ -115,9 +110,9 @@ def test_a_cell_that_fails_leaves_the_others_and_says_why(tmp_path, monkeypatch,
     def fails(about):
         raise RuntimeError("kernel\nmore")
 
-    cells = [gpu_speed.Cell("learn/a/1", 1, fails)]
-    monkeypatch.setattr(gpu_speed, "cells_of", lambda *_: cells)
-    gpu_speed.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)])
+    cells = [bench_gpu.Cell("learn/a/1", 1, fails)]
+    monkeypatch.setattr(bench_gpu, "cells_of", lambda *_: cells)
+    bench_gpu.main(["--device", "cpu", "--tiny", "--results", str(tmp_path)])
     assert "learn/a/1: error RuntimeError: kernel\n" in capsys.readouterr().out
     [page] = tmp_path.glob("*-gpu.md")
     assert "- learn/a/1: RuntimeError: kernel" in page.read_text()

@@ -2,14 +2,11 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import quickstart_cost
-from quickstart_cost import Cost, measure, page, table
+from benchmarks.speed import quickstart_cost
+from benchmarks.speed.quickstart_cost import Cost, measure, page, table
 
 # a plan of two jobs by the runner of the quickstart: one computes for half a second, one sleeps
 PLAN = """

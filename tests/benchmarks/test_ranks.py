@@ -2,7 +2,7 @@
 
 import math
 
-from benchmarks.ranks import page_of, rows_of, text_of
+from benchmarks.ranks.combinations import page_of, rows_of, text_of
 from benchmarks.result_rows import holds
 from tests.launch.combinations import plainest
 

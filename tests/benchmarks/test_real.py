@@ -1,18 +1,12 @@
 """The driver of `make real`: its plan by hand, its rows, and the whole of it on a tiny model."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import real
-import real_page
-import real_plan
-
+from benchmarks.real import page, pipeline, plan
 from rlhf.sandbox import packaged
 
 
@@ -23,7 +17,7 @@ def test_weights_of_the_model_are_those_of_its_matrices():
     adapter = 16 * (2 * 1152 + 2 * 768 + 3 * 2112)
     # a multiply-add is two FLOPs; of 10 positions 4 have logits
     passed = 2 * (10 * 30 * (layer + adapter) + 4 * 576 * 49152)
-    assert real_plan.forward(10, 4, rank=16) == passed
+    assert plan.forward(10, 4, rank=16) == passed
 
 
 def test_flops_of_the_plan_are_those_that_the_programs_count():
@@ -47,18 +41,18 @@ def test_flops_of_the_plan_are_those_that_the_programs_count():
         model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
     decoder = model.get_base_model().model
     shape = decoder_shape(decoder, active_adapters(decoder))
-    assert real_plan.forward(10, 0, rank=16) == shape.forward(10, 0)
+    assert plan.forward(10, 0, rank=16) == shape.forward(10, 0)
     # embeddings are frozen: no gradient flows to what q, k and v of the first layer read
     back = shape.backward(10, 0, to_embeddings=False, fused=True, recomputed=False)
     # the programs count the product with A of these three all the same
     products_with_a = 2 * 10 * 3 * 16 * 576
     counted = shape.forward(10, 0) + back
-    assert real_plan.learning(10, 0, rank=16) + products_with_a == counted
+    assert plan.learning(10, 0, rank=16) + products_with_a == counted
 
 
 def test_the_plan_keeps_within_eight_hours_with_forty_updates_of_ppo():
-    stages = {stage.name: stage for stage in real_plan.planned()}
-    assert sum(real_plan.hours(stage.flops) for stage in stages.values()) <= 8
+    stages = {stage.name: stage for stage in plan.planned()}
+    assert sum(plan.hours(stage.flops) for stage in stages.values()) <= 8
     updates, pairs = (int(stages[name].what.split()[0]) for name in ("PPO", "DPO"))
     assert updates >= 40
     assert pairs >= 1000
@@ -70,18 +64,18 @@ def test_the_plan_keeps_within_eight_hours_with_forty_updates_of_ppo():
 
 
 def test_an_update_of_ppo_by_hand(monkeypatch):
-    monkeypatch.setattr(real_plan, "forward", lambda positions, head, rank: positions + head)
-    monkeypatch.setattr(real_plan, "learning", lambda positions, head, rank: 100 * positions)
-    monkeypatch.setattr(real_plan, "QUESTION", 3)
-    monkeypatch.setattr(real_plan, "ANSWER", 2)
+    monkeypatch.setattr(plan, "forward", lambda positions, head, rank: positions + head)
+    monkeypatch.setattr(plan, "learning", lambda positions, head, rank: 100 * positions)
+    monkeypatch.setattr(plan, "QUESTION", 3)
+    monkeypatch.setattr(plan, "ANSWER", 2)
     # 4 answers of 5 positions: sampling and reference 20 + 8 each, reward 20, two epochs 2000 each
     options = {"rollout_batch_size": 4, "num_ppo_epochs": 2}
-    assert real_plan.ppo_update_flops(options, rank=1) == 28 + 28 + 20 + 4000
+    assert plan.ppo_update_flops(options, rank=1) == 28 + 28 + 20 + 4000
 
 
 def small_experiment(folder: Path) -> Path:
     """Write the experiment of make real-quick with a few steps of few tokens; return its file."""
-    options = yaml.safe_load(real.QUICK_EXPERIMENT.read_text())
+    options = yaml.safe_load(pipeline.QUICK_EXPERIMENT.read_text())
     sample = {"prompts": 12, "samples_per_prompt": 2}
     # every annotator's habit is to call answers of this model bad: the noise alone makes votes
     annotate = {"voice": "configs/voices/outdoor.yaml", "habits": False, "noise": 0.1}
@@ -113,15 +107,15 @@ def test_the_whole_driver_on_a_tiny_model(tmp_path, monkeypatch):
     # the sandbox's base: half a million parameters, and its answers end, so that they can be learnt
     base = tmp_path / "base"
     packaged.copy_to(base)
-    monkeypatch.setattr(real_page, "PAGE", tmp_path / "real.md")
-    monkeypatch.setattr(real_page, "IMAGES", tmp_path / "images")
-    monkeypatch.setattr(real_page, "RESULTS", tmp_path / "real.json")
+    monkeypatch.setattr(page, "PAGE", tmp_path / "real.md")
+    monkeypatch.setattr(page, "IMAGES", tmp_path / "images")
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
     sft = ["--model_name_or_path", str(base), "--data", "rlhf/brand_data/outdoor/answers.jsonl"]
     sft += ["--max_prompt_length", "128", "--max_response_length", "256"]
     sft += ["--max_steps", "2", "--eval_prompts", "2"]
     experiment = small_experiment(tmp_path)
-    assert real.run_all(experiment, sft) == 0
-    real_page.write(tmp_path / "real")
+    assert pipeline.run_all(experiment, sft) == 0
+    page.write(tmp_path / "real")
 
     text = (tmp_path / "real.md").read_text()
     assert text.startswith("# A real model in a brand's voice")
@@ -134,6 +128,6 @@ def test_the_whole_driver_on_a_tiny_model(tmp_path, monkeypatch):
 
     # all is done: nothing is made again
     before = (tmp_path / "real" / "seed-0" / "ppo-kl_coef-0.05" / "result.json").stat().st_mtime_ns
-    assert real.run_all(experiment, sft) == 0
+    assert pipeline.run_all(experiment, sft) == 0
     after = (tmp_path / "real" / "seed-0" / "ppo-kl_coef-0.05" / "result.json").stat().st_mtime_ns
     assert after == before

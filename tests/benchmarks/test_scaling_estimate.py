@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from benchmarks import scaling_estimate
-from benchmarks.scaling_estimate import Model, link_bytes, messages, seconds
+from benchmarks.ranks import scaling_estimate
+from benchmarks.ranks.scaling_estimate import Model, link_bytes, messages, seconds
 from tests.conftest import ROOT
 
 TINY = Model(base=100, embeddings=10, trainable=3)

@@ -1,7 +1,6 @@
 """The speed benchmark: its FLOPs by hand and by torch's counter, and its smallest cell whole."""
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +8,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import ppo_speed
-from speed import cells, peer
-from speed.cells import Task, exponents, full_tasks, quick_tasks
-from speed.required_flops import Products, causal_pairs, update_flops
-from speed.results import Results
-from speed.run import BEST, CACHE, PEER, Cell, measure, summary
-from speed.shapes import ModelShape, Workload, stop_probability, write_models
+from benchmarks.speed import bench, cells, peer
+from benchmarks.speed.cells import Task, exponents, full_tasks, quick_tasks
+from benchmarks.speed.required_flops import Products, causal_pairs, update_flops
+from benchmarks.speed.results import Results
+from benchmarks.speed.run import BEST, CACHE, PEER, Cell, measure, summary
+from benchmarks.speed.shapes import ModelShape, Workload, stop_probability, write_models
 
 TINY = ModelShape("tiny", width=64, layers=2, vocabulary=160, head_width=32)
 HAS_PEER = (CACHE / f"trl-{peer.VERSION}").is_dir()
@@ -155,17 +151,17 @@ def test_each_cell_is_written_as_it_ends_and_kept_by_a_rerun(tmp_path, monkeypat
     monkeypatch.setattr(peer, "fetch", lambda cache: cache)
     monkeypatch.setattr(Results, "page_lines", lambda self: iter(["a page"]))
     given = [task("generation/a/ragged"), task("generation/b/ragged", RuntimeError("no memory"))]
-    monkeypatch.setattr(ppo_speed, "quick_tasks", lambda: given)
+    monkeypatch.setattr(bench, "quick_tasks", lambda: given)
 
     with pytest.raises(RuntimeError, match="no memory"):
-        ppo_speed.main(["--results", str(tmp_path)])
+        bench.main(["--results", str(tmp_path)])
     assert "generation/a/ragged: 2.0 times (1.5 to 2.5)" in capsys.readouterr().out
     given[1] = task("generation/b/ragged")
-    ppo_speed.main(["--results", str(tmp_path)])
+    bench.main(["--results", str(tmp_path)])
     assert measured == ["generation/a/ragged", "generation/b/ragged", "generation/b/ragged"]
     assert "1 of 2 cells" in capsys.readouterr().out
 
-    ppo_speed.main(["--results", str(tmp_path), "--again", "--only", "/a/"])
+    bench.main(["--results", str(tmp_path), "--again", "--only", "/a/"])
     assert measured[3:] == ["generation/a/ragged"]
 
 

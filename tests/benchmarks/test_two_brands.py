@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import brands_served
-from benchmarks.two_brands import (
+from benchmarks.brands import served
+from benchmarks.brands.two_brands import (
     REAL,
     SANDBOX,
     advantages,
@@ -127,16 +127,16 @@ def test_each_name_answers_every_prompt_and_is_asked_once(tmp_path, monkeypatch)
                 prompt = store.add_prompt([{"role": "user", "content": f"{number}?"}])
                 store.add_response(prompt, "an answer", model="runs/base", ended=True)
     client = Client()
-    monkeypatch.setattr(brands_served, "serving", lambda runs: nullcontext(client))
+    monkeypatch.setattr(served, "serving", lambda runs: nullcontext(client))
     file = tmp_path / "served.jsonl"
     sampling = {"max_response_length": 9, "temperature": 0.5}
-    found = brands_served.served_answers(["a", "b"], stores, file, sampling)
+    found = served.served_answers(["a", "b"], stores, file, sampling)
     # two voices, two prompts, three names; the seed is the prompt's, whoever is asked
     assert len(found) == len(client.asked) == 12
     assert {own[2:] for own in client.asked} == {(9, 0.5)}
     assert {own[1] for own in client.asked if own[0] == "base"} == {1, 2}
     assert not found[0]["ended"]
-    assert brands_served.served_answers(["a", "b"], stores, file, sampling) == found
+    assert served.served_answers(["a", "b"], stores, file, sampling) == found
     assert len(client.asked) == 12
     assert json.loads(file.read_text().splitlines()[0])["model"] == "fernhill/dpo"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.collect_load import Server
+from benchmarks.votes.collect_load import Server
 from rlhf.data.store import Store
 
 ROOT = Path(__file__).parents[2]

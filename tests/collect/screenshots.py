@@ -10,8 +10,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from benchmarks.browsers import chromium
-from benchmarks.collect_load import Server
+from benchmarks.votes.browsers import chromium
+from benchmarks.votes.collect_load import Server
 from rlhf.data.store import Store
 from tests.collect.conftest import ROOT, fill, fill_rankings
 

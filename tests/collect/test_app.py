@@ -10,7 +10,7 @@ import threading
 import pytest
 from markupsafe import Markup
 
-from benchmarks.collect_load import Client, Server, fields_of
+from benchmarks.votes.collect_load import Client, Server, fields_of
 from rlhf.cli import main
 from rlhf.collect import app
 from rlhf.collect.app import create_app

@@ -4,7 +4,7 @@ afterwards.
 
 import pytest
 
-from benchmarks import collect_load
+from benchmarks.votes import collect_load
 
 
 def test_a_crowd_loses_nothing_though_the_server_is_killed(tmp_path):

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks.collect_load import Client, fields_of
+from benchmarks.votes.collect_load import Client, fields_of
 from rlhf.cli import main
 from rlhf.collect.safe_markdown import source_span, visible
 from rlhf.data.store import Store

@@ -1,7 +1,7 @@
 """Each fault of tests/faults/table.py ends with one message that has its place and its remedy, exit
 code 2, and everything that was there before untouched.
 
-    python benchmarks/faults.py PAGE                the CPU seconds of each, as processes of their own
+    python -m benchmarks.faults.cost PAGE                the CPU seconds of each, as processes of their own
 """
 
 import hashlib

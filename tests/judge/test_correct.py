@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import pytest
 
-from benchmarks.judge_coverage import JUDGES, intervals, simulate, truth
+from benchmarks.judge.coverage import JUDGES, intervals, simulate, truth
 from rlhf.judge.correct import MIN_LABELLED, corrected_win_rate, prediction_powered
 from rlhf.judge.pairs import JudgedPair
 from rlhf.judge.report import win_rates

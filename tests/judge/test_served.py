@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from benchmarks.real_model import FILE
+from benchmarks.real.model import FILE
 from reward.compose import build_scorer
 from rlhf.judge.judges import load_judge
 from rlhf.judge.pairs import JudgedPair, ask
@@ -22,7 +22,7 @@ def address(monkeypatch, tmp_path):
     """The address of `rlhf serve`, and the model's name there."""
     pytest.importorskip("uvicorn", reason="the extra 'collect' is not installed")
     if not FILE.is_file():
-        pytest.skip(f"no {FILE}; python benchmarks/real_model.py fetches it")
+        pytest.skip(f"no {FILE}; python -m benchmarks.real.model fetches it")
     from rlhf.http_server import listen
     from rlhf.model.from_gguf import as_folder
 

@@ -1,19 +1,14 @@
-"""The published three-action example (benchmarks/three_state.py) by hand numbers, and the losses
-that reach it.
+"""The published three-action example (benchmarks/experiments/three_state.py) by hand numbers, and the
+losses that reach it.
 """
 
-import importlib.util
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
-FILE = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "three_state.py"
-spec = importlib.util.spec_from_file_location("three_state", FILE)
-example = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(example)
+from benchmarks.experiments import three_state as example
 
 
 def test_the_rows_of_the_published_table():

@@ -1,25 +1,17 @@
 """What a run has cost: by hand on a small decoder, and against the products that torch makes."""
 
-import importlib.util
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from benchmarks.speed import flops
 from rlhf.model.adapters import lora_config
 from rlhf.model.loading import load_model
 from rlhf.model.packing import decoder_and_head
 from rlhf.runs.budget import Budget, decoder_shape, pass_size
 from tests.kinds import build
-
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "flops.py"
-spec = importlib.util.spec_from_file_location("flops", FILE)
-flops = importlib.util.module_from_spec(spec)
-sys.modules["flops"] = flops  # for its dataclass
-spec.loader.exec_module(flops)
 
 SMALL = flops.Shape(320, 32, 2, 8, 12, rows=4, rank=4)
 RAGGED = flops.Shape(320, 32, 2, 8, 12, ragged=True, rows=4, rank=4, attention="eager")

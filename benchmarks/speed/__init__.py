@@ -1,1 +1,0 @@
-"""What `benchmarks/ppo_speed.py` measures, and with what: see its docstring."""
