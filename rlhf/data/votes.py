@@ -105,13 +105,15 @@ def each(votes: list[Vote], *, keep_ties: bool = False) -> list[Verdict]:
 
 def details_of(vote: Vote) -> dict[str, Any]:
     """Return what a vote for a or b says beside its choice, as far as it says it."""
+    sides = {vote.choice: "chosen", "b" if vote.choice == "a" else "a": "rejected"}
     details = {
         "event": vote.event,
         "strength": vote.strength,
         "reason": vote.reason,
         "tags": vote.tags,
-        "criteria": _of_sides(vote),
-        "spans": renamed(vote.spans, _names_in_row(vote)),
+        # a reader of the row knows no a and b
+        "criteria": renamed_criteria(vote.criteria, sides),
+        "spans": renamed(vote.spans, sides),
     }
     if vote.left and vote.choice in ("a", "b"):
         # whether people prefer a side is judged by it
@@ -119,17 +121,14 @@ def details_of(vote: Vote) -> dict[str, Any]:
     return {name: value for name, value in details.items() if value}
 
 
-def _of_sides(vote: Vote) -> dict[str, dict[str, int]]:
-    """Return the ratings by the row's names, since a reader of the row knows no a and b."""
-    sides = _names_in_row(vote)
+def renamed_criteria(
+    criteria: Mapping[str, Mapping[str, int]], names: Mapping[str, str]
+) -> dict[str, dict[str, int]]:
+    """Return ratings by criterion and answer with other names of the answers."""
     found = {}
-    for name, ratings in vote.criteria.items():
-        found[name] = {sides[side]: rating for side, rating in ratings.items()}
+    for name, ratings in criteria.items():
+        found[name] = {names[side]: rating for side, rating in ratings.items()}
     return found
-
-
-def _names_in_row(vote: Vote) -> dict[str, str]:
-    return {vote.choice: "chosen", "b" if vote.choice == "a" else "a": "rejected"}
 
 
 def majority(votes: list[Vote], *, keep_ties: bool = False) -> list[Verdict]:

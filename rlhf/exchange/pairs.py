@@ -8,7 +8,7 @@ from rlhf.data.records import Message, Preference, RecordError, normalise
 from rlhf.data.spans import Span, renamed
 from rlhf.data.store import Store
 from rlhf.data.store_queries import StoreView
-from rlhf.data.votes import MARGINS
+from rlhf.data.votes import MARGINS, renamed_criteria
 from rlhf.errors import UserError
 
 Kind = Literal["person", "model", "rule"]
@@ -178,17 +178,15 @@ class Added:
     annotators: set[str] = field(default_factory=set)
 
 
-def add_pairs(store: Store, pairs: Iterable[JudgedPair], added: Added | None = None) -> Added:
+def add_pairs(store: Store, pairs: Iterable[JudgedPair], added: Added) -> None:
     """Add pairs and votes to a store in one transaction; the same again adds nothing.
 
     An annotator who has voted on a pair already keeps that vote, and theirs from `pairs` is left
-    out. Counts in `added`, and returns it. Raises UserError, naming the pair, where the store refuses it.
+    out. Counts in `added`. Raises UserError, naming the pair, where the store refuses it.
     """
-    added = added or Added()
     before = store.last_comparison()
     add_each(store, pairs, added, _add_pair, "pair")
     added.pairs = len(store.comparisons_after(before))
-    return added
 
 
 def add_each(
@@ -230,7 +228,7 @@ def _add_pair(store: Store, pair: JudgedPair, added: Added) -> None:
             tags=vote.tags,
             duration_ms=vote.duration_ms,
             corrected=vote.corrected,
-            criteria=_renamed(vote.criteria, names),
+            criteria=renamed_criteria(vote.criteria, names),
             spans=renamed(vote.spans, names),
             created=vote.created,
         )
@@ -250,15 +248,6 @@ def add_answers(store: Store, judged: Any) -> list[int]:
             id = store.add_response(prompt, answer.text, **about)
         ids.append(id)
     return ids
-
-
-def _renamed(
-    criteria: dict[str, dict[str, int]], names: dict[str, str]
-) -> dict[str, dict[str, int]]:
-    found = {}
-    for name, ratings in criteria.items():
-        found[name] = {names[side]: rating for side, rating in ratings.items()}
-    return found
 
 
 def extras_of(pair: JudgedPair) -> dict[str, Any]:
@@ -333,6 +322,6 @@ def _vote_of(
     vote.reason = details.get("reason")
     vote.tags = details.get("tags", [])
     sides = {"chosen": choice, "rejected": other}
-    vote.criteria = _renamed(details.get("criteria", {}), sides)
+    vote.criteria = renamed_criteria(details.get("criteria", {}), sides)
     vote.spans = renamed(details.get("spans", []), sides)
     return vote

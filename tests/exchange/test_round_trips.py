@@ -8,7 +8,7 @@ from rlhf.data.store import Store
 from rlhf.errors import UserError
 from rlhf.exchange import argilla, label_studio
 from rlhf.exchange.commands import ImportConfig, export, import_votes
-from rlhf.exchange.pairs import add_pairs, pairs_of_view
+from rlhf.exchange.pairs import Added, add_pairs, pairs_of_view
 
 SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi & <b>?"}]
 TOOLS = [
@@ -355,7 +355,7 @@ def test_answers_that_the_store_has_in_the_other_order_keep_their_votes(store, t
         )
         other.add_response(prompt, "Zwei ☂", model="runs/ppo", ended=True)
         other.add_response(prompt, "One.\n\n*Two.*", model="runs/dpo", ended=False)
-        add_pairs(other, pairs_of_view(store.at()))
+        add_pairs(other, pairs_of_view(store.at()), Added())
     with Store.open(tmp_path / "other.db") as other:
         vote = next(v for v in other.at().votes() if v.annotator == "Ann Öz")
         assert other.at().pair(vote.comparison)["text_a"] == "Zwei ☂"
