@@ -16,7 +16,7 @@ from rlhf.tensors import pad_right
 
 
 def pair_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of `encode_preferences` as this trainer reads them: whole sequences, and the
+    """Return rows of `encode` as this trainer reads them: whole sequences, and the
     columns of the data.
     """
     rows = []

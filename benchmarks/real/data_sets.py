@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import softplus
 
 from reward.model import load_reward
-from rlhf.data.encode import encode_preferences
+from rlhf.data.encode import encode
 from rlhf.data.load import load
 from rlhf.data.records import Preference
 from rlhf.stats.crossed import crossed_mean, share
@@ -73,7 +73,7 @@ def bag_of_words(
 
 def model_gaps(path: Path, test: list[Preference]) -> list[float]:
     reward = load_reward(str(path))
-    rows = encode_preferences(test, reward.tokenizer, 256, 256)
+    rows, _ = encode(test, reward.tokenizer, 256, 256)
     scores = [
         reward.score_ids([row["prompt_ids"] + row[side] for row in rows])
         for side in ("chosen_ids", "rejected_ids")

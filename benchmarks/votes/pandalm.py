@@ -20,7 +20,7 @@ from torch.nn.functional import logsigmoid
 
 from reward.model import load_reward
 from rlhf.data.agreement import agreement_summary
-from rlhf.data.encode import encode_preferences
+from rlhf.data.encode import encode
 from rlhf.data.load import load
 from rlhf.data.prepare.run import PrepareConfig, prepare
 from rlhf.data.records import Preference
@@ -113,7 +113,7 @@ def report(runs: Path) -> None:
         gaps = []
         for seed in seeds:
             reward = load_reward(str(seed))
-            rows = encode_preferences(test, reward.tokenizer, 192, 320)
+            rows, _ = encode(test, reward.tokenizer, 192, 320)
             kept = [row["record"] for row in rows]
             scores = [
                 reward.score_ids([r["prompt_ids"] + r[s] for r in rows])

@@ -254,18 +254,9 @@ def sft_rows(encoded: Sequence[dict[str, Any]]) -> list[dict[str, list[int]]]:
     ]
 
 
-def encode_preferences(
-    records: list[Preference], tokenizer: Any, max_prompt_length: int, max_response_length: int
-):
-    """Return the rows of `encode`; what is dropped is counted on stderr. Raises UserError if all
-    are.
-    """
-    return kept(encode(records, tokenizer, max_prompt_length, max_response_length), "preferences")
-
-
 def encode_prompts(records: list[Prompt], tokenizer: Any, max_prompt_length: int):
     """Return rows {"prompt_ids", "record"}, without those that are too long; counted and refused as
-    above.
+    in `kept`.
     """
     return kept(encode(records, tokenizer, max_prompt_length), "prompts")
 

@@ -52,7 +52,7 @@ def soft_dpo_loss(
 
 
 def soft_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return rows of `encode_preferences` for a DPO trainer: ids, and the `SOFT` columns that the
+    """Return rows of `encode` for a DPO trainer: ids, and the `SOFT` columns that the
     data has.
     """
     rows = [{name: value for name, value in row.items() if name != "record"} for row in encoded]

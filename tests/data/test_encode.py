@@ -7,7 +7,6 @@ from rlhf.data.encode import (
     PLAIN_TEMPLATE,
     decode_response,
     encode,
-    encode_preferences,
     encode_prompt,
     encode_prompts,
     encode_response,
@@ -62,7 +61,7 @@ def test_labels_cover_the_response_and_its_eos_alone(tokenizer):
 
 def test_a_cut_off_answer_gets_no_eos_in_pairs(tokenizer):
     pair = Preference(prompt=ASK, chosen="yes", rejected="no no no", rejected_ended=False)
-    (row,) = encode_preferences([pair], tokenizer, 99, 99)
+    ((row,), _) = encode([pair], tokenizer, 99, 99)
     assert row["chosen_ids"][-1] == tokenizer.eos_token_id
     assert tokenizer.eos_token_id not in row["rejected_ids"]
 
@@ -193,7 +192,7 @@ def test_the_share_of_unknown_tokens_is_said(capsys):
     assert capsys.readouterr().err == ""
     # yes yes yes, no </s>, <unk> </s>: one of seven
     row = Preference(prompt=yes, chosen="no", rejected="perhaps")
-    encode_preferences([row], tokenizer, 99, 99)
+    encode([row], tokenizer, 99, 99)
     assert (
         "14 % of the tokens of 1 preference rows are unknown to the tokenizer (<unk>)"
         in capsys.readouterr().err

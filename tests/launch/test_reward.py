@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from reward.model import load_reward
-from rlhf.data.encode import encode_preferences
+from rlhf.data.encode import encode
 from rlhf.data.load import load
 from rlhf.data.records import Preference
 from rlhf.errors import UserError
@@ -78,7 +78,7 @@ def check_run(folder: Path, data: str) -> dict:
     # on average
     reward = load_reward(str(folder), "cpu")
     held_out = load([data], Preference, split="validation", validation_fraction=0.3)
-    rows = encode_preferences(held_out, reward.tokenizer, 64, 64)
+    rows, _ = encode(held_out, reward.tokenizer, 64, 64)
     chosen = reward.score_ids([row["prompt_ids"] + row["chosen_ids"] for row in rows])
     rejected = reward.score_ids([row["prompt_ids"] + row["rejected_ids"] for row in rows])
     assert len(rows) == card["pairs"] > 5
