@@ -25,7 +25,7 @@ from rlhf.engines import hf
 from rlhf.engines.merged import merged
 from rlhf.engines.sampling import Completions, EachToken, Sampling, draw, draw_recorded
 from rlhf.engines.slots import Slots
-from rlhf.model.packing import smallest_window, why_inexact
+from rlhf.model.packing import smallest_window
 from rlhf.text import say_once
 
 # tokens of prompts in one pass: caches of a CPU are small, launches of a GPU take their time
@@ -191,14 +191,7 @@ def slots_are_exact(model: nn.Module) -> bool:
     It is false for models that keep more than keys and values, that attend to a window or that
     count positions in a way of their own.
     """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if causal not in _EXACT:
-        reason = why_inexact(model, _slot_gap)
-        _EXACT[causal] = not reason
-        if reason:
-            kind = model.config.model_type
-            say_once(f"sampling from {kind} in plain batches, which is slower ({reason})")
-    return _EXACT[causal]
+    return hf.tried_once(model, _EXACT, _slot_gap, "in plain batches")
 
 
 def within_windows(model: nn.Module, length: int) -> bool:

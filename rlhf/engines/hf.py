@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -89,14 +89,26 @@ def cache_is_exact(model: nn.Module) -> bool:
     their state in several ways, some of them without telling the cache, and some cannot mask their
     padding.
     """
+    return tried_once(model, _EXACT, _cache_gap, "without its cache")
+
+
+def tried_once(
+    model: nn.Module,
+    known: MutableMapping[nn.Module, bool],
+    gap_of: Callable[[nn.Module], float],
+    instead: str,
+) -> bool:
+    """Return whether a fast way to sample is exact, by `why_inexact` at the first call for a model;
+    says how it is sampled from `instead`.
+    """
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if causal not in _EXACT:
-        reason = why_inexact(model, _cache_gap)
-        _EXACT[causal] = not reason
+    if causal not in known:
+        reason = why_inexact(model, gap_of)
+        known[causal] = not reason
         if reason:
             kind = model.config.model_type
-            say_once(f"sampling from {kind} without its cache, which is slower ({reason})")
-    return _EXACT[causal]
+            say_once(f"sampling from {kind} {instead}, which is slower ({reason})")
+    return known[causal]
 
 
 def trial(model: nn.Module) -> tuple[Tensor, Tensor]:
