@@ -38,17 +38,15 @@ def read_rows(source: str) -> list[Row]:
     """Return the rows of a file or Hub data set ("allenai/reward-bench-2@test"). Raises UserError
     with the place of one that is no such row.
     """
-    from rlhf.data.sources import rows
+    from rlhf.data.sources import sound_rows
 
-    found = [_row(place, columns, problem) for place, columns, problem in rows(source)]
+    found = [_row(place, columns) for place, columns in sound_rows(source)]
     if not found:
         raise UserError(f"{source}: no row to read")
     return found
 
 
-def _row(place: str, columns: dict[str, Any], problem: str | None) -> Row:
-    if problem:
-        raise UserError(f"{place}: {problem}")
+def _row(place: str, columns: dict[str, Any]) -> Row:
     texts, lists = ("prompt", "subset"), ("chosen", "rejected")
     for name in texts:
         if not isinstance(columns.get(name), str):

@@ -72,6 +72,14 @@ def rows(source: str, *, prompts: bool = False, aggregate: Aggregate = "each") -
     )
 
 
+def sound_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, row) of every row of one source. Raises UserError at the first bad one."""
+    for place, row, problem in rows(source):
+        if problem is not None:
+            raise UserError(f"{place}: {problem}")
+        yield place, row
+
+
 def first_rows(source: str, count: int = 20) -> list[dict[str, Any]]:
     """Return the first readable rows. Raises UserError, with the first reasons, where there is
     none.

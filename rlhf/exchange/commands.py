@@ -146,9 +146,7 @@ def _read(config: ImportConfig) -> tuple[list[JudgedPair], list[JudgedRanking]]:
     names = {id: name for name, id in read_users(config.users).items()}
     answers = tuple(config.answers) or None
     pairs, rankings = [], []
-    for place, row, problem in sources.rows(config.source):
-        if problem is not None:
-            raise UserError(f"{place}: {problem}")
+    for place, row in sources.sound_rows(config.source):
         # anybody may have written the file
         try:
             _read_row(form, row, (place, names, answers), pairs, rankings)

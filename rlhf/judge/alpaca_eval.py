@@ -6,13 +6,13 @@ outputs: [{"instruction", "output", "generator", "dataset", "datasplit"}]. annot
 is the reference's.
 """
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.data.records import prompt_group
+from rlhf.data.sources import sound_rows
 from rlhf.errors import UserError
 from rlhf.files import dumps
 from rlhf.judge.pairs import JudgedPair
@@ -129,10 +129,4 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a file of AlpacaEval. Raises UserError where it is none."""
-    try:
-        rows = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: expected a list of mappings, as AlpacaEval writes it")
-    return rows
+    return [row for _, row in sound_rows(str(path))]

@@ -6,7 +6,6 @@ the first game the baseline is A, in the second the model. Version 0.1 ("questio
 "choices") is read too. A strong verdict (A>>B) is read as a verdict.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.records import digest, prompt_group
+from rlhf.data.sources import sound_rows
 from rlhf.errors import UserError
 from rlhf.files import dumps
 from rlhf.judge.pairs import JudgedPair
@@ -73,17 +73,17 @@ def style(text: str) -> dict[str, Any]:
 def read_answers(folder: str | Path) -> list[dict[str, Any]]:
     """Return all models' answers in a folder as rows of samples.jsonl, model by model."""
     folder = Path(folder)
-    questions = {_uid(row): row for row in _read(folder / "question.jsonl")}
+    questions = {_uid(row): row for _, row in _read(folder / "question.jsonl")}
     rows = []
     for file in sorted((folder / "model_answer").glob("*.jsonl")):
-        for number, row in enumerate(_read(file), 1):
+        for place, row in _read(file):
             question = questions.get(_uid(row))
             if question is None:
-                raise UserError(f"{file}, line {number}: no question has uid {_uid(row)!r}")
+                raise UserError(f"{place}: no question has uid {_uid(row)!r}")
             found = {
                 "policy": row.get("model") or row.get("model_id") or file.stem,
                 "prompt": _prompt(question),
-                "response": _answer(row, f"{file}, line {number}"),
+                "response": _answer(row, place),
                 "uid": _uid(row),
                 "category": question.get("category"),
             }
@@ -125,13 +125,13 @@ def read_judgments(folder: str | Path) -> Iterator[JudgedPair]:
     folder = Path(folder)
     answers = {(row["policy"], row["uid"]): row for row in read_answers(folder)}
     for file in sorted((folder / "model_judgment").glob("**/*.jsonl")):
-        for number, row in enumerate(_read(file), 1):
+        for place, row in _read(file):
             model, baseline = row.get("model"), row.get("baseline") or FIRST_BASELINE
             of_model = answers.get((model, _uid(row)))
             of_baseline = answers.get((baseline, _uid(row)))
             if of_model is None or of_baseline is None:
                 raise UserError(
-                    f"{file}, line {number}: model_answer/ has no answer of {model} and of "
+                    f"{place}: model_answer/ has no answer of {model} and of "
                     f"{baseline} to {_uid(row)!r}"
                 )
             # the baseline is shown first in the first game
@@ -205,14 +205,8 @@ def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     path.write_text("".join(dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def _read(path: Path) -> Iterator[dict[str, Any]]:
+def _read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Return (place, row) of a file of the folder. Raises UserError."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a folder as Arena-Hard has it")
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise UserError(f"{path}, line {number}: not JSON") from None
-        yield row
+    return sound_rows(str(path))

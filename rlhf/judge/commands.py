@@ -102,23 +102,15 @@ def read_source(source: str) -> list[JudgedPair]:
 
 def read_samples(source: str | Path) -> Iterator[dict[str, Any]]:
     """Yield the rows {"policy", "prompt", "response", ...} of samples.jsonl. Raises UserError with
-    the line that is none.
+    the place of one that is none.
     """
-    source = Path(source)
-    if not source.is_file():
-        raise UserError(f"{source}: no such file{near_file(source)}")
-    with open(source, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            if not isinstance(row, dict) or not {"policy", "prompt", "response"} <= row.keys():
-                raise UserError(
-                    f'{source}, line {number}: expected {{"policy", "prompt", "response"}}, as '
-                    "`rlhf compare` writes samples.jsonl"
-                )
-            yield row
+    for place, row in sources.sound_rows(str(source)):
+        if not {"policy", "prompt", "response"} <= row.keys():
+            raise UserError(
+                f'{place}: expected {{"policy", "prompt", "response"}}, as `rlhf compare` writes '
+                "samples.jsonl"
+            )
+        yield row
 
 
 def pairs_of_samples(rows: Iterable[dict[str, Any]], where: str) -> list[JudgedPair]:

@@ -4,7 +4,6 @@ judged.jsonl has one a line: {"prompt", "group", "a", "b", "answer_a", "answer_b
 "people"}.
 """
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from rlhf.data import sources
 from rlhf.data.records import prompt_group
 from rlhf.data.store import Store
 from rlhf.data.votes import Vote
-from rlhf.errors import UserError, near_file
+from rlhf.errors import UserError
 from rlhf.files import dumps
 from rlhf.judge.judges import Judge, ask_all
 from rlhf.judge.prompts import conversation_text
@@ -208,21 +207,17 @@ def write_pairs(path: Path, pairs: Iterable[JudgedPair]) -> None:
 
 
 def read_pairs(path: str | Path) -> list[JudgedPair]:
-    """Return the pairs of a judged.jsonl. Raises UserError with the line that is none."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file{near_file(path)}")
+    """Return the pairs of a judged.jsonl. Raises UserError with the place of one that is
+    none."""
     pairs = []
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-                for name in ("p_ab", "p_ba"):
-                    row[name] = math.nan if row.get(name) is None else float(row[name])
-                pairs.append(JudgedPair(**row))
-            except (ValueError, TypeError, AttributeError):
-                raise UserError(
-                    f"{path}, line {number}: not a judged pair, expected "
-                    '{"prompt", "group", "a", "b", "answer_a", "answer_b", "p_ab", "p_ba"}'
-                ) from None
+    for place, row in sources.sound_rows(str(path)):
+        try:
+            for name in ("p_ab", "p_ba"):
+                row[name] = math.nan if row.get(name) is None else float(row[name])
+            pairs.append(JudgedPair(**row))
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{place}: not a judged pair, expected "
+                '{"prompt", "group", "a", "b", "answer_a", "answer_b", "p_ab", "p_ba"}'
+            ) from None
     return pairs

@@ -101,7 +101,7 @@ def test_policies_meet_the_first_with_other_noise(serve, tmp_path, capsys):
     [
         (["votes.db"], "nobody has judged these pairs: give --judge"),
         (["none.jsonl"], "none.jsonl: no such file"),
-        (["bad/judged.jsonl"], "line 1: not a judged pair"),
+        (["bad/judged.jsonl"], "row 1: not a judged pair"),
         (["one.jsonl", "--judge", "{function: 'm:f'}"], "there is no module 'm'"),
         (["one.jsonl"], "has answers of sft, expected two policies"),
     ],
