@@ -55,10 +55,6 @@ class Usage:
     completion_tokens: int = 0
     cost: float | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return it for JSON."""
-        return asdict(self)
-
 
 class AnswerFile:
     """Answers by key, one JSON object a line, that several processes may add to.

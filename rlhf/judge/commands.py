@@ -63,7 +63,6 @@ def judge_pairs(config: PairsConfig) -> dict[str, Any]:
     kept = set(list(order)[: config.n_prompts])
     pairs = [pair for pair in pairs if pair.group in kept]
 
-    client = judge.client if judge else None
     if judge:
         ask(judge, pairs, folder / CACHE)
     elif not config.source.endswith(JUDGED):
@@ -78,10 +77,9 @@ def judge_pairs(config: PairsConfig) -> dict[str, Any]:
     report = judge_report(
         pairs,
         judge.name if judge else config.source,
-        model=client.spec.model if client else "",
+        client=judge.client if judge else None,
         own=config.own,
         policies=list(policies),
-        usage=client.usage.to_dict() if client else None,
     )
     write_pairs(folder / JUDGED, pairs)
     write_atomic(folder / "judge.json", dumps(report, indent=2) + "\n")

@@ -81,11 +81,6 @@ class EqualAnswers:
         return 0.5 + kept * (mean - 0.5), math.sqrt((kept * se) ** 2 + of_kept)
 
 
-def equal_answers(equal: np.ndarray, groups: Sequence[str]) -> EqualAnswers:
-    """Return what pairs that are equal (pairs,) are of their groups, in the order of the names."""
-    return EqualAnswers(group_means(equal, groups))
-
-
 def corrected_win_rate(
     people: np.ndarray,
     judge: np.ndarray,
@@ -108,7 +103,7 @@ def corrected_win_rate(
     judge = np.where(equal, 0.5, judge)
     names, group = np.unique(np.asarray(groups), return_inverse=True)
     has_vote = np.isfinite(people) & ~equal
-    ties = equal_answers(equal, groups)
+    ties = EqualAnswers(group_means(equal, groups))
 
     def mean_by_group(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
         sums = np.bincount(group[kept], weights=values[kept], minlength=len(names))

@@ -73,15 +73,8 @@ def _believed(
     if votes:
         add_votes(judged, store_pairs(votes))
     write_pairs(folder / JUDGED, judged)
-    client = judge.client
     # the initial policy, the last, is the one compared with
-    report = judge_report(
-        judged,
-        judge.name,
-        model=client.spec.model if client else "",
-        policies=policies[::-1],
-        usage=client.usage.to_dict() if client else None,
-    )
+    report = judge_report(judged, judge.name, client=judge.client, policies=policies[::-1])
     # the report on the judge has them by pairs of policies
     corrected = {(row["a"], row["b"]): row["corrected"] for row in report["win_rates"]}
     for row in rows:

@@ -5,13 +5,14 @@ Markdown.
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 
 from rlhf.judge.agreement import agreement, length_bias, same_family, self_preference
-from rlhf.judge.correct import MIN_LABELLED, corrected_win_rate, equal_answers
+from rlhf.judge.client import Client
+from rlhf.judge.correct import MIN_LABELLED, EqualAnswers, corrected_win_rate
 from rlhf.judge.pairs import JudgedPair, ordered, orders
 from rlhf.report.format import UNKNOWN, with_interval
 from rlhf.report.format import share as share_text
@@ -26,20 +27,20 @@ def judge_report(
     pairs: Sequence[JudgedPair],
     name: str,
     *,
-    model: str = "",
+    client: Client | None = None,
     own: Sequence[str] = (),
     policies: Sequence[str] = (),
-    usage: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return everything about a judge's verdicts, ready for JSON.
 
-    name: the judge's. model: its model, to find policies of its family; `own` names them instead.
-    policies: in the order in which the first of two is the one compared with.
+    name: the judge's. client: of a language model, which knows what was spent, and its name, to find
+    policies of its family; `own` names them instead. policies: in the order in which the first of
+    two is the one compared with.
     """
     # the first of two names is the policy whose wins are counted
     pairs = ordered(pairs, policies)
     named = list(dict.fromkeys(itertools.chain.from_iterable((p.a, p.b) for p in pairs)))
-    own = list(own) or same_family(model, named)
+    own = list(own) or same_family(client.spec.model if client else "", named)
     return {
         "name": name,
         "pairs": len(pairs),
@@ -48,7 +49,7 @@ def judge_report(
         "length": length_bias(pairs),
         "self_preference": self_preference(pairs, own),
         "win_rates": list(win_rates(pairs)),
-        "usage": usage,
+        "usage": asdict(client.usage) if client else None,
     }
 
 
@@ -84,7 +85,7 @@ def _by_people(
 ) -> dict[str, Any] | None:
     """Return the win rate by people's votes, equal answers being ties that nobody is asked about."""
     # equal answers are known of prompts without votes too
-    ties = equal_answers(equal, groups)
+    ties = EqualAnswers(group_means(equal, groups))
     names, group = np.unique(np.asarray(groups), return_inverse=True)
     voted = np.isfinite(votes) & ~equal
     if not voted.any():

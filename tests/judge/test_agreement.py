@@ -141,7 +141,7 @@ def test_votes_are_found_by_the_texts_whatever_the_order():
 def test_the_report_counts_what_was_asked_and_reads_as_a_table():
     pairs = [pair(1.0, "ab", str(i), (3, 1)) for i in range(12)]
     pairs.append(pair(math.nan, "", "x", (3, 1)))
-    found = judge_report(pairs, "m <b>", model="m")
+    found = judge_report(pairs, "m <b>")
     assert (found["asked"], found["no_verdict"], found["consistency"]) == (13, 1, 1.0)
     (rate,) = found["win_rates"]
     assert (rate["a"], rate["b"], rate["voted"]) == ("sft", "ppo", 12)

@@ -55,7 +55,7 @@ def test_what_is_known_is_not_asked_again_and_costs_nothing(serve, tmp_path):
     judge_wins(judge, RESULTS, A, B, "")
     # 8 questions of 100 and 5 tokens: 8 * (100 * 2 + 5 * 10) / 1e6
     assert judge.client.usage.cost == pytest.approx(0.002)
-    assert judge.client.usage.to_dict() == {
+    assert vars(judge.client.usage) == {
         "asked": 8, "cached": 0, "repaired": 0, "unreadable": 0, "prompt_tokens": 800,
         "completion_tokens": 40, "cost": pytest.approx(0.002),
     }  # fmt: skip

@@ -52,7 +52,7 @@ def test_a_real_model_judges_pairs_and_scores_answers(address, tmp_path, capsys)
     assert "takes no JSON schema" in capsys.readouterr().err
     assert usage.asked == 4 and usage.prompt_tokens > 4 * 200
     assert 0 < usage.completion_tokens <= 2 * 4 * 48
-    report = judge_report(pairs, judge.name, usage=usage.to_dict())
+    report = judge_report(pairs, judge.name, client=judge.client)
     known = [pair for pair in pairs if 0 <= pair.share <= 1]
     assert report["no_verdict"] + len(known) == 2
     assert usage.unreadable == sum(
