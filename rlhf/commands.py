@@ -30,12 +30,18 @@ class Command:
     models: tuple[str, ...] = ()
 
 
-def lazily(target: str) -> Callable[..., Any]:
-    """Return a function that imports `target`, "module:function", when it is called."""
-    return lambda *given, **named: pkgutil.resolve_name(target)(*given, **named)
+def lazily(target: str, *handed: str) -> Callable[..., Any]:
+    """Return a function that imports `target`, "module:function", when it is called.
+
+    handed: functions, as "module:function" too, that `target` gets after what it is given; each is
+    imported when it is called.
+    """
+    more = list(map(lazily, handed))
+    return lambda *given, **named: pkgutil.resolve_name(target)(*given, *more, **named)
 
 
 # The rest of rlhf/ does not import reward/: these commands hand it in.
+BUILD, CHECK = "reward.compose:build_scorer", "reward.compose:check_scorers"
 
 
 def run_annotate(config: Any) -> None:
@@ -85,41 +91,6 @@ def run_sample(config: Any) -> None:
         from reward.compose import member_scorer
 
         sample(config, member_scorer(config.select_by))
-
-
-def run_compare(config: Any) -> None:
-    from reward.compose import build_scorer
-    from rlhf.compare.measure import compare
-
-    compare(config, build_scorer)
-
-
-def run_best_of_n(config: Any) -> None:
-    from reward.compose import build_scorer, check_scorers
-    from rlhf.best_of_n.command import best_of_n
-
-    best_of_n(config, build_scorer, check_scorers)
-
-
-def start_experiment(config: Any) -> None:
-    from reward.compose import check_scorers
-    from rlhf.experiment.run import run_experiment
-
-    run_experiment(config, check_scorers)
-
-
-def run_cross_validate(config: Any) -> None:
-    from rlhf.experiment.cross_validate import cross_validate
-
-    # torch comes with it, and the experiment is read before
-    cross_validate(config, lazily("reward.model:load_reward"))
-
-
-def run_measure(config: Any) -> None:
-    from reward.compose import build_scorer
-    from rlhf.experiment.measure import measure
-
-    measure(config, build_scorer)
 
 
 def run_brand(config: Any) -> None:
@@ -236,7 +207,7 @@ COMMANDS = {
     "reward best-of-n": Command(
         "where the best of n turns down in what counts: RUN --prompts FILE --gold SPEC",
         "rlhf.best_of_n.command:BestOfNConfig",
-        run_best_of_n,
+        lazily("rlhf.best_of_n.command:best_of_n", BUILD, CHECK),
         words="run",
         loads_models=True,
         models=("run", "policy"),
@@ -252,7 +223,7 @@ COMMANDS = {
     "reward cross-validate": Command(
         "train a reward model without each fold, score what it has not seen: CONFIG",
         "rlhf.experiment.cross_validate:CrossValidateConfig",
-        run_cross_validate,
+        lazily("rlhf.experiment.cross_validate:cross_validate", "reward.model:load_reward"),
         words="reward_config",
         loads_models=True,
     ),
@@ -314,7 +285,7 @@ COMMANDS = {
     "compare": Command(
         "compare trained policies on test prompts: RUN RUN ... --prompts FILE",
         "rlhf.compare.measure:CompareConfig",
-        run_compare,
+        lazily("rlhf.compare.measure:compare", BUILD),
         words="runs",
         loads_models=True,
     ),
@@ -370,7 +341,7 @@ COMMANDS = {
     "experiment run": Command(
         "train and measure methods, swept values and seeds at one budget: FILE",
         "rlhf.experiment.config:ExperimentConfig",
-        start_experiment,
+        lazily("rlhf.experiment.run:run_experiment", CHECK),
         words="config",
         loads_models=True,
     ),
@@ -389,7 +360,7 @@ COMMANDS = {
     "experiment measure": Command(
         "measure one trial; `experiment run` calls it",
         "rlhf.experiment.measure:MeasureConfig",
-        run_measure,
+        lazily("rlhf.experiment.measure:measure", BUILD),
         words="experiment",
     ),
 }

@@ -51,18 +51,26 @@ def test_every_command_has_options_help_and_something_to_run(name, capsys):
 
 
 def test_what_is_run_lazily_is_there(monkeypatch):
-    """Every target of `lazily` can be imported, and is called with the options."""
+    """Every target of `lazily` can be imported, and is called with the options; so can what
+    it is handed."""
     targets = []
-    monkeypatch.setattr(
-        pkgutil, "resolve_name", lambda target: lambda config: targets.append((target, config))
-    )
+
+    def recorded(target):
+        def run(given, *handed):
+            targets.append((target, given))
+            for function in handed:
+                function(given)
+
+        return run
+
+    monkeypatch.setattr(pkgutil, "resolve_name", recorded)
     lazy = {
         name: command for name, command in COMMANDS.items() if command.run.__name__ == "<lambda>"
     }
     for name, command in lazy.items():
         command.run(name)
     monkeypatch.undo()
-    assert [config for _, config in targets] == list(lazy)
+    assert list(dict.fromkeys(config for _, config in targets)) == list(lazy)
     assert all(callable(pkgutil.resolve_name(target)) for target, _ in targets)
 
 
