@@ -1,10 +1,13 @@
-"""Text for people: one line of a long text, tables in Markdown, and notices."""
+"""Text for people: one line of a long text, numbers with intervals, tables in Markdown, notices."""
 
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+# in the place of a number that is not known
+UNKNOWN = "–"
 
 
 def clip(value: Any, width: int = 100) -> str:
@@ -39,7 +42,7 @@ def escape_cell(value: Any) -> str:
     Floats get four significant digits, and None an en dash.
     """
     if value is None:
-        return "–"
+        return UNKNOWN
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     for character, escaped in (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|")):
         text = text.replace(character, escaped)
@@ -64,6 +67,22 @@ def markdown_table(
         cells = [escape(cell) for cell in row]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def with_interval(
+    estimate: Mapping[str, Any] | None, write: Callable[[float], str], unit: str = ""
+) -> str:
+    """Return "0.12 [0.03, 0.21]", each number as `write` gives it; without bounds the number alone.
+
+    estimate: {"estimate", "low", "high"}, None where it is not known.
+    """
+    if estimate is None or estimate["estimate"] is None:
+        return UNKNOWN
+    text = write(estimate["estimate"]) + unit
+    # reports of an earlier version have no bounds
+    if estimate.get("low") is None:
+        return text
+    return f"{text} [{write(estimate['low'])}, {write(estimate['high'])}]"
 
 
 _SAID: set[str] = set()

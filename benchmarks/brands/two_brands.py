@@ -28,10 +28,9 @@ from benchmarks.result_rows import add_rows, made_with, write_page
 from reward.compose import build_scorer
 from rlhf.brand.answers import Scored, by_group, difference, scored_answers
 from rlhf.brand.gates import Measured, bound_text, mean_of_groups, shown
-from rlhf.brand.verdict import interval_text
 from rlhf.data.store import Store
 from rlhf.experiment.plan import flags
-from rlhf.text import clip, markdown_table
+from rlhf.text import clip, markdown_table, with_interval
 
 HERE = Path(__file__).parent
 CONFIGS = ROOT / "rlhf" / "sandbox" / "configs"
@@ -258,7 +257,7 @@ def page(
     # gate by gate, each of all brands
     of_brands = [verdict["gates"] for verdict in verdicts.values()]
     for gates in zip(*of_brands, strict=True):
-        cells = [f"{gate['status']}: {interval_text(gate) or '-'}" for gate in gates]
+        cells = [f"{gate['status']}: {with_interval(gate, '{:.3g}'.format)}" for gate in gates]
         bound = bound_text(gates[0]["direction"], gates[0]["threshold"])
         rows.append([gates[0]["name"], bound, *cells])
     lines += ["", *markdown_table(["gate", "bound", *verdicts], rows)]

@@ -19,8 +19,8 @@ from rlhf.report.figure_style import (
     save_svg,
     spans,
 )
-from rlhf.report.format import number, with_interval
-from rlhf.text import markdown_table
+from rlhf.report.format import number
+from rlhf.text import markdown_table, with_interval
 
 # the figure's name, beside the page
 FIGURE = "best_of_n"

@@ -70,15 +70,12 @@ def scored_answers(answers: Sequence[Mapping[str, Any]], scorer: Scorer) -> dict
 
 def samples_of(answers: Sequence[Mapping[str, Any]]) -> Samples:
     """Return answers of a store as a scorer that reads texts receives them; they have no ids."""
-    return Samples(
-        prompts=[answer["messages"] for answer in answers],
-        responses=[answer["text"] for answer in answers],
-        prompt_ids=[[] for _ in answers],
-        response_ids=[[] for _ in answers],
+    samples = Samples()
+    for answer in answers:
         # None: not known, which counts as ended
-        ended=[answer["ended"] != 0 for answer in answers],
-        metadata=[answer["metadata"] for answer in answers],
-    )
+        ended = answer["ended"] != 0
+        samples.add(answer["messages"], answer["text"], answer["metadata"], ended=ended)
+    return samples
 
 
 def measure_answers(

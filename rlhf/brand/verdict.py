@@ -18,7 +18,7 @@ from rlhf.data.sources import split_event
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 from rlhf.files import dumps, write_atomic
-from rlhf.text import clip, markdown_table, short_names
+from rlhf.text import clip, markdown_table, short_names, with_interval
 from rlhf.voting.ballots import Ballots, read_ballots
 from rlhf.voting.page import SOURCES
 from rlhf.voting.rates import summarise_votes
@@ -219,7 +219,7 @@ def report(found: Mapping[str, Any], shown: Sequence[tuple[Scored, Scored]]) -> 
             [
                 gate["name"],
                 gate["status"],
-                interval_text(gate),
+                with_interval(gate, "{:.3g}".format),
                 bound_text(gate["direction"], gate["threshold"]),
                 gate["groups"] or None,
                 what_of(gate),
@@ -245,15 +245,6 @@ def what_of(gate: Mapping[str, Any]) -> str:
     """Return what a gate measures, with the reason where it does not apply."""
     is_measured = gate["status"] not in (OFF, NONE)
     return gate["sentence"].partition(":")[0] if is_measured else gate["sentence"]
-
-
-def interval_text(gate: Mapping[str, Any]) -> str | None:
-    """Return "0.12 [0.08, 0.16]"; None where nothing was measured."""
-    if gate["estimate"] is None:
-        return None
-    if gate["low"] is None:
-        return f"{gate['estimate']:.3g}"
-    return f"{gate['estimate']:.3g} [{gate['low']:.3g}, {gate['high']:.3g}]"
 
 
 def examples(base: Sequence[Scored], run: Sequence[Scored]) -> list[tuple[Scored, Scored]]:

@@ -188,18 +188,14 @@ def answered_pairs(path: str) -> set[PairKey]:
 
 def samples_of(paired: list[Paired]) -> tuple[Samples, dict[int, int]]:
     """Return every answer as scorers read it, and {id of the answer: its number}."""
-    samples, places = Samples([], [], [], [], [], []), {}
+    samples, places = Samples(), {}
     for own in paired:
         for answer in itertools.chain.from_iterable(own.sides):
             places[id(answer)] = len(samples)
-            samples.prompts.append(own.prompt.prompt)
-            samples.responses.append(answer["text"])
-            # ids of the policy's tokenizer need not be the reward models'
-            samples.prompt_ids.append([])
-            samples.response_ids.append([])
-            # None: not known, which counts as ended
-            samples.ended.append(answer["ended"] is not False)
-            samples.metadata.append(own.prompt.metadata)
+            # without ids: those of the policy's tokenizer need not be the reward models'. None: not
+            # known, which counts as ended
+            ended = answer["ended"] is not False
+            samples.add(own.prompt.prompt, answer["text"], own.prompt.metadata, ended=ended)
     return samples, places
 
 

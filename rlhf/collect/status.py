@@ -12,14 +12,14 @@ from rlhf.collect.pairs import check_pairs
 from rlhf.collect.queue import Queue
 from rlhf.collect.queue_state import Rules
 from rlhf.config import option
-from rlhf.data.annotator_report import UNKNOWN, annotators_markdown, view_summary
+from rlhf.data.annotator_report import annotators_markdown, view_summary
 from rlhf.data.sources import ALL_TIES_HELP
 from rlhf.data.spans import renamed
 from rlhf.data.store import Store
 from rlhf.data.store_queries import StoreView
 from rlhf.data.votes import Vote, by_comparison, final_votes, minority, no_preference
 from rlhf.stats import clustered_se
-from rlhf.text import markdown_table, short_names
+from rlhf.text import UNKNOWN, markdown_table, short_names
 from rlhf.voting.ballots import read_ballots
 from rlhf.voting.page import votes_markdown
 from rlhf.voting.rates import MARGIN, summarise_votes

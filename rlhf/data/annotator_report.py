@@ -16,7 +16,7 @@ from rlhf.data.records import Preference, Record, normalise
 from rlhf.data.split import answer_pair
 from rlhf.data.store_queries import StoreView
 from rlhf.data.votes import Vote
-from rlhf.text import escape_cell, markdown_table
+from rlhf.text import UNKNOWN, escape_cell, markdown_table, with_interval
 
 HEADER = (
     "annotator",
@@ -35,7 +35,7 @@ LEGEND = (
     "the share for the answer shown left. Intervals are 95 % (Wilson); a remark stands where p < 0.01, "
     f"from {FEWEST} votes on."
 )
-UNKNOWN = "–"
+TWO_DIGITS = "{:.2f}".format
 
 
 def annotator_summaries(
@@ -109,12 +109,12 @@ def annotators_markdown(summary: dict[str, Any]) -> list[str]:
             [
                 person["annotator"],
                 person["votes"],
-                _share(person["rest"]),
+                with_interval(person["rest"], TWO_DIGITS),
                 _number(person["skill"], ".2f"),
-                _share(person["left"]),
-                _share(person["controls"]),
+                with_interval(person["left"], TWO_DIGITS),
+                with_interval(person["controls"], TWO_DIGITS),
                 _number(person["seconds"], ".1f"),
-                _share(person["fast"]),
+                with_interval(person["fast"], TWO_DIGITS),
                 remarks(person),
             ]
         )
@@ -149,7 +149,7 @@ def describe_alpha(summary: dict[str, Any]) -> str:
     basis = f"{summary['pairs_judged_twice']} of {summary['pairs']} pairs were judged by more than one annotator"
     if alpha["estimate"] is None:
         return f"Krippendorff's alpha cannot be computed: {basis}"
-    return f"Krippendorff's alpha {alpha['estimate']:.2f}{_interval(alpha)}; {basis}"
+    return f"Krippendorff's alpha {with_interval(alpha, TWO_DIGITS)}; {basis}"
 
 
 def describe_tau(summary: dict[str, Any]) -> str | None:
@@ -159,7 +159,7 @@ def describe_tau(summary: dict[str, Any]) -> str | None:
     if not tau or not tau["rankings"]:
         return None
     return (
-        f"Kendall's tau-b {tau['estimate']:.2f}{_interval(tau)} over {tau['rankings']} rankings by two annotators or "
+        f"Kendall's tau-b {with_interval(tau, TWO_DIGITS)} over {tau['rankings']} rankings by two annotators or "
         "more: 1 is the same order, -1 the opposite"
     )
 
@@ -172,19 +172,11 @@ def describe_kappas(summary: dict[str, Any]) -> list[str]:
     for row in sorted(
         summary["kappa"], key=lambda row: math.inf if row["kappa"] is None else row["kappa"]
     ):
-        value = (
-            "cannot be computed" if row["kappa"] is None else f"{row['kappa']:.2f}{_interval(row)}"
-        )
+        value = "cannot be computed"
+        if row["kappa"] is not None:
+            value = with_interval(row | {"estimate": row["kappa"]}, TWO_DIGITS)
         lines.append(f"{row['one']} and {row['other']} {value} on {row['pairs']} pairs")
     return lines
-
-
-def _interval(row: dict[str, Any]) -> str:
-    return "" if row.get("low") is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
-
-
-def _share(share: dict[str, Any]) -> str:
-    return UNKNOWN if share["estimate"] is None else f"{share['estimate']:.2f}{_interval(share)}"
 
 
 def _number(value: float | None, form: str) -> str:

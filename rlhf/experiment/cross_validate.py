@@ -26,9 +26,8 @@ from rlhf.jobs.runner import RunOptions, claim, failures, run_jobs, set_jobs
 from rlhf.jobs.state import PlanState, read_json
 from rlhf.jobs.steps import StepDisplay
 from rlhf.options.offline import RewardRunConfig
-from rlhf.report.format import with_interval
 from rlhf.stats import mean_over_groups
-from rlhf.text import markdown_table
+from rlhf.text import markdown_table, with_interval
 
 
 @dataclass(kw_only=True)

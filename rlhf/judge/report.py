@@ -14,11 +14,10 @@ from rlhf.judge.agreement import agreement, length_bias, same_family, self_prefe
 from rlhf.judge.client import Client
 from rlhf.judge.correct import MIN_LABELLED, EqualAnswers, corrected_win_rate
 from rlhf.judge.pairs import JudgedPair, ordered, orders
-from rlhf.report.format import UNKNOWN, with_interval
 from rlhf.report.format import share as share_text
 from rlhf.stats import group_means, student_quantile
 from rlhf.stats.crossed import crossed_mean, share
-from rlhf.text import markdown_table
+from rlhf.text import UNKNOWN, markdown_table, with_interval
 
 LEVEL = 0.95
 

@@ -3,15 +3,16 @@ values.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from rlhf.text import UNKNOWN, with_interval
 
 # The dict of report.json (summary.py) and that of one of its estimates (`Estimate.to_dict`)
 Report = dict[str, Any]
 Number = Mapping[str, Any]
 
 NAMES = {"ppo": "PPO", "dpo": "DPO", "sft": "SFT", "best_of_n": "best of n"}
-UNKNOWN = "–"
 SUFFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -112,16 +113,6 @@ def _decimals(half: float) -> int:
     if half >= 0.02:
         return 2
     return 3 if half >= 0.002 else 4
-
-
-def with_interval(estimate: Number | None, write: Callable[[float], str], unit: str = "") -> str:
-    """Return "0.12 [0.03, 0.21]", each number as `write` gives it; without bounds the number alone."""
-    if estimate is None or estimate["estimate"] is None:
-        return UNKNOWN
-    text = write(estimate["estimate"]) + unit
-    if estimate["low"] is None:
-        return text
-    return f"{text} [{write(estimate['low'])}, {write(estimate['high'])}]"
 
 
 def interval(estimate: Number | None, *, signed: bool = False) -> str:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.report.format import (
-    UNKNOWN,
     Number,
     Report,
     amount,
@@ -28,7 +27,7 @@ from rlhf.report.format import (
     win_rate_of,
 )
 from rlhf.report.sentences import OUTCOMES
-from rlhf.text import markdown_table
+from rlhf.text import UNKNOWN, markdown_table
 
 # The columns that every comparison ends with
 DIFFERENCE = ["difference [95 %]", "p adjusted", "detectable"]
