@@ -66,26 +66,27 @@ def check_files(config: ExperimentConfig) -> None:
     if not initial.is_dir() and not is_hub_name:
         raise UserError(f"initial_policy {initial}: no such run{near_file(initial)}")
 
-    texts = chain.from_iterable(config.perplexity.values())
     sources = [
         *config.pairs.get("data", []),
         *config.pairs.get("prompts", []),
         *config.prompts,
-        *texts,
+        *chain.from_iterable(config.perplexity.values()),
     ]
-    # names on the Hub are checked when their rows are read
-    files = [
-        (source, Path(split_event(source)[0]).expanduser()) for source in sources if is_path(source)
-    ]
-    parts = [config.reward, config.train_referee, *config.methods.values()]
-    named = [part.get("config") for part in parts] + [
-        config.pairs.get("sample"),
-        config.pairs.get("annotate"),
-    ]
-    files += [(name, Path(name)) for name in named if name]
-    for name, file in files:
-        if not file.is_file():
-            raise UserError(f"{name}: no such file{near_file(name)}")
+    for source in sources:
+        # names on the Hub are checked when their rows are read
+        if is_path(source):
+            _require_file(source, Path(split_event(source)[0]).expanduser())
+    for part in (config.reward, config.train_referee, *config.methods.values()):
+        if part.get("config"):
+            _require_file(part["config"], Path(part["config"]))
+    for name in ("sample", "annotate"):
+        if config.pairs.get(name):
+            _require_file(config.pairs[name], Path(config.pairs[name]))
+
+
+def _require_file(name: str, file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"{name}: no such file{near_file(name)}")
 
 
 def check_programs(config: ExperimentConfig) -> list[PlannedProgram]:
@@ -130,6 +131,7 @@ def check_starts(
     checked.
     """
     for name in ("gold", "referee", "others"):
+        # those without a name are told apart by their number
         specs = [{"name": f"{name}{i}", **spec} for i, spec in enumerate(getattr(config, name))]
         if specs:
             check_scorers(specs)
@@ -238,8 +240,10 @@ def check_measured(config: ExperimentConfig, trained_on: set[str]) -> None:
 
     # SFT's own prompts count as seen too
     known = trained_on | hashes(config.initial_policy)
-    prompts = [row["record"] for row in rows(Prompt, config.prompts, None)]
-    groups = {record.group for record in prompts if prompt_group(record.prompt) not in known}
+    groups = set()
+    for row in rows(Prompt, config.prompts, None):
+        if prompt_group(row["record"].prompt) not in known:
+            groups.add(row["record"].group)
     if len(groups) < 2:
         raise UserError(
             f"prompts {', '.join(config.prompts)}: {len(groups)} groups of the test split are short enough and trained "
@@ -263,11 +267,12 @@ def check_decisions(config: ExperimentConfig) -> None:
                 learnt |= dict.fromkeys(identities(spec), name)
     for option in ("gold", "referee"):
         for spec in getattr(config, option):
-            learners = [learnt[identity] for identity in identities(spec) if identity in learnt]
-            if learners:
-                raise UserError(
-                    f"{option} {spec}: '{learners[0]}' learns from it, so it cannot decide; list it in 'others'"
-                )
+            for identity in identities(spec):
+                if identity in learnt:
+                    raise UserError(
+                        f"{option} {spec}: '{learnt[identity]}' learns from it, so it cannot decide; list it in "
+                        "'others'"
+                    )
     if config.judge:
         load_judge(config.judge)
     first = shlex.split(config.launcher)[0]

@@ -5,7 +5,6 @@ measured.
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
@@ -29,9 +28,23 @@ DECIDE_LENGTH = ("max_steps", "total_episodes", "rollout_batch_size")
 # The experiment sets these for every program: a method with its own would not be compared like for
 # like.
 SET_FOR_ALL = {
-    *("model_name_or_path", "data", "half", "seed", "temperature", "on_error", "on_bad"),
-    *("output_dir", "overwrite_output_dir", "resume", "save_steps", "save_total_limit"),
-    *("validation_fraction", "test_fraction", "max_prompt_length", "max_response_length"),
+    "model_name_or_path",
+    "data",
+    "half",
+    "seed",
+    "temperature",
+    "on_error",
+    # what on_error was called before
+    "on_bad",
+    "output_dir",
+    "overwrite_output_dir",
+    "resume",
+    "save_steps",
+    "save_total_limit",
+    "validation_fraction",
+    "test_fraction",
+    "max_prompt_length",
+    "max_response_length",
 }
 
 
@@ -264,6 +277,7 @@ class ExperimentConfig:
         self.budget = _normalised(Budget, self.budget, "budget")
         for name in ("reward", "train_referee"):
             validate(Part, getattr(self, name), name)
+        # as they are saved: what was not given is left out
         self.methods = {
             name: spec.model_dump(exclude_unset=True) for name, spec in self.method_specs.items()
         }
@@ -371,6 +385,7 @@ class ExperimentConfig:
 
     @property
     def best_of_n_sizes(self) -> list[int]:
+        """The swept values of best of n; empty where it is not compared."""
         return self.method_specs[BEST_OF_N].values if BEST_OF_N in self.method_specs else []
 
     @property
@@ -384,11 +399,10 @@ class ExperimentConfig:
 
     def learnt_scorers(self) -> list[dict[str, Any]]:
         """Return the scorers that methods name in their own options."""
-        return list(
-            chain.from_iterable(
-                spec.options.get("reward") or [] for spec in self.method_specs.values()
-            )
-        )
+        scorers = []
+        for spec in self.method_specs.values():
+            scorers += spec.options.get("reward") or []
+        return scorers
 
 
 def _normalised(model: type[Spec], value: Any, name: str) -> dict[str, Any]:

@@ -68,12 +68,13 @@ def cross_validate(config: CrossValidateConfig, load_reward: Callable[[str], Any
     if state.failed:
         raise EarlyExit(failures(state), 1)
 
-    rows = []
+    rows, results = [], []
     for fold, job in enumerate(state.jobs):
         held_out = [pair for pair in pairs if fold_of[pair.group] == fold]
         rows += fold_scores(reward, state, job, fold, held_out, load_reward)
+        results.append(read_json(Path(job.outputs[0])))
     write_rows(rows, folder / "scores.jsonl")
-    result = summarise(rows, [read_json(Path(job.outputs[0])) for job in state.jobs])
+    result = summarise(rows, results)
     write_atomic(folder / "cross_validation.json", dumps(result, indent=2) + "\n")
     page = page_of(result, folder.name)
     write_atomic(folder / "cross_validation.md", page)
@@ -119,7 +120,9 @@ def write_fold(
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for pair in pairs:
-        records.append(replace(pair, split="test") if fold_of[pair.group] == fold else pair)
+        if fold_of[pair.group] == fold:
+            pair = replace(pair, split="test")
+        records.append(pair)
     write_rows(rows_of(records), data)
     # what chooses among rows has been done, and a fold that was cut off resumes
     given = {"data": [str(data)], "half": "all", "limit": None, "aggregate": "each"}
@@ -222,14 +225,16 @@ def summarise(
     for name, values in measures.items():
         bounds = (0.0, 1.0) if name == "accuracy" else None
         summary[name] = _mean(values, groups, bounds)
-        parts = []
+        means, errors = [], []
         for entry in by_fold:
             mine = folds == entry["fold"]
-            parts.append(_mean(values[mine], groups[mine], bounds))
-            entry[name] = parts[-1]["mean"]
-        means, errors = zip(*((part["mean"], part["se"]) for part in parts), strict=True)
+            found = _mean(values[mine], groups[mine], bounds)
+            entry[name] = found["mean"]
+            means.append(found["mean"])
+            errors.append(found["se"])
         summary[name] |= {"spread": None, "expected_spread": None}
-        if len(parts) > 1:
+        # one fold has no spread; a fold of one group has no standard error
+        if len(means) > 1:
             summary[name]["spread"] = float(np.std(means, ddof=1))
         if None not in errors:
             summary[name]["expected_spread"] = math.sqrt(float(np.mean(np.square(errors))))

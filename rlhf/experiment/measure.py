@@ -85,7 +85,10 @@ def measure(asked: MeasureConfig, build_scorer: Callable[..., Scorer]) -> None:
 
 def find_measurement(config: ExperimentConfig, trial: str) -> Measurement:
     """Return the measurement of this name in the plan. UserError if there is none."""
-    planned = {job.measures.trial: job.measures for job in load_state(config).jobs if job.measures}
+    planned = {}
+    for job in load_state(config).jobs:
+        if job.measures:
+            planned[job.measures.trial] = job.measures
     if trial not in planned:
         raise UserError(
             f"{config.output_dir}: no trial '{trial}' is planned.{did_you_mean(trial, planned)} Trials: "
@@ -130,14 +133,13 @@ def sample_policies(
     write_prompts(folder, evaluation.prompts)
     texts = held_out_texts(config, evaluation.tokenizer)
 
+    measured = policies if is_initial else policies[1:]
     total = len(missing) * len(evaluation.prompts) * evaluation.samples_per_prompt
     with tqdm(total=total, desc=f"measuring {wanted.trial}", unit="response", mininterval=5) as bar:
-        for step, (own, context) in zip(
-            missing, policies if is_initial else policies[1:], strict=True
-        ):
-            rows = evaluation.run(
-                own, context, reference if own is model else model, world, bar.update
-            )
+        for step, (own, context) in zip(missing, measured, strict=True):
+            # the initial policy is a context of the same model, or a model of its own
+            initial = reference if own is model else model
+            rows = evaluation.run(own, context, initial, world, bar.update)
             numbers: dict[str, float] = {}
             for name, encoded in texts.items():
                 pad_id = evaluation.tokenizer.pad_token_id
@@ -192,15 +194,16 @@ def make_evaluation(
     from rlhf.model.tokenizer import load_tokenizer, stop_ids
 
     tokenizer = load_tokenizer(config.initial_policy)
+    encoded = encode_prompts(records, tokenizer, config.max_prompt_length)
+    # the best of n is chosen from what the initial policy gives beside its own responses
+    samples = config.pool if is_initial else config.samples_per_prompt
     return Evaluation(
-        prompts=first_by_hash(
-            encode_prompts(records, tokenizer, config.max_prompt_length), config.n_prompts
-        ),
+        prompts=first_by_hash(encoded, config.n_prompts),
         tokenizer=tokenizer,
         stop_ids=stop_ids(tokenizer, model),
         sampling=Sampling(config.max_response_length, config.temperature),
         scorer=build_scorer(specs, tokenizer) if specs else None,
-        samples_per_prompt=config.pool if is_initial else config.samples_per_prompt,
+        samples_per_prompt=samples,
         # of the noise alone: the same for all policies of all seeds
         seed=0,
         batch_size=config.batch_size,
@@ -283,8 +286,8 @@ def scores_of(
                 raise UserError(f"two scorers are called '{name}': give one of them another 'name'")
             specs.append({**spec, "name": name})
             kinds[name] = kind
-    deciding = [name for name, kind in kinds.items() if kind in ("gold", "referee")]
-    return specs, kinds, deciding[0] if deciding else None
+    judge = next((name for name in kinds if kinds[name] in ("gold", "referee")), None)
+    return specs, kinds, judge
 
 
 def proxies_of(config: ExperimentConfig, seed: int) -> list[dict]:
@@ -305,8 +308,10 @@ def judges(config: ExperimentConfig) -> dict[str, list[dict]]:
     """Return what decides: the gold score, a referee that was given, or the one that the experiment
     trains.
     """
-    made = [{"model": f"{config.output_dir}/referee"}] if config.train_referee else config.referee
-    return {"gold": config.gold, "referee": made}
+    referee = config.referee
+    if config.train_referee:
+        referee = [{"model": f"{config.output_dir}/referee"}]
+    return {"gold": config.gold, "referee": referee}
 
 
 def policies_of(folder: Path) -> dict[int, str]:
@@ -329,7 +334,9 @@ def policies_of(folder: Path) -> dict[int, str]:
 
 def peak_memory(folder: Path) -> dict[str, float]:
     """Return the highest memory a run has used, GiB."""
-    found = [
-        row["memory/peak"] for row in read_metrics(folder / "metrics.jsonl") if "memory/peak" in row
-    ]
-    return {"memory_peak": max(found)} if found else {}
+    peaks = []
+    for row in read_metrics(folder / "metrics.jsonl"):
+        if "memory/peak" in row:
+            peaks.append(row["memory/peak"])
+    # not every machine tells it
+    return {"memory_peak": max(peaks)} if peaks else {}

@@ -13,7 +13,6 @@ OUT/jobs/NAME.json, OUT/logs/   what is done, and the output of each program
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import fields
 from itertools import chain
 from typing import Any, Literal
 
@@ -31,17 +30,18 @@ REFEREE_SEED = 1000
 
 # options of the experiment that decide what is measured and are in no command
 MEASURED_BY = (
-    *(
-        "prompts",
-        "gold",
-        "referee",
-        "others",
-        "perplexity",
-        "n_prompts",
-        "samples_per_prompt",
-        "temperature",
-    ),
-    *("max_prompt_length", "max_response_length", "validation_fraction", "test_fraction"),
+    "prompts",
+    "gold",
+    "referee",
+    "others",
+    "perplexity",
+    "n_prompts",
+    "samples_per_prompt",
+    "temperature",
+    "max_prompt_length",
+    "max_response_length",
+    "validation_fraction",
+    "test_fraction",
 )
 # the same for every program, so that all see the same splits and lengths
 LIMITS = (
@@ -92,19 +92,18 @@ def sampling(config: ExperimentConfig, seed: int) -> list[Job]:
     store = f"{config.output_dir}/seed-{seed}/preferences.db"
     # votes are in the store of the samples, so both are remade together
     shared = {"outputs": [store], "owned": [store, f"{store}-wal", f"{store}-shm"], "seed": seed}
+    options = {
+        "config": config.pairs["sample"],
+        "model_name_or_path": config.initial_policy,
+        "data": ",".join(config.pairs["prompts"]),
+        "store": store,
+        "seed": seed,
+        **limits(config),
+    }
     sample = Job(
         name=f"seed-{seed}/sample",
         program="rlhf",
-        arguments=[
-            *("collect", "sample", "--config", config.pairs["sample"]),
-            *(
-                "--model_name_or_path",
-                config.initial_policy,
-                "--data",
-                ",".join(config.pairs["prompts"]),
-            ),
-            *("--store", store, "--seed", str(seed), *flags(limits(config))),
-        ],
+        arguments=["collect", "sample", *flags(options)],
         kind="sample",
         reads=[
             config.pairs["sample"],
@@ -115,13 +114,11 @@ def sampling(config: ExperimentConfig, seed: int) -> list[Job]:
         fresh=True,
         **shared,
     )
+    options = {"config": config.pairs["annotate"], "store": store, "seed": seed}
     annotate = Job(
         name=f"seed-{seed}/annotate",
         program="rlhf",
-        arguments=[
-            *("sandbox", "annotate", "--config", config.pairs["annotate"]),
-            *("--store", store, "--seed", str(seed)),
-        ],
+        arguments=["sandbox", "annotate", *flags(options)],
         kind="annotate",
         needs=[sample.name],
         reads=[config.pairs["annotate"]],
@@ -260,13 +257,15 @@ def measuring(
     # the initial policy's measurements have to be there for a trial's, whatever they are; a seed's
     # are made from them
     first = [] if kind == "initial" else [f"measure/{INITIAL}"]
+    # the judge is there before anything is scored by it
+    made = ["referee"] if config.train_referee else []
     folder = f"{config.output_dir}/measures/{name}"
     return Job(
         name=f"measure/{name}",
         program="rlhf",
         arguments=["experiment", "measure", config.output_dir, "--trial", name],
         kind="measure",
-        needs=[*needs, *(["referee"] if config.train_referee else []), *first],
+        needs=[*needs, *made, *first],
         after=first if kind == "trial" else [],
         reads=reads,
         outputs=[f"{folder}/done.json"],
@@ -297,6 +296,7 @@ def made_before(config: ExperimentConfig, seed: int, *, with_reward: bool = True
 
 
 def limits(config: ExperimentConfig) -> dict[str, Any]:
+    """Return the options of LIMITS as the experiment has them."""
     return {name: getattr(config, name) for name in LIMITS}
 
 
@@ -314,9 +314,8 @@ def episodes_per_step(method: Method) -> int:
     # a step of DPO is an optimizer step, and its length is given in those
     if method.program != "ppo":
         return 1
-    name = "rollout_batch_size"
-    (default,) = (option.default for option in fields(PPOConfig) if option.name == name)
-    return int(float(given_options(method).get(name, default)))
+    size = given_options(method).get("rollout_batch_size", PPOConfig.rollout_batch_size)
+    return int(float(size))
 
 
 def given_length(method: Method) -> int:
@@ -334,7 +333,9 @@ def given_length(method: Method) -> int:
 
 
 def given_options(part: Part) -> dict[str, Any]:
-    return (read_yaml(part.config) if part.config else {}) | part.options
+    """Return the options of a part: those of its file, replaced where it has its own."""
+    of_file = read_yaml(part.config) if part.config else {}
+    return of_file | part.options
 
 
 def flags(options: dict[str, Any]) -> Iterator[str]:

@@ -71,7 +71,8 @@ class LiveTable:
         # the first jobs are the short ones: an estimate from them would be far off
         if done_now < 3:
             return text
-        minutes = (time.monotonic() - self.started_at) / done_now * (total - done) / 60
+        seconds_each = (time.monotonic() - self.started_at) / done_now
+        minutes = seconds_each * (total - done) / 60
         return f"{text}, about {minutes:.0f} min left"
 
     def table(self):
@@ -114,7 +115,9 @@ class LiveTable:
         if measured == "running":
             return "measuring"
         status = self.state.status(trial)
-        return share_done(trial) or "starting" if status == "running" else SIGNS[status]
+        if status == "running":
+            return share_done(trial) or "starting"
+        return SIGNS[status]
 
 
 def is_in_table(job: Job) -> bool:
@@ -126,9 +129,10 @@ def share_done(job: Job) -> str:
     if not job.steps:
         return ""
     metrics = Path(job.run_folder) / "metrics.jsonl"
-    step = (
-        max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.is_file() else 0
-    )
+    step = 0
+    # a run that has just been started has logged nothing
+    if metrics.is_file():
+        step = max((row["step"] for row in read_metrics(metrics)), default=0)
     return f"{min(100 * step // job.steps, 100)} %"
 
 
@@ -148,14 +152,15 @@ def experiment_status(config: ExperimentConfig) -> None:
     state = load_state(config)
     # asked of the system: a runner that was killed has left no word
     running = {environment_of(process).get(JOB) for process in programs_of(state.folder)}
-    rows = []
+    rows, counts = [], Counter()
     for job in state.jobs:
         record = state.record(job.name)
         status = "running" if job.name in running else status_from_record(state, job, record)
         rows.append((job.name, status, record.get("seconds", "")))
+        counts[status] += 1
     print("\n".join(markdown_table(("job", "status", "seconds"), rows, right=[2])))
-    counts = Counter(status for _, status, _ in rows)
-    print(f"{state.folder}: {', '.join(f'{count} {status}' for status, count in counts.items())}")
+    summary = [f"{count} {status}" for status, count in counts.items()]
+    print(f"{state.folder}: {', '.join(summary)}")
     if state.lengths is None:
         print("The trials follow once the pilots have shown what a step costs.")
 

@@ -97,8 +97,10 @@ def check_same_prompts(config: ExperimentConfig, folder: Path) -> None:
 def summary(file: Path, judge: str | None) -> dict[str, float | None]:
     """Return judge and KL of one measured policy, for the live table."""
     _, rows = read_rows(file)
-    mean = None if judge is None else sum(row["scores"][judge] for row in rows) / len(rows)
-    return {"judge": mean, "kl": sum(row["kl"] for row in rows) / len(rows)}
+    end = {"judge": None, "kl": sum(row["kl"] for row in rows) / len(rows)}
+    if judge is not None:
+        end["judge"] = sum(row["scores"][judge] for row in rows) / len(rows)
+    return end
 
 
 def best_of(rows: list[dict], n: int, samples: int) -> Iterator[dict]:
@@ -108,13 +110,17 @@ def best_of(rows: list[dict], n: int, samples: int) -> Iterator[dict]:
     policy's own. The sequence KL to the initial policy is `best_of_n_kl`, the same for every
     response.
     """
+
+    def proxy(row: dict) -> float:
+        return row["scores"]["proxy"]
+
     by_prompt: dict[int, list[dict]] = {}
     for row in sorted(rows, key=lambda row: (row["prompt"], row["sample"])):
         by_prompt.setdefault(row["prompt"], []).append(row)
     kl = best_of_n_kl(n)
     for own in by_prompt.values():
         for number, block in enumerate(blocks(n, samples)):
-            best = max((own[sample] for sample in block), key=lambda row: row["scores"]["proxy"])
+            best = max((own[sample] for sample in block), key=proxy)
             yield {**best, "sample": number, "kl": kl}
 
 
@@ -130,7 +136,7 @@ def read_results(config: ExperimentConfig) -> Results:
     Raises UserError if not even the initial policy is measured.
     """
     state = load_state(config)
-    names = {job.measures.trial for job in state.jobs if job.measures and job.name in state.done}
+    names = measured_trials(state)
     if INITIAL not in names:
         raise UserError(
             f"{config.output_dir}: nothing is measured yet; rlhf experiment run begins with the "
@@ -175,6 +181,15 @@ def read_results(config: ExperimentConfig) -> Results:
     )
 
 
+def measured_trials(state: PlanState) -> set[str]:
+    """Return the trials whose measurements are done, as they are planned now."""
+    names = set()
+    for job in state.jobs:
+        if job.measures and job.name in state.done:
+            names.add(job.measures.trial)
+    return names
+
+
 def policy_files(
     config: ExperimentConfig, names: set[str], jobs: list[Job]
 ) -> Iterable[tuple[dict[str, Any], Path]]:
@@ -205,6 +220,7 @@ def policy_files(
 
 
 def finite(rows: list[dict], name: str) -> bool:
+    """Return whether every response has this score, as a finite number."""
     return all(math.isfinite(row["scores"].get(name, math.nan)) for row in rows)
 
 
@@ -235,8 +251,10 @@ def meta_of(config: ExperimentConfig, state: PlanState) -> dict[str, Any]:
         record = state.record(job.name)
         if job.name not in state.done:
             # a record of other options: its results are there and cannot be used
-            is_other = record and record.get("fingerprint") != state.fingerprints[job.name]
-            (changed if is_other else missing).append(job.name)
+            if record and record.get("fingerprint") != state.fingerprints[job.name]:
+                changed.append(job.name)
+            else:
+                missing.append(job.name)
             continue
         done[job.name] = record
         if job.run_folder:
@@ -247,6 +265,7 @@ def meta_of(config: ExperimentConfig, state: PlanState) -> dict[str, Any]:
                 data[job.name], rows[job.name] = result.get("data", {}), result.get("rows", {})
                 if result.get("stopped"):
                     stopped[job.name] = result["stopped"]
+    # one version of the code, unless it changed while the experiment ran
     code = {json.dumps(record.get("code"), sort_keys=True) for record in done.values()}
     return {
         "name": Path(config.output_dir).name,

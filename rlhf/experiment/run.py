@@ -55,11 +55,10 @@ def replan(config: ExperimentConfig, state: PlanState, how: RunOptions) -> None:
     else:
         if not state.jobs:
             set_jobs(state, plan(config, None), how)
-        decisive = ("pilot", "reward", "sample")
-        wanted = {
-            job.name for job in state.jobs if job.kind in decisive and job.seed == config.seeds[0]
-        }
-        if not wanted <= state.done:
-            return
+        # pilots say what a step costs; pairs and reward model count as a part of each budget
+        for job in state.jobs:
+            decides = job.kind in ("pilot", "reward", "sample") and job.seed == config.seeds[0]
+            if decides and job.name not in state.done:
+                return
         state.lengths = planned_lengths(config)
     set_jobs(state, plan(config, state.lengths), how)
