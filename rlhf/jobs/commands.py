@@ -47,6 +47,7 @@ def full_command(launcher: str, job: Job) -> list[str]:
     words = shlex.split(launcher)
     if words in ONE_PROCESS and not has_accelerator():
         return ["env", *ONE_RANK, sys.executable, "-m", *job.command]
+    # launchers read --master_port and --master-port
     has_port = any(word.replace("-", "_").startswith("__master_port") for word in words)
     if Path(words[0]).name in ("deepspeed", "torchrun") and not has_port:
         launcher += f" --master_port {free_port()}"
@@ -92,10 +93,17 @@ def programs_of(folder: Path, job: str | None = None) -> list[psutil.Process]:
     """Return the processes that an experiment in this folder has started, for one of its jobs or
     for any.
     """
-    wanted = {MARK: str(folder.resolve())} | ({JOB: job} if job else {})
-    # by a mark in the environment: process ids are reused, and a launcher's children are not ours
-    others = (process for process in psutil.process_iter() if process.pid != os.getpid())
-    return [process for process in others if wanted.items() <= environment_of(process).items()]
+    wanted = {MARK: str(folder.resolve())}
+    if job:
+        wanted[JOB] = job
+    found = []
+    for process in psutil.process_iter():
+        # by a mark in the environment: process ids are reused, and a launcher's children are not
+        # ours
+        is_marked = wanted.items() <= environment_of(process).items()
+        if is_marked and process.pid != os.getpid():
+            found.append(process)
+    return found
 
 
 def environment_of(process: psutil.Process) -> dict[str, str]:
@@ -134,14 +142,17 @@ def topmost_programs(found: list[psutil.Process]) -> list[psutil.Process]:
     for process in found:
         with contextlib.suppress(psutil.Error):
             children = process.children(recursive=True)
-            is_launcher = not is_rank(process) and any(map(is_rank, children))
-            (launchers if is_launcher else topmost).append(process)
+            if not is_rank(process) and any(map(is_rank, children)):
+                launchers.append(process)
+            else:
+                topmost.append(process)
     # a data loader or compiler ends with its program
     helped = [process for process in found if process not in launchers]
     return [process for process in topmost if parent_of(process) not in helped]
 
 
 def is_rank(process: psutil.Process) -> bool:
+    """Return whether a launcher has started this process as one of the ranks of a run."""
     return "LOCAL_RANK" in environment_of(process)
 
 

@@ -38,8 +38,16 @@ class Job:
     program: str
     arguments: list[str]
     kind: Literal[
-        *("sandbox", "sample", "annotate", "reward", "referee", "pilot", "trial", "measure"),
-        *("compare", "brand"),
+        "sandbox",
+        "sample",
+        "annotate",
+        "reward",
+        "referee",
+        "pilot",
+        "trial",
+        "measure",
+        "compare",
+        "brand",
     ]
     description: str = ""
     needs: list[str] = field(default_factory=list)
@@ -93,7 +101,7 @@ def fingerprint_words(job: Job) -> list[str]:
     recognised.
     """
     program = "rlhf" if job.program == "rlhf" else f"{job.program.replace('.', '/')}.py"
-    words = [program, *("--on_bad" if word == "--on_error" else word for word in job.arguments)]
+    words = renamed([program, *job.arguments], "--on_error", "--on_bad")
     if job.measures:
         words[1] = "compare"
         settings = dict(job.measures.settings)
@@ -105,11 +113,16 @@ def fingerprint_words(job: Job) -> list[str]:
     return words
 
 
+def renamed(words: list[str], old: str, new: str) -> list[str]:
+    """Return the words of a command with one option called by another name."""
+    return [new if word == old else word for word in words]
+
+
 def recorded_options(record: dict[str, Any]) -> dict[str, str]:
     """Return the options of a command and the settings of a measurement that a job's record holds,
     by today's names.
     """
-    command = ["--on_error" if word == "--on_bad" else word for word in record.get("command", [])]
+    command = renamed(record.get("command", []), "--on_bad", "--on_error")
     settings = record.get("settings", {})
     if command and command[-1].startswith("# "):
         # the first version wrote the settings as the command's last word

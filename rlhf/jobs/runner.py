@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from rlhf.errors import EXIT_GUARD, EXIT_INTERRUPTED, EXIT_USER_ERROR, EarlyExit, UserError
 from rlhf.files import lock_folder, unlock_folder
@@ -63,28 +63,30 @@ def set_jobs(state: PlanState, jobs: list[Job], how: RunOptions) -> None:
     """
     state.set_jobs(jobs)
     outdated = drawn_with_other_noise(state)
-    changed = [
-        job
-        for job in jobs
-        if job.name in outdated
-        or has_other_results(state, job, unknown_too=how.changed == "delete")
-    ]
+    deletes = how.changed == "delete"
+    changed = []
+    for job in jobs:
+        if job.name in outdated or has_other_results(state, job, unknown_too=deletes):
+            changed.append(job)
     if changed and how.changed == "refuse":
-        lines = [f"  {job.name}: {difference(state, job)}" for job in changed[:SHOWN]]
-        if len(changed) > SHOWN:
-            lines.append(f"  and {len(changed) - SHOWN} more")
-        raise UserError(
-            "\n".join(
-                [
-                    f"{state.folder} holds results of other options, which are not mixed with new ones. Choose another "
-                    "--output_dir, or remake them with --redo true (the old ones are set aside). They differ in:",
-                    *lines,
-                ]
-            )
-        )
+        refuse(state, changed)
     for job in changed:
-        clear(state, job, delete=how.changed == "delete")
+        clear(state, job, delete=deletes)
+    # what was cleared is to be done again
     state.done = {job.name for job in jobs if state.is_done(job)}
+
+
+def refuse(state: PlanState, changed: list[Job]) -> NoReturn:
+    """Raise UserError that says in what the results of these jobs differ from what is planned."""
+    lines = [
+        f"{state.folder} holds results of other options, which are not mixed with new ones. Choose another "
+        "--output_dir, or remake them with --redo true (the old ones are set aside). They differ in:"
+    ]
+    for job in changed[:SHOWN]:
+        lines.append(f"  {job.name}: {difference(state, job)}")
+    if len(changed) > SHOWN:
+        lines.append(f"  and {len(changed) - SHOWN} more")
+    raise UserError("\n".join(lines))
 
 
 def has_other_results(state: PlanState, job: Job, *, unknown_too: bool) -> bool:
@@ -99,7 +101,11 @@ def has_other_results(state: PlanState, job: Job, *, unknown_too: bool) -> bool:
 
 def has_left_files(job: Job) -> bool:
     """Return whether anything that a job owns is there; one that was refused has left nothing."""
-    return any(path.is_file() or any(path.glob("*")) for path in map(Path, job.owned))
+
+    def has_content(path: Path) -> bool:
+        return path.is_file() or any(path.glob("*"))
+
+    return any(map(has_content, map(Path, job.owned)))
 
 
 def drawn_with_other_noise(state: PlanState) -> set[str]:
@@ -128,14 +134,12 @@ def difference(state: PlanState, job: Job) -> str:
     if draws_tokens(job):
         record = record | {"noise": noise_of(state, job)}
     before, after = recorded_options(record), recorded_options(record_of(job))
-    differing = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    if not differing:
-        return "what it reads or depends on"
-    absent = "not given"
-    return "; ".join(
-        f"{name} was {before.get(name, absent)}, now {after.get(name, absent)}"
-        for name in differing
-    )
+    differences = []
+    for name in {**before, **after}:
+        if before.get(name) != after.get(name):
+            was, now_is = before.get(name, "not given"), after.get(name, "not given")
+            differences.append(f"{name} was {was}, now {now_is}")
+    return "; ".join(differences) or "what it reads or depends on"
 
 
 def clear(state: PlanState, job: Job, *, delete: bool = False) -> None:
@@ -162,11 +166,14 @@ def claim(state: PlanState) -> Iterator[list[int]]:
     """
     lock_folder(state.folder)
     signals: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    handlers = {
-        number: signal.signal(number, lambda number, _: signals.append(number))
-        for number in numbers
-    }
+
+    def note(number: int, _: Any) -> None:
+        signals.append(number)
+
+    # `run_jobs` ends between two looks at the programs, which then get to save
+    handlers = {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        handlers[number] = signal.signal(number, note)
     try:
         orphans = programs_of(state.folder)
         if orphans:
@@ -308,7 +315,7 @@ def stop_all(state: PlanState) -> None:
 
 def failures(state: PlanState) -> str:
     """Return which jobs have failed, how, and where their output is."""
-    blocked = sum(state.status(job) == "blocked" for job in state.jobs)
+    blocked = list(map(state.status, state.jobs)).count("blocked")
     tail = f"; {blocked} that need them were not started" if blocked else ""
     lines = [f"{len(state.failed)} of {len(state.jobs)} jobs failed{tail}:"]
     for name, code in state.failed.items():
@@ -323,6 +330,10 @@ def ended(code: int) -> str:
 
 def last_error(log: Path) -> str:
     """Return ': ' and the last error message of a program, or nothing."""
-    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-    errors = [line for line in lines if line.startswith("error")]
-    return f": {errors[-1]}" if errors else ""
+    if not log.is_file():
+        return ""
+    # the last one: an earlier one may be of a run that was started again
+    for line in reversed(log.read_text(errors="replace").splitlines()):
+        if line.startswith("error"):
+            return f": {line}"
+    return ""

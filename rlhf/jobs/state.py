@@ -72,15 +72,18 @@ class PlanState:
             if job.name in names:
                 return status
         # what needs a failed job will never start, and neither will what needs that
-        needed = [other for other in self.jobs if other.name in job.needs]
-        is_blocked = any(self.status(other) in ("failed", "blocked") for other in needed)
-        return "blocked" if is_blocked else "waiting"
+        for other in self.jobs:
+            if other.name in job.needs and self.status(other) in ("failed", "blocked"):
+                return "blocked"
+        return "waiting"
 
 
 def is_complete(file: str | Path) -> bool:
     """Return whether an output is there; a result.json or done.json has to say that it is finished."""
     path = Path(file)
-    return bool(read_json(path).get("finished")) if path.name in SAYS_FINISHED else path.is_file()
+    if path.name in SAYS_FINISHED:
+        return bool(read_json(path).get("finished"))
+    return path.is_file()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -41,12 +41,14 @@ class StepDisplay:
             with open(self.state.log_file(name), "rb") as log:
                 log.seek(self.shown[name])
                 new = log.read()
+            text = new
+            # lines of several jobs say whose they are
             if len(self.shown) > 1:
                 # whole lines, unless no more will come
-                new = new if name not in self.state.running else new[: new.rfind(b"\n") + 1]
-                text = b"".join(b"%s | %s\n" % (name.encode(), line) for line in last_states(new))
-            else:
-                text = new
+                if name in self.state.running:
+                    new = new[: new.rfind(b"\n") + 1]
+                lines = [b"%s | %s\n" % (name.encode(), line) for line in last_states(new)]
+                text = b"".join(lines)
             self.shown[name] += len(new)
             sys.stdout.buffer.write(text)
         sys.stdout.buffer.flush()
@@ -54,5 +56,10 @@ class StepDisplay:
 
 def last_states(text: bytes) -> list[bytes]:
     """Return the lines of a program's output, of a progress bar only what it says at last."""
-    lines = [line.rstrip(b"\r").rpartition(b"\r")[2] for line in text.split(b"\n")]
-    return [line for line in lines if line.strip()]
+    lines = []
+    for line in text.split(b"\n"):
+        # a progress bar goes back to the start of its line and writes over it
+        last = line.rstrip(b"\r").rpartition(b"\r")[2]
+        if last.strip():
+            lines.append(last)
+    return lines
