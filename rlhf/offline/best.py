@@ -25,7 +25,7 @@ class HeldOutLosses:
 
     def add(self, step: int, loss: float | None) -> None:
         """Add an evaluation; one without a finite loss, or of a step that is known, is left out."""
-        is_known = any(step == known for known, _ in self.evaluations)
+        is_known = step in dict(self.evaluations)
         if loss is not None and math.isfinite(loss) and not is_known:
             self.evaluations.append((step, loss))
 
@@ -42,7 +42,10 @@ class HeldOutLosses:
     def without_gain(self) -> int:
         """Return how many evaluations there were since the last one below all before it."""
         losses = [loss for _, loss in self.evaluations]
-        return len(losses) - 1 - losses.index(min(losses)) if losses else 0
+        if not losses:
+            return 0
+        last_gain = losses.index(min(losses))
+        return len(losses) - 1 - last_gain
 
 
 def require_held_out(run: Run, rows: list[Any]) -> None:
@@ -109,7 +112,9 @@ def own_memory(memories: list[dict[str, Any]], rank: int, ranks: int) -> dict[st
 
 def _checkpoint_of(run: Run, step: int) -> Path:
     """Return the checkpoint of a step: the run's, or one beside that which it was resumed from."""
-    roots = [run.checkpoints, *([run.resumed.folder.parent] if run.resumed else [])]
+    roots = [run.checkpoints]
+    if run.resumed:
+        roots.append(run.resumed.folder.parent)
     reasons = []
     for root in dict.fromkeys(roots):
         folder = root / f"checkpoint-{step}"

@@ -129,9 +129,8 @@ class RunCallback(TrainerCallback):
             trained = [own_part(p) for p in model.parameters() if p.requires_grad]
             is_whole = all(map(is_finite, trained))
         # one exchange for both; NaN on any rank is NaN in the sum
-        broken, total = run.world.sum(
-            torch.tensor([float(not is_whole), loss], dtype=torch.float64)
-        )
+        own = torch.tensor([float(not is_whole), loss], dtype=torch.float64)
+        broken, total = run.world.sum(own)
         if broken:
             raise not_finite(run, step, "the loss or a weight is not finite")
         self._act(found + self.guards.loss(step, float(total) / run.world.size), control)
@@ -225,7 +224,10 @@ class RunCallback(TrainerCallback):
             return
         self.evaluated_step = step
         rows = []
-        read = [model, *([self.reference] if isinstance(self.reference, nn.Module) else [])]
+        read = [model]
+        # a reference of its own, where it is no context of the same model
+        if isinstance(self.reference, nn.Module):
+            read.append(self.reference)
         with readable(*read, world=self.run.world):
             if self.evaluation is not None:
                 rows = self.evaluation.run(model, nullcontext, self.reference, self.run.world)

@@ -39,10 +39,13 @@ def report_learnt(run: Run, turns: TurnRows, dataset: Dataset, args: SFTConfig) 
             f"{turns.apart} turns are in rows of their own, since the chat template shows them otherwise "
             "later in the conversation: more tokens, the same targets"
         )
-    wanted = sum(len(row["labels"]) - row["labels"].count(-100) for row in turns.rows)
+    # what TRL has cut off: tokens with a label, and rows that keep none of theirs
+    wanted = emptied = 0
+    for row in turns.rows:
+        labels, kept = row["labels"], row["labels"][: args.max_length]
+        wanted += len(labels) - labels.count(-100)
+        emptied += kept.count(-100) == len(kept)
     if learnt < wanted:
-        beginnings = [row["labels"][: args.max_length] for row in turns.rows]
-        emptied = sum(labels.count(-100) == len(labels) for labels in beginnings)
         run.log(
             f"WARNING: trl: max_length {args.max_length} cuts off {wanted - learnt} of {wanted} tokens that would be "
             f"learnt, and leaves {emptied} of {len(turns.rows)} rows with none"

@@ -51,7 +51,8 @@ def pack_forward(model: nn.Module, *, paired: bool = False, own_head: bool = Tru
             kwargs, given = taken_apart(kwargs), PACKED_ARGUMENTS
         if not fused_lm_head or args or given != PACKED_ARGUMENTS:
             return trl_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        ids, attention, labels = (kwargs[n] for n in ("input_ids", "attention_mask", "labels"))
+        ids, attention = kwargs["input_ids"], kwargs["attention_mask"]
+        labels = kwargs["labels"]
         if not packs(causal, ids.shape[1]) or not is_right_padded(attention):
             return trl_forward(fused_lm_head=True, **kwargs)
         if own_head and head_is_frozen(causal.get_output_embeddings()):
@@ -95,17 +96,21 @@ def check_apart(model: nn.Module) -> None:
     It tells rows apart by positions that restart, which convolutions and states that run on,
     as in Mamba, do not see.
     """
-    device = next(model.parameters()).device
+    device, was_training = next(model.parameters()).device, model.training
+    # any two rows that differ, the second one also alone
     first, second = torch.arange(3, 8, device=device), torch.arange(9, 3, -1, device=device)
-    positions = torch.cat([torch.arange(len(row), device=device) for row in (first, second)])
-    ids, was_training = torch.cat([first, second])[None], model.training
+    ids = torch.cat([first, second])[None]
+    restarting = torch.arange(len(first), device=device), torch.arange(len(second), device=device)
+    positions = torch.cat(restarting)[None]
     model.eval()
     with torch.no_grad():
-        packed = model(input_ids=ids, position_ids=positions[None], use_cache=False).logits[0]
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         alone = model(input_ids=second[None], use_cache=False).logits[0]
     model.train(was_training)
+    # in standard deviations of the logits; rounding alone stays far below
     gap = (packed[len(first) :] - alone).abs().max() / alone.std().clamp(min=1e-6)
-    if gap > (1e-3 if alone.dtype in (torch.float32, torch.float64) else 0.3):
+    bound = 1e-3 if alone.dtype in (torch.float32, torch.float64) else 0.3
+    if gap > bound:
         raise UserError(
             f"trl: 'packing' and 'padding_free' mix the rows of a {model.config.model_type} model. "
             "Leave them out"

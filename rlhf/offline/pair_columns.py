@@ -34,22 +34,28 @@ def add_columns(
     Weights are divided by their mean, so that they do not change the step size; where all are equal
     they say nothing.
     """
-    values = {name: [getattr(record, name) for record in records] for name in names}
+    values = {}
+    for name in names:
+        values[name] = [getattr(record, name) for record in records]
     weights = values.pop("weight")
     total = sum(weights)
     if total > 0 and len(set(weights)) > 1:
         values["weight"] = [weight * len(weights) / total for weight in weights]
     for name, column in values.items():
-        if any(value is not None for value in column):
-            for row, value in zip(rows, column, strict=True):
-                row[name] = DEFAULTS[name] if value is None else float(value)
+        # where no record has one, the rows have no such column
+        if column.count(None) == len(column):
+            continue
+        for row, value in zip(rows, column, strict=True):
+            row[name] = DEFAULTS[name] if value is None else float(value)
 
 
 def column_tensors(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Return the (B,) columns that the rows have, in float32."""
     tensors = {}
     for name in DEFAULTS.keys() & rows[0].keys():
-        # Arrow may return NaN as None
-        values = [DEFAULTS[name] if row[name] is None else row[name] for row in rows]
+        values = []
+        for row in rows:
+            # Arrow may return NaN as None
+            values.append(DEFAULTS[name] if row[name] is None else row[name])
         tensors[name] = torch.tensor(values, dtype=torch.float32)
     return tensors

@@ -41,8 +41,10 @@ def reference_key(model: nn.Module, adapter: str | None, **settings: Any) -> str
     so that its random half does not count. Of a model that ZeRO-3 divides, all ranks ask together.
     """
     config = model.config.to_dict() | {"attention": model.config._attn_implementation}
-    base = base_weights(model).items()
-    weights, lora = {name.removeprefix("base_model.model."): weight for name, weight in base}, {}
+    weights, lora = {}, {}
+    # the same names whether an adapter is on the base or not
+    for name, weight in base_weights(model).items():
+        weights[name.removeprefix("base_model.model.")] = weight
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             weights[f"{name} scales"] = module.scales()
@@ -68,9 +70,14 @@ def reference_key(model: nn.Module, adapter: str | None, **settings: Any) -> str
 
 def _changes_nothing(adapter: dict[str, Tensor]) -> bool:
     """Return whether an adapter adds 0 to all outputs: plain LoRA whose second factors are 0."""
-    names = [name for name in adapter if ".lora_B." in name]
-    others = [name for name in adapter if ".lora_A." not in name and ".lora_B." not in name]
-    return not others and not any(adapter[name].any() for name in names)
+    for name, weight in adapter.items():
+        # the first factor may be anything
+        if ".lora_A." in name:
+            continue
+        # DoRA, trained tokens, or a second factor that has learnt
+        if ".lora_B." not in name or weight.any():
+            return False
+    return True
 
 
 def _text(value: Any) -> str:

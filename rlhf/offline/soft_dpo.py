@@ -55,8 +55,12 @@ def soft_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows of `encode` for a DPO trainer: ids, and the `SOFT` columns that the
     data has.
     """
-    rows = [{name: value for name, value in row.items() if name != "record"} for row in encoded]
-    add_columns(rows, [row["record"] for row in encoded], SOFT)
+    rows, records = [], []
+    for row in encoded:
+        ids = dict(row)
+        records.append(ids.pop("record"))
+        rows.append(ids)
+    add_columns(rows, records, SOFT)
     return rows
 
 
@@ -126,8 +130,9 @@ class EncodedDPOTrainer(DPOTrainer):
         if cache is None:
             return self.compute_ref_log_probs(reference, inputs)
         keys = row_keys(inputs, self.ld_alpha)
+        is_missing = not all(key in cache for key in keys)
         # under ZeRO-3 all ranks make a pass, or none
-        if cache.world.sum(float(not all(key in cache for key in keys))):
+        if cache.world.sum(float(is_missing)):
             logprobs = torch.cat(self.compute_ref_log_probs(reference, inputs))
             cache.add(keys, logprobs.tolist())
         else:
@@ -203,11 +208,8 @@ def dpo_trainer(
     if reason and args.label_smoothing and list(args.loss_type) == ["sigmoid"]:
         raise UserError(f"'label_smoothing' of loss_type sigmoid does not go with {reason}")
     if columns:
-        log(
-            f"{reason} does not read {columns} of the pairs"
-            if reason
-            else f"the loss reads {columns} of the pairs"
-        )
+        reader = f"{reason} does not read" if reason else "the loss reads"
+        log(f"{reader} {columns} of the pairs")
     if reason or not (columns or args.label_smoothing):
         return EncodedDPOTrainer, None
     return SoftDPOTrainer, SoftCollator(pad_token_id)

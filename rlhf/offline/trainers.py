@@ -36,20 +36,16 @@ from rlhf.values import coerce
 
 # options that TRL has under the same names
 SHARED = (
-    *(
-        "learning_rate",
-        "max_grad_norm",
-        "per_device_train_batch_size",
-        "logging_steps",
-        "num_train_epochs",
-    ),
-    *(
-        "max_steps",
-        "gradient_accumulation_steps",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-    ),
+    "learning_rate",
+    "max_grad_norm",
+    "per_device_train_batch_size",
+    "logging_steps",
+    "num_train_epochs",
+    "max_steps",
+    "gradient_accumulation_steps",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
     "gradient_checkpointing",
 )
 
@@ -243,11 +239,12 @@ def held_out_loss(trainer: Trainer, run: Run) -> dict[str, float]:
     named = rename_trl(trainer.evaluate(), run.program)
     if not math.isfinite(named["eval/loss/total"]):
         raise not_finite(run, trainer.state.global_step, "the loss on held-out rows is not finite")
-    return {
-        name: value
-        for name, value in named.items()
-        if name.startswith("eval/") and "eval/time" not in name
-    }
+    found = {}
+    for name, value in named.items():
+        # how long it took is no result
+        if name.startswith("eval/") and "eval/time" not in name:
+            found[name] = value
+    return found
 
 
 def reference_context(model: Any, name: str = "reference") -> Callable | None:
@@ -286,7 +283,8 @@ def _saved(model: Any, *, merge: bool) -> list[torch.nn.Parameter]:
     saved = [parameter for name, parameter in model.named_parameters() if is_adapter(name)]
     # PEFT saves embeddings beside an adapter of theirs
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        saved += [] if module is None else module.parameters()
+        if module is not None:
+            saved += module.parameters()
     return saved
 
 
