@@ -46,12 +46,25 @@ def build_model(spec: ModelSpec, tokenizer: Any = None, *, models: RewardModels)
     )
 
 
+def _build_function(spec: FunctionSpec, tokenizer: Any = None) -> Scorer:
+    return functools.partial(import_function(spec.function, spec.name), **spec.options)
+
+
 def _build_rule(spec: RuleSpec, tokenizer: Any = None) -> Scorer:
     rule = functools.partial(RULES[spec.rule], **spec.options)
-    return lambda samples: Scores(list(map(rule, samples.responses, samples.metadata)))
+
+    def score(samples: Samples) -> Scores:
+        return Scores(list(map(rule, samples.responses, samples.metadata)))
+
+    return score
 
 
-def _build_judge(spec: JudgeSpec) -> Scorer:
+def _build_http(spec: HttpSpec, tokenizer: Any = None) -> Scorer:
+    return http_scorer(spec)
+
+
+def _build_judge(spec: JudgeSpec, tokenizer: Any = None) -> Scorer:
+    # imported where one is asked: scorers without a judge need none of it
     from reward.judge import judge_scorer
 
     return judge_scorer(spec)
@@ -74,14 +87,13 @@ def build_tone_judge(entry: dict[str, Any]) -> Scorer:
     return build_scorer([named])
 
 
+# reward models and ensembles are built by `build_scorer`, which shares bases among them
 BUILDERS: dict[type[ScorerSpec], Build] = {
     VoiceSpec: _build_voice,
-    FunctionSpec: lambda spec, _: functools.partial(
-        import_function(spec.function, spec.name), **spec.options
-    ),
+    FunctionSpec: _build_function,
     RuleSpec: _build_rule,
-    HttpSpec: lambda spec, _: http_scorer(spec),
-    JudgeSpec: lambda spec, _: _build_judge(spec),
+    HttpSpec: _build_http,
+    JudgeSpec: _build_judge,
 }
 
 

@@ -11,6 +11,7 @@ message.
 import concurrent.futures
 import math
 import threading
+from typing import Any
 
 from reward.checks import first_prompt
 from reward.specs import HttpSpec
@@ -44,11 +45,10 @@ def http_scorer(spec: HttpSpec) -> Scorer:
         scores = Scores([])
         for number, answer in enumerate(_ask_all(service, batches)):
             if number and answer.breakdown.keys() != scores.breakdown.keys():
-                found = " and ".join(
-                    ", ".join(part.breakdown) or "none" for part in (scores, answer)
-                )
+                before = ", ".join(scores.breakdown) or "none"
+                now = ", ".join(answer.breakdown) or "none"
                 raise UserError(
-                    f"{service}: the parts of the breakdown differ between two answers: {found}"
+                    f"{service}: the parts of the breakdown differ between two answers: {before} and {now}"
                 )
             scores.total += answer.total
             for part, values in answer.breakdown.items():
@@ -98,9 +98,9 @@ def _scores(service: Service, answer: Answer, samples: Samples) -> Scores:
 
     content = content if isinstance(content, dict) else {}
     total, breakdown = content.get("scores"), content.get("breakdown") or {}
-    # None marks a breakdown that is not a mapping
-    lists = [total, *breakdown.values()] if isinstance(breakdown, dict) else [None]
-    if not all(isinstance(values, list) for values in lists):
+    is_mapping = isinstance(breakdown, dict)
+    lists = [total, *breakdown.values()] if is_mapping else []
+    if not is_mapping or not all(isinstance(values, list) for values in lists):
         raise UserError(f"{service} answered {answer.excerpt(service)}, expected {EXPECTED}")
 
     for name, values in (("scores", total), *breakdown.items()):
@@ -110,8 +110,12 @@ def _scores(service: Service, answer: Answer, samples: Samples) -> Scores:
                 f"{service} returned {len(values)} numbers in '{name}' for {len(samples)} samples"
             )
             raise UserError(f"{found}.\n{first_prompt(samples)}")
-    # null says that a part does not apply to a sample
     parts = {}
     for name, values in breakdown.items():
-        parts[name] = [math.nan if value is None else value for value in values]
+        parts[name] = list(map(_nan_for_null, values))
     return Scores(total, parts)
+
+
+def _nan_for_null(value: Any) -> Any:
+    """Return a number of the breakdown; null says that its part does not apply to the sample."""
+    return math.nan if value is None else value

@@ -71,21 +71,25 @@ def reward_scorer(
     reward = (models or RewardModels()).load(path, device, dtype)
     own = reward.tokenizer
     # ids of another vocabulary are other words
-    same_ids = tokenizer is not None and tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(
-        own
-    )
+    same_ids = False
+    if tokenizer is not None:
+        same_ids = tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(own)
+
+    def encoded_again(samples: Samples) -> list[list[int]]:
+        """Return the ids of prompts and responses by the reward model's own tokenizer."""
+        rows = []
+        columns = (samples.prompts, samples.responses, samples.ended, samples.metadata)
+        for prompt, response, ended, metadata in zip(*columns, strict=True):
+            ids = encode_prompt(own, prompt, metadata.get("tools"))
+            rows.append(ids + encode_response(own, response, ended))
+        return rows
 
     def score(samples: Samples) -> Scores:
         if same_ids:
-            rows = [p + r for p, r in zip(samples.prompt_ids, samples.response_ids, strict=True)]
+            columns = zip(samples.prompt_ids, samples.response_ids, strict=True)
+            rows = [prompt + response for prompt, response in columns]
         else:
-            tools = [metadata.get("tools") for metadata in samples.metadata]
-            rows = []
-            columns = zip(samples.prompts, tools, samples.responses, samples.ended, strict=True)
-            for prompt, available, response, ended in columns:
-                rows.append(
-                    encode_prompt(own, prompt, available) + encode_response(own, response, ended)
-                )
+            rows = encoded_again(samples)
         total = reward.score_ids(rows, batch_size)
         return Scores(total, {name: total})
 

@@ -67,9 +67,9 @@ def _forward(self, input_ids=None, attention_mask=None, paired=False, **kwargs):
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
     # what training code passes and the trunk does not take
-    kwargs = {
-        k: v for k, v in kwargs.items() if k not in ("labels", "return_dict") and v is not None
-    }
+    kwargs.pop("labels", None)
+    kwargs.pop("return_dict", None)
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     trunk = getattr(self, self.base_model_prefix)
@@ -156,8 +156,9 @@ def _with_adapter(
     config = without_head(adapter_settings(path), output_head)
     # PEFT saves the head along with an adapter of this type
     config.task_type = "SEQ_CLS"
-    modules = [m for m in config.modules_to_save or [] if m not in ("score", "classifier")]
-    config.modules_to_save = [*modules, "score"]
+    saved = config.modules_to_save or []
+    config.modules_to_save = [name for name in saved if name not in ("score", "classifier")]
+    config.modules_to_save.append("score")
     config.lora_dropout = dropout
     leave = [output_head]
     # SFT's adapter has no head: the fresh one stays
@@ -224,16 +225,13 @@ def raw_scores(
     try:
         with torch.no_grad():
             for start in range(0, len(rows), batch_size):
-                part = order[start : start + batch_size]
-                ids = pad_right([rows[i] for i in part], pad_id).to(device)
-                mask = pad_right([[1] * len(rows[i]) for i in part]).to(device)
-                values = (
-                    model(input_ids=ids, attention_mask=mask, use_cache=False)
-                    .logits.squeeze(-1)
-                    .tolist()
-                )
-                for i, value in zip(part, values, strict=True):
-                    scores[i] = value
+                places = order[start : start + batch_size]
+                part = [rows[place] for place in places]
+                ids = pad_right(part, pad_id).to(device)
+                mask = pad_right([[1] * len(row) for row in part]).to(device)
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                for place, value in zip(places, logits.squeeze(-1).tolist(), strict=True):
+                    scores[place] = value
                 if progress:
                     progress(len(part))
     finally:

@@ -1,6 +1,6 @@
 """What the reward program reports about the model it has trained."""
 
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from typing import Any
 
 import torch
@@ -55,20 +55,17 @@ def report(
         torch.tensor(chosen), torch.tensor(rejected), column_tensors(rows)
     )
     logged = {"eval/loss/total": loss.item(), "eval/reward/mean": metrics.pop("reward").item()}
-    logged |= {f"eval/reward/{name}": value.mean().item() for name, value in metrics.items()}
-    decided = [i for i, row in enumerate(held_out) if row["record"].label_prob != 0.5]
-    if not decided:
+    for name, value in metrics.items():
+        logged[f"eval/reward/{name}"] = value.mean().item()
+    has_winner = [row["record"].label_prob != 0.5 for row in held_out]
+    if not any(has_winner):
         run.log("WARNING: no held-out pair has a winner: no report card")
         return {"eval/reward/log_loss": logged["eval/reward/log_loss"]}
     run.tracker.log(logged, step)
 
-    scored = ScoredPairs(
-        [held_out[i]["record"] for i in decided],
-        [chosen[i] for i in decided],
-        [rejected[i] for i in decided],
-        [len(held_out[i]["chosen_ids"]) for i in decided],
-        [len(held_out[i]["rejected_ids"]) for i in decided],
-    )
+    columns = (held_out, chosen, rejected)
+    decided = [list(compress(column, has_winner)) for column in columns]
+    scored = ScoredPairs.of_rows(*decided)
     config = run.config
     training = with_a_winner(run.data.load(Preference, "train"))
     card = report_card(scored, title=run.folder.name, training=training)

@@ -177,25 +177,28 @@ class _KeywordSpec(ScorerSpec):
         except (TypeError, ValueError):
             # some built-in functions have no signature
             return
-        # a function with **kwargs takes every key
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-            return
-
-        parameters = [
-            parameter for parameter in parameters if parameter.kind is not parameter.VAR_POSITIONAL
-        ]
-        known = ["name", "weight", *(parameter.name for parameter in parameters)]
+        known, needed = ["name", "weight"], []
+        for parameter in parameters:
+            # a function with **kwargs takes every key
+            if parameter.kind is parameter.VAR_KEYWORD:
+                return
+            # *args has no name that a key could have
+            if parameter.kind is parameter.VAR_POSITIONAL:
+                continue
+            known.append(parameter.name)
+            if parameter.default is parameter.empty:
+                needed.append(parameter.name)
         for key in self.options:
             if key not in known:
                 hint = did_you_mean(key, known)
                 raise UserError(
                     f"{where}: unknown key '{key}'.{hint} Known keys: {', '.join(known)}"
                 )
-        for parameter in parameters:
+        for name in needed:
             # found here, not at the first batch of a run
-            if parameter.default is parameter.empty and parameter.name not in self.options:
+            if name not in self.options:
                 called = getattr(function, "__name__", "the function")
-                raise UserError(f"{where}: {called} needs '{parameter.name}'")
+                raise UserError(f"{where}: {called} needs '{name}'")
 
 
 class FunctionSpec(_KeywordSpec):
@@ -309,7 +312,9 @@ def _kind_of(entry: Any, where: str) -> str:
 
 def _parse_spec(kind: str, entry: dict[str, Any], where: str) -> ScorerSpec:
     spec = validate(KINDS[kind], entry, where)
-    name = DEFAULT_NAMES[kind](getattr(spec, kind)) if spec.name is None else spec.name
+    name = spec.name
+    if name is None:
+        name = DEFAULT_NAMES[kind](getattr(spec, kind))
     # "/" separates a scorer from its parts in the names of metrics, where "total" is the weighted
     # sum
     if not name or "/" in name or name == "total":

@@ -40,11 +40,12 @@ class TieParameter(TrainerCallback):
         """Count the pairs of one training pass, by their differences of scores (B,)."""
         p = tie_probability(d.detach().double(), self.log_tie)
         w = p.new_ones(p.shape) if weight is None else weight.to(p.dtype)
-        for i, part in enumerate((w, w * p, w * p * (1 - p))):
-            self.sums[i] += float(part.sum())
+        parts = (w, w * p, w * p * (1 - p))
+        for place, part in enumerate(parts):
+            self.sums[place] += float(part.sum())
 
     def on_step_end(self, args, state, control, **kwargs):
-        total, expected, information = (float(self.sum_over_ranks(part)) for part in self.sums)
+        total, expected, information = map(float, map(self.sum_over_ranks, self.sums))
         self.sums = [0.0, 0.0, 0.0]
         if information > 0:
             step = RATE * (self.share * total - expected) / information
@@ -62,9 +63,12 @@ def tie_share(rows: Sequence[dict[str, Any]]) -> float:
 
     Raises UserError where the tie parameter could not be learnt: no ties, or nothing else.
     """
-    weights = [row.get("weight", 1.0) for row in rows]
-    ties = sum(w * row.get("tie_prob", 0.0) for w, row in zip(weights, rows, strict=True))
-    share = ties / sum(weights) if sum(weights) else 0.0
+    ties = total = 0.0
+    for row in rows:
+        weight = row.get("weight", 1.0)
+        ties += weight * row.get("tie_prob", 0.0)
+        total += weight
+    share = ties / total if total else 0.0
     if not 0 < share < 1:
         found = "only ties" if share else "no ties"
         raise UserError(

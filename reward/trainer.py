@@ -19,11 +19,15 @@ def pair_rows(encoded: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return rows of `encode` as this trainer reads them: whole sequences, and the
     columns of the data.
     """
-    rows = []
+    rows, records = [], []
     for row in encoded:
         prompt = row["prompt_ids"]
-        rows.append({side: prompt + row[side] for side in ("chosen_ids", "rejected_ids")})
-    add_columns(rows, [row["record"] for row in encoded], OF_RECORDS)
+        # a reward model scores whole sequences
+        whole = {"chosen_ids": prompt + row["chosen_ids"]}
+        whole["rejected_ids"] = prompt + row["rejected_ids"]
+        rows.append(whole)
+        records.append(row["record"])
+    add_columns(rows, records, OF_RECORDS)
     return rows
 
 
@@ -39,7 +43,9 @@ class PairCollator:
     pad_token_id: int
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        ids = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows]
+        ids = []
+        for side in ("chosen_ids", "rejected_ids"):
+            ids += [row[side] for row in rows]
         return {
             "input_ids": pad_right(ids, self.pad_token_id),
             "attention_mask": pad_right([[1] * len(row) for row in ids]),
@@ -75,8 +81,8 @@ class RewardTrainer(TRLRewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         extras = {name: inputs[name] for name in DEFAULTS if name in inputs}
-        batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        outputs = model(**batch, use_cache=False, paired=True)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        outputs = model(input_ids=ids, attention_mask=mask, use_cache=False, paired=True)
         chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
         loss, metrics = self.loss_of(chosen, rejected, extras)
         if self.ties is not None and mode == "train":

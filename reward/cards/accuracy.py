@@ -92,8 +92,8 @@ def slices(
     and "surely_wrong", whether it lies below one half by an interval for all slices together},
     empty where the pairs do not have it.
     """
-    # a pair without a margin is in no part of that scale
-    margins = np.array([math.nan if pair.margin is None else pair.margin for pair in pairs])
+    # a pair without a margin, None, becomes nan and is in no part of that scale
+    margins = np.array([pair.margin for pair in pairs], float)
     names = {
         "by_source": [pair.source for pair in pairs],
         "by_annotator": [pair.annotator for pair in pairs],
@@ -121,11 +121,14 @@ def slices(
 
 def _largest(values: Sequence[Any]) -> dict[str, np.ndarray]:
     """Return {value: (n,) mask of its rows}, the most frequent first; None is no value."""
-    # as text: sorting would fail on names and None together
-    texts = np.array(["" if value is None else str(value) for value in values])
+    shown = []
+    for value in values:
+        # as text: sorting would fail on names and None together
+        shown.append("" if value is None else str(value))
+    texts = np.array(shown)
     names, counts = np.unique(texts[texts != ""], return_counts=True)
     order = np.argsort(-counts, kind="stable")[:MAX_SLICES]
-    return {str(names[i]): texts == names[i] for i in order}
+    return {str(name): texts == name for name in names[order]}
 
 
 def cut(values: np.ndarray, unit: str = "") -> tuple[list[str | None], list[str]]:

@@ -238,9 +238,12 @@ def length_bias(
         "chosen_shorter": length_gaps < 0,
         "same_length": length_gaps == 0,
     }
+    accuracies = {}
+    for name, rows in parts.items():
+        accuracies[name] = accuracy_with_interval(right[rows], groups[rows])
     longer_wins = float(pair_accuracy(length_gaps).mean())
     return {
-        **{name: accuracy_with_interval(right[rows], groups[rows]) for name, rows in parts.items()},
+        **accuracies,
         "correlation": correlation(scores, lengths),
         "gap_correlation": correlation(gaps, length_gaps),
         "baseline": {

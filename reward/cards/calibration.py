@@ -4,6 +4,7 @@ P(chosen is better) = sigmoid(raw score gap / temperature). The temperature is f
 alone: it changes no order of answers, no accuracy, and no score that PPO learns from.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -41,26 +42,28 @@ def calibration(gaps: np.ndarray, bins: int = 10) -> dict[str, Any]:
     edges = np.linspace(0.5, 1.0, bins + 1)
     bin_of = np.clip(np.digitize(confidence, edges) - 1, 0, bins - 1)
 
-    table, by_chance = [], 0.0
-    for b in np.unique(bin_of):
-        rows = bin_of == b
+    # sums over pairs: how far accuracy lies from confidence, and how far it would by chance
+    table, distance, by_chance = [], 0.0, 0.0
+    for number in np.unique(bin_of):
+        rows = bin_of == number
+        pairs = int(rows.sum())
+        mean_confidence, accuracy = float(confidence[rows].mean()), float(right[rows].mean())
+        distance += pairs * abs(accuracy - mean_confidence)
         # a tie is right by half for certain, so chance adds nothing
         decided = confidence[rows & (gaps != 0)]
         if len(decided):
             by_chance += binomial_deviation(len(decided), float(decided.mean()))
         table.append(
             {
-                "from": round(float(edges[b]), 6),
-                "to": round(float(edges[b + 1]), 6),
-                "pairs": int(rows.sum()),
-                "confidence": float(confidence[rows].mean()),
-                "accuracy": float(right[rows].mean()),
+                "from": round(float(edges[number]), 6),
+                "to": round(float(edges[number + 1]), 6),
+                "pairs": pairs,
+                "confidence": mean_confidence,
+                "accuracy": accuracy,
             }
         )
-
-    ece = sum(row["pairs"] * abs(row["accuracy"] - row["confidence"]) for row in table) / len(gaps)
     return {
-        "ece": float(ece),
+        "ece": distance / len(gaps),
         "ece_expected": by_chance / len(gaps),
         "brier": float(((1 - p) ** 2).mean()),
         "log_loss": log_loss(gaps),
@@ -127,7 +130,8 @@ def cross_fitted(gaps: np.ndarray, groups: np.ndarray, folds: int = FOLDS) -> np
     names = sorted(set(map(str, groups)), key=lambda name: digest(f"fold {name}"))
     if len(names) < 2:
         return None
-    fold_of = {name: i % min(folds, len(names)) for i, name in enumerate(names)}
+    # dealt out in turn
+    fold_of = dict(zip(names, itertools.cycle(range(folds)), strict=False))
     own = np.array([fold_of[str(group)] for group in groups])
     scaled = np.empty(len(gaps))
     for fold in np.unique(own):

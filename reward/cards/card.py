@@ -110,6 +110,7 @@ def ceiling(pairs: Sequence[Preference], gaps: np.ndarray) -> dict[str, Any] | N
     for count in judged.values():
         one, other = count["votes"]
         n = one + other
+        # two of the votes drawn without replacement
         agreement.append((one * (one - 1) + other * (other - 1)) / (n * (n - 1)))
         model.append((count["right"] * one + (1 - count["right"]) * other) / n)
         groups.append(count["group"])
@@ -157,5 +158,5 @@ def counted_votes(pair: Preference) -> tuple[int, int] | None:
         counts, sides = Counter(map(str, pair.metadata["votes"])), ("1", "2")
     if not isinstance(counts, dict):
         return None
-    numbers = sorted((int(counts.get(side, 0)) for side in sides), reverse=True)
-    return (numbers[0], numbers[1])
+    one, other = int(counts.get(sides[0], 0)), int(counts.get(sides[1], 0))
+    return max(one, other), min(one, other)

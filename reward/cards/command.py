@@ -144,7 +144,9 @@ def judged_pairs(config: CardConfig, trained: Any) -> list[Any]:
 
 def check_category(category: str, pairs: list[Any]) -> None:
     """Raise UserError where no pair has the field that was asked for."""
-    known = set().union(*(pair.metadata for pair in pairs))
+    known: set[str] = set()
+    for pair in pairs:
+        known.update(pair.metadata)
     if category != CATEGORY and category not in known:
         raise UserError(
             f"--category {category}: no pair has this field in its metadata.{did_you_mean(category, known)} "
@@ -243,9 +245,10 @@ def show(card: dict[str, Any], config: CardConfig) -> None:
         print(json.dumps(card, indent=2, ensure_ascii=False))
         return
     accuracy = card["accuracy"]
-    interval = (
-        "" if accuracy["low"] is None else f" ({accuracy['low']:.3f} to {accuracy['high']:.3f})"
-    )
+    interval = ""
+    # one group has none
+    if accuracy["low"] is not None:
+        interval = f" ({accuracy['low']:.3f} to {accuracy['high']:.3f})"
     print(f"{card['title']}: {card['verdict']}; accuracy {accuracy['accuracy']:.3f}{interval}")
     for reason in card["reasons"]:
         print(f"- {reason['severity']}: {reason['sentence']}")

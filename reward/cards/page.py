@@ -43,7 +43,12 @@ def card_text(card: dict[str, Any]) -> str:
         _scores,
         _mistakes,
     )
-    parts = filter(None, (section(card) for section in sections))
+    parts = []
+    for section in sections:
+        text = section(card)
+        # a card without what a section is about has no such section
+        if text:
+            parts.append(text)
     return "\n\n".join(parts) + "\n"
 
 
@@ -70,10 +75,8 @@ def _accuracy(card: dict[str, Any]) -> str:
         shown = card[key] if len(card[key]) > 1 else {}
         for name, part in shown.items():
             parts[f"{field} {name}"] = part
-    table = _table(
-        ("", "accuracy", "95 % interval", "n", "pairs"),
-        [_accuracy_cells(name, part) for name, part in parts.items()],
-    )
+    rows = [_accuracy_cells(name, part) for name, part in parts.items()]
+    table = _table(("", "accuracy", "95 % interval", "n", "pairs"), rows)
     return f"""\
 {card["pairs"]} pairs in {card["groups"]} groups; intervals are 95 % and count groups (n), not pairs.
 
@@ -206,15 +209,17 @@ def _calibration(card: dict[str, Any]) -> str:
     after, temperature = before["after"], before["temperature"]
     rows = []
     # before and after its temperature
+    measures = ("log_loss", "brier", "ece", "ece_expected")
     for name, part in (("sigmoid(gap)", before), ("sigmoid(gap / temperature)", after)):
+        # None: too few groups to fit one on others
         if part is not None:
-            numbers = (part[key] for key in ("log_loss", "brier", "ece", "ece_expected"))
-            rows.append((name, *map("{:.4f}".format, numbers)))
+            rows.append((name, *map("{:.4f}".format, map(part.get, measures))))
     header = ("probability", "log-loss", "Brier score", "ECE", "ECE of a calibrated model")
     bins = []
-    for b in before["bins"]:
-        confidence, accuracy = f"{b['confidence']:.3f}", f"{b['accuracy']:.3f}"
-        bins.append((f"{b['from']:.2f} to {b['to']:.2f}", b["pairs"], confidence, accuracy))
+    for entry in before["bins"]:
+        place = f"{entry['from']:.2f} to {entry['to']:.2f}"
+        confidence, accuracy = f"{entry['confidence']:.3f}", f"{entry['accuracy']:.3f}"
+        bins.append((place, entry["pairs"], confidence, accuracy))
     shown = "infinite" if temperature is None else f"{temperature:.3f}"
     fitted = "each fifth of the groups with the temperature of the others"
     if before["temperature_from"] != "these pairs":
@@ -280,17 +285,18 @@ of four scores highest (by chance 0.25); Ties is the benchmark's own sum (arXiv 
 
 
 def _scores(card: dict[str, Any]) -> str:
-    scores = card["scores"]
-    rows = [(side, *map("{:.3f}".format, values.values())) for side, values in scores.items()]
+    scores, rows = card["scores"], []
+    for side, values in scores.items():
+        rows.append((side, *map("{:.3f}".format, values.values())))
     return f"## Scores (raw)\n\n{_table(('', *scores['chosen']), rows)}"
 
 
 def _mistakes(card: dict[str, Any]) -> str:
     lines = ["## Surest mistakes", ""] if card["mistakes"] else []
-    for m in card["mistakes"]:
-        prompt, chosen, rejected = (clip(m[key], 160) for key in ("prompt", "chosen", "rejected"))
-        lines += [f"- gap {m['gap']:.2f}: {prompt}", f"  - chosen: {chosen}"]
-        lines.append(f"  - rejected: {rejected}")
+    for mistake in card["mistakes"]:
+        lines.append(f"- gap {mistake['gap']:.2f}: {clip(mistake['prompt'], 160)}")
+        lines.append(f"  - chosen: {clip(mistake['chosen'], 160)}")
+        lines.append(f"  - rejected: {clip(mistake['rejected'], 160)}")
     return "\n".join(lines)
 
 
@@ -319,11 +325,13 @@ def plot_reliability(calibration: dict[str, Any], path: str | Path) -> None:
         part = part or calibration.get("after")
         if not part:
             continue
-        bins = part["bins"]
-        pairs = np.array([b["pairs"] for b in bins])
-        confidence = [b["confidence"] for b in bins]
-        accuracy = [b["accuracy"] for b in bins]
-        sizes = 20 + 300 * pairs / pairs.sum()
+        pairs, confidence, accuracy = [], [], []
+        for entry in part["bins"]:
+            pairs.append(entry["pairs"])
+            confidence.append(entry["confidence"])
+            accuracy.append(entry["accuracy"])
+        # areas: a large bin says more
+        sizes = 20 + 300 * np.array(pairs) / sum(pairs)
         axes.plot(confidence, accuracy, color=colour, linewidth=1)
         axes.scatter(confidence, accuracy, s=sizes, color=colour, alpha=0.6, label=label)
     axes.set(
@@ -342,16 +350,18 @@ def plot_curve(points: list[dict[str, Any]], path: str | Path) -> None:
     """Draw accuracy with its interval against the number of training pairs, in doublings."""
     figure, axes = _axes(5.0, 3.6)
     pairs = np.array([point["training_pairs"] for point in points], float)
-    accuracy = [point["accuracy"] for point in points]
-    middle = np.array([part["accuracy"] for part in accuracy])
-    low = np.array([part["accuracy"] if part["low"] is None else part["low"] for part in accuracy])
-    high = np.array(
-        [part["accuracy"] if part["high"] is None else part["high"] for part in accuracy]
-    )
-    axes.errorbar(pairs, middle, yerr=[middle - low, high - middle], fmt="o-", capsize=3)
+    middle, below, above = [], [], []
+    for point in points:
+        part = point["accuracy"]
+        middle.append(part["accuracy"])
+        # no bar where there is no interval
+        has_interval = part["low"] is not None
+        below.append(part["accuracy"] - part["low"] if has_interval else 0.0)
+        above.append(part["high"] - part["accuracy"] if has_interval else 0.0)
+    axes.errorbar(pairs, middle, yerr=[below, above], fmt="o-", capsize=3)
     axes.axhline(0.5, color="0.6", linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(pairs, [f"{count:.0f}" for count in pairs])
+    axes.set_xticks(pairs, list(map("{:.0f}".format, pairs)))
     axes.minorticks_off()
     axes.set(xlabel="training pairs", ylabel="accuracy on held-out pairs", title="Learning curve")
     figure.savefig(path, dpi=120)

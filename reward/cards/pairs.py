@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 from tqdm import tqdm
@@ -37,6 +37,18 @@ class ScoredPairs:
             )
         if not np.isfinite([self.chosen, self.rejected]).all():
             raise ValueError("a score is not finite")
+
+    @classmethod
+    def of_rows(
+        cls, rows: Sequence[dict[str, Any]], chosen: Sequence[float], rejected: Sequence[float]
+    ) -> Self:
+        """Return rows of `encode_preferences` with the raw scores of their answers."""
+        pairs, chosen_lengths, rejected_lengths = [], [], []
+        for row in rows:
+            pairs.append(row["record"])
+            chosen_lengths.append(len(row["chosen_ids"]))
+            rejected_lengths.append(len(row["rejected_ids"]))
+        return cls(pairs, chosen, rejected, chosen_lengths, rejected_lengths)
 
     @property
     def gaps(self) -> np.ndarray:
@@ -143,10 +155,4 @@ def score_pairs(
         scores = raw_scores(
             reward.model, ids, reward.tokenizer.pad_token_id, batch_size, bar.update
         )
-    return ScoredPairs(
-        [row["record"] for row in rows],
-        scores[: len(rows)],
-        scores[len(rows) :],
-        [len(row["chosen_ids"]) for row in rows],
-        [len(row["rejected_ids"]) for row in rows],
-    )
+    return ScoredPairs.of_rows(rows, scores[: len(rows)], scores[len(rows) :])

@@ -8,6 +8,7 @@ A row has an `id`, a `prompt`, lists of `chosen` and `rejected` answers, and its
 Scores are those of the benchmark's own program (github.com/allenai/reward-bench, rewardbench/utils.py).
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ def read_rows(source: str) -> list[Row]:
     """
     from rlhf.data.sources import sound_rows
 
-    found = [_row(place, columns) for place, columns in sound_rows(source)]
+    found = list(itertools.starmap(_row, sound_rows(source)))
     if not found:
         raise UserError(f"{source}: no row to read")
     return found
@@ -98,7 +99,7 @@ def benchmark(
             raw_scores(reward.model, ids, reward.tokenizer.pad_token_id, batch_size, bar.update)
         )
     for row in kept:
-        row.scores = [next(scores) for _ in row.answers]
+        row.scores = list(itertools.islice(scores, len(row.answers)))
     return summary(kept) | {"source": source, "left_out": len(rows) - len(kept)}
 
 
@@ -148,10 +149,11 @@ def ties(rows: list[Row]) -> dict[str, Any]:
         asked.setdefault(question, {})[kind] = row
     questions = list(asked.values())
     estimate = ties_score(questions)
-    without = np.array(
-        [ties_score(questions[:i] + questions[i + 1 :]) for i in range(len(questions))]
-    )
-    low, high, _ = jackknife_interval(estimate, without)
+    # the score is no mean: it is taken again without each question
+    without = []
+    for place in range(len(questions)):
+        without.append(ties_score(questions[:place] + questions[place + 1 :]))
+    low, high, _ = jackknife_interval(estimate, np.array(without))
     if not math.isfinite(low):
         low = high = None
     return {"score": estimate, "low": low, "high": high, "prompts": len(rows)}
@@ -177,9 +179,13 @@ def ties_score(questions: list[dict[str, Row]]) -> float:
     both = [asked for asked in questions if len(asked) == 2]
     if not both:
         return score
-    tied = np.array([margin(asked["tied"]) for asked in both])
-    spread = np.array([right_spread(asked["tied"]) for asked in both])
-    least = np.minimum(np.array([margin(asked["ref"]) for asked in both]), tied)
+    tied, refs, spreads = [], [], []
+    for asked in both:
+        tied.append(margin(asked["tied"]))
+        refs.append(margin(asked["ref"]))
+        spreads.append(right_spread(asked["tied"]))
+    tied, spread = np.array(tied), np.array(spreads)
+    least = np.minimum(refs, tied)
     with np.errstate(divide="ignore", invalid="ignore"):
         close = np.nan_to_num(np.tanh(least / spread - 1), nan=0.0)
     score += 0.2 * float(np.mean(tied > spread)) + 0.2 * float(np.mean(least > spread))

@@ -110,8 +110,9 @@ def verdict(card: dict[str, Any]) -> dict[str, Any]:
         *_of_slices(card),
         *_of_people(card.get("ceiling")),
     ]
-    if any(reason["kind"] == "length_detector" for reason in reasons):
-        # which says all that there is to say of length
+    kinds = {reason["kind"] for reason in reasons}
+    # which says all that there is to say of length
+    if "length_detector" in kinds:
         reasons = [reason for reason in reasons if not _is_about_length(reason)]
     for reason in reasons:
         reason["sentence"] = SENTENCES[reason["kind"]].format(**reason)
@@ -223,8 +224,11 @@ def doubts(card: dict[str, Any]) -> list[str]:
     """Return what a card says against learning from its reward model, one sentence each; that
     something was not measured is no doubt.
     """
-    reasons = verdict(card)["reasons"]
-    return [r["sentence"] for r in reasons if r["kind"] != "on_policy_unknown"]
+    sentences = []
+    for reason in verdict(card)["reasons"]:
+        if reason["kind"] != "on_policy_unknown":
+            sentences.append(reason["sentence"])
+    return sentences
 
 
 def doubts_of(folder: str | Path) -> list[str]:
