@@ -318,7 +318,7 @@ class DeepSpeedEngine(OptimizerEngine):
         self._measured_norms.clear()
         with self._norm_is_nan() if discard else contextlib.nullcontext():
             self.engine.step()
-        if self._measured_norms:
+        if self.stage > 0 and not discard:
             self.group_norms = self._combine_measured_norms()
         if self.stage == 3:
             # it is always added to (see `backward`), so it is emptied here
@@ -330,17 +330,22 @@ class DeepSpeedEngine(OptimizerEngine):
         return norm if reported is None else float(reported)
 
     def _combine_measured_norms(self) -> tuple[float, ...]:
-        """Return the norm of each parameter group; ZeRO-3 divides groups into sub-groups and
-        measures those.
+        """Return the norm of each parameter group, NaN for one that is not finite; ZeRO-3 divides
+        groups into sub-groups and measures those.
         """
+        count = len(self.optimizer.param_groups)
+        if not self._measured_norms:
+            # ZeRO drops a step before it measures one, if it looks at the gradients themselves
+            return (math.nan,) * count
         group_of = (
             self.optimizer.sub_group_to_group_id
             if self.stage == 3
             else range(len(self._measured_norms))
         )
-        squares = [0.0] * len(self.optimizer.param_groups)
+        squares = [0.0] * count
         for index, norm in enumerate(self._measured_norms):
-            squares[group_of[index]] += float(norm) ** 2
+            # ZeRO gives -1 for one that is not finite
+            squares[group_of[index]] += float(norm) ** 2 if norm >= 0 else math.nan
         return tuple(map(math.sqrt, squares))
 
     @contextlib.contextmanager
