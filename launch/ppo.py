@@ -66,20 +66,27 @@ def main(argv: list[str] | None = None) -> None:
     record_scorers(run, config.reward, scorers)
 
     # policy, reference, critic and reward model as roles
-    models = model_weights(scorers)
-    on_base = find_reward_roles(models, initial)
-    role = on_base[0] if on_base else None
-    critic = critic_start(config, role, models.get(role, 0.0), other_scorers(scorers, role))
+    weight_of_model = model_weights(scorers)
+    on_base = find_reward_roles(weight_of_model, initial)
+    # the folder of the one that the critic may start from or read
+    reward_path = on_base[0] if on_base else None
+    critic = critic_start(
+        config,
+        reward_path,
+        weight_of_model.get(reward_path, 0.0),
+        other_scorers(scorers, reward_path),
+    )
     if len(on_base) > 1:
         run.log(f"{len(on_base)} reward models share the policy's base: {', '.join(on_base)}")
-    run.log(critic.describe(role))
+    run.log(critic.describe(reward_path))
     engine = stages.sampling_engine(run, initial)
+    # its scorer needs the roles, and follows
     evaluation = stages.evaluation(run, initial, None, engine)
     kind = Roles if config.use_peft else WholeRoles
     roles = kind(
         initial,
         stages.new_lora(run, initial),
-        role,
+        reward_path,
         config.gradient_checkpointing,
         critic=critic.source,
         ema_reference=config.reference_ema is not None,
@@ -136,13 +143,15 @@ def model_weights(scorers) -> dict[str, float]:
     return weights
 
 
-def other_scorers(scorers, role: str | None) -> dict[str, float]:
-    """Return name -> weight of what the reward model `role` does not know of the total score."""
+def other_scorers(scorers, reward_path: str | None) -> dict[str, float]:
+    """Return name -> weight of what the reward model at `reward_path` does not know of the total
+    score.
+    """
     from reward.specs import ModelSpec
 
     others: dict[str, float] = {}
     for spec in scorers:
-        if role not in spec.model_folders:
+        if reward_path not in spec.model_folders:
             others[spec.name] = spec.weight
         elif not isinstance(spec, ModelSpec):
             others[f"the other members of {spec.name}"] = spec.weight
@@ -150,8 +159,8 @@ def other_scorers(scorers, role: str | None) -> dict[str, float]:
 
 
 def model_builder(roles, loaded, tokens: int = 0):
-    """Return how `build_scorer` builds a reward model: a role reads ids on the shared base, others
-    are loaded by `loaded`, a `RewardModels`.
+    """Return the function by which `build_scorer` makes a scorer of a ModelSpec: one of the roles,
+    which read ids on the shared base, or a model of its own, loaded by `loaded`, a `RewardModels`.
 
     `tokens` bounds the passes of roles.
     """

@@ -23,7 +23,7 @@ def masked_sum_rows(values: Tensor, mask: Tensor) -> Tensor:
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
     """Return the sum over true entries divided by `count`, by default the number of true entries.
 
-    A loss over several micro-batches or ranks passes the count of the whole step, so that its parts
+    A loss over several micro-batches or ranks passes the count of all its tokens, so that its parts
     add up to the mean over all tokens however unevenly they are cut.
     """
     total = masked_sum(values, mask)

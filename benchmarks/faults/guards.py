@@ -203,7 +203,7 @@ def play(fault: Fault, make: Callable[[Fault, Callable], PPOTrainer]) -> Seen:
 
     def note() -> None:
         seen.found += [
-            (decision, seen.updates) for decision in trainer.guards.decided.drain_events()
+            (decision, seen.updates) for decision in trainer.guards.decisions.drain_events()
         ]
 
     trainer = make(fault, score)
@@ -231,7 +231,7 @@ def play(fault: Fault, make: Callable[[Fault, Callable], PPOTrainer]) -> Seen:
         except BadScore:
             seen.end = f"stopped at step {trainer.steps_done + 1} by the scorer's message"
     note()
-    seen.events = trainer.guards.decided.events
+    seen.events = trainer.guards.decisions.events
     return seen
 
 
@@ -255,7 +255,7 @@ def spoil(trainer: PPOTrainer, fault: Fault, seen: Seen, note: Callable[[], None
 
     def spoiled_rates(step: int) -> list[float]:
         # what happened once does not come again
-        over = fault.last is not None and trainer.guards.decided.rollbacks
+        over = fault.last is not None and trainer.guards.decisions.rollbacks
         absurd = fault.rate if fault.rate and fault.strikes(step + 1) and not over else None
         return [absurd or rates(step)[0], *rates(step)[1:]]
 

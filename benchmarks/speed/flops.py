@@ -130,10 +130,10 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     all, one epoch.
     """
     from rlhf.data.records import Prompt
-    from rlhf.engines.batched import prepare
+    from rlhf.engines.batched import try_cache
     from rlhf.model.adapters import lora_config
     from rlhf.model.loading import InitialModel
-    from rlhf.model.packing import packs
+    from rlhf.model.packing import try_packing
     from rlhf.options.ppo import PPOConfig
     from rlhf.ppo.rollout import role_scorer
     from rlhf.ppo.trainer import PPOTrainer, TrainingData
@@ -172,9 +172,9 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
         config, roles, role_scorer(roles, PAD, shape.rows // 2), data, DistributedContext()
     )
     # tried once for each model, not counted
-    prepare(roles.model)
+    try_cache(roles.model)
     for model in roles.models:
-        packs(model, 1)
+        try_packing(model)
     flops = measured(lambda: trainer.step(0))
     return trainer.budget, flops
 

@@ -298,7 +298,7 @@ def answers_of_policy(
     from tqdm import tqdm
 
     from rlhf.data.encode import decode_response, encode_prompts
-    from rlhf.engines.batched import generate, prepare
+    from rlhf.engines.batched import generate, try_cache
     from rlhf.engines.sampling import Sampling, sample_key
     from rlhf.model.tokenizer import stop_ids
     from rlhf.options.shared import NOISE_VERSION
@@ -310,7 +310,7 @@ def answers_of_policy(
     spent = Budget()
     spent.watch(model)
     # the trial of the cache is not sampling: make it before counting starts
-    prepare(model)
+    try_cache(model)
 
     index = {id(record): i for i, record in enumerate(records)}
     prompt_index = [index[id(row["record"])] for row in rows]

@@ -69,8 +69,11 @@ def generate(
         model.train(was_training)
 
 
-def prepare(model: nn.Module) -> None:
-    """Try what a model's cache allows, once for each model, by passes that belong to no sampling."""
+def try_cache(model: nn.Module) -> None:
+    """Try what a model's cache allows, once for each model, by passes over a few tokens.
+
+    `generate` does so by itself; who counts passes calls this beforehand.
+    """
     if not slots_are_exact(model):
         hf.cache_is_exact(model)
 

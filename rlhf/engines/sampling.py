@@ -21,9 +21,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # token ids in a block. It is part of the noise: whoever changes it, or anything below that gives a
 # token another noise, raises rlhf.options.shared.NOISE_VERSION
@@ -64,8 +65,27 @@ class Completions:
 # called with the row, the id and the log-probability of a token when it is drawn; the response ends
 # with it where the call returns True
 EachToken = Callable[[int, int, float], bool | None]
-# an engine that samples: any function with the signature of rlhf.engines.hf.generate
-Generate = Callable[..., Completions]
+
+
+class Generate(Protocol):
+    """An engine that samples: rlhf.engines.batched.generate, hf.generate, or a VllmEngine."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        prompt_ids: list[list[int]],
+        keys: list[int],
+        sampling: Sampling,
+        stop_ids: list[int],
+        pad_id: int,
+        batch_size: int = 64,
+        progress: Callable[[int], None] | None = None,
+    ) -> Completions:
+        """Sample one response per prompt with the adapter that is active now.
+
+        keys: of the noise of each response, see `sample_key`. stop_ids: tokens that end a response.
+        At most `batch_size` rows are computed together. `progress(n)` is called when n more are done.
+        """
 
 
 def sample_key(seed: int, purpose: str, prompt_ids: list[int], sample: int) -> int:

@@ -108,10 +108,10 @@ def response_logprobs(
     else:
         logits = _own_logits(model, ids, attention, places)
         logprobs, entropy = selected_logprobs(logits, chosen, temperature)
-    return spread(logprobs, mask), spread(entropy, mask)
+    return scatter_to_mask(logprobs, mask), scatter_to_mask(entropy, mask)
 
 
-def spread(numbers: Tensor, mask: Tensor) -> Tensor:
+def scatter_to_mask(numbers: Tensor, mask: Tensor) -> Tensor:
     """Return (B, T) with `numbers` (n,) where the mask is true, in row order, and 0 elsewhere."""
     zeros = torch.zeros(mask.shape, dtype=numbers.dtype, device=mask.device)
     return zeros.masked_scatter(mask, numbers)

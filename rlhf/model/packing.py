@@ -199,21 +199,28 @@ _PACKS: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
 
 def packs(model: nn.Module, length: int) -> bool:
-    """Return whether packed rows of up to `length` tokens are the same function as single ones.
-
-    Tried once for each model on a few tokens, which says what a model does with positions, with
-    masks and with arguments that it passes on.
-    """
-    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if causal not in _PACKS:
-        _PACKS[causal] = _try_packing(model)
-    if not _PACKS[causal]:
+    """Return whether packed rows of up to `length` tokens are the same function as single ones."""
+    if not try_packing(model):
         return False
     window = smallest_window(model)
     return window is None or length <= window
 
 
-def _try_packing(model: nn.Module) -> bool:
+def try_packing(model: nn.Module) -> bool:
+    """Return whether packed rows of any length that a window allows are the same function as single
+    ones.
+
+    Tried once for each model, by passes over a few tokens, which say what a model does with
+    positions, with masks and with arguments that it passes on. Who counts passes, or must not make
+    them later, calls this beforehand.
+    """
+    causal = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if causal not in _PACKS:
+        _PACKS[causal] = _packing_is_exact(model)
+    return _PACKS[causal]
+
+
+def _packing_is_exact(model: nn.Module) -> bool:
     decoder, _ = decoder_and_head(model)
     config = decoder.config.get_text_config()
     if config._attn_implementation != "sdpa":

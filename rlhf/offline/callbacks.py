@@ -199,7 +199,7 @@ class RunCallback(TrainerCallback):
                 control.should_training_stop = True
                 # it would take the place of one from before the fault
                 control.should_save = False
-        for event in self.guards.decided.drain_events():
+        for event in self.guards.decisions.drain_events():
             self.run.tracker.table("guards", [asdict(event)], event.step)
             self.run.log(
                 f"guard {event.guard} at step {event.step}: {event.action}: {event.reason}"
@@ -212,7 +212,7 @@ class RunCallback(TrainerCallback):
         """
         if self.stop_reason:
             more["stopped"] = self.stop_reason
-        self.run.finish(headline, budget, guards=self.guards.decided.events, **more)
+        self.run.finish(headline, budget, guards=self.guards.decisions.events, **more)
         if self.stop_reason:
             raise EarlyExit(f"{self.run.program}: stopped by {self.stop_reason}", EXIT_GUARD)
 

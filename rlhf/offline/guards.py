@@ -33,7 +33,7 @@ class OfflineGuards:
 
     def __init__(self, program: str, overrides: dict[str, Any] | None = None):
         self.guards = check_guards(overrides or {}, OFFLINE_GUARDS[program])
-        self.decided = Decisions(self.guards)
+        self.decisions = Decisions(self.guards)
         self.is_on_pairs = program in ON_PAIRS
         # losses of the last steps that were no fault
         self.recent: list[float] = []
@@ -62,7 +62,7 @@ class OfflineGuards:
         if "max_kl" in self.guards and "eval/kl/sequence" in metrics:
             kl, bound = metrics["eval/kl/sequence"], self.guards["max_kl"].threshold
             what = f"eval/kl/sequence is {kl:.3g}, above {bound:g}"
-            found.append(self.decided.sustained("max_kl", step, kl > bound, kl, bound, what))
+            found.append(self.decisions.sustained("max_kl", step, kl > bound, kl, bound, what))
         if "chosen_logprob" in self.guards and "dpo/logprob_chosen" in metrics:
             found.append(self._chosen_logprob(step, metrics["dpo/logprob_chosen"]))
         return [decision for decision in found if decision]
@@ -70,11 +70,11 @@ class OfflineGuards:
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state, for JSON."""
         memory = {name: getattr(self, name) for name in _MEMORY}
-        return self.decided.state_dict() | copy.deepcopy(memory)
+        return self.decisions.state_dict() | copy.deepcopy(memory)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        self.decided.load_state_dict(state)
+        self.decisions.load_state_dict(state)
         for name in _MEMORY:
             # an earlier version kept other numbers
             setattr(self, name, copy.deepcopy(state.get(name, getattr(self, name))))
@@ -103,7 +103,7 @@ class OfflineGuards:
     def _divergence(self, step: int, loss: float) -> Decision | None:
         bound = self._bound()
         what = f"loss/total of a step is {loss:.3g}, above {bound:.3g} (its least was {self._reference():.3g})"
-        return self.decided.sustained("divergence", step, loss > bound, loss, bound, what)
+        return self.decisions.sustained("divergence", step, loss > bound, loss, bound, what)
 
     def _spike(self, step: int, loss: float) -> Decision | None:
         """Check one step against those before it: by a share and by their scatter, since a share alone
@@ -117,7 +117,9 @@ class OfflineGuards:
         level = max(mean, self.start) if self.is_on_pairs else mean
         bound = max(guard.threshold * level, mean + DEVIATIONS * deviation)
         what = f"loss/total of a step is {loss:.3g}, above {bound:.3g} (the {guard.window} before had {mean:.3g})"
-        return self.decided.sustained("loss_spike", step, loss > bound, loss, bound, what, window=1)
+        return self.decisions.sustained(
+            "loss_spike", step, loss > bound, loss, bound, what, window=1
+        )
 
     def _chosen_logprob(self, step: int, logprob: float) -> Decision | None:
         """Check that the chosen responses have not lost much of their probability since the first
@@ -130,4 +132,4 @@ class OfflineGuards:
         if not is_far and len(self.first_logprobs) < guard.window:
             self.first_logprobs.append(logprob)
         what = f"dpo/logprob_chosen is {logprob:.3g}, below {bound:.3g} (it began at {begun:.3g})"
-        return self.decided.sustained("chosen_logprob", step, is_far, logprob, bound, what)
+        return self.decisions.sustained("chosen_logprob", step, is_far, logprob, bound, what)

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf.errors import UserError
-from rlhf.model.logprobs import frozen_head_logprobs, head_is_frozen, spread
+from rlhf.model.logprobs import frozen_head_logprobs, head_is_frozen, scatter_to_mask
 from rlhf.model.packing import decoder_and_head, head_is_plain, packed_inputs, packs
 from rlhf.offline.pair_rows import PairRows, is_right_padded
 from rlhf.runs.budget import fused_head_positions
@@ -133,10 +133,10 @@ def scored(causal: nn.Module, rows: PairRows, labels: Tensor) -> FusedCausalLMOu
         if head.bias is not None:
             mean_logits += head.bias.float().mean()
     output = FusedCausalLMOutput(
-        log_probs=spread(logprobs, mask),
-        entropy=spread(entropy, mask),
-        mean_logits=spread(mean_logits, mask),
-        is_top1=spread(is_top1, mask),
+        log_probs=scatter_to_mask(logprobs, mask),
+        entropy=scatter_to_mask(entropy, mask),
+        mean_logits=scatter_to_mask(mean_logits, mask),
+        is_top1=scatter_to_mask(is_top1, mask),
         label_mask=mask,
     )
     # for the budget, which has counted them above

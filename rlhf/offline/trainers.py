@@ -18,7 +18,7 @@ from rlhf.model.adapters import use_adapter
 from rlhf.model.dropout import disable_dropout
 from rlhf.model.files import first_line
 from rlhf.model.loading import InitialModel, write_identity
-from rlhf.model.packing import packs
+from rlhf.model.packing import try_packing
 from rlhf.model.quantized import dequantize
 from rlhf.model.weights import check_finite
 from rlhf.offline.callbacks import AlreadyFinished, RunCallback, not_finite
@@ -162,7 +162,7 @@ def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float
         model = trainer.accelerator.unwrap_model(model)
         # tried before training, where ZeRO-3 records which weights a pass reads
         with readable(model):
-            packs(model, 1)
+            try_packing(model)
         if isinstance(trainer, (SFTTrainer, DPOTrainer)):
             own_head = not getattr(trainer, "use_weighting", False)
             pack_forward(model, paired=isinstance(trainer, DPOTrainer), own_head=own_head)

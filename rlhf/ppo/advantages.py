@@ -78,8 +78,9 @@ def shape_scores(
 
 
 def token_rewards(scores: Tensor, kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
-    """r_t = -kl_coef * kl_t, and the response's score is added at its last response token (Ziegler
-    et al. 2019, eq. 2).
+    """Return the rewards of tokens from the scores of responses (Ziegler et al. 2019, eq. 2).
+
+        r_t = -kl_coef kl_t + [t is the response's last token] score
 
     scores (B,), kl and mask (B, T) -> (B, T), 0 where the mask is False.
     """
@@ -172,20 +173,21 @@ class RunningMoments:
     squares: float = 0.0  # sum of squared deviations from the mean
 
     def update(self, values: Tensor) -> None:
+        """Count these numbers, (n,), too."""
         n, values = len(values), values.double()
         mean = float(values.mean())
-        squares, shift, total = (
-            float(((values - mean) ** 2).sum()),
-            mean - self.mean,
-            self.count + n,
-        )
+        squares = float(((values - mean) ** 2).sum())
+        shift = mean - self.mean
+        total = self.count + n
         self.squares += squares + shift**2 * self.count * n / total
         self.mean += shift * n / total
         self.count = total
 
     @property
     def std(self) -> float:
-        """1 as long as all numbers are the same, so that dividing by it does no harm."""
+        """Return the standard deviation; 1 as long as all numbers are the same, so that dividing by
+        it does no harm.
+        """
         return math.sqrt(self.squares / self.count) if self.count and self.squares > 0 else 1.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -206,6 +208,7 @@ class KLController:
     horizon: float = 10_000
 
     def update(self, kl: float, responses: int) -> None:
+        """Adapt the weight after a step."""
         if self.target is not None:
             error = min(max(kl / self.target - 1, -0.2), 0.2)
             self.coef *= 1 + error * responses / self.horizon

@@ -76,8 +76,8 @@ class Batches:
         config = self.config
         for epoch in range(config.num_ppo_epochs):
             order = permutation(count, config.seed, step, epoch)
-            for part, rows in enumerate(order.tensor_split(config.num_mini_batches)):
-                yield (step * config.num_ppo_epochs + epoch) * config.num_mini_batches + part, rows
+            before = (step * config.num_ppo_epochs + epoch) * config.num_mini_batches
+            yield from enumerate(order.tensor_split(config.num_mini_batches), before)
 
     def micro_batches(self, rollout: Rollout, rows: Tensor, number: int) -> list[MicroBatch]:
         """Return this rank's share of the rows of update `number`, in micro-batches; all ranks get
@@ -93,31 +93,36 @@ class Batches:
         if pretraining:
             # a row learns together with its pretraining row
             lengths = torch.maximum(lengths, pretraining["attention"].sum(-1))
-        for places in self.shares(lengths.tolist()):
-            is_idle = not places
-            positions = torch.tensor(places or [0], device=rows.device)
-            at = rows[positions]
-            batch = {name: column[at] for name, column in rollout.batch.items()}
+        for group in self.own_groups(lengths.tolist()):
+            is_idle = not group
+            # positions within `rows`, and within the rollout
+            chosen = torch.tensor(group or [0], device=rows.device)
+            in_rollout = rows[chosen]
+            batch = {name: column[in_rollout] for name, column in rollout.batch.items()}
             if is_idle:
                 batch["mask"] = torch.zeros_like(batch["mask"])
-            own_pretraining = {name: column[positions] for name, column in pretraining.items()}
+            own_pretraining = {name: column[chosen] for name, column in pretraining.items()}
             part = MicroBatch(
-                at, batch, batch["mask"], count, own_pretraining, pretraining_count, is_idle
+                in_rollout, batch, batch["mask"], count, own_pretraining, pretraining_count, is_idle
             )
             parts.append(part)
         return parts
 
-    def shares(self, lengths: list[int]) -> list[list[int]]:
-        """Return this rank's rows of these lengths in groups, as many as on the rank with most."""
+    def own_groups(self, lengths: list[int]) -> list[list[int]]:
+        """Return which of some rows, by their lengths, this rank takes together, one group a pass.
+
+        There are as many groups as on the rank with most; those that are missing are empty.
+        """
         world = self.world
-        shares = []
+        # of all ranks, since each has to know how many passes the others make
+        by_rank = []
         for rank in range(world.size):
             own = range(len(lengths) * rank // world.size, len(lengths) * (rank + 1) // world.size)
             groups = group_rows([lengths[i] for i in own], *self.limits())
-            shares.append([[own[i] for i in group] for group in groups])
-        most = max(1, *map(len, shares))
-        idle: list[list[int]] = [[]] * (most - len(shares[world.rank]))
-        return shares[world.rank] + idle
+            by_rank.append([[own[i] for i in group] for group in groups])
+        most = max(1, *map(len, by_rank))
+        idle: list[list[int]] = [[]] * (most - len(by_rank[world.rank]))
+        return by_rank[world.rank] + idle
 
     def limits(self) -> tuple[int, int]:
         """Return how many tokens, and how many rows, go through one pass at most."""

@@ -41,7 +41,9 @@ class Experience:
 
 
 class Estimator:
-    """Turns rollouts into experience, with what that remembers of earlier ones."""
+    """Turns rollouts into experience. It remembers of earlier ones the KL's weight, the moments of
+    scores, and those of responses' rewards.
+    """
 
     def __init__(self, config: PPOConfig):
         self.config = config
@@ -126,7 +128,7 @@ class Estimator:
             metrics["score/std_running"] = self.score_moments.std
         return {name: float(value) for name, value in metrics.items()}
 
-    def spread(self, scores: Tensor) -> float:
+    def largest_difference(self, scores: Tensor) -> float:
         """Return the largest difference between scores (N,) that are compared: of one prompt's
         samples, or of all.
         """
@@ -146,6 +148,7 @@ class Estimator:
         return {
             "kl_coef": self.kl.coef,
             "scores": self.score_moments.state_dict(),
+            # its name in checkpoints from the start
             "returns": self.reward_moments.state_dict(),
         }
 

@@ -74,7 +74,7 @@ class Guards:
         self.monitored = [watched_metric(name) for name in names]
         self.spreads = [watched_metric(name) for name in spreads]
         counts = ("skipped_updates", "skipped_rollouts", "shortened_rollouts")
-        self.decided = Decisions(self.guards, counts)
+        self.decisions = Decisions(self.guards, counts)
         self._remember({})
 
     def update(self, step: int, numbers: dict[str, float]) -> Decision | None:
@@ -106,33 +106,33 @@ class Guards:
         return self._fault("not_finite", "rollouts", step, step, math.nan, None, message)
 
     def first(
-        self, step: int, metrics: dict[str, float], spread: float, responses: int
+        self, step: int, metrics: dict[str, float], difference: float, responses: int
     ) -> Decision | None:
         """Check the metrics of the rollout before the run's first update; return the most severe
         decision.
 
-        spread: the largest difference between scores that are compared, all or those of one
-        prompt's samples.
+        difference: the largest one between scores that are compared, all or those of one prompt's
+        samples.
         """
         found, ended = [], metrics["response/ended"]
         if ended == 0 and self.guards["truncation"].action != "off":
             what = "before the first update no response has ended"
             found.append(
-                self.decided.decide(
+                self.decisions.decide(
                     "truncation", "warn", step, 1.0, self.guards["truncation"].threshold, what, step
                 )
             )
         action = self.guards["no_signal"].action
-        if spread <= NOTHING and responses > 1 and action != "off":
+        if difference <= NOTHING and responses > 1 and action != "off":
             what = f"before the first update the scores that are compared are all alike, {metrics['score/total']:.3g}"
             found.append(
-                self.decided.decide("no_signal", action, step, spread, NOTHING, what, step)
+                self.decisions.decide("no_signal", action, step, difference, NOTHING, what, step)
             )
         guard, r = self.guards["length_detector"], metrics.get("score/length_correlation", 0.0)
         if abs(r) > guard.threshold and responses >= ENOUGH and guard.action != "off":
             what = f"the correlation of score/raw with length over the first {responses} responses is {r:+.2f}"
             found.append(
-                self.decided.decide(
+                self.decisions.decide(
                     "length_detector", guard.action, step, r, guard.threshold, what, step
                 )
             )
@@ -173,10 +173,10 @@ class Guards:
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state, for JSON."""
         memory = {name: getattr(self, name) for name in _MEMORY}
-        return self.decided.state_dict() | copy.deepcopy(memory)
+        return self.decisions.state_dict() | copy.deepcopy(memory)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.decided.load_state_dict(state)
+        self.decisions.load_state_dict(state)
         self._remember(state)
 
     def rolled_back(self, decision: Decision, state: dict[str, Any] | None) -> None:
@@ -186,10 +186,10 @@ class Guards:
         """
         if decision.action != "rollback":
             raise ValueError(f"{decision.guard} asked to {decision.action}, not to roll back")
-        self.decided.restore_streaks(state or {})
+        self.decisions.restore_streaks(state or {})
         self._remember(state or {})
-        self.decided.rollbacks += 1
-        self.decided.rate_scale /= 2
+        self.decisions.rollbacks += 1
+        self.decisions.rate_scale /= 2
 
     def _remember(self, state: dict[str, Any]) -> None:
         state = copy.deepcopy(state)
@@ -245,12 +245,12 @@ class Guards:
             action, of = "stop", "updates" if kind == "updates" else "rollouts"
             what += f", and {len(self.faults[kind])} of the last {window} {of} had to be skipped"
         if action == "skip":
-            self.decided.counts[
+            self.decisions.counts[
                 "skipped_rollouts" if kind == "rollouts" else "skipped_updates"
             ] += 1
         if action == "end":
-            self.decided.counts["shortened_rollouts"] += 1
-        return self.decided.decide(name, action, step, value, bound, what, step)
+            self.decisions.counts["shortened_rollouts"] += 1
+        return self.decisions.decide(name, action, step, value, bound, what, step)
 
     # whole steps
 
@@ -262,7 +262,7 @@ class Guards:
             return None
         value, bound = values[metric], self.guards[name].threshold
         what = f"{metric} is {value:.3g}, above {bound:g}"
-        return self.decided.sustained(name, step, value > bound, value, bound, what)
+        return self.decisions.sustained(name, step, value > bound, value, bound, what)
 
     def _check_negative_kl(self, step: int, values: dict[str, float]) -> Decision | None:
         """Check that kl/sequence + threshold * its standard error is not below 0."""
@@ -271,7 +271,7 @@ class Guards:
         mean, error = values["kl/sequence"], values["kl/sequence_se"]
         most = mean + self.guards["negative_kl"].threshold * error
         what = f"kl/sequence is {mean:.3g} with a standard error of {error:.2g}"
-        return self.decided.sustained("negative_kl", step, most < -ROUNDING, most, 0.0, what)
+        return self.decisions.sustained("negative_kl", step, most < -ROUNDING, most, 0.0, what)
 
     def _check_against_baseline(
         self, name: str, step: int, metric: str, values: dict[str, float], key: str | None = None
@@ -292,7 +292,7 @@ class Guards:
         bound = high if value > high else low
         side = "above" if value > high else "below"
         what = f"{metric} is {value:.3g}, {side} {bound:.3g} (it began at {mean:.3g})"
-        return self.decided.sustained(name, step, bad, value, bound, what, key)
+        return self.decisions.sustained(name, step, bad, value, bound, what, key)
 
     def _check_hacking(self, step: int, name: str, values: dict[str, float]) -> Decision | None:
         """Check that score/raw does not rise while the monitored score falls, between the halves of
@@ -309,7 +309,7 @@ class Guards:
         rise, fall = trend([a for a, _ in series]), -trend([b for _, b in series])
         bad = fall > guard.threshold and rise > guard.threshold / 2
         what = f"over {guard.window} steps {name} fell by {fall:.1f} standard errors while score/raw rose by {rise:.1f}"
-        return self.decided.sustained(
+        return self.decisions.sustained(
             "hacking", step, bad, fall, guard.threshold, what, name, IN_A_ROW
         )
 
@@ -344,17 +344,6 @@ def trend(values: list[float]) -> float:
     squares = sum(r * r for part in halves for r in _residuals(part))
     scatter = max(math.sqrt(squares / (2 * half - 4)), 1e-6 * max(map(abs, means)), 1e-12)
     return (means[1] - means[0]) / (scatter * math.sqrt(2 / half))
-
-
-def repetition(ids: list[int], n: int = 4) -> float:
-    """Return the share of n-grams that occurred earlier in the same response (seq-rep-n, Welleck et
-    al. 2020).
-
-    Ordinary text often repeats pairs of tokens, but rarely four in a row. With fewer than n tokens
-    it is 0.
-    """
-    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _residuals(values: list[float]) -> list[float]:

@@ -66,7 +66,7 @@ class TrainingLoop:
         """Log a step; then evaluate and write a checkpoint where one belongs."""
         run, config = self.run, self.run.config
         is_last = step == config.total_steps
-        events = self.trainer.guards.decided.drain_events()
+        events = self.trainer.guards.decisions.drain_events()
         is_pending = self.trainer.pending_decision is not None
 
         # skipped rollouts and steps that a guard ends are always logged
@@ -133,7 +133,7 @@ class TrainingLoop:
         # resumed
         self.save_checkpoint(kept.step, kept.metadata["score"])
         self.run.log(
-            f"back to {kept.folder}, with step sizes times {self.trainer.guards.decided.rate_scale:g}"
+            f"back to {kept.folder}, with step sizes times {self.trainer.guards.decisions.rate_scale:g}"
         )
         return True
 
@@ -167,7 +167,7 @@ class TrainingLoop:
 
         self.save_policy(run.folder)
         result: dict[str, Any] = {
-            "guards": trainer.guards.decided.events,
+            "guards": trainer.guards.decisions.events,
             "steps": trainer.steps_done,
         }
         if stopped:

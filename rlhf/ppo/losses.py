@@ -1,7 +1,8 @@
 """The losses of PPO as functions of tensors: policy, critic, KL, pretraining text.
 
-`count` is the number of response tokens of the whole step, over all micro-batches and ranks: each
-part brings its own sum divided by it, so that the parts add up to the mean.
+`count` is the number of response tokens of the whole update (one optimizer step), over all
+micro-batches and ranks: each part brings its own sum divided by it, so that the parts add up to the
+mean.
 """
 
 from collections.abc import Callable

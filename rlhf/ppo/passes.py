@@ -9,10 +9,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from rlhf.options.ppo import PPOConfig
+from rlhf.ppo import losses
 from rlhf.ppo.advantages import KL_ESTIMATORS
 from rlhf.ppo.batches import MicroBatch
 from rlhf.ppo.experience import Estimator, Experience
-from rlhf.ppo.losses import kl_loss, policy_loss, ptx_loss, value_loss
 from rlhf.roles.one_base import Roles
 from rlhf.tensors import masked_mean
 
@@ -35,7 +35,7 @@ class LossPasses:
     def policy_pass(
         self, experience: Experience, part: MicroBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return L_policy, with the KL and the entropy where they count in the loss, and metrics."""
+        """Return `policy_loss` from a pass through the policy."""
         learns = bool(self.config.entropy_coef)
         found = self.roles.logprobs(part.batch, self.config.temperature, entropy_learns=learns)
         return self.policy_loss(experience, part, *found)
@@ -54,9 +54,11 @@ class LossPasses:
     def policy_loss(
         self, experience: Experience, part: MicroBatch, logprobs: Tensor, entropy: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return L_policy of log-probabilities and entropies (B, T), with what else counts."""
+        """Return L_policy of log-probabilities and entropies (B, T), with the KL and the entropy
+        where they count in the loss, and metrics.
+        """
         config, rollout, rows = self.config, experience.rollout, part.rows
-        loss, metrics = policy_loss(
+        loss, metrics = losses.policy_loss(
             logprobs,
             rollout.logprobs[rows],
             experience.advantages[rows],
@@ -74,7 +76,9 @@ class LossPasses:
         }
         if config.kl_in == "loss":
             estimator = KL_ESTIMATORS[config.kl_estimator]
-            kl = kl_loss(logprobs, rollout.penalty_logprobs[rows], part.mask, estimator, part.count)
+            kl = losses.kl_loss(
+                logprobs, rollout.penalty_logprobs[rows], part.mask, estimator, part.count
+            )
             metrics["loss/kl"] = self.estimator.kl.coef * kl
             loss = loss + metrics["loss/kl"]
         if config.entropy_coef:
@@ -85,7 +89,7 @@ class LossPasses:
     def value_pass(
         self, experience: Experience, part: MicroBatch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return vf_coef L_value, and metrics."""
+        """Return `value_loss` from a pass through the critic."""
         return self.value_loss(experience, part, self.roles.values(part.batch))
 
     def value_loss(
@@ -93,7 +97,7 @@ class LossPasses:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return vf_coef L_value of values (B, T), and metrics."""
         old_values, returns = experience.rollout.values[part.rows], experience.returns[part.rows]
-        loss, metrics = value_loss(
+        loss, metrics = losses.value_loss(
             values, old_values, returns, part.mask, self.config.value_clip_range, part.count
         )
         return self.config.vf_coef * loss, metrics | {"loss/value": loss}
@@ -105,5 +109,5 @@ class LossPasses:
         batch = part.pretraining
         mask = batch["mask"] & (not part.is_idle)
         logprobs, _ = self.roles.logprobs(batch)
-        loss = self.config.ptx_coef * ptx_loss(logprobs, mask, part.pretraining_count)
+        loss = self.config.ptx_coef * losses.ptx_loss(logprobs, mask, part.pretraining_count)
         return loss, {"loss/ptx": loss}

@@ -19,7 +19,6 @@ from rlhf.evaluate import to_samples
 from rlhf.model.logprobs import completion_batch
 from rlhf.model.packing import group_rows, tokens_per_pass
 from rlhf.ppo.advantages import kl_k1, kl_k3
-from rlhf.ppo.guards import repetition
 from rlhf.ranks.distributed import DistributedContext
 from rlhf.roles.one_base import COLUMNS, EMA_REFERENCE, REWARD, Roles
 from rlhf.stats import clustered_se
@@ -40,12 +39,13 @@ class Rollout:
 
     # what a forward pass reads: ids and attention (N, L), positions, responses and mask (N, T)
     batch: dict[str, Tensor]
-    # (N, T) log-probabilities of the policy that sampled, by a pass of the learner or by the engine
+    # (N, T) log-probabilities under the policy that sampled, by a pass of the learner or by the
+    # engine
     logprobs: Tensor
-    # (N, T) log-probabilities of the policy that training began with
+    # (N, T) the same under the policy that training began with
     ref_logprobs: Tensor
-    # (N, T) log-probabilities of the reference of the KL penalty; ref_logprobs unless it follows
-    # the policy
+    # (N, T) the same under what the KL penalty pulls to: the moving average of the policy with
+    # `reference_ema`, else ref_logprobs again
     penalty_logprobs: Tensor
     # (N, T) value of the state before each token; 0 without a critic
     values: Tensor
@@ -90,10 +90,9 @@ class RolloutSettings:
 
 @dataclass
 class RolloutCollector:
-    """Samples responses with the policy, scores them and measures them in every role.
+    """Samples responses with the policy, scores them and measures them in every role: `collect`.
 
-    To sample with another engine, replace `generate`. `measure` is what gives log-probabilities and
-    values.
+    Another engine takes the place of `generate`.
     """
 
     roles: Roles
@@ -182,13 +181,15 @@ class RolloutCollector:
         return Scores(totals, breakdown)
 
     def _measure(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return what `measure` finds of all rows, each rank measuring its shard."""
+        """Return the (N, T) columns of `Rollout` that a pass gives, each rank measuring its shard of
+        the rows (see `measure`), and this rank's own_states.
+        """
         names = measured_names(self.roles, self.trusts_engine)
         shard = self.world.shard(len(batch["mask"]))
         own = {name: column[shard.start : shard.stop] for name, column in batch.items()}
         settings = self.settings
         found = measure(self.roles, own, names, settings.pass_limits, settings.sampling.temperature)
-        # the largest of them, and no other rank reads it
+        # hidden states are large and stay on this rank, which alone reads them
         measured = {OWN_STATES: found.pop(OWN_STATES, None)}
         for name, part in found.items():
             measured[name] = torch.cat(self.world.gather([part.cpu()])).to(self.world.device)
@@ -199,7 +200,7 @@ class RolloutCollector:
 
 
 def measured_names(roles: Roles, trusts_engine: bool) -> list[str]:
-    """Return what of a rollout has to be measured by passes of its own."""
+    """Return which columns of a rollout passes have to give; the engine may have given logprobs."""
     names = ["ref_logprobs"]
     # a critic on the policy's trunk needs that pass anyway
     if not trusts_engine or (roles.has_critic and roles.critic_trunk == "policy"):
@@ -221,8 +222,10 @@ def measure(
     pass_limits: tuple[int, int],
     temperature: float,
 ) -> dict[str, Tensor]:
-    """Return, of the B rows of a batch, what `names` asks for: logprobs, ref_logprobs,
-    penalty_logprobs and values (B, T), 0 outside the mask; own_states (n, H) of n response tokens.
+    """Return the named columns for the B rows of a batch, by passes of rows of similar length.
+
+    logprobs, ref_logprobs, penalty_logprobs and values are (B, T), 0 outside the mask; own_states
+    (n, H) for the n response tokens, row after row.
     """
     mask = batch["mask"]
     dtype = roles.precision
@@ -248,7 +251,7 @@ def measure(
 def measure_part(
     roles: Roles, part: dict[str, Tensor], names: list[str], temperature: float
 ) -> dict[str, Tensor]:
-    """Return what `measure` does for rows that go through a pass together."""
+    """Return the named columns for rows that go through a pass together, one pass a role."""
     found = {}
     for name, role in LOGPROBS_OF.items():
         if name in names:
@@ -295,6 +298,17 @@ def describe_rollout(rollout: Rollout) -> dict[str, float]:
         applicable = [value for value in values if not math.isnan(value)]
         metrics[f"score/{name}"] = sum(applicable) / len(applicable) if applicable else math.nan
     return {name: float(value) for name, value in metrics.items()}
+
+
+def repetition(ids: list[int], n: int = 4) -> float:
+    """Return the share of n-grams that occurred earlier in the same response (seq-rep-n, Welleck et
+    al. 2020).
+
+    Ordinary text often repeats pairs of tokens, but rarely four in a row. With fewer than n tokens
+    it is 0.
+    """
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def sample_keys(

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from rlhf.data.records import BadScore, Scorer
-from rlhf.engines.batched import generate, prepare
+from rlhf.engines.batched import generate, try_cache
 from rlhf.engines.sampling import Generate, Sampling
 from rlhf.guards import Decision
-from rlhf.model.packing import packs
+from rlhf.model.packing import try_packing
 from rlhf.options.ppo import PPOConfig
 from rlhf.ppo.batches import Batches, TrainingData
 from rlhf.ppo.experience import Estimator, Experience
@@ -136,7 +136,7 @@ class PPOTrainer:
                 decision = self.guards.step(self.steps_done, metrics)
                 if decision is not None and decision.interrupts_run:
                     self.pending_decision = decision
-            metrics |= self.guards.decided.metrics() | self.budget.total(self.world)
+            metrics |= self.guards.decisions.metrics() | self.budget.total(self.world)
             metrics["memory/peak"] = peak_memory(self.world.device)
             on_step(self.steps_done, metrics, rollout)
 
@@ -192,11 +192,11 @@ class PPOTrainer:
         """Return the rollout of `step`, the same on every rank."""
         prompts = self.batches.prompts_of(step)
         with self.learner.readable():
-            # tried once for each model, by passes that belong to no step
+            # what a model allows is found out once, by passes that are not counted
             if self.collector.generate is generate:
-                prepare(self.roles.model)
+                try_cache(self.roles.model)
             for model in self.roles.models:
-                packs(model, 1)
+                try_packing(model)
             with self.budget.counting():
                 rollout = self.collector.collect(prompts, step)
         shard = self.world.shard(len(rollout))
@@ -215,8 +215,8 @@ class PPOTrainer:
         if self.guards.updates:
             return False
         scores = experience.scores
-        spread = self.estimator.spread(scores)
-        decision = self.guards.first(step + 1, metrics, spread, len(scores))
+        difference = self.estimator.largest_difference(scores)
+        decision = self.guards.first(step + 1, metrics, difference, len(scores))
         stops = decision is not None and decision.action == "stop"
         self.pending_decision = decision if stops else None
         return stops
@@ -285,7 +285,7 @@ class PPOTrainer:
         rates = [config.learning_rate]
         if self.roles.critic_learns:
             rates.append(config.critic_rate)
-        return [left * self.guards.decided.rate_scale * rate for rate in rates]
+        return [left * self.guards.decisions.rate_scale * rate for rate in rates]
 
     def update(
         self,
@@ -322,7 +322,8 @@ class PPOTrainer:
                 self.budget.tokens_trained += int(read["attention"].sum())
             for key, value in metrics.items():
                 sums[key] = sums.get(key, 0.0) + value.detach()
-            # with them go the embeddings and their gradient, which checkpointing asks for
+            # the next pass needs the memory: checkpointing keeps the embeddings and their gradient
+            # as long as the loss
             del loss, metrics, value
 
         # the guards judge the sums over all ranks before the weights change

@@ -36,18 +36,18 @@ class CriticStart:
     # as the parameter `critic_trunk` of Roles
     trunk: str = "own"
 
-    def describe(self, role: str | None) -> str:
-        """Return what the critic is, in words. role: the folder of the reward role."""
+    def describe(self, reward_path: str | None) -> str:
+        """Return what the critic is, in words. reward_path: the folder of the reward role."""
         if self.source is None:
             return "no critic (advantage_estimator)"
         if self.trunk == "reward":
-            return f"the critic is fitted to the hidden states of {role} (critic_trunk)"
+            return f"the critic is fitted to the hidden states of {reward_path} (critic_trunk)"
         if self.trunk == "policy":
             return "the critic is a head on the policy's hidden states (critic_trunk)"
         text = f"the critic learns weights of its own, from {self.source} (critic_from)"
         if self.left_out:
             missing = ", ".join(self.left_out)
-            text += f", and starts as {role} times {self.weight:g}; it has yet to learn {missing}"
+            text += f", and starts as {reward_path} times {self.weight:g}; it has yet to learn {missing}"
         return text
 
 

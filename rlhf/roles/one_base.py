@@ -1,7 +1,7 @@
 """One frozen base, four roles: policy, reference, value and reward as LoRA adapters, two of them
 with a scalar head. Further reward models, such as the members of an ensemble, are roles too.
 
-    roles = Roles(foundation, reward_path="runs/reward", ...)
+    roles = Roles(initial, lora, reward_path="runs/reward")
     with roles.use("policy"):
         logprobs, entropy = roles.logprobs(batch)       # hold the role through forward AND backward
 
@@ -38,7 +38,7 @@ from rlhf.model.logprobs import (
     response_logprobs,
     response_places,
     response_states,
-    spread,
+    scatter_to_mask,
     token_logprobs,
 )
 from rlhf.model.packing import decoder_and_head, head_is_plain, hidden_width
@@ -348,7 +348,7 @@ class Roles(nn.Module):
         head = decoder_and_head(self.model)[1]
         chosen = batch["responses"][mask]
         found = token_logprobs(states, head, chosen, temperature, entropy_learns)
-        logprobs, entropy = (spread(numbers, mask) for numbers in found)
+        logprobs, entropy = (scatter_to_mask(numbers, mask) for numbers in found)
         return logprobs, entropy, self.values_of(states, mask)
 
     def states(self, batch: dict[str, Tensor]) -> Tensor:
@@ -357,8 +357,8 @@ class Roles(nn.Module):
         return response_states(self.model, batch["ids"], batch["attention"], places)
 
     def values_of(self, states: Tensor, mask: Tensor) -> Tensor:
-        """Return the critic's values of states (n, H), spread over the mask (B, T)."""
-        return spread(_apply(self.heads["value"], states), mask)
+        """Return the critic's values of states (n, H) at the mask (B, T), 0 elsewhere."""
+        return scatter_to_mask(_apply(self.heads["value"], states), mask)
 
     def values(self, batch: dict[str, Tensor]) -> Tensor:
         """Return the value of the state before each response token, (B, T); inside

@@ -38,7 +38,7 @@ def test_a_loss_twice_its_least_mean_for_five_steps_stops_the_run():
     # 4.0 is not above it; four steps are too few
     assert feed(guards, [4.0] + [4.1] * 4 + [2.0], 21) == []
     assert feed(guards, [4.1] * 5, 41) == [(45, "divergence", "stop")]
-    [event] = guards.decided.events
+    [event] = guards.decisions.events
     assert (
         "loss/total of a step is 4.1, above 4 (its least was 2), 5 times in a row"
         in event["reason"]

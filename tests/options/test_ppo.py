@@ -337,7 +337,7 @@ def test_what_a_guard_takes_back_is_not_made_where_all_that_was_last_is_clipped(
         learner.step(number)
     assert changed == {True: [False] * 10, False: [True] * 10}
     assert sum(clipped) >= 2
-    assert learner.guards.decided.counts["shortened_rollouts"] == 10
+    assert learner.guards.decisions.counts["shortened_rollouts"] == 10
 
 
 def test_a_large_gradient_of_the_critic_shortens_the_step_of_the_policy():

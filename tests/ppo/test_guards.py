@@ -13,7 +13,7 @@ import pytest
 from rlhf.errors import UserError
 from rlhf.guards import Decision
 from rlhf.options.guards import GUARDS, check_guards
-from rlhf.ppo.guards import Guards, check_watched, repetition, trend
+from rlhf.ppo.guards import Guards, check_watched, trend
 from rlhf.runs.metrics import check_names
 
 HEALTHY = {
@@ -75,8 +75,10 @@ def test_clean_noisy_runs_raise_no_alarm():
                 )
                 is None
             )
-        assert guards.decided.events == [] and guards.decided.drain_events() == []
-        assert guards.decided.metrics() == {f"guard/{n}": 0.0 for n in guards.decided.counts} | {
+        assert guards.decisions.events == [] and guards.decisions.drain_events() == []
+        assert guards.decisions.metrics() == {
+            f"guard/{n}": 0.0 for n in guards.decisions.counts
+        } | {
             "guard/rollbacks": 0.0,
             "guard/rate_scale": 1.0,
         }
@@ -97,7 +99,7 @@ def test_a_rollback_goes_behind_the_update_that_did_it():
     guards = Guards({"max_kl": "rollback", "ratio": "rollback"})
     rows = [{}] * 3 + [{"kl/sequence": 200.0}] * 3
     run(guards, rows)
-    assert guards.decided.drain_events()[-1].since == 3
+    assert guards.decisions.drain_events()[-1].since == 3
     assert guards.update(7, {"ppo/ratio": 50.0}).since == 7  # the checkpoint after step 6 is good
 
 
@@ -197,7 +199,7 @@ def test_a_warning_comes_again_only_after_health():
     bad = {"response/repetition": 0.5}
     guards = Guards({"repetition": {"window": 2}})
     assert [step for step, *_ in run(guards, [bad] * 6 + [{}] + [bad] * 6)] == [2, 9]
-    assert guards.decided.metrics()["guard/warnings"] == 2
+    assert guards.decisions.metrics()["guard/warnings"] == 2
 
 
 def test_missing_and_nan_metrics_are_not_judged():
@@ -213,11 +215,11 @@ def test_the_gravest_decision_is_returned_and_all_are_recorded():
     assert run(guards, [{"kl/sequence": 500.0, "response/repetition": 0.9}]) == [
         (1, "max_kl", "stop")
     ]
-    assert [e["guard"] for e in guards.decided.events] == ["max_kl", "repetition"]
-    assert [d.guard for d in guards.decided.drain_events()] == [
+    assert [e["guard"] for e in guards.decisions.events] == ["max_kl", "repetition"]
+    assert [d.guard for d in guards.decisions.drain_events()] == [
         "max_kl",
         "repetition",
-    ] and guards.decided.drain_events() == []
+    ] and guards.decisions.drain_events() == []
 
 
 # before the first update
@@ -230,7 +232,7 @@ def test_the_first_rollout_is_looked_at_before_anything_is_learnt():
     decision = guards.first(1, healthy | {"response/ended": 0.0, "score/total": -1.0}, 0.0, 64)
     assert (decision.guard, decision.action) == ("no_signal", "stop")
     assert "are all alike, -1" in decision.reason and "max_response_length" in decision.reason
-    assert [(e["guard"], e["action"]) for e in guards.decided.events] == [
+    assert [(e["guard"], e["action"]) for e in guards.decisions.events] == [
         ("truncation", "warn"),
         ("no_signal", "stop"),
     ]
@@ -273,7 +275,7 @@ def test_a_number_that_is_not_finite_is_skipped_and_the_fifth_in_twenty_stops():
         None,
         "skip",
     }
-    assert guards.decided.metrics()["guard/skipped_updates"] == 5
+    assert guards.decisions.metrics()["guard/skipped_updates"] == 5
     guards = Guards({})
     row = [guards.update(1, GOOD | {"grad/norm": math.inf}).action for _ in range(5)]
     assert row == ["skip"] * 4 + ["stop"]
@@ -290,7 +292,7 @@ def test_scores_that_are_not_finite_skip_the_rollout():
     assert guards.scores(5, None) is None
     assert guards.scores(7, message).action == "skip"  # step 4 is three back
     assert guards.scores(8, message).action == "stop"
-    assert guards.decided.metrics()["guard/skipped_rollouts"] == 2
+    assert guards.decisions.metrics()["guard/skipped_rollouts"] == 2
 
 
 def test_ratio_is_caught_at_once_upwards_and_downwards():
@@ -332,10 +334,10 @@ def test_target_kl_ends_a_rollout_and_never_the_run():
     guards = Guards({"target_kl": 0.05})
     assert guards.update(1, GOOD | {"ppo/approx_kl": 0.05}) is None
     actions = [guards.update(step, GOOD | {"ppo/approx_kl": 0.06}).action for step in range(1, 50)]
-    assert set(actions) == {"end"} and guards.decided.metrics()["guard/shortened_rollouts"] == 49
-    (event,) = guards.decided.events  # one series, one event, one line in the log
+    assert set(actions) == {"end"} and guards.decisions.metrics()["guard/shortened_rollouts"] == 49
+    (event,) = guards.decisions.events  # one series, one event, one line in the log
     assert (event["step"], event["last_step"], event["times"]) == (1, 49, 49) and len(
-        guards.decided.drain_events()
+        guards.decisions.drain_events()
     ) == 1
 
 
@@ -471,7 +473,7 @@ def test_state_in_the_middle_gives_the_same_later_decisions(cut):
     }
     assert (
         second.state_dict() == whole.state_dict()
-        and second.decided.metrics() == whole.decided.metrics()
+        and second.decisions.metrics() == whole.decisions.metrics()
     )
 
 
@@ -495,14 +497,14 @@ def test_rollbacks_are_counted_over_checkpoints_and_become_a_stop():
     for number in (1, 2):
         decisions = run(guards, [{"kl/sequence": 200.0}] * 3, 4)
         assert decisions == [(6, "max_kl", "rollback")]
-        guards.rolled_back(guards.decided.drain_events()[-1], checkpoint)
+        guards.rolled_back(guards.decisions.drain_events()[-1], checkpoint)
         assert (
-            guards.decided.metrics()["guard/rollbacks"] == number
-            and guards.decided.rate_scale == 0.5**number
+            guards.decisions.metrics()["guard/rollbacks"] == number
+            and guards.decisions.rate_scale == 0.5**number
         )
-        assert guards.decided.streaks["max_kl"] == 0 and len(guards.decided.events) == number
+        assert guards.decisions.streaks["max_kl"] == 0 and len(guards.decisions.events) == number
     assert run(guards, [{"kl/sequence": 200.0}] * 3, 4) == [(6, "max_kl", "stop")]
-    assert "after 2 rollbacks" in guards.decided.events[-1]["reason"]
+    assert "after 2 rollbacks" in guards.decisions.events[-1]["reason"]
     assert checkpoint["rollbacks"] == 0  # a checkpoint taken now holds the count
     assert guards.state_dict()["rollbacks"] == 2
 
@@ -512,10 +514,10 @@ def test_a_rollback_to_the_start_forgets_the_windows():
     decision = guards.update(1, {"ppo/ratio": 99.0})
     assert decision.action == "rollback"
     guards.rolled_back(decision, None)
-    assert (guards.updates, guards.faults, guards.decided.rate_scale) == (0, {}, 0.5)
+    assert (guards.updates, guards.faults, guards.decisions.rate_scale) == (0, {}, 0.5)
     assert guards.update(1, {"ppo/ratio": 99.0}).action == "stop"
     with pytest.raises(ValueError):
-        guards.rolled_back(guards.decided.drain_events()[-1], None)
+        guards.rolled_back(guards.decisions.drain_events()[-1], None)
 
 
 # options
@@ -595,7 +597,7 @@ def test_every_default_is_allowed_and_every_reason_is_written():
 
 
 def test_metric_names_are_in_the_vocabulary():
-    check_names(Guards({}).decided.metrics())
+    check_names(Guards({}).decisions.metrics())
 
 
 def test_the_page_shows_the_defaults():
@@ -613,18 +615,6 @@ def test_the_page_shows_the_defaults():
             *("-" if n is None else str(n) for n in (guard.window, guard.limit)),
         ]
         assert rows[name][2:6] == expected, name
-
-
-# repetition
-
-
-def test_repetition_by_hand():
-    # 1 2 3 4 1 2 3 4: 4-grams 1234 2341 3412 4123 1234, one of five was there before
-    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(0.2)
-    assert repetition([1, 2, 3, 4, 5, 6]) == 0.0
-    assert repetition([7] * 10) == pytest.approx(6 / 7)  # seven 4-grams, all the same
-    assert repetition([7, 7, 7]) == 0.0 and repetition([]) == 0.0
-    assert repetition([1, 2, 1, 2], 2) == pytest.approx(1 / 3)  # 12 21 12
 
 
 def test_old_names_of_guards_are_still_read():
@@ -647,4 +637,4 @@ def test_old_names_of_guards_are_still_read():
     resumed.load_state_dict(state)
     assert resumed.state_dict() == whole.state_dict()
     resumed.rolled_back(Decision("truncation", "rollback", 5, 1.0, 0.5, "", 1), state)
-    assert resumed.decided.streaks["truncation"] == 5
+    assert resumed.decisions.streaks["truncation"] == 5

@@ -12,6 +12,7 @@ from rlhf.model.adapters import lora_config
 from rlhf.model.loading import load_model
 from rlhf.options.ppo import PPOConfig
 from rlhf.ppo.batches import Batches, TrainingData, cycle_shuffled, permutation
+from rlhf.ppo.rollout import repetition
 from rlhf.ppo.trainer import PPOTrainer, make_engine
 from rlhf.ranks.distributed import DistributedContext
 from rlhf.roles.one_base import Roles
@@ -224,7 +225,7 @@ def test_a_run_whose_first_scores_are_all_the_same_stops_before_it_learns(sft_pa
     allowed = trainer(sft_path, config(missing_eos_score=None, guards=guards), equal_scores)
     assert (
         allowed.step(0)[0]["ppo/updates"] == 4
-        and allowed.guards.decided.events[0]["guard"] == "no_signal"
+        and allowed.guards.decisions.events[0]["guard"] == "no_signal"
     )
     assert "score/length_correlation" not in metrics
 
@@ -237,7 +238,10 @@ def test_what_is_compared_are_the_samples_of_a_prompt_where_the_estimator_does(s
     assert trainer(sft_path, config(**options), by_prompt).step(0)[0]["ppo/updates"] == 4
     learner = trainer(sft_path, config(advantage_estimator="rloo", **options), by_prompt)
     assert "ppo/updates" not in learner.step(0)[0] and learner.pending_decision.guard == "no_signal"
-    assert learner.estimator.spread(torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.5, 3.0])) == 0.5
+    assert (
+        learner.estimator.largest_difference(torch.tensor([1.0, 1.0, 1.0, 1.0, 3.0, 3.0, 3.5, 3.0]))
+        == 0.5
+    )
 
 
 def test_the_correlation_of_score_and_length_by_hand(sft_path):
@@ -313,7 +317,9 @@ def test_micro_batches_cover_each_row_once_and_in_step():
         options, shares = config(per_device_train_batch_size=size), []
         for rank in range(2):
             world = DistributedContext(rank=rank, size=2)
-            shares.append(Batches(options, TrainingData([], None, []), world).shares([3] * count))
+            shares.append(
+                Batches(options, TrainingData([], None, []), world).own_groups([3] * count)
+            )
         rows = [row for share in shares for group in share for row in group]
         return [[len(group) for group in share] for share in shares], rows
 
@@ -560,3 +566,12 @@ def test_a_step_on_a_gpu_is_that_on_a_cpu(sft_path, reward_path, trunk):
     for name in ("loss/policy", "loss/value", "grad/norm", "score/raw", "ppo/ratio"):
         assert found[name] == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
     assert found["kl/sequence"] == 0.0 and abs(found["ppo/ratio_first"] - 1) < 1e-5
+
+
+def test_repetition_by_hand():
+    # 1 2 3 4 1 2 3 4: 4-grams 1234 2341 3412 4123 1234, one of five was there before
+    assert repetition([1, 2, 3, 4, 1, 2, 3, 4]) == pytest.approx(0.2)
+    assert repetition([1, 2, 3, 4, 5, 6]) == 0.0
+    assert repetition([7] * 10) == pytest.approx(6 / 7)  # seven 4-grams, all the same
+    assert repetition([7, 7, 7]) == 0.0 and repetition([]) == 0.0
+    assert repetition([1, 2, 1, 2], 2) == pytest.approx(1 / 3)  # 12 21 12
