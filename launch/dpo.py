@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.model.loading import load_model, trainable_policy
     from rlhf.offline import trainers
     from rlhf.offline.callbacks import RunCallback
-    from rlhf.offline.reference_pass import ReferencePass, open_references
+    from rlhf.offline.reference_cache import REFERENCE, ReferencePass, open_reference_cache
     from rlhf.offline.soft_dpo import dpo_trainer, soft_rows
     from rlhf.runs.budget import Budget
 
@@ -53,10 +53,11 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [{**row, "response_ids": row["chosen_ids"]} for row in train_pairs]
     model = trainable_policy(initial, stages.new_lora(run, initial, answers=chosen))
     budget = Budget()
+    # the reference: a frozen adapter beside the one that learns, or a second model
     reference = None
     if hasattr(model, "peft_config"):
         # before TRL's arguments are made, which tell PEFT about ZeRO-3
-        frozen_copy(model, "default", "ref")
+        frozen_copy(model, "default", REFERENCE)
     else:
         # TRL would load it by name, which need not be what is in memory
         reference = load_model(
@@ -86,16 +87,16 @@ def main(argv: list[str] | None = None) -> None:
         initial,
         budget,
         stages.evaluation(run, initial, scorer),
-        reference=reference or trainers.reference_context(model, "ref"),
+        reference=reference or trainers.reference_context(model, REFERENCE),
     )
     # before the trainer: DeepSpeed may divide the weights among the ranks
-    references = open_references(run, arguments, reference or model)
+    reference_cache = open_reference_cache(run, arguments, reference or model)
     # with TRL's `precompute_ref_log_probs` the reference is read here
     with trainers.refused_by_trl(config.trl), budget.counting():
         trainer = trainer_class(
             model=model,
             ref_model=reference,
-            references=references,
+            reference_cache=reference_cache,
             args=arguments,
             data_collator=collator,
             train_dataset=Dataset.from_list(train_rows),

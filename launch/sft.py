@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         initial,
         budget,
         evaluation,
-        reference=trainers.reference_context(model),
+        reference=trainers.reference_context(model, "reference"),
         measure=stages.eos_measurement(run, initial, held_out_rows or train_rows),
     )
     with trainers.refused_by_trl(config.trl):

@@ -36,9 +36,8 @@ from rlhf.model.adapters import (
 )
 from rlhf.model.files import REWARD_FILE, is_adapter, read_identity, read_reward, reward_shift
 from rlhf.model.loading import InitialModel, context_length, load_model, load_weights
-from rlhf.model.packing import packed_inputs, packs
+from rlhf.model.packing import PairRows, is_right_padded, packed_inputs, packs
 from rlhf.model.tokenizer import load_tokenizer
-from rlhf.offline.pair_rows import PairRows, is_right_padded
 from rlhf.ranks.distributed import own_device
 from rlhf.tensors import pad_right
 

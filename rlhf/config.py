@@ -141,7 +141,7 @@ def parse(
     return config
 
 
-def save(config: Any, path: str | Path) -> None:
+def save_options(config: Any, path: str | Path) -> None:
     """Write the resolved options as YAML that `--config` reads back."""
     text = "# The resolved options of this run; itself a valid --config.\n"
     text += yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)

@@ -53,7 +53,7 @@ def load_initial_model(run: Run) -> InitialModel:
     """
     config = run.config
     quantization = quantization_of(config)
-    check_zero(config, run.world)
+    check_zero(run.program, config, run.world)
     check_converted(config, run.world)
     initial = load_model(
         config.model_name_or_path,
@@ -87,25 +87,25 @@ def zero_settings(config: RunConfig, world: DistributedContext) -> dict[str, Any
     return settings if zero_stage(config, world) == 3 else None
 
 
-def check_zero(config: RunConfig, world: DistributedContext) -> None:
+def check_zero(program: str, config: RunConfig, world: DistributedContext) -> None:
     """Raise UserError for what DeepSpeed cannot train: ZeRO-3 divides weights and moments that are
     packed, TRL's programs have float32 in ZeRO, and ZeRO 0 no copies in float32.
     """
-    if config.dtype == "float64" and world.launched and hasattr(config, "trl"):
+    if config.dtype == "float64" and world.launched and program != "ppo":
         raise UserError(
             "dtype float64 does not go with a launcher in SFT, reward model and DPO: DeepSpeed would keep gradients "
             "and weights in float32. Start it with plain python, or take float32"
         )
     stage = zero_stage(config, world)
-    is_whole_reward = hasattr(config, "ties") and not config.use_peft
+    is_whole_reward = program == "reward" and not config.use_peft
     on_cpu = world.device.type == "cpu"
     if is_whole_reward and config.dtype == "bfloat16" and on_cpu and stage > 0:
         raise UserError(
             "ZeRO 1 to 3 keep trained weights in one dtype, and a reward model that is trained whole in bfloat16 has "
             "its score head in float32 on a CPU. Take --deepspeed zero0, or --dtype float32"
         )
-    learns_bfloat16 = hasattr(config, "num_ppo_epochs") and not config.use_peft
-    learns_bfloat16 &= base_dtype(config.dtype, world.device) == "bfloat16"
+    is_whole_ppo = program == "ppo" and not config.use_peft
+    learns_bfloat16 = is_whole_ppo and base_dtype(config.dtype, world.device) == "bfloat16"
     if learns_bfloat16 and world.launched and stage == 0:
         raise UserError(
             "PPO on whole weights in bfloat16 makes its steps on copies in float32, which ZeRO 0 does not keep: small "
@@ -222,9 +222,9 @@ def _improbable_ends(run: Run, initial: InitialModel, answers: list[dict]) -> st
         return ""
     model = initial.model.to(run.world.device)
     chance = -math.log(shape_of(model.get_output_embeddings().weight)[0])
-    given = (model, measured, initial.tokenizer.pad_token_id, head_is_plain(model), run.world)
+    pad_id, plain_head = initial.tokenizer.pad_token_id, head_is_plain(model)
     with readable(model, world=run.world):
-        ends, others = knowledge_of_ends(*given)
+        ends, others = knowledge_of_ends(model, measured, pad_id, plain_head, run.world)
     if others < chance + KNOWN or ends >= chance + LEARNT:
         return ""
     return f"median P(EOS) where {len(measured)} given answers end: {math.exp(ends):.1e}"

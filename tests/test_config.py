@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import rlhf
-from rlhf.config import SEED, option, parse, save
+from rlhf.config import SEED, option, parse, save_options
 from rlhf.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR, EarlyExit, UserError
 from rlhf.options.offline import SFTRunConfig
 from rlhf.options.ppo import PPOConfig
@@ -71,7 +71,7 @@ def test_flags_of_every_type():
 
 def test_what_is_saved_is_a_config(tmp_path):
     first = parse(Config, ["--output_dir", "x", "--kl_coef", "1e-5", "--data", "a"])
-    save(first, tmp_path / "config.yaml")
+    save_options(first, tmp_path / "config.yaml")
     assert parse(Config, ["--config", str(tmp_path / "config.yaml")]) == first
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["kl_coef"] == 1e-5
 

@@ -390,7 +390,7 @@ def planned(name: str, folder: Path) -> dict[str, Any]:
     config = parse(PROGRAMS[program], ["--config", str(file)])
     shape = read_shape(str(folder / kind))
     found = estimate(
-        program, config, Start(shape), setup_of(config, ranks, "cpu", launched=ranks > 1)
+        program, config, Start(shape), setup_of(program, config, ranks, "cpu", launched=ranks > 1)
     )
     phases = {phase.name: phase.parts for phase in found.phases}
     return {"planned": found.peak.total, "phases": phases}

@@ -237,7 +237,8 @@ def trl_step(
 
         before = measured(build)
         # what it tries of the model is no part of the step
-        trainers.prepare_trainer(built[0], budget)
+        trainers.prepare_trainer(built[0])
+        trainers.count_training(built[0], budget)
         return budget, before + measured(built[0].train)
 
 

@@ -76,7 +76,7 @@ def learning_curve(config: CurveConfig) -> list[dict[str, Any]]:
 def train(trained: Any, folder: Path, limit: int) -> None:
     """Train on `limit` pairs with the run's other options, unless that has been done."""
     from reward.cards.pairs import readable_sources, run_config
-    from rlhf.config import save
+    from rlhf.config import save_options
     from rlhf.model.files import read_json
 
     sources = readable_sources(trained)
@@ -91,7 +91,7 @@ def train(trained: Any, folder: Path, limit: int) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     options = folder.with_name(f"{folder.name}.yaml")
-    save(wanted, options)
+    save_options(wanted, options)
     # a program of its own, as it would be typed: it can be interrupted and resumed
     command = [sys.executable, "-m", "launch.reward", "--config", str(options)]
     if result.is_file() and not is_same:

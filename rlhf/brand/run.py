@@ -10,7 +10,6 @@ import shlex
 import tempfile
 from pathlib import Path
 
-from rlhf import config as options
 from rlhf.brand.config import BrandConfig
 from rlhf.brand.gates import groups_needed, least_increase_shown, read_gates
 from rlhf.brand.pairs import write_rows
@@ -26,6 +25,7 @@ from rlhf.brand.plan import (
 from rlhf.brand.prompts import fill
 from rlhf.brand.verdict import read_verdict, text_lines
 from rlhf.collect.status import summary
+from rlhf.config import save_options
 from rlhf.data.load import load
 from rlhf.data.records import Prompt
 from rlhf.data.store import Store
@@ -69,7 +69,7 @@ def run_brand(config: BrandConfig) -> dict:
         set_jobs(state, plan(config, events), how)
         # a store that was set aside takes with it what people had judged
         events = read_events(config)
-        options.save(config, state.folder / "brand.yaml")
+        save_options(config, state.folder / "brand.yaml")
         display = StepDisplay(state)
         was_there = "verdict" in state.done
         show_reused(state, display)

@@ -239,10 +239,10 @@ def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
     `split` stays only where the data gives it: a store that wrote down what a hash has decided
     could not join prompts later, over answers that they share.
     """
-    from rlhf.data.load import collect, unique_prompts
+    from rlhf.data.load import read_table, unique_prompts
     from rlhf.data.split import assign
 
-    table = collect(config.data, Prompt)
+    table = read_table(config.data, Prompt)
     table.check_usable(config.on_error)
     # as the data says, before hashes fill the rest
     given = {record.group: record.split for record in table.records if record.split}
@@ -263,11 +263,11 @@ def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
 
 def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
     """Return the control pairs, and the groups that their file names itself."""
-    from rlhf.data.load import collect
+    from rlhf.data.load import read_table
 
     if not config.controls:
         return [], set()
-    table = collect(config.controls, Preference)
+    table = read_table(config.controls, Preference)
     table.check_usable(config.on_error)
     return table.records, table.named_groups()
 

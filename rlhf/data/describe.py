@@ -47,7 +47,7 @@ def describe(config: DescribeConfig) -> dict[str, Any]:
     can be read.
     """
     kind = KINDS.get(config.kind) or guess(config.source)
-    table = load.collect(config.source, kind)
+    table = load.read_table(config.source, kind)
     if not table.records:
         table.check_usable("skip")
     # two splits in one group would stop a run; here they are shown

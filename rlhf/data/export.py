@@ -66,7 +66,7 @@ def export(config: ExportConfig) -> None:
     hold.
     """
     check_output(config.output, config.source)
-    table = load.collect(
+    table = load.read_table(
         config.source, KINDS.get(config.kind) or guess(config.source), config.aggregate
     )
     table.check_usable(config.on_error)

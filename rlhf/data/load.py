@@ -63,7 +63,7 @@ def load(
     else.
     on_error: "stop" raises on the first bad row; "skip" leaves bad rows out and counts them on
     stderr.
-    aggregate: how a store's votes become pairs (store.py); nothing else reads it.
+    aggregate: how a store's votes become pairs (votes.py); nothing else reads it.
     bad: where rows are skipped, this gets their number by reason, and under "read" that of all
     rows.
     quiet: nothing is said of rows that are skipped.
@@ -81,7 +81,7 @@ def load(
     if limit is not None and limit < 1:
         raise UserError(f"limit: found {limit}, expected a whole number from 1 up, or none")
 
-    table = collect(source, kind, aggregate)
+    table = read_table(source, kind, aggregate)
     table.check_usable(on_error)
     if not quiet:
         table.say_notes()
@@ -258,7 +258,7 @@ class Table:
         return message
 
 
-def collect(source: str | list[str], kind: type[Record], aggregate: Aggregate = "each") -> Table:
+def read_table(source: str | list[str], kind: type[Record], aggregate: Aggregate = "each") -> Table:
     """Read every row of every source into a table.
 
     Bad rows are kept as such. Groups are joined; splits are only those that the data gives.

@@ -211,7 +211,7 @@ def _judged(
             view = store.at(event)
             return pairs_of_view(view), rankings_of_view(view)
     # a labelled row is a pair with one vote
-    table = load.collect(source, Preference)
+    table = load.read_table(source, Preference)
     table.check_usable(on_error)
     name = one_name(annotator or Path(source.split("@")[0]).name.split(".")[0])
     given = None if kind == "auto" else kind

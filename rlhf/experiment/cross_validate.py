@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf import config as options
-from rlhf.config import option, parse
+from rlhf.config import option, parse, save_options
 from rlhf.data.export import rows_of, write_rows
 from rlhf.data.records import Preference
 from rlhf.data.split import deal_folds
@@ -128,7 +127,7 @@ def write_fold(
     given = {"data": [str(data)], "half": "all", "limit": None, "aggregate": "each"}
     given |= {"output_dir": str(output), "run_name": None}
     given |= {"overwrite_output_dir": False, "resume": "auto"}
-    options.save(replace(reward, **given), file)
+    save_options(replace(reward, **given), file)
     return Job(
         name=name,
         program="launch.reward",

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from rlhf import config as options
+from rlhf.config import save_options
 from rlhf.errors import EarlyExit
 from rlhf.experiment.config import ExperimentConfig
 from rlhf.experiment.cost import known_lengths, planned_lengths
@@ -38,7 +38,7 @@ def run_experiment(
     )
     with claim(state) as signals:
         replan(config, state, how)
-        options.save(config, state.folder / "experiment.yaml")
+        save_options(config, state.folder / "experiment.yaml")
         with LiveTable(config, state) as display:
             run_jobs(state, how, display, signals, lambda: replan(config, state, how))
     if state.failed:

@@ -103,8 +103,16 @@ def load_model(
         if adapter_path
         else ""
     )
-    given = (dtype, attn_implementation, path, named, zero)
-    load_base = functools.partial(load_weights, AutoModelForCausalLM, base_path, *given)
+    load_base = functools.partial(
+        load_weights,
+        AutoModelForCausalLM,
+        base_path,
+        dtype,
+        attn_implementation,
+        run=path,
+        more=named,
+        zero=zero,
+    )
     model = load_base()
 
     # adapters of other programs carry no fingerprint

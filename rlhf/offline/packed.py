@@ -18,8 +18,14 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from rlhf.errors import UserError
 from rlhf.model.logprobs import frozen_head_logprobs, head_is_frozen, scatter_to_mask
-from rlhf.model.packing import decoder_and_head, head_is_plain, packed_inputs, packs
-from rlhf.offline.pair_rows import PairRows, is_right_padded
+from rlhf.model.packing import (
+    PairRows,
+    decoder_and_head,
+    head_is_plain,
+    is_right_padded,
+    packed_inputs,
+    packs,
+)
 from rlhf.runs.budget import fused_head_positions
 
 # what a trainer passes where rows can be packed: no router logits

@@ -1,4 +1,5 @@
-"""Log-probabilities of responses under a frozen reference, kept from one run to the next.
+"""Log-probabilities of responses under DPO's frozen reference: computed before training, and kept from
+one run to the next.
 
     folder/<reference>/<hash of the content>.rows
 
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 import transformers
 from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import TrainerCallback
 
 from rlhf.files import cache_folder
 from rlhf.model.adapters import adapter_parameters
@@ -27,6 +30,11 @@ from rlhf.model.quantized import QuantizedLinear
 from rlhf.model.weights import base_weights
 from rlhf.ranks.distributed import DistributedContext
 from rlhf.ranks.divided import shape_of, whole
+from rlhf.runs.budget import Budget
+from rlhf.runs.run import Run
+
+# TRL's name of the adapter that is the reference
+REFERENCE = "ref"
 
 # a row's digest and its log-probability, nats
 ROW = np.dtype([("key", "V16"), ("logprob", "<f8")])
@@ -181,6 +189,94 @@ class ReferenceCache:
             except OSError as error:
                 self.log(f"{file}: cannot be read ({error}); its rows are computed again")
         return rows
+
+
+def open_reference_cache(run: Run, args: Any, reference: nn.Module) -> ReferenceCache | None:
+    """Return the cache of this run's reference: the adapter `REFERENCE` of a PeftModel, else the
+    whole model.
+
+    None where TRL's options make the reference move or random, or compute it in TRL's own way.
+    """
+    if args.sync_ref_model or args.precompute_ref_log_probs or not args.disable_dropout:
+        return None
+    adapter = REFERENCE if hasattr(reference, "peft_config") else None
+    cast = "bf16" if args.bf16 else "fp16" * bool(args.fp16)
+    precision = f"{cast} {torch.get_float32_matmul_precision()}"
+    kind = {"autocast": precision, "device": run.world.device.type}
+    return ReferenceCache(reference_key(reference, adapter, **kind), run.world, run.log)
+
+
+class ReferencePass(TrainerCallback):
+    """Computes, when the training of a DPO trainer begins, what its cache does not have.
+
+    Held-out pairs are always computed, training pairs where the steps make a whole pass over them.
+    Where they do not, the trainer computes the pairs that it meets, and the cache keeps them at the
+    end.
+    """
+
+    def __init__(self, trainer: Any, budget: Budget, log: Callable[[str], None]):
+        self.trainer = trainer
+        self.cache = trainer.reference_cache
+        self.budget = budget
+        self.log = log
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        if self.cache is None:
+            return
+        pairs = [] if trainer.eval_dataset is None else list(trainer.eval_dataset)
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        if state.max_steps * step >= len(trainer.train_dataset):
+            pairs += trainer.train_dataset
+
+        missing, lengths, keys = [], [], set()
+        for pair in pairs:
+            # the collator decides what is left of a pair
+            inputs = trainer.data_collator([pair])
+            new = set(row_keys(inputs, trainer.ld_alpha)) - keys
+            keys |= new
+            if not all(key in self.cache for key in new):
+                missing.append(pair)
+                lengths.append(inputs["input_ids"].shape[1])
+        found = sum(key in self.cache for key in keys)
+        self.log(
+            f"{found} of {len(keys)} reference log-probabilities from the cache {self.cache.folder}"
+        )
+        if missing:
+            most = args.precompute_ref_batch_size or args.train_batch_size
+            batches = batches_by_length(lengths, most * max(lengths))
+            with self.budget.counting():
+                self._compute([[missing[index] for index in batch] for batch in batches])
+            self.cache.save()
+
+    def _compute(self, batches: list[list[dict[str, Any]]]) -> None:
+        """Compute batches of pairs, every rank its share of them."""
+        world = self.cache.world
+        # under ZeRO-3 ranks make their passes together, so that some may repeat a batch
+        own = range(world.rank, len(batches) + -len(batches) % world.size, world.size)
+        for index in tqdm(own, "reference", disable=None if world.is_main else True):
+            inputs = self.trainer.data_collator(batches[index % len(batches)])
+            self.trainer.reference_logprobs(self.trainer._prepare_inputs(inputs))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.cache is not None:
+            self.cache.save()
+
+
+def batches_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Group the indices of rows, longest first, so that a batch padded to its longest row has at
+    most max_tokens.
+
+    A row that is longer than max_tokens is a batch of its own. Equal lengths keep their order.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        # the first row of a batch is its longest
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
 
 
 def _hash(content: bytes) -> str:

@@ -19,7 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForPreference
 from rlhf.errors import UserError
 from rlhf.model.adapters import frozen_copy
 from rlhf.offline.pair_columns import add_columns, column_tensors
-from rlhf.offline.reference_cache import ReferenceCache, row_keys
+from rlhf.offline.reference_cache import REFERENCE, ReferenceCache, row_keys
 
 SOFT = ("label_prob", "weight")  # the columns that the loss reads
 
@@ -90,16 +90,19 @@ class SoftCollator(DataCollatorForPreference):
 class EncodedDPOTrainer(DPOTrainer):
     """TRL's trainer on rows that already are ids, encoded as for every other stage.
 
-    The reference is the adapter "ref", all of the policy's adapter at the start: TRL's own copy
-    leaves out LoRA on embeddings and trainable tokens. Its log-probabilities are taken from
-    `references` where that has them, and added to it where not.
+    The reference is `ref_model`, or the adapter `REFERENCE`: all of the policy's adapter at the
+    start, since TRL's own copy leaves out LoRA on embeddings and trainable tokens. Its
+    log-probabilities are taken from `reference_cache` where that has them, and added to it where
+    not.
     """
 
-    def __init__(self, model, ref_model=None, references: ReferenceCache | None = None, **kwargs):
-        self.references = references
+    def __init__(
+        self, model, ref_model=None, reference_cache: ReferenceCache | None = None, **kwargs
+    ):
+        self.reference_cache = reference_cache
         if ref_model is None and hasattr(model, "peft_config"):
-            if "ref" not in model.peft_config:
-                frozen_copy(model, "default", "ref")
+            if REFERENCE not in model.peft_config:
+                frozen_copy(model, "default", REFERENCE)
             # TRL would add its own copy
             model.add_adapter = lambda name, config: None
         super().__init__(model=model, ref_model=ref_model, **kwargs)
@@ -126,7 +129,7 @@ class EncodedDPOTrainer(DPOTrainer):
 
     def reference_logprobs(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return log pi_ref of the chosen and of the rejected responses, both (B,), in nats."""
-        reference, cache = self.ref_model or self.model, self.references
+        reference, cache = self.ref_model or self.model, self.reference_cache
         if cache is None:
             return self.compute_ref_log_probs(reference, inputs)
         keys = row_keys(inputs, self.ld_alpha)

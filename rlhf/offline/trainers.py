@@ -147,9 +147,9 @@ def check_schedule(arguments: Any) -> None:
     )
 
 
-def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float = 0.0) -> None:
-    """Switch dropout off where TRL's options ask for it, leave padding out of forward passes, count
-    what training costs, and silence the trainer.
+def prepare_trainer(trainer: Trainer, lora_dropout: float = 0.0) -> None:
+    """Change how a trainer computes: no dropout where TRL's options say so, and passes without
+    padding; silence it.
 
     TRL's own `disable_dropout` (DPO and reward; SFT trains with dropout) misses dropout that a
     model calls as a function, and takes away that of a new adapter: `lora_dropout` is put back.
@@ -176,6 +176,10 @@ def prepare_trainer(trainer: Trainer, budget: Budget | None, lora_dropout: float
         register_foreign_reads(trainer.model)
     # the tracker's console line replaces it
     trainer.remove_callback(PrinterCallback)
+
+
+def count_training(trainer: Trainer, budget: Budget) -> None:
+    """Count the tokens and the cost of each training step."""
     training_step = trainer.training_step
 
     def counted(model, inputs, *args, **kwargs):
@@ -209,7 +213,8 @@ def train(trainer: Trainer, callback: RunCallback, lora_dropout: float = 0.0) ->
                 "out, or lower per_device_train_batch_size"
             )
 
-    prepare_trainer(trainer, callback.budget, lora_dropout)
+    prepare_trainer(trainer, lora_dropout)
+    count_training(trainer, callback.budget)
     callback.trainer = trainer
     run.open_tracker()
     begun = run.resumed.step if run.resumed else 0
@@ -247,11 +252,9 @@ def held_out_loss(trainer: Trainer, run: Run) -> dict[str, float]:
     return found
 
 
-def reference_context(model: Any, name: str = "reference") -> Callable | None:
-    """Return the context of the reference policy: the frozen copy `name` where there is one, else
-    the bare base.
-
-    None for a model that is trained whole.
+def reference_context(model: Any, name: str) -> Callable | None:
+    """Return the context of the reference policy: the adapter `name` where there is one, else the
+    bare base. None for a model that is trained whole.
     """
     if not hasattr(model, "peft_config"):
         return None

@@ -61,10 +61,10 @@ class Estimate:
         return max(self.phases, key=lambda phase: phase.total)
 
 
-def setup_of(config: Any, ranks: int, device: str, *, launched: bool) -> Setup:
+def setup_of(program: str, config: Any, ranks: int, device: str, *, launched: bool) -> Setup:
     """Return how ZeRO divides a run. Raises UserError for what the program would refuse."""
     world = DistributedContext(size=ranks, device=torch.device(device), launched=launched)
-    check_zero(config, world)
+    check_zero(program, config, world)
     settings = read_deepspeed_config(config.deepspeed, world, config)
     if settings is None:
         return Setup(ranks, device, launched=False)

@@ -18,7 +18,6 @@ from rlhf.engines import sampling
 from rlhf.engines.batched import CHUNK
 from rlhf.engines.slots import Slots
 from rlhf.model import logprobs, packing
-from rlhf.offline.pair_rows import PairRows
 from rlhf.plan.ledger import Ledger, Peak, Reduction, peak_of, size_of
 
 
@@ -58,7 +57,7 @@ class Rows:
         if not gathered:
             return packing.PackedRows(ids, ids, None, self.count, self.length)
         sources = torch.zeros(self.count * self.length, dtype=torch.long)
-        return PairRows(ids, ids, ids[0], self.count, self.length, sources)
+        return packing.PairRows(ids, ids, ids[0], self.count, self.length, sources)
 
 
 def learn(model: nn.Module, rows: Rows, kind: str, ledger: Ledger) -> None:

@@ -61,7 +61,8 @@ def plan_run(program: str, options: Any, config: Any, device: Device) -> Plan:
     is_gpu = config.gpu != "cpu"
     # on one CPU the programs are started without a launcher
     launched = config.launched and (is_gpu or config.gpus > 1)
-    setup = setup_of(options, config.gpus, "cuda" if is_gpu else "cpu", launched=launched)
+    device_type = "cuda" if is_gpu else "cpu"
+    setup = setup_of(program, options, config.gpus, device_type, launched=launched)
     count = config.rows or rows_of(options.data)
     lengths = (
         config.prompt_tokens or options.max_prompt_length,

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf import config as options
+from rlhf.config import save_options
 from rlhf.errors import EXIT_INTERRUPTED, EarlyExit, UserError
 from rlhf.files import unlock_folder
 from rlhf.options.shared import NOISE_VERSION, RunConfig
@@ -59,7 +59,7 @@ class Run:
         self.checkpoints = self.folder / checkpoint.FOLDER
         self.data = RunData(config, world, self.log, resumed)
         # fingerprints of what the run starts from and is scored by
-        self.weights: dict[str, str] = {}
+        self.dependencies: dict[str, str] = {}
         # folders of models that it reads beside the one that it starts from
         self.read_models: list[str] = []
         self.tracker: Tracker | None = None
@@ -84,7 +84,7 @@ class Run:
         """Record what this run starts from or learns from. Raise UserError if the resumed run had
         something else.
         """
-        self.weights[name] = fingerprint
+        self.dependencies[name] = fingerprint
         # other weights under the same path would change the run in the middle
         before = self.resumed.metadata.get("weights", {}).get(name) if self.resumed else None
         if before not in (None, fingerprint):
@@ -107,7 +107,7 @@ class Run:
             self._clear_folder()
             # the file is for the next start, which may have been cut off and is to resume by
             # default
-            options.save(
+            save_options(
                 replace(config, overwrite_output_dir=False, resume="auto"),
                 self.folder / "config.yaml",
             )
@@ -167,7 +167,8 @@ class Run:
             "launched": self.world.launched,
             "options": options_dict(self.config),
             "data": self.data.fingerprints,
-            "weights": self.weights,
+            # its name in checkpoints from the start
+            "weights": self.dependencies,
             "noise": NOISE_VERSION,
             "position": self.tracker.position(),
             "score": score,

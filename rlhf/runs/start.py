@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from rlhf import config as options
+from rlhf.config import current_names
 from rlhf.errors import EXIT_GUARD, EarlyExit, UserError, near_file
 from rlhf.files import lock_folder
 from rlhf.options.shared import EIGHT_BIT, NOISE_VERSION, RunConfig, SamplingConfig
@@ -20,6 +20,7 @@ from rlhf.runs.checkpoint import Checkpoint
 from rlhf.runs.inputs import check_inputs
 from rlhf.runs.run import START_OVER, Run
 from rlhf.startup import Ranks, read_ranks, silence_libraries
+from rlhf.values import read_yaml
 
 # with the number of ranks they make the rows of a step
 BATCH_OPTIONS = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -38,7 +39,7 @@ def start_run(program: str, config: RunConfig) -> Run:
     folder = Path(config.output_dir)
     finished = {} if config.overwrite_output_dir else read_result(folder)
     if finished:
-        check_finished(folder, config, finished)
+        check_finished(program, config, finished)
     ranks = read_ranks(os.environ)
 
     def claim_folder() -> Checkpoint | None:
@@ -81,14 +82,15 @@ def start_run(program: str, config: RunConfig) -> Run:
     return run
 
 
-def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> None:
+def check_finished(program: str, config: RunConfig, result: dict[str, Any]) -> None:
     """Return if the folder's finished run is to be made longer; raise EarlyExit if it is the one that
     was requested.
 
     Raises UserError if another run was requested.
     """
+    folder = Path(config.output_dir)
     file = folder / "config.yaml"
-    before = options.read_yaml(file) if file.is_file() else {}
+    before = read_yaml(file) if file.is_file() else {}
     check_fixed(config, before, f"{folder} holds a finished run; to make another one, {START_OVER}")
     # a checkpoint that is named is continued from, finished or not
     if config.resume not in ("auto", "never"):
@@ -96,7 +98,7 @@ def check_finished(folder: Path, config: RunConfig, result: dict[str, Any]) -> N
     # a guard stopped it for a reason: continuing needs an explicit choice
     if result.get("stopped"):
         # checkpoints are named by PPO, or by TRL's trainers
-        name = "step" if hasattr(config, "total_episodes") else "checkpoint"
+        name = "step" if program == "ppo" else "checkpoint"
         raise EarlyExit(
             f"{folder} holds a run that was stopped: {result['stopped']}. To continue anyway, pass "
             f"--resume {folder / checkpoint.FOLDER}/{name}-...; or {START_OVER}",
@@ -253,7 +255,7 @@ def check_fixed(
     """Raise UserError, beginning with `message`, that lists each fixed option whose value differs
     from `before`; those named in `free` may.
     """
-    before = options.current_names(config, before)
+    before = current_names(config, before)
     changed = []
     for field in fields(config):
         name = field.name
@@ -270,7 +272,7 @@ def check_fixed(
 
 def keep_older(config: Any, before: dict[str, Any]) -> list[str]:
     """Set the options that did not exist when a run began to what it did then; return their names."""
-    before = options.current_names(config, before)
+    before = current_names(config, before)
     kept = []
     for field in fields(config):
         then = field.metadata.get("before")

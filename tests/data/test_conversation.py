@@ -8,7 +8,7 @@ from rlhf.data.conversation import conversation, parse_turns
 from rlhf.data.describe import DescribeConfig, describe
 from rlhf.data.encode import PLAIN_TEMPLATE, encode, encode_prompt
 from rlhf.data.export import rows_of, write_rows
-from rlhf.data.load import collect, load, unique_prompts
+from rlhf.data.load import load, read_table, unique_prompts
 from rlhf.data.records import Instruction, Preference, Prompt, RecordError, prompt_group, tools_of
 from rlhf.errors import UserError
 from tests.conftest import make_tokenizer
@@ -334,7 +334,7 @@ def test_what_may_be_meant_otherwise_is_counted_aloud(tmp_path, capsys):
         "'name' of messages is not read": 1,
         "reasoning of an earlier turn goes to the chat template, which may leave it out": 1,
     }
-    assert collect(path, Instruction).notes == found
+    assert read_table(path, Instruction).notes == found
     load(path, Instruction)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5 and lines[0].startswith(f"{path}: WARNING: 2 rows: a prompt looks like")

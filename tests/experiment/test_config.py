@@ -292,8 +292,8 @@ def test_the_command_names_the_file_and_ends_with_code_2(tmp_path, capsys):
 
 
 def test_the_options_read_back_as_they_were_saved(tmp_path):
-    from rlhf.config import save
+    from rlhf.config import save_options
 
     config = experiment(tmp_path, budget=MATCHED, seeds=[7, 3])
-    save(config, tmp_path / "experiment.yaml")
+    save_options(config, tmp_path / "experiment.yaml")
     assert parse(ExperimentConfig, ["--config", str(tmp_path / "experiment.yaml")]) == config

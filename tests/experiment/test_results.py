@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rlhf.config import save
+from rlhf.config import save_options
 from rlhf.errors import UserError
 from rlhf.experiment.measure import policies_of, scores_of
 from rlhf.experiment.plan import plan
@@ -343,7 +343,7 @@ def test_an_experiment_is_found_by_its_folder_from_where_it_was_run(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     config = experiment(tmp_path, output_dir="out")
     (tmp_path / "out").mkdir()
-    save(config, tmp_path / "out" / "experiment.yaml")
+    save_options(config, tmp_path / "out" / "experiment.yaml")
     assert load_experiment("out") == load_experiment(tmp_path / "out") == config
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

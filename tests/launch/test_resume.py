@@ -339,9 +339,12 @@ def test_what_ended_a_finished_run_is_what_has_to_be_raised(tmp_path, monkeypatc
 
     def finished(max_steps, num_train_epochs=1.0):
         config = SimpleNamespace(
-            resume="auto", max_steps=max_steps, num_train_epochs=num_train_epochs
+            output_dir=str(tmp_path),
+            resume="auto",
+            max_steps=max_steps,
+            num_train_epochs=num_train_epochs,
         )
-        runs_module.check_finished(tmp_path, config, {"finished": "today"})
+        runs_module.check_finished("sft", config, {"finished": "today"})
 
     with pytest.raises(EarlyExit, match="raise --max_steps"):
         finished(2)

@@ -245,11 +245,11 @@ def options(**changes):
 def test_zero_3_is_refused_and_zero_2_is_not():
     world = DistributedContext(size=2, launched=True)
     for name, value in (("load_in_4bit", True), ("load_in_8bit", True), ("optim", "adamw_8bit")):
-        check_zero(options(**{name: value}), DistributedContext())
-        check_zero(options(**{name: value, "deepspeed": "zero2"}), world)
+        check_zero("dpo", options(**{name: value}), DistributedContext())
+        check_zero("dpo", options(**{name: value, "deepspeed": "zero2"}), world)
         with pytest.raises(UserError, match=rf"{name}.* does not go with ZeRO-3.*zero2"):
-            check_zero(options(**{name: value}), world)
-    check_zero(options(), world)
+            check_zero("dpo", options(**{name: value}), world)
+    check_zero("dpo", options(), world)
 
 
 def stepped(folder, count, start=None):

@@ -10,11 +10,10 @@ from reward.trainer import PairCollator, RewardTrainer
 from rlhf.errors import UserError
 from rlhf.model.adapters import frozen_copy, lora_config
 from rlhf.model.loading import InitialModel, trainable_policy
-from rlhf.model.packing import decoder_and_head
+from rlhf.model.packing import PairRows, decoder_and_head, is_right_padded
 from rlhf.offline.packed import pays
-from rlhf.offline.pair_rows import PairRows, is_right_padded
 from rlhf.offline.soft_dpo import EncodedDPOTrainer
-from rlhf.offline.trainers import prepare_trainer
+from rlhf.offline.trainers import count_training, prepare_trainer
 from rlhf.runs.budget import Budget
 from tests.kinds import build
 
@@ -119,7 +118,7 @@ def check_equal(program, kind, folder, use_peft=True, **options):
         patch.setattr("reward.model.packs", lambda model, length: False)
         padded = numbers_of(trainer_of(program, kind, folder, use_peft, **options))
     trainer = trainer_of(program, kind, folder, use_peft, **options)
-    prepare_trainer(trainer, Budget())
+    prepare_trainer(trainer)
     packed = numbers_of(trainer)
     assert packed[0] == pytest.approx(padded[0], abs=1e-6)
     assert packed[1].keys() == padded[1].keys() and packed[1]
@@ -186,7 +185,7 @@ def test_weights_of_a_part_of_the_head_are_trained(tmp_path, monkeypatch):
 def test_trls_packing_keeps_rows_apart(tmp_path):
     apart = numbers_of(trainer_of("sft", "llama", tmp_path))
     packed = trainer_of("sft", "llama", tmp_path, packing=True, max_length=64, eval_packing=True)
-    prepare_trainer(packed, Budget())
+    prepare_trainer(packed)
     loss, grads, _, tokens = numbers_of(packed)
     assert loss == pytest.approx(apart[0], abs=1e-6)
     for name, grad in apart[1].items():
@@ -203,7 +202,8 @@ def test_trls_packing_costs_what_its_rows_cost(tmp_path, kind, options):
     def budget_of(**options):
         trainer, budget = trainer_of("sft", kind, tmp_path, max_steps=1, **options), Budget()
         budget.watch(trainer.model)
-        prepare_trainer(trainer, budget)
+        prepare_trainer(trainer)
+        count_training(trainer, budget)
         trainer.train()
         return budget.tokens_trained, budget.flops
 
@@ -215,7 +215,7 @@ def test_trls_packing_costs_what_its_rows_cost(tmp_path, kind, options):
 def test_trls_packing_is_refused_where_rows_would_be_mixed(tmp_path):
     trainer = trainer_of("sft", "mamba", tmp_path, packing=True, max_length=64)
     with pytest.raises(UserError, match="mix the rows of a mamba model"):
-        prepare_trainer(trainer, Budget())
+        prepare_trainer(trainer)
 
 
 @pytest.mark.parametrize(

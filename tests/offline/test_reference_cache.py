@@ -8,8 +8,13 @@ import torch
 
 from rlhf.model.adapters import frozen_copy, lora_config
 from rlhf.model.loading import load_model, trainable_policy
-from rlhf.offline.reference_cache import ReferenceCache, cache_folder, reference_key, row_keys
-from rlhf.offline.reference_pass import batches_by_length
+from rlhf.offline.reference_cache import (
+    ReferenceCache,
+    batches_by_length,
+    cache_folder,
+    reference_key,
+    row_keys,
+)
 from rlhf.ranks.distributed import DistributedContext
 
 KEYS = [bytes([n]) * 16 for n in range(3)]

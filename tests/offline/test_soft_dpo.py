@@ -10,8 +10,7 @@ from trl import DPOConfig
 from rlhf.data.records import Preference
 from rlhf.model.adapters import lora_config
 from rlhf.model.loading import load_model, trainable_policy
-from rlhf.offline.reference_cache import ReferenceCache
-from rlhf.offline.reference_pass import ReferencePass
+from rlhf.offline.reference_cache import ReferenceCache, ReferencePass
 from rlhf.offline.soft_dpo import (
     EncodedDPOTrainer,
     SoftCollator,
@@ -158,7 +157,7 @@ def test_the_first_loss_is_log_2_where_dropout_is_called_as_a_function(tmp_path,
     tokenizer.save_pretrained(tmp_path)
     rows = soft_rows([encoded(*ids) for ids in PAIRS])
     trainer = trainer_of(EncodedDPOTrainer, str(tmp_path), tmp_path, rows, use_peft, distance=0.0)
-    prepare_trainer(trainer, None)
+    prepare_trainer(trainer)
     trainer.model.train()
     if trainer.ref_model is not None:
         trainer.ref_model.train()
@@ -242,7 +241,7 @@ def test_what_soft_labels_do_not_go_with(tmp_path, options, reason):
     )
 
 
-def references_of(said, key="model"):
+def cache_of(said, key="model"):
     return ReferenceCache(key, DistributedContext(), said.append)
 
 
@@ -256,7 +255,7 @@ def test_a_second_run_makes_no_reference_pass(base_path, tmp_path, cls, use_peft
     whole = {"per_device_train_batch_size": 2, "num_train_epochs": 2, "save_strategy": "no"}
     logged, passes, said = [], [], []
     for beta, keeps in ((0.1, False), (0.1, True), (0.3, False), (0.3, True)):
-        given = {"references": references_of(said)} if keeps else {}
+        given = {"reference_cache": cache_of(said)} if keeps else {}
         trainer = trainer_of(
             cls, base_path, tmp_path, rows, use_peft, beta=beta, logging_steps=1,
             disable_tqdm=True, given=given, **whole,
@@ -288,15 +287,15 @@ def test_steps_that_make_no_whole_pass_compute_the_pairs_that_they_meet(base_pat
     rows = soft_rows([encoded([5] * n, [7, 2], [2]) for n in range(1, 9)])
     said, passes = [], []
     for _ in range(2):
-        references = references_of(said)
+        cache = cache_of(said)
         trainer = trainer_of(
-            EncodedDPOTrainer, base_path, tmp_path, rows, given={"references": references},
+            EncodedDPOTrainer, base_path, tmp_path, rows, given={"reference_cache": cache},
             per_device_train_batch_size=1, max_steps=1, save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         trainer.eval_dataset = None
         trainer.add_callback(ReferencePass(trainer, Budget(), said.append))
-        before = len(references.known)
+        before = len(cache.known)
         trainer.train()
-        passes.append((before, len(references.known)))
+        passes.append((before, len(cache.known)))
     # one pair of two sequences, the same one in both runs
     assert passes == [(0, 2), (2, 2)] and all("0 of 0 " in line for line in said)

@@ -41,7 +41,7 @@ COMMON = {
 
 def planned(program, cls, ranks=1, launched=False, start=None, device="cpu", **options):
     config = cls(**COMMON | options)
-    setup = setup_of(config, ranks, device, launched=launched)
+    setup = setup_of(program, config, ranks, device, launched=launched)
     return estimate(program, config, start or Start(SHAPE), setup)
 
 

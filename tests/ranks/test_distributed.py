@@ -272,34 +272,37 @@ def test_an_engine_of_another_form_is_refused_by_name(stage, lacking):
 def test_float64_under_a_launcher_is_for_ppo_alone():
     options = SimpleNamespace(
         dtype="float64",
-        trl={},
+        use_peft=True,
         load_in_4bit=False,
         load_in_8bit=False,
         optim="adamw",
         deepspeed="zero2",
     )
-    check_zero(options, DistributedContext())
+    check_zero("ppo", options, DistributedContext(launched=True))
+    check_zero("dpo", options, DistributedContext())
     with pytest.raises(UserError, match="DeepSpeed would keep gradients and weights in float32"):
-        check_zero(options, DistributedContext(launched=True))
+        check_zero("dpo", options, DistributedContext(launched=True))
 
 
 def test_a_whole_reward_model_in_bfloat16_is_not_for_zero_on_a_cpu():
-    given = {"dtype": "bfloat16", "use_peft": False, "ties": "drop", "trl": {}, "optim": "adamw"}
+    given = {"dtype": "bfloat16", "use_peft": False, "optim": "adamw"}
     options = SimpleNamespace(**given, load_in_4bit=False, load_in_8bit=False, deepspeed="zero0")
-    check_zero(options, DistributedContext(launched=True))
+    check_zero("reward", options, DistributedContext(launched=True))
     options.deepspeed = "zero2"
     with pytest.raises(UserError, match=r"score head in float32 on a CPU\. Take --deepspeed zero0"):
-        check_zero(options, DistributedContext(launched=True))
+        check_zero("reward", options, DistributedContext(launched=True))
 
 
 def test_whole_weights_learn_in_bfloat16_where_float32_copies_are_kept():
-    given = {"dtype": "bfloat16", "use_peft": False, "num_ppo_epochs": 4, "optim": "adamw"}
+    given = {"dtype": "bfloat16", "use_peft": False, "optim": "adamw"}
     options = SimpleNamespace(**given, load_in_4bit=False, load_in_8bit=False, deepspeed="zero0")
-    check_zero(options, DistributedContext())
+    check_zero("ppo", options, DistributedContext())
     with pytest.raises(UserError, match=r"which ZeRO 0 does not keep: .* Take --deepspeed zero2"):
-        check_zero(options, DistributedContext(launched=True))
+        check_zero("ppo", options, DistributedContext(launched=True))
     for changed in ({"deepspeed": "zero2"}, {"dtype": "float32"}, {"use_peft": True}):
-        check_zero(SimpleNamespace(**vars(options) | changed), DistributedContext(launched=True))
+        check_zero(
+            "ppo", SimpleNamespace(**vars(options) | changed), DistributedContext(launched=True)
+        )
 
 
 # deepspeed's name, and torchrun's

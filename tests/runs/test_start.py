@@ -53,8 +53,8 @@ def config(folder, **options):
 def test_an_old_folder_is_finished_or_made_longer(old_folder):
     result = read_result(old_folder)
     with pytest.raises(EarlyExit, match="raise --max_steps"):
-        check_finished(old_folder, config(old_folder), result)
-    check_finished(old_folder, config(old_folder, max_steps=5), result)
+        check_finished("sft", config(old_folder), result)
+    check_finished("sft", config(old_folder, max_steps=5), result)
     record(old_folder, noise=NOISE_VERSION)
     found = find_checkpoint(
         "sft", config(old_folder, max_steps=5), DistributedContext(), is_finished=True

@@ -100,7 +100,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     card_path = card.card_path(output)
 
     names = list(map(_at_newest_event, config.source))
-    table = load.collect(names, KINDS.get(config.kind) or guess(names), config.aggregate)
+    table = load.read_table(names, KINDS.get(config.kind) or guess(names), config.aggregate)
     table.check_usable("skip")
     places = list(map(card.place_without_folder, table.places))
     work = steps.Work(table.records, places, table.own_group, config.examples, config.phone_regions)
