@@ -98,8 +98,9 @@ class EnsembleSpec(_LoadedSpec):
         return self.ensemble
 
     def members(self) -> dict[str, ModelSpec]:
-        """Return the specification of each member by its short name; it is called
-        `ensemble/member`.
+        """Return the specification of each member by its short name, the last part of its folder.
+
+        Its own name, under which its scores are logged, is `ensemble/member`.
         """
         specs = {}
         for member, folder in zip(member_names(self.ensemble), self.ensemble, strict=True):

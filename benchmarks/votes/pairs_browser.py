@@ -57,7 +57,7 @@ class Person:
     def _assigned(self, event: int) -> tuple[dict, str]:
         """Return the pair of an assignment, and the answer on the left of the page."""
         with Store.open(self.store) as store:
-            assigned = next(store.events(event - 1))
+            assigned = store.event(event)
             pair = store.at().pair(assigned["comparison"])
         # formatting apart, the page shows the same answer
         shown = self.page.inner_text("#answer-1 ~ *")

@@ -13,7 +13,7 @@ from starlette.routing import Route
 from rlhf.collect import auth
 from rlhf.collect.queue import ANSWERS, SIDES, Answer, Progress
 from rlhf.collect.queue_state import Assignment, assignment_of
-from rlhf.collect.safe_markdown import LONGEST, source_span, visible
+from rlhf.collect.safe_markdown import LONGEST_PARSED, source_span, visible
 from rlhf.collect.session import Refused, Site, annotator, page, read_form
 from rlhf.data.spans import Span, checked
 from rlhf.data.store_queries import StoreView
@@ -78,8 +78,8 @@ async def enter(request: Request) -> Response:
     return site.sign_in(RedirectResponse(target, 303), "annotator", token)
 
 
-async def judge(request: Request) -> Response:
-    """Show the pair to judge now, or the end."""
+async def show_question(request: Request) -> Response:
+    """Show the pair or ranking to judge now, or the end."""
     site, token, person = await annotator(request)
     assignment, progress, content = await site.do(_next, site, person["id"])
     note = request.query_params.get("note", "")
@@ -144,7 +144,7 @@ async def vote(request: Request) -> Response:
     )
     outcome = await site.do(site.queue.vote, person["id"], int(assignment), answer, click)
     if outcome == "saved" and site.show_judge:
-        outcome = await site.do(_beside_the_judge, site, int(assignment), choice)
+        outcome = await site.do(_note_on_model, site, int(assignment), choice)
     return RedirectResponse(f"/?note={outcome}", 303)
 
 
@@ -169,10 +169,10 @@ async def leave(request: Request) -> Response:
     return site.sign_out(page("message.html", site, title="Goodbye", text=text), "annotator")
 
 
-def _beside_the_judge(site: Site, assignment: int, choice: str) -> str:
-    """Return the note on what the judge said of a pair that was just answered."""
+def _note_on_model(site: Site, assignment: int, choice: str) -> str:
+    """Return the note on what a model has said of a pair that was just answered by `choice`."""
     # after the answer is on disk: nobody is led by it
-    given = next(site.store.events(assignment - 1))
+    given = site.store.event(assignment)
     if given["comparison"] is None:
         return "saved"
     said = site.store.at().model_choice(given["comparison"])
@@ -250,19 +250,15 @@ def _content(view: StoreView, assignment: Assignment) -> dict[str, Any]:
     answers = []
     for text, ended in found:
         # the plain text beside a huge one would be as huge again
-        can_be_marked = len(text) <= LONGEST
+        can_be_marked = len(text) <= LONGEST_PARSED
         answers.append({"text": text, "cut": ended == 0, "can_be_marked": can_be_marked})
     return {"messages": messages, "answers": answers}
 
 
 def _shown(site: Site, person: int, event: int) -> list[str]:
     """Return the answers of a person's page by the event of its assignment; none of another's."""
-    found = next(site.store.events(event - 1), None)
-    if found is None or (found["id"], found["kind"], found["annotator"]) != (
-        event,
-        "assign",
-        person,
-    ):
+    found = site.store.event(event)
+    if found is None or (found["kind"], found["annotator"]) != ("assign", person):
         return []
     answers = _content(site.store.at(), assignment_of(found))["answers"]
     return [answer["text"] for answer in answers]
@@ -270,7 +266,7 @@ def _shown(site: Site, person: int, event: int) -> list[str]:
 
 ROUTES = [
     Route("/enter/{token}", enter, methods=["GET", "POST"]),
-    Route("/", judge),
+    Route("/", show_question),
     Route("/welcome", welcome),
     Route("/vote", vote, methods=["POST"]),
     Route("/undo", undo, methods=["POST"]),

@@ -149,7 +149,7 @@ class Queue:
             self._state.read()
             person = self._state.person(annotator)
             # the same click may arrive twice: a double click, or a repeat after a lost connection
-            done = self.store.request(key)
+            done = self.store.event_of_request(key)
             if done:
                 if done["kind"] == "vote" and done["id"] not in person.votes:
                     return "withdrawn"
@@ -212,7 +212,7 @@ class Queue:
         key = f"{annotator}:{request}"
         with self.store.transaction():
             self._state.read()
-            if self.store.request(key):
+            if self.store.event_of_request(key):
                 return "again"
             votes = self._state.person(annotator).votes
             if not votes:
@@ -223,7 +223,7 @@ class Queue:
             # a skip took no slot, so others may have filled them
             if self._state.is_full(question, annotator):
                 return "full"
-            undone = next(self.store.events(event - 1))
+            undone = self.store.event(event)
             self.store.undo(event, request=key)
             if question.ranking is None:
                 self._assign(question, annotator, left=undone["left"] or "a")
@@ -340,8 +340,8 @@ class Queue:
         return Assignment(event, question, annotator, since, left=left, shown=shown)
 
     def _was_answered(self, annotator: int, assignment: int) -> bool:
-        event = next(self.store.events(assignment - 1), None)
-        if event is None or event["id"] != assignment or event["annotator"] != annotator:
+        event = self.store.event(assignment)
+        if event is None or event["annotator"] != annotator:
             return False
         item = self._state.items.get(Question(event["comparison"], event["ranking"]))
         return item is not None and annotator in item.votes

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 # characters that are parsed as Markdown; a longer text is shown as it is, folded
-LONGEST = 20_000
+LONGEST_PARSED = 20_000
 # characters above which a text is folded
 FOLDED = 6_000
 PREVIEW = 600
@@ -29,12 +29,16 @@ _SHOWN_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @functools.lru_cache(maxsize=2048)
 def render(text: str) -> Markup:
-    """Return the text as HTML, isolated in its direction of writing; long texts inside <details>."""
+    """Return Markdown as HTML, isolated in its direction of writing.
+
+    Above FOLDED characters all of it is inside <details>, under a preview; above LONGEST_PARSED it is
+    plain text.
+    """
     text = visible(text)
-    if len(text) > LONGEST:
+    if len(text) > LONGEST_PARSED:
         body = f'<pre class="plain">{html.escape(text)}</pre>'
     else:
-        # made visible again: entities such as &#8203; and &rlm; have only now become characters
+        # once more, since the parser has made characters of entities such as &#8203; and &rlm;
         body = visible(_parser().render(text))
     body = f'<div class="text" dir="auto">{body}</div>'
     # the buttons must stay near, and the other answer in view

@@ -187,7 +187,9 @@ def encode(
 
 
 def encode_record(record: Record, tokenizer: Any) -> dict[str, Any]:
-    """Return the row of one record, as `encode` has it. Raises RecordError."""
+    """Return the row of one record: "record", "prompt_ids", and the responses that its kind has (see
+    `encode`). Raises RecordError.
+    """
     row: dict[str, Any] = {
         "prompt_ids": encode_prompt(tokenizer, record.prompt, tools_of(record)),
         "record": record,

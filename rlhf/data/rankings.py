@@ -23,14 +23,13 @@ from rlhf.data.votes import Vote
 from rlhf.errors import UserError
 from rlhf.stats import jackknife_interval
 
+# ids of responses, the best first, equally good ones together: [[7], [5, 9]]
 Order = list[list[int]]
 
 
 @dataclass
 class Ranked:
-    """A ranking that stands. `order` has the ids of the responses, equally good ones together, the
-    best first; empty where the annotator skipped it.
-    """
+    """A ranking that stands; `order` is empty where the annotator skipped it."""
 
     event: int
     ranking: int
@@ -58,9 +57,10 @@ def check_order(order: Sequence[Sequence[int]], responses: Sequence[int]) -> Non
 
 
 def order_of_places(responses: Sequence[int], places: Sequence[int]) -> Order:
-    """Return the order of responses by their places, 1 the best; the same place is equally good.
+    """Return the order of responses by the place that each was given, 1 the best.
 
-    Places may be left out: 1, 1, 3 is what 1, 1, 2 is.
+    The same place is equally good. Only which place is before which counts: 1, 1, 3 says what 1, 1,
+    2 says.
     """
     groups: dict[int, list[int]] = {}
     for response, place in zip(responses, places, strict=True):

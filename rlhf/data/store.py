@@ -40,6 +40,9 @@ STANDING_RANK = """
     SELECT id FROM events e WHERE annotator = :annotator AND kind = 'vote'
         AND (ranking = :ranking OR comparison IN (SELECT id FROM comparisons WHERE ranking = :ranking))
         AND NOT EXISTS (SELECT 1 FROM events u WHERE u.undoes = e.id)"""
+# what is told of an event; placed and shown are JSON
+EVENT_COLUMNS = """id, comparison, ranking, annotator, kind, choice, "left", placed, shown, duration_ms,
+    undoes, created"""
 
 
 class Store(StoreContents):
@@ -61,7 +64,7 @@ class Store(StoreContents):
         """
         row = {"comparison": comparison, "annotator": annotator, "left": left, "ranking": ranking}
         with self.transaction():
-            return self._event(kind="assign", shown=as_json(shown) if shown else None, **row)
+            return self._add_event(kind="assign", shown=as_json(shown) if shown else None, **row)
 
     def release(self, comparison: int | None, annotator: int, *, ranking: int | None = None) -> int:
         """Record that the annotator gave the comparison, or the ranking, back unanswered; returns
@@ -69,7 +72,7 @@ class Store(StoreContents):
         """
         row = {"comparison": comparison, "annotator": annotator, "ranking": ranking}
         with self.transaction():
-            return self._event(kind="release", **row)
+            return self._add_event(kind="release", **row)
 
     def vote(
         self,
@@ -100,7 +103,7 @@ class Store(StoreContents):
         on this comparison already (undo that first), or a span is not in its answer.
         """
         with self.transaction():
-            done = self.request(request)
+            done = self.event_of_request(request)
             if done:
                 return done["id"]
             pair = self._one("SELECT prompt, a, b FROM comparisons WHERE id = ?", comparison)
@@ -123,7 +126,7 @@ class Store(StoreContents):
             written = None
             if corrected is not None and corrected.strip():
                 written = self.add_response(pair["prompt"], corrected)
-            return self._event(
+            return self._add_event(
                 comparison=comparison,
                 annotator=annotator,
                 kind="vote",
@@ -162,7 +165,7 @@ class Store(StoreContents):
         in `vote`, with the same errors.
         """
         with self.transaction():
-            done = self.request(request)
+            done = self.event_of_request(request)
             if done:
                 return done["id"]
             found = self._one("SELECT responses FROM rankings WHERE id = ?", ranking)
@@ -178,7 +181,7 @@ class Store(StoreContents):
                     f"{standing}); undo that first"
                 )
             texts = self._texts({id: id for id in responses}) if spans else {}
-            return self._event(
+            return self._add_event(
                 ranking=ranking,
                 annotator=annotator,
                 kind="vote",
@@ -219,17 +222,17 @@ class Store(StoreContents):
         that stands.
         """
         with self.transaction():
-            done = self.request(request)
+            done = self.event_of_request(request)
             if done:
                 return done["id"]
-            vote = self._one("SELECT * FROM events WHERE id = ?", event)
+            vote = self.event(event)
             if vote is None or vote["kind"] != "vote":
                 raise UserError(
                     f"{self.path}: event {event} is {vote['kind'] if vote else 'missing'}, not a vote"
                 )
             if self._one("SELECT id FROM events WHERE undoes = ?", event):
                 raise UserError(f"{self.path}: the vote of event {event} is undone already")
-            return self._event(
+            return self._add_event(
                 comparison=vote["comparison"],
                 ranking=vote["ranking"],
                 annotator=vote["annotator"],
@@ -251,24 +254,23 @@ class Store(StoreContents):
                 state = "excluded" if is_excluded else "not excluded"
                 raise UserError(f"{self.path}: '{name}' is {state} already")
             kind = "include" if back else "exclude"
-            return self._event(annotator=annotator, kind=kind)
+            return self._add_event(annotator=annotator, kind=kind)
 
-    def request(self, name: str | None) -> dict[str, Any] | None:
-        """Return the event that this request made, if it made one."""
+    def event_of_request(self, name: str | None) -> dict[str, Any] | None:
+        """Return the event that the click of this name made, if it made one."""
         if name is None:
             return None
         found = self._one("SELECT * FROM events WHERE request = ?", name)
         return found and dict(found)
 
-    def events(self, after: int = 0) -> Iterator[sqlite3.Row]:
-        """Return the events newer than `after`, in order.
+    def event(self, id: int) -> sqlite3.Row | None:
+        """Return one event, with the columns of `events`; None where there is none."""
+        return self._one(f"SELECT {EVENT_COLUMNS} FROM events WHERE id = ?", id)
 
-        Columns: id, comparison, ranking, annotator, kind, choice, left, placed, shown, duration_ms,
-        undoes, created; placed and shown are JSON.
-        """
-        names = """id, comparison, ranking, annotator, kind, choice, "left", placed, shown, duration_ms,
-            undoes, created"""
-        return self._db.execute(f"SELECT {names} FROM events WHERE id > ? ORDER BY id", (after,))
+    def events(self, after: int = 0) -> Iterator[sqlite3.Row]:
+        """Return the events newer than `after`, in order, with `EVENT_COLUMNS`."""
+        sql = f"SELECT {EVENT_COLUMNS} FROM events WHERE id > ? ORDER BY id"
+        return self._db.execute(sql, (after,))
 
     def last_event(self) -> int:
         """Return the id of the newest event, 0 if there is none."""
@@ -287,7 +289,7 @@ class Store(StoreContents):
             raise UserError(f"{self.path}: there is no event {event}; the newest is {last}")
         return StoreView(self._db, last if event is None else event, self.path.name)
 
-    def _event(self, **row: Any) -> int:
+    def _add_event(self, **row: Any) -> int:
         given = {name: value for name, value in row.items() if value is not None}
         return self._insert("events", {"tags": "[]", "created": self._now()} | given)
 

@@ -12,7 +12,7 @@ from rlhf.data.votes import MARGINS, renamed_criteria
 from rlhf.errors import UserError
 
 Kind = Literal["person", "model", "rule"]
-# fields of a vote that say the same in every program
+# fields of a vote that another program may change: where one differs, it is another answer
 CHANGEABLE = ("choice", "strength", "reason", "tags", "corrected", "spans")
 
 
@@ -269,14 +269,14 @@ def with_extras(pair: JudgedPair, extras: dict[str, Any], known: Sequence[str]) 
     exported = {cast["annotator"]: CastVote(**cast) for cast in extras.get("votes", ())}
     votes = []
     for vote in pair.votes:
-        earlier = exported.get(vote.annotator)
-        if earlier is not None and _is_same(vote, earlier, known):
+        then = exported.get(vote.annotator)
+        if then is not None and _is_same(vote, then, known):
             for name in known:
                 given = getattr(vote, name)
                 # a field that the other program left out says nothing of it
                 if given is not None:
-                    setattr(earlier, name, given)
-            vote = earlier
+                    setattr(then, name, given)
+            vote = then
         votes.append(vote)
     a = Answer(pair.a.text, **extras.get("a", {}))
     b = Answer(pair.b.text, **extras.get("b", {}))
@@ -284,13 +284,14 @@ def with_extras(pair: JudgedPair, extras: dict[str, Any], known: Sequence[str]) 
     return JudgedPair(pair.prompt, a, b, votes, expected=expected, **about_of(extras))
 
 
-def _is_same(vote: CastVote, earlier: CastVote, known: Sequence[str]) -> bool:
+def _is_same(vote: CastVote, exported: CastVote, known: Sequence[str]) -> bool:
+    """Return whether a vote that came back says what it said when it was exported."""
     for name in CHANGEABLE:
-        one, other = getattr(earlier, name), getattr(vote, name)
+        now, then = getattr(vote, name), getattr(exported, name)
         if name == "spans" and name not in known:
-            # it has no place for remarks
-            one, other = without_remarks(one), without_remarks(other)
-        if one != other:
+            # the other program has kept the passages, but has no place for remarks
+            now, then = without_remarks(now), without_remarks(then)
+        if now != then:
             return False
     return True
 

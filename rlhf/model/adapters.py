@@ -101,21 +101,28 @@ def adapter_settings(path: str) -> Any:
     if not isinstance(config, LoraConfig):
         return config
 
-    found = [name for name in NOT_SHARED if getattr(config, name, None)]
-    if isinstance(config.init_lora_weights, str) and REWRITES_BASE.match(config.init_lora_weights):
-        found.append("init_lora_weights")
-    if config.bias != "none" and any(
-        n.endswith(".bias") and "lora_" not in n for n in adapter_weights(path)
-    ):
-        found.append("bias")
-    if found:
+    if setting := _changing_the_base(config, path):
         raise UserError(
-            f"{file}: '{found[0]}: {getattr(config, found[0])}' changes the base, which other adapters share, so that "
+            f"{file}: '{setting}: {getattr(config, setting)}' changes the base, which other adapters share, so that "
             f"PEFT cannot hold copies of it. {MERGE}"
         )
-    # the setting may ask for biases that the base does not have: none was trained
+    # where it asked for biases, the base has none: they are not among the weights
     config.bias = "none"
     return config
+
+
+def _changing_the_base(config: Any, path: str) -> str | None:
+    """Return the setting by which a LoRA adapter in a folder changes its base, or None."""
+    for name in NOT_SHARED:
+        if getattr(config, name, None):
+            return name
+    if isinstance(config.init_lora_weights, str) and REWRITES_BASE.match(config.init_lora_weights):
+        return "init_lora_weights"
+    if config.bias != "none":
+        names = adapter_weights(path)
+        if any(name.endswith(".bias") and "lora_" not in name for name in names):
+            return "bias"
+    return None
 
 
 def adapter_weights(path: str | Path) -> dict[str, Tensor]:
@@ -170,7 +177,7 @@ def add_adapter(
             module
         ):
             for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
-                setattr(module, method, _of_held_adapters(module, getattr(module, method)))
+                setattr(module, method, _for_held_adapters(module, getattr(module, method)))
         # TRL reads a bias off a head; PEFT passes on the weight alone
         if isinstance(module, TrainableTokensWrapper):
             module.bias = None
@@ -205,19 +212,23 @@ def not_adaptable(model: nn.Module) -> list[str] | None:
     return sorted(names) or None
 
 
-def _of_held_adapters(wrapper: nn.Module, method: Callable) -> Callable:
-    """Return a method of a module beside LoRA that PEFT calls for every adapter, restricted to
-    those that it holds.
+def _for_held_adapters(wrapper: nn.Module, method: Callable) -> Callable:
+    """Return `method` of PEFT's wrapper around a module (modules_to_save, single tokens), with no
+    result for an adapter that the wrapper does not hold.
 
-    The state that ZeRO-3 gathers lacks frozen adapters, such as a reference: none of them is saved
-    then.
+    PEFT calls it with the name of every adapter, and in saving with a state dict: the one that
+    ZeRO-3 gathers lacks frozen adapters, such as a reference, which then have no result either.
     """
 
-    def held(name: str, *state: dict[str, Tensor]) -> dict[str, Any]:
-        gathered = all(any(name in key.split(".") for key in given) for given in state)
-        return method(name, *state) if name in wrapper._adapters and gathered else {}
+    def of_adapter(name: str, *states: dict[str, Tensor]) -> dict[str, Any]:
+        if name not in wrapper._adapters:
+            return {}
+        for state in states:
+            if not any(name in key.split(".") for key in state):
+                return {}
+        return method(name, *states)
 
-    return held
+    return of_adapter
 
 
 def load_adapter(

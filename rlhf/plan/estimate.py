@@ -29,7 +29,7 @@ from rlhf.plan.memory import (
 )
 from rlhf.plan.passes import (
     Rows,
-    as_on,
+    as_if_on,
     learning_peak,
     measuring_peak,
     sampling_peak,
@@ -104,7 +104,7 @@ def estimate(program: str, config: Any, start: Start, setup: Setup) -> Estimate:
     has_frozen_base = program in ("dpo", "ppo") or not trains_whole
     frozen_numbers = has_frozen_base * count(base) + copies * adapter
     found.numbers = {"trainable": weights.trained, "frozen": frozen_numbers}
-    with FakeTensorMode(), as_on(setup.device):
+    with FakeTensorMode(), as_if_on(setup.device):
         if getattr(config, "eval_prompts", 0) or program == "ppo":
             found.phases, kept = sampling_phases(program, config, setup, weights, to_fake(base))
             found.sampled_bytes = (float(frozen), kept)

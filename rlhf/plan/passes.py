@@ -129,10 +129,11 @@ def _by_trls_head(head: nn.Module, hidden: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def as_on(device: str) -> Iterator[None]:
-    """Let passes keep packed rows apart as runs do, and what depends on the device be as on that one:
-    fake tensors are on a CPU.
+def as_if_on(device: str) -> Iterator[None]:
+    """Let passes on fake tensors, which are on a CPU, take the sizes and branches of a run on `device`
+    ("cpu" or "cuda") inside the context.
     """
+    # as `try_packing` does in a run
     AttentionInterface.register("sdpa", packing.attend)
     if device == "cpu":
         # where drawing is not recorded it looks into about as many blocks again as it begins with,
@@ -142,12 +143,14 @@ def as_on(device: str) -> Iterator[None]:
         return
     from trl.kernels import chunked_logprob
 
+    larger_portions = patch.object(logprobs, "LOGITS_ON_CPU", logprobs.LOGITS_ON_GPU)
     # on a GPU a kernel takes the place of these, which makes no tensor of its own
-    tiles = ("_forward_tile", "_backward_tile")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(patch.object(logprobs, "LOGITS_ON_CPU", logprobs.LOGITS_ON_GPU))
-        for name in tiles:
-            stack.enter_context(patch.object(chunked_logprob, name, lambda *a, **k: None))
+    no_tiles = patch.multiple(
+        chunked_logprob,
+        _forward_tile=lambda *args, **kwargs: None,
+        _backward_tile=lambda *args, **kwargs: None,
+    )
+    with larger_portions, no_tiles:
         yield
 
 

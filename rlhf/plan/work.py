@@ -132,7 +132,9 @@ class Clock:
 
 
 def steps_of(config: Any, setup: Setup, rows: int | None) -> int:
-    """Return the optimizer steps of a program of TRL; 1 where the data's rows are not known."""
+    """Return the optimizer steps of SFT, a reward model or DPO; 1 where neither max_steps nor the
+    data's rows are known.
+    """
     if config.max_steps > 0:
         return config.max_steps
     if rows is None:
@@ -140,8 +142,8 @@ def steps_of(config: Any, setup: Setup, rows: int | None) -> int:
     held_out = config.validation_fraction + config.test_fraction
     batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * setup.ranks
     # as the trainer counts: the last batch of an epoch is a step too
-    an_epoch = math.ceil(round(rows * (1 - held_out)) / batch)
-    return max(1, math.ceil(an_epoch * config.num_train_epochs))
+    steps_of_epoch = math.ceil(round(rows * (1 - held_out)) / batch)
+    return max(1, math.ceil(steps_of_epoch * config.num_train_epochs))
 
 
 def offline_work(

@@ -106,14 +106,20 @@ class Chat:
             raise
 
     def _answer(self) -> None:
+        """Let each policy answer its last message: print the answer with its score, and add it to the
+        conversation.
+        """
+        # of several, each under its name
+        has_headings = len(self.speakers) > 1
         for speaker in self.speakers:
-            if len(self.speakers) > 1:
+            if has_headings:
                 print(f"[{speaker.policy.name}]")
             prompt, ids, text = self._stream(speaker)
             if self.scorer is not None:
+                # before the answer is one of the messages: these are the prompt that it is scored by
                 print(self._score(speaker, prompt, ids, text))
             speaker.messages.append({"role": "assistant", "content": text})
-            if len(self.speakers) > 1:
+            if has_headings:
                 print()
 
     def _stream(self, speaker: Speaker) -> tuple[list[int], list[int], str]:

@@ -2,7 +2,7 @@ import html.parser
 
 import pytest
 
-from rlhf.collect.safe_markdown import FOLDED, LONGEST, render, visible
+from rlhf.collect.safe_markdown import FOLDED, LONGEST_PARSED, render, visible
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -35,7 +35,7 @@ HOSTILE = [
     "| a | b |\n|:-:|--:|\n| c | d |",
     "x" * (FOLDED + 1) + "<script>alert(1)</script>",
     "<script>alert(1)</script>" + "x" * FOLDED,
-    "y" * (LONGEST + 1) + "</pre></details><script>alert(1)</script>",
+    "y" * (LONGEST_PARSED + 1) + "</pre></details><script>alert(1)</script>",
 ]
 INERT = {
     "div",
@@ -118,7 +118,7 @@ def test_what_turns_or_hides_text_is_written_out():
 
 
 def test_long_texts_are_folded_and_lose_nothing():
-    for size in (FOLDED + 1, LONGEST + 1):
+    for size in (FOLDED + 1, LONGEST_PARSED + 1):
         words = "word " * (size // 5 + 1)
         page = str(render(words))
         assert (

@@ -14,7 +14,7 @@ from rlhf.plan.ledger import Ledger, Reduction, size_of
 from rlhf.plan.memory import Phase, Setup, Weights, step_phase
 from rlhf.plan.passes import (
     Rows,
-    as_on,
+    as_if_on,
     forward,
     learn,
     learning_peak,
@@ -160,7 +160,7 @@ def test_a_cpu_draws_from_a_few_blocks_of_the_vocabulary():
     # temperature and their logarithms of probabilities in float32, and of each block the least
     # noise and its place in 64 bits
     shape = LlamaConfig(**SHAPE.to_dict() | {"vocab_size": 4096})
-    with FakeTensorMode(), as_on("cpu"):
+    with FakeTensorMode(), as_if_on("cpu"):
         model = to_fake(empty_model(shape, "float32", None))
         _, peak = sampling_peak(model, slots=16, prompt=8, response=4, device="cpu")
     assert peak.logits == pytest.approx(2 * 4 * 16 * 4096 + 2 * 8 * 16 * 128, rel=0.01)
@@ -192,7 +192,7 @@ def test_passes_on_fake_tensors_take_what_torch_allocates_for_real_ones():
         model.get_output_embeddings().requires_grad_(False)
         return model
 
-    with FakeTensorMode(), as_on("cpu"):
+    with FakeTensorMode(), as_if_on("cpu"):
         measuring = measuring_peak(to_fake(empty_model(shape, "float32", None)), rows, "policy")
         fake = learning(to_fake(empty_model(shape, "float32", None)))
         both = learning_peak(fake, rows, ["policy"], Reduction(), repeated=False)
