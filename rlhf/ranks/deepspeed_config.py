@@ -22,29 +22,28 @@ DECIDED = (
 SECTIONS = ("optimizer", "scheduler", "bf16", "fp16")
 # what a file may decide: how memory and time are spent, and what is logged
 FREE = (
-    *(
-        ZERO,
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "activation_checkpointing",
-        "aio",
-    ),
-    *(
-        "communication_data_type",
-        "data_types",
-        "prescale_gradients",
-        "gradient_predivide_factor",
-        "checkpoint",
-    ),
-    *(
-        "disable_allgather",
-        "compile",
-        "steps_per_print",
-        "wall_clock_breakdown",
-        "memory_breakdown",
-        "dump_state",
-    ),
-    *("flops_profiler", "comms_logger", "tensorboard", "csv_monitor", "wandb", "log_level"),
+    ZERO,
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "activation_checkpointing",
+    "aio",
+    "communication_data_type",
+    "data_types",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "checkpoint",
+    "disable_allgather",
+    "compile",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "flops_profiler",
+    "comms_logger",
+    "tensorboard",
+    "csv_monitor",
+    "wandb",
+    "log_level",
 )
 KNOWN = (*FREE, *DECIDED, *SECTIONS)
 SCHEDULES = {

@@ -51,14 +51,14 @@ class CriticStart:
         return text
 
 
-def find_reward_roles(models: dict[str, float], initial: InitialModel) -> list[str]:
+def find_reward_roles(weight_of_model: dict[str, float], initial: InitialModel) -> list[str]:
     """Return the reward models that become roles: those that are adapters on the initial model's
     base and read its ids. The critic may start from the first.
 
-    models: folder -> weight in the total score. One of weight 0, which is only monitored, comes
-    after the others.
+    weight_of_model: folder -> weight in the total score. One of weight 0, which is only monitored,
+    comes after the others.
     """
-    in_order = sorted(models, key=lambda folder: models[folder] == 0)
+    in_order = sorted(weight_of_model, key=lambda folder: weight_of_model[folder] == 0)
     return [folder for folder in in_order if _shares_base(folder, initial)]
 
 
