@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         reference=reference or trainers.reference_context(model, REFERENCE),
     )
     # before the trainer: DeepSpeed may divide the weights among the ranks
-    reference_cache = open_reference_cache(run, arguments, reference or model)
+    reference_cache = open_reference_cache(run, arguments, reference or model, budget)
     # with TRL's `precompute_ref_log_probs` the reference is read here
     with trainers.refused_by_trl(config.trl), budget.counting():
         trainer = trainer_class(
@@ -104,12 +104,17 @@ def main(argv: list[str] | None = None) -> None:
             processing_class=initial.tokenizer,
             callbacks=[callback],
         )
-    trainer.add_callback(ReferencePass(trainer, budget, run.log))
+    reference_pass = ReferencePass(trainer, run.log)
+    trainer.add_callback(reference_pass)
     trainers.train(trainer, callback, stages.new_dropout(config, initial))
     held_out = trainers.held_out_loss(trainer, run) if held_out_pairs else {}
 
     trainers.save_policy(run, trainer.model, initial)
-    callback.finish(held_out | callback.metrics, budget.total(run.world))
+    callback.finish(
+        held_out | callback.metrics,
+        budget.total(run.world),
+        reference_pass=reference_pass.sizes(),
+    )
 
 
 if __name__ == "__main__":

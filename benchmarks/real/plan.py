@@ -65,7 +65,7 @@ def plan(config: ExperimentConfig, sft: dict) -> list[Stage]:
         options = options_of(method) if method.program else {}
         if method.program == "dpo":
             left = config.budget["total"] - pairs.flops / seeds
-            stages += [dpo_stage(left, pair_count(config), seeds, rank)]
+            stages += [dpo_stage(left, pair_count(config), reference_count(config), seeds, rank)]
             stages += [dpo_pilot(options, rank)]
         elif method.program == "ppo":
             left = config.budget["total"] - (pairs.flops + reward.flops) / seeds
@@ -102,6 +102,14 @@ def pair_count(config: ExperimentConfig) -> int:
     return round(prompts * samples * (samples - 1) / 2 * TRAINED_ON)
 
 
+def reference_count(config: ExperimentConfig) -> int:
+    """Return about how many pairs of a seed need a pass of DPO's reference: all answers but the
+    first to a prompt are new in one, held-out pairs included.
+    """
+    prompts, samples = sampled(config)
+    return prompts * (samples - 1)
+
+
 def options_of(part: Any) -> dict[str, Any]:
     """Return the options of a method, or of the reward model, from its file and its own."""
     spec = part if isinstance(part, dict) else {"config": part.config, "options": part.options}
@@ -117,26 +125,32 @@ def sft_stage(sft: dict) -> Stage:
     return Stage("SFT", what, positions, learning(positions, head, sft["lora_r"]))
 
 
-def dpo_stage(left: float, count: int, seeds: int, rank: int) -> Stage:
-    """Return DPO on `count` pairs, as long as the FLOPs that are left to a run allow."""
-    one = dpo_pair_flops(rank)
-    seen = left / one
+def dpo_stage(left: float, count: int, references: int, seeds: int, rank: int) -> Stage:
+    """Return DPO on `count` pairs, as long as the FLOPs that are left to a run allow.
+
+    A run of a whole pass computes the reference of `references` pairs once, a shorter one in each
+    step.
+    """
+    learnt, reference = dpo_pair_flops(rank)
+    seen = (left - references * reference) / learnt
+    if seen < count:
+        seen = left / (learnt + reference)
     what = f"{seen:.0f} pairs a seed, {seen / count:.1f} epochs"
-    return Stage("DPO", what, seeds * seen * 2 * (QUESTION + ANSWER), seeds * seen * one)
+    return Stage("DPO", what, seeds * seen * 2 * (QUESTION + ANSWER), seeds * left)
 
 
 def dpo_pilot(options: dict, rank: int) -> Stage:
     batch = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
     pairs = PILOT_STEPS["dpo"] * batch
-    flops = pairs * dpo_pair_flops(rank)
+    flops = pairs * sum(dpo_pair_flops(rank))
     return Stage("DPO's pilot", f"{pairs} pairs", pairs * 2 * (QUESTION + ANSWER), flops)
 
 
-def dpo_pair_flops(rank: int) -> float:
-    """Return the FLOPs of learning from one pair, with the reference's pass over it."""
+def dpo_pair_flops(rank: int) -> tuple[float, float]:
+    """Return the FLOPs of learning from one pair, and those of the reference's pass over it."""
     positions, head = 2 * (QUESTION + ANSWER), 2 * ANSWER
     # TRL's head makes its logits once more on the way back
-    return learning(positions, 1.5 * head, rank) + forward(positions, head, rank)
+    return learning(positions, 1.5 * head, rank), forward(positions, head, rank)
 
 
 def ppo_stage(left: float, options: dict, seeds: int, rank: int) -> Stage:

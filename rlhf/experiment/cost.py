@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ def known_lengths(config: ExperimentConfig) -> dict[str, int] | None:
 
 
 def planned_lengths(config: ExperimentConfig) -> dict[str, int]:
-    """Return as many steps of each method as its share of the budget pays for, by the pilot's cost
-    of a step.
+    """Return as many steps of each method as its share of the budget pays for, by what its pilot
+    has cost.
 
     A method pays for the sampled pairs and, if it learns from the reward model, for its training
     too; all by the first seed, so that the seeds are equally long. Raises UserError where too
@@ -38,13 +39,13 @@ def planned_lengths(config: ExperimentConfig) -> dict[str, int]:
         spent = sum(part.get(counter, 0.0) for part in shared.values())
         pilot = Path(config.output_dir) / "pilot" / name
         # by the pilot, since FLOPs and time of a step depend on model, lengths and machine
-        each = step_cost(pilot, counter, PILOT_STEPS[config.method_specs[name].program])
-        steps = int((total - spent) // each)
+        cost = pilot_cost(pilot, counter, PILOT_STEPS[config.method_specs[name].program])
+        steps = cost.longest(total - spent)
         if steps < config.checkpoints:
             raise UserError(
                 f"budget: of {total:g} {counter} {spent:g} go into pairs and reward model, and the rest pays for "
-                f"{max(steps, 0)} steps of '{name}' ({each:g} each), fewer than its {config.checkpoints} checkpoints. "
-                "Raise 'total'"
+                f"{max(steps, 0)} steps of '{name}' ({cost.in_words()}), fewer than its {config.checkpoints} "
+                "checkpoints. Raise 'total'"
             )
         lengths[name] = steps
     return lengths
@@ -114,22 +115,62 @@ def cost_until(folder: Path, step: int) -> dict[str, float]:
     return before
 
 
-def step_cost(folder: Path, counter: str, steps: int) -> float:
-    """Return what one step costs, from a pilot's first to its last, so that starting up does not
-    count.
+@dataclass(frozen=True)
+class RunCost:
+    """What runs of a method cost in one counter, starting up left out.
+
+    A step costs `step`, and the reference log-probabilities of a pair `pair`. The sizes are those of
+    `ReferencePass.sizes`: pairs whose reference a run pays for, and the steps of a whole pass; 0 for
+    methods without one.
+    """
+
+    step: float
+    pair: float = 0.0
+    held_out: int = 0
+    training: int = 0
+    per_step: int = 0
+    steps: int = 0
+
+    def pairs(self, steps: int) -> int:
+        """Return how many pairs' reference a run of so many steps pays for."""
+        met = self.training if steps >= self.steps else steps * self.per_step
+        return self.held_out + met
+
+    def longest(self, left: float) -> int:
+        """Return the most steps n that `left` pays for: step n + pair pairs(n) <= left."""
+        whole_pass = int((left - self.pair * self.pairs(self.steps)) // self.step)
+        if whole_pass >= self.steps:
+            return whole_pass
+        each = self.step + self.pair * self.per_step
+        return int((left - self.pair * self.held_out) // each)
+
+    def in_words(self) -> str:
+        words = f"{self.step:g} each"
+        return f"{words}, and {self.pair:g} for the reference of a pair" if self.pair else words
+
+
+def pilot_cost(folder: Path, counter: str, steps: int) -> RunCost:
+    """Return what runs cost by a pilot of so many steps: a step from its first to its last, so that
+    starting up does not count, and DPO's reference apart.
 
     Raises UserError where the pilot has fewer steps.
     """
-    first, before, last = (
-        cost_until(folder, step).get(counter, 0.0) for step in (1, steps - 1, steps)
-    )
+    spent = [cost_until(folder, step) for step in (1, steps - 1, steps)]
+    part = f"reference_{counter}"
+    first, before, last = (cost.get(counter, 0.0) - cost.get(part, 0.0) for cost in spent)
     # a pilot that was ended early never got to its last step
     if not first < before < last:
         raise UserError(
             f"{folder}: does not tell what {steps} steps cost in {counter}. Look at its log and metrics.jsonl: a pilot "
             "that a guard has stopped needs gentler options"
         )
-    return (last - first) / (steps - 1)
+    each = (last - first) / (steps - 1)
+    # none where there is no reference pass, or by an earlier version, which counts it in each step
+    sizes = run_result(folder).get("reference_pass")
+    if not sizes:
+        return RunCost(each)
+    cost = RunCost(each, **sizes)
+    return replace(cost, pair=spent[-1].get(part, 0.0) / cost.pairs(steps))
 
 
 def counters_of(row: dict[str, Any]) -> dict[str, float]:

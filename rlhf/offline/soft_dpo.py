@@ -125,10 +125,15 @@ class EncodedDPOTrainer(DPOTrainer):
         if "ref_chosen_logps" in inputs:
             return inputs
         chosen, rejected = self.reference_logprobs(inputs)
+        if self.reference_cache is not None:
+            self.reference_cache.pay(row_keys(inputs, self.ld_alpha))
         return inputs | {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def reference_logprobs(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return log pi_ref of the chosen and of the rejected responses, both (B,), in nats."""
+        """Return log pi_ref of the chosen and of the rejected responses, both (B,), in nats.
+
+        Where there is a cache, it has to be paid for apart.
+        """
         reference, cache = self.ref_model or self.model, self.reference_cache
         if cache is None:
             return self.compute_ref_log_probs(reference, inputs)
@@ -136,8 +141,11 @@ class EncodedDPOTrainer(DPOTrainer):
         is_missing = not all(key in cache for key in keys)
         # under ZeRO-3 all ranks make a pass, or none
         if cache.world.sum(float(is_missing)):
-            logprobs = torch.cat(self.compute_ref_log_probs(reference, inputs))
-            cache.add(keys, logprobs.tolist())
+            with cache.budget.apart() as cost:
+                logprobs = torch.cat(self.compute_ref_log_probs(reference, inputs))
+                # waits for the device
+                values = logprobs.tolist()
+            cache.add(keys, values, cost)
         else:
             device = inputs["input_ids"].device
             logprobs = torch.tensor(cache.get(keys), dtype=torch.float32, device=device)

@@ -26,7 +26,11 @@ from rlhf.model.packing import decoder_and_head
 from rlhf.model.quantized import QuantizedLinear
 from rlhf.ranks.distributed import DistributedContext
 
-COUNTERS = ("episodes", "tokens_generated", "tokens_trained", "flops")
+COUNTERS = ("episodes", "tokens_generated", "tokens_trained", "flops", "reference_flops")
+# parts of other counters, logged where they are not 0
+PARTS = ("reference_flops", "reference_seconds")
+# of the clock, which the ranks share
+SECONDS = ("seconds", "reference_seconds")
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,14 @@ class DecoderShape:
 
 
 @dataclass
+class Cost:
+    """What some passes have cost."""
+
+    flops: float = 0.0
+    seconds: float = 0.0
+
+
+@dataclass
 class Budget:
     """This rank's counters since the program began (`total` sums them over ranks)."""
 
@@ -76,6 +88,9 @@ class Budget:
     tokens_generated: int = 0
     tokens_trained: int = 0
     flops: float = 0.0
+    # of flops and seconds, those of DPO's reference log-probabilities
+    reference_flops: float = 0.0
+    reference_seconds: float = 0.0
     began: float = field(default_factory=time.monotonic)
     is_counting: bool = False
 
@@ -87,6 +102,26 @@ class Budget:
             yield
         finally:
             self.is_counting = before
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[Cost]:
+        """Yield the cost of what is computed inside, known afterwards, and leave it out of the
+        counters.
+        """
+        cost, flops, began = Cost(), self.flops, time.monotonic()
+        with self.counting():
+            yield cost
+        cost.flops, self.flops = self.flops - flops, flops
+        cost.seconds = time.monotonic() - began
+        self.began += cost.seconds
+
+    def charge_reference(self, flops: float, seconds: float) -> None:
+        """Count reference log-probabilities, whichever run has computed them."""
+        self.flops += flops
+        self.reference_flops += flops
+        # the clock is put back by what it is charged with
+        self.began -= seconds
+        self.reference_seconds += seconds
 
     def watch(self, model: nn.Module) -> None:
         """Count each pass of `model`: causal or with a score head, below PEFT or plain. Scalar
@@ -151,13 +186,15 @@ class Budget:
 
     def state_dict(self) -> dict[str, float]:
         """Return what a checkpoint keeps; seconds are those spent so far."""
-        return {name: getattr(self, name) for name in COUNTERS} | {
-            "seconds": time.monotonic() - self.began
-        }
+        state = {name: getattr(self, name) for name in COUNTERS}
+        state["seconds"] = time.monotonic() - self.began
+        state["reference_seconds"] = self.reference_seconds
+        return state
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        for name in COUNTERS:
-            setattr(self, name, state[name])
+        for name in (*COUNTERS, "reference_seconds"):
+            # a checkpoint of an earlier version has no parts
+            setattr(self, name, state.get(name, 0))
         self.began = time.monotonic() - state["seconds"]
 
     def load_shares(self, states: list[dict[str, float]], world: DistributedContext) -> None:
@@ -167,22 +204,28 @@ class Budget:
         """
         if len(states) == world.size:
             return self.load_state_dict(states[world.rank])
-        seconds = max(state["seconds"] for state in states)
+        clocks = {name: max(state.get(name, 0.0) for state in states) for name in SECONDS}
         counted = dict.fromkeys(COUNTERS, 0)
         if world.is_main:
-            counted = {name: sum(state[name] for state in states) for name in COUNTERS}
-        self.load_state_dict(counted | {"seconds": seconds})
+            counted = {name: sum(state.get(name, 0) for state in states) for name in COUNTERS}
+        self.load_state_dict(counted | clocks)
 
     def metrics(self) -> dict[str, float]:
-        return {f"budget/{name}": value for name, value in self.state_dict().items()}
+        return named(self.state_dict())
 
     def total(self, world: DistributedContext) -> dict[str, float]:
         """Return `metrics` summed over ranks (seconds are the clock's)."""
-        metrics = self.metrics()
-        for name in metrics:
-            if name != "budget/seconds":
-                metrics[name] = float(world.sum(float(metrics[name])))
-        return metrics
+        state = self.state_dict()
+        for name in COUNTERS:
+            state[name] = float(world.sum(float(state[name])))
+        return named(state)
+
+
+def named(counters: dict[str, float]) -> dict[str, float]:
+    """Return counters as metrics, without parts that are 0."""
+    return {
+        f"budget/{name}": value for name, value in counters.items() if value or name not in PARTS
+    }
 
 
 def fused_head_positions(labels: Tensor) -> int:

@@ -368,7 +368,21 @@ METRICS: dict[str, Metric] = {
         "",
         "",
     ),
-    "budget/seconds": Metric("wall-clock seconds since the start", "", ""),
+    "budget/seconds": Metric(
+        "wall-clock seconds since the start, and those of reference log-probabilities that an earlier run computed",
+        "",
+        "",
+    ),
+    "budget/reference_flops": Metric(
+        "of budget/flops, those of DPO's reference log-probabilities, computed or found in RLHF_CACHE; all ranks",
+        "",
+        "",
+    ),
+    "budget/reference_seconds": Metric(
+        "of budget/seconds, those of DPO's reference log-probabilities, computed or found in RLHF_CACHE",
+        "",
+        "",
+    ),
 }
 
 PATTERNS: dict[str, Metric] = {

@@ -73,6 +73,16 @@ def test_an_update_of_ppo_by_hand(monkeypatch):
     assert plan.ppo_update_flops(options, rank=1) == 28 + 28 + 20 + 4000
 
 
+def test_runs_of_dpo_by_hand(monkeypatch):
+    # a pair of 10 positions with 4 to predict: 1000 to learn, 14 for the reference
+    monkeypatch.setattr(plan, "dpo_pair_flops", lambda rank: (1000, 14))
+    # 10 references once, and (10140 - 140) / 1000 = 10 pairs, two passes over 5
+    stage = plan.dpo_stage(10140, 5, references=10, seeds=2, rank=1)
+    assert stage.what == "10 pairs a seed, 2.0 epochs" and stage.flops == 2 * 10140
+    # less than a pass: 3042 / 1014 = 3
+    assert plan.dpo_stage(3042, 5, references=10, seeds=2, rank=1).what.startswith("3 pairs")
+
+
 def small_experiment(folder: Path) -> Path:
     """Write the experiment of make real-quick with a few steps of few tokens; return its file."""
     options = yaml.safe_load(pipeline.QUICK_EXPERIMENT.read_text())

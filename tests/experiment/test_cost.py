@@ -7,10 +7,10 @@ from rlhf.errors import UserError
 from rlhf.experiment.cost import (
     cost_until,
     parts_of,
+    pilot_cost,
     planned_lengths,
     run_cost,
     shared_cost,
-    step_cost,
 )
 from tests.experiment.example import experiment, method
 
@@ -47,7 +47,7 @@ def pilots(tmp_path: Path, **more):
 def test_a_step_costs_what_it_adds_so_that_the_start_does_not_count(tmp_path):
     # steps 1 to 8 at 100, 110, ..., 170: (170 - 100) / 7 = 10
     folder = write_metrics(tmp_path, flops(*(100 + 10 * i for i in range(8))))
-    assert step_cost(folder, "flops", 8) == pytest.approx(10)
+    assert pilot_cost(folder, "flops", 8).step == pytest.approx(10)
 
 
 def test_steps_are_what_the_budget_leaves_over_the_shared_parts(tmp_path):
@@ -56,6 +56,64 @@ def test_steps_are_what_the_budget_leaves_over_the_shared_parts(tmp_path):
     assert planned_lengths(pilots(tmp_path)) == {"dpo": 100, "ppo": 14}
     # 1049: 749 / 50 = 14.98, rounded down
     assert planned_lengths(pilots(tmp_path, budget={"match": "flops", "total": 1049}))["ppo"] == 14
+
+
+SIZES = {"held_out": 4, "training": 50, "per_step": 2, "steps": 30}
+
+
+def pilot_of_dpo(folder: Path, sizes: dict, spent: list[tuple[float, float]]) -> Path:
+    """A pilot's folder: the FLOPs of each of its 8 steps in all, and those of the reference."""
+    rows = flops(*(cost for cost, _ in spent))
+    for row, (_, reference) in zip(rows, spent, strict=True):
+        row["budget/reference_flops"] = reference
+    write_result(folder, spent[-1][0])
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(result | {"reference_pass": sizes}))
+    return write_metrics(folder, rows)
+
+
+def test_a_run_of_more_than_a_pass_pays_once_for_the_reference_of_each_pair(tmp_path):
+    # A step costs 10, the reference of a pair 3. Held-out pairs cost 4 x 3 = 12 before the first
+    # step, then each step meets 2 pairs: 6 more
+    spent = [(12 + 16 * step, 12 + 6 * step) for step in range(1, 9)]
+    folder = pilot_of_dpo(tmp_path / "out" / "pilot" / "dpo", SIZES, spent)
+    cost = pilot_cost(folder, "flops", 8)
+    assert (cost.step, cost.pair) == (10, 3)
+
+    # 50 + 4 pairs once, 162: (1000 - 162) / 10 = 83.8 (by what the pilot's steps cost: 62)
+    assert cost.longest(1000) == 83
+    # less than a pass of 30 steps: (400 - 12) / 16 = 24.25 (held-out pairs left out: 25)
+    assert cost.longest(400) == 24
+    # 162 + 30 x 10 = 462 pays for a pass; one less for (461 - 12) / 16 = 28.06 steps
+    assert (cost.longest(462), cost.longest(461)) == (30, 28)
+
+    budget = {"match": "flops", "total": 1000}
+    dpo = {"dpo": method()}
+    config = experiment(tmp_path, reward=None, methods=dpo, budget=budget)
+    assert planned_lengths(config) == {"dpo": 83}
+    with pytest.raises(UserError, match=r"1 steps of 'dpo' \(10 each, and 3 for the reference of"):
+        planned_lengths(
+            experiment(tmp_path, reward=None, methods=dpo, budget=budget | {"total": 30})
+        )
+
+
+def test_a_pilot_of_more_than_a_pass_has_paid_for_the_reference_at_its_start(tmp_path):
+    # 6 training pairs and 4 held out, 10 x 3 = 30 at the start
+    sizes = SIZES | {"training": 6, "steps": 3}
+    spent = [(30 + 10 * step, 30) for step in range(1, 9)]
+    cost = pilot_cost(pilot_of_dpo(tmp_path / "pilot", sizes, spent), "flops", 8)
+    assert (cost.step, cost.pair) == (10, 3)
+    # (130 - 30) / 10 = 10; a run of less than a pass: (45 - 12) / 16 = 2.06
+    assert (cost.longest(130), cost.longest(45)) == (10, 2)
+
+
+def test_a_counter_without_a_reference_follows_from_the_steps_alone(tmp_path):
+    folder = pilot_of_dpo(
+        tmp_path / "pilot", SIZES, [(16 * step, 6 * step) for step in range(1, 9)]
+    )
+    tokens = [{"step": step, "budget/tokens_trained": 5 * step} for step in range(1, 9)]
+    cost = pilot_cost(write_metrics(folder, tokens), "tokens_trained", 8)
+    assert (cost.step, cost.pair, cost.longest(104)) == (5, 0, 20)
 
 
 def test_sampled_pairs_are_paid_by_all(tmp_path):
@@ -102,9 +160,9 @@ def test_a_pilot_that_was_cut_short_is_no_measure(tmp_path, rows):
     with pytest.raises(
         UserError, match=r"does not tell what 3 steps cost in flops. Look at its log"
     ):
-        step_cost(write_metrics(tmp_path / "pilot", rows), "flops", 3)
+        pilot_cost(write_metrics(tmp_path / "pilot", rows), "flops", 3)
     with pytest.raises(UserError, match="does not tell what 3 steps cost"):
-        step_cost(tmp_path / "absent", "flops", 3)
+        pilot_cost(tmp_path / "absent", "flops", 3)
 
 
 def test_cost_between_logged_steps_is_in_proportion(tmp_path):

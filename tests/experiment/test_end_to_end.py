@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from rlhf.experiment.config import ExperimentConfig
+from rlhf.experiment.cost import pilot_cost, planned_lengths, run_cost
+from rlhf.experiment.plan import pilot, trial
 from rlhf.experiment.results import read_rows
 from rlhf.jobs.commands import programs_of
 from tests.conftest import ROOT
-from tests.launch.conftest import write_data
+from tests.launch.conftest import door, write_data
 
 # about a minute on two idle cores; the programs load torch nine times
 pytestmark = pytest.mark.timeout(1200)
@@ -140,3 +143,44 @@ def test_the_report_is_there(folder):
 def test_nothing_is_done_twice(folder):
     done = rlhf(folder, "experiment", "run", "x.yaml")
     assert "7 of 7 jobs are done already" in done.stdout and "started" not in done.stdout
+
+
+def test_runs_of_dpo_spend_their_budget_whether_they_compute_the_reference_or_find_it(
+    sft_path, tmp_path
+):
+    data = [write_data(tmp_path)["pairs"]]
+    total = 1.05e9
+    config = ExperimentConfig(
+        output_dir=str(tmp_path / "out"),
+        initial_policy=sft_path,
+        pairs={"data": data},
+        prompts=data,
+        gold=[{"rule": "length", "low": 2, "high": 6}],
+        methods={
+            "dpo": {
+                "program": "dpo",
+                "sweep": {"beta": [0.1, 0.5]},
+                "options": TRAINING | {"per_device_train_batch_size": 2},
+            }
+        },
+        seeds=[0],
+        checkpoints=1,
+        budget={"match": "flops", "total": total},
+        max_prompt_length=64,
+        max_response_length=16,
+    )
+    config.validate()
+    door("dpo")(pilot(config, "dpo").arguments)
+    steps = planned_lengths(config)["dpo"]
+
+    spent = []
+    for beta in (0.1, 0.5):
+        run, _ = trial(config, "dpo", beta, 0, steps)
+        door("dpo")(run.arguments)
+        spent.append(run_cost(Path(run.run_folder))["flops"])
+    cost = pilot_cost(Path(config.output_dir) / "pilot" / "dpo", "flops", 8)
+    assert abs(spent[0] - total) < cost.step
+    # the second run has found what the first one computed
+    assert spent[1] == pytest.approx(spent[0], rel=1e-9)
+    # the pilot was shorter than a pass, the runs longer than two
+    assert steps > 2 * cost.steps > 2 * 8

@@ -128,11 +128,8 @@ def runs(base_path, files, tmp_path_factory) -> Path:
 
 def untimed(row: dict) -> dict:
     """A line of metrics.jsonl without times and memory, which no two runs share."""
-    return {
-        k: v
-        for k, v in row.items()
-        if not k.startswith(("time", "memory", "eval/time", "budget/seconds"))
-    }
+    timed = ("time", "memory", "eval/time", "budget/seconds", "budget/reference_seconds")
+    return {k: v for k, v in row.items() if not k.startswith(timed)}
 
 
 def differences(one: Path, other: Path) -> list[str]:

@@ -108,7 +108,7 @@ def reached(output: Path) -> int:
 
 
 def cache_of(log: Path) -> Path:
-    """Return the cache of a run. No other may fill it: passes that it saves are not in the budget."""
+    """Return the cache of a run, which no other fills."""
     return log.with_suffix(".cache")
 
 
@@ -140,7 +140,7 @@ def torture(command: list[str], output: Path, kills: int, rng: random.Random) ->
     log, made, left = output.with_suffix(".log"), 0, 40 * kills
     while True:
         if not reached(output):
-            # what was counted before is lost, and is to be counted again
+            # it begins as the run that nothing interrupts
             shutil.rmtree(cache_of(log), ignore_errors=True)
         goal, began = reached(output) + rng.randint(0, 3), time.monotonic()
         process = start(command, log)

@@ -50,16 +50,19 @@ def test_other_losses_say_that_they_do_not_read_them(base_path, tmp_path, capsys
     assert "loss_type ipo does not read label_prob of the pairs" in capsys.readouterr().out
 
 
-def test_a_run_with_another_beta_makes_no_reference_pass(base_path, tmp_path, capsys):
-    # a whole pass over 32 pairs and more; 8 are held out
+def test_a_run_with_another_beta_makes_no_reference_pass_and_pays_for_one(
+    base_path, tmp_path, capsys
+):
+    # a whole pass and more
     epochs = ("--max_steps", "-1", "--num_train_epochs", "2")
-    losses, flops = [], []
+    losses, flops, reference = [], [], []
     for beta, soft in (("0.1", {}), ("0.3", {}), ("0.3", {"label_prob": 0.8})):
         folder = tmp_path / f"{beta}{len(soft)}"
         folder.mkdir()
         losses.append(run(base_path, folder, soft, *epochs, "--beta", beta))
         result = json.loads((folder / "run" / "result.json").read_text())
         flops.append(result["budget"]["budget/flops"])
+        reference.append(result["budget"]["budget/reference_flops"])
     said = [
         line.partition("dpo: ")[2].partition(" reference log-prob")[0]
         for line in capsys.readouterr().out.splitlines()
@@ -67,7 +70,12 @@ def test_a_run_with_another_beta_makes_no_reference_pass(base_path, tmp_path, ca
     ]
     rows = said[1].split(" of ")[1]
     assert said == [f"0 of {rows}", f"{rows} of {rows}", f"{rows} of {rows}"]
-    assert flops[1] == flops[2] < flops[0]
+    assert flops == pytest.approx([flops[0]] * 3, rel=1e-9)
+    assert reference == pytest.approx([reference[0]] * 3, rel=1e-9)
+    assert 0 < reference[0] < flops[0]
+    # all responses are new; 21 / 4 steps are a pass
+    sizes = {"held_out": 13, "training": 21, "per_step": 4, "steps": 6}
+    assert result["reference_pass"] == sizes
 
     # without the cache, and with one that is filled: the same
     fresh = tmp_path / "fresh"

@@ -275,7 +275,7 @@ def test_trl_stages_run_on_two_ranks(runs, tmp_path, name, stage):
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_two_ranks_share_the_reference_pass(runs, tmp_path, stage):
     whole = ["--max_steps", "-1", "--num_train_epochs", "1"]
-    said = []
+    said, paid = [], []
     for ranks, beta in ((2, "0.1"), (2, "0.3"), (1, "0.3")):
         flags = ["--config", str(runs / "dpo" / "config.yaml"), "--deepspeed", stage, *whole]
         flags += ["--output_dir", str(tmp_path / f"{ranks}-{beta}"), "--beta", beta]
@@ -283,6 +283,10 @@ def test_two_ranks_share_the_reference_pass(runs, tmp_path, stage):
         assert done.returncode == 0, done.stderr[-3000:]
         (line,) = (text for text in done.stdout.splitlines() if "from the cache" in text)
         said.append(line.partition("dpo: ")[2].partition(" reference log-prob")[0])
+        result = json.loads((tmp_path / f"{ranks}-{beta}" / "result.json").read_text())
+        paid.append(result["budget"]["budget/reference_flops"])
+    # each pays for the whole pass once, the ranks together
+    assert paid == pytest.approx([paid[0]] * 3, rel=1e-9)
     rows = said[1].split(" of ")[1]
     assert int(rows) > 0 and said == [f"0 of {rows}", f"{rows} of {rows}", f"{rows} of {rows}"]
 

@@ -53,10 +53,7 @@ def whole(runs, files, tmp_path_factory):
     def of(name):
         if name not in made:
             made[name] = tmp_path_factory.mktemp("whole") / name
-            with pytest.MonkeyPatch.context() as patch:
-                # passes that a cache saves are not in the budget
-                patch.setenv("RLHF_CACHE", str(tmp_path_factory.mktemp("cache")))
-                door(name)(flags(name, runs, files, made[name]))
+            door(name)(flags(name, runs, files, made[name]))
         return made[name]
 
     return of
@@ -106,7 +103,6 @@ def test_a_crash_at_any_point_of_the_writer_costs_nothing(
     assert last - first >= 10
     for number in range(first, last + 1):
         output = tmp_path / f"at-{number}"
-        monkeypatch.setenv("RLHF_CACHE", str(tmp_path / f"cache-{number}"))
         arguments = flags(name, runs, files, output)
         assert crash_at(monkeypatch, name, arguments, number)
         capsys.readouterr()

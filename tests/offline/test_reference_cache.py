@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from rlhf.offline.reference_cache import (
     cache_folder,
     reference_key,
     row_keys,
+    with_new_response,
 )
 from rlhf.ranks.distributed import DistributedContext
+from rlhf.runs import budget
+from rlhf.runs.budget import Cost
 
 KEYS = [bytes([n]) * 16 for n in range(3)]
 
@@ -104,11 +108,11 @@ def opened(said, **world):
 def test_what_is_kept_is_read_again_to_the_last_bit(said):
     value = float(torch.tensor(-1 / 3))
     first = opened(said)
-    first.add(KEYS[:2], [value, -2.5])
+    first.add(KEYS[:2], [value, -2.5], Cost())
     first.save()
     # of a concurrent run, which knows nothing of the first
     other = ReferenceCache("model", DistributedContext(), said.append)
-    other.add(KEYS[1:], [-2.5, -7.0])
+    other.add(KEYS[1:], [-2.5, -7.0], Cost())
     other.save()
     again = opened(said)
     assert again.get(KEYS) == [value, -2.5, -7.0] and KEYS[2] not in first and not said
@@ -118,10 +122,31 @@ def test_what_is_kept_is_read_again_to_the_last_bit(said):
     assert len(list(again.folder.iterdir())) == 2
 
 
+def test_a_run_pays_for_what_it_finds_as_if_it_had_computed_it(said, monkeypatch):
+    monkeypatch.setattr(budget, "time", SimpleNamespace(monotonic=lambda: 100.0))
+    first = opened(said)
+    # 6 FLOPs and 2 seconds for either row, 5 and 1 for the third
+    first.add(KEYS[:2], [-1.0, -2.0], Cost(12.0, 4.0))
+    first.add(KEYS[2:], [-3.0], Cost(5.0, 1.0))
+    first.save()
+    again = opened(said)
+    again.budget.began = 100.0
+    again.pay(KEYS[:1])
+    # a batch with a row that is new to the run is computed whole: 6 + 6
+    again.pay(KEYS[:2])
+    # one without is not computed again
+    again.pay([KEYS[1], KEYS[0]])
+    assert again.budget.metrics() == {
+        **{f"budget/{name}": 0 for name in ("episodes", "tokens_generated", "tokens_trained")},
+        **{"budget/flops": 18.0, "budget/reference_flops": 18.0},
+        **{"budget/seconds": 6.0, "budget/reference_seconds": 6.0},
+    }
+
+
 @pytest.mark.parametrize("damage", [lambda old: old[:-1], lambda old: old[:5] + b"x" + old[6:]])
 def test_a_damaged_file_is_removed_and_said(said, damage):
     cache = opened(said)
-    cache.add(KEYS, [-1.0, -2.0, -3.0])
+    cache.add(KEYS, [-1.0, -2.0, -3.0], Cost())
     cache.save()
     (file,) = cache.folder.iterdir()
     file.write_bytes(damage(file.read_bytes()))
@@ -134,7 +159,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(said, tmp_path, monkeypat
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "file"))
     cache = opened(said)
-    cache.add(KEYS[:1], [-1.0])
+    cache.add(KEYS[:1], [-1.0], Cost())
     cache.save()
     assert cache.get(KEYS[:1]) == [-1.0]
     assert len(said) == 1 and "cannot be kept" in said[0] and "Set RLHF_CACHE" in said[0]
@@ -153,3 +178,20 @@ def test_batches_hold_rows_of_like_length_up_to_so_many_tokens():
     # 9 alone: two rows of 9 would be 18; then 2 x 6 = 12; then 3 x 4 = 12; 20 is over the limit
     assert batches_by_length([4, 6, 9, 4, 6, 4, 1, 20], 13) == [[7], [2], [1, 4], [0, 3, 5], [6]]
     assert batches_by_length([], 13) == []
+
+
+def test_pairs_need_a_pass_where_a_response_is_new():
+    # of three answers a, b, c to one prompt, the pair b and c brings nothing new
+    ids = {"a": [7, 2], "b": [8, 2], "c": [9, 9, 2]}
+    pairs = [
+        {"prompt_ids": [5], "chosen_ids": ids[one], "rejected_ids": ids[other]}
+        for one, other in ("ab", "ca", "bc")
+    ]
+    seen = set()
+    assert with_new_response(pairs, seen) == [0, 1] and len(seen) == 3
+    # to another prompt they are other responses
+    assert with_new_response([pairs[2] | {"prompt_ids": [6]}], seen) == [0]
+    # with ld_alpha the shorter length counts, which is 2 in these and 3 in the first of the longer
+    assert with_new_response(pairs, set(), 0.5) == [0, 1]
+    longer = [pair | {"rejected_ids": [3, 3, 3, 2]} for pair in pairs[1:]]
+    assert with_new_response([*pairs, *longer], set(), 0.5) == [0, 1, 3, 4]

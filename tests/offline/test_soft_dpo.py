@@ -21,7 +21,6 @@ from rlhf.offline.soft_dpo import (
 )
 from rlhf.offline.trainers import prepare_trainer
 from rlhf.ranks.distributed import DistributedContext
-from rlhf.runs.budget import Budget
 from tests.kinds import build
 
 NAN = math.nan
@@ -268,7 +267,7 @@ def test_a_second_run_makes_no_reference_pass(base_path, tmp_path, cls, use_peft
 
         trainer.compute_ref_log_probs = counted
         if keeps:
-            trainer.add_callback(ReferencePass(trainer, Budget(), said.append))
+            trainer.add_callback(ReferencePass(trainer, said.append))
         trainer.train()
         trainer.evaluate()
         logged.append(trainer.state.log_history)
@@ -293,7 +292,7 @@ def test_steps_that_make_no_whole_pass_compute_the_pairs_that_they_meet(base_pat
             per_device_train_batch_size=1, max_steps=1, save_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         trainer.eval_dataset = None
-        trainer.add_callback(ReferencePass(trainer, Budget(), said.append))
+        trainer.add_callback(ReferencePass(trainer, said.append))
         before = len(cache.known)
         trainer.train()
         passes.append((before, len(cache.known)))

@@ -1,6 +1,7 @@
 """What a run has cost: by hand on a small decoder, and against the products that torch makes."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from benchmarks.speed import flops
 from rlhf.model.adapters import lora_config
 from rlhf.model.loading import load_model
 from rlhf.model.packing import decoder_and_head
+from rlhf.runs import budget as counted
 from rlhf.runs.budget import Budget, decoder_shape, pass_size
 from tests.kinds import build
 
@@ -190,3 +192,33 @@ def test_rows_that_trl_has_packed_attend_apart_in_flash_attention_alone():
     given = {"input_ids": torch.ones(1, 6), "cu_seq_lens_q": torch.tensor([0, 3, 4, 6]).int()}
     assert pass_size((), given, "flash_attention_2") == (6, 14)
     assert pass_size((), given, "sdpa") == (6, 36)
+
+
+def test_what_is_computed_apart_is_measured_and_not_counted(monkeypatch):
+    clock = iter((0.0, 10.0, 15.0, 17.0, 17.0, 20.0, 20.0))
+    monkeypatch.setattr(counted, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    budget = Budget(flops=3.0)
+    budget.began = counted.time.monotonic()
+    with budget.apart() as cost:
+        # from 10 to 15
+        assert budget.is_counting
+        budget.flops += 4.0
+    assert (cost.flops, cost.seconds, budget.is_counting) == (4.0, 5.0, False)
+    # of 17 seconds 5 are left out
+    assert budget.metrics() == {
+        "budget/episodes": 0,
+        "budget/tokens_generated": 0,
+        "budget/tokens_trained": 0,
+        "budget/flops": 3.0,
+        "budget/seconds": 12.0,
+    }
+    # another run had the same at a cost of 2 FLOPs and 1 second
+    budget.charge_reference(2.0, 1.0)
+    state = budget.state_dict()
+    assert (state["flops"], state["reference_flops"]) == (5.0, 2.0)
+    assert (state["seconds"], state["reference_seconds"]) == (13.0, 1.0)
+
+    # a checkpoint of an earlier version has no parts
+    older = {name: value for name, value in state.items() if "reference" not in name}
+    budget.load_state_dict(older)
+    assert budget.state_dict() == state | {"reference_flops": 0, "reference_seconds": 0}
