@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.data.records import Preference
+from rlhf.files import json_safe
 from rlhf.stats import jackknife_interval, mean_over_groups
 
 # slices of one kind that are listed, the largest first
@@ -66,17 +67,8 @@ def difference_with_interval(
         for sign, (sums, counts) in zip((1, -1), sides, strict=True):
             without += sign * (sums.sum() - sums) / (counts.sum() - counts)
     low, high, _ = jackknife_interval(mean, without, bounds=(-1.0, 1.0))
-    return {
-        "mean": mean,
-        "low": _or_none(low),
-        "high": _or_none(high),
-        "n": len(names),
-        "pairs": len(one),
-    }
-
-
-def _or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    found = {"mean": mean, "low": low, "high": high, "n": len(names), "pairs": len(one)}
+    return json_safe(found, nan_as_null=True)
 
 
 def slices(

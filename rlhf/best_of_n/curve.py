@@ -13,12 +13,14 @@ Both are linear in alpha and beta, so that least squares has a closed form.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 
+from rlhf.files import json_safe
 from rlhf.stats import MIN_CLUSTERS, jackknife_interval
 from rlhf.stats.best_of_n import best_of_n_kl, best_of_n_means
 from rlhf.stats.choice import choose, chosen_mean, halves, take
@@ -151,9 +153,7 @@ def repeated_share(responses: Sequence[Sequence[str]]) -> float:
     repeated = total = 0
     for own in responses:
         # equal texts are equal to the scorer, whatever their ids
-        counts: dict[str, int] = {}
-        for text in own:
-            counts[text] = counts.get(text, 0) + 1
+        counts = Counter(own)
         repeated += sum(count for count in counts.values() if count > 1)
         total += len(own)
     return repeated / total
@@ -223,7 +223,9 @@ def fit_with_intervals(law: Law, d: np.ndarray, scores: np.ndarray, level: float
     def estimate(name: str) -> dict[str, float | None]:
         values = np.array([getattr(other, name) for other in without])
         low, high, _ = jackknife_interval(getattr(fit, name), values, level=level)
-        return {"estimate": getattr(fit, name), "low": _number(low), "high": _number(high)}
+        found = {"estimate": getattr(fit, name), "low": low, "high": high}
+        # an interval that is not defined is None
+        return json_safe(found, nan_as_null=True)
 
     return {
         "law": law,
@@ -243,10 +245,7 @@ def peak_interval(fit: Fit, without: list[Fit], level: float) -> dict[str, float
     for own in [fit, *without]:
         logs.append(math.log(own.peak) if 0 < own.peak < math.inf else math.nan)
     low, high, _ = jackknife_interval(logs[0], np.array(logs[1:]), level=level)
-    bounds = [logs[0], low, high]
-    d, lowest, highest = [_number(math.exp(log)) if log < 700 else None for log in bounds]
-    return {"estimate": d, "low": lowest, "high": highest}
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    # exp overflows above
+    bounds = [math.exp(log) if log < 700 else math.nan for log in (logs[0], low, high)]
+    found = dict(zip(("estimate", "low", "high"), bounds, strict=True))
+    return json_safe(found, nan_as_null=True)

@@ -155,13 +155,10 @@ def samples_of(answers: list[dict]) -> Samples:
     """Return all answers to these prompts as scorers read them, prompt by prompt."""
     flat = Samples()
     for row in answers:
-        count = len(row["responses"])
-        flat.prompts.extend([row["prompt"]] * count)
-        flat.prompt_ids.extend([row["prompt_ids"]] * count)
-        flat.metadata.extend([row["metadata"]] * count)
-        flat.responses.extend(row["responses"])
-        flat.response_ids.extend(row["ids"])
-        flat.ended.extend(row["ended"])
+        answered = zip(row["responses"], row["ids"], row["ended"], strict=True)
+        for response, ids, ended in answered:
+            about = {"ended": ended, "prompt_ids": row["prompt_ids"], "response_ids": ids}
+            flat.add(row["prompt"], response, row["metadata"], **about)
     return flat
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from rlhf.files import json_safe
-from rlhf.stats import MIN_CLUSTERS, jackknife_interval
+from rlhf.stats import MIN_CLUSTERS, group_means, jackknife_interval
 from rlhf.validation import Number, Spec, validate
 
 Direction = Literal["above", "at least", "at most", "within"]
@@ -183,13 +183,11 @@ def mean_of_groups(
 
     values: (group, value). bounds: what the mean cannot leave (rlhf/stats).
     """
-    by_group: dict[str, list[float]] = {}
-    for group, value in values:
-        by_group.setdefault(group, []).append(value)
-    if not by_group:
+    if not values:
         return Measured()
+    groups, numbers = zip(*values, strict=True)
     # a group with many prompts counts once, as it is one observation
-    means = np.array([sum(own) / len(own) for own in by_group.values()])
+    means = group_means(numbers, groups)
     return ratio_of_groups(means, np.ones(len(means)), bounds)
 
 

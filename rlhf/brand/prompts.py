@@ -1,18 +1,16 @@
 """`rlhf brand prompts`: prompts from templates, each with the facts that its answer must keep."""
 
 import itertools
-import json
 import random
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from rlhf.brand.pairs import write_rows
 from rlhf.config import SEED, option
 from rlhf.errors import UserError, did_you_mean
-from rlhf.files import write_atomic
 from rlhf.validation import Spec, validate
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
@@ -56,9 +54,7 @@ def prompts(config: PromptsConfig) -> list[dict[str, Any]]:
     # shuffled, so that a limit takes from every template
     random.Random(config.seed).shuffle(rows)
     rows = rows[: config.limit]
-    Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomic(Path(config.output), text)
+    write_rows(config.output, rows)
     print(f"{config.output}: {len(rows)} prompts")
     return rows
 

@@ -168,13 +168,12 @@ def memorised_pairs(config: VerdictConfig, run: Sequence[Scored]) -> Measured:
     texts = []
     for split in ("train", "validation"):
         # the same fractions as in training, so that the same pairs were held out
-        fractions = config.validation_fraction, config.test_fraction
         records = load(
             config.training,
             Preference,
             split=split,
-            validation_fraction=fractions[0],
-            test_fraction=fractions[1],
+            validation_fraction=config.validation_fraction,
+            test_fraction=config.test_fraction,
         )
         texts.append([record.chosen for record in records])
     return memorised(run, *texts)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rlhf.data.dawid_skene import Skills
 
 CHOICES = ("a", "b", "tie", "both_bad", "skip")
+# of a choice, the share that answer a wins; a skip says nothing
+SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
 Aggregate = Literal["each", "majority", "skill"]
 # of a strength, in score units (Touvron et al. 2023, A.3.3, "margin small")
 MARGINS = {1: 1 / 3, 2: 2 / 3, 3: 1.0}

@@ -5,7 +5,6 @@ The folds are programs like any other: one that was cut off is started again and
 is done is not done again.
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from rlhf.data.export import rows_of, write_rows
 from rlhf.data.records import Preference
 from rlhf.data.split import deal_folds
 from rlhf.errors import EarlyExit, UserError
+from rlhf.experiment.plan import flags
 from rlhf.files import dumps, write_atomic
 from rlhf.jobs.job import Job
 from rlhf.jobs.runner import RunOptions, claim, failures, run_jobs, set_jobs
@@ -82,10 +82,8 @@ def cross_validate(config: CrossValidateConfig, load_reward: Callable[[str], Any
 
 def reward_options(config: CrossValidateConfig) -> tuple[RewardRunConfig, Path]:
     """Return the options of the reward program, and the folder of the folds."""
-    flags = []
-    for name, value in config.options.items():
-        flags += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
-    reward = parse(RewardRunConfig, ["--config", config.reward_config, *flags], "launch/reward.py")
+    given = ["--config", config.reward_config, *flags(config.options)]
+    reward = parse(RewardRunConfig, given, "launch/reward.py")
     folder = Path(config.output_dir or f"{reward.output_dir.rstrip('/')}-folds")
     return reward, folder
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.files import json_safe
 from rlhf.judge.pairs import JudgedPair
 from rlhf.stats import jackknife_interval
 from rlhf.stats.crossed import crossed_statistic
@@ -134,9 +135,8 @@ def _estimate(
     # without its only group a share is not defined: then there is no interval
     with np.errstate(invalid="ignore", divide="ignore"):
         low, high, _ = jackknife_interval(estimate, statistic(total - sums), bounds=bounds)
-    row = {"estimate": estimate, "low": low, "high": high}
-    row = {name: value if math.isfinite(value) else None for name, value in row.items()}
-    return row | {"pairs": int(table[:, 1].sum())}
+    row = {"estimate": estimate, "low": low, "high": high, "pairs": int(table[:, 1].sum())}
+    return json_safe(row, nan_as_null=True)
 
 
 def length_bias(pairs: Sequence[JudgedPair]) -> dict[str, Any]:

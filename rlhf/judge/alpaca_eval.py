@@ -14,7 +14,7 @@ from typing import Any
 from rlhf.data.records import prompt_group
 from rlhf.data.sources import sound_rows
 from rlhf.errors import UserError
-from rlhf.files import dumps
+from rlhf.files import dumps, json_safe
 from rlhf.judge.pairs import JudgedPair
 from rlhf.judge.prompts import conversation_text
 
@@ -62,7 +62,7 @@ def write_annotations(path: Path, pairs: Sequence[JudgedPair], annotator: str) -
     """
     rows = []
     for pair in pairs:
-        both = {"p_ab": _number(pair.p_ab), "p_ba": _number(pair.p_ba), "group": pair.group}
+        both = {"p_ab": pair.p_ab, "p_ba": pair.p_ba, "group": pair.group}
         rows.append(
             {
                 "instruction": conversation_text(pair.prompt),
@@ -76,7 +76,8 @@ def write_annotations(path: Path, pairs: Sequence[JudgedPair], annotator: str) -
                 "preference": None if math.isnan(pair.share) else 1 + pair.share,
                 "price_per_example": None,
                 "time_per_example": None,
-                "raw_completion": both,
+                # without a verdict: null
+                "raw_completion": json_safe(both, nan_as_null=True),
             }
         )
     _write(path, rows)
@@ -116,10 +117,6 @@ def read_annotations(path: str | Path) -> Iterator[JudgedPair]:
             )
             pair.group = raw["group"]
         yield pair
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.files import json_safe
 from rlhf.stats import bounded_interval, group_means, student_quantile
 
 # with fewer labelled prompts the weight of the judge and its error are too uncertain to be shown
@@ -49,7 +50,7 @@ class Corrected:
 
     def to_dict(self) -> dict[str, Any]:
         """Return it for JSON: what is not a finite number becomes None."""
-        return {k: v if math.isfinite(v) else None for k, v in asdict(self).items()}
+        return json_safe(asdict(self), nan_as_null=True)
 
 
 @dataclass(frozen=True)

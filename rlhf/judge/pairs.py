@@ -15,14 +15,12 @@ import numpy as np
 from rlhf.data import sources
 from rlhf.data.records import prompt_group
 from rlhf.data.store import Store
-from rlhf.data.votes import Vote
+from rlhf.data.votes import SHARES, Vote
 from rlhf.errors import UserError
 from rlhf.files import dumps
 from rlhf.judge.judges import Judge, ask_all
 from rlhf.judge.prompts import conversation_text
 
-# of a person's choice, the share that answer a wins; a skip says nothing
-SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
 OTHER_SIDE = {"a": "b", "b": "a"}
 
 

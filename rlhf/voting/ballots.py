@@ -8,11 +8,8 @@ from typing import Any
 import numpy as np
 
 from rlhf.data.store_queries import StoreView
-from rlhf.data.votes import Vote, final_votes
+from rlhf.data.votes import SHARES, Vote, final_votes
 from rlhf.text import short_names
-
-# what a vote counts for the first of two; a skip says nothing
-SHARES = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}
 
 
 @dataclass
