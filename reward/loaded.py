@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerprint
 from rlhf.data.records import Samples, Scorer, Scores
 from rlhf.model.files import adapter_base, read_identity, read_json
 
@@ -66,7 +67,6 @@ def reward_scorer(
     responses are encoded again by the reward model's tokenizer and template, with its EOS where the
     response ended.
     """
-    from rlhf.data.encode import encode_prompt, encode_response, tokenizer_fingerprint
 
     reward = (models or RewardModels()).load(path, device, dtype)
     own = reward.tokenizer
@@ -98,7 +98,6 @@ def reward_scorer(
 
 def _base_of(path: str) -> tuple | None:
     """Return what tells the base of an adapter from others, None where it cannot be shared."""
-    from rlhf.data.encode import tokenizer_fingerprint
     from rlhf.model.loading import attention_of
     from rlhf.model.tokenizer import load_tokenizer
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from rlhf.config import option
 from rlhf.errors import UserError, did_you_mean, near_file
+from rlhf.model.files import read_reward
 
 CATEGORY = "category"
 
@@ -88,7 +89,6 @@ def make_card(config: CardConfig) -> dict[str, Any]:
     from reward.cards.pairs import pairs_of_run, run_config
     from reward.compose import build_scorer
     from reward.model import load_reward
-    from rlhf.model.files import read_reward
 
     # None for a model of the Hub
     trained = run_config(config.run)
@@ -229,7 +229,6 @@ def keep_temperature(run: str, temperature: float | None) -> None:
     that learns from the model could not be resumed.
     """
     from reward.model import write_reward
-    from rlhf.model.files import read_reward
 
     kept = read_reward(run)
     if kept and "temperature" not in kept:

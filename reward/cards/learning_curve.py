@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import option
+from rlhf.config import option, save_options
 from rlhf.errors import UserError
 
 FILE = "learning_curve.json"
@@ -76,7 +76,6 @@ def learning_curve(config: CurveConfig) -> list[dict[str, Any]]:
 def train(trained: Any, folder: Path, limit: int) -> None:
     """Train on `limit` pairs with the run's other options, unless that has been done."""
     from reward.cards.pairs import readable_sources, run_config
-    from rlhf.config import save_options
     from rlhf.model.files import read_json
 
     sources = readable_sources(trained)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.brand.gates import Measured, mean_of_groups, ratio_of_groups
+from rlhf.compare.text_metrics import encode_texts, text_losses
 from rlhf.config import SEED, option
 from rlhf.errors import UserError
 from rlhf.files import dumps, write_atomic
@@ -49,7 +50,6 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     """
     # torch comes with these, and the options are read before
     from rlhf.compare.runs import load_policies
-    from rlhf.compare.text_metrics import text_losses
     from rlhf.model.packing import head_is_plain
     from rlhf.model.tokenizer import load_tokenizer
     from rlhf.ranks.distributed import DistributedContext, own_device
@@ -103,7 +103,6 @@ def held_out_rows(config: MeasureConfig, sources: list[str], tokenizer: Any) -> 
     """Return encoded exchanges, at most `limit`; none without a source. Raises UserError where none
     is left.
     """
-    from rlhf.compare.text_metrics import encode_texts
     from rlhf.data.load import load
     from rlhf.data.records import Instruction
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.data.records import Instruction, Labelled, Message, Preference, Prompt, digest
+from rlhf.data.sources import READABLE, first_rows, is_store
 from rlhf.data.store import Store
 from rlhf.data.store_contents import FEWEST
 from rlhf.errors import UserError
@@ -182,7 +183,6 @@ def answers_of_file(
     """
     from rlhf.data.load import load
     from rlhf.data.schemas import guess_kind
-    from rlhf.data.sources import first_rows
 
     rows = first_rows(source, 1)
     kind = guess_kind(rows[0]) if rows else Instruction
@@ -210,6 +210,5 @@ def answers_of_file(
 
 
 def is_file(source: str) -> bool:
-    from rlhf.data.sources import READABLE, is_store
 
     return source.lower().endswith(READABLE) and not is_store(source)

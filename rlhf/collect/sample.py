@@ -28,6 +28,8 @@ from rlhf.collect.pairs import (
 )
 from rlhf.collect.select import Rule, check_selection, select_pairs
 from rlhf.config import SEED, option
+from rlhf.data.encode import decode_response, encode_prompts
+from rlhf.data.load import read_table, unique_prompts
 from rlhf.data.records import Preference, Prompt, Scorer
 from rlhf.data.store import Store
 from rlhf.data.store_contents import FEWEST, MOST
@@ -224,7 +226,6 @@ def _report(config: SampleConfig, counts: dict[str, int], answers: list[Answers]
 
 def fitting(records: list[Prompt], policy: str, max_prompt_length: int) -> list[Prompt]:
     """Return the prompts that are not too long for this policy, in their order."""
-    from rlhf.data.encode import encode_prompts
     from rlhf.model.tokenizer import load_tokenizer
 
     return [
@@ -239,7 +240,6 @@ def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
     `split` stays only where the data gives it: a store that wrote down what a hash has decided
     could not join prompts later, over answers that they share.
     """
-    from rlhf.data.load import read_table, unique_prompts
     from rlhf.data.split import assign
 
     table = read_table(config.data, Prompt)
@@ -263,7 +263,6 @@ def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
 
 def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
     """Return the control pairs, and the groups that their file names itself."""
-    from rlhf.data.load import read_table
 
     if not config.controls:
         return [], set()
@@ -297,7 +296,6 @@ def answers_of_policy(
     """
     from tqdm import tqdm
 
-    from rlhf.data.encode import decode_response, encode_prompts
     from rlhf.engines.batched import generate, try_cache
     from rlhf.engines.sampling import Sampling, sample_key
     from rlhf.model.tokenizer import stop_ids

@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.data.records import Prompt, prompt_group
 from rlhf.errors import UserError
+from rlhf.model.files import adapter_base, read_identity, require_policy
 from rlhf.runs.checkpoint import FOLDER
 from rlhf.runs.rows import TRAINED_ON
 from rlhf.values import read_yaml
@@ -42,7 +43,6 @@ def run_result(path: str | Path) -> dict[str, Any]:
 
 def world_seed(path: str) -> int | None:
     """Return the seed of the sandbox world that a run's base comes from; None of other bases."""
-    from rlhf.model.files import read_identity
 
     base = read_identity(path).get("base_model_name_or_path")
     file = Path(base).parent / "world.json" if base else None
@@ -163,7 +163,6 @@ def load_policies(
     response exceed a model's positions.
     """
     from rlhf.model.adapters import load_adapter, use_adapter
-    from rlhf.model.files import adapter_base, read_identity, require_policy
     from rlhf.model.loading import check_context, check_same_base, load_model, trained_on
     from rlhf.ranks.distributed import base_dtype
     from rlhf.startup import model_loaded

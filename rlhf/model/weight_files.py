@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from rlhf.errors import UserError
 
 # the two factors of a layer in LoRA, by the ends of their names
@@ -20,7 +22,6 @@ def check_weights(folder: str | Path) -> None:
     """Raise UserError for a safetensors file that is cut short or is none, or was saved through a
     wrapper; its head alone is read.
     """
-    from safetensors import SafetensorError, safe_open
 
     for file in sorted(Path(folder).glob("*.safetensors")):
         try:
@@ -38,7 +39,6 @@ def check_weights(folder: str | Path) -> None:
 
 def tensor_names(file: Path) -> list[str] | None:
     """Return the names of the tensors in a safetensors file; None where there is none."""
-    from safetensors import safe_open
 
     return list(safe_open(str(file), "numpy").keys()) if file.is_file() else None
 
@@ -48,7 +48,6 @@ def check_factors(path: str | Path) -> None:
     that are not finite; those that numpy does not have are left out.
     """
     import numpy
-    from safetensors import safe_open
 
     file = Path(path) / "adapter_model.safetensors"
     if not file.is_file():

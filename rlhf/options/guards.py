@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 from rlhf.errors import UserError, did_you_mean
 
@@ -199,7 +199,6 @@ def _settings_model(guard: Guard) -> type:
     """Return the pydantic model of the settings that a guard has, which are those that are not
     None.
     """
-    from typing import Annotated
 
     from pydantic import BeforeValidator, Field, create_model
 

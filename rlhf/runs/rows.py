@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf.data.conversation import assistant_turns
+from rlhf.data.load import fingerprint, load
 from rlhf.data.records import Instruction, Preference, Prompt, Record, digest, prompt_group
+from rlhf.data.sources import is_path, is_store, split_event
 from rlhf.errors import UserError
 from rlhf.options.shared import RunConfig
 from rlhf.runs.checkpoint import Checkpoint
@@ -61,7 +63,6 @@ class RunData:
         training rows are dropped, or all of them, or where a resumed run was trained on other rows.
         """
         from rlhf.data.encode import encode
-        from rlhf.data.load import fingerprint
 
         config = self.config
         where = ", ".join(sources or config.data)
@@ -108,7 +109,6 @@ class RunData:
         bad: Counter | None = None,
     ) -> list[Any]:
         """Return the records of one split; `bad` gets the number of skipped rows by reason."""
-        from rlhf.data.load import load
 
         config = self.config
         return load(
@@ -183,7 +183,6 @@ class RunData:
         output_dir.
         """
         from rlhf.data.freeze import frozen
-        from rlhf.data.sources import is_path, is_store
 
         folder = Path(self.config.output_dir).resolve()
         if is_path(source) and Path(source).expanduser().resolve().is_relative_to(folder):
@@ -207,7 +206,6 @@ class RunData:
         does a resumed run.
         """
         from rlhf.data.freeze import freeze
-        from rlhf.data.sources import split_event
 
         path, event = split_event(source)
         place = str(Path(path).resolve()) if event is None else f"{Path(path).resolve()}@{event}"
