@@ -3,8 +3,6 @@
 The programs that train are in launch/.
 """
 
-from __future__ import annotations
-
 import pkgutil
 import sys
 from pathlib import Path

@@ -3,8 +3,6 @@
 Options and functions are named as "module:name", and imported only when a command is called.
 """
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass

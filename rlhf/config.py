@@ -10,8 +10,6 @@ A YAML file holds the options by the names that the flags have. Of two files the
 flags win over files. Whatever is wrong raises `UserError` (exit code 2) before anything is loaded.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import inspect

@@ -1,7 +1,5 @@
 """The errors of all programs, and hints at the nearest known name."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Iterable

@@ -6,8 +6,6 @@ decides the same. What is looked at stands in rlhf/ppo/guards.py and rlhf/offlin
 thresholds and actions in rlhf/options/guards.py; docs/guards.md explains them.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable

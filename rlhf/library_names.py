@@ -4,8 +4,6 @@ Where a source is not as expected, as in another version, nothing is known of it
 checks them leaves that to the library.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 from importlib.util import find_spec

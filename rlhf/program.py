@@ -1,7 +1,5 @@
 """What every program does with an error: one message and an exit code, on one rank."""
 
-from __future__ import annotations
-
 import errno
 import functools
 import os

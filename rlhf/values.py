@@ -1,7 +1,5 @@
 """Values of options: YAML files, conversion to the declared type, allowed ranges."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import operator

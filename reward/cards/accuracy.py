@@ -5,7 +5,6 @@ a whole, and the `n` of an interval is the number of groups.
 """
 
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 

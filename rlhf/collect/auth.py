@@ -5,8 +5,6 @@ Forms carry an HMAC of the token, which another site cannot know. Hashes are com
 time, and all of them are compared even after one matched.
 """
 
-from __future__ import annotations
-
 import hashlib
 import hmac
 import secrets

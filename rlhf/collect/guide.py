@@ -1,7 +1,5 @@
 """What the app shows of a brand voice beside the answers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

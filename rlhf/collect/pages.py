@@ -1,7 +1,5 @@
 """The annotators' pages: sign in, judge a pair or a ranking, undo, the end."""
 
-from __future__ import annotations
-
 import json
 import secrets
 from typing import Any

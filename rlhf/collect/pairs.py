@@ -1,7 +1,5 @@
 """Pairs of answers to be judged: which answers to a prompt are compared, and how they are stored."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

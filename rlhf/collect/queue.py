@@ -14,8 +14,6 @@ an assignment until its lease times out. Nobody gets a question again that they 
 Control pairs are for everybody and have no slots.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import statistics

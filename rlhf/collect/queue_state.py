@@ -4,8 +4,6 @@ All of it is computed from the store's events. A question is a pair, or a rankin
 pairs of a ranking are asked about one by one only where an adjudicator is to end a dispute.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections import Counter

@@ -5,8 +5,6 @@ mailto only and show their address, pictures are not loaded, characters that are
 the direction of writing are written out, and very long texts are folded and not parsed.
 """
 
-from __future__ import annotations
-
 import functools
 import html
 import re

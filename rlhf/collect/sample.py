@@ -7,8 +7,6 @@ meet at each prompt, and equal answers are kept, as they count as ties. Control 
 answer is known, come from a file.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from dataclasses import dataclass

@@ -17,8 +17,6 @@ implicit reward over beta (Rafailov et al. 2023, eq. 5). No order here depends o
 common factor of the scores.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import random

@@ -1,7 +1,5 @@
 """`rlhf collect serve` and `rlhf collect links`: the app on a port, and the personal links to it."""
 
-from __future__ import annotations
-
 import contextlib
 import ipaddress
 import ssl

@@ -1,7 +1,5 @@
 """What all pages share: the site, its templates, the signed-in session, and the check of forms."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 from collections.abc import Callable

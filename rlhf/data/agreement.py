@@ -6,8 +6,6 @@ A skip counts nowhere. Whatever cannot be computed (nobody judged the same pair,
 is nan, and None in `agreement_summary`.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections import Counter

@@ -7,8 +7,6 @@ A skip counts nowhere. Whatever cannot be computed (nobody judged the same pair,
 is nan.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Hashable

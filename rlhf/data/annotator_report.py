@@ -2,8 +2,6 @@
 and the terminal.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

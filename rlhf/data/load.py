@@ -6,8 +6,6 @@
 `schemas.py` says how rows become records, `split.py` what a group and a split are.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -8,8 +8,6 @@ Terry's model on all pairs of Plackett's is consistent with whatever weight (Aza
 2013, "Generalized method-of-moments for rank aggregation": full breaking).
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Sequence

@@ -5,8 +5,6 @@ only where there is one. Offsets count characters (code points) of the text as i
 `text == answer[start:end]`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -14,8 +14,6 @@ Votes, orders and undos are events, numbered in the order in which they were com
 event n never changes, so a run records the event it read up to. The tables are in store_schema.py.
 """
 
-from __future__ import annotations
-
 import json
 import sqlite3
 from collections.abc import Iterator, Sequence

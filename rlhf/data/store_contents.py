@@ -2,8 +2,6 @@
 open preference store.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

@@ -2,8 +2,6 @@
 counts, and the rows to train on.
 """
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -6,8 +6,6 @@ that old files take is the one that every test takes. The version is stored in t
 user_version`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sqlite3
 import time

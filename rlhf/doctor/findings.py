@@ -1,7 +1,5 @@
 """What a check of the doctor returns."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What a run's configuration names: models, data, a vLLM server, W&B. Nothing large is loaded."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from itertools import chain

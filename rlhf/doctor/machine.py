@@ -4,8 +4,6 @@ Each check yields its findings. torch is imported by the one for GPUs alone, and
 are some.
 """
 
-from __future__ import annotations
-
 import ipaddress
 import os
 import platform

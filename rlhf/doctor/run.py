@@ -1,7 +1,5 @@
 """`rlhf doctor`: look at the machine and at what a run needs, and say what to do."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import asdict, dataclass

@@ -11,8 +11,6 @@ for models whose cache is more than keys and values at positions.
                           once and replayed
 """
 
-from __future__ import annotations
-
 import functools
 import weakref
 from collections import deque

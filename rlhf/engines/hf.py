@@ -2,8 +2,6 @@
 held against it.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import weakref

@@ -6,8 +6,6 @@ these passes. All that the adapter does not change (embeddings, norms, the head)
 base, and the base itself is never written to.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

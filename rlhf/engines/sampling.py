@@ -16,8 +16,6 @@ is right to 2**-53 / BLOCK, about 3e-18, so that tokens down to a probability of
 often as the softmax says, to 1 in 1,000 of it; no E is below 3e-18, no Gumbel noise above 40.2.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -12,8 +12,6 @@ Seeds come from the samples' keys, but the server's noise is its own: responses 
 built-in engine. What is sent and checked: `rlhf/engines/vllm_protocol.py`.
 """
 
-from __future__ import annotations
-
 import atexit
 import concurrent.futures
 import contextlib

@@ -3,8 +3,6 @@
 The fields are those of vLLM 0.10.2 (the first with `return_token_ids`) to 0.33.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from typing import Any

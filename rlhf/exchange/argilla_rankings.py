@@ -5,8 +5,6 @@ the best first), reason, tags, and marks_1, marks_2, ... (spans in an answer). I
 an order without ties, so ties, skips, remarks and times are in the metadata under `rlhf`.
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -5,8 +5,6 @@ for each place, {"place1": ["answer2"], "place2": ["answer1", "answer3"]}: equal
 one. A list has no place for marked passages, which are in `data.rlhf` with all else.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Rankings with everybody's orders, as they pass between a preference store and other programs."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field

@@ -2,8 +2,6 @@
 head they change.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import re

@@ -2,8 +2,6 @@
 of an adapter, and faults that would end its loading.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

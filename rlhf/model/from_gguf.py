@@ -6,8 +6,6 @@ program loads.
 transformers does the reading; what it leaves out without a word is put right here, or refused.
 """
 
-from __future__ import annotations
-
 import copy
 import fcntl
 import functools

@@ -5,8 +5,6 @@ or folder with whole weights; a GGUF file, which is converted once (`rlhf/model/
 with an adapter (its base is read from it); a finished run of ours.
 """
 
-from __future__ import annotations
-
 import functools
 import json
 import sys

@@ -5,8 +5,6 @@ Rows go through the trunk packed: behind one another in one row of tokens, and a
 alone. Models for which that is not the same function get padded rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """LoRA layers that add the adapter in two fused products instead of PEFT's five passes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

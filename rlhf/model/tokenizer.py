@@ -1,7 +1,5 @@
 """Load a tokenizer with a pad token and a chat template; the token ids that end a response."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

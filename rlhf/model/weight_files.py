@@ -1,7 +1,5 @@
 """What files of weights say without torch: whether they are whole, and their tensors usable."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open

@@ -1,7 +1,5 @@
 """The best of a run's evaluations on held-out rows: when to stop, and which model to save."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

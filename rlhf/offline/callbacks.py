@@ -1,7 +1,5 @@
 """What a run does at the events of a TRL trainer: evaluate, log, write checkpoints, and stop."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import defaultdict

@@ -4,8 +4,6 @@ Numbers in, decisions out, as in rlhf/ppo/guards.py: every rank hands in the sam
 loss over all ranks and the metrics that TRL has gathered.
 """
 
-from __future__ import annotations
-
 import copy
 import itertools
 import statistics

@@ -1,7 +1,5 @@
 """How much of the training data SFT learns, said before it starts."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -5,8 +5,6 @@ Losses, batches and metrics stay TRL's: its trainers call the same model with th
 get the same numbers up to rounding.
 """
 
-from __future__ import annotations
-
 import functools
 import types
 from typing import Any

@@ -2,8 +2,6 @@
 length alone says.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any

@@ -10,8 +10,6 @@ to the hash of its bytes, so that ranks and runs may write at the same time with
 file that was cut off or altered is noticed.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

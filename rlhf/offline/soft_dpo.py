@@ -4,8 +4,6 @@ TRL 1.16 has neither: its `sigmoid` loss ignores `label_smoothing` and takes no 
 TRL's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

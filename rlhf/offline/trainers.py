@@ -1,7 +1,5 @@
 """How SFT, reward model and DPO use TRL's trainers: arguments, training, the result."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Iterator

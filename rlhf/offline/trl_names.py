@@ -1,7 +1,5 @@
 """TRL's log names in our vocabulary (names as logged by TRL 1.16 and transformers 5.23)."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from rlhf.runs.metrics import is_known

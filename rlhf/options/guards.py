@@ -3,8 +3,6 @@
 rlhf/ppo/guards.py and rlhf/offline/guards.py apply it, docs/guards.md explains it.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any

@@ -1,7 +1,5 @@
 """The options of SFT, the reward model and DPO, which train on given rows through TRL."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec

@@ -3,8 +3,6 @@
 and LoRA's step sizes; docs/algorithms.md gives the reasons.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """The programs of launch/ by their options, and whose options a YAML file holds."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

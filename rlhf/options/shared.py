@@ -1,7 +1,5 @@
 """The options that the programs share."""
 
-from __future__ import annotations
-
 import os
 import re
 from dataclasses import dataclass

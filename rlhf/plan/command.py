@@ -1,7 +1,5 @@
 """The command `rlhf plan`."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import sys

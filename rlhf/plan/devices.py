@@ -1,7 +1,5 @@
 """What devices can do: figures of their makers, or a short measurement of this CPU."""
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass

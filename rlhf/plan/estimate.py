@@ -1,7 +1,5 @@
 """From the options of a program to the memory of its phases."""
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,7 +1,5 @@
 """How many bytes a pass keeps alive, counted on tensors that have shapes and no memory."""
 
-from __future__ import annotations
-
 import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator

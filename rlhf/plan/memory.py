@@ -1,7 +1,5 @@
 """Memory of each rank, phase by phase, from the passes and from what stands between them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The plan as tables in a terminal."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.console import Console

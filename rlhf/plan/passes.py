@@ -2,8 +2,6 @@
 weights and without numbers.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass

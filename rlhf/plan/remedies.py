@@ -1,7 +1,5 @@
 """Which one option makes a run fit that does not."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any

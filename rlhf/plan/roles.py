@@ -1,7 +1,5 @@
 """Which models and adapters a program holds."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The plan of one run: its memory, its work, and whether it fits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

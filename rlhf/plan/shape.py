@@ -1,7 +1,5 @@
 """The model that a run will train, as fake tensors: its config.json is read, its weights are not."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -5,8 +5,6 @@ and so decides the same. Their thresholds and actions stand in rlhf/options/guar
 docs/guards.md explains them.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Iterable

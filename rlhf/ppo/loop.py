@@ -1,7 +1,5 @@
 """The life of a PPO run: evaluate, log, write checkpoints, roll back, resume, and save the result."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ Three parts can be exchanged: what samples (`RolloutCollector.generate`), what m
 log-probabilities and values (`rollout.measure`), and what learns (`OptimizerEngine`).
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,7 +1,5 @@
 """DeepSpeed: the only file that imports it, and what it has to be told about our models."""
 
-from __future__ import annotations
-
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager

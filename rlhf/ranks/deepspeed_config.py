@@ -1,7 +1,5 @@
 """DeepSpeed JSON files: read, and compared with the options of a program."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ put together from the files of all, parameter by parameter: nothing is gathered 
 run saves. DeepSpeed's universal checkpoints do the same by a conversion of the whole folder.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator

@@ -9,8 +9,6 @@ where all ranks have gathered it together.
         generate(model, ...)
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator

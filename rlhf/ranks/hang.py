@@ -1,7 +1,5 @@
 """A rank that hangs: found because nothing moves, named with its step and place, and ended on all ranks."""
 
-from __future__ import annotations
-
 import atexit
 import faulthandler
 import json

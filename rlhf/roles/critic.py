@@ -1,7 +1,5 @@
 """PPO's critic: what it starts from, what it takes from a reward model, and one without gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path

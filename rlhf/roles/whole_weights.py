@@ -4,8 +4,6 @@ is their reference, on which reward models stand as adapters.
     roles = WholeRoles(foundation, None, reward_path="runs/reward", ...)
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

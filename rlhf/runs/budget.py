@@ -9,8 +9,6 @@ FLOPs are those of the matrix products that are really made, padding included: h
 through a decoder and its head. docs/design.md says what is and what is not in them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import time

@@ -1,7 +1,5 @@
 """What a run is to read, looked at before torch is imported: a wrong path ends it within a second."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal

@@ -1,7 +1,5 @@
 """The start of a run: join the ranks, decide what to resume from, seed the random generators."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
