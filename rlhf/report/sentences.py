@@ -50,6 +50,10 @@ OVER_OPTIMISATION = (
     "Over-optimisation of {a}: {outcome}. From the peak of {judge} (KL {peak}) to the largest KL ({end}) it "
     "changes by {size} ({basis}){proxy}."
 )
+MOSTLY_RISING = (
+    "Over-optimisation of {a}: {outcome}. Chosen on halves of the data, {judge} is highest most often at the largest "
+    "KL ({end}); from the peak of each half to there it changes by {size} ({basis}){proxy}."
+)
 STILL_RISING = (
     "Over-optimisation of {a}: {outcome}. At the largest KL ({end}) {judge} is highest, so there is no fall from a "
     "peak to measure."
@@ -147,9 +151,13 @@ def verdict_sentence(verdict: Mapping[str, Any], report: Report) -> str:
             "end": nats(evidence["end"]["kl"]),
             "proxy": _proxy_change(evidence["proxy"]),
         }
-        # the peak is the end wherever it was chosen
-        is_rising = evidence["ends_at_peak"] == 1
-        text = (STILL_RISING if is_rising else OVER_OPTIMISATION).format(**fields)
+        text = OVER_OPTIMISATION
+        # the peak is the end wherever it was chosen, or in most places
+        if evidence["ends_at_peak"] == 1:
+            text = STILL_RISING
+        elif evidence["peak"]["kl"] == evidence["end"]["kl"]:
+            text = MOSTLY_RISING
+        text = text.format(**fields)
     elif verdict["kind"] == "exploited_proxy":
         text = EXPLOITED_PROXY.format(**fields, proxies=listed(list(evidence["proxies"])))
     else:

@@ -89,6 +89,14 @@ def test_a_judge_that_is_highest_at_the_largest_kl_has_no_fall_to_tell_of():
     # half of the cells have their peak before the end: there is a change to tell
     entry["ends_at_peak"] = 0.5
     assert verdict_sentence(verdict("over_optimisation", **of_curve), report) == line
+    # they are most of all
+    entry["end"]["kl"] = entry["peak"]["kl"]
+    assert (
+        "Chosen on halves of the data, the gold score is highest most often at the largest KL (9.4); from the peak of "
+        "each half to there it changes by"
+        in verdict_sentence(verdict("over_optimisation", **of_curve), report)
+    )
+    entry["end"]["kl"] = 21.2
     entry["ends_at_peak"] = 1.0
     assert verdict_sentence(verdict("over_optimisation", **of_curve), report) == (
         "Over-optimisation of PPO: undecided. At the largest KL (21) the gold score is highest, so there is no fall "

@@ -181,7 +181,7 @@ def arguments(
     else:
         given |= {"max_steps": steps, "gradient_accumulation_steps": run["accumulation"]}
         given |= {"use_peft": not is_whole, "lora_r": 4}
-    flags = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    flags = [f"--{name}={value}" for name, value in given.items()]
     return [*flags_of(program, start, str(data), output), *flags, *map(str, more)]
 
 

@@ -49,7 +49,7 @@ def options(start, data, output, **more):
         "max_response_length": 64,
         "validation_fraction": 0.3,
     }
-    return [word for name, value in (values | more).items() for word in (f"--{name}", str(value))]
+    return [f"--{name}={value}" for name, value in (values | more).items()]
 
 
 def check_run(folder: Path, data: str) -> dict:

@@ -38,7 +38,7 @@ def run(base_path, pairs, tmp_path_factory) -> str:
     options = {"model_name_or_path": base_path, "data": pairs, "output_dir": folder}
     options |= {"use_peft": "false", "learning_rate": 0.003, "num_train_epochs": 3}
     options |= {"max_prompt_length": 64, "max_response_length": 64, "validation_fraction": 0.3}
-    main([word for name, value in options.items() for word in (f"--{name}", str(value))])
+    main([f"--{name}={value}" for name, value in options.items()])
     return folder
 
 
