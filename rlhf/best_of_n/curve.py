@@ -218,7 +218,10 @@ def fit_with_intervals(law: Law, d: np.ndarray, scores: np.ndarray, level: float
     """
     count, total = len(scores), scores.sum(axis=0)
     fit = fit_law(law, d, total / count)
-    without = [fit_law(law, d, (total - own) / (count - 1)) for own in scores] if count > 1 else []
+    # the jackknife: fitted again without each cluster
+    without = []
+    if count > 1:
+        without = [fit_law(law, d, (total - own) / (count - 1)) for own in scores]
 
     def estimate(name: str) -> dict[str, float | None]:
         values = np.array([getattr(other, name) for other in without])
@@ -245,7 +248,9 @@ def peak_interval(fit: Fit, without: list[Fit], level: float) -> dict[str, float
     for own in [fit, *without]:
         logs.append(math.log(own.peak) if 0 < own.peak < math.inf else math.nan)
     low, high, _ = jackknife_interval(logs[0], np.array(logs[1:]), level=level)
-    # exp overflows above
-    bounds = [math.exp(log) if log < 700 else math.nan for log in (logs[0], low, high)]
-    found = dict(zip(("estimate", "low", "high"), bounds, strict=True))
-    return json_safe(found, nan_as_null=True)
+    return {"estimate": _exp(logs[0]), "low": _exp(low), "high": _exp(high)}
+
+
+def _exp(log: float) -> float | None:
+    """Return exp(log); None of what is not a number or would overflow."""
+    return math.exp(log) if log < 700 else None

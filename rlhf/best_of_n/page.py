@@ -41,17 +41,23 @@ def write_page(result: dict[str, Any], folder: Path) -> Path:
 
 def print_table(result: dict[str, Any]) -> None:
     """Print the curve and what follows from it."""
-    names = list(result["turning"])
-    head = "".join(f"{name:>28}" for name in ["proxy", *names])
-    print(f"{'n':>6} {'KL':>6}{head}")
+    names = ["proxy", *result["turning"]]
+    print(f"{'n':>6} {'KL':>6}" + columns(names))
     for row in result["curve"]:
-        cells = "".join(
-            f"{interval(row['scores'][name]['mean']):>28}" for name in ["proxy", *names]
-        )
-        print(f"{row['n']:6d} {row['kl']:6.2f}{cells}")
+        print(f"{row['n']:6d} {row['kl']:6.2f}" + columns(means(row, names)))
     print()
     for name, turning in result["turning"].items():
         print(sentence(name, turning))
+
+
+def columns(cells: list[str]) -> str:
+    """Return cells of the table on the screen, each wide enough for an interval."""
+    return "".join(map("{:>28}".format, cells))
+
+
+def means(row: dict[str, Any], names: list[str]) -> list[str]:
+    """Return the mean of each of these scores at one n, with its interval."""
+    return [interval(row["scores"][name]["mean"]) for name in names]
 
 
 def interval(estimate: dict[str, float | None]) -> str:
@@ -77,11 +83,12 @@ def sentence(name: str, turning: dict[str, Any]) -> str:
 
 def markdown(result: dict[str, Any]) -> list[str]:
     """Return the lines of the page."""
-    names = list(result["turning"])
-    lines = [
-        f"# Best of n by {Path(result['reward']).name}",
-        "",
-        *(f"- {sentence(name, turning)}" for name, turning in result["turning"].items()),
+    names = ["proxy", *result["turning"]]
+    # what follows from the curve comes before it
+    lines = [f"# Best of n by {Path(result['reward']).name}", ""]
+    for name, turning in result["turning"].items():
+        lines.append(f"- {sentence(name, turning)}")
+    lines += [
         "",
         f"![the proxy and the scores that count against KL]({FIGURE}.png)",
         "",
@@ -94,9 +101,8 @@ def markdown(result: dict[str, Any]) -> list[str]:
     lines += [scorer_line(result["scorers"]), ""]
     rows = []
     for row in result["curve"]:
-        cells = [interval(row["scores"][name]["mean"]) for name in ["proxy", *names]]
-        rows.append([row["n"], f"{row['kl']:.3f}", *cells])
-    header = ["n", "KL, nats", "proxy", *names]
+        rows.append([row["n"], f"{row['kl']:.3f}", *means(row, names)])
+    header = ["n", "KL, nats", *names]
     lines += markdown_table(header, rows, right=range(len(header)))
     return [*lines, "", *law_lines(result)]
 
@@ -105,8 +111,9 @@ def scorer_line(specs: list[dict[str, Any]]) -> str:
     """Say which scorer each name stands for."""
     said = []
     for spec in specs:
-        given = {key: value for key, value in spec.items() if key != "name"}
-        said.append(f"{spec['name']}: `{dumps(given)}`")
+        given = dict(spec)
+        name = given.pop("name")
+        said.append(f"{name}: `{dumps(given)}`")
     return "; ".join(said) + "."
 
 
@@ -116,16 +123,15 @@ def law_lines(result: dict[str, Any]) -> list[str]:
     for name, law in result["laws"].items():
         if law is None:
             continue
-        peak = law["peak"]
-        # the law is in d = √KL, the page in KL
-        squares = {key: value and value**2 for key, value in peak.items()}
+        # the law is in d = √KL, the page in KL; a peak that is not known stays None
+        peak_kl = {key: value and value**2 for key, value in law["peak"].items()}
         rows.append(
             [
                 name,
                 interval(law["alpha"]),
                 interval(law["beta"]),
                 number(law["rmse"]),
-                interval(squares),
+                interval(peak_kl),
             ]
         )
     if not rows:
@@ -172,6 +178,6 @@ def draw_score(axis, result: dict[str, Any], name: str, color: str) -> None:
         axis.plot(fine, fit(fine), "--", color=NEUTRAL, lw=1)
     # the small ones would lie on each other
     ticks = [kl for kl in NATS if math.sqrt(kl) <= d[-1] and kl not in (0.05, 0.5)]
-    axis.set_xticks(np.sqrt(ticks), [f"{kl:g}" for kl in ticks])
+    axis.set_xticks(np.sqrt(ticks), list(map("{:g}".format, ticks)))
     axis.set_xlabel("KL, nats (drawn in √KL)", fontsize=8.5)
     axis.set_title(f"{name}, over n = 1")

@@ -92,21 +92,28 @@ def answering(drawing: Drawing, tokenizer: Any) -> Callable[[list[dict], Callabl
         answers = evaluation.run(model, context, None, world, progress)
         rows = []
         for number, row in enumerate(part):
+            # the answers to one prompt stand together
             own = answers[number * drawing.samples : (number + 1) * drawing.samples]
-            rows.append(
-                {
-                    "prompt": row["record"].prompt,
-                    "prompt_ids": row["prompt_ids"],
-                    "metadata": own[0].metadata,
-                    "group": row["record"].group,
-                    "responses": [answer.response for answer in own],
-                    "ids": [answer.ids for answer in own],
-                    "ended": [answer.ended for answer in own],
-                }
-            )
+            rows.append(row_of(row, own))
         return rows
 
     return answer
+
+
+def row_of(prompt: dict[str, Any], answers: list[Any]) -> dict[str, Any]:
+    """Return a line of the file: an encoded prompt with its answers (evaluation rows)."""
+    row = {
+        "prompt": prompt["record"].prompt,
+        "prompt_ids": prompt["prompt_ids"],
+        "metadata": answers[0].metadata,
+        "group": prompt["record"].group,
+    }
+    row |= {"responses": [], "ids": [], "ended": []}
+    for answer in answers:
+        row["responses"].append(answer.response)
+        row["ids"].append(answer.ids)
+        row["ended"].append(answer.ended)
+    return row
 
 
 def score_answers(
@@ -148,7 +155,10 @@ def score_answers(
             return rows
 
         done += in_parts(file, missing, samples, batch_size, "scoring", score)
-    return {name: np.array([row[name] for row in done], dtype=float) for name in names}
+    scores = {}
+    for name in names:
+        scores[name] = np.array([row[name] for row in done], dtype=float)
+    return scores
 
 
 def samples_of(answers: list[dict]) -> Samples:
