@@ -51,21 +51,25 @@ def scored_answers(answers: Sequence[Mapping[str, Any]], scorer: Scorer) -> dict
     # all at once: a judge of the tone is asked in parallel
     scores = scorer(samples)
     # of facts alone it matters whether they are right; how nearly is in the score
-    facts = {name: own for name, own in scores.breakdown.items() if "/task/" in name}
+    facts = [own for name, own in scores.breakdown.items() if "/task/" in name]
     found: dict[str, list[Scored]] = {}
     for place, answer in enumerate(answers):
-        # nan: a fact that this prompt does not have
-        parts = [own[place] for own in facts.values() if not math.isnan(own[place])]
         scored = Scored(
             group=answer["metadata"]["group"],
             prompt=answer["prompt"],
             text=answer["text"],
             score=scores.total[place],
-            facts=all(part == 1 for part in parts) if parts else None,
+            facts=all_right([own[place] for own in facts]),
             messages=answer["messages"],
         )
         found.setdefault(answer["model"], []).append(scored)
     return found
+
+
+def all_right(facts: Sequence[float]) -> bool | None:
+    """Return whether an answer has all facts right (1 each); None where its prompt has none (nan)."""
+    asked = [fact for fact in facts if not math.isnan(fact)]
+    return all(fact == 1 for fact in asked) if asked else None
 
 
 def samples_of(answers: Sequence[Mapping[str, Any]]) -> Samples:
@@ -91,15 +95,15 @@ def measure_answers(
     pattern = refusal_pattern(phrases)
     refused = by_group(base, run, lambda answer: bool(pattern.search(answer.text)))
     no_facts = Measured(why="the voice names no facts that these prompts have")
+    words_of_base = [own for own, _ in words.values()]
+    words_of_run = [own for _, own in words.values()]
     return {
         # the same prompts were put to both, so differences are taken within a group
         "score_gain": difference(score),
         "facts": difference(facts) if facts else no_facts,
         "refusals": difference_of_shares(refused),
         # a ratio of sums: one terse answer of the base would rule a mean of ratios
-        "length": ratio_of_groups(
-            [own for _, own in words.values()], [base for base, _ in words.values()]
-        ),
+        "length": ratio_of_groups(words_of_run, words_of_base),
     }
 
 
@@ -115,11 +119,13 @@ def by_group(base: Sequence[Scored], run: Sequence[Scored], value) -> dict[str, 
             # a prompt without facts says nothing about them
             if found is not None:
                 own.setdefault(answer.group, []).append(float(found))
-    return {
-        group: (sum(sums[0][group]) / len(sums[0][group]), sum(own) / len(own))
-        for group, own in sums[1].items()
-        if group in sums[0]
-    }
+    of_base, of_run = sums
+    means = {}
+    for group, values in of_run.items():
+        if group in of_base:
+            before = sum(of_base[group]) / len(of_base[group])
+            means[group] = before, sum(values) / len(values)
+    return means
 
 
 def difference(means: Mapping[str, tuple[float, float]]) -> Measured:
@@ -129,7 +135,9 @@ def difference(means: Mapping[str, tuple[float, float]]) -> Measured:
 
 def refusal_pattern(phrases: Iterable[str]) -> re.Pattern[str]:
     """Return the pattern of a refusal."""
-    return re.compile("|".join(f"(?:{phrase})" for phrase in (*REFUSALS, *phrases)), re.IGNORECASE)
+    # each in a group of its own: a phrase may hold a |
+    alternatives = map("(?:{})".format, (*REFUSALS, *phrases))
+    return re.compile("|".join(alternatives), re.IGNORECASE)
 
 
 def memorised(run: Sequence[Scored], trained: Sequence[str], held_out: Sequence[str]) -> Measured:
@@ -142,19 +150,21 @@ def memorised(run: Sequence[Scored], trained: Sequence[str], held_out: Sequence[
     """
     if not trained or not held_out:
         return Measured(why="no pairs were held out from training to compare with")
-    indexes = [ngram_index(texts) for texts in (trained, held_out)]
+    indexes = list(map(ngram_index, (trained, held_out)))
     size = min(len(trained), len(held_out))
     values = []
     for answer in run:
-        grams = word_ngrams(answer.text.lower(), COPIED_WORDS)
+        grams = set(word_ngrams(answer.text.lower(), COPIED_WORDS))
         # too short to copy anything that counts
         if not grams:
             continue
         overlaps = []
         for texts, index in zip((trained, held_out), indexes, strict=True):
             # per training answer: runs from many different ones are style, not a copy
-            counts = Counter(text for gram in set(grams) for text in index.get(gram, ()))
-            shares = [count / len(set(grams)) for count in counts.values()]
+            counts: Counter[int] = Counter()
+            for gram in grams:
+                counts.update(index.get(gram, ()))
+            shares = [count / len(grams) for count in counts.values()]
             overlaps.append(expected_largest(shares, len(texts), size))
         values.append((answer.group, overlaps[0] - overlaps[1]))
     if not values:

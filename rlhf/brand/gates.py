@@ -219,12 +219,12 @@ def difference_of_shares(means: Mapping[str, tuple[float, float]]) -> Measured:
     means: group -> (base's share b, run's share r). Unlike the interval of the mean difference it has
     a width where neither ever does it.
     """
-    # of base and run, each within 0 and 1
-    ends = []
-    for which in (0, 1):
-        shares = [(group, pair[which]) for group, pair in means.items()]
-        ends.append(mean_of_groups(shares, bounds=(0.0, 1.0)))
-    base, run = ends
+    of_base, of_run = [], []
+    for group, (base_share, run_share) in means.items():
+        of_base.append((group, base_share))
+        of_run.append((group, run_share))
+    base = mean_of_groups(of_base, bounds=(0.0, 1.0))
+    run = mean_of_groups(of_run, bounds=(0.0, 1.0))
     change = run.estimate - base.estimate
     alike = correlation(list(means.values()))
     below = _add_squares(run.estimate - run.low, base.high - base.estimate, alike)

@@ -48,55 +48,66 @@ def measure(config: MeasureConfig) -> dict[str, Any]:
     """Write and return {"texts": [{group, tokens, base, run}], "task": [{group, base, run}]}: nats of
     each answer, and whether each question was answered rightly.
     """
-    # torch comes with these, and the options are read before
-    from rlhf.compare.runs import load_policies
-    from rlhf.model.packing import head_is_plain
+    # torch comes with it, and the options are read before
     from rlhf.model.tokenizer import load_tokenizer
-    from rlhf.ranks.distributed import DistributedContext, own_device
 
     tokenizer = load_tokenizer(config.model_name_or_path)
     texts = begun(held_out_rows(config, config.texts, tokenizer))
     task = held_out_rows(config, config.task, tokenizer)
     # before the models are loaded: too few answers to choose among ends it here
     questions = choices_of(task, config.seed)
-    device = own_device()
-    world = DistributedContext(device=device)
-    policies = load_policies(
-        [config.model_name_or_path, config.run],
-        device,
-        config.max_prompt_length,
-        config.max_response_length,
-        config.dtype,
-    )
     # one base in memory, with the adapter and without
-    losses: list[dict[str, list]] = []
-    for name, (model, context) in zip(("base", "run"), policies, strict=True):
-        print(f"{name}: {len(texts)} texts, {len(task)} questions", flush=True)
-        own = {}
-        for kind, rows in (("texts", texts), ("task", questions)):
-            own[kind] = text_losses(
-                model,
-                context,
-                rows,
-                tokenizer.pad_token_id,
-                world,
-                batch_size=config.batch_size,
-                plain_head=head_is_plain(model),
-            )
-        losses.append(own)
-    base, run = losses
+    base, run = losses_of(config, texts, questions, tokenizer.pad_token_id)
     found = {"texts": [], "task": []}
     # both read the same rows in the same order, which joins them
     for one, other in zip(base["texts"], run["texts"], strict=True):
         row = {"group": one.group, "tokens": one.tokens, "base": one.nll, "run": other.nll}
         found["texts"].append(row)
-    right = [chosen_rightly(own["task"]) for own in losses]
+    right = chosen_rightly(base["task"]), chosen_rightly(run["task"])
     for row, one, other in zip(task, *right, strict=True):
         found["task"].append({"group": row["group"], "base": one, "run": other})
     Path(config.output).parent.mkdir(parents=True, exist_ok=True)
     write_atomic(Path(config.output), dumps(found, indent=1) + "\n")
     print(f"{config.output}: {len(found['texts'])} texts, {len(found['task'])} questions")
     return found
+
+
+def losses_of(
+    config: MeasureConfig, texts: list[dict], questions: list[dict], pad_id: int
+) -> list[dict[str, list]]:
+    """Return {"texts", "task"}: the losses of these rows, first the base's, then the run's.
+
+    questions: CHOICES rows for each.
+    """
+    from rlhf.compare.runs import load_policies
+    from rlhf.model.packing import head_is_plain
+    from rlhf.ranks.distributed import DistributedContext, own_device
+
+    world = DistributedContext(device=own_device())
+    policies = load_policies(
+        [config.model_name_or_path, config.run],
+        world.device,
+        config.max_prompt_length,
+        config.max_response_length,
+        config.dtype,
+    )
+    losses = []
+    for name, (model, context) in zip(("base", "run"), policies, strict=True):
+        count = len(questions) // CHOICES
+        print(f"{name}: {len(texts)} texts, {count} questions", flush=True)
+        own = {}
+        for kind, rows in (("texts", texts), ("task", questions)):
+            own[kind] = text_losses(
+                model,
+                context,
+                rows,
+                pad_id,
+                world,
+                batch_size=config.batch_size,
+                plain_head=head_is_plain(model),
+            )
+        losses.append(own)
+    return losses
 
 
 def held_out_rows(config: MeasureConfig, sources: list[str], tokenizer: Any) -> list[dict]:
@@ -133,7 +144,9 @@ def choices_of(rows: Sequence[dict[str, Any]], seed: int) -> list[dict[str, Any]
 
     Raises UserError where there are too few different answers.
     """
-    different = list({tuple(row["response_ids"]): row["response_ids"] for row in rows}.values())
+    # answers that differ, each once
+    by_ids = {tuple(row["response_ids"]): row["response_ids"] for row in rows}
+    different = list(by_ids.values())
     if rows and len(different) < CHOICES:
         raise UserError(
             f"task: has {len(different)} different answers, expected at least {CHOICES} to choose among"
@@ -171,11 +184,11 @@ def forgotten(found: dict[str, Any]) -> dict[str, Measured]:
             own = sums.setdefault(row["group"], [0.0, 0.0])
             own[0] += row["run"] - row["base"]
             own[1] += row["tokens"]
+        nats, tokens = zip(*sums.values(), strict=True)
         # in logs the interval is symmetric; its ends are taken to ratios afterwards
-        log = ratio_of_groups(*zip(*sums.values(), strict=True))
-        result["perplexity"] = Measured(
-            *map(math.exp, (log.estimate, log.low, log.high)), log.groups
-        )
+        log = ratio_of_groups(nats, tokens)
+        ratios = map(math.exp, (log.estimate, log.low, log.high))
+        result["perplexity"] = Measured(*ratios, log.groups)
     if found["task"]:
         changes = [(row["group"], float(row["run"]) - row["base"]) for row in found["task"]]
         result["task"] = mean_of_groups(changes)

@@ -48,10 +48,12 @@ def pairs(config: PairsConfig, scorer: Scorer, rewrite: Rewrite) -> list[dict[st
     if not answers:
         raise UserError(f"{config.answers}: has no answers; sample some: rlhf collect sample")
     sampled = scorer(samples_of(answers)).total
-    rewritten = rewritten_answers(answers, rewrite) if config.rewrite else []
     # rewritten ones last: of equal scores the model's own words win
-    candidates = [*answers, *rewritten]
-    scores = [*sampled, *(scorer(samples_of(rewritten)).total if rewritten else [])]
+    candidates, scores = list(answers), list(sampled)
+    rewritten = rewritten_answers(answers, rewrite) if config.rewrite else []
+    if rewritten:
+        candidates += rewritten
+        scores += scorer(samples_of(rewritten)).total
     declines = refusal_pattern(config.refusal_phrases)
     # a voice hears tone, not whether the question was answered; the verdict asks for both
     refused = [bool(declines.search(candidate["text"])) for candidate in candidates]
@@ -62,13 +64,15 @@ def pairs(config: PairsConfig, scorer: Scorer, rewrite: Rewrite) -> list[dict[st
             "or sample more answers to each prompt"
         )
     write_rows(config.output, rows)
-    how = [row["metadata"]["pair"] for row in rows]
-    by_rule = sum(pair["by_rule"] for pair in how)
+    by_rule, better = 0, []
+    for row in rows:
+        by_rule += row["metadata"]["pair"]["by_rule"]
+        better.append(row["metadata"]["pair"]["better"])
     print(
         f"{config.output}: {len(rows)} pairs, of {by_rule} the better answer is rewritten by rule; {close} prompts "
         f"left out, whose answers differ by less than {config.margin:g}. {sum(refused)} of {len(candidates)} answers "
         f"refuse and are never the better one. Mean score of the sampled answers {statistics.fmean(sampled):.3f}, of "
-        f"the better ones {statistics.fmean(pair['better'] for pair in how):.3f}"
+        f"the better ones {statistics.fmean(better):.3f}"
     )
     return rows
 
@@ -173,7 +177,9 @@ def checked(config: CheckedConfig) -> dict[str, Any]:
         raise UserError(f"{config.votes}: its votes leave none of the {len(rows)} pairs")
     write_rows(config.output, kept)
     # the verdict says whose votes it rests on, and so does the check
-    source = sources.pop() if len(sources) == 1 else "mixed" if sources else "none"
+    source = "mixed"
+    if len(sources) < 2:
+        source = next(iter(sources), "none")
     report = {"source": source, "event": at, "pairs": len(rows), **counts}
     write_atomic(Path(f"{config.output}.check.json"), json.dumps(report, indent=1) + "\n")
     print(
@@ -194,10 +200,12 @@ def preferred_texts(view: Any) -> tuple[dict[tuple, str | None], set[str]]:
     found = {}
     for id, count in sides.items():
         pair = pairs[id]
-        # as many for each side is no verdict
-        side = "a" if count["a"] > count["b"] else "b" if count["b"] > count["a"] else None
         key = pair_key(pair["messages"], pair["text_a"], pair["text_b"])
-        found[key] = pair[f"text_{side}"].strip() if side else None
+        # as many for each side is no verdict
+        found[key] = None
+        if count["a"] != count["b"]:
+            side = "a" if count["a"] > count["b"] else "b"
+            found[key] = pair[f"text_{side}"].strip()
     return found, sources
 
 

@@ -12,6 +12,7 @@ OUT/check.people.json, OUT/ab.people.json      the state of the store (its event
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -156,16 +157,22 @@ def train_job(config: BrandConfig) -> Job:
         # the A/B samples from the adapter anyway
         "eval_prompts": 0,
         "temperature": config.temperature,
-        **{name: getattr(config, name) for name in (*SPLITS, *LENGTHS)},
+        **options_of(config, (*SPLITS, *LENGTHS)),
     }
     options |= dtype_of(config)
     if config.method == "dpo":
-        options |= dpo_defaults({**(read_yaml(file) if file else {}), **given})
+        of_file = read_yaml(file) if file else {}
+        options |= dpo_defaults({**of_file, **given})
     else:
-        judge = {"judge": config.judge} if config.judge else {}
-        options["reward"] = [{"voice": config.voice, **judge}]
-    needs = before_training(config)
-    reads = [file] if file else []
+        reward = {"voice": config.voice}
+        if config.judge:
+            reward["judge"] = config.judge
+        options["reward"] = [reward]
+    # the file's options first, so that those given here replace them
+    arguments, reads = [], []
+    if file:
+        arguments, reads = ["--config", file], [file]
+    arguments += flags(options | given)
     reads += weights_of(config.model_name_or_path)
     # DPO sees the voice and the prompts through the pairs, whose job reads them
     if config.method == "ppo":
@@ -173,10 +180,10 @@ def train_job(config: BrandConfig) -> Job:
     return Job(
         name=config.method,
         program=f"launch.{config.method}",
-        arguments=[*(["--config", file] if file else []), *flags(options | given)],
+        arguments=arguments,
         kind="brand",
         description=f"the adapter, by {config.method.upper()}",
-        needs=needs,
+        needs=before_training(config),
         reads=reads,
         outputs=[f"{folder}/result.json", f"{folder}/adapter_model.safetensors"],
         owned=[folder],
@@ -214,7 +221,7 @@ def measure_job(config: BrandConfig) -> Job:
         "output": output,
         "batch_size": config.batch_size,
         **dtype_of(config),
-        **{name: getattr(config, name) for name in LENGTHS},
+        **options_of(config, LENGTHS),
     }
     return rlhf_job(
         "measure",
@@ -239,16 +246,18 @@ def verdict_job(config: BrandConfig, events: dict[str, int]) -> Job:
         "gates": config.gates,
         "refusal_phrases": config.refusal_phrases,
         "output_dir": out,
-        **{name: getattr(config, name) for name in SPLITS},
+        **options_of(config, SPLITS),
     }
     if config.method == "dpo":
         options["training"] = training_file(config)
+    # votes of people come to the store without a job
+    voted = "ab-votes" if config.votes == "simulated" else "ab"
     return rlhf_job(
         "verdict",
         "every gate",
         ["brand", "verdict"],
         options,
-        needs=["ab-votes" if config.votes == "simulated" else "ab", "measure"],
+        needs=[voted, "measure"],
         reads=[config.voice],
         outputs=[f"{out}/{name}" for name in VERDICT_FILES],
     )
@@ -305,12 +314,14 @@ def store_job(
     """Return the job that samples into a store."""
     # votes in another state of the store would be counted as of this one
     owned = [*store_files(options["store"]), people_file(config, name)]
+    if not needs:
+        needs = ["prompts"] if config.templates else []
     job = rlhf_job(
         name,
         description,
         ["collect", "sample"],
         options,
-        needs=needs or (["prompts"] if config.templates else []),
+        needs=needs,
         reads=[*config.prompts, *weights_of(config.model_name_or_path)],
         outputs=[options["store"]],
     )
@@ -347,9 +358,14 @@ def before_training(config: BrandConfig) -> list[str]:
 
 
 def sampling(config: BrandConfig, prompts: int | None) -> dict[str, Any]:
-    names = (*LENGTHS, *SPLITS, "batch_size", "seed")
-    own = {name: getattr(config, name) for name in names}
+    """Return the options of `rlhf collect sample` that all its jobs share."""
+    own = options_of(config, (*LENGTHS, *SPLITS, "batch_size", "seed"))
     return {"prompts": prompts, **own, **dtype_of(config)}
+
+
+def options_of(config: BrandConfig, names: Iterable[str]) -> dict[str, Any]:
+    """Return these options, which the commands call by the same names."""
+    return {name: getattr(config, name) for name in names}
 
 
 def dtype_of(config: BrandConfig) -> dict[str, str]:

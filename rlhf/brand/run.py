@@ -16,6 +16,7 @@ from rlhf.brand.pairs import write_rows
 from rlhf.brand.plan import (
     SPLITS,
     VERDICT_FILES,
+    options_of,
     people_file,
     plan,
     read_events,
@@ -90,7 +91,9 @@ def run_brand(config: BrandConfig) -> dict:
 
 def check_files(config: BrandConfig) -> None:
     """Raise UserError where a file is named that is not there; nothing has been made yet."""
-    named = [config.voice, *([config.train["config"]] if "config" in config.train else [])]
+    named = [config.voice]
+    if "config" in config.train:
+        named.append(config.train["config"])
     for file in named:
         if not Path(file).is_file():
             raise UserError(f"{file}: no such file{near_file(file)}")
@@ -114,15 +117,10 @@ def check_test_prompts(config: BrandConfig) -> None:
     if least <= bound:
         return
     needed = groups_needed(bound)
-    raise UserError(
-        TOO_FEW.format(
-            bound=bound,
-            groups=groups,
-            needed=f"it takes {needed}" if needed else "no number can",
-            # a bound that is rounded up can be kept
-            least=math.ceil(100 * least) / 100 if math.isfinite(least) else 1,
-        )
-    )
+    remedy = f"it takes {needed}" if needed else "no number can"
+    # a bound that is rounded up can be kept
+    possible = math.ceil(100 * least) / 100 if math.isfinite(least) else 1
+    raise UserError(TOO_FEW.format(bound=bound, groups=groups, needed=remedy, least=possible))
 
 
 def test_groups(config: BrandConfig) -> int:
@@ -133,7 +131,7 @@ def test_groups(config: BrandConfig) -> int:
             file = f"{folder}/prompts.jsonl"
             write_rows(file, fill(config.templates))
             sources = [file]
-        fractions = {name: getattr(config, name) for name in SPLITS}
+        fractions = options_of(config, SPLITS)
         found = load(sources, Prompt, split="test", quiet=True, **fractions)
     groups = len({record.group for record in found})
     return groups if config.test_prompts is None else min(groups, config.test_prompts)
@@ -195,7 +193,7 @@ def show_verdict(config: BrandConfig, *, was_there: bool) -> dict:
     it.
     """
     found = read_verdict(config.output_dir)
-    report, _ = (f"{config.output_dir}/{name}" for name in VERDICT_FILES)
+    report = f"{config.output_dir}/{VERDICT_FILES[0]}"
     if was_there:
         print("\n" + "\n".join(text_lines(found)))
     if not found["ship"]:

@@ -91,21 +91,30 @@ def verdict(config: VerdictConfig, scorer: Scorer) -> dict[str, Any]:
     measured["memorised"] = memorised_pairs(config, run)
     if config.measures:
         measured |= forgotten(read_measures(config.measures))
+
     bounds = read_gates(config.gates)
+    source = None
     # with the gate off the verdict rests on nobody's votes, and must not name any
-    source = votes["source"] if votes and bounds.preference is not None else None
+    if votes and bounds.preference is not None:
+        source = votes["source"]
     found = decide(judge(measured, bounds), source)
     found |= {"run": config.run, "base": config.model_name_or_path, "votes": {"event": at}}
-    found["votes"] |= {"source": votes["source"], "count": votes["votes"]} if votes else {}
+    if votes:
+        found["votes"] |= {"source": votes["source"], "count": votes["votes"]}
     found["check"] = check_of(config.training)
-    folder = Path(config.output_dir)
+    write_verdict(Path(config.output_dir), found, examples(base, run))
+    return found
+
+
+def write_verdict(
+    folder: Path, found: dict[str, Any], shown: Sequence[tuple[Scored, Scored]]
+) -> None:
+    """Write verdict.json and report.md, and print the gates; shown: answers beside each other."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "verdict.json", dumps(found, indent=1) + "\n")
-    lines = report(found, examples(base, run))
-    write_atomic(folder / "report.md", "\n".join(lines) + "\n")
+    write_atomic(folder / "report.md", "\n".join(report(found, shown)) + "\n")
     print("\n".join(text_lines(found)))
     print(f"{folder / 'report.md'}, {folder / 'verdict.json'}")
-    return found
 
 
 def decide(gates: Sequence[Gate], source: str | None) -> dict[str, Any]:
@@ -152,8 +161,10 @@ def preference(
     pair = votes["pairs"][0]
     rate, stop = pair["rate"], pair["stop"]
     found = stop if stopped_early else rate
-    low, high = (math.nan if found[end] is None else found[end] for end in ("low", "high"))
     estimate, groups = rate["estimate"], found["groups"]
+    # None: so few groups have no interval
+    low = math.nan if found["low"] is None else found["low"]
+    high = math.nan if found["high"] is None else found["high"]
     run_name = short_names([base, run])[1]
     if pair["one"] == run_name:
         return Measured(estimate, low, high, groups)
@@ -182,22 +193,23 @@ def memorised_pairs(config: VerdictConfig, run: Sequence[Scored]) -> Measured:
 def check_of(training: str | None) -> dict[str, Any] | None:
     """Return how far votes agreed with the training pairs, where they were checked."""
     file = Path(f"{training}.check.json")
-    return json.loads(file.read_text(encoding="utf-8")) if training and file.is_file() else None
+    if not training or not file.is_file():
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def check_line(check: Mapping[str, Any]) -> str:
     """Return one sentence about the check of the training pairs."""
-    counts = {
-        name: check.get(name, 0) for name in ("agreed", "turned", "without a winner", "not judged")
-    }
-    judged = counts["agreed"] + counts["turned"] + counts["without a winner"]
+    # what never happened is not in the file
+    agreed, turned = check.get("agreed", 0), check.get("turned", 0)
+    left = check.get("without a winner", 0)
     return CHECK_LINE.format(
         who=SOURCES.get(check["source"], "nobody"),
-        judged=judged,
-        agreed=counts["agreed"],
-        turned=counts["turned"],
-        left=counts["without a winner"],
-        not_judged=counts["not judged"],
+        judged=agreed + turned + left,
+        agreed=agreed,
+        turned=turned,
+        left=left,
+        not_judged=check.get("not judged", 0),
     )
 
 
@@ -242,8 +254,10 @@ def report(found: Mapping[str, Any], shown: Sequence[tuple[Scored, Scored]]) -> 
 
 def what_of(gate: Mapping[str, Any]) -> str:
     """Return what a gate measures, with the reason where it does not apply."""
-    is_measured = gate["status"] not in (OFF, NONE)
-    return gate["sentence"].partition(":")[0] if is_measured else gate["sentence"]
+    if gate["status"] in (OFF, NONE):
+        return gate["sentence"]
+    # the numbers have columns of their own
+    return gate["sentence"].partition(":")[0]
 
 
 def examples(base: Sequence[Scored], run: Sequence[Scored]) -> list[tuple[Scored, Scored]]:
