@@ -24,12 +24,15 @@ TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 def extras_of(options: dict[str, Any]) -> tuple[str, ...]:
     """Return the extras of this package that a configuration needs."""
-    needed = {
-        "wandb": options.get("report_to") == "wandb",
-        "quant": bool(options.get("load_in_4bit")) or "8bit" in str(options.get("optim", "")),
-        "gguf": any(map(_is_gguf, model_names(options))),
-    }
-    return tuple(extra for extra, is_needed in needed.items() if is_needed)
+    needed = []
+    if options.get("report_to") == "wandb":
+        needed.append("wandb")
+    # bitsandbytes has the optimizers of 8 bits too
+    if options.get("load_in_4bit") or "8bit" in str(options.get("optim", "")):
+        needed.append("quant")
+    if any(map(_is_gguf, model_names(options))):
+        needed.append("gguf")
+    return tuple(needed)
 
 
 def model_names(options: dict[str, Any]) -> Iterator[str]:
@@ -131,7 +134,8 @@ def scorers(options: dict[str, Any]) -> Iterator[Finding]:
 
 def data(options: dict[str, Any]) -> Iterator[Finding]:
     """Look whether each source is there; `rlhf data show` reads it."""
-    sources = chain.from_iterable(_listed(options.get(name)) for name in DATA)
+    sources = chain.from_iterable(map(_listed, map(options.get, DATA)))
+    # each once, in order
     for source in dict.fromkeys(sources):
         name = split_event(source)[0]
         path = Path(name).expanduser()
@@ -219,6 +223,9 @@ def _answers(name: str, url: str, remedy: str) -> Finding:
 
 
 def _listed(value: Any) -> list[str]:
+    """Return the sources of an option, which YAML gives as a list or as one text with commas."""
     if value is None:
         return []
-    return [str(item) for item in value] if isinstance(value, list) else str(value).split(",")
+    if isinstance(value, list):
+        return list(map(str, value))
+    return str(value).split(",")

@@ -40,11 +40,11 @@ def versions(extras: tuple[str, ...] = ()) -> Iterator[Finding]:
         return
 
     count = 0
+    # a marker such as "extra == 'wandb'" is about what the run needs
+    environments = [{"extra": extra} for extra in ("", *extras)]
     for line in lines:
         needed = Requirement(line)
-        # a marker such as "extra == 'wandb'" is about what the run needs
-        environments = [{"extra": extra} for extra in ("", *extras)]
-        if needed.marker and not any(needed.marker.evaluate(each) for each in environments):
+        if needed.marker and not any(map(needed.marker.evaluate, environments)):
             continue
         count += 1
         remedy = f"pip install '{needed.name}{needed.specifier}'"
@@ -190,8 +190,10 @@ def addresses() -> Iterator[Finding]:
     """Look how other machines would find this one: by its name, its interface, and the first rank's
     address.
     """
-    machines = [os.environ[name] for name in MACHINES if os.environ.get(name, "").isdecimal()]
-    has_several = any(int(count) > 1 for count in machines)
+    has_several = False
+    for name in MACHINES:
+        count = os.environ.get(name, "")
+        has_several |= count.isdecimal() and int(count) > 1
     interfaces = {name for _, name in socket.if_nameindex()}
     chosen = []
     for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
