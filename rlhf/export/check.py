@@ -116,9 +116,12 @@ def differences(answer: Answer, own_tokens: Tensor, logits: Tensor) -> dict[str,
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the numbers of all answers together; `differing` lists those whose tokens differ."""
-    tokens = sum(row["tokens"] for row in rows)
+    tokens = equal = kl = 0
     differing = []
     for number, row in enumerate(rows):
+        tokens += row["tokens"]
+        equal += row["equal"]
+        kl += row["kl"]
         if row["first"] is not None:
             place = {"prompt": number, "token": row["first"]}
             differing.append({**place, "logit_gap": row["logit_gap"]})
@@ -126,7 +129,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "prompts": len(rows),
         "tokens": tokens,
         "answers_equal": len(rows) - len(differing),
-        "tokens_equal": sum(row["equal"] for row in rows) / tokens,
-        "kl_per_token": sum(row["kl"] for row in rows) / tokens,
+        "tokens_equal": equal / tokens,
+        "kl_per_token": kl / tokens,
         "differing": differing,
     }

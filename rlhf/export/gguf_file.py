@@ -169,19 +169,27 @@ def _add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
         types[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     by_id = {number: word for word, number in words.items()}
     # models round their vocabulary up
-    listed = [by_id.get(number, f"[PAD{number}]") for number in range(rows)]
+    listed, listed_types = [], []
+    for number in range(rows):
+        listed.append(by_id.get(number, f"[PAD{number}]"))
+        listed_types.append(types.get(number, TokenType.UNUSED))
+    # older tokenizer files have a merge as one text, newer ones as a pair
+    merges = []
+    for pair in state["model"]["merges"]:
+        merges.append(pair if isinstance(pair, str) else " ".join(pair))
 
-    merges = state["model"]["merges"]
-    special = {}
-    for role in ("bos", "eos", "unk", "pad"):
-        special[f"{role}_token_id"] = getattr(tokenizer, f"{role}_token_id")
     fields = {
         "tokenizer_model": "gpt2",
         "tokenizer_pre": splitting(tokenizer),
         "token_list": listed,
-        "token_types": [types.get(number, TokenType.UNUSED) for number in range(rows)],
-        "token_merges": [pair if isinstance(pair, str) else " ".join(pair) for pair in merges],
-        **{name: number for name, number in special.items() if number is not None},
+        "token_types": listed_types,
+        "token_merges": merges,
+    }
+    for role in ("bos", "eos", "unk", "pad"):
+        number = getattr(tokenizer, f"{role}_token_id")
+        if number is not None:
+            fields[f"{role}_token_id"] = number
+    fields |= {
         "add_space_prefix": False,
         "add_bos_token": adds_bos(tokenizer),
         "chat_template": plain_template(tokenizer),
@@ -275,14 +283,12 @@ def go_template(tokenizer: Any) -> str | None:
     """
     try:
         parts = _parts(tokenizer)
-        same = all(
-            _written(parts, dialogue) == _rendered(tokenizer, dialogue, prompt=True)
-            for dialogue in map(_dialogue, DIALOGUES)
-        )
+        for roles in DIALOGUES:
+            dialogue = _dialogue(roles)
+            if _written(parts, dialogue) != _rendered(tokenizer, dialogue, prompt=True):
+                return None
     # a template may refuse a role, or begin with what was not rendered before
     except Exception:
-        return None
-    if not same:
         return None
 
     # llama.cpp writes it itself
@@ -297,12 +303,17 @@ def go_template(tokenizer: Any) -> str | None:
     each = "{{ " + "else ".join(cases) + "end }}"
     head = '{{ if ne (index .Messages 0).Role "system" }}' + parts["head"] + "{{ end }}"
     template = head + "{{ range .Messages }}" + each + "{{ end }}" + parts["end"]
-    texts = [parts["head"], parts["end"]]
-    for role in ROLES:
-        texts += parts[role]
-    # what would end the template, or begin an action in it
-    is_plain = not any("{{" in text or '"""' in text for text in texts)
-    return template if is_plain else None
+    for text in (
+        parts["head"],
+        parts["end"],
+        *parts["system"],
+        *parts["user"],
+        *parts["assistant"],
+    ):
+        # what would end the template, or begin an action in it
+        if "{{" in text or '"""' in text:
+            return None
+    return template
 
 
 def _dialogue(roles: list[str]) -> list[dict[str, str]]:

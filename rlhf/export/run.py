@@ -75,9 +75,8 @@ def export(config: ExportConfig) -> dict[str, Any]:
 
     facts["files"] = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
     facts["versions"] = versions()
-    (temporary / "README.md").write_text(
-        card(facts, run_config(config.run), run_result(config.run)), encoding="utf-8"
-    )
+    readme = card(facts, run_config(config.run), run_result(config.run))
+    (temporary / "README.md").write_text(readme, encoding="utf-8")
     (temporary / "export.json").write_text(dumps(facts, indent=2) + "\n", encoding="utf-8")
     if "check" in facts:
         check(facts["check"], MOST_KL[config.type if is_gguf else config.to], temporary)
@@ -132,11 +131,9 @@ def report(facts: dict[str, Any], out: Path) -> str:
         )
         for place in check["differing"]:
             gap = place["logit_gap"]
-            why = (
-                "one has ended"
-                if gap is None
-                else f"the run preferred its own by {gap:.2g} (logits)"
-            )
+            why = "one has ended"
+            if gap is not None:
+                why = f"the run preferred its own by {gap:.2g} (logits)"
             lines.append(
                 f"  prompt {place['prompt']} differs from token {place['token']} on; {why}"
             )
@@ -154,12 +151,10 @@ def card(facts: dict[str, Any], config: dict[str, Any], result: dict[str, Any]) 
     program, base = result.get("program", "policy"), Path(facts["base"]).name
     started = config.get("model_name_or_path")
     origin = f"Trained by `launch/{program}.py` from `{started}`" if started else "A policy"
-    lines = [
-        *("---", *head, "tags:", "- rlhf", f"- {program}", "---", ""),
-        *(f"# {facts['name']}: {program} of {base}", ""),
-        f"{origin} on the base model `{base}`, exported as {facts['form']}.",
-        *("", "```bash", facts["load"], "```"),
-    ]
+    lines = ["---", *head, "tags:", "- rlhf", f"- {program}", "---", ""]
+    lines += [f"# {facts['name']}: {program} of {base}", ""]
+    lines += [f"{origin} on the base model `{base}`, exported as {facts['form']}.", ""]
+    lines += ["```bash", facts["load"], "```"]
 
     headline = result.get("headline", {})
     if headline:
