@@ -80,7 +80,9 @@ def this_cpu(dtype: str, ranks: int, seconds: float = 0.3) -> Device:
     import torch
 
     size = 768
-    first, second = (torch.ones(size, size, dtype=getattr(torch, dtype)) for _ in range(2))
+    first = torch.ones(size, size, dtype=getattr(torch, dtype))
+    second = torch.ones_like(first)
+    # the first product starts the threads
     first @ second
     made, began = 0, time.process_time()
     while time.process_time() - began < seconds:

@@ -44,12 +44,16 @@ def memory_table(plan: Plan) -> Table:
     table.add_column("")
     for phase in plan.phases:
         table.add_column(phase.name, justify="right")
-    names = dict.fromkeys(name for phase in plan.phases for name in phase.parts)
+    # every part of any phase, in the order of the first one that has it
+    names: dict[str, None] = {}
+    for phase in plan.phases:
+        names |= dict.fromkeys(phase.parts)
     for name in names:
         sizes = [phase.parts.get(name, 0) for phase in plan.phases]
         if any(sizes):
             table.add_row(name, *map(_cell, sizes))
-    table.add_row("all", *(_cell(phase.total) for phase in plan.phases), style="bold")
+    totals = [phase.total for phase in plan.phases]
+    table.add_row("all", *map(_cell, totals), style="bold")
     return table
 
 
@@ -57,8 +61,12 @@ def stage_table(plan: Plan) -> Table:
     """Return what a rank holds between passes under each ZeRO stage."""
     table = Table(title="GB on each rank between passes, by ZeRO stage")
     table.add_column("stage")
-    names = [name for name in plan.stages[0] if name not in ("stage", "total")]
-    names = [name for name in names if any(row[name] for row in plan.stages)]
+    names = []
+    for name in plan.stages[0]:
+        sizes = [row[name] for row in plan.stages]
+        # a part that no stage holds has no column
+        if name not in ("stage", "total") and any(sizes):
+            names.append(name)
     for name in [*names, "all"]:
         table.add_column(name, justify="right")
     for row in plan.stages:
@@ -73,13 +81,17 @@ def work_table(plan: Plan) -> Table:
     what = "one step" if plan.is_one_step else f"{plan.steps:,} steps"
     table = Table(title=f"work of {what}, over all ranks")
     names = ["", "tokens", "PFLOP", "hours"]
-    names += ["cost"] if plan.price is not None else []
+    if plan.price is not None:
+        names.append("cost")
     for name in names:
         table.add_column(name, justify="right" if name else "left")
+    tokens = flops = seconds = 0
     for part in plan.work:
         table.add_row(*_work_cells(plan, part.name, part.tokens, part.flops, part.seconds))
-    sums = [sum(getattr(w, n) for w in plan.work) for n in ("tokens", "flops", "seconds")]
-    table.add_row(*_work_cells(plan, "all", *sums), style="bold")
+        tokens += part.tokens
+        flops += part.flops
+        seconds += part.seconds
+    table.add_row(*_work_cells(plan, "all", tokens, flops, seconds), style="bold")
     return table
 
 
@@ -91,6 +103,7 @@ def _work_cells(plan: Plan, name: str, tokens: float, flops: float, seconds: flo
 
 
 def _cell(size: float) -> str:
+    """Return bytes in GB; nothing where there are none, so that what counts stands out."""
     return f"{size / GB:.2f}" if size else ""
 
 

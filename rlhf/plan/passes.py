@@ -187,8 +187,10 @@ def sampling_peak(
         keys = torch.zeros(slots, dtype=torch.long)
         with ledger.in_head():
             sampling.draw_recorded(logits, keys, keys, sampling.Sampling(response, 0.7))
-        layers = cache.cache.layers
-        caches.append(size_of(t for layer in layers for t in (layer.keys, layer.values)))
+        tensors: list[Tensor] = []
+        for layer in cache.cache.layers:
+            tensors += [layer.keys, layer.values]
+        caches.append(size_of(tensors))
 
     peak = peak_of(model, passes)
     return caches[0], peak

@@ -1,6 +1,7 @@
 """The plan of one run: its memory, its work, and whether it fits."""
 
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def plan_run(program: str, options: Any, config: Any, device: Device) -> Plan:
     device_type = "cuda" if is_gpu else "cpu"
     setup = setup_of(program, options, config.gpus, device_type, launched=launched)
     count = config.rows or rows_of(options.data)
+    # without mean lengths, every row is taken for as long as it may be
     lengths = (
         config.prompt_tokens or options.max_prompt_length,
         config.response_tokens or options.max_response_length,
@@ -78,7 +80,7 @@ def plan_run(program: str, options: Any, config: Any, device: Device) -> Plan:
         notes.append(
             "the rows of the data are not known: give --rows for the time of the whole run"
         )
-    if program == "ppo" and any("http" in e or "openai" in e for e in options.reward):
+    if program == "ppo" and any(map(_is_remote, options.reward)):
         notes.append("scorers behind a server are not counted")
     return Plan(
         program,
@@ -98,6 +100,11 @@ def plan_run(program: str, options: Any, config: Any, device: Device) -> Plan:
     )
 
 
+def _is_remote(scorer: dict[str, Any]) -> bool:
+    """Return whether a scorer's work is done elsewhere."""
+    return "http" in scorer or "openai" in scorer
+
+
 def read_start(program: str, options: Any, model: str | None) -> tuple[Start, list[str]]:
     """Return what a run starts from, and what was assumed of it."""
     path = options.model_name_or_path
@@ -112,6 +119,8 @@ def read_start(program: str, options: Any, model: str | None) -> tuple[Start, li
 
 def rows_of(sources: list[str]) -> int | None:
     """Return the rows of the data, or None where they are not all in files here."""
-    if not all(is_path(s) and Path(s).is_file() and not is_store(s) for s in sources):
-        return None
-    return sum(1 for source in sources for _ in rows(source))
+    for source in sources:
+        # names on the Hub are not fetched for a plan, and a store holds votes, not rows
+        if not is_path(source) or not Path(source).is_file() or is_store(source):
+            return None
+    return sum(1 for _ in chain.from_iterable(map(rows, sources)))
