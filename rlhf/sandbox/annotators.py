@@ -119,11 +119,16 @@ def strength_of(logit: float) -> int:
     """Return how much better the chosen one seems: 1 below one logit in its favour, 2 below three,
     else 3.
     """
-    return 1 if logit < 1 else 2 if logit < 3 else 3
+    if logit < 1:
+        return 1
+    return 2 if logit < 3 else 3
 
 
 def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+    """Return 1 / (1 + exp(-x)), in the form that does not overflow on either side."""
+    if x >= 0:
+        return 1 / (1 + math.exp(-x))
+    return math.exp(x) / (1 + math.exp(x))
 
 
 @dataclass
@@ -191,24 +196,23 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
         for vote in known:
             done.setdefault(vote.comparison, set()).add(vote.annotator)
         ids = {name: store.add_annotator(name, kind="model") for name in names}
+
+        def cast(pair: dict, annotator: Annotator) -> None:
+            _vote(store, pair, annotator, ids[annotator.name], scores[pair["id"]], config)
+            done.setdefault(pair["id"], set()).add(annotator.name)
+
         with store.transaction():
             for pair in tqdm(pairs, desc="simulated votes", unit="pair", mininterval=5):
                 voted = done.get(pair["id"], set())
-                # who judges a pair depends on seed and pair alone, so that a repeated call asks the
-                # same
-                order = random.Random(f"who {config.seed} {pair['id']}").sample(
-                    ANNOTATORS, len(ANNOTATORS)
-                )
-                free = [annotator for annotator in order if annotator.name not in voted]
-                for annotator in free[: max(0, config.votes_per_pair - len(voted))]:
-                    _vote(store, pair, annotator, ids[annotator.name], scores[pair["id"]], config)
-                    done.setdefault(pair["id"], set()).add(annotator.name)
+                lacking = max(0, config.votes_per_pair - len(voted))
+                for annotator in _who_may_judge(config, pair, voted)[:lacking]:
+                    cast(pair, annotator)
         # after all others: a vote may join groups, and with them move splits
         shared = _held_out(config, pairs)
         with store.transaction():
             for pair, annotator in itertools.product(shared, ANNOTATORS):
                 if annotator.name not in done.get(pair["id"], set()):
-                    _vote(store, pair, annotator, ids[annotator.name], scores[pair["id"]], config)
+                    cast(pair, annotator)
         votes = [vote for vote in store.at().votes() if vote.annotator in names]
     report = agreement(votes, scores)
     words = {pair["id"]: len(f"{pair['text_a']} {pair['text_b']}".split()) for pair in pairs}
@@ -238,23 +242,23 @@ def agreement(votes: list[Vote], scores: dict[int, tuple[float, float]]) -> dict
             if vote.choice in ("a", "b") and a != b:
                 count["clear"] += 1
                 count["agreed"] += (vote.choice == "a") == (a > b)
-    rows = {
-        name: {
-            "votes": n["votes"],
-            "ties": n["tie"],
-            "both_bad": n["both_bad"],
-            "skips": n["skip"],
-            "agreement": n["agreed"] / n["clear"] if n["clear"] else math.nan,
-        }
-        for name, n in sorted(counts.items())
-    }
-    everyone = rows.pop(
-        "all", {"votes": 0, "ties": 0, "both_bad": 0, "skips": 0, "agreement": math.nan}
-    )
+    everyone = _row(counts.pop("all", Counter()))
+    rows = {name: _row(count) for name, count in sorted(counts.items())}
     return {
         "annotators": rows,
         "all": everyone,
         "comparisons": len({vote.comparison for vote in votes}),
+    }
+
+
+def _row(count: Counter) -> dict[str, Any]:
+    """Return what `agreement` says of the votes of one annotator, or of all."""
+    return {
+        "votes": count["votes"],
+        "ties": count["tie"],
+        "both_bad": count["both_bad"],
+        "skips": count["skip"],
+        "agreement": count["agreed"] / count["clear"] if count["clear"] else math.nan,
     }
 
 
@@ -268,6 +272,16 @@ def print_agreement(report: dict[str, Any]) -> None:
         print(f"{name:20s} {counts}  {row['agreement']:.3f}")
 
 
+def _who_may_judge(config: AnnotateConfig, pair: dict, voted: set[str]) -> list[Annotator]:
+    """Return the annotators who have not voted on a pair, in the order in which they are asked.
+
+    It depends on seed and pair alone, so that a repeated call asks the same.
+    """
+    rng = random.Random(f"who {config.seed} {pair['id']}")
+    order = rng.sample(ANNOTATORS, len(ANNOTATORS))
+    return [annotator for annotator in order if annotator.name not in voted]
+
+
 def _held_out(config: AnnotateConfig, pairs: list[dict]) -> list[dict]:
     """Return comparisons of the validation split, drawn by the seed; after the first votes, when
     groups are what they are.
@@ -275,15 +289,15 @@ def _held_out(config: AnnotateConfig, pairs: list[dict]) -> list[dict]:
     if not config.judged_by_all:
         return []
     records = load([config.store], Prompt, split="validation")
+    # by their text: mappings cannot be members of a set
     held_out = {json.dumps(record.prompt, sort_keys=True) for record in records}
     found = [pair for pair in pairs if json.dumps(pair["messages"], sort_keys=True) in held_out]
     if len(found) < config.judged_by_all:
         print(
             f"{config.store}: {len(found)} comparisons are held out for validation; all of them are judged by all"
         )
-    return random.Random(f"judged by all {config.seed}").sample(
-        found, min(config.judged_by_all, len(found))
-    )
+    count = min(config.judged_by_all, len(found))
+    return random.Random(f"judged by all {config.seed}").sample(found, count)
 
 
 def _vote(
@@ -293,7 +307,8 @@ def _vote(
     id: int,
     gold: tuple[float, float],
     config: AnnotateConfig,
-):
+) -> None:
+    """Write one annotator's vote on a comparison into the store; `id` is the annotator's there."""
     # the same vote whenever and in whatever order it is cast
     rng = random.Random(f"vote {config.seed} {pair['id']} {annotator.name}")
     left = rng.choice("ab")

@@ -148,15 +148,16 @@ def build(config: SandboxConfig) -> dict[str, Any]:
         print(f"{folder / name}: {len(content)} rows")
     shutil.copyfile(SHOP_VOICE, folder / "voice.yaml")
     losses = build_base(config, world)
-    prompts = [r["prompt"][0]["content"] for r in rows["prompts.jsonl"]]
+    by_split: Counter[str] = Counter()
+    for row in rows["prompts.jsonl"]:
+        group = corpus.group_of(row["prompt"][0]["content"])
+        by_split[split_of(group)] += 1
     report = {
         "settings": asdict(config),
         "items": list(world.items),
         "intents": list(world.intents),
         "distinct_prompts": world.distinct_prompts,
-        "prompts_by_split": dict(
-            sorted(Counter(split_of(corpus.group_of(text)) for text in prompts).items())
-        ),
+        "prompts_by_split": dict(sorted(by_split.items())),
         "files": files,
         "base": losses,
     }
@@ -167,13 +168,15 @@ def build(config: SandboxConfig) -> dict[str, Any]:
 
 
 def instruction_rows(config: SandboxConfig, world: corpus.World) -> list[dict]:
-    """Exchanges for SFT, `off_brand` of them with faults (named in the metadata); no test group is
-    among them.
+    """Return exchanges for SFT, `off_brand` of them with faults (named in the metadata); no test
+    group is among them.
     """
+
+    def is_wanted(group: str) -> bool:
+        return split_of(group) != "test" and not _is_prompt(group)
+
     rng = random.Random(f"instructions {config.world_seed}")
-    cases = corpus.draw_cases(
-        world, rng, lambda group: split_of(group) != "test" and not _is_prompt(group)
-    )
+    cases = corpus.draw_cases(world, rng, is_wanted)
     rows = []
     for _ in range(config.n_instructions):
         case = next(cases)
@@ -184,25 +187,23 @@ def instruction_rows(config: SandboxConfig, world: corpus.World) -> list[dict]:
 
 
 def held_out_rows(config: SandboxConfig, world: corpus.World, count: int = 300) -> list[dict]:
-    """Exchanges as in the instructions, of test groups that are no prompts."""
+    """Return exchanges as in the instructions, of test groups that are no prompts."""
+
+    def is_wanted(group: str) -> bool:
+        return split_of(group) == "test" and not _is_prompt(group)
+
     rng = random.Random(f"held out {config.world_seed}")
-    cases = corpus.draw_cases(
-        world, rng, lambda group: split_of(group) == "test" and not _is_prompt(group)
-    )
+    cases = corpus.draw_cases(world, rng, is_wanted)
     rows = []
     for case in itertools.islice(cases, count):
         answer, _ = corpus.draw_answer(world, case, config.off_brand, rng)
-        rows.append(
-            {
-                "messages": [*case.messages, {"role": "assistant", "content": answer}],
-                "split": "test",
-            }
-        )
+        messages = [*case.messages, {"role": "assistant", "content": answer}]
+        rows.append({"messages": messages, "split": "test"})
     return rows
 
 
 def short_rows(config: SandboxConfig, world: corpus.World, count: int = 300) -> list[dict]:
-    """Short exchanges, each once."""
+    """Return short exchanges, each once."""
     rng, rows = random.Random(f"short {config.world_seed}"), {}
     for _ in range(20 * count):
         exchange = corpus.short_exchange(world, rng)
@@ -213,20 +214,20 @@ def short_rows(config: SandboxConfig, world: corpus.World, count: int = 300) -> 
 
 
 def prompt_rows(config: SandboxConfig, world: corpus.World) -> list[dict]:
-    """Prompts without answers, of all splits; none of them is an instruction's."""
+    """Return prompts without answers, of all splits; none of them is an instruction's."""
     rng = random.Random(f"prompts {config.world_seed}")
     cases = corpus.draw_cases(world, rng, _is_prompt)
-    return [
-        {"prompt": case.messages, "metadata": case.metadata}
-        for case in itertools.islice(cases, config.n_prompts)
-    ]
+    rows = []
+    for case in itertools.islice(cases, config.n_prompts):
+        rows.append({"prompt": case.messages, "metadata": case.metadata})
+    return rows
 
 
 def pretraining_documents(
     config: SandboxConfig, world: corpus.World, count: int, split: str = "train"
 ) -> list:
-    """The base's text: exchanges of one split's groups, short exchanges (both lists of messages),
-    plain sentences.
+    """Return the base's text: exchanges of one split's groups, short exchanges (both lists of
+    messages), plain sentences.
     """
     rng = random.Random(f"pretraining {split} {config.world_seed}")
     documents: list = []
@@ -239,6 +240,7 @@ def pretraining_documents(
             documents.append(corpus.short_exchange(world, rng))
             continue
         case = corpus.draw_case(world, rng)
+        # no test prompt stands in what the base has read
         if split_of(case.group) == split:
             answer, _ = corpus.draw_answer(world, case, config.pretrain_off_brand, rng)
             documents.append([*case.messages, {"role": "assistant", "content": answer}])
@@ -295,8 +297,8 @@ def build_base(config: SandboxConfig, world: corpus.World) -> dict[str, Any]:
 
 
 def _is_prompt(group: str) -> bool:
-    """Half of all groups may be prompts, the other half instructions, so that neither list depends
-    on the other.
+    """Return whether a group may be a prompt, as half of them may; the others may be instructions,
+    so that neither list depends on the other.
     """
     return digest(f"sandbox {group}")[0] in "01234567"
 

@@ -78,13 +78,14 @@ class World:
     @property
     def distinct_prompts(self) -> int:
         """How many different user turns this world has."""
-        phrasings = sum(len(phrases.INTENTS[i][2]) for i in self.intents)
+        phrasings = sum(len(phrases.INTENTS[intent][2]) for intent in self.intents)
+        # LEADS and TAILS have their empty one twice, so that it is drawn more often
         frames = len(set(phrases.LEADS)) * len(set(phrases.TAILS))
         return phrasings * frames * len(self.items) * len(self.colours)
 
 
 def group_of(text: str) -> str:
-    """The group of a prompt that is one user turn, as records.prompt_group gives it."""
+    """Return the group of a prompt that is one user turn, as records.prompt_group gives it."""
     return digest(normalise(text))
 
 
@@ -103,19 +104,20 @@ def make_world(world_seed: int, n_items: int, n_intents: int) -> World:
 
 
 def draw_case(world: World, rng: random.Random) -> Case:
-    """One random customer."""
+    """Return one random customer."""
+    # the order of the draws is part of the world: another one gives other customers
     intent = rng.choice(world.intents)
     item, colour = rng.choice(world.items), rng.choice(world.colours)
     core = rng.choice(phrases.INTENTS[intent][2]).format(item=item, colour=colour)
-    text = " ".join(
-        part for part in (rng.choice(phrases.LEADS), core, rng.choice(phrases.TAILS)) if part
-    )
+    lead, tail = rng.choice(phrases.LEADS), rng.choice(phrases.TAILS)
+    # some say no more than they want
+    text = " ".join(filter(None, (lead, core, tail)))
     return Case(intent, item, colour, text)
 
 
 def draw_cases(world: World, rng: random.Random, keep: Callable[[str], bool]) -> Iterator[Case]:
-    """Random customers without end, none said the same thing before, and `keep(group)` is true of
-    each.
+    """Yield random customers without end, none of whom says what one before said, and of whose group
+    `keep` is true.
     """
     seen: set[str] = set()
     while True:
@@ -127,40 +129,43 @@ def draw_cases(world: World, rng: random.Random, keep: Callable[[str], bool]) ->
 
 
 def draw_faults(rng: random.Random) -> tuple[str, ...]:
-    """One to three faults that can stand in one answer."""
+    """Return one to three faults that can stand in one answer."""
     count = rng.choices(_FAULT_COUNTS, _FAULT_WEIGHTS)[0]
     chosen: list[str] = []
+    # what a fault that was taken leaves no room for
+    excluded: set[str] = set()
     for fault in rng.sample(FAULTS, len(FAULTS)):
         if len(chosen) == count:
             break
-        if not any(fault in group and group & set(chosen) for group in _EXCLUSIVE):
-            chosen.append(fault)
+        if fault in excluded:
+            continue
+        chosen.append(fault)
+        for group in _EXCLUSIVE:
+            if fault in group:
+                excluded |= group
     return tuple(sorted(chosen))
 
 
 def draw_answer(
     world: World, case: Case, off_brand: float, rng: random.Random
 ) -> tuple[str, tuple[str, ...]]:
-    """An answer and its faults; the answer is off-brand with probability `off_brand`."""
+    """Return an answer and its faults; the answer is off-brand with probability `off_brand`."""
     faults = draw_faults(rng) if rng.random() < off_brand else ()
     return answer(world, case, faults, rng), faults
 
 
 def answer(world: World, case: Case, faults: tuple[str, ...], rng: random.Random) -> str:
-    """The shop's answer to a case with exactly these faults; without faults it is on-brand."""
+    """Return the shop's answer to a case with exactly these faults; without faults it is on-brand."""
     unknown = set(faults) - set(FAULTS)
     if unknown:
         raise ValueError(f"unknown fault {unknown.pop()!r}, expected some of {', '.join(FAULTS)}")
-    item = (
-        rng.choice([i for i in world.items if i != case.item])
-        if "wrong_item" in faults
-        else case.item
-    )
-    remedy = case.remedy
+    item, remedy = case.item, case.remedy
+    if "wrong_item" in faults:
+        item = rng.choice([other for other in world.items if other != case.item])
     if "wrong_remedy" in faults:
-        remedy = rng.choice(
-            [r for i in world.intents if (r := phrases.INTENTS[i][0]) != case.remedy]
-        )
+        # of the intents of this world; several may share a remedy
+        remedies = [phrases.INTENTS[intent][0] for intent in world.intents]
+        remedy = rng.choice([other for other in remedies if other != case.remedy])
     greeting, openers, tones, closing = _manner(case, faults, rng)
     opener = rng.choice(openers).format(item=item)
     if greeting == "":
@@ -172,11 +177,11 @@ def answer(world: World, case: Case, faults: tuple[str, ...], rng: random.Random
     if "rambling" in faults:
         action = f"{rng.choice(phrases.RAMBLES)}, and {action[0].lower()}{action[1:]}"
     promise = rng.choice(phrases.PROMISES) if "promise" in faults else ""
-    return " ".join(part for part in (greeting, opener, action, promise, closing) if part)
+    return " ".join(filter(None, (greeting, opener, action, promise, closing)))
 
 
 def _manner(case: Case, faults: tuple[str, ...], rng: random.Random):
-    """Greeting, openers, tones of the action and closing that go with the faults."""
+    """Return greeting, openers, tones of the action and closing that go with the faults."""
     greetings, closings = phrases.GREETINGS, phrases.CLOSINGS
     openers, tones = phrases.OPENERS[phrases.INTENTS[case.intent][1]], phrases.WARM
     if "rude" in faults:
@@ -194,18 +199,16 @@ def _manner(case: Case, faults: tuple[str, ...], rng: random.Random):
 
 
 def plain_sentence(world: World, rng: random.Random) -> str:
-    """A sentence about the shop's goods, for the base's pretraining text."""
+    """Return a sentence about the shop's goods, for the base's pretraining text."""
     item, colour = rng.choice(world.items), rng.choice(world.colours)
     return rng.choice(phrases.PLAIN).format(item=item, colour=colour)
 
 
 def short_exchange(world: World, rng: random.Random) -> list[dict[str, str]]:
-    """A customer names a thing and the shop says it back: how a small base learns to copy within
-    its first minute.
+    """Return an exchange in which a customer names a thing and the shop says it back: how a small
+    base learns to copy within its first minute.
     """
     item, colour = rng.choice(world.items), rng.choice(world.colours)
-    said, back = (
-        rng.choice(options).format(item=item, colour=colour)
-        for options in (phrases.SAID, phrases.BACK)
-    )
+    said = rng.choice(phrases.SAID).format(item=item, colour=colour)
+    back = rng.choice(phrases.BACK).format(item=item, colour=colour)
     return [{"role": "user", "content": said}, {"role": "assistant", "content": back}]

@@ -81,14 +81,12 @@ def data_jobs(config: QuickstartConfig, paths: Paths) -> list[Job]:
     """Return what leads to votes: the world, the SFT policy, its responses, and annotators."""
     build = ["sandbox", "build", *configured("sandbox"), "--output_dir", paths.world]
     seed = ["--seed", str(config.seed)]
-    sample = [
-        "collect",
-        "sample",
-        *configured("sample"),
-        "--model_name_or_path",
-        f"{paths.run}/sft",
-    ]
+    # the pairs are the SFT policy's own answers: PPO and DPO start from it
+    sample = ["collect", "sample", *configured("sample")]
+    sample += ["--model_name_or_path", f"{paths.run}/sft"]
+    sample += ["--data", paths.prompts, "--store", paths.store, *seed]
     annotate = ["sandbox", "annotate", *configured("annotate"), "--store", paths.store]
+    annotate += ["--voice", paths.voice, *seed]
     sft = ["--model_name_or_path", paths.base, "--data", f"{paths.world}/instructions.jsonl"]
     return [
         Job(
@@ -109,7 +107,7 @@ def data_jobs(config: QuickstartConfig, paths: Paths) -> list[Job]:
         Job(
             name="sample",
             program="rlhf",
-            arguments=[*sample, "--data", paths.prompts, "--store", paths.store, *seed],
+            arguments=sample,
             kind="sample",
             description="two answers of the SFT policy to each prompt",
             needs=["sft"],
@@ -120,7 +118,7 @@ def data_jobs(config: QuickstartConfig, paths: Paths) -> list[Job]:
         Job(
             name="annotate",
             program="rlhf",
-            arguments=[*annotate, "--voice", paths.voice, *seed],
+            arguments=annotate,
             kind="annotate",
             description="simulated annotators choose the better one",
             needs=["sample"],
@@ -156,15 +154,15 @@ def training_jobs(config: QuickstartConfig, paths: Paths) -> list[Job]:
 def compare_job(config: QuickstartConfig, paths: Paths) -> Job:
     report = f"{paths.run}/report"
     policies = [f"{paths.run}/{name}" for name in ("sft", "dpo", "ppo")]
+    arguments = ["compare", *policies, *configured("compare")]
+    # the true reward decides, where a real project would have a referee or people
+    arguments += ["--gold", f"[{{voice: {paths.voice}}}]"]
+    arguments += ["--prompts", paths.prompts, "--votes", paths.store]
+    arguments += ["--output_dir", report, "--seed", str(config.seed)]
     return Job(
         name="compare",
         program="rlhf",
-        arguments=[
-            *("compare", *policies, *configured("compare")),
-            *("--gold", f"[{{voice: {paths.voice}}}]"),
-            *("--prompts", paths.prompts, "--votes", paths.store),
-            *("--output_dir", report, "--seed", str(config.seed)),
-        ],
+        arguments=arguments,
         kind="compare",
         description="both against SFT by the true reward",
         needs=["sft", "dpo", "ppo"],
