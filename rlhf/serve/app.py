@@ -201,11 +201,15 @@ def job_of(
         raise ApiError(400, str(error), where, "context_length_exceeded") from None
     seed = asked.seed if asked.seed is not None else secrets.randbits(63)
     temperature = asked.temperature if asked.temperature >= LEAST_TEMPERATURE else 0.0
-    # the same request with a seed gets the same answers, whatever else is asked
-    keys = [sample_key(seed, "serve", prompt, i) for prompt in prompts for i in range(asked.n)]
+    rows, keys = [], []
+    for prompt in prompts:
+        for sample in range(asked.n):
+            rows.append(prompt)
+            # the same request with a seed gets the same answers, whatever else is asked
+            keys.append(sample_key(seed, "serve", prompt, sample))
     return Job(
         policy=policy,
-        prompts=[prompt for prompt in prompts for _ in range(asked.n)],
+        prompts=rows,
         keys=keys,
         sampling=Sampling(limit, temperature, asked.top_k, asked.top_p),
         notify=notify,

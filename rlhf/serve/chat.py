@@ -13,6 +13,7 @@ from rlhf.data.records import Message, RecordError, Samples, Scorer
 from rlhf.errors import UserError
 
 LEAVE = ("/exit", "/quit")
+# all but tab and line feed, as they are shown
 CONTROL_CODES = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 HELP = """\
 /system TEXT  begin again under this system prompt; without TEXT, under none

@@ -53,7 +53,12 @@ class Policy:
         pad_id = self.tokenizer.pad_token_id
         with self.context():
             return batched.generate(
-                *(self.model, prompts, keys, sampling, self.stop_ids, pad_id),
+                self.model,
+                prompts,
+                keys,
+                sampling,
+                self.stop_ids,
+                pad_id,
                 batch_size=batch_size,
                 each_token=each_token,
             )
@@ -109,7 +114,10 @@ def load(paths: list[str], *, with_bases: bool) -> list[Policy]:
     for place, own in adapters.items():
         first = policies[own[0]]
         path = given.get(place)
-        name = names[path] if path else _base_name(own[0], bases[own[0]], {*names.values()})
+        if path:
+            name = names[path]
+        else:
+            name = _base_name(own[0], bases[own[0]], set(names.values()))
         # the first adapter's model without an adapter
         base = replace(first, name=name, context=partial(use_adapter, first.model, None))
         base.decoder = copy.deepcopy(first.tokenizer)

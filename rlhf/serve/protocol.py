@@ -14,15 +14,19 @@ from rlhf.serve.worker import INCOMPLETE, Event
 
 # parameters that are accepted with these values, with which they change nothing
 NEUTRAL: dict[str, tuple] = {
-    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p"), (0,)),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "min_p": (0,),
     "repetition_penalty": (1,),
     "logit_bias": ({},),
     "top_logprobs": (0,),
-    **dict.fromkeys(("tools", "functions"), ([],)),
+    "tools": ([],),
+    "functions": ([],),
     "tool_choice": ("none", "auto"),
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
-    **dict.fromkeys(("store", "echo"), (False,)),
+    "store": (False,),
+    "echo": (False,),
     "service_tier": ("auto", "default"),
     "best_of": (1,),
     "suffix": ("",),
@@ -93,10 +97,12 @@ class ChatRequest(Request):
         return self.max_completion_tokens or self.max_tokens
 
     def prompts_for(self, policy: Policy) -> list[list[int]]:
+        messages = [_message(message, index) for index, message in enumerate(self.messages)]
         try:
-            prompt = Prompt(prompt=[_message(m, i) for i, m in enumerate(self.messages)]).prompt
+            prompt = Prompt(prompt=messages).prompt
             return [encode_prompt(policy.tokenizer, prompt)]
         except RecordError as error:
+            # the caller calls them messages, a record calls them its prompt
             message = str(error).replace("field 'prompt': ", "")
             raise ApiError(400, f"'messages': {message}", "messages") from None
 
@@ -117,9 +123,10 @@ class CompletionRequest(Request):
         if not prompts or not all(prompts):
             raise ApiError(400, "'prompt' has no tokens", "prompt")
         vocabulary = policy.model.get_input_embeddings().num_embeddings
-        # on a GPU an id beyond the embeddings would end the process
-        if any(not 0 <= token < vocabulary for ids in prompts for token in ids):
-            raise ApiError(400, f"'prompt': token ids are from 0 to {vocabulary - 1}", "prompt")
+        for ids in prompts:
+            # on a GPU an id beyond the embeddings would end the process
+            if min(ids) < 0 or max(ids) >= vocabulary:
+                raise ApiError(400, f"'prompt': token ids are from 0 to {vocabulary - 1}", "prompt")
         return prompts
 
 
@@ -135,11 +142,20 @@ def _message(message: dict[str, Any], index: int) -> Message:
     if given:
         raise ApiError(400, f"'{place}.{next(iter(given))}' is not supported", "messages")
     if isinstance(content, list):
-        is_text = all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content)
-        content = "".join(part["text"] for part in content) if is_text else None
+        content = _joined(content)
     if not isinstance(content, str):
         raise ApiError(400, f"'{place}.content' has to be text, or parts of text", "messages")
     return {"role": ROLES[role], "content": content}
+
+
+def _joined(parts: list[Any]) -> str | None:
+    """Return the parts of a content as one text; None where one of them is not text."""
+    texts = []
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            return None
+        texts.append(part["text"])
+    return "".join(texts)
 
 
 def parse(kind: type[Request], body: bytes) -> Request:

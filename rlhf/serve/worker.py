@@ -41,10 +41,11 @@ class StreamedText:
 
     def _advance(self, *, is_last: bool) -> str:
         whole = self.tokenizer.decode(self.ids, skip_special_tokens=True).lstrip()
-        places = [place for stop in self.stops if (place := whole.find(stop)) >= 0]
-        self.is_stopped = bool(places)
-        if places:
-            whole = whole[: min(places)]
+        found = [stop for stop in self.stops if stop in whole]
+        self.is_stopped = bool(found)
+        if found:
+            # before the first of them
+            whole = whole[: min(map(whole.find, found))]
         elif not is_last:
             whole = whole[: len(whole) - self._open_end(whole)]
         whole = whole.rstrip()
@@ -200,8 +201,10 @@ class Worker:
             job = self.waiting.popleft()
             if job.is_cancelled:
                 continue
-            fits = not batch or rows + len(job.keys) <= self.batch_size
-            if fits and all(_may_share_batch(job, other) for other in batch[:1]):
+            # the first job may be larger than a batch; the sampler then takes it in parts
+            is_first = not batch
+            fits = is_first or rows + len(job.keys) <= self.batch_size
+            if fits and (is_first or _may_share_batch(job, batch[0])):
                 batch.append(job)
                 rows += len(job.keys)
             else:
@@ -213,18 +216,21 @@ class Worker:
         if not jobs:
             return
         # one row an answer, in the order of the jobs
+        prompts: list[list[int]] = []
+        keys: list[int] = []
         answers: list[_Answer] = []
         for job in jobs:
+            prompts += job.prompts
+            keys += job.keys
             answers += [_Answer(job, number) for number in range(len(job.keys))]
         # shorter limits are kept by each answer itself
         longest = max(job.sampling.max_new_tokens for job in jobs)
-        jobs[0].policy.generate(
-            [answer.job.prompts[answer.number] for answer in answers],
-            [answer.job.keys[answer.number] for answer in answers],
-            replace(jobs[0].sampling, max_new_tokens=longest),
-            lambda row, token, logprob: answers[row].add(token, logprob),
-            self.batch_size,
-        )
+        sampling = replace(jobs[0].sampling, max_new_tokens=longest)
+
+        def on_token(row: int, token: int, logprob: float) -> bool:
+            return answers[row].add(token, logprob)
+
+        jobs[0].policy.generate(prompts, keys, sampling, on_token, self.batch_size)
 
 
 def _may_share_batch(job: Job, other: Job) -> bool:
