@@ -13,12 +13,10 @@ typed records.
 docs/rewards.md describes the kinds.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -84,7 +82,7 @@ class EnsembleSpec(_LoadedSpec):
         return folders
 
     @model_validator(mode="after")
-    def _check(self) -> EnsembleSpec:
+    def _check(self) -> Self:
         # raises ValueError where a model is named twice
         member_names(self.ensemble)
         if "penalty" in self.model_fields_set and self.how != "uncertainty":

@@ -2,11 +2,9 @@
 contractions, emoji, punctuation and, where a judge measures it, tone.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -123,7 +121,7 @@ class Person(Section):
     addresses_reader: bool | None = None
 
     @model_validator(mode="after")
-    def _check(self) -> Person:
+    def _check(self) -> Self:
         if self.speaks_as is None and self.addresses_reader is None:
             raise ValueError("give speaks_as (we, i or nobody), addresses_reader, or both")
         return self
@@ -247,7 +245,7 @@ class Punctuation(Section):
         return self.model_dump(include=set(SIGNS), exclude_none=True)
 
     @model_validator(mode="after")
-    def _check(self) -> Punctuation:
+    def _check(self) -> Self:
         if not self.most:
             raise ValueError(f"limits no sign; give one of {', '.join(SIGNS)}")
         return self
@@ -284,7 +282,7 @@ class Tone(Spec):
     sliders: dict[str, Number] = Field(min_length=1)
 
     @model_validator(mode="after")
-    def _check(self) -> Tone:
+    def _check(self) -> Self:
         for name, value in self.sliders.items():
             if not 0 <= value <= 1:
                 raise ValueError(f"sliders.{name}: found {value:g}, expected a number from 0 to 1")

@@ -4,13 +4,11 @@ Each scores a text between 0 and 1 and says which of its words it looked at. Wit
 counts as it did before partial credit. docs/brand-voice.md has the table of credits.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     AfterValidator,
@@ -318,7 +316,7 @@ class Fact(Section):
         return [*self.choices, *itertools.chain.from_iterable(self.phrasings.values())]
 
     @model_validator(mode="after")
-    def _check(self) -> Fact:
+    def _check(self) -> Self:
         if self.choices and self.phrasings:
             raise ValueError("has both 'choices' and 'phrasings'; keep one")
         ways = list(self.phrasings.items())

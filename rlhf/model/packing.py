@@ -2,13 +2,11 @@
 what the two answers of a pair share is computed once.
 """
 
-from __future__ import annotations
-
 import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +100,7 @@ class PackedRows:
     length: int
 
     @classmethod
-    def of(cls, ids: Tensor, attention: Tensor) -> PackedRows:
+    def of(cls, ids: Tensor, attention: Tensor) -> Self:
         """Pack ids (B, L) where attention (B, L), right-padded, is 1."""
         lengths = attention.sum(-1)
         batch, length = len(ids), int(lengths.max())
@@ -140,7 +138,7 @@ class PairRows(PackedRows):
     sources: Tensor
 
     @classmethod
-    def of(cls, ids: Tensor, attention: Tensor, *, paired: bool = False) -> PairRows:
+    def of(cls, ids: Tensor, attention: Tensor, *, paired: bool = False) -> Self:
         """Pack right-padded ids (B, L) where attention (B, L) is 1.
 
         `paired`: rows i and i + B/2 are two answers to one prompt, and their longest common

@@ -1,10 +1,8 @@
 """FLOPs, tokens and seconds of a run, in the units that runs count (`rlhf.runs.budget`)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -43,7 +41,7 @@ class Costs:
     recomputed: bool
 
     @classmethod
-    def of(cls, model: nn.Module, *, recomputed: bool) -> Costs:
+    def of(cls, model: nn.Module, *, recomputed: bool) -> Self:
         decoder, head = decoder_and_head(model)
         shape = decoder_shape(decoder.get_decoder(), active_adapters(decoder))
         learns = head.weight.requires_grad

@@ -9,8 +9,6 @@ asked.
 Metric names are those of rlhf/runs/metrics.py.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -20,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from rlhf.files import dumps, write_atomic
 from rlhf.runs.metrics import check_names
@@ -174,7 +172,7 @@ class Tracker:
             self._metrics_file.close()
             self.wandb.finish(failed=failed)
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
