@@ -29,7 +29,6 @@ from rlhf.data.store import Store
 from rlhf.data.votes import Vote
 from rlhf.errors import UserError
 from rlhf.sandbox import SHOP_VOICE
-from rlhf.values import check_ranges
 
 
 @dataclass(frozen=True)
@@ -165,10 +164,6 @@ class AnnotateConfig:
         True, "annotators have their biases, ties and skips; false leaves the noise alone"
     )
 
-    def validate(self) -> None:
-        """Raises UserError on a value out of its range."""
-        check_ranges(self)
-
 
 def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
     """Vote until every comparison has `votes_per_pair` simulated votes; print and return the
@@ -181,7 +176,6 @@ def annotate(config: AnnotateConfig, gold: Scorer) -> dict[str, Any]:
     "comparisons", "between": what `agreement_summary` says of them}. `gold` reads texts and
     metadata; the samples it receives have no ids.
     """
-    config.validate()
     with Store.open(config.store) as store:
         every = store.at().pairs().values()
         pairs = [pair for pair in every if pair["kind"] == "normal"]

@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from rlhf.config import parse
 from rlhf.data.load import load
 from rlhf.data.records import Preference, Scores
 from rlhf.data.store import Store
@@ -153,9 +154,9 @@ def test_nothing_to_judge_and_bad_options_are_said(tmp_path):
     Store.open(tmp_path / "empty.db", create=True).close()
     with pytest.raises(UserError, match="has no comparisons"):
         annotate(AnnotateConfig(store=str(tmp_path / "empty.db")), gold)
-    for bad in ({"noise": 0.0}, {"votes_per_pair": 9}):
-        with pytest.raises(UserError, match=next(iter(bad))):
-            annotate(AnnotateConfig(store="x", **bad), gold)
+    for bad in (["--noise", "0"], ["--votes_per_pair", "9"]):
+        with pytest.raises(UserError, match=bad[0].removeprefix("--")):
+            parse(AnnotateConfig, ["--store", "x", *bad])
 
 
 def test_agreement_is_measured_on_held_out_pairs_and_training_sees_nothing_of_it(

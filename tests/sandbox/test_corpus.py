@@ -123,10 +123,3 @@ def test_texts_are_short(world):
         lengths.append(len(draw_answer(world, case, 0.7, rng)[0].split()))
         assert len(case.text.split()) <= 22
     assert max(lengths) <= 40
-
-
-def test_unknown_fault_and_too_many_goods_are_refused(world):
-    with pytest.raises(ValueError, match="unknown fault 'rud'"):
-        answer(world, draw_case(world, random.Random(0)), ("rud",), random.Random(0))
-    with pytest.raises(ValueError, match="n_items: found 999"):
-        make_world(0, 999, 5)
