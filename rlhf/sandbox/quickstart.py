@@ -36,14 +36,7 @@ class QuickstartConfig:
         **SEED,
     )
 
-
-@dataclass(frozen=True)
-class Paths:
-    """Where the jobs find what the others have made."""
-
-    run: str
-    world: str
-
+    # where the jobs find what the others have made
     @property
     def base(self) -> str:
         return f"{self.world}/base"
@@ -69,25 +62,24 @@ def jobs(config: QuickstartConfig) -> list[Job]:
     """Return the pipeline, in order. Paths and seed are flags; everything else is in
     rlhf/sandbox/configs/.
     """
-    paths = Paths(config.run, config.world)
-    planned = [*data_jobs(config, paths), *training_jobs(config, paths), compare_job(config, paths)]
+    planned = [*data_jobs(config), *training_jobs(config), compare_job(config)]
     code = list(map(str, (CONFIGS / "voice.yaml", *code_files())))
     for job in planned:
         job.reads = [str(CONFIGS / f"{job.name}.yaml"), *code]
     return planned
 
 
-def data_jobs(config: QuickstartConfig, paths: Paths) -> list[Job]:
+def data_jobs(config: QuickstartConfig) -> list[Job]:
     """Return what leads to votes: the world, the SFT policy, its responses, and annotators."""
-    build = ["sandbox", "build", *configured("sandbox"), "--output_dir", paths.world]
+    build = ["sandbox", "build", *configured("sandbox"), "--output_dir", config.world]
     seed = ["--seed", str(config.seed)]
     # the pairs are the SFT policy's own answers: PPO and DPO start from it
     sample = ["collect", "sample", *configured("sample")]
-    sample += ["--model_name_or_path", f"{paths.run}/sft"]
-    sample += ["--data", paths.prompts, "--store", paths.store, *seed]
-    annotate = ["sandbox", "annotate", *configured("annotate"), "--store", paths.store]
-    annotate += ["--voice", paths.voice, *seed]
-    sft = ["--model_name_or_path", paths.base, "--data", f"{paths.world}/instructions.jsonl"]
+    sample += ["--model_name_or_path", f"{config.run}/sft"]
+    sample += ["--data", config.prompts, "--store", config.store, *seed]
+    annotate = ["sandbox", "annotate", *configured("annotate"), "--store", config.store]
+    annotate += ["--voice", config.voice, *seed]
+    sft = ["--model_name_or_path", config.base, "--data", f"{config.world}/instructions.jsonl"]
     return [
         Job(
             name="sandbox",
@@ -95,13 +87,13 @@ def data_jobs(config: QuickstartConfig, paths: Paths) -> list[Job]:
             arguments=build,
             kind="sandbox",
             description="a world, its shop and a base model",
-            outputs=[f"{paths.base}/model.safetensors", paths.prompts],
+            outputs=[f"{config.base}/model.safetensors", config.prompts],
         ),
         training(
             config,
             "sft",
             "imitate the shop's answers",
-            [*sft, *evaluation(paths)],
+            [*sft, *evaluation(config)],
             needs=["sandbox"],
         ),
         Job(
@@ -111,8 +103,8 @@ def data_jobs(config: QuickstartConfig, paths: Paths) -> list[Job]:
             kind="sample",
             description="two answers of the SFT policy to each prompt",
             needs=["sft"],
-            outputs=[paths.store],
-            owned=paths.store_files,
+            outputs=[config.store],
+            owned=config.store_files,
             fresh=True,  # responses of another policy, and votes on them, would stay in the store
         ),
         Job(
@@ -122,42 +114,42 @@ def data_jobs(config: QuickstartConfig, paths: Paths) -> list[Job]:
             kind="annotate",
             description="simulated annotators choose the better one",
             needs=["sample"],
-            outputs=[paths.store],
-            owned=paths.store_files,
+            outputs=[config.store],
+            owned=config.store_files,
         ),
     ]
 
 
-def training_jobs(config: QuickstartConfig, paths: Paths) -> list[Job]:
+def training_jobs(config: QuickstartConfig) -> list[Job]:
     """Return what learns from the votes; DPO runs beside the other two where there is a core."""
-    pairs = ["--model_name_or_path", f"{paths.run}/sft", "--data", paths.store]
-    reward = ["--reward", f"[{{model: {paths.run}/reward}}]"]
+    pairs = ["--model_name_or_path", f"{config.run}/sft", "--data", config.store]
+    reward = ["--reward", f"[{{model: {config.run}/reward}}]"]
     return [
         training(config, "reward", "learn to judge from their votes", pairs, needs=["annotate"]),
         training(
             config,
             "dpo",
             "learn from the same votes directly",
-            [*pairs, *evaluation(paths)],
+            [*pairs, *evaluation(config)],
             needs=["annotate"],
         ),
         training(
             config,
             "ppo",
             "learn from the reward model",
-            [*pairs, *evaluation(paths), *reward],
+            [*pairs, *evaluation(config), *reward],
             needs=["annotate", "reward"],
         ),
     ]
 
 
-def compare_job(config: QuickstartConfig, paths: Paths) -> Job:
-    report = f"{paths.run}/report"
-    policies = [f"{paths.run}/{name}" for name in ("sft", "dpo", "ppo")]
+def compare_job(config: QuickstartConfig) -> Job:
+    report = f"{config.run}/report"
+    policies = [f"{config.run}/{name}" for name in ("sft", "dpo", "ppo")]
     arguments = ["compare", *policies, *configured("compare")]
     # the true reward decides, where a real project would have a referee or people
-    arguments += ["--gold", f"[{{voice: {paths.voice}}}]"]
-    arguments += ["--prompts", paths.prompts, "--votes", paths.store]
+    arguments += ["--gold", f"[{{voice: {config.voice}}}]"]
+    arguments += ["--prompts", config.prompts, "--votes", config.store]
     arguments += ["--output_dir", report, "--seed", str(config.seed)]
     return Job(
         name="compare",
@@ -171,9 +163,9 @@ def compare_job(config: QuickstartConfig, paths: Paths) -> Job:
     )
 
 
-def evaluation(paths: Paths) -> list[str]:
-    gold = f"[{{voice: {paths.voice}, name: gold}}]"
-    return ["--eval_data", paths.prompts, "--eval_scorers", gold]
+def evaluation(config: QuickstartConfig) -> list[str]:
+    gold = f"[{{voice: {config.voice}, name: gold}}]"
+    return ["--eval_data", config.prompts, "--eval_scorers", gold]
 
 
 def configured(name: str) -> list[str]:

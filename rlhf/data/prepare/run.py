@@ -94,7 +94,6 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     Raises UserError: nothing to read, an output that is one of the inputs, a form that cannot hold
     the rows, or no row left at the end. Then nothing is written.
     """
-    config.validate()
     output = export.check_output(config.output, [*config.source, *config.against])
     # before the work: it takes minutes, and a name that is taken would waste them
     card_path = card.card_path(output)

@@ -237,7 +237,7 @@ def test_a_card_that_cannot_be_written_stops_before_anything_is(tmp_path):
 
 def test_a_region_that_nobody_knows_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"found UK, expected .* GB"):
-        run(tmp_path, clean_rows(3), phone_regions=["US", "UK"])
+        PrepareConfig(source=["x"], output="y", phone_regions=["US", "UK"]).validate()
 
 
 def test_similar_prompts_and_answer_pairs_share_a_group_that_is_written(tmp_path):
