@@ -318,7 +318,8 @@ def count_syllables(word: str) -> int:
     """Return the syllables of an English word in lower case: its groups of vowels without a silent
     e, at least 1.
     """
-    return max(1, len(_VOWELS.findall(_SILENT_E.sub("", word.removesuffix("'s")))))
+    spoken = _SILENT_E.sub("", word.removesuffix("'s"))
+    return max(1, len(_VOWELS.findall(spoken)))
 
 
 def _bounds(section: Section, low: str, high: str) -> str:

@@ -55,15 +55,19 @@ def without_english(spec: dict[str, Any]) -> dict[str, Any]:
         changed["claims"] = {"negations": []} | changed["claims"]
     task = spec.get("task")
     if isinstance(task, dict) and isinstance(task.get("facts"), dict):
-        facts = {
-            key: _literal({} if fact is None else fact, f"task.facts.{key}", language)
-            for key, fact in task["facts"].items()
-        }
+        facts = {}
+        for key, fact in task["facts"].items():
+            # a fact without settings of its own
+            own = {} if fact is None else fact
+            facts[key] = _literal(own, f"task.facts.{key}", language)
         changed["task"] = task | {"facts": facts}
     return changed
 
 
 def _literal(section: Any, name: str, language: str) -> Any:
+    """Return a section whose phrases are found as they are written. Raises ValueError where it asks
+    for their inflections.
+    """
     if not isinstance(section, dict):
         return section
     if section.get("inflect"):

@@ -184,7 +184,10 @@ class Greeting(Section):
         """Return the words of the shortest form's longest sentence; a regular expression may be of
         any length.
         """
-        return min(0 if is_regex(form) else longest_sentence(clean(form)) for form in self.phrases)
+        words = []
+        for form in self.phrases:
+            words.append(0 if is_regex(form) else longest_sentence(clean(form)))
+        return min(words)
 
 
 class Closing(Greeting):
@@ -237,13 +240,17 @@ class Use(Section):
         note = f"{count} of {self.enough}"
         used, credited, near = float(count), 0, []
         if count < self.enough and not exact:
-            nearly = [(likeness(word, text), word) for word in unused]
-            nearly = [(like, word) for like, word in nearly if like]
+            likenesses, nearly = [], []
+            for word in unused:
+                like = likeness(word, text)
+                if like:
+                    likenesses.append(like)
+                    nearly.append(word)
             # the nearest ones stand for those that are missing
-            best = sorted(like for like, _ in nearly)[count - self.enough :]
+            best = sorted(likenesses)[count - self.enough :]
             credited = len(best)
             used += sum(NEAR_WORD * like**3 for like in best)
-            near = near_words([word for _, word in nearly], text)
+            near = near_words(nearly, text)
         share = (len(spans) + credited) / len(text.words)
         # a list of the words is not an answer
         stuffed = max(0.0, min(1.0, 2 - share / self.max_share))
