@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.ppo.loop import TrainingLoop
     from rlhf.ppo.trainer import PPOTrainer
     from rlhf.ranks.deepspeed_config import read_deepspeed_config
-    from rlhf.roles.critic import critic_start, find_reward_roles
+    from rlhf.roles.critic import critic_start, find_reward_roles, find_whole_start
     from rlhf.roles.one_base import Roles
     from rlhf.roles.whole_weights import WholeRoles
     from rlhf.runs.budget import Budget
@@ -68,17 +68,21 @@ def main(argv: list[str] | None = None) -> None:
     # policy, reference, critic and reward model as roles
     weight_of_model = model_weights(scorers)
     on_base = find_reward_roles(weight_of_model, initial)
-    # the folder of the one that the critic may start from or read
     reward_path = on_base[0] if on_base else None
+    # the folder of the one that the critic may start from or read
+    critic_path = reward_path
+    if not config.use_peft:
+        critic_path = find_whole_start(weight_of_model, reward_path, initial)
     critic = critic_start(
         config,
-        reward_path,
-        weight_of_model.get(reward_path, 0.0),
-        other_scorers(scorers, reward_path),
+        critic_path,
+        weight_of_model.get(critic_path, 0.0),
+        other_scorers(scorers, critic_path),
+        is_role=critic_path == reward_path,
     )
     if len(on_base) > 1:
         run.log(f"{len(on_base)} reward models share the policy's base: {', '.join(on_base)}")
-    run.log(critic.describe(reward_path))
+    run.log(critic.describe(critic_path))
     engine = stages.sampling_engine(run, initial)
     # its scorer needs the roles, and follows
     evaluation = stages.evaluation(run, initial, None, engine)
@@ -93,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
         reward_weight=critic.weight,
         critic_trunk=critic.trunk,
         more_rewards=on_base[1:],
+        critic_path=critic_path,
     )
 
     budget = Budget()

@@ -201,6 +201,26 @@ def reward_path(base_path, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def whole_reward_path(base_path, tmp_path_factory) -> str:
+    """A reward model of whole weights, none of which are the base's: scale 0.5, bias -0.25."""
+    import torch
+
+    from reward.model import trainable_reward, write_reward
+    from rlhf.model.loading import load_model
+
+    folder, initial = str(tmp_path_factory.mktemp("whole")), load_model(base_path)
+    torch.manual_seed(3)
+    model = trainable_reward(initial, None)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    initial.tokenizer.save_pretrained(folder)
+    write_reward(folder, -0.25, 0.5)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def member_paths(base_path, reward_path, tmp_path_factory) -> list[str]:
     """Three reward models on one base, of unlike ranks, scales and kinds of adapted weights."""
     folder = tmp_path_factory.mktemp("members")

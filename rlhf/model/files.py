@@ -107,6 +107,11 @@ def is_adapter(path: str | Path) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
+def is_whole(path: str | Path) -> bool:
+    """Return whether this is a folder with a model of whole weights."""
+    return not is_adapter(path) and (Path(path) / "config.json").is_file()
+
+
 def adapter_base(adapter_path: str) -> str:
     """Return the base that an adapter folder names.
 

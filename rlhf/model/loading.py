@@ -5,7 +5,6 @@ or folder with whole weights; a GGUF file, which is converted once (`rlhf/model/
 with an adapter (its base is read from it); a finished run of ours.
 """
 
-import functools
 import json
 import sys
 from collections.abc import Callable, Iterable
@@ -64,8 +63,8 @@ class InitialModel:
     fingerprint: str
     # "nf4" or "int8" where the base is packed (`rlhf/model/quantized.py`)
     quantization: str | None = None
-    # loads the whole base once more
-    another: Callable[[], nn.Module] | None = None
+    # loads the whole base once more, or another class of transformers from another path
+    another: Callable[..., nn.Module] | None = None
 
 
 def load_model(
@@ -101,17 +100,13 @@ def load_model(
         if adapter_path
         else ""
     )
-    load_base = functools.partial(
-        load_weights,
-        AutoModelForCausalLM,
-        base_path,
-        dtype,
-        attn_implementation,
-        run=path,
-        more=named,
-        zero=zero,
-    )
-    model = load_base()
+
+    def another(cls: Any = AutoModelForCausalLM, source: str = base_path) -> nn.Module:
+        return load_weights(
+            cls, source, dtype, attn_implementation, run=path, more=named, zero=zero
+        )
+
+    model = another()
 
     # adapters of other programs carry no fingerprint
     found = fingerprint(model)
@@ -145,7 +140,7 @@ def load_model(
         adapter_path,
         fingerprint=found,
         quantization=quantization,
-        another=load_base,
+        another=another,
     )
 
 

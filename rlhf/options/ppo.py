@@ -141,7 +141,8 @@ class CriticOptions:
     )
     critic_from: Literal["auto", "reward", "policy", "fresh"] = option(
         "auto",
-        "what the critic starts from; auto: the reward model where it is a role on the base, else the policy",
+        "what the critic starts from; auto: the reward model where it is a role on the base, or, with use_peft false, "
+        "a model of whole weights like the base; else the policy",
     )
     critic_trunk: Literal["auto", "own", "reward", "policy"] = option(
         "auto",

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.model.files import is_whole
+
 
 @dataclass(frozen=True)
 class Start:
@@ -32,9 +34,16 @@ def roles_of(program: str, config: Any, start: Start) -> tuple[int, int]:
 
 
 def reward_models(config: Any) -> int:
-    """Return the reward models among PPO's scorers, each taken for an adapter on the base."""
-    members = [entry.get("ensemble", []) for entry in config.reward]
-    return sum("model" in entry for entry in config.reward) + sum(map(len, members))
+    """Return how many of the reward models among PPO's scorers are adapters on the base."""
+    return sum(len(_on_base(entry)) for entry in config.reward)
+
+
+def _on_base(entry: dict[str, Any]) -> list[str]:
+    """Return the reward models of a scorer that are adapters on the base, as is assumed of a run that
+    is not there yet.
+    """
+    models = [entry["model"]] if "model" in entry else entry.get("ensemble", [])
+    return [path for path in models if not is_whole(path)]
 
 
 def critic_trunk(config: Any) -> str | None:
@@ -43,7 +52,7 @@ def critic_trunk(config: Any) -> str | None:
         return None
     if config.critic_trunk != "auto":
         return config.critic_trunk
-    weighted = [e for e in config.reward if {"model", "ensemble"} & e.keys() and e.get("weight", 1)]
+    weighted = [entry for entry in config.reward if entry.get("weight", 1) and _on_base(entry)]
     return "reward" if weighted and not config.set_critic_options() else "own"
 
 

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from rlhf.data.encode import tokenizer_fingerprint
 from rlhf.errors import UserError
 from rlhf.model.adapters import adapter_weights
-from rlhf.model.files import read_identity, read_json
+from rlhf.model.files import is_adapter, is_whole, read_identity, read_json
 from rlhf.model.loading import InitialModel
+from rlhf.model.tokenizer import load_tokenizer
 from rlhf.model.weights import is_finite
 from rlhf.options.ppo import PPOConfig
 
@@ -60,6 +62,39 @@ def find_reward_roles(weight_of_model: dict[str, float], initial: InitialModel) 
     return [folder for folder in in_order if _shares_base(folder, initial)]
 
 
+def find_whole_start(
+    models: dict[str, float], role: str | None, initial: InitialModel
+) -> str | None:
+    """Return the reward model that a critic on whole weights may start from: the role if it has a
+    weight, else the first of whole weights that has one, reads the initial model's ids and is of its
+    kind, width and depth.
+
+    models: as of `find_reward_roles`, whose first is the role.
+    """
+    if models.get(role):
+        return role
+    for folder, weight in models.items():
+        if weight and _is_alike(folder, initial):
+            return folder
+    return role
+
+
+def _is_alike(folder: str, initial: InitialModel) -> bool:
+    """Return whether a folder holds whole weights that could be the initial model's, but for the
+    head.
+    """
+    if not is_whole(folder):
+        return False
+    from transformers import AutoConfig
+
+    own, base = AutoConfig.from_pretrained(folder), initial.model.config
+    configs = (own.get_text_config(), base.get_text_config())
+    shapes = [(c.model_type, c.hidden_size, c.num_hidden_layers) for c in configs]
+    # one with another tokenizer reads the texts
+    ids = [tokenizer_fingerprint(t) for t in (load_tokenizer(folder), initial.tokenizer)]
+    return shapes[0] == shapes[1] and ids[0] == ids[1]
+
+
 def _shares_base(folder: str, initial: InitialModel) -> bool:
     """Return whether a reward model is a LoRA adapter on this base with this tokenizer."""
     file = Path(folder) / "adapter_config.json"
@@ -75,12 +110,19 @@ def _shares_base(folder: str, initial: InitialModel) -> bool:
 
 
 def critic_start(
-    config: PPOConfig, reward_path: str | None, weight: float, others: dict[str, float]
+    config: PPOConfig,
+    reward_path: str | None,
+    weight: float,
+    others: dict[str, float],
+    *,
+    is_role: bool = True,
 ) -> CriticStart:
     """Return what the critic starts from, and whose hidden states it reads.
 
-    weight: that of the reward role's score in the total; others: name -> weight of the scorers that
-    are not the role. Raises UserError where the critic is to start from a reward model of weight 0.
+    reward_path: the reward model that it may start from; weight: that of its score in the total;
+    others: name -> weight of the other scorers. is_role: it is an adapter on the base, whose hidden
+    states the critic may read. Raises UserError where the critic is to start from a reward model of
+    weight 0.
     """
     if not config.has_critic:
         return CriticStart(None)
@@ -90,7 +132,8 @@ def critic_start(
     trunk = config.critic_trunk
     if trunk == "auto":
         # a model that is only watched knows nothing of what the critic has to predict
-        trunk = "reward" if weight and not config.set_critic_options() else "own"
+        readable = is_role and weight
+        trunk = "reward" if readable and not config.set_critic_options() else "own"
     if source != "reward" or reward_path is None or trunk != "own":
         return CriticStart(source, trunk=trunk)
     if not weight:
@@ -106,13 +149,20 @@ def critic_start(
 
 
 def check_critic(
-    initial: InitialModel, reward_path: str | None, start: str, trunk: str, *, plain_head: bool
+    initial: InitialModel,
+    reward_path: str | None,
+    critic_path: str | None,
+    start: str,
+    trunk: str,
+    *,
+    plain_head: bool,
 ) -> None:
     """Raise UserError where the critic cannot start, or read, as it is to (see `Roles`)."""
-    if start == "reward" and not reward_path:
+    if start == "reward" and not critic_path:
         raise UserError(
             "the critic cannot start from the reward model: none of the scorers is an adapter on "
-            "this base"
+            "this base, or, with use_peft false, a model of whole weights with this tokenizer and of "
+            "this kind, width and depth. Use --critic_from policy"
         )
     if trunk == "reward" and not reward_path:
         raise UserError(
@@ -135,8 +185,19 @@ class ValueHead(nn.Linear):
 
 
 def reward_head(path: str, width: int) -> nn.Linear:
-    """Return the score head that was trained with a reward adapter. Raises UserError when it is missing."""
-    found = [v for k, v in adapter_weights(path).items() if k.endswith(f"{SCORE}.weight")]
+    """Return the score head of a reward model. Raises UserError when it is missing."""
+    head = nn.Linear(width, 1, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(score_weight(path, width))
+    return head
+
+
+def score_weight(path: str, width: int) -> Tensor:
+    """Return the weight (1, width) of the score head that was trained with a reward adapter or whole
+    weights, in float32. Raises UserError when it is missing.
+    """
+    weights = adapter_weights(path) if is_adapter(path) else _whole_head(path)
+    found = [weight for name, weight in weights.items() if name.endswith(f"{SCORE}.weight")]
     if len(found) != 1:
         raise UserError(
             f"{path}: holds no score head (score.weight): no reward model of launch/reward.py"
@@ -145,10 +206,18 @@ def reward_head(path: str, width: int) -> nn.Linear:
         raise UserError(
             f"{path}: score head of shape {tuple(found[0].shape)}, expected (1, {width})"
         )
-    head = nn.Linear(width, 1, bias=False)
-    with torch.no_grad():
-        head.weight.copy_(found[0].float())
-    return head
+    return found[0].float()
+
+
+def _whole_head(path: str) -> dict[str, Tensor]:
+    """Return the score head by its name from files of whole weights, the rest of which is not read."""
+    name, found = f"{SCORE}.weight", {}
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(str(file), "pt") as weights:
+            names = weights.keys()
+            if name in names:
+                found[name] = weights.get_tensor(name)
+    return found
 
 
 class LeastSquaresCritic:

@@ -45,7 +45,7 @@ from rlhf.model.packing import decoder_and_head, head_is_plain, hidden_width
 from rlhf.model.weights import check_finite
 from rlhf.ranks.divided import whole
 from rlhf.roles.adapters import adapter_config, keep_in_float32, plain_config
-from rlhf.roles.critic import SCORE, ValueHead, check_critic, reward_head
+from rlhf.roles.critic import SCORE, ValueHead, check_critic, reward_head, score_weight
 
 # what a forward pass reads of `Rollout.batch`
 COLUMNS = ("ids", "attention", "positions", "responses", "mask")
@@ -72,6 +72,7 @@ class Roles(nn.Module):
         reward_weight: float = 1.0,
         critic_trunk: str = "own",
         more_rewards: Sequence[str] = (),
+        critic_path: str | None = None,
     ):
         """Put the adapters on the initial model's base.
 
@@ -83,21 +84,25 @@ class Roles(nn.Module):
         2403.17031), "policy" (the policy's adapter, a head of zeros), "fresh" (a new adapter, a
         head of zeros) or "auto" (reward where there is one, else policy); None leaves it out.
         ema_reference: add a copy of the policy that `update_ema` moves towards it.
-        reward_weight: the weight of the reward role's score in the total, which a critic that
-        starts from it predicts.
+        reward_weight: the weight in the total of the score of the reward model that the critic
+        starts from, and predicts.
         critic_trunk: whose hidden states the critic's head reads: "own" (an adapter of its own),
         "reward" (the frozen reward role's) or "policy". `critic` counts for "own" alone; the others
         start with a head of zeros.
+        critic_path: the folder of the reward model that "reward" is in `critic`; None: that of the
+        reward role.
         """
         super().__init__()
+        critic_path = critic_path or reward_path
         if critic == "auto":
-            critic = "reward" if reward_path else "policy"
+            critic = "reward" if critic_path else "policy"
         # read off the model before adapters wrap its modules
         self.plain_head = head_is_plain(initial.model)
         self.output_head = head_name(initial.model)
         self.width = hidden_width(initial.model)
         if critic:
-            check_critic(initial, reward_path, critic, critic_trunk, plain_head=self.plain_head)
+            read = (reward_path, critic_path)
+            check_critic(initial, *read, critic, critic_trunk, plain_head=self.plain_head)
         self.critic_trunk = critic_trunk
         # hidden states of responses under the reward role, by the row's ids; None: not kept
         self._kept_states: dict[tuple[int, ...], Tensor] | None = None
@@ -111,14 +116,14 @@ class Roles(nn.Module):
         self._add_policy(initial, lora, ema_reference=ema_reference)
         if critic:
             if critic_trunk == "own":
-                self._add_critic(initial, lora, critic, reward_path)
+                self._add_critic(initial, lora, critic, critic_path)
             self._add_critic_head()
         if reward_path:
             self._add_reward(initial, reward_path, REWARD)
         for number, path in enumerate(more_rewards, 2):
             self._add_reward(initial, path, f"{REWARD}{number}")
         if critic == "reward" and critic_trunk == "own":
-            self._start_critic_as_reward(reward_weight)
+            self._start_critic_as_reward(critic_path, reward_weight)
 
         self._layers = [
             m for m in self.trunk.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper)
@@ -184,10 +189,10 @@ class Roles(nn.Module):
             frozen_copy(self.trunk, "policy", EMA_REFERENCE)
 
     def _add_critic(
-        self, initial: InitialModel, lora: LoraConfig, start: str, reward_path: str | None
+        self, initial: InitialModel, lora: LoraConfig, start: str, critic_path: str | None
     ) -> None:
         """Add the adapter of a critic that has a trunk of its own."""
-        paths = {"reward": reward_path, "policy": initial.adapter_path, "fresh": None}
+        paths = {"reward": critic_path, "policy": initial.adapter_path, "fresh": None}
         path = paths[start]
         config = adapter_config(path) if path else plain_config(lora)
         self._add("value", without_head(config, self.output_head), path, (self.output_head, SCORE))
@@ -209,13 +214,13 @@ class Roles(nn.Module):
         self.reward_roles[path] = role
 
     @torch.no_grad()
-    def _start_critic_as_reward(self, weight: float) -> None:
-        """Let the critic predict what the reward role adds to the total score, scale and bias
+    def _start_critic_as_reward(self, path: str, weight: float) -> None:
+        """Let the critic predict what a reward model adds to the total score, scale and bias
         included.
         """
-        value, reward = self.heads["value"], self.heads[REWARD]
-        scale, bias = self.score_shifts[REWARD]
-        value.weight.copy_(reward.weight * scale * weight)
+        value = self.heads["value"]
+        scale, bias = reward_shift(path)
+        value.weight.copy_(score_weight(path, self.width) * scale * weight)
         value.bias.fill_(bias * weight)
 
     @property

@@ -1,7 +1,7 @@
 """The roles of PPO on whole weights: policy and critic are models of their own, and the frozen base
-is their reference, on which reward models stand as adapters.
+is the reference, with reward models as adapters on it.
 
-    roles = WholeRoles(foundation, None, reward_path="runs/reward", ...)
+    roles = WholeRoles(initial, None, reward_path="runs/reward", ...)
 """
 
 from pathlib import Path
@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 from rlhf.model.adapters import load_adapter, without_head
+from rlhf.model.files import is_adapter
 from rlhf.model.loading import InitialModel
 from rlhf.model.packing import decoder_and_head
 from rlhf.model.weights import check_finite
@@ -36,15 +38,19 @@ class WholeRoles(Roles):
         self._base = list(initial.model.parameters())
 
     def _add_critic(
-        self, initial: InitialModel, lora: None, start: str, reward_path: str | None
+        self, initial: InitialModel, lora: None, start: str, critic_path: str | None
     ) -> None:
-        """Add the decoder of a critic that has a trunk of its own: the base, with the reward model's
-        adapter merged in where it starts from that.
+        """Add the decoder of a critic that has a trunk of its own: that of a reward model of whole
+        weights, or the base, with the reward model's adapter merged in where it starts from that.
         """
+        if start == "reward" and not is_adapter(critic_path):
+            model = initial.another(AutoModelForSequenceClassification, critic_path)
+            self.critic = model.base_model
+            return
         model = initial.another()
         if start == "reward":
-            config = without_head(adapter_config(reward_path), self.output_head)
-            model = load_adapter(model, reward_path, config, "value", (self.output_head, SCORE))
+            config = without_head(adapter_config(critic_path), self.output_head)
+            model = load_adapter(model, critic_path, config, "value", (self.output_head, SCORE))
             model = merge(model)
         self.critic = decoder_and_head(model)[0]
 

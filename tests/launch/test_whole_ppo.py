@@ -58,6 +58,21 @@ def test_ppo_on_whole_weights_runs_and_goes_on_after_a_crash(
     )
 
 
+def test_the_critic_starts_from_a_reward_model_of_whole_weights(
+    base_path, whole_reward_path, files, tmp_path, capsys
+):
+    given = (base_path, whole_reward_path, files)
+    door("ppo")(flags(*given, tmp_path / "run", "--critic_trunk", "auto"))
+    said = capsys.readouterr().out
+    assert "the critic learns weights of its own, from reward (critic_from)" in said
+    assert (tmp_path / "run" / "value" / "model.safetensors").is_file()
+    # beside adapters there is no model for it to be
+    asked = ("--use_peft", "true", "--critic_from", "reward")
+    with pytest.raises((SystemExit, UserError)):
+        door("ppo")(flags(*given, tmp_path / "adapters", *asked))
+    assert "Use --critic_from policy" in capsys.readouterr().err
+
+
 def test_ppo_on_whole_weights_does_not_start_from_an_adapter(
     sft_path, reward_path, files, tmp_path, capsys
 ):

@@ -131,7 +131,7 @@ def test_a_setup_is_read_and_refused_as_the_program_does(tmp_path):
         planned("sft", SFTRunConfig, deepspeed=str(own), **launched)
 
 
-def test_roles_are_adapters_on_one_base():
+def test_roles_are_adapters_on_one_base(tmp_path):
     dpo = planned("dpo", DPORunConfig)
     assert dpo.peak.parts["roles"] == 4 * ADAPTER
     # policy and critic learn, reference and reward model do not; a head of 17 numbers
@@ -144,6 +144,10 @@ def test_roles_are_adapters_on_one_base():
     # a critic on the reward model's states learns nothing by gradients
     fitted = planned("ppo", PPOConfig, reward=[{"model": "runs/reward"}])
     assert fitted.numbers["trainable"] == ADAPTER
+    # a reward model of whole weights is no role, and has no states that a critic could read
+    (tmp_path / "config.json").write_text("{}")
+    beside = planned("ppo", PPOConfig, reward=[{"model": str(tmp_path)}])
+    assert beside.numbers["trainable"] == 2 * ADAPTER + 17
 
 
 def test_keys_and_values_are_two_for_each_layer_head_and_token():

@@ -1,11 +1,14 @@
 """PPO on whole weights: the trainer against plain loops, and what its models start from and save."""
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
 from torch import nn
 
+from reward.model import load_reward
 from rlhf.data.records import Samples
 from rlhf.errors import UserError
 from rlhf.model.files import check_model
@@ -15,6 +18,7 @@ from rlhf.ppo.rollout import padded_batch, role_scorer
 from rlhf.ppo.trainer import PPOTrainer
 from rlhf.ranks.distributed import DistributedContext
 from rlhf.ranks.optimizer_engine import make_engine
+from rlhf.roles.critic import CriticStart, critic_start, find_whole_start
 from rlhf.roles.whole_weights import WholeRoles
 from tests import trial
 from tests.ppo.reference import Reference
@@ -156,6 +160,56 @@ def test_a_whole_critic_starts_as_the_reward_model(base_path, member_paths):
         scores = roles.scores(prefixes)
     assert torch.allclose(values[:, 0], -3.0 * scores, atol=1e-5) and scores.abs().min() > 0.01
     assert not any("lora" in name for name, _ in roles.critic.named_parameters())
+
+
+def test_a_whole_critic_starts_as_a_reward_model_of_whole_weights(base_path, whole_reward_path):
+    roles = roles_of(base_path, critic_path=whole_reward_path, reward_weight=-3.0)
+    batch = padded_batch([[3, 4, 5], [6, 7]], [[8, 9], [10, 11, 12]], 0, torch.device("cpu"))
+    with torch.no_grad(), roles.use("value"):
+        values = roles.values(batch)
+    # of what stands before the first and the second token of each response
+    rows = [[3, 4, 5], [6, 7], [3, 4, 5, 8], [6, 7, 10]]
+    scores = load_reward(whole_reward_path, "cpu").score_ids(rows)
+    assert torch.allclose(values[:, :2].T.flatten(), -3.0 * torch.tensor(scores), atol=1e-5)
+    assert min(map(abs, scores)) > 0.01 and not roles.reward_roles
+    # the policy is the base still
+    assert torch.equal(roles.policy.model.norm.weight, roles.trunk.model.norm.weight)
+
+
+def test_which_reward_model_a_whole_critic_starts_from(
+    base_path, reward_path, whole_reward_path, tmp_path
+):
+    initial = load_model(base_path)
+    deeper, reads_otherwise = tmp_path / "deeper", tmp_path / "reads"
+    for folder in (deeper, reads_otherwise):
+        shutil.copytree(whole_reward_path, folder)
+    settings = json.loads((deeper / "config.json").read_text())
+    layers = {"num_hidden_layers": settings["num_hidden_layers"] + 1, "layer_types": None}
+    (deeper / "config.json").write_text(json.dumps(settings | layers))
+    tokenizer = load_model(base_path).tokenizer
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    tokenizer.save_pretrained(reads_otherwise)
+
+    unlike = {str(deeper): 1.0, str(reads_otherwise): 1.0}
+    assert find_whole_start(unlike, None, initial) is None
+    assert find_whole_start({whole_reward_path: 0.0}, None, initial) is None
+    assert find_whole_start(unlike | {whole_reward_path: 0.5}, None, initial) == whole_reward_path
+    both = {whole_reward_path: 1.0, reward_path: 1.0}
+    assert find_whole_start(both, reward_path, initial) == reward_path
+    # a role that is only watched
+    watched = both | {reward_path: 0.0}
+    assert find_whole_start(watched, reward_path, initial) == whole_reward_path
+
+
+def test_a_critic_reads_no_states_of_a_reward_model_that_is_no_role():
+    # with a role they would be fitted to its states
+    start = critic_start(config(), "runs/reward", 0.5, {"length": 2.0}, is_role=False)
+    assert start == CriticStart("reward", 0.5, ("length (weight 2)",))
+
+
+def test_a_critic_without_a_reward_model_to_start_from_is_refused(base_path):
+    with pytest.raises(UserError, match="none of the scorers is an adapter"):
+        roles_of(base_path, critic="reward")
 
 
 def test_a_reward_model_scores_on_the_frozen_base_while_a_whole_policy_moves(
