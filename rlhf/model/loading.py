@@ -49,9 +49,7 @@ AS_TRAINED = "as trained"
 
 @dataclass
 class InitialModel:
-    """A base model without adapters, its tokenizer, and the adapter folder (if any) that stands on
-    it.
-    """
+    """A base model without adapters, its tokenizer, and the folder of an adapter on it, if any."""
 
     # a causal language model in eval mode: on the CPU, or divided among the ranks
     model: nn.Module
@@ -315,7 +313,7 @@ def check_same_base(path: str, initial: InitialModel) -> None:
     identity = read_identity(path)
     if identity.get("base_fingerprint") not in (None, initial.fingerprint):
         raise UserError(
-            f"{path}: trained on base {identity['base_fingerprint']}, but this run stands on {initial.base_path} "
+            f"{path}: trained on base {identity['base_fingerprint']}, but the base of this run is {initial.base_path} "
             f"({initial.fingerprint}). Adapters of different bases cannot share one."
         )
     if identity.get("tokenizer_fingerprint") not in (

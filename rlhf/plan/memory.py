@@ -65,7 +65,7 @@ class Phase:
 
 
 def held(weights: Weights, setup: Setup) -> dict[str, int]:
-    """Return the bytes that stand on a rank through the whole run: weights and optimizer.
+    """Return the bytes that a rank holds through the whole run: weights and optimizer.
 
     ZeRO 1 and 2 divide the optimizer's state among N ranks, with a copy of the weights in float32;
     ZeRO 3 divides all weights too (Rajbhandari et al. 2020, arXiv 1910.02054, sec. 3).

@@ -64,7 +64,7 @@ def test_the_reference_is_the_sft_policy_not_the_bare_base(roles, sft_path, base
     assert (got[0] - bare).abs().max() > 0.01
 
 
-def test_on_a_foundation_without_adapter_the_reference_is_the_base(base_path):
+def test_on_an_initial_model_without_adapter_the_reference_is_the_base(base_path):
     roles = Roles(load_model(base_path), lora_config(r=4))
     batch = batch_of()
     with torch.no_grad():
