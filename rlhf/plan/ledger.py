@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment at which a pass has most bytes alive, without what stood there before it."""
+    """The moment at which a pass has most bytes alive, without what was allocated before it."""
 
     total: int = 0
     # of these, gradients of parameters, made while logits were counted, and in a bucket
@@ -29,7 +29,8 @@ class Reduction:
 
     bucket: bytes of the buffer in which gradients travel, taken when a pass has its first one. kept:
     bytes that a rank keeps of all gradients, taken with the first one of all, while `grad` is freed
-    at once and the bucket after each pass. None: they stay in `grad`, and the bucket stands.
+    at once and the bucket after each pass. None: gradients stay in `grad`, and the bucket
+    until the optimizer's step.
     """
 
     bucket: int = 0
@@ -44,7 +45,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, before: Iterable[Tensor] = ()):
-        """`before`: tensors that stand already, and do not count."""
+        """`before`: tensors that are allocated already, and do not count."""
         super().__init__()
         self.alive = 0
         self.gradients = 0
@@ -113,7 +114,7 @@ class Ledger(TorchDispatchMode):
         return [p.register_post_accumulate_grad_hook(after) for p in parameters]
 
     def end_pass(self, reduction: Reduction) -> None:
-        """Free the bucket where it does not stand until the optimizer's step."""
+        """Free the bucket unless it stays until the optimizer's step."""
         if reduction.kept is not None:
             self.alive -= self.bucket
             self.bucket = 0

@@ -1,4 +1,4 @@
-"""Memory of each rank, phase by phase, from the passes and from what stands between them."""
+"""Memory of each rank, phase by phase, from the passes and from what is kept between them."""
 
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +12,7 @@ MAX_LIVE, PREFETCH = 1_000_000_000, 50_000_000
 
 @dataclass(frozen=True)
 class Setup:
-    """How a run is started: what decides where its state stands."""
+    """How a run is started: what decides where its state is kept."""
 
     ranks: int = 1
     device: str = "cuda"
@@ -121,8 +121,8 @@ def reduced(weights: Weights, setup: Setup) -> tuple[int, int]:
 def reduction_of(weights: Weights, setup: Setup) -> Reduction:
     """Return what DeepSpeed makes of gradients in a backward pass.
 
-    ZeRO 1 sums them before the optimizer's step, ZeRO 2 as they come. What ZeRO 3 needs stands from
-    the start, and is no part of the pass.
+    ZeRO 1 sums them before the optimizer's step, ZeRO 2 as they come. What ZeRO 3 needs is
+    allocated at the start, and is no part of the pass.
     """
     kept, bucket = reduced(weights, setup)
     per_stage = {1: Reduction(bucket), 2: Reduction(bucket, kept), 3: Reduction(0, 0)}

@@ -17,7 +17,7 @@ from rlhf.model.tokenizer import load_tokenizer
 from rlhf.model.weights import is_finite
 from rlhf.options.ppo import PPOConfig
 
-# the scalar head of a reward model, which stands beside the trunk of roles
+# the name of a reward model's scalar head, which roles keep beside the trunk
 SCORE = "score"
 # tokens whose states are summed up together by the critic that is fitted
 PORTION = 4096
