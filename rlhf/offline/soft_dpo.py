@@ -155,14 +155,9 @@ class SoftDPOTrainer(EncodedDPOTrainer):
     """The same with `soft_dpo_loss` in place of TRL's `sigmoid`; its forward passes and its logs
     stay TRL's.
 
-    Rows come from `soft_rows`, `data_collator` is a `SoftCollator`. Raises ValueError for an
-    `unsupported_option`.
+    Rows come from `soft_rows`, `data_collator` is a `SoftCollator`. `dpo_trainer` takes it where
+    the options allow that.
     """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        if reason := unsupported_option(self.args):
-            raise ValueError(f"soft labels and weights cannot be combined with {reason}")
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()

@@ -60,8 +60,6 @@ def rename_trl(logs: dict[str, float], stage: Literal["sft", "reward", "dpo"]) -
     `budget/tokens_trained`). What has no name here is kept as `trl/<name>`, so that no number of a
     newer TRL is lost.
     """
-    if stage not in TRL_NAMES:
-        raise ValueError(f"unknown stage {stage!r}, expected one of {', '.join(TRL_NAMES)}")
     names = TRL_NAMES[stage]
     ours = {name: value for name, value in logs.items() if is_known(name)}
     renamed = {}

@@ -177,13 +177,11 @@ class Guards:
         self.decisions.load_state_dict(state)
         self._remember(state)
 
-    def rolled_back(self, decision: Decision, state: dict[str, Any] | None) -> None:
+    def rolled_back(self, state: dict[str, Any] | None) -> None:
         """Restore windows and baselines after a rollback; `state` None is the run's start.
 
         Events, counts and the number of rollbacks stay, and the step sizes are halved once more.
         """
-        if decision.action != "rollback":
-            raise ValueError(f"{decision.guard} asked to {decision.action}, not to roll back")
         self.decisions.restore_streaks(state or {})
         self._remember(state or {})
         self.decisions.rollbacks += 1

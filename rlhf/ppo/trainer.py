@@ -398,4 +398,4 @@ class PPOTrainer:
             self.guards.load_state_dict(state["guards"])
             self.budget.load_shares(state["budgets"], self.world)
         else:
-            self.guards.rolled_back(after, state["guards"])
+            self.guards.rolled_back(state["guards"])
