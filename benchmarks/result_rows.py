@@ -61,6 +61,12 @@ def add_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_atomic(path, dumps({"rows": list(by_id.values())}, indent=1) + "\n")
 
 
+def row_of(id: str, what: str, value: float | bool, bound: str, command: str) -> dict[str, Any]:
+    """Return a row of results; a number is rounded to four digits."""
+    value = value if isinstance(value, bool | int) else round(float(value), 4)
+    return {"id": id, "what": what, "value": value, "bound": bound, "command": command}
+
+
 def head_commit() -> str:
     return subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], text=True).strip()
 

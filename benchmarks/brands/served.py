@@ -5,19 +5,16 @@ Part of `python -m benchmarks.brands.two_brands --real`; needs the openai client
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from benchmarks.programs import serving
 from rlhf.data.store import Store
 from rlhf.files import write_atomic
-from rlhf.http_server import listen
 
 # of each brand, the first of its test prompts
 PROMPTS = 16
@@ -37,7 +34,7 @@ def served_answers(
         asked: Rows = []
         for voice, path in stores.items():
             asked += first_prompts(voice, path)
-        with serving(runs) as client:
+        with serving(runs) as (client, _):
             found = ask(client, asked, sampling)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in found]
         write_atomic(file, "".join(lines))
@@ -53,25 +50,6 @@ def first_prompts(voice: str, path: Path) -> Rows:
         own = {name: answer[name] for name in ("messages", "metadata")}
         found.append({"voice": voice, "prompt": number, **own})
     return found
-
-
-@contextlib.contextmanager
-def serving(runs: Sequence[str]) -> Iterator[Any]:
-    """Serve the runs on a free port, and yield OpenAI's own client for it."""
-    import openai
-
-    with listen("127.0.0.1", 0) as free:
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "rlhf.cli", "serve", *runs, "--port", port]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        # the line comes once it listens
-        print(process.stdout.readline().strip(), flush=True)
-        address = f"http://127.0.0.1:{port}/v1"
-        yield openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=3600)
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def ask(client: Any, asked: Rows, sampling: Mapping[str, Any]) -> Rows:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,9 @@ import yaml
 
 from benchmarks.brands.served import served_answers
 from benchmarks.paths import RESULTS, ROOT
-from benchmarks.real import model as real_model
-from benchmarks.result_rows import add_rows, made_with, write_page
+from benchmarks.programs import rlhf
+from benchmarks.real.model import model_file
+from benchmarks.result_rows import add_rows, made_with, row_of, write_page
 from reward.compose import build_scorer
 from rlhf.brand.answers import Scored, by_group, difference, scored_answers
 from rlhf.brand.gates import Measured, bound_text, mean_of_groups, shown
@@ -98,10 +97,6 @@ REAL = Setting(
 )
 
 
-def rlhf(*words: str) -> None:
-    subprocess.run([sys.executable, "-m", "rlhf.cli", *words], check=True, cwd=ROOT)
-
-
 def templates_of(name: str) -> dict[str, Any]:
     """Return the templates of a brand's questions."""
     file = HERE / name / "templates.yaml"
@@ -165,9 +160,7 @@ def run_real(out: Path) -> tuple[str, dict[str, list[Path]]]:
     """Fetch the model, run both brands, and let all policies answer the test prompts of each;
     return the same.
     """
-    if not real_model.FILE.is_file():
-        real_model.fetch()
-    base = str(real_model.FILE)
+    base = model_file()
     # the help desk's test questions are of 15 groups, too few to show how seldom an adapter refuses
     more = out / "outdoor-templates.jsonl"
     filled = {"templates": templates_of("outdoor"), "output": str(more)}
@@ -321,27 +314,17 @@ def rows_of(
     rows = []
     for part, how, differences in measured:
         for voice, found in differences.items():
-            rows.append(
-                {
-                    "id": f"two-brands{setting.name}-{part}{voice}",
-                    "what": f"two adapters on {setting.base}{how}: score by the voice {voice} of its own adapter "
-                    f"minus the other's, lower end of the 95 % interval over {found.groups} held-out prompts "
-                    f"(estimate {found.estimate:.3f})",
-                    "value": round(found.low, 4),
-                    "bound": "> 0",
-                    "command": setting.command,
-                }
+            what = (
+                f"two adapters on {setting.base}{how}: score by the voice {voice} of its own adapter "
+                f"minus the other's, lower end of the 95 % interval over {found.groups} held-out prompts "
+                f"(estimate {found.estimate:.3f})"
             )
-    for name, verdict in verdicts.items():
-        rows.append(
-            {
-                "id": f"two-brands{setting.name}-ships-{name}",
-                "what": f"the verdict of rlhf brand run for the voice {name} on {setting.base}: {verdict['verdict']}",
-                "value": verdict["ship"],
-                "bound": "== True",
-                "command": setting.command,
-            }
-        )
+            name = f"two-brands{setting.name}-{part}{voice}"
+            rows.append(row_of(name, what, found.low, "> 0", setting.command))
+    for voice, verdict in verdicts.items():
+        what = f"the verdict of rlhf brand run for the voice {voice} on {setting.base}: {verdict['verdict']}"
+        name = f"two-brands{setting.name}-ships-{voice}"
+        rows.append(row_of(name, what, verdict["ship"], "== True", setting.command))
     return rows
 
 

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.experiments.best_of_n_page import write_all
-from benchmarks.experiments.critics import paired
 from benchmarks.experiments.published import RUNS, compare, run, shop
+from benchmarks.programs import paired
 from rlhf.best_of_n.curve import fit_law, fit_with_intervals
 from rlhf.compare.results import Results, key
 from rlhf.compare.selection import overoptimisation

@@ -12,19 +12,15 @@ seed, with a t interval over seeds.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import math
-import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
-from scipy import stats
+from benchmarks.paths import RESULTS
+from benchmarks.programs import finished, paired, rlhf, run
+from rlhf.sandbox import CONFIGS
 
-from benchmarks.paths import RESULTS, ROOT
-
-CONFIGS = ROOT / "rlhf" / "sandbox" / "configs"
 RESULT = RESULTS / "critics.json"
 # name of the run -> options beside the quickstart's; the first is what the others are held against
 OWN = "ppo-own"
@@ -35,53 +31,34 @@ DESIGNS = {
 }
 
 
-def run(folder: Path, *command: str) -> None:
-    """Run a command of the project in `folder`; its output goes to log.txt there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    with (folder / "log.txt").open("a") as log:
-        log.write(f"\n$ {' '.join(command)}\n")
-        log.flush()
-        done = subprocess.run(
-            [sys.executable, *command], cwd=folder, env=environment, stdout=log, stderr=log
-        )
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {done.returncode}: {folder}/log.txt")
-
-
-def make_seed(folder: Path, seed: int) -> dict[str, dict[str, float]]:
+def make_seed(seed: int) -> dict[str, dict[str, float]]:
     """Return what each design measured with one seed; what is there already is not made again."""
-    place = f"runs/seed-{seed}"
-    if not (folder / place / "report" / "report.json").is_file():
-        run(
-            folder,
-            *("-m", "rlhf.cli", "sandbox", "quickstart", "--seed", str(seed)),
-            *("--run", place, "--world", "runs/world"),
-        )
+    place = Path("runs") / f"seed-{seed}"
+    if not (place / "report" / "report.json").is_file():
+        where = ["--run", str(place), "--world", "runs/world"]
+        rlhf("sandbox", "quickstart", "--seed", str(seed), *where)
     voice, prompts = "runs/world/voice.yaml", "runs/world/prompts.jsonl"
     for name, options in DESIGNS.items():
-        if (folder / place / name / "result.json").is_file():
+        if finished(place / name):
             continue
         flags = []
         for option, value in options.items():
             flags += [f"--{option}", value]
         run(
-            folder,
-            *("-m", "launch.ppo", "--config", str(CONFIGS / "ppo.yaml")),
+            *("launch.ppo", "--config", str(CONFIGS / "ppo.yaml")),
             *("--model_name_or_path", f"{place}/sft", "--data", f"{place}/preferences.db"),
             *("--eval_data", prompts, "--eval_scorers", f"[{{voice: {voice}, name: gold}}]"),
             *("--reward", f"[{{model: {place}/reward}}]", "--seed", str(seed)),
             *("--output_dir", f"{place}/{name}", *flags),
         )
-    if not (folder / place / "critics" / "report.json").is_file():
+    if not (place / "critics" / "report.json").is_file():
         runs = [f"{place}/{name}" for name in ("sft", "dpo", *DESIGNS)]
-        run(
-            folder,
-            *("-m", "rlhf.cli", "compare", *runs, "--config", str(CONFIGS / "compare.yaml")),
+        rlhf(
+            *("compare", *runs, "--config", str(CONFIGS / "compare.yaml")),
             *("--gold", f"[{{voice: {voice}}}]", "--prompts", prompts),
             *("--output_dir", f"{place}/critics", "--seed", str(seed)),
         )
-    return read_seed(folder / place)
+    return read_seed(place)
 
 
 def read_seed(place: Path) -> dict[str, dict[str, float]]:
@@ -106,16 +83,6 @@ def read_seed(place: Path) -> dict[str, dict[str, float]]:
     return found
 
 
-def paired(differences: list[float]) -> dict[str, float | None]:
-    """Return the mean difference over seeds and its 95 % t interval."""
-    count, mean = len(differences), statistics.fmean(differences)
-    if count < 2:
-        return {"mean": mean, "low": None, "high": None}
-    error = statistics.stdev(differences) / math.sqrt(count)
-    reach = float(stats.t.ppf(0.975, count - 1)) * error
-    return {"mean": mean, "low": mean - reach, "high": mean + reach}
-
-
 def summarise(seeds: dict[str, dict[str, dict[str, float]]]) -> dict:
     """Return means over seeds, and each design's gold score less that of the own adapter, paired."""
     means = {}
@@ -136,9 +103,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     seeds = {}
     for seed in range(arguments.seeds):
-        seeds[str(seed)] = make_seed(arguments.folder.resolve(), seed)
+        with contextlib.chdir(folder):
+            seeds[str(seed)] = make_seed(seed)
         result = summarise(seeds) | {"seeds": seeds}
         RESULT.write_text(json.dumps(result, indent=2) + "\n")
         print(f"seed {seed}:", json.dumps(seeds[str(seed)]), flush=True)

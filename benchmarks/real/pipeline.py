@@ -24,8 +24,8 @@ from typing import Any
 import yaml
 
 from benchmarks.paths import ROOT
+from benchmarks.programs import finished
 from benchmarks.real import model, page, plan
-from rlhf.jobs.state import read_json
 
 EXPERIMENT = ROOT / "configs" / "experiments" / "real.yaml"
 QUICK_EXPERIMENT = EXPERIMENT.with_name("real-quick.yaml")
@@ -67,9 +67,9 @@ def run_all(experiment: Path, sft: Sequence[str] = ()) -> int:
     Returns the exit code of the last program: 0 where all is done.
     """
     folder = settings(experiment)["initial_policy"]
-    if not read_json(ROOT / folder / "result.json").get("finished"):
-        if "--model_name_or_path" not in sft and not model.FILE.is_file():
-            model.fetch()
+    if not finished(ROOT / folder):
+        if "--model_name_or_path" not in sft:
+            model.model_file()
         command = ["-m", "launch.sft", "--config", str(SFT), "--output_dir", folder, *sft]
         code = run(command, threads=CORES)
         if code:

@@ -76,7 +76,7 @@ def loaded(base: str, model: str | None):
     """Return the model with its base kept as asked, and the bytes and peak of loading it."""
     import torch
 
-    from benchmarks.real import model as real_model
+    from benchmarks.real.model import model_file
     from rlhf.model.from_gguf import as_folder
     from rlhf.model.loading import load_model
     from rlhf.model.quantized import weight_memory
@@ -84,11 +84,8 @@ def loaded(base: str, model: str | None):
 
     silence_libraries()
     torch.set_num_threads(1)
-    if model is None:
-        if not real_model.FILE.is_file():
-            real_model.fetch()
-        model = as_folder(str(real_model.FILE))
-    initial = load_model(model, quantization=None if base == "whole" else base)
+    folder = model or as_folder(model_file())
+    initial = load_model(folder, quantization=None if base == "whole" else base)
     found = {"weights": weight_memory(initial.model)[0], "loading": peak()}
     # from here on the peak is that of what follows
     Path("/proc/self/clear_refs").write_text("5")

@@ -6,8 +6,8 @@ python -m benchmarks.real.turns_learnt
 from __future__ import annotations
 
 from benchmarks.paths import RESULTS, ROOT
-from benchmarks.real import model as real_model
-from benchmarks.result_rows import add_rows
+from benchmarks.real.model import model_file
+from benchmarks.result_rows import add_rows, row_of
 from rlhf.data.encode import encode, kept
 from rlhf.data.load import load
 from rlhf.data.records import Instruction
@@ -15,6 +15,7 @@ from rlhf.data.turns import TurnRows, turn_rows
 from rlhf.model.tokenizer import load_tokenizer
 
 DATA = ROOT / "rlhf" / "brand_data" / "outdoor" / "dialogues.jsonl"
+COMMAND = "python -m benchmarks.real.turns_learnt"
 # as configs/real/sft.yaml
 LENGTHS = (288, 80)
 
@@ -27,9 +28,7 @@ def share(rows: TurnRows) -> float:
 
 
 def main() -> None:
-    if not real_model.FILE.is_file():
-        real_model.fetch()
-    tokenizer = load_tokenizer(str(real_model.FILE))
+    tokenizer = load_tokenizer(model_file())
     records = load([str(DATA)], Instruction, split="train")
     encoded = kept(encode(records, tokenizer, *LENGTHS), "rows")
     found = {}
@@ -38,21 +37,11 @@ def main() -> None:
         found[train_on] = share(rows)
         print(f"train_on {train_on}: {rows.learnt} turns, {found[train_on]:.1%} of the tokens")
     what = "share of the tokens of the brand's multi-turn dialogues that SFT learns"
+    of_all = f"{what}, train_on all (the last turn alone, as before: {found['last']:.3f})"
+    ratio = f"{what}: train_on all over the last turn alone"
     rows = [
-        {
-            "id": "turns-learnt-all",
-            "what": f"{what}, train_on all (the last turn alone, as before: {found['last']:.3f})",
-            "value": round(found["all"], 4),
-            "bound": ">= 0.5",
-            "command": "python -m benchmarks.real.turns_learnt",
-        },
-        {
-            "id": "turns-learnt-ratio",
-            "what": f"{what}: train_on all over the last turn alone",
-            "value": round(found["all"] / found["last"], 3),
-            "bound": ">= 2",
-            "command": "python -m benchmarks.real.turns_learnt",
-        },
+        row_of("turns-learnt-all", of_all, found["all"], ">= 0.5", COMMAND),
+        row_of("turns-learnt-ratio", ratio, found["all"] / found["last"], ">= 2", COMMAND),
     ]
     add_rows(RESULTS / "real.json", rows)
 

@@ -16,10 +16,7 @@ import argparse
 import json
 import os
 import random
-import resource
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.paths import RESULTS
-from benchmarks.result_rows import add_rows, made_with
+from benchmarks.programs import make_sandbox, rlhf, run
+from benchmarks.result_rows import add_rows, made_with, row_of
 from reward.cards.bias import bias_tests
 from reward.cards.page import write_card
 from rlhf.data.store import Store
@@ -52,38 +50,21 @@ REAL += ["--max_prompt_length", "192", "--max_response_length", "320"]
 CARDS = [*PLANTED, "polite", "voice", "pandalm"]
 
 
-def run(*words: str) -> None:
-    """Run a program of the project on one thread; prints its CPU seconds."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print("$", *words, flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", *words], check=True, env=environment)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    print(f"CPU seconds: {spent:.0f}", flush=True)
-
-
-def rlhf(*words: str) -> None:
-    run("rlhf.cli", *words)
-
-
 def done(folder: Path, name: str = "result.json") -> bool:
     return (folder / name).is_file()
 
 
 def sandbox() -> None:
-    """The world, its SFT policy, and pairs of its answers: for training, and new ones."""
-    world, sft = RUNS / "world", RUNS / "sft"
-    if not done(world, "world.json"):
-        settings = ["--config", str(CONFIGS / "sandbox.yaml"), "--output_dir", str(world)]
-        rlhf("sandbox", "build", *settings)
-    if not done(sft):
-        data = ["--data", f"{world}/instructions.jsonl", "--output_dir", str(sft)]
-        start = ["--model_name_or_path", f"{world}/base"]
-        run("launch.sft", "--config", str(CONFIGS / "sft.yaml"), *start, *data)
+    """Make the sandbox, and pairs of its SFT policy's answers: for training, and new ones."""
+    make_sandbox(RUNS)
     for name, prompts, seed in (("pairs", 3000, 0), ("policy", 700, 1)):
         if not done(RUNS, f"{name}.db"):
-            source = ["--model_name_or_path", str(sft), "--data", f"{world}/prompts.jsonl"]
+            source = [
+                "--model_name_or_path",
+                f"{RUNS}/sft",
+                "--data",
+                f"{RUNS}/world/prompts.jsonl",
+            ]
             how = ["--config", str(CONFIGS / "sample.yaml"), "--prompts", str(prompts)]
             target = ["--store", str(RUNS / f"{name}.db"), "--seed", str(seed)]
             rlhf("collect", "sample", *source, *how, *target)
@@ -299,9 +280,7 @@ def found_biases(card: dict) -> set[str]:
 
 
 def row(id: str, only: str, what: str, value: float | bool, bound: str) -> dict:
-    value = value if isinstance(value, bool) else round(float(value), 4)
-    command = f"{COMMAND} --only {only} pages rows"
-    return {"id": f"card-{id}", "what": what, "value": value, "bound": bound, "command": command}
+    return row_of(f"card-{id}", what, value, bound, f"{COMMAND} --only {only} pages rows")
 
 
 def rows_of_simulation() -> list[dict]:

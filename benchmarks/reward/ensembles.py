@@ -18,19 +18,16 @@ import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
+from benchmarks.paths import RESULTS
+from benchmarks.programs import finished, make_sandbox, paired, rlhf
+from benchmarks.result_rows import add_rows, row_of
+from rlhf.sandbox import CONFIGS
 
-from benchmarks.paths import RESULTS, ROOT
-from benchmarks.result_rows import add_rows
-from rlhf.stats import jackknife_interval
-
-CONFIGS = ROOT / "rlhf" / "sandbox" / "configs"
+COMMAND = "python -m benchmarks.reward.ensembles FOLDER"
 NOISE = 0.25
 MEMBERS = 3
 PAIRS = 800
@@ -79,25 +76,14 @@ def make_answers() -> None:
     """Make the world, the SFT policy, and two of its answers to each prompt with true labels."""
     if Path("answers.db").is_file():
         return
-    prompts = ["--data", "world/prompts.jsonl"]
-    configured = {}
-    for name in ("sandbox", "sft", "sample"):
-        configured[name] = ["--config", str(CONFIGS / f"{name}.yaml")]
-    rlhf("sandbox", "build", *configured["sandbox"], "--output_dir", "world")
-    base = ["--model_name_or_path", "world/base", "--data", "world/instructions.jsonl"]
-    run_program("sft", *configured["sft"], *base, "--output_dir", "sft", "--eval_prompts", "0")
-    policy = ["--model_name_or_path", "sft", *prompts, "--prompts", str(PAIRS)]
-    rlhf("collect", "sample", *configured["sample"], *policy, "--store", "new.db")
+    make_sandbox(Path())
+    source = ["--model_name_or_path", "sft", "--data", "world/prompts.jsonl"]
+    options = ["--config", f"{CONFIGS}/sample.yaml", "--prompts", str(PAIRS), "--store", "new.db"]
+    rlhf("collect", "sample", *source, *options)
     # the lesser answer is never preferred
     exactly = ["--habits", "false", "--noise", "1e-6"]
     rlhf("sandbox", "annotate", "--store", "new.db", "--voice", "world/voice.yaml", *exactly)
     os.replace("new.db", "answers.db")
-
-
-def rlhf(*command: str) -> None:
-    """Run a command of the project in a process of its own."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    subprocess.run([sys.executable, "-m", "rlhf.cli", *command], env=environment, check=True)
 
 
 def run_program(name: str, *flags: str) -> None:
@@ -177,7 +163,7 @@ def train_member(folder: str, pairs: Path, seed: int) -> None:
 
 def run_ppo(place: Path, way: str, scorer: str, seed: int) -> None:
     folder = place / way.replace(" ", "-")
-    if finished(str(folder)):
+    if finished(folder):
         return
     gold = "{voice: world/voice.yaml, name: gold, weight: 0}"
     flags = []
@@ -190,18 +176,12 @@ def run_ppo(place: Path, way: str, scorer: str, seed: int) -> None:
     )
 
 
-def finished(folder: str) -> bool:
-    """Return whether a run has ended; one that was cut off starts again."""
-    file = Path(folder) / "result.json"
-    return file.is_file() and json.loads(file.read_text()).get("finished", False)
-
-
 def read_seed(seed: int) -> dict[str, dict[str, float]]:
     """Return what the PPO run of each way measured, as far as it has ended."""
     found = {}
     for way in (ONE, *WAYS):
         folder = Path(f"seed-{seed}") / way.replace(" ", "-")
-        if not finished(str(folder)):
+        if not finished(folder):
             continue
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line) for line in lines]
@@ -226,14 +206,6 @@ def read_seed(seed: int) -> dict[str, dict[str, float]]:
             found[way]["spread_start"] = statistics.fmean(spreads[:WINDOW])
             found[way]["spread_end"] = statistics.fmean(spreads[-WINDOW:])
     return found
-
-
-def paired(values: list[float]) -> dict[str, float | list[float]]:
-    """Return the mean over seeds and its 95 % interval."""
-    total, count = sum(values), len(values)
-    without = np.array([(total - value) / (count - 1) for value in values])
-    low, high, _ = jackknife_interval(total / count, without)
-    return {"mean": total / count, "low": low, "high": high, "values": values}
 
 
 def summarise(seeds: dict[str, dict[str, dict[str, float]]]) -> dict:
@@ -263,16 +235,11 @@ def write_rows(result: dict) -> None:
     places = {"gold_end": "at the end of PPO", "rollout_gold_late": "in the second half of PPO"}
     for key, place in places.items():
         for way, found in result["less_one"][key].items():
-            rows.append(
-                {
-                    "id": f"ensemble/{key}/{way}",
-                    "what": f"gold {place}, {way} of {MEMBERS} less one reward model, 25 % of labels turned "
-                    f"round: lower end of the interval over {len(found['values'])} seeds (mean {found['mean']:+.3f})",
-                    "value": round(found["low"], 4),
-                    "bound": "> 0",
-                    "command": "python -m benchmarks.reward.ensembles FOLDER",
-                }
+            what = (
+                f"gold {place}, {way} of {MEMBERS} less one reward model, 25 % of labels turned round: "
+                f"lower end of the interval over {len(found['values'])} seeds (mean {found['mean']:+.3f})"
             )
+            rows.append(row_of(f"ensemble/{key}/{way}", what, found["low"], "> 0", COMMAND))
     add_rows(RESULTS / "reward.json", rows)
 
 

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from benchmarks.paths import RESULTS
-from benchmarks.result_rows import add_rows
+from benchmarks.programs import make_sandbox, rlhf
+from benchmarks.result_rows import add_rows, row_of
 from launch.reward import main as train_reward
-from launch.sft import main as train_sft
 from reward.compose import build_scorer
 from reward.model import load_reward
 from rlhf.data.encode import encode
@@ -197,52 +197,14 @@ def sandbox(out: Path) -> None:
 
 def sandbox_pairs(out: Path) -> list[dict[str, Any]]:
     """Return pairs of answers of the sandbox's SFT policy with the true score of both."""
-    from rlhf.cli import main as rlhf
-
-    world = out / "world"
-    if not (world / "prompts.jsonl").is_file():
-        rlhf(
-            [
-                "sandbox",
-                "build",
-                "--config",
-                str(CONFIGS / "sandbox.yaml"),
-                "--output_dir",
-                str(world),
-            ]
-        )
-    if not (out / "sft" / "result.json").is_file():
-        start = {
-            "model_name_or_path": str(world / "base"),
-            "data": [str(world / "instructions.jsonl")],
-        }
-        train_sft(
-            [
-                "--config",
-                str(CONFIGS / "sft.yaml"),
-                *flags(start | {"output_dir": str(out / "sft"), "eval_prompts": 0}),
-            ]
-        )
-    store = out / "pairs.db"
+    make_sandbox(out)
+    world, store = out / "world", out / "pairs.db"
     if not (out / "sampled").is_file():
         for file in out.glob("pairs.db*"):
             file.unlink()
-        words = [
-            "collect",
-            "sample",
-            "--config",
-            str(CONFIGS / "sample.yaml"),
-            "--store",
-            str(store),
-        ]
-        rlhf(
-            [
-                *words,
-                *flags(
-                    {"model_name_or_path": str(out / "sft"), "data": [str(world / "prompts.jsonl")]}
-                ),
-            ]
-        )
+        source = ["--model_name_or_path", f"{out}/sft", "--data", f"{world}/prompts.jsonl"]
+        options = ["--config", f"{CONFIGS}/sample.yaml", "--store", str(store)]
+        rlhf("collect", "sample", *source, *options)
         (out / "sampled").touch()
     with Store.open(store, readonly=True) as opened:
         pairs = list(opened.at().pairs().values())
@@ -347,8 +309,7 @@ class Rows:
         return float((self.over_seeds(kind, key) - self.over_seeds(other, key)).mean())
 
     def add(self, id: str, what: str, value: float, bound: str) -> None:
-        row = {"id": f"training-{id}", "what": what, "value": round(value, 4), "bound": bound}
-        self.rows.append(row | {"command": COMMAND})
+        self.rows.append(row_of(f"training-{id}", what, value, bound, COMMAND))
 
 
 def polite_rows(found: Rows) -> None:

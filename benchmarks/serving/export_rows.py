@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paths import RESULTS
-from benchmarks.result_rows import add_rows, made_with
+from benchmarks.result_rows import add_rows, made_with, row_of
 from benchmarks.serving.llama_cpp import exports, measured
 from rlhf.export.check import PROMPTS
 from rlhf.export.run import ExportConfig, export
@@ -50,7 +50,7 @@ def rows_of(facts: dict[str, dict], llama: dict[str, dict], command: str) -> lis
         found = own["check"]
         what = f"{name} of a trained policy on SmolLM2-135M, read by {FORMS[name][2]}, on {found['prompts']} prompts"
         rows.append(
-            row(
+            row_of(
                 f"export-{name}-kl",
                 f"{what}: KL to the run, nats a token",
                 found["kl_per_token"],
@@ -60,7 +60,7 @@ def rows_of(facts: dict[str, dict], llama: dict[str, dict], command: str) -> lis
         )
         if largest_gap(own) is not None:
             rows.append(
-                row(
+                row_of(
                     f"export-{name}-gap",
                     f"{what}: where a greedy token first differs, by how much the run preferred its own, in logits",
                     largest_gap(own),
@@ -70,7 +70,7 @@ def rows_of(facts: dict[str, dict], llama: dict[str, dict], command: str) -> lis
             )
         least = 1.0 if most <= 1e-3 else 0.95
         rows.append(
-            row(
+            row_of(
                 f"export-{name}-tokens",
                 f"{what}: share of greedy tokens equal",
                 round(found["tokens_equal"], 4),
@@ -81,7 +81,7 @@ def rows_of(facts: dict[str, dict], llama: dict[str, dict], command: str) -> lis
     for name, found in llama.items():
         what = f"{name} in llama.cpp on {found['prompts']} prompts: share of greedy tokens equal"
         rows.append(
-            row(f"export-{name}-llama.cpp", what, found["tokens_equal"], ">= 0.95", command)
+            row_of(f"export-{name}-llama.cpp", what, found["tokens_equal"], ">= 0.95", command)
         )
     return rows
 
@@ -91,10 +91,6 @@ def largest_gap(facts: dict[str, Any]) -> float | None:
     gaps = [place["logit_gap"] for place in facts["check"]["differing"]]
     # one answer may only be longer than the other
     return max((gap for gap in gaps if gap is not None), default=None)
-
-
-def row(name: str, what: str, value: float, bound: str, command: str) -> dict[str, Any]:
-    return {"id": name, "what": what, "value": value, "bound": bound, "command": command}
 
 
 def page(run: Path, facts: dict[str, dict], llama: dict[str, dict], command: str) -> list[str]:

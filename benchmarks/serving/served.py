@@ -8,7 +8,6 @@ twelve threads; and the CPU seconds that the server takes for sampled answers in
 
 import concurrent.futures
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,12 +15,12 @@ import openai
 import psutil
 import torch
 
+from benchmarks.programs import serving
 from rlhf.compare.runs import load_policies
 from rlhf.data.encode import decode_response, encode_prompt
 from rlhf.engines import hf
 from rlhf.engines.sampling import Sampling
 from rlhf.export.check import NEW_TOKENS, PROMPTS
-from rlhf.http_server import listen
 from rlhf.model.tokenizer import load_tokenizer, stop_ids
 from rlhf.program import program
 from rlhf.serve.policies import load
@@ -94,16 +93,7 @@ def main() -> None:
     runs = sys.argv[1:]
     base = next(policy for policy in load(runs[:1], with_bases=True) if policy.base is None)
     expected = plain_answers(runs)
-    with listen("127.0.0.1", 0) as free:
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "rlhf.cli", "serve", *runs, "--port", port]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        print(process.stdout.readline().strip())
-        address = f"http://127.0.0.1:{port}/v1"
-        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
+    with serving(runs) as (client, process):
         names = [card.id for card in client.models.list()]
         print("models:", ", ".join(names))
 
@@ -124,7 +114,7 @@ def main() -> None:
             different += len(answers) == len(names)
         print(f"{different} of {len(PROMPTS)} questions get another answer of each model")
 
-        ratios = cpu_ratios(client, psutil.Process(process.pid), names)
+        ratios = cpu_ratios(client, psutil.Process(process), names)
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         print(f"server's CPU time, one by one over at once: {spread} in {ROUNDS} rounds")
 
@@ -136,9 +126,6 @@ def main() -> None:
             client.chat.completions.create(**asked_of("policy", question))
         except openai.NotFoundError as error:
             print(error.body)
-    finally:
-        process.terminate()
-        print("exit code", process.wait(30))
 
 
 if __name__ == "__main__":

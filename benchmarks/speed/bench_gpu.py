@@ -27,7 +27,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paths import CACHE, RESULTS
+from rlhf.files import write_atomic
 from rlhf.program import program
 
 
@@ -80,9 +80,7 @@ class Results:
         self.content["cells"][name] = found | {"commit": commit()}
         self.content |= {"versions": versions(), "date": datetime.date.today().isoformat()}
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / "gpu.json.part"
-        part.write_text(json.dumps(self.content, indent=2) + "\n")
-        os.replace(part, self.folder / "gpu.json")
+        write_atomic(self.folder / "gpu.json", json.dumps(self.content, indent=2) + "\n")
 
 
 def cells_of(device: Any, tiny: bool) -> list[Cell]:

@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks.paths import ROOT
 from benchmarks.speed import peer
 from benchmarks.speed.cells import Task
+from rlhf.files import write_atomic
 
 # what the numbers depend on
 CODE = ("rlhf", "reward", "benchmarks/speed")
@@ -63,14 +64,12 @@ class Results:
         self.content |= {
             "machine": machine(),
             "versions": versions(),
-            "command": " ".join(["python", *sys.argv]),
+            "command": " ".join(["python -m benchmarks.speed.bench", *sys.argv[1:]]),
             "commit": commit(),
             "date": datetime.date.today().isoformat(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / "bench.json.part"
-        part.write_text(json.dumps(self.content, indent=2) + "\n")
-        os.replace(part, self.folder / "bench.json")
+        write_atomic(self.folder / "bench.json", json.dumps(self.content, indent=2) + "\n")
 
     def line(self, task: Task) -> str:
         """Return a cell's result in a few words."""

@@ -34,9 +34,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.reward.ensembles import CONFIGS, finished, rlhf, run_program
+from benchmarks.programs import make_sandbox, rlhf
 from rlhf.collect.select import choose, worth
 from rlhf.files import write_atomic
+from rlhf.sandbox import CONFIGS
 
 RULES = ("uncertainty", "disagreement", "margin", "random")
 # votes: the first, those of a round, and all
@@ -92,7 +93,7 @@ def main() -> None:
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with contextlib.chdir(folder):
-        make_world()
+        make_sandbox(Path())
         seeds = [{"curves": measure_seed(seed)} for seed in range(arguments.seeds)]
         # a repeat of all seeds before the next, so that a call that was cut off has whole ones
         for number in range(CHECKS):
@@ -104,16 +105,6 @@ def main() -> None:
     from benchmarks.votes.curves_page import write_all
 
     write_all(seeds, {"mean": float(gold.mean()), "best": float(gold.max(axis=1).mean())})
-
-
-def make_world() -> None:
-    """Make the sandbox and its SFT policy where they are not there yet."""
-    if not Path("world/world.json").is_file():
-        rlhf("sandbox", "build", "--config", f"{CONFIGS}/sandbox.yaml", "--output_dir", "world")
-    if not finished("sft"):
-        base = ["--model_name_or_path", "world/base", "--data", "world/instructions.jsonl"]
-        options = ["--config", f"{CONFIGS}/sft.yaml", "--eval_prompts", "0"]
-        run_program("sft", *options, *base, "--output_dir", "sft")
 
 
 def measure_seed(seed: int) -> dict[str, list[dict[str, float]]]:

@@ -11,8 +11,8 @@ import numpy as np
 from scipy.optimize import isotonic_regression
 
 from benchmarks.paths import RESULTS, ROOT
-from benchmarks.result_rows import add_rows, made_with, write_page
-from benchmarks.reward.ensembles import paired
+from benchmarks.programs import paired
+from benchmarks.result_rows import add_rows, made_with, row_of, write_page
 from rlhf.files import dumps, write_atomic
 from rlhf.report.figure_style import NEUTRAL, SETTINGS, STYLES, new_figure
 from rlhf.text import markdown_table
@@ -208,14 +208,9 @@ def rows_of(found: dict[str, Any]) -> list[dict[str, Any]]:
             continue
         log = own["log_ratio"]
         low, middle, high = (math.exp(log[part]) for part in ("low", "mean", "high"))
-        rows.append(
-            {
-                "id": f"votes-curves-{rule}",
-                "what": f"votes for the same gold, {rule} over random, simulated votes on the sandbox: upper end "
-                f"of the interval over {len(log['values'])} seeds (ratio {middle:.2f}, lower end {low:.2f})",
-                "value": round(high, 4),
-                "bound": "< 1",
-                "command": COMMAND,
-            }
+        what = (
+            f"votes for the same gold, {rule} over random, simulated votes on the sandbox: upper end "
+            f"of the interval over {len(log['values'])} seeds (ratio {middle:.2f}, lower end {low:.2f})"
         )
+        rows.append(row_of(f"votes-curves-{rule}", what, high, "< 1", COMMAND))
     return rows

@@ -16,7 +16,7 @@ import argparse
 import random
 
 from benchmarks.paths import RESULTS
-from benchmarks.result_rows import add_rows
+from benchmarks.result_rows import add_rows, row_of
 from benchmarks.votes.browsers import press, signed_in
 from reward.compose import build_scorer
 from rlhf.data.store import Store
@@ -25,6 +25,7 @@ from rlhf.sandbox.annotators import ANNOTATORS, Annotator, choose, gold_scores
 from rlhf.voting.page import votes_markdown
 from rlhf.voting.rates import votes_of_store
 
+COMMAND = "python -m benchmarks.votes.pairs_browser ab.db"
 # a difference in gold that is worth one logit
 NOISE = 0.1
 KEYS = {"tie": "t", "both_bad": "b", "skip": "s"}
@@ -102,14 +103,12 @@ def main() -> None:
     found = votes_of_store(asked.store)["votes"]
     print("\n".join(votes_markdown(found)))
     pair = found["pairs"][0]
-    row = {
-        "id": "votes-browser",
-        "what": "simulated annotators in a real browser: the sequential stop said that votes were enough "
-        f"after {pair['votes']} votes; source stored as {found['source']}",
-        "value": pair["stop"]["state"] != "open" and found["source"] == "simulated",
-        "bound": "== true",
-        "command": "python -m benchmarks.votes.pairs_browser ab.db",
-    }
+    what = (
+        "simulated annotators in a real browser: the sequential stop said that votes were enough "
+        f"after {pair['votes']} votes; source stored as {found['source']}"
+    )
+    is_enough = pair["stop"]["state"] != "open" and found["source"] == "simulated"
+    row = row_of("votes-browser", what, is_enough, "== true", COMMAND)
     add_rows(RESULTS / "votes.json", [row])
 
 

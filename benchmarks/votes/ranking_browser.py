@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.paths import RESULTS
-from benchmarks.result_rows import add_rows
+from benchmarks.result_rows import add_rows, row_of
 from benchmarks.votes.browsers import press, signed_in
 from reward.compose import build_scorer
 from rlhf.data.agreement import agreement_summary
@@ -138,16 +138,12 @@ def main() -> None:
         given = collect(path, names)
         kept, tau = share_kept(path, given)
     orders = sum(map(len, given.values()))
-    row = {
-        "id": "rankings-browser",
-        "what": f"share of {orders} orders of four answers, each with a marked passage, that are stored as "
-        f"{asked.annotators} simulated annotators gave them by keyboard in a real browser",
-        "value": kept,
-        "bound": "== 1",
-        "command": COMMAND,
-    }
-    print(f"{row['what']}: {kept}; Kendall's tau-b {tau:.2f}")
-    add_rows(RESULTS / "votes.json", [row])
+    what = (
+        f"share of {orders} orders of four answers, each with a marked passage, that are stored as "
+        f"{asked.annotators} simulated annotators gave them by keyboard in a real browser"
+    )
+    print(f"{what}: {kept}; Kendall's tau-b {tau:.2f}")
+    add_rows(RESULTS / "votes.json", [row_of("rankings-browser", what, kept, "== 1", COMMAND)])
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paths import RESULTS
-from benchmarks.result_rows import add_rows
+from benchmarks.result_rows import add_rows, row_of
 from rlhf.data.export import ExportConfig
 from rlhf.data.store import Store
 from rlhf.data.votes import CHOICES
@@ -224,24 +224,14 @@ def main() -> None:
                     f"share of {TEXTS[what]} that came back equal in every field through {through}, {form}, "
                     "simulated votes"
                 )
-                rows.append(
-                    {"id": id, "what": text, "value": share, "bound": "== 1", "command": COMMAND}
-                )
+                rows.append(row_of(id, text, share, "== 1", COMMAND))
             if form == "argilla":
                 continue
             accepted = [through_label_studio(one) for one in files]
             if None not in accepted:
                 text = "share of exported annotations that label_studio_sdk accepts for the exported project"
                 id = "roundtrip-label-studio-accepted"
-                rows.append(
-                    {
-                        "id": id,
-                        "what": text,
-                        "value": min(accepted),
-                        "bound": "== 1",
-                        "command": COMMAND,
-                    }
-                )
+                rows.append(row_of(id, text, min(accepted), "== 1", COMMAND))
     for row in rows:
         print(row["id"], row["value"])
     add_rows(RESULTS / "votes.json", rows)

@@ -127,7 +127,7 @@ def test_each_name_answers_every_prompt_and_is_asked_once(tmp_path, monkeypatch)
                 prompt = store.add_prompt([{"role": "user", "content": f"{number}?"}])
                 store.add_response(prompt, "an answer", model="runs/base", ended=True)
     client = Client()
-    monkeypatch.setattr(served, "serving", lambda runs: nullcontext(client))
+    monkeypatch.setattr(served, "serving", lambda runs: nullcontext((client, 0)))
     file = tmp_path / "served.jsonl"
     sampling = {"max_response_length": 9, "temperature": 0.5}
     found = served.served_answers(["a", "b"], stores, file, sampling)

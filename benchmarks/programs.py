@@ -1,0 +1,88 @@
+"""Start programs of the project in processes of their own, and sum up what several seeds have measured."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.paths import ROOT
+from rlhf.http_server import listen
+from rlhf.jobs.runner import children_cpu_seconds
+from rlhf.jobs.state import read_json
+from rlhf.sandbox import CONFIGS
+from rlhf.stats import jackknife_interval
+
+
+def run(module: str, *words: str) -> None:
+    """Run a module such as launch.sft in this folder, on one thread, and print its CPU seconds.
+
+    Raises CalledProcessError where it fails.
+    """
+    print(f"$ python -m {module}", *words, flush=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    before = children_cpu_seconds()
+    subprocess.run([sys.executable, "-m", module, *words], check=True, env=environment)
+    print(f"CPU seconds: {children_cpu_seconds() - before:.0f}", flush=True)
+
+
+def rlhf(*words: str) -> None:
+    """Run a command of `rlhf`."""
+    run("rlhf.cli", *words)
+
+
+def finished(run_folder: str | Path) -> bool:
+    """Return whether a run has ended; one that was cut off starts again."""
+    return bool(read_json(Path(run_folder) / "result.json").get("finished"))
+
+
+def make_sandbox(folder: Path) -> None:
+    """Make the sandbox and its SFT policy, `folder`/world and `folder`/sft, where they are missing."""
+    world, sft = folder / "world", folder / "sft"
+    if not (world / "world.json").is_file():
+        rlhf("sandbox", "build", "--config", f"{CONFIGS}/sandbox.yaml", "--output_dir", str(world))
+    if not finished(sft):
+        options = ["--config", f"{CONFIGS}/sft.yaml", "--eval_prompts", "0"]
+        options += [
+            "--model_name_or_path",
+            f"{world}/base",
+            "--data",
+            f"{world}/instructions.jsonl",
+        ]
+        run("launch.sft", *options, "--output_dir", str(sft))
+
+
+def paired(values: Sequence[float]) -> dict[str, Any]:
+    """Return the mean over seeds, its 95 % t interval (None with a single seed) and the values."""
+    total, count = sum(values), len(values)
+    found = {"mean": total / count, "low": None, "high": None, "values": list(values)}
+    if count > 1:
+        without = np.array([(total - value) / (count - 1) for value in values])
+        found["low"], found["high"], _ = jackknife_interval(total / count, without)
+    return found
+
+
+@contextlib.contextmanager
+def serving(runs: Sequence[str]) -> Iterator[tuple[Any, int]]:
+    """Serve runs on a free port; yield OpenAI's own client for it, and the number of the process."""
+    import openai
+
+    with listen("127.0.0.1", 0) as free:
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "rlhf.cli", "serve", *runs, "--port", port]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        # the line comes once it listens
+        print(process.stdout.readline().strip(), flush=True)
+        address = f"http://127.0.0.1:{port}/v1"
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=3600)
+        yield client, process.pid
+    finally:
+        process.terminate()
+        print("exit code", process.wait(60))
