@@ -1,5 +1,6 @@
-"""Published results, repeated on the sandbox: `make experiments`, or python
-benchmarks/experiments/published.py [NAME ...]
+"""Published results, repeated on the sandbox: `make experiments`, or
+
+    python -m benchmarks.experiments.published [NAME ...]
 
     sandbox     PPO, DPO and best of n: frontier, over-optimisation, the ladders of kl_coef and beta
     ablations   PPO without the EOS rule, and without the critic from the reward model
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from benchmarks.experiments.published_pages import write_ablations, write_polite, write_sandbox
 from benchmarks.paths import ROOT
-from rlhf.jobs.state import read_json
+from benchmarks.programs import finished
 
 RUNS = Path("runs/compare")
 DEEPSPEED = ["deepspeed", "--num_accelerators", "1"]
@@ -59,104 +60,44 @@ def polite() -> None:
     data = os.environ.get("RLHF_DATA") or sys.exit(
         "set RLHF_DATA to the folder with models/stories260K and the pairs"
     )
-    if not finished("polite-sft"):
-        run(
-            [
-                *(
-                    *DEEPSPEED,
-                    "launch/sft.py",
-                    "--model_name_or_path",
-                    f"{data}/models/stories260K",
-                ),
-                *(
-                    "--data",
-                    f"{data}/sft_rasbt_instruct.jsonl",
-                    "--output_dir",
-                    f"{RUNS}/polite-sft",
-                ),
-                *(
-                    "--max_prompt_length",
-                    "128",
-                    "--max_response_length",
-                    "192",
-                    "--validation_fraction",
-                    "0.1",
-                ),
-                *(
-                    "--test_fraction",
-                    "0.15",
-                    "--on_error",
-                    "skip",
-                    "--use_peft",
-                    "false",
-                    "--learning_rate",
-                    "2e-3",
-                ),
-                *(
-                    "--num_train_epochs",
-                    "4",
-                    "--warmup_steps",
-                    "10",
-                    "--per_device_train_batch_size",
-                    "16",
-                ),
-                *("--deepspeed", "zero0", "--eval_prompts", "0"),
-            ]
-        )
+    if not finished(RUNS / "polite-sft"):
+        options = [
+            *("--model_name_or_path", f"{data}/models/stories260K", "--use_peft", "false"),
+            *("--data", f"{data}/sft_rasbt_instruct.jsonl", "--on_error", "skip"),
+            *("--max_prompt_length", "128", "--max_response_length", "192"),
+            *("--validation_fraction", "0.1", "--test_fraction", "0.15"),
+            *("--learning_rate", "2e-3", "--warmup_steps", "10", "--num_train_epochs", "4"),
+            *("--per_device_train_batch_size", "16", "--deepspeed", "zero0", "--eval_prompts", "0"),
+        ]
+        run([*DEEPSPEED, "launch/sft.py", *options, "--output_dir", f"{RUNS}/polite-sft"])
     pairs = f"{data}/pref_rasbt_polite.jsonl"
-    compare(
-        "configs/experiments/polite.yaml",
-        "--pairs",
-        json.dumps({"data": [pairs]}),
-        "--prompts",
-        pairs,
-    )
+    own = ["--pairs", json.dumps({"data": [pairs]}), "--prompts", pairs]
+    compare("configs/experiments/polite.yaml", *own)
     write_polite(RUNS / "polite")
 
 
 def shop() -> None:
-    """The small world and the SFT policy that the experiments on it start from."""
-    run(
-        [
-            "rlhf",
-            "sandbox",
-            "build",
-            "--config",
-            "rlhf/sandbox/configs/sandbox.yaml",
-            "--output_dir",
-            "runs/sandbox",
-        ]
-    )
-    if not finished("sft"):
-        run(
-            [
-                *(*DEEPSPEED, "launch/sft.py", "--config", "rlhf/sandbox/configs/sft.yaml"),
-                *(
-                    "--model_name_or_path",
-                    "runs/sandbox/base",
-                    "--data",
-                    "runs/sandbox/instructions.jsonl",
-                ),
-                *("--output_dir", f"{RUNS}/sft"),
-            ]
-        )
+    """Make the small world and the SFT policy that the experiments on it start from."""
+    configs = "rlhf/sandbox/configs"
+    build = ["rlhf", "sandbox", "build", "--config", f"{configs}/sandbox.yaml"]
+    run([*build, "--output_dir", "runs/sandbox"])
+    if not finished(RUNS / "sft"):
+        options = ["--model_name_or_path", "runs/sandbox/base", "--output_dir", f"{RUNS}/sft"]
+        options += ["--config", f"{configs}/sft.yaml", "--data", "runs/sandbox/instructions.jsonl"]
+        run([*DEEPSPEED, "launch/sft.py", *options])
 
 
 def compare(config: str, *more: str) -> None:
     run(["rlhf", "experiment", "run", config, *more])
 
 
-def finished(name: str) -> bool:
-    return bool(read_json(RUNS / name / "result.json").get("finished"))
-
-
 def run(command: Sequence[str]) -> None:
     """Run a command from the root of the repository; its failure ends this program with its code."""
     print(f"$ {' '.join(command)}", flush=True)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    words = (
-        [sys.executable, "-m", "rlhf.cli", *command[1:]] if command[0] == "rlhf" else list(command)
-    )
+    words = list(command)
+    if words[0] == "rlhf":
+        words[:1] = [sys.executable, "-m", "rlhf.cli"]
     code = subprocess.run(words, cwd=ROOT, env={**os.environ, "PATH": path}).returncode
     if code:
         sys.exit(code)

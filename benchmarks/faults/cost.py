@@ -1,7 +1,7 @@
 """Measure what each fault of tests/faults costs: one process of its own, CPU seconds of it and its
 children.
 
-    python -m benchmarks.faults.cost PAGE [--heavy 12] [--before CHECKOUT]
+    python -m benchmarks.faults.cost PAGE [--heavy 12]
 
 `--heavy`: so many of the faults that need torch, which cost seconds each.
 """
@@ -21,31 +21,15 @@ from tests.conftest import make_model, make_tokenizer, random_adapter, random_re
 from tests.faults.broken import build
 from tests.faults.table import FAULTS, Fault, command
 
-# measured at an earlier commit too
-BEFORE = (
-    "sft --model_name_or_path ./modl",
-    "dpo --model_name_or_path org/nope",
-    "sft --data row.jsonl",
-    "reward --data same.jsonl",
-    "sft --model_name_or_path m-cut",
-    "dpo --model_name_or_path a-prefix_tuning",
-    "ppo --reward [{model: sft}]",
-    "sft --trl {push_to_hub: true}",
-    "sft --lr_scheduler_type cosin",
-    "sft --config deep.yaml",
-    "RANK=0 WORLD_SIZE=2 dpo",
-    "rlhf chat ./nope",
-)
 HEAD = """# Faults, {day}
 
 {count} of {all} faults, each as a process of its own (`python -m benchmarks.faults.cost PAGE`), one thread. {hold} end
 with one message that has its place and remedy, exit code 2 and no traceback, as the table of `tests/faults` asks. Of
 the {light} that are seen without torch the slowest costs {slowest:.2f} CPU seconds, the median {median:.2f}; of {heavy}
-that need torch and the libraries {heavy_slowest:.1f} and {heavy_median:.1f}. *Before* is commit {before}, for
-{compared} faults of each kind.
+that need torch and the libraries {heavy_slowest:.1f} and {heavy_median:.1f}.
 
-| fault | message | exit code | CPU s | before |
-|---|---|---|---|---|
+| fault | message | exit code | CPU s |
+|---|---|---|---|
 """
 
 
@@ -53,7 +37,6 @@ def main() -> None:
     """Run every fault, and write the page."""
     parser = argparse.ArgumentParser()
     parser.add_argument("page", type=Path)
-    parser.add_argument("--before", type=Path)
     parser.add_argument("--heavy", type=int, default=10**6)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
@@ -67,33 +50,29 @@ def main() -> None:
         build(folder, str(folder / "base"), sft, reward)
         made = next(given for given in FAULTS if given.name == "sft --trl {loss_type: nope}")
         earlier = [*command(made)[:-2], "--output_dir", "earlier"]
-        subprocess.run(earlier, cwd=folder, env=environment(ROOT), capture_output=True, check=True)
+        subprocess.run(earlier, cwd=folder, env=environment(), capture_output=True, check=True)
         shutil.copy(folder / "rows.jsonl", folder / "earlier")
         rows = []
         light = [given for given in FAULTS if not given.loads]
         heavy = [given for given in FAULTS if given.loads]
         for given in light + heavy[: options.heavy]:
-            now = measure(given, folder, ROOT)
-            has_before = options.before and given.name in BEFORE
-            before = measure(given, folder, options.before) if has_before else None
-            rows.append({"name": given.name, "loads": given.loads, "now": now, "before": before})
+            found = measure(given, folder)
+            rows.append({"name": given.name, "loads": given.loads, **found})
             print(json.dumps(rows[-1]), flush=True)
     options.page.with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    write_page(rows, options)
+    options.page.write_text(page_of(rows))
 
 
-def environment(root: Path) -> dict[str, str]:
-    """Return the variables of a start from a checkout."""
-    return os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+def environment() -> dict[str, str]:
+    """Return the variables of a start from this checkout."""
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def measure(given: Fault, folder: Path, root: Path) -> dict:
-    """Return exit code, CPU seconds, last message and whether a fault holds, run from a checkout."""
-    words = [word.replace(str(ROOT), str(root)) for word in command(given)]
+def measure(given: Fault, folder: Path) -> dict:
+    """Return exit code, CPU seconds, last message and whether a fault holds."""
     start = os.times()
-    done = subprocess.run(
-        words, cwd=folder, env=environment(root) | given.environment, capture_output=True, text=True
-    )
+    variables = environment() | given.environment
+    done = subprocess.run(command(given), cwd=folder, env=variables, capture_output=True, text=True)
     end = os.times()
     spent = end.children_user + end.children_system - start.children_user - start.children_system
     subprocess.run(["rm", "-rf", "out"], cwd=folder, check=True)
@@ -105,41 +84,29 @@ def measure(given: Fault, folder: Path, root: Path) -> dict:
     return {"code": done.returncode, "cpu": round(spent, 2), "said": said, "holds": holds}
 
 
-def write_page(rows: list[dict], options: argparse.Namespace) -> None:
-    """Write the page; a row for each fault."""
-    light = sorted(row["now"]["cpu"] for row in rows if not row["loads"])
-    heavy = sorted(row["now"]["cpu"] for row in rows if row["loads"])
+def page_of(rows: list[dict]) -> str:
+    """Return the page; a row for each fault."""
+    light = sorted(row["cpu"] for row in rows if not row["loads"])
+    heavy = sorted(row["cpu"] for row in rows if row["loads"])
     lines = []
     for row in rows:
-        now, before = row["now"], row["before"]
-        then = ""
-        if before:
-            then = f"{before['cpu']:.1f} s"
-            if before["code"] != 2:
-                then += f", exit {before['code']}"
         # of the folder that all this is in
-        plain = re.sub(r"/tmp/\w+/?", "", now["said"])
+        plain = re.sub(r"/tmp/\w+/?", "", row["said"])
         said = plain.removeprefix("error: ").replace("|", "\\|")[:150]
-        lines.append(f"| `{row['name']}` | {said} | {now['code']} | {now['cpu']:.2f} | {then} |")
-    commit = "-"
-    if options.before:
-        asked = ["git", "-C", str(options.before), "rev-parse", "--short", "HEAD"]
-        commit = subprocess.check_output(asked, text=True).strip()
+        lines.append(f"| `{row['name']}` | {said} | {row['code']} | {row['cpu']:.2f} |")
     head = HEAD.format(
         day=date.today(),
         count=len(rows),
         all=len(FAULTS),
-        compared=sum(row["before"] is not None for row in rows),
-        hold=sum(row["now"]["holds"] for row in rows),
+        hold=sum(row["holds"] for row in rows),
         light=len(light),
         slowest=light[-1],
         median=light[len(light) // 2],
         heavy=len(heavy),
         heavy_slowest=max(heavy, default=0.0),
         heavy_median=heavy[len(heavy) // 2] if heavy else 0.0,
-        before=commit,
     )
-    options.page.write_text(head + "\n".join(lines) + "\n")
+    return head + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

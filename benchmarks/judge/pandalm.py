@@ -10,16 +10,16 @@ see the votes on half of the prompts. Their coverage: prompts are drawn again wi
 the people's mean over all prompts is the truth.
 """
 
-import json
 import os
 import random
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.judge.coverage import intervals
+from benchmarks.votes.pandalm import read_rows
 from rlhf.data.records import prompt_group
 from rlhf.files import dumps, write_atomic
 from rlhf.judge.correct import corrected_win_rate, prediction_powered
@@ -37,14 +37,8 @@ OWN = "llama-7b"
 def read_pairs(source: Path) -> list[JudgedPair]:
     """Return the pairs with two different answers, in the order in which people saw them."""
     pairs = []
-    for line in source.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        said = Counter(row["votes"])
-        first = "chosen" if said[1] > said[2] else "rejected"
-        second = "rejected" if first == "chosen" else "chosen"
-        if not row["chosen"].strip() or not row["rejected"].strip():
-            continue
-        if row["chosen"].strip() == row["rejected"].strip():
+    for row, first, second in read_rows(source):
+        if not first.strip() or not second.strip() or first.strip() == second.strip():
             continue
         a, b = row["pair"].split("_")
         messages = [{"role": "user", "content": row["prompt"]}]
@@ -54,8 +48,8 @@ def read_pairs(source: Path) -> list[JudgedPair]:
             group=prompt_group(messages),
             a=a,
             b=b,
-            answer_a=row[first],
-            answer_b=row[second],
+            answer_a=first,
+            answer_b=second,
             people=people,
         )
         pairs.append(pair)

@@ -1,10 +1,9 @@
 """How much memory do k reward models on one base take, in scoring and in PPO?
 
-    python -m benchmarks.memory.ensembles        # 42M: seven processes, about ten minutes of one core
+    python -m benchmarks.memory.ensembles        # 42M: five processes, about ten minutes of one core
 
 Each measurement is a fresh process: the most memory that it has had resident, from its start. The
-model and the rollout are those of the speed benchmark (speed/shapes.py). `apart` loads a base for
-each member, as was done before. Rows go to benchmarks/results/reward.json.
+model and the rollout are those of the speed benchmark (speed/shapes.py). Rows go to benchmarks/results/reward.json.
 """
 
 from __future__ import annotations
@@ -45,11 +44,9 @@ def main() -> None:
         for number in range(1, MEMBERS):
             shutil.copytree(f"{folder}/reward", f"{folder}/reward-{number}")
         found = {}
-        for what, counts in (("loading", [0]), ("scoring", [1, MEMBERS]), ("apart", [MEMBERS])):
+        for what, counts in (("loading", [0]), ("scoring", [1, MEMBERS]), ("ppo", [1, MEMBERS])):
             for count in counts:
                 found[f"{what} {count}"] = in_process(options.shape, what, count, folder)
-        for count in (1, MEMBERS):
-            found[f"ppo {count}"] = in_process(options.shape, "ppo", count, folder)
     print(json.dumps(found, indent=2))
     if options.shape == "42M":
         write_rows(found)
@@ -83,7 +80,7 @@ def folders_of(folder: Path, count: int) -> list[str]:
     return [str(folder / "reward"), *(str(folder / f"reward-{i}") for i in range(1, count))]
 
 
-def measure_scoring(shape: str, count: int, folder: Path, *, is_shared: bool = True) -> None:
+def measure_scoring(shape: str, count: int, folder: Path) -> None:
     """Score the responses of a rollout by `count` reward models."""
     import torch
 
@@ -101,15 +98,10 @@ def measure_scoring(shape: str, count: int, folder: Path, *, is_shared: bool = T
     models = RewardModels()
     scorers = []
     for path in folders_of(folder, count):
-        own = models if is_shared else RewardModels()
-        scorers.append(reward_scorer(path, tokenizer=tokenizer, device="cpu", models=own))
+        scorers.append(reward_scorer(path, tokenizer=tokenizer, device="cpu", models=models))
     for score in scorers:
         score(samples)
     print(peak_memory())
-
-
-def measure_apart(shape: str, count: int, folder: Path) -> None:
-    measure_scoring(shape, count, folder, is_shared=False)
 
 
 def measure_loading(shape: str, count: int, folder: Path) -> None:
@@ -140,7 +132,6 @@ def measure_ppo(shape: str, count: int, folder: Path) -> None:
 MEASURES = {
     "loading": measure_loading,
     "scoring": measure_scoring,
-    "apart": measure_apart,
     "ppo": measure_ppo,
 }
 

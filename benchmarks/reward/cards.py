@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks.paths import RESULTS
 from benchmarks.programs import make_sandbox, rlhf, run
 from benchmarks.result_rows import add_rows, made_with, row_of
+from benchmarks.votes.pandalm import read_rows
 from reward.cards.bias import bias_tests
 from reward.cards.page import write_card
 from rlhf.data.store import Store
@@ -59,12 +60,8 @@ def sandbox() -> None:
     make_sandbox(RUNS)
     for name, prompts, seed in (("pairs", 3000, 0), ("policy", 700, 1)):
         if not done(RUNS, f"{name}.db"):
-            source = [
-                "--model_name_or_path",
-                f"{RUNS}/sft",
-                "--data",
-                f"{RUNS}/world/prompts.jsonl",
-            ]
+            source = ["--model_name_or_path", f"{RUNS}/sft"]
+            source += ["--data", f"{RUNS}/world/prompts.jsonl"]
             how = ["--config", str(CONFIGS / "sample.yaml"), "--prompts", str(prompts)]
             target = ["--store", str(RUNS / f"{name}.db"), "--seed", str(seed)]
             rlhf("collect", "sample", *source, *how, *target)
@@ -161,11 +158,8 @@ def import_votes(source: Path, path: Path) -> Counter:
     partial.unlink(missing_ok=True)
     with Store.open(partial, create=True) as store, store.transaction():
         people = [store.add_annotator(f"person {i}") for i in (1, 2, 3)]
-        for line in source.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            said = Counter(row["votes"])
-            sides = ["chosen", "rejected"] if said[1] > said[2] else ["rejected", "chosen"]
-            one, two = (row[side].strip() for side in sides)
+        for row, first, second in read_rows(source):
+            one, two = first.strip(), second.strip()
             if not one or not two or one == two:
                 counts["without two different answers"] += 1
                 continue

@@ -5,8 +5,7 @@
 A step of 64 rows: the layers without attention to earlier tokens and the output head, random
 weights, float32, a few layers measured and multiplied. Two kinds of logits: "flat" as random
 weights give them, "peaked" with a normal spread of 2 and some tokens 12 above. CPU milliseconds,
-the median of the rounds, in which all that is compared is measured in turn. "version 1" is the
-noise of earlier versions: 64-bit noise in float64 for the whole vocabulary.
+the median of the rounds, in which all that is compared is measured in turn.
 """
 
 from __future__ import annotations
@@ -60,16 +59,6 @@ def decode_step(name: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor], 
     )
 
 
-def draw_version_1(logits: Tensor, keys: Tensor) -> Tensor:
-    logprobs = logits.log_softmax(-1)
-    counters = torch.arange(logits.shape[-1])[None] * 0x1342543DE82EF95
-    bits = sampling._mix(keys[:, None] + counters)
-    uniform = ((bits >> 12) & ((1 << 52) - 1)).to(torch.float64)
-    uniform = (uniform + 0.5) / float(1 << 52)
-    tokens = (logprobs - torch.log(-torch.log(uniform))).argmax(-1)
-    return logprobs.gather(-1, tokens[:, None])
-
-
 def milliseconds(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
     """Return the median CPU time of each function, measured in turn."""
     seen: dict[str, list[float]] = {name: [] for name in functions}
@@ -103,7 +92,6 @@ def measure(name: str, kind: str, rounds: int) -> dict[str, float]:
             "head": head,
             "noise": lambda: sampling._race(logits, 1.0, TokenNoise(keys, 3, vocabulary)),
             "logprobs": lambda: sampling._logprobs(logits, tokens, 1.0),
-            "version 1": lambda: draw_version_1(logits, keys),
         },
         rounds,
     )
@@ -116,19 +104,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    print(
-        "| shape | logits | step | log-probability | noise | of a step | version 1, both | of a step |"
-    )
-    print("|---|---|---:|---:|---:|---:|---:|---:|")
+    print("| shape | logits | step | log-probability | noise | of a step |")
+    print("|---|---|---:|---:|---:|---:|")
     for name in SHAPES:
         for kind in ("flat", "peaked"):
             ms = measure(name, kind, rounds)
-            shares = [f"{100 * ms[part] / ms['step']:.1f} %" for part in ("noise", "version 1")]
-            print(
-                f"| {name} | {kind} | {ms['step']:.1f} | {ms['logprobs']:.2f} | {ms['noise']:.2f} | {shares[0]} "
-                f"| {ms['version 1']:.1f} | {shares[1]} |",
-                flush=True,
-            )
+            share = f"{100 * ms['noise'] / ms['step']:.1f} %"
+            cells = [f"{ms['step']:.1f}", f"{ms['logprobs']:.2f}", f"{ms['noise']:.2f}", share]
+            print(f"| {name} | {kind} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

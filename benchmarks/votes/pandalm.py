@@ -12,7 +12,9 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,16 +34,22 @@ CHOICES = {0: "tie", 1: "a", 2: "b"}
 FRACTIONS = {"validation_fraction": 0.1, "test_fraction": 0.25}
 
 
+def read_rows(source: Path) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Yield each row of PandaLM's file with the first and the second answer of the raw pair."""
+    for line in source.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        said = Counter(row["votes"])
+        # `chosen` is the answer with more votes
+        sides = ("chosen", "rejected") if said[1] > said[2] else ("rejected", "chosen")
+        yield row, row[sides[0]], row[sides[1]]
+
+
 def import_votes(source: Path, store_path: Path) -> Counter:
-    """Every pair with two answers and its three votes into a new store; the rest is counted."""
+    """Put every pair with two answers and its three votes into a new store; count the rest."""
     counts = Counter()
     with Store.open(store_path, create=True) as store, store.transaction():
         people = [store.add_annotator(name) for name in PEOPLE]
-        for line in source.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            said = Counter(row["votes"])
-            first = "chosen" if said[1] > said[2] else "rejected"  # the raw pair's first answer
-            texts = [row[first], row["rejected" if first == "chosen" else "chosen"]]
+        for row, *texts in read_rows(source):
             if not all(text.strip() for text in texts):
                 counts["with an empty answer"] += 1
                 continue
@@ -63,10 +71,9 @@ def import_votes(source: Path, store_path: Path) -> Counter:
 
 
 def prepare_both(runs: Path) -> None:
-    source, store_path = (
-        Path(os.environ["RLHF_DATA"]) / "pref_pandalm_human.jsonl",
-        runs / "votes.db",
-    )
+    """Import the votes, and prepare them by majority and by the annotators' skill."""
+    source = Path(os.environ["RLHF_DATA"]) / "pref_pandalm_human.jsonl"
+    store_path = runs / "votes.db"
     store_path.unlink(missing_ok=True)
     print("rows:", dict(import_votes(source, store_path)))
     with Store.open(store_path) as store:
