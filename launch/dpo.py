@@ -35,8 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from reward.compose import build_scorer
     from rlhf import stages
-    from rlhf.model.adapters import frozen_copy
-    from rlhf.model.loading import load_model, trainable_policy
+    from rlhf.model.loading import trainable_policy
     from rlhf.offline import trainers
     from rlhf.offline.callbacks import RunCallback
     from rlhf.offline.reference_cache import REFERENCE, ReferencePass, open_reference_cache
@@ -53,19 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [{**row, "response_ids": row["chosen_ids"]} for row in train_pairs]
     model = trainable_policy(initial, stages.new_lora(run, initial, answers=chosen))
     budget = Budget()
-    # the reference: a frozen adapter beside the one that learns, or a second model
-    reference = None
-    if hasattr(model, "peft_config"):
-        # before TRL's arguments are made, which tell PEFT about ZeRO-3
-        frozen_copy(model, "default", REFERENCE)
-    else:
-        # TRL would load it by name, which need not be what is in memory
-        reference = load_model(
-            config.model_name_or_path,
-            run.torch_dtype,
-            config.attn_implementation,
-            zero=stages.zero_settings(config, run.world),
-        ).model
+    reference = add_reference(run, model)
+    if reference is not None:
         budget.watch(reference)
     budget.watch(model)
 
@@ -115,6 +103,27 @@ def main(argv: list[str] | None = None) -> None:
         budget.total(run.world),
         reference_pass=reference_pass.sizes(),
     )
+
+
+def add_reference(run, model):
+    """Put the reference on the model as a frozen adapter, or return it as a second model where whole
+    weights learn.
+    """
+    from rlhf import stages
+    from rlhf.model.adapters import frozen_copy
+    from rlhf.model.loading import load_model
+    from rlhf.offline.reference_cache import REFERENCE
+
+    config = run.config
+    if hasattr(model, "peft_config"):
+        # before TRL's arguments are made, which tell PEFT about ZeRO-3
+        frozen_copy(model, "default", REFERENCE)
+        return None
+    # TRL would load it by name, which need not be what is in memory
+    zero = stages.zero_settings(config, run.world)
+    return load_model(
+        config.model_name_or_path, run.torch_dtype, config.attn_implementation, zero=zero
+    ).model
 
 
 if __name__ == "__main__":

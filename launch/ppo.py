@@ -47,9 +47,6 @@ def main(argv: list[str] | None = None) -> None:
     from rlhf.ppo.loop import TrainingLoop
     from rlhf.ppo.trainer import PPOTrainer
     from rlhf.ranks.deepspeed_config import read_deepspeed_config
-    from rlhf.roles.critic import critic_start, find_reward_roles, find_whole_start
-    from rlhf.roles.one_base import Roles
-    from rlhf.roles.whole_weights import WholeRoles
     from rlhf.runs.budget import Budget
 
     # the initial policy and the data
@@ -65,40 +62,10 @@ def main(argv: list[str] | None = None) -> None:
 
     record_scorers(run, config.reward, scorers)
 
-    # policy, reference, critic and reward model as roles
-    weight_of_model = model_weights(scorers)
-    on_base = find_reward_roles(weight_of_model, initial)
-    reward_path = on_base[0] if on_base else None
-    # the folder of the one that the critic may start from or read
-    critic_path = reward_path
-    if not config.use_peft:
-        critic_path = find_whole_start(weight_of_model, reward_path, initial)
-    critic = critic_start(
-        config,
-        critic_path,
-        weight_of_model.get(critic_path, 0.0),
-        other_scorers(scorers, critic_path),
-        is_role=critic_path == reward_path,
-    )
-    if len(on_base) > 1:
-        run.log(f"{len(on_base)} reward models share the policy's base: {', '.join(on_base)}")
-    run.log(critic.describe(critic_path))
     engine = stages.sampling_engine(run, initial)
     # its scorer needs the roles, and follows
     evaluation = stages.evaluation(run, initial, None, engine)
-    kind = Roles if config.use_peft else WholeRoles
-    roles = kind(
-        initial,
-        stages.new_lora(run, initial),
-        reward_path,
-        config.gradient_checkpointing,
-        critic=critic.source,
-        ema_reference=config.reference_ema is not None,
-        reward_weight=critic.weight,
-        critic_trunk=critic.trunk,
-        more_rewards=on_base[1:],
-        critic_path=critic_path,
-    )
+    roles = load_roles(run, initial, scorers)
 
     budget = Budget()
     loaded = RewardModels(on_base=budget.watch)
@@ -134,6 +101,46 @@ def record_scorers(run, entries: list[dict], scorers) -> None:
         for folder in spec.model_folders:
             for doubt in doubts_of(folder):
                 run.log(f"WARNING: {folder}: {doubt}")
+
+
+def load_roles(run, initial, scorers):
+    """Return policy, reference, critic and the reward models on the initial model's base as roles."""
+    from rlhf import stages
+    from rlhf.roles.critic import critic_start, find_reward_roles, find_whole_start
+    from rlhf.roles.one_base import Roles
+    from rlhf.roles.whole_weights import WholeRoles
+
+    config = run.config
+    weight_of_model = model_weights(scorers)
+    on_base = find_reward_roles(weight_of_model, initial)
+    if len(on_base) > 1:
+        run.log(f"{len(on_base)} reward models share the policy's base: {', '.join(on_base)}")
+    reward_path = on_base[0] if on_base else None
+    # the folder of the one that the critic may start from or read
+    critic_path = reward_path
+    if not config.use_peft:
+        critic_path = find_whole_start(weight_of_model, reward_path, initial)
+    critic = critic_start(
+        config,
+        critic_path,
+        weight_of_model.get(critic_path, 0.0),
+        other_scorers(scorers, critic_path),
+        is_role=critic_path == reward_path,
+    )
+    run.log(critic.describe(critic_path))
+    kind = Roles if config.use_peft else WholeRoles
+    return kind(
+        initial,
+        stages.new_lora(run, initial),
+        reward_path,
+        config.gradient_checkpointing,
+        critic=critic.source,
+        ema_reference=config.reference_ema is not None,
+        reward_weight=critic.weight,
+        critic_trunk=critic.trunk,
+        more_rewards=on_base[1:],
+        critic_path=critic_path,
+    )
 
 
 def model_weights(scorers) -> dict[str, float]:
