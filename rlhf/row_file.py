@@ -28,6 +28,17 @@ def read_rows(file: Path, made_from: dict[str, Any]) -> list[dict] | None:
     return [json.loads(line) for line in lines[1:]]
 
 
+def continue_scores(file: Path, made_from: dict[str, Any], others: str) -> list[dict]:
+    """Return the scores to go on with; a file without any is started, one of `others` again."""
+    rows = read_rows(file, made_from)
+    if rows is None:
+        if file.is_file():
+            print(f"{file}: of other {others}; all answers are scored again")
+        start_rows(file, made_from)
+        rows = []
+    return rows
+
+
 def start_rows(file: Path, made_from: dict[str, Any]) -> None:
     """Write a file without rows, in place of one that is there."""
     write_atomic(file, to_line({"made_from": made_from}))

@@ -15,7 +15,7 @@ from rlhf.engines.sampling import Sampling
 from rlhf.errors import UserError
 from rlhf.files import files_fingerprint, model_fingerprint, scorer_files
 from rlhf.options.shared import NOISE_VERSION
-from rlhf.row_file import add_rows, read_rows, start_rows
+from rlhf.row_file import add_rows, continue_scores, read_rows, start_rows
 
 # answers that are made, or scored, between two writes are this many batches
 BATCHES = 8
@@ -134,12 +134,7 @@ def score_answers(
         "scorers": specs,
         "files": files_fingerprint(itertools.chain.from_iterable(map(scorer_files, specs))),
     }
-    done = read_rows(file, made_from)
-    if done is None:
-        if file.is_file():
-            print(f"{file}: of other answers or scorers; all answers are scored again")
-        start_rows(file, made_from)
-        done = []
+    done = continue_scores(file, made_from, "answers or scorers")
     missing = answers[len(done) :]
     names = [spec["name"] for spec in specs]
     if missing:

@@ -32,7 +32,7 @@ from rlhf.data.records import Samples, Scorer, digest
 from rlhf.data.store import Store
 from rlhf.errors import UserError
 from rlhf.files import model_fingerprint
-from rlhf.row_file import add_rows, read_rows, start_rows
+from rlhf.row_file import add_rows, continue_scores
 
 # a prompt's digest and two texts
 PairKey = tuple[str, frozenset[str]]
@@ -211,12 +211,7 @@ def kept_scores(
         "models": list(map(model_fingerprint, models)),
         "answers": digest(json.dumps(list(zip(*texts, strict=True)))),
     }
-    rows = read_rows(file, made_from)
-    if rows is None:
-        if file.is_file():
-            print(f"{file}: of other models or answers; all answers are scored again")
-        start_rows(file, made_from)
-        rows = []
+    rows = continue_scores(file, made_from, "models or answers")
     total = len(samples)
     with tqdm(total=total, initial=len(rows), desc="scoring", unit="answer", mininterval=5) as bar:
         while len(rows) < total:
