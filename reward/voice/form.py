@@ -4,7 +4,7 @@ contractions, emoji, punctuation and, where a judge measures it, tone.
 
 import itertools
 import re
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -115,8 +115,6 @@ class Person(Section):
     should be addressed and is not, half.
     """
 
-    any_language: ClassVar[bool] = False
-
     speaks_as: Literal["we", "i", "nobody"] | None = None
     addresses_reader: bool | None = None
 
@@ -165,8 +163,6 @@ EXPANDED = re.compile(
 
 class Contractions(Section):
     """The share of places that are contracted ("we'll") or not ("we will") as the style wants."""
-
-    any_language: ClassVar[bool] = False
 
     style: Literal["use", "avoid"]
 

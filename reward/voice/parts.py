@@ -103,9 +103,6 @@ class Section(Spec):
 
     model_config = ConfigDict(coerce_numbers_to_str=True)
 
-    # False: the part counts syllables, pronouns or contractions of English
-    any_language: ClassVar[bool] = True
-
     weight: Number = Field(1.0, ge=0)
 
     @property
