@@ -157,11 +157,12 @@ def cache_folder() -> Path:
     return Path(caches) / "rlhf"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` so that a reader, or a crash, finds the old file or the whole new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write text or bytes so that a reader, or a crash, finds the old file or the whole new one."""
+    # of this process: others may write the same file
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -13,7 +13,6 @@ file that was cut off or altered is noticed.
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import chain
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import TrainerCallback
 
-from rlhf.files import cache_folder
+from rlhf.files import cache_folder, write_atomic
 from rlhf.model.adapters import adapter_parameters
 from rlhf.model.quantized import QuantizedLinear
 from rlhf.model.weights import base_weights
@@ -202,13 +201,7 @@ class ReferenceCache:
     def _write(self, rows: dict[bytes, Row]) -> None:
         content = np.array([(key, *rows[key]) for key in sorted(rows)], dtype=ROW).tobytes()
         self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / f"{_hash(content)}.rows"
-        temporary = file.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
+        write_atomic(self.folder / f"{_hash(content)}.rows", content)
 
     def _read(self) -> dict[bytes, Row]:
         rows: dict[bytes, Row] = {}

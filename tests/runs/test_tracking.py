@@ -119,7 +119,7 @@ def test_result_is_written_whole_with_versions(tmp_path):
         "trl",
         "deepspeed",
     }
-    assert not (tmp_path / "result.json.tmp").exists()
+    assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_console_prints_first_last_and_no_flood_between(tmp_path, capsys, monkeypatch):
