@@ -92,19 +92,10 @@ def main() -> None:
 
 def write_base(folder: Path, shape: dict[str, int]) -> None:
     """Write random weights with a fixed seed, and a tokenizer with a word for each id."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from benchmarks.speed.shapes import llama, tokenizer_of
 
-    from benchmarks.speed.shapes import EOS, PAD, ModelShape, tokenizer_of
-
-    torch.manual_seed(0)
-    ids = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
-    config = LlamaConfig(**shape, **ids, tie_word_embeddings=True, max_position_embeddings=256)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = ModelShape(
-        "base", shape["hidden_size"], shape["num_hidden_layers"], shape["vocab_size"]
-    )
-    tokenizer_of(words).save_pretrained(folder)
+    llama(**shape).save_pretrained(folder)
+    tokenizer_of(shape["vocab_size"]).save_pretrained(folder)
 
 
 def weight_bytes(folder: Path) -> int:

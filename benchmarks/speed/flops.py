@@ -25,6 +25,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from benchmarks.speed.shapes import EOS, FIRST_WORD, PAD, llama, tokenizer_of
 from rlhf.runs.budget import Budget
 
 UNKNOWN = {  # to torch's counter
@@ -36,7 +37,6 @@ UNKNOWN = {  # to torch's counter
         lambda gradient, q, k, v, *_, **__: sdpa_backward_flop_count(gradient, q, k, v)
     ),
 }
-PAD, EOS = 0, 1
 
 
 @dataclass(frozen=True)
@@ -76,42 +76,27 @@ SHAPES = {
 }
 
 
-def tokenizer_of(shape: Shape):
-    """One token a word: what trainers ask for, nothing is encoded here."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": PAD, "<eos>": EOS, "<unk>": 2} | {
-        f"w{i}": i for i in range(3, shape.vocabulary)
-    }
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
-
-
 def model_of(shape: Shape):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    """Return a Llama of this shape, with fewer heads for keys and values than for queries."""
+    model = llama(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
         intermediate_size=round(8 / 3 * shape.width),
         num_hidden_layers=shape.layers,
         num_attention_heads=8,
         num_key_value_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
         attn_implementation=shape.attention,
     )
-    return LlamaForCausalLM(config).eval()
+    return model.eval()
 
 
 def rows_of(shape: Shape, seed: int = 1) -> list[dict[str, list[int]]]:
+    """Return prompts and responses of random ids."""
     draw = random.Random(seed)
-    tokens = lambda n: [draw.randrange(3, shape.vocabulary) for _ in range(n)]  # noqa: E731
+
+    def tokens(count: int) -> list[int]:
+        return [draw.randrange(FIRST_WORD, shape.vocabulary) for _ in range(count)]
+
     return [{"prompt_ids": tokens(p), "response_ids": tokens(r)} for p, r in shape.lengths(seed)]
 
 
@@ -164,7 +149,7 @@ def ppo_step(shape: Shape, **options: Any) -> tuple[Budget, float]:
     rows = rows_of(shape)
     data = TrainingData(
         [{"prompt_ids": row["prompt_ids"], "record": record} for row in rows],
-        tokenizer_of(shape),
+        tokenizer_of(shape.vocabulary),
         list(range(EOS, shape.vocabulary, 16)) if shape.ragged else [],
         rows if config.ptx_coef else [],
     )
@@ -202,7 +187,7 @@ def trl_step(
             report_to="none", disable_tqdm=True, save_strategy="no",
             **{"max_length": None, "gradient_checkpointing": False} | options,
         )  # fmt: skip
-        rows, others, tokenizer = rows_of(shape), rows_of(shape, 2), tokenizer_of(shape)
+        rows, others, tokenizer = rows_of(shape), rows_of(shape, 2), tokenizer_of(shape.vocabulary)
         budget, initial = Budget(), InitialModel(model_of(shape), tokenizer, "x", "x", None, "x")
         lora = (
             lora_config("SEQ_CLS" if program == "reward" else "CAUSAL_LM", r=shape.rank)

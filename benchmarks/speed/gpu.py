@@ -170,7 +170,7 @@ def make_trainer(
         missing_eos_score=None,
         **(estimator | options),
     )
-    tokenizer, model = tokenizer_of(shape), shape.model(device)
+    tokenizer, model = tokenizer_of(shape.vocabulary), shape.model(device)
     initial = InitialModel(model, tokenizer, shape.name, shape.name, None, fingerprint="")
     with tempfile.TemporaryDirectory() as folder:
         reward = None

@@ -148,13 +148,13 @@ class Job:
         return cls(**values | {"shape": shape, "workload": workload})
 
 
-def tokenizer_of(shape: ModelShape) -> Any:
+def tokenizer_of(vocabulary: int) -> Any:
     """Return a tokenizer with one word for each id."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     words = {"<pad>": PAD, "<eos>": EOS, "<unk>": UNKNOWN}
-    words |= {f"w{i}": i for i in range(FIRST_WORD, shape.vocabulary)}
+    words |= {f"w{i}": i for i in range(FIRST_WORD, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -166,6 +166,20 @@ def tokenizer_of(shape: ModelShape) -> Any:
     )
 
 
+def llama(**shape: Any) -> Any:
+    """Return a Llama with tied embeddings and random weights of a fixed seed.
+
+    shape: of LlamaConfig, by its names.
+    """
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    ids = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": None}
+    common = {"tie_word_embeddings": True, "max_position_embeddings": 4096}
+    return LlamaForCausalLM(LlamaConfig(**(common | ids | shape)))
+
+
 def write_models(shape: ModelShape, folder: Path, rank: int) -> None:
     """Write random weights with a fixed seed: FOLDER/base, and FOLDER/reward, an adapter with a
     score head on it.
@@ -173,27 +187,20 @@ def write_models(shape: ModelShape, folder: Path, rank: int) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from safetensors.torch import load_file, save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from rlhf.model.loading import load_model, write_identity
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    base, reward = folder / "base", folder / "reward"
+    model = llama(
         vocab_size=shape.vocabulary,
         hidden_size=shape.width,
         intermediate_size=shape.inner,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
     )
-    base, reward = folder / "base", folder / "reward"
-    LlamaForCausalLM(config).save_pretrained(base)
-    tokenizer_of(shape).save_pretrained(base)
+    model.save_pretrained(base)
+    tokenizer_of(shape.vocabulary).save_pretrained(base)
 
     initial = load_model(str(base))
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
