@@ -32,7 +32,7 @@ from rlhf.data.records import Prompt
 from rlhf.data.store import Store
 from rlhf.errors import EXIT_INTERRUPTED, EarlyExit, UserError, near_file
 from rlhf.files import dumps, write_atomic
-from rlhf.jobs.runner import RunOptions, claim, ended, last_error, run_jobs, set_jobs
+from rlhf.jobs.runner import RunOptions, claim, run_jobs, set_jobs, stop_at_failure
 from rlhf.jobs.state import PlanState
 from rlhf.jobs.steps import StepDisplay
 
@@ -73,7 +73,7 @@ def run_brand(config: BrandConfig) -> dict:
         save_options(config, state.folder / "brand.yaml")
         display = StepDisplay(state)
         was_there = "verdict" in state.done
-        show_reused(state, display)
+        display.show_reused()
         while True:
             set_jobs(state, plan(config, events, ships=ships(config, state)), how)
             run_jobs(state, how, display, signals)
@@ -135,21 +135,6 @@ def test_groups(config: BrandConfig) -> int:
         found = load(sources, Prompt, split="test", quiet=True, **fractions)
     groups = len({record.group for record in found})
     return groups if config.test_prompts is None else min(groups, config.test_prompts)
-
-
-def show_reused(state: PlanState, display: StepDisplay) -> None:
-    for job in state.jobs:
-        if job.name in state.done:
-            saved = state.record(job.name)["seconds"]
-            print(f"{display.title(job)} - done before, reused ({saved:.0f} s saved)", flush=True)
-
-
-def stop_at_failure(state: PlanState) -> None:
-    for name, code in state.failed.items():
-        log = state.log_file(name)
-        raise UserError(
-            f"step '{name}' failed, {ended(code)}; its output is in {log}{last_error(log)}"
-        )
 
 
 def event_of_people(config: BrandConfig, name: str) -> int:

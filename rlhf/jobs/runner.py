@@ -324,6 +324,15 @@ def failures(state: PlanState) -> str:
     return "\n".join(lines)
 
 
+def stop_at_failure(state: PlanState) -> None:
+    """Raise UserError, naming the log, where a job has failed."""
+    for name, code in state.failed.items():
+        log = state.log_file(name)
+        raise UserError(
+            f"step '{name}' failed, {ended(code)}; its output is in {log}{last_error(log)}"
+        )
+
+
 def ended(code: int) -> str:
     return f"exit code {code}" if code else "ended without a result"
 

@@ -23,6 +23,13 @@ class StepDisplay:
         number = 1 + self.state.jobs.index(job)
         return f"[{number}/{len(self.state.jobs)}] {job.name}: {job.description}"
 
+    def show_reused(self) -> None:
+        """Show the jobs that were done before."""
+        for job in self.state.jobs:
+            if job.name in self.state.done:
+                saved = self.state.record(job.name)["seconds"]
+                print(f"{self.title(job)} - done before, reused ({saved:.0f} s saved)", flush=True)
+
     def started(self, job: Job) -> None:
         log = self.state.log_file(job.name)
         # the log goes on with an empty line and the command

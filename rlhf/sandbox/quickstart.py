@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.config import SEED, option
-from rlhf.errors import UserError
 from rlhf.jobs.job import Job
-from rlhf.jobs.runner import RunOptions, claim, ended, run_jobs, set_jobs
+from rlhf.jobs.runner import RunOptions, claim, run_jobs, set_jobs, stop_at_failure
 from rlhf.jobs.state import PlanState, code_files
 from rlhf.jobs.steps import StepDisplay
 from rlhf.sandbox import CONFIGS, shown_path
@@ -207,23 +206,17 @@ def quickstart(config: QuickstartConfig) -> None:
     with claim(state) as signals:
         set_jobs(state, jobs(config), how)
         display = StepDisplay(state)
-        reused = [job for job in state.jobs if job.name in state.done]
-        for job in reused:
-            saved = state.record(job.name)["seconds"]
-            print(f"{display.title(job)} - done before, reused ({saved:.0f} s saved)", flush=True)
+        display.show_reused()
+        reused = [job.name for job in state.jobs if job.name in state.done]
         run_jobs(state, how, display, signals)
-    for name, code in state.failed.items():
-        raise UserError(
-            f"step '{name}' failed, {ended(code)}; its output is in {state.log_file(name)}"
-        )
+    stop_at_failure(state)
 
-    names = [job.name for job in reused]
-    if names:
+    if reused:
         print(
-            f"\nreused: {', '.join(names)}. To start over: rm -r {config.run} (and {config.world} for the world)"
+            f"\nreused: {', '.join(reused)}. To start over: rm -r {config.run} (and {config.world} for the world)"
         )
     report = state.folder / "report"
-    if "compare" in names:
+    if "compare" in reused:
         show_report(report)
     records = [state.record(job.name) for job in state.jobs]
     cpu = sum(record["cpu_seconds"] for record in records)
