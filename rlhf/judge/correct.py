@@ -102,18 +102,12 @@ def corrected_win_rate(
     # f may be anything that is known of each pair: what it misses the votes correct
     judge = np.nan_to_num(np.asarray(judge, dtype=np.float64), nan=0.5)
     judge = np.where(equal, 0.5, judge)
-    names, group = np.unique(np.asarray(groups), return_inverse=True)
     has_vote = np.isfinite(people) & ~equal
     ties = EqualAnswers(group_means(equal, groups))
 
-    def mean_by_group(values: np.ndarray, kept: np.ndarray) -> np.ndarray:
-        sums = np.bincount(group[kept], weights=values[kept], minlength=len(names))
-        with np.errstate(invalid="ignore"):
-            return sums / np.bincount(group[kept], minlength=len(names))
-
     # of each group: the judge on all its pairs, and votes and judge on those with votes
-    of_all = mean_by_group(judge, np.ones_like(has_vote))
-    y, x = (ties.within(mean_by_group(values, has_vote)) for values in (people, judge))
+    of_all = group_means(judge, groups)
+    y, x = (ties.within(group_means(values, groups, has_vote)) for values in (people, judge))
     labelled = np.isfinite(y)
     n = int(labelled.sum())
     if n < MIN_LABELLED:
@@ -135,7 +129,7 @@ def corrected_win_rate(
         high=high,
         se=se,
         labelled=n,
-        groups=len(names),
+        groups=len(y),
         weight=float(weight),
         people=alone,
         people_low=people_low,

@@ -85,13 +85,12 @@ def _by_people(
     """Return the win rate by people's votes, equal answers being ties that nobody is asked about."""
     # equal answers are known of prompts without votes too
     ties = EqualAnswers(group_means(equal, groups))
-    names, group = np.unique(np.asarray(groups), return_inverse=True)
     voted = np.isfinite(votes) & ~equal
     if not voted.any():
         return None
-    counts = np.bincount(group[voted], minlength=len(names))
-    sums = np.bincount(group[voted], weights=votes[voted], minlength=len(names))
-    means = ties.within(sums / np.maximum(counts, 1))[counts > 0]
+    means = ties.within(group_means(votes, groups, voted))
+    # of the groups with a vote
+    means = means[np.isfinite(means)]
     found = crossed_mean(means[None], null=0.5, level=LEVEL)
     estimate, se = ties.all_groups(found.estimate, found.se)
     half = student_quantile(0.5 + LEVEL / 2, len(means) - 1) * se if len(means) > 1 else math.nan

@@ -45,11 +45,20 @@ def jackknife_interval(
     return estimate - half, estimate + half, se
 
 
-def group_means(values: np.ndarray, groups: Sequence[str]) -> np.ndarray:
-    """Return (G,) means of `values` (n,) over the members of each group, in the order of the names."""
-    _, index = np.unique(np.asarray(groups), return_inverse=True)
+def group_means(
+    values: np.ndarray, groups: Sequence[str], kept: np.ndarray | None = None
+) -> np.ndarray:
+    """Return (G,) means of `values` (n,) over the members of each group, in the order of the names.
+
+    kept: (n,) which members count, by default all; the mean of a group without any is NaN.
+    """
+    names, index = np.unique(np.asarray(groups), return_inverse=True)
+    if kept is not None:
+        values, index = np.asarray(values)[kept], index[kept]
     # a weighted count is a sum by group
-    return np.bincount(index, weights=values) / np.bincount(index)
+    sums = np.bincount(index, weights=values, minlength=len(names))
+    with np.errstate(invalid="ignore"):
+        return sums / np.bincount(index, minlength=len(names))
 
 
 def mean_over_groups(

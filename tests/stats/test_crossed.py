@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rlhf.errors import UserError
+from rlhf.stats import group_means
 from rlhf.stats.crossed import (
     LEAST_P,
     Variances,
@@ -290,3 +291,10 @@ def test_what_does_not_vary_and_what_cannot_be_known():
         crossed_mean(np.array([[1.0, 2.0], [math.nan, 2.0]]))
     with pytest.raises(UserError, match="expected \\(seeds, groups\\)"):
         crossed_mean(np.array([1.0, 2.0]))
+
+
+def test_means_of_groups_count_the_members_that_are_kept():
+    values, groups = np.array([1.0, 2.0, 3.0, 5.0]), ["b", "b", "a", "c"]
+    assert group_means(values, groups).tolist() == [3.0, 1.5, 5.0]
+    kept = np.array([False, True, True, False])
+    assert np.array_equal(group_means(values, groups, kept), [3.0, 2.0, np.nan], equal_nan=True)
