@@ -195,11 +195,9 @@ def play(fault: Fault, make: Callable[[Fault, Callable], PPOTrainer]) -> Seen:
     def score(samples: Samples) -> Scores:
         # which becomes a fault by itself, when gold has had enough
         always = fault.score is overdone
-        return (
-            fault.score
-            if fault.score and (always or fault.strikes(trainer.steps_done + 1))
-            else HEALTHY
-        )(samples)
+        if fault.score and (always or fault.strikes(trainer.steps_done + 1)):
+            return fault.score(samples)
+        return HEALTHY(samples)
 
     def note() -> None:
         seen.found += [
@@ -222,12 +220,8 @@ def play(fault: Fault, make: Callable[[Fault, Callable], PPOTrainer]) -> Seen:
             return True
 
         try:
-            stopped = trainer.train(on_step, roll_back)
-            seen.end = (
-                f"stopped at step {trainer.steps_done}"
-                if stopped
-                else f"went on to step {trainer.steps_done}"
-            )
+            did = "stopped at" if trainer.train(on_step, roll_back) else "went on to"
+            seen.end = f"{did} step {trainer.steps_done}"
         except BadScore:
             seen.end = f"stopped at step {trainer.steps_done + 1} by the scorer's message"
     note()
@@ -256,51 +250,48 @@ def spoil(trainer: PPOTrainer, fault: Fault, seen: Seen, note: Callable[[], None
     def spoiled_rates(step: int) -> list[float]:
         # what happened once does not come again
         over = fault.last is not None and trainer.guards.decisions.rollbacks
-        absurd = fault.rate if fault.rate and fault.strikes(step + 1) and not over else None
-        return [absurd or rates(step)[0], *rates(step)[1:]]
+        first, *others = rates(step)
+        if fault.rate and fault.strikes(step + 1) and not over:
+            first = fault.rate
+        return [first, *others]
 
     trainer.update, trainer.learning_rates = spoiled_update, spoiled_rates
 
 
 def row(fault: Fault, seen: Seen) -> tuple[list[str], bool]:
-    """A line of the table, and whether the fault was caught as it has to be."""
-    done = [
-        f"{e['guard']}: {e['action']}" + (f" x {e['times']}" if e["times"] > 1 else "")
-        for e in seen.events
-    ]
-    changed = {**fault.options, **({"guards": fault.guards} if fault.guards else {})}
-    cells = [
-        fault.name,
-        ", ".join(f"`{k}: {v}`".replace("'", "") for k, v in changed.items()) or "-",
-    ]
+    """Return a line of the table, and whether the fault was caught as it has to be."""
+    done = []
+    for event in seen.events:
+        times = f" x {event['times']}" if event["times"] > 1 else ""
+        done.append(f"{event['guard']}: {event['action']}{times}")
+    changed = dict(fault.options)
+    if fault.guards:
+        changed["guards"] = fault.guards
+    options = [f"`{name}: {value}`".replace("'", "") for name, value in changed.items()]
+    cells = [fault.name, ", ".join(options) or "-"]
+
     caught = seen.first(fault.guard)
     if caught is None:
         return [*cells, "**missed**", "-", "; ".join(done) or "-", seen.end, "-"], False
     decision, updates = caught
+    in_time = True
     if fault.hard:
-        after, good = (
-            f"update {updates}" if updates else "scoring, no update",
-            updates <= HARD_LIMIT,
-        )
+        after = f"update {updates}" if updates else "scoring, no update"
+        in_time = updates <= HARD_LIMIT
     elif fault.guard == "hacking":
-        after, good = f"{decision.step - peak(seen)} steps after gold's best", True
+        after = f"{decision.step - peak(seen)} steps after gold's best"
     else:
         sustained = decision.step - decision.since
-        after, good = f"{decision.step - FAULT + 1} steps, {sustained} since the threshold", True
-    good = good and not seen.early and not seen.harmed
-    end = (
-        seen.end
-        + ("; **a false alarm before**" if seen.early else "")
-        + ("; **harmed**" if seen.harmed else "")
-    )
-    return [
-        *cells,
-        f"`{decision.guard}`",
-        after,
-        "; ".join(done),
-        end,
-        decision.reason.split(":")[0],
-    ], good
+        after = f"{decision.step - FAULT + 1} steps, {sustained} since the threshold"
+
+    end = seen.end
+    if seen.early:
+        end += "; **a false alarm before**"
+    if seen.harmed:
+        end += "; **harmed**"
+    reason = decision.reason.split(":")[0]
+    cells += [f"`{decision.guard}`", after, "; ".join(done), end, reason]
+    return cells, in_time and not seen.early and not seen.harmed
 
 
 def peak(seen: Seen) -> int:
@@ -320,16 +311,14 @@ def in_memory(folder: str) -> tuple[str, list[dict], list[int]]:
     from tests.conftest import make_model, make_tokenizer
 
     tokenizer = make_tokenizer()
-    make_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id).save_pretrained(
-        folder
-    )
+    model = make_model(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     texts = ("one", "three", "seventeen", "a", "of it", "many things", "yes", "no")
-    records = [Prompt(prompt=[{"role": "user", "content": text}]) for text in texts]
-    rows = [
-        {"prompt_ids": tokenizer(t)["input_ids"], "record": r}
-        for t, r in zip(texts, records, strict=True)
-    ]
+    rows = []
+    for text in texts:
+        record = Prompt(prompt=[{"role": "user", "content": text}])
+        rows.append({"prompt_ids": tokenizer(text)["input_ids"], "record": record})
     return folder, rows, [tokenizer.eos_token_id, *range(3, len(tokenizer), 12)]
 
 
@@ -371,10 +360,8 @@ def maker(
 
 def inject(model: str | None, data: str | None, only: str | None, seed: int) -> tuple[str, bool]:
     """The table of all faults, and whether each was caught."""
-    lines, good = (
-        table(["fault", "set", "caught by", "at", "what was done", "the run", "reason"]),
-        True,
-    )
+    lines = table(["fault", "set", "caught by", "at", "what was done", "the run", "reason"])
+    good = True
     with tempfile.TemporaryDirectory() as folder:
         start, rows, stops = (model, None, None) if model else in_memory(folder)
         make = maker(start, rows, stops, data, seed)
@@ -463,31 +450,23 @@ def errors(rollouts: int) -> str:
     for count, samples in ((64, 1), (16, 4), (8, 8)):
         clusters = [str(i // samples) for i in range(64)]
         for spread in (0.25, 0.5):
-            rng, hits, below = (
-                np.random.default_rng([count, int(100 * spread)]),
-                np.zeros(3),
-                np.zeros(2),
-            )
+            rng = np.random.default_rng([count, int(100 * spread)])
+            hits, below = np.zeros(3), np.zeros(2)
             for _ in range(rollouts):
                 own = np.repeat(rng.gamma(spread**-2, spread**2, count), samples)
                 noise = rng.standard_normal(64)
-                kl, none = (
-                    5 * own + np.sqrt(10 * own) * noise,
-                    0.01 * own + np.sqrt(0.02 * own) * noise,
-                )
-                off = abs(kl.mean() - 5)
+                kl = 5 * own + np.sqrt(10 * own) * noise
+                none = 0.01 * own + np.sqrt(0.02 * own) * noise
                 rows, by_prompt = kl.std(ddof=1) / 8, clustered_se(kl.tolist(), clusters)
-                hits += off <= np.array(
-                    [1.96 * rows, 1.96 * by_prompt, student_quantile(0.975, count - 1) * by_prompt]
-                )
+                quantile = student_quantile(0.975, count - 1)
+                reaches = [1.96 * rows, 1.96 * by_prompt, quantile * by_prompt]
+                hits += abs(kl.mean() - 5) <= np.array(reaches)
                 error = np.array([none.std(ddof=1) / 8, clustered_se(none.tolist(), clusters)])
                 below += none.mean() + 3 * error < -0.01  # as the guard has it
-            cells = [
-                f"{count} x {samples}",
-                f"{spread:g}",
-                *(f"{100 * h / rollouts:.1f} %" for h in hits),
-            ]
-            lines += table([*cells, *(f"{100 * b / rollouts:.2f} %" for b in below)])
+            cells = [f"{count} x {samples}", f"{spread:g}"]
+            cells += [f"{100 * hit / rollouts:.1f} %" for hit in hits]
+            cells += [f"{100 * times / rollouts:.2f} %" for times in below]
+            lines += table(cells)
     return "\n".join(lines) + "\n"
 
 
@@ -501,10 +480,8 @@ def clean(folders: list[str]) -> str:
     for folder in map(Path, folders):
         try:
             result = json.loads((folder / "result.json").read_text())
-            steps = max(
-                json.loads(line)["step"]
-                for line in (folder / "metrics.jsonl").read_text().splitlines()
-            )
+            metrics = (folder / "metrics.jsonl").read_text().splitlines()
+            steps = max(json.loads(line)["step"] for line in metrics)
             did = result["guards"]
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: no finished PPO run there ({error})") from None
