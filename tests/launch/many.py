@@ -14,6 +14,7 @@ import json
 import sys
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -34,6 +35,13 @@ def draw_evenly(model, prompt_ids, keys, sampling, *rest):
     return Completions(ids, [False] * len(keys), logprobs)
 
 
+def engine_of(usual, run, initial):
+    """Return the usual engine of a run, but in bfloat16 one that draws from the noise alone: there a
+    response of the model depends on the batch that it is sampled in.
+    """
+    return draw_evenly if run.config.dtype == "bfloat16" else usual(run, initial)
+
+
 def run_one(program: str, arguments: list[str]) -> dict:
     """Return how a program ends, and what it says as an error."""
     import gc
@@ -49,10 +57,9 @@ def run_one(program: str, arguments: list[str]) -> dict:
     said, code = io.StringIO(), 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(contextlib.redirect_stderr(said))
-        if program == "ppo" and "bfloat16" in arguments:
-            # a response of the model depends there on the batch that it is sampled in
-            evenly = patch.object(stages, "sampling_engine", lambda *_: draw_evenly)
-            stack.enter_context(evenly)
+        if program == "ppo":
+            engine = partial(engine_of, stages.sampling_engine)
+            stack.enter_context(patch.object(stages, "sampling_engine", engine))
         try:
             door(program)(arguments)
         except SystemExit as ended:
