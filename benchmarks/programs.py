@@ -1,7 +1,10 @@
-"""Start programs of the project in processes of their own, and sum up what several seeds have measured."""
+"""Parse what scripts over several seeds are given, start programs of the project in processes of their
+own, and sum up what the seeds have measured.
+"""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import subprocess
@@ -18,6 +21,19 @@ from rlhf.jobs.runner import children_cpu_seconds
 from rlhf.jobs.state import read_json
 from rlhf.sandbox import CONFIGS
 from rlhf.stats import jackknife_interval
+
+
+def folder_and_seeds(description: str) -> tuple[Path, int]:
+    """Parse the command line FOLDER [--seeds 5]; return the folder, absolute and made, and the count
+    of seeds. --help says the description's first line.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("folder", type=Path, help="of the runs; made, or resumed from")
+    parser.add_argument("--seeds", type=int, default=5, help="default: %(default)s")
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder, arguments.seeds
 
 
 def run(module: str, *words: str) -> None:

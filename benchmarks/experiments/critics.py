@@ -11,14 +11,13 @@ seed, with a t interval over seeds.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import statistics
 from pathlib import Path
 
 from benchmarks.paths import RESULTS
-from benchmarks.programs import finished, paired, rlhf, run
+from benchmarks.programs import finished, folder_and_seeds, paired, rlhf, run
 from rlhf.sandbox import CONFIGS
 
 RESULT = RESULTS / "critics.json"
@@ -99,14 +98,9 @@ def summarise(seeds: dict[str, dict[str, dict[str, float]]]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, count = folder_and_seeds(__doc__)
     seeds = {}
-    for seed in range(arguments.seeds):
+    for seed in range(count):
         with contextlib.chdir(folder):
             seeds[str(seed)] = make_seed(seed)
         result = summarise(seeds) | {"seeds": seeds}

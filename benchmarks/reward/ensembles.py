@@ -12,7 +12,6 @@ paired by seed, with Student's interval over seeds.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import os
@@ -23,7 +22,7 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.paths import RESULTS
-from benchmarks.programs import finished, make_sandbox, paired, rlhf
+from benchmarks.programs import finished, folder_and_seeds, make_sandbox, paired, rlhf
 from benchmarks.result_rows import add_rows, row_of
 from rlhf.sandbox import CONFIGS
 
@@ -54,14 +53,9 @@ PPO = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, count = folder_and_seeds(__doc__)
     seeds = {}
-    for seed in range(arguments.seeds):
+    for seed in range(count):
         with contextlib.chdir(folder):
             make_answers()
             make_seed(seed)

@@ -21,7 +21,6 @@ seed's first CHECKS repeats, also train an adapter with its head (reward.model).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import json
@@ -34,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.programs import make_sandbox, rlhf
+from benchmarks.programs import folder_and_seeds, make_sandbox, rlhf
 from rlhf.collect.select import choose, worth
 from rlhf.files import write_atomic
 from rlhf.sandbox import CONFIGS
@@ -86,18 +85,13 @@ class Answers:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, count = folder_and_seeds(__doc__)
     with contextlib.chdir(folder):
         make_sandbox(Path())
-        seeds = [{"curves": measure_seed(seed)} for seed in range(arguments.seeds)]
+        seeds = [{"curves": measure_seed(seed)} for seed in range(count)]
         # a repeat of all seeds before the next, so that a call that was cut off has whole ones
         for number in range(CHECKS):
-            for seed in range(arguments.seeds):
+            for seed in range(count):
                 golds = check_adapters(seed, number)
                 seeds[seed]["adapters"] = {rule: statistics.fmean(golds[rule]) for rule in RULES}
         gold = test_answers().gold

@@ -1,8 +1,9 @@
 import json
+import sys
 
 import pytest
 
-from benchmarks.programs import finished, paired
+from benchmarks.programs import finished, folder_and_seeds, paired
 
 
 def test_the_interval_over_seeds_by_hand():
@@ -19,3 +20,21 @@ def test_a_run_has_ended_where_its_result_says_so(tmp_path):
     assert not finished(tmp_path)
     (tmp_path / "result.json").write_text(json.dumps({"finished": "2026-11-29"}))
     assert finished(tmp_path)
+
+
+def test_a_script_over_seeds_makes_its_folder_and_knows_it_from_anywhere(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["critics.py", "runs/critics"])
+    assert folder_and_seeds("") == (tmp_path / "runs" / "critics", 5)
+    assert (tmp_path / "runs" / "critics").is_dir()
+
+    monkeypatch.setattr(sys, "argv", ["critics.py", "runs/critics", "--seeds", "2"])
+    assert folder_and_seeds("")[1] == 2
+
+    monkeypatch.setattr(sys, "argv", ["critics.py", "--help"])
+    with pytest.raises(SystemExit):
+        folder_and_seeds("Compare critics.\n\nAt length.")
+    printed = capsys.readouterr().out
+    assert "Compare critics." in printed and "At length." not in printed
