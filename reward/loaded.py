@@ -67,7 +67,6 @@ def reward_scorer(
     responses are encoded again by the reward model's tokenizer and template, with its EOS where the
     response ended.
     """
-
     reward = (models or RewardModels()).load(path, device, dtype)
     own = reward.tokenizer
     # ids of another vocabulary are other words

@@ -42,7 +42,7 @@ class ScoredPairs:
     def of_rows(
         cls, rows: Sequence[dict[str, Any]], chosen: Sequence[float], rejected: Sequence[float]
     ) -> Self:
-        """Return rows of `encode_preferences` with the raw scores of their answers."""
+        """Return rows of `encode` with the raw scores of their answers."""
         pairs, chosen_lengths, rejected_lengths = [], [], []
         for row in rows:
             pairs.append(row["record"])

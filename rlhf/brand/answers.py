@@ -69,7 +69,9 @@ def scored_answers(answers: Sequence[Mapping[str, Any]], scorer: Scorer) -> dict
 def all_right(facts: Sequence[float]) -> bool | None:
     """Return whether an answer has all facts right (1 each); None where its prompt has none (nan)."""
     asked = [fact for fact in facts if not math.isnan(fact)]
-    return all(fact == 1 for fact in asked) if asked else None
+    if not asked:
+        return None
+    return all(fact == 1 for fact in asked)
 
 
 def samples_of(answers: Sequence[Mapping[str, Any]]) -> Samples:

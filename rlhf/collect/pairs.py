@@ -208,5 +208,4 @@ def answers_of_file(
 
 
 def is_file(source: str) -> bool:
-
     return source.lower().endswith(READABLE) and not is_store(source)

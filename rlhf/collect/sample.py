@@ -261,7 +261,6 @@ def prompts_of(config: SampleConfig) -> tuple[list[Prompt], set[str]]:
 
 def controls_of(config: SampleConfig) -> tuple[list[Preference], set[str]]:
     """Return the control pairs, and the groups that their file names itself."""
-
     if not config.controls:
         return [], set()
     table = read_table(config.controls, Preference)

@@ -43,7 +43,6 @@ def run_result(path: str | Path) -> dict[str, Any]:
 
 def world_seed(path: str) -> int | None:
     """Return the seed of the sandbox world that a run's base comes from; None of other bases."""
-
     base = read_identity(path).get("base_model_name_or_path")
     file = Path(base).parent / "world.json" if base else None
     if file is None or not file.is_file():

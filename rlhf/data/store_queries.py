@@ -369,7 +369,8 @@ def _corrections(
             continue
         pair = pairs[vote.comparison]
         # better than the preferred answer says more than better than the other
-        for loser in vote.choice if vote.choice in ("a", "b") else "ab":
+        losers = [vote.choice] if vote.choice in ("a", "b") else ["a", "b"]
+        for loser in losers:
             # written without a change
             if pair[f"text_{loser}"].strip() == vote.corrected.strip():
                 continue

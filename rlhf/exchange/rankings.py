@@ -139,7 +139,7 @@ def with_extras(
     Raises ValueError where a text is missing, or is none.
     """
     exported = extras["answers"]
-    if [isinstance(text, str) for text in texts] != [True] * len(exported):
+    if len(texts) != len(exported) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"expected the texts of {len(exported)} answers, as exported")
     known = {cast["annotator"]: CastOrder(**cast) for cast in extras.get("orders", ())}
     kept = []

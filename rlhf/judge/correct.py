@@ -107,7 +107,8 @@ def corrected_win_rate(
 
     # of each group: the judge on all its pairs, and votes and judge on those with votes
     of_all = group_means(judge, groups)
-    y, x = (ties.within(group_means(values, groups, has_vote)) for values in (people, judge))
+    y = ties.within(group_means(people, groups, has_vote))
+    x = ties.within(group_means(judge, groups, has_vote))
     labelled = np.isfinite(y)
     n = int(labelled.sum())
     if n < MIN_LABELLED:

@@ -308,12 +308,10 @@ def draw_legend(figure, report: Report, ncols: int) -> None:
     handles = []
     for method in methods_of(report):
         style, label = style_of(report, method), short_name(method)
-        option, values = (
-            report["methods"][method]["swept"],
-            report["methods"][method]["swept_values"],
-        )
+        entry = report["methods"][method]
+        values = entry["swept_values"]
         if len(values) > 1:
-            label += f" ({option} {min(values):g} to {max(values):g})"
+            label += f" ({entry['swept']} {min(values):g} to {max(values):g})"
         # The lines of a method differ in tone, so its entry has the marker alone
         handles.append(
             Line2D([], [], color=style.color, marker=style.marker, linestyle="none", label=label)

@@ -36,9 +36,7 @@ FIGURES = {
     "lengths": "Scatter plots against KL: tokens in a response, and the share of responses that end.",
     "cost": "Stacked bars: what each method cost: its own runs, the reward model, the pairs.",
 }
-
-
-# what opens a report, whichever there is: of single runs the first
+# What opens a report, the first that there is; "scores" is drawn of single runs alone
 OPENINGS = ("scores", "frontier")
 
 
@@ -124,7 +122,7 @@ def markdown(report: Report, figures: Iterable[str] = ()) -> str:
     """Return report.md; figures: names of the SVG files beside it (without .svg)."""
     # What answers the question comes first: a picture, a sentence, a table
     figures = list(figures)
-    opening = next(filter(figures.__contains__, OPENINGS), None)
+    opening = next((name for name in OPENINGS if name in figures), None)
     lines = [
         f"# {escape(title(report))}",
         "",
