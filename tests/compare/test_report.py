@@ -7,6 +7,7 @@ import pytest
 from rlhf.report.files import print_report, read_report, write_files
 from rlhf.report.format import amount, digits, interval, largest_difference, listed, mirrored
 from rlhf.report.sentences import headline, report_sentences, verdict_sentence
+from rlhf.report.tables import cost
 from tests.compare.report_example import example
 from tests.compare.test_runs import report_of, three
 
@@ -102,6 +103,15 @@ def test_a_judge_that_is_highest_at_the_largest_kl_has_no_fall_to_tell_of():
         "Over-optimisation of PPO: undecided. At the largest KL (21) the gold score is highest, so there is no fall "
         "from a peak to measure."
     )
+
+
+def test_the_cost_table_leaves_out_what_is_a_part_of_another_counter():
+    report = example()
+    table = cost(report)
+    for row in report["budget"]["rows"]:
+        row["total"] |= {"reference_flops": 2e13, "reference_seconds": 4.0}
+    # they are in flops and seconds already
+    assert cost(report) == table
 
 
 def test_notes_name_what_is_missing():
