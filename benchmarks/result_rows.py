@@ -62,8 +62,13 @@ def add_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def row_of(id: str, what: str, value: float | bool, bound: str, command: str) -> dict[str, Any]:
-    """Return a row of results; a number is rounded to four digits."""
-    value = value if isinstance(value, bool | int) else round(float(value), 4)
+    """Return a row of results; a fraction is rounded to four significant digits, unless the bound
+    would then hold where it does not, or the other way round.
+    """
+    if not isinstance(value, bool | int):
+        value = float(value)
+        rounded = float(f"{value:.4g}")
+        value = rounded if holds(rounded, bound) == holds(value, bound) else value
     return {"id": id, "what": what, "value": value, "bound": bound, "command": command}
 
 

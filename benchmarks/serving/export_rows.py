@@ -73,7 +73,7 @@ def rows_of(facts: dict[str, dict], llama: dict[str, dict], command: str) -> lis
             row_of(
                 f"export-{name}-tokens",
                 f"{what}: share of greedy tokens equal",
-                round(found["tokens_equal"], 4),
+                found["tokens_equal"],
                 f">= {least}",
                 command,
             )

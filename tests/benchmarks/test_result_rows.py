@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.result_rows import add_rows, holds, write_page
+from benchmarks.result_rows import add_rows, holds, row_of, write_page
 
 
 @pytest.mark.parametrize(
@@ -34,6 +34,15 @@ def test_a_row_takes_the_place_of_the_one_with_its_id(tmp_path):
     add_rows(path, [{**row, "commit": "abc1234"}])
     first, other = json.loads(path.read_text())["rows"]
     assert first["commit"] == "abc1234" and other == second
+
+
+def test_rounding_does_not_decide_whether_a_bound_holds():
+    values = {"0.123456": (0.123456, "> 0"), "kl": (4e-5, "<= 1e-06"), "share": (0.99996, "== 1")}
+    rows = {name: row_of(name, "what", *given, "command") for name, given in values.items()}
+    assert rows["0.123456"]["value"] == 0.1235
+    assert rows["kl"]["value"] == 4e-5 and not holds(rows["kl"]["value"], "<= 1e-06")
+    assert rows["share"]["value"] == 0.99996
+    assert row_of("ships", "what", True, "== True", "command")["value"] is True
 
 
 ROOT = Path(__file__).parents[2]
