@@ -74,7 +74,24 @@ def run_all(experiment: Path, sft: Sequence[str] = ()) -> int:
         code = run(command, threads=CORES)
         if code:
             return code
-    return run(["-m", "rlhf.cli", "experiment", "run", str(experiment)], threads=1)
+    command = ["-m", "rlhf.cli", "experiment", "run", str(experiment)]
+    return run([*command, *dtype_options(experiment)], threads=1)
+
+
+def dtype_options(experiment: Path) -> list[str]:
+    """Return `--dtype float32` where the CPUs do not multiply bfloat16; but an experiment that was
+    begun keeps its dtype, so that its runs stay comparable.
+    """
+    begun = ROOT / settings(experiment)["output_dir"] / "experiment.yaml"
+    if begun.is_file():
+        return ["--dtype", settings(begun)["dtype"]]
+    # torch takes seconds to import, and --plan needs none
+    from rlhf.ranks.distributed import multiplies_bfloat16, own_device
+
+    if multiplies_bfloat16(own_device()):
+        return []
+    print("this CPU does not multiply bfloat16: all is computed in float32, which takes longer")
+    return ["--dtype", "float32"]
 
 
 def settings(experiment: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ SET_FOR_ALL = {
     "half",
     "seed",
     "temperature",
+    "dtype",
     "on_error",
     # what on_error was called before
     "on_bad",
@@ -239,7 +240,9 @@ class ExperimentConfig:
     max_prompt_length: int = option(512, "tokens; longer prompts are dropped and counted", low=1)
     max_response_length: int = option(512, "tokens with EOS", low=1)
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "dtype of the base in measuring; auto is bfloat16 on a GPU and float32 elsewhere"
+        "auto",
+        "dtype of the base in sampling, training and measuring; auto: as each config says, by default "
+        "bfloat16 on a GPU and float32 elsewhere",
     )
     batch_size: int = option(64, "responses generated together when measuring", low=1)
     validation_fraction: float = option(

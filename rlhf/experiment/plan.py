@@ -43,7 +43,7 @@ MEASURED_BY = (
     "validation_fraction",
     "test_fraction",
 )
-# the same for every program, so that all see the same splits and lengths
+# with the dtype, the same for every program, so that all see the same splits and lengths
 LIMITS = (
     "max_prompt_length",
     "max_response_length",
@@ -296,8 +296,10 @@ def made_before(config: ExperimentConfig, seed: int, *, with_reward: bool = True
 
 
 def limits(config: ExperimentConfig) -> dict[str, Any]:
-    """Return the options of LIMITS as the experiment has them."""
-    return {name: getattr(config, name) for name in LIMITS}
+    """Return the options of LIMITS as the experiment has them, and its dtype where it is set."""
+    options = {name: getattr(config, name) for name in LIMITS}
+    # left out where each config decides, as in commands of earlier versions
+    return options if config.dtype == "auto" else options | {"dtype": config.dtype}
 
 
 def length_options(method: Method, steps: int) -> dict[str, int]:

@@ -22,6 +22,7 @@ from rlhf.errors import UserError
 from rlhf.program import on_failure
 from rlhf.ranks.hang import HangWatch
 from rlhf.startup import free_port, read_ranks
+from rlhf.text import say_once
 
 # after which a compile lock that no process of this machine holds is taken for abandoned
 ABANDONED_SECONDS = 60.0
@@ -323,9 +324,26 @@ def base_dtype(dtype: str, device: torch.device, *, trains_whole: bool = False) 
 
     A model that is trained whole is loaded in float32; the trainer computes in bfloat16 on a GPU.
     """
-    if dtype != "auto":
-        return dtype
-    return "bfloat16" if device.type == "cuda" and not trains_whole else "float32"
+    if dtype == "auto":
+        return "bfloat16" if device.type == "cuda" and not trains_whole else "float32"
+    if dtype == "bfloat16" and not multiplies_bfloat16(device):
+        say_once(
+            "this CPU has no instructions for bfloat16, which takes it tens of times as long as float32: "
+            "--dtype float32"
+        )
+    return dtype
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device multiplies matrices of bfloat16 about as fast as those of float32 or
+    faster.
+
+    A CPU does so with AVX512 or newer instructions, as oneDNN tells. GPUs do, and so do CPUs of which
+    torch has no oneDNN to ask, for all that is known.
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return True
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def peak_memory(device: torch.device) -> float:

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from benchmarks.real import page, pipeline, plan
+from rlhf.ranks import distributed
 from rlhf.sandbox import packaged
 
 
@@ -81,6 +82,19 @@ def test_runs_of_dpo_by_hand(monkeypatch):
     assert stage.what == "10 pairs a seed, 2.0 epochs" and stage.flops == 2 * 10140
     # less than a pass: 3042 / 1014 = 3
     assert plan.dpo_stage(3042, 5, references=10, seeds=2, rank=1).what.startswith("3 pairs")
+
+
+def test_without_bfloat16_all_is_float32_and_what_was_begun_keeps_its_dtype(tmp_path, monkeypatch):
+    experiment = small_experiment(tmp_path)
+    for multiplies, words in ((True, []), (False, ["--dtype", "float32"])):
+        monkeypatch.setattr(
+            distributed, "multiplies_bfloat16", lambda device, is_so=multiplies: is_so
+        )
+        assert pipeline.dtype_options(experiment) == words
+    begun = tmp_path / "real"
+    begun.mkdir()
+    (begun / "experiment.yaml").write_text("dtype: bfloat16\n")
+    assert pipeline.dtype_options(experiment) == ["--dtype", "bfloat16"]
 
 
 def small_experiment(folder: Path) -> Path:

@@ -9,7 +9,7 @@ from rlhf.collect.sample import SampleConfig
 from rlhf.config import parse
 from rlhf.errors import UserError
 from rlhf.experiment.config import Method
-from rlhf.experiment.plan import flags, given_length, plan
+from rlhf.experiment.plan import INITIAL, flags, given_length, plan
 from rlhf.jobs.job import fingerprints
 from rlhf.sandbox.annotators import AnnotateConfig
 from tests.experiment.example import experiment, method
@@ -136,6 +136,19 @@ def test_what_is_planned_is_what_the_program_reads(tmp_path, name):
     assert config.eval_prompts == 0 and config.temperature == 1.0
     # 2 checkpoints: DPO's 10 steps at 5 and 10, PPO's 5 at 3 and 5; none of them is removed again
     assert config.save_steps == (5 if "dpo" in name else 3) and config.save_total_limit >= 2
+
+
+def test_the_dtype_of_an_experiment_is_that_of_all_its_programs(tmp_path):
+    more = {"pairs": sampled(tmp_path)}
+    jobs = jobs_of(tmp_path, dtype="bfloat16", **more)
+    assert read_back(jobs["seed-1/reward"]).dtype == "bfloat16"
+    assert read_back(jobs["seed-1/dpo-beta-0.1"]).dtype == "bfloat16"
+    sample = parse(SampleConfig, jobs["seed-1/sample"].arguments[2:])
+    assert sample.dtype == "bfloat16"
+    assert jobs[f"measure/{INITIAL}"].measures.settings["dtype"] == "bfloat16"
+    # auto: the file of each decides, and commands are those of earlier versions
+    for job in jobs_of(tmp_path, **more).values():
+        assert "--dtype" not in job.arguments
 
 
 def test_strength_and_length_reach_the_program(tmp_path):

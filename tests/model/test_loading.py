@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from reward.model import RewardModel, load_reward, write_reward
-from rlhf import stages
+from rlhf import stages, text
 from rlhf.compare.runs import load_policies
 from rlhf.data.records import Prompt
 from rlhf.errors import UserError
@@ -43,7 +43,8 @@ from rlhf.model.packing import hidden_width
 from rlhf.model.tokenizer import load_tokenizer
 from rlhf.model.weights import check_finite
 from rlhf.offline import trainers
-from rlhf.ranks.distributed import DistributedContext, base_dtype
+from rlhf.ranks import distributed
+from rlhf.ranks.distributed import DistributedContext, base_dtype, multiplies_bfloat16
 from rlhf.roles.one_base import Roles
 from tests.conftest import make_tokenizer, random_adapter
 from tests.kinds import build
@@ -707,6 +708,30 @@ def test_policy_and_reference_are_equal_to_the_last_bit_where_layers_read_transp
             reference, _ = roles.logprobs(batch)
     assert torch.equal(policy, reference)
     assert not any(p.requires_grad for n, p in roles.named_parameters() if ".reference." in n)
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_bfloat16_on_a_cpu_that_does_not_multiply_it_is_called_slow(
+    monkeypatch, capsys, multiplies
+):
+    monkeypatch.setattr(distributed, "multiplies_bfloat16", lambda device: multiplies)
+    monkeypatch.setattr(text, "_SAID", set())
+    cpu = torch.device("cpu")
+    base_dtype("float32", cpu)
+    base_dtype("auto", cpu)
+    assert capsys.readouterr().err == ""
+    assert base_dtype("bfloat16", cpu) == "bfloat16"
+    assert ("--dtype float32" in capsys.readouterr().err) == (not multiplies)
+
+
+def test_a_gpu_multiplies_bfloat16_and_a_cpu_as_onednn_says(monkeypatch):
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert multiplies_bfloat16(torch.device("cuda")) and multiplies_bfloat16(torch.device("cpu"))
+    monkeypatch.undo()
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    # CPUs with AVX-NE-CONVERT and no AVX512 have instructions of another kind
+    if "avx2" in flags and "avx_ne_convert" not in flags:
+        assert multiplies_bfloat16(torch.device("cpu")) == ("avx512bw" in flags)
 
 
 def test_what_samples_and_measures_takes_bfloat16_on_a_gpu_unless_told(sft_path):
