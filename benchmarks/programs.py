@@ -53,6 +53,16 @@ def rlhf(*words: str) -> None:
     run("rlhf.cli", *words)
 
 
+def fast_dtype() -> str:
+    """Return the faster of both dtypes that programs compute in here: float32 on a CPU that does not
+    multiply bfloat16.
+    """
+    # torch takes seconds to import
+    from rlhf.ranks import distributed
+
+    return "bfloat16" if distributed.multiplies_bfloat16(distributed.own_device()) else "float32"
+
+
 def finished(run_folder: str | Path) -> bool:
     """Return whether a run has ended; one that was cut off starts again."""
     return bool(read_json(Path(run_folder) / "result.json").get("finished"))

@@ -21,7 +21,7 @@ import yaml
 
 from benchmarks.brands.served import served_answers
 from benchmarks.paths import RESULTS, ROOT
-from benchmarks.programs import rlhf
+from benchmarks.programs import fast_dtype, rlhf
 from benchmarks.real.model import model_file
 from benchmarks.result_rows import add_rows, made_with, row_of, write_page
 from reward.compose import build_scorer
@@ -57,7 +57,6 @@ SAMPLING = {
     # at 80 tokens 73 of 100 answers of the base are cut off, and none of those is rewritten
     "max_response_length": 160,
     "batch_size": 32,
-    "dtype": "bfloat16",
 }
 
 
@@ -160,7 +159,7 @@ def run_real(out: Path) -> tuple[str, dict[str, list[Path]]]:
     """Fetch the model, run both brands, and let all policies answer the test prompts of each;
     return the same.
     """
-    base = model_file()
+    base, sampling = model_file(), SAMPLING | {"dtype": fast_dtype()}
     # the help desk's test questions are of 15 groups, too few to show how seldom an adapter refuses
     more = out / "outdoor-templates.jsonl"
     filled = {"templates": templates_of("outdoor"), "output": str(more)}
@@ -173,7 +172,7 @@ def run_real(out: Path) -> tuple[str, dict[str, list[Path]]]:
         "n_prompts": 72,
         "texts": [str(OUTDOOR / "neutral.jsonl")],
         "task": [str(OUTDOOR / "neutral.jsonl")],
-        **SAMPLING,
+        **sampling,
         "launcher": "python",
     }
     run_brands(REAL, out, base, TRAIN_REAL, prompts, options)
@@ -184,7 +183,7 @@ def run_real(out: Path) -> tuple[str, dict[str, list[Path]]]:
         if not store.exists():
             data = prompts[name].get("prompts", [str(out / name / "prompts.jsonl")])
             sample = {"runs": runs, "data": data, "store": str(store), "split": "test"}
-            sample |= {"prompts": 40, "test_fraction": 0.2, **SAMPLING}
+            sample |= {"prompts": 40, "test_fraction": 0.2, **sampling}
             rlhf("collect", "sample", *flags(sample))
     return base, {name: [store] for name, store in stores.items()}
 

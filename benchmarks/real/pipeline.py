@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from benchmarks.paths import ROOT
-from benchmarks.programs import finished
+from benchmarks.programs import fast_dtype, finished
 from benchmarks.real import model, page, plan
 
 EXPERIMENT = ROOT / "configs" / "experiments" / "real.yaml"
@@ -85,10 +85,7 @@ def dtype_options(experiment: Path) -> list[str]:
     begun = ROOT / settings(experiment)["output_dir"] / "experiment.yaml"
     if begun.is_file():
         return ["--dtype", settings(begun)["dtype"]]
-    # torch takes seconds to import, and --plan needs none
-    from rlhf.ranks.distributed import multiplies_bfloat16, own_device
-
-    if multiplies_bfloat16(own_device()):
+    if fast_dtype() == "bfloat16":
         return []
     print("this CPU does not multiply bfloat16: all is computed in float32, which takes longer")
     return ["--dtype", "float32"]
