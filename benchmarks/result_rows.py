@@ -49,27 +49,32 @@ def add_rows(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write rows into a results file, each in place of the one with its id.
 
     A row names `id`, `what`, `value` (a number or a truth value), `bound` (text: a comparison and
-    a number) and `command`; `holds` is filled in here, and `commit` (that of HEAD) where it is not
-    given.
+    a number) and `command`. The value is rounded here, `holds` is filled in, and `commit` (that of
+    HEAD) where it is not given.
     """
     path = Path(path)
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     by_id = {row["id"]: row for row in old}
     for row in rows:
         kept = holds(row["value"], row["bound"])
-        by_id[row["id"]] = {**row, "holds": kept, "commit": row.get("commit") or head_commit()}
+        value, commit = rounded(row["value"], row["bound"]), row.get("commit") or head_commit()
+        by_id[row["id"]] = {**row, "value": value, "holds": kept, "commit": commit}
     write_atomic(path, dumps({"rows": list(by_id.values())}, indent=1) + "\n")
 
 
 def row_of(id: str, what: str, value: float | bool, bound: str, command: str) -> dict[str, Any]:
-    """Return a row of results; a fraction is rounded to four significant digits, unless the bound
-    would then hold where it does not, or the other way round.
-    """
-    if not isinstance(value, bool | int):
-        value = float(value)
-        rounded = float(f"{value:.4g}")
-        value = rounded if holds(rounded, bound) == holds(value, bound) else value
     return {"id": id, "what": what, "value": value, "bound": bound, "command": command}
+
+
+def rounded(value: float | bool, bound: str) -> float | bool:
+    """Return a fraction with four significant digits, unless the bound would then hold where it does
+    not, or the other way round; whole numbers and truth values as they are.
+    """
+    if isinstance(value, bool | int):
+        return value
+    value = float(value)
+    short = float(f"{value:.4g}")
+    return short if holds(short, bound) == holds(value, bound) else value
 
 
 def head_commit() -> str:

@@ -183,7 +183,7 @@ def write_page(found: dict[str, Any]) -> None:
     within = sum(error <= BOUND for error in errors)
     whats = {
         "largest": ("largest error of the planned peak memory, of whole programs on a CPU",
-                    round(max(errors), 4), f"<= {BOUND}"),
+                    max(errors), f"<= {BOUND}"),
         "cells": ("programs and options whose planned peak memory is within 10 % of the measured one",
                   within, ">= 12"),
     }  # fmt: skip

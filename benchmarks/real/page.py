@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.paths import RESULTS, ROOT
 from benchmarks.real import plan
-from benchmarks.result_rows import add_rows, write_page
+from benchmarks.result_rows import add_rows, row_of, write_page
 from rlhf.compare.summary import samples
 from rlhf.errors import UserError
 from rlhf.experiment.config import ExperimentConfig
@@ -238,11 +238,7 @@ def result_rows(config: ExperimentConfig, report: Report) -> list[dict[str, Any]
     hours = sum(filter(None, report["meta"]["seconds"].values())) / 3600 / config.processes
     measured.append(("real-hours", "hours of what is done of the experiment", hours, "<= 8"))
     commit = commits(report)
-    rows = []
-    for name, what, value, bound in measured:
-        about = {"value": round(value, 4), "bound": bound, "command": COMMAND, "commit": commit}
-        rows.append({"id": name, "what": what, **about})
-    return rows
+    return [row_of(*row, COMMAND) | {"commit": commit} for row in measured]
 
 
 def sft_rows(config: ExperimentConfig) -> list[Measured]:

@@ -91,7 +91,7 @@ def measure(file: Path, answers: list) -> dict:
         "prompts": len(answers),
         "same_ids": same_ids,
         "answers_equal": equal,
-        "tokens_equal": round(same / total, 4),
+        "tokens_equal": same / total,
         "tokens": total,
         "logit_gaps": gaps,
     }

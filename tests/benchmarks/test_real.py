@@ -64,6 +64,12 @@ def test_the_plan_keeps_within_eight_hours_with_forty_updates_of_ppo():
     assert (stages["DPO"].flops + stages["pairs"].flops) / 3 == pytest.approx(3.9e14)
 
 
+def test_hours_by_hand():
+    # an hour of two cores
+    assert plan.hours(2 * 120e9 * 3600) == 1
+    assert plan.hours(2 * 40e9 * 3600, "float32") == 1
+
+
 def test_an_update_of_ppo_by_hand(monkeypatch):
     monkeypatch.setattr(plan, "forward", lambda positions, head, rank: positions + head)
     monkeypatch.setattr(plan, "learning", lambda positions, head, rank: 100 * positions)

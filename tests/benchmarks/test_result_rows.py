@@ -36,13 +36,24 @@ def test_a_row_takes_the_place_of_the_one_with_its_id(tmp_path):
     assert first["commit"] == "abc1234" and other == second
 
 
-def test_rounding_does_not_decide_whether_a_bound_holds():
-    values = {"0.123456": (0.123456, "> 0"), "kl": (4e-5, "<= 1e-06"), "share": (0.99996, "== 1")}
-    rows = {name: row_of(name, "what", *given, "command") for name, given in values.items()}
-    assert rows["0.123456"]["value"] == 0.1235
-    assert rows["kl"]["value"] == 4e-5 and not holds(rows["kl"]["value"], "<= 1e-06")
-    assert rows["share"]["value"] == 0.99996
-    assert row_of("ships", "what", True, "== True", "command")["value"] is True
+@pytest.mark.parametrize(
+    "value, bound, kept",
+    [
+        (0.123456, "> 0", 0.1235),
+        (-4.56789e-7, "<= 1e-4", -4.568e-7),
+        # 1.0 would hold, 0.2 would not
+        (0.99996, "== 1", 0.99996),
+        (0.19999, "< 0.2", 0.19999),
+        (123456, "> 0", 123456),
+        (True, "== True", True),
+    ],
+)
+def test_rounding_does_not_decide_whether_a_bound_holds(tmp_path, value, bound, kept):
+    path = tmp_path / "rows.json"
+    add_rows(path, [row_of("a", "share", value, bound, "make a")])
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["value"] == kept and type(row["value"]) is type(value)
+    assert row["holds"] == holds(value, bound)
 
 
 ROOT = Path(__file__).parents[2]

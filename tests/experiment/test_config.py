@@ -83,6 +83,10 @@ def swept(values, name="beta"):
         ),
         ({"reward": {"options": {"seed": 3}}}, "reward.options: 'seed' is set by the experiment"),
         (
+            {"reward": {"options": {"dtype": "float32"}}},
+            "reward.options: 'dtype' is set by the experiment",
+        ),
+        (
             {"train_referee": {"options": {"half": "a"}}, "gold": None},
             "train_referee.options: 'half' is set by",
         ),
